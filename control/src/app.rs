@@ -1,0 +1,1 @@
+//! Construction and wiring of the control process.

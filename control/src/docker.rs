@@ -1,0 +1,1 @@
+//! The Docker engine: the only file that knows the client library.

@@ -1,0 +1,1 @@
+//! Lifecycle events: their types, their journal and where they go.

@@ -1,0 +1,1 @@
+//! Kernels: their life, their files, their runner.

@@ -1,0 +1,19 @@
+//! The control process of a Backend.AI worker node: it answers the manager's RPC, owns the life
+//! of kernels on Docker, and tells the dataplane through shared memory what to forward and count.
+//!
+//! `app` is the only module that knows all the others.
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod cli;
+pub mod docker;
+pub mod events;
+pub mod image;
+pub mod kernel;
+pub mod link;
+pub mod network;
+pub mod ports;
+pub mod resource;
+pub mod rpc;
+pub mod runner;
+pub mod stats;

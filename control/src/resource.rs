@@ -1,0 +1,1 @@
+//! Slots, devices, allocation maps and the reservation ledger.

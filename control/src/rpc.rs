@@ -1,0 +1,1 @@
+//! The manager's RPC: transport, framing, codec, server and client.

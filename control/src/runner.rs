@@ -1,0 +1,1 @@
+//! The published in-container runner: installation and lookup.

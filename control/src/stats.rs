@@ -1,0 +1,1 @@
+//! From the dataplane's samples to the manager's records.
