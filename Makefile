@@ -1,0 +1,73 @@
+# The index of commands. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CARGO ?= cargo
+# Tools that cargo builds are kept over checkouts.
+TOOLS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent/tools
+DENY := $(TOOLS)/bin/cargo-deny
+DENY_VERSION := 0.20.2
+NEXTEST := $(shell command -v cargo-nextest || echo $(TOOLS)/bin/cargo-nextest)
+NEXTEST_VERSION := 0.9.143
+FUZZ_SECONDS ?= 20
+
+.PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
+        integration fuzz wheels clean
+
+help: ## list the commands
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: setup-demo ## start a node, run the main job end to end, show it, clean up
+	deploy/demo
+
+test: setup-test ## install, build and run everything; the counts are the closing line
+	tests/scripts/test-all
+
+build: setup-build ## build both programs (debug)
+	$(CARGO) build --locked -p control -p dataplane --bins
+
+release: setup-build ## build both programs (release)
+	$(CARGO) build --locked --release -p control -p dataplane --bins
+
+setup-build setup-demo setup-test: setup-%:
+	@deploy/setup $*
+
+check: fmt clippy docs deny ## static checks
+
+fmt: ## formatting
+	$(CARGO) fmt --all --check
+
+clippy: ## lints, warnings denied
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+docs: ## documentation, warnings denied
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items -q
+
+deny: $(DENY) ## dependency policy: bans, licenses, sources
+	$(DENY) --locked --workspace check bans licenses sources
+
+$(DENY):
+	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --debug --root $(TOOLS) -q
+
+$(TOOLS)/bin/cargo-nextest:
+	$(CARGO) install cargo-nextest --version $(NEXTEST_VERSION) --locked --root $(TOOLS) -q
+
+unit: $(NEXTEST) ## tests that need no peer: library and binary tests of every crate
+	$(NEXTEST) nextest run --locked --workspace --lib --bins
+
+loom: ## model checks of the shared-memory cell
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked -p shared --lib --release loom_
+
+integration: build wheels $(NEXTEST) ## suites against real Docker, the real runner, the published client
+	$(NEXTEST) nextest run --locked -p tests --tests
+
+wheels: ## download the published runner packages used by the tests
+	tests/scripts/runner-wheels
+
+fuzz: ## run every fuzz target for FUZZ_SECONDS each
+	fuzz/run $(FUZZ_SECONDS)
+
+clean: ## remove build results
+	$(CARGO) clean

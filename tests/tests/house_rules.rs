@@ -1,0 +1,316 @@
+//! The rules of the house that a compiler does not check: who may depend on whom, where unsafe
+//! code may live, which dependencies are accounted for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests crate lives below the root")
+        .to_owned()
+}
+
+fn metadata() -> Value {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "metadata",
+            "--format-version=1",
+            "--locked",
+            "--offline",
+            "--no-deps",
+        ])
+        .current_dir(root())
+        .output()
+        .expect("cargo can be started");
+    assert!(
+        output.status.success(),
+        "cargo metadata: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON")
+}
+
+/// Direct dependencies of every workspace crate that end up in its library or binary.
+fn direct_dependencies(kinds: &[Option<&str>]) -> BTreeMap<String, BTreeSet<String>> {
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().expect("packages");
+    packages
+        .iter()
+        .map(|package| {
+            let dependencies = package["dependencies"]
+                .as_array()
+                .expect("dependencies")
+                .iter()
+                .filter(|dependency| kinds.contains(&dependency["kind"].as_str()))
+                .map(|dependency| dependency["name"].as_str().expect("name").to_owned())
+                .collect();
+            (
+                package["name"].as_str().expect("name").to_owned(),
+                dependencies,
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let all = direct_dependencies(&[None, Some("build")]);
+    let ours: BTreeSet<String> = all.keys().cloned().collect();
+    let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
+        ("config", &[][..]),
+        ("shared", &[]),
+        ("ebpf", &[]),
+        ("dataplane", &["shared", "config", "ebpf"]),
+        ("control", &["shared", "config"]),
+    ]);
+    for (name, allowed) in allowed {
+        let inside: BTreeSet<&str> = all[name]
+            .iter()
+            .map(String::as_str)
+            .filter(|d| ours.contains(*d))
+            .collect();
+        let allowed: BTreeSet<&str> = allowed.iter().copied().collect();
+        let extra: Vec<_> = inside.difference(&allowed).collect();
+        assert!(extra.is_empty(), "{name} must not depend on {extra:?}");
+    }
+}
+
+#[test]
+fn control_and_dataplane_do_not_see_each_other() {
+    for (name, other) in [("control", "dataplane"), ("dataplane", "control")] {
+        let output = Command::new(env!("CARGO"))
+            .args([
+                "tree",
+                "--locked",
+                "--offline",
+                "-p",
+                name,
+                "--edges",
+                "normal,build",
+                "--prefix",
+                "none",
+            ])
+            .current_dir(root())
+            .output()
+            .expect("cargo can be started");
+        assert!(
+            output.status.success(),
+            "cargo tree: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let tree = String::from_utf8(output.stdout).expect("cargo tree prints UTF-8");
+        assert!(
+            tree.lines().any(|line| line.starts_with("shared v")),
+            "{name} uses the shared crate:\n{tree}"
+        );
+        let seen: Vec<_> = tree
+            .lines()
+            .filter(|line| line.starts_with(&format!("{other} v")))
+            .collect();
+        assert!(seen.is_empty(), "{name} links {other}: {seen:?}");
+    }
+}
+
+#[test]
+fn every_direct_dependency_is_accounted_for() {
+    let text =
+        std::fs::read_to_string(root().join("docs/dependencies.md")).expect("docs/dependencies.md");
+    let listed: BTreeSet<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| crate"))
+        .filter_map(|line| line.split('|').nth(1))
+        .flat_map(|cell| cell.split(','))
+        .map(str::trim)
+        .collect();
+    let all = direct_dependencies(&[None, Some("build"), Some("dev")]);
+    let ours: BTreeSet<&String> = all.keys().collect();
+    let used: BTreeSet<&str> = all
+        .values()
+        .flatten()
+        .filter(|d| !ours.contains(d))
+        .map(String::as_str)
+        .collect();
+    let unlisted: Vec<_> = used.difference(&listed).collect();
+    let stale: Vec<_> = listed.difference(&used).collect();
+    assert!(
+        unlisted.is_empty(),
+        "not in docs/dependencies.md: {unlisted:?}"
+    );
+    assert!(
+        stale.is_empty(),
+        "in docs/dependencies.md but used by no crate: {stale:?}"
+    );
+}
+
+fn sources(extension: &str) -> Vec<PathBuf> {
+    let output = Command::new("git")
+        .args([
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ])
+        .current_dir(root())
+        .output()
+        .expect("git can be started");
+    assert!(
+        output.status.success(),
+        "git ls-files: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout)
+        .expect("file names are UTF-8")
+        .split('\0')
+        .filter(|name| name.ends_with(extension))
+        .map(PathBuf::from)
+        .filter(|path| root().join(path).exists())
+        .collect()
+}
+
+#[test]
+fn unsafe_code_lives_where_the_house_allows_it() {
+    let allowed = |path: &Path| {
+        path == Path::new("shared/src/mapping.rs")
+            || path == Path::new("shared/src/cell.rs")
+            || path.starts_with("dataplane/src/sys")
+            || path == Path::new("dataplane/src/sys.rs")
+            || path.starts_with("ebpf")
+    };
+    let mut offenders = Vec::new();
+    let mut checked = 0;
+    for path in sources(".rs") {
+        checked += 1;
+        if allowed(&path) {
+            continue;
+        }
+        let text = std::fs::read_to_string(root().join(&path)).expect("a source file");
+        for (number, line) in text.lines().enumerate() {
+            let code = line.split("//").next().unwrap_or_default();
+            let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+            // The word alone: `unsafe_code` in an attribute and strings naming it are other words.
+            if words.any(|word| word == concat!("un", "safe")) {
+                offenders.push(format!(
+                    "{}:{}: {}",
+                    path.display(),
+                    number + 1,
+                    line.trim()
+                ));
+            }
+        }
+    }
+    assert!(
+        checked > 20,
+        "only {checked} Rust files found: the check looks in the wrong place"
+    );
+    assert!(
+        offenders.is_empty(),
+        "not allowed here:\n{}",
+        offenders.join("\n")
+    );
+}
+
+#[test]
+fn crates_without_unsafe_code_forbid_it() {
+    for file in [
+        "config/src/lib.rs",
+        "control/src/lib.rs",
+        "control/src/main.rs",
+        "tests/src/lib.rs",
+    ] {
+        let text = std::fs::read_to_string(root().join(file)).expect(file);
+        assert!(
+            text.contains("#![forbid(unsafe_code)]"),
+            "{file} lacks #![forbid(unsafe_code)]"
+        );
+    }
+}
+
+#[test]
+fn files_are_named_for_what_they_own() {
+    let banned = [
+        "mod.rs",
+        "utils.rs",
+        "util.rs",
+        "common.rs",
+        "helpers.rs",
+        "helper.rs",
+        "misc.rs",
+    ];
+    let offenders: Vec<_> = sources(".rs")
+        .into_iter()
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| banned.iter().any(|b| name == *b))
+        })
+        .collect();
+    assert!(
+        offenders.is_empty(),
+        "name these for the thing they own: {offenders:?}"
+    );
+}
+
+#[test]
+fn container_client_and_message_library_are_each_known_to_few_files() {
+    let homes: [(&str, &[&str]); 2] = [
+        (
+            "omq_tokio",
+            &[
+                "control/src/rpc/transport.rs",
+                "control/src/kernel/runner_link",
+            ],
+        ),
+        ("bollard::Docker", &["control/src/docker"]),
+    ];
+    for (word, homes) in homes {
+        let offenders: Vec<_> = sources(".rs")
+            .into_iter()
+            .filter(|path| path.starts_with("control/src"))
+            .filter(|path| {
+                !homes
+                    .iter()
+                    .any(|home| path.to_string_lossy().starts_with(home))
+            })
+            .filter(|path| {
+                std::fs::read_to_string(root().join(path)).is_ok_and(|text| text.contains(word))
+            })
+            .collect();
+        assert!(
+            offenders.is_empty(),
+            "{word} belongs to {homes:?}, found in {offenders:?}"
+        );
+    }
+}
+
+#[test]
+fn commands_of_the_readme_exist() {
+    let makefile = std::fs::read_to_string(root().join("Makefile")).expect("Makefile");
+    for document in ["README.md", "CONTRIBUTING.md", "SPECIFICATION.md"] {
+        let text = std::fs::read_to_string(root().join(document)).expect(document);
+        let mut found = 0;
+        for target in text.split("make ").skip(1).filter_map(|rest| {
+            rest.split(|c: char| !c.is_ascii_lowercase() && c != '-')
+                .next()
+        }) {
+            if target.is_empty()
+                || !text.contains(&format!("`make {target}"))
+                    && !text.contains(&format!("\nmake {target}"))
+            {
+                continue;
+            }
+            found += 1;
+            assert!(
+                makefile
+                    .lines()
+                    .any(|line| line.starts_with(&format!("{target}:"))
+                        || line.starts_with(&format!("{target} "))),
+                "{document} names `make {target}`, which the Makefile lacks"
+            );
+        }
+        assert!(found > 0, "{document} names no make target");
+    }
+}
