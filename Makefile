@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration fuzz wheels clean
+        integration verify-units fuzz wheels clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ integration: build wheels $(NEXTEST) ## suites against real Docker, the real run
 
 wheels: ## download the published runner packages used by the tests
 	tests/scripts/runner-wheels
+
+verify-units: ## check the systemd units
+	tests/scripts/verify-units
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS each
 	fuzz/run $(FUZZ_SECONDS)
