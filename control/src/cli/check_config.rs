@@ -1,0 +1,32 @@
+//! `bai-agent check-config`: the effective configuration, and where each value came from.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::exit::Problem;
+use super::output::Form;
+
+/// Arguments of `check-config`.
+#[derive(Debug, Args)]
+pub struct CheckConfigArgs {
+    /// Say nothing when all is well.
+    #[arg(short, long)]
+    quiet: bool,
+    /// Check for standalone mode, in which the sections of a cluster may be missing.
+    #[arg(long)]
+    standalone: bool,
+}
+
+/// Loads the configuration and prints it, or every error in it.
+pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<(), Problem> {
+    let options = config::LoadOptions { explicit: file, standalone: args.standalone, ..config::LoadOptions::default() };
+    let loaded = config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    if !args.quiet {
+        match form {
+            Form::Text => print!("{}", loaded.render_text()),
+            Form::Json => super::output::json(&loaded.render_json())?,
+        }
+    }
+    Ok(())
+}

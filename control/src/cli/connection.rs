@@ -1,0 +1,84 @@
+//! How a command reaches the agent: over its real RPC, at the address the configuration names.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use serde::de::DeserializeOwned;
+
+use super::exit::Problem;
+use crate::rpc::{self, Client, ClientCurve, ClientError, KeyPair, PublicKey, Value};
+
+/// Where the agent listens, and the keys when it asks for them.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection")]
+pub struct Connection {
+    /// The agent's RPC address [default: what the configuration says, else 127.0.0.1:6001].
+    #[arg(long, global = true, value_name = "HOST:PORT", env = "BAI_AGENT_ADDRESS")]
+    pub address: Option<String>,
+    /// A configuration file to take the address from.
+    #[arg(short = 'f', long, global = true, value_name = "FILE", visible_alias = "config-path")]
+    pub config: Option<PathBuf>,
+    /// Our key pair (a secret key file), for an agent that authenticates its callers.
+    #[arg(long, global = true, value_name = "FILE", requires = "agent_key", env = "BAI_AGENT_KEYPAIR")]
+    pub keypair: Option<PathBuf>,
+    /// The agent's public key file.
+    #[arg(long, global = true, value_name = "FILE", requires = "keypair", env = "BAI_AGENT_PUBLIC_KEY")]
+    pub agent_key: Option<PathBuf>,
+    /// How long to wait for the agent to answer at all, in seconds.
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 5)]
+    pub connect_timeout: u64,
+}
+
+/// A connected agent.
+#[derive(Debug)]
+pub struct Agent {
+    client: Client,
+    address: String,
+}
+
+impl Connection {
+    fn resolved_address(&self) -> String {
+        if let Some(address) = &self.address {
+            return address.clone();
+        }
+        let options = config::LoadOptions { explicit: self.config.clone(), standalone: true, ..config::LoadOptions::default() };
+        let listen = config::load(&options).ok().map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
+        match listen {
+            // A wildcard is where the agent listens, not where one can connect to.
+            Some(listen) if !matches!(listen.host.as_str(), "" | "0.0.0.0" | "::") => format!("{}:{}", listen.host, listen.port),
+            Some(listen) => format!("127.0.0.1:{}", listen.port),
+            None => "127.0.0.1:6001".to_owned(),
+        }
+    }
+
+    /// Opens a connection and makes sure that an agent answers on it.
+    pub async fn open(&self) -> Result<Agent, Problem> {
+        let address = self.resolved_address();
+        let curve = match (&self.keypair, &self.agent_key) {
+            (Some(pair), Some(agent)) => Some(ClientCurve {
+                keys: KeyPair::read(pair).with_context(|| format!("cannot read the key pair {}", pair.display())).map_err(Problem::Usage)?,
+                server: PublicKey::read(agent).with_context(|| format!("cannot read the agent's key {}", agent.display())).map_err(Problem::Usage)?,
+            }),
+            _ => None,
+        };
+        let client = Client::connect(&address, curve.as_ref(), Duration::from_secs(self.connect_timeout)).await.map_err(|source| {
+            Problem::Unavailable(anyhow::Error::new(source).context(format!(
+                "no agent answers at {address}; is it running (bai-agent run --standalone), and is --address right?"
+            )))
+        })?;
+        Ok(Agent { client, address })
+    }
+}
+
+impl Agent {
+    /// Calls a method and decodes its reply.
+    pub async fn call<T: DeserializeOwned>(&mut self, method: &str, args: Vec<Value>, deadline: Option<Duration>) -> Result<T, Problem> {
+        let reply = self.client.call(method, args, Vec::new(), deadline).await.map_err(|error| match error {
+            ClientError::Failure(failure) => Problem::Refused { method: method.to_owned(), class: failure.class, repr: failure.repr },
+            other => Problem::Unavailable(anyhow::Error::new(other).context(format!("the call of {method} to {} failed", self.address))),
+        })?;
+        rpc::from_value(reply).map_err(|error| Problem::Other(anyhow::Error::new(error).context(format!("the reply of {method} has an unexpected shape"))))
+    }
+}

@@ -1,0 +1,239 @@
+//! `bai-agent kernel …`: kernels by hand, over the agent's real RPC.
+
+mod create;
+mod exec;
+mod records;
+
+use std::io::Write;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::connection::{Agent, Connection};
+use super::exit::Problem;
+use super::output::{self, Form, Table};
+use crate::rpc::Value;
+pub use records::{EventRecord, KernelRecord};
+
+/// Long enough for the agent's own deadlines (stop, log collection, deletion) to fire first.
+const DESTROY_DEADLINE: Duration = Duration::from_secs(240);
+/// Above the 30 s the manager itself allows for such calls.
+const CALL_DEADLINE: Duration = Duration::from_secs(45);
+
+/// The commands on kernels.
+#[derive(Debug, Subcommand)]
+pub enum KernelCommand {
+    /// Create a kernel from a local image and wait until it runs.
+    Create(create::CreateArgs),
+    /// List the kernels of this node.
+    List {
+        /// Also those that have ended lately.
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// Run a shell command (or code) in a kernel and show its output.
+    Exec(exec::ExecArgs),
+    /// Show what a kernel's container has written to its console.
+    Logs {
+        #[arg(value_name = "KERNEL")]
+        kernel: String,
+    },
+    /// Start a service of a kernel and show where it can be reached.
+    Service(ServiceArgs),
+    /// Show statistics of all or some kernels.
+    Stats {
+        #[arg(value_name = "KERNEL")]
+        kernels: Vec<String>,
+    },
+    /// Destroy kernels.
+    Destroy {
+        #[arg(value_name = "KERNEL", required = true)]
+        kernels: Vec<String>,
+        /// The reason that is recorded.
+        #[arg(long, default_value = "user-requested")]
+        reason: String,
+    },
+}
+
+/// Arguments of `kernel service`.
+#[derive(Debug, Args)]
+pub struct ServiceArgs {
+    #[arg(value_name = "KERNEL")]
+    kernel: String,
+    /// The service's name; without it, the services are listed.
+    service: Option<String>,
+    /// Stop the service instead.
+    #[arg(long, requires = "service")]
+    stop: bool,
+    /// An argument of the service, as NAME=VALUE (those its definition allows).
+    #[arg(long = "argument", value_name = "NAME=VALUE", value_parser = pair)]
+    arguments: Vec<(String, String)>,
+    /// An environment variable of the service (those its definition allows).
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = pair)]
+    envs: Vec<(String, String)>,
+}
+
+/// Splits `NAME=VALUE`.
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+/// A shell's exit code wants to be our own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitStatus(pub u8);
+
+/// Runs one command; the status is that of the command run in the kernel for `exec`, else 0.
+pub async fn run(command: KernelCommand, connection: &Connection, form: Form) -> Result<ExitStatus, Problem> {
+    let mut agent = connection.open().await?;
+    match command {
+        KernelCommand::Create(args) => create::run(args, &mut agent, connection, form).await?,
+        KernelCommand::List { all } => list(&mut agent, all, form).await?,
+        KernelCommand::Exec(args) => return exec::run(args, &mut agent, form).await,
+        KernelCommand::Logs { kernel } => logs(&mut agent, &kernel, form).await?,
+        KernelCommand::Service(args) => service(&mut agent, args, form).await?,
+        KernelCommand::Stats { kernels } => stats(&mut agent, &kernels, form).await?,
+        KernelCommand::Destroy { kernels, reason } => destroy(&mut agent, &kernels, &reason, form).await?,
+    }
+    Ok(ExitStatus(0))
+}
+
+/// All kernels the agent knows; `all` includes those that ended lately.
+async fn kernels(agent: &mut Agent, all: bool) -> Result<Vec<KernelRecord>, Problem> {
+    let reply: records::KernelsReply = agent.call("bai.kernels", vec![Value::Bool(all)], Some(CALL_DEADLINE)).await?;
+    Ok(reply.kernels)
+}
+
+/// Finds a kernel by its id or the unambiguous beginning of it.
+async fn find(agent: &mut Agent, text: &str) -> Result<KernelRecord, Problem> {
+    let all = kernels(agent, true).await?;
+    let mut found: Vec<KernelRecord> = all.into_iter().filter(|kernel| !text.is_empty() && kernel.kernel_id.starts_with(text)).collect();
+    match (found.len(), found.pop()) {
+        (1, Some(kernel)) => Ok(kernel),
+        (0, _) => Err(Problem::Refused {
+            method: "the look-up".to_owned(),
+            class: "KeyError".to_owned(),
+            repr: format!("no kernel begins with {text}; `bai-agent kernel list` shows what is there"),
+        }),
+        (several, _) => Err(Problem::Usage(anyhow::anyhow!("{several} kernels begin with {text}; give more of the id"))),
+    }
+}
+
+async fn list(agent: &mut Agent, all: bool, form: Form) -> Result<(), Problem> {
+    let kernels = kernels(agent, all).await?;
+    if form == Form::Json {
+        return Ok(output::json(&json!({ "kernels": kernels }))?);
+    }
+    let mut table = Table::new(&["KERNEL", "STATE", "IMAGE", ">AGE", "SERVICES"]);
+    for kernel in kernels {
+        let state = match (&kernel.exit_code, &kernel.reason) {
+            (Some(code), Some(reason)) => format!("{} ({reason}, exit {code})", kernel.state),
+            (None, Some(reason)) => format!("{} ({reason})", kernel.state),
+            _ => kernel.state.clone(),
+        };
+        let services = kernel.service_ports.iter().map(records::ServicePortRecord::summary).collect::<Vec<_>>().join(" ");
+        table.row([kernel.kernel_id.clone(), state, kernel.image.clone(), kernel.age(), services]);
+    }
+    print!("{}", table.render());
+    Ok(())
+}
+
+async fn logs(agent: &mut Agent, kernel: &str, form: Form) -> Result<(), Problem> {
+    let kernel = find(agent, kernel).await?;
+    let reply: records::LogsReply = agent.call("get_logs", vec![Value::Str(kernel.kernel_id.clone())], Some(CALL_DEADLINE)).await?;
+    if form == Form::Json {
+        return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "logs": reply.logs }))?);
+    }
+    std::io::stdout().lock().write_all(reply.logs.as_bytes())?;
+    Ok(())
+}
+
+async fn service(agent: &mut Agent, args: ServiceArgs, form: Form) -> Result<(), Problem> {
+    let kernel = find(agent, &args.kernel).await?;
+    let Some(name) = args.service else {
+        if form == Form::Json {
+            return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service_ports": kernel.service_ports }))?);
+        }
+        let mut table = Table::new(&["SERVICE", "PROTOCOL", ">CONTAINER", ">HOST"]);
+        for port in &kernel.service_ports {
+            for (container, host) in port.container_ports.iter().zip(&port.host_ports) {
+                table.row([port.name.clone(), port.protocol.clone(), container.to_string(), host.to_string()]);
+            }
+        }
+        print!("{}", table.render());
+        return Ok(());
+    };
+    let call = |method: &str, mut args: Vec<Value>| (method.to_owned(), {
+        args.insert(0, Value::Str(kernel.kernel_id.clone()));
+        args
+    });
+    if args.stop {
+        let (method, arguments) = call("shutdown_service", vec![Value::Str(name.clone())]);
+        let _: Option<bool> = agent.call(&method, arguments, Some(CALL_DEADLINE)).await?;
+        if form == Form::Json {
+            return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service": name, "status": "stopped" }))?);
+        }
+        println!("{name} of {} was asked to stop", kernel.kernel_id);
+        return Ok(());
+    }
+    let text_map = |pairs: Vec<(String, String)>| Value::Map(pairs.into_iter().map(|(name, value)| (Value::Str(name), Value::Str(value))).collect());
+    let options = Value::Map(vec![
+        (Value::Str("arguments".to_owned()), text_map(args.arguments)),
+        (Value::Str("envs".to_owned()), text_map(args.envs)),
+    ]);
+    let (method, arguments) = call("start_service", vec![Value::Str(name.clone()), options]);
+    let reply: records::ServiceReply = agent.call(&method, arguments, Some(CALL_DEADLINE)).await?;
+    if !matches!(reply.status.as_str(), "started" | "running") {
+        return Err(Problem::Refused {
+            method: format!("the start of {name}"),
+            class: reply.status,
+            repr: reply.error.unwrap_or_else(|| "no reason was given".to_owned()),
+        });
+    }
+    let ports: Vec<u16> = kernel.service_ports.iter().filter(|port| port.name == name).flat_map(|port| port.host_ports.iter().copied()).collect();
+    if form == Form::Json {
+        return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service": name, "status": reply.status, "host_ports": ports }))?);
+    }
+    for port in ports {
+        println!("{name}: 127.0.0.1:{port}");
+    }
+    Ok(())
+}
+
+async fn stats(agent: &mut Agent, kernels: &[String], form: Form) -> Result<(), Problem> {
+    let mut ids = Vec::new();
+    for kernel in kernels {
+        ids.push(Value::Str(find(agent, kernel).await?.kernel_id));
+    }
+    let reply: serde_json::Value = agent.call("bai.stats", vec![Value::Array(ids)], Some(CALL_DEADLINE)).await?;
+    if form == Form::Json {
+        return Ok(output::json(&reply)?);
+    }
+    print!("{}", records::stats_table(&reply));
+    Ok(())
+}
+
+async fn destroy(agent: &mut Agent, kernels: &[String], reason: &str, form: Form) -> Result<(), Problem> {
+    let mut destroyed = Vec::new();
+    for kernel in kernels {
+        let kernel = find(agent, kernel).await?;
+        let arguments = vec![
+            Value::Str(kernel.kernel_id.clone()),
+            Value::Str(kernel.session_id.clone()),
+            Value::Str(reason.to_owned()),
+            Value::Bool(false),
+        ];
+        let _: Option<bool> = agent.call("destroy_kernel", arguments, Some(DESTROY_DEADLINE)).await?;
+        if form == Form::Text {
+            println!("{}", kernel.kernel_id);
+        }
+        destroyed.push(kernel.kernel_id);
+    }
+    if form == Form::Json {
+        output::json(&json!({ "destroyed": destroyed }))?;
+    }
+    Ok(())
+}
