@@ -1,1 +1,2 @@
-//! placeholder
+//! Agent configuration.
+#![forbid(unsafe_code)]

@@ -1,1 +1,4 @@
+//! The `bai-agent` program.
+#![forbid(unsafe_code)]
+
 fn main() {}

@@ -1,1 +1,2 @@
-//! x
+//! Test harness.
+#![forbid(unsafe_code)]
