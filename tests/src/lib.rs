@@ -1,2 +1,4 @@
-//! Test harness.
+//! Harness of the integration suites: what they need made, started and observed.
 #![forbid(unsafe_code)]
+
+pub mod images;
