@@ -1,0 +1,446 @@
+//! What is mounted into a kernel's container, and from where.
+//!
+//! In: the scratch, the request's folders, the installed runner, and what this host has. Out: an
+//! ordered list of [`Mount`]s (`lifecycle.md` 7). Invariant: every bind source was seen on the
+//! host before anything of the kernel was created, so a missing folder is told in words instead
+//! of failing `containers/create`.
+
+use super::request::{MountPermission, VfolderMount};
+use super::scratch::ScratchPaths;
+use serde::{Deserialize, Serialize};
+use std::path::{Component, Path, PathBuf};
+use thiserror::Error;
+
+/// How a source is understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountKind {
+    /// A host path.
+    Bind,
+    /// A Docker volume's name.
+    Volume,
+    Tmpfs,
+}
+
+/// One mount, in the form of the `create_kernels` result.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Mount {
+    #[serde(rename = "type")]
+    pub kind: MountKind,
+    pub source: String,
+    pub target: String,
+    pub permission: MountPermission,
+    /// Always null; kept for the manager's decoder.
+    #[serde(default)]
+    pub opts: Option<()>,
+}
+
+impl Mount {
+    /// A bind mount of a host path.
+    pub fn bind(
+        source: impl Into<String>,
+        target: impl Into<String>,
+        permission: MountPermission,
+    ) -> Self {
+        let (source, target) = (source.into(), target.into());
+        Self {
+            kind: MountKind::Bind,
+            source,
+            target,
+            permission,
+            opts: None,
+        }
+    }
+
+    /// A mount of a Docker volume.
+    pub fn volume(
+        name: impl Into<String>,
+        target: impl Into<String>,
+        permission: MountPermission,
+    ) -> Self {
+        Self {
+            kind: MountKind::Volume,
+            ..Self::bind(name, target, permission)
+        }
+    }
+
+    /// Whether the container can't write there; `wd` is writable.
+    pub fn is_read_only(&self) -> bool {
+        self.permission == MountPermission::ReadOnly
+    }
+}
+
+/// Why a kernel can't have its mounts. All are told before anything is created; a retry helps only
+/// after the folder has appeared.
+#[derive(Debug, Error)]
+pub enum MountError {
+    #[error(
+        "the folder {name} cannot be mounted: {path} does not exist on this node; check that its volume is mounted here"
+    )]
+    Missing { name: String, path: PathBuf },
+    #[error("the folder {name} cannot be mounted: {path} cannot be read on this node")]
+    Unreadable {
+        name: String,
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error(
+        "the folder {name} cannot be mounted: its host path {path:?} is not an absolute path without '..'"
+    )]
+    HostPath { name: String, path: String },
+    #[error(
+        "the folder {name} cannot be mounted at {path:?}: a path below the container's root is needed"
+    )]
+    KernelPath { name: String, path: String },
+    #[error("two folders are to be mounted at {0}")]
+    Twice(String),
+    #[error("the folder {name} cannot be mounted at {path}, which belongs to the runner")]
+    RunnerPath { name: String, path: String },
+    #[error(
+        "the host socket {0} was asked for, but proxied host sockets are not supported by this agent yet; start the session without domain socket proxies"
+    )]
+    DomainSocket(String),
+}
+
+/// Directories the original keeps on a host beside the agent's own; other values in tests.
+#[derive(Debug, Clone)]
+pub struct HostPaths {
+    /// Where `localtime` and `timezone` are looked for.
+    pub etc: PathBuf,
+    /// The root of lxcfs.
+    pub lxcfs: PathBuf,
+}
+
+impl Default for HostPaths {
+    fn default() -> Self {
+        Self {
+            etc: "/etc".into(),
+            lxcfs: "/var/lib/lxcfs".into(),
+        }
+    }
+}
+
+/// What the intrinsic mounts of one kernel depend on.
+#[derive(Debug, Clone, Default)]
+pub struct Intrinsic<'a> {
+    /// The volume `deeplearning-samples` exists in Docker.
+    pub samples_volume: bool,
+    /// Short image name, compared with the frameworks that have samples.
+    pub short_image_name: &'a str,
+    /// Host directory of core dumps and the directory of the host's core pattern, if enabled.
+    pub coredump: Option<(&'a Path, &'a Path)>,
+    /// Directory that holds `agent.sock`, mounted read-only at `/opt/kernel`; a new agent's socket
+    /// appears there by itself.
+    pub agent_socket_dir: Option<&'a Path>,
+}
+
+/// Images with one of these in their name get the samples.
+const SAMPLED: [&str; 6] = ["tensorflow", "caffe", "keras", "torch", "mxnet", "theano"];
+
+/// Rows 1 to 9 of the list: scratch, time zone, lxcfs, samples, core dumps, agent socket.
+///
+/// Reads the host's directories; call it where blocking is allowed.
+pub fn intrinsic(scratch: &ScratchPaths, wanted: &Intrinsic<'_>, host: &HostPaths) -> Vec<Mount> {
+    use MountPermission::{ReadOnly, ReadWrite};
+    let mut mounts = vec![
+        Mount::bind(display(&scratch.config), "/home/config", ReadOnly),
+        Mount::bind(display(&scratch.work), "/home/work", ReadWrite),
+    ];
+    if let Some(tmp) = &scratch.tmp {
+        mounts.push(Mount::bind(display(tmp), "/tmp", ReadWrite));
+    }
+    for name in ["localtime", "timezone"] {
+        let path = host.etc.join(name);
+        if path.exists() {
+            mounts.push(Mount::bind(
+                display(&path),
+                format!("/etc/{name}"),
+                ReadOnly,
+            ));
+        }
+    }
+    mounts.extend(lxcfs(&host.lxcfs));
+    if wanted.samples_volume
+        && SAMPLED
+            .iter()
+            .any(|name| wanted.short_image_name.contains(name))
+    {
+        mounts.push(Mount::volume(
+            "deeplearning-samples",
+            "/home/work/samples",
+            ReadOnly,
+        ));
+    }
+    if let Some((source, target)) = wanted.coredump {
+        mounts.push(Mount::bind(display(source), display(target), ReadWrite));
+    }
+    if let Some(directory) = wanted.agent_socket_dir {
+        mounts.push(Mount::bind(display(directory), "/opt/kernel", ReadOnly));
+    }
+    mounts
+}
+
+/// The files of lxcfs that show a container its own CPU count, memory and uptime.
+fn lxcfs(root: &Path) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    if let Ok(entries) = std::fs::read_dir(root.join("proc")) {
+        let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            // lxcfs shows features it cannot serve as empty files.
+            let served = path
+                .metadata()
+                .is_ok_and(|file| file.is_file() && file.len() > 0);
+            if let (true, Some(name)) = (served, path.file_name()) {
+                let target = format!("/proc/{}", name.to_string_lossy());
+                mounts.push(Mount::bind(
+                    display(&path),
+                    target,
+                    MountPermission::ReadWrite,
+                ));
+            }
+        }
+    }
+    for name in ["sys/devices/system/cpu", "sys/devices/system/cpu/online"] {
+        let path = root.join(name);
+        if path.exists() {
+            mounts.push(Mount::bind(
+                display(&path),
+                format!("/{name}"),
+                MountPermission::ReadWrite,
+            ));
+        }
+    }
+    mounts
+}
+
+/// Checks the request's folders and gives their mounts in the order asked for; with `prevent`
+/// (`internal_data.prevent_vfolder_mounts`) only folders named `.logs`.
+///
+/// Call it before anything is created, and where blocking is allowed: a folder may lie on a
+/// network file system that hangs.
+///
+/// # Errors
+/// The first folder that is not on this node or whose target is not possible.
+pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, MountError> {
+    let mut mounts: Vec<Mount> = Vec::new();
+    for folder in folders
+        .iter()
+        .filter(|folder| !prevent || folder.name == ".logs")
+    {
+        let name = || folder.name.clone();
+        let source = Path::new(&folder.host_path);
+        if !is_plain_absolute(source) {
+            return Err(MountError::HostPath {
+                name: name(),
+                path: folder.host_path.clone(),
+            });
+        }
+        let target = Path::new(&folder.kernel_path);
+        if !is_plain_absolute(target) || target == Path::new("/") {
+            return Err(MountError::KernelPath {
+                name: name(),
+                path: folder.kernel_path.clone(),
+            });
+        }
+        let owned = ["/opt/kernel", "/opt/backend.ai", "/home/config"];
+        if owned.iter().any(|path| target.starts_with(path)) || target == Path::new("/home/work") {
+            return Err(MountError::RunnerPath {
+                name: name(),
+                path: folder.kernel_path.clone(),
+            });
+        }
+        // lstat would accept a dangling link, which Docker refuses later.
+        match std::fs::metadata(source) {
+            Ok(_) => {}
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
+                return Err(MountError::Missing {
+                    name: name(),
+                    path: source.to_owned(),
+                });
+            }
+            Err(cause) => {
+                let path = source.to_owned();
+                return Err(MountError::Unreadable {
+                    name: name(),
+                    path,
+                    cause,
+                });
+            }
+        }
+        if mounts
+            .iter()
+            .any(|mount| Path::new(&mount.target) == target)
+        {
+            return Err(MountError::Twice(folder.kernel_path.clone()));
+        }
+        mounts.push(Mount::bind(
+            &folder.host_path,
+            &folder.kernel_path,
+            folder.mount_perm,
+        ));
+    }
+    Ok(mounts)
+}
+
+/// Refuses host sockets in words: nothing proxies them yet.
+///
+/// # Errors
+/// The first socket asked for.
+pub fn refuse_domain_sockets(sockets: &[String]) -> Result<(), MountError> {
+    sockets.first().map_or(Ok(()), |socket| {
+        Err(MountError::DomainSocket(socket.clone()))
+    })
+}
+
+fn is_plain_absolute(path: &Path) -> bool {
+    path.is_absolute()
+        && path
+            .components()
+            .all(|part| !matches!(part, Component::ParentDir))
+}
+
+/// A path as text; the agent's own directories and the manager's texts are UTF-8.
+pub(crate) fn display(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn folder(name: &str, host: &Path, kernel: &str) -> VfolderMount {
+        VfolderMount {
+            name: name.to_owned(),
+            vfid: None,
+            vfsubpath: None,
+            host_path: display(host),
+            kernel_path: kernel.to_owned(),
+            mount_perm: MountPermission::WriteDelete,
+            usage_mode: crate::kernel::request::VfolderUsage::General,
+        }
+    }
+
+    fn scratch(tmp: Option<PathBuf>) -> ScratchPaths {
+        ScratchPaths {
+            root: "/s/k".into(),
+            config: "/s/k/config".into(),
+            work: "/s/k/work".into(),
+            tmp,
+        }
+    }
+
+    #[test]
+    fn intrinsic_mounts_follow_the_host() {
+        let host = tempfile::tempdir().unwrap();
+        let (etc, lxcfs) = (host.path().join("etc"), host.path().join("lxcfs"));
+        fs::create_dir_all(&etc).unwrap();
+        fs::create_dir_all(lxcfs.join("proc")).unwrap();
+        fs::create_dir_all(lxcfs.join("sys/devices/system/cpu")).unwrap();
+        fs::write(etc.join("localtime"), "x").unwrap();
+        fs::write(lxcfs.join("proc/uptime"), "1").unwrap();
+        fs::write(lxcfs.join("proc/swaps"), "").unwrap();
+        let host = HostPaths { etc, lxcfs };
+        let wanted = Intrinsic {
+            samples_volume: true,
+            short_image_name: "ngc-pytorch",
+            coredump: Some((Path::new("/cores"), Path::new("/var/crash"))),
+            agent_socket_dir: Some(Path::new("/run/a")),
+        };
+        let mounts = intrinsic(&scratch(Some("/s/k_tmp".into())), &wanted, &host);
+        let rows: Vec<_> = mounts
+            .iter()
+            .map(|m| (m.target.as_str(), m.permission.as_str()))
+            .collect();
+        assert_eq!(
+            rows,
+            [
+                ("/home/config", "ro"),
+                ("/home/work", "rw"),
+                ("/tmp", "rw"),
+                ("/etc/localtime", "ro"),
+                ("/proc/uptime", "rw"),
+                ("/sys/devices/system/cpu", "rw"),
+                ("/home/work/samples", "ro"),
+                ("/var/crash", "rw"),
+                ("/opt/kernel", "ro"),
+            ]
+        );
+        let plain = intrinsic(&scratch(None), &Intrinsic::default(), &host);
+        assert!(
+            plain
+                .iter()
+                .all(|m| m.target != "/tmp" && m.target != "/home/work/samples")
+        );
+    }
+
+    #[test]
+    fn a_missing_folder_is_told_before_anything_is_created() {
+        let host = tempfile::tempdir().unwrap();
+        let here = folder("a", host.path(), "/home/work/a");
+        let gone = folder("b", &host.path().join("gone"), "/home/work/b");
+        let told = vfolders(&[here.clone(), gone.clone()], false)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            told.contains("folder b") && told.contains("does not exist on this node"),
+            "{told}"
+        );
+        assert!(vfolders(&[gone], true).unwrap().is_empty());
+        let mounts = vfolders(&[here], false).unwrap();
+        assert!(!mounts[0].is_read_only());
+        assert_eq!(mounts[0].permission.as_str(), "wd");
+    }
+
+    #[test]
+    fn only_logs_folders_are_mounted_when_prevented() {
+        let host = tempfile::tempdir().unwrap();
+        let folders = [
+            folder("a", host.path(), "/home/work/a"),
+            folder(".logs", host.path(), "/home/work/.logs"),
+        ];
+        let mounts = vfolders(&folders, true).unwrap();
+        assert_eq!(mounts.len(), 1);
+        assert_eq!(mounts[0].target, "/home/work/.logs");
+    }
+
+    #[test]
+    fn impossible_targets_and_sources_are_refused() {
+        let host = tempfile::tempdir().unwrap();
+        for target in [
+            "relative",
+            "/",
+            "/home/work/../x",
+            "/opt/kernel/su-exec",
+            "/home/config",
+            "/home/work",
+        ] {
+            assert!(
+                vfolders(&[folder("a", host.path(), target)], false).is_err(),
+                "{target}"
+            );
+        }
+        assert!(vfolders(&[folder("a", Path::new("x"), "/home/work/a")], false).is_err());
+        let twice = [
+            folder("a", host.path(), "/d"),
+            folder("b", host.path(), "/d/"),
+        ];
+        assert!(matches!(vfolders(&twice, false), Err(MountError::Twice(_))));
+        let told = refuse_domain_sockets(&["/run/x.sock".to_owned()])
+            .unwrap_err()
+            .to_string();
+        assert!(told.contains("/run/x.sock"));
+        assert!(refuse_domain_sockets(&[]).is_ok());
+    }
+
+    #[test]
+    fn mounts_have_the_managers_shape() {
+        let mount = Mount::bind("/a", "/b", MountPermission::ReadOnly);
+        assert_eq!(
+            serde_json::to_value(mount).unwrap(),
+            serde_json::json!({"type": "bind", "source": "/a", "target": "/b", "permission": "ro", "opts": null})
+        );
+    }
+}
