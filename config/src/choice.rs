@@ -1,0 +1,158 @@
+//! Settings that are one word out of a few.
+
+use std::fmt;
+
+/// A setting that is one of a fixed set of words.
+pub(crate) trait Choice: Sized + Copy + 'static {
+    const WORDS: &'static [(&'static str, Self)];
+    /// Whether upper and lower case are the same.
+    const ANY_CASE: bool;
+}
+
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident, any_case: $any:literal, { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name { $($(#[$vdoc])* $variant,)* }
+
+        impl Choice for $name {
+            const WORDS: &'static [(&'static str, Self)] = &[$(($word, Self::$variant),)*];
+            const ANY_CASE: bool = $any;
+        }
+
+        impl $name {
+            /// The word as written in the file.
+            pub fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.word())
+            }
+        }
+    };
+}
+
+choice! {
+    /// `agent.mode`: the container backend.
+    Backend, any_case: false, {
+        /// The only one this agent runs.
+        Docker = "docker",
+        /// Refused with words.
+        Kubernetes = "kubernetes",
+        /// Refused with words.
+        Dummy = "dummy",
+    }
+}
+choice! {
+    /// `agent.scaling-group-type`.
+    ScalingGroupType, any_case: false, {
+        /// Compute kernels.
+        Compute = "compute",
+        /// Storage access (SFTP) kernels.
+        Storage = "storage",
+    }
+}
+choice! {
+    /// `container.stats-type`.
+    StatsType, any_case: false, {
+        /// The engine's statistics API in the original.
+        Docker = "docker",
+        /// The kernel's counters; the original needs root for it.
+        Cgroup = "cgroup",
+    }
+}
+choice! {
+    /// `container.sandbox-type`.
+    SandboxType, any_case: false, {
+        /// Docker's own isolation.
+        Docker = "docker",
+        /// The system call filter of the original, x86_64 only.
+        Jail = "jail",
+    }
+}
+choice! {
+    /// `container.scratch-type`.
+    ScratchType, any_case: false, {
+        /// A directory on the host.
+        Hostdir = "hostdir",
+        /// A file system in a loop file; needs root.
+        Hostfile = "hostfile",
+        /// A tmpfs.
+        Memory = "memory",
+        /// Kubernetes only; refused with words.
+        K8sNfs = "k8s-nfs",
+    }
+}
+choice! {
+    /// `resource.affinity-policy`.
+    AffinityPolicy, any_case: true, {
+        /// Spread over NUMA nodes.
+        Interleaved = "INTERLEAVED",
+        /// Fill one NUMA node before the next.
+        PreferSingleNode = "PREFER_SINGLE_NODE",
+    }
+}
+choice! {
+    /// A log level of the original.
+    LogLevel, any_case: true, {
+        /// Everything.
+        Trace = "TRACE",
+        /// Per request.
+        Debug = "DEBUG",
+        /// Lifecycle steps.
+        Info = "INFO",
+        /// Degraded but working.
+        Warning = "WARNING",
+        /// A human must act.
+        Error = "ERROR",
+        /// Shown as error here.
+        Critical = "CRITICAL",
+        /// Everything.
+        NotSet = "NOTSET",
+    }
+}
+choice! {
+    /// A log driver of the original.
+    LogDriver, any_case: false, {
+        /// Standard error.
+        Console = "console",
+        /// A rotated file.
+        File = "file",
+        /// Not used here.
+        Logstash = "logstash",
+        /// Not used here.
+        Graylog = "graylog",
+    }
+}
+choice! {
+    /// A log format of the original.
+    LogFormat, any_case: true, {
+        /// Message only.
+        Simple = "simple",
+        /// Time, level, module and message.
+        Verbose = "verbose",
+    }
+}
+choice! {
+    /// `service-discovery.type`.
+    DiscoveryType, any_case: false, {
+        /// In the bus.
+        Redis = "redis",
+        /// In etcd.
+        Etcd = "etcd",
+    }
+}
+choice! {
+    /// `node.publish`: who publishes container ports.
+    Publish, any_case: false, {
+        /// Rows where container addresses can be reached, else the engine.
+        Auto = "auto",
+        /// The dataplane, from rows of the shared region.
+        Rows = "rows",
+        /// The container engine's own port bindings.
+        Engine = "engine",
+    }
+}

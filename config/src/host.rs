@@ -1,0 +1,160 @@
+//! Facts about the host that a configuration depends on, behind a trait so tests can fix them.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::unistd::{AccessFlags, User, access, getegid, geteuid};
+
+/// User and group number of an account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserEntry {
+    /// User number.
+    pub uid: u32,
+    /// Number of the primary group.
+    pub gid: u32,
+}
+
+/// What loading asks about the host. Answers are read-only: nothing is changed.
+pub trait Host: fmt::Debug + Send + Sync {
+    /// Effective user and group of this process.
+    fn process_user(&self) -> UserEntry;
+    /// Account by name.
+    fn user(&self, name: &str) -> Option<UserEntry>;
+    /// Name of the host.
+    fn hostname(&self) -> String;
+    /// Processor architecture as Rust names it (`x86_64`, `aarch64`).
+    fn architecture(&self) -> &str;
+    /// Directory that relative paths start from.
+    fn working_directory(&self) -> PathBuf;
+    /// Home directory of the user.
+    fn home(&self) -> Option<PathBuf>;
+    /// Whether the path, or its nearest existing parent, is on tmpfs and writable.
+    fn is_writable_tmpfs(&self, path: &Path) -> bool;
+    /// An address of this host that others can reach, and how it was found.
+    fn reachable_address(&self) -> (IpAddr, &'static str);
+    /// Addresses of a host name; empty when it does not resolve in time.
+    fn resolve(&self, name: &str) -> Vec<IpAddr>;
+    /// The kernel's core dump pattern.
+    fn core_pattern(&self) -> String;
+}
+
+/// The host this process runs on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ThisHost;
+
+/// How long a name lookup may hold up the start.
+const RESOLVE_DEADLINE: Duration = Duration::from_secs(3);
+
+impl Host for ThisHost {
+    fn process_user(&self) -> UserEntry {
+        UserEntry {
+            uid: geteuid().as_raw(),
+            gid: getegid().as_raw(),
+        }
+    }
+
+    fn user(&self, name: &str) -> Option<UserEntry> {
+        let user = User::from_name(name).ok().flatten()?;
+        Some(UserEntry {
+            uid: user.uid.as_raw(),
+            gid: user.gid.as_raw(),
+        })
+    }
+
+    fn hostname(&self) -> String {
+        let read = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        match read.trim() {
+            "" => "localhost".to_owned(),
+            name => name.to_owned(),
+        }
+    }
+
+    fn architecture(&self) -> &str {
+        std::env::consts::ARCH
+    }
+
+    fn working_directory(&self) -> PathBuf {
+        std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"))
+    }
+
+    fn home(&self) -> Option<PathBuf> {
+        let named = std::env::var_os("HOME").filter(|home| !home.is_empty());
+        named
+            .map(PathBuf::from)
+            .or_else(|| Some(User::from_uid(geteuid()).ok()??.dir))
+    }
+
+    fn is_writable_tmpfs(&self, path: &Path) -> bool {
+        let Some(existing) = path.ancestors().find(|p| p.exists()) else {
+            return false;
+        };
+        statfs(existing).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
+            && access(existing, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    }
+
+    fn reachable_address(&self) -> (IpAddr, &'static str) {
+        let by_name = self.resolve(&self.hostname());
+        // Debian names the host 127.0.1.1 in /etc/hosts: nobody else can reach that.
+        if let Some(ip) = by_name.iter().find(|ip| ip.is_ipv4() && !ip.is_loopback()) {
+            return (*ip, "host name");
+        }
+        match route_source() {
+            Some(ip) => (ip, "default route"),
+            None => (IpAddr::from([127, 0, 0, 1]), "loopback"),
+        }
+    }
+
+    fn resolve(&self, name: &str) -> Vec<IpAddr> {
+        // The resolver has no deadline of its own, so it runs aside and may be left behind.
+        let (sender, receiver) = mpsc::channel();
+        let name = name.to_owned();
+        let spawned = std::thread::Builder::new()
+            .name("resolve".into())
+            .spawn(move || {
+                let found = (name.as_str(), 0u16).to_socket_addrs();
+                let _ = sender.send(
+                    found
+                        .map(|a| a.map(|a| a.ip()).collect())
+                        .unwrap_or_default(),
+                );
+            });
+        match spawned {
+            Ok(_) => receiver.recv_timeout(RESOLVE_DEADLINE).unwrap_or_default(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn core_pattern(&self) -> String {
+        let read = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+        read.trim().to_owned()
+    }
+}
+
+/// The source address of the default route: connecting a UDP socket sends nothing. The target is
+/// from the range reserved for documentation, so it is never a neighbour.
+fn route_source() -> Option<IpAddr> {
+    let socket = UdpSocket::bind(SocketAddr::from(([0, 0, 0, 0], 0))).ok()?;
+    socket.connect(SocketAddr::from(([192, 0, 2, 1], 9))).ok()?;
+    let ip = socket.local_addr().ok()?.ip();
+    (!ip.is_unspecified() && !ip.is_loopback()).then_some(ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_answers() {
+        let host = ThisHost;
+        assert!(!host.hostname().is_empty());
+        assert!(host.working_directory().is_absolute());
+        assert!(!host.reachable_address().0.is_unspecified());
+        assert_eq!(host.resolve("127.0.0.1"), [IpAddr::from([127, 0, 0, 1])]);
+        assert!(host.resolve("no such host").is_empty());
+        assert!(!host.is_writable_tmpfs(Path::new("/proc/x")));
+    }
+}

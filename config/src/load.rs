@@ -1,0 +1,188 @@
+//! From options to a checked configuration.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::document::{self, Table};
+use crate::host::{Host, ThisHost};
+use crate::problem::{Effective, Errors, Note};
+use crate::search::candidates;
+use crate::section::{Gathered, Reader};
+use crate::sections::Config;
+use crate::{check, read};
+
+/// Environment variables by name.
+pub type Environment = Box<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
+/// Where to load from.
+pub struct LoadOptions {
+    /// The file named on the command line; it must exist.
+    pub explicit: Option<PathBuf>,
+    /// Whether to run without etcd, bus and manager. No places are searched then: only a named
+    /// file (here or in `BACKEND_CONFIG_FILE`) is read.
+    pub standalone: bool,
+    /// Environment variables by name.
+    pub environment: Environment,
+    /// Facts about the host.
+    pub host: Box<dyn Host>,
+}
+
+impl LoadOptions {
+    /// This process's environment and host.
+    pub fn of_this_process(explicit: Option<PathBuf>, standalone: bool) -> Self {
+        Self {
+            explicit,
+            standalone,
+            environment: Box::new(|name| std::env::var(name).ok()),
+            host: Box::new(ThisHost),
+        }
+    }
+}
+
+impl fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("explicit", &self.explicit)
+            .field("standalone", &self.standalone)
+            .field("host", &self.host)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A valid configuration and how it came about.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Each effective value with its origin, in the order of the sections.
+    pub origins: Vec<Effective>,
+    /// What was not used, not known, or is worth a warning.
+    pub notes: Vec<Note>,
+}
+
+/// Finds, reads and checks the configuration. Reads files only: nothing is created.
+///
+/// # Errors
+/// No file, an unreadable file, or all faults of the configuration together.
+pub fn load(options: &LoadOptions) -> Result<Loaded, Errors> {
+    let file = find(options)?;
+    let text = match &file {
+        None => String::new(),
+        Some(path) => std::fs::read_to_string(path).map_err(|source| Errors::Unreadable {
+            path: path.clone(),
+            source,
+        })?,
+    };
+    load_text(
+        &text,
+        file.as_deref(),
+        options.standalone,
+        &*options.environment,
+        &*options.host,
+    )
+}
+
+fn find(options: &LoadOptions) -> Result<Option<PathBuf>, Errors> {
+    let working = options.host.working_directory();
+    if let Some(explicit) = &options.explicit {
+        return Ok(Some(working.join(explicit)));
+    }
+    let named = (options.environment)("BACKEND_CONFIG_FILE").is_some_and(|path| !path.is_empty());
+    if options.standalone && !named {
+        return Ok(None);
+    }
+    let searched = candidates(&*options.environment, &*options.host);
+    match searched.iter().find(|path| path.is_file()) {
+        Some(path) => Ok(Some(path.clone())),
+        None => Err(Errors::NotFound { searched }),
+    }
+}
+
+pub(crate) fn load_text(
+    text: &str,
+    file: Option<&Path>,
+    standalone: bool,
+    environment: &dyn Fn(&str) -> Option<String>,
+    host: &dyn Host,
+) -> Result<Loaded, Errors> {
+    let invalid = |problems| Errors::Invalid {
+        file: file.map(Path::to_owned),
+        problems,
+    };
+    let root: Table = document::parse(text).map_err(invalid)?;
+    let mut reader = Reader {
+        environment,
+        host,
+        standalone,
+        gathered: Gathered::default(),
+    };
+    let config = read::config(&mut reader, &root, file);
+    check::all(&mut reader, &config);
+    let Gathered {
+        problems,
+        notes,
+        mut values,
+    } = reader.gathered;
+    if !problems.is_empty() {
+        return Err(invalid(problems));
+    }
+    // Detected values are recorded late; the table keeps each section together.
+    let mut order: Vec<String> = Vec::new();
+    for value in &values {
+        if !order.contains(&value.section) {
+            order.push(value.section.clone());
+        }
+    }
+    values.sort_by_key(|value| order.iter().position(|section| *section == value.section));
+    Ok(Loaded {
+        config: Arc::new(config),
+        origins: values,
+        notes,
+    })
+}
+
+/// Loads a text against a host that touches nothing; for fuzzing.
+pub(crate) fn load_text_for_fuzzing(text: &str) -> Result<Loaded, Errors> {
+    #[derive(Debug)]
+    struct Still;
+
+    impl Host for Still {
+        fn process_user(&self) -> crate::host::UserEntry {
+            crate::host::UserEntry {
+                uid: 1000,
+                gid: 1000,
+            }
+        }
+        fn user(&self, _: &str) -> Option<crate::host::UserEntry> {
+            None
+        }
+        fn hostname(&self) -> String {
+            "still".to_owned()
+        }
+        fn architecture(&self) -> &str {
+            "x86_64"
+        }
+        fn working_directory(&self) -> PathBuf {
+            PathBuf::from("/nonexistent")
+        }
+        fn home(&self) -> Option<PathBuf> {
+            None
+        }
+        fn is_writable_tmpfs(&self, _: &Path) -> bool {
+            true
+        }
+        fn reachable_address(&self) -> (std::net::IpAddr, &'static str) {
+            (std::net::IpAddr::from([192, 0, 2, 7]), "fuzzing")
+        }
+        fn resolve(&self, _: &str) -> Vec<std::net::IpAddr> {
+            Vec::new()
+        }
+        fn core_pattern(&self) -> String {
+            "core".to_owned()
+        }
+    }
+
+    let cluster = load_text(text, None, false, &|_| None, &Still);
+    cluster.or_else(|_| load_text(text, None, true, &|_| None, &Still))
+}

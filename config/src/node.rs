@@ -1,0 +1,96 @@
+//! `[node]`: the settings the original does not have.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::choice::Publish;
+use crate::units::ByteSize;
+
+/// `[node]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Node {
+    /// Base of the shared regions, on tmpfs; each agent has a directory of its id in it.
+    pub run_dir: PathBuf,
+    /// State of standalone mode; the same as `agent.var-base-path` otherwise.
+    pub state_dir: PathBuf,
+    /// Installed in-container runner packages, a directory per version.
+    pub runner_dir: PathBuf,
+    /// Who publishes container ports.
+    pub publish: Publish,
+    /// Whether containers get a CPU quota of their slots besides the cpuset.
+    pub cpu_quota: bool,
+    /// Whether memory is pinned to the NUMA nodes of the allocated cores.
+    pub memory_nodes: bool,
+    /// Container rows in the shared region.
+    pub max_containers: u32,
+    /// How long a create waits for the dataplane to serve its ports.
+    pub dataplane_wait: Duration,
+    /// Limits on the block devices for each container.
+    pub device_limits: Vec<DeviceLimit>,
+    /// `[node.engine]`.
+    pub engine: Engine,
+    /// `[node.dataplane]`.
+    pub dataplane: DataplaneLimits,
+    /// `[node.rpc]`.
+    pub rpc: RpcLimits,
+}
+
+/// One entry of `[[node.device-limits]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceLimit {
+    /// Block device, such as `/dev/sda`.
+    pub device: PathBuf,
+    /// Bytes read per second.
+    pub read_bps: Option<ByteSize>,
+    /// Bytes written per second.
+    pub write_bps: Option<ByteSize>,
+    /// Read operations per second.
+    pub read_iops: Option<u64>,
+    /// Write operations per second.
+    pub write_iops: Option<u64>,
+}
+
+/// `[node.engine]`: the container engine and a deadline for each kind of call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Engine {
+    /// `DOCKER_HOST` form (`unix:///...`, `tcp://...`); none is the engine's default socket.
+    pub host: Option<String>,
+    /// Connecting.
+    pub connect_timeout: Duration,
+    /// Calls that only ask or change a little.
+    pub request_timeout: Duration,
+    /// Creating a container.
+    pub create_timeout: Duration,
+    /// Starting a container.
+    pub start_timeout: Duration,
+    /// How long a container may take to stop before it is killed.
+    pub stop_grace: Duration,
+    /// Removing a container.
+    pub remove_timeout: Duration,
+}
+
+/// `[node.dataplane]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataplaneLimits {
+    /// Sessions on one port.
+    pub max_sessions_per_port: u32,
+    /// Sessions on all ports together.
+    pub max_sessions: u32,
+    /// A session without a byte for this long is closed; zero never.
+    pub idle_timeout: Duration,
+    /// Connecting to a container.
+    pub connect_timeout: Duration,
+    /// How long sessions of a removed port may go on; zero cuts them.
+    pub drain: Duration,
+    /// Period of the statistics samples.
+    pub stats_interval: Duration,
+}
+
+/// `[node.rpc]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RpcLimits {
+    /// Largest message accepted.
+    pub max_message: ByteSize,
+    /// Requests in flight; more are refused with words.
+    pub max_in_flight: u32,
+}

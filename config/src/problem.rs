@@ -1,0 +1,152 @@
+//! What loading reports: faults, notes, and where each effective value came from.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Where an effective value came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A line of the configuration file.
+    File {
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// An environment variable.
+    Environment(&'static str),
+    /// The built-in default.
+    Default,
+    /// The default of standalone mode.
+    Standalone,
+    /// Found out from the host; the text says how.
+    Detected(&'static str),
+}
+
+/// One effective value as shown by `check-config`. Secrets are already hidden.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Effective {
+    /// Section, such as `agent` or `debug.coredump`.
+    pub section: String,
+    /// Key in kebab case.
+    pub key: &'static str,
+    /// The value as text, empty when there is none.
+    pub text: String,
+    /// The value as JSON.
+    pub json: serde_json::Value,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+/// What kind of remark a [`Note`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoteKind {
+    /// A key of the original that has no effect here.
+    NotUsed,
+    /// A key nobody knows.
+    Unknown,
+    /// Something that works but probably is not what was meant.
+    Warning,
+}
+
+/// A remark that does not stop the start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What kind of remark.
+    pub kind: NoteKind,
+    /// Line of the file, when it is about one.
+    pub line: Option<usize>,
+    /// Section and key, such as `container.port-rnage`.
+    pub key: String,
+    /// One sentence.
+    pub text: String,
+}
+
+/// One fault of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Line of the file, counted from 1, when the value stands there.
+    pub line: Option<usize>,
+    /// The environment variable the value came from, if it did.
+    pub variable: Option<&'static str>,
+    /// Section and key; empty when the file is not TOML.
+    pub key: String,
+    /// The value as written, hidden when secret; none when it is missing.
+    pub value: Option<String>,
+    /// What is wrong.
+    pub why: String,
+    /// What would do.
+    pub remedy: String,
+}
+
+impl Problem {
+    fn write(&self, f: &mut fmt::Formatter<'_>, file: Option<&Path>) -> fmt::Result {
+        match (self.variable, file, self.line) {
+            (Some(variable), ..) => write!(f, "environment {variable}: ")?,
+            (None, Some(file), Some(line)) => write!(f, "{}:{line}: ", file.display())?,
+            (None, Some(file), None) => write!(f, "{}: ", file.display())?,
+            (None, None, _) => {}
+        }
+        if !self.key.is_empty() {
+            write!(f, "{}", self.key)?;
+            if let Some(value) = &self.value {
+                write!(f, " = {value}")?;
+            }
+            f.write_str(": ")?;
+        }
+        write!(f, "{}; {}", self.why, self.remedy)
+    }
+}
+
+/// Why no configuration could be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Errors {
+    /// None of the searched places holds a file.
+    #[error(
+        "no configuration file found; looked for {}; write one there, name one with --config, or run with --standalone",
+        list(searched)
+    )]
+    NotFound {
+        /// The places, in order.
+        searched: Vec<PathBuf>,
+    },
+    /// The file is there and can not be read.
+    #[error("{} can not be read; check that it exists, is a file and that this user may read it", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration has faults; all of them are listed.
+    #[error("{}", Listed { file: file.as_deref(), problems })]
+    Invalid {
+        /// The file, if one was read.
+        file: Option<PathBuf>,
+        /// Every fault, in the order of the sections.
+        problems: Vec<Problem>,
+    },
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    let shown: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
+    shown.join(", ")
+}
+
+struct Listed<'a> {
+    file: Option<&'a Path>,
+    problems: &'a [Problem],
+}
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.problems.len() {
+            1 => f.write_str("the configuration has 1 error:")?,
+            n => write!(f, "the configuration has {n} errors:")?,
+        }
+        for problem in self.problems {
+            f.write_str("\n  ")?;
+            problem.write(f, self.file)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,383 @@
+//! `[agent]`.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Places, not_blank, within};
+use crate::choice::{Backend, ScalingGroupType};
+use crate::document::Table;
+use crate::problem::{NoteKind, Origin};
+use crate::section::{Key, Reader, Section, key};
+use crate::sections::{Agent, Container, CurveFiles, SyncContainerLifecycles};
+use crate::setting::{AnyPath, Directory, ExistingFile, Setting};
+use crate::units::{Fault, HostPort};
+
+const RPC: Key = key("rpc-listen-addr");
+const PLUGIN_NETWORK: &str = "there are no network plugins here";
+const DEBUGGER: &str = "it belongs to the Python debugger";
+const NOT_USED: &[(&str, &str)] = &[
+    (
+        "ssl-enabled",
+        "the service address speaks plain HTTP; put a TLS proxy before it",
+    ),
+    ("ssl-cert", "the service address speaks plain HTTP"),
+    ("ssl-key", "the service address speaks plain HTTP"),
+    ("instance-type", "the original only logs it"),
+    ("mount-path-uid-gid", "mounted folders keep their owner"),
+    ("event-loop", "it chooses a Python event loop"),
+    ("aiomonitor-termui-port", DEBUGGER),
+    ("aiomonitor-port", DEBUGGER),
+    ("aiomonitor-webui-port", DEBUGGER),
+    ("allow-network-plugins", PLUGIN_NETWORK),
+    ("block-network-plugins", PLUGIN_NETWORK),
+    (
+        "abuse-report-path",
+        "reports of the watcher are not scanned",
+    ),
+    (
+        "force-terminate-abusing-containers",
+        "reports of the watcher are not scanned",
+    ),
+    (
+        "use-experimental-redis-event-dispatcher",
+        "there is one event client here",
+    ),
+    ("docker-mode", "it is found out at start"),
+];
+
+pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Agent {
+    let host = reader.host;
+    let standalone = reader.standalone;
+    let ipc_default = places.directory(reader, "/tmp/backend.ai/ipc", "ipc");
+    let var_default = places.directory(reader, "./var/lib/backend.ai", "var");
+    let commit_default = places.directory(reader, "./tmp/backend.ai/commit", "commit");
+    let mut s = Section::open(reader, Some(root), "agent");
+
+    let mode = mode(&mut s);
+    let (rpc_listen_addr, how) = rpc_listen_addr(&mut s);
+    let advertised_rpc_addr = advertised(&mut s, &rpc_listen_addr, how);
+    let loopback = if standalone { "127.0.0.1" } else { "0.0.0.0" };
+    let service_addr = s.or(
+        key("service-addr").or(&["internal-addr"]),
+        HostPort::new(loopback, 6003),
+    );
+    let announce_addr = s.or(
+        key("announce-addr").or(&["announce-internal-addr"]),
+        HostPort::new("host.docker.internal", 6003),
+    );
+    let rpc_auth = rpc_auth(&mut s);
+    let id = id(&mut s, &host.hostname());
+    let region = region(&mut s);
+    let scaling_group = s.or_checked(key("scaling-group"), "default".to_owned(), not_blank);
+    let scaling_group_type = s.or(key("scaling-group-type"), ScalingGroupType::Compute);
+    // Completed by `public_host` once the container section is known.
+    let _ = s.optional::<String>(key("public-host"));
+    let agent_sock_port = s.or_checked(key("agent-sock-port"), 6007, within(1024, 65535));
+    let metadata_host = s.or_checked(
+        key("metadata-server-bind-host"),
+        "0.0.0.0".to_owned(),
+        host_name,
+    );
+    let metadata_port = s.or_checked(key("metadata-server-port"), 40128, within(1, 65535));
+    let ipc_base_path = place(&mut s, key("ipc-base-path"), ipc_default);
+    let var_base_path = place(&mut s, key("var-base-path"), var_default);
+    let mount_path = s.maybe::<Directory>(key("mount-path")).map(|d| d.0);
+    let cohabiting_storage_proxy = s.or(key("cohabiting-storage-proxy"), true);
+    let pid_file = s
+        .or(
+            key("pid-file").env("BACKEND_PID_FILE"),
+            AnyPath(PathBuf::from("/dev/null")),
+        )
+        .0;
+    let skip_manager_detection = s.or(key("skip-manager-detection"), false);
+    let allow_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("allow-compute-plugins"));
+    let block_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("block-compute-plugins"));
+    let image_commit_path = place(&mut s, key("image-commit-path"), commit_default);
+    let kernel_creation_concurrency =
+        s.or_checked(key("kernel-creation-concurrency"), 4, within(1, 32));
+    let sync_container_lifecycles = sync(&mut s);
+    s.finish(NOT_USED, &["sync-container-lifecycles"]);
+
+    Agent {
+        mode,
+        rpc_listen_addr,
+        advertised_rpc_addr,
+        service_addr,
+        announce_addr,
+        rpc_auth,
+        id,
+        region,
+        scaling_group,
+        scaling_group_type,
+        public_host: String::new(),
+        agent_sock_port,
+        metadata_server: HostPort::new(metadata_host, metadata_port),
+        ipc_base_path,
+        var_base_path,
+        mount_path,
+        cohabiting_storage_proxy,
+        pid_file,
+        skip_manager_detection,
+        allow_compute_plugins,
+        block_compute_plugins,
+        image_commit_path,
+        kernel_creation_concurrency,
+        sync_container_lifecycles,
+    }
+}
+
+/// A directory whose default depends on the mode.
+pub(super) fn place(s: &mut Section<'_, '_>, key: Key, default: Directory) -> PathBuf {
+    s.or_standalone(key, default.clone(), default).0
+}
+
+fn mode(s: &mut Section<'_, '_>) -> Backend {
+    let key = key("mode").or(&["backend"]);
+    let rule = |mode: &Backend| match mode {
+        Backend::Docker => Ok(()),
+        _ => Err(Fault::new(
+            "this agent only runs Docker containers",
+            "write \"docker\", or use the Python agent",
+        )),
+    };
+    let faults = s.reader.gathered.problems.len();
+    match s.checked(key, rule) {
+        Some(mode) => mode,
+        None if s.reader.standalone => s.or_standalone(key, Backend::Docker, Backend::Docker),
+        None => {
+            if s.reader.gathered.problems.len() == faults {
+                s.missing(key, "write mode = \"docker\" in [agent]");
+            }
+            Backend::Docker
+        }
+    }
+}
+
+/// The bind address; how its host was detected, when it was.
+fn rpc_listen_addr(s: &mut Section<'_, '_>) -> (HostPort, Option<&'static str>) {
+    let standalone = s.reader.standalone;
+    let default = HostPort::new(if standalone { "127.0.0.1" } else { "0.0.0.0" }, 6001);
+    let mut addr = s.or_standalone(RPC, default.clone(), default);
+    override_part(s, "BACKEND_AGENT_HOST_OVERRIDE", |text| {
+        addr.host = HostPort::parse_host(text)?;
+        Ok(addr.clone())
+    });
+    override_part(s, "BACKEND_AGENT_PORT", |text| {
+        addr.port = HostPort::parse_port(text)?;
+        Ok(addr.clone())
+    });
+    if !addr.host.is_empty() {
+        return (addr, None);
+    }
+    let (ip, how) = s.reader.host.reachable_address();
+    addr.host = ip.to_string();
+    s.reader
+        .record("agent", RPC.name, &addr, Origin::Detected(how));
+    (addr, Some(how))
+}
+
+fn override_part(
+    s: &mut Section<'_, '_>,
+    variable: &'static str,
+    mut apply: impl FnMut(&str) -> Result<HostPort, Fault>,
+) {
+    let Some(text) = (s.reader.environment)(variable) else {
+        return;
+    };
+    match apply(&text) {
+        Ok(addr) => s
+            .reader
+            .record("agent", RPC.name, &addr, Origin::Environment(variable)),
+        Err(fault) => {
+            let value = crate::document::Value::text(0, text);
+            s.refuse(RPC, &value, Origin::Environment(variable), fault);
+        }
+    }
+}
+
+/// What the manager is told. The original announces `0.0.0.0` literally, which nobody can reach.
+fn advertised(s: &mut Section<'_, '_>, listen: &HostPort, how: Option<&'static str>) -> HostPort {
+    const ADVERTISED: Key = key("advertised-rpc-addr");
+    let given = s.checked(ADVERTISED, |addr: &HostPort| {
+        if addr.is_unspecified() {
+            return Err(Fault::new(
+                "nobody can reach an agent at this address",
+                "write the address others use, or leave the key out to have it detected",
+            ));
+        }
+        Ok(())
+    });
+    let port = given.as_ref().map_or(listen.port, |addr| addr.port);
+    let (host, origin) = match given {
+        Some(addr) if !addr.host.is_empty() => return addr,
+        None if !listen.is_unspecified() => {
+            let origin = match how {
+                Some(how) => Origin::Detected(how),
+                None => Origin::Detected("rpc-listen-addr"),
+            };
+            (listen.host.clone(), origin)
+        }
+        _ => {
+            let (ip, how) = s.reader.host.reachable_address();
+            (ip.to_string(), Origin::Detected(how))
+        }
+    };
+    let addr = HostPort { host, port };
+    s.reader.record("agent", ADVERTISED.name, &addr, origin);
+    addr
+}
+
+fn rpc_auth(s: &mut Section<'_, '_>) -> Option<CurveFiles> {
+    let agent: Option<ExistingFile> = s.maybe(key("rpc-auth-agent-keypair"));
+    let manager: Option<ExistingFile> = s.maybe(key("rpc-auth-manager-public-key"));
+    Some(CurveFiles {
+        agent_keypair: agent?.0,
+        manager_public_key: manager?.0,
+    })
+}
+
+fn id(s: &mut Section<'_, '_>, hostname: &str) -> String {
+    let rule = |id: &String| {
+        const REMEDY: &str =
+            "write 1 to 64 letters, digits, dots, dashes or underscores, the first not a dot";
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        if id.is_empty() || id.len() > 64 {
+            return Err(Fault::new("the id has no or too many characters", REMEDY));
+        }
+        if !id.chars().all(allowed) || id.starts_with('.') {
+            return Err(Fault::new("the id can not be a file name", REMEDY));
+        }
+        Ok(())
+    };
+    const ID: Key = key("id");
+    let faults = s.reader.gathered.problems.len();
+    if let Some(id) = s.checked(ID, rule) {
+        return id;
+    }
+    let detected = format!("i-{hostname}");
+    if s.reader.gathered.problems.len() == faults {
+        s.reader
+            .record("agent", ID.name, &detected, Origin::Detected("host name"));
+        if let Err(fault) = rule(&detected) {
+            s.reader.fault(
+                "agent",
+                ID.name,
+                fault.why,
+                format!("{}, as agent.id", fault.remedy),
+            );
+        }
+    }
+    detected
+}
+
+fn region(s: &mut Section<'_, '_>) -> String {
+    const REGION: Key = key("region");
+    if let Some(region) = s.checked(REGION, not_blank) {
+        return region;
+    }
+    // The variable replaces the *detected* region: a value in the file wins over it.
+    let (region, origin) = match (s.reader.environment)("BACKEND_REGION").filter(|r| !r.is_empty())
+    {
+        Some(region) => (region, Origin::Environment("BACKEND_REGION")),
+        None => ("local".to_owned(), Origin::Default),
+    };
+    s.reader.record("agent", REGION.name, &region, origin);
+    region
+}
+
+fn host_name<T: AsRef<str>>(text: &T) -> Result<(), Fault> {
+    HostPort::parse_host(text.as_ref()).map(|_| ())
+}
+
+fn sync(s: &mut Section<'_, '_>) -> SyncContainerLifecycles {
+    let table = s.table();
+    let mut sync = Section::open(&mut *s.reader, table, "agent.sync-container-lifecycles");
+    let settings = SyncContainerLifecycles {
+        enabled: sync.or(key("enabled"), true),
+        interval: sync.or(key("interval"), Duration::from_secs(10)),
+    };
+    sync.finish(&[], &[]);
+    if settings.enabled && settings.interval < Duration::from_millis(100) {
+        let (section, text) = (
+            "agent.sync-container-lifecycles",
+            "the engine would be asked without a pause",
+        );
+        s.reader.fault(
+            section,
+            "interval",
+            text,
+            "write at least 100ms, or enabled = false",
+        );
+    }
+    settings
+}
+
+/// The heartbeat's `public_host`: as given, else what the manager is told about containers.
+pub(super) fn public_host(reader: &mut Reader<'_>, container: &Container) -> String {
+    let given = reader
+        .gathered
+        .values
+        .iter()
+        .find(|v| v.section == "agent" && v.key == "public-host");
+    if let Some(given) = given
+        && let serde_json::Value::String(text) = &given.json
+        && !text.is_empty()
+    {
+        return text.clone();
+    }
+    let host = container.advertised_host.clone();
+    reader.record(
+        "agent",
+        "public-host",
+        &host,
+        Origin::Detected("container.advertised-host"),
+    );
+    host
+}
+
+/// The address containers' ports are bound to when none is given: the RPC listen host.
+pub(super) fn bind_host(reader: &mut Reader<'_>, agent: &Agent) -> IpAddr {
+    const SECTION: &str = "container";
+    let (ip, how) = match agent.rpc_listen_addr.ip() {
+        Some(ip) => (ip, "agent.rpc-listen-addr"),
+        None => match reader.host.resolve(&agent.rpc_listen_addr.host).first() {
+            Some(ip) => (*ip, "agent.rpc-listen-addr, resolved"),
+            None => {
+                let host = &agent.rpc_listen_addr.host;
+                let why = format!(
+                    "is blank and the host {host:?} of agent.rpc-listen-addr does not resolve"
+                );
+                reader.fault(
+                    SECTION,
+                    "bind-host",
+                    why,
+                    "write an IP address of this host",
+                );
+                return IpAddr::from([127, 0, 0, 1]);
+            }
+        },
+    };
+    reader.record(SECTION, "bind-host", &ip.to_string(), Origin::Detected(how));
+    ip
+}
+
+/// Warns where a standalone node can be driven by anyone who reaches it.
+pub(super) fn warn_open_rpc(reader: &mut Reader<'_>, agent: &Agent) {
+    let local = agent
+        .rpc_listen_addr
+        .ip()
+        .is_some_and(|ip| ip.is_loopback());
+    if reader.standalone && !local && agent.rpc_auth.is_none() {
+        let line = match reader.origin("agent", RPC.name) {
+            Some(Origin::File { line }) => Some(line),
+            _ => None,
+        };
+        let text = format!(
+            "{} is open to the network without keys: whoever reaches it can run code here",
+            agent.rpc_listen_addr.text()
+        );
+        reader.note(NoteKind::Warning, line, "agent.rpc-listen-addr", text);
+    }
+}

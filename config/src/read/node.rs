@@ -1,0 +1,351 @@
+//! `[node]`: what the original does not have.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Places, interval_within, within};
+use crate::choice::Publish;
+use crate::document::{Kind, Table, Value};
+use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits};
+use crate::problem::Origin;
+use crate::section::{Key, Reader, Section, key};
+use crate::sections::Agent;
+use crate::setting::{AnyPath, Directory, Setting};
+use crate::units::{ByteSize, Fault};
+
+const STATE_DIR: Key = key("state-dir");
+
+/// Where standalone mode keeps its state; other defaults depend on it, so it is read first.
+pub(super) fn state_dir(reader: &mut Reader<'_>, root: &Table) -> PathBuf {
+    let host = reader.host;
+    let default = match (host.process_user().uid, host.home()) {
+        (0, _) | (_, None) => PathBuf::from("/var/lib/bai-agent/standalone"),
+        (_, Some(home)) => home.join(".local/state/bai-agent"),
+    };
+    let standalone = reader.standalone;
+    let mut s = Section::open(reader, Some(root), "node");
+    match s.optional::<Directory>(STATE_DIR) {
+        Some(directory) => directory.0,
+        None => {
+            if standalone {
+                s.reader.record(
+                    "node",
+                    STATE_DIR.name,
+                    &Directory(default.clone()),
+                    Origin::Standalone,
+                );
+            }
+            default
+        }
+    }
+}
+
+pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent: &Agent) -> Node {
+    let standalone = reader.standalone;
+    // `open` reported a [node] that is no section when `state_dir` read it.
+    let faults = reader.gathered.problems.len();
+    let mut s = Section::open(reader, Some(root), "node");
+    s.reader.gathered.problems.truncate(faults);
+    let state_dir = if standalone {
+        places.state_dir.clone()
+    } else {
+        let given = s.reader.origin("node", STATE_DIR.name).is_some();
+        if !given {
+            let same = Directory(agent.var_base_path.clone());
+            s.reader.record(
+                "node",
+                STATE_DIR.name,
+                &same,
+                Origin::Detected("agent.var-base-path"),
+            );
+        }
+        if given {
+            places.state_dir.clone()
+        } else {
+            agent.var_base_path.clone()
+        }
+    };
+    let run_dir = run_dir(&mut s);
+    let runner_dir = s
+        .or(
+            key("runner-dir"),
+            Directory(PathBuf::from("/var/lib/bai-agent/runner")),
+        )
+        .0;
+    let publish = s.or(key("publish"), Publish::Auto);
+    let cpu_quota = s.or(key("cpu-quota"), false);
+    let memory_nodes = s.or(key("memory-nodes"), true);
+    let max_containers = s.or_checked(key("max-containers"), 1024, within(1, 16_384));
+    let dataplane_wait = s.or_checked(
+        key("dataplane-wait"),
+        Duration::from_secs(5),
+        interval_within(10, 600),
+    );
+    let device_limits = device_limits(&mut s);
+    let engine = engine(&mut s);
+    let dataplane = dataplane(&mut s);
+    let rpc = rpc(&mut s);
+    // Read by `state_dir`; named here so that it counts as known.
+    let _ = s.raw(STATE_DIR);
+    s.finish(&[], &["engine", "dataplane", "rpc"]);
+    Node {
+        run_dir,
+        state_dir,
+        runner_dir,
+        publish,
+        cpu_quota,
+        memory_nodes,
+        max_containers,
+        dataplane_wait,
+        device_limits,
+        engine,
+        dataplane,
+        rpc,
+    }
+}
+
+/// The base of the shared regions must be memory: a region on a disk would be written back.
+fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
+    const RUN_DIR: Key = key("run-dir");
+    let host = s.reader.host;
+    let faults = s.reader.gathered.problems.len();
+    let given = s.checked(RUN_DIR, |directory: &Directory| {
+        if host.is_writable_tmpfs(&directory.0) {
+            return Ok(());
+        }
+        Err(Fault::new(
+            "is not on a tmpfs this user may write to",
+            "name a directory on a tmpfs such as /run or /dev/shm, or leave the key out",
+        ))
+    });
+    if let Some(directory) = given {
+        return directory.0;
+    }
+    const PLACES: [&str; 2] = ["/run/bai-agent", "/dev/shm/bai-agent"];
+    for place in PLACES.map(PathBuf::from) {
+        if host.is_writable_tmpfs(&place) {
+            if s.reader.gathered.problems.len() == faults {
+                s.reader.record(
+                    "node",
+                    RUN_DIR.name,
+                    &Directory(place.clone()),
+                    Origin::Default,
+                );
+            }
+            return place;
+        }
+    }
+    if s.reader.gathered.problems.len() == faults {
+        let why = "is not set, and neither /run nor /dev/shm is a tmpfs this user may write to";
+        s.reader.fault(
+            "node",
+            RUN_DIR.name,
+            why,
+            "name a directory on a tmpfs, or mount one at /run",
+        );
+    }
+    PathBuf::from(PLACES[0])
+}
+
+fn device_limits(s: &mut Section<'_, '_>) -> Vec<DeviceLimit> {
+    const LIMITS: Key = key("device-limits");
+    let Some((value, origin)) = s.raw(LIMITS) else {
+        s.reader
+            .record("node", LIMITS.name, &Shown(&[]), Origin::Default);
+        return Vec::new();
+    };
+    let host = s.reader.host;
+    let read = match &value.kind {
+        Kind::Array(items) => items
+            .iter()
+            .map(|item| device_limit(item, host).map_err(|fault| (item.clone(), fault)))
+            .collect(),
+        _ => Err((
+            value.clone(),
+            Fault::new("is not a list of tables", DEVICE_REMEDY),
+        )),
+    };
+    match read {
+        Ok(limits) => {
+            let limits: Vec<DeviceLimit> = limits;
+            s.reader
+                .record("node", LIMITS.name, &Shown(&limits), origin);
+            limits
+        }
+        Err((item, fault)) => {
+            s.refuse(LIMITS, &item, Origin::File { line: item.line }, fault);
+            Vec::new()
+        }
+    }
+}
+
+const DEVICE_REMEDY: &str = "write [[node.device-limits]] with device = \"/dev/sda\" and read-bps, write-bps, read-iops or write-iops";
+
+fn device_limit(value: &Value, host: &dyn crate::host::Host) -> Result<DeviceLimit, Fault> {
+    let Kind::Table(table) = &value.kind else {
+        return Err(Fault::new("is not a table", DEVICE_REMEDY));
+    };
+    let mut device = None;
+    let mut limit = DeviceLimit {
+        device: PathBuf::new(),
+        read_bps: None,
+        write_bps: None,
+        read_iops: None,
+        write_iops: None,
+    };
+    for entry in &table.entries {
+        let within =
+            |fault: Fault| Fault::new(format!("{}: {}", entry.key, fault.why), fault.remedy);
+        match entry.key.replace('_', "-").as_str() {
+            "device" => device = Some(AnyPath::read(&entry.value, host).map_err(within)?.0),
+            "read-bps" => {
+                limit.read_bps = Some(ByteSize::read(&entry.value, host).map_err(within)?)
+            }
+            "write-bps" => {
+                limit.write_bps = Some(ByteSize::read(&entry.value, host).map_err(within)?)
+            }
+            "read-iops" => limit.read_iops = Some(u64::read(&entry.value, host).map_err(within)?),
+            "write-iops" => limit.write_iops = Some(u64::read(&entry.value, host).map_err(within)?),
+            _ => {
+                return Err(Fault::new(
+                    format!("has no key {:?}", entry.key),
+                    DEVICE_REMEDY,
+                ));
+            }
+        }
+    }
+    limit.device = device.ok_or_else(|| Fault::new("the device is missing", DEVICE_REMEDY))?;
+    if !limit.device.starts_with("/dev") {
+        return Err(Fault::new("the device is not below /dev", DEVICE_REMEDY));
+    }
+    let zero = [limit.read_bps, limit.write_bps].contains(&Some(ByteSize(0)))
+        || [limit.read_iops, limit.write_iops].contains(&Some(0));
+    if zero {
+        return Err(Fault::new(
+            "a limit of zero means none to the engine",
+            "leave the key out for no limit",
+        ));
+    }
+    Ok(limit)
+}
+
+struct Shown<'a>(&'a [DeviceLimit]);
+
+impl Setting for Shown<'_> {
+    fn read(_: &Value, _: &dyn crate::host::Host) -> Result<Self, Fault> {
+        Ok(Self(&[]))
+    }
+
+    fn text(&self) -> String {
+        let shown = self.0.iter().map(|limit| {
+            let mut text = limit.device.display().to_string();
+            for (name, value) in [
+                ("read-bps", limit.read_bps.map(|v| v.to_string())),
+                ("write-bps", limit.write_bps.map(|v| v.to_string())),
+                ("read-iops", limit.read_iops.map(|v| v.to_string())),
+                ("write-iops", limit.write_iops.map(|v| v.to_string())),
+            ] {
+                if let Some(value) = value {
+                    text.push_str(&format!(" {name}={value}"));
+                }
+            }
+            text
+        });
+        shown.collect::<Vec<_>>().join("; ")
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let shown = self.0.iter().map(|limit| {
+            serde_json::json!({
+                "device": limit.device.display().to_string(),
+                "read-bps": limit.read_bps.map(|v| v.0),
+                "write-bps": limit.write_bps.map(|v| v.0),
+                "read-iops": limit.read_iops,
+                "write-iops": limit.write_iops,
+            })
+        });
+        shown.collect()
+    }
+}
+
+fn engine(node: &mut Section<'_, '_>) -> Engine {
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, "node.engine");
+    let host = s.checked(key("host").env("DOCKER_HOST"), |text: &String| {
+        let known = ["unix://", "tcp://", "http://"];
+        if text.is_empty() || known.iter().any(|scheme| text.starts_with(scheme)) {
+            return Ok(());
+        }
+        Err(Fault::new(
+            "is not an address of a Docker engine",
+            "write unix:///path or tcp://host:port",
+        ))
+    });
+    s.show_absent("host");
+    let seconds = Duration::from_secs;
+    let timeout = || interval_within(100, 86_400);
+    let engine = Engine {
+        host: host.filter(|text| !text.is_empty()),
+        connect_timeout: s.or_checked(key("connect-timeout"), seconds(5), timeout()),
+        request_timeout: s.or_checked(key("request-timeout"), seconds(30), timeout()),
+        create_timeout: s.or_checked(key("create-timeout"), seconds(60), timeout()),
+        start_timeout: s.or_checked(key("start-timeout"), seconds(60), timeout()),
+        stop_grace: s.or_checked(key("stop-grace"), seconds(10), interval_within(0, 3600)),
+        remove_timeout: s.or_checked(key("remove-timeout"), seconds(120), timeout()),
+    };
+    s.finish(&[], &[]);
+    engine
+}
+
+fn dataplane(node: &mut Section<'_, '_>) -> DataplaneLimits {
+    let table = node.table();
+    let seconds = Duration::from_secs;
+    let mut s = Section::open(&mut *node.reader, table, "node.dataplane");
+    let limits = DataplaneLimits {
+        max_sessions_per_port: s.or_checked(
+            key("max-sessions-per-port"),
+            4096,
+            within(1, 1_000_000),
+        ),
+        max_sessions: s.or_checked(key("max-sessions"), 32_768, within(1, 10_000_000)),
+        idle_timeout: s.or_checked(
+            key("idle-timeout"),
+            seconds(0),
+            interval_within(0, 30 * 86_400),
+        ),
+        connect_timeout: s.or_checked(
+            key("connect-timeout"),
+            seconds(10),
+            interval_within(10, 600),
+        ),
+        drain: s.or_checked(key("drain"), seconds(0), interval_within(0, 86_400)),
+        stats_interval: s.or_checked(key("stats-interval"), seconds(5), interval_within(100, 60)),
+    };
+    s.finish(&[], &[]);
+    if limits.max_sessions_per_port > limits.max_sessions {
+        let why = "is more than node.dataplane.max-sessions allows for all ports";
+        node.reader.fault(
+            "node.dataplane",
+            "max-sessions-per-port",
+            why,
+            "lower it, or raise max-sessions",
+        );
+    }
+    limits
+}
+
+fn rpc(node: &mut Section<'_, '_>) -> RpcLimits {
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, "node.rpc");
+    let limits = RpcLimits {
+        max_message: s.or_checked(key("max-message"), ByteSize(256 << 20), |size| {
+            if (64 << 10..=2 << 30).contains(&size.0) {
+                return Ok(());
+            }
+            Err(Fault::new("the size is out of range", "write 64k to 2g"))
+        }),
+        max_in_flight: s.or_checked(key("max-in-flight"), 512, within(1, 100_000)),
+    };
+    s.finish(&[], &[]);
+    limits
+}
