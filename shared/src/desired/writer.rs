@@ -1,0 +1,309 @@
+//! Writing the desired region.
+
+use std::path::Path;
+
+use super::{ContainerRow, DesiredSnapshot, NodeRow, PortKey, PortRow, table};
+use crate::ids::{ContainerId, Generation, RegionId};
+use crate::layout::{RawRow, RegionKind, Sizes};
+use crate::lock::WriterLock;
+use crate::observed::{ObservedSnapshot, PortState};
+use crate::region::{OpenError, ReadError, RegionReader, RegionWriter, Start, copy_words};
+use crate::table::{BatchError, Index, KeyedRow, Staged, state};
+
+/// The writing end of the desired region: one per directory.
+#[derive(Debug)]
+pub struct DesiredWriter {
+    region: RegionWriter,
+    start: Start,
+    ports: Index<PortKey>,
+    containers: Index<ContainerId>,
+    staged: Staged,
+}
+
+/// What a batch is to change. Nothing is visible before all of it is.
+#[derive(Debug, Default)]
+pub struct DesiredBatch {
+    changes: Vec<Change>,
+}
+
+#[derive(Debug)]
+enum Change {
+    PutPort(PortRow),
+    RemovePort(PortKey),
+    PutContainer(ContainerRow),
+    RemoveContainer(ContainerId),
+    Node(NodeRow),
+}
+
+impl DesiredBatch {
+    /// Wants a port, new or changed.
+    pub fn put_port(&mut self, row: PortRow) {
+        self.changes.push(Change::PutPort(row));
+    }
+
+    /// Wants a port no longer. Removing what is not there is nothing.
+    pub fn remove_port(&mut self, key: PortKey) {
+        self.changes.push(Change::RemovePort(key));
+    }
+
+    /// Wants a container sampled, new or changed.
+    pub fn put_container(&mut self, row: ContainerRow) {
+        self.changes.push(Change::PutContainer(row));
+    }
+
+    /// Wants a container sampled no longer. Removing what is not there is nothing.
+    pub fn remove_container(&mut self, id: ContainerId) {
+        self.changes.push(Change::RemoveContainer(id));
+    }
+
+    /// Sets what holds for the node.
+    pub fn set_node(&mut self, row: NodeRow) {
+        self.changes.push(Change::Node(row));
+    }
+
+    /// Whether nothing was asked for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+}
+
+impl DesiredWriter {
+    /// Becomes the writer of `directory`: takes its lock, then takes over, grows or creates the
+    /// region. `sizes.ports` and `sizes.containers` count, the others are the observed region's.
+    pub fn open(directory: impl AsRef<Path>, sizes: Sizes) -> Result<Self, OpenError> {
+        let lock = WriterLock::acquire(&directory).map_err(|source| OpenError::Lock {
+            directory: directory.as_ref().to_owned(),
+            source,
+        })?;
+        Self::open_locked(lock, sizes)
+    }
+
+    /// As [`DesiredWriter::open`], with a lock taken before.
+    pub fn open_locked(lock: WriterLock, sizes: Sizes) -> Result<Self, OpenError> {
+        let (mut region, start) = RegionWriter::open(lock, RegionKind::Desired, sizes)?;
+        let mut junk = Vec::new();
+        let ports = Index::load::<PortRow>(&region, &mut junk);
+        let containers = Index::load::<ContainerRow>(&region, &mut junk);
+        let mut staged = Staged::default();
+        for (table, row) in junk {
+            staged.free(table, row);
+        }
+        if !staged.is_empty() {
+            let generation = region.allocate();
+            staged.commit(&mut region, generation);
+        }
+        Ok(Self {
+            region,
+            start,
+            ports,
+            containers,
+            staged,
+        })
+    }
+
+    /// How the region was found.
+    #[must_use]
+    pub fn start(&self) -> Start {
+        self.start
+    }
+
+    /// The region's identity, which acknowledgements name.
+    #[must_use]
+    pub fn region_id(&self) -> RegionId {
+        self.region.region_id()
+    }
+
+    /// This life of the writer.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.region.epoch()
+    }
+
+    /// The last generation made visible.
+    #[must_use]
+    pub fn committed(&self) -> Generation {
+        self.region.committed()
+    }
+
+    /// The sizes the region really has (never smaller than asked for).
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        self.region.sizes()
+    }
+
+    /// The directory written to.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.region.lock().directory()
+    }
+
+    /// Leaves a sign of life; call it about once a second.
+    pub fn heartbeat(&mut self) {
+        self.region.beat();
+    }
+
+    /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
+    /// be written refuses the whole batch. Rows put get the answered generation, changed or not. A
+    /// batch without changes answers the generation committed last.
+    pub fn batch(
+        &mut self,
+        fill: impl FnOnce(&mut DesiredBatch),
+    ) -> Result<Generation, BatchError> {
+        let mut batch = DesiredBatch::default();
+        fill(&mut batch);
+        if batch.is_empty() {
+            return Ok(self.committed());
+        }
+        let generation = self.region.allocate();
+        // The indexes change only together with the rows.
+        let mut ports = self.ports.clone();
+        let mut containers = self.containers.clone();
+        self.staged.clear();
+        for change in batch.changes {
+            match change {
+                Change::PutPort(row) => put(&mut ports, &row, &mut self.staged)?,
+                Change::RemovePort(key) => {
+                    bury::<PortRow>(&self.region, &mut ports, &key, generation, &mut self.staged);
+                }
+                Change::PutContainer(row) => {
+                    put(&mut containers, &row, &mut self.staged)?;
+                }
+                Change::RemoveContainer(id) => bury::<ContainerRow>(
+                    &self.region,
+                    &mut containers,
+                    &id,
+                    generation,
+                    &mut self.staged,
+                ),
+                Change::Node(row) => {
+                    self.staged
+                        .raw(self.region.table(table::NODE), 0, &row.to_raw());
+                }
+            }
+        }
+        self.ports = ports;
+        self.containers = containers;
+        self.staged.commit(&mut self.region, generation);
+        Ok(generation)
+    }
+
+    /// Frees the rows of removed ports and containers whose removal `observed` acknowledges.
+    /// Answers how many. Call it after each look at the observed region.
+    pub fn release_acknowledged(&mut self, observed: &ObservedSnapshot) -> usize {
+        let Some(applied) = observed
+            .applied
+            .filter(|it| it.region_id == self.region_id())
+        else {
+            return 0;
+        };
+        let ports: Vec<PortKey> = removed(&self.ports, applied.generation)
+            .filter(|(key, generation)| match observed.port(*key) {
+                None => true,
+                Some(status) => {
+                    status.state == PortState::Removed
+                        && status.region_id == applied.region_id
+                        && status.acknowledged >= *generation
+                }
+            })
+            .map(|(key, _)| key)
+            .collect();
+        let containers: Vec<ContainerId> = removed(&self.containers, applied.generation)
+            .filter(|(id, _)| observed.container(*id).is_none())
+            .map(|(id, _)| id)
+            .collect();
+        if ports.is_empty() && containers.is_empty() {
+            return 0;
+        }
+        let generation = self.region.allocate();
+        self.staged.clear();
+        for key in &ports {
+            if let Some(row) = self.ports.release(key) {
+                self.staged.free(self.ports.table, row);
+            }
+        }
+        for id in &containers {
+            if let Some(row) = self.containers.release(id) {
+                self.staged.free(self.containers.table, row);
+            }
+        }
+        self.staged.commit(&mut self.region, generation);
+        ports.len() + containers.len()
+    }
+
+    /// What the region says now: how a restarted control finds what it wanted before.
+    pub fn snapshot(&self) -> Result<DesiredSnapshot, ReadError> {
+        let mut reader = RegionReader::at(self.directory(), RegionKind::Desired);
+        let mapped = reader.refresh()?;
+        // Nobody else writes, so the first attempt is whole.
+        DesiredSnapshot::copy(mapped, mapped.committed()).map_err(|_| ReadError::Busy {
+            path: self.region.path().to_owned(),
+            attempts: 1,
+        })
+    }
+}
+
+fn put<R: KeyedRow>(
+    index: &mut Index<R::Key>,
+    row: &R,
+    staged: &mut Staged,
+) -> Result<(), BatchError> {
+    let key = row.key();
+    if index
+        .entries
+        .get(&key)
+        .is_some_and(|entry| entry.removed.is_some())
+    {
+        return Err(BatchError::RemovalPending {
+            key: format!("{key:?}"),
+        });
+    }
+    let raw = row.to_raw()?;
+    let place = index.place(key)?;
+    staged.raw(index.table, place, &raw);
+    Ok(())
+}
+
+/// Marks a row removed, keeping what it says, so that readers know what to take down.
+fn bury<R: KeyedRow>(
+    region: &RegionWriter,
+    index: &mut Index<R::Key>,
+    key: &R::Key,
+    generation: Generation,
+    staged: &mut Staged,
+) {
+    let table = index.table;
+    let Some(entry) = index.entries.get_mut(key) else {
+        return;
+    };
+    if entry.removed.is_some() {
+        return;
+    }
+    entry.removed = Some(generation);
+    let row = entry.row;
+    let mut bytes = vec![0u8; R::Raw::INFO.size];
+    region
+        .cell(&table, row)
+        .look(region.committed().0, |slot| copy_words(slot, &mut bytes));
+    if bytes[..4] == state::USED.to_le_bytes() {
+        bytes[..4].copy_from_slice(&state::REMOVED.to_le_bytes());
+        staged
+            .space(table, row, bytes.len())
+            .copy_from_slice(&bytes);
+    } else {
+        // Put earlier in this very batch: nobody ever saw it.
+        index.release(key);
+        staged.free(table, row);
+    }
+}
+
+fn removed<K: Copy>(
+    index: &Index<K>,
+    applied: Generation,
+) -> impl Iterator<Item = (K, Generation)> + '_ {
+    index
+        .entries
+        .iter()
+        .filter_map(|(key, entry)| Some((*key, entry.removed?)))
+        .filter(move |(_, generation)| *generation <= applied)
+}

@@ -1,0 +1,221 @@
+//! Groups of counters and where they came from.
+
+/// A limit that is "no limit" (`max` in cgroup files).
+pub const UNLIMITED: u64 = u64::MAX;
+
+/// Where the numbers of a group were read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Source {
+    /// They were not read: there are none.
+    #[default]
+    Absent,
+    /// A file of the kernel's (cgroupfs, procfs, sysfs).
+    File,
+    /// A BPF program or map.
+    Bpf,
+    /// A netlink answer.
+    Netlink,
+    /// The container engine.
+    Engine,
+    /// A walk through a directory tree.
+    Walk,
+}
+
+impl Source {
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Absent => 0,
+            Self::File => 1,
+            Self::Bpf => 2,
+            Self::Netlink => 3,
+            Self::Engine => 4,
+            Self::Walk => 5,
+        }
+    }
+
+    pub(crate) const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Absent,
+            1 => Self::File,
+            2 => Self::Bpf,
+            3 => Self::Netlink,
+            4 => Self::Engine,
+            5 => Self::Walk,
+            _ => return None,
+        })
+    }
+}
+
+/// A group of counters with its source and its age when the sample was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Measured<T> {
+    /// Where the numbers come from.
+    pub source: Source,
+    /// How old they were when the sample was taken, ms.
+    pub age_ms: u32,
+    /// The numbers; all `None` when the source is absent.
+    pub counters: T,
+}
+
+impl<T> Measured<T> {
+    /// Fresh numbers of a source.
+    pub fn now(source: Source, counters: T) -> Self {
+        Self {
+            source,
+            age_ms: 0,
+            counters,
+        }
+    }
+
+    /// The numbers, unless the group is absent.
+    pub fn get(&self) -> Option<&T> {
+        (self.source != Source::Absent).then_some(&self.counters)
+    }
+}
+
+/// One counter, as the documentation lists it.
+#[derive(Debug, Clone, Copy)]
+pub struct CounterInfo {
+    /// Name.
+    pub name: &'static str,
+    /// What it counts, with its unit.
+    pub meaning: &'static str,
+}
+
+macro_rules! groups {
+    ($(
+        $(#[$doc:meta])*
+        $name:ident, $group:literal, $words:literal { $( $field:ident = $meaning:literal, )* }
+    )*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+            pub struct $name { $( #[doc = $meaning] pub $field: Option<u64>, )* }
+
+            impl $name {
+                const COUNTERS: &'static [CounterInfo] = &[
+                    $( CounterInfo { name: stringify!($field), meaning: $meaning }, )*
+                ];
+
+                /// The words, and a bit per word that was read.
+                pub(crate) fn pack(&self) -> ([u64; $words], u16) {
+                    const { assert!(Self::COUNTERS.len() <= $words && $words <= 16) };
+                    let mut words = [0u64; $words];
+                    let mut present = 0u16;
+                    let values = [ $( self.$field, )* ];
+                    for (index, value) in values.into_iter().enumerate() {
+                        if let Some(value) = value {
+                            words[index] = value;
+                            present |= 1 << index;
+                        }
+                    }
+                    (words, present)
+                }
+
+                pub(crate) fn unpack(words: &[u64; $words], present: u16) -> Self {
+                    let mut values = words
+                        .iter()
+                        .enumerate()
+                        .map(|(index, word)| (present & (1 << index) != 0).then_some(*word));
+                    Self { $( $field: values.next().flatten(), )* }
+                }
+            }
+        )*
+
+        /// Every group of counters: its name and the counters in the order of their words.
+        pub const GROUPS: &[(&str, &[CounterInfo])] = &[ $( ($group, $name::COUNTERS), )* ];
+    };
+}
+
+groups! {
+    /// CPU of a container.
+    CpuCounters, "cpu", 8 {
+        usage_ns = "CPU time used, ns",
+        user_ns = "CPU time in user mode, ns",
+        system_ns = "CPU time in kernel mode, ns",
+        periods = "enforcement periods of the quota that have passed",
+        throttled_periods = "of them, those in which it was throttled",
+        throttled_ns = "time throttled, ns",
+    }
+    /// Memory of a container.
+    MemoryCounters, "memory", 16 {
+        current_bytes = "memory charged, bytes",
+        limit_bytes = "limit, bytes, all ones unlimited",
+        inactive_file_bytes = "file cache that is easily given back, bytes",
+        anon_bytes = "anonymous memory, bytes",
+        file_bytes = "file cache, bytes",
+        shmem_bytes = "shared memory and tmpfs, bytes",
+        swap_bytes = "swap used, bytes",
+        peak_bytes = "most ever charged, bytes",
+        oom_events = "times the limit led to out of memory",
+        oom_kill_events = "processes killed for it",
+        max_events = "times the limit was hit",
+        kernel_bytes = "kernel memory, bytes",
+    }
+    /// Number of tasks of a container.
+    PidsCounters, "pids", 2 {
+        current = "tasks",
+        limit = "limit, all ones unlimited",
+    }
+    /// Block devices, as a container uses them.
+    IoCounters, "io", 4 {
+        read_bytes = "bytes read",
+        write_bytes = "bytes written",
+        read_operations = "read operations",
+        write_operations = "write operations",
+    }
+    /// Network, as the container sees it.
+    NetCounters, "net", 8 {
+        rx_bytes = "bytes received by the container",
+        rx_packets = "packets received by the container",
+        rx_errors = "receive errors",
+        rx_drops = "received packets dropped",
+        tx_bytes = "bytes sent by the container",
+        tx_packets = "packets sent by the container",
+        tx_errors = "send errors",
+        tx_drops = "packets to be sent dropped",
+    }
+    /// Disk space of a container.
+    DiskCounters, "disk", 2 {
+        scratch_bytes = "bytes in the scratch directory",
+        scratch_files = "files in the scratch directory",
+    }
+    /// An accelerator.
+    AcceleratorCounters, "accelerator", 8 {
+        memory_total_bytes = "memory, bytes",
+        memory_used_bytes = "memory used, bytes",
+        utilisation_permille = "busy share of the last interval, thousandths",
+        memory_utilisation_permille = "memory bandwidth used in the last interval, thousandths",
+        power_mw = "power drawn, mW",
+        power_limit_mw = "power limit, mW",
+        temperature_mc = "temperature, thousandths of a degree Celsius",
+        energy_mj = "energy used since the driver was loaded, mJ",
+    }
+    /// The node.
+    NodeCounters, "node", 16 {
+        cpu_total_ns = "CPU time of all CPUs since boot, idle included, ns",
+        cpu_idle_ns = "of it idle, ns",
+        memory_total_bytes = "memory, bytes",
+        memory_available_bytes = "memory available without swapping, bytes",
+        disk_total_bytes = "size of the file system of the scratch root, bytes",
+        disk_available_bytes = "space available on it, bytes",
+        net_rx_bytes = "bytes received on physical interfaces",
+        net_tx_bytes = "bytes sent on physical interfaces",
+        sessions_active = "relay sessions open on all ports",
+        sessions_total = "relay sessions ever accepted",
+        accepts_shed = "connections closed for lack of descriptors or by the total limit",
+        containers_sampled = "containers of the last pass",
+        pass_ns = "time the last pass took, ns",
+        descriptors_open = "descriptors the dataplane has open",
+    }
+    /// A process.
+    ProcessCounters, "process", 7 {
+        user_ns = "CPU time in user mode, ns",
+        system_ns = "CPU time in kernel mode, ns",
+        rss_bytes = "resident memory, bytes",
+        read_bytes = "bytes read from block devices",
+        write_bytes = "bytes written to block devices",
+        accelerator_memory_bytes = "accelerator memory, bytes",
+        accelerator_utilisation_permille = "busy share on its accelerators, thousandths",
+    }
+}

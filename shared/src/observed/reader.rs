@@ -1,0 +1,261 @@
+//! Reading the observed region.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{
+    AcceleratorKey, AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus,
+    ProcessSample, table,
+};
+use crate::cell::Look;
+use crate::desired::PortKey;
+use crate::ids::{ContainerId, Generation, RegionId};
+use crate::layout::{RawApplied, RawBank, RawNodeSample, RawProcess, RawRow, RegionKind, Sizes};
+use crate::region::{Mapped, ReadError, RegionReader, Snapshotted, WriterLife, copy_words};
+use crate::table::{Moved, copy_table, find, single};
+
+/// Everything the observed region says at one committed generation, except processes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ObservedSnapshot {
+    /// Which region.
+    pub region_id: RegionId,
+    /// Which life of its writer; rates must skip one tick when it changes.
+    pub epoch: u64,
+    /// The generation this is a copy of.
+    pub committed: Generation,
+    /// How far the desired region has been looked at.
+    pub applied: Option<Applied>,
+    /// What became of ports, sorted by key.
+    pub ports: Vec<PortStatus>,
+    /// Samples of containers, sorted by id.
+    pub containers: Vec<ContainerSample>,
+    /// Accelerators, sorted by key.
+    pub accelerators: Vec<AcceleratorRow>,
+    /// The node.
+    pub node: Option<NodeSample>,
+    /// Rows that made no sense and were left out. Not 0 means a damaged region.
+    pub invalid_rows: u32,
+}
+
+impl ObservedSnapshot {
+    /// What became of one port.
+    #[must_use]
+    pub fn port(&self, key: PortKey) -> Option<&PortStatus> {
+        let place = self
+            .ports
+            .binary_search_by_key(&key, |status| status.key)
+            .ok()?;
+        self.ports.get(place)
+    }
+
+    /// One container's sample.
+    #[must_use]
+    pub fn container(&self, id: ContainerId) -> Option<&ContainerSample> {
+        let place = self
+            .containers
+            .binary_search_by_key(&id, |sample| sample.container_id)
+            .ok()?;
+        self.containers.get(place)
+    }
+
+    fn copy(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
+        let epoch = mapped.epoch();
+        let ports = copy_table::<PortStatus>(mapped, committed)?;
+        let containers = copy_table::<ContainerSample>(mapped, committed)?;
+        let accelerators = copy_table::<AcceleratorRow>(mapped, committed)?;
+        let applied = single::<RawApplied>(mapped, table::APPLIED, committed)?;
+        let node = single::<RawNodeSample>(mapped, table::NODE, committed)?;
+        Ok(Self {
+            region_id: mapped.region_id(),
+            epoch,
+            committed,
+            applied: applied.as_ref().map(Applied::from_raw),
+            ports: ports.used,
+            containers: containers.used,
+            accelerators: accelerators.used,
+            node: node.as_ref().map(NodeSample::from_raw),
+            invalid_rows: ports
+                .invalid
+                .saturating_add(containers.invalid)
+                .saturating_add(accelerators.invalid),
+        })
+    }
+}
+
+/// The processes of one pass.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Processes {
+    /// Pass they belong to.
+    pub tick: u64,
+    /// The processes that had room.
+    pub list: Vec<ProcessSample>,
+    /// Those that had none.
+    pub left_out: u32,
+    /// Rows that made no sense and were left out.
+    pub invalid_rows: u32,
+}
+
+/// The reading end of an observed region. Finds the file again when it is replaced.
+#[derive(Debug)]
+pub struct ObservedReader {
+    region: RegionReader,
+    last: Option<Arc<ObservedSnapshot>>,
+    port_hints: HashMap<PortKey, u32>,
+    container_hints: HashMap<ContainerId, u32>,
+    accelerator_hints: HashMap<AcceleratorKey, u32>,
+}
+
+impl ObservedReader {
+    /// A reader for the region in the dataplane's directory, whether or not it is there yet.
+    #[must_use]
+    pub fn at(directory: impl AsRef<Path>) -> Self {
+        Self {
+            region: RegionReader::at(directory.as_ref(), RegionKind::Observed),
+            last: None,
+            port_hints: HashMap::new(),
+            container_hints: HashMap::new(),
+            accelerator_hints: HashMap::new(),
+        }
+    }
+
+    /// A reader for the region in the dataplane's directory, which must be there.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self, ReadError> {
+        let mut reader = Self::at(directory);
+        reader.region.refresh()?;
+        Ok(reader)
+    }
+
+    /// The region file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.region.path()
+    }
+
+    /// The committed generation of the region as last found: one load, no system call. `None`
+    /// before the first success of another call.
+    #[must_use]
+    pub fn committed(&self) -> Option<Generation> {
+        self.region.current().map(Mapped::committed)
+    }
+
+    /// The region's sizes as last found.
+    #[must_use]
+    pub fn sizes(&self) -> Option<Sizes> {
+        self.region.current().map(Mapped::sizes)
+    }
+
+    /// Who writes the region and when it last showed a sign of life.
+    pub fn writer(&mut self) -> Result<WriterLife, ReadError> {
+        Ok(self.region.refresh()?.life())
+    }
+
+    /// A consistent copy of everything but processes; the last one again when nothing was committed
+    /// since (one `stat` then). On an error the last good copy is still [`ObservedReader::last`].
+    pub fn snapshot(&mut self) -> Result<Arc<ObservedSnapshot>, ReadError> {
+        let mapped = self.region.refresh()?;
+        if let Some(last) = &self.last
+            && last.region_id == mapped.region_id()
+            && last.committed == mapped.committed()
+            && last.epoch == mapped.epoch()
+        {
+            return Ok(Arc::clone(last));
+        }
+        let fresh = Arc::new(self.read(ObservedSnapshot::copy)?);
+        self.last = Some(Arc::clone(&fresh));
+        Ok(fresh)
+    }
+
+    /// The last good copy, however old.
+    #[must_use]
+    pub fn last(&self) -> Option<&Arc<ObservedSnapshot>> {
+        self.last.as_ref()
+    }
+
+    /// What became of one port.
+    pub fn port_status(&mut self, key: PortKey) -> Result<Option<PortStatus>, ReadError> {
+        let mut hints = std::mem::take(&mut self.port_hints);
+        let found = self.read(|mapped, committed| find(mapped, committed, key, &mut hints));
+        self.port_hints = hints;
+        found
+    }
+
+    /// One container's sample.
+    pub fn container_sample(
+        &mut self,
+        id: ContainerId,
+    ) -> Result<Option<ContainerSample>, ReadError> {
+        let mut hints = std::mem::take(&mut self.container_hints);
+        let found = self.read(|mapped, committed| find(mapped, committed, id, &mut hints));
+        self.container_hints = hints;
+        found
+    }
+
+    /// One accelerator.
+    pub fn accelerator(
+        &mut self,
+        key: AcceleratorKey,
+    ) -> Result<Option<AcceleratorRow>, ReadError> {
+        let mut hints = std::mem::take(&mut self.accelerator_hints);
+        let found = self.read(|mapped, committed| find(mapped, committed, key, &mut hints));
+        self.accelerator_hints = hints;
+        found
+    }
+
+    /// How far the desired region has been looked at.
+    pub fn applied(&mut self) -> Result<Option<Applied>, ReadError> {
+        self.read(|mapped, committed| single::<RawApplied>(mapped, table::APPLIED, committed))
+            .map(|raw| raw.as_ref().map(Applied::from_raw))
+    }
+
+    /// The processes of the last pass that published any.
+    pub fn processes(&mut self) -> Result<Processes, ReadError> {
+        self.read(copy_processes)
+    }
+
+    fn read<T>(
+        &mut self,
+        mut copy: impl FnMut(&Mapped, Generation) -> Result<T, Moved>,
+    ) -> Result<T, ReadError> {
+        self.region.refresh()?;
+        self.region
+            .consistent(|mapped, committed| match copy(mapped, committed) {
+                Ok(value) => Snapshotted::Whole(value),
+                Err(Moved) => Snapshotted::Moved,
+            })
+    }
+}
+
+fn copy_processes(mapped: &Mapped, committed: Generation) -> Result<Processes, Moved> {
+    let table = mapped.table(table::PROCESSES);
+    let mut bytes = Vec::new();
+    let mut head = RawBank::default();
+    let look = mapped.cell(&table, 0).look(committed.0, |slot| {
+        let (first, rows) = slot.split_at(RawBank::INFO.size / 8);
+        let mut raw = [0u8; RawBank::INFO.size];
+        copy_words(first, &mut raw);
+        head = RawBank::load(&raw);
+        // The count is the writer's word; the slot's end is ours.
+        let length = (head.count as usize).saturating_mul(RawProcess::INFO.size);
+        bytes.resize(length.min(rows.len() * 8), 0);
+        copy_words(rows, &mut bytes);
+    });
+    match look {
+        Look::Moved => Err(Moved),
+        Look::Empty => Ok(Processes::default()),
+        Look::Whole(_) => {
+            let rows = bytes.chunks_exact(RawProcess::INFO.size);
+            let total = rows.len();
+            let list: Vec<ProcessSample> = rows
+                .filter_map(|row| ProcessSample::from_raw(&RawProcess::load(row)))
+                .collect();
+            let invalid_rows = u32::try_from(total - list.len()).unwrap_or(u32::MAX);
+            Ok(Processes {
+                tick: head.tick,
+                list,
+                left_out: head.left_out,
+                invalid_rows,
+            })
+        }
+    }
+}

@@ -1,0 +1,541 @@
+//! The rows the dataplane writes.
+
+use std::fmt;
+
+use super::counters::{
+    AcceleratorCounters, CpuCounters, DiskCounters, IoCounters, Measured, MemoryCounters,
+    NetCounters, NodeCounters, PidsCounters, ProcessCounters, Source,
+};
+use super::table;
+use crate::desired::{PortKey, Protocol};
+use crate::ids::{ContainerId, Generation, KernelId, RegionId};
+use crate::layout::{
+    RawAccelerator, RawApplied, RawNodeSample, RawPortStatus, RawProcess, RawSample,
+};
+use crate::table::{BatchError, KeyedRow, load_text, state, store_text};
+
+/// Declares an enum with its codes in the region.
+macro_rules! codes {
+    ($(#[$doc:meta])* $name:ident { $( $(#[$variant_doc:meta])* $variant:ident = $code:literal $text:literal, )* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name { $( $(#[$variant_doc])* $variant, )* }
+
+        impl $name {
+            pub(crate) const fn code(self) -> u8 {
+                match self { $( Self::$variant => $code, )* }
+            }
+            pub(crate) const fn from_code(code: u8) -> Option<Self> {
+                match code { $( $code => Some(Self::$variant), )* _ => None }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $( Self::$variant => $text, )* })
+            }
+        }
+    };
+}
+
+codes! {
+    /// What became of a port row.
+    PortState {
+        /// Seen, not serving yet.
+        Pending = 0 "pending",
+        /// Clients reach the container.
+        Serving = 1 "serving",
+        /// The container's link is gone; nothing is forwarded.
+        Disabled = 2 "disabled",
+        /// Removed; sessions may finish.
+        Draining = 3 "draining",
+        /// It cannot be served; the reason says why.
+        Refused = 4 "refused",
+        /// Removed, nothing is left of it.
+        Removed = 5 "removed",
+    }
+}
+
+codes! {
+    /// How bytes get to the container.
+    ForwardPath {
+        /// They do not.
+        None = 0 "none",
+        /// Through the relay.
+        Relay = 1 "relay",
+        /// Through the kernel alone.
+        KernelPath = 2 "kernel path",
+        /// The container engine publishes the port.
+        Engine = 3 "engine",
+    }
+}
+
+codes! {
+    /// Which relay engine serves a port.
+    RelayEngine {
+        /// None.
+        None = 0 "none",
+        /// read and write.
+        Copy = 1 "copy",
+        /// splice through pipes.
+        Splice = 2 "splice",
+        /// io_uring.
+        Uring = 3 "uring",
+    }
+}
+
+codes! {
+    /// Kinds of accelerators.
+    AcceleratorKind {
+        /// NVIDIA, CUDA.
+        Cuda = 1 "cuda",
+        /// AMD, ROCm.
+        Rocm = 2 "rocm",
+        /// Google TPU.
+        Tpu = 3 "tpu",
+        /// A plug-in's.
+        Plugin = 4 "plugin",
+        /// Made up, for tests.
+        Mock = 255 "mock",
+    }
+}
+
+/// How far the dataplane has come in a desired region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Applied {
+    /// Desired region it speaks of.
+    pub region_id: RegionId,
+    /// Life of that region's writer at the time.
+    pub epoch: u64,
+    /// Everything committed up to here has been looked at. What became of each port is in its status.
+    pub generation: Generation,
+}
+
+impl Applied {
+    pub(super) fn to_raw(self) -> RawApplied {
+        RawApplied {
+            state: state::USED,
+            reserved: 0,
+            region_id: self.region_id.0,
+            generation: self.generation.0,
+            epoch: self.epoch,
+        }
+    }
+
+    pub(super) fn from_raw(raw: &RawApplied) -> Self {
+        Self {
+            region_id: RegionId(raw.region_id),
+            epoch: raw.epoch,
+            generation: Generation(raw.generation),
+        }
+    }
+}
+
+/// What became of a port row, and its counters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortStatus {
+    /// Port it is about.
+    pub key: PortKey,
+    /// Kernel of the row acknowledged.
+    pub kernel_id: KernelId,
+    /// Desired region acknowledged.
+    pub region_id: RegionId,
+    /// Generation of the port row acknowledged: this status is about that row or a newer one.
+    pub acknowledged: Generation,
+    /// State.
+    pub state: PortState,
+    /// How bytes get to the container.
+    pub path: ForwardPath,
+    /// Relay engine.
+    pub engine: RelayEngine,
+    /// Why it is not serving; cut to 119 bytes when written.
+    pub reason: String,
+    /// Tick of the counters.
+    pub tick: u64,
+    /// Sessions open now.
+    pub sessions_active: u64,
+    /// Sessions ever accepted.
+    pub sessions_total: u64,
+    /// Sessions refused by a limit or network list.
+    pub sessions_refused: u64,
+    /// Client to container, bytes.
+    pub bytes_in: u64,
+    /// Container to client, bytes.
+    pub bytes_out: u64,
+    /// Connections to the container that failed.
+    pub connect_failures: u64,
+}
+
+impl PortStatus {
+    /// A status without counters.
+    #[must_use]
+    pub fn new(key: PortKey, kernel_id: KernelId, region_id: RegionId, state: PortState) -> Self {
+        Self {
+            key,
+            kernel_id,
+            region_id,
+            acknowledged: Generation(0),
+            state,
+            path: ForwardPath::None,
+            engine: RelayEngine::None,
+            reason: String::new(),
+            tick: 0,
+            sessions_active: 0,
+            sessions_total: 0,
+            sessions_refused: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+            connect_failures: 0,
+        }
+    }
+
+    /// Whether this answers a port row of `region` written at `generation`.
+    #[must_use]
+    pub fn answers(&self, region: RegionId, generation: Generation) -> bool {
+        self.region_id == region && self.acknowledged >= generation
+    }
+}
+
+/// The longest start of a text that fits a field, cut between characters.
+fn cut(text: &str, limit: usize) -> &str {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+impl KeyedRow for PortStatus {
+    type Key = PortKey;
+    type Raw = RawPortStatus;
+    const TABLE: usize = table::PORTS;
+
+    fn key(&self) -> PortKey {
+        self.key
+    }
+
+    fn generation(&self) -> Generation {
+        self.acknowledged
+    }
+
+    fn to_raw(&self) -> Result<RawPortStatus, BatchError> {
+        let mut raw = RawPortStatus {
+            state: state::USED,
+            host_port: self.key.host_port,
+            protocol: self.key.protocol.number(),
+            status: self.state.code(),
+            path: self.path.code(),
+            relay_engine: self.engine.code(),
+            kernel_id: self.kernel_id.0,
+            region_id: self.region_id.0,
+            acknowledged: self.acknowledged.0,
+            tick: self.tick,
+            sessions_active: self.sessions_active,
+            sessions_total: self.sessions_total,
+            sessions_refused: self.sessions_refused,
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            connect_failures: self.connect_failures,
+            ..RawPortStatus::default()
+        };
+        let reason = cut(&self.reason, raw.reason.len());
+        raw.reason_length = store_text("reason", reason, &mut raw.reason)?;
+        Ok(raw)
+    }
+
+    fn from_raw(raw: &RawPortStatus, _: Generation) -> Option<Self> {
+        Some(Self {
+            key: PortKey {
+                protocol: Protocol::from_number(raw.protocol)?,
+                host_port: raw.host_port,
+            },
+            kernel_id: KernelId(raw.kernel_id),
+            region_id: RegionId(raw.region_id),
+            acknowledged: Generation(raw.acknowledged),
+            state: PortState::from_code(raw.status)?,
+            path: ForwardPath::from_code(raw.path)?,
+            engine: RelayEngine::from_code(raw.relay_engine)?,
+            reason: load_text(raw.reason_length, &raw.reason)?,
+            tick: raw.tick,
+            sessions_active: raw.sessions_active,
+            sessions_total: raw.sessions_total,
+            sessions_refused: raw.sessions_refused,
+            bytes_in: raw.bytes_in,
+            bytes_out: raw.bytes_out,
+            connect_failures: raw.connect_failures,
+        })
+    }
+}
+
+/// One container at one tick.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ContainerSample {
+    /// The row's key.
+    pub container_id: ContainerId,
+    /// Kernel it runs.
+    pub kernel_id: KernelId,
+    /// Pass this sample belongs to.
+    pub tick: u64,
+    /// When, CLOCK_MONOTONIC, ns.
+    pub taken_monotonic_ns: u64,
+    /// When, CLOCK_REALTIME, ns since 1970.
+    pub taken_wall_ns: u64,
+    /// CPU.
+    pub cpu: Measured<CpuCounters>,
+    /// Memory.
+    pub memory: Measured<MemoryCounters>,
+    /// Tasks.
+    pub pids: Measured<PidsCounters>,
+    /// Block devices.
+    pub io: Measured<IoCounters>,
+    /// Network, as the container sees it.
+    pub net: Measured<NetCounters>,
+    /// Disk space.
+    pub disk: Measured<DiskCounters>,
+}
+
+impl KeyedRow for ContainerSample {
+    type Key = ContainerId;
+    type Raw = RawSample;
+    const TABLE: usize = table::CONTAINERS;
+
+    fn key(&self) -> ContainerId {
+        self.container_id
+    }
+
+    fn generation(&self) -> Generation {
+        Generation(self.tick)
+    }
+
+    fn to_raw(&self) -> Result<RawSample, BatchError> {
+        let mut raw = RawSample {
+            state: state::USED,
+            container_id: self.container_id.0,
+            kernel_id: self.kernel_id.0,
+            tick: self.tick,
+            taken_monotonic_ns: self.taken_monotonic_ns,
+            taken_wall_ns: self.taken_wall_ns,
+            ..RawSample::default()
+        };
+        macro_rules! group {
+            ($index:literal, $field:ident) => {
+                if self.$field.source != Source::Absent {
+                    raw.sources[$index] = self.$field.source.code();
+                    raw.ages_ms[$index] = self.$field.age_ms;
+                    (raw.$field, raw.present[$index]) = self.$field.counters.pack();
+                }
+            };
+        }
+        group!(0, cpu);
+        group!(1, memory);
+        group!(2, pids);
+        group!(3, io);
+        group!(4, net);
+        group!(5, disk);
+        Ok(raw)
+    }
+
+    fn from_raw(raw: &RawSample, _: Generation) -> Option<Self> {
+        macro_rules! group {
+            ($index:literal, $field:ident, $counters:ident) => {
+                match Source::from_code(raw.sources[$index])? {
+                    Source::Absent => Measured::default(),
+                    source => Measured {
+                        source,
+                        age_ms: raw.ages_ms[$index],
+                        counters: $counters::unpack(&raw.$field, raw.present[$index]),
+                    },
+                }
+            };
+        }
+        Some(Self {
+            container_id: ContainerId(raw.container_id),
+            kernel_id: KernelId(raw.kernel_id),
+            tick: raw.tick,
+            taken_monotonic_ns: raw.taken_monotonic_ns,
+            taken_wall_ns: raw.taken_wall_ns,
+            cpu: group!(0, cpu, CpuCounters),
+            memory: group!(1, memory, MemoryCounters),
+            pids: group!(2, pids, PidsCounters),
+            io: group!(3, io, IoCounters),
+            net: group!(4, net, NetCounters),
+            disk: group!(5, disk, DiskCounters),
+        })
+    }
+}
+
+/// What names an accelerator row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AcceleratorKey {
+    /// Kind.
+    pub kind: AcceleratorKind,
+    /// Number the driver gives it.
+    pub index: u32,
+}
+
+/// One accelerator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcceleratorRow {
+    /// The row's key.
+    pub key: AcceleratorKey,
+    /// Stable id (UUID), at most 80 bytes.
+    pub id: String,
+    /// Model name, at most 64 bytes.
+    pub model: String,
+    /// PCI address, at most 32 bytes; empty none.
+    pub pci: String,
+    /// NUMA node, if known.
+    pub numa_node: Option<u16>,
+    /// `false`: the driver reports a fault.
+    pub healthy: bool,
+    /// How old the numbers were at the tick, ms.
+    pub age_ms: u32,
+    /// Pass this row belongs to.
+    pub tick: u64,
+    /// The numbers.
+    pub counters: AcceleratorCounters,
+}
+
+impl KeyedRow for AcceleratorRow {
+    type Key = AcceleratorKey;
+    type Raw = RawAccelerator;
+    const TABLE: usize = table::ACCELERATORS;
+
+    fn key(&self) -> AcceleratorKey {
+        self.key
+    }
+
+    fn generation(&self) -> Generation {
+        Generation(self.tick)
+    }
+
+    fn to_raw(&self) -> Result<RawAccelerator, BatchError> {
+        let (counters, present) = self.counters.pack();
+        let mut raw = RawAccelerator {
+            state: state::USED,
+            index: self.key.index,
+            kind: self.key.kind.code(),
+            // Eight counters: the upper byte is empty.
+            present: present.to_le_bytes()[0],
+            healthy: u8::from(self.healthy),
+            numa_node: self.numa_node.map_or(-1, i32::from),
+            age_ms: self.age_ms,
+            tick: self.tick,
+            counters,
+            ..RawAccelerator::default()
+        };
+        raw.id_length = store_text("id", &self.id, &mut raw.id)?;
+        raw.model_length = store_text("model", &self.model, &mut raw.model)?;
+        raw.pci_length = store_text("pci", &self.pci, &mut raw.pci)?;
+        Ok(raw)
+    }
+
+    fn from_raw(raw: &RawAccelerator, _: Generation) -> Option<Self> {
+        Some(Self {
+            key: AcceleratorKey {
+                kind: AcceleratorKind::from_code(raw.kind)?,
+                index: raw.index,
+            },
+            id: load_text(raw.id_length, &raw.id)?,
+            model: load_text(raw.model_length, &raw.model)?,
+            pci: load_text(raw.pci_length, &raw.pci)?,
+            numa_node: u16::try_from(raw.numa_node).ok(),
+            healthy: raw.healthy != 0,
+            age_ms: raw.age_ms,
+            tick: raw.tick,
+            counters: AcceleratorCounters::unpack(&raw.counters, u16::from(raw.present)),
+        })
+    }
+}
+
+/// The node at one tick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NodeSample {
+    /// Last finished pass.
+    pub tick: u64,
+    /// When, CLOCK_MONOTONIC, ns.
+    pub taken_monotonic_ns: u64,
+    /// When, CLOCK_REALTIME, ns since 1970.
+    pub taken_wall_ns: u64,
+    /// The numbers.
+    pub counters: NodeCounters,
+}
+
+impl NodeSample {
+    pub(super) fn to_raw(self) -> RawNodeSample {
+        let (counters, present) = self.counters.pack();
+        RawNodeSample {
+            state: state::USED,
+            present: u32::from(present),
+            tick: self.tick,
+            taken_monotonic_ns: self.taken_monotonic_ns,
+            taken_wall_ns: self.taken_wall_ns,
+            counters,
+        }
+    }
+
+    pub(super) fn from_raw(raw: &RawNodeSample) -> Self {
+        let [low, high, ..] = raw.present.to_le_bytes();
+        Self {
+            tick: raw.tick,
+            taken_monotonic_ns: raw.taken_monotonic_ns,
+            taken_wall_ns: raw.taken_wall_ns,
+            counters: NodeCounters::unpack(&raw.counters, u16::from_le_bytes([low, high])),
+        }
+    }
+}
+
+/// One process of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ProcessSample {
+    /// Container it runs in.
+    pub container_id: ContainerId,
+    /// Pid on the host.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent_pid: u32,
+    /// Threads.
+    pub threads: u32,
+    /// State letter of `/proc/<pid>/stat`.
+    pub state: u8,
+    /// Name (comm); cut to 16 bytes when written, and not always UTF-8 in the kernel: replaced where not.
+    pub name: String,
+    /// Start time of `/proc/<pid>/stat`, clock ticks since boot.
+    pub start_ticks: u64,
+    /// The numbers.
+    pub counters: ProcessCounters,
+}
+
+impl ProcessSample {
+    pub(super) fn to_raw(&self) -> RawProcess {
+        let (counters, present) = self.counters.pack();
+        let mut raw = RawProcess {
+            container_id: self.container_id.0,
+            pid: self.pid,
+            parent_pid: self.parent_pid,
+            threads: self.threads,
+            state: self.state,
+            present,
+            start_ticks: self.start_ticks,
+            counters,
+            ..RawProcess::default()
+        };
+        let name = cut(&self.name, raw.name.len());
+        raw.name[..name.len()].copy_from_slice(name.as_bytes());
+        raw.name_length = u8::try_from(name.len()).unwrap_or(0);
+        raw
+    }
+
+    pub(super) fn from_raw(raw: &RawProcess) -> Option<Self> {
+        Some(Self {
+            container_id: ContainerId(raw.container_id),
+            pid: raw.pid,
+            parent_pid: raw.parent_pid,
+            threads: raw.threads,
+            state: raw.state,
+            name: load_text(raw.name_length, &raw.name)?,
+            start_ticks: raw.start_ticks,
+            counters: ProcessCounters::unpack(&raw.counters, raw.present),
+        })
+    }
+}

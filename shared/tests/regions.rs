@@ -1,0 +1,560 @@
+//! What a reader of the regions sees after each thing a writer can do.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use shared::desired::{
+    ClientNetwork, ContainerRow, DesiredReader, DesiredWriter, Drain, NodeRow, PortKey, PortRow,
+    Protocol,
+};
+use shared::ids::{ContainerId, Generation, KernelId, SessionId};
+use shared::observed::{
+    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, Applied, ContainerSample,
+    CpuCounters, ForwardPath, Measured, MemoryCounters, NodeCounters, NodeSample, ObservedReader,
+    ObservedWriter, PortState, PortStatus, ProcessCounters, ProcessSample, RelayEngine, Source,
+};
+use shared::{BatchError, OpenError, ReadError, Sizes, Start};
+use tempfile::TempDir;
+
+const SIZES: Sizes = Sizes {
+    ports: 4,
+    containers: 3,
+    accelerators: 2,
+    processes: 5,
+};
+
+fn directory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("tests need a tmpfs at /dev/shm")
+}
+
+fn key(host_port: u16) -> PortKey {
+    PortKey {
+        protocol: Protocol::Tcp,
+        host_port,
+    }
+}
+
+fn port(host_port: u16) -> PortRow {
+    PortRow {
+        service: "jupyter".to_owned(),
+        link_index: 17,
+        link_mac: [2, 66, 172, 17, 0, 2],
+        link_guard: true,
+        max_sessions: 100,
+        drain: Drain::Within { ms: 30_000 },
+        networks: vec![
+            ClientNetwork {
+                address: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 0)),
+                prefix: 8,
+            },
+            ClientNetwork {
+                address: IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0)),
+                prefix: 64,
+            },
+        ],
+        ..PortRow::new(
+            key(host_port),
+            KernelId([7; 16]),
+            ContainerId([9; 32]),
+            IpAddr::V4(Ipv4Addr::new(172, 17, 0, 2)),
+            8080,
+        )
+    }
+}
+
+fn container(byte: u8) -> ContainerRow {
+    ContainerRow {
+        container_id: ContainerId([byte; 32]),
+        kernel_id: KernelId([7; 16]),
+        session_id: SessionId([8; 16]),
+        init_pid: 4711,
+        cgroup_path: format!("docker/{}", ContainerId([byte; 32])),
+        link_indexes: vec![17, 19],
+        memory_limit_bytes: 1 << 30,
+        cpu_milli: 1500,
+        scratch_path: "/scratches/k".to_owned(),
+        ..ContainerRow::default()
+    }
+}
+
+#[test]
+fn rows_arrive_as_they_were_put() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(writer.start(), Start::Fresh);
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    assert_eq!(reader.snapshot().unwrap().committed, Generation(0));
+
+    let node = NodeRow {
+        sample_interval_ms: 2_000,
+        total_max_sessions: 9,
+        ..NodeRow::default()
+    };
+    let generation = writer
+        .batch(|batch| {
+            batch.put_port(port(30_001));
+            batch.put_port(port(30_000));
+            batch.put_container(container(1));
+            batch.set_node(node);
+        })
+        .unwrap();
+    let snapshot = reader.snapshot().unwrap();
+    assert_eq!(snapshot.committed, generation);
+    assert_eq!(snapshot.region_id, writer.region_id());
+    assert_eq!(snapshot.node, Some(node));
+    assert_eq!(
+        snapshot.ports,
+        [
+            PortRow {
+                generation,
+                ..port(30_000)
+            },
+            PortRow {
+                generation,
+                ..port(30_001)
+            }
+        ]
+    );
+    assert_eq!(
+        snapshot.containers,
+        [ContainerRow {
+            generation,
+            ..container(1)
+        }]
+    );
+    assert_eq!(*snapshot, writer.snapshot().unwrap());
+    // Nothing changed: the very same copy.
+    assert!(std::sync::Arc::ptr_eq(
+        &snapshot,
+        &reader.snapshot().unwrap()
+    ));
+}
+
+#[test]
+fn a_refused_batch_leaves_nothing_behind() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let before = writer.batch(|batch| batch.put_port(port(1))).unwrap();
+    let refused = writer.batch(|batch| {
+        batch.remove_port(key(1));
+        for host_port in 2..=5 {
+            batch.put_port(port(host_port));
+        }
+    });
+    assert_eq!(
+        refused,
+        Err(BatchError::TableFull {
+            table: "ports",
+            rows: 4
+        })
+    );
+    let refused = writer.batch(|batch| {
+        batch.put_port(port(2));
+        batch.put_port(PortRow {
+            service: "x".repeat(64),
+            ..port(3)
+        });
+    });
+    assert_eq!(
+        refused,
+        Err(BatchError::TextTooLong {
+            field: "service",
+            length: 64,
+            limit: 63
+        })
+    );
+    let snapshot = writer.snapshot().unwrap();
+    assert_eq!(snapshot.committed, before);
+    assert_eq!(snapshot.ports.len(), 1);
+    // Generations of refused batches are not given out again.
+    assert!(writer.batch(|batch| batch.put_port(port(2))).unwrap() > before);
+}
+
+#[test]
+fn a_removed_row_is_reused_only_after_the_acknowledgement() {
+    let (control, dataplane) = (directory(), directory());
+    let mut writer = DesiredWriter::open(control.path(), SIZES).unwrap();
+    let mut observed = ObservedWriter::open(dataplane.path(), SIZES).unwrap();
+    let mut reader = ObservedReader::open(dataplane.path()).unwrap();
+    writer
+        .batch(|batch| {
+            for host_port in 1..=4 {
+                batch.put_port(port(host_port));
+            }
+        })
+        .unwrap();
+    let removal = writer.batch(|batch| batch.remove_port(key(1))).unwrap();
+    let snapshot = writer.snapshot().unwrap();
+    assert_eq!(snapshot.removed_ports.len(), 1);
+    assert_eq!(snapshot.removed_ports[0].generation, removal);
+    assert_eq!(snapshot.removed_ports[0].kernel_id, KernelId([7; 16]));
+
+    assert!(matches!(
+        writer.batch(|batch| batch.put_port(port(1))),
+        Err(BatchError::RemovalPending { .. })
+    ));
+    assert!(matches!(
+        writer.batch(|batch| batch.put_port(port(5))),
+        Err(BatchError::TableFull { .. })
+    ));
+    assert_eq!(writer.release_acknowledged(&reader.snapshot().unwrap()), 0);
+
+    // Looked at, but the port still drains.
+    let applied = Applied {
+        region_id: writer.region_id(),
+        epoch: writer.epoch(),
+        generation: removal,
+    };
+    let mut status = PortStatus::new(
+        key(1),
+        KernelId([7; 16]),
+        writer.region_id(),
+        PortState::Draining,
+    );
+    status.acknowledged = removal;
+    observed
+        .batch(|batch| {
+            batch.set_applied(applied);
+            batch.put_port(status.clone());
+        })
+        .unwrap();
+    assert_eq!(writer.release_acknowledged(&reader.snapshot().unwrap()), 0);
+
+    status.state = PortState::Removed;
+    observed
+        .batch(|batch| batch.put_port(status.clone()))
+        .unwrap();
+    assert_eq!(writer.release_acknowledged(&reader.snapshot().unwrap()), 1);
+    writer.batch(|batch| batch.put_port(port(5))).unwrap();
+    assert!(writer.snapshot().unwrap().removed_ports.is_empty());
+}
+
+#[test]
+fn an_acknowledgement_of_another_region_counts_for_nothing() {
+    let (control, dataplane) = (directory(), directory());
+    let mut writer = DesiredWriter::open(control.path(), SIZES).unwrap();
+    let mut observed = ObservedWriter::open(dataplane.path(), SIZES).unwrap();
+    let mut reader = ObservedReader::open(dataplane.path()).unwrap();
+    writer
+        .batch(|batch| batch.put_container(container(1)))
+        .unwrap();
+    let removal = writer
+        .batch(|batch| batch.remove_container(ContainerId([1; 32])))
+        .unwrap();
+    let mut applied = Applied {
+        region_id: observed.region_id(),
+        epoch: 1,
+        generation: Generation(99),
+    };
+    observed.batch(|batch| batch.set_applied(applied)).unwrap();
+    assert_eq!(writer.release_acknowledged(&reader.snapshot().unwrap()), 0);
+    applied = Applied {
+        region_id: writer.region_id(),
+        epoch: 1,
+        generation: removal,
+    };
+    observed.batch(|batch| batch.set_applied(applied)).unwrap();
+    assert_eq!(writer.release_acknowledged(&reader.snapshot().unwrap()), 1);
+}
+
+#[test]
+fn put_and_removed_in_one_batch_was_never_there() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    writer
+        .batch(|batch| {
+            batch.put_port(port(1));
+            batch.remove_port(key(1));
+        })
+        .unwrap();
+    let snapshot = writer.snapshot().unwrap();
+    assert!(snapshot.ports.is_empty() && snapshot.removed_ports.is_empty());
+    assert_eq!(snapshot.invalid_rows, 0);
+    writer.batch(|batch| batch.put_port(port(1))).unwrap();
+}
+
+#[test]
+fn a_restarted_writer_continues_the_region() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let (region_id, epoch) = (writer.region_id(), writer.epoch());
+    let first = writer
+        .batch(|batch| {
+            batch.put_port(port(1));
+            batch.put_port(port(2));
+        })
+        .unwrap();
+    let removal = writer.batch(|batch| batch.remove_port(key(2))).unwrap();
+    drop(writer);
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let before = reader.snapshot().unwrap();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(writer.start(), Start::Continued { repaired: 0 });
+    assert_eq!((writer.region_id(), writer.epoch()), (region_id, epoch + 1));
+    let after = reader.snapshot().unwrap();
+    assert_eq!((&after.ports, after.epoch), (&before.ports, epoch + 1));
+    assert_eq!(after.ports[0].generation, first);
+    assert!(writer.batch(|batch| batch.put_port(port(3))).unwrap() > removal);
+    assert!(matches!(
+        writer.batch(|batch| batch.put_port(port(2))),
+        Err(BatchError::RemovalPending { .. })
+    ));
+}
+
+#[test]
+fn larger_tables_carry_the_rows_into_a_new_file() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let generation = writer.batch(|batch| batch.put_port(port(1))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    reader.snapshot().unwrap();
+    assert!(!reader.is_behind());
+    let old = writer.region_id();
+    drop(writer);
+    let larger = Sizes { ports: 40, ..SIZES };
+    let mut writer = DesiredWriter::open(directory.path(), larger).unwrap();
+    assert_eq!(writer.start(), Start::Grown);
+    assert!(reader.is_behind(), "the old file says that it is retired");
+    let snapshot = reader.snapshot().unwrap();
+    assert_ne!(snapshot.region_id, old);
+    assert_eq!(
+        snapshot.ports,
+        [PortRow {
+            generation,
+            ..port(1)
+        }]
+    );
+    assert!(writer.batch(|batch| batch.put_port(port(2))).unwrap() > generation);
+    drop(writer);
+    // Smaller ones are not worth a new file.
+    let writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(writer.sizes().ports, 40);
+}
+
+#[test]
+fn another_layout_means_a_new_region_that_readers_find() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    writer.batch(|batch| batch.put_port(port(1))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let before = reader.snapshot().unwrap();
+    drop(writer);
+    // What a build of another layout leaves behind: the same name, another hash.
+    let path = directory.path().join("desired");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xEE; 8], 16).unwrap();
+    // A new reader refuses it with words; the old one keeps its mapping and its copy.
+    let refused = DesiredReader::open(directory.path()).unwrap_err();
+    assert!(matches!(refused, ReadError::Unreadable { .. }), "{refused}");
+    assert!(refused.to_string().contains("layout"), "{refused}");
+
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(writer.start(), Start::Fresh);
+    let mut retired = [0u8; 8];
+    // The old file has no name any more, but a descriptor still leads to it.
+    let old = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+    old.read_exact_at(&mut retired, 24).unwrap();
+    assert_eq!(u64::from_le_bytes(retired), 1);
+    assert!(reader.is_behind());
+    let after = reader.snapshot().unwrap();
+    assert_ne!(after.region_id, before.region_id);
+    assert_eq!(after.committed, Generation(0));
+    writer.batch(|batch| batch.put_port(port(2))).unwrap();
+    assert_eq!(reader.snapshot().unwrap().ports.len(), 1);
+}
+
+#[test]
+fn a_second_writer_is_told_who_the_first_is() {
+    let directory = directory();
+    let writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let err = DesiredWriter::open(directory.path(), SIZES).unwrap_err();
+    assert!(matches!(err, OpenError::Lock { .. }));
+    let cause = std::error::Error::source(&err).unwrap().to_string();
+    assert!(cause.contains(&std::process::id().to_string()), "{cause}");
+    drop(writer);
+    DesiredWriter::open(directory.path(), SIZES).unwrap();
+}
+
+#[test]
+fn a_region_off_tmpfs_or_of_impossible_size_is_refused() {
+    let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let err = DesiredWriter::open(on_disk.path(), SIZES).unwrap_err();
+    assert!(matches!(err, OpenError::NotTmpfs(_)), "{err}");
+    let directory = directory();
+    let err = DesiredWriter::open(directory.path(), Sizes { ports: 0, ..SIZES }).unwrap_err();
+    assert!(matches!(err, OpenError::Sizes { .. }), "{err}");
+}
+
+#[test]
+fn files_are_for_the_writer_and_its_group() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = directory();
+    let _writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let status = std::fs::metadata(directory.path().join("desired")).unwrap();
+    assert_eq!(status.mode() & 0o7777, 0o640);
+    // Allocated up front: no hole that could fail later.
+    assert!(status.blocks() * 512 >= status.len());
+}
+
+#[test]
+fn a_missing_region_is_said_to_be_missing() {
+    let directory = directory();
+    assert!(matches!(
+        DesiredReader::open(directory.path()),
+        Err(ReadError::Missing { .. })
+    ));
+    let mut reader = ObservedReader::at(directory.path());
+    assert!(matches!(reader.snapshot(), Err(ReadError::Missing { .. })));
+    let _writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
+    assert!(reader.snapshot().is_ok());
+}
+
+fn sample(byte: u8, tick: u64) -> ContainerSample {
+    ContainerSample {
+        container_id: ContainerId([byte; 32]),
+        kernel_id: KernelId([7; 16]),
+        tick,
+        taken_monotonic_ns: 5,
+        taken_wall_ns: 6,
+        cpu: Measured::now(
+            Source::File,
+            CpuCounters {
+                usage_ns: Some(1),
+                throttled_ns: Some(0),
+                ..CpuCounters::default()
+            },
+        ),
+        memory: Measured {
+            source: Source::Bpf,
+            age_ms: 12,
+            counters: MemoryCounters {
+                kernel_bytes: Some(3),
+                ..MemoryCounters::default()
+            },
+        },
+        ..ContainerSample::default()
+    }
+}
+
+#[test]
+fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
+    let directory = directory();
+    let mut writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
+    let mut reader = ObservedReader::open(directory.path()).unwrap();
+    let status = PortStatus {
+        acknowledged: Generation(3),
+        path: ForwardPath::Relay,
+        engine: RelayEngine::Splice,
+        reason: "é".repeat(100),
+        bytes_in: 10,
+        ..PortStatus::new(
+            key(30_000),
+            KernelId([7; 16]),
+            writer.region_id(),
+            PortState::Serving,
+        )
+    };
+    let accelerator = AcceleratorRow {
+        key: AcceleratorKey {
+            kind: AcceleratorKind::Mock,
+            index: 0,
+        },
+        id: "GPU-0000".to_owned(),
+        model: "Made Up 1".to_owned(),
+        pci: String::new(),
+        numa_node: None,
+        healthy: true,
+        age_ms: 1,
+        tick: 4,
+        counters: AcceleratorCounters {
+            power_mw: Some(70_000),
+            ..Default::default()
+        },
+    };
+    let node = NodeSample {
+        tick: 4,
+        counters: NodeCounters {
+            descriptors_open: Some(12),
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    writer
+        .batch(|batch| {
+            batch.put_port(status.clone());
+            batch.put_container(sample(1, 4));
+            batch.put_accelerator(accelerator.clone());
+            batch.set_node(node);
+        })
+        .unwrap();
+    let cut = PortStatus {
+        reason: "é".repeat(59),
+        ..status.clone()
+    };
+    let snapshot = reader.snapshot().unwrap();
+    assert_eq!(snapshot.port(key(30_000)), Some(&cut));
+    assert_eq!(
+        snapshot.container(ContainerId([1; 32])),
+        Some(&sample(1, 4))
+    );
+    assert_eq!(snapshot.accelerators, [accelerator]);
+    assert_eq!(snapshot.node, Some(node));
+    assert_eq!(snapshot.applied, None);
+    let got = reader
+        .container_sample(ContainerId([1; 32]))
+        .unwrap()
+        .unwrap();
+    assert!(got.net.get().is_none());
+    assert_eq!(got.cpu.get().unwrap().throttled_ns, Some(0));
+    assert_eq!(got.cpu.get().unwrap().user_ns, None);
+    assert_eq!(reader.port_status(key(30_000)).unwrap(), Some(cut));
+    assert_eq!(reader.port_status(key(1)).unwrap(), None);
+
+    // The row moves: the hint of the last look is wrong, the answer is not.
+    writer
+        .batch(|batch| {
+            batch.remove_port(key(30_000));
+            batch.put_port(PortStatus {
+                key: key(2),
+                ..status.clone()
+            });
+            batch.put_port(PortStatus {
+                key: key(30_000),
+                reason: String::new(),
+                ..status.clone()
+            });
+        })
+        .unwrap();
+    assert_eq!(reader.port_status(key(30_000)).unwrap().unwrap().reason, "");
+}
+
+#[test]
+fn processes_beyond_the_pool_are_counted() {
+    let directory = directory();
+    let mut writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
+    let mut reader = ObservedReader::open(directory.path()).unwrap();
+    assert_eq!(reader.processes().unwrap().list.len(), 0);
+    let process = |pid: u32| ProcessSample {
+        pid,
+        name: format!("worker-{pid}"),
+        counters: ProcessCounters {
+            rss_bytes: Some(4096),
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    for tick in 1..5 {
+        let list: Vec<_> = (0..9).map(process).collect();
+        writer
+            .batch(|batch| batch.set_processes(tick, list.clone(), 2))
+            .unwrap();
+        let got = reader.processes().unwrap();
+        assert_eq!((got.tick, got.left_out, got.invalid_rows), (tick, 6, 0));
+        assert_eq!(got.list, list[..5]);
+    }
+    writer
+        .batch(|batch| batch.set_processes(5, vec![process(1)], 0))
+        .unwrap();
+    assert_eq!(reader.processes().unwrap().list, [process(1)]);
+}
