@@ -55,7 +55,9 @@ impl Config {
         };
         add("node.run-dir", &self.node.run_dir, 0o755);
         // Standalone keeps scratches below it, and containers' users pass through.
-        add("node.state-dir", &self.node.state_dir, 0o755);
+        if self.node.state_dir != self.agent.var_base_path {
+            add("node.state-dir", &self.node.state_dir, 0o755);
+        }
         add("node.runner-dir", &self.node.runner_dir, 0o755);
         add("agent.ipc-base-path", &self.agent.ipc_base_path, 0o755);
         // Journals, with the environment of kernels in them.

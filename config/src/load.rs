@@ -40,6 +40,12 @@ impl LoadOptions {
     }
 }
 
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self::of_this_process(None, false)
+    }
+}
+
 impl fmt::Debug for LoadOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LoadOptions")

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::choice::Publish;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, mask_password};
 
 /// `[node]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +35,13 @@ pub struct Node {
     pub rpc: RpcLimits,
 }
 
+impl Node {
+    /// The directory of one agent's shared regions: a sub-directory for each writer is in it.
+    pub fn region_directory(&self, agent_id: &str) -> PathBuf {
+        self.run_dir.join(agent_id)
+    }
+}
+
 /// One entry of `[[node.device-limits]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceLimit {
@@ -51,7 +58,7 @@ pub struct DeviceLimit {
 }
 
 /// `[node.engine]`: the container engine and a deadline for each kind of call.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Engine {
     /// `DOCKER_HOST` form (`unix:///...`, `tcp://...`); none is the engine's default socket.
     pub host: Option<String>,
@@ -67,6 +74,21 @@ pub struct Engine {
     pub stop_grace: Duration,
     /// Removing a container.
     pub remove_timeout: Duration,
+}
+
+/// The host may hold a password, as `tcp://user:password@host`: it is hidden.
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("host", &self.host.as_deref().map(mask_password))
+            .field("connect_timeout", &self.connect_timeout)
+            .field("request_timeout", &self.request_timeout)
+            .field("create_timeout", &self.create_timeout)
+            .field("start_timeout", &self.start_timeout)
+            .field("stop_grace", &self.stop_grace)
+            .field("remove_timeout", &self.remove_timeout)
+            .finish()
+    }
 }
 
 /// `[node.dataplane]`.

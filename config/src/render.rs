@@ -11,6 +11,23 @@ use crate::problem::{Note, NoteKind, Origin};
 /// Longest value shown in full in the table.
 const WIDEST: usize = 72;
 
+impl Loaded {
+    /// See [`render_text`].
+    pub fn render_text(&self) -> String {
+        render_text(self)
+    }
+
+    /// See [`render_notes`].
+    pub fn render_notes(&self) -> String {
+        render_notes(self)
+    }
+
+    /// See [`render_json`].
+    pub fn render_json(&self) -> Value {
+        render_json(self)
+    }
+}
+
 /// A table of section, key, value and origin, one block per section.
 pub fn render_text(loaded: &Loaded) -> String {
     let mut out = String::new();

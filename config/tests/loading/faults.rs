@@ -1,0 +1,324 @@
+//! What is refused, all at once, in words that say what to do.
+
+use config::UserEntry;
+
+use crate::host::{SMALLEST, Setup, with_line};
+
+#[test]
+fn all_faults_are_told_at_once_in_golden_words() {
+    let text = "\
+[etcd]
+namespace = 'local'
+addr = '127.0.0.1'
+[agent]
+mode = 'dokcer'
+rpc-listen-addr = { host = '10.0.0.5', prot = 6001 }
+kernel-creation-concurrency = 33
+id = '../etc'
+[container]
+scratch-type = 'k8s-nfs'
+port-range = [31000, 30000]
+kernel-uid = 'nobody-here'
+bind-host = 'node-1'
+[resource]
+reserved-mem = '1x'
+affinity-policy = 'prefer-single-node'
+[debug]
+heartbeat-interval = nan
+";
+    let setup = Setup::new(text)
+        .env("BACKEND_CPU_OVERCOMMIT_FACTOR", "11")
+        .env("BACKEND_AGENT_PORT", "0");
+    let shown = setup.load().unwrap_err().to_string();
+    let shown = shown.replace(&setup.host.working_directory.display().to_string(), "");
+    let expected = r#"the configuration has 14 errors:
+  /agent.toml:5: agent.mode = "dokcer": the word is not known (did you mean "docker"?); write one of "docker", "kubernetes", "dummy"
+  /agent.toml:6: agent.rpc-listen-addr = { host, prot }: an address has no key "prot"; write { host = "10.0.0.5", port = 6001 } or "10.0.0.5:6001"
+  environment BACKEND_AGENT_PORT: agent.rpc-listen-addr = "0": the port is not a number from 1 to 65535; write { host = "10.0.0.5", port = 6001 } or "10.0.0.5:6001"
+  /agent.toml:8: agent.id = "../etc": the id can not be a file name; write 1 to 64 letters, digits, dots, dashes or underscores, the first not a dot
+  /agent.toml:7: agent.kernel-creation-concurrency = 33: the number is out of range; write 1 to 32
+  /agent.toml:12: container.kernel-uid = "nobody-here": there is no user of this name; write a number, a user name, or -1 for the user this agent runs as
+  /agent.toml:13: container.bind-host = "node-1": ports can only be bound to an IP address; write an IP address of this host, 0.0.0.0 for all, or leave it blank
+  /agent.toml:11: container.port-range = [31000, 30000]: the first port is above the last; write [30000, 31000] or "30000-31000"
+  /agent.toml:10: container.scratch-type = "k8s-nfs": this agent does not run on Kubernetes; write "hostdir", "hostfile" or "memory"
+  /agent.toml:15: resource.reserved-mem = "1x": the unit is not known; write a whole number of bytes or a number with k, m, g, t, p or e, such as "512m" or "1.5g"
+  /agent.toml:16: resource.affinity-policy = "prefer-single-node": the word is not known; write one of "INTERLEAVED", "PREFER_SINGLE_NODE"
+  /agent.toml:3: etcd.addr = "127.0.0.1": the port is missing; write { host = "127.0.0.1", port = 2379 } or a list of such tables
+  /agent.toml:18: debug.heartbeat-interval = NaN: an interval is a finite number, not below zero; write seconds as a number, or a number with ms, s, m, h or d, such as "500ms" or "2h"
+  environment BACKEND_CPU_OVERCOMMIT_FACTOR: overcommit.cpu-factor = "11": the factor is out of range or not a whole number; write a whole number from 1 to 10, or unset the variable"#;
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn required_keys_are_asked_for() {
+    let keys: Vec<String> = Setup::new("")
+        .problems()
+        .into_iter()
+        .map(|p| p.key)
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "agent.mode",
+            "container.scratch-type",
+            "etcd.namespace",
+            "etcd.addr"
+        ]
+    );
+}
+
+#[test]
+fn a_section_that_is_a_value_is_refused() {
+    let problems =
+        Setup::new(&format!("node = 3\n{SMALLEST}").replace("[resource]", "")).problems();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].remedy.contains("[node]"), "{problems:?}");
+}
+
+/// Each line is one fault, told at its key.
+#[test]
+fn what_does_not_fit_is_refused_at_its_key() {
+    for (section, line, key) in [
+        ("agent", "mode = 'kubernetes'", "agent.mode"),
+        ("agent", "scaling-group = ' '", "agent.scaling-group"),
+        ("agent", "scaling-group = 3", "agent.scaling-group"),
+        ("agent", "agent-sock-port = 80", "agent.agent-sock-port"),
+        (
+            "agent",
+            "metadata-server-port = 70000",
+            "agent.metadata-server-port",
+        ),
+        (
+            "agent",
+            "metadata-server-bind-host = 'a b'",
+            "agent.metadata-server-bind-host",
+        ),
+        (
+            "agent",
+            "ipc-base-path = '/proc/version/x'",
+            "agent.ipc-base-path",
+        ),
+        ("agent", "var-base-path = ''", "agent.var-base-path"),
+        (
+            "agent",
+            "rpc-auth-agent-keypair = '/nowhere'",
+            "agent.rpc-auth-agent-keypair",
+        ),
+        (
+            "agent",
+            "rpc-auth-manager-public-key = '/proc/version'",
+            "agent.rpc-auth-manager-public-key",
+        ),
+        (
+            "agent",
+            "allow-compute-plugins = 'cuda'",
+            "agent.allow-compute-plugins",
+        ),
+        (
+            "agent",
+            "allow-compute-plugins = ['a']\nblock-compute-plugins = ['a']",
+            "agent.allow-compute-plugins",
+        ),
+        (
+            "agent",
+            "service-addr = '0.0.0.0:6001'",
+            "agent.service-addr",
+        ),
+        (
+            "agent",
+            "cohabiting-storage-proxy = 'maybe'",
+            "agent.cohabiting-storage-proxy",
+        ),
+        ("agent", "region = ''", "agent.region"),
+        ("agent", "id = ''", "agent.id"),
+        (
+            "agent",
+            "kernel-creation-concurrency = 0",
+            "agent.kernel-creation-concurrency",
+        ),
+        (
+            "agent.sync-container-lifecycles",
+            "interval = 0",
+            "agent.sync-container-lifecycles.interval",
+        ),
+        ("container", "kernel-gid = -2", "container.kernel-gid"),
+        (
+            "container",
+            "kernel-uid = 4294967295",
+            "container.kernel-uid",
+        ),
+        ("container", "port-range = 30000", "container.port-range"),
+        (
+            "container",
+            "port-range = [1, 2, 3]",
+            "container.port-range",
+        ),
+        ("container", "port-range = [1.5, 2]", "container.port-range"),
+        (
+            "container",
+            "advertised-host = '0.0.0.0'",
+            "container.advertised-host",
+        ),
+        (
+            "container",
+            "scratch-type = 'hostfile'",
+            "container.scratch-size",
+        ),
+        (
+            "resource",
+            "memory-align-size = 0",
+            "resource.memory-align-size",
+        ),
+        (
+            "resource",
+            "allocation-order = ['cpu', 'cpu']",
+            "resource.allocation-order",
+        ),
+        ("resource", "reserved-cpu = -1", "resource.reserved-cpu"),
+        (
+            "resource",
+            "reserved-mem = 1979-05-27",
+            "resource.reserved-mem",
+        ),
+        ("etcd", "addr = []", "etcd.addr"),
+        ("etcd", "addr = ['127.0.0.1', 2379]", "etcd.addr"),
+        ("etcd", "addr = ':2379'", "etcd.addr"),
+        (
+            "debug",
+            "heartbeat-interval = 0",
+            "debug.heartbeat-interval",
+        ),
+        ("logging", "level = 'LOUD'", "logging.level"),
+        ("logging", "drivers = ['graylog']", "logging.drivers"),
+        (
+            "container-logs",
+            "chunk-size = 0",
+            "container-logs.chunk-size",
+        ),
+        (
+            "kernel-lifecycles",
+            "init-polling-attempt = 0",
+            "kernel-lifecycles.init-polling-attempt",
+        ),
+        ("node", "run-dir = '/var/lib/x'", "node.run-dir"),
+        ("node", "publish = 'both'", "node.publish"),
+        (
+            "node",
+            "device-limits = [{ read-bps = 1 }]",
+            "node.device-limits",
+        ),
+        (
+            "node",
+            "device-limits = [{ device = '/dev/null', read-bps = 0 }]",
+            "node.device-limits",
+        ),
+        (
+            "node",
+            "device-limits = [{ device = '/etc', read-bps = 1 }]",
+            "node.device-limits",
+        ),
+        (
+            "node",
+            "device-limits = { device = '/dev/null' }",
+            "node.device-limits",
+        ),
+        ("node.engine", "host = 'ssh://h'", "node.engine.host"),
+        (
+            "node.engine",
+            "request-timeout = 0",
+            "node.engine.request-timeout",
+        ),
+        (
+            "node.dataplane",
+            "max-sessions = 10",
+            "node.dataplane.max-sessions-per-port",
+        ),
+        (
+            "node.dataplane",
+            "stats-interval = '1ms'",
+            "node.dataplane.stats-interval",
+        ),
+        ("node.rpc", "max-message = '1k'", "node.rpc.max-message"),
+    ] {
+        let problems = Setup::new(&with_line(section, line)).problems();
+        assert_eq!(problems.len(), 1, "[{section}] {line}: {problems:?}");
+        assert_eq!(problems[0].key, key, "[{section}] {line}");
+        assert!(!problems[0].remedy.is_empty());
+    }
+}
+
+#[test]
+fn one_curve_key_without_the_other_is_refused() {
+    let setup = Setup::new(&with_line("agent", "rpc-auth-agent-keypair = 'agent.toml'"));
+    let problems = setup.problems();
+    assert_eq!(problems.len(), 1);
+    assert!(
+        problems[0].why.contains("rpc-auth-manager-public-key"),
+        "{problems:?}"
+    );
+    let both = "rpc-auth-agent-keypair = 'agent.toml'\nrpc-auth-manager-public-key = 'agent.toml'";
+    let loaded = Setup::new(&with_line("agent", both)).loaded();
+    assert!(loaded.config.agent.rpc_auth.is_some());
+}
+
+#[test]
+fn privileges_are_checked_before_the_start() {
+    for (line, key) in [
+        ("stats-type = 'cgroup'", "container.stats-type"),
+        (
+            "scratch-type = 'hostfile'\nscratch-size = '1g'",
+            "container.scratch-type",
+        ),
+    ] {
+        let mut setup = Setup::new(&with_line("container", line));
+        setup.loaded();
+        setup.host.user = UserEntry {
+            uid: 1000,
+            gid: 1000,
+        };
+        assert_eq!(setup.problems()[0].key, key);
+    }
+    let mut jail = Setup::new(&with_line("container", "sandbox-type = 'jail'"));
+    jail.loaded();
+    jail.host.architecture = "aarch64";
+    assert_eq!(jail.problems()[0].key, "container.sandbox-type");
+}
+
+#[test]
+fn core_dumps_need_an_absolute_pattern() {
+    let mut setup = Setup::new(&with_line("debug.coredump", "enabled = true"));
+    let coredump = setup.loaded().config.debug.coredump.clone().unwrap();
+    assert_eq!(coredump.core_path.display().to_string(), "/var/crash");
+    for pattern in ["core", "|/usr/bin/handler %p", ""] {
+        setup.host.core_pattern = pattern;
+        assert_eq!(
+            setup.problems()[0].key,
+            "debug.coredump.enabled",
+            "{pattern}"
+        );
+    }
+}
+
+#[test]
+fn without_a_tmpfs_the_run_directory_must_be_named() {
+    let mut setup = Setup::new(SMALLEST);
+    assert_eq!(
+        setup.loaded().config.node.run_dir.display().to_string(),
+        "/run/bai-agent"
+    );
+    setup.host.tmpfs = vec!["/dev/shm"];
+    assert_eq!(
+        setup.loaded().config.node.run_dir.display().to_string(),
+        "/dev/shm/bai-agent"
+    );
+    setup.host.tmpfs = vec![];
+    assert_eq!(setup.problems()[0].key, "node.run-dir");
+}
+
+#[test]
+fn a_host_name_that_can_not_be_an_id_is_told() {
+    let mut setup = Setup::new(SMALLEST);
+    assert_eq!(setup.loaded().config.agent.id, "i-node-1");
+    setup.host.hostname = "x".repeat(63);
+    assert_eq!(setup.problems()[0].key, "agent.id");
+}

@@ -1,0 +1,601 @@
+//! Every key by every one of its names, and every environment variable.
+
+use config::Origin;
+use serde_json::{Value, json};
+
+use crate::host::{Setup, with_line};
+
+/// Section, names (the first is the canonical one), a value in TOML, the value as JSON.
+fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> {
+    let addr = |host: &str, port: u16| json!({"host": host, "port": port});
+    vec![
+        ("etcd", &["namespace"], "'prod'", json!("prod")),
+        (
+            "etcd",
+            &["addr"],
+            "'10.0.0.1:2380'",
+            json!([addr("10.0.0.1", 2380)]),
+        ),
+        (
+            "etcd",
+            &["addr"],
+            "[{host='a',port=1},{host='b',port='2'}]",
+            json!([addr("a", 1), addr("b", 2)]),
+        ),
+        ("etcd", &["user"], "'me'", json!("me")),
+        ("etcd", &["password"], "'pw'", json!("***")),
+        ("agent", &["mode", "backend"], "'docker'", json!("docker")),
+        (
+            "agent",
+            &["rpc-listen-addr"],
+            "{host='10.0.0.5',port=6101}",
+            addr("10.0.0.5", 6101),
+        ),
+        (
+            "agent",
+            &["rpc-listen-addr"],
+            "['::1', '6101']",
+            addr("::1", 6101),
+        ),
+        (
+            "agent",
+            &["rpc-listen-addr"],
+            "'[0:0::1]:6101'",
+            addr("::1", 6101),
+        ),
+        (
+            "agent",
+            &["advertised-rpc-addr"],
+            "'10.0.0.6:6102'",
+            addr("10.0.0.6", 6102),
+        ),
+        (
+            "agent",
+            &["service-addr", "internal-addr"],
+            "'10.0.0.5:6103'",
+            addr("10.0.0.5", 6103),
+        ),
+        (
+            "agent",
+            &["announce-addr", "announce-internal-addr"],
+            "'h:6103'",
+            addr("h", 6103),
+        ),
+        ("agent", &["id"], "'i-a.b_c-1'", json!("i-a.b_c-1")),
+        ("agent", &["region"], "'eu'", json!("eu")),
+        ("agent", &["scaling-group"], "'gpu'", json!("gpu")),
+        (
+            "agent",
+            &["scaling-group-type"],
+            "'storage'",
+            json!("storage"),
+        ),
+        (
+            "agent",
+            &["public-host"],
+            "'node.example'",
+            json!("node.example"),
+        ),
+        ("agent", &["agent-sock-port"], "6107", json!(6107)),
+        (
+            "agent",
+            &["metadata-server-bind-host"],
+            "'127.0.0.1'",
+            json!("127.0.0.1"),
+        ),
+        ("agent", &["metadata-server-port"], "'40129'", json!(40129)),
+        (
+            "agent",
+            &["ipc-base-path"],
+            "'/nowhere/ipc'",
+            json!("/nowhere/ipc"),
+        ),
+        (
+            "agent",
+            &["var-base-path"],
+            "'/nowhere/a/../var'",
+            json!("/nowhere/var"),
+        ),
+        (
+            "agent",
+            &["mount-path"],
+            "'/nowhere/vfroot'",
+            json!("/nowhere/vfroot"),
+        ),
+        ("agent", &["cohabiting-storage-proxy"], "'no'", json!(false)),
+        (
+            "agent",
+            &["pid-file"],
+            "'/nowhere/pid'",
+            json!("/nowhere/pid"),
+        ),
+        ("agent", &["skip-manager-detection"], "1", json!(true)),
+        (
+            "agent",
+            &["allow-compute-plugins"],
+            "['b','a','b']",
+            json!(["a", "b"]),
+        ),
+        ("agent", &["block-compute-plugins"], "['c']", json!(["c"])),
+        (
+            "agent",
+            &["image-commit-path"],
+            "'/nowhere/commit'",
+            json!("/nowhere/commit"),
+        ),
+        ("agent", &["kernel-creation-concurrency"], "32", json!(32)),
+        (
+            "agent.sync-container-lifecycles",
+            &["enabled"],
+            "false",
+            json!(false),
+        ),
+        (
+            "agent.sync-container-lifecycles",
+            &["interval"],
+            "2.5",
+            json!(2.5),
+        ),
+        ("container", &["kernel-uid"], "1000", json!(1000)),
+        ("container", &["kernel-uid"], "'work'", json!(1100)),
+        ("container", &["kernel-uid"], "''", json!(0)),
+        ("container", &["kernel-gid"], "'work'", json!(1200)),
+        ("container", &["kernel-gid"], "'-1'", json!(0)),
+        (
+            "container",
+            &["bind-host", "kernel-host"],
+            "'10.0.0.9'",
+            json!("10.0.0.9"),
+        ),
+        (
+            "container",
+            &["advertised-host"],
+            "'node.example'",
+            json!("node.example"),
+        ),
+        (
+            "container",
+            &["port-range"],
+            "[30000, '30010']",
+            json!([30000, 30010]),
+        ),
+        (
+            "container",
+            &["port-range"],
+            "'30000-30010'",
+            json!([30000, 30010]),
+        ),
+        ("container", &["stats-type"], "'cgroup'", json!("cgroup")),
+        ("container", &["sandbox-type"], "'jail'", json!("jail")),
+        ("container", &["jail-args"], "['-x']", json!(["-x"])),
+        ("container", &["scratch-type"], "'memory'", json!("memory")),
+        (
+            "container",
+            &["scratch-root"],
+            "'/nowhere/scratches'",
+            json!("/nowhere/scratches"),
+        ),
+        (
+            "container",
+            &["scratch-size"],
+            "'1.5 GiB'",
+            json!(1_610_612_736),
+        ),
+        ("container", &["alternative-bridge"], "'br7'", json!("br7")),
+        ("resource", &["reserved-cpu"], "2", json!(2)),
+        (
+            "resource",
+            &["reserved-mem"],
+            "'2g'",
+            json!(2_147_483_648_u64),
+        ),
+        (
+            "resource",
+            &["memory-align-size"],
+            "1048576",
+            json!(1_048_576),
+        ),
+        (
+            "resource",
+            &["allocation-order"],
+            "['mem','cpu']",
+            json!(["mem", "cpu"]),
+        ),
+        (
+            "resource",
+            &["affinity-policy"],
+            "'prefer_single_node'",
+            json!("PREFER_SINGLE_NODE"),
+        ),
+        ("debug", &["enabled"], "true", json!(true)),
+        ("debug", &["heartbeat-interval"], "7.5", json!(7.5)),
+        ("debug", &["skip-container-deletion"], "true", json!(true)),
+        ("debug", &["kernel-runner"], "true", json!(true)),
+        ("debug.coredump", &["enabled"], "true", json!(true)),
+        (
+            "debug.coredump",
+            &["path"],
+            "'/nowhere/cores'",
+            json!("/nowhere/cores"),
+        ),
+        ("debug.coredump", &["backup-count"], "3", json!(3)),
+        ("debug.coredump", &["size-limit"], "'1m'", json!(1_048_576)),
+        ("logging", &["level"], "'debug'", json!("DEBUG")),
+        ("logging", &["drivers"], "[]", json!([])),
+        (
+            "logging",
+            &["pkg-ns"],
+            "{'aiohttp'='error'}",
+            json!({"aiohttp": "ERROR"}),
+        ),
+        ("logging.console", &["colored"], "false", json!(false)),
+        ("logging.console", &["format"], "'simple'", json!("simple")),
+        ("service-discovery", &["type"], "'etcd'", json!("etcd")),
+        (
+            "watcher",
+            &["service-addr"],
+            "'127.0.0.1:6109'",
+            addr("127.0.0.1", 6109),
+        ),
+        (
+            "watcher",
+            &["target-service"],
+            "'x.service'",
+            json!("x.service"),
+        ),
+        ("watcher", &["soft-reset-available"], "true", json!(true)),
+        ("container-logs", &["max-length"], "'1m'", json!(1_048_576)),
+        ("container-logs", &["chunk-size"], "4096", json!(4096)),
+        ("api", &["pull-timeout"], "60", json!(60.0)),
+        ("api", &["commit-timeout"], "'2m'", json!(120.0)),
+        ("api", &["push-timeout"], "0.5", json!(0.5)),
+        (
+            "kernel-lifecycles",
+            &["init-polling-attempt"],
+            "3",
+            json!(3),
+        ),
+        (
+            "kernel-lifecycles",
+            &["init-polling-timeout-sec"],
+            "3.5",
+            json!(3.5),
+        ),
+        (
+            "kernel-lifecycles",
+            &["init-timeout-sec"],
+            "30",
+            json!(30.0),
+        ),
+        (
+            "node",
+            &["run-dir"],
+            "'/dev/shm/elsewhere'",
+            json!("/dev/shm/elsewhere"),
+        ),
+        (
+            "node",
+            &["state-dir"],
+            "'/nowhere/state'",
+            json!("/nowhere/state"),
+        ),
+        (
+            "node",
+            &["runner-dir"],
+            "'/nowhere/runner'",
+            json!("/nowhere/runner"),
+        ),
+        ("node", &["publish"], "'rows'", json!("rows")),
+        ("node", &["cpu-quota"], "true", json!(true)),
+        ("node", &["memory-nodes"], "false", json!(false)),
+        ("node", &["max-containers"], "16", json!(16)),
+        ("node", &["dataplane-wait"], "'1s'", json!(1.0)),
+        (
+            "node",
+            &["device-limits"],
+            "[{device='/dev/null', read-bps='1m', write_iops=5}]",
+            json!([{"device": "/dev/null", "read-bps": 1_048_576, "write-bps": null, "read-iops": null, "write-iops": 5}]),
+        ),
+        (
+            "node.engine",
+            &["host"],
+            "'unix:///nowhere.sock'",
+            json!("unix:///nowhere.sock"),
+        ),
+        ("node.engine", &["connect-timeout"], "'1s'", json!(1.0)),
+        ("node.engine", &["request-timeout"], "'2s'", json!(2.0)),
+        ("node.engine", &["create-timeout"], "'3s'", json!(3.0)),
+        ("node.engine", &["start-timeout"], "'4s'", json!(4.0)),
+        ("node.engine", &["stop-grace"], "0", json!(0.0)),
+        ("node.engine", &["remove-timeout"], "'6s'", json!(6.0)),
+        ("node.dataplane", &["max-sessions-per-port"], "7", json!(7)),
+        ("node.dataplane", &["max-sessions"], "70000", json!(70000)),
+        ("node.dataplane", &["idle-timeout"], "'1h'", json!(3600.0)),
+        ("node.dataplane", &["connect-timeout"], "'1s'", json!(1.0)),
+        ("node.dataplane", &["drain"], "'30s'", json!(30.0)),
+        (
+            "node.dataplane",
+            &["stats-interval"],
+            "'250ms'",
+            json!(0.25),
+        ),
+        ("node.rpc", &["max-message"], "'1m'", json!(1_048_576)),
+        ("node.rpc", &["max-in-flight"], "9", json!(9)),
+    ]
+}
+
+#[test]
+fn every_key_is_read_by_every_name() {
+    for (section, names, value, expected) in table() {
+        for name in names {
+            for spelling in [(*name).to_owned(), name.replace('-', "_")] {
+                let line = format!("{spelling} = {value}");
+                let mut text = with_line(section, &line);
+                if *name == "backend" {
+                    text = text.replace("mode = 'docker'\n", "");
+                }
+                let setup = Setup::new(&text);
+                let loaded = setup.loaded();
+                let found = loaded
+                    .origins
+                    .iter()
+                    .find(|v| v.section == section && v.key == names[0]);
+                let found = found.unwrap_or_else(|| panic!("[{section}] {line} is not shown"));
+                assert_eq!(found.json, expected, "[{section}] {line}");
+                let at = text.lines().position(|l| l == line).map(|index| index + 1);
+                assert_eq!(
+                    found.origin,
+                    Origin::File { line: at.unwrap() },
+                    "[{section}] {line}"
+                );
+                let note = loaded.notes.iter().find(|n| n.key.ends_with(&spelling));
+                assert_eq!(note.map(|n| &n.text), None, "[{section}] {line}");
+            }
+        }
+    }
+}
+
+/// A key that can be shown and has no row above would be untested.
+#[test]
+fn the_table_of_keys_is_complete() {
+    let table = table();
+    for value in Setup::new(crate::host::SMALLEST).loaded().origins {
+        let covered = table
+            .iter()
+            .any(|row| row.0 == value.section && row.1[0] == value.key);
+        // No key in the file, only variables; and key files, which must exist (see `faults`).
+        assert!(
+            covered || value.section == "overcommit" || value.key.starts_with("rpc-auth-"),
+            "{}.{} has no row",
+            value.section,
+            value.key
+        );
+    }
+}
+
+#[test]
+fn every_variable_replaces_its_key() {
+    let file = with_line(
+        "agent",
+        "rpc-listen-addr = { host = '10.0.0.1', port = 6001 }\nregion = 'file'",
+    );
+    for (variable, value, section, key, expected) in [
+        ("BACKEND_NAMESPACE", "n", "etcd", "namespace", json!("n")),
+        (
+            "BACKEND_ETCD_ADDR",
+            "e:1",
+            "etcd",
+            "addr",
+            json!([{"host": "e", "port": 1}]),
+        ),
+        ("BACKEND_ETCD_USER", "u", "etcd", "user", json!("u")),
+        (
+            "BACKEND_ETCD_PASSWORD",
+            "p",
+            "etcd",
+            "password",
+            json!("***"),
+        ),
+        (
+            "BACKEND_AGENT_HOST_OVERRIDE",
+            "10.9.9.9",
+            "agent",
+            "rpc-listen-addr",
+            json!({"host": "10.9.9.9", "port": 6001}),
+        ),
+        (
+            "BACKEND_AGENT_PORT",
+            "7001",
+            "agent",
+            "rpc-listen-addr",
+            json!({"host": "10.0.0.1", "port": 7001}),
+        ),
+        (
+            "BACKEND_PID_FILE",
+            "/nowhere/p",
+            "agent",
+            "pid-file",
+            json!("/nowhere/p"),
+        ),
+        (
+            "BACKEND_CONTAINER_PORT_RANGE",
+            "31000-31005",
+            "container",
+            "port-range",
+            json!([31000, 31005]),
+        ),
+        (
+            "BACKEND_BIND_HOST_OVERRIDE",
+            "127.0.0.2",
+            "container",
+            "bind-host",
+            json!("127.0.0.2"),
+        ),
+        (
+            "BACKEND_SANDBOX_TYPE",
+            "jail",
+            "container",
+            "sandbox-type",
+            json!("jail"),
+        ),
+        (
+            "BACKEND_SCRATCH_ROOT",
+            "/nowhere/s",
+            "container",
+            "scratch-root",
+            json!("/nowhere/s"),
+        ),
+        (
+            "BACKEND_CPU_OVERCOMMIT_FACTOR",
+            "10",
+            "overcommit",
+            "cpu-factor",
+            json!(10),
+        ),
+        (
+            "BACKEND_MEM_OVERCOMMIT_FACTOR",
+            "3",
+            "overcommit",
+            "mem-factor",
+            json!(3),
+        ),
+        (
+            "BACKEND_WATCHER_SERVICE_IP",
+            "127.0.0.1",
+            "watcher",
+            "service-addr",
+            json!({"host": "127.0.0.1", "port": 6009}),
+        ),
+        (
+            "BACKEND_WATCHER_SERVICE_PORT",
+            "6010",
+            "watcher",
+            "service-addr",
+            json!({"host": "0.0.0.0", "port": 6010}),
+        ),
+        (
+            "DOCKER_HOST",
+            "tcp://h:1",
+            "node.engine",
+            "host",
+            json!("tcp://h:1"),
+        ),
+    ] {
+        let loaded = Setup::new(&file).env(variable, value).loaded();
+        let found = loaded
+            .origins
+            .iter()
+            .find(|v| v.section == section && v.key == key)
+            .unwrap();
+        assert_eq!(
+            (&found.json, found.origin),
+            (&expected, Origin::Environment(variable)),
+            "{variable}"
+        );
+    }
+}
+
+#[test]
+fn the_region_variable_gives_way_to_the_file() {
+    let of = |setup: Setup| {
+        setup
+            .env("BACKEND_REGION", "env")
+            .loaded()
+            .config
+            .agent
+            .region
+            .clone()
+    };
+    assert_eq!(
+        of(Setup::new(&with_line("agent", "region = 'file'"))),
+        "file"
+    );
+    assert_eq!(of(Setup::new(crate::host::SMALLEST)), "env");
+}
+
+#[test]
+fn a_variable_set_to_nothing_replaces_too() {
+    let file = with_line("agent", "rpc-listen-addr = '10.0.0.1:6001'");
+    let loaded = Setup::new(&file)
+        .env("BACKEND_AGENT_HOST_OVERRIDE", "")
+        .loaded();
+    assert_eq!(
+        loaded.config.agent.rpc_listen_addr.to_string(),
+        "192.0.2.7:6001"
+    );
+    let problems = Setup::new(&file).env("BACKEND_PID_FILE", "").problems();
+    assert_eq!(problems[0].variable, Some("BACKEND_PID_FILE"));
+}
+
+#[test]
+fn etcd_credentials_need_both() {
+    let both = Setup::new(&with_line("etcd", "user = 'u'\npassword = 'p'")).loaded();
+    let etcd = both.config.etcd.clone().unwrap();
+    let (user, password) = etcd.credentials.unwrap();
+    assert_eq!((user.as_str(), password.reveal()), ("u", "p"));
+    for half in ["user = 'u'", "password = 'p'", "user = 'u'\npassword = ''"] {
+        let loaded = Setup::new(&with_line("etcd", half)).loaded();
+        assert_eq!(loaded.config.etcd.as_ref().unwrap().credentials, None);
+    }
+}
+
+/// The original announces 0.0.0.0 literally; its guard against that never triggers.
+#[test]
+fn an_unspecified_address_is_never_announced() {
+    for listen in ["'0.0.0.0:6001'", "'[::]:6001'", "':6001'"] {
+        let loaded =
+            Setup::new(&with_line("agent", &format!("rpc-listen-addr = {listen}"))).loaded();
+        let agent = &loaded.config.agent;
+        assert_eq!(
+            agent.advertised_rpc_addr.to_string(),
+            "192.0.2.7:6001",
+            "{listen}"
+        );
+        assert_eq!(
+            loaded.config.container.advertised_host, "192.0.2.7",
+            "{listen}"
+        );
+        assert_eq!(agent.public_host, "192.0.2.7", "{listen}");
+    }
+    let default = Setup::new(crate::host::SMALLEST).loaded();
+    assert_eq!(
+        default.config.agent.rpc_listen_addr.to_string(),
+        "0.0.0.0:6001"
+    );
+    assert!(default.config.container.bind_host.is_unspecified());
+    let given = Setup::new(&with_line("agent", "advertised-rpc-addr = '0.0.0.0:1'")).problems();
+    assert_eq!(given[0].key, "agent.advertised-rpc-addr");
+}
+
+#[test]
+fn the_bind_host_follows_the_rpc_host() {
+    let loaded = Setup::new(&with_line(
+        "agent",
+        "rpc-listen-addr = 'node-1.example:6001'",
+    ))
+    .loaded();
+    assert_eq!(loaded.config.container.bind_host.to_string(), "192.0.2.8");
+    assert_eq!(
+        loaded.config.agent.advertised_rpc_addr.to_string(),
+        "node-1.example:6001"
+    );
+    let problems = Setup::new(&with_line("agent", "rpc-listen-addr = 'nowhere:6001'")).problems();
+    assert_eq!(problems[0].key, "container.bind-host");
+}
+
+#[test]
+fn the_log_file_needs_its_driver() {
+    let file =
+        "[logging.file]\npath = '/nowhere/log'\nfilename = 'a.log'\nrotation-size = '10MB'\n";
+    let text = with_line("logging", "drivers = ['console', 'file']") + file;
+    let loaded = Setup::new(&text).loaded();
+    let log = loaded.config.logging.file.clone().unwrap();
+    assert_eq!(
+        (log.filename.as_str(), log.rotation_size.0, log.backup_count),
+        ("a.log", 10_000_000, 5)
+    );
+    assert_eq!(
+        Setup::new(&with_line("logging", "drivers = ['file']")).problems()[0].key,
+        "logging.drivers"
+    );
+}

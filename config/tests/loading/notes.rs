@@ -1,0 +1,71 @@
+//! What is accepted without effect is said, and so is what nobody knows.
+
+use config::NoteKind;
+
+use crate::host::{SMALLEST, Setup, with_line};
+
+#[test]
+fn rare_keys_are_accepted_and_reported() {
+    for (section, line) in [
+        ("agent", "ssl-enabled = true"),
+        ("agent", "instance-type = 'a1'"),
+        ("agent", "mount_path_uid_gid = 'a:b'"),
+        ("agent", "event-loop = 'uvloop'"),
+        ("agent", "aiomonitor-port = 38200"),
+        ("agent", "abuse-report-path = '/tmp'"),
+        ("agent", "use-experimental-redis-event-dispatcher = false"),
+        ("container", "swarm-enabled = false"),
+        ("container", "scratch-nfs-address = 'x'"),
+        ("resource", "reserved-disk = '8g'"),
+        ("debug", "log-alloc-map = true"),
+        ("debug", "asyncio = true"),
+        ("logging", "version = 1"),
+        ("logging.logstash", "endpoint = { host = 'x', port = 1 }"),
+        ("watcher", "ssl-enabled = false"),
+        ("pyroscope", "enabled = false"),
+        ("otel", "endpoint = 'http://me:hunter2@x'"),
+    ] {
+        let loaded = Setup::new(&with_line(section, line)).loaded();
+        assert_eq!(loaded.notes.len(), 1, "{line}: {:?}", loaded.notes);
+        assert_eq!(loaded.notes[0].kind, NoteKind::NotUsed, "{line}");
+        assert!(loaded.notes[0].line.is_some(), "{line}");
+        assert!(!loaded.render_notes().contains("hunter2"));
+    }
+}
+
+#[test]
+fn unknown_keys_are_never_an_error_and_get_a_suggestion() {
+    for (section, line, suggestion) in [
+        ("container", "port-rnage = [1, 2]", Some("port-range")),
+        ("agent", "rpc_listen_adr = 'x'", Some("rpc-listen-addr")),
+        ("node", "publsh = 'rows'", Some("publish")),
+        ("conatiner", "x = 1", Some("[container]")),
+        ("agent", "favourite-colour = 'blue'", None),
+        ("plugin-x", "y = 1", None),
+    ] {
+        let loaded = Setup::new(&with_line(section, line)).loaded();
+        assert_eq!(loaded.notes.len(), 1, "{line}: {:?}", loaded.notes);
+        let note = &loaded.notes[0];
+        assert_eq!(note.kind, NoteKind::Unknown, "{line}");
+        match suggestion {
+            Some(word) => assert!(note.text.contains(word), "{}", note.text),
+            None => assert!(!note.text.contains("did you mean"), "{}", note.text),
+        }
+    }
+}
+
+#[test]
+fn a_setting_given_twice_is_told_and_the_canonical_form_wins() {
+    let text = with_line("agent", "scaling_group = 'b'\nscaling-group = 'a'");
+    let loaded = Setup::new(&text).loaded();
+    assert_eq!(loaded.config.agent.scaling_group, "a");
+    assert_eq!(loaded.notes.len(), 1);
+    assert_eq!(loaded.notes[0].kind, NoteKind::Warning);
+}
+
+#[test]
+fn a_port_range_over_an_own_port_is_a_warning() {
+    let loaded = Setup::new(&with_line("container", "port-range = [6000, 6002]")).loaded();
+    assert!(loaded.notes[0].text.contains("6001"), "{:?}", loaded.notes);
+    assert_eq!(Setup::new(SMALLEST).loaded().notes, []);
+}
