@@ -1,0 +1,369 @@
+//! Callosum's framing: tags, header and envelope (spec rpc 2).
+//!
+//! In: the frames of one ZeroMQ message without the peer identity; out: what the message is, and
+//! the frames of replies. Invariant: order key and sequence go back exactly as they came, because
+//! the caller compares them by kind and value.
+
+use bytes::Bytes;
+
+use super::failure::Failure;
+use super::msgpack::{self, DecodeError, DecodeLimits, EncodeError};
+use super::value::Value;
+
+/// Tag of a connection probe.
+pub const PING: &[u8] = b"PING";
+/// Tag of the answer to a probe.
+pub const PONG: &[u8] = b"PONG";
+/// Tag of an RPC message.
+pub const UPPER: &[u8] = b"UPPER";
+
+/// Longest header frame that is looked at, in bytes. Real ones are about 60.
+pub const MAX_HEADER_BYTES: usize = 4096;
+
+const HEADER_LIMITS: DecodeLimits = DecodeLimits {
+    depth: 4,
+    values: 64,
+};
+/// The envelope is a map of two; extra keys are tolerated.
+const ENVELOPE_LIMITS: DecodeLimits = DecodeLimits {
+    depth: 4,
+    values: 64,
+};
+
+/// The three frames of one message.
+pub type Frames = [Bytes; 3];
+
+/// What a message is, by its tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A probe with two frames to be echoed.
+    Ping(Bytes, Bytes),
+    /// The answer to a probe.
+    Pong,
+    /// An RPC message: header and envelope, undecoded.
+    Upper(Bytes, Bytes),
+    /// Anything else, and messages of fewer than three frames.
+    Other,
+}
+
+impl Message {
+    /// Tells the message by its last three frames; what stands before them is dropped, like the
+    /// original does.
+    #[must_use]
+    pub fn read(frames: &[Bytes]) -> Self {
+        let [.., tag, second, third] = frames else {
+            return match frames {
+                [.., tag] if tag.as_ref() == PONG => Self::Pong,
+                _ => Self::Other,
+            };
+        };
+        let (second, third) = (second.clone(), third.clone());
+        match tag.as_ref() {
+            PING => Self::Ping(second, third),
+            PONG => Self::Pong,
+            UPPER => Self::Upper(second, third),
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Kind of an RPC message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Never used on the wire.
+    Null,
+    /// A call.
+    Function,
+    /// Its value.
+    Result,
+    /// The handler raised an exception.
+    Failure,
+    /// The RPC layer itself failed.
+    Error,
+    /// The caller no longer waits.
+    Cancel,
+    /// The handler was cancelled.
+    Cancelled,
+}
+
+const KINDS: [Kind; 7] = [
+    Kind::Null,
+    Kind::Function,
+    Kind::Result,
+    Kind::Failure,
+    Kind::Error,
+    Kind::Cancel,
+    Kind::Cancelled,
+];
+
+impl Kind {
+    fn code(self) -> i64 {
+        match self {
+            Self::Null => 0,
+            Self::Function => 1,
+            Self::Result => 2,
+            Self::Failure => 3,
+            Self::Error => 4,
+            Self::Cancel => 5,
+            Self::Cancelled => 6,
+        }
+    }
+}
+
+/// Header of an RPC message.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Header {
+    /// Kind of the message.
+    pub kind: Kind,
+    /// Method name.
+    pub method: String,
+    /// Order key, kept as it came: str, bin or nil.
+    pub order_key: Value,
+    /// Client sequence number, kept as it came.
+    pub sequence: Value,
+    /// Whether the envelope is compressed; nobody compresses.
+    pub zipped: bool,
+}
+
+/// Why a header can't be understood; without one there is nobody to answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Longer than [`MAX_HEADER_BYTES`].
+    #[error("the header frame is too long")]
+    TooLong,
+    /// Not a document of the dialect.
+    #[error("the header is not msgpack")]
+    Decode(#[source] DecodeError),
+    /// Not a map.
+    #[error("the header is not a map")]
+    NotAMap,
+    /// A key is absent or of the wrong kind.
+    #[error("header key {0:?} is missing or of the wrong kind")]
+    Field(&'static str),
+    /// A kind that doesn't exist.
+    #[error("message kind {0} does not exist")]
+    Kind(i64),
+}
+
+impl Header {
+    /// Reads a header frame. Extra keys are ignored; a missing `zip` counts as false.
+    pub fn decode(frame: &Bytes) -> Result<Self, HeaderError> {
+        if frame.len() > MAX_HEADER_BYTES {
+            return Err(HeaderError::TooLong);
+        }
+        let header = msgpack::decode(frame, &HEADER_LIMITS).map_err(HeaderError::Decode)?;
+        if header.as_map().is_none() {
+            return Err(HeaderError::NotAMap);
+        }
+        let code = header
+            .get("type")
+            .and_then(Value::as_i64)
+            .ok_or(HeaderError::Field("type"))?;
+        let kind = usize::try_from(code)
+            .ok()
+            .and_then(|code| KINDS.get(code))
+            .ok_or(HeaderError::Kind(code))?;
+        let Some(Value::Str(method)) = header.get("meth") else {
+            return Err(HeaderError::Field("meth"));
+        };
+        let order_key = header.get("okey").ok_or(HeaderError::Field("okey"))?;
+        let sequence = match header.get("seq") {
+            Some(sequence @ (Value::Int(_) | Value::UInt(_) | Value::Float(_))) => sequence,
+            _ => return Err(HeaderError::Field("seq")),
+        };
+        let zipped = !matches!(
+            header.get("zip"),
+            None | Some(Value::Nil | Value::Bool(false) | Value::Int(0))
+        );
+        Ok(Self {
+            kind: *kind,
+            method: method.clone(),
+            order_key: order_key.clone(),
+            sequence: sequence.clone(),
+            zipped,
+        })
+    }
+
+    /// Writes a header frame in the original's key order, never compressed.
+    pub fn encode(&self) -> Result<Bytes, EncodeError> {
+        let header = Value::Map(vec![
+            ("type".into(), self.kind.code().into()),
+            ("meth".into(), self.method.as_str().into()),
+            ("okey".into(), self.order_key.clone()),
+            ("seq".into(), self.sequence.clone()),
+            ("zip".into(), false.into()),
+        ]);
+        Ok(header.encode()?.into())
+    }
+
+    /// The frames of a message with this header turned to `kind`.
+    fn frames(&self, kind: Kind, meta: &[u8], body: Value) -> Result<Frames, EncodeError> {
+        let header = Self {
+            kind,
+            ..self.clone()
+        }
+        .encode()?;
+        let envelope = Value::Map(vec![
+            ("meta".into(), Value::Bin(Bytes::copy_from_slice(meta))),
+            ("body".into(), body),
+        ]);
+        Ok([Bytes::from_static(UPPER), header, envelope.encode()?.into()])
+    }
+
+    /// The reply that carries a value.
+    pub fn result(&self, value: &Value) -> Result<Frames, EncodeError> {
+        // meta is a packed empty array, like the original's.
+        self.frames(Kind::Result, &[0x90], Value::Bin(value.encode()?.into()))
+    }
+
+    /// The reply that carries a failure.
+    pub fn failure(&self, failure: &Failure) -> Result<Frames, EncodeError> {
+        let meta = Value::array([
+            failure.class.as_str(),
+            failure.repr.as_str(),
+            failure.traceback.as_str(),
+        ]);
+        self.frames(Kind::Failure, &meta.encode()?, Value::Nil)
+    }
+
+    /// The frames of a call with this header's method and sequence.
+    pub fn function(
+        &self,
+        args: Vec<Value>,
+        kwargs: Vec<(String, Value)>,
+    ) -> Result<Frames, EncodeError> {
+        let kwargs = kwargs
+            .into_iter()
+            .map(|(name, value)| (Value::Str(name), value))
+            .collect();
+        let body = Value::map([("args", Value::Array(args)), ("kwargs", Value::Map(kwargs))]);
+        self.frames(Kind::Function, &[], Value::Bin(body.encode()?.into()))
+    }
+}
+
+/// Why an envelope or a body can't be understood.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// The envelope is not a document of the dialect.
+    #[error("the envelope is not msgpack")]
+    Envelope(#[source] DecodeError),
+    /// The envelope is not a map with `meta` and `body`.
+    #[error("the envelope lacks {0:?}")]
+    EnvelopeField(&'static str),
+    /// The body is not a byte string.
+    #[error("the body is not a byte string")]
+    NotBin,
+    /// The body is not a document of the dialect.
+    #[error("the body is not msgpack of the known dialect")]
+    Decode(#[source] DecodeError),
+    /// The request body is not a map.
+    #[error("the request body is not a map")]
+    NotAMap,
+    /// The request body lacks a key.
+    #[error("the request body lacks {0:?}")]
+    Missing(&'static str),
+    /// A part of the request body is of the wrong kind.
+    #[error("{0:?} of the request body is of the wrong kind")]
+    Kind(&'static str),
+    /// The failure meta is not three texts.
+    #[error("the failure is not class, repr and traceback")]
+    FailureMeta,
+}
+
+impl From<&BodyError> for Failure {
+    fn from(err: &BodyError) -> Self {
+        let mut text = err.to_string();
+        let mut cause = std::error::Error::source(err);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        match err {
+            BodyError::Missing(key) => Self::new("KeyError", key),
+            BodyError::NotAMap | BodyError::Kind(_) => Self::type_error(text),
+            _ => Self::value_error(text),
+        }
+    }
+}
+
+/// Meta and body of an envelope.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Envelope {
+    /// Bin, or something a sloppy peer sent.
+    pub meta: Value,
+    /// Bin, or nil.
+    pub body: Value,
+}
+
+impl Envelope {
+    /// Reads an envelope frame; the parts stay undecoded.
+    pub fn decode(frame: &Bytes) -> Result<Self, BodyError> {
+        let envelope = msgpack::decode(frame, &ENVELOPE_LIMITS).map_err(BodyError::Envelope)?;
+        let field = |name| {
+            envelope
+                .get(name)
+                .cloned()
+                .ok_or(BodyError::EnvelopeField(name))
+        };
+        Ok(Self {
+            meta: field("meta")?,
+            body: field("body")?,
+        })
+    }
+
+    /// The value in the body.
+    pub fn body_value(&self, limits: &DecodeLimits) -> Result<Value, BodyError> {
+        let body = self.body.as_bin().ok_or(BodyError::NotBin)?;
+        msgpack::decode(body, limits).map_err(BodyError::Decode)
+    }
+
+    /// The failure in the meta.
+    pub fn failure(&self) -> Result<Failure, BodyError> {
+        let meta = self.meta.as_bin().ok_or(BodyError::FailureMeta)?;
+        let meta = Value::decode(meta).map_err(BodyError::Decode)?;
+        let text = |value: &Value| match value {
+            Value::Str(text) => Ok(text.clone()),
+            Value::Nil => Ok(String::new()),
+            _ => Err(BodyError::FailureMeta),
+        };
+        match meta.as_array() {
+            Some([class, repr, traceback]) => Ok(Failure {
+                class: text(class)?,
+                repr: text(repr)?,
+                traceback: text(traceback)?,
+            }),
+            _ => Err(BodyError::FailureMeta),
+        }
+    }
+}
+
+/// Positional and keyword arguments.
+pub type RequestBody = (Vec<Value>, Vec<(String, Value)>);
+
+/// Reads the arguments out of an envelope frame. A packed nil body means no arguments.
+pub fn read_request(envelope: &Bytes, limits: &DecodeLimits) -> Result<RequestBody, BodyError> {
+    let pairs = match Envelope::decode(envelope)?.body_value(limits)? {
+        Value::Map(pairs) => pairs,
+        Value::Nil => return Ok((Vec::new(), Vec::new())),
+        _ => return Err(BodyError::NotAMap),
+    };
+    let (mut args, mut kwargs) = (None, None);
+    for (key, value) in pairs {
+        match key.as_str() {
+            Some("args") => args = Some(value),
+            Some("kwargs") => kwargs = Some(value),
+            _ => {}
+        }
+    }
+    let Value::Array(args) = args.ok_or(BodyError::Missing("args"))? else {
+        return Err(BodyError::Kind("args"));
+    };
+    let Value::Map(pairs) = kwargs.ok_or(BodyError::Missing("kwargs"))? else {
+        return Err(BodyError::Kind("kwargs"));
+    };
+    let named = pairs.into_iter().map(|(name, value)| match name {
+        Value::Str(name) => Ok((name, value)),
+        _ => Err(BodyError::Kind("kwargs")),
+    });
+    Ok((args, named.collect::<Result<_, _>>()?))
+}

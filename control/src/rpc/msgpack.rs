@@ -1,0 +1,454 @@
+//! The msgpack dialect of request and reply bodies (spec rpc 4).
+//!
+//! In: bytes of a peer; out: a [`Value`], and back. Byte strings are slices of the message, not
+//! copies. Invariant: decoding never panics, never recurses deeper than
+//! [`DecodeLimits::depth`], never makes more values than [`DecodeLimits::values`], and reserves no
+//! memory on the word of a length field.
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::pickle::{self, EnumValue, PickleError};
+use super::temporenc::{DateTime, TemporencError};
+use super::value::Value;
+
+/// Ext codes of the dialect.
+mod ext {
+    pub(super) const UUID: i8 = 1;
+    pub(super) const DATETIME: i8 = 2;
+    pub(super) const DECIMAL: i8 = 3;
+    pub(super) const POSIX_PATH: i8 = 4;
+    pub(super) const PURE_POSIX_PATH: i8 = 5;
+    pub(super) const ENUM: i8 = 6;
+    pub(super) const IMAGE_REF: i8 = 7;
+    pub(super) const RESOURCE_SLOT: i8 = 8;
+    pub(super) const BINARY_SIZE: i8 = 16;
+    pub(super) const AUTO_DIRECTORY_PATH: i8 = 17;
+}
+
+/// Bounds of one decoding.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeLimits {
+    /// Deepest nesting of arrays and maps.
+    pub depth: usize,
+    /// Most values in one document, counting every array item, map key and map value.
+    pub values: usize,
+}
+
+impl Default for DecodeLimits {
+    fn default() -> Self {
+        // Real requests nest about 8 deep and hold some thousand values. A million values take
+        // about 50 MB.
+        Self {
+            depth: 96,
+            values: 1_000_000,
+        }
+    }
+}
+
+/// Why bytes are not a document of the dialect.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The document ends early.
+    #[error("the msgpack document ends early")]
+    Truncated,
+    /// Bytes after the document.
+    #[error("bytes follow the msgpack document")]
+    Trailing,
+    /// The reserved byte 0xc1.
+    #[error("byte 0xc1 is not msgpack")]
+    Reserved,
+    /// Text that is not UTF-8.
+    #[error("text in the msgpack document is not UTF-8")]
+    Text,
+    /// More nesting than allowed.
+    #[error("the msgpack document is nested too deeply")]
+    Depth,
+    /// More values than allowed.
+    #[error("the msgpack document has too many values")]
+    Values,
+    /// An ext 1 that is not 16 bytes.
+    #[error("a UUID of wrong length")]
+    Uuid,
+    /// An ext 2 that is no datetime.
+    #[error("a broken datetime")]
+    DateTime(#[source] TemporencError),
+    /// A pickle that was refused.
+    #[error("a broken pickle in ext {code}")]
+    Pickle {
+        /// The ext code.
+        code: i8,
+        /// Why.
+        #[source]
+        source: PickleError,
+    },
+}
+
+/// Why a value can't be written.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// Nested deeper than readers accept.
+    #[error("the value is nested too deeply to be sent")]
+    Depth,
+    /// A text, byte string or collection of more than 2^32 - 1 items.
+    #[error("a part of the value is too long to be sent")]
+    Length,
+    /// A datetime outside the years 1 to 4094.
+    #[error("a datetime that can't be sent")]
+    DateTime(#[source] TemporencError),
+    /// An enum whose class is not `module:Name`, or whose value is neither text nor int.
+    #[error("an enum that can't be sent")]
+    Enum,
+}
+
+/// Deepest nesting that is written; msgpack readers in Python stop at 1024.
+const MAX_ENCODE_DEPTH: usize = 512;
+
+/// Decodes one document that fills `bytes` completely.
+pub fn decode(bytes: &Bytes, limits: &DecodeLimits) -> Result<Value, DecodeError> {
+    let mut reader = Reader {
+        bytes,
+        at: 0,
+        values_left: limits.values,
+    };
+    let value = reader.value(limits.depth)?;
+    if reader.at == bytes.len() {
+        Ok(value)
+    } else {
+        Err(DecodeError::Trailing)
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a Bytes,
+    at: usize,
+    values_left: usize,
+}
+
+impl Reader<'_> {
+    fn value(&mut self, depth: usize) -> Result<Value, DecodeError> {
+        self.values_left = self.values_left.checked_sub(1).ok_or(DecodeError::Values)?;
+        let [marker] = self.take_array()?;
+        Ok(match marker {
+            0x00..=0x7f => Value::Int(i64::from(marker)),
+            0x80..=0x8f => self.map(usize::from(marker & 0x0f), depth)?,
+            0x90..=0x9f => self.array(usize::from(marker & 0x0f), depth)?,
+            0xa0..=0xbf => self.text(usize::from(marker & 0x1f))?,
+            0xc0 => Value::Nil,
+            0xc1 => return Err(DecodeError::Reserved),
+            0xc2 => Value::Bool(false),
+            0xc3 => Value::Bool(true),
+            0xc4..=0xc6 => {
+                let length = self.length(marker - 0xc4)?;
+                Value::Bin(self.take(length)?)
+            }
+            0xc7..=0xc9 => {
+                let length = self.length(marker - 0xc7)?;
+                self.ext(length)?
+            }
+            0xca => Value::Float(f64::from(f32::from_be_bytes(self.take_array()?))),
+            0xcb => Value::Float(f64::from_be_bytes(self.take_array()?)),
+            0xcc => u8::from_be_bytes(self.take_array()?).into(),
+            0xcd => u16::from_be_bytes(self.take_array()?).into(),
+            0xce => u32::from_be_bytes(self.take_array()?).into(),
+            0xcf => u64::from_be_bytes(self.take_array()?).into(),
+            0xd0 => i8::from_be_bytes(self.take_array()?).into(),
+            0xd1 => i16::from_be_bytes(self.take_array()?).into(),
+            0xd2 => i32::from_be_bytes(self.take_array()?).into(),
+            0xd3 => i64::from_be_bytes(self.take_array()?).into(),
+            0xd4..=0xd8 => self.ext(1 << (marker - 0xd4))?,
+            0xd9..=0xdb => {
+                let length = self.length(marker - 0xd9)?;
+                self.text(length)?
+            }
+            0xdc | 0xdd => {
+                let length = self.length(marker - 0xdc + 1)?;
+                self.array(length, depth)?
+            }
+            0xde | 0xdf => {
+                let length = self.length(marker - 0xde + 1)?;
+                self.map(length, depth)?
+            }
+            0xe0..=0xff => Value::Int(i64::from(i8::from_be_bytes([marker]))),
+        })
+    }
+
+    /// A length field of 1, 2 or 4 bytes.
+    fn length(&mut self, size_class: u8) -> Result<usize, DecodeError> {
+        let length = match size_class {
+            0 => u32::from(u8::from_be_bytes(self.take_array()?)),
+            1 => u32::from(u16::from_be_bytes(self.take_array()?)),
+            _ => u32::from_be_bytes(self.take_array()?),
+        };
+        usize::try_from(length).map_err(|_| DecodeError::Truncated)
+    }
+
+    fn take(&mut self, length: usize) -> Result<Bytes, DecodeError> {
+        let end = self.at.checked_add(length).ok_or(DecodeError::Truncated)?;
+        if end > self.bytes.len() {
+            return Err(DecodeError::Truncated);
+        }
+        let taken = self.bytes.slice(self.at..end);
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn take_array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
+        let rest = self.bytes.get(self.at..).ok_or(DecodeError::Truncated)?;
+        let taken = *rest.first_chunk().ok_or(DecodeError::Truncated)?;
+        self.at += N;
+        Ok(taken)
+    }
+
+    fn text(&mut self, length: usize) -> Result<Value, DecodeError> {
+        let bytes = self.take(length)?;
+        let text = std::str::from_utf8(&bytes).map_err(|_| DecodeError::Text)?;
+        Ok(Value::Str(text.to_owned()))
+    }
+
+    /// How many items to reserve for: a length field costs a peer five bytes, memory costs us.
+    fn reserve(&self, length: usize) -> Result<usize, DecodeError> {
+        if length > self.bytes.len() - self.at {
+            return Err(DecodeError::Truncated);
+        }
+        if length > self.values_left {
+            return Err(DecodeError::Values);
+        }
+        Ok(length.min(1024))
+    }
+
+    fn array(&mut self, length: usize, depth: usize) -> Result<Value, DecodeError> {
+        let depth = depth.checked_sub(1).ok_or(DecodeError::Depth)?;
+        let mut items = Vec::with_capacity(self.reserve(length)?);
+        for _ in 0..length {
+            items.push(self.value(depth)?);
+        }
+        Ok(Value::Array(items))
+    }
+
+    fn map(&mut self, length: usize, depth: usize) -> Result<Value, DecodeError> {
+        let depth = depth.checked_sub(1).ok_or(DecodeError::Depth)?;
+        let mut pairs = Vec::with_capacity(self.reserve(length)?);
+        for _ in 0..length {
+            let key = self.value(depth)?;
+            pairs.push((key, self.value(depth)?));
+        }
+        Ok(Value::Map(pairs))
+    }
+
+    fn ext(&mut self, length: usize) -> Result<Value, DecodeError> {
+        let [code] = self.take_array()?;
+        let code = i8::from_be_bytes([code]);
+        let payload = self.take(length)?;
+        let broken = |source| DecodeError::Pickle { code, source };
+        Ok(match code {
+            ext::UUID => Value::Uuid(Uuid::from_slice(&payload).map_err(|_| DecodeError::Uuid)?),
+            ext::DATETIME => {
+                Value::DateTime(DateTime::decode(&payload).map_err(DecodeError::DateTime)?)
+            }
+            ext::DECIMAL => Value::Decimal(pickle::read_decimal(&payload).map_err(broken)?),
+            ext::POSIX_PATH => Value::Path(path(&payload)?),
+            ext::PURE_POSIX_PATH => Value::PurePath(path(&payload)?),
+            ext::AUTO_DIRECTORY_PATH => Value::AutoDirectoryPath(path(&payload)?),
+            ext::ENUM => {
+                let (class, value) = pickle::read_enum(&payload).map_err(broken)?;
+                let value = Box::new(match value {
+                    EnumValue::Text(text) => Value::Str(text),
+                    EnumValue::Int(number) => Value::Int(number),
+                });
+                Value::Enum { class, value }
+            }
+            ext::IMAGE_REF => {
+                Value::ImageRef(Box::new(pickle::read_image_ref(&payload).map_err(broken)?))
+            }
+            ext::RESOURCE_SLOT => {
+                Value::ResourceSlot(pickle::read_resource_slot(&payload).map_err(broken)?)
+            }
+            ext::BINARY_SIZE => {
+                Value::BinarySize(pickle::read_binary_size(&payload).map_err(broken)?)
+            }
+            _ => Value::Ext(code, payload),
+        })
+    }
+}
+
+fn path(payload: &[u8]) -> Result<String, DecodeError> {
+    std::str::from_utf8(payload)
+        .map(str::to_owned)
+        .map_err(|_| DecodeError::Text)
+}
+
+/// Encodes one document, every item in its shortest form, as msgpack-python does.
+pub fn encode(value: &Value) -> Result<Vec<u8>, EncodeError> {
+    let mut out = Vec::new();
+    write(&mut out, value, MAX_ENCODE_DEPTH)?;
+    Ok(out)
+}
+
+fn write(out: &mut Vec<u8>, value: &Value, depth: usize) -> Result<(), EncodeError> {
+    let depth = depth.checked_sub(1).ok_or(EncodeError::Depth)?;
+    match value {
+        Value::Nil => out.push(0xc0),
+        Value::Bool(flag) => out.push(if *flag { 0xc3 } else { 0xc2 }),
+        Value::Int(number) => write_int(out, *number),
+        Value::UInt(number) => write_uint(out, *number),
+        Value::Float(number) => {
+            out.push(0xcb);
+            out.extend(number.to_be_bytes());
+        }
+        Value::Str(text) => {
+            write_head(
+                out,
+                text.len(),
+                Some((0xa0, 31)),
+                [Some(0xd9), Some(0xda), Some(0xdb)],
+            )?;
+            out.extend(text.as_bytes());
+        }
+        Value::Bin(bytes) => {
+            write_head(out, bytes.len(), None, [Some(0xc4), Some(0xc5), Some(0xc6)])?;
+            out.extend(bytes);
+        }
+        Value::Array(items) => {
+            write_head(
+                out,
+                items.len(),
+                Some((0x90, 15)),
+                [None, Some(0xdc), Some(0xdd)],
+            )?;
+            for item in items {
+                write(out, item, depth)?;
+            }
+        }
+        Value::Map(pairs) => {
+            write_head(
+                out,
+                pairs.len(),
+                Some((0x80, 15)),
+                [None, Some(0xde), Some(0xdf)],
+            )?;
+            for (key, value) in pairs {
+                write(out, key, depth)?;
+                write(out, value, depth)?;
+            }
+        }
+        Value::Uuid(uuid) => write_ext(out, ext::UUID, uuid.as_bytes())?,
+        Value::DateTime(at) => {
+            write_ext(
+                out,
+                ext::DATETIME,
+                &at.encode().map_err(EncodeError::DateTime)?,
+            )?;
+        }
+        Value::Decimal(text) => write_ext(out, ext::DECIMAL, &pickle::write_decimal(text))?,
+        Value::Path(path) => write_ext(out, ext::POSIX_PATH, path.as_bytes())?,
+        Value::PurePath(path) => write_ext(out, ext::PURE_POSIX_PATH, path.as_bytes())?,
+        Value::AutoDirectoryPath(path) => {
+            write_ext(out, ext::AUTO_DIRECTORY_PATH, path.as_bytes())?;
+        }
+        Value::Enum { class, value } => {
+            let (module, name) = class.split_once(':').ok_or(EncodeError::Enum)?;
+            let value = match &**value {
+                Value::Str(text) => EnumValue::Text(text.clone()),
+                Value::Int(number) => EnumValue::Int(*number),
+                _ => return Err(EncodeError::Enum),
+            };
+            write_ext(
+                out,
+                ext::ENUM,
+                &pickle::write_enum_value(module, name, &value),
+            )?;
+        }
+        Value::ImageRef(image) => {
+            write_ext(out, ext::IMAGE_REF, &pickle::write_image_ref(image))?;
+        }
+        Value::ResourceSlot(slots) => {
+            write_ext(out, ext::RESOURCE_SLOT, &pickle::write_resource_slot(slots))?;
+        }
+        Value::BinarySize(size) => {
+            write_ext(out, ext::BINARY_SIZE, &pickle::write_binary_size(*size))?;
+        }
+        Value::Ext(code, payload) => write_ext(out, *code, payload)?,
+    }
+    Ok(())
+}
+
+fn write_int(out: &mut Vec<u8>, number: i64) {
+    if let Ok(positive) = u64::try_from(number) {
+        write_uint(out, positive);
+    } else if number >= -32 {
+        out.extend(number.to_be_bytes().last());
+    } else if let Ok(byte) = i8::try_from(number) {
+        out.push(0xd0);
+        out.extend(byte.to_be_bytes());
+    } else if let Ok(short) = i16::try_from(number) {
+        out.push(0xd1);
+        out.extend(short.to_be_bytes());
+    } else if let Ok(word) = i32::try_from(number) {
+        out.push(0xd2);
+        out.extend(word.to_be_bytes());
+    } else {
+        out.push(0xd3);
+        out.extend(number.to_be_bytes());
+    }
+}
+
+fn write_uint(out: &mut Vec<u8>, number: u64) {
+    if let Ok(byte) = u8::try_from(number) {
+        if byte >= 0x80 {
+            out.push(0xcc);
+        }
+        out.push(byte);
+    } else if let Ok(short) = u16::try_from(number) {
+        out.push(0xcd);
+        out.extend(short.to_be_bytes());
+    } else if let Ok(word) = u32::try_from(number) {
+        out.push(0xce);
+        out.extend(word.to_be_bytes());
+    } else {
+        out.push(0xcf);
+        out.extend(number.to_be_bytes());
+    }
+}
+
+/// A marker with the length in it where `fix` allows, else the marker for the length's width.
+fn write_head(
+    out: &mut Vec<u8>,
+    length: usize,
+    fix: Option<(u8, u8)>,
+    by_width: [Option<u8>; 3],
+) -> Result<(), EncodeError> {
+    let length = u32::try_from(length).map_err(|_| EncodeError::Length)?;
+    if let (Some((base, max)), Ok(short)) = (fix, u8::try_from(length))
+        && short <= max
+    {
+        out.push(base | short);
+        return Ok(());
+    }
+    match (by_width, u8::try_from(length), u16::try_from(length)) {
+        ([Some(marker), ..], Ok(short), _) => out.extend([marker, short]),
+        ([_, Some(marker), _], _, Ok(medium)) => {
+            out.push(marker);
+            out.extend(medium.to_be_bytes());
+        }
+        ([.., marker], ..) => {
+            out.push(marker.ok_or(EncodeError::Length)?);
+            out.extend(length.to_be_bytes());
+        }
+    }
+    Ok(())
+}
+
+fn write_ext(out: &mut Vec<u8>, code: i8, payload: &[u8]) -> Result<(), EncodeError> {
+    match payload.len() {
+        1 => out.push(0xd4),
+        2 => out.push(0xd5),
+        4 => out.push(0xd6),
+        8 => out.push(0xd7),
+        16 => out.push(0xd8),
+        length => write_head(out, length, None, [Some(0xc7), Some(0xc8), Some(0xc9)])?,
+    }
+    out.extend(code.to_be_bytes());
+    out.extend(payload);
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! From the frames of a call to the frames of its reply.
+//!
+//! In: header and envelope frames; out: exactly one reply for every message that is a call with
+//! an understandable header. Decoding, the handler and packing run in a task of their own.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use tokio::runtime::Handle;
+
+use super::admission::Ticket;
+use super::{Limits, Shared, is_call};
+use crate::rpc::failure::Failure;
+use crate::rpc::frame::{self, Frames, Header, HeaderError};
+use crate::rpc::msgpack::EncodeError;
+use crate::rpc::service::{Call, Peer, Service};
+use crate::rpc::transport::{Return, RouterHandle, SendOutcome};
+use crate::rpc::value::Value;
+
+#[derive(Clone)]
+pub(super) struct Answerer {
+    pub(super) service: Arc<dyn Service>,
+    pub(super) router: RouterHandle,
+    pub(super) shared: Arc<Shared>,
+    pub(super) limits: Limits,
+}
+
+impl Answerer {
+    /// Takes an RPC message in: ignores, refuses, or starts its task. Never waits.
+    pub(super) fn accept(
+        &self,
+        runtime: &Handle,
+        peer: Peer,
+        back: Return,
+        header: &Bytes,
+        envelope: Bytes,
+    ) {
+        let totals = &self.shared.totals;
+        let header = match Header::decode(header) {
+            Ok(header) => header,
+            Err(err) => {
+                totals.undecodable.fetch_add(1, Ordering::Relaxed);
+                log_undecodable(&peer, &err);
+                return;
+            }
+        };
+        if !is_call(header.kind) {
+            // CANCEL too: the handler runs to its end and is answered (spec rpc 3.2).
+            totals.ignored.fetch_add(1, Ordering::Relaxed);
+            tracing::trace!(%peer, kind = ?header.kind, "An RPC message is no call.");
+            return;
+        }
+        let ticket = match self.shared.admission.admit(peer.connection, envelope.len()) {
+            Ok(ticket) => ticket,
+            Err(failure) => {
+                totals.refused.fetch_add(1, Ordering::Relaxed);
+                self.refuse(&peer, &back, &header, &failure);
+                return;
+            }
+        };
+        totals.calls.fetch_add(1, Ordering::Relaxed);
+        let answerer = self.clone();
+        let answering = async move { answerer.answer(peer, back, header, envelope, ticket).await };
+        self.shared.tasks.spawn_on(answering, runtime);
+    }
+
+    /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
+    fn refuse(&self, peer: &Peer, back: &Return, header: &Header, failure: &Failure) {
+        tracing::debug!(%peer, method = header.method, "An RPC call was refused.");
+        let sent = match header.failure(failure) {
+            Ok(frames) => self.router.try_send(back, &frames),
+            Err(_) => SendOutcome::PeerGone,
+        };
+        self.count_reply(&sent, true);
+    }
+
+    async fn answer(
+        self,
+        peer: Peer,
+        back: Return,
+        header: Header,
+        envelope: Bytes,
+        ticket: Ticket,
+    ) {
+        let connection = peer.connection;
+        let outcome = AssertUnwindSafe(self.outcome(peer, &header, envelope))
+            .catch_unwind()
+            .await;
+        let outcome = outcome.unwrap_or_else(|panic| Err(panicked(&header.method, &*panic)));
+        if let Err(failure) = &outcome {
+            tracing::debug!(method = header.method, err = %failure, "An RPC call failed.");
+        }
+        let failed = outcome.is_err();
+        let frames = match pack(&header, outcome) {
+            Ok(frames) => frames,
+            Err(err) => {
+                tracing::error!(method = header.method, %err, "A reply could not be packed.");
+                return;
+            }
+        };
+        let sent = self
+            .router
+            .send(&back, frames, self.limits.reply_deadline)
+            .await;
+        if matches!(sent, SendOutcome::Full) {
+            tracing::debug!(connection, "A connection that does not read is cut.");
+            self.router.disconnect(connection).await;
+        }
+        self.count_reply(&sent, failed);
+        drop(ticket);
+    }
+
+    async fn outcome(
+        &self,
+        peer: Peer,
+        header: &Header,
+        envelope: Bytes,
+    ) -> Result<Value, Failure> {
+        if header.zipped {
+            return Err(Failure::value_error(
+                "compressed RPC messages are not supported; switch compression off",
+            ));
+        }
+        let (args, kwargs) = frame::read_request(&envelope, &self.limits.decode)
+            .map_err(|err| Failure::from(&err))?;
+        drop(envelope);
+        let call = Call {
+            method: header.method.clone(),
+            args,
+            kwargs,
+            peer,
+        };
+        self.service.call(call).await
+    }
+
+    fn count_reply(&self, sent: &SendOutcome, failed: bool) {
+        let totals = &self.shared.totals;
+        let add = |total: &AtomicU64| total.fetch_add(1, Ordering::Relaxed);
+        match sent {
+            SendOutcome::Accepted => {
+                add(&totals.replies);
+                if failed {
+                    add(&totals.failures);
+                }
+            }
+            SendOutcome::PeerGone | SendOutcome::Full => {
+                add(&totals.undeliverable);
+            }
+        }
+    }
+}
+
+/// The reply; a value that can't be packed becomes a failure that can.
+fn pack(header: &Header, outcome: Result<Value, Failure>) -> Result<Frames, EncodeError> {
+    let failure = match outcome {
+        Ok(value) => match header.result(&value) {
+            Ok(frames) => return Ok(frames),
+            Err(err) => Failure::type_error(format!(
+                "the result of {} can't be sent: {err}",
+                header.method
+            )),
+        },
+        Err(failure) => failure,
+    };
+    header.failure(&failure)
+}
+
+fn panicked(method: &str, panic: &(dyn Any + Send)) -> Failure {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message");
+    tracing::error!(method, text, "An RPC handler panicked.");
+    Failure::runtime_error(format!("the agent's handler of {method} failed: {text}"))
+}
+
+/// Shortest time between two warnings about undecodable headers.
+const WARNING_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Anybody can send these at will, so all but one per interval log at debug.
+fn log_undecodable(peer: &Peer, err: &HeaderError) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let now = Instant::now();
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_none_or(|last| now.duration_since(last) >= WARNING_INTERVAL) {
+        *last = Some(now);
+        tracing::warn!(%peer, %err, "An RPC message with an undecodable header was dropped.");
+    } else {
+        tracing::debug!(%peer, %err, "An RPC message with an undecodable header was dropped.");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rpc::frame::{Envelope, Kind};
+
+    fn header() -> Header {
+        Header {
+            kind: Kind::Function,
+            method: "m".into(),
+            order_key: "".into(),
+            sequence: 0.into(),
+            zipped: false,
+        }
+    }
+
+    #[test]
+    fn an_unpackable_result_becomes_a_failure() {
+        let unpackable = Value::Enum {
+            class: "no-module".into(),
+            value: Box::new("x".into()),
+        };
+        let frames = pack(&header(), Ok(unpackable)).unwrap();
+        assert_eq!(Header::decode(&frames[1]).unwrap().kind, Kind::Failure);
+        let failure = Envelope::decode(&frames[2]).unwrap().failure().unwrap();
+        assert_eq!(failure.class, "TypeError");
+        assert!(failure.repr.contains("result of m"), "{}", failure.repr);
+    }
+}
