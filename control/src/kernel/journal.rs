@@ -1,0 +1,375 @@
+//! What the node remembers of its kernels: one JSON file per kernel.
+//!
+//! In: a record at each transition. Out: the records found at start. Files live in
+//! `<var-base-path>/kernels/<agent id>/<kernel id>.json`, mode 0600 (they hold the request, with the
+//! session's private keys), in a directory of mode 0700; never in the scratch, which is mounted
+//! into the container.
+//!
+//! Invariant: a file is always whole. It is written under another name, its bytes are flushed to
+//! the disk (`fdatasync`), then it is renamed over the old one. The directory itself is not
+//! flushed: after a power loss the version before may come back, or none, and both are fine, since
+//! no container survives a power loss running and Docker and the labels say the rest. A kill of
+//! this process loses nothing: the rename is in the kernel's hands.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use shared::ids::KernelId;
+use thiserror::Error;
+use uuid::Uuid;
+
+/// Layout of the records. A record of a newer layout is left alone and reported.
+pub const VERSION: u32 = 1;
+
+/// A step on the journal failed.
+#[derive(Debug, Error)]
+pub enum JournalError {
+    /// The directory could not be made or read.
+    #[error("cannot prepare the journal directory {path}")]
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A record could not be written.
+    #[error("cannot write the journal file {path}")]
+    Write {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A record could not be removed.
+    #[error("cannot remove the journal file {path}")]
+    Remove {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A record could not be turned into JSON.
+    #[error("cannot encode the journal record of kernel {kernel_id}")]
+    Encode {
+        /// Which.
+        kernel_id: KernelId,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// A record that cannot be used. It is put aside, not deleted.
+#[derive(Debug)]
+pub struct Damaged {
+    /// Where it lies now.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// How far the kernel had come when the record was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Scratch is being filled; there may be no container.
+    Files,
+    /// The container was asked for; it has not been started.
+    Container,
+    /// The container was started; the runner has not answered.
+    Started,
+    /// In service.
+    Running,
+    /// The old container is being replaced.
+    Restarting,
+    /// Being stopped and removed.
+    Ending,
+}
+
+/// The end that was decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredEnding {
+    /// The reason for the manager.
+    pub reason: String,
+    /// No event.
+    pub suppress: bool,
+    /// The container's exit code, when known.
+    pub exit_code: Option<i64>,
+}
+
+/// Writes, reads and removes records of type `R`.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    dir: PathBuf,
+}
+
+impl Journal {
+    /// Prepares the directory for one agent. `agent_id` must be a plain name.
+    pub fn open(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
+        let dir = var_base.join("kernels").join(plain_name(agent_id));
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|source| JournalError::Directory {
+                path: dir.clone(),
+                source,
+            })?;
+        Ok(Journal { dir })
+    }
+
+    /// Where the records lie.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn path(&self, kernel_id: KernelId) -> PathBuf {
+        self.dir.join(format!("{kernel_id}.json"))
+    }
+
+    /// Replaces the record of a kernel. Blocks for one flush of a small file.
+    pub fn store<R: Serialize>(&self, kernel_id: KernelId, record: &R) -> Result<(), JournalError> {
+        let bytes = serde_json::to_vec_pretty(&Versioned {
+            version: VERSION,
+            record,
+        })
+        .map_err(|source| JournalError::Encode { kernel_id, source })?;
+        let path = self.path(kernel_id);
+        replace_file(&path, &bytes).map_err(|source| JournalError::Write { path, source })
+    }
+
+    /// Removes the record of a kernel that holds nothing any more.
+    pub fn remove(&self, kernel_id: KernelId) -> Result<(), JournalError> {
+        let path = self.path(kernel_id);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(JournalError::Remove { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads all records. What cannot be read is renamed to `*.damaged` and returned by name:
+    /// one bad file must not keep the node from starting, and its kernel is still adopted from
+    /// Docker's labels.
+    pub fn load<R: DeserializeOwned>(
+        &self,
+    ) -> Result<(BTreeMap<KernelId, R>, Vec<Damaged>), JournalError> {
+        let failed = |source| JournalError::Directory {
+            path: self.dir.clone(),
+            source,
+        };
+        let mut records = BTreeMap::new();
+        let mut damaged = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+                continue;
+            };
+            if name.ends_with(".new") {
+                // A write that was cut short before its rename: the old record is still there.
+                let _ = fs::remove_file(&path);
+                continue;
+            }
+            let Some(kernel_id) = name
+                .strip_suffix(".json")
+                .and_then(|stem| stem.parse::<KernelId>().ok())
+            else {
+                continue;
+            };
+            match read_record(&path) {
+                Ok(record) => {
+                    records.insert(kernel_id, record);
+                }
+                Err(reason) => {
+                    let aside = path.with_extension("damaged");
+                    let path = match fs::rename(&path, &aside) {
+                        Ok(()) => aside,
+                        Err(_) => path,
+                    };
+                    damaged.push(Damaged { path, reason });
+                }
+            }
+        }
+        Ok((records, damaged))
+    }
+
+    /// Remembers the ports that `assign_port` gave out.
+    pub fn store_assigned_ports(&self, ports: &[u16]) -> Result<(), JournalError> {
+        let path = self.dir.join("assigned-ports");
+        let text: String = ports.iter().map(|port| format!("{port}\n")).collect();
+        replace_file(&path, text.as_bytes()).map_err(|source| JournalError::Write { path, source })
+    }
+
+    /// The ports that `assign_port` had given out; unreadable lines are skipped.
+    pub fn load_assigned_ports(&self) -> Vec<u16> {
+        fs::read_to_string(self.dir.join("assigned-ports"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .collect()
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<R> {
+    version: u32,
+    record: R,
+}
+
+fn read_record<R: DeserializeOwned>(path: &Path) -> Result<R, String> {
+    let bytes = fs::read(path).map_err(|err| err.to_string())?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|err| err.to_string())?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(version) if version == u64::from(VERSION) => {}
+        Some(version) => return Err(format!("layout version {version} is not {VERSION}")),
+        None => return Err("no layout version".to_owned()),
+    }
+    serde_json::from_value::<Versioned<R>>(value)
+        .map(|versioned| versioned.record)
+        .map_err(|err| err.to_string())
+}
+
+/// Writes `bytes` beside `path`, flushes them, and renames.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut new = path.to_owned().into_os_string();
+    // Two writers never share a name: a record has one writer, but a crashed one may have left its.
+    new.push(format!(".{}.new", Uuid::new_v4().simple()));
+    let new = PathBuf::from(new);
+    let written = OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_data()
+        })
+        .and_then(|()| fs::rename(&new, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
+/// An agent id as one path component: the id is from the configuration, so only its separators
+/// are in the way.
+pub fn plain_name(agent_id: &str) -> String {
+    let name: String = agent_id
+        .chars()
+        .map(|c| match c {
+            '/' | '\0' => '_',
+            c => c,
+        })
+        .collect();
+    match name.as_str() {
+        "" | "." | ".." => format!("_{name}"),
+        _ => name,
+    }
+}
+
+/// Seconds since the epoch for records.
+pub fn now_unix() -> f64 {
+    crate::events::unix_seconds(SystemTime::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    type Journaled = BTreeMap<String, u32>;
+
+    fn record(n: u32) -> Journaled {
+        BTreeMap::from([("n".to_owned(), n)])
+    }
+
+    fn id(n: u8) -> KernelId {
+        KernelId([n; 16])
+    }
+
+    #[test]
+    fn records_come_back_and_are_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        journal.store(id(1), &record(1)).unwrap();
+        journal.store(id(1), &record(2)).unwrap();
+        journal.store(id(2), &record(3)).unwrap();
+        journal.remove(id(2)).unwrap();
+        journal.remove(id(2)).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&journal.path(id(1))), 0o600);
+        assert_eq!(mode(journal.dir()), 0o700);
+        let (records, damaged) = journal.load::<Journaled>().unwrap();
+        assert_eq!(records, BTreeMap::from([(id(1), record(2))]));
+        assert!(damaged.is_empty());
+        assert_eq!(fs::read_dir(journal.dir()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn damaged_and_foreign_files_do_not_stop_the_load() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        journal.store(id(1), &record(1)).unwrap();
+        fs::write(journal.path(id(2)), b"{\"version\":1,\"rec").unwrap();
+        fs::write(journal.path(id(3)), b"{\"version\":2,\"record\":{}}").unwrap();
+        fs::write(
+            journal.path(id(4)),
+            b"{\"version\":1,\"record\":{\"n\":\"x\"}}",
+        )
+        .unwrap();
+        fs::write(journal.dir().join("notes.txt"), b"").unwrap();
+        fs::write(journal.dir().join(format!("{}.json.1.new", id(1))), b"{").unwrap();
+        let (records, mut damaged) = journal.load::<Journaled>().unwrap();
+        assert_eq!(records.len(), 1);
+        damaged.sort_by(|a, b| a.path.cmp(&b.path));
+        assert_eq!(damaged.len(), 3);
+        assert!(damaged.iter().all(|damaged| damaged.path.exists()));
+        assert!(
+            damaged[1].reason.contains("version 2"),
+            "{}",
+            damaged[1].reason
+        );
+        // The second load is silent: they were put aside.
+        let (records, damaged) = journal.load::<Journaled>().unwrap();
+        assert_eq!((records.len(), damaged.len()), (1, 0));
+        assert!(!journal.dir().join(format!("{}.json.1.new", id(1))).exists());
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_record_and_no_remains() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        // A directory in the way makes the rename fail after the bytes were written.
+        fs::create_dir(journal.path(id(1))).unwrap();
+        assert!(journal.store(id(1), &record(1)).is_err());
+        assert_eq!(fs::read_dir(journal.dir()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn agent_ids_become_one_path_component() {
+        assert_eq!(plain_name("i-node"), "i-node");
+        assert_eq!(plain_name("../x"), ".._x");
+        assert_eq!(plain_name(".."), "_..");
+        assert_eq!(plain_name(""), "_");
+    }
+
+    #[test]
+    fn assigned_ports_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        assert!(journal.load_assigned_ports().is_empty());
+        journal.store_assigned_ports(&[30000, 30007]).unwrap();
+        assert_eq!(journal.load_assigned_ports(), vec![30000, 30007]);
+        let (records, damaged) = journal.load::<Journaled>().unwrap();
+        assert!(records.is_empty() && damaged.is_empty());
+    }
+}

@@ -1,0 +1,3 @@
+//! What becomes of the kernels that are found when the agent starts.
+
+pub mod plan;

@@ -1,0 +1,331 @@
+//! What to do with each kernel found at start: a pure decision over what Docker lists and what the
+//! journal holds. Docker says what exists, the journal says what it is.
+//!
+//! Invariant: a container that runs and belongs to this agent is never stopped unless its end had
+//! been decided before (defect 4 of the original: it killed what it did not know).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use shared::ids::{ContainerId, KernelId};
+
+use crate::kernel::journal::{Phase, StoredEnding};
+use crate::kernel::lifecycle::{Ending, Reason};
+
+/// A container's state, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Liveness {
+    /// Created and never started.
+    Created,
+    /// Running, restarting or paused.
+    Active,
+    /// Exited, dead or being removed.
+    Dead,
+}
+
+impl Liveness {
+    /// From Docker's state word.
+    pub fn from_docker(state: &str) -> Liveness {
+        match state {
+            "created" => Liveness::Created,
+            "running" | "restarting" | "paused" => Liveness::Active,
+            _ => Liveness::Dead,
+        }
+    }
+}
+
+/// One container of this agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The kernel its name tells.
+    pub kernel: KernelId,
+    /// Its id.
+    pub container: ContainerId,
+    /// Its state.
+    pub liveness: Liveness,
+}
+
+/// What the journal says of one kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// How far it had come.
+    pub phase: Phase,
+    /// The end that was decided.
+    pub ending: Option<StoredEnding>,
+    /// Its container.
+    pub container: Option<ContainerId>,
+}
+
+/// What to do with one kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// In service: go on with it.
+    Adopt(ContainerId),
+    /// Started, but its runner had not been heard: wait for it, then announce it.
+    ResumeStart(ContainerId),
+    /// Bring it to its end, whatever is left of it.
+    Finish(Option<ContainerId>, Ending),
+    /// In service and without a journal: rebuild the record from labels and scratch, then go on.
+    AdoptFromLabels(ContainerId),
+    /// Ended without a journal: rebuild what can be rebuilt, then finish it.
+    FinishFromLabels(ContainerId, Ending),
+    /// Never started and without a journal: remove the container.
+    RemoveUnstarted(ContainerId),
+}
+
+/// A decision for each kernel, and the containers that nobody claims.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// One decision per kernel.
+    pub kernels: BTreeMap<KernelId, Decision>,
+    /// Second containers of a kernel (a restart was cut short): removed.
+    pub extra: BTreeSet<ContainerId>,
+}
+
+/// Decides.
+pub fn plan(seen: &[Seen], known: &BTreeMap<KernelId, Known>) -> Plan {
+    let mut plan = Plan::default();
+    let mut of_kernel: BTreeMap<KernelId, Vec<Seen>> = BTreeMap::new();
+    for container in seen {
+        of_kernel
+            .entry(container.kernel)
+            .or_default()
+            .push(*container);
+    }
+    for kernel in of_kernel
+        .keys()
+        .chain(known.keys())
+        .collect::<BTreeSet<_>>()
+    {
+        let known = known.get(kernel);
+        let containers = of_kernel.get(kernel).map_or(&[][..], Vec::as_slice);
+        let chosen = choose(containers, known);
+        plan.extra.extend(
+            containers
+                .iter()
+                .filter(|seen| Some(**seen) != chosen)
+                .map(|seen| seen.container),
+        );
+        plan.kernels.insert(*kernel, decide(chosen, known));
+    }
+    plan
+}
+
+/// The container that is the kernel: a running one before the one the journal names before any.
+fn choose(containers: &[Seen], known: Option<&Known>) -> Option<Seen> {
+    let named = known.and_then(|known| known.container);
+    containers.iter().copied().max_by_key(|seen| {
+        (
+            seen.liveness == Liveness::Active,
+            Some(seen.container) == named,
+        )
+    })
+}
+
+fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
+    let container = chosen.map(|seen| seen.container);
+    let finish = |reason: Reason| Decision::Finish(container, Ending::new(reason, false));
+    let Some(known) = known else {
+        return match chosen {
+            Some(seen) => match seen.liveness {
+                Liveness::Active => Decision::AdoptFromLabels(seen.container),
+                Liveness::Created => Decision::RemoveUnstarted(seen.container),
+                Liveness::Dead => Decision::FinishFromLabels(
+                    seen.container,
+                    Ending::new(Reason::SELF_TERMINATED, false),
+                ),
+            },
+            None => finish(Reason::CONTAINER_NOT_FOUND),
+        };
+    };
+    if let (Phase::Ending, Some(ending)) = (known.phase, &known.ending) {
+        return Decision::Finish(
+            container,
+            Ending {
+                reason: Reason::from_text(&ending.reason),
+                suppress: ending.suppress,
+                exit_code: ending.exit_code,
+            },
+        );
+    }
+    match (
+        chosen.map(|seen| (seen.liveness, seen.container)),
+        known.phase,
+    ) {
+        (Some((Liveness::Active, container)), Phase::Running | Phase::Restarting) => {
+            Decision::Adopt(container)
+        }
+        // The end was decided and its reason lost: a record that no version of ours writes.
+        (Some((Liveness::Active, container)), Phase::Ending) => Decision::Adopt(container),
+        (Some((Liveness::Active, container)), Phase::Files | Phase::Container | Phase::Started) => {
+            Decision::ResumeStart(container)
+        }
+        (Some((Liveness::Dead, _)), Phase::Running | Phase::Ending) => {
+            finish(Reason::SELF_TERMINATED)
+        }
+        (Some((Liveness::Dead, _)), Phase::Files | Phase::Container | Phase::Started) => {
+            finish(Reason::FAILED_TO_START)
+        }
+        (None | Some((Liveness::Created, _)), Phase::Files | Phase::Container | Phase::Started) => {
+            finish(Reason::FAILED_TO_CREATE)
+        }
+        (None | Some((Liveness::Dead | Liveness::Created, _)), Phase::Restarting) => {
+            finish(Reason::RESTART_TIMEOUT)
+        }
+        (None | Some((Liveness::Created, _)), Phase::Running | Phase::Ending) => {
+            finish(Reason::CONTAINER_NOT_FOUND)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u8) -> KernelId {
+        KernelId([n; 16])
+    }
+
+    fn container(n: u8) -> ContainerId {
+        ContainerId([n; 32])
+    }
+
+    fn text(decision: &Decision) -> String {
+        let ending = |ending: &Ending| {
+            format!(
+                "{}{}",
+                ending.reason,
+                if ending.suppress { "!" } else { "" }
+            )
+        };
+        match decision {
+            Decision::Adopt(_) => "adopt".into(),
+            Decision::ResumeStart(_) => "resume".into(),
+            Decision::Finish(_, end) => format!("finish:{}", ending(end)),
+            Decision::AdoptFromLabels(_) => "adopt-labels".into(),
+            Decision::FinishFromLabels(_, end) => format!("finish-labels:{}", ending(end)),
+            Decision::RemoveUnstarted(_) => "remove".into(),
+        }
+    }
+
+    /// Rows: what the journal says; columns: none, created, active, dead.
+    const TABLE: &str = "
+        -          | -                          | remove                     | adopt-labels           | finish-labels:self-terminated
+        files      | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
+        container  | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
+        started    | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
+        running    | finish:container-not-found | finish:container-not-found | adopt                  | finish:self-terminated
+        restarting | finish:restart-timeout     | finish:restart-timeout     | adopt                  | finish:restart-timeout
+        ending     | finish:user-requested!     | finish:user-requested!     | finish:user-requested! | finish:user-requested!
+    ";
+
+    #[test]
+    fn decision_table() {
+        let columns = [
+            None,
+            Some(Liveness::Created),
+            Some(Liveness::Active),
+            Some(Liveness::Dead),
+        ];
+        for row in TABLE.lines().map(str::trim).filter(|row| !row.is_empty()) {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let phase = match cells[0] {
+                "-" => None,
+                "files" => Some(Phase::Files),
+                "container" => Some(Phase::Container),
+                "started" => Some(Phase::Started),
+                "running" => Some(Phase::Running),
+                "restarting" => Some(Phase::Restarting),
+                "ending" => Some(Phase::Ending),
+                other => panic!("{other}"),
+            };
+            let known: BTreeMap<KernelId, Known> = phase
+                .map(|phase| Known {
+                    phase,
+                    ending: (phase == Phase::Ending).then(|| StoredEnding {
+                        reason: "user-requested".into(),
+                        suppress: true,
+                        exit_code: None,
+                    }),
+                    container: Some(container(1)),
+                })
+                .map(|known| (id(1), known))
+                .into_iter()
+                .collect();
+            for (liveness, expected) in columns.iter().zip(&cells[1..]) {
+                let seen: Vec<Seen> = liveness
+                    .map(|liveness| Seen {
+                        kernel: id(1),
+                        container: container(1),
+                        liveness,
+                    })
+                    .into_iter()
+                    .collect();
+                let plan = plan(&seen, &known);
+                let decided = plan.kernels.get(&id(1)).map_or("-".into(), text);
+                assert_eq!(&decided, expected, "{row} with {liveness:?}");
+                assert!(plan.extra.is_empty());
+            }
+        }
+    }
+
+    // Defect 4 of the original: live containers that were not registered were killed after a crash.
+    #[test]
+    fn defect_live_containers_killed_after_crash() {
+        for phase in [
+            None,
+            Some(Phase::Files),
+            Some(Phase::Started),
+            Some(Phase::Running),
+        ] {
+            let known = phase
+                .map(|phase| Known {
+                    phase,
+                    ending: None,
+                    container: None,
+                })
+                .map(|known| (id(1), known))
+                .into_iter()
+                .collect();
+            let seen = [Seen {
+                kernel: id(1),
+                container: container(1),
+                liveness: Liveness::Active,
+            }];
+            let decision = &plan(&seen, &known).kernels[&id(1)];
+            assert!(
+                matches!(
+                    decision,
+                    Decision::Adopt(_) | Decision::AdoptFromLabels(_) | Decision::ResumeStart(_)
+                ),
+                "{decision:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_second_container_of_a_kernel_is_removed() {
+        let known = BTreeMap::from([(
+            id(1),
+            Known {
+                phase: Phase::Restarting,
+                ending: None,
+                container: Some(container(1)),
+            },
+        )]);
+        let seen = [
+            Seen {
+                kernel: id(1),
+                container: container(1),
+                liveness: Liveness::Dead,
+            },
+            Seen {
+                kernel: id(1),
+                container: container(2),
+                liveness: Liveness::Active,
+            },
+        ];
+        let plan = plan(&seen, &known);
+        assert_eq!(plan.kernels[&id(1)], Decision::Adopt(container(2)));
+        assert_eq!(plan.extra, BTreeSet::from([container(1)]));
+    }
+}
