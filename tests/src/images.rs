@@ -17,7 +17,7 @@ pub enum Image {
     Runner,
     /// Services `web`, `pair` (ports 9001 and 9002), `echo` (tcp 9005), `broken`.
     Services,
-    /// Debian with ipykernel, for query mode. Minutes the first time.
+    /// Debian with ipykernel, for query mode. A minute the first time.
     Python,
 }
 
