@@ -299,14 +299,29 @@ impl Docker {
         all: bool,
         owner: Option<&str>,
     ) -> Result<Vec<ContainerSummary>, DockerError> {
-        let mut call = self
-            .query("list containers", "/containers/json")
-            .query("all", all.to_string());
-        if let Some(owner) = owner {
-            let filters = serde_json::json!({ "label": [format!("ai.backend.owner={owner}")] });
-            call = call.query("filters", filters.to_string());
+        match owner {
+            Some(owner) => {
+                self.list_labelled(all, &format!("ai.backend.owner={owner}"))
+                    .await
+            }
+            None => self.transport.json(self.list_call(all)).await,
         }
+    }
+
+    /// Containers with a label, given as `key` or `key=value`.
+    pub async fn list_labelled(
+        &self,
+        all: bool,
+        label: &str,
+    ) -> Result<Vec<ContainerSummary>, DockerError> {
+        let filters = serde_json::json!({ "label": [label] });
+        let call = self.list_call(all).query("filters", filters.to_string());
         self.transport.json(call).await
+    }
+
+    fn list_call<'a>(&self, all: bool) -> Call<'a> {
+        self.query("list containers", "/containers/json")
+            .query("all", all.to_string())
     }
 
     /// A container, by id or name.

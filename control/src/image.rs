@@ -1,1 +1,428 @@
-//! Images: checks, pulls, listing.
+//! Images: is it here, pull it, list what is installed, purge.
+//!
+//! In: the image part of a request. Out: the local image, or why it can't be had. Pulls of one
+//! image with the same credentials are one transfer that all callers wait for; it ends when the
+//! last caller has gone, or when it is cancelled. Invariant: at most one transfer per image and
+//! credentials, and a finished one is never joined.
+
+mod pulls;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::docker::{Docker, DockerError, ImageRecord, ListedImage, Progress, RegistryAuth};
+
+pub use self::pulls::{PullState, PullTicket};
+
+use self::pulls::Pulls;
+
+/// Label with the version of the image contract; only `1` is supported.
+pub const KERNELSPEC_LABEL: &str = "ai.backend.kernelspec";
+
+/// When an image is pulled, spec `lifecycle.md` 4.3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AutoPull {
+    /// When the local image is missing or is not the wanted one.
+    #[default]
+    Digest,
+    /// When the local image is missing.
+    Tag,
+    /// Never.
+    None,
+}
+
+impl std::str::FromStr for AutoPull {
+    type Err = UnknownAutoPull;
+
+    fn from_str(text: &str) -> Result<Self, UnknownAutoPull> {
+        match text {
+            "digest" => Ok(Self::Digest),
+            "tag" => Ok(Self::Tag),
+            "none" => Ok(Self::None),
+            other => Err(UnknownAutoPull(other.to_owned())),
+        }
+    }
+}
+
+/// Not one of the three modes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("auto-pull `{0}` is unknown; use digest, tag or none")]
+pub struct UnknownAutoPull(String);
+
+/// The image a kernel asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRequest {
+    /// Full reference with registry, project and tag; for a local image its short name.
+    pub canonical: String,
+    /// Config digest (`sha256:...`), compared with the engine's image id.
+    pub digest: String,
+    /// Wanted architecture in the manager's words; empty accepts any.
+    pub architecture: String,
+    /// The image only exists on this node: neither checked nor pulled.
+    pub is_local: bool,
+    /// Credentials of its registry.
+    pub auth: Option<RegistryAuth>,
+    /// When to pull.
+    pub auto_pull: AutoPull,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// Usable as it is.
+    Present(ImageRecord),
+    /// To be pulled first.
+    MustPull,
+}
+
+/// Why an image can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The image is not here and may not be pulled.
+    #[error(
+        "image {image} is not on this node and auto-pull forbids fetching it; pull it by hand or set auto-pull to `tag` or `digest`"
+    )]
+    NotAvailable {
+        /// Reference.
+        image: String,
+    },
+    /// The image is of another architecture.
+    #[error(
+        "image {image} is for {found}, this node needs {wanted}; choose an image of that architecture"
+    )]
+    WrongArchitecture {
+        /// Reference.
+        image: String,
+        /// The image's architecture.
+        found: String,
+        /// The node's architecture.
+        wanted: String,
+    },
+    /// The engine could not say.
+    #[error("look up image {image}")]
+    Lookup {
+        /// Reference.
+        image: String,
+        /// The engine's refusal.
+        #[source]
+        source: DockerError,
+    },
+    /// The pull failed; the same for every caller that waited for it.
+    #[error("image {image} could not be pulled; check its name, the registry and the credentials")]
+    Pull {
+        /// Reference.
+        image: String,
+        /// The engine's refusal.
+        #[source]
+        source: Arc<DockerError>,
+    },
+    /// The pull was cancelled.
+    #[error("the pull of image {image} was cancelled")]
+    Cancelled {
+        /// Reference.
+        image: String,
+    },
+    /// The push failed.
+    #[error("image {image} could not be pushed; check the registry and the credentials")]
+    Push {
+        /// Reference.
+        image: String,
+        /// The engine's refusal.
+        #[source]
+        source: DockerError,
+    },
+    /// The list of images could not be had.
+    #[error("list the images of this node")]
+    List {
+        /// The engine's refusal.
+        #[source]
+        source: DockerError,
+    },
+}
+
+impl ImageError {
+    /// Class name known to the manager's users.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::NotAvailable { .. } => "ImageNotAvailable",
+            Self::WrongArchitecture { .. } | Self::Cancelled { .. } => "AgentError",
+            Self::Pull { source, .. } if matches!(**source, DockerError::Timeout { .. }) => {
+                "AgentError"
+            }
+            Self::Pull { .. } | Self::Push { .. } => "RuntimeError",
+            Self::Lookup { .. } | Self::List { .. } => "DockerError",
+        }
+    }
+}
+
+/// An image that can run kernels, spec `events.md` (heartbeat).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InstalledImage {
+    /// One of its `name:tag`.
+    pub name: String,
+    /// The engine's image id.
+    pub id: String,
+}
+
+/// Result of purging one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Purged {
+    /// Reference as asked.
+    pub image: String,
+    /// Why it is still here; `None` when it is gone.
+    pub error: Option<String>,
+}
+
+/// The images of this node; clones share the running pulls.
+#[derive(Debug, Clone)]
+pub struct Images {
+    docker: Docker,
+    pulls: Arc<Pulls>,
+}
+
+impl Images {
+    /// Images of this engine.
+    pub fn new(docker: Docker) -> Self {
+        Self {
+            docker,
+            pulls: Arc::new(Pulls::default()),
+        }
+    }
+
+    /// Applies the table of spec `lifecycle.md` 4.3.
+    ///
+    /// # Errors
+    /// `NotAvailable`, `WrongArchitecture`, `Lookup`.
+    pub async fn check(&self, request: &ImageRequest) -> Result<Check, ImageError> {
+        let found = match self.docker.inspect_image(&request.canonical).await {
+            Ok(found) => Some(found),
+            Err(err) if err.is_not_found() => None,
+            Err(source) => {
+                return Err(ImageError::Lookup {
+                    image: request.canonical.clone(),
+                    source,
+                });
+            }
+        };
+        let usable = found.as_ref().is_some_and(|found| {
+            request.is_local || request.auto_pull != AutoPull::Digest || found.id == request.digest
+        });
+        match found {
+            Some(found) if usable => {
+                accept_architecture(request, &found)?;
+                Ok(Check::Present(found))
+            }
+            _ if request.is_local || request.auto_pull == AutoPull::None => {
+                Err(ImageError::NotAvailable {
+                    image: request.canonical.clone(),
+                })
+            }
+            _ => Ok(Check::MustPull),
+        }
+    }
+
+    /// Begins a pull, or joins the one of the same image and credentials that is under way.
+    /// Must be called within a tokio runtime.
+    pub fn pull(&self, canonical: &str, auth: Option<&RegistryAuth>) -> PullTicket {
+        self.pulls.start(&self.docker, canonical, auth)
+    }
+
+    /// True while the image is being pulled.
+    pub fn is_pulling(&self, canonical: &str) -> bool {
+        self.pulls.is_pulling(canonical)
+    }
+
+    /// Cancels the pulls of the image; true when there was one. Layers already fetched stay with
+    /// the engine, so the next pull goes on where this one stopped.
+    pub fn cancel(&self, canonical: &str) -> bool {
+        self.pulls.cancel(canonical)
+    }
+
+    /// Checks, pulls when needed (after calling `before_pull`) and returns the local image.
+    ///
+    /// # Errors
+    /// As [`Images::check`], and `Pull`, `Cancelled`.
+    pub async fn ensure(
+        &self,
+        request: &ImageRequest,
+        before_pull: impl AsyncFnOnce(),
+        report: impl FnMut(&Progress),
+    ) -> Result<ImageRecord, ImageError> {
+        if let Check::Present(found) = self.check(request).await? {
+            return Ok(found);
+        }
+        before_pull().await;
+        self.pull(&request.canonical, request.auth.as_ref())
+            .wait(report)
+            .await?;
+        let found = self
+            .docker
+            .inspect_image(&request.canonical)
+            .await
+            .map_err(|source| ImageError::Lookup {
+                image: request.canonical.clone(),
+                source,
+            })?;
+        accept_architecture(request, &found)?;
+        if !request.digest.is_empty() && found.id != request.digest {
+            // The tag moved since the manager scanned the registry; the original uses it as well.
+            tracing::warn!(image = %request.canonical, wanted = %request.digest, found = %found.id,
+                "The registry holds another image under this name than the manager knows.");
+        }
+        Ok(found)
+    }
+
+    /// Pushes an image to the registry in its name.
+    ///
+    /// # Errors
+    /// `Push`.
+    pub async fn push(
+        &self,
+        canonical: &str,
+        auth: Option<&RegistryAuth>,
+        report: impl FnMut(&Progress) + Send,
+    ) -> Result<(), ImageError> {
+        self.docker
+            .push_image(canonical, auth, report)
+            .await
+            .map_err(|source| ImageError::Push {
+                image: canonical.to_owned(),
+                source,
+            })
+    }
+
+    /// Every tag of every image that can run kernels, sorted.
+    ///
+    /// # Errors
+    /// `List`.
+    pub async fn installed(&self) -> Result<Vec<InstalledImage>, ImageError> {
+        let listed = self
+            .docker
+            .list_images()
+            .await
+            .map_err(|source| ImageError::List { source })?;
+        Ok(installed(&listed))
+    }
+
+    /// Removes images one by one; what can't be removed is told per image, never as a failure.
+    pub async fn purge(&self, images: &[String], force: bool, noprune: bool) -> Vec<Purged> {
+        let mut results = Vec::with_capacity(images.len());
+        for image in images {
+            let error = match self.docker.remove_image(image, force, noprune).await {
+                Ok(()) => {
+                    tracing::info!(image, "An image was purged.");
+                    None
+                }
+                Err(err) => {
+                    tracing::warn!(image, err = %err, "An image could not be purged.");
+                    Some(err.to_string())
+                }
+            };
+            results.push(Purged {
+                image: image.clone(),
+                error,
+            });
+        }
+        results
+    }
+}
+
+fn accept_architecture(request: &ImageRequest, found: &ImageRecord) -> Result<(), ImageError> {
+    let wanted = architecture(&request.architecture);
+    let present = architecture(&found.architecture);
+    // An image imported from a plain archive may name none.
+    if wanted.is_empty() || present.is_empty() || wanted == present {
+        return Ok(());
+    }
+    Err(ImageError::WrongArchitecture {
+        image: request.canonical.clone(),
+        found: present.to_owned(),
+        wanted: wanted.to_owned(),
+    })
+}
+
+/// An architecture in the manager's words (`x86_64`, `aarch64`), given Go's or its own.
+pub fn architecture(name: &str) -> &str {
+    match name {
+        "amd64" => "x86_64",
+        "arm64" => "aarch64",
+        other => other,
+    }
+}
+
+fn installed(listed: &[ListedImage]) -> Vec<InstalledImage> {
+    let supported = |labels: &HashMap<String, String>| {
+        labels
+            .get(KERNELSPEC_LABEL)
+            .is_none_or(|version| version.trim() == "1")
+    };
+    let mut found: Vec<InstalledImage> = listed
+        .iter()
+        .filter(|image| image.labels.as_ref().is_some_and(supported))
+        .flat_map(|image| {
+            image
+                .repo_tags
+                .iter()
+                .filter(|name| !name.contains("<none>") && is_reference(name))
+                .map(|name| InstalledImage {
+                    name: name.clone(),
+                    id: image.id.clone(),
+                })
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// True for a name the manager can read: lower-case path segments, then a tag.
+fn is_reference(name: &str) -> bool {
+    let Some((path, tag)) = name.rsplit_once(':') else {
+        return false;
+    };
+    !tag.is_empty()
+        && !tag.contains('/')
+        && !path.is_empty()
+        && path.split('/').all(|segment| {
+            !segment.is_empty()
+                && segment
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scan_lists_tagged_images_of_the_supported_contract() {
+        let listed: Vec<ListedImage> = serde_json::from_value(serde_json::json!([
+            { "Id": "sha256:1", "RepoTags": ["b:1", "reg:5000/a:2"], "Labels": {"ai.backend.kernelspec": "1"} },
+            { "Id": "sha256:2", "RepoTags": ["default:1"], "Labels": {} },
+            { "Id": "sha256:3", "RepoTags": ["old:1"], "Labels": {"ai.backend.kernelspec": "2"} },
+            { "Id": "sha256:4", "RepoTags": ["plain:1"], "Labels": null },
+            { "Id": "sha256:5", "RepoTags": ["<none>:<none>"], "Labels": {} },
+            { "Id": "sha256:6", "RepoTags": null, "Labels": {} },
+        ]))
+        .unwrap();
+        let names: Vec<(String, String)> = installed(&listed)
+            .into_iter()
+            .map(|image| (image.name, image.id))
+            .collect();
+        let expected = [
+            ("b:1", "sha256:1"),
+            ("default:1", "sha256:2"),
+            ("reg:5000/a:2", "sha256:1"),
+        ]
+        .map(|(name, id)| (name.to_owned(), id.to_owned()));
+        assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn architectures_compare_in_the_managers_words() {
+        assert_eq!(architecture("amd64"), "x86_64");
+        assert_eq!(architecture("aarch64"), "aarch64");
+        assert_eq!("tag".parse(), Ok(AutoPull::Tag));
+        assert!("always".parse::<AutoPull>().is_err());
+    }
+}

@@ -1,5 +1,6 @@
 //! Kernels: their life, their files, their runner.
 
+pub mod distro;
 pub mod environment;
 pub mod journal;
 pub mod kept_logs;
