@@ -1,1 +1,134 @@
-//! The command line of bai-agent.
+//! The command line of bai-agent. What is parsed here is resolved and carried out in the modules below.
+
+mod check_config;
+mod connection;
+mod detach;
+mod doctor;
+mod exit;
+mod kernel;
+mod manuals;
+mod output;
+mod run;
+mod runner;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use connection::Connection;
+use exit::Problem;
+use output::Form;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 refused by the agent, or a check found something; 64 wrong usage; 69 the agent or the engine \
+does not answer; 70 an internal error; 78 a wrong configuration. `kernel exec` ends with the command's own code.";
+
+/// The worker-node agent of a Backend.AI cluster.
+#[derive(Debug, Parser)]
+#[command(name = "bai-agent", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    connection: Connection,
+    /// The form of the output.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    output: Form,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent in the foreground.
+    Run(run::RunArgs),
+    /// Check a configuration and show each value with its origin.
+    CheckConfig(check_config::CheckConfigArgs),
+    /// Create, use and destroy kernels by hand.
+    #[command(subcommand)]
+    Kernel(kernel::KernelCommand),
+    /// Install and look after the in-container runner packages.
+    #[command(subcommand)]
+    Runner(runner::RunnerCommand),
+    /// Show whether the node is well.
+    Status,
+    /// Show each service port, what serves it and, if nothing does, why.
+    Ports,
+    /// Check the host and say what to do about each finding.
+    Doctor,
+    /// Remove what a stopped agent and dataplane have left on this host: regions, sockets, kernel hooks.
+    Detach,
+    /// Print a completion script for a shell.
+    Completions { shell: Shell },
+    /// Print the manual page, or write one per command into a directory.
+    Man { directory: Option<PathBuf> },
+}
+
+/// Parses the command line and carries it out.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // Help and version are no errors.
+            return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
+        }
+    };
+    match cli.carry_out() {
+        Ok(code) => ExitCode::from(code),
+        Err(problem) => problem.report(),
+    }
+}
+
+/// A runtime for a command that talks to the agent and ends.
+fn short_lived<T>(work: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+impl Cli {
+    fn carry_out(self) -> Result<u8, Problem> {
+        let (connection, form) = (self.connection, self.output);
+        let file = connection.config.clone();
+        match self.command {
+            Command::Run(args) => run::run(&args, file)?,
+            Command::CheckConfig(args) => check_config::run(&args, file, form)?,
+            Command::Kernel(command) => return short_lived(kernel::run(command, &connection, form)).map(|status| status.0),
+            Command::Runner(command) => {
+                let configured = local_config(file)?.node.runner_dir.clone();
+                short_lived(runner::run(command, configured, form))?;
+            }
+            Command::Status => short_lived(status::status(&connection, form))?,
+            Command::Ports => short_lived(status::ports(&connection, form))?,
+            Command::Doctor => short_lived(doctor::run(local_config(file)?, form))?,
+            Command::Detach => detach::run(&*local_config(file.clone())?, file.as_deref(), form)?,
+            Command::Completions { shell } => manuals::completions(shell, &mut Cli::command()),
+            Command::Man { directory } => manuals::man(&Cli::command(), directory.as_deref())?,
+        }
+        Ok(0)
+    }
+}
+
+/// The configuration as far as a local command needs it; sections of a cluster may be missing.
+fn local_config(file: Option<PathBuf>) -> Result<Arc<config::Config>, Problem> {
+    let options = config::LoadOptions::of_this_process(file, true);
+    config::load(&options).map(|loaded| loaded.config).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_command_after_two_dashes_is_taken_as_it_is() {
+        let cli = Cli::try_parse_from(["bai-agent", "kernel", "exec", "abc", "--", "ls", "-l", "--output", "x"]).unwrap();
+        assert_eq!(cli.output, Form::Text);
+        assert!(matches!(cli.command, Command::Kernel(kernel::KernelCommand::Exec(_))));
+    }
+}

@@ -1,4 +1,6 @@
-//! The `bai-agent` program.
+//! The `bai-agent` program: arguments in, exit code out.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    control::cli::main()
+}

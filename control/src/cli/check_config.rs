@@ -20,7 +20,7 @@ pub struct CheckConfigArgs {
 
 /// Loads the configuration and prints it, or every error in it.
 pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<(), Problem> {
-    let options = config::LoadOptions { explicit: file, standalone: args.standalone, ..config::LoadOptions::default() };
+    let options = config::LoadOptions::of_this_process(file, args.standalone);
     let loaded = config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
     if !args.quiet {
         match form {

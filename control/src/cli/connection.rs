@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Args;
 use serde::de::DeserializeOwned;
 
@@ -43,7 +42,7 @@ impl Connection {
         if let Some(address) = &self.address {
             return address.clone();
         }
-        let options = config::LoadOptions { explicit: self.config.clone(), standalone: true, ..config::LoadOptions::default() };
+        let options = config::LoadOptions::of_this_process(self.config.clone(), true);
         let listen = config::load(&options).ok().map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
         match listen {
             // A wildcard is where the agent listens, not where one can connect to.
@@ -58,8 +57,8 @@ impl Connection {
         let address = self.resolved_address();
         let curve = match (&self.keypair, &self.agent_key) {
             (Some(pair), Some(agent)) => Some(ClientCurve {
-                keys: KeyPair::read(pair).with_context(|| format!("cannot read the key pair {}", pair.display())).map_err(Problem::Usage)?,
-                server: PublicKey::read(agent).with_context(|| format!("cannot read the agent's key {}", agent.display())).map_err(Problem::Usage)?,
+                pair: KeyPair::from_file(pair).map_err(|error| Problem::Usage(error.into()))?,
+                node: PublicKey::from_file(agent).map_err(|error| Problem::Usage(error.into()))?,
             }),
             _ => None,
         };
@@ -74,7 +73,7 @@ impl Connection {
 
 impl Agent {
     /// Calls a method and decodes its reply.
-    pub async fn call<T: DeserializeOwned>(&mut self, method: &str, args: Vec<Value>, deadline: Option<Duration>) -> Result<T, Problem> {
+    pub async fn call<T: DeserializeOwned>(&self, method: &str, args: Vec<Value>, deadline: Duration) -> Result<T, Problem> {
         let reply = self.client.call(method, args, Vec::new(), deadline).await.map_err(|error| match error {
             ClientError::Failure(failure) => Problem::Refused { method: method.to_owned(), class: failure.class, repr: failure.repr },
             other => Problem::Unavailable(anyhow::Error::new(other).context(format!("the call of {method} to {} failed", self.address))),

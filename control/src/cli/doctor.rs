@@ -98,12 +98,10 @@ fn privileges(root: bool) -> Finding {
 async fn engine(config: &Config) -> Finding {
     const CHECK: &str = "engine";
     let remedy = "start Docker (systemctl start docker), or set DOCKER_HOST to the engine's address";
-    let docker = match Docker::connect(DockerOptions::from_config(config)) {
-        Ok(docker) => docker,
-        Err(error) => return Finding::bad(CHECK, Level::Failure, error.to_string(), remedy),
-    };
-    match tokio::time::timeout(Duration::from_secs(10), docker.version()).await {
-        Ok(Ok(version)) => engine_version(&version),
+    let options = DockerOptions { host: config.node.engine.host.clone(), ..DockerOptions::default() };
+    let found = async { Docker::connect(&options).await?.version().await };
+    match tokio::time::timeout(Duration::from_secs(10), found).await {
+        Ok(Ok(version)) => engine_version(&version.version),
         Ok(Err(error)) => Finding::bad(CHECK, Level::Failure, error.to_string(), remedy),
         Err(_) => Finding::bad(CHECK, Level::Failure, "no answer within 10 s", remedy),
     }
@@ -206,11 +204,13 @@ fn taken_ports(table: &str, first: u16, last: u16, dataplane: bool) -> Finding {
 }
 
 fn dataplane_alive(config: &Config) -> bool {
-    shared::lock::holder(&config.node.region_directory(&config.agent.id).join("dataplane")).is_some()
+    let Ok(place) = shared::RunDir::choose(Some(&config.node.run_dir), &config.agent.id) else { return false };
+    // Asking for the lock tells who has it; it is let go at once when nobody has.
+    place.dataplane().exists() && matches!(shared::WriterLock::acquire(&place.dataplane()), Err(shared::LockError::Held(_)))
 }
 
 fn runner(config: &Config) -> Finding {
-    match crate::runner::lookup(&config.node.runner_dir) {
+    match crate::runner::RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH) {
         Ok(found) => Finding::good("runner", format!("{} in {}", found.version(), config.node.runner_dir.display())),
         Err(error) => Finding::bad("runner", Level::Failure, error.to_string(), "run: bai-agent runner install"),
     }

@@ -88,27 +88,27 @@ pub struct ExitStatus(pub u8);
 
 /// Runs one command; the status is that of the command run in the kernel for `exec`, else 0.
 pub async fn run(command: KernelCommand, connection: &Connection, form: Form) -> Result<ExitStatus, Problem> {
-    let mut agent = connection.open().await?;
+    let agent = connection.open().await?;
     match command {
-        KernelCommand::Create(args) => create::run(args, &mut agent, connection, form).await?,
-        KernelCommand::List { all } => list(&mut agent, all, form).await?,
-        KernelCommand::Exec(args) => return exec::run(args, &mut agent, form).await,
-        KernelCommand::Logs { kernel } => logs(&mut agent, &kernel, form).await?,
-        KernelCommand::Service(args) => service(&mut agent, args, form).await?,
-        KernelCommand::Stats { kernels } => stats(&mut agent, &kernels, form).await?,
-        KernelCommand::Destroy { kernels, reason } => destroy(&mut agent, &kernels, &reason, form).await?,
+        KernelCommand::Create(args) => create::run(args, &agent, connection, form).await?,
+        KernelCommand::List { all } => list(&agent, all, form).await?,
+        KernelCommand::Exec(args) => return exec::run(args, &agent, form).await,
+        KernelCommand::Logs { kernel } => logs(&agent, &kernel, form).await?,
+        KernelCommand::Service(args) => service(&agent, args, form).await?,
+        KernelCommand::Stats { kernels } => stats(&agent, &kernels, form).await?,
+        KernelCommand::Destroy { kernels, reason } => destroy(&agent, &kernels, &reason, form).await?,
     }
     Ok(ExitStatus(0))
 }
 
 /// All kernels the agent knows; `all` includes those that ended lately.
-async fn kernels(agent: &mut Agent, all: bool) -> Result<Vec<KernelRecord>, Problem> {
-    let reply: records::KernelsReply = agent.call("bai.kernels", vec![Value::Bool(all)], Some(CALL_DEADLINE)).await?;
+async fn kernels(agent: &Agent, all: bool) -> Result<Vec<KernelRecord>, Problem> {
+    let reply: records::KernelsReply = agent.call("bai.kernels", vec![Value::Bool(all)], CALL_DEADLINE).await?;
     Ok(reply.kernels)
 }
 
 /// Finds a kernel by its id or the unambiguous beginning of it.
-async fn find(agent: &mut Agent, text: &str) -> Result<KernelRecord, Problem> {
+async fn find(agent: &Agent, text: &str) -> Result<KernelRecord, Problem> {
     let all = kernels(agent, true).await?;
     let mut found: Vec<KernelRecord> = all.into_iter().filter(|kernel| !text.is_empty() && kernel.kernel_id.starts_with(text)).collect();
     match (found.len(), found.pop()) {
@@ -122,7 +122,7 @@ async fn find(agent: &mut Agent, text: &str) -> Result<KernelRecord, Problem> {
     }
 }
 
-async fn list(agent: &mut Agent, all: bool, form: Form) -> Result<(), Problem> {
+async fn list(agent: &Agent, all: bool, form: Form) -> Result<(), Problem> {
     let kernels = kernels(agent, all).await?;
     if form == Form::Json {
         return Ok(output::json(&json!({ "kernels": kernels }))?);
@@ -141,9 +141,9 @@ async fn list(agent: &mut Agent, all: bool, form: Form) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn logs(agent: &mut Agent, kernel: &str, form: Form) -> Result<(), Problem> {
+async fn logs(agent: &Agent, kernel: &str, form: Form) -> Result<(), Problem> {
     let kernel = find(agent, kernel).await?;
-    let reply: records::LogsReply = agent.call("get_logs", vec![Value::Str(kernel.kernel_id.clone())], Some(CALL_DEADLINE)).await?;
+    let reply: records::LogsReply = agent.call("get_logs", vec![Value::Str(kernel.kernel_id.clone())], CALL_DEADLINE).await?;
     if form == Form::Json {
         return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "logs": reply.logs }))?);
     }
@@ -151,7 +151,7 @@ async fn logs(agent: &mut Agent, kernel: &str, form: Form) -> Result<(), Problem
     Ok(())
 }
 
-async fn service(agent: &mut Agent, args: ServiceArgs, form: Form) -> Result<(), Problem> {
+async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Problem> {
     let kernel = find(agent, &args.kernel).await?;
     let Some(name) = args.service else {
         if form == Form::Json {
@@ -172,7 +172,7 @@ async fn service(agent: &mut Agent, args: ServiceArgs, form: Form) -> Result<(),
     });
     if args.stop {
         let (method, arguments) = call("shutdown_service", vec![Value::Str(name.clone())]);
-        let _: Option<bool> = agent.call(&method, arguments, Some(CALL_DEADLINE)).await?;
+        let _: Option<bool> = agent.call(&method, arguments, CALL_DEADLINE).await?;
         if form == Form::Json {
             return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service": name, "status": "stopped" }))?);
         }
@@ -185,7 +185,7 @@ async fn service(agent: &mut Agent, args: ServiceArgs, form: Form) -> Result<(),
         (Value::Str("envs".to_owned()), text_map(args.envs)),
     ]);
     let (method, arguments) = call("start_service", vec![Value::Str(name.clone()), options]);
-    let reply: records::ServiceReply = agent.call(&method, arguments, Some(CALL_DEADLINE)).await?;
+    let reply: records::ServiceReply = agent.call(&method, arguments, CALL_DEADLINE).await?;
     if !matches!(reply.status.as_str(), "started" | "running") {
         return Err(Problem::Refused {
             method: format!("the start of {name}"),
@@ -203,12 +203,12 @@ async fn service(agent: &mut Agent, args: ServiceArgs, form: Form) -> Result<(),
     Ok(())
 }
 
-async fn stats(agent: &mut Agent, kernels: &[String], form: Form) -> Result<(), Problem> {
+async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Problem> {
     let mut ids = Vec::new();
     for kernel in kernels {
         ids.push(Value::Str(find(agent, kernel).await?.kernel_id));
     }
-    let reply: serde_json::Value = agent.call("bai.stats", vec![Value::Array(ids)], Some(CALL_DEADLINE)).await?;
+    let reply: serde_json::Value = agent.call("bai.stats", vec![Value::Array(ids)], CALL_DEADLINE).await?;
     if form == Form::Json {
         return Ok(output::json(&reply)?);
     }
@@ -216,7 +216,7 @@ async fn stats(agent: &mut Agent, kernels: &[String], form: Form) -> Result<(), 
     Ok(())
 }
 
-async fn destroy(agent: &mut Agent, kernels: &[String], reason: &str, form: Form) -> Result<(), Problem> {
+async fn destroy(agent: &Agent, kernels: &[String], reason: &str, form: Form) -> Result<(), Problem> {
     let mut destroyed = Vec::new();
     for kernel in kernels {
         let kernel = find(agent, kernel).await?;
@@ -226,7 +226,7 @@ async fn destroy(agent: &mut Agent, kernels: &[String], reason: &str, form: Form
             Value::Str(reason.to_owned()),
             Value::Bool(false),
         ];
-        let _: Option<bool> = agent.call("destroy_kernel", arguments, Some(DESTROY_DEADLINE)).await?;
+        let _: Option<bool> = agent.call("destroy_kernel", arguments, DESTROY_DEADLINE).await?;
         if form == Form::Text {
             println!("{}", kernel.kernel_id);
         }

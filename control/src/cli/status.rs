@@ -24,8 +24,8 @@ fn word(value: &Value) -> String {
 
 /// Shows the node's state. Ends with code 1 when a part of it is not working.
 pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> {
-    let mut agent = connection.open().await?;
-    let status: Value = agent.call("bai.status", Vec::new(), Some(DEADLINE)).await?;
+    let agent = connection.open().await?;
+    let status: Value = agent.call("bai.status", Vec::new(), DEADLINE).await?;
     let engine = at(&status, &["docker", "reachable"]).as_bool().unwrap_or(false);
     let dataplane = at(&status, &["dataplane", "alive"]).as_bool().unwrap_or(false);
     match form {
@@ -48,8 +48,8 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
 
 /// Shows every published port: who has it, what serves it and, when nothing does, why.
 pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
-    let mut agent = connection.open().await?;
-    let reply: Value = agent.call("bai.ports", Vec::new(), Some(DEADLINE)).await?;
+    let agent = connection.open().await?;
+    let reply: Value = agent.call("bai.ports", Vec::new(), DEADLINE).await?;
     if form == Form::Json {
         return Ok(output::json(&reply)?);
     }

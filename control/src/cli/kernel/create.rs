@@ -201,7 +201,7 @@ fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, b
 }
 
 /// Creates the kernel; prints its id (text) or the agent's whole result (JSON).
-pub(super) async fn run(args: CreateArgs, agent: &mut Agent, connection: &Connection, form: Form) -> Result<(), Problem> {
+pub(super) async fn run(args: CreateArgs, agent: &Agent, connection: &Connection, form: Form) -> Result<(), Problem> {
     let bootstrap = match &args.bootstrap {
         None => None,
         Some(path) => Some(
@@ -210,13 +210,13 @@ pub(super) async fn run(args: CreateArgs, agent: &mut Agent, connection: &Connec
                 .map_err(|error| Problem::Usage(anyhow::Error::new(error).context(format!("cannot read the bootstrap script {}", path.display()))))?,
         ),
     };
-    let image: ImageReply = agent.call("bai.image", vec![text(&args.image)], Some(CALL_DEADLINE)).await?;
+    let image: ImageReply = agent.call("bai.image", vec![text(&args.image)], CALL_DEADLINE).await?;
     let kernel = args.id.unwrap_or_else(Uuid::new_v4);
     let session = args.session.unwrap_or(kernel);
 
     // Progress comes on a connection of its own: it must never hold up the creation.
     let progress = if args.quiet || form == Form::Json { None } else { Some(tokio::spawn(follow(connection.clone(), kernel))) };
-    let created = agent.call::<serde_json::Value>("create_kernels", request(&args, &image, kernel, session, bootstrap), Some(Duration::from_secs(args.timeout))).await;
+    let created = agent.call::<serde_json::Value>("create_kernels", request(&args, &image, kernel, session, bootstrap), Duration::from_secs(args.timeout)).await;
     if let Some(progress) = progress {
         progress.abort();
         let _ = progress.await;
@@ -231,12 +231,12 @@ pub(super) async fn run(args: CreateArgs, agent: &mut Agent, connection: &Connec
 
 /// Prints the kernel's lifecycle events to standard error until it is aborted.
 async fn follow(connection: Connection, kernel: Uuid) -> Result<(), Problem> {
-    let mut agent = connection.open().await?;
-    let head: EventsReply = agent.call("bai.events", vec![Value::Int(-1), Value::Float(0.0), Value::Int(1)], Some(CALL_DEADLINE)).await?;
+    let agent = connection.open().await?;
+    let head: EventsReply = agent.call("bai.events", vec![Value::Int(-1), Value::Float(0.0), Value::Int(1)], CALL_DEADLINE).await?;
     let mut after = head.next;
     loop {
         let after_value = Value::Int(i64::try_from(after).unwrap_or(i64::MAX));
-        let reply: EventsReply = agent.call("bai.events", vec![after_value, Value::Float(5.0), Value::Int(100)], Some(CALL_DEADLINE)).await?;
+        let reply: EventsReply = agent.call("bai.events", vec![after_value, Value::Float(5.0), Value::Int(100)], CALL_DEADLINE).await?;
         after = reply.next;
         let id = kernel.to_string();
         for event in reply.events.iter().filter(|event| event.more.values().any(|value| value.to_string().contains(&id))) {

@@ -51,7 +51,7 @@ struct Reply {
 }
 
 /// Runs it; the status is the command's own.
-pub(super) async fn run(args: ExecArgs, agent: &mut Agent, form: Form) -> Result<ExitStatus, Problem> {
+pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<ExitStatus, Problem> {
     let kernel = find(agent, &args.kernel).await?;
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     let code = args.command.join(" ");
@@ -72,7 +72,7 @@ pub(super) async fn run(args: ExecArgs, agent: &mut Agent, form: Form) -> Result
             std::mem::replace(&mut options, Value::Map(Vec::new())),
             Value::Float(FLUSH_SECONDS),
         ];
-        let reply: Reply = agent.call("execute", arguments, Some(POLL_DEADLINE)).await?;
+        let reply: Reply = agent.call("execute", arguments, POLL_DEADLINE).await?;
         match form {
             Form::Text => show(&reply.console)?,
             Form::Json => collected.extend(reply.console),
