@@ -8,7 +8,6 @@ mod exit;
 mod kernel;
 mod manuals;
 mod output;
-mod run;
 mod runner;
 mod status;
 
@@ -29,7 +28,7 @@ does not answer; 70 an internal error; 78 a wrong configuration. `kernel exec` e
 
 /// The worker-node agent of a Backend.AI cluster.
 #[derive(Debug, Parser)]
-#[command(name = "bai-agent", version, after_help = EXIT_CODES, propagate_version = true)]
+#[command(name = "bai-agent", version, after_help = EXIT_CODES)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -42,8 +41,6 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the agent in the foreground.
-    Run(run::RunArgs),
     /// Check a configuration and show each value with its origin.
     CheckConfig(check_config::CheckConfigArgs),
     /// Create, use and destroy kernels by hand.
@@ -84,7 +81,10 @@ pub fn main() -> ExitCode {
 
 /// A runtime for a command that talks to the agent and ends.
 fn short_lived<T>(work: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
 }
 
 impl Cli {
@@ -92,9 +92,10 @@ impl Cli {
         let (connection, form) = (self.connection, self.output);
         let file = connection.config.clone();
         match self.command {
-            Command::Run(args) => run::run(&args, file)?,
             Command::CheckConfig(args) => check_config::run(&args, file, form)?,
-            Command::Kernel(command) => return short_lived(kernel::run(command, &connection, form)).map(|status| status.0),
+            Command::Kernel(command) => {
+                return short_lived(kernel::run(command, &connection, form)).map(|status| status.0);
+            }
             Command::Runner(command) => {
                 let configured = local_config(file)?.node.runner_dir.clone();
                 short_lived(runner::run(command, configured, form))?;
@@ -113,7 +114,9 @@ impl Cli {
 /// The configuration as far as a local command needs it; sections of a cluster may be missing.
 fn local_config(file: Option<PathBuf>) -> Result<Arc<config::Config>, Problem> {
     let options = config::LoadOptions::of_this_process(file, true);
-    config::load(&options).map(|loaded| loaded.config).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))
+    config::load(&options)
+        .map(|loaded| loaded.config)
+        .map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))
 }
 
 #[cfg(test)]
@@ -127,8 +130,22 @@ mod tests {
 
     #[test]
     fn the_command_after_two_dashes_is_taken_as_it_is() {
-        let cli = Cli::try_parse_from(["bai-agent", "kernel", "exec", "abc", "--", "ls", "-l", "--output", "x"]).unwrap();
+        let cli = Cli::try_parse_from([
+            "bai-agent",
+            "kernel",
+            "exec",
+            "abc",
+            "--",
+            "ls",
+            "-l",
+            "--output",
+            "x",
+        ])
+        .unwrap();
         assert_eq!(cli.output, Form::Text);
-        assert!(matches!(cli.command, Command::Kernel(kernel::KernelCommand::Exec(_))));
+        assert!(matches!(
+            cli.command,
+            Command::Kernel(kernel::KernelCommand::Exec(_))
+        ));
     }
 }

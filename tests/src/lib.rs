@@ -2,3 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod images;
+pub mod node;
+pub mod wait;

@@ -21,7 +21,8 @@ pub struct CheckConfigArgs {
 /// Loads the configuration and prints it, or every error in it.
 pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<(), Problem> {
     let options = config::LoadOptions::of_this_process(file, args.standalone);
-    let loaded = config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    let loaded =
+        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
     if !args.quiet {
         match form {
             Form::Text => print!("{}", loaded.render_text()),

@@ -14,16 +14,39 @@ use crate::rpc::{self, Client, ClientCurve, ClientError, KeyPair, PublicKey, Val
 #[command(next_help_heading = "Connection")]
 pub struct Connection {
     /// The agent's RPC address [default: what the configuration says, else 127.0.0.1:6001].
-    #[arg(long, global = true, value_name = "HOST:PORT", env = "BAI_AGENT_ADDRESS")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST:PORT",
+        env = "BAI_AGENT_ADDRESS"
+    )]
     pub address: Option<String>,
     /// A configuration file to take the address from.
-    #[arg(short = 'f', long, global = true, value_name = "FILE", visible_alias = "config-path")]
+    #[arg(
+        short = 'f',
+        long,
+        global = true,
+        value_name = "FILE",
+        visible_alias = "config-path"
+    )]
     pub config: Option<PathBuf>,
     /// Our key pair (a secret key file), for an agent that authenticates its callers.
-    #[arg(long, global = true, value_name = "FILE", requires = "agent_key", env = "BAI_AGENT_KEYPAIR")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        requires = "agent_key",
+        env = "BAI_AGENT_KEYPAIR"
+    )]
     pub keypair: Option<PathBuf>,
     /// The agent's public key file.
-    #[arg(long, global = true, value_name = "FILE", requires = "keypair", env = "BAI_AGENT_PUBLIC_KEY")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        requires = "keypair",
+        env = "BAI_AGENT_PUBLIC_KEY"
+    )]
     pub agent_key: Option<PathBuf>,
     /// How long to wait for the agent to answer at all, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value_t = 5)]
@@ -43,10 +66,14 @@ impl Connection {
             return address.clone();
         }
         let options = config::LoadOptions::of_this_process(self.config.clone(), true);
-        let listen = config::load(&options).ok().map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
+        let listen = config::load(&options)
+            .ok()
+            .map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
         match listen {
             // A wildcard is where the agent listens, not where one can connect to.
-            Some(listen) if !matches!(listen.host.as_str(), "" | "0.0.0.0" | "::") => format!("{}:{}", listen.host, listen.port),
+            Some(listen) if !matches!(listen.host.as_str(), "" | "0.0.0.0" | "::") => {
+                format!("{}:{}", listen.host, listen.port)
+            }
             Some(listen) => format!("127.0.0.1:{}", listen.port),
             None => "127.0.0.1:6001".to_owned(),
         }
@@ -73,11 +100,32 @@ impl Connection {
 
 impl Agent {
     /// Calls a method and decodes its reply.
-    pub async fn call<T: DeserializeOwned>(&self, method: &str, args: Vec<Value>, deadline: Duration) -> Result<T, Problem> {
-        let reply = self.client.call(method, args, Vec::new(), deadline).await.map_err(|error| match error {
-            ClientError::Failure(failure) => Problem::Refused { method: method.to_owned(), class: failure.class, repr: failure.repr },
-            other => Problem::Unavailable(anyhow::Error::new(other).context(format!("the call of {method} to {} failed", self.address))),
-        })?;
-        rpc::from_value(reply).map_err(|error| Problem::Other(anyhow::Error::new(error).context(format!("the reply of {method} has an unexpected shape"))))
+    pub async fn call<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        args: Vec<Value>,
+        deadline: Duration,
+    ) -> Result<T, Problem> {
+        let reply = self
+            .client
+            .call(method, args, Vec::new(), deadline)
+            .await
+            .map_err(|error| match error {
+                ClientError::Failure(failure) => Problem::Refused {
+                    method: method.to_owned(),
+                    class: failure.class,
+                    repr: failure.repr,
+                },
+                other => Problem::Unavailable(
+                    anyhow::Error::new(other)
+                        .context(format!("the call of {method} to {} failed", self.address)),
+                ),
+            })?;
+        rpc::from_value(reply).map_err(|error| {
+            Problem::Other(
+                anyhow::Error::new(error)
+                    .context(format!("the reply of {method} has an unexpected shape")),
+            )
+        })
     }
 }

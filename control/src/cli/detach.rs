@@ -14,7 +14,8 @@ const DATAPLANE: &str = "bai-dataplane";
 
 /// Removes this agent's regions and sockets, and has the dataplane remove its kernel hooks.
 pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(), Problem> {
-    let place = RunDir::choose(Some(&config.node.run_dir), &config.agent.id).map_err(|error| Problem::Other(error.into()))?;
+    let place = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
+        .map_err(|error| Problem::Other(error.into()))?;
     refuse_if_running(&place.control(), "bai-agent")?;
     refuse_if_running(&place.dataplane(), DATAPLANE)?;
     let hooks = detach_dataplane(file)?;
@@ -24,11 +25,22 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
         std::fs::remove_dir_all(root)?;
     }
     match form {
-        Form::Json => output::json(&json!({ "removed": existed.then_some(root), "dataplane": hooks }))?,
+        Form::Json => {
+            output::json(&json!({ "removed": existed.then_some(root), "dataplane": hooks }))?
+        }
         Form::Text => {
-            println!("{}", if existed { format!("removed {}", root.display()) } else { "there was nothing to remove".to_owned() });
+            println!(
+                "{}",
+                if existed {
+                    format!("removed {}", root.display())
+                } else {
+                    "there was nothing to remove".to_owned()
+                }
+            );
             if !hooks {
-                println!("{DATAPLANE} was not found beside this program or in PATH, so kernel hooks were not looked for");
+                println!(
+                    "{DATAPLANE} was not found beside this program or in PATH, so kernel hooks were not looked for"
+                );
             }
         }
     }
@@ -42,7 +54,9 @@ fn refuse_if_running(directory: &Path, program: &str) -> Result<(), Problem> {
     match WriterLock::acquire(directory) {
         Ok(_) => Ok(()),
         Err(LockError::Held(holder)) => {
-            let pid = holder.pid.map_or_else(|| "unknown pid".to_owned(), |pid| format!("pid {pid}"));
+            let pid = holder
+                .pid
+                .map_or_else(|| "unknown pid".to_owned(), |pid| format!("pid {pid}"));
             Err(Problem::Refused {
                 method: "detach".to_owned(),
                 class: "running".to_owned(),
@@ -55,7 +69,10 @@ fn refuse_if_running(directory: &Path, program: &str) -> Result<(), Problem> {
 
 /// The dataplane alone knows what it hooked into the kernel. False when its program is not on this host.
 fn detach_dataplane(file: Option<&Path>) -> Result<bool, Problem> {
-    let beside: Option<PathBuf> = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.join(DATAPLANE))).filter(|path| path.exists());
+    let beside: Option<PathBuf> = std::env::current_exe()
+        .ok()
+        .and_then(|own| Some(own.parent()?.join(DATAPLANE)))
+        .filter(|path| path.exists());
     let mut command = Command::new(beside.unwrap_or_else(|| PathBuf::from(DATAPLANE)));
     command.args(["--standalone", "--detach"]);
     if let Some(file) = file {
@@ -63,7 +80,10 @@ fn detach_dataplane(file: Option<&Path>) -> Result<bool, Problem> {
     }
     match command.output() {
         Ok(output) if output.status.success() => Ok(true),
-        Ok(output) => Err(Problem::Other(anyhow::anyhow!("{DATAPLANE} --detach failed: {}", String::from_utf8_lossy(&output.stderr).trim()))),
+        Ok(output) => Err(Problem::Other(anyhow::anyhow!(
+            "{DATAPLANE} --detach failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error.into()),
     }

@@ -35,11 +35,26 @@ pub struct Finding {
 
 impl Finding {
     fn good(check: &'static str, found: impl Into<String>) -> Self {
-        Finding { check, level: Level::Good, found: found.into(), remedy: String::new() }
+        Finding {
+            check,
+            level: Level::Good,
+            found: found.into(),
+            remedy: String::new(),
+        }
     }
 
-    fn bad(check: &'static str, level: Level, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { check, level, found: found.into(), remedy: remedy.into() }
+    fn bad(
+        check: &'static str,
+        level: Level,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Finding {
+            check,
+            level,
+            found: found.into(),
+            remedy: remedy.into(),
+        }
     }
 }
 
@@ -55,10 +70,22 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         vec![
             run_directory(&config),
-            descriptors(nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard)),
+            descriptors(
+                nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+                    .map_or(0, |(_, hard)| hard),
+            ),
             control_groups(&read("/proc/self/mounts")),
-            ephemeral_ports(&read("/proc/sys/net/ipv4/ip_local_port_range"), config.container.port_range.first, config.container.port_range.last),
-            taken_ports(&(read("/proc/net/tcp") + &read("/proc/net/tcp6")), config.container.port_range.first, config.container.port_range.last, dataplane_alive(&config)),
+            ephemeral_ports(
+                &read("/proc/sys/net/ipv4/ip_local_port_range"),
+                config.container.port_range.first,
+                config.container.port_range.last,
+            ),
+            taken_ports(
+                &(read("/proc/net/tcp") + &read("/proc/net/tcp6")),
+                config.container.port_range.first,
+                config.container.port_range.last,
+                dataplane_alive(&config),
+            ),
             runner(),
             kernel_features(Path::new("/sys/kernel/btf/vmlinux").exists()),
         ]
@@ -77,7 +104,11 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
                     Level::Warning => "warning",
                     Level::Failure => "FAILURE",
                 };
-                table.row([mark.to_owned(), finding.check.to_owned(), finding.found.clone()]);
+                table.row([
+                    mark.to_owned(),
+                    finding.check.to_owned(),
+                    finding.found.clone(),
+                ]);
             }
             print!("{}", table.render());
             for finding in findings.iter().filter(|finding| !finding.remedy.is_empty()) {
@@ -85,20 +116,36 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
             }
         }
     }
-    if findings.iter().any(|finding| finding.level == Level::Failure) { Err(Problem::Findings) } else { Ok(()) }
+    if findings
+        .iter()
+        .any(|finding| finding.level == Level::Failure)
+    {
+        Err(Problem::Findings)
+    } else {
+        Ok(())
+    }
 }
 
 fn privileges(root: bool) -> Finding {
     match root {
         true => Finding::good("privileges", "running as root"),
-        false => Finding::bad("privileges", Level::Failure, "not root", "the agent owns scratch directories for other users and reads every cgroup; run it (and this check) as root"),
+        false => Finding::bad(
+            "privileges",
+            Level::Failure,
+            "not root",
+            "the agent owns scratch directories for other users and reads every cgroup; run it (and this check) as root",
+        ),
     }
 }
 
 async fn engine(config: &Config) -> Finding {
     const CHECK: &str = "engine";
-    let remedy = "start Docker (systemctl start docker), or set DOCKER_HOST to the engine's address";
-    let options = DockerOptions { host: config.node.engine.host.clone(), ..DockerOptions::default() };
+    let remedy =
+        "start Docker (systemctl start docker), or set DOCKER_HOST to the engine's address";
+    let options = DockerOptions {
+        host: config.node.engine.host.clone(),
+        ..DockerOptions::default()
+    };
     let found = async { Docker::connect(&options).await?.version().await };
     match tokio::time::timeout(Duration::from_secs(10), found).await {
         Ok(Ok(version)) => engine_version(&version.version),
@@ -108,27 +155,40 @@ async fn engine(config: &Config) -> Finding {
 }
 
 fn engine_version(version: &str) -> Finding {
-    let mut numbers = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let mut numbers = version
+        .split('.')
+        .map(|part| part.parse::<u32>().unwrap_or(0));
     let release = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if release >= (20, 10) {
         Finding::good("engine", format!("Docker {version}"))
     } else {
-        Finding::bad("engine", Level::Failure, format!("Docker {version}"), "the agent needs Docker 20.10 or newer")
+        Finding::bad(
+            "engine",
+            Level::Failure,
+            format!("Docker {version}"),
+            "the agent needs Docker 20.10 or newer",
+        )
     }
 }
 
 fn run_directory(config: &Config) -> Finding {
-    const TMPFS: i64 = 0x0102_1994;
+    const CHECK: &str = "run directory";
     let mut place: &Path = &config.node.run_dir;
     while !place.exists() {
         let Some(parent) = place.parent() else { break };
         place = parent;
     }
-    let shown = config.node.run_dir.display();
-    match nix::sys::statfs::statfs(place) {
-        Ok(found) if i64::from(found.filesystem_type().0) == TMPFS => Finding::good("run directory", format!("{shown} is on tmpfs")),
-        Ok(_) => Finding::bad("run directory", Level::Failure, format!("{shown} is not on tmpfs"), "set node.run-dir to a directory on tmpfs, such as /run/bai-agent or /dev/shm/bai-agent"),
-        Err(error) => Finding::bad("run directory", Level::Failure, format!("{shown} can not be examined: {error}"), "set node.run-dir to a directory on tmpfs"),
+    match shared::run_dir::require_tmpfs(place) {
+        Ok(()) => Finding::good(
+            CHECK,
+            format!("{} is on tmpfs", config.node.run_dir.display()),
+        ),
+        Err(error) => Finding::bad(
+            CHECK,
+            Level::Failure,
+            error.to_string(),
+            "set node.run-dir to a directory on tmpfs, such as /run/bai-agent or /dev/shm/bai-agent",
+        ),
     }
 }
 
@@ -137,26 +197,56 @@ fn descriptors(hard: u64) -> Finding {
     if hard >= 65_536 {
         Finding::good("descriptors", found)
     } else {
-        Finding::bad("descriptors", Level::Warning, found, "each relayed connection needs two; raise LimitNOFILE (the shipped units do) or `ulimit -Hn`")
+        Finding::bad(
+            "descriptors",
+            Level::Warning,
+            found,
+            "each relayed connection needs two; raise LimitNOFILE (the shipped units do) or `ulimit -Hn`",
+        )
     }
 }
 
 fn control_groups(mounts: &str) -> Finding {
-    let fields = || mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let fields = || {
+        mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+    };
     let unified = fields().any(|mount| mount.get(2) == Some(&"cgroup2"));
-    let first = |controller: &str| fields().any(|mount| mount.get(2) == Some(&"cgroup") && mount.get(3).is_some_and(|options| options.split(',').any(|o| o == controller)));
+    let first = |controller: &str| {
+        fields().any(|mount| {
+            mount.get(2) == Some(&"cgroup")
+                && mount
+                    .get(3)
+                    .is_some_and(|options| options.split(',').any(|o| o == controller))
+        })
+    };
     match (unified, first("memory"), first("cpuacct")) {
         (true, false, false) => Finding::good("control groups", "version 2"),
-        (true, true, true) => Finding::good("control groups", "version 1 with a unified tree (hybrid)"),
+        (true, true, true) => {
+            Finding::good("control groups", "version 1 with a unified tree (hybrid)")
+        }
         (false, true, true) => Finding::good("control groups", "version 1"),
-        _ => Finding::bad("control groups", Level::Failure, "neither version 2 nor version 1 with memory and cpuacct", "mount the control groups; without them no container can be limited or measured"),
+        _ => Finding::bad(
+            "control groups",
+            Level::Failure,
+            "neither version 2 nor version 1 with memory and cpuacct",
+            "mount the control groups; without them no container can be limited or measured",
+        ),
     }
 }
 
 fn ephemeral_ports(range: &str, first: u16, last: u16) -> Finding {
-    let mut numbers = range.split_whitespace().filter_map(|number| number.parse::<u16>().ok());
+    let mut numbers = range
+        .split_whitespace()
+        .filter_map(|number| number.parse::<u16>().ok());
     let (Some(low), Some(high)) = (numbers.next(), numbers.next()) else {
-        return Finding::bad("ephemeral ports", Level::Warning, "the kernel's range is unknown", "");
+        return Finding::bad(
+            "ephemeral ports",
+            Level::Warning,
+            "the kernel's range is unknown",
+            "",
+        );
     };
     let found = format!("{low}-{high}; service ports {first}-{last}");
     if low > last || high < first {
@@ -166,7 +256,9 @@ fn ephemeral_ports(range: &str, first: u16, last: u16) -> Finding {
             "ephemeral ports",
             Level::Warning,
             found,
-            format!("outgoing connections may take service ports away; run: sysctl -w net.ipv4.ip_local_reserved_ports={first}-{last}"),
+            format!(
+                "outgoing connections may take service ports away; run: sysctl -w net.ipv4.ip_local_reserved_ports={first}-{last}"
+            ),
         )
     }
 }
@@ -193,33 +285,65 @@ fn taken_ports(table: &str, first: u16, last: u16, dataplane: bool) -> Finding {
     let ports = listening(table, first, last);
     match (ports.len(), dataplane) {
         (0, _) => Finding::good("service ports", format!("none of {first}-{last} is in use")),
-        (count, true) => Finding::good("service ports", format!("{count} of {first}-{last} listen, the dataplane is running (bai-agent ports shows them)")),
+        (count, true) => Finding::good(
+            "service ports",
+            format!(
+                "{count} of {first}-{last} listen, the dataplane is running (bai-agent ports shows them)"
+            ),
+        ),
         (count, false) => Finding::bad(
             "service ports",
             Level::Warning,
-            format!("{count} of {first}-{last} are taken by other programs, the first is {}", ports[0]),
+            format!(
+                "{count} of {first}-{last} are taken by other programs, the first is {}",
+                ports[0]
+            ),
             "the pool skips them; `ss -ltnp` names their owners",
         ),
     }
 }
 
 fn dataplane_alive(config: &Config) -> bool {
-    let Ok(place) = shared::RunDir::choose(Some(&config.node.run_dir), &config.agent.id) else { return false };
+    let Ok(place) = shared::run_dir::RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
+    else {
+        return false;
+    };
     // Asking for the lock tells who has it; it is let go at once when nobody has.
-    place.dataplane().exists() && matches!(shared::WriterLock::acquire(&place.dataplane()), Err(shared::LockError::Held(_)))
+    place.dataplane().exists()
+        && matches!(
+            shared::lock::WriterLock::acquire(place.dataplane()),
+            Err(shared::lock::LockError::Held(_))
+        )
 }
 
 fn runner(config: &Config) -> Finding {
     match crate::runner::RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH) {
-        Ok(found) => Finding::good("runner", format!("{} in {}", found.version(), config.node.runner_dir.display())),
-        Err(error) => Finding::bad("runner", Level::Failure, error.to_string(), "run: bai-agent runner install"),
+        Ok(found) => Finding::good(
+            "runner",
+            format!(
+                "{} in {}",
+                found.version(),
+                config.node.runner_dir.display()
+            ),
+        ),
+        Err(error) => Finding::bad(
+            "runner",
+            Level::Failure,
+            error.to_string(),
+            "run: bai-agent runner install",
+        ),
     }
 }
 
 fn kernel_features(btf: bool) -> Finding {
     match btf {
         true => Finding::good("kernel types", "BTF is present"),
-        false => Finding::bad("kernel types", Level::Warning, "no BTF", "the in-kernel paths stay off; everything else works. Kernels with CONFIG_DEBUG_INFO_BTF have it"),
+        false => Finding::bad(
+            "kernel types",
+            Level::Warning,
+            "no BTF",
+            "the in-kernel paths stay off; everything else works. Kernels with CONFIG_DEBUG_INFO_BTF have it",
+        ),
     }
 }
 
@@ -229,7 +353,12 @@ mod tests {
 
     #[test]
     fn engines_older_than_20_10_are_refused() {
-        for (version, level) in [("20.10.24+dfsg1", Level::Good), ("28.2.2", Level::Good), ("19.03.1", Level::Failure), ("junk", Level::Failure)] {
+        for (version, level) in [
+            ("20.10.24+dfsg1", Level::Good),
+            ("28.2.2", Level::Good),
+            ("19.03.1", Level::Failure),
+            ("junk", Level::Failure),
+        ] {
             assert_eq!(engine_version(version).level, level, "{version}");
         }
     }
@@ -240,7 +369,10 @@ mod tests {
         let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
         assert_eq!(control_groups(v1).found, "version 1");
         assert_eq!(control_groups(v2).found, "version 2");
-        assert_eq!(control_groups(&(v1.to_owned() + v2)).found, "version 1 with a unified tree (hybrid)");
+        assert_eq!(
+            control_groups(&(v1.to_owned() + v2)).found,
+            "version 1 with a unified tree (hybrid)"
+        );
         assert_eq!(control_groups("").level, Level::Failure);
     }
 
@@ -248,14 +380,23 @@ mod tests {
     fn only_listening_ports_of_the_pool_count() {
         let table = "  sl  local_address rem_address   st\n   0: 00000000:7530 00000000:0000 0A 0\n   1: 00000000:7531 0100007F:1234 01 0\n   2: 0100007F:0050 00000000:0000 0A 0\n";
         assert_eq!(listening(table, 30000, 31000), [30000]);
-        assert_eq!(taken_ports(table, 30000, 31000, false).level, Level::Warning);
+        assert_eq!(
+            taken_ports(table, 30000, 31000, false).level,
+            Level::Warning
+        );
         assert_eq!(taken_ports(table, 30000, 31000, true).level, Level::Good);
     }
 
     #[test]
     fn an_ephemeral_range_over_the_pool_is_a_warning() {
-        assert_eq!(ephemeral_ports("32768\t60999\n", 30000, 31000).level, Level::Good);
-        assert_eq!(ephemeral_ports("10000\t60999\n", 30000, 31000).level, Level::Warning);
+        assert_eq!(
+            ephemeral_ports("32768\t60999\n", 30000, 31000).level,
+            Level::Good
+        );
+        assert_eq!(
+            ephemeral_ports("10000\t60999\n", 30000, 31000).level,
+            Level::Warning
+        );
         assert_eq!(ephemeral_ports("", 30000, 31000).level, Level::Warning);
     }
 }

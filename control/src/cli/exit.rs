@@ -12,7 +12,11 @@ pub enum Problem {
     /// The configuration is wrong (78, EX_CONFIG).
     Config(anyhow::Error),
     /// The agent answered that it will not or can not (1).
-    Refused { method: String, class: String, repr: String },
+    Refused {
+        method: String,
+        class: String,
+        repr: String,
+    },
     /// A check found something wrong; the findings have been printed (1).
     Findings,
     /// Anything else (70, EX_SOFTWARE).
@@ -35,8 +39,18 @@ impl Problem {
     pub fn report(self) -> ExitCode {
         let code = self.code();
         match self {
-            Problem::Usage(error) | Problem::Unavailable(error) | Problem::Config(error) | Problem::Other(error) => eprintln!("bai-agent: {error:#}"),
-            Problem::Refused { method, class, repr } => eprintln!("bai-agent: {method} was refused ({class}): {}", message_of(&repr)),
+            Problem::Usage(error)
+            | Problem::Unavailable(error)
+            | Problem::Config(error)
+            | Problem::Other(error) => eprintln!("bai-agent: {error:#}"),
+            Problem::Refused {
+                method,
+                class,
+                repr,
+            } => eprintln!(
+                "bai-agent: {method} was refused ({class}): {}",
+                message_of(&repr)
+            ),
             Problem::Findings => {}
         }
         ExitCode::from(code)
@@ -57,8 +71,14 @@ impl From<std::io::Error> for Problem {
 
 /// The message inside a Python-style `Class('message')`, else the text as it is.
 fn message_of(repr: &str) -> &str {
-    let inner = repr.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(repr);
-    ['\'', '"'].iter().find_map(|quote| inner.strip_prefix(*quote)?.strip_suffix(*quote)).unwrap_or(inner)
+    let inner = repr
+        .split_once('(')
+        .and_then(|(_, rest)| rest.strip_suffix(')'))
+        .unwrap_or(repr);
+    ['\'', '"']
+        .iter()
+        .find_map(|quote| inner.strip_prefix(*quote)?.strip_suffix(*quote))
+        .unwrap_or(inner)
 }
 
 #[cfg(test)]

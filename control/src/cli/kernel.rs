@@ -14,7 +14,7 @@ use super::connection::{Agent, Connection};
 use super::exit::Problem;
 use super::output::{self, Form, Table};
 use crate::rpc::Value;
-pub use records::{EventRecord, KernelRecord};
+use records::KernelRecord;
 
 /// Long enough for the agent's own deadlines (stop, log collection, deletion) to fire first.
 const DESTROY_DEADLINE: Duration = Duration::from_secs(240);
@@ -87,7 +87,11 @@ fn pair(text: &str) -> Result<(String, String), String> {
 pub struct ExitStatus(pub u8);
 
 /// Runs one command; the status is that of the command run in the kernel for `exec`, else 0.
-pub async fn run(command: KernelCommand, connection: &Connection, form: Form) -> Result<ExitStatus, Problem> {
+pub async fn run(
+    command: KernelCommand,
+    connection: &Connection,
+    form: Form,
+) -> Result<ExitStatus, Problem> {
     let agent = connection.open().await?;
     match command {
         KernelCommand::Create(args) => create::run(args, &agent, connection, form).await?,
@@ -96,29 +100,40 @@ pub async fn run(command: KernelCommand, connection: &Connection, form: Form) ->
         KernelCommand::Logs { kernel } => logs(&agent, &kernel, form).await?,
         KernelCommand::Service(args) => service(&agent, args, form).await?,
         KernelCommand::Stats { kernels } => stats(&agent, &kernels, form).await?,
-        KernelCommand::Destroy { kernels, reason } => destroy(&agent, &kernels, &reason, form).await?,
+        KernelCommand::Destroy { kernels, reason } => {
+            destroy(&agent, &kernels, &reason, form).await?
+        }
     }
     Ok(ExitStatus(0))
 }
 
 /// All kernels the agent knows; `all` includes those that ended lately.
 async fn kernels(agent: &Agent, all: bool) -> Result<Vec<KernelRecord>, Problem> {
-    let reply: records::KernelsReply = agent.call("bai.kernels", vec![Value::Bool(all)], CALL_DEADLINE).await?;
+    let reply: records::KernelsReply = agent
+        .call("bai.kernels", vec![Value::Bool(all)], CALL_DEADLINE)
+        .await?;
     Ok(reply.kernels)
 }
 
 /// Finds a kernel by its id or the unambiguous beginning of it.
 async fn find(agent: &Agent, text: &str) -> Result<KernelRecord, Problem> {
     let all = kernels(agent, true).await?;
-    let mut found: Vec<KernelRecord> = all.into_iter().filter(|kernel| !text.is_empty() && kernel.kernel_id.starts_with(text)).collect();
+    let mut found: Vec<KernelRecord> = all
+        .into_iter()
+        .filter(|kernel| !text.is_empty() && kernel.kernel_id.starts_with(text))
+        .collect();
     match (found.len(), found.pop()) {
         (1, Some(kernel)) => Ok(kernel),
         (0, _) => Err(Problem::Refused {
             method: "the look-up".to_owned(),
             class: "KeyError".to_owned(),
-            repr: format!("no kernel begins with {text}; `bai-agent kernel list` shows what is there"),
+            repr: format!(
+                "no kernel begins with {text}; `bai-agent kernel list` shows what is there"
+            ),
         }),
-        (several, _) => Err(Problem::Usage(anyhow::anyhow!("{several} kernels begin with {text}; give more of the id"))),
+        (several, _) => Err(Problem::Usage(anyhow::anyhow!(
+            "{several} kernels begin with {text}; give more of the id"
+        ))),
     }
 }
 
@@ -134,8 +149,19 @@ async fn list(agent: &Agent, all: bool, form: Form) -> Result<(), Problem> {
             (None, Some(reason)) => format!("{} ({reason})", kernel.state),
             _ => kernel.state.clone(),
         };
-        let services = kernel.service_ports.iter().map(records::ServicePortRecord::summary).collect::<Vec<_>>().join(" ");
-        table.row([kernel.kernel_id.clone(), state, kernel.image.clone(), kernel.age(), services]);
+        let services = kernel
+            .service_ports
+            .iter()
+            .map(records::ServicePortRecord::summary)
+            .collect::<Vec<_>>()
+            .join(" ");
+        table.row([
+            kernel.kernel_id.clone(),
+            state,
+            kernel.image.clone(),
+            kernel.age(),
+            services,
+        ]);
     }
     print!("{}", table.render());
     Ok(())
@@ -143,9 +169,17 @@ async fn list(agent: &Agent, all: bool, form: Form) -> Result<(), Problem> {
 
 async fn logs(agent: &Agent, kernel: &str, form: Form) -> Result<(), Problem> {
     let kernel = find(agent, kernel).await?;
-    let reply: records::LogsReply = agent.call("get_logs", vec![Value::Str(kernel.kernel_id.clone())], CALL_DEADLINE).await?;
+    let reply: records::LogsReply = agent
+        .call(
+            "get_logs",
+            vec![Value::Str(kernel.kernel_id.clone())],
+            CALL_DEADLINE,
+        )
+        .await?;
     if form == Form::Json {
-        return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "logs": reply.logs }))?);
+        return Ok(output::json(
+            &json!({ "kernel_id": kernel.kernel_id, "logs": reply.logs }),
+        )?);
     }
     std::io::stdout().lock().write_all(reply.logs.as_bytes())?;
     Ok(())
@@ -155,31 +189,49 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
     let kernel = find(agent, &args.kernel).await?;
     let Some(name) = args.service else {
         if form == Form::Json {
-            return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service_ports": kernel.service_ports }))?);
+            return Ok(output::json(
+                &json!({ "kernel_id": kernel.kernel_id, "service_ports": kernel.service_ports }),
+            )?);
         }
         let mut table = Table::new(&["SERVICE", "PROTOCOL", ">CONTAINER", ">HOST"]);
         for port in &kernel.service_ports {
             for (container, host) in port.container_ports.iter().zip(&port.host_ports) {
-                table.row([port.name.clone(), port.protocol.clone(), container.to_string(), host.to_string()]);
+                table.row([
+                    port.name.clone(),
+                    port.protocol.clone(),
+                    container.to_string(),
+                    host.to_string(),
+                ]);
             }
         }
         print!("{}", table.render());
         return Ok(());
     };
-    let call = |method: &str, mut args: Vec<Value>| (method.to_owned(), {
-        args.insert(0, Value::Str(kernel.kernel_id.clone()));
-        args
-    });
+    let call = |method: &str, mut args: Vec<Value>| {
+        (method.to_owned(), {
+            args.insert(0, Value::Str(kernel.kernel_id.clone()));
+            args
+        })
+    };
     if args.stop {
         let (method, arguments) = call("shutdown_service", vec![Value::Str(name.clone())]);
         let _: Option<bool> = agent.call(&method, arguments, CALL_DEADLINE).await?;
         if form == Form::Json {
-            return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service": name, "status": "stopped" }))?);
+            return Ok(output::json(
+                &json!({ "kernel_id": kernel.kernel_id, "service": name, "status": "stopped" }),
+            )?);
         }
         println!("{name} of {} was asked to stop", kernel.kernel_id);
         return Ok(());
     }
-    let text_map = |pairs: Vec<(String, String)>| Value::Map(pairs.into_iter().map(|(name, value)| (Value::Str(name), Value::Str(value))).collect());
+    let text_map = |pairs: Vec<(String, String)>| {
+        Value::Map(
+            pairs
+                .into_iter()
+                .map(|(name, value)| (Value::Str(name), Value::Str(value)))
+                .collect(),
+        )
+    };
     let options = Value::Map(vec![
         (Value::Str("arguments".to_owned()), text_map(args.arguments)),
         (Value::Str("envs".to_owned()), text_map(args.envs)),
@@ -190,12 +242,21 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
         return Err(Problem::Refused {
             method: format!("the start of {name}"),
             class: reply.status,
-            repr: reply.error.unwrap_or_else(|| "no reason was given".to_owned()),
+            repr: reply
+                .error
+                .unwrap_or_else(|| "no reason was given".to_owned()),
         });
     }
-    let ports: Vec<u16> = kernel.service_ports.iter().filter(|port| port.name == name).flat_map(|port| port.host_ports.iter().copied()).collect();
+    let ports: Vec<u16> = kernel
+        .service_ports
+        .iter()
+        .filter(|port| port.name == name)
+        .flat_map(|port| port.host_ports.iter().copied())
+        .collect();
     if form == Form::Json {
-        return Ok(output::json(&json!({ "kernel_id": kernel.kernel_id, "service": name, "status": reply.status, "host_ports": ports }))?);
+        return Ok(output::json(
+            &json!({ "kernel_id": kernel.kernel_id, "service": name, "status": reply.status, "host_ports": ports }),
+        )?);
     }
     for port in ports {
         println!("{name}: 127.0.0.1:{port}");
@@ -208,7 +269,9 @@ async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Prob
     for kernel in kernels {
         ids.push(Value::Str(find(agent, kernel).await?.kernel_id));
     }
-    let reply: serde_json::Value = agent.call("bai.stats", vec![Value::Array(ids)], CALL_DEADLINE).await?;
+    let reply: serde_json::Value = agent
+        .call("bai.stats", vec![Value::Array(ids)], CALL_DEADLINE)
+        .await?;
     if form == Form::Json {
         return Ok(output::json(&reply)?);
     }
@@ -216,7 +279,12 @@ async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Prob
     Ok(())
 }
 
-async fn destroy(agent: &Agent, kernels: &[String], reason: &str, form: Form) -> Result<(), Problem> {
+async fn destroy(
+    agent: &Agent,
+    kernels: &[String],
+    reason: &str,
+    form: Form,
+) -> Result<(), Problem> {
     let mut destroyed = Vec::new();
     for kernel in kernels {
         let kernel = find(agent, kernel).await?;
@@ -226,7 +294,9 @@ async fn destroy(agent: &Agent, kernels: &[String], reason: &str, form: Form) ->
             Value::Str(reason.to_owned()),
             Value::Bool(false),
         ];
-        let _: Option<bool> = agent.call("destroy_kernel", arguments, DESTROY_DEADLINE).await?;
+        let _: Option<bool> = agent
+            .call("destroy_kernel", arguments, DESTROY_DEADLINE)
+            .await?;
         if form == Form::Text {
             println!("{}", kernel.kernel_id);
         }

@@ -32,7 +32,10 @@ pub struct Table {
 impl Table {
     /// A heading that begins with `>` aligns its column to the right.
     pub fn new(headings: &[&'static str]) -> Self {
-        Table { headings: headings.to_vec(), rows: Vec::new() }
+        Table {
+            headings: headings.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
@@ -40,20 +43,35 @@ impl Table {
     }
 
     pub fn render(&self) -> String {
-        let names: Vec<&str> = self.headings.iter().map(|heading| heading.trim_start_matches('>')).collect();
+        let names: Vec<&str> = self
+            .headings
+            .iter()
+            .map(|heading| heading.trim_start_matches('>'))
+            .collect();
         let widths: Vec<usize> = names
             .iter()
             .enumerate()
-            .map(|(column, name)| self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).fold(name.len(), usize::max))
+            .map(|(column, name)| {
+                self.rows
+                    .iter()
+                    .filter_map(|row| row.get(column))
+                    .map(|cell| cell.chars().count())
+                    .fold(name.len(), usize::max)
+            })
             .collect();
         let line = |cells: &mut dyn Iterator<Item = &str>| {
             let mut text = String::new();
             for (column, cell) in cells.enumerate() {
-                let pad = widths.get(column).map_or(0, |width| width.saturating_sub(cell.chars().count()));
+                let pad = widths
+                    .get(column)
+                    .map_or(0, |width| width.saturating_sub(cell.chars().count()));
                 if column > 0 {
                     text.push_str("  ");
                 }
-                let right = self.headings.get(column).is_some_and(|heading| heading.starts_with('>'));
+                let right = self
+                    .headings
+                    .get(column)
+                    .is_some_and(|heading| heading.starts_with('>'));
                 let (before, after) = if right { (pad, 0) } else { (0, pad) };
                 text.extend(std::iter::repeat_n(' ', before));
                 text.push_str(cell);
@@ -84,7 +102,11 @@ pub fn bytes(value: u64) -> String {
         scaled /= 1024.0;
         unit += 1;
     }
-    let digits = if scaled < 9.995 { 2 } else { usize::from(scaled < 99.95) };
+    let digits = if scaled < 9.995 {
+        2
+    } else {
+        usize::from(scaled < 99.95)
+    };
     format!("{scaled:.digits$} {}", UNITS[unit])
 }
 
@@ -93,7 +115,11 @@ pub fn duration(seconds: f64) -> String {
     if !seconds.is_finite() || seconds < 0.0 {
         return "unknown".to_owned();
     }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be a sane positive number")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be a sane positive number"
+    )]
     let whole = seconds.min(1e15) as u64;
     match seconds {
         s if s < 1.0 => format!("{:.0} ms", s * 1000.0),
@@ -113,7 +139,10 @@ mod tests {
         let mut table = Table::new(&["NAME", ">BYTES"]);
         table.row(["web".to_owned(), "5".to_owned()]);
         table.row(["a longer one".to_owned(), "12345".to_owned()]);
-        assert_eq!(table.render(), "NAME          BYTES\nweb               5\na longer one  12345\n");
+        assert_eq!(
+            table.render(),
+            "NAME          BYTES\nweb               5\na longer one  12345\n"
+        );
     }
 
     #[test]
@@ -134,7 +163,15 @@ mod tests {
 
     #[test]
     fn durations_use_the_units_that_matter() {
-        for (seconds, text) in [(0.0, "0 ms"), (0.85, "850 ms"), (12.34, "12.3 s"), (245.0, "4 min 5 s"), (12000.0, "3 h 20 min"), (f64::NAN, "unknown"), (200_000.0, "2 d 7 h")] {
+        for (seconds, text) in [
+            (0.0, "0 ms"),
+            (0.85, "850 ms"),
+            (12.34, "12.3 s"),
+            (245.0, "4 min 5 s"),
+            (12000.0, "3 h 20 min"),
+            (f64::NAN, "unknown"),
+            (200_000.0, "2 d 7 h"),
+        ] {
             assert_eq!(duration(seconds), text, "{seconds}");
         }
     }

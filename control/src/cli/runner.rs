@@ -61,10 +61,17 @@ pub async fn run(command: RunnerCommand, configured: PathBuf, form: Form) -> Res
         RunnerCommand::Prune(_) => Some(mounted_directories().await?),
         _ => None,
     };
-    tokio::task::spawn_blocking(move || work(command, configured, in_use, form)).await.map_err(|error| Problem::Other(error.into()))?
+    tokio::task::spawn_blocking(move || work(command, configured, in_use, form))
+        .await
+        .map_err(|error| Problem::Other(error.into()))?
 }
 
-fn work(command: RunnerCommand, configured: PathBuf, in_use: Option<Vec<PathBuf>>, form: Form) -> Result<(), Problem> {
+fn work(
+    command: RunnerCommand,
+    configured: PathBuf,
+    in_use: Option<Vec<PathBuf>>,
+    form: Form,
+) -> Result<(), Problem> {
     let other = |error: anyhow::Error| Problem::Other(error);
     match command {
         RunnerCommand::Install(args) => {
@@ -73,17 +80,30 @@ fn work(command: RunnerCommand, configured: PathBuf, in_use: Option<Vec<PathBuf>
             options.force = args.force;
             options.source = match args.wheels {
                 Some(directory) => WheelSource::Directory(directory),
-                None => WheelSource::Pip { python: args.python, arguments: Vec::new() },
+                None => WheelSource::Pip {
+                    python: args.python,
+                    arguments: Vec::new(),
+                },
             };
-            let done = runner::install(&options, |line| eprintln!("{line}")).map_err(|error| other(error.into()))?;
+            let done = runner::install(&options, |line| eprintln!("{line}"))
+                .map_err(|error| other(error.into()))?;
             match form {
-                Form::Json => output::json(&json!({ "version": done.version, "path": done.path, "fresh": done.fresh }))?,
-                Form::Text if done.fresh => println!("installed {} in {}", done.version, done.path.display()),
-                Form::Text => println!("{} is installed already in {}", done.version, done.path.display()),
+                Form::Json => output::json(
+                    &json!({ "version": done.version, "path": done.path, "fresh": done.fresh }),
+                )?,
+                Form::Text if done.fresh => {
+                    println!("installed {} in {}", done.version, done.path.display())
+                }
+                Form::Text => println!(
+                    "{} is installed already in {}",
+                    done.version,
+                    done.path.display()
+                ),
             }
         }
         RunnerCommand::List(place) => {
-            let found = runner::list(&place.runner_dir.unwrap_or(configured)).map_err(|error| other(error.into()))?;
+            let found = runner::list(&place.runner_dir.unwrap_or(configured))
+                .map_err(|error| other(error.into()))?;
             if form == Form::Json {
                 let found: Vec<_> = found.iter().map(|i| json!({ "version": i.version, "arch": i.arch, "path": i.path, "files": i.files, "bytes": i.bytes })).collect();
                 return Ok(output::json(&json!({ "installations": found }))?);
@@ -102,12 +122,22 @@ fn work(command: RunnerCommand, configured: PathBuf, in_use: Option<Vec<PathBuf>
         }
         RunnerCommand::Verify { place, version } => {
             let version = version.unwrap_or_else(|| runner::pinned_version(std::env::consts::ARCH));
-            let report = runner::verify(&place.runner_dir.unwrap_or(configured), &version).map_err(|error| other(error.into()))?;
+            let report = runner::verify(&place.runner_dir.unwrap_or(configured), &version)
+                .map_err(|error| other(error.into()))?;
             match form {
-                Form::Json => output::json(&json!({ "version": version, "checked": report.checked, "problems": report.problems }))?,
+                Form::Json => output::json(
+                    &json!({ "version": version, "checked": report.checked, "problems": report.problems }),
+                )?,
                 Form::Text => {
-                    println!("{version}: {} files checked, {} problems", report.checked, report.problems.len());
-                    report.problems.iter().for_each(|problem| println!("  {problem}"));
+                    println!(
+                        "{version}: {} files checked, {} problems",
+                        report.checked,
+                        report.problems.len()
+                    );
+                    report
+                        .problems
+                        .iter()
+                        .for_each(|problem| println!("  {problem}"));
                     if !report.problems.is_empty() {
                         println!("Install it again: bai-agent runner install --force");
                     }
@@ -121,10 +151,15 @@ fn work(command: RunnerCommand, configured: PathBuf, in_use: Option<Vec<PathBuf>
             let directory = place.runner_dir.unwrap_or(configured);
             let keep = runner::pinned_version(std::env::consts::ARCH);
             let in_use = in_use.unwrap_or_default();
-            let removed = runner::prune(&directory, &[&keep], |path| in_use.iter().any(|used| used.starts_with(path))).map_err(|error| other(error.into()))?;
+            let removed = runner::prune(&directory, &[&keep], |path| {
+                in_use.iter().any(|used| used.starts_with(path))
+            })
+            .map_err(|error| other(error.into()))?;
             match form {
                 Form::Json => output::json(&json!({ "removed": removed }))?,
-                Form::Text => removed.iter().for_each(|version| println!("removed {version}")),
+                Form::Text => removed
+                    .iter()
+                    .for_each(|version| println!("removed {version}")),
             }
         }
     }
@@ -135,9 +170,22 @@ fn work(command: RunnerCommand, configured: PathBuf, in_use: Option<Vec<PathBuf>
 async fn mounted_directories() -> Result<Vec<PathBuf>, Problem> {
     use crate::docker::{Docker, DockerOptions};
     let unavailable = |error: crate::docker::DockerError| {
-        Problem::Unavailable(anyhow::Error::new(error).context("without the engine it is unknown which versions running kernels use"))
+        Problem::Unavailable(
+            anyhow::Error::new(error)
+                .context("without the engine it is unknown which versions running kernels use"),
+        )
     };
-    let docker = Docker::connect(&DockerOptions::default()).await.map_err(unavailable)?;
-    let containers = docker.list_containers(true, None).await.map_err(unavailable)?;
-    Ok(containers.into_iter().flat_map(|container| container.mounts.unwrap_or_default()).filter_map(|mount| mount.source).map(PathBuf::from).collect())
+    let docker = Docker::connect(&DockerOptions::default())
+        .await
+        .map_err(unavailable)?;
+    let containers = docker
+        .list_containers(true, None)
+        .await
+        .map_err(unavailable)?;
+    Ok(containers
+        .into_iter()
+        .flat_map(|container| container.mounts.unwrap_or_default())
+        .filter_map(|mount| mount.source)
+        .map(PathBuf::from)
+        .collect())
 }

@@ -11,7 +11,8 @@ use super::output::{self, Form, Table};
 const DEADLINE: Duration = Duration::from_secs(15);
 
 fn at<'a>(value: &'a Value, path: &[&str]) -> &'a Value {
-    path.iter().fold(value, |value, step| value.get(step).unwrap_or(&Value::Null))
+    path.iter()
+        .fold(value, |value, step| value.get(step).unwrap_or(&Value::Null))
 }
 
 fn word(value: &Value) -> String {
@@ -26,24 +27,66 @@ fn word(value: &Value) -> String {
 pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> {
     let agent = connection.open().await?;
     let status: Value = agent.call("bai.status", Vec::new(), DEADLINE).await?;
-    let engine = at(&status, &["docker", "reachable"]).as_bool().unwrap_or(false);
-    let dataplane = at(&status, &["dataplane", "alive"]).as_bool().unwrap_or(false);
+    let engine = at(&status, &["docker", "reachable"])
+        .as_bool()
+        .unwrap_or(false);
+    let dataplane = at(&status, &["dataplane", "alive"])
+        .as_bool()
+        .unwrap_or(false);
     match form {
         Form::Json => output::json(&status)?,
         Form::Text => {
-            println!("agent      {} {} ({})", word(at(&status, &["agent_id"])), word(at(&status, &["version"])), word(at(&status, &["mode"])));
-            println!("up         {}", at(&status, &["uptime_s"]).as_f64().map_or_else(|| "-".to_owned(), output::duration));
-            println!("engine     {}", if engine { format!("Docker {}", word(at(&status, &["docker", "version"]))) } else { "not reachable: is dockerd running?".to_owned() });
-            println!("dataplane  {}", if dataplane { "alive".to_owned() } else { "not running: start bai-dataplane; service ports and statistics need it".to_owned() });
+            println!(
+                "agent      {} {} ({})",
+                word(at(&status, &["agent_id"])),
+                word(at(&status, &["version"])),
+                word(at(&status, &["mode"]))
+            );
+            println!(
+                "up         {}",
+                at(&status, &["uptime_s"])
+                    .as_f64()
+                    .map_or_else(|| "-".to_owned(), output::duration)
+            );
+            println!(
+                "engine     {}",
+                if engine {
+                    format!("Docker {}", word(at(&status, &["docker", "version"])))
+                } else {
+                    "not reachable: is dockerd running?".to_owned()
+                }
+            );
+            println!(
+                "dataplane  {}",
+                if dataplane {
+                    "alive".to_owned()
+                } else {
+                    "not running: start bai-dataplane; service ports and statistics need it"
+                        .to_owned()
+                }
+            );
             println!("kernels    {}", word(at(&status, &["kernels"])));
             let ports = at(&status, &["ports"]);
-            println!("ports      {} of {} free, {} cooling down", word(at(ports, &["free"])), word(at(ports, &["total"])), word(at(ports, &["cooling"])));
+            println!(
+                "ports      {} of {} free, {} cooling down",
+                word(at(ports, &["free"])),
+                word(at(ports, &["total"])),
+                word(at(ports, &["cooling"]))
+            );
             for (slot, amounts) in at(&status, &["slots"]).as_object().into_iter().flatten() {
-                println!("slot       {slot}: {} of {} in use", word(at(amounts, &["used"])), word(at(amounts, &["total"])));
+                println!(
+                    "slot       {slot}: {} of {} in use",
+                    word(at(amounts, &["used"])),
+                    word(at(amounts, &["total"]))
+                );
             }
         }
     }
-    if engine && dataplane { Ok(()) } else { Err(Problem::Findings) }
+    if engine && dataplane {
+        Ok(())
+    } else {
+        Err(Problem::Findings)
+    }
 }
 
 /// Shows every published port: who has it, what serves it and, when nothing does, why.
@@ -53,7 +96,10 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
     if form == Form::Json {
         return Ok(output::json(&reply)?);
     }
-    let mut table = Table::new(&[">PORT", "SERVICE", "KERNEL", "TARGET", "STATE", "PATH", ">OPEN", ">TOTAL", ">REFUSED", ">IN", ">OUT", "WHY"]);
+    let mut table = Table::new(&[
+        ">PORT", "SERVICE", "KERNEL", "TARGET", "STATE", "PATH", ">OPEN", ">TOTAL", ">REFUSED",
+        ">IN", ">OUT", "WHY",
+    ]);
     let bytes = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), output::bytes);
     for port in at(&reply, &["ports"]).as_array().into_iter().flatten() {
         table.row([
@@ -68,7 +114,10 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
             word(at(port, &["sessions_refused"])),
             bytes(at(port, &["bytes_in"])),
             bytes(at(port, &["bytes_out"])),
-            at(port, &["reason"]).as_str().unwrap_or_default().to_owned(),
+            at(port, &["reason"])
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
         ]);
     }
     print!("{}", table.render());

@@ -71,12 +71,19 @@ pub struct CreateArgs {
 }
 
 fn memory(text: &str) -> Result<u64, String> {
-    text.parse::<config::ByteSize>().map(|size| size.0).map_err(|error| error.to_string())
+    text.parse::<config::ByteSize>()
+        .map(|size| size.0)
+        .map_err(|error| error.to_string())
 }
 
 fn mount(text: &str) -> Result<(String, String, String), String> {
     let mut parts = text.split(':');
-    let (Some(host), Some(kernel), mode, None) = (parts.next(), parts.next(), parts.next().unwrap_or("rw"), parts.next()) else {
+    let (Some(host), Some(kernel), mode, None) = (
+        parts.next(),
+        parts.next(),
+        parts.next().unwrap_or("rw"),
+        parts.next(),
+    ) else {
         return Err("expected HOST:KERNEL or HOST:KERNEL:ro".to_owned());
     };
     if !host.starts_with('/') || !kernel.starts_with('/') {
@@ -93,7 +100,12 @@ fn text(text: impl Into<String>) -> Value {
 }
 
 fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
-    Value::Map(entries.into_iter().map(|(name, value)| (text(name), value)).collect())
+    Value::Map(
+        entries
+            .into_iter()
+            .map(|(name, value)| (text(name), value))
+            .collect(),
+    )
 }
 
 fn optional(value: Option<Value>) -> Value {
@@ -101,10 +113,27 @@ fn optional(value: Option<Value>) -> Value {
 }
 
 /// The arguments of `create_kernels` for one kernel (`rpc.md` 6.2 of the RPC reference).
-fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, bootstrap: Option<String>) -> Vec<Value> {
-    let slots = [("cpu".to_owned(), args.cpu.clone()), ("mem".to_owned(), args.mem.to_string())];
-    let slots = slots.into_iter().chain(args.slots.clone()).map(|(name, amount)| (text(name), text(amount))).collect();
-    let labels = image.labels.iter().map(|(name, value)| (text(name), text(value.as_str().unwrap_or_default()))).collect();
+fn request(
+    args: &CreateArgs,
+    image: &ImageReply,
+    kernel: Uuid,
+    session: Uuid,
+    bootstrap: Option<String>,
+) -> Vec<Value> {
+    let slots = [
+        ("cpu".to_owned(), args.cpu.clone()),
+        ("mem".to_owned(), args.mem.to_string()),
+    ];
+    let slots = slots
+        .into_iter()
+        .chain(args.slots.clone())
+        .map(|(name, amount)| (text(name), text(amount)))
+        .collect();
+    let labels = image
+        .labels
+        .iter()
+        .map(|(name, value)| (text(name), text(value.as_str().unwrap_or_default())))
+        .collect();
     let environ = [
         ("BACKENDAI_SESSION_ID", session.to_string()),
         ("BACKENDAI_KERNEL_ID", kernel.to_string()),
@@ -117,12 +146,20 @@ fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, b
         ("BACKENDAI_CLUSTER_IDX", "1".to_owned()),
         ("BACKENDAI_CLUSTER_LOCAL_RANK", "0".to_owned()),
     ];
-    let environ = environ.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(args.environ.clone());
-    let environ = environ.map(|(name, value)| (text(name), text(value))).collect();
+    let environ = environ
+        .map(|(name, value)| (name.to_owned(), value))
+        .into_iter()
+        .chain(args.environ.clone());
+    let environ = environ
+        .map(|(name, value)| (text(name), text(value)))
+        .collect();
     let mounts = args.mounts.iter().map(|(host, inside, mode)| {
         map([
             ("name", text(inside.rsplit('/').next().unwrap_or_default())),
-            ("vfid", text(format!("user:{}/{}", Uuid::nil(), Uuid::new_v4().simple()))),
+            (
+                "vfid",
+                text(format!("user:{}/{}", Uuid::nil(), Uuid::new_v4().simple())),
+            ),
             ("vfsubpath", text(".")),
             ("host_path", text(host)),
             ("kernel_path", text(inside)),
@@ -146,7 +183,15 @@ fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, b
                 ("architecture", text(&image.architecture)),
                 ("digest", text(&image.digest)),
                 ("repo_digest", Value::Nil),
-                ("registry", map([("name", text("")), ("url", text("")), ("username", Value::Nil), ("password", Value::Nil)])),
+                (
+                    "registry",
+                    map([
+                        ("name", text("")),
+                        ("url", text("")),
+                        ("username", Value::Nil),
+                        ("password", Value::Nil),
+                    ]),
+                ),
                 ("labels", Value::Map(labels)),
                 ("is_local", Value::Bool(true)),
                 ("auto_pull", text("none")),
@@ -176,7 +221,15 @@ fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, b
         ("bootstrap_script", optional(bootstrap.map(text))),
         ("startup_command", Value::Nil),
         ("internal_data", Value::Nil),
-        ("preopen_ports", Value::Array(args.ports.iter().map(|port| Value::Int(i64::from(*port))).collect())),
+        (
+            "preopen_ports",
+            Value::Array(
+                args.ports
+                    .iter()
+                    .map(|port| Value::Int(i64::from(*port)))
+                    .collect(),
+            ),
+        ),
         ("allocated_host_ports", Value::Array(Vec::new())),
         ("agent_addr", text("")),
         ("scaling_group", text("default")),
@@ -190,56 +243,106 @@ fn request(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid, b
         ("ssh_keypair", Value::Nil),
         ("cluster_ssh_port_mapping", Value::Nil),
     ]);
-    let reference = ImageRef::local(&image.canonical, &image.architecture);
+    let (name, tag) = image
+        .canonical
+        .rsplit_once(':')
+        .filter(|(_, tag)| !tag.contains('/'))
+        .unwrap_or((&image.canonical, "latest"));
+    let reference = ImageRef {
+        name: name.to_owned(),
+        project: None,
+        tag: tag.to_owned(),
+        registry: String::new(),
+        architecture: image.architecture.clone(),
+        is_local: true,
+    };
     vec![
         text(session.to_string()),
         Value::Array(vec![text(kernel.to_string())]),
         Value::Array(vec![config]),
         cluster,
-        Value::Map(vec![(Value::Uuid(kernel), Value::ImageRef(reference))]),
+        Value::Map(vec![(
+            Value::Uuid(kernel),
+            Value::ImageRef(Box::new(reference)),
+        )]),
     ]
 }
 
 /// Creates the kernel; prints its id (text) or the agent's whole result (JSON).
-pub(super) async fn run(args: CreateArgs, agent: &Agent, connection: &Connection, form: Form) -> Result<(), Problem> {
+pub(super) async fn run(
+    args: CreateArgs,
+    agent: &Agent,
+    connection: &Connection,
+    form: Form,
+) -> Result<(), Problem> {
     let bootstrap = match &args.bootstrap {
         None => None,
-        Some(path) => Some(
-            tokio::fs::read_to_string(path)
-                .await
-                .map_err(|error| Problem::Usage(anyhow::Error::new(error).context(format!("cannot read the bootstrap script {}", path.display()))))?,
-        ),
+        Some(path) => Some(tokio::fs::read_to_string(path).await.map_err(|error| {
+            Problem::Usage(anyhow::Error::new(error).context(format!(
+                "cannot read the bootstrap script {}",
+                path.display()
+            )))
+        })?),
     };
-    let image: ImageReply = agent.call("bai.image", vec![text(&args.image)], CALL_DEADLINE).await?;
+    let image: ImageReply = agent
+        .call("bai.image", vec![text(&args.image)], CALL_DEADLINE)
+        .await?;
     let kernel = args.id.unwrap_or_else(Uuid::new_v4);
     let session = args.session.unwrap_or(kernel);
 
     // Progress comes on a connection of its own: it must never hold up the creation.
-    let progress = if args.quiet || form == Form::Json { None } else { Some(tokio::spawn(follow(connection.clone(), kernel))) };
-    let created = agent.call::<serde_json::Value>("create_kernels", request(&args, &image, kernel, session, bootstrap), Duration::from_secs(args.timeout)).await;
+    let progress = match (args.quiet, form) {
+        (false, Form::Text) => {
+            let watcher = connection.open().await?;
+            // Where the stream stands before anything is asked for, so that its first event is seen too.
+            let head = events(&watcher, -1, 0.0).await?.next;
+            Some(tokio::spawn(follow(watcher, head, kernel)))
+        }
+        _ => None,
+    };
+    let created = agent
+        .call::<serde_json::Value>(
+            "create_kernels",
+            request(&args, &image, kernel, session, bootstrap),
+            Duration::from_secs(args.timeout),
+        )
+        .await;
     if let Some(progress) = progress {
         progress.abort();
         let _ = progress.await;
     }
     let result = created?;
     match form {
-        Form::Json => output::json(&json!({ "kernel_id": kernel.to_string(), "session_id": session.to_string(), "result": result }))?,
+        Form::Json => output::json(
+            &json!({ "kernel_id": kernel.to_string(), "session_id": session.to_string(), "result": result }),
+        )?,
         Form::Text => println!("{kernel}"),
     }
     Ok(())
 }
 
+async fn events(agent: &Agent, after: i64, wait: f64) -> Result<EventsReply, Problem> {
+    agent
+        .call(
+            "bai.events",
+            vec![Value::Int(after), Value::Float(wait), Value::Int(100)],
+            CALL_DEADLINE,
+        )
+        .await
+}
+
 /// Prints the kernel's lifecycle events to standard error until it is aborted.
-async fn follow(connection: Connection, kernel: Uuid) -> Result<(), Problem> {
-    let agent = connection.open().await?;
-    let head: EventsReply = agent.call("bai.events", vec![Value::Int(-1), Value::Float(0.0), Value::Int(1)], CALL_DEADLINE).await?;
-    let mut after = head.next;
+async fn follow(agent: Agent, mut after: u64, kernel: Uuid) -> Result<(), Problem> {
+    let id = kernel.to_string();
     loop {
-        let after_value = Value::Int(i64::try_from(after).unwrap_or(i64::MAX));
-        let reply: EventsReply = agent.call("bai.events", vec![after_value, Value::Float(5.0), Value::Int(100)], CALL_DEADLINE).await?;
+        let reply = events(&agent, i64::try_from(after).unwrap_or(i64::MAX), 5.0).await?;
         after = reply.next;
-        let id = kernel.to_string();
-        for event in reply.events.iter().filter(|event| event.more.values().any(|value| value.to_string().contains(&id))) {
+        for event in reply.events.iter().filter(|event| {
+            event
+                .more
+                .values()
+                .any(|value| value.to_string().contains(&id))
+        }) {
             eprintln!("{}", event.name.replace('_', " "));
         }
     }
@@ -251,8 +354,14 @@ mod tests {
 
     #[test]
     fn mounts_are_checked_before_anything_is_sent() {
-        assert_eq!(mount("/a:/b"), Ok(("/a".to_owned(), "/b".to_owned(), "rw".to_owned())));
-        assert_eq!(mount("/a:/b:ro"), Ok(("/a".to_owned(), "/b".to_owned(), "ro".to_owned())));
+        assert_eq!(
+            mount("/a:/b"),
+            Ok(("/a".to_owned(), "/b".to_owned(), "rw".to_owned()))
+        );
+        assert_eq!(
+            mount("/a:/b:ro"),
+            Ok(("/a".to_owned(), "/b".to_owned(), "ro".to_owned()))
+        );
         for bad in ["", "/a", "a:/b", "/a:b", "/a:/b:rx", "/a:/b:ro:x"] {
             assert!(mount(bad).is_err(), "{bad}");
         }

@@ -36,7 +36,12 @@ pub struct ExecArgs {
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
     /// The command (its words are joined by blanks and read by /bin/sh) or the code.
-    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        value_name = "COMMAND",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     command: Vec<String>,
 }
 
@@ -57,7 +62,11 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
     let code = args.command.join(" ");
     let text = |text: &str| Value::Str(text.to_owned());
     let (mut mode, mut code, mut options) = match args.mode {
-        Mode::Batch => ("batch", String::new(), Value::Map(vec![(text("exec"), Value::Str(code))])),
+        Mode::Batch => (
+            "batch",
+            String::new(),
+            Value::Map(vec![(text("exec"), Value::Str(code))]),
+        ),
         Mode::Query => ("query", code, Value::Map(Vec::new())),
     };
     let mut collected: Vec<(String, serde_json::Value)> = Vec::new();
@@ -80,7 +89,13 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         mode = "continue";
         match reply.status.as_str() {
             "finished" => break reply.exit_code,
-            "exec-timeout" => return Err(Problem::Refused { method: "the run".to_owned(), class: "exec-timeout".to_owned(), repr: "the time limit was reached".to_owned() }),
+            "exec-timeout" => {
+                return Err(Problem::Refused {
+                    method: "the run".to_owned(),
+                    class: "exec-timeout".to_owned(),
+                    repr: "the time limit was reached".to_owned(),
+                });
+            }
             "waiting-input" => {
                 mode = "input";
                 code = read_input(reply.options.as_ref()).await?;
@@ -89,8 +104,13 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         }
     };
     if form == Form::Json {
-        let console: Vec<_> = collected.into_iter().map(|(kind, data)| json!([kind, data])).collect();
-        output::json(&json!({ "kernel_id": kernel.kernel_id, "run_id": run_id, "exit_code": exit_code, "console": console }))?;
+        let console: Vec<_> = collected
+            .into_iter()
+            .map(|(kind, data)| json!([kind, data]))
+            .collect();
+        output::json(
+            &json!({ "kernel_id": kernel.kernel_id, "run_id": run_id, "exit_code": exit_code, "console": console }),
+        )?;
     }
     Ok(ExitStatus(shell_status(exit_code)))
 }
@@ -106,7 +126,9 @@ fn shell_status(code: Option<i64>) -> u8 {
 
 fn show(console: &[(String, serde_json::Value)]) -> std::io::Result<()> {
     for (kind, data) in console {
-        let text = data.as_str().map_or_else(|| data.to_string(), str::to_owned);
+        let text = data
+            .as_str()
+            .map_or_else(|| data.to_string(), str::to_owned);
         match kind.as_str() {
             "stderr" => std::io::stderr().lock().write_all(text.as_bytes())?,
             _ => std::io::stdout().lock().write_all(text.as_bytes())?,
@@ -117,7 +139,10 @@ fn show(console: &[(String, serde_json::Value)]) -> std::io::Result<()> {
 
 /// One line from standard input; end of file is an empty answer.
 async fn read_input(options: Option<&serde_json::Value>) -> Result<String, Problem> {
-    let hidden = options.and_then(|options| options.get("is_password")).and_then(serde_json::Value::as_bool).unwrap_or(false);
+    let hidden = options
+        .and_then(|options| options.get("is_password"))
+        .and_then(serde_json::Value::as_bool)
+        .unwrap_or(false);
     if hidden {
         eprint!("(password, shown as typed) ");
     }
@@ -136,7 +161,15 @@ mod tests {
 
     #[test]
     fn exit_codes_follow_the_shell() {
-        for (code, status) in [(Some(0), 0), (Some(7), 7), (Some(127), 127), (Some(-9), 137), (Some(-1), 129), (Some(4096), 255), (None, 255)] {
+        for (code, status) in [
+            (Some(0), 0),
+            (Some(7), 7),
+            (Some(127), 127),
+            (Some(-9), 137),
+            (Some(-1), 129),
+            (Some(4096), 255),
+            (None, 255),
+        ] {
             assert_eq!(shell_status(code), status, "{code:?}");
         }
     }

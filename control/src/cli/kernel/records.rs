@@ -14,7 +14,7 @@ pub(super) struct KernelsReply {
 
 /// A kernel as `bai.kernels` tells it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct KernelRecord {
+pub(super) struct KernelRecord {
     pub kernel_id: String,
     pub session_id: String,
     pub container_id: Option<String>,
@@ -32,14 +32,19 @@ pub struct KernelRecord {
 
 impl KernelRecord {
     pub(super) fn age(&self) -> String {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        self.created_at.map_or_else(|| "-".to_owned(), |created| output::duration((now - created).max(0.0)))
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0.0, |since| since.as_secs_f64());
+        self.created_at.map_or_else(
+            || "-".to_owned(),
+            |created| output::duration((now - created).max(0.0)),
+        )
     }
 }
 
 /// A service and its ports.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ServicePortRecord {
+pub(super) struct ServicePortRecord {
     pub name: String,
     pub protocol: String,
     pub container_ports: Vec<u16>,
@@ -72,7 +77,7 @@ pub(super) struct EventsReply {
 
 /// A lifecycle event of the agent's own stream.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct EventRecord {
+pub(super) struct EventRecord {
     pub seq: u64,
     pub name: String,
     #[serde(flatten)]
@@ -99,17 +104,37 @@ fn number(value: &Value, path: &[&str]) -> Option<u64> {
 
 /// The statistics as a table: what a source did not give is shown as `-`, never as zero.
 pub(super) fn stats_table(reply: &Value) -> String {
-    let mut table = Table::new(&["KERNEL", ">CPU TIME", ">MEMORY", ">LIMIT", ">PIDS", ">READ", ">WRITTEN", ">NET IN", ">NET OUT"]);
+    let mut table = Table::new(&[
+        "KERNEL",
+        ">CPU TIME",
+        ">MEMORY",
+        ">LIMIT",
+        ">PIDS",
+        ">READ",
+        ">WRITTEN",
+        ">NET IN",
+        ">NET OUT",
+    ]);
     let bytes = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), output::bytes);
-    for (id, sample) in reply.get("kernels").and_then(Value::as_object).into_iter().flatten() {
-        #[expect(clippy::cast_precision_loss, reason = "a duration to be read by a person")]
-        let cpu = number(sample, &["cpu", "usage_ns"]).map_or_else(|| "-".to_owned(), |ns| output::duration(ns as f64 / 1e9));
+    for (id, sample) in reply
+        .get("kernels")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a duration to be read by a person"
+        )]
+        let cpu = number(sample, &["cpu", "usage_ns"])
+            .map_or_else(|| "-".to_owned(), |ns| output::duration(ns as f64 / 1e9));
         table.row([
             id.clone(),
             cpu,
             bytes(number(sample, &["memory", "current"])),
             bytes(number(sample, &["memory", "limit"])),
-            number(sample, &["pids", "current"]).map_or_else(|| "-".to_owned(), |pids| pids.to_string()),
+            number(sample, &["pids", "current"])
+                .map_or_else(|| "-".to_owned(), |pids| pids.to_string()),
             bytes(number(sample, &["io", "read_bytes"])),
             bytes(number(sample, &["io", "write_bytes"])),
             bytes(number(sample, &["net", "rx_bytes"])),
@@ -127,7 +152,19 @@ mod tests {
     fn an_absent_group_is_not_a_zero() {
         let reply = serde_json::json!({"kernels": {"k": {"cpu": {"usage_ns": 1_500_000_000u64}, "memory": {"current": 1048576, "limit": 2097152}}}});
         let text = stats_table(&reply);
-        let row: Vec<&str> = text.lines().nth(1).unwrap().split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect();
-        assert_eq!(row, ["k", "1.5 s", "1.00 MiB", "2.00 MiB", "-", "-", "-", "-", "-"]);
+        let row: Vec<&str> = text
+            .lines()
+            .nth(1)
+            .unwrap()
+            .split("  ")
+            .map(str::trim)
+            .filter(|cell| !cell.is_empty())
+            .collect();
+        assert_eq!(
+            row,
+            [
+                "k", "1.5 s", "1.00 MiB", "2.00 MiB", "-", "-", "-", "-", "-"
+            ]
+        );
     }
 }

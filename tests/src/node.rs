@@ -1,0 +1,409 @@
+//! A whole worker node for a test: both programs, their own directories, their own port range.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use control::rpc::{Client, Value};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::wait;
+
+/// How many host ports a test node has, unless it asks for another number.
+const PORTS: u16 = 40;
+/// Test nodes take their ranges from here, apart from the product's 30000-31000 and from ephemeral ports.
+const FIRST_PORT: u16 = 20_000;
+const LAST_PORT: u16 = 29_900;
+
+/// What a test wants of its node.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// Lines added to `[agent]`, `[container]`, `[resource]`, `[node]` and whole sections at the end.
+    pub agent: String,
+    pub container: String,
+    pub resource: String,
+    pub node: String,
+    pub sections: String,
+    /// How many host ports the pool has.
+    pub ports: u16,
+    /// Whether the dataplane is started too.
+    pub dataplane: bool,
+    /// Environment of both programs.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        NodeOptions {
+            agent: String::new(),
+            container: String::new(),
+            resource: String::new(),
+            node: String::new(),
+            sections: String::new(),
+            ports: PORTS,
+            dataplane: true,
+            environment: Vec::new(),
+        }
+    }
+}
+
+/// A running node. Dropping it stops both programs and removes the containers it owns.
+#[derive(Debug)]
+pub struct Node {
+    directory: TempDir,
+    run_directory: TempDir,
+    agent_id: String,
+    address: String,
+    ports: (u16, u16),
+    environment: Vec<(String, String)>,
+    control: Option<Child>,
+    dataplane: Option<Child>,
+}
+
+/// The directory of the built programs: two above the test's own file.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("the test's own path is unknown")?;
+    let path = own
+        .parent()
+        .and_then(Path::parent)
+        .context("the test runs outside a target directory")?
+        .join(name);
+    ensure!(
+        path.exists(),
+        "{} is not built; run `make build` first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// The installed runner packages, shared by all tests of a machine.
+pub fn runner_directory() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    std::env::var_os("BAI_RUNNER_DIR").map_or_else(
+        || {
+            cache
+                .unwrap_or_else(std::env::temp_dir)
+                .join("bai-agent/runner")
+        },
+        PathBuf::from,
+    )
+}
+
+/// A range of host ports that no other test process has: each process starts at a place of its own and a range is
+/// taken only when all of it can be bound.
+fn port_range(count: u16) -> Result<(u16, u16)> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let slots = (LAST_PORT - FIRST_PORT) / count;
+    let origin = u16::try_from(std::process::id() % u32::from(slots)).unwrap_or(0);
+    for _ in 0..slots {
+        let slot = (origin + NEXT.fetch_add(1, Ordering::Relaxed)) % slots;
+        let first = FIRST_PORT + slot * count;
+        let last = first + count - 1;
+        if (first..=last).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+            return Ok((first, last));
+        }
+    }
+    bail!("no free range of {count} ports between {FIRST_PORT} and {LAST_PORT}")
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")
+        .context("no free port")?
+        .local_addr()?
+        .port())
+}
+
+impl Node {
+    /// Starts a standalone node and waits until it answers.
+    pub async fn start(options: NodeOptions) -> Result<Node> {
+        let directory = tempfile::Builder::new()
+            .prefix("bai-node-")
+            .tempdir()
+            .context("no temporary directory")?;
+        let run_directory = tempfile::Builder::new()
+            .prefix("bai-node-")
+            .tempdir_in("/dev/shm")
+            .context("no directory on tmpfs")?;
+        let agent_id = format!(
+            "i-test-{}",
+            &uuid::Uuid::new_v4().simple().to_string()[..12]
+        );
+        let port = free_port()?;
+        let ports = port_range(options.ports)?;
+        let place = directory.path().display();
+        let text = format!(
+            r#"[agent]
+mode = "docker"
+id = "{agent_id}"
+rpc-listen-addr = {{ host = "127.0.0.1", port = {port} }}
+var-base-path = "{place}/state"
+ipc-base-path = "{place}/ipc"
+{agent}
+[container]
+bind-host = "127.0.0.1"
+kernel-uid = 1000
+kernel-gid = 1000
+scratch-type = "hostdir"
+scratch-root = "{place}/scratches"
+port-range = [{first}, {last}]
+{container}
+[resource]
+reserved-cpu = 0
+{resource}
+[node]
+run-dir = "{run}"
+runner-dir = "{runner}"
+{node}
+{sections}
+"#,
+            agent = options.agent,
+            container = options.container,
+            resource = options.resource,
+            node = options.node,
+            sections = options.sections,
+            first = ports.0,
+            last = ports.1,
+            run = run_directory.path().display(),
+            runner = runner_directory().display(),
+        );
+        std::fs::write(directory.path().join("agent.toml"), text)
+            .context("the configuration can't be written")?;
+        let mut node = Node {
+            directory,
+            run_directory,
+            agent_id,
+            address: format!("127.0.0.1:{port}"),
+            ports,
+            environment: options.environment,
+            control: None,
+            dataplane: None,
+        };
+        if options.dataplane {
+            node.start_dataplane()?;
+        }
+        node.start_control().await?;
+        Ok(node)
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub fn agent_id(&self) -> &str {
+        &self.agent_id
+    }
+
+    /// The first and the last host port of the pool.
+    pub fn ports(&self) -> (u16, u16) {
+        self.ports
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.path().join("agent.toml")
+    }
+
+    pub fn scratch(&self, kernel_id: &str) -> PathBuf {
+        self.directory.path().join("scratches").join(kernel_id)
+    }
+
+    pub fn scratch_root(&self) -> PathBuf {
+        self.directory.path().join("scratches")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    /// The directory of this node's two regions.
+    pub fn regions(&self) -> PathBuf {
+        self.run_directory.path().join(&self.agent_id)
+    }
+
+    pub fn control_pid(&self) -> Option<u32> {
+        self.control.as_ref().map(Child::id)
+    }
+
+    pub fn dataplane_pid(&self) -> Option<u32> {
+        self.dataplane.as_ref().map(Child::id)
+    }
+
+    fn spawn(&self, name: &str, args: &[&str]) -> Result<Child> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.directory.path().join(format!("{name}.log")))
+            .context("no log file")?;
+        Command::new(program(name)?)
+            .args(args)
+            .arg("--config")
+            .arg(self.config_file())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("{name} can't be started"))
+    }
+
+    pub fn start_dataplane(&mut self) -> Result<()> {
+        ensure!(self.dataplane.is_none(), "the dataplane runs already");
+        self.dataplane = Some(self.spawn("bai-dataplane", &["--standalone"])?);
+        Ok(())
+    }
+
+    /// Starts control and waits until it answers a ping.
+    pub async fn start_control(&mut self) -> Result<()> {
+        ensure!(self.control.is_none(), "control runs already");
+        self.control = Some(self.spawn("bai-agent", &["run", "--standalone"])?);
+        let answer = wait::until("the agent answers", Duration::from_secs(60), || async {
+            match self.client().await {
+                Ok(client) => client
+                    .call(
+                        "ping",
+                        vec![Value::Str("up".to_owned())],
+                        Vec::new(),
+                        Duration::from_secs(5),
+                    )
+                    .await
+                    .ok(),
+                Err(_) => None,
+            }
+        });
+        if let Err(error) = answer.await {
+            bail!("{error}; its log:\n{}", self.log("bai-agent"));
+        }
+        Ok(())
+    }
+
+    /// A new connection to the agent.
+    pub async fn client(&self) -> Result<Client> {
+        Client::connect(&self.address, None, Duration::from_secs(5))
+            .await
+            .context("the agent can't be reached")
+    }
+
+    /// Calls a method on a connection of its own, as the manager does.
+    pub async fn call(&self, method: &str, args: Vec<Value>) -> Result<Value> {
+        let client = self.client().await?;
+        client
+            .call(method, args, Vec::new(), Duration::from_secs(120))
+            .await
+            .with_context(|| format!("{method} failed"))
+    }
+
+    /// Runs the command line against this node.
+    pub fn command(&self, args: &[&str]) -> Result<Output> {
+        Command::new(program("bai-agent")?)
+            .args(args)
+            .env("BAI_AGENT_ADDRESS", &self.address)
+            .stdin(Stdio::null())
+            .output()
+            .context("bai-agent can't be started")
+    }
+
+    /// What a program has logged so far.
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.directory.path().join(format!("{name}.log")))
+            .unwrap_or_default()
+    }
+
+    fn end(child: &mut Option<Child>, signal: Signal) -> Result<()> {
+        let Some(mut child) = child.take() else {
+            return Ok(());
+        };
+        let pid = Pid::from_raw(i32::try_from(child.id()).context("a pid is an i32")?);
+        // ESRCH: it has ended by itself and waits to be reaped.
+        let _ = kill(pid, signal);
+        let ended = wait::until_blocking("the program ends", Duration::from_secs(60), || {
+            child.try_wait().ok().flatten()
+        });
+        if ended.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        ended.map(|_| ())
+    }
+
+    pub fn stop_control(&mut self) -> Result<()> {
+        Self::end(&mut self.control, Signal::SIGTERM)
+    }
+
+    pub fn kill_control(&mut self) -> Result<()> {
+        Self::end(&mut self.control, Signal::SIGKILL)
+    }
+
+    pub fn stop_dataplane(&mut self) -> Result<()> {
+        Self::end(&mut self.dataplane, Signal::SIGTERM)
+    }
+
+    pub fn kill_dataplane(&mut self) -> Result<()> {
+        Self::end(&mut self.dataplane, Signal::SIGKILL)
+    }
+
+    /// Ids of this node's containers, running or not.
+    pub fn containers(&self) -> Result<Vec<String>> {
+        let output = Command::new("docker")
+            .args([
+                "ps",
+                "-aq",
+                "--no-trunc",
+                "--filter",
+                &format!("label=ai.backend.owner={}", self.agent_id),
+            ])
+            .output()
+            .context("docker can't be started")?;
+        ensure!(
+            output.status.success(),
+            "docker ps: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)
+            .context("ids are text")?
+            .lines()
+            .map(str::to_owned)
+            .collect())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for name in ["bai-agent", "bai-dataplane"] {
+                let log = self.log(name);
+                let tail: Vec<&str> = log.lines().rev().take(40).collect();
+                eprintln!("--- end of {name}'s log");
+                tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            }
+        }
+        let _ = self.stop_control();
+        let _ = self.kill_dataplane();
+        if let Ok(left) = self.containers()
+            && !left.is_empty()
+        {
+            let _ = Command::new("docker")
+                .args(["rm", "-f"])
+                .args(&left)
+                .output();
+        }
+        // Scratch directories of the memory and loop kinds are mounts.
+        let root = self.directory.path().to_owned();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        for mount in mounts
+            .lines()
+            .rev()
+            .filter_map(|line| line.split(' ').nth(1))
+            .filter(|mount| Path::new(mount).starts_with(&root))
+        {
+            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
