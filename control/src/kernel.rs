@@ -1,7 +1,9 @@
 //! Kernels: their life, their files, their runner.
 
+pub mod batch;
 pub mod distro;
 pub mod environment;
+pub mod execution;
 pub mod journal;
 pub mod kept_logs;
 pub mod lifecycle;
@@ -9,5 +11,8 @@ pub mod mounts;
 pub mod recovery;
 pub mod request;
 pub mod resource_text;
+pub mod runner_link;
 pub mod scratch;
 pub mod service_ports;
+pub mod services;
+pub mod zmtp;

@@ -1,6 +1,7 @@
 //! Harness of the integration suites: what they need made, started and observed.
 #![forbid(unsafe_code)]
 
+pub mod fake_runner;
 pub mod images;
 pub mod node;
 pub mod wait;

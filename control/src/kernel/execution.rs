@@ -1,0 +1,419 @@
+//! Running code in a kernel: the `execute` RPC, completions, interrupt, ping.
+//!
+//! In: a request as the RPC carries it and the kernel's link. Out: replies that serialise to exactly
+//! the maps the manager reads. Invariant: no call waits without a limit, and dropping a call (its
+//! client went away) neither closes anything nor loses output. Source: execution.md sections 4 to 8.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::ser::{SerializeMap, SerializeTuple};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::runner_link::frame::{AnswerKind, Outgoing, Record, Step, Stream};
+use super::runner_link::runs::{Ending, RunRefused, Submission, Taken};
+use super::runner_link::{LinkError, RunnerLink, RunnerStatus};
+
+/// How long a call without `flush_timeout` waits before it answers `continued`: below the manager's
+/// RPC limit of 30 s, so that the client can go on instead of losing the reply.
+const LONGEST_POLL: Duration = Duration::from_secs(25);
+/// Longest `flush_timeout` a client may ask for.
+const LONGEST_FLUSH: Duration = Duration::from_secs(3600);
+/// Limit of `ping_kernel`.
+pub const PING_LIMIT: Duration = Duration::from_secs(5);
+/// Limit of `get_completions`: below the manager's 10 s.
+pub const COMPLETION_LIMIT: Duration = Duration::from_secs(8);
+
+/// What `execute` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Run source text in the language runtime.
+    Query,
+    /// Run the clean, build and exec commands.
+    Batch,
+    /// Answer the run's question for input.
+    Input,
+    /// Fetch what the run produced since.
+    Continue,
+}
+
+/// A mode the RPC does not have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown execution mode {0:?}; it is one of query, batch, input, continue")]
+pub struct UnknownMode(pub String);
+
+impl FromStr for Mode {
+    type Err = UnknownMode;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "query" => Ok(Mode::Query),
+            "batch" => Ok(Mode::Batch),
+            "input" => Ok(Mode::Input),
+            "continue" => Ok(Mode::Continue),
+            other => Err(UnknownMode(other.to_owned())),
+        }
+    }
+}
+
+/// The commands of a batch run; missing ones are skipped, `*` asks for the language's heuristic.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct BatchSteps {
+    /// Clean command.
+    pub clean: Option<String>,
+    /// Build command.
+    pub build: Option<String>,
+    /// Main command.
+    pub exec: Option<String>,
+}
+
+/// One `execute` call.
+#[derive(Clone, Debug)]
+pub struct ExecuteRequest {
+    /// The run; a new one is named by us when missing.
+    pub run_id: Option<String>,
+    /// What to do.
+    pub mode: Mode,
+    /// Source text (query) or the line of input (input).
+    pub code: String,
+    /// Commands (batch).
+    pub opts: BatchSteps,
+    /// Version of the result's form, 1 or later.
+    pub api_version: u32,
+    /// Seconds to collect before answering `continued`; `None` = as long as a call may take.
+    pub flush_timeout: Option<f64>,
+}
+
+/// Why `execute` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecutionError {
+    /// The run was not accepted.
+    #[error("{0}")]
+    Refused(RunRefused),
+    /// The runner could not be asked.
+    #[error("the kernel's runner could not be reached")]
+    Link(#[source] LinkError),
+}
+
+impl From<LinkError> for ExecutionError {
+    fn from(err: LinkError) -> Self {
+        match err {
+            LinkError::Refused(refused) => ExecutionError::Refused(refused),
+            other => ExecutionError::Link(other),
+        }
+    }
+}
+
+/// How far a run is, as the manager reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    /// More follows; poll again.
+    Continued,
+    /// The clean step ended.
+    CleanFinished,
+    /// The build step ended.
+    BuildFinished,
+    /// The run ended.
+    Finished,
+    /// The run waits for input.
+    WaitingInput,
+    /// The run took too long and was ended.
+    ExecTimeout,
+}
+
+/// Console output in the form of an API version.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Console {
+    /// Version 1: one text per stream.
+    Split {
+        /// Standard output.
+        stdout: String,
+        /// Standard error.
+        stderr: String,
+        /// Media type and content.
+        media: Vec<(String, String)>,
+        /// HTML texts.
+        html: Vec<String>,
+    },
+    /// Later versions: everything in order.
+    Ordered(Vec<ConsoleItem>),
+}
+
+/// One item of an ordered console.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ConsoleItem {
+    /// Text of a stream.
+    Text(Stream, String),
+    /// Media type and content.
+    Media(String, String),
+}
+
+impl Serialize for ConsoleItem {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut pair = serializer.serialize_tuple(2)?;
+        match self {
+            ConsoleItem::Text(stream, text) => {
+                pair.serialize_element(stream.name())?;
+                pair.serialize_element(text)?;
+            }
+            ConsoleItem::Media(mime, content) => {
+                pair.serialize_element("media")?;
+                pair.serialize_element(&(mime, content))?;
+            }
+        }
+        pair.end()
+    }
+}
+
+/// The result of one `execute` call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExecuteReply {
+    /// The run.
+    pub run_id: String,
+    /// How far it is.
+    pub status: Status,
+    /// Exit code of the step that ended, if the runner said one.
+    pub exit_code: Option<i64>,
+    /// Details of a wanted input.
+    pub options: Option<Map<String, Value>>,
+    /// Output since the last result.
+    pub console: Console,
+}
+
+impl Serialize for ExecuteReply {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("runId", &self.run_id)?;
+        map.serialize_entry("status", &self.status)?;
+        map.serialize_entry("exitCode", &self.exit_code)?;
+        map.serialize_entry("options", &self.options)?;
+        match &self.console {
+            Console::Split {
+                stdout,
+                stderr,
+                media,
+                html,
+            } => {
+                map.serialize_entry("stdout", stdout)?;
+                map.serialize_entry("stderr", stderr)?;
+                map.serialize_entry("media", media)?;
+                map.serialize_entry("html", html)?;
+            }
+            Console::Ordered(items) => map.serialize_entry("console", items)?,
+        }
+        map.serialize_entry("files", &[(); 0])?;
+        map.end()
+    }
+}
+
+/// Sends what the mode asks for and collects one result.
+pub async fn execute(
+    link: &RunnerLink,
+    request: ExecuteRequest,
+) -> Result<ExecuteReply, ExecutionError> {
+    let run_id = match request.run_id {
+        Some(run_id) if !run_id.is_empty() => run_id,
+        _ => Uuid::new_v4().simple().to_string(),
+    };
+    link.submit(
+        &run_id,
+        submission(request.mode, request.code, request.opts),
+    )?;
+    let taken = link.collect(&run_id, flush(request.flush_timeout)).await?;
+    Ok(assemble(run_id, taken, request.api_version))
+}
+
+/// The messages of a mode.
+pub(super) fn submission(mode: Mode, code: String, opts: BatchSteps) -> Submission {
+    let step = |kind, command: Option<String>| Outgoing::text(kind, command.unwrap_or_default());
+    match mode {
+        Mode::Query => Submission {
+            messages: vec![Outgoing::text("code", code)],
+            starts: true,
+        },
+        // Always all three: the manager's clients count the steps.
+        Mode::Batch => Submission {
+            messages: vec![
+                step("clean", opts.clean),
+                step("build", opts.build),
+                step("exec", opts.exec),
+            ],
+            starts: true,
+        },
+        Mode::Input => Submission {
+            messages: vec![Outgoing::text("input", code)],
+            starts: false,
+        },
+        Mode::Continue => Submission {
+            messages: Vec::new(),
+            starts: false,
+        },
+    }
+}
+
+fn flush(seconds: Option<f64>) -> Duration {
+    match seconds {
+        None => LONGEST_POLL,
+        Some(seconds) => Duration::try_from_secs_f64(seconds.max(0.0))
+            .map_or(LONGEST_FLUSH, |flush| flush.min(LONGEST_FLUSH)),
+    }
+}
+
+/// Brings records into the form of an API version.
+fn assemble(run_id: String, taken: Taken, api_version: u32) -> ExecuteReply {
+    let (status, exit_code, options) = match taken.ending {
+        Ending::Continued => (Status::Continued, None, None),
+        Ending::Step(Step::Clean, exit_code) => (Status::CleanFinished, exit_code, None),
+        Ending::Step(Step::Build, exit_code) => (Status::BuildFinished, exit_code, None),
+        Ending::Step(Step::Run, exit_code) => (Status::Finished, exit_code, None),
+        Ending::WaitingInput(options) => (Status::WaitingInput, None, Some(options)),
+        Ending::ExecTimeout => (Status::ExecTimeout, None, None),
+    };
+    let console = if api_version <= 1 {
+        split(taken.records)
+    } else {
+        Console::Ordered(in_order(taken.records))
+    };
+    ExecuteReply {
+        run_id,
+        status,
+        exit_code,
+        options,
+        console,
+    }
+}
+
+fn split(records: Vec<Record>) -> Console {
+    let (mut stdout, mut stderr, mut media, mut html) =
+        (String::new(), String::new(), Vec::new(), Vec::new());
+    for record in records {
+        match record {
+            Record::Text(Stream::Stdout, text) => stdout.push_str(&text),
+            Record::Text(Stream::Stderr, text) => stderr.push_str(&text),
+            Record::Text(Stream::Html, text) => html.push(text),
+            Record::Media { mime, content } => media.push((mime, content)),
+            Record::Text(Stream::Log, _) | Record::StepEnd(..) | Record::WaitingInput(_) => {}
+        }
+    }
+    Console::Split {
+        stdout,
+        stderr,
+        media,
+        html,
+    }
+}
+
+/// Consecutive pieces of standard output (or error) become one item.
+fn in_order(records: Vec<Record>) -> Vec<ConsoleItem> {
+    let mut items: Vec<ConsoleItem> = Vec::new();
+    for record in records {
+        match record {
+            Record::Text(stream, text) => match items.last_mut() {
+                Some(ConsoleItem::Text(last, before))
+                    if *last == stream && matches!(stream, Stream::Stdout | Stream::Stderr) =>
+                {
+                    before.push_str(&text);
+                }
+                _ => items.push(ConsoleItem::Text(stream, text)),
+            },
+            Record::Media { mime, content } => items.push(ConsoleItem::Media(mime, content)),
+            Record::StepEnd(..) | Record::WaitingInput(_) => {}
+        }
+    }
+    items
+}
+
+/// Answer of `get_completions`; serialises as `{"result": {"status", "error", "suggestions"}}`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompletionReply {
+    /// Why there are none, if it failed.
+    pub error: Option<String>,
+    /// The suggestions.
+    pub suggestions: Vec<String>,
+}
+
+impl Serialize for CompletionReply {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            status: &'static str,
+            error: &'a Option<String>,
+            suggestions: &'a [String],
+        }
+        let status = if self.error.is_none() {
+            "finished"
+        } else {
+            "failed"
+        };
+        let mut map = serializer.serialize_map(Some(1))?;
+        map.serialize_entry(
+            "result",
+            &Body {
+                status,
+                error: &self.error,
+                suggestions: &self.suggestions,
+            },
+        )?;
+        map.end()
+    }
+}
+
+/// Asks the language runtime how `text` could go on.
+pub async fn completions(
+    link: &RunnerLink,
+    text: &str,
+    opts: Map<String, Value>,
+) -> CompletionReply {
+    #[derive(Deserialize)]
+    struct Answer {
+        #[serde(default)]
+        suggestions: Vec<String>,
+    }
+    let mut payload = Map::new();
+    payload.insert("code".to_owned(), json!(text));
+    payload.extend(opts);
+    let message = Outgoing::json("complete", &Value::Object(payload));
+    match link
+        .ask(
+            AnswerKind::Completion,
+            message,
+            COMPLETION_LIMIT,
+            Duration::from_secs(30),
+        )
+        .await
+    {
+        Ok(answer) => match serde_json::from_slice::<Answer>(&answer) {
+            Ok(answer) => CompletionReply {
+                error: None,
+                suggestions: answer.suggestions,
+            },
+            Err(_) => failed_completion(&LinkError::BadAnswer {
+                request: "complete",
+            }),
+        },
+        Err(err) => failed_completion(&err),
+    }
+}
+
+fn failed_completion(err: &dyn fmt::Display) -> CompletionReply {
+    CompletionReply {
+        error: Some(err.to_string()),
+        suggestions: Vec::new(),
+    }
+}
+
+/// Interrupts what the kernel runs.
+pub fn interrupt(link: &RunnerLink) -> Result<(), LinkError> {
+    link.interrupt()
+}
+
+/// The runner's status, or `None` when it does not answer within 5 s.
+pub async fn ping_kernel(link: &RunnerLink) -> Option<RunnerStatus> {
+    link.status(PING_LIMIT).await.ok()
+}

@@ -1,0 +1,768 @@
+//! The connection to the runner inside one container.
+//!
+//! Owns the two sockets and three tasks: a reader that never waits for anybody, a writer, and a
+//! ticker (status ping every 10 s, sweeping of old runs). In: requests (see `execution`, `services`)
+//! and the runner's messages. Out: answers and the results of runs.
+//!
+//! Invariants: the receiving socket is drained whether or not a client polls (otherwise printing
+//! processes in the container stall); one link per container, closed for good before another is opened;
+//! a client that goes away closes nothing. Source: execution.md sections 1 to 5.
+
+pub mod answers;
+pub mod decoder;
+pub mod frame;
+pub mod runs;
+mod socket;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use shared::ids::KernelId;
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use answers::AnswerLine;
+use decoder::StreamDecoder;
+use frame::{AnswerKind, Incoming, Outgoing, Record, Step, Stream};
+use runs::{RunLimits, RunRefused, RunTable, Submission, Taken};
+pub use socket::SocketError;
+
+/// Where a runner listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunnerAddress {
+    /// The container's address (loopback with host networking).
+    pub ip: IpAddr,
+    /// REPL input port.
+    pub repl_in: u16,
+    /// REPL output port.
+    pub repl_out: u16,
+}
+
+impl RunnerAddress {
+    /// The fixed ports 2000 and 2001 at a container's own address.
+    pub fn container(ip: IpAddr) -> Self {
+        Self {
+            ip,
+            repl_in: 2000,
+            repl_out: 2001,
+        }
+    }
+}
+
+/// How a link behaves.
+#[derive(Clone, Debug)]
+pub struct LinkOptions {
+    /// Time between two status pings.
+    pub ping_interval: Duration,
+    /// Bounds of what runs may hold.
+    pub runs: RunLimits,
+    /// The container ran before this process did: its runner may be in the middle of a run.
+    pub resumed: bool,
+}
+
+impl Default for LinkOptions {
+    fn default() -> Self {
+        Self {
+            ping_interval: Duration::from_secs(10),
+            runs: RunLimits::default(),
+            resumed: false,
+        }
+    }
+}
+
+/// Why a request to the runner failed.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The link was closed (the kernel is going away).
+    #[error("the connection to the kernel's runner is closed")]
+    Closed,
+    /// No answer in time; the runner may still be working on it.
+    #[error("the kernel's runner did not answer `{request}` within {limit:?}")]
+    Timeout {
+        /// Type of the request.
+        request: &'static str,
+        /// How long was waited.
+        limit: Duration,
+    },
+    /// The runner does not take messages and the queue is full.
+    #[error("the kernel's runner does not take messages; {queued} wait already")]
+    Backlogged {
+        /// Messages waiting.
+        queued: usize,
+    },
+    /// The runner's answer could not be read.
+    #[error("the kernel's runner answered `{request}` with something else than expected")]
+    BadAnswer {
+        /// Type of the request.
+        request: &'static str,
+    },
+    /// A run was refused.
+    #[error("the run was refused")]
+    Refused(#[source] RunRefused),
+}
+
+/// How long and how often the first contact is tried (lifecycle.md section 12).
+#[derive(Clone, Debug)]
+pub struct InitPolling {
+    /// Attempts at most.
+    pub attempts: u32,
+    /// Time in total.
+    pub total: Duration,
+    /// Pause between attempts.
+    pub interval: Duration,
+    /// Limit of one wait for the runner's status.
+    pub status_limit: Duration,
+    /// Limit of one wait for the list of services.
+    pub apps_limit: Duration,
+}
+
+impl Default for InitPolling {
+    fn default() -> Self {
+        Self {
+            attempts: 10,
+            total: Duration::from_secs(60),
+            interval: Duration::from_millis(300),
+            status_limit: Duration::from_secs(60),
+            apps_limit: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a kernel's runner never became ready.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    /// The container ended while we waited.
+    #[error("the container ended before its runner was ready")]
+    Died,
+    /// Nothing was heard in time.
+    #[error("the kernel's runner was not ready within {waited:?} ({attempts} attempts)")]
+    TimedOut {
+        /// How long was waited.
+        waited: Duration,
+        /// How often it was tried.
+        attempts: u32,
+    },
+    /// The runner is there but could not say which services it has.
+    #[error("the kernel's runner could not list its services ({attempts} attempts)")]
+    AppsFailed {
+        /// How often it was tried.
+        attempts: u32,
+    },
+    /// The link was closed meanwhile.
+    #[error("the connection to the kernel's runner was closed while waiting for it")]
+    Closed,
+}
+
+/// What the runner says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunnerStatus {
+    /// Monotonic clock of the container's host when the runner started, seconds.
+    pub started_at: f64,
+}
+
+/// A service the image defines, as the runner lists it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AppRecord {
+    /// Service name.
+    pub name: String,
+    /// Template of the URL clients open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url_template: Option<String>,
+    /// Arguments clients may give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_arguments: Option<Value>,
+    /// Environment variables clients may give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_envs: Option<Value>,
+}
+
+/// A change of a model service's health.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelServiceStatus {
+    /// Name in the model definition.
+    pub model_name: String,
+    /// Whether it is healthy.
+    pub is_healthy: bool,
+}
+
+/// Messages waiting for the socket, beyond which requests are refused.
+const WRITE_QUEUE: usize = 1024;
+const TICK: Duration = Duration::from_secs(1);
+const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+/// A container takes a second or two to listen; each attempt costs next to nothing.
+const RECONNECT_LAST: Duration = Duration::from_millis(500);
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// How long an unanswered request of a kind that is answered at once may still be answered.
+const PROMPT_OWED: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+struct State {
+    runs: RunTable,
+    decoders: HashMap<Stream, StreamDecoder>,
+    lines: HashMap<AnswerKind, AnswerLine>,
+    last_heard: Option<Instant>,
+}
+
+impl State {
+    fn line(&mut self, kind: AnswerKind) -> &mut AnswerLine {
+        let interchangeable = matches!(kind, AnswerKind::Status | AnswerKind::Apps);
+        self.lines
+            .entry(kind)
+            .or_insert_with(|| AnswerLine::new(interchangeable))
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    kernel_id: KernelId,
+    address: RunnerAddress,
+    state: Mutex<State>,
+    /// Counts changes of `state` that a waiter may care about.
+    changed: watch::Sender<u64>,
+    outgoing: mpsc::UnboundedSender<Outgoing>,
+    queued: AtomicUsize,
+    model_updates: broadcast::Sender<ModelServiceStatus>,
+    closed: CancellationToken,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// A handle to the connection; clones share it.
+#[derive(Clone, Debug)]
+pub struct RunnerLink(Arc<Inner>);
+
+impl RunnerLink {
+    /// Starts connecting and returns at once. Must be called inside a tokio runtime.
+    pub fn open(kernel_id: KernelId, address: RunnerAddress, options: LinkOptions) -> Self {
+        let (outgoing, messages) = mpsc::unbounded_channel();
+        let inner = Arc::new(Inner {
+            kernel_id,
+            address,
+            state: Mutex::new(State {
+                runs: RunTable::new(options.runs, options.resumed, Instant::now()),
+                decoders: HashMap::new(),
+                lines: HashMap::new(),
+                last_heard: None,
+            }),
+            changed: watch::channel(0).0,
+            outgoing,
+            queued: AtomicUsize::new(0),
+            model_updates: broadcast::channel(16).0,
+            closed: CancellationToken::new(),
+            tasks: Mutex::new(Vec::new()),
+        });
+        let tasks = vec![
+            tokio::spawn(read(Arc::clone(&inner))),
+            tokio::spawn(write(Arc::clone(&inner), messages)),
+            tokio::spawn(tick(Arc::clone(&inner), options.ping_interval)),
+        ];
+        *lock(&inner.tasks) = tasks;
+        Self(inner)
+    }
+
+    /// The kernel this link belongs to.
+    pub fn kernel_id(&self) -> KernelId {
+        self.0.kernel_id
+    }
+
+    /// When the runner last sent anything.
+    pub fn last_heard(&self) -> Option<Instant> {
+        lock(&self.0.state).last_heard
+    }
+
+    /// The run the runner works on, as far as we know.
+    pub fn current_run(&self) -> Option<String> {
+        lock(&self.0.state).runs.current().map(str::to_owned)
+    }
+
+    /// Whether the link was closed.
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.is_cancelled()
+    }
+
+    /// Ends when the link is closed.
+    pub async fn closed(&self) {
+        self.0.closed.cancelled().await;
+    }
+
+    /// Closes the link for good; every waiter gets [`LinkError::Closed`]. Returns when the sockets are gone.
+    pub async fn close(&self) {
+        self.0.closed.cancel();
+        {
+            let mut state = lock(&self.0.state);
+            state.lines.values_mut().for_each(AnswerLine::clear);
+        }
+        let tasks = std::mem::take(&mut *lock(&self.0.tasks));
+        for mut task in tasks {
+            if tokio::time::timeout(CLOSE_LIMIT, &mut task).await.is_err() {
+                task.abort();
+            }
+        }
+        tracing::debug!(kernel_id = %self.0.kernel_id, "The link to the runner is closed.");
+    }
+
+    /// Health changes of model services from now on.
+    pub fn model_updates(&self) -> broadcast::Receiver<ModelServiceStatus> {
+        self.0.model_updates.subscribe()
+    }
+
+    /// Asks the runner whether it lives.
+    pub async fn status(&self, limit: Duration) -> Result<RunnerStatus, LinkError> {
+        let payload = self
+            .ask(
+                AnswerKind::Status,
+                Outgoing::text("status", ""),
+                limit,
+                PROMPT_OWED,
+            )
+            .await?;
+        rmp_serde::from_slice(&payload).map_err(|_| LinkError::BadAnswer { request: "status" })
+    }
+
+    /// Asks the runner for the services the image defines; `None` when it says it failed.
+    pub async fn apps(&self, limit: Duration) -> Result<Option<Vec<AppRecord>>, LinkError> {
+        #[derive(Deserialize)]
+        struct Apps {
+            status: String,
+            #[serde(default)]
+            data: Vec<AppRecord>,
+        }
+        let payload = self
+            .ask(
+                AnswerKind::Apps,
+                Outgoing::text("get-apps", ""),
+                limit,
+                PROMPT_OWED,
+            )
+            .await?;
+        let apps: Apps = serde_json::from_slice(&payload).map_err(|_| LinkError::BadAnswer {
+            request: "get-apps",
+        })?;
+        Ok((apps.status == "done").then_some(apps.data))
+    }
+
+    /// Interrupts what the runner works on.
+    pub fn interrupt(&self) -> Result<(), LinkError> {
+        self.post(Outgoing::text("interrupt", ""))
+    }
+
+    /// Tells the runner that the kernel killed a process for lack of memory; it logs which.
+    pub fn notify_oom(&self) -> Result<(), LinkError> {
+        self.post(Outgoing::json("event", &json!({"type": "oom", "data": {}})))
+    }
+
+    /// Waits until the runner serves, then asks for its services. Ends at once when `dead` is cancelled
+    /// (the container died) or the link is closed.
+    pub async fn wait_ready(
+        &self,
+        polling: &InitPolling,
+        dead: &CancellationToken,
+    ) -> Result<Vec<AppRecord>, InitError> {
+        tokio::select! {
+            biased;
+            () = dead.cancelled() => Err(InitError::Died),
+            () = self.0.closed.cancelled() => Err(InitError::Closed),
+            outcome = self.poll_ready(polling) => outcome,
+        }
+    }
+
+    async fn poll_ready(&self, polling: &InitPolling) -> Result<Vec<AppRecord>, InitError> {
+        let begun = Instant::now();
+        // A message may be lost with a connection to a runner that is just starting: ask more than once.
+        let slice = (polling.total / polling.attempts.max(1)).max(TICK);
+        let timed_out = |attempts| InitError::TimedOut {
+            waited: begun.elapsed(),
+            attempts,
+        };
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let left = polling.total.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Err(timed_out(attempts - 1));
+            }
+            let limit = if attempts >= polling.attempts {
+                left
+            } else {
+                slice.min(left)
+            };
+            let apps = match self.status(limit.min(polling.status_limit)).await {
+                Ok(_) => {
+                    let left = polling.total.saturating_sub(begun.elapsed());
+                    self.apps(polling.apps_limit.min(left)).await
+                }
+                Err(err) => Err(err),
+            };
+            match apps {
+                Ok(Some(apps)) => return Ok(apps),
+                Ok(None) if attempts >= polling.attempts => {
+                    return Err(InitError::AppsFailed { attempts });
+                }
+                Err(LinkError::Closed) => return Err(InitError::Closed),
+                Err(_) if attempts >= polling.attempts => return Err(timed_out(attempts)),
+                Ok(None) | Err(_) => tokio::time::sleep(polling.interval).await,
+            }
+        }
+    }
+
+    /// Sends a message that has no answer.
+    pub(super) fn post(&self, message: Outgoing) -> Result<(), LinkError> {
+        self.0.check_room()?;
+        self.0.send([message])
+    }
+
+    /// Sends a request and waits for its answer. Giving up (or being dropped) leaves the answer owed
+    /// for `owed_for` after the limit.
+    pub(super) async fn ask(
+        &self,
+        kind: AnswerKind,
+        message: Outgoing,
+        limit: Duration,
+        owed_for: Duration,
+    ) -> Result<Bytes, LinkError> {
+        let request = message.kind;
+        let answer = self.0.join(kind, message, limit + owed_for)?;
+        self.0.await_answer(answer, request, limit).await
+    }
+
+    /// Like [`Self::ask`], but only one request of this kind is with the runner at a time: it is sent
+    /// when every earlier answer has come (or counts as lost).
+    pub(super) async fn ask_alone(
+        &self,
+        kind: AnswerKind,
+        message: Outgoing,
+        limit: Duration,
+        owed_for: Duration,
+    ) -> Result<Bytes, LinkError> {
+        let request = message.kind;
+        let until = tokio::time::Instant::now() + limit;
+        let mut changed = self.0.changed.subscribe();
+        loop {
+            changed.borrow_and_update();
+            let answer = {
+                let mut state = lock(&self.0.state);
+                if state.line(kind).is_clear(Instant::now()) {
+                    Some(
+                        self.0
+                            .join_locked(&mut state, kind, message.clone(), limit + owed_for)?,
+                    )
+                } else {
+                    None
+                }
+            };
+            if let Some(answer) = answer {
+                let left = until.saturating_duration_since(tokio::time::Instant::now());
+                return self.0.await_answer(answer, request, left).await;
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                // An answer that counts as lost frees the line without a message.
+                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep_until(until) => return Err(LinkError::Timeout { request, limit }),
+                () = self.0.closed.cancelled() => return Err(LinkError::Closed),
+            }
+        }
+    }
+
+    /// Hands a client's request to the run table.
+    pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
+        self.0.check_room()?;
+        let mut state = lock(&self.0.state);
+        let messages = state
+            .runs
+            .submit(Instant::now(), run_id, request)
+            .map_err(LinkError::Refused)?;
+        self.0.send(messages)
+    }
+
+    /// Takes over a run the runner already works on.
+    pub(super) fn adopt(&self, run_id: &str) {
+        lock(&self.0.state).runs.adopt(Instant::now(), run_id);
+    }
+
+    /// Waits for a result of the run: the end of a step, enough output, or `flush` passed.
+    /// May be dropped at any point without losing output.
+    pub(super) async fn collect(&self, run_id: &str, flush: Duration) -> Result<Taken, LinkError> {
+        let until = tokio::time::Instant::now() + flush;
+        let mut changed = self.0.changed.subscribe();
+        let _polling = Polling::begin(&self.0, run_id);
+        loop {
+            changed.borrow_and_update();
+            if self.is_closed() {
+                return Err(LinkError::Closed);
+            }
+            let late = tokio::time::Instant::now() >= until;
+            if let Some(taken) = lock(&self.0.state).runs.take(Instant::now(), run_id, late) {
+                return Ok(taken);
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                // Run timeouts pass without a message.
+                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep_until(until) => {}
+                () = self.0.closed.cancelled() => {}
+            }
+        }
+    }
+}
+
+/// A client's presence at a run; ends when dropped.
+struct Polling<'a> {
+    inner: &'a Inner,
+    run_id: &'a str,
+}
+
+impl<'a> Polling<'a> {
+    fn begin(inner: &'a Inner, run_id: &'a str) -> Self {
+        lock(&inner.state).runs.begin_poll(Instant::now(), run_id);
+        Self { inner, run_id }
+    }
+}
+
+impl Drop for Polling<'_> {
+    fn drop(&mut self) {
+        lock(&self.inner.state)
+            .runs
+            .end_poll(Instant::now(), self.run_id);
+    }
+}
+
+impl Inner {
+    fn check_room(&self) -> Result<(), LinkError> {
+        if self.closed.is_cancelled() {
+            return Err(LinkError::Closed);
+        }
+        let queued = self.queued.load(Ordering::Relaxed);
+        if queued >= WRITE_QUEUE {
+            Err(LinkError::Backlogged { queued })
+        } else {
+            Ok(())
+        }
+    }
+
+    fn send(&self, messages: impl IntoIterator<Item = Outgoing>) -> Result<(), LinkError> {
+        for message in messages {
+            self.queued.fetch_add(1, Ordering::Relaxed);
+            self.outgoing.send(message).map_err(|_| LinkError::Closed)?;
+        }
+        Ok(())
+    }
+
+    fn join(
+        &self,
+        kind: AnswerKind,
+        message: Outgoing,
+        owed_for: Duration,
+    ) -> Result<tokio::sync::oneshot::Receiver<Bytes>, LinkError> {
+        self.join_locked(&mut lock(&self.state), kind, message, owed_for)
+    }
+
+    /// Takes a place and sends under one lock, so that places and messages have the same order.
+    fn join_locked(
+        &self,
+        state: &mut State,
+        kind: AnswerKind,
+        message: Outgoing,
+        owed_for: Duration,
+    ) -> Result<tokio::sync::oneshot::Receiver<Bytes>, LinkError> {
+        self.check_room()?;
+        let queued = self.queued.load(Ordering::Relaxed);
+        let answer = state
+            .line(kind)
+            .join(Instant::now(), owed_for)
+            .ok_or(LinkError::Backlogged { queued })?;
+        self.send([message])?;
+        Ok(answer)
+    }
+
+    async fn await_answer(
+        &self,
+        answer: tokio::sync::oneshot::Receiver<Bytes>,
+        request: &'static str,
+        limit: Duration,
+    ) -> Result<Bytes, LinkError> {
+        tokio::select! {
+            biased;
+            payload = answer => payload.map_err(|_| LinkError::Closed),
+            () = self.closed.cancelled() => Err(LinkError::Closed),
+            () = tokio::time::sleep(limit) => Err(LinkError::Timeout { request, limit }),
+        }
+    }
+
+    /// Files one received message. Never waits.
+    fn receive(&self, kind: &[u8], payload: Bytes) {
+        let now = Instant::now();
+        let incoming = frame::sort(kind, payload);
+        let mut state = lock(&self.state);
+        state.last_heard = Some(now);
+        match incoming {
+            Incoming::Output(stream, bytes) => {
+                let text = state.decoders.entry(stream).or_default().push(&bytes);
+                if !text.is_empty() {
+                    self.file(&mut state, now, Record::Text(stream, text));
+                }
+            }
+            Incoming::Record(record) => {
+                if matches!(record, Record::StepEnd(Step::Build | Step::Run, _)) {
+                    for stream in [Stream::Stdout, Stream::Stderr] {
+                        if let Some(text) = state.decoders.entry(stream).or_default().finish() {
+                            self.file(&mut state, now, Record::Text(stream, text));
+                        }
+                    }
+                }
+                self.file(&mut state, now, record);
+            }
+            Incoming::Answer(kind, payload) => {
+                if !state.line(kind).answer(now, payload) {
+                    tracing::debug!(kernel_id = %self.kernel_id, "An answer of the runner came too late and is discarded.");
+                }
+            }
+            Incoming::ModelStatus {
+                model_name,
+                is_healthy,
+            } => {
+                // Nobody listening is fine.
+                let _receivers = self.model_updates.send(ModelServiceStatus {
+                    model_name,
+                    is_healthy,
+                });
+            }
+            Incoming::Unknown => {
+                tracing::trace!(kernel_id = %self.kernel_id, "The runner sent a message of an unknown type.");
+            }
+        }
+        drop(state);
+        self.changed
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    fn file(&self, state: &mut State, now: Instant, record: Record) {
+        let messages = state.runs.record(now, record);
+        // The writer is gone only when the link is closed.
+        let _sent = self.send(messages);
+    }
+}
+
+async fn read(inner: Arc<Inner>) {
+    let mut delay = RECONNECT_FIRST;
+    let work = async {
+        loop {
+            match socket::Receiver::connect(inner.address.ip, inner.address.repl_out).await {
+                Ok(mut receiver) => {
+                    delay = RECONNECT_FIRST;
+                    let err = receive_all(&inner, &mut receiver).await;
+                    report(&inner, &err);
+                }
+                Err(err) => report(&inner, &err),
+            }
+            pause(&mut delay).await;
+        }
+    };
+    inner.closed.run_until_cancelled(work).await;
+}
+
+async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketError {
+    loop {
+        match receiver.receive().await {
+            Ok(Some((kind, payload))) => inner.receive(&kind, payload),
+            Ok(None) => {
+                tracing::debug!(kernel_id = %inner.kernel_id, "The runner sent a message without exactly two frames.");
+            }
+            Err(err) => return err,
+        }
+        // A flood of small messages that are already in the buffer must not hold the thread.
+        tokio::task::consume_budget().await;
+    }
+}
+
+async fn write(inner: Arc<Inner>, mut messages: mpsc::UnboundedReceiver<Outgoing>) {
+    let mut delay = RECONNECT_FIRST;
+    let mut unsent: Option<Outgoing> = None;
+    let work = async {
+        loop {
+            match socket::Sender::connect(inner.address.ip, inner.address.repl_in).await {
+                Ok(mut sender) => {
+                    delay = RECONNECT_FIRST;
+                    if let Some(err) =
+                        send_all(&inner, &mut sender, &mut messages, &mut unsent).await
+                    {
+                        report(&inner, &err);
+                    }
+                }
+                Err(err) => report(&inner, &err),
+            }
+            pause(&mut delay).await;
+        }
+    };
+    inner.closed.run_until_cancelled(work).await;
+}
+
+/// Sends until the connection ends; the message that could not be written stays in `unsent`.
+async fn send_all(
+    inner: &Inner,
+    sender: &mut socket::Sender,
+    messages: &mut mpsc::UnboundedReceiver<Outgoing>,
+    unsent: &mut Option<Outgoing>,
+) -> Option<SocketError> {
+    loop {
+        if unsent.is_none() {
+            *unsent = tokio::select! {
+                biased;
+                () = sender.ended() => return None,
+                message = messages.recv() => Some(message?),
+            };
+        }
+        if let Some(message) = unsent {
+            if let Err(err) = sender.send(message.kind, &message.payload).await {
+                return Some(err);
+            }
+            *unsent = None;
+            inner.queued.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A container that is not up yet is the usual reason; whoever waits for an answer tells the user.
+fn report(inner: &Inner, err: &SocketError) {
+    tracing::debug!(kernel_id = %inner.kernel_id, %err, "The connection to the runner ended and is opened again.");
+}
+
+async fn pause(delay: &mut Duration) {
+    tokio::time::sleep(*delay).await;
+    *delay = (*delay * 2).min(RECONNECT_LAST);
+}
+
+/// Pings the runner (which also keeps NAT entries alive) and forgets old runs.
+async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
+    let mut sweep = tokio::time::interval(TICK);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut pinged = Instant::now();
+    loop {
+        tokio::select! {
+            () = inner.closed.cancelled() => return,
+            _ = sweep.tick() => {}
+        }
+        let now = Instant::now();
+        lock(&inner.state).runs.sweep(now);
+        if now.saturating_duration_since(pinged) >= ping_interval {
+            pinged = now;
+            // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
+            // A full queue means the runner does not listen, and another ping would not help.
+            let _answer = inner.join(
+                AnswerKind::Status,
+                Outgoing::text("status", ""),
+                PROMPT_OWED,
+            );
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,161 @@
+//! Requests to the runner that wait for an answer.
+//!
+//! The runner has no correlation ids: answers of one kind come in the order of the requests of that
+//! kind. In: a request's wish to wait; an answer. Out: the answer at the request it belongs to.
+//! Invariant: a request that gave up keeps its place, so that its late answer reaches nobody else
+//! (in the original it reaches the next request); after `owed_for` an answer counts as lost.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+/// Requests of one kind in flight, beyond which a new one is refused.
+const IN_FLIGHT: usize = 64;
+
+#[derive(Debug)]
+struct Place {
+    answer: Option<oneshot::Sender<Bytes>>,
+    lost_after: Instant,
+}
+
+impl Place {
+    fn gave_up(&self) -> bool {
+        self.answer.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+}
+
+/// The requests of one kind, oldest first.
+#[derive(Debug)]
+pub struct AnswerLine {
+    places: VecDeque<Place>,
+    interchangeable: bool,
+}
+
+impl AnswerLine {
+    /// An empty line. `interchangeable`: all answers of this kind say the same (status, services), so
+    /// one goes to the oldest request that still waits; a lost message then costs nothing.
+    pub fn new(interchangeable: bool) -> Self {
+        Self {
+            places: VecDeque::new(),
+            interchangeable,
+        }
+    }
+
+    /// Whether nothing is in flight and no answer is owed.
+    pub fn is_clear(&mut self, now: Instant) -> bool {
+        self.forget_lost(now);
+        self.places.is_empty()
+    }
+
+    /// Takes a place; `None` when too many are in flight. An answer that is not there `owed_for`
+    /// after now is counted as lost.
+    pub fn join(&mut self, now: Instant, owed_for: Duration) -> Option<oneshot::Receiver<Bytes>> {
+        self.forget_lost(now);
+        if self.places.len() >= IN_FLIGHT {
+            return None;
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.places.push_back(Place {
+            answer: Some(sender),
+            lost_after: now + owed_for,
+        });
+        Some(receiver)
+    }
+
+    /// Delivers an answer; false when nobody had asked.
+    pub fn answer(&mut self, now: Instant, payload: Bytes) -> bool {
+        self.forget_lost(now);
+        while self.interchangeable && self.places.front().is_some_and(Place::gave_up) {
+            self.places.pop_front();
+        }
+        let Some(place) = self.places.pop_front() else {
+            return false;
+        };
+        place
+            .answer
+            .is_some_and(|sender| sender.send(payload).is_ok())
+    }
+
+    /// Drops every place: all waiters end.
+    pub fn clear(&mut self) {
+        self.places.clear();
+    }
+
+    fn forget_lost(&mut self, now: Instant) {
+        while self
+            .places
+            .front()
+            .is_some_and(|place| place.gave_up() && now >= place.lost_after)
+        {
+            self.places.pop_front();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_service_result_goes_to_the_wrong_request_in_the_original() {
+        let now = Instant::now();
+        let owed = Duration::from_secs(40);
+        let mut line = AnswerLine::new(false);
+        let first = line.join(now, owed).expect("place");
+        drop(first);
+        assert!(!line.is_clear(now), "its answer is owed");
+        let mut second = line.join(now, owed).expect("place");
+        assert!(
+            !line.answer(now, Bytes::from_static(b"late")),
+            "the late answer belongs to nobody"
+        );
+        assert!(second.try_recv().is_err());
+        assert!(line.answer(now, Bytes::from_static(b"mine")));
+        assert_eq!(
+            second.try_recv().expect("answer"),
+            Bytes::from_static(b"mine")
+        );
+        assert!(!line.answer(now, Bytes::from_static(b"stray")));
+    }
+
+    #[test]
+    fn an_answer_that_never_comes_is_forgotten() {
+        let now = Instant::now();
+        let owed = Duration::from_secs(40);
+        let mut line = AnswerLine::new(false);
+        drop(line.join(now, owed));
+        assert!(!line.is_clear(now + Duration::from_secs(39)));
+        assert!(line.is_clear(now + owed));
+    }
+
+    #[test]
+    fn a_lost_status_does_not_starve_the_next_ping() {
+        let now = Instant::now();
+        let mut line = AnswerLine::new(true);
+        drop(line.join(now, Duration::from_secs(30)));
+        let mut ping = line.join(now, Duration::from_secs(30)).expect("place");
+        assert!(line.answer(now, Bytes::from_static(b"alive")));
+        assert!(ping.try_recv().is_ok());
+        // An answer nobody waits for is gone; it does not answer the ping after it.
+        assert!(!line.answer(now, Bytes::from_static(b"stale")));
+        let mut later = line.join(now, Duration::from_secs(30)).expect("place");
+        assert!(later.try_recv().is_err());
+    }
+
+    #[test]
+    fn requests_in_flight_are_limited() {
+        let now = Instant::now();
+        let mut line = AnswerLine::new(false);
+        let held: Vec<_> = (0..IN_FLIGHT)
+            .map(|_| line.join(now, Duration::from_secs(1)).expect("place"))
+            .collect();
+        assert!(line.join(now, Duration::from_secs(1)).is_none());
+        drop(held);
+        assert!(
+            line.join(now + Duration::from_secs(1), Duration::from_secs(1))
+                .is_some()
+        );
+    }
+}

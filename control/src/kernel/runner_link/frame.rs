@@ -1,0 +1,265 @@
+//! The messages exchanged with the in-container runner, and their meaning.
+//!
+//! In: a received (type, payload) pair. Out: what it is for us. Nothing here fails: a payload that
+//! is not what its type promises degrades to text or to "nothing said" (a container may send
+//! anything). Source: execution.md sections 2 and 3.
+
+use bytes::Bytes;
+use serde_json::{Map, Value};
+
+/// Longest payload of one output message that is kept; the rest is cut off.
+pub const OUTPUT_LIMIT: usize = 10 * 1024 * 1024;
+
+/// One message to the runner: ASCII type and payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// The message type, first frame.
+    pub kind: &'static str,
+    /// The payload, second frame.
+    pub payload: Bytes,
+}
+
+impl Outgoing {
+    /// A message whose payload is text (or nothing).
+    pub fn text(kind: &'static str, payload: impl Into<String>) -> Self {
+        Self {
+            kind,
+            payload: Bytes::from(payload.into()),
+        }
+    }
+
+    /// A message whose payload is JSON.
+    pub fn json(kind: &'static str, payload: &Value) -> Self {
+        Self::text(kind, payload.to_string())
+    }
+}
+
+/// A console stream of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// HTML text (reserved by the runner).
+    Html,
+    /// Log text (reserved by the runner).
+    Log,
+}
+
+impl Stream {
+    /// The name used on the wire and in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stream::Stdout => "stdout",
+            Stream::Stderr => "stderr",
+            Stream::Html => "html",
+            Stream::Log => "log",
+        }
+    }
+}
+
+/// A step of a run that ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// `clean-finished`.
+    Clean,
+    /// `build-finished`.
+    Build,
+    /// `finished`: the run is over.
+    Run,
+}
+
+/// One thing a run produced, in the order it was produced.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// Decoded console text.
+    Text(Stream, String),
+    /// Rich output: media type and text (images are `data:` URLs).
+    Media {
+        /// Media type.
+        mime: String,
+        /// Content.
+        content: String,
+    },
+    /// The end of a step with its exit code, if the runner said one.
+    StepEnd(Step, Option<i64>),
+    /// The run wants a line of input; the map says how (`is_password`).
+    WaitingInput(Map<String, Value>),
+}
+
+impl Record {
+    /// Bytes this record holds in memory, approximately.
+    pub fn weight(&self) -> usize {
+        const OVERHEAD: usize = 64;
+        OVERHEAD
+            + match self {
+                Record::Text(_, text) => text.len(),
+                Record::Media { mime, content } => mime.len() + content.len(),
+                Record::StepEnd(..) | Record::WaitingInput(_) => 0,
+            }
+    }
+}
+
+/// Which pending request an answer belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AnswerKind {
+    /// `status`.
+    Status,
+    /// `completion`.
+    Completion,
+    /// `service-result`.
+    Service,
+    /// `model-service-result`.
+    ModelService,
+    /// `apps-result`.
+    Apps,
+}
+
+/// A received message, sorted.
+#[derive(Debug, PartialEq)]
+pub enum Incoming {
+    /// Console bytes, not decoded yet.
+    Output(Stream, Bytes),
+    /// A finished record of the current run.
+    Record(Record),
+    /// An answer to a request of ours.
+    Answer(AnswerKind, Bytes),
+    /// `model-service-status`.
+    ModelStatus {
+        /// Name in the model definition.
+        model_name: String,
+        /// Whether the health check passed.
+        is_healthy: bool,
+    },
+    /// A type we do not know.
+    Unknown,
+}
+
+/// Sorts one received message.
+pub fn sort(kind: &[u8], payload: Bytes) -> Incoming {
+    match kind {
+        b"stdout" => Incoming::Output(Stream::Stdout, cut(payload)),
+        b"stderr" => Incoming::Output(Stream::Stderr, cut(payload)),
+        b"html" => Incoming::Record(Record::Text(Stream::Html, lossy(&cut(payload)))),
+        b"log" => Incoming::Record(Record::Text(Stream::Log, lossy(&cut(payload)))),
+        b"media" => Incoming::Record(media(&cut(payload))),
+        b"clean-finished" => Incoming::Record(Record::StepEnd(Step::Clean, exit_code(&payload))),
+        b"build-finished" => Incoming::Record(Record::StepEnd(Step::Build, exit_code(&payload))),
+        b"finished" => Incoming::Record(Record::StepEnd(Step::Run, exit_code(&payload))),
+        b"waiting-input" => Incoming::Record(Record::WaitingInput(object(&payload))),
+        b"status" => Incoming::Answer(AnswerKind::Status, payload),
+        b"completion" => Incoming::Answer(AnswerKind::Completion, payload),
+        b"service-result" => Incoming::Answer(AnswerKind::Service, payload),
+        b"model-service-result" => Incoming::Answer(AnswerKind::ModelService, payload),
+        b"apps-result" => Incoming::Answer(AnswerKind::Apps, payload),
+        b"model-service-status" => {
+            let fields = object(&payload);
+            match (
+                fields.get("model_name").and_then(Value::as_str),
+                fields.get("is_healthy"),
+            ) {
+                (Some(model_name), Some(Value::Bool(is_healthy))) => Incoming::ModelStatus {
+                    model_name: model_name.to_owned(),
+                    is_healthy: *is_healthy,
+                },
+                _ => Incoming::Unknown,
+            }
+        }
+        _ => Incoming::Unknown,
+    }
+}
+
+fn cut(payload: Bytes) -> Bytes {
+    if payload.len() > OUTPUT_LIMIT {
+        payload.slice(..OUTPUT_LIMIT)
+    } else {
+        payload
+    }
+}
+
+fn lossy(payload: &[u8]) -> String {
+    String::from_utf8_lossy(payload).into_owned()
+}
+
+fn object(payload: &[u8]) -> Map<String, Value> {
+    match serde_json::from_slice(payload) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    }
+}
+
+fn exit_code(payload: &[u8]) -> Option<i64> {
+    object(payload).get("exitCode").and_then(Value::as_i64)
+}
+
+/// Jupyter's HTML output comes as bare text, everything else as `{"type", "data"}`.
+fn media(payload: &[u8]) -> Record {
+    let fields = object(payload);
+    match (fields.get("type"), fields.get("data")) {
+        (Some(Value::String(mime)), Some(Value::String(content))) => Record::Media {
+            mime: mime.clone(),
+            content: content.clone(),
+        },
+        _ => Record::Media {
+            mime: "text/html".to_owned(),
+            content: lossy(payload),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn html_media_wedges_the_kernel_in_the_original() {
+        let html = "<b>bold</b>";
+        assert_eq!(
+            sort(b"media", Bytes::from_static(html.as_bytes())),
+            Incoming::Record(Record::Media {
+                mime: "text/html".into(),
+                content: html.into()
+            })
+        );
+        // HTML that happens to be JSON of another shape stays HTML.
+        assert_eq!(
+            sort(b"media", Bytes::from_static(b"[1]")),
+            Incoming::Record(Record::Media {
+                mime: "text/html".into(),
+                content: "[1]".into()
+            })
+        );
+    }
+
+    #[test]
+    fn an_output_message_is_cut_at_ten_mebibytes() {
+        let Incoming::Output(Stream::Stdout, kept) =
+            sort(b"stdout", Bytes::from(vec![b'x'; OUTPUT_LIMIT + 1]))
+        else {
+            panic!("stdout is console output");
+        };
+        assert_eq!(kept.len(), OUTPUT_LIMIT);
+    }
+
+    #[test]
+    fn payloads_that_break_their_promise_are_tolerated() {
+        assert_eq!(
+            sort(b"finished", Bytes::from_static(b"{}")),
+            Incoming::Record(Record::StepEnd(Step::Run, None))
+        );
+        assert_eq!(
+            sort(b"finished", Bytes::from_static(b"\xff\xfe")),
+            Incoming::Record(Record::StepEnd(Step::Run, None))
+        );
+        assert_eq!(
+            sort(b"waiting-input", Bytes::new()),
+            Incoming::Record(Record::WaitingInput(Map::new()))
+        );
+        assert_eq!(
+            sort(b"model-service-status", Bytes::from_static(b"{}")),
+            Incoming::Unknown
+        );
+        assert_eq!(sort(b"\xff", Bytes::new()), Incoming::Unknown);
+    }
+}

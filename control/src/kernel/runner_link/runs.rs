@@ -1,0 +1,579 @@
+//! The runs of one kernel: which one the runner works on, which ones wait, and what they produced.
+//!
+//! In: requests of clients, records of the runner, the time. Out: the messages to send next, and
+//! results cut at step ends. Pure: no I/O, no clock of its own.
+//!
+//! Invariants:
+//! - At most one run is *current*: it alone has had its messages sent and is not finished. The runner
+//!   has no correlation ids, so order is all there is (execution.md section 5).
+//! - A run stays current until the runner's `finished`, whether or not a client polls; its records stay
+//!   until a client takes them. (The original detaches at each step end and loses what comes next.)
+//! - Records are taken only together with the end of a result, so a client that goes away loses nothing.
+//! - Memory is bounded: a run nobody reads keeps its newest output; what was dropped is told in words.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value};
+
+use super::frame::{Outgoing, Record, Step, Stream};
+
+/// Bounds of what a kernel's runs may hold.
+#[derive(Clone, Debug)]
+pub struct RunLimits {
+    /// Bytes of unread records of one run.
+    pub bytes: usize,
+    /// Unread records of one run.
+    pub records: usize,
+    /// A result with this much output is handed over as `continued` before its step ends.
+    pub result_bytes: usize,
+    /// Runs waiting for their turn.
+    pub waiting: usize,
+    /// Finished runs whose last result is kept (for the client that did not get it).
+    pub ended: usize,
+    /// A waiting run whose client stopped asking for this long is forgotten.
+    pub waiting_idle: Duration,
+    /// A finished run is forgotten after this long; until then a repeated request gets the same answer.
+    pub ended_keep: Duration,
+    /// The output of a run that nobody polls for this long is dropped.
+    pub unread: Duration,
+    /// Wall time a run may take; `None` = no limit (the default of Backend.AI).
+    pub exec_timeout: Option<Duration>,
+}
+
+impl Default for RunLimits {
+    fn default() -> Self {
+        const MIB: usize = 1024 * 1024;
+        Self {
+            bytes: 16 * MIB,
+            records: 4096,
+            result_bytes: 8 * MIB,
+            waiting: 16,
+            ended: 4,
+            waiting_idle: Duration::from_secs(60),
+            ended_keep: Duration::from_secs(60),
+            unread: Duration::from_secs(600),
+            exec_timeout: None,
+        }
+    }
+}
+
+/// Why a run was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RunRefused {
+    /// The queue of waiting runs is full.
+    #[error(
+        "{waiting} runs already wait for their turn in this kernel; wait for them or interrupt the running one"
+    )]
+    TooManyWaiting {
+        /// How many wait.
+        waiting: usize,
+    },
+    /// One run id was given too many requests that are not answered yet.
+    #[error("too many requests are pending on run {run_id}")]
+    TooManyRequests {
+        /// The run.
+        run_id: String,
+    },
+}
+
+/// How a result ends.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ending {
+    /// Time is up or enough was collected; more follows.
+    Continued,
+    /// A step ended.
+    Step(Step, Option<i64>),
+    /// The run waits for input.
+    WaitingInput(Map<String, Value>),
+    /// The run took longer than it may.
+    ExecTimeout,
+}
+
+/// Records of one result and how it ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Taken {
+    /// Output in order.
+    pub records: Vec<Record>,
+    /// The end.
+    pub ending: Ending,
+}
+
+/// A client's request on a run id.
+#[derive(Clone, Debug)]
+pub struct Submission {
+    /// Messages for the runner; none for `continue`.
+    pub messages: Vec<Outgoing>,
+    /// Whether the messages lead to one `finished`.
+    pub starts: bool,
+}
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum Phase {
+    Waiting,
+    Current,
+    Ended,
+}
+
+#[derive(Debug)]
+struct Run {
+    phase: Phase,
+    /// The messages of the last starting request: its repetition is recognised by content.
+    content: Vec<Outgoing>,
+    /// Messages not sent yet (while waiting).
+    unsent: Vec<Outgoing>,
+    /// `finished` messages still expected from the runner.
+    expected: u32,
+    records: VecDeque<Record>,
+    weight: usize,
+    ends: usize,
+    dropped: u64,
+    started: Instant,
+    polled: Instant,
+    pollers: u32,
+    /// Taken over from before our start, and nothing of it seen yet: it may not exist at all.
+    tentative: bool,
+    last: Option<Taken>,
+}
+
+const MARKER_PREFIX: &str = "[bai-agent: ";
+const REQUESTS_PER_RUN: u32 = 16;
+/// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
+const MERGE_LIMIT: usize = 64 * 1024;
+
+impl Run {
+    fn new(now: Instant, phase: Phase) -> Self {
+        Self {
+            phase,
+            content: Vec::new(),
+            unsent: Vec::new(),
+            expected: 0,
+            records: VecDeque::new(),
+            weight: 0,
+            ends: 0,
+            dropped: 0,
+            started: now,
+            polled: now,
+            pollers: 0,
+            tentative: false,
+            last: None,
+        }
+    }
+
+    fn push(&mut self, record: Record, limits: &RunLimits) {
+        self.tentative = false;
+        if let (Some(Record::Text(last_stream, last)), Record::Text(stream, text)) =
+            (self.records.back_mut(), &record)
+            && last_stream == stream
+            && last.len() + text.len() <= MERGE_LIMIT
+        {
+            last.push_str(text);
+            self.weight += text.len();
+        } else {
+            self.weight += record.weight();
+            if is_end(&record) {
+                self.ends += 1;
+            }
+            self.records.push_back(record);
+        }
+        while (self.weight > limits.bytes || self.records.len() > limits.records)
+            && self.drop_oldest()
+        {}
+    }
+
+    /// Drops the oldest piece of output; ends of steps are never dropped.
+    fn drop_oldest(&mut self) -> bool {
+        let Some(position) = self.records.iter().position(|record| !is_end(record)) else {
+            // Only ends are left: a runner that floods us with them loses the oldest.
+            if let Some(end) = self.records.pop_front() {
+                self.weight = self.weight.saturating_sub(end.weight());
+                self.ends = self.ends.saturating_sub(1);
+                return true;
+            }
+            return false;
+        };
+        if let Some(record) = self.records.remove(position) {
+            self.weight = self.weight.saturating_sub(record.weight());
+            self.dropped = self
+                .dropped
+                .saturating_add(u64::try_from(record.weight()).unwrap_or(u64::MAX));
+        }
+        true
+    }
+
+    fn drop_output(&mut self) {
+        while self.records.iter().any(|record| !is_end(record)) && self.drop_oldest() {}
+    }
+
+    fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
+        let overdue = self.phase == Phase::Current
+            && limits
+                .exec_timeout
+                .is_some_and(|limit| now.saturating_duration_since(self.started) > limit);
+        let ready = self.ends > 0 || overdue || flush || self.weight >= limits.result_bytes;
+        if !ready {
+            return None;
+        }
+        let mut records = Vec::new();
+        if self.dropped > 0 {
+            let words = format!(
+                "{MARKER_PREFIX}about {} bytes of earlier output were dropped, nobody read them in time]\n",
+                self.dropped
+            );
+            records.push(Record::Text(Stream::Stderr, words));
+            self.dropped = 0;
+        }
+        let mut taken_bytes = 0;
+        let mut ending = if overdue && self.ends == 0 {
+            Ending::ExecTimeout
+        } else {
+            Ending::Continued
+        };
+        while let Some(record) = self.records.pop_front() {
+            self.weight = self.weight.saturating_sub(record.weight());
+            match record {
+                Record::StepEnd(step, exit_code) => {
+                    self.ends = self.ends.saturating_sub(1);
+                    ending = Ending::Step(step, exit_code);
+                    break;
+                }
+                Record::WaitingInput(options) => {
+                    self.ends = self.ends.saturating_sub(1);
+                    ending = Ending::WaitingInput(options);
+                    break;
+                }
+                output => {
+                    taken_bytes += output.weight();
+                    records.push(output);
+                    if taken_bytes >= limits.result_bytes {
+                        break;
+                    }
+                }
+            }
+        }
+        Some(Taken { records, ending })
+    }
+}
+
+fn is_end(record: &Record) -> bool {
+    matches!(record, Record::StepEnd(..) | Record::WaitingInput(_))
+}
+
+/// All runs of one kernel.
+#[derive(Debug)]
+pub struct RunTable {
+    limits: RunLimits,
+    runs: HashMap<String, Run>,
+    current: Option<String>,
+    waiting: VecDeque<String>,
+    /// After a restart of the agent the runner may be in the middle of a run: what arrives before any
+    /// run is known here is kept for the first client that continues an id we do not know.
+    orphan: Option<Run>,
+}
+
+impl RunTable {
+    /// An empty table. `resumed`: the container ran before we connected.
+    pub fn new(limits: RunLimits, resumed: bool, now: Instant) -> Self {
+        let orphan = resumed.then(|| Run::new(now, Phase::Waiting));
+        Self {
+            limits,
+            runs: HashMap::new(),
+            current: None,
+            waiting: VecDeque::new(),
+            orphan,
+        }
+    }
+
+    /// The run the runner works on.
+    pub fn current(&self) -> Option<&str> {
+        self.current.as_deref()
+    }
+
+    /// Accepts a client's request and returns the messages to send now.
+    pub fn submit(
+        &mut self,
+        now: Instant,
+        run_id: &str,
+        request: Submission,
+    ) -> Result<Vec<Outgoing>, RunRefused> {
+        if let Some(run) = self.runs.get_mut(run_id) {
+            run.polled = now;
+            let repeated = request.starts && run.content == request.messages;
+            if request.messages.is_empty() || repeated {
+                return Ok(Vec::new());
+            }
+            match run.phase {
+                Phase::Current | Phase::Waiting => {
+                    if run.expected >= REQUESTS_PER_RUN
+                        || run.unsent.len() >= 4 * REQUESTS_PER_RUN as usize
+                    {
+                        return Err(RunRefused::TooManyRequests {
+                            run_id: run_id.to_owned(),
+                        });
+                    }
+                    if request.starts {
+                        run.expected += 1;
+                        run.content.clone_from(&request.messages);
+                    }
+                    if run.phase == Phase::Current {
+                        return Ok(request.messages);
+                    }
+                    run.unsent.extend(request.messages);
+                    return Ok(Vec::new());
+                }
+                // Input for a run that is over: the runner ignores it, nobody waits.
+                Phase::Ended if !request.starts => return Ok(Vec::new()),
+                Phase::Ended => {
+                    self.runs.remove(run_id);
+                }
+            }
+        }
+        self.admit(now, run_id, request)
+    }
+
+    fn admit(
+        &mut self,
+        now: Instant,
+        run_id: &str,
+        request: Submission,
+    ) -> Result<Vec<Outgoing>, RunRefused> {
+        if !request.starts
+            && self.current.is_none()
+            && let Some(mut run) = self.orphan.take()
+        {
+            // The client goes on with a run that was started before we were.
+            run.polled = now;
+            run.started = now;
+            if run.phase != Phase::Ended {
+                run.tentative = run.phase == Phase::Waiting;
+                run.phase = Phase::Current;
+                run.expected = 1;
+                self.current = Some(run_id.to_owned());
+            }
+            self.runs.insert(run_id.to_owned(), run);
+            return Ok(request.messages);
+        }
+        if request.starts {
+            self.release_tentative();
+        }
+        let busy = self.current.is_some() || !self.waiting.is_empty() || self.orphan_works();
+        let mut run = Run::new(now, Phase::Waiting);
+        if request.starts {
+            run.expected = 1;
+            run.content.clone_from(&request.messages);
+        } else if busy {
+            // `continue` or `input` of an unknown id: there is nothing it could wait for.
+            run.phase = Phase::Ended;
+            self.runs.insert(run_id.to_owned(), run);
+            self.forget_surplus();
+            return Ok(Vec::new());
+        }
+        if busy {
+            if self.waiting.len() >= self.limits.waiting {
+                return Err(RunRefused::TooManyWaiting {
+                    waiting: self.waiting.len(),
+                });
+            }
+            run.unsent = request.messages;
+            self.waiting.push_back(run_id.to_owned());
+            self.runs.insert(run_id.to_owned(), run);
+            return Ok(Vec::new());
+        }
+        run.phase = if request.starts {
+            Phase::Current
+        } else {
+            Phase::Ended
+        };
+        if request.starts {
+            self.orphan = None;
+            self.current = Some(run_id.to_owned());
+        }
+        self.runs.insert(run_id.to_owned(), run);
+        self.forget_surplus();
+        Ok(request.messages)
+    }
+
+    /// A run taken over by name alone must not block a new one for ever.
+    fn release_tentative(&mut self) {
+        let Some(run_id) = &self.current else { return };
+        if let Some(run) = self.runs.get_mut(run_id)
+            && run.tentative
+        {
+            run.phase = Phase::Ended;
+            self.current = None;
+        }
+    }
+
+    /// Whether records of an unknown, unfinished run were seen after a restart.
+    fn orphan_works(&self) -> bool {
+        self.orphan
+            .as_ref()
+            .is_some_and(|orphan| orphan.phase == Phase::Current)
+    }
+
+    /// Takes over a run that the runner already works on (the batch job after a restart).
+    pub fn adopt(&mut self, now: Instant, run_id: &str) {
+        let mut run = self
+            .orphan
+            .take()
+            .unwrap_or_else(|| Run::new(now, Phase::Current));
+        run.polled = now;
+        if run.phase != Phase::Ended {
+            run.phase = Phase::Current;
+            run.expected = 1;
+            self.current = Some(run_id.to_owned());
+        }
+        self.runs.insert(run_id.to_owned(), run);
+    }
+
+    /// Files what the runner produced; returns messages of the next run when this ended the current one.
+    pub fn record(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
+        let finished = matches!(record, Record::StepEnd(Step::Run, _));
+        let run = match &self.current {
+            Some(run_id) => self.runs.get_mut(run_id),
+            None => self.orphan.as_mut(),
+        };
+        let Some(run) = run else {
+            return Vec::new();
+        };
+        if run.phase == Phase::Ended {
+            // A second `finished` of an unknown run: keep what is there.
+            return Vec::new();
+        }
+        run.push(record, &self.limits);
+        if self.current.is_none() {
+            run.phase = if finished {
+                Phase::Ended
+            } else {
+                Phase::Current
+            };
+            run.polled = now;
+            return if finished { self.next(now) } else { Vec::new() };
+        }
+        if !finished {
+            return Vec::new();
+        }
+        run.expected = run.expected.saturating_sub(1);
+        if run.expected > 0 {
+            return Vec::new();
+        }
+        run.phase = Phase::Ended;
+        run.polled = now;
+        self.current = None;
+        self.forget_surplus();
+        self.next(now)
+    }
+
+    fn next(&mut self, now: Instant) -> Vec<Outgoing> {
+        while let Some(run_id) = self.waiting.pop_front() {
+            if let Some(run) = self.runs.get_mut(&run_id) {
+                run.phase = Phase::Current;
+                run.started = now;
+                self.current = Some(run_id);
+                return std::mem::take(&mut run.unsent);
+            }
+        }
+        Vec::new()
+    }
+
+    /// Notes that a client waits for a result of this run.
+    pub fn begin_poll(&mut self, now: Instant, run_id: &str) {
+        if let Some(run) = self.runs.get_mut(run_id) {
+            run.pollers += 1;
+            run.polled = now;
+        }
+    }
+
+    /// Notes that the client stopped waiting.
+    pub fn end_poll(&mut self, now: Instant, run_id: &str) {
+        if let Some(run) = self.runs.get_mut(run_id) {
+            run.pollers = run.pollers.saturating_sub(1);
+            run.polled = now;
+        }
+    }
+
+    /// A result of the run, if one is complete, or whatever is there when `flush` (time is up).
+    pub fn take(&mut self, now: Instant, run_id: &str, flush: bool) -> Option<Taken> {
+        let Some(run) = self.runs.get_mut(run_id) else {
+            return flush.then(|| Taken {
+                records: Vec::new(),
+                ending: Ending::Continued,
+            });
+        };
+        if run.phase == Phase::Ended && run.records.is_empty() {
+            // Everything was taken before: the reply may have been lost on its way, so say it again.
+            return match &run.last {
+                Some(taken) => Some(taken.clone()),
+                None => flush.then(|| Taken {
+                    records: Vec::new(),
+                    ending: Ending::Continued,
+                }),
+            };
+        }
+        let taken = run.take(now, flush, &self.limits)?;
+        if matches!(taken.ending, Ending::ExecTimeout) {
+            run.phase = Phase::Ended;
+            run.last = Some(taken.clone());
+            if self.current.as_deref() == Some(run_id) {
+                self.current = None;
+            }
+        } else if run.phase == Phase::Ended && run.records.is_empty() {
+            run.last = Some(taken.clone());
+        }
+        Some(taken)
+    }
+
+    /// Forgets what nobody wants any more.
+    pub fn sweep(&mut self, now: Instant) {
+        let limits = self.limits.clone();
+        let idle = |run: &Run| now.saturating_duration_since(run.polled);
+        self.runs.retain(|_, run| match run.phase {
+            Phase::Waiting => run.pollers > 0 || idle(run) < limits.waiting_idle,
+            Phase::Ended => {
+                run.pollers > 0
+                    || idle(run)
+                        < if run.records.is_empty() {
+                            limits.ended_keep
+                        } else {
+                            limits.unread
+                        }
+            }
+            Phase::Current => true,
+        });
+        let runs = &self.runs;
+        self.waiting.retain(|run_id| runs.contains_key(run_id));
+        if let Some(run) = self
+            .current
+            .as_ref()
+            .and_then(|run_id| self.runs.get_mut(run_id))
+            && run.pollers == 0
+            && idle(run) >= limits.unread
+        {
+            run.drop_output();
+        }
+        if let Some(orphan) = &mut self.orphan
+            && idle(orphan) >= limits.unread
+        {
+            orphan.drop_output();
+        }
+    }
+
+    fn forget_surplus(&mut self) {
+        loop {
+            let ended = self
+                .runs
+                .iter()
+                .filter(|(_, run)| run.phase == Phase::Ended && run.pollers == 0);
+            if ended.clone().count() <= self.limits.ended {
+                return;
+            }
+            let Some(oldest) = ended
+                .min_by_key(|(_, run)| run.polled)
+                .map(|(run_id, _)| run_id.clone())
+            else {
+                return;
+            };
+            self.runs.remove(&oldest);
+        }
+    }
+}

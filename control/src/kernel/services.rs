@@ -1,0 +1,199 @@
+//! Services inside a kernel: start, shut down, model services, and what the image says about them.
+//!
+//! In: the RPC's wishes. Out: the runner's answers. Invariant: one service request is with the runner
+//! at a time, because it holds one lock for all of them and its answers carry no name; the caller gets
+//! an answer within 10 s while the runner may take 30 s (execution.md section 7).
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::runner_link::frame::{AnswerKind, Outgoing};
+use super::runner_link::{AppRecord, LinkError, RunnerLink};
+
+/// The manager gets its answer within this time.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// The runner polls a service's port for up to 30 s; 5 s for what comes before.
+const ANSWER_OWED: Duration = Duration::from_secs(35);
+/// Longest wait for a model service; a definition may ask for hours.
+const MODEL_LIMIT: Duration = Duration::from_secs(3600);
+
+/// A service to start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServiceStart {
+    /// Name.
+    pub name: String,
+    /// All container ports of the service.
+    pub ports: Vec<u16>,
+    /// `http`, `tcp`, `preopen`, `pty` ...
+    pub protocol: String,
+    /// The RPC's options (`arguments`, `envs`), unchanged.
+    pub options: Map<String, Value>,
+}
+
+/// The runner's answer, or ours in its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceReply {
+    /// `started`, `running` or `failed`.
+    pub status: String,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl ServiceReply {
+    /// A failure with its reason.
+    pub fn failed(error: impl Into<String>) -> Self {
+        Self {
+            status: "failed".to_owned(),
+            error: Some(error.into()),
+        }
+    }
+
+    /// The kernel was created with `block_service_ports`.
+    pub fn blocked() -> Self {
+        Self::failed("operation blocked")
+    }
+
+    /// The kernel has no service of this name.
+    pub fn unknown() -> Self {
+        Self::failed("invalid service name")
+    }
+
+    /// Whether the service runs.
+    pub fn is_up(&self) -> bool {
+        matches!(self.status.as_str(), "started" | "running")
+    }
+
+    fn from_outcome(outcome: Result<bytes::Bytes, LinkError>) -> Self {
+        match outcome {
+            Ok(answer) => serde_json::from_slice(&answer)
+                .unwrap_or_else(|_| Self::failed("the runner's answer could not be read")),
+            Err(LinkError::Timeout { .. }) => Self::failed("timeout"),
+            Err(LinkError::Closed) => Self::failed("cancelled"),
+            Err(err) => Self::failed(err.to_string()),
+        }
+    }
+}
+
+/// Starts a service and answers within 10 s. A service that needs longer is answered `timeout`; asking
+/// again later says `running`.
+pub async fn start_service(link: &RunnerLink, service: ServiceStart) -> ServiceReply {
+    let Some(port) = service.ports.first() else {
+        return ServiceReply::failed("the service has no port");
+    };
+    let payload = json!({
+        "name": service.name,
+        "port": port,
+        "ports": service.ports,
+        "protocol": service.protocol,
+        "options": service.options,
+    });
+    let message = Outgoing::json("start-service", &payload);
+    ServiceReply::from_outcome(
+        link.ask_alone(AnswerKind::Service, message, ANSWER_LIMIT, ANSWER_OWED)
+            .await,
+    )
+}
+
+/// Ends a service; the runner does not answer. A failure to tell it is only logged.
+pub fn shutdown_service(link: &RunnerLink, name: &str) {
+    if let Err(err) = link.post(Outgoing::json("shutdown-service", &Value::from(name))) {
+        tracing::debug!(kernel_id = %link.kernel_id(), service = name, %err, "A service could not be told to end.");
+    }
+}
+
+/// Starts a model service; `model` is one entry of the validated model definition. Health changes come
+/// through [`RunnerLink::model_updates`].
+pub async fn start_model_service(link: &RunnerLink, model: &Value) -> ServiceReply {
+    let limit = model_limit(model);
+    let message = Outgoing::json("start-model-service", model);
+    ServiceReply::from_outcome(
+        link.ask_alone(AnswerKind::ModelService, message, limit, ANSWER_OWED)
+            .await,
+    )
+}
+
+/// 10 s, plus all the retries of a health check.
+fn model_limit(model: &Value) -> Duration {
+    let check = &model["service"]["health_check"];
+    let (Some(retries), Some(wait)) = (
+        check["max_retries"].as_f64(),
+        check["max_wait_time"].as_f64(),
+    ) else {
+        return ANSWER_LIMIT;
+    };
+    let extra = Duration::try_from_secs_f64((retries * wait).max(0.0)).unwrap_or(MODEL_LIMIT);
+    (ANSWER_LIMIT + extra.min(MODEL_LIMIT)).min(MODEL_LIMIT)
+}
+
+/// A kernel's record of a service that the image may describe further.
+pub trait ServiceRecord {
+    /// The service's name.
+    fn name(&self) -> &str;
+    /// Takes over what the image says about it.
+    fn describe(&mut self, app: &AppRecord);
+}
+
+/// Merges the runner's list of services into the kernel's records of the same name.
+pub fn merge_apps<R: ServiceRecord>(records: &mut [R], apps: &[AppRecord]) {
+    for record in records {
+        if let Some(app) = apps.iter().find(|app| app.name == record.name()) {
+            record.describe(app);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_with_health_check_is_given_the_time_of_its_retries() {
+        assert_eq!(
+            model_limit(&json!({"service": {"health_check": null}})),
+            ANSWER_LIMIT
+        );
+        let model = json!({"service": {"health_check": {"max_retries": 3, "max_wait_time": 5.0}}});
+        assert_eq!(model_limit(&model), Duration::from_secs(25));
+        let endless =
+            json!({"service": {"health_check": {"max_retries": 1e300, "max_wait_time": 5.0}}});
+        assert_eq!(model_limit(&endless), MODEL_LIMIT);
+    }
+
+    #[test]
+    fn replies_are_what_the_manager_reads() {
+        assert_eq!(
+            serde_json::to_value(ServiceReply::blocked()).expect("plain"),
+            json!({"status": "failed", "error": "operation blocked"})
+        );
+        let running =
+            ServiceReply::from_outcome(Ok(bytes::Bytes::from_static(br#"{"status": "running"}"#)));
+        assert!(running.is_up());
+        assert_eq!(
+            serde_json::to_value(running).expect("plain"),
+            json!({"status": "running"})
+        );
+    }
+
+    #[test]
+    fn apps_are_merged_by_name() {
+        struct Port(&'static str, Option<String>);
+        impl ServiceRecord for Port {
+            fn name(&self) -> &str {
+                self.0
+            }
+            fn describe(&mut self, app: &AppRecord) {
+                self.1.clone_from(&app.url_template);
+            }
+        }
+        let mut ports = [Port("webapp", None), Port("other", None)];
+        let apps: Vec<AppRecord> =
+            serde_json::from_str(r#"[{"name": "webapp", "url_template": "{protocol}://{host}:{port}/"}, {"name": "fast"}]"#)
+                .expect("apps");
+        merge_apps(&mut ports, &apps);
+        assert_eq!(ports[0].1.as_deref(), Some("{protocol}://{host}:{port}/"));
+        assert_eq!(ports[1].1, None);
+    }
+}
