@@ -140,3 +140,54 @@ impl<'a> Cell<'a> {
         found
     }
 }
+
+#[cfg(all(test, loom))]
+mod models;
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn words() -> Vec<AtomicU64> {
+        (0..words_for(2)).map(|_| AtomicU64::new(0)).collect()
+    }
+
+    fn look(cell: &Cell<'_>, committed: u64) -> (Look, Vec<u64>) {
+        let mut copy = Vec::new();
+        let look = cell.look(committed, |slot| {
+            copy = slot.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        });
+        (look, copy)
+    }
+
+    #[test]
+    fn the_value_is_the_one_at_the_generation_asked_for() {
+        let words = words();
+        let cell = Cell::over(&words, 2).unwrap();
+        assert_eq!(look(&cell, 0), (Look::Empty, vec![]));
+        cell.write(0, 1, [1, 1].into_iter());
+        assert_eq!(look(&cell, 0), (Look::Empty, vec![]));
+        assert_eq!(look(&cell, 1), (Look::Whole(1), vec![1, 1]));
+        cell.write(1, 4, [4, 4].into_iter());
+        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
+        // Written again in the same batch: the committed value stays.
+        cell.write(1, 4, [5, 5].into_iter());
+        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
+        assert_eq!(look(&cell, 4), (Look::Whole(4), vec![5, 5]));
+        cell.write(4, 9, [9, 9].into_iter());
+        assert_eq!(look(&cell, 3), (Look::Moved, vec![]));
+        assert_eq!(look(&cell, 9), (Look::Whole(9), vec![9, 9]));
+    }
+
+    #[test]
+    fn repair_empties_only_what_was_never_committed() {
+        let words = words();
+        let cell = Cell::over(&words, 2).unwrap();
+        cell.write(0, 1, [1, 1].into_iter());
+        cell.write(1, 2, [2].into_iter());
+        assert!(cell.repair(1));
+        assert!(!cell.repair(1));
+        // Had the stamp stayed, a later commit would have shown half a row.
+        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
+    }
+}
