@@ -155,7 +155,10 @@ mod tests {
     fn look(cell: &Cell<'_>, committed: u64) -> (Look, Vec<u64>) {
         let mut copy = Vec::new();
         let look = cell.look(committed, |slot| {
-            copy = slot.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+            copy = slot
+                .iter()
+                .map(|word| word.load(Ordering::Relaxed))
+                .collect();
         });
         (look, copy)
     }

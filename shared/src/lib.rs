@@ -25,6 +25,8 @@ mod table;
 pub mod desired;
 #[cfg(not(loom))]
 pub mod doorbell;
+#[cfg(all(not(loom), any(test, feature = "fuzzing")))]
+pub mod fuzzing;
 #[cfg(not(loom))]
 pub mod ids;
 #[cfg(not(loom))]

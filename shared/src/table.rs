@@ -126,7 +126,10 @@ impl<K: Copy + Eq + Hash> Index<K> {
             }
             let generation = Generation(generation);
             match R::from_raw(&R::Raw::load(&bytes), generation) {
-                Some(typed) if !entries.contains_key(&typed.key()) => {
+                Some(typed)
+                    if matches!(used, state::USED | state::REMOVED)
+                        && !entries.contains_key(&typed.key()) =>
+                {
                     let removed = (used == state::REMOVED).then_some(generation);
                     entries.insert(typed.key(), Entry { row, removed });
                 }

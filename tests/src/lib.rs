@@ -4,4 +4,5 @@
 pub mod fake_runner;
 pub mod images;
 pub mod node;
+pub mod regions;
 pub mod wait;

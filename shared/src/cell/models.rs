@@ -37,7 +37,8 @@ impl Region {
     fn write_all(&self, generation: u64) {
         let committed = self.committed();
         for index in 0..self.cells.len() {
-            self.cell(index).write(committed, generation, [generation; PAYLOAD].into_iter());
+            self.cell(index)
+                .write(committed, generation, [generation; PAYLOAD].into_iter());
         }
     }
 
@@ -82,7 +83,10 @@ fn loom_a_whole_copy_is_of_the_committed_generation() {
             (Look::Moved, _) => {}
         }
         writer.join().unwrap();
-        assert_eq!(region.read(0, region.committed()), (Look::Whole(3), [3; PAYLOAD]));
+        assert_eq!(
+            region.read(0, region.committed()),
+            (Look::Whole(3), [3; PAYLOAD])
+        );
     });
 }
 
@@ -147,7 +151,9 @@ fn loom_a_row_left_out_of_a_batch_keeps_its_value() {
             let region = Arc::clone(&region);
             thread::spawn(move || {
                 for generation in 2..=3 {
-                    region.cell(0).write(generation - 1, generation, [generation; 2].into_iter());
+                    region
+                        .cell(0)
+                        .write(generation - 1, generation, [generation; 2].into_iter());
                     region.commit(generation);
                 }
             })
@@ -171,7 +177,9 @@ fn killed_after(stored: usize) {
         let writer = {
             let region = Arc::clone(&region);
             thread::spawn(move || {
-                region.cell(0).write(1, 2, [2; PAYLOAD].into_iter().take(stored));
+                region
+                    .cell(0)
+                    .write(1, 2, [2; PAYLOAD].into_iter().take(stored));
                 assert!(region.cell(0).repair(1));
                 assert!(!region.cell(0).repair(1));
                 region.write_all(3);
@@ -188,7 +196,10 @@ fn killed_after(stored: usize) {
             other => panic!("{other:?} at {committed}"),
         }
         writer.join().unwrap();
-        assert_eq!(region.read(0, region.committed()), (Look::Whole(3), [3; PAYLOAD]));
+        assert_eq!(
+            region.read(0, region.committed()),
+            (Look::Whole(3), [3; PAYLOAD])
+        );
     });
 }
 
