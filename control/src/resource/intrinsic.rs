@@ -1,0 +1,188 @@
+//! The two plugins every node has: `cpu` and `mem`.
+
+use rust_decimal::Decimal;
+use rust_decimal::prelude::ToPrimitive;
+use serde_json::{Map, json};
+
+use super::allocation::Shares;
+use super::host::HostInventory;
+use super::{
+    AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin, MapDevice,
+    PluginError, SlotDeclaration, SlotType, Strategy,
+};
+
+/// Cores: one device each.
+#[derive(Debug)]
+pub(super) struct CpuPlugin {
+    pub host: HostInventory,
+    /// Slots a core offers.
+    pub overcommit: u32,
+    /// Whether containers get a CPU quota.
+    pub quota: bool,
+    /// Whether memory is pinned to the cores' NUMA node.
+    pub memory_nodes: bool,
+}
+
+/// Memory: one device for all of it.
+#[derive(Debug)]
+pub(super) struct MemPlugin {
+    /// Bytes, with overcommit.
+    pub total: u64,
+}
+
+fn shares_of<'a>(allocation: &'a [(String, Shares)], slot: &str) -> &'a [(String, Amount)] {
+    allocation
+        .iter()
+        .find(|(name, _)| name == slot)
+        .map_or(&[], |(_, shares)| shares)
+}
+
+impl CpuPlugin {
+    fn node_of(&self, id: &str) -> Option<i32> {
+        self.host.node_of_core.get(&id.parse().ok()?).copied()
+    }
+}
+
+impl DevicePlugin for CpuPlugin {
+    fn key(&self) -> &str {
+        "cpu"
+    }
+
+    fn slots(&self) -> Vec<SlotDeclaration> {
+        vec![SlotDeclaration {
+            name: "cpu".to_owned(),
+            kind: SlotType::Count,
+        }]
+    }
+
+    fn devices(&self) -> Result<Vec<Device>, PluginError> {
+        let device = |core: &u32| Device {
+            id: core.to_string(),
+            device_name: "cpu".to_owned(),
+            hw_location: "root".to_owned(),
+            memory_size: 0,
+            processing_units: u64::from(self.overcommit),
+            numa_node: self.host.node_of_core.get(core).copied(),
+        };
+        Ok(self.host.cores.iter().map(device).collect())
+    }
+
+    fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
+        let rows = devices.iter().map(|device| MapDevice {
+            id: device.id.clone(),
+            slot: "cpu".to_owned(),
+            kind: SlotType::Count,
+            total: device.processing_units.into(),
+        });
+        AllocationMap::discrete(Strategy::Evenly, rows.collect(), Vec::new())
+    }
+
+    fn totals(&self, devices: &[Device]) -> Vec<(String, Amount)> {
+        let units = devices
+            .iter()
+            .map(|device| device.processing_units)
+            .sum::<u64>();
+        vec![("cpu".to_owned(), units.into())]
+    }
+
+    fn limit(&self, _: &[Device], allocation: &[(String, Shares)], limits: &mut ContainerLimits) {
+        let shares = shares_of(allocation, "cpu");
+        let mut cores: Vec<u32> = shares
+            .iter()
+            .filter_map(|(id, _)| id.parse().ok())
+            .collect();
+        cores.sort_unstable();
+        cores.dedup();
+        if cores.is_empty() {
+            return;
+        }
+        limits.cpu_count = u32::try_from(cores.len()).unwrap_or(u32::MAX);
+        let listed: Vec<String> = cores.iter().map(u32::to_string).collect();
+        limits.cpuset_cpus = Some(listed.join(","));
+        if self.quota {
+            let slots: Amount = shares.iter().map(|(_, amount)| *amount).sum();
+            let nano = slots * Decimal::from(1_000_000_000) / Decimal::from(self.overcommit.max(1));
+            limits.nano_cpus = nano.to_i64();
+        }
+        // One node says nothing on a host that has only one.
+        if self.memory_nodes && self.host.node_memory.len() > 1 {
+            let mut nodes = cores.iter().map(|core| self.node_of(&core.to_string()));
+            if let Some(Some(first)) = nodes.next()
+                && nodes.all(|node| node == Some(first))
+            {
+                limits.cpuset_mems = Some(first.to_string());
+            }
+        }
+    }
+
+    fn attached(&self, _: &[Device], allocation: &[(String, Shares)]) -> Vec<AttachedDevice> {
+        let shares = shares_of(allocation, "cpu");
+        let device = |(id, _): &(String, Amount)| AttachedDevice {
+            device_id: id.clone(),
+            model_name: String::new(),
+            data: Map::from_iter([("cores".to_owned(), json!(shares.len()))]),
+        };
+        shares.iter().map(device).collect()
+    }
+}
+
+impl DevicePlugin for MemPlugin {
+    fn key(&self) -> &str {
+        "mem"
+    }
+
+    fn slots(&self) -> Vec<SlotDeclaration> {
+        vec![SlotDeclaration {
+            name: "mem".to_owned(),
+            kind: SlotType::Bytes,
+        }]
+    }
+
+    fn devices(&self) -> Result<Vec<Device>, PluginError> {
+        Ok(vec![Device {
+            id: "root".to_owned(),
+            device_name: "mem".to_owned(),
+            hw_location: "root".to_owned(),
+            memory_size: self.total,
+            processing_units: 0,
+            numa_node: Some(0),
+        }])
+    }
+
+    fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
+        let rows = devices.iter().map(|device| MapDevice {
+            id: device.id.clone(),
+            slot: "mem".to_owned(),
+            kind: SlotType::Bytes,
+            total: device.memory_size.into(),
+        });
+        AllocationMap::discrete(Strategy::Fill, rows.collect(), Vec::new())
+    }
+
+    fn totals(&self, devices: &[Device]) -> Vec<(String, Amount)> {
+        let bytes = devices.iter().map(|device| device.memory_size).sum::<u64>();
+        vec![("mem".to_owned(), bytes.into())]
+    }
+
+    fn limit(&self, _: &[Device], allocation: &[(String, Shares)], limits: &mut ContainerLimits) {
+        let bytes: Amount = shares_of(allocation, "mem")
+            .iter()
+            .map(|(_, amount)| *amount)
+            .sum();
+        // Whole bytes; more than the engine can count is as good as its largest number.
+        let bytes = bytes.trunc().to_i64().unwrap_or(i64::MAX);
+        if bytes > 0 {
+            limits.memory = Some(bytes);
+            limits.memory_swap = Some(bytes);
+        }
+    }
+
+    fn attached(&self, _: &[Device], allocation: &[(String, Shares)]) -> Vec<AttachedDevice> {
+        let device = |(id, _): &(String, Amount)| AttachedDevice {
+            device_id: id.clone(),
+            model_name: String::new(),
+            data: Map::new(),
+        };
+        shares_of(allocation, "mem").iter().map(device).collect()
+    }
+}

@@ -1,0 +1,572 @@
+//! Who holds what. One lock guards the maps and the holders together, so a reservation is one step
+//! and nothing is ever recounted from containers: the original clears its maps and scans Docker
+//! after every failure, and forgets kernels that have no container yet (double allocation).
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use config::{AffinityPolicy, Config};
+use rust_decimal::Decimal;
+use serde::Serialize;
+use shared::ids::KernelId;
+
+use super::affinity::{AffinityGraph, Hint};
+use super::host::{HostError, HostInventory};
+use super::intrinsic::{CpuPlugin, MemPlugin};
+use super::map::MapRequest;
+use super::slots::text;
+use super::{
+    Allocation, AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin,
+    PluginError, ResourceError, SlotType, Slots, belongs,
+};
+
+/// Why the ledger can not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum InventoryError {
+    /// The host does not tell what it has.
+    #[error("the cores and the memory of this host can not be found out")]
+    Host(#[source] HostError),
+    /// A plugin does not tell its devices.
+    #[error("the devices of {plugin} can not be listed")]
+    Devices {
+        /// Device name.
+        plugin: String,
+        /// The cause.
+        #[source]
+        source: PluginError,
+    },
+    /// Two plugins of one name.
+    #[error("two plugins are called {0}; leave one out with agent.block-compute-plugins")]
+    Twice(String),
+    /// A plugin offers a slot outside its name.
+    #[error(
+        "the plugin {plugin} offers the slot {slot}, which does not start with {plugin}; leave it out with agent.block-compute-plugins"
+    )]
+    SlotName {
+        /// Device name.
+        plugin: String,
+        /// Slot.
+        slot: String,
+    },
+}
+
+/// Why a recorded allocation can not be taken back into the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// The kernel holds something else already.
+    #[error("kernel {0} holds another allocation already")]
+    Held(KernelId),
+}
+
+/// What was odd about a restored allocation; it is held all the same, because it is the truth.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Slot and id of devices that are gone.
+    pub missing: Vec<(String, String)>,
+    /// Slot and id of devices now used beyond what they have.
+    pub overused: Vec<(String, String)>,
+}
+
+/// A request for a kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotRequest {
+    /// Amounts.
+    pub slots: Slots,
+    /// Whether shares of a device may be split over several
+    /// (`resource_opts.allow_fractional_resource_fragmentation`).
+    pub allow_fragmentation: bool,
+}
+
+/// What a reservation gave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reserved {
+    /// All known slots with what was asked, zeroes included: `SLOTS` of `resource.txt`.
+    pub slots: Slots,
+    /// The devices.
+    pub allocation: Allocation,
+}
+
+/// How far a holder is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HeldState {
+    /// Its container is being made.
+    Reserved,
+    /// Its container exists.
+    Committed,
+}
+
+/// A kernel and what it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// How far it is.
+    pub state: HeldState,
+    /// Its devices.
+    pub allocation: Allocation,
+}
+
+/// The ledger at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// Slot, device id, used and total, as text.
+    pub devices: Vec<(String, String, String, String)>,
+    /// Holder by kernel id.
+    pub holders: BTreeMap<String, Holder>,
+}
+
+/// What the node announces of a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AvailableSlot {
+    /// Slot name.
+    pub name: String,
+    /// What it counts.
+    pub kind: SlotType,
+    /// How much, without what is reserved for the host. Not reduced by what kernels hold.
+    pub amount: Amount,
+}
+
+/// Settings of a ledger.
+#[derive(Debug, Clone)]
+pub(super) struct Policy {
+    pub order: Vec<String>,
+    pub affinity: AffinityPolicy,
+    pub reserved_cpu: u32,
+    pub reserved_mem: u64,
+    pub align_mem: u64,
+}
+
+/// The reservation ledger of a node.
+#[derive(Debug)]
+pub struct Ledger {
+    computers: Vec<Computer>,
+    graph: AffinityGraph,
+    /// Slot to its type, in the order of the plugins.
+    known: Vec<(String, SlotType)>,
+    policy: Policy,
+    node_memory: BTreeMap<i32, u64>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct Computer {
+    plugin: Box<dyn DevicePlugin>,
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, Clone)]
+struct State {
+    /// One map per computer, in the same order.
+    maps: Vec<AllocationMap>,
+    holders: BTreeMap<KernelId, Holder>,
+}
+
+impl Ledger {
+    /// Finds out what the host has and sets up an empty ledger; `plugins` are the accelerators.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// When the host or a plugin does not tell its devices, or plugins are in conflict.
+    pub fn discover(
+        config: &Config,
+        plugins: Vec<Box<dyn DevicePlugin>>,
+    ) -> Result<Self, InventoryError> {
+        let host = HostInventory::read().map_err(InventoryError::Host)?;
+        let total = host.memory.saturating_mul(config.overcommit.mem.into());
+        let node_memory = host.node_memory.clone();
+        let mut all: Vec<Box<dyn DevicePlugin>> = vec![
+            Box::new(CpuPlugin {
+                host,
+                overcommit: config.overcommit.cpu,
+                quota: config.node.cpu_quota,
+                memory_nodes: config.node.memory_nodes,
+            }),
+            Box::new(MemPlugin { total }),
+        ];
+        all.extend(plugins);
+        let policy = Policy {
+            order: config.resource.allocation_order.clone(),
+            affinity: config.resource.affinity_policy,
+            reserved_cpu: config.resource.reserved_cpu,
+            reserved_mem: config.resource.reserved_mem.0,
+            align_mem: config.resource.memory_align_size.0,
+        };
+        Self::with_plugins(all, policy, node_memory)
+    }
+
+    pub(super) fn with_plugins(
+        plugins: Vec<Box<dyn DevicePlugin>>,
+        mut policy: Policy,
+        node_memory: BTreeMap<i32, u64>,
+    ) -> Result<Self, InventoryError> {
+        let mut computers: Vec<Computer> = Vec::new();
+        let mut known: Vec<(String, SlotType)> = Vec::new();
+        for plugin in plugins {
+            let key = plugin.key().to_owned();
+            if computers
+                .iter()
+                .any(|computer| computer.plugin.key() == key)
+            {
+                return Err(InventoryError::Twice(key));
+            }
+            for slot in plugin.slots() {
+                if !belongs(&slot.name, &key) {
+                    return Err(InventoryError::SlotName {
+                        plugin: key,
+                        slot: slot.name,
+                    });
+                }
+                known.push((slot.name, slot.kind));
+            }
+            let devices = plugin.devices().map_err(|source| InventoryError::Devices {
+                plugin: key,
+                source,
+            })?;
+            computers.push(Computer { plugin, devices });
+        }
+        complete_order(&mut policy.order, &computers);
+        let maps = computers
+            .iter()
+            .map(|c| c.plugin.allocation_map(&c.devices))
+            .collect();
+        let graph = AffinityGraph::of(computers.iter().flat_map(|c| &c.devices));
+        let state = Mutex::new(State {
+            maps,
+            holders: BTreeMap::new(),
+        });
+        Ok(Self {
+            computers,
+            graph,
+            known,
+            policy,
+            node_memory,
+            state,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change replaces whole values, so a panic elsewhere leaves nothing half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Completes a request: known slots that are missing get zero, unknown zero ones are dropped.
+    ///
+    /// # Errors
+    /// An unknown slot with an amount, or no `cpu` or `mem`.
+    pub fn normalise(&self, requested: &Slots) -> Result<Slots, ResourceError> {
+        for slot in ["cpu", "mem"] {
+            if requested.get(slot).is_none() {
+                return Err(ResourceError::argument(format!(
+                    "the request names no {slot}; every kernel needs cpu and mem"
+                )));
+            }
+        }
+        let mut slots = Slots::new();
+        for (name, amount) in requested.iter() {
+            if self.known.iter().any(|(known, _)| known == name) {
+                slots.set(name, amount);
+            } else if !amount.is_zero() {
+                let known: Vec<&str> = self.known.iter().map(|(name, _)| name.as_str()).collect();
+                return Err(ResourceError::Unsupported {
+                    slot: name.to_owned(),
+                    known: known.join(", "),
+                });
+            }
+        }
+        for (name, _) in &self.known {
+            if slots.get(name).is_none() {
+                slots.set(name, Decimal::ZERO);
+            }
+        }
+        Ok(slots)
+    }
+
+    /// Gives a kernel devices, all or none.
+    ///
+    /// # Errors
+    /// As the original's classes; `ResourceError` when the kernel holds something already.
+    pub fn reserve(
+        &self,
+        kernel_id: KernelId,
+        request: &SlotRequest,
+    ) -> Result<Reserved, ResourceError> {
+        let slots = self.normalise(&request.slots)?;
+        let mut state = self.state();
+        if state.holders.contains_key(&kernel_id) {
+            return Err(ResourceError::General(
+                "Kernel creation already in progress".to_owned(),
+            ));
+        }
+        // Tried on a copy: a refusal leaves no trace.
+        let mut maps = state.maps.clone();
+        let allocation = self.place(&mut maps, &slots, request.allow_fragmentation)?;
+        state.maps = maps;
+        let holder = Holder {
+            state: HeldState::Reserved,
+            allocation: allocation.clone(),
+        };
+        state.holders.insert(kernel_id, holder);
+        Ok(Reserved { slots, allocation })
+    }
+
+    fn place(
+        &self,
+        maps: &mut [AllocationMap],
+        slots: &Slots,
+        allow_fragmentation: bool,
+    ) -> Result<Allocation, ResourceError> {
+        let mut hint = Hint::first(&self.graph, self.policy.affinity);
+        let mut allocation = Allocation::default();
+        for name in &self.policy.order {
+            let Some(index) = self.computers.iter().position(|c| c.plugin.key() == name) else {
+                continue;
+            };
+            let wanted: Vec<(String, Amount)> = slots
+                .iter()
+                .filter(|(slot, _)| belongs(slot, name))
+                .map(|(slot, amount)| (slot.to_owned(), amount))
+                .collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let request = MapRequest {
+                context: Some(name),
+                hint: Some(&hint),
+                allow_fragmentation,
+            };
+            let given = maps[index].allocate(&wanted, request)?;
+            let ids = given.iter().flat_map(|(_, shares)| shares);
+            hint.given = ids.map(|(id, _)| (name.clone(), id.clone())).collect();
+            allocation.insert(name, given);
+        }
+        Ok(allocation)
+    }
+
+    /// Marks that the kernel's container exists. False when it holds nothing.
+    pub fn commit(&self, kernel_id: KernelId) -> bool {
+        match self.state().holders.get_mut(&kernel_id) {
+            Some(holder) => {
+                holder.state = HeldState::Committed;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Takes back what a kernel holds; none when it holds nothing, so twice does no harm.
+    pub fn release(&self, kernel_id: KernelId) -> Option<Allocation> {
+        let mut state = self.state();
+        let holder = state.holders.remove(&kernel_id)?;
+        for (computer, map) in self.computers.iter().zip(&mut state.maps) {
+            map.free(holder.allocation.of_device(computer.plugin.key()));
+        }
+        Some(holder.allocation)
+    }
+
+    /// Takes a recorded allocation into the ledger as it was, also when devices are gone or
+    /// overused: a running kernel is the truth. The same again changes nothing.
+    ///
+    /// # Errors
+    /// When the kernel holds something else.
+    pub fn restore(
+        &self,
+        kernel_id: KernelId,
+        allocation: &Allocation,
+    ) -> Result<Restored, RestoreError> {
+        let mut state = self.state();
+        if let Some(holder) = state.holders.get_mut(&kernel_id) {
+            if !holder.allocation.same_as(allocation) {
+                return Err(RestoreError::Held(kernel_id));
+            }
+            holder.state = HeldState::Committed;
+            return Ok(Restored::default());
+        }
+        let mut restored = Restored::default();
+        for (device, slots) in allocation.devices() {
+            match self.computers.iter().position(|c| c.plugin.key() == device) {
+                Some(index) => {
+                    restored.missing.extend(state.maps[index].apply(slots));
+                    restored.overused.extend(state.maps[index].overused());
+                }
+                None => {
+                    let all = slots
+                        .iter()
+                        .flat_map(|(slot, shares)| shares.iter().map(move |s| (slot, &s.0)));
+                    restored
+                        .missing
+                        .extend(all.map(|(slot, id)| (slot.clone(), id.clone())));
+                }
+            }
+        }
+        let holder = Holder {
+            state: HeldState::Committed,
+            allocation: allocation.clone(),
+        };
+        state.holders.insert(kernel_id, holder);
+        Ok(restored)
+    }
+
+    /// What a kernel holds.
+    pub fn allocation(&self, kernel_id: KernelId) -> Option<Allocation> {
+        self.state()
+            .holders
+            .get(&kernel_id)
+            .map(|holder| holder.allocation.clone())
+    }
+
+    /// The whole ledger, for people and for tests.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.state();
+        let rows = state.maps.iter().flat_map(AllocationMap::rows);
+        let devices = rows.map(|(device, used)| {
+            (
+                device.slot.clone(),
+                device.id.clone(),
+                text(used),
+                text(device.total),
+            )
+        });
+        let holders = state
+            .holders
+            .iter()
+            .map(|(id, holder)| (id.to_string(), holder.clone()));
+        Snapshot {
+            devices: devices.collect(),
+            holders: holders.collect(),
+        }
+    }
+
+    /// What the container of an allocation may use.
+    pub fn container_limits(&self, allocation: &Allocation) -> ContainerLimits {
+        let mut limits = ContainerLimits::default();
+        for Computer { plugin, devices } in &self.computers {
+            plugin.limit(devices, allocation.of_device(plugin.key()), &mut limits);
+        }
+        if let Some(node) = limits
+            .cpuset_mems
+            .as_deref()
+            .and_then(|node| node.parse().ok())
+            && !self.node_has_room(node, allocation)
+        {
+            limits.cpuset_mems = None;
+        }
+        limits
+    }
+
+    /// Whether the memory of all kernels whose cores are on the node, this one included, fits it:
+    /// pinning more than a node has would kill one of them while others have memory free.
+    fn node_has_room(&self, node: i32, allocation: &Allocation) -> bool {
+        let Some(memory) = self.node_memory.get(&node) else {
+            return false;
+        };
+        let Some(cpu) = self.computers.iter().find(|c| c.plugin.key() == "cpu") else {
+            return false;
+        };
+        let on_node = |allocation: &Allocation| {
+            let ids = allocation.ids("cpu", "cpu");
+            !ids.is_empty()
+                && ids.iter().all(|id| {
+                    cpu.devices
+                        .iter()
+                        .any(|d| d.id == *id && d.numa_node == Some(node))
+                })
+        };
+        let state = self.state();
+        let held: Amount = state
+            .holders
+            .values()
+            .map(|holder| &holder.allocation)
+            .filter(|held| *held != allocation && on_node(held))
+            .map(|held| held.total("mem", "mem"))
+            .sum();
+        held + allocation.total("mem", "mem") <= Decimal::from(*memory)
+    }
+
+    /// The devices of an allocation per device name, as shown with the kernel.
+    pub fn attached_devices(&self, allocation: &Allocation) -> Vec<(String, Vec<AttachedDevice>)> {
+        let attached = |name: &str| {
+            let computer = self.computers.iter().find(|c| c.plugin.key() == name);
+            computer.map(|c| c.plugin.attached(&c.devices, allocation.of_device(name)))
+        };
+        let names = allocation.devices().map(|(name, _)| name);
+        names
+            .filter_map(|name| Some((name.to_owned(), attached(name)?)))
+            .collect()
+    }
+
+    /// What the node announces: every declared slot, without what is reserved for the host.
+    pub fn available(&self) -> Vec<AvailableSlot> {
+        let mut totals: Vec<(String, Amount)> = Vec::new();
+        for Computer { plugin, devices } in &self.computers {
+            totals.extend(plugin.totals(devices));
+        }
+        let total = |slot: &str| {
+            let found = totals.iter().find(|(name, _)| name == slot);
+            found.map_or(Decimal::ZERO, |(_, amount)| *amount)
+        };
+        self.known
+            .iter()
+            .map(|(name, kind)| {
+                let amount = match name.as_str() {
+                    "mem" => {
+                        let bytes = u64::try_from(total(name)).unwrap_or(u64::MAX);
+                        align_memory(bytes, self.policy.reserved_mem, self.policy.align_mem).into()
+                    }
+                    "cpu" => {
+                        (total(name) - Decimal::from(self.policy.reserved_cpu)).max(Decimal::ZERO)
+                    }
+                    name => total(name),
+                };
+                AvailableSlot {
+                    name: name.clone(),
+                    kind: *kind,
+                    amount,
+                }
+            })
+            .collect()
+    }
+
+    /// Device name and version of every plugin, for the heartbeat's `compute_plugins`.
+    pub fn compute_plugins(&self) -> Vec<(String, String)> {
+        let all = self.computers.iter().map(|c| &c.plugin);
+        all.map(|plugin| (plugin.key().to_owned(), plugin.version()))
+            .collect()
+    }
+
+    /// Whether a slot counts bytes.
+    pub fn is_bytes(&self, slot: &str) -> bool {
+        self.known
+            .iter()
+            .any(|(name, kind)| name == slot && *kind == SlotType::Bytes)
+    }
+}
+
+/// Devices the order does not name come before `cpu`, else last: the original fails every creation
+/// then.
+fn complete_order(order: &mut Vec<String>, computers: &[Computer]) {
+    for name in computers.iter().map(|c| c.plugin.key()) {
+        if order.iter().any(|known| known == name) {
+            continue;
+        }
+        tracing::warn!(
+            device = name,
+            "Device is missing from resource.allocation-order."
+        );
+        let place = order
+            .iter()
+            .position(|known| known == "cpu")
+            .unwrap_or(order.len());
+        order.insert(place, name.to_owned());
+    }
+}
+
+/// The memory announced: the original's rule, bit by bit, because the manager compares values. Its
+/// first step looks like rounding up and adds the remainder.
+fn align_memory(total: u64, reserved: u64, align: u64) -> u64 {
+    let align = u128::from(align.max(1));
+    let total = u128::from(total);
+    let usable = (total + total % align).saturating_sub(u128::from(reserved));
+    u64::try_from(usable - usable % align).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

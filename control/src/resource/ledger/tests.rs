@@ -1,0 +1,699 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::resource::map::{MapDevice, Strategy};
+use crate::resource::plugin::SlotDeclaration;
+
+fn policy() -> Policy {
+    Policy {
+        order: ["cuda", "rocm", "tpu", "cpu", "mem"]
+            .map(str::to_owned)
+            .to_vec(),
+        affinity: AffinityPolicy::Interleaved,
+        reserved_cpu: 1,
+        reserved_mem: 1 << 30,
+        align_mem: 16 << 20,
+    }
+}
+
+fn host(cores: u32, nodes: u32, gib: u64) -> HostInventory {
+    let node = |core: u32| i32::try_from(core * nodes / cores).unwrap();
+    let per_node = (gib << 30) / u64::from(nodes);
+    HostInventory {
+        cores: (0..cores).collect(),
+        node_of_core: (0..cores).map(|core| (core, node(core))).collect(),
+        node_memory: (0..nodes)
+            .map(|id| (i32::try_from(id).unwrap(), per_node))
+            .collect(),
+        memory: gib << 30,
+    }
+}
+
+fn intrinsic(host: HostInventory, overcommit: u32, quota: bool) -> Vec<Box<dyn DevicePlugin>> {
+    let total = host.memory;
+    vec![
+        Box::new(CpuPlugin {
+            host,
+            overcommit,
+            quota,
+            memory_nodes: true,
+        }),
+        Box::new(MemPlugin { total }),
+    ]
+}
+
+fn ledger_of(host: HostInventory) -> Ledger {
+    let memory = host.node_memory.clone();
+    Ledger::with_plugins(intrinsic(host, 1, false), policy(), memory).unwrap()
+}
+
+/// Eight cores on one node, 16 GiB.
+fn ledger() -> Ledger {
+    ledger_of(host(8, 1, 16))
+}
+
+/// A device kind that is not in the usual order.
+#[derive(Debug)]
+struct Fpga {
+    key: &'static str,
+    slot: &'static str,
+    count: u32,
+}
+
+impl DevicePlugin for Fpga {
+    fn key(&self) -> &str {
+        self.key
+    }
+    fn slots(&self) -> Vec<SlotDeclaration> {
+        vec![SlotDeclaration {
+            name: self.slot.to_owned(),
+            kind: SlotType::Count,
+        }]
+    }
+    fn devices(&self) -> Result<Vec<Device>, PluginError> {
+        let device = |index: u32| Device {
+            id: format!("f{index}"),
+            device_name: self.key.to_owned(),
+            hw_location: "0000:01:00.0".to_owned(),
+            memory_size: 0,
+            processing_units: 1,
+            numa_node: Some(0),
+        };
+        Ok((0..self.count).map(device).collect())
+    }
+    fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
+        let rows = devices.iter().map(|device| MapDevice {
+            id: device.id.clone(),
+            slot: self.slot.to_owned(),
+            kind: SlotType::Count,
+            total: 1.into(),
+        });
+        AllocationMap::discrete(Strategy::Evenly, rows.collect(), vec![])
+    }
+    fn totals(&self, devices: &[Device]) -> Vec<(String, Amount)> {
+        vec![(self.slot.to_owned(), devices.len().into())]
+    }
+    fn limit(
+        &self,
+        _: &[Device],
+        allocation: &[(String, Vec<(String, Amount)>)],
+        limits: &mut ContainerLimits,
+    ) {
+        for (id, _) in allocation.iter().flat_map(|(_, shares)| shares) {
+            limits.environment.push(("FPGA".to_owned(), id.clone()));
+        }
+    }
+    fn attached(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)]) -> Vec<AttachedDevice> {
+        Vec::new()
+    }
+}
+
+fn kernel(n: u8) -> KernelId {
+    KernelId([n; 16])
+}
+
+fn ask(cpu: &str, mem: &str) -> SlotRequest {
+    SlotRequest {
+        slots: Slots::from_text([("cpu", cpu), ("mem", mem)]).unwrap(),
+        allow_fragmentation: true,
+    }
+}
+
+#[test]
+fn a_reservation_gives_devices_and_a_release_gives_them_back() {
+    let ledger = ledger();
+    let empty = ledger.snapshot();
+    let reserved = ledger.reserve(kernel(1), &ask("3", "2g")).unwrap();
+    assert_eq!(reserved.allocation.ids("cpu", "cpu"), ["0", "1", "2"]);
+    assert_eq!(
+        reserved.allocation.total("mem", "mem"),
+        Decimal::from(2_u64 << 30)
+    );
+    assert_eq!(
+        ledger.allocation(kernel(1)),
+        Some(reserved.allocation.clone())
+    );
+    assert!(ledger.commit(kernel(1)));
+    let limits = ledger.container_limits(&reserved.allocation);
+    assert_eq!(limits.cpuset_cpus.as_deref(), Some("0,1,2"));
+    assert_eq!(
+        (limits.memory, limits.memory_swap),
+        (Some(2 << 30), Some(2 << 30))
+    );
+    assert_eq!(
+        (limits.nano_cpus, limits.cpuset_mems, limits.cpu_count),
+        (None, None, 3)
+    );
+    assert_eq!(ledger.release(kernel(1)), Some(reserved.allocation));
+    assert_eq!(ledger.snapshot(), empty);
+}
+
+/// The original frees on failure and then rebuilds, which can free twice.
+#[test]
+fn releasing_twice_frees_once() {
+    let ledger = ledger();
+    ledger.reserve(kernel(1), &ask("1", "1g")).unwrap();
+    let other = ledger.reserve(kernel(2), &ask("1", "1g")).unwrap();
+    assert!(ledger.release(kernel(1)).is_some());
+    let after = ledger.snapshot();
+    assert_eq!(ledger.release(kernel(1)), None);
+    assert_eq!(ledger.snapshot(), after);
+    assert_eq!(ledger.allocation(kernel(2)), Some(other.allocation));
+    assert!(!ledger.commit(kernel(1)));
+}
+
+/// The original forgets a kernel without a container when another one is cleaned up.
+#[test]
+fn a_kernel_without_a_container_keeps_its_devices_while_others_come_and_go() {
+    let ledger = ledger();
+    let pulling = ledger.reserve(kernel(1), &ask("4", "8g")).unwrap();
+    for _ in 0..20 {
+        let other = ledger.reserve(kernel(2), &ask("4", "4g")).unwrap();
+        let cores = other.allocation.ids("cpu", "cpu");
+        assert!(
+            pulling
+                .allocation
+                .ids("cpu", "cpu")
+                .iter()
+                .all(|core| !cores.contains(core))
+        );
+        ledger.release(kernel(2));
+    }
+    assert_eq!(ledger.allocation(kernel(1)), Some(pulling.allocation));
+}
+
+#[test]
+fn a_refused_request_leaves_no_trace() {
+    let ledger = ledger();
+    ledger.reserve(kernel(1), &ask("3", "2g")).unwrap();
+    let before = ledger.snapshot();
+    let err = ledger.reserve(kernel(2), &ask("6", "1g")).unwrap_err();
+    assert_eq!(err.class(), "InsufficientResource");
+    assert_eq!(
+        err.to_string(),
+        "InsufficientResource: DiscretePropertyAllocMap: insufficient allocatable amount! \
+         (cpu (tag: 'cpu'), allocating 6 out of 5)"
+    );
+    // Cores are placed before memory is found short.
+    let err = ledger.reserve(kernel(2), &ask("1", "15g")).unwrap_err();
+    assert!(
+        err.to_string()
+            .contains("(mem (tag: 'mem'), allocating 16106127360 out of 15032385536)"),
+        "{err}"
+    );
+    let err = ledger.reserve(kernel(1), &ask("1", "1g")).unwrap_err();
+    assert_eq!(
+        (err.class(), err.to_string().as_str()),
+        ("ResourceError", "Kernel creation already in progress")
+    );
+    assert_eq!(ledger.snapshot(), before);
+}
+
+#[test]
+fn requests_are_completed_and_unknown_slots_refused() {
+    let plugins = {
+        let mut all = intrinsic(host(2, 1, 4), 1, false);
+        all.push(Box::new(Fpga {
+            key: "fpga",
+            slot: "fpga.device",
+            count: 1,
+        }));
+        all
+    };
+    let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
+    let slots = Slots::from_text([("cpu", "1"), ("mem", "1g"), ("cuda.device", "0")]).unwrap();
+    let complete = ledger.normalise(&slots).unwrap();
+    let text: Vec<_> = complete
+        .iter()
+        .map(|(name, amount)| format!("{name}={amount}"))
+        .collect();
+    assert_eq!(text, ["cpu=1", "mem=1073741824", "fpga.device=0"]);
+    let unknown = Slots::from_text([("cpu", "1"), ("mem", "1g"), ("cuda.device", "1")]).unwrap();
+    let err = ledger.normalise(&unknown).unwrap_err();
+    assert_eq!(err.class(), "UnsupportedResource");
+    assert!(
+        err.to_string().contains("cuda.device") && err.to_string().contains("fpga.device"),
+        "{err}"
+    );
+    let err = ledger
+        .normalise(&Slots::from_text([("cpu", "1")]).unwrap())
+        .unwrap_err();
+    assert_eq!(err.class(), "InvalidResourceArgument");
+    assert!(ledger.is_bytes("mem") && !ledger.is_bytes("cpu") && !ledger.is_bytes("x"));
+}
+
+/// The original fails every creation when a device is missing from the allocation order.
+#[test]
+fn a_device_missing_from_the_order_is_placed_before_cpu() {
+    let mut plugins = intrinsic(host(2, 1, 4), 1, false);
+    plugins.push(Box::new(Fpga {
+        key: "fpga",
+        slot: "fpga.device",
+        count: 2,
+    }));
+    let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
+    assert_eq!(
+        ledger.policy.order,
+        ["cuda", "rocm", "tpu", "fpga", "cpu", "mem"]
+    );
+    let slots = Slots::from_text([("cpu", "1"), ("mem", "1g"), ("fpga.device", "2")]).unwrap();
+    let reserved = ledger
+        .reserve(
+            kernel(1),
+            &SlotRequest {
+                slots,
+                allow_fragmentation: true,
+            },
+        )
+        .unwrap();
+    assert_eq!(reserved.allocation.ids("fpga", "fpga.device"), ["f0", "f1"]);
+    assert_eq!(
+        ledger
+            .container_limits(&reserved.allocation)
+            .environment
+            .len(),
+        2
+    );
+    let json = serde_json::to_value(&reserved.allocation).unwrap();
+    assert_eq!(json["fpga"]["fpga.device"]["f1"], "1");
+}
+
+#[test]
+fn plugins_in_conflict_do_not_start() {
+    let with = |key, slot| {
+        let mut plugins = intrinsic(host(2, 1, 4), 1, false);
+        plugins.push(Box::new(Fpga {
+            key,
+            slot,
+            count: 1,
+        }));
+        Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap_err()
+    };
+    assert!(matches!(with("cpu", "cpu.x"), InventoryError::Twice(name) if name == "cpu"));
+    assert!(matches!(
+        with("fpga", "cuda.device"),
+        InventoryError::SlotName { .. }
+    ));
+    assert!(matches!(
+        with("fpga", "fpgas.device"),
+        InventoryError::SlotName { .. }
+    ));
+}
+
+#[test]
+fn a_restart_gives_the_same_map() {
+    let before = ledger();
+    for n in 1..=3 {
+        before.reserve(kernel(n), &ask("2", "1.5g")).unwrap();
+        before.commit(kernel(n));
+    }
+    before.release(kernel(2));
+    let after = ledger();
+    for n in [3, 1] {
+        let recorded = serde_json::to_string(&before.allocation(kernel(n))).unwrap();
+        let recorded = serde_json::from_str(&recorded).unwrap();
+        assert_eq!(after.restore(kernel(n), &recorded), Ok(Restored::default()));
+        assert_eq!(after.restore(kernel(n), &recorded), Ok(Restored::default()));
+    }
+    assert_eq!(after.snapshot(), before.snapshot());
+    let next = ask("4", "1g");
+    assert_eq!(
+        before.reserve(kernel(9), &next),
+        after.reserve(kernel(9), &next)
+    );
+    let other = before.allocation(kernel(9)).unwrap();
+    assert_eq!(
+        after.restore(kernel(1), &other),
+        Err(RestoreError::Held(kernel(1)))
+    );
+}
+
+#[test]
+fn what_runs_is_held_even_when_the_node_has_shrunk() {
+    let large = ledger();
+    let given = large
+        .reserve(kernel(1), &ask("8", "12g"))
+        .unwrap()
+        .allocation;
+    let small = ledger_of(host(4, 1, 8));
+    let restored = small.restore(kernel(1), &given).unwrap();
+    assert_eq!(restored.missing.len(), 4);
+    assert_eq!(restored.overused, [("mem".to_owned(), "root".to_owned())]);
+    assert_eq!(
+        small
+            .reserve(kernel(2), &ask("1", "1g"))
+            .unwrap_err()
+            .class(),
+        "InsufficientResource"
+    );
+    small.release(kernel(1));
+    assert!(small.reserve(kernel(2), &ask("4", "8g")).is_ok());
+}
+
+#[test]
+fn a_quota_is_the_part_of_the_cores_that_was_given() {
+    let all = host(4, 1, 8);
+    let memory = all.node_memory.clone();
+    let ledger = Ledger::with_plugins(intrinsic(all, 2, true), policy(), memory).unwrap();
+    let first = ledger.reserve(kernel(1), &ask("3", "1g")).unwrap();
+    assert_eq!(
+        ledger.container_limits(&first.allocation).nano_cpus,
+        Some(1_500_000_000)
+    );
+    let second = ledger.reserve(kernel(2), &ask("5", "1g")).unwrap();
+    let limits = ledger.container_limits(&second.allocation);
+    assert_eq!(
+        (limits.cpu_count, limits.nano_cpus),
+        (4, Some(2_500_000_000))
+    );
+    assert_eq!(
+        second.allocation.shares("cpu", "cpu")[3],
+        ("3".to_owned(), 2.into())
+    );
+}
+
+#[test]
+fn memory_is_pinned_to_a_node_only_when_cores_and_room_are_there() {
+    let two_nodes = host(8, 2, 16);
+    let memory = two_nodes.node_memory.clone();
+    let single = Policy {
+        affinity: AffinityPolicy::PreferSingleNode,
+        ..policy()
+    };
+    let ledger = Ledger::with_plugins(intrinsic(two_nodes, 1, false), single, memory).unwrap();
+    let mems = |n: u8, cpu: &str, mem: &str| {
+        let reserved = ledger.reserve(kernel(n), &ask(cpu, mem)).unwrap();
+        ledger.container_limits(&reserved.allocation).cpuset_mems
+    };
+    assert_eq!(mems(1, "2", "5g").as_deref(), Some("0"));
+    // The next core is on the other, emptier node; five cores span both; then node 0 is too full.
+    assert_eq!(mems(2, "2", "3g").as_deref(), Some("1"));
+    ledger.release(kernel(2));
+    assert_eq!(mems(2, "5", "1g"), None);
+    ledger.release(kernel(2));
+    assert_eq!(mems(3, "4", "9g"), None, "more than a node has");
+}
+
+#[test]
+fn concurrent_reservations_never_share_a_core() {
+    let ledger = Arc::new(ledger_of(host(64, 1, 64)));
+    let threads: Vec<_> = (0..8u8)
+        .map(|thread| {
+            let ledger = Arc::clone(&ledger);
+            std::thread::spawn(move || {
+                for round in 0..50u8 {
+                    let id = KernelId([thread; 16]);
+                    let reserved = ledger.reserve(id, &ask("4", "1g")).unwrap();
+                    let held = ledger.snapshot();
+                    assert!(
+                        held.devices
+                            .iter()
+                            .all(|(slot, _, used, _)| slot != "cpu" || used == "0" || used == "1")
+                    );
+                    if round % 2 == 0 {
+                        ledger.commit(id);
+                    }
+                    assert_eq!(ledger.release(id), Some(reserved.allocation));
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    assert!(ledger.snapshot().holders.is_empty());
+    assert!(
+        ledger
+            .snapshot()
+            .devices
+            .iter()
+            .all(|(_, _, used, _)| used == "0")
+    );
+}
+
+/// The table of the specification, bit by bit.
+#[test]
+fn announced_memory_is_aligned_as_in_the_original() {
+    for (total, reserved, usable) in [
+        (68_719_476_736, 1 << 30, 67_645_734_912),
+        (67_430_129_664, 1 << 30, 66_353_889_280),
+        (67_430_129_664, 0, 67_427_631_104),
+        (17_179_869_189, 1 << 30, 16_106_127_360),
+        (17_195_597_824, 1 << 30, 16_122_904_576),
+        (1 << 20, 1 << 30, 0),
+    ] {
+        assert_eq!(align_memory(total, reserved, 16 << 20), usable, "{total}");
+    }
+}
+
+#[test]
+fn the_node_announces_what_is_not_reserved() {
+    let ledger = ledger();
+    let available: Vec<_> = ledger
+        .available()
+        .into_iter()
+        .map(|s| (s.name, s.kind.word(), s.amount.to_string()))
+        .collect();
+    assert_eq!(
+        available,
+        [
+            ("cpu".to_owned(), "count", "7".to_owned()),
+            ("mem".to_owned(), "bytes", "16106127360".to_owned())
+        ]
+    );
+    // Announcing is about the node, not about what is free.
+    ledger.reserve(kernel(1), &ask("8", "1g")).unwrap();
+    assert_eq!(ledger.available()[0].amount, 7.into());
+}
+
+#[test]
+fn devices_are_shown_with_their_kernel() {
+    let ledger = ledger();
+    let reserved = ledger.reserve(kernel(1), &ask("2", "1g")).unwrap();
+    let attached = ledger.attached_devices(&reserved.allocation);
+    let json = serde_json::to_value(&attached).unwrap();
+    assert_eq!(
+        json,
+        serde_json::json!([
+            ["cpu", [
+                {"device_id": "0", "model_name": "", "data": {"cores": 2}},
+                {"device_id": "1", "model_name": "", "data": {"cores": 2}},
+            ]],
+            ["mem", [{"device_id": "root", "model_name": "", "data": {}}]],
+        ])
+    );
+}
+
+#[test]
+fn this_host_can_be_discovered() {
+    let mut options = config::LoadOptions::of_this_process(None, true);
+    options.environment = Box::new(|_| None);
+    let config = config::load(&options).unwrap().config;
+    let ledger = Ledger::discover(&config, Vec::new()).unwrap();
+    let reserved = ledger.reserve(kernel(1), &ask("1", "64m")).unwrap();
+    assert!(
+        ledger
+            .container_limits(&reserved.allocation)
+            .cpuset_cpus
+            .is_some()
+    );
+}
+
+/// A plugin from a captured table: one unit of one slot per device, on given NUMA nodes.
+#[derive(Debug)]
+struct Captured {
+    key: &'static str,
+    slot: &'static str,
+    devices: Vec<(String, Option<i32>)>,
+    fraction: bool,
+}
+
+impl Captured {
+    fn of(
+        case: &serde_json::Value,
+        key: &'static str,
+        slot: &'static str,
+        fraction: bool,
+    ) -> Box<dyn DevicePlugin> {
+        let entries = case[key].as_array().unwrap().iter();
+        let devices = entries.map(|entry| {
+            let node = entry[1].as_i64().map(|node| i32::try_from(node).unwrap());
+            (entry[0].as_str().unwrap().to_owned(), node)
+        });
+        Box::new(Self {
+            key,
+            slot,
+            devices: devices.collect(),
+            fraction,
+        })
+    }
+}
+
+impl DevicePlugin for Captured {
+    fn key(&self) -> &str {
+        self.key
+    }
+    fn slots(&self) -> Vec<SlotDeclaration> {
+        vec![SlotDeclaration {
+            name: self.slot.to_owned(),
+            kind: SlotType::Count,
+        }]
+    }
+    fn devices(&self) -> Result<Vec<Device>, PluginError> {
+        let device = |(id, numa_node): &(String, Option<i32>)| Device {
+            id: id.clone(),
+            device_name: self.key.to_owned(),
+            hw_location: String::new(),
+            memory_size: 0,
+            processing_units: 1,
+            numa_node: *numa_node,
+        };
+        Ok(self.devices.iter().map(device).collect())
+    }
+    fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
+        let rows = devices.iter().map(|device| MapDevice {
+            id: device.id.clone(),
+            slot: self.slot.to_owned(),
+            kind: SlotType::Count,
+            total: Decimal::ONE,
+        });
+        match self.fraction {
+            true => AllocationMap::fraction(
+                Strategy::Evenly,
+                Decimal::new(1, 2),
+                rows.collect(),
+                vec![],
+            ),
+            false => AllocationMap::discrete(Strategy::Evenly, rows.collect(), vec![]),
+        }
+    }
+    fn totals(&self, _: &[Device]) -> Vec<(String, Amount)> {
+        vec![]
+    }
+    fn limit(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)], _: &mut ContainerLimits) {}
+    fn attached(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)]) -> Vec<AttachedDevice> {
+        vec![]
+    }
+}
+
+/// Every captured multi-device operation over NUMA layouts, both policies, through the ledger.
+#[test]
+fn every_captured_placement_over_numa_nodes_is_the_same() {
+    let text = include_str!("../../../../tests/vectors/resources/alloc_affinity.json");
+    let parsed: serde_json::Value = serde_json::from_str(text).unwrap();
+    let mut operations = 0;
+    for case in parsed["cases"].as_array().unwrap() {
+        let fraction = case["accel_kind"] == "fraction";
+        let accelerator = if fraction {
+            "cuda.shares"
+        } else {
+            "cuda.device"
+        };
+        let plugins: Vec<Box<dyn DevicePlugin>> = vec![
+            Captured::of(case, "cuda", accelerator, fraction),
+            Captured::of(case, "cpu", "cpu", false),
+            Box::new(MemPlugin {
+                total: case["mem_total"].as_str().unwrap().parse().unwrap(),
+            }),
+        ];
+        let affinity = match case["policy"].as_str().unwrap() {
+            "INTERLEAVED" => AffinityPolicy::Interleaved,
+            _ => AffinityPolicy::PreferSingleNode,
+        };
+        let ledger = Ledger::with_plugins(
+            plugins,
+            Policy {
+                affinity,
+                ..policy()
+            },
+            BTreeMap::new(),
+        )
+        .unwrap();
+        for (index, op) in case["ops"].as_array().unwrap().iter().enumerate() {
+            let at = format!("{} operation {index}: {op}", case["id"]);
+            operations += 1;
+            let recorded = |value: &serde_json::Value| -> Allocation {
+                serde_json::from_value(value.clone()).unwrap()
+            };
+            if op["op"] == "free" {
+                let freed = recorded(&op["alloc"]);
+                let holder = (0..=u8::MAX).map(kernel).find(|id| {
+                    ledger
+                        .allocation(*id)
+                        .is_some_and(|held| held.same_as(&freed))
+                });
+                ledger.release(holder.expect(&at));
+                continue;
+            }
+            let pairs = op["slots"].as_object().unwrap().iter();
+            let slots = Slots::from_text(
+                pairs.map(|(slot, amount)| (slot.as_str(), amount.as_str().unwrap())),
+            )
+            .unwrap();
+            let id = kernel(u8::try_from(index).unwrap());
+            let before = ledger.snapshot();
+            match ledger.reserve(
+                id,
+                &SlotRequest {
+                    slots,
+                    allow_fragmentation: true,
+                },
+            ) {
+                Ok(reserved) => {
+                    assert!(op["ok"].is_object(), "{at}");
+                    let expected = recorded(&op["ok"]);
+                    for (name, slots) in expected.devices() {
+                        assert_eq!(reserved.allocation.of_device(name), slots, "{at}");
+                    }
+                    assert!(reserved.allocation.same_as(&expected), "{at}");
+                }
+                Err(err) => {
+                    assert_eq!(op["error"], err.class(), "{at}");
+                    assert_eq!(ledger.snapshot(), before, "{at}");
+                }
+            }
+        }
+    }
+    assert_eq!(operations, 960);
+}
+
+proptest! {
+    /// Any sequence of reservations, releases and restarts: used is the sum of what is held.
+    #[test]
+    fn used_is_always_the_sum_of_what_is_held(
+        steps in prop::collection::vec((0u8..6, 0u32..5, 0u64..6, 0u8..8), 1..60),
+    ) {
+        let mut ledger = ledger();
+        for (n, cpu, gib, action) in steps {
+            match action {
+                0 | 1 => { ledger.release(kernel(n)); }
+                2 => {
+                    let fresh = self::ledger();
+                    for id in 0..6 {
+                        if let Some(held) = ledger.allocation(kernel(id)) {
+                            prop_assert_eq!(fresh.restore(kernel(id), &held), Ok(Restored::default()));
+                        }
+                    }
+                    prop_assert_eq!(fresh.snapshot().devices, ledger.snapshot().devices);
+                    ledger = fresh;
+                }
+                _ => { let _ = ledger.reserve(kernel(n), &ask(&cpu.to_string(), &format!("{gib}g"))); }
+            }
+            let snapshot = ledger.snapshot();
+            for (slot, id, used, total) in &snapshot.devices {
+                let held: Amount = snapshot
+                    .holders
+                    .values()
+                    .flat_map(|holder| holder.allocation.shares(slot, slot))
+                    .filter(|(held, _)| held == id)
+                    .map(|(_, amount)| *amount)
+                    .sum();
+                let used: Amount = used.parse().unwrap();
+                prop_assert_eq!(used, held);
+                prop_assert!(used <= total.parse().unwrap());
+            }
+        }
+    }
+}
