@@ -4,5 +4,8 @@
 pub mod fake_runner;
 pub mod images;
 pub mod node;
+pub mod python;
 pub mod regions;
+pub mod rpc_service;
 pub mod wait;
+pub mod zmtp;

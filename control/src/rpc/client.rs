@@ -19,7 +19,7 @@ use super::failure::Failure;
 use super::frame::{BodyError, Envelope, Header, Kind, Message, PING};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::{DecodeLimits, EncodeError};
-use super::transport::{Dealer, DealerEvent, DealerSender};
+use super::transport::{Dealer, DealerEvent, DealerSender, TransportError};
 use super::value::Value;
 
 /// Our key pair and the node's public key.
@@ -124,9 +124,15 @@ impl Client {
         let keys = curve.map(|curve| (&curve.pair, curve.node));
         let mut dealer = Dealer::connect(target, keys, MAX_REPLY_BYTES, deadline)
             .await
-            .map_err(|err| ClientError::Setup {
-                address: address.clone(),
-                source: err.into(),
+            .map_err(|err| match err {
+                TransportError::Unreachable(source) => ClientError::Lost {
+                    address: address.clone(),
+                    reason: source.to_string(),
+                },
+                other => ClientError::Setup {
+                    address: address.clone(),
+                    source: other.into(),
+                },
             })?;
         let sender = dealer.sender();
         let handshake = async {

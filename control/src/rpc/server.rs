@@ -177,9 +177,9 @@ impl Server {
         .await
         .map_err(|err| match err {
             TransportError::KeyMismatch => BindError::KeyMismatch,
-            TransportError::Setup(source) => BindError::Bind {
+            other => BindError::Bind {
                 address: requested,
-                source: source.into(),
+                source: other.into(),
             },
         })?;
         let address = router.address();

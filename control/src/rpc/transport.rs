@@ -45,6 +45,8 @@ pub(super) enum TransportError {
     Setup(#[source] Error),
     #[error("the secret key of the pair does not belong to its public key")]
     KeyMismatch,
+    #[error("nobody listens there")]
+    Unreachable(#[source] std::io::Error),
 }
 
 /// What became of a message that was to be sent.
@@ -262,6 +264,13 @@ impl Dealer {
             .linger(LINGER);
         if let Some((pair, node)) = curve {
             options = options.curve_client(checked_pair(pair)?, CurvePublicKey(node.0));
+        }
+        // The crate tells nobody about a refused connection, and a person should not wait for the
+        // deadline to learn that the agent is not running.
+        let knock = tokio::net::TcpStream::connect(address);
+        match tokio::time::timeout(deadline, knock).await {
+            Ok(knocked) => drop(knocked.map_err(TransportError::Unreachable)?),
+            Err(elapsed) => return Err(TransportError::Unreachable(elapsed.into())),
         }
         let socket = Socket::try_new(SocketType::Dealer, options).map_err(TransportError::Setup)?;
         let events = socket.monitor();

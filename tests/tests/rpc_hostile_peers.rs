@@ -1,0 +1,316 @@
+//! Peers that are silent, send junk, never read, or come and go by the thousand cost the server
+//! their own connection and nobody else's time.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use control::rpc::frame::{Header, Kind};
+use control::rpc::{Client, ClientError, Limits, Server, Value};
+use harness::rpc_service;
+use harness::zmtp::{self, Connection};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd")
+        .expect("/proc/self/fd")
+        .count()
+}
+
+fn call_frames(method: &str, sequence: u32, args: Vec<Value>) -> Vec<Bytes> {
+    let header = Header {
+        kind: Kind::Function,
+        method: method.into(),
+        order_key: "".into(),
+        sequence: sequence.into(),
+        zipped: false,
+    };
+    header
+        .function(args, vec![])
+        .expect("a call packs")
+        .to_vec()
+}
+
+fn send(connection: &mut Connection, frames: &[Bytes]) -> std::io::Result<()> {
+    connection.send(&frames.iter().map(AsRef::as_ref).collect::<Vec<_>>())
+}
+
+/// A fresh client's connect and ping; how long it took.
+async fn prompt_ping(address: SocketAddr) -> Duration {
+    let started = Instant::now();
+    let client = Client::connect(&address.to_string(), None, DEADLINE)
+        .await
+        .expect("connects");
+    let value = client
+        .call("ping", vec!["x".into()], vec![], DEADLINE)
+        .await
+        .expect("a reply");
+    assert_eq!(value, Value::from("x"));
+    started.elapsed()
+}
+
+async fn until(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !reached() {
+        assert!(Instant::now() < deadline, "{what} was not reached in time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work)
+        .await
+        .expect("the thread ends")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_connections_leave_no_descriptor() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    prompt_ping(address).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let before = descriptors();
+    blocking(move || {
+        for sequence in 0..2000 {
+            let mut connection = Connection::open(address).expect("connects");
+            connection.ping().expect("a PONG");
+            // Half of them go away without waiting for the reply.
+            send(
+                &mut connection,
+                &call_frames("ping", sequence, vec!["x".into()]),
+            )
+            .expect("sends");
+            if sequence % 2 == 0 {
+                assert_eq!(connection.receive().expect("a reply")[0], b"UPPER");
+            }
+        }
+    })
+    .await;
+    until("the number of descriptors before", || {
+        descriptors() <= before
+    })
+    .await;
+    assert_eq!(server.counters().probes, 2001);
+    until("all calls", || {
+        server.counters().calls == 2001 || server.in_flight() == 0
+    })
+    .await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_and_junk_clients_delay_nobody() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    let before = descriptors();
+    let mut hostile: Vec<TcpStream> = Vec::new();
+    for index in 0_usize..300 {
+        let mut stream = TcpStream::connect(address).expect("connects");
+        let junk: &[u8] = match index % 6 {
+            0 => b"",
+            1 => b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            2 => &zmtp::greeting()[..10],
+            3 => &zmtp::greeting(),
+            4 => &[0xff; 200],
+            _ => &[0x00; 64],
+        };
+        // A refused one may be closed already.
+        let _ = stream.write_all(junk);
+        hostile.push(stream);
+    }
+    let took = prompt_ping(address).await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+
+    // After a good handshake: nonsense frames, a READY flood, a frame length from outer space.
+    for junk in [
+        &[0x00, 0x03, 1, 2, 3][..],
+        &[0x04, 0x02, 0x05, b'R'],
+        &[0x02, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
+        &[0x02, 0x00, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00],
+        &[0x80, 0x01, 0x00],
+    ] {
+        let mut connection = blocking(move || Connection::open(address))
+            .await
+            .expect("connects");
+        connection.stream().write_all(junk).expect("sends");
+        hostile.push(connection.stream().try_clone().expect("a clone"));
+    }
+    let took = prompt_ping(address).await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    drop(hostile);
+    until("the number of descriptors before", || {
+        descriptors() <= before
+    })
+    .await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_never_reads_is_cut_and_holds_nobody_up() {
+    let limits = Limits {
+        reply_deadline: Duration::from_secs(1),
+        ..Limits::default()
+    };
+    let server = rpc_service::start(None, limits).await;
+    let address = server.local_addr();
+    let mut lazy = blocking(move || {
+        let mut connection = Connection::open(address).expect("connects");
+        for sequence in 0..60 {
+            let call = call_frames("big", sequence, vec![(1_i64 << 20).into()]);
+            send(&mut connection, &call).expect("sends");
+        }
+        connection
+    })
+    .await;
+    until("all its calls", || server.counters().calls == 60).await;
+    for _ in 0..5 {
+        let took = prompt_ping(address).await;
+        assert!(took < Duration::from_secs(1), "{took:?}");
+    }
+    until("the end of its calls", || server.in_flight() == 0).await;
+    assert!(
+        server.counters().undeliverable > 0,
+        "{:?}",
+        server.counters()
+    );
+    // What was queued before the cut can be read; then the connection ends.
+    let cut = blocking(move || {
+        let mut sink = vec![0; 1 << 20];
+        loop {
+            match lazy.stream().read(&mut sink) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(err) => return err.kind() == std::io::ErrorKind::ConnectionReset,
+            }
+        }
+    });
+    assert!(cut.await, "the connection was ended");
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oversized_messages_end_their_connection_only() {
+    let limits = Limits {
+        message_bytes: 1 << 20,
+        ..Limits::default()
+    };
+    let server = rpc_service::start(None, limits).await;
+    let address = server.local_addr();
+    let client = Client::connect(&address.to_string(), None, DEADLINE)
+        .await
+        .expect("connects");
+    let fits = vec![Value::Bin(vec![1; 900 << 10].into())];
+    assert_eq!(
+        client
+            .call("echo", fits.clone(), vec![], DEADLINE)
+            .await
+            .expect("fits"),
+        fits[0]
+    );
+
+    let other = Client::connect(&address.to_string(), None, DEADLINE)
+        .await
+        .expect("connects");
+    let too_large = vec![Value::Bin(vec![1; 2 << 20].into())];
+    let err = other
+        .call("echo", too_large, vec![], DEADLINE)
+        .await
+        .expect_err("too large");
+    assert!(matches!(err, ClientError::Lost { .. }), "{err}");
+
+    assert_eq!(
+        client
+            .call("echo", fits.clone(), vec![], DEADLINE)
+            .await
+            .expect("alive"),
+        fits[0]
+    );
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+async fn refused(server: &Server, sleepers: usize, words: &str) {
+    let address = server.local_addr().to_string();
+    let client = Client::connect(&address, None, DEADLINE)
+        .await
+        .expect("connects");
+    let sleep = || client.call("sleep", vec![1.0.into()], vec![], DEADLINE);
+    let sleeping = futures_util::future::join_all((0..sleepers).map(|_| sleep()));
+    let probing = async {
+        until("the sleepers", || server.in_flight() == sleepers).await;
+        let refusal = client
+            .call("ping", vec!["x".into()], vec![], DEADLINE)
+            .await;
+        let Err(ClientError::Failure(failure)) = refusal else {
+            panic!("not refused: {refusal:?}")
+        };
+        assert!(failure.repr.contains(words), "{}", failure.repr);
+        // A probe is not a call.
+        Client::connect(&address, None, DEADLINE)
+            .await
+            .expect("connects");
+    };
+    let (slept, ()) = tokio::join!(sleeping, probing);
+    assert!(slept.iter().all(Result::is_ok), "{slept:?}");
+    let again = client
+        .call("ping", vec!["x".into()], vec![], DEADLINE)
+        .await;
+    assert_eq!(again.expect("let in again"), Value::from("x"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_beyond_the_cap_are_told_so() {
+    let server = rpc_service::start(
+        None,
+        Limits {
+            calls: 3,
+            ..Limits::default()
+        },
+    )
+    .await;
+    refused(&server, 3, "3 calls are in flight").await;
+    assert_eq!(server.counters().refused, 1);
+    server.shutdown(Duration::from_secs(5)).await;
+
+    let limits = Limits {
+        calls_per_connection: 2,
+        ..Limits::default()
+    };
+    let server = rpc_service::start(None, limits).await;
+    refused(&server, 2, "2 calls of this connection are in flight").await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_that_are_bombs_become_failures() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    let replies = blocking(move || {
+        let deep = [vec![0x91; 100_000], vec![0xc0]].concat();
+        let long = vec![0xdd, 0xff, 0xff, 0xff, 0xff];
+        let pickle = [&[0xc7, 9, 6, 0x80, 5][..], b"cos\nx\n."].concat();
+        let mut replies = Vec::new();
+        let mut connection = Connection::open(address).expect("connects");
+        for body in [deep, long, pickle, vec![], vec![0xc1]] {
+            let header = &call_frames("ping", 0, vec![])[1];
+            let envelope = Value::map([
+                ("meta", Value::Bin(Bytes::new())),
+                ("body", Value::Bin(body.into())),
+            ]);
+            let envelope = envelope.encode().expect("packs");
+            connection
+                .send(&[b"UPPER", header, &envelope])
+                .expect("sends");
+            replies.push(connection.receive().expect("a reply"));
+        }
+        connection.ping().expect("alive");
+        replies
+    })
+    .await;
+    for reply in replies {
+        let header = Header::decode(&reply[1].clone().into()).expect("a header");
+        assert_eq!(header.kind, Kind::Failure);
+    }
+    server.shutdown(Duration::from_secs(5)).await;
+}
