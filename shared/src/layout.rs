@@ -7,6 +7,8 @@
 //! a panic; whether it makes sense is decided by the typed rows in [`crate::desired`] and
 //! [`crate::observed`].
 
+#[cfg(test)]
+mod documentation;
 mod rows;
 
 pub(crate) use rows::*;
@@ -162,7 +164,8 @@ pub const ROWS: &[RowInfo] = &[
     RawProcess::INFO,
 ];
 
-/// FNV-1a over names, types, offsets and sizes of every row, and over the header's size.
+/// FNV-1a over names, types, offsets and sizes of every row, the order of every counter, and the
+/// header's size.
 pub const LAYOUT_HASH: u64 = {
     let mut hash = 0xcbf2_9ce4_8422_2325;
     hash = mix_number(hash, HEADER_BYTES as u64);
@@ -181,6 +184,17 @@ pub const LAYOUT_HASH: u64 = {
             field += 1;
         }
         row += 1;
+    }
+    let groups = crate::observed::GROUPS;
+    let mut group = 0;
+    while group < groups.len() {
+        hash = mix(hash, groups[group].0.as_bytes());
+        let mut counter = 0;
+        while counter < groups[group].1.len() {
+            hash = mix(hash, groups[group].1[counter].name.as_bytes());
+            counter += 1;
+        }
+        group += 1;
     }
     hash
 };
