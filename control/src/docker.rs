@@ -64,6 +64,9 @@ pub struct Deadlines {
     pub transfer: Option<Duration>,
     /// a pull or push whose progress stands still.
     pub transfer_silence: Duration,
+    /// an event stream without an event; then the engine is pinged, as one that hangs closes
+    /// nothing.
+    pub event_silence: Duration,
 }
 
 impl Default for Deadlines {
@@ -79,6 +82,7 @@ impl Default for Deadlines {
             archive: Duration::from_secs(120),
             transfer: Some(Duration::from_secs(7200)),
             transfer_silence: Duration::from_secs(600),
+            event_silence: Duration::from_secs(15),
         }
     }
 }

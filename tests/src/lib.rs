@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fake_runner;
+pub mod fault_docker;
 pub mod images;
 pub mod node;
 pub mod python;

@@ -20,9 +20,6 @@ use super::error::DockerError;
 use super::lines::JsonLines;
 use super::transport::{Call, Class};
 
-/// A silent stream is checked with a ping this often: an engine that hangs closes nothing.
-const SILENCE: Duration = Duration::from_secs(15);
-
 /// First and longest pause between attempts to subscribe.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
@@ -258,7 +255,7 @@ async fn drain(
                 Err(err) => return err,
             },
             () = outlet.settle() => {}
-            () = tokio::time::sleep(SILENCE) => {
+            () = tokio::time::sleep(docker.deadlines.event_silence) => {
                 if let Err(err) = docker.ping().await {
                     return err;
                 }

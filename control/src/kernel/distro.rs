@@ -54,10 +54,12 @@ pub enum DistroError {
         source: DockerError,
     },
     /// The container did not end in time.
-    #[error("find the base distro of image {image}: `ldd --version` did not end in {} s; label the image with {BASE_DISTRO_LABEL}", PROBE_DEADLINE.as_secs())]
+    #[error("find the base distro of image {image}: `ldd --version` did not end in {} s; label the image with {BASE_DISTRO_LABEL}", after.as_secs_f32())]
     Timeout {
         /// Image reference.
         image: String,
+        /// The deadline that passed.
+        after: Duration,
     },
     /// What the container printed names no C library.
     #[error(
@@ -77,6 +79,7 @@ pub struct Distros {
     docker: Docker,
     found: Arc<Mutex<HashMap<String, String>>>,
     probes: Arc<Semaphore>,
+    deadline: Duration,
 }
 
 impl Distros {
@@ -86,7 +89,15 @@ impl Distros {
             docker,
             found: Arc::new(Mutex::new(known)),
             probes: Arc::new(Semaphore::new(PROBES)),
+            deadline: PROBE_DEADLINE,
         }
+    }
+
+    /// Gives a throw-away container another deadline than 30 s.
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     /// Everything found so far, image id to distro, to be kept on disk.
@@ -176,7 +187,7 @@ impl Distros {
             docker: self.docker.clone(),
             name: Some(name.clone()),
         };
-        let ran = tokio::time::timeout(PROBE_DEADLINE, async {
+        let ran = tokio::time::timeout(self.deadline, async {
             self.docker.create(&name, &body).await?;
             match self.docker.start(&name).await {
                 Ok(()) => {}
@@ -186,7 +197,7 @@ impl Distros {
                 }
                 Err(err) => return Err(err),
             }
-            self.docker.wait(&name, PROBE_DEADLINE).await?;
+            self.docker.wait(&name, self.deadline).await?;
             let options = LogOptions {
                 keep: 16 << 10,
                 partial: false,
@@ -196,10 +207,11 @@ impl Distros {
         .await;
         removal.finish().await;
         match ran {
-            Ok(printed) => printed.map_err(failed),
-            Err(_) => Err(DistroError::Timeout {
+            Ok(Err(DockerError::Timeout { .. })) | Err(_) => Err(DistroError::Timeout {
                 image: image.to_owned(),
+                after: self.deadline,
             }),
+            Ok(printed) => printed.map_err(failed),
         }
     }
 

@@ -1,0 +1,476 @@
+//! The engine module against an engine that hangs, breaks off, refuses, dies and comes back.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed step fails the test
+
+use std::process::Command;
+use std::time::Duration;
+
+use control::docker::{
+    ContainerCreateBody, Deadlines, Docker, DockerError, DockerOptions, EngineEvent, EventStream,
+    LogOptions,
+};
+use control::image::Images;
+use control::kernel::distro::{DistroError, Distros, PROBE_LABEL};
+use harness::fault_docker::{Fault, FaultDocker};
+use harness::images::{Image, image};
+
+/// Longest a step of these tests may take before the test fails.
+const WATCHDOG: Duration = Duration::from_secs(30);
+
+fn options(proxy: &FaultDocker) -> DockerOptions {
+    let short = Duration::from_millis(700);
+    DockerOptions {
+        host: Some(proxy.host()),
+        deadlines: Deadlines {
+            query: short,
+            logs: short,
+            transfer_silence: short,
+            event_silence: short,
+            ..Deadlines::default()
+        },
+        ..DockerOptions::default()
+    }
+}
+
+fn client(proxy: &FaultDocker) -> Docker {
+    Docker::new(&options(proxy)).unwrap()
+}
+
+/// A client that does not go through the proxy.
+fn direct() -> Docker {
+    Docker::new(&DockerOptions::default()).unwrap()
+}
+
+fn unique(what: &str) -> String {
+    format!("eng-{what}-{}", uuid::Uuid::new_v4().simple())
+}
+
+/// Removes a container when the test ends, however it ends.
+struct Owned(String);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        let _ = Command::new("docker")
+            .args(["rm", "-f", "-v", &self.0])
+            .output();
+    }
+}
+
+async fn created(script: &str) -> (Owned, String) {
+    let name = unique("faulty");
+    let body = ContainerCreateBody {
+        image: Some(image(Image::Bare).unwrap()),
+        cmd: Some(vec!["/bin/sh".into(), "-c".into(), script.into()]),
+        ..Default::default()
+    };
+    let owned = Owned(name.clone());
+    let id = direct().create(&name, &body).await.unwrap();
+    (owned, id)
+}
+
+#[tokio::test]
+async fn a_hung_engine_is_told_after_the_deadline_and_the_place_is_given_back() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = Docker::new(&DockerOptions {
+        query_limit: 2,
+        ..options(&proxy)
+    })
+    .unwrap();
+    docker.ping().await.unwrap();
+    proxy.spoil("/containers/json", Fault::Hang, 3);
+    let (a, b, c) = tokio::join!(
+        docker.list_containers(true, None),
+        docker.list_containers(true, None),
+        docker.list_containers(true, None),
+    );
+    let errors = [a.unwrap_err(), b.unwrap_err(), c.unwrap_err()];
+    let timeouts = errors
+        .iter()
+        .filter(|err| matches!(err, DockerError::Timeout { .. }))
+        .count();
+    assert!(timeouts >= 2, "{errors:?}");
+    assert!(
+        errors
+            .iter()
+            .any(|err| err.to_string().contains("docker ps"))
+    );
+    proxy.behave();
+    docker.list_containers(true, None).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_that_stalls_midway_is_a_timeout_too() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    proxy.spoil("/info", Fault::StallAfter(400), 1);
+    let err = docker.info().await.unwrap_err();
+    assert!(matches!(err, DockerError::Timeout { .. }), "{err}");
+}
+
+#[tokio::test]
+async fn a_broken_answer_is_asked_again_only_when_that_is_harmless() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    proxy.spoil("/info", Fault::CutAfter(400), 1);
+    docker.info().await.unwrap();
+    let asked = |needle: &str| {
+        proxy
+            .requests()
+            .iter()
+            .filter(|line| line.contains(needle))
+            .count()
+    };
+    assert_eq!(asked("/info"), 2);
+    proxy.spoil("/containers/create", Fault::Close, 1);
+    let err = docker
+        .create(&unique("never"), &ContainerCreateBody::default())
+        .await
+        .unwrap_err();
+    assert!(matches!(err, DockerError::Broken { .. }), "{err}");
+    assert!(!err.is_retry_safe());
+    assert_eq!(asked("/containers/create"), 1);
+}
+
+#[tokio::test]
+async fn the_engines_own_words_reach_the_caller() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    proxy.spoil(
+        "/start",
+        Fault::json(
+            500,
+            r#"{"message":"driver failed: port is already allocated"}"#,
+        ),
+        1,
+    );
+    let err = docker.start("x").await.unwrap_err();
+    assert!(err.is_port_taken(), "{err}");
+    let html =
+        b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 13\r\n\r\n<html></html>";
+    proxy.spoil("/start", Fault::Answer(html.to_vec()), 1);
+    let err = docker.start("x").await.unwrap_err();
+    assert!(
+        matches!(&err, DockerError::Engine { status: 502, message, .. } if message == "<html></html>"),
+        "{err:?}"
+    );
+    proxy.spoil("/info", Fault::json(200, r#"{"Containers": "many"}"#), 1);
+    let err = docker.info().await.unwrap_err();
+    assert!(matches!(err, DockerError::Undecodable { .. }), "{err}");
+}
+
+#[tokio::test]
+async fn an_engine_that_is_down_is_named_and_found_again_when_it_is_back() {
+    let mut proxy = FaultDocker::start().unwrap();
+    proxy.go_down();
+    let docker = client(&proxy);
+    let err = docker.ping().await.unwrap_err();
+    assert!(matches!(err, DockerError::Unreachable { .. }), "{err:?}");
+    assert!(err.is_retry_safe());
+    let words = err.to_string();
+    assert!(words.contains(&proxy.host()), "{words}");
+    assert!(words.contains("systemctl status docker"), "{words}");
+    proxy.bring_up().unwrap();
+    docker.ping().await.unwrap();
+}
+
+#[tokio::test]
+async fn every_request_carries_the_negotiated_version() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    proxy.spoil(
+        "/version",
+        Fault::json(200, r#"{"Version":"1","ApiVersion":"1.30"}"#),
+        1,
+    );
+    docker.ping().await.unwrap();
+    assert_eq!(docker.api_version().await.unwrap(), (1, 30));
+    // The engine was replaced by a newer one that refuses the old version.
+    let refusal =
+        r#"{"message":"client version 1.30 is too old. Minimum supported API version is 1.40"}"#;
+    proxy.spoil("/containers/json", Fault::json(400, refusal), 1);
+    docker.list_containers(false, None).await.unwrap();
+    let requests = proxy.requests();
+    assert_eq!(requests[0], "GET /version");
+    assert_eq!(requests[1], "GET /v1.30/_ping");
+    assert!(requests[2].starts_with("GET /v1.30/containers/json"));
+    assert_eq!(requests[3], "GET /version");
+    let (major, minor) = docker.api_version().await.unwrap();
+    assert!(requests[4].starts_with(&format!("GET /v{major}.{minor}/containers/json")));
+    assert!(minor > 30);
+}
+
+#[tokio::test]
+async fn a_burst_does_not_pile_up_at_the_engine() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = Docker::new(&DockerOptions {
+        host: Some(proxy.host()),
+        query_limit: 4,
+        ..DockerOptions::default()
+    })
+    .unwrap();
+    docker.ping().await.unwrap();
+    let burst = (0..100).map(|_| {
+        let docker = docker.clone();
+        tokio::spawn(async move { docker.list_containers(true, None).await })
+    });
+    for one in burst.collect::<Vec<_>>() {
+        one.await.unwrap().unwrap();
+    }
+    // The proxy may see the end of one exchange after the start of the next.
+    assert!(proxy.most_open() <= 8, "{}", proxy.most_open());
+    assert_eq!(proxy.requests().len(), 102);
+}
+
+async fn next(events: &mut EventStream) -> EngineEvent {
+    tokio::time::timeout(WATCHDOG, events.next())
+        .await
+        .expect("no event in time")
+}
+
+/// The next event of one container, counting the markers before it.
+async fn next_of(events: &mut EventStream, id: &str) -> (usize, String) {
+    let mut markers = 0;
+    loop {
+        match next(events).await {
+            EngineEvent::Resynchronise => markers += 1,
+            EngineEvent::Container(event) if event.container_id == id => {
+                return (markers, event.action);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn events_between_two_streams_are_delivered_once() {
+    let mut proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    let mut events = docker.events(64);
+    assert_eq!(next(&mut events).await, EngineEvent::Resynchronise);
+    let (_owned, id) = created("exit 7").await;
+    assert_eq!(next_of(&mut events, &id).await, (0, "create".to_owned()));
+    proxy.go_down();
+    // Lives and dies while nobody listens.
+    direct().start(&id).await.unwrap();
+    assert_eq!(direct().wait(&id, WATCHDOG).await.unwrap(), 7);
+    proxy.bring_up().unwrap();
+    let mut markers = 0;
+    let mut actions = Vec::new();
+    while actions.last().map(String::as_str) != Some("die") {
+        let (seen, action) = next_of(&mut events, &id).await;
+        markers += seen;
+        actions.push(action);
+    }
+    assert_eq!(markers, 1, "one marker per subscription");
+    // Docker's own connect event may stand between, the container's are these, each once.
+    assert_eq!(actions, ["start", "die"]);
+    // Cut again: nothing is delivered a second time.
+    proxy.cut_all();
+    loop {
+        match next(&mut events).await {
+            EngineEvent::Resynchronise => break,
+            EngineEvent::Container(event) => assert_ne!(event.container_id, id),
+            EngineEvent::Network(_) => {}
+        }
+    }
+    direct().remove(&id, true).await.unwrap();
+    assert_eq!(next_of(&mut events, &id).await, (0, "destroy".to_owned()));
+}
+
+#[tokio::test]
+async fn the_exit_code_and_name_are_read_from_the_event() {
+    let docker = direct();
+    let mut events = docker.events(64);
+    assert_eq!(next(&mut events).await, EngineEvent::Resynchronise);
+    let (owned, id) = created("exit 7").await;
+    docker.start(&id).await.unwrap();
+    let died = loop {
+        match next(&mut events).await {
+            EngineEvent::Container(event) if event.container_id == id && event.action == "die" => {
+                break event;
+            }
+            _ => {}
+        }
+    };
+    assert_eq!(died.exit_code(), Some(7));
+    assert_eq!(died.name(), owned.0);
+}
+
+#[tokio::test]
+async fn a_stream_that_hangs_is_found_out_by_a_ping() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    let mut events = docker.events(64);
+    assert_eq!(next(&mut events).await, EngineEvent::Resynchronise);
+    proxy.spoil("/_ping", Fault::Hang, 1);
+    // Nothing closes the stream; only the unanswered ping can end it.
+    loop {
+        if next(&mut events).await == EngineEvent::Resynchronise {
+            break;
+        }
+    }
+    let subscriptions = proxy
+        .requests()
+        .iter()
+        .filter(|line| line.contains("/events"))
+        .count();
+    assert_eq!(subscriptions, 2);
+}
+
+#[tokio::test]
+async fn a_log_that_stalls_gives_what_was_read_when_asked_to() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    let (_owned, id) = created("seq 1 20000").await;
+    docker.start(&id).await.unwrap();
+    direct().wait(&id, WATCHDOG).await.unwrap();
+    proxy.spoil("/logs", Fault::StallAfter(4000), 2);
+    let whole = LogOptions::default();
+    let err = docker.logs(&id, whole).await.unwrap_err();
+    assert!(matches!(err, DockerError::Timeout { .. }), "{err}");
+    let log = docker
+        .logs(
+            &id,
+            LogOptions {
+                partial: true,
+                ..whole
+            },
+        )
+        .await
+        .unwrap();
+    assert!(!log.complete);
+    assert!(log.text.starts_with("1\n2\n3\n"), "{}", log.text);
+    let log = docker.logs(&id, whole).await.unwrap();
+    assert!(log.complete && log.text.ends_with("19999\n20000\n"));
+    proxy.spoil("/logs", Fault::CutAfter(4000), 2);
+    let err = docker.logs(&id, whole).await.unwrap_err();
+    assert!(matches!(err, DockerError::Broken { .. }), "{err}");
+}
+
+fn chunked(lines: &str) -> Fault {
+    Fault::Answer(
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\
+             Content-Length: {}\r\n\r\n{lines}",
+            lines.len()
+        )
+        .into_bytes(),
+    )
+}
+
+#[tokio::test]
+async fn every_way_a_pull_can_fail_is_noticed() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    let pulls = [
+        (
+            chunked("{\"error\":\"denied\"}\n{\"status\":\"Digest: x\"}\n"),
+            "denied",
+        ),
+        (
+            chunked("{\"status\":\"a\"}\n{\"errorDetail\":{\"message\":\"manifest unknown\"}}\n"),
+            "manifest unknown",
+        ),
+        (chunked(""), "without a word"),
+        (chunked("not json\n"), "can't be understood"),
+        (Fault::Close, "closed the connection"),
+        (Fault::Hang, "no answer"),
+    ];
+    for (fault, words) in pulls {
+        proxy.spoil("/images/create", fault.clone(), 1);
+        let err = docker
+            .pull_image("eng.invalid/x:1", None, |_| {})
+            .await
+            .unwrap_err();
+        assert!(err.to_string().contains(words), "{fault:?}: {err}");
+    }
+}
+
+#[tokio::test]
+async fn a_pull_ends_with_its_last_waiter_and_can_be_cancelled() {
+    let proxy = FaultDocker::start().unwrap();
+    let images = Images::new(client(&proxy));
+    proxy.spoil("/images/create", Fault::Hang, 2);
+    let first = images.pull("eng.invalid/x:1", None);
+    let second = images.pull("eng.invalid/x:1", None);
+    assert!(!first.joined() && second.joined());
+    assert!(images.is_pulling("eng.invalid/x:1"));
+    drop(first);
+    assert!(images.is_pulling("eng.invalid/x:1"));
+    drop(second);
+    assert!(!images.is_pulling("eng.invalid/x:1"));
+    let third = images.pull("eng.invalid/x:1", None);
+    assert!(!third.joined());
+    assert!(images.cancel("eng.invalid/x:1"));
+    let err = third.wait(|_| {}).await.unwrap_err();
+    assert!(err.to_string().contains("cancelled"), "{err}");
+    assert!(!images.cancel("eng.invalid/x:1"));
+}
+
+#[tokio::test]
+async fn a_distro_probe_is_removed_also_when_it_fails() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    let name = image(Image::Bare).unwrap();
+    let probes = |of: Vec<control::docker::ContainerSummary>, id: &str| {
+        of.iter()
+            .filter(|probe| probe.image_id.as_deref() == Some(id))
+            .count()
+    };
+    // An image of its own, so that other tests' probes are not counted.
+    let own = harness::images::import(
+        &format!("{}:1", unique("probe")),
+        &harness::images::busybox_files(&["sleep"]).unwrap(),
+        &["CMD [\"/bin/sh\"]"],
+    )
+    .unwrap();
+    let id = direct().inspect_image(&own.name).await.unwrap().id;
+    assert_ne!(id, direct().inspect_image(&name).await.unwrap().id);
+    let distros = Distros::new(docker, Default::default()).with_deadline(Duration::from_secs(2));
+    proxy.spoil("/wait", Fault::Hang, 1);
+    proxy.spoil("/start", Fault::json(204, ""), 1);
+    let err = distros
+        .resolve(&own.name, &Default::default())
+        .await
+        .unwrap_err();
+    assert!(matches!(err, DistroError::Timeout { .. }), "{err:?}");
+    let left = direct().list_labelled(true, PROBE_LABEL).await.unwrap();
+    assert_eq!(probes(left, &id), 0);
+    // No `ldd` in it: the words say what to do, nothing is left.
+    proxy.behave();
+    let err = distros
+        .resolve(&own.name, &Default::default())
+        .await
+        .unwrap_err();
+    assert!(
+        err.to_string()
+            .contains("label it with ai.backend.base-distro"),
+        "{err}"
+    );
+    let left = direct().list_labelled(true, PROBE_LABEL).await.unwrap();
+    assert_eq!(probes(left, &id), 0);
+    // Given up midway: the removal goes on by itself.
+    proxy.spoil("/wait", Fault::Hang, 1);
+    proxy.spoil("/start", Fault::json(204, ""), 1);
+    {
+        let labels = Default::default();
+        let given_up = tokio::time::timeout(
+            Duration::from_millis(500),
+            distros.resolve(&own.name, &labels),
+        );
+        assert!(given_up.await.is_err());
+    }
+    let watchdog = tokio::time::Instant::now() + WATCHDOG;
+    while probes(
+        direct().list_labelled(true, PROBE_LABEL).await.unwrap(),
+        &id,
+    ) > 0
+    {
+        assert!(tokio::time::Instant::now() < watchdog, "the probe stays");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
