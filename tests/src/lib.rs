@@ -7,6 +7,7 @@ pub mod images;
 pub mod node;
 pub mod python;
 pub mod regions;
+pub mod registry;
 pub mod rpc_service;
 pub mod wait;
 pub mod zmtp;
