@@ -222,7 +222,7 @@ async fn a_long_log_keeps_its_tail_and_tells_the_cut() {
         .unwrap();
     assert_eq!(tail.text.len(), 1000);
     assert!(whole.text.ends_with(&tail.text));
-    assert_eq!(tail.cut as usize, whole.text.len() - 1000);
+    assert_eq!(tail.cut, whole.text.len() as u64 - 1000);
 }
 
 #[tokio::test]
