@@ -1,1 +1,129 @@
-fn main() {}
+//! The `bai-dataplane` program: arguments, configuration, logs, exit code.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use config::{Config, LoadOptions};
+use dataplane::app::{self, AppError, Options};
+use dataplane::detach;
+use dataplane::link::Defaults;
+use dataplane::sys::signal;
+use tracing_subscriber::EnvFilter;
+
+/// Exit codes of sysexits(3): a fault of the configuration ...
+const EX_CONFIG: u8 = 78;
+/// ... a resource held by someone else, try again later ...
+const EX_TEMPFAIL: u8 = 75;
+/// ... and anything else.
+const EX_SOFTWARE: u8 = 70;
+
+/// Forwards service ports and gathers statistics of a Backend.AI worker node.
+#[derive(Debug, Parser)]
+#[command(name = "bai-dataplane", version, about)]
+struct Arguments {
+    /// The agent's configuration file (default: the places where the agent looks).
+    #[arg(short, long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The agent runs without etcd, bus and manager.
+    #[arg(long, global = true)]
+    standalone: bool,
+    /// Log more.
+    #[arg(long, global = true)]
+    debug: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Remove what a dataplane that is not running has left on this host.
+    Detach,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
+    let loaded = match config::load(&options) {
+        Ok(loaded) => loaded,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    let level = if arguments.debug || loaded.config.debug.enabled {
+        "debug"
+    } else {
+        "info"
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("BAI_LOG").unwrap_or_else(|_| EnvFilter::new(level)),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match arguments.command {
+        None => run(&loaded.config),
+        Some(Command::Detach) => {
+            match detach::detach(Some(&loaded.config.node.run_dir), &loaded.config.agent.id) {
+                Ok(Some(directory)) => {
+                    println!("removed {}", directory.display());
+                    ExitCode::SUCCESS
+                }
+                Ok(None) => {
+                    println!("nothing of the dataplane was left");
+                    ExitCode::SUCCESS
+                }
+                Err(err) => fail(&err, EX_TEMPFAIL),
+            }
+        }
+    }
+}
+
+fn run(config: &Config) -> ExitCode {
+    // Before any thread exists, so that all of them leave the signals to the main loop.
+    let signals = match signal::block() {
+        Ok(signals) => signals,
+        Err(errno) => return fail(&errno, EX_SOFTWARE),
+    };
+    match app::run(&options(config), signals) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err @ AppError::Lock(_)) => fail(&err, EX_TEMPFAIL),
+        Err(err @ AppError::RunDir(_)) => fail(&err, EX_CONFIG),
+        Err(err) => fail(&err, EX_SOFTWARE),
+    }
+}
+
+fn options(config: &Config) -> Options {
+    let limits = &config.node.dataplane;
+    let range = config.container.port_range;
+    Options {
+        run_dir: Some(config.node.run_dir.clone()),
+        agent_id: config.agent.id.clone(),
+        max_containers: config.node.max_containers,
+        max_ports: u32::from(range.last.saturating_sub(range.first)) + 1,
+        defaults: Defaults {
+            max_sessions: limits.max_sessions_per_port,
+            total_sessions: limits.max_sessions,
+            idle_timeout: limits.idle_timeout,
+            connect_timeout: limits.connect_timeout,
+            drain: limits.drain,
+            sample_interval: limits.stats_interval,
+        },
+        scratch_root: Some(config.container.scratch_root.clone()),
+        relay_threads: 0,
+    }
+}
+
+/// Says what went wrong and why, cause by cause.
+fn fail(err: &dyn std::error::Error, code: u8) -> ExitCode {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    eprintln!("bai-dataplane: {text}");
+    ExitCode::from(code)
+}

@@ -1,6 +1,7 @@
 //! Harness of the integration suites: what they need made, started and observed.
 #![forbid(unsafe_code)]
 
+pub mod dataplane;
 pub mod fake_runner;
 pub mod fault_docker;
 pub mod images;
@@ -9,5 +10,6 @@ pub mod python;
 pub mod regions;
 pub mod registry;
 pub mod rpc_service;
+pub mod traffic;
 pub mod wait;
 pub mod zmtp;

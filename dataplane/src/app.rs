@@ -1,0 +1,279 @@
+//! Wiring: builds every part, in reading order, and runs the main loop. The only file that knows
+//! all parts.
+//!
+//! In: [`Options`]. Out: the end of the process. The main thread owns the link; relay threads own
+//! their sessions; the collector's thread owns its descriptors. Invariant: nothing is mapped or
+//! bound before the writer lock is held, and readiness is told only after the desired region was
+//! looked at once.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use shared::desired::DesiredReader;
+use shared::doorbell::{Doorbell, DoorbellError, Ringer};
+use shared::lock::{LockError, WriterLock};
+use shared::observed::ObservedWriter;
+use shared::run_dir::{RunDir, RunDirError};
+use shared::{OpenError, Sizes};
+
+use crate::board::Board;
+use crate::collect::Collector;
+use crate::forward::relay::{self, Relay, StartError};
+use crate::link::{Defaults, Link, kept_descriptors};
+use crate::sys::netlink::{LinkLookup, LinkWatch, NetlinkError};
+use crate::sys::rlimit;
+use crate::sys::signal::{Request, Signals};
+
+/// How often the region is looked at without a ring, and a sign of life is left.
+const SLOW_TICK: Duration = Duration::from_secs(1);
+/// The same while sessions drain.
+const DRAIN_TICK: Duration = Duration::from_millis(20);
+
+const BELL: Token = Token(0);
+const SIGNALS: Token = Token(1);
+const LINKS: Token = Token(2);
+
+/// What the process is told at its start.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Base of the run directories, on tmpfs; `None` chooses `/run` or `/dev/shm`.
+    pub run_dir: Option<PathBuf>,
+    /// The agent whose regions these are.
+    pub agent_id: String,
+    /// Container rows of the observed region, when the desired one does not tell.
+    pub max_containers: u32,
+    /// Port rows of the observed region, when the desired one does not tell.
+    pub max_ports: u32,
+    /// What holds until control says otherwise.
+    pub defaults: Defaults,
+    /// Directory of all scratch directories, whose file system is watched.
+    pub scratch_root: Option<PathBuf>,
+    /// Relay threads; 0 chooses by the number of CPUs.
+    pub relay_threads: usize,
+}
+
+/// Why the process could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The run directory can't be used.
+    #[error("the run directory can't be used")]
+    RunDir(#[source] RunDirError),
+    /// Another dataplane serves this agent, or the lock file is out of reach.
+    #[error("this agent's dataplane can't be taken over")]
+    Lock(#[source] LockError),
+    /// The observed region can't be made.
+    #[error("the observed region can't be opened")]
+    Region(#[source] OpenError),
+    /// A doorbell can't be made.
+    #[error("the doorbell can't be put up")]
+    Doorbell(#[source] DoorbellError),
+    /// The relay can't be started.
+    #[error("the relay can't be started")]
+    Relay(#[source] StartError),
+    /// No netlink: guarded rows could not be disabled in time.
+    #[error("links can't be watched")]
+    Links(#[source] NetlinkError),
+    /// The main loop's own epoll fails.
+    #[error("the main loop can't wait for events")]
+    Poll(#[source] io::Error),
+    /// The collector can't be started.
+    #[error("the collector can't be started")]
+    Collector(#[source] io::Error),
+    /// A thread has ended by itself.
+    #[error("the {thread} has died; the process must be restarted")]
+    Died {
+        /// Which one.
+        thread: &'static str,
+    },
+}
+
+/// Relay threads for a number of CPUs: containers need the others.
+fn threads_for(cpus: usize) -> usize {
+    (cpus / 4).clamp(1, 4)
+}
+
+/// Runs the dataplane until a signal ends it. `signals` must have been blocked before any thread
+/// was started.
+///
+/// # Errors
+/// A part that can't be built, or a loop that can't go on.
+pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
+    let descriptors = rlimit::raise_descriptors();
+    let run_dir =
+        RunDir::choose(options.run_dir.as_deref(), &options.agent_id).map_err(AppError::RunDir)?;
+    let directory = run_dir.create_dataplane().map_err(AppError::RunDir)?;
+    let lock = WriterLock::acquire(&directory).map_err(AppError::Lock)?;
+
+    let mut reader = DesiredReader::at(run_dir.control());
+    let sizes = region_sizes(&mut reader, options);
+    let writer = ObservedWriter::open_locked(lock, sizes).map_err(AppError::Region)?;
+    tracing::info!(
+        directory = %directory.display(),
+        region_id = %writer.region_id(),
+        epoch = writer.epoch(),
+        ports = sizes.ports,
+        containers = sizes.containers,
+        descriptors,
+        "observed region opened"
+    );
+    let doorbell = Doorbell::bind(&directory).map_err(AppError::Doorbell)?;
+    let ringer = Ringer::of(run_dir.control()).map_err(AppError::Doorbell)?;
+    let board = Board::new(writer, ringer);
+
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let relay = Relay::start(relay::Options {
+        threads: match options.relay_threads {
+            0 => threads_for(cpus),
+            threads => threads,
+        },
+        ..relay::Options::default()
+    })
+    .map_err(AppError::Relay)?;
+
+    // The watch is opened before any row is applied: what goes away after this is told.
+    let watch = LinkWatch::open().map_err(AppError::Links)?;
+    let lookup = LinkLookup::open().map_err(AppError::Links)?;
+    let mut link = Link::new(
+        reader,
+        relay,
+        board.clone(),
+        lookup,
+        options.defaults,
+        descriptors,
+    );
+
+    let mut poll = Poll::new().map_err(AppError::Poll)?;
+    register(&poll, doorbell.as_raw_fd(), BELL)?;
+    register(&poll, signals.as_raw_fd(), SIGNALS)?;
+    register(&poll, watch.as_raw_fd(), LINKS)?;
+
+    let files = u32::try_from(kept_descriptors(descriptors) / 2).unwrap_or(u32::MAX);
+    let collector = Collector::start(
+        board.clone(),
+        Arc::clone(link.relay().totals()),
+        link.settings().sample_interval,
+        options.scratch_root.clone(),
+        files,
+    )
+    .map_err(AppError::Collector)?;
+
+    board.heartbeat();
+    look(&mut link, &collector, Instant::now());
+    // Not under systemd this does nothing.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!("dataplane ready");
+
+    let mut events = Events::with_capacity(16);
+    let mut tick_at = Instant::now() + SLOW_TICK;
+    let mut stopping: Option<Instant> = None;
+    loop {
+        let now = Instant::now();
+        let busy = stopping.is_some() || link.is_draining();
+        let wait =
+            tick_at
+                .saturating_duration_since(now)
+                .min(if busy { DRAIN_TICK } else { SLOW_TICK });
+        match poll.poll(&mut events, Some(wait)) {
+            Ok(()) => {}
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(AppError::Poll(err)),
+        }
+        while doorbell.drain() {}
+        // Links first: a row that just arrived must not be served over a link that is gone.
+        link.links_changed(&watch.changes());
+        while let Some(request) = signals.take() {
+            match request {
+                Request::Stop => {
+                    tracing::info!("stopping at once");
+                    stop(&mut link, &board);
+                    return Ok(());
+                }
+                Request::Drain if stopping.is_none() => {
+                    let drain = link.settings().drain;
+                    tracing::info!(
+                        sessions = link.relay().totals().active(),
+                        drain_ms = drain.as_millis(),
+                        "stopping, sessions may finish"
+                    );
+                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                    link.stop_accepting();
+                    stopping = Some(Instant::now() + drain);
+                }
+                Request::Drain => {}
+            }
+        }
+        let now = Instant::now();
+        if let Some(until) = stopping {
+            if link.relay().totals().active() == 0 || now >= until {
+                stop(&mut link, &board);
+                return Ok(());
+            }
+        } else {
+            look(&mut link, &collector, now);
+        }
+        if now >= tick_at || link.is_draining() {
+            link.tick(now);
+        }
+        if now >= tick_at {
+            tick_at = now + SLOW_TICK;
+            board.heartbeat();
+            if !link.relay().healthy() {
+                return Err(AppError::Died { thread: "relay" });
+            }
+            if !collector.healthy() {
+                return Err(AppError::Died {
+                    thread: "collector",
+                });
+            }
+        }
+    }
+}
+
+fn look(link: &mut Link, collector: &Collector, now: Instant) {
+    if let Some(desired) = link.look(now) {
+        collector.want(Some(desired), link.settings().sample_interval);
+    }
+}
+
+fn stop(link: &mut Link, board: &Board) {
+    link.stop_accepting();
+    link.cut_all();
+    board.heartbeat();
+    tracing::info!("dataplane stopped");
+}
+
+fn register(poll: &Poll, fd: RawFd, token: Token) -> Result<(), AppError> {
+    poll.registry()
+        .register(&mut SourceFd(&fd), token, Interest::READABLE)
+        .map_err(AppError::Poll)
+}
+
+/// Room for what the desired region can ask for, or for what the configuration says.
+fn region_sizes(reader: &mut DesiredReader, options: &Options) -> Sizes {
+    let told = reader.snapshot().ok().and_then(|_| reader.sizes());
+    let configured = Sizes {
+        ports: options.max_ports,
+        containers: options.max_containers,
+        ..Sizes::default()
+    };
+    told.map_or(configured, |told| Sizes {
+        ports: told.ports.max(configured.ports),
+        containers: told.containers.max(configured.containers),
+        ..configured
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_threads_whatever_the_machine() {
+        assert_eq!([1, 2, 8, 64].map(threads_for), [1, 1, 2, 4]);
+    }
+}

@@ -1,0 +1,215 @@
+//! The dataplane's end of the `observed` region.
+//!
+//! In: what [`crate::link`] did about ports and what [`crate::collect`] sampled. Out: rows in the
+//! region and a ring at control's doorbell. It is the only owner of the writer; both threads go
+//! through its lock. Invariant: the statuses here and the rows in the region agree after every
+//! publication, so a pass that refreshes counters can't bring back a port that is gone.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use shared::BatchError;
+use shared::desired::PortKey;
+use shared::doorbell::Ringer;
+use shared::ids::ContainerId;
+use shared::observed::{Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus};
+
+use crate::forward::relay::port::{Counters, Port};
+
+/// A port's status and where its counters live.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// What the region says.
+    pub status: PortStatus,
+    /// The relay's port, while it has one.
+    pub port: Option<Arc<Port>>,
+    /// What earlier listeners of the same kernel's port had counted.
+    pub base: Counters,
+}
+
+impl Entry {
+    fn refresh(&mut self, tick: u64) -> bool {
+        let now = self
+            .port
+            .as_ref()
+            .map(|port| port.counters())
+            .unwrap_or_default();
+        let status = &mut self.status;
+        let fresh = [
+            u64::from(now.active),
+            self.base.total + now.total,
+            self.base.refused + now.refused,
+            self.base.bytes_in + now.bytes_in,
+            self.base.bytes_out + now.bytes_out,
+            self.base.connect_failures + now.connect_failures,
+        ];
+        let shown = [
+            &mut status.sessions_active,
+            &mut status.sessions_total,
+            &mut status.sessions_refused,
+            &mut status.bytes_in,
+            &mut status.bytes_out,
+            &mut status.connect_failures,
+        ];
+        let mut changed = false;
+        for (fresh, shown) in fresh.into_iter().zip(shown) {
+            changed |= *shown != fresh;
+            *shown = fresh;
+        }
+        if changed {
+            status.tick = tick;
+        }
+        changed
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    writer: ObservedWriter,
+    ringer: Ringer,
+    entries: BTreeMap<PortKey, Entry>,
+    tick: u64,
+}
+
+/// The shared handle.
+#[derive(Debug, Clone)]
+pub struct Board(Arc<Mutex<Inner>>);
+
+/// One pass of the collector.
+#[derive(Debug, Default)]
+pub struct Pass {
+    /// Its number.
+    pub tick: u64,
+    /// One sample per container.
+    pub samples: Vec<ContainerSample>,
+    /// The node.
+    pub node: NodeSample,
+}
+
+/// What the link has done about the desired rows.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Statuses that are new or different.
+    pub put: Vec<Entry>,
+    /// Statuses to forget.
+    pub forget: Vec<PortKey>,
+    /// How far the desired region was looked at.
+    pub applied: Option<Applied>,
+}
+
+impl Board {
+    /// Takes over the writer. Port rows of an earlier life stay until the link has spoken.
+    pub fn new(writer: ObservedWriter, ringer: Ringer) -> Self {
+        Self(Arc::new(Mutex::new(Inner {
+            writer,
+            ringer,
+            entries: BTreeMap::new(),
+            tick: 0,
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A sign of life in the region's header.
+    pub fn heartbeat(&self) {
+        self.lock().writer.heartbeat();
+    }
+
+    /// Sizes of the region.
+    pub fn sizes(&self) -> shared::Sizes {
+        self.lock().writer.sizes()
+    }
+
+    /// Keys of all port rows in the region, an earlier life's too.
+    pub fn port_keys(&self) -> Vec<PortKey> {
+        self.lock().writer.port_keys().collect()
+    }
+
+    /// Publishes what the link has done, as one, and rings.
+    ///
+    /// # Errors
+    /// The region has no room for all of it; nothing of it was published then.
+    pub fn publish_changes(&self, changes: Changes) -> Result<(), BatchError> {
+        let mut inner = self.lock();
+        let Inner {
+            writer,
+            entries,
+            tick,
+            ..
+        } = &mut *inner;
+        let mut put = changes.put;
+        for entry in &mut put {
+            entry.refresh(*tick);
+        }
+        writer.batch(|batch| {
+            for key in &changes.forget {
+                batch.remove_port(*key);
+            }
+            for entry in &put {
+                batch.put_port(entry.status.clone());
+            }
+            if let Some(applied) = changes.applied {
+                batch.set_applied(applied);
+            }
+        })?;
+        for key in &changes.forget {
+            entries.remove(key);
+        }
+        for entry in put {
+            entries.insert(entry.status.key, entry);
+        }
+        inner.ring();
+        Ok(())
+    }
+
+    /// Publishes one pass, with the counters of all ports at this moment, as one, and rings.
+    ///
+    /// # Errors
+    /// The region has no room for all containers; nothing of the pass was published then.
+    pub fn publish_pass(&self, pass: Pass) -> Result<(), BatchError> {
+        let mut inner = self.lock();
+        let Inner {
+            writer,
+            entries,
+            tick,
+            ..
+        } = &mut *inner;
+        *tick = pass.tick;
+        let gone: Vec<ContainerId> = {
+            let sampled: std::collections::HashSet<ContainerId> =
+                pass.samples.iter().map(|s| s.container_id).collect();
+            writer
+                .container_ids()
+                .filter(|id| !sampled.contains(id))
+                .collect()
+        };
+        let room = usize::try_from(writer.sizes().containers).unwrap_or(usize::MAX);
+        writer.batch(|batch| {
+            for id in gone {
+                batch.remove_container(id);
+            }
+            for entry in entries.values_mut() {
+                if entry.refresh(pass.tick) {
+                    batch.put_port(entry.status.clone());
+                }
+            }
+            for sample in pass.samples.into_iter().take(room) {
+                batch.put_container(sample);
+            }
+            batch.set_node(pass.node);
+        })?;
+        inner.ring();
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn ring(&self) {
+        // Control looks by itself now and then; a doorbell that can't be rung costs time only.
+        if let Err(err) = self.ringer.ring() {
+            tracing::debug!(%err, "control's doorbell can't be rung");
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Gathering statistics: one thread, one pass per interval, one publication per pass.
+//!
+//! In: the containers to sample and the interval (from [`crate::link`]), kernel files and link
+//! counters. Out: samples and the node's numbers on the [`Board`], all of one pass visible at
+//! once, with its tick number. Invariants: missing is absent, never zero; a container that goes
+//! away during a pass harms only its own sample; a pass that takes longer than the interval makes
+//! the next one late, never two at once.
+
+pub mod cgroup_v1;
+pub mod cgroup_v2;
+pub mod container;
+pub mod disk;
+pub mod facts;
+pub mod file;
+pub mod node;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use shared::desired::{ContainerRow, DesiredSnapshot};
+use shared::ids::ContainerId;
+use shared::observed::{ContainerSample, DiskCounters, Measured, NodeSample, Source};
+use shared::{monotonic_ns, wall_ns};
+
+use self::container::Watched;
+use self::disk::Disk;
+use self::facts::Facts;
+use self::file::Budget;
+use self::node::Node;
+use crate::board::{Board, Pass};
+use crate::forward::relay::port::Totals;
+use crate::log_limit::LogLimit;
+use crate::sys::netlink::{LinkCounters, LinkStatistics};
+
+#[derive(Debug)]
+struct Wanted {
+    desired: Option<Arc<DesiredSnapshot>>,
+    interval: Duration,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    wanted: Mutex<Wanted>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The collector's handle; dropping it ends the thread.
+#[derive(Debug)]
+pub struct Collector {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Collector {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn start(
+        board: Board,
+        totals: Arc<Totals>,
+        interval: Duration,
+        scratch_root: Option<PathBuf>,
+        descriptors: u32,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            wanted: Mutex::new(Wanted {
+                desired: None,
+                interval,
+                stop: false,
+            }),
+            changed: Condvar::new(),
+        });
+        let disk = Disk::start()?;
+        let own = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("collect".to_owned())
+            .spawn(move || {
+                let mut sampler = Sampler::new(totals, disk.clone(), scratch_root, descriptors);
+                run(&own, &mut sampler, &board);
+                disk.stop();
+            })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Tells what to sample from now on and how often.
+    pub fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
+        let mut wanted = self.shared.lock();
+        if desired.is_some() {
+            wanted.desired = desired;
+        }
+        if wanted.interval != interval {
+            wanted.interval = interval;
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// False when the thread has ended by itself.
+    pub fn healthy(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
+    let mut due = Instant::now();
+    let mut failed = LogLimit::default();
+    loop {
+        let (desired, interval) = {
+            let mut wanted = shared.lock();
+            loop {
+                if wanted.stop {
+                    return;
+                }
+                let interval = wanted.interval;
+                let now = Instant::now();
+                due = due.min(now + interval);
+                if now >= due {
+                    break (wanted.desired.clone(), interval);
+                }
+                wanted = shared
+                    .changed
+                    .wait_timeout(wanted, due - now)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+        };
+        let late = due.elapsed();
+        let containers = desired
+            .as_ref()
+            .map(|desired| desired.containers.as_slice());
+        let whole = desired
+            .as_ref()
+            .is_none_or(|desired| desired.invalid_rows == 0);
+        let pass = sampler.pass(containers.unwrap_or_default(), whole);
+        tracing::debug!(
+            tick = pass.tick,
+            containers = pass.samples.len(),
+            late_us = late.as_micros(),
+            pass_us = sampler.last_pass.as_micros(),
+            cpu_us = sampler.last_cpu.as_micros(),
+            "pass done"
+        );
+        if let Err(err) = board.publish_pass(pass)
+            && let Some(suppressed) = failed.pass()
+        {
+            tracing::error!(%err, suppressed, "a pass can't be published");
+        }
+        // Ticks stay on their beat; those that a long pass has swallowed are left out.
+        due += interval;
+        let now = Instant::now();
+        if due < now {
+            let missed = (now - due).as_nanos() / interval.as_nanos().max(1) + 1;
+            due += interval * u32::try_from(missed).unwrap_or(1);
+        }
+    }
+}
+
+/// Does the passes. Owned by the collector's thread; benches drive it directly.
+#[derive(Debug)]
+pub struct Sampler {
+    facts: Facts,
+    budget: Arc<Budget>,
+    containers: HashMap<ContainerId, Watched>,
+    links: Option<LinkStatistics>,
+    links_log: LogLimit,
+    node: Node,
+    disk: Disk,
+    scratch_root: Option<PathBuf>,
+    totals: Arc<Totals>,
+    tick: u64,
+    buffer: Vec<u8>,
+    last_pass: Duration,
+    last_cpu: Duration,
+}
+
+fn thread_cpu() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    )
+}
+
+fn age_ms(at: Instant) -> u32 {
+    u32::try_from(at.elapsed().as_millis()).unwrap_or(u32::MAX)
+}
+
+impl Sampler {
+    /// A sampler that may keep so many descriptors open between passes.
+    pub fn new(
+        totals: Arc<Totals>,
+        disk: Disk,
+        scratch_root: Option<PathBuf>,
+        descriptors: u32,
+    ) -> Self {
+        let facts = Facts::gather();
+        tracing::info!(?facts, "cgroup hierarchies found");
+        let budget = Budget::new(descriptors);
+        Self {
+            facts,
+            node: Node::new(&budget),
+            budget,
+            containers: HashMap::new(),
+            links: None,
+            links_log: LogLimit::default(),
+            disk,
+            scratch_root,
+            totals,
+            tick: 0,
+            buffer: Vec::new(),
+            last_pass: Duration::ZERO,
+            last_cpu: Duration::ZERO,
+        }
+    }
+
+    /// CPU time of the last pass.
+    pub fn last_cpu(&self) -> Duration {
+        self.last_cpu
+    }
+
+    /// One pass over these containers. When the list is not `whole` (a damaged region), those it
+    /// leaves out are sampled on.
+    pub fn pass(&mut self, rows: &[ContainerRow], whole: bool) -> Pass {
+        let (begin, cpu_begin) = (Instant::now(), thread_cpu());
+        self.tick += 1;
+        self.follow(rows, whole);
+        let links = self.read_links();
+        let mut samples = Vec::with_capacity(self.containers.len());
+        for watched in self.containers.values_mut() {
+            let mut sample =
+                watched.sample(&self.facts, &self.budget, links.as_ref(), &mut self.buffer);
+            sample.tick = self.tick;
+            sample.taken_monotonic_ns = monotonic_ns();
+            sample.taken_wall_ns = wall_ns();
+            add_disk(&mut sample, watched.row(), &self.disk);
+            samples.push(sample);
+        }
+        samples.sort_unstable_by_key(|sample| sample.container_id);
+        let mut counters = self.node.read(links.as_ref(), &mut self.buffer);
+        if let Some(space) = self
+            .scratch_root
+            .as_deref()
+            .and_then(|path| self.disk.answer(path))
+        {
+            counters.disk_total_bytes = Some(space.total);
+            counters.disk_available_bytes = Some(space.available);
+        }
+        counters.sessions_active = Some(u64::from(self.totals.active()));
+        counters.sessions_total = Some(self.totals.admitted());
+        counters.accepts_shed = Some(self.totals.shed());
+        counters.containers_sampled = Some(samples.len() as u64);
+        self.disk.refresh(
+            self.scratch_root.as_deref(),
+            self.containers
+                .values()
+                .map(|watched| watched.row().scratch_path.as_str())
+                .filter(|path| !path.is_empty()),
+        );
+        self.last_pass = begin.elapsed();
+        self.last_cpu = thread_cpu().saturating_sub(cpu_begin);
+        counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
+        Pass {
+            tick: self.tick,
+            samples,
+            node: NodeSample {
+                tick: self.tick,
+                taken_monotonic_ns: monotonic_ns(),
+                taken_wall_ns: wall_ns(),
+                counters,
+            },
+        }
+    }
+
+    /// Takes up new containers and changed rows, and lets go of those no longer wanted.
+    fn follow(&mut self, rows: &[ContainerRow], whole: bool) {
+        if whole {
+            self.containers.retain(|id, _| {
+                rows.binary_search_by_key(id, |row| row.container_id)
+                    .is_ok()
+            });
+        }
+        for row in rows {
+            let known = self.containers.get(&row.container_id);
+            if known.is_none_or(|known| known.row().generation != row.generation) {
+                let watched = Watched::new(row.clone(), &self.facts, &self.budget);
+                self.containers.insert(row.container_id, watched);
+            }
+        }
+    }
+
+    fn read_links(&mut self) -> Option<HashMap<u32, LinkCounters>> {
+        let read = match &mut self.links {
+            Some(links) => links.read(),
+            none => LinkStatistics::open().and_then(|links| none.insert(links).read()),
+        };
+        match read {
+            Ok(links) => Some(links),
+            Err(err) => {
+                // A fresh socket next time: what is still under way on this one is dropped.
+                self.links = None;
+                if let Some(suppressed) = self.links_log.pass() {
+                    tracing::warn!(
+                        err = &err as &dyn std::error::Error,
+                        suppressed,
+                        "link counters can't be read, network numbers are absent"
+                    );
+                }
+                None
+            }
+        }
+    }
+}
+
+fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
+    if row.scratch_path.is_empty() {
+        return;
+    }
+    if let Some(space) = disk.answer(Path::new(&row.scratch_path)) {
+        sample.disk = Measured {
+            source: Source::File,
+            age_ms: age_ms(space.at),
+            counters: DiskCounters {
+                scratch_bytes: Some(space.used),
+                scratch_files: Some(space.files),
+            },
+        };
+    }
+}

@@ -1,0 +1,192 @@
+//! Counters of a container from the unified hierarchy.
+//!
+//! In: the container's directory. Out: counters, each present or absent by itself. Source:
+//! Documentation/admin-guide/cgroup-v2.rst.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use shared::observed::{CpuCounters, IoCounters, MemoryCounters};
+
+use super::cgroup_v1::number_or_max;
+use super::file::{Budget, CachedFile, Failure, keyed, number};
+
+/// `cpu.stat`.
+#[derive(Debug)]
+pub struct Cpu {
+    stat: CachedFile,
+}
+
+fn from_us(us: u64) -> u64 {
+    us.saturating_mul(1000)
+}
+
+impl Cpu {
+    /// In the container's directory.
+    pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
+        Self {
+            stat: CachedFile::new(directory.join("cpu.stat"), budget),
+        }
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The file can't be read.
+    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<CpuCounters, Failure> {
+        let text = self.stat.read(buffer)?;
+        Ok(CpuCounters {
+            usage_ns: keyed(text, "usage_usec").map(from_us),
+            user_ns: keyed(text, "user_usec").map(from_us),
+            system_ns: keyed(text, "system_usec").map(from_us),
+            periods: keyed(text, "nr_periods"),
+            throttled_periods: keyed(text, "nr_throttled"),
+            throttled_ns: keyed(text, "throttled_usec").map(from_us),
+        })
+    }
+}
+
+/// Memory files.
+#[derive(Debug)]
+pub struct Memory {
+    current: CachedFile,
+    limit: CachedFile,
+    stat: CachedFile,
+    events: CachedFile,
+    peak: CachedFile,
+    swap: CachedFile,
+}
+
+impl Memory {
+    /// In the container's directory.
+    pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
+        let file = |name: &str| CachedFile::new(directory.join(name), budget);
+        Self {
+            current: file("memory.current"),
+            limit: file("memory.max"),
+            stat: file("memory.stat"),
+            events: file("memory.events"),
+            peak: file("memory.peak"),
+            swap: file("memory.swap.current"),
+        }
+    }
+
+    /// Reads them.
+    ///
+    /// # Errors
+    /// The usage can't be read; the others are absent one by one.
+    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<MemoryCounters, Failure> {
+        let mut counters = MemoryCounters {
+            current_bytes: number(self.current.read(buffer)?),
+            limit_bytes: self.limit.read(buffer).ok().and_then(number_or_max),
+            peak_bytes: self.peak.read(buffer).ok().and_then(number),
+            swap_bytes: self.swap.read(buffer).ok().and_then(number),
+            ..MemoryCounters::default()
+        };
+        if let Ok(text) = self.stat.read(buffer) {
+            counters.inactive_file_bytes = keyed(text, "inactive_file");
+            counters.anon_bytes = keyed(text, "anon");
+            counters.file_bytes = keyed(text, "file");
+            counters.shmem_bytes = keyed(text, "shmem");
+            counters.kernel_bytes = keyed(text, "kernel");
+        }
+        if let Ok(text) = self.events.read(buffer) {
+            counters.oom_events = keyed(text, "oom");
+            counters.oom_kill_events = keyed(text, "oom_kill");
+            counters.max_events = keyed(text, "max");
+        }
+        Ok(counters)
+    }
+}
+
+/// `io.stat`.
+#[derive(Debug)]
+pub struct Io {
+    stat: CachedFile,
+}
+
+impl Io {
+    /// In the container's directory.
+    pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
+        Self {
+            stat: CachedFile::new(directory.join("io.stat"), budget),
+        }
+    }
+
+    /// Reads it. An empty file means that there was no I/O: here the kernel is complete.
+    ///
+    /// # Errors
+    /// The file can't be read.
+    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
+        Ok(sum(self.stat.read(buffer)?))
+    }
+}
+
+/// Sums `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6` lines over devices.
+fn sum(text: &str) -> IoCounters {
+    let mut sums = [0_u64; 4];
+    for word in text.split_whitespace() {
+        let Some((key, value)) = word.split_once('=') else {
+            continue;
+        };
+        let place = match key {
+            "rbytes" => 0,
+            "wbytes" => 1,
+            "rios" => 2,
+            "wios" => 3,
+            _ => continue,
+        };
+        if let (Some(sum), Ok(value)) = (sums.get_mut(place), value.parse::<u64>()) {
+            *sum = sum.saturating_add(value);
+        }
+    }
+    let [read_bytes, write_bytes, read_operations, write_operations] = sums.map(Some);
+    IoCounters {
+        read_bytes,
+        write_bytes,
+        read_operations,
+        write_operations,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::observed::UNLIMITED;
+
+    #[test]
+    fn io_of_stacked_lines_is_summed() {
+        let text =
+            "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=5 dios=1\n8:16 rbytes=1 wbytes=x\n";
+        let counters = sum(text);
+        assert_eq!(counters.read_bytes, Some(11));
+        assert_eq!(counters.write_bytes, Some(20));
+        assert_eq!(counters.write_operations, Some(2));
+        assert_eq!(sum("").read_bytes, Some(0));
+    }
+
+    /// The original raised on the text `max` and lost the memory of all containers.
+    #[test]
+    fn an_unlimited_container_is_no_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let put =
+            |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
+        put("memory.current", "5\n");
+        put("memory.max", "max\n");
+        put(
+            "memory.events",
+            "low 0\nhigh 0\nmax 4\noom 2\noom_kill 1\noom_group_kill 0\n",
+        );
+        let mut memory = Memory::new(directory.path(), &Budget::new(10));
+        let counters = memory.read(&mut Vec::new()).unwrap();
+        assert_eq!(counters.limit_bytes, Some(UNLIMITED));
+        assert_eq!(
+            (
+                counters.max_events,
+                counters.oom_events,
+                counters.oom_kill_events
+            ),
+            (Some(4), Some(2), Some(1))
+        );
+    }
+}

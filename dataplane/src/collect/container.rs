@@ -1,0 +1,341 @@
+//! Reading one container.
+//!
+//! In: its desired row, this host's facts, the pass's link counters. Out: one sample. Invariant:
+//! what can't be read is absent in this sample and hurts nothing else; a container whose cgroup
+//! was removed and made again (a restart) is found again by path.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use shared::desired::ContainerRow;
+use shared::observed::{ContainerSample, Measured, NetCounters, Source};
+
+use super::cgroup_v1;
+use super::cgroup_v2;
+use super::facts::{Facts, Hierarchy};
+use super::file::{Budget, Failure};
+use crate::sys::netlink::LinkCounters;
+
+#[derive(Debug)]
+enum Cpu {
+    V1(cgroup_v1::Cpu),
+    V2(cgroup_v2::Cpu),
+}
+
+#[derive(Debug)]
+enum Memory {
+    V1(cgroup_v1::Memory),
+    V2(cgroup_v2::Memory),
+}
+
+#[derive(Debug)]
+enum Io {
+    V1(cgroup_v1::Io),
+    V2(cgroup_v2::Io),
+}
+
+/// The files of one container.
+#[derive(Debug)]
+pub struct Watched {
+    row: ContainerRow,
+    cpu: Option<Cpu>,
+    memory: Option<Memory>,
+    pids: Option<cgroup_v1::Pids>,
+    io: Option<Io>,
+}
+
+/// The container's directory in a hierarchy: where the row says, else where its first process is,
+/// provided that this place carries the container's id (process ids are used again).
+fn directory(row: &ContainerRow, hierarchy: &Hierarchy, controller: &str) -> Option<PathBuf> {
+    let mount = hierarchy.mount();
+    if !row.cgroup_path.is_empty() {
+        let path = mount.join(&row.cgroup_path);
+        if path.is_dir() {
+            return Some(path);
+        }
+    }
+    if row.init_pid == 0 {
+        return None;
+    }
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", row.init_pid)).ok()?;
+    let unified = matches!(hierarchy, Hierarchy::V2(_));
+    let relative = process_path(&text, (!unified).then_some(controller))?;
+    if !relative.contains(&row.container_id.to_string()) {
+        return None;
+    }
+    let path = mount.join(relative);
+    path.is_dir().then_some(path)
+}
+
+/// The path of a v1 controller, or of the unified tree, in `/proc/<pid>/cgroup`.
+fn process_path<'a>(text: &'a str, controller: Option<&str>) -> Option<&'a str> {
+    text.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let here = match controller {
+            Some(controller) => controllers.split(',').any(|name| name == controller),
+            None => number == "0" && controllers.is_empty(),
+        };
+        let path = path.strip_prefix('/').unwrap_or(path);
+        let inside = !path.split('/').any(|part| part == "..");
+        (here && inside).then_some(path)
+    })
+}
+
+fn find(row: &ContainerRow, hierarchy: Option<&Hierarchy>, controller: &str) -> Option<PathBuf> {
+    directory(row, hierarchy?, controller)
+}
+
+impl Watched {
+    /// Finds the container's directories. Those that are not there yet are looked for again at
+    /// the next [`Watched::sample`].
+    pub fn new(row: ContainerRow, facts: &Facts, budget: &Arc<Budget>) -> Self {
+        let mut watched = Self {
+            row,
+            cpu: None,
+            memory: None,
+            pids: None,
+            io: None,
+        };
+        watched.find_missing(facts, budget);
+        watched
+    }
+
+    /// The row it was made for.
+    pub fn row(&self) -> &ContainerRow {
+        &self.row
+    }
+
+    fn find_missing(&mut self, facts: &Facts, budget: &Arc<Budget>) {
+        let row = &self.row;
+        if self.cpu.is_none()
+            && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
+        {
+            self.cpu = Some(match &facts.cpu {
+                Some(Hierarchy::V1(_)) => {
+                    let quota = find(row, facts.cpu_quota.as_ref(), "cpu");
+                    Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
+                }
+                _ => Cpu::V2(cgroup_v2::Cpu::new(&path, budget)),
+            });
+        }
+        if self.memory.is_none()
+            && let Some(path) = find(row, facts.memory.as_ref(), "memory")
+        {
+            self.memory = Some(match &facts.memory {
+                Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
+                _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
+            });
+        }
+        if self.pids.is_none()
+            && let Some(path) = find(row, facts.pids.as_ref(), "pids")
+        {
+            self.pids = Some(cgroup_v1::Pids::new(&path, budget));
+        }
+        if self.io.is_none()
+            && let Some(path) = find(row, facts.io.as_ref(), "blkio")
+        {
+            self.io = Some(match &facts.io {
+                Some(Hierarchy::V1(_)) => Io::V1(cgroup_v1::Io::new(&path, budget)),
+                _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
+            });
+        }
+    }
+
+    /// Reads everything of this container. Times and tick are the caller's to fill in.
+    pub fn sample(
+        &mut self,
+        facts: &Facts,
+        budget: &Arc<Budget>,
+        links: Option<&HashMap<u32, LinkCounters>>,
+        buffer: &mut Vec<u8>,
+    ) -> ContainerSample {
+        let mut sample = ContainerSample {
+            container_id: self.row.container_id,
+            kernel_id: self.row.kernel_id,
+            ..ContainerSample::default()
+        };
+        self.find_missing(facts, budget);
+        if self.read_groups(&mut sample, buffer) {
+            // A restarted container has new cgroups at the old place.
+            self.find_missing(facts, budget);
+            self.read_groups(&mut sample, buffer);
+        }
+        if let Some(net) = links.and_then(|links| network(&self.row, links)) {
+            sample.net = Measured::now(Source::Netlink, net);
+        }
+        sample
+    }
+
+    /// Reads the groups that are still absent. True when one was found gone and given up.
+    fn read_groups(&mut self, sample: &mut ContainerSample, buffer: &mut Vec<u8>) -> bool {
+        let mut gone = false;
+        if let Some(cpu) = self.cpu.as_mut().filter(|_| sample.cpu.get().is_none()) {
+            let read = match cpu {
+                Cpu::V1(cpu) => cpu.read(buffer),
+                Cpu::V2(cpu) => cpu.read(buffer),
+            };
+            gone |= take(read.map(Some), &mut sample.cpu, &mut self.cpu);
+        }
+        if let Some(memory) = self
+            .memory
+            .as_mut()
+            .filter(|_| sample.memory.get().is_none())
+        {
+            let read = match memory {
+                Memory::V1(memory) => memory.read(buffer),
+                Memory::V2(memory) => memory.read(buffer),
+            };
+            gone |= take(read.map(Some), &mut sample.memory, &mut self.memory);
+        }
+        if let Some(pids) = self.pids.as_mut().filter(|_| sample.pids.get().is_none()) {
+            let read = pids.read(buffer);
+            gone |= take(read.map(Some), &mut sample.pids, &mut self.pids);
+        }
+        if let Some(io) = self.io.as_mut().filter(|_| sample.io.get().is_none()) {
+            let read = match io {
+                Io::V1(io) => io.read(buffer),
+                Io::V2(io) => io.read(buffer).map(Some),
+            };
+            gone |= take(read, &mut sample.io, &mut self.io);
+        }
+        gone
+    }
+}
+
+/// Puts what was read into the sample. True when the files are of a cgroup that is gone; they are
+/// given up then.
+fn take<T, F>(
+    read: Result<Option<T>, Failure>,
+    into: &mut Measured<T>,
+    files: &mut Option<F>,
+) -> bool {
+    match read {
+        Ok(Some(counters)) => *into = Measured::now(Source::File, counters),
+        Ok(None) => {}
+        Err(failure) => {
+            // A file missing at its path: the directory may be gone, and its successor elsewhere.
+            *files = None;
+            if let Failure::Other(errno) = failure {
+                tracing::debug!(err = %errno, "a cgroup file can't be read");
+            }
+            return failure == Failure::Gone;
+        }
+    }
+    false
+}
+
+/// The container's view of its network: what the host's end sent, it received. A container on the
+/// host's network has no counters of its own, and never the host's; one whose link can't be found
+/// has none either.
+fn network(row: &ContainerRow, links: &HashMap<u32, LinkCounters>) -> Option<NetCounters> {
+    if row.host_network || row.link_indexes.is_empty() {
+        return None;
+    }
+    let mut sum = LinkCounters::default();
+    for index in &row.link_indexes {
+        let link = links.get(index)?;
+        sum.rx_bytes += link.rx_bytes;
+        sum.rx_packets += link.rx_packets;
+        sum.rx_errors += link.rx_errors;
+        sum.rx_dropped += link.rx_dropped;
+        sum.tx_bytes += link.tx_bytes;
+        sum.tx_packets += link.tx_packets;
+        sum.tx_errors += link.tx_errors;
+        sum.tx_dropped += link.tx_dropped;
+    }
+    Some(NetCounters {
+        rx_bytes: Some(sum.tx_bytes),
+        rx_packets: Some(sum.tx_packets),
+        rx_errors: Some(sum.tx_errors),
+        rx_drops: Some(sum.tx_dropped),
+        tx_bytes: Some(sum.rx_bytes),
+        tx_packets: Some(sum.rx_packets),
+        tx_errors: Some(sum.rx_errors),
+        tx_drops: Some(sum.rx_dropped),
+    })
+}
+
+/// Whether a path is a place of its own file system, so that its usage can be asked for at once.
+pub fn is_own_file_system(path: &Path) -> bool {
+    let Some(parent) = path.parent() else {
+        return false;
+    };
+    match (rustix::fs::stat(path), rustix::fs::stat(parent)) {
+        (Ok(own), Ok(parent)) => own.st_dev != parent.st_dev,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::ids::ContainerId;
+
+    fn link(rx_bytes: u64, tx_bytes: u64) -> LinkCounters {
+        LinkCounters {
+            rx_bytes,
+            tx_bytes,
+            ..LinkCounters::default()
+        }
+    }
+
+    fn row(links: &[u32]) -> ContainerRow {
+        ContainerRow {
+            link_indexes: links.to_vec(),
+            ..ContainerRow::default()
+        }
+    }
+
+    #[test]
+    fn directions_are_swapped_and_links_summed() {
+        let links = HashMap::from([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
+        let net = network(&row(&[3, 4]), &links).unwrap();
+        assert_eq!((net.rx_bytes, net.tx_bytes), (Some(22), Some(11)));
+    }
+
+    #[test]
+    fn a_missing_link_means_no_numbers_rather_than_fewer() {
+        let links = HashMap::from([(3, link(10, 20))]);
+        assert_eq!(network(&row(&[3, 4]), &links), None);
+        assert_eq!(network(&row(&[]), &links), None);
+    }
+
+    /// The original reported the host's totals for every container.
+    #[test]
+    fn a_container_on_the_hosts_network_never_gets_the_hosts_totals() {
+        let links = HashMap::from([(1, link(10, 20))]);
+        let mut row = row(&[1]);
+        row.host_network = true;
+        assert_eq!(network(&row, &links), None);
+    }
+
+    #[test]
+    fn paths_of_processes_are_found_and_never_leave_the_tree() {
+        let text = "4:memory:/docker/ab\n2:cpu,cpuacct:/x\n0::/system.slice/docker-ab.scope\n";
+        assert_eq!(process_path(text, Some("memory")), Some("docker/ab"));
+        assert_eq!(process_path(text, Some("cpuacct")), Some("x"));
+        assert_eq!(process_path(text, Some("blkio")), None);
+        assert_eq!(
+            process_path(text, None),
+            Some("system.slice/docker-ab.scope")
+        );
+        assert_eq!(process_path("4:memory:/../../etc\n", Some("memory")), None);
+    }
+
+    #[test]
+    fn a_process_of_someone_else_is_not_taken_for_the_container() {
+        // Our own process is real, and its cgroup does not carry this id.
+        let row = ContainerRow {
+            container_id: ContainerId([0xab; 32]),
+            init_pid: std::process::id(),
+            ..ContainerRow::default()
+        };
+        let facts = Facts::gather();
+        let mut watched = Watched::new(row, &facts, &Budget::new(100));
+        let sample = watched.sample(&facts, &Budget::new(100), None, &mut Vec::new());
+        assert_eq!(sample.cpu.source, Source::Absent);
+        assert_eq!(sample.memory.source, Source::Absent);
+    }
+}

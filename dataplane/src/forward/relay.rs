@@ -1,0 +1,231 @@
+//! The relay: service ports forwarded by this process.
+//!
+//! In: ports to open, change and close. Out: their counters. One or a few threads, each with its
+//! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
+//! dealt out to all. A session ([`session`]) is two sockets and two directions; a direction
+//! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice.
+//! Invariant: a port that [`Relay::open`] returned accepts clients until it is closed.
+
+pub mod flow;
+pub mod port;
+pub mod session;
+pub mod slab;
+pub mod wheel;
+pub mod worker;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use self::port::{Port, Rules, Totals};
+use self::worker::{Census, Inbox, Message, Worker};
+use crate::sys::socket::{self, ListenError};
+
+/// Clients that may wait to be accepted per port; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 1024;
+/// How long a worker may take to answer. It answers within one round of its loop, which is
+/// milliseconds; this only keeps the caller alive should a worker have died.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// How the relay is built.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Number of threads, at least one.
+    pub threads: usize,
+    /// Use splice for bulk. Off only to compare.
+    pub splice: bool,
+    /// Sessions of all ports at once; 0 means no limit.
+    pub total_sessions: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            splice: true,
+            total_sessions: 0,
+        }
+    }
+}
+
+/// Why the relay could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No epoll or eventfd descriptor.
+    #[error("cannot make the event loop of a relay thread")]
+    Poll(#[source] io::Error),
+    /// No thread.
+    #[error("cannot start a relay thread")]
+    Thread(#[source] io::Error),
+}
+
+/// Why a port could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No listener.
+    #[error("cannot open the listener")]
+    Listen(#[source] ListenError),
+    /// The listener's own address could not be read.
+    #[error("cannot read the address of the listener")]
+    Address(#[source] rustix::io::Errno),
+}
+
+/// The running relay.
+#[derive(Debug)]
+pub struct Relay {
+    inboxes: Vec<Arc<Inbox>>,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+    totals: Arc<Totals>,
+}
+
+impl Relay {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// No descriptors or no threads.
+    pub fn start(options: Options) -> Result<Self, StartError> {
+        let totals = Arc::new(Totals::default());
+        totals.set_limit(options.total_sessions);
+        let mut polls = Vec::new();
+        let mut inboxes = Vec::new();
+        for _ in 0..options.threads.max(1) {
+            let (poll, inbox) = worker::mailbox().map_err(StartError::Poll)?;
+            polls.push(poll);
+            inboxes.push(inbox);
+        }
+        let mut relay = Self {
+            inboxes,
+            threads: Vec::new(),
+            totals,
+        };
+        for (own, poll) in polls.into_iter().enumerate() {
+            let worker = Worker::new(poll, relay.inboxes.clone(), own, options.splice);
+            let thread = std::thread::Builder::new()
+                .name(format!("relay-{own}"))
+                .spawn(move || worker.run())
+                .map_err(StartError::Thread)?;
+            relay.threads.push(thread);
+        }
+        Ok(relay)
+    }
+
+    /// Opens a listener at `bind` that leads to `target`. Clients are accepted from the moment
+    /// this returns.
+    ///
+    /// # Errors
+    /// The port is taken, the address is not of this host, or there are no descriptors.
+    pub fn open(
+        &self,
+        bind: SocketAddr,
+        target: SocketAddr,
+        rules: Rules,
+    ) -> Result<Arc<Port>, OpenError> {
+        let fd = socket::listen(bind, BACKLOG).map_err(OpenError::Listen)?;
+        let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
+        let port = Arc::new(Port::new(bound, target, rules, Arc::clone(&self.totals)));
+        self.inbox_of(&port)
+            .send(Message::Listen(fd, Arc::clone(&port)));
+        Ok(port)
+    }
+
+    /// Closes the listener, after those who had already connected were accepted. Sessions go on.
+    pub fn close(&self, port: &Arc<Port>) {
+        let (done, answer) = sync_channel(1);
+        self.inbox_of(port)
+            .send(Message::Unlisten(Arc::clone(port), done));
+        wait(&answer);
+    }
+
+    /// Resets all sessions of the ports, whose listeners must be closed or refusing.
+    pub fn cut(&self, ports: &[Arc<Port>]) {
+        // A client accepted by one worker may still be in another's inbox. Messages are read in
+        // order, so a sweep comes after it; it was counted when it was admitted.
+        let live: Vec<_> = ports.iter().filter(|port| port.active() > 0).collect();
+        for port in &live {
+            port.cut();
+        }
+        if live.is_empty() {
+            return;
+        }
+        let answers: Vec<_> = self
+            .inboxes
+            .iter()
+            .map(|inbox| {
+                let (done, answer) = sync_channel(1);
+                inbox.send(Message::Sweep(done));
+                answer
+            })
+            .collect();
+        for answer in &answers {
+            wait(answer);
+        }
+        for port in &live {
+            port.settle_refusing();
+        }
+    }
+
+    /// Turns new clients away and resets the sessions; the listener stays and keeps the port.
+    pub fn disable(&self, ports: &[Arc<Port>]) {
+        for port in ports {
+            port.refuse();
+        }
+        // A worker may be between judging a client and counting it on the thread that accepts;
+        // an exchange of messages with every worker puts that behind us.
+        self.census();
+        self.cut(ports);
+    }
+
+    /// What all sessions are doing.
+    pub fn census(&self) -> Census {
+        let mut sum = Census::default();
+        for inbox in &self.inboxes {
+            let (tell, answer) = sync_channel(1);
+            inbox.send(Message::Census(tell));
+            if let Some(part) = wait(&answer) {
+                sum.sessions += part.sessions;
+                sum.splicing += part.splicing;
+                sum.timers += part.timers;
+            }
+        }
+        sum
+    }
+
+    /// Session counts of the process.
+    pub fn totals(&self) -> &Arc<Totals> {
+        &self.totals
+    }
+
+    /// False when a thread has ended by itself: the process must be restarted.
+    pub fn healthy(&self) -> bool {
+        self.threads.iter().all(|thread| !thread.is_finished())
+    }
+
+    fn inbox_of(&self, port: &Port) -> &Inbox {
+        &self.inboxes[usize::from(port.bind().port()) % self.inboxes.len()]
+    }
+}
+
+fn wait<T>(answer: &Receiver<T>) -> Option<T> {
+    match answer.recv_timeout(ANSWER) {
+        Ok(value) => Some(value),
+        Err(err) => {
+            tracing::error!(%err, "a relay thread does not answer");
+            None
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        for inbox in &self.inboxes {
+            inbox.send(Message::Stop);
+        }
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! A forwarded port: where it listens, where it leads, its rules and its counters.
+//!
+//! In: rules from the desired row. Out: admission of clients, counters. Shared between the thread
+//! that reconciles and the workers that forward. Invariant: every admitted session holds a
+//! [`Seat`]; the active counts of port and process fall exactly when seats are dropped.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use shared::desired::ClientNetwork;
+
+use super::wheel::SLOT;
+
+/// What applies to sessions of a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    /// Most sessions at once; 0 means no limit of its own.
+    pub max_sessions: u32,
+    /// How long the container may take to accept.
+    pub connect_timeout: Duration,
+    /// How long a session may be silent; `None` means for ever.
+    pub idle_timeout: Option<Duration>,
+    /// Client ranges that are let in; empty means all.
+    pub allowed: Vec<ClientNetwork>,
+    /// Only clients on this host are let in.
+    pub local_only: bool,
+}
+
+/// Connect timeout when the row names none. A local container answers in microseconds; ten seconds
+/// cover several SYN retransmissions to one that is being unpaused.
+pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            max_sessions: 0,
+            connect_timeout: DEFAULT_CONNECT_TIMEOUT,
+            idle_timeout: None,
+            allowed: Vec::new(),
+            local_only: false,
+        }
+    }
+}
+
+/// Why a client was turned away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The port is disabled or going away.
+    Disabled,
+    /// Its address is in none of the allowed ranges.
+    Network,
+    /// It is not on this host.
+    NotLocal,
+    /// The port's own limit is reached.
+    PortLimit,
+    /// The limit of the process is reached.
+    TotalLimit,
+}
+
+/// Session counts of the whole process.
+#[derive(Debug, Default)]
+pub struct Totals {
+    active: AtomicU32,
+    limit: AtomicU32,
+    admitted: AtomicU64,
+    shed: AtomicU64,
+}
+
+impl Totals {
+    /// Sets the limit of sessions of all ports; 0 means none.
+    pub fn set_limit(&self, limit: u32) {
+        self.limit.store(limit, Relaxed);
+    }
+
+    /// Sessions of all ports.
+    pub fn active(&self) -> u32 {
+        self.active.load(Relaxed)
+    }
+
+    /// Sessions ever admitted.
+    pub fn admitted(&self) -> u64 {
+        self.admitted.load(Relaxed)
+    }
+
+    /// Clients turned away for lack of descriptors or memory, or by the total limit.
+    pub fn shed(&self) -> u64 {
+        self.shed.load(Relaxed)
+    }
+}
+
+const OPEN: u8 = 0;
+const REFUSING: u8 = 1;
+const CUT: u8 = 2;
+
+/// What a port has counted since its listener was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Sessions now.
+    pub active: u32,
+    /// Sessions admitted.
+    pub total: u64,
+    /// Clients turned away, for whatever reason.
+    pub refused: u64,
+    /// Bytes delivered from clients to the container.
+    pub bytes_in: u64,
+    /// Bytes delivered from the container to clients.
+    pub bytes_out: u64,
+    /// Sessions for which the container could not be reached.
+    pub connect_failures: u64,
+    /// Sessions ended because they were silent too long.
+    pub idle_timeouts: u64,
+}
+
+/// A forwarded port.
+#[derive(Debug)]
+pub struct Port {
+    bind: SocketAddr,
+    target: SocketAddr,
+    rules: Mutex<Arc<Rules>>,
+    idle_slots: AtomicU32,
+    connect_slots: AtomicU32,
+    state: AtomicU8,
+    active: AtomicU32,
+    total: AtomicU64,
+    refused: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    connect_failures: AtomicU64,
+    idle_timeouts: AtomicU64,
+    totals: Arc<Totals>,
+}
+
+fn slots(duration: Duration) -> u32 {
+    let slots = duration.as_millis().div_ceil(SLOT.as_millis()).max(1);
+    u32::try_from(slots)
+        .unwrap_or(u32::MAX / 2)
+        .min(u32::MAX / 2)
+}
+
+impl Port {
+    /// A port bound at `bind` that leads to `target`.
+    pub fn new(bind: SocketAddr, target: SocketAddr, rules: Rules, totals: Arc<Totals>) -> Self {
+        let port = Self {
+            bind,
+            target,
+            rules: Mutex::new(Arc::new(Rules::default())),
+            idle_slots: AtomicU32::new(0),
+            connect_slots: AtomicU32::new(0),
+            state: AtomicU8::new(OPEN),
+            active: AtomicU32::new(0),
+            total: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            connect_failures: AtomicU64::new(0),
+            idle_timeouts: AtomicU64::new(0),
+            totals,
+        };
+        port.set_rules(rules);
+        port
+    }
+
+    /// The address the listener really has.
+    pub fn bind(&self) -> SocketAddr {
+        self.bind
+    }
+
+    /// Where sessions are led.
+    pub fn target(&self) -> SocketAddr {
+        self.target
+    }
+
+    /// Replaces the rules; sessions under way get the new idle timeout, admission the rest.
+    pub fn set_rules(&self, rules: Rules) {
+        self.idle_slots
+            .store(rules.idle_timeout.map_or(0, slots), Relaxed);
+        self.connect_slots
+            .store(slots(rules.connect_timeout), Relaxed);
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
+    }
+
+    /// Idle timeout in wheel slots; 0 means none.
+    pub fn idle_slots(&self) -> u32 {
+        self.idle_slots.load(Relaxed)
+    }
+
+    /// Connect timeout in wheel slots.
+    pub fn connect_slots(&self) -> u32 {
+        self.connect_slots.load(Relaxed)
+    }
+
+    /// Turns new clients away from now on.
+    pub fn refuse(&self) {
+        self.state.fetch_max(REFUSING, Relaxed);
+    }
+
+    /// Lets new clients in again, unless the port was cut.
+    pub fn admit_again(&self) {
+        let _ = self
+            .state
+            .compare_exchange(REFUSING, OPEN, Relaxed, Relaxed);
+    }
+
+    /// Marks all sessions to be reset at the next sweep.
+    pub fn cut(&self) {
+        self.state.store(CUT, Relaxed);
+    }
+
+    /// A sweep must reset the sessions of this port.
+    pub fn is_cut(&self) -> bool {
+        self.state.load(Relaxed) == CUT
+    }
+
+    /// After a sweep of a port that is only disabled: back to refusing.
+    pub fn settle_refusing(&self) {
+        let _ = self.state.compare_exchange(CUT, REFUSING, Relaxed, Relaxed);
+    }
+
+    /// Judges a client and gives it a seat.
+    ///
+    /// # Errors
+    /// Why it was turned away; this is counted here.
+    pub fn admit(
+        self: &Arc<Self>,
+        peer: IpAddr,
+        local: impl Fn() -> Option<IpAddr>,
+    ) -> Result<Seat, Refusal> {
+        self.judge(peer, local)
+            .inspect_err(|_| self.count_refused())
+    }
+
+    fn judge(
+        self: &Arc<Self>,
+        peer: IpAddr,
+        local: impl Fn() -> Option<IpAddr>,
+    ) -> Result<Seat, Refusal> {
+        if self.state.load(Relaxed) != OPEN {
+            return Err(Refusal::Disabled);
+        }
+        let rules = Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner));
+        let peer = peer.to_canonical();
+        if !rules.allowed.is_empty() && !rules.allowed.iter().any(|net| net.contains(peer)) {
+            return Err(Refusal::Network);
+        }
+        // A client on this host reaches us from a loopback address, or, when it names another
+        // address of the host, from that very address.
+        if rules.local_only
+            && !peer.is_loopback()
+            && local().is_none_or(|local| local.to_canonical() != peer)
+        {
+            return Err(Refusal::NotLocal);
+        }
+        take(&self.active, rules.max_sessions).ok_or(Refusal::PortLimit)?;
+        if take(&self.totals.active, self.totals.limit.load(Relaxed)).is_none() {
+            self.active.fetch_sub(1, Relaxed);
+            self.totals.shed.fetch_add(1, Relaxed);
+            return Err(Refusal::TotalLimit);
+        }
+        self.total.fetch_add(1, Relaxed);
+        self.totals.admitted.fetch_add(1, Relaxed);
+        Ok(Seat(Arc::clone(self)))
+    }
+
+    fn count_refused(&self) {
+        self.refused.fetch_add(1, Relaxed);
+    }
+
+    /// Counts a client that was turned away for lack of descriptors or memory.
+    pub fn count_shed(&self) {
+        self.count_refused();
+        self.totals.shed.fetch_add(1, Relaxed);
+    }
+
+    /// Counts a session whose container could not be reached.
+    pub fn count_connect_failure(&self) {
+        self.connect_failures.fetch_add(1, Relaxed);
+    }
+
+    /// Counts a session that was silent too long.
+    pub fn count_idle_timeout(&self) {
+        self.idle_timeouts.fetch_add(1, Relaxed);
+    }
+
+    /// Counts delivered bytes.
+    pub fn count_bytes(&self, inbound: u64, outbound: u64) {
+        if inbound != 0 {
+            self.bytes_in.fetch_add(inbound, Relaxed);
+        }
+        if outbound != 0 {
+            self.bytes_out.fetch_add(outbound, Relaxed);
+        }
+    }
+
+    /// Sessions now.
+    pub fn active(&self) -> u32 {
+        self.active.load(Relaxed)
+    }
+
+    /// All counters.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            active: self.active.load(Relaxed),
+            total: self.total.load(Relaxed),
+            refused: self.refused.load(Relaxed),
+            bytes_in: self.bytes_in.load(Relaxed),
+            bytes_out: self.bytes_out.load(Relaxed),
+            connect_failures: self.connect_failures.load(Relaxed),
+            idle_timeouts: self.idle_timeouts.load(Relaxed),
+        }
+    }
+}
+
+/// Raises a count unless that would pass the limit (0 = no limit).
+fn take(count: &AtomicU32, limit: u32) -> Option<()> {
+    count
+        .fetch_update(Relaxed, Relaxed, |now| {
+            (limit == 0 || now < limit).then(|| now.saturating_add(1))
+        })
+        .ok()
+        .map(|_| ())
+}
+
+/// The place of one session in the counts of its port and of the process.
+#[derive(Debug)]
+pub struct Seat(Arc<Port>);
+
+impl Seat {
+    /// The port it belongs to.
+    pub fn port(&self) -> &Arc<Port> {
+        &self.0
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Relaxed);
+        self.0.totals.active.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(rules: Rules, limit: u32) -> Arc<Port> {
+        let totals = Arc::new(Totals::default());
+        totals.set_limit(limit);
+        let address = "127.0.0.1:1".parse().unwrap();
+        Arc::new(Port::new(address, address, rules, totals))
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn seats_bound_the_sessions_of_a_port_and_are_given_back() {
+        let rules = Rules {
+            max_sessions: 2,
+            ..Rules::default()
+        };
+        let port = port(rules, 0);
+        let a = port.admit(ip("10.0.0.1"), || None).unwrap();
+        let _b = port.admit(ip("10.0.0.1"), || None).unwrap();
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::PortLimit
+        );
+        drop(a);
+        let _c = port.admit(ip("10.0.0.1"), || None).unwrap();
+        let counters = port.counters();
+        assert_eq!(
+            (counters.active, counters.total, counters.refused),
+            (2, 3, 1)
+        );
+    }
+
+    #[test]
+    fn the_total_limit_leaves_the_count_of_the_port_right() {
+        let port = port(Rules::default(), 1);
+        let seat = port.admit(ip("10.0.0.1"), || None).unwrap();
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::TotalLimit
+        );
+        assert_eq!(port.active(), 1);
+        drop(seat);
+        assert_eq!(port.active(), 0);
+        assert_eq!(port.totals.active(), 0);
+    }
+
+    #[test]
+    fn allowed_networks_and_locality_are_kept() {
+        let rules = Rules {
+            allowed: vec![ClientNetwork {
+                address: ip("10.0.0.0"),
+                prefix: 8,
+            }],
+            ..Rules::default()
+        };
+        let ranged = port(rules, 0);
+        assert!(ranged.admit(ip("10.9.9.9"), || None).is_ok());
+        assert!(ranged.admit(ip("::ffff:10.9.9.9"), || None).is_ok());
+        assert_eq!(
+            ranged.admit(ip("11.0.0.1"), || None).unwrap_err(),
+            Refusal::Network
+        );
+        let local = port(
+            Rules {
+                local_only: true,
+                ..Rules::default()
+            },
+            0,
+        );
+        assert!(local.admit(ip("127.0.0.1"), || None).is_ok());
+        assert!(local.admit(ip("10.0.0.5"), || Some(ip("10.0.0.5"))).is_ok());
+        assert_eq!(
+            local
+                .admit(ip("10.0.0.6"), || Some(ip("10.0.0.5")))
+                .unwrap_err(),
+            Refusal::NotLocal
+        );
+    }
+
+    #[test]
+    fn a_disabled_port_admits_again_only_when_told() {
+        let port = port(Rules::default(), 0);
+        port.refuse();
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::Disabled
+        );
+        port.admit_again();
+        assert!(port.admit(ip("10.0.0.1"), || None).is_ok());
+        port.cut();
+        port.admit_again();
+        assert!(port.is_cut());
+    }
+}

@@ -1,0 +1,575 @@
+//! The event loop of one relay thread.
+//!
+//! In: messages (listeners, accepted clients, sweeps) and events of its sockets. Out: forwarded
+//! bytes. Owns its listeners, sessions, buffer and pipes; nothing of it is shared but the inbox.
+//! Invariants: every event does a bounded amount of work; who has more to do waits in a list and
+//! gets its turn after all others; running out of descriptors or memory turns new clients away
+//! and never ends the loop.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
+use rustix::io::Errno;
+
+use super::flow::Tools;
+use super::port::{Port, Seat};
+use super::session::{End, LINGER, Session, Verdict};
+use super::slab::Slab;
+use super::wheel::{Entry, SLOT, Wheel};
+use crate::log_limit::LogLimit;
+use crate::sys::socket;
+
+/// Events taken from the kernel at once.
+const EVENTS: usize = 256;
+/// Clients accepted from one listener before others get their turn.
+const ACCEPT_BURST: usize = 64;
+/// How long a listener rests when the kernel has no memory or descriptors even for shedding.
+const REST: Duration = Duration::from_millis(100);
+
+const WAKE: Token = Token(0);
+const LISTENER_BIT: usize = 1 << 62;
+const SESSION_BIT: usize = 1 << 61;
+
+fn listener_token(index: usize) -> Token {
+    Token(LISTENER_BIT | index)
+}
+
+fn session_token(index: u32, end: End) -> Token {
+    Token(SESSION_BIT | (index as usize) << 1 | usize::from(end == End::Container))
+}
+
+/// What a worker can be asked.
+#[derive(Debug)]
+pub enum Message {
+    /// Accept clients of this port.
+    Listen(OwnedFd, Arc<Port>),
+    /// Accept what waits, close the listener, say so.
+    Unlisten(Arc<Port>, SyncSender<()>),
+    /// Forward for this admitted client.
+    Client(OwnedFd, Seat),
+    /// Reset the sessions of ports marked as cut, say so.
+    Sweep(SyncSender<()>),
+    /// Count sessions by what they do, for tests and reports.
+    Census(SyncSender<Census>),
+    /// Reset everything and end the thread.
+    Stop,
+}
+
+/// What the sessions of one worker are doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Sessions.
+    pub sessions: usize,
+    /// Of these, those that use splice in at least one direction.
+    pub splicing: usize,
+    /// Timer entries, stale ones included.
+    pub timers: usize,
+}
+
+/// The mailbox of a worker.
+#[derive(Debug)]
+pub struct Inbox {
+    messages: Mutex<Vec<Message>>,
+    waker: Waker,
+}
+
+impl Inbox {
+    /// Leaves a message and wakes the worker.
+    pub fn send(&self, message: Message) {
+        self.messages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(message);
+        // A waker fails only when its counter is full, and then the worker is awake anyway.
+        let _ = self.waker.wake();
+    }
+
+    fn take(&self) -> Vec<Message> {
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[derive(Debug)]
+struct Listener {
+    fd: OwnedFd,
+    port: Arc<Port>,
+    queued: bool,
+}
+
+/// One relay thread's world.
+#[derive(Debug)]
+pub struct Worker {
+    poll: Poll,
+    inbox: Arc<Inbox>,
+    /// All workers' inboxes, this one's included; clients are dealt out in turn.
+    peers: Vec<Arc<Inbox>>,
+    own: usize,
+    next_peer: usize,
+    listeners: Vec<Option<Listener>>,
+    sessions: Slab<Session>,
+    wheel: Wheel,
+    /// Sessions and listeners with more to do.
+    unfinished: VecDeque<u32>,
+    accepting: VecDeque<usize>,
+    resting: Vec<usize>,
+    rest_until: Option<Instant>,
+    tools: Tools,
+    /// A descriptor kept for the moment when there are no more: closing it lets one client be
+    /// accepted and turned away, so that the backlog moves and nobody waits in vain.
+    reserve: Option<File>,
+    started: Instant,
+    now: u32,
+    shed_log: LogLimit,
+    stopping: bool,
+}
+
+/// Makes the mailbox of a worker and the poll it wakes.
+///
+/// # Errors
+/// No descriptors for epoll or eventfd.
+pub fn mailbox() -> io::Result<(Poll, Arc<Inbox>)> {
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), WAKE)?;
+    Ok((
+        poll,
+        Arc::new(Inbox {
+            messages: Mutex::new(Vec::new()),
+            waker,
+        }),
+    ))
+}
+
+fn watch(registry: &Registry, fd: &OwnedFd, token: Token) -> io::Result<()> {
+    registry.register(
+        &mut SourceFd(&fd.as_raw_fd()),
+        token,
+        Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY,
+    )
+}
+
+impl Worker {
+    /// A worker at position `own` of `peers`.
+    pub fn new(poll: Poll, peers: Vec<Arc<Inbox>>, own: usize, splice: bool) -> Self {
+        Self {
+            poll,
+            inbox: Arc::clone(&peers[own]),
+            next_peer: own,
+            peers,
+            own,
+            listeners: Vec::new(),
+            sessions: Slab::default(),
+            wheel: Wheel::default(),
+            unfinished: VecDeque::new(),
+            accepting: VecDeque::new(),
+            resting: Vec::new(),
+            rest_until: None,
+            tools: Tools::new(splice),
+            reserve: File::open("/dev/null").ok(),
+            started: Instant::now(),
+            now: 0,
+            shed_log: LogLimit::default(),
+            stopping: false,
+        }
+    }
+
+    /// Runs until told to stop.
+    ///
+    /// # Errors
+    /// Only a failure of epoll itself, which nothing can be done about.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS);
+        let mut expired = Vec::new();
+        while !self.stopping {
+            match self.poll.poll(&mut events, self.timeout()) {
+                Ok(()) => {}
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+                Err(err) => return Err(err),
+            }
+            self.now = self.slot_of(Instant::now());
+            for event in &events {
+                let token = event.token();
+                if token == WAKE {
+                    self.read_mail();
+                } else if token.0 & LISTENER_BIT != 0 {
+                    self.queue_listener(token.0 & !LISTENER_BIT);
+                } else {
+                    let end = if token.0 & 1 == 0 {
+                        End::Client
+                    } else {
+                        End::Container
+                    };
+                    let Ok(index) = u32::try_from((token.0 & !SESSION_BIT) >> 1) else {
+                        continue;
+                    };
+                    if let Some(session) = self.sessions.get_mut(index) {
+                        let verdict = session.event(end, event, &mut self.tools, self.now);
+                        self.obey(index, verdict);
+                    }
+                }
+            }
+            self.serve_unfinished();
+            self.serve_listeners();
+            self.wheel.expire(u64::from(self.now), &mut expired);
+            for entry in expired.drain(..) {
+                self.expire(entry);
+            }
+            self.sessions.recycle();
+        }
+        for index in self.sessions.positions(|_| true) {
+            self.abort(index);
+        }
+        Ok(())
+    }
+
+    fn slot_of(&self, at: Instant) -> u32 {
+        let slots = at.duration_since(self.started).as_millis() / SLOT.as_millis();
+        u32::try_from(slots).unwrap_or(u32::MAX)
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        if !self.unfinished.is_empty() || !self.accepting.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let now = Instant::now();
+        let timer = self.wheel.earliest().map(|slot| {
+            let due = self.started + SLOT * u32::try_from(slot).unwrap_or(u32::MAX);
+            // A millisecond more, because epoll rounds down and would wake just before.
+            due.saturating_duration_since(now) + Duration::from_millis(1)
+        });
+        let rest = self
+            .rest_until
+            .map(|until| until.saturating_duration_since(now));
+        match (timer, rest) {
+            (Some(timer), Some(rest)) => Some(timer.min(rest)),
+            (timer, rest) => timer.or(rest),
+        }
+    }
+
+    fn read_mail(&mut self) {
+        for message in self.inbox.take() {
+            match message {
+                Message::Listen(fd, port) => self.adopt_listener(fd, port),
+                Message::Unlisten(port, done) => {
+                    self.close_listener(&port);
+                    let _ = done.try_send(());
+                }
+                Message::Client(fd, seat) => self.start_session(fd, seat),
+                Message::Sweep(done) => {
+                    for index in self.sessions.positions(|s| s.seat.port().is_cut()) {
+                        self.abort(index);
+                    }
+                    let _ = done.try_send(());
+                }
+                Message::Census(answer) => {
+                    let _ = answer.try_send(Census {
+                        sessions: self.sessions.live(),
+                        splicing: self.sessions.positions(Session::splices).len(),
+                        timers: self.wheel.entries(),
+                    });
+                }
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn adopt_listener(&mut self, fd: OwnedFd, port: Arc<Port>) {
+        let index = self
+            .listeners
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or_else(|| {
+                self.listeners.push(None);
+                self.listeners.len() - 1
+            });
+        let registered = self.poll.registry().register(
+            &mut SourceFd(&fd.as_raw_fd()),
+            listener_token(index),
+            Interest::READABLE,
+        );
+        if let Err(err) = registered {
+            tracing::error!(port = port.bind().port(), %err, "cannot watch a listener");
+            return;
+        }
+        self.listeners[index] = Some(Listener {
+            fd,
+            port,
+            queued: false,
+        });
+    }
+
+    fn close_listener(&mut self, port: &Arc<Port>) {
+        let found = self.listeners.iter().position(|listener| {
+            listener
+                .as_ref()
+                .is_some_and(|listener| Arc::ptr_eq(&listener.port, port))
+        });
+        if let Some(index) = found {
+            // Closing would reset those who have connected but were not accepted yet.
+            while self.accept_some(index) {}
+            self.listeners[index] = None;
+        }
+    }
+
+    fn queue_listener(&mut self, index: usize) {
+        if let Some(Some(listener)) = self.listeners.get_mut(index)
+            && !listener.queued
+        {
+            listener.queued = true;
+            self.accepting.push_back(index);
+        }
+    }
+
+    fn serve_listeners(&mut self) {
+        if self.rest_until.is_some_and(|until| Instant::now() >= until) {
+            self.rest_until = None;
+            for index in std::mem::take(&mut self.resting) {
+                self.queue_listener(index);
+            }
+        }
+        for _ in 0..self.accepting.len() {
+            let Some(index) = self.accepting.pop_front() else {
+                return;
+            };
+            if let Some(Some(listener)) = self.listeners.get_mut(index) {
+                listener.queued = false;
+            }
+            if self.accept_some(index) {
+                self.queue_listener(index);
+            }
+        }
+    }
+
+    /// Accepts a burst of clients. True when more may be waiting.
+    fn accept_some(&mut self, index: usize) -> bool {
+        for _ in 0..ACCEPT_BURST {
+            let Some(Some(listener)) = self.listeners.get(index) else {
+                return false;
+            };
+            match socket::accept(&listener.fd) {
+                Ok((fd, peer)) => {
+                    let port = Arc::clone(&listener.port);
+                    self.admit(fd, peer, &port);
+                }
+                Err(Errno::AGAIN) => return false,
+                Err(Errno::MFILE | Errno::NFILE) => {
+                    if !self.shed(index) {
+                        self.rest(index);
+                        return false;
+                    }
+                }
+                Err(Errno::NOBUFS | Errno::NOMEM) => {
+                    self.rest(index);
+                    return false;
+                }
+                Err(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::OPNOTSUPP) => {
+                    tracing::error!(port = listener.port.bind().port(), "a listener is broken");
+                    return false;
+                }
+                // What is left are errors of the one connection that was waiting (accept(2)).
+                Err(_) => {}
+            }
+        }
+        true
+    }
+
+    fn rest(&mut self, index: usize) {
+        self.resting.push(index);
+        self.rest_until.get_or_insert(Instant::now() + REST);
+    }
+
+    /// No descriptors: accepts one client with the reserved one and resets it. False when even
+    /// that is not possible now.
+    fn shed(&mut self, index: usize) -> bool {
+        if self.tools.drop_pipes() > 0 {
+            return true;
+        }
+        let Some(Some(listener)) = self.listeners.get(index) else {
+            return false;
+        };
+        if self.reserve.take().is_none() {
+            self.reserve = File::open("/dev/null").ok();
+            return self.reserve.is_some();
+        }
+        let accepted = socket::accept(&listener.fd);
+        let shed = matches!(accepted, Ok(_) | Err(Errno::AGAIN));
+        if let Ok((fd, _)) = accepted {
+            listener.port.count_shed();
+            socket::abort(fd);
+            if let Some(suppressed) = self.shed_log.pass() {
+                tracing::warn!(
+                    port = listener.port.bind().port(),
+                    suppressed,
+                    "out of descriptors, new clients are turned away: raise LimitNOFILE"
+                );
+            }
+        }
+        self.reserve = File::open("/dev/null").ok();
+        shed
+    }
+
+    fn admit(&mut self, fd: OwnedFd, peer: SocketAddr, port: &Arc<Port>) {
+        let local = || socket::local_address(&fd).ok().map(|address| address.ip());
+        match port.admit(peer.ip(), local) {
+            Ok(seat) => {
+                let chosen = self.next_peer;
+                self.next_peer = (self.next_peer + 1) % self.peers.len();
+                if chosen == self.own {
+                    self.start_session(fd, seat);
+                } else {
+                    self.peers[chosen].send(Message::Client(fd, seat));
+                }
+            }
+            Err(refusal) => {
+                tracing::debug!(port = port.bind().port(), %peer, ?refusal, "client refused");
+                socket::abort(fd);
+            }
+        }
+    }
+
+    fn start_session(&mut self, client: OwnedFd, seat: Seat) {
+        let port = Arc::clone(seat.port());
+        let container = match socket::start_connect(&port.target()) {
+            Ok(fd) => fd,
+            Err(errno) => {
+                if matches!(
+                    errno,
+                    Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM
+                ) {
+                    self.tools.drop_pipes();
+                    port.count_shed();
+                } else {
+                    port.count_connect_failure();
+                }
+                tracing::debug!(port = port.bind().port(), err = %errno, "cannot connect");
+                socket::abort(client);
+                return;
+            }
+        };
+        let (index, generation) = self.sessions.vacant();
+        let registry = self.poll.registry();
+        let watched = watch(registry, &client, session_token(index, End::Client))
+            .and_then(|()| watch(registry, &container, session_token(index, End::Container)));
+        let session = Session::new(client, container, seat, self.now);
+        if let Err(err) = watched {
+            tracing::debug!(port = port.bind().port(), %err, "cannot watch a session");
+            port.count_shed();
+            session.abort();
+            return;
+        }
+        self.sessions.insert(session);
+        let due = u64::from(self.now) + u64::from(port.connect_slots()) + 1;
+        self.wheel.insert(due, Entry { index, generation });
+    }
+
+    fn serve_unfinished(&mut self) {
+        for _ in 0..self.unfinished.len() {
+            let Some(index) = self.unfinished.pop_front() else {
+                return;
+            };
+            if let Some(session) = self.sessions.get_mut(index)
+                && session.queued
+            {
+                session.queued = false;
+                let verdict = session.turn(&mut self.tools, self.now);
+                self.obey(index, verdict);
+            }
+        }
+    }
+
+    fn obey(&mut self, index: u32, verdict: Verdict) {
+        match verdict {
+            Verdict::Wait => {}
+            Verdict::Again => self.queue_session(index),
+            Verdict::Linger => {
+                let slots = u64::try_from(LINGER.as_millis() / SLOT.as_millis()).unwrap_or(1);
+                if let Some(generation) = self.sessions.generation(index) {
+                    self.wheel
+                        .insert(u64::from(self.now) + slots + 1, Entry { index, generation });
+                }
+                self.queue_session(index);
+            }
+            Verdict::Close => {
+                if let Some(session) = self.sessions.remove(index) {
+                    session.close();
+                }
+            }
+            Verdict::Unreachable(errno) => {
+                if let Some(session) = self.sessions.get_mut(index) {
+                    let port = session.seat.port();
+                    port.count_connect_failure();
+                    tracing::debug!(
+                        port = port.bind().port(),
+                        target = %port.target(),
+                        err = %errno,
+                        "container not reached"
+                    );
+                }
+                self.abort(index);
+            }
+            Verdict::Abort(errno) => {
+                tracing::trace!(err = %errno, "session reset");
+                self.abort(index);
+            }
+        }
+    }
+
+    fn queue_session(&mut self, index: u32) {
+        if let Some(session) = self.sessions.get_mut(index)
+            && !session.queued
+        {
+            session.queued = true;
+            self.unfinished.push_back(index);
+        }
+    }
+
+    fn abort(&mut self, index: u32) {
+        if let Some(session) = self.sessions.remove(index) {
+            session.abort();
+        }
+    }
+
+    /// A timer entry came up: end the session or put the entry back.
+    fn expire(&mut self, entry: Entry) {
+        let now = self.now;
+        let Some(session) = self.sessions.get_generation(entry.index, entry.generation) else {
+            return;
+        };
+        let port = Arc::clone(session.seat.port());
+        if let Some(since) = session.broken_since() {
+            let linger = u32::try_from(LINGER.as_millis() / SLOT.as_millis()).unwrap_or(1);
+            if now >= since.saturating_add(linger) {
+                self.abort(entry.index);
+            }
+            // Otherwise the entry made when it broke is still to come.
+            return;
+        }
+        let (slots, connected) = if session.connected() {
+            (port.idle_slots(), true)
+        } else {
+            (port.connect_slots(), false)
+        };
+        // Without an idle timeout the entry stays in the wheel at its far end, so that a timeout
+        // set later applies to sessions under way.
+        let due = if slots == 0 {
+            u32::MAX
+        } else {
+            session.last_active.saturating_add(slots).saturating_add(1)
+        };
+        if now < due {
+            self.wheel.insert(u64::from(due), entry);
+        } else if connected {
+            port.count_idle_timeout();
+            self.abort(entry.index);
+        } else {
+            self.obey(entry.index, Verdict::Unreachable(Errno::TIMEDOUT));
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! The dataplane process: it forwards service ports and gathers statistics.
+//!
+//! Truth comes in through the `desired` region, answers and samples go out through `observed`
+//! (crate `shared`). It knows nothing of the manager, of Docker or of kernels' lives; it may run
+//! for weeks while control is restarted. The binary is `bai-dataplane`; this library exists so
+//! that tests and benches can drive its parts.
+
+pub mod app;
+pub mod board;
+pub mod collect;
+pub mod detach;
+pub mod forward;
+pub mod link;
+pub mod log_limit;
+pub mod sys;

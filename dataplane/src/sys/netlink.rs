@@ -1,0 +1,418 @@
+//! Routing netlink: which interfaces go away, and what all of them have counted.
+//!
+//! In: messages of the kernel (rtnetlink(7), linux/if_link.h). Out: interface indexes and
+//! counters, for the network namespace of this process. Invariants: only the kernel's own messages
+//! are believed (the sender's port is checked); a lost notification is reported as an overflow,
+//! never passed over; every wait for an answer has a deadline.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+/// linux/rtnetlink.h: the bit of the link notifications in a subscription.
+const RTMGRP_LINK: u32 = 1;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const RTM_DELLINK: u16 = 17;
+const RTM_NEWSTATS: u16 = 92;
+const RTM_GETSTATS: u16 = 94;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+/// The table changed during the dump; a link may be missing from it.
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// linux/if_link.h: `struct rtnl_link_stats64`, as attribute and as filter bit.
+const IFLA_STATS_LINK_64: u16 = 1;
+const FILTER_LINK_64: u32 = 1;
+
+const HEADER: usize = 16;
+/// `struct ifinfomsg`.
+const IFINFO: usize = 16;
+/// `struct if_stats_msg`.
+const IFSTATS: usize = 12;
+
+/// Room for one answer; the kernel fills at most 32 KiB per message of a dump.
+const BUFFER: usize = 64 * 1024;
+/// How long the kernel may take for one answer. It answers from memory; this only keeps a thread
+/// alive should the interface lock be held for long.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// A failed step of talking netlink.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No socket.
+    #[error("cannot open a netlink socket")]
+    Open(#[source] Errno),
+    /// The request was not taken.
+    #[error("cannot ask for link statistics")]
+    Ask(#[source] Errno),
+    /// No answer, or an interrupted one.
+    #[error("cannot read the answer about link statistics")]
+    Answer(#[source] Errno),
+    /// The kernel refused.
+    #[error("the kernel refused to list link statistics")]
+    Refused(#[source] Errno),
+    /// Links came and went all the time while they were listed.
+    #[error("the list of links changed while it was read, several times in a row")]
+    Unsteady,
+}
+
+fn open(groups: u32, flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    let fd = net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        flags | SocketFlags::CLOEXEC,
+        None,
+    )?;
+    net::bind(&fd, &SocketAddrNetlink::new(0, groups))?;
+    Ok(fd)
+}
+
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    let field = bytes.get(offset..offset + 2)?;
+    Some(u16::from_ne_bytes(field.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    let field = bytes.get(offset..offset + 4)?;
+    Some(u32::from_ne_bytes(field.try_into().ok()?))
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    let field = bytes.get(offset..offset + 8)?;
+    Some(u64::from_ne_bytes(field.try_into().ok()?))
+}
+
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    body: &'a [u8],
+}
+
+/// Splits a datagram into messages; stops at the first one that makes no sense.
+fn messages(datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    let mut rest = datagram;
+    std::iter::from_fn(move || {
+        let length = usize::try_from(u32_at(rest, 0)?).ok()?;
+        let message = rest.get(..length)?;
+        let body = message.get(HEADER..)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Message {
+            kind: u16_at(message, 4)?,
+            flags: u16_at(message, 6)?,
+            sequence: u32_at(message, 8)?,
+            body,
+        })
+    })
+}
+
+fn from_kernel(sender: Option<net::SocketAddrAny>) -> bool {
+    sender
+        .and_then(|any| SocketAddrNetlink::try_from(any).ok())
+        .is_some_and(|address| address.pid() == 0)
+}
+
+/// What a look at the notifications found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LinkChanges {
+    /// Interfaces that have left this network namespace.
+    pub gone: Vec<u32>,
+    /// Notifications were lost: every interface of interest must be looked up.
+    pub overflow: bool,
+}
+
+/// A subscription to interfaces coming and going.
+#[derive(Debug)]
+pub struct LinkWatch {
+    fd: OwnedFd,
+}
+
+impl LinkWatch {
+    /// Subscribes. What happens from now on will be told.
+    ///
+    /// # Errors
+    /// No socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let fd = open(RTMGRP_LINK, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
+        // A node of a thousand containers may lose all its links at once.
+        let _ = sockopt::set_socket_recv_buffer_size(&fd, 1024 * 1024);
+        Ok(Self { fd })
+    }
+
+    /// Takes all waiting notifications. Never blocks.
+    pub fn changes(&self) -> LinkChanges {
+        let mut found = LinkChanges::default();
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            match net::recvfrom(&self.fd, &mut buffer[..], RecvFlags::empty()) {
+                Ok((read, _, sender)) => {
+                    if from_kernel(sender) {
+                        gone_links(buffer.get(..read).unwrap_or_default(), &mut found.gone);
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::NOBUFS) => found.overflow = true,
+                Err(_) => return found,
+            }
+        }
+    }
+}
+
+/// The links a datagram reports as deleted. A port that only leaves its bridge is reported with
+/// the same message and the bridge's address family (net/bridge/br_netlink.c): not counted.
+fn gone_links(datagram: &[u8], gone: &mut Vec<u32>) {
+    for message in messages(datagram) {
+        if message.kind == RTM_DELLINK
+            && message.body.len() >= IFINFO
+            && message.body.first() == Some(&0)
+            && let Some(index) = u32_at(message.body, 4)
+        {
+            gone.push(index);
+        }
+    }
+}
+
+impl AsFd for LinkWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for LinkWatch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Looks up interfaces by index.
+#[derive(Debug)]
+pub struct LinkLookup {
+    socket: OwnedFd,
+}
+
+impl LinkLookup {
+    /// A lookup (any socket does for the ioctl).
+    ///
+    /// # Errors
+    /// No socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::DGRAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map(|socket| Self { socket })
+        .map_err(NetlinkError::Open)
+    }
+
+    /// Whether an interface of this index is there. An unclear answer counts as "no".
+    pub fn exists(&self, index: u32) -> bool {
+        net::netdevice::index_to_name_inlined(&self.socket, index).is_ok()
+    }
+}
+
+/// What an interface has counted, as the host sees it (`struct rtnl_link_stats64`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkCounters {
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Receive errors.
+    pub rx_errors: u64,
+    /// Send errors.
+    pub tx_errors: u64,
+    /// Received packets dropped.
+    pub rx_dropped: u64,
+    /// Packets to be sent dropped.
+    pub tx_dropped: u64,
+}
+
+/// Reads the counters of all interfaces at once.
+#[derive(Debug)]
+pub struct LinkStatistics {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+    sequence: u32,
+}
+
+impl LinkStatistics {
+    /// A socket to ask by.
+    ///
+    /// # Errors
+    /// No socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let fd = open(0, SocketFlags::empty()).map_err(NetlinkError::Open)?;
+        sockopt::set_socket_timeout(&fd, Timeout::Recv, Some(ANSWER))
+            .map_err(NetlinkError::Open)?;
+        Ok(Self {
+            fd,
+            buffer: vec![0; BUFFER],
+            sequence: 0,
+        })
+    }
+
+    /// The counters of every interface of this network namespace, by index.
+    ///
+    /// # Errors
+    /// The step that failed. The numbers are whole or not there at all.
+    pub fn read(&mut self) -> Result<HashMap<u32, LinkCounters>, NetlinkError> {
+        // Links come and go while containers start; a second look is nearly always steady.
+        for _ in 0..3 {
+            if let Some(links) = self.dump()? {
+                return Ok(links);
+            }
+        }
+        Err(NetlinkError::Unsteady)
+    }
+
+    /// One dump; `None` when the list changed meanwhile.
+    fn dump(&mut self) -> Result<Option<HashMap<u32, LinkCounters>>, NetlinkError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut request = Vec::with_capacity(HEADER + IFSTATS);
+        let length = u32::try_from(HEADER + IFSTATS).expect("28 fits in 32 bits");
+        request.extend_from_slice(&length.to_ne_bytes());
+        request.extend_from_slice(&RTM_GETSTATS.to_ne_bytes());
+        request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+        request.extend_from_slice(&self.sequence.to_ne_bytes());
+        request.extend_from_slice(&[0; 4]); // sender: filled in by the kernel
+        request.extend_from_slice(&[0; 8]); // family, padding, all interfaces
+        request.extend_from_slice(&FILTER_LINK_64.to_ne_bytes());
+        net::send(&self.fd, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
+
+        let mut links = HashMap::new();
+        let mut steady = true;
+        loop {
+            let (read, _, sender) =
+                match net::recvfrom(&self.fd, &mut self.buffer[..], RecvFlags::empty()) {
+                    Ok(received) => received,
+                    Err(Errno::INTR) => continue,
+                    Err(errno) => return Err(NetlinkError::Answer(errno)),
+                };
+            if !from_kernel(sender) {
+                continue;
+            }
+            for message in messages(self.buffer.get(..read).unwrap_or_default()) {
+                // An answer to a request given up earlier.
+                if message.sequence != self.sequence {
+                    continue;
+                }
+                steady &= message.flags & NLM_F_DUMP_INTR == 0;
+                match message.kind {
+                    NLMSG_DONE => return Ok(steady.then_some(links)),
+                    NLMSG_ERROR => {
+                        let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
+                        return Err(NetlinkError::Refused(Errno::from_raw_os_error(
+                            code.saturating_neg(),
+                        )));
+                    }
+                    RTM_NEWSTATS => {
+                        if let Some((index, counters)) = link_counters(message.body) {
+                            links.insert(index, counters);
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// Reads `if_stats_msg` and its attributes.
+fn link_counters(body: &[u8]) -> Option<(u32, LinkCounters)> {
+    let index = u32_at(body, 4)?;
+    let mut rest = body.get(IFSTATS..)?;
+    while let Some(length) = u16_at(rest, 0) {
+        let length = usize::from(length);
+        let attribute = rest.get(4..length)?;
+        if u16_at(rest, 2)? == IFLA_STATS_LINK_64 {
+            return Some((
+                index,
+                LinkCounters {
+                    rx_packets: u64_at(attribute, 0)?,
+                    tx_packets: u64_at(attribute, 8)?,
+                    rx_bytes: u64_at(attribute, 16)?,
+                    tx_bytes: u64_at(attribute, 24)?,
+                    rx_errors: u64_at(attribute, 32)?,
+                    tx_errors: u64_at(attribute, 40)?,
+                    rx_dropped: u64_at(attribute, 48)?,
+                    tx_dropped: u64_at(attribute, 56)?,
+                },
+            ));
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(kind: u16, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(HEADER + body.len()).unwrap();
+        let mut out = length.to_ne_bytes().to_vec();
+        out.extend_from_slice(&kind.to_ne_bytes());
+        out.extend_from_slice(&[0; 10]);
+        out.extend_from_slice(body);
+        out.resize(out.len().next_multiple_of(4), 0);
+        out
+    }
+
+    fn ifinfo(family: u8, index: u32) -> Vec<u8> {
+        let mut body = vec![family, 0, 0, 0];
+        body.extend_from_slice(&index.to_ne_bytes());
+        body.extend_from_slice(&[0; 8]);
+        body
+    }
+
+    #[test]
+    fn deleted_links_are_found_among_other_messages() {
+        let mut datagram = message(16, &ifinfo(0, 3));
+        datagram.extend(message(RTM_DELLINK, &ifinfo(0, 7)));
+        datagram.extend(message(RTM_DELLINK, &ifinfo(0, 9)));
+        let mut gone = Vec::new();
+        gone_links(&datagram, &mut gone);
+        assert_eq!(gone, [7, 9]);
+    }
+
+    #[test]
+    fn leaving_a_bridge_is_not_going_away() {
+        const AF_BRIDGE: u8 = 7;
+        let mut gone = Vec::new();
+        gone_links(&message(RTM_DELLINK, &ifinfo(AF_BRIDGE, 7)), &mut gone);
+        assert!(gone.is_empty());
+    }
+
+    #[test]
+    fn loopback_has_counters_and_exists() {
+        let links = LinkStatistics::open().unwrap().read().unwrap();
+        assert!(links.contains_key(&1), "{links:?}");
+        let lookup = LinkLookup::open().unwrap();
+        assert!(lookup.exists(1));
+        assert!(!lookup.exists(u32::MAX >> 1));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let mut gone = Vec::new();
+            gone_links(&bytes, &mut gone);
+            for message in messages(&bytes) {
+                let _ = link_counters(message.body);
+            }
+            let _ = link_counters(&bytes);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! TCP sockets as the relay wants them: non-blocking, close-on-exec, no Nagle.
+//!
+//! In: socket addresses. Out: owned descriptors. Invariant: every descriptor returned is
+//! non-blocking and closes on exec.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
+
+/// A failed step of opening a listener.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The socket itself could not be made (descriptor limit, address family missing).
+    #[error("cannot create a socket for {address}")]
+    Socket {
+        /// Where the listener should have been.
+        address: SocketAddr,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+    /// A socket option was refused.
+    #[error("cannot set {option} on the listener of {address}")]
+    Option {
+        /// Where the listener should have been.
+        address: SocketAddr,
+        /// The name of the option.
+        option: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+    /// The address or port is taken, reserved or not of this host.
+    #[error("cannot bind {address}")]
+    Bind {
+        /// Where the listener should have been.
+        address: SocketAddr,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+    /// `listen` was refused.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where the listener should have been.
+        address: SocketAddr,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+}
+
+impl ListenError {
+    /// The kernel's answer, whichever step failed.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Socket { source, .. }
+            | Self::Option { source, .. }
+            | Self::Bind { source, .. }
+            | Self::Listen { source, .. } => *source,
+        }
+    }
+}
+
+/// Seconds of silence after which the kernel probes a client (`TCP_KEEPIDLE`): a client that lost
+/// power must not hold a session for ever when no idle timeout is set. Five minutes is below the
+/// usual 350 s and more after which NAT gateways forget a connection.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
+/// Distance of the probes that follow (`TCP_KEEPINTVL`); nine unanswered ones end the session.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+
+fn family(address: &SocketAddr) -> AddressFamily {
+    match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+fn stream(address: &SocketAddr) -> Result<OwnedFd, Errno> {
+    net::socket_with(
+        family(address),
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        Some(ipproto::TCP),
+    )
+}
+
+/// Opens a listener. `[::]` accepts IPv4 clients too (their addresses arrive as mapped ones).
+///
+/// `TCP_NODELAY`, keep-alive and `SO_OOBINLINE` are set here because the kernel hands them on to
+/// accepted sockets (socket(7), tcp(7)); so a new connection costs no further system call.
+///
+/// # Errors
+/// One variant per system call, with the kernel's answer.
+pub fn listen(address: SocketAddr, backlog: i32) -> Result<OwnedFd, ListenError> {
+    let fd = stream(&address).map_err(|source| ListenError::Socket { address, source })?;
+    let option = |option: &'static str| {
+        move |source| ListenError::Option {
+            address,
+            option,
+            source,
+        }
+    };
+    sockopt::set_socket_reuseaddr(&fd, true).map_err(option("SO_REUSEADDR"))?;
+    if let IpAddr::V6(ip) = address.ip() {
+        sockopt::set_ipv6_v6only(&fd, !ip.is_unspecified()).map_err(option("IPV6_V6ONLY"))?;
+    }
+    sockopt::set_tcp_nodelay(&fd, true).map_err(option("TCP_NODELAY"))?;
+    sockopt::set_socket_oobinline(&fd, true).map_err(option("SO_OOBINLINE"))?;
+    sockopt::set_socket_keepalive(&fd, true).map_err(option("SO_KEEPALIVE"))?;
+    sockopt::set_tcp_keepidle(&fd, KEEPALIVE_IDLE).map_err(option("TCP_KEEPIDLE"))?;
+    sockopt::set_tcp_keepintvl(&fd, KEEPALIVE_INTERVAL).map_err(option("TCP_KEEPINTVL"))?;
+    net::bind(&fd, &address).map_err(|source| ListenError::Bind { address, source })?;
+    net::listen(&fd, backlog).map_err(|source| ListenError::Listen { address, source })?;
+    Ok(fd)
+}
+
+/// The local address of a socket.
+///
+/// # Errors
+/// The kernel's answer; `EAFNOSUPPORT` when it is no internet address.
+pub fn local_address(fd: impl AsFd) -> Result<SocketAddr, Errno> {
+    let any = net::getsockname(fd)?;
+    SocketAddr::try_from(any).map_err(|_| Errno::AFNOSUPPORT)
+}
+
+/// Accepts one connection with the address of its client.
+///
+/// # Errors
+/// The kernel's answer (`EAGAIN` when none is waiting).
+pub fn accept(listener: impl AsFd) -> Result<(OwnedFd, SocketAddr), Errno> {
+    let (fd, peer) = net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+    let peer = peer
+        .and_then(|any| SocketAddr::try_from(any).ok())
+        .ok_or(Errno::CONNABORTED)?;
+    Ok((fd, peer))
+}
+
+/// Starts a connection; it is complete when the socket becomes writable without an error.
+///
+/// # Errors
+/// The kernel's answer when the attempt failed at once.
+pub fn start_connect(target: &SocketAddr) -> Result<OwnedFd, Errno> {
+    let fd = stream(target)?;
+    sockopt::set_tcp_nodelay(&fd, true)?;
+    sockopt::set_socket_oobinline(&fd, true)?;
+    match net::connect(&fd, target) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(fd),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// The pending error of a socket (`SO_ERROR`), which reading clears.
+///
+/// # Errors
+/// The pending error, or the failure to ask for it.
+pub fn take_error(fd: impl AsFd) -> Result<(), Errno> {
+    sockopt::socket_error(fd)?
+}
+
+/// Tells the peer that nothing more will be sent; receiving goes on.
+///
+/// # Errors
+/// The kernel's answer (`ENOTCONN` when the peer has reset the connection).
+pub fn finish_sending(fd: impl AsFd) -> Result<(), Errno> {
+    net::shutdown(fd, Shutdown::Write)
+}
+
+/// Closes with RST: unsent bytes are dropped and the peer sees a reset instead of an end.
+pub fn abort(fd: OwnedFd) {
+    // A failure here means that the connection is already gone; closing is all that is left.
+    let _ = sockopt::set_socket_linger(&fd, Some(Duration::ZERO));
+    drop(fd);
+}
+
+/// Reads without blocking. Returns the number of bytes, 0 at the end of the stream.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn read(fd: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    rustix::io::read(fd, buffer)
+}
+
+/// Writes without blocking and without SIGPIPE. Returns how many bytes were taken.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn write(fd: impl AsFd, bytes: &[u8]) -> Result<usize, Errno> {
+    net::send(fd, bytes, net::SendFlags::NOSIGNAL)
+}

@@ -1,0 +1,317 @@
+//! A dataplane process of its own, with the test in the place of control.
+//!
+//! In: rows. Out: statuses, samples, the process to signal or kill. Invariant: it lives in a run
+//! directory of its own and ends with its handle.
+
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shared::Sizes;
+use shared::desired::{ContainerRow, DesiredBatch, DesiredWriter, PortKey, PortRow, Protocol};
+use shared::doorbell::{Doorbell, Ringer};
+use shared::ids::{ContainerId, Generation, KernelId};
+use shared::observed::{ContainerSample, ObservedReader, PortState, PortStatus};
+use shared::run_dir::RunDir;
+use tempfile::TempDir;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Looks until there is an answer; fails after a deadline.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(value) = look() {
+            return Ok(value);
+        }
+        if Instant::now() >= deadline {
+            bail!("{what}: not so after {LIMIT:?}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How the process is started.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Lines added to the configuration's `[node.dataplane]`.
+    pub dataplane: String,
+    /// Limit of open descriptors, soft and hard.
+    pub descriptors: Option<u32>,
+    /// Run it in this network namespace (made by the test).
+    pub namespace: Option<String>,
+}
+
+/// The run directory and the configuration, kept over restarts of the process.
+#[derive(Debug)]
+pub struct Place {
+    directory: TempDir,
+    run_dir: RunDir,
+    options: Options,
+}
+
+const AGENT: &str = "i-dataplane-test";
+
+impl Place {
+    /// A fresh place.
+    pub fn new(options: Options) -> Result<Self> {
+        let directory = tempfile::tempdir_in("/dev/shm").context("no place on tmpfs")?;
+        let run_dir = RunDir::choose(Some(directory.path()), AGENT)?;
+        run_dir.create_control()?;
+        let text = format!(
+            "[agent]\nid = \"{AGENT}\"\n[node]\nrun-dir = \"{}\"\n[node.dataplane]\n{}\n",
+            directory.path().display(),
+            options.dataplane
+        );
+        std::fs::write(directory.path().join("agent.toml"), text)?;
+        Ok(Self {
+            directory,
+            run_dir,
+            options,
+        })
+    }
+
+    /// The directories of the two regions.
+    pub fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
+    /// The command line of the program at this place.
+    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = match (&self.options.namespace, self.options.descriptors) {
+            (Some(name), _) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(program()?);
+                command
+            }
+            (None, Some(limit)) => {
+                let mut command = Command::new("sh");
+                command
+                    .args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\"")])
+                    .arg(program()?);
+                command
+            }
+            (None, None) => Command::new(program()?),
+        };
+        command
+            .args(["--standalone", "--config"])
+            .arg(self.directory.path().join("agent.toml"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .env("BAI_LOG", "debug");
+        Ok(command)
+    }
+
+    /// Starts the program; its log goes to a file of this place.
+    pub fn start(&self) -> Result<Process> {
+        let log = self.directory.path().join("log");
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)?;
+        let child = self
+            .command(&[])?
+            .stderr(file)
+            .spawn()
+            .context("bai-dataplane can't be started")?;
+        Ok(Process { child, log })
+    }
+
+    /// Becomes control: opens the desired region.
+    pub fn control(&self) -> Result<Control> {
+        let directory = self.run_dir.control();
+        Ok(Control {
+            desired: DesiredWriter::open(&directory, Sizes::default())?,
+            observed: ObservedReader::at(self.run_dir.dataplane()),
+            ringer: Ringer::of(self.run_dir.dataplane())?,
+            _bell: Doorbell::bind(&directory)?,
+        })
+    }
+}
+
+/// The path of the built program, beside this test's.
+fn program() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("the test's own path is unknown")?;
+    let path = own
+        .parent()
+        .and_then(Path::parent)
+        .context("the test runs outside a target directory")?
+        .join("bai-dataplane");
+    ensure!(
+        path.exists(),
+        "{} is not built; run `make build` first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// A running program; killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(self.pid(), signal)?)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(0))
+    }
+
+    /// Waits for its end.
+    pub fn ended(&mut self) -> Result<ExitStatus> {
+        until("the end of bai-dataplane", || {
+            self.child.try_wait().ok().flatten()
+        })
+    }
+
+    /// Whether it runs.
+    pub fn running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        if let Ok(mut file) = std::fs::File::open(&self.log) {
+            let _ = file.read_to_string(&mut text);
+        }
+        text
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of bai-dataplane\n{}", self.log());
+        }
+    }
+}
+
+/// Control's ends of both regions.
+#[derive(Debug)]
+pub struct Control {
+    /// The writer of the desired region.
+    pub desired: DesiredWriter,
+    /// The reader of the observed region.
+    pub observed: ObservedReader,
+    ringer: Ringer,
+    _bell: Doorbell,
+}
+
+impl Control {
+    /// Writes a batch and rings.
+    pub fn write(&mut self, fill: impl FnOnce(&mut DesiredBatch)) -> Result<Generation> {
+        let generation = self.desired.batch(fill)?;
+        self.ringer.ring()?;
+        Ok(generation)
+    }
+
+    /// Publishes one row and waits until it is answered.
+    pub fn publish(&mut self, row: PortRow) -> Result<PortStatus> {
+        let key = row.key();
+        let generation = self.write(|batch| batch.put_port(row))?;
+        self.answer(key, generation)
+    }
+
+    /// Waits for the answer about a port at or after a generation.
+    pub fn answer(&mut self, key: PortKey, generation: Generation) -> Result<PortStatus> {
+        let region = self.desired.region_id();
+        until(&format!("an answer about {key}"), || {
+            self.status(key)
+                .filter(|status| status.answers(region, generation))
+        })
+    }
+
+    /// Waits until a port is in a state.
+    pub fn in_state(&mut self, key: PortKey, state: PortState) -> Result<PortStatus> {
+        until(&format!("{key} being {state}"), || {
+            self.status(key).filter(|status| status.state == state)
+        })
+    }
+
+    /// What is said about a port now.
+    pub fn status(&mut self, key: PortKey) -> Option<PortStatus> {
+        self.observed.snapshot().ok()?.port(key).cloned()
+    }
+
+    /// Removes a port and waits until nothing is left of it; frees its row.
+    pub fn withdraw(&mut self, key: PortKey) -> Result<()> {
+        self.write(|batch| batch.remove_port(key))?;
+        self.in_state(key, PortState::Removed)?;
+        self.release();
+        Ok(())
+    }
+
+    /// Frees the rows whose removal was acknowledged.
+    pub fn release(&mut self) -> usize {
+        let Ok(observed) = self.observed.snapshot() else {
+            return 0;
+        };
+        let freed = self.desired.release_acknowledged(&observed);
+        let _ = self.ringer.ring();
+        freed
+    }
+
+    /// Waits for a sample of a container that `wanted` accepts.
+    pub fn sample(
+        &mut self,
+        id: ContainerId,
+        mut wanted: impl FnMut(&ContainerSample) -> bool,
+    ) -> Result<ContainerSample> {
+        until("a sample of the container", || {
+            let snapshot = self.observed.snapshot().ok()?;
+            snapshot.container(id).filter(|it| wanted(it)).cloned()
+        })
+    }
+}
+
+/// A port of this host that nobody uses at the moment.
+pub fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .map_or(0, |address| address.port())
+}
+
+/// A row that leads from a free loopback port to `target`.
+pub fn row_to(target: SocketAddr) -> PortRow {
+    let key = PortKey {
+        protocol: Protocol::Tcp,
+        host_port: free_port(),
+    };
+    let mut row = PortRow::new(
+        key,
+        KernelId([7; 16]),
+        ContainerId([9; 32]),
+        target.ip(),
+        target.port(),
+    );
+    row.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    row
+}
+
+/// Where clients of a row connect to.
+pub fn address_of(row: &PortRow) -> SocketAddr {
+    SocketAddr::new(row.bind, row.host_port)
+}
+
+/// A container row without anything to find.
+pub fn container_row(number: u8) -> ContainerRow {
+    ContainerRow {
+        container_id: ContainerId([number; 32]),
+        kernel_id: KernelId([number; 16]),
+        ..ContainerRow::default()
+    }
+}
