@@ -367,3 +367,141 @@ pub fn read_request(envelope: &Bytes, limits: &DecodeLimits) -> Result<RequestBo
     });
     Ok((args, named.collect::<Result<_, _>>()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header_with(key: &str, value: Option<Value>) -> Result<Header, HeaderError> {
+        let mut pairs = vec![
+            ("type", Value::Int(1)),
+            ("meth", "ping".into()),
+            ("okey", "".into()),
+            ("seq", 0.into()),
+            ("zip", false.into()),
+        ];
+        pairs.retain(|(name, _)| *name != key);
+        pairs.extend(value.map(|value| (key, value)));
+        Header::decode(&Value::map(pairs).encode().unwrap().into())
+    }
+
+    #[test]
+    fn order_key_and_sequence_go_back_as_they_came() {
+        for order_key in [
+            Value::from(""),
+            Value::Bin(Bytes::new()),
+            Value::Nil,
+            "k".into(),
+        ] {
+            let header = header_with("okey", Some(order_key.clone())).unwrap();
+            let reply = Header::decode(&header.result(&Value::Nil).unwrap()[1]).unwrap();
+            assert_eq!(reply.order_key, order_key);
+        }
+        for sequence in [Value::Int(0), u64::from(u32::MAX).into(), Value::Float(0.0)] {
+            let header = header_with("seq", Some(sequence.clone())).unwrap();
+            assert_eq!(header.sequence, sequence);
+        }
+    }
+
+    #[test]
+    fn headers_nobody_can_answer_are_told_apart() {
+        for key in ["type", "meth", "okey", "seq"] {
+            let Err(HeaderError::Field(named)) = header_with(key, None) else {
+                panic!("{key}")
+            };
+            assert_eq!(named, key);
+        }
+        assert_eq!(
+            header_with("type", Some(7.into())),
+            Err(HeaderError::Kind(7))
+        );
+        assert_eq!(
+            header_with("type", Some((-1).into())),
+            Err(HeaderError::Kind(-1))
+        );
+        assert_eq!(
+            header_with("seq", Some("0".into())),
+            Err(HeaderError::Field("seq"))
+        );
+        assert!(matches!(
+            Header::decode(&Bytes::from_static(b"\xff\xff")),
+            Err(HeaderError::Decode(_))
+        ));
+        assert_eq!(
+            Header::decode(&Bytes::from_static(b"\x01")),
+            Err(HeaderError::NotAMap)
+        );
+        assert_eq!(
+            Header::decode(&vec![0; 5000].into()),
+            Err(HeaderError::TooLong)
+        );
+    }
+
+    #[test]
+    fn zip_may_be_absent_or_a_number() {
+        assert!(!header_with("zip", None).unwrap().zipped);
+        assert!(!header_with("zip", Some(0.into())).unwrap().zipped);
+        assert!(header_with("zip", Some(true.into())).unwrap().zipped);
+        assert!(header_with("zip", Some(1.into())).unwrap().zipped);
+    }
+
+    #[test]
+    fn broken_bodies_become_the_failures_python_would_raise() {
+        let read = |body: Value| {
+            let envelope = Value::map([("meta", Value::Bin(Bytes::new())), ("body", body)]);
+            read_request(&envelope.encode().unwrap().into(), &DecodeLimits::default())
+        };
+        let packed = |value: &Value| Value::Bin(value.encode().unwrap().into());
+        let failure = |body: Value| Failure::from(&read(body).unwrap_err());
+        assert_eq!(read(packed(&Value::Nil)), Ok((vec![], vec![])));
+        let only_args = Value::map([("args", Value::Array(vec![]))]);
+        assert_eq!(failure(packed(&only_args)).repr, "KeyError('kwargs')");
+        assert_eq!(
+            failure(packed(&Value::Map(vec![]))).repr,
+            "KeyError('args')"
+        );
+        assert_eq!(failure(packed(&1.into())).class, "TypeError");
+        assert_eq!(failure(Value::Nil).class, "ValueError");
+        assert_eq!(
+            failure(Value::Bin(Bytes::from_static(b"\xc1"))).class,
+            "ValueError"
+        );
+        let odd_name = Value::map([
+            ("args", Value::Array(vec![])),
+            ("kwargs", Value::Map(vec![(1.into(), 1.into())])),
+        ]);
+        assert_eq!(failure(packed(&odd_name)).class, "TypeError");
+        let pickle = Value::Bin(Bytes::from_static(b"\xd4\x06\x2e"));
+        let text = failure(pickle).repr;
+        assert!(text.contains("pickle"), "the cause is told: {text}");
+    }
+
+    proptest! {
+        #[test]
+        fn frames_of_noise_never_panic(
+            frames in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..80), 0..5),
+        ) {
+            let frames: Vec<Bytes> = frames.into_iter().map(Bytes::from).collect();
+            let _ = Message::read(&frames);
+            for frame in &frames {
+                let _ = Header::decode(frame);
+                let _ = read_request(frame, &DecodeLimits::default());
+                let _ = Envelope::decode(frame).map(|envelope| envelope.failure());
+            }
+        }
+
+        #[test]
+        fn headers_survive(method in "\\PC{0,60}", order_key in "\\PC{0,40}", sequence: u32) {
+            let header = Header {
+                kind: Kind::Function,
+                method,
+                order_key: order_key.into(),
+                sequence: sequence.into(),
+                zipped: false,
+            };
+            prop_assert_eq!(Header::decode(&header.encode().unwrap()), Ok(header));
+        }
+    }
+}

@@ -452,3 +452,161 @@ fn write_ext(out: &mut Vec<u8>, code: i8, payload: &[u8]) -> Result<(), EncodeEr
     out.extend(payload);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::rpc::value::ImageRef;
+
+    fn read(bytes: &[u8]) -> Result<Value, DecodeError> {
+        decode(&Bytes::copy_from_slice(bytes), &DecodeLimits::default())
+    }
+
+    #[test]
+    fn bombs_are_refused_before_they_cost_anything() {
+        let nested = |depth: usize| [vec![0x91; depth], vec![0xc0]].concat();
+        assert!(read(&nested(96)).is_ok());
+        assert_eq!(read(&nested(97)), Err(DecodeError::Depth));
+        assert_eq!(read(&nested(10_000_000)), Err(DecodeError::Depth));
+        // A map of maps, through keys.
+        assert_eq!(
+            read(&[vec![0x81; 200], vec![0xc0; 201]].concat()),
+            Err(DecodeError::Depth)
+        );
+        // Lengths nobody backs with bytes.
+        for head in [0xdd, 0xdf, 0xc6, 0xdb, 0xc9] {
+            assert_eq!(
+                read(&[head, 0xff, 0xff, 0xff, 0xff, 0]),
+                Err(DecodeError::Truncated),
+                "{head:x}"
+            );
+        }
+        let mut wide = vec![0xdd, 0, 0x10, 0, 0];
+        wide.resize(5 + (1 << 20), 0xc0);
+        assert_eq!(read(&wide), Err(DecodeError::Values));
+        let few = DecodeLimits {
+            depth: 8,
+            values: 3,
+        };
+        assert!(decode(&Bytes::from_static(&[0x92, 1, 2]), &few).is_ok());
+        assert_eq!(
+            decode(&Bytes::from_static(&[0x93, 1, 2, 3]), &few),
+            Err(DecodeError::Values)
+        );
+    }
+
+    #[test]
+    fn broken_documents_name_their_fault() {
+        assert_eq!(read(&[]), Err(DecodeError::Truncated));
+        assert_eq!(read(&[0xc1]), Err(DecodeError::Reserved));
+        assert_eq!(read(&[0xc0, 0xc0]), Err(DecodeError::Trailing));
+        assert_eq!(read(&[0xa1, 0xff]), Err(DecodeError::Text));
+        assert_eq!(read(&[0xd4, 1, 0]), Err(DecodeError::Uuid));
+        assert!(matches!(read(&[0xd4, 2, 0]), Err(DecodeError::DateTime(_))));
+        assert!(matches!(
+            read(&[0xd4, 6, 0x2e]),
+            Err(DecodeError::Pickle { code: 6, .. })
+        ));
+        assert_eq!(read(&[0xca, 0x40, 0x20, 0, 0]), Ok(Value::Float(2.5)));
+        assert_eq!(
+            read(&[0xd4, 99, 7]),
+            Ok(Value::Ext(99, Bytes::from_static(&[7])))
+        );
+    }
+
+    #[test]
+    fn values_too_deep_to_be_read_are_not_written() {
+        let mut value = Value::Nil;
+        for _ in 0..MAX_ENCODE_DEPTH {
+            value = Value::Array(vec![value]);
+        }
+        assert_eq!(encode(&value), Err(EncodeError::Depth));
+    }
+
+    fn any_value() -> impl Strategy<Value = Value> {
+        let text = || "\\PC{0,40}";
+        let image = (text(), proptest::option::of(text()), text(), any::<bool>()).prop_map(
+            |(name, project, tag, is_local)| {
+                Value::ImageRef(Box::new(ImageRef {
+                    name,
+                    project,
+                    tag,
+                    registry: "registry.example".into(),
+                    architecture: "x86_64".into(),
+                    is_local,
+                }))
+            },
+        );
+        let member = prop_oneof![
+            text().prop_map(Value::Str),
+            any::<i64>().prop_map(Value::Int)
+        ];
+        let leaf = prop_oneof![
+            Just(Value::Nil),
+            any::<bool>().prop_map(Value::Bool),
+            any::<i64>().prop_map(Value::Int),
+            any::<u64>().prop_map(Value::from),
+            any::<i8>().prop_map(Value::from),
+            (-1e300..1e300).prop_map(Value::Float),
+            text().prop_map(Value::Str),
+            proptest::collection::vec(any::<u8>(), 0..300).prop_map(|b| Value::Bin(b.into())),
+            any::<u128>().prop_map(|bits| Value::Uuid(Uuid::from_u128(bits))),
+            "-?[0-9]{1,20}(\\.[0-9]{1,10})?".prop_map(Value::Decimal),
+            text().prop_map(Value::Path),
+            text().prop_map(Value::PurePath),
+            text().prop_map(Value::AutoDirectoryPath),
+            image,
+            member.prop_map(|value| Value::Enum {
+                class: "ai.backend.common.types:Kind".into(),
+                value: Box::new(value)
+            }),
+            proptest::collection::vec(("[a-z.]{1,20}", "[0-9]{1,20}"), 0..4)
+                .prop_map(Value::ResourceSlot),
+            any::<i128>().prop_map(Value::BinarySize),
+            (20_i8..120, proptest::collection::vec(any::<u8>(), 0..300))
+                .prop_map(|(code, payload)| Value::Ext(code, payload.into())),
+            (
+                0_i64..4_000_000_000_000_000,
+                proptest::option::of(-64_i8..60)
+            )
+                .prop_map(|(microseconds, offset_quarters)| {
+                    Value::DateTime(DateTime {
+                        microseconds,
+                        offset_quarters,
+                    })
+                }),
+        ];
+        leaf.prop_recursive(5, 60, 20, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..20).prop_map(Value::Array),
+                proptest::collection::vec((inner.clone(), inner), 0..20).prop_map(Value::Map),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(value in any_value()) {
+            let written = Bytes::from(encode(&value).unwrap());
+            prop_assert_eq!(decode(&written, &DecodeLimits::default()), Ok(value));
+        }
+
+        #[test]
+        fn decoding_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = read(&bytes);
+        }
+
+        #[test]
+        fn damaged_documents_never_panic(
+            value in any_value(), at in any::<proptest::sample::Index>(), with in any::<u8>(),
+        ) {
+            let mut written = encode(&value).unwrap();
+            let at = at.index(written.len());
+            written[at] = with;
+            let _ = read(&written);
+            let _ = read(&written[..at]);
+        }
+    }
+}

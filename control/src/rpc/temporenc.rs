@@ -274,7 +274,10 @@ mod tests {
         assert_eq!(DateTime::decode(&[0x57]), Err(TemporencError::Length));
         assert_eq!(DateTime::decode(&[0x00; 8]), Err(TemporencError::Kind));
         assert_eq!(DateTime::decode(&[0xff; 9]), Err(TemporencError::Length));
-        assert_eq!(DateTime::decode(&[0xef; 9]), Err(TemporencError::Field));
+        assert_eq!(
+            DateTime::decode(&[0xef, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfc]),
+            Err(TemporencError::Field)
+        );
         assert_eq!(DateTime::decode(&[0x57; 17]), Err(TemporencError::Length));
         // 30 February.
         let mut word = (0b01_u64 << 62) | (1 << 60) | (2025 << 48) | (1 << 44) | (29 << 39);

@@ -15,8 +15,8 @@ use bytes::Bytes;
 use omq_tokio::endpoint::Host;
 use omq_tokio::{
     Context, CurveKeypair, CurvePublicKey, CurveSecretKey, CurveServerOptions, Endpoint, Error,
-    Identity, IdentitySocket, Message, MonitorEvent, MonitorStream, Options, PeerPublicKey,
-    ReconnectPolicy, Socket, SocketType, TrySendError,
+    Identity, IdentitySocket, KeepAlive, Message, MonitorEvent, MonitorStream, Options,
+    PeerPublicKey, ReconnectPolicy, Socket, SocketType, TrySendError,
 };
 
 use super::frame::Frames;
@@ -35,6 +35,13 @@ const PENDING_HANDSHAKES: usize = 2048;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Like libzmq's option as both Python sides set it.
 const LINGER: Duration = Duration::from_millis(100);
+/// Idle time, interval and count of probes to a peer that is silent: the same numbers the manager
+/// sets on its side. Without them a connection of a machine that lost power stays for ever.
+const KEEPALIVE: KeepAlive = KeepAlive::Enabled {
+    idle: Duration::from_secs(60),
+    intvl: Duration::from_secs(20),
+    cnt: 3,
+};
 /// A peer that acknowledges nothing for this long is gone (a powered-off manager sends no FIN).
 const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -97,6 +104,7 @@ impl Router {
             .router_mandatory(true)
             .max_pending_handshakes(PENDING_HANDSHAKES)
             .handshake_timeout(HANDSHAKE_TIMEOUT)
+            .tcp_keepalive(KEEPALIVE)
             .tcp_user_timeout(UNACKNOWLEDGED_TIMEOUT)
             .max_message_size(options.max_message_bytes)
             .linger(LINGER);
