@@ -1,6 +1,8 @@
 //! Kernels: their life, their files, their runner.
 
+pub mod agent_socket;
 pub mod batch;
+pub mod container_processes;
 pub mod distro;
 pub mod environment;
 pub mod execution;

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::container_processes::KernelFiles;
 use super::execution::{self, BatchSteps, Mode};
 use super::runner_link::frame::Step;
 use super::runner_link::runs::Ending;
@@ -18,6 +19,9 @@ use super::runner_link::{LinkError, RunnerLink};
 
 /// The run id of batch jobs; also after a restart of the agent.
 pub const RUN_ID: &str = "batch-job";
+
+/// Environment of commands in batch mode (execution.md section 2).
+const BATCH_MARK: &str = "_BACKEND_BATCH_MODE=1";
 
 const POLL: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(500);
@@ -153,5 +157,36 @@ async fn watch(
             Ok(Ending::Continued | Ending::Step(..) | Ending::WaitingInput(_)) => {}
             Err(_) => return Some(BatchOutcome::KernelGone),
         }
+    }
+}
+
+/// The processes a batch command started, found by the mark the runner puts into their environment.
+#[derive(Clone, Debug)]
+pub struct ContainerCommands {
+    /// Any process of the container as the host numbers it (its init).
+    pub init_pid: i32,
+    /// Where the kernel's files are.
+    pub files: KernelFiles,
+}
+
+impl CommandKiller for ContainerCommands {
+    fn kill(&self) -> BoxFuture<'_, std::io::Result<usize>> {
+        Box::pin(async move {
+            let commands = self.clone();
+            let work = tokio::task::spawn_blocking(move || {
+                let container =
+                    commands
+                        .files
+                        .container_of(commands.init_pid)
+                        .ok_or_else(|| {
+                            std::io::Error::new(
+                                std::io::ErrorKind::NotFound,
+                                "the container's processes are gone",
+                            )
+                        })?;
+                commands.files.kill_with_environment(&container, BATCH_MARK)
+            });
+            work.await.map_err(std::io::Error::other)?
+        })
     }
 }
