@@ -16,9 +16,11 @@ mod install;
 mod manifest;
 mod wheel;
 
-pub use files::{ChooseDistro, LookupError, RunnerFiles};
+pub use archive::ArchiveError;
+pub use files::{LookupError, RunnerFiles};
 pub use install::{InstallError, InstallOptions, Installed, WheelSource, install};
 pub use manifest::{Installation, RunnerDirError, VerifyReport, list, prune, verify};
+pub use wheel::WheelError;
 
 /// Version of `backend.ai-kernel`, `-kernel-binary` and `-kernel-helper` that this agent drives.
 pub const RUNNER_VERSION: &str = "25.15.8";

@@ -10,6 +10,7 @@ pub mod python;
 pub mod regions;
 pub mod registry;
 pub mod rpc_service;
+pub mod runner_packages;
 pub mod traffic;
 pub mod wait;
 pub mod zmtp;

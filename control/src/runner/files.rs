@@ -2,13 +2,11 @@
 
 use super::manifest::{Manifest, RunnerDirError};
 use super::pinned_version;
+use crate::kernel::distro::match_distro;
 use crate::kernel::mounts::{Mount, display};
 use crate::kernel::request::MountPermission;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
-
-/// Chooses among keys such as `ubuntu22.04` the one for a base distro (`lifecycle.md` 4.2).
-pub type ChooseDistro<'a> = &'a dyn Fn(&[&str], &str) -> Option<String>;
 
 /// Why an installed runner can't serve an image.
 #[derive(Debug, Error)]
@@ -101,14 +99,9 @@ impl RunnerFiles {
     ///
     /// # Errors
     /// The distro has no file here, or one is gone from the disk.
-    pub fn mounts(
-        &self,
-        distro: &str,
-        jail: bool,
-        choose: ChooseDistro<'_>,
-    ) -> Result<Vec<Mount>, LookupError> {
+    pub fn mounts(&self, distro: &str, jail: bool) -> Result<Vec<Mount>, LookupError> {
         let arch = &self.arch;
-        let hook = self.choose("libbaihook", &self.libbaihook, distro, choose)?;
+        let hook = self.choose("libbaihook", &self.libbaihook, distro)?;
         let mut files = vec![
             (format!("su-exec.{arch}.bin"), "/opt/kernel/su-exec"),
             (
@@ -143,7 +136,7 @@ impl RunnerFiles {
             ("words.json".to_owned(), "/opt/kernel/words.json"),
         ]);
         if jail {
-            let key = self.choose("jail", &self.jail, distro, choose)?;
+            let key = self.choose("jail", &self.jail, distro)?;
             files.push((format!("jail.{key}.{arch}.bin"), "/opt/kernel/jail"));
         }
         let notice = "DO_NOT_STORE_PERSISTENT_FILES_HERE.md";
@@ -155,9 +148,8 @@ impl RunnerFiles {
             .into_iter()
             .map(|(name, target)| (self.runner_file(&name), target.to_owned()));
 
-        let keys = [self.environment_key.as_str()];
-        let key = choose(&keys, distro)
-            .ok_or_else(|| self.unsupported("python environment", &keys, distro))?;
+        let keys = [self.environment_key.clone()];
+        let key = self.choose("python environment", &keys, distro)?;
         let packages = format!(
             "/opt/backend.ai/lib/python{}/site-packages/ai/backend",
             self.python
@@ -189,19 +181,15 @@ impl RunnerFiles {
         kind: &'static str,
         keys: &[String],
         distro: &str,
-        choose: ChooseDistro<'_>,
     ) -> Result<String, LookupError> {
-        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
-        choose(&keys, distro).ok_or_else(|| self.unsupported(kind, &keys, distro))
-    }
-
-    fn unsupported(&self, kind: &'static str, keys: &[&str], distro: &str) -> LookupError {
-        let (distro, arch) = (distro.to_owned(), self.arch.clone());
-        LookupError::Distro {
-            distro,
-            kind,
-            arch,
-            known: keys.join(", "),
+        match match_distro(keys.iter().map(|key| (key.as_str(), ())), distro) {
+            Some((key, ())) => Ok(key.to_owned()),
+            None => Err(LookupError::Distro {
+                distro: distro.to_owned(),
+                kind,
+                arch: self.arch.clone(),
+                known: keys.join(", "),
+            }),
         }
     }
 }
