@@ -1,6 +1,24 @@
 //! Scratch: the directories of a kernel on the host.
+//!
+//! In: a kernel id, the rules for owners, the files the request brings. Out:
+//! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`
+//! (`lifecycle.md` 5). Invariants: a creation that fails leaves nothing behind; a removal works from
+//! any partial state and never enters a mount; nothing is written through what the kernel's user
+//! put into `work`; no call blocks an async worker, and each has a deadline.
 
+pub mod beneath;
+mod contents;
+mod storage;
+
+pub use contents::{ClusterFiles, ConfigFiles, NewScratch, validate_dotfiles};
+
+use crate::kernel::environment::Identity;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+use thiserror::Error;
 use uuid::Uuid;
 
 /// Where one kernel's files are.
@@ -28,3 +46,326 @@ impl ScratchPaths {
         }
     }
 }
+
+/// What a scratch is made of (`container.scratch-type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScratchKind {
+    /// Plain directories; the disk has no limit per kernel.
+    HostDir,
+    /// A file system of this many bytes in a sparse file.
+    HostFile { size: u64 },
+    /// A tmpfs of this many bytes, and another one for `/tmp`.
+    Memory { size: u64 },
+}
+
+impl ScratchKind {
+    /// Size of each tmpfs in the original.
+    pub const MEMORY_SIZE: u64 = 64 << 20;
+
+    /// Reads `container.scratch-type`; `size` is `container.scratch-size`, for `hostfile`.
+    pub fn from_config(kind: &str, size: u64) -> Option<Self> {
+        match kind.to_ascii_lowercase().as_str() {
+            "hostdir" => Some(Self::HostDir),
+            "hostfile" => Some(Self::HostFile { size }),
+            "memory" => Some(Self::Memory {
+                size: Self::MEMORY_SIZE,
+            }),
+            _ => None,
+        }
+    }
+
+    fn in_memory(self) -> bool {
+        matches!(self, Self::Memory { .. })
+    }
+}
+
+/// Why a scratch can't be made, written or removed.
+#[derive(Debug, Error)]
+pub enum ScratchError {
+    #[error("a scratch directory of the kernel exists already: {0}")]
+    Exists(PathBuf),
+    #[error(
+        "the scratch disk is full: {path} cannot be written; free space below the scratch root or enlarge it"
+    )]
+    Full {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} in the scratch cannot be made")]
+    Make {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} in the scratch cannot be written")]
+    Write {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} in the scratch cannot be read")]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path}, which comes with the runner, cannot be read; run `bai-agent runner verify`")]
+    Skeleton {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} cannot be mounted; a memory or file scratch needs root on the host")]
+    Mount {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("`{command}` cannot be started; install its package on this node")]
+    StartTool {
+        command: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("`{command}` failed: {told}")]
+    Tool { command: String, told: String },
+    #[error("{path} cannot be unmounted")]
+    Unmount {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} cannot be removed")]
+    Remove {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(
+        "the dotfile {0:?} cannot be placed: use a path below /home/work, or one relative to it"
+    )]
+    DotfilePath(String),
+    #[error("the dotfile {path:?} has the mode {mode:?}, which is not an octal number up to 777")]
+    DotfileMode { path: String, mode: String },
+    #[error(
+        "the work on the scratch of kernel {kernel_id} took longer than {limit:?}; the disk of the scratch root may hang"
+    )]
+    Timeout { kernel_id: Uuid, limit: Duration },
+    #[error("the scratch work of kernel {0} was given up")]
+    Abandoned(Uuid),
+}
+
+impl ScratchError {
+    /// Whether the disk had no space or quota left.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. })
+    }
+
+    /// A failed write, told as a full disk where it is one.
+    pub(self) fn write(path: &Path, cause: io::Error) -> Self {
+        Self::full_or(path, cause, |path, cause| Self::Write { path, cause })
+    }
+
+    pub(self) fn make(path: &Path, cause: io::Error) -> Self {
+        Self::full_or(path, cause, |path, cause| Self::Make { path, cause })
+    }
+
+    fn full_or(path: &Path, cause: io::Error, other: fn(PathBuf, io::Error) -> Self) -> Self {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        let path = path.to_owned();
+        match cause.kind() {
+            StorageFull | QuotaExceeded => Self::Full { path, cause },
+            _ => other(path, cause),
+        }
+    }
+}
+
+/// The scratches of a node. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Scratch {
+    root: Arc<Path>,
+    kind: ScratchKind,
+    limit: Duration,
+}
+
+impl Scratch {
+    /// Scratches below `root` (`container.scratch-root`, made when needed); `limit` is the deadline
+    /// of each call.
+    pub fn new(root: impl Into<PathBuf>, kind: ScratchKind, limit: Duration) -> Self {
+        Self {
+            root: Arc::from(root.into()),
+            kind,
+            limit,
+        }
+    }
+
+    /// Where a kernel's files are or will be.
+    pub fn paths(&self, kernel_id: Uuid) -> ScratchPaths {
+        ScratchPaths::new(&self.root, kernel_id, self.kind.in_memory())
+    }
+
+    /// Makes a kernel's scratch with everything in it that does not depend on the allocation.
+    ///
+    /// # Errors
+    /// Anything; whatever was made is removed again, also when the deadline has passed or the
+    /// caller gave up. [`ScratchError::Exists`] leaves what is there alone.
+    pub async fn create(
+        &self,
+        kernel_id: Uuid,
+        new: NewScratch,
+    ) -> Result<ScratchPaths, ScratchError> {
+        let (root, kind, limit) = (self.root.clone(), self.kind, self.limit);
+        let paths = self.paths(kernel_id);
+        self.blocking(kernel_id, move |state| {
+            storage::make(&root, kernel_id, kind, limit)?;
+            let filled = contents::fill(&paths, &new).and_then(|()| match state.finish() {
+                true => Ok(paths),
+                false => Err(ScratchError::Abandoned(kernel_id)),
+            });
+            if filled.is_err() {
+                storage::undo(&root, kernel_id);
+            }
+            filled
+        })
+        .await
+    }
+
+    /// Writes what depends on the allocation: `environ.txt`, `resource.txt`, their `_base` copies,
+    /// the directories of device plugins, the ports of a host-network kernel.
+    ///
+    /// # Errors
+    /// A file can't be written, or the deadline has passed.
+    pub async fn write_config(
+        &self,
+        kernel_id: Uuid,
+        files: ConfigFiles,
+    ) -> Result<(), ScratchError> {
+        let paths = self.paths(kernel_id);
+        self.blocking(kernel_id, move |_| {
+            contents::write_config(&paths.config, &files)
+        })
+        .await
+    }
+
+    /// Notes the container's id in `resource.txt`, as its only `CID` line.
+    ///
+    /// # Errors
+    /// The file can't be read or written, or the deadline has passed.
+    pub async fn record_container(
+        &self,
+        kernel_id: Uuid,
+        container_id: String,
+    ) -> Result<(), ScratchError> {
+        let paths = self.paths(kernel_id);
+        self.blocking(kernel_id, move |_| {
+            contents::record_container(&paths.config, &container_id)
+        })
+        .await
+    }
+
+    /// Reads a file of the config directory, such as `resource.txt`; nothing if it is not there.
+    ///
+    /// # Errors
+    /// It can't be read, or the deadline has passed.
+    pub async fn read_config(
+        &self,
+        kernel_id: Uuid,
+        name: &'static str,
+    ) -> Result<Option<String>, ScratchError> {
+        let path = self.paths(kernel_id).config.join(name);
+        self.blocking(kernel_id, move |_| match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(ScratchError::Read { path, cause }),
+        })
+        .await
+    }
+
+    /// Removes a kernel's scratch, whatever state and kind it has. Removing nothing is success.
+    ///
+    /// # Errors
+    /// Something can't be unmounted or removed, or the deadline has passed; the removal then goes
+    /// on in the background, and another call finds what is left.
+    pub async fn remove(&self, kernel_id: Uuid) -> Result<(), ScratchError> {
+        let root = self.root.clone();
+        self.blocking(kernel_id, move |_| storage::remove(&root, kernel_id))
+            .await
+    }
+
+    /// The kernels that have anything in the scratch root, also partial scratches.
+    ///
+    /// # Errors
+    /// The root can't be listed, or the deadline has passed.
+    pub async fn list(&self) -> Result<Vec<Uuid>, ScratchError> {
+        let root = self.root.clone();
+        self.blocking(Uuid::nil(), move |_| storage::list(&root))
+            .await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        kernel_id: Uuid,
+        work: impl FnOnce(&WorkState) -> Result<T, ScratchError> + Send + 'static,
+    ) -> Result<T, ScratchError> {
+        let state = Arc::new(WorkState::default());
+        // Dropped when the caller gives up, too.
+        let waiter = Waiter(state.clone());
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work(&state);
+            state.finish();
+            result
+        });
+        match tokio::time::timeout(self.limit, task).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(ScratchError::Abandoned(kernel_id)),
+            Err(_) => {
+                drop(waiter);
+                Err(ScratchError::Timeout {
+                    kernel_id,
+                    limit: self.limit,
+                })
+            }
+        }
+    }
+}
+
+/// Whether somebody still waits for a piece of blocking work: the first of the two sides to say
+/// so decides, so that a scratch made too late is removed by the one who made it.
+#[derive(Debug, Default)]
+struct WorkState(AtomicU8);
+
+const RUNNING: u8 = 0;
+const FINISHED: u8 = 1;
+const ABANDONED: u8 = 2;
+
+impl WorkState {
+    /// Called by the worker; false if nobody waits any more.
+    fn finish(&self) -> bool {
+        let swap = self
+            .0
+            .compare_exchange(RUNNING, FINISHED, Ordering::AcqRel, Ordering::Acquire);
+        swap.unwrap_or_else(|now| now) != ABANDONED
+    }
+}
+
+struct Waiter(Arc<WorkState>);
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        let state = &self.0.0;
+        let _ = state.compare_exchange(RUNNING, ABANDONED, Ordering::AcqRel, Ordering::Acquire);
+    }
+}
+
+impl From<Identity> for beneath::Owner {
+    fn from(identity: Identity) -> Self {
+        Self {
+            uid: identity.uid,
+            gid: identity.gid,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,285 @@
+//! Writing into directories whose content a kernel's user controls.
+//!
+//! In: a trusted directory and relative names. Invariant: whatever links, mounts or special files
+//! the user puts below the directory, and whenever, nothing outside it is opened, made or changed:
+//! every path is resolved by the kernel with `RESOLVE_BENEATH` from the directory's descriptor
+//! (openat2(2)), never checked first and used later.
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fstat, openat2};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+/// Who gets a file; `None` leaves the user or group as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Owner {
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+}
+
+/// A directory that paths can't leave.
+#[derive(Debug)]
+pub struct Beneath {
+    directory: OwnedFd,
+}
+
+impl Beneath {
+    /// Opens a directory by a trusted path.
+    ///
+    /// # Errors
+    /// It can't be opened, or is no directory.
+    pub fn open(directory: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+        Ok(Self { directory })
+    }
+
+    fn resolve(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        // A mount below could be a stranger's file system: not crossed either.
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+        // EAGAIN: a rename elsewhere made the check inconclusive (openat2(2)).
+        for _ in 0..16 {
+            match openat2(&self.directory, path, flags | OFlags::CLOEXEC, mode, how) {
+                Err(Errno::AGAIN) => {}
+                Err(Errno::XDEV) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::PermissionDenied,
+                        "the path leads out of its directory",
+                    ));
+                }
+                other => return Ok(other?),
+            }
+        }
+        Err(Errno::AGAIN.into())
+    }
+
+    /// Writes a whole regular file, over one that is there.
+    ///
+    /// # Errors
+    /// The path leaves the directory (`PermissionDenied`), its parent is missing, or it names
+    /// something else than a regular file.
+    pub fn write(&self, path: &Path, content: &[u8], mode: u32, owner: Owner) -> io::Result<()> {
+        let path = &plain(path)?;
+        // Non-blocking: a FIFO put there must not stop the agent. Not truncated before it is
+        // known to be a regular file.
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = self.resolve(path, flags, Mode::from_raw_mode(0o600))?;
+        if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the path names something that is not a regular file",
+            ));
+        }
+        let mut file = File::from(file);
+        file.set_len(0)?;
+        file.write_all(content)?;
+        change(&file, mode, owner)
+    }
+
+    /// Reads a whole regular file of at most `limit` bytes.
+    ///
+    /// # Errors
+    /// The path leaves the directory, names no regular file, or the file is larger (`FileTooLarge`).
+    pub fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+        use std::io::Read;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = File::from(self.resolve(&plain(path)?, flags, Mode::empty())?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the path names something that is not a regular file",
+            ));
+        }
+        let mut content = Vec::new();
+        file.take(limit + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("the file is larger than {limit} bytes"),
+            ));
+        }
+        Ok(content)
+    }
+
+    /// Whether the path names anything inside the directory.
+    ///
+    /// # Errors
+    /// Other failures than that nothing is there.
+    pub fn exists(&self, path: &Path) -> io::Result<bool> {
+        match self.resolve(&plain(path)?, OFlags::PATH, Mode::empty()) {
+            Ok(_) => Ok(true),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(err) => Err(err),
+        }
+    }
+
+    /// Makes the directories of a path that are not there; those made get `mode` and `owner`.
+    ///
+    /// # Errors
+    /// The path leaves the directory, or a part of it is not a directory.
+    pub fn make_directories(&self, path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
+        let path = plain(path)?;
+        let mut parent = self.resolve(Path::new("."), OFlags::PATH, Mode::empty())?;
+        let mut reached = PathBuf::new();
+        for part in path.components() {
+            let Component::Normal(name) = part else {
+                continue;
+            };
+            reached.push(name);
+            let made = match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o700)) {
+                Ok(()) => true,
+                Err(Errno::EXIST) => false,
+                Err(err) => return Err(err.into()),
+            };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+            let directory = self.resolve(&reached, flags, Mode::empty())?;
+            if made {
+                change(&directory, mode, owner)?;
+            }
+            parent = directory;
+        }
+        Ok(())
+    }
+}
+
+/// Owner, then mode (a change of owner clears mode bits). As in the original, an owner that can't
+/// be set is only logged: an agent without root runs kernels of its own user.
+fn change(file: impl AsFd, mode: u32, owner: Owner) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() && owner != Owner::default() {
+        let uid = owner.uid.map(Uid::from_raw);
+        let gid = owner.gid.map(Gid::from_raw);
+        if let Err(err) = rustix::fs::fchown(&file, uid, gid) {
+            tracing::warn!(%err, "the owner of a scratch file cannot be set");
+        }
+    }
+    Ok(rustix::fs::fchmod(
+        &file,
+        Mode::from_raw_mode(mode & 0o7777),
+    )?)
+}
+
+/// Changes owner and mode of something the agent made itself, by a trusted path.
+pub(super) fn change_at(path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    change(rustix::fs::open(path, flags, Mode::empty())?, mode, owner)
+}
+
+/// A relative path without `..`; `.` parts go.
+fn plain(path: &Path) -> io::Result<PathBuf> {
+    let mut result = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => result.push(name),
+            Component::CurDir => {}
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    "a relative path without '..' is needed",
+                ));
+            }
+        }
+    }
+    if result.as_os_str().is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the path names no file",
+        ));
+    }
+    Ok(result)
+}
+
+/// How deep a tree is removed in place; deeper parts are moved up first, so that a tree of any
+/// depth needs a bounded number of descriptors.
+const DEPTH: usize = 48;
+
+/// Removes a directory tree that a user may have filled, or anything else of that name. Nothing
+/// outside is touched: links are removed, not followed, and mounts are not entered.
+///
+/// # Errors
+/// A mount below (`ResourceBusy`), or a name that can't be removed.
+pub(super) fn remove_tree(parent: &Path, name: &str) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let parent = rustix::fs::open(parent, flags, Mode::empty())?;
+    match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(err) => return Err(err.into()),
+    }
+    let Some(root) = enter(&parent, name.as_ref())? else {
+        return Ok(());
+    };
+    let mut moved = 0;
+    // A tree deeper than DEPTH takes a pass per DEPTH levels; a user's process that still writes
+    // is not raced for ever.
+    for _ in 0..4096 {
+        empty(&root, &root, 0, &mut moved)?;
+        match rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOTEMPTY) => {}
+            Err(err) => return Err(err.into()),
+        }
+    }
+    Err(Errno::NOTEMPTY.into())
+}
+
+/// Opens a subdirectory for listing, unless it is a link, a mount, or gone.
+fn enter(parent: &OwnedFd, name: &std::ffi::OsStr) -> io::Result<Option<OwnedFd>> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat2(parent, name, flags, Mode::empty(), how) {
+        Ok(directory) => Ok(Some(directory)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(Errno::XDEV) => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{} is a mount point; unmount it", name.to_string_lossy()),
+        )),
+        Err(err) => Err(err.into()),
+    }
+}
+
+fn empty(root: &OwnedFd, directory: &OwnedFd, depth: usize, moved: &mut u64) -> io::Result<()> {
+    let names: Vec<_> = rustix::fs::Dir::read_from(directory)?
+        .filter_map(|entry| {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(err) => return Some(Err(err)),
+            };
+            let name = entry.file_name().to_bytes();
+            (name != b"." && name != b"..").then(|| Ok(name.to_vec()))
+        })
+        .collect::<Result<_, _>>()?;
+    for name in names {
+        use std::os::unix::ffi::OsStrExt;
+        let name = std::ffi::OsStr::from_bytes(&name);
+        match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            Err(err) => return Err(err.into()),
+        }
+        let Some(inner) = enter(directory, name)? else {
+            continue;
+        };
+        if depth >= DEPTH {
+            let aside = format!(".removing-{moved}");
+            *moved += 1;
+            match rustix::fs::renameat(directory, name, root, &aside) {
+                // A name of the user's own in the way: the next number.
+                Ok(()) | Err(Errno::NOENT | Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => {}
+                Err(err) => return Err(err.into()),
+            }
+            continue;
+        }
+        empty(root, &inner, depth + 1, moved)?;
+        match rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR) {
+            // Not empty: something was moved in or written meanwhile; the next pass gets it.
+            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY) => {}
+            Err(err) => return Err(err.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
