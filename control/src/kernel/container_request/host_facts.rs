@@ -1,0 +1,102 @@
+//! What of the host goes into every container: read once at the start.
+
+use serde_json::{Value, json};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Facts of this host. `Default` is a host with nothing special and no limits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HostFacts {
+    /// The published seccomp profile; the engine's own applies without one.
+    pub seccomp: Option<Value>,
+    /// The operator's parts of the body, in the order they are merged, with their files.
+    pub overrides: Vec<(PathBuf, Value)>,
+    /// This process's own hard limits; none is no limit.
+    pub open_files: Option<u64>,
+    pub locked_memory: Option<u64>,
+    /// There are RDMA devices, which every kernel gets.
+    pub rdma: bool,
+}
+
+/// Why the facts can't be read: the operator's files, told by path.
+#[derive(Debug, Error)]
+pub enum HostFactsError {
+    #[error("{path} cannot be read")]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} is not JSON")]
+    Json {
+        path: PathBuf,
+        #[source]
+        cause: serde_json::Error,
+    },
+    #[error("{0} is not a JSON map of container options")]
+    NotMap(PathBuf),
+}
+
+impl HostFacts {
+    /// Reads the profile that comes with the runner and the operator's files that exist. Blocks.
+    ///
+    /// # Errors
+    /// A file is there and can't be used. A missing profile is not an error, as in the original.
+    pub fn read(seccomp_profile: &Path, overrides: &[PathBuf]) -> Result<Self, HostFactsError> {
+        let mut parts = Vec::new();
+        for path in overrides {
+            if let Some(part) = read_json(path)? {
+                if !part.is_object() {
+                    return Err(HostFactsError::NotMap(path.clone()));
+                }
+                parts.push((path.clone(), part));
+            }
+        }
+        let limit = |resource| rustix::process::getrlimit(resource).maximum;
+        Ok(Self {
+            seccomp: read_json(seccomp_profile)?,
+            overrides: parts,
+            open_files: limit(rustix::process::Resource::Nofile),
+            locked_memory: limit(rustix::process::Resource::Memlock),
+            rdma: Path::new("/dev/infiniband/uverbs0").exists(),
+        })
+    }
+
+    /// The profile's text with one more rule, for the accelerators' system calls.
+    pub(super) fn seccomp_profile(&self, syscalls: &[String]) -> Option<String> {
+        let mut profile = self.seccomp.clone()?;
+        let mut names = syscalls.to_vec();
+        names.sort();
+        names.dedup();
+        let rules = profile.get_mut("syscalls").and_then(Value::as_array_mut);
+        if let (Some(rules), false) = (rules, names.is_empty()) {
+            rules.push(json!({
+                "names": names,
+                "action": "SCMP_ACT_ALLOW",
+                "args": [],
+                "comment": "System calls that the attached accelerators need",
+            }));
+        }
+        Some(profile.to_string())
+    }
+}
+
+fn read_json(path: &Path) -> Result<Option<Value>, HostFactsError> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(cause) => {
+            return Err(HostFactsError::Read {
+                path: path.to_owned(),
+                cause,
+            });
+        }
+    };
+    let value = serde_json::from_slice(&text).map_err(|cause| HostFactsError::Json {
+        path: path.to_owned(),
+        cause,
+    })?;
+    Ok(Some(value))
+}

@@ -1,0 +1,380 @@
+//! Models of inference sessions: what is started in the container, and how it is known to serve.
+//!
+//! In: the request's model folder and runtime variant, the image's command. Out: the [`Model`]s, in
+//! the form of the runner's `start-model-service` (`lifecycle.md` 12). Invariant: the definition
+//! is a file of the user's: it is read inside the folder only, up to a size, and refused in words.
+
+use super::request::{KernelCreationConfig, SessionType, VfolderUsage};
+use super::scratch::beneath::Beneath;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::io;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Largest definition read; real ones have under a kilobyte.
+const SIZE_LIMIT: u64 = 256 << 10;
+/// Most models of one definition.
+const MODELS_LIMIT: usize = 64;
+
+/// One model, as the runner is told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    pub name: String,
+    /// Directory in the container in which the command runs.
+    #[serde(alias = "model-path")]
+    pub model_path: String,
+    #[serde(default)]
+    pub service: Option<ModelService>,
+    #[serde(default)]
+    pub metadata: Option<Value>,
+}
+
+impl Model {
+    /// The container port the model serves on, if it serves.
+    pub fn port(&self) -> Option<u16> {
+        self.service.as_ref().map(|service| service.port)
+    }
+}
+
+/// How a model is started.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelService {
+    #[serde(default, alias = "pre-start-actions")]
+    pub pre_start_actions: Vec<PreStartAction>,
+    #[serde(alias = "start-command")]
+    pub start_command: StartCommand,
+    #[serde(default = "default_shell")]
+    pub shell: String,
+    pub port: u16,
+    #[serde(default, alias = "health-check")]
+    pub health_check: Option<HealthCheck>,
+}
+
+fn default_shell() -> String {
+    "/bin/bash".to_owned()
+}
+
+/// An action of the runner before the start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PreStartAction {
+    pub action: String,
+    #[serde(default)]
+    pub args: serde_json::Map<String, Value>,
+}
+
+/// A shell command or a list of arguments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum StartCommand {
+    Shell(String),
+    Arguments(Vec<String>),
+}
+
+/// How the runner finds out that a model serves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// Seconds between two tries.
+    #[serde(default = "ten")]
+    pub interval: f64,
+    pub path: String,
+    #[serde(default = "ten_tries", alias = "max-retries")]
+    pub max_retries: u32,
+    /// Seconds for one try.
+    #[serde(default = "fifteen", alias = "max-wait-time")]
+    pub max_wait_time: f64,
+    #[serde(default = "http_ok", alias = "expected-status-code")]
+    pub expected_status_code: u16,
+}
+
+fn ten() -> f64 {
+    10.0
+}
+fn ten_tries() -> u32 {
+    10
+}
+fn fifteen() -> f64 {
+    15.0
+}
+fn http_ok() -> u16 {
+    200
+}
+
+/// Why an inference session has no models. All are the request's or the folder's fault.
+#[derive(Debug, Error)]
+pub enum ModelDefinitionError {
+    #[error("an inference session needs a folder of the usage mode `model`; none is mounted")]
+    NoFolder,
+    #[error(
+        "the runtime variant {0:?} is not known; use custom, vllm, huggingface-tgi, nim or cmd"
+    )]
+    Variant(String),
+    #[error(
+        "the image has no command to start, which the runtime variant {0} needs; choose another image or the variant custom"
+    )]
+    NoCommand(String),
+    #[error("the model folder {0} cannot be opened on this node")]
+    Folder(PathBuf, #[source] io::Error),
+    #[error("the model folder has no {0}; add the model definition or name its path")]
+    NoFile(String),
+    #[error("{path} of the model folder cannot be read")]
+    Read {
+        path: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{path} of the model folder is not a model definition")]
+    Yaml {
+        path: String,
+        #[source]
+        cause: serde_yaml_ng::Error,
+    },
+    #[error("{path} of the model folder is not a model definition: {wrong}")]
+    Content { path: String, wrong: String },
+}
+
+#[derive(Deserialize)]
+struct Definition {
+    models: Vec<Model>,
+}
+
+/// The models of a request; none unless it is an inference session. Reads the folder: blocks.
+///
+/// # Errors
+/// See [`ModelDefinitionError`].
+pub fn read(
+    config: &KernelCreationConfig,
+    image_command: &[String],
+) -> Result<Vec<Model>, ModelDefinitionError> {
+    if config.session_type != SessionType::Inference {
+        return Ok(Vec::new());
+    }
+    let folder = config
+        .mounts
+        .iter()
+        .find(|mount| mount.usage_mode == VfolderUsage::Model)
+        .ok_or(ModelDefinitionError::NoFolder)?;
+    let variant = config.internal_data.runtime_variant.as_deref();
+    let variant = variant
+        .filter(|variant| !variant.is_empty())
+        .unwrap_or("custom");
+    // Name, port and health path of the variants that need no file.
+    let (name, port, path) = match variant {
+        "custom" => {
+            let wanted = config.internal_data.model_definition_path.as_deref();
+            return custom(
+                Path::new(&folder.host_path),
+                wanted.filter(|path| !path.is_empty()),
+            );
+        }
+        "vllm" => ("vllm-model", 8000, Some("/health")),
+        "huggingface-tgi" => ("tgi-model", 3000, Some("/info")),
+        "nim" => ("nim-model", 8000, Some("/v1/health/ready")),
+        "cmd" => ("image-model", 8000, None),
+        other => return Err(ModelDefinitionError::Variant(other.to_owned())),
+    };
+    if image_command.is_empty() {
+        return Err(ModelDefinitionError::NoCommand(variant.to_owned()));
+    }
+    let service = ModelService {
+        pre_start_actions: Vec::new(),
+        start_command: StartCommand::Arguments(image_command.to_vec()),
+        shell: default_shell(),
+        port,
+        health_check: path.map(|path| HealthCheck {
+            interval: ten(),
+            path: path.to_owned(),
+            max_retries: ten_tries(),
+            max_wait_time: fifteen(),
+            expected_status_code: http_ok(),
+        }),
+    };
+    Ok(vec![Model {
+        name: name.to_owned(),
+        model_path: folder.kernel_path.clone(),
+        service: Some(service),
+        metadata: None,
+    }])
+}
+
+fn custom(folder: &Path, wanted: Option<&str>) -> Result<Vec<Model>, ModelDefinitionError> {
+    let inside = Beneath::open(folder)
+        .map_err(|cause| ModelDefinitionError::Folder(folder.to_owned(), cause))?;
+    let usual = ["model-definition.yaml", "model-definition.yml"];
+    let paths = wanted.map_or(usual.to_vec(), |path| vec![path]);
+    for path in &paths {
+        match inside.read(Path::new(path.trim_start_matches('/')), SIZE_LIMIT) {
+            Ok(text) => return parse(path, &text),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+            Err(cause) => {
+                return Err(ModelDefinitionError::Read {
+                    path: (*path).to_owned(),
+                    cause,
+                });
+            }
+        }
+    }
+    Err(ModelDefinitionError::NoFile(paths.join(" or ")))
+}
+
+fn parse(path: &str, text: &[u8]) -> Result<Vec<Model>, ModelDefinitionError> {
+    let definition: Definition =
+        serde_yaml_ng::from_slice(text).map_err(|cause| ModelDefinitionError::Yaml {
+            path: path.to_owned(),
+            cause,
+        })?;
+    let refuse = |wrong: String| ModelDefinitionError::Content {
+        path: path.to_owned(),
+        wrong,
+    };
+    let models = definition.models;
+    if models.len() > MODELS_LIMIT {
+        return Err(refuse(format!("it has more than {MODELS_LIMIT} models")));
+    }
+    for model in &models {
+        let name = &model.name;
+        if name.is_empty() {
+            return Err(refuse("a model has no name".to_owned()));
+        }
+        if let Some(service) = &model.service {
+            if service.port <= 1 {
+                return Err(refuse(format!("the port of {name} is not above 1")));
+            }
+            let health = service.health_check.as_ref();
+            let seconds = |value: f64| value.is_finite() && value > 0.0;
+            if health.is_some_and(|check| !seconds(check.interval) || !seconds(check.max_wait_time))
+            {
+                return Err(refuse(format!(
+                    "the times of the health check of {name} are not above 0"
+                )));
+            }
+        }
+    }
+    Ok(models)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::fs;
+
+    fn request(folder: &Path, internal: Value) -> KernelCreationConfig {
+        serde_json::from_value(json!({
+            "image": {"canonical": "a/b:c"},
+            "kernel_id": "44843cf7-7964-4cd9-8c60-f8e4fdc69e3a",
+            "session_id": "a61cd3c8-03c5-4ac1-abcd-0246dc7e82f8",
+            "session_type": "inference",
+            "internal_data": internal,
+            "mounts": [
+                {"name": "d", "host_path": "/x", "kernel_path": "/home/work/d", "mount_perm": "ro"},
+                {"name": "m", "host_path": folder, "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model"},
+            ],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_custom_definition_becomes_the_captured_message() {
+        let folder = tempfile::tempdir().unwrap();
+        let yaml = "models:\n- name: m1\n  model_path: /models\n  service:\n    start_command: [python3, -m, http.server, '8500']\n    port: 8500\n    health_check:\n      path: /\n      interval: 1\n      max_retries: 3\n      max_wait_time: 5\n";
+        fs::write(folder.path().join("model-definition.yml"), yaml).unwrap();
+        let models = read(&request(folder.path(), Value::Null), &[]).unwrap();
+        assert_eq!(models[0].port(), Some(8500));
+        assert_eq!(
+            serde_json::to_value(&models[0]).unwrap(),
+            json!({"name": "m1", "model_path": "/models", "service": {"pre_start_actions": [], "start_command": ["python3", "-m", "http.server", "8500"], "shell": "/bin/bash", "port": 8500, "health_check": {"interval": 1.0, "path": "/", "max_retries": 3, "max_wait_time": 5.0, "expected_status_code": 200}}, "metadata": null})
+        );
+    }
+
+    #[test]
+    fn variants_use_the_images_command() {
+        let folder = Path::new("/nowhere");
+        let command = ["serve".to_owned(), "--all".to_owned()];
+        for (variant, name, port, path) in [
+            ("vllm", "vllm-model", 8000, Some("/health")),
+            ("huggingface-tgi", "tgi-model", 3000, Some("/info")),
+            ("nim", "nim-model", 8000, Some("/v1/health/ready")),
+            ("cmd", "image-model", 8000, None),
+        ] {
+            let config = request(folder, json!({"runtime_variant": variant}));
+            let models = read(&config, &command).unwrap();
+            let service = models[0].service.clone().unwrap();
+            assert_eq!((models[0].name.as_str(), service.port), (name, port));
+            assert_eq!(models[0].model_path, "/models");
+            assert_eq!(
+                service.health_check.map(|check| check.path).as_deref(),
+                path
+            );
+            assert!(matches!(
+                read(&config, &[]),
+                Err(ModelDefinitionError::NoCommand(_))
+            ));
+        }
+        let config = request(folder, json!({"runtime_variant": "magic"}));
+        assert!(matches!(
+            read(&config, &command),
+            Err(ModelDefinitionError::Variant(_))
+        ));
+    }
+
+    #[test]
+    fn a_definition_outside_the_folder_is_not_read() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("f");
+        fs::create_dir(&folder).unwrap();
+        let secret = outer.path().join("secret.yaml");
+        fs::write(&secret, "models: []\n").unwrap();
+        std::os::unix::fs::symlink(&secret, folder.join("model-definition.yaml")).unwrap();
+        for path in [Value::Null, json!("../secret.yaml")] {
+            let config = request(&folder, json!({"model_definition_path": path}));
+            assert!(matches!(
+                read(&config, &[]),
+                Err(ModelDefinitionError::Read { .. })
+            ));
+        }
+        let config = request(&folder, json!({"model_definition_path": "other.yaml"}));
+        let told = read(&config, &[]).unwrap_err().to_string();
+        assert!(told.contains("other.yaml"), "{told}");
+    }
+
+    #[test]
+    fn broken_and_huge_definitions_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model-definition.yaml");
+        let config = request(folder.path(), Value::Null);
+        let bomb = "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\ng: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f]\nmodels:\n- name: m\n  model_path: /m\n  metadata: [*g,*g,*g,*g,*g,*g,*g,*g]\n";
+        for text in [
+            "",
+            "models: 3",
+            "models:\n- name: m\n",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 99999}}",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 1}}",
+            "models:\n- {name: '', model_path: /m}",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 8000, health_check: {path: /, interval: 0}}}",
+            "\0\u{1}",
+            bomb,
+        ] {
+            fs::write(&file, text).unwrap();
+            assert!(read(&config, &[]).is_err(), "{text}");
+        }
+        fs::write(&file, vec![b' '; 300 << 10]).unwrap();
+        let told = read(&config, &[]).unwrap_err();
+        assert!(
+            matches!(told, ModelDefinitionError::Read { .. }),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn other_sessions_have_no_models() {
+        let mut config = request(Path::new("/nowhere"), Value::Null);
+        config.mounts.clear();
+        assert!(matches!(
+            read(&config, &[]),
+            Err(ModelDefinitionError::NoFolder)
+        ));
+        config.session_type = SessionType::Interactive;
+        assert!(read(&config, &[]).unwrap().is_empty());
+    }
+}
