@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use control::rpc::frame::{Header, Kind};
-use control::rpc::{Client, ClientError, Limits, Server, Value};
+use control::rpc::{Client, ClientCurve, ClientError, CurveServer, KeyPair, Limits, Server, Value};
 use harness::rpc_service;
 use harness::zmtp::{self, Connection};
 
@@ -144,6 +144,42 @@ async fn silent_and_junk_clients_delay_nobody() {
         descriptors() <= before
     })
     .await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_keys_leave_no_descriptor() {
+    let (agent, manager, stranger) = (
+        KeyPair::generate(),
+        KeyPair::generate(),
+        KeyPair::generate(),
+    );
+    let curve = CurveServer {
+        pair: agent.clone(),
+        manager: manager.public,
+    };
+    let server = rpc_service::start(Some(curve), Limits::default()).await;
+    let address = server.local_addr().to_string();
+    let keys = |pair| ClientCurve {
+        pair,
+        node: agent.public,
+    };
+    let before = descriptors();
+    for _ in 0..50 {
+        let refused = Client::connect(&address, Some(&keys(stranger.clone())), DEADLINE).await;
+        assert!(
+            matches!(refused, Err(ClientError::Lost { .. })),
+            "{refused:?}"
+        );
+    }
+    until("the number of descriptors before", || {
+        descriptors() <= before
+    })
+    .await;
+    Client::connect(&address, Some(&keys(manager)), DEADLINE)
+        .await
+        .expect("the right key is let in");
+    assert_eq!(server.counters().probes, 1);
     server.shutdown(Duration::from_secs(5)).await;
 }
 
