@@ -11,6 +11,7 @@ pub(crate) fn all(reader: &mut Reader<'_>, config: &Config) {
     keys(reader);
     plugins(reader, config);
     ports(reader, config);
+    socket_paths(reader, config);
 }
 
 fn privileges(reader: &mut Reader<'_>, config: &Config) {
@@ -50,6 +51,35 @@ fn privileges(reader: &mut Reader<'_>, config: &Config) {
                 "scratch-size",
                 why,
                 "write a size such as \"10g\", at least 1m",
+            );
+        }
+    }
+}
+
+/// Paths of unix sockets have at most 107 bytes; the longest below these directories has some 30
+/// bytes of its own.
+fn socket_paths(reader: &mut Reader<'_>, config: &Config) {
+    const LONGEST: usize = 76;
+    let region = config.node.region_directory(&config.agent.id);
+    for (section, key, path) in [
+        ("node", "run-dir", region.as_path()),
+        (
+            "agent",
+            "ipc-base-path",
+            config.agent.ipc_base_path.as_path(),
+        ),
+    ] {
+        let length = path.as_os_str().len();
+        if length > LONGEST {
+            let why = format!(
+                "sockets in {} would have names too long for the kernel ({length} bytes of {LONGEST})",
+                path.display()
+            );
+            reader.fault(
+                section,
+                key,
+                why,
+                "name a directory with a shorter path, or shorten agent.id",
             );
         }
     }

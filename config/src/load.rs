@@ -129,18 +129,26 @@ pub(crate) fn load_text(
         problems,
         notes,
         mut values,
+        order,
     } = reader.gathered;
     if !problems.is_empty() {
         return Err(invalid(problems));
     }
-    // Detected values are recorded late; the table keeps each section together.
-    let mut order: Vec<String> = Vec::new();
-    for value in &values {
-        if !order.contains(&value.section) {
-            order.push(value.section.clone());
-        }
-    }
-    values.sort_by_key(|value| order.iter().position(|section| *section == value.section));
+    // Values that depend on others are recorded late, and shown in their place.
+    let section = |name: &str| {
+        let first = name.split('.').next().unwrap_or(name);
+        read::SECTIONS
+            .iter()
+            .position(|known| *known == first)
+            .unwrap_or(usize::MAX)
+    };
+    let place = |value: &Effective| {
+        let found = order
+            .iter()
+            .position(|(s, k)| *s == value.section && *k == value.key);
+        (section(&value.section), value.section.clone(), found)
+    };
+    values.sort_by_cached_key(place);
     Ok(Loaded {
         config: Arc::new(config),
         origins: values,

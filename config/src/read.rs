@@ -16,7 +16,7 @@ use crate::spelling::nearest;
 use crate::units::Fault;
 
 /// Top-level sections that are read.
-const SECTIONS: &[&str] = &[
+pub(crate) const SECTIONS: &[&str] = &[
     "agent",
     "container",
     "resource",

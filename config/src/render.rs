@@ -28,7 +28,7 @@ impl Loaded {
     }
 }
 
-/// A table of section, key, value and origin, one block per section.
+/// A table of section, key, value and origin, one block per section, and the remarks below it.
 pub fn render_text(loaded: &Loaded) -> String {
     let mut out = String::new();
     let file = loaded
@@ -64,6 +64,9 @@ pub fn render_text(loaded: &Loaded) -> String {
             "  {:key_width$}  {text:value_width$}  {origin}",
             value.key
         );
+    }
+    if !loaded.notes.is_empty() {
+        let _ = write!(out, "\n{}", render_notes(loaded));
     }
     out
 }

@@ -50,6 +50,8 @@ pub(crate) struct Gathered {
     pub problems: Vec<Problem>,
     pub notes: Vec<Note>,
     pub values: Vec<Effective>,
+    /// Section and key in the order they were first asked for: the order they are shown in.
+    pub order: Vec<(&'static str, &'static str)>,
 }
 
 /// What all sections share.
@@ -197,6 +199,7 @@ impl<'r, 'a> Section<'r, 'a> {
     /// The value of a key as it stands, and where it stands.
     pub(crate) fn raw(&mut self, key: Key) -> Option<(Value, Origin)> {
         self.known.push(key.name);
+        self.reader.gathered.order.push((self.name, key.name));
         self.known.extend(key.aliases);
         let found = self.in_file(key);
         if let Some(variable) = key.variable

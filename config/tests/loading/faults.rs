@@ -322,3 +322,17 @@ fn a_host_name_that_can_not_be_an_id_is_told() {
     setup.host.hostname = "x".repeat(63);
     assert_eq!(setup.problems()[0].key, "agent.id");
 }
+
+#[test]
+fn directories_too_deep_for_sockets_are_told() {
+    let deep = "x".repeat(90);
+    let problems = Setup::new(&with_line(
+        "agent",
+        &format!("ipc-base-path = '/nowhere/{deep}'"),
+    ))
+    .problems();
+    assert_eq!(problems[0].key, "agent.ipc-base-path");
+    let problems =
+        Setup::new(&with_line("node", &format!("run-dir = '/dev/shm/{deep}'"))).problems();
+    assert_eq!(problems[0].key, "node.run-dir");
+}

@@ -69,3 +69,37 @@ fn a_port_range_over_an_own_port_is_a_warning() {
     assert!(loaded.notes[0].text.contains("6001"), "{:?}", loaded.notes);
     assert_eq!(Setup::new(SMALLEST).loaded().notes, []);
 }
+
+/// The table shows every section once, in the file's order, and the remarks after it.
+#[test]
+fn the_table_is_in_order_and_ends_with_the_remarks() {
+    let text = with_line("container", "port-rnage = [1, 2]")
+        .replace("[resource]\n", "[resource]\nreserved-cpu = 0\n");
+    let loaded = Setup::new(&text).env("BACKEND_REGION", "here").loaded();
+    let shown = loaded.render_text();
+    let mut headings: Vec<&str> = shown.lines().filter(|line| line.starts_with('[')).collect();
+    assert_eq!(
+        (headings[0], headings[headings.len() - 1]),
+        ("[agent]", "[overcommit]")
+    );
+    let all = headings.len();
+    headings.sort_unstable();
+    headings.dedup();
+    assert_eq!(headings.len(), all, "{shown}");
+    let line = |key: &str| {
+        shown
+            .lines()
+            .find(|line| line.trim_start().starts_with(key))
+            .unwrap()
+            .to_owned()
+    };
+    assert!(
+        line("region").ends_with("environment BACKEND_REGION"),
+        "{shown}"
+    );
+    assert!(line("reserved-cpu").contains("line 10"), "{shown}");
+    assert!(
+        shown.trim_end().ends_with("did you mean \"port-range\"?"),
+        "{shown}"
+    );
+}
