@@ -154,12 +154,6 @@ pub enum DockerError {
         /// Why, and what would do.
         reason: &'static str,
     },
-    /// The caller cancelled the step.
-    #[error("{step}: cancelled")]
-    Cancelled {
-        /// What was being done.
-        step: String,
-    },
 }
 
 impl DockerError {
@@ -185,7 +179,6 @@ impl DockerError {
             | Self::AlreadyInProgress { .. }
             | Self::TooLarge { .. }
             | Self::LogsNotReadable { .. }
-            | Self::Cancelled { .. }
             | Self::BadName { .. } => Fault::Request,
             Self::Engine { status, .. } if *status < 500 => Fault::Request,
             Self::Unreachable { .. }
