@@ -471,14 +471,18 @@ impl Ledger {
                 })
         };
         let state = self.state();
-        let held: Amount = state
+        let mut there: Vec<&Allocation> = state
             .holders
             .values()
             .map(|holder| &holder.allocation)
-            .filter(|held| *held != allocation && on_node(held))
-            .map(|held| held.total("mem", "mem"))
-            .sum();
-        held + allocation.total("mem", "mem") <= Decimal::from(*memory)
+            .collect();
+        // Its own reservation is among the holders, except when someone only asks.
+        if !there.contains(&allocation) {
+            there.push(allocation);
+        }
+        let pinned = there.into_iter().filter(|held| on_node(held));
+        let bytes: Amount = pinned.map(|held| held.total("mem", "mem")).sum();
+        bytes <= Decimal::from(*memory)
     }
 
     /// The devices of an allocation per device name, as shown with the kernel.
