@@ -1,1 +1,404 @@
-//! Construction and wiring of the control process.
+//! Construction and wiring of the control process: the only module that knows all the others.
+//!
+//! In: the configuration. Out: a node that answers, until it is told to stop. Invariant: the order.
+//! The directory's lock before anything is touched; Docker and the found kernels before the first
+//! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use config::{Config, Publish};
+use shared::Sizes;
+use shared::desired::NodeRow;
+use shared::run_dir::{RunDir, RunDirError};
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
+use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
+use crate::image::Images;
+use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
+use crate::kernel::container_processes::KernelFiles;
+use crate::kernel::container_request::{ContainerSettings, HostFacts, HostFactsError};
+use crate::kernel::distro::Distros;
+use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
+use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
+use crate::kernel::node::blocking;
+use crate::kernel::recovery::{self, RecoveryError};
+use crate::kernel::registry::Registry;
+use crate::kernel::scratch::{Scratch, ScratchKind};
+use crate::kernel::{Node, destroy, monitor};
+use crate::link::{Link, LinkOpenError};
+use crate::ports::{DEFAULT_REST, PortPool};
+use crate::resource::{InventoryError, Ledger};
+use crate::rpc::methods::AgentService;
+use crate::rpc::{
+    BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
+};
+
+/// Events kept in the process.
+const EVENT_RING: usize = 4096;
+/// Pauses between attempts to reach Docker at start: doubled up to the second.
+const DOCKER_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+/// How long operations under way may take when the agent is told to stop.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+/// Deadline of one step on a scratch directory.
+const SCRATCH_LIMIT: Duration = Duration::from_secs(120);
+
+/// Why the agent could not start.
+#[derive(Debug, Error)]
+pub enum AppError {
+    /// A directory of the configuration cannot be used.
+    #[error("cannot prepare the node's directories")]
+    Directories(#[source] config::DirectoryError),
+    /// The run directory cannot be used.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The regions cannot be used, for one because another agent of this id runs.
+    #[error(transparent)]
+    Link(#[from] LinkOpenError),
+    /// Docker's address is wrong.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The kept logs cannot be used.
+    #[error(transparent)]
+    Logs(#[from] KeptLogsError),
+    /// The events file cannot be used.
+    #[error(transparent)]
+    Events(#[from] FileSinkError),
+    /// The node's devices cannot be read.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// What containers are made with cannot be read.
+    #[error(transparent)]
+    Host(#[from] HostFactsError),
+    /// The socket for programs in containers cannot be served.
+    #[error(transparent)]
+    AgentSocket(#[from] AgentSocketError),
+    /// What was running cannot be taken over.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
+    /// A key file cannot be used.
+    #[error("cannot read the key file {path}", path = path.display())]
+    Key {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: KeyError,
+    },
+    /// The RPC address cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Signals cannot be received.
+    #[error("cannot receive signals")]
+    Signals(#[source] std::io::Error),
+    /// The agent was told to stop before it was ready.
+    #[error("stopped before the node was ready")]
+    Interrupted,
+}
+
+/// Runs the agent until it is told to stop.
+pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
+    let stopping = CancellationToken::new();
+    listen_for_signals(&stopping)?;
+    let node = assemble(config, &stopping).await?;
+    let curve = curve(&node.config)?;
+    let recovered = tokio::select! {
+        recovered = recovery::recover(&node) => recovered?,
+        () = stopping.cancelled() => return Err(AppError::Interrupted),
+    };
+    tracing::info!(
+        adopted = recovered.adopted,
+        resumed = recovered.resumed,
+        finishing = recovered.finishing,
+        removed = recovered.removed,
+        orphans = recovered.orphans,
+        "took the node over"
+    );
+    let address = node.config.agent.rpc_listen_addr.to_string();
+    let options = ServerOptions {
+        address,
+        curve,
+        limits: limits(&node.config),
+    };
+    let service = Arc::new(AgentService::new(node.clone()));
+    let server = Server::bind(options, service).await?;
+    let loops = [
+        tokio::spawn(monitor::follow_events(node.clone())),
+        tokio::spawn(monitor::reconcile_periodically(node.clone())),
+    ];
+    node.events.emit(Event::AgentStarted {
+        reason: "self-started",
+    });
+    tracing::info!(agent_id = node.agent_id(), address = %server.local_addr(), "the agent is ready");
+    // Not under systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    stopping.cancelled().await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping; kernels go on");
+    node.events
+        .emit(Event::AgentTerminated { reason: "shutdown" });
+    server.shutdown(Duration::from_secs(2)).await;
+    for task in loops {
+        let _ = task.await;
+    }
+    node.tasks.close();
+    if tokio::time::timeout(STOP_GRACE, node.tasks.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            left = node.tasks.len(),
+            "operations were cut short; the next start goes on with them"
+        );
+    }
+    for kernel in node.registry.all() {
+        if let Some(runner) = kernel.set_runner(None) {
+            runner.close().await;
+        }
+    }
+    keep_distros(&node).await;
+    Ok(())
+}
+
+fn listen_for_signals(stopping: &CancellationToken) -> Result<(), AppError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(AppError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(AppError::Signals)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(AppError::Signals)?;
+    let stopping = stopping.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => stopping.cancel(),
+                _ = interrupt.recv() => stopping.cancel(),
+                _ = hangup.recv() => tracing::warn!(
+                    "SIGHUP was received; the configuration is read at start only, restart the agent to apply changes (kernels go on)"
+                ),
+                () = stopping.cancelled() => return,
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Builds the node from the configuration; nothing of what runs is touched yet.
+async fn assemble(
+    config: Arc<Config>,
+    stopping: &CancellationToken,
+) -> Result<Arc<Node>, AppError> {
+    let prepared = config.clone();
+    blocking(move || prepared.prepare_directories().map(drop))
+        .await
+        .map_err(AppError::Directories)?;
+    let agent_id = config.agent.id.clone();
+    let run_dir = RunDir::choose(Some(&config.node.run_dir), &agent_id)?;
+    // The lock of the directory comes with the region: a second agent of this id ends here.
+    let link = Link::open(run_dir, sizes(&config), node_row(&config), stopping.clone())?;
+
+    let docker = Docker::new(&docker_options(&config))?;
+    reach_docker(&docker, stopping).await?;
+    let state_dir = config.agent.var_base_path.clone();
+    let journal = Journal::open(&state_dir, &agent_id)?;
+    let logs = KeptLogs::open(&state_dir, &agent_id)?;
+    let events_file = state_dir.join(format!("events.{}.jsonl", plain_name(&agent_id)));
+    let sinks: Vec<Box<dyn Sink>> =
+        vec![Box::new(LogSink), Box::new(FileSink::open(&events_file)?)];
+
+    let inventory = config.clone();
+    let ledger = blocking(move || Ledger::discover(&inventory, Vec::new())).await?;
+    let seccomp = crate::runner::RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH)
+        .inspect_err(|err| {
+            tracing::warn!(err = err as &dyn std::error::Error,
+                "the in-container runner is not installed; kernels cannot be created before `bai-agent runner install`");
+        })
+        .map(|runner| runner.seccomp_profile())
+        .unwrap_or_default();
+    let host = blocking(move || HostFacts::read(&seccomp, &override_files())).await?;
+    let distros_file = distros_file(&config);
+    let known = blocking(move || known_distros(&distros_file)).await;
+    let distros = Distros::new(docker.clone(), known);
+    if let Err(err) = distros.remove_leftovers().await {
+        tracing::warn!(
+            err = &err as &dyn std::error::Error,
+            "cannot remove leftovers of an earlier life"
+        );
+    }
+    let socket_dir = config
+        .agent
+        .ipc_base_path
+        .join("container")
+        .join(plain_name(&agent_id));
+    agent_socket::serve(
+        AgentSocketOptions {
+            directory: socket_dir.clone(),
+            jail: config.container.sandbox_type == config::SandboxType::Jail,
+            files: KernelFiles::default(),
+        },
+        stopping.clone(),
+    )?;
+    let range = config.container.port_range;
+    let kind = ScratchKind::from_config(
+        &config.container.scratch_type.to_string(),
+        config.container.scratch_size.0,
+    )
+    .unwrap_or(ScratchKind::HostDir);
+    let creations = usize::try_from(config.agent.kernel_creation_concurrency)
+        .unwrap_or(1)
+        .max(1);
+    if config.node.publish == Publish::Auto && !docker.is_local() {
+        tracing::info!("the engine is remote: it publishes the ports itself");
+    }
+    Ok(Arc::new(Node {
+        settings: ContainerSettings::of(&config),
+        images: Images::new(docker.clone()),
+        events: Events::new(EVENT_RING, sinks),
+        registry: Registry::default(),
+        ports: PortPool::new(range.first, range.last, DEFAULT_REST),
+        scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
+        creations: Semaphore::new(creations),
+        stopping: stopping.clone(),
+        tasks: TaskTracker::new(),
+        config,
+        docker,
+        distros,
+        host,
+        ledger,
+        journal,
+        logs,
+        link,
+        socket_dir,
+    }))
+}
+
+/// Waits for Docker, saying so, until it answers or the agent is told to stop.
+async fn reach_docker(docker: &Docker, stopping: &CancellationToken) -> Result<(), AppError> {
+    let began = Instant::now();
+    let mut pause = DOCKER_PAUSES.0;
+    loop {
+        match docker.ping().await {
+            Ok(()) => return Ok(()),
+            Err(err) => {
+                tracing::error!(
+                    err = destroy::chain(&err),
+                    waited_s = began.elapsed().as_secs(),
+                    retry_s = pause.as_secs(),
+                    "Docker does not answer; the node is not ready"
+                );
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stopping.cancelled() => return Err(AppError::Interrupted),
+        }
+        pause = (pause * 2).min(DOCKER_PAUSES.1);
+    }
+}
+
+fn docker_options(config: &Config) -> DockerOptions {
+    let engine = &config.node.engine;
+    DockerOptions {
+        host: engine.host.clone(),
+        deadlines: Deadlines {
+            query: engine.request_timeout,
+            create: engine.create_timeout,
+            change: engine.start_timeout,
+            remove: engine.remove_timeout,
+            transfer: config.api.pull_timeout,
+            ..Deadlines::default()
+        },
+        ..DockerOptions::default()
+    }
+}
+
+fn sizes(config: &Config) -> Sizes {
+    let range = config.container.port_range;
+    Sizes {
+        ports: u32::from(range.last - range.first) + 1,
+        containers: config.node.max_containers,
+        ..Sizes::default()
+    }
+}
+
+fn node_row(config: &Config) -> NodeRow {
+    let limits = config.node.dataplane;
+    let ms = |duration: Duration| u32::try_from(duration.as_millis()).unwrap_or(u32::MAX);
+    NodeRow {
+        sample_interval_ms: ms(limits.stats_interval),
+        drain_ms: ms(limits.drain),
+        default_max_sessions: limits.max_sessions_per_port,
+        total_max_sessions: limits.max_sessions,
+        idle_timeout_ms: ms(limits.idle_timeout),
+        connect_timeout_ms: ms(limits.connect_timeout),
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    let wanted = config.node.rpc;
+    Limits {
+        message_bytes: usize::try_from(wanted.max_message.0).unwrap_or(usize::MAX),
+        calls: usize::try_from(wanted.max_in_flight).unwrap_or(usize::MAX),
+        ..Limits::default()
+    }
+}
+
+fn curve(config: &Config) -> Result<Option<CurveServer>, AppError> {
+    let Some(files) = &config.agent.rpc_auth else {
+        return Ok(None);
+    };
+    let failed = |path: &PathBuf| {
+        let path = path.clone();
+        move |source| AppError::Key { path, source }
+    };
+    Ok(Some(CurveServer {
+        pair: KeyPair::from_file(&files.agent_keypair).map_err(failed(&files.agent_keypair))?,
+        manager: PublicKey::from_file(&files.manager_public_key)
+            .map_err(failed(&files.manager_public_key))?,
+    }))
+}
+
+/// Where an operator may add to every container request; each file that exists counts.
+fn override_files() -> Vec<PathBuf> {
+    const NAME: &str = "agent-docker-container-opts.json";
+    let system = PathBuf::from("/etc/backend.ai").join(NAME);
+    let home = std::env::var_os("HOME")
+        .map(|home| PathBuf::from(home).join(".config/backend.ai").join(NAME));
+    let here = PathBuf::from(NAME);
+    std::iter::once(system)
+        .chain(home)
+        .chain(std::iter::once(here))
+        .collect()
+}
+
+fn distros_file(config: &Config) -> PathBuf {
+    config.agent.var_base_path.join("distros.json")
+}
+
+/// What earlier lives found out; losing it costs one look into each image.
+fn known_distros(path: &std::path::Path) -> HashMap<String, String> {
+    std::fs::read(path)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+        .unwrap_or_default()
+}
+
+async fn keep_distros(node: &Node) {
+    let (path, known) = (distros_file(&node.config), node.distros.known());
+    let kept = blocking(move || {
+        serde_json::to_vec(&known)
+            .map_err(std::io::Error::other)
+            .and_then(|bytes| replace_file(&path, &bytes))
+    })
+    .await;
+    if let Err(err) = kept {
+        tracing::debug!(%err, "cannot keep what was found out about images");
+    }
+}

@@ -8,6 +8,7 @@ mod exit;
 mod kernel;
 mod manuals;
 mod output;
+mod run;
 mod runner;
 mod status;
 
@@ -41,6 +42,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the agent in the foreground.
+    Run(run::RunArgs),
     /// Check a configuration and show each value with its origin.
     CheckConfig(check_config::CheckConfigArgs),
     /// Create, use and destroy kernels by hand.
@@ -92,6 +95,7 @@ impl Cli {
         let (connection, form) = (self.connection, self.output);
         let file = connection.config.clone();
         match self.command {
+            Command::Run(args) => run::run(&args, file)?,
             Command::CheckConfig(args) => check_config::run(&args, file, form)?,
             Command::Kernel(command) => {
                 return short_lived(kernel::run(command, &connection, form)).map(|status| status.0);

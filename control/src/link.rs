@@ -1,1 +1,382 @@
 //! Control's end of the two shared-memory regions.
+//!
+//! In: the rows each kernel wants. Out: those rows in the `desired` region, one batch for one kernel,
+//! and what the dataplane answers in `observed`. Invariants: one task owns the writer; rows of a
+//! kernel change only by `publish` and `withdraw`; rows found at start stay until `settle` is called
+//! with the kernels that exist, so no port row is withdrawn before Docker has been listed once.
+
+mod bell;
+mod owner;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::desired::{ContainerRow, DesiredWriter, NodeRow, PortKey, PortRow};
+use shared::doorbell::{Doorbell, DoorbellError, Ringer};
+use shared::ids::{ContainerId, Generation, KernelId, RegionId};
+use shared::observed::{ContainerSample, ObservedReader, ObservedSnapshot, PortState, PortStatus};
+use shared::run_dir::{RunDir, RunDirError};
+use shared::{BatchError, OpenError, ReadError, Sizes};
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Requests waiting for the owner.
+const QUEUE: usize = 256;
+/// A dataplane that has shown no sign of life for this long is not running. It beats every second.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(4);
+/// How long a batch is tried again while a removal of the same port is not acknowledged.
+const REMOVAL_PENDING: Duration = Duration::from_secs(3);
+
+/// Why the regions could not be opened.
+#[derive(Debug, Error)]
+pub enum LinkOpenError {
+    /// The run directory is unusable.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The region could not be written, for one because another control holds it.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// What the region says could not be read back.
+    #[error("cannot read back the desired region")]
+    ReadBack(#[source] ReadError),
+    /// The doorbell could not be put up.
+    #[error(transparent)]
+    Doorbell(#[from] DoorbellError),
+    /// The doorbell could not be watched.
+    #[error("cannot watch the doorbell")]
+    Watch(#[source] std::io::Error),
+}
+
+/// Why rows are not in service.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum LinkError {
+    /// Nobody serves ports.
+    #[error(
+        "no dataplane is running for this agent (looked for {} s in {}); start bai-dataplane with \
+         the same configuration",
+        waited.as_secs_f32(), directory.display()
+    )]
+    NoDataplane {
+        /// How long was waited.
+        waited: Duration,
+        /// Where its region should be.
+        directory: PathBuf,
+    },
+    /// The dataplane runs and has not answered.
+    #[error("the dataplane has not served {port} within {} s (its state: {state})", waited.as_secs_f32())]
+    Unanswered {
+        /// The first port without an answer.
+        port: PortKey,
+        /// What it says of it.
+        state: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The dataplane cannot serve a port.
+    #[error("the dataplane cannot serve {port}: {reason}")]
+    Refused {
+        /// The port.
+        port: PortKey,
+        /// In the dataplane's words.
+        reason: String,
+    },
+    /// The rows could not be written.
+    #[error("cannot write the rows of the kernel")]
+    Batch(#[source] BatchError),
+    /// The agent is stopping.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+/// The rows of one kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelRows {
+    /// Its container.
+    pub container: Option<ContainerRow>,
+    /// Its ports.
+    pub ports: Vec<PortRow>,
+}
+
+/// What the dataplane says now.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Its rows, once it has written any.
+    pub snapshot: Option<Arc<ObservedSnapshot>>,
+    /// Age of its last sign of life.
+    pub heartbeat_age: Option<Duration>,
+    /// Its life.
+    pub epoch: u64,
+}
+
+impl Observed {
+    /// Whether the dataplane runs.
+    pub fn is_alive(&self) -> bool {
+        self.heartbeat_age.is_some_and(|age| age < HEARTBEAT_LIMIT)
+    }
+}
+
+/// Why a port is not served yet, or that it is.
+#[derive(Debug, PartialEq, Eq)]
+enum Standing {
+    Served,
+    Waiting(PortKey, String),
+    Refused(PortKey, String),
+}
+
+fn standing(
+    observed: &Observed,
+    keys: &[PortKey],
+    region: RegionId,
+    generation: Generation,
+) -> Standing {
+    for key in keys {
+        let status = observed
+            .snapshot
+            .as_ref()
+            .and_then(|snapshot| snapshot.port(*key));
+        match status {
+            Some(status) if status.answers(region, generation) => match status.state {
+                PortState::Serving => {}
+                PortState::Refused => return Standing::Refused(*key, status.reason.clone()),
+                other => {
+                    let words = match status.reason.as_str() {
+                        "" => format!("{other:?}").to_lowercase(),
+                        reason => format!("{other:?}, {reason}").to_lowercase(),
+                    };
+                    return Standing::Waiting(*key, words);
+                }
+            },
+            _ => return Standing::Waiting(*key, "not seen yet".into()),
+        }
+    }
+    Standing::Served
+}
+
+#[derive(Debug)]
+enum Command {
+    Publish {
+        kernel: KernelId,
+        rows: Box<KernelRows>,
+        reply: oneshot::Sender<Result<Generation, BatchError>>,
+    },
+    Withdraw {
+        kernel: KernelId,
+        reply: oneshot::Sender<Withdrawn>,
+    },
+    Settle {
+        keep: HashSet<KernelId>,
+        reply: oneshot::Sender<usize>,
+    },
+}
+
+/// Rows that were removed.
+#[derive(Debug, Default)]
+struct Withdrawn {
+    keys: Vec<PortKey>,
+    generation: Generation,
+}
+
+/// A withdrawal under way.
+#[derive(Debug)]
+pub struct Withdrawal(oneshot::Receiver<Withdrawn>);
+
+/// The handle everybody has.
+#[derive(Clone, Debug)]
+pub struct Link {
+    commands: mpsc::Sender<Command>,
+    observed: watch::Receiver<Observed>,
+    region: RegionId,
+    epoch: u64,
+    run_dir: RunDir,
+}
+
+impl Link {
+    /// Becomes the writer of the desired region and starts the task that owns it.
+    pub fn open(
+        run_dir: RunDir,
+        sizes: Sizes,
+        node: NodeRow,
+        stopping: CancellationToken,
+    ) -> Result<Link, LinkOpenError> {
+        let directory = run_dir.create_control()?;
+        let mut writer = DesiredWriter::open(&directory, sizes)?;
+        let found = writer.snapshot().map_err(LinkOpenError::ReadBack)?;
+        let doorbell = Doorbell::bind(&directory)?;
+        let ringer = Ringer::of(run_dir.dataplane())?;
+        if let Err(err) = writer.batch(|batch| batch.set_node(node)) {
+            tracing::error!(
+                err = &err as &dyn std::error::Error,
+                "cannot write the node's row"
+            );
+        }
+        let region = writer.region_id();
+        let epoch = writer.epoch();
+        let (commands, requests) = mpsc::channel(QUEUE);
+        let (seen, observed) = watch::channel(Observed::default());
+        let reader = ObservedReader::at(run_dir.dataplane());
+        let mut owner = owner::Owner::new(writer, reader, ringer, seen, &found);
+        owner.look();
+        owner.ring();
+        let rung = bell::listen(doorbell, stopping.clone()).map_err(LinkOpenError::Watch)?;
+        tokio::spawn(owner.run(rung, requests, stopping));
+        Ok(Link {
+            commands,
+            observed,
+            region,
+            epoch,
+            run_dir,
+        })
+    }
+
+    /// This life of the desired region's writer.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// What the dataplane says now.
+    pub fn observed(&self) -> Observed {
+        self.observed.borrow().clone()
+    }
+
+    /// The last sample of a container.
+    pub fn sample(&self, container: ContainerId) -> Option<ContainerSample> {
+        self.observed().snapshot?.container(container).cloned()
+    }
+
+    /// What became of each port.
+    pub fn port_statuses(&self) -> Vec<PortStatus> {
+        self.observed()
+            .snapshot
+            .map(|snapshot| snapshot.ports.clone())
+            .unwrap_or_default()
+    }
+
+    /// Waits until a dataplane runs, at most `limit`.
+    pub async fn require_dataplane(&self, limit: Duration) -> Result<(), LinkError> {
+        let mut observed = self.observed.clone();
+        match tokio::time::timeout(limit, observed.wait_for(Observed::is_alive)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(LinkError::Stopping),
+            Err(_) => Err(LinkError::NoDataplane {
+                waited: limit,
+                directory: self.run_dir.dataplane(),
+            }),
+        }
+    }
+
+    /// Replaces all rows of a kernel, as one generation.
+    pub async fn publish(
+        &self,
+        kernel: KernelId,
+        rows: KernelRows,
+    ) -> Result<Generation, LinkError> {
+        let give_up = tokio::time::Instant::now() + REMOVAL_PENDING;
+        loop {
+            let (reply, answer) = oneshot::channel();
+            let command = Command::Publish {
+                kernel,
+                rows: Box::new(rows.clone()),
+                reply,
+            };
+            self.commands
+                .send(command)
+                .await
+                .map_err(|_| LinkError::Stopping)?;
+            match answer.await.map_err(|_| LinkError::Stopping)? {
+                Ok(generation) => return Ok(generation),
+                Err(BatchError::RemovalPending { .. }) if tokio::time::Instant::now() < give_up => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(err) => return Err(LinkError::Batch(err)),
+            }
+        }
+    }
+
+    /// Waits until the dataplane serves all `keys` of the generation, at most `limit`.
+    pub async fn await_serving(
+        &self,
+        keys: &[PortKey],
+        generation: Generation,
+        limit: Duration,
+    ) -> Result<(), LinkError> {
+        let mut observed = self.observed.clone();
+        let mut last = Standing::Served;
+        let outcome = tokio::time::timeout(limit, async {
+            observed
+                .wait_for(|observed| {
+                    last = standing(observed, keys, self.region, generation);
+                    !matches!(last, Standing::Waiting(..))
+                })
+                .await
+                .map(drop)
+        })
+        .await;
+        match (outcome, last) {
+            (Ok(Err(_)), _) => Err(LinkError::Stopping),
+            (_, Standing::Served) => Ok(()),
+            (_, Standing::Refused(port, reason)) => Err(LinkError::Refused { port, reason }),
+            (_, Standing::Waiting(port, state)) if self.observed.borrow().is_alive() => {
+                Err(LinkError::Unanswered {
+                    port,
+                    state,
+                    waited: limit,
+                })
+            }
+            (_, Standing::Waiting(..)) => Err(LinkError::NoDataplane {
+                waited: limit,
+                directory: self.run_dir.dataplane(),
+            }),
+        }
+    }
+
+    /// Removes all rows of a kernel. The order of calls is the order of batches.
+    pub async fn withdraw(&self, kernel: KernelId) -> Withdrawal {
+        let (reply, answer) = oneshot::channel();
+        // A stopped owner drops the reply; the rows then stay for the next start to settle.
+        let _ = self
+            .commands
+            .send(Command::Withdraw { kernel, reply })
+            .await;
+        Withdrawal(answer)
+    }
+
+    /// Waits until the dataplane has let go of withdrawn ports, at most `limit`; whether it has.
+    pub async fn await_removed(&self, withdrawal: Withdrawal, limit: Duration) -> bool {
+        let Ok(withdrawn) = withdrawal.0.await else {
+            return false;
+        };
+        if withdrawn.keys.is_empty() {
+            return true;
+        }
+        let mut observed = self.observed.clone();
+        let removed = |observed: &Observed| {
+            let Some(snapshot) = &observed.snapshot else {
+                return false;
+            };
+            let applied = snapshot.applied.is_some_and(|applied| {
+                applied.region_id == self.region && applied.generation >= withdrawn.generation
+            });
+            applied
+                && withdrawn.keys.iter().all(|key| {
+                    snapshot.port(*key).is_none_or(|status| {
+                        matches!(status.state, PortState::Removed | PortState::Draining)
+                    })
+                })
+        };
+        matches!(
+            tokio::time::timeout(limit, observed.wait_for(removed)).await,
+            Ok(Ok(_))
+        )
+    }
+
+    /// Removes the rows of all kernels that are not in `keep`: to be called once Docker has been
+    /// listed. Answers of how many kernels rows were removed.
+    pub async fn settle(&self, keep: HashSet<KernelId>) -> usize {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Settle { keep, reply }).await;
+        answer.await.unwrap_or(0)
+    }
+}

@@ -15,6 +15,7 @@ mod deserialize;
 pub mod failure;
 pub mod frame;
 pub mod keys;
+pub mod methods;
 pub mod msgpack;
 pub mod pickle;
 mod serialize;

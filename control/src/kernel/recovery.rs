@@ -1,3 +1,444 @@
-//! What becomes of the kernels that are found when the agent starts.
+//! What becomes of the kernels that are found when the agent starts, and of containers found later
+//! that nobody registered.
+//!
+//! In: Docker's list of all containers of this agent, the journal, the scratch root. Out: kernels
+//! in the registry with their reservations and ports, endings under way, and no remains that belong
+//! to nobody. Invariants: reservations and ports of all found kernels are restored before the first
+//! RPC is answered; user work is never killed for being unknown; rows of kernels that exist stay.
 
 pub mod plan;
+mod rebuild;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use shared::ids::{ContainerId, KernelId};
+use thiserror::Error;
+
+use self::plan::{Decision, Known, Liveness, Seen};
+use super::create;
+use super::journal::{Damaged, JournalError};
+use super::lifecycle::Lifecycle;
+use super::node::{Node, blocking};
+use super::record::Record;
+use super::registry::Kernel;
+use super::{batch_job, rows};
+use crate::docker::{ContainerSummary, DockerError};
+
+/// A scratch directory of nobody is deleted only when it is older than this: another agent on the
+/// same scratch root may be about to create its container.
+const ORPHAN_AGE: Duration = Duration::from_secs(600);
+
+/// Why the node could not be taken over.
+#[derive(Debug, Error)]
+pub enum RecoveryError {
+    /// Docker could not be asked.
+    #[error("cannot list the containers of this agent")]
+    List(#[source] DockerError),
+    /// The journal could not be read.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// One container of this agent.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// What matters for decisions.
+    pub seen: Seen,
+    /// Its labels.
+    pub labels: HashMap<String, String>,
+}
+
+/// What was found at start, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Kernels in service.
+    pub adopted: usize,
+    /// Kernels whose start goes on.
+    pub resumed: usize,
+    /// Kernels being brought to their end.
+    pub finishing: usize,
+    /// Containers removed because they never ran.
+    pub removed: usize,
+    /// Scratch directories of nobody.
+    pub orphans: usize,
+}
+
+/// The kernel a container's name tells: `kernel.<image>.<uuid>`, with or without Docker's slash.
+pub fn kernel_of_name(name: &str) -> Option<KernelId> {
+    let name = name.strip_prefix('/').unwrap_or(name);
+    let rest = name.strip_prefix("kernel.")?;
+    let (_, id) = rest.rsplit_once('.')?;
+    // The dashed form only: anything else is not ours.
+    (id.len() == 36).then(|| id.parse().ok())?
+}
+
+fn listed(summary: &ContainerSummary) -> Option<Listed> {
+    let kernel = summary
+        .names
+        .as_ref()?
+        .iter()
+        .find_map(|name| kernel_of_name(name))?;
+    let container: ContainerId = summary.id.as_ref()?.parse().ok()?;
+    let state = summary
+        .state
+        .as_ref()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    Some(Listed {
+        seen: Seen {
+            kernel,
+            container,
+            liveness: Liveness::from_docker(&state),
+        },
+        labels: summary.labels.clone().unwrap_or_default(),
+    })
+}
+
+/// All containers of this agent, running or not.
+pub async fn list(node: &Node) -> Result<Vec<Listed>, DockerError> {
+    let containers = node
+        .docker
+        .list_containers(true, Some(node.agent_id()))
+        .await?;
+    Ok(containers.iter().filter_map(listed).collect())
+}
+
+/// Takes the node over. Endings and pending starts go on in the background.
+pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
+    let journal = node.journal.clone();
+    let (records, damaged) = blocking(move || journal.load::<Record>()).await?;
+    report_damage(&damaged);
+    let listed = list(node).await.map_err(RecoveryError::List)?;
+    let known = records
+        .iter()
+        .map(|(id, record)| (*id, known(record)))
+        .collect();
+    let seen: Vec<Seen> = listed.iter().map(|listed| listed.seen).collect();
+    let plan = plan::plan(&seen, &known);
+
+    let mut recovered = Recovered::default();
+    let mut begin = Vec::new();
+    for (id, decision) in &plan.kernels {
+        let record = records.get(id).cloned();
+        let labels = listed
+            .iter()
+            .find(|listed| listed.seen.kernel == *id)
+            .map(|listed| &listed.labels);
+        if let Some(step) = enter(node, *id, record, labels, decision, &mut recovered).await {
+            begin.push(step);
+        }
+    }
+    restore_assigned_ports(node).await;
+    // From here on every kernel that exists is registered: rows of others may go.
+    let keep: HashSet<KernelId> = node.registry.all().iter().map(|kernel| kernel.id).collect();
+    let stale = node.link.settle(keep).await;
+    if stale > 0 {
+        tracing::info!(kernels = stale, "removed the rows of kernels that are gone");
+    }
+    for container in &plan.extra {
+        remove_container(node, *container).await;
+        recovered.removed += 1;
+    }
+    recovered.orphans = sweep_scratch(node).await;
+    for step in begin {
+        step.run(node);
+    }
+    Ok(recovered)
+}
+
+fn report_damage(damaged: &[Damaged]) {
+    for damaged in damaged {
+        tracing::error!(path = %damaged.path.display(), err = damaged.reason,
+            "a journal file cannot be read; its kernel is adopted from Docker's labels");
+    }
+}
+
+fn known(record: &Record) -> Known {
+    Known {
+        phase: record.phase,
+        ending: record.ending.clone(),
+        container: record.container(),
+    }
+}
+
+/// What is started once all kernels are entered.
+enum Begin {
+    Service(Arc<Kernel>),
+    Start(Arc<Kernel>),
+    End(Arc<Kernel>),
+}
+
+impl Begin {
+    fn run(self, node: &Arc<Node>) {
+        let node = node.clone();
+        match self {
+            Begin::Service(kernel) => {
+                node.clone()
+                    .tasks
+                    .spawn(async move { resume_service(&node, &kernel).await });
+            }
+            Begin::Start(kernel) => {
+                node.clone()
+                    .tasks
+                    .spawn(async move { create::resume_start(&node, &kernel).await });
+            }
+            Begin::End(kernel) => {
+                node.clone()
+                    .tasks
+                    .spawn(async move { super::destroy::end(&node, &kernel, true).await });
+            }
+        }
+    }
+}
+
+/// Enters one kernel in the registry with what it holds.
+async fn enter(
+    node: &Arc<Node>,
+    id: KernelId,
+    record: Option<Record>,
+    labels: Option<&HashMap<String, String>>,
+    decision: &Decision,
+    recovered: &mut Recovered,
+) -> Option<Begin> {
+    let container = match decision {
+        Decision::Adopt(container)
+        | Decision::ResumeStart(container)
+        | Decision::AdoptFromLabels(container)
+        | Decision::FinishFromLabels(container, _)
+        | Decision::RemoveUnstarted(container) => Some(*container),
+        Decision::Finish(container, _) => *container,
+    };
+    if let Decision::RemoveUnstarted(container) = decision {
+        remove_container(node, *container).await;
+        recovered.removed += 1;
+        return None;
+    }
+    let mut record = match (record, container) {
+        (Some(record), _) => record,
+        (None, Some(container)) => {
+            let labels = labels.cloned().unwrap_or_default();
+            match Box::pin(rebuild::record(node, id, container, &labels)).await {
+                Ok(record) => record,
+                Err(err) => {
+                    tracing::error!(kernel_id = %id, container_id = %container,
+                        err = &err as &dyn std::error::Error,
+                        "a container of this agent cannot be adopted and is left alone");
+                    return None;
+                }
+            }
+        }
+        (None, None) => return None,
+    };
+    if let Some(container) = container {
+        record.container_id = Some(container.to_string());
+    }
+    let (lifecycle, begin): (_, fn(Arc<Kernel>) -> Begin) = match decision {
+        Decision::Adopt(_) | Decision::AdoptFromLabels(_) => {
+            recovered.adopted += 1;
+            (Lifecycle::found_running(), Begin::Service)
+        }
+        Decision::ResumeStart(_) => {
+            recovered.resumed += 1;
+            (Lifecycle::found_starting(), Begin::Start)
+        }
+        Decision::Finish(_, ending) | Decision::FinishFromLabels(_, ending) => {
+            recovered.finishing += 1;
+            (Lifecycle::found_ending(ending.clone()), Begin::End)
+        }
+        Decision::RemoveUnstarted(_) => return None,
+    };
+    restore_holdings(node, &record);
+    let kernel = node.registry.adopt(lifecycle, record)?;
+    node.note(&kernel, |_| {}).await;
+    tracing::info!(kernel_id = %id, container_id = container.map(tracing::field::display),
+        decision = ?decision, "found a kernel");
+    Some(begin(kernel))
+}
+
+/// Devices and ports the kernel holds, exactly as recorded. What is taken twice is reported: both
+/// kernels exist, and neither is killed for it.
+fn restore_holdings(node: &Node, record: &Record) {
+    if let Some(allocation) = &record.allocation
+        && let Err(err) = node.ledger.restore(record.id(), allocation)
+    {
+        tracing::error!(kernel_id = %record.id(), err = &err as &dyn std::error::Error,
+            "cannot restore the devices of a kernel");
+    }
+    for port in record.host_ports() {
+        if let Err(err) = node.ports.claim(record.id(), port) {
+            tracing::warn!(kernel_id = %record.id(), port, err = &err as &dyn std::error::Error,
+                "cannot restore a host port of a kernel");
+        }
+    }
+}
+
+async fn restore_assigned_ports(node: &Node) {
+    let journal = node.journal.clone();
+    for port in blocking(move || journal.load_assigned_ports()).await {
+        if let Err(err) = node.ports.claim_assigned(port) {
+            tracing::debug!(
+                port,
+                err = &err as &dyn std::error::Error,
+                "an assigned port is in use by a kernel"
+            );
+        }
+    }
+}
+
+/// Rows, runner and batch job of a kernel in service.
+async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    if let Err(err) = rows::refresh(node, kernel).await {
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "cannot renew the ports of a kernel");
+    }
+    if let Err(err) = create::connect_runner(node, kernel).await {
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "cannot connect to the runner of a kernel");
+        return;
+    }
+    if kernel.with_record(|record| record.batch_running) {
+        batch_job::resume(node, kernel);
+    }
+}
+
+/// A running container of this kernel that is not registered is adopted. `None` when there is none.
+pub async fn adopt_stray(
+    node: &Arc<Node>,
+    id: KernelId,
+) -> Result<Option<Arc<Kernel>>, DockerError> {
+    for listed in list(node).await? {
+        if listed.seen.kernel == id {
+            take_stray(node, &listed).await?;
+        }
+    }
+    Ok(node.registry.get(id))
+}
+
+/// Deals with a container that is not registered: adopts, finishes or removes it.
+pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerError> {
+    // The list is a moment old, and the kernel may have ended since.
+    let container = listed.seen.container.to_string();
+    let liveness = match Box::pin(node.docker.inspect(&container)).await {
+        Ok(found) => Liveness::from_docker(&super::destroy::status_of(&found)),
+        Err(err) if err.is_not_found() => return Ok(()),
+        Err(err) => return Err(err),
+    };
+    if liveness == Liveness::Dead && node.config.debug.skip_container_deletion {
+        return Ok(());
+    }
+    let seen = Seen {
+        liveness,
+        ..listed.seen
+    };
+    let plan = plan::plan(&[seen], &BTreeMap::new());
+    let mut recovered = Recovered::default();
+    for (id, decision) in &plan.kernels {
+        if let Some(begin) = enter(
+            node,
+            *id,
+            None,
+            Some(&listed.labels),
+            decision,
+            &mut recovered,
+        )
+        .await
+        {
+            begin.run(node);
+        }
+    }
+    Ok(())
+}
+
+async fn remove_container(node: &Node, container: ContainerId) {
+    match node.docker.remove(&container.to_string(), true).await {
+        Ok(()) => {
+            tracing::info!(container_id = %container, "removed a container that belongs to no kernel")
+        }
+        Err(err) if err.is_not_found() => {}
+        Err(err) => {
+            tracing::warn!(container_id = %container, err = &err as &dyn std::error::Error, "cannot remove a container");
+        }
+    }
+}
+
+/// Deletes scratch directories that belong to no kernel of any agent: no journal, no registry
+/// entry, no container of that name whoever owns it, and old enough.
+async fn sweep_scratch(node: &Arc<Node>) -> usize {
+    let of_containers: BTreeSet<KernelId> = match node.docker.list_containers(true, None).await {
+        Ok(containers) => containers
+            .iter()
+            .filter_map(listed)
+            .map(|listed| listed.seen.kernel)
+            .collect(),
+        Err(err) => {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot look for scratch directories of nobody"
+            );
+            return 0;
+        }
+    };
+    let mut swept = 0;
+    let found = match node.scratch.list().await {
+        Ok(found) => found,
+        Err(err) => {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot look for scratch directories of nobody"
+            );
+            return 0;
+        }
+    };
+    for uuid in found {
+        let id = KernelId(uuid.into_bytes());
+        if of_containers.contains(&id) || node.registry.get(id).is_some() {
+            continue;
+        }
+        let root = node.scratch.paths(uuid).root;
+        let modified = blocking(move || std::fs::metadata(root).and_then(|it| it.modified())).await;
+        // What cannot be looked at has no directory any more, only remains beside it.
+        let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
+        let age = SystemTime::now()
+            .duration_since(modified)
+            .unwrap_or_default();
+        if age < ORPHAN_AGE {
+            continue;
+        }
+        match node.scratch.remove(uuid).await {
+            Ok(_) => {
+                tracing::info!(kernel_id = %id, "deleted a scratch directory that belongs to no kernel");
+                swept += 1;
+            }
+            Err(err) => {
+                tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot delete a scratch directory");
+            }
+        }
+    }
+    swept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_names_tell_a_kernel() {
+        let id = "44843cf7-7964-4cd9-8c60-f8e4fdc69e3a";
+        let parsed: KernelId = id.parse().unwrap();
+        for name in [format!("kernel.lcpy.{id}"), format!("/kernel.a.b.{id}")] {
+            assert_eq!(kernel_of_name(&name), Some(parsed), "{name}");
+        }
+        for name in [
+            id.to_owned(),
+            format!("kernel{id}"),
+            format!("kernel.{id}"),
+            format!("web.kernel.x.{id}"),
+            format!("kernel.x.{}", id.replace('-', "")),
+            "kernel.x.not-a-uuid".to_owned(),
+        ] {
+            assert_eq!(kernel_of_name(&name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! `bai-agent run`: the agent in the foreground.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use config::{Config, LogFormat, LogLevel};
+use tracing_subscriber::EnvFilter;
+
+use super::exit::Problem;
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Run without etcd, bus and manager, listening on the loopback address.
+    #[arg(long)]
+    standalone: bool,
+    /// Log what is done in detail; the same as --log-level DEBUG.
+    #[arg(long)]
+    debug: bool,
+    /// Lowest level that is logged (TRACE, DEBUG, INFO, WARNING, ERROR), instead of the configured one.
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+/// Loads the configuration and runs until told to stop.
+pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
+    let options = config::LoadOptions::of_this_process(file, args.standalone);
+    let loaded =
+        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    start_log(args, &loaded.config)?;
+    for note in loaded.render_notes().lines() {
+        tracing::warn!("{note}");
+    }
+    if !loaded.config.standalone {
+        return Err(Problem::Config(anyhow::anyhow!(
+            "this release runs a node standalone only: etcd and the event bus are not part of it yet; \
+             start it with --standalone (the manager's RPC is served all the same)"
+        )));
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("control")
+        .build()?;
+    let outcome = runtime.block_on(crate::app::run(loaded.config.clone()));
+    // A driver or disk call that never returns must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(3));
+    match outcome {
+        Ok(()) | Err(crate::app::AppError::Interrupted) => Ok(()),
+        Err(err) => Err(Problem::Unavailable(anyhow::Error::new(err))),
+    }
+}
+
+fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
+    let level = match (&args.log_level, args.debug) {
+        (Some(level), _) => level.to_ascii_lowercase(),
+        (None, true) => "debug".to_owned(),
+        (None, false) => level_name(config.logging.level).to_owned(),
+    };
+    let level = match level.as_str() {
+        "warning" => "warn",
+        "critical" => "error",
+        "notset" => "trace",
+        other => other,
+    };
+    let directives = format!("warn,control={level},bai_agent={level}");
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(given) if !given.is_empty() => EnvFilter::try_new(given),
+        _ => EnvFilter::try_new(directives),
+    }
+    .context("the log level is not one of TRACE, DEBUG, INFO, WARNING, ERROR")
+    .map_err(Problem::Usage)?;
+    let colour = config
+        .logging
+        .console_colored
+        .unwrap_or_else(|| std::io::stderr().is_terminal());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour);
+    let started = match config.logging.console_format {
+        LogFormat::Simple => builder.compact().try_init(),
+        LogFormat::Verbose => builder.try_init(),
+    };
+    started.map_err(|err| Problem::Other(anyhow::anyhow!("the log cannot be started: {err}")))
+}
+
+fn level_name(level: LogLevel) -> &'static str {
+    match level {
+        LogLevel::Trace | LogLevel::NotSet => "trace",
+        LogLevel::Debug => "debug",
+        LogLevel::Info => "info",
+        LogLevel::Warning => "warn",
+        LogLevel::Error | LogLevel::Critical => "error",
+    }
+}

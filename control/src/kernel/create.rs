@@ -1,0 +1,397 @@
+//! The creation of a kernel, from the request to a runner that answers.
+//!
+//! In: a request of the manager (or a restart). Out: a running kernel and its result, or an error
+//! and nothing left behind. Invariants: what is checked before anything is taken is in `prepare`;
+//! whatever a failed creation had taken is given back by the ending of the kernel, the same way as
+//! after a destroy; the number of creations at work is bounded for the node, not per call.
+
+mod error;
+mod launch;
+mod prepare;
+mod result;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::ids::KernelId;
+use tokio_util::sync::CancellationToken;
+
+pub use error::CreateError;
+pub use launch::connect_runner;
+pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports};
+
+use self::launch::Launched;
+use super::journal::{Phase, now_unix};
+use super::lifecycle::{Action, Input, Refusal, Stage};
+use super::node::Node;
+use super::record::{PublishedBy, Record};
+use super::registry::{Admission, Kernel};
+use super::request::{ClusterInfo, KernelCreationConfig};
+use super::service_ports;
+use crate::docker::LogOptions;
+use crate::docker::{ImageRecord, RegistryAuth};
+use crate::events::Event;
+use crate::image::{AutoPull, ImageRequest};
+use crate::kernel::request::{self, ImageConfig};
+use crate::resource::SlotRequest;
+
+/// How much of a console is shown with a failed start.
+const TAIL_BYTES: usize = 2048;
+/// How long the console of a container that has just died may take to be read.
+const TAIL_LIMIT: Duration = Duration::from_secs(5);
+
+/// One kernel to be created.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The kernel.
+    pub id: KernelId,
+    /// What was asked for.
+    pub config: Arc<KernelCreationConfig>,
+    /// Its cluster.
+    pub cluster: Arc<ClusterInfo>,
+}
+
+/// Creates kernels at the same time; each one's outcome, in order.
+pub async fn create_kernels(
+    node: &Arc<Node>,
+    orders: Vec<Order>,
+) -> Vec<Result<serde_json::Value, CreateError>> {
+    let tasks: Vec<_> = orders
+        .into_iter()
+        .map(|order| {
+            let node = node.clone();
+            node.clone()
+                .tasks
+                .spawn(async move { create_one(&node, order).await })
+        })
+        .collect();
+    let mut outcomes = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        outcomes.push(match task.await {
+            Ok(outcome) => outcome,
+            Err(err) => Err(CreateError::Request(format!(
+                "the creation was cut short: {err}"
+            ))),
+        });
+    }
+    outcomes
+}
+
+async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value, CreateError> {
+    let id = order.id;
+    let kernel = match node.registry.admit(new_record(&order)) {
+        Admission::Accepted(kernel) => kernel,
+        Admission::Exists(kernel) => return stored_result(&kernel, &order),
+        Admission::Refused(Refusal::Ending) => return Err(CreateError::Ending(id)),
+        Admission::Refused(_) => return Err(CreateError::InProgress(id)),
+    };
+    tracing::info!(kernel_id = %id, image = order.config.image.canonical, "creating a kernel");
+    let abort = kernel.abort_token();
+    let built = build(node, &kernel, &order, &abort).await;
+    conclude(node, &kernel, built).await
+}
+
+/// Enters service, or undoes everything and waits until that is done.
+async fn conclude(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    built: Result<Launched, CreateError>,
+) -> Result<serde_json::Value, CreateError> {
+    let failed = match built {
+        Ok(launched) => {
+            let result = result::creation_info(node, kernel, &launched);
+            node.note(kernel, |record| record.result = Some(result.clone()))
+                .await;
+            let actions = kernel.step(Input::Ready);
+            let entered = actions.contains(&Action::AnnounceStarted);
+            if entered {
+                node.note(kernel, |_| {}).await;
+            }
+            node.perform(kernel, &actions);
+            if entered {
+                launch::start_models(node, kernel);
+                return Ok(result);
+            }
+            aborted(kernel)
+        }
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "a creation failed");
+            let actions = kernel.step(Input::CreationFailed {
+                exit_code: err.exit_code(),
+            });
+            node.perform(kernel, &actions);
+            err
+        }
+    };
+    // The answer comes when nothing is left, so that a retry finds a clean node. A broken engine
+    // keeps the ending busy; the caller is not kept for ever.
+    let limit = node.config.node.engine.stop_grace + Duration::from_secs(60);
+    let _ = tokio::time::timeout(limit, kernel.wait_ended()).await;
+    Err(failed)
+}
+
+fn aborted(kernel: &Kernel) -> CreateError {
+    match kernel.ending() {
+        Some(ending) => CreateError::Aborted {
+            kernel: kernel.id,
+            reason: ending.reason,
+        },
+        None => CreateError::Stopping,
+    }
+}
+
+fn new_record(order: &Order) -> Record {
+    let config = &order.config;
+    Record {
+        kernel_id: uuid::Uuid::from_bytes(order.id.0),
+        session_id: config.session_id,
+        phase: Phase::Files,
+        ending: None,
+        created_at: now_unix(),
+        request: Some((**config).clone()),
+        cluster: Some((*order.cluster).clone()),
+        image: config.image.canonical.clone(),
+        session_type: config.session_type,
+        hostname: config.hostname().to_owned(),
+        container_name: format!("kernel.{}.{}", config.image.short_name(), order.id),
+        container_id: None,
+        slots: serde_json::Map::new(),
+        allocation: None,
+        services: Vec::new(),
+        published_by: PublishedBy::Rows,
+        repl_ports: None,
+        block_service_ports: config.internal_data.block_service_ports,
+        network: order.cluster.network_mode().map(|mode| {
+            (
+                mode.to_owned(),
+                order.cluster.network_name().unwrap_or_default().to_owned(),
+            )
+        }),
+        distro: None,
+        mounts: Vec::new(),
+        models: Vec::new(),
+        runner_version: None,
+        result: None,
+        batch_running: false,
+    }
+}
+
+/// A retry of a creation that is done.
+fn stored_result(kernel: &Kernel, order: &Order) -> Result<serde_json::Value, CreateError> {
+    let (session, image, result) = kernel.with_record(|record| {
+        (
+            record.session_id,
+            record.image.clone(),
+            record.result.clone(),
+        )
+    });
+    if session != order.config.session_id || image != order.config.image.canonical {
+        return Err(CreateError::Different {
+            kernel: order.id,
+            existing: format!("session {session}, image {image}"),
+        });
+    }
+    tracing::debug!(kernel_id = %kernel.id, "a creation that is done was asked for again");
+    Ok(result.unwrap_or_default())
+}
+
+/// Waits for `work` unless the creation has to give up first. Only for work that leaves nothing
+/// behind when it is dropped.
+async fn abortable<T>(
+    kernel: &Kernel,
+    abort: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> Result<T, CreateError> {
+    tokio::select! {
+        biased;
+        () = abort.cancelled() => Err(aborted(kernel)),
+        done = work => Ok(done),
+    }
+}
+
+/// Tells the lifecycle how far the creation is; fails when it has to give up.
+fn enter(kernel: &Kernel, stage: Stage) -> Result<(), CreateError> {
+    match kernel.step(Input::Entered(stage)).as_slice() {
+        [Action::Proceed] => Ok(()),
+        _ => Err(aborted(kernel)),
+    }
+}
+
+/// Everything from the accepted request to an answering runner.
+async fn build(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    abort: &CancellationToken,
+) -> Result<Launched, CreateError> {
+    let config = &order.config;
+    let permit = abortable(kernel, abort, node.creations.acquire()).await?;
+    let _permit = permit.map_err(|_| CreateError::Stopping)?;
+    node.events.emit(Event::KernelPreparing {
+        kernel: kernel.id,
+        session: kernel.session,
+    });
+    node.progress(kernel.id, "checking the request");
+    let checked = abortable(kernel, abort, prepare::check(node, config, &order.cluster)).await?;
+    let mut prepared = checked?;
+    let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
+    abortable(
+        kernel,
+        abort,
+        prepare::check_models(&mut prepared, config, &image),
+    )
+    .await??;
+    node.progress(kernel.id, "looking at the image");
+    let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
+    node.events.emit(Event::KernelCreating {
+        kernel: kernel.id,
+        session: kernel.session,
+    });
+    enter(kernel, Stage::Reserved)?;
+    let request = SlotRequest {
+        slots: prepared.slots.clone(),
+        allow_fragmentation: config.allow_fragmentation(),
+    };
+    let reserved = match node.ledger.reserve(kernel.id, &request) {
+        Ok(reserved) => reserved,
+        Err(err) => {
+            node.events.emit(Event::DoAgentResourceCheck {
+                agent: node.agent_id().to_owned(),
+            });
+            return Err(err.into());
+        }
+    };
+    kernel.update_record(|record| {
+        record.allocation = Some(reserved.allocation.clone());
+        record.slots = reserved
+            .slots
+            .to_text()
+            .iter()
+            .map(|(name, amount)| (name.to_owned(), amount.into()))
+            .collect();
+        record.distro = Some(distro.clone());
+        record.published_by = prepared.published_by;
+        record.runner_version = Some(prepared.runner.version().to_owned());
+    });
+    launch::files_and_container(node, kernel, order, &prepared, &distro, abort).await
+}
+
+/// Checks that the image is there, and pulls it if the request says so.
+async fn ready_image(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    config: &KernelCreationConfig,
+) -> Result<ImageRecord, CreateError> {
+    let canonical = &config.image.canonical;
+    let pulling = async || {
+        node.progress(kernel.id, format!("pulling {canonical}"));
+        node.events.emit(Event::KernelPulling {
+            kernel: kernel.id,
+            session: kernel.session,
+            image: canonical.clone(),
+        });
+    };
+    Ok(node
+        .images
+        .ensure(&image_request(&config.image), pulling, |_| ())
+        .await?)
+}
+
+/// What has to be there of an image.
+pub fn image_request(image: &ImageConfig) -> ImageRequest {
+    let password = image
+        .registry
+        .password
+        .as_ref()
+        .map(|password| password.reveal().to_owned());
+    let auth = image
+        .registry
+        .username
+        .clone()
+        .zip(password)
+        .filter(|(username, password)| !username.is_empty() && !password.is_empty())
+        .map(|(username, password)| RegistryAuth { username, password });
+    ImageRequest {
+        canonical: image.docker_name().to_owned(),
+        digest: image.digest.clone(),
+        architecture: image.architecture.clone(),
+        is_local: image.is_local,
+        auth,
+        auto_pull: match image.auto_pull {
+            request::AutoPull::Digest => AutoPull::Digest,
+            request::AutoPull::Tag => AutoPull::Tag,
+            request::AutoPull::None => AutoPull::None,
+        },
+    }
+}
+
+/// A kernel found at start whose runner had not been heard: goes on where the creation was.
+pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let abort = kernel.abort_token();
+    let built = launch::resume(node, kernel, &abort).await;
+    if let Err(err) = conclude(node, kernel, built).await {
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "a kernel that was being started could not be taken over");
+    }
+}
+
+/// Second half of a restart: a new container with the same devices, ports and files.
+pub async fn recreate(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+) -> Result<serde_json::Value, CreateError> {
+    let abort = kernel.abort_token();
+    let built = rebuild(node, kernel, order, &abort).await;
+    conclude(node, kernel, built).await
+}
+
+async fn rebuild(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    abort: &CancellationToken,
+) -> Result<Launched, CreateError> {
+    let config = &order.config;
+    let permit = abortable(kernel, abort, node.creations.acquire()).await?;
+    let _permit = permit.map_err(|_| CreateError::Stopping)?;
+    let mut prepared = prepare::check(node, config, &order.cluster).await?;
+    let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
+    prepare::check_models(&mut prepared, config, &image).await?;
+    let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
+    launch::files_and_container(node, kernel, order, &prepared, &distro, abort).await
+}
+
+/// The end of a container's console, for error messages.
+async fn console_tail(node: &Node, container: &str) -> String {
+    let options = LogOptions {
+        keep: TAIL_BYTES,
+        partial: true,
+    };
+    match tokio::time::timeout(TAIL_LIMIT, node.docker.logs(container, options)).await {
+        Ok(Ok(log)) => log.text.trim().replace('\r', ""),
+        Ok(Err(err)) => format!("(cannot be read: {err})"),
+        Err(_) => "(cannot be read in time)".to_owned(),
+    }
+}
+
+/// Host ports in the order of the services' container ports.
+fn with_host_ports(
+    services: &[service_ports::ServicePort],
+    pool: &[u16],
+    network: &NetworkChoice,
+) -> Vec<service_ports::ServicePort> {
+    let mut pool = pool.iter().copied();
+    services
+        .iter()
+        .cloned()
+        .map(|mut service| {
+            service.host_ports = if takes_pool_ports(&service, network) {
+                pool.by_ref().take(service.container_ports.len()).collect()
+            } else {
+                service.container_ports.clone()
+            };
+            service
+        })
+        .collect()
+}

@@ -1,0 +1,618 @@
+//! From a checked request to an answering runner: ports, files, container, rows.
+//!
+//! Invariant: what is taken is in the record (and the journal) before it is used, so that the
+//! ending of the kernel, or the next start of the agent, finds it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use shared::desired::PortKey;
+use shared::ids::ContainerId;
+use tokio_util::sync::CancellationToken;
+
+use super::error::CreateError;
+use super::prepare::{self, NetworkChoice, Prepared};
+use super::{Order, aborted, console_tail, enter, with_host_ports};
+use crate::docker::ExecRequest;
+use crate::kernel::container_request::{self, ContainerInputs, Limits};
+use crate::kernel::environment::{self, AttachedDevice, Given};
+use crate::kernel::lifecycle::{Reason, Stage};
+use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount};
+use crate::kernel::node::{Node, blocking};
+use crate::kernel::record::PublishedBy;
+use crate::kernel::registry::Kernel;
+use crate::kernel::resource_text::{self, ResourceSpec};
+use crate::kernel::rows;
+use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink};
+use crate::kernel::scratch::{ClusterFiles, ConfigFiles, NewScratch};
+use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
+use crate::kernel::services;
+use crate::link::LinkError;
+
+/// How often a creation is tried with other host ports.
+const ATTEMPTS: u32 = 4;
+/// How long the dataplane may take to let go of the ports of an attempt that failed.
+const ROWS_GONE: Duration = Duration::from_secs(3);
+
+/// A kernel whose runner has answered.
+#[derive(Clone, Debug)]
+pub struct Launched {
+    /// Its container.
+    pub container: ContainerId,
+}
+
+/// Why an attempt failed.
+enum Attempt {
+    /// A host port turned out to be in use; others may do.
+    Busy(CreateError, Vec<u16>),
+    Failed(CreateError),
+}
+
+impl<E: Into<CreateError>> From<E> for Attempt {
+    fn from(err: E) -> Attempt {
+        Attempt::Failed(err.into())
+    }
+}
+
+/// Everything after the reservation of devices.
+pub async fn files_and_container(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    prepared: &Prepared,
+    distro: &str,
+    abort: &CancellationToken,
+) -> Result<Launched, CreateError> {
+    let fresh = kernel.with_record(|record| record.services.is_empty());
+    enter(kernel, Stage::Files)?;
+    let mut attempt = 1;
+    if fresh {
+        take_ports(node, kernel, order, prepared)?;
+        node.store(kernel.record()).await?;
+        node.progress(kernel.id, "writing the scratch");
+        make_scratch(node, kernel, order, prepared).await?;
+    } else {
+        keep_ports(kernel, prepared);
+    }
+    loop {
+        match launch(node, kernel, order, prepared, distro, abort).await {
+            Ok(launched) => return Ok(launched),
+            Err(Attempt::Busy(err, ports)) if attempt < ATTEMPTS => {
+                attempt += 1;
+                tracing::warn!(kernel_id = %kernel.id, ?ports, err = &err as &dyn std::error::Error,
+                    "a host port is in use; trying others");
+                discard_container(node, kernel).await?;
+                for port in ports {
+                    node.ports.give_up(kernel.id, port);
+                }
+                node.ports.release_kernel(kernel.id);
+                kernel.update_record(|record| record.services.clear());
+                take_ports(node, kernel, order, prepared)?;
+            }
+            Err(Attempt::Busy(err, _) | Attempt::Failed(err)) => return Err(err),
+        }
+    }
+}
+
+/// Takes host ports and notes which service has which.
+fn take_ports(
+    node: &Node,
+    kernel: &Kernel,
+    order: &Order,
+    prepared: &Prepared,
+) -> Result<(), CreateError> {
+    let network = &prepared.network;
+    let repl = usize::from(*network == NetworkChoice::Host) * 2;
+    let wanted = repl + prepare::pool_ports(&prepared.services, network);
+    // Another node was told a port for this one's sshd before the kernel existed.
+    let mapped = order.cluster.mapped_ssh_port(order.config.hostname());
+    let mut ports = node.ports.acquire(
+        kernel.id,
+        wanted - usize::from(mapped.is_some()),
+        node.bind_host(),
+    )?;
+    if let Some(mapped) = mapped {
+        node.ports.claim(kernel.id, mapped)?;
+        // sshd is the first service.
+        ports.insert(repl, mapped);
+    }
+    let repl_ports = (repl == 2).then(|| (ports[0], ports[1]));
+    let services = with_host_ports(&prepared.services, &ports[repl..], network);
+    kernel.update_record(|record| {
+        record.repl_ports = repl_ports;
+        record.services = services;
+    });
+    Ok(())
+}
+
+/// A restarted kernel keeps its host ports; what the runner had told of its services is told anew.
+fn keep_ports(kernel: &Kernel, prepared: &Prepared) {
+    kernel.update_record(|record| {
+        let before = std::mem::take(&mut record.services);
+        let host_ports = |service: &ServicePort| {
+            before
+                .iter()
+                .find(|old| old.container_ports == service.container_ports)
+                .map(|old| old.host_ports.clone())
+        };
+        record.services = prepared
+            .services
+            .iter()
+            .cloned()
+            .map(|mut service| {
+                service.host_ports = host_ports(&service).unwrap_or_default();
+                service
+            })
+            .collect();
+    });
+}
+
+async fn make_scratch(
+    node: &Node,
+    kernel: &Kernel,
+    order: &Order,
+    prepared: &Prepared,
+) -> Result<(), CreateError> {
+    let config = &order.config;
+    let own_ssh = prepared
+        .folders
+        .iter()
+        .any(|mount| mount.target == "/home/work/.ssh");
+    let new = NewScratch {
+        owner: prepared.identity.into(),
+        skeleton: prepared.runner.runner_file(""),
+        bootstrap_script: config.bootstrap_script.clone(),
+        dotfiles: config.internal_data.dotfiles.clone(),
+        ssh_keypair: config
+            .internal_data
+            .ssh_keypair
+            .clone()
+            .filter(|_| !own_ssh),
+        docker_credentials: config.internal_data.docker_credentials.clone(),
+        cluster: ClusterFiles::of(&order.cluster),
+    };
+    node.scratch
+        .create(uuid::Uuid::from_bytes(kernel.id.0), new)
+        .await?;
+    Ok(())
+}
+
+async fn launch(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    prepared: &Prepared,
+    distro: &str,
+    abort: &CancellationToken,
+) -> Result<Launched, Attempt> {
+    let container = make_container(node, kernel, order, prepared, distro).await?;
+    if abort.is_cancelled() {
+        return Err(aborted(kernel).into());
+    }
+    node.progress(kernel.id, "starting the container");
+    enter(kernel, Stage::Started)?;
+    node.store(kernel.record()).await?;
+    if let Err(source) = node.docker.start(&container.to_string()).await {
+        let busy = source.is_port_taken();
+        let err = CreateError::DockerStart {
+            kernel: kernel.id,
+            source,
+        };
+        return Err(match busy {
+            true => Attempt::Busy(err, node.ports.of_kernel(kernel.id)),
+            false => Attempt::Failed(err),
+        });
+    }
+    if order.config.internal_data.sudo_session_enabled {
+        allow_sudo(node, kernel, container).await?;
+    }
+    serve(node, kernel, container, abort).await
+}
+
+/// Writes the config files and creates the container; notes its id.
+async fn make_container(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    prepared: &Prepared,
+    distro: &str,
+) -> Result<ContainerId, CreateError> {
+    let config = &order.config;
+    let record = kernel.record();
+    let allocation = record.allocation.clone().unwrap_or_default();
+    let limits = node.ledger.container_limits(&allocation);
+    let attached = attached_devices(node, &allocation);
+    let mounts = all_mounts(node, kernel, order, prepared, distro).await?;
+    let first_model = prepared.models.first().map(|model| model.name.as_str());
+    let last_path = prepared
+        .models
+        .last()
+        .map(|model| model.model_path.as_str());
+    let environ = environment::variables(
+        config,
+        prepared.identity,
+        &Given {
+            cores: usize::try_from(limits.cpu_count).unwrap_or_default(),
+            attached: &attached,
+            accelerator_gids: &[],
+            hooks: &[],
+            model: first_model.zip(last_path),
+        },
+    );
+    let spec = ResourceSpec {
+        slots: prepared.slots.to_text(),
+        allocations: allocation.to_text(),
+        scratch_disk_size: 0,
+        mounts: mounts.clone(),
+    };
+    let rendered = resource_text::render(&spec, &[], |slot| node.ledger.is_bytes(slot))?;
+    let service_port = |number: u16| {
+        record
+            .services
+            .iter()
+            .find(|service| service.container_ports == [number])
+            .and_then(|service| service.host_ports.first().copied())
+    };
+    let intrinsic_ports = record.repl_ports.map(|(repl_in, repl_out)| {
+        json!({
+            "replin": repl_in,
+            "replout": repl_out,
+            "sshd": service_port(SSHD),
+            "ttyd": service_port(TTYD),
+        })
+    });
+    let files = ConfigFiles {
+        environ: environment::render(&environ, &[]),
+        resource: rendered.text,
+        devices: attached.iter().map(|(device, _)| device.clone()).collect(),
+        intrinsic_ports,
+    };
+    let id = uuid::Uuid::from_bytes(kernel.id.0);
+    node.scratch.write_config(id, files).await?;
+
+    let request = container_request::build(&ContainerInputs {
+        settings: &node.settings,
+        host: &node.host,
+        request: config,
+        cluster: &order.cluster,
+        services: &record.services,
+        repl_ports: record.repl_ports,
+        engine_ports: record.published_by == PublishedBy::Engine,
+        environ: &environ,
+        mounts: &mounts,
+        limits: &Limits {
+            cpuset_cpus: limits.cpuset_cpus.clone(),
+            cpuset_mems: limits.cpuset_mems.clone(),
+            memory: limits.memory,
+            memory_swap: limits.memory_swap,
+            nano_cpus: limits.nano_cpus,
+        },
+        shared_memory: prepared.shared_memory,
+        device_arguments: &[],
+        device_syscalls: &[],
+    })?;
+    for key in &request.unknown {
+        tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
+    }
+    let (name, body) = (request.name, request.body);
+    let models = prepared.models.iter().map(|model| json!(model)).collect();
+    node.progress(kernel.id, "creating the container");
+    kernel.update_record(|record| {
+        record.mounts = mounts;
+        record.models = models;
+        record.container_name = name.clone();
+        record.container_id = None;
+    });
+    enter(kernel, Stage::Container)?;
+    node.store(kernel.record()).await?;
+    let created =
+        node.docker
+            .create(&name, &body)
+            .await
+            .map_err(|source| CreateError::DockerCreate {
+                kernel: kernel.id,
+                source,
+            })?;
+    let container: ContainerId = created.parse().map_err(|_| {
+        CreateError::Request(format!("Docker answered a strange container id: {created}"))
+    })?;
+    node.store(kernel.update_record(|record| record.container_id = Some(created.clone())))
+        .await?;
+    node.ledger.commit(kernel.id);
+    node.scratch.record_container(id, created).await?;
+    Ok(container)
+}
+
+/// The ledger's devices in the form of the container's environment.
+fn attached_devices(
+    node: &Node,
+    allocation: &crate::resource::Allocation,
+) -> Vec<(String, Vec<AttachedDevice>)> {
+    let devices = node.ledger.attached_devices(allocation);
+    devices
+        .into_iter()
+        .map(|(name, list)| {
+            let list = list
+                .into_iter()
+                .map(|device| AttachedDevice {
+                    device_id: device.device_id,
+                    model_name: device.model_name,
+                    data: device.data,
+                })
+                .collect();
+            (name, list)
+        })
+        .collect()
+}
+
+async fn all_mounts(
+    node: &Arc<Node>,
+    kernel: &Kernel,
+    order: &Order,
+    prepared: &Prepared,
+    distro: &str,
+) -> Result<Vec<Mount>, CreateError> {
+    let samples_volume = node
+        .docker
+        .inspect_volume("deeplearning-samples")
+        .await
+        .is_ok();
+    let paths = node.scratch.paths(uuid::Uuid::from_bytes(kernel.id.0));
+    let short_name = order.config.image.short_name().to_owned();
+    let coredump = node.config.debug.coredump.clone();
+    let socket_dir = node.socket_dir.clone();
+    let mut mounts = blocking(move || {
+        let wanted = Intrinsic {
+            samples_volume,
+            short_image_name: &short_name,
+            coredump: coredump
+                .as_ref()
+                .map(|dump| (dump.path.as_path(), dump.core_path.as_path())),
+            agent_socket_dir: Some(&socket_dir),
+        };
+        mounts::intrinsic(&paths, &wanted, &HostPaths::default())
+    })
+    .await;
+    mounts.extend(prepared.folders.iter().cloned());
+    let (runner, distro) = (prepared.runner.clone(), distro.to_owned());
+    let jail = prepare::jailed(node);
+    let runner_dir = node.config.node.runner_dir.clone();
+    let files = blocking(move || runner.mounts(&distro, jail))
+        .await
+        .map_err(|source| CreateError::Runner {
+            dir: runner_dir,
+            source,
+        })?;
+    mounts.extend(files);
+    Ok(mounts)
+}
+
+/// Lets the kernel's user become root without a password.
+async fn allow_sudo(
+    node: &Node,
+    kernel: &Kernel,
+    container: ContainerId,
+) -> Result<(), CreateError> {
+    const SCRIPT: &str = "mkdir -p /etc/sudoers.d && \
+        echo 'work ALL=(ALL:ALL) NOPASSWD:ALL' > /etc/sudoers.d/01-bai-work && \
+        chmod 0440 /etc/sudoers.d/01-bai-work";
+    let mut request = ExecRequest::new(["sh", "-c", SCRIPT]);
+    request.user = Some("root".to_owned());
+    let failed = |source| CreateError::Docker {
+        step: "allowing sudo",
+        kernel: kernel.id,
+        source,
+    };
+    let output = node
+        .docker
+        .exec(&container.to_string(), &request)
+        .await
+        .map_err(failed)?;
+    if output.exit_code != 0 {
+        let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(CreateError::Request(format!(
+            "sudo could not be allowed in the container: {words}"
+        )));
+    }
+    Ok(())
+}
+
+/// Publishes the ports, connects the runner, and waits for both.
+async fn serve(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    container: ContainerId,
+    abort: &CancellationToken,
+) -> Result<Launched, Attempt> {
+    let place = match rows::locate(node, container).await {
+        Ok(place) => place,
+        // It has ended already: what it said is worth more than that it is gone.
+        Err(rows::RowsError::NotRunning { .. }) => {
+            return Err(died(node, kernel, container).await.into());
+        }
+        Err(err) => return Err(err.into()),
+    };
+    let record = kernel.record();
+    let wanted = rows::rows_of(node, &record, &place);
+    let keys: Vec<PortKey> = wanted.ports.iter().map(|row| row.key()).collect();
+    let generation = node.link.publish(kernel.id, wanted).await?;
+    node.progress(kernel.id, "waiting for the runner");
+    let runner = open_runner(kernel, &place, false);
+    if let Some(old) = kernel.set_runner(Some(runner.clone())) {
+        old.close().await;
+    }
+    let served = async {
+        if record.published_by == PublishedBy::Rows {
+            node.link
+                .await_serving(&keys, generation, node.config.node.dataplane_wait)
+                .await?;
+        }
+        Ok::<_, LinkError>(())
+    };
+    let polling = polling(node);
+    let ready = runner.wait_ready(&polling, abort);
+    tokio::pin!(served, ready);
+    let apps = tokio::select! {
+        served = &mut served => {
+            if let Err(err) = served {
+                return Err(not_served(err));
+            }
+            ready.await
+        }
+        apps = &mut ready => {
+            if apps.is_ok() && let Err(err) = served.await {
+                return Err(not_served(err));
+            }
+            apps
+        }
+    };
+    match apps {
+        Ok(apps) => {
+            kernel.update_record(|record| services::merge_apps(&mut record.services, &apps));
+            Ok(Launched { container })
+        }
+        Err(InitError::Died | InitError::Closed) => Err(died(node, kernel, container).await.into()),
+        Err(source) => {
+            let tail = console_tail(node, &container.to_string()).await;
+            Err(Attempt::Failed(CreateError::NotReady {
+                kernel: kernel.id,
+                container: container.to_string(),
+                tail,
+                source,
+            }))
+        }
+    }
+}
+
+fn not_served(err: LinkError) -> Attempt {
+    match err {
+        LinkError::Refused { port, .. } => Attempt::Busy(err.into(), vec![port.host_port]),
+        err => Attempt::Failed(err.into()),
+    }
+}
+
+/// The container has ended, or the kernel is being destroyed: which of the two, and what is known.
+async fn died(node: &Node, kernel: &Kernel, container: ContainerId) -> CreateError {
+    let ending = kernel.ending();
+    if let Some(ending) = &ending
+        && ending.reason != Reason::FAILED_TO_START
+    {
+        return aborted(kernel);
+    }
+    let tail = console_tail(node, &container.to_string()).await;
+    let mut exit_code = ending.and_then(|ending| ending.exit_code);
+    if exit_code.is_none()
+        && let Ok(found) = node.docker.inspect(&container.to_string()).await
+    {
+        exit_code = crate::kernel::destroy::exit_code_of(&found);
+    }
+    CreateError::Died { exit_code, tail }
+}
+
+fn polling(node: &Node) -> InitPolling {
+    let limits = node.config.kernel_lifecycles;
+    InitPolling {
+        attempts: limits.init_polling_attempt,
+        total: limits.init_polling_timeout,
+        status_limit: limits.init_timeout,
+        ..InitPolling::default()
+    }
+}
+
+fn open_runner(kernel: &Kernel, place: &rows::Whereabouts, resumed: bool) -> RunnerLink {
+    let address = match kernel.with_record(|record| record.repl_ports) {
+        Some((repl_in, repl_out)) => RunnerAddress {
+            ip: place.address,
+            repl_in,
+            repl_out,
+        },
+        None => RunnerAddress::container(place.address),
+    };
+    let options = LinkOptions {
+        resumed,
+        ..LinkOptions::default()
+    };
+    RunnerLink::open(kernel.id, address, options)
+}
+
+/// Connects to the runner of a kernel found in service.
+pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), rows::RowsError> {
+    let Some(container) = kernel.container() else {
+        return Ok(());
+    };
+    let place = rows::locate(node, container).await?;
+    if let Some(old) = kernel.set_runner(Some(open_runner(kernel, &place, true))) {
+        old.close().await;
+    }
+    Ok(())
+}
+
+/// Goes on with a kernel found started: rows, runner, readiness.
+pub async fn resume(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    abort: &CancellationToken,
+) -> Result<Launched, CreateError> {
+    let Some(container) = kernel.container() else {
+        return Err(CreateError::Request(
+            "the journal names no container".into(),
+        ));
+    };
+    match serve(node, kernel, container, abort).await {
+        Ok(launched) => Ok(launched),
+        Err(Attempt::Busy(err, _) | Attempt::Failed(err)) => Err(err),
+    }
+}
+
+/// Removes the container of an attempt that failed; the kernel lives on.
+async fn discard_container(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), CreateError> {
+    let withdrawal = node.link.withdraw(kernel.id).await;
+    if let Some(runner) = kernel.set_runner(None) {
+        runner.close().await;
+    }
+    // Forgotten first: its death is not the kernel's.
+    let container = kernel.container();
+    kernel.update_record(|record| record.container_id = None);
+    if let Some(container) = container {
+        match node.docker.remove(&container.to_string(), true).await {
+            Ok(()) => {}
+            Err(err) if err.is_not_found() => {}
+            Err(source) => {
+                kernel.update_record(|record| record.container_id = Some(container.to_string()));
+                return Err(CreateError::Docker {
+                    step: "removing a container whose port is in use",
+                    kernel: kernel.id,
+                    source,
+                });
+            }
+        }
+    }
+    node.link.await_removed(withdrawal, ROWS_GONE).await;
+    Ok(())
+}
+
+/// Starts the model services of an inference kernel in the background.
+pub fn start_models(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let Some(request) = kernel.with_record(|record| record.request.clone()) else {
+        return;
+    };
+    if !request.is_main() {
+        return;
+    }
+    let models = kernel.with_record(|record| record.models.clone());
+    for model in models {
+        let (events, kernel) = (node.events.clone(), kernel.clone());
+        node.tasks.spawn(async move {
+            let Some(runner) = kernel.runner() else { return };
+            let reply = services::start_model_service(&runner, &model).await;
+            if !reply.is_up() {
+                tracing::warn!(kernel_id = %kernel.id, err = reply.error, "a model service did not start");
+                events.emit(crate::events::Event::ModelServiceStatusUpdated {
+                    session: kernel.session,
+                    status: "unhealthy",
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,219 @@
+//! The part of a creation that only looks: everything that can be found wrong with a request is
+//! found here, before anything is taken or written.
+
+use serde_json::Value;
+
+use super::error::CreateError;
+use crate::docker::ImageRecord;
+use crate::image;
+use crate::kernel::environment::Identity;
+use crate::kernel::model_definition::{self, Model};
+use crate::kernel::mounts::{self, Mount};
+use crate::kernel::node::{Node, blocking};
+use crate::kernel::record::PublishedBy;
+use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
+use crate::kernel::scratch::validate_dotfiles;
+use crate::kernel::service_ports::{self, Exposure, ServicePort, ServiceProtocol};
+use crate::resource::Slots;
+use crate::runner::RunnerFiles;
+use config::{Publish, SandboxType};
+
+/// The network a kernel is put on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetworkChoice {
+    /// The engine's default bridge, or the node's alternative one.
+    Default,
+    /// A named network, with the kernel's host name as its alias.
+    Named(String),
+    /// The host's own.
+    Host,
+}
+
+/// What is known of a kernel before anything is taken for it.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Who runs in it.
+    pub identity: Identity,
+    /// Its folders.
+    pub folders: Vec<Mount>,
+    /// Its services, without host ports.
+    pub services: Vec<ServicePort>,
+    /// Its models (inference).
+    pub models: Vec<Model>,
+    /// Its slots.
+    pub slots: Slots,
+    /// Bytes of `/dev/shm`.
+    pub shared_memory: Option<u64>,
+    /// Its network.
+    pub network: NetworkChoice,
+    /// Who holds its host ports.
+    pub published_by: PublishedBy,
+    /// The runner it gets.
+    pub runner: RunnerFiles,
+}
+
+/// Checks that need no image.
+pub async fn check(
+    node: &Node,
+    config: &KernelCreationConfig,
+    cluster: &ClusterInfo,
+) -> Result<Prepared, CreateError> {
+    check_architecture(config)?;
+    let shared_memory = config.shared_memory().map_err(CreateError::SharedMemory)?;
+    let slots = Slots::from_text(config.resource_slots.iter())?;
+    let slots = node.ledger.normalise(&slots)?;
+    validate_dotfiles(&config.internal_data.dotfiles)?;
+    mounts::refuse_domain_sockets(&config.internal_data.domain_socket_proxies)?;
+    let network = choose_network(cluster)?;
+    let published_by = publisher(node, &network);
+
+    let runner_dir = node.config.node.runner_dir.clone();
+    let wanted = config.clone();
+    // Folders may lie on a file system that hangs; the runner's files are looked at, too.
+    let (folders, runner) = blocking(move || -> Result<_, CreateError> {
+        let prevent = wanted.internal_data.prevent_vfolder_mounts;
+        let folders = mounts::vfolders(&wanted.mounts, prevent)?;
+        let runner = RunnerFiles::open(&runner_dir, std::env::consts::ARCH).map_err(|source| {
+            CreateError::Runner {
+                dir: runner_dir.clone(),
+                source,
+            }
+        })?;
+        Ok((folders, runner))
+    })
+    .await?;
+    let services = service_ports::arrange(&exposure(config, &[]))?;
+    if published_by == PublishedBy::Rows {
+        node.link
+            .require_dataplane(node.config.node.dataplane_wait)
+            .await?;
+    }
+    Ok(Prepared {
+        identity: Identity::of(
+            config,
+            node.config.container.kernel_uid,
+            node.config.container.kernel_gid,
+        ),
+        folders,
+        services,
+        models: Vec::new(),
+        slots,
+        shared_memory,
+        network,
+        published_by,
+        runner,
+    })
+}
+
+/// What depends on the image: its models.
+pub async fn check_models(
+    prepared: &mut Prepared,
+    config: &KernelCreationConfig,
+    image: &ImageRecord,
+) -> Result<(), CreateError> {
+    if config.session_type != SessionType::Inference {
+        return Ok(());
+    }
+    let (wanted, cmd) = (config.clone(), image.cmd.clone());
+    prepared.models = blocking(move || model_definition::read(&wanted, &cmd)).await?;
+    let ports: Vec<(String, u16)> = prepared
+        .models
+        .iter()
+        .filter_map(|model| Some((model.name.clone(), model.port()?)))
+        .collect();
+    prepared.services = service_ports::arrange(&exposure(config, &ports))?;
+    Ok(())
+}
+
+fn exposure<'a>(config: &'a KernelCreationConfig, models: &'a [(String, u16)]) -> Exposure<'a> {
+    Exposure {
+        label: config.image.label_or("ai.backend.service-ports", ""),
+        endpoints: config.image.label_or("ai.backend.endpoint-ports", ""),
+        is_main: config.is_main(),
+        preopen: &config.preopen_ports,
+        allocated_host_ports: &config.allocated_host_ports,
+        models,
+    }
+}
+
+fn check_architecture(config: &KernelCreationConfig) -> Result<(), CreateError> {
+    let have = std::env::consts::ARCH;
+    let wanted = &config.image.architecture;
+    if image::architecture(wanted) == have {
+        return Ok(());
+    }
+    Err(CreateError::Architecture {
+        image: config.image.canonical.clone(),
+        wanted: wanted.clone(),
+        have,
+    })
+}
+
+fn choose_network(cluster: &ClusterInfo) -> Result<NetworkChoice, CreateError> {
+    match cluster.network_mode() {
+        None => Ok(NetworkChoice::Default),
+        Some("bridge" | "overlay") => match cluster.network_name() {
+            Some(name) if !name.is_empty() => Ok(NetworkChoice::Named(name.to_owned())),
+            _ => Err(CreateError::NoNetworkName),
+        },
+        Some("host") => Ok(NetworkChoice::Host),
+        Some(other) => Err(CreateError::NetworkMode(other.to_owned())),
+    }
+}
+
+fn publisher(node: &Node, network: &NetworkChoice) -> PublishedBy {
+    match (network, node.config.node.publish) {
+        (NetworkChoice::Host, _) => PublishedBy::Host,
+        (_, Publish::Rows) => PublishedBy::Rows,
+        (_, Publish::Engine) => PublishedBy::Engine,
+        // Containers of a remote engine have addresses this host does not reach.
+        (_, Publish::Auto) if node.docker.is_local() => PublishedBy::Rows,
+        (_, Publish::Auto) => PublishedBy::Engine,
+    }
+}
+
+/// How many ports of the pool a kernel needs, and which of its services get them.
+pub fn pool_ports(services: &[ServicePort], network: &NetworkChoice) -> usize {
+    services
+        .iter()
+        .filter(|service| takes_pool_ports(service, network))
+        .map(|service| service.container_ports.len())
+        .sum()
+}
+
+/// On the host's network only the runner's own services can be told which port to take; what an
+/// image opens, it opens where it is used to.
+pub fn takes_pool_ports(service: &ServicePort, network: &NetworkChoice) -> bool {
+    *network != NetworkChoice::Host || matches!(service.name.as_str(), "sshd" | "ttyd")
+}
+
+/// Services as the manager is told of them.
+pub fn public_services(services: &[ServicePort]) -> Value {
+    let public: Vec<Value> = services
+        .iter()
+        .filter(|service| service.protocol != ServiceProtocol::Internal)
+        .map(|service| serde_json::to_value(service).unwrap_or_default())
+        .collect();
+    Value::Array(public)
+}
+
+/// Whether the jail wraps the kernel's processes.
+pub fn jailed(node: &Node) -> bool {
+    node.config.container.sandbox_type == SandboxType::Jail
+}
+
+/// Reads the C library of the image.
+pub async fn base_distro(
+    node: &Node,
+    config: &KernelCreationConfig,
+) -> Result<String, CreateError> {
+    let labels = config
+        .image
+        .labels
+        .iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Ok(node
+        .distros
+        .resolve(config.image.docker_name(), &labels.collect())
+        .await?)
+}

@@ -1,0 +1,306 @@
+//! The end of a kernel: stop, keep the console, give everything back, announce it once.
+//!
+//! In: a kernel whose lifecycle has decided its end. Out: no container, no rows, no scratch, no
+//! reservation, no port, no journal file, and one `kernel_terminated` with the real exit code.
+//! Invariants: ending one kernel waits for no other kernel; nothing is given back while the
+//! container may still use it, so with a broken engine the ending goes on trying; every single
+//! wait has a deadline.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::ids::{KernelId, SessionId};
+use thiserror::Error;
+
+use super::lifecycle::{Input, Reason};
+use super::node::{Node, blocking};
+use super::record::Record;
+use super::recovery;
+use super::registry::Kernel;
+use super::scratch::ScratchError;
+use crate::docker::{ContainerInspectResponse, DockerError, LogOptions};
+use crate::events::Event;
+
+/// Pauses between attempts to give things back: doubled up to the second.
+const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long to wait for the dataplane to let go of the ports. They rest afterwards anyway.
+const ROWS_GONE: Duration = Duration::from_secs(3);
+/// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
+const DESTROY_MARGIN: Duration = Duration::from_secs(200);
+
+/// A destroy that could not be answered with success.
+#[derive(Debug, Error)]
+pub enum DestroyError {
+    /// The kernel still holds something; the node goes on trying.
+    #[error(
+        "kernel {kernel} has not ended after {} s ({trouble}); the node goes on trying",
+        after.as_secs()
+    )]
+    StillEnding {
+        /// Which.
+        kernel: KernelId,
+        /// How long was waited.
+        after: Duration,
+        /// The last failure.
+        trouble: String,
+    },
+    /// It could not be learned whether the kernel exists.
+    #[error("cannot look for a container of kernel {kernel}")]
+    Look {
+        /// Which.
+        kernel: KernelId,
+        /// Why.
+        #[source]
+        source: DockerError,
+    },
+}
+
+/// Why a kernel could not be given back yet.
+#[derive(Debug, Error)]
+pub enum EndError {
+    /// A Docker call failed.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// The scratch could not be removed.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+}
+
+/// Destroys a kernel, or joins the ending that is under way. Answers when nothing is left.
+pub async fn destroy(
+    node: &Arc<Node>,
+    id: KernelId,
+    session: SessionId,
+    reason: Reason,
+    suppress: bool,
+) -> Result<(), DestroyError> {
+    let kernel = match node.registry.get(id) {
+        Some(kernel) => Some(kernel),
+        // Not registered, but perhaps there: a container this agent was not told of.
+        None => recovery::adopt_stray(node, id)
+            .await
+            .map_err(|source| DestroyError::Look { kernel: id, source })?,
+    };
+    let Some(kernel) = kernel else {
+        if !suppress {
+            node.events.emit(Event::KernelTerminated {
+                kernel: id,
+                session,
+                reason: Reason::ALREADY_TERMINATED,
+                exit_code: None,
+            });
+        }
+        return Ok(());
+    };
+    let actions = kernel.step(Input::Destroy { reason, suppress });
+    node.perform(&kernel, &actions);
+    let after = node.config.node.engine.stop_grace + DESTROY_MARGIN;
+    match tokio::time::timeout(after, kernel.wait_ended()).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(DestroyError::StillEnding {
+            kernel: id,
+            after,
+            trouble: kernel.trouble().unwrap_or_else(|| "no answer yet".into()),
+        }),
+    }
+}
+
+/// Brings a kernel to its end. One task per kernel, started by the lifecycle.
+pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>, stop: bool) {
+    let restore = kernel.with_record(|record| record.phase);
+    tracing::debug!(kernel_id = %kernel.id, phase = ?restore, stop, "ending a kernel");
+    if kernel.is_visible() {
+        node.note(kernel, |_| {}).await;
+    }
+    kernel.end_batch();
+    if let Some(runner) = kernel.set_runner(None) {
+        runner.close().await;
+    }
+    let mut pause = RETRY_PAUSES.0;
+    let exit_code = loop {
+        match give_back(node, kernel).await {
+            Ok(exit_code) => break exit_code,
+            Err(err) => {
+                kernel.set_trouble(chain(&err));
+                tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                    "cannot finish a kernel yet; trying again");
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            // The journal holds the ending; the next start goes on with it.
+            () = node.stopping.cancelled() => return,
+        }
+        pause = (pause * 2).min(RETRY_PAUSES.1);
+    };
+    kernel.finish(exit_code, |actions| node.perform(kernel, actions));
+}
+
+async fn give_back(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<Option<i64>, EndError> {
+    let exit_code = stop_and_remove(node, kernel).await?;
+    let record = kernel.record();
+    node.scratch.remove(record.kernel_id).await?;
+    node.ledger.release(kernel.id);
+    node.ports.release_kernel(kernel.id);
+    let (journal, id) = (node.journal.clone(), kernel.id);
+    if let Err(err) = blocking(move || journal.remove(id)).await {
+        // What it names is gone; the next start finds nothing to finish and removes it then.
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot remove a journal file");
+    }
+    Ok(exit_code)
+}
+
+/// Withdraws the rows, stops and removes the container, keeps its console. Answers the exit code,
+/// if the container has run. Scratch, devices and host ports stay (a restart needs them).
+pub async fn stop_and_remove(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+) -> Result<Option<i64>, DockerError> {
+    let rows_gone = node.link.withdraw(kernel.id).await;
+    let record = kernel.record();
+    let Some(found) = find_container(node, &record).await? else {
+        node.link.await_removed(rows_gone, ROWS_GONE).await;
+        return Ok(None);
+    };
+    let container = found
+        .id
+        .clone()
+        .unwrap_or_else(|| record.container_name.clone());
+    let status = status_of(&found);
+    let exit_code = match status.as_str() {
+        "created" => None,
+        "running" | "paused" | "restarting" => {
+            stop(node, kernel, &container).await;
+            match node.docker.inspect(&container).await {
+                Ok(stopped) => exit_code_of(&stopped),
+                Err(err) if err.is_not_found() => None,
+                Err(err) => return Err(err),
+            }
+        }
+        _ => exit_code_of(&found),
+    };
+    if status != "created" {
+        keep_console(node, kernel, &container).await;
+    }
+    node.link.await_removed(rows_gone, ROWS_GONE).await;
+    if node.config.debug.skip_container_deletion && status != "created" {
+        tracing::info!(kernel_id = %kernel.id, container_id = container, "the container is kept (debug.skip-container-deletion)");
+        return Ok(exit_code);
+    }
+    match node.docker.remove(&container, true).await {
+        Ok(()) => Ok(exit_code),
+        Err(err) if err.is_not_found() => Ok(exit_code),
+        Err(DockerError::AlreadyInProgress { .. }) => {
+            await_gone(node, &container).await?;
+            Ok(exit_code)
+        }
+        Err(err) => Err(err),
+    }
+}
+
+/// By id, or by name for a creation whose answer was lost.
+async fn find_container(
+    node: &Node,
+    record: &Record,
+) -> Result<Option<ContainerInspectResponse>, DockerError> {
+    let key = record
+        .container_id
+        .as_deref()
+        .unwrap_or(&record.container_name);
+    if key.is_empty() {
+        return Ok(None);
+    }
+    match node.docker.inspect(key).await {
+        Ok(found) => Ok(Some(found)),
+        Err(err) if err.is_not_found() => Ok(None),
+        Err(err) => Err(err),
+    }
+}
+
+/// Asks the container to stop, then makes it. What fails here fails again at the removal, which
+/// kills by force and is retried.
+async fn stop(node: &Node, kernel: &Kernel, container: &str) {
+    let grace = node.config.node.engine.stop_grace;
+    if let Err(err) = node.docker.stop(container, grace).await
+        && !err.is_not_found()
+    {
+        tracing::warn!(kernel_id = %kernel.id, container_id = container,
+            err = &err as &dyn std::error::Error, "cannot stop a container; killing it");
+        if let Err(err) = node.docker.kill(container, "SIGKILL").await {
+            tracing::debug!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot kill a container");
+        }
+    }
+}
+
+async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
+    let limit = usize::try_from(node.config.container_logs.max_length.0).unwrap_or(usize::MAX);
+    let options = LogOptions {
+        keep: limit,
+        partial: true,
+    };
+    let text = match node.docker.logs(container, options).await {
+        Ok(log) => log.text,
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot read a console");
+            return;
+        }
+    };
+    let (logs, id) = (node.logs.clone(), kernel.id);
+    match blocking(move || logs.store(id, &text)).await {
+        Ok(()) => {
+            if let Some(container) = kernel.container() {
+                node.events.emit(Event::DoSyncKernelLogs {
+                    kernel: kernel.id,
+                    container,
+                });
+            }
+        }
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot keep a console");
+        }
+    }
+}
+
+async fn await_gone(node: &Node, container: &str) -> Result<(), DockerError> {
+    // Somebody else removes it. One more look decides; the caller comes back if it is still there.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    match node.docker.inspect(container).await {
+        Err(err) if err.is_not_found() => Ok(()),
+        Err(err) => Err(err),
+        Ok(_) => Err(DockerError::AlreadyInProgress {
+            step: format!("remove container {container}"),
+            message: "removal is already in progress".into(),
+        }),
+    }
+}
+
+/// The state word of an inspected container.
+pub fn status_of(found: &ContainerInspectResponse) -> String {
+    found
+        .state
+        .as_ref()
+        .and_then(|state| state.status)
+        .map(|status| status.to_string())
+        .unwrap_or_default()
+}
+
+/// The exit code of a container that has stopped.
+pub fn exit_code_of(found: &ContainerInspectResponse) -> Option<i64> {
+    let state = found.state.as_ref()?;
+    match state.running {
+        Some(true) => None,
+        _ => state.exit_code,
+    }
+}
+
+/// An error with its causes on one line.
+pub fn chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

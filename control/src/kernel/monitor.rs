@@ -1,0 +1,182 @@
+//! Keeping what is and what should be together.
+//!
+//! In: Docker's events, and every few seconds Docker's list of all containers of this agent. Out:
+//! inputs to lifecycles, and rows of a container whose address changed. Invariant: nothing is
+//! decided from a list alone: a kernel that seems to be gone is looked at by itself first, because
+//! the list and the registry are never of the same instant.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use shared::ids::{ContainerId, KernelId};
+
+use super::destroy::{exit_code_of, status_of};
+use super::lifecycle::Input;
+use super::node::Node;
+use super::recovery::plan::Liveness;
+use super::recovery::{self, Listed};
+use super::registry::Kernel;
+use super::rows;
+use crate::docker::{ContainerEvent, DockerError, EngineEvent, NetworkEvent};
+
+/// Docker events waiting for us; a full queue makes the stream say `Resynchronise`.
+const EVENT_QUEUE: usize = 1024;
+
+/// Follows Docker's events until the agent stops.
+pub async fn follow_events(node: Arc<Node>) {
+    let mut events = node.docker.events(EVENT_QUEUE);
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            () = node.stopping.cancelled() => return,
+        };
+        match event {
+            EngineEvent::Container(event) => container_event(&node, &event),
+            EngineEvent::Network(event) => network_event(&node, &event),
+            EngineEvent::Resynchronise => reconcile_and_report(&node).await,
+        }
+    }
+}
+
+/// Compares now and then, until the agent stops.
+pub async fn reconcile_periodically(node: Arc<Node>) {
+    let sync = node.config.agent.sync_container_lifecycles;
+    if !sync.enabled {
+        return;
+    }
+    let mut ticks = tokio::time::interval(sync.interval.max(std::time::Duration::from_millis(100)));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => reconcile_and_report(&node).await,
+            () = node.stopping.cancelled() => return,
+        }
+    }
+}
+
+async fn reconcile_and_report(node: &Arc<Node>) {
+    if let Err(err) = reconcile(node).await {
+        tracing::warn!(
+            err = &err as &dyn std::error::Error,
+            "cannot compare kernels with containers"
+        );
+    }
+}
+
+fn container_event(node: &Arc<Node>, event: &ContainerEvent) {
+    let Some(kernel) = recovery::kernel_of_name(event.name()).and_then(|id| node.registry.get(id))
+    else {
+        return;
+    };
+    let Ok(container) = event.container_id.parse::<ContainerId>() else {
+        return;
+    };
+    // The old container of a restart, or one that is not ours to speak of.
+    if kernel.container() != Some(container) {
+        return;
+    }
+    match event.action.as_str() {
+        "die" => {
+            tracing::debug!(kernel_id = %kernel.id, exit_code = event.exit_code(), "container died");
+            let actions = kernel.step(Input::Died {
+                exit_code: event.exit_code(),
+            });
+            node.perform(&kernel, &actions);
+        }
+        "oom" => {
+            if let Some(runner) = kernel.runner()
+                && let Err(err) = runner.notify_oom()
+            {
+                tracing::debug!(
+                    err = &err as &dyn std::error::Error,
+                    "cannot tell the runner of an oom kill"
+                );
+            }
+        }
+        // Started again by hand: its address and interface are new.
+        "start" if kernel.is_running() => refresh_rows(node, kernel),
+        _ => {}
+    }
+}
+
+fn network_event(node: &Arc<Node>, event: &NetworkEvent) {
+    let Ok(container) = event.container_id.parse::<ContainerId>() else {
+        return;
+    };
+    let of_container = |kernel: &Arc<Kernel>| kernel.container() == Some(container);
+    if let Some(kernel) = node.registry.all().into_iter().find(of_container)
+        && kernel.is_running()
+    {
+        refresh_rows(node, kernel);
+    }
+}
+
+fn refresh_rows(node: &Arc<Node>, kernel: Arc<Kernel>) {
+    let node = node.clone();
+    node.clone().tasks.spawn(async move {
+        if let Err(err) = rows::refresh(&node, &kernel).await {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "cannot renew the ports of a kernel");
+        }
+    });
+}
+
+/// One comparison.
+pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
+    // Taken before the list: a kernel that enters service meanwhile is not looked for in it.
+    let running: Vec<Arc<Kernel>> = node
+        .registry
+        .all()
+        .into_iter()
+        .filter(|kernel| kernel.is_running())
+        .collect();
+    let listed = recovery::list(node).await?;
+    let by_kernel: HashMap<KernelId, Vec<&Listed>> =
+        listed.iter().fold(HashMap::new(), |mut by_kernel, listed| {
+            by_kernel
+                .entry(listed.seen.kernel)
+                .or_default()
+                .push(listed);
+            by_kernel
+        });
+    for kernel in running {
+        let alive = by_kernel.get(&kernel.id).is_some_and(|containers| {
+            containers.iter().any(|listed| {
+                Some(listed.seen.container) == kernel.container()
+                    && listed.seen.liveness == Liveness::Active
+            })
+        });
+        if !alive {
+            confirm_end(node, &kernel).await?;
+        }
+    }
+    for listed in listed {
+        if node.registry.get(listed.seen.kernel).is_none() {
+            recovery::take_stray(node, &listed).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Looks at the container of a kernel that seemed to be gone, then tells the lifecycle.
+async fn confirm_end(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), DockerError> {
+    let Some(container) = kernel.container() else {
+        return Ok(());
+    };
+    let input = match node.docker.inspect(&container.to_string()).await {
+        Ok(found) => match Liveness::from_docker(&status_of(&found)) {
+            Liveness::Active => return Ok(()),
+            Liveness::Created | Liveness::Dead => Input::Died {
+                exit_code: exit_code_of(&found),
+            },
+        },
+        Err(err) if err.is_not_found() => Input::Missing,
+        Err(err) => return Err(err),
+    };
+    // A restart may have replaced the container while we looked.
+    if kernel.container() == Some(container) {
+        let actions = kernel.step(input);
+        node.perform(kernel, &actions);
+    }
+    Ok(())
+}

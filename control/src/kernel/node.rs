@@ -1,0 +1,164 @@
+//! Everything that operations on kernels work with, and the place where lifecycle actions turn into
+//! work.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use config::Config;
+use shared::ids::KernelId;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::container_request::{ContainerSettings, HostFacts};
+use super::distro::Distros;
+use super::journal::{Journal, JournalError};
+use super::kept_logs::KeptLogs;
+use super::lifecycle::{Action, State};
+use super::record::Record;
+use super::registry::{Kernel, Registry};
+use super::scratch::Scratch;
+use crate::docker::Docker;
+use crate::events::{Event, Events};
+use crate::image::Images;
+use crate::link::Link;
+use crate::ports::PortPool;
+use crate::resource::Ledger;
+
+/// How long a step that only writes a small file may take before it is reported.
+const SLOW_DISK: Duration = Duration::from_secs(5);
+
+/// One worker node.
+#[derive(Debug)]
+pub struct Node {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// The engine.
+    pub docker: Docker,
+    /// Where events go.
+    pub events: Events,
+    /// The kernels.
+    pub registry: Registry,
+    /// Host ports.
+    pub ports: PortPool,
+    /// Devices.
+    pub ledger: Ledger,
+    /// The journal.
+    pub journal: Journal,
+    /// Consoles of ended kernels.
+    pub logs: KeptLogs,
+    /// The dataplane.
+    pub link: Link,
+    /// What of the configuration containers depend on.
+    pub settings: ContainerSettings,
+    /// What of the host containers depend on.
+    pub host: HostFacts,
+    /// The images of this node.
+    pub images: Images,
+    /// The C libraries of images.
+    pub distros: Distros,
+    /// The kernels' files.
+    pub scratch: Scratch,
+    /// Directory of the socket for programs in containers.
+    pub socket_dir: PathBuf,
+    /// Bounds the creations at work on this node, whichever calls they belong to.
+    pub creations: Semaphore,
+    /// Cancelled when the agent stops. Kernels stay.
+    pub stopping: CancellationToken,
+    /// The operations under way.
+    pub tasks: TaskTracker,
+}
+
+impl Node {
+    /// The agent's id: the owner of its containers.
+    pub fn agent_id(&self) -> &str {
+        &self.config.agent.id
+    }
+
+    /// Carries out what the lifecycle decided. Waiting, refusing and answering are the caller's.
+    pub fn perform(self: &Arc<Self>, kernel: &Arc<Kernel>, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::StopAndClean => self.spawn_ending(kernel, true),
+                Action::Clean => self.spawn_ending(kernel, false),
+                Action::AnnounceStarted => self.events.emit(Event::KernelStarted {
+                    kernel: kernel.id,
+                    session: kernel.session,
+                    creation_info: kernel
+                        .with_record(|record| record.result.clone())
+                        .unwrap_or_default(),
+                }),
+                Action::AnnounceTerminated => {
+                    if let State::Ended(ending) = kernel.state() {
+                        self.events.emit(Event::KernelTerminated {
+                            kernel: kernel.id,
+                            session: kernel.session,
+                            reason: ending.reason,
+                            exit_code: ending.exit_code,
+                        });
+                    }
+                }
+                Action::Forget => self.registry.forget(kernel),
+                Action::Proceed
+                | Action::AnswerStored
+                | Action::Refuse(_)
+                | Action::AbortCreation
+                | Action::StopForRestart
+                | Action::JoinEnding
+                | Action::JoinRestart => {}
+            }
+        }
+    }
+
+    fn spawn_ending(self: &Arc<Self>, kernel: &Arc<Kernel>, stop: bool) {
+        let (node, kernel) = (self.clone(), kernel.clone());
+        self.tasks
+            .spawn(async move { super::destroy::end(&node, &kernel, stop).await });
+    }
+
+    /// Shows a step of a creation to people who watch it.
+    pub fn progress(&self, kernel: KernelId, step: impl Into<String>) {
+        self.events.emit(Event::KernelProgress {
+            kernel,
+            step: step.into(),
+        });
+    }
+
+    /// Stores a record off the async workers.
+    pub async fn store(&self, record: Record) -> Result<(), JournalError> {
+        let journal = self.journal.clone();
+        blocking(move || journal.store(record.id(), &record)).await
+    }
+
+    /// Changes the record of a kernel and stores it. A journal that cannot be written is reported
+    /// and not fatal: labels and Docker still tell most of it.
+    pub async fn note(&self, kernel: &Kernel, change: impl FnOnce(&mut Record)) {
+        let record = kernel.update_record(change);
+        if let Err(err) = self.store(record).await {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot write the journal");
+        }
+    }
+
+    /// The address host ports are bound to.
+    pub fn bind_host(&self) -> std::net::IpAddr {
+        self.config.container.bind_host
+    }
+}
+
+/// Runs something that may wait for a disk off the async workers, and says so when it took long.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let began = std::time::Instant::now();
+    let result = match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(err) => match err.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Blocking tasks are not cancelled once they run; the runtime is going down.
+            Err(_) => std::future::pending().await,
+        },
+    };
+    if began.elapsed() > SLOW_DISK {
+        tracing::warn!(seconds = began.elapsed().as_secs(), "the disk is slow");
+    }
+    result
+}

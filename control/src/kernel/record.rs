@@ -1,0 +1,125 @@
+//! What the journal holds of one kernel: everything that Docker and the labels cannot tell.
+
+use serde::{Deserialize, Serialize};
+use shared::ids::{ContainerId, KernelId, SessionId};
+use uuid::Uuid;
+
+use super::journal::{Phase, StoredEnding};
+use super::mounts::Mount;
+use super::request::{ClusterInfo, KernelCreationConfig, SessionType};
+use super::runner_link::AppRecord;
+use super::service_ports::ServicePort;
+use super::services::ServiceRecord;
+use crate::resource::Allocation;
+
+/// Who holds the host ports of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PublishedBy {
+    /// The dataplane, by rows.
+    Rows,
+    /// The engine, by port bindings; rows only observe.
+    Engine,
+    /// The container itself, on the host's network.
+    Host,
+}
+
+/// One kernel as the journal knows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// The kernel id.
+    pub kernel_id: Uuid,
+    /// Its session.
+    pub session_id: Uuid,
+    /// How far it had come.
+    pub phase: Phase,
+    /// The end that was decided.
+    pub ending: Option<StoredEnding>,
+    /// When the creation was accepted, seconds since the epoch.
+    pub created_at: f64,
+    /// What was asked for; `None` for a kernel found without a journal.
+    pub request: Option<KernelCreationConfig>,
+    /// The cluster it belongs to.
+    pub cluster: Option<ClusterInfo>,
+    /// Canonical image name.
+    pub image: String,
+    /// What the session is for.
+    pub session_type: SessionType,
+    /// Name inside the cluster.
+    pub hostname: String,
+    /// `kernel.<image>.<id>`.
+    pub container_name: String,
+    /// The container, once it exists.
+    pub container_id: Option<String>,
+    /// The slots it was given, amounts as text.
+    pub slots: serde_json::Map<String, serde_json::Value>,
+    /// The devices it holds.
+    pub allocation: Option<Allocation>,
+    /// Its services with their host ports.
+    pub services: Vec<ServicePort>,
+    /// Who holds the host ports.
+    pub published_by: PublishedBy,
+    /// Host ports of the runner's two sockets, when they are not the container's own.
+    pub repl_ports: Option<(u16, u16)>,
+    /// No service may be started from outside.
+    pub block_service_ports: bool,
+    /// The network it was put on besides the default one: mode and name.
+    pub network: Option<(String, String)>,
+    /// The C library of the image, in the runner's words.
+    pub distro: Option<String>,
+    /// What is mounted.
+    pub mounts: Vec<Mount>,
+    /// Its models (inference), as the runner is told.
+    pub models: Vec<serde_json::Value>,
+    /// The version of the runner packages it was made with.
+    pub runner_version: Option<String>,
+    /// What `create_kernels` answered.
+    pub result: Option<serde_json::Value>,
+    /// A batch job was started and its end has not been announced.
+    pub batch_running: bool,
+}
+
+impl Record {
+    /// The kernel id.
+    pub fn id(&self) -> KernelId {
+        KernelId(self.kernel_id.into_bytes())
+    }
+
+    /// Its session.
+    pub fn session(&self) -> SessionId {
+        SessionId(self.session_id.into_bytes())
+    }
+
+    /// Its container.
+    pub fn container(&self) -> Option<ContainerId> {
+        self.container_id.as_deref()?.parse().ok()
+    }
+
+    /// All host ports it holds, in the order of its services.
+    pub fn host_ports(&self) -> impl Iterator<Item = u16> + '_ {
+        let repl = self.repl_ports.into_iter().flat_map(|(i, o)| [i, o]);
+        repl.chain(
+            self.services
+                .iter()
+                .flat_map(|service| service.host_ports.iter().copied()),
+        )
+    }
+
+    /// Keeps what may be shown after the end.
+    pub fn forget_secrets(&mut self) {
+        self.request = None;
+        self.cluster = None;
+    }
+}
+
+impl ServiceRecord for ServicePort {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn describe(&mut self, app: &AppRecord) {
+        self.url_template.clone_from(&app.url_template);
+        self.allowed_arguments.clone_from(&app.allowed_arguments);
+        self.allowed_envs.clone_from(&app.allowed_envs);
+    }
+}

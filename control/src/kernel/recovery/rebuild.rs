@@ -1,0 +1,224 @@
+//! A record for a container whose journal is lost, or that another agent made: from its labels, its
+//! inspection and its scratch.
+
+use std::collections::HashMap;
+
+use serde_json::json;
+use shared::ids::{ContainerId, KernelId};
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::docker::{ContainerInspectResponse, DockerError};
+use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
+use crate::kernel::journal::{Phase, now_unix};
+use crate::kernel::node::Node;
+use crate::kernel::record::{PublishedBy, Record};
+use crate::kernel::request::SessionType;
+use crate::kernel::resource_text::{self, Allocations};
+use crate::kernel::rows::parse_host_ports;
+use crate::kernel::service_ports::{self, Exposure, REPL_IN, REPL_OUT, ServicePort};
+use crate::network;
+use crate::resource::Allocation;
+
+/// Labels of a kernel's container.
+pub const LABEL_SESSION: &str = "ai.backend.session-id";
+const LABEL_SERVICES: &str = "ai.backend.service-ports";
+const LABEL_BLOCKED: &str = "ai.backend.internal.block-service-ports";
+
+/// Why a record could not be rebuilt.
+#[derive(Debug, Error)]
+pub enum RebuildError {
+    /// Docker could not be asked.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// The container does not tell its session.
+    #[error("the container has no valid label {LABEL_SESSION}")]
+    NoSession,
+}
+
+/// Rebuilds the record of one kernel.
+pub async fn record(
+    node: &Node,
+    id: KernelId,
+    container: ContainerId,
+    labels: &HashMap<String, String>,
+) -> Result<Record, RebuildError> {
+    let session_id: Uuid = labels
+        .get(LABEL_SESSION)
+        .and_then(|text| text.parse().ok())
+        .ok_or(RebuildError::NoSession)?;
+    let found = node.docker.inspect(&container.to_string()).await?;
+    let kernel_id = Uuid::from_bytes(id.0);
+    let resource = match node.scratch.read_config(kernel_id, "resource.txt").await {
+        Ok(Some(text)) => resource_text::parse(&text, |slot| node.ledger.is_bytes(slot)).ok(),
+        Ok(None) => None,
+        Err(err) => {
+            tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot read what a kernel was given");
+            None
+        }
+    };
+    let host_config = found.host_config.as_ref();
+    let allocation = match &resource {
+        Some(resource) => {
+            let mut allocations = resource.spec.allocations.clone();
+            // The text form of a size is lossy; the container's own limit is not.
+            if let Some(bytes) = host_config
+                .and_then(|host| host.memory)
+                .filter(|bytes| *bytes > 0)
+            {
+                replace_memory(&mut allocations, bytes);
+            }
+            Allocation::from_text(&allocations).ok()
+        }
+        None => None,
+    };
+    let image = found
+        .config
+        .as_ref()
+        .and_then(|config| config.image.clone())
+        .unwrap_or_default();
+    let mode = host_config
+        .and_then(|host| host.network_mode.clone())
+        .unwrap_or_default();
+    let (services, published_by) = services_of(labels, &found);
+    let hostname = found
+        .config
+        .as_ref()
+        .and_then(|config| config.hostname.clone());
+    let mounts = resource
+        .as_ref()
+        .map(|it| it.spec.mounts.clone())
+        .unwrap_or_default();
+    let of_resource = || {
+        let spec = &resource.as_ref()?.spec;
+        Some(
+            spec.slots
+                .iter()
+                .map(|(name, amount)| (name.to_owned(), json!(amount)))
+                .collect(),
+        )
+    };
+    let of_label = || serde_json::from_str(labels.get(SLOTS_LABEL)?).ok();
+    let slots = of_label().or_else(of_resource).unwrap_or_default();
+    let session_type = labels
+        .get(SESSION_TYPE_LABEL)
+        .and_then(|text| serde_json::from_value(json!(text)).ok())
+        .unwrap_or(SessionType::Interactive);
+    Ok(Record {
+        kernel_id,
+        session_id,
+        phase: Phase::Running,
+        ending: None,
+        created_at: now_unix(),
+        request: None,
+        cluster: None,
+        image,
+        session_type,
+        hostname: hostname.unwrap_or_default(),
+        container_name: found
+            .name
+            .clone()
+            .unwrap_or_default()
+            .trim_start_matches('/')
+            .to_owned(),
+        container_id: Some(container.to_string()),
+        slots,
+        allocation,
+        services,
+        published_by,
+        repl_ports: None,
+        block_service_ports: labels.get(LABEL_BLOCKED).is_some_and(|value| value == "1"),
+        network: match mode.as_str() {
+            "" | "default" | "bridge" => None,
+            "host" => Some(("host".into(), String::new())),
+            name => Some(("bridge".into(), name.to_owned())),
+        },
+        distro: None,
+        mounts,
+        models: Vec::new(),
+        runner_version: None,
+        result: None,
+        batch_running: false,
+    })
+}
+
+fn replace_memory(allocations: &mut Allocations, bytes: i64) {
+    for device in allocations
+        .0
+        .iter_mut()
+        .filter(|device| device.device == "mem")
+    {
+        for slot in device.slots.iter_mut().filter(|slot| slot.slot == "mem") {
+            for (_, amount) in &mut slot.amounts {
+                *amount = bytes.to_string();
+            }
+        }
+    }
+}
+
+/// The services the labels name, with the host ports that the engine or our own label tells.
+fn services_of(
+    labels: &HashMap<String, String>,
+    found: &ContainerInspectResponse,
+) -> (Vec<ServicePort>, PublishedBy) {
+    let engine = engine_ports(found);
+    let own = labels
+        .get(HOST_PORTS_LABEL)
+        .map(|label| parse_host_ports(label))
+        .unwrap_or_default();
+    let published_by = if network::is_host_network(found) {
+        PublishedBy::Host
+    } else if engine.is_empty() {
+        PublishedBy::Rows
+    } else {
+        PublishedBy::Engine
+    };
+    let host_ports = if engine.is_empty() { own } else { engine };
+    let exposure = Exposure {
+        label: labels.get(LABEL_SERVICES).map_or("", String::as_str),
+        is_main: true,
+        ..Exposure::default()
+    };
+    let services = service_ports::arrange(&exposure).unwrap_or_else(|err| {
+        tracing::warn!(
+            err = &err as &dyn std::error::Error,
+            "the service ports of a container cannot be read"
+        );
+        service_ports::arrange(&Exposure::default()).unwrap_or_default()
+    });
+    let services = services
+        .into_iter()
+        .filter_map(|mut service| {
+            service.host_ports = service
+                .container_ports
+                .iter()
+                .map(|port| host_ports.get(port).copied())
+                .collect::<Option<Vec<u16>>>()?;
+            Some(service)
+        })
+        .collect();
+    (services, published_by)
+}
+
+/// Container port to host port, as the engine publishes them; the runner's sockets are not services.
+fn engine_ports(found: &ContainerInspectResponse) -> HashMap<u16, u16> {
+    let ports = found
+        .network_settings
+        .as_ref()
+        .and_then(|settings| settings.ports.as_ref());
+    ports
+        .into_iter()
+        .flatten()
+        .filter_map(|(key, bindings)| {
+            let container: u16 = key.split('/').next()?.parse().ok()?;
+            let host: u16 = bindings
+                .as_ref()?
+                .first()?
+                .host_port
+                .as_deref()?
+                .parse()
+                .ok()?;
+            (!matches!(container, REPL_IN | REPL_OUT)).then_some((container, host))
+        })
+        .collect()
+}

@@ -1,0 +1,399 @@
+//! Who is where: the kernels of this node and what is being done with each.
+//!
+//! In: kernels that creation accepts or recovery finds, and inputs to their lifecycle. Out: handles
+//! on kernels, and waiting until one of them has reached a state. Invariant: exclusion is per kernel
+//! and comes from its `Lifecycle`, which is stepped under a lock held for a few instructions and
+//! never over an await; no operation on one kernel waits for another kernel.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use shared::ids::{ContainerId, KernelId, SessionId};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::journal::{Phase, StoredEnding};
+use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
+use super::record::Record;
+use super::runner_link::RunnerLink;
+
+/// How many ended kernels are remembered for those who ask.
+const ENDED_KEPT: usize = 256;
+
+/// One kernel: shared by everything that works on it.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The kernel id.
+    pub id: KernelId,
+    /// Its session.
+    pub session: SessionId,
+    inner: Mutex<Inner>,
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    lifecycle: Lifecycle,
+    record: Record,
+    /// Tells the present creation to give up.
+    abort: CancellationToken,
+    /// What stands in the way of the present operation.
+    trouble: Option<String>,
+    /// The end has been announced and the entry dropped.
+    gone: bool,
+    runner: Option<RunnerLink>,
+    batch: Option<CancellationToken>,
+}
+
+/// A copy of what is known of a kernel, for those who show it.
+#[derive(Clone, Debug)]
+pub struct KernelView {
+    /// The kernel id.
+    pub id: KernelId,
+    /// The lifecycle's state.
+    pub state: State,
+    /// What the journal holds.
+    pub record: Record,
+}
+
+/// A kernel that has ended.
+#[derive(Clone, Debug)]
+pub struct EndedKernel {
+    /// The last view.
+    pub view: KernelView,
+    /// When it ended.
+    pub at: SystemTime,
+}
+
+impl Kernel {
+    fn new(lifecycle: Lifecycle, record: Record) -> Kernel {
+        Kernel {
+            id: record.id(),
+            session: record.session(),
+            inner: Mutex::new(Inner {
+                lifecycle,
+                record,
+                abort: CancellationToken::new(),
+                trouble: None,
+                gone: false,
+                runner: None,
+                batch: None,
+            }),
+            changes: watch::Sender::new(0),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // No method leaves `Inner` half-changed at a point that can panic.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Applies one input to the lifecycle; wakes those who wait and the creation that has to give
+    /// up.
+    pub fn step(&self, input: Input) -> Vec<Action> {
+        let mut inner = self.inner();
+        let restart_begins = matches!(
+            (inner.lifecycle.state(), &input),
+            (State::Running, Input::Restart)
+        );
+        let actions = inner.lifecycle.step(input);
+        if restart_begins {
+            inner.abort = CancellationToken::new();
+            inner.trouble = None;
+        }
+        if actions.contains(&Action::AbortCreation) {
+            inner.abort.cancel();
+        }
+        drop(inner);
+        self.changed();
+        actions
+    }
+
+    /// The present state.
+    pub fn state(&self) -> State {
+        self.inner().lifecycle.state().clone()
+    }
+
+    /// Whether the kernel is in service.
+    pub fn is_running(&self) -> bool {
+        matches!(self.inner().lifecycle.state(), State::Running)
+    }
+
+    /// The ending that was decided, if any.
+    pub fn ending(&self) -> Option<Ending> {
+        self.inner().lifecycle.ending().cloned()
+    }
+
+    /// What the present creation has to watch.
+    pub fn abort_token(&self) -> CancellationToken {
+        self.inner().abort.clone()
+    }
+
+    /// A copy of the record.
+    pub fn record(&self) -> Record {
+        self.inner().record.clone()
+    }
+
+    /// Reads something from the record.
+    pub fn with_record<T>(&self, read: impl FnOnce(&Record) -> T) -> T {
+        read(&self.inner().record)
+    }
+
+    /// Changes the record in memory and returns the copy that has to be stored.
+    pub fn update_record(&self, change: impl FnOnce(&mut Record)) -> Record {
+        let mut inner = self.inner();
+        change(&mut inner.record);
+        inner.record.phase = phase_of(inner.lifecycle.state());
+        inner.record.ending = inner.lifecycle.ending().map(|ending| StoredEnding {
+            reason: ending.reason.to_string(),
+            suppress: ending.suppress,
+            exit_code: ending.exit_code,
+        });
+        inner.record.clone()
+    }
+
+    /// The container, when there is one.
+    pub fn container(&self) -> Option<ContainerId> {
+        self.inner().record.container()
+    }
+
+    /// The connection to the runner.
+    pub fn runner(&self) -> Option<RunnerLink> {
+        self.inner().runner.clone()
+    }
+
+    /// Replaces the connection to the runner; returns the old one, which has to be closed.
+    pub fn set_runner(&self, runner: Option<RunnerLink>) -> Option<RunnerLink> {
+        std::mem::replace(&mut self.inner().runner, runner)
+    }
+
+    /// Marks the kernel's batch job as running; the token is cancelled when the kernel ends. `None`
+    /// when one is running already.
+    pub fn begin_batch(&self) -> Option<CancellationToken> {
+        let mut inner = self.inner();
+        match &inner.batch {
+            Some(running) if !running.is_cancelled() => None,
+            _ => {
+                let token = CancellationToken::new();
+                inner.batch = Some(token.clone());
+                Some(token)
+            }
+        }
+    }
+
+    /// Ends the batch job's wait.
+    pub fn end_batch(&self) {
+        if let Some(token) = self.inner().batch.take() {
+            token.cancel();
+        }
+    }
+
+    /// Remembers what stands in the way, for those who wait.
+    pub fn set_trouble(&self, trouble: String) {
+        self.inner().trouble = Some(trouble);
+    }
+
+    /// What stands in the way.
+    pub fn trouble(&self) -> Option<String> {
+        self.inner().trouble.clone()
+    }
+
+    /// Whether the kernel got far enough to leave traces: a journal file, an event at its end.
+    pub fn is_visible(&self) -> bool {
+        self.inner().lifecycle.is_visible()
+    }
+
+    /// The last step of a kernel: `perform` announces the end and drops the entry before anybody
+    /// who waits for the end goes on.
+    pub fn finish(&self, exit_code: Option<i64>, perform: impl FnOnce(&[Action])) {
+        let actions = self.inner().lifecycle.step(Input::Cleaned { exit_code });
+        perform(&actions);
+        self.inner().gone = true;
+        self.changed();
+    }
+
+    /// Waits until `reached` gives a value for the state.
+    pub async fn wait_until<T>(&self, mut reached: impl FnMut(&State) -> Option<T>) -> T {
+        self.wait_inner(|inner| reached(inner.lifecycle.state()))
+            .await
+    }
+
+    async fn wait_inner<T>(&self, mut reached: impl FnMut(&Inner) -> Option<T>) -> T {
+        let mut changes = self.changes.subscribe();
+        loop {
+            changes.mark_unchanged();
+            if let Some(value) = reached(&self.inner()) {
+                return value;
+            }
+            // The sender lives in `self`; this cannot fail while we are borrowed.
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Waits until the kernel has ended.
+    pub async fn wait_ended(&self) -> Ending {
+        self.wait_inner(|inner| match inner.lifecycle.state() {
+            State::Ended(ending) if inner.gone => Some(ending.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// A copy for those who show it.
+    pub fn view(&self) -> KernelView {
+        let inner = self.inner();
+        KernelView {
+            id: self.id,
+            state: inner.lifecycle.state().clone(),
+            record: inner.record.clone(),
+        }
+    }
+}
+
+fn phase_of(state: &State) -> Phase {
+    match state {
+        State::Creating { abort: Some(_), .. } | State::Ending(_) | State::Ended(_) => {
+            Phase::Ending
+        }
+        State::Restarting { abort: Some(_) } => Phase::Ending,
+        State::Restarting { .. } => Phase::Restarting,
+        State::Creating {
+            restart: true,
+            stage,
+            ..
+        } if *stage < Stage::Started => Phase::Restarting,
+        State::Creating { stage, .. } => match stage {
+            Stage::Queued | Stage::Reserved | Stage::Files => Phase::Files,
+            Stage::Container => Phase::Container,
+            Stage::Started => Phase::Started,
+        },
+        State::Running => Phase::Running,
+    }
+}
+
+/// What became of a request to create.
+#[derive(Debug)]
+pub enum Admission {
+    /// The kernel is new: the caller creates it.
+    Accepted(Arc<Kernel>),
+    /// It runs already: answer with the stored result.
+    Exists(Arc<Kernel>),
+    /// The id is busy.
+    Refused(Refusal),
+}
+
+/// All kernels of this node.
+#[derive(Debug, Default)]
+pub struct Registry {
+    kernels: Mutex<HashMap<KernelId, Arc<Kernel>>>,
+    ended: Mutex<VecDeque<EndedKernel>>,
+}
+
+impl Registry {
+    fn kernels(&self) -> MutexGuard<'_, HashMap<KernelId, Arc<Kernel>>> {
+        self.kernels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Admits a creation, or says what is there already. A kernel of the same id that is in service
+    /// is the same kernel only if session and image agree: ids are not reused.
+    pub fn admit(&self, record: Record) -> Admission {
+        let mut kernels = self.kernels();
+        if let Some(kernel) = kernels.get(&record.id()) {
+            let kernel = kernel.clone();
+            drop(kernels);
+            return match kernel.step(Input::Create).as_slice() {
+                [Action::AnswerStored] => Admission::Exists(kernel),
+                [Action::Refuse(why)] => Admission::Refused(*why),
+                _ => Admission::Refused(Refusal::CreationInProgress),
+            };
+        }
+        let kernel = Arc::new(Kernel::new(Lifecycle::creating(), record));
+        kernels.insert(kernel.id, kernel.clone());
+        Admission::Accepted(kernel)
+    }
+
+    /// Enters a kernel found at start. `None` when it is there already.
+    pub fn adopt(&self, lifecycle: Lifecycle, record: Record) -> Option<Arc<Kernel>> {
+        let mut kernels = self.kernels();
+        if kernels.contains_key(&record.id()) {
+            return None;
+        }
+        let kernel = Arc::new(Kernel::new(lifecycle, record));
+        kernels.insert(kernel.id, kernel.clone());
+        Some(kernel)
+    }
+
+    /// The kernel, unless it is unknown.
+    pub fn get(&self, id: KernelId) -> Option<Arc<Kernel>> {
+        self.kernels().get(&id).cloned()
+    }
+
+    /// All kernels, in the order of their ids.
+    pub fn all(&self) -> Vec<Arc<Kernel>> {
+        let sorted: BTreeMap<KernelId, Arc<Kernel>> = self
+            .kernels()
+            .iter()
+            .map(|(id, kernel)| (*id, kernel.clone()))
+            .collect();
+        sorted.into_values().collect()
+    }
+
+    /// How many kernels there are.
+    pub fn len(&self) -> usize {
+        self.kernels().len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.kernels().is_empty()
+    }
+
+    /// Drops a kernel that has ended and remembers its end.
+    pub fn forget(&self, kernel: &Arc<Kernel>) {
+        let removed = {
+            let mut kernels = self.kernels();
+            match kernels.get(&kernel.id) {
+                // Another life of the same id is not ours to drop.
+                Some(present) if Arc::ptr_eq(present, kernel) => kernels.remove(&kernel.id),
+                _ => None,
+            }
+        };
+        if removed.is_some() {
+            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            if ended.len() == ENDED_KEPT {
+                ended.pop_front();
+            }
+            let mut view = kernel.view();
+            view.record.forget_secrets();
+            ended.push_back(EndedKernel {
+                view,
+                at: SystemTime::now(),
+            });
+        }
+    }
+
+    /// The kernels that ended last, oldest first.
+    pub fn ended(&self) -> Vec<EndedKernel> {
+        self.ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .cloned()
+            .collect()
+    }
+}
+
+/// The reason and exit code an ended kernel shows.
+pub fn outcome(state: &State) -> (Option<&Reason>, Option<i64>) {
+    match state {
+        State::Ending(ending) | State::Ended(ending) => (Some(&ending.reason), ending.exit_code),
+        _ => (None, None),
+    }
+}

@@ -1,0 +1,364 @@
+//! From a running container to the rows the dataplane gets: where it is, what it exposes.
+//!
+//! In: the kernel's record and the container as Docker and /proc show it. Out: one `KernelRows`.
+//! Invariant: a port row that leads to a container's own address carries the host-side interface of
+//! that container and the guard flag, so that it fails closed when the container is gone.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::desired::{ContainerRow, Drain, PortKey, PortRow, Protocol};
+use shared::ids::{ContainerId, Generation};
+use thiserror::Error;
+
+use super::node::{Node, blocking};
+use super::record::{PublishedBy, Record};
+use super::registry::Kernel;
+use super::service_ports::TTYD;
+use crate::docker::{ContainerInspectResponse, DockerError};
+use crate::link::{KernelRows, LinkError};
+use crate::network::{self, Endpoint, NetworkError};
+
+/// A row holds at most so many interfaces.
+const LINKS: usize = 8;
+/// Bytes of a path that fit in a row.
+const PATH_LIMIT: usize = 255;
+/// Bytes of a service name that fit in a row.
+const SERVICE_LIMIT: usize = 63;
+
+/// Why a container's rows could not be made.
+#[derive(Debug, Error)]
+pub enum RowsError {
+    /// Docker could not be asked.
+    #[error(transparent)]
+    Docker(#[from] DockerError),
+    /// The container does not run.
+    #[error("container {container} does not run")]
+    NotRunning {
+        /// Which.
+        container: ContainerId,
+    },
+    /// The container has no address.
+    #[error("container {container} has no address on its network {network:?}")]
+    NoAddress {
+        /// Which.
+        container: ContainerId,
+        /// The network.
+        network: String,
+    },
+    /// The host's side of the container's interfaces could not be found.
+    #[error(transparent)]
+    Links(#[from] NetworkError),
+    /// The container's control group could not be read.
+    #[error("cannot read the control group of container {container}")]
+    Cgroup {
+        /// Which.
+        container: ContainerId,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The rows could not be written or are not served.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
+/// Where a running container is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Whereabouts {
+    /// The container.
+    pub container: ContainerId,
+    /// Host pid of its first process.
+    pub init_pid: u32,
+    /// Path below each cgroup root; empty when it could not be learned.
+    pub cgroup_path: String,
+    /// It is on the host's network.
+    pub host_network: bool,
+    /// Address of the network it was put on.
+    pub address: IpAddr,
+    /// Host-side interface of that address.
+    pub link_index: u32,
+    /// Hardware address of the container's end of it.
+    pub link_mac: [u8; 6],
+    /// All its host-side interfaces.
+    pub links: Vec<u32>,
+    /// Memory limit, bytes; 0 none.
+    pub memory: u64,
+    /// CPUs it may use, thousandths; 0 not limited.
+    pub cpu_milli: u32,
+}
+
+/// Finds a running container.
+pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, RowsError> {
+    let found = node.docker.inspect(&container.to_string()).await?;
+    let pid = found
+        .state
+        .as_ref()
+        .filter(|state| state.running == Some(true))
+        .and_then(|state| state.pid)
+        .and_then(|pid| u32::try_from(pid).ok())
+        .filter(|pid| *pid != 0)
+        .ok_or(RowsError::NotRunning { container })?;
+    let host_config = found.host_config.as_ref();
+    let mode = host_config
+        .and_then(|host| host.network_mode.clone())
+        .unwrap_or_default();
+    let memory = host_config
+        .and_then(|host| host.memory)
+        .and_then(|memory| u64::try_from(memory).ok());
+    let cores = host_config
+        .and_then(|host| host.cpuset_cpus.as_deref())
+        .map_or(0, count_cpus);
+    let host_network = network::is_host_network(&found);
+    let no_address = || RowsError::NoAddress {
+        container,
+        network: mode.clone(),
+    };
+    let (address, mac) = if host_network {
+        (IpAddr::V4(Ipv4Addr::LOCALHOST), None)
+    } else {
+        let endpoint = endpoint(&found, &mode).ok_or_else(no_address)?;
+        let v4 = endpoint.ipv4.map(IpAddr::V4);
+        (
+            v4.or(endpoint.ipv6.map(IpAddr::V6))
+                .ok_or_else(no_address)?,
+            endpoint.mac,
+        )
+    };
+    // A remote engine's processes are not ours to look at: no interface, no guard, no samples.
+    let local = node.docker.is_local();
+    let (cgroup_path, links) = if local {
+        let cgroup = blocking(move || cgroup_path(Path::new("/proc"), pid)).await;
+        let cgroup = cgroup.map_err(|source| RowsError::Cgroup { container, source })?;
+        (cgroup, network::host_links(&found).await?)
+    } else {
+        (String::new(), Vec::new())
+    };
+    let link_index = links
+        .iter()
+        .find(|link| Some(link.container_mac) == mac)
+        .or(links.first())
+        .map_or(0, |link| link.ifindex);
+    Ok(Whereabouts {
+        container,
+        init_pid: if local { pid } else { 0 },
+        cgroup_path,
+        host_network,
+        address,
+        link_index,
+        link_mac: mac.map_or([0; 6], |mac| mac.0),
+        links: links.iter().map(|link| link.ifindex).take(LINKS).collect(),
+        memory: memory.unwrap_or(0),
+        cpu_milli: cores.saturating_mul(1000),
+    })
+}
+
+/// The endpoint of the network the container was put on first.
+fn endpoint(found: &ContainerInspectResponse, mode: &str) -> Option<Endpoint> {
+    let name = match mode {
+        "default" | "" => "bridge",
+        name => name,
+    };
+    let mut endpoints = network::endpoints(found);
+    // The mode may be a network's id; then the first endpoint is as good as any.
+    let place = endpoints
+        .iter()
+        .position(|endpoint| endpoint.network == name)
+        .unwrap_or(0);
+    (place < endpoints.len()).then(|| endpoints.swap_remove(place))
+}
+
+/// Number of CPUs in a list such as `0-3,8`.
+fn count_cpus(list: &str) -> u32 {
+    list.split(',')
+        .filter_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+            Some(last.checked_sub(first)? + 1)
+        })
+        .sum()
+}
+
+/// The container's path below the cgroup roots: the memory controller's on v1, the one there is on
+/// v2.
+fn cgroup_path(proc_root: &Path, pid: u32) -> io::Result<String> {
+    let text = fs::read_to_string(proc_root.join(pid.to_string()).join("cgroup"))?;
+    let mut unified = None;
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        if controllers
+            .split(',')
+            .any(|controller| controller == "memory")
+        {
+            return Ok(path.trim_start_matches('/').to_owned());
+        }
+        if controllers.is_empty() {
+            unified = Some(path.trim_start_matches('/').to_owned());
+        }
+    }
+    Ok(unified.unwrap_or_default())
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+fn cut(text: &str, limit: usize) -> String {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+/// The rows of a kernel whose container is there.
+pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows {
+    let limits = node.config.node.dataplane;
+    let storage = node.config.agent.scaling_group_type == config::ScalingGroupType::Storage;
+    let scratch = node
+        .config
+        .container
+        .scratch_root
+        .join(record.kernel_id.to_string());
+    let fits = |text: String| {
+        if text.len() <= PATH_LIMIT {
+            text
+        } else {
+            String::new()
+        }
+    };
+    let container = ContainerRow {
+        container_id: place.container,
+        kernel_id: record.id(),
+        session_id: record.session(),
+        init_pid: place.init_pid,
+        cgroup_path: fits(place.cgroup_path.clone()),
+        host_network: place.host_network,
+        link_indexes: place.links.clone(),
+        memory_limit_bytes: place.memory,
+        cpu_milli: place.cpu_milli,
+        scratch_path: fits(scratch.to_string_lossy().into_owned()),
+        generation: Generation::default(),
+    };
+    let mut ports = Vec::new();
+    for service in &record.services {
+        for (container_port, host_port) in service.container_ports.iter().zip(&service.host_ports) {
+            let key = PortKey {
+                protocol: Protocol::Tcp,
+                host_port: *host_port,
+            };
+            // On the host's network the program listens on the host port itself.
+            let target_port = match record.published_by {
+                PublishedBy::Host => *host_port,
+                PublishedBy::Rows | PublishedBy::Engine => *container_port,
+            };
+            let local_only = storage && *container_port == TTYD;
+            ports.push(PortRow {
+                service: cut(&service.name, SERVICE_LIMIT),
+                bind: if local_only {
+                    IpAddr::V4(Ipv4Addr::LOCALHOST)
+                } else {
+                    node.bind_host()
+                },
+                link_index: place.link_index,
+                link_mac: place.link_mac,
+                observe_only: record.published_by != PublishedBy::Rows,
+                link_guard: place.link_index != 0,
+                local_only,
+                max_sessions: limits.max_sessions_per_port,
+                idle_timeout_ms: millis(limits.idle_timeout),
+                connect_timeout_ms: millis(limits.connect_timeout),
+                drain: match millis(limits.drain) {
+                    0 => Drain::Cut,
+                    ms => Drain::Within { ms },
+                },
+                ..PortRow::new(
+                    key,
+                    record.id(),
+                    place.container,
+                    place.address,
+                    target_port,
+                )
+            });
+        }
+    }
+    KernelRows {
+        container: Some(container),
+        ports,
+    }
+}
+
+/// Finds the container again and replaces the kernel's rows; does not wait for the dataplane.
+pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsError> {
+    let Some(container) = kernel.container() else {
+        return Ok(());
+    };
+    let place = locate(node, container).await?;
+    // Its end may have come meanwhile: rows are withdrawn then, and must not come back.
+    if !kernel.is_running() || kernel.container() != Some(container) {
+        return Ok(());
+    }
+    let rows = kernel.with_record(|record| rows_of(node, record, &place));
+    node.link.publish(kernel.id, rows).await?;
+    if !kernel.is_running() {
+        node.link.withdraw(kernel.id).await;
+    }
+    Ok(())
+}
+
+/// Labels of a container that tell its host ports: `<container port>:<host port>`, comma-joined.
+pub fn parse_host_ports(label: &str) -> HashMap<u16, u16> {
+    label
+        .split(',')
+        .filter_map(|pair| {
+            let (container, host) = pair.split_once(':')?;
+            Some((container.trim().parse().ok()?, host.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_path_prefers_the_memory_controller() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("7")).unwrap();
+        for (text, path) in [
+            (
+                "9:pids:/x\n4:memory:/docker/abc\n0::/docker/abc\n",
+                "docker/abc",
+            ),
+            (
+                "0::/system.slice/docker-abc.scope\n",
+                "system.slice/docker-abc.scope",
+            ),
+            ("garbage\n", ""),
+        ] {
+            fs::write(root.path().join("7/cgroup"), text).unwrap();
+            assert_eq!(cgroup_path(root.path(), 7).unwrap(), path);
+        }
+    }
+
+    #[test]
+    fn small_parsers() {
+        assert_eq!(count_cpus("0-3,8"), 5);
+        assert_eq!(count_cpus(""), 0);
+        assert_eq!(cut("äbc", 1), "");
+        assert_eq!(
+            parse_host_ports("2200:30000,7681:30001,x"),
+            HashMap::from([(2200, 30000), (7681, 30001)])
+        );
+    }
+}

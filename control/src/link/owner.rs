@@ -1,0 +1,237 @@
+//! The one task that writes the desired region and looks at the observed one.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, PortKey};
+use shared::doorbell::{Ringer, Rung};
+use shared::ids::{ContainerId, Generation, KernelId};
+use shared::observed::ObservedReader;
+use shared::{BatchError, ReadError, monotonic_ns};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{Command, KernelRows, Observed, Withdrawn};
+
+/// How often the regions are looked at when nobody rings.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What the region holds of one kernel.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+struct Held {
+    ports: BTreeSet<PortKey>,
+    containers: BTreeSet<ContainerId>,
+}
+
+pub(super) struct Owner {
+    writer: DesiredWriter,
+    reader: ObservedReader,
+    ringer: Ringer,
+    seen: watch::Sender<Observed>,
+    held: HashMap<KernelId, Held>,
+    /// So that a broken region is reported once and not four times a second.
+    trouble: Option<String>,
+}
+
+impl Owner {
+    pub(super) fn new(
+        writer: DesiredWriter,
+        reader: ObservedReader,
+        ringer: Ringer,
+        seen: watch::Sender<Observed>,
+        found: &DesiredSnapshot,
+    ) -> Owner {
+        let mut held: HashMap<KernelId, Held> = HashMap::new();
+        for row in &found.ports {
+            held.entry(row.kernel_id)
+                .or_default()
+                .ports
+                .insert(row.key());
+        }
+        for row in &found.containers {
+            held.entry(row.kernel_id)
+                .or_default()
+                .containers
+                .insert(row.container_id);
+        }
+        Owner {
+            writer,
+            reader,
+            ringer,
+            seen,
+            held,
+            trouble: None,
+        }
+    }
+
+    pub(super) async fn run(
+        mut self,
+        rung: Arc<Notify>,
+        mut requests: mpsc::Receiver<Command>,
+        stopping: CancellationToken,
+    ) {
+        let mut tick = tokio::time::interval(LOOK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                request = requests.recv() => match request {
+                    Some(request) => self.serve(request),
+                    None => return,
+                },
+                () = rung.notified() => self.look(),
+                _ = tick.tick() => {
+                    self.writer.heartbeat();
+                    self.look();
+                }
+                // Requests of operations that are still under way are served until they are done.
+                () = stopping.cancelled(), if requests.is_closed() => return,
+            }
+        }
+    }
+
+    fn serve(&mut self, command: Command) {
+        match command {
+            Command::Publish {
+                kernel,
+                rows,
+                reply,
+            } => {
+                let result = self.publish(kernel, &rows);
+                let _ = reply.send(result);
+            }
+            Command::Withdraw { kernel, reply } => {
+                let held = self.held.remove(&kernel).unwrap_or_default();
+                let withdrawn = self.remove(BTreeMap::from([(kernel, held)]));
+                let _ = reply.send(withdrawn);
+            }
+            Command::Settle { keep, reply } => {
+                let _ = reply.send(self.settle(&keep));
+            }
+        }
+    }
+
+    fn publish(&mut self, kernel: KernelId, rows: &KernelRows) -> Result<Generation, BatchError> {
+        let wanted = Held {
+            ports: rows.ports.iter().map(|row| row.key()).collect(),
+            containers: rows.container.iter().map(|row| row.container_id).collect(),
+        };
+        let before = self.held.get(&kernel).cloned().unwrap_or_default();
+        let generation = self.writer.batch(|batch| {
+            for key in before.ports.difference(&wanted.ports) {
+                batch.remove_port(*key);
+            }
+            for id in before.containers.difference(&wanted.containers) {
+                batch.remove_container(*id);
+            }
+            if let Some(row) = &rows.container {
+                batch.put_container(row.clone());
+            }
+            for row in &rows.ports {
+                batch.put_port(row.clone());
+            }
+        })?;
+        self.held.insert(kernel, wanted);
+        self.ring();
+        Ok(generation)
+    }
+
+    fn settle(&mut self, keep: &HashSet<KernelId>) -> usize {
+        let strangers: BTreeMap<KernelId, Held> = self
+            .held
+            .iter()
+            .filter(|(kernel, _)| !keep.contains(kernel))
+            .map(|(kernel, held)| (*kernel, held.clone()))
+            .collect();
+        for kernel in strangers.keys() {
+            self.held.remove(kernel);
+        }
+        let count = strangers.len();
+        self.remove(strangers);
+        count
+    }
+
+    fn remove(&mut self, kernels: BTreeMap<KernelId, Held>) -> Withdrawn {
+        let keys: Vec<PortKey> = kernels
+            .values()
+            .flat_map(|held| held.ports.iter().copied())
+            .collect();
+        let removed = self.writer.batch(|batch: &mut DesiredBatch| {
+            for held in kernels.values() {
+                for key in &held.ports {
+                    batch.remove_port(*key);
+                }
+                for id in &held.containers {
+                    batch.remove_container(*id);
+                }
+            }
+        });
+        match removed {
+            Ok(generation) => {
+                self.ring();
+                Withdrawn { keys, generation }
+            }
+            Err(err) => {
+                // A removal names rows that are there: nothing can be too long or too many.
+                tracing::error!(err = &err as &dyn std::error::Error, "cannot remove rows");
+                for (kernel, held) in kernels {
+                    self.held.insert(kernel, held);
+                }
+                Withdrawn {
+                    keys: Vec::new(),
+                    generation: self.writer.committed(),
+                }
+            }
+        }
+    }
+
+    pub(super) fn ring(&mut self) {
+        match self.ringer.ring() {
+            Ok(Rung::Heard | Rung::Pending | Rung::Nobody) => {}
+            // A lost ring costs nothing: the dataplane looks by itself.
+            Err(err) => {
+                tracing::debug!(
+                    err = &err as &dyn std::error::Error,
+                    "cannot ring the dataplane"
+                );
+            }
+        }
+    }
+
+    /// Reads the observed region and shows it to those who wait.
+    pub(super) fn look(&mut self) {
+        match self.reader.snapshot() {
+            Ok(snapshot) => {
+                self.trouble = None;
+                self.writer.release_acknowledged(&snapshot);
+                let life = self.reader.writer().unwrap_or_default();
+                let age = monotonic_ns().saturating_sub(life.heartbeat_monotonic_ns);
+                self.seen.send_replace(Observed {
+                    snapshot: Some(snapshot),
+                    heartbeat_age: Some(Duration::from_nanos(age)),
+                    epoch: life.epoch,
+                });
+            }
+            Err(err) => {
+                let missing = matches!(err, ReadError::Missing { .. });
+                let text = err.to_string();
+                if !missing && self.trouble.as_ref() != Some(&text) {
+                    tracing::warn!(
+                        err = &err as &dyn std::error::Error,
+                        "cannot read the observed region"
+                    );
+                    self.trouble = Some(text);
+                }
+                // The last good copy stays; its age tells that nobody writes.
+                let life = self.reader.writer().ok();
+                self.seen.send_modify(|observed| {
+                    observed.heartbeat_age = life.map(|life| {
+                        Duration::from_nanos(
+                            monotonic_ns().saturating_sub(life.heartbeat_monotonic_ns),
+                        )
+                    });
+                });
+            }
+        }
+    }
+}

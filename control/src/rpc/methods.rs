@@ -1,0 +1,147 @@
+//! The agent's methods: from arguments to operations on kernels, and from their outcomes to
+//! replies.
+//!
+//! In: calls. Out: values and failures of the original's shapes. Nothing is decided here: exclusion
+//! and retries are the lifecycle's, limits the server's.
+
+mod answers;
+mod extension;
+mod images;
+mod lifecycle;
+mod run;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use shared::ids::KernelId;
+use uuid::Uuid;
+
+use super::arguments::Arguments;
+use super::failure::Failure;
+use super::service::{BoxFuture, Call, Service, unknown_method};
+use super::value::Value;
+use crate::kernel::Node;
+use crate::kernel::registry::Kernel;
+use crate::kernel::runner_link::RunnerLink;
+
+/// The service behind the manager's RPC.
+#[derive(Debug)]
+pub struct AgentService {
+    node: Arc<Node>,
+    started: Instant,
+}
+
+impl AgentService {
+    /// Answers for one node.
+    pub fn new(node: Arc<Node>) -> AgentService {
+        AgentService {
+            node,
+            started: Instant::now(),
+        }
+    }
+}
+
+impl Service for AgentService {
+    fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>> {
+        let (node, started) = (self.node.clone(), self.started);
+        Box::pin(async move {
+            if call.method.starts_with(extension::PREFIX) {
+                return extension::answer(&node, started, call).await;
+            }
+            let (method, args) = call.bind()?;
+            tracing::debug!(method = method.name, "rpc");
+            answer(&node, method.name, args).await
+        })
+    }
+}
+
+async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<Value, Failure> {
+    match method {
+        "ping" => Ok(args.take("msg")),
+        "gather_hwinfo" => answers::hardware(node),
+        "check_and_pull" => images::check_and_pull(node, args).await,
+        "check_pulling" => images::check_pulling(node, args),
+        "create_kernels" => lifecycle::create_kernels(node, args).await,
+        "check_creating" => lifecycle::check_creating(node, &args),
+        "check_running" => lifecycle::check_running(node, &args),
+        "destroy_kernel" => lifecycle::destroy_kernel(node, args).await,
+        "restart_kernel" => lifecycle::restart_kernel(node, args).await,
+        "execute" => run::execute(node, args).await,
+        "interrupt_kernel" => run::interrupt(node, &args),
+        "trigger_batch_execution" => run::trigger_batch(node, args),
+        "get_completions" => run::completions(node, args).await,
+        "start_service" => run::start_service(node, args).await,
+        "shutdown_service" => run::shutdown_service(node, args),
+        "get_logs" => answers::logs(node, &args).await,
+        "upload_file" | "download_file" | "download_single" | "list_files" => {
+            Err(missing(method, "file access"))
+        }
+        "commit" => Err(missing(
+            "commit",
+            "turning a running kernel into an image or archive",
+        )),
+        "push_image" => Err(missing("push_image", "pushing images to a registry")),
+        "get_commit_status" => answers::commit_status(node, args),
+        "purge_images" => images::purge(node, args).await,
+        "sync_kernel_registry" => lifecycle::sync_registry(node, args),
+        "purge_containers" => lifecycle::purge_containers(node, args),
+        "drop_kernel_registry" => lifecycle::drop_registry(node, args),
+        "create_local_network" => answers::create_network(node, args).await,
+        "destroy_local_network" => answers::destroy_network(node, args).await,
+        "assign_port" => answers::assign_port(node).await,
+        "release_port" => answers::release_port(node, args).await,
+        "scan_gpu_alloc_map" => answers::gpu_allocations(node),
+        "update_scaling_group" => answers::update_scaling_group(node, args).await,
+        "get_local_config" => answers::local_config(node),
+        "ping_kernel" => run::ping_kernel(node, &args).await,
+        // The original's does nothing.
+        "shutdown_agent" => Ok(Value::Nil),
+        "reset_agent" => lifecycle::reset(node).await,
+        other => Err(unknown_method(other)),
+    }
+}
+
+fn missing(method: &str, what: &str) -> Failure {
+    Failure::new(
+        "NotImplementedError",
+        format!(
+            "{method} is not part of this release: {what} is missing; use the original agent for it"
+        ),
+    )
+}
+
+fn kernel_id(args: &Arguments, name: &str) -> Result<KernelId, Failure> {
+    args.uuid(name).map(|id| KernelId(id.into_bytes()))
+}
+
+/// The kernel, or the original's `KeyError(UUID('...'))`.
+fn known_kernel(node: &Node, args: &Arguments) -> Result<Arc<Kernel>, Failure> {
+    let id = kernel_id(args, "kernel_id")?;
+    node.registry.get(id).ok_or_else(|| unknown_kernel(id))
+}
+
+fn unknown_kernel(id: KernelId) -> Failure {
+    Failure::key_error_uuid(Uuid::from_bytes(id.0))
+}
+
+/// The connection to the kernel's runner.
+fn runner_of(kernel: &Kernel) -> Result<RunnerLink, Failure> {
+    kernel.runner().ok_or_else(|| {
+        Failure::runtime_error(format!(
+            "kernel {} is {}; its runner cannot be reached",
+            kernel.id,
+            kernel.state().name()
+        ))
+    })
+}
+
+/// Plain data as a reply.
+fn reply(data: &impl serde::Serialize) -> Result<Value, Failure> {
+    super::to_value(data)
+        .map_err(|err| Failure::runtime_error(format!("the answer cannot be encoded: {err}")))
+}
+
+/// Any error of ours as a `RuntimeError` with its causes.
+fn failed(err: &dyn std::error::Error) -> Failure {
+    Failure::runtime_error(crate::kernel::destroy::chain(err))
+}

@@ -1,0 +1,137 @@
+//! Small methods about the node and about kernels as they are.
+
+use std::sync::Arc;
+
+use serde_json::json;
+use shared::ids::KernelId;
+
+use super::super::arguments::Arguments;
+use super::super::failure::Failure;
+use super::super::value::Value;
+use super::{failed, kernel_id, reply, unknown_kernel};
+use crate::docker::LogOptions;
+use crate::kernel::destroy::chain;
+use crate::kernel::node::{Node, blocking};
+use crate::network;
+
+/// The most of a console that is answered; its end is kept.
+const LOG_LIMIT: usize = 16 << 20;
+
+/// No accelerator is known in this release, and cpu and mem are left out by the original too.
+pub(super) fn hardware(_node: &Node) -> Result<Value, Failure> {
+    Ok(Value::Map(Vec::new()))
+}
+
+/// The console: Docker's while the container is there, the kept one afterwards.
+pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Failure> {
+    let id = kernel_id(args, "kernel_id")?;
+    if let Some(kernel) = node.registry.get(id)
+        && let Some(container) = kernel.container()
+    {
+        let options = LogOptions {
+            keep: LOG_LIMIT,
+            partial: true,
+        };
+        match node.docker.logs(&container.to_string(), options).await {
+            Ok(log) => return reply(&json!({ "logs": log.text })),
+            Err(err) if err.is_not_found() => {}
+            Err(err) => return Err(Failure::new("DockerError", chain(&err))),
+        }
+    }
+    match kept_log(node, id).await {
+        Some(text) => reply(&json!({ "logs": text })),
+        None => Err(unknown_kernel(id)),
+    }
+}
+
+async fn kept_log(node: &Arc<Node>, id: KernelId) -> Option<String> {
+    let logs = node.logs.clone();
+    blocking(move || logs.load(id)).await
+}
+
+/// No commit runs in this release.
+pub(super) fn commit_status(_node: &Node, mut args: Arguments) -> Result<Value, Failure> {
+    let kernel: String = args.get("kernel_id")?;
+    reply(&json!({ "kernel": kernel, "status": "ready" }))
+}
+
+pub(super) async fn create_network(
+    node: &Arc<Node>,
+    mut args: Arguments,
+) -> Result<Value, Failure> {
+    let name: String = args.get("network_name")?;
+    network::create_local_network(&node.docker, &name)
+        .await
+        .map_err(|err| Failure::new("DockerError", chain(&err)))?;
+    Ok(Value::Nil)
+}
+
+pub(super) async fn destroy_network(
+    node: &Arc<Node>,
+    mut args: Arguments,
+) -> Result<Value, Failure> {
+    let name: String = args.get("network_name")?;
+    network::destroy_local_network(&node.docker, &name)
+        .await
+        .map_err(|err| Failure::new("DockerError", chain(&err)))?;
+    Ok(Value::Nil)
+}
+
+/// A port for a host-network cluster, kept for the kernel that will come for it.
+pub(super) async fn assign_port(node: &Arc<Node>) -> Result<Value, Failure> {
+    let port = node
+        .ports
+        .assign(node.bind_host())
+        .map_err(|err| Failure::new("KeyError", err.to_string()))?;
+    remember_assigned(node).await;
+    Ok(Value::from(port))
+}
+
+pub(super) async fn release_port(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let port: u16 = args.get("port_no")?;
+    if node.ports.release_assigned(port) {
+        remember_assigned(node).await;
+    } else {
+        // A kernel's port is freed by the kernel's end, whoever asks.
+        tracing::debug!(port, "a port that is not assigned was released");
+    }
+    Ok(Value::Nil)
+}
+
+async fn remember_assigned(node: &Arc<Node>) {
+    let (journal, ports) = (node.journal.clone(), node.ports.assigned());
+    if let Err(err) = blocking(move || journal.store_assigned_ports(&ports)).await {
+        tracing::warn!(
+            err = &err as &dyn std::error::Error,
+            "cannot remember the assigned ports"
+        );
+    }
+}
+
+/// Device id to amount, over all kernels.
+pub(super) fn gpu_allocations(_node: &Node) -> Result<Value, Failure> {
+    // Without accelerators there is nothing to add up.
+    Ok(Value::Map(Vec::new()))
+}
+
+/// Rewrites `agent.scaling-group` in the file the node was started with.
+pub(super) async fn update_scaling_group(
+    node: &Arc<Node>,
+    mut args: Arguments,
+) -> Result<Value, Failure> {
+    let group: String = args.get("scaling_group")?;
+    let Some(file) = node.config.file.clone() else {
+        return Err(Failure::runtime_error(
+            "this node was started without a configuration file; there is nothing to rewrite",
+        ));
+    };
+    blocking(move || config::update_scaling_group(&file, &group))
+        .await
+        .map_err(|err| failed(&err))?;
+    Ok(Value::Nil)
+}
+
+pub(super) fn local_config(_node: &Node) -> Result<Value, Failure> {
+    // Abuse reports are not read by this agent, so the path is unset.
+    reply(&json!({ "agent": { "abuse-report-path": "" }, "watcher": {} }))
+}
