@@ -14,6 +14,7 @@ pub mod destroy;
 pub mod distro;
 pub mod environment;
 pub mod execution;
+pub mod file_access;
 pub mod journal;
 pub mod kept_logs;
 pub mod lifecycle;

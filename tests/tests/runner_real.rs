@@ -10,10 +10,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use control::docker::{Docker, DockerOptions};
 use control::kernel::agent_socket::{self, AgentSocketOptions};
 use control::kernel::batch::{self, BatchJob, BatchOutcome, ContainerCommands};
 use control::kernel::container_processes::KernelFiles;
 use control::kernel::execution::{self, BatchSteps, ExecuteReply, ExecuteRequest, Mode, Status};
+use control::kernel::file_access::{self, UploadPlace};
 use control::kernel::runner_link::{
     AppRecord, InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink,
 };
@@ -673,6 +676,71 @@ async fn containers_ask_the_agent_socket_also_after_a_restart() -> Result<()> {
         ensure!(answers == expected, "{answers}");
         stop.cancel();
     }
+    link.close().await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_go_in_and_come_out() -> Result<()> {
+    let kernel = RealKernel::start(Image::Runner, &["app"])?;
+    let (link, _) = kernel.ready().await?;
+    let engine = Docker::connect(&DockerOptions::default()).await?;
+    let place = UploadPlace {
+        work_dir: kernel.path("work"),
+        uid: UID,
+        gid: UID,
+        mounts: Vec::new(),
+    };
+    file_access::upload_file(
+        place.clone(),
+        "in/put.txt".to_owned(),
+        Bytes::from_static(b"from outside\n"),
+    )
+    .await?;
+    let (console, ..) = batch_run(
+        &link,
+        "f",
+        None,
+        "cat in/put.txt; stat -c %u in/put.txt in; echo more >> in/put.txt; ln -s /etc/passwd way-out; head -c 2000000 /dev/zero > big",
+    )
+    .await?;
+    ensure!(console == "from outside\n1000\n1000\n", "{console:?}");
+    let content = file_access::download_single(&engine, &kernel.name, "in/put.txt").await?;
+    ensure!(content.as_ref() == b"from outside\nmore\n");
+    let archive = file_access::download_file(&engine, &kernel.name, "in").await?;
+    ensure!(archive.len() % 512 == 0 && archive.len() > 1024);
+    for (path, class) in [
+        ("in", "ValueError"),
+        ("big", "ValueError"),
+        ("missing", "RuntimeError"),
+        ("../../etc/passwd", "PermissionError"),
+    ] {
+        let err = file_access::download_single(&engine, &kernel.name, path)
+            .await
+            .err()
+            .context(path)?;
+        ensure!(err.python_class() == class, "{path}: {err}");
+    }
+    let user = Some(format!("{UID}:{UID}"));
+    let listed = file_access::list_files(&engine, &kernel.name, "in", user.clone()).await?;
+    let items: Value = serde_json::from_str(&listed.files)?;
+    ensure!(
+        items.as_array().context("items")?.len() == 1
+            && listed.abspath == "in"
+            && listed.errors.is_empty()
+    );
+    ensure!(
+        items[0]["filename"] == "put.txt"
+            && items[0]["mode"] == "-rw-r--r--"
+            && items[0]["size"] == 18,
+        "{items}"
+    );
+    ensure!(items[0]["mtime"].is_f64() && items[0]["ctime"].is_f64() && items[0]["atime"].is_f64());
+    let missing = file_access::list_files(&engine, &kernel.name, "nowhere", user).await?;
+    ensure!(
+        missing.files == "[]" && missing.errors.contains("No such file"),
+        "{missing:?}"
+    );
     link.close().await;
     Ok(())
 }

@@ -1,0 +1,415 @@
+//! A user's files in a kernel: upload, download, listing.
+//!
+//! In: names as clients give them, relative to `/home/work`. Out: file contents and lists. Uploads are
+//! written by this process into the kernel's work directory, which the user controls: paths are resolved
+//! by the kernel beneath that directory, and the files belong to the kernel's user (in the original they
+//! belong to root, and the check is a moment before the use). Downloads and lists go through the engine.
+//! Source: execution.md section 8, rpc.md 6.2.
+
+use std::io::{self, Read};
+use std::path::{Component, Path, PathBuf};
+
+use bytes::Bytes;
+use serde::Serialize;
+
+use super::scratch::beneath::{Beneath, Owner};
+use crate::docker::{Docker, DockerError, ExecRequest};
+
+/// The user's directory in containers.
+const WORK: &str = "/home/work";
+/// Largest archive a download may have.
+const DOWNLOAD_LIMIT: usize = 1024 * 1024;
+/// The runner's own Python, in every kernel's container.
+const PYTHON: &str = "/opt/backend.ai/bin/python";
+/// Bytes of a listing; the script stops before.
+const LISTING_LIMIT: usize = 2 * 1024 * 1024;
+
+/// Prints a directory as JSON. Names that are not UTF-8 are shown with replacement characters.
+const LISTING: &str = r#"
+import json, os, stat, sys
+path, limit = sys.argv[1], int(sys.argv[2])
+items, size = [], 2
+try:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except OSError as err:
+                print(f"{entry.name}: {err.strerror}", file=sys.stderr)
+                continue
+            item = json.dumps({
+                "mode": stat.filemode(found.st_mode),
+                "size": found.st_size,
+                "ctime": found.st_ctime,
+                "mtime": found.st_mtime,
+                "atime": found.st_atime,
+                "filename": os.fsencode(entry.name).decode("utf-8", "replace"),
+            })
+            size += len(item) + 2
+            if size > limit:
+                print("the directory has too many entries; the rest is left out", file=sys.stderr)
+                break
+            items.append(item)
+except OSError as err:
+    print(f"{path}: {err.strerror}", file=sys.stderr)
+sys.stdout.write("[" + ", ".join(items) + "]")
+"#;
+
+/// Why a file operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum FileAccessError {
+    /// The path leaves the user's directory.
+    #[error("{path:?} is outside of {WORK}; give a path relative to it")]
+    Outside {
+        /// As the client gave it.
+        path: String,
+    },
+    /// The path is in a mounted folder, whose files are not in the kernel's own directory.
+    #[error("{path:?} is in the mounted folder {mount}; upload to the folder itself")]
+    InMount {
+        /// As the client gave it.
+        path: String,
+        /// Where the folder is mounted.
+        mount: String,
+    },
+    /// The file could not be written.
+    #[error("{path:?} cannot be written: {reason}")]
+    Write {
+        /// As the client gave it.
+        path: String,
+        /// In words, for the user.
+        reason: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// More than a download may have.
+    #[error("{path:?} is larger than {} KiB; put it into a folder to fetch it", DOWNLOAD_LIMIT / 1024)]
+    TooLarge {
+        /// As the client gave it.
+        path: String,
+    },
+    /// Not exactly one file.
+    #[error("{path:?} is not a single file; download it as an archive")]
+    NotSingle {
+        /// As the client gave it.
+        path: String,
+    },
+    /// The runner's Python could not be started.
+    #[error("the directory cannot be listed (exit code {exit_code}): {reason}")]
+    Listing {
+        /// Exit code.
+        exit_code: i64,
+        /// What it said.
+        reason: String,
+    },
+    /// The engine could not do it.
+    #[error("{path:?} cannot be read from the container: {source}")]
+    Engine {
+        /// As the client gave it.
+        path: String,
+        /// Cause.
+        source: DockerError,
+    },
+}
+
+impl FileAccessError {
+    /// The Python exception class the manager expects.
+    pub fn python_class(&self) -> &'static str {
+        match self {
+            FileAccessError::Outside { .. } | FileAccessError::InMount { .. } => "PermissionError",
+            FileAccessError::TooLarge { .. } | FileAccessError::NotSingle { .. } => "ValueError",
+            FileAccessError::Write { .. }
+            | FileAccessError::Listing { .. }
+            | FileAccessError::Engine { .. } => "RuntimeError",
+        }
+    }
+
+    fn engine(path: &str, source: DockerError) -> Self {
+        let path = path.to_owned();
+        match source {
+            DockerError::TooLarge { .. } => FileAccessError::TooLarge { path },
+            source => FileAccessError::Engine { path, source },
+        }
+    }
+}
+
+/// Where uploads to a kernel go.
+#[derive(Clone, Debug)]
+pub struct UploadPlace {
+    /// `<scratch>/work` on the host.
+    pub work_dir: PathBuf,
+    /// The kernel's user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Container paths of folders mounted below `/home/work`.
+    pub mounts: Vec<String>,
+}
+
+/// The absolute path inside the container, `.` and `..` resolved by name; below `/home/work` or refused.
+fn inside(path: &str) -> Result<PathBuf, FileAccessError> {
+    let mut resolved = PathBuf::from("/");
+    for component in Path::new(WORK).join(path).components() {
+        match component {
+            Component::Normal(name) => resolved.push(name),
+            Component::ParentDir => {
+                resolved.pop();
+            }
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    if resolved.starts_with(WORK) && !path.contains('\0') {
+        Ok(resolved)
+    } else {
+        Err(FileAccessError::Outside {
+            path: path.to_owned(),
+        })
+    }
+}
+
+/// Writes an uploaded file, making the directories above it. It belongs to the kernel's user.
+pub async fn upload_file(
+    place: UploadPlace,
+    name: String,
+    content: Bytes,
+) -> Result<(), FileAccessError> {
+    const FILE_MODE: u32 = 0o644;
+    const DIRECTORY_MODE: u32 = 0o755;
+    let resolved = inside(&name)?;
+    // An absolute name is not relative to the work directory, even where it leads there.
+    let Ok(relative) = resolved.strip_prefix(WORK).map(Path::to_owned) else {
+        return Err(FileAccessError::Outside { path: name });
+    };
+    if Path::new(&name).is_absolute() || relative.as_os_str().is_empty() {
+        return Err(FileAccessError::Outside { path: name });
+    }
+    if let Some(mount) = place
+        .mounts
+        .iter()
+        .find(|mount| Path::new(mount) != Path::new(WORK) && resolved.starts_with(mount))
+    {
+        return Err(FileAccessError::InMount {
+            path: name,
+            mount: mount.clone(),
+        });
+    }
+    let owner = Owner {
+        uid: Some(place.uid),
+        gid: Some(place.gid),
+    };
+    let write = move || -> io::Result<()> {
+        let work = Beneath::open(&place.work_dir)?;
+        if let Some(parent) = relative
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+        {
+            work.make_directories(parent, DIRECTORY_MODE, owner)?;
+        }
+        work.write(&relative, &content, FILE_MODE, owner)
+    };
+    let outcome = tokio::task::spawn_blocking(write)
+        .await
+        .unwrap_or_else(|err| Err(io::Error::other(err)));
+    outcome.map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => FileAccessError::Outside { path: name },
+        _ => FileAccessError::Write {
+            path: name,
+            reason: source.to_string(),
+            source,
+        },
+    })
+}
+
+/// A file or directory as a tar archive.
+pub async fn download_file(
+    docker: &Docker,
+    container: &str,
+    path: &str,
+) -> Result<Bytes, FileAccessError> {
+    let resolved = inside(path)?;
+    docker
+        .archive(container, &resolved.to_string_lossy(), DOWNLOAD_LIMIT)
+        .await
+        .map_err(|source| FileAccessError::engine(path, source))
+}
+
+/// The content of one file.
+pub async fn download_single(
+    docker: &Docker,
+    container: &str,
+    path: &str,
+) -> Result<Bytes, FileAccessError> {
+    let archive = download_file(docker, container, path).await?;
+    single_member(&archive).ok_or_else(|| FileAccessError::NotSingle {
+        path: path.to_owned(),
+    })
+}
+
+fn single_member(archive: &[u8]) -> Option<Bytes> {
+    let mut archive = tar::Archive::new(archive);
+    let mut members = archive.entries().ok()?;
+    let mut member = members.next()?.ok()?;
+    if !member.header().entry_type().is_file() {
+        return None;
+    }
+    let mut content = Vec::new();
+    member.read_to_end(&mut content).ok()?;
+    members.next().is_none().then(|| Bytes::from(content))
+}
+
+/// Answer of `list_files`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ListFilesReply {
+    /// JSON text of an array of items `mode`, `size`, `ctime`, `mtime`, `atime`, `filename`.
+    pub files: String,
+    /// What could not be listed, in words.
+    pub errors: String,
+    /// The path as it was asked for.
+    pub abspath: String,
+}
+
+/// Lists a directory as the kernel's user sees it.
+pub async fn list_files(
+    docker: &Docker,
+    container: &str,
+    path: &str,
+    user: Option<String>,
+) -> Result<ListFilesReply, FileAccessError> {
+    let resolved = inside(path)?;
+    let directory = resolved.to_string_lossy().into_owned();
+    // -I: nothing from the user's directory or environment takes part.
+    let limit = (LISTING_LIMIT - 1024).to_string();
+    let mut request = ExecRequest::new([PYTHON, "-I", "-c", LISTING, &directory, &limit]);
+    request.user = user;
+    request.keep = LISTING_LIMIT;
+    let output = docker
+        .exec(container, &request)
+        .await
+        .map_err(|source| FileAccessError::engine(path, source))?;
+    if output.exit_code != 0 {
+        let mut said = output.stderr;
+        said.extend_from_slice(&output.stdout);
+        let reason = String::from_utf8_lossy(&said).trim().to_owned();
+        return Err(FileAccessError::Listing {
+            exit_code: output.exit_code,
+            reason,
+        });
+    }
+    Ok(ListFilesReply {
+        files: String::from_utf8_lossy(&output.stdout).into_owned(),
+        errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+        abspath: path.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    #[test]
+    fn paths_stay_in_the_users_directory() {
+        for (path, expected) in [
+            ("a.txt", "/home/work/a.txt"),
+            ("./x/../y", "/home/work/y"),
+            (".", "/home/work"),
+            ("/home/work/z", "/home/work/z"),
+        ] {
+            assert_eq!(inside(path).expect(path), PathBuf::from(expected));
+        }
+        for path in [
+            "../x",
+            "/etc/passwd",
+            "a/../../../etc",
+            "/home/workshop",
+            "a\0b",
+        ] {
+            let err = inside(path).expect_err(path);
+            assert_eq!(err.python_class(), "PermissionError");
+        }
+    }
+
+    fn place(directory: &Path) -> UploadPlace {
+        UploadPlace {
+            work_dir: directory.to_owned(),
+            uid: rustix::process::geteuid().as_raw()
+                + u32::from(rustix::process::geteuid().is_root()) * 1000,
+            gid: rustix::process::getegid().as_raw(),
+            mounts: vec!["/home/work/data".to_owned()],
+        }
+    }
+
+    #[tokio::test]
+    async fn uploads_belong_to_root_in_the_original() {
+        let directory = tempfile::tempdir().expect("directory");
+        let place = place(directory.path());
+        upload_file(place.clone(), "a/b/c.txt".into(), Bytes::from_static(b"hi"))
+            .await
+            .expect("written");
+        upload_file(place.clone(), "a/b/c.txt".into(), Bytes::from_static(b"h"))
+            .await
+            .expect("written over");
+        let file = directory.path().join("a/b/c.txt");
+        assert_eq!(std::fs::read(&file).expect("file"), b"h");
+        for path in [
+            &file,
+            &directory.path().join("a/b"),
+            &directory.path().join("a"),
+        ] {
+            assert_eq!(path.metadata().expect("metadata").uid(), place.uid);
+        }
+    }
+
+    #[tokio::test]
+    async fn uploads_do_not_leave_the_directory() {
+        let directory = tempfile::tempdir().expect("directory");
+        let outside = tempfile::tempdir().expect("directory");
+        symlink(outside.path(), directory.path().join("way-out")).expect("link");
+        symlink(
+            outside.path().join("target"),
+            directory.path().join("file-out"),
+        )
+        .expect("link");
+        for name in [
+            "way-out/x",
+            "file-out",
+            "../x",
+            "/home/work/x",
+            "data/x",
+            ".",
+        ] {
+            let err = upload_file(place(directory.path()), name.into(), Bytes::new())
+                .await
+                .expect_err(name);
+            assert_eq!(err.python_class(), "PermissionError", "{name}: {err}");
+        }
+        assert_eq!(outside.path().read_dir().expect("directory").count(), 0);
+        std::fs::create_dir(directory.path().join("dir")).expect("directory");
+        let err = upload_file(place(directory.path()), "dir".into(), Bytes::new())
+            .await
+            .expect_err("a directory");
+        assert_eq!(err.python_class(), "RuntimeError", "{err}");
+    }
+
+    #[test]
+    fn a_single_file_is_taken_out_of_its_archive() {
+        let archive = |names: &[&str]| {
+            let mut builder = tar::Builder::new(Vec::new());
+            for name in names {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(2);
+                header.set_mode(0o644);
+                header.set_cksum();
+                builder
+                    .append_data(&mut header, name, &b"ab"[..])
+                    .expect("appended");
+            }
+            builder.into_inner().expect("archive")
+        };
+        assert_eq!(single_member(&archive(&["a"])).as_deref(), Some(&b"ab"[..]));
+        assert_eq!(single_member(&archive(&["a", "b"])), None);
+        assert_eq!(single_member(&archive(&[])), None);
+        assert_eq!(single_member(b"not an archive at all"), None);
+    }
+}
