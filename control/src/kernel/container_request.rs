@@ -20,6 +20,7 @@ use super::resource_text::scaled;
 use super::service_ports::{
     REPL_IN, REPL_OUT, ServicePort, TTYD, container_label, container_ports,
 };
+use crate::resource::ContainerLimits;
 use bollard::models::{
     ContainerCreateBody, DeviceMapping, EndpointSettings, HostConfig, HostConfigLogConfig,
     Mount as EngineMount, MountBindOptions, MountType, MountVolumeOptions, NetworkingConfig,
@@ -88,6 +89,18 @@ pub struct Limits {
     pub memory_swap: Option<i64>,
     /// CPU time in billionths of a core, only when the node gives quotas.
     pub nano_cpus: Option<i64>,
+}
+
+impl From<&ContainerLimits> for Limits {
+    fn from(limits: &ContainerLimits) -> Self {
+        Self {
+            cpuset_cpus: limits.cpuset_cpus.clone(),
+            cpuset_mems: limits.cpuset_mems.clone(),
+            memory: limits.memory,
+            memory_swap: limits.memory_swap,
+            nano_cpus: limits.nano_cpus,
+        }
+    }
 }
 
 /// Everything the body is made of.

@@ -6,6 +6,7 @@
 
 use super::request::{KernelCreationConfig, TextMap};
 use super::resource_text::scaled;
+pub use crate::resource::AttachedDevice;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -29,17 +30,6 @@ impl Identity {
             kept_gid: (config.main_gid.is_some() && matched).then_some(kernel_gid),
         }
     }
-}
-
-/// A device attached to the kernel, in the form of the `create_kernels` result.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AttachedDevice {
-    pub device_id: String,
-    #[serde(default)]
-    pub model_name: String,
-    /// Plugin's own data; `mem` (bytes) is used here for accelerators.
-    #[serde(default)]
-    pub data: serde_json::Map<String, serde_json::Value>,
 }
 
 /// What the variables depend on besides the request.
