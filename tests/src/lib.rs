@@ -1,10 +1,12 @@
 //! Harness of the integration suites: what they need made, started and observed.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
 pub mod dataplane;
 pub mod fake_runner;
 pub mod fault_docker;
 pub mod images;
+pub mod netns;
 pub mod node;
 pub mod python;
 pub mod regions;

@@ -3,6 +3,9 @@
 //! In: the container's directory in each hierarchy. Out: counters, each present or absent by
 //! itself. Sources: Documentation/admin-guide/cgroup-v1/{cpuacct,memory,pids,blkio-controller}.
 //!
+//! User and system time are counted by the clock tick and may run ahead of the exact usage by a
+//! few ticks.
+//!
 //! Limits of block devices in this version: `blkio.throttle.io_service_bytes` counts what passes
 //! the throttling layer. Buffered writes are charged to the root cgroup, by design. Some kernels
 //! count nothing at all unless a limit is set (then the file has only a `Total 0` line); that is
@@ -71,6 +74,7 @@ pub struct Memory {
     peak: CachedFile,
     oom: CachedFile,
     failures: CachedFile,
+    swap_failures: CachedFile,
 }
 
 impl Memory {
@@ -83,6 +87,7 @@ impl Memory {
             peak: file("memory.max_usage_in_bytes"),
             oom: file("memory.oom_control"),
             failures: file("memory.failcnt"),
+            swap_failures: file("memory.memsw.failcnt"),
         }
     }
 
@@ -102,6 +107,10 @@ impl Memory {
             max_events: self.failures.read(buffer).ok().and_then(number),
             ..MemoryCounters::default()
         };
+        // Where both limits are the same, it is the one with swap that is hit.
+        if let Some(more) = self.swap_failures.read(buffer).ok().and_then(number) {
+            counters.max_events = counters.max_events.map(|hits| hits.saturating_add(more));
+        }
         if let Ok(text) = self.stat.read(buffer) {
             // The limit in force, which is the least of this cgroup's and its parents'.
             counters.limit_bytes = keyed(text, "hierarchical_memory_limit").map(limit);
