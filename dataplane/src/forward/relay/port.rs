@@ -172,7 +172,8 @@ impl Port {
         self.target
     }
 
-    /// Replaces the rules; sessions under way get the new idle timeout, admission the rest.
+    /// Replaces the rules: admission at once, the idle timeout of sessions under way when their
+    /// timer comes up the next time (within two minutes).
     pub fn set_rules(&self, rules: Rules) {
         self.idle_slots
             .store(rules.idle_timeout.map_or(0, slots), Relaxed);

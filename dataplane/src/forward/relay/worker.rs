@@ -465,7 +465,12 @@ impl Worker {
             return;
         }
         self.sessions.insert(session);
-        let due = u64::from(self.now) + u64::from(port.connect_slots()) + 1;
+        // The earlier of the two timeouts; whatever is left then is put back.
+        let slots = match port.idle_slots() {
+            0 => port.connect_slots(),
+            idle => idle.min(port.connect_slots()),
+        };
+        let due = u64::from(self.now) + u64::from(slots) + 1;
         self.wheel.insert(due, Entry { index, generation });
     }
 
