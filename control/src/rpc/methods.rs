@@ -6,6 +6,7 @@
 
 mod answers;
 mod extension;
+mod files;
 mod images;
 mod lifecycle;
 mod run;
@@ -73,9 +74,10 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "start_service" => run::start_service(node, args).await,
         "shutdown_service" => run::shutdown_service(node, args),
         "get_logs" => answers::logs(node, &args).await,
-        "upload_file" | "download_file" | "download_single" | "list_files" => {
-            Err(missing(method, "file access"))
-        }
+        "upload_file" => files::upload(node, args).await,
+        "download_file" => files::download(node, args).await,
+        "download_single" => files::download_single(node, args).await,
+        "list_files" => files::list(node, args).await,
         "commit" => Err(missing(
             "commit",
             "turning a running kernel into an image or archive",

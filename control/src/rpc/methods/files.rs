@@ -1,0 +1,109 @@
+//! Files into and out of a kernel.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::super::arguments::Arguments;
+use super::super::failure::Failure;
+use super::super::value::Value;
+use super::{known_kernel, reply};
+use crate::kernel::destroy::chain;
+use crate::kernel::environment::Identity;
+use crate::kernel::file_access::{self, FileAccessError, UploadPlace};
+use crate::kernel::node::Node;
+use crate::kernel::registry::Kernel;
+
+/// What the runner's entrypoint takes when it is told no user.
+const ENTRYPOINT_ID: u32 = 9001;
+
+fn refused(err: &FileAccessError) -> Failure {
+    Failure::new(err.python_class(), chain(err))
+}
+
+fn container_of(kernel: &Kernel) -> Result<String, Failure> {
+    kernel
+        .container()
+        .map(|container| container.to_string())
+        .ok_or_else(|| Failure::runtime_error(format!("kernel {} has no container", kernel.id)))
+}
+
+pub(super) async fn upload(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let kernel = known_kernel(node, &args)?;
+    let name: String = args.get("filename")?;
+    let content: Bytes = match args.take("filedata") {
+        Value::Bin(content) => content,
+        other => {
+            return Err(Failure::type_error(format!(
+                "filedata must be bytes, not {}",
+                other.kind()
+            )));
+        }
+    };
+    let place = upload_place(node, &kernel);
+    file_access::upload_file(place, name, content)
+        .await
+        .map_err(|err| refused(&err))?;
+    Ok(Value::Nil)
+}
+
+/// The user and group that the kernel's processes have.
+fn owner_of(node: &Node, kernel: &Kernel) -> (u32, u32) {
+    let container = &node.config.container;
+    let request = kernel.with_record(|record| record.request.clone());
+    match request {
+        Some(request) => {
+            let identity = Identity::of(&request, container.kernel_uid, container.kernel_gid);
+            (
+                identity.uid.unwrap_or(ENTRYPOINT_ID),
+                identity.gid.unwrap_or(ENTRYPOINT_ID),
+            )
+        }
+        // A kernel found without a journal: the node's own user is the best guess.
+        None => (container.kernel_uid, container.kernel_gid),
+    }
+}
+
+fn upload_place(node: &Node, kernel: &Kernel) -> UploadPlace {
+    let (uid, gid) = owner_of(node, kernel);
+    kernel.with_record(|record| UploadPlace {
+        work_dir: node.scratch.paths(record.kernel_id).work,
+        uid,
+        gid,
+        mounts: record
+            .mounts
+            .iter()
+            .map(|mount| mount.target.clone())
+            .filter(|target| target.starts_with("/home/work/"))
+            .collect(),
+    })
+}
+
+pub(super) async fn download(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let kernel = known_kernel(node, &args)?;
+    let path: String = args.get("filepath")?;
+    let container = container_of(&kernel)?;
+    let archive = file_access::download_file(&node.docker, &container, &path).await;
+    archive.map(Value::Bin).map_err(|err| refused(&err))
+}
+
+pub(super) async fn download_single(
+    node: &Arc<Node>,
+    mut args: Arguments,
+) -> Result<Value, Failure> {
+    let kernel = known_kernel(node, &args)?;
+    let path: String = args.get("filepath")?;
+    let container = container_of(&kernel)?;
+    let content = file_access::download_single(&node.docker, &container, &path).await;
+    content.map(Value::Bin).map_err(|err| refused(&err))
+}
+
+pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let kernel = known_kernel(node, &args)?;
+    let path: String = args.get("path")?;
+    let container = container_of(&kernel)?;
+    let (uid, gid) = owner_of(node, &kernel);
+    let user = format!("{uid}:{gid}");
+    let listing = file_access::list_files(&node.docker, &container, &path, Some(user)).await;
+    reply(&listing.map_err(|err| refused(&err))?)
+}
