@@ -136,7 +136,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     .map_err(AppError::Relay)?;
 
     // The watch is opened before any row is applied: what goes away after this is told.
-    let watch = LinkWatch::open().map_err(AppError::Links)?;
+    let mut watch = LinkWatch::open().map_err(AppError::Links)?;
     let lookup = LinkLookup::open().map_err(AppError::Links)?;
     let mut link = Link::new(
         reader,

@@ -348,12 +348,8 @@ impl Link {
                 .collect();
         }
         changes.applied = Some(mark);
-        match self.board.publish_changes(changes) {
-            Ok(()) => self.applied = Some(mark),
-            Err(err) => {
-                tracing::error!(%err, "the statuses of ports can't be published");
-            }
-        }
+        self.publish(changes);
+        self.applied = Some(mark);
     }
 
     fn note(&mut self, row: PortRow, region: RegionId) {
@@ -560,9 +556,35 @@ impl Link {
     }
 
     fn publish(&self, changes: Changes) {
-        if let Err(err) = self.board.publish_changes(changes) {
-            tracing::error!(%err, "the statuses of ports can't be published");
+        let (put, forget, applied) = (changes.put.clone(), changes.forget.clone(), changes.applied);
+        let Err(err) = self.board.publish_changes(changes) else {
+            return;
+        };
+        tracing::error!(
+            %err,
+            "not all statuses of ports fit the observed region: restart the dataplane, it takes \
+             the desired region's sizes at its start"
+        );
+        // One by one, so that those that fit are answered.
+        let alone = |change: Changes| {
+            if let Err(err) = self.board.publish_changes(change) {
+                tracing::debug!(%err, "a status is left out");
+            }
+        };
+        alone(Changes {
+            forget,
+            ..Changes::default()
+        });
+        for entry in put {
+            alone(Changes {
+                put: vec![entry],
+                ..Changes::default()
+            });
         }
+        alone(Changes {
+            applied,
+            ..Changes::default()
+        });
     }
 
     /// Sessions are draining: look again soon.

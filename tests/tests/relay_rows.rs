@@ -3,6 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -220,39 +221,83 @@ fn a_removed_port_drains_then_cuts() {
 
 #[test]
 fn killing_control_leaves_transfers_whole_and_a_new_control_is_answered() {
-    let (place, _process, mut control) = started(Options::default());
+    let place = Place::new(Options::default()).expect("a place");
+    let _process = place.start().expect("bai-dataplane");
     let server = traffic::listener("127.0.0.1:0");
     let row = row_to(server.local_addr().expect("bound"));
-    control.publish(row.clone()).expect("an answer");
-    let mut client = traffic::connect(address_of(&row)).expect("accepted");
+    let mut doomed = Command::new(env!("CARGO_BIN_EXE_row-publisher"))
+        .arg(place.run_dir().control())
+        .arg(place.run_dir().dataplane())
+        .args([row.host_port.to_string(), row_target(&row).to_string()])
+        .spawn()
+        .expect("a control");
+    let mut client = until("the row being served", || {
+        traffic::connect(address_of(&row)).ok()
+    })
+    .expect("served");
     let (mut accepted, _) = server.accept().expect("connected");
     traffic::patient(&accepted).expect("deadlines");
-    let length = 40 * 1024 * 1024;
+    let length = 60 * 1024 * 1024;
     let sender = thread::spawn(move || {
         traffic::send(&mut client, 1, length, Manner::eager(200_000)).expect("sent");
+        client.shutdown(Shutdown::Write).expect("half-close");
     });
-    // A region's writer that is dropped without a word is what SIGKILL leaves.
-    let region = control.desired.region_id();
-    drop(control);
+    // Killed in the middle: the first bytes have arrived, the last can't have.
+    let mut first = [0];
+    accepted.peek(&mut first).expect("the transfer has begun");
+    doomed.kill().expect("SIGKILL");
+    doomed.wait().expect("its end");
     assert_eq!(
         traffic::receive(&mut accepted, 1, Manner::eager(100_000)),
         Ok(length)
     );
     sender.join().expect("the sender");
-    let mut control = place.control().expect("the region again");
-    assert_eq!(
-        control.desired.region_id(),
-        region,
-        "the region outlives its writer"
-    );
-    let mut second = row_to(row_target(&row));
-    second.service = "again".to_owned();
-    let status = control.publish(second).expect("an answer");
+
+    let mut control = place.control().expect("the region is taken over");
+    let snapshot = control.desired.snapshot().expect("its rows");
+    assert_eq!(snapshot.ports.len(), 1, "the region outlives its writer");
+    let status = control
+        .publish(row_to(row_target(&row)))
+        .expect("an answer");
     assert_eq!(status.state, PortState::Serving);
     assert_eq!(
         control.status(row.key()).map(|status| status.state),
-        Some(PortState::Serving)
+        Some(PortState::Serving),
+        "what the dead control wanted is still served"
     );
+    traffic::connect(address_of(&row)).expect("still served");
+}
+
+#[test]
+fn hundreds_of_rows_come_and_go_in_one_batch_each() {
+    let (_place, mut process, mut control) = started(Options::default());
+    let echo = traffic::echo_server("127.0.0.1:0");
+    let rows: Vec<_> = (0..300).map(|_| row_to(echo)).collect();
+    let mut keys: Vec<_> = rows.iter().map(shared::desired::PortRow::key).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let generation = control
+        .write(|batch| rows.iter().for_each(|row| batch.put_port(row.clone())))
+        .expect("written");
+    for key in &keys {
+        let status = control.answer(*key, generation).expect("an answer");
+        assert_eq!(status.state, PortState::Serving, "{key}: {}", status.reason);
+    }
+    for row in rows.iter().step_by(37) {
+        assert_eq!(ask(address_of(row), b"n").expect("an echo"), b"n");
+    }
+    control
+        .write(|batch| keys.iter().for_each(|key| batch.remove_port(*key)))
+        .expect("written");
+    for key in &keys {
+        control.in_state(*key, PortState::Removed).expect("removed");
+    }
+    assert_eq!(control.release(), keys.len(), "all rows can be used again");
+    let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid()))
+        .expect("descriptors")
+        .count();
+    assert!(open < 100, "{open} descriptors are left open");
+    assert!(process.running());
 }
 
 fn row_target(row: &shared::desired::PortRow) -> SocketAddr {

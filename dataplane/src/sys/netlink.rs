@@ -130,6 +130,7 @@ pub struct LinkChanges {
 #[derive(Debug)]
 pub struct LinkWatch {
     fd: OwnedFd,
+    buffer: Vec<u8>,
 }
 
 impl LinkWatch {
@@ -141,18 +142,21 @@ impl LinkWatch {
         let fd = open(RTMGRP_LINK, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
         // A node of a thousand containers may lose all its links at once.
         let _ = sockopt::set_socket_recv_buffer_size(&fd, 1024 * 1024);
-        Ok(Self { fd })
+        Ok(Self {
+            fd,
+            buffer: vec![0; BUFFER],
+        })
     }
 
     /// Takes all waiting notifications. Never blocks.
-    pub fn changes(&self) -> LinkChanges {
+    pub fn changes(&mut self) -> LinkChanges {
         let mut found = LinkChanges::default();
-        let mut buffer = vec![0; BUFFER];
         loop {
-            match net::recvfrom(&self.fd, &mut buffer[..], RecvFlags::empty()) {
+            match net::recvfrom(&self.fd, &mut self.buffer[..], RecvFlags::empty()) {
                 Ok((read, _, sender)) => {
                     if from_kernel(sender) {
-                        gone_links(buffer.get(..read).unwrap_or_default(), &mut found.gone);
+                        let datagram = self.buffer.get(..read).unwrap_or_default();
+                        gone_links(datagram, &mut found.gone);
                     }
                 }
                 Err(Errno::INTR) => {}
