@@ -1,0 +1,329 @@
+//! The relay alone: memory per idle connection, CPU per byte and per message, against no relay at
+//! all and against the same relay without splice.
+//!
+//! `cargo run --release -p benches --bin relay-micro [connections] [gigabytes]`
+//!
+//! The relay runs in a process of its own, so that its memory and CPU time are its own; client and
+//! server share this one. Everything is on loopback: no network card, 64 KiB segments. On a machine
+//! of few cores wall-clock figures tell who else is running; CPU time of the relay does not.
+#![forbid(unsafe_code)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use dataplane::forward::relay::port::Rules;
+use dataplane::forward::relay::{Options, Relay};
+use dataplane::sys::rlimit;
+
+const PIECE: usize = 256 * 1024;
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let limit = rlimit::raise_descriptors();
+    if words.first().map(String::as_str) == Some("relay") {
+        return serve(&words);
+    }
+    let connections: usize = words.first().map_or(Ok(4000), |word| word.parse())?;
+    let gigabytes: u64 = words.get(1).map_or(Ok(8), |word| word.parse())?;
+    // This process holds two sockets of each connection.
+    let connections = connections.min(usize::try_from(limit / 2)?.saturating_sub(200));
+    println!("descriptors {limit}, kernel {}", kernel());
+
+    println!("\nmemory, {connections} idle connections");
+    let server = TcpListener::bind("127.0.0.1:0")?;
+    let relay = Process::start(server.local_addr()?, true)?;
+    warm(&relay, &server)?;
+    let before = relay.private_kib()?;
+    let mut kept = Vec::new();
+    for _ in 0..connections {
+        let client = TcpStream::connect(relay.address)?;
+        kept.push((client, server.accept()?.0));
+    }
+    let after = relay.private_kib()?;
+    println!("  relay before     {before:>8} KiB private");
+    println!("  relay after      {after:>8} KiB private");
+    println!(
+        "  per connection   {:>8.0} B",
+        (after.saturating_sub(before) * 1024) as f64 / connections as f64
+    );
+    // Every connection moves a message; buffers must not stay behind.
+    for (client, accepted) in &mut kept {
+        client.write_all(&[1; 64])?;
+        accepted.read_exact(&mut [0; 64])?;
+    }
+    let used = relay.private_kib()?;
+    println!(
+        "  after use        {:>8.0} B per connection",
+        (used.saturating_sub(before) * 1024) as f64 / connections as f64
+    );
+    drop(kept);
+    drop(relay);
+
+    println!("\nbulk, one stream of {gigabytes} GB");
+    for way in [Way::Direct, Way::Splice, Way::Copy] {
+        bulk(way, gigabytes)?;
+    }
+    for clients in [1, 32] {
+        println!("\nmessages of 64 bytes, {clients} connections, 3 s");
+        for way in [Way::Direct, Way::Splice] {
+            messages(way, clients)?;
+        }
+    }
+    println!("\nconnections, one after the other: connect, 64 bytes each way, close, 3 s");
+    for way in [Way::Direct, Way::Splice] {
+        connections_per_second(way)?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Direct,
+    Splice,
+    Copy,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Splice => "relay",
+            Self::Copy => "relay, copy only",
+        }
+    }
+
+    fn open(self, target: SocketAddr) -> Result<(SocketAddr, Option<Process>)> {
+        let splice = match self {
+            Self::Direct => return Ok((target, None)),
+            Self::Splice => true,
+            Self::Copy => false,
+        };
+        let relay = Process::start(target, splice)?;
+        Ok((relay.address, Some(relay)))
+    }
+}
+
+/// The child: a relay with one port. Ends with its input.
+fn serve(words: &[String]) -> Result<()> {
+    let [_, target, splice] = words else {
+        bail!("relay TARGET SPLICE");
+    };
+    let relay = Relay::start(Options {
+        splice: splice == "true",
+        ..Options::default()
+    })?;
+    let port = relay.open("127.0.0.1:0".parse()?, target.parse()?, Rules::default())?;
+    println!("{}", port.bind());
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+struct Process {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Process {
+    fn start(target: SocketAddr, splice: bool) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["relay", &target.to_string(), &splice.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().context("piped")?).read_line(&mut line)?;
+        Ok(Self {
+            child,
+            address: line.trim().parse().context("the relay's address")?,
+        })
+    }
+
+    fn private_kib(&self) -> Result<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id()))?;
+        Ok(text
+            .lines()
+            .filter(|line| line.starts_with("Private_"))
+            .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum())
+    }
+
+    fn cpu(&self) -> Result<Duration> {
+        // schedstat counts in ns; its first number is the time on a CPU of the main thread only,
+        // so the threads are summed.
+        let mut sum = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+            sum += text
+                .split_whitespace()
+                .next()
+                .and_then(|ns| ns.parse::<u64>().ok())
+                .unwrap_or(0);
+        }
+        Ok(Duration::from_nanos(sum))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
+}
+
+fn warm(relay: &Process, server: &TcpListener) -> Result<()> {
+    let mut client = TcpStream::connect(relay.address)?;
+    let (mut accepted, _) = server.accept()?;
+    client.write_all(b"x")?;
+    accepted.read_exact(&mut [0])?;
+    Ok(())
+}
+
+fn report(
+    way: Way,
+    relay: Option<&Process>,
+    before: Duration,
+    unit: &str,
+    units: f64,
+    took: f64,
+) -> Result<()> {
+    print!("  {:<18} {:>12.1} {unit}/s", way.name(), units / took);
+    if let Some(relay) = relay {
+        let cpu = (relay.cpu()? - before).as_secs_f64();
+        print!(
+            ", relay CPU {:.3} s per {}{unit}",
+            cpu / units * scale(unit).0,
+            scale(unit).1
+        );
+    }
+    println!();
+    Ok(())
+}
+
+fn scale(unit: &str) -> (f64, &'static str) {
+    if unit == "GB" {
+        (1.0, "")
+    } else {
+        (100_000.0, "100k ")
+    }
+}
+
+fn cpu_of(relay: Option<&Process>) -> Result<Duration> {
+    relay.map_or(Ok(Duration::ZERO), Process::cpu)
+}
+
+fn bulk(way: Way, gigabytes: u64) -> Result<()> {
+    let server = TcpListener::bind("127.0.0.1:0")?;
+    let (address, relay) = way.open(server.local_addr()?)?;
+    let mut client = TcpStream::connect(address)?;
+    let (mut accepted, _) = server.accept()?;
+    let total = gigabytes * 1_000_000_000;
+    let before = cpu_of(relay.as_ref())?;
+    let begin = Instant::now();
+    let writer = std::thread::spawn(move || {
+        let piece = vec![7; PIECE];
+        let mut left = total;
+        while left > 0 {
+            let now = piece.len().min(usize::try_from(left).unwrap_or(PIECE));
+            client.write_all(&piece[..now])?;
+            left -= now as u64;
+        }
+        std::io::Result::Ok(())
+    });
+    let mut buffer = vec![0; PIECE];
+    let mut got = 0;
+    loop {
+        match accepted.read(&mut buffer)? {
+            0 => break,
+            read => got += read as u64,
+        }
+    }
+    let took = begin.elapsed().as_secs_f64();
+    writer
+        .join()
+        .map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+    if got != total {
+        bail!("{got} of {total} bytes arrived");
+    }
+    report(way, relay.as_ref(), before, "GB", total as f64 / 1e9, took)
+}
+
+fn echo_server() -> Result<SocketAddr> {
+    let server = TcpListener::bind("127.0.0.1:0")?;
+    let address = server.local_addr()?;
+    std::thread::spawn(move || {
+        for stream in server.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let _ = stream.set_nodelay(true);
+            std::thread::spawn(move || {
+                let mut buffer = [0; 64];
+                while stream.read_exact(&mut buffer).is_ok() && stream.write_all(&buffer).is_ok() {}
+            });
+        }
+    });
+    Ok(address)
+}
+
+const SPAN: Duration = Duration::from_secs(3);
+
+fn messages(way: Way, clients: usize) -> Result<()> {
+    let (address, relay) = way.open(echo_server()?)?;
+    let before = cpu_of(relay.as_ref())?;
+    let begin = Instant::now();
+    let threads: Vec<_> = (0..clients)
+        .map(|_| {
+            std::thread::spawn(move || -> std::io::Result<u64> {
+                let mut stream = TcpStream::connect(address)?;
+                stream.set_nodelay(true)?;
+                let mut done = 0;
+                let mut buffer = [3; 64];
+                while begin.elapsed() < SPAN {
+                    stream.write_all(&buffer)?;
+                    stream.read_exact(&mut buffer)?;
+                    done += 1;
+                }
+                Ok(done)
+            })
+        })
+        .collect();
+    let mut done = 0;
+    for thread in threads {
+        done += thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("a client panicked"))??;
+    }
+    let took = begin.elapsed().as_secs_f64();
+    report(way, relay.as_ref(), before, "messages", done as f64, took)
+}
+
+fn connections_per_second(way: Way) -> Result<()> {
+    let (address, relay) = way.open(echo_server()?)?;
+    let before = cpu_of(relay.as_ref())?;
+    let begin = Instant::now();
+    let mut done = 0_u64;
+    while begin.elapsed() < SPAN {
+        let mut stream = TcpStream::connect(address)?;
+        let mut buffer = [3; 64];
+        stream.write_all(&buffer)?;
+        stream.read_exact(&mut buffer)?;
+        done += 1;
+    }
+    let took = begin.elapsed().as_secs_f64();
+    report(
+        way,
+        relay.as_ref(),
+        before,
+        "connections",
+        done as f64,
+        took,
+    )
+}
