@@ -1,5 +1,6 @@
 //! The `bai-dataplane` program: arguments, configuration, logs, exit code.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
             EnvFilter::try_from_env("BAI_LOG").unwrap_or_else(|_| EnvFilter::new(level)),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match arguments.command {
         None => run(&loaded.config),
