@@ -1,0 +1,385 @@
+//! Control killed at each step: what runs goes on, what was begun is finished, what belongs to
+//! nobody is removed.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use control::rpc::Value;
+use harness::images::Image;
+use harness::kernels::{self, Order, text};
+use harness::node::{Node, NodeOptions};
+use harness::wait;
+use serde_json::json;
+use uuid::Uuid;
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// Sends `create_kernels` and does not wait for the answer.
+async fn begin_creation(node: &Node, order: &Order) -> Result<()> {
+    let (client, args) = (node.client().await?, order.arguments());
+    tokio::spawn(async move {
+        // The agent is killed under it.
+        let _ = client
+            .call("create_kernels", args, Vec::new(), Duration::from_secs(100))
+            .await;
+    });
+    Ok(())
+}
+
+async fn container_of(node: &Node) -> Result<String> {
+    wait::until("the container is there", SOON, || async {
+        node.containers().ok()?.pop()
+    })
+    .await
+}
+
+async fn wait_state(node: &Node, kernel: Uuid, wanted: Option<&str>) -> Result<()> {
+    wait::until(&format!("the kernel is {wanted:?}"), SOON, || async {
+        (kernels::state(node, kernel).await.ok()?.as_deref() == wanted).then_some(())
+    })
+    .await
+}
+
+// The runner is connected again in the background.
+async fn wait_usable(node: &Node, order: &Order) -> Result<()> {
+    wait::until("the runner is connected", SOON, || async {
+        let pinged = kernels::ask(node, "ping_kernel", vec![text(order.kernel)])
+            .await
+            .ok()?;
+        pinged["started_at"].is_number().then_some(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_control_adopts_its_kernels() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let before = kernels::ask(&node, "bai.status", vec![]).await?;
+    node.kill_control()?;
+    node.start_control().await?;
+    assert_eq!(
+        kernels::state(&node, order.kernel).await?.as_deref(),
+        Some("running")
+    );
+    // The first answer already knows what is held.
+    let after = kernels::ask(&node, "bai.status", vec![]).await?;
+    assert_eq!(after["slots"], before["slots"]);
+    assert_eq!(after["ports"]["free"], before["ports"]["free"]);
+    assert_eq!(
+        kernels::create(&node, &order).await?,
+        result,
+        "a retry has the same answer"
+    );
+    wait_usable(&node, &order).await?;
+    let ran = kernels::run(&node, &order, "echo still here").await?;
+    assert_eq!(ran.output, "still here\n");
+    // Another kernel gets other ports.
+    let second = Order::of(Image::Runner)?;
+    let other = kernels::create(&node, &second).await?;
+    for service in ["sshd", "ttyd", "web"] {
+        assert_ne!(
+            kernels::host_ports(&result, service),
+            kernels::host_ports(&other, service)
+        );
+    }
+    kernels::destroy(&node, &order).await?;
+    kernels::destroy(&node, &second).await?;
+    assert_eq!(kernels::ends(&node, order.kernel).await?.len(), 1);
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_control_loses_no_byte_of_a_transfer() -> Result<()> {
+    const BYTES: usize = 48 << 20;
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let made = kernels::run(
+        &node,
+        &order,
+        "dd if=/dev/urandom of=/home/work/big bs=1M count=48 2>/dev/null; sha256sum /home/work/big",
+    )
+    .await?;
+    let expected = made
+        .output
+        .split_whitespace()
+        .next()
+        .context("a checksum")?
+        .to_owned();
+    let args = vec![text(order.kernel), Value::from("web"), Value::Map(vec![])];
+    assert_eq!(
+        kernels::ask(&node, "start_service", args).await?["status"],
+        "started"
+    );
+
+    let port = kernels::host_ports(&result, "web")[0];
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(SOON))?;
+    write!(stream, "GET /work/big HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut received = vec![0; 1 << 20];
+    stream.read_exact(&mut received)?;
+    node.kill_control()?;
+    // More than all buffers on the way can hold is still to come.
+    stream.read_to_end(&mut received)?;
+    node.start_control().await?;
+    let body = received
+        .windows(4)
+        .position(|it| it == b"\r\n\r\n")
+        .context("a header")?
+        + 4;
+    assert_eq!(received.len() - body, BYTES);
+    let file = node
+        .scratch(&order.kernel.to_string())
+        .join("work/received");
+    std::fs::write(&file, &received[body..])?;
+    let sum = std::process::Command::new("sha256sum")
+        .arg(&file)
+        .output()?;
+    let sum = String::from_utf8(sum.stdout)?;
+    assert_eq!(sum.split_whitespace().next(), Some(expected.as_str()));
+
+    wait_usable(&node, &order).await?;
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_control_leaves_its_kernels_alone() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    node.stop_control()?;
+    assert!(node.log("bai-agent").contains("kernels go on"));
+    assert_eq!(
+        node.containers()?,
+        [result["container_id"].as_str().unwrap().to_owned()]
+    );
+    node.start_control().await?;
+    wait_usable(&node, &order).await?;
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_unregistered_live_containers_are_killed() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Services)?;
+    let result = kernels::create(&node, &order).await?;
+    let before = kernels::ask(&node, "bai.status", vec![]).await?;
+    node.kill_control()?;
+    std::fs::remove_dir_all(node.state().join("kernels"))?;
+    node.start_control().await?;
+    assert_eq!(
+        kernels::state(&node, order.kernel).await?.as_deref(),
+        Some("running")
+    );
+    wait_usable(&node, &order).await?;
+    let ran = kernels::run(&node, &order, "echo adopted").await?;
+    assert_eq!(ran.output, "adopted\n");
+    let after = kernels::ask(&node, "bai.status", vec![]).await?;
+    assert_eq!(
+        after["slots"], before["slots"],
+        "devices are known from resource.txt"
+    );
+    assert_eq!(
+        after["ports"]["free"], before["ports"]["free"],
+        "ports are known from the label"
+    );
+    let args = vec![text(order.kernel), Value::from("pair"), Value::Map(vec![])];
+    assert_eq!(
+        kernels::ask(&node, "start_service", args).await?["status"],
+        "started"
+    );
+    for port in kernels::host_ports(&result, "pair") {
+        assert!(kernels::fetch(port, "/")?.starts_with("HTTP/1"));
+    }
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_died_meanwhile_is_finished() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    kernels::run(&node, &order, "echo last words").await?;
+    node.kill_control()?;
+    kernels::docker(&["kill", result["container_id"].as_str().unwrap()])?;
+    node.start_control().await?;
+    let end = kernels::wait_end(&node, order.kernel).await?;
+    assert_eq!(end, ("self-terminated".to_owned(), 137));
+    wait_state(&node, order.kernel, None).await?;
+    let logs = kernels::ask(&node, "get_logs", vec![text(order.kernel)]).await?;
+    assert!(
+        logs["logs"].as_str().unwrap().contains("last words"),
+        "{logs}"
+    );
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_creation_cut_short_goes_on() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["bootstrap_script"] = json!("sleep 6\n");
+    begin_creation(&node, &order).await?;
+    let container = container_of(&node).await?;
+    wait::until("the container runs", SOON, || async {
+        let state =
+            kernels::docker(&["inspect", "--format", "{{.State.Running}}", &container]).ok()?;
+        (state == "true").then_some(())
+    })
+    .await?;
+    node.kill_control()?;
+    node.start_control().await?;
+    assert_eq!(
+        kernels::ask(&node, "check_creating", vec![text(order.kernel)]).await?,
+        json!(true)
+    );
+    wait_state(&node, order.kernel, Some("running")).await?;
+    let names: Vec<String> = kernels::events(&node, order.kernel)
+        .await?
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    assert!(names.contains(&"kernel_started".to_owned()), "{names:?}");
+    let ran = kernels::run(&node, &order, "echo ready").await?;
+    assert_eq!(ran.output, "ready\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_up_cut_short_is_finished_with_its_reason() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let container = result["container_id"].as_str().unwrap();
+    kernels::docker(&[
+        "exec",
+        "-d",
+        "-u",
+        "root",
+        container,
+        "sh",
+        "-c",
+        "kill -STOP $(pidof bai-krunner)",
+    ])?;
+    let client = node.client().await?;
+    let args = vec![
+        text(order.kernel),
+        text(order.session),
+        Value::from("idle-timeout"),
+    ];
+    tokio::spawn(async move {
+        let _ = client
+            .call("destroy_kernel", args, Vec::new(), Duration::from_secs(100))
+            .await;
+    });
+    // Once the journal says so, the end is certain; before that the destroy was never answered.
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let journal = journal.join(format!("{}.json", order.kernel));
+    wait::until("the journal says that the kernel ends", SOON, || async {
+        let text = std::fs::read_to_string(&journal).ok()?;
+        text.contains("idle-timeout").then_some(())
+    })
+    .await?;
+    node.kill_control()?;
+    node.start_control().await?;
+    let (reason, _) = kernels::wait_end(&node, order.kernel).await?;
+    assert_eq!(reason, "idle-timeout");
+    wait_state(&node, order.kernel, None).await?;
+    assert_eq!(kernels::ends(&node, order.kernel).await?.len(), 1);
+    kernels::assert_clean(&node).await
+}
+
+// Defect 5 of the original: exited and unstarted containers, and scratch directories, stayed.
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_remains_are_never_collected() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let image = harness::images::image(Image::Bare)?;
+    let owner = format!("ai.backend.owner={}", node.agent_id());
+    let (unstarted, exited, session) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    let (old, young) = (Uuid::new_v4(), Uuid::new_v4());
+    node.kill_control()?;
+    let session = format!("ai.backend.session-id={session}");
+    let name = |id: Uuid| format!("kernel.bare.{id}");
+    kernels::docker(&[
+        "create",
+        "--name",
+        &name(unstarted),
+        "--label",
+        &owner,
+        "--label",
+        &session,
+        &image,
+        "sleep",
+        "1",
+    ])?;
+    kernels::docker(&[
+        "run",
+        "-d",
+        "--name",
+        &name(exited),
+        "--label",
+        &owner,
+        "--label",
+        &session,
+        &image,
+        "sh",
+        "-c",
+        "echo bye; exit 4",
+    ])?;
+    for id in [old, young] {
+        std::fs::create_dir_all(node.scratch(&id.to_string()).join("config"))?;
+    }
+    std::fs::File::open(node.scratch(&old.to_string()))?
+        .set_modified(std::time::SystemTime::now() - Duration::from_secs(3600))?;
+    node.start_control().await?;
+    wait::until("no container is left", SOON, || async {
+        node.containers().ok()?.is_empty().then_some(())
+    })
+    .await?;
+    assert_eq!(
+        kernels::wait_end(&node, exited).await?,
+        ("self-terminated".to_owned(), 4)
+    );
+    assert!(kernels::ends(&node, unstarted).await?.is_empty());
+    assert!(!node.scratch(&old.to_string()).exists());
+    assert!(
+        node.scratch(&young.to_string()).exists(),
+        "it may be another agent's that is just being made"
+    );
+    std::fs::remove_dir_all(node.scratch(&young.to_string()))?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_found_while_running_is_taken_care_of() -> Result<()> {
+    let node = Node::start(NodeOptions {
+        agent: "sync-container-lifecycles = { enabled = true, interval = 0.5 }".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let image = harness::images::image(Image::Bare)?;
+    let owner = format!("ai.backend.owner={}", node.agent_id());
+    let id = Uuid::new_v4();
+    let session = format!("ai.backend.session-id={}", Uuid::new_v4());
+    let name = format!("kernel.bare.{id}");
+    // Somebody's work that this agent was not told of.
+    kernels::docker(&[
+        "run", "-d", "--name", &name, "--label", &owner, "--label", &session, &image, "sleep",
+        "600",
+    ])?;
+    wait_state(&node, id, Some("running")).await?;
+    kernels::docker(&["kill", &name])?;
+    assert_eq!(
+        kernels::wait_end(&node, id).await?,
+        ("self-terminated".to_owned(), 137)
+    );
+    wait_state(&node, id, None).await?;
+    kernels::assert_clean(&node).await
+}
