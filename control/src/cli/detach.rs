@@ -74,14 +74,15 @@ fn detach_dataplane(file: Option<&Path>) -> Result<bool, Problem> {
         .and_then(|own| Some(own.parent()?.join(DATAPLANE)))
         .filter(|path| path.exists());
     let mut command = Command::new(beside.unwrap_or_else(|| PathBuf::from(DATAPLANE)));
-    command.args(["--standalone", "--detach"]);
+    command.arg("--standalone");
     if let Some(file) = file {
         command.arg("--config").arg(file);
     }
+    command.arg("detach");
     match command.output() {
         Ok(output) if output.status.success() => Ok(true),
         Ok(output) => Err(Problem::Other(anyhow::anyhow!(
-            "{DATAPLANE} --detach failed: {}",
+            "{DATAPLANE} detach failed: {}",
             String::from_utf8_lossy(&output.stderr).trim()
         ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),

@@ -23,6 +23,15 @@ fn word(value: &Value) -> String {
     }
 }
 
+/// Memory slots count bytes.
+fn amount(slot: &str, value: &Value) -> String {
+    let text = word(value);
+    match text.parse() {
+        Ok(count) if slot == "mem" || slot.ends_with(".mem") => output::bytes(count),
+        _ => text,
+    }
+}
+
 /// Shows the node's state. Ends with code 1 when a part of it is not working.
 pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> {
     let agent = connection.open().await?;
@@ -76,8 +85,8 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
             for (slot, amounts) in at(&status, &["slots"]).as_object().into_iter().flatten() {
                 println!(
                     "slot       {slot}: {} of {} in use",
-                    word(at(amounts, &["used"])),
-                    word(at(amounts, &["total"]))
+                    amount(slot, at(amounts, &["used"])),
+                    amount(slot, at(amounts, &["total"]))
                 );
             }
         }

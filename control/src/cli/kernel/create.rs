@@ -337,13 +337,15 @@ async fn follow(agent: Agent, mut after: u64, kernel: Uuid) -> Result<(), Proble
     loop {
         let reply = events(&agent, i64::try_from(after).unwrap_or(i64::MAX), 5.0).await?;
         after = reply.next;
-        for event in reply.events.iter().filter(|event| {
-            event
-                .more
-                .values()
-                .any(|value| value.to_string().contains(&id))
-        }) {
-            eprintln!("{}", event.name.replace('_', " "));
+        for event in reply
+            .events
+            .iter()
+            .filter(|event| event.args.first().and_then(serde_json::Value::as_str) == Some(&id))
+        {
+            match event.args.get(1).and_then(serde_json::Value::as_str) {
+                Some(step) if event.name == "kernel_progress" => eprintln!("  {step}"),
+                _ => eprintln!("{}", event.name.replace('_', " ")),
+            }
         }
     }
 }

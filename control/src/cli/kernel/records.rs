@@ -76,12 +76,12 @@ pub(super) struct EventsReply {
 }
 
 /// A lifecycle event of the agent's own stream.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub(super) struct EventRecord {
-    pub seq: u64,
     pub name: String,
-    #[serde(flatten)]
-    pub more: serde_json::Map<String, Value>,
+    /// Positional, the kernel's id first in events of kernels.
+    #[serde(default)]
+    pub args: Vec<Value>,
 }
 
 /// `bai.image`.
