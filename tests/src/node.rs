@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use control::rpc::{Client, Value};
+use control::rpc::{Client, ClientCurve, KeyPair, PublicKey, Value};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -36,6 +36,8 @@ pub struct NodeOptions {
     pub dataplane: bool,
     /// Environment of both programs.
     pub environment: Vec<(String, String)>,
+    /// Our pair and the agent's public key, when `agent` switches authentication on.
+    pub curve: Option<(KeyPair, PublicKey)>,
 }
 
 impl Default for NodeOptions {
@@ -49,6 +51,7 @@ impl Default for NodeOptions {
             ports: PORTS,
             dataplane: true,
             environment: Vec::new(),
+            curve: None,
         }
     }
 }
@@ -62,6 +65,7 @@ pub struct Node {
     address: String,
     ports: (u16, u16),
     environment: Vec<(String, String)>,
+    curve: Option<ClientCurve>,
     control: Option<Child>,
     dataplane: Option<Child>,
 }
@@ -184,6 +188,7 @@ runner-dir = "{runner}"
             address: format!("127.0.0.1:{port}"),
             ports,
             environment: options.environment,
+            curve: options.curve.map(|(pair, node)| ClientCurve { pair, node }),
             control: None,
             dataplane: None,
         };
@@ -286,7 +291,7 @@ runner-dir = "{runner}"
 
     /// A new connection to the agent.
     pub async fn client(&self) -> Result<Client> {
-        Client::connect(&self.address, None, Duration::from_secs(5))
+        Client::connect(&self.address, self.curve.as_ref(), Duration::from_secs(5))
             .await
             .context("the agent can't be reached")
     }

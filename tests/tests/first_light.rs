@@ -1,0 +1,289 @@
+//! The main job on the real thing: both programs, Docker, the published runner, the published client.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::images;
+use harness::node::{Node, NodeOptions};
+use harness::wait;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// Runs the command line and gives its standard output; its errors become ours.
+fn cli(node: &Node, args: &[&str]) -> Result<String> {
+    let output = node.command(args)?;
+    ensure!(
+        output.status.success(),
+        "bai-agent {args:?} ended with {}: {}",
+        output.status,
+        said(&output)
+    );
+    Ok(String::from_utf8(output.stdout)
+        .context("output is UTF-8")?
+        .trim_end()
+        .to_owned())
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn json(node: &Node, args: &[&str]) -> Result<Value> {
+    let mut args = args.to_vec();
+    args.extend(["--output", "json"]);
+    Ok(serde_json::from_str(&cli(node, &args)?)?)
+}
+
+fn create(node: &Node, image: &str) -> Result<String> {
+    cli(
+        node,
+        &[
+            "kernel", "create", "--quiet", "--cpu", "0.1", "--mem", "128m", image,
+        ],
+    )
+}
+
+fn docker_lines(args: &[&str]) -> Result<BTreeSet<String>> {
+    let output = Command::new("docker")
+        .args(args)
+        .output()
+        .context("docker can't be started")?;
+    ensure!(
+        output.status.success(),
+        "docker {args:?}: {}",
+        said(&output)
+    );
+    Ok(String::from_utf8(output.stdout)?
+        .lines()
+        .map(str::to_owned)
+        .collect())
+}
+
+/// What a program holds at this moment.
+fn held(pid: u32) -> Result<(usize, usize)> {
+    let count = |what: &str| {
+        Ok::<_, anyhow::Error>(std::fs::read_dir(format!("/proc/{pid}/{what}"))?.count())
+    };
+    Ok((count("fd")?, count("task")?))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
+    let image = images::image(images::Image::Runner)?;
+    let node = Arc::new(Node::start(NodeOptions::default()).await?);
+    let cycle = |node: Arc<Node>, image: String, number: usize| {
+        move || -> Result<()> {
+            let kernel = create(&node, &image)?;
+            let said = cli(
+                &node,
+                &[
+                    "kernel",
+                    "exec",
+                    &kernel,
+                    "--",
+                    &format!("echo cycle {number}"),
+                ],
+            )?;
+            ensure!(
+                said == format!("cycle {number}"),
+                "kernel {kernel} said {said:?}"
+            );
+            cli(&node, &["kernel", "destroy", &kernel])?;
+            Ok(())
+        }
+    };
+    // The first cycle opens what stays open: pools, descriptors of the parents' groups, worker threads.
+    for number in 0..2 {
+        tokio::task::spawn_blocking(cycle(node.clone(), image.clone(), number)).await??;
+    }
+    let volumes = docker_lines(&["volume", "ls", "-q"])?;
+    let networks = docker_lines(&["network", "ls", "-q"])?;
+    let pids = [
+        node.control_pid().context("control runs")?,
+        node.dataplane_pid().context("the dataplane runs")?,
+    ];
+    let before = [held(pids[0])?, held(pids[1])?];
+
+    let limit = Arc::new(tokio::sync::Semaphore::new(4));
+    let mut cycles = tokio::task::JoinSet::new();
+    for number in 0..20 {
+        let (limit, work) = (limit.clone(), cycle(node.clone(), image.clone(), number));
+        cycles.spawn(async move {
+            let _permit = limit.acquire_owned().await?;
+            tokio::task::spawn_blocking(work).await?
+        });
+    }
+    while let Some(done) = cycles.join_next().await {
+        done??;
+    }
+
+    ensure!(
+        node.containers()?.is_empty(),
+        "containers are left: {:?}",
+        node.containers()?
+    );
+    let scratches: Vec<_> = std::fs::read_dir(node.scratch_root())?.collect::<Result<_, _>>()?;
+    ensure!(
+        scratches.is_empty(),
+        "scratch directories are left: {scratches:?}"
+    );
+    let journal: Vec<_> = std::fs::read_dir(node.state().join("kernels"))
+        .map(|entries| entries.flatten().map(|e| e.file_name()).collect())
+        .unwrap_or_default();
+    ensure!(
+        journal
+            .iter()
+            .all(|name| !name.to_string_lossy().ends_with(".json")),
+        "journal files are left: {journal:?}"
+    );
+    ensure!(
+        docker_lines(&["volume", "ls", "-q"])?.is_subset(&volumes),
+        "volumes are left"
+    );
+    ensure!(
+        docker_lines(&["network", "ls", "-q"])?.is_subset(&networks),
+        "networks are left"
+    );
+    let status = json(&node, &["status"])?;
+    let ports = &status["ports"];
+    ensure!(
+        ports["free"]
+            .as_u64()
+            .zip(ports["cooling"].as_u64())
+            .map(|(f, c)| f + c)
+            == ports["total"].as_u64(),
+        "ports are left: {ports}"
+    );
+    ensure!(
+        json(&node, &["ports"])?["ports"]
+            .as_array()
+            .is_some_and(Vec::is_empty),
+        "port rows are left"
+    );
+
+    for (name, pid, before) in [
+        ("control", pids[0], before[0]),
+        ("dataplane", pids[1], before[1]),
+    ] {
+        // Idle connections and worker threads are given back after a while, not at once.
+        wait::until(
+            &format!("{name} holds no more descriptors and threads than before {before:?}"),
+            Duration::from_secs(40),
+            || async {
+                held(pid)
+                    .ok()
+                    .filter(|(fds, threads)| *fds <= before.0 && *threads <= before.1)
+            },
+        )
+        .await
+        .with_context(|| format!("it holds {:?}", held(pid)))?;
+    }
+    Ok(())
+}
+
+/// A response body read from `stream`, handed to `see` piece by piece.
+fn read_body(
+    stream: &mut TcpStream,
+    mut see: impl FnMut(usize) -> Result<()>,
+) -> Result<(usize, String)> {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        stream
+            .read_exact(&mut byte)
+            .context("the head of the response")?;
+        head.push(byte[0]);
+    }
+    let (mut total, mut hash, mut buffer) = (0, Sha256::new(), vec![0; 64 << 10]);
+    loop {
+        let count = stream
+            .read(&mut buffer)
+            .context("the body of the response")?;
+        if count == 0 {
+            break;
+        }
+        total += count;
+        hash.update(&buffer[..count]);
+        see(total)?;
+    }
+    Ok((total, format!("{:x}", hash.finalize())))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killing_control_during_a_transfer_loses_no_byte() -> Result<()> {
+    const SIZE: usize = 64 << 20;
+    let image = images::image(images::Image::Runner)?;
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let kernel = create(&node, &image)?;
+    let sum = cli(
+        &node,
+        &[
+            "kernel",
+            "exec",
+            &kernel,
+            "--",
+            "dd if=/dev/urandom of=big bs=1048576 count=64 2>/dev/null; sha256sum < big",
+        ],
+    )?;
+    let sum = sum.split(' ').next().context("a hash")?.to_owned();
+    let service = json(&node, &["kernel", "service", &kernel, "web"])?;
+    let port = service["host_ports"][0]
+        .as_u64()
+        .and_then(|port| u16::try_from(port).ok())
+        .context("a host port")?;
+
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.write_all(b"GET /work/big HTTP/1.0\r\n\r\n")?;
+    let (mut killed, mut restarted) = (false, false);
+    let mut read_until = |stop: usize, total: usize| total >= stop;
+    // Killed after a quarter; started again after a half, so that part of the transfer runs without any control.
+    let (total, hash) = {
+        let runtime = tokio::runtime::Handle::current();
+        tokio::task::block_in_place(|| {
+            read_body(&mut stream, |total| {
+                if !killed && read_until(SIZE / 4, total) {
+                    node.kill_control()?;
+                    killed = true;
+                }
+                if !restarted && read_until(SIZE / 2, total) {
+                    runtime.block_on(node.start_control())?;
+                    restarted = true;
+                }
+                Ok(())
+            })
+        })?
+    };
+    ensure!(
+        killed && restarted,
+        "the transfer ended before control was killed and started again"
+    );
+    ensure!(
+        (total, hash.as_str()) == (SIZE, sum.as_str()),
+        "{total} of {SIZE} bytes came, hash {hash}, expected {sum}"
+    );
+
+    // The new control has adopted the kernel: the same container answers, and its port still serves.
+    let kernels = json(&node, &["kernel", "list"])?;
+    ensure!(
+        kernels["kernels"][0]["kernel_id"] == kernel.as_str()
+            && kernels["kernels"][0]["state"] == "running",
+        "not adopted: {kernels}"
+    );
+    ensure!(cli(&node, &["kernel", "exec", &kernel, "--", "ls big"])? == "big");
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.write_all(b"GET /work/big HTTP/1.0\r\n\r\n")?;
+    let (total, _) = tokio::task::block_in_place(|| read_body(&mut stream, |_| Ok(())))?;
+    ensure!(
+        total == SIZE,
+        "after the restart {total} of {SIZE} bytes came"
+    );
+    cli(&node, &["kernel", "destroy", &kernel])?;
+    Ok(())
+}
