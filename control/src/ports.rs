@@ -4,7 +4,8 @@
 //! numbers. Invariants: a port has at most one owner; it is freed only by the end of its owner
 //! (never because nobody seems to use it, as the original's observer did); ports are handed out
 //! first in, first out, and rest for a while before they are handed out again, so that a late
-//! client of a dead kernel does not meet a stranger.
+//! client of a dead kernel does not meet a stranger. A rest is cut short, longest rested first,
+//! when a creation would fail otherwise.
 //!
 //! `Pool` is pure (time and bind check are given); `PortPool` adds the clock, the check and the
 //! lock. The lock is never held over an await; a bind check is one system call.
@@ -39,7 +40,7 @@ pub enum PortError {
     /// Too few ports are free.
     #[error(
         "Container ports are not sufficiently available (requested: {wanted}, free: {free}, \
-         resting after use: {resting}, in use by other programs: {busy}). \
+         in use by other programs: {busy}). \
          Widen container.port-range or end unused kernels"
     )]
     Exhausted {
@@ -47,8 +48,6 @@ pub enum PortError {
         wanted: usize,
         /// How many could be handed out now.
         free: usize,
-        /// How many were freed a moment ago.
-        resting: usize,
         /// How many failed the bind check.
         busy: usize,
     },
@@ -130,42 +129,37 @@ impl Pool {
     ) -> Result<Vec<u16>, PortError> {
         let mut taken = Vec::with_capacity(wanted);
         let mut busy = Vec::new();
-        // Ports rest in the order in which they were freed, but a port marked busy rests at the
-        // end with a later time: look at each port once.
-        for _ in 0..self.free.len() {
-            if taken.len() == wanted {
-                break;
-            }
-            let Some(candidate) = self.free.pop_front() else {
+        // Rested ports first, in the order in which they were freed; then the others, longest
+        // rested first. Each port is looked at once.
+        let (ready, mut resting): (Vec<_>, Vec<_>) = std::mem::take(&mut self.free)
+            .into_iter()
+            .partition(|free| free.ready_at <= now);
+        resting.sort_by_key(|free| free.ready_at);
+        let mut candidates = ready.into_iter().chain(resting);
+        while taken.len() < wanted {
+            let Some(candidate) = candidates.next() else {
                 break;
             };
-            if candidate.ready_at > now {
-                self.free.push_back(candidate);
-            } else if bindable(candidate.port) {
-                taken.push(candidate.port);
+            if bindable(candidate.port) {
+                taken.push(candidate);
             } else {
                 busy.push(candidate.port);
             }
         }
         let ready_at = now + self.rest;
         if taken.len() < wanted {
-            let resting = self.free.len();
-            let (free, busy_count) = (taken.len(), busy.len());
-            for port in taken.into_iter().rev() {
-                self.free.push_front(FreePort {
-                    port,
-                    ready_at: now,
-                });
-            }
-            self.rest_all(busy, ready_at);
-            return Err(PortError::Exhausted {
+            let error = PortError::Exhausted {
                 wanted,
-                free,
-                resting,
-                busy: busy_count,
-            });
+                free: taken.len(),
+                busy: busy.len(),
+            };
+            self.free = taken.into();
+            self.rest_all(busy, ready_at);
+            return Err(error);
         }
+        self.free = candidates.collect();
         self.rest_all(busy, ready_at);
+        let taken: Vec<u16> = taken.into_iter().map(|free| free.port).collect();
         for port in &taken {
             self.held.insert(*port, Held { owner, since: now });
         }
@@ -372,21 +366,38 @@ mod tests {
             pool.acquire(kernel(2), 2, now, |_| true),
             Ok(vec![102, 103])
         );
-        let soon = now + Duration::from_secs(29);
-        assert_eq!(
-            pool.acquire(kernel(3), 2, soon, |_| true),
-            Err(PortError::Exhausted {
-                wanted: 2,
-                free: 1,
-                resting: 2,
-                busy: 0
-            })
-        );
+        assert_eq!(pool.occupancy(now).resting, 2);
         let later = now + Duration::from_secs(30);
+        assert_eq!(pool.occupancy(later).resting, 0);
         assert_eq!(
             pool.acquire(kernel(3), 3, later, |_| true),
             Ok(vec![104, 100, 101])
         );
+    }
+
+    #[test]
+    fn a_rest_is_cut_short_before_a_request_fails() {
+        let now = Instant::now();
+        let mut pool = pool(103, now);
+        assert!(pool.acquire(kernel(1), 2, now, |_| true).is_ok());
+        pool.release_owner(kernel(1), now);
+        let soon = now + Duration::from_secs(1);
+        assert!(pool.acquire(kernel(2), 1, soon, |_| true).is_ok());
+        pool.release_owner(kernel(2), soon);
+        // One has never been used, two have rested longer than the third.
+        assert_eq!(
+            pool.acquire(kernel(3), 3, soon, |_| true),
+            Ok(vec![103, 100, 101])
+        );
+        assert_eq!(
+            pool.acquire(kernel(4), 2, soon, |_| true),
+            Err(PortError::Exhausted {
+                wanted: 2,
+                free: 1,
+                busy: 0
+            })
+        );
+        assert_eq!(pool.occupancy(soon).resting, 1);
     }
 
     #[test]
@@ -418,17 +429,15 @@ mod tests {
             Ok(vec![101])
         );
         assert_eq!(
-            pool.acquire(kernel(2), 2, now, |_| true),
+            pool.acquire(kernel(2), 2, now, |port| port != 100),
             Err(PortError::Exhausted {
                 wanted: 2,
                 free: 1,
-                resting: 1,
-                busy: 0
+                busy: 1
             })
         );
-        let later = now + Duration::from_secs(30);
         assert_eq!(
-            pool.acquire(kernel(2), 2, later, |_| true),
+            pool.acquire(kernel(2), 2, now, |_| true),
             Ok(vec![102, 100])
         );
     }
@@ -520,8 +529,12 @@ mod tests {
                             prop_assert_eq!(ports.len(), n);
                             for port in ports {
                                 prop_assert!(port % 5 != 0);
-                                if let Some(at) = freed.get(&port) {
-                                    prop_assert!(now.duration_since(*at) >= Duration::from_secs(30));
+                                // A rest is cut short only when nothing has rested longer.
+                                if let Some(at) = freed.get(&port)
+                                    && now.duration_since(*at) < Duration::from_secs(30)
+                                {
+                                    let mut left = pool.free.iter().filter(|free| free.port % 5 != 0);
+                                    prop_assert!(left.all(|free| freed.get(&free.port) >= Some(at)));
                                 }
                             }
                         }
