@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration verify-units fuzz wheels clean
+        integration verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,11 +60,13 @@ unit: $(NEXTEST) ## tests that need no peer: library and binary tests of every c
 loom: ## model checks of the shared-memory cell
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked -p shared --lib --release loom_
 
-integration: build wheels $(NEXTEST) ## suites against real Docker, the real runner, the published client
+integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
 	$(NEXTEST) nextest run --locked -p tests --tests
 
-wheels: ## download the published runner packages used by the tests
-	tests/scripts/runner-wheels
+RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent/runner)
+
+runner: build ## install the published runner packages where the suites look for them
+	$(or $(CARGO_TARGET_DIR),target)/debug/bai-agent runner install --wheels "$$(tests/scripts/runner-wheels)" --runner-dir $(RUNNER_DIR)
 
 verify-units: ## check the systemd units
 	tests/scripts/verify-units
