@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shared::ids::KernelId;
+use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 pub use error::CreateError;
@@ -87,8 +88,21 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
     };
     tracing::info!(kernel_id = %id, image = order.config.image.canonical, "creating a kernel");
     let abort = kernel.abort_token();
-    let built = build(node, &kernel, &order, &abort).await;
-    conclude(node, &kernel, built).await
+    let (built, turn) = match take_turn(node, &kernel, &abort).await {
+        Ok(turn) => (build(node, &kernel, &order, &abort).await, Some(turn)),
+        Err(err) => (Err(err), None),
+    };
+    conclude(node, &kernel, built, turn).await
+}
+
+/// Waits until one more creation may be at work on this node.
+async fn take_turn<'n>(
+    node: &'n Node,
+    kernel: &Kernel,
+    abort: &CancellationToken,
+) -> Result<SemaphorePermit<'n>, CreateError> {
+    let turn = abortable(kernel, abort, node.creations.acquire()).await?;
+    turn.map_err(|_| CreateError::Stopping)
 }
 
 /// Enters service, or undoes everything and waits until that is done.
@@ -96,6 +110,7 @@ async fn conclude(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     built: Result<Launched, CreateError>,
+    turn: Option<SemaphorePermit<'_>>,
 ) -> Result<serde_json::Value, CreateError> {
     let failed = match built {
         Ok(launched) => {
@@ -123,6 +138,8 @@ async fn conclude(
             err
         }
     };
+    // Clearing up is not creating.
+    drop(turn);
     // The answer comes when nothing is left, so that a retry finds a clean node. A broken engine
     // keeps the ending busy; the caller is not kept for ever.
     let limit = node.config.node.engine.stop_grace + Duration::from_secs(60);
@@ -225,8 +242,6 @@ async fn build(
     abort: &CancellationToken,
 ) -> Result<Launched, CreateError> {
     let config = &order.config;
-    let permit = abortable(kernel, abort, node.creations.acquire()).await?;
-    let _permit = permit.map_err(|_| CreateError::Stopping)?;
     node.events.emit(Event::KernelPreparing {
         kernel: kernel.id,
         session: kernel.session,
@@ -329,7 +344,7 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
 pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let abort = kernel.abort_token();
     let built = launch::resume(node, kernel, &abort).await;
-    if let Err(err) = conclude(node, kernel, built).await {
+    if let Err(err) = conclude(node, kernel, built, None).await {
         tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
             "a kernel that was being started could not be taken over");
     }
@@ -342,8 +357,11 @@ pub async fn recreate(
     order: &Order,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let built = rebuild(node, kernel, order, &abort).await;
-    conclude(node, kernel, built).await
+    let (built, turn) = match take_turn(node, kernel, &abort).await {
+        Ok(turn) => (rebuild(node, kernel, order, &abort).await, Some(turn)),
+        Err(err) => (Err(err), None),
+    };
+    conclude(node, kernel, built, turn).await
 }
 
 async fn rebuild(
@@ -353,8 +371,6 @@ async fn rebuild(
     abort: &CancellationToken,
 ) -> Result<Launched, CreateError> {
     let config = &order.config;
-    let permit = abortable(kernel, abort, node.creations.acquire()).await?;
-    let _permit = permit.map_err(|_| CreateError::Stopping)?;
     let mut prepared = prepare::check(node, config, &order.cluster).await?;
     let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
     prepare::check_models(&mut prepared, config, &image).await?;

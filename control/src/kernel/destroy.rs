@@ -142,8 +142,8 @@ async fn give_back(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<Option<i64>
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);
     node.ports.release_kernel(kernel.id);
-    let (journal, id) = (node.journal.clone(), kernel.id);
-    if let Err(err) = blocking(move || journal.remove(id)).await {
+    let (journal, entry) = (node.journal.clone(), kernel.journal_entry());
+    if let Err(err) = blocking(move || entry.remove(&journal)).await {
         // What it names is gone; the next start finds nothing to finish and removes it then.
         tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot remove a journal file");
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use shared::ids::{ContainerId, KernelId};
 
 use super::destroy::{exit_code_of, status_of};
-use super::lifecycle::Input;
+use super::lifecycle::{Input, Stage, State};
 use super::node::Node;
 use super::recovery::plan::Liveness;
 use super::recovery::{self, Listed};
@@ -123,12 +123,12 @@ fn refresh_rows(node: &Arc<Node>, kernel: Arc<Kernel>) {
 
 /// One comparison.
 pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
-    // Taken before the list: a kernel that enters service meanwhile is not looked for in it.
+    // Taken before the list: a kernel that is started meanwhile is not looked for in it.
     let running: Vec<Arc<Kernel>> = node
         .registry
         .all()
         .into_iter()
-        .filter(|kernel| kernel.is_running())
+        .filter(|kernel| has_started(&kernel.state()))
         .collect();
     let listed = recovery::list(node).await?;
     let by_kernel: HashMap<KernelId, Vec<&Listed>> =
@@ -158,6 +158,18 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
     Ok(())
 }
 
+/// Whether the kernel's container ought to be running.
+fn has_started(state: &State) -> bool {
+    matches!(
+        state,
+        State::Running
+            | State::Creating {
+                stage: Stage::Started,
+                ..
+            }
+    )
+}
+
 /// Looks at the container of a kernel that seemed to be gone, then tells the lifecycle.
 async fn confirm_end(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), DockerError> {
     let Some(container) = kernel.container() else {
@@ -165,8 +177,9 @@ async fn confirm_end(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), Docke
     };
     let input = match node.docker.inspect(&container.to_string()).await {
         Ok(found) => match Liveness::from_docker(&status_of(&found)) {
-            Liveness::Active => return Ok(()),
-            Liveness::Created | Liveness::Dead => Input::Died {
+            // Created: its start is still on the way.
+            Liveness::Active | Liveness::Created => return Ok(()),
+            Liveness::Dead => Input::Died {
                 exit_code: exit_code_of(&found),
             },
         },

@@ -125,17 +125,17 @@ impl Node {
         });
     }
 
-    /// Stores a record off the async workers.
-    pub async fn store(&self, record: Record) -> Result<(), JournalError> {
-        let journal = self.journal.clone();
-        blocking(move || journal.store(record.id(), &record)).await
+    /// Stores the record of a kernel off the async workers.
+    pub async fn store(&self, kernel: &Kernel) -> Result<(), JournalError> {
+        let (journal, entry) = (self.journal.clone(), kernel.journal_entry());
+        blocking(move || entry.write(&journal)).await
     }
 
     /// Changes the record of a kernel and stores it. A journal that cannot be written is reported
     /// and not fatal: labels and Docker still tell most of it.
     pub async fn note(&self, kernel: &Kernel, change: impl FnOnce(&mut Record)) {
-        let record = kernel.update_record(change);
-        if let Err(err) = self.store(record).await {
+        kernel.update_record(change);
+        if let Err(err) = self.store(kernel).await {
             tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot write the journal");
         }
     }

@@ -13,7 +13,7 @@ use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::journal::{Phase, StoredEnding};
+use super::journal::{Journal, JournalError, Phase, StoredEnding};
 use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
 use super::record::Record;
 use super::runner_link::RunnerLink;
@@ -29,6 +29,8 @@ pub struct Kernel {
     /// Its session.
     pub session: SessionId,
     inner: Mutex<Inner>,
+    /// Number of the journal entry on the disk.
+    written: Arc<Mutex<u64>>,
     changes: watch::Sender<u64>,
 }
 
@@ -44,6 +46,37 @@ struct Inner {
     gone: bool,
     runner: Option<RunnerLink>,
     batch: Option<CancellationToken>,
+    /// Counts the copies that were made for the journal.
+    entries: u64,
+}
+
+/// A copy of a record on its way to the journal. Copies are made in one order and written by several
+/// threads: a later one that was written first stays.
+#[derive(Debug)]
+pub struct JournalEntry {
+    number: u64,
+    record: Record,
+    written: Arc<Mutex<u64>>,
+}
+
+impl JournalEntry {
+    /// Writes it, unless a later one has been written or the file was removed for good. Blocks.
+    pub fn write(self, journal: &Journal) -> Result<(), JournalError> {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.number <= *written {
+            return Ok(());
+        }
+        journal.store(self.record.id(), &self.record)?;
+        *written = self.number;
+        Ok(())
+    }
+
+    /// Removes the kernel's file; no entry is written after that. Blocks.
+    pub fn remove(self, journal: &Journal) -> Result<(), JournalError> {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        *written = u64::MAX;
+        journal.remove(self.record.id())
+    }
 }
 
 /// A copy of what is known of a kernel, for those who show it.
@@ -79,7 +112,9 @@ impl Kernel {
                 gone: false,
                 runner: None,
                 batch: None,
+                entries: 0,
             }),
+            written: Arc::default(),
             changes: watch::Sender::new(0),
         }
     }
@@ -144,17 +179,26 @@ impl Kernel {
         read(&self.inner().record)
     }
 
-    /// Changes the record in memory and returns the copy that has to be stored.
-    pub fn update_record(&self, change: impl FnOnce(&mut Record)) -> Record {
+    /// Changes the record in memory.
+    pub fn update_record(&self, change: impl FnOnce(&mut Record)) {
+        change(&mut self.inner().record);
+    }
+
+    /// A copy for the journal, with the lifecycle's state of this moment.
+    pub fn journal_entry(&self) -> JournalEntry {
         let mut inner = self.inner();
-        change(&mut inner.record);
+        inner.entries += 1;
         inner.record.phase = phase_of(inner.lifecycle.state());
         inner.record.ending = inner.lifecycle.ending().map(|ending| StoredEnding {
             reason: ending.reason.to_string(),
             suppress: ending.suppress,
             exit_code: ending.exit_code,
         });
-        inner.record.clone()
+        JournalEntry {
+            number: inner.entries,
+            record: inner.record.clone(),
+            written: self.written.clone(),
+        }
     }
 
     /// The container, when there is one.
@@ -395,5 +439,120 @@ pub fn outcome(state: &State) -> (Option<&Reason>, Option<i64>) {
     match state {
         State::Ending(ending) | State::Ended(ending) => (Some(&ending.reason), ending.exit_code),
         _ => (None, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::record::PublishedBy;
+    use crate::kernel::request::SessionType;
+    use std::time::Duration;
+
+    fn record(id: u8) -> Record {
+        Record {
+            kernel_id: uuid::Uuid::from_bytes([id; 16]),
+            session_id: uuid::Uuid::nil(),
+            phase: Phase::Files,
+            ending: None,
+            created_at: 1.0,
+            request: None,
+            cluster: None,
+            image: "a/b:c".into(),
+            session_type: SessionType::Interactive,
+            hostname: "main1".into(),
+            container_name: String::new(),
+            container_id: None,
+            slots: serde_json::Map::new(),
+            allocation: None,
+            services: Vec::new(),
+            published_by: PublishedBy::Rows,
+            repl_ports: None,
+            block_service_ports: false,
+            network: None,
+            distro: None,
+            mounts: Vec::new(),
+            models: Vec::new(),
+            runner_version: None,
+            result: None,
+            batch_running: false,
+        }
+    }
+
+    fn accepted(registry: &Registry, id: u8) -> Arc<Kernel> {
+        match registry.admit(record(id)) {
+            Admission::Accepted(kernel) => kernel,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_later_journal_entry_is_not_overwritten_by_an_earlier_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        let kernel = accepted(&Registry::default(), 1);
+        let early = kernel.journal_entry();
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        let late = kernel.journal_entry();
+        let last = kernel.journal_entry();
+        late.write(&journal).unwrap();
+        early.write(&journal).unwrap();
+        let (records, _) = journal.load::<Record>().unwrap();
+        assert_eq!(records[&kernel.id].phase, Phase::Running);
+        kernel.journal_entry().remove(&journal).unwrap();
+        last.write(&journal).unwrap();
+        assert!(
+            journal.load::<Record>().unwrap().0.is_empty(),
+            "the file came back"
+        );
+    }
+
+    #[test]
+    fn a_known_id_is_not_admitted_twice() {
+        let registry = Registry::default();
+        let kernel = accepted(&registry, 1);
+        let refused =
+            |admission| matches!(admission, Admission::Refused(Refusal::CreationInProgress));
+        assert!(refused(registry.admit(record(1))));
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        assert!(matches!(registry.admit(record(1)), Admission::Exists(_)));
+        accepted(&registry, 2);
+        assert_eq!(registry.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn those_who_wait_go_on_after_the_entry_was_dropped() {
+        let registry = Arc::new(Registry::default());
+        let kernel = accepted(&registry, 1);
+        let waiting = {
+            let (registry, kernel) = (registry.clone(), kernel.clone());
+            tokio::spawn(async move {
+                kernel.wait_ended().await;
+                registry.get(kernel.id).is_none()
+            })
+        };
+        kernel.step(Input::CreationFailed { exit_code: None });
+        kernel.finish(Some(3), |actions| {
+            if actions.contains(&Action::Forget) {
+                registry.forget(&kernel);
+            }
+        });
+        let dropped = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        assert!(dropped.unwrap().unwrap());
+        let ended = registry.ended();
+        assert_eq!(ended.len(), 1);
+        assert_eq!(outcome(&ended[0].view.state).1, Some(3));
+    }
+
+    #[test]
+    fn the_creation_that_has_to_give_up_is_woken() {
+        let kernel = accepted(&Registry::default(), 1);
+        let abort = kernel.abort_token();
+        kernel.step(Input::Entered(Stage::Started));
+        assert!(!abort.is_cancelled());
+        kernel.step(Input::Died { exit_code: Some(1) });
+        assert!(abort.is_cancelled());
     }
 }

@@ -69,7 +69,7 @@ pub async fn files_and_container(
     let mut attempt = 1;
     if fresh {
         take_ports(node, kernel, order, prepared)?;
-        node.store(kernel.record()).await?;
+        node.store(kernel).await?;
         node.progress(kernel.id, "writing the scratch");
         make_scratch(node, kernel, order, prepared).await?;
     } else {
@@ -192,7 +192,7 @@ async fn launch(
     }
     node.progress(kernel.id, "starting the container");
     enter(kernel, Stage::Started)?;
-    node.store(kernel.record()).await?;
+    node.store(kernel).await?;
     if let Err(source) = node.docker.start(&container.to_string()).await {
         let busy = source.is_port_taken();
         let err = CreateError::DockerStart {
@@ -305,7 +305,7 @@ async fn make_container(
         record.container_id = None;
     });
     enter(kernel, Stage::Container)?;
-    node.store(kernel.record()).await?;
+    node.store(kernel).await?;
     let created =
         node.docker
             .create(&name, &body)
@@ -317,8 +317,8 @@ async fn make_container(
     let container: ContainerId = created.parse().map_err(|_| {
         CreateError::Request(format!("Docker answered a strange container id: {created}"))
     })?;
-    node.store(kernel.update_record(|record| record.container_id = Some(created.clone())))
-        .await?;
+    kernel.update_record(|record| record.container_id = Some(created.clone()));
+    node.store(kernel).await?;
     node.ledger.commit(kernel.id);
     node.scratch.record_container(id, created).await?;
     Ok(container)

@@ -1,0 +1,456 @@
+//! The manager's housekeeping calls, other ways to publish ports, and limits of the node.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use control::rpc::{self, Value};
+use harness::fault_docker::{Fault, FaultDocker};
+use harness::images::Image;
+use harness::kernels::{self, Order, text};
+use harness::node::{Node, NodeOptions};
+use harness::wait;
+use serde_json::json;
+use uuid::Uuid;
+
+const SOON: Duration = Duration::from_secs(40);
+
+async fn wait_clean(node: &Node) -> Result<()> {
+    wait::until("nothing is left", SOON, || async {
+        kernels::remains(node).await.ok()?.is_empty().then_some(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registries_are_compared_and_strangers_removed() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let pair = |a: String, b: String| Value::Array(vec![Value::Str(a), Value::Str(b)]);
+
+    // A container that the kernel does not have any more is not its container.
+    let stranger = pair("ab".repeat(32), order.kernel.to_string());
+    assert_eq!(
+        kernels::ask(
+            &node,
+            "purge_containers",
+            vec![Value::Array(vec![stranger])]
+        )
+        .await?,
+        json!({})
+    );
+    // Listed and known: nothing happens. Listed and unknown: its end is told.
+    let (unknown, session) = (Uuid::new_v4(), Uuid::new_v4());
+    let list = vec![
+        pair(order.kernel.to_string(), order.session.to_string()),
+        pair(unknown.to_string(), session.to_string()),
+    ];
+    assert_eq!(
+        kernels::ask(&node, "sync_kernel_registry", vec![Value::Array(list)]).await?,
+        json!(null)
+    );
+    assert_eq!(
+        kernels::ends(&node, unknown).await?,
+        [("already-terminated".to_owned(), -1)]
+    );
+    assert_eq!(
+        kernels::state(&node, order.kernel).await?.as_deref(),
+        Some("running")
+    );
+
+    let purged = pair(
+        result["container_id"].as_str().unwrap().to_owned(),
+        order.kernel.to_string(),
+    );
+    assert_eq!(
+        kernels::ask(&node, "purge_containers", vec![Value::Array(vec![purged])]).await?,
+        json!({})
+    );
+    wait_clean(&node).await?;
+    assert!(
+        kernels::ends(&node, order.kernel).await?.is_empty(),
+        "the manager knows already"
+    );
+
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    let ids = Value::Array(vec![Value::Uuid(order.kernel), Value::Uuid(unknown)]);
+    assert_eq!(
+        kernels::ask(&node, "drop_kernel_registry", vec![ids]).await?,
+        json!({})
+    );
+    wait_clean(&node).await?;
+
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    kernels::ask(&node, "sync_kernel_registry", vec![Value::Array(vec![])]).await?;
+    wait_clean(&node).await?;
+
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    assert_eq!(
+        kernels::ask(&node, "reset_agent", vec![]).await?,
+        json!(null)
+    );
+    kernels::assert_clean(&node).await?;
+    assert_eq!(
+        kernels::ends(&node, order.kernel).await?[0].0,
+        "agent-termination"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn assigned_ports_wait_for_their_kernel() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let port = kernels::ask(&node, "assign_port", vec![])
+        .await?
+        .as_u64()
+        .unwrap();
+    let other = kernels::ask(&node, "assign_port", vec![])
+        .await?
+        .as_u64()
+        .unwrap();
+    node.kill_control()?;
+    node.start_control().await?;
+    let status = kernels::ask(&node, "bai.status", vec![]).await?;
+    assert_eq!(
+        status["ports"]["free"],
+        json!(38),
+        "both are still held: {status}"
+    );
+    kernels::ask(
+        &node,
+        "release_port",
+        vec![Value::Int(i64::try_from(other)?)],
+    )
+    .await?;
+
+    let mut order = Order::of(Image::Runner)?;
+    order.cluster["cluster_ssh_port_mapping"] = json!({"main1": ["127.0.0.1", port]});
+    let result = kernels::create(&node, &order).await?;
+    assert_eq!(kernels::host_ports(&result, "sshd"), [u16::try_from(port)?]);
+    // A port of a kernel is freed by the kernel's end, whoever asks.
+    kernels::ask(
+        &node,
+        "release_port",
+        vec![Value::Int(i64::try_from(port)?)],
+    )
+    .await?;
+    let second = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &second).await?;
+    assert!(!kernels::host_ports(&result, "sshd").contains(&u16::try_from(port)?));
+    kernels::destroy(&node, &order).await?;
+    kernels::destroy(&node, &second).await?;
+    kernels::assert_clean(&node).await
+}
+
+// Defect 10 of the original: the host's network could not be used.
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_host_network_mode_broken() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.cluster["network_config"] = json!({"mode": "host"});
+    let result = kernels::create(&node, &order).await?;
+    let (first, last) = node.ports();
+    for port in ["repl_in_port", "repl_out_port"] {
+        let port = u16::try_from(result[port].as_u64().unwrap())?;
+        assert!((first..=last).contains(&port), "{result}");
+    }
+    let ran = kernels::run(&node, &order, "echo on the host").await?;
+    assert_eq!(ran.output, "on the host\n");
+    let sshd = kernels::host_ports(&result, "sshd")[0];
+    let banner = wait::until("sshd answers on its own port", SOON, || async {
+        use std::io::Read;
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", sshd)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        let mut banner = [0; 4];
+        stream.read_exact(&mut banner).ok()?;
+        Some(banner)
+    })
+    .await?;
+    assert_eq!(&banner, b"SSH-");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+// Defect 16 of the original, where it can still happen: the engine finds a port in use at the start.
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_busy_host_port_fails_the_creation() -> Result<()> {
+    let engine = FaultDocker::start()?;
+    let mut node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        node: "publish = \"engine\"".to_owned(),
+        dataplane: false,
+        ..NodeOptions::default()
+    })
+    .await?;
+    let taken = r#"{"message": "driver failed programming external connectivity on endpoint x: Bind for 127.0.0.1:1 failed: port is already allocated"}"#;
+    engine.spoil("/start", Fault::json(500, taken), 2);
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    assert_eq!(node.containers()?.len(), 1);
+    let args = vec![text(order.kernel), Value::from("web"), Value::Map(vec![])];
+    assert_eq!(
+        kernels::ask(&node, "start_service", args).await?["status"],
+        "started"
+    );
+    let port = kernels::host_ports(&result, "web")[0];
+    assert!(kernels::fetch(port, "/")?.contains("It works"));
+
+    // A kernel whose ports the engine holds is adopted with them.
+    node.kill_control()?;
+    std::fs::remove_dir_all(node.state().join("kernels"))?;
+    node.start_control().await?;
+    let shown = kernels::ask(&node, "bai.kernels", vec![Value::Bool(false)]).await?;
+    assert_eq!(kernels::host_ports(&shown["kernels"][0], "web"), [port]);
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
+    let node = Node::start(NodeOptions {
+        agent: "kernel-creation-concurrency = 1".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let mut slow = Order::of(Image::Runner)?;
+    slow.config["bootstrap_script"] = json!("sleep 5\n");
+    let quick = Order::of(Image::Runner)?;
+    let mut calls = Vec::new();
+    for order in [slow.clone(), quick.clone()] {
+        let client = node.client().await?;
+        let arguments = order.arguments();
+        calls.push(tokio::spawn(async move {
+            client
+                .call(
+                    "create_kernels",
+                    arguments,
+                    Vec::new(),
+                    Duration::from_secs(120),
+                )
+                .await
+        }));
+        wait::until("the call is accepted", SOON, || async {
+            kernels::state(&node, order.kernel).await.ok()??;
+            Some(())
+        })
+        .await?;
+    }
+    for call in calls {
+        call.await??;
+    }
+    // The second one, of another call, had not begun before the first one was done.
+    let all = kernels::ask(
+        &node,
+        "bai.events",
+        vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)],
+    )
+    .await?;
+    let seq = |name: &str, kernel: Uuid| {
+        all["events"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|event| {
+                event["name"] == name && event["args"][0] == kernel.to_string().as_str()
+            })?["seq"]
+            .as_u64()
+    };
+    let (done, begun) = (
+        seq("kernel_started", slow.kernel),
+        seq("kernel_preparing", quick.kernel),
+    );
+    ensure!(done.is_some() && done < begun, "{done:?} before {begun:?}");
+    kernels::destroy(&node, &slow).await?;
+    kernels::destroy(&node, &quick).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_failures_come_as_one_group() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let orders = [Order::of(Image::Runner)?, Order::of(Image::Runner)?];
+    let mut args = orders[0].arguments();
+    args[1] = Value::Array(orders.iter().map(|order| text(order.kernel)).collect());
+    let configs = orders.iter().map(|order| {
+        let mut config = order.config.clone();
+        config["resource_slots"] = json!({"cpu": "4096", "mem": "268435456"});
+        rpc::to_value(&config).unwrap()
+    });
+    args[2] = Value::Array(configs.collect());
+    let failure = kernels::call(&node, "create_kernels", args)
+        .await?
+        .unwrap_err();
+    assert_eq!(failure.class, "TaskGroupError");
+    assert_eq!(
+        failure.repr.matches("InsufficientResource(").count(),
+        2,
+        "{}",
+        failure.repr
+    );
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_go_in_and_out() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Python)?;
+    kernels::create(&node, &order).await?;
+    let client = node.client().await?;
+    let call = async |method: &str, args: Vec<Value>| {
+        client
+            .call(method, args, Vec::new(), Duration::from_secs(60))
+            .await
+    };
+    let content = Value::Bin(b"some bytes \xff".as_slice().to_vec().into());
+    let args = vec![
+        text(order.kernel),
+        Value::from("deep/er/file.bin"),
+        content.clone(),
+    ];
+    assert_eq!(call("upload_file", args).await?, Value::Nil);
+    let ran = kernels::run(&node, &order, "stat -c '%u:%g' deep/er/file.bin").await?;
+    assert_eq!(ran.output, "1000:1000\n");
+    let back = call(
+        "download_single",
+        vec![text(order.kernel), Value::from("deep/er/file.bin")],
+    )
+    .await?;
+    assert_eq!(back, content);
+    let archive = call(
+        "download_file",
+        vec![text(order.kernel), Value::from("deep")],
+    )
+    .await?;
+    ensure!(
+        archive.as_bin().is_some_and(|tar| tar.len() > 512),
+        "{archive:?}"
+    );
+    let listing = call(
+        "list_files",
+        vec![text(order.kernel), Value::from("deep/er")],
+    )
+    .await?;
+    let files = listing
+        .get("files")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    assert!(files.contains("file.bin"), "{listing:?}");
+    let failure = kernels::call(
+        &node,
+        "download_single",
+        vec![text(order.kernel), Value::from("/etc/shadow")],
+    )
+    .await?;
+    assert_eq!(failure.unwrap_err().class, "PermissionError");
+    let query = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::Int(3),
+        Value::Nil,
+        Value::from("query"),
+        Value::from("print(6 * 7)"),
+        Value::Map(vec![]),
+        Value::Float(20.0),
+    ];
+    let reply = kernels::ask(&node, "execute", query).await?;
+    assert_eq!(
+        (&reply["status"], &reply["console"]),
+        (&json!("finished"), &json!([["stdout", "42\n"]]))
+    );
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_checked_for_the_manager() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let image = order.config["image"].clone();
+    let canonical = image["canonical"].as_str().unwrap().to_owned();
+    let mut missing = image.clone();
+    missing["canonical"] = json!("bai-test/there-is-no-such-image:1");
+    let configs = json!({ &canonical: image, "bai-test/there-is-no-such-image:1": missing });
+    let answer = kernels::ask(&node, "check_and_pull", vec![rpc::to_value(&configs)?]).await?;
+    for task in answer.as_object().unwrap().values() {
+        let task = task.as_str().unwrap();
+        assert!(
+            task.len() == 32 && task.bytes().all(|byte| byte.is_ascii_hexdigit()),
+            "{task}"
+        );
+    }
+    assert_eq!(answer.as_object().unwrap().len(), 2);
+    let events = wait::until("both are told of", SOON, || async {
+        let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];
+        let reply = kernels::ask(&node, "bai.events", args).await.ok()?;
+        let events: Vec<(String, serde_json::Value)> = reply["events"]
+            .as_array()?
+            .iter()
+            .filter(|event| {
+                event["name"]
+                    .as_str()
+                    .is_some_and(|name| name.starts_with("image_pull_"))
+            })
+            .map(|event| {
+                (
+                    event["name"].as_str().unwrap_or_default().to_owned(),
+                    event["args"].clone(),
+                )
+            })
+            .collect();
+        (events.len() == 2).then_some(events)
+    })
+    .await?;
+    let args = |name: &str| {
+        events
+            .iter()
+            .find(|(found, _)| found == name)
+            .map(|(_, args)| args.clone())
+    };
+    let finished = args("image_pull_finished").unwrap();
+    assert_eq!(
+        (&finished[0], &finished[3]),
+        (&json!(canonical), &json!("Image already exists"))
+    );
+    assert_eq!(
+        args("image_pull_failed").unwrap()[0],
+        "bai-test/there-is-no-such-image:1"
+    );
+    assert_eq!(
+        kernels::ask(
+            &node,
+            "check_pulling",
+            vec![Value::from(canonical.as_str())]
+        )
+        .await?,
+        json!(false)
+    );
+
+    let gone = vec![Value::from("bai-test/there-is-no-such-image:1")];
+    let purged = kernels::ask(
+        &node,
+        "purge_images",
+        vec![Value::Array(gone), Value::Bool(false), Value::Bool(false)],
+    )
+    .await?;
+    assert!(purged["responses"][0]["error"].is_string(), "{purged}");
+    assert_eq!(
+        kernels::ask(&node, "gather_hwinfo", vec![]).await?,
+        json!({})
+    );
+    assert_eq!(
+        kernels::ask(&node, "get_local_config", vec![]).await?,
+        json!({"agent": {"abuse-report-path": ""}, "watcher": {}})
+    );
+    kernels::ask(
+        &node,
+        "update_scaling_group",
+        vec![Value::from("night-shift")],
+    )
+    .await?;
+    let file = std::fs::read_to_string(node.config_file())?;
+    assert!(file.contains("scaling-group = \"night-shift\""), "{file}");
+    Ok(())
+}
