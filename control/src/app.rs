@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use config::{Config, Publish};
@@ -265,6 +265,7 @@ async fn assemble(
         ports: PortPool::new(range.first, range.last, DEFAULT_REST),
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
         creations: Semaphore::new(creations),
+        left_alone: Mutex::default(),
         stopping: stopping.clone(),
         tasks: TaskTracker::new(),
         config,

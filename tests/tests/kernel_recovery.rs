@@ -296,6 +296,45 @@ async fn a_clean_up_cut_short_is_finished_with_its_reason() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
+// Journals as a killed control leaves them between two steps.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_begun_without_a_container_is_undone() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let mut expected = Vec::new();
+    for (phase, reason) in [
+        ("files", "failed-to-create"),
+        ("container", "failed-to-create"),
+        ("running", "container-not-found"),
+        ("restarting", "restart-timeout"),
+    ] {
+        let order = Order::of(Image::Runner)?;
+        kernels::create(&node, &order).await?;
+        let file = journal.join(format!("{}.json", order.kernel));
+        let text = std::fs::read_to_string(&file)?;
+        kernels::destroy(&node, &order).await?;
+        let mut record: serde_json::Value = serde_json::from_str(&text)?;
+        record["record"]["phase"] = json!(phase);
+        expected.push((order.kernel, file, record, reason));
+    }
+    node.kill_control()?;
+    for (kernel, file, record, _) in &expected {
+        std::fs::write(file, record.to_string())?;
+        std::fs::create_dir_all(node.scratch(&kernel.to_string()).join("config"))?;
+    }
+    node.start_control().await?;
+    for (kernel, _, _, reason) in &expected {
+        assert_eq!(
+            kernels::wait_end(&node, *kernel).await?,
+            ((*reason).to_owned(), -1)
+        );
+    }
+    wait::until("nothing is left", SOON, || async {
+        kernels::remains(&node).await.ok()?.is_empty().then_some(())
+    })
+    .await
+}
+
 // Defect 5 of the original: exited and unstarted containers, and scratch directories, stayed.
 #[tokio::test(flavor = "multi_thread")]
 async fn defect_remains_are_never_collected() -> Result<()> {

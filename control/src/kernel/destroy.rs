@@ -106,9 +106,8 @@ pub async fn destroy(
 }
 
 /// Brings a kernel to its end. One task per kernel, started by the lifecycle.
-pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>, stop: bool) {
-    let restore = kernel.with_record(|record| record.phase);
-    tracing::debug!(kernel_id = %kernel.id, phase = ?restore, stop, "ending a kernel");
+pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    tracing::debug!(kernel_id = %kernel.id, "ending a kernel");
     if kernel.is_visible() {
         node.note(kernel, |_| {}).await;
     }

@@ -1,12 +1,13 @@
 //! Everything that operations on kernels work with, and the place where lifecycle actions turn into
 //! work.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use config::Config;
-use shared::ids::KernelId;
+use shared::ids::{ContainerId, KernelId};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -64,6 +65,8 @@ pub struct Node {
     pub socket_dir: PathBuf,
     /// Bounds the creations at work on this node, whichever calls they belong to.
     pub creations: Semaphore,
+    /// Containers that cannot be adopted, so that each is reported once.
+    pub left_alone: Mutex<HashSet<ContainerId>>,
     /// Cancelled when the agent stops. Kernels stay.
     pub stopping: CancellationToken,
     /// The operations under way.
@@ -80,8 +83,7 @@ impl Node {
     pub fn perform(self: &Arc<Self>, kernel: &Arc<Kernel>, actions: &[Action]) {
         for action in actions {
             match action {
-                Action::StopAndClean => self.spawn_ending(kernel, true),
-                Action::Clean => self.spawn_ending(kernel, false),
+                Action::StopAndClean | Action::Clean => self.spawn_ending(kernel),
                 Action::AnnounceStarted => self.events.emit(Event::KernelStarted {
                     kernel: kernel.id,
                     session: kernel.session,
@@ -111,10 +113,10 @@ impl Node {
         }
     }
 
-    fn spawn_ending(self: &Arc<Self>, kernel: &Arc<Kernel>, stop: bool) {
+    fn spawn_ending(self: &Arc<Self>, kernel: &Arc<Kernel>) {
         let (node, kernel) = (self.clone(), kernel.clone());
         self.tasks
-            .spawn(async move { super::destroy::end(&node, &kernel, stop).await });
+            .spawn(async move { super::destroy::end(&node, &kernel).await });
     }
 
     /// Shows a step of a creation to people who watch it.

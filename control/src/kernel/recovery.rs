@@ -10,7 +10,7 @@ pub mod plan;
 mod rebuild;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use shared::ids::{ContainerId, KernelId};
@@ -187,7 +187,7 @@ impl Begin {
             Begin::End(kernel) => {
                 node.clone()
                     .tasks
-                    .spawn(async move { super::destroy::end(&node, &kernel, true).await });
+                    .spawn(async move { super::destroy::end(&node, &kernel).await });
             }
         }
     }
@@ -222,9 +222,15 @@ async fn enter(
             match Box::pin(rebuild::record(node, id, container, &labels)).await {
                 Ok(record) => record,
                 Err(err) => {
-                    tracing::error!(kernel_id = %id, container_id = %container,
-                        err = &err as &dyn std::error::Error,
-                        "a container of this agent cannot be adopted and is left alone");
+                    let mut reported = node
+                        .left_alone
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner);
+                    if reported.insert(container) {
+                        tracing::error!(kernel_id = %id, container_id = %container,
+                            err = &err as &dyn std::error::Error,
+                            "a container of this agent cannot be adopted and is left alone");
+                    }
                     return None;
                 }
             }

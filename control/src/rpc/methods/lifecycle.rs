@@ -168,7 +168,8 @@ pub(super) fn sync_registry(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         }
     }
     for kernel in node.registry.all() {
-        if !listed.contains(&kernel.id) {
+        // One that is just being created may be younger than the manager's list.
+        if !listed.contains(&kernel.id) && kernel.is_running() {
             let (id, session) = (kernel.id, kernel.session);
             destroy_in_background(node, id, session, Reason::NOT_FOUND_IN_MANAGER);
         }
