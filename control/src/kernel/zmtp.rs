@@ -6,7 +6,7 @@
 //! past, not stored (docs/adr/0004-zmtp-towards-containers.md).
 //!
 //! Invariant: whatever the peer sends, memory stays below `ReadLimits`, and no frame makes us panic.
-//! Source: RFC 23/ZMTP (https://rfc.zeromq.org/spec/23/).
+//! Source: RFC 23/ZMTP (<https://rfc.zeromq.org/spec/23/>).
 
 use std::io;
 
