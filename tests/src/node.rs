@@ -30,6 +30,8 @@ pub struct NodeOptions {
     pub resource: String,
     pub node: String,
     pub sections: String,
+    /// `container.scratch-type`.
+    pub scratch_type: String,
     /// How many host ports the pool has.
     pub ports: u16,
     /// Whether the dataplane is started too.
@@ -48,6 +50,7 @@ impl Default for NodeOptions {
             resource: String::new(),
             node: String::new(),
             sections: String::new(),
+            scratch_type: "hostdir".to_owned(),
             ports: PORTS,
             dataplane: true,
             environment: Vec::new(),
@@ -156,7 +159,7 @@ ipc-base-path = "{place}/ipc"
 bind-host = "127.0.0.1"
 kernel-uid = 1000
 kernel-gid = 1000
-scratch-type = "hostdir"
+scratch-type = "{scratch_type}"
 scratch-root = "{place}/scratches"
 port-range = [{first}, {last}]
 {container}
@@ -174,6 +177,7 @@ runner-dir = "{runner}"
             resource = options.resource,
             node = options.node,
             sections = options.sections,
+            scratch_type = options.scratch_type,
             first = ports.0,
             last = ports.1,
             run = run_directory.path().display(),

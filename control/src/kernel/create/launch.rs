@@ -3,6 +3,7 @@
 //! Invariant: what is taken is in the record (and the journal) before it is used, so that the
 //! ending of the kernel, or the next start of the agent, finds it.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use shared::ids::ContainerId;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
-use super::prepare::{self, NetworkChoice, Prepared};
+use super::prepare::{self, Prepared};
 use super::{Order, aborted, console_tail, enter, with_host_ports};
 use crate::docker::ExecRequest;
 use crate::kernel::container_request::{self, ContainerInputs, Limits};
@@ -103,7 +104,11 @@ fn take_ports(
     prepared: &Prepared,
 ) -> Result<(), CreateError> {
     let network = &prepared.network;
-    let repl = usize::from(*network == NetworkChoice::Host) * 2;
+    // Where the container's own address does not lead to the runner, it takes host ports.
+    let repl = match prepared.published_by {
+        PublishedBy::Rows => 0,
+        PublishedBy::Engine | PublishedBy::Host => 2,
+    };
     let wanted = repl + prepare::pool_ports(&prepared.services, network);
     // Another node was told a port for this one's sshd before the kernel existed.
     let mapped = order.cluster.mapped_ssh_port(order.config.hostname());
@@ -254,7 +259,10 @@ async fn make_container(
             .find(|service| service.container_ports == [number])
             .and_then(|service| service.host_ports.first().copied())
     };
-    let intrinsic_ports = record.repl_ports.map(|(repl_in, repl_out)| {
+    // On the host's network the runner opens these in place of its usual ones.
+    let on_host = record.published_by == PublishedBy::Host;
+    let intrinsic_ports = record.repl_ports.filter(|_| on_host);
+    let intrinsic_ports = intrinsic_ports.map(|(repl_in, repl_out)| {
         json!({
             "replin": repl_in,
             "replout": repl_out,
@@ -523,7 +531,7 @@ fn polling(node: &Node) -> InitPolling {
 fn open_runner(kernel: &Kernel, place: &rows::Whereabouts, resumed: bool) -> RunnerLink {
     let address = match kernel.with_record(|record| record.repl_ports) {
         Some((repl_in, repl_out)) => RunnerAddress {
-            ip: place.address,
+            ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             repl_in,
             repl_out,
         },

@@ -16,7 +16,9 @@ use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::request::SessionType;
 use crate::kernel::resource_text::{self, Allocations};
 use crate::kernel::rows::parse_host_ports;
-use crate::kernel::service_ports::{self, Exposure, REPL_IN, REPL_OUT, ServicePort};
+use crate::kernel::service_ports::{
+    self, Exposure, REPL_IN, REPL_OUT, ServicePort, ServiceProtocol,
+};
 use crate::network;
 use crate::resource::Allocation;
 
@@ -80,7 +82,7 @@ pub async fn record(
     let mode = host_config
         .and_then(|host| host.network_mode.clone())
         .unwrap_or_default();
-    let (services, published_by) = services_of(labels, &found);
+    let (services, repl_ports, published_by) = services_of(labels, &found);
     let hostname = found
         .config
         .as_ref()
@@ -126,7 +128,7 @@ pub async fn record(
         allocation,
         services,
         published_by,
-        repl_ports: None,
+        repl_ports,
         block_service_ports: labels.get(LABEL_BLOCKED).is_some_and(|value| value == "1"),
         network: match mode.as_str() {
             "" | "default" | "bridge" => None,
@@ -156,11 +158,12 @@ fn replace_memory(allocations: &mut Allocations, bytes: i64) {
     }
 }
 
-/// The services the labels name, with the host ports that the engine or our own label tells.
+/// The services the labels name, with the host ports that the engine or our own label tells, and
+/// those of the runner.
 fn services_of(
     labels: &HashMap<String, String>,
     found: &ContainerInspectResponse,
-) -> (Vec<ServicePort>, PublishedBy) {
+) -> (Vec<ServicePort>, Option<(u16, u16)>, PublishedBy) {
     let engine = engine_ports(found);
     let own = labels
         .get(HOST_PORTS_LABEL)
@@ -173,7 +176,10 @@ fn services_of(
     } else {
         PublishedBy::Engine
     };
-    let host_ports = if engine.is_empty() { own } else { engine };
+    let mut host_ports = if engine.is_empty() { own } else { engine };
+    let repl_ports = host_ports
+        .remove(&REPL_IN)
+        .zip(host_ports.remove(&REPL_OUT));
     let exposure = Exposure {
         label: labels.get(LABEL_SERVICES).map_or("", String::as_str),
         is_main: true,
@@ -186,8 +192,21 @@ fn services_of(
         );
         service_ports::arrange(&Exposure::default()).unwrap_or_default()
     });
+    // Ports that no label names as a service (hidden ones, those of models) are held all the same.
+    let mut hidden: Vec<u16> = host_ports.keys().copied().collect();
+    hidden.retain(|port| {
+        !services
+            .iter()
+            .any(|service| service.container_ports.contains(port))
+    });
+    hidden.sort_unstable();
+    let hidden = hidden.into_iter().map(|port| {
+        let name = format!("hostport{port}");
+        ServicePort::new(name, ServiceProtocol::Internal, vec![port])
+    });
     let services = services
         .into_iter()
+        .chain(hidden)
         .filter_map(|mut service| {
             service.host_ports = service
                 .container_ports
@@ -197,10 +216,10 @@ fn services_of(
             Some(service)
         })
         .collect();
-    (services, published_by)
+    (services, repl_ports, published_by)
 }
 
-/// Container port to host port, as the engine publishes them; the runner's sockets are not services.
+/// Container port to host port, as the engine publishes them; the runner's sockets too.
 fn engine_ports(found: &ContainerInspectResponse) -> HashMap<u16, u16> {
     let ports = found
         .network_settings
@@ -218,7 +237,7 @@ fn engine_ports(found: &ContainerInspectResponse) -> HashMap<u16, u16> {
                 .as_deref()?
                 .parse()
                 .ok()?;
-            (!matches!(container, REPL_IN | REPL_OUT)).then_some((container, host))
+            Some((container, host))
         })
         .collect()
 }

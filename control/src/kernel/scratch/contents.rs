@@ -5,8 +5,8 @@ use super::{ScratchError, ScratchPaths};
 use crate::kernel::request::{ClusterInfo, Confidential, Dotfile, SshKeypair};
 use crate::kernel::resource_text::with_container_id;
 use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 /// The skeleton's files of the kernel's user: name in `work` and in the runner's directory.
@@ -230,7 +230,8 @@ pub(super) fn record_container(config: &Path, container_id: &str) -> Result<(), 
 }
 
 /// Writes a file of a directory that only the agent writes, whole or not at all: the container
-/// reads it at any time.
+/// reads it at any time. Where the kernel's user has filled the file system they share, a file that
+/// is there is written over: else such a kernel could not be restarted.
 fn replace(directory: &Path, name: &str, content: &[u8], mode: u32) -> Result<(), ScratchError> {
     let path = directory.join(name);
     let next = directory.join(format!(".{name}.next"));
@@ -246,10 +247,27 @@ fn replace(directory: &Path, name: &str, content: &[u8], mode: u32) -> Result<()
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         fs::rename(&next, &path)
     })();
-    written.map_err(|cause| {
+    written.or_else(|cause| {
         let _ = fs::remove_file(&next);
-        ScratchError::write(&path, cause)
+        let full = ScratchError::write(&path, cause);
+        match full.is_full() && write_over(&path, content).is_ok() {
+            true => Ok(()),
+            false => Err(full),
+        }
     })
+}
+
+/// Writes over a file without needing space: only when the new content fits in its blocks.
+fn write_over(path: &Path, content: &[u8]) -> io::Result<()> {
+    // The smallest block of the file systems a scratch lies on.
+    const BLOCK: u64 = 1024;
+    let file = OpenOptions::new().write(true).open(path)?;
+    let length = content.len() as u64;
+    if length > file.metadata()?.len().next_multiple_of(BLOCK) {
+        return Err(io::ErrorKind::StorageFull.into());
+    }
+    file.write_all_at(content, 0)?;
+    file.set_len(length)
 }
 
 /// Checks dotfiles before anything is created: paths that would leave `/home/work` are refused
