@@ -8,6 +8,7 @@ use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
+use harness::registry::Registry;
 use harness::wait;
 use serde_json::json;
 use uuid::Uuid;
@@ -362,6 +363,72 @@ async fn files_go_in_and_out() -> Result<()> {
     );
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_not_here_is_pulled_and_told_of() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let registry = Registry::start(false)?;
+    let local = harness::images::image(Image::Runner)?;
+    let canonical = format!(
+        "{}/stable/runner-{}:1",
+        registry.address,
+        Uuid::new_v4().simple()
+    );
+    let remove = || kernels::docker(&["rmi", "-f", &canonical]).map(drop);
+    kernels::docker(&["tag", &local, &canonical])?;
+    let mut order = Order::named(&canonical)?;
+    order.config["image"]["is_local"] = json!(false);
+    order.config["image"]["registry"] = json!({"name": registry.address, "url": ""});
+    // Docker compares by digest: the tag is the only thing that is missing afterwards.
+    order.config["image"]["auto_pull"] = json!("tag");
+    let pushed = kernels::docker(&["push", &canonical]);
+    remove()?;
+    pushed?;
+
+    let outcome = async {
+        let configs = json!({ &canonical: order.config["image"] });
+        kernels::ask(&node, "check_and_pull", vec![rpc::to_value(&configs)?]).await?;
+        let pull_events = async || -> Option<Vec<String>> {
+            let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];
+            let reply = kernels::ask(&node, "bai.events", args).await.ok()?;
+            let events = reply["events"].as_array()?.iter();
+            let of_image = events.filter(|event| event["args"][0] == canonical.as_str());
+            Some(
+                of_image
+                    .filter_map(|event| Some(event["name"].as_str()?.to_owned()))
+                    .collect(),
+            )
+        };
+        let names = wait::until("the pull is told of", SOON, || async {
+            pull_events().await.filter(|names| names.len() == 2)
+        })
+        .await?;
+        assert_eq!(names, ["image_pull_started", "image_pull_finished"]);
+        remove()?;
+
+        kernels::create(&node, &order).await?;
+        let names: Vec<String> = kernels::events(&node, order.kernel)
+            .await?
+            .into_iter()
+            .map(|(name, _)| name)
+            .filter(|name| name != "kernel_progress")
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "kernel_preparing",
+                "kernel_pulling",
+                "kernel_creating",
+                "kernel_started"
+            ]
+        );
+        kernels::destroy(&node, &order).await?;
+        kernels::assert_clean(&node).await
+    }
+    .await;
+    let _ = remove();
+    outcome
 }
 
 #[tokio::test(flavor = "multi_thread")]
