@@ -31,6 +31,8 @@ use crate::sys::socket;
 const EVENTS: usize = 256;
 /// Clients accepted from one listener before others get their turn.
 const ACCEPT_BURST: usize = 64;
+/// Bursts that empty a full backlog.
+const BACKLOG_BURSTS: usize = super::BACKLOG as usize / ACCEPT_BURST;
 /// How long a listener rests when the kernel has no memory or descriptors even for shedding.
 const REST: Duration = Duration::from_millis(100);
 
@@ -312,8 +314,13 @@ impl Worker {
                 .is_some_and(|listener| Arc::ptr_eq(&listener.port, port))
         });
         if let Some(index) = found {
-            // Closing would reset those who have connected but were not accepted yet.
-            while self.accept_some(index) {}
+            // Closing would reset those who have connected but were not accepted yet. More than
+            // the backlog did not wait before: clients that keep coming must not hold the loop.
+            for _ in 0..=BACKLOG_BURSTS {
+                if !self.accept_some(index) {
+                    break;
+                }
+            }
             self.listeners[index] = None;
         }
     }
