@@ -20,6 +20,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use shared::ids::ContainerId;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::container_processes::{ContainerCgroup, KernelFiles};
@@ -199,11 +200,17 @@ impl Drop for Admission {
 
 impl Server {
     async fn accept(self: &Arc<Self>, listener: &UnixListener) {
-        loop {
+        // Whoever connects waits for a place before anything is looked up for it, so a container
+        // that connects all the time costs no more than this many tasks.
+        let places = Arc::new(Semaphore::new(CONNECTIONS + CONNECTIONS_PER_CONTAINER));
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let server = Arc::clone(self);
-                    tokio::spawn(async move { server.serve(stream).await });
+                    tokio::spawn(async move {
+                        server.serve(stream).await;
+                        drop(place);
+                    });
                 }
                 Err(err) => {
                     // Out of descriptors, most likely: later it works again.
