@@ -106,12 +106,24 @@ pub enum AppError {
     Interrupted,
 }
 
+impl AppError {
+    /// Whether only a change of the configuration helps, not another try.
+    pub fn is_of_configuration(&self) -> bool {
+        match self {
+            AppError::Directories(_) | AppError::RunDir(_) | AppError::Key { .. } => true,
+            AppError::Bind(err) => !matches!(err, BindError::Bind { .. }),
+            _ => false,
+        }
+    }
+}
+
 /// Runs the agent until it is told to stop.
 pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
     let stopping = CancellationToken::new();
     listen_for_signals(&stopping)?;
+    // A wrong key file is told at once, not after Docker was waited for.
+    let curve = curve(&config)?;
     let node = assemble(config, &stopping).await?;
-    let curve = curve(&node.config)?;
     let recovered = tokio::select! {
         recovered = recovery::recover(&node) => recovered?,
         () = stopping.cancelled() => return Err(AppError::Interrupted),
@@ -148,14 +160,14 @@ pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
     node.events
         .emit(Event::AgentTerminated { reason: "shutdown" });
     server.shutdown(Duration::from_secs(2)).await;
-    for task in loops {
-        let _ = task.await;
-    }
     node.tasks.close();
-    if tokio::time::timeout(STOP_GRACE, node.tasks.wait())
-        .await
-        .is_err()
-    {
+    let ended = async {
+        for task in loops {
+            let _ = task.await;
+        }
+        node.tasks.wait().await;
+    };
+    if tokio::time::timeout(STOP_GRACE, ended).await.is_err() {
         tracing::warn!(
             left = node.tasks.len(),
             "operations were cut short; the next start goes on with them"

@@ -49,7 +49,7 @@ pub struct Connection {
     )]
     pub agent_key: Option<PathBuf>,
     /// How long to wait for the agent to answer at all, in seconds.
-    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 5)]
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub connect_timeout: u64,
 }
 

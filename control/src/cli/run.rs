@@ -48,7 +48,8 @@ pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
     runtime.shutdown_timeout(std::time::Duration::from_secs(3));
     match outcome {
         Ok(()) | Err(crate::app::AppError::Interrupted) => Ok(()),
-        Err(err) => Err(Problem::Unavailable(anyhow::Error::new(err))),
+        Err(err) if err.is_of_configuration() => Err(Problem::Config(err.into())),
+        Err(err) => Err(Problem::Unavailable(err.into())),
     }
 }
 

@@ -63,7 +63,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "UUID")]
     session: Option<Uuid>,
     /// How long the creation may take in all, in seconds.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
     /// No progress on standard error.
     #[arg(short, long)]
