@@ -16,6 +16,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -109,6 +110,8 @@ pub struct StoredEnding {
 #[derive(Clone, Debug)]
 pub struct Journal {
     dir: PathBuf,
+    /// Held while the assigned ports are read from the pool and written.
+    assigned: Arc<Mutex<()>>,
 }
 
 impl Journal {
@@ -123,7 +126,10 @@ impl Journal {
                 path: dir.clone(),
                 source,
             })?;
-        Ok(Journal { dir })
+        Ok(Journal {
+            dir,
+            assigned: Arc::default(),
+        })
     }
 
     /// Where the records lie.
@@ -202,8 +208,13 @@ impl Journal {
         Ok((records, damaged))
     }
 
-    /// Remembers the ports that `assign_port` gave out.
-    pub fn store_assigned_ports(&self, ports: &[u16]) -> Result<(), JournalError> {
+    /// Remembers the ports that `assign_port` gave out, as they are at this writer's turn. Blocks.
+    pub fn store_assigned_ports(
+        &self,
+        ports: impl FnOnce() -> Vec<u16>,
+    ) -> Result<(), JournalError> {
+        let _turn = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
+        let ports = ports();
         let path = self.dir.join("assigned-ports");
         let text: String = ports.iter().map(|port| format!("{port}\n")).collect();
         replace_file(&path, text.as_bytes()).map_err(|source| JournalError::Write { path, source })
@@ -367,7 +378,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path(), "i-node").unwrap();
         assert!(journal.load_assigned_ports().is_empty());
-        journal.store_assigned_ports(&[30000, 30007]).unwrap();
+        journal.store_assigned_ports(|| vec![30000, 30007]).unwrap();
         assert_eq!(journal.load_assigned_ports(), vec![30000, 30007]);
         let (records, damaged) = journal.load::<Journaled>().unwrap();
         assert!(records.is_empty() && damaged.is_empty());

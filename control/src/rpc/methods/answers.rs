@@ -99,8 +99,12 @@ pub(super) async fn release_port(node: &Arc<Node>, mut args: Arguments) -> Resul
 }
 
 async fn remember_assigned(node: &Arc<Node>) {
-    let (journal, ports) = (node.journal.clone(), node.ports.assigned());
-    if let Err(err) = blocking(move || journal.store_assigned_ports(&ports)).await {
+    let of_node = node.clone();
+    let stored = blocking(move || {
+        let assigned = || of_node.ports.assigned();
+        of_node.journal.store_assigned_ports(assigned)
+    });
+    if let Err(err) = stored.await {
         tracing::warn!(
             err = &err as &dyn std::error::Error,
             "cannot remember the assigned ports"
