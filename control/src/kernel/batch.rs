@@ -81,7 +81,10 @@ pub async fn run(
     killer: Option<&dyn CommandKiller>,
     gone: &CancellationToken,
 ) -> BatchOutcome {
-    let deadline = job.timeout.map(|timeout| Instant::now() + timeout);
+    let deadline = job
+        .timeout
+        // A limit beyond the clock's end is none.
+        .and_then(|timeout| Instant::now().checked_add(timeout));
     match job.code {
         Some(code) => {
             let opts = BatchSteps {

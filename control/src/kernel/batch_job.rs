@@ -55,11 +55,13 @@ pub fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 fn spawn(node: &Arc<Node>, kernel: &Arc<Kernel>, job: BatchJob, gone: CancellationToken) {
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone().tasks.spawn(async move {
-        node.note(&kernel, |record| record.batch_running = true)
-            .await;
         let Some(runner) = kernel.runner() else {
+            tracing::warn!(kernel_id = %kernel.id, "a batch job cannot start without the runner");
+            kernel.end_batch();
             return;
         };
+        node.note(&kernel, |record| record.batch_running = true)
+            .await;
         let killer = init_pid(&node, &kernel)
             .await
             .map(|init_pid| ContainerCommands {

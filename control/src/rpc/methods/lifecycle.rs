@@ -109,8 +109,8 @@ pub(super) async fn restart_kernel(
     let updated: serde_json::Value = args.get("updated_config")?;
     match restart::restart(node, id, &updated).await {
         Ok(result) => reply(&restart_answer(&result)),
-        // As the original: the old values are answered when the new container did not come. They
-        // are what the manager holds already; the kernel's end is announced by its event.
+        // The original answers the old values when the new container did not come. They would name
+        // a container that is gone; the caller is told, and the kernel's end is announced.
         Err(RestartError::Create(err)) => {
             tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "a restart failed");
             Err(err.failure())

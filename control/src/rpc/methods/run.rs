@@ -90,6 +90,7 @@ pub(super) fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         });
         return Ok(Value::Nil);
     };
+    runner_of(&kernel)?;
     if !batch_job::start(node, &kernel, code, timeout) {
         tracing::debug!(kernel_id = %id, "the batch job runs already");
     }
