@@ -17,7 +17,7 @@ use super::lines::JsonLines;
 use super::transport::{Call, Class, image_path, within};
 
 /// Credentials for a registry; never shown.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct RegistryAuth {
     /// User name.
     pub username: String,

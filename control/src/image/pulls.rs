@@ -30,7 +30,7 @@ impl PullState {
     }
 }
 
-type Key = (String, Option<(String, String)>);
+type Key = (String, Option<RegistryAuth>);
 
 #[derive(Debug, Default)]
 pub(super) struct Pulls {
@@ -69,10 +69,7 @@ impl Pulls {
         canonical: &str,
         auth: Option<&RegistryAuth>,
     ) -> PullTicket {
-        let key: Key = (
-            canonical.to_owned(),
-            auth.map(|auth| (auth.username.clone(), auth.password.clone())),
-        );
+        let key: Key = (canonical.to_owned(), auth.cloned());
         let mut running = self.lock();
         let mut number = 0;
         if let Some(present) = running.get_mut(&key) {

@@ -10,9 +10,11 @@ mod launch;
 mod prepare;
 mod result;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use shared::ids::KernelId;
 use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
@@ -89,7 +91,10 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
     tracing::info!(kernel_id = %id, image = order.config.image.canonical, "creating a kernel");
     let abort = kernel.abort_token();
     let (built, turn) = match take_turn(node, &kernel, &abort).await {
-        Ok(turn) => (build(node, &kernel, &order, &abort).await, Some(turn)),
+        Ok(turn) => (
+            guarded(Box::pin(build(node, &kernel, &order, &abort))).await,
+            Some(turn),
+        ),
         Err(err) => (Err(err), None),
     };
     conclude(node, &kernel, built, turn).await
@@ -119,11 +124,11 @@ async fn conclude(
                 .await;
             let actions = kernel.step(Input::Ready);
             let entered = actions.contains(&Action::AnnounceStarted);
-            if entered {
-                node.note(kernel, |_| {}).await;
-            }
+            // Announced before the disk is waited for: its end may come meanwhile, and is
+            // announced then.
             node.perform(kernel, &actions);
             if entered {
+                node.note(kernel, |_| {}).await;
                 launch::start_models(node, kernel);
                 return Ok(result);
             }
@@ -145,6 +150,14 @@ async fn conclude(
     let limit = node.config.node.engine.stop_grace + Duration::from_secs(60);
     let _ = tokio::time::timeout(limit, kernel.wait_ended()).await;
     Err(failed)
+}
+
+/// A panic must not leave a kernel that is created for ever and holds what it has taken.
+async fn guarded(
+    work: impl Future<Output = Result<Launched, CreateError>>,
+) -> Result<Launched, CreateError> {
+    let outcome = AssertUnwindSafe(work).catch_unwind().await;
+    outcome.unwrap_or(Err(CreateError::Defect))
 }
 
 fn aborted(kernel: &Kernel) -> CreateError {
@@ -314,18 +327,11 @@ async fn ready_image(
 
 /// What has to be there of an image.
 pub fn image_request(image: &ImageConfig) -> ImageRequest {
-    let password = image
-        .registry
-        .password
-        .as_ref()
-        .map(|password| password.reveal().to_owned());
-    let auth = image
-        .registry
-        .username
-        .clone()
-        .zip(password)
-        .filter(|(username, password)| !username.is_empty() && !password.is_empty())
-        .map(|(username, password)| RegistryAuth { username, password });
+    let password = image.registry.password.as_ref();
+    let auth = RegistryAuth::from_parts(
+        image.registry.username.as_deref(),
+        password.map(|password| password.reveal()),
+    );
     ImageRequest {
         canonical: image.docker_name().to_owned(),
         digest: image.digest.clone(),
@@ -343,7 +349,7 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
 /// A kernel found at start whose runner had not been heard: goes on where the creation was.
 pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let abort = kernel.abort_token();
-    let built = launch::resume(node, kernel, &abort).await;
+    let built = guarded(Box::pin(launch::resume(node, kernel, &abort))).await;
     if let Err(err) = conclude(node, kernel, built, None).await {
         tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
             "a kernel that was being started could not be taken over");
@@ -358,7 +364,10 @@ pub async fn recreate(
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
     let (built, turn) = match take_turn(node, kernel, &abort).await {
-        Ok(turn) => (rebuild(node, kernel, order, &abort).await, Some(turn)),
+        Ok(turn) => (
+            guarded(Box::pin(rebuild(node, kernel, order, &abort))).await,
+            Some(turn),
+        ),
         Err(err) => (Err(err), None),
     };
     conclude(node, kernel, built, turn).await
@@ -410,4 +419,15 @@ fn with_host_ports(
             service
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_of_ours_fails_the_creation_and_is_not_passed_on() {
+        let outcome = guarded(async { panic!("a defect") }).await;
+        assert!(matches!(outcome, Err(CreateError::Defect)));
+    }
 }

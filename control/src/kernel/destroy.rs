@@ -116,9 +116,11 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         runner.close().await;
     }
     let mut pause = RETRY_PAUSES.0;
-    let exit_code = loop {
-        match give_back(node, kernel).await {
-            Ok(exit_code) => break exit_code,
+    // Over all attempts: the container that told it may be gone when a later step fails.
+    let mut exit_code = None;
+    loop {
+        match give_back(node, kernel, &mut exit_code).await {
+            Ok(()) => break,
             Err(err) => {
                 kernel.set_trouble(chain(&err));
                 tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
@@ -131,12 +133,16 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
             () = node.stopping.cancelled() => return,
         }
         pause = (pause * 2).min(RETRY_PAUSES.1);
-    };
+    }
     kernel.finish(exit_code, |actions| node.perform(kernel, actions));
 }
 
-async fn give_back(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<Option<i64>, EndError> {
-    let exit_code = stop_and_remove(node, kernel).await?;
+async fn give_back(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    exit_code: &mut Option<i64>,
+) -> Result<(), EndError> {
+    *exit_code = stop_and_remove(node, kernel).await?.or(*exit_code);
     let record = kernel.record();
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);
@@ -146,7 +152,7 @@ async fn give_back(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<Option<i64>
         // What it names is gone; the next start finds nothing to finish and removes it then.
         tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot remove a journal file");
     }
-    Ok(exit_code)
+    Ok(())
 }
 
 /// Withdraws the rows, stops and removes the container, keeps its console. Answers the exit code,

@@ -29,6 +29,8 @@ use crate::docker::{ContainerSummary, DockerError};
 /// A scratch directory of nobody is deleted only when it is older than this: another agent on the
 /// same scratch root may be about to create its container.
 const ORPHAN_AGE: Duration = Duration::from_secs(600);
+/// Pauses between attempts to take up a kernel that runs: doubled up to the second.
+const RESUME_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// Why the node could not be taken over.
 #[derive(Debug, Error)]
@@ -255,8 +257,9 @@ async fn enter(
         }
         Decision::RemoveUnstarted(_) => return None,
     };
-    restore_holdings(node, &record);
+    // A kernel that entered meanwhile on another way holds its own already.
     let kernel = node.registry.adopt(lifecycle, record)?;
+    kernel.with_record(|record| restore_holdings(node, record));
     node.note(&kernel, |_| {}).await;
     tracing::info!(kernel_id = %id, container_id = container.map(tracing::field::display),
         decision = ?decision, "found a kernel");
@@ -295,17 +298,35 @@ async fn restore_assigned_ports(node: &Node) {
 
 /// Rows, runner and batch job of a kernel in service.
 async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
-    if let Err(err) = rows::refresh(node, kernel).await {
-        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-            "cannot renew the ports of a kernel");
-    }
-    if let Err(err) = create::connect_runner(node, kernel).await {
-        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-            "cannot connect to the runner of a kernel");
-        return;
-    }
-    if kernel.with_record(|record| record.batch_running) {
-        batch_job::resume(node, kernel);
+    let (mut connected, mut pause) = (false, RESUME_PAUSES.0);
+    while kernel.is_running() {
+        let renewed = rows::refresh(node, kernel).await;
+        if let Err(err) = &renewed {
+            tracing::warn!(kernel_id = %kernel.id, err = err as &dyn std::error::Error,
+                "cannot renew the ports of a kernel yet; trying again");
+        }
+        if !connected {
+            match create::connect_runner(node, kernel).await {
+                Ok(()) => {
+                    connected = true;
+                    if kernel.with_record(|record| record.batch_running) {
+                        batch_job::resume(node, kernel);
+                    }
+                }
+                Err(err) => {
+                    tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                        "cannot connect to the runner of a kernel yet; trying again");
+                }
+            }
+        }
+        if connected && renewed.is_ok() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = node.stopping.cancelled() => return,
+        }
+        pause = (pause * 2).min(RESUME_PAUSES.1);
     }
 }
 

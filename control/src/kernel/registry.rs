@@ -216,6 +216,19 @@ impl Kernel {
         std::mem::replace(&mut self.inner().runner, runner)
     }
 
+    /// Puts the link to a running kernel in place. Returns the link to close: the one before, or
+    /// this one when the kernel does not run in that container (any more). A link that outlived
+    /// its kernel would go on calling an address that the engine gives to another container.
+    pub fn offer_runner(&self, container: ContainerId, runner: RunnerLink) -> Option<RunnerLink> {
+        let mut inner = self.inner();
+        let runs = matches!(inner.lifecycle.state(), State::Running);
+        if runs && inner.record.container() == Some(container) {
+            inner.runner.replace(runner)
+        } else {
+            Some(runner)
+        }
+    }
+
     /// Marks the kernel's batch job as running; the token is cancelled when the kernel ends. `None`
     /// when one is running already.
     pub fn begin_batch(&self) -> Option<CancellationToken> {
@@ -447,6 +460,7 @@ mod tests {
     use super::*;
     use crate::kernel::record::PublishedBy;
     use crate::kernel::request::SessionType;
+    use crate::kernel::runner_link::{LinkOptions, RunnerAddress};
     use std::time::Duration;
 
     fn record(id: u8) -> Record {
@@ -554,5 +568,30 @@ mod tests {
         assert!(!abort.is_cancelled());
         kernel.step(Input::Died { exit_code: Some(1) });
         assert!(abort.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_link_to_a_runner_does_not_outlive_its_kernel() {
+        let kernel = accepted(&Registry::default(), 1);
+        let container = ContainerId([7; 32]);
+        kernel.update_record(|record| record.container_id = Some(container.to_string()));
+        // Nobody listens there.
+        let address = RunnerAddress {
+            ip: std::net::Ipv4Addr::LOCALHOST.into(),
+            repl_in: 1,
+            repl_out: 1,
+        };
+        let link = || RunnerLink::open(kernel.id, address, LinkOptions::default());
+        assert!(kernel.offer_runner(container, link()).is_some(), "creating");
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        assert!(kernel.offer_runner(ContainerId([8; 32]), link()).is_some());
+        assert!(kernel.runner().is_none());
+        assert!(kernel.offer_runner(container, link()).is_none());
+        assert!(kernel.runner().is_some());
+        kernel.step(Input::Died { exit_code: None });
+        kernel.set_runner(None);
+        assert!(kernel.offer_runner(container, link()).is_some(), "ending");
+        assert!(kernel.runner().is_none());
     }
 }

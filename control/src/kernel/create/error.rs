@@ -187,6 +187,9 @@ pub enum CreateError {
         /// Why it was destroyed.
         reason: Reason,
     },
+    /// Our own code panicked.
+    #[error("a defect of the agent ended the creation; its log says where, please report it")]
+    Defect,
     /// The agent stops.
     #[error("the agent is stopping; the creation goes on or is undone at its next start")]
     Stopping,

@@ -550,8 +550,8 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
         return Ok(());
     };
     let place = rows::locate(node, container).await?;
-    if let Some(old) = kernel.set_runner(Some(open_runner(kernel, &place, true))) {
-        old.close().await;
+    if let Some(idle) = kernel.offer_runner(container, open_runner(kernel, &place, true)) {
+        idle.close().await;
     }
     Ok(())
 }
