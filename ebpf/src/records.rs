@@ -1,0 +1,272 @@
+//! `bpf/records.h` in Rust: keys and values of the maps, byte for byte.
+//!
+//! Addresses are 16 bytes in network order, IPv4 as `::ffff:a.b.c.d`; ports are in network order.
+//! The fields say what they hold in the header; here are the types and conversions.
+
+use std::mem::{offset_of, size_of};
+use std::net::{IpAddr, Ipv6Addr};
+
+use aya::Pod;
+
+/// Number of this layout; pins of another one are not touched but replaced.
+pub const LAYOUT: u32 = 1;
+
+/// Most client networks of a port.
+pub const CLIENT_NETWORKS: usize = 8;
+
+/// TCP in [`ServiceKey::protocol`] and [`FlowKey::protocol`].
+pub const PROTOCOL_TCP: u8 = 6;
+
+/// An address, IPv4 mapped into IPv6.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct Address(pub [u8; 16]);
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        Self(match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        })
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        Ipv6Addr::from(address.0).to_canonical()
+    }
+}
+
+/// `struct service_key`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct ServiceKey {
+    /// Published port, network order.
+    pub port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: u8,
+}
+
+/// `struct client_network`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ClientNetwork {
+    /// Address with host bits zero.
+    pub address: Address,
+    /// Bits that count.
+    pub mask: Address,
+}
+
+impl ClientNetwork {
+    /// The network of `address`, `prefix` bits long (counted in the address's own family).
+    pub fn new(address: IpAddr, prefix: u8) -> Self {
+        let bits = usize::from(prefix) + if address.is_ipv4() { 96 } else { 0 };
+        let mut mask = [0_u8; 16];
+        for (at, byte) in mask.iter_mut().enumerate() {
+            let set = bits.saturating_sub(at * 8).min(8);
+            *byte = if set == 0 { 0 } else { 0xff << (8 - set) };
+        }
+        Self {
+            address: Address::from(address),
+            mask: Address(mask),
+        }
+    }
+}
+
+/// No new flows; those there are go on.
+pub const SERVICE_DRAINING: u8 = 1;
+/// Any local address will do.
+pub const SERVICE_ANY_ADDRESS: u8 = 2;
+
+/// `struct service`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Service {
+    /// Address clients must use, unless any will do.
+    pub bind: Address,
+    /// The container's address.
+    pub target: Address,
+    /// Host side of its veth.
+    pub link_index: u32,
+    /// Identity of the route.
+    pub life: u32,
+    /// Most flows at once; 0 means no limit.
+    pub max_flows: u32,
+    /// Port in the container, network order.
+    pub target_port: u16,
+    /// `SERVICE_*`.
+    pub flags: u8,
+    /// Client networks in use.
+    pub networks: u8,
+    /// Them.
+    pub network: [ClientNetwork; CLIENT_NETWORKS],
+}
+
+/// `struct flow_key`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FlowKey {
+    /// The container's address.
+    pub container: Address,
+    /// The client's.
+    pub client: Address,
+    /// Network order.
+    pub container_port: u16,
+    /// Network order.
+    pub client_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: [u8; 3],
+}
+
+/// `struct flow`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Flow {
+    /// Last segment, coarse monotonic clock.
+    pub seen_ns: u64,
+    /// What the client connected to.
+    pub host: Address,
+    /// Sequence number of its SYN, network order.
+    pub first_sequence: u32,
+    /// Interface it comes by.
+    pub uplink: u32,
+    /// Host side of the container's veth.
+    pub link_index: u32,
+    /// The service's life it belongs to.
+    pub life: u32,
+    /// Published port, network order.
+    pub host_port: u16,
+    /// `FLOW_*` of the header.
+    pub flags: u16,
+    /// Zero.
+    pub zero: u32,
+}
+
+/// `struct port_counters`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PortCounters {
+    /// Flows begun.
+    pub flows: u64,
+    /// Segments from clients.
+    pub packets_in: u64,
+    /// Their payload.
+    pub bytes_in: u64,
+    /// Segments to clients.
+    pub packets_out: u64,
+    /// Their payload.
+    pub bytes_out: u64,
+}
+
+/// `struct port_flows`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PortFlows {
+    /// Living flows.
+    pub active: i64,
+    /// The sweep that counted.
+    pub pass: u32,
+    /// What it counted.
+    pub counted: u32,
+}
+
+/// `struct sweep_order`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SweepOrder {
+    /// How long a client's SYN may go unanswered.
+    pub opening_ns: u64,
+    /// How long a flow may be silent.
+    pub idle_ns: u64,
+    /// How long an ended flow lingers for late segments.
+    pub ended_ns: u64,
+    /// Number of the sweep.
+    pub pass: u32,
+    /// Zero.
+    pub zero: u32,
+}
+
+macro_rules! layout {
+    ($type:ty, $size:literal $(, $field:ident = $offset:literal)* $(,)?) => {
+        const _: () = assert!(size_of::<$type>() == $size);
+        $(const _: () = assert!(offset_of!($type, $field) == $offset);)*
+        // SAFETY: the type is `repr(C)` of integers and byte arrays: every bit pattern is valid,
+        // and the assertions above and the fields' sizes leave no padding.
+        unsafe impl Pod for $type {}
+    };
+}
+
+layout!(Address, 16);
+layout!(ServiceKey, 4, protocol = 2);
+layout!(ClientNetwork, 32, mask = 16);
+layout!(
+    Service,
+    304,
+    target = 16,
+    link_index = 32,
+    life = 36,
+    max_flows = 40,
+    target_port = 44,
+    flags = 46,
+    networks = 47,
+    network = 48,
+);
+layout!(
+    FlowKey,
+    40,
+    client = 16,
+    container_port = 32,
+    client_port = 34,
+    protocol = 36
+);
+layout!(
+    Flow,
+    48,
+    host = 8,
+    first_sequence = 24,
+    uplink = 28,
+    link_index = 32,
+    life = 36,
+    host_port = 40,
+    flags = 42,
+);
+layout!(
+    PortCounters,
+    40,
+    packets_in = 8,
+    bytes_in = 16,
+    packets_out = 24,
+    bytes_out = 32
+);
+layout!(PortFlows, 16, pass = 8, counted = 12);
+layout!(SweepOrder, 32, idle_ns = 8, ended_ns = 16, pass = 24);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_keep_their_family() {
+        for text in ["10.1.2.3", "2001:db8::1", "0.0.0.0", "::"] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(IpAddr::from(Address::from(address)), address);
+        }
+    }
+
+    #[test]
+    fn prefixes_become_masks() {
+        let v4 = ClientNetwork::new("10.1.0.0".parse().unwrap(), 12);
+        assert_eq!(v4.mask.0[..12], [0xff; 12]);
+        assert_eq!(v4.mask.0[12..], [0xff, 0xf0, 0, 0]);
+        let all = ClientNetwork::new("0.0.0.0".parse().unwrap(), 0);
+        assert_eq!(all.mask.0[11..13], [0xff, 0], "IPv4 only");
+        let v6 = ClientNetwork::new("2001:db8::".parse().unwrap(), 33);
+        assert_eq!(v6.mask.0[..6], [0xff, 0xff, 0xff, 0xff, 0x80, 0]);
+        let one = ClientNetwork::new("2001:db8::1".parse().unwrap(), 128);
+        assert_eq!(one.mask.0, [0xff; 16]);
+    }
+}
