@@ -146,6 +146,15 @@ choice! {
     }
 }
 choice! {
+    /// `node.forward`: how rows are served.
+    Forward, any_case: false, {
+        /// In the kernel for clients of other hosts where that is possible, else by the relay.
+        Auto = "auto",
+        /// By the relay alone.
+        Relay = "relay",
+    }
+}
+choice! {
     /// `node.publish`: who publishes container ports.
     Publish, any_case: false, {
         /// Rows where container addresses can be reached, else the engine.

@@ -27,8 +27,8 @@ mod spelling;
 mod units;
 
 pub use choice::{
-    AffinityPolicy, Backend, DiscoveryType, LogDriver, LogFormat, LogLevel, Publish, SandboxType,
-    ScalingGroupType, ScratchType, StatsType,
+    AffinityPolicy, Backend, DiscoveryType, Forward, LogDriver, LogFormat, LogLevel, Publish,
+    SandboxType, ScalingGroupType, ScratchType, StatsType,
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};

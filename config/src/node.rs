@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::choice::Publish;
+use crate::choice::{Forward, Publish};
 use crate::units::{ByteSize, mask_password};
 
 /// `[node]`.
@@ -17,6 +17,8 @@ pub struct Node {
     pub runner_dir: PathBuf,
     /// Who publishes container ports.
     pub publish: Publish,
+    /// How the dataplane serves rows.
+    pub forward: Forward,
     /// Whether containers get a CPU quota of their slots besides the cpuset.
     pub cpu_quota: bool,
     /// Whether memory is pinned to the NUMA nodes of the allocated cores.

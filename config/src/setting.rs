@@ -625,5 +625,6 @@ choice_settings!(
     LogDriver,
     LogFormat,
     DiscoveryType,
+    Forward,
     Publish
 );

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
-use crate::choice::Publish;
+use crate::choice::{Forward, Publish};
 use crate::document::{Kind, Table, Value};
 use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits};
 use crate::problem::Origin;
@@ -73,6 +73,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         )
         .0;
     let publish = s.or(key("publish"), Publish::Auto);
+    let forward = s.or(key("forward"), Forward::Relay);
     let cpu_quota = s.or(key("cpu-quota"), false);
     let memory_nodes = s.or(key("memory-nodes"), true);
     let max_containers = s.or_checked(key("max-containers"), 1024, within(1, 16_384));
@@ -93,6 +94,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         state_dir,
         runner_dir,
         publish,
+        forward,
         cpu_quota,
         memory_nodes,
         max_containers,

@@ -202,6 +202,7 @@ fn what_does_not_fit_is_refused_at_its_key() {
         ),
         ("node", "run-dir = '/var/lib/x'", "node.run-dir"),
         ("node", "publish = 'both'", "node.publish"),
+        ("node", "forward = 'kernel'", "node.forward"),
         (
             "node",
             "device-limits = [{ read-bps = 1 }]",

@@ -286,6 +286,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!("/nowhere/runner"),
         ),
         ("node", &["publish"], "'rows'", json!("rows")),
+        ("node", &["forward"], "'auto'", json!("auto")),
         ("node", &["cpu-quota"], "true", json!(true)),
         ("node", &["memory-nodes"], "false", json!(false)),
         ("node", &["max-containers"], "16", json!(16)),
