@@ -23,6 +23,7 @@ use shared::{OpenError, Sizes};
 
 use crate::board::Board;
 use crate::collect::Collector;
+use crate::forward::kernel::{self, KernelPath};
 use crate::forward::relay::{self, Relay, StartError};
 use crate::link::{Defaults, Link, kept_descriptors};
 use crate::sys::netlink::{LinkLookup, LinkWatch, NetlinkError};
@@ -37,6 +38,7 @@ const DRAIN_TICK: Duration = Duration::from_millis(20);
 const BELL: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const LINKS: Token = Token(2);
+const KERNEL: Token = Token(3);
 
 /// What the process is told at its start.
 #[derive(Debug, Clone)]
@@ -55,6 +57,8 @@ pub struct Options {
     pub scratch_root: Option<PathBuf>,
     /// Relay threads; 0 chooses by the number of CPUs.
     pub relay_threads: usize,
+    /// Serve clients of other hosts in the kernel where that is possible.
+    pub kernel_path: bool,
 }
 
 /// Why the process could not start or go on.
@@ -147,10 +151,24 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         descriptors,
     );
 
+    if options.kernel_path {
+        let started = KernelPath::start(&options.agent_id, run_dir.root());
+        if let Err(err) = &started {
+            tracing::warn!(
+                err = kernel::words(err),
+                "no kernel path, the relay serves all"
+            );
+        }
+        link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
+    }
+
     let mut poll = Poll::new().map_err(AppError::Poll)?;
     register(&poll, doorbell.as_raw_fd(), BELL)?;
     register(&poll, signals.as_raw_fd(), SIGNALS)?;
     register(&poll, watch.as_raw_fd(), LINKS)?;
+    if let Some(changes) = link.kernel_watch() {
+        register(&poll, changes, KERNEL)?;
+    }
 
     let files = u32::try_from(kept_descriptors(descriptors) / 2).unwrap_or(u32::MAX);
     let collector = Collector::start(
@@ -173,7 +191,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     let mut stopping: Option<Instant> = None;
     loop {
         let now = Instant::now();
-        let busy = stopping.is_some() || link.is_draining();
+        let busy = stopping.is_some() || link.is_draining() || link.is_kernel_pending();
         let wait =
             tick_at
                 .saturating_duration_since(now)
@@ -208,6 +226,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
             }
         }
         let now = Instant::now();
+        link.kernel_turn(now);
         if let Some(until) = stopping {
             if link.relay().totals().active() == 0 || now >= until {
                 stop(&mut link, &board);

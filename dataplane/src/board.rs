@@ -14,6 +14,7 @@ use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
 use shared::observed::{Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus};
 
+use crate::forward::kernel::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
 
 /// A port's status and where its counters live.
@@ -23,6 +24,8 @@ pub struct Entry {
     pub status: PortStatus,
     /// The relay's port, while it has one.
     pub port: Option<Arc<Port>>,
+    /// The kernel path's, while that serves it too.
+    pub kernel: Option<Arc<KernelPort>>,
     /// What earlier listeners of the same kernel's port had counted.
     pub base: Counters,
 }
@@ -34,13 +37,18 @@ impl Entry {
             .as_ref()
             .map(|port| port.counters())
             .unwrap_or_default();
+        let flows = self
+            .kernel
+            .as_ref()
+            .map(|port| port.counters())
+            .unwrap_or_default();
         let status = &mut self.status;
         let fresh = [
-            u64::from(now.active),
-            self.base.total + now.total,
+            u64::from(now.active) + u64::from(flows.active),
+            self.base.total + now.total + flows.total,
             self.base.refused + now.refused,
-            self.base.bytes_in + now.bytes_in,
-            self.base.bytes_out + now.bytes_out,
+            self.base.bytes_in + now.bytes_in + flows.bytes_in,
+            self.base.bytes_out + now.bytes_out + flows.bytes_out,
             self.base.connect_failures + now.connect_failures,
         ];
         let shown = [

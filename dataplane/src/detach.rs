@@ -1,12 +1,13 @@
 //! Removing what a dataplane leaves behind on a host.
 //!
-//! In: the run directory and the agent's id. Out: the dataplane's own directory is gone: region,
-//! lock, doorbell. (Pins of BPF programs join here with the kernel path.) Invariant: nothing is
-//! removed under a running dataplane, and nothing of control's.
+//! In: the run directory and the agent's id. Out: the kernel path's programs are detached and its
+//! pins gone, and so is the dataplane's own directory: region, lock, doorbell. Invariant: nothing
+//! is removed under a running dataplane, and nothing of control's.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::forward::kernel::pins::{self, PinsError};
 use shared::lock::{LockError, WriterLock};
 use shared::run_dir::{RunDir, RunDirError};
 
@@ -19,6 +20,9 @@ pub enum DetachError {
     /// A dataplane is running: stop it first.
     #[error("the dataplane is running")]
     Running(#[source] LockError),
+    /// The kernel path's pins could not be removed.
+    #[error("the kernel path stays attached")]
+    Pins(#[source] PinsError),
     /// A file or directory could not be removed.
     #[error("cannot remove {path}", path = path.display())]
     Remove {
@@ -30,18 +34,19 @@ pub enum DetachError {
     },
 }
 
-/// Removes the dataplane's directory of this agent. Answers what was removed; `None` when nothing
-/// was there.
+/// Removes the dataplane's directory of this agent and the pins of its kernel path. Answers what
+/// was removed; nothing when nothing was there.
 ///
 /// # Errors
 /// A dataplane is running, or the directory can't be removed.
-pub fn detach(run_dir: Option<&Path>, agent_id: &str) -> Result<Option<PathBuf>, DetachError> {
+pub fn detach(run_dir: Option<&Path>, agent_id: &str) -> Result<Vec<PathBuf>, DetachError> {
     let run_dir = RunDir::choose(run_dir, agent_id).map_err(DetachError::RunDir)?;
     let directory = run_dir.dataplane();
     if !directory.exists() {
-        return Ok(None);
+        return pins::detach(agent_id, run_dir.root()).map_err(DetachError::Pins);
     }
     let lock = WriterLock::acquire(&directory).map_err(DetachError::Running)?;
+    let mut removed = pins::detach(agent_id, run_dir.root()).map_err(DetachError::Pins)?;
     std::fs::remove_dir_all(&directory).map_err(|source| DetachError::Remove {
         path: directory.clone(),
         source,
@@ -49,7 +54,8 @@ pub fn detach(run_dir: Option<&Path>, agent_id: &str) -> Result<Option<PathBuf>,
     drop(lock);
     // The agent's directory goes when control has left it too.
     let _ = std::fs::remove_dir(run_dir.root());
-    Ok(Some(directory))
+    removed.push(directory);
+    Ok(removed)
 }
 
 #[cfg(test)]
@@ -63,9 +69,12 @@ mod tests {
         let directory = run_dir.create_dataplane().unwrap();
         std::fs::write(directory.join("observed"), b"x").unwrap();
         let gone = detach(Some(base.path()), "i-detach").unwrap();
-        assert_eq!(gone, Some(directory));
+        assert_eq!(gone, [directory]);
         assert!(!run_dir.root().exists());
-        assert_eq!(detach(Some(base.path()), "i-detach").unwrap(), None);
+        assert_eq!(
+            detach(Some(base.path()), "i-detach").unwrap(),
+            Vec::<PathBuf>::new()
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! what runs as it is; a guarded row never forwards once its link is gone, whether or not control
 //! is alive.
 
+mod lift;
 pub mod plan;
 
 use std::collections::BTreeMap;
@@ -15,12 +16,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::ReadError;
-use shared::desired::{DesiredReader, DesiredSnapshot, Drain, NodeRow, PortKey, PortRow, Protocol};
-use shared::ids::{Generation, KernelId, RegionId};
+use shared::desired::{
+    ContainerRow, DesiredReader, DesiredSnapshot, Drain, NodeRow, PortKey, PortRow, Protocol,
+};
+use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine};
 
 use self::plan::{Known, Step, plan};
 use crate::board::{Board, Changes, Entry};
+use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port, Rules};
 use crate::forward::relay::{OpenError, Relay};
 use crate::log_limit::LogLimit;
@@ -104,6 +108,8 @@ fn session_room(descriptors: u64) -> u32 {
 #[derive(Debug)]
 struct Running {
     port: Option<Arc<Port>>,
+    /// While the kernel path serves it too.
+    kernel: Option<Arc<KernelPort>>,
     state: PortState,
     path: ForwardPath,
     reason: String,
@@ -123,8 +129,17 @@ struct Draining {
     removal: Option<Generation>,
     link_index: Option<u32>,
     port: Arc<Port>,
+    /// Flows of the kernel path that may finish.
+    kernel: Option<Arc<KernelPort>>,
     base: Counters,
     until: Instant,
+}
+
+impl Draining {
+    fn is_over(&self, now: Instant) -> bool {
+        let flows = self.kernel.as_ref().map_or(0, |it| it.counters().active);
+        now >= self.until || (self.port.active() == 0 && flows == 0)
+    }
 }
 
 /// The link. One thread owns it.
@@ -142,6 +157,12 @@ pub struct Link {
     draining: Vec<Draining>,
     applied: Option<Applied>,
     guard_at: Instant,
+    kernel: Option<KernelPath>,
+    /// Why there is none though it is wanted.
+    kernel_missing: Option<String>,
+    containers: BTreeMap<ContainerId, ContainerRow>,
+    unclaimed_at: Option<Instant>,
+    drains_counted: Instant,
     read_log: LogLimit,
 }
 
@@ -196,6 +217,11 @@ impl Link {
             draining: Vec::new(),
             applied: None,
             guard_at: Instant::now() + GUARD_INTERVAL,
+            kernel: None,
+            kernel_missing: None,
+            containers: BTreeMap::new(),
+            unclaimed_at: None,
+            drains_counted: Instant::now(),
             read_log: LogLimit::default(),
         };
         link.set_total_limit();
@@ -271,6 +297,7 @@ impl Link {
                 }
             }
         }
+        self.note_containers(desired, now);
         let mut changes = Changes::default();
         let mut cut = Vec::new();
         for step in plan(&self.known, desired) {
@@ -314,6 +341,7 @@ impl Link {
                     generation,
                 } => {
                     if self.draining_status(key).is_none() {
+                        self.withdraw(key);
                         changes
                             .put
                             .push(removed(key, kernel_id, desired.region_id, generation));
@@ -333,6 +361,13 @@ impl Link {
             }
         }
         self.relay.cut(&cut);
+        let lifted = self.lift_all();
+        changes
+            .put
+            .retain(|entry| !lifted.contains(&entry.status.key));
+        changes
+            .put
+            .extend(lifted.iter().filter_map(|key| self.entry(*key)));
         // Rows whose removal control has taken note of, and those of an earlier life.
         if desired.committed != Generation(0) {
             changes.forget = self
@@ -361,6 +396,7 @@ impl Link {
         let key = row.key();
         let mut running = Running {
             port: None,
+            kernel: None,
             state: PortState::Refused,
             path: ForwardPath::None,
             reason: String::new(),
@@ -423,12 +459,28 @@ impl Link {
         else {
             return Counters::default();
         };
+        let base = running.base;
         let Some(port) = running.port else {
-            return running.base;
+            self.withdraw(key);
+            return base;
         };
         self.relay.close(&port);
+        let drains = matches!(known.row.drain, Drain::Within { ms } if ms > 0);
+        let kernel = if drains && removal.is_some() {
+            self.drain_flows(key, running.kernel.clone())
+        } else {
+            self.withdraw(key);
+            None
+        };
+        let flows = running.kernel.as_ref().map(|it| it.counters());
+        let total = sum(sum(base, port.counters()), flows.unwrap_or_default());
         match known.row.drain {
-            Drain::Within { ms } if ms > 0 && port.active() > 0 => {
+            Drain::Within { ms } if ms > 0 && (port.active() > 0 || kernel.is_some()) => {
+                // Flows that do not drain have counted their last.
+                let base = match (&kernel, flows) {
+                    (None, Some(flows)) => sum(base, flows),
+                    _ => base,
+                };
                 self.draining.push(Draining {
                     key,
                     kernel_id: known.row.kernel_id,
@@ -436,13 +488,14 @@ impl Link {
                     removal,
                     link_index: guard_of(&known.row),
                     port: Arc::clone(&port),
-                    base: running.base,
+                    kernel,
+                    base,
                     until: now + Duration::from_millis(u64::from(ms)),
                 });
             }
             _ => cut.push(Arc::clone(&port)),
         }
-        sum(running.base, port.counters())
+        total
     }
 
     fn retire(
@@ -490,6 +543,7 @@ impl Link {
         Some(Entry {
             status,
             port: running.port.clone(),
+            kernel: running.kernel.clone(),
             base: running.base,
         })
     }
@@ -542,6 +596,9 @@ impl Link {
         }
         // First the deed, then the word.
         self.relay.disable(&ports);
+        for key in &keys {
+            self.withdraw(*key);
+        }
         for key in &keys {
             tracing::info!(
                 port = key.host_port,
@@ -597,6 +654,7 @@ impl Link {
     pub fn tick(&mut self, now: Instant) {
         self.finish_drains(now);
         self.retry(now);
+        self.kernel_turn(now);
         self.retire_orphans(now);
         if now >= self.guard_at {
             self.guard_at = now + GUARD_INTERVAL;
@@ -611,6 +669,7 @@ impl Link {
         if self.draining.is_empty() {
             return;
         }
+        self.count_drains(now);
         let overdue: Vec<Arc<Port>> = self
             .draining
             .iter()
@@ -618,10 +677,20 @@ impl Link {
             .map(|it| Arc::clone(&it.port))
             .collect();
         self.relay.cut(&overdue);
+        // Flows first: their last counts belong to the last status.
+        let flows: Vec<(PortKey, Arc<KernelPort>)> = self
+            .draining
+            .iter()
+            .filter(|it| it.is_over(now))
+            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
+            .collect();
+        for (key, port) in flows {
+            self.finish_flows(key, &port);
+        }
         let mut changes = Changes::default();
         let running = &self.running;
         self.draining.retain(|it| {
-            if it.port.active() > 0 && now < it.until {
+            if !it.is_over(now) {
                 return true;
             }
             if let Some(generation) = it.removal
@@ -629,6 +698,9 @@ impl Link {
             {
                 let mut entry = removed(it.key, it.kernel_id, it.region, generation);
                 entry.base = sum(it.base, it.port.counters());
+                if let Some(kernel) = &it.kernel {
+                    entry.base = sum(entry.base, kernel.counters());
+                }
                 changes.put.push(entry);
             }
             false
@@ -668,6 +740,7 @@ impl Link {
                 put,
                 ..Changes::default()
             });
+            self.lift_and_publish();
         }
     }
 
@@ -705,6 +778,11 @@ impl Link {
                 self.relay.close(port);
             }
             tracing::trace!(port = key.host_port, "listener closed");
+            if running.kernel.is_some() {
+                // Pinned: it needs no process.
+                running.reason = "the dataplane has stopped, the kernel goes on".to_owned();
+                continue;
+            }
             running.state = PortState::Pending;
             running.path = ForwardPath::None;
             running.reason = "the dataplane has stopped".to_owned();
@@ -736,6 +814,7 @@ fn removed(key: PortKey, kernel_id: KernelId, region: RegionId, generation: Gene
     Entry {
         status,
         port: None,
+        kernel: None,
         base: Counters::default(),
     }
 }
@@ -748,6 +827,7 @@ fn draining_entry(it: &Draining) -> Entry {
     Entry {
         status,
         port: Some(Arc::clone(&it.port)),
+        kernel: it.kernel.clone(),
         base: it.base,
     }
 }

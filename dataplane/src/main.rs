@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use config::{Config, LoadOptions};
+use config::{Config, Forward, LoadOptions};
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
 use dataplane::link::Defaults;
@@ -68,12 +68,13 @@ fn main() -> ExitCode {
         None => run(&loaded.config),
         Some(Command::Detach) => {
             match detach::detach(Some(&loaded.config.node.run_dir), &loaded.config.agent.id) {
-                Ok(Some(directory)) => {
-                    println!("removed {}", directory.display());
-                    ExitCode::SUCCESS
-                }
-                Ok(None) => {
-                    println!("nothing of the dataplane was left");
+                Ok(removed) => {
+                    for directory in &removed {
+                        println!("removed {}", directory.display());
+                    }
+                    if removed.is_empty() {
+                        println!("nothing of the dataplane was left");
+                    }
                     ExitCode::SUCCESS
                 }
                 Err(err) => fail(&err, EX_TEMPFAIL),
@@ -114,6 +115,7 @@ fn options(config: &Config) -> Options {
         },
         scratch_root: Some(config.container.scratch_root.clone()),
         relay_threads: 0,
+        kernel_path: config.node.forward == Forward::Auto,
     }
 }
 

@@ -5,6 +5,8 @@
 //! are believed (the sender's port is checked); a lost notification is reported as an overflow,
 //! never passed over; every wait for an answer has a deadline.
 
+pub mod interfaces;
+
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;

@@ -1,0 +1,845 @@
+//! The kernel path: service ports whose bytes no process touches.
+//!
+//! In: rows that may take it ([`eligibility`]), interfaces and addresses of this host. Out: the
+//! programs of crate `ebpf` attached to uplinks and containers' links, their maps filled, counters.
+//! Everything is pinned ([`pins`]): it goes on when this process is dead, and a later one takes it
+//! over in place. Invariants: a service is in the map only while its container's link has the
+//! program for replies; flows of a service end with it; the relay's listener is always there for
+//! what the programs leave alone.
+
+pub mod eligibility;
+pub mod pins;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use ebpf::records::{
+    Address, ClientNetwork, PROTOCOL_TCP, PortCounters, PortFlows, SERVICE_ANY_ADDRESS,
+    SERVICE_DRAINING, Service, ServiceKey, SweepOrder,
+};
+use ebpf::{map, program};
+use shared::desired::{ContainerRow, PortKey, PortRow};
+
+use self::eligibility::Circumstances;
+use self::pins::{Pins, PinsError, Side};
+use super::relay::port::Counters;
+use crate::log_limit::LogLimit;
+use crate::sys::bpf;
+use crate::sys::netlink::NetlinkError;
+use crate::sys::netlink::interfaces::{Interface, Interfaces};
+
+/// A SYN may be repeated for so long before its flow is given up.
+const OPENING: Duration = Duration::from_secs(60);
+/// Late segments of an ended flow still find their way for so long.
+const ENDED: Duration = Duration::from_secs(30);
+/// A silent flow is forgotten after this, as by the kernel's connection tracking.
+const IDLE: Duration = Duration::from_secs(5 * 24 * 3600);
+/// Distance of sweeps.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// Distance of two looks at the interfaces, however often they change.
+const RESCAN_INTERVAL: Duration = Duration::from_millis(100);
+/// A look at the interfaces without a notification.
+const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
+/// Containers whose routes were looked at and found good.
+const ROUTED: usize = 65_536;
+
+/// A failed step of the kernel path.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelPathError {
+    /// No place for pins.
+    #[error("pins have no place")]
+    Pins(#[source] PinsError),
+    /// The kernel refused the object, or a program in it.
+    #[error("the kernel refuses the programs")]
+    Load(#[source] EbpfError),
+    /// A program could not be loaded.
+    #[error("the kernel refuses program {name}")]
+    Program {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// The object lacks a program or a map.
+    #[error("the object has no {name}")]
+    Missing {
+        /// Which.
+        name: &'static str,
+    },
+    /// A map of a wrong kind, or one that can't be read or written.
+    #[error("map {name} fails")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// Attaching failed; kernels before 6.6 lack the means.
+    #[error("cannot attach to {interface} (Linux 6.6 or later is needed)")]
+    Attach {
+        /// Where.
+        interface: String,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// A link could not be pinned or taken over.
+    #[error("cannot keep the link at {interface}")]
+    Link {
+        /// Where.
+        interface: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Interfaces can't be listed.
+    #[error("interfaces can't be listed")]
+    Interfaces(#[source] NetlinkError),
+    /// The sweep could not be run.
+    #[error("flows can't be swept")]
+    Sweep(#[source] io::Error),
+}
+
+/// The error and its causes in one line.
+pub fn words(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(source) = cause {
+        let more = source.to_string();
+        // Some libraries repeat their cause in their own words.
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = source.source();
+    }
+    text
+}
+
+/// What a port has counted on the kernel path; refreshed every second.
+#[derive(Debug, Default)]
+pub struct KernelPort {
+    active: AtomicU64,
+    total: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+}
+
+impl KernelPort {
+    /// The counters, in the relay's terms. A payload that is sent again counts again.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            active: u32::try_from(self.active.load(Relaxed)).unwrap_or(u32::MAX),
+            total: self.total.load(Relaxed),
+            bytes_in: self.bytes_in.load(Relaxed),
+            bytes_out: self.bytes_out.load(Relaxed),
+            ..Counters::default()
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Served {
+    service: Service,
+    port: Arc<KernelPort>,
+}
+
+/// The kernel path. One thread owns it.
+pub struct KernelPath {
+    pins: Pins,
+    object: Ebpf,
+    services: HashMap<MapData, ServiceKey, Service>,
+    addresses: HashMap<MapData, Address, u32>,
+    counters: PerCpuHashMap<MapData, ServiceKey, PortCounters>,
+    active: HashMap<MapData, ServiceKey, PortFlows>,
+    orders: Array<MapData, SweepOrder>,
+    watch: Interfaces,
+    interfaces: BTreeMap<u32, Interface>,
+    uplinks: BTreeSet<u32>,
+    attached: BTreeSet<(Side, u32)>,
+    known_addresses: BTreeSet<Address>,
+    served: BTreeMap<ServiceKey, Served>,
+    /// Services an earlier process has left.
+    found: BTreeMap<ServiceKey, Service>,
+    routed: HashSet<(u32, u32, bool)>,
+    next_life: u32,
+    pass: u32,
+    changed_at: Option<Instant>,
+    scanned_at: Instant,
+    swept_at: Instant,
+    counted_at: Instant,
+    log: LogLimit,
+}
+
+impl std::fmt::Debug for KernelPath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KernelPath")
+            .field("pins", &self.pins)
+            .field("uplinks", &self.uplinks)
+            .field("served", &self.served.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn key_of(key: PortKey) -> ServiceKey {
+    ServiceKey {
+        port: key.host_port.to_be(),
+        protocol: PROTOCOL_TCP,
+        zero: 0,
+    }
+}
+
+/// The service of a row; its life is not decided here.
+fn service_of(row: &PortRow, max_flows: u32) -> Service {
+    let mut network = [ClientNetwork::default(); ebpf::records::CLIENT_NETWORKS];
+    for (slot, it) in network.iter_mut().zip(&row.networks) {
+        *slot = ClientNetwork::new(it.address, it.prefix);
+    }
+    Service {
+        bind: Address::from(row.bind),
+        target: Address::from(row.target),
+        link_index: row.link_index,
+        life: 0,
+        max_flows,
+        target_port: row.target_port.to_be(),
+        flags: if row.bind.is_unspecified() {
+            SERVICE_ANY_ADDRESS
+        } else {
+            0
+        },
+        networks: u8::try_from(row.networks.len()).unwrap_or(u8::MAX),
+        network,
+    }
+}
+
+/// Whether flows of one service may go on under the other.
+fn same_route(a: &Service, b: &Service) -> bool {
+    (a.bind, a.target, a.target_port, a.link_index)
+        == (b.bind, b.target, b.target_port, b.link_index)
+        && (a.flags ^ b.flags) & SERVICE_ANY_ADDRESS == 0
+}
+
+fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, KernelPathError> {
+    object
+        .take_map(name)
+        .ok_or(KernelPathError::Missing { name })
+}
+
+fn classifier<'a>(
+    object: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, KernelPathError> {
+    object
+        .program_mut(name)
+        .ok_or(KernelPathError::Missing { name })?
+        .try_into()
+        .map_err(|source| KernelPathError::Program { name, source })
+}
+
+fn load(pins: &Pins) -> Result<Ebpf, KernelPathError> {
+    let mut object = EbpfLoader::new()
+        .default_map_pin_directory(pins.directory())
+        .load(ebpf::nat())
+        .map_err(KernelPathError::Load)?;
+    for name in [
+        program::FROM_UPLINK,
+        program::FROM_CONTAINER,
+        program::SWEEP,
+    ] {
+        classifier(&mut object, name)?
+            .load()
+            .map_err(|source| KernelPathError::Program { name, source })?;
+    }
+    Ok(object)
+}
+
+/// Sizes of keys and values of the pinned maps, as this version has them. The loader takes a
+/// pinned map of any shape, and then reads past the ends of its records.
+fn pins_fit(pins: &Pins) -> bool {
+    let sizes: [(&str, usize, usize); 6] = [
+        (map::SERVICES, size_of::<ServiceKey>(), size_of::<Service>()),
+        (
+            map::FLOWS,
+            size_of::<ebpf::records::FlowKey>(),
+            size_of::<ebpf::records::Flow>(),
+        ),
+        (map::ADDRESSES, size_of::<Address>(), size_of::<u32>()),
+        (
+            map::COUNTERS,
+            size_of::<ServiceKey>(),
+            size_of::<PortCounters>(),
+        ),
+        (map::ACTIVE, size_of::<ServiceKey>(), size_of::<PortFlows>()),
+        (map::ORDERS, size_of::<u32>(), size_of::<SweepOrder>()),
+    ];
+    sizes.into_iter().all(|(name, key, value)| {
+        let path = pins.directory().join(name);
+        if !path.exists() {
+            return true;
+        }
+        aya::maps::MapInfo::from_pin(&path).is_ok_and(|info| {
+            usize::try_from(info.key_size()) == Ok(key)
+                && usize::try_from(info.value_size()) == Ok(value)
+        })
+    })
+}
+
+macro_rules! typed {
+    ($object:expr, $name:expr) => {
+        take($object, $name)?
+            .try_into()
+            .map_err(|source| KernelPathError::Map {
+                name: $name,
+                source,
+            })?
+    };
+}
+
+impl KernelPath {
+    /// Loads the programs, takes over what an earlier process has pinned, attaches to the uplinks.
+    /// `root` is the agent's run directory.
+    ///
+    /// # Errors
+    /// The step that failed: no permission, no BPF file system, an old kernel.
+    pub fn start(agent: &str, root: &Path) -> Result<Self, KernelPathError> {
+        let watch = Interfaces::open().map_err(KernelPathError::Interfaces)?;
+        let pins = Pins::open(agent, root).map_err(KernelPathError::Pins)?;
+        if !pins_fit(&pins) {
+            tracing::warn!("pinned maps are of another shape; flows of the kernel path are lost");
+            pins.clear().map_err(KernelPathError::Pins)?;
+        }
+        let mut object = load(&pins)?;
+        let services: HashMap<MapData, ServiceKey, Service> = typed!(&mut object, map::SERVICES);
+        let addresses: HashMap<MapData, Address, u32> = typed!(&mut object, map::ADDRESSES);
+        let counters = typed!(&mut object, map::COUNTERS);
+        let active = typed!(&mut object, map::ACTIVE);
+        let orders: Array<MapData, SweepOrder> = typed!(&mut object, map::ORDERS);
+        let found: BTreeMap<ServiceKey, Service> = services.iter().flatten().collect();
+        let known_addresses = addresses.keys().flatten().collect();
+        // Flows of a life that was used before must not come back to life.
+        let clock =
+            u32::try_from(shared::wall_ns() / 1_000_000_000 % u64::from(u32::MAX / 2)).unwrap_or(0);
+        let next_life = found.values().map(|it| it.life).fold(clock, u32::max) + 1;
+        let pass = orders.get(&0, 0).map_or(0, |order| order.pass);
+        let now = Instant::now();
+        let mut path = Self {
+            pins,
+            object,
+            services,
+            addresses,
+            counters,
+            active,
+            orders,
+            watch,
+            interfaces: BTreeMap::new(),
+            uplinks: BTreeSet::new(),
+            attached: BTreeSet::new(),
+            known_addresses,
+            served: BTreeMap::new(),
+            found,
+            routed: HashSet::new(),
+            next_life,
+            pass,
+            changed_at: None,
+            scanned_at: now,
+            swept_at: now,
+            counted_at: now,
+            log: LogLimit::default(),
+        };
+        path.scan()?;
+        // Replies of flows under way are translated by this version from now on, too.
+        for (side, index) in path.pins.links() {
+            if side == Side::Container && path.interfaces.contains_key(&index) {
+                path.attach(side, index)?;
+            }
+        }
+        path.pins
+            .remove_other_layouts()
+            .map_err(KernelPathError::Pins)?;
+        tracing::info!(
+            pins = %path.pins.directory().display(),
+            uplinks = path.uplinks.len(),
+            services = path.found.len(),
+            "kernel path ready"
+        );
+        Ok(path)
+    }
+
+    /// Readable when interfaces or addresses have changed.
+    pub fn watch(&self) -> RawFd {
+        self.watch.watch()
+    }
+
+    /// Attaches a program to an interface, or puts it in the place of an earlier version's.
+    fn attach(&mut self, side: Side, index: u32) -> Result<(), KernelPathError> {
+        if self.attached.contains(&(side, index)) {
+            return Ok(());
+        }
+        let interface = self
+            .interfaces
+            .get(&index)
+            .map_or_else(|| index.to_string(), |it| it.name.clone());
+        let name = match side {
+            Side::Uplink => program::FROM_UPLINK,
+            Side::Container => program::FROM_CONTAINER,
+        };
+        let pin = self.pins.link(side, index);
+        let program = classifier(&mut self.object, name)?;
+        match replace(program, &pin) {
+            Ok(true) => {}
+            Ok(false) => attach_and_pin(program, &interface, &pin)?,
+            Err(err) => {
+                // The interface may have gone and another come since it was pinned.
+                tracing::debug!(interface, err = words(&err), "a pinned link is of no use");
+                self.pins
+                    .remove_link(side, index)
+                    .map_err(KernelPathError::Pins)?;
+                attach_and_pin(program, &interface, &pin)?;
+            }
+        }
+        self.attached.insert((side, index));
+        Ok(())
+    }
+
+    fn detach(&mut self, side: Side, index: u32) {
+        self.attached.remove(&(side, index));
+        if let Err(err) = self.pins.remove_link(side, index) {
+            tracing::warn!(
+                interface = index,
+                err = words(&err),
+                "a link stays attached"
+            );
+        }
+    }
+
+    /// Looks at interfaces and addresses: attaches to new uplinks, forgets what is gone.
+    fn scan(&mut self) -> Result<(), KernelPathError> {
+        self.interfaces = self.watch.list().map_err(KernelPathError::Interfaces)?;
+        self.scanned_at = Instant::now();
+        let addresses: BTreeSet<Address> = self
+            .interfaces
+            .values()
+            .flat_map(|it| &it.addresses)
+            .filter(|address| eligibility::is_reachable(**address))
+            .map(|address| Address::from(*address))
+            .collect();
+        let fails = |source| KernelPathError::Map {
+            name: map::ADDRESSES,
+            source,
+        };
+        for address in self.known_addresses.difference(&addresses) {
+            match self.addresses.remove(address) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(fails(source)),
+            }
+        }
+        for address in addresses.difference(&self.known_addresses) {
+            self.addresses.insert(address, 1, 0).map_err(fails)?;
+        }
+        self.known_addresses = addresses;
+
+        let wanted = eligibility::uplinks(&self.interfaces);
+        self.uplinks.clear();
+        for index in &wanted {
+            match self.attach(Side::Uplink, *index) {
+                Ok(()) => {
+                    self.uplinks.insert(*index);
+                }
+                Err(err) => {
+                    if let Some(suppressed) = self.log.pass() {
+                        tracing::warn!(
+                            interface = index,
+                            err = words(&err),
+                            suppressed,
+                            "clients that come in by this interface are served by the relay"
+                        );
+                    }
+                }
+            }
+        }
+        for (side, index) in self.pins.links() {
+            let stale = match side {
+                // An uplink that is down for a moment keeps its program.
+                Side::Uplink => self
+                    .interfaces
+                    .get(&index)
+                    .is_none_or(|it| it.up && !wanted.contains(&index)),
+                Side::Container => !self.interfaces.contains_key(&index),
+            };
+            if stale {
+                self.detach(side, index);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is due: a look at the interfaces, a sweep, the counters. True when rows should be
+    /// looked at anew.
+    pub fn turn(&mut self, now: Instant) -> bool {
+        if self.watch.changed() {
+            self.changed_at.get_or_insert(now);
+        }
+        let since = now.saturating_duration_since(self.scanned_at);
+        let mut rescanned = false;
+        if since >= RESCAN_SLOWLY || (self.changed_at.is_some() && since >= RESCAN_INTERVAL) {
+            self.changed_at = None;
+            let before = (self.interfaces.clone(), self.uplinks.clone());
+            if let Err(err) = self.scan() {
+                self.scanned_at = now;
+                self.complain(&err);
+            }
+            rescanned = before != (self.interfaces.clone(), self.uplinks.clone());
+        }
+        if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
+            self.sweep(now);
+        }
+        if now.saturating_duration_since(self.counted_at) >= Duration::from_secs(1) {
+            self.counted_at = now;
+            self.count();
+        }
+        rescanned
+    }
+
+    /// Changes wait for their turn: come back soon.
+    pub fn is_pending(&self) -> bool {
+        self.changed_at.is_some()
+    }
+
+    fn complain(&mut self, err: &KernelPathError) {
+        if let Some(suppressed) = self.log.pass() {
+            tracing::warn!(err = words(err), suppressed, "the kernel path");
+        }
+    }
+
+    /// Serves a row, or says why the relay must. The same row again costs nothing.
+    ///
+    /// # Errors
+    /// Words for the port's status.
+    pub fn offer(
+        &mut self,
+        row: &PortRow,
+        container: Option<&ContainerRow>,
+        max_flows: u32,
+        idle_timeout: bool,
+    ) -> Result<Arc<KernelPort>, String> {
+        let at = Circumstances {
+            container,
+            interfaces: &self.interfaces,
+            uplinks: &self.uplinks,
+            idle_timeout,
+        };
+        let obstacle = eligibility::obstacle(row, &at).or_else(|| {
+            let pid = container.map_or(0, |it| it.init_pid);
+            self.no_route(pid, row.link_index, row.target)
+        });
+        if let Some(why) = obstacle {
+            self.withdraw(row.key());
+            return Err(why);
+        }
+        self.serve(row, max_flows).map_err(|err| {
+            self.complain(&err);
+            self.withdraw(row.key());
+            words(&err)
+        })
+    }
+
+    fn no_route(&mut self, pid: u32, link: u32, target: IpAddr) -> Option<String> {
+        let mark = (pid, link, target.is_ipv6());
+        if self.routed.contains(&mark) {
+            return None;
+        }
+        if pid == 0 || !eligibility::has_default_route(Path::new("/proc"), pid, target) {
+            return Some("the container has no default route".to_owned());
+        }
+        if self.routed.len() >= ROUTED {
+            self.routed.clear();
+        }
+        self.routed.insert(mark);
+        None
+    }
+
+    fn serve(&mut self, row: &PortRow, max_flows: u32) -> Result<Arc<KernelPort>, KernelPathError> {
+        let key = key_of(row.key());
+        let mut service = service_of(row, max_flows);
+        let before = self
+            .served
+            .get(&key)
+            .map(|it| it.service)
+            .or_else(|| self.found.get(&key).copied());
+        match before {
+            Some(before) if same_route(&before, &service) => service.life = before.life,
+            Some(_) => {
+                self.withdraw(row.key());
+                service.life = self.new_life();
+            }
+            None => service.life = self.new_life(),
+        }
+        if let Some(served) = self.served.get(&key)
+            && served.service == service
+        {
+            return Ok(Arc::clone(&served.port));
+        }
+        self.attach(Side::Container, row.link_index)?;
+        if self.active.get(&key, 0).is_err() {
+            self.active
+                .insert(key, PortFlows::default(), 0)
+                .map_err(|source| KernelPathError::Map {
+                    name: map::ACTIVE,
+                    source,
+                })?;
+        }
+        if self.counters.get(&key, 0).is_err() {
+            let cpus = aya::util::nr_cpus().map_err(|(_, err)| KernelPathError::Sweep(err))?;
+            let fails = |source| KernelPathError::Map {
+                name: map::COUNTERS,
+                source,
+            };
+            let zero = PerCpuValues::try_from(vec![PortCounters::default(); cpus])
+                .map_err(|err| fails(MapError::IoError(err)))?;
+            self.counters.insert(key, zero, 0).map_err(fails)?;
+        }
+        self.services
+            .insert(key, service, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            })?;
+        self.found.remove(&key);
+        let port = self
+            .served
+            .remove(&key)
+            .map(|it| it.port)
+            .unwrap_or_default();
+        self.served.insert(
+            key,
+            Served {
+                service,
+                port: Arc::clone(&port),
+            },
+        );
+        self.count_one(key);
+        Ok(port)
+    }
+
+    fn new_life(&mut self) -> u32 {
+        let life = self.next_life;
+        self.next_life = self.next_life.wrapping_add(1).max(1);
+        life
+    }
+
+    /// Takes no new flows for a port; those there are go on. False when it is not served here.
+    pub fn drain(&mut self, key: PortKey) -> bool {
+        let key = key_of(key);
+        let Some(served) = self.served.get_mut(&key) else {
+            return false;
+        };
+        served.service.flags |= SERVICE_DRAINING;
+        let service = served.service;
+        if let Err(source) = self.services.insert(key, service, 0) {
+            self.complain(&KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            });
+            return false;
+        }
+        true
+    }
+
+    /// Whether this is what serves a port now.
+    pub fn is_served_by(&self, key: PortKey, port: &Arc<KernelPort>) -> bool {
+        self.served
+            .get(&key_of(key))
+            .is_some_and(|it| Arc::ptr_eq(&it.port, port))
+    }
+
+    /// Takes a port off the kernel path: no new flows, and those there were are cut. Its counters
+    /// hold what it had counted in the end. Not served here is fine.
+    pub fn withdraw(&mut self, key: PortKey) {
+        let key = key_of(key);
+        let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
+            (true, _) => self.served.get(&key).map(|it| it.service.link_index),
+            (false, Some(found)) => Some(found.link_index),
+            (false, None) => return,
+        };
+        match self.services.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(source) => self.complain(&KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            }),
+        }
+        self.count_one(key);
+        if let Some(served) = self.served.remove(&key) {
+            served.port.active.store(0, Relaxed);
+        }
+        self.sweep(Instant::now());
+        let _ = self.counters.remove(&key);
+        let _ = self.active.remove(&key);
+        if let Some(link) = link
+            && !self.services_at(link)
+        {
+            self.detach(Side::Container, link);
+        }
+    }
+
+    fn services_at(&self, link: u32) -> bool {
+        self.served.values().any(|it| it.service.link_index == link)
+            || self.found.values().any(|it| it.link_index == link)
+    }
+
+    /// Gives up what an earlier process has left and nobody has asked for since.
+    pub fn forget_unclaimed(&mut self) {
+        let unclaimed: Vec<ServiceKey> = self.found.keys().copied().collect();
+        for key in unclaimed {
+            let host_port = u16::from_be(key.port);
+            tracing::info!(
+                port = host_port,
+                "nobody wants this port of an earlier life"
+            );
+            self.withdraw(PortKey {
+                protocol: shared::desired::Protocol::Tcp,
+                host_port,
+            });
+        }
+        for (side, index) in self.pins.links() {
+            if side == Side::Container && !self.services_at(index) {
+                self.detach(side, index);
+            }
+        }
+    }
+
+    /// Removes dead flows and counts the living.
+    pub fn sweep(&mut self, now: Instant) {
+        self.swept_at = now;
+        if let Err(err) = self.try_sweep() {
+            self.complain(&err);
+        }
+    }
+
+    fn try_sweep(&mut self) -> Result<(), KernelPathError> {
+        let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
+        self.pass = self.pass.wrapping_add(1);
+        let order = SweepOrder {
+            opening_ns: nanoseconds(OPENING),
+            idle_ns: nanoseconds(IDLE),
+            ended_ns: nanoseconds(ENDED),
+            pass: self.pass,
+            zero: 0,
+        };
+        self.orders
+            .set(0, order, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::ORDERS,
+                source,
+            })?;
+        let program = classifier(&mut self.object, program::SWEEP)?;
+        let fd = program.fd().map_err(|source| KernelPathError::Program {
+            name: program::SWEEP,
+            source,
+        })?;
+        bpf::run_once(fd).map_err(KernelPathError::Sweep)?;
+        for (key, served) in &self.served {
+            let Ok(mut flows) = self.active.get(key, 0) else {
+                continue;
+            };
+            let counted = if flows.pass == self.pass {
+                flows.counted
+            } else {
+                0
+            };
+            served.port.active.store(u64::from(counted), Relaxed);
+            if flows.active != i64::from(counted) {
+                // Flows pushed out by newer ones, or by a race of two processors.
+                flows.active = i64::from(counted);
+                let _ = self.active.insert(key, flows, 0);
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&mut self) {
+        for (key, served) in &self.served {
+            self.read_counters(*key, &served.port);
+        }
+    }
+
+    fn count_one(&mut self, key: ServiceKey) {
+        if let Some(served) = self.served.get(&key) {
+            self.read_counters(key, &served.port);
+        }
+    }
+
+    fn read_counters(&self, key: ServiceKey, port: &KernelPort) {
+        if let Ok(values) = self.counters.get(&key, 0) {
+            let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
+            port.total.store(sum(|it| it.flows), Relaxed);
+            port.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
+            port.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
+        }
+        if let Ok(flows) = self.active.get(&key, 0) {
+            let active = u64::try_from(flows.active).unwrap_or(0);
+            port.active.store(active, Relaxed);
+        }
+    }
+}
+
+/// Puts a program in the place of the pinned link's. False when nothing is pinned.
+fn replace(program: &mut SchedClassifier, pin: &Path) -> Result<bool, ReplaceError> {
+    let pinned = match PinnedLink::from_pin(pin) {
+        Ok(pinned) => pinned,
+        Err(LinkError::SyscallError(err)) if err.io_error.kind() == io::ErrorKind::NotFound => {
+            return Ok(false);
+        }
+        Err(err) => return Err(ReplaceError::Open(err)),
+    };
+    let link = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(ReplaceError::Open)?;
+    let id = program.attach_to_link(link).map_err(ReplaceError::Update)?;
+    // The pin holds it; a descriptor here would keep it attached when the pin is removed.
+    drop(program.take_link(id).map_err(ReplaceError::Update)?);
+    Ok(true)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ReplaceError {
+    #[error("the pinned link can't be opened")]
+    Open(#[source] LinkError),
+    #[error("the pinned link takes no other program")]
+    Update(#[source] ProgramError),
+}
+
+fn attach_and_pin(
+    program: &mut SchedClassifier,
+    interface: &str,
+    pin: &PathBuf,
+) -> Result<(), KernelPathError> {
+    let attach = |source| KernelPathError::Attach {
+        interface: interface.to_owned(),
+        source,
+    };
+    let keep = |source: Box<dyn std::error::Error + Send + Sync>| KernelPathError::Link {
+        interface: interface.to_owned(),
+        source,
+    };
+    // Last: a filter somebody else has put there speaks first.
+    let options = TcAttachOptions::TcxOrder(LinkOrder::last());
+    let id = program
+        .attach_with_options(interface, TcAttachType::Ingress, options)
+        .map_err(attach)?;
+    let link = program.take_link(id).map_err(attach)?;
+    let link = FdLink::try_from(link).map_err(|err| keep(Box::new(err)))?;
+    link.pin(pin).map_err(|err| keep(Box::new(err)))?;
+    Ok(())
+}

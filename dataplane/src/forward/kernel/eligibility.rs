@@ -1,0 +1,282 @@
+//! Whether the kernel path may serve a row. Pure, but for one look at a container's routes.
+//!
+//! In: the row, its container, the interfaces of this host. Out: nothing, or why not, in words for
+//! the status. Invariant: when in doubt the answer is no, and the relay serves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::Path;
+
+use shared::desired::{ContainerRow, PortRow, Protocol};
+
+use crate::sys::netlink::interfaces::Interface;
+
+/// Interfaces by which clients of other hosts arrive: they speak Ethernet, are up, are nobody's
+/// member and have an address others can reach. Bridges are left out: containers and their
+/// neighbours come by those, and belong to the relay.
+pub fn uplinks(interfaces: &BTreeMap<u32, Interface>) -> BTreeSet<u32> {
+    interfaces
+        .values()
+        .filter(|it| it.ethernet && it.up && it.master.is_none() && it.kind != "bridge")
+        .filter(|it| it.addresses.iter().any(|address| is_reachable(*address)))
+        .map(|it| it.index)
+        .collect()
+}
+
+/// Whether clients of other hosts can use this address without naming an interface.
+pub fn is_reachable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unspecified() && !v6.is_unicast_link_local(),
+    }
+}
+
+/// What the decision is made from, beside the row.
+#[derive(Debug)]
+pub struct Circumstances<'a> {
+    /// The row's container, if its own row is there.
+    pub container: Option<&'a ContainerRow>,
+    /// All interfaces of this host.
+    pub interfaces: &'a BTreeMap<u32, Interface>,
+    /// Those with the program for clients attached.
+    pub uplinks: &'a BTreeSet<u32>,
+    /// Sessions of this row end when silent for a time.
+    pub idle_timeout: bool,
+}
+
+/// Why the kernel path can't serve a row; `None` when only the container's routes can be in the
+/// way.
+pub fn obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
+    let no = |why: &str| Some(why.to_owned());
+    if row.protocol != Protocol::Tcp {
+        return no("only TCP goes by the kernel path");
+    }
+    if row.local_only || row.bind.is_loopback() {
+        return no("only clients on this host may use the port");
+    }
+    let families = (row.bind.is_ipv4(), row.target.is_ipv4());
+    if families == (true, false) || (families == (false, true) && !row.bind.is_unspecified()) {
+        return no("clients and container speak different versions of IP");
+    }
+    if at.idle_timeout {
+        return no("the relay ends silent sessions, the kernel path can't");
+    }
+    if row.networks.len() > ebpf::records::CLIENT_NETWORKS {
+        return no("the row names too many client networks");
+    }
+    let Some(container) = at.container else {
+        return no("nothing is known of the container");
+    };
+    if container.host_network {
+        return no("the container is on the host's network");
+    }
+    if row.link_index == 0 {
+        return no("the host's end of the container's link is not known");
+    }
+    // Replies leave by the container's default route, which may be another network's.
+    if container.link_indexes != [row.link_index] {
+        return no("the container is on several networks");
+    }
+    let Some(link) = at.interfaces.get(&row.link_index) else {
+        return Some(format!("interface {} is not here", row.link_index));
+    };
+    if link.kind != "veth" || !link.peer_elsewhere {
+        return Some(format!("{} does not lead into a container", link.name));
+    }
+    if !link.up {
+        return Some(format!("{} is down", link.name));
+    }
+    if at.uplinks.is_empty() {
+        return no("no interface leads to other hosts");
+    }
+    // A segment too large for the way out would be lost without a word to its sender.
+    let narrow = at
+        .uplinks
+        .iter()
+        .filter_map(|index| at.interfaces.get(index))
+        .find(|uplink| uplink.mtu < link.mtu);
+    narrow.map(|uplink| {
+        format!(
+            "{} takes packets of {} bytes, {} only {}",
+            link.name, link.mtu, uplink.name, uplink.mtu
+        )
+    })
+}
+
+/// Whether the network namespace of a process has a default route of the family of `target`:
+/// without one the container can't answer clients of other networks.
+pub fn has_default_route(proc: &Path, pid: u32, target: IpAddr) -> bool {
+    let directory = proc.join(pid.to_string()).join("net");
+    match target {
+        IpAddr::V4(_) => {
+            std::fs::read_to_string(directory.join("route")).is_ok_and(|text| default_ipv4(&text))
+        }
+        IpAddr::V6(_) => std::fs::read_to_string(directory.join("ipv6_route"))
+            .is_ok_and(|text| default_ipv6(&text)),
+    }
+}
+
+/// linux/route.h.
+const RTF_UP: u32 = 1;
+const RTF_REJECT: u32 = 0x200;
+
+fn is_usable(flags: &str) -> bool {
+    u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & (RTF_UP | RTF_REJECT) == RTF_UP)
+}
+
+fn default_ipv4(text: &str) -> bool {
+    text.lines().skip(1).any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        matches!(fields[..], [_, "00000000", _, flags, _, _, _, "00000000", ..] if is_usable(flags))
+    })
+}
+
+fn default_ipv6(text: &str) -> bool {
+    text.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        matches!(fields[..], [to, "00", _, _, _, _, _, _, flags, name]
+            if to.bytes().all(|byte| byte == b'0') && name != "lo" && is_usable(flags))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::desired::PortKey;
+    use shared::ids::{ContainerId, KernelId};
+
+    fn interfaces() -> BTreeMap<u32, Interface> {
+        let eth = |index: u32, kind: &str, address: Option<&str>| Interface {
+            index,
+            name: format!("if{index}"),
+            kind: kind.to_owned(),
+            ethernet: true,
+            up: true,
+            mtu: 1500,
+            master: (kind == "veth").then_some(3),
+            peer_elsewhere: kind == "veth",
+            addresses: address.map(|it| it.parse().unwrap()).into_iter().collect(),
+        };
+        [
+            eth(2, "", Some("192.0.2.1")),
+            eth(3, "bridge", Some("172.17.0.1")),
+            eth(4, "veth", None),
+            eth(5, "", None),
+            eth(6, "vlan", Some("2001:db8::1")),
+            eth(7, "", Some("fe80::1")),
+        ]
+        .into_iter()
+        .map(|it| (it.index, it))
+        .collect()
+    }
+
+    fn row() -> PortRow {
+        let key = PortKey {
+            protocol: Protocol::Tcp,
+            host_port: 30000,
+        };
+        let target = "172.17.0.2".parse().unwrap();
+        let mut row = PortRow::new(key, KernelId([1; 16]), ContainerId([2; 32]), target, 80);
+        row.bind = "0.0.0.0".parse().unwrap();
+        row.link_index = 4;
+        row
+    }
+
+    fn container() -> ContainerRow {
+        ContainerRow {
+            link_indexes: vec![4],
+            ..ContainerRow::default()
+        }
+    }
+
+    #[test]
+    fn uplinks_have_addresses_and_are_no_bridges() {
+        assert_eq!(uplinks(&interfaces()), BTreeSet::from([2, 6]));
+    }
+
+    #[test]
+    fn every_obstacle_is_named() {
+        let mut all = interfaces();
+        let uplinks = BTreeSet::from([2]);
+        let ask =
+            |row: &PortRow, container: Option<&ContainerRow>, all: &BTreeMap<u32, Interface>| {
+                obstacle(
+                    row,
+                    &Circumstances {
+                        container,
+                        interfaces: all,
+                        uplinks: &uplinks,
+                        idle_timeout: false,
+                    },
+                )
+            };
+        let good = container();
+        assert_eq!(ask(&row(), Some(&good), &all), None);
+        assert!(
+            ask(&row(), None, &all)
+                .unwrap()
+                .contains("nothing is known")
+        );
+        let mut two = container();
+        two.link_indexes.push(9);
+        assert!(ask(&row(), Some(&two), &all).unwrap().contains("several"));
+        let mut host = container();
+        host.host_network = true;
+        assert!(ask(&row(), Some(&host), &all).unwrap().contains("host's"));
+        let mut local = row();
+        local.bind = "127.0.0.1".parse().unwrap();
+        assert!(
+            ask(&local, Some(&good), &all)
+                .unwrap()
+                .contains("this host")
+        );
+        all.get_mut(&4).unwrap().mtu = 9000;
+        assert!(ask(&row(), Some(&good), &all).unwrap().contains("9000"));
+        all.get_mut(&4).unwrap().peer_elsewhere = false;
+        assert!(
+            ask(&row(), Some(&good), &all)
+                .unwrap()
+                .contains("lead into")
+        );
+        all.remove(&4);
+        assert!(ask(&row(), Some(&good), &all).unwrap().contains("not here"));
+        let none = BTreeSet::new();
+        let at = Circumstances {
+            container: Some(&good),
+            interfaces: &interfaces(),
+            uplinks: &none,
+            idle_timeout: false,
+        };
+        assert!(obstacle(&row(), &at).unwrap().contains("other hosts"));
+        let at = Circumstances {
+            idle_timeout: true,
+            uplinks: &uplinks,
+            ..at
+        };
+        assert!(obstacle(&row(), &at).unwrap().contains("silent"));
+    }
+
+    #[test]
+    fn default_routes_are_found() {
+        let head =
+            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
+        let net = "eth0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
+        let default = "eth0\t00000000\t010011AC\t0003\t0\t0\t0\t00000000\t0\t0\t0\n";
+        assert!(!default_ipv4(&format!("{head}{net}")));
+        assert!(default_ipv4(&format!("{head}{default}{net}")));
+        let zero = "0".repeat(32);
+        let v6 = format!(
+            "{zero} 00 {zero} 00 fd00{} 00000400 00000001 00000000 00000003 eth0",
+            "0".repeat(28)
+        );
+        assert!(default_ipv6(&v6));
+        let unreachable =
+            format!("{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200 lo");
+        assert!(!default_ipv6(&unreachable));
+        assert!(!has_default_route(
+            Path::new("/nowhere"),
+            1,
+            "10.0.0.1".parse().unwrap()
+        ));
+    }
+}

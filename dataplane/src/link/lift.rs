@@ -1,0 +1,209 @@
+//! Taking ports up to the kernel path and down again, whatever the reason for either.
+//!
+//! In: rows that are served, interfaces that change. Out: a path and, where it is the relay though
+//! the kernel path is wanted, the reason, in each port's status. Invariant: a port that is not
+//! being served has no service in the kernel, but for one whose flows drain.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shared::desired::{DesiredSnapshot, PortKey};
+use shared::observed::{ForwardPath, PortState};
+
+use super::{Link, ORPHAN_GRACE, sum};
+use crate::board::Changes;
+use crate::forward::kernel::{KernelPath, KernelPort};
+
+/// Bytes of a reason that fit in a status.
+const REASON: usize = 119;
+/// Distance of the counts of flows that drain.
+const DRAIN_SWEEP: Duration = Duration::from_millis(200);
+
+fn cut(mut text: String) -> String {
+    let mut end = text.len().min(REASON);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
+}
+
+impl Link {
+    /// Uses the kernel path from now on, or says with every port why not.
+    pub fn use_kernel_path(&mut self, kernel: Result<KernelPath, String>) {
+        match kernel {
+            Ok(path) => self.kernel = Some(path),
+            Err(why) => self.kernel_missing = Some(why),
+        }
+    }
+
+    /// Readable when [`Self::kernel_turn`] has something to do.
+    pub fn kernel_watch(&self) -> Option<RawFd> {
+        self.kernel.as_ref().map(KernelPath::watch)
+    }
+
+    /// The kernel path waits to be given its turn.
+    pub fn is_kernel_pending(&self) -> bool {
+        self.kernel.as_ref().is_some_and(KernelPath::is_pending)
+    }
+
+    /// What the kernel path has to do now: interfaces that changed, sweeps, leftovers.
+    pub fn kernel_turn(&mut self, now: Instant) {
+        let Some(kernel) = &mut self.kernel else {
+            return;
+        };
+        let changed = kernel.turn(now);
+        if self.unclaimed_at.is_some_and(|at| now >= at) {
+            self.unclaimed_at = None;
+            kernel.forget_unclaimed();
+        }
+        if changed {
+            self.lift_and_publish();
+        }
+    }
+
+    /// Notes what lift decisions depend on besides the rows themselves.
+    pub(super) fn note_containers(&mut self, desired: &DesiredSnapshot, now: Instant) {
+        if self.kernel.is_none() {
+            return;
+        }
+        self.containers = desired
+            .containers
+            .iter()
+            .map(|row| (row.container_id, row.clone()))
+            .collect();
+        if self.applied.is_none() {
+            // What an earlier process left has as long to be claimed as ports of a lost region.
+            self.unclaimed_at = Some(now + ORPHAN_GRACE);
+        }
+    }
+
+    /// Gives every running port the best path there is. Answers those whose status has changed.
+    pub(super) fn lift_all(&mut self) -> Vec<PortKey> {
+        let mut changed = Vec::new();
+        for (key, running) in &mut self.running {
+            let Some(known) = self.known.get(key) else {
+                continue;
+            };
+            let forwarded = running.state == PortState::Serving
+                && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
+            let Some(kernel) = &mut self.kernel else {
+                if let Some(why) = &self.kernel_missing
+                    && forwarded
+                    && running.reason.is_empty()
+                {
+                    running.reason = cut(format!("by the relay: {why}"));
+                    changed.push(*key);
+                }
+                continue;
+            };
+            if !forwarded {
+                kernel.withdraw(*key);
+                running.lower();
+                continue;
+            }
+            let rules = self.settings.rules(&known.row);
+            let container = self.containers.get(&known.row.container_id);
+            let idle = rules.idle_timeout.is_some();
+            match kernel.offer(&known.row, container, rules.max_sessions, idle) {
+                Ok(port) => {
+                    let same = running
+                        .kernel
+                        .as_ref()
+                        .is_some_and(|it| Arc::ptr_eq(it, &port));
+                    if !same {
+                        running.lower();
+                        running.kernel = Some(port);
+                        running.path = ForwardPath::KernelPath;
+                        running.reason.clear();
+                        changed.push(*key);
+                    }
+                }
+                Err(why) => {
+                    running.lower();
+                    let reason = cut(format!("by the relay: {why}"));
+                    if running.path != ForwardPath::Relay || running.reason != reason {
+                        running.path = ForwardPath::Relay;
+                        running.reason = reason;
+                        changed.push(*key);
+                    }
+                }
+            }
+        }
+        changed
+    }
+
+    /// [`Self::lift_all`], and says so.
+    pub(super) fn lift_and_publish(&mut self) {
+        let changed = self.lift_all();
+        if changed.is_empty() {
+            return;
+        }
+        let put = changed.iter().filter_map(|key| self.entry(*key)).collect();
+        self.publish(Changes {
+            put,
+            ..Changes::default()
+        });
+    }
+
+    /// Takes a port off the kernel path: its flows are cut.
+    pub(super) fn withdraw(&mut self, key: PortKey) {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.withdraw(key);
+        }
+        if let Some(running) = self.running.get_mut(&key) {
+            running.lower();
+        }
+    }
+
+    /// Lets the flows of a port that was closed go on for a while. `None` when there are none.
+    pub(super) fn drain_flows(
+        &mut self,
+        key: PortKey,
+        port: Option<Arc<KernelPort>>,
+    ) -> Option<Arc<KernelPort>> {
+        let kernel = self.kernel.as_mut()?;
+        let port = port?;
+        if kernel.drain(key) {
+            kernel.sweep(Instant::now());
+            if port.counters().active > 0 {
+                return Some(port);
+            }
+        }
+        kernel.withdraw(key);
+        None
+    }
+
+    /// Counts draining flows, now and then.
+    pub(super) fn count_drains(&mut self, now: Instant) {
+        if self.draining.iter().all(|it| it.kernel.is_none()) {
+            return;
+        }
+        if let Some(kernel) = &mut self.kernel
+            && now.saturating_duration_since(self.drains_counted) >= DRAIN_SWEEP
+        {
+            self.drains_counted = now;
+            kernel.sweep(now);
+        }
+    }
+
+    /// Cuts what is left of drained flows, unless another row has taken the port.
+    pub(super) fn finish_flows(&mut self, key: PortKey, port: &Arc<KernelPort>) {
+        if let Some(kernel) = &mut self.kernel
+            && !self.running.contains_key(&key)
+            && kernel.is_served_by(key, port)
+        {
+            kernel.withdraw(key);
+        }
+    }
+}
+
+impl super::Running {
+    /// Keeps what the kernel path had counted when it no longer serves this port.
+    fn lower(&mut self) {
+        if let Some(port) = self.kernel.take() {
+            self.base = sum(self.base, port.counters());
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! Interfaces of this network namespace and their addresses, and word of changes to either.
+//!
+//! In: answers of rtnetlink(7). Out: [`Interface`]s. Invariant: a list is whole or not given.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, RecvFlags, SendFlags, SocketFlags};
+
+use super::{
+    ANSWER, BUFFER, HEADER, IFINFO, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
+    NLMSG_ERROR, NetlinkError, RTMGRP_LINK, from_kernel, messages, open, u16_at, u32_at,
+};
+
+// linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
+const RTMGRP_IPV4_IFADDR: u32 = 0x10;
+const RTMGRP_IPV6_IFADDR: u32 = 0x100;
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_EXT_MASK: u16 = 29;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+/// `struct ifaddrmsg`.
+const IFADDR: usize = 8;
+const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
+/// The two top bits of an attribute's type are flags.
+const TYPE_MASK: u16 = 0x3fff;
+const ARPHRD_ETHER: u16 = 1;
+const IFF_UP: u32 = 1;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// One interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Kind of a virtual one (`veth`, `bridge`, `vlan`); empty for hardware.
+    pub kind: String,
+    /// It speaks Ethernet.
+    pub ethernet: bool,
+    /// It is up.
+    pub up: bool,
+    /// Largest packet, bytes.
+    pub mtu: u32,
+    /// The bridge or bond it belongs to.
+    pub master: Option<u32>,
+    /// Its other end is in another network namespace.
+    pub peer_elsewhere: bool,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Attributes of a message; stops at the first one that makes no sense.
+fn attributes(body: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = body;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(rest, 0)?);
+        let kind = u16_at(rest, 2)? & TYPE_MASK;
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|byte| *byte == 0);
+    String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
+}
+
+/// Reads `ifinfomsg` and its attributes.
+fn interface(body: &[u8]) -> Option<Interface> {
+    let mut found = Interface {
+        index: u32_at(body, 4)?,
+        ethernet: u16_at(body, 2)? == ARPHRD_ETHER,
+        up: u32_at(body, 8)? & IFF_UP != 0,
+        ..Interface::default()
+    };
+    for (kind, value) in attributes(body.get(IFINFO..)?) {
+        match kind {
+            IFLA_IFNAME => found.name = text(value),
+            IFLA_MTU => found.mtu = u32_at(value, 0)?,
+            IFLA_MASTER => found.master = u32_at(value, 0),
+            IFLA_LINK_NETNSID => found.peer_elsewhere = true,
+            IFLA_LINKINFO => {
+                for (kind, value) in attributes(value) {
+                    if kind == IFLA_INFO_KIND {
+                        found.kind = text(value);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(found)
+}
+
+/// Reads `ifaddrmsg` and its attributes: whose address, and the address.
+fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
+    let index = u32_at(body, 4)?;
+    let read = |value: &[u8]| match *body.first()? {
+        AF_INET => {
+            let octets: [u8; 4] = value.try_into().ok()?;
+            Some(IpAddr::V4(Ipv4Addr::from(octets)))
+        }
+        AF_INET6 => {
+            let octets: [u8; 16] = value.try_into().ok()?;
+            Some(IpAddr::V6(Ipv6Addr::from(octets)))
+        }
+        _ => None,
+    };
+    let (mut own, mut other) = (None, None);
+    for (kind, value) in attributes(body.get(IFADDR..)?) {
+        match kind {
+            // On a link with two ends IFA_ADDRESS is the far one.
+            IFA_LOCAL => own = read(value),
+            IFA_ADDRESS => other = read(value),
+            _ => {}
+        }
+    }
+    Some((index, own.or(other)?))
+}
+
+/// Notifications about interfaces and addresses, and the means to list both.
+#[derive(Debug)]
+pub struct Interfaces {
+    watch: OwnedFd,
+    ask: OwnedFd,
+    buffer: Vec<u8>,
+    sequence: u32,
+}
+
+impl Interfaces {
+    /// Subscribes. What changes from now on will be told.
+    ///
+    /// # Errors
+    /// No socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR;
+        let watch = open(groups, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
+        let ask = open(0, SocketFlags::empty()).map_err(NetlinkError::Open)?;
+        sockopt::set_socket_timeout(&ask, Timeout::Recv, Some(ANSWER))
+            .map_err(NetlinkError::Open)?;
+        Ok(Self {
+            watch,
+            ask,
+            buffer: vec![0; BUFFER],
+            sequence: 0,
+        })
+    }
+
+    /// Readable when something has changed.
+    pub fn watch(&self) -> RawFd {
+        self.watch.as_raw_fd()
+    }
+
+    /// Takes all waiting notifications. Whether anything may have changed.
+    pub fn changed(&mut self) -> bool {
+        let mut changed = false;
+        loop {
+            match net::recv(&self.watch, &mut self.buffer[..], RecvFlags::empty()) {
+                Ok(_) | Err(Errno::NOBUFS) => changed = true,
+                Err(Errno::INTR) => {}
+                Err(_) => return changed,
+            }
+        }
+    }
+
+    /// All interfaces with their addresses, by index.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn list(&mut self) -> Result<BTreeMap<u32, Interface>, NetlinkError> {
+        // Interfaces come and go while containers start; a second look is nearly always steady.
+        for _ in 0..4 {
+            let mut found = BTreeMap::new();
+            let mut steady = self.dump(RTM_GETLINK, IFINFO, |kind, body| {
+                if kind == RTM_NEWLINK
+                    && let Some(it) = interface(body)
+                {
+                    found.insert(it.index, it);
+                }
+            })?;
+            steady &= self.dump(RTM_GETADDR, IFADDR, |kind, body| {
+                if kind == RTM_NEWADDR
+                    && let Some((index, address)) = address(body)
+                    && let Some(it) = found.get_mut(&index)
+                {
+                    it.addresses.push(address);
+                }
+            })?;
+            if steady {
+                return Ok(found);
+            }
+        }
+        Err(NetlinkError::Unsteady)
+    }
+
+    /// One dump; false when the list changed meanwhile.
+    fn dump(
+        &mut self,
+        kind: u16,
+        header: usize,
+        mut each: impl FnMut(u16, &[u8]),
+    ) -> Result<bool, NetlinkError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut body = vec![0; header];
+        if kind == RTM_GETLINK {
+            body.extend_from_slice(&8_u16.to_ne_bytes());
+            body.extend_from_slice(&IFLA_EXT_MASK.to_ne_bytes());
+            body.extend_from_slice(&RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
+        }
+        let length = u32::try_from(HEADER + body.len()).expect("a request is a few bytes");
+        let mut request = length.to_ne_bytes().to_vec();
+        request.extend_from_slice(&kind.to_ne_bytes());
+        request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+        request.extend_from_slice(&self.sequence.to_ne_bytes());
+        request.extend_from_slice(&[0; 4]); // sender: filled in by the kernel
+        request.extend_from_slice(&body);
+        net::send(&self.ask, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
+        let mut steady = true;
+        loop {
+            let (read, _, sender) =
+                match net::recvfrom(&self.ask, &mut self.buffer[..], RecvFlags::empty()) {
+                    Ok(received) => received,
+                    Err(Errno::INTR) => continue,
+                    Err(errno) => return Err(NetlinkError::Answer(errno)),
+                };
+            if !from_kernel(sender) {
+                continue;
+            }
+            for message in messages(self.buffer.get(..read).unwrap_or_default()) {
+                // An answer to a request given up earlier.
+                if message.sequence != self.sequence {
+                    continue;
+                }
+                steady &= message.flags & NLM_F_DUMP_INTR == 0;
+                match message.kind {
+                    NLMSG_DONE => return Ok(steady),
+                    NLMSG_ERROR => {
+                        let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
+                        return Err(NetlinkError::Refused(Errno::from_raw_os_error(
+                            code.saturating_neg(),
+                        )));
+                    }
+                    kind => each(kind, message.body),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn loopback_is_listed_with_its_address() {
+        let found = Interfaces::open().unwrap().list().unwrap();
+        let lo = &found[&1];
+        assert_eq!((lo.name.as_str(), lo.ethernet), ("lo", false));
+        assert!(
+            lo.addresses.contains(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            "{lo:?}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = interface(&bytes);
+            let _ = address(&bytes);
+        }
+    }
+}
