@@ -41,6 +41,8 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
 pub struct Options {
     /// Lines added to the configuration's `[node.dataplane]`.
     pub dataplane: String,
+    /// Lines added to its `[node]`.
+    pub node: String,
     /// Limit of open descriptors, soft and hard.
     pub descriptors: Option<u32>,
     /// Run it in this network namespace (made by the test).
@@ -64,8 +66,9 @@ impl Place {
         let run_dir = RunDir::choose(Some(directory.path()), AGENT)?;
         run_dir.create_control()?;
         let text = format!(
-            "[agent]\nid = \"{AGENT}\"\n[node]\nrun-dir = \"{}\"\n[node.dataplane]\n{}\n",
+            "[agent]\nid = \"{AGENT}\"\n[node]\nrun-dir = \"{}\"\n{}\n[node.dataplane]\n{}\n",
             directory.path().display(),
+            options.node,
             options.dataplane
         );
         std::fs::write(directory.path().join("agent.toml"), text)?;
@@ -85,8 +88,11 @@ impl Place {
     pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = match (&self.options.namespace, self.options.descriptors) {
             (Some(name), _) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", name]).arg(program()?);
+                // Unlike `ip netns exec` it leaves the mounts as they are, /sys/fs/bpf among them.
+                let mut command = Command::new("nsenter");
+                command
+                    .arg(format!("--net=/run/netns/{name}"))
+                    .arg(program()?);
                 command
             }
             (None, Some(limit)) => {

@@ -12,6 +12,7 @@ pub mod node;
 pub mod python;
 pub mod regions;
 pub mod registry;
+pub mod remote_client;
 pub mod rpc_service;
 pub mod runner_packages;
 pub mod traffic;

@@ -1,0 +1,756 @@
+//! Clients of another host reach containers through the kernel alone: bytes are whole, addresses
+//! kept, and what is not ours is left alone.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+
+use harness::dataplane::{Control, Options, Place, Process, until};
+use harness::netns::ip;
+use harness::remote_client::{CLIENT, Container, HOST, Network, command, may_use_bpf, within};
+use harness::traffic::{self, Manner};
+use nix::sys::signal::Signal;
+use shared::desired::{ClientNetwork, Drain, PortRow};
+use shared::ids::ContainerId;
+use shared::observed::{ForwardPath, PortState, PortStatus};
+
+const KERNEL: ContainerId = ContainerId([9; 32]);
+
+struct Node {
+    process: Process,
+    control: Control,
+    place: Place,
+    container: Container,
+    network: Network,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Nothing stays attached, whatever the outcome.
+        let _ = self.process.signal(Signal::SIGKILL);
+        let _ = self.process.ended();
+        if let Ok(mut detach) = self.place.command(&["detach"]) {
+            let _ = detach.output();
+        }
+    }
+}
+
+impl Node {
+    fn new() -> Self {
+        let network = Network::new().expect("namespaces");
+        let container = network.container(2).expect("a container");
+        let place = Place::new(Options {
+            node: "forward = \"auto\"".to_owned(),
+            dataplane: "stats-interval = 0.1".to_owned(),
+            namespace: Some(network.host.clone()),
+            ..Options::default()
+        })
+        .expect("a place");
+        let mut control = place.control().expect("the desired region");
+        let process = place.start().expect("bai-dataplane");
+        let row = container.row(KERNEL);
+        control
+            .write(|batch| batch.put_container(row))
+            .expect("the container's row");
+        Self {
+            process,
+            control,
+            place,
+            container,
+            network,
+        }
+    }
+
+    fn publish(&mut self, row: &PortRow) -> PortStatus {
+        self.control.publish(row.clone()).expect("an answer")
+    }
+
+    /// Publishes a row that must take the kernel path.
+    fn lift(&mut self, row: &PortRow) {
+        let status = self.publish(row);
+        assert_eq!(
+            (status.state, status.path, status.reason.as_str()),
+            (PortState::Serving, ForwardPath::KernelPath, "")
+        );
+    }
+
+    /// Runs code as the remote client.
+    fn at_client<T: Send + 'static>(&self, run: impl FnOnce() -> T + Send + 'static) -> T {
+        within(&self.network.client, run).expect("the client's namespace")
+    }
+
+    fn counted(&mut self, row: &PortRow, wanted: impl Fn(&PortStatus) -> bool) -> PortStatus {
+        let key = row.key();
+        until("the counters", || {
+            self.control.status(key).filter(|status| wanted(status))
+        })
+        .expect("counters")
+    }
+}
+
+fn host(row: &PortRow, family: usize) -> SocketAddr {
+    SocketAddr::new(HOST[family].parse().expect("an address"), row.host_port)
+}
+
+fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut stream = traffic::connect(address)?;
+    stream.write_all(word)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    Ok(back)
+}
+
+/// A server that tells each client the address it sees, then ends.
+fn mirror(container: &Container) -> u16 {
+    within(&container.namespace, || {
+        let listener = traffic::listener("[::]:0");
+        let port = listener.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            while let Ok((mut stream, peer)) = listener.accept() {
+                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                let _ = stream.write_all(peer.to_string().as_bytes());
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
+    let mut stream = traffic::connect(address)?;
+    let own = stream.local_addr()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok((text, own))
+}
+
+/// Bytes the relay has not seen: it has no session while the kernel path has traffic.
+fn integrity(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("an echo server");
+    let mut row = node.container.port(port);
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    let address = host(&row, family);
+    const LENGTH: u64 = 24 << 20;
+    let back = node.at_client(move || {
+        let stream = traffic::connect(address).expect("accepted");
+        let mut sender = stream.try_clone().expect("a clone");
+        let sending = thread::spawn(move || {
+            traffic::send(&mut sender, 7, LENGTH, Manner::eager(100_000)).expect("sent");
+            sender.shutdown(Shutdown::Write).expect("ended");
+        });
+        let mut stream = stream;
+        let back = traffic::receive(&mut stream, 7, Manner::eager(70_000)).expect("whole");
+        sending.join().expect("the sender");
+        back
+    });
+    assert_eq!(back, LENGTH);
+    let status = node.counted(&row, |it| it.bytes_out >= LENGTH && it.sessions_active == 0);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+    assert_eq!(
+        status.sessions_total, 1,
+        "one flow, no session of the relay"
+    );
+    assert!(status.bytes_in >= LENGTH, "{status:?}");
+}
+
+#[test]
+fn bytes_are_whole_both_ways() {
+    integrity(0);
+}
+
+#[test]
+fn bytes_are_whole_both_ways_over_ipv6() {
+    integrity(1);
+}
+
+/// The proof that it was not the relay, too.
+fn sees_the_client(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    let address = host(&row, family);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+    assert_eq!(
+        own.ip(),
+        CLIENT[family].parse::<IpAddr>().expect("an address")
+    );
+}
+
+#[test]
+fn the_container_sees_the_client() {
+    sees_the_client(0);
+}
+
+#[test]
+fn the_container_sees_the_client_over_ipv6() {
+    sees_the_client(1);
+}
+
+#[test]
+fn bulk_goes_on_while_the_process_is_killed_and_replaced() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    const PIECE: u64 = 4 << 20;
+    let stream = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    let mut sender = stream.try_clone().expect("a clone");
+    let (go, turn) = std::sync::mpsc::channel::<()>();
+    // One piece before each step of the test's and one after the last.
+    let sending = thread::spawn(move || {
+        let mut offset = 0;
+        let mut piece = vec![0; 65536];
+        while offset < 4 * PIECE {
+            traffic::fill(5, offset, &mut piece);
+            sender.write_all(&piece).expect("sent");
+            offset += piece.len() as u64;
+            if offset.is_multiple_of(PIECE) && offset < 4 * PIECE {
+                turn.recv().expect("the test goes on");
+            }
+        }
+        sender.shutdown(Shutdown::Write).expect("ended");
+    });
+    let mut stream = stream;
+    let receiving = thread::spawn(move || traffic::receive(&mut stream, 5, Manner::eager(90_000)));
+    for _ in 0..3 {
+        // Killed while a piece is under way, as like as not.
+        go.send(()).expect("the sender lives");
+        node.process.signal(Signal::SIGKILL).expect("killed");
+        node.process.ended().expect("gone");
+        node.process = node.place.start().expect("bai-dataplane");
+        let pid = u64::try_from(node.process.pid().as_raw()).expect("a pid");
+        until("the next process speaking", || {
+            node.control.observed.snapshot().ok()?;
+            let life = node.control.observed.writer().ok()?;
+            (life.pid == pid).then_some(())
+        })
+        .expect("taken over");
+    }
+    sending.join().expect("all was sent");
+    let back = receiving.join().expect("the receiver").expect("whole");
+    assert_eq!(back, 4 * PIECE);
+}
+
+#[test]
+fn the_listener_serves_whom_the_kernel_path_does_not() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let other = node.network.container(3).expect("another container");
+    let mut row = node.container.port(mirror(&node.container));
+    row.bind = "::".parse().expect("an address");
+    node.lift(&row);
+    let port = row.host_port;
+    // A client on the host, one in a container, and an IPv6 one of an IPv4 container.
+    let here = within(&node.network.host, move || {
+        told(([127, 0, 0, 1], port).into())
+    });
+    let bridge: SocketAddr = ([10, 78, 2, 1], port).into();
+    let (seen, _) = here.expect("the host's namespace").expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
+    let there = within(&other.namespace, move || told(bridge));
+    let (seen, _) = there.expect("the container's namespace").expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
+    let address = host(&row, 1);
+    let (seen, _) = node.at_client(move || told(address)).expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
+    let address = host(&row, 0);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string(), "by the kernel");
+}
+
+#[test]
+fn transit_and_other_addresses_are_left_alone() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let other = node.network.container(3).expect("another container");
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let port = row.host_port;
+    // The same port number at another machine behind this host.
+    let elsewhere = within(&other.namespace, move || {
+        let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port is its own");
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                let _ = stream.write_all(b"elsewhere");
+            }
+        });
+    });
+    elsewhere.expect("a server");
+    let transit = SocketAddr::new(other.address[0], port);
+    let (seen, _) = node.at_client(move || told(transit)).expect("told");
+    assert_eq!(seen, "elsewhere");
+
+    // A row for one address of the host does not take another's port.
+    ip(&format!(
+        "-n {} addr add 10.78.1.9/24 dev up0",
+        node.network.host
+    ))
+    .expect("an address");
+    let mut narrow = node.container.port(row.target_port);
+    narrow.bind = HOST[0].parse().expect("an address");
+    node.lift(&narrow);
+    let address = host(&narrow, 0);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+    let wrong: SocketAddr = ([10, 78, 1, 9], narrow.host_port).into();
+    let refused = node.at_client(move || TcpStream::connect(wrong));
+    let err = refused.expect_err("nobody listens there");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionRefused);
+    // A row for all addresses takes the new one as soon as the kernel says it is there.
+    let new: SocketAddr = ([10, 78, 1, 9], port).into();
+    until("the new address being served", || {
+        let (seen, own) = node.at_client(move || told(new)).ok()?;
+        (seen == own.to_string()).then_some(())
+    })
+    .expect("address changes are followed");
+}
+
+#[test]
+fn flows_and_new_clients_survive_the_death_of_the_process() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("an echo server");
+    let row = node.container.port(port);
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+
+    node.process.signal(Signal::SIGKILL).expect("killed");
+    node.process.ended().expect("gone");
+    old.write_all(b"after").expect("sent");
+    let mut back = [0; 5];
+    old.read_exact(&mut back).expect("the old flow goes on");
+    assert_eq!(&back, b"after");
+    let answer = node
+        .at_client(move || ask(address, b"new"))
+        .expect("a new flow");
+    assert_eq!(answer, b"new");
+
+    node.process = node.place.start().expect("bai-dataplane");
+    let status = node.counted(&row, |it| it.sessions_total == 2);
+    assert_eq!(
+        status.path,
+        ForwardPath::KernelPath,
+        "counted while dead, too"
+    );
+    old.write_all(b"later").expect("sent");
+    old.read_exact(&mut back)
+        .expect("taken over by the next process");
+    assert_eq!(&back, b"later");
+    let answer = node
+        .at_client(move || ask(address, b"newer"))
+        .expect("a new flow");
+    assert_eq!(answer, b"newer");
+}
+
+#[test]
+fn an_orderly_stop_leaves_the_kernel_path() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    node.process.signal(Signal::SIGTERM).expect("asked to stop");
+    assert!(node.process.ended().expect("gone").success());
+    let address = host(&row, 0);
+    let answer = node
+        .at_client(move || ask(address, b"new"))
+        .expect("a new flow");
+    assert_eq!(answer, b"new");
+}
+
+fn attached(node: &Node) -> String {
+    let links = command(&node.network.host, "bpftool")
+        .args(["net", "show"])
+        .output()
+        .expect("bpftool");
+    String::from_utf8_lossy(&links.stdout).into_owned()
+}
+
+#[test]
+fn detach_leaves_nothing_attached() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    let answer = node
+        .at_client(move || ask(address, b"new"))
+        .expect("served");
+    assert_eq!(answer, b"new");
+    node.process.signal(Signal::SIGKILL).expect("killed");
+    node.process.ended().expect("gone");
+    let output = node.place.command(&["detach"]).expect("detach").output();
+    let output = output.expect("detach can be run");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success() && text.contains("/sys/fs/bpf/bai-agent/"),
+        "{text}"
+    );
+    until("new clients being refused", || {
+        let refused = node.at_client(move || TcpStream::connect(address));
+        refused.is_err().then_some(())
+    })
+    .expect("nothing is left");
+    let home = text
+        .lines()
+        .find_map(|line| line.strip_prefix("removed /sys/fs/bpf/"))
+        .expect("the pins");
+    assert!(!std::path::Path::new("/sys/fs/bpf").join(home).exists());
+    let left = attached(&node);
+    assert!(!left.contains("from_"), "{left}");
+}
+
+#[test]
+fn a_removed_row_refuses_new_flows_at_once_and_cuts_the_old() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+    node.control.withdraw(row.key()).expect("removed");
+    let err = node.at_client(move || TcpStream::connect(address));
+    let kind = err.expect_err("no new flow").kind();
+    assert_eq!(kind, std::io::ErrorKind::ConnectionRefused);
+    // The host's own stack answers what comes now: nobody has that connection.
+    let _ = old.write_all(b"x");
+    let err = old.read(&mut [0]).expect_err("cut");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    row.drain = Drain::Within { ms: 60_000 };
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+    let key = row.key();
+    node.control
+        .write(|batch| batch.remove_port(key))
+        .expect("asked");
+    node.control
+        .in_state(key, PortState::Draining)
+        .expect("draining");
+    let err = node.at_client(move || TcpStream::connect(address));
+    let kind = err.expect_err("no new flow").kind();
+    assert_eq!(kind, std::io::ErrorKind::ConnectionRefused);
+    old.write_all(b"goes on").expect("sent");
+    let mut back = [0; 7];
+    old.read_exact(&mut back).expect("echoed");
+    assert_eq!(&back, b"goes on");
+    drop(old);
+    let status = node
+        .control
+        .in_state(key, PortState::Removed)
+        .expect("removed");
+    assert_eq!(
+        (status.bytes_in, status.bytes_out, status.sessions_total),
+        (13, 13, 1)
+    );
+}
+
+#[test]
+fn a_container_that_is_gone_leads_nowhere_even_when_its_address_is_used_again() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let row = node.container.port(port);
+    node.lift(&row);
+    // The process is dead when the container goes: nobody can tell the kernel.
+    node.process.signal(Signal::SIGKILL).expect("killed");
+    node.process.ended().expect("gone");
+    ip(&format!(
+        "-n {} link del {}",
+        node.network.host, node.container.link
+    ))
+    .expect("gone");
+    let stranger = node.network.container(2).expect("the address, used again");
+    let reached = within(&stranger.namespace, move || {
+        let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port");
+        listener.set_nonblocking(true).expect("an option");
+        listener
+    })
+    .expect("the stranger");
+    let address = host(&row, 0);
+    let refused = node
+        .at_client(move || TcpStream::connect_timeout(&address, std::time::Duration::from_secs(2)));
+    assert!(refused.is_err(), "a dead kernel's port leads to a stranger");
+    assert!(reached.accept().is_err(), "the stranger was reached");
+    // The next process finds the link gone and says so.
+    node.process = node.place.start().expect("bai-dataplane");
+    node.control
+        .in_state(row.key(), PortState::Disabled)
+        .expect("disabled");
+    let refused = node.at_client(move || ask(address, b"x"));
+    assert!(refused.is_err());
+    assert!(reached.accept().is_err(), "the stranger was reached");
+}
+
+/// Baselines 3.5, first lesson: a client that vanishes leaves its flow behind, and later uses the
+/// same port for a connection that goes to the container directly.
+#[test]
+fn a_stale_flow_does_not_translate_a_direct_connection() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (address, direct) = (host(&row, 0), SocketAddr::new(row.target, row.target_port));
+    let client = node.network.client.clone();
+    // Without a word: the client's end is torn down while its packets can't leave.
+    let port = node.at_client(move || {
+        let stream = traffic::connect(address).expect("accepted");
+        let port = stream.local_addr().expect("bound").port();
+        ip(&format!("-n {client} link set eth0 down")).expect("down");
+        socket_linger_zero(&stream);
+        drop(stream);
+        ip(&format!("-n {client} link set eth0 up")).expect("up");
+        ip(&format!(
+            "-n {client} route replace 10.78.2.0/24 via {}",
+            HOST[0]
+        ))
+        .expect("routed");
+        port
+    });
+    let seen = node.at_client(move || {
+        let socket = nix::sys::socket::socket(
+            nix::sys::socket::AddressFamily::Inet,
+            nix::sys::socket::SockType::Stream,
+            nix::sys::socket::SockFlag::empty(),
+            None,
+        )
+        .expect("a socket");
+        use std::os::fd::AsRawFd;
+        let own: std::net::SocketAddrV4 = format!("{}:{port}", CLIENT[0]).parse().expect("own");
+        let own = nix::sys::socket::SockaddrIn::from(own);
+        nix::sys::socket::bind(socket.as_raw_fd(), &own).expect("the same port again");
+        let SocketAddr::V4(direct) = direct else {
+            unreachable!("the container is at IPv4");
+        };
+        let direct = nix::sys::socket::SockaddrIn::from(direct);
+        nix::sys::socket::connect(socket.as_raw_fd(), &direct).expect("a direct connection");
+        let mut stream = TcpStream::from(socket);
+        traffic::patient(&stream).expect("deadlines");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("told");
+        text
+    });
+    assert_eq!(seen, format!("{}:{port}", CLIENT[0]));
+}
+
+fn socket_linger_zero(stream: &TcpStream) {
+    let linger = nix::libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger)
+        .expect("an option");
+}
+
+#[test]
+fn clients_outside_the_rows_networks_are_turned_away() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.networks = vec![ClientNetwork {
+        address: CLIENT[0].parse().expect("an address"),
+        prefix: 32,
+    }];
+    node.lift(&row);
+    let address = host(&row, 0);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+    row.networks[0].address = "10.78.1.3".parse().expect("an address");
+    node.lift(&row);
+    let err = node.at_client(move || told(address)).map(|(seen, _)| seen);
+    assert_eq!(err.unwrap_or_default(), "", "reset or ended without a byte");
+    let status = node.counted(&row, |it| it.sessions_refused == 1);
+    assert_eq!(status.sessions_total, 1);
+}
+
+#[test]
+fn a_session_of_the_relay_goes_on_when_its_row_is_lifted() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    // First without the container's row: the relay serves, and says why.
+    node.control
+        .write(|batch| batch.remove_container(KERNEL))
+        .expect("removed");
+    let status = node.publish(&row);
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    assert!(status.reason.contains("container"), "{}", status.reason);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"relay").expect("sent");
+    let mut back = [0; 5];
+    old.read_exact(&mut back).expect("echoed");
+    node.control.release();
+    let container = node.container.row(KERNEL);
+    until("the container's row being free", || {
+        let row = container.clone();
+        node.control.release();
+        node.control.write(|batch| batch.put_container(row)).ok()
+    })
+    .expect("known again");
+    node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+    old.write_all(b"still").expect("sent");
+    old.read_exact(&mut back).expect("the session goes on");
+    assert_eq!(&back, b"still");
+    let answer = node
+        .at_client(move || ask(address, b"kernel"))
+        .expect("a flow");
+    assert_eq!(answer, b"kernel");
+    let status = node.counted(&row, |it| it.sessions_total == 2);
+    assert_eq!(status.sessions_active, 1, "the relay's");
+}
+
+#[test]
+fn thousands_of_connections_come_and_go() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    const WORKERS: u64 = 16;
+    const EACH: u64 = 250;
+    node.at_client(move || {
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|worker| {
+                thread::spawn(move || {
+                    for turn in 0..EACH {
+                        let word = format!("{worker} {turn}");
+                        let answer = ask(address, word.as_bytes()).expect("an answer");
+                        assert_eq!(answer, word.as_bytes());
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.join().expect("every answer is right");
+        }
+    });
+    let status = node.counted(&row, |it| {
+        it.sessions_total == WORKERS * EACH && it.sessions_active == 0
+    });
+    assert_eq!(status.connect_failures, 0);
+}
+
+#[test]
+fn the_hosts_forwarding_rules_are_not_in_the_way() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    // As Docker sets a host up: nothing is forwarded unless a rule says so, bridges included.
+    for words in [
+        "-P FORWARD DROP",
+        "-t nat -A POSTROUTING -s 10.78.2.0/24 ! -o br0 -j MASQUERADE",
+    ] {
+        let output = command(&node.network.host, "iptables")
+            .args(words.split_whitespace())
+            .output()
+            .expect("iptables");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    let bridge_filter = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    if std::path::Path::new(bridge_filter).exists() {
+        within(&node.network.host, move || {
+            std::fs::write(bridge_filter, "1")
+        })
+        .expect("the host's namespace")
+        .expect("br_netfilter");
+    }
+    node.lift(&row);
+    let (address, direct) = (host(&row, 0), SocketAddr::new(row.target, row.target_port));
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+    let blocked = node.at_client(move || {
+        TcpStream::connect_timeout(&direct, std::time::Duration::from_millis(500))
+    });
+    assert!(blocked.is_err(), "the rule holds for the direct way");
+}
