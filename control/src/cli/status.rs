@@ -106,8 +106,18 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
         return Ok(output::json(&reply)?);
     }
     let mut table = Table::new(&[
-        ">PORT", "SERVICE", "KERNEL", "TARGET", "STATE", "PATH", ">OPEN", ">TOTAL", ">REFUSED",
-        ">IN", ">OUT", "WHY",
+        ">PORT",
+        "SERVICE",
+        "KERNEL",
+        ">CONTAINER",
+        "STATE",
+        "PATH",
+        ">OPEN",
+        ">TOTAL",
+        ">REFUSED",
+        ">IN",
+        ">OUT",
+        "WHY",
     ]);
     let bytes = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), output::bytes);
     for port in at(&reply, &["ports"]).as_array().into_iter().flatten() {
@@ -115,7 +125,7 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
             word(at(port, &["host_port"])),
             word(at(port, &["service"])),
             word(at(port, &["kernel_id"])),
-            word(at(port, &["target"])),
+            word(at(port, &["container_port"])),
             word(at(port, &["state"])),
             word(at(port, &["path"])),
             word(at(port, &["sessions_active"])),

@@ -196,7 +196,7 @@ fn ports(node: &Node) -> Result<Value, Failure> {
                     "host_port": host_port,
                     "kernel_id": kernel.id.to_string(),
                     "service": service.name,
-                    "target": container_port,
+                    "container_port": container_port,
                     "state": status.map_or("unknown", |status| state_name(status.state)),
                     "path": status.map(|status| path_name(status.path)),
                     "engine": status.map(|status| engine_name(status.engine)),
