@@ -2,6 +2,7 @@
 
 mod agent;
 mod container;
+mod later;
 mod node;
 mod rest;
 
@@ -78,6 +79,7 @@ pub(crate) fn config(reader: &mut Reader<'_>, root: &Table, file: Option<&Path>)
     let kernel_lifecycles = rest::kernel_lifecycles(reader, root);
     let overcommit = overcommit(reader);
     let node = node::read(reader, root, &places, &agent);
+    later::note(reader, root);
     Config {
         file: file.map(Path::to_owned),
         standalone: reader.standalone,

@@ -70,7 +70,7 @@ pub(crate) struct Section<'r, 'a> {
     known: Vec<&'static str>,
 }
 
-fn kebab(key: &str) -> String {
+pub(crate) fn kebab(key: &str) -> String {
     key.replace('_', "-")
 }
 

@@ -34,6 +34,32 @@ fn rare_keys_are_accepted_and_reported() {
 }
 
 #[test]
+fn what_this_release_reads_and_does_not_use_is_told() {
+    for (section, line, told) in [
+        ("agent", "pid-file = '/tmp/x.pid'", true),
+        ("agent", "allow_compute_plugins = ['a']", true),
+        ("api", "push-timeout = 60", true),
+        ("logging", "drivers = ['console', 'file']", true),
+        ("logging", "drivers = ['console']", false),
+        ("container", "port-range = [31000, 31010]", false),
+    ] {
+        let text = with_line(section, line);
+        let file = "\n[logging.file]\npath = '/tmp'\nfilename = 'x.log'\n";
+        let text = match line.contains("'file'") {
+            true => text + file,
+            false => text,
+        };
+        let notes = Setup::new(&text).loaded().notes;
+        let key = line.split(' ').next().unwrap();
+        let found = notes
+            .iter()
+            .find(|note| note.key == format!("{section}.{key}"));
+        assert_eq!(found.is_some(), told, "{line}: {notes:?}");
+        assert!(found.is_none_or(|note| note.kind == NoteKind::NotUsed && note.line.is_some()));
+    }
+}
+
+#[test]
 fn unknown_keys_are_never_an_error_and_get_a_suggestion() {
     for (section, line, suggestion) in [
         ("container", "port-rnage = [1, 2]", Some("port-range")),
