@@ -1,5 +1,6 @@
 //! `bai-agent check-config`: the effective configuration, and where each value came from.
 
+use crate::cli::output::say_part;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -25,7 +26,7 @@ pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<
         config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
     if !args.quiet {
         match form {
-            Form::Text => print!("{}", loaded.render_text()),
+            Form::Text => say_part!("{}", loaded.render_text()),
             Form::Json => super::output::json(&loaded.render_json())?,
         }
     }

@@ -1,5 +1,6 @@
 //! `bai-agent detach`: nothing of ours stays on the host. Refuses while one of the programs runs.
 
+use crate::cli::output::say;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -29,7 +30,7 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
             output::json(&json!({ "removed": existed.then_some(root), "dataplane": hooks }))?
         }
         Form::Text => {
-            println!(
+            say!(
                 "{}",
                 if existed {
                     format!("removed {}", root.display())
@@ -38,7 +39,7 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
                 }
             );
             if !hooks {
-                println!(
+                say!(
                     "{DATAPLANE} was not found beside this program or in PATH, so kernel hooks were not looked for"
                 );
             }

@@ -1,5 +1,6 @@
 //! `bai-agent doctor`: what the host lacks, and what to do about it. Looks only; changes nothing.
 
+use crate::cli::output::{say, say_part};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -110,9 +111,9 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
                     finding.found.clone(),
                 ]);
             }
-            print!("{}", table.render());
+            say_part!("{}", table.render());
             for finding in findings.iter().filter(|finding| !finding.remedy.is_empty()) {
-                println!("\n{}: {}", finding.check, finding.remedy);
+                say!("\n{}: {}", finding.check, finding.remedy);
             }
         }
     }

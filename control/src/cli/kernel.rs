@@ -4,6 +4,7 @@ mod create;
 mod exec;
 mod records;
 
+use crate::cli::output::{say, say_part};
 use std::io::Write;
 use std::time::Duration;
 
@@ -163,7 +164,7 @@ async fn list(agent: &Agent, all: bool, form: Form) -> Result<(), Problem> {
             services,
         ]);
     }
-    print!("{}", table.render());
+    say_part!("{}", table.render());
     Ok(())
 }
 
@@ -204,7 +205,7 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
                 ]);
             }
         }
-        print!("{}", table.render());
+        say_part!("{}", table.render());
         return Ok(());
     };
     let call = |method: &str, mut args: Vec<Value>| {
@@ -221,7 +222,7 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
                 &json!({ "kernel_id": kernel.kernel_id, "service": name, "status": "stopped" }),
             )?);
         }
-        println!("{name} of {} was asked to stop", kernel.kernel_id);
+        say!("{name} of {} was asked to stop", kernel.kernel_id);
         return Ok(());
     }
     let text_map = |pairs: Vec<(String, String)>| {
@@ -259,7 +260,7 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
         )?);
     }
     for port in ports {
-        println!("{name}: 127.0.0.1:{port}");
+        say!("{name}: 127.0.0.1:{port}");
     }
     Ok(())
 }
@@ -275,7 +276,7 @@ async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Prob
     if form == Form::Json {
         return Ok(output::json(&reply)?);
     }
-    print!("{}", records::stats_table(&reply));
+    say_part!("{}", records::stats_table(&reply));
     Ok(())
 }
 
@@ -298,7 +299,7 @@ async fn destroy(
             .call("destroy_kernel", arguments, DESTROY_DEADLINE)
             .await?;
         if form == Form::Text {
-            println!("{}", kernel.kernel_id);
+            say!("{}", kernel.kernel_id);
         }
         destroyed.push(kernel.kernel_id);
     }

@@ -17,10 +17,33 @@ pub enum Form {
 
 /// Prints one JSON document.
 pub fn json(value: &Value) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)
+    let text = serde_json::to_string_pretty(value)?;
+    say!("{text}");
+    Ok(())
 }
+
+/// Writes to standard output. Whoever closed it (`| head`) has seen enough, and is no error.
+pub fn text(text: std::fmt::Arguments<'_>) {
+    if let Err(err) = std::io::stdout().lock().write_fmt(text)
+        && err.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        eprintln!("bai-agent: standard output cannot be written: {err}");
+    }
+}
+
+/// One line of text on standard output.
+macro_rules! say {
+    ($($part:tt)*) => {
+        $crate::cli::output::text(format_args!("{}\n", format_args!($($part)*)))
+    };
+}
+pub(crate) use say;
+
+/// Text on standard output as it is.
+macro_rules! say_part {
+    ($($part:tt)*) => { $crate::cli::output::text(format_args!($($part)*)) };
+}
+pub(crate) use say_part;
 
 /// A table with a heading; each column as wide as its widest cell, numbers (by heading mark `>`) to the right.
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! `bai-agent runner …`: the published in-container runner packages of this node.
 
+use crate::cli::output::{say, say_part};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -92,9 +93,9 @@ fn work(
                     &json!({ "version": done.version, "path": done.path, "fresh": done.fresh }),
                 )?,
                 Form::Text if done.fresh => {
-                    println!("installed {} in {}", done.version, done.path.display())
+                    say!("installed {} in {}", done.version, done.path.display())
                 }
-                Form::Text => println!(
+                Form::Text => say!(
                     "{} is installed already in {}",
                     done.version,
                     done.path.display()
@@ -118,7 +119,7 @@ fn work(
                     installation.path.display().to_string(),
                 ]);
             }
-            print!("{}", table.render());
+            say_part!("{}", table.render());
         }
         RunnerCommand::Verify { place, version } => {
             let version = version.unwrap_or_else(|| runner::pinned_version(std::env::consts::ARCH));
@@ -129,7 +130,7 @@ fn work(
                     &json!({ "version": version, "checked": report.checked, "problems": report.problems }),
                 )?,
                 Form::Text => {
-                    println!(
+                    say!(
                         "{version}: {} files checked, {} problems",
                         report.checked,
                         report.problems.len()
@@ -137,9 +138,9 @@ fn work(
                     report
                         .problems
                         .iter()
-                        .for_each(|problem| println!("  {problem}"));
+                        .for_each(|problem| say!("  {problem}"));
                     if !report.problems.is_empty() {
-                        println!("Install it again: bai-agent runner install --force");
+                        say!("Install it again: bai-agent runner install --force");
                     }
                 }
             }
@@ -157,9 +158,7 @@ fn work(
             .map_err(|error| other(error.into()))?;
             match form {
                 Form::Json => output::json(&json!({ "removed": removed }))?,
-                Form::Text => removed
-                    .iter()
-                    .for_each(|version| println!("removed {version}")),
+                Form::Text => removed.iter().for_each(|version| say!("removed {version}")),
             }
         }
     }

@@ -1,5 +1,6 @@
 //! `bai-agent status` and `bai-agent ports`: the node at a glance.
 
+use crate::cli::output::{say, say_part};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -45,19 +46,19 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
     match form {
         Form::Json => output::json(&status)?,
         Form::Text => {
-            println!(
+            say!(
                 "agent      {} {} ({})",
                 word(at(&status, &["agent_id"])),
                 word(at(&status, &["version"])),
                 word(at(&status, &["mode"]))
             );
-            println!(
+            say!(
                 "up         {}",
                 at(&status, &["uptime_s"])
                     .as_f64()
                     .map_or_else(|| "-".to_owned(), output::duration)
             );
-            println!(
+            say!(
                 "engine     {}",
                 if engine {
                     format!("Docker {}", word(at(&status, &["docker", "version"])))
@@ -65,7 +66,7 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
                     "not reachable: is dockerd running?".to_owned()
                 }
             );
-            println!(
+            say!(
                 "dataplane  {}",
                 if dataplane {
                     "alive".to_owned()
@@ -74,16 +75,16 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
                         .to_owned()
                 }
             );
-            println!("kernels    {}", word(at(&status, &["kernels"])));
+            say!("kernels    {}", word(at(&status, &["kernels"])));
             let ports = at(&status, &["ports"]);
-            println!(
+            say!(
                 "ports      {} of {} free, {} cooling down",
                 word(at(ports, &["free"])),
                 word(at(ports, &["total"])),
                 word(at(ports, &["cooling"]))
             );
             for (slot, amounts) in at(&status, &["slots"]).as_object().into_iter().flatten() {
-                println!(
+                say!(
                     "slot       {slot}: {} of {} in use",
                     amount(slot, at(amounts, &["used"])),
                     amount(slot, at(amounts, &["total"]))
@@ -139,6 +140,6 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
                 .to_owned(),
         ]);
     }
-    print!("{}", table.render());
+    say_part!("{}", table.render());
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `bai-agent kernel create`: what the manager would send, with progress while it happens.
 
+use crate::cli::output::say;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -316,7 +317,7 @@ pub(super) async fn run(
         Form::Json => output::json(
             &json!({ "kernel_id": kernel.to_string(), "session_id": session.to_string(), "result": result }),
         )?,
-        Form::Text => println!("{kernel}"),
+        Form::Text => say!("{kernel}"),
     }
     Ok(())
 }
