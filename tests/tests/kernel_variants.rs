@@ -743,6 +743,15 @@ async fn kernels_are_put_on_the_alternative_bridge() -> Result<()> {
     assert_eq!(names, [&bridge.0]);
     start_service(&node, &order, "web").await?;
     assert!(kernels::fetch(kernels::host_ports(&result, "web")[0], "/")?.contains("It works"));
+    // It takes the place of the host's network, too: such a kernel has ports like any other.
+    let mut hosted = Order::of(Image::Runner)?;
+    hosted.cluster["network_config"] = json!({"mode": "host", "network_name": "host"});
+    let result = kernels::create(&node, &hosted).await?;
+    let networks = inspect(container_of(&result))?["NetworkSettings"]["Networks"].clone();
+    assert!(networks[&bridge.0].is_object(), "{networks}");
+    let greeted = greeting(kernels::host_ports(&result, "sshd")[0], "")?;
+    assert!(greeted.starts_with("SSH-2.0-"), "{greeted}");
+    kernels::destroy(&node, &hosted).await?;
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }
@@ -839,6 +848,21 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
         sudo.contains("work ALL") && sudo.contains("NOPASSWD"),
         "{sudo}"
     );
+    // Nobody starts a service in a kernel that blocks them; root is root.
+    let mut root = Order::of(Image::Runner)?;
+    root.config["uid"] = json!(0);
+    root.config["main_gid"] = json!(0);
+    root.config["internal_data"] =
+        json!({"block_service_ports": true, "prevent_vfolder_mounts": true});
+    root.config["mounts"] = json!([
+        mount("a", folder.path(), "/home/work/a", "rw", "."),
+        mount(".logs", folder.path(), "/home/work/.logs", "rw", "."),
+    ]);
+    kernels::create(&node, &root).await?;
+    assert!(start_service(&node, &root, "web").await.is_err());
+    let seen_by_root = output_of(&node, &root, "id -u; ls -d a .logs 2>/dev/null || true").await?;
+    assert_eq!(seen_by_root, "0\n.logs\n");
+    kernels::destroy(&node, &root).await?;
     // Owners and modes on the host.
     let scratch = node.scratch(&order.kernel.to_string());
     for (file, mode, uid) in [
@@ -1061,6 +1085,84 @@ async fn an_oom_kill_ends_the_command_and_not_the_kernel() -> Result<()> {
     assert_eq!(
         kernels::ends(&node, order.kernel).await?,
         [("user-requested".to_owned(), 0)]
+    );
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_container_is_no_hindrance() -> Result<()> {
+    let node = Node::start(NodeOptions {
+        agent: "sync-container-lifecycles = { enabled = true, interval = 0.5 }\n".to_owned(),
+        sections: "[debug]\nskip-container-deletion = true\n".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    let after = restart(&node, &order).await?;
+    assert_eq!(output_of(&node, &order, "echo again").await?, "again\n");
+    kernels::destroy(&node, &order).await?;
+    // Kept for the person who debugs, stopped, and nobody's kernel.
+    assert_eq!(node.containers()?, [container_of(&after)]);
+    assert_eq!(inspect(container_of(&after))?["State"]["Running"], false);
+    kernels::docker(&["rm", container_of(&after)])?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inference_kernel_serves_its_model() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(
+        folder.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
+    std::fs::write(folder.path().join("index.html"), "the model\n")?;
+    let definition = "models:\n- name: echo\n  model_path: /models\n  service:\n    \
+        start_command: [busybox, httpd, -f, -p, '8600', -h, /models]\n    shell: /bin/sh\n    port: 8600\n    \
+        health_check:\n      path: /index.html\n      interval: 0.5\n      max_retries: 20\n";
+    std::fs::write(folder.path().join("model-definition.yaml"), definition)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["mounts"] = json!([{
+        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
+        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
+    }]);
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
+    let result = kernels::create(&node, &order).await?;
+    let ports = kernels::host_ports(&result, "echo-8600");
+    assert_eq!(ports.len(), 1, "{result}");
+    let page = wait::until("the model answers", SOON, || async {
+        kernels::fetch(ports[0], "/index.html")
+            .ok()
+            .filter(|page| page.contains("the model"))
+    })
+    .await?;
+    assert!(page.starts_with("HTTP/1"), "{page}");
+    let model = kernels::run(
+        &node,
+        &order,
+        "echo $BACKEND_MODEL_NAME $BACKEND_MODEL_PATH",
+    )
+    .await?;
+    assert_eq!(model.output, "echo /models\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await?;
+
+    // A definition that is none is told before anything is made.
+    std::fs::write(
+        folder.path().join("model-definition.yaml"),
+        "models: nonsense\n",
+    )?;
+    let mut broken = order.clone();
+    broken.kernel = uuid::Uuid::new_v4();
+    broken.config["kernel_id"] = json!(broken.kernel.to_string());
+    let failure = kernels::fail_to_create(&node, &broken).await?;
+    assert!(
+        failure.repr.contains("model-definition.yaml"),
+        "{}",
+        failure.repr
     );
     kernels::assert_clean(&node).await
 }

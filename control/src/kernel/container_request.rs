@@ -173,7 +173,8 @@ pub fn build(inputs: &ContainerInputs<'_>) -> Result<ContainerRequest, Container
     let ContainerInputs {
         settings, request, ..
     } = inputs;
-    let host_network = inputs.cluster.network_mode() == Some("host");
+    let host_network =
+        inputs.cluster.network_mode() == Some("host") && settings.alternative_bridge.is_none();
     let mut body = ContainerCreateBody {
         image: Some(request.image.docker_name().to_owned()),
         tty: Some(true),

@@ -142,7 +142,8 @@ async fn give_back(
     kernel: &Arc<Kernel>,
     exit_code: &mut Option<i64>,
 ) -> Result<(), EndError> {
-    *exit_code = stop_and_remove(node, kernel).await?.or(*exit_code);
+    let keep = node.config.debug.skip_container_deletion;
+    *exit_code = stop_and_remove(node, kernel, keep).await?.or(*exit_code);
     let record = kernel.record();
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);
@@ -156,10 +157,12 @@ async fn give_back(
 }
 
 /// Withdraws the rows, stops and removes the container, keeps its console. Answers the exit code,
-/// if the container has run. Scratch, devices and host ports stay (a restart needs them).
+/// if the container has run. Scratch, devices and host ports stay (a restart needs them), and with
+/// `keep` the stopped container (a restart can't have that: the new one bears its name).
 pub async fn stop_and_remove(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
+    keep: bool,
 ) -> Result<Option<i64>, DockerError> {
     let rows_gone = node.link.withdraw(kernel.id).await;
     let record = kernel.record();
@@ -188,7 +191,7 @@ pub async fn stop_and_remove(
         keep_console(node, kernel, &container).await;
     }
     node.link.await_removed(rows_gone, ROWS_GONE).await;
-    if node.config.debug.skip_container_deletion && status != "created" {
+    if keep && status != "created" {
         tracing::info!(kernel_id = %kernel.id, container_id = container, "the container is kept (debug.skip-container-deletion)");
         return Ok(exit_code);
     }

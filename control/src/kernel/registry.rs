@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
@@ -213,7 +213,20 @@ impl Kernel {
 
     /// Replaces the connection to the runner; returns the old one, which has to be closed.
     pub fn set_runner(&self, runner: Option<RunnerLink>) -> Option<RunnerLink> {
-        std::mem::replace(&mut self.inner().runner, runner)
+        let old = std::mem::replace(&mut self.inner().runner, runner);
+        self.changed();
+        old
+    }
+
+    /// The connection to the runner of a kernel in service, also when it is just being taken over;
+    /// nothing once `limit` has passed or the kernel is out of service.
+    pub async fn wait_runner(&self, limit: Duration) -> Option<RunnerLink> {
+        let connected = self.wait_inner(|inner| match (&inner.runner, inner.lifecycle.state()) {
+            (Some(runner), _) => Some(Some(runner.clone())),
+            (None, State::Running) => None,
+            (None, _) => Some(None),
+        });
+        tokio::time::timeout(limit, connected).await.ok().flatten()
     }
 
     /// Puts the link to a running kernel in place. Returns the link to close: the one before, or

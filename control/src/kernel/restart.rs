@@ -165,7 +165,8 @@ async fn carry_out(
         runner.close().await;
     }
     kernel.end_batch();
-    let gone = tokio::time::timeout(OLD_CONTAINER, destroy::stop_and_remove(node, kernel)).await;
+    let removal = destroy::stop_and_remove(node, kernel, false);
+    let gone = tokio::time::timeout(OLD_CONTAINER, removal).await;
     let input = match &gone {
         Ok(Ok(_)) => Input::OldContainerGone,
         Ok(Err(err)) => {

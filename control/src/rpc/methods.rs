@@ -12,7 +12,7 @@ mod lifecycle;
 mod run;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shared::ids::KernelId;
 use uuid::Uuid;
@@ -24,6 +24,9 @@ use super::value::Value;
 use crate::kernel::Node;
 use crate::kernel::registry::Kernel;
 use crate::kernel::runner_link::RunnerLink;
+
+/// How long a call waits for the connection to a runner that is just being taken over.
+const RUNNER_WAIT: Duration = Duration::from_secs(10);
 
 /// The service behind the manager's RPC.
 #[derive(Debug)]
@@ -68,8 +71,8 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "destroy_kernel" => lifecycle::destroy_kernel(node, args).await,
         "restart_kernel" => lifecycle::restart_kernel(node, args).await,
         "execute" => run::execute(node, args).await,
-        "interrupt_kernel" => run::interrupt(node, &args),
-        "trigger_batch_execution" => run::trigger_batch(node, args),
+        "interrupt_kernel" => run::interrupt(node, &args).await,
+        "trigger_batch_execution" => run::trigger_batch(node, args).await,
         "get_completions" => run::completions(node, args).await,
         "start_service" => run::start_service(node, args).await,
         "shutdown_service" => run::shutdown_service(node, args),
@@ -127,8 +130,8 @@ fn unknown_kernel(id: KernelId) -> Failure {
 }
 
 /// The connection to the kernel's runner.
-fn runner_of(kernel: &Kernel) -> Result<RunnerLink, Failure> {
-    kernel.runner().ok_or_else(|| {
+async fn runner_of(kernel: &Kernel) -> Result<RunnerLink, Failure> {
+    kernel.wait_runner(RUNNER_WAIT).await.ok_or_else(|| {
         Failure::runtime_error(format!(
             "kernel {} is {}; its runner cannot be reached",
             kernel.id,

@@ -433,14 +433,32 @@ async fn serve(
     container: ContainerId,
     abort: &CancellationToken,
 ) -> Result<Launched, Attempt> {
-    let place = match rows::locate(node, container).await {
-        Ok(place) => place,
-        // It has ended already: what it said is worth more than that it is gone.
-        Err(rows::RowsError::NotRunning { .. }) => {
-            return Err(died(node, kernel, container).await.into());
+    match serve_running(node, kernel, container, abort).await {
+        Err(Attempt::Failed(err @ (CreateError::Died { .. } | CreateError::Aborted { .. }))) => {
+            Err(err.into())
         }
-        Err(err) => return Err(err.into()),
-    };
+        // It has ended meanwhile: what it said is worth more than what could not be done with it.
+        Err(_) if has_ended(node, container).await => {
+            Err(died(node, kernel, container).await.into())
+        }
+        outcome => outcome,
+    }
+}
+
+async fn has_ended(node: &Node, container: ContainerId) -> bool {
+    match node.docker.inspect(&container.to_string()).await {
+        Ok(found) => found.state.and_then(|state| state.running) == Some(false),
+        Err(err) => err.is_not_found(),
+    }
+}
+
+async fn serve_running(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    container: ContainerId,
+    abort: &CancellationToken,
+) -> Result<Launched, Attempt> {
+    let place = rows::locate(node, container).await?;
     let record = kernel.record();
     let wanted = rows::rows_of(node, &record, &place);
     let keys: Vec<PortKey> = wanted.ports.iter().map(|row| row.key()).collect();

@@ -64,7 +64,11 @@ pub async fn check(
     let slots = node.ledger.normalise(&slots)?;
     validate_dotfiles(&config.internal_data.dotfiles)?;
     mounts::refuse_domain_sockets(&config.internal_data.domain_socket_proxies)?;
-    let network = choose_network(cluster)?;
+    let network = match &node.settings.alternative_bridge {
+        // It takes the place of the host's network as of any other.
+        Some(_) if cluster.network_mode() == Some("host") => NetworkChoice::Default,
+        _ => choose_network(cluster)?,
+    };
     let published_by = publisher(node, &network);
 
     let runner_dir = node.config.node.runner_dir.clone();

@@ -40,7 +40,7 @@ pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Val
     };
     let kernel = node.registry.get(id).ok_or_else(|| not_found(id))?;
     restart::wait_if_restarting(&kernel).await;
-    let runner = runner_of(&kernel)?;
+    let runner = runner_of(&kernel).await?;
     node.events.emit(Event::ExecutionStarted { session });
     let answer = execution::execute(&runner, request)
         .await
@@ -61,14 +61,14 @@ pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Val
     reply(&answer)
 }
 
-pub(super) fn interrupt(node: &Node, args: &Arguments) -> Result<Value, Failure> {
+pub(super) async fn interrupt(node: &Node, args: &Arguments) -> Result<Value, Failure> {
     let kernel = known_kernel(node, args)?;
-    execution::interrupt(&runner_of(&kernel)?).map_err(|err| failed(&err))?;
+    execution::interrupt(&runner_of(&kernel).await?).map_err(|err| failed(&err))?;
     Ok(Value::Nil)
 }
 
 /// Returns at once; a retry of the call finds the job running and does not start another.
-pub(super) fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+pub(super) async fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
     let id = kernel_id(&args, "kernel_id")?;
     let session = SessionId(args.uuid("session_id")?.into_bytes());
     let code: String = args.get("code")?;
@@ -90,7 +90,7 @@ pub(super) fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         });
         return Ok(Value::Nil);
     };
-    runner_of(&kernel)?;
+    runner_of(&kernel).await?;
     if !batch_job::start(node, &kernel, code, timeout) {
         tracing::debug!(kernel_id = %id, "the batch job runs already");
     }
@@ -101,7 +101,9 @@ pub(super) async fn completions(node: &Arc<Node>, mut args: Arguments) -> Result
     let kernel = known_kernel(node, &args)?;
     let text: String = args.get("text")?;
     let opts: Option<serde_json::Map<String, serde_json::Value>> = args.get("opts")?;
-    reply(&execution::completions(&runner_of(&kernel)?, &text, opts.unwrap_or_default()).await)
+    reply(
+        &execution::completions(&runner_of(&kernel).await?, &text, opts.unwrap_or_default()).await,
+    )
 }
 
 pub(super) async fn start_service(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
@@ -114,7 +116,7 @@ pub(super) async fn start_service(node: &Arc<Node>, mut args: Arguments) -> Resu
     let Some(start) = service_start(&kernel, &name, options.unwrap_or_default()) else {
         return reply(&ServiceReply::unknown());
     };
-    reply(&services::start_service(&runner_of(&kernel)?, start).await)
+    reply(&services::start_service(&runner_of(&kernel).await?, start).await)
 }
 
 fn service_start(
