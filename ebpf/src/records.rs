@@ -17,6 +17,9 @@ pub const CLIENT_NETWORKS: usize = 8;
 /// TCP in [`ServiceKey::protocol`] and [`FlowKey::protocol`].
 pub const PROTOCOL_TCP: u8 = 6;
 
+/// UDP; no service of it is served yet.
+pub const PROTOCOL_UDP: u8 = 17;
+
 /// An address, IPv4 mapped into IPv6.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C, align(4))]

@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::thread;
 
 use harness::dataplane::{Control, Options, Place, Process, until};
@@ -10,7 +11,7 @@ use harness::netns::ip;
 use harness::remote_client::{CLIENT, Container, HOST, Network, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
-use shared::desired::{ClientNetwork, Drain, PortRow};
+use shared::desired::{ClientNetwork, Drain, PortRow, Protocol};
 use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
@@ -678,6 +679,95 @@ fn a_session_of_the_relay_goes_on_when_its_row_is_lifted() {
     assert_eq!(answer, b"kernel");
     let status = node.counted(&row, |it| it.sessions_total == 2);
     assert_eq!(status.sessions_active, 1, "the relay's");
+}
+
+#[test]
+fn a_udp_row_does_not_touch_the_tcp_flows_of_its_port_number() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut udp = row.clone();
+    udp.protocol = Protocol::Udp;
+    let status = node.publish(&udp);
+    assert_eq!(status.state, PortState::Refused);
+    old.write_all(b"after").expect("sent");
+    old.read_exact(&mut [0; 5]).expect("the flow goes on");
+    node.control.withdraw(udp.key()).expect("removed");
+    old.write_all(b"after").expect("sent");
+    old.read_exact(&mut [0; 5]).expect("the flow goes on");
+    let status = node.counted(&row, |it| it.bytes_out == 16);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+}
+
+#[test]
+fn an_uplink_that_goes_down_and_comes_back_serves_again() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (address, name) = (host(&row, 0), node.network.host.clone());
+    ip(&format!("-n {name} link set up0 down")).expect("down");
+    // No way in, so nothing for the kernel path to serve; the listener stays.
+    node.counted(&row, |it| {
+        it.path == ForwardPath::Relay && it.reason.contains("other hosts")
+    });
+    ip(&format!("-n {name} link set up0 up")).expect("up");
+    node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+}
+
+#[test]
+fn without_permission_the_relay_serves_and_says_so() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    node.process.signal(Signal::SIGKILL).expect("killed");
+    node.process.ended().expect("gone");
+    let program = node.place.command(&[]).expect("the command");
+    let words = std::iter::once(program.get_program()).chain(program.get_args());
+    // Entering the namespace needs permissions, too: the loss comes after it.
+    let words: Vec<_> = words.map(|word| word.to_owned()).collect();
+    let (enter, run) = words.split_at(2);
+    let mut weak = Command::new(&enter[0])
+        .arg(&enter[1])
+        .args(["setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon"])
+        .args(run)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("bai-dataplane with less permission");
+    let row = node.container.port(mirror(&node.container));
+    let status = node.publish(&row);
+    let address = host(&row, 0);
+    let answer = node.at_client(move || told(address));
+    let _ = weak.kill();
+    let _ = weak.wait();
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    assert!(
+        status.reason.contains("by the relay: "),
+        "{}",
+        status.reason
+    );
+    let (seen, _) = answer.expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
 }
 
 #[test]

@@ -25,11 +25,11 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use ebpf::records::{
-    Address, ClientNetwork, PROTOCOL_TCP, PortCounters, PortFlows, SERVICE_ANY_ADDRESS,
-    SERVICE_DRAINING, Service, ServiceKey, SweepOrder,
+    Address, ClientNetwork, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters, PortFlows,
+    SERVICE_ANY_ADDRESS, SERVICE_DRAINING, Service, ServiceKey, SweepOrder,
 };
 use ebpf::{map, program};
-use shared::desired::{ContainerRow, PortKey, PortRow};
+use shared::desired::{ContainerRow, PortKey, PortRow, Protocol};
 
 use self::eligibility::Circumstances;
 use self::pins::{Pins, PinsError, Side};
@@ -197,7 +197,10 @@ impl std::fmt::Debug for KernelPath {
 fn key_of(key: PortKey) -> ServiceKey {
     ServiceKey {
         port: key.host_port.to_be(),
-        protocol: PROTOCOL_TCP,
+        protocol: match key.protocol {
+            Protocol::Tcp => PROTOCOL_TCP,
+            Protocol::Udp => PROTOCOL_UDP,
+        },
         zero: 0,
     }
 }
@@ -710,7 +713,11 @@ impl KernelPath {
                 "nobody wants this port of an earlier life"
             );
             self.withdraw(PortKey {
-                protocol: shared::desired::Protocol::Tcp,
+                protocol: if key.protocol == PROTOCOL_UDP {
+                    Protocol::Udp
+                } else {
+                    Protocol::Tcp
+                },
                 host_port,
             });
         }
