@@ -64,6 +64,9 @@ fn docker_lines(args: &[&str]) -> Result<BTreeSet<String>> {
         .collect())
 }
 
+/// How many lives go on at the same time.
+const AT_ONCE: usize = 4;
+
 /// What a program holds at this moment.
 fn held(pid: u32) -> Result<(usize, usize)> {
     let count = |what: &str| {
@@ -97,10 +100,25 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
             Ok(())
         }
     };
-    // The first cycle opens what stays open: pools, descriptors of the parents' groups, worker threads.
-    for number in 0..2 {
-        tokio::task::spawn_blocking(cycle(node.clone(), image.clone(), number)).await??;
-    }
+    let cycles = |numbers: std::ops::Range<usize>| {
+        let limit = Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
+        let mut cycles = tokio::task::JoinSet::new();
+        for number in numbers {
+            let (limit, work) = (limit.clone(), cycle(node.clone(), image.clone(), number));
+            cycles.spawn(async move {
+                let _permit = limit.acquire_owned().await?;
+                tokio::task::spawn_blocking(work).await?
+            });
+        }
+        async move {
+            while let Some(done) = cycles.join_next().await {
+                done??;
+            }
+            Ok::<_, anyhow::Error>(())
+        }
+    };
+    // The first ones open what stays open: pooled connections, groups of the parents, worker threads.
+    cycles(0..AT_ONCE).await?;
     let volumes = docker_lines(&["volume", "ls", "-q"])?;
     let networks = docker_lines(&["network", "ls", "-q"])?;
     let pids = [
@@ -109,18 +127,7 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
     ];
     let before = [held(pids[0])?, held(pids[1])?];
 
-    let limit = Arc::new(tokio::sync::Semaphore::new(4));
-    let mut cycles = tokio::task::JoinSet::new();
-    for number in 0..20 {
-        let (limit, work) = (limit.clone(), cycle(node.clone(), image.clone(), number));
-        cycles.spawn(async move {
-            let _permit = limit.acquire_owned().await?;
-            tokio::task::spawn_blocking(work).await?
-        });
-    }
-    while let Some(done) = cycles.join_next().await {
-        done??;
-    }
+    cycles(AT_ONCE..AT_ONCE + 20).await?;
 
     ensure!(
         node.containers()?.is_empty(),
@@ -132,15 +139,10 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
         scratches.is_empty(),
         "scratch directories are left: {scratches:?}"
     );
-    let journal: Vec<_> = std::fs::read_dir(node.state().join("kernels"))
-        .map(|entries| entries.flatten().map(|e| e.file_name()).collect())
-        .unwrap_or_default();
-    ensure!(
-        journal
-            .iter()
-            .all(|name| !name.to_string_lossy().ends_with(".json")),
-        "journal files are left: {journal:?}"
-    );
+    let journal: Vec<_> = std::fs::read_dir(node.state().join("kernels").join(node.agent_id()))
+        .context("the journal's directory")?
+        .collect::<Result<_, _>>()?;
+    ensure!(journal.is_empty(), "journal files are left: {journal:?}");
     ensure!(
         docker_lines(&["volume", "ls", "-q"])?.is_subset(&volumes),
         "volumes are left"
@@ -150,6 +152,9 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
         "networks are left"
     );
     let status = json(&node, &["status"])?;
+    for (slot, amounts) in status["slots"].as_object().context("slots")? {
+        ensure!(amounts["used"] == "0", "{slot} is still in use: {amounts}");
+    }
     let ports = &status["ports"];
     ensure!(
         ports["free"]

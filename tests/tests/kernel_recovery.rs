@@ -1,10 +1,9 @@
 //! Control killed at each step: what runs goes on, what was begun is finished, what belongs to
 //! nobody is removed.
 
-use std::io::{Read, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use control::rpc::Value;
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
@@ -88,61 +87,6 @@ async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     kernels::destroy(&node, &order).await?;
     kernels::destroy(&node, &second).await?;
     assert_eq!(kernels::ends(&node, order.kernel).await?.len(), 1);
-    kernels::assert_clean(&node).await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_control_loses_no_byte_of_a_transfer() -> Result<()> {
-    const BYTES: usize = 48 << 20;
-    let mut node = Node::start(NodeOptions::default()).await?;
-    let order = Order::of(Image::Runner)?;
-    let result = kernels::create(&node, &order).await?;
-    let made = kernels::run(
-        &node,
-        &order,
-        "dd if=/dev/urandom of=/home/work/big bs=1M count=48 2>/dev/null; sha256sum /home/work/big",
-    )
-    .await?;
-    let expected = made
-        .output
-        .split_whitespace()
-        .next()
-        .context("a checksum")?
-        .to_owned();
-    let args = vec![text(order.kernel), Value::from("web"), Value::Map(vec![])];
-    assert_eq!(
-        kernels::ask(&node, "start_service", args).await?["status"],
-        "started"
-    );
-
-    let port = kernels::host_ports(&result, "web")[0];
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(SOON))?;
-    write!(stream, "GET /work/big HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-    let mut received = vec![0; 1 << 20];
-    stream.read_exact(&mut received)?;
-    node.kill_control()?;
-    // More than all buffers on the way can hold is still to come.
-    stream.read_to_end(&mut received)?;
-    node.start_control().await?;
-    let body = received
-        .windows(4)
-        .position(|it| it == b"\r\n\r\n")
-        .context("a header")?
-        + 4;
-    assert_eq!(received.len() - body, BYTES);
-    let file = node
-        .scratch(&order.kernel.to_string())
-        .join("work/received");
-    std::fs::write(&file, &received[body..])?;
-    let sum = std::process::Command::new("sha256sum")
-        .arg(&file)
-        .output()?;
-    let sum = String::from_utf8(sum.stdout)?;
-    assert_eq!(sum.split_whitespace().next(), Some(expected.as_str()));
-
-    wait_usable(&node, &order).await?;
-    kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }
 
