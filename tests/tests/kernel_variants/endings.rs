@@ -1,0 +1,277 @@
+//! Kernels that end by themselves, cannot start, or share the engine; what a kernel serves.
+
+use super::*;
+
+// Defects 3, 5 and 6 of the original: ends without a code, left scratches, leaked ports.
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_a_container_that_ends_by_itself_leaves_things_behind() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    // How it ends, the exit code to be told, whether its console can still be read.
+    type End = fn(&str) -> Result<String>;
+    let ways: [(&str, End, Option<i64>, &str); 4] = [
+        (
+            "its runner is killed",
+            |id| {
+                let shown = kernels::docker(&["top", id, "-eo", "pid,args"])?;
+                let line = shown
+                    .lines()
+                    .find(|line| line.contains("bai-krunner"))
+                    .context(shown.clone())?;
+                let pid: i32 = line.split_whitespace().next().context("a pid")?.parse()?;
+                nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                )?;
+                Ok(String::new())
+            },
+            Some(137),
+            "self-terminated",
+        ),
+        (
+            "it is killed",
+            |id| kernels::docker(&["kill", id]),
+            Some(137),
+            "self-terminated",
+        ),
+        (
+            "it is stopped",
+            |id| kernels::docker(&["stop", id]),
+            Some(0),
+            "self-terminated",
+        ),
+        // Somebody else takes it away: nothing to read any more.
+        (
+            "it is removed",
+            |id| kernels::docker(&["rm", "-f", id]),
+            None,
+            "self-terminated",
+        ),
+    ];
+    let mut waiting = Vec::new();
+    for (how, end, code, reason) in ways {
+        let order = Order::of(Image::Runner)?;
+        let result = kernels::create(&node, &order).await?;
+        let id = container_of(&result).to_owned();
+        output_of(&node, &order, "echo its last words").await?;
+        tokio::task::spawn_blocking(move || end(&id)).await??;
+        waiting.push((how, order, code, reason));
+    }
+    for (how, order, code, reason) in waiting {
+        let end = kernels::wait_end(&node, order.kernel).await?;
+        assert_eq!(end.0, reason, "{how}");
+        if let Some(code) = code {
+            assert_eq!(end.1, code, "{how}");
+            let logs = kernels::ask(&node, "get_logs", vec![text(order.kernel)]).await?;
+            assert!(
+                logs["logs"].to_string().contains("its last words"),
+                "{how}: {logs}"
+            );
+        }
+        kernels::destroy(&node, &order).await?;
+        let ends = kernels::ends(&node, order.kernel).await?;
+        assert_eq!(
+            ends.iter()
+                .filter(|(reason, _)| reason != "already-terminated")
+                .count(),
+            1,
+            "{how}: {ends:?}"
+        );
+    }
+    kernels::assert_clean(&node).await
+}
+
+// Defects 3 and 14 of the original: a container that cannot run was waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_an_image_that_cannot_run_is_waited_for() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let labels = [
+        "LABEL ai.backend.base-distro=ubuntu22.04",
+        "LABEL ai.backend.kernelspec=1",
+    ];
+    // No shell at all; and a shell, but no C library for the runner.
+    let mut no_shell = images::busybox_files(&[])?;
+    no_shell.retain(|file| !file.path.ends_with("sh"));
+    let no_shell = images::import(&format!("variants-noshell:{id}"), &no_shell, &labels)?;
+    let no_libc = images::import(
+        &format!("variants-nolibc:{id}"),
+        &images::busybox_files(&["cat", "date", "chown", "cut", "tr", "ln"])?,
+        &labels,
+    )?;
+    for image in [&no_shell, &no_libc] {
+        let order = Order::named(&image.name)?;
+        let began = Instant::now();
+        let failure = kernels::fail_to_create(&node, &order).await?;
+        assert!(
+            began.elapsed() < Duration::from_secs(15),
+            "{:?}",
+            began.elapsed()
+        );
+        assert_eq!(failure.class, "AgentError");
+        assert!(
+            failure.repr.contains("exit code 127") || failure.repr.contains("exit code 1"),
+            "{}",
+            failure.repr
+        );
+        assert!(
+            failure.repr.contains("entrypoint.sh") || failure.repr.contains("not found"),
+            "{}",
+            failure.repr
+        );
+        let ends = kernels::ends(&node, order.kernel).await?;
+        assert_eq!(ends.len(), 1, "{ends:?}");
+        assert_eq!(ends[0].0, "failed-to-start");
+        assert!(ends[0].1 > 0, "{ends:?}");
+        kernels::assert_clean(&node).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_agents_on_one_engine_leave_each_other_alone() -> Result<()> {
+    let quick = || NodeOptions {
+        agent: "sync-container-lifecycles = { enabled = true, interval = 0.5 }\n".to_owned(),
+        ..NodeOptions::default()
+    };
+    let (mut one, mut two) = (Node::start(quick()).await?, Node::start(quick()).await?);
+    let (first, second) = (Order::of(Image::Runner)?, Order::of(Image::Runner)?);
+    kernels::create(&one, &first).await?;
+    let result = kernels::create(&two, &second).await?;
+    // The other one's kernel is nobody's here.
+    kernels::destroy(&two, &first).await?;
+    assert_eq!(
+        kernels::ends(&two, first.kernel).await?,
+        [("already-terminated".to_owned(), -1)]
+    );
+    // A crash, a recovery and several comparisons on either side.
+    one.kill_control()?;
+    two.kill_control()?;
+    one.start_control().await?;
+    two.start_control().await?;
+    for (node, order) in [(&one, &first), (&two, &second)] {
+        assert_eq!(node.containers()?.len(), 1);
+        assert_eq!(output_of(node, order, "echo here").await?, "here\n");
+        assert_eq!(kernels::ends(node, order.kernel).await?, []);
+    }
+    kernels::destroy(&one, &first).await?;
+    kernels::assert_clean(&one).await?;
+    assert_eq!(inspect(container_of(&result))?["State"]["Running"], true);
+    kernels::destroy(&two, &second).await?;
+    kernels::assert_clean(&two).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_oom_kill_ends_the_command_and_not_the_kernel() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["resource_slots"]["mem"] = json!("134217728");
+    kernels::create(&node, &order).await?;
+    let ran = kernels::run(&node, &order, "tail /dev/zero; exit $?").await?;
+    assert_eq!(ran.exit_code, Some(137), "{ran:?}");
+    // The runner was told, and says so on the console.
+    wait::until("the runner's warning", SOON, || async {
+        let logs = kernels::ask(&node, "get_logs", vec![text(order.kernel)])
+            .await
+            .ok()?;
+        let logs = logs["logs"].as_str()?.to_lowercase();
+        (logs.contains("oom") || logs.contains("out of memory")).then_some(())
+    })
+    .await?;
+    let counted = wait::until("the kill is counted", SOON, || async {
+        let stats = kernels::ask(&node, "bai.stats", Vec::new()).await.ok()?;
+        stats["kernels"][order.kernel.to_string()]["memory"]["oom_kill"]
+            .as_u64()
+            .filter(|count| *count > 0)
+    })
+    .await;
+    assert!(
+        counted.is_ok(),
+        "{}",
+        kernels::ask(&node, "bai.stats", Vec::new()).await?
+    );
+    assert_eq!(output_of(&node, &order, "echo alive").await?, "alive\n");
+    kernels::destroy(&node, &order).await?;
+    assert_eq!(
+        kernels::ends(&node, order.kernel).await?,
+        [("user-requested".to_owned(), 0)]
+    );
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_container_is_no_hindrance() -> Result<()> {
+    let node = Node::start(NodeOptions {
+        agent: "sync-container-lifecycles = { enabled = true, interval = 0.5 }\n".to_owned(),
+        sections: "[debug]\nskip-container-deletion = true\n".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    let after = restart(&node, &order).await?;
+    assert_eq!(output_of(&node, &order, "echo again").await?, "again\n");
+    kernels::destroy(&node, &order).await?;
+    // Kept for the person who debugs, stopped, and nobody's kernel.
+    assert_eq!(node.containers()?, [container_of(&after)]);
+    assert_eq!(inspect(container_of(&after))?["State"]["Running"], false);
+    kernels::docker(&["rm", container_of(&after)])?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inference_kernel_serves_its_model() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(
+        folder.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
+    std::fs::write(folder.path().join("index.html"), "the model\n")?;
+    let definition = "models:\n- name: echo\n  model_path: /models\n  service:\n    \
+        start_command: [busybox, httpd, -f, -p, '8600', -h, /models]\n    shell: /bin/sh\n    port: 8600\n    \
+        health_check:\n      path: /index.html\n      interval: 0.5\n      max_retries: 20\n";
+    std::fs::write(folder.path().join("model-definition.yaml"), definition)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["mounts"] = json!([{
+        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
+        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
+    }]);
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
+    let result = kernels::create(&node, &order).await?;
+    let ports = kernels::host_ports(&result, "echo-8600");
+    assert_eq!(ports.len(), 1, "{result}");
+    let page = wait::until("the model answers", SOON, || async {
+        kernels::fetch(ports[0], "/index.html")
+            .ok()
+            .filter(|page| page.contains("the model"))
+    })
+    .await?;
+    assert!(page.starts_with("HTTP/1"), "{page}");
+    let model = kernels::run(
+        &node,
+        &order,
+        "echo $BACKEND_MODEL_NAME $BACKEND_MODEL_PATH",
+    )
+    .await?;
+    assert_eq!(model.output, "echo /models\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await?;
+
+    // A definition that is none is told before anything is made.
+    std::fs::write(
+        folder.path().join("model-definition.yaml"),
+        "models: nonsense\n",
+    )?;
+    let mut broken = order.clone();
+    broken.kernel = uuid::Uuid::new_v4();
+    broken.config["kernel_id"] = json!(broken.kernel.to_string());
+    let failure = kernels::fail_to_create(&node, &broken).await?;
+    assert!(
+        failure.repr.contains("model-definition.yaml"),
+        "{}",
+        failure.repr
+    );
+    kernels::assert_clean(&node).await
+}
