@@ -233,13 +233,18 @@ impl Kernel {
     /// this one when the kernel does not run in that container (any more). A link that outlived
     /// its kernel would go on calling an address that the engine gives to another container.
     pub fn offer_runner(&self, container: ContainerId, runner: RunnerLink) -> Option<RunnerLink> {
-        let mut inner = self.inner();
-        let runs = matches!(inner.lifecycle.state(), State::Running);
-        if runs && inner.record.container() == Some(container) {
-            inner.runner.replace(runner)
-        } else {
-            Some(runner)
-        }
+        let to_close = {
+            let mut inner = self.inner();
+            let runs = matches!(inner.lifecycle.state(), State::Running);
+            if runs && inner.record.container() == Some(container) {
+                inner.runner.replace(runner)
+            } else {
+                Some(runner)
+            }
+        };
+        // Calls may be waiting for this very link.
+        self.changed();
+        to_close
     }
 
     /// Marks the kernel's batch job as running; the token is cancelled when the kernel ends. `None`
@@ -600,7 +605,13 @@ mod tests {
         kernel.step(Input::Ready);
         assert!(kernel.offer_runner(ContainerId([8; 32]), link()).is_some());
         assert!(kernel.runner().is_none());
-        assert!(kernel.offer_runner(container, link()).is_none());
+        let (called, to_close) = tokio::join!(
+            biased;
+            kernel.wait_runner(Duration::from_secs(10)),
+            async { kernel.offer_runner(container, link()) },
+        );
+        assert!(called.is_some(), "a call that waits gets the link");
+        assert!(to_close.is_none());
         assert!(kernel.runner().is_some());
         kernel.step(Input::Died { exit_code: None });
         kernel.set_runner(None);
