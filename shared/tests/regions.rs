@@ -465,10 +465,16 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         pci: String::new(),
         numa_node: None,
         healthy: true,
+        part_of: Some(3),
+        divided: false,
+        profile: "1g.5gb".to_owned(),
+        units: Some(14),
+        fault: Some(79),
         age_ms: 1,
         tick: 4,
         counters: AcceleratorCounters {
             power_mw: Some(70_000),
+            ecc_uncorrected: Some(1),
             ..Default::default()
         },
     };

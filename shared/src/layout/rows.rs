@@ -146,23 +146,29 @@ declare! {
     }
 
     /// One accelerator (observed region, table accelerators).
-    RawAccelerator, 272 {
+    RawAccelerator, 416 {
         0 state: u32 = "0 free, 1 used",
         4 index: u32 = "number the driver gives it; with kind the row's key",
         8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU, 4 plug-in, 255 mock",
-        9 present: u8 = "bit i set, counter i was read",
-        10 id_length: u8 = "bytes of id",
-        11 model_length: u8 = "bytes of model",
-        12 pci_length: u8 = "bytes of pci",
-        13 healthy: u8 = "1 usable, 0 the driver reports a fault",
-        14 reserved: [u8; 2] = "zero",
+        9 healthy: u8 = "1 usable, 0 the driver reports a fault",
+        10 present: u16 = "bit i set, counter i was read",
+        12 id_length: u8 = "bytes of id",
+        13 model_length: u8 = "bytes of model",
+        14 pci_length: u8 = "bytes of pci",
+        15 profile_length: u8 = "bytes of profile",
         16 numa_node: i32 = "NUMA node, -1 unknown",
         20 age_ms: u32 = "how old the numbers were at the tick, ms",
         24 tick: u64 = "pass this row belongs to",
-        32 counters: [u64; 8] = "counters of an accelerator",
-        96 id: [u8; 80] = "stable id (UUID), UTF-8",
-        176 model: [u8; 64] = "model name, UTF-8",
-        240 pci: [u8; 32] = "PCI address, UTF-8",
+        32 flags: u32 = "bit 0 part of another device, bit 1 divided into parts",
+        36 whole_index: u32 = "number of the device it is a part of, else its own",
+        40 units: u32 = "processing units, 0 unknown",
+        44 fault: u32 = "last fault code of the driver (NVIDIA: XID), 0 none",
+        48 counters: [u64; 16] = "counters of an accelerator",
+        176 id: [u8; 80] = "stable id (UUID), UTF-8",
+        256 model: [u8; 64] = "model name, UTF-8",
+        320 pci: [u8; 32] = "PCI address, UTF-8",
+        352 profile: [u8; 32] = "name of the kind of part, UTF-8, empty for a whole device",
+        384 reserved: [u8; 32] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

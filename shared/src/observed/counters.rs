@@ -181,7 +181,7 @@ groups! {
         scratch_files = "files in the scratch directory",
     }
     /// An accelerator.
-    AcceleratorCounters, "accelerator", 8 {
+    AcceleratorCounters, "accelerator", 16 {
         memory_total_bytes = "memory, bytes",
         memory_used_bytes = "memory used, bytes",
         utilisation_permille = "busy share of the last interval, thousandths",
@@ -190,6 +190,14 @@ groups! {
         power_limit_mw = "power limit, mW",
         temperature_mc = "temperature, thousandths of a degree Celsius",
         energy_mj = "energy used since the driver was loaded, mJ",
+        clock_mhz = "clock of the processing units, MHz",
+        memory_clock_mhz = "clock of the memory, MHz",
+        pcie_rx_bytes_per_s = "bytes per second received over PCIe",
+        pcie_tx_bytes_per_s = "bytes per second sent over PCIe",
+        encoder_permille = "busy share of the video encoder, thousandths",
+        decoder_permille = "busy share of the video decoder, thousandths",
+        ecc_corrected = "memory errors corrected since the driver was loaded",
+        ecc_uncorrected = "memory errors not corrected since the driver was loaded",
     }
     /// The node.
     NodeCounters, "node", 16 {

@@ -388,6 +388,16 @@ pub struct AcceleratorRow {
     pub numa_node: Option<u16>,
     /// `false`: the driver reports a fault.
     pub healthy: bool,
+    /// Number of the device it is a part of (a MIG instance); `None` for a whole device.
+    pub part_of: Option<u32>,
+    /// Whether it is divided into parts, which are then used instead of it.
+    pub divided: bool,
+    /// Name of the kind of part (`1g.5gb`), at most 32 bytes; empty for a whole device.
+    pub profile: String,
+    /// Processing units, if known.
+    pub units: Option<u32>,
+    /// Last fault code of the driver (NVIDIA: XID).
+    pub fault: Option<u32>,
     /// How old the numbers were at the tick, ms.
     pub age_ms: u32,
     /// Pass this row belongs to.
@@ -415,8 +425,11 @@ impl KeyedRow for AcceleratorRow {
             state: state::USED,
             index: self.key.index,
             kind: self.key.kind.code(),
-            // Eight counters: the upper byte is empty.
-            present: present.to_le_bytes()[0],
+            present,
+            flags: u32::from(self.part_of.is_some()) | (u32::from(self.divided) << 1),
+            whole_index: self.part_of.unwrap_or(self.key.index),
+            units: self.units.unwrap_or(0),
+            fault: self.fault.unwrap_or(0),
             healthy: u8::from(self.healthy),
             numa_node: self.numa_node.map_or(-1, i32::from),
             age_ms: self.age_ms,
@@ -427,6 +440,7 @@ impl KeyedRow for AcceleratorRow {
         raw.id_length = store_text("id", &self.id, &mut raw.id)?;
         raw.model_length = store_text("model", &self.model, &mut raw.model)?;
         raw.pci_length = store_text("pci", &self.pci, &mut raw.pci)?;
+        raw.profile_length = store_text("profile", &self.profile, &mut raw.profile)?;
         Ok(raw)
     }
 
@@ -441,9 +455,14 @@ impl KeyedRow for AcceleratorRow {
             pci: load_text(raw.pci_length, &raw.pci)?,
             numa_node: u16::try_from(raw.numa_node).ok(),
             healthy: raw.healthy != 0,
+            part_of: (raw.flags & 1 != 0).then_some(raw.whole_index),
+            divided: raw.flags & 2 != 0,
+            profile: load_text(raw.profile_length, &raw.profile)?,
+            units: (raw.units != 0).then_some(raw.units),
+            fault: (raw.fault != 0).then_some(raw.fault),
             age_ms: raw.age_ms,
             tick: raw.tick,
-            counters: AcceleratorCounters::unpack(&raw.counters, u16::from(raw.present)),
+            counters: AcceleratorCounters::unpack(&raw.counters, raw.present),
         })
     }
 }
