@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::background::BackgroundTasks;
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
 use crate::image::Images;
@@ -269,17 +270,20 @@ async fn assemble(
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
+    let events = Events::new(EVENT_RING, sinks);
+    let tasks = TaskTracker::new();
     Ok(Arc::new(Node {
         settings: ContainerSettings::of(&config),
         images: Images::new(docker.clone()),
-        events: Events::new(EVENT_RING, sinks),
+        background: BackgroundTasks::new(events.clone(), tasks.clone(), stopping.clone()),
+        events,
         registry: Registry::default(),
         ports: PortPool::new(range.first, range.last, DEFAULT_REST),
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
         stopping: stopping.clone(),
-        tasks: TaskTracker::new(),
+        tasks,
         config,
         docker,
         distros,
@@ -318,6 +322,7 @@ async fn reach_docker(docker: &Docker, stopping: &CancellationToken) -> Result<(
 
 fn docker_options(config: &Config) -> DockerOptions {
     let engine = &config.node.engine;
+    let unlimited = Deadlines::default();
     DockerOptions {
         host: engine.host.clone(),
         deadlines: Deadlines {
@@ -326,7 +331,9 @@ fn docker_options(config: &Config) -> DockerOptions {
             change: engine.start_timeout,
             remove: engine.remove_timeout,
             transfer: config.api.pull_timeout,
-            ..Deadlines::default()
+            push: config.api.push_timeout,
+            commit: config.api.commit_timeout.unwrap_or(unlimited.commit),
+            ..unlimited
         },
         ..DockerOptions::default()
     }

@@ -9,6 +9,7 @@
 //! out may still happen, so callers look the object up by name before they try again.
 
 mod archive;
+mod commit;
 mod error;
 mod events;
 mod exec;
@@ -31,6 +32,7 @@ pub use bollard::models::{
     NetworkInspect, NetworkingConfig, SystemInfo, Volume,
 };
 
+pub use self::commit::{CommitRequest, ImageExport};
 pub use self::error::{Cause, DockerError, Fault};
 pub use self::events::{ContainerEvent, EngineEvent, EventStream, NetworkEvent};
 pub use self::exec::{ExecOutput, ExecRequest};
@@ -60,8 +62,12 @@ pub struct Deadlines {
     pub exec: Duration,
     /// reading an archive.
     pub archive: Duration,
-    /// a whole pull or push; `None` waits for ever (`api.pull-timeout` null).
+    /// a whole pull; `None` waits for ever (`api.pull-timeout` null).
     pub transfer: Option<Duration>,
+    /// a whole push; `None` waits for ever (`api.push-timeout` null).
+    pub push: Option<Duration>,
+    /// a commit, and the engine's preparation of an export.
+    pub commit: Duration,
     /// a pull or push whose progress stands still.
     pub transfer_silence: Duration,
     /// an event stream without an event; then the engine is pinged, as one that hangs closes
@@ -81,6 +87,8 @@ impl Default for Deadlines {
             exec: Duration::from_secs(60),
             archive: Duration::from_secs(120),
             transfer: Some(Duration::from_secs(7200)),
+            push: None,
+            commit: Duration::from_secs(7200),
             transfer_silence: Duration::from_secs(600),
             event_silence: Duration::from_secs(15),
         }

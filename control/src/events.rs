@@ -204,6 +204,11 @@ pub enum Event {
         /// Why.
         message: String,
     },
+    /// A background task was given up because the agent stops.
+    BgtaskCancelled {
+        /// Task id, with hyphens.
+        task: String,
+    },
 }
 
 impl Event {
@@ -232,6 +237,7 @@ impl Event {
             Event::BgtaskUpdated { .. } => "bgtask_updated",
             Event::BgtaskDone { .. } => "bgtask_done",
             Event::BgtaskFailed { .. } => "bgtask_failed",
+            Event::BgtaskCancelled { .. } => "bgtask_cancelled",
         }
     }
 
@@ -239,9 +245,10 @@ impl Event {
     pub fn delivery(&self) -> Delivery {
         match self {
             Event::KernelProgress { .. } => Delivery::Local,
-            Event::BgtaskUpdated { .. } | Event::BgtaskDone { .. } | Event::BgtaskFailed { .. } => {
-                Delivery::Broadcast
-            }
+            Event::BgtaskUpdated { .. }
+            | Event::BgtaskDone { .. }
+            | Event::BgtaskFailed { .. }
+            | Event::BgtaskCancelled { .. } => Delivery::Broadcast,
             Event::KernelPreparing { .. }
             | Event::KernelPulling { .. }
             | Event::KernelCreating { .. }
@@ -346,6 +353,7 @@ impl Event {
             } => json!([task, current, total, message]),
             Event::BgtaskDone { task, message } => json!([task, message]),
             Event::BgtaskFailed { task, message } => json!([task, message]),
+            Event::BgtaskCancelled { task } => json!([task, "Task cancelled"]),
         }
     }
 }

@@ -7,6 +7,7 @@
 pub mod agent_socket;
 pub mod batch;
 pub mod batch_job;
+pub mod commit;
 pub mod container_processes;
 pub mod container_request;
 pub mod create;

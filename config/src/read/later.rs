@@ -8,7 +8,6 @@ use crate::section::{Reader, kebab};
 const HEARTBEAT: &str = "it is told in heartbeats, which this release does not send";
 const HTTP: &str = "this release serves no HTTP";
 const PLUGINS: &str = "this release has no accelerator plugins";
-const COMMIT: &str = "committing and pushing images are not part of this release";
 const WATCHER: &str = "the watcher is not part of this release";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
 
@@ -43,7 +42,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ),
     ("agent", "allow-compute-plugins", PLUGINS),
     ("agent", "block-compute-plugins", PLUGINS),
-    ("agent", "image-commit-path", COMMIT),
     (
         "container",
         "stats-type",
@@ -70,8 +68,6 @@ const LATER: &[(&str, &str, &str)] = &[
         "chunk-size",
         "a console is kept and answered as a whole",
     ),
-    ("api", "commit-timeout", COMMIT),
-    ("api", "push-timeout", COMMIT),
 ];
 
 /// Notes what the file sets of these.

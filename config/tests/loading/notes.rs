@@ -38,7 +38,7 @@ fn what_this_release_reads_and_does_not_use_is_told() {
     for (section, line, told) in [
         ("agent", "pid-file = '/tmp/x.pid'", true),
         ("agent", "allow_compute_plugins = ['a']", true),
-        ("api", "push-timeout = 60", true),
+        ("api", "push-timeout = 60", false),
         ("logging", "drivers = ['console', 'file']", true),
         ("logging", "drivers = ['console']", false),
         ("container", "port-range = [31000, 31010]", false),

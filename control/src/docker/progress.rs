@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
@@ -153,7 +154,7 @@ impl Docker {
             .transfer(step, "/images/create".into(), auth)
             .query("fromImage", name)
             .query("tag", tag);
-        self.follow(call, report).await
+        self.follow(call, self.deadlines.transfer, report).await
     }
 
     /// Pushes an image to the registry its name points to.
@@ -181,7 +182,7 @@ impl Docker {
                 Some(auth.unwrap_or(&none)),
             )
             .query("tag", tag);
-        self.follow(call, report).await
+        self.follow(call, self.deadlines.push, report).await
     }
 
     fn transfer<'a>(&self, step: String, path: String, auth: Option<&RegistryAuth>) -> Call<'a> {
@@ -197,6 +198,7 @@ impl Docker {
     async fn follow(
         &self,
         call: Call<'_>,
+        deadline: Option<Duration>,
         mut report: impl FnMut(&Progress) + Send,
     ) -> Result<(), DockerError> {
         let step = call.step.clone();
@@ -224,7 +226,7 @@ impl Docker {
             }
             Ok(())
         };
-        match self.deadlines.transfer {
+        match deadline {
             Some(deadline) => within(&step, deadline, work).await,
             None => work.await,
         }
@@ -233,7 +235,7 @@ impl Docker {
 
 /// Name and tag (or digest) of a reference; without one the tag is `latest`, so that a pull never
 /// fetches every tag of a repository.
-fn split_reference(image: &str) -> (&str, &str) {
+pub(super) fn split_reference(image: &str) -> (&str, &str) {
     if let Some((name, digest)) = image.split_once('@') {
         return (name, digest);
     }

@@ -20,6 +20,7 @@ use super::lifecycle::{Action, State};
 use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
+use crate::background::BackgroundTasks;
 use crate::docker::Docker;
 use crate::events::{Event, Events};
 use crate::image::Images;
@@ -71,6 +72,8 @@ pub struct Node {
     pub stopping: CancellationToken,
     /// The operations under way.
     pub tasks: TaskTracker,
+    /// Those of them that their callers follow by events.
+    pub background: BackgroundTasks,
 }
 
 impl Node {

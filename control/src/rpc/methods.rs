@@ -63,7 +63,7 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
     match method {
         "ping" => Ok(args.take("msg")),
         "gather_hwinfo" => answers::hardware(node),
-        "check_and_pull" => images::check_and_pull(node, args).await,
+        "check_and_pull" => images::check_and_pull(node, args),
         "check_pulling" => images::check_pulling(node, args),
         "create_kernels" => lifecycle::create_kernels(node, args).await,
         "check_creating" => lifecycle::check_creating(node, &args),
@@ -81,12 +81,9 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "download_file" => files::download(node, args).await,
         "download_single" => files::download_single(node, args).await,
         "list_files" => files::list(node, args).await,
-        "commit" => Err(missing(
-            "commit",
-            "turning a running kernel into an image or archive",
-        )),
-        "push_image" => Err(missing("push_image", "pushing images to a registry")),
-        "get_commit_status" => answers::commit_status(node, args),
+        "commit" => images::commit(node, args),
+        "push_image" => images::push(node, args),
+        "get_commit_status" => images::commit_status(node, &args),
         "purge_images" => images::purge(node, args).await,
         "sync_kernel_registry" => lifecycle::sync_registry(node, args),
         "purge_containers" => lifecycle::purge_containers(node, args),
@@ -104,15 +101,6 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "reset_agent" => lifecycle::reset(node).await,
         other => Err(unknown_method(other)),
     }
-}
-
-fn missing(method: &str, what: &str) -> Failure {
-    Failure::new(
-        "NotImplementedError",
-        format!(
-            "{method} is not part of this release: {what} is missing; use the original agent for it"
-        ),
-    )
 }
 
 fn kernel_id(args: &Arguments, name: &str) -> Result<KernelId, Failure> {

@@ -49,12 +49,6 @@ async fn kept_log(node: &Arc<Node>, id: KernelId) -> Option<String> {
     blocking(move || logs.load(id)).await
 }
 
-/// No commit runs in this release.
-pub(super) fn commit_status(_node: &Node, mut args: Arguments) -> Result<Value, Failure> {
-    let kernel: String = args.get("kernel_id")?;
-    reply(&json!({ "kernel": kernel, "status": "ready" }))
-}
-
 pub(super) async fn create_network(
     node: &Arc<Node>,
     mut args: Arguments,

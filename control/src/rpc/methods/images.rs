@@ -1,41 +1,135 @@
 //! Images on this node.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::json;
 use uuid::Uuid;
 
 use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
-use super::reply;
+use super::{kernel_id, known_kernel, reply};
+use crate::background::{Reporter, TaskKey};
+use crate::docker::{Progress, RegistryAuth};
 use crate::events::Event;
 use crate::image::{Check, ImageError};
+use crate::kernel::commit::{self, CommitOrder};
 use crate::kernel::create::image_request;
 use crate::kernel::destroy::chain;
 use crate::kernel::node::Node;
-use crate::kernel::request::ImageConfig;
+use crate::kernel::request::{ImageConfig, RegistryConfig};
 
 /// Starts one background task per image and answers their ids, 32 hex digits each, at once.
-pub(super) async fn check_and_pull(
-    node: &Arc<Node>,
-    mut args: Arguments,
-) -> Result<Value, Failure> {
+pub(super) fn check_and_pull(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
     let Value::Map(entries) = args.take("image_configs") else {
         return Err(Failure::type_error("image_configs must be a map"));
     };
-    let mut answer = Vec::with_capacity(entries.len());
+    // All are read before the first is begun: an answer is for all or for none.
+    let mut configs: Vec<(Value, ImageConfig)> = Vec::with_capacity(entries.len());
     for (key, config) in entries {
-        let config: ImageConfig = super::super::from_value(config).map_err(|err| {
+        let config = super::super::from_value(config).map_err(|err| {
             Failure::value_error(format!("an image configuration cannot be read: {err}"))
         })?;
-        let task = Uuid::new_v4();
-        let node = node.clone();
-        node.clone()
-            .tasks
-            .spawn(async move { check_one(&node, task, &config).await });
-        answer.push((key, Value::Str(task.simple().to_string())));
+        configs.push((key, config));
     }
+    let answer = configs
+        .into_iter()
+        .map(|(key, config)| {
+            let work = |reporter| pull_if_needed(node.clone(), config, reporter);
+            let task = node.background.start(TaskKey::Own(Uuid::new_v4()), work);
+            (key, Value::Str(task.simple().to_string()))
+        })
+        .collect();
     Ok(Value::Map(answer))
+}
+
+/// Makes an image or an archive of a kernel, in the background.
+pub(super) fn commit(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let kernel = known_kernel(node, &args)?;
+    let order = CommitOrder {
+        subdir: args.get("subdir")?,
+        canonical: args.get("canonical")?,
+        labels: label_map(&args.take("extra_labels"))?,
+        filename: args.get("filename")?,
+    };
+    let path = order
+        .path()
+        .map_err(|err| Failure::value_error(err.to_string()))?;
+    let id = kernel.id;
+    let task = node
+        .background
+        .start(TaskKey::Commit(id, order.clone()), |reporter| {
+            commit::commit(node.clone(), kernel, order, reporter)
+        });
+    reply(&json!({
+        "bgtask_id": task.hyphenated().to_string(),
+        "kernel": id.to_string(),
+        "path": path,
+    }))
+}
+
+/// A map of texts; well-known names come as members of an enumeration.
+fn label_map(value: &Value) -> Result<BTreeMap<String, String>, Failure> {
+    let entries = match value {
+        Value::Nil => &[][..],
+        Value::Map(entries) => entries,
+        other => {
+            return Err(Failure::type_error(format!(
+                "extra_labels must be a map, not {}",
+                other.kind()
+            )));
+        }
+    };
+    entries
+        .iter()
+        .map(|(name, value)| match (name.as_str(), value.as_str()) {
+            (Some(name), Some(value)) => Ok((name.to_owned(), value.to_owned())),
+            _ => Err(Failure::type_error(
+                "names and values of extra_labels must be texts",
+            )),
+        })
+        .collect()
+}
+
+/// Whether a commit of the kernel is under way.
+pub(super) fn commit_status(node: &Node, args: &Arguments) -> Result<Value, Failure> {
+    let id = kernel_id(args, "kernel_id")?;
+    let ongoing = node
+        .background
+        .running(|key| matches!(key, TaskKey::Commit(kernel, _) if *kernel == id));
+    let status = if ongoing { "ongoing" } else { "ready" };
+    reply(&json!({ "kernel": id.to_string(), "status": status }))
+}
+
+/// Pushes an image to the registry in its name, in the background.
+pub(super) fn push(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
+    let Value::ImageRef(image) = args.take("image_ref") else {
+        return Err(Failure::type_error("image_ref must be an ImageRef"));
+    };
+    let registry: RegistryConfig = args.get("registry_conf")?;
+    let canonical = image.canonical();
+    let password = registry.password.as_ref();
+    let auth = RegistryAuth::from_parts(
+        registry.username.as_deref(),
+        password.map(|password| password.reveal()),
+    );
+    let task = if image.is_local {
+        // It is meant for this node only: done at once, as in the original.
+        node.background
+            .start(TaskKey::Own(Uuid::new_v4()), |_| async {
+                Ok::<_, ImageError>(None)
+            })
+    } else {
+        let key = TaskKey::Push(canonical.clone(), auth.clone());
+        node.background.start(key, |reporter| {
+            push_now(node.clone(), canonical.clone(), auth, reporter)
+        })
+    };
+    reply(&json!({
+        "bgtask_id": task.hyphenated().to_string(),
+        "canonical": canonical,
+    }))
 }
 
 /// Whether a pull of the image is under way.
@@ -52,35 +146,19 @@ pub(super) async fn purge(node: &Arc<Node>, mut args: Arguments) -> Result<Value
         .purge(&images, force, noprune)
         .await
         .into_iter()
-        .map(|purged| serde_json::json!({"image": purged.image, "error": purged.error}))
+        .map(|purged| json!({"image": purged.image, "error": purged.error}))
         .collect();
-    reply(&serde_json::json!({ "responses": purged }))
+    reply(&json!({ "responses": purged }))
 }
 
-async fn check_one(node: &Arc<Node>, task: Uuid, config: &ImageConfig) {
-    let task = task.hyphenated().to_string();
-    node.events.emit(Event::BgtaskUpdated {
-        task: task.clone(),
-        current: 0,
-        total: 0,
-        message: Some("Task started".to_owned()),
-    });
-    let event = match pull_if_needed(node, config).await {
-        Ok(()) => Event::BgtaskDone {
-            task,
-            message: None,
-        },
-        Err(err) => Event::BgtaskFailed {
-            task,
-            message: chain(&err),
-        },
-    };
-    node.events.emit(event);
-}
-
-async fn pull_if_needed(node: &Arc<Node>, config: &ImageConfig) -> Result<(), ImageError> {
+/// Checks, pulls when needed, and tells how it goes on.
+async fn pull_if_needed(
+    node: Arc<Node>,
+    config: ImageConfig,
+    mut reporter: Reporter,
+) -> Result<Option<String>, ImageError> {
     let (image, agent) = (config.canonical.clone(), node.agent_id().to_owned());
-    let request = image_request(config);
+    let request = image_request(&config);
     let failed = |err: &ImageError| Event::ImagePullFailed {
         image: image.clone(),
         agent: agent.clone(),
@@ -88,12 +166,13 @@ async fn pull_if_needed(node: &Arc<Node>, config: &ImageConfig) -> Result<(), Im
     };
     match node.images.check(&request).await {
         Ok(Check::Present(_)) => {
+            let message = Some("Image already exists".to_owned());
             node.events.emit(Event::ImagePullFinished {
                 image,
                 agent,
-                message: Some("Image already exists".to_owned()),
+                message,
             });
-            return Ok(());
+            return Ok(None);
         }
         Ok(Check::MustPull) => {}
         Err(err) => {
@@ -102,26 +181,49 @@ async fn pull_if_needed(node: &Arc<Node>, config: &ImageConfig) -> Result<(), Im
         }
     }
     let ticket = node.images.pull(&request.canonical, request.auth.as_ref());
-    if ticket.joined() {
-        // The one who pulls it tells of it.
-        return ticket.wait(|_| ()).await;
+    let joined = ticket.joined();
+    // Who joins hears how it goes on; the pull itself is told of by the one who began it.
+    if !joined {
+        node.events.emit(Event::ImagePullStarted {
+            image: image.clone(),
+            agent: agent.clone(),
+        });
     }
-    node.events.emit(Event::ImagePullStarted {
-        image: image.clone(),
-        agent: agent.clone(),
+    let outcome = ticket
+        .wait(|progress| report(&mut reporter, &image, progress))
+        .await;
+    match &outcome {
+        _ if joined => {}
+        Ok(()) => node.events.emit(Event::ImagePullFinished {
+            image,
+            agent,
+            message: None,
+        }),
+        Err(err) => node.events.emit(failed(err)),
+    }
+    outcome.map(|()| None)
+}
+
+/// Pushes an image under the name it has.
+async fn push_now(
+    node: Arc<Node>,
+    image: String,
+    auth: Option<RegistryAuth>,
+    mut reporter: Reporter,
+) -> Result<Option<String>, ImageError> {
+    tracing::info!(image, "pushing an image");
+    node.images
+        .push(&image, auth.as_ref(), |progress| {
+            report(&mut reporter, &image, progress);
+        })
+        .await?;
+    tracing::info!(image, "an image was pushed");
+    Ok(None)
+}
+
+fn report(reporter: &mut Reporter, image: &str, progress: &Progress) {
+    reporter.update(progress.current, progress.total, || {
+        let (known, done) = progress.layers;
+        format!("{image}: {} ({done} of {known} layers)", progress.status)
     });
-    match ticket.wait(|_| ()).await {
-        Ok(()) => {
-            node.events.emit(Event::ImagePullFinished {
-                image,
-                agent,
-                message: None,
-            });
-            Ok(())
-        }
-        Err(err) => {
-            node.events.emit(failed(&err));
-            Err(err)
-        }
-    }
 }

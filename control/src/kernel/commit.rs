@@ -1,0 +1,374 @@
+//! Committing a kernel: its container's files as an image of this node, or as a compressed archive
+//! in the commit directory.
+//!
+//! In: an order. Out: the image under the name asked for, or `SUBDIR/FILENAME`, complete or not at
+//! all. Invariants: no name of another image is touched on the way (the manager sends the name of
+//! the *base* image with an archive; the original gives that name to the commit and then deletes it,
+//! and the node has lost its image); the archive appears under its name only when it is whole and on
+//! the disk; what was begun is removed when it can't be finished.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+use super::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
+use super::node::{Node, blocking};
+use super::record::Record;
+use super::registry::Kernel;
+use crate::background::Reporter;
+use crate::docker::{CommitRequest, DockerError};
+
+/// Pieces between the engine and the compressor; each is 64 KiB or less.
+const PIECES: usize = 16;
+/// How long the removal of an image that is not needed may be waited for when a commit ends.
+const CLEAN_UP: Duration = Duration::from_secs(60);
+/// Label of the image's services, which a kernel's container extends.
+const SERVICES_LABEL: &str = "ai.backend.service-ports";
+/// Labels that say whose a container is. In an image they would make strangers' containers ours.
+const LABELS_OF_A_KERNEL: [&str; 9] = [
+    "ai.backend.kernel-id",
+    "ai.backend.session-id",
+    "ai.backend.owner",
+    "ai.backend.owner-user-id",
+    "ai.backend.owner-project-id",
+    "ai.backend.internal.block-service-ports",
+    HOST_PORTS_LABEL,
+    SLOTS_LABEL,
+    SESSION_TYPE_LABEL,
+];
+
+/// What is to be made of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct CommitOrder {
+    /// Directory below the commit directory: the owner's.
+    pub subdir: String,
+    /// Name of the new image; not used for an archive.
+    pub canonical: Option<String>,
+    /// Labels of the new image.
+    pub labels: BTreeMap<String, String>,
+    /// File name of the archive; without one the image stays on the node.
+    pub filename: Option<String>,
+}
+
+/// Why a commit failed.
+#[derive(Debug, Error)]
+pub enum CommitError {
+    /// The place of the archive is not below the commit directory.
+    #[error("malformed committed path: {0:?} must be a plain name below the commit directory")]
+    Path(String),
+    /// The kernel has no container.
+    #[error("kernel {0} has no container that could be committed")]
+    NoContainer(shared::ids::KernelId),
+    /// The engine could not commit or export.
+    #[error("the container could not be committed")]
+    Engine(#[source] DockerError),
+    /// A directory could not be made.
+    #[error("cannot make the directory {path}; see that agent.image-commit-path is writable")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The archive could not be written.
+    #[error("cannot write the archive {path}; see that its disk has room")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CommitOrder {
+    /// Checks the names and gives `SUBDIR/FILENAME`, which the caller is told.
+    pub fn path(&self) -> Result<Option<String>, CommitError> {
+        plain(&self.subdir)?;
+        let Some(filename) = &self.filename else {
+            return Ok(None);
+        };
+        // Of an image whose project has several parts, the manager puts one into the file's name.
+        plain(filename)?;
+        let path = Path::new(&self.subdir).join(filename);
+        Ok(Some(path.to_string_lossy().into_owned()))
+    }
+}
+
+/// Refuses a path that leads anywhere but below the directory it is joined to.
+fn plain(path: &str) -> Result<(), CommitError> {
+    let mut parts = Path::new(path).components().peekable();
+    let some = parts.peek().is_some();
+    if some && parts.all(|part| matches!(part, Component::Normal(_))) && !path.contains('\0') {
+        Ok(())
+    } else {
+        Err(CommitError::Path(path.to_owned()))
+    }
+}
+
+/// Carries an order out.
+pub async fn commit(
+    node: Arc<Node>,
+    kernel: Arc<Kernel>,
+    order: CommitOrder,
+    mut reporter: Reporter,
+) -> Result<Option<String>, CommitError> {
+    let container = kernel
+        .container()
+        .ok_or(CommitError::NoContainer(kernel.id))?;
+    let request = CommitRequest {
+        name: match order.filename {
+            Some(_) => None,
+            None => order.canonical.clone(),
+        },
+        labels: kernel.with_record(|record| labels(record, &order)),
+    };
+    reporter.update(0, 0, || "Committing the container".to_owned());
+    tracing::info!(kernel_id = %kernel.id, archive = order.filename, image = request.name, "committing a kernel");
+    let image = node
+        .docker
+        .commit_container(&container.to_string(), &request)
+        .await
+        .map_err(CommitError::Engine)?;
+    let Some(filename) = &order.filename else {
+        return Ok(None);
+    };
+    let surplus = Surplus {
+        node: node.clone(),
+        image: Some(image.clone()),
+    };
+    let place = node.config.agent.image_commit_path.join(&order.subdir);
+    let written = export(&node, &image, place.join(filename), &mut reporter).await;
+    surplus.remove().await;
+    written.map(|()| None)
+}
+
+/// Labels of the new image: those asked for, and none that say it were this kernel's container.
+fn labels(record: &Record, order: &CommitOrder) -> BTreeMap<String, String> {
+    let mut labels: BTreeMap<String, String> = LABELS_OF_A_KERNEL
+        .iter()
+        .map(|name| ((*name).to_owned(), String::new()))
+        .collect();
+    // The ports that one session had opened are no services of the image.
+    if let Some(request) = &record.request {
+        let services = request.image.label_or(SERVICES_LABEL, "").to_owned();
+        labels.insert(SERVICES_LABEL.to_owned(), services);
+    }
+    labels.extend(order.labels.clone());
+    labels
+}
+
+/// An image that was only made to be exported. Removed also when the commit is cut short.
+struct Surplus {
+    node: Arc<Node>,
+    image: Option<String>,
+}
+
+impl Surplus {
+    async fn remove(mut self) {
+        if let Some(image) = self.image.take() {
+            remove_image(&self.node, &image).await;
+        }
+    }
+}
+
+impl Drop for Surplus {
+    fn drop(&mut self) {
+        let Some(image) = self.image.take() else {
+            return;
+        };
+        let node = self.node.clone();
+        node.clone()
+            .tasks
+            .spawn(async move { remove_image(&node, &image).await });
+    }
+}
+
+async fn remove_image(node: &Node, image: &str) {
+    // The base image stays, whatever names it has.
+    let removal = node.docker.remove_image(image, false, true);
+    match tokio::time::timeout(CLEAN_UP, removal).await {
+        Ok(Ok(())) => {}
+        Ok(Err(err)) if err.is_not_found() => {}
+        Ok(Err(err)) => {
+            tracing::warn!(image, err = %err, "an image that was only exported stays on the node");
+        }
+        Err(_) => tracing::warn!(
+            image,
+            "an image that was only exported may stay on the node"
+        ),
+    }
+}
+
+/// Streams the image through a compressor into its file.
+async fn export(
+    node: &Arc<Node>,
+    image: &str,
+    path: PathBuf,
+    reporter: &mut Reporter,
+) -> Result<(), CommitError> {
+    let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+    let target = directory.clone();
+    blocking(move || std::fs::create_dir_all(&target))
+        .await
+        .map_err(|source| CommitError::Directory {
+            path: directory,
+            source,
+        })?;
+    // Only tells how far it is; the archive is of about that size.
+    let total = node
+        .docker
+        .inspect_image(image)
+        .await
+        .map_or(0, |found| found.size);
+    let (sender, pieces) = mpsc::channel::<Bytes>(PIECES);
+    let (finish, finished) = std::sync::mpsc::channel::<()>();
+    let writer = {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || write_archive(&path, pieces, &finished))
+    };
+    let exported = pass_on(node, image, total, &sender, reporter).await;
+    if exported.is_ok() {
+        // Without this word the writer takes the end of the pieces for a failure.
+        let _ = finish.send(());
+    }
+    drop(sender);
+    let written = match writer.await {
+        Ok(written) => written,
+        Err(err) => Err(io::Error::other(err)),
+    };
+    exported.map_err(CommitError::Engine)?;
+    written.map_err(|source| CommitError::Write { path, source })
+}
+
+/// Hands the engine's pieces to the writer, until all are there or the writer has given up.
+async fn pass_on(
+    node: &Node,
+    image: &str,
+    total: u64,
+    writer: &mpsc::Sender<Bytes>,
+    reporter: &mut Reporter,
+) -> Result<(), DockerError> {
+    let mut export = node.docker.export_image(image).await?;
+    let mut done = 0;
+    while let Some(piece) = export.next().await? {
+        done += piece.len() as u64;
+        reporter.update(done, total.max(done), || "Writing the archive".to_owned());
+        if writer.send(piece).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the pieces to a file beside `path` and gives it that name when all were there.
+fn write_archive(
+    path: &Path,
+    mut pieces: mpsc::Receiver<Bytes>,
+    complete: &std::sync::mpsc::Receiver<()>,
+) -> io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let unfinished =
+        Unfinished(directory.join(format!(".{name}.{}.part", uuid::Uuid::new_v4().simple())));
+    let file = std::fs::File::create_new(&unfinished.0)?;
+    let mut archive = GzEncoder::new(io::BufWriter::new(file), Compression::default());
+    while let Some(piece) = pieces.blocking_recv() {
+        archive.write_all(&piece)?;
+    }
+    if complete.try_recv().is_err() {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+    }
+    let mut buffer = archive.finish()?;
+    buffer.flush()?;
+    buffer.get_ref().sync_all()?;
+    std::fs::rename(&unfinished.0, path)
+}
+
+/// A file that goes away unless it was renamed.
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Gone already when it was renamed.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    fn order(subdir: &str, filename: Option<&str>) -> CommitOrder {
+        CommitOrder {
+            subdir: subdir.to_owned(),
+            canonical: None,
+            labels: BTreeMap::new(),
+            filename: filename.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn archives_lie_below_the_commit_directory() {
+        let path = order("user_example.com", Some("a.tar.gz")).path().unwrap();
+        assert_eq!(path.as_deref(), Some("user_example.com/a.tar.gz"));
+        let path = order("a", Some("s_team/python.tar.gz")).path().unwrap();
+        assert_eq!(path.as_deref(), Some("a/s_team/python.tar.gz"));
+        assert_eq!(order("user_example.com", None).path().unwrap(), None);
+        for (subdir, filename) in [
+            ("..", Some("a")),
+            ("/etc", Some("a")),
+            ("", Some("a")),
+            ("a/../../b", Some("a")),
+            ("a", Some("../b")),
+            ("a", Some("/b")),
+            ("a", Some("")),
+            ("a", Some("b\0c")),
+            ("../x", None),
+        ] {
+            let err = order(subdir, filename).path().unwrap_err();
+            assert!(matches!(err, CommitError::Path(_)), "{subdir} {filename:?}");
+        }
+    }
+
+    fn write(path: &Path, pieces: &[&'static [u8]], whole: bool) -> io::Result<()> {
+        let (sender, receiver) = mpsc::channel(pieces.len() + 1);
+        for piece in pieces {
+            sender.try_send(Bytes::from_static(piece)).unwrap();
+        }
+        drop(sender);
+        let (finish, finished) = std::sync::mpsc::channel();
+        if whole {
+            finish.send(()).unwrap();
+        }
+        write_archive(path, receiver, &finished)
+    }
+
+    #[test]
+    fn an_archive_appears_whole_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.tar.gz");
+        assert!(write(&path, &[b"one ", b"two"], false).is_err());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        write(&path, &[b"one ", b"two"], true).unwrap();
+        let mut text = String::new();
+        flate2::read::GzDecoder::new(std::fs::File::open(&path).unwrap())
+            .read_to_string(&mut text)
+            .unwrap();
+        assert_eq!(text, "one two");
+        // A cut-off second one leaves the first.
+        assert!(write(&path, &[b"three"], false).is_err());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+}
