@@ -63,12 +63,13 @@ fn main() -> ExitCode {
         eprintln!("this build script is run by cargo");
         return ExitCode::FAILURE;
     };
-    let object = PathBuf::from(out).join("nat.bpf.o");
-    match compile(Path::new("bpf/nat.bpf.c"), &object) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(words) => {
+    let out = PathBuf::from(out);
+    for name in ["nat", "connect"] {
+        let source = PathBuf::from(format!("bpf/{name}.bpf.c"));
+        if let Err(words) = compile(&source, &out.join(format!("{name}.bpf.o"))) {
             eprintln!("{words}");
-            ExitCode::FAILURE
+            return ExitCode::FAILURE;
         }
     }
+    ExitCode::SUCCESS
 }

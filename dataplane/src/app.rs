@@ -57,8 +57,8 @@ pub struct Options {
     pub scratch_root: Option<PathBuf>,
     /// Relay threads; 0 chooses by the number of CPUs.
     pub relay_threads: usize,
-    /// Serve clients of other hosts in the kernel where that is possible.
-    pub kernel_path: bool,
+    /// Serve clients in the kernel where that is possible, by programs attached like this.
+    pub kernel_path: Option<kernel::Means>,
 }
 
 /// Why the process could not start or go on.
@@ -151,8 +151,8 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         descriptors,
     );
 
-    if options.kernel_path {
-        let started = KernelPath::start(&options.agent_id, run_dir.root());
+    if let Some(means) = options.kernel_path {
+        let started = KernelPath::start(&options.agent_id, run_dir.root(), means);
         if let Err(err) = &started {
             tracing::warn!(
                 err = kernel::words(err),
@@ -160,6 +160,16 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
             );
         }
         link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
+    } else {
+        // An earlier process may have been told otherwise, and its programs go on without it.
+        match kernel::detach(&options.agent_id, run_dir.root()) {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(_) => tracing::info!("the kernel path of an earlier process is taken down"),
+            Err(err) => tracing::error!(
+                err = kernel::words(&err),
+                "the kernel path of an earlier process goes on"
+            ),
+        }
     }
 
     let mut poll = Poll::new().map_err(AppError::Poll)?;

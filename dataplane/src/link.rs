@@ -11,7 +11,7 @@ mod lift;
 pub mod plan;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,6 +110,10 @@ struct Running {
     port: Option<Arc<Port>>,
     /// While the kernel path serves it too.
     kernel: Option<Arc<KernelPort>>,
+    /// What the board knows of the line above.
+    kernel_told: bool,
+    /// Keeps the port for the kernel path: nothing relays datagrams.
+    datagrams: Option<UdpSocket>,
     state: PortState,
     path: ForwardPath,
     reason: String,
@@ -397,6 +401,8 @@ impl Link {
         let mut running = Running {
             port: None,
             kernel: None,
+            kernel_told: false,
+            datagrams: None,
             state: PortState::Refused,
             path: ForwardPath::None,
             reason: String::new(),
@@ -409,7 +415,7 @@ impl Link {
             running.state = PortState::Serving;
             running.path = ForwardPath::Engine;
         } else if row.protocol == Protocol::Udp {
-            running.reason = "UDP is not forwarded by this version".to_owned();
+            self.reserve_datagrams(&row, &mut running, now);
         } else {
             let bind = SocketAddr::new(row.bind, row.host_port);
             let target = SocketAddr::new(row.target, row.target_port);
@@ -444,6 +450,25 @@ impl Link {
         );
         self.running.insert(key, running);
         self.note(row, region);
+    }
+
+    /// Datagrams go by the kernel path or not at all; the port is held while it may take them.
+    fn reserve_datagrams(&self, row: &PortRow, running: &mut Running, now: Instant) {
+        if self.kernel.is_none() {
+            running.reason = "UDP is forwarded by the kernel path only".to_owned();
+            return;
+        }
+        let bound = UdpSocket::bind((row.bind, row.host_port)).and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        });
+        match bound {
+            Ok(socket) => running.datagrams = Some(socket),
+            Err(err) => {
+                running.reason = format!("cannot bind {}:{}: {err}", row.bind, row.host_port);
+                running.retry_at = Some(now + RETRY_INTERVAL);
+            }
+        }
     }
 
     /// Closes the listener of a running row and lets its sessions drain or adds it to those to be
@@ -612,7 +637,11 @@ impl Link {
         });
     }
 
-    fn publish(&self, changes: Changes) {
+    fn publish(&mut self, changes: Changes) {
+        // First the deed, then the word.
+        if let Some(kernel) = &mut self.kernel {
+            kernel.settle();
+        }
         let (put, forget, applied) = (changes.put.clone(), changes.forget.clone(), changes.applied);
         let Err(err) = self.board.publish_changes(changes) else {
             return;
@@ -655,6 +684,11 @@ impl Link {
         self.finish_drains(now);
         self.retry(now);
         self.kernel_turn(now);
+        for running in self.running.values() {
+            if let (Some(port), kernel) = (&running.port, &running.kernel) {
+                port.note_elsewhere(kernel.as_ref().map_or(0, |it| it.counters().active));
+            }
+        }
         self.retire_orphans(now);
         if now >= self.guard_at {
             self.guard_at = now + GUARD_INTERVAL;
@@ -778,7 +812,7 @@ impl Link {
                 self.relay.close(port);
             }
             tracing::trace!(port = key.host_port, "listener closed");
-            if running.kernel.is_some() {
+            if running.path == ForwardPath::KernelPath {
                 // Pinned: it needs no process.
                 running.reason = "the dataplane has stopped, the kernel goes on".to_owned();
                 continue;

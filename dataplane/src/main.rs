@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use config::{Config, Forward, LoadOptions};
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
+use dataplane::forward::kernel::Means;
 use dataplane::link::Defaults;
 use dataplane::sys::signal;
 use tracing_subscriber::EnvFilter;
@@ -115,7 +116,7 @@ fn options(config: &Config) -> Options {
         },
         scratch_root: Some(config.container.scratch_root.clone()),
         relay_threads: 0,
-        kernel_path: config.node.forward == Forward::Auto,
+        kernel_path: (config.node.forward == Forward::Auto).then_some(Means::Auto),
     }
 }
 

@@ -1,29 +1,27 @@
 /* The kernel path of service ports: address translation between an uplink and a container's veth.
  *
- * from_uplink    ingress of an uplink: a client's segment for a published port goes straight into
+ * from_uplink    ingress of an uplink: a client's packet for a published port goes straight into
  *                the container, with its destination rewritten and its source as it is.
  * from_container ingress of the host side of a container's veth: the replies of such a flow leave
  *                by the uplink the client came by, with their source rewritten.
+ * to_container   egress of the host side of a container's veth: nobody but this host talks to the
+ *                ports of the kernel's runner.
  * sweep          run by the dataplane: removes flows that have ended, are silent or have lost
  *                their row, and counts those that live.
  *
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
- * of the relay waits: fragments, IP options, VLAN tags, other protocols, other addresses, clients
- * outside the row's networks, ports at their limit. A flow starts with a SYN. A later segment
- * without an entry belongs to a socket of this host if there is one, else its entry was lost and is
- * made again from the row. A container whose veth is gone gets nothing: the redirect drops.
+ * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
+ * row's networks, ports at their limit. A TCP flow starts with a SYN. A later segment without an
+ * entry belongs to a socket of this host if there is one, else its entry was lost and is made again
+ * from the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell
+ * of. A container whose veth is gone gets nothing: the redirect drops.
  */
 #include "kernel.h"
+#include "maps.h"
+#include "packet.h"
+#include "policy.h"
 #include "records.h"
-
-struct {
-	MAP_UINT(type, MAP_HASH);
-	MAP_UINT(max_entries, 16384);
-	MAP_UINT(map_flags, MAP_NO_PREALLOC);
-	MAP_UINT(pinning, MAP_PIN_BY_NAME);
-	MAP_TYPE(key, struct service_key);
-	MAP_TYPE(value, struct service);
-} services SEC(".maps");
+#include "translate.h"
 
 struct {
 	MAP_UINT(type, MAP_LRU_HASH);
@@ -33,33 +31,23 @@ struct {
 	MAP_TYPE(value, struct flow);
 } flows SEC(".maps");
 
-/* Addresses of this host. */
+struct {
+	MAP_UINT(type, MAP_LRU_HASH);
+	MAP_UINT(max_entries, 16384);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, struct fragment_key);
+	MAP_TYPE(value, struct fragment);
+} fragments SEC(".maps");
+
+/* Uplinks and the largest packets they take. */
 struct {
 	MAP_UINT(type, MAP_HASH);
-	MAP_UINT(max_entries, 4096);
+	MAP_UINT(max_entries, 1024);
 	MAP_UINT(map_flags, MAP_NO_PREALLOC);
 	MAP_UINT(pinning, MAP_PIN_BY_NAME);
-	MAP_TYPE(key, struct address);
+	MAP_TYPE(key, __u32);
 	MAP_TYPE(value, __u32);
-} addresses SEC(".maps");
-
-struct {
-	MAP_UINT(type, MAP_PERCPU_HASH);
-	MAP_UINT(max_entries, 16384);
-	MAP_UINT(map_flags, MAP_NO_PREALLOC);
-	MAP_UINT(pinning, MAP_PIN_BY_NAME);
-	MAP_TYPE(key, struct service_key);
-	MAP_TYPE(value, struct port_counters);
-} counters SEC(".maps");
-
-struct {
-	MAP_UINT(type, MAP_HASH);
-	MAP_UINT(max_entries, 16384);
-	MAP_UINT(map_flags, MAP_NO_PREALLOC);
-	MAP_UINT(pinning, MAP_PIN_BY_NAME);
-	MAP_TYPE(key, struct service_key);
-	MAP_TYPE(value, struct port_flows);
-} active SEC(".maps");
+} uplinks SEC(".maps");
 
 struct {
 	MAP_UINT(type, MAP_ARRAY);
@@ -69,136 +57,18 @@ struct {
 	MAP_TYPE(value, struct sweep_order);
 } orders SEC(".maps");
 
-struct segment {
-	struct address source;
-	struct address destination;
-	__u32 sequence;
-	__u32 acknowledged;
-	__u32 payload;
-	__u32 transport;
-	__u16 source_port;
-	__u16 destination_port;
-	__u8 flags;
-	__u8 ipv4;
-};
+/* So long receivers wait for the rest of a datagram. */
+#define FRAGMENT_LIFE_NS 30000000000ULL
 
-static ALWAYS_INLINE int same(const struct address *a, const struct address *b)
-{
-	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
-	       a->word[3] == b->word[3];
-}
+/* Nobody but this host: the agent speaks to the runner here. */
+#define RUNNER_FIRST_PORT 2000
+#define RUNNER_LAST_PORT 2001
 
-static ALWAYS_INLINE void map_ipv4(struct address *to, __u32 from)
-{
-	to->word[0] = 0;
-	to->word[1] = 0;
-	to->word[2] = TO_NET32(0xffff);
-	to->word[3] = from;
-}
-
-/* Reads a whole TCP segment's headers; 0 when it is one that these programs handle. */
-static ALWAYS_INLINE int read_segment(struct __sk_buff *skb, struct segment *it)
-{
-	int ipv4 = skb->protocol == TO_NET16(ETH_IPV4);
-	__u32 network, need;
-
-	if (!ipv4 && skb->protocol != TO_NET16(ETH_IPV6))
-		return -1;
-	/* With hardware or GRO stripping the tag is not in the bytes: another interface's packet. */
-	if (skb->vlan_present)
-		return -1;
-	network = ipv4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header);
-	need = ETH_HEADER + network + sizeof(struct tcp_header);
-
-	void *data = (void *)(long)skb->data;
-	void *end = (void *)(long)skb->data_end;
-	if (data + need > end) {
-		if (bpf_skb_pull_data(skb, need))
-			return -1;
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-	}
-
-	__u32 total = skb->len - ETH_HEADER;
-	struct tcp_header *tcp;
-	if (ipv4) {
-		struct ipv4_header *ip = data + ETH_HEADER;
-		tcp = (void *)(ip + 1);
-		if ((void *)(tcp + 1) > end)
-			return -1;
-		/* Options, or a fragment of something larger. */
-		if (ip->version_length != 0x45 || ip->protocol != PROTOCOL_TCP ||
-		    (ip->fragment & TO_NET16(0x3fff)))
-			return -1;
-		map_ipv4(&it->source, ip->source);
-		map_ipv4(&it->destination, ip->destination);
-		/* Short frames are padded; only very large ones say 0. */
-		if (ip->total_length)
-			total = TO_NET16(ip->total_length);
-	} else {
-		struct ipv6_header *ip = data + ETH_HEADER;
-		tcp = (void *)(ip + 1);
-		if ((void *)(tcp + 1) > end)
-			return -1;
-		if (ip->next != PROTOCOL_TCP)
-			return -1;
-		__builtin_memcpy(&it->source, ip->source, sizeof(it->source));
-		__builtin_memcpy(&it->destination, ip->destination, sizeof(it->destination));
-		if (ip->payload_length)
-			total = TO_NET16(ip->payload_length) + sizeof(struct ipv6_header);
-	}
-	it->ipv4 = ipv4;
-	it->transport = ETH_HEADER + network;
-	it->source_port = tcp->source;
-	it->destination_port = tcp->destination;
-	it->sequence = tcp->sequence;
-	it->acknowledged = tcp->acknowledged;
-	it->flags = tcp->flags;
-	__u32 headers = network + (tcp->offset >> 4) * 4;
-	it->payload = total > headers ? total - headers : 0;
-	return 0;
-}
-
-/* Replaces one address and one port of the segment and mends the sums. `source` tells which. */
-static ALWAYS_INLINE int rewrite(struct __sk_buff *skb, const struct segment *it, int source,
-				 struct address *address, __u16 port)
-{
-	const struct address *old = source ? &it->source : &it->destination;
-	__u16 old_port = source ? it->source_port : it->destination_port;
-	__u32 sum = it->transport + __builtin_offsetof(struct tcp_header, checksum);
-	__u32 port_at = it->transport + (source ? __builtin_offsetof(struct tcp_header, source)
-						: __builtin_offsetof(struct tcp_header, destination));
-
-	if (it->ipv4) {
-		__u32 at = ETH_HEADER + (source ? __builtin_offsetof(struct ipv4_header, source)
-						: __builtin_offsetof(struct ipv4_header, destination));
-		__u32 from = old->word[3], to = address->word[3];
-		if (bpf_l4_csum_replace(skb, sum, from, to, SUM_PSEUDO_HEADER | 4))
-			return -1;
-		if (bpf_l3_csum_replace(skb, ETH_HEADER + __builtin_offsetof(struct ipv4_header, checksum),
-					from, to, 4))
-			return -1;
-		if (bpf_skb_store_bytes(skb, at, &to, sizeof(to), 0))
-			return -1;
-	} else {
-		__u32 at = ETH_HEADER + (source ? __builtin_offsetof(struct ipv6_header, source)
-						: __builtin_offsetof(struct ipv6_header, destination));
-		__s64 change = bpf_csum_diff((__u32 *)old->word, 16, address->word, 16, 0);
-		if (change < 0)
-			return -1;
-		if (bpf_l4_csum_replace(skb, sum, 0, change, SUM_PSEUDO_HEADER | SUM_IPV6) &&
-		    bpf_l4_csum_replace(skb, sum, 0, change, SUM_PSEUDO_HEADER))
-			return -1;
-		if (bpf_skb_store_bytes(skb, at, address, sizeof(*address), 0))
-			return -1;
-	}
-	if (bpf_l4_csum_replace(skb, sum, old_port, port, 2))
-		return -1;
-	return bpf_skb_store_bytes(skb, port_at, &port, sizeof(port), 0) ? -1 : 0;
-}
+/* Headers of IPv6 that may stand before the transport's. */
+#define MOST_HEADERS 4
 
 /* Whether a socket of this host takes the segment: a session of the relay, for one. */
-static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct segment *it)
+static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct packet *it)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sock;
@@ -227,23 +97,34 @@ static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct segment 
 	return !(state == SOCKET_TIME_WAIT && (it->flags & TCP_SYN));
 }
 
-static ALWAYS_INLINE int is_allowed(const struct service *service, const struct address *client)
+static ALWAYS_INLINE __u32 mtu_of(__u32 uplink)
 {
-	__u32 i;
+	__u32 *mtu = bpf_map_lookup_elem(&uplinks, &uplink);
 
-	if (!service->networks)
-		return 1;
-#pragma unroll
-	for (i = 0; i < CLIENT_NETWORKS; i++) {
-		const struct client_network *network = &service->network[i];
-		if (i < service->networks &&
-		    !((client->word[0] ^ network->address.word[0]) & network->mask.word[0]) &&
-		    !((client->word[1] ^ network->address.word[1]) & network->mask.word[1]) &&
-		    !((client->word[2] ^ network->address.word[2]) & network->mask.word[2]) &&
-		    !((client->word[3] ^ network->address.word[3]) & network->mask.word[3]))
-			return 1;
-	}
-	return 0;
+	return mtu ? *mtu : 1280;
+}
+
+static ALWAYS_INLINE int is_hosts(const struct address *address)
+{
+	__u32 *what = bpf_map_lookup_elem(&addresses, address);
+
+	return what && *what == ADDRESS_HOST;
+}
+
+/* The service that `key` and an address of this host lead to. */
+static ALWAYS_INLINE struct service *published(const struct service_key *key,
+					       const struct address *host)
+{
+	struct service *service = bpf_map_lookup_elem(&services, key);
+
+	if (!service || !(service->flags & SERVICE_REMOTE))
+		return 0;
+	if (!(service->flags & SERVICE_ANY_ADDRESS) && !same(&service->bind, host))
+		return 0;
+	if (!is_hosts(host))
+		return 0;
+	/* An IPv6 client of an IPv4 container, or the reverse: the relay's. */
+	return is_ipv4(host) == is_ipv4(&service->target) ? service : 0;
 }
 
 static ALWAYS_INLINE void end_flow(struct flow *flow, const struct service_key *key)
@@ -271,43 +152,163 @@ static ALWAYS_INLINE void follow(struct flow *flow, const struct service_key *ke
 		end_flow(flow, key);
 }
 
-SEC("classifier")
-int from_uplink(struct __sk_buff *skb)
+static ALWAYS_INLINE void name_fragment(const struct packet *it, struct fragment_key *key)
 {
-	struct segment it = {};
+	key->source = it->source;
+	key->destination = it->destination;
+	key->id = it->id;
+	key->protocol = it->protocol;
+}
+
+/* Lets the other fragments of this datagram follow its first. */
+static OWN_FRAME int lead_fragments(const struct packet *it, const struct address *address,
+				    __u32 interface, __u32 outwards)
+{
+	struct fragment_key key = {};
+	struct fragment lead = {};
+
+	name_fragment(it, &key);
+	lead.seen_ns = bpf_ktime_get_coarse_ns();
+	lead.address = *address;
+	lead.interface = interface;
+	lead.outwards = outwards;
+	return bpf_map_update_elem(&fragments, &key, &lead, 0);
+}
+
+static OWN_FRAME int follow_fragments(struct __sk_buff *skb, const struct packet *it,
+				      __u32 outwards)
+{
+	struct fragment_key key = {};
+	struct fragment *lead;
+	struct address address, old;
+	__u32 interface;
+	int ipv4 = it->ipv4;
+
+	name_fragment(it, &key);
+	lead = bpf_map_lookup_elem(&fragments, &key);
+	if (!lead || lead->outwards != outwards ||
+	    bpf_ktime_get_coarse_ns() - lead->seen_ns > FRAGMENT_LIFE_NS)
+		return NEXT;
+	address = lead->address;
+	interface = lead->interface;
+	old = outwards ? it->source : it->destination;
+	if (put_address(skb, ipv4, ETH_HEADER, outwards, &old, &address))
+		return DROP;
+	return outwards ? bpf_redirect_neigh(interface, 0, 0, 0) : bpf_redirect_peer(interface, 0);
+}
+
+/* A router, or the client, on what a container has sent. */
+static OWN_FRAME int error_to_container(struct __sk_buff *skb, const struct packet *error)
+{
+	struct cause cause = {};
 	struct service_key key = {};
 	struct flow_key flow_key = {};
 	struct service *service;
 	struct flow *flow;
-	int opening;
+	struct exchange exchange = {};
+	__u32 link;
+
+	if (read_cause(skb, error, &cause) || !same(&cause.source, &error->destination))
+		return NEXT;
+	key.port = cause.source_port;
+	key.protocol = cause.protocol;
+	service = published(&key, &cause.source);
+	if (!service)
+		return NEXT;
+	flow_key.container = service->target;
+	flow_key.client = cause.destination;
+	flow_key.container_port = service->target_port;
+	flow_key.client_port = cause.destination_port;
+	flow_key.protocol = cause.protocol;
+	flow = bpf_map_lookup_elem(&flows, &flow_key);
+	if (!flow || flow->life != service->life || flow->host_port != key.port ||
+	    !same(&flow->host, &cause.source))
+		return NEXT;
+	exchange.address = service->target;
+	exchange.old_port = cause.source_port;
+	exchange.port = service->target_port;
+	link = service->link_index;
+	if (translate_error(skb, error, 0, &exchange))
+		return DROP;
+	return bpf_redirect_peer(link, 0);
+}
+
+/* A container on what a client has sent. */
+static OWN_FRAME int error_to_client(struct __sk_buff *skb, const struct packet *error)
+{
+	struct cause cause = {};
+	struct flow_key flow_key = {};
+	struct flow *flow;
+	struct exchange exchange = {};
+	__u32 uplink;
+
+	if (read_cause(skb, error, &cause) || !same(&cause.destination, &error->source))
+		return NEXT;
+	flow_key.container = cause.destination;
+	flow_key.client = cause.source;
+	flow_key.container_port = cause.destination_port;
+	flow_key.client_port = cause.source_port;
+	flow_key.protocol = cause.protocol;
+	flow = bpf_map_lookup_elem(&flows, &flow_key);
+	if (!flow || flow->link_index != skb->ifindex)
+		return NEXT;
+	exchange.address = flow->host;
+	exchange.old_port = cause.destination_port;
+	exchange.port = flow->host_port;
+	uplink = flow->uplink;
+	if (translate_error(skb, error, 1, &exchange))
+		return DROP;
+	return bpf_redirect_neigh(uplink, 0, 0, 0);
+}
+
+/* A datagram that goes to a container directly: a flow of the same client's port to the same
+ * container's is of the past, or its translation would meet the answer. (A TCP flow learns that
+ * from the answer to the SYN.) */
+static OWN_FRAME int forget_datagrams(const struct packet *it)
+{
+	struct flow_key flow_key = {};
+
+	flow_key.container = it->destination;
+	flow_key.client = it->source;
+	flow_key.container_port = it->destination_port;
+	flow_key.client_port = it->source_port;
+	flow_key.protocol = it->protocol;
+	if (bpf_map_lookup_elem(&flows, &flow_key))
+		bpf_map_delete_elem(&flows, &flow_key);
+	return NEXT;
+}
+
+SEC("classifier")
+int from_uplink(struct __sk_buff *skb)
+{
+	struct packet it = {};
+	struct service_key key = {};
+	struct flow_key flow_key = {};
+	struct service *service;
+	struct flow *flow;
+	int tcp, opening;
 
 	/* Sent to another machine's hardware address, and seen here by chance. */
 	if (skb->pkt_type != PACKET_HOST)
 		return NEXT;
-	if (read_segment(skb, &it))
+	if (read_packet(skb, &it))
 		return NEXT;
+	if (it.kind == PACKET_LATER)
+		return follow_fragments(skb, &it, 0);
+	if (it.kind == PACKET_ERROR)
+		return error_to_container(skb, &it);
+	tcp = it.protocol == PROTOCOL_TCP;
 	key.port = it.destination_port;
-	key.protocol = PROTOCOL_TCP;
-	service = bpf_map_lookup_elem(&services, &key);
+	key.protocol = it.protocol;
+	service = published(&key, &it.destination);
 	if (!service)
-		return NEXT;
-	if (service->flags & SERVICE_ANY_ADDRESS) {
-		if (!bpf_map_lookup_elem(&addresses, &it.destination))
-			return NEXT;
-	} else if (!same(&service->bind, &it.destination) ||
-		   !bpf_map_lookup_elem(&addresses, &it.destination)) {
-		return NEXT;
-	}
-	/* An IPv6 client of an IPv4 container, or the reverse: the relay's. */
-	if (it.ipv4 != (service->target.word[2] == TO_NET32(0xffff) && !service->target.word[0] &&
-			!service->target.word[1]))
-		return NEXT;
+		return tcp ? NEXT : forget_datagrams(&it);
 
 	flow_key.container = service->target;
 	flow_key.client = it.source;
 	flow_key.container_port = service->target_port;
 	flow_key.client_port = it.source_port;
-	flow_key.protocol = PROTOCOL_TCP;
+	flow_key.protocol = it.protocol;
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	if (flow && (flow->life != service->life || flow->host_port != it.destination_port ||
 		     !same(&flow->host, &it.destination))) {
@@ -319,8 +320,9 @@ int from_uplink(struct __sk_buff *skb)
 		flow = 0;
 	}
 
-	opening = (it.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
-	if (opening && flow && !(flow->flags & FLOW_ENDED) && flow->first_sequence == it.sequence) {
+	opening = tcp ? (it.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN : !flow;
+	if (tcp && opening && flow && !(flow->flags & FLOW_ENDED) &&
+	    flow->first_sequence == it.sequence) {
 		/* The SYN once more. */
 	} else if (opening || !flow) {
 		struct port_flows *count;
@@ -333,22 +335,27 @@ int from_uplink(struct __sk_buff *skb)
 			return NEXT;
 		if (!is_allowed(service, &it.source))
 			return NEXT;
-		/* Nobody outside has an address of ours. */
+		/* Nobody outside has an address of ours, and containers belong to the listener. */
 		if (bpf_map_lookup_elem(&addresses, &it.source))
 			return NEXT;
-		if (has_socket(skb, &it))
+		if (tcp && has_socket(skb, &it))
 			return NEXT;
 		count = bpf_map_lookup_elem(&active, &key);
 		/* Every service is given its count before it is put up. */
 		if (!count)
 			return NEXT;
-		if (opening && service->max_flows && count->active >= service->max_flows)
+		if (opening && !has_room(service, count))
 			return NEXT;
+		if (opening && !is_on_time(service, count)) {
+			count_refused(&key);
+			return DROP;
+		}
 		if (flow)
 			end_flow(flow, &key);
 		fresh.host = it.destination;
 		fresh.first_sequence = it.sequence;
 		fresh.uplink = skb->ifindex;
+		fresh.mtu = mtu_of(skb->ifindex);
 		fresh.link_index = service->link_index;
 		fresh.life = service->life;
 		fresh.host_port = it.destination_port;
@@ -366,9 +373,12 @@ int from_uplink(struct __sk_buff *skb)
 	}
 
 	flow->seen_ns = bpf_ktime_get_coarse_ns();
-	if (flow->uplink != skb->ifindex)
+	if (flow->uplink != skb->ifindex) {
 		flow->uplink = skb->ifindex;
-	follow(flow, &key, it.flags, FLOW_FIN_IN);
+		flow->mtu = mtu_of(skb->ifindex);
+	}
+	if (tcp)
+		follow(flow, &key, it.flags, FLOW_FIN_IN);
 	struct port_counters *counter = bpf_map_lookup_elem(&counters, &key);
 	if (counter) {
 		counter->packets_in++;
@@ -376,7 +386,9 @@ int from_uplink(struct __sk_buff *skb)
 	}
 	__u32 link = service->link_index;
 	struct address target = service->target;
-	if (rewrite(skb, &it, 0, &target, flow_key.container_port))
+	if (it.kind == PACKET_FIRST && lead_fragments(&it, &target, link, 0))
+		return NEXT;
+	if (translate(skb, &it, 0, &target, flow_key.container_port))
 		return NEXT;
 	return bpf_redirect_peer(link, 0);
 }
@@ -384,38 +396,48 @@ int from_uplink(struct __sk_buff *skb)
 SEC("classifier")
 int from_container(struct __sk_buff *skb)
 {
-	struct segment it = {};
+	struct packet it = {};
 	struct flow_key flow_key = {};
 	struct service_key key = {};
 	struct flow *flow;
 
 	/* The frame is for the bridge's hardware address, which is another than this interface's. */
-	if (read_segment(skb, &it))
+	if (read_packet(skb, &it))
 		return NEXT;
+	if (it.kind == PACKET_LATER)
+		return follow_fragments(skb, &it, 1);
+	if (it.kind == PACKET_ERROR)
+		return error_to_client(skb, &it);
 	flow_key.container = it.source;
 	flow_key.client = it.destination;
 	flow_key.container_port = it.source_port;
 	flow_key.client_port = it.destination_port;
-	flow_key.protocol = PROTOCOL_TCP;
+	flow_key.protocol = it.protocol;
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	if (!flow || flow->link_index != skb->ifindex)
 		return NEXT;
 	key.port = flow->host_port;
-	key.protocol = PROTOCOL_TCP;
+	key.protocol = it.protocol;
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
 	 * goes to the container directly. */
-	if ((it.flags & TCP_SYN) &&
+	if (it.protocol == PROTOCOL_TCP && (it.flags & TCP_SYN) &&
 	    ((flow->flags & FLOW_REBUILT) || !(it.flags & TCP_ACK) ||
 	     TO_NET32(it.acknowledged) != TO_NET32(flow->first_sequence) + 1)) {
 		end_flow(flow, &key);
 		bpf_map_delete_elem(&flows, &flow_key);
 		return NEXT;
 	}
+	/* Too large for the way out: the stack, which forwards it no more than we can, tells the
+	 * container how much would do. */
+	__u32 length = skb->gso_size ? skb->gso_size + it.headers : skb->len - ETH_HEADER;
+	if (length > flow->mtu)
+		return NEXT;
 
 	flow->seen_ns = bpf_ktime_get_coarse_ns();
 	if (!(flow->flags & FLOW_ANSWERED))
 		flow->flags |= FLOW_ANSWERED;
-	follow(flow, &key, it.flags, FLOW_FIN_OUT);
+	if (it.protocol == PROTOCOL_TCP)
+		follow(flow, &key, it.flags, FLOW_FIN_OUT);
 	struct port_counters *counter = bpf_map_lookup_elem(&counters, &key);
 	if (counter) {
 		counter->packets_out++;
@@ -424,15 +446,87 @@ int from_container(struct __sk_buff *skb)
 	__u32 uplink = flow->uplink;
 	__u16 port = flow->host_port;
 	struct address host = flow->host;
-	if (rewrite(skb, &it, 1, &host, port))
-		return NEXT;
+	if (it.kind == PACKET_FIRST && lead_fragments(&it, &host, uplink, 1))
+		return DROP;
+	if (translate(skb, &it, 1, &host, port))
+		return DROP;
 	return bpf_redirect_neigh(uplink, 0, 0, 0);
+}
+
+/* Where the TCP header begins; 0 when there is none, -1 when it can't be told. */
+static ALWAYS_INLINE int find_tcp(struct __sk_buff *skb)
+{
+	__u32 at, i;
+	__u8 next;
+
+	if (skb->protocol == TO_NET16(ETH_IPV4)) {
+		struct ipv4_header *ip = header(skb, ETH_HEADER, sizeof(*ip));
+
+		if (!ip)
+			return -1;
+		if (ip->protocol != PROTOCOL_TCP || (ip->fragment & TO_NET16(0x1fff)))
+			return 0;
+		return ETH_HEADER + (ip->version_length & 15) * 4;
+	}
+	if (skb->protocol != TO_NET16(ETH_IPV6))
+		return 0;
+	struct ipv6_header *ip = header(skb, ETH_HEADER, sizeof(*ip));
+	if (!ip)
+		return -1;
+	next = ip->next;
+	at = ETH_HEADER + sizeof(*ip);
+#pragma unroll
+	for (i = 0; i < MOST_HEADERS; i++) {
+		__u8 head[4];
+
+		if (next == PROTOCOL_TCP)
+			return at;
+		/* Hop-by-hop, routing, destination options; fragment. */
+		if (next != 0 && next != 43 && next != 60 && next != PROTOCOL_FRAGMENT)
+			return 0;
+		if (bpf_skb_load_bytes(skb, at, head, sizeof(head)))
+			return -1;
+		if (next == PROTOCOL_FRAGMENT && (head[2] || (head[3] & 0xf8)))
+			return 0;
+		at += next == PROTOCOL_FRAGMENT ? 8 : (head[1] + 1) * 8;
+		next = head[0];
+	}
+	return -1;
+}
+
+SEC("classifier")
+int to_container(struct __sk_buff *skb)
+{
+	__u16 ports[2];
+	int at;
+
+	/* What this host sends has come in by no interface. */
+	if (!skb->ingress_ifindex)
+		return NEXT;
+	at = find_tcp(skb);
+	if (!at)
+		return NEXT;
+	if (at < 0 || bpf_skb_load_bytes(skb, at, ports, sizeof(ports)))
+		return DROP;
+	__u16 port = TO_NET16(ports[1]);
+	return port >= RUNNER_FIRST_PORT && port <= RUNNER_LAST_PORT ? DROP : NEXT;
 }
 
 struct sweep_context {
 	__u64 now;
 	struct sweep_order order;
 };
+
+static ALWAYS_INLINE struct port_flows *counted(const struct service_key *key, __u32 pass)
+{
+	struct port_flows *count = bpf_map_lookup_elem(&active, key);
+
+	if (count && count->pass != pass) {
+		count->pass = pass;
+		count->counted = 0;
+	}
+	return count;
+}
 
 static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 		       struct sweep_context *context)
@@ -442,28 +536,27 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 	struct service *service;
 	struct port_flows *count;
 	__u64 limit, age;
+	int tcp = flow_key.protocol == PROTOCOL_TCP;
 
 	key.port = flow->host_port;
 	key.protocol = flow_key.protocol;
 	service = bpf_map_lookup_elem(&services, &key);
 	age = context->now > flow->seen_ns ? context->now - flow->seen_ns : 0;
-	limit = flow->flags & FLOW_ENDED      ? context->order.ended_ns
-		: flow->flags & FLOW_ANSWERED ? context->order.idle_ns
-					      : context->order.opening_ns;
+	if (flow->flags & FLOW_ENDED)
+		limit = context->order.ended_ns;
+	else if (flow->flags & FLOW_ANSWERED)
+		limit = tcp ? context->order.idle_ns : context->order.datagram_idle_ns;
+	else
+		limit = tcp ? context->order.opening_ns : context->order.datagram_opening_ns;
 	if (!service || service->life != flow->life || age > limit) {
 		bpf_map_delete_elem(map, &flow_key);
 		return 0;
 	}
 	if (flow->flags & FLOW_ENDED)
 		return 0;
-	count = bpf_map_lookup_elem(&active, &key);
-	if (!count)
-		return 0;
-	if (count->pass != context->order.pass) {
-		count->pass = context->order.pass;
-		count->counted = 0;
-	}
-	count->counted++;
+	count = counted(&key, context->order.pass);
+	if (count)
+		count->counted++;
 	return 0;
 }
 

@@ -29,6 +29,10 @@ struct client_network {
 #define SERVICE_DRAINING 1
 /* Any local address of the target's family will do, else `bind` alone. */
 #define SERVICE_ANY_ADDRESS 2
+/* Clients of other hosts are let through. */
+#define SERVICE_REMOTE 4
+/* Clients on this host are let through. */
+#define SERVICE_HOST 8
 
 /* Where a published port leads. */
 struct service {
@@ -45,7 +49,14 @@ struct service {
 	/* Client networks in use; 0 lets everyone in. */
 	__u8 networks;
 	struct client_network network[CLIENT_NETWORKS];
+	/* Distance of two new flows that may go on for ever; 0 means no limit. A second's worth may
+	 * come at once. */
+	__u64 spacing_ns;
 };
+
+/* What an address in `addresses` is. */
+#define ADDRESS_HOST 1
+#define ADDRESS_CONTAINER 2
 
 /* A flow as its container sees it. One entry serves both directions. */
 struct flow_key {
@@ -77,7 +88,8 @@ struct flow {
 	__u32 life;
 	__u16 host_port;
 	__u16 flags;
-	__u32 zero;
+	/* Largest packet that the uplink takes. */
+	__u32 mtu;
 };
 
 /* Per CPU and published port. */
@@ -87,11 +99,17 @@ struct port_counters {
 	__u64 bytes_in;
 	__u64 packets_out;
 	__u64 bytes_out;
+	/* Flows that were one too many. */
+	__u64 refused;
 };
 
 /* Flows of a published port: kept up to date by the programs, put right by each sweep. */
 struct port_flows {
 	__s64 active;
+	/* Sockets of this host that lead to the container. */
+	__s64 local;
+	/* When the next new flow would be on time. */
+	__u64 next_ns;
 	/* The sweep that counted, and what it has counted so far. */
 	__u32 pass;
 	__u32 counted;
@@ -102,8 +120,57 @@ struct sweep_order {
 	__u64 opening_ns;
 	__u64 idle_ns;
 	__u64 ended_ns;
+	/* For datagrams: silent, and never answered. */
+	__u64 datagram_idle_ns;
+	__u64 datagram_opening_ns;
 	__u32 pass;
 	__u32 zero;
+};
+
+/* Fragments after the first have no ports: they follow it. */
+struct fragment_key {
+	struct address source;
+	struct address destination;
+	__u32 id;
+	__u8 protocol;
+	__u8 zero[3];
+};
+
+struct fragment {
+	__u64 seen_ns;
+	/* In place of the destination (into a container) or of the source (out of it). */
+	struct address address;
+	__u32 interface;
+	__u32 outwards;
+};
+
+/* A socket of this host that was led to a container instead of where it wanted. */
+struct led_socket {
+	struct address host;
+	__u16 host_port;
+	__u8 protocol;
+	__u8 zero;
+	__u32 life;
+};
+
+/* A peer of a datagram socket that was led. */
+struct led_peer_key {
+	__u64 cookie;
+	struct address container;
+	__u16 container_port;
+	__u8 zero[6];
+};
+
+struct led_peer {
+	struct address host;
+	__u16 host_port;
+	__u8 zero[6];
+};
+
+/* What the programs know of the node. */
+struct node {
+	/* Cookie of the host's network namespace; 0 keeps the hooks from acting. */
+	__u64 namespace;
 };
 
 #define ASSERT_SIZE(type, size) _Static_assert(sizeof(struct type) == size, #type " has grown")
@@ -114,7 +181,8 @@ ASSERT_SIZE(address, 16);
 ASSERT_SIZE(service_key, 4);
 ASSERT_AT(service_key, protocol, 2);
 ASSERT_SIZE(client_network, 32);
-ASSERT_SIZE(service, 304);
+ASSERT_SIZE(service, 312);
+ASSERT_AT(service, spacing_ns, 304);
 ASSERT_AT(service, target, 16);
 ASSERT_AT(service, link_index, 32);
 ASSERT_AT(service, life, 36);
@@ -136,17 +204,29 @@ ASSERT_AT(flow, link_index, 32);
 ASSERT_AT(flow, life, 36);
 ASSERT_AT(flow, host_port, 40);
 ASSERT_AT(flow, flags, 42);
-ASSERT_SIZE(port_counters, 40);
+ASSERT_AT(flow, mtu, 44);
+ASSERT_SIZE(port_counters, 48);
+ASSERT_AT(port_counters, refused, 40);
 ASSERT_AT(port_counters, packets_in, 8);
 ASSERT_AT(port_counters, bytes_in, 16);
 ASSERT_AT(port_counters, packets_out, 24);
 ASSERT_AT(port_counters, bytes_out, 32);
-ASSERT_SIZE(port_flows, 16);
-ASSERT_AT(port_flows, pass, 8);
-ASSERT_AT(port_flows, counted, 12);
-ASSERT_SIZE(sweep_order, 32);
+ASSERT_SIZE(port_flows, 32);
+ASSERT_AT(port_flows, local, 8);
+ASSERT_AT(port_flows, next_ns, 16);
+ASSERT_AT(port_flows, pass, 24);
+ASSERT_AT(port_flows, counted, 28);
+ASSERT_SIZE(sweep_order, 48);
 ASSERT_AT(sweep_order, idle_ns, 8);
 ASSERT_AT(sweep_order, ended_ns, 16);
-ASSERT_AT(sweep_order, pass, 24);
+ASSERT_AT(sweep_order, datagram_idle_ns, 24);
+ASSERT_AT(sweep_order, datagram_opening_ns, 32);
+ASSERT_AT(sweep_order, pass, 40);
+ASSERT_SIZE(fragment_key, 40);
+ASSERT_SIZE(fragment, 32);
+ASSERT_SIZE(led_socket, 24);
+ASSERT_SIZE(led_peer_key, 32);
+ASSERT_SIZE(led_peer, 24);
+ASSERT_SIZE(node, 8);
 
 #endif

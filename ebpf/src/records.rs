@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use aya::Pod;
 
 /// Number of this layout; pins of another one are not touched but replaced.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Most client networks of a port.
 pub const CLIENT_NETWORKS: usize = 8;
@@ -17,7 +17,7 @@ pub const CLIENT_NETWORKS: usize = 8;
 /// TCP in [`ServiceKey::protocol`] and [`FlowKey::protocol`].
 pub const PROTOCOL_TCP: u8 = 6;
 
-/// UDP; no service of it is served yet.
+/// UDP there.
 pub const PROTOCOL_UDP: u8 = 17;
 
 /// An address, IPv4 mapped into IPv6.
@@ -82,6 +82,15 @@ impl ClientNetwork {
 pub const SERVICE_DRAINING: u8 = 1;
 /// Any local address will do.
 pub const SERVICE_ANY_ADDRESS: u8 = 2;
+/// Clients of other hosts are let through.
+pub const SERVICE_REMOTE: u8 = 4;
+/// Clients on this host are let through.
+pub const SERVICE_HOST: u8 = 8;
+
+/// What an address in `addresses` is: the host's own.
+pub const ADDRESS_HOST: u32 = 1;
+/// ... or a container's that a service leads to.
+pub const ADDRESS_CONTAINER: u32 = 2;
 
 /// `struct service`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +114,8 @@ pub struct Service {
     pub networks: u8,
     /// Them.
     pub network: [ClientNetwork; CLIENT_NETWORKS],
+    /// Distance of two new flows in the long run; 0 means no limit.
+    pub spacing_ns: u64,
 }
 
 /// `struct flow_key`.
@@ -145,8 +156,8 @@ pub struct Flow {
     pub host_port: u16,
     /// `FLOW_*` of the header.
     pub flags: u16,
-    /// Zero.
-    pub zero: u32,
+    /// Largest packet that the uplink takes.
+    pub mtu: u32,
 }
 
 /// `struct port_counters`.
@@ -163,6 +174,8 @@ pub struct PortCounters {
     pub packets_out: u64,
     /// Their payload.
     pub bytes_out: u64,
+    /// Flows that came too soon after the ones before.
+    pub refused: u64,
 }
 
 /// `struct port_flows`.
@@ -171,6 +184,10 @@ pub struct PortCounters {
 pub struct PortFlows {
     /// Living flows.
     pub active: i64,
+    /// Sockets of this host that lead to the container.
+    pub local: i64,
+    /// When the next new flow would be on time.
+    pub next_ns: u64,
     /// The sweep that counted.
     pub pass: u32,
     /// What it counted.
@@ -187,10 +204,94 @@ pub struct SweepOrder {
     pub idle_ns: u64,
     /// How long an ended flow lingers for late segments.
     pub ended_ns: u64,
+    /// How long a flow of datagrams may be silent.
+    pub datagram_idle_ns: u64,
+    /// The same before it was answered.
+    pub datagram_opening_ns: u64,
     /// Number of the sweep.
     pub pass: u32,
     /// Zero.
     pub zero: u32,
+}
+
+/// `struct fragment_key`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FragmentKey {
+    /// Who sent the datagram.
+    pub source: Address,
+    /// To whom.
+    pub destination: Address,
+    /// Its number.
+    pub id: u32,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: [u8; 3],
+}
+
+/// `struct fragment`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Fragment {
+    /// When the first one was seen, coarse monotonic clock.
+    pub seen_ns: u64,
+    /// In place of the source or destination.
+    pub address: Address,
+    /// Where the others go.
+    pub interface: u32,
+    /// 1 out of the container, 0 into it.
+    pub outwards: u32,
+}
+
+/// `struct led_socket`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedSocket {
+    /// Where it wanted.
+    pub host: Address,
+    /// The port there, network order.
+    pub host_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub zero: u8,
+    /// The service's life.
+    pub life: u32,
+}
+
+/// `struct led_peer_key`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedPeerKey {
+    /// The socket.
+    pub cookie: u64,
+    /// Where it was led.
+    pub container: Address,
+    /// The port there, network order.
+    pub container_port: u16,
+    /// Zero.
+    pub zero: [u8; 6],
+}
+
+/// `struct led_peer`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedPeer {
+    /// Where it wanted.
+    pub host: Address,
+    /// The port there, network order.
+    pub host_port: u16,
+    /// Zero.
+    pub zero: [u8; 6],
+}
+
+/// `struct node`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Node {
+    /// Cookie of the host's network namespace; 0 keeps the hooks from acting.
+    pub namespace: u64,
 }
 
 macro_rules! layout {
@@ -208,7 +309,7 @@ layout!(ServiceKey, 4, protocol = 2);
 layout!(ClientNetwork, 32, mask = 16);
 layout!(
     Service,
-    304,
+    312,
     target = 16,
     link_index = 32,
     life = 36,
@@ -217,6 +318,7 @@ layout!(
     flags = 46,
     networks = 47,
     network = 48,
+    spacing_ns = 304,
 );
 layout!(
     FlowKey,
@@ -236,17 +338,40 @@ layout!(
     life = 36,
     host_port = 40,
     flags = 42,
+    mtu = 44,
 );
 layout!(
     PortCounters,
-    40,
+    48,
     packets_in = 8,
     bytes_in = 16,
     packets_out = 24,
-    bytes_out = 32
+    bytes_out = 32,
+    refused = 40
 );
-layout!(PortFlows, 16, pass = 8, counted = 12);
-layout!(SweepOrder, 32, idle_ns = 8, ended_ns = 16, pass = 24);
+layout!(
+    PortFlows,
+    32,
+    local = 8,
+    next_ns = 16,
+    pass = 24,
+    counted = 28
+);
+layout!(
+    SweepOrder,
+    48,
+    idle_ns = 8,
+    ended_ns = 16,
+    datagram_idle_ns = 24,
+    datagram_opening_ns = 32,
+    pass = 40
+);
+layout!(FragmentKey, 40, destination = 16, id = 32, protocol = 36);
+layout!(Fragment, 32, address = 8, interface = 24, outwards = 28);
+layout!(LedSocket, 24, host_port = 16, protocol = 18, life = 20);
+layout!(LedPeerKey, 32, container = 8, container_port = 24);
+layout!(LedPeer, 24, host_port = 16);
+layout!(Node, 8);
 
 #[cfg(test)]
 mod tests {

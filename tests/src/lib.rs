@@ -6,6 +6,7 @@ pub mod dataplane;
 pub mod fake_runner;
 pub mod fault_docker;
 pub mod images;
+pub mod kernel_path;
 pub mod kernels;
 pub mod netns;
 pub mod node;

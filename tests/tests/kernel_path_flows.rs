@@ -6,125 +6,14 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use harness::dataplane::{Control, Options, Place, Process, until};
+use harness::dataplane::until;
+use harness::kernel_path::{KERNEL, Node, ask, host, mirror, told};
 use harness::netns::ip;
-use harness::remote_client::{CLIENT, Container, HOST, Network, command, may_use_bpf, within};
+use harness::remote_client::{CLIENT, HOST, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
-use shared::desired::{ClientNetwork, Drain, PortRow, Protocol};
-use shared::ids::ContainerId;
-use shared::observed::{ForwardPath, PortState, PortStatus};
-
-const KERNEL: ContainerId = ContainerId([9; 32]);
-
-struct Node {
-    process: Process,
-    control: Control,
-    place: Place,
-    container: Container,
-    network: Network,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // Nothing stays attached, whatever the outcome.
-        let _ = self.process.signal(Signal::SIGKILL);
-        let _ = self.process.ended();
-        if let Ok(mut detach) = self.place.command(&["detach"]) {
-            let _ = detach.output();
-        }
-    }
-}
-
-impl Node {
-    fn new() -> Self {
-        let network = Network::new().expect("namespaces");
-        let container = network.container(2).expect("a container");
-        let place = Place::new(Options {
-            node: "forward = \"auto\"".to_owned(),
-            dataplane: "stats-interval = 0.1".to_owned(),
-            namespace: Some(network.host.clone()),
-            ..Options::default()
-        })
-        .expect("a place");
-        let mut control = place.control().expect("the desired region");
-        let process = place.start().expect("bai-dataplane");
-        let row = container.row(KERNEL);
-        control
-            .write(|batch| batch.put_container(row))
-            .expect("the container's row");
-        Self {
-            process,
-            control,
-            place,
-            container,
-            network,
-        }
-    }
-
-    fn publish(&mut self, row: &PortRow) -> PortStatus {
-        self.control.publish(row.clone()).expect("an answer")
-    }
-
-    /// Publishes a row that must take the kernel path.
-    fn lift(&mut self, row: &PortRow) {
-        let status = self.publish(row);
-        assert_eq!(
-            (status.state, status.path, status.reason.as_str()),
-            (PortState::Serving, ForwardPath::KernelPath, "")
-        );
-    }
-
-    /// Runs code as the remote client.
-    fn at_client<T: Send + 'static>(&self, run: impl FnOnce() -> T + Send + 'static) -> T {
-        within(&self.network.client, run).expect("the client's namespace")
-    }
-
-    fn counted(&mut self, row: &PortRow, wanted: impl Fn(&PortStatus) -> bool) -> PortStatus {
-        let key = row.key();
-        until("the counters", || {
-            self.control.status(key).filter(|status| wanted(status))
-        })
-        .expect("counters")
-    }
-}
-
-fn host(row: &PortRow, family: usize) -> SocketAddr {
-    SocketAddr::new(HOST[family].parse().expect("an address"), row.host_port)
-}
-
-fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut stream = traffic::connect(address)?;
-    stream.write_all(word)?;
-    stream.shutdown(Shutdown::Write)?;
-    let mut back = Vec::new();
-    stream.read_to_end(&mut back)?;
-    Ok(back)
-}
-
-/// A server that tells each client the address it sees, then ends.
-fn mirror(container: &Container) -> u16 {
-    within(&container.namespace, || {
-        let listener = traffic::listener("[::]:0");
-        let port = listener.local_addr().expect("bound").port();
-        thread::spawn(move || {
-            while let Ok((mut stream, peer)) = listener.accept() {
-                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                let _ = stream.write_all(peer.to_string().as_bytes());
-            }
-        });
-        port
-    })
-    .expect("the container's namespace")
-}
-
-fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
-    let mut stream = traffic::connect(address)?;
-    let own = stream.local_addr()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok((text, own))
-}
+use shared::desired::{ClientNetwork, Drain, Protocol};
+use shared::observed::{ForwardPath, PortState};
 
 /// Bytes the relay has not seen: it has no session while the kernel path has traffic.
 fn integrity(family: usize) {
@@ -267,13 +156,8 @@ fn the_listener_serves_whom_the_kernel_path_does_not() {
     row.bind = "::".parse().expect("an address");
     node.lift(&row);
     let port = row.host_port;
-    // A client on the host, one in a container, and an IPv6 one of an IPv4 container.
-    let here = within(&node.network.host, move || {
-        told(([127, 0, 0, 1], port).into())
-    });
+    // A client in a container, and an IPv6 one of an IPv4 container.
     let bridge: SocketAddr = ([10, 78, 2, 1], port).into();
-    let (seen, _) = here.expect("the host's namespace").expect("told");
-    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
     let there = within(&other.namespace, move || told(bridge));
     let (seen, _) = there.expect("the container's namespace").expect("told");
     assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
@@ -699,8 +583,7 @@ fn a_udp_row_does_not_touch_the_tcp_flows_of_its_port_number() {
     old.read_exact(&mut [0; 6]).expect("echoed");
     let mut udp = row.clone();
     udp.protocol = Protocol::Udp;
-    let status = node.publish(&udp);
-    assert_eq!(status.state, PortState::Refused);
+    node.lift(&udp);
     old.write_all(b"after").expect("sent");
     old.read_exact(&mut [0; 5]).expect("the flow goes on");
     node.control.withdraw(udp.key()).expect("removed");

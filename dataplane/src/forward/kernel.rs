@@ -1,17 +1,20 @@
 //! The kernel path: service ports whose bytes no process touches.
 //!
 //! In: rows that may take it ([`eligibility`]), interfaces and addresses of this host. Out: the
-//! programs of crate `ebpf` attached to uplinks and containers' links, their maps filled, counters.
-//! Everything is pinned ([`pins`]): it goes on when this process is dead, and a later one takes it
-//! over in place. Invariants: a service is in the map only while its container's link has the
-//! program for replies; flows of a service end with it; the relay's listener is always there for
-//! what the programs leave alone.
+//! programs of crate `ebpf` attached to uplinks, to containers' links and to the sockets of this
+//! host ([`host`]), their maps filled, counters. Everything is pinned ([`pins`]): it goes on when
+//! this process is dead, and a later one takes it over in place. Invariants: a service is in the map
+//! only while its container's link has the program for replies; flows of a service end with it; the
+//! relay's listener is always there for what the programs leave alone.
 
+mod attach;
 pub mod eligibility;
+mod error;
+mod host;
+mod object;
 pub mod pins;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::io;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -19,24 +22,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
-use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuHashMap, PerCpuValues};
 use ebpf::records::{
-    Address, ClientNetwork, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters, PortFlows,
-    SERVICE_ANY_ADDRESS, SERVICE_DRAINING, Service, ServiceKey, SweepOrder,
+    ADDRESS_CONTAINER, ADDRESS_HOST, Address, ClientNetwork, PROTOCOL_TCP, PROTOCOL_UDP,
+    PortCounters, PortFlows, SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE,
+    Service, ServiceKey, SweepOrder,
 };
 use ebpf::{map, program};
 use shared::desired::{ContainerRow, PortKey, PortRow, Protocol};
 
+pub use self::attach::Means;
 use self::eligibility::Circumstances;
+pub use self::error::{KernelPathError, words};
+use self::host::Hooks;
+use self::object::{classifier, load, pins_fit, typed};
 use self::pins::{Pins, PinsError, Side};
 use super::relay::port::Counters;
 use crate::log_limit::LogLimit;
 use crate::sys::bpf;
-use crate::sys::netlink::NetlinkError;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
 
 /// A SYN may be repeated for so long before its flow is given up.
@@ -45,6 +49,10 @@ const OPENING: Duration = Duration::from_secs(60);
 const ENDED: Duration = Duration::from_secs(30);
 /// A silent flow is forgotten after this, as by the kernel's connection tracking.
 const IDLE: Duration = Duration::from_secs(5 * 24 * 3600);
+/// The same for datagrams, whose flows have no end.
+const DATAGRAM_IDLE: Duration = Duration::from_secs(180);
+/// ... and before an answer.
+const DATAGRAM_OPENING: Duration = Duration::from_secs(30);
 /// Distance of sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Distance of two looks at the interfaces, however often they change.
@@ -54,81 +62,6 @@ const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
 /// Containers whose routes were looked at and found good.
 const ROUTED: usize = 65_536;
 
-/// A failed step of the kernel path.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelPathError {
-    /// No place for pins.
-    #[error("pins have no place")]
-    Pins(#[source] PinsError),
-    /// The kernel refused the object, or a program in it.
-    #[error("the kernel refuses the programs")]
-    Load(#[source] EbpfError),
-    /// A program could not be loaded.
-    #[error("the kernel refuses program {name}")]
-    Program {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        #[source]
-        source: ProgramError,
-    },
-    /// The object lacks a program or a map.
-    #[error("the object has no {name}")]
-    Missing {
-        /// Which.
-        name: &'static str,
-    },
-    /// A map of a wrong kind, or one that can't be read or written.
-    #[error("map {name} fails")]
-    Map {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        #[source]
-        source: MapError,
-    },
-    /// Attaching failed; kernels before 6.6 lack the means.
-    #[error("cannot attach to {interface} (Linux 6.6 or later is needed)")]
-    Attach {
-        /// Where.
-        interface: String,
-        /// Why.
-        #[source]
-        source: ProgramError,
-    },
-    /// A link could not be pinned or taken over.
-    #[error("cannot keep the link at {interface}")]
-    Link {
-        /// Where.
-        interface: String,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// Interfaces can't be listed.
-    #[error("interfaces can't be listed")]
-    Interfaces(#[source] NetlinkError),
-    /// The sweep could not be run.
-    #[error("flows can't be swept")]
-    Sweep(#[source] io::Error),
-}
-
-/// The error and its causes in one line.
-pub fn words(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(source) = cause {
-        let more = source.to_string();
-        // Some libraries repeat their cause in their own words.
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = source.source();
-    }
-    text
-}
-
 /// What a port has counted on the kernel path; refreshed every second.
 #[derive(Debug, Default)]
 pub struct KernelPort {
@@ -136,14 +69,17 @@ pub struct KernelPort {
     total: AtomicU64,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    refused: AtomicU64,
 }
 
 impl KernelPort {
-    /// The counters, in the relay's terms. A payload that is sent again counts again.
+    /// The counters, in the relay's terms. A payload that is sent again counts again; that of
+    /// clients on this host is not counted.
     pub fn counters(&self) -> Counters {
         Counters {
             active: u32::try_from(self.active.load(Relaxed)).unwrap_or(u32::MAX),
             total: self.total.load(Relaxed),
+            refused: self.refused.load(Relaxed),
             bytes_in: self.bytes_in.load(Relaxed),
             bytes_out: self.bytes_out.load(Relaxed),
             ..Counters::default()
@@ -157,21 +93,57 @@ struct Served {
     port: Arc<KernelPort>,
 }
 
+/// What the kernel path does for a row.
+#[derive(Debug, Clone)]
+pub struct Lift {
+    /// Where it counts.
+    pub port: Arc<KernelPort>,
+    /// Why clients of other hosts are not served by it.
+    pub remote: Option<String>,
+    /// Why those on this host are not.
+    pub host: Option<String>,
+}
+
+/// What holds for a row beside the row itself.
+#[derive(Debug, Clone)]
+pub struct Terms<'a> {
+    /// Its container, if that is known.
+    pub container: Option<&'a ContainerRow>,
+    /// Most flows at once; 0 means no limit.
+    pub max_flows: u32,
+    /// Most new flows in a second, in the long run; 0 means no limit.
+    pub new_per_second: u32,
+    /// Silent sessions are to be ended.
+    pub idle_timeout: bool,
+    /// Client networks that are let in; none means all.
+    pub allowed: &'a [shared::desired::ClientNetwork],
+    /// Sessions of the relay that would be torn apart.
+    pub relayed: u32,
+}
+
 /// The kernel path. One thread owns it.
 pub struct KernelPath {
     pins: Pins,
+    means: Means,
     object: Ebpf,
+    /// The hooks, or why there are none.
+    hooks: Result<Hooks, String>,
     services: HashMap<MapData, ServiceKey, Service>,
     addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuHashMap<MapData, ServiceKey, PortCounters>,
     active: HashMap<MapData, ServiceKey, PortFlows>,
     orders: Array<MapData, SweepOrder>,
+    uplink_mtus: HashMap<MapData, u32, u32>,
     watch: Interfaces,
     interfaces: BTreeMap<u32, Interface>,
     uplinks: BTreeSet<u32>,
     attached: BTreeSet<(Side, u32)>,
     known_addresses: BTreeSet<Address>,
+    /// Container links that nobody but this host may reach the runner by.
+    guarded: BTreeSet<u32>,
     served: BTreeMap<ServiceKey, Served>,
+    /// Taken off, their flows not swept yet.
+    unswept: BTreeSet<ServiceKey>,
     /// Services an earlier process has left.
     found: BTreeMap<ServiceKey, Service>,
     routed: HashSet<(u32, u32, bool)>,
@@ -206,25 +178,30 @@ fn key_of(key: PortKey) -> ServiceKey {
 }
 
 /// The service of a row; its life is not decided here.
-fn service_of(row: &PortRow, max_flows: u32) -> Service {
+fn service_of(row: &PortRow, terms: &Terms<'_>, clients: u8) -> Service {
     let mut network = [ClientNetwork::default(); ebpf::records::CLIENT_NETWORKS];
-    for (slot, it) in network.iter_mut().zip(&row.networks) {
+    for (slot, it) in network.iter_mut().zip(terms.allowed) {
         *slot = ClientNetwork::new(it.address, it.prefix);
     }
+    let any = if row.bind.is_unspecified() {
+        SERVICE_ANY_ADDRESS
+    } else {
+        0
+    };
     Service {
         bind: Address::from(row.bind),
         target: Address::from(row.target),
         link_index: row.link_index,
         life: 0,
-        max_flows,
+        max_flows: terms.max_flows,
         target_port: row.target_port.to_be(),
-        flags: if row.bind.is_unspecified() {
-            SERVICE_ANY_ADDRESS
-        } else {
-            0
-        },
-        networks: u8::try_from(row.networks.len()).unwrap_or(u8::MAX),
+        flags: any | clients,
+        networks: u8::try_from(terms.allowed.len()).unwrap_or(u8::MAX),
         network,
+        spacing_ns: match terms.new_per_second {
+            0 => 0,
+            rate => 1_000_000_000 / u64::from(rate),
+        },
     }
 }
 
@@ -235,89 +212,13 @@ fn same_route(a: &Service, b: &Service) -> bool {
         && (a.flags ^ b.flags) & SERVICE_ANY_ADDRESS == 0
 }
 
-fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, KernelPathError> {
-    object
-        .take_map(name)
-        .ok_or(KernelPathError::Missing { name })
-}
-
-fn classifier<'a>(
-    object: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut SchedClassifier, KernelPathError> {
-    object
-        .program_mut(name)
-        .ok_or(KernelPathError::Missing { name })?
-        .try_into()
-        .map_err(|source| KernelPathError::Program { name, source })
-}
-
-fn load(pins: &Pins) -> Result<Ebpf, KernelPathError> {
-    let mut object = EbpfLoader::new()
-        .default_map_pin_directory(pins.directory())
-        .load(ebpf::nat())
-        .map_err(KernelPathError::Load)?;
-    for name in [
-        program::FROM_UPLINK,
-        program::FROM_CONTAINER,
-        program::SWEEP,
-    ] {
-        classifier(&mut object, name)?
-            .load()
-            .map_err(|source| KernelPathError::Program { name, source })?;
-    }
-    Ok(object)
-}
-
-/// Sizes of keys and values of the pinned maps, as this version has them. The loader takes a
-/// pinned map of any shape, and then reads past the ends of its records.
-fn pins_fit(pins: &Pins) -> bool {
-    let sizes: [(&str, usize, usize); 6] = [
-        (map::SERVICES, size_of::<ServiceKey>(), size_of::<Service>()),
-        (
-            map::FLOWS,
-            size_of::<ebpf::records::FlowKey>(),
-            size_of::<ebpf::records::Flow>(),
-        ),
-        (map::ADDRESSES, size_of::<Address>(), size_of::<u32>()),
-        (
-            map::COUNTERS,
-            size_of::<ServiceKey>(),
-            size_of::<PortCounters>(),
-        ),
-        (map::ACTIVE, size_of::<ServiceKey>(), size_of::<PortFlows>()),
-        (map::ORDERS, size_of::<u32>(), size_of::<SweepOrder>()),
-    ];
-    sizes.into_iter().all(|(name, key, value)| {
-        let path = pins.directory().join(name);
-        if !path.exists() {
-            return true;
-        }
-        aya::maps::MapInfo::from_pin(&path).is_ok_and(|info| {
-            usize::try_from(info.key_size()) == Ok(key)
-                && usize::try_from(info.value_size()) == Ok(value)
-        })
-    })
-}
-
-macro_rules! typed {
-    ($object:expr, $name:expr) => {
-        take($object, $name)?
-            .try_into()
-            .map_err(|source| KernelPathError::Map {
-                name: $name,
-                source,
-            })?
-    };
-}
-
 impl KernelPath {
     /// Loads the programs, takes over what an earlier process has pinned, attaches to the uplinks.
     /// `root` is the agent's run directory.
     ///
     /// # Errors
     /// The step that failed: no permission, no BPF file system, an old kernel.
-    pub fn start(agent: &str, root: &Path) -> Result<Self, KernelPathError> {
+    pub fn start(agent: &str, root: &Path, means: Means) -> Result<Self, KernelPathError> {
         let watch = Interfaces::open().map_err(KernelPathError::Interfaces)?;
         let pins = Pins::open(agent, root).map_err(KernelPathError::Pins)?;
         if !pins_fit(&pins) {
@@ -330,8 +231,21 @@ impl KernelPath {
         let counters = typed!(&mut object, map::COUNTERS);
         let active = typed!(&mut object, map::ACTIVE);
         let orders: Array<MapData, SweepOrder> = typed!(&mut object, map::ORDERS);
+        let uplink_mtus = typed!(&mut object, map::UPLINKS);
+        let hooks = Hooks::start(&pins).map_err(|err| {
+            tracing::warn!(
+                err = words(&err),
+                "no hooks at this host's sockets, the relay serves its clients"
+            );
+            words(&err)
+        });
         let found: BTreeMap<ServiceKey, Service> = services.iter().flatten().collect();
-        let known_addresses = addresses.keys().flatten().collect();
+        let known_addresses = addresses
+            .iter()
+            .flatten()
+            .filter(|(_, what)| *what == ADDRESS_HOST)
+            .map(|(address, _)| address)
+            .collect();
         // Flows of a life that was used before must not come back to life.
         let clock =
             u32::try_from(shared::wall_ns() / 1_000_000_000 % u64::from(u32::MAX / 2)).unwrap_or(0);
@@ -340,18 +254,23 @@ impl KernelPath {
         let now = Instant::now();
         let mut path = Self {
             pins,
+            means,
             object,
+            hooks,
             services,
             addresses,
             counters,
             active,
             orders,
+            uplink_mtus,
             watch,
             interfaces: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             attached: BTreeSet::new(),
             known_addresses,
+            guarded: BTreeSet::new(),
             served: BTreeMap::new(),
+            unswept: BTreeSet::new(),
             found,
             routed: HashSet::new(),
             next_life,
@@ -365,9 +284,12 @@ impl KernelPath {
         path.scan()?;
         // Replies of flows under way are translated by this version from now on, too.
         for (side, index) in path.pins.links() {
-            if side == Side::Container && path.interfaces.contains_key(&index) {
+            if side != Side::Uplink && path.interfaces.contains_key(&index) {
                 path.attach(side, index)?;
             }
+        }
+        for other in path.pins.other_layouts() {
+            attach::remove_filters(&other, &path.interfaces);
         }
         path.pins
             .remove_other_layouts()
@@ -398,28 +320,18 @@ impl KernelPath {
         let name = match side {
             Side::Uplink => program::FROM_UPLINK,
             Side::Container => program::FROM_CONTAINER,
+            Side::Guard => program::TO_CONTAINER,
         };
-        let pin = self.pins.link(side, index);
         let program = classifier(&mut self.object, name)?;
-        match replace(program, &pin) {
-            Ok(true) => {}
-            Ok(false) => attach_and_pin(program, &interface, &pin)?,
-            Err(err) => {
-                // The interface may have gone and another come since it was pinned.
-                tracing::debug!(interface, err = words(&err), "a pinned link is of no use");
-                self.pins
-                    .remove_link(side, index)
-                    .map_err(KernelPathError::Pins)?;
-                attach_and_pin(program, &interface, &pin)?;
-            }
-        }
+        attach::attach(program, &self.pins, self.means, side, index, &interface)?;
         self.attached.insert((side, index));
         Ok(())
     }
 
     fn detach(&mut self, side: Side, index: u32) {
         self.attached.remove(&(side, index));
-        if let Err(err) = self.pins.remove_link(side, index) {
+        let interface = self.interfaces.get(&index).map(|it| it.name.as_str());
+        if let Err(err) = attach::detach(&self.pins, side, index, interface) {
             tracing::warn!(
                 interface = index,
                 err = words(&err),
@@ -450,11 +362,14 @@ impl KernelPath {
             }
         }
         for address in addresses.difference(&self.known_addresses) {
-            self.addresses.insert(address, 1, 0).map_err(fails)?;
+            self.addresses
+                .insert(address, ADDRESS_HOST, 0)
+                .map_err(fails)?;
         }
         self.known_addresses = addresses;
 
         let wanted = eligibility::uplinks(&self.interfaces);
+        self.note_uplinks(&wanted)?;
         self.uplinks.clear();
         for index in &wanted {
             match self.attach(Side::Uplink, *index) {
@@ -480,13 +395,60 @@ impl KernelPath {
                     .interfaces
                     .get(&index)
                     .is_none_or(|it| it.up && !wanted.contains(&index)),
-                Side::Container => !self.interfaces.contains_key(&index),
+                Side::Container | Side::Guard => !self.interfaces.contains_key(&index),
             };
             if stale {
                 self.detach(side, index);
             }
         }
         Ok(())
+    }
+
+    /// Tells the programs how large a packet may leave by each uplink.
+    fn note_uplinks(&mut self, wanted: &BTreeSet<u32>) -> Result<(), KernelPathError> {
+        let fails = |source| KernelPathError::Map {
+            name: map::UPLINKS,
+            source,
+        };
+        let known: BTreeMap<u32, u32> = self.uplink_mtus.iter().flatten().collect();
+        for index in known.keys().filter(|index| !wanted.contains(index)) {
+            match self.uplink_mtus.remove(index) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(fails(source)),
+            }
+        }
+        for index in wanted {
+            let Some(interface) = self.interfaces.get(index) else {
+                continue;
+            };
+            if known.get(index) != Some(&interface.mtu) {
+                self.uplink_mtus
+                    .insert(index, interface.mtu, 0)
+                    .map_err(fails)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps everybody but this host away from the runners of these containers.
+    pub fn guard<'a>(&mut self, containers: impl Iterator<Item = &'a ContainerRow>) {
+        let links: BTreeSet<u32> = containers
+            .filter(|it| !it.host_network)
+            .flat_map(|it| it.link_indexes.iter().copied())
+            .filter(|link| {
+                let interface = self.interfaces.get(link);
+                interface.is_none_or(|it| it.kind == "veth" && it.peer_elsewhere)
+            })
+            .collect();
+        for link in &links {
+            if self.guarded.contains(link) {
+                continue;
+            }
+            if let Err(err) = self.attach(Side::Guard, *link) {
+                self.complain(&err);
+            }
+        }
+        self.guarded = links;
     }
 
     /// What is due: a look at the interfaces, a sweep, the counters. True when rows should be
@@ -531,32 +493,40 @@ impl KernelPath {
     ///
     /// # Errors
     /// Words for the port's status.
-    pub fn offer(
-        &mut self,
-        row: &PortRow,
-        container: Option<&ContainerRow>,
-        max_flows: u32,
-        idle_timeout: bool,
-    ) -> Result<Arc<KernelPort>, String> {
+    pub fn offer(&mut self, row: &PortRow, terms: &Terms<'_>) -> Result<Lift, String> {
         let at = Circumstances {
-            container,
+            container: terms.container,
             interfaces: &self.interfaces,
             uplinks: &self.uplinks,
-            idle_timeout,
+            idle_timeout: terms.idle_timeout,
+            networks: terms.allowed.len(),
+            // Once it is served here, sessions of the relay are those of others.
+            relayed: if self.served.contains_key(&key_of(row.key())) {
+                0
+            } else {
+                terms.relayed
+            },
         };
-        let obstacle = eligibility::obstacle(row, &at).or_else(|| {
-            let pid = container.map_or(0, |it| it.init_pid);
+        let common = eligibility::common_obstacle(row, &at);
+        let remote = eligibility::remote_obstacle(row, &at).or_else(|| {
+            let pid = terms.container.map_or(0, |it| it.init_pid);
             self.no_route(pid, row.link_index, row.target)
         });
-        if let Some(why) = obstacle {
+        let host = self.hooks.as_ref().err().cloned();
+        if let Some(why) = common.or_else(|| host.as_ref().and(remote.clone())) {
             self.withdraw(row.key());
             return Err(why);
         }
-        self.serve(row, max_flows).map_err(|err| {
-            self.complain(&err);
-            self.withdraw(row.key());
-            words(&err)
-        })
+        let clients = if remote.is_none() { SERVICE_REMOTE } else { 0 }
+            | if host.is_none() { SERVICE_HOST } else { 0 };
+        match self.serve(row, service_of(row, terms, clients)) {
+            Ok(port) => Ok(Lift { port, remote, host }),
+            Err(err) => {
+                self.complain(&err);
+                self.withdraw(row.key());
+                Err(words(&err))
+            }
+        }
     }
 
     fn no_route(&mut self, pid: u32, link: u32, target: IpAddr) -> Option<String> {
@@ -574,9 +544,15 @@ impl KernelPath {
         None
     }
 
-    fn serve(&mut self, row: &PortRow, max_flows: u32) -> Result<Arc<KernelPort>, KernelPathError> {
+    fn serve(
+        &mut self,
+        row: &PortRow,
+        mut service: Service,
+    ) -> Result<Arc<KernelPort>, KernelPathError> {
         let key = key_of(row.key());
-        let mut service = service_of(row, max_flows);
+        if self.unswept.contains(&key) {
+            self.settle();
+        }
         let before = self
             .served
             .get(&key)
@@ -586,6 +562,7 @@ impl KernelPath {
             Some(before) if same_route(&before, &service) => service.life = before.life,
             Some(_) => {
                 self.withdraw(row.key());
+                self.settle();
                 service.life = self.new_life();
             }
             None => service.life = self.new_life(),
@@ -596,6 +573,15 @@ impl KernelPath {
             return Ok(Arc::clone(&served.port));
         }
         self.attach(Side::Container, row.link_index)?;
+        if let Ok(hooks) = &mut self.hooks {
+            hooks.allow(row.link_index)?;
+        }
+        self.addresses
+            .insert(service.target, ADDRESS_CONTAINER, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::ADDRESSES,
+                source,
+            })?;
         if self.active.get(&key, 0).is_err() {
             self.active
                 .insert(key, PortFlows::default(), 0)
@@ -685,16 +671,38 @@ impl KernelPath {
             }),
         }
         self.count_one(key);
-        if let Some(served) = self.served.remove(&key) {
+        let target = self.served.remove(&key).map(|served| {
             served.port.active.store(0, Relaxed);
+            served.service.target
+        });
+        self.unswept.insert(key);
+        if let Some(target) = target
+            && !self.served.values().any(|it| it.service.target == target)
+            && !self.known_addresses.contains(&target)
+        {
+            let _ = self.addresses.remove(&target);
         }
-        self.sweep(Instant::now());
-        let _ = self.counters.remove(&key);
-        let _ = self.active.remove(&key);
         if let Some(link) = link
             && !self.services_at(link)
         {
+            if let Ok(hooks) = &mut self.hooks {
+                hooks.forbid(link);
+            }
             self.detach(Side::Container, link);
+        }
+    }
+
+    /// Cuts the flows of ports that were taken off; many at once cost no more than one.
+    pub fn settle(&mut self) {
+        if self.unswept.is_empty() {
+            return;
+        }
+        self.sweep(Instant::now());
+        for key in std::mem::take(&mut self.unswept) {
+            if !self.served.contains_key(&key) {
+                let _ = self.counters.remove(&key);
+                let _ = self.active.remove(&key);
+            }
         }
     }
 
@@ -721,8 +729,14 @@ impl KernelPath {
                 host_port,
             });
         }
+        self.settle();
         for (side, index) in self.pins.links() {
-            if side == Side::Container && !self.services_at(index) {
+            let unwanted = match side {
+                Side::Uplink => false,
+                Side::Container => !self.services_at(index),
+                Side::Guard => !self.guarded.contains(&index),
+            };
+            if unwanted {
                 self.detach(side, index);
             }
         }
@@ -743,6 +757,8 @@ impl KernelPath {
             opening_ns: nanoseconds(OPENING),
             idle_ns: nanoseconds(IDLE),
             ended_ns: nanoseconds(ENDED),
+            datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
+            datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
             pass: self.pass,
             zero: 0,
         };
@@ -767,7 +783,11 @@ impl KernelPath {
             } else {
                 0
             };
-            served.port.active.store(u64::from(counted), Relaxed);
+            let local = u64::try_from(flows.local).unwrap_or(0);
+            served
+                .port
+                .active
+                .store(u64::from(counted) + local, Relaxed);
             if flows.active != i64::from(counted) {
                 // Flows pushed out by newer ones, or by a race of two processors.
                 flows.active = i64::from(counted);
@@ -795,58 +815,29 @@ impl KernelPath {
             port.total.store(sum(|it| it.flows), Relaxed);
             port.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
             port.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
+            port.refused.store(sum(|it| it.refused), Relaxed);
         }
         if let Ok(flows) = self.active.get(&key, 0) {
-            let active = u64::try_from(flows.active).unwrap_or(0);
+            let active = u64::try_from(flows.active + flows.local.max(0)).unwrap_or(0);
             port.active.store(active, Relaxed);
         }
     }
 }
 
-/// Puts a program in the place of the pinned link's. False when nothing is pinned.
-fn replace(program: &mut SchedClassifier, pin: &Path) -> Result<bool, ReplaceError> {
-    let pinned = match PinnedLink::from_pin(pin) {
-        Ok(pinned) => pinned,
-        Err(LinkError::SyscallError(err)) if err.io_error.kind() == io::ErrorKind::NotFound => {
-            return Ok(false);
+/// Removes all that the kernel path of an agent has left, of every version. Answers the directories
+/// that were there.
+///
+/// # Errors
+/// A directory can't be removed.
+pub fn detach(agent: &str, root: &Path) -> Result<Vec<PathBuf>, PinsError> {
+    let left = pins::here(agent, root);
+    if !left.is_empty()
+        && let Ok(mut watch) = Interfaces::open()
+        && let Ok(interfaces) = watch.list()
+    {
+        for pins in &left {
+            attach::remove_filters(pins, &interfaces);
         }
-        Err(err) => return Err(ReplaceError::Open(err)),
-    };
-    let link = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(ReplaceError::Open)?;
-    let id = program.attach_to_link(link).map_err(ReplaceError::Update)?;
-    // The pin holds it; a descriptor here would keep it attached when the pin is removed.
-    drop(program.take_link(id).map_err(ReplaceError::Update)?);
-    Ok(true)
-}
-
-#[derive(Debug, thiserror::Error)]
-enum ReplaceError {
-    #[error("the pinned link can't be opened")]
-    Open(#[source] LinkError),
-    #[error("the pinned link takes no other program")]
-    Update(#[source] ProgramError),
-}
-
-fn attach_and_pin(
-    program: &mut SchedClassifier,
-    interface: &str,
-    pin: &PathBuf,
-) -> Result<(), KernelPathError> {
-    let attach = |source| KernelPathError::Attach {
-        interface: interface.to_owned(),
-        source,
-    };
-    let keep = |source: Box<dyn std::error::Error + Send + Sync>| KernelPathError::Link {
-        interface: interface.to_owned(),
-        source,
-    };
-    // Last: a filter somebody else has put there speaks first.
-    let options = TcAttachOptions::TcxOrder(LinkOrder::last());
-    let id = program
-        .attach_with_options(interface, TcAttachType::Ingress, options)
-        .map_err(attach)?;
-    let link = program.take_link(id).map_err(attach)?;
-    let link = FdLink::try_from(link).map_err(|err| keep(Box::new(err)))?;
-    link.pin(pin).map_err(|err| keep(Box::new(err)))?;
-    Ok(())
+    }
+    pins::detach(agent, root)
 }

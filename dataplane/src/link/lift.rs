@@ -13,7 +13,7 @@ use shared::observed::{ForwardPath, PortState};
 
 use super::{Link, ORPHAN_GRACE, sum};
 use crate::board::Changes;
-use crate::forward::kernel::{KernelPath, KernelPort};
+use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
 
 /// Bytes of a reason that fit in a status.
 const REASON: usize = 119;
@@ -27,6 +27,28 @@ fn cut(mut text: String) -> String {
     }
     text.truncate(end);
     text
+}
+
+fn kernel_settle(kernel: Option<&mut KernelPath>) {
+    if let Some(kernel) = kernel {
+        kernel.settle();
+    }
+}
+
+/// The path of most of a port's clients, and who takes another one.
+fn path_of(lift: &Lift, local_only: bool) -> (ForwardPath, String) {
+    match (&lift.remote, &lift.host) {
+        (None, None) => (ForwardPath::KernelPath, String::new()),
+        (Some(_), None) if local_only => (ForwardPath::KernelPath, String::new()),
+        (None, Some(why)) => (
+            ForwardPath::KernelPath,
+            format!("clients on this host by the relay: {why}"),
+        ),
+        (Some(why), _) => (
+            ForwardPath::Relay,
+            format!("by the relay, but clients on this host: {why}"),
+        ),
+    }
 }
 
 impl Link {
@@ -73,6 +95,9 @@ impl Link {
             .iter()
             .map(|row| (row.container_id, row.clone()))
             .collect();
+        if let Some(kernel) = &mut self.kernel {
+            kernel.guard(self.containers.values());
+        }
         if self.applied.is_none() {
             // What an earlier process left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
@@ -86,8 +111,10 @@ impl Link {
             let Some(known) = self.known.get(key) else {
                 continue;
             };
-            let forwarded = running.state == PortState::Serving
-                && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
+            let datagrams = running.datagrams.is_some();
+            let forwarded = datagrams && running.state != PortState::Disabled
+                || running.state == PortState::Serving
+                    && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
             let Some(kernel) = &mut self.kernel else {
                 if let Some(why) = &self.kernel_missing
                     && forwarded
@@ -104,33 +131,52 @@ impl Link {
                 continue;
             }
             let rules = self.settings.rules(&known.row);
-            let container = self.containers.get(&known.row.container_id);
-            let idle = rules.idle_timeout.is_some();
-            match kernel.offer(&known.row, container, rules.max_sessions, idle) {
-                Ok(port) => {
+            let terms = Terms {
+                container: self.containers.get(&known.row.container_id),
+                max_flows: rules.max_sessions,
+                new_per_second: 0,
+                idle_timeout: rules.idle_timeout.is_some(),
+                allowed: &rules.allowed,
+                relayed: running.port.as_ref().map_or(0, |port| port.active()),
+            };
+            let (mut path, reason) = match kernel.offer(&known.row, &terms) {
+                Ok(lift) => {
                     let same = running
                         .kernel
                         .as_ref()
-                        .is_some_and(|it| Arc::ptr_eq(it, &port));
+                        .is_some_and(|it| Arc::ptr_eq(it, &lift.port));
                     if !same {
                         running.lower();
-                        running.kernel = Some(port);
-                        running.path = ForwardPath::KernelPath;
-                        running.reason.clear();
-                        changed.push(*key);
+                        running.kernel = Some(Arc::clone(&lift.port));
                     }
+                    path_of(&lift, known.row.local_only)
                 }
                 Err(why) => {
                     running.lower();
-                    let reason = cut(format!("by the relay: {why}"));
-                    if running.path != ForwardPath::Relay || running.reason != reason {
-                        running.path = ForwardPath::Relay;
-                        running.reason = reason;
-                        changed.push(*key);
-                    }
+                    (ForwardPath::Relay, format!("by the relay: {why}"))
+                }
+            };
+            let mut reason = cut(reason);
+            let mut state = PortState::Serving;
+            if datagrams {
+                // There is no relay behind it: what is not lifted is not served.
+                reason = reason.replace("by the relay", "not served");
+                path = ForwardPath::KernelPath;
+                if running.kernel.is_none() {
+                    (state, path) = (PortState::Refused, ForwardPath::None);
                 }
             }
+            if running.path != path || running.reason != reason || running.state != state {
+                running.path = path;
+                running.reason = reason;
+                running.state = state;
+                changed.push(*key);
+            } else if running.kernel_told != running.kernel.is_some() {
+                changed.push(*key);
+            }
+            running.kernel_told = running.kernel.is_some();
         }
+        kernel_settle(self.kernel.as_mut());
         changed
     }
 
@@ -150,6 +196,7 @@ impl Link {
     /// Takes a port off the kernel path: its flows are cut.
     pub(super) fn withdraw(&mut self, key: PortKey) {
         if let Some(kernel) = &mut self.kernel {
+            // Its flows are cut before anything is said about it.
             kernel.withdraw(key);
         }
         if let Some(running) = self.running.get_mut(&key) {

@@ -1,17 +1,23 @@
-//! What the BPF system call offers and `aya` does not: running a program once.
+//! What the BPF system call offers and `aya` does not: running a program once, and changing the
+//! program of any pinned link.
 //!
-//! In: a loaded program. Out: what it returned. Also the file system for pins.
+//! In: a loaded program. Out: what it returned; the link runs it. Also the file system for pins.
 
+use std::ffi::CString;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{StatFs, statfs};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
+use rustix::net::{self, AddressFamily, SocketType};
 
 /// linux/bpf.h.
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_LINK_UPDATE: libc::c_long = 29;
 /// linux/magic.h.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
@@ -52,20 +58,97 @@ pub fn run_once(program: impl AsFd) -> io::Result<u32> {
         repeat: 1,
         ..TestRun::default()
     };
-    // SAFETY: `attributes` has the layout of the kernel's `test` member and lives through the call,
-    // as does the frame it points to; the kernel writes into `attributes` only.
+    call(BPF_PROG_TEST_RUN, &mut attributes)?;
+    Ok(attributes.retval)
+}
+
+/// The `path` and `file_flags` members of `union bpf_attr`, and the one with `link_update`.
+#[repr(C)]
+#[derive(Default)]
+struct OpenPin {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct UpdateLink {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+fn call<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the caller's `attributes` have the layout that the kernel expects for `command` and
+    // are as long as stated; pointers in them outlive the call.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,
-            BPF_PROG_TEST_RUN,
-            &raw mut attributes,
-            size_of::<TestRun>(),
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>(),
         )
     };
     if answer < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(attributes.retval)
+    Ok(answer)
+}
+
+/// Puts a program in the place of the one that a pinned link holds, in one step.
+///
+/// # Errors
+/// The pin is no link, or it takes no other program.
+pub fn replace_program(pin: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
+    let path = CString::new(pin.as_os_str().as_encoded_bytes())?;
+    let fd = call(
+        BPF_OBJ_GET,
+        &mut OpenPin {
+            pathname: path.as_ptr().addr() as u64,
+            ..OpenPin::default()
+        },
+    )?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given this descriptor to us, and to nobody else.
+    let link = unsafe { OwnedFd::from_raw_fd(fd) };
+    let number = |fd: i32| u32::try_from(fd).map_err(io::Error::other);
+    call(
+        BPF_LINK_UPDATE,
+        &mut UpdateLink {
+            link_fd: number(link.as_raw_fd())?,
+            new_prog_fd: number(program.as_raw_fd())?,
+            ..UpdateLink::default()
+        },
+    )?;
+    Ok(())
+}
+
+/// The cookie of the network namespace of this thread, as programs see it.
+///
+/// # Errors
+/// No socket; kernels before 5.14 do not know the question.
+pub fn namespace_cookie() -> Result<u64, Errno> {
+    let socket = net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(|_| Errno::INVAL)?;
+    // SAFETY: `cookie` and `length` live through the call; the kernel writes at most `length` bytes
+    // to the first, and how many it wrote to the second.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if answer < 0 {
+        let err = io::Error::last_os_error();
+        return Err(Errno::from_io_error(&err).unwrap_or(Errno::INVAL));
+    }
+    Ok(cookie)
 }
 
 /// Whether a directory lies on a file system for pins.

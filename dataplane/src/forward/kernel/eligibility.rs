@@ -12,12 +12,18 @@ use shared::desired::{ContainerRow, PortRow, Protocol};
 use crate::sys::netlink::interfaces::Interface;
 
 /// Interfaces by which clients of other hosts arrive: they speak Ethernet, are up, are nobody's
-/// member and have an address others can reach. Bridges are left out: containers and their
-/// neighbours come by those, and belong to the relay.
+/// member and have an address others can reach. A bridge counts when it reaches other machines by
+/// one of its members; by one with nothing but containers and virtual machines come neighbours only,
+/// and those belong to the relay.
 pub fn uplinks(interfaces: &BTreeMap<u32, Interface>) -> BTreeSet<u32> {
+    let leads_out = |bridge: u32| {
+        let mut members = interfaces.values().filter(|it| it.master == Some(bridge));
+        members.any(|it| it.ethernet && it.up && it.kind != "veth" && it.kind != "tun")
+    };
     interfaces
         .values()
-        .filter(|it| it.ethernet && it.up && it.master.is_none() && it.kind != "bridge")
+        .filter(|it| it.ethernet && it.up && it.master.is_none())
+        .filter(|it| it.kind != "bridge" || leads_out(it.index))
         .filter(|it| it.addresses.iter().any(|address| is_reachable(*address)))
         .map(|it| it.index)
         .collect()
@@ -42,18 +48,15 @@ pub struct Circumstances<'a> {
     pub uplinks: &'a BTreeSet<u32>,
     /// Sessions of this row end when silent for a time.
     pub idle_timeout: bool,
+    /// How many client networks are let in; 0 is everyone.
+    pub networks: usize,
+    /// Sessions that the relay has on the port.
+    pub relayed: u32,
 }
 
-/// Why the kernel path can't serve a row; `None` when only the container's routes can be in the
-/// way.
-pub fn obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
+/// Why the kernel path can't serve a row to anybody.
+pub fn common_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     let no = |why: &str| Some(why.to_owned());
-    if row.protocol != Protocol::Tcp {
-        return no("only TCP goes by the kernel path");
-    }
-    if row.local_only || row.bind.is_loopback() {
-        return no("only clients on this host may use the port");
-    }
     let families = (row.bind.is_ipv4(), row.target.is_ipv4());
     if families == (true, false) || (families == (false, true) && !row.bind.is_unspecified()) {
         return no("clients and container speak different versions of IP");
@@ -61,8 +64,12 @@ pub fn obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     if at.idle_timeout {
         return no("the relay ends silent sessions, the kernel path can't");
     }
-    if row.networks.len() > ebpf::records::CLIENT_NETWORKS {
+    if at.networks > ebpf::records::CLIENT_NETWORKS {
         return no("the row names too many client networks");
+    }
+    // Nothing in a datagram tells that it belongs to a session of the relay.
+    if row.protocol == Protocol::Udp && at.relayed > 0 {
+        return no("sessions of datagrams are under way");
     }
     let Some(container) = at.container else {
         return no("nothing is known of the container");
@@ -73,10 +80,6 @@ pub fn obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     if row.link_index == 0 {
         return no("the host's end of the container's link is not known");
     }
-    // Replies leave by the container's default route, which may be another network's.
-    if container.link_indexes != [row.link_index] {
-        return no("the container is on several networks");
-    }
     let Some(link) = at.interfaces.get(&row.link_index) else {
         return Some(format!("interface {} is not here", row.link_index));
     };
@@ -86,21 +89,41 @@ pub fn obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     if !link.up {
         return Some(format!("{} is down", link.name));
     }
+    None
+}
+
+/// Why the kernel path can't serve a row, which has no [`common_obstacle`], to clients of other
+/// hosts; `None` when only the container's routes can be in the way.
+pub fn remote_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
+    let no = |why: &str| Some(why.to_owned());
+    if row.local_only || row.bind.is_loopback() {
+        return no("only clients on this host may use the port");
+    }
+    // Replies leave by the container's default route, which may be another network's.
+    if at
+        .container
+        .is_some_and(|it| it.link_indexes != [row.link_index])
+    {
+        return no("the container is on several networks");
+    }
     if at.uplinks.is_empty() {
         return no("no interface leads to other hosts");
     }
-    // A segment too large for the way out would be lost without a word to its sender.
+    // A stream's sender learns how much would do; a datagram would be lost without a word.
+    let link = at.interfaces.get(&row.link_index)?;
     let narrow = at
         .uplinks
         .iter()
         .filter_map(|index| at.interfaces.get(index))
         .find(|uplink| uplink.mtu < link.mtu);
-    narrow.map(|uplink| {
-        format!(
-            "{} takes packets of {} bytes, {} only {}",
-            link.name, link.mtu, uplink.name, uplink.mtu
-        )
-    })
+    narrow
+        .filter(|_| row.protocol == Protocol::Udp)
+        .map(|uplink| {
+            format!(
+                "{} takes packets of {} bytes, {} only {}",
+                link.name, link.mtu, uplink.name, uplink.mtu
+            )
+        })
 }
 
 /// Whether the network namespace of a process has a default route of the family of `target`:
@@ -190,25 +213,38 @@ mod tests {
     }
 
     #[test]
-    fn uplinks_have_addresses_and_are_no_bridges() {
-        assert_eq!(uplinks(&interfaces()), BTreeSet::from([2, 6]));
+    fn uplinks_have_addresses_and_lead_out() {
+        let mut all = interfaces();
+        assert_eq!(uplinks(&all), BTreeSet::from([2, 6]));
+        // A bridge with hardware in it is one.
+        all.get_mut(&5).unwrap().master = Some(3);
+        assert_eq!(uplinks(&all), BTreeSet::from([2, 3, 6]));
     }
 
     #[test]
     fn every_obstacle_is_named() {
         let mut all = interfaces();
         let uplinks = BTreeSet::from([2]);
+        fn at<'a>(
+            container: Option<&'a ContainerRow>,
+            interfaces: &'a BTreeMap<u32, Interface>,
+            uplinks: &'a BTreeSet<u32>,
+        ) -> Circumstances<'a> {
+            Circumstances {
+                container,
+                interfaces,
+                uplinks,
+                idle_timeout: false,
+                networks: 0,
+                relayed: 0,
+            }
+        }
+        let words = |row: &PortRow, at: &Circumstances<'_>| {
+            common_obstacle(row, at).or_else(|| remote_obstacle(row, at))
+        };
         let ask =
             |row: &PortRow, container: Option<&ContainerRow>, all: &BTreeMap<u32, Interface>| {
-                obstacle(
-                    row,
-                    &Circumstances {
-                        container,
-                        interfaces: all,
-                        uplinks: &uplinks,
-                        idle_timeout: false,
-                    },
-                )
+                words(row, &at(container, all, &uplinks))
             };
         let good = container();
         assert_eq!(ask(&row(), Some(&good), &all), None);
@@ -231,7 +267,10 @@ mod tests {
                 .contains("this host")
         );
         all.get_mut(&4).unwrap().mtu = 9000;
-        assert!(ask(&row(), Some(&good), &all).unwrap().contains("9000"));
+        assert_eq!(ask(&row(), Some(&good), &all), None, "a stream adapts");
+        let mut datagrams = row();
+        datagrams.protocol = Protocol::Udp;
+        assert!(ask(&datagrams, Some(&good), &all).unwrap().contains("9000"));
         all.get_mut(&4).unwrap().peer_elsewhere = false;
         assert!(
             ask(&row(), Some(&good), &all)
@@ -240,20 +279,26 @@ mod tests {
         );
         all.remove(&4);
         assert!(ask(&row(), Some(&good), &all).unwrap().contains("not here"));
-        let none = BTreeSet::new();
-        let at = Circumstances {
-            container: Some(&good),
-            interfaces: &interfaces(),
-            uplinks: &none,
-            idle_timeout: false,
-        };
-        assert!(obstacle(&row(), &at).unwrap().contains("other hosts"));
-        let at = Circumstances {
+        let (none, all) = (BTreeSet::new(), interfaces());
+        let nowhere = at(Some(&good), &all, &none);
+        assert!(words(&row(), &nowhere).unwrap().contains("other hosts"));
+        assert_eq!(common_obstacle(&row(), &nowhere), None);
+        let idle = Circumstances {
             idle_timeout: true,
-            uplinks: &uplinks,
-            ..at
+            ..at(Some(&good), &all, &uplinks)
         };
-        assert!(obstacle(&row(), &at).unwrap().contains("silent"));
+        assert!(words(&row(), &idle).unwrap().contains("silent"));
+        let busy = Circumstances {
+            relayed: 1,
+            ..at(Some(&good), &all, &uplinks)
+        };
+        assert_eq!(words(&row(), &busy), None);
+        assert!(words(&datagrams, &busy).unwrap().contains("under way"));
+        let many = Circumstances {
+            networks: 9,
+            ..at(Some(&good), &all, &uplinks)
+        };
+        assert!(words(&row(), &many).unwrap().contains("too many"));
     }
 
     #[test]

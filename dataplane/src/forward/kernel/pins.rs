@@ -12,6 +12,8 @@ use crate::sys::bpf;
 /// Where the kernel's own tools look for pins; systemd mounts it at boot.
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
 const HOME: &str = "/sys/fs/bpf/bai-agent";
+/// What names of filters' programs begin with.
+const FILTER: &str = "filter-";
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +82,14 @@ fn remove_tree(path: &Path) -> Result<(), PinsError> {
     }
 }
 
+fn remove_pin(path: PathBuf) -> Result<(), PinsError> {
+    match std::fs::remove_file(&path) {
+        Ok(()) => Ok(()),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(PinsError::Remove { path, source }),
+    }
+}
+
 fn children(path: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(path).into_iter().flatten();
     entries.flatten().map(|entry| entry.path()).collect()
@@ -92,6 +102,8 @@ pub enum Side {
     Uplink,
     /// The host's end of a container's link.
     Container,
+    /// The same, on the way into the container.
+    Guard,
 }
 
 impl Side {
@@ -99,6 +111,7 @@ impl Side {
         match self {
             Side::Uplink => "uplink",
             Side::Container => "container",
+            Side::Guard => "guard",
         }
     }
 }
@@ -116,14 +129,11 @@ impl Pins {
     /// # Errors
     /// The step that failed.
     pub fn open(agent: &str, root: &Path) -> Result<Self, PinsError> {
-        use std::os::unix::fs::MetadataExt;
         let file_system = Path::new(FILE_SYSTEM);
         if !bpf::holds_pins(file_system) {
             bpf::mount_pins(file_system).map_err(PinsError::Mount)?;
         }
-        let namespace = std::fs::metadata("/proc/self/ns/net")
-            .map_err(PinsError::Namespace)?
-            .ino();
+        let namespace = namespace().map_err(PinsError::Namespace)?;
         let home = Path::new(HOME).join(format!("{}{namespace}", stem(agent, root)));
         let directory = home.join(format!("v{}", ebpf::records::LAYOUT));
         std::fs::create_dir_all(&directory).map_err(|source| PinsError::Make {
@@ -143,12 +153,30 @@ impl Pins {
         self.directory.join(format!("{}-{index}", side.word()))
     }
 
-    /// All links pinned here.
+    /// Where the program of a filter is pinned. The filter itself can't be.
+    pub fn filter(&self, side: Side, index: u32) -> PathBuf {
+        self.directory
+            .join(format!("{FILTER}{}-{index}", side.word()))
+    }
+
+    /// Where a hook at the control groups is pinned.
+    pub fn hook(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("hook-{name}"))
+    }
+
+    /// A number of this directory's own, by which its filters are known.
+    pub fn number(&self) -> u16 {
+        let digest = digest(self.directory.as_os_str().as_encoded_bytes());
+        u16::try_from(digest % 0x7fff).unwrap_or(0) + 1
+    }
+
+    /// All links and filters pinned here.
     pub fn links(&self) -> Vec<(Side, u32)> {
         let mut found = Vec::new();
         for path in children(&self.directory) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            for side in [Side::Uplink, Side::Container] {
+            let name = name.strip_prefix(FILTER).unwrap_or(&name);
+            for side in [Side::Uplink, Side::Container, Side::Guard] {
                 let index = name
                     .strip_prefix(side.word())
                     .and_then(|rest| rest.strip_prefix('-'))
@@ -159,17 +187,20 @@ impl Pins {
         found
     }
 
+    /// Takes away the pin of a filter's program. Nothing there is fine.
+    ///
+    /// # Errors
+    /// It is there and can't be removed.
+    pub fn remove_filter(&self, side: Side, index: u32) -> Result<(), PinsError> {
+        remove_pin(self.filter(side, index))
+    }
+
     /// Takes a link's pin away, which detaches it. Nothing there is fine.
     ///
     /// # Errors
     /// It is there and can't be removed.
     pub fn remove_link(&self, side: Side, index: u32) -> Result<(), PinsError> {
-        let path = self.link(side, index);
-        match std::fs::remove_file(&path) {
-            Ok(()) => Ok(()),
-            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(PinsError::Remove { path, source }),
-        }
+        remove_pin(self.link(side, index))
     }
 
     /// Removes every pin of this layout: the next load starts afresh.
@@ -189,16 +220,33 @@ impl Pins {
     /// # Errors
     /// A directory can't be removed.
     pub fn remove_other_layouts(&self) -> Result<(), PinsError> {
-        let Some(home) = self.directory.parent() else {
-            return Ok(());
-        };
-        for path in children(home) {
-            if path != self.directory {
-                remove_tree(&path)?;
-            }
+        for other in self.other_layouts() {
+            remove_tree(&other.directory)?;
         }
         Ok(())
     }
+
+    /// What other versions of the program have left of this agent in this namespace.
+    pub fn other_layouts(&self) -> Vec<Pins> {
+        let siblings = self.directory.parent().map(children).unwrap_or_default();
+        let others = siblings.into_iter().filter(|path| *path != self.directory);
+        others.map(|directory| Pins { directory }).collect()
+    }
+}
+
+/// What every version has left of an agent in the namespace of this process.
+pub fn here(agent: &str, root: &Path) -> Vec<Pins> {
+    let Ok(namespace) = namespace() else {
+        return Vec::new();
+    };
+    let home = Path::new(HOME).join(format!("{}{namespace}", stem(agent, root)));
+    let versions = children(&home).into_iter();
+    versions.map(|directory| Pins { directory }).collect()
+}
+
+fn namespace() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata("/proc/self/ns/net")?.ino())
 }
 
 /// Removes all pins of an agent, of every version and namespace: whatever they held is detached.

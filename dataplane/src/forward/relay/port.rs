@@ -123,6 +123,7 @@ pub struct Port {
     connect_slots: AtomicU32,
     state: AtomicU8,
     active: AtomicU32,
+    elsewhere: AtomicU32,
     total: AtomicU64,
     refused: AtomicU64,
     bytes_in: AtomicU64,
@@ -150,6 +151,7 @@ impl Port {
             connect_slots: AtomicU32::new(0),
             state: AtomicU8::new(OPEN),
             active: AtomicU32::new(0),
+            elsewhere: AtomicU32::new(0),
             total: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
@@ -253,7 +255,13 @@ impl Port {
         {
             return Err(Refusal::NotLocal);
         }
-        take(&self.active, rules.max_sessions).ok_or(Refusal::PortLimit)?;
+        let elsewhere = self.elsewhere.load(Relaxed);
+        if rules.max_sessions != 0 && elsewhere >= rules.max_sessions {
+            return Err(Refusal::PortLimit);
+        }
+        // 0 would be no limit, and that much is left of one.
+        take(&self.active, rules.max_sessions.saturating_sub(elsewhere))
+            .ok_or(Refusal::PortLimit)?;
         if take(&self.totals.active, self.totals.limit.load(Relaxed)).is_none() {
             self.active.fetch_sub(1, Relaxed);
             self.totals.shed.fetch_add(1, Relaxed);
@@ -292,6 +300,11 @@ impl Port {
         if outbound != 0 {
             self.bytes_out.fetch_add(outbound, Relaxed);
         }
+    }
+
+    /// Tells of clients of this port that are served past the relay: the limit is for all.
+    pub fn note_elsewhere(&self, count: u32) {
+        self.elsewhere.store(count, Relaxed);
     }
 
     /// Sessions now.
@@ -375,6 +388,29 @@ mod tests {
         assert_eq!(
             (counters.active, counters.total, counters.refused),
             (2, 3, 1)
+        );
+    }
+
+    #[test]
+    fn clients_served_elsewhere_take_their_seats() {
+        let port = port(
+            Rules {
+                max_sessions: 2,
+                ..Rules::default()
+            },
+            0,
+        );
+        port.note_elsewhere(1);
+        let seat = port.admit(ip("10.0.0.1"), || None).unwrap();
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::PortLimit
+        );
+        drop(seat);
+        port.note_elsewhere(2);
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::PortLimit
         );
     }
 

@@ -1,0 +1,106 @@
+//! The objects of crate `ebpf` in the kernel.
+//!
+//! In: the directory of pins. Out: loaded programs, and maps, which are those that an earlier process
+//! has pinned where there are any. Invariant: a pinned map is only taken when its records are of
+//! this version's size.
+
+use aya::maps::Map;
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use ebpf::records::{
+    Address, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSocket, Node,
+    PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
+};
+use ebpf::{map, program};
+
+use super::error::KernelPathError;
+use super::pins::Pins;
+
+pub(super) fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, KernelPathError> {
+    object
+        .take_map(name)
+        .ok_or(KernelPathError::Missing { name })
+}
+
+pub(super) fn classifier<'a>(
+    object: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, KernelPathError> {
+    object
+        .program_mut(name)
+        .ok_or(KernelPathError::Missing { name })?
+        .try_into()
+        .map_err(|source| KernelPathError::Program { name, source })
+}
+
+pub(super) fn load(pins: &Pins) -> Result<Ebpf, KernelPathError> {
+    let mut object = EbpfLoader::new()
+        .default_map_pin_directory(pins.directory())
+        .load(ebpf::nat())
+        .map_err(KernelPathError::Load)?;
+    for name in [
+        program::FROM_UPLINK,
+        program::FROM_CONTAINER,
+        program::TO_CONTAINER,
+        program::SWEEP,
+    ] {
+        classifier(&mut object, name)?
+            .load()
+            .map_err(|source| KernelPathError::Program { name, source })?;
+    }
+    Ok(object)
+}
+
+/// Sizes of keys and values of the pinned maps, as this version has them. The loader takes a
+/// pinned map of any shape, and then reads past the ends of its records.
+pub(super) fn pins_fit(pins: &Pins) -> bool {
+    const PORT: usize = size_of::<ServiceKey>();
+    const ADDRESS: usize = size_of::<Address>();
+    const NUMBER: usize = size_of::<u32>();
+    let sizes: [(&str, usize, usize); 11] = [
+        (map::SERVICES, PORT, size_of::<Service>()),
+        (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
+        (
+            map::FRAGMENTS,
+            size_of::<FragmentKey>(),
+            size_of::<Fragment>(),
+        ),
+        (map::ADDRESSES, ADDRESS, NUMBER),
+        (map::UPLINKS, NUMBER, NUMBER),
+        (map::COUNTERS, PORT, size_of::<PortCounters>()),
+        (map::ACTIVE, PORT, size_of::<PortFlows>()),
+        (map::ORDERS, NUMBER, size_of::<SweepOrder>()),
+        (map::NODES, NUMBER, size_of::<Node>()),
+        (map::LED_SOCKETS, size_of::<u64>(), size_of::<LedSocket>()),
+        (
+            map::LED_PEERS,
+            size_of::<LedPeerKey>(),
+            size_of::<LedPeer>(),
+        ),
+    ];
+    sizes.into_iter().all(|(name, key, value)| {
+        let path = pins.directory().join(name);
+        if !path.exists() {
+            return true;
+        }
+        aya::maps::MapInfo::from_pin(&path).is_ok_and(|info| {
+            usize::try_from(info.key_size()) == Ok(key)
+                && usize::try_from(info.value_size()) == Ok(value)
+        })
+    })
+}
+
+/// Takes a map out of an object, as what it is.
+macro_rules! typed {
+    ($object:expr, $name:expr) => {
+        $crate::forward::kernel::object::take($object, $name)?
+            .try_into()
+            .map_err(
+                |source| $crate::forward::kernel::error::KernelPathError::Map {
+                    name: $name,
+                    source,
+                },
+            )?
+    };
+}
+pub(super) use typed;

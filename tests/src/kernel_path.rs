@@ -1,0 +1,171 @@
+//! A node with the kernel path in namespaces, for the suites that look at it from all sides.
+//!
+//! In: nothing. Out: a running dataplane whose rows the test writes. Invariant: nothing stays attached
+//! when the handle goes.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use shared::desired::PortRow;
+use shared::ids::ContainerId;
+use shared::observed::{ForwardPath, PortState, PortStatus};
+
+use crate::dataplane::{Control, Options, Place, Process, until};
+use crate::remote_client::{Container, HOST, Network, within};
+use crate::traffic;
+
+/// The container's id.
+pub const KERNEL: ContainerId = ContainerId([9; 32]);
+
+/// A host with a container, its dataplane with the kernel path, and the test as control.
+#[derive(Debug)]
+pub struct Node {
+    /// The dataplane.
+    pub process: Process,
+    /// The test's ends of the regions.
+    pub control: Control,
+    /// Where it runs.
+    pub place: Place,
+    /// The container.
+    pub container: Container,
+    /// All of the network.
+    pub network: Network,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Nothing stays attached, whatever the outcome.
+        let _ = self.process.signal(Signal::SIGKILL);
+        let _ = self.process.ended();
+        if let Ok(mut detach) = self.place.command(&["detach"]) {
+            let _ = detach.output();
+        }
+    }
+}
+
+impl Node {
+    /// Everything, with the container's row written.
+    pub fn new() -> Self {
+        Self::with("forward = \"auto\"")
+    }
+
+    /// The same with these lines in the configuration's `[node]`.
+    pub fn with(lines: &str) -> Self {
+        let network = Network::new().expect("namespaces");
+        let container = network.container(2).expect("a container");
+        let place = Place::new(Options {
+            node: lines.to_owned(),
+            dataplane: "stats-interval = 0.1".to_owned(),
+            namespace: Some(network.host.clone()),
+            ..Options::default()
+        })
+        .expect("a place");
+        let mut control = place.control().expect("the desired region");
+        let process = place.start().expect("bai-dataplane");
+        let row = container.row(KERNEL);
+        control
+            .write(|batch| batch.put_container(row))
+            .expect("the container's row");
+        Self {
+            process,
+            control,
+            place,
+            container,
+            network,
+        }
+    }
+
+    /// Publishes a row.
+    pub fn publish(&mut self, row: &PortRow) -> PortStatus {
+        self.control.publish(row.clone()).expect("an answer")
+    }
+
+    /// Publishes a row that must take the kernel path.
+    pub fn lift(&mut self, row: &PortRow) {
+        let status = self.publish(row);
+        assert_eq!(
+            (status.state, status.path, status.reason.as_str()),
+            (PortState::Serving, ForwardPath::KernelPath, "")
+        );
+    }
+
+    /// Runs code as the remote client.
+    pub fn at_client<T: Send + 'static>(&self, run: impl FnOnce() -> T + Send + 'static) -> T {
+        within(&self.network.client, run).expect("the client's namespace")
+    }
+
+    /// Waits until a row's status is as wanted.
+    pub fn counted(&mut self, row: &PortRow, wanted: impl Fn(&PortStatus) -> bool) -> PortStatus {
+        let key = row.key();
+        until("the counters", || {
+            self.control.status(key).filter(|status| wanted(status))
+        })
+        .expect("counters")
+    }
+
+    /// Kills the dataplane.
+    pub fn kill(&mut self) {
+        self.process.signal(Signal::SIGKILL).expect("killed");
+        self.process.ended().expect("gone");
+    }
+
+    /// Starts it again and waits until it speaks.
+    pub fn restart(&mut self) {
+        self.process = self.place.start().expect("bai-dataplane");
+        let pid = u64::try_from(self.process.pid().as_raw()).expect("a pid");
+        until("the next process speaking", || {
+            self.control.observed.snapshot().ok()?;
+            let life = self.control.observed.writer().ok()?;
+            (life.pid == pid).then_some(())
+        })
+        .expect("taken over");
+    }
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Where clients of other hosts find a row, by IPv4 (0) or IPv6 (1).
+pub fn host(row: &PortRow, family: usize) -> SocketAddr {
+    SocketAddr::new(HOST[family].parse().expect("an address"), row.host_port)
+}
+
+/// Sends a word and takes all that comes back.
+pub fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut stream = traffic::connect(address)?;
+    stream.write_all(word)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    Ok(back)
+}
+
+/// A server that tells each client the address it sees, then ends.
+pub fn mirror(container: &Container) -> u16 {
+    within(&container.namespace, || {
+        let listener = traffic::listener("[::]:0");
+        let port = listener.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            while let Ok((mut stream, peer)) = listener.accept() {
+                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                let _ = stream.write_all(peer.to_string().as_bytes());
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+/// What a mirror says, and the address it should be.
+pub fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
+    let mut stream = traffic::connect(address)?;
+    let own = stream.local_addr()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok((text, own))
+}

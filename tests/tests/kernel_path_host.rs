@@ -1,0 +1,387 @@
+//! Clients on the host reach containers by sockets that are led there: the peer they see is the one
+//! they asked for, nobody else's sockets are touched, and it needs no process of ours.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use harness::dataplane::until;
+use harness::kernel_path::{Node, ask, mirror, told};
+use harness::netns::ip;
+use harness::remote_client::{CLIENT, HOST, may_use_bpf, within};
+use harness::traffic;
+use shared::desired::{ClientNetwork, Protocol};
+use shared::observed::{ForwardPath, PortState};
+
+fn loopback(port: u16) -> SocketAddr {
+    ([127, 0, 0, 1], port).into()
+}
+
+/// Connects on the host: the peer and the own address that the socket tells, and the mirror's words.
+fn seen_on(node: &Node, address: SocketAddr) -> std::io::Result<(SocketAddr, SocketAddr, String)> {
+    let run = move || {
+        let mut stream = traffic::connect(address)?;
+        let (peer, own) = (stream.peer_addr()?, stream.local_addr()?);
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok((peer, own, text))
+    };
+    within(&node.network.host, run).expect("the host's namespace")
+}
+
+#[test]
+fn a_client_on_the_host_sees_the_peer_it_asked_for() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    for address in [
+        loopback(row.host_port),
+        ([127, 0, 0, 53], row.host_port).into(),
+        SocketAddr::new(HOST[0].parse().expect("an address"), row.host_port),
+        ([10, 78, 2, 1], row.host_port).into(),
+    ] {
+        let (peer, own, text) = seen_on(&node, address).expect("served");
+        assert_eq!(peer, address);
+        assert_eq!(text, own.to_string(), "the container sees the very socket");
+    }
+    let status = node.counted(&row, |it| it.sessions_total == 4 && it.sessions_active == 0);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+}
+
+#[test]
+fn a_client_on_the_host_sees_the_peer_it_asked_for_over_ipv6() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.target = node.container.address[1];
+    row.bind = "::".parse().expect("an address");
+    node.lift(&row);
+    for address in ["::1", HOST[1]] {
+        let address = SocketAddr::new(address.parse().expect("an address"), row.host_port);
+        let (peer, own, text) = seen_on(&node, address).expect("served");
+        assert_eq!((peer, text), (address, own.to_string()));
+    }
+    // An IPv4 client of an IPv6 container is the listener's.
+    let (_, own, text) = seen_on(&node, loopback(row.host_port)).expect("served");
+    assert_ne!(text, own.to_string());
+    // And an IPv6 socket may ask for an IPv4 address.
+    let mut row = node.container.port(row.target_port);
+    row.bind = "::".parse().expect("an address");
+    node.lift(&row);
+    let mapped: SocketAddr = format!("[::ffff:127.0.0.1]:{}", row.host_port)
+        .parse()
+        .expect("an address");
+    let (peer, own, text) = seen_on(&node, mapped).expect("served");
+    let own = SocketAddr::new(own.ip().to_canonical(), own.port());
+    assert_eq!((peer, text), (mapped, own.to_string()));
+}
+
+#[test]
+fn sockets_of_other_namespaces_are_untouched() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    // The same port number at the loopback of another namespace, in the same control group.
+    let port = row.host_port;
+    let seen = node.at_client(move || {
+        let own = TcpListener::bind(loopback(port)).expect("its port is its own");
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = own.accept() {
+                let _ = stream.write_all(b"own");
+            }
+        });
+        told(loopback(port)).expect("told").0
+    });
+    assert_eq!(seen, "own");
+    // A container that asks for a port of the host, its own included, is the listener's.
+    let bridge: SocketAddr = ([10, 78, 2, 1], port).into();
+    let inside = within(&node.container.namespace, move || told(bridge));
+    let (text, own) = inside.expect("the container").expect("told");
+    assert_ne!(text, own.to_string());
+    assert!(text.starts_with("10.78.2.1:"), "by the relay: {text}");
+}
+
+#[test]
+fn other_destinations_and_the_bind_address_are_kept() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    ip(&format!(
+        "-n {} addr add 10.78.1.9/24 dev up0",
+        node.network.host
+    ))
+    .expect("an address");
+    let mut row = node.container.port(mirror(&node.container));
+    row.bind = HOST[0].parse().expect("an address");
+    node.lift(&row);
+    let port = row.host_port;
+    // The same port of another machine.
+    let elsewhere = SocketAddr::new(CLIENT[0].parse().expect("an address"), port);
+    node.at_client(move || {
+        let listener = TcpListener::bind(elsewhere).expect("its port");
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                let _ = stream.write_all(b"elsewhere");
+            }
+        });
+    });
+    let (_, _, text) = seen_on(&node, elsewhere).expect("reached");
+    assert_eq!(text, "elsewhere");
+    for other in [loopback(port), ([10, 78, 1, 9], port).into()] {
+        let err = seen_on(&node, other).expect_err("nobody listens there");
+        assert_eq!(err.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+    let bound = SocketAddr::new(row.bind, port);
+    let (peer, own, text) = seen_on(&node, bound).expect("served");
+    assert_eq!((peer, text), (bound, own.to_string()));
+    // A socket at a loopback address can't go out to a container.
+    let from = within(&node.network.host, move || {
+        use std::os::fd::AsRawFd;
+        let socket = nix::sys::socket::socket(
+            nix::sys::socket::AddressFamily::Inet,
+            nix::sys::socket::SockType::Stream,
+            nix::sys::socket::SockFlag::empty(),
+            None,
+        )
+        .expect("a socket");
+        let own = nix::sys::socket::SockaddrIn::new(127, 0, 0, 1, 0);
+        nix::sys::socket::bind(socket.as_raw_fd(), &own).expect("bound");
+        let SocketAddr::V4(bound) = bound else {
+            unreachable!("an IPv4 address");
+        };
+        let to = nix::sys::socket::SockaddrIn::from(bound);
+        nix::sys::socket::connect(socket.as_raw_fd(), &to).expect("the listener");
+        let mut stream = TcpStream::from(socket);
+        traffic::patient(&stream).expect("deadlines");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("told");
+        text
+    });
+    assert!(
+        from.expect("the host's namespace")
+            .starts_with("10.78.2.1:"),
+        "by the relay"
+    );
+}
+
+#[test]
+fn a_row_for_clients_on_the_host_is_for_them_alone() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.bind = [127, 0, 0, 1].into();
+    row.local_only = true;
+    node.lift(&row);
+    let (peer, own, text) = seen_on(&node, loopback(row.host_port)).expect("served");
+    assert_eq!((peer, text), (loopback(row.host_port), own.to_string()));
+    let address = SocketAddr::new(HOST[0].parse().expect("an address"), row.host_port);
+    let refused = node.at_client(move || told(address));
+    assert!(refused.is_err(), "{refused:?}");
+}
+
+#[test]
+fn a_row_with_client_networks_is_the_listeners() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.networks = vec![ClientNetwork {
+        address: CLIENT[0].parse().expect("an address"),
+        prefix: 32,
+    }];
+    node.lift(&row);
+    let refused = seen_on(&node, loopback(row.host_port)).map(|(_, _, text)| text);
+    assert_eq!(refused.unwrap_or_default(), "", "not in the list");
+    node.counted(&row, |it| it.sessions_refused == 1);
+}
+
+#[test]
+fn nobody_needs_to_live_for_it_and_the_counters_go_on() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = loopback(row.host_port);
+    let host = node.network.host.clone();
+    let mut old = within(&host, move || traffic::connect(address))
+        .expect("the host")
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+    node.counted(&row, |it| it.sessions_active == 1);
+    node.kill();
+    old.write_all(b"after").expect("sent");
+    old.read_exact(&mut [0; 5]).expect("the old one goes on");
+    let answer = within(&host, move || ask(address, b"new")).expect("the host");
+    assert_eq!(answer.expect("served"), b"new");
+    node.restart();
+    let status = node.counted(&row, |it| it.sessions_total == 2 && it.sessions_active == 1);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+    drop(old);
+    node.counted(&row, |it| it.sessions_active == 0);
+    node.control.withdraw(row.key()).expect("removed");
+    let refused = within(&host, move || ask(address, b"new")).expect("the host");
+    let kind = refused.expect_err("no new one").kind();
+    assert_eq!(kind, std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn a_container_that_is_gone_leads_nowhere_though_nobody_lives() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let row = node.container.port(port);
+    node.lift(&row);
+    node.kill();
+    ip(&format!(
+        "-n {} link del {}",
+        node.network.host, node.container.link
+    ))
+    .expect("gone");
+    let stranger = node.network.container(2).expect("the address, used again");
+    let reached = within(&stranger.namespace, move || {
+        let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port");
+        listener.set_nonblocking(true).expect("an option");
+        listener
+    })
+    .expect("the stranger");
+    let address = loopback(row.host_port);
+    let refused = within(&node.network.host, move || {
+        TcpStream::connect_timeout(&address, Duration::from_secs(5))
+    });
+    let err = refused.expect("the host").expect_err("nobody there");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionRefused);
+    assert!(reached.accept().is_err(), "the stranger was reached");
+}
+
+/// Answers each datagram with the sender's address.
+fn datagram_mirror(node: &Node) -> u16 {
+    within(&node.container.namespace, || {
+        let socket = UdpSocket::bind("[::]:0").expect("a port");
+        let port = socket.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+                let seen = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                let _ = socket.send_to(seen.to_string().as_bytes(), peer);
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+#[test]
+fn datagrams_are_led_and_their_answers_come_from_where_they_went() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(datagram_mirror(&node));
+    row.protocol = Protocol::Udp;
+    node.lift(&row);
+    let address = loopback(row.host_port);
+    let port = row.host_port;
+    let exchange = move || {
+        let mut buffer = [0; 128];
+        // Without a peer.
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(traffic::PATIENCE))?;
+        socket.send_to(b"x", address)?;
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        let own = socket.local_addr()?.port();
+        assert!(
+            text.ends_with(&format!(":{own}")),
+            "{text}: the very socket"
+        );
+        assert_eq!(from, address);
+        // Another name of the same port, by the same socket.
+        let named: SocketAddr = ([10, 78, 2, 1], port).into();
+        socket.send_to(b"x", named)?;
+        let (_, from) = socket.recv_from(&mut buffer)?;
+        assert_eq!(from, named);
+        // With a peer.
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(traffic::PATIENCE))?;
+        socket.connect(address)?;
+        assert_eq!(socket.peer_addr()?, address);
+        socket.send(b"x")?;
+        let (_, from) = socket.recv_from(&mut buffer)?;
+        assert_eq!(from, address);
+        std::io::Result::Ok(())
+    };
+    let host = node.network.host.clone();
+    within(&host, exchange).expect("the host").expect("led");
+    // The process's death changes nothing.
+    node.kill();
+    within(&host, exchange).expect("the host").expect("led");
+    node.restart();
+    node.counted(&row, |it| it.sessions_total >= 4);
+    node.control.withdraw(row.key()).expect("removed");
+    let err = within(&host, move || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(traffic::PATIENCE))?;
+        socket.connect(address)?;
+        socket.send(b"x")?;
+        socket.recv(&mut [0; 1])
+    });
+    let kind = err.expect("the host").expect_err("no longer").kind();
+    assert_eq!(kind, std::io::ErrorKind::ConnectionRefused);
+    assert!(
+        node.control
+            .status(row.key())
+            .is_none_or(|it| it.state != PortState::Serving)
+    );
+}
+
+#[test]
+fn the_limit_of_sessions_counts_those_of_the_host() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    row.max_sessions = 2;
+    node.lift(&row);
+    let address = loopback(row.host_port);
+    let host = node.network.host.clone();
+    let connect = move || traffic::connect(address);
+    let first = within(&host, connect).expect("the host").expect("accepted");
+    let second = within(&host, connect).expect("the host").expect("accepted");
+    node.counted(&row, |it| it.sessions_active == 2);
+    // The relay, which has the rest, hears of them every second.
+    until("one too many being refused", || {
+        let answer = within(&host, move || ask(address, b"x")).ok()?;
+        (!matches!(answer.as_deref(), Ok(b"x"))).then_some(())
+    })
+    .expect("refused");
+    node.counted(&row, |it| it.sessions_refused >= 1);
+    drop((first, second));
+    until("room again", || {
+        let answer = within(&host, move || ask(address, b"x")).ok()?;
+        (answer.ok()? == b"x").then_some(())
+    })
+    .expect("sockets that are closed count no longer");
+}
