@@ -152,6 +152,7 @@ fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
             }
         };
         let late = due.elapsed();
+        sampler.late = late;
         let containers = desired
             .as_ref()
             .map(|desired| desired.containers.as_slice());
@@ -178,6 +179,7 @@ fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
         if due < now {
             let missed = (now - due).as_nanos() / interval.as_nanos().max(1) + 1;
             due += interval * u32::try_from(missed).unwrap_or(1);
+            sampler.missed += u64::try_from(missed).unwrap_or(1);
         }
     }
 }
@@ -198,6 +200,8 @@ pub struct Sampler {
     buffer: Vec<u8>,
     last_pass: Duration,
     last_cpu: Duration,
+    late: Duration,
+    missed: u64,
 }
 
 fn thread_cpu() -> Duration {
@@ -237,6 +241,8 @@ impl Sampler {
             buffer: Vec::new(),
             last_pass: Duration::ZERO,
             last_cpu: Duration::ZERO,
+            late: Duration::ZERO,
+            missed: 0,
         }
     }
 
@@ -263,7 +269,10 @@ impl Sampler {
             samples.push(sample);
         }
         samples.sort_unstable_by_key(|sample| sample.container_id);
-        let mut counters = self.node.read(links.as_ref(), &mut self.buffer);
+        let mut cores_busy_ns = Vec::new();
+        let mut counters = self
+            .node
+            .read(links.as_ref(), &mut cores_busy_ns, &mut self.buffer);
         if let Some(space) = self
             .scratch_root
             .as_deref()
@@ -286,6 +295,9 @@ impl Sampler {
         self.last_pass = begin.elapsed();
         self.last_cpu = thread_cpu().saturating_sub(cpu_begin);
         counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
+        counters.pass_cpu_ns = u64::try_from(self.last_cpu.as_nanos()).ok();
+        counters.tick_late_ns = u64::try_from(self.late.as_nanos()).ok();
+        counters.ticks_missed = Some(self.missed);
         Pass {
             tick: self.tick,
             samples,
@@ -294,6 +306,8 @@ impl Sampler {
                 taken_monotonic_ns: monotonic_ns(),
                 taken_wall_ns: wall_ns(),
                 counters,
+                cores_busy_ns,
+                disks: Vec::new(),
             },
         }
     }
@@ -349,6 +363,8 @@ fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
             counters: DiskCounters {
                 scratch_bytes: Some(space.used),
                 scratch_files: Some(space.files),
+                scratch_limit_bytes: Some(space.total),
+                ..DiskCounters::default()
             },
         };
     }

@@ -11,8 +11,9 @@ use shared::desired::{
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, Applied, ContainerSample,
-    CpuCounters, ForwardPath, Measured, MemoryCounters, NodeCounters, NodeSample, ObservedReader,
-    ObservedWriter, PortState, PortStatus, ProcessCounters, ProcessSample, RelayEngine, Source,
+    CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, NodeCounters, NodeSample,
+    ObservedReader, ObservedWriter, PortState, PortStatus, ProcessCounters, ProcessSample,
+    Processes, RelayEngine, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -482,8 +483,22 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         tick: 4,
         counters: NodeCounters {
             descriptors_open: Some(12),
+            io_pressure_full_ns: Some(0),
             ..Default::default()
         },
+        cores_busy_ns: vec![7, 0, 9],
+        disks: vec![
+            DiskSpace {
+                device: "/dev/one".to_owned(),
+                total_bytes: 10,
+                used_bytes: 3,
+            },
+            DiskSpace {
+                device: "/dev/\u{e9}".to_owned(),
+                total_bytes: u64::MAX,
+                used_bytes: 0,
+            },
+        ],
         ..Default::default()
     };
     writer
@@ -491,7 +506,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
             batch.put_port(status.clone());
             batch.put_container(sample(1, 4));
             batch.put_accelerator(accelerator.clone());
-            batch.set_node(node);
+            batch.set_node(node.clone());
         })
         .unwrap();
     let cut = PortStatus {
@@ -541,8 +556,16 @@ fn processes_beyond_the_pool_are_counted() {
     let mut writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
     let mut reader = ObservedReader::open(directory.path()).unwrap();
     assert_eq!(reader.processes().unwrap().list.len(), 0);
+    let processes = |tick, list, left_out| Processes {
+        tick,
+        taken_monotonic_ns: tick + 100,
+        list,
+        left_out,
+        invalid_rows: 0,
+    };
     let process = |pid: u32| ProcessSample {
         pid,
+        container_pid: pid + 1,
         name: format!("worker-{pid}"),
         counters: ProcessCounters {
             rss_bytes: Some(4096),
@@ -553,14 +576,15 @@ fn processes_beyond_the_pool_are_counted() {
     for tick in 1..5 {
         let list: Vec<_> = (0..9).map(process).collect();
         writer
-            .batch(|batch| batch.set_processes(tick, list.clone(), 2))
+            .batch(|batch| batch.set_processes(processes(tick, list.clone(), 2)))
             .unwrap();
         let got = reader.processes().unwrap();
         assert_eq!((got.tick, got.left_out, got.invalid_rows), (tick, 6, 0));
+        assert_eq!(got.taken_monotonic_ns, tick + 100);
         assert_eq!(got.list, list[..5]);
     }
     writer
-        .batch(|batch| batch.set_processes(5, vec![process(1)], 0))
+        .batch(|batch| batch.set_processes(processes(5, vec![process(1)], 0)))
         .unwrap();
     assert_eq!(reader.processes().unwrap().list, [process(1)]);
 }

@@ -8,7 +8,7 @@ use shared::desired::{
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::observed::{
     ContainerSample, CpuCounters, Measured, NetCounters, NodeSample, ObservedBatch, ObservedReader,
-    PortState, PortStatus, ProcessCounters, ProcessSample, Source,
+    PortState, PortStatus, ProcessCounters, ProcessSample, Processes, Source,
 };
 use shared::{ReadError, Sizes, Start};
 
@@ -121,7 +121,11 @@ pub fn fill_observed(batch: &mut ObservedBatch, number: u64, repairs: u64) {
         },
         ..ProcessSample::default()
     };
-    batch.set_processes(number, (0..PROCESSES).map(process).collect(), 0);
+    batch.set_processes(Processes {
+        tick: number,
+        list: (0..PROCESSES).map(process).collect(),
+        ..Processes::default()
+    });
 }
 
 /// Something a reader must never see.
@@ -292,7 +296,7 @@ fn look_observed(reader: &mut ObservedReader) -> Looked {
     );
     let rows = snapshot.containers.len();
     must!(rows == usize::from(CONTAINERS), "{rows} containers");
-    let Some(node) = snapshot.node else {
+    let Some(node) = &snapshot.node else {
         return Err(Seen("no node row".to_owned()));
     };
     let number = node.tick;

@@ -378,13 +378,17 @@ fn network_counters_are_the_interfaces_own_seen_from_inside() {
 #[test]
 fn the_nodes_numbers_agree_with_its_files_and_ticks_go_on() {
     let (_place, process, mut control) = started(None);
-    let first = until("a node sample", || control.observed.snapshot().ok()?.node).expect("a node");
+    let first = until("a node sample", || {
+        control.observed.snapshot().ok()?.node.clone()
+    })
+    .expect("a node");
     let second = until("three more passes", || {
         control
             .observed
             .snapshot()
             .ok()?
             .node
+            .clone()
             .filter(|node| node.tick >= first.tick + 3)
     })
     .expect("passes");

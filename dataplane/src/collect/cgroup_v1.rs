@@ -75,6 +75,7 @@ pub struct Memory {
     oom: CachedFile,
     failures: CachedFile,
     swap_failures: CachedFile,
+    limit_with_swap: CachedFile,
 }
 
 impl Memory {
@@ -88,6 +89,7 @@ impl Memory {
             oom: file("memory.oom_control"),
             failures: file("memory.failcnt"),
             swap_failures: file("memory.memsw.failcnt"),
+            limit_with_swap: file("memory.memsw.limit_in_bytes"),
         }
     }
 
@@ -108,9 +110,14 @@ impl Memory {
             ..MemoryCounters::default()
         };
         // Where both limits are the same, it is the one with swap that is hit.
-        if let Some(more) = self.swap_failures.read(buffer).ok().and_then(number) {
+        if let Some(more) = self.swap_failures.read_if_offered(buffer).and_then(number) {
             counters.max_events = counters.max_events.map(|hits| hits.saturating_add(more));
         }
+        counters.swap_limit_bytes = self
+            .limit_with_swap
+            .read_if_offered(buffer)
+            .and_then(number)
+            .map(limit);
         if let Ok(text) = self.stat.read(buffer) {
             // The limit in force, which is the least of this cgroup's and its parents'.
             counters.limit_bytes = keyed(text, "hierarchical_memory_limit").map(limit);
@@ -129,15 +136,17 @@ impl Memory {
 pub struct Pids {
     current: CachedFile,
     limit: CachedFile,
+    events: CachedFile,
 }
 
 impl Pids {
-    /// In the directory of `pids`; version 2 has the same two files.
+    /// In the directory of `pids`; version 2 has the same files.
     pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
         let file = |name: &str| CachedFile::new(directory.join(name), budget);
         Self {
             current: file("pids.current"),
             limit: file("pids.max"),
+            events: file("pids.events"),
         }
     }
 
@@ -149,6 +158,10 @@ impl Pids {
         Ok(PidsCounters {
             current: number(self.current.read(buffer)?),
             limit: self.limit.read(buffer).ok().and_then(number_or_max),
+            limit_events: self
+                .events
+                .read_if_offered(buffer)
+                .and_then(|text| keyed(text, "max")),
         })
     }
 }
@@ -209,6 +222,7 @@ impl Io {
                 write_bytes: Some(write_bytes),
                 read_operations: served.map(|(reads, _)| reads),
                 write_operations: served.map(|(_, writes)| writes),
+                ..IoCounters::default()
             }));
         }
         if failure == Failure::Gone {

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use shared::observed::{CpuCounters, IoCounters, MemoryCounters};
 
 use super::cgroup_v1::number_or_max;
-use super::file::{Budget, CachedFile, Failure, keyed, number};
+use super::file::{Budget, CachedFile, Failure, keyed, number, pressure};
 
 /// `cpu.stat`.
 #[derive(Debug)]
 pub struct Cpu {
     stat: CachedFile,
+    pressure: CachedFile,
 }
 
 fn from_us(us: u64) -> u64 {
@@ -26,6 +27,7 @@ impl Cpu {
     pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
         Self {
             stat: CachedFile::new(directory.join("cpu.stat"), budget),
+            pressure: CachedFile::new(directory.join("cpu.pressure"), budget),
         }
     }
 
@@ -35,14 +37,19 @@ impl Cpu {
     /// The file can't be read.
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<CpuCounters, Failure> {
         let text = self.stat.read(buffer)?;
-        Ok(CpuCounters {
+        let mut counters = CpuCounters {
             usage_ns: keyed(text, "usage_usec").map(from_us),
             user_ns: keyed(text, "user_usec").map(from_us),
             system_ns: keyed(text, "system_usec").map(from_us),
             periods: keyed(text, "nr_periods"),
             throttled_periods: keyed(text, "nr_throttled"),
             throttled_ns: keyed(text, "throttled_usec").map(from_us),
-        })
+            pressure_some_ns: None,
+        };
+        if let Some(text) = self.pressure.read_if_offered(buffer) {
+            [counters.pressure_some_ns, _] = pressure(text);
+        }
+        Ok(counters)
     }
 }
 
@@ -55,6 +62,8 @@ pub struct Memory {
     events: CachedFile,
     peak: CachedFile,
     swap: CachedFile,
+    swap_limit: CachedFile,
+    pressure: CachedFile,
 }
 
 impl Memory {
@@ -68,6 +77,8 @@ impl Memory {
             events: file("memory.events"),
             peak: file("memory.peak"),
             swap: file("memory.swap.current"),
+            swap_limit: file("memory.swap.max"),
+            pressure: file("memory.pressure"),
         }
     }
 
@@ -79,8 +90,12 @@ impl Memory {
         let mut counters = MemoryCounters {
             current_bytes: number(self.current.read(buffer)?),
             limit_bytes: self.limit.read(buffer).ok().and_then(number_or_max),
-            peak_bytes: self.peak.read(buffer).ok().and_then(number),
-            swap_bytes: self.swap.read(buffer).ok().and_then(number),
+            peak_bytes: self.peak.read_if_offered(buffer).and_then(number),
+            swap_bytes: self.swap.read_if_offered(buffer).and_then(number),
+            swap_limit_bytes: self
+                .swap_limit
+                .read_if_offered(buffer)
+                .and_then(number_or_max),
             ..MemoryCounters::default()
         };
         if let Ok(text) = self.stat.read(buffer) {
@@ -95,6 +110,9 @@ impl Memory {
             counters.oom_kill_events = keyed(text, "oom_kill");
             counters.max_events = keyed(text, "max");
         }
+        if let Some(text) = self.pressure.read_if_offered(buffer) {
+            [counters.pressure_some_ns, counters.pressure_full_ns] = pressure(text);
+        }
         Ok(counters)
     }
 }
@@ -103,6 +121,7 @@ impl Memory {
 #[derive(Debug)]
 pub struct Io {
     stat: CachedFile,
+    pressure: CachedFile,
 }
 
 impl Io {
@@ -110,6 +129,7 @@ impl Io {
     pub fn new(directory: &Path, budget: &Arc<Budget>) -> Self {
         Self {
             stat: CachedFile::new(directory.join("io.stat"), budget),
+            pressure: CachedFile::new(directory.join("io.pressure"), budget),
         }
     }
 
@@ -118,7 +138,11 @@ impl Io {
     /// # Errors
     /// The file can't be read.
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
-        Ok(sum(self.stat.read(buffer)?))
+        let mut counters = sum(self.stat.read(buffer)?);
+        if let Some(text) = self.pressure.read_if_offered(buffer) {
+            [counters.pressure_some_ns, counters.pressure_full_ns] = pressure(text);
+        }
+        Ok(counters)
     }
 }
 
@@ -146,6 +170,7 @@ fn sum(text: &str) -> IoCounters {
         write_bytes,
         read_operations,
         write_operations,
+        ..IoCounters::default()
     }
 }
 

@@ -65,6 +65,7 @@ pub struct CachedFile {
     path: PathBuf,
     fd: Option<OwnedFd>,
     budget: Arc<Budget>,
+    hopeless: bool,
 }
 
 impl CachedFile {
@@ -74,6 +75,22 @@ impl CachedFile {
             path,
             fd: None,
             budget: Arc::clone(budget),
+            hopeless: false,
+        }
+    }
+
+    /// As [`CachedFile::read`], for what a kernel offers or does not for as long as the cgroup
+    /// lives: a file found missing is not looked for again.
+    pub fn read_if_offered<'a>(&mut self, buffer: &'a mut Vec<u8>) -> Option<&'a str> {
+        if self.hopeless {
+            return None;
+        }
+        match self.read(buffer) {
+            Ok(text) => Some(text),
+            Err(failure) => {
+                self.hopeless = failure == Failure::Missing;
+                None
+            }
         }
     }
 
@@ -156,6 +173,17 @@ pub fn keyed(text: &str, key: &str) -> Option<u64> {
     })
 }
 
+/// The times of a pressure file (Documentation/accounting/psi.rst), ns: some, full.
+pub fn pressure(text: &str) -> [Option<u64>; 2] {
+    ["some", "full"].map(|kind| {
+        let line = text.lines().find_map(|line| line.strip_prefix(kind))?;
+        let total = line
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("total="))?;
+        Some(total.parse::<u64>().ok()?.saturating_mul(1000))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +214,24 @@ mod tests {
         assert_eq!(file.read(&mut buffer), Ok("8\n"));
         drop(file);
         assert_eq!(budget.left(), 1);
+    }
+
+    #[test]
+    fn pressure_is_in_nanoseconds() {
+        let text = "some avg10=0.00 avg60=0.00 avg300=0.00 total=12\n\
+                    full avg10=0.00 avg60=0.00 avg300=0.00 total=3\n";
+        assert_eq!(pressure(text), [Some(12_000), Some(3_000)]);
+        assert_eq!(pressure("some total=x\n"), [None, None]);
+    }
+
+    #[test]
+    fn what_is_not_offered_is_not_looked_for_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("value");
+        let mut file = CachedFile::new(path.clone(), &Budget::new(1));
+        assert_eq!(file.read_if_offered(&mut Vec::new()), None);
+        std::fs::write(&path, "1\n").unwrap();
+        assert_eq!(file.read_if_offered(&mut Vec::new()), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use shared::observed::NodeCounters;
 
-use super::file::{Budget, CachedFile, keyed};
+use super::file::{Budget, CachedFile, keyed, pressure};
 use crate::sys::netlink::LinkCounters;
 
 /// How often the list of physical interfaces is made anew.
@@ -23,6 +23,8 @@ const INTERFACES: Duration = Duration::from_secs(60);
 pub struct Node {
     stat: CachedFile,
     meminfo: CachedFile,
+    vmstat: CachedFile,
+    pressure: [CachedFile; 3],
     interfaces: Vec<u32>,
     interfaces_at: Option<Instant>,
     tick_ns: u64,
@@ -34,6 +36,9 @@ impl Node {
         Self {
             stat: CachedFile::new(PathBuf::from("/proc/stat"), budget),
             meminfo: CachedFile::new(PathBuf::from("/proc/meminfo"), budget),
+            vmstat: CachedFile::new(PathBuf::from("/proc/vmstat"), budget),
+            pressure: ["cpu", "memory", "io"]
+                .map(|of| CachedFile::new(Path::new("/proc/pressure").join(of), budget)),
             interfaces: Vec::new(),
             interfaces_at: None,
             tick_ns: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
@@ -44,14 +49,41 @@ impl Node {
     pub fn read(
         &mut self,
         links: Option<&HashMap<u32, LinkCounters>>,
+        cores_busy_ns: &mut Vec<u64>,
         buffer: &mut Vec<u8>,
     ) -> NodeCounters {
         let mut counters = NodeCounters::default();
+        cores_busy_ns.clear();
         if let Ok(text) = self.stat.read(buffer)
-            && let Some((total, idle)) = cpu_ticks(text)
+            && let Some(all) = text.lines().next().and_then(CpuTicks::parse)
         {
-            counters.cpu_total_ns = Some(total.saturating_mul(self.tick_ns));
-            counters.cpu_idle_ns = Some(idle.saturating_mul(self.tick_ns));
+            let ns = |ticks: u64| Some(ticks.saturating_mul(self.tick_ns));
+            counters.cpu_total_ns = ns(all.total);
+            counters.cpu_idle_ns = ns(all.idle);
+            counters.cpu_user_ns = ns(all.user);
+            counters.cpu_system_ns = ns(all.system);
+            cores_busy_ns.extend(
+                text.lines()
+                    .skip(1)
+                    .map_while(CpuTicks::parse)
+                    .map(|core| (core.user + core.system).saturating_mul(self.tick_ns)),
+            );
+        }
+        if let Ok(text) = self.vmstat.read(buffer) {
+            counters.oom_kill_events = keyed(text, "oom_kill");
+        }
+        let [cpu, memory, io] = &mut self.pressure;
+        if let Some(text) = cpu.read_if_offered(buffer) {
+            [counters.cpu_pressure_some_ns, _] = pressure(text);
+        }
+        if let Some(text) = memory.read_if_offered(buffer) {
+            [
+                counters.memory_pressure_some_ns,
+                counters.memory_pressure_full_ns,
+            ] = pressure(text);
+        }
+        if let Some(text) = io.read_if_offered(buffer) {
+            [counters.io_pressure_some_ns, counters.io_pressure_full_ns] = pressure(text);
         }
         if let Ok(text) = self.meminfo.read(buffer) {
             let bytes = |key: &str| meminfo_kib(text, key).map(|kib| kib.saturating_mul(1024));
@@ -100,17 +132,33 @@ impl Node {
     }
 }
 
-/// Total and idle ticks of the first line of /proc/stat (proc(5)): user, nice, system, idle,
-/// iowait, irq, softirq, steal. Guest time is inside user time.
-fn cpu_ticks(text: &str) -> Option<(u64, u64)> {
-    let line = text.lines().next()?.strip_prefix("cpu ")?;
-    let mut ticks = [0_u64; 8];
-    let mut words = line.split_whitespace();
-    for tick in &mut ticks {
-        *tick = words.next()?.parse().ok()?;
+/// Ticks of a line of /proc/stat (proc(5)): user, nice, system, idle, iowait, irq, softirq,
+/// steal. Guest time is inside user time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct CpuTicks {
+    total: u64,
+    idle: u64,
+    user: u64,
+    system: u64,
+}
+
+impl CpuTicks {
+    /// `None` when the line is not about CPUs.
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.strip_prefix("cpu")?.split(' ').skip(1);
+        let mut words = words.by_ref().filter(|word| !word.is_empty());
+        let mut ticks = [0_u64; 8];
+        for tick in &mut ticks {
+            *tick = words.next()?.parse().ok()?;
+        }
+        let [user, _, system, idle, iowait, ..] = ticks;
+        Some(Self {
+            total: ticks.iter().sum(),
+            idle: idle + iowait,
+            user,
+            system,
+        })
     }
-    let [_, _, _, idle, iowait, ..] = ticks;
-    Some((ticks.iter().sum(), idle + iowait))
 }
 
 fn meminfo_kib(text: &str, key: &str) -> Option<u64> {
@@ -159,9 +207,17 @@ mod tests {
     #[test]
     fn idle_and_total_time() {
         let text = "cpu  10 1 20 300 4 0 5 6 7 0\ncpu0 1 1 1 1\n";
-        assert_eq!(cpu_ticks(text), Some((346, 304)));
-        assert_eq!(cpu_ticks("cpu  1 2\n"), None);
-        assert_eq!(cpu_ticks(""), None);
+        let all = CpuTicks {
+            total: 346,
+            idle: 304,
+            user: 10,
+            system: 20,
+        };
+        assert_eq!(text.lines().next().and_then(CpuTicks::parse), Some(all));
+        let core = CpuTicks::parse("cpu11 1 0 2 3 0 0 0 0 0 0").unwrap();
+        assert_eq!((core.user, core.system, core.total), (1, 2, 6));
+        assert_eq!(CpuTicks::parse("cpu  1 2"), None);
+        assert_eq!(CpuTicks::parse("intr 1 2 3 4 5 6 7 8 9"), None);
     }
 
     #[test]
@@ -183,7 +239,13 @@ mod tests {
     #[test]
     fn this_node_has_cpu_and_memory() {
         let mut node = Node::new(&Budget::new(10));
-        let counters = node.read(None, &mut Vec::new());
+        let mut cores = Vec::new();
+        let counters = node.read(None, &mut cores, &mut Vec::new());
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        assert!(cores.len() >= cpus, "{cores:?}");
+        let busy: u64 = cores.iter().sum();
+        let all = counters.cpu_user_ns.unwrap() + counters.cpu_system_ns.unwrap();
+        assert!(busy.abs_diff(all) <= 1_000_000_000, "{busy} of {all}");
         assert!(counters.cpu_total_ns > counters.cpu_idle_ns);
         assert!(counters.memory_total_bytes > counters.memory_available_bytes);
         assert_eq!(counters.net_rx_bytes, None);

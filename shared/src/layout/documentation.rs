@@ -32,7 +32,7 @@ fn tables() -> String {
             let (payload, row, rows, most) = if table.name == "processes" {
                 let (usual, most) = (Sizes::default().processes, Sizes::LIMIT.processes);
                 (
-                    "64 + 128 per process".to_owned(),
+                    "64 + 136 per process".to_owned(),
                     "two banks".to_owned(),
                     format!("{usual} processes"),
                     format!("{most} processes"),
@@ -124,7 +124,7 @@ fn the_document_has_every_table_row_and_counter() {
 /// The hash of each version that was ever released, and of the one that will be next.
 #[test]
 fn a_changed_layout_has_a_new_version() {
-    let recorded = [(1u32, 0x58d3_dbbe_686b_fb7a)];
+    let recorded = [(1u32, 0xd085_0561_72e0_d25d)];
     assert!(
         recorded.contains(&(LAYOUT_VERSION, LAYOUT_HASH)),
         "layout {LAYOUT_VERSION} now has the hash {LAYOUT_HASH:#018x}; raise LAYOUT_VERSION and record it"

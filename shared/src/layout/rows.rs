@@ -6,6 +6,12 @@ use super::declare;
 pub(crate) const NETWORKS: usize = 8;
 /// Capacity of the veth list of a container row.
 pub(crate) const LINKS: usize = 8;
+/// Capacity of the core list of a node sample.
+pub(crate) const CORES: usize = 512;
+/// Capacity of the disk list of a node sample.
+pub(crate) const DISKS: usize = 32;
+/// Longest device name of a disk.
+pub(crate) const DEVICE: usize = 63;
 
 declare! {
     /// The start of every region file. The first four fields keep their place in every layout.
@@ -125,7 +131,7 @@ declare! {
 
     /// One container at one tick (observed region, table containers). Group order: cpu, memory,
     /// pids, io, net, disk.
-    RawSample, 464 {
+    RawSample, 600 {
         0 state: u32 = "0 free, 1 used",
         4 reserved: u32 = "zero",
         8 container_id: [u8; 32] = "the row's key",
@@ -135,14 +141,13 @@ declare! {
         72 taken_wall_ns: u64 = "when, CLOCK_REALTIME, ns since 1970",
         80 sources: [u8; 8] = "per group: 0 absent, 1 file, 2 bpf, 3 netlink, 4 engine, 5 walk",
         88 ages_ms: [u32; 8] = "per group: how old the numbers were at taken_*, ms",
-        120 present: [u16; 8] = "per group: bit i set, counter i was read",
-        136 cpu: [u64; 8] = "counters of group cpu",
-        200 memory: [u64; 16] = "counters of group memory",
-        328 pids: [u64; 2] = "counters of group pids",
-        344 io: [u64; 4] = "counters of group io",
-        376 net: [u64; 8] = "counters of group net, as the container sees them",
-        440 disk: [u64; 2] = "counters of group disk",
-        456 reserved_end: [u8; 8] = "zero",
+        120 present: [u32; 8] = "per group: bit i set, counter i was read",
+        152 cpu: [u64; 8] = "counters of group cpu",
+        216 memory: [u64; 16] = "counters of group memory",
+        344 pids: [u64; 8] = "counters of group pids",
+        408 io: [u64; 8] = "counters of group io",
+        472 net: [u64; 8] = "counters of group net, as the container sees them",
+        536 disk: [u64; 8] = "counters of group disk",
     }
 
     /// One accelerator (observed region, table accelerators).
@@ -172,13 +177,21 @@ declare! {
     }
 
     /// The node at one tick (observed region, table node).
-    RawNodeSample, 160 {
+    RawNodeSample, 6968 {
         0 state: u32 = "0 not set, 1 set",
         4 present: u32 = "bit i set, counter i was read",
         8 tick: u64 = "last finished pass",
         16 taken_monotonic_ns: u64 = "when, CLOCK_MONOTONIC, ns",
         24 taken_wall_ns: u64 = "when, CLOCK_REALTIME, ns since 1970",
-        32 counters: [u64; 16] = "counters of the node",
+        32 counters: [u64; 32] = "counters of the node",
+        288 core_count: u32 = "CPUs listed",
+        292 disk_count: u32 = "disks listed",
+        296 cores_busy_ns: [u64; 512] = "per CPU: time in user and kernel mode, neither nice nor interrupts, ns",
+        4392 disk_total_bytes: [u64; 32] = "per disk: size, bytes",
+        4648 disk_used_bytes: [u64; 32] = "per disk: not available to ordinary users, bytes",
+        4904 disk_name_lengths: [u8; 32] = "per disk: bytes of its name",
+        4936 disk_names: [u8; 2016] = "per disk: 63 bytes, path of the device, UTF-8",
+        6952 reserved: [u64; 2] = "zero",
     }
 
     /// The head of a bank of processes (observed region, table processes).
@@ -186,20 +199,23 @@ declare! {
         0 tick: u64 = "pass this bank belongs to",
         8 count: u32 = "rows filled",
         12 left_out: u32 = "processes seen that had no room",
-        16 reserved: [u64; 6] = "zero",
+        16 taken_monotonic_ns: u64 = "when the processes were listed, CLOCK_MONOTONIC, ns",
+        24 reserved: [u64; 5] = "zero",
     }
 
     /// One process of a container (observed region, table processes).
-    RawProcess, 128 {
+    RawProcess, 136 {
         0 container_id: [u8; 32] = "container it runs in",
         32 pid: u32 = "pid on the host",
         36 parent_pid: u32 = "its parent's",
         40 threads: u32 = "threads",
-        44 name_length: u8 = "bytes of name",
-        45 state: u8 = "state letter of /proc/pid/stat, ASCII",
-        46 present: u16 = "bit i set, counter i was read",
+        44 container_pid: u32 = "pid in the container, 0 unknown",
         48 name: [u8; 16] = "comm, bytes",
         64 start_ticks: u64 = "start time of /proc/pid/stat, clock ticks since boot",
         72 counters: [u64; 7] = "counters of a process",
+        128 name_length: u8 = "bytes of name",
+        129 state: u8 = "state letter of /proc/pid/stat, ASCII",
+        130 present: u16 = "bit i set, counter i was read",
+        132 reserved: u32 = "zero",
     }
 }

@@ -98,10 +98,10 @@ macro_rules! groups {
                 ];
 
                 /// The words, and a bit per word that was read.
-                pub(crate) fn pack(&self) -> ([u64; $words], u16) {
-                    const { assert!(Self::COUNTERS.len() <= $words && $words <= 16) };
+                pub(crate) fn pack(&self) -> ([u64; $words], u32) {
+                    const { assert!(Self::COUNTERS.len() <= $words && $words <= 32) };
                     let mut words = [0u64; $words];
-                    let mut present = 0u16;
+                    let mut present = 0u32;
                     let values = [ $( self.$field, )* ];
                     for (index, value) in values.into_iter().enumerate() {
                         if let Some(value) = value {
@@ -112,7 +112,7 @@ macro_rules! groups {
                     (words, present)
                 }
 
-                pub(crate) fn unpack(words: &[u64; $words], present: u16) -> Self {
+                pub(crate) fn unpack(words: &[u64; $words], present: u32) -> Self {
                     let mut values = words
                         .iter()
                         .enumerate()
@@ -136,6 +136,7 @@ groups! {
         periods = "enforcement periods of the quota that have passed",
         throttled_periods = "of them, those in which it was throttled",
         throttled_ns = "time throttled, ns",
+        pressure_some_ns = "time in which some task waited for a CPU, ns",
     }
     /// Memory of a container.
     MemoryCounters, "memory", 16 {
@@ -151,18 +152,24 @@ groups! {
         oom_kill_events = "processes killed for it",
         max_events = "times the limit was hit",
         kernel_bytes = "kernel memory, bytes",
+        swap_limit_bytes = "limit of swap (version 1: of memory and swap together), bytes, all ones unlimited",
+        pressure_some_ns = "time in which some task waited for memory, ns",
+        pressure_full_ns = "time in which all tasks waited for memory, ns",
     }
     /// Number of tasks of a container.
-    PidsCounters, "pids", 2 {
+    PidsCounters, "pids", 8 {
         current = "tasks",
         limit = "limit, all ones unlimited",
+        limit_events = "times the limit refused a task",
     }
     /// Block devices, as a container uses them.
-    IoCounters, "io", 4 {
+    IoCounters, "io", 8 {
         read_bytes = "bytes read",
         write_bytes = "bytes written",
         read_operations = "read operations",
         write_operations = "write operations",
+        pressure_some_ns = "time in which some task waited for a block device, ns",
+        pressure_full_ns = "time in which all tasks waited for a block device, ns",
     }
     /// Network, as the container sees it.
     NetCounters, "net", 8 {
@@ -176,9 +183,13 @@ groups! {
         tx_drops = "packets to be sent dropped",
     }
     /// Disk space of a container.
-    DiskCounters, "disk", 2 {
+    DiskCounters, "disk", 8 {
         scratch_bytes = "bytes in the scratch directory",
         scratch_files = "files in the scratch directory",
+        scratch_limit_bytes = "most the scratch directory may take, bytes; absent when it shares its file system",
+        shm_bytes = "bytes in the container's /dev/shm",
+        shm_limit_bytes = "size of the container's /dev/shm, bytes",
+        shm_age_ms = "how old the numbers of /dev/shm were at taken_*, ms",
     }
     /// An accelerator.
     AcceleratorCounters, "accelerator", 16 {
@@ -200,7 +211,7 @@ groups! {
         ecc_uncorrected = "memory errors not corrected since the driver was loaded",
     }
     /// The node.
-    NodeCounters, "node", 16 {
+    NodeCounters, "node", 32 {
         cpu_total_ns = "CPU time of all CPUs since boot, idle included, ns",
         cpu_idle_ns = "of it idle, ns",
         memory_total_bytes = "memory, bytes",
@@ -215,6 +226,21 @@ groups! {
         containers_sampled = "containers of the last pass",
         pass_ns = "time the last pass took, ns",
         descriptors_open = "descriptors the dataplane has open",
+        cpu_user_ns = "CPU time of all CPUs in user mode, neither nice nor idle, ns",
+        cpu_system_ns = "CPU time of all CPUs in kernel mode, without interrupts, ns",
+        disks_total_bytes = "size of all disks listed, bytes",
+        disks_used_bytes = "of it not available to ordinary users, bytes",
+        disks_age_ms = "how old the numbers of the disks were at taken_*, ms",
+        disks_left_out = "disks there was no room to list",
+        pass_cpu_ns = "CPU time the last pass took, ns",
+        tick_late_ns = "how long after its beat the last pass began, ns",
+        ticks_missed = "beats that went by while a pass was under way, since the dataplane started",
+        oom_kill_events = "processes killed for lack of memory on the node since boot",
+        cpu_pressure_some_ns = "time in which some task of the node waited for a CPU, ns",
+        memory_pressure_some_ns = "time in which some task of the node waited for memory, ns",
+        memory_pressure_full_ns = "time in which all tasks of the node waited for memory, ns",
+        io_pressure_some_ns = "time in which some task of the node waited for a block device, ns",
+        io_pressure_full_ns = "time in which all tasks of the node waited for a block device, ns",
     }
     /// A process.
     ProcessCounters, "process", 7 {

@@ -86,8 +86,10 @@ impl ObservedSnapshot {
 /// The processes of one pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Processes {
-    /// Pass they belong to.
+    /// Pass they were published with.
     pub tick: u64,
+    /// When they were listed, CLOCK_MONOTONIC, ns.
+    pub taken_monotonic_ns: u64,
     /// The processes that had room.
     pub list: Vec<ProcessSample>,
     /// Those that had none.
@@ -252,6 +254,7 @@ fn copy_processes(mapped: &Mapped, committed: Generation) -> Result<Processes, M
             let invalid_rows = u32::try_from(total - list.len()).unwrap_or(u32::MAX);
             Ok(Processes {
                 tick: head.tick,
+                taken_monotonic_ns: head.taken_monotonic_ns,
                 list,
                 left_out: head.left_out,
                 invalid_rows,

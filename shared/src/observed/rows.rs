@@ -10,7 +10,8 @@ use super::table;
 use crate::desired::{PortKey, Protocol};
 use crate::ids::{ContainerId, Generation, KernelId, RegionId};
 use crate::layout::{
-    RawAccelerator, RawApplied, RawNodeSample, RawPortStatus, RawProcess, RawSample,
+    CORES, DEVICE, DISKS, RawAccelerator, RawApplied, RawNodeSample, RawPortStatus, RawProcess,
+    RawSample,
 };
 use crate::table::{BatchError, KeyedRow, load_text, state, store_text};
 
@@ -425,7 +426,7 @@ impl KeyedRow for AcceleratorRow {
             state: state::USED,
             index: self.key.index,
             kind: self.key.kind.code(),
-            present,
+            present: u16::try_from(present).unwrap_or(u16::MAX),
             flags: u32::from(self.part_of.is_some()) | (u32::from(self.divided) << 1),
             whole_index: self.part_of.unwrap_or(self.key.index),
             units: self.units.unwrap_or(0),
@@ -462,13 +463,24 @@ impl KeyedRow for AcceleratorRow {
             fault: (raw.fault != 0).then_some(raw.fault),
             age_ms: raw.age_ms,
             tick: raw.tick,
-            counters: AcceleratorCounters::unpack(&raw.counters, raw.present),
+            counters: AcceleratorCounters::unpack(&raw.counters, u32::from(raw.present)),
         })
     }
 }
 
+/// One disk of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DiskSpace {
+    /// Path of the device; cut to 63 bytes when written.
+    pub device: String,
+    /// Its size, bytes.
+    pub total_bytes: u64,
+    /// What of it is not available to ordinary users, bytes.
+    pub used_bytes: u64,
+}
+
 /// The node at one tick.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeSample {
     /// Last finished pass.
     pub tick: u64,
@@ -478,28 +490,73 @@ pub struct NodeSample {
     pub taken_wall_ns: u64,
     /// The numbers.
     pub counters: NodeCounters,
+    /// Per CPU, in the order of `/proc/stat`: time in user and kernel mode, ns. Those beyond
+    /// [`NodeSample::MOST_CORES`] are not written.
+    pub cores_busy_ns: Vec<u64>,
+    /// File systems on devices, each device once. Those beyond [`NodeSample::MOST_DISKS`] are not
+    /// written.
+    pub disks: Vec<DiskSpace>,
 }
 
 impl NodeSample {
-    pub(super) fn to_raw(self) -> RawNodeSample {
+    /// The most CPUs a row holds.
+    pub const MOST_CORES: usize = CORES;
+    /// The most disks a row holds.
+    pub const MOST_DISKS: usize = DISKS;
+
+    pub(super) fn to_raw(&self) -> RawNodeSample {
         let (counters, present) = self.counters.pack();
-        RawNodeSample {
+        let count = |found: usize, most: usize| u32::try_from(found.min(most)).unwrap_or(0);
+        let mut raw = RawNodeSample {
             state: state::USED,
-            present: u32::from(present),
+            present,
             tick: self.tick,
             taken_monotonic_ns: self.taken_monotonic_ns,
             taken_wall_ns: self.taken_wall_ns,
             counters,
+            core_count: count(self.cores_busy_ns.len(), CORES),
+            disk_count: count(self.disks.len(), DISKS),
+            ..RawNodeSample::default()
+        };
+        for (into, ns) in raw.cores_busy_ns.iter_mut().zip(&self.cores_busy_ns) {
+            *into = *ns;
         }
+        let names = raw.disk_names.chunks_exact_mut(DEVICE);
+        for (place, (disk, name)) in self.disks.iter().zip(names).enumerate() {
+            let device = cut(&disk.device, DEVICE);
+            name[..device.len()].copy_from_slice(device.as_bytes());
+            raw.disk_name_lengths[place] = u8::try_from(device.len()).unwrap_or(0);
+            raw.disk_total_bytes[place] = disk.total_bytes;
+            raw.disk_used_bytes[place] = disk.used_bytes;
+        }
+        raw
     }
 
     pub(super) fn from_raw(raw: &RawNodeSample) -> Self {
-        let [low, high, ..] = raw.present.to_le_bytes();
+        let names = raw.disk_names.chunks_exact(DEVICE);
+        let disks = names
+            .zip(raw.disk_name_lengths)
+            .zip(raw.disk_total_bytes.iter().zip(raw.disk_used_bytes))
+            .take(raw.disk_count as usize)
+            .filter_map(|((name, length), (total_bytes, used_bytes))| {
+                Some(DiskSpace {
+                    device: load_text(length, name)?,
+                    total_bytes: *total_bytes,
+                    used_bytes,
+                })
+            });
         Self {
             tick: raw.tick,
             taken_monotonic_ns: raw.taken_monotonic_ns,
             taken_wall_ns: raw.taken_wall_ns,
-            counters: NodeCounters::unpack(&raw.counters, u16::from_le_bytes([low, high])),
+            counters: NodeCounters::unpack(&raw.counters, raw.present),
+            cores_busy_ns: raw
+                .cores_busy_ns
+                .iter()
+                .take(raw.core_count as usize)
+                .copied()
+                .collect(),
+            disks: disks.collect(),
         }
     }
 }
@@ -511,6 +568,8 @@ pub struct ProcessSample {
     pub container_id: ContainerId,
     /// Pid on the host.
     pub pid: u32,
+    /// Pid in the container, 0 unknown.
+    pub container_pid: u32,
     /// Its parent's.
     pub parent_pid: u32,
     /// Threads.
@@ -531,10 +590,12 @@ impl ProcessSample {
         let mut raw = RawProcess {
             container_id: self.container_id.0,
             pid: self.pid,
+            container_pid: self.container_pid,
             parent_pid: self.parent_pid,
             threads: self.threads,
             state: self.state,
-            present,
+            // Seven counters: the upper half is empty.
+            present: u16::try_from(present).unwrap_or(u16::MAX),
             start_ticks: self.start_ticks,
             counters,
             ..RawProcess::default()
@@ -549,12 +610,13 @@ impl ProcessSample {
         Some(Self {
             container_id: ContainerId(raw.container_id),
             pid: raw.pid,
+            container_pid: raw.container_pid,
             parent_pid: raw.parent_pid,
             threads: raw.threads,
             state: raw.state,
             name: load_text(raw.name_length, &raw.name)?,
             start_ticks: raw.start_ticks,
-            counters: ProcessCounters::unpack(&raw.counters, raw.present),
+            counters: ProcessCounters::unpack(&raw.counters, u32::from(raw.present)),
         })
     }
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::{
-    AcceleratorKey, AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus,
-    ProcessSample, table,
+    AcceleratorKey, AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus, Processes,
+    table,
 };
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
@@ -37,14 +37,10 @@ enum Change {
     RemovePort(PortKey),
     PutContainer(Box<ContainerSample>),
     RemoveContainer(ContainerId),
-    PutAccelerator(AcceleratorRow),
+    PutAccelerator(Box<AcceleratorRow>),
     RemoveAccelerator(AcceleratorKey),
-    Node(NodeSample),
-    Processes {
-        tick: u64,
-        list: Vec<ProcessSample>,
-        left_out: u32,
-    },
+    Node(Box<NodeSample>),
+    Processes(Processes),
 }
 
 impl ObservedBatch {
@@ -75,7 +71,7 @@ impl ObservedBatch {
 
     /// Publishes an accelerator.
     pub fn put_accelerator(&mut self, row: AcceleratorRow) {
-        self.changes.push(Change::PutAccelerator(row));
+        self.changes.push(Change::PutAccelerator(Box::new(row)));
     }
 
     /// Forgets an accelerator.
@@ -85,17 +81,13 @@ impl ObservedBatch {
 
     /// Publishes the node's sample.
     pub fn set_node(&mut self, sample: NodeSample) {
-        self.changes.push(Change::Node(sample));
+        self.changes.push(Change::Node(Box::new(sample)));
     }
 
-    /// Publishes the processes of one pass. What does not fit the pool is left out and counted;
-    /// `left_out` are those the caller left out itself.
-    pub fn set_processes(&mut self, tick: u64, list: Vec<ProcessSample>, left_out: u32) {
-        self.changes.push(Change::Processes {
-            tick,
-            list,
-            left_out,
-        });
+    /// Publishes the processes as they were listed last. What does not fit the pool is left out
+    /// and counted; `left_out` are those the caller left out itself.
+    pub fn set_processes(&mut self, processes: Processes) {
+        self.changes.push(Change::Processes(processes));
     }
 
     /// Whether nothing was asked for.
@@ -224,18 +216,12 @@ impl ObservedWriter {
                 Change::RemovePort(key) => remove(&mut ports, &key, staged),
                 Change::PutContainer(sample) => put(&mut containers, &*sample, staged)?,
                 Change::RemoveContainer(id) => remove(&mut containers, &id, staged),
-                Change::PutAccelerator(row) => put(&mut accelerators, &row, staged)?,
+                Change::PutAccelerator(row) => put(&mut accelerators, &*row, staged)?,
                 Change::RemoveAccelerator(key) => remove(&mut accelerators, &key, staged),
                 Change::Node(sample) => {
                     staged.raw(region.table(table::NODE), 0, &sample.to_raw());
                 }
-                Change::Processes {
-                    tick,
-                    list,
-                    left_out,
-                } => {
-                    stage_processes(region, staged, tick, &list, left_out);
-                }
+                Change::Processes(processes) => stage_processes(region, staged, &processes),
             }
         }
         let generation = region.allocate();
@@ -265,21 +251,17 @@ fn remove<K: Copy + Eq + std::hash::Hash>(index: &mut Index<K>, key: &K, staged:
 }
 
 /// Stages a bank: its head, then as many processes as fit.
-fn stage_processes(
-    region: &RegionWriter,
-    staged: &mut Staged,
-    tick: u64,
-    list: &[ProcessSample],
-    left_out: u32,
-) {
+fn stage_processes(region: &RegionWriter, staged: &mut Staged, processes: &Processes) {
     let room = region.sizes().processes;
+    let list = &processes.list;
     let fitting = &list[..list.len().min(room as usize)];
     let beyond = u32::try_from(list.len() - fitting.len()).unwrap_or(u32::MAX);
     let bank = RawBank {
-        tick,
+        tick: processes.tick,
         count: u32::try_from(fitting.len()).unwrap_or(room),
-        left_out: left_out.saturating_add(beyond),
-        reserved: [0; 6],
+        left_out: processes.left_out.saturating_add(beyond),
+        taken_monotonic_ns: processes.taken_monotonic_ns,
+        reserved: [0; 5],
     };
     let length = RawBank::INFO.size + fitting.len() * RawProcess::INFO.size;
     let bytes = staged.space(region.table(table::PROCESSES), 0, length);

@@ -54,7 +54,7 @@ fn write_desired(directory: &Path) -> anyhow::Result<std::convert::Infallible> {
 fn write_observed(directory: &Path) -> anyhow::Result<std::convert::Infallible> {
     let mut writer = ObservedWriter::open(directory, regions::SIZES)?;
     let mut reader = shared::observed::ObservedReader::open(directory)?;
-    let node = reader.snapshot()?.node.unwrap_or_default();
+    let node = reader.snapshot()?.node.clone().unwrap_or_default();
     let repairs = node.taken_wall_ns + u64::from(regions::repaired(writer.start()));
     let mut number = node.tick;
     loop {
