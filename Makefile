@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration verify-units fuzz runner clean
+        integration compat bench-agent verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,13 @@ loom: ## model checks of the shared-memory cell
 
 integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
 	$(NEXTEST) nextest run --locked -p tests --tests
+
+compat: setup-test build runner ## an unmodified manager drives the agent through its public API
+	tests/scripts/compat
+
+bench-agent: setup-test release runner ## our agent against the Python agent, interleaved; writes target/bench/agent.json
+	$(CARGO) build --locked --release -p benches --bin rpc-load
+	"$$(tests/scripts/manager-env)" tests/python/bench_agent.py
 
 RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent/runner)
 

@@ -165,8 +165,9 @@ async def refused(address, agent_public, secret_file):
         check("the right key is served", await rpc.call.ping("x") == "x")
 
 
-if sys.argv[1] == "--refused":
-    asyncio.run(refused(*sys.argv[2:]))
-else:
-    asyncio.run(life(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]))
-sys.exit(1 if failed else 0)
+if __name__ == "__main__":
+    if sys.argv[1] == "--refused":
+        asyncio.run(refused(*sys.argv[2:]))
+    else:
+        asyncio.run(life(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]))
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,238 @@
+//! Calls an agent's `ping` as the manager does, with as little of its own as possible, and prints one JSON object.
+//!
+//! `rpc-load ADDRESS calls CONNECTIONS SECONDS`: each connection calls again as soon as it is answered;
+//! `rpc-load ADDRESS connects COUNT`: a new connection, its handshake and one call, again and again;
+//! `rpc-load ADDRESS ready SECONDS`: tries until a first call is answered.
+//!
+//! A blocking socket per thread and bytes put together by hand (ZMTP 3.1, NULL): a client library, in Python above all, would
+//! measure itself. All times are in microseconds.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// No answer takes longer, or the agent is taken for dead.
+const DEADLINE: Duration = Duration::from_secs(30);
+const MORE: u8 = 1;
+const LONG: u8 = 2;
+const COMMAND: u8 = 4;
+const RESULT: u8 = 2;
+
+/// One connection after its handshake.
+struct Connection {
+    stream: TcpStream,
+    read: Vec<u8>,
+    at: usize,
+}
+
+impl Connection {
+    fn open(address: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, DEADLINE)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.set_write_timeout(Some(DEADLINE))?;
+        let mut connection = Self {
+            stream,
+            read: Vec::with_capacity(4096),
+            at: 0,
+        };
+        let mut greeting = [0_u8; 64];
+        greeting[0] = 0xff;
+        greeting[8] = 1;
+        greeting[9] = 0x7f;
+        greeting[10] = 3;
+        greeting[11] = 1;
+        greeting[12..16].copy_from_slice(b"NULL");
+        let mut hello = greeting.to_vec();
+        let ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00";
+        frame(&mut hello, COMMAND, ready);
+        connection.stream.write_all(&hello)?;
+        connection.fill(64)?;
+        ensure!(connection.read[0] == 0xff, "that is no ZeroMQ peer");
+        connection.at = 64;
+        // The agent's READY.
+        ensure!(
+            connection.next()?.0 & COMMAND != 0,
+            "a command was expected"
+        );
+        let mut probe = Vec::new();
+        frame(&mut probe, MORE, b"PING");
+        frame(&mut probe, MORE, b"");
+        frame(&mut probe, 0, b"");
+        connection.stream.write_all(&probe)?;
+        let answer = connection.message()?;
+        ensure!(
+            answer.first().is_some_and(|tag| tag == b"PONG"),
+            "no PONG came"
+        );
+        Ok(connection)
+    }
+
+    /// Reads until `count` bytes lie in the buffer.
+    fn fill(&mut self, count: usize) -> Result<()> {
+        let mut piece = [0_u8; 4096];
+        while self.read.len() < count {
+            let got = self.stream.read(&mut piece)?;
+            ensure!(got > 0, "the agent closed the connection");
+            self.read.extend_from_slice(&piece[..got]);
+        }
+        Ok(())
+    }
+
+    /// The next frame: its flags and its content.
+    fn next(&mut self) -> Result<(u8, Vec<u8>)> {
+        self.fill(self.at + 2)?;
+        let flags = self.read[self.at];
+        let (head, length) = if flags & LONG == 0 {
+            (2, usize::from(self.read[self.at + 1]))
+        } else {
+            self.fill(self.at + 9)?;
+            let mut size = [0_u8; 8];
+            size.copy_from_slice(&self.read[self.at + 1..self.at + 9]);
+            (9, usize::try_from(u64::from_be_bytes(size))?)
+        };
+        let from = self.at + head;
+        self.fill(from + length)?;
+        let content = self.read[from..from + length].to_vec();
+        self.at = from + length;
+        if self.at == self.read.len() {
+            self.read.clear();
+            self.at = 0;
+        }
+        Ok((flags, content))
+    }
+
+    fn message(&mut self) -> Result<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        loop {
+            let (flags, content) = self.next()?;
+            if flags & COMMAND != 0 {
+                continue;
+            }
+            frames.push(content);
+            if flags & MORE == 0 {
+                return Ok(frames);
+            }
+        }
+    }
+
+    /// `ping("pong")`; the answer must be a result of this very call.
+    fn call(&mut self, sequence: u32) -> Result<()> {
+        let mut header = b"\x85\xa4type\x01\xa4meth\xa4ping\xa4okey\xa0\xa3seq\xce".to_vec();
+        header.extend_from_slice(&sequence.to_be_bytes());
+        header.extend_from_slice(b"\xa3zip\xc2");
+        let envelope =
+            b"\x82\xa4meta\xc4\x00\xa4body\xc4\x14\x82\xa4args\x91\xa4pong\xa6kwargs\x80";
+        let mut request = Vec::with_capacity(128);
+        frame(&mut request, MORE, b"UPPER");
+        frame(&mut request, MORE, &header);
+        frame(&mut request, 0, envelope);
+        self.stream.write_all(&request)?;
+        let answer = self.message()?;
+        let [tag, header, body] = answer.as_slice() else {
+            bail!("an answer of {} frames", answer.len());
+        };
+        let kind = position(header, b"\xa4type").and_then(|at| header.get(at));
+        ensure!(
+            tag == b"UPPER" && kind == Some(&RESULT) && position(body, b"\xa4pong").is_some(),
+            "the answer is no result"
+        );
+        Ok(())
+    }
+}
+
+/// Where `haystack` goes on behind the first `needle`.
+fn position(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
+        .map(|at| at + needle.len())
+}
+
+fn frame(out: &mut Vec<u8>, flags: u8, content: &[u8]) {
+    // Everything sent here is short.
+    let length = u8::try_from(content.len()).unwrap_or(u8::MAX);
+    out.push(flags);
+    out.push(length);
+    out.extend_from_slice(content);
+}
+
+/// Calls until the time is over; the duration of each call.
+fn calls(address: SocketAddr, until: Instant) -> Result<Vec<u128>> {
+    let mut connection = Connection::open(address)?;
+    let mut samples = Vec::new();
+    let mut sequence = 0;
+    while Instant::now() < until {
+        let from = Instant::now();
+        connection.call(sequence)?;
+        samples.push(from.elapsed().as_micros());
+        sequence = sequence.wrapping_add(1);
+    }
+    Ok(samples)
+}
+
+fn report(samples: &[u128], took: Duration) {
+    let listed: Vec<String> = samples.iter().map(u128::to_string).collect();
+    println!(
+        "{{\"count\": {}, \"seconds\": {:.6}, \"samples_us\": [{}]}}",
+        samples.len(),
+        took.as_secs_f64(),
+        listed.join(", ")
+    );
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let address = |text: &str| text.parse::<SocketAddr>().context("ADDRESS is host:port");
+    let from = Instant::now();
+    match words.as_slice() {
+        [place, "calls", connections, seconds] => {
+            let (place, until) = (
+                address(place)?,
+                from + Duration::from_secs_f64(seconds.parse()?),
+            );
+            let threads: Vec<_> = (0..connections.parse::<u32>()?)
+                .map(|_| thread::spawn(move || calls(place, until)))
+                .collect();
+            let mut samples = Vec::new();
+            for thread in threads {
+                let Ok(done) = thread.join() else {
+                    bail!("a thread of the generator ended early");
+                };
+                samples.extend(done?);
+            }
+            report(&samples, from.elapsed());
+        }
+        [place, "connects", count] => {
+            let place = address(place)?;
+            let mut samples = Vec::new();
+            for _ in 0..count.parse::<u32>()? {
+                let from = Instant::now();
+                Connection::open(place)?.call(0)?;
+                samples.push(from.elapsed().as_micros());
+            }
+            report(&samples, from.elapsed());
+        }
+        [place, "ready", seconds] => {
+            let (place, until) = (
+                address(place)?,
+                from + Duration::from_secs_f64(seconds.parse()?),
+            );
+            while let Err(error) =
+                Connection::open(place).and_then(|mut connection| connection.call(0))
+            {
+                ensure!(Instant::now() < until, "never answered: {error:#}");
+                thread::sleep(Duration::from_millis(5));
+            }
+            report(&[from.elapsed().as_micros()], from.elapsed());
+        }
+        _ => bail!(
+            "usage: rpc-load ADDRESS calls CONNECTIONS SECONDS | connects COUNT | ready SECONDS"
+        ),
+    }
+    Ok(())
+}

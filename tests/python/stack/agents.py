@@ -1,0 +1,126 @@
+"""The agent under test: ours (two programs), or the published Python agent, on the same configuration file."""
+
+import os
+import pathlib
+import sys
+
+from .engine import ROOT, cache
+from .place import answers, wait
+
+AGENT_ID = "i-compat"
+
+
+def runner_directory():
+    return pathlib.Path(os.environ.get("BAI_RUNNER_DIR") or cache().parent / "runner")
+
+
+class Agent:
+    """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`."""
+
+    def __init__(self, system, kind, *, port_count=64, extra="", programs=None):
+        self.system, self.place, self.kind = system, system.place, kind
+        self.id = AGENT_ID
+        place = self.place
+        self.rpc_port, self.first_port, self.port_count = place.port(), place.ports(port_count), port_count
+        target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
+        self.programs = pathlib.Path(programs or os.environ.get("BAI_BIN") or target / "debug")
+        self.processes = []
+        home = f"agent-{kind}"
+        self.state, self.scratch, self.commits = (place.folder(f"{home}/{name}") for name in ("state", "scratch", "commit"))
+        self.file = system.etc / f"{home}.toml"
+        own = f"""
+[node]
+run-dir = "{place.memory}"
+runner-dir = "{runner_directory()}"
+""" if kind == "ours" else ""
+        self.text = f"""[etcd]
+namespace = "{system.etcd.namespace}"
+addr = {{ host = "127.0.0.1", port = {system.etcd.port} }}
+[agent]
+backend = "docker"
+id = "{self.id}"
+rpc-listen-addr = {{ host = "127.0.0.1", port = {self.rpc_port} }}
+service-addr = {{ host = "127.0.0.1", port = {place.port()} }}
+announce-addr = {{ host = "127.0.0.1", port = {place.port()} }}
+agent-sock-port = {place.port()}
+metadata-server-port = {place.port()}
+aiomonitor-termui-port = {place.port()}
+aiomonitor-webui-port = {place.port()}
+scaling-group = "default"
+region = "local"
+event-loop = "uvloop"
+ipc-base-path = "{place.folder(f'{home}/ipc')}"
+var-base-path = "{self.state}"
+mount-path = "{system.volume.parent}"
+image-commit-path = "{self.commits}"
+pid-file = "{self.state}/agent.pid"
+cohabiting-storage-proxy = true
+allow-compute-plugins = []
+{extra}
+[container]
+port-range = [{self.first_port}, {self.first_port + port_count - 1}]
+kernel-uid = -1
+kernel-gid = -1
+bind-host = "127.0.0.1"
+advertised-host = "127.0.0.1"
+stats-type = "docker"
+sandbox-type = "docker"
+scratch-type = "hostdir"
+scratch-root = "{self.scratch}"
+scratch-size = "1G"
+[watcher]
+service-addr = {{ host = "127.0.0.1", port = {place.port()} }}
+ssl-enabled = false
+target-service = "backendai-agent.service"
+soft-reset-available = false
+[resource]
+reserved-cpu = 0
+reserved-mem = "1G"
+reserved-disk = "1G"
+[debug]
+enabled = false
+[logging]
+level = "INFO"
+drivers = ["console"]
+[logging.pkg-ns]
+"" = "WARNING"
+"ai.backend" = "INFO"
+[logging.console]
+colored = false
+format = "verbose"
+{own}"""
+        self.write()
+
+    def write(self):
+        """Puts the configuration (back) in its place."""
+        self.file.write_text(self.text)
+
+    def start(self, limit=180):
+        self.spawn()
+        wait("the agent listens", lambda: answers(self.rpc_port), limit, self.processes[-1])
+
+    def spawn(self):
+        env = self.system.engine.env
+        if self.kind == "python":
+            argv = [[sys.executable, "-m", "ai.backend.cli", "ag", "start-server", "-f", self.file]]
+        else:
+            argv = [[self.programs / "bai-dataplane", "--config", self.file], [self.programs / "bai-agent", "run", "--config", self.file]]
+        names = ["agent"] if self.kind == "python" else ["dataplane", "agent"]
+        self.processes = [self.place.spawn(name, words, env=env, cwd=self.state) for name, words in zip(names, argv)]
+
+    @property
+    def log(self):
+        return "\n".join(line[:400] for line in self.processes[-1].last_words(25).splitlines()) if self.processes else ""
+
+    def stop(self, *how, only=None):
+        """`only`: one program of the two."""
+        for process in reversed(self.processes[:]):
+            if only in (None, process.name):
+                self.place.stop(process, *how)
+                self.processes.remove(process)
+
+    def start_control(self, limit=180):
+        """Ours: the agent alone, after it was stopped alone."""
+        process = self.place.spawn("agent", [self.programs / "bai-agent", "run", "--config", self.file], env=self.system.engine.env, cwd=self.state)
+        self.processes.append(process)
+        wait("the agent listens", lambda: answers(self.rpc_port), limit, process)
