@@ -1,6 +1,6 @@
 """Our agent against the published Python agent, on the same machine, in one interleaved run.
 
-Usage: bench_agent.py [--out FILE] [--rounds N] [--kernels N ...] [--idle SECONDS]
+Usage: bench_agent.py [--out FILE] [--rounds N] [--kernels N ...] [--idle SECONDS] [--standalone]
 
 Both get the same configuration, engine, stores and load (`rpc-load`, our own generator). Each figure is taken of both agents
 in turn, several times; `ratios` has ours divided by the Python agent's, medians over the rounds. The CPU of an agent is that of
@@ -71,7 +71,7 @@ class Bench:
         self.load = target / "release/rpc-load"
         self.agents = {}
         for kind in KINDS:
-            self.agents[kind] = Agent(system, kind, port_count=600, programs=target / "release")
+            self.agents[kind] = Agent(system, kind, port_count=600, programs=target / "release", standalone=options.standalone)
         self.raw = {kind: {} for kind in KINDS}
 
     def keep(self, kind, name, value):
@@ -225,6 +225,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kernels", type=int, nargs="*", default=[10, 50])
     parser.add_argument("--idle", type=float, default=60.0)
+    parser.add_argument("--standalone", action="store_true", help="ours without etcd and event bus (the Python agent has no such mode)")
     options = parser.parse_args()
     enter(__file__, sys.argv[1:])
     place = Place(os.environ["BAI_COMPAT_INSIDE"])

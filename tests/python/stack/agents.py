@@ -17,7 +17,7 @@ def runner_directory():
 class Agent:
     """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`."""
 
-    def __init__(self, system, kind, *, port_count=64, extra="", programs=None):
+    def __init__(self, system, kind, *, port_count=64, extra="", programs=None, standalone=False):
         self.system, self.place, self.kind = system, system.place, kind
         self.id = AGENT_ID
         place = self.place
@@ -25,6 +25,7 @@ class Agent:
         target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
         self.programs = pathlib.Path(programs or os.environ.get("BAI_BIN") or target / "debug")
         self.processes = []
+        self.mode = ["--standalone"] if standalone else []
         home = f"agent-{kind}"
         self.state, self.scratch, self.commits = (place.folder(f"{home}/{name}") for name in ("state", "scratch", "commit"))
         self.file = system.etc / f"{home}.toml"
@@ -104,9 +105,13 @@ format = "verbose"
         if self.kind == "python":
             argv = [[sys.executable, "-m", "ai.backend.cli", "ag", "start-server", "-f", self.file]]
         else:
-            argv = [[self.programs / "bai-dataplane", "--config", self.file], [self.programs / "bai-agent", "run", "--config", self.file]]
+            argv = [[self.programs / "bai-dataplane", *self.mode, "--config", self.file], self.control]
         names = ["agent"] if self.kind == "python" else ["dataplane", "agent"]
         self.processes = [self.place.spawn(name, words, env=env, cwd=self.state) for name, words in zip(names, argv)]
+
+    @property
+    def control(self):
+        return [self.programs / "bai-agent", "run", *self.mode, "--config", self.file]
 
     @property
     def log(self):
@@ -121,6 +126,6 @@ format = "verbose"
 
     def start_control(self, limit=180):
         """Ours: the agent alone, after it was stopped alone."""
-        process = self.place.spawn("agent", [self.programs / "bai-agent", "run", "--config", self.file], env=self.system.engine.env, cwd=self.state)
+        process = self.place.spawn("agent", self.control, env=self.system.engine.env, cwd=self.state)
         self.processes.append(process)
         wait("the agent listens", lambda: answers(self.rpc_port), limit, process)
