@@ -93,22 +93,3 @@ async fn the_managers_client_lives_a_kernels_life_over_curve_and_nobody_else_is_
     ensure!(node.containers()?.is_empty(), "a container is left");
     Ok(())
 }
-
-#[tokio::test]
-async fn every_method_answers_the_managers_client_class() -> Result<()> {
-    let Some(python) = python::interpreter("published_client")? else {
-        return Ok(());
-    };
-    let image = image_record(&images::image(Image::Runner)?)?;
-    let node = Node::start(NodeOptions::default()).await?;
-    let address = node.address().to_owned();
-    let said = tokio::task::spawn_blocking(move || {
-        python::check(&python, "rpc_methods.py", &[&address, &image])
-    })
-    .await??;
-    ensure!(
-        said.lines().filter(|line| line.starts_with("ok ")).count() >= 50,
-        "too few checks ran:\n{said}"
-    );
-    Ok(())
-}
