@@ -131,8 +131,9 @@ class Bench:
             mode, code, opts = "continue", "", None
 
     async def shell(self, name, line):
-        """A command line, by way of a query."""
-        text, _ = await self.execute(name, f"import subprocess\nprint(subprocess.run({line!r}, shell=True, text=True, stdout=-1, stderr=-2).stdout, end='')")
+        """A command line, by way of two queries: the original loses output that comes between two polls."""
+        await self.execute(name, f"import subprocess\nsaid = subprocess.run({line!r}, shell=True, text=True, stdout=-1, stderr=-2).stdout")
+        text, _ = await self.execute(name, "print(said, end='')")
         return text
 
     async def destroy(self, name):
