@@ -21,6 +21,7 @@ use shared::observed::ObservedWriter;
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{OpenError, Sizes};
 
+use crate::accelerator::{self, Accelerators};
 use crate::board::Board;
 use crate::collect::Collector;
 use crate::forward::kernel::{self, KernelPath};
@@ -59,6 +60,8 @@ pub struct Options {
     pub relay_threads: usize,
     /// Serve clients in the kernel where that is possible, by programs attached like this.
     pub kernel_path: Option<kernel::Means>,
+    /// Drivers of accelerators to look for.
+    pub accelerators: accelerator::Options,
 }
 
 /// Why the process could not start or go on.
@@ -88,6 +91,9 @@ pub enum AppError {
     /// The collector can't be started.
     #[error("the collector can't be started")]
     Collector(#[source] io::Error),
+    /// The accelerators' threads can't be started.
+    #[error("the accelerators' drivers can't be looked at")]
+    Drivers(#[source] io::Error),
     /// A thread has ended by itself.
     #[error("the {thread} has died; the process must be restarted")]
     Died {
@@ -127,7 +133,8 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     );
     let doorbell = Doorbell::bind(&directory).map_err(AppError::Doorbell)?;
     let ringer = Ringer::of(run_dir.control()).map_err(AppError::Doorbell)?;
-    let board = Board::new(writer, ringer);
+    let accelerators = Accelerators::start(&options.accelerators).map_err(AppError::Drivers)?;
+    let board = Board::new(writer, ringer, accelerators);
 
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let relay = Relay::start(relay::Options {

@@ -12,8 +12,11 @@ use shared::BatchError;
 use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
-use shared::observed::{Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus};
+use shared::observed::{
+    AcceleratorKey, Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus,
+};
 
+use crate::accelerator::Accelerators;
 use crate::forward::kernel::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
 
@@ -76,6 +79,7 @@ struct Inner {
     writer: ObservedWriter,
     ringer: Ringer,
     entries: BTreeMap<PortKey, Entry>,
+    accelerators: Accelerators,
     tick: u64,
 }
 
@@ -106,12 +110,14 @@ pub struct Changes {
 }
 
 impl Board {
-    /// Takes over the writer. Port rows of an earlier life stay until the link has spoken.
-    pub fn new(writer: ObservedWriter, ringer: Ringer) -> Self {
+    /// Takes over the writer. Port rows of an earlier life stay until the link has spoken,
+    /// accelerators until every driver has.
+    pub fn new(writer: ObservedWriter, ringer: Ringer, accelerators: Accelerators) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             writer,
             ringer,
             entries: BTreeMap::new(),
+            accelerators,
             tick: 0,
         })))
     }
@@ -172,19 +178,31 @@ impl Board {
         Ok(())
     }
 
-    /// Publishes one pass, with the counters of all ports at this moment, as one, and rings.
+    /// Publishes one pass, with the counters of all ports and the last answers of the accelerators'
+    /// drivers at this moment, as one, and rings.
     ///
     /// # Errors
     /// The region has no room for all containers; nothing of the pass was published then.
-    pub fn publish_pass(&self, pass: Pass) -> Result<(), BatchError> {
+    pub fn publish_pass(&self, mut pass: Pass) -> Result<(), BatchError> {
         let mut inner = self.lock();
         let Inner {
             writer,
             entries,
+            accelerators,
             tick,
             ..
         } = &mut *inner;
         *tick = pass.tick;
+        let devices = accelerators.rows(pass.tick);
+        pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
+        let lost: Vec<AcceleratorKey> = match &devices {
+            Some(rows) => writer
+                .accelerator_keys()
+                .filter(|key| rows.binary_search_by_key(key, |row| row.key).is_err())
+                .collect(),
+            None => Vec::new(),
+        };
+        let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
         let gone: Vec<ContainerId> = {
             let sampled: std::collections::HashSet<ContainerId> =
                 pass.samples.iter().map(|s| s.container_id).collect();
@@ -205,6 +223,12 @@ impl Board {
             }
             for sample in pass.samples.into_iter().take(room) {
                 batch.put_container(sample);
+            }
+            for key in lost {
+                batch.remove_accelerator(key);
+            }
+            for row in devices.into_iter().flatten().take(device_room) {
+                batch.put_accelerator(row);
             }
             batch.set_node(pass.node);
         })?;

@@ -5,6 +5,7 @@
 //! for weeks while control is restarted. The binary is `bai-dataplane`; this library exists so
 //! that tests and benches can drive its parts.
 
+pub mod accelerator;
 pub mod app;
 pub mod board;
 pub mod collect;

@@ -1,11 +1,13 @@
 //! The `bai-dataplane` program: arguments, configuration, logs, exit code.
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use config::{Config, Forward, LoadOptions};
+use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
 use dataplane::forward::kernel::Means;
@@ -33,6 +35,9 @@ struct Arguments {
     /// Log more.
     #[arg(long, global = true)]
     debug: bool,
+    /// NVIDIA's management library: a name the loader knows, or a path.
+    #[arg(long, env = "BAI_NVML_LIBRARY", value_name = "FILE", default_value = accelerator::nvml::LIBRARY)]
+    nvml_library: OsString,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -66,7 +71,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     match arguments.command {
-        None => run(&loaded.config),
+        None => run(&loaded.config, arguments.nvml_library),
         Some(Command::Detach) => {
             match detach::detach(Some(&loaded.config.node.run_dir), &loaded.config.agent.id) {
                 Ok(removed) => {
@@ -84,13 +89,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(config: &Config) -> ExitCode {
+fn run(config: &Config, nvml_library: OsString) -> ExitCode {
     // Before any thread exists, so that all of them leave the signals to the main loop.
     let signals = match signal::block() {
         Ok(signals) => signals,
         Err(errno) => return fail(&errno, EX_SOFTWARE),
     };
-    match app::run(&options(config), signals) {
+    match app::run(&options(config, nvml_library), signals) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err @ AppError::Lock(_)) => fail(&err, EX_TEMPFAIL),
         Err(err @ AppError::RunDir(_)) => fail(&err, EX_CONFIG),
@@ -98,7 +103,7 @@ fn run(config: &Config) -> ExitCode {
     }
 }
 
-fn options(config: &Config) -> Options {
+fn options(config: &Config, nvml_library: OsString) -> Options {
     let limits = &config.node.dataplane;
     let range = config.container.port_range;
     Options {
@@ -117,6 +122,7 @@ fn options(config: &Config) -> Options {
         scratch_root: Some(config.container.scratch_root.clone()),
         relay_threads: 0,
         kernel_path: (config.node.forward == Forward::Auto).then_some(Means::Auto),
+        accelerators: accelerator::Options { nvml_library },
     }
 }
 

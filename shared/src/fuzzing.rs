@@ -168,6 +168,8 @@ fn accelerator() -> AcceleratorRow {
         profile: String::new(),
         units: None,
         fault: None,
+        users: Vec::new(),
+        users_left_out: 0,
         age_ms: 0,
         tick: 0,
         counters: crate::observed::AcceleratorCounters::default(),

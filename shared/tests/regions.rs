@@ -10,10 +10,10 @@ use shared::desired::{
 };
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
-    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, Applied, ContainerSample,
-    CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, NodeCounters, NodeSample,
-    ObservedReader, ObservedWriter, PortState, PortStatus, ProcessCounters, ProcessSample,
-    Processes, RelayEngine, Source,
+    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied,
+    ContainerSample, CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, NodeCounters,
+    NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus, ProcessCounters,
+    ProcessSample, Processes, RelayEngine, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -471,6 +471,19 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         profile: "1g.5gb".to_owned(),
         units: Some(14),
         fault: Some(79),
+        users: vec![
+            AcceleratorUse {
+                container_id: ContainerId([5; 32]),
+                memory_bytes: Some(1 << 30),
+                utilisation_permille: None,
+            },
+            AcceleratorUse {
+                container_id: ContainerId([6; 32]),
+                memory_bytes: None,
+                utilisation_permille: Some(0),
+            },
+        ],
+        users_left_out: 2,
         age_ms: 1,
         tick: 4,
         counters: AcceleratorCounters {

@@ -47,6 +47,8 @@ pub struct Options {
     pub descriptors: Option<u32>,
     /// Run it in this network namespace (made by the test).
     pub namespace: Option<String>,
+    /// Added to its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// The run directory and the configuration, kept over restarts of the process.
@@ -109,6 +111,7 @@ impl Place {
             .arg(self.directory.path().join("agent.toml"))
             .args(arguments)
             .stdin(Stdio::null())
+            .envs(self.options.environment.iter().cloned())
             .env("BAI_LOG", "debug");
         Ok(command)
     }

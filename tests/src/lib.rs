@@ -10,6 +10,7 @@ pub mod kernel_path;
 pub mod kernels;
 pub mod netns;
 pub mod node;
+pub mod nvml;
 pub mod python;
 pub mod regions;
 pub mod registry;

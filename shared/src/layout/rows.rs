@@ -4,6 +4,8 @@ use super::declare;
 
 /// Capacity of the client network list of a port row.
 pub(crate) const NETWORKS: usize = 8;
+/// Capacity of the user list of an accelerator row.
+pub(crate) const USERS: usize = 16;
 /// Capacity of the veth list of a container row.
 pub(crate) const LINKS: usize = 8;
 /// Capacity of the core list of a node sample.
@@ -151,7 +153,7 @@ declare! {
     }
 
     /// One accelerator (observed region, table accelerators).
-    RawAccelerator, 416 {
+    RawAccelerator, 1120 {
         0 state: u32 = "0 free, 1 used",
         4 index: u32 = "number the driver gives it; with kind the row's key",
         8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU, 4 plug-in, 255 mock",
@@ -173,7 +175,12 @@ declare! {
         256 model: [u8; 64] = "model name, UTF-8",
         320 pci: [u8; 32] = "PCI address, UTF-8",
         352 profile: [u8; 32] = "name of the kind of part, UTF-8, empty for a whole device",
-        384 reserved: [u8; 32] = "zero",
+        384 user_count: u32 = "containers that use it and are listed",
+        388 users_left_out: u32 = "containers that use it and had no room",
+        392 user_containers: [u8; 512] = "container id per user",
+        904 user_memory: [u64; 16] = "device memory per user, bytes, all ones unknown",
+        1032 user_utilisation: [u32; 16] = "busy share per user, thousandths, all ones unknown",
+        1096 reserved: [u8; 24] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

@@ -241,6 +241,7 @@ groups! {
         memory_pressure_full_ns = "time in which all tasks of the node waited for memory, ns",
         io_pressure_some_ns = "time in which some task of the node waited for a block device, ns",
         io_pressure_full_ns = "time in which all tasks of the node waited for a block device, ns",
+        accelerators_found = "accelerators; not there until every driver has answered once",
     }
     /// A process.
     ProcessCounters, "process", 7 {

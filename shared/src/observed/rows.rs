@@ -11,7 +11,7 @@ use crate::desired::{PortKey, Protocol};
 use crate::ids::{ContainerId, Generation, KernelId, RegionId};
 use crate::layout::{
     CORES, DEVICE, DISKS, RawAccelerator, RawApplied, RawNodeSample, RawPortStatus, RawProcess,
-    RawSample,
+    RawSample, USERS,
 };
 use crate::table::{BatchError, KeyedRow, load_text, state, store_text};
 
@@ -374,6 +374,17 @@ pub struct AcceleratorKey {
     pub index: u32,
 }
 
+/// What one container uses of an accelerator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AcceleratorUse {
+    /// The container.
+    pub container_id: ContainerId,
+    /// Device memory of its processes, bytes; `None` when the driver does not tell.
+    pub memory_bytes: Option<u64>,
+    /// Busy share of its processes, thousandths; `None` when the driver does not tell.
+    pub utilisation_permille: Option<u32>,
+}
+
 /// One accelerator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcceleratorRow {
@@ -399,6 +410,11 @@ pub struct AcceleratorRow {
     pub units: Option<u32>,
     /// Last fault code of the driver (NVIDIA: XID).
     pub fault: Option<u32>,
+    /// Containers whose processes use it; those beyond the capacity of a row are counted in
+    /// `users_left_out`.
+    pub users: Vec<AcceleratorUse>,
+    /// Containers that use it and are not in `users`.
+    pub users_left_out: u32,
     /// How old the numbers were at the tick, ms.
     pub age_ms: u32,
     /// Pass this row belongs to.
@@ -442,10 +458,42 @@ impl KeyedRow for AcceleratorRow {
         raw.model_length = store_text("model", &self.model, &mut raw.model)?;
         raw.pci_length = store_text("pci", &self.pci, &mut raw.pci)?;
         raw.profile_length = store_text("profile", &self.profile, &mut raw.profile)?;
+        let listed = self.users.len().min(USERS);
+        let beyond = u32::try_from(self.users.len() - listed).unwrap_or(u32::MAX);
+        raw.user_count = u32::try_from(listed).unwrap_or(0);
+        raw.users_left_out = self.users_left_out.saturating_add(beyond);
+        for (user, place) in self
+            .users
+            .iter()
+            .zip(raw.user_containers.as_chunks_mut().0.iter_mut())
+        {
+            *place = user.container_id.0;
+        }
+        for (place, user) in raw.user_memory.iter_mut().zip(&self.users) {
+            *place = user.memory_bytes.unwrap_or(u64::MAX);
+        }
+        for (place, user) in raw.user_utilisation.iter_mut().zip(&self.users) {
+            *place = user.utilisation_permille.unwrap_or(u32::MAX);
+        }
         Ok(raw)
     }
 
     fn from_raw(raw: &RawAccelerator, _: Generation) -> Option<Self> {
+        let listed = usize::try_from(raw.user_count).ok()?;
+        if listed > USERS {
+            return None;
+        }
+        let (containers, _) = raw.user_containers.as_chunks();
+        let users = (containers.iter())
+            .zip(&raw.user_memory)
+            .zip(&raw.user_utilisation)
+            .take(listed)
+            .map(|((container, memory), utilisation)| AcceleratorUse {
+                container_id: ContainerId(*container),
+                memory_bytes: (*memory != u64::MAX).then_some(*memory),
+                utilisation_permille: (*utilisation != u32::MAX).then_some(*utilisation),
+            })
+            .collect();
         Some(Self {
             key: AcceleratorKey {
                 kind: AcceleratorKind::from_code(raw.kind)?,
@@ -461,6 +509,8 @@ impl KeyedRow for AcceleratorRow {
             profile: load_text(raw.profile_length, &raw.profile)?,
             units: (raw.units != 0).then_some(raw.units),
             fault: (raw.fault != 0).then_some(raw.fault),
+            users,
+            users_left_out: raw.users_left_out,
             age_ms: raw.age_ms,
             tick: raw.tick,
             counters: AcceleratorCounters::unpack(&raw.counters, u32::from(raw.present)),

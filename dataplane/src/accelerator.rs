@@ -1,0 +1,279 @@
+//! Accelerators: a thread per driver that is there, each with the last whole answer of its driver.
+//!
+//! In: the drivers (NVML; more kinds plug in beside it). Out: rows for the `observed` region, with
+//! their age, the containers that use each device, and what processes use. Invariants: nobody ever
+//! waits for a driver but its own thread, so a call that never returns makes its own numbers old
+//! and nothing else late; old numbers are dropped, not shown as new; where there is no driver there
+//! is no thread.
+
+pub mod attribution;
+pub mod nvml;
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use shared::observed::{AcceleratorCounters, AcceleratorRow};
+
+/// Distance between two looks at a driver.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// Numbers older than this are dropped and the device counts as faulty: its driver does not answer.
+const STALE: Duration = Duration::from_secs(10);
+
+/// What a driver told in one look.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// Its devices; tick and age are set when they are published.
+    pub devices: Vec<AcceleratorRow>,
+    /// What each process uses, summed over the devices.
+    pub processes: HashMap<u32, ProcessUse>,
+}
+
+/// What a process uses of accelerators.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ProcessUse {
+    /// Device memory, bytes.
+    pub memory_bytes: Option<u64>,
+    /// Busy share, thousandths.
+    pub utilisation_permille: Option<u32>,
+}
+
+/// Which drivers to look for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// NVML's library: a name the loader knows or a path.
+    pub nvml_library: OsString,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            nvml_library: nvml::LIBRARY.into(),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// `false` until the driver has answered, or has turned out not to be there.
+    looked: bool,
+    reading: Option<(Instant, Arc<Reading>)>,
+    stop: bool,
+}
+
+/// Where a driver's thread leaves its answers.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves an answer.
+    pub(crate) fn put(&self, reading: Reading) {
+        let mut state = self.lock();
+        state.looked = true;
+        state.reading = Some((Instant::now(), Arc::new(reading)));
+    }
+
+    /// There is no such driver, or it has no devices.
+    pub(crate) fn put_none(&self) {
+        let mut state = self.lock();
+        state.looked = true;
+        state.reading = None;
+    }
+
+    pub(crate) fn stopped(&self) -> bool {
+        self.lock().stop
+    }
+
+    /// Waits; `false` when the thread has to end.
+    pub(crate) fn pause(&self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        let mut state = self.lock();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if state.stop || left.is_zero() {
+                return !state.stop;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+/// All drivers' last answers. Dropping it tells the threads to end and does not wait for them: one
+/// may be inside a driver call that never returns.
+#[derive(Debug)]
+pub struct Accelerators {
+    slots: Vec<Arc<Slot>>,
+}
+
+impl Accelerators {
+    /// Starts a thread per driver; one whose library is not there ends at once.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn start(options: &Options) -> std::io::Result<Self> {
+        let slot = Arc::new(Slot::default());
+        let (own, library) = (Arc::clone(&slot), options.nvml_library.clone());
+        std::thread::Builder::new()
+            .name("nvml".to_owned())
+            .spawn(move || nvml::run(&library, &own))?;
+        Ok(Self { slots: vec![slot] })
+    }
+
+    /// No accelerators, for benches and tests of other parts.
+    pub fn none() -> Self {
+        Self { slots: Vec::new() }
+    }
+
+    /// The devices as they are to be published, sorted by key; `None` until every driver has
+    /// answered once.
+    pub fn rows(&self, tick: u64) -> Option<Vec<AcceleratorRow>> {
+        let mut rows = Vec::new();
+        for slot in &self.slots {
+            let state = slot.lock();
+            if !state.looked {
+                return None;
+            }
+            let Some((at, reading)) = &state.reading else {
+                continue;
+            };
+            let (at, reading) = (*at, Arc::clone(reading));
+            drop(state);
+            let age = at.elapsed();
+            rows.extend(reading.devices.iter().map(|row| aged(row, age, tick)));
+        }
+        rows.sort_unstable_by_key(|row| row.key);
+        Some(rows)
+    }
+
+    /// What processes use, by host pid; empty when the numbers are old.
+    pub fn processes(&self) -> HashMap<u32, ProcessUse> {
+        let mut all = HashMap::new();
+        for slot in &self.slots {
+            let reading = slot.lock().reading.clone();
+            if let Some((at, reading)) = reading
+                && at.elapsed() < STALE
+            {
+                all.extend(reading.processes.iter().map(|(pid, used)| (*pid, *used)));
+            }
+        }
+        all
+    }
+}
+
+impl Drop for Accelerators {
+    fn drop(&mut self) {
+        for slot in &self.slots {
+            slot.lock().stop = true;
+            slot.changed.notify_all();
+        }
+    }
+}
+
+/// A row as it is published at this age.
+fn aged(row: &AcceleratorRow, age: Duration, tick: u64) -> AcceleratorRow {
+    let mut row = AcceleratorRow {
+        tick,
+        age_ms: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
+        ..row.clone()
+    };
+    if age >= STALE {
+        row.healthy = false;
+        // What does not change is still true.
+        row.counters = AcceleratorCounters {
+            memory_total_bytes: row.counters.memory_total_bytes,
+            ..AcceleratorCounters::default()
+        };
+        for user in &mut row.users {
+            user.memory_bytes = None;
+            user.utilisation_permille = None;
+        }
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::ids::ContainerId;
+    use shared::observed::{AcceleratorKey, AcceleratorKind, AcceleratorUse};
+
+    fn row() -> AcceleratorRow {
+        AcceleratorRow {
+            key: AcceleratorKey {
+                kind: AcceleratorKind::Cuda,
+                index: 0,
+            },
+            id: "GPU-1".to_owned(),
+            model: "Made Up".to_owned(),
+            pci: String::new(),
+            numa_node: None,
+            healthy: true,
+            part_of: None,
+            divided: false,
+            profile: String::new(),
+            units: None,
+            fault: None,
+            users: vec![AcceleratorUse {
+                container_id: ContainerId([1; 32]),
+                memory_bytes: Some(5),
+                utilisation_permille: Some(7),
+            }],
+            users_left_out: 0,
+            age_ms: 0,
+            tick: 0,
+            counters: AcceleratorCounters {
+                memory_total_bytes: Some(100),
+                memory_used_bytes: Some(50),
+                ..AcceleratorCounters::default()
+            },
+        }
+    }
+
+    #[test]
+    fn old_numbers_are_dropped_and_the_device_is_faulty() {
+        let fresh = aged(&row(), Duration::from_millis(1500), 7);
+        assert_eq!(
+            (fresh.tick, fresh.age_ms, fresh.healthy),
+            (7, 1500, true),
+            "{fresh:?}"
+        );
+        assert_eq!(fresh.counters, row().counters);
+        let old = aged(&row(), STALE, 8);
+        assert!(!old.healthy);
+        assert_eq!(old.counters.memory_total_bytes, Some(100));
+        assert_eq!(old.counters.memory_used_bytes, None);
+        assert_eq!(old.users.len(), 1);
+        assert_eq!(old.users[0].memory_bytes, None);
+    }
+
+    #[test]
+    fn nothing_is_told_before_every_driver_has_answered() {
+        let (first, second) = (Arc::new(Slot::default()), Arc::new(Slot::default()));
+        let all = Accelerators {
+            slots: vec![Arc::clone(&first), Arc::clone(&second)],
+        };
+        assert!(all.rows(1).is_none());
+        first.put(Reading {
+            devices: vec![row()],
+            processes: HashMap::new(),
+        });
+        assert!(all.rows(1).is_none());
+        second.put_none();
+        assert_eq!(all.rows(1).map(|rows| rows.len()), Some(1));
+        assert_eq!(Accelerators::none().rows(1), Some(Vec::new()));
+        drop(all);
+        assert!(first.stopped() && !second.pause(Duration::from_secs(60)));
+    }
+}

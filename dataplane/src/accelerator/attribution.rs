@@ -1,0 +1,126 @@
+//! Which container a process belongs to, and what its processes use together.
+//!
+//! In: processes as a driver lists them. Out: one [`AcceleratorUse`] per container. Invariant: a
+//! process of no container (the host's own) is nobody's use; an amount the driver does not tell
+//! for every process of a container is unknown for the container.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use shared::ids::ContainerId;
+use shared::observed::AcceleratorUse;
+
+use super::ProcessUse;
+
+/// More of `/proc/PID/cgroup` is not read: paths are bounded by the kernel, hierarchies are few.
+const CGROUP_BYTES: u64 = 64 * 1024;
+
+/// The container of a process, by the container id in its cgroup paths (cgroups(7)); `None` when
+/// it belongs to none or has ended.
+pub fn container_of(pid: u32) -> Option<ContainerId> {
+    let file = std::fs::File::open(format!("/proc/{pid}/cgroup")).ok()?;
+    let mut text = String::new();
+    file.take(CGROUP_BYTES).read_to_string(&mut text).ok()?;
+    container_in(&text)
+}
+
+/// The last container id in the text: a container within a container belongs to the inner one.
+fn container_in(text: &str) -> Option<ContainerId> {
+    let line = text
+        .lines()
+        .max_by_key(|line| ids_in(line).count())
+        .unwrap_or_default();
+    ids_in(line).last()
+}
+
+fn ids_in(line: &str) -> impl Iterator<Item = ContainerId> + '_ {
+    line.split(|c: char| !c.is_ascii_hexdigit())
+        .filter(|word| word.len() == 64)
+        .filter_map(|word| word.parse().ok())
+}
+
+/// Sums the processes of each container.
+pub fn by_container(
+    processes: impl IntoIterator<Item = (u32, ProcessUse)>,
+    container_of: impl Fn(u32) -> Option<ContainerId>,
+) -> Vec<AcceleratorUse> {
+    let mut sums: BTreeMap<ContainerId, AcceleratorUse> = BTreeMap::new();
+    for (pid, used) in processes {
+        let Some(container_id) = container_of(pid) else {
+            continue;
+        };
+        sums.entry(container_id)
+            .and_modify(|sum| {
+                sum.memory_bytes = sum
+                    .memory_bytes
+                    .zip(used.memory_bytes)
+                    .map(|(a, b)| a.saturating_add(b));
+                sum.utilisation_permille = sum
+                    .utilisation_permille
+                    .zip(used.utilisation_permille)
+                    .map(|(a, b)| a.saturating_add(b));
+            })
+            .or_insert(AcceleratorUse {
+                container_id,
+                memory_bytes: used.memory_bytes,
+                utilisation_permille: used.utilisation_permille,
+            });
+    }
+    sums.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    const B: &str = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
+
+    #[test]
+    fn containers_are_found_in_every_form_of_path() {
+        let id = |text: &str| text.parse::<ContainerId>().ok();
+        assert_eq!(container_in(&format!("4:memory:/docker/{A}\n")), id(A));
+        assert_eq!(
+            container_in(&format!("0::/system.slice/docker-{A}.scope\n")),
+            id(A)
+        );
+        assert_eq!(
+            container_in(&format!("1:name=systemd:/\n4:cpu:/docker/{A}/docker/{B}\n")),
+            id(B)
+        );
+        assert_eq!(container_in("0::/user.slice/user-0.slice\n"), None);
+        assert_eq!(container_in(&format!("0::/x/{A}0\n")), None);
+        assert_eq!(container_of(std::process::id()), None);
+    }
+
+    #[test]
+    fn sums_are_unknown_when_a_part_is() {
+        let used = |memory, share| ProcessUse {
+            memory_bytes: memory,
+            utilisation_permille: share,
+        };
+        let (a, b) = (ContainerId([1; 32]), ContainerId([2; 32]));
+        let uses = by_container(
+            [
+                (10, used(Some(100), Some(200))),
+                (11, used(Some(50), None)),
+                (20, used(Some(7), Some(1))),
+                (30, used(Some(1 << 40), Some(1000))),
+            ],
+            |pid| match pid / 10 {
+                1 => Some(a),
+                2 => Some(b),
+                _ => None,
+            },
+        );
+        assert_eq!(uses.len(), 2);
+        assert_eq!(
+            (uses[0].memory_bytes, uses[0].utilisation_permille),
+            (Some(150), None)
+        );
+        assert_eq!(
+            (uses[1].memory_bytes, uses[1].utilisation_permille),
+            (Some(7), Some(1))
+        );
+    }
+}

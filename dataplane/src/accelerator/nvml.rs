@@ -1,0 +1,493 @@
+//! NVIDIA devices through NVML, loaded at run time.
+//!
+//! In: the driver's library. Out: readings in the thread's [`Slot`]. Invariants: only this thread
+//! calls the driver; devices are enumerated anew at every look, so one that falls off the bus or
+//! comes back is seen; what a driver does not support is absent.
+//!
+//! Sources: NVIDIA's NVML API reference; which XIDs are an application's fault and not the
+//! device's: NVIDIA's XID catalogue.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::time::Duration;
+
+use nvml_wrapper::bitmasks::event::EventTypes;
+use nvml_wrapper::enum_wrappers::device::{
+    Clock, EccCounter, MemoryError, PcieUtilCounter, TemperatureSensor,
+};
+use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::enums::event::XidError;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, EventSet, Nvml};
+use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+
+use super::attribution::{by_container, container_of};
+use super::{INTERVAL, ProcessUse, Reading, Slot};
+
+/// The library's name for the dynamic loader. The unversioned name belongs to development packages.
+pub const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// Pause before another attempt at a driver that is installed and does not start.
+const RETRY: Duration = Duration::from_secs(30);
+/// Parts of device N are numbered from `(N + 1) * PARTS`.
+const PARTS: u32 = 1000;
+/// XIDs that an application causes: they say nothing about the device.
+const OF_APPLICATIONS: [u64; 7] = [13, 31, 43, 45, 68, 94, 109];
+
+/// The thread: until it is told to end, or there is no such library.
+pub(super) fn run(library: &OsStr, slot: &Slot) {
+    let mut told = false;
+    loop {
+        match Nvml::builder().lib_path(library).init() {
+            Ok(nvml) => {
+                tracing::info!(
+                    driver = nvml.sys_driver_version().unwrap_or_default(),
+                    nvml = nvml.sys_nvml_version().unwrap_or_default(),
+                    "NVIDIA driver found"
+                );
+                told = false;
+                Session::new(&nvml).run(slot);
+                if slot.stopped() {
+                    return;
+                }
+            }
+            Err(NvmlError::LibloadingError(err)) => {
+                tracing::debug!(%err, "no NVIDIA driver on this node");
+                slot.put_none();
+                return;
+            }
+            Err(err) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%err, retry_s = RETRY.as_secs(),
+                        "the NVIDIA driver is installed and does not start: no CUDA devices until it does");
+                }
+                slot.put_none();
+            }
+        }
+        if !slot.pause(RETRY) {
+            return;
+        }
+    }
+}
+
+/// One life of the library.
+struct Session<'nvml> {
+    nvml: &'nvml Nvml,
+    events: Option<EventSet<'nvml>>,
+    watched: HashSet<String>,
+    /// Last fault per device, and whether it is the device's own.
+    faults: HashMap<String, (u32, bool)>,
+    /// Devices that did not answer at the last look.
+    lost: HashSet<u32>,
+    /// Per device: up to when process samples were seen, microseconds of the driver's clock.
+    seen: HashMap<u32, u64>,
+    /// What was known of each device when it last answered.
+    known: HashMap<u32, AcceleratorRow>,
+}
+
+impl<'nvml> Session<'nvml> {
+    fn new(nvml: &'nvml Nvml) -> Self {
+        let events = nvml
+            .create_event_set()
+            .inspect_err(|err| tracing::debug!(%err, "the driver tells no faults"))
+            .ok();
+        Self {
+            nvml,
+            events,
+            watched: HashSet::new(),
+            faults: HashMap::new(),
+            lost: HashSet::new(),
+            seen: HashMap::new(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// Looks until told to end; returns earlier when the library has to be started again.
+    fn run(mut self, slot: &Slot) {
+        loop {
+            self.take_events();
+            match self.look() {
+                Ok(reading) => slot.put(reading),
+                Err(err) => {
+                    tracing::warn!(%err, "the NVIDIA driver has to be opened again");
+                    return;
+                }
+            }
+            if !slot.pause(INTERVAL) {
+                return;
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<Reading, NvmlError> {
+        let mut reading = Reading::default();
+        let count = self.nvml.device_count()?;
+        for index in 0..count {
+            let device = match self.nvml.device_by_index(index) {
+                Ok(device) => device,
+                Err(err @ (NvmlError::Uninitialized | NvmlError::LibRmVersionMismatch)) => {
+                    return Err(err);
+                }
+                Err(err) => {
+                    self.miss(index, &err, &mut reading);
+                    continue;
+                }
+            };
+            match self.read_device(index, &device, &mut reading) {
+                Ok(()) => {}
+                Err(err) => self.miss(index, &err, &mut reading),
+            }
+        }
+        // A device that fell off the bus is not counted any more, and was there.
+        let gone: Vec<u32> = self
+            .known
+            .keys()
+            .copied()
+            .filter(|index| *index < PARTS && *index >= count)
+            .collect();
+        for index in gone {
+            self.miss(index, &NvmlError::GpuLost, &mut reading);
+        }
+        Ok(reading)
+    }
+
+    /// A device that does not answer stays known, without numbers.
+    fn miss(&mut self, index: u32, err: &NvmlError, reading: &mut Reading) {
+        if self.lost.insert(index) {
+            tracing::warn!(device = index, %err, "an NVIDIA device does not answer");
+        }
+        let parts = index.saturating_add(1).saturating_mul(PARTS);
+        for (number, row) in &self.known {
+            let own = *number == index || (parts..parts + PARTS).contains(number);
+            if own {
+                reading.devices.push(AcceleratorRow {
+                    healthy: false,
+                    users: Vec::new(),
+                    users_left_out: 0,
+                    counters: AcceleratorCounters {
+                        memory_total_bytes: row.counters.memory_total_bytes,
+                        ..AcceleratorCounters::default()
+                    },
+                    ..row.clone()
+                });
+            }
+        }
+        self.watched
+            .retain(|id| self.known.get(&index).is_none_or(|row| row.id != *id));
+    }
+
+    fn read_device(
+        &mut self,
+        index: u32,
+        device: &Device<'nvml>,
+        reading: &mut Reading,
+    ) -> Result<(), NvmlError> {
+        let id = device.uuid()?;
+        let memory = device.memory_info()?;
+        if self.lost.remove(&index) {
+            // It was away: whatever it reported before, this is its new life.
+            self.faults.remove(&id);
+            tracing::info!(device = index, id, "an NVIDIA device answers again");
+        }
+        self.watch(device, &id);
+        let (fault, own_fault) = match self.faults.get(&id) {
+            Some((code, own)) => (Some(*code), *own),
+            None => (None, false),
+        };
+        let pci = device
+            .pci_info()
+            .map(|pci| bus_address(&pci.bus_id))
+            .unwrap_or_default();
+        let divided = device.mig_mode().is_ok_and(|mode| mode.current == 1);
+        let mut row = AcceleratorRow {
+            key: key(index),
+            model: device.name().unwrap_or_default(),
+            numa_node: numa_node(&pci),
+            pci,
+            healthy: !own_fault,
+            part_of: None,
+            divided,
+            profile: String::new(),
+            units: device
+                .attributes()
+                .ok()
+                .map(|attributes| attributes.multiprocessor_count),
+            fault,
+            users: Vec::new(),
+            users_left_out: 0,
+            age_ms: 0,
+            tick: 0,
+            counters: counters(device, memory.total, memory.used),
+            id,
+        };
+        clip(&mut row);
+        if divided {
+            for part in 0..device.mig_device_count().unwrap_or(0).min(PARTS - 1) {
+                // Numbers without an instance are gaps.
+                if let Ok(instance) = device.mig_device_by_index(part)
+                    && let Ok(part_row) = self.read_part(&row, part, &instance, reading)
+                {
+                    self.known.insert(part_row.key.index, part_row.clone());
+                    reading.devices.push(part_row);
+                }
+            }
+        } else {
+            let processes = self.processes(index, device);
+            row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
+            add_up(&mut reading.processes, processes);
+        }
+        self.known.insert(index, row.clone());
+        reading.devices.push(row);
+        Ok(())
+    }
+
+    fn read_part(
+        &mut self,
+        whole: &AcceleratorRow,
+        part: u32,
+        instance: &Device<'nvml>,
+        reading: &mut Reading,
+    ) -> Result<AcceleratorRow, NvmlError> {
+        let memory = instance.memory_info()?;
+        let attributes = instance.attributes().ok();
+        let number = (whole.key.index + 1) * PARTS + part;
+        let mut row = AcceleratorRow {
+            key: key(number),
+            id: instance.uuid()?,
+            part_of: Some(whole.key.index),
+            divided: false,
+            profile: attributes.as_ref().map_or_else(String::new, |found| {
+                profile(found.gpu_instance_slice_count, memory.total)
+            }),
+            units: attributes.map(|found| found.multiprocessor_count),
+            counters: AcceleratorCounters {
+                memory_total_bytes: Some(memory.total),
+                memory_used_bytes: Some(memory.used),
+                ..AcceleratorCounters::default()
+            },
+            ..whole.clone()
+        };
+        let processes = self.processes(number, instance);
+        row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
+        add_up(&mut reading.processes, processes);
+        clip(&mut row);
+        Ok(row)
+    }
+
+    /// What each process uses of one device.
+    fn processes(&mut self, number: u32, device: &Device<'nvml>) -> HashMap<u32, ProcessUse> {
+        let mut all: HashMap<u32, ProcessUse> = HashMap::new();
+        let listed = [
+            device.running_compute_processes(),
+            device.running_graphics_processes(),
+        ];
+        for process in listed.into_iter().flatten().flatten() {
+            let memory = match process.used_gpu_memory {
+                UsedGpuMemory::Used(bytes) => Some(bytes),
+                UsedGpuMemory::Unavailable => None,
+            };
+            // A process that computes and draws is listed twice with the same memory.
+            let known = all.entry(process.pid).or_default();
+            known.memory_bytes = known.memory_bytes.max(memory);
+        }
+        let since = self.seen.get(&number).copied();
+        match device.process_utilization_stats(since) {
+            Ok(samples) => {
+                let mut latest: HashMap<u32, (u64, u32)> = HashMap::new();
+                for sample in samples {
+                    self.seen
+                        .entry(number)
+                        .and_modify(|seen| *seen = (*seen).max(sample.timestamp))
+                        .or_insert(sample.timestamp);
+                    let entry = latest.entry(sample.pid).or_default();
+                    *entry = (*entry).max((sample.timestamp, sample.sm_util));
+                }
+                for (pid, used) in &mut all {
+                    let percent = latest.get(pid).map_or(0, |(_, percent)| *percent);
+                    used.utilisation_permille = Some(percent.min(100) * 10);
+                }
+            }
+            // The driver has a sample of nobody: all are idle.
+            Err(NvmlError::NotFound) => {
+                for used in all.values_mut() {
+                    used.utilisation_permille = Some(0);
+                }
+            }
+            Err(_) => {}
+        }
+        all
+    }
+
+    /// Asks to be told of a device's faults.
+    fn watch(&mut self, device: &Device<'nvml>, id: &str) {
+        if self.watched.contains(id) {
+            return;
+        }
+        let Some(set) = self.events.take() else {
+            return;
+        };
+        self.watched.insert(id.to_owned());
+        let kinds = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
+        match device.register_events(kinds, set) {
+            Ok(set) => self.events = Some(set),
+            Err(err) => {
+                tracing::debug!(device = id, err = %err.error, "the device tells no faults");
+                // The set went with the error: the others are registered with a new one.
+                self.events = self.nvml.create_event_set().ok();
+                self.watched.retain(|watched| watched == id);
+            }
+        }
+    }
+
+    fn take_events(&mut self) {
+        let Some(set) = &self.events else {
+            return;
+        };
+        // As many as there may reasonably be: a storm of them must not keep the thread.
+        for _ in 0..64 {
+            let Ok(event) = set.wait(0) else {
+                return;
+            };
+            let Ok(id) = event.device.uuid() else {
+                continue;
+            };
+            let (code, own) = match event.event_data {
+                Some(XidError::Value(code)) => (code, !OF_APPLICATIONS.contains(&code)),
+                _ => (48, true),
+            };
+            tracing::warn!(
+                device = id,
+                xid = code,
+                of_device = own,
+                "an NVIDIA device reports a fault"
+            );
+            let code = u32::try_from(code).unwrap_or(u32::MAX);
+            let kept = self.faults.entry(id).or_insert((code, own));
+            // An application's fault never hides one of the device.
+            *kept = (if own || !kept.1 { code } else { kept.0 }, kept.1 || own);
+        }
+    }
+}
+
+fn key(index: u32) -> AcceleratorKey {
+    AcceleratorKey {
+        kind: AcceleratorKind::Cuda,
+        index,
+    }
+}
+
+fn counters(device: &Device<'_>, total: u64, used: u64) -> AcceleratorCounters {
+    let permille = |percent: u32| u64::from(percent.min(100)) * 10;
+    let load = device.utilization_rates().ok();
+    // Thousands of bytes per second, measured over 20 ms.
+    let pcie = |counter| {
+        let kilobytes = device.pcie_throughput(counter).ok()?;
+        Some(u64::from(kilobytes) * 1000)
+    };
+    let errors = |kind| device.total_ecc_errors(kind, EccCounter::Volatile).ok();
+    AcceleratorCounters {
+        memory_total_bytes: Some(total),
+        memory_used_bytes: Some(used),
+        utilisation_permille: load.as_ref().map(|load| permille(load.gpu)),
+        memory_utilisation_permille: load.as_ref().map(|load| permille(load.memory)),
+        power_mw: device.power_usage().ok().map(u64::from),
+        power_limit_mw: device.enforced_power_limit().ok().map(u64::from),
+        temperature_mc: device
+            .temperature(TemperatureSensor::Gpu)
+            .ok()
+            .map(|degrees| u64::from(degrees) * 1000),
+        energy_mj: device.total_energy_consumption().ok(),
+        clock_mhz: device.clock_info(Clock::SM).ok().map(u64::from),
+        memory_clock_mhz: device.clock_info(Clock::Memory).ok().map(u64::from),
+        pcie_rx_bytes_per_s: pcie(PcieUtilCounter::Receive),
+        pcie_tx_bytes_per_s: pcie(PcieUtilCounter::Send),
+        encoder_permille: device
+            .encoder_utilization()
+            .ok()
+            .map(|found| permille(found.utilization)),
+        decoder_permille: device
+            .decoder_utilization()
+            .ok()
+            .map(|found| permille(found.utilization)),
+        ecc_corrected: errors(MemoryError::Corrected),
+        ecc_uncorrected: errors(MemoryError::Uncorrected),
+    }
+}
+
+fn add_up(all: &mut HashMap<u32, ProcessUse>, processes: HashMap<u32, ProcessUse>) {
+    for (pid, used) in processes {
+        all.entry(pid)
+            .and_modify(|sum| {
+                sum.memory_bytes = sum
+                    .memory_bytes
+                    .zip(used.memory_bytes)
+                    .map(|(a, b)| a.saturating_add(b));
+                sum.utilisation_permille = sum
+                    .utilisation_permille
+                    .zip(used.utilisation_permille)
+                    .map(|(a, b)| a.saturating_add(b));
+            })
+            .or_insert(used);
+    }
+}
+
+/// `00000000:3B:00.0` as sysfs writes it, `0000:3b:00.0`.
+fn bus_address(bus_id: &str) -> String {
+    let lower = bus_id.to_ascii_lowercase();
+    match lower.split_once(':') {
+        Some((domain, rest)) if domain.len() > 4 && domain.is_ascii() => {
+            format!("{}:{rest}", &domain[domain.len() - 4..])
+        }
+        _ => lower,
+    }
+}
+
+fn numa_node(pci: &str) -> Option<u16> {
+    if pci.is_empty() || pci.contains('/') {
+        return None;
+    }
+    let text = std::fs::read_to_string(format!("/sys/bus/pci/devices/{pci}/numa_node")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// `1g.5gb`: slices of the chip and memory in GiB, rounded up, as NVIDIA names MIG profiles.
+fn profile(slices: u32, memory_bytes: u64) -> String {
+    format!("{slices}g.{}gb", memory_bytes.div_ceil(1 << 30))
+}
+
+/// Texts of a driver are bounded like everybody's: a name that is too long for its field is cut.
+fn clip(row: &mut AcceleratorRow) {
+    for (text, limit) in [
+        (&mut row.id, 80),
+        (&mut row.model, 64),
+        (&mut row.pci, 32),
+        (&mut row.profile, 32),
+    ] {
+        if text.len() > limit {
+            let end = (0..=limit)
+                .rev()
+                .find(|end| text.is_char_boundary(*end))
+                .unwrap_or(0);
+            text.truncate(end);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_those_of_sysfs() {
+        assert_eq!(bus_address("00000000:3B:00.0"), "0000:3b:00.0");
+        assert_eq!(bus_address("0000:AF:00.0"), "0000:af:00.0");
+        assert_eq!(numa_node("../../etc"), None);
+    }
+
+    #[test]
+    fn profiles_are_named_as_nvidia_names_them() {
+        assert_eq!(profile(1, 4_864 << 20), "1g.5gb");
+        assert_eq!(profile(3, 19_968 << 20), "3g.20gb");
+        assert_eq!(profile(7, 40_192 << 20), "7g.40gb");
+    }
+}

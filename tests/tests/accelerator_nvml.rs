@@ -1,0 +1,308 @@
+//! What the dataplane says of NVIDIA devices is what the driver says: inventory, numbers, parts, and
+//! which container uses what; and a driver that hangs, fails or loses devices harms nothing else.
+//! The driver is a stand-in with the real C ABI (`tests/standin/nvml.c`).
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use harness::cgroup::TestCgroup;
+use harness::dataplane::{Control, Options, Place, Process, container_row, until};
+use harness::nvml::StandIn;
+use shared::ids::ContainerId;
+use shared::observed::{AcceleratorKind, AcceleratorRow};
+
+/// Eight devices, two of them cut into parts.
+fn eight() -> String {
+    let mut text = String::new();
+    for index in 0u64..8 {
+        let mig = u8::from(index >= 6);
+        text += &format!(
+            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 used={} util={} power={} temp={} pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
+            (index + 1) << 30,
+            10 * index,
+            100_000 + index,
+            40 + index,
+            16 + index,
+        );
+    }
+    for device in [6, 7] {
+        for part in [0, 1, 4] {
+            text += &format!(
+                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 used={} sms=16 slices=1\n",
+                (part + 1) << 20,
+            );
+        }
+    }
+    text
+}
+
+fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
+    let place = Place::new(Options {
+        dataplane: "stats-interval = 0.1".to_owned(),
+        environment: driver.environment(),
+        ..Options::default()
+    })?;
+    let control = place.control()?;
+    let process = place.start()?;
+    Ok((place, process, control))
+}
+
+/// Waits for a set of devices that `wanted` accepts.
+fn devices(
+    control: &mut Control,
+    what: &str,
+    wanted: impl Fn(&[AcceleratorRow]) -> bool,
+) -> Result<Vec<AcceleratorRow>> {
+    until(what, || {
+        let snapshot = control.observed.snapshot().ok()?;
+        wanted(&snapshot.accelerators).then_some(snapshot.accelerators.clone())
+    })
+}
+
+fn device<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
+    let row = rows.iter().find(|row| row.id == id);
+    row.with_context(|| format!("{id} is not told: {rows:?}"))
+}
+
+#[test]
+fn inventory_and_numbers_are_the_drivers() -> Result<()> {
+    let driver = StandIn::new(&eight())?;
+    let (_place, _process, mut control) = start(&driver)?;
+    let rows = devices(&mut control, "devices", |rows| !rows.is_empty())?;
+    ensure!(rows.len() == 14, "8 devices and 6 parts: {rows:?}");
+    let snapshot = control.observed.snapshot()?;
+    let node = snapshot.node.as_ref().context("a node")?;
+    ensure!(node.counters.accelerators_found == Some(14));
+    for index in 0..6u64 {
+        let row = device(&rows, &format!("GPU-{index}"))?;
+        ensure!(row.key.kind == AcceleratorKind::Cuda && u64::from(row.key.index) == index);
+        ensure!(
+            row.model == "Stand-in H100" && row.healthy && !row.divided,
+            "{row:?}"
+        );
+        ensure!(
+            row.pci == format!("0000:{:02x}:00.0", 16 + index),
+            "{}",
+            row.pci
+        );
+        let found = &row.counters;
+        ensure!(found.memory_total_bytes == Some(85_899_345_920));
+        ensure!(found.memory_used_bytes == Some((index + 1) << 30));
+        ensure!(found.utilisation_permille == Some(100 * index));
+        ensure!(found.memory_utilisation_permille == Some(50 * index));
+        ensure!(found.power_mw == Some(100_000 + index) && found.power_limit_mw == Some(400_000));
+        ensure!(found.temperature_mc == Some(1000 * (40 + index)));
+        ensure!(found.energy_mj == Some(123_456_789));
+        // Values that differ, so that two fields that were swapped are seen.
+        ensure!(found.clock_mhz == Some(1980) && found.memory_clock_mhz == Some(2619));
+        ensure!(found.pcie_rx_bytes_per_s == Some(200_000), "{found:?}");
+        ensure!(found.pcie_tx_bytes_per_s == Some(100_000), "{found:?}");
+        ensure!(found.ecc_corrected == Some(2) && found.ecc_uncorrected == Some(1));
+        // The stand-in has no encoder: absent, not zero.
+        ensure!(found.encoder_permille.is_none());
+    }
+    for whole in [6u32, 7] {
+        let row = device(&rows, &format!("GPU-{whole}"))?;
+        ensure!(row.divided && row.part_of.is_none());
+        ensure!(
+            row.counters.utilisation_permille.is_none(),
+            "no utilisation with MIG"
+        );
+        for part in [0u64, 1, 4] {
+            let row = device(&rows, &format!("MIG-{whole}-{part}"))?;
+            ensure!(
+                row.part_of == Some(whole) && row.profile == "1g.10gb",
+                "{row:?}"
+            );
+            ensure!(
+                row.units == Some(16) && row.counters.memory_used_bytes == Some((part + 1) << 20)
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn use_is_attributed_to_containers() -> Result<()> {
+    let id = |digit: &str| digit.repeat(64);
+    let (Some(mut first), Some(mut second)) =
+        (TestCgroup::new(&id("a"))?, TestCgroup::new(&id("b"))?)
+    else {
+        return Ok(());
+    };
+    let pids = [
+        first.run("exec sleep 1000")?,
+        first.run("exec sleep 1000")?,
+        second.run("exec sleep 1000")?,
+    ];
+    until("the processes in their cgroups", || {
+        pids.iter()
+            .all(|pid| {
+                std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| line.starts_with("sleep"))
+            })
+            .then_some(())
+    })?;
+    let own = std::process::id();
+    let [a, b, c] = pids;
+    let driver = StandIn::new(&format!(
+        "{}process 0 pid={a} mem=1000 sm=20\nprocess 0 pid={b} mem=500 sm=30\n\
+         process 0 pid={c} mem=77 sm=5\nprocess 0 pid={own} mem=123456 sm=40\n\
+         process 1 pid={c} mem=9 sm=1\nprocess 6 pid={a} part=1 mem=4096\n",
+        eight()
+    ))?;
+    let (_place, _process, mut control) = start(&driver)?;
+    let rows = devices(&mut control, "users", |rows| {
+        rows.iter().any(|row| !row.users.is_empty())
+    })?;
+    let (a, b): (ContainerId, ContainerId) = (id("a").parse()?, id("b").parse()?);
+    let uses = |name: &str| -> Result<Vec<_>> {
+        Ok(device(&rows, name)?
+            .users
+            .iter()
+            .map(|user| {
+                (
+                    user.container_id,
+                    user.memory_bytes,
+                    user.utilisation_permille,
+                )
+            })
+            .collect())
+    };
+    // Two processes of one container are one use; the host's own process is nobody's.
+    ensure!(
+        uses("GPU-0")? == [(a, Some(1500), Some(500)), (b, Some(77), Some(50))],
+        "{:?}",
+        uses("GPU-0")
+    );
+    ensure!(uses("GPU-1")? == [(b, Some(9), Some(10))]);
+    ensure!(uses("GPU-2")?.is_empty());
+    // Under MIG the driver tells memory by instance and no utilisation: unknown, not zero.
+    ensure!(uses("MIG-6-1")? == [(a, Some(4096), None)]);
+    ensure!(uses("GPU-6")?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
+    let driver = StandIn::new(&eight())?;
+    let (_place, _process, mut control) = start(&driver)?;
+    let row = container_row(1);
+    control.write(|batch| batch.put_container(row.clone()))?;
+    devices(&mut control, "devices", |rows| rows.len() == 14)?;
+    driver.describe(&format!("{}hang\n", eight()))?;
+    let hung = Instant::now();
+    let (mut ticks, mut last, mut slowest) = (0u32, 0u64, Duration::ZERO);
+    let mut at = Instant::now();
+    // The devices turn faulty, and meanwhile every pass of everything else is on time.
+    let rows = until("faulty devices", || {
+        let rows = control.observed.snapshot().ok()?.accelerators.clone();
+        if rows.first().is_some_and(|row| row.tick != last) {
+            last = rows[0].tick;
+            ticks += 1;
+            slowest = slowest.max(at.elapsed());
+            at = Instant::now();
+        }
+        rows.iter().all(|row| !row.healthy).then_some(rows)
+    })?;
+    ensure!(hung.elapsed() > Duration::from_secs(5));
+    ensure!(rows.len() == 14, "known devices stay known");
+    ensure!(
+        rows.iter()
+            .all(|row| row.counters.utilisation_permille.is_none())
+    );
+    ensure!(rows[0].counters.memory_total_bytes == Some(85_899_345_920));
+    ensure!(ticks > 20, "{ticks} passes in {:?}", hung.elapsed());
+    ensure!(
+        slowest < Duration::from_secs(2),
+        "a pass was late: {slowest:?}"
+    );
+    let sample = control.sample(row.container_id, |_| true)?;
+    ensure!(sample.tick >= last);
+    driver.describe(&eight())?;
+    devices(&mut control, "devices that answer again", |rows| {
+        rows.iter().all(|row| row.healthy)
+    })?;
+    Ok(())
+}
+
+#[test]
+fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
+    let driver = StandIn::new(&eight())?;
+    let (_place, process, mut control) = start(&driver)?;
+    devices(&mut control, "devices", |rows| rows.len() == 14)?;
+    // Number 7 falls off the bus in the middle of its life, number 1 stops answering.
+    let gone: String = eight()
+        .lines()
+        .filter(|line| !line.contains("device 7") && !line.contains("part 7"))
+        .map(|line| match line.strip_prefix("device 1 ") {
+            Some(rest) => format!("device 1 {rest} lost=1\n"),
+            None => format!("{line}\n"),
+        })
+        .collect();
+    driver.describe(&gone)?;
+    let faulty = |rows: &[AcceleratorRow]| -> Vec<String> {
+        let mut ids: Vec<String> = rows
+            .iter()
+            .filter(|row| !row.healthy)
+            .map(|row| row.id.clone())
+            .collect();
+        ids.sort();
+        ids
+    };
+    let rows = devices(&mut control, "lost devices", |rows| {
+        faulty(rows) == ["GPU-1", "GPU-7", "MIG-7-0", "MIG-7-1", "MIG-7-4"]
+    })?;
+    ensure!(rows.len() == 14);
+    ensure!(device(&rows, "GPU-1")?.counters.memory_used_bytes.is_none());
+    driver.describe(&eight())?;
+    devices(&mut control, "all devices", |rows| faulty(rows).is_empty())?;
+    // A fault that an application causes is told; one of the device makes it unusable.
+    driver.describe(&format!("{}xid 2 31 1\n", eight()))?;
+    let rows = devices(&mut control, "an application's fault", |rows| {
+        device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(31))
+    })?;
+    ensure!(faulty(&rows).is_empty());
+    driver.describe(&format!("{}xid 2 79 2\n", eight()))?;
+    let rows = devices(&mut control, "a device's fault", |rows| {
+        device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(79))
+    })?;
+    ensure!(faulty(&rows) == ["GPU-2"]);
+    ensure!(process.log().contains("reports a fault"));
+    // Reset: it goes away, and comes back as good as new.
+    driver.describe(&eight().replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1"))?;
+    devices(&mut control, "a device being reset", |rows| {
+        device(rows, "GPU-2").is_ok_and(|row| row.counters.memory_used_bytes.is_none())
+    })?;
+    driver.describe(&eight())?;
+    devices(&mut control, "a device after its reset", |rows| {
+        faulty(rows).is_empty()
+    })?;
+    Ok(())
+}
+
+#[test]
+fn without_a_driver_there_are_no_devices_and_no_thread() -> Result<()> {
+    let place = Place::new(Options {
+        environment: vec![(
+            "BAI_NVML_LIBRARY".to_owned(),
+            "/nowhere/libnvidia-ml.so.1".to_owned(),
+        )],
+        ..Options::default()
+    })?;
+    let mut control = place.control()?;
+    let process = place.start()?;
+    until("the first look", || {
+        let snapshot = control.observed.snapshot().ok()?;
+        let node = snapshot.node.as_ref()?;
+        (node.counters.accelerators_found == Some(0)).then_some(())
+    })?;
+    until("the end of the thread", || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid())).ok()?;
+        let names: Vec<String> = tasks
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+            .collect();
+        (!names.is_empty() && names.iter().all(|name| name.trim() != "nvml")).then_some(())
+    })
+}
