@@ -39,7 +39,7 @@ pub use render::{render_json, render_notes, render_text};
 pub use scaling_group::{RewriteError, update_scaling_group};
 pub use search::candidates;
 pub use sections::{
-    Agent, Api, Config, Container, ContainerLogs, Coredump, CurveFiles, Debug, Etcd,
+    Agent, Api, Config, Container, ContainerLogs, Coredump, CurveFiles, Debug, Etcd, EtcdTls,
     KernelLifecycles, LogFile, Logging, Overcommit, Resource, SyncContainerLifecycles, Watcher,
 };
 pub use units::{ByteSize, Fault, HostPort, PortRange, Secret, parse_interval};

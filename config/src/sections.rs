@@ -171,6 +171,19 @@ pub struct Etcd {
     pub addr: Vec<HostPort>,
     /// User and password, only when both are given and not empty.
     pub credentials: Option<(String, Secret)>,
+    /// Encryption; none is plain HTTP, all that the original knows.
+    pub tls: Option<EtcdTls>,
+}
+
+/// Encryption towards etcd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdTls {
+    /// PEM file of the authorities to trust; none means those of the system.
+    pub ca_file: Option<PathBuf>,
+    /// PEM files of our own certificate and key, for servers that ask for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// The name the server's certificate is checked against, when it is not the endpoint's host.
+    pub server_name: Option<String>,
 }
 
 /// `[debug]`.

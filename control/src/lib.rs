@@ -8,6 +8,7 @@ pub mod app;
 pub mod background;
 pub mod cli;
 pub mod docker;
+pub mod etcd;
 pub mod events;
 pub mod image;
 pub mod kernel;

@@ -10,10 +10,10 @@ use crate::document::Table;
 use crate::problem::NoteKind;
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::{
-    Api, ContainerLogs, Coredump, Debug, Etcd, KernelLifecycles, LogFile, Logging, Resource,
-    Watcher,
+    Api, ContainerLogs, Coredump, Debug, Etcd, EtcdTls, KernelLifecycles, LogFile, Logging,
+    Resource, Watcher,
 };
-use crate::setting::{Addresses, Directory, LogSize, absolute};
+use crate::setting::{Addresses, Directory, ExistingFile, LogSize, absolute};
 use crate::units::{ByteSize, Fault, HostPort, Secret};
 
 pub(super) fn resource(reader: &mut Reader<'_>, root: &Table) -> Resource {
@@ -101,11 +101,53 @@ pub(super) fn etcd(reader: &mut Reader<'_>, root: &Table) -> Option<Etcd> {
         }
         _ => None,
     };
+    let tls = etcd_tls(&mut s);
     s.finish(&[], &[]);
     Some(Etcd {
         namespace,
         addr: addr.0,
         credentials,
+        tls,
+    })
+}
+
+/// Not in the original, which speaks plain HTTP only and ignores these keys.
+fn etcd_tls(s: &mut Section<'_, '_>) -> Option<EtcdTls> {
+    let enabled = s.or(key("tls"), false);
+    let ca_file: Option<ExistingFile> = s.maybe(key("tls-ca-file"));
+    let cert: Option<ExistingFile> = s.maybe(key("tls-cert-file"));
+    let key_file: Option<ExistingFile> = s.maybe(key("tls-key-file"));
+    let server_name: Option<String> = s.maybe(key("tls-server-name"));
+    let given = ca_file.is_some() || cert.is_some() || key_file.is_some() || server_name.is_some();
+    if given && !enabled {
+        s.reader.fault(
+            "etcd",
+            "tls",
+            "certificates are given and encryption is off",
+            "write tls = true in [etcd], or remove the tls-* keys",
+        );
+    }
+    let identity = match (cert, key_file) {
+        (Some(cert), Some(key_file)) => Some((cert.0, key_file.0)),
+        (None, None) => None,
+        (cert, _) => {
+            let missing = match cert {
+                Some(_) => "tls-key-file",
+                None => "tls-cert-file",
+            };
+            s.reader.fault(
+                "etcd",
+                missing,
+                "the certificate and its key belong together",
+                "name both files, or neither",
+            );
+            None
+        }
+    };
+    enabled.then(|| EtcdTls {
+        ca_file: ca_file.map(|file| file.0),
+        identity,
+        server_name,
     })
 }
 

@@ -1,0 +1,519 @@
+//! etcd, in which a cluster keeps its configuration and its nodes register.
+//!
+//! In: logical keys with a scope. Out: values, nested maps, and followed prefixes. Invariants: every
+//! call ends by its deadline; the members are asked one after the other and the one that answers is
+//! kept; whether etcd can be reached is always known ([`Etcd::health`]) and each change is told once.
+
+mod error;
+mod follow;
+mod keys;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use etcd_client::{
+    Certificate, Client, ConnectOptions, GetOptions, Identity, TlsOptions, Txn, TxnOp,
+    TxnOpResponse,
+};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+pub use error::EtcdError;
+pub use follow::{Followed, Seen};
+pub use keys::{Keys, Scope, quote, unquote};
+pub use tree::Tree;
+
+use error::{Verdict, verdict};
+
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long a call may take, other members and a new log-in included.
+const CALL: Duration = Duration::from_secs(6);
+/// Pings on connections with something under way, and how long an answer may take. etcd closes
+/// connections that ping more often than every 5 s.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+/// Puts in one transaction; etcd takes 128 by default.
+const TRANSACTION: usize = 100;
+
+/// Whether etcd can be reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It was not asked yet.
+    Untried,
+    /// It answers.
+    Reachable {
+        /// The member that does.
+        endpoint: String,
+    },
+    /// It does not.
+    Lost {
+        /// Since when.
+        since: Instant,
+        /// Why, with all causes.
+        error: String,
+    },
+}
+
+/// A handle on the cluster's etcd; clones share everything.
+#[derive(Clone)]
+pub struct Etcd {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    endpoints: Vec<String>,
+    options: ConnectOptions,
+    keys: Keys,
+    scaling_group: RwLock<String>,
+    current: Mutex<Current>,
+    health: watch::Sender<Health>,
+}
+
+/// The member that is asked, and the connection to it.
+#[derive(Default)]
+struct Current {
+    member: usize,
+    client: Option<Client>,
+    /// Counts connections, so that a failure of an old one does not close its successor.
+    generation: u64,
+}
+
+impl fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Etcd")
+            .field("endpoints", &self.inner.endpoints)
+            .field("keys", &self.inner.keys)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Etcd {
+    /// Prepares a handle. Reads certificate files; the network is not touched.
+    ///
+    /// # Errors
+    /// A certificate or key file cannot be read.
+    pub fn new(
+        settings: &config::Etcd,
+        agent_id: &str,
+        scaling_group: &str,
+    ) -> Result<Etcd, EtcdError> {
+        let scheme = if settings.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(CONNECT)
+            .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
+            // Idle connections may not ping by etcd's rules; the next call finds out.
+            .with_keep_alive_while_idle(false)
+            .with_require_leader(true)
+            .with_auto_token_refresh(true);
+        if let Some((user, password)) = &settings.credentials {
+            options = options.with_user(user.as_str(), password.reveal());
+        }
+        if let Some(tls) = &settings.tls {
+            options = options.with_tls(tls_options(tls)?);
+        }
+        Ok(Etcd {
+            inner: Arc::new(Inner {
+                endpoints: settings
+                    .addr
+                    .iter()
+                    .map(|addr| format!("{scheme}://{addr}"))
+                    .collect(),
+                options,
+                keys: Keys::new(&settings.namespace, agent_id),
+                scaling_group: RwLock::new(scaling_group.to_owned()),
+                current: Mutex::default(),
+                health: watch::Sender::new(Health::Untried),
+            }),
+        })
+    }
+
+    /// Whether etcd can be reached, and each change of that.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.inner.health.subscribe()
+    }
+
+    /// The addresses, for people.
+    pub fn endpoints(&self) -> String {
+        self.inner.endpoints.join(", ")
+    }
+
+    /// The scaling group whose keys are read.
+    pub fn scaling_group(&self) -> String {
+        let group = self.inner.scaling_group.read();
+        group.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on reads the keys of another scaling group.
+    pub fn set_scaling_group(&self, name: &str) {
+        let group = self.inner.scaling_group.write();
+        name.clone_into(&mut group.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The key as etcd has it.
+    pub fn physical(&self, scope: Scope, key: &str) -> String {
+        self.inner.keys.physical(scope, &self.scaling_group(), key)
+    }
+
+    /// The value of a key: of the node's scope, else the scaling group's, else the global one.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn get(&self, key: &str) -> Result<Option<String>, EtcdError> {
+        let ranges = Scope::BY_PRECEDENCE.map(|scope| (self.physical(scope, key), false));
+        let found = self.read(&ranges).await?;
+        Ok(found
+            .into_iter()
+            .find_map(|pairs| pairs.into_iter().next().map(|(_, value)| value)))
+    }
+
+    /// The value of a key in one scope only.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn get_scoped(&self, scope: Scope, key: &str) -> Result<Option<String>, EtcdError> {
+        let found = self.read(&[(self.physical(scope, key), false)]).await?;
+        Ok(found.into_iter().flatten().next().map(|(_, value)| value))
+    }
+
+    /// What lies below a key. Scopes are merged member by member at the first level: a member of a
+    /// narrower scope hides the whole of its namesake in a wider one, as in the original.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn tree(&self, key: &str) -> Result<Scoped, EtcdError> {
+        let [found] = self.trees([key]).await?;
+        Ok(found)
+    }
+
+    /// Several trees as they are at one moment.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn trees<const N: usize>(&self, keys: [&str; N]) -> Result<[Scoped; N], EtcdError> {
+        let prefixes: Vec<(String, bool)> = keys
+            .iter()
+            .flat_map(|key| {
+                let key = key.trim_end_matches('/');
+                Scope::BY_PRECEDENCE.map(|scope| (self.physical(scope, key), true))
+            })
+            .collect();
+        let found = self.read(&prefixes).await?;
+        let mut trees = prefixes.iter().zip(&found).map(|((prefix, _), pairs)| {
+            let pairs = pairs
+                .iter()
+                .map(|(key, value)| (key.as_str(), value.as_str()));
+            Tree::below(prefix, pairs)
+        });
+        Ok(keys.map(|_| Scoped::merge(trees.by_ref().take(Scope::BY_PRECEDENCE.len()))))
+    }
+
+    /// Reads keys (`false`) and prefixes (`true`) as they are at one moment.
+    async fn read(
+        &self,
+        ranges: &[(String, bool)],
+    ) -> Result<Vec<Vec<(String, String)>>, EtcdError> {
+        let operations: Vec<TxnOp> = ranges
+            .iter()
+            .map(|(key, prefix)| {
+                let options = prefix.then(|| GetOptions::new().with_prefix());
+                TxnOp::get(key.as_str(), options)
+            })
+            .collect();
+        let answer = self
+            .call("read a key", |mut client| {
+                let transaction = Txn::new().and_then(operations.clone());
+                async move { client.txn(transaction).await }
+            })
+            .await?;
+        let pairs = |response: TxnOpResponse| match response {
+            TxnOpResponse::Get(mut found) => found.take_kvs().into_iter().map(text_pair).collect(),
+            _ => Vec::new(),
+        };
+        let mut found: Vec<_> = answer.op_responses().into_iter().map(pairs).collect();
+        found.resize_with(ranges.len(), Vec::new);
+        Ok(found)
+    }
+
+    /// Writes a value in one scope.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn put(&self, scope: Scope, key: &str, value: &str) -> Result<(), EtcdError> {
+        self.put_all(scope, &[(key.to_owned(), value.to_owned())])
+            .await
+    }
+
+    /// Writes several values in one scope, together as far as etcd takes as many at once.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn put_all(&self, scope: Scope, pairs: &[(String, String)]) -> Result<(), EtcdError> {
+        for chunk in pairs.chunks(TRANSACTION) {
+            let operations: Vec<TxnOp> = chunk
+                .iter()
+                .map(|(key, value)| TxnOp::put(self.physical(scope, key), value.as_str(), None))
+                .collect();
+            self.call("write a key", |mut client| {
+                let transaction = Txn::new().and_then(operations.clone());
+                async move { client.txn(transaction).await }
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a key of one scope.
+    ///
+    /// # Errors
+    /// etcd does not answer, or refuses.
+    pub async fn delete(&self, scope: Scope, key: &str) -> Result<(), EtcdError> {
+        let key = self.physical(scope, key);
+        self.call("remove a key", |mut client| {
+            let key = key.clone();
+            async move { client.delete(key, None).await }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Follows the keys that begin with a physical key, until the handle is dropped.
+    pub fn follow(&self, prefix: String) -> Followed {
+        Followed::start(self.clone(), prefix)
+    }
+
+    /// Carries out a call, on other members and after another log-in where that may help. All calls
+    /// made here may be repeated: they read, or write the same again.
+    async fn call<T, F: Future<Output = Result<T, etcd_client::Error>>>(
+        &self,
+        step: &'static str,
+        work: impl Fn(Client) -> F,
+    ) -> Result<T, EtcdError> {
+        let deadline = Instant::now() + CALL;
+        let members = self.inner.endpoints.len().max(1);
+        let tries = members + 1;
+        // A member that hangs leaves time for the others.
+        let share = CALL / u32::try_from(members.min(3)).unwrap_or(1);
+        let mut last = None;
+        for _ in 0..tries {
+            let now = Instant::now();
+            if now >= deadline {
+                break;
+            }
+            let (member, generation, client) = self.current();
+            let attempt = async {
+                let client = match client {
+                    Some(client) => client,
+                    None => self.connect(member, generation).await?,
+                };
+                work(client).await
+            };
+            match tokio::time::timeout(share.min(deadline - now), attempt).await {
+                Ok(Ok(answer)) => {
+                    self.reached(member);
+                    return Ok(answer);
+                }
+                Ok(Err(source)) => match verdict(&source) {
+                    Verdict::Elsewhere => {
+                        self.leave(generation, true);
+                        last = Some(source);
+                    }
+                    Verdict::LogIn if last.is_none() => {
+                        self.leave(generation, false);
+                        last = Some(source);
+                    }
+                    Verdict::LogIn => {
+                        return Err(refused(step, "check etcd.user and etcd.password", source));
+                    }
+                    Verdict::Final(remedy) => return Err(refused(step, remedy, source)),
+                },
+                Err(_) => self.leave(generation, true),
+            }
+        }
+        let endpoints = self.endpoints();
+        let error = match last {
+            Some(source) => EtcdError::Unreachable { endpoints, source },
+            None => EtcdError::Deadline {
+                endpoints,
+                seconds: CALL.as_secs(),
+            },
+        };
+        self.lost(&error);
+        Err(error)
+    }
+
+    fn current(&self) -> (usize, u64, Option<Client>) {
+        let current = self.lock();
+        (current.member, current.generation, current.client.clone())
+    }
+
+    /// A connection to the member in use, for a stream.
+    async fn client(&self) -> Result<(Client, u64), etcd_client::Error> {
+        let (member, generation, client) = self.current();
+        match client {
+            Some(client) => Ok((client, generation)),
+            None => Ok((self.connect(member, generation).await?, generation)),
+        }
+    }
+
+    async fn connect(&self, member: usize, generation: u64) -> Result<Client, etcd_client::Error> {
+        let endpoint = self.inner.endpoints.get(member).cloned();
+        let endpoint = [endpoint.unwrap_or_default()];
+        let client = Client::connect(endpoint, Some(self.inner.options.clone())).await?;
+        let mut current = self.lock();
+        if current.generation == generation && current.client.is_none() {
+            current.client = Some(client.clone());
+        }
+        Ok(client)
+    }
+
+    /// Gives a connection up, and with it the member when that is at fault.
+    fn leave(&self, generation: u64, next_member: bool) {
+        let mut current = self.lock();
+        if current.generation != generation {
+            return;
+        }
+        current.generation += 1;
+        current.client = None;
+        if next_member {
+            current.member = (current.member + 1) % self.inner.endpoints.len().max(1);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Current> {
+        self.inner
+            .current
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reached(&self, member: usize) {
+        let endpoint = self
+            .inner
+            .endpoints
+            .get(member)
+            .cloned()
+            .unwrap_or_default();
+        self.inner.health.send_if_modified(|health| {
+            let now = Health::Reachable { endpoint };
+            let changed = *health != now;
+            if let Health::Lost { since, .. } = health {
+                tracing::info!(away_s = since.elapsed().as_secs(), "etcd answers again");
+            }
+            *health = now;
+            changed
+        });
+    }
+
+    fn lost(&self, error: &EtcdError) {
+        let error = crate::kernel::destroy::chain(error);
+        self.inner.health.send_if_modified(|health| {
+            if let Health::Lost { error: known, .. } = health {
+                *known = error;
+                return false;
+            }
+            if matches!(health, Health::Reachable { .. }) {
+                tracing::warn!(
+                    err = error,
+                    "etcd does not answer; the node goes on with what it knows"
+                );
+            }
+            *health = Health::Lost {
+                since: Instant::now(),
+                error,
+            };
+            true
+        });
+    }
+}
+
+/// A tree merged from the scopes, and where each of its members came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scoped {
+    /// The merged tree.
+    pub tree: Tree,
+    /// The scope of each member of the first level.
+    pub scopes: BTreeMap<String, Scope>,
+}
+
+impl Scoped {
+    fn merge(by_precedence: impl Iterator<Item = Tree>) -> Scoped {
+        let mut merged = Scoped::default();
+        for (scope, tree) in Scope::BY_PRECEDENCE.into_iter().zip(by_precedence) {
+            merged.tree.value = merged.tree.value.or(tree.value);
+            for (name, member) in tree.members {
+                merged.tree.members.entry(name.clone()).or_insert(member);
+                merged.scopes.entry(name).or_insert(scope);
+            }
+        }
+        merged
+    }
+}
+
+fn refused(step: &'static str, remedy: &'static str, source: etcd_client::Error) -> EtcdError {
+    EtcdError::Refused {
+        step,
+        remedy,
+        source,
+    }
+}
+
+/// Keys and values are text; what is not is shown with replacement characters rather than refused.
+fn text_pair(pair: etcd_client::KeyValue) -> (String, String) {
+    let (key, value) = pair.into_key_value();
+    (
+        String::from_utf8_lossy(&key).into_owned(),
+        String::from_utf8_lossy(&value).into_owned(),
+    )
+}
+
+fn tls_options(settings: &config::EtcdTls) -> Result<TlsOptions, EtcdError> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|source| EtcdError::Certificate {
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let mut tls = TlsOptions::new();
+    tls = match &settings.ca_file {
+        Some(file) => tls.ca_certificate(Certificate::from_pem(read(file)?)),
+        None => tls.with_native_roots(),
+    };
+    if let Some((certificate, key)) = &settings.identity {
+        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
+    }
+    if let Some(name) = &settings.server_name {
+        tls = tls.domain_name(name);
+    }
+    Ok(tls)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_of_a_narrower_scope_hides_all_of_its_namesake() {
+        let tree = |pairs: &[(&str, &str)]| Tree::below("/p", pairs.iter().copied());
+        let merged = Scoped::merge(
+            [
+                tree(&[]),
+                tree(&[("/p/api/pull-timeout", "1")]),
+                tree(&[("/p/api/push-timeout", "2"), ("/p/logs/x", "3")]),
+            ]
+            .into_iter(),
+        );
+        assert_eq!(merged.tree.text(&["api", "pull-timeout"]), Some("1"));
+        assert_eq!(merged.tree.text(&["api", "push-timeout"]), None);
+        assert_eq!(merged.tree.text(&["logs", "x"]), Some("3"));
+        assert_eq!(merged.scopes["api"], Scope::ScalingGroup);
+        assert_eq!(merged.scopes["logs"], Scope::Global);
+    }
+}

@@ -1,0 +1,108 @@
+//! Why something could not be read from or written to etcd.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// A failed step.
+#[derive(Debug, Error)]
+pub enum EtcdError {
+    /// A certificate or key cannot be read.
+    #[error("cannot read {path}; check the tls-* keys of [etcd]", path = path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No address answered.
+    #[error("etcd does not answer at {endpoints}")]
+    Unreachable {
+        /// All that were tried.
+        endpoints: String,
+        /// What the last one said.
+        #[source]
+        source: etcd_client::Error,
+    },
+    /// No address answered in time.
+    #[error("etcd at {endpoints} did not answer within {seconds} s")]
+    Deadline {
+        /// All that were tried.
+        endpoints: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// etcd answered that it will not; another try would end the same.
+    #[error("etcd refused to {step}; {remedy}")]
+    Refused {
+        /// What was asked for.
+        step: &'static str,
+        /// What to do.
+        remedy: &'static str,
+        /// Its words.
+        #[source]
+        source: etcd_client::Error,
+    },
+}
+
+impl EtcdError {
+    /// Whether the same call may succeed later without anybody changing anything here.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            EtcdError::Unreachable { .. } | EtcdError::Deadline { .. }
+        )
+    }
+}
+
+/// What a failed attempt means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The member or the way to it: ask another.
+    Elsewhere,
+    /// Our log-in is no longer known: log in again.
+    LogIn,
+    /// The answer is final; the text says what to do.
+    Final(&'static str),
+}
+
+/// Numbers of gRPC's status codes.
+mod code {
+    pub const INVALID_ARGUMENT: i32 = 3;
+    pub const PERMISSION_DENIED: i32 = 7;
+    pub const FAILED_PRECONDITION: i32 = 9;
+    pub const UNAUTHENTICATED: i32 = 16;
+}
+
+pub(super) fn verdict(error: &etcd_client::Error) -> Verdict {
+    const CREDENTIALS: &str = "check etcd.user and etcd.password";
+    let status = match error {
+        etcd_client::Error::GRpcStatus(status) => status,
+        etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => {
+            return Verdict::Final("check etcd.addr");
+        }
+        _ => return Verdict::Elsewhere,
+    };
+    match status.code() as i32 {
+        code::UNAUTHENTICATED => Verdict::LogIn,
+        // Users or roles were changed since the log-in.
+        code::INVALID_ARGUMENT if status.message().contains("auth store is old") => Verdict::LogIn,
+        code::INVALID_ARGUMENT if status.message().contains("user name is empty") => {
+            Verdict::Final("it has users: set etcd.user and etcd.password")
+        }
+        code::INVALID_ARGUMENT if status.message().contains("authentication failed") => {
+            Verdict::Final(CREDENTIALS)
+        }
+        code::FAILED_PRECONDITION if status.message().contains("not enabled") => {
+            Verdict::Final("it has no users: remove etcd.user and etcd.password")
+        }
+        code::PERMISSION_DENIED => {
+            Verdict::Final("give the user of [etcd] read and write rights below the namespace")
+        }
+        code::INVALID_ARGUMENT | code::FAILED_PRECONDITION => {
+            Verdict::Final("see the log of etcd for the reason")
+        }
+        _ => Verdict::Elsewhere,
+    }
+}

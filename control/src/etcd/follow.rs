@@ -1,0 +1,272 @@
+//! A prefix that is followed: read once, then kept up to date by a watch.
+//!
+//! In: a physical prefix. Out: what lies below it, as of a revision, and whether the watch stands.
+//! Invariants: a watch that broke goes on from the revision it had come to, so no change is missed;
+//! when etcd has compacted that revision away, or its history is another one, the prefix is read
+//! again; while etcd is away the last state stays.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::error::{EtcdError, Verdict, verdict};
+use super::{Etcd, text_pair};
+
+/// Pauses before a broken watch is taken up again: doubled up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// How long etcd may take to say that a watch stands.
+const OPEN: Duration = Duration::from_secs(5);
+
+/// What is known of a followed prefix.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Values by physical key.
+    pub entries: BTreeMap<String, String>,
+    /// The revision they are of; 0 before the first reading.
+    pub revision: i64,
+    /// Whether the watch stands, so that changes arrive at once.
+    pub live: bool,
+    /// How often the prefix was read as a whole.
+    pub readings: u64,
+}
+
+/// A followed prefix. Dropping it ends the watch.
+#[derive(Debug)]
+pub struct Followed {
+    state: watch::Receiver<Arc<Seen>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Followed {
+    pub(super) fn start(etcd: Etcd, prefix: String) -> Followed {
+        let (sender, state) = watch::channel(Arc::new(Seen::default()));
+        let task = tokio::spawn(async move {
+            Follower {
+                etcd,
+                prefix,
+                sender,
+                seen: Seen::default(),
+            }
+            .run()
+            .await;
+        });
+        Followed { state, task }
+    }
+
+    /// The state now.
+    pub fn now(&self) -> Arc<Seen> {
+        self.state.borrow().clone()
+    }
+
+    /// Waits for the next change of the state and gives it.
+    pub async fn changed(&mut self) -> Arc<Seen> {
+        if self.state.changed().await.is_err() {
+            // The task only ends when this handle does.
+            std::future::pending::<()>().await;
+        }
+        self.state.borrow_and_update().clone()
+    }
+
+    /// A receiver for others that want to look.
+    pub fn receiver(&self) -> watch::Receiver<Arc<Seen>> {
+        self.state.clone()
+    }
+}
+
+struct Follower {
+    etcd: Etcd,
+    prefix: String,
+    sender: watch::Sender<Arc<Seen>>,
+    seen: Seen,
+}
+
+/// How a watch ended.
+enum End {
+    /// The connection or the member.
+    Lost(u64, EtcdError),
+    /// What was not seen yet is no longer there to be told.
+    Compacted,
+    /// etcd's revisions have gone back: it was restored or made anew.
+    OtherHistory,
+}
+
+impl Follower {
+    async fn run(mut self) {
+        let mut pause = PAUSES.0;
+        let mut must_read = true;
+        loop {
+            if must_read {
+                match self.read().await {
+                    Ok(()) => must_read = false,
+                    Err(err) => {
+                        tracing::debug!(
+                            prefix = self.prefix,
+                            err = &err as &dyn std::error::Error,
+                            "cannot read a followed prefix"
+                        );
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(PAUSES.1);
+                        continue;
+                    }
+                }
+            }
+            let before = self.seen.revision;
+            let end = self.watch().await;
+            if self.seen.live || self.seen.revision > before {
+                pause = PAUSES.0;
+            }
+            self.seen.live = false;
+            self.tell();
+            match end {
+                End::Lost(generation, err) => {
+                    self.etcd.leave(generation, true);
+                    self.etcd.lost(&err);
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
+                }
+                End::Compacted => {
+                    tracing::info!(
+                        prefix = self.prefix,
+                        revision = self.seen.revision,
+                        "etcd has compacted what was missed; reading the keys again"
+                    );
+                    must_read = true;
+                }
+                End::OtherHistory => {
+                    tracing::warn!(
+                        prefix = self.prefix,
+                        revision = self.seen.revision,
+                        "etcd has gone back in its history (restored or new?); reading the keys again"
+                    );
+                    must_read = true;
+                }
+            }
+        }
+    }
+
+    fn tell(&self) {
+        self.sender.send_replace(Arc::new(self.seen.clone()));
+    }
+
+    async fn read(&mut self) -> Result<(), EtcdError> {
+        let prefix = self.prefix.as_str();
+        let mut answer = self
+            .etcd
+            .call("read a prefix", |mut client| {
+                let options = GetOptions::new().with_prefix();
+                async move { client.get(prefix, Some(options)).await }
+            })
+            .await?;
+        self.seen.revision = answer.header().map_or(0, |header| header.revision());
+        self.seen.entries = answer.take_kvs().into_iter().map(text_pair).collect();
+        self.seen.readings += 1;
+        self.tell();
+        Ok(())
+    }
+
+    /// Watches from the revision after the known one until the watch ends.
+    async fn watch(&mut self) -> End {
+        let (member, generation, _) = self.etcd.current();
+        let options = WatchOptions::new()
+            .with_prefix()
+            .with_progress_notify()
+            .with_start_revision(self.seen.revision + 1);
+        let prefix = self.prefix.clone();
+        let etcd = self.etcd.clone();
+        let endpoints = etcd.endpoints();
+        let lost = |source: etcd_client::Error| {
+            let endpoints = endpoints.clone();
+            match verdict(&source) {
+                Verdict::Final(remedy) => super::refused("watch a prefix", remedy, source),
+                _ => EtcdError::Unreachable { endpoints, source },
+            }
+        };
+        let late = || EtcdError::Deadline {
+            endpoints: endpoints.clone(),
+            seconds: OPEN.as_secs(),
+        };
+        let opened = async {
+            let (mut client, generation) = etcd.client().await?;
+            let mut stream = client.watch(prefix, Some(options)).await?;
+            let first = stream.message().await?;
+            Ok::<_, etcd_client::Error>((generation, stream, first))
+        };
+        let (generation, mut stream, first) = match tokio::time::timeout(OPEN, opened).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(err)) => return End::Lost(generation, lost(err)),
+            Err(_) => return End::Lost(generation, late()),
+        };
+        let mut next = first;
+        loop {
+            let Some(response) = next else {
+                let closed = etcd_client::Error::WatchError("the stream was closed".to_owned());
+                return End::Lost(generation, lost(closed));
+            };
+            if let Some(end) = self.take(&response, generation, &lost) {
+                return end;
+            }
+            if !self.seen.live {
+                self.seen.live = true;
+                self.etcd.reached(member);
+            }
+            self.tell();
+            // Pings find out when nobody is there any more.
+            next = match stream.message().await {
+                Ok(next) => next,
+                Err(err) => return End::Lost(generation, lost(err)),
+            };
+        }
+    }
+
+    fn take(
+        &mut self,
+        response: &WatchResponse,
+        generation: u64,
+        lost: &impl Fn(etcd_client::Error) -> EtcdError,
+    ) -> Option<End> {
+        let revision = response.header().map_or(0, |header| header.revision());
+        if response.compact_revision() > 0 {
+            return Some(End::Compacted);
+        }
+        if response.canceled() {
+            let reason = response.cancel_reason().to_owned();
+            return Some(End::Lost(
+                generation,
+                lost(etcd_client::Error::WatchError(reason)),
+            ));
+        }
+        if response.created() && revision > 0 && revision < self.seen.revision {
+            return Some(End::OtherHistory);
+        }
+        for event in response.events() {
+            let Some(pair) = event.kv() else { continue };
+            let key = String::from_utf8_lossy(pair.key()).into_owned();
+            match event.event_type() {
+                EventType::Put => {
+                    let value = String::from_utf8_lossy(pair.value()).into_owned();
+                    self.seen.entries.insert(key, value);
+                }
+                EventType::Delete => {
+                    self.seen.entries.remove(&key);
+                }
+            }
+            self.seen.revision = self.seen.revision.max(pair.mod_revision());
+        }
+        // A message without changes says up to where there were none. The one that says that the
+        // watch stands does not: older changes are still to come.
+        if !response.created() && response.events().is_empty() {
+            self.seen.revision = self.seen.revision.max(revision);
+        }
+        None
+    }
+}
