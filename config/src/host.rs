@@ -36,6 +36,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     fn is_writable_tmpfs(&self, path: &Path) -> bool;
     /// An address of this host that others can reach, and how it was found.
     fn reachable_address(&self) -> (IpAddr, &'static str);
+    /// The addresses of this host's interfaces that are up.
+    fn local_addresses(&self) -> Vec<IpAddr> {
+        Vec::new()
+    }
     /// Addresses of a host name; empty when it does not resolve in time.
     fn resolve(&self, name: &str) -> Vec<IpAddr>;
     /// The kernel's core dump pattern.
@@ -108,6 +112,19 @@ impl Host for ThisHost {
         }
     }
 
+    fn local_addresses(&self) -> Vec<IpAddr> {
+        let up = nix::net::if_::InterfaceFlags::IFF_UP;
+        let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+        let ip = |address: nix::sys::socket::SockaddrStorage| {
+            let v4 = address.as_sockaddr_in().map(|found| found.ip().into());
+            v4.or_else(|| address.as_sockaddr_in6().map(|found| found.ip().into()))
+        };
+        interfaces
+            .filter(|interface| interface.flags.contains(up))
+            .filter_map(|interface| interface.address.and_then(ip))
+            .collect()
+    }
+
     fn resolve(&self, name: &str) -> Vec<IpAddr> {
         // The resolver has no deadline of its own, so it runs aside and may be left behind.
         let (sender, receiver) = mpsc::channel();
@@ -155,6 +172,10 @@ mod tests {
         assert!(!host.reachable_address().0.is_unspecified());
         assert_eq!(host.resolve("127.0.0.1"), [IpAddr::from([127, 0, 0, 1])]);
         assert!(host.resolve("no such host").is_empty());
+        assert!(
+            host.local_addresses()
+                .contains(&IpAddr::from([127, 0, 0, 1]))
+        );
         assert!(!host.is_writable_tmpfs(Path::new("/proc/x")));
     }
 }

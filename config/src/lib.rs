@@ -15,6 +15,7 @@ mod document;
 mod host;
 mod load;
 mod node;
+mod overlay;
 mod problem;
 mod read;
 mod render;
@@ -32,8 +33,9 @@ pub use choice::{
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
-pub use load::{Environment, LoadOptions, Loaded, load};
+pub use load::{Environment, LoadOptions, Loaded, load, load_over};
 pub use node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits};
+pub use overlay::{AGENT_SECTIONS, Overlay};
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};
 pub use render::{render_json, render_notes, render_text};
 pub use scaling_group::{RewriteError, update_scaling_group};

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::document::{self, Table};
 use crate::host::{Host, ThisHost};
-use crate::problem::{Effective, Errors, Note};
+use crate::overlay::Overlay;
+use crate::problem::{Effective, Errors, Note, NoteKind};
 use crate::search::candidates;
 use crate::section::{Gathered, Reader};
 use crate::sections::Config;
@@ -72,6 +73,15 @@ pub struct Loaded {
 /// # Errors
 /// No file, an unreadable file, or all faults of the configuration together.
 pub fn load(options: &LoadOptions) -> Result<Loaded, Errors> {
+    load_over(options, &Overlay::default())
+}
+
+/// The same with what the cluster's etcd sets. Sections of `config/agent` that can not be read are
+/// left out as a whole, and said so in the notes, as in the original.
+///
+/// # Errors
+/// As [`load`], and other values of etcd that can not be read.
+pub fn load_over(options: &LoadOptions, overlay: &Overlay) -> Result<Loaded, Errors> {
     let file = find(options)?;
     let text = match &file {
         None => String::new(),
@@ -80,13 +90,34 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, Errors> {
             source,
         })?,
     };
-    load_text(
-        &text,
-        file.as_deref(),
-        options.standalone,
-        &*options.environment,
-        &*options.host,
-    )
+    let load = |overlay: &Overlay| {
+        load_text(
+            &text,
+            file.as_deref(),
+            options.standalone,
+            &*options.environment,
+            &*options.host,
+            overlay,
+        )
+    };
+    let problems = match load(overlay) {
+        Err(Errors::Invalid { problems, .. }) => problems,
+        other => return other,
+    };
+    let mut loaded = load(&overlay.without_agent_sections())?;
+    for problem in problems {
+        let value = problem.value.unwrap_or_default();
+        loaded.notes.push(Note {
+            kind: NoteKind::Warning,
+            line: None,
+            key: problem.key,
+            text: format!(
+                "= {value} in etcd is wrong, so nothing of config/agent is applied: {}; {}",
+                problem.why, problem.remedy
+            ),
+        });
+    }
+    Ok(loaded)
 }
 
 fn find(options: &LoadOptions) -> Result<Option<PathBuf>, Errors> {
@@ -111,6 +142,7 @@ pub(crate) fn load_text(
     standalone: bool,
     environment: &dyn Fn(&str) -> Option<String>,
     host: &dyn Host,
+    overlay: &Overlay,
 ) -> Result<Loaded, Errors> {
     let invalid = |problems| Errors::Invalid {
         file: file.map(Path::to_owned),
@@ -121,6 +153,7 @@ pub(crate) fn load_text(
         environment,
         host,
         standalone,
+        overlay,
         gathered: Gathered::default(),
     };
     let config = read::config(&mut reader, &root, file);
@@ -197,6 +230,7 @@ pub(crate) fn load_text_for_fuzzing(text: &str) -> Result<Loaded, Errors> {
         }
     }
 
-    let cluster = load_text(text, None, false, &|_| None, &Still);
-    cluster.or_else(|_| load_text(text, None, true, &|_| None, &Still))
+    let overlay = Overlay::default();
+    let cluster = load_text(text, None, false, &|_| None, &Still, &overlay);
+    cluster.or_else(|_| load_text(text, None, true, &|_| None, &Still, &overlay))
 }

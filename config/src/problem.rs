@@ -19,6 +19,13 @@ pub enum Origin {
     Standalone,
     /// Found out from the host; the text says how.
     Detected(&'static str),
+    /// The cluster's etcd.
+    Etcd {
+        /// The key it stands under; its own name is the last part.
+        under: &'static str,
+        /// The scope it was found in.
+        scope: &'static str,
+    },
 }
 
 /// One effective value as shown by `check-config`. Secrets are already hidden.

@@ -58,7 +58,7 @@ pub fn render_text(loaded: &Loaded) -> String {
             let _ = writeln!(out, "\n[{section}]");
         }
         let text = shown(&value.text);
-        let origin = origin_text(value.origin);
+        let origin = origin_text(value.origin, value.key);
         let _ = writeln!(
             out,
             "  {:key_width$}  {text:value_width$}  {origin}",
@@ -89,13 +89,14 @@ fn shown(text: &str) -> String {
         .collect()
 }
 
-fn origin_text(origin: Origin) -> String {
+fn origin_text(origin: Origin, key: &str) -> String {
     match origin {
         Origin::File { line } => format!("line {line}"),
         Origin::Environment(variable) => format!("environment {variable}"),
         Origin::Default => "default".to_owned(),
         Origin::Standalone => "standalone default".to_owned(),
         Origin::Detected(how) => format!("from {how}"),
+        Origin::Etcd { under, scope } => format!("etcd {under}/{key} ({scope})"),
     }
 }
 
@@ -162,5 +163,6 @@ fn origin_json(origin: Origin) -> Value {
         Origin::Default => json!({"from": "default"}),
         Origin::Standalone => json!({"from": "standalone"}),
         Origin::Detected(how) => json!({"from": "detected", "how": how}),
+        Origin::Etcd { under, scope } => json!({"from": "etcd", "under": under, "scope": scope}),
     }
 }

@@ -3,6 +3,7 @@
 
 use crate::document::{Kind, Table, Value};
 use crate::host::Host;
+use crate::overlay::Overlay;
 use crate::problem::{Effective, Note, NoteKind, Origin, Problem};
 use crate::setting::Setting;
 use crate::spelling::nearest;
@@ -15,6 +16,8 @@ pub(crate) struct Key {
     pub aliases: &'static [&'static str],
     pub variable: Option<&'static str>,
     pub secret: bool,
+    /// Where in etcd a value stands that wins over the file's and the environment's.
+    pub etcd: Option<&'static str>,
 }
 
 /// A key by its kebab-case name; the snake_case form is always accepted too.
@@ -24,6 +27,7 @@ pub(crate) const fn key(name: &'static str) -> Key {
         aliases: &[],
         variable: None,
         secret: false,
+        etcd: None,
     }
 }
 
@@ -35,6 +39,11 @@ impl Key {
 
     pub(crate) const fn env(mut self, variable: &'static str) -> Self {
         self.variable = Some(variable);
+        self
+    }
+
+    pub(crate) const fn over(mut self, place: &'static str) -> Self {
+        self.etcd = Some(place);
         self
     }
 
@@ -59,6 +68,7 @@ pub(crate) struct Reader<'a> {
     pub environment: &'a dyn Fn(&str) -> Option<String>,
     pub host: &'a dyn Host,
     pub standalone: bool,
+    pub overlay: &'a Overlay,
     pub gathered: Gathered,
 }
 
@@ -68,10 +78,21 @@ pub(crate) struct Section<'r, 'a> {
     name: &'static str,
     table: Option<&'r Table>,
     known: Vec<&'static str>,
+    /// Where in etcd the table is from, and the scope; none for a table of the file.
+    etcd: Option<(&'static str, &'static str)>,
 }
 
 pub(crate) fn kebab(key: &str) -> String {
     key.replace('_', "-")
+}
+
+/// The key of etcd that holds a section.
+fn etcd_place(section: &str) -> &'static str {
+    match section {
+        "api" => "config/agent/api",
+        "container-logs" => "config/agent/container-logs",
+        _ => "config/agent/kernel-lifecycles",
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -179,12 +200,26 @@ impl<'r, 'a> Section<'r, 'a> {
             }
             None => None,
         };
-        Self {
+        let mut section = Self {
             reader,
             name,
             table,
             known: Vec::new(),
+            etcd: None,
+        };
+        if let Some((replacement, scope)) = section.reader.overlay.section(name) {
+            if let Some(entry) = found {
+                section.reader.note(
+                    NoteKind::NotUsed,
+                    Some(entry.line),
+                    name,
+                    "is not used: config/agent in etcd takes its place",
+                );
+            }
+            section.table = replacement;
+            section.etcd = Some((etcd_place(name), scope));
         }
+        section
     }
 
     pub(crate) fn is_present(&self) -> bool {
@@ -202,12 +237,25 @@ impl<'r, 'a> Section<'r, 'a> {
         self.reader.gathered.order.push((self.name, key.name));
         self.known.extend(key.aliases);
         let found = self.in_file(key);
+        if let Some(under) = key.etcd
+            && let Some(found) = self.reader.overlay.container(key.name)
+        {
+            let scope = found.scope;
+            return Some((found.value.clone(), Origin::Etcd { under, scope }));
+        }
         if let Some(variable) = key.variable
             && let Some(text) = (self.reader.environment)(variable)
         {
             return Some((Value::text(0, text), Origin::Environment(variable)));
         }
-        found.map(|value| (value.clone(), Origin::File { line: value.line }))
+        let place = self.etcd;
+        found.map(|value| {
+            let origin = match place {
+                Some((under, scope)) => Origin::Etcd { under, scope },
+                None => Origin::File { line: value.line },
+            };
+            (value.clone(), origin)
+        })
     }
 
     fn in_file(&mut self, key: Key) -> Option<&'r Value> {
@@ -380,13 +428,10 @@ impl<'r, 'a> Section<'r, 'a> {
                 continue;
             }
             let key = format!("{}.{}", self.name, entry.key);
+            let line = self.etcd.is_none().then_some(entry.line);
             if let Some((_, why)) = not_used.iter().find(|(known, _)| *known == name) {
-                self.reader.note(
-                    NoteKind::NotUsed,
-                    Some(entry.line),
-                    key,
-                    format!("is not used: {why}"),
-                );
+                self.reader
+                    .note(NoteKind::NotUsed, line, key, format!("is not used: {why}"));
                 continue;
             }
             let all = self
@@ -399,8 +444,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 Some(word) => format!("is not a known key and is ignored; did you mean {word:?}?"),
                 None => "is not a known key and is ignored".to_owned(),
             };
-            self.reader
-                .note(NoteKind::Unknown, Some(entry.line), key, text);
+            self.reader.note(NoteKind::Unknown, line, key, text);
         }
     }
 }

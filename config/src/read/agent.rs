@@ -171,7 +171,7 @@ fn rpc_listen_addr(s: &mut Section<'_, '_>) -> (HostPort, Option<&'static str>) 
     if !addr.host.is_empty() {
         return (addr, None);
     }
-    let (ip, how) = s.reader.host.reachable_address();
+    let (ip, how) = reachable_address(s);
     addr.host = ip.to_string();
     s.reader
         .record("agent", RPC.name, &addr, Origin::Detected(how));
@@ -220,13 +220,34 @@ fn advertised(s: &mut Section<'_, '_>, listen: &HostPort, how: Option<&'static s
             (listen.host.clone(), origin)
         }
         _ => {
-            let (ip, how) = s.reader.host.reachable_address();
+            let (ip, how) = reachable_address(s);
             (ip.to_string(), Origin::Detected(how))
         }
     };
     let addr = HostPort { host, port };
     s.reader.record("agent", ADVERTISED.name, &addr, origin);
     addr
+}
+
+/// An address of this host that others can reach: in the cluster's subnet when it names one.
+fn reachable_address(s: &mut Section<'_, '_>) -> (IpAddr, &'static str) {
+    const SUBNET: &str = "config/network/subnet/agent";
+    let fault = match s.reader.overlay.agent_subnet() {
+        Ok(None) => return s.reader.host.reachable_address(),
+        Ok(Some(subnet)) => {
+            let local = s.reader.host.local_addresses();
+            match local.into_iter().find(|ip| subnet.holds(*ip)) {
+                Some(ip) => return (ip, SUBNET),
+                None => Fault::new(
+                    format!("no address of this host lies in {subnet}, {SUBNET} of etcd"),
+                    "write the host's address here, or correct the subnet",
+                ),
+            }
+        }
+        Err(fault) => fault,
+    };
+    s.reader.fault("agent", RPC.name, fault.why, fault.remedy);
+    s.reader.host.reachable_address()
 }
 
 fn rpc_auth(s: &mut Section<'_, '_>) -> Option<CurveFiles> {
@@ -340,6 +361,21 @@ pub(super) fn public_host(reader: &mut Reader<'_>, container: &Container) -> Str
 /// The address containers' ports are bound to when none is given: the RPC listen host.
 pub(super) fn bind_host(reader: &mut Reader<'_>, agent: &Agent) -> IpAddr {
     const SECTION: &str = "container";
+    let subnet = match reader.overlay.container_subnet() {
+        Ok(subnet) => subnet,
+        Err(fault) => {
+            reader.fault(SECTION, "bind-host", fault.why, fault.remedy);
+            None
+        }
+    };
+    if let Some(subnet) = subnet {
+        let local = reader.host.local_addresses();
+        if let Some(ip) = local.into_iter().find(|ip| subnet.holds(*ip)) {
+            let origin = Origin::Detected("config/network/subnet/container");
+            reader.record(SECTION, "bind-host", &ip.to_string(), origin);
+            return ip;
+        }
+    }
     let (ip, how) = match agent.rpc_listen_addr.ip() {
         Some(ip) => (ip, "agent.rpc-listen-addr"),
         None => match reader.host.resolve(&agent.rpc_listen_addr.host).first() {

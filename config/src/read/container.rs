@@ -37,8 +37,18 @@ pub(super) fn read(
     let process = reader.host.process_user();
     let scratch_default = places.directory(reader, "./scratches", "scratches");
     let mut s = Section::open(reader, Some(root), "container");
-    let kernel_uid = s.or(key("kernel-uid"), UserId(process.uid)).0;
-    let kernel_gid = s.or(key("kernel-gid"), GroupId(process.gid)).0;
+    let kernel_uid = s
+        .or(
+            key("kernel-uid").over("config/container"),
+            UserId(process.uid),
+        )
+        .0;
+    let kernel_gid = s
+        .or(
+            key("kernel-gid").over("config/container"),
+            GroupId(process.gid),
+        )
+        .0;
     let bind_text = s.checked(
         key("bind-host")
             .or(&["kernel-host"])

@@ -5,6 +5,7 @@ mod faults;
 mod host;
 mod keys;
 mod notes;
+mod overlay;
 mod places;
 mod secrets;
 mod standalone;
