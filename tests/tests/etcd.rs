@@ -1,6 +1,8 @@
 //! The etcd client against real servers: key layout, scopes, log-in, TLS, and what it does when servers restart, hang,
 //! change their leader, compact, or lose their data.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
