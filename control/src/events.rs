@@ -8,6 +8,7 @@
 //! Names and arguments are the manager's (`kernel_started`, ...); the bus that carries them to a
 //! manager is one more sink.
 
+pub mod bus;
 mod file;
 mod ring;
 
@@ -56,6 +57,22 @@ pub enum Event {
     DoAgentResourceCheck {
         /// The agent id.
         agent: String,
+    },
+    /// Images that the last look at the engine showed are gone.
+    AgentImagesRemove {
+        /// Canonical names.
+        images: Vec<String>,
+    },
+    /// Something failed that should not; an administrator may want to know.
+    AgentError {
+        /// What, in a sentence.
+        message: String,
+        /// Where it came from: the chain of causes.
+        trace: Option<String>,
+        /// Ids and addresses that belong to it.
+        context: serde_json::Map<String, Value>,
+        /// How bad it is.
+        severity: Severity,
     },
     /// A creation was accepted.
     KernelPreparing {
@@ -209,6 +226,54 @@ pub enum Event {
         /// Task id, with hyphens.
         task: String,
     },
+    /// A background task did some of its work.
+    BgtaskPartialSuccess {
+        /// Task id, with hyphens.
+        task: String,
+        /// A result in words.
+        message: String,
+        /// What failed.
+        errors: Vec<String>,
+    },
+    /// A volume was mounted, or could not be.
+    VolumeMounted(VolumeAnswer),
+    /// A volume was unmounted, or could not be.
+    VolumeUnmounted(VolumeAnswer),
+}
+
+/// What came of a request to mount or unmount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeAnswer {
+    /// The agent id.
+    pub agent: String,
+    /// The mount point; empty when a storage proxy of this host does the mounting.
+    pub path: String,
+    /// Quota scope of the request.
+    pub quota_scope: String,
+    /// Why it failed, if it did.
+    pub error: Option<String>,
+}
+
+/// How bad an error event is, in the manager's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// The node cannot do its work.
+    Critical,
+    /// One thing failed.
+    Error,
+    /// Something is odd.
+    Warning,
+}
+
+impl Severity {
+    /// The manager's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Severity::Critical => "CRITICAL",
+            Severity::Error => "ERROR",
+            Severity::Warning => "WARNING",
+        }
+    }
 }
 
 impl Event {
@@ -218,6 +283,8 @@ impl Event {
             Event::AgentStarted { .. } => "agent_started",
             Event::AgentTerminated { .. } => "agent_terminated",
             Event::DoAgentResourceCheck { .. } => "do_agent_resource_check",
+            Event::AgentImagesRemove { .. } => "agent_images_remove",
+            Event::AgentError { .. } => "agent_error",
             Event::KernelPreparing { .. } => "kernel_preparing",
             Event::KernelPulling { .. } => "kernel_pulling",
             Event::KernelCreating { .. } => "kernel_creating",
@@ -238,6 +305,9 @@ impl Event {
             Event::BgtaskDone { .. } => "bgtask_done",
             Event::BgtaskFailed { .. } => "bgtask_failed",
             Event::BgtaskCancelled { .. } => "bgtask_cancelled",
+            Event::BgtaskPartialSuccess { .. } => "bgtask_partial_success",
+            Event::VolumeMounted(_) => "volume_mounted",
+            Event::VolumeUnmounted(_) => "volume_unmounted",
         }
     }
 
@@ -248,7 +318,10 @@ impl Event {
             Event::BgtaskUpdated { .. }
             | Event::BgtaskDone { .. }
             | Event::BgtaskFailed { .. }
-            | Event::BgtaskCancelled { .. } => Delivery::Broadcast,
+            | Event::BgtaskCancelled { .. }
+            | Event::BgtaskPartialSuccess { .. }
+            | Event::VolumeMounted(_)
+            | Event::VolumeUnmounted(_) => Delivery::Broadcast,
             Event::KernelPreparing { .. }
             | Event::KernelPulling { .. }
             | Event::KernelCreating { .. }
@@ -259,6 +332,8 @@ impl Event {
             | Event::ModelServiceStatusUpdated { .. } => Delivery::Both,
             Event::AgentStarted { .. }
             | Event::AgentTerminated { .. }
+            | Event::AgentImagesRemove { .. }
+            | Event::AgentError { .. }
             | Event::DoAgentResourceCheck { .. }
             | Event::DoSyncKernelLogs { .. }
             | Event::ExecutionStarted { .. }
@@ -289,6 +364,13 @@ impl Event {
         match self {
             Event::AgentStarted { reason } | Event::AgentTerminated { reason } => json!([reason]),
             Event::DoAgentResourceCheck { agent } => json!([agent]),
+            Event::AgentImagesRemove { images } => json!([images]),
+            Event::AgentError {
+                message,
+                trace,
+                context,
+                severity,
+            } => json!([message, trace, null, context, severity.as_str()]),
             Event::KernelPreparing { kernel, session }
             | Event::KernelCreating { kernel, session } => {
                 json!([kernel.to_string(), session.to_string(), "", {}])
@@ -354,6 +436,18 @@ impl Event {
             Event::BgtaskDone { task, message } => json!([task, message]),
             Event::BgtaskFailed { task, message } => json!([task, message]),
             Event::BgtaskCancelled { task } => json!([task, "Task cancelled"]),
+            Event::BgtaskPartialSuccess {
+                task,
+                message,
+                errors,
+            } => json!([task, message, errors]),
+            Event::VolumeMounted(answer) | Event::VolumeUnmounted(answer) => json!([
+                answer.agent,
+                "agent",
+                answer.path,
+                answer.quota_scope,
+                answer.error
+            ]),
         }
     }
 }

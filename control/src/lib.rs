@@ -10,6 +10,7 @@ pub mod cli;
 pub mod docker;
 pub mod etcd;
 pub mod events;
+pub mod heartbeat;
 pub mod image;
 pub mod kernel;
 pub mod link;

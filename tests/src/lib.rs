@@ -13,6 +13,7 @@ pub mod netns;
 pub mod node;
 pub mod nvml;
 pub mod python;
+pub mod redis;
 pub mod regions;
 pub mod registry;
 pub mod remote_client;

@@ -1,0 +1,450 @@
+//! The journalled outbox: lifecycle events on disk until they have been sent.
+//!
+//! In: messages with their numbers, and later the numbers that were sent. Out: after a restart, the
+//! messages that were not. One file of JSON lines, appended by its own thread and replaced by a
+//! shorter one when most of it is done. Invariants: the file is private; a line is written before
+//! the line that says it was sent; what a kill cut short is skipped. Nothing is flushed to the disk
+//! device: after a power loss no kernel runs, and the next start tells that of each of them.
+
+use std::collections::BTreeMap;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::message::{Keeping, Message};
+use crate::kernel::journal::replace_file;
+
+/// Lines waiting for the disk; more than the queue can hold.
+const LINES: usize = 8192;
+/// Below this size the file is not shortened.
+const SMALL: u64 = 256 << 10;
+
+/// The outbox could not be opened.
+#[derive(Debug, Error)]
+pub enum OutboxError {
+    /// Its directory.
+    #[error("cannot make the directory {path} of the events that wait for the bus", path = path.display())]
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its file.
+    #[error("cannot open {path}, which holds the events that wait for the bus", path = path.display())]
+    File {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its thread.
+    #[error("cannot start the writer of the events that wait for the bus")]
+    Thread(#[source] io::Error),
+}
+
+/// A line of the file.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Line {
+    /// A message that has to be sent.
+    Send {
+        seq: u64,
+        name: String,
+        args: String,
+        anycast: bool,
+        broadcast: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cache: Option<String>,
+    },
+    /// Messages that are done.
+    Done { seqs: Vec<u64> },
+}
+
+enum Order {
+    Append(u64, String),
+    Done(Vec<u64>),
+    Settle(SyncSender<()>),
+}
+
+/// The outbox of one agent.
+#[derive(Debug)]
+pub struct Outbox {
+    orders: Mutex<Option<SyncSender<Order>>>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+    left_out: AtomicU64,
+}
+
+/// What an earlier life left.
+#[derive(Debug, Default)]
+pub struct Leftover {
+    /// Messages to send, oldest first.
+    pub messages: Vec<(u64, Message)>,
+    /// The number after the highest one seen.
+    pub next: u64,
+    /// Lines that could not be read.
+    pub damaged: usize,
+}
+
+impl Outbox {
+    /// Opens `outbox.jsonl` in `dir` and reads what waits there. Blocks.
+    ///
+    /// # Errors
+    /// A directory or file that cannot be used.
+    pub fn open(dir: &Path) -> Result<(Self, Leftover), OutboxError> {
+        Self::open_with(dir, SMALL)
+    }
+
+    fn open_with(dir: &Path, small: u64) -> Result<(Self, Leftover), OutboxError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|source| OutboxError::Directory {
+                path: dir.to_owned(),
+                source,
+            })?;
+        let path = dir.join("outbox.jsonl");
+        let failed = |source| OutboxError::File {
+            path: path.clone(),
+            source,
+        };
+        let (pending, next, damaged) = read(&path).map_err(failed)?;
+        // A fresh file at each start: what is done, and a line cut short, go.
+        replace_file(&path, &joined(&pending)).map_err(failed)?;
+        let file = append_to(&path).map_err(failed)?;
+        let messages = pending
+            .iter()
+            .filter_map(|(seq, line)| Some((*seq, message_of(line)?)))
+            .collect();
+        let (orders, receiver) = sync_channel(LINES);
+        let mut writer = Writer {
+            size: file.metadata().map_err(failed)?.len(),
+            file,
+            path,
+            pending,
+            small,
+            failures: 0,
+        };
+        let writer = std::thread::Builder::new()
+            .name("outbox".into())
+            .spawn(move || writer.run(&receiver))
+            .map_err(OutboxError::Thread)?;
+        Ok((
+            Self {
+                orders: Mutex::new(Some(orders)),
+                writer: Mutex::new(Some(writer)),
+                left_out: AtomicU64::new(0),
+            },
+            Leftover {
+                messages,
+                next,
+                damaged,
+            },
+        ))
+    }
+
+    /// Keeps a message until it is done. Never waits.
+    pub fn append(&self, seq: u64, message: &Message) {
+        let line = Line::Send {
+            seq,
+            name: message.name.clone(),
+            args: STANDARD.encode(&message.args),
+            anycast: message.anycast,
+            broadcast: message.broadcast,
+            cache: message.cache.clone(),
+        };
+        // A struct of texts and numbers always has a JSON form.
+        if let Ok(line) = serde_json::to_string(&line) {
+            self.order(Order::Append(seq, line));
+        }
+    }
+
+    /// Says that messages were sent, or given up. Never waits.
+    pub fn done(&self, seqs: Vec<u64>) {
+        if !seqs.is_empty() {
+            self.order(Order::Done(seqs));
+        }
+    }
+
+    /// Waits until everything so far is in the file, at most `limit`. Blocks.
+    pub fn settle(&self, limit: Duration) -> bool {
+        let (written, wait) = sync_channel(1);
+        self.order(Order::Settle(written));
+        wait.recv_timeout(limit).is_ok()
+    }
+
+    fn order(&self, order: Order) {
+        let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = orders
+            .as_ref()
+            .is_some_and(|orders| orders.try_send(order).is_ok());
+        if !taken {
+            let count = self.left_out.fetch_add(1, Ordering::Relaxed) + 1;
+            if count.is_power_of_two() {
+                tracing::warn!(
+                    count,
+                    "the disk cannot keep up with the outbox; a kill now could lose or repeat events"
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        // Without its queue the writer ends.
+        let orders = self
+            .orders
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(orders);
+        let writer = self
+            .writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(writer) = writer
+            && writer.join().is_err()
+        {
+            tracing::error!("the writer of the outbox panicked");
+        }
+    }
+}
+
+struct Writer {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    pending: BTreeMap<u64, Arc<str>>,
+    small: u64,
+    failures: u64,
+}
+
+impl Writer {
+    fn run(&mut self, orders: &Receiver<Order>) {
+        while let Ok(order) = orders.recv() {
+            let result = match order {
+                Order::Append(seq, line) => {
+                    let written = self.write(&line);
+                    self.pending.insert(seq, line.into());
+                    written
+                }
+                Order::Done(seqs) => self.finish(&seqs),
+                Order::Settle(written) => {
+                    // The one who asked may have stopped waiting.
+                    let _ = written.try_send(());
+                    Ok(())
+                }
+            };
+            if let Err(err) = result {
+                self.failures += 1;
+                if self.failures.is_power_of_two() {
+                    tracing::warn!(%err, path = %self.path.display(), count = self.failures, "cannot write the outbox");
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, line: &str) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(line.len() + 1);
+        bytes.extend_from_slice(line.as_bytes());
+        bytes.push(b'\n');
+        self.file.write_all(&bytes)?;
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn finish(&mut self, seqs: &[u64]) -> io::Result<()> {
+        for seq in seqs {
+            self.pending.remove(seq);
+        }
+        let left: usize = self.pending.values().map(|line| line.len() + 1).sum();
+        if self.size > self.small && (left as u64) < self.size / 4 {
+            let content = joined(&self.pending);
+            replace_file(&self.path, &content)?;
+            self.file = append_to(&self.path)?;
+            self.size = content.len() as u64;
+            return Ok(());
+        }
+        let line = serde_json::to_string(&Line::Done {
+            seqs: seqs.to_vec(),
+        })
+        .map_err(io::Error::other)?;
+        self.write(&line)
+    }
+}
+
+fn append_to(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+}
+
+fn joined(pending: &BTreeMap<u64, Arc<str>>) -> Vec<u8> {
+    let mut content = Vec::new();
+    for line in pending.values() {
+        content.extend_from_slice(line.as_bytes());
+        content.push(b'\n');
+    }
+    content
+}
+
+type Pending = BTreeMap<u64, Arc<str>>;
+
+fn read(path: &Path) -> io::Result<(Pending, u64, usize)> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok((Pending::new(), 1, 0)),
+        Err(err) => return Err(err),
+    };
+    let mut pending = Pending::new();
+    let mut next = 1;
+    let mut damaged = 0;
+    for line in BufReader::new(file).split(b'\n') {
+        let line = line?;
+        match serde_json::from_slice(&line) {
+            Ok(Line::Send { seq, .. }) => {
+                next = next.max(seq.saturating_add(1));
+                pending.insert(seq, String::from_utf8_lossy(&line).into());
+            }
+            Ok(Line::Done { seqs }) => {
+                for seq in seqs {
+                    next = next.max(seq.saturating_add(1));
+                    pending.remove(&seq);
+                }
+            }
+            Err(_) => damaged += 1,
+        }
+    }
+    Ok((pending, next, damaged))
+}
+
+fn message_of(line: &str) -> Option<Message> {
+    match serde_json::from_str(line).ok()? {
+        Line::Send {
+            name,
+            args,
+            anycast,
+            broadcast,
+            cache,
+            ..
+        } => Some(Message {
+            name,
+            args: STANDARD.decode(args).ok()?.into(),
+            anycast,
+            broadcast,
+            cache,
+            keeping: Keeping::Journalled,
+        }),
+        Line::Done { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn message(n: u8) -> Message {
+        Message {
+            name: format!("kernel_{n}"),
+            args: Bytes::from(vec![n; 40]),
+            anycast: true,
+            broadcast: n.is_multiple_of(2),
+            cache: None,
+            keeping: Keeping::Journalled,
+        }
+    }
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn what_is_not_done_comes_back_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("outbox");
+        let (outbox, found) = Outbox::open(&place).unwrap();
+        assert_eq!((found.messages.len(), found.next), (0, 1));
+        for n in 1..=5 {
+            outbox.append(u64::from(n), &message(n));
+        }
+        outbox.done(vec![1, 3]);
+        assert!(outbox.settle(LIMIT));
+        let file = place.join("outbox.jsonl");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&file), mode(&place)), (0o600, 0o700));
+        // As after a kill: the file is read while the old writer is still there.
+        let (again, found) = Outbox::open(&place).unwrap();
+        assert_eq!(found.next, 6);
+        let expected: Vec<_> = [2, 4, 5]
+            .map(|n| (u64::from(n), message(n)))
+            .into_iter()
+            .collect();
+        assert_eq!(found.messages, expected);
+        again.done(vec![2, 4, 5]);
+        drop(again);
+        let (_, found) = Outbox::open(&place).unwrap();
+        assert_eq!((found.messages.len(), found.next), (0, 6));
+    }
+
+    #[test]
+    fn a_line_cut_short_is_skipped_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outbox, _) = Outbox::open(dir.path()).unwrap();
+        outbox.append(1, &message(1));
+        outbox.append(2, &message(2));
+        drop(outbox);
+        let file = dir.path().join("outbox.jsonl");
+        let whole = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &whole[..whole.len() - 10]).unwrap();
+        let (outbox, found) = Outbox::open(dir.path()).unwrap();
+        assert_eq!(found.damaged, 1);
+        assert_eq!(found.messages, vec![(1, message(1))]);
+        // The remains of the cut line do not swallow the next one.
+        outbox.append(2, &message(3));
+        drop(outbox);
+        let (_, found) = Outbox::open(dir.path()).unwrap();
+        assert_eq!((found.damaged, found.messages.len()), (0, 2));
+    }
+
+    #[test]
+    fn the_file_stays_short() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outbox, _) = Outbox::open_with(dir.path(), 2000).unwrap();
+        outbox.append(1, &message(1));
+        for seq in 2..2000 {
+            outbox.append(seq, &message(2));
+            outbox.done(vec![seq]);
+            if seq % 500 == 0 {
+                assert!(outbox.settle(LIMIT));
+            }
+        }
+        assert!(outbox.settle(LIMIT));
+        let size = std::fs::metadata(dir.path().join("outbox.jsonl"))
+            .unwrap()
+            .len();
+        assert!(size < 3000, "{size}");
+        drop(outbox);
+        let (_, found) = Outbox::open(dir.path()).unwrap();
+        assert_eq!(found.messages, vec![(1, message(1))]);
+    }
+}

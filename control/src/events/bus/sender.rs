@@ -1,0 +1,259 @@
+//! The task that brings waiting messages to the bus.
+//!
+//! In: the queue. Out: entries in the stream and texts on the channel, in the queue's order.
+//! Invariants: a batch is carried out as a whole or not at all; a batch whose fate is not known is
+//! looked up in the stream before it is sent again, so that an outage neither loses nor doubles a
+//! lifecycle event; a message the server itself refuses again and again is given up, with a line in
+//! the log, and does not hold up the others.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::Rng;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
+use super::message::{Keeping, STREAM};
+use super::queue::Entry;
+use super::waiting::Waiting;
+
+/// Messages of one batch: the stream keeps about 128 entries, and a manager takes 64 at a time.
+const BATCH: usize = 32;
+/// Their sizes summed up.
+const BATCH_BYTES: usize = 256 << 10;
+/// Pause between batches of a long backlog, so that readers see entries before they are trimmed.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(50);
+/// Pauses between attempts: doubled up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Entries looked through for a batch whose fate is not known.
+const LOOK_BACK: u32 = 1000;
+/// Refusals after which a message is given up.
+const REFUSALS: u32 = 5;
+/// Pause after a refusal.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+
+/// Brings messages to the bus until it is told to stop.
+pub(super) struct Sender {
+    pub(super) connector: Connector,
+    pub(super) source: String,
+    pub(super) waiting: Arc<Waiting>,
+    pub(super) stopping: CancellationToken,
+}
+
+/// A connection and what is known of the stream.
+struct Link {
+    connection: Connection,
+    /// The newest entry before ours.
+    newest: Bytes,
+}
+
+impl Sender {
+    pub(super) async fn run(self) {
+        let mut link: Option<Link> = None;
+        // The batch that may or may not have arrived, and the newest entry before it.
+        let mut doubtful: Option<(Vec<Entry>, Bytes)> = None;
+        let mut pause = PAUSES.0;
+        loop {
+            tokio::select! {
+                () = self.waiting.filled() => {}
+                () = self.stopping.cancelled() => return,
+            }
+            let worked = tokio::select! {
+                worked = self.step(&mut link, &mut doubtful) => worked,
+                () = self.stopping.cancelled() => return,
+            };
+            let wait = match worked {
+                Ok(refused) => {
+                    self.waiting.connected();
+                    pause = PAUSES.0;
+                    match self.waiting.len() {
+                        _ if refused => REFUSED_PAUSE,
+                        0..=BATCH => continue,
+                        _ => BACKLOG_PAUSE,
+                    }
+                }
+                Err(err) => {
+                    link = None;
+                    self.waiting.failed(&err, self.connector.endpoint());
+                    let wait = pause.mul_f64(rand::rng().random_range(0.8..1.2));
+                    pause = (pause * 2).min(PAUSES.1);
+                    wait
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.stopping.cancelled() => return,
+            }
+        }
+    }
+
+    /// Connects if need be, clears up a doubtful batch, sends one batch. Answers whether the server
+    /// refused a message of it.
+    async fn step(
+        &self,
+        link: &mut Option<Link>,
+        doubtful: &mut Option<(Vec<Entry>, Bytes)>,
+    ) -> Result<bool, ConnectionError> {
+        let link = match link {
+            Some(link) => link,
+            None => {
+                let mut connection = self.connector.connect().await?;
+                let newest = newest_entry(&mut connection).await?;
+                link.insert(Link { connection, newest })
+            }
+        };
+        if let Some((batch, before)) = doubtful {
+            let arrived = self.arrived(&mut link.connection, batch, before).await?;
+            if arrived {
+                let seqs: Vec<u64> = batch.iter().map(|entry| entry.seq).collect();
+                self.waiting.done(&seqs, true);
+            }
+            *doubtful = None;
+        }
+        let batch = self.waiting.oldest(BATCH, BATCH_BYTES);
+        if batch.is_empty() {
+            return Ok(false);
+        }
+        let mut commands = Vec::new();
+        let mut owners = Vec::new();
+        for (n, entry) in batch.iter().enumerate() {
+            for command in entry.message.commands(&self.source) {
+                commands.push(command);
+                owners.push(n);
+            }
+        }
+        match link.connection.run_atomically(&commands).await {
+            Ok(replies) => Ok(self.settle(&batch, &owners, replies, link)),
+            Err(err) => {
+                if err.is_ambiguous() {
+                    *doubtful = Some((batch, link.newest.clone()));
+                }
+                Err(err)
+            }
+        }
+    }
+
+    /// Marks what was carried out; notes what the server refused one by one.
+    fn settle(
+        &self,
+        batch: &[Entry],
+        owners: &[usize],
+        replies: Vec<Reply>,
+        link: &mut Link,
+    ) -> bool {
+        let mut refused: Vec<Option<String>> = vec![None; batch.len()];
+        for (owner, reply) in owners.iter().zip(replies) {
+            match reply {
+                Reply::Error(message) => refused[*owner] = Some(message),
+                // Only XADD answers with bytes: the id of the new entry.
+                Reply::Bytes(id) => link.newest = id,
+                _ => {}
+            }
+        }
+        let mut sent = Vec::with_capacity(batch.len());
+        let mut given_up = Vec::new();
+        for (entry, refusal) in batch.iter().zip(refused) {
+            let Some(message) = refusal else {
+                sent.push(entry.seq);
+                continue;
+            };
+            let count = self.waiting.refuse(entry.seq);
+            tracing::warn!(
+                event = entry.message.name,
+                err = message,
+                count,
+                "the bus refuses an event"
+            );
+            if count >= REFUSALS {
+                given_up.push(entry.seq);
+            }
+        }
+        self.waiting.done(&sent, true);
+        if !given_up.is_empty() {
+            tracing::error!(
+                count = given_up.len(),
+                "events were given up: the bus refused each of them {REFUSALS} times; look at the key \"events\" of database 4"
+            );
+            self.waiting.done(&given_up, false);
+        }
+        sent.len() < batch.len()
+    }
+
+    /// Whether a batch lies in the stream after `before`. A batch is atomic: one entry tells all.
+    async fn arrived(
+        &self,
+        connection: &mut Connection,
+        batch: &[Entry],
+        before: &Bytes,
+    ) -> Result<bool, ConnectionError> {
+        let ours =
+            |entry: &&Entry| entry.message.anycast && entry.message.keeping == Keeping::Journalled;
+        let Some(mark) = batch
+            .iter()
+            .find(ours)
+            .or_else(|| batch.iter().find(|entry| entry.message.anycast))
+        else {
+            // Broadcasts are not stored: there is nothing to find, and hearing one twice is harmless.
+            return Ok(false);
+        };
+        let mut after = b"(".to_vec();
+        after.extend_from_slice(before);
+        let entries = connection
+            .ask(
+                Command::new("XRANGE")
+                    .arg(STREAM)
+                    .arg(after)
+                    .arg("+")
+                    .arg("COUNT")
+                    .number(LOOK_BACK),
+            )
+            .await?;
+        let found = entries
+            .array()
+            .unwrap_or_default()
+            .iter()
+            .any(|entry| self.is_ours(entry, mark));
+        Ok(found)
+    }
+
+    fn is_ours(&self, reply: &Reply, mark: &Entry) -> bool {
+        let Some(fields) = reply
+            .array()
+            .and_then(|parts| parts.get(1))
+            .and_then(Reply::array)
+        else {
+            return false;
+        };
+        let field = |name: &[u8]| {
+            fields
+                .chunks_exact(2)
+                .find(|pair| pair[0].bytes().is_some_and(|key| key.as_ref() == name))
+                .and_then(|pair| pair[1].bytes())
+        };
+        field(b"source").is_some_and(|source| source.as_ref() == self.source.as_bytes())
+            && field(b"name").is_some_and(|name| name.as_ref() == mark.message.name.as_bytes())
+            && field(b"args").is_some_and(|args| args == mark.message.args)
+    }
+}
+
+/// The newest entry of the stream; the start of time when there is none.
+async fn newest_entry(connection: &mut Connection) -> Result<Bytes, ConnectionError> {
+    let newest = connection
+        .ask(
+            Command::new("XREVRANGE")
+                .arg(STREAM)
+                .arg("+")
+                .arg("-")
+                .arg("COUNT")
+                .number(1),
+        )
+        .await?;
+    let id = newest
+        .array()
+        .and_then(|entries| entries.first())
+        .and_then(Reply::array)
+        .and_then(|parts| parts.first())
+        .and_then(Reply::bytes);
+    Ok(id.unwrap_or_else(|| Bytes::from_static(b"0-0")))
+}

@@ -1,0 +1,414 @@
+//! A Redis (or Valkey) server with its own directory, a gate in front of it, and a small client
+//! that shares no code with the one under test.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_util::sync::CancellationToken;
+
+/// How a server is started.
+#[derive(Clone, Debug, Default)]
+pub struct RedisOptions {
+    /// Lines of its configuration besides the usual ones.
+    pub lines: Vec<String>,
+    /// Password the client here logs in with.
+    pub password: Option<String>,
+    /// Run as a sentinel.
+    pub sentinel: bool,
+}
+
+/// A running server; ends with the value.
+#[derive(Debug)]
+pub struct Redis {
+    child: Option<Child>,
+    directory: tempfile::TempDir,
+    options: RedisOptions,
+    program: PathBuf,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+}
+
+/// The servers of this machine: Redis always, Valkey where the distribution has it.
+pub fn programs() -> Vec<PathBuf> {
+    ["/usr/bin/redis-server", "/usr/bin/valkey-server"]
+        .into_iter()
+        .map(PathBuf::from)
+        .filter(|program| program.exists())
+        .collect()
+}
+
+impl Redis {
+    /// Starts a server that keeps nothing on disk.
+    pub fn start() -> Result<Self> {
+        Self::start_with(RedisOptions::default())
+    }
+
+    /// Starts a server.
+    pub fn start_with(options: RedisOptions) -> Result<Self> {
+        let program = programs()
+            .into_iter()
+            .next()
+            .context("there is no redis-server; try: apt-get install redis-server")?;
+        Self::start_program(&program, options)
+    }
+
+    /// Starts a given program.
+    pub fn start_program(program: &Path, options: RedisOptions) -> Result<Self> {
+        let mut last = None;
+        // Between the look for a free port and the server's bind it could be taken.
+        for _ in 0..5 {
+            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+            let mut redis = Self {
+                child: None,
+                directory: tempfile::tempdir().context("directory of a Redis")?,
+                options: options.clone(),
+                program: program.to_owned(),
+                port,
+            };
+            match redis.spawn() {
+                Ok(()) => return Ok(redis),
+                Err(err) => last = Some(err),
+            }
+        }
+        Err(last.unwrap_or_else(|| anyhow::anyhow!("no attempt was made")))
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let file = self.directory.path().join("redis.conf");
+        let mut config = format!(
+            "port {}\nbind 127.0.0.1\ndaemonize no\nlogfile {}\ndir {}\n",
+            self.port,
+            self.directory.path().join("log").display(),
+            self.directory.path().display()
+        );
+        if !self.options.sentinel {
+            config.push_str("save \"\"\nappendonly no\n");
+        }
+        for line in &self.options.lines {
+            config.push_str(line);
+            config.push('\n');
+        }
+        std::fs::write(&file, config)?;
+        let mut command = Command::new(&self.program);
+        command.arg(&file);
+        if self.options.sentinel {
+            command.arg("--sentinel");
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.program.display()))?;
+        let until = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < until {
+            if child.try_wait()?.is_some() {
+                break;
+            }
+            if let Ok(mut client) = self.client()
+                && client.ask(&["PING"]).is_ok()
+            {
+                self.child = Some(child);
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        let log = std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        bail!("{} did not come up:\n{log}", self.program.display())
+    }
+
+    /// Kills the server at once; what it held is gone.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Starts it again on the same port, empty unless its options say otherwise.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.spawn()
+    }
+
+    /// Stops it without ending it: it takes connections and answers nothing.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let child = self.child.as_ref().context("the server does not run")?;
+        kill(Pid::from_raw(i32::try_from(child.id())?), signal).context("cannot signal Redis")
+    }
+
+    /// A new connection to database 0.
+    pub fn client(&self) -> Result<RedisClient> {
+        let mut client = RedisClient::connect(self.port)?;
+        if let Some(password) = &self.options.password {
+            client.ask(&["AUTH", password])?;
+        }
+        Ok(client)
+    }
+
+    /// The entries of the stream of events, oldest first: fields by position.
+    pub fn stream(&self) -> Result<Vec<StreamEntry>> {
+        let mut client = self.client()?;
+        client.ask(&["SELECT", "4"])?;
+        let Answer::Array(entries) = client.ask(&["XRANGE", "events", "-", "+"])? else {
+            bail!("XRANGE answered no array")
+        };
+        entries
+            .iter()
+            .map(|entry| {
+                let fields = entry.item(1)?.items()?;
+                let pairs: Vec<(String, Vec<u8>)> = fields
+                    .chunks_exact(2)
+                    .map(|pair| Ok((pair[0].text()?, pair[1].bytes()?.to_vec())))
+                    .collect::<Result<_>>()?;
+                Ok(StreamEntry { fields: pairs })
+            })
+            .collect()
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        // A stopped process is killed all the same.
+        let _ = self.kill();
+    }
+}
+
+/// One entry of the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamEntry {
+    /// Field names and values, in order.
+    pub fields: Vec<(String, Vec<u8>)>,
+}
+
+impl StreamEntry {
+    /// The value of a field as text.
+    pub fn text(&self, name: &str) -> String {
+        let value = self.fields.iter().find(|(field, _)| field == name);
+        String::from_utf8_lossy(value.map_or(&[][..], |(_, value)| value)).into_owned()
+    }
+
+    /// The value of a field.
+    pub fn bytes(&self, name: &str) -> &[u8] {
+        let value = self.fields.iter().find(|(field, _)| field == name);
+        value.map_or(&[][..], |(_, value)| value)
+    }
+}
+
+/// What a server answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing.
+    Nil,
+    /// A number.
+    Int(i64),
+    /// Text or bytes.
+    Bytes(Vec<u8>),
+    /// Several answers.
+    Array(Vec<Answer>),
+}
+
+impl Answer {
+    /// The bytes of a bulk or simple string.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        match self {
+            Answer::Bytes(bytes) => Ok(bytes),
+            other => bail!("{other:?} instead of bytes"),
+        }
+    }
+
+    /// The same as text.
+    pub fn text(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(self.bytes()?).into_owned())
+    }
+
+    /// The answers of an array.
+    pub fn items(&self) -> Result<&[Answer]> {
+        match self {
+            Answer::Array(items) => Ok(items),
+            other => bail!("{other:?} instead of an array"),
+        }
+    }
+
+    /// One answer of an array.
+    pub fn item(&self, at: usize) -> Result<&Answer> {
+        self.items()?.get(at).context("the array is too short")
+    }
+
+    /// A number.
+    pub fn int(&self) -> Result<i64> {
+        match self {
+            Answer::Int(number) => Ok(*number),
+            other => bail!("{other:?} instead of a number"),
+        }
+    }
+}
+
+/// A plain connection.
+#[derive(Debug)]
+pub struct RedisClient {
+    stream: BufReader<TcpStream>,
+}
+
+impl RedisClient {
+    /// Connects to a port of 127.0.0.1.
+    pub fn connect(port: u16) -> Result<Self> {
+        let stream = TcpStream::connect(("127.0.0.1", port)).context("no connection to Redis")?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// Sends a command and reads its answer; an error answer is an error.
+    pub fn ask<A: AsRef<[u8]>>(&mut self, arguments: &[A]) -> Result<Answer> {
+        let mut request = format!("*{}\r\n", arguments.len()).into_bytes();
+        for argument in arguments {
+            let argument = argument.as_ref();
+            request.extend(format!("${}\r\n", argument.len()).into_bytes());
+            request.extend(argument);
+            request.extend(b"\r\n");
+        }
+        self.stream.get_mut().write_all(&request)?;
+        self.read()
+    }
+
+    /// Reads the next answer, for one a message of a subscription.
+    pub fn read(&mut self) -> Result<Answer> {
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        let line = line.trim_end();
+        ensure!(!line.is_empty(), "the server closed the connection");
+        let rest = &line[1..];
+        Ok(match line.as_bytes()[0] {
+            b'+' => Answer::Bytes(rest.as_bytes().to_vec()),
+            b'-' => bail!("Redis refuses: {rest}"),
+            b':' => Answer::Int(rest.parse()?),
+            b'$' | b'*' if rest == "-1" => Answer::Nil,
+            b'$' => {
+                let mut bytes = vec![0; rest.parse::<usize>()? + 2];
+                self.stream.read_exact(&mut bytes)?;
+                bytes.truncate(bytes.len() - 2);
+                Answer::Bytes(bytes)
+            }
+            b'*' => Answer::Array(
+                (0..rest.parse::<usize>()?)
+                    .map(|_| self.read())
+                    .collect::<Result<_>>()?,
+            ),
+            other => bail!("unknown answer {other}"),
+        })
+    }
+}
+
+/// A gate before a server: open it forwards, shut it holds everything back without a sign, as a
+/// network that drops packets does.
+#[derive(Debug)]
+pub struct Gate {
+    shut: Arc<AtomicBool>,
+    ended: CancellationToken,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+}
+
+impl Gate {
+    /// A gate before a port of 127.0.0.1.
+    pub async fn before(server: u16) -> Result<Self> {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
+        let port = listener.local_addr()?.port();
+        let shut = Arc::new(AtomicBool::new(false));
+        let ended = CancellationToken::new();
+        let (held, end) = (shut.clone(), ended.clone());
+        tokio::spawn(async move {
+            loop {
+                let client = tokio::select! {
+                    accepted = listener.accept() => match accepted {
+                        Ok((client, _)) => client,
+                        Err(_) => return,
+                    },
+                    () = end.cancelled() => return,
+                };
+                let (held, end) = (held.clone(), end.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = carry(client, server, held) => {}
+                        () = end.cancelled() => {}
+                    }
+                });
+            }
+        });
+        Ok(Self { shut, ended, port })
+    }
+
+    /// Holds everything back from now on.
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets through what was held back, and all that comes.
+    pub fn open(&self) {
+        self.shut.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.ended.cancel();
+    }
+}
+
+async fn carry(client: tokio::net::TcpStream, server: u16, shut: Arc<AtomicBool>) {
+    while shut.load(Ordering::SeqCst) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let Ok(server) = tokio::net::TcpStream::connect(("127.0.0.1", server)).await else {
+        return;
+    };
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    tokio::select! {
+        () = pump(client_read, server_write, &shut) => {}
+        () = pump(server_read, client_write, &shut) => {}
+    }
+}
+
+async fn pump(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    shut: &AtomicBool,
+) {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let Ok(read) = from.read(&mut buffer).await else {
+            return;
+        };
+        // What was read while the gate is shut is on its way; it arrives later or never.
+        while shut.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if read == 0 || to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
+    }
+}

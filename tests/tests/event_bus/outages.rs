@@ -1,0 +1,209 @@
+//! The bus killed, hung, cut off, restarted empty; the agent killed between.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use control::events::Event;
+use control::events::bus::Bus;
+use control::events::bus::queue::{Bound, Bounds};
+use harness::redis::{Gate, Redis};
+
+use super::{LIMIT, bus, drained, ended, numbers, settings};
+
+/// Waits until the bus has noticed that the server does not answer.
+async fn noticed(bus: &Bus) -> Result<()> {
+    let mut state = bus.state();
+    tokio::time::timeout(
+        LIMIT,
+        state.wait_for(|state| state.connected == Some(false)),
+    )
+    .await??;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_killed_server_that_comes_back_empty_gets_what_was_emitted_meanwhile() -> Result<()> {
+    let mut redis = Redis::start()?;
+    let (bus, events) = bus(&settings(redis.port))?;
+    events.emit(ended(0));
+    drained(&bus).await?;
+    redis.kill()?;
+    for n in 1..=60 {
+        events.emit(ended(n));
+    }
+    noticed(&bus).await?;
+    for n in 61..=80 {
+        events.emit(ended(n));
+    }
+    redis.restart()?;
+    drained(&bus).await?;
+    let expected: Vec<u16> = (1..=80).collect();
+    assert_eq!(numbers(&redis.stream()?), expected);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_hung_server_that_goes_on_gets_each_event_once() -> Result<()> {
+    let redis = Redis::start()?;
+    let (bus, events) = bus(&settings(redis.port))?;
+    events.emit(ended(0));
+    drained(&bus).await?;
+    redis.freeze()?;
+    // Some are in the frozen server's socket, where they will be carried out later.
+    for n in 1..=40 {
+        events.emit(ended(n));
+    }
+    noticed(&bus).await?;
+    for n in 41..=50 {
+        events.emit(ended(n));
+    }
+    // Others see at once that there is no answer, and wait no longer than they have to.
+    let put = bus.statistics().put("k", "v", LIMIT).await;
+    ensure!(put.is_err(), "a frozen server took a value");
+    redis.thaw()?;
+    drained(&bus).await?;
+    let expected: Vec<u16> = (0..=50).collect();
+    assert_eq!(numbers(&redis.stream()?), expected);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_cut_off_for_a_while_gets_each_event_once() -> Result<()> {
+    let redis = Redis::start()?;
+    let gate = Gate::before(redis.port).await?;
+    let (bus, events) = bus(&settings(gate.port))?;
+    events.emit(ended(0));
+    drained(&bus).await?;
+    gate.shut();
+    for n in 1..=10 {
+        events.emit(ended(n));
+    }
+    // Large values fill the socket: the connection must be given up all the same.
+    let logs = vec![vec![7; 8 << 20].into()];
+    let put = bus.container_logs().append("l", logs, LIMIT).await;
+    ensure!(put.is_err(), "a cut network took a value");
+    noticed(&bus).await?;
+    gate.open();
+    for n in 11..=20 {
+        events.emit(ended(n));
+    }
+    drained(&bus).await?;
+    let expected: Vec<u16> = (0..=20).collect();
+    assert_eq!(numbers(&redis.stream()?), expected);
+    harness::wait::until("values are taken again", LIMIT, || async {
+        bus.container_logs()
+            .append("m", vec!["x".into()], LIMIT)
+            .await
+            .ok()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_outage_longer_than_the_bounds_costs_the_oldest_and_no_memory() -> Result<()> {
+    let mut redis = Redis::start()?;
+    redis.kill()?;
+    let bound = |count| Bound {
+        count,
+        bytes: 64 << 10,
+    };
+    let bounds = Bounds {
+        journalled: bound(50),
+        queued: bound(10),
+        newest: bound(5),
+    };
+    let settings = settings(redis.port);
+    let bus = Bus::start_with(&settings, bounds)?;
+    let events = control::events::Events::new(4, vec![Box::new(bus.sink())]);
+    for n in 0..500_u16 {
+        events.emit(ended(n));
+        events.emit(Event::DoAgentResourceCheck {
+            agent: format!("i-{n}"),
+        });
+        events.emit(Event::BgtaskUpdated {
+            task: format!("task-{}", n % 7),
+            current: n.into(),
+            total: 500,
+            message: None,
+        });
+        ensure!(bus.waiting() <= 65, "{} wait", bus.waiting());
+    }
+    assert_eq!(bus.waiting(), 65);
+    assert!(bus.state().borrow().left_out > 900);
+    redis.restart()?;
+    drained(&bus).await?;
+    let stream = redis.stream()?;
+    assert_eq!(numbers(&stream), (450..500).collect::<Vec<u16>>());
+    let others = stream
+        .iter()
+        .filter(|entry| entry.text("name") == "do_agent_resource_check");
+    assert_eq!(others.count(), 10);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_during_an_outage_sends_the_rest_after_its_next_start() -> Result<()> {
+    let mut redis = Redis::start()?;
+    let outbox = tempfile::tempdir()?;
+    let mut settings = settings(redis.port);
+    settings.outbox_dir = Some(outbox.path().join("outbox"));
+    let (first, events) = bus(&settings)?;
+    events.emit(ended(0));
+    drained(&first).await?;
+    redis.kill()?;
+    for n in 1..=30 {
+        events.emit(ended(n));
+    }
+    // A kill leaves what is in the file; so does dropping everything after it is there.
+    ensure!(first.kept(LIMIT).await, "the outbox is not written");
+    drop(events);
+    drop(first);
+    redis.restart()?;
+    let (second, events) = bus(&settings)?;
+    events.emit(Event::AgentStarted {
+        reason: "self-started",
+    });
+    events.emit(ended(31));
+    drained(&second).await?;
+    let stream = redis.stream()?;
+    assert_eq!(numbers(&stream), (1..=31).collect::<Vec<u16>>());
+    assert_eq!(stream[30].text("name"), "agent_started", "not in its order");
+    second.close(Duration::from_secs(5)).await;
+
+    // Nothing is left, nothing is sent twice.
+    drop(events);
+    drop(second);
+    let (third, events) = bus(&settings)?;
+    events.emit(ended(32));
+    drained(&third).await?;
+    assert_eq!(numbers(&redis.stream()?), (1..=32).collect::<Vec<u16>>());
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_event_the_server_refuses_does_not_hold_up_the_others_for_ever() -> Result<()> {
+    let redis = Redis::start()?;
+    let mut client = redis.client()?;
+    client.ask(&["SELECT", "4"])?;
+    client.ask(&["SET", "events", "somebody else's"])?;
+    let (bus, events) = bus(&settings(redis.port))?;
+    events.emit(ended(1));
+    let mut state = bus.state();
+    // Reading the stream is refused too: the node says so and waits.
+    tokio::time::timeout(LIMIT, state.wait_for(|state| state.trouble.is_some())).await??;
+    let trouble = bus.state().borrow().trouble.clone().unwrap_or_default();
+    ensure!(trouble.contains("WRONGTYPE"), "{trouble}");
+    client.ask(&["DEL", "events"])?;
+    drained(&bus).await?;
+    assert_eq!(numbers(&redis.stream()?), [1]);
+    // And while it works: each refused event is tried a few times and given up.
+    client.ask(&["DEL", "events"])?;
+    client.ask(&["SET", "events", "again"])?;
+    events.emit(ended(2));
+    tokio::time::timeout(LIMIT, state.wait_for(|state| state.left_out == 1)).await??;
+    client.ask(&["DEL", "events"])?;
+    events.emit(ended(3));
+    drained(&bus).await?;
+    assert_eq!(numbers(&redis.stream()?), [3]);
+    Ok(())
+}

@@ -1,0 +1,250 @@
+//! Every event this agent sends, byte for byte as the published agent sends it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use control::events::bus::VolumeRequest;
+use control::events::bus::message::Message;
+use control::events::bus::volumes::read_request;
+use control::events::{Event, Severity, VolumeAnswer};
+use control::kernel::lifecycle::Reason;
+use serde_json::Value;
+
+const FILES: [&str; 6] = ["agent", "kernel", "session", "image", "bgtask", "volume"];
+
+fn load(name: &str) -> Result<Vec<Value>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("vectors/events/{name}.json"));
+    let file: Value = serde_json::from_slice(&std::fs::read(&path)?)
+        .with_context(|| format!("{}", path.display()))?;
+    let lists = file.as_object().context("an object")?.values();
+    Ok(lists
+        .filter_map(Value::as_array)
+        .flatten()
+        .filter(|vector| vector.get("args_hex").is_some())
+        .cloned()
+        .collect())
+}
+
+fn text(args: &Value, at: usize) -> Result<String> {
+    let text = args[at].as_str();
+    Ok(text
+        .with_context(|| format!("argument {at} of {args}"))?
+        .to_owned())
+}
+
+/// The event whose arguments these are, as this agent would make it; `None` for those it never
+/// sends and for forms that need a pickle, for which it sends a plain form.
+fn event(name: &str, args: &Value) -> Result<Option<Event>> {
+    if args.to_string().contains("\"$ext\"") {
+        return Ok(None);
+    }
+    let reason = |at| -> Result<Reason> { Ok(Reason::from_text(&text(args, at)?)) };
+    let word = |word: &'static str| -> Result<&'static str> {
+        ensure!(
+            args[args.as_array().map_or(0, Vec::len) - 1] == word,
+            "{args}"
+        );
+        Ok(word)
+    };
+    let optional = |at: usize| args[at].as_str().map(str::to_owned);
+    let answer = || -> Result<VolumeAnswer> {
+        Ok(VolumeAnswer {
+            agent: text(args, 0)?,
+            path: text(args, 2)?,
+            quota_scope: text(args, 3)?,
+            error: optional(4),
+        })
+    };
+    Ok(Some(match name {
+        "agent_started" => Event::AgentStarted {
+            reason: word("self-started")?,
+        },
+        "agent_terminated" => Event::AgentTerminated {
+            reason: word("shutdown")?,
+        },
+        "agent_error" => Event::AgentError {
+            message: text(args, 0)?,
+            trace: optional(1),
+            context: args[3].as_object().cloned().unwrap_or_default(),
+            severity: Severity::Error,
+        },
+        "agent_images_remove" => Event::AgentImagesRemove {
+            images: serde_json::from_value(args[0].clone())?,
+        },
+        "do_agent_resource_check" => Event::DoAgentResourceCheck {
+            agent: text(args, 0)?,
+        },
+        "kernel_preparing" => Event::KernelPreparing {
+            kernel: text(args, 0)?.parse()?,
+            session: text(args, 1)?.parse()?,
+        },
+        "kernel_pulling" => Event::KernelPulling {
+            kernel: text(args, 0)?.parse()?,
+            session: text(args, 1)?.parse()?,
+            image: text(args, 2)?,
+        },
+        "kernel_creating" => Event::KernelCreating {
+            kernel: text(args, 0)?.parse()?,
+            session: text(args, 1)?.parse()?,
+        },
+        "kernel_started" => Event::KernelStarted {
+            kernel: text(args, 0)?.parse()?,
+            session: text(args, 1)?.parse()?,
+            creation_info: args[3].clone(),
+        },
+        "kernel_terminated" => Event::KernelTerminated {
+            kernel: text(args, 0)?.parse()?,
+            session: text(args, 1)?.parse()?,
+            reason: reason(2)?,
+            exit_code: args[3].as_i64(),
+        },
+        "do_sync_kernel_logs" => Event::DoSyncKernelLogs {
+            kernel: text(args, 0)?.parse()?,
+            container: text(args, 1)?.parse()?,
+        },
+        "session_success" => Event::SessionSuccess {
+            session: text(args, 0)?.parse()?,
+            reason: reason(1)?,
+            exit_code: args[2].as_i64().context("a code")?,
+        },
+        "execution_started" => Event::ExecutionStarted {
+            session: text(args, 0)?.parse()?,
+        },
+        "execution_finished" => Event::ExecutionFinished {
+            session: text(args, 0)?.parse()?,
+        },
+        "execution_timeout" => Event::ExecutionTimeout {
+            session: text(args, 0)?.parse()?,
+        },
+        "model_service_status_updated" if args[1] == "unhealthy" => {
+            Event::ModelServiceStatusUpdated {
+                session: text(args, 0)?.parse()?,
+                status: "unhealthy",
+            }
+        }
+        "image_pull_started" => Event::ImagePullStarted {
+            image: text(args, 0)?,
+            agent: text(args, 1)?,
+        },
+        // Sent with four arguments.
+        "image_pull_finished" if args[4].is_null() && args[3].is_string() => {
+            Event::ImagePullFinished {
+                image: text(args, 0)?,
+                agent: text(args, 1)?,
+                message: optional(3),
+            }
+        }
+        "image_pull_failed" => Event::ImagePullFailed {
+            image: text(args, 0)?,
+            agent: text(args, 1)?,
+            message: text(args, 2)?,
+        },
+        // Progress in fractions is not sent.
+        "bgtask_updated" if args[1].is_u64() => Event::BgtaskUpdated {
+            task: text(args, 0)?,
+            current: args[1].as_u64().context("a count")?,
+            total: args[2].as_u64().context("a count")?,
+            message: optional(3),
+        },
+        "bgtask_done" => Event::BgtaskDone {
+            task: text(args, 0)?,
+            message: optional(1),
+        },
+        "bgtask_failed" => Event::BgtaskFailed {
+            task: text(args, 0)?,
+            message: text(args, 1)?,
+        },
+        "bgtask_cancelled" => Event::BgtaskCancelled {
+            task: text(args, 0)?,
+        },
+        "bgtask_partial_success" => Event::BgtaskPartialSuccess {
+            task: text(args, 0)?,
+            message: text(args, 1)?,
+            errors: serde_json::from_value(args[2].clone())?,
+        },
+        "volume_mounted" => Event::VolumeMounted(answer()?),
+        "volume_unmounted" => Event::VolumeUnmounted(answer()?),
+        _ => return Ok(None),
+    }))
+}
+
+#[test]
+fn events_are_the_published_agents_bytes() -> Result<()> {
+    let mut compared: BTreeMap<String, usize> = BTreeMap::new();
+    for file in FILES {
+        for vector in load(file)? {
+            let name = vector["name"].as_str().context("a name")?;
+            let args = &vector["args_decoded"];
+            let Some(event) = event(name, args)? else {
+                continue;
+            };
+            let seconds = args[2].as_f64().unwrap_or(0.0);
+            let at = UNIX_EPOCH + Duration::from_secs_f64(seconds);
+            let message = Message::of(&event, at)?.context("it leaves the node")?;
+            let hex: String = message.args.iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(
+                hex,
+                vector["args_hex"].as_str().context("bytes")?,
+                "{name} {args}"
+            );
+            if vector["delivery"] == "broadcast" {
+                assert!(message.broadcast, "{name}");
+                assert_eq!(
+                    message.channel_text("i-evh"),
+                    vector["payload_text"],
+                    "{name}"
+                );
+                let cache = vector["cache"]["key"].as_str().map(str::to_owned);
+                assert_eq!(message.cache, cache, "{name}");
+            } else {
+                assert!(message.anycast, "{name}");
+            }
+            *compared.entry(name.to_owned()).or_default() += 1;
+        }
+    }
+    // Every event that this agent sends, except reports of state, which have their own test.
+    assert_eq!(compared.len(), 26, "{compared:?}");
+    Ok(())
+}
+
+#[test]
+fn requests_of_the_manager_are_read() -> Result<()> {
+    let mut read = Vec::new();
+    for vector in load("volume")? {
+        let text = vector["payload_text"].as_str().context("a text")?;
+        if let Some(request) = read_request(text.as_bytes()).map_err(anyhow::Error::msg)? {
+            read.push(request);
+        }
+    }
+    let expected = [
+        VolumeRequest::Mount {
+            dir_name: "vol1".into(),
+            backend: "nfsvol".into(),
+            quota_scope: "user:c0ffee00-0000-4000-8000-000000000001".into(),
+            location: "10.0.0.1:/export".into(),
+            fs_type: "nfs".into(),
+            options: None,
+            scaling_group: None,
+            edit_fstab: false,
+            fstab_path: "/etc/fstab".into(),
+        },
+        VolumeRequest::Unmount {
+            dir_name: "vol1".into(),
+            backend: "nfsvol".into(),
+            quota_scope: "user:c0ffee00-0000-4000-8000-000000000001".into(),
+            scaling_group: None,
+            edit_fstab: false,
+            fstab_path: None,
+        },
+    ];
+    assert_eq!(read, expected);
+    // A pickle in the arguments is data, and no reason to fail.
+    let pickled = STANDARD.encode([0x91, 0xc7, 0x03, 0x06, 0x80, 0x02, 0x2e]);
+    let text = format!("{{\"name\":\"do_volume_mount\",\"args\":\"{pickled}\"}}");
+    assert!(read_request(text.as_bytes()).is_err());
+    Ok(())
+}
