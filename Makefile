@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration compat bench-agent verify-units fuzz runner clean
+        integration compat bench-agent bench-ports setup-bench verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ build: setup-build ## build both programs (debug)
 release: setup-build ## build both programs (release)
 	$(CARGO) build --locked --release -p control -p dataplane --bins
 
-setup-build setup-demo setup-test: setup-%:
+setup-build setup-demo setup-test setup-bench: setup-%:
 	@deploy/setup $*
 
 check: fmt clippy docs deny ## static checks
@@ -80,6 +80,10 @@ verify-units: ## check the systemd units
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS each
 	fuzz/run $(FUZZ_SECONDS)
+
+bench-ports: setup-bench ## service ports against peers (root); BENCH='--rounds 3 --peers direct,kernel' narrows it
+	$(CARGO) build --locked --release -p dataplane -p benches --bins
+	$(or $(CARGO_TARGET_DIR),target)/release/bench-ports $(BENCH)
 
 clean: ## remove build results
 	$(CARGO) clean

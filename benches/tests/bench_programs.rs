@@ -1,0 +1,139 @@
+//! The bench programs work: tiny runs that measure nothing, so that they cannot rot.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+fn output(name: &str) -> PathBuf {
+    let path =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&path).expect("a directory for results");
+    path
+}
+
+/// Whether this host lets benches run at all.
+fn possible() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        println!("SKIP benches make namespaces and cgroups, which needs root");
+    }
+    root
+}
+
+fn start(program: &str, arguments: &[&str], output: &Path) -> Child {
+    Command::new(program)
+        .args(arguments)
+        .arg("--output")
+        .arg(output)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the bench starts")
+}
+
+fn left_behind(pid: u32) -> Vec<String> {
+    let name = format!("bai-bench-{pid}");
+    let mut found = Vec::new();
+    for place in [
+        "/run/netns",
+        "/dev/shm",
+        "/sys/fs/cgroup/cpuacct",
+        "/sys/fs/cgroup",
+    ] {
+        let Ok(entries) = std::fs::read_dir(place) else {
+            continue;
+        };
+        found.extend(
+            entries
+                .flatten()
+                .map(|entry| entry.path().display().to_string())
+                .filter(|path| path.contains(&name)),
+        );
+    }
+    found
+}
+
+fn finished(bench: Child, output: &Path, file: &str) -> Value {
+    let pid = bench.id();
+    let ended = bench.wait_with_output().expect("the bench ends");
+    let words = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{words}");
+    assert_eq!(left_behind(pid), Vec::<String>::new());
+    let text = std::fs::read_to_string(output.join(file)).expect("results");
+    serde_json::from_str(&text).expect("results are JSON")
+}
+
+#[test]
+fn ports_are_measured_against_every_peer() {
+    if !possible() {
+        return;
+    }
+    let output = output("ports");
+    let arguments = [
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.2",
+        "--idle",
+        "20",
+        "--connections",
+        "4",
+        "--loads",
+        "requests,connections,bulk,idle",
+    ];
+    let bench = start(env!("CARGO_BIN_EXE_bench-ports"), &arguments, &output);
+    let found = finished(bench, &output, "ports.json");
+    for name in [
+        "remote_requests_vs_direct",
+        "remote_requests_vs_dnat",
+        "remote_requests_vs_nginx",
+        "remote_requests_vs_haproxy",
+        "remote_requests_vs_docker_proxy",
+        "remote_cpu_per_request_vs_direct",
+        "remote_cpu_per_gb_vs_direct",
+        "remote_cpu_per_connection_vs_direct",
+        "remote_bulk_vs_docker_proxy",
+        "remote_connections_vs_best_proxy",
+        "relay_cpu_s_per_gb",
+        "relay_requests_vs_nginx",
+        "relay_bytes_per_idle_connection",
+    ] {
+        let value = found["ratios"][name].as_f64();
+        assert!(value.is_some_and(|it| it >= 0.0), "{name}: {value:?}");
+    }
+    assert_eq!(
+        found["peers"].as_object().map(serde_json::Map::len),
+        Some(8)
+    );
+    let svg = std::fs::read_to_string(output.join("ports.svg")).expect("a plot");
+    assert!(svg.contains("docker_proxy"));
+    std::fs::remove_dir_all(output).expect("removed");
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing() {
+    if !possible() {
+        return;
+    }
+    let output = output("interrupted");
+    let arguments = ["--seconds", "60", "--peers", "tokio", "--loads", "requests"];
+    let bench = start(env!("CARGO_BIN_EXE_bench-ports"), &arguments, &output);
+    let pid = bench.id();
+    let proxy = PathBuf::from(format!("/run/netns/bai-bench-{pid}-container"));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !proxy.exists() {
+        assert!(Instant::now() < deadline, "the bench makes its namespaces");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let number = i32::try_from(pid).expect("a pid");
+    kill(Pid::from_raw(number), Signal::SIGTERM).expect("signalled");
+    let ended = bench.wait_with_output().expect("the bench ends");
+    assert_eq!(ended.status.code(), Some(130));
+    assert_eq!(left_behind(pid), Vec::<String>::new());
+    std::fs::remove_dir_all(output).expect("removed");
+}
