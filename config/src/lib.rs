@@ -34,7 +34,7 @@ pub use choice::{
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
 pub use load::{Environment, LoadOptions, Loaded, load, load_over};
-pub use node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits};
+pub use node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 pub use overlay::{AGENT_SECTIONS, Overlay};
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};
 pub use render::{render_json, render_notes, render_text};

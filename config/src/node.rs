@@ -1,5 +1,6 @@
 //! `[node]`: the settings the original does not have.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub struct Node {
     pub dataplane: DataplaneLimits,
     /// `[node.rpc]`.
     pub rpc: RpcLimits,
+    /// `[node.volumes]`.
+    pub volumes: Volumes,
 }
 
 impl Node {
@@ -108,6 +111,17 @@ pub struct DataplaneLimits {
     pub drain: Duration,
     /// Period of the statistics samples.
     pub stats_interval: Duration,
+}
+
+/// `[node.volumes]`: what may be mounted here on request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volumes {
+    /// Rules `TYPE SOURCE`; a source that ends with `*` stands for all that begin so.
+    pub allow: BTreeSet<String>,
+    /// Tables of file systems that may be changed.
+    pub fstab: BTreeSet<String>,
+    /// How long mount(8) and umount(8) may take.
+    pub timeout: Duration,
 }
 
 /// `[node.rpc]`.

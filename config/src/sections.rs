@@ -92,8 +92,12 @@ pub struct Agent {
     pub allow_compute_plugins: Option<BTreeSet<String>>,
     /// Compute plugins to leave out.
     pub block_compute_plugins: Option<BTreeSet<String>>,
-    /// Output of image commits and their lock files.
+    /// Output of image commits.
     pub image_commit_path: PathBuf,
+    /// Where the node's watchdogs leave reports of abusing kernels.
+    pub abuse_report_path: Option<PathBuf>,
+    /// Whether reported kernels are ended.
+    pub force_terminate_abusing_containers: bool,
     /// Parallel creations inside one `create_kernels` call, 1 to 32.
     pub kernel_creation_concurrency: u32,
     /// Reconciliation with the container engine.

@@ -113,6 +113,7 @@ fn every_commented_example_is_valid() {
         "agent.rpc-auth-agent-keypair",
         "agent.rpc-auth-manager-public-key",
         "agent.mount-path",
+        "agent.abuse-report-path",
         "agent.allow-compute-plugins",
         "agent.block-compute-plugins",
         "agent.advertised-rpc-addr",

@@ -5,7 +5,7 @@
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,10 +23,12 @@ use crate::background::BackgroundTasks;
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
 use crate::image::Images;
+use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
 use crate::kernel::container_processes::KernelFiles;
 use crate::kernel::container_request::{ContainerSettings, HostFacts, HostFactsError};
 use crate::kernel::distro::Distros;
+use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
 use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
 use crate::kernel::node::blocking;
@@ -41,6 +43,7 @@ use crate::rpc::methods::AgentService;
 use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
 };
+use crate::volumes::Volumes;
 
 /// Events kept in the process.
 const EVENT_RING: usize = 4096;
@@ -84,6 +87,15 @@ pub enum AppError {
     /// The socket for programs in containers cannot be served.
     #[error(transparent)]
     AgentSocket(#[from] AgentSocketError),
+    /// The directory of the sockets for kernels cannot be used.
+    #[error("cannot use the directory {path}; see that agent.ipc-base-path is writable", path = path.display())]
+    HostSockets {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// What was running cannot be taken over.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
@@ -148,6 +160,7 @@ pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
     let loops = [
         tokio::spawn(monitor::follow_events(node.clone())),
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
+        tokio::spawn(abuse::watch(node.clone())),
     ];
     node.events.emit(Event::AgentStarted {
         reason: "self-started",
@@ -258,6 +271,20 @@ async fn assemble(
         },
         stopping.clone(),
     )?;
+    let sockets_dir = config
+        .agent
+        .ipc_base_path
+        .join("proxy")
+        .join(plain_name(&agent_id));
+    let host_sockets = blocking({
+        let directory = sockets_dir.clone();
+        move || HostSockets::new(directory)
+    })
+    .await
+    .map_err(|source| AppError::HostSockets {
+        path: sockets_dir,
+        source,
+    })?;
     let range = config.container.port_range;
     let kind = ScratchKind::from_config(
         &config.container.scratch_type.to_string(),
@@ -283,6 +310,9 @@ async fn assemble(
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
         stopping: stopping.clone(),
+        host_sockets,
+        abuse: AbuseReports::default(),
+        volumes: Volumes::new(&config, Path::new("/")),
         tasks,
         config,
         docker,

@@ -164,11 +164,11 @@ pub enum Event {
         /// The session.
         session: SessionId,
     },
-    /// A model service could not be started.
+    /// A model service could not be started, or its health has changed.
     ModelServiceStatusUpdated {
         /// The session.
         session: SessionId,
-        /// `unhealthy`.
+        /// `healthy`, `unhealthy`.
         status: &'static str,
     },
     /// A pull begins.

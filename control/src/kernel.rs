@@ -4,6 +4,7 @@
 //! `create`, `destroy`, `restart` and `recovery` do the work on Docker and on disk, `monitor` keeps
 //! comparing what should be with what is. `Node` is what they all work with.
 
+pub mod abuse;
 pub mod agent_socket;
 pub mod batch;
 pub mod batch_job;
@@ -16,6 +17,7 @@ pub mod distro;
 pub mod environment;
 pub mod execution;
 pub mod file_access;
+pub mod host_sockets;
 pub mod journal;
 pub mod kept_logs;
 pub mod lifecycle;

@@ -20,3 +20,4 @@ pub mod resource;
 pub mod rpc;
 pub mod runner;
 pub mod stats;
+pub mod volumes;

@@ -33,14 +33,6 @@ const NOT_USED: &[(&str, &str)] = &[
     ("allow-network-plugins", PLUGIN_NETWORK),
     ("block-network-plugins", PLUGIN_NETWORK),
     (
-        "abuse-report-path",
-        "reports of the watcher are not scanned",
-    ),
-    (
-        "force-terminate-abusing-containers",
-        "reports of the watcher are not scanned",
-    ),
-    (
         "use-experimental-redis-event-dispatcher",
         "there is one event client here",
     ),
@@ -95,6 +87,10 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     let allow_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("allow-compute-plugins"));
     let block_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("block-compute-plugins"));
     let image_commit_path = place(&mut s, key("image-commit-path"), commit_default);
+    let abuse_report_path = s
+        .maybe::<Directory>(key("abuse-report-path"))
+        .map(|directory| directory.0);
+    let force_terminate_abusing_containers = s.or(key("force-terminate-abusing-containers"), false);
     let kernel_creation_concurrency =
         s.or_checked(key("kernel-creation-concurrency"), 4, within(1, 32));
     let sync_container_lifecycles = sync(&mut s);
@@ -123,6 +119,8 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
         allow_compute_plugins,
         block_compute_plugins,
         image_commit_path,
+        abuse_report_path,
+        force_terminate_abusing_containers,
         kernel_creation_concurrency,
         sync_container_lifecycles,
     }

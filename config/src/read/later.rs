@@ -26,12 +26,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ),
     (
         "agent",
-        "mount-path",
-        "folders are mounted from the host paths that the manager gives",
-    ),
-    ("agent", "cohabiting-storage-proxy", HEARTBEAT),
-    (
-        "agent",
         "pid-file",
         "the region's lock names the process that runs",
     ),

@@ -1,12 +1,13 @@
 //! `[node]`: what the original does not have.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
 use crate::choice::{Forward, Publish};
 use crate::document::{Kind, Table, Value};
-use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits};
+use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 use crate::problem::Origin;
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::Agent;
@@ -86,9 +87,10 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let engine = engine(&mut s);
     let dataplane = dataplane(&mut s);
     let rpc = rpc(&mut s);
+    let volumes = volumes(&mut s);
     // Read by `state_dir`; named here so that it counts as known.
     let _ = s.raw(STATE_DIR);
-    s.finish(&[], &["engine", "dataplane", "rpc"]);
+    s.finish(&[], &["engine", "dataplane", "rpc", "volumes"]);
     Node {
         run_dir,
         state_dir,
@@ -103,6 +105,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         engine,
         dataplane,
         rpc,
+        volumes,
     }
 }
 
@@ -350,4 +353,41 @@ fn rpc(node: &mut Section<'_, '_>) -> RpcLimits {
     };
     s.finish(&[], &[]);
     limits
+}
+
+fn volumes(node: &mut Section<'_, '_>) -> Volumes {
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, "node.volumes");
+    let rules = |rules: &BTreeSet<String>| {
+        let whole = |rule: &String| {
+            rule.split_once(' ')
+                .is_some_and(|(kind, source)| !kind.is_empty() && !source.trim().is_empty())
+        };
+        match rules.iter().find(|rule| !whole(rule)) {
+            None => Ok(()),
+            Some(rule) => Err(Fault::new(
+                format!("{rule:?} is not a type and a source"),
+                "write \"nfs 10.0.0.1:/export/*\"",
+            )),
+        }
+    };
+    let tables = |tables: &BTreeSet<String>| match tables.iter().find(|path| !path.starts_with('/'))
+    {
+        None => Ok(()),
+        Some(path) => Err(Fault::new(
+            format!("{path:?} is not an absolute path"),
+            "write \"/etc/fstab\"",
+        )),
+    };
+    let volumes = Volumes {
+        allow: s.or_checked(key("allow"), BTreeSet::new(), rules),
+        fstab: s.or_checked(key("fstab"), ["/etc/fstab".to_owned()].into(), tables),
+        timeout: s.or_checked(
+            key("timeout"),
+            Duration::from_secs(60),
+            interval_within(100, 86_400),
+        ),
+    };
+    s.finish(&[], &[]);
+    volumes
 }

@@ -12,7 +12,7 @@ fn rare_keys_are_accepted_and_reported() {
         ("agent", "mount_path_uid_gid = 'a:b'"),
         ("agent", "event-loop = 'uvloop'"),
         ("agent", "aiomonitor-port = 38200"),
-        ("agent", "abuse-report-path = '/tmp'"),
+        ("agent", "mount-path-uid-gid = 'a:b'"),
         ("agent", "use-experimental-redis-event-dispatcher = false"),
         ("container", "swarm-enabled = false"),
         ("container", "scratch-nfs-address = 'x'"),

@@ -144,6 +144,7 @@ async fn give_back(
 ) -> Result<(), EndError> {
     let keep = node.config.debug.skip_container_deletion;
     *exit_code = stop_and_remove(node, kernel, keep).await?.or(*exit_code);
+    node.host_sockets.close(kernel.id);
     let record = kernel.record();
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);

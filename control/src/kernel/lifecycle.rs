@@ -39,10 +39,49 @@ reasons! {
     USER_PURGED = "user-purged";
 }
 
+/// All that `KernelLifecycleEventReason` names.
+const KNOWN: [&str; 30] = [
+    "agent-termination",
+    "already-terminated",
+    "anomaly-detected",
+    "exec-timeout",
+    "failed-to-create",
+    "failed-to-start",
+    "force-terminated",
+    "bootstrap-timeout",
+    "hang-timeout",
+    "idle-timeout",
+    "idle-session-lifetime",
+    "idle-utilization",
+    "killed-by-event",
+    "service-scaled-down",
+    "new-container-started",
+    "pending-timeout",
+    "restarting",
+    "restart-timeout",
+    "resuming-agent-operation",
+    "self-terminated",
+    "task-failed",
+    "task-timeout",
+    "task-cancelled",
+    "task-finished",
+    "terminated-unknown-container",
+    "unknown",
+    "user-requested",
+    "user-purged",
+    "not-found-in-manager",
+    "container-not-found",
+];
+
 impl Reason {
     /// A reason given by the manager: any text is accepted.
     pub fn from_text(text: &str) -> Reason {
         Reason(Cow::Owned(text.to_owned()))
+    }
+
+    /// One of the reasons that the manager has a name for.
+    pub fn known(text: &str) -> Option<Reason> {
+        KNOWN.contains(&text).then(|| Reason::from_text(text))
     }
 
     /// The text sent in events.

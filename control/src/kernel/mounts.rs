@@ -98,9 +98,17 @@ pub enum MountError {
     #[error("the folder {name} cannot be mounted at {path}, which belongs to the runner")]
     RunnerPath { name: String, path: String },
     #[error(
-        "the host socket {0} was asked for, but proxied host sockets are not supported by this agent yet; start the session without domain socket proxies"
+        "the host socket {0:?} cannot be given: an absolute path without '..' is needed, outside of what belongs to the runner"
     )]
-    DomainSocket(String),
+    HostSocketPath(String),
+    #[error("the host socket {0} cannot be given: it is no socket on this node")]
+    NoSocket(String),
+    #[error("the host socket {path} cannot be given to a kernel")]
+    HostSocket {
+        path: String,
+        #[source]
+        cause: std::io::Error,
+    },
 }
 
 /// Directories the original keeps on a host beside the agent's own; other values in tests.
@@ -244,8 +252,7 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
                 path: folder.kernel_path.clone(),
             });
         }
-        let owned = ["/opt/kernel", "/opt/backend.ai", "/home/config"];
-        if owned.iter().any(|path| target.starts_with(path)) || target == Path::new("/home/work") {
+        if belongs_to_runner(target) || target == Path::new("/home/work") {
             return Err(MountError::RunnerPath {
                 name: name(),
                 path: folder.kernel_path.clone(),
@@ -284,17 +291,13 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
     Ok(mounts)
 }
 
-/// Refuses host sockets in words: nothing proxies them yet.
-///
-/// # Errors
-/// The first socket asked for.
-pub fn refuse_domain_sockets(sockets: &[String]) -> Result<(), MountError> {
-    sockets.first().map_or(Ok(()), |socket| {
-        Err(MountError::DomainSocket(socket.clone()))
-    })
+/// Whether a path of the container is the runner's own.
+pub(super) fn belongs_to_runner(target: &Path) -> bool {
+    let owned = ["/opt/kernel", "/opt/backend.ai", "/home/config"];
+    owned.iter().any(|path| target.starts_with(path))
 }
 
-fn is_plain_absolute(path: &Path) -> bool {
+pub(super) fn is_plain_absolute(path: &Path) -> bool {
     path.is_absolute()
         && path
             .components()
@@ -428,11 +431,6 @@ mod tests {
             folder("b", host.path(), "/d/"),
         ];
         assert!(matches!(vfolders(&twice, false), Err(MountError::Twice(_))));
-        let told = refuse_domain_sockets(&["/run/x.sock".to_owned()])
-            .unwrap_err()
-            .to_string();
-        assert!(told.contains("/run/x.sock"));
-        assert!(refuse_domain_sockets(&[]).is_ok());
     }
 
     #[test]

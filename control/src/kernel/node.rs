@@ -12,8 +12,10 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::abuse::AbuseReports;
 use super::container_request::{ContainerSettings, HostFacts};
 use super::distro::Distros;
+use super::host_sockets::HostSockets;
 use super::journal::{Journal, JournalError};
 use super::kept_logs::KeptLogs;
 use super::lifecycle::{Action, State};
@@ -27,6 +29,7 @@ use crate::image::Images;
 use crate::link::Link;
 use crate::ports::PortPool;
 use crate::resource::Ledger;
+use crate::volumes::Volumes;
 
 /// How long a step that only writes a small file may take before it is reported.
 const SLOW_DISK: Duration = Duration::from_secs(5);
@@ -70,6 +73,12 @@ pub struct Node {
     pub left_alone: Mutex<HashSet<ContainerId>>,
     /// Cancelled when the agent stops. Kernels stay.
     pub stopping: CancellationToken,
+    /// Sockets of this host that kernels were given.
+    pub host_sockets: HostSockets,
+    /// Kernels that were reported for abuse.
+    pub abuse: AbuseReports,
+    /// Volumes mounted on request.
+    pub volumes: Volumes,
     /// The operations under way.
     pub tasks: TaskTracker,
     /// Those of them that their callers follow by events.

@@ -249,6 +249,14 @@ async fn an_inference_kernel_serves_its_model() -> Result<()> {
     })
     .await?;
     assert!(page.starts_with("HTTP/1"), "{page}");
+    wait::until("the model is told to be healthy", SOON, || async {
+        let events = kernels::events(&node, order.session).await.ok()?;
+        let told = json!([order.session.to_string(), "healthy"]);
+        let healthy =
+            |(name, args): &(String, Json)| name == "model_service_status_updated" && *args == told;
+        events.iter().any(healthy).then_some(())
+    })
+    .await?;
     let model = kernels::run(
         &node,
         &order,

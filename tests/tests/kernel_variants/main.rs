@@ -5,6 +5,7 @@ mod endings;
 mod folders;
 mod limits;
 mod networks;
+mod sessions;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

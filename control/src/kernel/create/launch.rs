@@ -10,12 +10,14 @@ use std::time::Duration;
 use serde_json::json;
 use shared::desired::PortKey;
 use shared::ids::ContainerId;
+use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
 use super::prepare::{self, Prepared};
 use super::{Order, aborted, console_tail, enter, with_host_ports};
 use crate::docker::ExecRequest;
+use crate::events::Event;
 use crate::kernel::container_request::{self, ContainerInputs, Limits};
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::{Reason, Stage};
@@ -23,6 +25,7 @@ use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount};
 use crate::kernel::node::{Node, blocking};
 use crate::kernel::record::PublishedBy;
 use crate::kernel::registry::Kernel;
+use crate::kernel::request::SessionType;
 use crate::kernel::resource_text::{self, ResourceSpec};
 use crate::kernel::rows;
 use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink};
@@ -382,6 +385,8 @@ async fn all_mounts(
         mounts::intrinsic(&paths, &wanted, &HostPaths::default())
     })
     .await;
+    let sockets = &order.config.internal_data.domain_socket_proxies;
+    mounts.extend(node.host_sockets.open(kernel.id, sockets)?);
     mounts.extend(prepared.folders.iter().cloned());
     let (runner, distro) = (prepared.runner.clone(), distro.to_owned());
     let jail = prepare::jailed(node);
@@ -465,6 +470,7 @@ async fn serve_running(
     let generation = node.link.publish(kernel.id, wanted).await?;
     node.progress(kernel.id, "waiting for the runner");
     let runner = open_runner(kernel, &place, false);
+    follow_models(node, kernel, &runner);
     if let Some(old) = kernel.set_runner(Some(runner.clone())) {
         old.close().await;
     }
@@ -568,10 +574,40 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
         return Ok(());
     };
     let place = rows::locate(node, container).await?;
-    if let Some(idle) = kernel.offer_runner(container, open_runner(kernel, &place, true)) {
+    let runner = open_runner(kernel, &place, true);
+    follow_models(node, kernel, &runner);
+    if let Some(idle) = kernel.offer_runner(container, runner) {
         idle.close().await;
     }
     Ok(())
+}
+
+/// Tells what the runner finds out about the health of the kernel's models, while it is connected.
+fn follow_models(node: &Arc<Node>, kernel: &Kernel, runner: &RunnerLink) {
+    if kernel.with_record(|record| record.session_type) != SessionType::Inference {
+        return;
+    }
+    let mut updates = runner.model_updates();
+    let (events, stopping) = (node.events.clone(), node.stopping.clone());
+    let (id, session) = (kernel.id, kernel.session);
+    node.tasks.spawn(async move {
+        loop {
+            let update = tokio::select! {
+                update = updates.recv() => update,
+                () = stopping.cancelled() => return,
+            };
+            match update {
+                Ok(update) => {
+                    let status = if update.is_healthy { "healthy" } else { "unhealthy" };
+                    tracing::info!(kernel_id = %id, model = update.model_name, status, "a model service has changed");
+                    events.emit(Event::ModelServiceStatusUpdated { session, status });
+                }
+                // The next one is newer than what was left out.
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            }
+        }
+    });
 }
 
 /// Goes on with a kernel found started: rows, runner, readiness.
@@ -634,7 +670,7 @@ pub fn start_models(node: &Arc<Node>, kernel: &Arc<Kernel>) {
             let reply = services::start_model_service(&runner, &model).await;
             if !reply.is_up() {
                 tracing::warn!(kernel_id = %kernel.id, err = reply.error, "a model service did not start");
-                events.emit(crate::events::Event::ModelServiceStatusUpdated {
+                events.emit(Event::ModelServiceStatusUpdated {
                     session: kernel.session,
                     status: "unhealthy",
                 });

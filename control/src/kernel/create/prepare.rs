@@ -7,6 +7,7 @@ use super::error::CreateError;
 use crate::docker::ImageRecord;
 use crate::image;
 use crate::kernel::environment::Identity;
+use crate::kernel::host_sockets;
 use crate::kernel::model_definition::{self, Model};
 use crate::kernel::mounts::{self, Mount};
 use crate::kernel::node::{Node, blocking};
@@ -63,7 +64,6 @@ pub async fn check(
     let slots = Slots::from_text(config.resource_slots.iter())?;
     let slots = node.ledger.normalise(&slots)?;
     validate_dotfiles(&config.internal_data.dotfiles)?;
-    mounts::refuse_domain_sockets(&config.internal_data.domain_socket_proxies)?;
     let network = match &node.settings.alternative_bridge {
         // It takes the place of the host's network as of any other.
         Some(_) if cluster.network_mode() == Some("host") => NetworkChoice::Default,
@@ -77,6 +77,7 @@ pub async fn check(
     let (folders, runner) = blocking(move || -> Result<_, CreateError> {
         let prevent = wanted.internal_data.prevent_vfolder_mounts;
         let folders = mounts::vfolders(&wanted.mounts, prevent)?;
+        host_sockets::check(&wanted.internal_data.domain_socket_proxies)?;
         let runner = RunnerFiles::open(&runner_dir, std::env::consts::ARCH).map_err(|source| {
             CreateError::Runner {
                 dir: runner_dir.clone(),

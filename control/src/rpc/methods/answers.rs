@@ -129,7 +129,10 @@ pub(super) async fn update_scaling_group(
     Ok(Value::Nil)
 }
 
-pub(super) fn local_config(_node: &Node) -> Result<Value, Failure> {
-    // Abuse reports are not read by this agent, so the path is unset.
-    reply(&json!({ "agent": { "abuse-report-path": "" }, "watcher": {} }))
+pub(super) fn local_config(node: &Node) -> Result<Value, Failure> {
+    let path = node.config.agent.abuse_report_path.as_deref();
+    let path = path
+        .map(std::path::Path::to_string_lossy)
+        .unwrap_or_default();
+    reply(&json!({ "agent": { "abuse-report-path": path }, "watcher": {} }))
 }

@@ -1,0 +1,464 @@
+//! Volumes that this node mounts and unmounts on request.
+//!
+//! In: orders (the manager's `do_volume_mount`, `do_volume_unmount`). Out: a mounted or unmounted
+//! directory, its line in the table of file systems if wanted, and where that is or why not.
+//! Invariants: no shell, every word of the order is checked before it is used; only what the
+//! operator allows (`node.volumes.allow`) is ever mounted; nothing is unmounted under a running
+//! kernel; one order at a time, each within its deadline; an order that failed leaves the node as it
+//! was.
+
+mod fstab;
+mod mount;
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use config::{Config, Volumes as Settings};
+use thiserror::Error;
+use tokio::sync::Mutex;
+
+use crate::kernel::node::blocking;
+
+pub use self::fstab::FstabError;
+
+/// A volume to be mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountOrder {
+    /// Name of the directory below the mount path.
+    pub dir_name: String,
+    /// What is mounted: `host:/export`, a device, a directory.
+    pub location: String,
+    /// Type of its file system.
+    pub fs_type: String,
+    /// Mount options, with commas.
+    pub options: Option<String>,
+    /// The table of file systems to note it in; none leaves the table alone.
+    pub fstab: Option<PathBuf>,
+}
+
+/// A volume to be unmounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnmountOrder {
+    /// Name of the directory below the mount path.
+    pub dir_name: String,
+    /// The table of file systems to take it out of.
+    pub fstab: Option<PathBuf>,
+}
+
+/// Why an order was not carried out.
+#[derive(Debug, Error)]
+pub enum VolumeError {
+    /// The name is not one of a directory.
+    #[error("the volume name {0:?} is not usable: letters, digits and . _ - : @ + are")]
+    Name(String),
+    /// The options hold something that is not an option.
+    #[error("the mount options {0:?} are not usable")]
+    Options(String),
+    /// The operator did not allow it.
+    #[error(
+        "{fs_type} volumes from {location:?} may not be mounted on this node; allow them with node.volumes.allow"
+    )]
+    NotAllowed {
+        /// Type of file system.
+        fs_type: String,
+        /// What was to be mounted.
+        location: String,
+    },
+    /// The operator did not allow that table to be changed.
+    #[error("{0} may not be changed on this node; allow it with node.volumes.fstab")]
+    FstabNotAllowed(PathBuf),
+    /// Something else is mounted there.
+    #[error("{path} holds another volume already: {found}")]
+    Taken {
+        /// Where.
+        path: PathBuf,
+        /// What.
+        found: String,
+    },
+    /// A kernel uses it.
+    #[error("the volume at {path} is used by kernel {kernel}; end its session first")]
+    InUse {
+        /// Where.
+        path: PathBuf,
+        /// Who.
+        kernel: String,
+    },
+    /// The directory could not be made, looked at or removed.
+    #[error("cannot use the mount point {path}")]
+    Point {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is mounted could not be read.
+    #[error("cannot read what is mounted")]
+    Table(#[source] io::Error),
+    /// mount(8) or umount(8) could not be started.
+    #[error("cannot start {program}; see that it is installed")]
+    Program {
+        /// Which.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// mount(8) or umount(8) failed.
+    #[error("{program} failed: {words}")]
+    Refused {
+        /// Which.
+        program: &'static str,
+        /// What it said.
+        words: String,
+    },
+    /// It took too long.
+    #[error("{program} did not end within {} s; see whether the server of the volume answers", after.as_secs())]
+    Timeout {
+        /// Which.
+        program: &'static str,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// It said it was done, and it is not.
+    #[error("{0} is not as it should be after the command had succeeded")]
+    NotDone(PathBuf),
+    /// The table of file systems could not be changed.
+    #[error(transparent)]
+    Fstab(#[from] FstabError),
+}
+
+/// What an order came to: the mount point, and why it failed if it did.
+#[derive(Debug)]
+pub struct VolumeOutcome {
+    /// The mount point; empty when the name of the volume was not usable or there is nothing to do.
+    pub path: PathBuf,
+    /// Why it failed.
+    pub error: Option<VolumeError>,
+}
+
+/// The volumes of this node.
+#[derive(Debug)]
+pub struct Volumes {
+    base: PathBuf,
+    /// A storage proxy on this host does it all.
+    left_to_proxy: bool,
+    settings: Settings,
+    /// Orders are carried out one by one: they share mount points and the table.
+    turn: Mutex<()>,
+}
+
+/// Which kernel of this node uses a directory.
+pub trait UsedBy: Send {
+    /// The kernel whose folders lie below the path, in words.
+    fn used_by(&self, path: &Path) -> Option<String>;
+}
+
+impl<F: Fn(&Path) -> Option<String> + Send> UsedBy for F {
+    fn used_by(&self, path: &Path) -> Option<String> {
+        self(path)
+    }
+}
+
+impl Volumes {
+    /// As configured, below `prefix` (the cluster's `volumes/_mount`) unless the path is absolute.
+    #[must_use]
+    pub fn new(config: &Config, prefix: &Path) -> Volumes {
+        let path = config.agent.mount_path.clone().unwrap_or_default();
+        Volumes {
+            base: prefix.join(path),
+            left_to_proxy: config.agent.cohabiting_storage_proxy,
+            settings: config.node.volumes.clone(),
+            turn: Mutex::default(),
+        }
+    }
+
+    /// Mounts a volume; one that is mounted already is a success.
+    pub async fn mount(&self, order: &MountOrder) -> VolumeOutcome {
+        self.outcome(&order.dir_name, async |path| {
+            self.mount_at(path, order).await
+        })
+        .await
+    }
+
+    /// Unmounts a volume; one that is not mounted is a success.
+    pub async fn unmount(&self, order: &UnmountOrder, users: &dyn UsedBy) -> VolumeOutcome {
+        let used = |path: &Path| users.used_by(path);
+        self.outcome(&order.dir_name, async |path| {
+            self.unmount_at(path, order, used(path)).await
+        })
+        .await
+    }
+
+    async fn outcome(
+        &self,
+        name: &str,
+        work: impl AsyncFnOnce(&Path) -> Result<(), VolumeError>,
+    ) -> VolumeOutcome {
+        if self.left_to_proxy {
+            return VolumeOutcome {
+                path: PathBuf::new(),
+                error: None,
+            };
+        }
+        if !is_name(name) {
+            return VolumeOutcome {
+                path: PathBuf::new(),
+                error: Some(VolumeError::Name(name.to_owned())),
+            };
+        }
+        let _turn = self.turn.lock().await;
+        let path = self.base.join(name);
+        let error = work(&path).await.err();
+        VolumeOutcome { path, error }
+    }
+
+    async fn mount_at(&self, path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
+        self.allowed(order)?;
+        self.fstab_allowed(order.fstab.as_deref())?;
+        let mounted = mount::at(path).await?;
+        let ours = mounted.is_none();
+        match mounted {
+            Some(found) if is_another(&found, &order.location) => {
+                return Err(VolumeError::Taken {
+                    path: path.to_owned(),
+                    found,
+                });
+            }
+            Some(_) => tracing::info!(path = %path.display(), "a volume is mounted already"),
+            None => {
+                make_point(path).await?;
+                mount::mount(path, order, self.settings.timeout).await?;
+                tracing::info!(path = %path.display(), source = order.location, fs_type = order.fs_type, "mounted a volume");
+            }
+        }
+        let Some(table) = &order.fstab else {
+            return Ok(());
+        };
+        let (table, entry) = (table.clone(), fstab::Entry::of(path, order));
+        let noted = blocking(move || fstab::add(&table, &entry)).await;
+        if noted.is_err() && ours {
+            // All or nothing: the next start of the host would not mount it.
+            if let Err(err) = mount::unmount(path, self.settings.timeout).await {
+                tracing::warn!(path = %path.display(), err = &err as &dyn std::error::Error, "a volume stays mounted that could not be noted");
+            }
+            remove_point(path).await;
+        }
+        Ok(noted?)
+    }
+
+    async fn unmount_at(
+        &self,
+        path: &Path,
+        order: &UnmountOrder,
+        user: Option<String>,
+    ) -> Result<(), VolumeError> {
+        self.fstab_allowed(order.fstab.as_deref())?;
+        if let Some(kernel) = user {
+            return Err(VolumeError::InUse {
+                path: path.to_owned(),
+                kernel,
+            });
+        }
+        if let Some(table) = order.fstab.clone() {
+            // First, so that a failure leaves the volume mounted and may be repeated.
+            let point = path.to_owned();
+            blocking(move || fstab::remove(&table, &point)).await?;
+        }
+        if mount::at(path).await?.is_some() {
+            mount::unmount(path, self.settings.timeout).await?;
+            tracing::info!(path = %path.display(), "unmounted a volume");
+        }
+        remove_point(path).await;
+        Ok(())
+    }
+
+    fn allowed(&self, order: &MountOrder) -> Result<(), VolumeError> {
+        let MountOrder {
+            fs_type,
+            location,
+            options,
+            ..
+        } = order;
+        let known = |rule: &String| match rule.split_once(' ') {
+            Some((kind, source)) => kind == fs_type && covers(source.trim(), location),
+            None => false,
+        };
+        if !is_word(fs_type) || !is_source(location) || !self.settings.allow.iter().any(known) {
+            return Err(VolumeError::NotAllowed {
+                fs_type: fs_type.clone(),
+                location: location.clone(),
+            });
+        }
+        match options {
+            Some(options) if !is_options(options) => Err(VolumeError::Options(options.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    fn fstab_allowed(&self, table: Option<&Path>) -> Result<(), VolumeError> {
+        match table {
+            Some(table)
+                if !self
+                    .settings
+                    .fstab
+                    .iter()
+                    .any(|path| Path::new(path) == table) =>
+            {
+                Err(VolumeError::FstabNotAllowed(table.to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+async fn make_point(path: &Path) -> Result<(), VolumeError> {
+    let point = path.to_owned();
+    let made = blocking(move || {
+        std::fs::create_dir_all(&point)?;
+        // mount(8) would follow a link to wherever it leads.
+        if std::fs::symlink_metadata(&point)?.is_symlink() {
+            return Err(io::Error::from(io::ErrorKind::NotADirectory));
+        }
+        Ok(())
+    });
+    made.await.map_err(|source| VolumeError::Point {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Removes the directory if it is empty; files that someone put there stay.
+async fn remove_point(path: &Path) {
+    let point = path.to_owned();
+    if let Err(err) = blocking(move || std::fs::remove_dir(&point)).await
+        && !matches!(err.kind(), io::ErrorKind::NotFound)
+    {
+        tracing::debug!(path = %path.display(), %err, "a mount point stays");
+    }
+}
+
+/// Whether what is mounted is certainly not what is wanted. Of a directory or a file the kernel
+/// names the device, so only names of servers tell.
+fn is_another(found: &str, wanted: &str) -> bool {
+    let plain = |source: &str| source.trim_end_matches('/').to_owned();
+    wanted.contains(':') && plain(found) != plain(wanted)
+}
+
+/// A rule covers a source that is the same, or that begins as the rule does before its `*`. A rule
+/// for a directory does not reach out of it.
+fn covers(rule: &str, source: &str) -> bool {
+    match rule.strip_suffix('*') {
+        Some(prefix) => {
+            source.starts_with(prefix)
+                && Path::new(source)
+                    .components()
+                    .all(|part| part != Component::ParentDir)
+        }
+        None => rule == source,
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:@+".contains(&byte);
+    (1..=255).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with(['.', '-'])
+}
+
+fn is_word(word: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=64).contains(&word.len()) && word.bytes().all(plain) && !word.starts_with('-')
+}
+
+fn is_source(source: &str) -> bool {
+    (1..=4096).contains(&source.len())
+        && !source.starts_with('-')
+        && !source
+            .chars()
+            .any(|letter| letter.is_control() || letter.is_whitespace())
+}
+
+fn is_options(options: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"=,._:/@%+-[]\"".contains(&byte);
+    options.len() <= 4096 && options.bytes().all(plain) && !options.starts_with('-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volumes(base: &Path, allow: &[&str]) -> Volumes {
+        Volumes {
+            base: base.to_owned(),
+            left_to_proxy: false,
+            settings: Settings {
+                allow: allow.iter().map(|rule| (*rule).to_owned()).collect(),
+                fstab: ["/etc/fstab".to_owned()].into(),
+                timeout: Duration::from_secs(10),
+            },
+            turn: Mutex::default(),
+        }
+    }
+
+    fn order(name: &str, fs_type: &str, location: &str) -> MountOrder {
+        MountOrder {
+            dir_name: name.to_owned(),
+            location: location.to_owned(),
+            fs_type: fs_type.to_owned(),
+            options: None,
+            fstab: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn only_what_is_allowed_gets_as_far_as_a_command() {
+        let base = tempfile::tempdir().unwrap();
+        let volumes = volumes(
+            base.path(),
+            &["nfs 10.0.0.1:/a/*", "tmpfs tmpfs", "nonsense"],
+        );
+        for (name, fs_type, location) in [
+            ("v", "nfs", "10.0.0.2:/a/b"),
+            ("v", "nfs", "10.0.0.1:/a/../b"),
+            ("v", "nfs4", "10.0.0.1:/a/b"),
+            ("v", "nfs", "-o 10.0.0.1:/a/b"),
+            ("v", "nfs", "10.0.0.1:/a/b\n/dev/sda / ext4"),
+            ("v", "tmpfs", "tmpfs2"),
+            ("v", "nonsense", ""),
+            ("v", "", ""),
+        ] {
+            let outcome = volumes.mount(&order(name, fs_type, location)).await;
+            assert!(
+                matches!(outcome.error, Some(VolumeError::NotAllowed { .. })),
+                "{fs_type} {location}"
+            );
+        }
+        for name in ["", ".", "..", "a/b", "/a", "-a", ".a", "a b", "a\n", "a\0"] {
+            let outcome = volumes.mount(&order(name, "tmpfs", "tmpfs")).await;
+            assert!(
+                matches!(outcome.error, Some(VolumeError::Name(_))),
+                "{name:?}"
+            );
+        }
+        let mut odd = order("v", "tmpfs", "tmpfs");
+        odd.options = Some("size=1m;reboot".into());
+        let outcome = volumes.mount(&odd).await;
+        assert!(matches!(outcome.error, Some(VolumeError::Options(_))));
+        odd.options = None;
+        odd.fstab = Some("/etc/passwd".into());
+        let outcome = volumes.mount(&odd).await;
+        assert!(matches!(
+            outcome.error,
+            Some(VolumeError::FstabNotAllowed(_))
+        ));
+        assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_cohabiting_proxy_does_it_all() {
+        let mut volumes = volumes(Path::new("/nowhere"), &[]);
+        volumes.left_to_proxy = true;
+        let outcome = volumes.mount(&order("v", "nfs", "x")).await;
+        assert!(outcome.error.is_none() && outcome.path.as_os_str().is_empty());
+    }
+}

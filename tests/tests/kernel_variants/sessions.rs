@@ -1,0 +1,195 @@
+//! Sessions of every kind, and what becomes of them when the agent or a watchdog steps in.
+
+use super::*;
+
+/// Waits for an event that speaks of an id; its arguments.
+async fn event_of(node: &Node, id: uuid::Uuid, name: &str) -> Result<Json> {
+    wait::until(name, Duration::from_secs(90), || async {
+        let events = kernels::events(node, id).await.ok()?;
+        events
+            .into_iter()
+            .find(|(found, _)| found == name)
+            .map(|(_, args)| args)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("batch");
+    kernels::create(&node, &order).await?;
+    let command = "echo begun > begun; until [ -e go ]; do sleep 0.1; done; exit 7";
+    let args = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::from(command),
+        Value::Nil,
+    ];
+    kernels::ask(&node, "trigger_batch_execution", args).await?;
+    let work = node.scratch(&order.kernel.to_string()).join("work");
+    wait::until("the job has begun", SOON, || async {
+        work.join("begun").exists().then_some(())
+    })
+    .await?;
+    node.kill_control()?;
+    node.start_control().await?;
+    std::fs::write(work.join("go"), "")?;
+    let args = event_of(&node, order.session, "session_failure").await?;
+    assert_eq!(args, json!([order.session.to_string(), "task-failed", 7]));
+    assert_eq!(output_of(&node, &order, "echo usable").await?, "usable\n");
+    kernels::destroy(&node, &order).await?;
+    let ends: Vec<String> = kernels::events(&node, order.session)
+        .await?
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| name.starts_with("session_"))
+        .collect();
+    assert_eq!(ends, ["session_failure"]);
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_serve_is_told_to_be_unhealthy() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(
+        folder.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
+    let definition = "models:\n- name: mute\n  model_path: /models\n  service:\n    \
+        start_command: [busybox, sleep, '1000']\n    shell: /bin/sh\n    port: 8600\n    \
+        health_check:\n      path: /\n      interval: 0.2\n      max_retries: 2\n      max_wait_time: 1\n";
+    std::fs::write(folder.path().join("model-definition.yml"), definition)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["mounts"] = json!([{
+        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
+        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
+    }]);
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
+    kernels::create(&node, &order).await?;
+    let args = event_of(&node, order.session, "model_service_status_updated").await?;
+    assert_eq!(args, json!([order.session.to_string(), "unhealthy"]));
+    // The session is the manager's to end.
+    assert_eq!(
+        kernels::state(&node, order.kernel).await?.as_deref(),
+        Some("running")
+    );
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_session_uses_a_socket_of_the_host() -> Result<()> {
+    use std::io::{Read, Write};
+    let node = Node::start(NodeOptions::default()).await?;
+    let place = tempfile::tempdir()?;
+    let path = place.path().join("service.sock");
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("system");
+    order.config["internal_data"] = json!({"domain_socket_proxies": [path.display().to_string()]});
+    // Not there yet: told before anything is made.
+    let failure = kernels::fail_to_create(&node, &order).await?;
+    assert!(
+        failure.repr.contains(&path.display().to_string()),
+        "{}",
+        failure.repr
+    );
+    kernels::assert_clean(&node).await?;
+
+    let listener = std::os::unix::net::UnixListener::bind(&path)?;
+    // Only its owner may connect; the kernel's user is another.
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    let service = std::thread::spawn(move || -> Result<()> {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept()?;
+            let mut question = [0; 4];
+            stream.read_exact(&mut question)?;
+            stream.write_all(b"answer to ")?;
+            stream.write_all(&question)?;
+        }
+        Ok(())
+    });
+    let result = kernels::create(&node, &order).await?;
+    for service in ["sshd", "ttyd"] {
+        assert_eq!(kernels::host_ports(&result, service).len(), 1, "{result}");
+    }
+    let ask = format!(
+        "/opt/backend.ai/bin/python -c 'import socket; s = socket.socket(socket.AF_UNIX); s.connect({:?}); \
+         s.sendall(b\"this\"); print(s.makefile().read())'",
+        path.display().to_string()
+    );
+    assert_eq!(output_of(&node, &order, &ask).await?, "answer to this\n");
+    restart(&node, &order).await?;
+    assert_eq!(output_of(&node, &order, &ask).await?, "answer to this\n");
+    service
+        .join()
+        .map_err(|_| anyhow::anyhow!("the service panicked"))??;
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reported_kernel_is_ended_where_the_operator_wants_it() -> Result<()> {
+    let reports = tempfile::tempdir()?;
+    let mut node = Node::start(NodeOptions {
+        agent: format!(
+            "abuse-report-path = \"{}\"\nforce-terminate-abusing-containers = true\n",
+            reports.path().display()
+        ),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let local = kernels::ask(&node, "get_local_config", Vec::new()).await?;
+    assert_eq!(
+        local["agent"]["abuse-report-path"],
+        reports.path().display().to_string()
+    );
+    let (abusing, restarted) = (Order::of(Image::Runner)?, Order::of(Image::Runner)?);
+    let container = container_of(&kernels::create(&node, &abusing).await?).to_owned();
+    kernels::create(&node, &restarted).await?;
+    let report = |name: &str, kernel: &str, container: &str| {
+        let text = json!({"ID": kernel, "CID": container, "reason": "hang-timeout"}).to_string();
+        std::fs::write(reports.path().join(name), text)
+    };
+    report("report.1.json", &abusing.kernel.to_string(), &container)?;
+    // Of a container that the kernel has no more, and of a kernel of nobody: both stay.
+    report(
+        "report.2.json",
+        &restarted.kernel.to_string(),
+        &"0".repeat(64),
+    )?;
+    report(
+        "report.3.json",
+        &uuid::Uuid::new_v4().to_string(),
+        &container,
+    )?;
+    // The directory is looked at when the agent starts, and every half minute.
+    node.stop_control()?;
+    node.start_control().await?;
+    let (reason, _) = kernels::wait_end(&node, abusing.kernel).await?;
+    assert_eq!(reason, "hang-timeout");
+    let mut left: Vec<String> = std::fs::read_dir(reports.path())?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    left.sort();
+    assert_eq!(left, ["report.2.json", "report.3.json", "report.lock"]);
+    assert_eq!(output_of(&node, &restarted, "echo alive").await?, "alive\n");
+    kernels::destroy(&node, &restarted).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_a_request_of_no_cores_is_a_key_error() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["resource_slots"]["cpu"] = json!("0");
+    let result = kernels::create(&node, &order).await?;
+    assert_eq!(result["resource_spec"]["slots"]["cpu"], "0", "{result}");
+    assert_eq!(output_of(&node, &order, "echo runs").await?, "runs\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}

@@ -1,0 +1,232 @@
+//! Volumes with real mounts: what is mounted, noted, refused, and what is left afterwards.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed step fails the test
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use control::volumes::{MountOrder, UnmountOrder, VolumeError, VolumeOutcome, Volumes};
+
+/// A place for mounts; what is mounted there goes with it.
+struct Place {
+    directory: tempfile::TempDir,
+    volumes: Volumes,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for point in mounted_below(self.directory.path()) {
+            let _ = Command::new("umount").arg(point).output();
+        }
+    }
+}
+
+fn mounted_below(directory: &Path) -> Vec<PathBuf> {
+    std::fs::read_to_string("/proc/self/mounts")
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| Some(PathBuf::from(line.split(' ').nth(1)?)))
+        .filter(|point| point.starts_with(directory))
+        .collect()
+}
+
+impl Place {
+    /// `None`, with the reason told, where this process may not mount.
+    fn new(allow: &[&str]) -> Option<Place> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let capabilities = status
+            .lines()
+            .find_map(|line| line.strip_prefix("CapEff:"))
+            .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
+            .unwrap();
+        // capabilities(7): CAP_SYS_ADMIN.
+        if capabilities & (1 << 21) == 0 {
+            println!("SKIP volumes: mounting needs CAP_SYS_ADMIN; run as root");
+            return None;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().display().to_string();
+        let rules: Vec<String> = allow
+            .iter()
+            .map(|rule| format!("{:?}", rule.replace("PLACE", &place)))
+            .collect();
+        std::fs::create_dir(directory.path().join("mnt")).unwrap();
+        std::fs::write(
+            directory.path().join("fstab"),
+            "# kept\n/dev/sda1 / ext4 defaults 0 1\n",
+        )
+        .unwrap();
+        let text = format!(
+            "[agent]\nmount-path = \"{place}/mnt\"\ncohabiting-storage-proxy = false\n\
+             [node.volumes]\nallow = [{}]\nfstab = [\"{place}/fstab\", \"{place}/absent/fstab\"]\n",
+            rules.join(", ")
+        );
+        let file = directory.path().join("agent.toml");
+        std::fs::write(&file, text).unwrap();
+        let options = config::LoadOptions::of_this_process(Some(file), true);
+        let config = config::load(&options).unwrap().config;
+        Some(Place {
+            volumes: Volumes::new(&config, Path::new("/")),
+            directory,
+        })
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn point(&self, name: &str) -> PathBuf {
+        self.at("mnt").join(name)
+    }
+
+    fn fstab(&self) -> String {
+        std::fs::read_to_string(self.at("fstab")).unwrap()
+    }
+
+    fn order(&self, name: &str, kind: &str, location: &str, options: &str) -> MountOrder {
+        MountOrder {
+            dir_name: name.to_owned(),
+            location: location.to_owned(),
+            fs_type: kind.to_owned(),
+            options: Some(options.to_owned()),
+            fstab: Some(self.at("fstab")),
+        }
+    }
+
+    async fn unmount(&self, name: &str) -> VolumeOutcome {
+        let order = UnmountOrder {
+            dir_name: name.to_owned(),
+            fstab: Some(self.at("fstab")),
+        };
+        self.volumes.unmount(&order, &|_: &Path| None).await
+    }
+
+    fn nothing_is_left(&self, fstab: &str) {
+        assert_eq!(mounted_below(self.directory.path()), Vec::<PathBuf>::new());
+        assert_eq!(std::fs::read_dir(self.at("mnt")).unwrap().count(), 0);
+        assert_eq!(self.fstab(), fstab);
+    }
+}
+
+fn well(outcome: &VolumeOutcome) {
+    assert!(outcome.error.is_none(), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_volume_is_mounted_noted_and_taken_away_again() {
+    let Some(place) = Place::new(&["tmpfs scratch-memory"]) else {
+        return;
+    };
+    let before = place.fstab();
+    let order = place.order("vol1", "tmpfs", "scratch-memory", "size=1m,mode=755");
+    let mounted = place.volumes.mount(&order).await;
+    well(&mounted);
+    assert_eq!(mounted.path, place.point("vol1"));
+    assert_eq!(mounted_below(place.directory.path()), [place.point("vol1")]);
+    let line = format!(
+        "scratch-memory {} tmpfs size=1m,mode=755 0 0\n",
+        place.point("vol1").display()
+    );
+    assert_eq!(place.fstab(), before.clone() + &line);
+    std::fs::write(place.point("vol1").join("file"), "kept").unwrap();
+    // Asked for again: nothing is mounted over it and nothing noted twice.
+    well(&place.volumes.mount(&order).await);
+    assert_eq!(mounted_below(place.directory.path()).len(), 1);
+    assert_eq!(place.fstab(), before.clone() + &line);
+    assert!(place.point("vol1").join("file").exists());
+
+    well(&place.unmount("vol1").await);
+    place.nothing_is_left(&before);
+    well(&place.unmount("vol1").await);
+}
+
+#[tokio::test]
+async fn directories_and_images_are_mounted_too() {
+    let Some(place) = Place::new(&["none PLACE/data*", "ext4 PLACE/disk.img"]) else {
+        return;
+    };
+    let before = place.fstab();
+    std::fs::create_dir(place.at("data")).unwrap();
+    std::fs::write(place.at("data/file"), "from the host").unwrap();
+    let data = place.at("data").display().to_string();
+    well(
+        &place
+            .volumes
+            .mount(&place.order("bound", "none", &data, "bind"))
+            .await,
+    );
+    let seen = std::fs::read_to_string(place.point("bound").join("file")).unwrap();
+    assert_eq!(seen, "from the host");
+    well(
+        &place
+            .volumes
+            .mount(&place.order("bound", "none", &data, "bind"))
+            .await,
+    );
+    assert_eq!(mounted_below(place.directory.path()).len(), 1);
+    // A kernel has a folder in it: it stays.
+    let order = UnmountOrder {
+        dir_name: "bound".to_owned(),
+        fstab: None,
+    };
+    let used = place
+        .volumes
+        .unmount(&order, &|path: &Path| {
+            assert_eq!(path, place.point("bound"));
+            Some("k-1".to_owned())
+        })
+        .await;
+    assert!(matches!(used.error, Some(VolumeError::InUse { .. })));
+    assert_eq!(mounted_below(place.directory.path()).len(), 1);
+
+    let image = place.at("disk.img");
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(8 << 20)
+        .unwrap();
+    let made = Command::new("mkfs.ext4")
+        .arg("-q")
+        .arg(&image)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let image = image.display().to_string();
+    well(
+        &place
+            .volumes
+            .mount(&place.order("disk", "ext4", &image, "loop,nosuid"))
+            .await,
+    );
+    std::fs::write(place.point("disk").join("x"), "x").unwrap();
+    well(&place.unmount("disk").await);
+    well(&place.unmount("bound").await);
+    place.nothing_is_left(&before);
+    assert!(place.at("data/file").exists());
+}
+
+#[tokio::test]
+async fn what_fails_leaves_nothing() {
+    let Some(place) = Place::new(&["ext4 PLACE/noise", "tmpfs memory"]) else {
+        return;
+    };
+    let before = place.fstab();
+    std::fs::write(place.at("noise"), "no file system").unwrap();
+    let noise = place.at("noise").display().to_string();
+    let failed = place
+        .volumes
+        .mount(&place.order("v", "ext4", &noise, "loop"))
+        .await;
+    assert_eq!(failed.path, place.point("v"));
+    match failed.error {
+        Some(VolumeError::Refused { words, .. }) => assert!(words.contains("mount"), "{words}"),
+        other => panic!("{other:?}"),
+    }
+    // Mounted, but not to be noted: undone.
+    let mut order = place.order("v", "tmpfs", "memory", "");
+    order.fstab = Some(place.at("absent/fstab"));
+    let failed = place.volumes.mount(&order).await;
+    assert!(
+        matches!(failed.error, Some(VolumeError::Fstab(_))),
+        "{failed:?}"
+    );
+    place.nothing_is_left(&before);
+}
