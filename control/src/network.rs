@@ -19,6 +19,9 @@ pub use self::netlink::MacAddress;
 /// Label of networks made for clusters, spec `lifecycle.md` 11.
 pub const CLUSTER_NETWORK_LABEL: &str = "ai.backend.cluster-network";
 
+/// Through which a swarm's containers reach the outside; every node of a swarm has one.
+pub const GATEWAY_BRIDGE: &str = "docker_gwbridge";
+
 /// A network may still hold an endpoint of a container that is just being removed.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 const DRAIN_POLL: Duration = Duration::from_millis(200);
@@ -129,6 +132,23 @@ pub async fn destroy_local_network(docker: &Docker, name: &str) -> Result<(), Ne
             }
         }
     }
+}
+
+/// The first IPv4 subnet of a network, if there is such a network.
+///
+/// # Errors
+/// Why the engine could not say.
+pub async fn subnet(docker: &Docker, name: &str) -> Result<Option<String>, DockerError> {
+    let found = match docker.inspect_network(name).await {
+        Ok(found) => found,
+        Err(err) if err.is_not_found() => return Ok(None),
+        Err(err) => return Err(err),
+    };
+    let pools = found.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+    Ok(pools
+        .into_iter()
+        .filter_map(|pool| pool.subnet)
+        .find(|subnet| subnet.contains('.')))
 }
 
 /// An address of a container on one network, in Docker's words.

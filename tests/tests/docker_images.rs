@@ -4,10 +4,11 @@
 
 use std::collections::HashMap;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use control::docker::{Docker, DockerOptions, RegistryAuth};
-use control::image::{AutoPull, Check, ImageError, ImageRequest, Images};
+use control::image::{AutoPull, Check, ImageError, ImageRequest, Images, PullState};
 use control::kernel::distro::Distros;
 use harness::images::{FileContent, Image, ImageFile, OwnImage, busybox_files, image, import};
 use harness::registry::{PASSWORD, Registry, USER};
@@ -182,6 +183,123 @@ async fn concurrent_pulls_of_one_image_are_one_transfer() {
     // It is here now: nothing is asked of the registry any more.
     drop(registry);
     assert_eq!(one().await.unwrap().id, id);
+}
+
+/// A way to a registry that lets only so many bytes of answers through until it is opened.
+struct Gate {
+    address: String,
+    open: Arc<AtomicBool>,
+}
+
+impl Gate {
+    fn before(registry: &str, bytes: usize) -> Gate {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (open, left) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicUsize::new(bytes)),
+        );
+        let (registry, gate) = (registry.to_owned(), open.clone());
+        // Ends with the test's process.
+        std::thread::spawn(move || {
+            for inside in listener.incoming() {
+                let Ok(inside) = inside else { return };
+                let Ok(outside) = std::net::TcpStream::connect(&registry) else {
+                    return;
+                };
+                let (from, to) = (inside.try_clone().unwrap(), outside.try_clone().unwrap());
+                std::thread::spawn(move || through(from, to, || true));
+                let (gate, left) = (gate.clone(), left.clone());
+                std::thread::spawn(move || {
+                    through(outside, inside, || {
+                        gate.load(Ordering::Relaxed)
+                            || left
+                                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                                    left.checked_sub(PIECE)
+                                })
+                                .is_ok()
+                    });
+                });
+            }
+        });
+        Gate { address, open }
+    }
+}
+
+const PIECE: usize = 16 << 10;
+
+/// Carries pieces while `may` lets them; waits when it does not.
+fn through(mut from: std::net::TcpStream, mut to: std::net::TcpStream, may: impl Fn() -> bool) {
+    use std::io::{Read, Write};
+    let mut piece = vec![0; PIECE];
+    while let Ok(length @ 1..) = from.read(&mut piece) {
+        while !may() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        if to.write_all(&piece[..length]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+#[tokio::test]
+async fn a_cancelled_pull_is_over_at_once_and_can_be_taken_up_again() {
+    let docker = engine().await;
+    let registry = Registry::start(false).unwrap();
+    let images = Images::new(docker.clone());
+    let repository = format!("stable/{}:1.0", unique("cut"));
+    let direct = format!("{}/{repository}", registry.address);
+    let own = distinct(&direct, 6 << 20, &["LABEL ai.backend.kernelspec=1"]);
+    images.push(&direct, None, |_| {}).await.unwrap();
+    let id = docker.inspect_image(&direct).await.unwrap().id;
+    drop(own);
+
+    let gate = Gate::before(&registry.address, 2 << 20);
+    let canonical = format!("{}/{repository}", gate.address);
+    let _untag = Untag(canonical.clone());
+    let ticket = images.pull(&canonical, None);
+    let mut state = ticket.state();
+    // Some of it is here, and the rest does not come.
+    let limit = std::time::Duration::from_secs(60);
+    let begun = state.wait_for(|state| match state {
+        PullState::Running(progress) => progress.current > 0,
+        _ => false,
+    });
+    assert!(tokio::time::timeout(limit, begun).await.unwrap().is_ok());
+    assert!(images.cancel(&canonical));
+    let ended = tokio::time::timeout(limit, ticket.wait(|_| {}))
+        .await
+        .unwrap();
+    assert!(
+        matches!(ended, Err(ImageError::Cancelled { .. })),
+        "{ended:?}"
+    );
+    assert!(!images.is_pulling(&canonical) && !images.cancel(&canonical));
+
+    // The last who waits goes away: the transfer ends too.
+    let ticket = images.pull(&canonical, None);
+    assert!(!ticket.joined() && images.is_pulling(&canonical));
+    drop(ticket);
+    assert!(!images.is_pulling(&canonical));
+    assert!(
+        docker
+            .inspect_image(&canonical)
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+
+    gate.open.store(true, Ordering::Relaxed);
+    let found = images
+        .ensure(
+            &request(&canonical, &id, AutoPull::Digest),
+            async || {},
+            |_| {},
+        )
+        .await
+        .unwrap();
+    assert_eq!(found.id, id);
 }
 
 #[tokio::test]

@@ -56,11 +56,13 @@ class Engine:
         self.host = f"unix://{self.socket}"
         self.env = {"DOCKER_HOST": self.host}
         flags = [] if network else ["--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false"]
+        # Without a bridge an engine takes the default one away, and with it the host's own engine's.
+        apart = [] if network else ["unshare", "--net"]
         # Two tries: an engine may meet the containerd that a killed one has left.
         for attempt in (1, 2):
             self.process = place.spawn(
                 "dockerd",
-                ["dockerd", "--data-root", cache() / "engine", "--exec-root", run / "exec", "--pidfile", run / "docker.pid", "--host", self.host, *flags],
+                [*apart, "dockerd", "--data-root", cache() / "engine", "--exec-root", run / "exec", "--pidfile", run / "docker.pid", "--host", self.host, *flags],
             )
             try:
                 wait("the engine answers", self.answers, 90, self.process)

@@ -240,6 +240,64 @@ async fn kernels_of_a_cluster_log_in_to_each_other() -> Result<()> {
 }
 
 // Defect 10 of the original: kernels on the host's network could not work.
+/// A network under the name of a swarm's gateway, unless this engine is of a swarm.
+struct Gateway(bool);
+
+impl Gateway {
+    fn present() -> Result<Gateway> {
+        let made = kernels::docker(&["network", "create", "docker_gwbridge"]);
+        if let Err(err) = &made {
+            // Of a swarm, or of another run of this test.
+            ensure!(format!("{err:#}").contains("already exists"), "{err:#}");
+        }
+        Ok(Gateway(made.is_ok()))
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        if self.0 {
+            let _ = kernels::docker(&["network", "rm", "docker_gwbridge"]);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mpi_keeps_off_the_gateway_of_an_overlay() -> Result<()> {
+    let gateway = Gateway::present()?;
+    let node = Node::start(NodeOptions::default()).await?;
+    // An overlay is made by the manager on the swarm; to an agent it is a network of that name.
+    let name = format!("variants-{}", uuid::Uuid::new_v4().simple());
+    kernels::docker(&["network", "create", &name])?;
+    let mut order = Order::of(Image::Runner)?;
+    order.cluster["network_config"] = json!({"mode": "overlay", "network_name": name});
+    let created = kernels::create(&node, &order).await;
+    let outcome = async {
+        let result = created?;
+        let found = inspect(container_of(&result))?;
+        let subnet = kernels::docker(&[
+            "network",
+            "inspect",
+            "-f",
+            "{{(index .IPAM.Config 0).Subnet}}",
+            "docker_gwbridge",
+        ])?;
+        let wanted = format!("OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,{subnet}");
+        let environment = found["Config"]["Env"].as_array().context("Env")?;
+        assert!(environment.contains(&json!(wanted)), "{environment:?}");
+        assert!(
+            found["NetworkSettings"]["Networks"][&name].is_object(),
+            "{found}"
+        );
+        kernels::destroy(&node, &order).await?;
+        kernels::assert_clean(&node).await
+    }
+    .await;
+    let _ = kernels::docker(&["network", "rm", &name]);
+    drop(gateway);
+    outcome
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn defect_host_network_mode_is_broken() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;

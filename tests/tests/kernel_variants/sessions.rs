@@ -193,3 +193,30 @@ async fn defect_a_request_of_no_cores_is_a_key_error() -> Result<()> {
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn defect_a_kernel_that_starts_during_a_comparison_is_ended() -> Result<()> {
+    // Compared all the time, so that every step of a life meets a comparison.
+    let node = Node::start(NodeOptions {
+        agent: "sync-container-lifecycles = { enabled = true, interval = 0.1 }\n".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let mut orders = Vec::new();
+    for _ in 0..3 {
+        let mut order = Order::of(Image::Runner)?;
+        order.config["resource_slots"]["cpu"] = json!("0.1");
+        orders.push(order);
+    }
+    let lives = orders.iter().map(|order| async {
+        kernels::create(&node, order).await?;
+        restart(&node, order).await?;
+        ensure!(output_of(&node, order, "echo alive").await? == "alive\n");
+        kernels::destroy(&node, order).await?;
+        kernels::ends(&node, order.kernel).await
+    });
+    for ends in futures_util::future::join_all(lives).await {
+        assert_eq!(ends?, [("user-requested".to_owned(), 0)]);
+    }
+    kernels::assert_clean(&node).await
+}

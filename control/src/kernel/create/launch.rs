@@ -33,6 +33,7 @@ use crate::kernel::scratch::{ClusterFiles, ConfigFiles, NewScratch};
 use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
 use crate::kernel::services;
 use crate::link::LinkError;
+use crate::network;
 
 /// How often a creation is tried with other host ports.
 const ATTEMPTS: u32 = 4;
@@ -282,6 +283,7 @@ async fn make_container(
     let id = uuid::Uuid::from_bytes(kernel.id.0);
     node.scratch.write_config(id, files).await?;
 
+    let extra = overlay_arguments(node, kernel, order).await?;
     let request = container_request::build(&ContainerInputs {
         settings: &node.settings,
         host: &node.host,
@@ -300,7 +302,7 @@ async fn make_container(
             nano_cpus: limits.nano_cpus,
         },
         shared_memory: prepared.shared_memory,
-        device_arguments: &[],
+        device_arguments: &extra,
         device_syscalls: &[],
     })?;
     for key in &request.unknown {
@@ -333,6 +335,28 @@ async fn make_container(
     node.ledger.commit(kernel.id);
     node.scratch.record_container(id, created).await?;
     Ok(container)
+}
+
+/// On an overlay network a container has two interfaces, and the one through which all nodes reach
+/// the outside has the same addresses everywhere: MPI must not try to meet others there.
+async fn overlay_arguments(
+    node: &Node,
+    kernel: &Kernel,
+    order: &Order,
+) -> Result<Vec<serde_json::Value>, CreateError> {
+    if order.cluster.network_mode() != Some("overlay") {
+        return Ok(Vec::new());
+    }
+    let subnet = network::subnet(&node.docker, network::GATEWAY_BRIDGE)
+        .await
+        .map_err(|source| CreateError::Docker {
+            step: "looking at the swarm's gateway network",
+            kernel: kernel.id,
+            source,
+        })?;
+    let excluded =
+        |subnet| json!({ "Env": [format!("OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,{subnet}")] });
+    Ok(subnet.map(excluded).into_iter().collect())
 }
 
 /// The ledger's devices in the form of the container's environment.
