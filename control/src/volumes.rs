@@ -150,12 +150,12 @@ pub struct Volumes {
 }
 
 /// Which kernel of this node uses a directory.
-pub trait UsedBy: Send {
+pub trait UsedBy: Send + Sync {
     /// The kernel whose folders lie below the path, in words.
     fn used_by(&self, path: &Path) -> Option<String>;
 }
 
-impl<F: Fn(&Path) -> Option<String> + Send> UsedBy for F {
+impl<F: Fn(&Path) -> Option<String> + Send + Sync> UsedBy for F {
     fn used_by(&self, path: &Path) -> Option<String> {
         self(path)
     }
@@ -176,42 +176,36 @@ impl Volumes {
 
     /// Mounts a volume; one that is mounted already is a success.
     pub async fn mount(&self, order: &MountOrder) -> VolumeOutcome {
-        self.outcome(&order.dir_name, async |path| {
-            self.mount_at(path, order).await
-        })
-        .await
+        if let Some(outcome) = self.nothing_to_do(&order.dir_name) {
+            return outcome;
+        }
+        let path = self.base.join(&order.dir_name);
+        let _turn = self.turn.lock().await;
+        let error = self.mount_at(&path, order).await.err();
+        VolumeOutcome { path, error }
     }
 
     /// Unmounts a volume; one that is not mounted is a success.
     pub async fn unmount(&self, order: &UnmountOrder, users: &dyn UsedBy) -> VolumeOutcome {
-        let used = |path: &Path| users.used_by(path);
-        self.outcome(&order.dir_name, async |path| {
-            self.unmount_at(path, order, used(path)).await
-        })
-        .await
+        if let Some(outcome) = self.nothing_to_do(&order.dir_name) {
+            return outcome;
+        }
+        let path = self.base.join(&order.dir_name);
+        let _turn = self.turn.lock().await;
+        let user = users.used_by(&path);
+        let error = self.unmount_at(&path, order, user).await.err();
+        VolumeOutcome { path, error }
     }
 
-    async fn outcome(
-        &self,
-        name: &str,
-        work: impl AsyncFnOnce(&Path) -> Result<(), VolumeError>,
-    ) -> VolumeOutcome {
-        if self.left_to_proxy {
-            return VolumeOutcome {
-                path: PathBuf::new(),
-                error: None,
-            };
-        }
-        if !is_name(name) {
-            return VolumeOutcome {
-                path: PathBuf::new(),
-                error: Some(VolumeError::Name(name.to_owned())),
-            };
-        }
-        let _turn = self.turn.lock().await;
-        let path = self.base.join(name);
-        let error = work(&path).await.err();
-        VolumeOutcome { path, error }
+    /// A volume that is somebody else's, or that cannot be one.
+    fn nothing_to_do(&self, name: &str) -> Option<VolumeOutcome> {
+        let error = match self.left_to_proxy {
+            true => None,
+            false if is_name(name) => return None,
+            false => Some(VolumeError::Name(name.to_owned())),
+        };
+        let path = PathBuf::new();
+        Some(VolumeOutcome { path, error })
     }
 
     async fn mount_at(&self, path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
