@@ -60,8 +60,8 @@ allow-compute-plugins = []
 {extra}
 [container]
 port-range = [{self.first_port}, {self.first_port + port_count - 1}]
-kernel-uid = -1
-kernel-gid = -1
+kernel-uid = 1000
+kernel-gid = 1000
 bind-host = "127.0.0.1"
 advertised-host = "127.0.0.1"
 stats-type = "docker"
