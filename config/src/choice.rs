@@ -148,10 +148,19 @@ choice! {
 choice! {
     /// `node.forward`: how rows are served.
     Forward, any_case: false, {
-        /// In the kernel for clients of other hosts where that is possible, else by the relay.
+        /// In the kernel where that is possible, else by the relay.
         Auto = "auto",
         /// By the relay alone.
         Relay = "relay",
+    }
+}
+choice! {
+    /// `node.kernel-attach`: how programs get to interfaces.
+    KernelAttach, any_case: false, {
+        /// By links where the kernel has them, else by filters.
+        Auto = "auto",
+        /// By filters of a clsact queueing discipline.
+        Filters = "filters",
     }
 }
 choice! {

@@ -28,8 +28,8 @@ mod spelling;
 mod units;
 
 pub use choice::{
-    AffinityPolicy, Backend, DiscoveryType, Forward, LogDriver, LogFormat, LogLevel, Publish,
-    SandboxType, ScalingGroupType, ScratchType, StatsType,
+    AffinityPolicy, Backend, DiscoveryType, Forward, KernelAttach, LogDriver, LogFormat, LogLevel,
+    Publish, SandboxType, ScalingGroupType, ScratchType, StatsType,
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
@@ -44,7 +44,7 @@ pub use sections::{
     Agent, Api, Config, Container, ContainerLogs, Coredump, CurveFiles, Debug, Etcd, EtcdTls,
     KernelLifecycles, LogFile, Logging, Overcommit, Resource, SyncContainerLifecycles, Watcher,
 };
-pub use units::{ByteSize, Fault, HostPort, PortRange, Secret, parse_interval};
+pub use units::{ByteSize, Fault, HostPort, PortRange, Secret, Subnet, parse_interval};
 
 /// Entry points for the fuzz targets: parse without a host, never panic.
 #[doc(hidden)]

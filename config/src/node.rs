@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::choice::{Forward, Publish};
-use crate::units::{ByteSize, mask_password};
+use crate::choice::{Forward, KernelAttach, Publish};
+use crate::units::{ByteSize, Subnet, mask_password};
 
 /// `[node]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,13 @@ pub struct Node {
     pub publish: Publish,
     /// How the dataplane serves rows.
     pub forward: Forward,
+    /// How the kernel path's programs get to interfaces.
+    pub kernel_attach: KernelAttach,
+    /// Whether the host's firewall decides about clients of service ports, which the kernel path
+    /// would pass by.
+    pub honour_firewall: bool,
+    /// Client networks that may use service ports; none means all.
+    pub allowed_clients: Vec<Subnet>,
     /// Whether containers get a CPU quota of their slots besides the cpuset.
     pub cpu_quota: bool,
     /// Whether memory is pinned to the NUMA nodes of the allocated cores.
@@ -103,6 +110,8 @@ pub struct DataplaneLimits {
     pub max_sessions_per_port: u32,
     /// Sessions on all ports together.
     pub max_sessions: u32,
+    /// New sessions on one port in a second, in the long run; 0 is no limit.
+    pub max_new_sessions_per_second: u32,
     /// A session without a byte for this long is closed; zero never.
     pub idle_timeout: Duration,
     /// Connecting to a container.

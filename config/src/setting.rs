@@ -13,7 +13,7 @@ use crate::document::{Kind, Value};
 use crate::host::Host;
 use crate::spelling::nearest;
 use crate::units::{
-    ByteSize, Fault, HostPort, PortRange, Secret, interval_from_seconds, interval_text,
+    ByteSize, Fault, HostPort, PortRange, Secret, Subnet, interval_from_seconds, interval_text,
     mask_password, parse_interval,
 };
 
@@ -498,6 +498,24 @@ impl Setting for Vec<String> {
     }
 }
 
+impl Setting for Vec<Subnet> {
+    fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
+        let list = Vec::<String>::read(value, host)?;
+        list.iter().map(|text| text.parse()).collect()
+    }
+
+    fn text(&self) -> String {
+        let all: Vec<String> = self.iter().map(Subnet::to_string).collect();
+        all.join(", ")
+    }
+
+    fn json(&self) -> Json {
+        self.iter()
+            .map(|item| Json::String(item.to_string()))
+            .collect()
+    }
+}
+
 impl Setting for BTreeSet<String> {
     fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
         Vec::<String>::read(value, host).map(|list| list.into_iter().collect())
@@ -626,5 +644,6 @@ choice_settings!(
     LogFormat,
     DiscoveryType,
     Forward,
+    KernelAttach,
     Publish
 );

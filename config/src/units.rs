@@ -6,6 +6,7 @@ mod interval;
 mod port_range;
 mod secret;
 mod size;
+mod subnet;
 
 pub use host_port::HostPort;
 pub use interval::parse_interval;
@@ -14,6 +15,7 @@ pub use port_range::PortRange;
 pub use secret::Secret;
 pub(crate) use secret::mask_password;
 pub use size::ByteSize;
+pub use subnet::Subnet;
 
 /// Why a value was refused, and what would be accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -154,7 +154,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         relay,
         board.clone(),
         lookup,
-        options.defaults,
+        options.defaults.clone(),
         descriptors,
     );
 

@@ -49,10 +49,12 @@ impl Entry {
         let fresh = [
             u64::from(now.active) + u64::from(flows.active),
             self.base.total + now.total + flows.total,
-            self.base.refused + now.refused,
+            self.base.refused + now.refused + flows.refused,
             self.base.bytes_in + now.bytes_in + flows.bytes_in,
             self.base.bytes_out + now.bytes_out + flows.bytes_out,
             self.base.connect_failures + now.connect_failures,
+            self.base.packets_in + flows.packets_in,
+            self.base.packets_out + flows.packets_out,
         ];
         let shown = [
             &mut status.sessions_active,
@@ -61,6 +63,8 @@ impl Entry {
             &mut status.bytes_in,
             &mut status.bytes_out,
             &mut status.connect_failures,
+            &mut status.packets_in,
+            &mut status.packets_out,
         ];
         let mut changed = false;
         for (fresh, shown) in fresh.into_iter().zip(shown) {

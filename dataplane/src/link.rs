@@ -8,6 +8,7 @@
 //! is alive.
 
 mod lift;
+mod networks;
 pub mod plan;
 
 use std::collections::BTreeMap;
@@ -17,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use shared::ReadError;
 use shared::desired::{
-    ContainerRow, DesiredReader, DesiredSnapshot, Drain, NodeRow, PortKey, PortRow, Protocol,
+    ClientNetwork, ContainerRow, DesiredReader, DesiredSnapshot, Drain, NodeRow, PortKey, PortRow,
+    Protocol,
 };
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine};
@@ -39,8 +41,10 @@ const GUARD_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What holds when neither row nor region says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Defaults {
+    /// Client networks that may use ports at all; none means all.
+    pub allowed: Vec<ClientNetwork>,
     /// Sessions of one port; 0 means no limit.
     pub max_sessions: u32,
     /// Sessions of all ports; 0 means no limit but that of descriptors.
@@ -69,9 +73,12 @@ fn or_count(count: u32, default: u32) -> u32 {
 
 impl Defaults {
     /// These, overridden by what the region says of the node.
-    pub fn with(self, node: Option<&NodeRow>) -> Self {
-        let Some(node) = node else { return self };
+    pub fn with(&self, node: Option<&NodeRow>) -> Self {
+        let Some(node) = node else {
+            return self.clone();
+        };
         Self {
+            allowed: self.allowed.clone(),
             max_sessions: or_count(node.default_max_sessions, self.max_sessions),
             total_sessions: or_count(node.total_max_sessions, self.total_sessions),
             idle_timeout: or_ms(node.idle_timeout_ms, self.idle_timeout),
@@ -87,8 +94,9 @@ impl Defaults {
             max_sessions: or_count(row.max_sessions, self.max_sessions),
             connect_timeout: or_ms(row.connect_timeout_ms, self.connect_timeout),
             idle_timeout: (!idle.is_zero()).then_some(idle),
-            allowed: row.networks.clone(),
+            allowed: networks::both(&self.allowed, &row.networks),
             local_only: row.local_only,
+            new_per_second: row.new_per_second,
         }
     }
 }
@@ -179,6 +187,8 @@ fn sum(a: Counters, b: Counters) -> Counters {
         bytes_out: a.bytes_out + b.bytes_out,
         connect_failures: a.connect_failures + b.connect_failures,
         idle_timeouts: a.idle_timeouts + b.idle_timeouts,
+        packets_in: a.packets_in + b.packets_in,
+        packets_out: a.packets_out + b.packets_out,
     }
 }
 
@@ -213,8 +223,8 @@ impl Link {
             relay,
             board,
             lookup,
+            settings: defaults.clone(),
             defaults,
-            settings: defaults,
             descriptors,
             known: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -233,8 +243,8 @@ impl Link {
     }
 
     /// What holds now.
-    pub fn settings(&self) -> Defaults {
-        self.settings
+    pub fn settings(&self) -> &Defaults {
+        &self.settings
     }
 
     /// The relay, for its counts.
@@ -297,7 +307,7 @@ impl Link {
             self.set_total_limit();
             for (key, running) in &self.running {
                 if let (Some(port), Some(known)) = (&running.port, self.known.get(key)) {
-                    port.set_rules(settings.rules(&known.row));
+                    port.set_rules(self.settings.rules(&known.row));
                 }
             }
         }
@@ -873,6 +883,7 @@ mod tests {
     #[test]
     fn rows_override_the_region_and_the_region_overrides_the_defaults() {
         let defaults = Defaults {
+            allowed: Vec::new(),
             max_sessions: 10,
             total_sessions: 100,
             idle_timeout: Duration::from_secs(60),

@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use config::{Config, Forward, LoadOptions};
+use config::{Config, Forward, KernelAttach, LoadOptions};
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
 use dataplane::forward::kernel::Means;
 use dataplane::link::Defaults;
 use dataplane::sys::signal;
+use shared::desired::ClientNetwork;
 use tracing_subscriber::EnvFilter;
 
 /// Exit codes of sysexits(3): a fault of the configuration ...
@@ -112,6 +113,15 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
         max_containers: config.node.max_containers,
         max_ports: u32::from(range.last.saturating_sub(range.first)) + 1,
         defaults: Defaults {
+            allowed: config
+                .node
+                .allowed_clients
+                .iter()
+                .map(|it| ClientNetwork {
+                    address: it.address,
+                    prefix: it.prefix,
+                })
+                .collect(),
             max_sessions: limits.max_sessions_per_port,
             total_sessions: limits.max_sessions,
             idle_timeout: limits.idle_timeout,
@@ -121,7 +131,11 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
         },
         scratch_root: Some(config.container.scratch_root.clone()),
         relay_threads: 0,
-        kernel_path: (config.node.forward == Forward::Auto).then_some(Means::Auto),
+        kernel_path: match (config.node.forward, config.node.kernel_attach) {
+            (Forward::Relay, _) => None,
+            (Forward::Auto, KernelAttach::Auto) => Some(Means::Auto),
+            (Forward::Auto, KernelAttach::Filters) => Some(Means::Filters),
+        },
         accelerators: accelerator::Options { nvml_library },
     }
 }

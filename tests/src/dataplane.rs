@@ -67,18 +67,24 @@ impl Place {
         let directory = tempfile::tempdir_in("/dev/shm").context("no place on tmpfs")?;
         let run_dir = RunDir::choose(Some(directory.path()), AGENT)?;
         run_dir.create_control()?;
-        let text = format!(
-            "[agent]\nid = \"{AGENT}\"\n[node]\nrun-dir = \"{}\"\n{}\n[node.dataplane]\n{}\n",
-            directory.path().display(),
-            options.node,
-            options.dataplane
-        );
-        std::fs::write(directory.path().join("agent.toml"), text)?;
-        Ok(Self {
+        let place = Self {
             directory,
             run_dir,
             options,
-        })
+        };
+        place.reconfigure(&place.options.node)?;
+        Ok(place)
+    }
+
+    /// Other lines for the configuration's `[node]`, from the next start on.
+    pub fn reconfigure(&self, node: &str) -> Result<()> {
+        let text = format!(
+            "[agent]\nid = \"{AGENT}\"\n[node]\nrun-dir = \"{}\"\n{node}\n[node.dataplane]\n{}\n",
+            self.directory.path().display(),
+            self.options.dataplane
+        );
+        std::fs::write(self.directory.path().join("agent.toml"), text)?;
+        Ok(())
     }
 
     /// The directories of the two regions.
@@ -133,9 +139,14 @@ impl Place {
 
     /// Becomes control: opens the desired region.
     pub fn control(&self) -> Result<Control> {
+        self.control_sized(Sizes::default())
+    }
+
+    /// The same with tables of these sizes.
+    pub fn control_sized(&self, sizes: Sizes) -> Result<Control> {
         let directory = self.run_dir.control();
         Ok(Control {
-            desired: DesiredWriter::open(&directory, Sizes::default())?,
+            desired: DesiredWriter::open(&directory, sizes)?,
             observed: ObservedReader::at(self.run_dir.dataplane()),
             ringer: Ringer::of(self.run_dir.dataplane())?,
             _bell: Doorbell::bind(&directory)?,

@@ -7,13 +7,15 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::thread;
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
+use shared::Sizes;
 use shared::desired::PortRow;
 use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 use crate::dataplane::{Control, Options, Place, Process, until};
-use crate::remote_client::{Container, HOST, Network, within};
+use crate::remote_client::{Container, HOST, Network, command, within};
 use crate::traffic;
 
 /// The container's id.
@@ -53,6 +55,11 @@ impl Node {
 
     /// The same with these lines in the configuration's `[node]`.
     pub fn with(lines: &str) -> Self {
+        Self::sized(lines, Sizes::default())
+    }
+
+    /// The same with tables of these sizes.
+    pub fn sized(lines: &str, sizes: Sizes) -> Self {
         let network = Network::new().expect("namespaces");
         let container = network.container(2).expect("a container");
         let place = Place::new(Options {
@@ -62,7 +69,7 @@ impl Node {
             ..Options::default()
         })
         .expect("a place");
-        let mut control = place.control().expect("the desired region");
+        let mut control = place.control_sized(sizes).expect("the desired region");
         let process = place.start().expect("bai-dataplane");
         let row = container.row(KERNEL);
         control
@@ -168,4 +175,33 @@ pub fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok((text, own))
+}
+
+/// What is attached to interfaces of the host: links as the kernel lists them, then filters as its own
+/// tool does.
+pub fn attached(node: &Node) -> String {
+    let links = within(&node.network.host, || {
+        let mut text = String::new();
+        for name in nix::net::if_::if_nameindex().expect("interfaces").iter() {
+            let name = name.name().to_string_lossy().into_owned();
+            for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, programs) = SchedClassifier::query_tcx(&name, side).expect("links");
+                for program in programs {
+                    let program = program.name_as_str().unwrap_or("unnamed").to_owned();
+                    text.push_str(&format!("{name} tcx {side:?} {program}\n"));
+                }
+            }
+        }
+        text
+    });
+    let filters = command(&node.network.host, "bpftool")
+        .args(["net", "show"])
+        .output()
+        .expect("bpftool");
+    assert!(
+        filters.status.success(),
+        "bpftool: {}",
+        String::from_utf8_lossy(&filters.stderr)
+    );
+    links.expect("the host's namespace") + &String::from_utf8_lossy(&filters.stdout)
 }

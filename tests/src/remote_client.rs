@@ -154,6 +154,11 @@ impl Network {
 
     /// Adds a container at address `last` (the last byte of it) on the bridge.
     pub fn container(&self, last: u8) -> Result<Container> {
+        self.container_at(2, last)
+    }
+
+    /// Adds a container at address `last` of network `net`, of which there is a bridge.
+    fn container_at(&self, net: u8, last: u8) -> Result<Container> {
         static NAMES: AtomicU32 = AtomicU32::new(0);
         let name = NAMES.fetch_add(1, Relaxed);
         let namespace = format!("bai-kp-k-{}-{}-{name}", std::process::id(), self.number);
@@ -164,13 +169,19 @@ impl Network {
         ip(&format!(
             "-n {host} link add {link} type veth peer name eth0 netns {namespace}"
         ))?;
-        ip(&format!("-n {host} link set {link} master br0 up"))?;
-        let addresses = [format!("10.78.2.{last}"), format!("fd78:2::{last:x}")];
+        let bridge = net - 2;
+        ip(&format!("-n {host} link set {link} master br{bridge} up"))?;
+        let addresses = [
+            format!("10.78.{net}.{last}"),
+            format!("fd78:{net}::{last:x}"),
+        ];
         address(&namespace, "eth0", [&addresses[0], &addresses[1]])?;
         ip(&format!("-n {namespace} link set eth0 up"))?;
-        ip(&format!("-n {namespace} route add default via 10.78.2.1"))?;
         ip(&format!(
-            "-n {namespace} -6 route add default via fd78:2::1"
+            "-n {namespace} route add default via 10.78.{net}.1"
+        ))?;
+        ip(&format!(
+            "-n {namespace} -6 route add default via fd78:{net}::1"
         ))?;
         let text = ip(&format!("-n {host} -o link show {link}"))?;
         let index = text.split(':').next().unwrap_or_default().trim();
@@ -193,6 +204,66 @@ impl Network {
             (is.ino() == wanted.ino()).then_some(())
         })?;
         Ok(container)
+    }
+}
+
+/// A machine beyond the client, which is its router.
+#[derive(Debug)]
+pub struct Far {
+    /// Name of its namespace.
+    pub name: String,
+    /// Its IPv4 and IPv6 address.
+    pub address: [String; 2],
+}
+
+impl Drop for Far {
+    fn drop(&mut self) {
+        let _ = ip(&format!("netns del {}", self.name));
+    }
+}
+
+impl Network {
+    /// A machine behind the client's, whose way to it takes packets of `mtu` bytes. The machine
+    /// itself does not know that.
+    pub fn beyond_the_client(&self, mtu: u32) -> Result<Far> {
+        let far = Far {
+            name: format!("bai-kp-f-{}-{}", std::process::id(), self.number),
+            address: ["10.78.4.2".to_owned(), "fd78:4::2".to_owned()],
+        };
+        let (name, client, host) = (&far.name, &self.client, &self.host);
+        ip(&format!("netns add {name}"))?;
+        ip(&format!("-n {name} link set lo up"))?;
+        ip(&format!(
+            "-n {client} link add far0 type veth peer name eth0 netns {name}"
+        ))?;
+        address(client, "far0", ["10.78.4.1", "fd78:4::1"])?;
+        address(name, "eth0", [&far.address[0], &far.address[1]])?;
+        for words in [
+            format!("-n {client} link set far0 mtu {mtu} up"),
+            format!("-n {name} link set eth0 up"),
+            format!("-n {name} route add default via 10.78.4.1"),
+            format!("-n {name} -6 route add default via fd78:4::1"),
+            format!("-n {host} route add 10.78.4.0/24 via {}", CLIENT[0]),
+            format!("-n {host} -6 route add fd78:4::/64 via {}", CLIENT[1]),
+        ] {
+            ip(&words)?;
+        }
+        within(&self.client, || {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
+        })??;
+        Ok(far)
+    }
+
+    /// A container at address `last` of a second bridge.
+    pub fn bridged_elsewhere(&self, last: u8) -> Result<Container> {
+        let host = &self.host;
+        ip(&format!(
+            "-n {host} link add br1 address 02:42:0a:4e:03:01 type bridge"
+        ))?;
+        address(host, "br1", ["10.78.3.1", "fd78:3::1"])?;
+        ip(&format!("-n {host} link set br1 up"))?;
+        self.container_at(3, last)
     }
 }
 

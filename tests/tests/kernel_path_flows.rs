@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use harness::dataplane::until;
-use harness::kernel_path::{KERNEL, Node, ask, host, mirror, told};
+use harness::kernel_path::{KERNEL, Node, ask, attached, host, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, HOST, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
@@ -281,14 +281,6 @@ fn an_orderly_stop_leaves_the_kernel_path() {
     assert_eq!(answer, b"new");
 }
 
-fn attached(node: &Node) -> String {
-    let links = command(&node.network.host, "bpftool")
-        .args(["net", "show"])
-        .output()
-        .expect("bpftool");
-    String::from_utf8_lossy(&links.stdout).into_owned()
-}
-
 #[test]
 fn detach_leaves_nothing_attached() {
     if !may_use_bpf() {
@@ -304,8 +296,12 @@ fn detach_leaves_nothing_attached() {
         .at_client(move || ask(address, b"new"))
         .expect("served");
     assert_eq!(answer, b"new");
-    node.process.signal(Signal::SIGKILL).expect("killed");
-    node.process.ended().expect("gone");
+    let there = attached(&node);
+    assert!(
+        there.contains("from_uplink") && there.contains("to_container"),
+        "{there}"
+    );
+    node.kill();
     let output = node.place.command(&["detach"]).expect("detach").output();
     let output = output.expect("detach can be run");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -325,6 +321,13 @@ fn detach_leaves_nothing_attached() {
     assert!(!std::path::Path::new("/sys/fs/bpf").join(home).exists());
     let left = attached(&node);
     assert!(!left.contains("from_"), "{left}");
+    assert!(!left.contains("to_container"), "{left}");
+    // Nor do the hooks go on.
+    let port = row.host_port;
+    let refused = within(&node.network.host, move || {
+        TcpStream::connect(("127.0.0.1", port))
+    });
+    assert!(refused.expect("the host").is_err());
 }
 
 #[test]
@@ -726,4 +729,96 @@ fn the_hosts_forwarding_rules_are_not_in_the_way() {
         TcpStream::connect_timeout(&direct, std::time::Duration::from_millis(500))
     });
     assert!(blocked.is_err(), "the rule holds for the direct way");
+}
+
+#[test]
+fn the_nodes_client_networks_hold_on_every_path() {
+    if !may_use_bpf() {
+        return;
+    }
+    for (allowed, lets_in) in [("10.78.1.0/24", true), ("10.79.0.0/16", false)] {
+        let mut node = Node::with(&format!(
+            "forward = \"auto\"\nallowed-clients = [\"{allowed}\"]"
+        ));
+        let row = node.container.port(mirror(&node.container));
+        node.lift(&row);
+        let address = host(&row, 0);
+        let seen = node.at_client(move || told(address)).map(|(seen, _)| seen);
+        let port = row.host_port;
+        let here = within(&node.network.host, move || {
+            told(([127, 0, 0, 1], port).into()).map(|(seen, _)| seen)
+        });
+        let here = here.expect("the host").unwrap_or_default();
+        assert_eq!(here, "", "the host's own clients are not in the list");
+        if lets_in {
+            assert!(seen.expect("told").starts_with(CLIENT[0]));
+            node.counted(&row, |it| {
+                it.sessions_total == 1 && it.sessions_refused == 1
+            });
+        } else {
+            assert_eq!(seen.unwrap_or_default(), "");
+            node.counted(&row, |it| {
+                it.sessions_total == 0 && it.sessions_refused == 2
+            });
+        }
+    }
+}
+
+#[test]
+fn where_the_hosts_firewall_decides_the_relay_serves() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.honour_firewall = true;
+    let status = node.publish(&row);
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    assert!(status.reason.contains("firewall"), "{}", status.reason);
+    let address = host(&row, 0);
+    let (seen, _) = node.at_client(move || told(address)).expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
+    let rule = format!(
+        "-A INPUT -p tcp --dport {} -j REJECT --reject-with tcp-reset",
+        row.host_port
+    );
+    let output = command(&node.network.host, "iptables")
+        .args(rule.split_whitespace())
+        .output()
+        .expect("iptables");
+    assert!(output.status.success());
+    let refused = node.at_client(move || TcpStream::connect(address));
+    assert!(refused.is_err(), "the firewall is passed by");
+    // Without the row's word it would be.
+    row.honour_firewall = false;
+    node.lift(&row);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert_eq!(seen, own.to_string());
+}
+
+#[test]
+fn a_node_that_goes_back_to_the_relay_takes_its_programs_down() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    assert!(attached(&node).contains("from_uplink"));
+    node.kill();
+    node.place
+        .reconfigure("forward = \"relay\"")
+        .expect("another configuration");
+    node.restart();
+    node.counted(&row, |it| it.path == ForwardPath::Relay);
+    until("the programs being gone", || {
+        (!attached(&node).contains("from_uplink")).then_some(())
+    })
+    .expect("taken down");
+    let address = host(&row, 0);
+    let (seen, _) = node.at_client(move || told(address)).expect("told");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
 }

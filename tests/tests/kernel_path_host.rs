@@ -11,7 +11,7 @@ use harness::kernel_path::{Node, ask, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, HOST, may_use_bpf, within};
 use harness::traffic;
-use shared::desired::{ClientNetwork, Protocol};
+use shared::desired::{ClientNetwork, Drain, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
 fn loopback(port: u16) -> SocketAddr {
@@ -384,4 +384,50 @@ fn the_limit_of_sessions_counts_those_of_the_host() {
         (answer.ok()? == b"x").then_some(())
     })
     .expect("sockets that are closed count no longer");
+}
+
+#[test]
+fn a_removed_row_cuts_its_clients_on_the_host_or_lets_them_finish() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let host = node.network.host.clone();
+    let connected = |node: &mut Node, row: &shared::desired::PortRow| {
+        node.lift(row);
+        let address = loopback(row.host_port);
+        let mut stream = within(&host, move || traffic::connect(address))
+            .expect("the host")
+            .expect("accepted");
+        stream.write_all(b"x").expect("sent");
+        stream.read_exact(&mut [0; 1]).expect("echoed");
+        node.counted(row, |it| it.sessions_active == 1);
+        stream
+    };
+    let row = node.container.port(port);
+    let mut stream = connected(&mut node, &row);
+    node.control.withdraw(row.key()).expect("removed");
+    let err = stream.read(&mut [0]).expect_err("cut");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionAborted);
+
+    let mut row = node.container.port(port);
+    row.drain = Drain::Within { ms: 60_000 };
+    let mut stream = connected(&mut node, &row);
+    let key = row.key();
+    node.control
+        .write(|batch| batch.remove_port(key))
+        .expect("asked");
+    node.control
+        .in_state(key, PortState::Draining)
+        .expect("draining");
+    let address = loopback(row.host_port);
+    let refused = within(&host, move || TcpStream::connect(address)).expect("the host");
+    assert!(refused.is_err(), "no new one");
+    stream.write_all(b"y").expect("sent");
+    stream.read_exact(&mut [0; 1]).expect("goes on");
+    drop(stream);
+    node.control
+        .in_state(key, PortState::Removed)
+        .expect("over");
 }

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
-use crate::choice::{Forward, Publish};
+use crate::choice::{Forward, KernelAttach, Publish};
 use crate::document::{Kind, Table, Value};
 use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 use crate::problem::Origin;
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::Agent;
 use crate::setting::{AnyPath, Directory, Setting};
-use crate::units::{ByteSize, Fault};
+use crate::units::{ByteSize, Fault, Subnet};
 
 const STATE_DIR: Key = key("state-dir");
 
@@ -75,6 +75,9 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         .0;
     let publish = s.or(key("publish"), Publish::Auto);
     let forward = s.or(key("forward"), Forward::Relay);
+    let kernel_attach = s.or(key("kernel-attach"), KernelAttach::Auto);
+    let honour_firewall = s.or(key("honour-firewall"), false);
+    let allowed_clients = s.or(key("allowed-clients"), Vec::<Subnet>::new());
     let cpu_quota = s.or(key("cpu-quota"), false);
     let memory_nodes = s.or(key("memory-nodes"), true);
     let max_containers = s.or_checked(key("max-containers"), 1024, within(1, 16_384));
@@ -97,6 +100,9 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         runner_dir,
         publish,
         forward,
+        kernel_attach,
+        honour_firewall,
+        allowed_clients,
         cpu_quota,
         memory_nodes,
         max_containers,
@@ -313,6 +319,11 @@ fn dataplane(node: &mut Section<'_, '_>) -> DataplaneLimits {
             within(1, 1_000_000),
         ),
         max_sessions: s.or_checked(key("max-sessions"), 32_768, within(1, 10_000_000)),
+        max_new_sessions_per_second: s.or_checked(
+            key("max-new-sessions-per-second"),
+            0,
+            within(0, 1_000_000),
+        ),
         idle_timeout: s.or_checked(
             key("idle-timeout"),
             seconds(0),

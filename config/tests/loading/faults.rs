@@ -203,6 +203,12 @@ fn what_does_not_fit_is_refused_at_its_key() {
         ("node", "run-dir = '/var/lib/x'", "node.run-dir"),
         ("node", "publish = 'both'", "node.publish"),
         ("node", "forward = 'kernel'", "node.forward"),
+        ("node", "kernel-attach = 'tcx'", "node.kernel-attach"),
+        (
+            "node",
+            "allowed-clients = ['10.0.0.1/8']",
+            "node.allowed-clients",
+        ),
         (
             "node",
             "device-limits = [{ read-bps = 1 }]",

@@ -1,5 +1,7 @@
 //! `bai-agent doctor`: what the host lacks, and what to do about it. Looks only; changes nothing.
 
+mod forwarding;
+
 use crate::cli::output::{say, say_part};
 use std::path::Path;
 use std::sync::Arc;
@@ -62,6 +64,7 @@ impl Finding {
 /// Runs every check and shows the findings; a failure among them ends with code 1.
 pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     let engine = engine(&config).await;
+    let config_for_rules = config.clone();
     let runner = {
         let config = config.clone();
         move || runner(&config)
@@ -88,12 +91,32 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
                 dataplane_alive(&config),
             ),
             runner(),
+            forwarding::kernel_path(
+                &config,
+                &read("/proc/sys/kernel/osrelease"),
+                &read("/proc/self/mounts"),
+            ),
             kernel_features(Path::new("/sys/kernel/btf/vmlinux").exists()),
         ]
     })
     .await
     .map_err(|error| Problem::Other(error.into()))?;
     findings.extend(host);
+    let range = config_for_rules.container.port_range;
+    if let Some(rules) = iptables(&["-S", "INPUT"]).await {
+        findings.push(forwarding::input_chain(&rules, range.first, range.last));
+    }
+    if let Some(rules) = iptables(&["-S", "DOCKER-USER"]).await {
+        findings.extend(forwarding::user_rules(&config_for_rules, &rules));
+    }
+    if dataplane_alive(&config_for_rules)
+        && let Ok(place) = shared::run_dir::RunDir::choose(
+            Some(&config_for_rules.node.run_dir),
+            &config_for_rules.agent.id,
+        )
+    {
+        findings.push(forwarding::paths(&forwarding::statuses(&place.dataplane())));
+    }
 
     match form {
         Form::Json => output::json(&json!({ "findings": findings }))?,
@@ -125,6 +148,18 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     } else {
         Ok(())
     }
+}
+
+/// What iptables says; none when there is no such program or chain, or no answer.
+async fn iptables(words: &[&str]) -> Option<String> {
+    let mut command = tokio::process::Command::new("iptables");
+    command.arg("-w").arg("2").args(words).kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(5), command.output()).await;
+    let output = output.ok()?.ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn privileges(root: bool) -> Finding {
@@ -343,7 +378,7 @@ fn kernel_features(btf: bool) -> Finding {
             "kernel types",
             Level::Warning,
             "no BTF",
-            "the in-kernel paths stay off; everything else works. Kernels with CONFIG_DEBUG_INFO_BTF have it",
+            "nothing needs it yet, the kernel path included. Kernels with CONFIG_DEBUG_INFO_BTF have it",
         ),
     }
 }

@@ -278,6 +278,8 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
                 max_sessions: limits.max_sessions_per_port,
                 idle_timeout_ms: millis(limits.idle_timeout),
                 connect_timeout_ms: millis(limits.connect_timeout),
+                new_per_second: limits.max_new_sessions_per_second,
+                honour_firewall: node.config.node.honour_firewall,
                 drain: match millis(limits.drain) {
                     0 => Drain::Cut,
                     ms => Drain::Within { ms },

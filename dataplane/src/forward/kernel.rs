@@ -70,6 +70,10 @@ pub struct KernelPort {
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
     refused: AtomicU64,
+    packets_in: AtomicU64,
+    packets_out: AtomicU64,
+    /// Of the active ones, those of clients on this host.
+    local: AtomicU64,
 }
 
 impl KernelPort {
@@ -80,6 +84,8 @@ impl KernelPort {
             active: u32::try_from(self.active.load(Relaxed)).unwrap_or(u32::MAX),
             total: self.total.load(Relaxed),
             refused: self.refused.load(Relaxed),
+            packets_in: self.packets_in.load(Relaxed),
+            packets_out: self.packets_out.load(Relaxed),
             bytes_in: self.bytes_in.load(Relaxed),
             bytes_out: self.bytes_out.load(Relaxed),
             ..Counters::default()
@@ -672,6 +678,11 @@ impl KernelPath {
         }
         self.count_one(key);
         let target = self.served.remove(&key).map(|served| {
+            if let Ok(hooks) = &self.hooks
+                && served.port.local.load(Relaxed) > 0
+            {
+                hooks.cut(key, &served.service);
+            }
             served.port.active.store(0, Relaxed);
             served.service.target
         });
@@ -816,9 +827,13 @@ impl KernelPath {
             port.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
             port.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
             port.refused.store(sum(|it| it.refused), Relaxed);
+            port.packets_in.store(sum(|it| it.packets_in), Relaxed);
+            port.packets_out.store(sum(|it| it.packets_out), Relaxed);
         }
         if let Ok(flows) = self.active.get(&key, 0) {
-            let active = u64::try_from(flows.active + flows.local.max(0)).unwrap_or(0);
+            let local = flows.local.max(0);
+            port.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
+            let active = u64::try_from(flows.active + local).unwrap_or(0);
             port.active.store(active, Relaxed);
         }
     }

@@ -134,7 +134,7 @@ impl Link {
             let terms = Terms {
                 container: self.containers.get(&known.row.container_id),
                 max_flows: rules.max_sessions,
-                new_per_second: 0,
+                new_per_second: rules.new_per_second,
                 idle_timeout: rules.idle_timeout.is_some(),
                 allowed: &rules.allowed,
                 relayed: running.port.as_ref().map_or(0, |port| port.active()),

@@ -6,6 +6,7 @@
 //! never passed over; every wait for an answer has a deadline.
 
 pub mod interfaces;
+pub mod sockets;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -136,6 +136,10 @@ pub struct PortRow {
     pub idle_timeout_ms: u32,
     /// Time a connection to the container may take, ms; 0 the node's default.
     pub connect_timeout_ms: u32,
+    /// New sessions in a second, in the long run; 0 no limit.
+    pub new_per_second: u32,
+    /// The host's firewall decides about clients: nothing may pass it by.
+    pub honour_firewall: bool,
     /// What happens to sessions on removal.
     pub drain: Drain,
     /// Client networks allowed, at most 8; none means all.
@@ -180,6 +184,8 @@ impl PortRow {
             max_sessions: 0,
             idle_timeout_ms: 0,
             connect_timeout_ms: 0,
+            new_per_second: 0,
+            honour_firewall: false,
             drain: Drain::Cut,
             networks: Vec::new(),
             generation: Generation(0),
@@ -201,6 +207,7 @@ pub struct Removed<K> {
 const OBSERVE_ONLY: u8 = 1;
 const LINK_GUARD: u8 = 2;
 const LOCAL_ONLY: u8 = 4;
+const HONOUR_FIREWALL: u8 = 8;
 
 fn store_address(address: IpAddr) -> ([u8; 16], u8) {
     match address {
@@ -264,7 +271,8 @@ impl KeyedRow for PortRow {
             protocol: self.protocol.number(),
             flags: (u8::from(self.observe_only) * OBSERVE_ONLY)
                 | (u8::from(self.link_guard) * LINK_GUARD)
-                | (u8::from(self.local_only) * LOCAL_ONLY),
+                | (u8::from(self.local_only) * LOCAL_ONLY)
+                | (u8::from(self.honour_firewall) * HONOUR_FIREWALL),
             kernel_id: self.kernel_id.0,
             container_id: self.container_id.0,
             bind_address,
@@ -280,6 +288,7 @@ impl KeyedRow for PortRow {
             drain_ms,
             idle_timeout_ms: self.idle_timeout_ms,
             connect_timeout_ms: self.connect_timeout_ms,
+            new_per_second: self.new_per_second,
             ..RawPort::default()
         };
         raw.service_length = store_text("service", &self.service, &mut raw.service)?;
@@ -297,7 +306,7 @@ impl KeyedRow for PortRow {
 
     fn from_raw(raw: &RawPort, generation: Generation) -> Option<Self> {
         let count = usize::from(raw.network_count);
-        if count > NETWORKS || raw.host_port == 0 || raw.flags > 7 {
+        if count > NETWORKS || raw.host_port == 0 || raw.flags > 15 {
             return None;
         }
         let observe_only = raw.flags & OBSERVE_ONLY != 0;
@@ -336,6 +345,8 @@ impl KeyedRow for PortRow {
             max_sessions: raw.max_sessions,
             idle_timeout_ms: raw.idle_timeout_ms,
             connect_timeout_ms: raw.connect_timeout_ms,
+            new_per_second: raw.new_per_second,
+            honour_firewall: raw.flags & HONOUR_FIREWALL != 0,
             drain: match raw.drain_policy {
                 0 => Drain::Cut,
                 1 => Drain::Within { ms: raw.drain_ms },

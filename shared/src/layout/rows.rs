@@ -43,7 +43,7 @@ declare! {
         0 state: u32 = "0 free, 1 wanted, 2 removed and not yet acknowledged",
         4 host_port: u16 = "port on the host",
         6 protocol: u8 = "6 TCP, 17 UDP",
-        7 flags: u8 = "bit 0 observe only, bit 1 link guard, bit 2 local clients only",
+        7 flags: u8 = "bit 0 observe only, bit 1 link guard, bit 2 local clients only, bit 3 the host's firewall decides",
         8 kernel_id: [u8; 16] = "kernel the port belongs to",
         24 container_id: [u8; 32] = "container the port leads to",
         56 bind_address: [u8; 16] = "address listened on (IPv4 in the first 4 bytes)",
@@ -64,7 +64,8 @@ declare! {
         184 network_prefixes: [u8; 8] = "prefix length per client network, bits",
         192 network_families: [u8; 8] = "4 or 6 per client network",
         200 network_addresses: [u8; 128] = "16 bytes per client network",
-        328 reserved: [u8; 8] = "zero",
+        328 new_per_second: u32 = "new sessions in a second in the long run, 0 no limit",
+        332 reserved: [u8; 4] = "zero",
     }
 
     /// A container to be sampled (desired region, table containers).
@@ -128,7 +129,9 @@ declare! {
         208 bytes_in: u64 = "client to container, bytes",
         216 bytes_out: u64 = "container to client, bytes",
         224 connect_failures: u64 = "connections to the container that failed",
-        232 reserved_end: [u8; 24] = "zero",
+        232 packets_in: u64 = "client to container on the kernel path, packets",
+        240 packets_out: u64 = "container to client on the kernel path, packets",
+        248 reserved_end: [u8; 8] = "zero",
     }
 
     /// One container at one tick (observed region, table containers). Group order: cpu, memory,

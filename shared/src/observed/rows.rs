@@ -165,6 +165,10 @@ pub struct PortStatus {
     pub bytes_out: u64,
     /// Connections to the container that failed.
     pub connect_failures: u64,
+    /// Client to container on the kernel path, packets.
+    pub packets_in: u64,
+    /// Container to client on the kernel path, packets.
+    pub packets_out: u64,
 }
 
 impl PortStatus {
@@ -187,6 +191,8 @@ impl PortStatus {
             bytes_in: 0,
             bytes_out: 0,
             connect_failures: 0,
+            packets_in: 0,
+            packets_out: 0,
         }
     }
 
@@ -237,6 +243,8 @@ impl KeyedRow for PortStatus {
             bytes_in: self.bytes_in,
             bytes_out: self.bytes_out,
             connect_failures: self.connect_failures,
+            packets_in: self.packets_in,
+            packets_out: self.packets_out,
             ..RawPortStatus::default()
         };
         let reason = cut(&self.reason, raw.reason.len());
@@ -264,6 +272,8 @@ impl KeyedRow for PortStatus {
             bytes_in: raw.bytes_in,
             bytes_out: raw.bytes_out,
             connect_failures: raw.connect_failures,
+            packets_in: raw.packets_in,
+            packets_out: raw.packets_out,
         })
     }
 }

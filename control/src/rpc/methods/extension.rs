@@ -206,6 +206,8 @@ fn ports(node: &Node) -> Result<Value, Failure> {
                     "sessions_refused": status.map(|status| status.sessions_refused),
                     "bytes_in": status.map(|status| status.bytes_in),
                     "bytes_out": status.map(|status| status.bytes_out),
+                    "packets_in": status.map(|status| status.packets_in),
+                    "packets_out": status.map(|status| status.packets_out),
                 }));
             }
         }

@@ -61,6 +61,9 @@ pub fn common_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> 
     if families == (true, false) || (families == (false, true) && !row.bind.is_unspecified()) {
         return no("clients and container speak different versions of IP");
     }
+    if row.honour_firewall {
+        return no("the host's firewall decides about clients");
+    }
     if at.idle_timeout {
         return no("the relay ends silent sessions, the kernel path can't");
     }
@@ -288,6 +291,13 @@ mod tests {
             ..at(Some(&good), &all, &uplinks)
         };
         assert!(words(&row(), &idle).unwrap().contains("silent"));
+        let mut filtered = row();
+        filtered.honour_firewall = true;
+        assert!(
+            ask(&filtered, Some(&good), &all)
+                .unwrap()
+                .contains("firewall")
+        );
         let busy = Circumstances {
             relayed: 1,
             ..at(Some(&good), &all, &uplinks)

@@ -4,25 +4,29 @@
 //! to the root of the version 2 control groups, pinned. Invariant: the hooks act on sockets of this
 //! process's network namespace only, and only towards links that the kernel knows to be there.
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Array, DevMapHash, MapData};
+use aya::maps::{Array, DevMapHash, HashMap, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
 use aya::{Ebpf, EbpfLoader};
-use ebpf::records::Node;
+use ebpf::records::{LedSocket, Node, PROTOCOL_TCP, Service, ServiceKey};
 use ebpf::{ADDRESS_HOOKS, RELEASE_HOOK, map};
 
 use super::error::KernelPathError;
 use super::object::typed;
 use super::pins::Pins;
 use crate::sys::bpf;
+use crate::sys::netlink::sockets;
 
 /// The hooks.
 pub(super) struct Hooks {
     links: DevMapHash<MapData>,
+    sockets: HashMap<MapData, u64, LedSocket>,
     // Kept for its maps; the programs are held by their pinned links.
     _object: Ebpf,
 }
@@ -105,6 +109,7 @@ impl Hooks {
             .map_err(KernelPathError::Load)?;
         let mut nodes: Array<MapData, Node> = typed!(&mut object, map::NODES);
         let links: DevMapHash<MapData> = typed!(&mut object, map::LINKS);
+        let sockets = typed!(&mut object, map::LED_SOCKETS);
         nodes
             .set(0, Node { namespace }, 0)
             .map_err(|source| KernelPathError::Map {
@@ -134,6 +139,7 @@ impl Hooks {
         }
         Ok(Self {
             links,
+            sockets,
             _object: object,
         })
     }
@@ -146,6 +152,36 @@ impl Hooks {
         self.links
             .insert(link, link, None, 0)
             .map_err(KernelPathError::Watch)
+    }
+
+    /// Resets the connections of this host's clients that a service has led to its container. A
+    /// socket of datagrams keeps its peer: it has no connection to end.
+    pub(super) fn cut(&self, key: ServiceKey, service: &Service) {
+        if key.protocol != PROTOCOL_TCP {
+            return;
+        }
+        let led = self.sockets.iter().flatten();
+        let cookies: HashSet<u64> = led
+            .filter(|(_, it)| {
+                (it.host_port, it.protocol, it.life) == (key.port, key.protocol, service.life)
+            })
+            .map(|(cookie, _)| cookie)
+            .collect();
+        if cookies.is_empty() {
+            return;
+        }
+        let peer = SocketAddr::new(
+            IpAddr::from(service.target),
+            u16::from_be(service.target_port),
+        );
+        match sockets::cut(&cookies, peer) {
+            Ok(cut) => tracing::debug!(port = u16::from_be(key.port), cut, "connections are cut"),
+            Err(err) => tracing::warn!(
+                port = u16::from_be(key.port),
+                err = super::words(&err),
+                "connections of clients on this host go on"
+            ),
+        }
     }
 
     /// Leads nobody over a link any more. Not there is fine.

@@ -7,7 +7,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shared::desired::ClientNetwork;
 
@@ -26,6 +26,9 @@ pub struct Rules {
     pub allowed: Vec<ClientNetwork>,
     /// Only clients on this host are let in.
     pub local_only: bool,
+    /// Most new sessions in a second, in the long run; 0 means no limit. A second's worth may come
+    /// at once.
+    pub new_per_second: u32,
 }
 
 /// Connect timeout when the row names none. A local container answers in microseconds; ten seconds
@@ -40,6 +43,7 @@ impl Default for Rules {
             idle_timeout: None,
             allowed: Vec::new(),
             local_only: false,
+            new_per_second: 0,
         }
     }
 }
@@ -53,6 +57,8 @@ pub enum Refusal {
     Network,
     /// It is not on this host.
     NotLocal,
+    /// Too many have come just now.
+    TooFast,
     /// The port's own limit is reached.
     PortLimit,
     /// The limit of the process is reached.
@@ -111,6 +117,30 @@ pub struct Counters {
     pub connect_failures: u64,
     /// Sessions ended because they were silent too long.
     pub idle_timeouts: u64,
+    /// Packets from clients on the kernel path; the relay sees none.
+    pub packets_in: u64,
+    /// Packets to them.
+    pub packets_out: u64,
+}
+
+/// When the next new session would be on time.
+#[derive(Debug, Default)]
+struct Pace(Option<Instant>);
+
+impl Pace {
+    /// Whether one may come now; if so it is counted in.
+    fn allows(&mut self, per_second: u32, now: Instant) -> bool {
+        const BURST: Duration = Duration::from_secs(1);
+        if per_second == 0 {
+            return true;
+        }
+        let next = self.0.map_or(now, |next| next.max(now));
+        if next > now + BURST {
+            return false;
+        }
+        self.0 = Some(next + BURST / per_second);
+        true
+    }
 }
 
 /// A forwarded port.
@@ -124,6 +154,7 @@ pub struct Port {
     state: AtomicU8,
     active: AtomicU32,
     elsewhere: AtomicU32,
+    pace: Mutex<Pace>,
     total: AtomicU64,
     refused: AtomicU64,
     bytes_in: AtomicU64,
@@ -152,6 +183,7 @@ impl Port {
             state: AtomicU8::new(OPEN),
             active: AtomicU32::new(0),
             elsewhere: AtomicU32::new(0),
+            pace: Mutex::new(Pace::default()),
             total: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
@@ -255,6 +287,11 @@ impl Port {
         {
             return Err(Refusal::NotLocal);
         }
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pace.allows(rules.new_per_second, Instant::now()) {
+            return Err(Refusal::TooFast);
+        }
+        drop(pace);
         let elsewhere = self.elsewhere.load(Relaxed);
         if rules.max_sessions != 0 && elsewhere >= rules.max_sessions {
             return Err(Refusal::PortLimit);
@@ -322,6 +359,7 @@ impl Port {
             bytes_out: self.bytes_out.load(Relaxed),
             connect_failures: self.connect_failures.load(Relaxed),
             idle_timeouts: self.idle_timeouts.load(Relaxed),
+            ..Counters::default()
         }
     }
 }
@@ -389,6 +427,16 @@ mod tests {
             (counters.active, counters.total, counters.refused),
             (2, 3, 1)
         );
+    }
+
+    #[test]
+    fn a_seconds_worth_may_come_at_once_and_the_rest_in_time() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let at_once = (0..50).filter(|_| pace.allows(10, start)).count();
+        assert_eq!(at_once, 11);
+        let later = start + Duration::from_millis(500);
+        assert_eq!((0..50).filter(|_| pace.allows(10, later)).count(), 5);
+        assert!((0..50).all(|_| pace.allows(0, later)), "no limit");
     }
 
     #[test]

@@ -1,0 +1,214 @@
+//! What the host can do for service ports: the kernel path, the firewall, and what serves each port.
+//!
+//! In: the configuration, texts of the kernel and of iptables, the dataplane's region. Out: findings.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use config::{Config, Forward};
+use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
+
+use super::{Finding, Level};
+
+/// What the kernel path needs.
+pub(super) fn kernel_path(config: &Config, release: &str, mounts: &str) -> Finding {
+    const CHECK: &str = "kernel path";
+    if config.node.forward == Forward::Relay {
+        return Finding::good(CHECK, "off (node.forward): the relay serves all ports");
+    }
+    if config.node.honour_firewall {
+        return Finding::good(
+            CHECK,
+            "unused (node.honour-firewall): the relay serves all ports",
+        );
+    }
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let release = release.trim();
+    if version < (5, 13) {
+        return Finding::bad(
+            CHECK,
+            Level::Warning,
+            format!("Linux {release} lacks what it needs"),
+            "the relay serves all ports; Linux 5.13 or newer has the kernel path, 6.6 or newer all of it",
+        );
+    }
+    if version < (5, 14)
+        || !mounts
+            .lines()
+            .any(|line| line.split(' ').nth(2) == Some("cgroup2"))
+    {
+        return Finding::bad(
+            CHECK,
+            Level::Warning,
+            "clients on this host are served by the relay",
+            "the hooks for them need Linux 5.14 and a mounted version 2 control group tree: mount -t cgroup2 none /sys/fs/cgroup/unified",
+        );
+    }
+    let means = if version < (6, 6) { "filters" } else { "links" };
+    Finding::good(CHECK, format!("Linux {release}, attached by {means}"))
+}
+
+/// Whether the INPUT chain, in the words of `iptables -S`, lets clients reach the listeners.
+pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
+    const CHECK: &str = "firewall";
+    let words = |line: &str| {
+        line.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let closed = rules.lines().any(|line| {
+        matches!(words(line).as_slice(), [p, chain, what]
+            if p == "-P" && chain == "INPUT" && what != "ACCEPT")
+    });
+    // A rule that refuses everything at the end is a policy, too.
+    let refuses = rules.lines().any(|line| {
+        let words = words(line);
+        words.starts_with(&["-A".to_owned(), "INPUT".to_owned(), "-j".to_owned()])
+            && matches!(words.get(3).map(String::as_str), Some("DROP" | "REJECT"))
+    });
+    if !closed && !refuses {
+        return Finding::good(CHECK, "the INPUT chain lets clients in");
+    }
+    let admits = rules.lines().any(|line| {
+        let words = words(line);
+        let accepts = words.windows(2).any(|pair| pair == ["-j", "ACCEPT"]);
+        let ports = words
+            .windows(2)
+            .find(|pair| pair[0] == "--dport" || pair[0] == "--dports")
+            .map(|pair| pair[1].clone());
+        accepts && ports.is_some_and(|ports| covers(&ports, first, last))
+    });
+    if admits {
+        return Finding::good(CHECK, format!("the INPUT chain admits {first}-{last}"));
+    }
+    Finding::bad(
+        CHECK,
+        Level::Warning,
+        format!("the INPUT chain refuses what no rule admits, and none names {first}-{last}"),
+        format!(
+            "clients that the kernel path leaves to the relay are shut out; run: iptables -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"
+        ),
+    )
+}
+
+/// Whether one of the comma-joined ports or ranges holds all of `first` to `last`.
+fn covers(ports: &str, first: u16, last: u16) -> bool {
+    ports.split(',').any(|range| {
+        let (low, high) = range.split_once(':').unwrap_or((range, range));
+        let (low, high) = (low.parse::<u16>(), high.parse::<u16>());
+        matches!((low, high), (Ok(low), Ok(high)) if low <= first && last <= high)
+    })
+}
+
+/// Rules that people put up for published ports do not see what passes them by.
+pub(super) fn user_rules(config: &Config, rules: &str) -> Option<Finding> {
+    let some = rules
+        .lines()
+        .any(|line| line.starts_with("-A DOCKER-USER") && !line.ends_with("-j RETURN"));
+    let passed_by = config.node.forward == Forward::Auto && !config.node.honour_firewall;
+    (some && passed_by).then(|| {
+        Finding::bad(
+            "published ports",
+            Level::Warning,
+            "DOCKER-USER has rules, which do not see clients on the kernel path",
+            "say who may use service ports in node.allowed-clients, or set node.honour-firewall = true",
+        )
+    })
+}
+
+/// What serves the ports, and why not something better.
+pub(super) fn paths(statuses: &[PortStatus]) -> Finding {
+    const CHECK: &str = "paths of ports";
+    let count = |wanted: ForwardPath| {
+        let serving = |it: &&PortStatus| it.state == PortState::Serving && it.path == wanted;
+        statuses.iter().filter(serving).count()
+    };
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for status in statuses.iter().filter(|it| !it.reason.is_empty()) {
+        *reasons.entry(&status.reason).or_default() += 1;
+    }
+    let mut found = format!(
+        "{} kernel path, {} relay, {} engine",
+        count(ForwardPath::KernelPath),
+        count(ForwardPath::Relay),
+        count(ForwardPath::Engine),
+    );
+    let mut reasons: Vec<(&str, usize)> = reasons.into_iter().collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    for (reason, count) in reasons.iter().take(3) {
+        found.push_str(&format!("; {count} times: {reason}"));
+    }
+    let broken = statuses
+        .iter()
+        .any(|it| matches!(it.state, PortState::Refused | PortState::Disabled));
+    if broken {
+        return Finding::bad(
+            CHECK,
+            Level::Warning,
+            found,
+            "bai-agent ports shows which and why",
+        );
+    }
+    Finding::good(CHECK, found)
+}
+
+/// The statuses in a dataplane's region; none when there is none.
+pub(super) fn statuses(directory: &Path) -> Vec<PortStatus> {
+    ObservedReader::at(directory)
+        .snapshot()
+        .map(|snapshot| snapshot.ports.clone())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::desired::{PortKey, Protocol};
+    use shared::ids::{KernelId, RegionId};
+
+    #[test]
+    fn a_closed_input_chain_must_admit_the_range() {
+        let ask = |rules: &str| input_chain(rules, 30_000, 31_000).level;
+        assert_eq!(ask(""), Level::Good);
+        assert_eq!(ask("-P INPUT ACCEPT\n"), Level::Good);
+        let closed = "-P INPUT DROP\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n";
+        assert_eq!(ask(closed), Level::Warning);
+        let refusing = "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-host-prohibited\n";
+        assert_eq!(ask(refusing), Level::Warning);
+        for ports in ["30000:31000", "1024:65535", "22,29000:32000"] {
+            let rule = format!("{closed}-A INPUT -p tcp -m multiport --dports {ports} -j ACCEPT\n");
+            assert_eq!(ask(&rule), Level::Good, "{ports}");
+        }
+        let part = format!("{closed}-A INPUT -p tcp --dport 30000:30500 -j ACCEPT\n");
+        assert_eq!(ask(&part), Level::Warning);
+    }
+
+    #[test]
+    fn paths_are_counted_and_their_reasons_told() {
+        let status = |host_port, path, reason: &str| {
+            let key = PortKey {
+                protocol: Protocol::Tcp,
+                host_port,
+            };
+            let state = PortState::Serving;
+            let mut it = PortStatus::new(key, KernelId::default(), RegionId::default(), state);
+            it.path = path;
+            it.reason = reason.to_owned();
+            it
+        };
+        let mut all = vec![
+            status(1, ForwardPath::KernelPath, ""),
+            status(2, ForwardPath::Relay, "by the relay: x"),
+            status(3, ForwardPath::Relay, "by the relay: x"),
+        ];
+        let finding = paths(&all);
+        assert_eq!(finding.level, Level::Good);
+        assert!(finding.found.contains("1 kernel path, 2 relay, 0 engine"));
+        assert!(finding.found.contains("2 times: by the relay: x"));
+        all[0].state = PortState::Disabled;
+        assert_eq!(paths(&all).level, Level::Warning);
+    }
+}

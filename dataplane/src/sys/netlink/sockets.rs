@@ -1,0 +1,146 @@
+//! Ending TCP connections of this network namespace by their sockets (sock_diag(7)).
+//!
+//! In: cookies of sockets. Out: those sockets are reset, as if the peer had done it. Invariant: no
+//! other socket is touched: the kernel compares the cookie.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::netlink;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use super::{
+    ANSWER, BUFFER, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkError,
+    from_kernel, messages, u32_at,
+};
+
+// linux/sock_diag.h, linux/inet_diag.h, linux/socket.h
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const NLM_F_ACK: u16 = 4;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+/// `struct inet_diag_sockid`, and where it is in `struct inet_diag_msg`.
+const ID: usize = 48;
+const ID_AT: usize = 4;
+const COOKIE_AT: usize = 40;
+
+fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
+    let mut body = vec![family, IPPROTO_TCP, 0, 0];
+    body.extend_from_slice(&u32::MAX.to_ne_bytes());
+    body.extend_from_slice(id);
+    let length = u32::try_from(HEADER + body.len()).unwrap_or(u32::MAX);
+    let mut request = length.to_ne_bytes().to_vec();
+    request.extend_from_slice(&kind.to_ne_bytes());
+    request.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    request.extend_from_slice(&body);
+    request
+}
+
+/// The id of a listed socket, if it is one of those towards `peer`.
+fn wanted(body: &[u8], cookies: &HashSet<u64>, peer: SocketAddr) -> Option<[u8; ID]> {
+    let id: [u8; ID] = body.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
+    let port = u16::from_be_bytes([id[2], id[3]]);
+    let (low, high) = (u32_at(&id, COOKIE_AT)?, u32_at(&id, COOKIE_AT + 4)?);
+    let cookie = u64::from(high) << 32 | u64::from(low);
+    let destination: [u8; 16] = id[20..36].try_into().ok()?;
+    let same = match peer.ip() {
+        IpAddr::V4(v4) => {
+            destination[..4] == v4.octets() || destination == v4.to_ipv6_mapped().octets()
+        }
+        IpAddr::V6(v6) => destination == v6.octets(),
+    };
+    (port == peer.port() && same && cookies.contains(&cookie)).then_some(id)
+}
+
+fn list(
+    socket: &OwnedFd,
+    family: u8,
+    cookies: &HashSet<u64>,
+    peer: SocketAddr,
+) -> Result<Vec<[u8; ID]>, NetlinkError> {
+    let ask = request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, &[0; ID]);
+    net::send(socket, &ask, SendFlags::empty()).map_err(NetlinkError::Ask)?;
+    let mut buffer = vec![0; BUFFER];
+    let mut found = Vec::new();
+    loop {
+        let (read, _, sender) = match net::recvfrom(socket, &mut buffer[..], RecvFlags::empty()) {
+            Ok(received) => received,
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(NetlinkError::Answer(errno)),
+        };
+        if !from_kernel(sender) {
+            continue;
+        }
+        for message in messages(buffer.get(..read).unwrap_or_default()) {
+            match message.kind {
+                NLMSG_DONE => return Ok(found),
+                NLMSG_ERROR => return Err(NetlinkError::Refused(refusal(message.body))),
+                _ => found.extend(wanted(message.body, cookies, peer)),
+            }
+        }
+    }
+}
+
+fn refusal(body: &[u8]) -> Errno {
+    let code = u32_at(body, 0).unwrap_or(0).cast_signed();
+    Errno::from_raw_os_error(code.saturating_neg())
+}
+
+/// Resets those TCP sockets among `cookies` that are connected to `peer`. Answers how many.
+///
+/// # Errors
+/// The step that failed; kernels without `CONFIG_INET_DIAG_DESTROY` refuse.
+pub fn cut(cookies: &HashSet<u64>, peer: SocketAddr) -> Result<usize, NetlinkError> {
+    let socket = net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        Some(netlink::SOCK_DIAG),
+    )
+    .map_err(NetlinkError::Open)?;
+    sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER))
+        .map_err(NetlinkError::Open)?;
+    let mut cut = 0;
+    let mut buffer = vec![0; BUFFER];
+    for family in [AF_INET, AF_INET6] {
+        for id in list(&socket, family, cookies, peer)? {
+            let order = request(SOCK_DESTROY, NLM_F_ACK, family, &id);
+            net::send(&socket, &order, SendFlags::empty()).map_err(NetlinkError::Ask)?;
+            let read = net::recv(&socket, &mut buffer[..], RecvFlags::empty())
+                .map_err(NetlinkError::Answer)?
+                .0;
+            for message in messages(buffer.get(..read).unwrap_or_default()) {
+                // An error of zero is the acknowledgement.
+                if message.kind != NLMSG_ERROR || u32_at(message.body, 0) == Some(0) {
+                    cut += 1;
+                    continue;
+                }
+                match refusal(message.body) {
+                    // It has ended by itself meanwhile.
+                    Errno::NOENT => {}
+                    errno => return Err(NetlinkError::Refused(errno)),
+                }
+            }
+        }
+    }
+    Ok(cut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = wanted(&bytes, &HashSet::new(), ([127, 0, 0, 1], 1).into());
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! What the kernel path does with packets that are not plain segments: datagrams, their fragments,
+//! errors of routers and of containers, large packets for narrow ways.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+
+use harness::dataplane::until;
+use harness::kernel_path::{Node, host};
+use harness::netns::ip;
+use harness::remote_client::{may_use_bpf, within};
+use harness::traffic::{self, Manner};
+use shared::desired::{PortRow, Protocol};
+use shared::observed::ForwardPath;
+
+/// An echo of datagrams in the container.
+fn echo(node: &Node) -> u16 {
+    within(&node.container.namespace, || {
+        let socket = UdpSocket::bind("[::]:0").expect("a port");
+        let port = socket.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            let mut buffer = vec![0; 65_536];
+            while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(&buffer[..length], peer);
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+/// A row of datagrams on the kernel path.
+fn datagrams(node: &mut Node, family: usize) -> PortRow {
+    let mut row = node.container.port(echo(node));
+    row.protocol = Protocol::Udp;
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    row
+}
+
+fn socket_to(address: SocketAddr) -> UdpSocket {
+    let any = if address.is_ipv4() {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
+    let socket = UdpSocket::bind(any).expect("a socket");
+    socket
+        .set_read_timeout(Some(traffic::PATIENCE))
+        .expect("a deadline");
+    socket.connect(address).expect("a peer");
+    socket
+}
+
+fn round_trip(socket: &UdpSocket, length: usize) {
+    let mut sent = vec![0; length];
+    traffic::fill(length as u64, 0, &mut sent);
+    socket.send(&sent).expect("sent");
+    let mut back = vec![0; 65_536];
+    let received = socket.recv(&mut back).expect("an answer");
+    assert!(back[..received] == sent, "{length} bytes came back whole");
+}
+
+/// Baselines: a length check that is the same for all protocols loses small datagrams, and those of
+/// several fragments are lost without a map of them.
+fn datagrams_of_all_sizes(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = datagrams(&mut node, family);
+    let address = host(&row, family);
+    node.at_client(move || {
+        let socket = socket_to(address);
+        for length in [1, 2, 64, 1_400, 1_472, 1_473, 3_000, 9_000, 40_000] {
+            round_trip(&socket, length);
+        }
+    });
+    let status = node.counted(&row, |it| it.bytes_out >= 56_000);
+    assert_eq!(
+        (status.path, status.sessions_total, status.sessions_active),
+        (ForwardPath::KernelPath, 1, 1)
+    );
+    assert_eq!(status.bytes_in, status.bytes_out);
+}
+
+#[test]
+fn datagrams_of_all_sizes_come_back() {
+    datagrams_of_all_sizes(0);
+}
+
+#[test]
+fn datagrams_of_all_sizes_come_back_over_ipv6() {
+    datagrams_of_all_sizes(1);
+}
+
+fn closed_port_is_told(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    // A port of the container that nobody has.
+    let free = within(&node.container.namespace, || {
+        UdpSocket::bind("[::]:0").and_then(|it| it.local_addr())
+    });
+    let port = free.expect("the container").expect("a port").port();
+    let mut row = node.container.port(port);
+    row.protocol = Protocol::Udp;
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    let address = host(&row, family);
+    let err = node.at_client(move || {
+        let socket = socket_to(address);
+        socket.send(b"x").expect("sent");
+        socket.recv(&mut [0; 16])
+    });
+    assert_eq!(
+        err.expect_err("nobody answers").kind(),
+        ErrorKind::ConnectionRefused
+    );
+}
+
+#[test]
+fn the_client_hears_that_a_containers_port_is_closed() {
+    closed_port_is_told(0);
+}
+
+#[test]
+fn the_client_hears_that_a_containers_port_is_closed_over_ipv6() {
+    closed_port_is_told(1);
+}
+
+#[test]
+fn a_flow_of_datagrams_does_not_translate_direct_ones() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = datagrams(&mut node, 0);
+    let (address, direct) = (host(&row, 0), SocketAddr::new(row.target, row.target_port));
+    node.at_client(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+        socket
+            .set_read_timeout(Some(traffic::PATIENCE))
+            .expect("a deadline");
+        let mut buffer = [0; 16];
+        for to in [address, direct, address, direct] {
+            socket.send_to(b"x", to).expect("sent");
+            let (_, from) = socket.recv_from(&mut buffer).expect("an answer");
+            assert_eq!(from, to);
+        }
+    });
+}
+
+#[test]
+fn no_datagram_is_lost_while_the_process_is_killed_and_replaced() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = datagrams(&mut node, 0);
+    let address = host(&row, 0);
+    let over = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&over);
+    let traffic = node.at_client(move || {
+        thread::spawn(move || {
+            let socket = socket_to(address);
+            let mut number = 0_u64;
+            while !stop.load(Relaxed) {
+                socket.send(&number.to_le_bytes()).expect("sent");
+                let mut back = [0; 8];
+                let length = socket.recv(&mut back).expect("each is answered");
+                assert_eq!((length, u64::from_le_bytes(back)), (8, number));
+                number += 1;
+            }
+            number
+        })
+    });
+    for _ in 0..3 {
+        node.kill();
+        node.restart();
+        node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+    }
+    over.store(true, Relaxed);
+    let sent = traffic.join().expect("no datagram was lost");
+    let status = node.counted(&row, |it| it.bytes_in >= sent * 8);
+    assert_eq!(status.sessions_total, 1, "one flow all along");
+    assert_eq!((status.bytes_in, status.bytes_out), (sent * 8, sent * 8));
+}
+
+/// Downloads from an address: the container sends all it can at once.
+fn download(address: SocketAddr) -> Result<u64, String> {
+    const LENGTH: u64 = 2 << 20;
+    let mut stream = traffic::connect(address).map_err(|err| err.to_string())?;
+    let mut sender = stream.try_clone().expect("a clone");
+    let sending = thread::spawn(move || {
+        let sent = traffic::send(&mut sender, 3, LENGTH, Manner::eager(60_000));
+        let _ = sender.shutdown(std::net::Shutdown::Write);
+        sent
+    });
+    let received = traffic::receive(&mut stream, 3, Manner::eager(60_000))?;
+    let sent = sending.join().expect("the sender");
+    sent.map_err(|err| format!("sending: {err}"))?;
+    (received == LENGTH)
+        .then_some(received)
+        .ok_or(format!("{received} bytes"))
+}
+
+/// A router beyond the client's network has a narrow way: the container must hear of it.
+fn path_mtu(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    let far = node.network.beyond_the_client(1_300).expect("a far client");
+    let address = host(&row, family);
+    until("the narrow way being known", || {
+        let received = within(&far.name, move || download(address)).expect("the far client");
+        received.map_err(|err| println!("{err}")).ok()
+    })
+    .expect("whole");
+    let status = node.counted(&row, |it| it.sessions_total >= 1);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+    // Without that knowledge every full segment would be lost.
+    let known = within(&node.container.namespace, {
+        let to = far.address[family].clone();
+        move || ip(&format!("route get {to}"))
+    });
+    let known = known.expect("the container").expect("a route");
+    assert!(known.contains("mtu 1300"), "{known}");
+}
+
+#[test]
+fn a_narrow_way_beyond_the_host_is_told_to_the_container() {
+    path_mtu(0);
+}
+
+#[test]
+fn a_narrow_way_beyond_the_host_is_told_to_the_container_over_ipv6() {
+    path_mtu(1);
+}
+
+fn narrow_uplink(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    ip(&format!("-n {} link set up0 mtu 1300", node.network.host)).expect("narrow");
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    let address = host(&row, family);
+    // The dataplane may look at the interface a moment later than the test has changed it.
+    until("the narrow way being known", || {
+        node.at_client(move || download(address)).ok()
+    })
+    .expect("whole");
+}
+
+#[test]
+fn an_uplink_narrower_than_the_containers_link_will_do() {
+    narrow_uplink(0);
+}
+
+#[test]
+fn an_uplink_narrower_than_the_containers_link_will_do_over_ipv6() {
+    narrow_uplink(1);
+}
+
+#[test]
+fn nobody_but_the_host_reaches_the_runner() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let other = node.network.container(3).expect("another container");
+    within(&node.container.namespace, || {
+        for port in [2000, 2001, 2002] {
+            let listener = traffic::listener(&format!("[::]:{port}"));
+            thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let _ = stream.expect("a client").write_all(b"runner");
+                }
+            });
+        }
+    })
+    .expect("the container's namespace");
+    let reach = |namespace: &str, address: SocketAddr| {
+        let run = move || {
+            let wait = std::time::Duration::from_millis(300);
+            let mut stream = TcpStream::connect_timeout(&address, wait)?;
+            traffic::patient(&stream)?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            std::io::Result::Ok(text)
+        };
+        within(namespace, run).expect("a namespace")
+    };
+    // The row of the container is enough; it needs no port.
+    let target = |family: usize, port: u16| SocketAddr::new(node.container.address[family], port);
+    until("the guard being up", || {
+        reach(&other.namespace, target(0, 2000)).err()
+    })
+    .expect("closed to the neighbour");
+    node.kill();
+    for (family, port) in [(0, 2000), (0, 2001), (1, 2000), (1, 2001)] {
+        for from in [&other.namespace, &node.network.client] {
+            let err = reach(from, SocketAddr::new(node.container.address[family], port));
+            let err = err.expect_err("the runner was reached");
+            assert_eq!(err.kind(), ErrorKind::TimedOut, "{from}");
+        }
+    }
+    for family in [0, 1] {
+        let own = |port: u16| SocketAddr::new(node.container.address[family], port);
+        assert_eq!(
+            reach(&other.namespace, own(2002)).expect("another port"),
+            "runner"
+        );
+        assert_eq!(
+            reach(&node.network.host, own(2000)).expect("the agent"),
+            "runner"
+        );
+    }
+}

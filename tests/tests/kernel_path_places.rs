@@ -1,0 +1,292 @@
+//! Where the kernel path serves: several uplinks, VLANs, bridges towards other machines and towards
+//! containers, kernels with filters only; and how it gets over changes of all that.
+
+use std::net::SocketAddr;
+
+use harness::dataplane::until;
+use harness::kernel_path::{KERNEL, Node, ask, attached, mirror, told};
+use harness::netns::ip;
+use harness::remote_client::{may_use_bpf, within};
+use shared::desired::PortRow;
+use shared::observed::{ForwardPath, PortState};
+
+/// Waits until a client at `address` is served by the kernel path: the container sees its address.
+fn served(node: &Node, address: SocketAddr) {
+    until(&format!("{address} by the kernel path"), || {
+        let (seen, own) = node.at_client(move || told(address)).ok()?;
+        (seen == own.to_string()).then_some(())
+    })
+    .expect("served");
+}
+
+#[test]
+fn every_uplink_is_served_and_answered_by() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (client, host) = (&node.network.client, &node.network.host);
+    for words in [
+        format!("-n {host} link add up1 type veth peer name eth1 netns {client}"),
+        format!("-n {host} addr add 10.78.8.1/24 dev up1"),
+        format!("-n {client} addr add 10.78.8.2/24 dev eth1"),
+        format!("-n {host} link set up1 up"),
+        format!("-n {client} link set eth1 up"),
+    ] {
+        ip(&words).expect("another uplink");
+    }
+    served(&node, ([10, 78, 8, 1], row.host_port).into());
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+    // The other goes; this one stays.
+    ip(&format!("-n {host} link del up1")).expect("gone");
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn a_vlan_is_an_uplink_of_its_own() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (client, host) = (&node.network.client, &node.network.host);
+    for (namespace, link, address) in [
+        (host, "up0", "10.78.7.1/24"),
+        (client, "eth0", "10.78.7.2/24"),
+    ] {
+        let made = ip(&format!(
+            "-n {namespace} link add link {link} name tag7 type vlan id 7"
+        ));
+        if let Err(err) = &made
+            && (err.to_string().contains("Unknown device type")
+                || err.to_string().contains("not supported"))
+        {
+            println!("SKIP this kernel is built without VLANs");
+            return;
+        }
+        made.expect("a VLAN");
+        ip(&format!("-n {namespace} addr add {address} dev tag7")).expect("an address");
+        ip(&format!("-n {namespace} link set tag7 up")).expect("up");
+    }
+    served(&node, ([10, 78, 7, 1], row.host_port).into());
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn a_bridge_that_leads_to_other_machines_is_an_uplink() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (client, host) = (&node.network.client, &node.network.host);
+    // A member that is no veth, as hardware is none.
+    for words in [
+        format!("-n {host} link add up1 type veth peer name eth1 netns {client}"),
+        format!("-n {host} link set up1 up"),
+        format!("-n {host} link add link up1 name lan0 type macvlan mode passthru"),
+        format!("-n {host} link add lan address 02:42:0a:4e:09:01 type bridge"),
+        format!("-n {host} link set lan0 master lan up"),
+        format!("-n {host} addr add 10.78.9.1/24 dev lan"),
+        format!("-n {host} link set lan up"),
+        format!("-n {client} addr add 10.78.9.2/24 dev eth1"),
+        format!("-n {client} link set eth1 up"),
+    ] {
+        ip(&words).expect("a bridge with another machine behind");
+    }
+    served(&node, ([10, 78, 9, 1], row.host_port).into());
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn containers_of_two_bridges_are_served_and_stay_apart() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let first = node.container.port(mirror(&node.container));
+    node.lift(&first);
+    let other = node.network.bridged_elsewhere(2).expect("another bridge");
+    let mut container = other.row(KERNEL);
+    container.container_id = shared::ids::ContainerId([8; 32]);
+    let id = container.container_id;
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("known");
+    let mut second = other.port(mirror(&other));
+    second.container_id = id;
+    node.lift(&second);
+    for row in [&first, &second] {
+        served(&node, ([10, 78, 1, 1], row.host_port).into());
+    }
+    // From one bridge to a port of the other: the listener's, by the host's address there.
+    let address: SocketAddr = ([10, 78, 3, 1], first.host_port).into();
+    let inside = within(&other.namespace, move || told(address));
+    let (text, own) = inside.expect("the container").expect("told");
+    assert_ne!(text, own.to_string());
+    assert!(text.starts_with("10.78.2.1:"), "by the relay: {text}");
+}
+
+fn survives_filters(node: &mut Node, row: &PortRow) {
+    served(node, ([10, 78, 1, 1], row.host_port).into());
+    node.kill();
+    served(node, ([10, 78, 1, 1], row.host_port).into());
+    node.restart();
+    node.counted(row, |it| it.path == ForwardPath::KernelPath);
+    served(node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn where_links_are_missing_filters_do_and_leave_no_trace() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::with("forward = \"auto\"\nkernel-attach = \"filters\"");
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let there = attached(&node);
+    assert!(there.contains("clsact/ingress from_uplink"), "{there}");
+    assert!(!there.contains(" tcx "), "{there}");
+    survives_filters(&mut node, &row);
+    let there = attached(&node);
+    assert_eq!(there.matches("from_uplink").count(), 1, "once: {there}");
+    node.kill();
+    let detach = node.place.command(&["detach"]).expect("detach").output();
+    assert!(detach.expect("detach can be run").status.success());
+    let left = attached(&node);
+    assert!(
+        !left.contains("_container") && !left.contains("from_"),
+        "{left}"
+    );
+}
+
+#[test]
+fn a_container_that_comes_back_elsewhere_is_served_there() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+    let again = node.network.container(7).expect("the container again");
+    ip(&format!(
+        "-n {} link del {}",
+        node.network.host, node.container.link
+    ))
+    .expect("the old link goes");
+    node.control
+        .in_state(row.key(), PortState::Disabled)
+        .expect("fails closed");
+    let container = again.row(KERNEL);
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("known");
+    let mut moved = again.port(mirror(&again));
+    moved.host_port = row.host_port;
+    node.lift(&moved);
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn a_bridge_that_is_made_again_is_no_matter() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node.container.port(mirror(&node.container));
+    node.lift(&row);
+    let (host, link) = (&node.network.host, &node.container.link);
+    for words in [
+        format!("-n {host} link del br0"),
+        format!("-n {host} link add br0 address 02:42:0a:4e:02:02 type bridge"),
+        format!("-n {host} addr add 10.78.2.1/24 dev br0"),
+        format!("-n {host} link set br0 up"),
+        format!("-n {host} link set {link} master br0"),
+        format!("-n {} neigh flush dev eth0", node.container.namespace),
+    ] {
+        ip(&words).expect("the bridge again");
+    }
+    served(&node, ([10, 78, 1, 1], row.host_port).into());
+    let port = row.host_port;
+    let answer = within(host, move || told(([127, 0, 0, 1], port).into()));
+    let (text, own) = answer.expect("the host").expect("told");
+    assert_eq!(text, own.to_string(), "clients on the host, too");
+}
+
+#[test]
+fn without_types_of_the_kernel_all_works() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    node.kill();
+    let program = node.place.command(&[]).expect("the command");
+    let words: Vec<_> = std::iter::once(program.get_program())
+        .chain(program.get_args())
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let mut hidden = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "slave", "sh", "-c"])
+        .arg("mount -t tmpfs none /sys/kernel/btf && exec \"$@\"")
+        .arg("sh")
+        .args(&words)
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("bai-dataplane without BTF");
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    let status = node.publish(&row);
+    let address: SocketAddr = ([10, 78, 1, 1], row.host_port).into();
+    let answer = node.at_client(move || ask(address, b"x"));
+    let _ = hidden.kill();
+    let _ = hidden.wait();
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::KernelPath)
+    );
+    assert_eq!(answer.expect("served"), b"x");
+}
+
+#[test]
+fn a_container_on_the_hosts_network_is_the_relays() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let id = shared::ids::ContainerId([7; 32]);
+    let mut container = node.container.row(KERNEL);
+    container.container_id = id;
+    container.host_network = true;
+    container.link_indexes.clear();
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("known");
+    let port = within(&node.network.host, || {
+        harness::traffic::echo_server("127.0.0.1:0").port()
+    });
+    let mut row = node.container.port(port.expect("the host"));
+    row.container_id = id;
+    row.target = [127, 0, 0, 1].into();
+    row.link_index = 0;
+    row.link_guard = false;
+    let status = node.publish(&row);
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    assert!(
+        status.reason.contains("host's network"),
+        "{}",
+        status.reason
+    );
+    let address: SocketAddr = ([10, 78, 1, 1], row.host_port).into();
+    let answer = node.at_client(move || ask(address, b"x"));
+    assert_eq!(answer.expect("served"), b"x");
+}

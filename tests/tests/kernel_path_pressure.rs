@@ -1,0 +1,218 @@
+//! The kernel path under more than it can hold: flows beyond its table, thousands of ports, clients
+//! that come too fast.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use harness::dataplane::until;
+use harness::kernel_path::{Node, ask, host};
+use harness::remote_client::{HOST, may_use_bpf, within};
+use harness::traffic;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+};
+use shared::Sizes;
+use shared::desired::PortRow;
+use shared::observed::{ForwardPath, PortState};
+
+fn sum(bytes: &[u8]) -> u32 {
+    let words = bytes.chunks(2);
+    words
+        .map(|it| u32::from(it[0]) << 8 | u32::from(it.get(1).copied().unwrap_or(0)))
+        .sum()
+}
+
+fn fold(mut sum: u32) -> [u8; 2] {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!u16::try_from(sum).expect("folded")).to_be_bytes()
+}
+
+/// A segment from the middle of a connection: to a table that has lost it, a flow to make again.
+fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16) -> Vec<u8> {
+    // The kernel puts in length and sum of this header.
+    let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0];
+    packet.extend(from.octets());
+    packet.extend(to.octets());
+    let mut tcp = Vec::new();
+    tcp.extend(from_port.to_be_bytes());
+    tcp.extend(port.to_be_bytes());
+    tcp.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    let check = fold(sum(&tcp) + sum(&packet[12..20]) + 6 + 20);
+    tcp[16..18].copy_from_slice(&check);
+    packet.extend(tcp);
+    packet
+}
+
+/// Sends segments of `count` connections that nobody has.
+fn flood(row: &PortRow, count: u32) {
+    let raw = socket(
+        AddressFamily::Inet,
+        SockType::Raw,
+        SockFlag::empty(),
+        SockProtocol::Raw,
+    )
+    .expect("a raw socket");
+    let to: Ipv4Addr = HOST[0].parse().expect("an address");
+    let address = SockaddrIn::from(std::net::SocketAddrV4::new(to, 0));
+    for number in 0..count {
+        let from = Ipv4Addr::from(0xac10_0001 + number / 50_000);
+        let from_port = u16::try_from(1_024 + number % 50_000).expect("a port");
+        let packet = segment(from, from_port, to, row.host_port);
+        let sent = sendto(raw.as_raw_fd(), &packet, &address, MsgFlags::empty());
+        assert_eq!(sent.expect("sent"), packet.len());
+    }
+}
+
+#[test]
+fn a_flow_that_fell_out_of_a_full_table_goes_on() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    old.write_all(b"before").expect("sent");
+    old.read_exact(&mut [0; 6]).expect("echoed");
+    // More than twice what the table holds, all younger than the flow that is silent meanwhile.
+    let target = row.clone();
+    node.at_client(move || flood(&target, 300_000));
+    old.write_all(b"after").expect("sent");
+    let mut back = [0; 5];
+    old.read_exact(&mut back).expect("the flow goes on");
+    assert_eq!(&back, b"after");
+    let answer = node
+        .at_client(move || ask(address, b"new"))
+        .expect("a new flow");
+    assert_eq!(answer, b"new");
+    let status = node.counted(&row, |it| it.bytes_out >= 14);
+    assert_eq!(status.path, ForwardPath::KernelPath);
+    // The container has refused all the others.
+    node.counted(&row, |it| it.sessions_active <= 1);
+}
+
+#[test]
+fn thousands_of_ports_are_served_and_removed() {
+    if !may_use_bpf() {
+        return;
+    }
+    const PORTS: u16 = 3_000;
+    const FIRST: u16 = 20_000;
+    let mut node = Node::sized(
+        "forward = \"auto\"",
+        Sizes {
+            ports: u32::from(PORTS),
+            ..Sizes::default()
+        },
+    );
+    let port = node.container.echo().expect("a server");
+    let rows: Vec<PortRow> = (0..PORTS)
+        .map(|number| {
+            let mut row = node.container.port(port);
+            // Nobody else is in this namespace.
+            row.host_port = FIRST + number;
+            row
+        })
+        .collect();
+    let wanted = rows.clone();
+    let generation = node
+        .control
+        .write(|batch| wanted.into_iter().for_each(|row| batch.put_port(row)))
+        .expect("written");
+    let region = node.control.desired.region_id();
+    until("all ports being answered", || {
+        let snapshot = node.control.observed.snapshot().ok()?;
+        rows.iter()
+            .all(|row| {
+                snapshot.port(row.key()).is_some_and(|it| {
+                    it.answers(region, generation) && it.path == ForwardPath::KernelPath
+                })
+            })
+            .then_some(())
+    })
+    .expect("all on the kernel path");
+    let addresses: Vec<_> = rows.iter().map(|row| host(row, 0)).collect();
+    node.at_client(move || {
+        for address in addresses {
+            let answer = ask(address, b"x").expect("each port answers");
+            assert_eq!(answer, b"x");
+        }
+    });
+    let keys: Vec<_> = rows.iter().map(PortRow::key).collect();
+    node.control
+        .write(|batch| keys.into_iter().for_each(|key| batch.remove_port(key)))
+        .expect("written");
+    until("all ports being removed", || {
+        let snapshot = node.control.observed.snapshot().ok()?;
+        rows.iter()
+            .all(|row| {
+                snapshot
+                    .port(row.key())
+                    .is_none_or(|it| it.state == PortState::Removed)
+            })
+            .then_some(())
+    })
+    .expect("nothing left");
+    let last = host(&rows[2_999], 0);
+    let refused = node.at_client(move || TcpStream::connect(last));
+    assert!(refused.is_err());
+}
+
+#[test]
+fn new_connections_beyond_a_ports_rate_are_turned_away_and_counted() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    row.new_per_second = 20;
+    node.lift(&row);
+    let address = host(&row, 0);
+    // A second's worth may come at once, and some more while we try.
+    let (served, refused) = node.at_client(move || {
+        let (mut served, mut refused) = (0, 0);
+        while refused < 3 {
+            match TcpStream::connect_timeout(&address, Duration::from_millis(40)) {
+                Ok(_) => served += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        (served, refused)
+    });
+    assert!(served >= 20, "a burst is let in: {served}");
+    let status = node.counted(&row, |it| it.sessions_refused >= refused);
+    assert_eq!(status.sessions_total, served);
+    // Clients on the host have the same limit and are told at once.
+    let own: std::net::SocketAddr = ([127, 0, 0, 1], row.host_port).into();
+    let err = within(&node.network.host, move || {
+        loop {
+            if let Err(err) = TcpStream::connect(own) {
+                return err;
+            }
+        }
+    });
+    assert_eq!(
+        err.expect("the host").kind(),
+        std::io::ErrorKind::PermissionDenied
+    );
+    // The rate is of the long run: later there is room again.
+    until("room again", || {
+        let answer = node.at_client(move || {
+            let wait = Duration::from_millis(40);
+            TcpStream::connect_timeout(&address, wait).ok()
+        });
+        answer.map(drop)
+    })
+    .expect("served again");
+}
