@@ -23,7 +23,7 @@ use shared::{OpenError, Sizes};
 
 use crate::accelerator::{self, Accelerators};
 use crate::board::Board;
-use crate::collect::Collector;
+use crate::collect::{Collector, Means};
 use crate::forward::kernel::{self, KernelPath};
 use crate::forward::relay::{self, Relay, StartError};
 use crate::link::{Defaults, Link, kept_descriptors};
@@ -194,6 +194,9 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         link.settings().sample_interval,
         options.scratch_root.clone(),
         files,
+        Means::Best {
+            containers: board.sizes().containers,
+        },
     )
     .map_err(AppError::Collector)?;
 

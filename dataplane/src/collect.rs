@@ -13,6 +13,9 @@ pub mod disk;
 pub mod facts;
 pub mod file;
 pub mod node;
+#[cfg(test)]
+mod truth;
+pub mod walks;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -31,6 +34,7 @@ use self::disk::Disk;
 use self::facts::Facts;
 use self::file::Budget;
 use self::node::Node;
+use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
@@ -73,6 +77,7 @@ impl Collector {
         interval: Duration,
         scratch_root: Option<PathBuf>,
         descriptors: u32,
+        means: Means,
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             wanted: Mutex::new(Wanted {
@@ -87,7 +92,8 @@ impl Collector {
         let thread = std::thread::Builder::new()
             .name("collect".to_owned())
             .spawn(move || {
-                let mut sampler = Sampler::new(totals, disk.clone(), scratch_root, descriptors);
+                let mut sampler =
+                    Sampler::new(totals, disk.clone(), scratch_root, descriptors, means);
                 run(&own, &mut sampler, &board);
                 disk.stop();
             })?;
@@ -184,11 +190,25 @@ fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
     }
 }
 
+/// How cgroups are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Means {
+    /// Through a program in the kernel where it can be had, with room for so many containers; files
+    /// for what it does not tell.
+    Best {
+        /// Most containers.
+        containers: u32,
+    },
+    /// By files alone.
+    Files,
+}
+
 /// Does the passes. Owned by the collector's thread; benches drive it directly.
 #[derive(Debug)]
 pub struct Sampler {
     facts: Facts,
     budget: Arc<Budget>,
+    walks: Option<Walks>,
     containers: HashMap<ContainerId, Watched>,
     links: Option<LinkStatistics>,
     links_log: LogLimit,
@@ -223,12 +243,25 @@ impl Sampler {
         disk: Disk,
         scratch_root: Option<PathBuf>,
         descriptors: u32,
+        means: Means,
     ) -> Self {
         let facts = Facts::gather();
         tracing::info!(?facts, "cgroup hierarchies found");
         let budget = Budget::new(descriptors);
+        let walks = match means {
+            Means::Files => None,
+            Means::Best { containers } => Walks::start(&facts, &budget, containers)
+                .inspect_err(|err| {
+                    tracing::warn!(
+                        err = err as &dyn std::error::Error,
+                        "cgroups are read by files, which costs more"
+                    );
+                })
+                .ok(),
+        };
         Self {
             facts,
+            walks,
             node: Node::new(&budget),
             budget,
             containers: HashMap::new(),
@@ -258,10 +291,22 @@ impl Sampler {
         self.tick += 1;
         self.follow(rows, whole);
         let links = self.read_links();
+        if let Some(walks) = &mut self.walks {
+            for watched in self.containers.values_mut() {
+                watched.walk(walks);
+            }
+            walks.pass(&mut self.buffer);
+        }
+        let mut finder = self.walks.as_mut().map(Walks::finder);
         let mut samples = Vec::with_capacity(self.containers.len());
         for watched in self.containers.values_mut() {
-            let mut sample =
-                watched.sample(&self.facts, &self.budget, links.as_ref(), &mut self.buffer);
+            let mut sample = watched.sample(
+                &self.facts,
+                &self.budget,
+                finder.as_mut(),
+                links.as_ref(),
+                &mut self.buffer,
+            );
             sample.tick = self.tick;
             sample.taken_monotonic_ns = monotonic_ns();
             sample.taken_wall_ns = wall_ns();

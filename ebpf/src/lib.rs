@@ -4,6 +4,7 @@
 //! it, and its [`records`] as Rust types. Nothing is loaded here; the dataplane does that.
 //! Invariant: sizes and offsets of every record are asserted on both sides at compile time.
 
+pub mod cgroup_records;
 pub mod records;
 
 /// Bytes at an alignment that parsers of object files can work with in place.
@@ -15,6 +16,16 @@ static NAT_OBJECT: &Aligned<[u8]> =
 
 static CONNECT_OBJECT: &Aligned<[u8]> =
     &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/connect.bpf.o")));
+
+static CGROUP_STATS_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
+    env!("OUT_DIR"),
+    "/cgroup_stats.bpf.o"
+)));
+
+/// The object of the collector: counters of cgroups.
+pub fn cgroup_stats() -> &'static [u8] {
+    &CGROUP_STATS_OBJECT.0
+}
 
 /// The object of the kernel path for clients on the host: hooks at their sockets.
 pub fn connect() -> &'static [u8] {

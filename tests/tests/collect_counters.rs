@@ -51,7 +51,7 @@ fn cpu_time_lies_between_two_readings_of_the_file() {
             .sample(row.container_id, |it| it.tick >= tick + 2)
             .expect("a sample");
         let after = group.cpu_ns().expect("the file");
-        assert_eq!(sample.cpu.source, Source::File);
+        assert_eq!(sample.cpu.source, Source::Bpf, "root may load programs");
         let usage = sample.cpu.counters.usage_ns.expect("CPU time");
         assert!(
             before <= usage && usage <= after,

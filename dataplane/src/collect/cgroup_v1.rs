@@ -21,7 +21,8 @@ use super::file::{Budget, CachedFile, Failure, keyed, number};
 /// Limits at or above this are "no limit": the page counter's maximum, rounded to a page.
 const NO_LIMIT: u64 = 0x7fff_ffff_ffff_0000;
 
-fn limit(bytes: u64) -> u64 {
+/// A limit in bytes, or [`UNLIMITED`].
+pub fn limit(bytes: u64) -> u64 {
     if bytes >= NO_LIMIT { UNLIMITED } else { bytes }
 }
 

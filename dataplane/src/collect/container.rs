@@ -9,12 +9,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use shared::desired::ContainerRow;
-use shared::observed::{ContainerSample, Measured, NetCounters, Source};
+use shared::observed::{
+    ContainerSample, CpuCounters, Measured, MemoryCounters, NetCounters, PidsCounters, Source,
+    UNLIMITED,
+};
+
+use ebpf::cgroup_records::{CgroupRecord, filled};
 
 use super::cgroup_v1;
 use super::cgroup_v2;
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
+use super::walks::{Finder, Place, Walks, bytes};
 use crate::sys::netlink::LinkCounters;
 
 #[derive(Debug)]
@@ -35,10 +41,41 @@ enum Io {
     V2(cgroup_v2::Io),
 }
 
-/// The files of one container.
+/// A container's cgroup in one hierarchy, and where its record is once it is walked.
+#[derive(Debug)]
+struct Group {
+    path: PathBuf,
+    unified: bool,
+    place: Option<Place>,
+}
+
+impl Group {
+    fn new(path: &Path, hierarchy: Option<&Hierarchy>) -> Self {
+        Self {
+            path: path.to_owned(),
+            unified: matches!(hierarchy, Some(Hierarchy::V2(_))),
+            place: None,
+        }
+    }
+}
+
+/// The cgroups of a container, by what is read from them.
+#[derive(Debug, Default)]
+struct Groups {
+    cpu: Option<Group>,
+    quota: Option<Group>,
+    memory: Option<Group>,
+    pids: Option<Group>,
+    /// Swap is counted for this container.
+    counts_swap: bool,
+}
+
+/// One container: its files and records.
 #[derive(Debug)]
 pub struct Watched {
     row: ContainerRow,
+    groups: Groups,
+    split: CpuSplit,
     cpu: Option<Cpu>,
     memory: Option<Memory>,
     pids: Option<cgroup_v1::Pids>,
@@ -93,6 +130,8 @@ impl Watched {
     pub fn new(row: ContainerRow, facts: &Facts, budget: &Arc<Budget>) -> Self {
         let mut watched = Self {
             row,
+            groups: Groups::default(),
+            split: CpuSplit::default(),
             cpu: None,
             memory: None,
             pids: None,
@@ -112,9 +151,13 @@ impl Watched {
         if self.cpu.is_none()
             && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
         {
+            self.groups.cpu = Some(Group::new(&path, facts.cpu.as_ref()));
             self.cpu = Some(match &facts.cpu {
                 Some(Hierarchy::V1(_)) => {
                     let quota = find(row, facts.cpu_quota.as_ref(), "cpu");
+                    self.groups.quota = quota
+                        .as_deref()
+                        .map(|path| Group::new(path, facts.cpu_quota.as_ref()));
                     Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
                 }
                 _ => Cpu::V2(cgroup_v2::Cpu::new(&path, budget)),
@@ -123,6 +166,9 @@ impl Watched {
         if self.memory.is_none()
             && let Some(path) = find(row, facts.memory.as_ref(), "memory")
         {
+            let swap = ["memory.memsw.usage_in_bytes", "memory.swap.current"];
+            self.groups.counts_swap = swap.iter().any(|file| path.join(file).exists());
+            self.groups.memory = Some(Group::new(&path, facts.memory.as_ref()));
             self.memory = Some(match &facts.memory {
                 Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
                 _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
@@ -131,6 +177,7 @@ impl Watched {
         if self.pids.is_none()
             && let Some(path) = find(row, facts.pids.as_ref(), "pids")
         {
+            self.groups.pids = Some(Group::new(&path, facts.pids.as_ref()));
             self.pids = Some(cgroup_v1::Pids::new(&path, budget));
         }
         if self.io.is_none()
@@ -143,11 +190,28 @@ impl Watched {
         }
     }
 
+    /// Has this container's cgroups walked from the next pass on.
+    pub fn walk(&mut self, walks: &mut Walks) {
+        let groups = &mut self.groups;
+        let all = [
+            &mut groups.cpu,
+            &mut groups.quota,
+            &mut groups.memory,
+            &mut groups.pids,
+        ];
+        for group in all.into_iter().flatten() {
+            if group.place.is_none() {
+                group.place = walks.place(&group.path, group.unified);
+            }
+        }
+    }
+
     /// Reads everything of this container. Times and tick are the caller's to fill in.
     pub fn sample(
         &mut self,
         facts: &Facts,
         budget: &Arc<Budget>,
+        finder: Option<&mut Finder<'_>>,
         links: Option<&HashMap<u32, LinkCounters>>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
@@ -156,6 +220,9 @@ impl Watched {
             kernel_id: self.row.kernel_id,
             ..ContainerSample::default()
         };
+        if let Some(finder) = finder {
+            self.take_records(&mut sample, finder);
+        }
         self.find_missing(facts, budget);
         if self.read_groups(&mut sample, buffer) {
             // A restarted container has new cgroups at the old place.
@@ -166,6 +233,39 @@ impl Watched {
             sample.net = Measured::now(Source::Netlink, net);
         }
         sample
+    }
+
+    /// Takes what the walk has found.
+    fn take_records(&mut self, sample: &mut ContainerSample, finder: &mut Finder<'_>) {
+        let groups = &mut self.groups;
+        if let Some(record) = find_record(&mut groups.cpu, finder) {
+            let own = Some(&record).filter(|record| record.filled & filled::QUOTA != 0);
+            let apart = find_record(&mut groups.quota, finder);
+            let quota = apart
+                .as_ref()
+                .filter(|record| record.filled & filled::QUOTA != 0)
+                .or(own);
+            // A quota kept apart and not found makes the whole group the files'.
+            if groups.quota.is_none() || apart.is_some() {
+                let counters = cpu_counters(&record, quota, &mut self.split);
+                if let Some(counters) = counters {
+                    sample.cpu = Measured::now(Source::Bpf, counters);
+                }
+            }
+        }
+        let unified = groups.memory.as_ref().is_some_and(|group| group.unified);
+        if let Some(record) = find_record(&mut groups.memory, finder)
+            && finder.knows_statistics()
+            && record.filled & filled::MEMORY_STAT != 0
+        {
+            let counters = memory_counters(&record, unified, groups.counts_swap);
+            sample.memory = Measured::now(Source::Bpf, counters);
+        }
+        if let Some(record) = find_record(&mut groups.pids, finder)
+            && record.filled & filled::PIDS != 0
+        {
+            sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
+        }
     }
 
     /// Reads the groups that are still absent. True when one was found gone and given up.
@@ -201,6 +301,127 @@ impl Watched {
             gone |= take(read, &mut sample.io, &mut self.io);
         }
         gone
+    }
+}
+
+/// The record of a cgroup in this pass. A cgroup without one may have been made again: its place is
+/// looked for again.
+fn find_record(group: &mut Option<Group>, finder: &mut Finder<'_>) -> Option<CgroupRecord> {
+    let group = group.as_mut()?;
+    let found = finder.find(group.place?);
+    if found.is_none() {
+        group.place = None;
+    }
+    found
+}
+
+/// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,
+/// and lets neither part run backwards (kernel/sched/cputime.c, cputime_adjust).
+#[derive(Debug, Clone, Copy, Default)]
+struct CpuSplit {
+    user: u64,
+    system: u64,
+}
+
+impl CpuSplit {
+    fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
+        if usage < self.user.saturating_add(self.system) {
+            return (self.user, self.system);
+        }
+        let scaled = match (user, system) {
+            (_, 0) => 0,
+            (0, _) => usage,
+            _ => {
+                let sum = u128::from(user) + u128::from(system);
+                let scaled = u128::from(system) * u128::from(usage) / sum;
+                u64::try_from(scaled).unwrap_or(usage)
+            }
+        };
+        let mut system = scaled.max(self.system);
+        let mut user = usage.saturating_sub(system);
+        if user < self.user {
+            user = self.user;
+            system = usage - user;
+        }
+        (self.user, self.system) = (user, system);
+        (user, system)
+    }
+}
+
+fn cpu_counters(
+    record: &CgroupRecord,
+    quota: Option<&CgroupRecord>,
+    split: &mut CpuSplit,
+) -> Option<CpuCounters> {
+    let usage = record.cpu_usage_ns;
+    let (user, system) = if record.filled & filled::CPUACCT != 0 {
+        (record.cpu_user_ns, record.cpu_system_ns)
+    } else if record.filled & filled::CPU_BASE != 0 {
+        split.adjust(usage, record.cpu_user_ns, record.cpu_system_ns)
+    } else {
+        return None;
+    };
+    Some(CpuCounters {
+        usage_ns: Some(usage),
+        user_ns: Some(user),
+        system_ns: Some(system),
+        periods: quota.map(|record| record.periods),
+        throttled_periods: quota.map(|record| record.throttled_periods),
+        throttled_ns: quota.map(|record| record.throttled_ns),
+        pressure_some_ns: None,
+    })
+}
+
+fn memory_counters(record: &CgroupRecord, unified: bool, counts_swap: bool) -> MemoryCounters {
+    let [inactive_file, anon, file, shmem, swap, kernel] =
+        record.stat_pages.map(|pages| Some(bytes(pages)));
+    let limit = |pages| Some(cgroup_v1::limit(bytes(pages)));
+    let swap_limit = limit(record.swap_limit_pages).filter(|_| counts_swap);
+    let both = MemoryCounters {
+        current_bytes: Some(bytes(record.memory_pages)),
+        inactive_file_bytes: inactive_file,
+        anon_bytes: anon,
+        file_bytes: file,
+        shmem_bytes: shmem,
+        peak_bytes: Some(bytes(record.memory_peak_pages)),
+        oom_kill_events: Some(record.oom_kill_events),
+        swap_limit_bytes: swap_limit,
+        ..MemoryCounters::default()
+    };
+    if unified {
+        MemoryCounters {
+            limit_bytes: limit(record.memory_limit_pages),
+            swap_bytes: Some(bytes(record.swap_pages)).filter(|_| counts_swap),
+            oom_events: Some(record.oom_events),
+            max_events: Some(record.memory_max_events),
+            kernel_bytes: kernel,
+            ..both
+        }
+    } else {
+        let swap_failures = if counts_swap { record.swap_failures } else { 0 };
+        MemoryCounters {
+            limit_bytes: limit(record.memory_least_limit_pages),
+            swap_bytes: swap,
+            max_events: Some(record.memory_failures.saturating_add(swap_failures)),
+            ..both
+        }
+    }
+}
+
+/// The kernel's "no limit" of tasks is one more than the most there may be (kernel/cgroup/pids.c).
+const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
+
+fn pids_counters(record: &CgroupRecord) -> PidsCounters {
+    let limit = record.pids_limit;
+    PidsCounters {
+        current: Some(record.pids),
+        limit: Some(if limit >= NO_PIDS_LIMIT {
+            UNLIMITED
+        } else {
+            limit
+        }),
+        limit_events: (record.filled & filled::PIDS_EVENTS != 0)
+            .then_some(record.pids_limit_events),
     }
 }
 
@@ -312,6 +533,18 @@ mod tests {
     }
 
     #[test]
+    fn cpu_time_is_split_exactly_and_never_runs_backwards() {
+        let mut split = CpuSplit::default();
+        assert_eq!(split.adjust(100, 30, 10), (75, 25));
+        // The sampled parts say less system time than before; none of it is taken back.
+        let (user, system) = split.adjust(120, 119, 1);
+        assert_eq!(user + system, 120);
+        assert!(user >= 75 && system >= 25);
+        assert_eq!(split.adjust(110, 1, 1), (user, system));
+        assert_eq!(CpuSplit::default().adjust(7, 0, 0), (7, 0));
+    }
+
+    #[test]
     fn paths_of_processes_are_found_and_never_leave_the_tree() {
         let text = "4:memory:/docker/ab\n2:cpu,cpuacct:/x\n0::/system.slice/docker-ab.scope\n";
         assert_eq!(process_path(text, Some("memory")), Some("docker/ab"));
@@ -334,7 +567,7 @@ mod tests {
         };
         let facts = Facts::gather();
         let mut watched = Watched::new(row, &facts, &Budget::new(100));
-        let sample = watched.sample(&facts, &Budget::new(100), None, &mut Vec::new());
+        let sample = watched.sample(&facts, &Budget::new(100), None, None, &mut Vec::new());
         assert_eq!(sample.cpu.source, Source::Absent);
         assert_eq!(sample.memory.source, Source::Absent);
     }

@@ -1,0 +1,238 @@
+//! The kernel program against the kernel's files, on this host.
+//!
+//! Cgroups of our own, each with other limits so that two numbers taken for each other are seen, one
+//! with a cgroup below it, all quiet while they are read.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shared::desired::ContainerRow;
+use shared::ids::{ContainerId, Generation};
+use shared::observed::{ContainerSample, Source};
+
+use super::disk::Disk;
+use super::facts::Facts;
+use super::{Means, Sampler};
+use crate::forward::relay::port::Totals;
+
+const GROUPS: u8 = 3;
+
+struct Tree {
+    name: String,
+    roots: Vec<PathBuf>,
+    tasks: Vec<Child>,
+}
+
+impl Tree {
+    fn new() -> Self {
+        let facts = Facts::gather();
+        let mut roots: Vec<PathBuf> = [
+            facts.cpu,
+            facts.cpu_quota,
+            facts.memory,
+            facts.pids,
+            facts.io,
+        ]
+        .into_iter()
+        .flatten()
+        .map(|hierarchy| hierarchy.mount().to_owned())
+        .collect();
+        roots.sort();
+        roots.dedup();
+        let tree = Self {
+            name: format!("bai-truth-{}", std::process::id()),
+            roots,
+            tasks: Vec::new(),
+        };
+        for root in &tree.roots {
+            let top = root.join(&tree.name);
+            std::fs::create_dir_all(&top).expect("a cgroup");
+            for place in [root, &top] {
+                for controller in ["cpu", "memory", "pids", "io"] {
+                    // Only the unified hierarchy has this file.
+                    let _ = std::fs::write(
+                        place.join("cgroup.subtree_control"),
+                        format!("+{controller}"),
+                    );
+                }
+            }
+            for number in 0..GROUPS {
+                std::fs::create_dir_all(top.join(number.to_string())).expect("a cgroup");
+            }
+            if !top.join("0/cgroup.controllers").exists() {
+                std::fs::create_dir_all(top.join("0/below")).expect("a cgroup");
+            }
+        }
+        tree
+    }
+
+    /// Writes to a file of a group, in whichever hierarchy has it.
+    fn set(&self, group: u8, file: &str, value: u64) {
+        for root in &self.roots {
+            let path = root.join(format!("{}/{group}/{file}", self.name));
+            if path.exists() {
+                let _ = std::fs::write(path, value.to_string());
+            }
+        }
+    }
+
+    fn run(&mut self, group: &str, script: &str) {
+        let enter: String = self
+            .roots
+            .iter()
+            .map(|root| root.join(&self.name).join(group))
+            .map(|path| format!("echo $$ > {}/cgroup.procs; ", path.display()))
+            .collect();
+        let task = Command::new("sh")
+            .args(["-c", &format!("{enter}{script}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("sh");
+        self.tasks.push(task);
+    }
+
+    fn rows(&self) -> Vec<ContainerRow> {
+        (0..GROUPS)
+            .map(|number| ContainerRow {
+                container_id: ContainerId([number + 1; 32]),
+                cgroup_path: format!("{}/{number}", self.name),
+                generation: Generation(1),
+                ..ContainerRow::default()
+            })
+            .collect()
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        for task in &mut self.tasks {
+            let _ = task.kill();
+            let _ = task.wait();
+        }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        for root in &self.roots {
+            let top = root.join(&self.name);
+            let inner = ["0/below", "0", "1", "2", ""].map(|path| top.join(path));
+            for path in inner {
+                while path.exists()
+                    && std::fs::remove_dir(&path).is_err()
+                    && Instant::now() < deadline
+                {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+}
+
+fn sampler(means: Means) -> Sampler {
+    let totals = Arc::new(Totals::default());
+    Sampler::new(totals, Disk::start().expect("a thread"), None, 1_000, means)
+}
+
+/// What is compared: the clock tick's user and system time may move for a moment after a task sleeps.
+fn comparable(sample: &ContainerSample) -> impl PartialEq + std::fmt::Debug + use<> {
+    (
+        sample.cpu.counters,
+        sample.memory.counters,
+        sample.pids.counters,
+    )
+}
+
+#[test]
+fn the_program_says_what_the_files_say() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIP making cgroups needs root");
+        return;
+    }
+    let mut tree = Tree::new();
+    for group in 0..GROUPS {
+        let number = u64::from(group);
+        tree.set(group, "memory.limit_in_bytes", (300 + number * 7) << 20);
+        tree.set(
+            group,
+            "memory.memsw.limit_in_bytes",
+            (500 + number * 11) << 20,
+        );
+        tree.set(group, "memory.max", (300 + number * 7) << 20);
+        tree.set(group, "pids.max", 77 + number * 13);
+        tree.set(group, "cpu.cfs_quota_us", 60_000 + number * 1_000);
+    }
+    let below = if tree
+        .roots
+        .iter()
+        .all(|root| root.join(&tree.name).join("0/below").exists())
+    {
+        "0/below"
+    } else {
+        "0"
+    };
+    tree.run(
+        below,
+        "v=$(head -c 20000000 /dev/zero | tr '\\0' x); exec sleep 1000 # $v",
+    );
+    tree.run(
+        "1",
+        "head -c 30000000 /dev/zero > /dev/shm/$$; rm /dev/shm/$$; exec sleep 1000",
+    );
+    tree.run(
+        "2",
+        "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; exec sleep 1000",
+    );
+    let rows = tree.rows();
+    let (mut program, mut files) = (
+        sampler(Means::Best { containers: 64 }),
+        sampler(Means::Files),
+    );
+    // The first pass makes the walk known.
+    program.pass(&rows, true);
+    // The kernel adds up memory statistics every two seconds by itself; until then either may lag.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let before = files.pass(&rows, true);
+        let ours = program.pass(&rows, true);
+        let after = files.pass(&rows, true);
+        let quiet = before
+            .samples
+            .iter()
+            .zip(&after.samples)
+            .all(|(before, after)| comparable(before) == comparable(after));
+        // The two that take memory have done so.
+        let peaks = ours
+            .samples
+            .iter()
+            .take(2)
+            .all(|it| it.memory.counters.peak_bytes >= Some(15 << 20));
+        let equal = ours
+            .samples
+            .iter()
+            .zip(&after.samples)
+            .all(|(ours, files)| comparable(ours) == comparable(files));
+        if quiet && peaks && equal {
+            for sample in &ours.samples {
+                assert_eq!(
+                    [sample.cpu.source, sample.memory.source, sample.pids.source],
+                    [Source::Bpf; 3]
+                );
+                assert!(sample.cpu.counters.usage_ns > Some(0));
+                assert!(sample.memory.counters.limit_bytes < Some(400 << 20));
+                assert_eq!(
+                    sample.pids.counters.current,
+                    Some(1),
+                    "what is below counts"
+                );
+            }
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "quiet {quiet}: the program says\n{:#?}\nthe files\n{:#?}",
+            ours.samples,
+            after.samples
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,297 @@
+/* Reads the kernel's own counters of every cgroup below a parent in one walk.
+ *
+ * An iterator program: the dataplane attaches it to a parent directory of one hierarchy and reads
+ * the iterator; each cgroup of the next level fills one record. In version 1 a cgroup has the one
+ * controller of its hierarchy, in version 2 all that are enabled: `filled` says which. The counters
+ * of the kernel cover what is below a cgroup, so deeper levels need no record.
+ *
+ * What a kernel does not have is left out by BTF, field by field; nothing here compares versions.
+ */
+#include "cgroup_types.h"
+#include "cgroup_records.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+/* Set by the loader. */
+const volatile __u32 cpus = 1;
+const volatile __u32 capacity = 1;
+
+struct {
+	MAP_UINT(type, MAP_ARRAY);
+	MAP_UINT(map_flags, MAP_MMAPABLE);
+	MAP_UINT(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct cgroup_record);
+} records SEC(".maps");
+
+struct {
+	MAP_UINT(type, MAP_ARRAY);
+	MAP_UINT(map_flags, MAP_MMAPABLE);
+	MAP_UINT(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct cgroup_walk);
+} walk SEC(".maps");
+
+/* Its only use is its address on each CPU. */
+struct {
+	MAP_UINT(type, MAP_PERCPU_ARRAY);
+	MAP_UINT(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, __u64);
+} landmark SEC(".maps");
+
+static __u64 cpu_offset[MOST_CPUS];
+static volatile __u32 offsets_known;
+/* The verifier forbids reckoning with the address of a map, but not with a number. */
+static volatile __u64 landmark_address;
+static volatile __u64 landmark_here;
+
+static void *(*const map_lookup)(void *, const void *) = (void *)1;
+static void *(*const map_lookup_percpu)(void *, const void *, __u32) = (void *)195;
+static long (*const read_kernel)(void *, __u32, const void *) = (void *)113;
+
+#define READ(into, from) read_kernel(&(into), sizeof(into), __builtin_preserve_access_index(&(from)))
+
+static ALWAYS_INLINE __u64 read_u64(const void *from)
+{
+	__u64 value = 0;
+
+	read_kernel(&value, sizeof(value), from);
+	return value;
+}
+
+/* Where each CPU keeps its part of a per-CPU variable, relative to the variable's address. */
+static ALWAYS_INLINE int learn_offsets(void)
+{
+	struct bpf_array *array;
+	__u64 base = 0;
+	__u32 zero = 0;
+
+	landmark_address = (__u64)&landmark;
+	array = (void *)landmark_address;
+	if (!__builtin_preserve_field_info(array->pptrs, FIELD_EXISTS))
+		return -1;
+	READ(base, array->pptrs[0]);
+	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
+		void *here = map_lookup_percpu(&landmark, &zero, cpu);
+
+		if (!here || !base)
+			return -1;
+		landmark_here = (__u64)here;
+		cpu_offset[cpu] = landmark_here - base;
+	}
+	offsets_known = 1;
+	return 0;
+}
+
+static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
+{
+	void *css = 0;
+
+	read_kernel(&css, sizeof(css),
+		    (char *)__builtin_preserve_access_index(&group->subsys) + 8 * index);
+	return css;
+}
+
+static ALWAYS_INLINE void read_cpuacct(struct cpuacct *account, struct cgroup_record *record)
+{
+	__u64 usage = 0, user = 0, system = 0;
+	char *usages = 0, *stats = 0;
+
+	if (!__builtin_preserve_field_info(account->cpuusage, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(account->cpustat, FIELD_EXISTS))
+		return;
+	READ(usages, account->cpuusage);
+	READ(stats, account->cpustat);
+	/* The root's are static variables and counted elsewhere. */
+	if (!usages || !stats || !offsets_known)
+		return;
+	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
+		struct cpu_times times = {};
+
+		usage += read_u64(usages + cpu_offset[cpu]);
+		read_kernel(&times, sizeof(times), stats + cpu_offset[cpu]);
+		user += times.user + times.nice;
+		system += times.system + times.softirq + times.irq;
+	}
+	record->cpu_usage_ns = usage;
+	record->cpu_user_ns = user;
+	record->cpu_system_ns = system;
+	record->filled |= FILLED_CPUACCT;
+}
+
+static ALWAYS_INLINE void read_base(struct cgroup *group, struct cgroup_record *record)
+{
+	if (!__builtin_preserve_field_info(group->bstat.cputime.sum_exec_runtime, FIELD_EXISTS))
+		return;
+	READ(record->cpu_usage_ns, group->bstat.cputime.sum_exec_runtime);
+	READ(record->cpu_user_ns, group->bstat.cputime.utime);
+	READ(record->cpu_system_ns, group->bstat.cputime.stime);
+	record->filled |= FILLED_CPU_BASE;
+}
+
+static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_record *record)
+{
+	__s32 periods = 0, throttled = 0;
+
+	if (!__builtin_preserve_field_info(tasks->cfs_bandwidth.nr_throttled, FIELD_EXISTS))
+		return;
+	READ(periods, tasks->cfs_bandwidth.nr_periods);
+	READ(throttled, tasks->cfs_bandwidth.nr_throttled);
+	READ(record->throttled_ns, tasks->cfs_bandwidth.throttled_time);
+	record->periods = (__u32)periods;
+	record->throttled_periods = (__u32)throttled;
+	record->filled |= FILLED_QUOTA;
+}
+
+static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_record *record,
+				      struct cgroup_walk *order)
+{
+	struct page_counter *counter;
+	__u64 least = ~0ULL, own = 0;
+	char *state = 0;
+
+	if (!__builtin_preserve_field_info(memory->memory.watermark, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(memory->memory_events, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(memory->vmstats, FIELD_EXISTS))
+		return;
+	READ(record->memory_pages, memory->memory.usage.counter);
+	READ(record->memory_peak_pages, memory->memory.watermark);
+	READ(record->memory_failures, memory->memory.failcnt);
+	READ(own, memory->memory.max);
+	record->memory_limit_pages = own;
+	least = own;
+	READ(counter, memory->memory.parent);
+	for (int level = 0; level < MOST_LEVELS && counter; level++) {
+		READ(own, counter->max);
+		if (own < least)
+			least = own;
+		READ(counter, counter->parent);
+	}
+	record->memory_least_limit_pages = least;
+	READ(record->swap_pages, memory->swap.usage.counter);
+	READ(record->swap_limit_pages, memory->swap.max);
+	READ(record->swap_failures, memory->swap.failcnt);
+	char *events = (char *)__builtin_preserve_access_index(&memory->memory_events);
+	record->oom_events = read_u64(events + 8 * __builtin_preserve_enum_value(
+		*(enum memcg_memory_event *)MEMCG_OOM, ENUM_VALUE));
+	record->oom_kill_events = read_u64(events + 8 * __builtin_preserve_enum_value(
+		*(enum memcg_memory_event *)MEMCG_OOM_KILL, ENUM_VALUE));
+	record->memory_max_events = read_u64(events + 8 * __builtin_preserve_enum_value(
+		*(enum memcg_memory_event *)MEMCG_MAX, ENUM_VALUE));
+	READ(state, memory->vmstats);
+	if (state) {
+		__u64 start = __builtin_preserve_field_info(
+			((struct memcg_vmstats *)0)->state, FIELD_BYTE_OFFSET);
+		for (int item = 0; item < STAT_ITEMS; item++) {
+			__u64 index = order->stat_index[item];
+
+			/* Small negative sums are a kernel's unfinished business: nothing is there. */
+			__s64 pages = index < MOST_STATS ? (__s64)read_u64(state + start + 8 * index) : 0;
+			record->stat_pages[item] = pages < 0 ? 0 : pages;
+		}
+		record->filled |= FILLED_MEMORY_STAT;
+	}
+	record->filled |= FILLED_MEMORY;
+}
+
+static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_record *record)
+{
+	if (!__builtin_preserve_field_info(pids->counter, FIELD_EXISTS))
+		return;
+	READ(record->pids, pids->counter.counter);
+	READ(record->pids_limit, pids->limit.counter);
+	if (__builtin_preserve_field_info(pids->events, FIELD_EXISTS)) {
+		READ(record->pids_limit_events, pids->events[0].counter);
+		record->filled |= FILLED_PIDS_EVENTS;
+	}
+	record->filled |= FILLED_PIDS;
+}
+
+#define NUMBER(type, name)                                                              \
+	(__builtin_preserve_enum_value(*(enum type *)name, ENUM_EXISTS) ?                \
+		 __builtin_preserve_enum_value(*(enum type *)name, ENUM_VALUE) :         \
+		 ~0ULL)
+
+static ALWAYS_INLINE void tell_layout(struct cgroup_walk *order)
+{
+	order->enum_index[0] = NUMBER(node_stat_item, NR_INACTIVE_FILE);
+	order->enum_index[1] = NUMBER(node_stat_item, NR_ANON_MAPPED);
+	order->enum_index[2] = NUMBER(node_stat_item, NR_FILE_PAGES);
+	order->enum_index[3] = NUMBER(node_stat_item, NR_SHMEM);
+	order->enum_index[4] = NUMBER(memcg_stat_item, MEMCG_SWAP);
+	order->enum_index[5] = NUMBER(memcg_stat_item, MEMCG_KMEM);
+	if (__builtin_preserve_field_info(((struct memcg_vmstats *)0)->state, FIELD_EXISTS))
+		order->stat_length = __builtin_preserve_field_info(
+			((struct memcg_vmstats *)0)->state, FIELD_BYTE_SIZE) / 8;
+	if (__builtin_preserve_field_info(((struct lruvec_stats *)0)->state, FIELD_EXISTS))
+		order->node_stat_length = __builtin_preserve_field_info(
+			((struct lruvec_stats *)0)->state, FIELD_BYTE_SIZE) / 8;
+}
+
+SEC("iter/cgroup")
+int read_cgroups(struct bpf_iter__cgroup *context)
+{
+	struct cgroup *group = context->cgroup;
+	struct cgroup_walk *order;
+	struct cgroup_record *record;
+	__u32 zero = 0, place;
+	__s32 level = 0;
+	void *css;
+
+	order = map_lookup(&walk, &zero);
+	if (!order)
+		return 0;
+	if (!group) {
+		order->finished++;
+		return 0;
+	}
+	if (!offsets_known)
+		learn_offsets();
+	READ(level, group->level);
+	if (order->begin) {
+		order->begin = 0;
+		order->level = (__u32)level;
+		tell_layout(order);
+	}
+	if ((__u32)level > (__u32)order->level + 1)
+		return 0;
+	place = (__u32)order->count;
+	if (place >= capacity) {
+		order->left_out++;
+		return 0;
+	}
+	record = map_lookup(&records, &place);
+	if (!record)
+		return 0;
+	order->count = (__u64)place + 1;
+	record->filled = 0;
+	READ(record->id, group->kn->id);
+	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_EXISTS)) {
+		css = controller(group, __builtin_preserve_enum_value(
+			*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_VALUE));
+		if (css)
+			read_cpuacct(css, record);
+	}
+	if (order->unified)
+		read_base(group, record);
+	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)cpu_cgrp_id, ENUM_EXISTS)) {
+		css = controller(group, __builtin_preserve_enum_value(
+			*(enum cgroup_subsys_id *)cpu_cgrp_id, ENUM_VALUE));
+		if (css)
+			read_quota(css, record);
+	}
+	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)memory_cgrp_id, ENUM_EXISTS)) {
+		css = controller(group, __builtin_preserve_enum_value(
+			*(enum cgroup_subsys_id *)memory_cgrp_id, ENUM_VALUE));
+		if (css)
+			read_memory(css, record, order);
+	}
+	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)pids_cgrp_id, ENUM_EXISTS)) {
+		css = controller(group, __builtin_preserve_enum_value(
+			*(enum cgroup_subsys_id *)pids_cgrp_id, ENUM_VALUE));
+		if (css)
+			read_pids(css, record);
+	}
+	return 0;
+}

@@ -1,0 +1,141 @@
+/* The few kernel-internal types the cgroup walk reads. Only names matter: places are looked up in
+ * the running kernel's BTF when the program is loaded. */
+#ifndef CGROUP_TYPES_H
+#define CGROUP_TYPES_H
+
+#include "kernel.h"
+
+#define FIELD_BYTE_OFFSET 0
+#define FIELD_BYTE_SIZE 1
+#define FIELD_EXISTS 2
+#define ENUM_EXISTS 0
+#define ENUM_VALUE 1
+#define MAP_PERCPU_ARRAY 6
+#define MAP_MMAPABLE 1024
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct seq_file;
+
+struct atomic {
+	__s64 counter;
+};
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+	__u64 session_id;
+	__u64 seq_num;
+};
+
+struct kernfs_node {
+	__u64 id;
+};
+
+struct task_cputime {
+	__u64 stime;
+	__u64 utime;
+	__u64 sum_exec_runtime;
+};
+
+struct cgroup_base_stat {
+	struct task_cputime cputime;
+};
+
+struct cgroup {
+	__s32 level;
+	struct kernfs_node *kn;
+	void *subsys[1];
+	struct cgroup_base_stat bstat;
+};
+
+struct bpf_iter__cgroup {
+	struct bpf_iter_meta *meta;
+	struct cgroup *cgroup;
+};
+
+struct cpuacct {
+	__u64 *cpuusage;
+	void *cpustat;
+};
+
+struct cfs_bandwidth {
+	__s32 nr_periods;
+	__s32 nr_throttled;
+	__u64 throttled_time;
+};
+
+struct task_group {
+	struct cfs_bandwidth cfs_bandwidth;
+};
+
+struct page_counter {
+	struct atomic usage;
+	__u64 failcnt;
+	__u64 watermark;
+	__u64 max;
+	struct page_counter *parent;
+};
+
+struct memcg_vmstats {
+	__u64 state[1];
+};
+
+struct lruvec_stats {
+	__u64 state[1];
+};
+
+struct mem_cgroup {
+	struct page_counter memory;
+	struct page_counter swap;
+	struct memcg_vmstats *vmstats;
+	struct atomic memory_events[1];
+};
+
+struct pids_cgroup {
+	struct atomic counter;
+	struct atomic limit;
+	struct atomic events[1];
+};
+
+struct bpf_array {
+	void *pptrs[1];
+};
+
+#pragma clang attribute pop
+
+/* Numbers differ between kernels; these are placeholders that loading replaces. */
+enum cgroup_subsys_id {
+	cpu_cgrp_id = 1,
+	cpuacct_cgrp_id = 2,
+	memory_cgrp_id = 4,
+	pids_cgrp_id = 11,
+};
+
+enum memcg_memory_event {
+	MEMCG_MAX = 2,
+	MEMCG_OOM = 3,
+	MEMCG_OOM_KILL = 4,
+};
+
+enum node_stat_item {
+	NR_INACTIVE_FILE = 2,
+	NR_ANON_MAPPED = 17,
+	NR_FILE_PAGES = 19,
+	NR_SHMEM = 22,
+};
+
+enum memcg_stat_item {
+	MEMCG_SWAP = 51,
+	MEMCG_KMEM = 55,
+};
+
+/* The start of struct kernel_cpustat, in the order of enum cpu_usage_stat. */
+struct cpu_times {
+	__u64 user;
+	__u64 nice;
+	__u64 system;
+	__u64 softirq;
+	__u64 irq;
+};
+
+#endif

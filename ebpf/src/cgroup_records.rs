@@ -1,0 +1,105 @@
+//! `bpf/cgroup_records.h` in Rust: what a walk over cgroups tells.
+//!
+//! The header says what the fields hold. All are 64-bit words, read one by one from memory that the
+//! kernel's side writes.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Items of memory statistics: inactive file, anonymous, file, shared, swapped, kernel.
+pub const STAT_ITEMS: usize = 6;
+
+/// Most CPUs whose parts a walk adds up.
+pub const MOST_CPUS: usize = 1024;
+
+/// Largest index into the kernel's array of memory statistics.
+pub const MOST_STATS: u64 = 64;
+
+/// Bits of [`CgroupRecord::filled`].
+pub mod filled {
+    /// CPU time by cpuacct of version 1.
+    pub const CPUACCT: u64 = 1;
+    /// CPU time of the unified tree.
+    pub const CPU_BASE: u64 = 2;
+    /// Throttling.
+    pub const QUOTA: u64 = 4;
+    /// Memory, but for its statistics.
+    pub const MEMORY: u64 = 8;
+    /// Statistics of memory.
+    pub const MEMORY_STAT: u64 = 16;
+    /// Tasks.
+    pub const PIDS: u64 = 32;
+    /// How often their limit was hit.
+    pub const PIDS_EVENTS: u64 = 64;
+}
+
+macro_rules! record {
+    ($( $field:ident, )*) => {
+        /// `struct cgroup_record`.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[repr(C)]
+        pub struct CgroupRecord {
+            $( #[allow(missing_docs)] pub $field: u64, )*
+            /// Pages per item of memory statistics.
+            pub stat_pages: [u64; STAT_ITEMS],
+        }
+
+        impl CgroupRecord {
+            /// Words of a record.
+            pub const WORDS: usize = [$( stringify!($field), )*].len() + STAT_ITEMS;
+
+            /// Reads record number `place`.
+            pub fn read(words: &[AtomicU64], place: usize) -> Option<Self> {
+                let start = place.checked_mul(Self::WORDS)?;
+                let mut words = words.get(start..start.checked_add(Self::WORDS)?)?.iter();
+                let mut next = || words.next().map_or(0, |word| word.load(Relaxed));
+                Some(Self {
+                    $( $field: next(), )*
+                    stat_pages: std::array::from_fn(|_| next()),
+                })
+            }
+
+            /// The id in record number `place`.
+            pub fn id(words: &[AtomicU64], place: usize) -> Option<u64> {
+                Some(words.get(place.checked_mul(Self::WORDS)?)?.load(Relaxed))
+            }
+        }
+    };
+}
+
+record! {
+    id, filled,
+    cpu_usage_ns, cpu_user_ns, cpu_system_ns,
+    periods, throttled_periods, throttled_ns,
+    memory_pages, memory_limit_pages, memory_least_limit_pages, memory_peak_pages, memory_failures,
+    swap_pages, swap_limit_pages, swap_failures,
+    oom_events, oom_kill_events, memory_max_events,
+    pids, pids_limit, pids_limit_events,
+}
+
+const _: () = assert!(size_of::<CgroupRecord>() == 8 * CgroupRecord::WORDS);
+
+/// Words of `struct cgroup_walk`.
+pub mod walk {
+    use super::STAT_ITEMS;
+
+    /// 1 to begin at a new parent.
+    pub const BEGIN: usize = 0;
+    /// 1 when the hierarchy is the unified one.
+    pub const UNIFIED: usize = 1;
+    /// Records filled since this was set to 0.
+    pub const COUNT: usize = 3;
+    /// Cgroups for which there was no room.
+    pub const LEFT_OUT: usize = 4;
+    /// Walks that came to their end.
+    pub const FINISHED: usize = 5;
+    /// Where the items of memory statistics are.
+    pub const STAT_INDEX: usize = 6;
+    /// The same as the kernel's enumerations number them.
+    pub const ENUM_INDEX: usize = STAT_INDEX + STAT_ITEMS;
+    /// Length of the array of all memory statistics.
+    pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
+    /// Length of the array of those kept per node.
+    pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
+    /// All of them.
+    pub const WORDS: usize = NODE_STAT_LENGTH + 1;
+}
