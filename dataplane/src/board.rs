@@ -13,7 +13,7 @@ use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
 use shared::observed::{
-    AcceleratorKey, Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus,
+    AcceleratorKey, Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus, Processes,
 };
 
 use crate::accelerator::Accelerators;
@@ -100,6 +100,8 @@ pub struct Pass {
     pub samples: Vec<ContainerSample>,
     /// The node.
     pub node: NodeSample,
+    /// Processes, when they were listed since the last pass.
+    pub processes: Option<Processes>,
 }
 
 /// What the link has done about the desired rows.
@@ -235,6 +237,9 @@ impl Board {
                 batch.put_accelerator(row);
             }
             batch.set_node(pass.node);
+            if let Some(processes) = pass.processes {
+                batch.set_processes(processes);
+            }
         })?;
         inner.ring();
         Ok(())

@@ -13,6 +13,7 @@ pub mod disk;
 pub mod facts;
 pub mod file;
 pub mod node;
+pub mod process;
 #[cfg(test)]
 mod truth;
 pub mod walks;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use shared::desired::{ContainerRow, DesiredSnapshot};
 use shared::ids::ContainerId;
-use shared::observed::{ContainerSample, DiskCounters, Measured, NodeSample, Source};
+use shared::observed::{ContainerSample, DiskCounters, Measured, NodeSample, Processes, Source};
 use shared::{monotonic_ns, wall_ns};
 
 use self::container::Watched;
@@ -34,6 +35,7 @@ use self::disk::Disk;
 use self::facts::Facts;
 use self::file::Budget;
 use self::node::Node;
+use self::process::Lister;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
@@ -88,13 +90,16 @@ impl Collector {
             changed: Condvar::new(),
         });
         let disk = Disk::start()?;
+        let lister = Lister::start()?;
         let own = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("collect".to_owned())
             .spawn(move || {
                 let mut sampler =
                     Sampler::new(totals, disk.clone(), scratch_root, descriptors, means);
+                sampler.list_processes(lister.clone());
                 run(&own, &mut sampler, &board);
+                lister.stop();
                 disk.stop();
             })?;
         Ok(Self {
@@ -214,6 +219,7 @@ pub struct Sampler {
     links_log: LogLimit,
     node: Node,
     disk: Disk,
+    lister: Option<Lister>,
     scratch_root: Option<PathBuf>,
     totals: Arc<Totals>,
     tick: u64,
@@ -268,6 +274,7 @@ impl Sampler {
             links: None,
             links_log: LogLimit::default(),
             disk,
+            lister: None,
             scratch_root,
             totals,
             tick: 0,
@@ -277,6 +284,11 @@ impl Sampler {
             late: Duration::ZERO,
             missed: 0,
         }
+    }
+
+    /// Has processes listed too from now on.
+    pub fn list_processes(&mut self, lister: Lister) {
+        self.lister = Some(lister);
     }
 
     /// CPU time of the last pass.
@@ -336,7 +348,26 @@ impl Sampler {
                 .values()
                 .map(|watched| watched.row().scratch_path.as_str())
                 .filter(|path| !path.is_empty()),
+            self.containers
+                .values()
+                .map(|watched| (watched.row().init_pid, watched.row().container_id))
+                .filter(|(pid, _)| *pid != 0),
         );
+        let mut processes = None;
+        if let Some(lister) = &self.lister {
+            processes = lister.take().map(|listing| Processes {
+                tick: self.tick,
+                ..listing
+            });
+            lister.refresh(
+                self.containers
+                    .values()
+                    .filter_map(|watched| {
+                        Some((watched.row().container_id, watched.directory()?.to_owned()))
+                    })
+                    .collect(),
+            );
+        }
         self.last_pass = begin.elapsed();
         self.last_cpu = thread_cpu().saturating_sub(cpu_begin);
         counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
@@ -346,6 +377,7 @@ impl Sampler {
         Pass {
             tick: self.tick,
             samples,
+            processes,
             node: NodeSample {
                 tick: self.tick,
                 taken_monotonic_ns: monotonic_ns(),
@@ -398,19 +430,30 @@ impl Sampler {
 }
 
 fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
-    if row.scratch_path.is_empty() {
-        return;
+    let mut counters = DiskCounters::default();
+    let mut age = None;
+    if !row.scratch_path.is_empty()
+        && let Some(space) = disk.answer(Path::new(&row.scratch_path))
+    {
+        counters.scratch_bytes = Some(space.used);
+        counters.scratch_files = Some(space.files);
+        counters.scratch_limit_bytes = Some(space.total);
+        age = Some(age_ms(space.at));
     }
-    if let Some(space) = disk.answer(Path::new(&row.scratch_path)) {
+    if row.init_pid != 0
+        && let Some(space) = disk.answer(&disk::shared_memory(row.init_pid))
+    {
+        let shm_age = age_ms(space.at);
+        counters.shm_bytes = Some(space.used);
+        counters.shm_limit_bytes = Some(space.total);
+        counters.shm_age_ms = Some(u64::from(shm_age));
+        age = age.or(Some(shm_age));
+    }
+    if let Some(age_ms) = age {
         sample.disk = Measured {
             source: Source::File,
-            age_ms: age_ms(space.at),
-            counters: DiskCounters {
-                scratch_bytes: Some(space.used),
-                scratch_files: Some(space.files),
-                scratch_limit_bytes: Some(space.total),
-                ..DiskCounters::default()
-            },
+            age_ms,
+            counters,
         };
     }
 }

@@ -207,9 +207,15 @@ impl Io {
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<Option<IoCounters>, Failure> {
         let mut failure = Failure::Missing;
         for (bytes, operations) in self.bytes.iter_mut().zip(&mut self.operations) {
+            if bytes.is_hopeless() {
+                continue;
+            }
             let moved = match bytes.read(buffer) {
                 Ok(text) => by_direction(text),
                 Err(err) => {
+                    if err == Failure::Missing {
+                        bytes.give_up();
+                    }
                     failure = err;
                     continue;
                 }

@@ -146,6 +146,16 @@ impl Watched {
         &self.row
     }
 
+    /// A cgroup of the container, once one was found.
+    pub fn directory(&self) -> Option<&Path> {
+        let groups = &self.groups;
+        [&groups.pids, &groups.cpu, &groups.memory]
+            .into_iter()
+            .flatten()
+            .map(|group| group.path.as_path())
+            .next()
+    }
+
     fn find_missing(&mut self, facts: &Facts, budget: &Arc<Budget>) {
         let row = &self.row;
         if self.cpu.is_none()

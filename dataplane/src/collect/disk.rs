@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use shared::ids::ContainerId;
+
 use super::container::is_own_file_system;
 
 /// One file system, in bytes.
@@ -32,6 +34,8 @@ enum Kind {
     Any,
     /// Only if the path is a mount of its own; else its usage is not the container's.
     Own,
+    /// As `Own`, inside a container: only while its first process is still the container's.
+    Inside(u32, ContainerId),
 }
 
 #[derive(Debug, Default)]
@@ -81,10 +85,16 @@ impl Disk {
             for (path, kind) in &wanted {
                 let answer = ask(path, *kind);
                 let mut state = self.lock();
-                match answer {
-                    Some(space) => state.answers.insert(path.clone(), space),
-                    None => state.answers.remove(path),
-                };
+                match (answer, kind) {
+                    (Some(space), _) => {
+                        state.answers.insert(path.clone(), space);
+                    }
+                    // The last word about a container that has died tells why it did.
+                    (None, Kind::Inside(..)) => {}
+                    (None, _) => {
+                        state.answers.remove(path);
+                    }
+                }
             }
             self.lock()
                 .answers
@@ -93,7 +103,12 @@ impl Disk {
     }
 
     /// Asks for another round over these paths; never waits.
-    pub fn refresh<'a>(&self, any: Option<&Path>, own: impl Iterator<Item = &'a str>) {
+    pub fn refresh<'a>(
+        &self,
+        any: Option<&Path>,
+        own: impl Iterator<Item = &'a str>,
+        inside: impl Iterator<Item = (u32, ContainerId)>,
+    ) {
         let mut state = self.lock();
         state.wanted.clear();
         state
@@ -102,6 +117,9 @@ impl Disk {
         state
             .wanted
             .extend(own.map(|path| (PathBuf::from(path), Kind::Own)));
+        state.wanted.extend(
+            inside.map(|(pid, container)| (shared_memory(pid), Kind::Inside(pid, container))),
+        );
         state.round += 1;
         self.0.1.notify_one();
     }
@@ -118,9 +136,21 @@ impl Disk {
     }
 }
 
+/// A container's /dev/shm, as the host reaches it through the container's first process.
+pub fn shared_memory(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root/dev/shm"))
+}
+
 fn ask(path: &Path, kind: Kind) -> Option<Space> {
-    if kind == Kind::Own && !is_own_file_system(path) {
-        return None;
+    match kind {
+        Kind::Any => {}
+        Kind::Own if is_own_file_system(path) => {}
+        // Process ids are used again; the cgroup's path names the container.
+        Kind::Inside(pid, container)
+            if std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+                .is_ok_and(|text| text.contains(&container.to_string()))
+                && is_own_file_system(path) => {}
+        _ => return None,
     }
     let found = rustix::fs::statvfs(path).ok()?;
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
@@ -147,6 +177,7 @@ mod tests {
         disk.refresh(
             Some(directory.path()),
             [inside.to_str().unwrap()].into_iter(),
+            std::iter::once((std::process::id(), ContainerId([0xab; 32]))),
         );
         let deadline = Instant::now() + Duration::from_secs(10);
         let space = loop {
@@ -158,6 +189,8 @@ mod tests {
         };
         assert!(space.total >= space.available && space.total > 0);
         assert_eq!(disk.answer(&inside), None);
+        let not_ours = shared_memory(std::process::id());
+        assert_eq!(disk.answer(&not_ours), None, "another container's process");
         assert!(is_own_file_system(Path::new("/dev/shm")));
         disk.stop();
     }

@@ -94,6 +94,16 @@ impl CachedFile {
         }
     }
 
+    /// Has the file not looked for again: the kernel does not offer it.
+    pub fn give_up(&mut self) {
+        self.hopeless = true;
+    }
+
+    /// Whether it was given up.
+    pub fn is_hopeless(&self) -> bool {
+        self.hopeless
+    }
+
     /// Reads the text from its start.
     ///
     /// # Errors
