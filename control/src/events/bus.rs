@@ -7,10 +7,11 @@
 //! within those bounds.
 //!
 //! `connection` is the only file that knows the client library. `message` encodes, `queue` and
-//! `outbox` keep, `sender` sends, `store` writes values, `volumes` listens, `errors` limits how
+//! `outbox` keep, `sender` sends, `store` writes values, `console_logs` brings consoles there, `volumes` listens, `errors` limits how
 //! many error events go out.
 
 pub mod connection;
+pub mod console_logs;
 mod errors;
 pub mod message;
 mod outbox;

@@ -21,6 +21,7 @@ use super::arguments::Arguments;
 use super::failure::Failure;
 use super::service::{BoxFuture, Call, Service, unknown_method};
 use super::value::Value;
+use crate::events::{Event, Severity};
 use crate::kernel::Node;
 use crate::kernel::registry::Kernel;
 use crate::kernel::runner_link::RunnerLink;
@@ -54,9 +55,36 @@ impl Service for AgentService {
             }
             let (method, args) = call.bind()?;
             tracing::debug!(method = method.name, "rpc");
-            answer(&node, method.name, args).await
+            let answered = answer(&node, method.name, args).await;
+            if let Err(failure) = &answered {
+                report(&node, method.name, failure);
+            }
+            answered
         })
     }
+}
+
+/// Tells administrators of a failure that is not the caller's: the bus limits how many go out.
+fn report(node: &Node, method: &str, failure: &Failure) {
+    const CALLERS: [&str; 6] = [
+        "KeyError",
+        "TypeError",
+        "ValueError",
+        "NotImplementedError",
+        "InvalidResourceArgument",
+        "InsufficientResource",
+    ];
+    if CALLERS.contains(&failure.class.as_str()) {
+        return;
+    }
+    let mut context = serde_json::Map::new();
+    context.insert("method".into(), method.into());
+    node.events.emit(Event::AgentError {
+        message: failure.repr.clone(),
+        trace: Some(failure.traceback.clone()).filter(|trace| !trace.is_empty()),
+        context,
+        severity: Severity::Error,
+    });
 }
 
 async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<Value, Failure> {

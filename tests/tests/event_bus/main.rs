@@ -1,7 +1,9 @@
 //! The event bus against real servers: bytes, order, outages, restarts, log-in, sentinels.
 
+mod manager;
 mod outages;
 mod publishing;
+mod tls;
 mod vectors;
 
 use std::time::Duration;
