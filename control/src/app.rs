@@ -9,19 +9,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use config::{Config, Publish};
+use config::{Config, LoadOptions, Loaded, Publish};
 use shared::Sizes;
 use shared::desired::NodeRow;
 use shared::run_dir::{RunDir, RunDirError};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::background::BackgroundTasks;
+use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting};
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
+use crate::events::bus::{Bus, BusError};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
+use crate::heartbeat::{Heartbeat, Identity};
 use crate::image::Images;
 use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
@@ -49,6 +52,10 @@ use crate::volumes::Volumes;
 const EVENT_RING: usize = 4096;
 /// Pauses between attempts to reach Docker at start: doubled up to the second.
 const DOCKER_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+/// How long the heartbeat may take to end.
+const HEARTBEAT_END: Duration = Duration::from_secs(2);
+/// How long the last events may take to the bus when the agent is told to stop.
+const BUS_GRACE: Duration = Duration::from_secs(3);
 /// How long operations under way may take when the agent is told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Deadline of one step on a scratch directory.
@@ -96,6 +103,12 @@ pub enum AppError {
         #[source]
         source: std::io::Error,
     },
+    /// The cluster cannot be joined.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The bus cannot be set up.
+    #[error(transparent)]
+    Bus(#[from] BusError),
     /// What was running cannot be taken over.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
@@ -124,19 +137,41 @@ impl AppError {
     pub fn is_of_configuration(&self) -> bool {
         match self {
             AppError::Directories(_) | AppError::RunDir(_) | AppError::Key { .. } => true,
+            AppError::Cluster(err) => !matches!(err, ClusterError::Interrupted),
             AppError::Bind(err) => !matches!(err, BindError::Bind { .. }),
             _ => false,
         }
     }
 }
 
-/// Runs the agent until it is told to stop.
-pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
+/// Runs the agent until it is told to stop. The options are those the configuration was loaded with:
+/// what the cluster sets is laid over the same file.
+pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppError> {
+    let config = loaded.config.clone();
     let stopping = CancellationToken::new();
     listen_for_signals(&stopping)?;
     // A wrong key file is told at once, not after Docker was waited for.
     let curve = curve(&config)?;
-    let node = assemble(config, &stopping).await?;
+    let public_key = curve.as_ref().map(|curve| curve.pair.public);
+    let link = take_node(&config, &stopping).await?;
+    let starting = Starting::new(&config);
+    let (config, joined) = if config.standalone {
+        (config, None)
+    } else {
+        let joined = Box::pin(cluster::join(options, &config, &starting, &stopping)).await?;
+        // Those of the file alone were told when it was read.
+        let told = &loaded.notes;
+        for note in joined
+            .loaded
+            .notes
+            .iter()
+            .filter(|note| !told.contains(note))
+        {
+            tracing::warn!(key = note.key, "{}", note.text);
+        }
+        (joined.loaded.config.clone(), Some(joined))
+    };
+    let node = assemble(config, link, joined, &starting, &stopping).await?;
     let recovered = tokio::select! {
         recovered = recovery::recover(&node) => recovered?,
         () = stopping.cancelled() => return Err(AppError::Interrupted),
@@ -162,15 +197,35 @@ pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),
     ];
+    if let Some(cluster) = &node.cluster {
+        cluster.register(&node.config, stopping.clone()).await;
+    }
     node.events.emit(Event::AgentStarted {
         reason: "self-started",
     });
+    let heartbeat = node.cluster.as_ref().map(|cluster| {
+        let heartbeat = Heartbeat {
+            identity: Identity::of(&node.config, public_key.as_ref()),
+            period: node.config.debug.heartbeat_interval,
+            scaling_group: node.scaling_group.subscribe(),
+        };
+        tokio::spawn(heartbeat.run(node.clone(), cluster.bus.clone()))
+    });
+    starting.step("ready");
     tracing::info!(agent_id = node.agent_id(), address = %server.local_addr(), "the agent is ready");
     // Not under systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     stopping.cancelled().await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping; kernels go on");
+    // A heartbeat after the farewell would make the manager take the node for alive again.
+    if let Some(heartbeat) = heartbeat
+        && tokio::time::timeout(HEARTBEAT_END, heartbeat)
+            .await
+            .is_err()
+    {
+        tracing::warn!("the heartbeat did not end in time");
+    }
     node.events
         .emit(Event::AgentTerminated { reason: "shutdown" });
     server.shutdown(Duration::from_secs(2)).await;
@@ -193,7 +248,26 @@ pub async fn run(config: Arc<Config>) -> Result<(), AppError> {
         }
     }
     keep_distros(&node).await;
+    if let Some(cluster) = &node.cluster {
+        cluster.bus.close(BUS_GRACE).await;
+    }
     Ok(())
+}
+
+/// Takes the node's lock and its region: a second agent of this id ends here, before it has told the
+/// cluster anything.
+async fn take_node(config: &Arc<Config>, stopping: &CancellationToken) -> Result<Link, AppError> {
+    let prepared = config.clone();
+    blocking(move || prepared.prepare_directories().map(drop))
+        .await
+        .map_err(AppError::Directories)?;
+    let run_dir = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)?;
+    Ok(Link::open(
+        run_dir,
+        sizes(config),
+        node_row(config),
+        stopping.clone(),
+    )?)
 }
 
 fn listen_for_signals(stopping: &CancellationToken) -> Result<(), AppError> {
@@ -219,25 +293,36 @@ fn listen_for_signals(stopping: &CancellationToken) -> Result<(), AppError> {
 /// Builds the node from the configuration; nothing of what runs is touched yet.
 async fn assemble(
     config: Arc<Config>,
+    link: Link,
+    joined: Option<Joined>,
+    starting: &Starting,
     stopping: &CancellationToken,
 ) -> Result<Arc<Node>, AppError> {
-    let prepared = config.clone();
-    blocking(move || prepared.prepare_directories().map(drop))
-        .await
-        .map_err(AppError::Directories)?;
     let agent_id = config.agent.id.clone();
-    let run_dir = RunDir::choose(Some(&config.node.run_dir), &agent_id)?;
-    // The lock of the directory comes with the region: a second agent of this id ends here.
-    let link = Link::open(run_dir, sizes(&config), node_row(&config), stopping.clone())?;
-
+    let scaling_group = watch::Sender::new(config.agent.scaling_group.clone());
     let docker = Docker::new(&docker_options(&config))?;
-    reach_docker(&docker, stopping).await?;
+    reach_docker(&docker, starting, stopping).await?;
     let state_dir = config.agent.var_base_path.clone();
     let journal = Journal::open(&state_dir, &agent_id)?;
     let logs = KeptLogs::open(&state_dir, &agent_id)?;
     let events_file = state_dir.join(format!("events.{}.jsonl", plain_name(&agent_id)));
-    let sinks: Vec<Box<dyn Sink>> =
+    let mut sinks: Vec<Box<dyn Sink>> =
         vec![Box::new(LogSink), Box::new(FileSink::open(&events_file)?)];
+    let cluster = match joined {
+        None => None,
+        Some(joined) => {
+            let settings = joined.bus;
+            let bus = blocking(move || Bus::start(&settings)).await?;
+            sinks.push(Box::new(bus.sink()));
+            let changes = Changes::follow(
+                joined.etcd.clone(),
+                joined.settings,
+                scaling_group.subscribe(),
+                stopping.clone(),
+            );
+            Some(Cluster::new(joined.etcd, bus, changes))
+        }
+    };
 
     let inventory = config.clone();
     let ledger = blocking(move || Ledger::discover(&inventory, Vec::new())).await?;
@@ -309,6 +394,8 @@ async fn assemble(
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
+        scaling_group,
+        cluster,
         stopping: stopping.clone(),
         host_sockets,
         abuse: AbuseReports::default(),
@@ -327,13 +414,21 @@ async fn assemble(
 }
 
 /// Waits for Docker, saying so, until it answers or the agent is told to stop.
-async fn reach_docker(docker: &Docker, stopping: &CancellationToken) -> Result<(), AppError> {
+async fn reach_docker(
+    docker: &Docker,
+    starting: &Starting,
+    stopping: &CancellationToken,
+) -> Result<(), AppError> {
     let began = Instant::now();
     let mut pause = DOCKER_PAUSES.0;
     loop {
         match docker.ping().await {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                starting.step("starting");
+                return Ok(());
+            }
             Err(err) => {
+                starting.waiting("Docker", &destroy::chain(&err));
                 tracing::error!(
                     err = destroy::chain(&err),
                     waited_s = began.elapsed().as_secs(),

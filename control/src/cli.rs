@@ -104,7 +104,10 @@ impl Cli {
                 let configured = local_config(file)?.node.runner_dir.clone();
                 short_lived(runner::run(command, configured, form))?;
             }
-            Command::Status => short_lived(status::status(&connection, form))?,
+            Command::Status => {
+                let config = local_config(file).ok();
+                short_lived(status::status(&connection, config.as_deref(), form))?;
+            }
             Command::Ports => short_lived(status::ports(&connection, form))?,
             Command::Doctor => short_lived(doctor::run(local_config(file)?, form))?,
             Command::Detach => detach::run(&*local_config(file.clone())?, file.as_deref(), form)?,
@@ -117,9 +120,16 @@ impl Cli {
 
 /// The configuration as far as a local command needs it; sections of a cluster may be missing.
 fn local_config(file: Option<PathBuf>) -> Result<Arc<config::Config>, Problem> {
-    let options = config::LoadOptions::of_this_process(file, true);
-    config::load(&options)
+    // The file of a cluster is looked for in its places, the one of a lone node must be named.
+    let load = |standalone| {
+        config::load(&config::LoadOptions::of_this_process(
+            file.clone(),
+            standalone,
+        ))
         .map(|loaded| loaded.config)
+    };
+    load(false)
+        .or_else(|_| load(true))
         .map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))
 }
 

@@ -77,7 +77,7 @@ struct Inner {
 #[derive(Default)]
 struct Current {
     member: usize,
-    client: Option<Client>,
+    client: Option<Arc<Client>>,
     /// Counts connections, so that a failure of an old one does not close its successor.
     generation: u64,
 }
@@ -313,7 +313,8 @@ impl Etcd {
                     Some(client) => client,
                     None => self.connect(member, generation).await?,
                 };
-                work(client).await
+                // A client is some kilobytes, and so is what is made of it.
+                Box::pin(work(Client::clone(&client))).await
             };
             match tokio::time::timeout(share.min(deadline - now), attempt).await {
                 Ok(Ok(answer)) => {
@@ -349,13 +350,13 @@ impl Etcd {
         Err(error)
     }
 
-    fn current(&self) -> (usize, u64, Option<Client>) {
+    fn current(&self) -> (usize, u64, Option<Arc<Client>>) {
         let current = self.lock();
         (current.member, current.generation, current.client.clone())
     }
 
     /// A connection to the member in use, for a stream.
-    async fn client(&self) -> Result<(Client, u64), etcd_client::Error> {
+    async fn client(&self) -> Result<(Arc<Client>, u64), etcd_client::Error> {
         let (member, generation, client) = self.current();
         match client {
             Some(client) => Ok((client, generation)),
@@ -363,10 +364,15 @@ impl Etcd {
         }
     }
 
-    async fn connect(&self, member: usize, generation: u64) -> Result<Client, etcd_client::Error> {
+    async fn connect(
+        &self,
+        member: usize,
+        generation: u64,
+    ) -> Result<Arc<Client>, etcd_client::Error> {
         let endpoint = self.inner.endpoints.get(member).cloned();
         let endpoint = [endpoint.unwrap_or_default()];
-        let client = Client::connect(endpoint, Some(self.inner.options.clone())).await?;
+        let connecting = Client::connect(endpoint, Some(self.inner.options.clone()));
+        let client = Arc::new(Box::pin(connecting).await?);
         let mut current = self.lock();
         if current.generation == generation && current.client.is_none() {
             current.client = Some(client.clone());

@@ -7,6 +7,7 @@
 pub mod app;
 pub mod background;
 pub mod cli;
+pub mod cluster;
 pub mod docker;
 pub mod etcd;
 pub mod events;

@@ -5,7 +5,7 @@ use crate::document::{Kind, Table, Value};
 use crate::problem::NoteKind;
 use crate::section::{Reader, kebab};
 
-const HEARTBEAT: &str = "it is told in heartbeats, which this release does not send";
+const DISCOVERY: &str = "this release does not register HTTP services for discovery";
 const HTTP: &str = "this release serves no HTTP";
 const PLUGINS: &str = "this release has no accelerator plugins";
 const WATCHER: &str = "the watcher is not part of this release";
@@ -13,9 +13,7 @@ const LOG: &str = "this release logs to standard error only; a service manager k
 
 /// Section, key and why; the key `*` is the section as a whole.
 const LATER: &[(&str, &str, &str)] = &[
-    ("agent", "advertised-rpc-addr", HEARTBEAT),
-    ("agent", "announce-addr", HEARTBEAT),
-    ("agent", "public-host", HEARTBEAT),
+    ("agent", "announce-addr", DISCOVERY),
     ("agent", "service-addr", HTTP),
     ("agent", "metadata-server-bind-host", HTTP),
     ("agent", "metadata-server-port", HTTP),
@@ -29,11 +27,6 @@ const LATER: &[(&str, &str, &str)] = &[
         "pid-file",
         "the region's lock names the process that runs",
     ),
-    (
-        "agent",
-        "skip-manager-detection",
-        "managers are not looked for",
-    ),
     ("agent", "allow-compute-plugins", PLUGINS),
     ("agent", "block-compute-plugins", PLUGINS),
     (
@@ -41,7 +34,6 @@ const LATER: &[(&str, &str, &str)] = &[
         "stats-type",
         "the collector finds out by itself what the kernel offers",
     ),
-    ("debug", "heartbeat-interval", HEARTBEAT),
     (
         "debug.coredump",
         "backup-count",
@@ -55,8 +47,9 @@ const LATER: &[(&str, &str, &str)] = &[
     ("logging", "drivers", LOG),
     ("logging", "pkg-ns", "set levels by module with RUST_LOG"),
     ("logging.file", "*", LOG),
-    ("service-discovery", "*", HEARTBEAT),
-    ("watcher", "*", WATCHER),
+    ("service-discovery", "*", DISCOVERY),
+    ("watcher", "target-service", WATCHER),
+    ("watcher", "soft-reset-available", WATCHER),
     (
         "container-logs",
         "chunk-size",

@@ -2,6 +2,7 @@
 
 use crate::cli::output::say_part;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -17,13 +18,23 @@ pub struct CheckConfigArgs {
     /// Check for standalone mode, in which the sections of a cluster may be missing.
     #[arg(long)]
     standalone: bool,
+    /// Also read what the cluster's etcd sets, as a start would, and show it.
+    #[arg(long, conflicts_with = "standalone")]
+    with_etcd: bool,
 }
 
 /// Loads the configuration and prints it, or every error in it.
 pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<(), Problem> {
     let options = config::LoadOptions::of_this_process(file, args.standalone);
-    let loaded =
+    let mut loaded =
         config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    if args.with_etcd {
+        let look = crate::cluster::look(Arc::new(options), &loaded.config);
+        loaded = super::short_lived(async {
+            let looked = look.await;
+            looked.map_err(|why| Problem::Unavailable(anyhow::anyhow!("{why}")))
+        })?;
+    }
     if !args.quiet {
         match form {
             Form::Text => say_part!("{}", loaded.render_text()),

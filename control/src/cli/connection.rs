@@ -65,8 +65,12 @@ impl Connection {
         if let Some(address) = &self.address {
             return address.clone();
         }
-        let options = config::LoadOptions::of_this_process(self.config.clone(), true);
-        let listen = config::load(&options)
+        let load = |standalone| {
+            let file = self.config.clone();
+            config::load(&config::LoadOptions::of_this_process(file, standalone))
+        };
+        let listen = load(false)
+            .or_else(|_| load(true))
             .ok()
             .map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
         match listen {

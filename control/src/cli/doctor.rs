@@ -13,6 +13,8 @@ use serde_json::json;
 use super::exit::Problem;
 use super::output::{self, Form, Table};
 use crate::docker::{Docker, DockerOptions};
+use crate::etcd::Etcd;
+use crate::kernel::destroy::chain;
 use config::Config;
 
 /// How much a finding matters.
@@ -70,6 +72,7 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
         move || runner(&config)
     };
     let mut findings = vec![privileges(nix::unistd::geteuid().is_root()), engine];
+    findings.extend(Box::pin(cluster(&config)).await);
     let host = tokio::task::spawn_blocking(move || {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         vec![
@@ -188,6 +191,65 @@ async fn engine(config: &Config) -> Finding {
         Ok(Err(error)) => Finding::bad(CHECK, Level::Failure, error.to_string(), remedy),
         Err(_) => Finding::bad(CHECK, Level::Failure, "no answer within 10 s", remedy),
     }
+}
+
+/// What a node that joins a cluster needs of it; nothing for a node on its own.
+async fn cluster(config: &Config) -> Vec<Finding> {
+    const ETCD: &str = "etcd";
+    const MANAGER: &str = "manager";
+    const BUS: &str = "event bus";
+    let Some(settings) = &config.etcd else {
+        return Vec::new();
+    };
+    let agent = &config.agent;
+    let etcd = match Etcd::new(settings, &agent.id, &agent.scaling_group) {
+        Ok(etcd) => etcd,
+        Err(err) => {
+            return vec![Finding::bad(
+                ETCD,
+                Level::Failure,
+                chain(&err),
+                "correct [etcd]",
+            )];
+        }
+    };
+    let [managers, redis] = match etcd.trees(["nodes/manager", "config/redis"]).await {
+        Ok(found) => found,
+        Err(err) => {
+            return vec![Finding::bad(
+                ETCD,
+                Level::Failure,
+                chain(&err),
+                "check that etcd runs at etcd.addr and that this host may reach it; until then the agent waits",
+            )];
+        }
+    };
+    let place = format!(
+        "answers at {}, namespace {}",
+        etcd.endpoints(),
+        settings.namespace
+    );
+    let mut findings = vec![Finding::good(ETCD, place)];
+    findings.push(if !managers.tree.is_empty() || agent.skip_manager_detection {
+        Finding::good(MANAGER, format!("{} registered", managers.tree.members.len()))
+    } else {
+        Finding::bad(
+            MANAGER,
+            Level::Warning,
+            "none has registered",
+            "start a manager in this namespace, or set agent.skip-manager-detection; until then the agent waits",
+        )
+    });
+    findings.push(match crate::cluster::bus_settings(&redis.tree, &agent.id, None) {
+        Ok(bus) => Finding::good(BUS, format!("at {}", bus.server.endpoint)),
+        Err(err) => Finding::bad(
+            BUS,
+            Level::Failure,
+            chain(&err),
+            "set config/redis in etcd (backend.ai mgr etcd put config/redis/addr HOST:PORT); until then the agent waits",
+        ),
+    });
+    findings
 }
 
 fn engine_version(version: &str) -> Finding {

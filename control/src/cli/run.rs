@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
@@ -33,17 +34,11 @@ pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");
     }
-    if !loaded.config.standalone {
-        return Err(Problem::Config(anyhow::anyhow!(
-            "this release runs a node standalone only: etcd and the event bus are not part of it yet; \
-             start it with --standalone (the manager's RPC is served all the same)"
-        )));
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("control")
         .build()?;
-    let outcome = runtime.block_on(crate::app::run(loaded.config.clone()));
+    let outcome = runtime.block_on(crate::app::run(loaded, Arc::new(options)));
     // A driver or disk call that never returns must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(3));
     match outcome {

@@ -34,8 +34,20 @@ fn amount(slot: &str, value: &Value) -> String {
 }
 
 /// Shows the node's state. Ends with code 1 when a part of it is not working.
-pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> {
-    let agent = connection.open().await?;
+pub async fn status(
+    connection: &Connection,
+    config: Option<&config::Config>,
+    form: Form,
+) -> Result<(), Problem> {
+    let agent = match connection.open().await {
+        Ok(agent) => agent,
+        Err(problem) => {
+            return match config {
+                Some(config) if tell_waiting(config, form)? => Err(Problem::Findings),
+                _ => Err(problem),
+            };
+        }
+    };
     let status: Value = agent.call("bai.status", Vec::new(), DEADLINE).await?;
     let engine = at(&status, &["docker", "reachable"])
         .as_bool()
@@ -75,6 +87,7 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
                         .to_owned()
                 }
             );
+            cluster(&status);
             say!("kernels    {}", word(at(&status, &["kernels"])));
             let ports = at(&status, &["ports"]);
             say!(
@@ -92,11 +105,101 @@ pub async fn status(connection: &Connection, form: Form) -> Result<(), Problem> 
             }
         }
     }
-    if engine && dataplane {
+    let lost = |part: &str| at(&status, &["cluster", part]).as_bool() == Some(false);
+    let away = at(&status, &["cluster", "etcd", "reachable"]).as_bool() == Some(false)
+        || at(&status, &["cluster", "bus", "connected"]).as_bool() == Some(false)
+        || lost("registered");
+    if engine && dataplane && !away {
         Ok(())
     } else {
         Err(Problem::Findings)
     }
+}
+
+/// The lines of a node in a cluster.
+fn cluster(status: &Value) {
+    let cluster = at(status, &["cluster"]);
+    if cluster.is_null() {
+        return;
+    }
+    let etcd = at(cluster, &["etcd"]);
+    let since = |seconds: &Value| {
+        seconds
+            .as_f64()
+            .map_or_else(|| "-".to_owned(), output::duration)
+    };
+    say!(
+        "etcd       {}",
+        match at(etcd, &["reachable"]).as_bool() {
+            Some(true) => format!("answers at {}", word(at(etcd, &["endpoint"]))),
+            Some(false) => format!(
+                "away for {}, the node goes on with what it knows: {}",
+                since(at(etcd, &["away_s"])),
+                word(at(etcd, &["error"]))
+            ),
+            None => "not asked yet".to_owned(),
+        }
+    );
+    let managers = at(cluster, &["managers"]).as_array().map_or(0, Vec::len);
+    let registered = match at(cluster, &["registered"]).as_bool() {
+        Some(true) => "registered",
+        _ => "not registered",
+    };
+    say!(
+        "cluster    {registered} in {}, {managers} managers are up",
+        word(at(status, &["scaling_group"]))
+    );
+    let bus = at(cluster, &["bus"]);
+    say!(
+        "bus        {}, {} sent, {} waiting, {} left out",
+        match at(bus, &["connected"]).as_bool() {
+            Some(true) => "connected".to_owned(),
+            Some(false) => format!("not connected ({})", word(at(bus, &["error"]))),
+            None => "not tried yet".to_owned(),
+        },
+        word(at(bus, &["sent"])),
+        word(at(bus, &["waiting"])),
+        word(at(bus, &["left_out"]))
+    );
+    let changed: Vec<String> = at(cluster, &["settings_changed"])
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(word)
+        .collect();
+    if !changed.is_empty() {
+        say!(
+            "settings   {} changed in etcd; restart the agent to apply them (kernels go on)",
+            changed.join(", ")
+        );
+    }
+}
+
+/// A node that does not answer because it is not ready yet says what it waits for.
+fn tell_waiting(config: &config::Config, form: Form) -> Result<bool, Problem> {
+    let Some(waiting) = crate::cluster::read_waiting(config) else {
+        return Ok(false);
+    };
+    let now = crate::events::unix_seconds(std::time::SystemTime::now());
+    match form {
+        Form::Json => output::json(&serde_json::json!({
+            "agent_id": config.agent.id, "starting": waiting,
+        }))?,
+        Form::Text => {
+            say!(
+                "agent      {} is starting (pid {})",
+                config.agent.id,
+                waiting.pid
+            );
+            say!(
+                "waits for  {}, for {}: {}",
+                waiting.waiting_for,
+                output::duration((now - waiting.since).max(0.0)),
+                waiting.why
+            );
+        }
+    }
+    Ok(true)
 }
 
 /// Shows every published port: who has it, what serves it and, when nothing does, why.

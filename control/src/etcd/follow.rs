@@ -196,8 +196,9 @@ impl Follower {
             seconds: OPEN.as_secs(),
         };
         let opened = async {
-            let (mut client, generation) = etcd.client().await?;
-            let mut stream = client.watch(prefix, Some(options)).await?;
+            let (client, generation) = etcd.client().await?;
+            let mut client = client.watch_client();
+            let mut stream = Box::pin(client.watch(prefix, Some(options))).await?;
             let first = stream.message().await?;
             Ok::<_, etcd_client::Error>((generation, stream, first))
         };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use config::Config;
 use shared::ids::{ContainerId, KernelId};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -23,6 +23,7 @@ use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
 use crate::background::BackgroundTasks;
+use crate::cluster::Cluster;
 use crate::docker::Docker;
 use crate::events::{Event, Events};
 use crate::image::Images;
@@ -71,6 +72,10 @@ pub struct Node {
     pub creations: Semaphore,
     /// Containers that cannot be adopted, so that each is reported once.
     pub left_alone: Mutex<HashSet<ContainerId>>,
+    /// The resource group, which managers may change while the node runs.
+    pub scaling_group: watch::Sender<String>,
+    /// The cluster; none in standalone mode.
+    pub cluster: Option<Cluster>,
     /// Cancelled when the agent stops. Kernels stay.
     pub stopping: CancellationToken,
     /// Sockets of this host that kernels were given.

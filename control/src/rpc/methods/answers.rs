@@ -112,7 +112,7 @@ pub(super) fn gpu_allocations(_node: &Node) -> Result<Value, Failure> {
     Ok(Value::Map(Vec::new()))
 }
 
-/// Rewrites `agent.scaling-group` in the file the node was started with.
+/// Changes the resource group, in the file the node was started with and in the running node.
 pub(super) async fn update_scaling_group(
     node: &Arc<Node>,
     mut args: Arguments,
@@ -123,9 +123,16 @@ pub(super) async fn update_scaling_group(
             "this node was started without a configuration file; there is nothing to rewrite",
         ));
     };
-    blocking(move || config::update_scaling_group(&file, &group))
+    let name = group.clone();
+    blocking(move || config::update_scaling_group(&file, &name))
         .await
         .map_err(|err| failed(&err))?;
+    // The file first: what is told to the manager is still so after a restart. The heartbeat tells it.
+    if let Some(cluster) = &node.cluster {
+        cluster.etcd.set_scaling_group(&group);
+    }
+    tracing::info!(scaling_group = group, "the resource group was changed");
+    node.scaling_group.send_replace(group);
     Ok(Value::Nil)
 }
 

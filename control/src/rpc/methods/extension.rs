@@ -13,6 +13,8 @@ use super::super::failure::Failure;
 use super::super::service::{Call, unknown_method};
 use super::super::value::Value;
 use super::{lifecycle, reply, unknown_kernel};
+use crate::cluster::Cluster;
+use crate::etcd::Health;
 use crate::image::{self, ImageError};
 use crate::kernel::destroy::chain;
 use crate::kernel::node::Node;
@@ -88,7 +90,36 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
             "cooling": occupancy.resting,
         },
         "slots": slots(node),
+        "scaling_group": *node.scaling_group.borrow(),
+        "cluster": node.cluster.as_ref().map(cluster),
     }))
+}
+
+/// What is known of etcd, the bus and the managers.
+fn cluster(cluster: &Cluster) -> Json {
+    let health = cluster.etcd.health().borrow().clone();
+    let etcd = match health {
+        Health::Untried => json!({"reachable": null}),
+        Health::Reachable { endpoint } => json!({"reachable": true, "endpoint": endpoint}),
+        Health::Lost { since, error } => json!({
+            "reachable": false, "error": error, "away_s": since.elapsed().as_secs_f64(),
+        }),
+    };
+    let bus = cluster.bus.state().borrow().clone();
+    json!({
+        "etcd": etcd,
+        "registered": cluster.is_registered(),
+        "managers": cluster.changes.managers(),
+        "settings_changed": cluster.changes.differing(),
+        "bus": {
+            "connected": bus.connected,
+            "since": bus.since.map(crate::events::unix_seconds),
+            "error": bus.trouble,
+            "waiting": cluster.bus.waiting(),
+            "sent": bus.sent,
+            "left_out": bus.left_out,
+        },
+    })
 }
 
 /// Total and used amounts per slot, as text: they may be fractions or large.

@@ -1,0 +1,168 @@
+//! `config/redis` of etcd as the settings of the bus.
+
+use std::path::Path;
+
+use config::Secret;
+use thiserror::Error;
+
+use crate::etcd::Tree;
+use crate::events::bus::{BusServer, BusSettings, BusTls, Endpoint, HostPort, HostPortError, Role};
+use crate::kernel::journal::plain_name;
+
+/// Why the settings cannot be used.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum RedisError {
+    /// There is neither an address nor a list of sentinels.
+    #[error("neither {0}/addr nor {0}/sentinel is set; set one, such as 10.0.0.2:6379")]
+    NoAddress(String),
+    /// Sentinels need the name of what they watch.
+    #[error("{0}/sentinel is set and {0}/service_name is not; set both")]
+    NoServiceName(String),
+    /// An address is none.
+    #[error("{0} is wrong")]
+    Address(String, #[source] HostPortError),
+    /// A switch is neither on nor off.
+    #[error("{0} is neither true nor false")]
+    Switch(String),
+}
+
+/// Reads the settings. Keys of the original that only its experimental queue uses are left alone.
+///
+/// # Errors
+/// What is missing or wrong.
+pub fn bus_settings(
+    redis: &Tree,
+    agent_id: &str,
+    state_dir: Option<&Path>,
+) -> Result<BusSettings, RedisError> {
+    let mut settings = BusSettings::new(agent_id, server("config/redis", redis)?);
+    let overrides = redis.at(&["override_configs"]);
+    for (name, tree) in overrides.into_iter().flat_map(|tree| &tree.members) {
+        let Some(role) = Role::from_name(name) else {
+            tracing::warn!(
+                role = name,
+                "config/redis/override_configs names no known role; it is left out"
+            );
+            continue;
+        };
+        let place = format!("config/redis/override_configs/{name}");
+        settings.overrides.insert(role, server(&place, tree)?);
+    }
+    settings.outbox_dir = state_dir.map(|dir| dir.join("outbox").join(plain_name(agent_id)));
+    Ok(settings)
+}
+
+fn server(place: &str, tree: &Tree) -> Result<BusServer, RedisError> {
+    let text = |key: &str| tree.text(&[key]).filter(|text| !text.trim().is_empty());
+    let address = |key: &str, text: &str| {
+        text.parse::<HostPort>()
+            .map_err(|err| RedisError::Address(format!("{place}/{key}"), err))
+    };
+    let endpoint = match (text("sentinel"), text("addr")) {
+        (Some(list), _) => Endpoint::Sentinels {
+            addresses: list
+                .split(',')
+                .map(|one| address("sentinel", one))
+                .collect::<Result<_, _>>()?,
+            service_name: text("service_name")
+                .ok_or_else(|| RedisError::NoServiceName(place.to_owned()))?
+                .to_owned(),
+        },
+        (None, Some(one)) => Endpoint::Direct(address("addr", one)?),
+        (None, None) => return Err(RedisError::NoAddress(place.to_owned())),
+    };
+    let switch = |key: &str| match text(key).map(str::to_ascii_lowercase).as_deref() {
+        None | Some("false" | "no" | "off" | "0" | "null" | "none") => Ok(false),
+        Some("true" | "yes" | "on" | "1") => Ok(true),
+        Some(_) => Err(RedisError::Switch(format!("{place}/{key}"))),
+    };
+    let tls = switch("use_tls")?;
+    let skip_verify = switch("tls_skip_verify")?;
+    Ok(BusServer {
+        endpoint,
+        username: None,
+        password: text("password").map(Secret::new),
+        tls: tls.then_some(BusTls {
+            skip_verify,
+            ca_file: None,
+        }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(pairs: &[(&str, &str)]) -> Result<BusSettings, RedisError> {
+        let keys: Vec<(String, &str)> = pairs
+            .iter()
+            .map(|(key, value)| (format!("/r/{key}"), *value))
+            .collect();
+        let tree = Tree::below("/r", keys.iter().map(|(key, value)| (key.as_str(), *value)));
+        bus_settings(&tree, "i-x", Some(Path::new("/state")))
+    }
+
+    #[test]
+    fn an_address_and_a_password() {
+        let settings = read(&[("addr", "10.0.0.2:6379"), ("password", "p w")]).unwrap();
+        assert_eq!(settings.server.endpoint.to_string(), "10.0.0.2:6379");
+        assert_eq!(settings.server.password.unwrap().reveal(), "p w");
+        assert!(settings.server.tls.is_none());
+        assert_eq!(settings.outbox_dir.unwrap(), Path::new("/state/outbox/i-x"));
+        // An empty password is none, as an operator clears it.
+        let settings = read(&[("addr", "h:1"), ("password", "")]).unwrap();
+        assert!(settings.server.password.is_none());
+    }
+
+    #[test]
+    fn sentinels_win_over_the_address() {
+        let settings = read(&[
+            ("addr", "h:1"),
+            ("sentinel", "a:26379, b:26379"),
+            ("service_name", "mymaster"),
+            ("use_tls", "true"),
+            ("tls_skip_verify", "True"),
+        ])
+        .unwrap();
+        assert_eq!(
+            settings.server.endpoint.to_string(),
+            "mymaster of a:26379,b:26379"
+        );
+        assert!(settings.server.tls.unwrap().skip_verify);
+    }
+
+    #[test]
+    fn a_role_may_have_a_server_of_its_own() {
+        let settings = read(&[
+            ("addr", "h:1"),
+            ("override_configs/stream/addr", "s:2"),
+            ("override_configs/stream/password", "x"),
+            ("override_configs/nothing/addr", "n:3"),
+        ])
+        .unwrap();
+        assert_eq!(settings.server_of(Role::Stream).endpoint.to_string(), "s:2");
+        assert_eq!(
+            settings.server_of(Role::Statistics).endpoint.to_string(),
+            "h:1"
+        );
+        assert_eq!(settings.overrides.len(), 1);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases: [(&[(&str, &str)], &str); 5] = [
+            (&[], "config/redis/addr"),
+            (&[("addr", "nothing")], "config/redis/addr"),
+            (&[("sentinel", "a:1")], "service_name"),
+            (&[("addr", "h:1"), ("use_tls", "perhaps")], "use_tls"),
+            (
+                &[("addr", "h:1"), ("override_configs/live/password", "x")],
+                "override_configs/live/addr",
+            ),
+        ];
+        for (pairs, word) in cases {
+            let text = read(pairs).unwrap_err().to_string();
+            assert!(text.contains(word), "{text}");
+        }
+    }
+}
