@@ -236,6 +236,11 @@ impl Link {
         self.epoch
     }
 
+    /// Where the regions are.
+    pub fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
     /// What the dataplane says now.
     pub fn observed(&self) -> Observed {
         self.observed.borrow().clone()

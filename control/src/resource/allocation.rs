@@ -43,6 +43,23 @@ impl Allocation {
             .map(|(name, slots)| (name.as_str(), slots.as_slice()))
     }
 
+    /// The devices held of every accelerator (everything but `cpu` and `mem`): name and ids, each once.
+    pub fn accelerators(&self) -> impl Iterator<Item = (&str, Vec<&str>)> {
+        let others = self
+            .devices()
+            .filter(|(name, _)| !matches!(*name, "cpu" | "mem"));
+        others.filter_map(|(name, slots)| {
+            let held = slots.iter().flat_map(|(_, shares)| shares);
+            let mut ids: Vec<&str> = held
+                .filter(|(_, amount)| !amount.is_zero())
+                .map(|(id, _)| id.as_str())
+                .collect();
+            ids.sort_unstable();
+            ids.dedup();
+            (!ids.is_empty()).then_some((name, ids))
+        })
+    }
+
     pub(super) fn of_device(&self, device: &str) -> &[(String, Shares)] {
         let found = self.devices.iter().find(|(name, _)| name == device);
         found.map_or(&[], |(_, slots)| slots)

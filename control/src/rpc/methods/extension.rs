@@ -202,7 +202,7 @@ fn statistics(node: &Node, kernel_ids: &Value) -> Result<Value, Failure> {
         .as_ref()
         .and_then(|snapshot| snapshot.node.as_ref());
     reply(&json!({
-        "node": of_node.map_or_else(|| json!({}), stats::node),
+        "node": of_node.map_or_else(|| json!({}), stats::node_map),
         "kernels": samples,
         "tick": of_node.map_or(0, |node| node.tick),
     }))

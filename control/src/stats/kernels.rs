@@ -1,0 +1,280 @@
+//! The records of kernels.
+//!
+//! In: the samples of a pass and what each kernel was given. Out: one record per kernel that has
+//! been measured. Invariants: a record exists only once CPU and memory were read, and then has
+//! every key of the original's; the load of a device the kernel holds is always in it; the state of
+//! a kernel ends with the kernel.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+
+use rust_decimal::Decimal;
+use shared::ids::{ContainerId, KernelId};
+use shared::observed::{
+    AcceleratorKind, AcceleratorRow, ContainerSample, ObservedSnapshot, UNLIMITED,
+};
+
+use super::decimal::{milliseconds, percent_of_permille};
+use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
+use super::record::{Figures, Record};
+
+const AVERAGE_AND_MAXIMUM: &[Statistic] = &[Statistic::Maximum, Statistic::Average];
+const MAXIMUM: &[Statistic] = &[Statistic::Maximum];
+const RATE: &[Statistic] = &[Statistic::Rate];
+
+const CPU_UTIL: Quantity = Quantity::new("cpu_util", "percent", Current::Rate, AVERAGE_AND_MAXIMUM);
+const CPU_USED: Quantity = Quantity::new("cpu_used", "msec", Current::Value, &[]);
+const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, MAXIMUM);
+const IO_READ: Quantity = Quantity::new("io_read", "bytes", Current::Value, RATE);
+const IO_WRITE: Quantity = Quantity::new("io_write", "bytes", Current::Value, RATE);
+const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
+const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
+const SCRATCH: Quantity = Quantity::new("io_scratch_size", "bytes", Current::Value, MAXIMUM);
+
+/// Milliseconds of CPU time in a second of one core.
+const CORE: Decimal = Decimal::ONE_THOUSAND;
+
+/// Devices of one accelerator that a kernel holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldDevices {
+    /// The plugin's device name, the prefix of its keys: `cuda`.
+    pub name: String,
+    /// Their ids.
+    pub ids: Vec<String>,
+}
+
+/// What the records and series of one kernel need to know of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelFacts {
+    /// The kernel.
+    pub id: KernelId,
+    /// The container it runs in now.
+    pub container: ContainerId,
+    /// It ran before this process did: its first sample is no beginning.
+    pub adopted: bool,
+    /// The accelerators it holds.
+    pub devices: Vec<HeldDevices>,
+}
+
+/// The rows of the devices a kernel holds; `None` when one of them is not there.
+pub fn rows_of<'s>(
+    held: &HeldDevices,
+    accelerators: &'s [AcceleratorRow],
+) -> Option<Vec<&'s AcceleratorRow>> {
+    held.ids
+        .iter()
+        .map(|id| {
+            accelerators
+                .iter()
+                .find(|row| is_named(row, &held.name) && has_id(row, id))
+        })
+        .collect()
+}
+
+fn is_named(row: &AcceleratorRow, name: &str) -> bool {
+    match row.key.kind {
+        // Theirs stand in for devices of other names.
+        AcceleratorKind::Mock | AcceleratorKind::Plugin => true,
+        kind => kind.to_string() == name,
+    }
+}
+
+fn has_id(row: &AcceleratorRow, id: &str) -> bool {
+    row.id == id || row.key.index.to_string() == id
+}
+
+fn device_key(name: &str, what: &str) -> Cow<'static, str> {
+    // Slot names may have dashes, keys of records have none.
+    Cow::Owned(format!("{}_{what}", name.replace('-', "_")))
+}
+
+/// `<name>_mem`.
+pub(super) fn device_memory(name: &str) -> Quantity {
+    Quantity {
+        key: device_key(name, "mem"),
+        unit: "bytes",
+        current: Current::Value,
+        statistics: MAXIMUM,
+    }
+}
+
+/// `<name>_util`.
+pub(super) fn device_load(name: &str) -> Quantity {
+    Quantity {
+        key: device_key(name, "util"),
+        unit: "percent",
+        current: Current::Value,
+        statistics: AVERAGE_AND_MAXIMUM,
+    }
+}
+
+/// The memory a container may use: its limit, or that of the machine.
+pub fn memory_capacity(sample: &ContainerSample, machine: Option<u64>) -> Option<u64> {
+    let limit = sample.memory.get()?.limit_bytes?;
+    match machine {
+        // cgroup v1 shows no limit as a number of pages below 2^63.
+        Some(machine) if limit > machine => Some(machine),
+        None if limit == UNLIMITED => None,
+        _ => Some(limit),
+    }
+}
+
+/// The memory a container uses and cannot give back at once.
+pub fn memory_used(sample: &ContainerSample) -> Option<u64> {
+    let memory = sample.memory.get()?;
+    let current = memory.current_bytes?;
+    Some(current.saturating_sub(memory.inactive_file_bytes.unwrap_or(0)))
+}
+
+/// What one sample measures, in the order of the original's records.
+fn measurements(
+    sample: &ContainerSample,
+    facts: &KernelFacts,
+    snapshot: &ObservedSnapshot,
+) -> Vec<Measurement> {
+    let mut list = Vec::with_capacity(8);
+    if let Some(used) = sample.cpu.get().and_then(|cpu| cpu.usage_ns) {
+        let used = milliseconds(used);
+        list.push(Measurement::of(CPU_UTIL, used, Some(CORE)));
+        list.push(Measurement::of(CPU_USED, used, None));
+    }
+    let machine = snapshot
+        .node
+        .and_then(|node| node.counters.memory_total_bytes);
+    if let Some(used) = memory_used(sample) {
+        let capacity = memory_capacity(sample, machine).map(Decimal::from);
+        list.push(Measurement::of(MEM, used.into(), capacity));
+    }
+    let mut count = |quantity: Quantity, value: Option<u64>| {
+        if let Some(value) = value {
+            list.push(Measurement::of(quantity, value.into(), None));
+        }
+    };
+    let io = sample.io.get();
+    count(IO_READ, io.and_then(|io| io.read_bytes));
+    count(IO_WRITE, io.and_then(|io| io.write_bytes));
+    let net = sample.net.get();
+    count(NET_RX, net.and_then(|net| net.rx_bytes));
+    count(NET_TX, net.and_then(|net| net.tx_bytes));
+    count(
+        SCRATCH,
+        sample.disk.get().and_then(|disk| disk.scratch_bytes),
+    );
+    for held in &facts.devices {
+        let rows = rows_of(held, &snapshot.accelerators).unwrap_or_default();
+        list.extend(device_measurements(&held.name, &rows));
+    }
+    list
+}
+
+/// Memory and load of a set of devices; each only when every device tells it.
+pub(super) fn device_measurements(name: &str, rows: &[&AcceleratorRow]) -> Vec<Measurement> {
+    let mut list = Vec::new();
+    if rows.is_empty() {
+        return list;
+    }
+    let sum = |read: fn(&AcceleratorRow) -> Option<u64>| -> Option<u64> {
+        rows.iter()
+            .map(|row| read(row))
+            .try_fold(0_u64, |sum, value| Some(sum.saturating_add(value?)))
+    };
+    if let Some(used) = sum(|row| row.counters.memory_used_bytes) {
+        let total = sum(|row| row.counters.memory_total_bytes).map(Decimal::from);
+        list.push(Measurement::of(device_memory(name), used.into(), total));
+    }
+    if let Some(load) = sum(|row| row.counters.utilisation_permille) {
+        let all = Decimal::from(rows.len()) * Decimal::ONE_HUNDRED;
+        let load = percent_of_permille(load);
+        list.push(Measurement::of(device_load(name), load, Some(all)));
+    }
+    list
+}
+
+#[derive(Debug)]
+struct Tracked {
+    metrics: Metrics,
+    /// The moment of the last sample taken in.
+    at_ns: u64,
+    /// Only its beginning was seen, and that is of an earlier life of this process.
+    unripe: bool,
+}
+
+/// The state of all kernels.
+#[derive(Debug, Default)]
+pub struct Kernels {
+    tracked: HashMap<KernelId, Tracked>,
+}
+
+impl Kernels {
+    /// Takes in a pass; answers the record of each running kernel that has one.
+    pub fn observe(
+        &mut self,
+        kernels: &[KernelFacts],
+        snapshot: &ObservedSnapshot,
+    ) -> Vec<(KernelId, Record)> {
+        let running: HashSet<KernelId> = kernels.iter().map(|facts| facts.id).collect();
+        self.tracked.retain(|kernel, _| running.contains(kernel));
+        kernels
+            .iter()
+            .filter_map(|facts| Some((facts.id, self.observe_kernel(facts, snapshot)?)))
+            .collect()
+    }
+
+    fn observe_kernel(
+        &mut self,
+        facts: &KernelFacts,
+        snapshot: &ObservedSnapshot,
+    ) -> Option<Record> {
+        let sample = snapshot.container(facts.container);
+        let taken = sample.map_or(0, |sample| sample.taken_monotonic_ns);
+        let tracked = match self.tracked.get_mut(&facts.id) {
+            Some(tracked) if sample.is_some() && tracked.at_ns != taken => {
+                tracked.unripe = false;
+                tracked
+            }
+            // Nothing new: the manager keeps what it was told last.
+            Some(_) => return None,
+            None => {
+                sample?;
+                self.tracked.entry(facts.id).or_insert(Tracked {
+                    metrics: Metrics::new(MissingCapacity::FirstValue),
+                    at_ns: 0,
+                    unripe: facts.adopted,
+                })
+            }
+        };
+        let measured = measurements(sample?, facts, snapshot);
+        tracked.metrics.observe(measured, taken);
+        tracked.at_ns = taken;
+        let complete = tracked.metrics.has("cpu_util") && tracked.metrics.has("mem");
+        if tracked.unripe || !complete {
+            return None;
+        }
+        let mut record = tracked.metrics.record();
+        complete_record(&mut record, facts);
+        Some(record)
+    }
+}
+
+/// Adds what was never measured, so that every reader finds every key.
+fn complete_record(record: &mut Record, facts: &KernelFacts) {
+    for quantity in [IO_READ, IO_WRITE, NET_RX, NET_TX, SCRATCH] {
+        if record.get(&quantity.key).is_none() {
+            let zero = Measurement::of(quantity.clone(), Decimal::ZERO, None);
+            let mut metrics = Metrics::new(MissingCapacity::FirstValue);
+            metrics.observe([zero], 0);
+            record.0.extend(metrics.record().0);
+        }
+    }
+    let devices = facts.devices.iter().filter(|held| !held.ids.is_empty());
+    for quantity in devices.flat_map(|held| [device_memory(&held.name), device_load(&held.name)]) {
+        if record.get(&quantity.key).is_none() {
+            record
+                .0
+                .push((quantity.key, Figures::unread(quantity.unit)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

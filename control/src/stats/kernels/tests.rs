@@ -1,0 +1,261 @@
+use std::fmt::Write;
+
+use serde_json::Value;
+use shared::observed::{
+    AcceleratorCounters, AcceleratorKey, CpuCounters, DiskCounters, IoCounters, Measured,
+    MemoryCounters, NetCounters, NodeCounters, NodeSample, Source,
+};
+
+use super::super::record::pack;
+use super::*;
+
+const CONTAINER: ContainerId = ContainerId([7; 32]);
+
+fn facts() -> KernelFacts {
+    KernelFacts {
+        id: KernelId([1; 16]),
+        container: CONTAINER,
+        adopted: false,
+        devices: vec![HeldDevices {
+            name: "cuda".to_owned(),
+            ids: vec!["0".to_owned()],
+        }],
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn gpu(used: u64, total: u64, permille: Option<u64>) -> AcceleratorRow {
+    AcceleratorRow {
+        key: AcceleratorKey {
+            kind: AcceleratorKind::Cuda,
+            index: 0,
+        },
+        id: "GPU-1".to_owned(),
+        model: String::new(),
+        pci: String::new(),
+        numa_node: None,
+        healthy: true,
+        age_ms: 0,
+        tick: 1,
+        counters: AcceleratorCounters {
+            memory_total_bytes: Some(total),
+            memory_used_bytes: Some(used),
+            utilisation_permille: permille,
+            ..AcceleratorCounters::default()
+        },
+    }
+}
+
+fn snapshot(sample: ContainerSample, accelerators: Vec<AcceleratorRow>) -> ObservedSnapshot {
+    ObservedSnapshot {
+        containers: vec![sample],
+        accelerators,
+        node: Some(NodeSample {
+            counters: NodeCounters {
+                memory_total_bytes: Some(16 << 30),
+                ..NodeCounters::default()
+            },
+            ..NodeSample::default()
+        }),
+        ..ObservedSnapshot::default()
+    }
+}
+
+/// The sample whose record the original wrote.
+fn sample(second: u64) -> ContainerSample {
+    ContainerSample {
+        container_id: CONTAINER,
+        taken_monotonic_ns: second * 1_000_000_000,
+        cpu: Measured::now(
+            Source::File,
+            CpuCounters {
+                usage_ns: Some(1_000_000_000),
+                ..CpuCounters::default()
+            },
+        ),
+        memory: Measured::now(
+            Source::File,
+            MemoryCounters {
+                current_bytes: Some(3000),
+                inactive_file_bytes: Some(1000),
+                limit_bytes: Some(1 << 30),
+                ..MemoryCounters::default()
+            },
+        ),
+        ..ContainerSample::default()
+    }
+}
+
+#[test]
+fn bytes_are_those_of_the_original() {
+    let golden: Value = serde_json::from_str(include_str!(
+        "../../../../tests/vectors/telemetry/live_stat.json"
+    ))
+    .unwrap();
+    let inputs = &golden["inputs"];
+    let mut kernels = Kernels::default();
+    for (round, wanted) in golden["rounds"].as_array().unwrap().iter().enumerate() {
+        let number = |key: &str| -> Decimal {
+            inputs[key]["values"][round]
+                .as_str()
+                .unwrap()
+                .parse()
+                .unwrap()
+        };
+        let whole = |key: &str| u64::try_from(number(key)).unwrap();
+        let capacity = |key: &str| inputs[key]["capacity"].as_str().unwrap().parse().unwrap();
+        let mut sample = sample(1000 + 5 * u64::try_from(round).unwrap());
+        sample.cpu.counters.usage_ns =
+            Some(u64::try_from(number("cpu_util") * Decimal::from(1_000_000)).unwrap());
+        sample.memory.counters.inactive_file_bytes = Some(4096);
+        sample.memory.counters.current_bytes = Some(whole("mem") + 4096);
+        sample.memory.counters.limit_bytes = Some(capacity("mem"));
+        sample.io = Measured::now(
+            Source::File,
+            IoCounters {
+                read_bytes: Some(whole("io_read")),
+                write_bytes: Some(whole("io_write")),
+                ..IoCounters::default()
+            },
+        );
+        sample.net = Measured::now(
+            Source::Netlink,
+            NetCounters {
+                rx_bytes: Some(whole("net_rx")),
+                tx_bytes: Some(whole("net_tx")),
+                ..NetCounters::default()
+            },
+        );
+        sample.disk = Measured::now(
+            Source::Walk,
+            DiskCounters {
+                scratch_bytes: Some(0),
+                scratch_files: None,
+            },
+        );
+        let load = whole("cuda_util") * 10;
+        let card = gpu(whole("cuda_mem"), capacity("cuda_mem"), Some(load));
+        let records = kernels.observe(&[facts()], &snapshot(sample, vec![card]));
+        let [(kernel, record)] = records.as_slice() else {
+            panic!("one record is expected: {records:?}");
+        };
+        assert_eq!(*kernel, facts().id);
+        assert_eq!(
+            hex(&pack(record).unwrap()),
+            wanted["value_hex"].as_str().unwrap(),
+            "round {round}: {}",
+            serde_json::to_string_pretty(record).unwrap()
+        );
+    }
+}
+
+#[test]
+fn every_key_is_there_whatever_was_measured() {
+    let mut kernels = Kernels::default();
+    let records = kernels.observe(&[facts()], &snapshot(sample(1), Vec::new()));
+    let record = &records[0].1;
+    let keys: Vec<&str> = record.0.iter().map(|(key, _)| &**key).collect();
+    assert_eq!(
+        keys,
+        [
+            "cpu_util",
+            "cpu_used",
+            "mem",
+            "io_read",
+            "io_write",
+            "net_rx",
+            "net_tx",
+            "io_scratch_size",
+            "cuda_mem",
+            "cuda_util"
+        ]
+    );
+    let percentage = |key: &str| record.get(key).unwrap().percentage.as_str();
+    assert_eq!(percentage("net_rx"), "0.00");
+    // A device whose load nobody could read must not look idle.
+    assert_eq!(percentage("cuda_util"), "100");
+    assert_eq!(percentage("cuda_mem"), "100");
+}
+
+#[test]
+fn a_record_waits_until_cpu_and_memory_were_read() {
+    let mut kernels = Kernels::default();
+    let mut first = sample(1);
+    first.memory = Measured::default();
+    assert!(
+        kernels
+            .observe(&[facts()], &snapshot(first, Vec::new()))
+            .is_empty()
+    );
+    let records = kernels.observe(&[facts()], &snapshot(sample(2), Vec::new()));
+    assert_eq!(records.len(), 1);
+    // A later failure keeps the last good value.
+    let mut third = sample(3);
+    third.memory = Measured::default();
+    let records = kernels.observe(&[facts()], &snapshot(third, Vec::new()));
+    assert_eq!(records[0].1.get("mem").unwrap().current, "2000");
+}
+
+#[test]
+fn a_lost_device_keeps_its_last_load() {
+    let mut kernels = Kernels::default();
+    let card = gpu(1, 2, Some(505));
+    kernels.observe(&[facts()], &snapshot(sample(1), vec![card]));
+    let records = kernels.observe(&[facts()], &snapshot(sample(2), vec![gpu(1, 2, None)]));
+    assert_eq!(records[0].1.get("cuda_util").unwrap().current, "50.5");
+    let records = kernels.observe(&[facts()], &snapshot(sample(3), Vec::new()));
+    assert_eq!(records[0].1.get("cuda_util").unwrap().percentage, "50.5");
+}
+
+#[test]
+fn an_adopted_kernel_begins_with_a_rate_not_with_its_whole_past() {
+    let mut kernels = Kernels::default();
+    let adopted = KernelFacts {
+        adopted: true,
+        ..facts()
+    };
+    let kernel = [adopted];
+    assert!(
+        kernels
+            .observe(&kernel, &snapshot(sample(1), Vec::new()))
+            .is_empty()
+    );
+    // The same sample again is no second one.
+    assert!(
+        kernels
+            .observe(&kernel, &snapshot(sample(1), Vec::new()))
+            .is_empty()
+    );
+    let mut second = sample(2);
+    second.cpu.counters.usage_ns = Some(1_500_000_000);
+    let records = kernels.observe(&kernel, &snapshot(second, Vec::new()));
+    assert_eq!(records[0].1.get("cpu_util").unwrap().percentage, "50");
+}
+
+#[test]
+fn no_limit_is_the_memory_of_the_machine() {
+    for unlimited in [UNLIMITED, 0x7fff_ffff_ffff_f000] {
+        let mut sample = sample(1);
+        sample.memory.counters.limit_bytes = Some(unlimited);
+        assert_eq!(memory_capacity(&sample, Some(16 << 30)), Some(16 << 30));
+    }
+    assert_eq!(memory_capacity(&sample(1), Some(16 << 30)), Some(1 << 30));
+}
+
+#[test]
+fn a_kernel_that_is_gone_is_forgotten() {
+    let mut kernels = Kernels::default();
+    kernels.observe(&[facts()], &snapshot(sample(1), Vec::new()));
+    assert!(
+        kernels
+            .observe(&[], &snapshot(sample(2), Vec::new()))
+            .is_empty()
+    );
+    assert!(kernels.tracked.is_empty());
+}

@@ -1,0 +1,432 @@
+//! The record of the node and its devices.
+//!
+//! In: what the host tells of itself (cores, memory, disks), the node's network counters and the
+//! accelerators of the observed region. Out: one record. Invariants: each disk and each byte of the
+//! network counts once; what could not be read keeps its last value; a device that is gone leaves
+//! the record.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use rust_decimal::{Decimal, RoundingStrategy};
+use shared::observed::{AcceleratorKind, AcceleratorRow, ObservedSnapshot};
+
+use super::decimal::milliseconds;
+use super::disks::Space;
+use super::kernels::device_measurements;
+use super::metric::{Current, Measurement, Metric, Metrics, MissingCapacity, Quantity, Statistic};
+use super::record::{DeviceFigures, NodeRecord};
+
+const CPU_UTIL: Quantity = Quantity::new("cpu_util", "msec", Current::Difference, &[]);
+const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, &[Statistic::Maximum]);
+const DISK: Quantity = Quantity::new("disk", "bytes", Current::Value, &[]);
+const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
+const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
+
+/// What the host tells of itself at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostReading {
+    /// When, ns of the monotonic clock.
+    pub at_ns: u64,
+    /// Busy time of each core since boot, ns.
+    pub cores_ns: Vec<u64>,
+    /// Memory.
+    pub memory: Option<Space>,
+    /// Disks.
+    pub disks: Vec<(String, Space)>,
+    /// Bytes received and sent at the node's edge.
+    pub network: Option<(u64, u64)>,
+}
+
+impl HostReading {
+    /// Reads cores and memory. Touches no disk.
+    pub fn of_this_host(at_ns: u64) -> Self {
+        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+        Self {
+            at_ns,
+            cores_ns: busy_ticks(&text("/proc/stat"))
+                .into_iter()
+                .map(|ticks| ticks.saturating_mul(tick_ns))
+                .collect(),
+            memory: memory(&text("/proc/meminfo")),
+            ..Self::default()
+        }
+    }
+
+    /// Adds what the dataplane counts.
+    #[must_use]
+    pub fn with_network(mut self, snapshot: Option<&ObservedSnapshot>) -> Self {
+        let counters = snapshot
+            .and_then(|snapshot| snapshot.node)
+            .map(|node| node.counters);
+        self.network = counters.and_then(|found| found.net_rx_bytes.zip(found.net_tx_bytes));
+        self
+    }
+}
+
+/// Ticks each core spent on work: user, nice, system, irq and softirq of /proc/stat. Time of guests
+/// is in user time; stolen time is other machines'.
+fn busy_ticks(stat: &str) -> Vec<u64> {
+    stat.lines()
+        .filter(|line| line.starts_with("cpu") && !line.starts_with("cpu "))
+        .filter_map(|line| {
+            let ticks: Vec<u64> = line
+                .split_whitespace()
+                .skip(1)
+                .map_while(|word| word.parse().ok())
+                .collect();
+            let [user, nice, system, _, _, irq, softirq, ..] = ticks.as_slice() else {
+                return None;
+            };
+            Some([user, nice, system, irq, softirq].into_iter().sum())
+        })
+        .collect()
+}
+
+fn memory(meminfo: &str) -> Option<Space> {
+    let kib = |key: &str| -> Option<u64> {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    let total = kib("MemTotal:")?.saturating_mul(1024);
+    let available = kib("MemAvailable:")?.saturating_mul(1024);
+    Some(Space {
+        used: total.saturating_sub(available),
+        total,
+    })
+}
+
+/// One quantity of the node and its devices.
+type WithDevices = (Measurement, Vec<(String, Measurement)>);
+
+/// The devices of one quantity.
+type DeviceMetrics = Vec<(String, Metric)>;
+
+/// The state of the node.
+#[derive(Debug)]
+pub struct NodeMetrics {
+    node: Metrics,
+    devices: Vec<(Cow<'static, str>, DeviceMetrics)>,
+    last_ns: Option<u64>,
+}
+
+impl Default for NodeMetrics {
+    fn default() -> Self {
+        Self {
+            node: Metrics::new(MissingCapacity::Absent),
+            devices: Vec::new(),
+            last_ns: None,
+        }
+    }
+}
+
+impl NodeMetrics {
+    /// Takes in what was read; answers the record.
+    pub fn observe(
+        &mut self,
+        reading: &HostReading,
+        accelerators: &[AcceleratorRow],
+    ) -> NodeRecord {
+        let elapsed_ns = self
+            .last_ns
+            .map_or(0, |last| reading.at_ns.saturating_sub(last));
+        self.last_ns = Some(reading.at_ns);
+        let elapsed = milliseconds(elapsed_ns)
+            .round_dp_with_strategy(3, RoundingStrategy::MidpointNearestEven);
+        let mut list: Vec<WithDevices> = Vec::new();
+        list.extend(cores(reading, elapsed));
+        list.extend(reading.memory.map(|space| {
+            let of =
+                |space: Space| Measurement::of(MEM, space.used.into(), Some(space.total.into()));
+            (of(space), vec![("root".to_owned(), of(space))])
+        }));
+        list.extend(disks(&reading.disks));
+        if let Some((received, sent)) = reading.network {
+            for (quantity, bytes) in [(NET_RX, received), (NET_TX, sent)] {
+                let measurement = Measurement::of(quantity, bytes.into(), None);
+                let device = ("node".to_owned(), measurement.clone());
+                list.push((measurement, vec![device]));
+            }
+        }
+        list.extend(of_accelerators(accelerators));
+        for (measurement, devices) in list {
+            self.observe_devices(&measurement.quantity.key, devices, reading.at_ns);
+            self.node.observe([measurement], reading.at_ns);
+        }
+        self.record()
+    }
+
+    fn observe_devices(&mut self, key: &str, devices: Vec<(String, Measurement)>, at_ns: u64) {
+        let place = self.devices.iter().position(|(known, _)| known == key);
+        let mut before = match place {
+            Some(place) => std::mem::take(&mut self.devices[place].1),
+            None => Vec::new(),
+        };
+        let after: DeviceMetrics = devices
+            .into_iter()
+            .map(|(id, measurement)| {
+                let known = before.iter().position(|(known, _)| *known == id);
+                let metric = match known.map(|place| before.swap_remove(place).1) {
+                    Some(mut metric) => {
+                        metric.observe(measurement, at_ns);
+                        metric
+                    }
+                    None => Metric::begin(measurement, at_ns, MissingCapacity::Absent),
+                };
+                (id, metric)
+            })
+            .collect();
+        match place {
+            Some(place) => self.devices[place].1 = after,
+            None => self.devices.push((Cow::Owned(key.to_owned()), after)),
+        }
+    }
+
+    fn record(&self) -> NodeRecord {
+        NodeRecord {
+            node: self.node.record(),
+            devices: self
+                .devices
+                .iter()
+                .map(|(key, devices)| {
+                    let figures = devices
+                        .iter()
+                        .map(|(id, metric)| (id.clone(), metric.figures()))
+                        .collect();
+                    (key.clone(), DeviceFigures(figures))
+                })
+                .collect(),
+        }
+    }
+}
+
+fn cores(reading: &HostReading, elapsed: Decimal) -> Option<WithDevices> {
+    let of = |busy_ns: u64| Measurement::of(CPU_UTIL, milliseconds(busy_ns), Some(elapsed));
+    let devices: Vec<(String, Measurement)> = reading
+        .cores_ns
+        .iter()
+        .enumerate()
+        .map(|(place, busy_ns)| (place.to_string(), of(*busy_ns)))
+        .collect();
+    let all = reading
+        .cores_ns
+        .iter()
+        .fold(0_u64, |sum, ns| sum.saturating_add(*ns));
+    (!devices.is_empty()).then(|| (of(all), devices))
+}
+
+fn disks(disks: &[(String, Space)]) -> Option<WithDevices> {
+    let of = |space: Space| Measurement::of(DISK, space.used.into(), Some(space.total.into()));
+    let all = disks
+        .iter()
+        .fold(Space::default(), |sum, (_, space)| Space {
+            used: sum.used.saturating_add(space.used),
+            total: sum.total.saturating_add(space.total),
+        });
+    let devices = disks
+        .iter()
+        .map(|(device, space)| (device.clone(), of(*space)))
+        .collect();
+    (!disks.is_empty()).then(|| (of(all), devices))
+}
+
+/// What a device is called in records: CUDA's are numbered, as the manager knows them.
+fn device_id(row: &AcceleratorRow) -> String {
+    match row.key.kind {
+        AcceleratorKind::Cuda => row.key.index.to_string(),
+        _ if row.id.is_empty() => row.key.index.to_string(),
+        _ => row.id.clone(),
+    }
+}
+
+/// Power and temperature of one device.
+fn power_and_heat(name: &str, row: &AcceleratorRow) -> Vec<Measurement> {
+    let quantity = |what: &str, unit: &'static str| Quantity {
+        key: Cow::Owned(format!("{name}_{what}")),
+        unit,
+        current: Current::Value,
+        statistics: &[Statistic::Maximum, Statistic::Average],
+    };
+    let thousandths = |value: u64| Decimal::from(value) / Decimal::ONE_THOUSAND;
+    let counters = &row.counters;
+    let power = counters.power_mw.map(|power| {
+        let limit = counters.power_limit_mw.map(thousandths);
+        Measurement::of(quantity("power", "Watts"), thousandths(power), limit)
+    });
+    let heat = counters.temperature_mc.map(|heat| {
+        let most = Some(Decimal::from(120));
+        Measurement::of(quantity("temperature", "Celsius"), thousandths(heat), most)
+    });
+    power.into_iter().chain(heat).collect()
+}
+
+/// Sums over the devices of each kind; the temperature is their mean.
+fn of_accelerators(rows: &[AcceleratorRow]) -> Vec<WithDevices> {
+    let mut kinds: BTreeMap<AcceleratorKind, Vec<&AcceleratorRow>> = BTreeMap::new();
+    for row in rows {
+        kinds.entry(row.key.kind).or_default().push(row);
+    }
+    let mut list = Vec::new();
+    for (kind, rows) in kinds {
+        let name = kind.to_string();
+        for whole in device_measurements(&name, &rows) {
+            let devices = rows
+                .iter()
+                .filter_map(|row| {
+                    let of_device = device_measurements(&name, &[row])
+                        .into_iter()
+                        .find(|one| one.quantity.key == whole.quantity.key)?;
+                    Some((device_id(row), of_device))
+                })
+                .collect();
+            list.push((whole, devices));
+        }
+        let mut further: Vec<WithDevices> = Vec::new();
+        for row in &rows {
+            for one in power_and_heat(&name, row) {
+                let device = (device_id(row), one.clone());
+                let known = further
+                    .iter_mut()
+                    .find(|(whole, _)| whole.quantity.key == one.quantity.key);
+                match known {
+                    Some((whole, devices)) => {
+                        whole.value += one.value;
+                        whole.capacity = whole.capacity.zip(one.capacity).map(|(a, b)| a + b);
+                        devices.push(device);
+                    }
+                    None => further.push((one, vec![device])),
+                }
+            }
+        }
+        for (whole, devices) in &mut further {
+            if whole.quantity.unit == "Celsius" {
+                whole.value /= Decimal::from(devices.len());
+                whole.capacity = Some(Decimal::from(120));
+            }
+        }
+        list.extend(further);
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::pack;
+    use super::*;
+    use serde_json::Value;
+    use shared::observed::{AcceleratorCounters, AcceleratorKey};
+
+    #[test]
+    fn bytes_are_those_of_the_original() {
+        let golden: Value = serde_json::from_str(include_str!(
+            "../../../tests/vectors/telemetry/node_stat.json"
+        ))
+        .unwrap();
+        let inputs = &golden["inputs"];
+        let mut metrics = NodeMetrics::default();
+        for (round, wanted) in golden["rounds"].as_array().unwrap().iter().enumerate() {
+            let number = |key: &str| -> Decimal {
+                inputs[key]["per_node"][round]
+                    .as_str()
+                    .unwrap()
+                    .parse()
+                    .unwrap()
+            };
+            let whole = |key: &str| u64::try_from(number(key)).unwrap();
+            let capacity = |key: &str| inputs[key]["capacity"].as_str().unwrap().parse().unwrap();
+            let half = u64::try_from(number("cpu_util") * Decimal::from(500_000)).unwrap();
+            let space = |key: &str| Space {
+                used: whole(key),
+                total: capacity(key),
+            };
+            let reading = HostReading {
+                at_ns: (1000 + 5 * u64::try_from(round).unwrap()) * 1_000_000_000,
+                cores_ns: vec![half, half],
+                memory: Some(space("mem")),
+                disks: vec![("/dev/vda1".to_owned(), space("disk"))],
+                network: Some((whole("net_rx"), whole("net_tx"))),
+            };
+            let record = metrics.observe(&reading, &[]);
+            let bytes = pack(&record).unwrap();
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(
+                hex,
+                wanted["value_hex"].as_str().unwrap(),
+                "round {round}: {}",
+                serde_json::to_string_pretty(&record).unwrap()
+            );
+        }
+    }
+
+    fn card(index: u32, permille: u64, heat_mc: u64) -> AcceleratorRow {
+        AcceleratorRow {
+            key: AcceleratorKey {
+                kind: AcceleratorKind::Cuda,
+                index,
+            },
+            id: format!("GPU-{index}"),
+            model: String::new(),
+            pci: String::new(),
+            numa_node: None,
+            healthy: true,
+            age_ms: 0,
+            tick: 1,
+            counters: AcceleratorCounters {
+                memory_total_bytes: Some(100),
+                memory_used_bytes: Some(10),
+                utilisation_permille: Some(permille),
+                temperature_mc: Some(heat_mc),
+                power_mw: Some(50_500),
+                power_limit_mw: Some(300_000),
+                ..AcceleratorCounters::default()
+            },
+        }
+    }
+
+    #[test]
+    fn accelerators_are_summed_and_shown_one_by_one() {
+        let rows = [card(0, 1000, 40_000), card(1, 505, 61_000)];
+        let record = NodeMetrics::default().observe(&HostReading::default(), &rows);
+        let shown = serde_json::to_value(&record).unwrap();
+        let node = &shown["node"];
+        assert_eq!(node["cuda_util"]["current"], "150.5");
+        assert_eq!(node["cuda_util"]["capacity"], "200");
+        assert_eq!(node["cuda_mem"]["pct"], "10");
+        assert_eq!(node["cuda_power"]["current"], "101");
+        assert_eq!(node["cuda_temperature"]["current"], "50.5");
+        assert_eq!(shown["devices"]["cuda_util"]["1"]["pct"], "50.5");
+        assert_eq!(shown["devices"]["cuda_temperature"]["0"]["current"], "40");
+    }
+
+    #[test]
+    fn a_device_that_is_gone_leaves_and_an_unread_host_stays() {
+        let mut metrics = NodeMetrics::default();
+        let space = Space { used: 1, total: 2 };
+        let with = |disks: &[&str]| HostReading {
+            disks: disks
+                .iter()
+                .map(|name| ((*name).to_owned(), space))
+                .collect(),
+            ..HostReading::default()
+        };
+        metrics.observe(&with(&["a", "b"]), &[]);
+        let record = serde_json::to_value(metrics.observe(&with(&["b"]), &[])).unwrap();
+        assert!(record["devices"]["disk"]["a"].is_null(), "{record}");
+        assert_eq!(record["devices"]["disk"]["b"]["pct"], "50");
+        let record = serde_json::to_value(metrics.observe(&with(&[]), &[])).unwrap();
+        assert_eq!(record["node"]["disk"]["current"], "1");
+    }
+
+    #[test]
+    fn this_host_tells_its_cores_and_its_memory() {
+        let reading = HostReading::of_this_host(1);
+        assert!(!reading.cores_ns.is_empty());
+        let memory = reading.memory.unwrap();
+        assert!(memory.used > 0 && memory.used < memory.total);
+        assert_eq!(
+            busy_ticks("cpu  1 1 1 1 1 1 1 1\ncpu0 10 20 30 400 50 6 7 8 9 9\ncpu1 x\nintr 5\n"),
+            [73]
+        );
+    }
+}

@@ -1,0 +1,148 @@
+//! The records of the processes in containers.
+//!
+//! In: the processes of a pass. Out: one record per container, host pid by host pid. Invariant: a
+//! pid that was given to another process begins anew.
+
+use std::collections::{BTreeMap, HashMap};
+
+use rust_decimal::Decimal;
+use shared::ids::ContainerId;
+use shared::observed::{ProcessSample, Processes};
+
+use super::decimal::milliseconds;
+use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
+use super::record::ProcessRecord;
+
+const CPU_UTIL: Quantity = Quantity::new(
+    "cpu_util",
+    "percent",
+    Current::Rate,
+    &[Statistic::Maximum, Statistic::Average],
+);
+const CPU_USED: Quantity = Quantity::new("cpu_used", "msec", Current::Value, &[]);
+const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, &[Statistic::Maximum]);
+const IO_READ: Quantity = Quantity::new("io_read", "bytes", Current::Value, &[Statistic::Rate]);
+const IO_WRITE: Quantity = Quantity::new("io_write", "bytes", Current::Value, &[Statistic::Rate]);
+
+/// What names a process for good: a pid is used again, with another start.
+type Key = (ContainerId, u32, u64);
+
+/// The state of all processes.
+#[derive(Debug, Default)]
+pub struct ProcessTable {
+    tick: u64,
+    tracked: HashMap<Key, Metrics>,
+}
+
+impl ProcessTable {
+    /// Takes in a pass, at `now_ns` of the monotonic clock; answers the record of each container.
+    /// A pass that was taken in already answers nothing.
+    pub fn observe(
+        &mut self,
+        processes: &Processes,
+        now_ns: u64,
+    ) -> Vec<(ContainerId, ProcessRecord)> {
+        if processes.tick == self.tick {
+            return Vec::new();
+        }
+        self.tick = processes.tick;
+        let mut before = std::mem::take(&mut self.tracked);
+        let mut containers: BTreeMap<ContainerId, BTreeMap<u32, Key>> = BTreeMap::new();
+        for process in &processes.list {
+            let key = (process.container_id, process.pid, process.start_ticks);
+            let mut metrics = before
+                .remove(&key)
+                .unwrap_or_else(|| Metrics::new(MissingCapacity::FirstValue));
+            metrics.observe(measurements(process), now_ns);
+            self.tracked.insert(key, metrics);
+            containers
+                .entry(process.container_id)
+                .or_default()
+                .insert(process.pid, key);
+        }
+        containers
+            .into_iter()
+            .map(|(container, pids)| {
+                let records = pids
+                    .into_iter()
+                    .filter_map(|(pid, key)| Some((pid, self.tracked.get(&key)?.record())))
+                    .collect();
+                (container, ProcessRecord(records))
+            })
+            .collect()
+    }
+}
+
+fn measurements(process: &ProcessSample) -> Vec<Measurement> {
+    let counters = &process.counters;
+    let mut list = Vec::with_capacity(5);
+    if let (Some(user), Some(system)) = (counters.user_ns, counters.system_ns) {
+        let used = milliseconds(user.saturating_add(system));
+        list.push(Measurement::of(CPU_UTIL, used, Some(Decimal::ONE_THOUSAND)));
+        list.push(Measurement::of(CPU_USED, used, None));
+    }
+    for (quantity, value) in [
+        (MEM, counters.rss_bytes),
+        (IO_READ, counters.read_bytes),
+        (IO_WRITE, counters.write_bytes),
+    ] {
+        if let Some(value) = value {
+            list.push(Measurement::of(quantity, value.into(), None));
+        }
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::pack;
+    use super::*;
+    use shared::observed::ProcessCounters;
+
+    fn pass(tick: u64, pid: u32, start_ticks: u64, cpu_ms: u64) -> Processes {
+        Processes {
+            tick,
+            list: vec![ProcessSample {
+                container_id: ContainerId([0xcc; 32]),
+                pid,
+                start_ticks,
+                counters: ProcessCounters {
+                    user_ns: Some(cpu_ms * 600_000),
+                    system_ns: Some(cpu_ms * 400_000),
+                    rss_bytes: Some(52_428_800),
+                    ..ProcessCounters::default()
+                },
+                ..ProcessSample::default()
+            }],
+            ..Processes::default()
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_original() {
+        let golden: serde_json::Value = serde_json::from_str(include_str!(
+            "../../../tests/vectors/telemetry/process_stat.json"
+        ))
+        .unwrap();
+        let mut table = ProcessTable::default();
+        for (round, cpu_ms) in [10_u64, 510, 1010].into_iter().enumerate() {
+            let count = u64::try_from(round).unwrap();
+            let at_ns = (1000 + 5 * count) * 1_000_000_000;
+            let records = table.observe(&pass(count + 1, 4242, 9, cpu_ms), at_ns);
+            let bytes = pack(&records[0].1).unwrap();
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, golden["rounds"][round]["value_hex"], "round {round}");
+        }
+    }
+
+    #[test]
+    fn a_pid_used_again_begins_anew() {
+        let mut table = ProcessTable::default();
+        table.observe(&pass(1, 5, 1, 1000), 1_000_000_000);
+        let records = table.observe(&pass(2, 5, 2, 20), 2_000_000_000);
+        let record = &records[0].1.0[0].1;
+        assert_eq!(record.get("cpu_used").unwrap().current, "20");
+        assert_eq!(table.tracked.len(), 1);
+        assert!(table.observe(&pass(2, 5, 2, 20), 3_000_000_000).is_empty());
+    }
+}

@@ -1,0 +1,352 @@
+//! Hands the records to the manager's store, once per interval.
+//!
+//! In: the observed region, the kernels in service, the host. Out: one batch of entries with the
+//! life of each. Invariants: nothing here asks the engine; a store that does not answer costs one
+//! interval and no more; the last record of a kernel is handed over even when the store comes back
+//! after the kernel's end, because the manager reads it then.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::BoxFuture;
+use shared::ids::KernelId;
+use shared::monotonic_ns;
+use shared::observed::{ObservedReader, ObservedSnapshot, Processes};
+use thiserror::Error;
+
+use super::disks::Disks;
+use super::kernels::{HeldDevices, KernelFacts, Kernels};
+use super::node::{HostReading, NodeMetrics};
+use super::processes::ProcessTable;
+use super::record::pack;
+use crate::kernel::node::{Node, blocking};
+use crate::kernel::registry::Kernel;
+
+/// How long the record of the node is kept by the store.
+const NODE_LIFE: Duration = Duration::from_secs(120);
+/// How long the record of a kernel is kept: long after its end.
+const KERNEL_LIFE: Duration = Duration::from_secs(86_400);
+/// The least time records of processes are kept.
+const PROCESS_LIFE: Duration = Duration::from_secs(8);
+/// The longest a batch may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Records of ended kernels that wait for the store.
+const WAITING: usize = 4096;
+
+/// One value for the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its key.
+    pub key: String,
+    /// Its bytes.
+    pub value: Vec<u8>,
+    /// How long it is kept.
+    pub life: Duration,
+}
+
+/// A batch did not reach the store.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The store refused it or could not be reached.
+    #[error("the statistics could not be stored; is the Redis server of the cluster reachable?")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It did not answer in time.
+    #[error("the statistics were not stored within {} s", .0.as_secs())]
+    Late(Duration),
+}
+
+/// Where the manager looks for records: database 0 of the cluster's Redis.
+pub trait RecordStore: Debug + Send + Sync {
+    /// Sets all entries, each with its life.
+    fn put(&self, entries: Vec<Entry>) -> BoxFuture<'_, Result<(), StoreError>>;
+}
+
+/// What one pass works on.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// The agent's id, the key of the node's record.
+    pub agent_id: &'a str,
+    /// Kernels in service.
+    pub kernels: &'a [KernelFacts],
+    /// The dataplane's last words, if it ever spoke.
+    pub snapshot: Option<&'a ObservedSnapshot>,
+    /// Its processes.
+    pub processes: &'a Processes,
+    /// The host.
+    pub reading: &'a HostReading,
+    /// The interval of passes.
+    pub interval: Duration,
+}
+
+/// The state behind the records.
+#[derive(Debug, Default)]
+pub struct Records {
+    node: NodeMetrics,
+    kernels: Kernels,
+    processes: ProcessTable,
+}
+
+impl Records {
+    /// Takes in a pass; answers what is to be stored: node, kernels, processes.
+    pub fn observe(&mut self, pass: &Pass<'_>) -> [Vec<Entry>; 3] {
+        let accelerators = pass
+            .snapshot
+            .map_or(&[][..], |snapshot| snapshot.accelerators.as_slice());
+        let node = self.node.observe(pass.reading, accelerators);
+        let kernels = pass
+            .snapshot
+            .map(|snapshot| self.kernels.observe(pass.kernels, snapshot))
+            .unwrap_or_default();
+        let processes = self.processes.observe(pass.processes, pass.reading.at_ns);
+        // A record must not run out between two passes.
+        let process_life = PROCESS_LIFE.max(pass.interval.mul_f64(1.6));
+        [
+            entries([(pass.agent_id.to_owned(), node)], NODE_LIFE),
+            entries(kernels, KERNEL_LIFE),
+            entries(processes, process_life),
+        ]
+    }
+}
+
+fn entries<K: ToString, R: serde::Serialize>(
+    records: impl IntoIterator<Item = (K, R)>,
+    life: Duration,
+) -> Vec<Entry> {
+    let packed = |(key, record): (K, R)| match pack(&record) {
+        Ok(value) => Some(Entry {
+            key: key.to_string(),
+            value,
+            life,
+        }),
+        Err(err) => {
+            tracing::error!(%err, key = key.to_string(), "a record cannot be packed");
+            None
+        }
+    };
+    records.into_iter().filter_map(packed).collect()
+}
+
+/// Names of the scopes in the counters, in the order of [`Records::observe`].
+const SCOPES: [&str; 3] = ["node", "container", "process"];
+
+/// Publishes until the agent stops.
+pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
+    let interval = node
+        .config
+        .node
+        .dataplane
+        .stats_interval
+        .max(Duration::from_millis(100));
+    let born = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64();
+    let mut clock = tokio::time::interval(interval);
+    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut publisher = Publisher {
+        records: Records::default(),
+        disks: Disks::default(),
+        reader: Some(ObservedReader::at(node.link.run_dir().dataplane())),
+        waiting: BTreeMap::new(),
+        trouble: false,
+    };
+    loop {
+        tokio::select! {
+            _ = clock.tick() => publisher.pass(&node, &*store, born, interval).await,
+            () = node.stopping.cancelled() => return,
+        }
+    }
+}
+
+struct Publisher {
+    records: Records,
+    disks: Disks,
+    /// Taken while it reads on another thread.
+    reader: Option<ObservedReader>,
+    /// Kernels' entries that did not reach the store.
+    waiting: BTreeMap<String, Entry>,
+    /// So that an outage is reported once.
+    trouble: bool,
+}
+
+impl Publisher {
+    async fn pass(&mut self, node: &Node, store: &dyn RecordStore, born: f64, interval: Duration) {
+        count("trigger", node, &SCOPES);
+        let disks = self.disks.read().await;
+        let reader = self.reader.take();
+        let (reader, processes, mut reading) = blocking(move || {
+            let mut reader = reader;
+            // A region that is not there has no processes.
+            let processes = reader.as_mut().and_then(|reader| reader.processes().ok());
+            let reading = HostReading::of_this_host(monotonic_ns());
+            (reader, processes.unwrap_or_default(), reading)
+        })
+        .await;
+        self.reader = reader;
+        reading.disks = disks;
+        let snapshot = node.link.observed().snapshot;
+        let reading = reading.with_network(snapshot.as_deref());
+        let kernels: Vec<KernelFacts> = node
+            .registry
+            .all()
+            .iter()
+            .filter_map(|kernel| facts(kernel, born))
+            .collect();
+        let [of_node, of_kernels, of_processes] = self.records.observe(&Pass {
+            agent_id: node.agent_id(),
+            kernels: &kernels,
+            snapshot: snapshot.as_deref(),
+            processes: &processes,
+            reading: &reading,
+            interval,
+        });
+        for entry in of_kernels {
+            if self.waiting.len() < WAITING || self.waiting.contains_key(&entry.key) {
+                self.waiting.insert(entry.key.clone(), entry);
+            }
+        }
+        let batch: Vec<Entry> = of_node
+            .into_iter()
+            .chain(self.waiting.values().cloned())
+            .chain(of_processes)
+            .collect();
+        let patience = PATIENCE.min(interval.max(Duration::from_secs(1)));
+        let stored = match tokio::time::timeout(patience, store.put(batch)).await {
+            Ok(stored) => stored,
+            Err(_) => Err(StoreError::Late(patience)),
+        };
+        match stored {
+            Ok(()) => {
+                self.waiting.clear();
+                if std::mem::take(&mut self.trouble) {
+                    tracing::info!("statistics reach the store again");
+                }
+                count("success", node, &SCOPES);
+            }
+            Err(err) => {
+                if !std::mem::replace(&mut self.trouble, true) {
+                    tracing::warn!(
+                        err = &err as &dyn std::error::Error,
+                        "the manager gets no statistics; they are kept for it"
+                    );
+                }
+                count("failure", node, &SCOPES);
+            }
+        }
+    }
+}
+
+fn count(what: &'static str, node: &Node, scopes: &[&'static str]) {
+    let name = match what {
+        "trigger" => "backendai_stat_task_trigger_count_total",
+        "success" => "backendai_stat_task_success_count_total",
+        _ => "backendai_stat_task_failure_count_total",
+    };
+    for scope in scopes {
+        let agent_id = node.agent_id().to_owned();
+        if what == "failure" {
+            metrics::counter!(name, "agent_id" => agent_id, "stat_scope" => *scope, "exception" => "StoreError")
+                .increment(1);
+        } else {
+            metrics::counter!(name, "agent_id" => agent_id, "stat_scope" => *scope).increment(1);
+        }
+    }
+}
+
+/// What the records need to know of a kernel in service; `None` of any other.
+fn facts(kernel: &Kernel, born: f64) -> Option<KernelFacts> {
+    if !kernel.is_running() {
+        return None;
+    }
+    kernel.with_record(|record| {
+        let devices = record
+            .allocation
+            .iter()
+            .flat_map(|held| held.accelerators());
+        Some(KernelFacts {
+            id: KernelId(record.kernel_id.into_bytes()),
+            container: record.container()?,
+            adopted: record.created_at < born,
+            devices: devices
+                .map(|(name, ids)| HeldDevices {
+                    name: name.to_owned(),
+                    ids: ids.into_iter().map(str::to_owned).collect(),
+                })
+                .collect(),
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::ids::ContainerId;
+    use shared::observed::{
+        ContainerSample, CpuCounters, Measured, MemoryCounters, ProcessSample, Source,
+    };
+
+    #[test]
+    fn each_record_has_its_key_and_its_life() {
+        let container = ContainerId([7; 32]);
+        let sample = ContainerSample {
+            container_id: container,
+            taken_monotonic_ns: 1,
+            cpu: Measured::now(
+                Source::File,
+                CpuCounters {
+                    usage_ns: Some(1),
+                    ..CpuCounters::default()
+                },
+            ),
+            memory: Measured::now(
+                Source::File,
+                MemoryCounters {
+                    current_bytes: Some(1),
+                    ..MemoryCounters::default()
+                },
+            ),
+            ..ContainerSample::default()
+        };
+        let snapshot = ObservedSnapshot {
+            containers: vec![sample],
+            ..ObservedSnapshot::default()
+        };
+        let kernel = KernelFacts {
+            id: KernelId([1; 16]),
+            container,
+            ..KernelFacts::default()
+        };
+        let processes = Processes {
+            tick: 1,
+            list: vec![ProcessSample {
+                container_id: container,
+                pid: 10,
+                ..ProcessSample::default()
+            }],
+            ..Processes::default()
+        };
+        let batch = Records::default().observe(&Pass {
+            agent_id: "i-node01",
+            kernels: &[kernel],
+            snapshot: Some(&snapshot),
+            processes: &processes,
+            reading: &HostReading::default(),
+            interval: Duration::from_secs(10),
+        });
+        let shown: Vec<(String, u64)> = batch
+            .iter()
+            .flatten()
+            .map(|entry| (entry.key.clone(), entry.life.as_secs()))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                ("i-node01".to_owned(), 120),
+                ("01010101-0101-0101-0101-010101010101".to_owned(), 86_400),
+                ("07".repeat(32), 16),
+            ]
+        );
+    }
+}
