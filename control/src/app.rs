@@ -25,6 +25,7 @@ use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::bus::{Bus, BusError};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
 use crate::heartbeat::{Heartbeat, Identity};
+use crate::http::{self, EngineWatch};
 use crate::image::Images;
 use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
@@ -40,12 +41,15 @@ use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
 use crate::kernel::{Node, destroy, monitor};
 use crate::link::{Link, LinkOpenError};
+use crate::metrics::Recorder;
 use crate::ports::{DEFAULT_REST, PortPool};
 use crate::resource::{InventoryError, Ledger};
 use crate::rpc::methods::AgentService;
 use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
 };
+use crate::stats::host::Host;
+use crate::stats::publish;
 use crate::volumes::Volumes;
 
 /// Events kept in the process.
@@ -124,6 +128,9 @@ pub enum AppError {
     /// The RPC address cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The agent's own counters cannot be set up.
+    #[error("cannot set up the agent's counters")]
+    Counters(#[source] metrics_exporter_prometheus::BuildError),
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[source] std::io::Error),
@@ -150,6 +157,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     let config = loaded.config.clone();
     let stopping = CancellationToken::new();
     listen_for_signals(&stopping)?;
+    let recorder = Recorder::install().map_err(AppError::Counters)?;
     // A wrong key file is told at once, not after Docker was waited for.
     let curve = curve(&config)?;
     let public_key = curve.as_ref().map(|curve| curve.pair.public);
@@ -192,7 +200,15 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     };
     let service = Arc::new(AgentService::new(node.clone()));
     let server = Server::bind(options, service).await?;
+    let host = Arc::new(Host::default());
+    let engine = EngineWatch::begin(&node);
+    let pages = http::Service::new(node.clone(), recorder, host.clone(), engine);
+    if let Some(cluster) = &node.cluster {
+        let store = Arc::new(cluster.bus.statistics().clone());
+        tokio::spawn(publish::run(node.clone(), host, store));
+    }
     let loops = [
+        tokio::spawn(http::serve(Arc::new(pages))),
         tokio::spawn(monitor::follow_events(node.clone())),
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),

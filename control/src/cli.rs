@@ -8,9 +8,12 @@ mod exit;
 mod kernel;
 mod manuals;
 mod output;
+mod region;
 mod run;
 mod runner;
+mod stats;
 mod status;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,6 +59,10 @@ enum Command {
     Status,
     /// Show each service port, what serves it and, if nothing does, why.
     Ports,
+    /// Show the last samples of kernels, devices and the node, straight from the shared region.
+    Stats,
+    /// Watch kernels, ports, devices and the node in the terminal.
+    Top(top::TopArgs),
     /// Check the host and say what to do about each finding.
     Doctor,
     /// Remove what a stopped agent and dataplane have left on this host: regions, sockets, kernel hooks.
@@ -109,6 +116,8 @@ impl Cli {
                 short_lived(status::status(&connection, config.as_deref(), form))?;
             }
             Command::Ports => short_lived(status::ports(&connection, form))?,
+            Command::Stats => stats::run(&*local_config(file)?, form)?,
+            Command::Top(args) => top::run(&args, &*local_config(file)?)?,
             Command::Doctor => short_lived(doctor::run(local_config(file)?, form))?,
             Command::Detach => detach::run(&*local_config(file.clone())?, file.as_deref(), form)?,
             Command::Completions { shell } => manuals::completions(shell, &mut Cli::command()),

@@ -8,6 +8,9 @@
 
 pub mod decimal;
 pub mod disks;
+#[cfg(test)]
+pub(crate) mod fixture;
+pub mod host;
 pub mod kernels;
 pub mod metric;
 pub mod node;

@@ -66,6 +66,7 @@ pub struct Node {
     run_directory: TempDir,
     agent_id: String,
     address: String,
+    http_address: String,
     ports: (u16, u16),
     environment: Vec<(String, String)>,
     curve: Option<ClientCurve>,
@@ -145,6 +146,7 @@ impl Node {
             &uuid::Uuid::new_v4().simple().to_string()[..12]
         );
         let port = free_port()?;
+        let http = free_port()?;
         let ports = port_range(options.ports)?;
         let place = directory.path().display();
         let text = format!(
@@ -152,6 +154,7 @@ impl Node {
 mode = "docker"
 id = "{agent_id}"
 rpc-listen-addr = {{ host = "127.0.0.1", port = {port} }}
+service-addr = {{ host = "127.0.0.1", port = {http} }}
 var-base-path = "{place}/state"
 ipc-base-path = "{place}/ipc"
 {agent}
@@ -190,6 +193,7 @@ runner-dir = "{runner}"
             run_directory,
             agent_id,
             address: format!("127.0.0.1:{port}"),
+            http_address: format!("127.0.0.1:{http}"),
             ports,
             environment: options.environment,
             curve: options.curve.map(|(pair, node)| ClientCurve { pair, node }),
@@ -205,6 +209,11 @@ runner-dir = "{runner}"
 
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Where `/metrics` and `/health` are.
+    pub fn http_address(&self) -> &str {
+        &self.http_address
     }
 
     pub fn agent_id(&self) -> &str {

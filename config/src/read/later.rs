@@ -6,7 +6,7 @@ use crate::problem::NoteKind;
 use crate::section::{Reader, kebab};
 
 const DISCOVERY: &str = "this release does not register HTTP services for discovery";
-const HTTP: &str = "this release serves no HTTP";
+const METADATA: &str = "this release serves no metadata to containers";
 const PLUGINS: &str = "this release has no accelerator plugins";
 const WATCHER: &str = "the watcher is not part of this release";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
@@ -14,9 +14,8 @@ const LOG: &str = "this release logs to standard error only; a service manager k
 /// Section, key and why; the key `*` is the section as a whole.
 const LATER: &[(&str, &str, &str)] = &[
     ("agent", "announce-addr", DISCOVERY),
-    ("agent", "service-addr", HTTP),
-    ("agent", "metadata-server-bind-host", HTTP),
-    ("agent", "metadata-server-port", HTTP),
+    ("agent", "metadata-server-bind-host", METADATA),
+    ("agent", "metadata-server-port", METADATA),
     (
         "agent",
         "agent-sock-port",

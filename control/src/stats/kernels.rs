@@ -16,7 +16,8 @@ use shared::observed::{
 
 use super::decimal::{milliseconds, percent_of_permille};
 use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
-use super::record::{Figures, Record};
+use super::record::{Figures, Record as StatRecord};
+use crate::kernel::record::Record;
 
 const AVERAGE_AND_MAXIMUM: &[Statistic] = &[Statistic::Maximum, Statistic::Average];
 const MAXIMUM: &[Statistic] = &[Statistic::Maximum];
@@ -54,6 +55,27 @@ pub struct KernelFacts {
     pub adopted: bool,
     /// The accelerators it holds.
     pub devices: Vec<HeldDevices>,
+}
+
+impl KernelFacts {
+    /// Of a kernel that has a container; one created before `born` (seconds since 1970) is adopted.
+    pub fn of(record: &Record, born: f64) -> Option<Self> {
+        let devices = record
+            .allocation
+            .iter()
+            .flat_map(|held| held.accelerators());
+        Some(Self {
+            id: record.id(),
+            container: record.container()?,
+            adopted: record.created_at < born,
+            devices: devices
+                .map(|(name, ids)| HeldDevices {
+                    name: name.to_owned(),
+                    ids: ids.into_iter().map(str::to_owned).collect(),
+                })
+                .collect(),
+        })
+    }
 }
 
 /// The rows of the devices a kernel holds; `None` when one of them is not there.
@@ -127,7 +149,7 @@ pub fn memory_used(sample: &ContainerSample) -> Option<u64> {
 }
 
 /// What one sample measures, in the order of the original's records.
-fn measurements(
+pub(crate) fn measurements(
     sample: &ContainerSample,
     facts: &KernelFacts,
     snapshot: &ObservedSnapshot,
@@ -140,6 +162,7 @@ fn measurements(
     }
     let machine = snapshot
         .node
+        .as_ref()
         .and_then(|node| node.counters.memory_total_bytes);
     if let Some(used) = memory_used(sample) {
         let capacity = memory_capacity(sample, machine).map(Decimal::from);
@@ -211,7 +234,7 @@ impl Kernels {
         &mut self,
         kernels: &[KernelFacts],
         snapshot: &ObservedSnapshot,
-    ) -> Vec<(KernelId, Record)> {
+    ) -> Vec<(KernelId, StatRecord)> {
         let running: HashSet<KernelId> = kernels.iter().map(|facts| facts.id).collect();
         self.tracked.retain(|kernel, _| running.contains(kernel));
         kernels
@@ -224,7 +247,7 @@ impl Kernels {
         &mut self,
         facts: &KernelFacts,
         snapshot: &ObservedSnapshot,
-    ) -> Option<Record> {
+    ) -> Option<StatRecord> {
         let sample = snapshot.container(facts.container);
         let taken = sample.map_or(0, |sample| sample.taken_monotonic_ns);
         let tracked = match self.tracked.get_mut(&facts.id) {
@@ -257,7 +280,7 @@ impl Kernels {
 }
 
 /// Adds what was never measured, so that every reader finds every key.
-fn complete_record(record: &mut Record, facts: &KernelFacts) {
+fn complete_record(record: &mut StatRecord, facts: &KernelFacts) {
     for quantity in [IO_READ, IO_WRITE, NET_RX, NET_TX, SCRATCH] {
         if record.get(&quantity.key).is_none() {
             let zero = Measurement::of(quantity.clone(), Decimal::ZERO, None);

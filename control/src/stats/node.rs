@@ -58,7 +58,7 @@ impl HostReading {
     #[must_use]
     pub fn with_network(mut self, snapshot: Option<&ObservedSnapshot>) -> Self {
         let counters = snapshot
-            .and_then(|snapshot| snapshot.node)
+            .and_then(|snapshot| snapshot.node.as_ref())
             .map(|node| node.counters);
         self.network = counters.and_then(|found| found.net_rx_bytes.zip(found.net_tx_bytes));
         self
@@ -98,7 +98,7 @@ fn memory(meminfo: &str) -> Option<Space> {
 }
 
 /// One quantity of the node and its devices.
-type WithDevices = (Measurement, Vec<(String, Measurement)>);
+pub(crate) type WithDevices = (Measurement, Vec<(String, Measurement)>);
 
 /// The devices of one quantity.
 type DeviceMetrics = Vec<(String, Metric)>;
@@ -134,23 +134,7 @@ impl NodeMetrics {
         self.last_ns = Some(reading.at_ns);
         let elapsed = milliseconds(elapsed_ns)
             .round_dp_with_strategy(3, RoundingStrategy::MidpointNearestEven);
-        let mut list: Vec<WithDevices> = Vec::new();
-        list.extend(cores(reading, elapsed));
-        list.extend(reading.memory.map(|space| {
-            let of =
-                |space: Space| Measurement::of(MEM, space.used.into(), Some(space.total.into()));
-            (of(space), vec![("root".to_owned(), of(space))])
-        }));
-        list.extend(disks(&reading.disks));
-        if let Some((received, sent)) = reading.network {
-            for (quantity, bytes) in [(NET_RX, received), (NET_TX, sent)] {
-                let measurement = Measurement::of(quantity, bytes.into(), None);
-                let device = ("node".to_owned(), measurement.clone());
-                list.push((measurement, vec![device]));
-            }
-        }
-        list.extend(of_accelerators(accelerators));
-        for (measurement, devices) in list {
+        for (measurement, devices) in measurements(reading, elapsed, accelerators) {
             self.observe_devices(&measurement.quantity.key, devices, reading.at_ns);
             self.node.observe([measurement], reading.at_ns);
         }
@@ -199,6 +183,32 @@ impl NodeMetrics {
                 .collect(),
         }
     }
+}
+
+/// What one reading measures, in the order of the original's records; `elapsed` is the time since the
+/// reading before, ms.
+pub(crate) fn measurements(
+    reading: &HostReading,
+    elapsed: Decimal,
+    accelerators: &[AcceleratorRow],
+) -> Vec<WithDevices> {
+    let mut list: Vec<WithDevices> = Vec::new();
+    list.extend(cores(reading, elapsed));
+
+    list.extend(reading.memory.map(|space| {
+        let of = |space: Space| Measurement::of(MEM, space.used.into(), Some(space.total.into()));
+        (of(space), vec![("root".to_owned(), of(space))])
+    }));
+    list.extend(disks(&reading.disks));
+    if let Some((received, sent)) = reading.network {
+        for (quantity, bytes) in [(NET_RX, received), (NET_TX, sent)] {
+            let measurement = Measurement::of(quantity, bytes.into(), None);
+            let device = ("node".to_owned(), measurement.clone());
+            list.push((measurement, vec![device]));
+        }
+    }
+    list.extend(of_accelerators(accelerators));
+    list
 }
 
 fn cores(reading: &HostReading, elapsed: Decimal) -> Option<WithDevices> {
@@ -264,13 +274,26 @@ fn power_and_heat(name: &str, row: &AcceleratorRow) -> Vec<Measurement> {
 /// Sums over the devices of each kind; the temperature is their mean.
 fn of_accelerators(rows: &[AcceleratorRow]) -> Vec<WithDevices> {
     let mut kinds: BTreeMap<AcceleratorKind, Vec<&AcceleratorRow>> = BTreeMap::new();
-    for row in rows {
+    // Of a divided device its parts are used, and counted.
+    for row in rows.iter().filter(|row| !row.divided) {
         kinds.entry(row.key.kind).or_default().push(row);
     }
     let mut list = Vec::new();
     for (kind, rows) in kinds {
         let name = kind.to_string();
-        for whole in device_measurements(&name, &rows) {
+        let telling = |read: fn(&AcceleratorRow) -> Option<u64>| -> Vec<&AcceleratorRow> {
+            rows.iter()
+                .copied()
+                .filter(|row| read(row).is_some())
+                .collect()
+        };
+        let (memory, load) = (
+            telling(|row| row.counters.memory_used_bytes),
+            telling(|row| row.counters.utilisation_permille),
+        );
+        let memory = device_measurements(&name, &memory).into_iter().take(1);
+        let load = device_measurements(&name, &load).into_iter().last();
+        for whole in memory.chain(load) {
             let devices = rows
                 .iter()
                 .filter_map(|row| {
@@ -312,10 +335,11 @@ fn of_accelerators(rows: &[AcceleratorRow]) -> Vec<WithDevices> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixture::card;
     use super::super::record::pack;
     use super::*;
     use serde_json::Value;
-    use shared::observed::{AcceleratorCounters, AcceleratorKey};
+    use shared::observed::AcceleratorCounters;
 
     #[test]
     fn bytes_are_those_of_the_original() {
@@ -359,20 +383,10 @@ mod tests {
         }
     }
 
-    fn card(index: u32, permille: u64, heat_mc: u64) -> AcceleratorRow {
-        AcceleratorRow {
-            key: AcceleratorKey {
-                kind: AcceleratorKind::Cuda,
-                index,
-            },
-            id: format!("GPU-{index}"),
-            model: String::new(),
-            pci: String::new(),
-            numa_node: None,
-            healthy: true,
-            age_ms: 0,
-            tick: 1,
-            counters: AcceleratorCounters {
+    fn gpu(index: u32, permille: u64, heat_mc: u64) -> AcceleratorRow {
+        card(
+            index,
+            AcceleratorCounters {
                 memory_total_bytes: Some(100),
                 memory_used_bytes: Some(10),
                 utilisation_permille: Some(permille),
@@ -381,12 +395,12 @@ mod tests {
                 power_limit_mw: Some(300_000),
                 ..AcceleratorCounters::default()
             },
-        }
+        )
     }
 
     #[test]
     fn accelerators_are_summed_and_shown_one_by_one() {
-        let rows = [card(0, 1000, 40_000), card(1, 505, 61_000)];
+        let rows = [gpu(0, 1000, 40_000), gpu(1, 505, 61_000)];
         let record = NodeMetrics::default().observe(&HostReading::default(), &rows);
         let shown = serde_json::to_value(&record).unwrap();
         let node = &shown["node"];

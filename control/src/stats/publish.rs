@@ -11,18 +11,18 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
-use shared::ids::KernelId;
-use shared::monotonic_ns;
 use shared::observed::{ObservedReader, ObservedSnapshot, Processes};
 use thiserror::Error;
 
-use super::disks::Disks;
-use super::kernels::{HeldDevices, KernelFacts, Kernels};
+use super::host::Host;
+use super::kernels::{KernelFacts, Kernels};
 use super::node::{HostReading, NodeMetrics};
 use super::processes::ProcessTable;
 use super::record::pack;
+use crate::events::bus;
 use crate::kernel::node::{Node, blocking};
 use crate::kernel::registry::Kernel;
+use crate::metrics::{Round, count_round};
 
 /// How long the record of the node is kept by the store.
 const NODE_LIFE: Duration = Duration::from_secs(120);
@@ -61,6 +61,24 @@ pub enum StoreError {
 pub trait RecordStore: Debug + Send + Sync {
     /// Sets all entries, each with its life.
     fn put(&self, entries: Vec<Entry>) -> BoxFuture<'_, Result<(), StoreError>>;
+}
+
+impl RecordStore for bus::Store {
+    fn put(&self, entries: Vec<Entry>) -> BoxFuture<'_, Result<(), StoreError>> {
+        let puts = entries
+            .into_iter()
+            .map(|entry| bus::Put {
+                key: entry.key,
+                value: entry.value.into(),
+                expires: entry.life,
+            })
+            .collect();
+        Box::pin(async move {
+            self.put_all(puts)
+                .await
+                .map_err(|err| StoreError::Refused(Box::new(err)))
+        })
+    }
 }
 
 /// What one pass works on.
@@ -132,7 +150,7 @@ fn entries<K: ToString, R: serde::Serialize>(
 const SCOPES: [&str; 3] = ["node", "container", "process"];
 
 /// Publishes until the agent stops.
-pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
+pub async fn run(node: Arc<Node>, host: Arc<Host>, store: Arc<dyn RecordStore>) {
     let interval = node
         .config
         .node
@@ -147,7 +165,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut publisher = Publisher {
         records: Records::default(),
-        disks: Disks::default(),
+        host,
         reader: Some(ObservedReader::at(node.link.run_dir().dataplane())),
         waiting: BTreeMap::new(),
         trouble: false,
@@ -162,7 +180,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
 
 struct Publisher {
     records: Records,
-    disks: Disks,
+    host: Arc<Host>,
     /// Taken while it reads on another thread.
     reader: Option<ObservedReader>,
     /// Kernels' entries that did not reach the store.
@@ -173,19 +191,17 @@ struct Publisher {
 
 impl Publisher {
     async fn pass(&mut self, node: &Node, store: &dyn RecordStore, born: f64, interval: Duration) {
-        count("trigger", node, &SCOPES);
-        let disks = self.disks.read().await;
+        count_round(node.agent_id(), &SCOPES, Round::Begun);
+        let reading = self.host.read().await;
         let reader = self.reader.take();
-        let (reader, processes, mut reading) = blocking(move || {
+        let (reader, processes) = blocking(move || {
             let mut reader = reader;
             // A region that is not there has no processes.
             let processes = reader.as_mut().and_then(|reader| reader.processes().ok());
-            let reading = HostReading::of_this_host(monotonic_ns());
-            (reader, processes.unwrap_or_default(), reading)
+            (reader, processes.unwrap_or_default())
         })
         .await;
         self.reader = reader;
-        reading.disks = disks;
         let snapshot = node.link.observed().snapshot;
         let reading = reading.with_network(snapshot.as_deref());
         let kernels: Vec<KernelFacts> = node
@@ -223,7 +239,7 @@ impl Publisher {
                 if std::mem::take(&mut self.trouble) {
                     tracing::info!("statistics reach the store again");
                 }
-                count("success", node, &SCOPES);
+                count_round(node.agent_id(), &SCOPES, Round::Stored);
             }
             Err(err) => {
                 if !std::mem::replace(&mut self.trouble, true) {
@@ -232,57 +248,27 @@ impl Publisher {
                         "the manager gets no statistics; they are kept for it"
                     );
                 }
-                count("failure", node, &SCOPES);
+                let why = match err {
+                    StoreError::Refused(_) => "Refused",
+                    StoreError::Late(_) => "Late",
+                };
+                count_round(node.agent_id(), &SCOPES, Round::Failed(why));
             }
-        }
-    }
-}
-
-fn count(what: &'static str, node: &Node, scopes: &[&'static str]) {
-    let name = match what {
-        "trigger" => "backendai_stat_task_trigger_count_total",
-        "success" => "backendai_stat_task_success_count_total",
-        _ => "backendai_stat_task_failure_count_total",
-    };
-    for scope in scopes {
-        let agent_id = node.agent_id().to_owned();
-        if what == "failure" {
-            metrics::counter!(name, "agent_id" => agent_id, "stat_scope" => *scope, "exception" => "StoreError")
-                .increment(1);
-        } else {
-            metrics::counter!(name, "agent_id" => agent_id, "stat_scope" => *scope).increment(1);
         }
     }
 }
 
 /// What the records need to know of a kernel in service; `None` of any other.
 fn facts(kernel: &Kernel, born: f64) -> Option<KernelFacts> {
-    if !kernel.is_running() {
-        return None;
-    }
-    kernel.with_record(|record| {
-        let devices = record
-            .allocation
-            .iter()
-            .flat_map(|held| held.accelerators());
-        Some(KernelFacts {
-            id: KernelId(record.kernel_id.into_bytes()),
-            container: record.container()?,
-            adopted: record.created_at < born,
-            devices: devices
-                .map(|(name, ids)| HeldDevices {
-                    name: name.to_owned(),
-                    ids: ids.into_iter().map(str::to_owned).collect(),
-                })
-                .collect(),
-        })
-    })
+    kernel
+        .is_running()
+        .then(|| kernel.with_record(|record| KernelFacts::of(record, born)))?
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::ids::ContainerId;
+    use shared::ids::{ContainerId, KernelId};
     use shared::observed::{
         ContainerSample, CpuCounters, Measured, MemoryCounters, ProcessSample, Source,
     };

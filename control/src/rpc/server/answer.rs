@@ -15,6 +15,8 @@ use tokio::runtime::Handle;
 
 use super::admission::Ticket;
 use super::{Limits, Shared, is_call};
+use crate::metrics::count_call;
+use crate::rpc::catalogue;
 use crate::rpc::failure::Failure;
 use crate::rpc::frame::{self, Frames, Header, HeaderError};
 use crate::rpc::msgpack::EncodeError;
@@ -88,6 +90,7 @@ impl Answerer {
         ticket: Ticket,
     ) {
         let connection = peer.connection;
+        let begun = Instant::now();
         let outcome = AssertUnwindSafe(self.outcome(peer, &header, envelope))
             .catch_unwind()
             .await;
@@ -96,6 +99,12 @@ impl Answerer {
             tracing::debug!(method = header.method, err = %failure, "An RPC call failed.");
         }
         let failed = outcome.is_err();
+        let class = outcome.as_ref().err().map(|failure| failure.class.clone());
+        count_call(
+            counted_name(&header.method),
+            class.as_deref(),
+            begun.elapsed(),
+        );
         let frames = match pack(&header, outcome) {
             Ok(frames) => frames,
             Err(err) => {
@@ -152,6 +161,15 @@ impl Answerer {
                 add(&totals.undeliverable);
             }
         }
+    }
+}
+
+/// The method's name in counters: one of ours, whatever the caller wrote.
+fn counted_name(method: &str) -> &'static str {
+    match catalogue::find(method) {
+        Some(known) => known.name,
+        None if method.starts_with("bai.") => "bai",
+        None => "unknown",
     }
 }
 

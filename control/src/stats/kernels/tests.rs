@@ -2,10 +2,11 @@ use std::fmt::Write;
 
 use serde_json::Value;
 use shared::observed::{
-    AcceleratorCounters, AcceleratorKey, CpuCounters, DiskCounters, IoCounters, Measured,
-    MemoryCounters, NetCounters, NodeCounters, NodeSample, Source,
+    AcceleratorCounters, CpuCounters, DiskCounters, IoCounters, Measured, MemoryCounters,
+    NetCounters, NodeCounters, NodeSample, Source,
 };
 
+use super::super::fixture::card;
 use super::super::record::pack;
 use super::*;
 
@@ -31,25 +32,15 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn gpu(used: u64, total: u64, permille: Option<u64>) -> AcceleratorRow {
-    AcceleratorRow {
-        key: AcceleratorKey {
-            kind: AcceleratorKind::Cuda,
-            index: 0,
-        },
-        id: "GPU-1".to_owned(),
-        model: String::new(),
-        pci: String::new(),
-        numa_node: None,
-        healthy: true,
-        age_ms: 0,
-        tick: 1,
-        counters: AcceleratorCounters {
+    card(
+        0,
+        AcceleratorCounters {
             memory_total_bytes: Some(total),
             memory_used_bytes: Some(used),
             utilisation_permille: permille,
             ..AcceleratorCounters::default()
         },
-    }
+    )
 }
 
 fn snapshot(sample: ContainerSample, accelerators: Vec<AcceleratorRow>) -> ObservedSnapshot {
@@ -136,12 +127,12 @@ fn bytes_are_those_of_the_original() {
             Source::Walk,
             DiskCounters {
                 scratch_bytes: Some(0),
-                scratch_files: None,
+                ..DiskCounters::default()
             },
         );
         let load = whole("cuda_util") * 10;
-        let card = gpu(whole("cuda_mem"), capacity("cuda_mem"), Some(load));
-        let records = kernels.observe(&[facts()], &snapshot(sample, vec![card]));
+        let gpu0 = gpu(whole("cuda_mem"), capacity("cuda_mem"), Some(load));
+        let records = kernels.observe(&[facts()], &snapshot(sample, vec![gpu0]));
         let [(kernel, record)] = records.as_slice() else {
             panic!("one record is expected: {records:?}");
         };
@@ -205,8 +196,8 @@ fn a_record_waits_until_cpu_and_memory_were_read() {
 #[test]
 fn a_lost_device_keeps_its_last_load() {
     let mut kernels = Kernels::default();
-    let card = gpu(1, 2, Some(505));
-    kernels.observe(&[facts()], &snapshot(sample(1), vec![card]));
+    let gpu0 = gpu(1, 2, Some(505));
+    kernels.observe(&[facts()], &snapshot(sample(1), vec![gpu0]));
     let records = kernels.observe(&[facts()], &snapshot(sample(2), vec![gpu(1, 2, None)]));
     assert_eq!(records[0].1.get("cuda_util").unwrap().current, "50.5");
     let records = kernels.observe(&[facts()], &snapshot(sample(3), Vec::new()));

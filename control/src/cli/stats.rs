@@ -1,0 +1,129 @@
+//! `bai-agent stats`: the last samples, straight from the region.
+
+use config::Config;
+use serde_json::{Map, Value, json};
+use shared::observed::{AcceleratorRow, ContainerSample};
+
+use super::exit::Problem;
+use super::output::{self, Form, Table, say, say_part};
+use super::region::{Look, Regions};
+use crate::stats;
+
+/// Shows the last samples of the node, its kernels and its devices.
+pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
+    let look = Regions::of(config)?.look()?;
+    match form {
+        Form::Json => output::json(&document(&look))?,
+        Form::Text => table(&look),
+    }
+    Ok(())
+}
+
+fn document(look: &Look) -> Value {
+    let mut kernels = Map::new();
+    for sample in &look.observed.containers {
+        let mut map = stats::container(sample);
+        if let Some(map) = map.as_object_mut() {
+            map.insert(
+                "container_id".to_owned(),
+                json!(sample.container_id.to_string()),
+            );
+        }
+        kernels.insert(sample.kernel_id.to_string(), map);
+    }
+    let node = look.observed.node.as_ref();
+    json!({
+        "dataplane": {
+            "alive": look.is_alive(),
+            "heartbeat_age_s": look.heartbeat_age.map(|age| age.as_secs_f64()),
+            "sample_age_s": look.sample_age().map(|age| age.as_secs_f64()),
+            "epoch": look.observed.epoch,
+        },
+        "node": node.map_or_else(|| json!({}), stats::node_map),
+        "kernels": kernels,
+        "devices": look.observed.accelerators.iter().map(device).collect::<Vec<_>>(),
+        "ports": look.observed.ports.iter().map(|status| json!({
+            "host_port": status.key.host_port,
+            "protocol": status.key.protocol.to_string(),
+            "kernel_id": status.kernel_id.to_string(),
+            "service": look.service(status.key),
+            "state": status.state.to_string(),
+            "path": status.path.to_string(),
+            "sessions_active": status.sessions_active,
+            "sessions_total": status.sessions_total,
+            "sessions_refused": status.sessions_refused,
+            "bytes_in": status.bytes_in,
+            "bytes_out": status.bytes_out,
+            "connect_failures": status.connect_failures,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn device(row: &AcceleratorRow) -> Value {
+    let counters = &row.counters;
+    json!({
+        "kind": row.key.kind.to_string(),
+        "index": row.key.index,
+        "id": row.id,
+        "model": row.model,
+        "healthy": row.healthy,
+        "age_ms": row.age_ms,
+        "memory_total": counters.memory_total_bytes,
+        "memory_used": counters.memory_used_bytes,
+        "utilisation_permille": counters.utilisation_permille,
+        "power_mw": counters.power_mw,
+        "temperature_mc": counters.temperature_mc,
+    })
+}
+
+fn bytes(value: Option<u64>) -> String {
+    value.map_or_else(|| "-".to_owned(), output::bytes)
+}
+
+fn table(look: &Look) {
+    let mut table = Table::new(&[
+        "KERNEL",
+        ">CPU TIME",
+        ">MEMORY",
+        ">LIMIT",
+        ">READ",
+        ">WRITTEN",
+        ">RECEIVED",
+        ">SENT",
+        ">TASKS",
+    ]);
+    for sample in &look.observed.containers {
+        table.row(row(sample));
+    }
+    say_part!("{}", table.render());
+    if look.observed.containers.is_empty() {
+        say!("no kernel is measured");
+    }
+    if !look.is_alive() {
+        say!("bai-dataplane does not run: these are its last words");
+    }
+}
+
+fn row(sample: &ContainerSample) -> [String; 9] {
+    let limit = stats::kernels::memory_capacity(sample, None);
+    let (io, net) = (sample.io.get(), sample.net.get());
+    let used = sample.cpu.get().and_then(|cpu| cpu.usage_ns);
+    [
+        sample.kernel_id.to_string(),
+        used.map_or_else(
+            || "-".to_owned(),
+            |ns| output::duration(std::time::Duration::from_nanos(ns).as_secs_f64()),
+        ),
+        bytes(stats::kernels::memory_used(sample)),
+        bytes(limit),
+        bytes(io.and_then(|io| io.read_bytes)),
+        bytes(io.and_then(|io| io.write_bytes)),
+        bytes(net.and_then(|net| net.rx_bytes)),
+        bytes(net.and_then(|net| net.tx_bytes)),
+        sample
+            .pids
+            .get()
+            .and_then(|pids| pids.current)
+            .map_or_else(|| "-".to_owned(), |tasks| tasks.to_string()),
+    ]
+}

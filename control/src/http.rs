@@ -1,0 +1,260 @@
+//! The agent's HTTP server: `/metrics` and `/health`, for Prometheus and whoever watches the node.
+//!
+//! In: requests at `agent.service-addr`. Out: one page or one document per request. Invariants: the
+//! node does not depend on it (an address in use is reported and tried again); connections, pages
+//! being made and the time a client may take are bounded; neither the engine nor a disk is asked
+//! while somebody waits.
+
+mod health;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::kernel::node::{Node, blocking};
+use crate::metrics::{Recorder, Scene, count_request};
+use crate::stats::host::Host;
+
+pub use health::{EngineWatch, Health};
+
+/// Connections at once.
+const CONNECTIONS: usize = 128;
+/// Pages made at once; further scrapes wait for them.
+const PAGES: usize = 2;
+/// How long a client may take to send a request, and may rest between two.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest a connection lives; Prometheus opens another.
+const CONNECTION_LIFE: Duration = Duration::from_secs(3600);
+/// Pause before an address in use is tried again.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Between two rounds of folding observations.
+const UPKEEP: Duration = Duration::from_secs(30);
+
+/// Why the server cannot listen.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// The address means nothing here.
+    #[error("cannot resolve agent.service-addr {address}")]
+    Resolve {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It cannot be bound.
+    #[error("cannot listen on agent.service-addr {address}; does another program listen there?")]
+    Bind {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What the handlers work with.
+#[derive(Debug)]
+pub struct Service {
+    node: Arc<Node>,
+    recorder: Recorder,
+    host: Arc<Host>,
+    engine: EngineWatch,
+    pages: Semaphore,
+}
+
+impl Service {
+    /// Everything the pages are made of.
+    pub fn new(
+        node: Arc<Node>,
+        recorder: Recorder,
+        host: Arc<Host>,
+        engine: EngineWatch,
+    ) -> Service {
+        Service {
+            node,
+            recorder,
+            host,
+            engine,
+            pages: Semaphore::new(PAGES),
+        }
+    }
+
+    async fn scene(&self) -> Scene {
+        let observed = self.node.link.observed().snapshot;
+        let reading = self.host.read().await.with_network(observed.as_deref());
+        Scene::of(&self.node, reading, self.engine.state())
+    }
+}
+
+/// Serves until the agent stops.
+pub async fn serve(service: Arc<Service>) {
+    let stopping = service.node.stopping.clone();
+    let address = service.node.config.agent.service_addr.to_string();
+    let upkeep = service.recorder.clone();
+    let serving = async {
+        let listener = listen(&address).await;
+        accept(listener, router(service)).await;
+    };
+    let folding = async {
+        let mut clock = tokio::time::interval(UPKEEP);
+        loop {
+            clock.tick().await;
+            upkeep.upkeep();
+        }
+    };
+    tokio::select! {
+        () = serving => {}
+        () = folding => {}
+        () = stopping.cancelled() => {}
+    }
+}
+
+/// Listens, sooner or later.
+async fn listen(address: &str) -> TcpListener {
+    let mut reported = false;
+    loop {
+        match bind(address).await {
+            Ok(listener) => {
+                tracing::info!(address, "serving /metrics and /health");
+                return listener;
+            }
+            Err(err) if !std::mem::replace(&mut reported, true) => tracing::error!(
+                err = &err as &dyn std::error::Error,
+                "there is no /metrics and no /health until this address is free; kernels are not concerned"
+            ),
+            Err(err) => {
+                tracing::debug!(err = &err as &dyn std::error::Error, "still not listening")
+            }
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn bind(address: &str) -> Result<TcpListener, ListenError> {
+    let resolved: Vec<SocketAddr> = tokio::net::lookup_host(address)
+        .await
+        .map_err(|source| ListenError::Resolve {
+            address: address.to_owned(),
+            source,
+        })?
+        .collect();
+    TcpListener::bind(resolved.as_slice())
+        .await
+        .map_err(|source| ListenError::Bind {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+async fn accept(listener: TcpListener, router: Router) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let connections = TaskTracker::new();
+    loop {
+        let Ok(place) = room.clone().acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                connections.spawn(async move {
+                    connection(stream, router).await;
+                    drop(place);
+                });
+            }
+            Err(err) => {
+                tracing::debug!(%err, "a connection was not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, router: Router) {
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // How a client ends its connection is its own affair.
+    let _ = tokio::time::timeout(CONNECTION_LIFE, served).await;
+}
+
+fn router(service: Arc<Service>) -> Router {
+    Router::new()
+        .route("/metrics", get(page).options(preflight))
+        .route("/health", get(health_document).options(preflight))
+        .with_state(service)
+        .layer(middleware::from_fn(finish))
+}
+
+/// Lets pages of any origin read ours, and counts.
+async fn finish(request: Request, next: Next) -> Result<Response, Infallible> {
+    let endpoint = match request.uri().path() {
+        "/metrics" => "/metrics",
+        "/health" => "/health",
+        _ => "other",
+    };
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    };
+    let mut response = next.run(request).await;
+    count_request(method, endpoint, response.status().as_u16());
+    let headers = response.headers_mut();
+    let any = HeaderValue::from_static("*");
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());
+    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, any);
+    Ok(response)
+}
+
+async fn preflight() -> impl IntoResponse {
+    const ALLOWED: [(HeaderName, &str); 2] = [
+        (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
+        (header::ACCESS_CONTROL_ALLOW_HEADERS, "*"),
+    ];
+    ALLOWED
+}
+
+async fn page(State(service): State<Arc<Service>>) -> Response {
+    let Ok(_place) = service.pages.acquire().await else {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    };
+    let scene = service.scene().await;
+    let tasks = tokio::runtime::Handle::current()
+        .metrics()
+        .num_alive_tasks();
+    let recorder = service.recorder.clone();
+    // A page of a thousand containers is a megabyte: not on a thread that answers the manager.
+    let text = blocking(move || scene.render() + &recorder.render(tasks)).await;
+    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response()
+}
+
+async fn health_document(State(service): State<Arc<Service>>) -> Response {
+    let scene = service.scene().await;
+    let interval = service.node.config.node.dataplane.stats_interval;
+    let health = Health::of(&scene, interval);
+    let status = if health.is_healthy() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let kind = [(header::CONTENT_TYPE, "application/json; charset=utf-8")];
+    (status, kind, health.document().to_string()).into_response()
+}

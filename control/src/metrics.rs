@@ -1,0 +1,174 @@
+//! The series of the agent, in Prometheus' text format.
+//!
+//! In: one look at the node ([`Scene`]): the observed region, the kernels, the host. Out: the page of
+//! a scrape, made when it is asked for. Invariants: every family is declared once, here or in a
+//! module below, and listed in `docs/metrics.md`; labels come from the node's own objects, so their
+//! number is bounded; the series of a container end with it; what was not measured has no series.
+
+mod containers;
+mod machine;
+mod page;
+mod recorder;
+
+use std::time::Duration;
+
+use shared::observed::ObservedSnapshot;
+
+use crate::kernel::node::Node;
+use crate::kernel::registry::Kernel;
+use crate::link::Observed;
+use crate::ports::Occupancy;
+use crate::stats::kernels::KernelFacts;
+use crate::stats::node::HostReading;
+
+pub use page::{Family, Kind, Page};
+pub use recorder::{Recorder, Round, count_call, count_request, count_round, own_families};
+
+/// What is said of a kernel in its labels.
+#[derive(Clone, Debug, Default)]
+pub struct Subject {
+    /// What the records know of it too.
+    pub facts: KernelFacts,
+    /// Its session.
+    pub session: String,
+    /// Who owns it, if that was told.
+    pub user: Option<String>,
+    /// Its project, if that was told.
+    pub project: Option<String>,
+    /// Canonical image name.
+    pub image: String,
+    /// The container's name.
+    pub name: String,
+    /// When it was accepted, seconds since 1970.
+    pub created_at: f64,
+    /// Its services: host port and name.
+    pub services: Vec<(u16, String)>,
+}
+
+impl Subject {
+    /// Of a kernel that has a container.
+    pub fn of(kernel: &Kernel) -> Option<Subject> {
+        kernel.with_record(|record| {
+            let request = record.request.as_ref();
+            let services = record.services.iter().flat_map(|service| {
+                let ports = service.host_ports.iter();
+                ports.map(|port| (*port, service.name.clone()))
+            });
+            Some(Subject {
+                facts: KernelFacts::of(record, 0.0)?,
+                session: record.session().to_string(),
+                user: request.and_then(|request| request.owner_user_id.clone()),
+                project: request.and_then(|request| request.owner_project_id.clone()),
+                image: record.image.clone(),
+                name: record.container_name.clone(),
+                created_at: record.created_at,
+                services: services.collect(),
+            })
+        })
+    }
+}
+
+/// How the engine answered lately.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineState {
+    /// Whether it did.
+    pub answers: bool,
+    /// Since it last did.
+    pub age: Option<Duration>,
+}
+
+/// One look at the node.
+#[derive(Debug, Default)]
+pub struct Scene {
+    /// The agent's id.
+    pub agent_id: String,
+    /// `manager` or `standalone`.
+    pub mode: &'static str,
+    /// Kernels with a container.
+    pub subjects: Vec<Subject>,
+    /// Kernels in any state.
+    pub kernels: usize,
+    /// What the dataplane says.
+    pub observed: Observed,
+    /// What the host says.
+    pub reading: HostReading,
+    /// The engine.
+    pub engine: EngineState,
+    /// Slots: name, total and used amount.
+    pub slots: Vec<(String, rust_decimal::Decimal, rust_decimal::Decimal)>,
+    /// Host ports.
+    pub occupancy: Option<Occupancy>,
+    /// Now, ns of the monotonic clock.
+    pub now_ns: u64,
+}
+
+impl Scene {
+    /// Looks at the node. Reads memory only: neither the engine nor a disk is asked.
+    pub fn of(node: &Node, reading: HostReading, engine: EngineState) -> Scene {
+        let kernels = node.registry.all();
+        let mut used: std::collections::BTreeMap<String, rust_decimal::Decimal> =
+            std::collections::BTreeMap::new();
+        for kernel in &kernels {
+            kernel.with_record(|record| {
+                for (slot, amount) in &record.slots {
+                    let amount = amount.as_str().and_then(|text| text.parse().ok());
+                    let sum = used.entry(slot.clone()).or_default();
+                    *sum = sum.saturating_add(amount.unwrap_or_default());
+                }
+            });
+        }
+        let slots = node.ledger.available().into_iter().map(|slot| {
+            let used = used.get(&slot.name).copied().unwrap_or_default();
+            (slot.name, slot.amount, used)
+        });
+        Scene {
+            agent_id: node.agent_id().to_owned(),
+            mode: if node.config.standalone {
+                "standalone"
+            } else {
+                "manager"
+            },
+            subjects: kernels
+                .iter()
+                .filter_map(|kernel| Subject::of(kernel))
+                .collect(),
+            kernels: kernels.len(),
+            observed: node.link.observed(),
+            slots: slots.collect(),
+            occupancy: Some(node.ports.occupancy()),
+            now_ns: shared::monotonic_ns(),
+            reading,
+            engine,
+        }
+    }
+
+    /// Age of the last pass of the dataplane.
+    pub fn sample_age(&self) -> Option<Duration> {
+        let taken = self.snapshot()?.node.as_ref()?.taken_monotonic_ns;
+        Some(Duration::from_nanos(self.now_ns.saturating_sub(taken)))
+    }
+
+    fn snapshot(&self) -> Option<&ObservedSnapshot> {
+        self.observed.snapshot.as_deref()
+    }
+
+    /// The page, without what the [`Recorder`] counts.
+    pub fn render(&self) -> String {
+        let mut page = Page::default();
+        containers::render(self, &mut page);
+        machine::render(self, &mut page);
+        page.into_text()
+    }
+}
+
+/// Every family of a page, in its order.
+pub fn families() -> impl Iterator<Item = &'static Family> {
+    containers::FAMILIES
+        .iter()
+        .chain(machine::FAMILIES)
+        .copied()
+        .chain(own_families())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,400 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use shared::desired::{PortKey, Protocol};
+use shared::ids::{ContainerId, KernelId, RegionId};
+use shared::observed::{
+    AcceleratorCounters, ContainerSample, CpuCounters, DiskCounters, IoCounters, Measured,
+    MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters, PortState, PortStatus,
+    Source,
+};
+
+use super::*;
+use crate::stats::disks::Space;
+use crate::stats::fixture::card;
+use crate::stats::kernels::HeldDevices;
+
+fn container_id(number: u16) -> ContainerId {
+    let mut id = [0; 32];
+    id[..2].copy_from_slice(&number.to_be_bytes());
+    ContainerId(id)
+}
+
+fn kernel_id(number: u16) -> KernelId {
+    let mut id = [0; 16];
+    id[..2].copy_from_slice(&number.to_be_bytes());
+    KernelId(id)
+}
+
+/// A sample in which every counter was read, those too that are added later once they have a series.
+#[allow(clippy::needless_update)]
+fn sample(number: u16) -> ContainerSample {
+    let some = Some(u64::from(number) + 1_500_000_000);
+    ContainerSample {
+        container_id: container_id(number),
+        kernel_id: kernel_id(number),
+        tick: 3,
+        taken_monotonic_ns: 1,
+        taken_wall_ns: 1_700_000_000_500_000_000,
+        cpu: Measured::now(
+            Source::File,
+            CpuCounters {
+                usage_ns: some,
+                user_ns: some,
+                system_ns: some,
+                periods: some,
+                throttled_periods: some,
+                throttled_ns: some,
+                pressure_some_ns: some,
+                ..CpuCounters::default()
+            },
+        ),
+        memory: Measured::now(
+            Source::File,
+            MemoryCounters {
+                current_bytes: some,
+                limit_bytes: some,
+                inactive_file_bytes: Some(500_000_000),
+                anon_bytes: some,
+                file_bytes: some,
+                shmem_bytes: some,
+                swap_bytes: some,
+                peak_bytes: some,
+                oom_events: some,
+                oom_kill_events: Some(2),
+                max_events: some,
+                kernel_bytes: some,
+                pressure_some_ns: some,
+                pressure_full_ns: some,
+                swap_limit_bytes: some,
+                ..MemoryCounters::default()
+            },
+        ),
+        pids: Measured::now(
+            Source::File,
+            PidsCounters {
+                current: some,
+                limit: Some(u64::MAX),
+                limit_events: some,
+                ..PidsCounters::default()
+            },
+        ),
+        io: Measured::now(
+            Source::File,
+            IoCounters {
+                read_bytes: some,
+                write_bytes: some,
+                read_operations: some,
+                write_operations: some,
+                pressure_some_ns: some,
+                pressure_full_ns: some,
+                ..IoCounters::default()
+            },
+        ),
+        net: Measured::now(
+            Source::Netlink,
+            NetCounters {
+                rx_bytes: some,
+                rx_packets: some,
+                rx_errors: some,
+                rx_drops: some,
+                tx_bytes: some,
+                tx_packets: some,
+                tx_errors: some,
+                tx_drops: some,
+                ..NetCounters::default()
+            },
+        ),
+        disk: Measured::now(
+            Source::Walk,
+            DiskCounters {
+                scratch_bytes: some,
+                scratch_files: some,
+                scratch_limit_bytes: some,
+                shm_bytes: some,
+                shm_limit_bytes: some,
+                shm_age_ms: some,
+                ..DiskCounters::default()
+            },
+        ),
+    }
+}
+
+fn subject(number: u16) -> Subject {
+    Subject {
+        facts: KernelFacts {
+            id: kernel_id(number),
+            container: container_id(number),
+            adopted: false,
+            devices: vec![HeldDevices {
+                name: "cuda".to_owned(),
+                ids: vec!["0".to_owned()],
+            }],
+        },
+        session: "5a3c1f6e-0000-4000-8000-0000000000a1".to_owned(),
+        user: Some("c0ffee00-0000-4000-8000-000000000001".to_owned()),
+        project: None,
+        image: "cr.example/python:3.13".to_owned(),
+        name: "kernel.\"odd\"\\name".to_owned(),
+        created_at: 1_700_000_000.25,
+        services: vec![(30_000, "ttyd".to_owned())],
+    }
+}
+
+/// A node with so many containers, of which everything is known.
+fn scene(containers: u16) -> Scene {
+    let some = Some(2_000_000_000);
+    let card = card(
+        0,
+        AcceleratorCounters {
+            memory_total_bytes: some,
+            memory_used_bytes: some,
+            utilisation_permille: Some(505),
+            power_mw: some,
+            power_limit_mw: some,
+            temperature_mc: Some(61_500),
+            energy_mj: some,
+            ..AcceleratorCounters::default()
+        },
+    );
+    let key = PortKey {
+        protocol: Protocol::Tcp,
+        host_port: 30_000,
+    };
+    let status = PortStatus::new(key, kernel_id(0), RegionId([1; 16]), PortState::Serving);
+    let node = NodeSample {
+        tick: 3,
+        taken_monotonic_ns: 1_000_000_000,
+        taken_wall_ns: 1,
+        counters: NodeCounters {
+            cpu_total_ns: some,
+            cpu_idle_ns: some,
+            memory_total_bytes: Some(16 << 30),
+            memory_available_bytes: some,
+            disk_total_bytes: some,
+            disk_available_bytes: some,
+            net_rx_bytes: some,
+            net_tx_bytes: some,
+            sessions_active: some,
+            sessions_total: some,
+            accepts_shed: some,
+            containers_sampled: some,
+            pass_ns: Some(1_400_000),
+            descriptors_open: some,
+            pass_cpu_ns: some,
+            tick_late_ns: some,
+            ticks_missed: some,
+            oom_kill_events: some,
+            cpu_pressure_some_ns: some,
+            memory_pressure_some_ns: some,
+            memory_pressure_full_ns: some,
+            io_pressure_some_ns: some,
+            io_pressure_full_ns: some,
+            ..NodeCounters::default()
+        },
+        ..NodeSample::default()
+    };
+    Scene {
+        agent_id: "i-node01".to_owned(),
+        mode: "standalone",
+        subjects: (0..containers).map(subject).collect(),
+        kernels: usize::from(containers),
+        observed: Observed {
+            snapshot: Some(Arc::new(ObservedSnapshot {
+                containers: (0..containers).map(sample).collect(),
+                ports: vec![status],
+                accelerators: vec![card],
+                node: Some(node),
+                ..ObservedSnapshot::default()
+            })),
+            heartbeat_age: Some(Duration::from_millis(1500)),
+            epoch: 2,
+        },
+        reading: HostReading {
+            at_ns: 1,
+            cores_ns: vec![1_000_000, 2_000_000],
+            memory: Some(Space { used: 1, total: 2 }),
+            disks: vec![("/dev/vda".to_owned(), Space { used: 1, total: 2 })],
+            network: Some((1, 2)),
+        },
+        engine: EngineState {
+            answers: true,
+            age: Some(Duration::ZERO),
+        },
+        slots: vec![("cpu".to_owned(), 8.into(), 2.into())],
+        occupancy: Some(Occupancy::default()),
+        now_ns: 3_500_000_000,
+    }
+}
+
+/// The samples of a page by name and labels; fails on anything that is not well formed.
+fn parse(page: &str) -> BTreeMap<String, f64> {
+    let mut series = BTreeMap::new();
+    let mut family = "";
+    let mut seen = BTreeSet::new();
+    for line in page.lines() {
+        if let Some(rest) = line.strip_prefix("# ") {
+            let name = rest.split(' ').nth(1).unwrap();
+            if rest.starts_with("TYPE ") {
+                assert!(seen.insert(name), "{name} comes in two places");
+                family = name;
+            }
+            continue;
+        }
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        assert!(name.starts_with(family), "{line}");
+        assert!(
+            series
+                .insert(name.to_owned(), value.parse().unwrap())
+                .is_none(),
+            "{line}"
+        );
+    }
+    series
+}
+
+#[test]
+fn the_original_families_are_as_the_manager_asks_for_them() {
+    let series = parse(&scene(1).render());
+    let kernel = kernel_id(0);
+    let find = |name: &str, kind: &str| {
+        let wanted = format!(
+            "backendai_container_utilization{{container_metric_name=\"{name}\",agent_id=\"i-node01\",\
+             kernel_id=\"{kernel}\",session_id=\"5a3c1f6e-0000-4000-8000-0000000000a1\",\
+             user_id=\"c0ffee00-0000-4000-8000-000000000001\",project_id=\"undefined\",\
+             value_type=\"{kind}\"}}"
+        );
+        series.get(&wanted).copied()
+    };
+    // Counters are as they are, in milliseconds and bytes; there is no capacity unless one is measured.
+    assert_eq!(find("cpu_util", "current"), Some(1500.0));
+    assert_eq!(find("cpu_util", "capacity"), Some(1000.0));
+    assert_eq!(find("cpu_used", "capacity"), None);
+    assert_eq!(find("mem", "current"), Some(1e9));
+    assert_eq!(find("net_rx", "current"), Some(1.5e9));
+    assert_eq!(find("cuda_util", "current"), Some(50.5));
+    assert_eq!(find("cuda_mem", "capacity"), Some(2e9));
+    let device = "backendai_device_utilization{device_metric_name=\"cpu_util\",agent_id=\"i-node01\",\
+                  device_id=\"1\",value_type=\"current\"}";
+    assert_eq!(series.get(device), Some(&2.0));
+}
+
+#[test]
+fn known_series_have_their_units() {
+    let series = parse(&scene(1).render());
+    let find = |name: &str| {
+        let found = series
+            .iter()
+            .find(|(key, _)| key.starts_with(&format!("{name}{{")));
+        *found.unwrap_or_else(|| panic!("no {name}")).1
+    };
+    assert_eq!(find("container_cpu_usage_seconds_total"), 1.5);
+    assert_eq!(find("container_memory_working_set_bytes"), 1e9);
+    assert_eq!(find("container_threads_max"), 0.0);
+    assert_eq!(find("container_last_seen"), 1_700_000_000.5);
+    assert_eq!(find("bai_accelerator_utilization_ratio"), 0.505);
+    assert_eq!(series["bai_sample_age_seconds"], 2.5);
+    assert_eq!(series["bai_dataplane_pass_seconds"], 0.0014);
+    let odd = series
+        .keys()
+        .find(|key| key.contains("container_threads{"))
+        .unwrap();
+    assert!(odd.contains(r#"name="kernel.\"odd\"\\name""#), "{odd}");
+}
+
+#[test]
+fn nothing_measured_is_nothing_shown() {
+    let mut scene = scene(1);
+    let mut empty = ContainerSample {
+        container_id: container_id(0),
+        ..ContainerSample::default()
+    };
+    empty.taken_wall_ns = 1;
+    scene.observed.snapshot = Some(Arc::new(ObservedSnapshot {
+        containers: vec![empty],
+        ..ObservedSnapshot::default()
+    }));
+    let series = parse(&scene.render());
+    let containers: BTreeSet<&str> = series
+        .keys()
+        .filter_map(|key| key.split('{').next())
+        .filter(|name| name.starts_with("container_"))
+        .collect();
+    assert_eq!(
+        containers,
+        BTreeSet::from(["container_last_seen", "container_start_time_seconds"])
+    );
+    // A container that left the region leaves no series.
+    scene.observed.snapshot = Some(Arc::default());
+    assert!(!scene.render().contains("container_"));
+    assert!(!Scene::default().render().is_empty());
+}
+
+#[test]
+fn a_thousand_containers_are_one_well_formed_page() {
+    let scene = scene(1000);
+    let begun = std::time::Instant::now();
+    let page = scene.render();
+    println!("{} bytes in {:?}", page.len(), begun.elapsed());
+    let series = parse(&page);
+    assert_eq!(
+        series
+            .keys()
+            .filter(|key| key.starts_with("container_cpu_usage_seconds_total"))
+            .count(),
+        1000
+    );
+}
+
+/// Every family of a full page is declared, with the labels it is declared with, and documented.
+#[test]
+fn the_document_lists_every_family() {
+    let declared: BTreeMap<&str, &Family> =
+        families().map(|family| (family.name, family)).collect();
+    for key in parse(&scene(1).render()).keys() {
+        let (name, labels) = key.split_once('{').unwrap_or((key, ""));
+        let family = declared
+            .get(name)
+            .unwrap_or_else(|| panic!("{name} is not declared"));
+        let found: Vec<&str> = labels
+            .split(&[',', '{'][..])
+            .filter_map(|label| label.split_once("=\"").map(|(name, _)| name))
+            .collect();
+        assert_eq!(found.join(" "), family.labels, "{name}");
+    }
+    let document = include_str!("../../../docs/metrics.md");
+    let rows: BTreeSet<&str> = document
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let wanted: Vec<String> = families()
+        .map(|family| {
+            let labels = match family.labels {
+                "" => "-".to_owned(),
+                labels => labels.replace(' ', ", "),
+            };
+            let (name, kind) = (family.name, family.kind.word());
+            format!("| `{name}` | {kind} | {labels} | {} |", family.help)
+        })
+        .collect();
+    let missing: Vec<&String> = wanted
+        .iter()
+        .filter(|row| !rows.contains(row.as_str()))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "docs/metrics.md lacks:\n{}",
+        missing
+            .iter()
+            .map(|row| format!("{row}\n"))
+            .collect::<String>()
+    );
+    let stale: Vec<&&str> = rows
+        .iter()
+        .filter(|row| !wanted.iter().any(|w| w == **row))
+        .collect();
+    assert!(
+        stale.is_empty(),
+        "docs/metrics.md has what is not there: {stale:#?}"
+    );
+}
