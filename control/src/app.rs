@@ -5,7 +5,7 @@
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::background::BackgroundTasks;
 use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting};
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
+use crate::events::bus::console_logs::ConsoleLogs;
 use crate::events::bus::{Bus, BusError};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
 use crate::heartbeat::{Heartbeat, Identity};
@@ -50,7 +51,7 @@ use crate::rpc::{
 };
 use crate::stats::host::Host;
 use crate::stats::publish;
-use crate::volumes::Volumes;
+use crate::volumes::{self, Volumes};
 
 /// Events kept in the process.
 const EVENT_RING: usize = 4096;
@@ -206,6 +207,9 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     if let Some(cluster) = &node.cluster {
         let store = Arc::new(cluster.bus.statistics().clone());
         tokio::spawn(publish::run(node.clone(), host, store));
+        if let Some(requests) = cluster.bus.take_volume_requests() {
+            node.tasks.spawn(volumes::serve(node.clone(), requests));
+        }
     }
     let loops = [
         tokio::spawn(http::serve(Arc::new(pages))),
@@ -400,6 +404,20 @@ async fn assemble(
     }
     let events = Events::new(EVENT_RING, sinks);
     let tasks = TaskTracker::new();
+    let consoles = cluster.as_ref().map(|cluster| {
+        ConsoleLogs::start(
+            cluster.bus.container_logs().clone(),
+            logs.clone(),
+            events.clone(),
+            usize::try_from(config.container_logs.chunk_size.0).unwrap_or(usize::MAX),
+            &tasks,
+            stopping.clone(),
+        )
+    });
+    let mount_prefix = match &cluster {
+        Some(cluster) => mount_prefix(cluster).await,
+        None => PathBuf::from("/"),
+    };
     Ok(Arc::new(Node {
         settings: ContainerSettings::of(&config),
         images: Images::new(docker.clone()),
@@ -412,10 +430,11 @@ async fn assemble(
         left_alone: Mutex::default(),
         scaling_group,
         cluster,
+        consoles,
         stopping: stopping.clone(),
         host_sockets,
         abuse: AbuseReports::default(),
-        volumes: Volumes::new(&config, Path::new("/")),
+        volumes: Volumes::new(&config, &mount_prefix),
         tasks,
         config,
         docker,
@@ -427,6 +446,21 @@ async fn assemble(
         link,
         socket_dir,
     }))
+}
+
+/// Where the cluster mounts volumes, unless the node's own path is absolute.
+async fn mount_prefix(cluster: &Cluster) -> PathBuf {
+    const NONE: &str = "/";
+    match cluster.etcd.get("volumes/_mount").await {
+        Ok(prefix) => PathBuf::from(prefix.unwrap_or_else(|| NONE.to_owned())),
+        Err(err) => {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot read where the cluster mounts volumes; taking them to be below the root"
+            );
+            PathBuf::from(NONE)
+        }
+    }
 }
 
 /// Waits for Docker, saying so, until it answers or the agent is told to stop.

@@ -9,6 +9,7 @@
 
 mod fstab;
 mod mount;
+mod requests;
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -21,6 +22,7 @@ use tokio::sync::Mutex;
 use crate::kernel::node::blocking;
 
 pub use self::fstab::FstabError;
+pub use self::requests::serve;
 
 /// A volume to be mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -53,7 +53,7 @@ impl Identity {
             public_key: public_key.map(PublicKey::to_z85),
             public_host: config.agent.public_host.clone(),
             architecture: std::env::consts::ARCH.to_owned(),
-            ends_abusing_kernels: false,
+            ends_abusing_kernels: config.agent.force_terminate_abusing_containers,
         }
     }
 }

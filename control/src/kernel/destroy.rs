@@ -257,11 +257,14 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
     let (logs, id) = (node.logs.clone(), kernel.id);
     match blocking(move || logs.store(id, &text)).await {
         Ok(()) => {
-            if let Some(container) = kernel.container() {
-                node.events.emit(Event::DoSyncKernelLogs {
+            match (kernel.container(), &node.consoles) {
+                // The event follows when the console is where managers look for it.
+                (Some(container), Some(consoles)) => consoles.ship(kernel.id, container),
+                (Some(container), None) => node.events.emit(Event::DoSyncKernelLogs {
                     kernel: kernel.id,
                     container,
-                });
+                }),
+                (None, _) => {}
             }
         }
         Err(err) => {

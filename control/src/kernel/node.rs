@@ -25,6 +25,7 @@ use super::scratch::Scratch;
 use crate::background::BackgroundTasks;
 use crate::cluster::Cluster;
 use crate::docker::Docker;
+use crate::events::bus::console_logs::ConsoleLogs;
 use crate::events::{Event, Events};
 use crate::image::Images;
 use crate::link::Link;
@@ -76,6 +77,8 @@ pub struct Node {
     pub scaling_group: watch::Sender<String>,
     /// The cluster; none in standalone mode.
     pub cluster: Option<Cluster>,
+    /// Brings consoles of ended kernels to the cluster.
+    pub consoles: Option<ConsoleLogs>,
     /// Cancelled when the agent stops. Kernels stay.
     pub stopping: CancellationToken,
     /// Sockets of this host that kernels were given.

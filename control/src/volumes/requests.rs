@@ -1,0 +1,102 @@
+//! Requests of the bus, carried out one after the other.
+//!
+//! In: what managers ask of all agents. Out: one answer each, as an event. Invariant: an answer is
+//! sent whatever becomes of the request, so that nobody waits for this node.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use super::{MountOrder, UnmountOrder, VolumeOutcome};
+use crate::events::bus::VolumeRequest;
+use crate::events::{Event, VolumeAnswer};
+use crate::kernel::Node;
+use crate::kernel::destroy::chain;
+
+/// The table of a request that names none.
+const USUAL_FSTAB: &str = "/etc/fstab";
+
+/// Carries out requests until the agent stops or nobody makes any more.
+pub async fn serve(node: Arc<Node>, mut requests: mpsc::Receiver<VolumeRequest>) {
+    loop {
+        let request = tokio::select! {
+            request = requests.recv() => request,
+            () = node.stopping.cancelled() => return,
+        };
+        let Some(request) = request else { return };
+        let event = carry_out(&node, request).await;
+        node.events.emit(event);
+    }
+}
+
+/// One request; its answer.
+pub async fn carry_out(node: &Arc<Node>, request: VolumeRequest) -> Event {
+    match request {
+        VolumeRequest::Mount {
+            dir_name,
+            quota_scope,
+            location,
+            fs_type,
+            options,
+            edit_fstab,
+            fstab_path,
+            ..
+        } => {
+            let order = MountOrder {
+                dir_name,
+                location,
+                fs_type,
+                options,
+                fstab: edit_fstab.then(|| PathBuf::from(fstab_path)),
+            };
+            let outcome = node.volumes.mount(&order).await;
+            Event::VolumeMounted(answer(node, quota_scope, &outcome))
+        }
+        VolumeRequest::Unmount {
+            dir_name,
+            quota_scope,
+            edit_fstab,
+            fstab_path,
+            ..
+        } => {
+            let table = fstab_path.unwrap_or_else(|| USUAL_FSTAB.to_owned());
+            let order = UnmountOrder {
+                dir_name,
+                fstab: edit_fstab.then(|| PathBuf::from(table)),
+            };
+            let users = |path: &Path| used_by(node, path);
+            let outcome = node.volumes.unmount(&order, &users).await;
+            Event::VolumeUnmounted(answer(node, quota_scope, &outcome))
+        }
+    }
+}
+
+fn answer(node: &Node, quota_scope: String, outcome: &VolumeOutcome) -> VolumeAnswer {
+    if let Some(err) = &outcome.error {
+        tracing::warn!(
+            err = chain(err),
+            "a request for a volume was not carried out"
+        );
+    }
+    VolumeAnswer {
+        agent: node.agent_id().to_owned(),
+        path: outcome.path.to_string_lossy().into_owned(),
+        quota_scope,
+        error: outcome.error.as_ref().map(|err| chain(err)),
+    }
+}
+
+/// A kernel with a folder below the path.
+fn used_by(node: &Node, path: &Path) -> Option<String> {
+    let uses = |kernel: &Arc<crate::kernel::registry::Kernel>| {
+        kernel.with_record(|record| {
+            record
+                .mounts
+                .iter()
+                .any(|mount| Path::new(&mount.source).starts_with(path))
+        })
+    };
+    let kernel = node.registry.all().into_iter().find(uses)?;
+    Some(kernel.id.to_string())
+}
