@@ -102,7 +102,7 @@ pub struct Page {
 }
 
 impl Page {
-    /// Adds a sample; `labels` is what `labels` makes. The samples of a family come together.
+    /// Adds a sample; `labels` is what the function of that name makes. The samples of a family come together.
     pub fn sample(&mut self, family: &Family, labels: &str, value: impl Into<Number>) {
         if self.family != Some(family.name) {
             self.family = Some(family.name);

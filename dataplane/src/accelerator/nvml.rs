@@ -1,6 +1,6 @@
 //! NVIDIA devices through NVML, loaded at run time.
 //!
-//! In: the driver's library. Out: readings in the thread's [`Slot`]. Invariants: only this thread
+//! In: the driver's library. Out: readings in the thread's `Slot`. Invariants: only this thread
 //! calls the driver; devices are enumerated anew at every look, so one that falls off the bus or
 //! comes back is seen; what a driver does not support is absent.
 //!

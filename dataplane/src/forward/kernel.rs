@@ -2,7 +2,7 @@
 //!
 //! In: rows that may take it ([`eligibility`]), interfaces and addresses of this host. Out: the
 //! programs of crate `ebpf` attached to uplinks, to containers' links and to the sockets of this
-//! host ([`host`]), their maps filled, counters. Everything is pinned ([`pins`]): it goes on when
+//! host (`host`), their maps filled, counters. Everything is pinned ([`pins`]): it goes on when
 //! this process is dead, and a later one takes it over in place. Invariants: a service is in the map
 //! only while its container's link has the program for replies; flows of a service end with it; the
 //! relay's listener is always there for what the programs leave alone.
