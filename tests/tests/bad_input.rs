@@ -73,6 +73,14 @@ async fn requests_that_make_no_sense() -> Result<()> {
     let failure = kernels::call(&node, "commit", vec![text(unknown), Value::from("x")])
         .await?
         .unwrap_err();
+    assert_eq!(
+        failure.repr,
+        format!("KeyError(UUID('{unknown}'))"),
+        "commit"
+    );
+    let failure = kernels::call(&node, "no_such_method", Vec::new())
+        .await?
+        .unwrap_err();
     assert_eq!(failure.class, "NotImplementedError");
 
     let order = Order::of(Image::Runner)?;
