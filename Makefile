@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration compat bench-agent bench-ports setup-bench verify-units fuzz runner clean
+        integration compat bench-agent bench-ports bench-publish setup-bench verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,10 @@ fuzz: ## run every fuzz target for FUZZ_SECONDS each
 bench-ports: setup-bench ## service ports against peers (root); BENCH='--rounds 3 --peers direct,kernel' narrows it
 	$(CARGO) build --locked --release -p dataplane -p benches --bins
 	$(or $(CARGO_TARGET_DIR),target)/release/bench-ports $(BENCH)
+
+bench-publish: setup-bench ## publishing ports by rows and by the engine (root); BENCH='--rounds 3' narrows it
+	$(CARGO) build --locked --release -p dataplane -p benches --bins
+	$(or $(CARGO_TARGET_DIR),target)/release/bench-publish $(BENCH)
 
 clean: ## remove build results
 	$(CARGO) clean

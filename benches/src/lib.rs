@@ -7,10 +7,12 @@
 
 pub mod chart;
 pub mod echo;
+pub mod engine;
 pub mod load;
 pub mod node;
 pub mod peer;
 pub mod ports;
+pub mod publish;
 pub mod site;
 pub mod statistics;
 

@@ -133,13 +133,7 @@ impl Node {
         path: ForwardPath,
         init_pid: u32,
     ) -> Result<()> {
-        let host = site.namespace(Place::Host);
-        let text = ip(&format!("-n {host} -o link show cont0"))?;
-        let link_index: u32 = text
-            .split(':')
-            .next()
-            .and_then(|word| word.trim().parse().ok())
-            .context("an interface index")?;
+        let link_index = self.link_index(site)?;
         let container: IpAddr = crate::site::CONTAINER.parse()?;
         let rows: Vec<PortRow> = ports
             .iter()
@@ -175,6 +169,27 @@ impl Node {
             .with_context(|| log_of(site))?;
         }
         Ok(())
+    }
+
+    /// Index of the container's interface on the host's side.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn link_index(&self, site: &Site) -> Result<u32> {
+        let host = site.namespace(Place::Host);
+        let text = ip(&format!("-n {host} -o link show cont0"))?;
+        text.split(':')
+            .next()
+            .and_then(|word| word.trim().parse().ok())
+            .context("an interface index")
+    }
+
+    /// Frees the rows whose removal was acknowledged.
+    pub fn release(&mut self) {
+        if let Ok(observed) = self.observed.snapshot() {
+            self.desired.release_acknowledged(&observed);
+            let _ = self.ringer.ring();
+        }
     }
 
     /// Ends it and removes what it attached.

@@ -263,7 +263,10 @@ pub fn run(options: &Options, stage: &Stage) -> Result<()> {
 }
 
 /// Starts what answers in the container. Returns a process that lives there.
-fn serve(site: &Site) -> Result<u32> {
+///
+/// # Errors
+/// A program is missing.
+pub fn serve(site: &Site) -> Result<u32> {
     let mut echo = site
         .command(
             Some(Place::Container),

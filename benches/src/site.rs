@@ -273,6 +273,12 @@ impl Site {
         Ok(())
     }
 
+    /// What names all that is of this site.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Name of a namespace.
     #[must_use]
     pub fn namespace(&self, place: Place) -> String {
@@ -423,6 +429,7 @@ impl Site {
 
     /// Ends and removes all that is there; nothing is no error.
     pub fn clean(&self) {
+        crate::engine::end(self);
         for group in Group::ALL {
             self.end(group);
         }

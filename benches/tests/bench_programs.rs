@@ -116,6 +116,41 @@ fn ports_are_measured_against_every_peer() {
 }
 
 #[test]
+fn publishing_is_measured_with_and_without_the_engine() {
+    if !possible() {
+        return;
+    }
+    let output = output("publish");
+    let arguments = [
+        "--rounds",
+        "1",
+        "--ports",
+        "8",
+        "--many",
+        "16",
+        "--container-ports",
+        "0,2",
+        "--rules",
+        "4",
+    ];
+    let bench = start(env!("CARGO_BIN_EXE_bench-publish"), &arguments, &output);
+    let found = finished(bench, &output, "publish.json");
+    for name in [
+        "publish_ms_8_ports",
+        "withdraw_ms_8_ports",
+        "bytes_16_ports",
+    ] {
+        let value = found["ratios"][name].as_f64();
+        assert!(value.is_some_and(|it| it >= 0.0), "{name}: {value:?}");
+    }
+    assert_eq!(found["ratios"]["processes_16_ports"].as_u64(), Some(1));
+    let name = "start_and_stop_vs_engine_2_ports_4_rules";
+    let value = found["further"][name].as_f64();
+    assert!(value.is_some_and(|it| it > 0.0), "{name}: {value:?}");
+    std::fs::remove_dir_all(output).expect("removed");
+}
+
+#[test]
 fn an_interrupted_bench_leaves_nothing() {
     if !possible() {
         return;
