@@ -17,7 +17,7 @@ use mio::{Events, Interest, Poll, Token};
 use shared::desired::DesiredReader;
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
 use shared::lock::{LockError, WriterLock};
-use shared::observed::ObservedWriter;
+use shared::observed::{ObservedReader, ObservedWriter};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{OpenError, Sizes};
 
@@ -122,6 +122,10 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     let mut reader = DesiredReader::at(run_dir.control());
     let sizes = region_sizes(&mut reader, options);
     let writer = ObservedWriter::open_locked(lock, sizes).map_err(AppError::Region)?;
+    let before = ObservedReader::at(&directory)
+        .snapshot()
+        .map(|found| found.containers.clone())
+        .unwrap_or_default();
     tracing::info!(
         directory = %directory.display(),
         region_id = %writer.region_id(),
@@ -197,6 +201,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         Means::Best {
             containers: board.sizes().containers,
         },
+        before,
     )
     .map_err(AppError::Collector)?;
 

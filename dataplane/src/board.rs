@@ -96,7 +96,7 @@ pub struct Board(Arc<Mutex<Inner>>);
 pub struct Pass {
     /// Its number.
     pub tick: u64,
-    /// One sample per container.
+    /// One sample per container, sorted by id.
     pub samples: Vec<ContainerSample>,
     /// The node.
     pub node: NodeSample,
@@ -209,14 +209,12 @@ impl Board {
             None => Vec::new(),
         };
         let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
-        let gone: Vec<ContainerId> = {
-            let sampled: std::collections::HashSet<ContainerId> =
-                pass.samples.iter().map(|s| s.container_id).collect();
-            writer
-                .container_ids()
-                .filter(|id| !sampled.contains(id))
-                .collect()
+        let sampled = |id: &ContainerId| {
+            pass.samples
+                .binary_search_by_key(id, |sample| sample.container_id)
+                .is_ok()
         };
+        let gone: Vec<ContainerId> = writer.container_ids().filter(|id| !sampled(id)).collect();
         let room = usize::try_from(writer.sizes().containers).unwrap_or(usize::MAX);
         writer.batch(|batch| {
             for id in gone {
@@ -227,9 +225,8 @@ impl Board {
                     batch.put_port(entry.status.clone());
                 }
             }
-            for sample in pass.samples.into_iter().take(room) {
-                batch.put_container(sample);
-            }
+            pass.samples.truncate(room);
+            batch.put_containers(pass.samples);
             for key in lost {
                 batch.remove_accelerator(key);
             }

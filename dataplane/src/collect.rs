@@ -18,7 +18,7 @@ pub mod process;
 mod truth;
 pub mod walks;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -27,7 +27,9 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use shared::desired::{ContainerRow, DesiredSnapshot};
 use shared::ids::ContainerId;
-use shared::observed::{ContainerSample, DiskCounters, Measured, NodeSample, Processes, Source};
+use shared::observed::{
+    ContainerSample, DiskCounters, IoCounters, Measured, NodeSample, Processes, Source,
+};
 use shared::{monotonic_ns, wall_ns};
 
 use self::container::Watched;
@@ -40,7 +42,7 @@ use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
-use crate::sys::netlink::{LinkCounters, LinkStatistics};
+use crate::sys::netlink::LinkStatistics;
 
 #[derive(Debug)]
 struct Wanted {
@@ -69,7 +71,7 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts the thread.
+    /// Starts the thread. `before` are the samples of an earlier life of this process.
     ///
     /// # Errors
     /// No thread.
@@ -80,6 +82,7 @@ impl Collector {
         scratch_root: Option<PathBuf>,
         descriptors: u32,
         means: Means,
+        before: Vec<ContainerSample>,
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             wanted: Mutex::new(Wanted {
@@ -98,6 +101,7 @@ impl Collector {
                 let mut sampler =
                     Sampler::new(totals, disk.clone(), scratch_root, descriptors, means);
                 sampler.list_processes(lister.clone());
+                sampler.go_on_from(&before);
                 run(&own, &mut sampler, &board);
                 lister.stop();
                 disk.stop();
@@ -142,6 +146,7 @@ impl Drop for Collector {
 fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
     let mut due = Instant::now();
     let mut failed = LogLimit::default();
+    let mut followed: Option<Arc<DesiredSnapshot>> = None;
     loop {
         let (desired, interval) = {
             let mut wanted = shared.lock();
@@ -164,13 +169,15 @@ fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
         };
         let late = due.elapsed();
         sampler.late = late;
-        let containers = desired
-            .as_ref()
-            .map(|desired| desired.containers.as_slice());
-        let whole = desired
-            .as_ref()
-            .is_none_or(|desired| desired.invalid_rows == 0);
-        let pass = sampler.pass(containers.unwrap_or_default(), whole);
+        if let Some(desired) = desired
+            && followed
+                .as_ref()
+                .is_none_or(|known| !Arc::ptr_eq(known, &desired))
+        {
+            sampler.follow(&desired.containers, desired.invalid_rows == 0);
+            followed = Some(desired);
+        }
+        let pass = sampler.pass();
         tracing::debug!(
             tick = pass.tick,
             containers = pass.samples.len(),
@@ -214,7 +221,9 @@ pub struct Sampler {
     facts: Facts,
     budget: Arc<Budget>,
     walks: Option<Walks>,
-    containers: HashMap<ContainerId, Watched>,
+    containers: BTreeMap<ContainerId, Watched>,
+    /// What an earlier life of this process had counted of block devices.
+    io_before: HashMap<ContainerId, IoCounters>,
     links: Option<LinkStatistics>,
     links_log: LogLimit,
     node: Node,
@@ -270,7 +279,8 @@ impl Sampler {
             walks,
             node: Node::new(&budget),
             budget,
-            containers: HashMap::new(),
+            containers: BTreeMap::new(),
+            io_before: HashMap::new(),
             links: None,
             links_log: LogLimit::default(),
             disk,
@@ -296,19 +306,30 @@ impl Sampler {
         self.last_cpu
     }
 
-    /// One pass over these containers. When the list is not `whole` (a damaged region), those it
-    /// leaves out are sampled on.
-    pub fn pass(&mut self, rows: &[ContainerRow], whole: bool) -> Pass {
+    /// Has counters that begin with this process go on from samples of an earlier one.
+    pub fn go_on_from(&mut self, samples: &[ContainerSample]) {
+        let counted = samples.iter().filter(|it| it.io.source == Source::Bpf);
+        self.io_before = counted
+            .map(|sample| (sample.container_id, sample.io.counters))
+            .collect();
+    }
+
+    /// One pass over the containers followed.
+    pub fn pass(&mut self) -> Pass {
         let (begin, cpu_begin) = (Instant::now(), thread_cpu());
         self.tick += 1;
-        self.follow(rows, whole);
-        let links = self.read_links();
+        let steady = self.read_links();
+        let links = self.links.as_ref().filter(|_| steady);
+        let links = links.map(LinkStatistics::last);
         if let Some(walks) = &mut self.walks {
             for watched in self.containers.values_mut() {
                 watched.walk(walks);
             }
             walks.pass(&mut self.buffer);
         }
+        // What the walks have read is of one moment; files are read one after the other.
+        let files = self.walks.is_none();
+        let mut now = (monotonic_ns(), wall_ns());
         let mut finder = self.walks.as_mut().map(Walks::finder);
         let mut samples = Vec::with_capacity(self.containers.len());
         for watched in self.containers.values_mut() {
@@ -316,20 +337,19 @@ impl Sampler {
                 &self.facts,
                 &self.budget,
                 finder.as_mut(),
-                links.as_ref(),
+                links,
                 &mut self.buffer,
             );
+            if files {
+                now = (monotonic_ns(), wall_ns());
+            }
             sample.tick = self.tick;
-            sample.taken_monotonic_ns = monotonic_ns();
-            sample.taken_wall_ns = wall_ns();
+            (sample.taken_monotonic_ns, sample.taken_wall_ns) = now;
             add_disk(&mut sample, watched.row(), &self.disk);
             samples.push(sample);
         }
-        samples.sort_unstable_by_key(|sample| sample.container_id);
         let mut cores_busy_ns = Vec::new();
-        let mut counters = self
-            .node
-            .read(links.as_ref(), &mut cores_busy_ns, &mut self.buffer);
+        let mut counters = self.node.read(links, &mut cores_busy_ns, &mut self.buffer);
         if let Some(space) = self
             .scratch_root
             .as_deref()
@@ -389,30 +409,36 @@ impl Sampler {
         }
     }
 
-    /// Takes up new containers and changed rows, and lets go of those no longer wanted.
-    fn follow(&mut self, rows: &[ContainerRow], whole: bool) {
+    /// Takes up new containers and changed rows, and lets go of those no longer wanted. When the list
+    /// is not `whole` (a damaged region), those it leaves out are sampled on.
+    pub fn follow(&mut self, rows: &[ContainerRow], whole: bool) {
         if whole {
-            self.containers.retain(|id, _| {
+            let wanted = |id: &ContainerId| {
                 rows.binary_search_by_key(id, |row| row.container_id)
                     .is_ok()
-            });
+            };
+            self.containers.retain(|id, _| wanted(id));
+            self.io_before.retain(|id, _| wanted(id));
         }
         for row in rows {
-            let known = self.containers.get(&row.container_id);
+            let id = row.container_id;
+            let known = self.containers.get(&id);
             if known.is_none_or(|known| known.row().generation != row.generation) {
-                let watched = Watched::new(row.clone(), &self.facts, &self.budget);
-                self.containers.insert(row.container_id, watched);
+                let before = self.io_before.get(&id).copied().unwrap_or_default();
+                let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
+                self.containers.insert(id, watched);
             }
         }
     }
 
-    fn read_links(&mut self) -> Option<HashMap<u32, LinkCounters>> {
+    /// Whether the counters of links were read.
+    fn read_links(&mut self) -> bool {
         let read = match &mut self.links {
-            Some(links) => links.read(),
-            none => LinkStatistics::open().and_then(|links| none.insert(links).read()),
+            Some(links) => links.read().map(|_| ()),
+            none => LinkStatistics::open().and_then(|links| none.insert(links).read().map(|_| ())),
         };
         match read {
-            Ok(links) => Some(links),
+            Ok(()) => true,
             Err(err) => {
                 // A fresh socket next time: what is still under way on this one is dropped.
                 self.links = None;
@@ -423,7 +449,7 @@ impl Sampler {
                         "link counters can't be read, network numbers are absent"
                     );
                 }
-                None
+                false
             }
         }
     }

@@ -20,6 +20,14 @@
 #define FILLED_MEMORY_STAT 16
 #define FILLED_PIDS 32
 #define FILLED_PIDS_EVENTS 64
+#define FILLED_IO 128
+
+struct block_counters {
+	__u64 read_bytes;
+	__u64 write_bytes;
+	__u64 reads;
+	__u64 writes;
+};
 
 struct cgroup_record {
 	__u64 id;
@@ -44,10 +52,11 @@ struct cgroup_record {
 	__u64 pids;
 	__u64 pids_limit;
 	__u64 pids_limit_events;
+	struct block_counters io;
 	__u64 stat_pages[STAT_ITEMS];
 };
 
-_Static_assert(sizeof(struct cgroup_record) == 28 * 8, "the Rust side has as many words");
+_Static_assert(sizeof(struct cgroup_record) == 32 * 8, "the Rust side has as many words");
 
 /* The order and the progress of a walk: written by both sides, never at once. */
 struct cgroup_walk {
@@ -64,6 +73,9 @@ struct cgroup_walk {
 	__u64 enum_index[STAT_ITEMS];
 	__u64 stat_length;
 	__u64 node_stat_length;
+	/* The program's own: whose limit it looked up last, and that limit. */
+	__u64 counter_above;
+	__u64 limit_above;
 };
 
 #endif

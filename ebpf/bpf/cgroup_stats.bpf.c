@@ -9,6 +9,7 @@
  */
 #include "cgroup_types.h"
 #include "cgroup_records.h"
+#include "block_io.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -84,13 +85,10 @@ static ALWAYS_INLINE int learn_offsets(void)
 	return 0;
 }
 
+/* A plain load: the verifier knows the type of the cgroup, and asking a helper costs ten times more. */
 static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
 {
-	void *css = 0;
-
-	read_kernel(&css, sizeof(css),
-		    (char *)__builtin_preserve_access_index(&group->subsys) + 8 * index);
-	return css;
+	return *(void **)((char *)__builtin_preserve_access_index(&group->subsys) + 8 * index);
 }
 
 static ALWAYS_INLINE void read_cpuacct(struct cpuacct *account, struct cgroup_record *record)
@@ -124,9 +122,9 @@ static ALWAYS_INLINE void read_base(struct cgroup *group, struct cgroup_record *
 {
 	if (!__builtin_preserve_field_info(group->bstat.cputime.sum_exec_runtime, FIELD_EXISTS))
 		return;
-	READ(record->cpu_usage_ns, group->bstat.cputime.sum_exec_runtime);
-	READ(record->cpu_user_ns, group->bstat.cputime.utime);
-	READ(record->cpu_system_ns, group->bstat.cputime.stime);
+	record->cpu_usage_ns = group->bstat.cputime.sum_exec_runtime;
+	record->cpu_user_ns = group->bstat.cputime.utime;
+	record->cpu_system_ns = group->bstat.cputime.stime;
 	record->filled |= FILLED_CPU_BASE;
 }
 
@@ -144,50 +142,76 @@ static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_rec
 	record->filled |= FILLED_QUOTA;
 }
 
-static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_record *record,
-				      struct cgroup_walk *order)
-{
-	struct page_counter *counter;
-	__u64 least = ~0ULL, own = 0;
-	char *state = 0;
+/* Structures are read whole, for each reading costs about the same. One walk runs at a time, so
+ * what is read last may lie here. */
+static __u64 scratch[MOST_STATS];
 
-	if (!__builtin_preserve_field_info(memory->memory.watermark, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(memory->memory_events, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(memory->vmstats, FIELD_EXISTS))
-		return;
-	READ(record->memory_pages, memory->memory.usage.counter);
-	READ(record->memory_peak_pages, memory->memory.watermark);
-	READ(record->memory_failures, memory->memory.failcnt);
-	READ(own, memory->memory.max);
-	record->memory_limit_pages = own;
-	least = own;
-	READ(counter, memory->memory.parent);
+#define PLACE(type, field) \
+	__builtin_preserve_field_info(((struct type *)0)->field, FIELD_BYTE_OFFSET)
+#define TAKE(type, field) (*(__u64 *)((char *)scratch + PLACE(type, field)))
+
+#define COUNTER_SIZE 256
+#define MOST_EVENTS 16
+#define EVENT_NUMBER(name) \
+	__builtin_preserve_enum_value(*(enum memcg_memory_event *)name, ENUM_VALUE)
+#define EVENT(name) (EVENT_NUMBER(name) < MOST_EVENTS ? scratch[EVENT_NUMBER(name)] : 0)
+
+/* The least limit of the cgroups above: the same for all siblings. */
+static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgroup_walk *order)
+{
+	__u64 least = ~0ULL, own = 0;
+
+	if ((__u64)counter == order->counter_above)
+		return order->limit_above;
+	order->counter_above = (__u64)counter;
 	for (int level = 0; level < MOST_LEVELS && counter; level++) {
 		READ(own, counter->max);
 		if (own < least)
 			least = own;
 		READ(counter, counter->parent);
 	}
-	record->memory_least_limit_pages = least;
-	READ(record->swap_pages, memory->swap.usage.counter);
-	READ(record->swap_limit_pages, memory->swap.max);
-	READ(record->swap_failures, memory->swap.failcnt);
-	char *events = (char *)__builtin_preserve_access_index(&memory->memory_events);
-	record->oom_events = read_u64(events + 8 * __builtin_preserve_enum_value(
-		*(enum memcg_memory_event *)MEMCG_OOM, ENUM_VALUE));
-	record->oom_kill_events = read_u64(events + 8 * __builtin_preserve_enum_value(
-		*(enum memcg_memory_event *)MEMCG_OOM_KILL, ENUM_VALUE));
-	record->memory_max_events = read_u64(events + 8 * __builtin_preserve_enum_value(
-		*(enum memcg_memory_event *)MEMCG_MAX, ENUM_VALUE));
+	order->limit_above = least;
+	return least;
+}
+
+static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_record *record,
+				      struct cgroup_walk *order)
+{
+	__u64 own, above;
+	char *state = 0;
+
+	if (!__builtin_preserve_field_info(memory->memory.watermark, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(memory->memory_events, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(memory->vmstats, FIELD_EXISTS) ||
+	    PLACE(page_counter, watermark) > COUNTER_SIZE - 8 ||
+	    PLACE(page_counter, failcnt) > COUNTER_SIZE - 8 ||
+	    PLACE(page_counter, max) > COUNTER_SIZE - 8 ||
+	    PLACE(page_counter, parent) > COUNTER_SIZE - 8)
+		return;
+	read_kernel(scratch, COUNTER_SIZE, __builtin_preserve_access_index(&memory->memory));
+	record->memory_pages = TAKE(page_counter, usage.counter);
+	record->memory_peak_pages = TAKE(page_counter, watermark);
+	record->memory_failures = TAKE(page_counter, failcnt);
+	own = TAKE(page_counter, max);
+	record->memory_limit_pages = own;
+	above = limit_above((void *)TAKE(page_counter, parent), order);
+	record->memory_least_limit_pages = own < above ? own : above;
+	read_kernel(scratch, COUNTER_SIZE, __builtin_preserve_access_index(&memory->swap));
+	record->swap_pages = TAKE(page_counter, usage.counter);
+	record->swap_limit_pages = TAKE(page_counter, max);
+	record->swap_failures = TAKE(page_counter, failcnt);
+	read_kernel(scratch, 8 * MOST_EVENTS, __builtin_preserve_access_index(&memory->memory_events));
+	record->oom_events = EVENT(MEMCG_OOM);
+	record->oom_kill_events = EVENT(MEMCG_OOM_KILL);
+	record->memory_max_events = EVENT(MEMCG_MAX);
 	READ(state, memory->vmstats);
 	if (state) {
-		__u64 start = __builtin_preserve_field_info(
-			((struct memcg_vmstats *)0)->state, FIELD_BYTE_OFFSET);
+		read_kernel(scratch, sizeof(scratch), state + PLACE(memcg_vmstats, state));
 		for (int item = 0; item < STAT_ITEMS; item++) {
 			__u64 index = order->stat_index[item];
 
 			/* Small negative sums are a kernel's unfinished business: nothing is there. */
-			__s64 pages = index < MOST_STATS ? (__s64)read_u64(state + start + 8 * index) : 0;
+			__s64 pages = index < MOST_STATS ? (__s64)scratch[index] : 0;
 			record->stat_pages[item] = pages < 0 ? 0 : pages;
 		}
 		record->filled |= FILLED_MEMORY_STAT;
@@ -206,6 +230,16 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 		record->filled |= FILLED_PIDS_EVENTS;
 	}
 	record->filled |= FILLED_PIDS;
+}
+
+/* A cgroup without an entry has done nothing since this was loaded. */
+static ALWAYS_INLINE void read_io(struct cgroup_record *record)
+{
+	struct block_counters *counters = map_lookup(&block_io, &record->id);
+	struct block_counters none = {};
+
+	record->io = counters ? *counters : none;
+	record->filled |= FILLED_IO;
 }
 
 #define NUMBER(type, name)                                                              \
@@ -248,9 +282,10 @@ int read_cgroups(struct bpf_iter__cgroup *context)
 	}
 	if (!offsets_known)
 		learn_offsets();
-	READ(level, group->level);
+	level = group->level;
 	if (order->begin) {
 		order->begin = 0;
+		order->counter_above = 0;
 		order->level = (__u32)level;
 		tell_layout(order);
 	}
@@ -266,7 +301,7 @@ int read_cgroups(struct bpf_iter__cgroup *context)
 		return 0;
 	order->count = (__u64)place + 1;
 	record->filled = 0;
-	READ(record->id, group->kn->id);
+	record->id = group->kn->id;
 	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_EXISTS)) {
 		css = controller(group, __builtin_preserve_enum_value(
 			*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_VALUE));
@@ -286,6 +321,13 @@ int read_cgroups(struct bpf_iter__cgroup *context)
 			*(enum cgroup_subsys_id *)memory_cgrp_id, ENUM_VALUE));
 		if (css)
 			read_memory(css, record, order);
+	}
+	if (!order->unified &&
+	    __builtin_preserve_enum_value(*(enum cgroup_subsys_id *)io_cgrp_id, ENUM_EXISTS)) {
+		css = controller(group, __builtin_preserve_enum_value(
+			*(enum cgroup_subsys_id *)io_cgrp_id, ENUM_VALUE));
+		if (css)
+			read_io(record);
 	}
 	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)pids_cgrp_id, ENUM_EXISTS)) {
 		css = controller(group, __builtin_preserve_enum_value(

@@ -12,6 +12,7 @@
 #define ENUM_VALUE 1
 #define MAP_PERCPU_ARRAY 6
 #define MAP_MMAPABLE 1024
+#define MAP_NEW_ONLY 1
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
@@ -41,7 +42,15 @@ struct cgroup_base_stat {
 	struct task_cputime cputime;
 };
 
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
 struct cgroup {
+	struct cgroup_subsys_state self;
 	__s32 level;
 	struct kernfs_node *kn;
 	void *subsys[1];
@@ -101,12 +110,31 @@ struct bpf_array {
 	void *pptrs[1];
 };
 
+struct blkcg {
+	struct cgroup_subsys_state css;
+};
+
+struct blkcg_gq {
+	struct blkcg *blkcg;
+};
+
+struct bio {
+	struct blkcg_gq *bi_blkg;
+};
+
+struct request {
+	__u32 cmd_flags;
+	__u32 __data_len;
+	struct bio *bio;
+};
+
 #pragma clang attribute pop
 
 /* Numbers differ between kernels; these are placeholders that loading replaces. */
 enum cgroup_subsys_id {
 	cpu_cgrp_id = 1,
 	cpuacct_cgrp_id = 2,
+	io_cgrp_id = 3,
 	memory_cgrp_id = 4,
 	pids_cgrp_id = 11,
 };
@@ -115,6 +143,11 @@ enum memcg_memory_event {
 	MEMCG_MAX = 2,
 	MEMCG_OOM = 3,
 	MEMCG_OOM_KILL = 4,
+};
+
+enum req_op {
+	REQ_OP_READ = 0,
+	REQ_OP_WRITE = 1,
 };
 
 enum node_stat_item {

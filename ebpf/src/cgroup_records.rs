@@ -30,6 +30,8 @@ pub mod filled {
     pub const PIDS: u64 = 32;
     /// How often their limit was hit.
     pub const PIDS_EVENTS: u64 = 64;
+    /// Block devices.
+    pub const IO: u64 = 128;
 }
 
 macro_rules! record {
@@ -74,6 +76,7 @@ record! {
     swap_pages, swap_limit_pages, swap_failures,
     oom_events, oom_kill_events, memory_max_events,
     pids, pids_limit, pids_limit_events,
+    io_read_bytes, io_write_bytes, io_reads, io_writes,
 }
 
 const _: () = assert!(size_of::<CgroupRecord>() == 8 * CgroupRecord::WORDS);
@@ -100,6 +103,6 @@ pub mod walk {
     pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
     /// Length of the array of those kept per node.
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
-    /// All of them.
-    pub const WORDS: usize = NODE_STAT_LENGTH + 1;
+    /// All of them, two of the program's own included.
+    pub const WORDS: usize = NODE_STAT_LENGTH + 3;
 }

@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// A cgroup of one name in all mounted hierarchies.
 #[derive(Debug)]
@@ -145,6 +147,17 @@ impl TestCgroup {
         for mut child in self.children.drain(..) {
             let _ = child.kill();
             let _ = child.wait();
+        }
+        // What they had started.
+        for (_, directory) in &self.directories {
+            let left = std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            for pid in left
+                .lines()
+                .filter_map(|line| line.parse().ok())
+                .filter(|pid| *pid > 0)
+            {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
         }
         let deadline = Instant::now() + Duration::from_secs(10);
         for (_, directory) in &self.directories {

@@ -100,13 +100,14 @@ fn main() -> Result<()> {
             descriptors,
             means,
         );
-        sampler.pass(&rows, true);
-        sampler.pass(&rows, true);
+        sampler.follow(&rows, true);
+        sampler.pass();
+        sampler.pass();
         let (mut cpu, mut worst, mut read) = (Duration::ZERO, Duration::ZERO, 0);
         let begin = Instant::now();
         for _ in 0..PASSES {
             let before = Instant::now();
-            let pass = sampler.pass(&rows, true);
+            let pass = sampler.pass();
             worst = worst.max(before.elapsed());
             cpu += sampler.last_cpu();
             read = pass

@@ -9,7 +9,8 @@
 //! Limits of block devices in this version: `blkio.throttle.io_service_bytes` counts what passes
 //! the throttling layer. Buffered writes are charged to the root cgroup, by design. Some kernels
 //! count nothing at all unless a limit is set (then the file has only a `Total 0` line); that is
-//! reported as absent, because it can't be told from "no I/O".
+//! reported as absent, because it can't be told from "no I/O". So a kernel program counts instead where
+//! it can be loaded ([`super::walks`]).
 
 use std::path::Path;
 use std::sync::Arc;

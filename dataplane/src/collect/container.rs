@@ -4,14 +4,13 @@
 //! what can't be read is absent in this sample and hurts nothing else; a container whose cgroup
 //! was removed and made again (a restart) is found again by path.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use shared::desired::ContainerRow;
 use shared::observed::{
-    ContainerSample, CpuCounters, Measured, MemoryCounters, NetCounters, PidsCounters, Source,
-    UNLIMITED,
+    ContainerSample, CpuCounters, IoCounters, Measured, MemoryCounters, NetCounters, PidsCounters,
+    Source, UNLIMITED,
 };
 
 use ebpf::cgroup_records::{CgroupRecord, filled};
@@ -21,7 +20,7 @@ use super::cgroup_v2;
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
 use super::walks::{Finder, Place, Walks, bytes};
-use crate::sys::netlink::LinkCounters;
+use crate::sys::netlink::{LinkCounters, Links};
 
 #[derive(Debug)]
 enum Cpu {
@@ -66,6 +65,8 @@ struct Groups {
     quota: Option<Group>,
     memory: Option<Group>,
     pids: Option<Group>,
+    /// Version 1 only: there the kernel program counts.
+    io: Option<Group>,
     /// Swap is counted for this container.
     counts_swap: bool,
 }
@@ -74,6 +75,7 @@ struct Groups {
 #[derive(Debug)]
 pub struct Watched {
     row: ContainerRow,
+    io_before: IoCounters,
     groups: Groups,
     split: CpuSplit,
     cpu: Option<Cpu>,
@@ -127,9 +129,15 @@ fn find(row: &ContainerRow, hierarchy: Option<&Hierarchy>, controller: &str) -> 
 impl Watched {
     /// Finds the container's directories. Those that are not there yet are looked for again at
     /// the next [`Watched::sample`].
-    pub fn new(row: ContainerRow, facts: &Facts, budget: &Arc<Budget>) -> Self {
+    pub fn new(
+        row: ContainerRow,
+        io_before: IoCounters,
+        facts: &Facts,
+        budget: &Arc<Budget>,
+    ) -> Self {
         let mut watched = Self {
             row,
+            io_before,
             groups: Groups::default(),
             split: CpuSplit::default(),
             cpu: None,
@@ -194,7 +202,10 @@ impl Watched {
             && let Some(path) = find(row, facts.io.as_ref(), "blkio")
         {
             self.io = Some(match &facts.io {
-                Some(Hierarchy::V1(_)) => Io::V1(cgroup_v1::Io::new(&path, budget)),
+                Some(Hierarchy::V1(_)) => {
+                    self.groups.io = Some(Group::new(&path, facts.io.as_ref()));
+                    Io::V1(cgroup_v1::Io::new(&path, budget))
+                }
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
             });
         }
@@ -203,13 +214,15 @@ impl Watched {
     /// Has this container's cgroups walked from the next pass on.
     pub fn walk(&mut self, walks: &mut Walks) {
         let groups = &mut self.groups;
+        // Walked for the counters of block devices alone, which the kernel program keeps.
+        let io = groups.io.as_mut().filter(|_| walks.counts_block_io());
         let all = [
             &mut groups.cpu,
             &mut groups.quota,
             &mut groups.memory,
             &mut groups.pids,
         ];
-        for group in all.into_iter().flatten() {
+        for group in all.into_iter().flatten().chain(io) {
             if group.place.is_none() {
                 group.place = walks.place(&group.path, group.unified);
             }
@@ -222,7 +235,7 @@ impl Watched {
         facts: &Facts,
         budget: &Arc<Budget>,
         finder: Option<&mut Finder<'_>>,
-        links: Option<&HashMap<u32, LinkCounters>>,
+        links: Option<&Links>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
@@ -276,6 +289,12 @@ impl Watched {
         {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
+        if finder.counts_block_io()
+            && let Some(record) = find_record(&mut groups.io, finder)
+            && record.filled & filled::IO != 0
+        {
+            sample.io = Measured::now(Source::Bpf, io_counters(&record, &self.io_before));
+        }
     }
 
     /// Reads the groups that are still absent. True when one was found gone and given up.
@@ -317,10 +336,10 @@ impl Watched {
 /// The record of a cgroup in this pass. A cgroup without one may have been made again: its place is
 /// looked for again.
 fn find_record(group: &mut Option<Group>, finder: &mut Finder<'_>) -> Option<CgroupRecord> {
-    let group = group.as_mut()?;
-    let found = finder.find(group.place?);
+    let place = &mut group.as_mut()?.place;
+    let found = finder.find(place.as_mut()?);
     if found.is_none() {
-        group.place = None;
+        *place = None;
     }
     found
 }
@@ -421,6 +440,18 @@ fn memory_counters(record: &CgroupRecord, unified: bool, counts_swap: bool) -> M
 /// The kernel's "no limit" of tasks is one more than the most there may be (kernel/cgroup/pids.c).
 const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
 
+/// Counted since the program was loaded, on top of what an earlier life of this process had counted.
+fn io_counters(record: &CgroupRecord, before: &IoCounters) -> IoCounters {
+    let sum = |now: u64, before: Option<u64>| Some(now.saturating_add(before.unwrap_or(0)));
+    IoCounters {
+        read_bytes: sum(record.io_read_bytes, before.read_bytes),
+        write_bytes: sum(record.io_write_bytes, before.write_bytes),
+        read_operations: sum(record.io_reads, before.read_operations),
+        write_operations: sum(record.io_writes, before.write_operations),
+        ..IoCounters::default()
+    }
+}
+
 fn pids_counters(record: &CgroupRecord) -> PidsCounters {
     let limit = record.pids_limit;
     PidsCounters {
@@ -460,13 +491,13 @@ fn take<T, F>(
 /// The container's view of its network: what the host's end sent, it received. A container on the
 /// host's network has no counters of its own, and never the host's; one whose link can't be found
 /// has none either.
-fn network(row: &ContainerRow, links: &HashMap<u32, LinkCounters>) -> Option<NetCounters> {
+fn network(row: &ContainerRow, links: &Links) -> Option<NetCounters> {
     if row.host_network || row.link_indexes.is_empty() {
         return None;
     }
     let mut sum = LinkCounters::default();
     for index in &row.link_indexes {
-        let link = links.get(index)?;
+        let link = links.get(*index)?;
         sum.rx_bytes += link.rx_bytes;
         sum.rx_packets += link.rx_packets;
         sum.rx_errors += link.rx_errors;
@@ -512,6 +543,10 @@ mod tests {
         }
     }
 
+    fn links<const N: usize>(list: [(u32, LinkCounters); N]) -> Links {
+        list.into_iter().collect()
+    }
+
     fn row(links: &[u32]) -> ContainerRow {
         ContainerRow {
             link_indexes: links.to_vec(),
@@ -521,14 +556,14 @@ mod tests {
 
     #[test]
     fn directions_are_swapped_and_links_summed() {
-        let links = HashMap::from([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
+        let links = links([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
         let net = network(&row(&[3, 4]), &links).unwrap();
         assert_eq!((net.rx_bytes, net.tx_bytes), (Some(22), Some(11)));
     }
 
     #[test]
     fn a_missing_link_means_no_numbers_rather_than_fewer() {
-        let links = HashMap::from([(3, link(10, 20))]);
+        let links = links([(3, link(10, 20))]);
         assert_eq!(network(&row(&[3, 4]), &links), None);
         assert_eq!(network(&row(&[]), &links), None);
     }
@@ -536,7 +571,7 @@ mod tests {
     /// The original reported the host's totals for every container.
     #[test]
     fn a_container_on_the_hosts_network_never_gets_the_hosts_totals() {
-        let links = HashMap::from([(1, link(10, 20))]);
+        let links = links([(1, link(10, 20))]);
         let mut row = row(&[1]);
         row.host_network = true;
         assert_eq!(network(&row, &links), None);
@@ -576,7 +611,7 @@ mod tests {
             ..ContainerRow::default()
         };
         let facts = Facts::gather();
-        let mut watched = Watched::new(row, &facts, &Budget::new(100));
+        let mut watched = Watched::new(row, IoCounters::default(), &facts, &Budget::new(100));
         let sample = watched.sample(&facts, &Budget::new(100), None, None, &mut Vec::new());
         assert_eq!(sample.cpu.source, Source::Absent);
         assert_eq!(sample.memory.source, Source::Absent);

@@ -5,7 +5,6 @@
 //! node's edge once: only interfaces with hardware behind them, not bridges, veths or bonds over
 //! them.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use std::time::{Duration, Instant};
 use shared::observed::NodeCounters;
 
 use super::file::{Budget, CachedFile, keyed, pressure};
-use crate::sys::netlink::LinkCounters;
+use crate::sys::netlink::Links;
 
 /// How often the list of physical interfaces is made anew.
 const INTERFACES: Duration = Duration::from_secs(60);
@@ -48,7 +47,7 @@ impl Node {
     /// Reads CPU, memory and network. What can't be read is absent.
     pub fn read(
         &mut self,
-        links: Option<&HashMap<u32, LinkCounters>>,
+        links: Option<&Links>,
         cores_busy_ns: &mut Vec<u64>,
         buffer: &mut Vec<u8>,
     ) -> NodeCounters {
@@ -95,7 +94,7 @@ impl Node {
             let mut found = self
                 .interfaces
                 .iter()
-                .filter_map(|index| links.get(index))
+                .filter_map(|index| links.get(*index))
                 .peekable();
             if found.peek().is_some() {
                 let (rx, tx) = found.fold((0, 0), |(rx, tx), link| {

@@ -187,14 +187,17 @@ fn the_program_says_what_the_files_say() {
         sampler(Means::Best { containers: 64 }),
         sampler(Means::Files),
     );
+    for sampler in [&mut program, &mut files] {
+        sampler.follow(&rows, true);
+    }
     // The first pass makes the walk known.
-    program.pass(&rows, true);
+    program.pass();
     // The kernel adds up memory statistics every two seconds by itself; until then either may lag.
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let before = files.pass(&rows, true);
-        let ours = program.pass(&rows, true);
-        let after = files.pass(&rows, true);
+        let before = files.pass();
+        let ours = program.pass();
+        let after = files.pass();
         let quiet = before
             .samples
             .iter()

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use aya::maps::Map;
-use aya::programs::Iter;
+use aya::programs::{BtfTracePoint, Iter};
 use aya::{Btf, BtfError, Ebpf, EbpfError, EbpfLoader};
 use ebpf::cgroup_records::{CgroupRecord, MOST_CPUS, MOST_STATS, STAT_ITEMS, filled, walk};
 use rustix::fs::{Mode, OFlags};
@@ -65,6 +65,8 @@ pub enum WalksError {
 pub struct Place {
     walk: u64,
     id: u64,
+    /// Where it was last time: cgroups keep their order as long as none comes or goes.
+    at: usize,
 }
 
 #[derive(Debug)]
@@ -76,7 +78,7 @@ struct Walk {
     settle: Vec<CachedFile>,
     /// Records of the last pass: first, and one after the last.
     range: (usize, usize),
-    /// Where each id was when last looked at.
+    /// Where each id is, looked up in pass number `places_of_pass`.
     places: HashMap<u64, usize>,
     places_of_pass: u64,
     unused: u32,
@@ -89,11 +91,13 @@ pub struct Walks {
     object: Ebpf,
     records: SharedArray,
     orders: SharedArray,
-    walks: HashMap<PathBuf, Walk>,
+    /// By their numbers.
+    walks: Vec<(PathBuf, Walk)>,
     budget: Arc<Budget>,
     next: u64,
     pass: u64,
     left_out: u64,
+    counts_block_io: bool,
 }
 
 /// Pages to bytes, but for "no limit", which stays it.
@@ -127,6 +131,7 @@ impl Walks {
             .override_global("cpus", &cpus, true)
             .override_global("capacity", &capacity, true)
             .map_max_entries("records", capacity)
+            .map_max_entries("block_io", capacity.saturating_mul(4))
             .load(ebpf::cgroup_stats())
             .map_err(|err| WalksError::Load(Box::new(err)))?;
         {
@@ -137,6 +142,18 @@ impl Walks {
                 .map_err(WalksError::Program)?;
             program.load("cgroup", &btf).map_err(WalksError::Program)?;
         }
+        // In version 2 the kernel's own counters are complete.
+        let counts_block_io = matches!(facts.io, Some(Hierarchy::V1(_)))
+            && match count_block_io(&mut object, &btf) {
+                Ok(()) => true,
+                Err(err) => {
+                    tracing::warn!(
+                        err = &err as &dyn std::error::Error,
+                        "block devices are counted by the kernel's files, which may miss them"
+                    );
+                    false
+                }
+            };
         let words = CgroupRecord::WORDS * usize::try_from(capacity).unwrap_or(0);
         let records = shared(&object, "records", words)?;
         let orders = shared(&object, "walk", walk::WORDS)?;
@@ -144,11 +161,12 @@ impl Walks {
             object,
             records,
             orders,
-            walks: HashMap::new(),
+            walks: Vec::new(),
             budget: Arc::clone(budget),
             next: 1,
             pass: 0,
             left_out: 0,
+            counts_block_io,
         };
         walks.learn(facts)?;
         Ok(walks)
@@ -210,6 +228,11 @@ impl Walks {
         word(self.orders.words(), walk::STAT_INDEX) < MOST_STATS
     }
 
+    /// Whether block devices are counted here for version 1.
+    pub fn counts_block_io(&self) -> bool {
+        self.counts_block_io
+    }
+
     fn attach(&self, directory: &Path, visit: Visit) -> io::Result<OwnedFd> {
         let program = self
             .object
@@ -229,10 +252,11 @@ impl Walks {
     pub fn place(&mut self, directory: &Path, unified: bool) -> Option<Place> {
         let parent = directory.parent()?;
         let id = std::fs::metadata(directory).ok()?.ino();
-        if let Some(walk) = self.walks.get(parent) {
+        if let Some((_, walk)) = self.walks.iter().find(|(path, _)| path == parent) {
             return Some(Place {
                 walk: walk.number,
                 id,
+                at: walk.range.0,
             });
         }
         if self.walks.len() >= MOST_WALKS {
@@ -258,14 +282,18 @@ impl Walks {
             places_of_pass: 0,
             unused: 0,
         };
-        self.walks.insert(parent.to_owned(), walk);
-        Some(Place { walk: number, id })
+        self.walks.push((parent.to_owned(), walk));
+        Some(Place {
+            walk: number,
+            id,
+            at: 0,
+        })
     }
 
     /// Reads all cgroups.
     pub fn pass(&mut self, buffer: &mut Vec<u8>) {
         self.pass += 1;
-        self.walks.retain(|_, walk| walk.unused < UNUSED_PASSES);
+        self.walks.retain(|(_, walk)| walk.unused < UNUSED_PASSES);
         set(self.orders.words(), walk::COUNT, 0);
         set(self.orders.words(), walk::LEFT_OUT, 0);
         let mut walks = std::mem::take(&mut self.walks);
@@ -310,16 +338,12 @@ impl Walks {
 
     /// A lookup for this pass.
     pub fn finder(&mut self) -> Finder<'_> {
-        let knows_statistics = self.knows_statistics();
         Finder {
+            knows_statistics: self.knows_statistics(),
+            counts_block_io: self.counts_block_io,
             records: self.records.words(),
-            walks: self
-                .walks
-                .values_mut()
-                .map(|walk| (walk.number, walk))
-                .collect(),
+            walks: &mut self.walks,
             pass: self.pass,
-            knows_statistics,
         }
     }
 }
@@ -328,9 +352,10 @@ impl Walks {
 #[derive(Debug)]
 pub struct Finder<'a> {
     records: &'a [AtomicU64],
-    walks: HashMap<u64, &'a mut Walk>,
+    walks: &'a mut [(PathBuf, Walk)],
     pass: u64,
     knows_statistics: bool,
+    counts_block_io: bool,
 }
 
 impl Finder<'_> {
@@ -339,31 +364,52 @@ impl Finder<'_> {
         self.knows_statistics
     }
 
-    /// The record of a cgroup.
-    pub fn find(&mut self, place: Place) -> Option<CgroupRecord> {
-        let walk = self.walks.get_mut(&place.walk)?;
+    /// Whether block devices are counted here for version 1.
+    pub fn counts_block_io(&self) -> bool {
+        self.counts_block_io
+    }
+
+    /// The record of a cgroup; remembers where it is.
+    pub fn find(&mut self, place: &mut Place) -> Option<CgroupRecord> {
+        let by_number = |(_, walk): &(PathBuf, Walk)| walk.number;
+        let walk = self
+            .walks
+            .binary_search_by_key(&place.walk, by_number)
+            .ok()
+            .and_then(|at| self.walks.get_mut(at))
+            .map(|(_, walk)| walk)?;
         walk.unused = 0;
         let (first, after) = walk.range;
-        let known = walk.places.get(&place.id).copied();
-        let here = |at: usize| {
-            (first..after).contains(&at) && CgroupRecord::id(self.records, at) == Some(place.id)
-        };
-        // Cgroups keep their order as long as none comes or goes.
-        let at = match known {
-            Some(at) if here(at) => at,
-            _ if walk.places_of_pass == self.pass => return None,
-            _ => {
+        let records = self.records;
+        if !(first..after).contains(&place.at)
+            || CgroupRecord::id(records, place.at) != Some(place.id)
+        {
+            if walk.places_of_pass != self.pass {
                 walk.places_of_pass = self.pass;
                 walk.places.clear();
                 walk.places.extend(
                     (first..after)
-                        .filter_map(|at| CgroupRecord::id(self.records, at).map(|id| (id, at))),
+                        .filter_map(|at| CgroupRecord::id(records, at).map(|id| (id, at))),
                 );
-                walk.places.get(&place.id).copied()?
             }
-        };
-        CgroupRecord::read(self.records, at)
+            place.at = walk.places.get(&place.id).copied()?;
+        }
+        CgroupRecord::read(records, place.at)
     }
+}
+
+fn count_block_io(object: &mut Ebpf, btf: &Btf) -> Result<(), WalksError> {
+    let program: &mut BtfTracePoint = object
+        .program_mut("count_block_io")
+        .ok_or(WalksError::Lacks("program for block devices"))?
+        .try_into()
+        .map_err(WalksError::Program)?;
+    program
+        .load("block_rq_complete", btf)
+        .map_err(WalksError::Program)?;
+    // The link lives as long as the object.
+    program.attach().map_err(WalksError::Program)?;
+    Ok(())
 }
 
 fn shared(object: &Ebpf, name: &'static str, words: usize) -> Result<SharedArray, WalksError> {
@@ -481,13 +527,13 @@ mod tests {
             .join(format!("bai-walk-{}", std::process::id()));
         std::fs::create_dir(&group).expect("a cgroup");
         let limited = std::fs::write(group.join("pids.max"), "77").is_ok();
-        let place = walks.place(&group, unified).expect("a place");
+        let mut place = walks.place(&group, unified).expect("a place");
         let mut buffer = Vec::new();
         walks.pass(&mut buffer);
-        let record = walks.finder().find(place);
+        let record = walks.finder().find(&mut place);
         std::fs::remove_dir(&group).expect("removed");
         walks.pass(&mut buffer);
-        let after = walks.finder().find(place);
+        let after = walks.finder().find(&mut place);
         let record = record.expect("its record");
         assert_eq!(after, None, "gone");
         assert_eq!(walks.left_out(), 0);

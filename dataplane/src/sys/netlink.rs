@@ -8,7 +8,6 @@
 pub mod interfaces;
 pub mod sockets;
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
@@ -245,12 +244,33 @@ pub struct LinkCounters {
     pub tx_dropped: u64,
 }
 
+/// The counters of interfaces, sorted by index.
+#[derive(Debug, Default)]
+pub struct Links(Vec<(u32, LinkCounters)>);
+
+impl Links {
+    /// Those of one interface.
+    pub fn get(&self, index: u32) -> Option<&LinkCounters> {
+        let place = self.0.binary_search_by_key(&index, |(known, _)| *known);
+        Some(&self.0.get(place.ok()?)?.1)
+    }
+}
+
+impl FromIterator<(u32, LinkCounters)> for Links {
+    fn from_iter<T: IntoIterator<Item = (u32, LinkCounters)>>(list: T) -> Self {
+        let mut links = Self(list.into_iter().collect());
+        links.0.sort_unstable_by_key(|(index, _)| *index);
+        links
+    }
+}
+
 /// Reads the counters of all interfaces at once.
 #[derive(Debug)]
 pub struct LinkStatistics {
     fd: OwnedFd,
     buffer: Vec<u8>,
     sequence: u32,
+    links: Links,
 }
 
 impl LinkStatistics {
@@ -266,25 +286,33 @@ impl LinkStatistics {
             fd,
             buffer: vec![0; BUFFER],
             sequence: 0,
+            links: Links::default(),
         })
     }
 
-    /// The counters of every interface of this network namespace, by index.
+    /// The counters of every interface of this network namespace.
     ///
     /// # Errors
     /// The step that failed. The numbers are whole or not there at all.
-    pub fn read(&mut self) -> Result<HashMap<u32, LinkCounters>, NetlinkError> {
+    pub fn read(&mut self) -> Result<&Links, NetlinkError> {
         // Links come and go while containers start; a second look is nearly always steady.
         for _ in 0..3 {
-            if let Some(links) = self.dump()? {
-                return Ok(links);
+            if self.dump()? {
+                return Ok(&self.links);
             }
         }
         Err(NetlinkError::Unsteady)
     }
 
-    /// One dump; `None` when the list changed meanwhile.
-    fn dump(&mut self) -> Result<Option<HashMap<u32, LinkCounters>>, NetlinkError> {
+    /// What was read last.
+    pub fn last(&self) -> &Links {
+        &self.links
+    }
+
+    /// One dump; false when the list changed meanwhile.
+    fn dump(&mut self) -> Result<bool, NetlinkError> {
+        let links = &mut self.links.0;
+        links.clear();
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = Vec::with_capacity(HEADER + IFSTATS);
         let length = u32::try_from(HEADER + IFSTATS).expect("28 fits in 32 bits");
@@ -297,7 +325,6 @@ impl LinkStatistics {
         request.extend_from_slice(&FILTER_LINK_64.to_ne_bytes());
         net::send(&self.fd, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
 
-        let mut links = HashMap::new();
         let mut steady = true;
         loop {
             let (read, _, sender) =
@@ -316,7 +343,11 @@ impl LinkStatistics {
                 }
                 steady &= message.flags & NLM_F_DUMP_INTR == 0;
                 match message.kind {
-                    NLMSG_DONE => return Ok(steady.then_some(links)),
+                    NLMSG_DONE => {
+                        // The kernel's order is that of its table, and nearly always this one.
+                        links.sort_unstable_by_key(|(index, _)| *index);
+                        return Ok(steady);
+                    }
                     NLMSG_ERROR => {
                         let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
                         return Err(NetlinkError::Refused(Errno::from_raw_os_error(
@@ -324,9 +355,7 @@ impl LinkStatistics {
                         )));
                     }
                     RTM_NEWSTATS => {
-                        if let Some((index, counters)) = link_counters(message.body) {
-                            links.insert(index, counters);
-                        }
+                        links.extend(link_counters(message.body));
                     }
                     _ => {}
                 }
@@ -404,8 +433,9 @@ mod tests {
 
     #[test]
     fn loopback_has_counters_and_exists() {
-        let links = LinkStatistics::open().unwrap().read().unwrap();
-        assert!(links.contains_key(&1), "{links:?}");
+        let mut statistics = LinkStatistics::open().unwrap();
+        let links = statistics.read().unwrap();
+        assert!(links.get(1).is_some(), "{links:?}");
         let lookup = LinkLookup::open().unwrap();
         assert!(lookup.exists(1));
         assert!(!lookup.exists(u32::MAX >> 1));

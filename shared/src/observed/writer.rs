@@ -35,7 +35,7 @@ enum Change {
     Applied(Applied),
     PutPort(PortStatus),
     RemovePort(PortKey),
-    PutContainer(Box<ContainerSample>),
+    PutContainers(Vec<ContainerSample>),
     RemoveContainer(ContainerId),
     PutAccelerator(Box<AcceleratorRow>),
     RemoveAccelerator(AcceleratorKey),
@@ -61,7 +61,12 @@ impl ObservedBatch {
 
     /// Publishes a container's sample.
     pub fn put_container(&mut self, sample: ContainerSample) {
-        self.changes.push(Change::PutContainer(Box::new(sample)));
+        self.put_containers(vec![sample]);
+    }
+
+    /// Publishes samples of containers.
+    pub fn put_containers(&mut self, samples: Vec<ContainerSample>) {
+        self.changes.push(Change::PutContainers(samples));
     }
 
     /// Forgets a container.
@@ -214,7 +219,11 @@ impl ObservedWriter {
                 }
                 Change::PutPort(status) => put(&mut ports, &status, staged)?,
                 Change::RemovePort(key) => remove(&mut ports, &key, staged),
-                Change::PutContainer(sample) => put(&mut containers, &*sample, staged)?,
+                Change::PutContainers(samples) => {
+                    for sample in &samples {
+                        put(&mut containers, sample, staged)?;
+                    }
+                }
                 Change::RemoveContainer(id) => remove(&mut containers, &id, staged),
                 Change::PutAccelerator(row) => put(&mut accelerators, &*row, staged)?,
                 Change::RemoveAccelerator(key) => remove(&mut accelerators, &key, staged),

@@ -1,0 +1,206 @@
+//! Loads of known size are found in the samples within one per cent of what was done.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use harness::cgroup::TestCgroup;
+use harness::dataplane::{Control, Options, Place, Process, container_row, until};
+use shared::desired::ContainerRow;
+use shared::observed::{ContainerSample, Source};
+
+/// A dataplane that samples one cgroup. Dropped in this order.
+struct Watched {
+    control: Control,
+    _process: Process,
+    _place: Place,
+    row: ContainerRow,
+    group: TestCgroup,
+}
+
+fn watched(name: &str, number: u8) -> Option<Watched> {
+    let group = TestCgroup::new(name).expect("a cgroup")?;
+    let place = Place::new(Options {
+        dataplane: "stats-interval = 0.1".to_owned(),
+        ..Options::default()
+    })
+    .expect("a place");
+    let mut control = place.control().expect("the desired region");
+    let process = place.start().expect("bai-dataplane");
+    let mut row = container_row(number);
+    row.cgroup_path.clone_from(&group.path);
+    control
+        .write(|batch| batch.put_container(row.clone()))
+        .expect("written");
+    Some(Watched {
+        control,
+        _process: process,
+        _place: place,
+        row,
+        group,
+    })
+}
+
+impl Watched {
+    /// A sample made after now that `wanted` accepts.
+    fn sample(&mut self, mut wanted: impl FnMut(&ContainerSample) -> bool) -> ContainerSample {
+        let id = self.row.container_id;
+        let tick = self.control.sample(id, |_| true).expect("a sample").tick;
+        self.control
+            .sample(id, |it| it.tick >= tick + 2 && wanted(it))
+            .expect("a sample of what was done")
+    }
+}
+
+/// Within one per cent, and `extra` of what the tools need themselves.
+fn near(found: Option<u64>, done: u64, extra: u64) -> bool {
+    let slack = done / 100;
+    found.is_some_and(|found| found + slack >= done && found <= done + slack + extra)
+}
+
+#[test]
+fn a_cpu_burner_is_charged_what_it_burnt() {
+    let Some(mut it) = watched("burner", 31) else {
+        return;
+    };
+    let pid = it
+        .group
+        .run("i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); done; exec sleep 1000")
+        .expect("a burner");
+    until("the burner having become sleep", || {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        (name.trim() == "sleep").then_some(())
+    })
+    .expect("burnt");
+    let id = it.row.container_id;
+    // The task's own account, kept by the scheduler apart from the cgroup's.
+    let account = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("its account");
+    let burnt: u64 = account
+        .split_whitespace()
+        .next()
+        .and_then(|word| word.parse().ok())
+        .expect("nanoseconds");
+    assert!(burnt > 500_000_000, "too little to compare: {burnt} ns");
+    let sample = it
+        .control
+        .sample(id, |sample| near(sample.cpu.counters.usage_ns, burnt, 0));
+    let sample = sample.expect("what was burnt");
+    assert_eq!(sample.cpu.source, Source::Bpf, "root may load programs");
+    let (user, system) = (
+        sample.cpu.counters.user_ns.expect("user time"),
+        sample.cpu.counters.system_ns.expect("system time"),
+    );
+    assert!(user > system, "a loop of a shell runs in user mode");
+}
+
+#[test]
+fn memory_is_charged_as_it_was_taken() {
+    let Some(mut it) = watched("allocator", 32) else {
+        return;
+    };
+    let (anonymous, shared) = (256_u64 << 20, 96_u64 << 20);
+    let file = format!("/dev/shm/bai-known-load-{}", std::process::id());
+    // The reader's buffer is touched in full, then it waits for a pipe that nobody empties.
+    it.group
+        .run(&format!(
+            "head -c {shared} /dev/zero > {file}; exec 3<{file}; rm {file}; dd if=/dev/zero bs={anonymous} count=1 | sleep 1000"
+        ))
+        .expect("an allocator");
+    let sample = it.sample(|sample| {
+        near(sample.memory.counters.anon_bytes, anonymous, 2 << 20)
+            && near(sample.memory.counters.shmem_bytes, shared, 0)
+    });
+    let memory = sample.memory.get().expect("memory");
+    assert_eq!(sample.memory.source, Source::Bpf, "root may load programs");
+    let current = memory.current_bytes.expect("usage");
+    // Page tables and the kernel's own memory for all this come on top.
+    assert!(
+        near(Some(current), anonymous + shared, 16 << 20),
+        "{current} of {}",
+        anonymous + shared
+    );
+}
+
+/// A directory on a block device, if this host lets one be found.
+fn on_a_disk() -> Option<PathBuf> {
+    let candidates = [
+        Path::new("/var/tmp"),
+        Path::new(env!("CARGO_TARGET_TMPDIR")),
+    ];
+    let found = candidates.into_iter().find(|place| {
+        place.metadata().is_ok_and(|it| {
+            let (major, minor) = (it.dev() >> 8 & 0xfff, it.dev() & 0xff);
+            Path::new(&format!("/sys/dev/block/{major}:{minor}")).exists()
+        })
+    });
+    if found.is_none() {
+        println!("SKIP no directory lies on a block device");
+    }
+    found.map(Path::to_owned)
+}
+
+#[test]
+fn block_devices_are_charged_what_was_moved() {
+    let Some(directory) = on_a_disk() else {
+        return;
+    };
+    let Some(mut it) = watched("disk", 33) else {
+        return;
+    };
+    // The counting begins with the process; its first sample says that it has.
+    it.sample(|sample| sample.io.get().is_some());
+    let file = directory.join(format!("bai-known-load-{}", std::process::id()));
+    let path = file.display();
+    let size = 64_u64 << 20;
+    let unified = it.group.directory_with("io.stat").is_some();
+    let mut run = |script: String| {
+        it.group.run(&script).expect("dd");
+        let ended = it.group.finish();
+        if ended.is_err() {
+            let _ = std::fs::remove_file(&file);
+        }
+        ended.expect("dd");
+    };
+    run(format!(
+        "exec dd if=/dev/zero of={path} bs=1M count=64 oflag=direct status=none"
+    ));
+    run(format!(
+        "exec dd if={path} of=/dev/null bs=1M iflag=direct status=none"
+    ));
+    let id = it.row.container_id;
+    let direct = it.control.sample(id, |sample| {
+        near(sample.io.counters.write_bytes, size, 1 << 20)
+            && near(sample.io.counters.read_bytes, size, 1 << 20)
+    });
+    // Buffered: the cache has nothing of the file, so that all of it is read again.
+    let mut run = |script: String| {
+        it.group.run(&script).expect("dd");
+        it.group.finish().expect("dd");
+    };
+    run(format!(
+        "dd if={path} iflag=nocache count=0 status=none && exec dd if={path} of=/dev/null bs=1M status=none"
+    ));
+    run(format!(
+        "exec dd if=/dev/zero of={path} bs=1M count=64 conv=notrunc,fsync status=none"
+    ));
+    let written = if unified { 2 * size } else { size };
+    let buffered = it.control.sample(id, |sample| {
+        near(sample.io.counters.read_bytes, 2 * size, 2 << 20)
+            && near(sample.io.counters.write_bytes, written, 4 << 20)
+    });
+    // Freed blocks may be discarded: no write.
+    let removed = std::fs::remove_file(&file);
+    let direct = direct.expect("64 MiB written and read past the cache");
+    let operations = |count: Option<u64>| count.is_some_and(|count| (16..4096).contains(&count));
+    assert!(
+        operations(direct.io.counters.read_operations)
+            && operations(direct.io.counters.write_operations),
+        "{:?}",
+        direct.io
+    );
+    let wanted = if unified { Source::File } else { Source::Bpf };
+    assert_eq!(direct.io.source, wanted);
+    buffered.expect(
+        "64 MiB read through the cache; in version 1 what is written through it is the root's",
+    );
+    removed.expect("removed");
+}
