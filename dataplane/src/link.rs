@@ -7,9 +7,12 @@
 //! what runs as it is; a guarded row never forwards once its link is gone, whether or not control
 //! is alive.
 
+mod drains;
+mod guard;
 mod lift;
 mod networks;
 pub mod plan;
+mod settings;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
@@ -17,17 +20,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::ReadError;
-use shared::desired::{
-    ClientNetwork, ContainerRow, DesiredReader, DesiredSnapshot, Drain, NodeRow, PortKey, PortRow,
-    Protocol,
-};
-use shared::ids::{ContainerId, Generation, KernelId, RegionId};
+use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
+use shared::ids::{ContainerId, Generation, RegionId};
 use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine};
 
+use self::drains::{Draining, removed};
+use self::guard::{gone_reason, guard_of};
 use self::plan::{Known, Step, plan};
+use self::settings::session_room;
+pub use self::settings::{Defaults, kept_descriptors};
 use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
-use crate::forward::relay::port::{Counters, Port, Rules};
+use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{OpenError, Relay};
 use crate::log_limit::LogLimit;
 use crate::sys::netlink::{LinkChanges, LinkLookup};
@@ -39,79 +43,6 @@ const ORPHAN_GRACE: Duration = Duration::from_secs(60);
 const GUARD_INTERVAL: Duration = Duration::from_secs(10);
 /// Distance of the attempts to serve a row that was refused.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// What holds when neither row nor region says otherwise.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Defaults {
-    /// Client networks that may use ports at all; none means all.
-    pub allowed: Vec<ClientNetwork>,
-    /// Sessions of one port; 0 means no limit.
-    pub max_sessions: u32,
-    /// Sessions of all ports; 0 means no limit but that of descriptors.
-    pub total_sessions: u32,
-    /// Idle timeout; zero means none.
-    pub idle_timeout: Duration,
-    /// Connect timeout.
-    pub connect_timeout: Duration,
-    /// Time for sessions to end when the process stops; zero cuts them.
-    pub drain: Duration,
-    /// Distance of two passes of the collector.
-    pub sample_interval: Duration,
-}
-
-fn or_ms(ms: u32, default: Duration) -> Duration {
-    if ms == 0 {
-        default
-    } else {
-        Duration::from_millis(u64::from(ms))
-    }
-}
-
-fn or_count(count: u32, default: u32) -> u32 {
-    if count == 0 { default } else { count }
-}
-
-impl Defaults {
-    /// These, overridden by what the region says of the node.
-    pub fn with(&self, node: Option<&NodeRow>) -> Self {
-        let Some(node) = node else {
-            return self.clone();
-        };
-        Self {
-            allowed: self.allowed.clone(),
-            max_sessions: or_count(node.default_max_sessions, self.max_sessions),
-            total_sessions: or_count(node.total_max_sessions, self.total_sessions),
-            idle_timeout: or_ms(node.idle_timeout_ms, self.idle_timeout),
-            connect_timeout: or_ms(node.connect_timeout_ms, self.connect_timeout),
-            drain: or_ms(node.drain_ms, self.drain),
-            sample_interval: or_ms(node.sample_interval_ms, self.sample_interval),
-        }
-    }
-
-    fn rules(&self, row: &PortRow) -> Rules {
-        let idle = or_ms(row.idle_timeout_ms, self.idle_timeout);
-        Rules {
-            max_sessions: or_count(row.max_sessions, self.max_sessions),
-            connect_timeout: or_ms(row.connect_timeout_ms, self.connect_timeout),
-            idle_timeout: (!idle.is_zero()).then_some(idle),
-            allowed: networks::both(&self.allowed, &row.networks),
-            local_only: row.local_only,
-            new_per_second: row.new_per_second,
-        }
-    }
-}
-
-/// Descriptors kept for other things than sessions: a quarter, half of which the collector may
-/// hold, the rest for listeners, pipes and accidents.
-pub fn kept_descriptors(descriptors: u64) -> u64 {
-    (descriptors / 4).clamp(32, 65_536)
-}
-
-fn session_room(descriptors: u64) -> u32 {
-    u32::try_from(descriptors.saturating_sub(kept_descriptors(descriptors)) / 2)
-        .unwrap_or(u32::MAX)
-        .max(1)
-}
 
 #[derive(Debug)]
 struct Running {
@@ -130,28 +61,6 @@ struct Running {
     generation: Generation,
     retry_at: Option<Instant>,
     orphan_since: Option<Instant>,
-}
-
-#[derive(Debug)]
-struct Draining {
-    key: PortKey,
-    kernel_id: KernelId,
-    region: RegionId,
-    /// The removal this acknowledges; `None` when another row has taken the port's place.
-    removal: Option<Generation>,
-    link_index: Option<u32>,
-    port: Arc<Port>,
-    /// Flows of the kernel path that may finish.
-    kernel: Option<Arc<KernelPort>>,
-    base: Counters,
-    until: Instant,
-}
-
-impl Draining {
-    fn is_over(&self, now: Instant) -> bool {
-        let flows = self.kernel.as_ref().map_or(0, |it| it.counters().active);
-        now >= self.until || (self.port.active() == 0 && flows == 0)
-    }
 }
 
 /// The link. One thread owns it.
@@ -190,15 +99,6 @@ fn sum(a: Counters, b: Counters) -> Counters {
         packets_in: a.packets_in + b.packets_in,
         packets_out: a.packets_out + b.packets_out,
     }
-}
-
-/// The link index a row is guarded by.
-fn guard_of(row: &PortRow) -> Option<u32> {
-    (row.link_guard && row.link_index != 0).then_some(row.link_index)
-}
-
-fn gone_reason(index: u32) -> String {
-    format!("the container's link (interface {index}) is gone")
 }
 
 fn refusal_text(err: &OpenError) -> String {
@@ -481,91 +381,6 @@ impl Link {
         }
     }
 
-    /// Closes the listener of a running row and lets its sessions drain or adds it to those to be
-    /// cut. Answers what it had counted. With `removal`, the status waits for the sessions.
-    fn close(
-        &mut self,
-        key: PortKey,
-        cut: &mut Vec<Arc<Port>>,
-        now: Instant,
-        removal: Option<Generation>,
-    ) -> Counters {
-        let (Some(running), Some(known)) = (self.running.remove(&key), self.known.remove(&key))
-        else {
-            return Counters::default();
-        };
-        let base = running.base;
-        let Some(port) = running.port else {
-            self.withdraw(key);
-            return base;
-        };
-        self.relay.close(&port);
-        let drains = matches!(known.row.drain, Drain::Within { ms } if ms > 0);
-        let kernel = if drains && removal.is_some() {
-            self.drain_flows(key, running.kernel.clone())
-        } else {
-            self.withdraw(key);
-            None
-        };
-        let flows = running.kernel.as_ref().map(|it| it.counters());
-        let total = sum(sum(base, port.counters()), flows.unwrap_or_default());
-        match known.row.drain {
-            Drain::Within { ms } if ms > 0 && (port.active() > 0 || kernel.is_some()) => {
-                // Flows that do not drain have counted their last.
-                let base = match (&kernel, flows) {
-                    (None, Some(flows)) => sum(base, flows),
-                    _ => base,
-                };
-                self.draining.push(Draining {
-                    key,
-                    kernel_id: known.row.kernel_id,
-                    region: known.region,
-                    removal,
-                    link_index: guard_of(&known.row),
-                    port: Arc::clone(&port),
-                    kernel,
-                    base,
-                    until: now + Duration::from_millis(u64::from(ms)),
-                });
-            }
-            _ => cut.push(Arc::clone(&port)),
-        }
-        total
-    }
-
-    fn retire(
-        &mut self,
-        key: PortKey,
-        region: RegionId,
-        generation: Generation,
-        cut: &mut Vec<Arc<Port>>,
-        changes: &mut Changes,
-        now: Instant,
-    ) {
-        let Some(kernel_id) = self.known.get(&key).map(|known| known.row.kernel_id) else {
-            return;
-        };
-        let counted = self.close(key, cut, now, Some(generation));
-        tracing::debug!(port = key.host_port, %kernel_id, "port row retired");
-        if let Some(draining) = self.draining.iter_mut().rev().find(|it| it.key == key)
-            && draining.removal == Some(generation)
-        {
-            draining.region = region;
-            changes.put.push(draining_entry(draining));
-            return;
-        }
-        let mut entry = removed(key, kernel_id, region, generation);
-        entry.base = counted;
-        changes.put.push(entry);
-    }
-
-    /// The removal that still drains under this key, if any.
-    fn draining_status(&self, key: PortKey) -> Option<&Draining> {
-        self.draining
-            .iter()
-            .find(|it| it.key == key && it.removal.is_some())
-    }
-
     fn entry(&self, key: PortKey) -> Option<Entry> {
         let (running, known) = (self.running.get(&key)?, self.known.get(&key)?);
         let mut status = PortStatus::new(key, known.row.kernel_id, known.region, running.state);
@@ -581,70 +396,6 @@ impl Link {
             kernel: running.kernel.clone(),
             base: running.base,
         })
-    }
-
-    /// Disables guarded rows whose link is gone: sessions are cut, new clients turned away.
-    pub fn links_changed(&mut self, found: &LinkChanges) {
-        if found.gone.is_empty() && !found.overflow {
-            return;
-        }
-        let mut guarded: Vec<u32> = self
-            .running
-            .iter()
-            .filter(|(_, running)| running.state != PortState::Disabled)
-            .filter_map(|(key, _)| guard_of(&self.known.get(key)?.row))
-            .chain(self.draining.iter().filter_map(|it| it.link_index))
-            .collect();
-        guarded.sort_unstable();
-        guarded.dedup();
-        guarded.retain(|index| {
-            found.gone.contains(index) || (found.overflow && !self.lookup.exists(*index))
-        });
-        if !guarded.is_empty() {
-            self.disable(&guarded);
-        }
-    }
-
-    fn disable(&mut self, gone: &[u32]) {
-        let is_gone = |index: Option<u32>| index.filter(|index| gone.contains(index));
-        let mut ports: Vec<Arc<Port>> = self
-            .draining
-            .iter()
-            .filter(|it| is_gone(it.link_index).is_some())
-            .map(|it| Arc::clone(&it.port))
-            .collect();
-        let mut keys = Vec::new();
-        for (key, running) in &mut self.running {
-            let guard = self.known.get(key).and_then(|known| guard_of(&known.row));
-            let Some(index) = is_gone(guard) else {
-                continue;
-            };
-            if running.state == PortState::Disabled {
-                continue;
-            }
-            running.state = PortState::Disabled;
-            running.path = ForwardPath::None;
-            running.reason = gone_reason(index);
-            running.retry_at = None;
-            ports.extend(running.port.clone());
-            keys.push(*key);
-        }
-        // First the deed, then the word.
-        self.relay.disable(&ports);
-        for key in &keys {
-            self.withdraw(*key);
-        }
-        for key in &keys {
-            tracing::info!(
-                port = key.host_port,
-                "port disabled, the container's link is gone"
-            );
-        }
-        let put = keys.iter().filter_map(|key| self.entry(*key)).collect();
-        self.publish(Changes {
-            put,
-            ..Changes::default()
-        });
     }
 
     fn publish(&mut self, changes: Changes) {
@@ -683,11 +434,6 @@ impl Link {
         });
     }
 
-    /// Sessions are draining: look again soon.
-    pub fn is_draining(&self) -> bool {
-        !self.draining.is_empty()
-    }
-
     /// What is due by the clock: the end of drains, another try for refused rows, a look at every
     /// guarded link, the end of orphans.
     pub fn tick(&mut self, now: Instant) {
@@ -706,51 +452,6 @@ impl Link {
                 gone: Vec::new(),
                 overflow: true,
             });
-        }
-    }
-
-    fn finish_drains(&mut self, now: Instant) {
-        if self.draining.is_empty() {
-            return;
-        }
-        self.count_drains(now);
-        let overdue: Vec<Arc<Port>> = self
-            .draining
-            .iter()
-            .filter(|it| now >= it.until)
-            .map(|it| Arc::clone(&it.port))
-            .collect();
-        self.relay.cut(&overdue);
-        // Flows first: their last counts belong to the last status.
-        let flows: Vec<(PortKey, Arc<KernelPort>)> = self
-            .draining
-            .iter()
-            .filter(|it| it.is_over(now))
-            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
-            .collect();
-        for (key, port) in flows {
-            self.finish_flows(key, &port);
-        }
-        let mut changes = Changes::default();
-        let running = &self.running;
-        self.draining.retain(|it| {
-            if !it.is_over(now) {
-                return true;
-            }
-            if let Some(generation) = it.removal
-                && !running.contains_key(&it.key)
-            {
-                let mut entry = removed(it.key, it.kernel_id, it.region, generation);
-                entry.base = sum(it.base, it.port.counters());
-                if let Some(kernel) = &it.kernel {
-                    entry.base = sum(entry.base, kernel.counters());
-                }
-                changes.put.push(entry);
-            }
-            false
-        });
-        if !changes.put.is_empty() {
-            self.publish(changes);
         }
     }
 
@@ -848,92 +549,5 @@ impl Link {
             .chain(self.draining.iter().map(|it| Arc::clone(&it.port)))
             .collect();
         self.relay.cut(&ports);
-    }
-}
-
-/// "This port is gone, nothing is left of it."
-fn removed(key: PortKey, kernel_id: KernelId, region: RegionId, generation: Generation) -> Entry {
-    let mut status = PortStatus::new(key, kernel_id, region, PortState::Removed);
-    status.acknowledged = generation;
-    Entry {
-        status,
-        port: None,
-        kernel: None,
-        base: Counters::default(),
-    }
-}
-
-fn draining_entry(it: &Draining) -> Entry {
-    let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
-    status.acknowledged = it.removal.unwrap_or_default();
-    status.path = ForwardPath::Relay;
-    status.engine = RelayEngine::Splice;
-    Entry {
-        status,
-        port: Some(Arc::clone(&it.port)),
-        kernel: it.kernel.clone(),
-        base: it.base,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_override_the_region_and_the_region_overrides_the_defaults() {
-        let defaults = Defaults {
-            allowed: Vec::new(),
-            max_sessions: 10,
-            total_sessions: 100,
-            idle_timeout: Duration::from_secs(60),
-            connect_timeout: Duration::from_secs(5),
-            drain: Duration::from_secs(1),
-            sample_interval: Duration::from_secs(5),
-        };
-        let node = NodeRow {
-            default_max_sessions: 20,
-            sample_interval_ms: 250,
-            ..NodeRow::default()
-        };
-        let settings = defaults.with(Some(&node));
-        assert_eq!(settings.max_sessions, 20);
-        assert_eq!(settings.total_sessions, 100);
-        assert_eq!(settings.sample_interval, Duration::from_millis(250));
-        let mut row = PortRow::new(
-            PortKey {
-                protocol: Protocol::Tcp,
-                host_port: 1,
-            },
-            KernelId::default(),
-            shared::ids::ContainerId::default(),
-            "127.0.0.1".parse().unwrap(),
-            80,
-        );
-        assert_eq!(settings.rules(&row).max_sessions, 20);
-        assert_eq!(
-            settings.rules(&row).idle_timeout,
-            Some(Duration::from_secs(60))
-        );
-        row.max_sessions = 3;
-        row.idle_timeout_ms = 1500;
-        assert_eq!(settings.rules(&row).max_sessions, 3);
-        assert_eq!(
-            settings.rules(&row).idle_timeout,
-            Some(Duration::from_millis(1500))
-        );
-    }
-
-    #[test]
-    fn sessions_never_take_all_descriptors() {
-        for descriptors in [64, 256, 1024, 20_000, 1 << 20] {
-            let sessions = u64::from(session_room(descriptors));
-            assert!(
-                sessions * 2 + 16 <= descriptors,
-                "{descriptors}: {sessions}"
-            );
-            assert!(sessions >= 1);
-        }
-        assert!(session_room(u64::MAX) > 1_000_000);
     }
 }

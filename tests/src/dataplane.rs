@@ -4,7 +4,7 @@
 //! directory of its own and ends with its handle.
 
 use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -20,7 +20,9 @@ use shared::observed::{ContainerSample, ObservedReader, PortState, PortStatus};
 use shared::run_dir::RunDir;
 use tempfile::TempDir;
 
-const LIMIT: Duration = Duration::from_secs(20);
+use crate::host_ports;
+
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Looks until there is an answer; fails after a deadline.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
@@ -298,11 +300,9 @@ impl Control {
     }
 }
 
-/// A port of this host that nobody uses at the moment.
+/// A port of this host that no other test process has.
 pub fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .and_then(|listener| listener.local_addr())
-        .map_or(0, |address| address.port())
+    host_ports::one().expect("a port")
 }
 
 /// A row that leads from a free loopback port to `target`.

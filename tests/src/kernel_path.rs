@@ -89,11 +89,9 @@ impl Node {
         self.control.publish(row.clone()).expect("an answer")
     }
 
-    /// Publishes a row that must take the kernel path. The first answer may be the relay's: a link that
-    /// is younger than the last look at the interfaces is served by it until the next one.
+    /// Publishes a row that must take the kernel path, from the first answer on.
     pub fn lift(&mut self, row: &PortRow) {
-        self.publish(row);
-        let status = self.counted(row, |it| it.path == ForwardPath::KernelPath);
+        let status = self.publish(row);
         assert_eq!(
             (status.state, status.path, status.reason.as_str()),
             (PortState::Serving, ForwardPath::KernelPath, "")

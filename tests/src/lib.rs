@@ -6,6 +6,7 @@ pub mod dataplane;
 pub mod etcd;
 pub mod fake_runner;
 pub mod fault_docker;
+pub mod host_ports;
 pub mod images;
 pub mod kernel_path;
 pub mod kernels;

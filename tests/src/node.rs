@@ -1,10 +1,8 @@
 //! A whole worker node for a test: both programs, their own directories, their own port range.
 
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,13 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::wait;
+use crate::{host_ports, wait};
 
 /// How many host ports a test node has, unless it asks for another number.
 const PORTS: u16 = 40;
-/// Test nodes take their ranges from here, apart from the product's 30000-31000 and from ephemeral ports.
-const FIRST_PORT: u16 = 20_000;
-const LAST_PORT: u16 = 29_900;
 
 /// What a test wants of its node.
 #[derive(Debug, Clone)]
@@ -105,29 +100,15 @@ pub fn runner_directory() -> PathBuf {
     )
 }
 
-/// A range of host ports that no other test process has: each process starts at a place of its own and a range is
-/// taken only when all of it can be bound.
+/// A range of host ports that no other test process has.
 fn port_range(count: u16) -> Result<(u16, u16)> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let slots = (LAST_PORT - FIRST_PORT) / count;
-    let origin = u16::try_from(std::process::id() % u32::from(slots)).unwrap_or(0);
-    for _ in 0..slots {
-        let slot = (origin + NEXT.fetch_add(1, Ordering::Relaxed)) % slots;
-        let first = FIRST_PORT + slot * count;
-        let last = first + count - 1;
-        if (first..=last).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
-            return Ok((first, last));
-        }
-    }
-    bail!("no free range of {count} ports between {FIRST_PORT} and {LAST_PORT}")
+    let first = host_ports::adjacent(count)?;
+    Ok((first, first + count - 1))
 }
 
-/// A port that was free a moment ago.
+/// A port that no other test process has.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")
-        .context("no free port")?
-        .local_addr()?
-        .port())
+    host_ports::one()
 }
 
 impl Node {

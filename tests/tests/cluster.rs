@@ -33,6 +33,7 @@ impl Agent {
         let directory = tempfile::tempdir()?;
         let run_directory = tempfile::tempdir_in("/dev/shm")?;
         let port = free_port()?;
+        let first = harness::host_ports::adjacent(40)?;
         let place = directory.path().display();
         let text = format!(
             r#"{etcd_section}
@@ -59,8 +60,7 @@ service-addr = {{ host = "127.0.0.1", port = 6123 }}
 run-dir = "{run}"
 runner-dir = "{place}/no-runner"
 "#,
-            first = 20_000,
-            last = 20_039,
+            last = first + 39,
             run = run_directory.path().display(),
         );
         std::fs::write(directory.path().join("agent.toml"), text)?;

@@ -6,9 +6,10 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
+use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{Node, host};
+use harness::kernel_path::{Node, attached, host};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use harness::traffic::{self, Manner};
@@ -306,9 +307,8 @@ fn nobody_but_the_host_reaches_the_runner() {
         }
     })
     .expect("the container's namespace");
-    let reach = |namespace: &str, address: SocketAddr| {
+    let within_time = |namespace: &str, address: SocketAddr, wait: Duration| {
         let run = move || {
-            let wait = std::time::Duration::from_millis(300);
             let mut stream = TcpStream::connect_timeout(&address, wait)?;
             traffic::patient(&stream)?;
             let mut text = String::new();
@@ -317,16 +317,19 @@ fn nobody_but_the_host_reaches_the_runner() {
         };
         within(namespace, run).expect("a namespace")
     };
+    let reach = |namespace: &str, address| within_time(namespace, address, traffic::PATIENCE);
+    // Who is let in is within microseconds, on an idle machine.
+    let kept_out =
+        |namespace: &str, address| within_time(namespace, address, Duration::from_millis(300));
     // The row of the container is enough; it needs no port.
-    let target = |family: usize, port: u16| SocketAddr::new(node.container.address[family], port);
     until("the guard being up", || {
-        reach(&other.namespace, target(0, 2000)).err()
+        attached(&node).contains("to_container").then_some(())
     })
-    .expect("closed to the neighbour");
+    .expect("guarded");
     node.kill();
     for (family, port) in [(0, 2000), (0, 2001), (1, 2000), (1, 2001)] {
         for from in [&other.namespace, &node.network.client] {
-            let err = reach(from, SocketAddr::new(node.container.address[family], port));
+            let err = kept_out(from, SocketAddr::new(node.container.address[family], port));
             let err = err.expect_err("the runner was reached");
             assert_eq!(err.kind(), ErrorKind::TimedOut, "{from}");
         }

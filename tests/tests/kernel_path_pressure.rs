@@ -96,8 +96,21 @@ fn a_flow_that_fell_out_of_a_full_table_goes_on() {
     assert_eq!(answer, b"new");
     let status = node.counted(&row, |it| it.bytes_out >= 14);
     assert_eq!(status.path, ForwardPath::KernelPath);
-    // The container has refused all the others.
-    node.counted(&row, |it| it.sessions_active <= 1);
+    // The container refuses all the others. A busy machine drops packets, refusals too: once more then.
+    until("the others being over", || {
+        let target = row.clone();
+        node.at_client(move || flood(&target, 300_000));
+        let looked = std::time::Instant::now();
+        // A sweep, which counts, comes every five seconds.
+        while looked.elapsed() < Duration::from_secs(7) {
+            if node.control.status(row.key())?.sessions_active <= 1 {
+                return Some(());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        None
+    })
+    .expect("refused");
 }
 
 #[test]
@@ -179,26 +192,23 @@ fn new_connections_beyond_a_ports_rate_are_turned_away_and_counted() {
     row.new_per_second = 20;
     node.lift(&row);
     let address = host(&row, 0);
-    // A second's worth may come at once, and some more while we try.
-    let (served, refused) = node.at_client(move || {
-        let (mut served, mut refused) = (0, 0);
-        while refused < 3 {
-            match TcpStream::connect_timeout(&address, Duration::from_millis(40)) {
-                Ok(_) => served += 1,
-                Err(_) => refused += 1,
-            }
+    // So many at once that the rate is passed however slowly they are sent; nobody waits for answers.
+    node.at_client(move || {
+        for _ in 0..300 {
+            let _ = TcpStream::connect_timeout(&address, Duration::from_millis(1));
         }
-        (served, refused)
     });
-    assert!(served >= 20, "a burst is let in: {served}");
-    let status = node.counted(&row, |it| it.sessions_refused >= refused);
-    assert_eq!(status.sessions_total, served);
+    let status = node.counted(&row, |it| it.sessions_refused >= 3);
+    assert!(status.sessions_total >= 20, "a burst is let in: {status:?}");
     // Clients on the host have the same limit and are told at once.
     let own: std::net::SocketAddr = ([127, 0, 0, 1], row.host_port).into();
     let err = within(&node.network.host, move || {
+        // All of them stay open, which costs less than to end each.
+        let mut kept = Vec::new();
         loop {
-            if let Err(err) = TcpStream::connect(own) {
-                return err;
+            match TcpStream::connect(own) {
+                Ok(stream) => kept.push(stream),
+                Err(err) => return err,
             }
         }
     });
@@ -209,7 +219,7 @@ fn new_connections_beyond_a_ports_rate_are_turned_away_and_counted() {
     // The rate is of the long run: later there is room again.
     until("room again", || {
         let answer = node.at_client(move || {
-            let wait = Duration::from_millis(40);
+            let wait = Duration::from_millis(500);
             TcpStream::connect_timeout(&address, wait).ok()
         });
         answer.map(drop)

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dataplane::forward::relay::port::{Port, Rules};
 use dataplane::forward::relay::{Options, Relay};
@@ -159,11 +159,10 @@ fn every_case(order: Order, splice: bool) {
             }
         }
     }
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while relay.census().sessions > 0 {
-        assert!(Instant::now() < deadline, "sessions are left");
-        thread::sleep(Duration::from_millis(2));
-    }
+    harness::dataplane::until("the end of all sessions", || {
+        (relay.census().sessions == 0).then_some(())
+    })
+    .expect("none are left");
     let counters = port.counters();
     assert_eq!((counters.total, counters.active), (cases, 0));
     // A container that resets before the relay has seen its acceptance counts as not reached.

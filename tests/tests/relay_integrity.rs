@@ -38,11 +38,7 @@ fn pair(port: &Port, server: &TcpListener) -> (TcpStream, TcpStream) {
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} did not happen");
-        thread::sleep(Duration::from_millis(2));
-    }
+    harness::dataplane::until(what, || done().then_some(())).expect("in time");
 }
 
 struct Exchange {

@@ -81,6 +81,7 @@ impl Link {
             kernel.forget_unclaimed();
         }
         if changed {
+            kernel.guard(self.containers.values());
             self.lift_and_publish();
         }
     }

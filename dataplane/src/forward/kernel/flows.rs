@@ -1,0 +1,144 @@
+//! Flows in the kernel's table: how old they may grow, and what each port has counted.
+//!
+//! In: the maps of the programs. Out: a [`KernelPort`] per service. Invariant: what no service
+//! stands for is out of the table after a sweep.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use ebpf::records::{PortCounters, ServiceKey, SweepOrder};
+use ebpf::{map, program};
+
+use super::object::classifier;
+use super::{KernelPath, KernelPathError};
+use crate::forward::relay::port::Counters;
+use crate::sys::bpf;
+
+/// A SYN may be repeated for so long before its flow is given up.
+const OPENING: Duration = Duration::from_secs(60);
+/// Late segments of an ended flow still find their way for so long.
+const ENDED: Duration = Duration::from_secs(30);
+/// A silent flow is forgotten after this, as by the kernel's connection tracking.
+const IDLE: Duration = Duration::from_secs(5 * 24 * 3600);
+/// The same for datagrams, whose flows have no end.
+const DATAGRAM_IDLE: Duration = Duration::from_secs(180);
+/// ... and before an answer.
+const DATAGRAM_OPENING: Duration = Duration::from_secs(30);
+
+/// What a port has counted on the kernel path; refreshed every second.
+#[derive(Debug, Default)]
+pub struct KernelPort {
+    pub(super) active: AtomicU64,
+    total: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    refused: AtomicU64,
+    packets_in: AtomicU64,
+    packets_out: AtomicU64,
+    /// Of the active ones, those of clients on this host.
+    pub(super) local: AtomicU64,
+}
+
+impl KernelPort {
+    /// The counters, in the relay's terms. A payload that is sent again counts again; that of
+    /// clients on this host is not counted.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            active: u32::try_from(self.active.load(Relaxed)).unwrap_or(u32::MAX),
+            total: self.total.load(Relaxed),
+            refused: self.refused.load(Relaxed),
+            packets_in: self.packets_in.load(Relaxed),
+            packets_out: self.packets_out.load(Relaxed),
+            bytes_in: self.bytes_in.load(Relaxed),
+            bytes_out: self.bytes_out.load(Relaxed),
+            ..Counters::default()
+        }
+    }
+}
+
+impl KernelPath {
+    /// Removes dead flows and counts the living.
+    pub fn sweep(&mut self, now: Instant) {
+        self.swept_at = now;
+        if let Err(err) = self.try_sweep() {
+            self.complain(&err);
+        }
+    }
+
+    fn try_sweep(&mut self) -> Result<(), KernelPathError> {
+        let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
+        self.pass = self.pass.wrapping_add(1);
+        let order = SweepOrder {
+            opening_ns: nanoseconds(OPENING),
+            idle_ns: nanoseconds(IDLE),
+            ended_ns: nanoseconds(ENDED),
+            datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
+            datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
+            pass: self.pass,
+            zero: 0,
+        };
+        self.orders
+            .set(0, order, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::ORDERS,
+                source,
+            })?;
+        let program = classifier(&mut self.object, program::SWEEP)?;
+        let fd = program.fd().map_err(|source| KernelPathError::Program {
+            name: program::SWEEP,
+            source,
+        })?;
+        bpf::run_once(fd).map_err(KernelPathError::Sweep)?;
+        for (key, served) in &self.served {
+            let Ok(mut flows) = self.active.get(key, 0) else {
+                continue;
+            };
+            let counted = if flows.pass == self.pass {
+                flows.counted
+            } else {
+                0
+            };
+            let local = u64::try_from(flows.local).unwrap_or(0);
+            served
+                .port
+                .active
+                .store(u64::from(counted) + local, Relaxed);
+            if flows.active != i64::from(counted) {
+                // Flows pushed out by newer ones, or by a race of two processors.
+                flows.active = i64::from(counted);
+                let _ = self.active.insert(key, flows, 0);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn count(&mut self) {
+        for (key, served) in &self.served {
+            self.read_counters(*key, &served.port);
+        }
+    }
+
+    pub(super) fn count_one(&mut self, key: ServiceKey) {
+        if let Some(served) = self.served.get(&key) {
+            self.read_counters(key, &served.port);
+        }
+    }
+
+    fn read_counters(&self, key: ServiceKey, port: &KernelPort) {
+        if let Ok(values) = self.counters.get(&key, 0) {
+            let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
+            port.total.store(sum(|it| it.flows), Relaxed);
+            port.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
+            port.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
+            port.refused.store(sum(|it| it.refused), Relaxed);
+            port.packets_in.store(sum(|it| it.packets_in), Relaxed);
+            port.packets_out.store(sum(|it| it.packets_out), Relaxed);
+        }
+        if let Ok(flows) = self.active.get(&key, 0) {
+            let local = flows.local.max(0);
+            port.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
+            let active = u64::try_from(flows.active + local).unwrap_or(0);
+            port.active.store(active, Relaxed);
+        }
+    }
+}

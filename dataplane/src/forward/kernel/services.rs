@@ -1,0 +1,333 @@
+//! Services: rows in the terms of the programs, put into their map and taken out of it.
+//!
+//! In: rows and what holds for them. Out: where a row counts, or why it is not served here.
+//! Invariants: a service is in the map only while its container's link has the program for replies;
+//! a service that leads elsewhere has another life, so that no flow follows it there.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use aya::maps::{MapError, PerCpuValues};
+use ebpf::map;
+use ebpf::records::{
+    ADDRESS_CONTAINER, Address, ClientNetwork, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters, PortFlows,
+    SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE, Service, ServiceKey,
+};
+use shared::desired::{PortKey, PortRow, Protocol};
+
+use super::eligibility::{self, Circumstances};
+use super::pins::Side;
+use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words};
+
+/// Containers whose routes were looked at and found good.
+const ROUTED: usize = 65_536;
+
+fn key_of(key: PortKey) -> ServiceKey {
+    ServiceKey {
+        port: key.host_port.to_be(),
+        protocol: match key.protocol {
+            Protocol::Tcp => PROTOCOL_TCP,
+            Protocol::Udp => PROTOCOL_UDP,
+        },
+        zero: 0,
+    }
+}
+
+/// The service of a row; its life is not decided here.
+fn service_of(row: &PortRow, terms: &Terms<'_>, clients: u8) -> Service {
+    let mut network = [ClientNetwork::default(); ebpf::records::CLIENT_NETWORKS];
+    for (slot, it) in network.iter_mut().zip(terms.allowed) {
+        *slot = ClientNetwork::new(it.address, it.prefix);
+    }
+    let any = if row.bind.is_unspecified() {
+        SERVICE_ANY_ADDRESS
+    } else {
+        0
+    };
+    Service {
+        bind: Address::from(row.bind),
+        target: Address::from(row.target),
+        link_index: row.link_index,
+        life: 0,
+        max_flows: terms.max_flows,
+        target_port: row.target_port.to_be(),
+        flags: any | clients,
+        networks: u8::try_from(terms.allowed.len()).unwrap_or(u8::MAX),
+        network,
+        spacing_ns: match terms.new_per_second {
+            0 => 0,
+            rate => 1_000_000_000 / u64::from(rate),
+        },
+    }
+}
+
+/// Whether flows of one service may go on under the other.
+fn same_route(a: &Service, b: &Service) -> bool {
+    (a.bind, a.target, a.target_port, a.link_index)
+        == (b.bind, b.target, b.target_port, b.link_index)
+        && (a.flags ^ b.flags) & SERVICE_ANY_ADDRESS == 0
+}
+
+impl KernelPath {
+    /// Serves a row, or says why the relay must. The same row again costs nothing.
+    ///
+    /// # Errors
+    /// Words for the port's status.
+    pub fn offer(&mut self, row: &PortRow, terms: &Terms<'_>) -> Result<Lift, String> {
+        self.look_for(row.link_index);
+        let at = Circumstances {
+            container: terms.container,
+            interfaces: &self.interfaces,
+            uplinks: &self.uplinks,
+            idle_timeout: terms.idle_timeout,
+            networks: terms.allowed.len(),
+            // Once it is served here, sessions of the relay are those of others.
+            relayed: if self.served.contains_key(&key_of(row.key())) {
+                0
+            } else {
+                terms.relayed
+            },
+        };
+        let common = eligibility::common_obstacle(row, &at);
+        let remote = eligibility::remote_obstacle(row, &at).or_else(|| {
+            let pid = terms.container.map_or(0, |it| it.init_pid);
+            self.no_route(pid, row.link_index, row.target)
+        });
+        let host = self.hooks.as_ref().err().cloned();
+        if let Some(why) = common.or_else(|| host.as_ref().and(remote.clone())) {
+            self.withdraw(row.key());
+            return Err(why);
+        }
+        let clients = if remote.is_none() { SERVICE_REMOTE } else { 0 }
+            | if host.is_none() { SERVICE_HOST } else { 0 };
+        match self.serve(row, service_of(row, terms, clients)) {
+            Ok(port) => Ok(Lift { port, remote, host }),
+            Err(err) => {
+                self.complain(&err);
+                self.withdraw(row.key());
+                Err(words(&err))
+            }
+        }
+    }
+
+    fn no_route(&mut self, pid: u32, link: u32, target: IpAddr) -> Option<String> {
+        let mark = (pid, link, target.is_ipv6());
+        if self.routed.contains(&mark) {
+            return None;
+        }
+        if pid == 0 || !eligibility::has_default_route(Path::new("/proc"), pid, target) {
+            return Some("the container has no default route".to_owned());
+        }
+        if self.routed.len() >= ROUTED {
+            self.routed.clear();
+        }
+        self.routed.insert(mark);
+        None
+    }
+
+    fn serve(
+        &mut self,
+        row: &PortRow,
+        mut service: Service,
+    ) -> Result<Arc<KernelPort>, KernelPathError> {
+        let key = key_of(row.key());
+        if self.unswept.contains(&key) {
+            self.settle();
+        }
+        let before = self
+            .served
+            .get(&key)
+            .map(|it| it.service)
+            .or_else(|| self.found.get(&key).copied());
+        match before {
+            Some(before) if same_route(&before, &service) => service.life = before.life,
+            Some(_) => {
+                self.withdraw(row.key());
+                self.settle();
+                service.life = self.new_life();
+            }
+            None => service.life = self.new_life(),
+        }
+        if let Some(served) = self.served.get(&key)
+            && served.service == service
+        {
+            return Ok(Arc::clone(&served.port));
+        }
+        self.attach(Side::Container, row.link_index)?;
+        if let Ok(hooks) = &mut self.hooks {
+            hooks.allow(row.link_index)?;
+        }
+        self.addresses
+            .insert(service.target, ADDRESS_CONTAINER, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::ADDRESSES,
+                source,
+            })?;
+        if self.active.get(&key, 0).is_err() {
+            self.active
+                .insert(key, PortFlows::default(), 0)
+                .map_err(|source| KernelPathError::Map {
+                    name: map::ACTIVE,
+                    source,
+                })?;
+        }
+        if self.counters.get(&key, 0).is_err() {
+            let cpus = aya::util::nr_cpus().map_err(|(_, err)| KernelPathError::Sweep(err))?;
+            let fails = |source| KernelPathError::Map {
+                name: map::COUNTERS,
+                source,
+            };
+            let zero = PerCpuValues::try_from(vec![PortCounters::default(); cpus])
+                .map_err(|err| fails(MapError::IoError(err)))?;
+            self.counters.insert(key, zero, 0).map_err(fails)?;
+        }
+        self.services
+            .insert(key, service, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            })?;
+        self.found.remove(&key);
+        let port = self
+            .served
+            .remove(&key)
+            .map(|it| it.port)
+            .unwrap_or_default();
+        self.served.insert(
+            key,
+            Served {
+                service,
+                port: Arc::clone(&port),
+            },
+        );
+        self.count_one(key);
+        Ok(port)
+    }
+
+    fn new_life(&mut self) -> u32 {
+        let life = self.next_life;
+        self.next_life = self.next_life.wrapping_add(1).max(1);
+        life
+    }
+
+    /// Takes no new flows for a port; those there are go on. False when it is not served here.
+    pub fn drain(&mut self, key: PortKey) -> bool {
+        let key = key_of(key);
+        let Some(served) = self.served.get_mut(&key) else {
+            return false;
+        };
+        served.service.flags |= SERVICE_DRAINING;
+        let service = served.service;
+        if let Err(source) = self.services.insert(key, service, 0) {
+            self.complain(&KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            });
+            return false;
+        }
+        true
+    }
+
+    /// Whether this is what serves a port now.
+    pub fn is_served_by(&self, key: PortKey, port: &Arc<KernelPort>) -> bool {
+        self.served
+            .get(&key_of(key))
+            .is_some_and(|it| Arc::ptr_eq(&it.port, port))
+    }
+
+    /// Takes a port off the kernel path: no new flows, and those there were are cut. Its counters
+    /// hold what it had counted in the end. Not served here is fine.
+    pub fn withdraw(&mut self, key: PortKey) {
+        let key = key_of(key);
+        let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
+            (true, _) => self.served.get(&key).map(|it| it.service.link_index),
+            (false, Some(found)) => Some(found.link_index),
+            (false, None) => return,
+        };
+        match self.services.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(source) => self.complain(&KernelPathError::Map {
+                name: map::SERVICES,
+                source,
+            }),
+        }
+        self.count_one(key);
+        let target = self.served.remove(&key).map(|served| {
+            if let Ok(hooks) = &self.hooks
+                && served.port.local.load(Relaxed) > 0
+            {
+                hooks.cut(key, &served.service);
+            }
+            served.port.active.store(0, Relaxed);
+            served.service.target
+        });
+        self.unswept.insert(key);
+        if let Some(target) = target
+            && !self.served.values().any(|it| it.service.target == target)
+            && !self.known_addresses.contains(&target)
+        {
+            let _ = self.addresses.remove(&target);
+        }
+        if let Some(link) = link
+            && !self.services_at(link)
+        {
+            if let Ok(hooks) = &mut self.hooks {
+                hooks.forbid(link);
+            }
+            self.detach(Side::Container, link);
+        }
+    }
+
+    /// Cuts the flows of ports that were taken off; many at once cost no more than one.
+    pub fn settle(&mut self) {
+        if self.unswept.is_empty() {
+            return;
+        }
+        self.sweep(Instant::now());
+        for key in std::mem::take(&mut self.unswept) {
+            if !self.served.contains_key(&key) {
+                let _ = self.counters.remove(&key);
+                let _ = self.active.remove(&key);
+            }
+        }
+    }
+
+    fn services_at(&self, link: u32) -> bool {
+        self.served.values().any(|it| it.service.link_index == link)
+            || self.found.values().any(|it| it.link_index == link)
+    }
+
+    /// Gives up what an earlier process has left and nobody has asked for since.
+    pub fn forget_unclaimed(&mut self) {
+        let unclaimed: Vec<ServiceKey> = self.found.keys().copied().collect();
+        for key in unclaimed {
+            let host_port = u16::from_be(key.port);
+            tracing::info!(
+                port = host_port,
+                "nobody wants this port of an earlier life"
+            );
+            self.withdraw(PortKey {
+                protocol: if key.protocol == PROTOCOL_UDP {
+                    Protocol::Udp
+                } else {
+                    Protocol::Tcp
+                },
+                host_port,
+            });
+        }
+        self.settle();
+        for (side, index) in self.pins.links() {
+            let unwanted = match side {
+                Side::Uplink => false,
+                Side::Container => !self.services_at(index),
+                Side::Guard => !self.guarded.contains(&index),
+            };
+            if unwanted {
+                self.detach(side, index);
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The end of ports: listeners closed, sessions and flows that may finish, removals answered.
+//!
+//! In: rows that are no longer wanted. Out: "nothing is left of it", with what the port had counted
+//! in the end. Invariant: a removal is answered when its last session and flow are gone, not
+//! before.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shared::desired::{Drain, PortKey};
+use shared::ids::{Generation, KernelId, RegionId};
+use shared::observed::{ForwardPath, PortState, PortStatus, RelayEngine};
+
+use super::guard::guard_of;
+use super::{Link, sum};
+use crate::board::{Changes, Entry};
+use crate::forward::kernel::KernelPort;
+use crate::forward::relay::port::{Counters, Port};
+
+/// A port that is closed and whose sessions or flows may finish.
+#[derive(Debug)]
+pub(super) struct Draining {
+    key: PortKey,
+    kernel_id: KernelId,
+    region: RegionId,
+    /// The removal this acknowledges; `None` when another row has taken the port's place.
+    removal: Option<Generation>,
+    pub(super) link_index: Option<u32>,
+    pub(super) port: Arc<Port>,
+    /// Flows of the kernel path that may finish.
+    pub(super) kernel: Option<Arc<KernelPort>>,
+    base: Counters,
+    until: Instant,
+}
+
+impl Draining {
+    fn is_over(&self, now: Instant) -> bool {
+        let flows = self.kernel.as_ref().map_or(0, |it| it.counters().active);
+        now >= self.until || (self.port.active() == 0 && flows == 0)
+    }
+}
+
+impl Link {
+    /// Sessions are draining: look again soon.
+    pub fn is_draining(&self) -> bool {
+        !self.draining.is_empty()
+    }
+
+    /// Closes the listener of a running row and lets its sessions drain or adds it to those to be
+    /// cut. Answers what it had counted. With `removal`, the status waits for the sessions.
+    pub(super) fn close(
+        &mut self,
+        key: PortKey,
+        cut: &mut Vec<Arc<Port>>,
+        now: Instant,
+        removal: Option<Generation>,
+    ) -> Counters {
+        let (Some(running), Some(known)) = (self.running.remove(&key), self.known.remove(&key))
+        else {
+            return Counters::default();
+        };
+        let base = running.base;
+        let Some(port) = running.port else {
+            self.withdraw(key);
+            return base;
+        };
+        self.relay.close(&port);
+        let drains = matches!(known.row.drain, Drain::Within { ms } if ms > 0);
+        let kernel = if drains && removal.is_some() {
+            self.drain_flows(key, running.kernel.clone())
+        } else {
+            self.withdraw(key);
+            None
+        };
+        let flows = running.kernel.as_ref().map(|it| it.counters());
+        let total = sum(sum(base, port.counters()), flows.unwrap_or_default());
+        match known.row.drain {
+            Drain::Within { ms } if ms > 0 && (port.active() > 0 || kernel.is_some()) => {
+                // Flows that do not drain have counted their last.
+                let base = match (&kernel, flows) {
+                    (None, Some(flows)) => sum(base, flows),
+                    _ => base,
+                };
+                self.draining.push(Draining {
+                    key,
+                    kernel_id: known.row.kernel_id,
+                    region: known.region,
+                    removal,
+                    link_index: guard_of(&known.row),
+                    port: Arc::clone(&port),
+                    kernel,
+                    base,
+                    until: now + Duration::from_millis(u64::from(ms)),
+                });
+            }
+            _ => cut.push(Arc::clone(&port)),
+        }
+        total
+    }
+
+    pub(super) fn retire(
+        &mut self,
+        key: PortKey,
+        region: RegionId,
+        generation: Generation,
+        cut: &mut Vec<Arc<Port>>,
+        changes: &mut Changes,
+        now: Instant,
+    ) {
+        let Some(kernel_id) = self.known.get(&key).map(|known| known.row.kernel_id) else {
+            return;
+        };
+        let counted = self.close(key, cut, now, Some(generation));
+        tracing::debug!(port = key.host_port, %kernel_id, "port row retired");
+        if let Some(draining) = self.draining.iter_mut().rev().find(|it| it.key == key)
+            && draining.removal == Some(generation)
+        {
+            draining.region = region;
+            changes.put.push(draining_entry(draining));
+            return;
+        }
+        let mut entry = removed(key, kernel_id, region, generation);
+        entry.base = counted;
+        changes.put.push(entry);
+    }
+
+    /// The removal that still drains under this key, if any.
+    pub(super) fn draining_status(&self, key: PortKey) -> Option<&Draining> {
+        self.draining
+            .iter()
+            .find(|it| it.key == key && it.removal.is_some())
+    }
+
+    pub(super) fn finish_drains(&mut self, now: Instant) {
+        if self.draining.is_empty() {
+            return;
+        }
+        self.count_drains(now);
+        let overdue: Vec<Arc<Port>> = self
+            .draining
+            .iter()
+            .filter(|it| now >= it.until)
+            .map(|it| Arc::clone(&it.port))
+            .collect();
+        self.relay.cut(&overdue);
+        // Flows first: their last counts belong to the last status.
+        let flows: Vec<(PortKey, Arc<KernelPort>)> = self
+            .draining
+            .iter()
+            .filter(|it| it.is_over(now))
+            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
+            .collect();
+        for (key, port) in flows {
+            self.finish_flows(key, &port);
+        }
+        let mut changes = Changes::default();
+        let running = &self.running;
+        self.draining.retain(|it| {
+            if !it.is_over(now) {
+                return true;
+            }
+            if let Some(generation) = it.removal
+                && !running.contains_key(&it.key)
+            {
+                let mut entry = removed(it.key, it.kernel_id, it.region, generation);
+                entry.base = sum(it.base, it.port.counters());
+                if let Some(kernel) = &it.kernel {
+                    entry.base = sum(entry.base, kernel.counters());
+                }
+                changes.put.push(entry);
+            }
+            false
+        });
+        if !changes.put.is_empty() {
+            self.publish(changes);
+        }
+    }
+}
+
+/// "This port is gone, nothing is left of it."
+pub(super) fn removed(
+    key: PortKey,
+    kernel_id: KernelId,
+    region: RegionId,
+    generation: Generation,
+) -> Entry {
+    let mut status = PortStatus::new(key, kernel_id, region, PortState::Removed);
+    status.acknowledged = generation;
+    Entry {
+        status,
+        port: None,
+        kernel: None,
+        base: Counters::default(),
+    }
+}
+
+fn draining_entry(it: &Draining) -> Entry {
+    let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
+    status.acknowledged = it.removal.unwrap_or_default();
+    status.path = ForwardPath::Relay;
+    status.engine = RelayEngine::Splice;
+    Entry {
+        status,
+        port: Some(Arc::clone(&it.port)),
+        kernel: it.kernel.clone(),
+        base: it.base,
+    }
+}

@@ -1,0 +1,89 @@
+//! Ports that end with their container's link.
+//!
+//! In: links that are gone. Out: their ports disabled, sessions cut. Invariant: a guarded row never
+//! forwards once its link is gone, whether or not control is alive.
+
+use std::sync::Arc;
+
+use shared::desired::PortRow;
+use shared::observed::{ForwardPath, PortState};
+
+use super::Link;
+use crate::board::Changes;
+use crate::forward::relay::port::Port;
+use crate::sys::netlink::LinkChanges;
+
+/// The link index a row is guarded by.
+pub(super) fn guard_of(row: &PortRow) -> Option<u32> {
+    (row.link_guard && row.link_index != 0).then_some(row.link_index)
+}
+
+pub(super) fn gone_reason(index: u32) -> String {
+    format!("the container's link (interface {index}) is gone")
+}
+
+impl Link {
+    /// Disables guarded rows whose link is gone: sessions are cut, new clients turned away.
+    pub fn links_changed(&mut self, found: &LinkChanges) {
+        if found.gone.is_empty() && !found.overflow {
+            return;
+        }
+        let mut guarded: Vec<u32> = self
+            .running
+            .iter()
+            .filter(|(_, running)| running.state != PortState::Disabled)
+            .filter_map(|(key, _)| guard_of(&self.known.get(key)?.row))
+            .chain(self.draining.iter().filter_map(|it| it.link_index))
+            .collect();
+        guarded.sort_unstable();
+        guarded.dedup();
+        guarded.retain(|index| {
+            found.gone.contains(index) || (found.overflow && !self.lookup.exists(*index))
+        });
+        if !guarded.is_empty() {
+            self.disable(&guarded);
+        }
+    }
+
+    fn disable(&mut self, gone: &[u32]) {
+        let is_gone = |index: Option<u32>| index.filter(|index| gone.contains(index));
+        let mut ports: Vec<Arc<Port>> = self
+            .draining
+            .iter()
+            .filter(|it| is_gone(it.link_index).is_some())
+            .map(|it| Arc::clone(&it.port))
+            .collect();
+        let mut keys = Vec::new();
+        for (key, running) in &mut self.running {
+            let guard = self.known.get(key).and_then(|known| guard_of(&known.row));
+            let Some(index) = is_gone(guard) else {
+                continue;
+            };
+            if running.state == PortState::Disabled {
+                continue;
+            }
+            running.state = PortState::Disabled;
+            running.path = ForwardPath::None;
+            running.reason = gone_reason(index);
+            running.retry_at = None;
+            ports.extend(running.port.clone());
+            keys.push(*key);
+        }
+        // First the deed, then the word.
+        self.relay.disable(&ports);
+        for key in &keys {
+            self.withdraw(*key);
+        }
+        for key in &keys {
+            tracing::info!(
+                port = key.host_port,
+                "port disabled, the container's link is gone"
+            );
+        }
+        let put = keys.iter().filter_map(|key| self.entry(*key)).collect();
+        self.publish(Changes {
+            put,
+            ..Changes::default()
+        });
+    }
+}
