@@ -12,6 +12,7 @@ pub mod commit;
 pub mod container_processes;
 pub mod container_request;
 pub mod create;
+pub mod death;
 pub mod destroy;
 pub mod distro;
 pub mod environment;

@@ -89,6 +89,7 @@ pub async fn status(
             );
             cluster(&status);
             say!("kernels    {}", word(at(&status, &["kernels"])));
+            memory(&status);
             let ports = at(&status, &["ports"]);
             say!(
                 "ports      {} of {} free, {} cooling down",
@@ -113,6 +114,52 @@ pub async fn status(
         Ok(())
     } else {
         Err(Problem::Findings)
+    }
+}
+
+/// The kernels that are short of memory, and those that died.
+fn memory(status: &Value) {
+    let list = |name: &str| {
+        let list = at(status, &[name]).as_array();
+        list.into_iter().flatten().cloned().collect::<Vec<_>>()
+    };
+    let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), output::bytes);
+    for kernel in list("short_of_memory") {
+        let id = word(at(&kernel, &["kernel_id"]));
+        let killed = at(&kernel, &["killed"]).as_u64().unwrap_or(0);
+        if killed > 0 {
+            let ago = at(&kernel, &["killed_s_ago"]).as_f64();
+            say!(
+                "memory     kernel {id}: {killed} killed at its limit of {}{}",
+                size(at(&kernel, &["memory_limit"])),
+                ago.map_or_else(String::new, |ago| format!(
+                    ", the last {} ago",
+                    output::duration(ago)
+                ))
+            );
+        }
+        let shm = at(&kernel, &["shm"]);
+        if !shm.is_null() {
+            say!(
+                "shm        kernel {id}: /dev/shm is full ({} of {}); who needs more gets SIGBUS (exit 135)",
+                size(at(shm, &["used"])),
+                size(at(shm, &["size"]))
+            );
+        }
+    }
+    let now = crate::events::unix_seconds(std::time::SystemTime::now());
+    for kernel in list("died") {
+        say!(
+            "died       kernel {} {} ago ({}, exit {}): {}",
+            word(at(&kernel, &["kernel_id"])),
+            at(&kernel, &["at"]).as_f64().map_or_else(
+                || "-".to_owned(),
+                |at| output::duration((now - at).max(0.0))
+            ),
+            word(at(&kernel, &["reason"])),
+            word(at(&kernel, &["exit_code"])),
+            word(at(&kernel, &["cause"]))
+        );
     }
 }
 

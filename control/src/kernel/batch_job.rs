@@ -4,12 +4,13 @@
 //! a restarted agent watches it again.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::batch::{self, BatchJob, BatchOutcome, CommandKiller, ContainerCommands};
 use super::container_processes::KernelFiles;
+use super::death::{Death, Signs, full_shm};
 use super::lifecycle::Reason;
 use super::node::Node;
 use super::registry::Kernel;
@@ -84,6 +85,7 @@ fn spawn(node: &Arc<Node>, kernel: &Arc<Kernel>, job: BatchJob, gone: Cancellati
                 exit_code,
             }),
             BatchOutcome::Failed { .. } | BatchOutcome::TimedOut => {
+                report_death(&node, &kernel, exit_code);
                 node.events.emit(Event::SessionFailure {
                     session,
                     reason,
@@ -99,6 +101,20 @@ fn spawn(node: &Arc<Node>, kernel: &Arc<Kernel>, job: BatchJob, gone: Cancellati
                 .await;
         }
     });
+}
+
+/// Says in the log what memory had to do with the end of a job.
+fn report_death(node: &Node, kernel: &Kernel, exit_code: i64) {
+    let sample = kernel
+        .container()
+        .and_then(|container| node.link.sample(container));
+    let signs = Signs {
+        out_of_memory: kernel.out_of_memory().explains(Instant::now(), false),
+        shm_full: sample.as_ref().and_then(full_shm).is_some(),
+    };
+    if let Some(death) = Death::of(Some(exit_code), signs) {
+        tracing::warn!(kernel_id = %kernel.id, exit_code, cause = death.words(), "a batch job has died");
+    }
 }
 
 async fn init_pid(node: &Node, kernel: &Kernel) -> Option<i32> {

@@ -7,12 +7,13 @@
 //! wait has a deadline.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shared::ids::{KernelId, SessionId};
 use thiserror::Error;
 
-use super::lifecycle::{Input, Reason};
+use super::death::{Death, Signs, full_shm};
+use super::lifecycle::{Ending, Input, Reason};
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::recovery;
@@ -116,10 +117,15 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         runner.close().await;
     }
     let mut pause = RETRY_PAUSES.0;
+    let ended = Instant::now();
+    // Before the row goes, and its sample with it.
+    let sample = kernel
+        .container()
+        .and_then(|container| node.link.sample(container));
     // Over all attempts: the container that told it may be gone when a later step fails.
-    let mut exit_code = None;
+    let mut remains = Remains::default();
     loop {
-        match give_back(node, kernel, &mut exit_code).await {
+        match give_back(node, kernel, &mut remains).await {
             Ok(()) => break,
             Err(err) => {
                 kernel.set_trouble(chain(&err));
@@ -134,16 +140,31 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         }
         pause = (pause * 2).min(RETRY_PAUSES.1);
     }
-    kernel.finish(exit_code, |actions| node.perform(kernel, actions));
+    let ending = kernel.ending().filter(Ending::is_by_itself);
+    let death = ending.and_then(|ending| {
+        let signs = Signs {
+            out_of_memory: kernel.out_of_memory().explains(ended, remains.oom_killed),
+            shm_full: sample.as_ref().and_then(full_shm).is_some(),
+        };
+        Death::of(ending.exit_code.or(remains.exit_code), signs)
+    });
+    if let Some(death) = death {
+        tracing::warn!(kernel_id = %kernel.id, cause = death.words(), "a kernel has died");
+    }
+    kernel.finish(remains.exit_code, death, |actions| {
+        node.perform(kernel, actions)
+    });
 }
 
 async fn give_back(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
-    exit_code: &mut Option<i64>,
+    remains: &mut Remains,
 ) -> Result<(), EndError> {
     let keep = node.config.debug.skip_container_deletion;
-    *exit_code = stop_and_remove(node, kernel, keep).await?.or(*exit_code);
+    let found = stop_and_remove(node, kernel, keep).await?;
+    remains.exit_code = found.exit_code.or(remains.exit_code);
+    remains.oom_killed |= found.oom_killed;
     node.host_sockets.close(kernel.id);
     let record = kernel.record();
     node.scratch.remove(record.kernel_id).await?;
@@ -157,36 +178,55 @@ async fn give_back(
     Ok(())
 }
 
-/// Withdraws the rows, stops and removes the container, keeps its console. Answers the exit code,
-/// if the container has run. Scratch, devices and host ports stay (a restart needs them), and with
+/// What a container that has stopped tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// Its exit code, if it has run.
+    pub exit_code: Option<i64>,
+    /// The engine's word: something in it was killed for memory.
+    pub oom_killed: bool,
+}
+
+impl Remains {
+    fn of(found: &ContainerInspectResponse) -> Remains {
+        let state = found.state.as_ref();
+        Remains {
+            exit_code: exit_code_of(found),
+            oom_killed: state.and_then(|state| state.oom_killed).unwrap_or(false),
+        }
+    }
+}
+
+/// Withdraws the rows, stops and removes the container, keeps its console. Answers what it tells of
+/// its end. Scratch, devices and host ports stay (a restart needs them), and with
 /// `keep` the stopped container (a restart can't have that: the new one bears its name).
 pub async fn stop_and_remove(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     keep: bool,
-) -> Result<Option<i64>, DockerError> {
+) -> Result<Remains, DockerError> {
     let rows_gone = node.link.withdraw(kernel.id).await;
     let record = kernel.record();
     let Some(found) = find_container(node, &record).await? else {
         node.link.await_removed(rows_gone, ROWS_GONE).await;
-        return Ok(None);
+        return Ok(Remains::default());
     };
     let container = found
         .id
         .clone()
         .unwrap_or_else(|| record.container_name.clone());
     let status = status_of(&found);
-    let exit_code = match status.as_str() {
-        "created" => None,
+    let remains = match status.as_str() {
+        "created" => Remains::default(),
         "running" | "paused" | "restarting" => {
             stop(node, kernel, &container).await;
             match node.docker.inspect(&container).await {
-                Ok(stopped) => exit_code_of(&stopped),
-                Err(err) if err.is_not_found() => None,
+                Ok(stopped) => Remains::of(&stopped),
+                Err(err) if err.is_not_found() => Remains::default(),
                 Err(err) => return Err(err),
             }
         }
-        _ => exit_code_of(&found),
+        _ => Remains::of(&found),
     };
     if status != "created" {
         keep_console(node, kernel, &container).await;
@@ -194,14 +234,14 @@ pub async fn stop_and_remove(
     node.link.await_removed(rows_gone, ROWS_GONE).await;
     if keep && status != "created" {
         tracing::info!(kernel_id = %kernel.id, container_id = container, "the container is kept (debug.skip-container-deletion)");
-        return Ok(exit_code);
+        return Ok(remains);
     }
     match node.docker.remove(&container, true).await {
-        Ok(()) => Ok(exit_code),
-        Err(err) if err.is_not_found() => Ok(exit_code),
+        Ok(()) => Ok(remains),
+        Err(err) if err.is_not_found() => Ok(remains),
         Err(DockerError::AlreadyInProgress { .. }) => {
             await_gone(node, &container).await?;
-            Ok(exit_code)
+            Ok(remains)
         }
         Err(err) => Err(err),
     }

@@ -7,11 +7,14 @@
 //!
 //! Invariants, for each life of a kernel id:
 //! * at most one of creation, ending and restart is running, and each is started exactly once;
-//! * the end is reported at most once, with the reason that was stored first;
+//! * the end is reported at most once, with the reason that was stored first (a better word for "by
+//!   itself" excepted, see `death`);
 //! * a request that arrives while another one is busy is refused or joins it, never queued.
 
 use std::borrow::Cow;
 use std::fmt;
+
+use super::death::Death;
 
 /// Why a kernel ended, in the manager's words (`KernelLifecycleEventReason`, or free text).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -33,8 +36,10 @@ reasons! {
     FAILED_TO_CREATE = "failed-to-create";
     FAILED_TO_START = "failed-to-start";
     NOT_FOUND_IN_MANAGER = "not-found-in-manager";
+    OUT_OF_MEMORY = "out-of-memory";
     RESTART_TIMEOUT = "restart-timeout";
     SELF_TERMINATED = "self-terminated";
+    SHARED_MEMORY_FULL = "shared-memory-full";
     USER_REQUESTED = "user-requested";
     USER_PURGED = "user-purged";
 }
@@ -120,6 +125,8 @@ pub struct Ending {
     pub suppress: bool,
     /// The container's exit code, once it is known.
     pub exit_code: Option<i64>,
+    /// What killed a container that ended by itself, once it is known.
+    pub death: Option<Death>,
 }
 
 impl Ending {
@@ -129,7 +136,21 @@ impl Ending {
             reason,
             suppress,
             exit_code: None,
+            death: None,
         }
+    }
+
+    /// The reason as others are told it: what it died of stands for "by itself".
+    pub fn told(&self) -> Reason {
+        self.death
+            .filter(|_| self.reason == Reason::SELF_TERMINATED)
+            .and_then(Death::reason)
+            .unwrap_or_else(|| self.reason.clone())
+    }
+
+    /// Whether nobody asked for it.
+    pub fn is_by_itself(&self) -> bool {
+        [Reason::SELF_TERMINATED, Reason::FAILED_TO_START].contains(&self.reason)
     }
 
     fn with_exit_code(mut self, exit_code: Option<i64>) -> Ending {
@@ -216,6 +237,8 @@ pub enum Input {
     Cleaned {
         /// The exit code found while cleaning, if it was not known before.
         exit_code: Option<i64>,
+        /// What killed it.
+        death: Option<Death>,
     },
 }
 
@@ -457,8 +480,9 @@ impl Lifecycle {
                 ending.exit_code = ending.exit_code.or(exit_code);
                 (State::Ending(ending), vec![Action::Proceed])
             }
-            Input::Cleaned { exit_code } => {
+            Input::Cleaned { exit_code, death } => {
                 ending.exit_code = ending.exit_code.or(exit_code);
+                ending.death = death;
                 let mut actions = Vec::new();
                 if self.visible && !ending.suppress {
                     actions.push(Action::AnnounceTerminated);
@@ -564,13 +588,20 @@ mod tests {
             "restart" => Input::Restart,
             "old-gone" => Input::OldContainerGone,
             "restart-failed" => Input::RestartFailed,
-            "cleaned" => Input::Cleaned { exit_code: Some(9) },
+            "cleaned" => Input::Cleaned {
+                exit_code: Some(9),
+                death: None,
+            },
+            "cleaned-oom" => Input::Cleaned {
+                exit_code: Some(9),
+                death: Some(Death::OutOfMemory),
+            },
             other => panic!("unknown input {other}"),
         }
     }
 
     fn ending_text(ending: &Ending) -> String {
-        let mut text = ending.reason.to_string();
+        let mut text = ending.told().to_string();
         if let Some(code) = ending.exit_code {
             text += &format!("={code}");
         }
@@ -658,6 +689,8 @@ mod tests {
         started ready died                     | Ending:self-terminated=7                 | Clean
         started ready died destroy             | Ending:self-terminated=7                 | JoinEnding
         started ready died cleaned             | Ended:self-terminated=7                  | AnnounceTerminated+Forget
+        started ready died cleaned-oom         | Ended:out-of-memory=7                    | AnnounceTerminated+Forget
+        started ready destroy died cleaned-oom | Ended:user-requested=7                   | AnnounceTerminated+Forget
         started ready missing                  | Ending:container-not-found               | Clean
         started ready died cleaned destroy     | Ended:self-terminated=7                  | JoinEnding
         started ready died cleaned create      | Ended:self-terminated=7                  | RefuseEnding
@@ -701,7 +734,10 @@ mod tests {
         assert_eq!(running.step(Input::Create), vec![Action::AnswerStored]);
         let mut ending = Lifecycle::found_ending(Ending::new(Reason::USER_REQUESTED, false));
         assert_eq!(
-            ending.step(Input::Cleaned { exit_code: None }),
+            ending.step(Input::Cleaned {
+                exit_code: None,
+                death: None
+            }),
             vec![Action::AnnounceTerminated, Action::Forget]
         );
     }

@@ -84,6 +84,10 @@ fn container_event(node: &Arc<Node>, event: &ContainerEvent) {
             node.perform(&kernel, &actions);
         }
         "oom" => {
+            if kernel.count_out_of_memory() {
+                tracing::warn!(kernel_id = %kernel.id, container_id = %container,
+                    "a process of a kernel was killed at the kernel's memory limit");
+            }
             if let Some(runner) = kernel.runner()
                 && let Err(err) = runner.notify_oom()
             {

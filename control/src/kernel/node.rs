@@ -116,7 +116,7 @@ impl Node {
                         self.events.emit(Event::KernelTerminated {
                             kernel: kernel.id,
                             session: kernel.session,
-                            reason: ending.reason,
+                            reason: ending.told(),
                             exit_code: ending.exit_code,
                         });
                     }

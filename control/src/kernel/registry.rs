@@ -7,14 +7,15 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::death::{Death, OutOfMemory};
 use super::journal::{Journal, JournalError, Phase, StoredEnding};
-use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
+use super::lifecycle::{Action, Ending, Input, Lifecycle, Refusal, Stage, State};
 use super::record::Record;
 use super::runner_link::RunnerLink;
 
@@ -46,6 +47,8 @@ struct Inner {
     gone: bool,
     runner: Option<RunnerLink>,
     batch: Option<CancellationToken>,
+    /// Kills for memory in the present container.
+    out_of_memory: OutOfMemory,
     /// Counts the copies that were made for the journal.
     entries: u64,
 }
@@ -112,6 +115,7 @@ impl Kernel {
                 gone: false,
                 runner: None,
                 batch: None,
+                out_of_memory: OutOfMemory::default(),
                 entries: 0,
             }),
             written: Arc::default(),
@@ -140,6 +144,7 @@ impl Kernel {
         if restart_begins {
             inner.abort = CancellationToken::new();
             inner.trouble = None;
+            inner.out_of_memory = OutOfMemory::default();
         }
         if actions.contains(&Action::AbortCreation) {
             inner.abort.cancel();
@@ -283,10 +288,26 @@ impl Kernel {
         self.inner().lifecycle.is_visible()
     }
 
+    /// Notes that the engine has told of a kill for memory. True when the log should have a line.
+    pub fn count_out_of_memory(&self) -> bool {
+        self.inner().out_of_memory.count(Instant::now())
+    }
+
+    /// The kills for memory in the present container that the engine has told of.
+    pub fn out_of_memory(&self) -> OutOfMemory {
+        self.inner().out_of_memory
+    }
+
     /// The last step of a kernel: `perform` announces the end and drops the entry before anybody
     /// who waits for the end goes on.
-    pub fn finish(&self, exit_code: Option<i64>, perform: impl FnOnce(&[Action])) {
-        let actions = self.inner().lifecycle.step(Input::Cleaned { exit_code });
+    pub fn finish(
+        &self,
+        exit_code: Option<i64>,
+        death: Option<Death>,
+        perform: impl FnOnce(&[Action]),
+    ) {
+        let cleaned = Input::Cleaned { exit_code, death };
+        let actions = self.inner().lifecycle.step(cleaned);
         perform(&actions);
         self.inner().gone = true;
         self.changed();
@@ -465,11 +486,11 @@ impl Registry {
     }
 }
 
-/// The reason and exit code an ended kernel shows.
-pub fn outcome(state: &State) -> (Option<&Reason>, Option<i64>) {
+/// How a kernel ends or has ended.
+pub fn outcome(state: &State) -> Option<&Ending> {
     match state {
-        State::Ending(ending) | State::Ended(ending) => (Some(&ending.reason), ending.exit_code),
-        _ => (None, None),
+        State::Ending(ending) | State::Ended(ending) => Some(ending),
+        _ => None,
     }
 }
 
@@ -566,7 +587,7 @@ mod tests {
             })
         };
         kernel.step(Input::CreationFailed { exit_code: None });
-        kernel.finish(Some(3), |actions| {
+        kernel.finish(Some(3), None, |actions| {
             if actions.contains(&Action::Forget) {
                 registry.forget(&kernel);
             }
@@ -575,7 +596,7 @@ mod tests {
         assert!(dropped.unwrap().unwrap());
         let ended = registry.ended();
         assert_eq!(ended.len(), 1);
-        assert_eq!(outcome(&ended[0].view.state).1, Some(3));
+        assert_eq!(outcome(&ended[0].view.state).unwrap().exit_code, Some(3));
     }
 
     #[test]

@@ -12,14 +12,8 @@ async fn defect_a_container_that_ends_by_itself_leaves_things_behind() -> Result
         (
             "its runner is killed",
             |id| {
-                let shown = kernels::docker(&["top", id, "-eo", "pid,args"])?;
-                let line = shown
-                    .lines()
-                    .find(|line| line.contains("bai-krunner"))
-                    .context(shown.clone())?;
-                let pid: i32 = line.split_whitespace().next().context("a pid")?.parse()?;
                 nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
+                    nix::unistd::Pid::from_raw(runner_pid(id)?),
                     nix::sys::signal::Signal::SIGKILL,
                 )?;
                 Ok(String::new())
@@ -189,11 +183,89 @@ async fn an_oom_kill_ends_the_command_and_not_the_kernel() -> Result<()> {
         "{}",
         kernels::ask(&node, "bai.stats", Vec::new()).await?
     );
+    let status = kernels::ask(&node, "bai.status", Vec::new()).await?;
+    let short = &status["short_of_memory"][0];
+    assert_eq!(short["kernel_id"], order.kernel.to_string(), "{status}");
+    assert!(short["killed"].as_u64() > Some(0), "{status}");
+    assert_eq!(short["memory_limit"], 134_217_728, "{status}");
     assert_eq!(output_of(&node, &order, "echo alive").await?, "alive\n");
     kernels::destroy(&node, &order).await?;
     assert_eq!(
         kernels::ends(&node, order.kernel).await?,
         [("user-requested".to_owned(), 0)]
+    );
+    kernels::assert_clean(&node).await
+}
+
+/// The host's pid of a kernel's runner.
+fn runner_pid(container: &str) -> Result<i32> {
+    let shown = kernels::docker(&["top", container, "-eo", "pid,args"])?;
+    let line = shown
+        .lines()
+        .find(|line| line.contains("bai-krunner"))
+        .context(shown.clone())?;
+    Ok(line.split_whitespace().next().context("a pid")?.parse()?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_dies_at_its_memory_limit_says_so() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["resource_slots"]["mem"] = json!("134217728");
+    let result = kernels::create(&node, &order).await?;
+    // Linux takes the runner first. What eats is no child of it, which would inherit the score.
+    let container = container_of(&result).to_owned();
+    let runner = runner_pid(&container)?;
+    std::fs::write(format!("/proc/{runner}/oom_score_adj"), "1000")?;
+    let eater = tokio::task::spawn_blocking(move || {
+        kernels::docker(&["exec", &container, "tail", "/dev/zero"])
+    });
+    let end = kernels::wait_end(&node, order.kernel).await?;
+    assert_eq!(end, ("out-of-memory".to_owned(), 137));
+    // It went with the container: whatever Docker says of that is right.
+    let _ = eater.await?;
+    let status = kernels::ask(&node, "bai.status", Vec::new()).await?;
+    let died = &status["died"][0];
+    assert_eq!(died["kernel_id"], order.kernel.to_string(), "{status}");
+    let cause = died["cause"].as_str().context("a cause")?;
+    assert!(cause.contains("memory limit"), "{cause}");
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exceeded_shm_is_told_apart_from_a_kill() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["resource_opts"] = json!({"shmem": "8388608"});
+    let result = kernels::create(&node, &order).await?;
+    // A map larger than the file system it is of, filled until there is nothing left.
+    let exceed = "cat > /tmp/exceed.py <<'END'\nimport mmap\n\
+        file = open('/dev/shm/big', 'w+b')\nfile.truncate(16 << 20)\n\
+        area = mmap.mmap(file.fileno(), 16 << 20)\n\
+        for at in range(0, 16 << 20, 4096): area[at] = 1\nEND\n\
+        /opt/backend.ai/bin/python3 /tmp/exceed.py; exit $?";
+    let ran = kernels::run(&node, &order, exceed).await?;
+    assert_eq!(ran.exit_code, Some(135), "{ran:?}");
+    wait::until("the full shm is seen", SOON, || async {
+        let status = kernels::ask(&node, "bai.status", Vec::new()).await.ok()?;
+        let short = &status["short_of_memory"][0];
+        (short["shm"]["size"] == 8_388_608 && short["killed"] == 0).then_some(())
+    })
+    .await?;
+    let runner = nix::unistd::Pid::from_raw(runner_pid(container_of(&result))?);
+    nix::sys::signal::kill(runner, nix::sys::signal::Signal::SIGBUS)?;
+    assert_eq!(
+        kernels::wait_end(&node, order.kernel).await?,
+        ("shared-memory-full".to_owned(), 135)
+    );
+    // The same signal with room in /dev/shm.
+    let other = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &other).await?;
+    let runner = nix::unistd::Pid::from_raw(runner_pid(container_of(&result))?);
+    nix::sys::signal::kill(runner, nix::sys::signal::Signal::SIGBUS)?;
+    assert_eq!(
+        kernels::wait_end(&node, other.kernel).await?,
+        ("self-terminated".to_owned(), 135)
     );
     kernels::assert_clean(&node).await
 }

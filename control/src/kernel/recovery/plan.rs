@@ -144,6 +144,7 @@ fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
                 reason: Reason::from_text(&ending.reason),
                 suppress: ending.suppress,
                 exit_code: ending.exit_code,
+                death: None,
             },
         );
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value as Json, json};
 use shared::ids::KernelId;
-use shared::observed::{ForwardPath, PortState, RelayEngine};
+use shared::observed::{ForwardPath, ObservedSnapshot, PortState, RelayEngine};
 use uuid::Uuid;
 
 use super::super::arguments::parse_uuid;
@@ -16,8 +16,10 @@ use super::{lifecycle, reply, unknown_kernel};
 use crate::cluster::Cluster;
 use crate::etcd::Health;
 use crate::image::{self, ImageError};
+use crate::kernel::death::full_shm;
 use crate::kernel::destroy::chain;
 use crate::kernel::node::Node;
+use crate::kernel::registry::outcome;
 use crate::stats;
 
 /// What their names start with.
@@ -26,6 +28,8 @@ pub(super) const PREFIX: &str = "bai.";
 const EVENTS_WAIT: Duration = Duration::from_secs(30);
 /// How many events one answer holds at most.
 const EVENTS_LIMIT: usize = 1000;
+/// How many kernels that died `bai.status` names.
+const DIED_SHOWN: usize = 5;
 /// How long `bai.status` waits for Docker.
 const DOCKER_WAIT: Duration = Duration::from_secs(3);
 
@@ -84,6 +88,8 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
             "epoch": observed.epoch,
         },
         "kernels": node.registry.len(),
+        "short_of_memory": short_of_memory(node, observed.snapshot.as_deref()),
+        "died": died(node),
         "ports": {
             "total": occupancy.total,
             "free": occupancy.free,
@@ -93,6 +99,49 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
         "scaling_group": *node.scaling_group.borrow(),
         "cluster": node.cluster.as_ref().map(cluster),
     }))
+}
+
+/// The kernels in service whose processes were killed for memory, or whose /dev/shm is full.
+fn short_of_memory(node: &Node, snapshot: Option<&ObservedSnapshot>) -> Vec<Json> {
+    let kernels = node.registry.all().into_iter();
+    kernels
+        .filter_map(|kernel| {
+            let told = kernel.out_of_memory();
+            let sample = snapshot.and_then(|snapshot| snapshot.container(kernel.container()?));
+            let memory = sample.and_then(|sample| sample.memory.get());
+            // The engine's events may have been missed, its own counter counts them all.
+            let counted = memory.and_then(|memory| memory.oom_kill_events);
+            let kills = counted.unwrap_or(0).max(told.kills);
+            let shm = sample.and_then(full_shm);
+            (kills > 0 || shm.is_some()).then(|| {
+                json!({
+                    "kernel_id": kernel.id.to_string(),
+                    "killed": kills,
+                    "killed_s_ago": told.last.map(|last| last.elapsed().as_secs_f64()),
+                    "memory_limit": memory.and_then(|memory| memory.limit_bytes),
+                    "shm": shm.map(|(used, size)| json!({"used": used, "size": size})),
+                })
+            })
+        })
+        .collect()
+}
+
+/// The kernels that died last, newest first.
+fn died(node: &Node) -> Vec<Json> {
+    let ended = node.registry.ended().into_iter().rev();
+    ended
+        .filter_map(|ended| {
+            let ending = outcome(&ended.view.state)?;
+            Some(json!({
+                "kernel_id": ended.view.id.to_string(),
+                "reason": ending.told().to_string(),
+                "exit_code": ending.exit_code,
+                "cause": ending.death?.words(),
+                "at": crate::events::unix_seconds(ended.at),
+            }))
+        })
+        .take(DIED_SHOWN)
+        .collect()
 }
 
 /// What is known of etcd, the bus and the managers.

@@ -12,6 +12,7 @@ use super::super::value::Value;
 use super::{kernel_id, reply};
 use crate::events::Event;
 use crate::kernel::create::{self, Order, public_services};
+use crate::kernel::death::Death;
 use crate::kernel::destroy::{self, DestroyError, chain};
 use crate::kernel::lifecycle::{Reason, State};
 use crate::kernel::node::Node;
@@ -294,7 +295,8 @@ pub(super) fn shown(
     address: Option<String>,
 ) -> serde_json::Value {
     let record = &view.record;
-    let (reason, exit_code) = crate::kernel::registry::outcome(&view.state);
+    let ending = crate::kernel::registry::outcome(&view.state);
+    let death = ending.and_then(|ending| ending.death);
     let state = match &view.state {
         State::Creating { .. } if record.result.is_some() => "restarting",
         state => state.name(),
@@ -305,8 +307,9 @@ pub(super) fn shown(
         "container_id": record.container_id,
         "image": record.image,
         "state": state,
-        "reason": reason.map(Reason::as_str),
-        "exit_code": exit_code,
+        "reason": ending.map(|ending| ending.told().to_string()),
+        "exit_code": ending.and_then(|ending| ending.exit_code),
+        "cause": death.map(Death::words),
         "created_at": record.created_at,
         "session_type": record.session_type,
         "cluster_hostname": record.hostname,

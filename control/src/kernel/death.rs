@@ -1,0 +1,182 @@
+//! What killed a container, as far as it can be known.
+//!
+//! In: the exit code, the engine's word on memory, the last sample of /dev/shm. Out: the cause, its
+//! reason for events, and words for people. Invariant: nothing is claimed of memory without a sign of
+//! it: SIGKILL and SIGBUS have other senders too.
+//!
+//! Exit codes are the shell's: 128 and the number of the signal. Sources: signal(7); shm_overview(7)
+//! (a page of a full tmpfs that cannot be had is a SIGBUS); the kernel's cgroup memory controller,
+//! which kills by SIGKILL.
+
+use std::time::{Duration, Instant};
+
+use shared::observed::ContainerSample;
+
+use super::lifecycle::Reason;
+
+/// 128 + SIGBUS.
+const BUS_ERROR: i64 = 135;
+/// 128 + SIGKILL.
+const KILLED: i64 = 137;
+/// A container that dies this soon after a kill for memory has died of it.
+const RECENT: Duration = Duration::from_secs(10);
+/// Less than this is left of a /dev/shm that is full: a page has been refused.
+const SHM_SLACK: u64 = 1 << 20;
+
+/// What killed a container or a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// Killed at its memory limit.
+    OutOfMemory,
+    /// SIGKILL without a sign that memory was the cause.
+    Killed,
+    /// SIGBUS with a full /dev/shm.
+    SharedMemoryFull,
+    /// SIGBUS with room in /dev/shm, as far as it was seen.
+    BusError,
+}
+
+/// The signs there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Signs {
+    /// Something of the container was killed for memory a moment ago.
+    pub out_of_memory: bool,
+    /// Its /dev/shm was full when it was last looked at.
+    pub shm_full: bool,
+}
+
+impl Death {
+    /// The cause; `None` when the code says nothing of one.
+    pub fn of(exit_code: Option<i64>, signs: Signs) -> Option<Death> {
+        match exit_code? {
+            KILLED if signs.out_of_memory => Some(Death::OutOfMemory),
+            KILLED => Some(Death::Killed),
+            BUS_ERROR if signs.shm_full => Some(Death::SharedMemoryFull),
+            BUS_ERROR => Some(Death::BusError),
+            _ => None,
+        }
+    }
+
+    /// The reason of a kernel that ended by itself, when there is a better one than that.
+    pub fn reason(self) -> Option<Reason> {
+        match self {
+            Death::OutOfMemory => Some(Reason::OUT_OF_MEMORY),
+            Death::SharedMemoryFull => Some(Reason::SHARED_MEMORY_FULL),
+            Death::Killed | Death::BusError => None,
+        }
+    }
+
+    /// For people: what it means and what to do.
+    pub fn words(self) -> &'static str {
+        match self {
+            Death::OutOfMemory => "killed at its memory limit; the session needs a larger mem slot",
+            Death::Killed => "killed by SIGKILL, not for want of memory as far as was seen",
+            Death::SharedMemoryFull => {
+                "killed by SIGBUS with a full /dev/shm; the session needs a larger shmem"
+            }
+            Death::BusError => {
+                "killed by SIGBUS: a memory map could not be filled; /dev/shm or a disk may be full"
+            }
+        }
+    }
+}
+
+/// Bytes and size of a /dev/shm that is full.
+pub fn full_shm(sample: &ContainerSample) -> Option<(u64, u64)> {
+    let disk = sample.disk.get()?;
+    let (used, size) = (disk.shm_bytes?, disk.shm_limit_bytes?);
+    // A small one is full when a thirty-second of it is left.
+    (size > 0 && size.saturating_sub(used) < SHM_SLACK.min(size / 32 + 1)).then_some((used, size))
+}
+
+/// The kills for memory that the engine told of one container.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OutOfMemory {
+    /// How many.
+    pub kills: u64,
+    /// The last one.
+    pub last: Option<Instant>,
+}
+
+impl OutOfMemory {
+    /// Counts one. True when it is worth a line in the log: a container can cause any number.
+    pub fn count(&mut self, now: Instant) -> bool {
+        let quiet = self
+            .last
+            .is_none_or(|last| now - last > Duration::from_secs(60));
+        self.kills = self.kills.saturating_add(1);
+        self.last = Some(now);
+        quiet
+    }
+
+    /// Whether a death at `now` is one of these. `flagged` is the engine's own word, which stands for
+    /// any kill in the container's life: it decides only when no kill was told.
+    pub fn explains(&self, now: Instant, flagged: bool) -> bool {
+        match self.last {
+            Some(last) => now.saturating_duration_since(last) < RECENT,
+            None => flagged,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::observed::{DiskCounters, Measured, Source};
+
+    #[test]
+    fn codes_are_told_apart_by_their_signs() {
+        let signs = |out_of_memory, shm_full| Signs {
+            out_of_memory,
+            shm_full,
+        };
+        for (code, signs, death) in [
+            (Some(137), signs(true, true), Some(Death::OutOfMemory)),
+            (Some(137), signs(false, true), Some(Death::Killed)),
+            (Some(135), signs(true, true), Some(Death::SharedMemoryFull)),
+            (Some(135), signs(true, false), Some(Death::BusError)),
+            (Some(0), signs(true, true), None),
+            (Some(143), signs(true, true), None),
+            (None, signs(true, true), None),
+        ] {
+            assert_eq!(Death::of(code, signs), death, "{code:?} {signs:?}");
+        }
+        assert_eq!(Death::Killed.reason(), None, "anybody may kill");
+    }
+
+    #[test]
+    fn an_old_kill_explains_no_new_death() {
+        let now = Instant::now();
+        let mut seen = OutOfMemory::default();
+        assert!(seen.explains(now, true) && !seen.explains(now, false));
+        assert!(seen.count(now));
+        assert!(seen.explains(now + RECENT / 2, false));
+        assert!(!seen.explains(now + RECENT * 2, true));
+        assert!(!seen.count(now + RECENT), "told a moment ago");
+        assert_eq!(seen.kills, 2);
+    }
+
+    #[test]
+    fn a_shm_is_full_when_hardly_anything_is_left() {
+        let sample = |used, size| ContainerSample {
+            disk: Measured::now(
+                Source::File,
+                DiskCounters {
+                    shm_bytes: Some(used),
+                    shm_limit_bytes: Some(size),
+                    ..DiskCounters::default()
+                },
+            ),
+            ..ContainerSample::default()
+        };
+        let mib = 1 << 20;
+        assert_eq!(
+            full_shm(&sample(64 * mib, 64 * mib)),
+            Some((64 * mib, 64 * mib))
+        );
+        assert_eq!(full_shm(&sample(62 * mib, 64 * mib)), None);
+        assert_eq!(full_shm(&sample(0, mib / 16)), None);
+        assert_eq!(full_shm(&sample(0, 0)), None);
+        assert_eq!(full_shm(&ContainerSample::default()), None);
+    }
+}
