@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration compat bench-agent bench-ports bench-publish setup-bench verify-units fuzz runner clean
+        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish setup-bench verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,12 @@ loom: ## model checks of the shared-memory cell
 
 integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
 	$(NEXTEST) nextest run --locked -p tests --tests
+
+test-accelerators: build runner $(NEXTEST) ## the suites about accelerators alone (part of `make test`)
+	$(NEXTEST) nextest run --locked -p tests -E 'binary(/^accelerator_/)'
+
+test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver: against nvidia-smi (docs/gpu.md)
+	$(NEXTEST) nextest run --locked -p tests --test gpu --success-output final
 
 compat: setup-test build runner ## an unmodified manager drives the agent through its public API
 	tests/scripts/compat

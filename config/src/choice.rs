@@ -164,6 +164,26 @@ choice! {
     }
 }
 choice! {
+    /// `node.accelerators.allocation-mode`: what a CUDA device is given out as.
+    AllocationMode, any_case: false, {
+        /// Whole devices, `cuda.device`.
+        Discrete = "discrete",
+        /// Shares of devices, `cuda.shares`.
+        Fractional = "fractional",
+    }
+}
+choice! {
+    /// `node.accelerators.cuda-injection`: how containers get CUDA devices.
+    CudaInjection, any_case: false, {
+        /// By the engine's device requests, which need NVIDIA's container toolkit.
+        DeviceRequests = "device-requests",
+        /// By the names of a CDI specification of kind nvidia.com/gpu.
+        Cdi = "cdi",
+        /// By device nodes alone; the image brings the driver's libraries.
+        DeviceNodes = "device-nodes",
+    }
+}
+choice! {
     /// `node.publish`: who publishes container ports.
     Publish, any_case: false, {
         /// Rows where container addresses can be reached, else the engine.

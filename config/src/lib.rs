@@ -28,13 +28,13 @@ mod spelling;
 mod units;
 
 pub use choice::{
-    AffinityPolicy, Backend, DiscoveryType, Forward, KernelAttach, LogDriver, LogFormat, LogLevel,
-    Publish, SandboxType, ScalingGroupType, ScratchType, StatsType,
+    AffinityPolicy, AllocationMode, Backend, CudaInjection, DiscoveryType, Forward, KernelAttach,
+    LogDriver, LogFormat, LogLevel, Publish, SandboxType, ScalingGroupType, ScratchType, StatsType,
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
 pub use load::{Environment, LoadOptions, Loaded, load, load_over};
-pub use node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
+pub use node::{Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 pub use overlay::{AGENT_SECTIONS, Overlay};
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};
 pub use render::{render_json, render_notes, render_text};

@@ -1,10 +1,10 @@
 //! `[node]`: the settings the original does not have.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::choice::{Forward, KernelAttach, Publish};
+use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish};
 use crate::units::{ByteSize, Subnet, mask_password};
 
 /// `[node]`.
@@ -45,6 +45,8 @@ pub struct Node {
     pub rpc: RpcLimits,
     /// `[node.volumes]`.
     pub volumes: Volumes,
+    /// `[node.accelerators]`.
+    pub accelerators: Accelerators,
 }
 
 impl Node {
@@ -120,6 +122,31 @@ pub struct DataplaneLimits {
     pub drain: Duration,
     /// Period of the statistics samples.
     pub stats_interval: Duration,
+}
+
+/// `[node.accelerators]`. What etcd says below `config/plugins/accelerator` wins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accelerators {
+    /// Devices left out, by id or as `kind:number`.
+    pub device_mask: Vec<String>,
+    /// How containers get CUDA devices.
+    pub cuda_injection: CudaInjection,
+    /// What a CUDA device is given out as.
+    pub allocation_mode: AllocationMode,
+    /// Memory that a share of 1 stands for.
+    pub unit_mem: ByteSize,
+    /// Multiprocessors that a share of 1 stands for.
+    pub unit_proc: u32,
+    /// The least share and the step of shares, hundredths.
+    pub quantum_percent: u32,
+    /// Where `sys`, `proc` and `dev` of the devices are.
+    pub device_root: PathBuf,
+    /// Devices that are not there, for trying out: the original's `mock-accelerator.toml`.
+    pub mock: Option<PathBuf>,
+    /// Where device plugins of Kubernetes look for a kubelet.
+    pub plugin_dir: PathBuf,
+    /// Resource name of a device plugin to slot name; none switches the host of plugins off.
+    pub device_plugins: BTreeMap<String, String>,
 }
 
 /// `[node.volumes]`: what may be mounted here on request.

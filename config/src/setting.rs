@@ -584,6 +584,31 @@ impl Setting for BTreeMap<String, LogLevel> {
     }
 }
 
+impl Setting for BTreeMap<String, String> {
+    fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
+        match &value.kind {
+            Kind::Table(table) => table
+                .entries
+                .iter()
+                .map(|entry| Ok((entry.key.clone(), String::read(&entry.value, host)?)))
+                .collect(),
+            _ => Err(wrong_kind(value, "write a table of names and texts")),
+        }
+    }
+
+    fn text(&self) -> String {
+        let all: Vec<String> = self
+            .iter()
+            .map(|(name, text)| format!("{name:?}={text:?}"))
+            .collect();
+        all.join(", ")
+    }
+
+    fn json(&self) -> Json {
+        json!(self)
+    }
+}
+
 /// Marks the types whose settings are words, so lists of them can be read.
 pub(crate) trait ChoiceSetting: Setting {}
 
@@ -645,5 +670,7 @@ choice_settings!(
     DiscoveryType,
     Forward,
     KernelAttach,
-    Publish
+    Publish,
+    AllocationMode,
+    CudaInjection
 );

@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
 use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting};
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
@@ -93,6 +94,9 @@ pub enum AppError {
     /// The node's devices cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
+    /// The made-up devices cannot be used.
+    #[error(transparent)]
+    Mock(#[from] MockError),
     /// What containers are made with cannot be read.
     #[error(transparent)]
     Host(#[from] HostFactsError),
@@ -144,7 +148,10 @@ impl AppError {
     /// Whether only a change of the configuration helps, not another try.
     pub fn is_of_configuration(&self) -> bool {
         match self {
-            AppError::Directories(_) | AppError::RunDir(_) | AppError::Key { .. } => true,
+            AppError::Directories(_)
+            | AppError::RunDir(_)
+            | AppError::Key { .. }
+            | AppError::Mock(_) => true,
             AppError::Cluster(err) => !matches!(err, ClusterError::Interrupted),
             AppError::Bind(err) => !matches!(err, BindError::Bind { .. }),
             _ => false,
@@ -216,6 +223,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(monitor::follow_events(node.clone())),
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),
+        tokio::spawn(accelerator::follow(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
@@ -328,6 +336,10 @@ async fn assemble(
     let events_file = state_dir.join(format!("events.{}.jsonl", plain_name(&agent_id)));
     let mut sinks: Vec<Box<dyn Sink>> =
         vec![Box::new(LogSink), Box::new(FileSink::open(&events_file)?)];
+    let accelerator_options = joined
+        .as_ref()
+        .map(|joined| settings::of_tree(&joined.settings.accelerator.tree))
+        .unwrap_or_default();
     let cluster = match joined {
         None => None,
         Some(joined) => {
@@ -345,7 +357,12 @@ async fn assemble(
     };
 
     let inventory = config.clone();
-    let ledger = blocking(move || Ledger::discover(&inventory, Vec::new())).await?;
+    let (ledger, accelerators) = blocking(move || {
+        let accelerators = Accelerators::open(&inventory, &accelerator_options);
+        let ledger = Ledger::discover(&inventory, accelerators.plugins()?)?;
+        Ok::<_, AppError>((ledger, accelerators))
+    })
+    .await?;
     let seccomp = crate::runner::RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH)
         .inspect_err(|err| {
             tracing::warn!(err = err as &dyn std::error::Error,
@@ -441,6 +458,7 @@ async fn assemble(
         distros,
         host,
         ledger,
+        accelerators,
         journal,
         logs,
         link,

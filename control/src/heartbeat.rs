@@ -1,6 +1,7 @@
 //! Signs of life: what makes and keeps this node ALIVE in the manager.
 //!
-//! In: what the node is, its slots, its installed images, its resource group; the clock. Out:
+//! In: what the node is, its slots, its installed images, its resource group; the clock; the first
+//! scan of accelerators, since absent is not zero. Out:
 //! `agent_heartbeat` at a fixed period, `agent_status_heartbeat` every minute, and
 //! `agent_images_remove`. Invariants: a heartbeat waits for nothing: not for the engine, not for
 //! the bus (of a report only the newest waits); what the engine does not tell in time is told as
@@ -72,9 +73,16 @@ impl Heartbeat {
         mut images: watch::Receiver<images::Installed>,
         status: oneshot::Receiver<()>,
     ) {
+        let runs = node.link.observed().is_alive();
+        let mut devices = node.accelerators.subscribe();
         // The engine has told what it has, or it is slow: both are reasons to go on.
         let told = async { tokio::join!(images.changed(), status) };
-        let _ = tokio::time::timeout(FIRST_LOOK, told).await;
+        let told = tokio::time::timeout(FIRST_LOOK, told);
+        tokio::select! {
+            _ = async { tokio::join!(told, node.accelerators.first_scan(runs)) } => {}
+            () = node.stopping.cancelled() => return,
+        }
+        devices.mark_unchanged();
         images.mark_unchanged();
         self.scaling_group.mark_unchanged();
         let mut ticks = tokio::time::interval(self.period.max(Duration::from_millis(100)));
@@ -83,6 +91,8 @@ impl Heartbeat {
             tokio::select! {
                 _ = ticks.tick() => {}
                 Ok(()) = images.changed() => {}
+                // A device that failed must not be given out by the manager for a whole period.
+                Ok(()) = devices.changed() => {}
                 Ok(()) = self.scaling_group.changed() => {}
                 () = node.stopping.cancelled() => return,
             }

@@ -4,6 +4,7 @@
 //! `app` is the only module that knows all the others.
 #![forbid(unsafe_code)]
 
+pub mod accelerator;
 pub mod app;
 pub mod background;
 pub mod cli;

@@ -246,6 +246,11 @@ impl Link {
         self.observed.borrow().clone()
     }
 
+    /// Follows what the dataplane says.
+    pub fn subscribe(&self) -> watch::Receiver<Observed> {
+        self.observed.clone()
+    }
+
     /// The last sample of a container.
     pub fn sample(&self, container: ContainerId) -> Option<ContainerSample> {
         self.observed().snapshot?.container(container).cloned()

@@ -22,6 +22,7 @@ mod plugin;
 mod slots;
 
 pub use affinity::{AffinityGraph, Hint};
+pub(crate) use allocation::Shares;
 pub use allocation::{Allocation, BadAllocation};
 pub use error::ResourceError;
 pub use ledger::{
@@ -30,7 +31,10 @@ pub use ledger::{
 };
 pub use limits::ContainerLimits;
 pub use map::{AllocationMap, MapDevice, Strategy};
-pub use plugin::{AttachedDevice, Device, DevicePlugin, PluginError, SlotDeclaration};
+pub use plugin::{
+    AttachedDevice, Device, DevicePlugin, Hardware, HardwareStatus, NumberFormat, PluginError,
+    PluginFacts, SlotDeclaration, SlotMetadata,
+};
 pub use slots::{Amount, SlotType, Slots};
 
 /// Device name of a slot: the text before the first dot.

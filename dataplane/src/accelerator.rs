@@ -1,16 +1,20 @@
 //! Accelerators: a thread per driver that is there, each with the last whole answer of its driver.
 //!
-//! In: the drivers (NVML; more kinds plug in beside it). Out: rows for the `observed` region, with
+//! In: the drivers (NVML; AMD's and Google's by sysfs). Out: rows for the `observed` region, with
 //! their age, the containers that use each device, and what processes use. Invariants: nobody ever
 //! waits for a driver but its own thread, so a call that never returns makes its own numbers old
 //! and nothing else late; old numbers are dropped, not shown as new; where there is no driver there
 //! is no thread.
 
 pub mod attribution;
+mod files;
 pub mod nvml;
+pub mod rocm;
+pub mod tpu;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,12 +48,15 @@ pub struct ProcessUse {
 pub struct Options {
     /// NVML's library: a name the loader knows or a path.
     pub nvml_library: OsString,
+    /// Where `sys` is.
+    pub root: PathBuf,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             nvml_library: nvml::LIBRARY.into(),
+            root: PathBuf::from("/"),
         }
     }
 }
@@ -123,12 +130,25 @@ impl Accelerators {
     /// # Errors
     /// No thread.
     pub fn start(options: &Options) -> std::io::Result<Self> {
-        let slot = Arc::new(Slot::default());
-        let (own, library) = (Arc::clone(&slot), options.nvml_library.clone());
-        std::thread::Builder::new()
-            .name("nvml".to_owned())
-            .spawn(move || nvml::run(&library, &own))?;
-        Ok(Self { slots: vec![slot] })
+        let mut slots = Vec::new();
+        let mut start = |name: &str, run: Box<dyn FnOnce(&Slot) + Send>| {
+            let slot = Arc::new(Slot::default());
+            let own = Arc::clone(&slot);
+            slots.push(slot);
+            let thread = std::thread::Builder::new().name(name.to_owned());
+            thread.spawn(move || run(&own)).map(drop)
+        };
+        let library = options.nvml_library.clone();
+        start("nvml", Box::new(move |slot| nvml::run(&library, slot)))?;
+        if rocm::is_there(&options.root) {
+            let root = options.root.clone();
+            start("rocm", Box::new(move |slot| rocm::run(&root, slot)))?;
+        }
+        if tpu::is_there(&options.root) {
+            let root = options.root.clone();
+            start("tpu", Box::new(move |slot| tpu::run(&root, slot)))?;
+        }
+        Ok(Self { slots })
     }
 
     /// No accelerators, for benches and tests of other parts.
@@ -177,6 +197,24 @@ impl Drop for Accelerators {
         for slot in &self.slots {
             slot.lock().stop = true;
             slot.changed.notify_all();
+        }
+    }
+}
+
+/// Texts of a driver are bounded like everybody's: one that is too long for its field is cut.
+fn clip(row: &mut AcceleratorRow) {
+    for (text, limit) in [
+        (&mut row.id, 80),
+        (&mut row.model, 64),
+        (&mut row.pci, 32),
+        (&mut row.profile, 32),
+    ] {
+        if text.len() > limit {
+            let end = (0..=limit)
+                .rev()
+                .find(|end| text.is_char_boundary(*end))
+                .unwrap_or(0);
+            text.truncate(end);
         }
     }
 }

@@ -136,7 +136,10 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
             (Forward::Auto, KernelAttach::Auto) => Some(Means::Auto),
             (Forward::Auto, KernelAttach::Filters) => Some(Means::Filters),
         },
-        accelerators: accelerator::Options { nvml_library },
+        accelerators: accelerator::Options {
+            nvml_library,
+            root: config.node.accelerators.device_root.clone(),
+        },
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod cgroup;
 pub mod dataplane;
+pub mod device_tree;
 pub mod etcd;
 pub mod fake_runner;
 pub mod fault_docker;

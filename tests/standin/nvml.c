@@ -129,6 +129,8 @@ API int nvmlDeviceGetAttributes_v2(struct device *d, struct attributes *a) {
   a->sms = d->sms, a->slices = a->ci_slices = d->slices, a->mb = d->mem >> 20;
   return OK;
 }
+API int nvmlDeviceGetNumGpuCores(struct device *d, unsigned *n) { WHOLE *n = d->sms * 128; return OK; }
+API int nvmlDeviceGetCudaComputeCapability(struct device *d, int *major, int *minor) { WHOLE *major = 9; *minor = 0; return OK; }
 struct utilization { unsigned gpu, memory; };
 API int nvmlDeviceGetUtilizationRates(struct device *d, struct utilization *u) { WHOLE if (d->mig) return NOT_SUPPORTED; u->gpu = d->util; u->memory = d->util / 2; return OK; }
 API int nvmlDeviceGetPowerUsage(struct device *d, unsigned *mw) { WHOLE *mw = d->power; return OK; }

@@ -80,6 +80,7 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
             row.model == "Stand-in H100" && row.healthy && !row.divided,
             "{row:?}"
         );
+        ensure!(row.units == Some(132), "multiprocessors: {row:?}");
         ensure!(
             row.pci == format!("0000:{:02x}:00.0", 16 + index),
             "{}",

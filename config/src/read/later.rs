@@ -7,7 +7,6 @@ use crate::section::{Reader, kebab};
 
 const DISCOVERY: &str = "this release does not register HTTP services for discovery";
 const METADATA: &str = "this release serves no metadata to containers";
-const PLUGINS: &str = "this release has no accelerator plugins";
 const WATCHER: &str = "the watcher is not part of this release";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
 
@@ -26,8 +25,6 @@ const LATER: &[(&str, &str, &str)] = &[
         "pid-file",
         "the region's lock names the process that runs",
     ),
-    ("agent", "allow-compute-plugins", PLUGINS),
-    ("agent", "block-compute-plugins", PLUGINS),
     (
         "container",
         "stats-type",

@@ -1,13 +1,13 @@
 //! `[node]`: what the original does not have.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
-use crate::choice::{Forward, KernelAttach, Publish};
+use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish};
 use crate::document::{Kind, Table, Value};
-use crate::node::{DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
+use crate::node::{Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 use crate::problem::Origin;
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::Agent;
@@ -91,9 +91,13 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let dataplane = dataplane(&mut s);
     let rpc = rpc(&mut s);
     let volumes = volumes(&mut s);
+    let accelerators = accelerators(&mut s);
     // Read by `state_dir`; named here so that it counts as known.
     let _ = s.raw(STATE_DIR);
-    s.finish(&[], &["engine", "dataplane", "rpc", "volumes"]);
+    s.finish(
+        &[],
+        &["engine", "dataplane", "rpc", "volumes", "accelerators"],
+    );
     Node {
         run_dir,
         state_dir,
@@ -112,6 +116,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         dataplane,
         rpc,
         volumes,
+        accelerators,
     }
 }
 
@@ -401,4 +406,47 @@ fn volumes(node: &mut Section<'_, '_>) -> Volumes {
     };
     s.finish(&[], &[]);
     volumes
+}
+
+fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, "node.accelerators");
+    let slots = |plugins: &BTreeMap<String, String>| {
+        let fits = |slot: &str| {
+            slot.split_once('.').is_some_and(|(device, rest)| {
+                !device.is_empty() && !rest.is_empty() && !matches!(device, "cpu" | "mem")
+            })
+        };
+        match plugins.iter().find(|(_, slot)| !fits(slot)) {
+            None => Ok(()),
+            Some((name, slot)) => Err(Fault::new(
+                format!("{slot:?} of {name:?} is not the name of a slot"),
+                "write { \"habana.ai/gaudi\" = \"gaudi2.device\" }",
+            )),
+        }
+    };
+    let accelerators = Accelerators {
+        device_mask: s.or(key("device-mask"), Vec::<String>::new()),
+        cuda_injection: s.or(key("cuda-injection"), CudaInjection::DeviceRequests),
+        allocation_mode: s.or(key("allocation-mode"), AllocationMode::Discrete),
+        unit_mem: s.or_checked(key("unit-mem"), ByteSize(2 << 30), |size| {
+            if size.0 >= 512 << 20 {
+                return Ok(());
+            }
+            Err(Fault::new("the unit is too small", "write 512m or more"))
+        }),
+        unit_proc: s.or_checked(key("unit-proc"), 8, within(2, 1024)),
+        quantum_percent: s.or_checked(key("quantum-percent"), 10, within(1, 100)),
+        device_root: s.or(key("device-root"), Directory(PathBuf::from("/"))).0,
+        mock: s.maybe::<AnyPath>(key("mock")).map(|path| path.0),
+        plugin_dir: s
+            .or(
+                key("plugin-dir"),
+                Directory(PathBuf::from("/var/lib/kubelet/device-plugins")),
+            )
+            .0,
+        device_plugins: s.or_checked(key("device-plugins"), BTreeMap::new(), slots),
+    };
+    s.finish(&[], &[]);
+    accelerators
 }

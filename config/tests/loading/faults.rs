@@ -245,6 +245,16 @@ fn what_does_not_fit_is_refused_at_its_key() {
             "stats-interval = '1ms'",
             "node.dataplane.stats-interval",
         ),
+        (
+            "node.accelerators",
+            "unit-mem = '1m'",
+            "node.accelerators.unit-mem",
+        ),
+        (
+            "node.accelerators",
+            "device-plugins = {'a/b'='mem.x'}",
+            "node.accelerators.device-plugins",
+        ),
         ("node.rpc", "max-message = '1k'", "node.rpc.max-message"),
     ] {
         let problems = Setup::new(&with_line(section, line)).problems();

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use bytes::Bytes;
 use config::Config;
 
-use crate::resource::AvailableSlot;
+use crate::resource::{AvailableSlot, PluginFacts};
 use crate::rpc::{PublicKey, Value};
 
 /// The release whose protocol this agent speaks; managers show it as the agent's version.
@@ -64,7 +64,7 @@ pub fn args(
     identity: &Identity,
     scaling_group: &str,
     slots: &[AvailableSlot],
-    plugins: &[(String, String)],
+    plugins: &[(String, PluginFacts)],
     images: Bytes,
 ) -> Vec<Value> {
     let amounts: Vec<(String, String)> = slots
@@ -76,7 +76,7 @@ pub fn args(
         .map(|slot| (slot.name.clone(), text(slot.kind.word())));
     let plugins = plugins
         .iter()
-        .map(|(name, version)| (name.clone(), plugin(name, version, identity)));
+        .map(|(name, facts)| (name.clone(), plugin(name, facts, identity)));
     let public_key = match &identity.public_key {
         Some(key) => Value::Bin(Bytes::copy_from_slice(key.as_bytes())),
         None => Value::Nil,
@@ -110,8 +110,12 @@ pub fn args(
     ])]
 }
 
-fn plugin(name: &str, version: &str, identity: &Identity) -> Value {
-    let mut entries = vec![("version", text(version))];
+fn plugin(name: &str, facts: &PluginFacts, identity: &Identity) -> Value {
+    let mut entries = vec![("version", text(&facts.version))];
+    let texts = facts.texts.iter().map(|(key, value)| (*key, text(value)));
+    entries.extend(texts);
+    let flags = facts.flags.iter();
+    entries.extend(flags.map(|(key, is)| (*key, Value::Bool(*is))));
     if name == "cpu" {
         entries.push(("agent_version", text(PROTOCOL_VERSION)));
         entries.push(("machine", text(&identity.architecture)));
@@ -195,7 +199,7 @@ mod tests {
             slot("mem", SlotType::Bytes, 66_571_993_088),
             slot("cuda.shares", SlotType::Count, 1),
         ];
-        let plugins = [("mem".to_owned(), "1".to_owned())];
+        let plugins = [("mem".to_owned(), PluginFacts::default())];
         let ours = args(&identity(), "default", &slots, &plugins, images());
         let written = Value::Array(ours).encode().unwrap();
         let file = vectors();
@@ -237,7 +241,7 @@ mod tests {
     fn cpu_tells_more_and_a_key_is_bytes() {
         let mut who = identity();
         who.public_key = Some("q".repeat(40));
-        let plugins = [("cpu".to_owned(), "1".to_owned())];
+        let plugins = [("cpu".to_owned(), PluginFacts::default())];
         let args = args(&who, "gpu", &[], &plugins, Bytes::new());
         let map = &args[0];
         let cpu = map.get("compute_plugins").and_then(|all| all.get("cpu"));

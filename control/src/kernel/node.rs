@@ -22,6 +22,7 @@ use super::lifecycle::{Action, State};
 use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
+use crate::accelerator::Accelerators;
 use crate::background::BackgroundTasks;
 use crate::cluster::Cluster;
 use crate::docker::Docker;
@@ -51,6 +52,8 @@ pub struct Node {
     pub ports: PortPool,
     /// Devices.
     pub ledger: Ledger,
+    /// What the drivers told of accelerators.
+    pub accelerators: Accelerators,
     /// The journal.
     pub journal: Journal,
     /// Consoles of ended kernels.

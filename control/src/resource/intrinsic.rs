@@ -8,7 +8,7 @@ use super::allocation::Shares;
 use super::host::HostInventory;
 use super::{
     AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin, MapDevice,
-    PluginError, SlotDeclaration, SlotType, Strategy,
+    NumberFormat, PluginError, SlotDeclaration, SlotMetadata, SlotType, Strategy,
 };
 
 /// Cores: one device each.
@@ -35,6 +35,21 @@ fn shares_of<'a>(allocation: &'a [(String, Shares)], slot: &str) -> &'a [(String
         .iter()
         .find(|(name, _)| name == slot)
         .map_or(&[], |(_, shares)| shares)
+}
+
+/// A slot as the original shows it; its icon has the slot's name.
+fn shown(slot: &str, description: &str, name: &str, unit: &str, binary: bool) -> Vec<SlotMetadata> {
+    vec![SlotMetadata {
+        slot_name: slot.to_owned(),
+        description: description.to_owned(),
+        human_readable_name: name.to_owned(),
+        display_unit: unit.to_owned(),
+        number_format: NumberFormat {
+            binary,
+            round_length: 0,
+        },
+        display_icon: slot.to_owned(),
+    }]
 }
 
 impl CpuPlugin {
@@ -115,6 +130,10 @@ impl DevicePlugin for CpuPlugin {
         }
     }
 
+    fn metadata(&self) -> Vec<SlotMetadata> {
+        shown("cpu", "CPU", "CPU", "Core", false)
+    }
+
     fn attached(&self, _: &[Device], allocation: &[(String, Shares)]) -> Vec<AttachedDevice> {
         let shares = shares_of(allocation, "cpu");
         let device = |(id, _): &(String, Amount)| AttachedDevice {
@@ -175,6 +194,10 @@ impl DevicePlugin for MemPlugin {
             limits.memory = Some(bytes);
             limits.memory_swap = Some(bytes);
         }
+    }
+
+    fn metadata(&self) -> Vec<SlotMetadata> {
+        shown("ram", "Memory", "RAM", "GiB", true)
     }
 
     fn attached(&self, _: &[Device], allocation: &[(String, Shares)]) -> Vec<AttachedDevice> {

@@ -3,7 +3,7 @@
 //! after every failure, and forgets kernels that have no container yet (double allocation).
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::{AffinityPolicy, Config};
 use rust_decimal::Decimal;
@@ -17,7 +17,7 @@ use super::map::MapRequest;
 use super::slots::text;
 use super::{
     Allocation, AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin,
-    PluginError, ResourceError, SlotType, Slots, belongs,
+    Hardware, PluginError, PluginFacts, ResourceError, SlotMetadata, SlotType, Slots, belongs,
 };
 
 /// Why the ledger can not be set up.
@@ -138,26 +138,83 @@ pub(super) struct Policy {
 /// The reservation ledger of a node.
 #[derive(Debug)]
 pub struct Ledger {
-    computers: Vec<Computer>,
-    graph: AffinityGraph,
-    /// Slot to its type, in the order of the plugins.
-    known: Vec<(String, SlotType)>,
     policy: Policy,
     node_memory: BTreeMap<i32, u64>,
     state: Mutex<State>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Computer {
-    plugin: Box<dyn DevicePlugin>,
+    plugin: Arc<dyn DevicePlugin>,
     devices: Vec<Device>,
+}
+
+/// What the node has; replaced as a whole when devices come, go, or change.
+#[derive(Debug)]
+struct Inventory {
+    computers: Vec<Computer>,
+    graph: AffinityGraph,
+    /// Slot to its type, in the order of the plugins.
+    known: Vec<(String, SlotType)>,
+    /// Device names in the order they are allocated; every one is there.
+    order: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
 struct State {
+    inventory: Arc<Inventory>,
     /// One map per computer, in the same order.
     maps: Vec<AllocationMap>,
     holders: BTreeMap<KernelId, Holder>,
+}
+
+impl Inventory {
+    fn new(computers: Vec<Computer>, order: &[String]) -> Result<Self, InventoryError> {
+        let mut known: Vec<(String, SlotType)> = Vec::new();
+        for (index, computer) in computers.iter().enumerate() {
+            let key = computer.plugin.key();
+            if computers[..index].iter().any(|c| c.plugin.key() == key) {
+                return Err(InventoryError::Twice(key.to_owned()));
+            }
+            for slot in computer.plugin.slots() {
+                if !belongs(&slot.name, key) {
+                    return Err(InventoryError::SlotName {
+                        plugin: key.to_owned(),
+                        slot: slot.name,
+                    });
+                }
+                known.push((slot.name, slot.kind));
+            }
+        }
+        let mut order = order.to_vec();
+        complete_order(&mut order, &computers);
+        let graph = AffinityGraph::of(computers.iter().flat_map(|c| &c.devices));
+        Ok(Self {
+            computers,
+            graph,
+            known,
+            order,
+        })
+    }
+
+    fn maps(&self) -> Vec<AllocationMap> {
+        let all = self.computers.iter();
+        all.map(|c| c.plugin.allocation_map(&c.devices)).collect()
+    }
+
+    fn position(&self, device: &str) -> Option<usize> {
+        self.computers.iter().position(|c| c.plugin.key() == device)
+    }
+}
+
+impl Computer {
+    fn of(plugin: Arc<dyn DevicePlugin>) -> Result<Self, InventoryError> {
+        let devices = plugin.devices().map_err(|source| InventoryError::Devices {
+            plugin: plugin.key().to_owned(),
+            source,
+        })?;
+        Ok(Self { plugin, devices })
+    }
 }
 
 impl Ledger {
@@ -195,52 +252,52 @@ impl Ledger {
 
     pub(super) fn with_plugins(
         plugins: Vec<Box<dyn DevicePlugin>>,
-        mut policy: Policy,
+        policy: Policy,
         node_memory: BTreeMap<i32, u64>,
     ) -> Result<Self, InventoryError> {
-        let mut computers: Vec<Computer> = Vec::new();
-        let mut known: Vec<(String, SlotType)> = Vec::new();
-        for plugin in plugins {
-            let key = plugin.key().to_owned();
-            if computers
-                .iter()
-                .any(|computer| computer.plugin.key() == key)
-            {
-                return Err(InventoryError::Twice(key));
-            }
-            for slot in plugin.slots() {
-                if !belongs(&slot.name, &key) {
-                    return Err(InventoryError::SlotName {
-                        plugin: key,
-                        slot: slot.name,
-                    });
-                }
-                known.push((slot.name, slot.kind));
-            }
-            let devices = plugin.devices().map_err(|source| InventoryError::Devices {
-                plugin: key,
-                source,
-            })?;
-            computers.push(Computer { plugin, devices });
-        }
-        complete_order(&mut policy.order, &computers);
-        let maps = computers
-            .iter()
-            .map(|c| c.plugin.allocation_map(&c.devices))
-            .collect();
-        let graph = AffinityGraph::of(computers.iter().flat_map(|c| &c.devices));
+        let computers = plugins
+            .into_iter()
+            .map(|plugin| Computer::of(plugin.into()));
+        let inventory = Inventory::new(computers.collect::<Result<_, _>>()?, &policy.order)?;
         let state = Mutex::new(State {
-            maps,
+            maps: inventory.maps(),
+            inventory: Arc::new(inventory),
             holders: BTreeMap::new(),
         });
         Ok(Self {
-            computers,
-            graph,
-            known,
             policy,
             node_memory,
             state,
         })
+    }
+
+    /// Puts a plugin in the place of the one of its name, or beside the others. What kernels hold
+    /// stays theirs, also of devices that are gone. A plugin equal to the one there changes nothing.
+    ///
+    /// # Errors
+    /// Its devices or slots cannot be used; nothing is changed then.
+    pub fn install(&self, plugin: Arc<dyn DevicePlugin>) -> Result<(), InventoryError> {
+        let fresh = Computer::of(plugin)?;
+        let mut state = self.state();
+        let mut computers = state.inventory.computers.clone();
+        match state.inventory.position(fresh.plugin.key()) {
+            Some(place) => computers[place] = fresh,
+            None => computers.push(fresh),
+        }
+        let inventory = Inventory::new(computers, &self.policy.order)?;
+        let mut maps = inventory.maps();
+        for holder in state.holders.values() {
+            for (computer, map) in inventory.computers.iter().zip(&mut maps) {
+                map.apply(holder.allocation.of_device(computer.plugin.key()));
+            }
+        }
+        state.maps = maps;
+        state.inventory = Arc::new(inventory);
+        Ok(())
+    }
+
+    fn inventory(&self) -> Arc<Inventory> {
+        self.state().inventory.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -260,19 +317,24 @@ impl Ledger {
                 )));
             }
         }
+        let inventory = self.inventory();
         let mut slots = Slots::new();
         for (name, amount) in requested.iter() {
-            if self.known.iter().any(|(known, _)| known == name) {
+            if inventory.known.iter().any(|(known, _)| known == name) {
                 slots.set(name, amount);
             } else if !amount.is_zero() {
-                let known: Vec<&str> = self.known.iter().map(|(name, _)| name.as_str()).collect();
+                let known: Vec<&str> = inventory
+                    .known
+                    .iter()
+                    .map(|(name, _)| name.as_str())
+                    .collect();
                 return Err(ResourceError::Unsupported {
                     slot: name.to_owned(),
                     known: known.join(", "),
                 });
             }
         }
-        for (name, _) in &self.known {
+        for (name, _) in &inventory.known {
             if slots.get(name).is_none() {
                 slots.set(name, Decimal::ZERO);
             }
@@ -298,7 +360,8 @@ impl Ledger {
         }
         // Tried on a copy: a refusal leaves no trace.
         let mut maps = state.maps.clone();
-        let allocation = self.place(&mut maps, &slots, request.allow_fragmentation)?;
+        let inventory = state.inventory.clone();
+        let allocation = self.place(&inventory, &mut maps, &slots, request.allow_fragmentation)?;
         state.maps = maps;
         let holder = Holder {
             state: HeldState::Reserved,
@@ -310,14 +373,15 @@ impl Ledger {
 
     fn place(
         &self,
+        inventory: &Inventory,
         maps: &mut [AllocationMap],
         slots: &Slots,
         allow_fragmentation: bool,
     ) -> Result<Allocation, ResourceError> {
-        let mut hint = Hint::first(&self.graph, self.policy.affinity);
+        let mut hint = Hint::first(&inventory.graph, self.policy.affinity);
         let mut allocation = Allocation::default();
-        for name in &self.policy.order {
-            let Some(index) = self.computers.iter().position(|c| c.plugin.key() == name) else {
+        for name in &inventory.order {
+            let Some(index) = inventory.position(name) else {
                 continue;
             };
             let wanted: Vec<(String, Amount)> = slots
@@ -356,7 +420,8 @@ impl Ledger {
     pub fn release(&self, kernel_id: KernelId) -> Option<Allocation> {
         let mut state = self.state();
         let holder = state.holders.remove(&kernel_id)?;
-        for (computer, map) in self.computers.iter().zip(&mut state.maps) {
+        let inventory = state.inventory.clone();
+        for (computer, map) in inventory.computers.iter().zip(&mut state.maps) {
             map.free(holder.allocation.of_device(computer.plugin.key()));
         }
         Some(holder.allocation)
@@ -382,7 +447,7 @@ impl Ledger {
         }
         let mut restored = Restored::default();
         for (device, slots) in allocation.devices() {
-            match self.computers.iter().position(|c| c.plugin.key() == device) {
+            match state.inventory.position(device) {
                 Some(index) => {
                     restored.missing.extend(state.maps[index].apply(slots));
                     restored.overused.extend(state.maps[index].overused());
@@ -438,7 +503,7 @@ impl Ledger {
     /// What the container of an allocation may use.
     pub fn container_limits(&self, allocation: &Allocation) -> ContainerLimits {
         let mut limits = ContainerLimits::default();
-        for Computer { plugin, devices } in &self.computers {
+        for Computer { plugin, devices } in &self.inventory().computers {
             plugin.limit(devices, allocation.of_device(plugin.key()), &mut limits);
         }
         if let Some(node) = limits
@@ -458,7 +523,8 @@ impl Ledger {
         let Some(memory) = self.node_memory.get(&node) else {
             return false;
         };
-        let Some(cpu) = self.computers.iter().find(|c| c.plugin.key() == "cpu") else {
+        let inventory = self.inventory();
+        let Some(cpu) = inventory.computers.iter().find(|c| c.plugin.key() == "cpu") else {
             return false;
         };
         let on_node = |allocation: &Allocation| {
@@ -487,8 +553,9 @@ impl Ledger {
 
     /// The devices of an allocation per device name, as shown with the kernel.
     pub fn attached_devices(&self, allocation: &Allocation) -> Vec<(String, Vec<AttachedDevice>)> {
+        let inventory = self.inventory();
         let attached = |name: &str| {
-            let computer = self.computers.iter().find(|c| c.plugin.key() == name);
+            let computer = inventory.computers.iter().find(|c| c.plugin.key() == name);
             computer.map(|c| c.plugin.attached(&c.devices, allocation.of_device(name)))
         };
         let names = allocation.devices().map(|(name, _)| name);
@@ -499,15 +566,17 @@ impl Ledger {
 
     /// What the node announces: every declared slot, without what is reserved for the host.
     pub fn available(&self) -> Vec<AvailableSlot> {
+        let inventory = self.inventory();
         let mut totals: Vec<(String, Amount)> = Vec::new();
-        for Computer { plugin, devices } in &self.computers {
+        for Computer { plugin, devices } in &inventory.computers {
             totals.extend(plugin.totals(devices));
         }
         let total = |slot: &str| {
             let found = totals.iter().find(|(name, _)| name == slot);
             found.map_or(Decimal::ZERO, |(_, amount)| *amount)
         };
-        self.known
+        inventory
+            .known
             .iter()
             .map(|(name, kind)| {
                 let amount = match name.as_str() {
@@ -529,16 +598,50 @@ impl Ledger {
             .collect()
     }
 
-    /// Device name and version of every plugin, for the heartbeat's `compute_plugins`.
-    pub fn compute_plugins(&self) -> Vec<(String, String)> {
-        let all = self.computers.iter().map(|c| &c.plugin);
-        all.map(|plugin| (plugin.key().to_owned(), plugin.version()))
+    /// Device name, version and facts of every plugin, for the heartbeat's `compute_plugins`.
+    pub fn compute_plugins(&self) -> Vec<(String, PluginFacts)> {
+        let inventory = self.inventory();
+        let all = inventory.computers.iter().map(|c| &c.plugin);
+        all.map(|plugin| (plugin.key().to_owned(), plugin.facts()))
             .collect()
+    }
+
+    /// How the slots of every plugin are shown.
+    pub fn metadata(&self) -> Vec<SlotMetadata> {
+        let inventory = self.inventory();
+        let all = inventory.computers.iter();
+        all.flat_map(|computer| computer.plugin.metadata())
+            .collect()
+    }
+
+    /// The state of the hardware behind every plugin that can tell it.
+    pub fn hardware(&self) -> Vec<(String, Hardware)> {
+        let inventory = self.inventory();
+        let all = inventory.computers.iter().map(|c| &c.plugin);
+        all.filter_map(|plugin| Some((plugin.key().to_owned(), plugin.hardware()?)))
+            .collect()
+    }
+
+    /// Amount per device of all accelerators' slots that kernels hold, for billing and for people.
+    pub fn accelerators_held(&self) -> BTreeMap<String, Amount> {
+        let mut sums = BTreeMap::new();
+        for holder in self.state().holders.values() {
+            let all = holder.allocation.devices();
+            let held = all.filter(|(name, _)| !matches!(*name, "cpu" | "mem"));
+            for (id, amount) in held
+                .flat_map(|(_, slots)| slots)
+                .flat_map(|(_, shares)| shares)
+            {
+                *sums.entry(id.clone()).or_insert(Decimal::ZERO) += *amount;
+            }
+        }
+        sums
     }
 
     /// Whether a slot counts bytes.
     pub fn is_bytes(&self, slot: &str) -> bool {
-        self.known
+        self.inventory()
+            .known
             .iter()
             .any(|(name, kind)| name == slot && *kind == SlotType::Bytes)
     }

@@ -16,6 +16,16 @@ pub struct ContainerLimits {
     pub nano_cpus: Option<i64>,
     /// Number of distinct cores, for `ai.backend.envs.corecount`.
     pub cpu_count: u32,
-    /// Environment that plugins add.
+    /// Variables of accelerators; they win over the request's.
     pub environment: Vec<(String, String)>,
+    /// Variables of accelerators that a request's own win over.
+    pub defaults: Vec<(String, String)>,
+    /// Groups whose device nodes are given.
+    pub gids: Vec<u32>,
+    /// System calls that devices need beyond the profile.
+    pub syscalls: Vec<String>,
+    /// Parts of the engine's create body from accelerators (`HostConfig.DeviceRequests`, ...).
+    pub arguments: Vec<serde_json::Value>,
+    /// Lines of accelerators in `resource.txt`.
+    pub resource_lines: Vec<(String, String)>,
 }

@@ -31,6 +31,32 @@ pub struct SlotDeclaration {
     pub kind: SlotType,
 }
 
+/// How a slot is shown to people, in the words of the manager's page of slot types.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct SlotMetadata {
+    /// Slot name. The original calls memory `ram` here.
+    pub slot_name: String,
+    /// In a sentence.
+    pub description: String,
+    /// In a word.
+    pub human_readable_name: String,
+    /// Unit after a number.
+    pub display_unit: String,
+    /// How numbers are written.
+    pub number_format: NumberFormat,
+    /// Name of an icon of the web page.
+    pub display_icon: String,
+}
+
+/// How amounts of a slot are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct NumberFormat {
+    /// In multiples of 1024.
+    pub binary: bool,
+    /// Digits after the point.
+    pub round_length: u32,
+}
+
 /// A device as it is shown with a kernel.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct AttachedDevice {
@@ -40,6 +66,52 @@ pub struct AttachedDevice {
     pub model_name: String,
     /// Plain numbers, such as `cores`.
     pub data: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What the heartbeat tells of a plugin, in `compute_plugins`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluginFacts {
+    /// Its version.
+    pub version: String,
+    /// Text such as `nvidia_version`.
+    pub texts: Vec<(&'static str, String)>,
+    /// Whether something is supported, such as `cuda_support`.
+    pub flags: Vec<(&'static str, bool)>,
+}
+
+impl Default for PluginFacts {
+    fn default() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            texts: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+}
+
+/// State of a kind of hardware, as `gather_hwinfo` answers it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Hardware {
+    /// How it is.
+    pub status: HardwareStatus,
+    /// In a sentence; none when all is well.
+    pub status_info: Option<String>,
+    /// What else there is to know, such as a fault per device.
+    pub metadata: std::collections::BTreeMap<String, String>,
+}
+
+/// How hardware is, in the original's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HardwareStatus {
+    /// Every device works.
+    Healthy,
+    /// Some do.
+    Degraded,
+    /// None does.
+    Offline,
+    /// Nothing is known.
+    Unavailable,
 }
 
 /// Why a plugin has no devices to tell.
@@ -83,8 +155,18 @@ pub trait DevicePlugin: fmt::Debug + Send + Sync {
     /// The devices of an allocation as shown with the kernel.
     fn attached(&self, devices: &[Device], allocation: &[(String, Shares)]) -> Vec<AttachedDevice>;
 
-    /// Version in the heartbeat's `compute_plugins`.
-    fn version(&self) -> String {
-        env!("CARGO_PKG_VERSION").to_owned()
+    /// How its slots are shown; those left out are shown by their names.
+    fn metadata(&self) -> Vec<SlotMetadata> {
+        Vec::new()
+    }
+
+    /// What the heartbeat tells of it.
+    fn facts(&self) -> PluginFacts {
+        PluginFacts::default()
+    }
+
+    /// The state of its hardware; none when there is nothing to tell, as of cores and memory.
+    fn hardware(&self) -> Option<Hardware> {
+        None
     }
 }

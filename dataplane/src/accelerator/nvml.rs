@@ -22,7 +22,7 @@ use nvml_wrapper::{Device, EventSet, Nvml};
 use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
 
 use super::attribution::{by_container, container_of};
-use super::{INTERVAL, ProcessUse, Reading, Slot};
+use super::{INTERVAL, ProcessUse, Reading, Slot, clip};
 
 /// The library's name for the dynamic loader. The unversioned name belongs to development packages.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -208,10 +208,7 @@ impl<'nvml> Session<'nvml> {
             part_of: None,
             divided,
             profile: String::new(),
-            units: device
-                .attributes()
-                .ok()
-                .map(|attributes| attributes.multiprocessor_count),
+            units: multiprocessors(device),
             fault,
             users: Vec::new(),
             users_left_out: 0,
@@ -455,22 +452,16 @@ fn profile(slices: u32, memory_bytes: u64) -> String {
     format!("{slices}g.{}gb", memory_bytes.div_ceil(1 << 30))
 }
 
-/// Texts of a driver are bounded like everybody's: a name that is too long for its field is cut.
-fn clip(row: &mut AcceleratorRow) {
-    for (text, limit) in [
-        (&mut row.id, 80),
-        (&mut row.model, 64),
-        (&mut row.pci, 32),
-        (&mut row.profile, 32),
-    ] {
-        if text.len() > limit {
-            let end = (0..=limit)
-                .rev()
-                .find(|end| text.is_char_boundary(*end))
-                .unwrap_or(0);
-            text.truncate(end);
-        }
-    }
+/// Multiprocessors of a whole device: the driver tells cores, and how many of them make one is known
+/// by the generation (CUDA's programming guide, "Compute Capabilities").
+fn multiprocessors(device: &Device<'_>) -> Option<u32> {
+    let of_generation = device.cuda_compute_capability().ok()?;
+    let cores = match (of_generation.major, of_generation.minor) {
+        (6, 0) | (7, _) | (8, 0) => 64,
+        (5 | 6 | 8.., _) => 128,
+        _ => return None,
+    };
+    Some(device.num_cores().ok()? / cores)
 }
 
 #[cfg(test)]

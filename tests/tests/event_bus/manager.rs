@@ -7,7 +7,7 @@ use control::events::{Event, Severity, VolumeAnswer};
 use control::heartbeat::{Identity, payload};
 use control::kernel::kept_logs::KeptLogs;
 use control::kernel::lifecycle::Reason;
-use control::resource::{AvailableSlot, SlotType};
+use control::resource::{AvailableSlot, PluginFacts, SlotType};
 use harness::python;
 use harness::redis::Redis;
 use serde_json::{Value, json};
@@ -104,7 +104,7 @@ async fn the_managers_classes_read_the_same_values() -> Result<()> {
             slot("cpu", SlotType::Count, 7),
             slot("mem", SlotType::Bytes, 66_571_993_088),
         ],
-        &[("cpu".into(), "1".into()), ("mem".into(), "1".into())],
+        &["cpu", "mem"].map(|name| (name.to_owned(), PluginFacts::default())),
         bytes::Bytes::new(),
     );
     bus.publish(Message::report("agent_heartbeat", args)?);

@@ -238,24 +238,34 @@ async fn make_container(
         .models
         .last()
         .map(|model| model.model_path.as_str());
-    let environ = environment::variables(
+    let mut environ = environment::variables(
         config,
         prepared.identity,
         &Given {
             cores: usize::try_from(limits.cpu_count).unwrap_or_default(),
             attached: &attached,
-            accelerator_gids: &[],
+            accelerator_gids: &limits.gids,
             hooks: &[],
             model: first_model.zip(last_path),
         },
     );
+    for (name, value) in &limits.defaults {
+        if !environ.contains(name) {
+            environ.insert(name, value);
+        }
+    }
+    for (name, value) in &limits.environment {
+        environ.insert(name, value);
+    }
     let spec = ResourceSpec {
         slots: prepared.slots.to_text(),
         allocations: allocation.to_text(),
         scratch_disk_size: 0,
         mounts: mounts.clone(),
     };
-    let rendered = resource_text::render(&spec, &[], |slot| node.ledger.is_bytes(slot))?;
+    let rendered = resource_text::render(&spec, &limits.resource_lines, |slot| {
+        node.ledger.is_bytes(slot)
+    })?;
     let service_port = |number: u16| {
         record
             .services
@@ -283,7 +293,8 @@ async fn make_container(
     let id = uuid::Uuid::from_bytes(kernel.id.0);
     node.scratch.write_config(id, files).await?;
 
-    let extra = overlay_arguments(node, kernel, order).await?;
+    let mut extra = overlay_arguments(node, kernel, order).await?;
+    extra.extend(limits.arguments.iter().cloned());
     let request = container_request::build(&ContainerInputs {
         settings: &node.settings,
         host: &node.host,
@@ -303,7 +314,7 @@ async fn make_container(
         },
         shared_memory: prepared.shared_memory,
         device_arguments: &extra,
-        device_syscalls: &[],
+        device_syscalls: &limits.syscalls,
     })?;
     for key in &request.unknown {
         tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");

@@ -255,7 +255,7 @@ fn a_device_missing_from_the_order_is_placed_before_cpu() {
     }));
     let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
     assert_eq!(
-        ledger.policy.order,
+        ledger.inventory().order,
         ["cuda", "rocm", "tpu", "fpga", "cpu", "mem"]
     );
     let slots = Slots::from_text([("cpu", "1"), ("mem", "1g"), ("fpga.device", "2")]).unwrap();

@@ -17,9 +17,15 @@ use crate::network;
 /// The most of a console that is answered; its end is kept.
 const LOG_LIMIT: usize = 16 << 20;
 
-/// No accelerator is known in this release, and cpu and mem are left out by the original too.
-pub(super) fn hardware(_node: &Node) -> Result<Value, Failure> {
-    Ok(Value::Map(Vec::new()))
+/// The state of accelerators; cpu and mem are left out by the original too.
+pub(super) fn hardware(node: &Node) -> Result<Value, Failure> {
+    let all: serde_json::Map<_, _> = node
+        .ledger
+        .hardware()
+        .into_iter()
+        .map(|(name, state)| (name, json!(state)))
+        .collect();
+    reply(&all)
 }
 
 /// The console: Docker's while the container is there, the kept one afterwards.
@@ -107,9 +113,11 @@ async fn remember_assigned(node: &Arc<Node>) {
 }
 
 /// Device id to amount, over all kernels.
-pub(super) fn gpu_allocations(_node: &Node) -> Result<Value, Failure> {
-    // Without accelerators there is nothing to add up.
-    Ok(Value::Map(Vec::new()))
+pub(super) fn gpu_allocations(node: &Node) -> Result<Value, Failure> {
+    let held = node.ledger.accelerators_held().into_iter();
+    let held: std::collections::BTreeMap<_, _> =
+        held.map(|(id, amount)| (id, amount.to_string())).collect();
+    reply(&held)
 }
 
 /// Changes the resource group, in the file the node was started with and in the running node.

@@ -1,0 +1,201 @@
+//! Accelerators as slots: what the drivers told, what is given out of it, and what containers get.
+//!
+//! In: the dataplane's rows, the settings of file and etcd, a file of made-up devices. Out: a
+//! [`DevicePlugin`](crate::resource::DevicePlugin) per kind in the ledger, kept up to date.
+//! Invariants: absent is not zero, so before the first scan the node goes by what it knew in an
+//! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
+//! does not work is not given out and not announced, and is both again when it works again.
+
+pub mod inject;
+pub mod known;
+pub mod mock;
+pub mod plugin;
+pub mod settings;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use config::Config;
+use tokio::sync::watch;
+
+use crate::kernel::journal::{plain_name, replace_file};
+use crate::kernel::node::{Node, blocking};
+use crate::link::Observed;
+use crate::resource::{DevicePlugin, InventoryError, Ledger};
+use known::{Known, of_rows};
+use plugin::AcceleratorPlugin;
+use settings::{Options, Settings};
+
+/// How long the first heartbeat waits for the first scan of a node that had accelerators, or whose
+/// dataplane runs: drivers take seconds to start.
+const FIRST_SCAN: Duration = Duration::from_secs(10);
+/// And of any other node, whose dataplane may be on its way.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
+/// What the node knows of its accelerators.
+#[derive(Debug)]
+pub struct Accelerators {
+    settings: Settings,
+    /// Where the last scan is kept.
+    file: PathBuf,
+    devices: Mutex<Vec<Known>>,
+    /// Number of scans that told something new; none before the first scan.
+    scans: watch::Sender<Option<u64>>,
+}
+
+impl Accelerators {
+    /// Goes by what an earlier life knew. Blocking.
+    pub fn open(config: &Config, options: &Options) -> Self {
+        let name = format!("accelerators.{}.json", plain_name(&config.agent.id));
+        let file = config.agent.var_base_path.join(name);
+        let devices = std::fs::read(&file)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_default();
+        Self {
+            settings: Settings::of(config, options),
+            file,
+            devices: Mutex::new(devices),
+            scans: watch::Sender::default(),
+        }
+    }
+
+    /// The plugins to begin with: made-up devices, and those of an earlier life. Blocking.
+    ///
+    /// # Errors
+    /// The file of made-up devices cannot be used.
+    pub fn plugins(&self) -> Result<Vec<Box<dyn DevicePlugin>>, mock::MockError> {
+        let mut all: Vec<Box<dyn DevicePlugin>> = Vec::new();
+        if let Some(path) = &self.settings.mock {
+            let mock = mock::read(path, &self.settings)?;
+            tracing::warn!(device = mock.key(), path = %path.display(),
+                "devices of this name are made up, as node.accelerators.mock says");
+            all.push(Box::new(mock));
+        }
+        let devices = self.known();
+        for kind in kinds(&devices) {
+            if all.iter().all(|plugin| plugin.key() != kind) {
+                all.push(Box::new(AcceleratorPlugin::of_kind(
+                    &kind,
+                    &devices,
+                    &self.settings,
+                )));
+            }
+        }
+        Ok(all)
+    }
+
+    fn known(&self) -> Vec<Known> {
+        let devices = self.devices.lock();
+        devices.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes of what is given out; `None` before the first scan.
+    pub fn subscribe(&self) -> watch::Receiver<Option<u64>> {
+        self.scans.subscribe()
+    }
+
+    /// Waits for the first scan, not for ever.
+    pub async fn first_scan(&self, dataplane_runs: bool) {
+        let limit = if dataplane_runs || !self.known().is_empty() {
+            FIRST_SCAN
+        } else {
+            FIRST_LOOK
+        };
+        let mut scans = self.scans.subscribe();
+        if tokio::time::timeout(limit, scans.wait_for(Option::is_some))
+            .await
+            .is_err()
+            && limit == FIRST_SCAN
+        {
+            tracing::warn!(
+                waited_s = limit.as_secs(),
+                "the drivers of accelerators have not answered; going by what was known before"
+            );
+        }
+    }
+
+    /// Takes in what the dataplane says; whether the devices have changed.
+    fn take_in(&self, ledger: &Ledger, observed: &Observed) -> Result<bool, InventoryError> {
+        let Some(snapshot) = observed.snapshot.as_deref().filter(|_| observed.is_alive()) else {
+            return Ok(false);
+        };
+        let node = snapshot.node.as_ref();
+        if node
+            .and_then(|node| node.counters.accelerators_found)
+            .is_none()
+        {
+            return Ok(false);
+        }
+        let before = self.known();
+        let mut fresh = of_rows(&snapshot.accelerators, &self.settings);
+        let held = ledger.accelerators_held();
+        let lost = before.iter().filter(|old| {
+            held.contains_key(&old.id) && fresh.iter().all(|device| device.id != old.id)
+        });
+        let lost: Vec<Known> = lost.map(Known::as_lost).collect();
+        fresh.extend(lost);
+        if fresh != before {
+            let kinds: BTreeSet<String> = kinds(&before).union(&kinds(&fresh)).cloned().collect();
+            for kind in kinds {
+                if Some(kind.as_str()) == self.settings.mock_key.as_deref() {
+                    continue;
+                }
+                let plugin = AcceleratorPlugin::of_kind(&kind, &fresh, &self.settings);
+                ledger.install(Arc::new(plugin))?;
+            }
+            *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
+            tracing::info!(
+                devices = fresh.len(),
+                working = fresh.iter().filter(|device| device.healthy).count(),
+                "accelerators have changed"
+            );
+        }
+        let first = self.scans.borrow().is_none();
+        if first || fresh != before {
+            self.scans
+                .send_modify(|scans| *scans = Some(scans.unwrap_or(0) + 1));
+        }
+        Ok(fresh != before)
+    }
+
+    fn keep(&self) -> std::io::Result<()> {
+        let bytes = serde_json::to_vec_pretty(&self.known()).map_err(std::io::Error::other)?;
+        replace_file(&self.file, &bytes)
+    }
+}
+
+fn kinds(devices: &[Known]) -> BTreeSet<String> {
+    devices.iter().map(|device| device.kind.clone()).collect()
+}
+
+/// Keeps the ledger's accelerators up to date until the agent stops.
+pub async fn follow(node: Arc<Node>) {
+    let mut observed = node.link.subscribe();
+    let mut trouble = false;
+    loop {
+        let now = observed.borrow_and_update().clone();
+        let of_node = node.clone();
+        // Settings may look into sysfs and the inventory is kept on disk.
+        let taken = blocking(move || {
+            let accelerators = &of_node.accelerators;
+            let changed = accelerators.take_in(&of_node.ledger, &now)?;
+            Ok::<_, InventoryError>(changed.then(|| accelerators.keep()))
+        });
+        match taken.await {
+            Ok(Some(Err(err))) => tracing::warn!(%err, "the list of accelerators cannot be kept"),
+            Ok(_) => trouble = false,
+            Err(err) if !std::mem::replace(&mut trouble, true) => tracing::error!(
+                err = crate::kernel::destroy::chain(&err),
+                "the accelerators of this node cannot be given out"
+            ),
+            Err(_) => {}
+        }
+        tokio::select! {
+            changed = observed.changed() => if changed.is_err() { return },
+            () = node.stopping.cancelled() => return,
+        }
+    }
+}

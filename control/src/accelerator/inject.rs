@@ -1,0 +1,207 @@
+//! What a container gets so that it sees its devices, and no others.
+//!
+//! Sources: NVIDIA's container toolkit (device requests, CDI names, the meaning of
+//! `NVIDIA_VISIBLE_DEVICES=void`), AMD's and Google's guides to containers, the engine's API.
+
+use std::path::PathBuf;
+
+use config::CudaInjection;
+use serde_json::{Value, json};
+
+use super::known::Known;
+use super::settings::{Settings, group_of};
+use crate::resource::ContainerLimits;
+
+/// System calls of AMD's runtime that the runner's profile does not allow; the original switches the
+/// profile off instead.
+const ROCM_SYSCALLS: [&str; 5] = [
+    "get_mempolicy",
+    "mbind",
+    "process_vm_readv",
+    "process_vm_writev",
+    "set_mempolicy",
+];
+/// CUDA's nodes that every container with a device needs; those that a host lacks are left out.
+const CUDA_NODES: [&str; 4] = [
+    "/dev/nvidiactl",
+    "/dev/nvidia-uvm",
+    "/dev/nvidia-uvm-tools",
+    "/dev/nvidia-modeset",
+];
+
+/// How containers get devices of a kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Injection {
+    /// NVIDIA's.
+    Cuda {
+        /// By which means.
+        how: CudaInjection,
+        /// Where device nodes are looked up.
+        root: PathBuf,
+    },
+    /// AMD's.
+    Rocm {
+        /// Where device nodes are looked up.
+        root: PathBuf,
+    },
+    /// Google's.
+    Tpu,
+    /// Nothing but variables.
+    MadeUp,
+    /// What a device plugin answers, which is asked when the container is made.
+    Answered,
+}
+
+impl Injection {
+    pub(super) fn of_kind(kind: &str, settings: &Settings) -> Self {
+        let root = settings.root.clone();
+        match kind {
+            "cuda" => Self::Cuda {
+                how: settings.injection,
+                root,
+            },
+            "rocm" => Self::Rocm { root },
+            _ => Self::Tpu,
+        }
+    }
+
+    /// Adds what a container with these devices needs, also with none.
+    pub(super) fn inject(
+        &self,
+        ids: &[&str],
+        devices: &[Option<&Known>],
+        limits: &mut ContainerLimits,
+    ) {
+        let nodes = || devices.iter().flatten().flat_map(|device| &device.nodes);
+        match self {
+            Self::Cuda { how, root } => {
+                cuda_variables(ids, limits);
+                if ids.is_empty() {
+                    return;
+                }
+                match how {
+                    CudaInjection::DeviceRequests => limits.arguments.push(json!({
+                        "HostConfig": {"DeviceRequests": [{
+                            "Driver": "nvidia",
+                            "DeviceIDs": ids,
+                            "Capabilities": [["utility", "compute", "video", "graphics", "display"]],
+                        }]}
+                    })),
+                    CudaInjection::Cdi => limits.arguments.push(cdi(
+                        ids.iter().map(|id| format!("nvidia.com/gpu={id}")).collect(),
+                    )),
+                    CudaInjection::DeviceNodes => {
+                        let there = |node: &&str| root.join(node.trim_start_matches('/')).exists();
+                        let shared = CUDA_NODES.iter().copied().filter(there);
+                        let all = nodes().map(String::as_str).chain(shared);
+                        limits.arguments.push(device_nodes(all));
+                    }
+                }
+            }
+            Self::Rocm { root } => {
+                if ids.is_empty() {
+                    return;
+                }
+                let all: Vec<&str> = std::iter::once("/dev/kfd")
+                    .chain(nodes().map(String::as_str))
+                    .collect();
+                let groups = all.iter().filter_map(|node| group_of(root, node));
+                // Group 0 is everybody's who starts as root.
+                limits.gids.extend(groups.filter(|gid| *gid != 0));
+                limits.gids.sort_unstable();
+                limits.gids.dedup();
+                limits.arguments.push(device_nodes(all.into_iter()));
+                limits.syscalls.extend(ROCM_SYSCALLS.map(str::to_owned));
+                for name in ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"] {
+                    limits.defaults.push((name.to_owned(), local(ids.len())));
+                }
+            }
+            Self::Tpu => {
+                if ids.is_empty() {
+                    return;
+                }
+                limits
+                    .arguments
+                    .push(device_nodes(nodes().map(String::as_str)));
+                let chips = local(ids.len());
+                for name in ["TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"] {
+                    limits.defaults.push((name.to_owned(), chips.clone()));
+                }
+            }
+            Self::MadeUp => {
+                if ids.is_empty() {
+                    return;
+                }
+                for (name, value) in [
+                    ("TF_MIN_GPU_MULTIPROCESSOR_COUNT", "4".to_owned()),
+                    ("BACKENDAI_MOCK_CUDA_DEVICES", ids.join(",")),
+                    ("BACKENDAI_MOCK_CUDA_DEVICE_COUNT", ids.len().to_string()),
+                ] {
+                    limits.environment.push((name.to_owned(), value));
+                }
+            }
+            Self::Answered => {}
+        }
+    }
+}
+
+/// `NVIDIA_VISIBLE_DEVICES` is always ours: images bring `all`, which gives a container every device
+/// of a node whose default runtime is NVIDIA's. `CUDA_VISIBLE_DEVICES` can only narrow what was
+/// injected, so a request's own wins.
+fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
+    let visible = if ids.is_empty() {
+        "void".to_owned()
+    } else {
+        ids.join(",")
+    };
+    limits
+        .environment
+        .push(("NVIDIA_VISIBLE_DEVICES".to_owned(), visible));
+    if ids.is_empty() {
+        return;
+    }
+    // CUDA numbers the devices it sees; instances of a divided device go by their ids only.
+    let parts = ids.iter().any(|id| id.starts_with("MIG-"));
+    let visible = if parts {
+        ids.join(",")
+    } else {
+        local(ids.len())
+    };
+    for (name, value) in [
+        ("CUDA_VISIBLE_DEVICES", visible),
+        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
+    ] {
+        limits.defaults.push((name.to_owned(), value));
+    }
+}
+
+/// `0,1,2`: the devices as a container that sees only its own numbers them.
+fn local(count: usize) -> String {
+    let all: Vec<String> = (0..count).map(|place| place.to_string()).collect();
+    all.join(",")
+}
+
+/// A request for devices by CDI names.
+pub(crate) fn cdi(names: Vec<String>) -> Value {
+    json!({"HostConfig": {"DeviceRequests": [{"Driver": "cdi", "DeviceIDs": names}]}})
+}
+
+fn device_nodes<'n>(nodes: impl Iterator<Item = &'n str>) -> Value {
+    let mut seen: Vec<&str> = Vec::new();
+    for node in nodes {
+        if !seen.contains(&node) {
+            seen.push(node);
+        }
+    }
+    let mapped = seen.into_iter().map(|node| device_node(node, node, "mrw"));
+    json!({"HostConfig": {"Devices": mapped.collect::<Vec<_>>()}})
+}
+
+/// One device node in the engine's words.
+pub(crate) fn device_node(host: &str, container: &str, permissions: &str) -> Value {
+    json!({
+        "PathOnHost": host,
+        "PathInContainer": container,
+        "CgroupPermissions": permissions,
+    })
+}

@@ -1,0 +1,144 @@
+//! Devices as the node knows them: what stays the same between two looks at a driver.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use shared::observed::{AcceleratorKind, AcceleratorRow};
+
+use super::settings::Settings;
+
+/// A device, or a part of one, that can be given out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// Device name: `cuda`, `rocm`, `tpu`.
+    pub kind: String,
+    /// Stable id, also in allocations: a UUID, a serial number, a PCI address.
+    pub id: String,
+    /// Model.
+    pub model: String,
+    /// PCI address as sysfs writes it, or empty.
+    pub pci: String,
+    /// NUMA node.
+    pub numa_node: Option<i32>,
+    /// Whether it works.
+    pub healthy: bool,
+    /// The driver's last fault code.
+    pub fault: Option<u32>,
+    /// Name of the kind of part (`1g.10gb`); none for a whole device.
+    pub profile: Option<String>,
+    /// Memory, bytes.
+    pub memory: u64,
+    /// Processing units; 0 unknown.
+    pub units: u64,
+    /// Its device nodes.
+    pub nodes: Vec<String>,
+}
+
+impl Known {
+    /// The same device, which its driver does not list any more.
+    pub(super) fn as_lost(&self) -> Self {
+        Self {
+            healthy: false,
+            ..self.clone()
+        }
+    }
+}
+
+/// What can be given out of the drivers' devices: parts in place of what is divided, and nothing
+/// that is masked or whose plugin is switched off. In the order of the rows.
+pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<Known> {
+    let given = rows.iter().filter(|row| {
+        let real = !matches!(
+            row.key.kind,
+            AcceleratorKind::Plugin | AcceleratorKind::Mock
+        );
+        let whole = row.part_of.unwrap_or(row.key.index);
+        real && !row.divided && settings.gives_out(&row.key.kind.to_string(), &row.id, whole)
+    });
+    given.map(|row| known(row, settings)).collect()
+}
+
+fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
+    let id = match row.id.as_str() {
+        // Never two devices of one name, however little their driver tells.
+        "" => format!("{}-{}", row.key.kind, row.key.index),
+        // Ids are put into comma-separated lists.
+        id => id.replace([',', ' ', '\n'], "_"),
+    };
+    Known {
+        kind: row.key.kind.to_string(),
+        id,
+        model: row.model.clone(),
+        numa_node: row.numa_node.map(i32::from),
+        healthy: row.healthy,
+        fault: row.fault,
+        profile: row.part_of.map(|_| row.profile.clone()),
+        memory: row.counters.memory_total_bytes.unwrap_or(0),
+        units: row.units.unwrap_or(0).into(),
+        nodes: match row.key.kind {
+            AcceleratorKind::Cuda => cuda_nodes(&settings.root, &row.pci),
+            AcceleratorKind::Rocm => rocm_nodes(&settings.root, &row.pci),
+            AcceleratorKind::Tpu => tpu_nodes(&settings.root, &row.pci),
+            AcceleratorKind::Plugin | AcceleratorKind::Mock => Vec::new(),
+        },
+        pci: row.pci.clone(),
+    }
+}
+
+/// The PCI address as one name of a directory; a driver's text is no path.
+fn plain(pci: &str) -> Option<&str> {
+    (!pci.is_empty() && !pci.contains('/') && !pci.starts_with('.')).then_some(pci)
+}
+
+/// `/dev/nvidiaN`: the number is the driver's minor, which need not be the device's place.
+fn cuda_nodes(root: &Path, pci: &str) -> Vec<String> {
+    let information = plain(pci).and_then(|pci| {
+        let file = format!("proc/driver/nvidia/gpus/{pci}/information");
+        std::fs::read_to_string(root.join(file)).ok()
+    });
+    let text = information.unwrap_or_default();
+    let minor = text.lines().find_map(|line| {
+        let number = line.strip_prefix("Device Minor:")?.trim();
+        number.parse::<u32>().ok()
+    });
+    minor
+        .map(|minor| format!("/dev/nvidia{minor}"))
+        .into_iter()
+        .collect()
+}
+
+/// `/dev/dri/renderDN` of the device.
+fn rocm_nodes(root: &Path, pci: &str) -> Vec<String> {
+    let Some(pci) = plain(pci) else {
+        return Vec::new();
+    };
+    let directory = root.join("sys/bus/pci/devices").join(pci).join("drm");
+    let mut nodes: Vec<String> = names(&directory)
+        .filter(|name| name.starts_with("renderD"))
+        .map(|name| format!("/dev/dri/{name}"))
+        .collect();
+    nodes.sort();
+    nodes
+}
+
+/// `/dev/accelN`, or the VFIO group of the device.
+fn tpu_nodes(root: &Path, pci: &str) -> Vec<String> {
+    let Some(pci) = plain(pci) else {
+        return Vec::new();
+    };
+    let device = root.join("sys/bus/pci/devices").join(pci);
+    let of_class = names(&device.join("accel")).find(|name| name.starts_with("accel"));
+    if let Some(name) = of_class {
+        return vec![format!("/dev/{name}")];
+    }
+    let group = std::fs::read_link(device.join("iommu_group")).ok();
+    let group = group.and_then(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
+    group
+        .map(|group| vec!["/dev/vfio/vfio".to_owned(), format!("/dev/vfio/{group}")])
+        .unwrap_or_default()
+}
+
+fn names(directory: &Path) -> impl Iterator<Item = String> + use<> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok())
+}

@@ -1,0 +1,288 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use config::CudaInjection;
+use shared::observed::AcceleratorCounters;
+
+use super::*;
+use crate::accelerator::known::of_rows;
+use crate::accelerator::mock;
+use crate::accelerator::settings::Options;
+use crate::resource::Slots;
+use crate::stats::fixture::card;
+
+fn defaults() -> std::sync::Arc<config::Config> {
+    let mut options = config::LoadOptions::of_this_process(None, true);
+    options.environment = Box::new(|_| None);
+    config::load(&options).unwrap().config
+}
+
+fn settings(options: &[(&str, &str)]) -> Settings {
+    let config = defaults();
+    let cuda = options
+        .iter()
+        .map(|(key, text)| ((*key).to_owned(), (*text).to_owned()))
+        .collect();
+    Settings::of(&config, &Options::from([("cuda".to_owned(), cuda)]))
+}
+
+/// Devices 0 to 2 whole with 80 GiB, 3 divided into two parts, 1 faulty.
+fn devices(settings: &Settings) -> Vec<Known> {
+    let counters = |gib: u64| AcceleratorCounters {
+        memory_total_bytes: Some(gib << 30),
+        ..AcceleratorCounters::default()
+    };
+    let mut rows: Vec<_> = (0..4).map(|index| card(index, counters(80))).collect();
+    rows[1].healthy = false;
+    rows[1].fault = Some(79);
+    rows[0].units = Some(132);
+    rows[3].divided = true;
+    for part in 0..2 {
+        let mut row = card(4000 + part, counters(10));
+        row.id = format!("MIG-{part}");
+        row.part_of = Some(3);
+        row.profile = "1g.10gb".to_owned();
+        row.units = Some(16);
+        rows.push(row);
+    }
+    of_rows(&rows, settings)
+}
+
+fn plugin(settings: &Settings) -> AcceleratorPlugin {
+    AcceleratorPlugin::of_kind("cuda", &devices(settings), settings)
+}
+
+fn totals(plugin: &AcceleratorPlugin) -> BTreeMap<String, String> {
+    let totals = plugin.totals(&[]).into_iter();
+    totals
+        .map(|(slot, amount)| (slot, amount.to_string()))
+        .collect()
+}
+
+fn shares(slot: &str, shares: &[(&str, &str)]) -> Vec<(String, Shares)> {
+    let shares = shares.iter();
+    let shares = shares.map(|(id, amount)| ((*id).to_owned(), amount.parse().unwrap()));
+    vec![(slot.to_owned(), shares.collect())]
+}
+
+#[test]
+fn working_devices_are_slots_and_parts_stand_in_for_what_is_divided() {
+    let plugin = plugin(&settings(&[]));
+    let ids: Vec<&str> = plugin.devices.iter().map(|d| d.id.as_str()).collect();
+    assert_eq!(ids, ["GPU-0", "GPU-1", "GPU-2", "MIG-0", "MIG-1"]);
+    let slots: Vec<(String, SlotType)> = plugin
+        .slots()
+        .into_iter()
+        .map(|s| (s.name, s.kind))
+        .collect();
+    assert_eq!(
+        slots,
+        [
+            ("cuda.device".to_owned(), SlotType::Count),
+            ("cuda.device:1g.10gb-mig".to_owned(), SlotType::Unique),
+        ]
+    );
+    assert_eq!(
+        totals(&plugin),
+        BTreeMap::from([
+            ("cuda.device".to_owned(), "2".to_owned()),
+            ("cuda.device:1g.10gb-mig".to_owned(), "2".to_owned()),
+        ])
+    );
+    let hardware = plugin.hardware().unwrap();
+    assert_eq!(hardware.status, HardwareStatus::Degraded);
+    assert_eq!(hardware.metadata["GPU-1"], "fault 79");
+    assert_eq!(
+        hardware.status_info.as_deref(),
+        Some("not given out: GPU-1")
+    );
+}
+
+#[test]
+fn masks_name_devices_by_id_and_by_number() {
+    let settings = settings(&[("device_mask", "0,gpu-2")]);
+    let ids: Vec<String> = devices(&settings).into_iter().map(|d| d.id).collect();
+    assert_eq!(ids, ["GPU-1", "MIG-0", "MIG-1"]);
+    // A mask of a divided device is one of its parts too.
+    let settings = self::settings(&[("device_mask", "3")]);
+    assert!(devices(&settings).iter().all(|d| d.profile.is_none()));
+}
+
+#[test]
+fn shares_are_limited_by_memory_and_processors() {
+    let settings = settings(&[
+        ("allocation_mode", "fractional"),
+        ("unit_mem", "2g"),
+        ("unit_proc", "8"),
+        ("quantum_size", "0.1"),
+    ]);
+    let plugin = plugin(&settings);
+    // 80 GiB are 40 units of memory, 132 processors 16.5 of processors; unknown ones do not limit.
+    assert_eq!(totals(&plugin)["cuda.shares"], "56.50");
+    let held = shares("cuda.shares", &[("GPU-0", "0.50")]);
+    let mut limits = ContainerLimits::default();
+    plugin.limit(&[], &held, &mut limits);
+    let line = |name: &str| {
+        let found = limits.resource_lines.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_str())
+    };
+    assert_eq!(line("CUDA_GLOBAL_DEVICE_IDS"), Some("0:GPU-0"));
+    assert_eq!(line("CUDA_MEMORY_LIMITS"), Some("GPU-0:1073741824"));
+    assert_eq!(line("CUDA_PROCESSOR_LIMITS"), Some("GPU-0:4"));
+    assert_eq!(line("CUDA_RESOURCE_VIRTUALIZED"), Some("1"));
+    let attached = plugin.attached(&[], &held);
+    assert_eq!(attached[0].data["mem"], json!(1_u64 << 30));
+    assert_eq!(attached[0].data["smp"], json!(4));
+}
+
+#[test]
+fn containers_see_their_devices_and_no_others() {
+    let plugin = plugin(&settings(&[]));
+    let mut limits = ContainerLimits::default();
+    plugin.limit(&[], &[], &mut limits);
+    assert_eq!(
+        limits.environment,
+        [("NVIDIA_VISIBLE_DEVICES".to_owned(), "void".to_owned())]
+    );
+    assert!(limits.arguments.is_empty() && limits.defaults.is_empty());
+    let held = shares("cuda.device", &[("GPU-2", "1"), ("GPU-0", "1")]);
+    let mut limits = ContainerLimits::default();
+    plugin.limit(&[], &held, &mut limits);
+    assert_eq!(limits.environment[0].1, "GPU-2,GPU-0");
+    assert_eq!(
+        limits.defaults[0],
+        ("CUDA_VISIBLE_DEVICES".to_owned(), "0,1".to_owned())
+    );
+    let request = &limits.arguments[0]["HostConfig"]["DeviceRequests"][0];
+    assert_eq!(request["DeviceIDs"], json!(["GPU-2", "GPU-0"]));
+    assert_eq!(request["Driver"], "nvidia");
+    let part = shares("cuda.device:1g.10gb-mig", &[("MIG-1", "1")]);
+    let mut limits = ContainerLimits::default();
+    let cdi = AcceleratorPlugin {
+        injection: Injection::Cuda {
+            how: CudaInjection::Cdi,
+            root: "/".into(),
+        },
+        ..plugin
+    };
+    cdi.limit(&[], &part, &mut limits);
+    assert_eq!(limits.defaults[0].1, "MIG-1");
+    assert_eq!(
+        limits.arguments[0],
+        json!({"HostConfig": {"DeviceRequests": [
+            {"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=MIG-1"]}
+        ]}})
+    );
+}
+
+#[test]
+fn made_up_devices_are_read_from_the_originals_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("mock.toml");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let read = |settings: &Settings| mock::read(Path::new(&file), settings);
+    write(
+        r#"
+slot_name = "cuda"
+device_plugin_name = "CUDADevice"
+devices = [
+  { mother_uuid = "a", model_name = "CUDA GPU", numa_node = 0, subproc_count = 108, memory_size = "40G", is_mig_device = false },
+  { mother_uuid = "b", model_name = "MIG-10g", numa_node = 1, subproc_count = 28, memory_size = "10G", is_mig_device = true },
+  { mother_uuid = "b", model_name = "MIG-10g", numa_node = 1, subproc_count = 28, memory_size = "10G", is_mig_device = true },
+]
+[attributes]
+nvidia_driver = "450.0.0"
+cuda_runtime = "11.0"
+[formats.devices]
+display_unit = "GPU"
+display_icon = "gpu1"
+human_readable_name = "GPU of the house"
+description = "CUDA-capable GPU"
+number_format = { binary = false, round_length = 0 }
+"#,
+    );
+    let plugin = read(&settings(&[])).unwrap();
+    let ids: Vec<&str> = plugin.devices.iter().map(|d| d.id.as_str()).collect();
+    assert_eq!(ids, ["a", "MIG-b/0/0", "MIG-b/1/0"]);
+    assert_eq!(totals(&plugin)["cuda.device:10g-mig"], "2");
+    assert_eq!(plugin.metadata()[0].human_readable_name, "GPU of the house");
+    assert_eq!(
+        plugin.facts.texts[0],
+        ("nvidia_version", "450.0.0".to_owned())
+    );
+    let mut limits = ContainerLimits::default();
+    plugin.limit(&[], &shares("cuda.device", &[("a", "1")]), &mut limits);
+    assert!(limits.arguments.is_empty(), "no real device is asked for");
+    let mut shared = settings(&[("allocation_mode", "fractional")]);
+    assert!(
+        shared.mock_shares.is_none(),
+        "CUDA's mode is not that of other kinds"
+    );
+    shared.mock_shares = shared.shares;
+    let fractional = read(&shared).unwrap();
+    assert_eq!(totals(&fractional)["cuda.shares"], "13.50");
+    for (wrong, why) in [
+        ("devices = 3", "docs/gpu.md"),
+        ("slot_name = 'mem'\ndevices = []", "no name of a device"),
+        (
+            "devices = [{mother_uuid='a,b', model_name='x', memory_size='1G'}]",
+            "id of a device",
+        ),
+        (
+            "devices = [{mother_uuid='a', model_name='x', memory_size='lots'}]",
+            "no size",
+        ),
+    ] {
+        write(wrong);
+        let err = read(&settings(&[])).unwrap_err();
+        assert!(err.to_string().contains(why), "{err}");
+    }
+}
+
+#[test]
+fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
+    let settings = settings(&[]);
+    let config = defaults();
+    let ledger = crate::resource::Ledger::discover(&config, Vec::new()).unwrap();
+    let install = |devices: &[Known]| {
+        let plugin = AcceleratorPlugin::of_kind("cuda", devices, &settings);
+        ledger.install(std::sync::Arc::new(plugin)).unwrap();
+    };
+    let announced = || {
+        let all = ledger.available().into_iter();
+        let found = all
+            .filter(|slot| slot.name == "cuda.device")
+            .map(|slot| slot.amount);
+        found.sum::<Amount>()
+    };
+    let mut devices = devices(&settings);
+    install(&devices);
+    assert_eq!(announced(), 2.into());
+    let ask = |kernel: u8| {
+        let slots = Slots::from_text([("cpu", "1"), ("mem", "64m"), ("cuda.device", "1")]).unwrap();
+        let request = crate::resource::SlotRequest {
+            slots,
+            allow_fragmentation: true,
+        };
+        ledger.reserve(shared::ids::KernelId([kernel; 16]), &request)
+    };
+    let first = ask(1).unwrap().allocation.ids("cuda", "cuda.device")[0].to_owned();
+    // The held device fails: it is not announced, and the other one is still given out.
+    let place = devices.iter().position(|d| d.id == first).unwrap();
+    devices[place].healthy = false;
+    install(&devices);
+    assert_eq!(announced(), 1.into());
+    let second = ask(2).unwrap().allocation.ids("cuda", "cuda.device")[0].to_owned();
+    assert_ne!(first, second);
+    assert!(ask(3).is_err());
+    // It works again: it is still held, and free when its kernel ends.
+    devices[place].healthy = true;
+    install(&devices);
+    assert!(ask(3).is_err());
+    assert_eq!(ledger.accelerators_held()[&first], 1.into());
+    ledger.release(shared::ids::KernelId([1; 16]));
+    assert_eq!(
+        ask(3).unwrap().allocation.ids("cuda", "cuda.device"),
+        [first.as_str()]
+    );
+}

@@ -1,0 +1,192 @@
+//! Settings of accelerators: the file's `[node.accelerators]` with what etcd says over it, as in the
+//! original below `config/plugins/accelerator/<name>`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use config::{AllocationMode, Config, CudaInjection};
+use rust_decimal::Decimal;
+
+use crate::kernel::resource_text::parse_binary_size;
+
+/// What a cluster sets for accelerator plugins: plugin, key, value.
+pub type Options = BTreeMap<String, BTreeMap<String, String>>;
+
+/// `config/plugins/accelerator` of etcd.
+pub fn of_tree(tree: &crate::etcd::Tree) -> Options {
+    let plugins = tree.members.iter();
+    plugins
+        .map(|(plugin, keys)| {
+            let texts = keys.members.iter();
+            let texts = texts.filter_map(|(key, member)| Some((key, member.value.as_ref()?)));
+            let texts = texts.map(|(key, text)| (key.clone(), text.clone()));
+            (plugin.clone(), texts.collect())
+        })
+        .collect()
+}
+
+/// How devices are divided into shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShareUnits {
+    /// Memory of a share of 1, bytes.
+    pub memory: u64,
+    /// Multiprocessors of a share of 1.
+    pub processors: u32,
+    /// The least share, and the step of shares.
+    pub quantum: Decimal,
+}
+
+/// The settings in effect.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    mask: Vec<String>,
+    allowed: Option<Vec<String>>,
+    blocked: Vec<String>,
+    /// How containers get CUDA devices.
+    pub injection: CudaInjection,
+    /// None gives CUDA devices out as a whole.
+    pub shares: Option<ShareUnits>,
+    /// The same of made-up devices.
+    pub mock_shares: Option<ShareUnits>,
+    /// The unit of shares also where CUDA devices are given out as a whole.
+    pub units: ShareUnits,
+    /// The file of made-up devices.
+    pub mock: Option<PathBuf>,
+    /// Their device name.
+    pub mock_key: Option<String>,
+    /// Where `sys`, `proc` and `dev` are.
+    pub root: PathBuf,
+}
+
+impl Settings {
+    /// Of the file, with the cluster's over it; what of those makes no sense is told and left out.
+    pub fn of(config: &Config, options: &Options) -> Self {
+        let file = &config.node.accelerators;
+        let name = |entry: &String| plugin_name(entry).to_owned();
+        let mut settings = Self {
+            mask: file.device_mask.clone(),
+            allowed: (config.agent.allow_compute_plugins.as_ref())
+                .map(|all| all.iter().map(name).collect()),
+            blocked: (config.agent.block_compute_plugins.iter().flatten())
+                .map(name)
+                .collect(),
+            injection: file.cuda_injection,
+            shares: None,
+            mock_shares: None,
+            units: ShareUnits {
+                memory: file.unit_mem.0,
+                processors: file.unit_proc,
+                quantum: Decimal::new(file.quantum_percent.into(), 2),
+            },
+            mock: file.mock.clone(),
+            mock_key: file.mock.as_deref().and_then(super::mock::key_of),
+            root: file.device_root.clone(),
+        };
+        let mut fractional = file.allocation_mode == AllocationMode::Fractional;
+        let of_mock = options
+            .get("mock")
+            .and_then(|keys| keys.get("allocation_mode"));
+        for (plugin, keys) in options {
+            for (key, text) in keys {
+                if key == "device_mask" {
+                    settings.mask.extend(masked(plugin, text));
+                } else if plugin == "cuda" {
+                    let taken = settings.take(key, text, &mut fractional);
+                    if taken.is_none() {
+                        let key = format!("config/plugins/accelerator/{plugin}/{key}");
+                        tracing::warn!(key, value = text, "a setting of etcd is not used");
+                    }
+                }
+            }
+        }
+        settings.shares = fractional.then_some(settings.units);
+        let mock_fractional = match of_mock.map(String::as_str) {
+            Some(mode) => mode == "fractional",
+            None => fractional && settings.mock_key.as_deref() == Some("cuda"),
+        };
+        settings.mock_shares = mock_fractional.then_some(settings.units);
+        settings
+    }
+
+    fn take(&mut self, key: &str, text: &str, fractional: &mut bool) -> Option<()> {
+        match (key, text) {
+            ("allocation_mode", "discrete") => *fractional = false,
+            ("allocation_mode", "fractional") => *fractional = true,
+            ("unit_mem", text) => {
+                let size = parse_binary_size(text).filter(|size| *size >= 512 << 20);
+                self.units.memory = size?;
+            }
+            ("unit_proc", text) => {
+                let units = text.trim().parse().ok().filter(|units| *units >= 2);
+                self.units.processors = units?;
+            }
+            ("quantum_size", text) => {
+                let quantum = text.trim().parse::<Decimal>().ok();
+                let fits = |size: &Decimal| *size > Decimal::ZERO && *size <= Decimal::ONE;
+                self.units.quantum = quantum.filter(fits)?;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Whether a device is given out.
+    pub fn gives_out(&self, kind: &str, id: &str, index: u32) -> bool {
+        self.allows(kind) && !self.masks(kind, id, index)
+    }
+
+    /// Whether a device is left out by its id or number.
+    pub fn masks(&self, kind: &str, id: &str, index: u32) -> bool {
+        let named = |mask: &String| {
+            mask.eq_ignore_ascii_case(id)
+                || mask
+                    .split_once(':')
+                    .is_some_and(|(of, number)| of == kind && number.trim().parse() == Ok(index))
+        };
+        self.mask.iter().any(named)
+    }
+
+    /// Whether a kind of device is switched on.
+    pub fn allows(&self, kind: &str) -> bool {
+        let allowed = self.allowed.as_ref();
+        allowed.is_none_or(|all| all.iter().any(|name| name == kind))
+            && !self.blocked.iter().any(|name| name == kind)
+    }
+}
+
+/// `ai.backend.accelerator.cuda_open` is the plugin of `cuda`.
+fn plugin_name(entry: &str) -> &str {
+    let module = entry.rsplit('.').next().unwrap_or(entry);
+    module.split('_').next().unwrap_or(module)
+}
+
+/// The original masks by number or, in newer releases, by UUID.
+fn masked<'t>(plugin: &'t str, text: &'t str) -> impl Iterator<Item = String> + 't {
+    let entries = text.split(',').map(str::trim);
+    entries
+        .filter(|entry| !entry.is_empty())
+        .map(move |entry| match entry.parse::<u32>() {
+            Ok(index) => format!("{plugin}:{index}"),
+            Err(_) => entry.to_owned(),
+        })
+}
+
+/// The group that owns a device node, below the settings' root.
+pub(super) fn group_of(root: &Path, node: &str) -> Option<u32> {
+    use std::os::unix::fs::MetadataExt;
+    let node = root.join(node.trim_start_matches('/'));
+    std::fs::metadata(node).ok().map(|found| found.gid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plugins_of_the_original_are_named_by_their_modules() {
+        assert_eq!(plugin_name("ai.backend.accelerator.cuda_open"), "cuda");
+        assert_eq!(plugin_name("rocm"), "rocm");
+        let all: Vec<String> = masked("cuda", "0, GPU-5 ,,2").collect();
+        assert_eq!(all, ["cuda:0", "GPU-5", "cuda:2"]);
+    }
+}

@@ -1,0 +1,172 @@
+//! AMD devices by the kernel's own files: no library is needed.
+//!
+//! In: the KFD topology and the devices' directories in sysfs. Out: readings in the thread's `Slot`.
+//! Invariants: a node is a device only when it has compute units; what a file does not tell is
+//! absent; two devices never have one id.
+//!
+//! Sources: the kernel's documentation of amdgpu (`mem_info_vram_*`, `gpu_busy_percent`, hwmon,
+//! RAS) and of KFD's topology and processes (`vram_<gpu id>`).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+
+use super::attribution::{by_container, container_of};
+use super::files::{names, numa_node, number, text};
+use super::{INTERVAL, ProcessUse, Reading, Slot, clip};
+
+const TOPOLOGY: &str = "sys/class/kfd/kfd/topology/nodes";
+const PROCESSES: &str = "sys/class/kfd/kfd/proc";
+
+/// Whether this host has AMD's compute driver.
+pub(super) fn is_there(root: &Path) -> bool {
+    root.join(TOPOLOGY).is_dir()
+}
+
+/// The thread: until it is told to end.
+pub(super) fn run(root: &Path, slot: &Slot) {
+    loop {
+        slot.put(look(root));
+        if !slot.pause(INTERVAL) {
+            return;
+        }
+    }
+}
+
+/// One look.
+pub fn look(root: &Path) -> Reading {
+    let mut nodes: Vec<u32> = names(&root.join(TOPOLOGY))
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    nodes.sort_unstable();
+    let mut reading = Reading::default();
+    for node in nodes {
+        let index = u32::try_from(reading.devices.len()).unwrap_or(u32::MAX);
+        let directory = root.join(TOPOLOGY).join(node.to_string());
+        if let Some((mut row, processes)) = device(root, &directory, index) {
+            // Parts of one device share its number.
+            if reading.devices.iter().any(|other| other.id == row.id) {
+                row.id = format!("{}-{index}", row.id);
+            }
+            clip(&mut row);
+            for (pid, used) in processes {
+                let sum: &mut ProcessUse = reading.processes.entry(pid).or_default();
+                let (a, b) = (sum.memory_bytes, used.memory_bytes);
+                sum.memory_bytes = Some(a.unwrap_or(0).saturating_add(b.unwrap_or(0)));
+            }
+            reading.devices.push(row);
+        }
+    }
+    reading
+}
+
+fn properties(directory: &Path) -> HashMap<String, u64> {
+    let all = text(&directory.join("properties")).unwrap_or_default();
+    let pairs = all.lines().filter_map(|line| line.split_once(' '));
+    pairs
+        .filter_map(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?)))
+        .collect()
+}
+
+fn device(
+    root: &Path,
+    directory: &Path,
+    index: u32,
+) -> Option<(AcceleratorRow, HashMap<u32, ProcessUse>)> {
+    let properties = properties(directory);
+    let get = |name: &str| properties.get(name).copied();
+    let simds = get("simd_count").filter(|count| *count > 0)?;
+    let place = get("location_id").unwrap_or(0);
+    let pci = format!(
+        "{:04x}:{:02x}:{:02x}.{}",
+        get("domain").unwrap_or(0),
+        (place >> 8) & 0xff,
+        (place >> 3) & 0x1f,
+        place & 7
+    );
+    let of_pci = root.join("sys/bus/pci/devices").join(&pci);
+    let gpu = number(&directory.join("gpu_id")).unwrap_or(0);
+    let target = get("gfx_target_version").unwrap_or(0);
+    let model = text(&of_pci.join("product_name")).filter(|name| !name.is_empty());
+    let counters = counters(&of_pci);
+    let processes = processes(root, gpu);
+    let listed = processes.iter().map(|(pid, used)| (*pid, *used));
+    let row = AcceleratorRow {
+        key: AcceleratorKey {
+            kind: AcceleratorKind::Rocm,
+            index,
+        },
+        id: match get("unique_id").filter(|id| *id != 0) {
+            Some(id) => format!("{id:016x}"),
+            None => pci.clone(),
+        },
+        model: model.unwrap_or_else(|| {
+            let (major, minor, step) = (target / 10_000, target / 100 % 100, target % 100);
+            format!("AMD gfx{major}{minor:x}{step:x}")
+        }),
+        numa_node: numa_node(&of_pci),
+        // Its files go when it falls off the bus.
+        healthy: counters.memory_total_bytes.is_some(),
+        pci,
+        part_of: None,
+        divided: false,
+        profile: String::new(),
+        units: u32::try_from(simds / get("simd_per_cu").unwrap_or(4).max(1)).ok(),
+        fault: None,
+        users: by_container(listed, container_of),
+        users_left_out: 0,
+        age_ms: 0,
+        tick: 0,
+        counters,
+    };
+    Some((row, processes))
+}
+
+fn counters(device: &Path) -> AcceleratorCounters {
+    let of = |name: &str| number(&device.join(name));
+    let monitor: Option<PathBuf> = {
+        let all = device.join("hwmon");
+        names(&all).next().map(|name| all.join(name))
+    };
+    let monitored = |name: &str| number(&monitor.as_ref()?.join(name));
+    let permille = |percent: u64| percent.min(100) * 10;
+    let errors = text(&device.join("ras/umc_err_count")).unwrap_or_default();
+    let errors = |kind: &str| {
+        let line = errors.lines().find_map(|line| line.strip_prefix(kind));
+        line?.trim_start_matches(':').trim().parse().ok()
+    };
+    AcceleratorCounters {
+        memory_total_bytes: of("mem_info_vram_total"),
+        memory_used_bytes: of("mem_info_vram_used"),
+        utilisation_permille: of("gpu_busy_percent").map(permille),
+        memory_utilisation_permille: of("mem_busy_percent").map(permille),
+        // Millionths of a watt.
+        power_mw: monitored("power1_average")
+            .or_else(|| monitored("power1_input"))
+            .map(|power| power / 1000),
+        power_limit_mw: monitored("power1_cap").map(|power| power / 1000),
+        temperature_mc: monitored("temp1_input"),
+        clock_mhz: monitored("freq1_input").map(|hertz| hertz / 1_000_000),
+        memory_clock_mhz: monitored("freq2_input").map(|hertz| hertz / 1_000_000),
+        ecc_corrected: errors("ce"),
+        ecc_uncorrected: errors("ue"),
+        ..AcceleratorCounters::default()
+    }
+}
+
+/// Memory of each process on the device; the kernel tells no busy share of a process.
+fn processes(root: &Path, gpu: u64) -> HashMap<u32, ProcessUse> {
+    let all = root.join(PROCESSES);
+    let file = format!("vram_{gpu}");
+    let pids = names(&all).filter_map(|name| name.parse::<u32>().ok());
+    pids.filter_map(|pid| {
+        let bytes = number(&all.join(pid.to_string()).join(&file))?;
+        let used = ProcessUse {
+            memory_bytes: Some(bytes),
+            utilisation_permille: None,
+        };
+        (bytes > 0).then_some((pid, used))
+    })
+    .collect()
+}

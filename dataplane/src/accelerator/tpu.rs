@@ -1,0 +1,88 @@
+//! Google's TPUs by the PCI bus: which chips there are. Nothing of the kernel tells their load; the
+//! process that holds a chip does, and only to itself.
+//!
+//! In: sysfs. Out: readings in the thread's `Slot`. Invariant: only chips on the list count, because
+//! network and disk devices of Google's machines have the same vendor.
+//!
+//! Sources: the PCI ids by which published machine-learning frameworks recognise TPU machines;
+//! Google's table of chips for their memory.
+
+use std::path::Path;
+
+use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+
+use super::files::{hex, names, numa_node};
+use super::{INTERVAL, Reading, Slot};
+
+const VENDOR: u64 = 0x1ae0;
+/// PCI device, name, memory in GiB; of the first, two generations share the id.
+const CHIPS: [(u64, &str, Option<u64>); 6] = [
+    (0x0027, "TPU v2/v3", None),
+    (0x005e, "TPU v4", Some(32)),
+    (0x0062, "TPU v5p", Some(95)),
+    (0x0063, "TPU v5e", Some(16)),
+    (0x006f, "TPU v6e", Some(32)),
+    (0x0076, "TPU 7x", Some(192)),
+];
+const DEVICES: &str = "sys/bus/pci/devices";
+
+/// Whether this host has any.
+pub(super) fn is_there(root: &Path) -> bool {
+    !look(root).devices.is_empty()
+}
+
+/// The thread: until it is told to end.
+pub(super) fn run(root: &Path, slot: &Slot) {
+    loop {
+        slot.put(look(root));
+        if !slot.pause(INTERVAL) {
+            return;
+        }
+    }
+}
+
+/// One look.
+pub fn look(root: &Path) -> Reading {
+    let mut places: Vec<String> = names(&root.join(DEVICES)).collect();
+    places.sort();
+    let mut reading = Reading::default();
+    for pci in places {
+        let device = root.join(DEVICES).join(&pci);
+        if hex(&device.join("vendor")) != Some(VENDOR) {
+            continue;
+        }
+        let Some(number) = hex(&device.join("device")) else {
+            continue;
+        };
+        let Some((_, model, memory)) = CHIPS.iter().find(|chip| chip.0 == number) else {
+            continue;
+        };
+        // A driver has it, or a virtual machine monitor would.
+        let healthy = device.join("accel").is_dir() || device.join("iommu_group").exists();
+        reading.devices.push(AcceleratorRow {
+            key: AcceleratorKey {
+                kind: AcceleratorKind::Tpu,
+                index: u32::try_from(reading.devices.len()).unwrap_or(u32::MAX),
+            },
+            id: format!("tpu-{}", pci.replace(':', "-")),
+            model: (*model).to_owned(),
+            numa_node: numa_node(&device),
+            pci,
+            healthy,
+            part_of: None,
+            divided: false,
+            profile: String::new(),
+            units: None,
+            fault: None,
+            users: Vec::new(),
+            users_left_out: 0,
+            age_ms: 0,
+            tick: 0,
+            counters: AcceleratorCounters {
+                memory_total_bytes: memory.map(|gib| gib << 30),
+                ..AcceleratorCounters::default()
+            },
+        });
+    }
+    reading
+}

@@ -1,0 +1,422 @@
+//! Accelerators as slots of a whole node: what the driver tells is announced, given out, put into
+//! containers, held over restarts, and taken out of service when it fails. The driver is a stand-in
+//! with the real C ABI, its device nodes are clones of /dev/null.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::device_tree::DeviceTree;
+use harness::images::Image;
+use harness::kernels::{self, Order};
+use harness::node::{Node, NodeOptions};
+use harness::nvml::StandIn;
+use harness::wait;
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use serde_json::{Value as Json, json};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// Device nodes `/dev/nvidia<minor>` of this test only.
+struct Nodes(Vec<String>);
+
+impl Nodes {
+    /// `None`, and why, where a test may not make device nodes.
+    fn new(first: u32, count: u32) -> Option<Nodes> {
+        let mut nodes = Nodes(Vec::new());
+        for minor in first..first + count {
+            let path = format!("/dev/nvidia{minor}");
+            let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IROTH | Mode::S_IWOTH;
+            match mknod(path.as_str(), SFlag::S_IFCHR, mode, makedev(1, 3)) {
+                Ok(()) => nodes.0.push(path),
+                Err(err) => {
+                    println!("SKIP: device nodes cannot be made here: {err}");
+                    return None;
+                }
+            }
+        }
+        Some(nodes)
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Eight devices; the last two are divided into three parts each.
+fn eight() -> String {
+    let mut text = String::new();
+    for index in 0..8 {
+        let mig = u8::from(index >= 6);
+        text += &format!(
+            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
+            16 + index
+        );
+    }
+    for device in [6, 7] {
+        for part in 0..3 {
+            text += &format!(
+                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 sms=16 slices=1\n"
+            );
+        }
+    }
+    text
+}
+
+/// A node with a driver of eight devices.
+struct Machine {
+    node: Node,
+    driver: StandIn,
+    _tree: DeviceTree,
+    _nodes: Nodes,
+    first_minor: u32,
+}
+
+impl Machine {
+    async fn start(settings: &str) -> Result<Option<Machine>> {
+        // Numbers that no driver gives, apart for each process.
+        let first_minor = 100_000 + std::process::id() % 80_000 * 10;
+        let Some(nodes) = Nodes::new(first_minor, 8) else {
+            return Ok(None);
+        };
+        let tree = DeviceTree::new()?;
+        for index in 0..8 {
+            tree.nvidia(
+                &format!("0000:{:02x}:00.0", 16 + index),
+                first_minor + index,
+            )?;
+        }
+        let driver = StandIn::new(&eight())?;
+        let mut environment = driver.environment();
+        // More kernels than a small machine has cores.
+        environment.push(("BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned(), "4".to_owned()));
+        let node = Node::start(NodeOptions {
+            sections: format!(
+                "[node.dataplane]\nstats-interval = 0.5\n[node.accelerators]\ncuda-injection = \"device-nodes\"\n\
+                 device-root = \"{}\"\n{settings}\n",
+                tree.root().display()
+            ),
+            environment,
+            ..NodeOptions::default()
+        })
+        .await?;
+        Ok(Some(Machine {
+            node,
+            driver,
+            _tree: tree,
+            _nodes: nodes,
+            first_minor,
+        }))
+    }
+
+    async fn total(&self, slot: &str, amount: f64) -> Result<()> {
+        announced(&self.node, slot, amount).await
+    }
+}
+
+/// Waits until a slot is announced with an amount.
+async fn announced(node: &Node, slot: &str, amount: f64) -> Result<()> {
+    let what = format!("{amount} of {slot}");
+    wait::until(&what, SOON, || async {
+        let status = kernels::ask(node, "bai.status", Vec::new()).await.ok()?;
+        let total = status["slots"][slot]["total"]
+            .as_str()?
+            .parse::<f64>()
+            .ok()?;
+        ((total - amount).abs() < 1e-9).then_some(())
+    })
+    .await
+}
+
+fn order(slots: &[(&str, &str)]) -> Result<Order> {
+    let mut order = Order::of(Image::Runner)?;
+    for (slot, amount) in slots {
+        order.config["resource_slots"][*slot] = json!(amount);
+    }
+    Ok(order)
+}
+
+async fn held(node: &Node) -> Result<Json> {
+    kernels::ask(node, "scan_gpu_alloc_map", Vec::new()).await
+}
+
+/// Ids of the devices of one slot in a creation's result.
+fn ids(result: &Json, slot: &str) -> Vec<String> {
+    let shares = &result["resource_spec"]["allocations"]["cuda"][slot];
+    shares
+        .as_object()
+        .map(|shares| shares.keys().cloned().collect())
+        .unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> {
+    let Some(mut machine) = Machine::start("").await? else {
+        return Ok(());
+    };
+    machine.total("cuda.device", 6.0).await?;
+    machine.total("cuda.device:1g.10gb-mig", 6.0).await?;
+    let order_of_two = order(&[("cuda.device", "2")])?;
+    let result = kernels::create(&machine.node, &order_of_two).await?;
+    let given = ids(&result, "cuda.device");
+    ensure!(
+        given.len() == 2 && given.iter().all(|id| id.starts_with("GPU-")),
+        "{result}"
+    );
+    let attached = &result["attached_devices"]["cuda"];
+    ensure!(attached[0]["model_name"] == "Stand-in H100", "{attached}");
+    ensure!(
+        attached[0]["data"] == json!({"mem": 85_899_345_920_u64, "smp": 132}),
+        "{attached}"
+    );
+
+    // What the kernel sees: its own two devices.
+    let said = kernels::run(&machine.node, &order_of_two, "env; ls -1 /dev")
+        .await?
+        .output;
+    let mut nodes: Vec<String> = given
+        .iter()
+        .filter_map(|id| id.strip_prefix("GPU-")?.parse::<u32>().ok())
+        .map(|index| format!("nvidia{}", machine.first_minor + index))
+        .collect();
+    nodes.sort();
+    let mut seen: Vec<&str> = said
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.starts_with("nvidia") && !line.contains("ctl") && !line.contains('-'))
+        .collect();
+    seen.sort_unstable();
+    ensure!(seen == nodes, "{said}");
+    for variable in [
+        "GPU_COUNT=2".to_owned(),
+        "N_GPUS=2".to_owned(),
+        "GPU_TYPE=cuda".to_owned(),
+        "GPU_MODEL_NAME=Stand-in H100".to_owned(),
+        "GPU_CONFIG=0:80g,1:80g".to_owned(),
+        "TF_GPU_MEMORY_ALLOC=0:81920,1:81920".to_owned(),
+        "CUDA_VISIBLE_DEVICES=0,1".to_owned(),
+    ] {
+        ensure!(
+            said.lines().any(|line| line.trim() == variable),
+            "{variable} in {said}"
+        );
+    }
+    ensure!(said.contains("NVIDIA_VISIBLE_DEVICES=GPU-"), "{said}");
+    let text = std::fs::read_to_string(
+        machine
+            .node
+            .scratch(&order_of_two.kernel.to_string())
+            .join("config/resource.txt"),
+    )?;
+    ensure!(text.contains("CUDA_GLOBAL_DEVICE_IDS=0:GPU-"), "{text}");
+
+    // A part, and none: nobody sees more than was given.
+    let part = order(&[("cuda.device:1g.10gb-mig", "1")])?;
+    let result = kernels::create(&machine.node, &part).await?;
+    ensure!(
+        ids(&result, "cuda.device:1g.10gb-mig")[0].starts_with("MIG-"),
+        "{result}"
+    );
+    let none = order(&[])?;
+    kernels::create(&machine.node, &none).await?;
+    let said = kernels::run(&machine.node, &none, "env; ls -1 /dev")
+        .await?
+        .output;
+    ensure!(
+        said.contains("NVIDIA_VISIBLE_DEVICES=void") && said.contains("GPU_COUNT=0"),
+        "{said}"
+    );
+    ensure!(
+        !said.contains(&format!("nvidia{}", machine.first_minor / 10)),
+        "{said}"
+    );
+    let two = order(&[("cuda.device", "1"), ("cuda.device:1g.10gb-mig", "1")])?;
+    let failure = kernels::fail_to_create(&machine.node, &two).await?;
+    ensure!(
+        failure.repr.contains("InvalidResourceCombination"),
+        "{}",
+        failure.repr
+    );
+
+    // Another life of control, without a dataplane: absent is not zero, and what is held stays held.
+    let before = held(&machine.node).await?;
+    ensure!(
+        before.as_object().is_some_and(|map| map.len() == 3),
+        "{before}"
+    );
+    machine.node.kill_control()?;
+    machine.node.kill_dataplane()?;
+    machine.node.start_control().await?;
+    machine.total("cuda.device", 6.0).await?;
+    ensure!(held(&machine.node).await? == before);
+    machine.node.start_dataplane()?;
+    for order in [&order_of_two, &part, &none] {
+        kernels::destroy(&machine.node, order).await?;
+        kernels::wait_end(&machine.node, order.kernel).await?;
+    }
+    ensure!(held(&machine.node).await? == json!({}));
+    kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
+    let Some(machine) = Machine::start("device-mask = [\"GPU-0\", \"cuda:1\"]").await? else {
+        return Ok(());
+    };
+    machine.total("cuda.device", 4.0).await?;
+    let order = order(&[("cuda.device", "1")])?;
+    let result = kernels::create(&machine.node, &order).await?;
+    let id = ids(&result, "cuda.device").pop().context("a device")?;
+    ensure!(
+        id != "GPU-0" && id != "GPU-1",
+        "a masked device was given: {id}"
+    );
+    let index = id.strip_prefix("GPU-").context("an id")?.to_owned();
+    // The container's own process uses the device it was given, and one of the host does not count.
+    let pid = kernels::docker(&[
+        "inspect",
+        "--format",
+        "{{.State.Pid}}",
+        result["container_id"].as_str().context("a container")?,
+    ])?;
+    machine.driver.describe(&format!(
+        "{}process {index} pid={pid} mem=4096 sm=20\nprocess {index} pid={} mem=77 sm=5\nxid {index} 79 1\n",
+        eight(),
+        std::process::id()
+    ))?;
+    machine.total("cuda.device", 3.0).await?;
+    let state = kernels::ask(&machine.node, "gather_hwinfo", Vec::new()).await?;
+    ensure!(state["cuda"]["status"] == "degraded", "{state}");
+    ensure!(state["cuda"]["metadata"][&id] == "fault 79", "{state}");
+    ensure!(held(&machine.node).await?[&id] == "1");
+    let container: shared::ids::ContainerId = result["container_id"]
+        .as_str()
+        .unwrap_or_default()
+        .parse()?;
+    let mut reader = shared::observed::ObservedReader::at(machine.node.regions().join("dataplane"));
+    let users = wait::until_blocking("the device's user", SOON, || {
+        let snapshot = reader.snapshot().ok()?;
+        let row = snapshot.accelerators.iter().find(|row| row.id == id)?;
+        (!row.users.is_empty()).then(|| row.users.clone())
+    })?;
+    ensure!(
+        users.len() == 1 && users[0].container_id == container,
+        "{users:?}"
+    );
+    ensure!(users[0].memory_bytes == Some(4096), "{users:?}");
+
+    // Reset: it goes away and comes back as good as new, and is still the kernel's.
+    let gone = eight().replace(
+        &format!("device {index} uuid={id}"),
+        &format!("device {index} uuid={id} lost=1"),
+    );
+    machine.driver.describe(&gone)?;
+    wait::until("the device is being reset", SOON, || async {
+        let state = kernels::ask(&machine.node, "gather_hwinfo", Vec::new())
+            .await
+            .ok()?;
+        let snapshot = state["cuda"]["status"] == "degraded";
+        let rows = reader_rows(&machine.node)?;
+        let lost = rows
+            .iter()
+            .any(|row| row.id == id && row.counters.memory_used_bytes.is_none());
+        (snapshot && lost).then_some(())
+    })
+    .await?;
+    machine.driver.describe(&eight())?;
+    machine.total("cuda.device", 4.0).await?;
+    ensure!(held(&machine.node).await?[&id] == "1");
+    kernels::destroy(&machine.node, &order).await?;
+    kernels::wait_end(&machine.node, order.kernel).await?;
+    kernels::assert_clean(&machine.node).await
+}
+
+fn reader_rows(node: &Node) -> Option<Vec<shared::observed::AcceleratorRow>> {
+    let mut reader = shared::observed::ObservedReader::at(node.regions().join("dataplane"));
+    Some(reader.snapshot().ok()?.accelerators.clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shares_of_a_device_are_given_to_several_kernels() -> Result<()> {
+    let settings = "allocation-mode = \"fractional\"\nunit-mem = \"80g\"\nunit-proc = 132";
+    let Some(machine) = Machine::start(settings).await? else {
+        return Ok(());
+    };
+    machine.total("cuda.shares", 6.0).await?;
+    let small = order(&[("cuda.shares", "0.05")])?;
+    let failure = kernels::fail_to_create(&machine.node, &small).await?;
+    ensure!(
+        failure.repr.contains("NotMultipleOfQuantum"),
+        "{}",
+        failure.repr
+    );
+    let (first, second) = (
+        order(&[("cuda.shares", "0.3")])?,
+        order(&[("cuda.shares", "0.6")])?,
+    );
+    let one = kernels::create(&machine.node, &first).await?;
+    let two = kernels::create(&machine.node, &second).await?;
+    // The best fit is the device that is used already.
+    let shared = ids(&one, "cuda.shares");
+    ensure!(
+        shared.len() == 1 && ids(&two, "cuda.shares") == shared,
+        "{one} {two}"
+    );
+    let map = held(&machine.node).await?;
+    ensure!(
+        map[&shared[0]].as_str().and_then(|text| text.parse().ok()) == Some(0.9),
+        "{map}"
+    );
+    let said = kernels::run(&machine.node, &first, "env").await?.output;
+    ensure!(
+        said.contains("GPU_CONFIG=0:24g") && said.contains("GPU_COUNT=1"),
+        "{said}"
+    );
+    for order in [&first, &second] {
+        kernels::destroy(&machine.node, order).await?;
+        kernels::wait_end(&machine.node, order.kernel).await?;
+    }
+    kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn made_up_devices_are_scheduled_without_any_driver() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("mock-accelerator.toml");
+    let device = |number: u32, model: &str, mig: bool| {
+        format!(
+            "{{ mother_uuid = \"aa-{number}\", model_name = \"{model}\", numa_node = 0, subproc_count = 108, memory_size = \"40G\", is_mig_device = {mig} }},\n"
+        )
+    };
+    let devices = device(1, "CUDA GPU", false)
+        + &device(2, "CUDA GPU", false)
+        + &device(3, "MIG-10g", true).repeat(2);
+    std::fs::write(
+        &file,
+        format!(
+            "slot_name = \"cuda\"\ndevice_plugin_name = \"CUDADevice\"\ndevices = [\n{devices}]\n"
+        ),
+    )?;
+    let node = Node::start(NodeOptions {
+        sections: format!("[node.accelerators]\nmock = \"{}\"\n", file.display()),
+        ..NodeOptions::default()
+    })
+    .await?;
+    announced(&node, "cuda.device", 2.0).await?;
+    announced(&node, "cuda.device:10g-mig", 2.0).await?;
+    let order = order(&[("cuda.device", "2")])?;
+    let result = kernels::create(&node, &order).await?;
+    ensure!(ids(&result, "cuda.device") == ["aa-1", "aa-2"], "{result}");
+    let said = kernels::run(&node, &order, "env").await?.output;
+    for variable in ["GPU_COUNT=2", "BACKENDAI_MOCK_CUDA_DEVICES=aa-1,aa-2"] {
+        ensure!(said.lines().any(|line| line.trim() == variable), "{said}");
+    }
+    let state = kernels::ask(&node, "gather_hwinfo", Vec::new()).await?;
+    ensure!(state["cuda"]["status"] == "healthy", "{state}");
+    kernels::destroy(&node, &order).await?;
+    kernels::wait_end(&node, order.kernel).await?;
+    kernels::assert_clean(&node).await
+}
