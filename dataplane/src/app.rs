@@ -122,9 +122,9 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     let mut reader = DesiredReader::at(run_dir.control());
     let sizes = region_sizes(&mut reader, options);
     let writer = ObservedWriter::open_locked(lock, sizes).map_err(AppError::Region)?;
-    let before = ObservedReader::at(&directory)
+    let (before, ports_before) = ObservedReader::at(&directory)
         .snapshot()
-        .map(|found| found.containers.clone())
+        .map(|found| (found.containers.clone(), found.ports.clone()))
         .unwrap_or_default();
     tracing::info!(
         directory = %directory.display(),
@@ -160,6 +160,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         lookup,
         options.defaults.clone(),
         descriptors,
+        ports_before,
     );
 
     if let Some(means) = options.kernel_path {

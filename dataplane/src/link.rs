@@ -15,7 +15,7 @@ pub mod plan;
 mod settings;
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,8 +51,8 @@ struct Running {
     kernel: Option<Arc<KernelPort>>,
     /// What the board knows of the line above.
     kernel_told: bool,
-    /// Keeps the port for the kernel path: nothing relays datagrams.
-    datagrams: Option<UdpSocket>,
+    /// Waits for sessions of the relay to end before it can take the kernel path.
+    held_back: bool,
     state: PortState,
     path: ForwardPath,
     reason: String,
@@ -82,6 +82,8 @@ pub struct Link {
     /// Why there is none though it is wanted.
     kernel_missing: Option<String>,
     containers: BTreeMap<ContainerId, ContainerRow>,
+    /// What ports had counted in an earlier life of this process.
+    earlier: BTreeMap<PortKey, PortStatus>,
     unclaimed_at: Option<Instant>,
     drains_counted: Instant,
     read_log: LogLimit,
@@ -101,6 +103,29 @@ fn sum(a: Counters, b: Counters) -> Counters {
     }
 }
 
+/// What is left of `a` without what `b` counts itself.
+fn without(a: Counters, b: Counters) -> Counters {
+    Counters {
+        active: 0,
+        total: a.total.saturating_sub(b.total),
+        refused: a.refused.saturating_sub(b.refused),
+        bytes_in: a.bytes_in.saturating_sub(b.bytes_in),
+        bytes_out: a.bytes_out.saturating_sub(b.bytes_out),
+        connect_failures: a.connect_failures.saturating_sub(b.connect_failures),
+        idle_timeouts: a.idle_timeouts.saturating_sub(b.idle_timeouts),
+        packets_in: a.packets_in.saturating_sub(b.packets_in),
+        packets_out: a.packets_out.saturating_sub(b.packets_out),
+    }
+}
+
+/// How the relay moves the bytes of a port: datagrams can't be spliced.
+fn engine_of(key: PortKey) -> RelayEngine {
+    match key.protocol {
+        Protocol::Tcp => RelayEngine::Splice,
+        Protocol::Udp => RelayEngine::Copy,
+    }
+}
+
 fn refusal_text(err: &OpenError) -> String {
     match err {
         OpenError::Listen(listen) => format!("{listen}: {}", listen.errno()),
@@ -109,7 +134,8 @@ fn refusal_text(err: &OpenError) -> String {
 }
 
 impl Link {
-    /// A link that runs nothing yet. `descriptors` is the limit of open descriptors.
+    /// A link that runs nothing yet. `descriptors` is the limit of open descriptors, `earlier` what
+    /// an earlier life has told of ports.
     pub fn new(
         reader: DesiredReader,
         relay: Relay,
@@ -117,6 +143,7 @@ impl Link {
         lookup: LinkLookup,
         defaults: Defaults,
         descriptors: u64,
+        earlier: Vec<PortStatus>,
     ) -> Self {
         let mut link = Self {
             reader,
@@ -134,6 +161,7 @@ impl Link {
             kernel: None,
             kernel_missing: None,
             containers: BTreeMap::new(),
+            earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             unclaimed_at: None,
             drains_counted: Instant::now(),
             read_log: LogLimit::default(),
@@ -214,11 +242,19 @@ impl Link {
         self.note_containers(desired, now);
         let mut changes = Changes::default();
         let mut cut = Vec::new();
-        for step in plan(&self.known, desired) {
+        let steps = plan(&self.known, desired);
+        let ending = |step: &Step| match step {
+            Step::Replace(row) => Some(row.key()),
+            Step::Retire { key, .. } => Some(*key),
+            _ => None,
+        };
+        self.close_listeners(steps.iter().filter_map(ending));
+        for step in steps {
             match step {
                 Step::Open(row) => {
                     let key = row.key();
-                    self.serve(row, desired.region_id, Counters::default(), now);
+                    let base = self.counted_before(&row);
+                    self.serve(row, desired.region_id, base, now);
                     changes.put.extend(self.entry(key));
                 }
                 Step::Replace(row) => {
@@ -305,6 +341,22 @@ impl Link {
         self.known.insert(row.key(), Known { row, region });
     }
 
+    /// What the same kernel's port had counted in an earlier life.
+    fn counted_before(&mut self, row: &PortRow) -> Counters {
+        let found = self.earlier.remove(&row.key());
+        let found = found.filter(|it| it.kernel_id == row.kernel_id);
+        found.map_or_else(Counters::default, |it| Counters {
+            total: it.sessions_total,
+            refused: it.sessions_refused,
+            bytes_in: it.bytes_in,
+            bytes_out: it.bytes_out,
+            connect_failures: it.connect_failures,
+            packets_in: it.packets_in,
+            packets_out: it.packets_out,
+            ..Counters::default()
+        })
+    }
+
     /// Starts to serve a row; whatever comes of it is noted.
     fn serve(&mut self, row: PortRow, region: RegionId, base: Counters, now: Instant) {
         let key = row.key();
@@ -312,7 +364,7 @@ impl Link {
             port: None,
             kernel: None,
             kernel_told: false,
-            datagrams: None,
+            held_back: false,
             state: PortState::Refused,
             path: ForwardPath::None,
             reason: String::new(),
@@ -324,12 +376,15 @@ impl Link {
         if row.observe_only {
             running.state = PortState::Serving;
             running.path = ForwardPath::Engine;
-        } else if row.protocol == Protocol::Udp {
-            self.reserve_datagrams(&row, &mut running, now);
         } else {
             let bind = SocketAddr::new(row.bind, row.host_port);
             let target = SocketAddr::new(row.target, row.target_port);
-            match self.relay.open(bind, target, self.settings.rules(&row)) {
+            let rules = self.settings.rules(&row);
+            let opened = match row.protocol {
+                Protocol::Tcp => self.relay.open(bind, target, rules),
+                Protocol::Udp => self.relay.open_datagrams(bind, target, rules),
+            };
+            match opened {
                 Ok(port) => {
                     // Looked up after the watch was opened, so a link that goes away later is told.
                     match guard_of(&row) {
@@ -362,32 +417,13 @@ impl Link {
         self.note(row, region);
     }
 
-    /// Datagrams go by the kernel path or not at all; the port is held while it may take them.
-    fn reserve_datagrams(&self, row: &PortRow, running: &mut Running, now: Instant) {
-        if self.kernel.is_none() {
-            running.reason = "UDP is forwarded by the kernel path only".to_owned();
-            return;
-        }
-        let bound = UdpSocket::bind((row.bind, row.host_port)).and_then(|socket| {
-            socket.set_nonblocking(true)?;
-            Ok(socket)
-        });
-        match bound {
-            Ok(socket) => running.datagrams = Some(socket),
-            Err(err) => {
-                running.reason = format!("cannot bind {}:{}: {err}", row.bind, row.host_port);
-                running.retry_at = Some(now + RETRY_INTERVAL);
-            }
-        }
-    }
-
     fn entry(&self, key: PortKey) -> Option<Entry> {
         let (running, known) = (self.running.get(&key)?, self.known.get(&key)?);
         let mut status = PortStatus::new(key, known.row.kernel_id, known.region, running.state);
         status.acknowledged = running.generation;
         status.path = running.path;
         if running.path == ForwardPath::Relay {
-            status.engine = RelayEngine::Splice;
+            status.engine = engine_of(key);
         }
         status.reason.clone_from(&running.reason);
         Some(Entry {
@@ -440,6 +476,7 @@ impl Link {
         self.finish_drains(now);
         self.retry(now);
         self.kernel_turn(now);
+        self.lift_held_back();
         for running in self.running.values() {
             if let (Some(port), kernel) = (&running.port, &running.kernel) {
                 port.note_elsewhere(kernel.as_ref().map_or(0, |it| it.counters().active));
@@ -504,6 +541,7 @@ impl Link {
             return;
         }
         let mut cut = Vec::new();
+        self.close_listeners(due.iter().copied());
         for key in &due {
             tracing::info!(port = key.host_port, "port closed, no region wants it");
             self.close(*key, &mut cut, now, None);
@@ -518,11 +556,9 @@ impl Link {
     /// Closes all listeners; sessions go on. What the region says afterwards is that nothing is
     /// served, so that control need not wait for the heartbeat to grow old.
     pub fn stop_accepting(&mut self) {
-        for (key, running) in &mut self.running {
-            if let Some(port) = &running.port {
-                self.relay.close(port);
-            }
-            tracing::trace!(port = key.host_port, "listener closed");
+        let keys: Vec<PortKey> = self.running.keys().copied().collect();
+        self.close_listeners(keys.iter().copied());
+        for running in self.running.values_mut() {
             if running.path == ForwardPath::KernelPath {
                 // Pinned: it needs no process.
                 running.reason = "the dataplane has stopped, the kernel goes on".to_owned();
@@ -532,7 +568,6 @@ impl Link {
             running.path = ForwardPath::None;
             running.reason = "the dataplane has stopped".to_owned();
         }
-        let keys: Vec<PortKey> = self.running.keys().copied().collect();
         let put = keys.iter().filter_map(|key| self.entry(*key)).collect();
         self.publish(Changes {
             put,

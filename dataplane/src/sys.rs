@@ -5,6 +5,7 @@
 //! lives here ([`bpf`] has the one call that no crate offers).
 
 pub mod bpf;
+pub mod datagram;
 pub mod iterator;
 pub mod netlink;
 pub mod pipe;

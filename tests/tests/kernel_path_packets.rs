@@ -9,12 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{Node, attached, host};
+use harness::kernel_path::{KERNEL, Node, attached, host};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use shared::desired::{PortRow, Protocol};
-use shared::observed::ForwardPath;
+use shared::observed::{ForwardPath, PortState};
 
 /// An echo of datagrams in the container.
 fn echo(node: &Node) -> u16 {
@@ -137,6 +137,44 @@ fn the_client_hears_that_a_containers_port_is_closed() {
 #[test]
 fn the_client_hears_that_a_containers_port_is_closed_over_ipv6() {
     closed_port_is_told(1);
+}
+
+/// Who has begun by the relay goes on by it: the container would take the kernel path's packets for
+/// another client's.
+#[test]
+fn datagrams_of_the_relay_stay_with_it_when_the_kernel_path_could_serve() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    node.control
+        .write(|batch| batch.remove_container(KERNEL))
+        .expect("removed");
+    let mut row = node.container.port(echo(&node));
+    row.protocol = Protocol::Udp;
+    let status = node.publish(&row);
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    let address = host(&row, 0);
+    let socket = node.at_client(move || {
+        let socket = socket_to(address);
+        round_trip(&socket, 3_000);
+        socket
+    });
+    let container = node.container.row(KERNEL);
+    until("the container's row being free", || {
+        let row = container.clone();
+        node.control.release();
+        node.control.write(|batch| batch.put_container(row)).ok()
+    })
+    .expect("known again");
+    let status = node.counted(&row, |it| it.reason.contains("datagrams"));
+    assert_eq!(status.path, ForwardPath::Relay, "{}", status.reason);
+    round_trip(&socket, 100);
+    let status = node.counted(&row, |it| it.bytes_out == 3_100);
+    assert_eq!((status.sessions_total, status.sessions_active), (1, 1));
 }
 
 #[test]

@@ -293,7 +293,7 @@ fn cutting_a_port_spares_the_others() {
         .map(|_| traffic::connect(b.bind()).expect("accepted"))
         .collect();
     assert!(on_a.iter_mut().chain(&mut on_b).all(echoes));
-    relay.close(&a);
+    relay.close(std::slice::from_ref(&a));
     assert!(
         on_a.iter_mut().all(echoes),
         "closing the listener leaves sessions"
@@ -318,7 +318,7 @@ fn closing_a_listener_keeps_those_who_had_connected() {
         let mut streams: Vec<TcpStream> = (0..30)
             .map(|_| traffic::connect(port.bind()).expect("accepted"))
             .collect();
-        relay.close(&port);
+        relay.close(std::slice::from_ref(&port));
         assert!(
             streams.iter_mut().all(echoes),
             "a connection was dropped at closing"
@@ -365,7 +365,7 @@ fn a_bulk_transfer_does_not_starve_small_messages() {
     // A few megabytes each, at most; a session whose turn never comes sees all of the bulk pass.
     let passed = (bulk.counters().bytes_in - before) / MESSAGES;
     assert!(passed < 100_000_000, "{passed} bytes of bulk per message");
-    relay.close(&bulk);
+    relay.close(std::slice::from_ref(&bulk));
     relay.cut(std::slice::from_ref(&bulk));
     for writer in writers {
         writer.join().expect("the writers end with the cut");

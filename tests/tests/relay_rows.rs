@@ -11,7 +11,7 @@ use harness::dataplane::{Control, Options, Place, Process, address_of, row_to, u
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
 use shared::desired::{ClientNetwork, Drain, NodeRow, Protocol};
-use shared::observed::{ForwardPath, PortState};
+use shared::observed::{ForwardPath, PortState, RelayEngine};
 
 fn started(options: Options) -> (Place, Process, Control) {
     let place = Place::new(options).expect("a place");
@@ -116,8 +116,11 @@ fn rows_that_can_not_be_served_are_refused_with_words_and_tried_again() {
 
     row.protocol = Protocol::Udp;
     let status = control.publish(row.clone()).expect("an answer");
-    assert_eq!(status.state, PortState::Refused);
-    assert!(status.reason.contains("UDP"), "{}", status.reason);
+    assert_eq!(
+        (status.state, status.path, status.engine),
+        (PortState::Serving, ForwardPath::Relay, RelayEngine::Copy),
+        "the number of one protocol is free for the other"
+    );
 
     let mut foreign = row_to(echo);
     foreign.bind = "192.0.2.77".parse().expect("an address");
@@ -328,11 +331,23 @@ fn a_desired_region_that_vanishes_or_is_damaged_changes_nothing() {
 
 #[test]
 fn a_restarted_dataplane_takes_up_the_rows_and_acknowledges_them_again() {
-    let (place, process, mut control) = started(Options::default());
+    let (place, process, mut control) = started(Options {
+        dataplane: "stats-interval = 0.1".to_owned(),
+        ..Options::default()
+    });
     let echo = traffic::echo_server("127.0.0.1:0");
     let (kept, gone) = (row_to(echo), row_to(echo));
     control.publish(kept.clone()).expect("an answer");
     control.publish(gone.clone()).expect("an answer");
+    assert_eq!(
+        ask(address_of(&kept), b"counted").expect("an echo"),
+        b"counted"
+    );
+    until("the counters", || {
+        let status = control.status(kept.key())?;
+        (status.bytes_out == 7).then_some(())
+    })
+    .expect("counted");
     let epoch = control.observed.snapshot().expect("observed").epoch;
     process.signal(Signal::SIGKILL).expect("killed");
     drop(process);
@@ -350,6 +365,14 @@ fn a_restarted_dataplane_takes_up_the_rows_and_acknowledges_them_again() {
     let observed = control.observed.snapshot().expect("observed");
     assert!(observed.epoch > epoch, "another life of the writer");
     assert!(turned_away(address_of(&gone)));
+    let status = until("the counters going on", || {
+        let status = control.status(kept.key())?;
+        (status.bytes_out >= 8).then_some(status)
+    })
+    .expect("counted on");
+    // The waiting above may have asked more than once, and each time a byte.
+    assert_eq!(status.bytes_in, status.bytes_out);
+    assert!(status.sessions_total >= 2);
 }
 
 #[test]

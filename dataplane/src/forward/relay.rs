@@ -4,8 +4,10 @@
 //! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
 //! dealt out to all. A session ([`session`]) is two sockets and two directions; a direction
 //! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice.
+//! Ports of UDP have a thread of their own ([`datagrams`]).
 //! Invariant: a port that [`Relay::open`] returned accepts clients until it is closed.
 
+pub mod datagrams;
 pub mod flow;
 pub mod port;
 pub mod session;
@@ -20,8 +22,10 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use self::datagrams::Datagrams;
 use self::port::{Port, Rules, Totals};
 use self::worker::{Census, Inbox, Message, Worker};
+use crate::sys::datagram;
 use crate::sys::socket::{self, ListenError};
 
 /// Clients that may wait to be accepted per port; the kernel caps it at `net.core.somaxconn`.
@@ -76,6 +80,7 @@ pub enum OpenError {
 /// The running relay.
 #[derive(Debug)]
 pub struct Relay {
+    /// The threads of connections, then that of datagrams.
     inboxes: Vec<Arc<Inbox>>,
     threads: Vec<JoinHandle<io::Result<()>>>,
     totals: Arc<Totals>,
@@ -96,20 +101,34 @@ impl Relay {
             polls.push(poll);
             inboxes.push(inbox);
         }
+        let (datagram_poll, datagram_inbox) = worker::mailbox().map_err(StartError::Poll)?;
+        let workers = inboxes.clone();
+        inboxes.push(Arc::clone(&datagram_inbox));
         let mut relay = Self {
             inboxes,
             threads: Vec::new(),
             totals,
         };
         for (own, poll) in polls.into_iter().enumerate() {
-            let worker = Worker::new(poll, relay.inboxes.clone(), own, options.splice);
-            let thread = std::thread::Builder::new()
-                .name(format!("relay-{own}"))
-                .spawn(move || worker.run())
-                .map_err(StartError::Thread)?;
-            relay.threads.push(thread);
+            let worker = Worker::new(poll, workers.clone(), own, options.splice);
+            relay.spawn(&format!("relay-{own}"), move || worker.run())?;
         }
+        let datagrams = Datagrams::new(datagram_poll, datagram_inbox);
+        relay.spawn("relay-datagrams", move || datagrams.run())?;
         Ok(relay)
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        run: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), StartError> {
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(run)
+            .map_err(StartError::Thread)?;
+        self.threads.push(thread);
+        Ok(())
     }
 
     /// Opens a listener at `bind` that leads to `target`. Clients are accepted from the moment
@@ -131,12 +150,46 @@ impl Relay {
         Ok(port)
     }
 
-    /// Closes the listener, after those who had already connected were accepted. Sessions go on.
-    pub fn close(&self, port: &Arc<Port>) {
-        let (done, answer) = sync_channel(1);
-        self.inbox_of(port)
-            .send(Message::Unlisten(Arc::clone(port), done));
-        wait(&answer);
+    /// Opens a port of datagrams at `bind` that leads to `target`.
+    ///
+    /// # Errors
+    /// The port is taken, the address is not of this host, or there are no descriptors.
+    pub fn open_datagrams(
+        &self,
+        bind: SocketAddr,
+        target: SocketAddr,
+        rules: Rules,
+    ) -> Result<Arc<Port>, OpenError> {
+        let fd = datagram::bind(bind).map_err(OpenError::Listen)?;
+        let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
+        let totals = Arc::clone(&self.totals);
+        let port = Arc::new(Port::of_datagrams(bound, target, rules, totals));
+        self.inbox_of(&port)
+            .send(Message::Listen(fd, Arc::clone(&port)));
+        Ok(port)
+    }
+
+    /// Closes listeners, after those who had already connected were accepted. Sessions go on, but
+    /// for those of datagrams, which have no end to wait for.
+    pub fn close(&self, ports: &[Arc<Port>]) {
+        let mut per_inbox = vec![Vec::new(); self.inboxes.len()];
+        for port in ports {
+            per_inbox[self.place_of(port)].push(Arc::clone(port));
+        }
+        let answers: Vec<_> = self
+            .inboxes
+            .iter()
+            .zip(per_inbox)
+            .filter(|(_, ports)| !ports.is_empty())
+            .map(|(inbox, ports)| {
+                let (done, answer) = sync_channel(1);
+                inbox.send(Message::Unlisten(ports, done));
+                answer
+            })
+            .collect();
+        for answer in &answers {
+            wait(answer);
+        }
     }
 
     /// Resets all sessions of the ports, whose listeners must be closed or refusing.
@@ -203,8 +256,17 @@ impl Relay {
         self.threads.iter().all(|thread| !thread.is_finished())
     }
 
+    fn place_of(&self, port: &Port) -> usize {
+        let workers = self.inboxes.len() - 1;
+        if port.takes_datagrams() {
+            workers
+        } else {
+            usize::from(port.bind().port()) % workers
+        }
+    }
+
     fn inbox_of(&self, port: &Port) -> &Inbox {
-        &self.inboxes[usize::from(port.bind().port()) % self.inboxes.len()]
+        &self.inboxes[self.place_of(port)]
     }
 }
 

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use shared::desired::{Drain, PortKey};
 use shared::ids::{Generation, KernelId, RegionId};
-use shared::observed::{ForwardPath, PortState, PortStatus, RelayEngine};
+use shared::observed::{ForwardPath, PortState, PortStatus};
 
 use super::guard::guard_of;
-use super::{Link, sum};
+use super::{Link, engine_of, sum};
 use crate::board::{Changes, Entry};
 use crate::forward::kernel::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
@@ -46,8 +46,16 @@ impl Link {
         !self.draining.is_empty()
     }
 
-    /// Closes the listener of a running row and lets its sessions drain or adds it to those to be
-    /// cut. Answers what it had counted. With `removal`, the status waits for the sessions.
+    /// Closes the listeners of these rows; many at once cost no more than one.
+    pub(super) fn close_listeners(&self, keys: impl Iterator<Item = PortKey>) {
+        let ports: Vec<Arc<Port>> = keys
+            .filter_map(|key| self.running.get(&key)?.port.clone())
+            .collect();
+        self.relay.close(&ports);
+    }
+
+    /// Ends a running row, whose listener is closed: lets its sessions drain or adds it to those to
+    /// be cut. Answers what it had counted. With `removal`, the status waits for the sessions.
     pub(super) fn close(
         &mut self,
         key: PortKey,
@@ -64,7 +72,6 @@ impl Link {
             self.withdraw(key);
             return base;
         };
-        self.relay.close(&port);
         let drains = matches!(known.row.drain, Drain::Within { ms } if ms > 0);
         let kernel = if drains && removal.is_some() {
             self.drain_flows(key, running.kernel.clone())
@@ -198,7 +205,7 @@ fn draining_entry(it: &Draining) -> Entry {
     let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
     status.acknowledged = it.removal.unwrap_or_default();
     status.path = ForwardPath::Relay;
-    status.engine = RelayEngine::Splice;
+    status.engine = engine_of(it.key);
     Entry {
         status,
         port: Some(Arc::clone(&it.port)),

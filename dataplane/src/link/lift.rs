@@ -8,10 +8,10 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{DesiredSnapshot, PortKey};
+use shared::desired::{DesiredSnapshot, PortKey, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
-use super::{Link, ORPHAN_GRACE, sum};
+use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
 use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
 
@@ -112,10 +112,8 @@ impl Link {
             let Some(known) = self.known.get(key) else {
                 continue;
             };
-            let datagrams = running.datagrams.is_some();
-            let forwarded = datagrams && running.state != PortState::Disabled
-                || running.state == PortState::Serving
-                    && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
+            let forwarded = running.state == PortState::Serving
+                && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
             let Some(kernel) = &mut self.kernel else {
                 if let Some(why) = &self.kernel_missing
                     && forwarded
@@ -132,15 +130,16 @@ impl Link {
                 continue;
             }
             let rules = self.settings.rules(&known.row);
+            let relayed = running.port.as_ref().map_or(0, |port| port.active());
             let terms = Terms {
                 container: self.containers.get(&known.row.container_id),
                 max_flows: rules.max_sessions,
                 new_per_second: rules.new_per_second,
                 idle_timeout: rules.idle_timeout.is_some(),
                 allowed: &rules.allowed,
-                relayed: running.port.as_ref().map_or(0, |port| port.active()),
+                relayed,
             };
-            let (mut path, reason) = match kernel.offer(&known.row, &terms) {
+            let (path, reason) = match kernel.offer(&known.row, &terms) {
                 Ok(lift) => {
                     let same = running
                         .kernel
@@ -148,6 +147,9 @@ impl Link {
                         .is_some_and(|it| Arc::ptr_eq(it, &lift.port));
                     if !same {
                         running.lower();
+                        // Flows that an earlier life of this process has left count on in the
+                        // kernel, and are in what that life had told.
+                        running.base = without(running.base, lift.port.counters());
                         running.kernel = Some(Arc::clone(&lift.port));
                     }
                     path_of(&lift, known.row.local_only)
@@ -157,20 +159,12 @@ impl Link {
                     (ForwardPath::Relay, format!("by the relay: {why}"))
                 }
             };
-            let mut reason = cut(reason);
-            let mut state = PortState::Serving;
-            if datagrams {
-                // There is no relay behind it: what is not lifted is not served.
-                reason = reason.replace("by the relay", "not served");
-                path = ForwardPath::KernelPath;
-                if running.kernel.is_none() {
-                    (state, path) = (PortState::Refused, ForwardPath::None);
-                }
-            }
-            if running.path != path || running.reason != reason || running.state != state {
+            let reason = cut(reason);
+            running.held_back =
+                known.row.protocol == Protocol::Udp && relayed > 0 && running.kernel.is_none();
+            if running.path != path || running.reason != reason {
                 running.path = path;
                 running.reason = reason;
-                running.state = state;
                 changed.push(*key);
             } else if running.kernel_told != running.kernel.is_some() {
                 changed.push(*key);
@@ -179,6 +173,17 @@ impl Link {
         }
         kernel_settle(self.kernel.as_mut());
         changed
+    }
+
+    /// Looks again at rows of datagrams whose last session of the relay has ended.
+    pub(super) fn lift_held_back(&mut self) {
+        let free = self
+            .running
+            .values()
+            .any(|it| it.held_back && it.port.as_ref().is_some_and(|port| port.active() == 0));
+        if free {
+            self.lift_and_publish();
+        }
     }
 
     /// [`Self::lift_all`], and says so.

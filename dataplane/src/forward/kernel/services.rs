@@ -22,6 +22,8 @@ use super::eligibility::{self, Circumstances};
 use super::pins::Side;
 use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words};
 
+/// linux/bpf.h: an update that makes an entry or fails.
+const BPF_NOEXIST: u64 = 1;
 /// Containers whose routes were looked at and found good.
 const ROUTED: usize = 65_536;
 
@@ -61,6 +63,19 @@ fn service_of(row: &PortRow, terms: &Terms<'_>, clients: u8) -> Service {
             0 => 0,
             rate => 1_000_000_000 / u64::from(rate),
         },
+    }
+}
+
+/// Whether an entry was made: one that is there already stays as it is.
+fn is_new(made: Result<(), MapError>) -> Result<bool, MapError> {
+    match made {
+        Ok(()) => Ok(true),
+        Err(MapError::SyscallError(err))
+            if err.io_error.kind() == std::io::ErrorKind::AlreadyExists =>
+        {
+            Ok(false)
+        }
+        Err(err) => Err(err),
     }
 }
 
@@ -156,40 +171,29 @@ impl KernelPath {
         {
             return Ok(Arc::clone(&served.port));
         }
-        self.attach(Side::Container, row.link_index)?;
-        if let Ok(hooks) = &mut self.hooks {
-            hooks.allow(row.link_index)?;
+        let fails = |name| move |source| KernelPathError::Map { name, source };
+        let same_place = |it: &Served| {
+            (it.service.link_index, it.service.target) == (service.link_index, service.target)
+        };
+        if !self.served.values().any(same_place) {
+            self.attach(Side::Container, row.link_index)?;
+            if let Ok(hooks) = &mut self.hooks {
+                hooks.allow(row.link_index)?;
+            }
+            self.addresses
+                .insert(service.target, ADDRESS_CONTAINER, 0)
+                .map_err(fails(map::ADDRESSES))?;
         }
-        self.addresses
-            .insert(service.target, ADDRESS_CONTAINER, 0)
-            .map_err(|source| KernelPathError::Map {
-                name: map::ADDRESSES,
-                source,
-            })?;
-        if self.active.get(&key, 0).is_err() {
-            self.active
-                .insert(key, PortFlows::default(), 0)
-                .map_err(|source| KernelPathError::Map {
-                    name: map::ACTIVE,
-                    source,
-                })?;
-        }
-        if self.counters.get(&key, 0).is_err() {
-            let cpus = aya::util::nr_cpus().map_err(|(_, err)| KernelPathError::Sweep(err))?;
-            let fails = |source| KernelPathError::Map {
-                name: map::COUNTERS,
-                source,
-            };
-            let zero = PerCpuValues::try_from(vec![PortCounters::default(); cpus])
-                .map_err(|err| fails(MapError::IoError(err)))?;
-            self.counters.insert(key, zero, 0).map_err(fails)?;
-        }
+        let made = self.active.insert(key, PortFlows::default(), BPF_NOEXIST);
+        let counts_flows = is_new(made).map_err(fails(map::ACTIVE))?;
+        let cpus = aya::util::nr_cpus().map_err(|(_, err)| KernelPathError::Sweep(err))?;
+        let zero = PerCpuValues::try_from(vec![PortCounters::default(); cpus])
+            .map_err(|err| fails(map::COUNTERS)(MapError::IoError(err)))?;
+        let made = self.counters.insert(key, zero, BPF_NOEXIST);
+        let counts = is_new(made).map_err(fails(map::COUNTERS))?;
         self.services
             .insert(key, service, 0)
-            .map_err(|source| KernelPathError::Map {
-                name: map::SERVICES,
-                source,
-            })?;
+            .map_err(fails(map::SERVICES))?;
         self.found.remove(&key);
         let port = self
             .served
@@ -203,7 +207,9 @@ impl KernelPath {
                 port: Arc::clone(&port),
             },
         );
-        self.count_one(key);
+        if !counts_flows || !counts {
+            self.count_one(key);
+        }
         Ok(port)
     }
 

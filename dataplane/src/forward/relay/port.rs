@@ -147,6 +147,7 @@ impl Pace {
 #[derive(Debug)]
 pub struct Port {
     bind: SocketAddr,
+    datagrams: bool,
     target: SocketAddr,
     rules: Mutex<Arc<Rules>>,
     idle_slots: AtomicU32,
@@ -176,6 +177,7 @@ impl Port {
     pub fn new(bind: SocketAddr, target: SocketAddr, rules: Rules, totals: Arc<Totals>) -> Self {
         let port = Self {
             bind,
+            datagrams: false,
             target,
             rules: Mutex::new(Arc::new(Rules::default())),
             idle_slots: AtomicU32::new(0),
@@ -194,6 +196,24 @@ impl Port {
         };
         port.set_rules(rules);
         port
+    }
+
+    /// The same for datagrams.
+    pub fn of_datagrams(
+        bind: SocketAddr,
+        target: SocketAddr,
+        rules: Rules,
+        totals: Arc<Totals>,
+    ) -> Self {
+        Self {
+            datagrams: true,
+            ..Self::new(bind, target, rules, totals)
+        }
+    }
+
+    /// Its clients send datagrams.
+    pub fn takes_datagrams(&self) -> bool {
+        self.datagrams
     }
 
     /// The address the listener really has.

@@ -36,7 +36,7 @@ const BACKLOG_BURSTS: usize = super::BACKLOG as usize / ACCEPT_BURST;
 /// How long a listener rests when the kernel has no memory or descriptors even for shedding.
 const REST: Duration = Duration::from_millis(100);
 
-const WAKE: Token = Token(0);
+pub(super) const WAKE: Token = Token(0);
 const LISTENER_BIT: usize = 1 << 62;
 const SESSION_BIT: usize = 1 << 61;
 
@@ -53,8 +53,8 @@ fn session_token(index: u32, end: End) -> Token {
 pub enum Message {
     /// Accept clients of this port.
     Listen(OwnedFd, Arc<Port>),
-    /// Accept what waits, close the listener, say so.
-    Unlisten(Arc<Port>, SyncSender<()>),
+    /// Accept what waits, close the listeners, say so.
+    Unlisten(Vec<Arc<Port>>, SyncSender<()>),
     /// Forward for this admitted client.
     Client(OwnedFd, Seat),
     /// Reset the sessions of ports marked as cut, say so.
@@ -94,7 +94,8 @@ impl Inbox {
         let _ = self.waker.wake();
     }
 
-    fn take(&self) -> Vec<Message> {
+    /// All messages, in order.
+    pub(super) fn take(&self) -> Vec<Message> {
         std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -259,8 +260,10 @@ impl Worker {
         for message in self.inbox.take() {
             match message {
                 Message::Listen(fd, port) => self.adopt_listener(fd, port),
-                Message::Unlisten(port, done) => {
-                    self.close_listener(&port);
+                Message::Unlisten(ports, done) => {
+                    for port in &ports {
+                        self.close_listener(port);
+                    }
                     let _ = done.try_send(());
                 }
                 Message::Client(fd, seat) => self.start_session(fd, seat),

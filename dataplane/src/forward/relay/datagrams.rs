@@ -1,0 +1,341 @@
+//! The relay of datagrams: one thread for the UDP ports of all containers.
+//!
+//! In: the messages of a [`Worker`](super::worker::Worker), datagrams of clients and containers.
+//! Out: the same datagrams on the other side. A session is a client's address, the address of this
+//! host it has sent to, and a socket of its own towards the container, so that the container tells
+//! clients apart. Invariants: the table of sessions is bounded and silent ones leave it; an answer
+//! leaves by the address that was asked; a datagram that finds no room is dropped, never kept.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use rustix::io::Errno;
+
+use super::port::{Port, Seat};
+use super::slab::Slab;
+use super::wheel::SLOT;
+use super::worker::{Census, Inbox, Message, WAKE};
+use crate::sys::datagram;
+use crate::sys::socket;
+
+/// Sessions of all ports. Each is a descriptor, and a sender of forged addresses makes one per datagram.
+const MOST_SESSIONS: usize = 4096;
+/// A silent session is forgotten after this, like a flow of the kernel path ...
+const IDLE: Duration = Duration::from_secs(180);
+/// ... and before an answer after this.
+const OPENING: Duration = Duration::from_secs(30);
+/// Distance of the looks for silent sessions.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Datagrams taken from one socket before others get their turn.
+const BURST: usize = 64;
+/// No datagram is larger.
+const LARGEST: usize = 65_536;
+
+const LISTENER_BIT: usize = 1 << 62;
+
+#[derive(Debug)]
+struct Listener {
+    fd: OwnedFd,
+    port: Arc<Port>,
+}
+
+/// Who speaks to whom: the position of the listener, the client, the address it has sent to.
+type Key = (usize, SocketAddr, IpAddr);
+
+#[derive(Debug)]
+struct Session {
+    key: Key,
+    fd: OwnedFd,
+    seat: Seat,
+    last_active: Instant,
+    answered: bool,
+}
+
+impl Session {
+    fn is_over(&self, now: Instant) -> bool {
+        let most = if self.answered { IDLE } else { OPENING };
+        let own = match self.seat.port().idle_slots() {
+            0 => most,
+            slots => SLOT * slots,
+        };
+        now.saturating_duration_since(self.last_active) >= most.min(own)
+    }
+}
+
+/// The thread's world.
+#[derive(Debug)]
+pub struct Datagrams {
+    poll: Poll,
+    inbox: Arc<Inbox>,
+    listeners: Vec<Option<Listener>>,
+    sessions: Slab<Session>,
+    index: HashMap<Key, u32>,
+    /// Sockets that may hold more.
+    ready: VecDeque<Token>,
+    buffer: Vec<u8>,
+    looked_at: Instant,
+    stopping: bool,
+}
+
+impl Datagrams {
+    /// The thread's world, woken by `inbox`.
+    pub fn new(poll: Poll, inbox: Arc<Inbox>) -> Self {
+        Self {
+            poll,
+            inbox,
+            listeners: Vec::new(),
+            sessions: Slab::default(),
+            index: HashMap::new(),
+            ready: VecDeque::new(),
+            buffer: vec![0; LARGEST],
+            looked_at: Instant::now(),
+            stopping: false,
+        }
+    }
+
+    /// Runs until told to stop.
+    ///
+    /// # Errors
+    /// Only a failure of epoll itself, which nothing can be done about.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        while !self.stopping {
+            let wait = match (self.ready.is_empty(), self.index.is_empty()) {
+                (false, _) => Some(Duration::ZERO),
+                (true, false) => Some(LOOK_INTERVAL),
+                (true, true) => None,
+            };
+            match self.poll.poll(&mut events, wait) {
+                Ok(()) => {}
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+                Err(err) => return Err(err),
+            }
+            for event in &events {
+                match event.token() {
+                    WAKE => self.read_mail(),
+                    token if !self.ready.contains(&token) => self.ready.push_back(token),
+                    _ => {}
+                }
+            }
+            for _ in 0..self.ready.len() {
+                let Some(token) = self.ready.pop_front() else {
+                    break;
+                };
+                let more = match token.0 {
+                    it if it & LISTENER_BIT != 0 => self.take_from_clients(it & !LISTENER_BIT),
+                    it => u32::try_from(it - 1).is_ok_and(|it| self.take_from_container(it)),
+                };
+                if more {
+                    self.ready.push_back(token);
+                }
+            }
+            self.end_silent(Instant::now());
+            self.sessions.recycle();
+        }
+        Ok(())
+    }
+
+    fn read_mail(&mut self) {
+        for message in self.inbox.take() {
+            match message {
+                Message::Listen(fd, port) => self.adopt(fd, port),
+                Message::Unlisten(ports, done) => {
+                    self.close(&ports);
+                    let _ = done.try_send(());
+                }
+                Message::Sweep(done) => {
+                    for index in self.sessions.positions(|it| it.seat.port().is_cut()) {
+                        self.end(index);
+                    }
+                    let _ = done.try_send(());
+                }
+                Message::Census(answer) => {
+                    let _ = answer.try_send(Census {
+                        sessions: self.sessions.live(),
+                        ..Census::default()
+                    });
+                }
+                // Nobody sends a connection here.
+                Message::Client(..) => {}
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn adopt(&mut self, fd: OwnedFd, port: Arc<Port>) {
+        let vacant = self.listeners.iter().position(Option::is_none);
+        let position = vacant.unwrap_or_else(|| {
+            self.listeners.push(None);
+            self.listeners.len() - 1
+        });
+        let token = Token(LISTENER_BIT | position);
+        if let Err(err) = self.watch(&fd, token) {
+            tracing::error!(port = port.bind().port(), %err, "cannot watch a port of datagrams");
+            return;
+        }
+        self.listeners[position] = Some(Listener { fd, port });
+    }
+
+    fn watch(&self, fd: &OwnedFd, token: Token) -> io::Result<()> {
+        self.poll
+            .registry()
+            .register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
+    }
+
+    /// Closes ports. Their sessions end with them: answers could no longer leave by them.
+    fn close(&mut self, ports: &[Arc<Port>]) {
+        for position in 0..self.listeners.len() {
+            let closes = |it: &Listener| ports.iter().any(|port| Arc::ptr_eq(port, &it.port));
+            if !self.listeners[position].as_ref().is_some_and(closes) {
+                continue;
+            }
+            for index in self.sessions.positions(|it| it.key.0 == position) {
+                self.end(index);
+            }
+            self.listeners[position] = None;
+        }
+    }
+
+    fn end(&mut self, index: u32) {
+        if let Some(session) = self.sessions.remove(index) {
+            self.index.remove(&session.key);
+        }
+    }
+
+    /// Takes what clients have sent to a port. True when more may be waiting.
+    fn take_from_clients(&mut self, position: usize) -> bool {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut more = true;
+        for _ in 0..BURST {
+            let Some(Some(listener)) = self.listeners.get(position) else {
+                more = false;
+                break;
+            };
+            match datagram::receive(&listener.fd, &mut buffer) {
+                Ok(it) => {
+                    let key = (position, it.peer, it.local);
+                    self.hand_to_container(key, buffer.get(..it.length).unwrap_or_default());
+                }
+                Err(Errno::AGAIN) => {
+                    more = false;
+                    break;
+                }
+                // An error that an earlier answer has met: a client that is gone.
+                Err(_) => {}
+            }
+        }
+        self.buffer = buffer;
+        more
+    }
+
+    fn hand_to_container(&mut self, key: Key, bytes: &[u8]) {
+        let known = self.index.get(&key).copied();
+        let Some(index) = known.or_else(|| self.start(key)) else {
+            return;
+        };
+        let Some(session) = self.sessions.get_mut(index) else {
+            return;
+        };
+        session.last_active = Instant::now();
+        match socket::write(&session.fd, bytes) {
+            Ok(_) => session.seat.port().count_bytes(bytes.len() as u64, 0),
+            // The container has said that nobody is there; the next datagram asks again.
+            Err(Errno::CONNREFUSED) => self.refused(index),
+            Err(_) => {}
+        }
+    }
+
+    fn refused(&mut self, index: u32) {
+        if let Some(session) = self.sessions.get_mut(index) {
+            session.seat.port().count_connect_failure();
+        }
+        self.end(index);
+    }
+
+    /// A session for a client that is let in.
+    fn start(&mut self, key: Key) -> Option<u32> {
+        let (position, client, local) = key;
+        let port = Arc::clone(&self.listeners.get(position)?.as_ref()?.port);
+        if self.sessions.live() >= MOST_SESSIONS {
+            port.count_shed();
+            return None;
+        }
+        let seat = port.admit(client.ip(), || Some(local)).ok()?;
+        let fd = match datagram::connect(port.target()) {
+            Ok(fd) => fd,
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                port.count_shed();
+                return None;
+            }
+            Err(_) => {
+                port.count_connect_failure();
+                return None;
+            }
+        };
+        let (index, _) = self.sessions.vacant();
+        // 0 is the waker's.
+        if self.watch(&fd, Token(index as usize + 1)).is_err() {
+            port.count_shed();
+            return None;
+        }
+        self.index.insert(key, index);
+        Some(self.sessions.insert(Session {
+            key,
+            fd,
+            seat,
+            last_active: Instant::now(),
+            answered: false,
+        }))
+    }
+
+    /// Takes what a container has answered to a client. True when more may be waiting.
+    fn take_from_container(&mut self, index: u32) -> bool {
+        for _ in 0..BURST {
+            let Some(session) = self.sessions.get_mut(index) else {
+                return false;
+            };
+            match socket::read(&session.fd, &mut self.buffer) {
+                Ok(length) => {
+                    session.last_active = Instant::now();
+                    session.answered = true;
+                    let (position, client, local) = session.key;
+                    let Some(Some(listener)) = self.listeners.get(position) else {
+                        return false;
+                    };
+                    let bytes = self.buffer.get(..length).unwrap_or_default();
+                    if datagram::send(&listener.fd, bytes, client, local).is_ok() {
+                        listener.port.count_bytes(0, length as u64);
+                    }
+                }
+                Err(Errno::AGAIN) => return false,
+                Err(Errno::CONNREFUSED) => {
+                    self.refused(index);
+                    return false;
+                }
+                Err(_) => {}
+            }
+        }
+        true
+    }
+
+    fn end_silent(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.looked_at) < LOOK_INTERVAL {
+            return;
+        }
+        self.looked_at = now;
+        for index in self.sessions.positions(|it| it.is_over(now)) {
+            if let Some(session) = self.sessions.get_mut(index)
+                && session.seat.port().idle_slots() != 0
+            {
+                session.seat.port().count_idle_timeout();
+            }
+            self.end(index);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The relay of datagrams: each client has a session of its own, answers come from where they were
+//! asked, and neither silence nor strangers fill the table.
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use dataplane::forward::relay::port::{Port, Rules};
+use dataplane::forward::relay::{Options, Relay};
+use harness::dataplane::until;
+use harness::traffic;
+use shared::desired::ClientNetwork;
+
+fn relay() -> Relay {
+    Relay::start(Options::default()).expect("a relay")
+}
+
+fn open(relay: &Relay, bind: &str, target: SocketAddr, rules: Rules) -> Arc<Port> {
+    let bind = bind.parse().expect("an address");
+    relay.open_datagrams(bind, target, rules).expect("a port")
+}
+
+fn socket(address: &str) -> UdpSocket {
+    let socket = UdpSocket::bind(address).expect("a socket");
+    socket
+        .set_read_timeout(Some(traffic::PATIENCE))
+        .expect("a deadline");
+    socket
+}
+
+/// A server that answers each datagram with its sender's port and the datagram.
+fn mirror(address: &str) -> SocketAddr {
+    let socket = UdpSocket::bind(address).expect("a server");
+    let at = socket.local_addr().expect("bound");
+    thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
+            let mut answer = peer.port().to_be_bytes().to_vec();
+            answer.extend(&buffer[..length.min(65_000)]);
+            let _ = socket.send_to(&answer, peer);
+        }
+    });
+    at
+}
+
+/// Sends and receives; answers the port that the server has seen.
+fn exchange(client: &UdpSocket, to: SocketAddr, sent: &[u8]) -> u16 {
+    client.send_to(sent, to).expect("sent");
+    let mut buffer = vec![0; 65_536];
+    let (length, from) = client.recv_from(&mut buffer).expect("an answer");
+    assert_eq!(from, to, "from where it was asked");
+    assert!(buffer[2..length] == *sent, "whole");
+    u16::from_be_bytes([buffer[0], buffer[1]])
+}
+
+fn answered(client: &UdpSocket, to: SocketAddr) -> bool {
+    client
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .expect("a deadline");
+    client.send_to(b"x", to).expect("sent");
+    client.recv_from(&mut [0; 16]).is_ok()
+}
+
+#[test]
+fn each_client_has_a_session_and_its_own_answers() {
+    let relay = relay();
+    let port = open(
+        &relay,
+        "127.0.0.1:0",
+        mirror("127.0.0.1:0"),
+        Rules::default(),
+    );
+    let clients: Vec<UdpSocket> = (0..50).map(|_| socket("127.0.0.1:0")).collect();
+    let mut seen = Vec::new();
+    for round in 0..3_usize {
+        for (number, client) in clients.iter().enumerate() {
+            let word = format!("{round} {number}");
+            let port = exchange(client, port.bind(), word.as_bytes());
+            if round == 0 {
+                seen.push(port);
+            } else {
+                assert_eq!(port, seen[number], "one session all along");
+            }
+        }
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!(seen.len(), clients.len(), "the server tells clients apart");
+    let counters = port.counters();
+    assert_eq!((counters.total, counters.active), (50, 50));
+    assert_eq!(counters.bytes_out, counters.bytes_in + 2 * 150);
+}
+
+#[test]
+fn datagrams_of_all_sizes_pass_whole() {
+    let relay = relay();
+    let port = open(
+        &relay,
+        "127.0.0.1:0",
+        mirror("127.0.0.1:0"),
+        Rules::default(),
+    );
+    let client = socket("127.0.0.1:0");
+    for length in [0, 1, 2, 1_400, 1_473, 9_000, 60_000] {
+        let mut sent = vec![0; length];
+        traffic::fill(length as u64, 0, &mut sent);
+        exchange(&client, port.bind(), &sent);
+    }
+}
+
+#[test]
+fn answers_leave_by_the_address_that_was_asked() {
+    let relay = relay();
+    let target = mirror("127.0.0.1:0");
+    let port = open(&relay, "0.0.0.0:0", target, Rules::default());
+    let client = socket("127.0.0.1:0");
+    let mut seen = Vec::new();
+    for host in [[127, 0, 0, 1], [127, 0, 0, 7]] {
+        seen.push(exchange(&client, (host, port.bind().port()).into(), b"x"));
+    }
+    assert_ne!(seen[0], seen[1], "another address, another session");
+    if UdpSocket::bind("[::1]:0").is_err() {
+        println!("skipped: this host has no IPv6");
+        return;
+    }
+    // A port of all addresses, for clients of both versions, to a container of one.
+    let port = open(&relay, "[::]:0", target, Rules::default());
+    exchange(
+        &socket("[::1]:0"),
+        ([0, 0, 0, 0, 0, 0, 0, 1], port.bind().port()).into(),
+        b"x",
+    );
+    exchange(&client, ([127, 0, 0, 1], port.bind().port()).into(), b"x");
+}
+
+#[test]
+fn silent_sessions_leave_and_limits_hold_until_then() {
+    let relay = relay();
+    let rules = Rules {
+        max_sessions: 2,
+        idle_timeout: Some(Duration::from_secs(4)),
+        ..Rules::default()
+    };
+    let port = open(&relay, "127.0.0.1:0", mirror("127.0.0.1:0"), rules);
+    let (first, second, third) = (
+        socket("127.0.0.1:0"),
+        socket("127.0.0.1:0"),
+        socket("127.0.0.1:0"),
+    );
+    exchange(&first, port.bind(), b"x");
+    exchange(&second, port.bind(), b"x");
+    assert!(!answered(&third, port.bind()), "no room for a third");
+    assert!(port.counters().refused >= 1);
+    until("silent sessions being forgotten", || {
+        exchange(&first, port.bind(), b"still here");
+        (port.counters().idle_timeouts == 1).then_some(())
+    })
+    .expect("in time");
+    until("room again", || answered(&third, port.bind()).then_some(())).expect("served");
+    assert_eq!(port.active(), 2, "who speaks is kept");
+}
+
+#[test]
+fn strangers_are_not_let_in_and_leave_no_session() {
+    let relay = relay();
+    let network = |address: &str, prefix| ClientNetwork {
+        address: address.parse().expect("an address"),
+        prefix,
+    };
+    let rules = |allowed| Rules {
+        allowed,
+        ..Rules::default()
+    };
+    let port = open(
+        &relay,
+        "127.0.0.1:0",
+        mirror("127.0.0.1:0"),
+        rules(vec![network("192.0.2.0", 24)]),
+    );
+    let client = socket("127.0.0.1:0");
+    assert!(!answered(&client, port.bind()));
+    until("the count", || (port.counters().refused == 1).then_some(())).expect("counted");
+    assert_eq!(port.counters().total, 0);
+    port.set_rules(rules(vec![network("127.0.0.0", 8)]));
+    until("being let in", || {
+        answered(&client, port.bind()).then_some(())
+    })
+    .expect("served");
+}
+
+#[test]
+fn a_container_that_refuses_costs_a_session_and_nothing_else() {
+    let relay = relay();
+    let free = UdpSocket::bind("127.0.0.1:0").and_then(|it| it.local_addr());
+    let port = open(
+        &relay,
+        "127.0.0.1:0",
+        free.expect("a port"),
+        Rules::default(),
+    );
+    let client = socket("127.0.0.1:0");
+    client.send_to(b"x", port.bind()).expect("sent");
+    until("the refusal", || {
+        (port.counters().connect_failures == 1 && port.active() == 0).then_some(())
+    })
+    .expect("counted, and the seat given back");
+}
+
+#[test]
+fn a_closed_port_ends_its_sessions_and_spares_the_others() {
+    let relay = relay();
+    let target = mirror("127.0.0.1:0");
+    let (a, b) = (
+        open(&relay, "127.0.0.1:0", target, Rules::default()),
+        open(&relay, "127.0.0.1:0", target, Rules::default()),
+    );
+    let client = socket("127.0.0.1:0");
+    exchange(&client, a.bind(), b"x");
+    let kept = exchange(&client, b.bind(), b"x");
+    relay.close(std::slice::from_ref(&a));
+    assert_eq!((a.active(), b.active()), (0, 1));
+    assert_eq!(exchange(&client, b.bind(), b"x"), kept, "the same session");
+    let alone = socket("127.0.0.1:0");
+    alone.connect(a.bind()).expect("a peer");
+    alone.send(b"x").expect("sent");
+    let err = alone.recv(&mut [0; 1]).expect_err("nobody is there");
+    assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
+    // The port can be taken again at once.
+    let again = open(&relay, &a.bind().to_string(), target, Rules::default());
+    exchange(&client, again.bind(), b"x");
+    // Cut, not closed: the port stays.
+    relay.disable(std::slice::from_ref(&b));
+    assert_eq!(b.active(), 0);
+    assert!(!answered(&client, b.bind()), "turned away");
+}
+
+#[test]
+fn a_flood_of_forged_clients_fills_no_more_than_the_table() {
+    let relay = relay();
+    let port = open(&relay, "0.0.0.0:0", mirror("0.0.0.0:0"), Rules::default());
+    let to: SocketAddr = ([127, 0, 0, 1], port.bind().port()).into();
+    // Every address of 127.0.0.0/8 is a client.
+    let mut sent = 0_u32;
+    until("the table being full", || {
+        for _ in 0..500 {
+            let [_, b, c, d] = sent.to_be_bytes();
+            sent += 1;
+            let client =
+                UdpSocket::bind(SocketAddr::from(([127, b, c, d.max(1)], 0))).expect("an address");
+            client.send_to(b"x", to).expect("sent");
+        }
+        (port.counters().refused > 100).then_some(())
+    })
+    .expect("bounded");
+    assert!(port.active() <= 4096, "{}", port.active());
+    assert!(relay.totals().shed() > 100);
+}
