@@ -34,6 +34,8 @@ pub mod lock;
 #[cfg(not(loom))]
 pub mod observed;
 #[cfg(not(loom))]
+pub mod pins;
+#[cfg(not(loom))]
 pub mod run_dir;
 
 #[cfg(not(loom))]

@@ -106,6 +106,7 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     .map_err(|error| Problem::Other(error.into()))?;
     findings.extend(host);
     let range = config_for_rules.container.port_range;
+    findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
     if let Some(rules) = iptables(&["-S", "INPUT"]).await {
         findings.push(forwarding::input_chain(&rules, range.first, range.last));
     }

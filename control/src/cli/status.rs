@@ -249,6 +249,15 @@ fn tell_waiting(config: &config::Config, form: Form) -> Result<bool, Problem> {
     Ok(true)
 }
 
+/// How bytes get to a port's container, and by which engine if it is the relay.
+fn path(port: &Value) -> String {
+    let engine = word(at(port, &["engine"]));
+    match engine.as_str() {
+        "" | "-" | "none" => word(at(port, &["path"])),
+        _ => format!("{} ({engine})", word(at(port, &["path"]))),
+    }
+}
+
 /// Shows every published port: who has it, what serves it and, when nothing does, why.
 pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
     let agent = connection.open().await?;
@@ -278,7 +287,7 @@ pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
             word(at(port, &["kernel_id"])),
             word(at(port, &["container_port"])),
             word(at(port, &["state"])),
-            word(at(port, &["path"])),
+            path(port),
             word(at(port, &["sessions_active"])),
             word(at(port, &["sessions_total"])),
             word(at(port, &["sessions_refused"])),

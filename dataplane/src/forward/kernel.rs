@@ -100,6 +100,8 @@ pub struct KernelPath {
     served: BTreeMap<ServiceKey, Served>,
     /// Taken off, their flows not swept yet.
     unswept: BTreeSet<ServiceKey>,
+    /// Some of those had flows.
+    flows_left: bool,
     /// Services an earlier process has left.
     found: BTreeMap<ServiceKey, Service>,
     routed: HashSet<(u32, u32, bool)>,
@@ -131,7 +133,9 @@ impl KernelPath {
     /// # Errors
     /// The step that failed: no permission, no BPF file system, an old kernel.
     pub fn start(agent: &str, root: &Path, means: Means) -> Result<Self, KernelPathError> {
-        let watch = Interfaces::open().map_err(KernelPathError::Interfaces)?;
+        let mut watch = Interfaces::open().map_err(KernelPathError::Interfaces)?;
+        let interfaces = watch.list().map_err(KernelPathError::Interfaces)?;
+        pins::remove_abandoned(&interfaces);
         let pins = Pins::open(agent, root).map_err(KernelPathError::Pins)?;
         if !pins_fit(&pins) {
             tracing::warn!("pinned maps are of another shape; flows of the kernel path are lost");
@@ -176,13 +180,14 @@ impl KernelPath {
             orders,
             uplink_mtus,
             watch,
-            interfaces: BTreeMap::new(),
+            interfaces,
             uplinks: BTreeSet::new(),
             attached: BTreeSet::new(),
             known_addresses,
             guarded: BTreeSet::new(),
             served: BTreeMap::new(),
             unswept: BTreeSet::new(),
+            flows_left: false,
             found,
             routed: HashSet::new(),
             next_life,
@@ -241,18 +246,17 @@ impl KernelPath {
     }
 }
 
-/// Removes all that the kernel path of an agent has left, of every version. Answers the directories
-/// that were there.
+/// Removes all that the kernel path of an agent has left, of every version, and what agents that
+/// are gone have. Answers the agent's own directories that were there.
 ///
 /// # Errors
 /// A directory can't be removed.
 pub fn detach(agent: &str, root: &Path) -> Result<Vec<PathBuf>, PinsError> {
-    let left = pins::here(agent, root);
-    if !left.is_empty()
-        && let Ok(mut watch) = Interfaces::open()
+    if let Ok(mut watch) = Interfaces::open()
         && let Ok(interfaces) = watch.list()
     {
-        for pins in &left {
+        pins::remove_abandoned(&interfaces);
+        for pins in &pins::here(agent, root) {
             attach::remove_filters(pins, &interfaces);
         }
     }

@@ -152,7 +152,7 @@ impl Link {
                         running.base = without(running.base, lift.port.counters());
                         running.kernel = Some(Arc::clone(&lift.port));
                     }
-                    path_of(&lift, known.row.local_only)
+                    path_of(&lift, known.row.local_only || known.row.bind.is_loopback())
                 }
                 Err(why) => {
                     running.lower();

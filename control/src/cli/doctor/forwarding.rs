@@ -51,6 +51,22 @@ pub(super) fn kernel_path(config: &Config, release: &str, mounts: &str) -> Findi
     Finding::good(CHECK, format!("Linux {release}, attached by {means}"))
 }
 
+/// What agents that are gone have left in the kernel.
+pub(super) fn leftovers(home: &Path) -> Option<Finding> {
+    let left = shared::pins::abandoned(home);
+    let first = left.first()?;
+    Some(Finding::bad(
+        "left behind",
+        Level::Warning,
+        format!(
+            "{} agents that are gone have programs attached, the first in {}",
+            left.len(),
+            first.display()
+        ),
+        "the next start of bai-dataplane removes them; without one, run: bai-dataplane detach",
+    ))
+}
+
 /// Whether the INPUT chain, in the words of `iptables -S`, lets clients reach the listeners.
 pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
     const CHECK: &str = "firewall";
@@ -184,6 +200,19 @@ mod tests {
         }
         let part = format!("{closed}-A INPUT -p tcp --dport 30000:30500 -j ACCEPT\n");
         assert_eq!(ask(&part), Level::Warning);
+    }
+
+    #[test]
+    fn agents_that_are_gone_are_told_of() {
+        let top = tempfile::tempdir().unwrap();
+        let (home, run_dir) = (top.path().join("home/a"), top.path().join("run"));
+        std::fs::create_dir_all(&home).unwrap();
+        std::fs::create_dir(&run_dir).unwrap();
+        drop(shared::pins::claim(&home, &run_dir).unwrap());
+        assert!(leftovers(&top.path().join("home")).is_none());
+        std::fs::remove_dir(&run_dir).unwrap();
+        let found = leftovers(&top.path().join("home")).unwrap();
+        assert_eq!(found.level, Level::Warning);
     }
 
     #[test]

@@ -118,13 +118,13 @@ impl KernelPath {
         }
     }
 
-    pub(super) fn count_one(&mut self, key: ServiceKey) {
-        if let Some(served) = self.served.get(&key) {
-            self.read_counters(key, &served.port);
-        }
+    /// Whether flows of the service may be under way.
+    pub(super) fn count_one(&mut self, key: ServiceKey) -> bool {
+        let served = self.served.get(&key);
+        served.is_none_or(|served| self.read_counters(key, &served.port))
     }
 
-    fn read_counters(&self, key: ServiceKey, port: &KernelPort) {
+    fn read_counters(&self, key: ServiceKey, port: &KernelPort) -> bool {
         if let Ok(values) = self.counters.get(&key, 0) {
             let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
             port.total.store(sum(|it| it.flows), Relaxed);
@@ -134,11 +134,13 @@ impl KernelPath {
             port.packets_in.store(sum(|it| it.packets_in), Relaxed);
             port.packets_out.store(sum(|it| it.packets_out), Relaxed);
         }
-        if let Ok(flows) = self.active.get(&key, 0) {
-            let local = flows.local.max(0);
-            port.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
-            let active = u64::try_from(flows.active + local).unwrap_or(0);
-            port.active.store(active, Relaxed);
-        }
+        let Ok(flows) = self.active.get(&key, 0) else {
+            return true;
+        };
+        let local = flows.local.max(0);
+        port.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
+        let active = u64::try_from(flows.active + local).unwrap_or(0);
+        port.active.store(active, Relaxed);
+        flows.active != 0
     }
 }

@@ -4,14 +4,19 @@
 //! per agent, and per namespace because interface numbers mean nothing in another. Out: paths and
 //! the removal of what is stale. Invariant: nothing outside the agent's own directory is touched.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use shared::pins::{Claim, HOME};
+
+use super::attach;
 use crate::sys::bpf;
+use crate::sys::netlink::interfaces::Interface;
 
 /// Where the kernel's own tools look for pins; systemd mounts it at boot.
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
-const HOME: &str = "/sys/fs/bpf/bai-agent";
 /// What names of filters' programs begin with.
 const FILTER: &str = "filter-";
 
@@ -24,7 +29,7 @@ pub enum PinsError {
     /// The namespace of this process can't be told.
     #[error("the network namespace can't be looked at")]
     Namespace(#[source] io::Error),
-    /// A directory can't be made.
+    /// A directory can't be made, or not be claimed for this agent.
     #[error("cannot make {path}", path = path.display())]
     Make {
         /// Which.
@@ -95,6 +100,19 @@ fn children(path: &Path) -> Vec<PathBuf> {
     entries.flatten().map(|entry| entry.path()).collect()
 }
 
+/// What every version has left in the directory of an agent.
+fn layouts(home: &Path) -> Vec<Pins> {
+    // Not what a link leads to: the owner's is one.
+    let is_directory = |path: &PathBuf| path.symlink_metadata().is_ok_and(|it| it.is_dir());
+    let directories = children(home).into_iter().filter(is_directory);
+    directories
+        .map(|directory| Pins {
+            directory,
+            _claim: None,
+        })
+        .collect()
+}
+
 /// Which side of a container's traffic a link is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Side {
@@ -120,6 +138,8 @@ impl Side {
 #[derive(Debug, Clone)]
 pub struct Pins {
     directory: PathBuf,
+    /// Tells others that this agent runs.
+    _claim: Option<Arc<Claim>>,
 }
 
 impl Pins {
@@ -136,11 +156,16 @@ impl Pins {
         let namespace = namespace().map_err(PinsError::Namespace)?;
         let home = Path::new(HOME).join(format!("{}{namespace}", stem(agent, root)));
         let directory = home.join(format!("v{}", ebpf::records::LAYOUT));
-        std::fs::create_dir_all(&directory).map_err(|source| PinsError::Make {
+        let failed = |source| PinsError::Make {
             path: directory.clone(),
             source,
-        })?;
-        Ok(Self { directory })
+        };
+        std::fs::create_dir_all(&directory).map_err(failed)?;
+        let claim = shared::pins::claim(&home, root).map_err(failed)?;
+        Ok(Self {
+            directory,
+            _claim: Some(Arc::new(claim)),
+        })
     }
 
     /// Where maps are pinned by name.
@@ -228,9 +253,9 @@ impl Pins {
 
     /// What other versions of the program have left of this agent in this namespace.
     pub fn other_layouts(&self) -> Vec<Pins> {
-        let siblings = self.directory.parent().map(children).unwrap_or_default();
-        let others = siblings.into_iter().filter(|path| *path != self.directory);
-        others.map(|directory| Pins { directory }).collect()
+        let mut others = self.directory.parent().map(layouts).unwrap_or_default();
+        others.retain(|it| it.directory != self.directory);
+        others
     }
 }
 
@@ -239,9 +264,26 @@ pub fn here(agent: &str, root: &Path) -> Vec<Pins> {
     let Ok(namespace) = namespace() else {
         return Vec::new();
     };
-    let home = Path::new(HOME).join(format!("{}{namespace}", stem(agent, root)));
-    let versions = children(&home).into_iter();
-    versions.map(|directory| Pins { directory }).collect()
+    layouts(&Path::new(HOME).join(format!("{}{namespace}", stem(agent, root))))
+}
+
+/// Removes what agents that are gone have left: they do not run and have no run directory to come
+/// back to. A host has room for 64 programs of a kind at its sockets.
+pub fn remove_abandoned(interfaces: &BTreeMap<u32, Interface>) {
+    let own_namespace = namespace().map_or_else(|_| String::new(), |it| format!("-{it}"));
+    for home in shared::pins::abandoned(Path::new(HOME)) {
+        let name = home.file_name().unwrap_or_default().to_string_lossy();
+        // Filters of other namespaces are out of reach, and go with those.
+        if name.ends_with(&own_namespace) {
+            for pins in layouts(&home) {
+                attach::remove_filters(&pins, interfaces);
+            }
+        }
+        match remove_tree(&home) {
+            Ok(()) => tracing::info!(pins = %home.display(), "pins of an agent that is gone"),
+            Err(err) => tracing::warn!(err = super::words(&err), "pins stay"),
+        }
+    }
 }
 
 fn namespace() -> io::Result<u64> {

@@ -260,7 +260,7 @@ impl KernelPath {
                 source,
             }),
         }
-        self.count_one(key);
+        self.flows_left |= self.count_one(key);
         let target = self.served.remove(&key).map(|served| {
             if let Ok(hooks) = &self.hooks
                 && served.port.local.load(Relaxed) > 0
@@ -292,7 +292,10 @@ impl KernelPath {
         if self.unswept.is_empty() {
             return;
         }
-        self.sweep(Instant::now());
+        // What has ended already goes with the next sweep; nothing comes in by it without a service.
+        if std::mem::take(&mut self.flows_left) {
+            self.sweep(Instant::now());
+        }
         for key in std::mem::take(&mut self.unswept) {
             if !self.served.contains_key(&key) {
                 let _ = self.counters.remove(&key);

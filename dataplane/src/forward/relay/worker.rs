@@ -86,12 +86,13 @@ pub struct Inbox {
 impl Inbox {
     /// Leaves a message and wakes the worker.
     pub fn send(&self, message: Message) {
-        self.messages
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(message);
-        // A waker fails only when its counter is full, and then the worker is awake anyway.
-        let _ = self.waker.wake();
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.push(message);
+        // Whoever has put in the first one has woken the worker, which takes all at once.
+        if messages.len() == 1 {
+            // A waker fails only when its counter is full, and then the worker is awake anyway.
+            let _ = self.waker.wake();
+        }
     }
 
     /// All messages, in order.

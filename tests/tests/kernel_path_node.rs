@@ -1,0 +1,212 @@
+//! A real node with the kernel path, its engine and its containers: bytes pass while neither of our
+//! processes lives, and what agents that are gone have left is cleared away.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::dataplane::until;
+use harness::images::Image;
+use harness::kernel_path::{Node as Sandbox, ask, host};
+use harness::kernels::{self, Order, docker};
+use harness::node::{Node, NodeOptions, program};
+use harness::remote_client::may_use_bpf;
+use harness::traffic::{self, Manner};
+use harness::wait;
+use nix::sched::{CloneFlags, setns};
+use serde_json::Value as Json;
+
+/// What each kind of client has done so far.
+#[derive(Debug, Default)]
+struct Done {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    connections: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Done {
+    fn now(&self) -> [u64; 3] {
+        [&self.requests, &self.bytes, &self.connections].map(|it| it.load(Relaxed))
+    }
+
+    /// Waits until every kind of client has got on by a good deal.
+    fn goes_on(&self, when: &str) -> Result<()> {
+        let before = self.now();
+        until(&format!("the load getting on {when}"), || {
+            let now = self.now();
+            let far = now.iter().zip(before).zip([100, 4 << 20, 20]);
+            far.into_iter()
+                .all(|((now, before), more)| *now >= before + more)
+                .then_some(())
+        })
+    }
+}
+
+/// Requests over connections that stay, a stream in bulk, and clients that come and go. Each ends in
+/// a panic when a byte is wrong or a connection ends.
+fn load(address: SocketAddr, done: &Arc<Done>) -> Vec<JoinHandle<()>> {
+    let mut threads = Vec::new();
+    for _ in 0..4 {
+        let done = Arc::clone(done);
+        threads.push(thread::spawn(move || {
+            let mut stream = traffic::connect(address).expect("accepted");
+            let mut back = [0; 64];
+            while !done.over.load(Relaxed) {
+                stream.write_all(&[7; 64]).expect("sent");
+                stream.read_exact(&mut back).expect("echoed");
+                done.requests.fetch_add(1, Relaxed);
+            }
+        }));
+    }
+    let bulk = traffic::connect(address).expect("accepted");
+    let mut sender = bulk.try_clone().expect("a clone");
+    let (sending, receiving) = (Arc::clone(done), Arc::clone(done));
+    let sent = Arc::new(AtomicU64::new(0));
+    let length = Arc::clone(&sent);
+    threads.push(thread::spawn(move || {
+        let mut piece = vec![0; 65_536];
+        while !sending.over.load(Relaxed) {
+            let offset = sent.load(Relaxed);
+            traffic::fill(3, offset, &mut piece);
+            sender.write_all(&piece).expect("sent");
+            sent.store(offset + 65_536, Relaxed);
+            sending.bytes.fetch_add(65_536, Relaxed);
+        }
+        sender.shutdown(Shutdown::Write).expect("ended");
+    }));
+    threads.push(thread::spawn(move || {
+        let mut stream: TcpStream = bulk;
+        let back = traffic::receive(&mut stream, 3, Manner::eager(65_536)).expect("whole");
+        assert!(receiving.over.load(Relaxed), "ended too early");
+        assert_eq!(back, length.load(Relaxed));
+    }));
+    let coming = Arc::clone(done);
+    threads.push(thread::spawn(move || {
+        while !coming.over.load(Relaxed) {
+            assert_eq!(ask(address, b"new").expect("served"), b"new");
+            coming.connections.fetch_add(1, Relaxed);
+        }
+    }));
+    threads
+}
+
+/// An echo server at a port of a container's network.
+fn echo_in(container: &str, port: u16) -> Result<()> {
+    let pid = docker(&["inspect", "--format", "{{.State.Pid}}", container])?;
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+    let started = thread::spawn(move || {
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        traffic::echo_server(&format!("0.0.0.0:{port}"));
+        nix::Result::Ok(())
+    });
+    started.join().ok().context("the server")??;
+    Ok(())
+}
+
+async fn shown(node: &Node, port: u16) -> Result<Json> {
+    let all = kernels::ask(node, "bai.ports", Vec::new()).await?;
+    let list = all["ports"].as_array().context("a list")?;
+    let found = list.iter().find(|it| it["host_port"] == port);
+    found.cloned().context("the port")
+}
+
+async fn both_die(node: &mut Node) -> Result<()> {
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(node, &order).await?;
+    let port = kernels::host_ports(&result, "web")[0];
+    let status = shown(node, port).await?;
+    if status["path"] != "kernel" {
+        println!("SKIP this host has no kernel path: {status}");
+        return kernels::destroy(node, &order).await;
+    }
+    let container = result["container_id"].as_str().context("a container")?;
+    echo_in(container, 8080)?;
+    let done = Arc::new(Done::default());
+    let threads = load(([127, 0, 0, 1], port).into(), &done);
+    done.goes_on("with both")?;
+    node.kill_control()?;
+    node.kill_dataplane()?;
+    done.goes_on("with neither")?;
+    node.start_dataplane()?;
+    node.start_control().await?;
+    done.goes_on("with both again")?;
+    done.over.store(true, Relaxed);
+    for thread in threads {
+        thread.join().ok().context("a client has failed")?;
+    }
+    let made = done.connections.load(Relaxed) + 5;
+    wait::until("the counters going on", Duration::from_secs(30), || async {
+        let status = shown(node, port).await.ok()?;
+        (status["path"] == "kernel" && status["sessions_total"].as_u64()? == made).then_some(())
+    })
+    .await?;
+    kernels::destroy(node, &order).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flows_live_and_new_ones_are_served_while_both_processes_are_dead() -> Result<()> {
+    if !may_use_bpf() {
+        return Ok(());
+    }
+    let mut node = Node::start(NodeOptions {
+        node: "forward = \"auto\"".to_owned(),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let outcome = both_die(&mut node).await;
+    let _ = node.kill_dataplane();
+    let detach = Command::new(program("bai-dataplane")?)
+        .args(["--standalone", "--config"])
+        .arg(node.config_file())
+        .arg("detach")
+        .output()?;
+    ensure!(detach.status.success(), "{detach:?}");
+    outcome
+}
+
+/// Directories of pins that belong to a run directory.
+fn pins_of(run_dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(shared::pins::HOME).into_iter().flatten();
+    let paths = entries.flatten().map(|it| it.path());
+    paths
+        .filter(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir))
+        .collect()
+}
+
+#[test]
+fn what_an_agent_that_is_gone_has_left_goes_with_the_next_start() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut gone = Sandbox::new();
+    let row = gone
+        .container
+        .port(gone.container.echo().expect("a server"));
+    gone.lift(&row);
+    let run_dir = gone.place.run_dir().root().to_owned();
+    let other = Sandbox::new();
+    assert_eq!(pins_of(&run_dir).len(), 1, "it runs");
+    gone.kill();
+    drop(other);
+    let other = Sandbox::new();
+    assert_eq!(pins_of(&run_dir).len(), 1, "it may come back");
+    let address = host(&row, 0);
+    let answer = gone.at_client(move || ask(address, b"x"));
+    assert_eq!(answer.expect("served"), b"x");
+    drop(other);
+    std::fs::remove_dir_all(&run_dir).expect("the end of an agent");
+    let mut other = Sandbox::new();
+    let row = other
+        .container
+        .port(other.container.echo().expect("a server"));
+    other.lift(&row);
+    assert!(pins_of(&run_dir).is_empty(), "nobody will come back to it");
+    let refused = gone.at_client(move || TcpStream::connect(address));
+    assert!(refused.is_err(), "nothing is attached");
+}
