@@ -3,8 +3,8 @@
 //! In: a kernel whose lifecycle has decided its end. Out: no container, no rows, no scratch, no
 //! reservation, no port, no journal file, and one `kernel_terminated` with the real exit code.
 //! Invariants: ending one kernel waits for no other kernel; nothing is given back while the
-//! container may still use it, so with a broken engine the ending goes on trying; every single
-//! wait has a deadline.
+//! container may still use it, so with a broken engine the ending goes on trying; the journal file
+//! goes after the announcement is on the disk; every single wait has a deadline.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use shared::ids::{KernelId, SessionId};
 use thiserror::Error;
 
 use super::death::{Death, Signs, full_shm};
-use super::lifecycle::{Ending, Input, Reason};
+use super::lifecycle::{Action, Ending, Input, Reason};
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::recovery;
@@ -26,6 +26,8 @@ use crate::events::Event;
 const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long to wait for the dataplane to let go of the ports. They rest afterwards anyway.
 const ROWS_GONE: Duration = Duration::from_secs(3);
+/// How long to wait until the announcement of an end is in the outbox.
+const ANNOUNCED: Duration = Duration::from_secs(10);
 /// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
 const DESTROY_MARGIN: Duration = Duration::from_secs(200);
 
@@ -151,9 +153,37 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     if let Some(death) = death {
         tracing::warn!(kernel_id = %kernel.id, cause = death.words(), "a kernel has died");
     }
-    kernel.finish(remains.exit_code, death, |actions| {
-        node.perform(kernel, actions)
+    let actions = kernel.step(Input::Cleaned {
+        exit_code: remains.exit_code,
+        death,
     });
+    node.perform(kernel, &actions);
+    if !actions.contains(&Action::AnnounceTerminated) || announcement_is_kept(node, kernel).await {
+        remove_record(node, kernel).await;
+    }
+    node.registry.forget(kernel);
+    kernel.leave();
+}
+
+/// Whether the end of a kernel will reach the managers although this process be killed.
+async fn announcement_is_kept(node: &Node, kernel: &Kernel) -> bool {
+    let Some(cluster) = &node.cluster else {
+        return true;
+    };
+    let kept = cluster.bus.kept(ANNOUNCED).await;
+    if !kept {
+        tracing::warn!(kernel_id = %kernel.id,
+            "the end of a kernel is not on the disk yet; its journal file stays, and the next start tells the end again");
+    }
+    kept
+}
+
+async fn remove_record(node: &Node, kernel: &Kernel) {
+    let (journal, entry) = (node.journal.clone(), kernel.journal_entry());
+    if let Err(err) = blocking(move || entry.remove(&journal)).await {
+        // What it names is gone; the next start finds nothing to finish and removes it then.
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot remove a journal file");
+    }
 }
 
 async fn give_back(
@@ -170,11 +200,6 @@ async fn give_back(
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);
     node.ports.release_kernel(kernel.id);
-    let (journal, entry) = (node.journal.clone(), kernel.journal_entry());
-    if let Err(err) = blocking(move || entry.remove(&journal)).await {
-        // What it names is gone; the next start finds nothing to finish and removes it then.
-        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot remove a journal file");
-    }
     Ok(())
 }
 
@@ -228,6 +253,13 @@ pub async fn stop_and_remove(
         }
         _ => Remains::of(&found),
     };
+    if remains.exit_code.is_some() && kernel.ending().is_some() {
+        // Nobody tells it once the container is gone.
+        kernel.step(Input::Died {
+            exit_code: remains.exit_code,
+        });
+        node.note(kernel, |_| {}).await;
+    }
     if status != "created" {
         keep_console(node, kernel, &container).await;
     }

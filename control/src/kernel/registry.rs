@@ -298,17 +298,9 @@ impl Kernel {
         self.inner().out_of_memory
     }
 
-    /// The last step of a kernel: `perform` announces the end and drops the entry before anybody
-    /// who waits for the end goes on.
-    pub fn finish(
-        &self,
-        exit_code: Option<i64>,
-        death: Option<Death>,
-        perform: impl FnOnce(&[Action]),
-    ) {
-        let cleaned = Input::Cleaned { exit_code, death };
-        let actions = self.inner().lifecycle.step(cleaned);
-        perform(&actions);
+    /// The last step of a kernel that has ended, after its registry entry was dropped: those who wait
+    /// for the end go on.
+    pub fn leave(&self) {
         self.inner().gone = true;
         self.changed();
     }
@@ -587,11 +579,13 @@ mod tests {
             })
         };
         kernel.step(Input::CreationFailed { exit_code: None });
-        kernel.finish(Some(3), None, |actions| {
-            if actions.contains(&Action::Forget) {
-                registry.forget(&kernel);
-            }
+        let actions = kernel.step(Input::Cleaned {
+            exit_code: Some(3),
+            death: None,
         });
+        assert!(actions.contains(&Action::Forget));
+        registry.forget(&kernel);
+        kernel.leave();
         let dropped = tokio::time::timeout(Duration::from_secs(10), waiting).await;
         assert!(dropped.unwrap().unwrap());
         let ended = registry.ended();
