@@ -28,7 +28,7 @@ from stack.manager import System
 from stack.place import Failed, Place, command
 
 # No check waits for longer.
-LIMIT = 240
+LIMIT = 900
 
 
 def enter(program, argv):

@@ -96,7 +96,7 @@ format = "verbose"
         """Puts the configuration (back) in its place."""
         self.file.write_text(self.text)
 
-    def start(self, limit=180):
+    def start(self, limit=400):
         self.spawn()
         wait("the agent listens", lambda: answers(self.rpc_port), limit, self.processes[-1])
 
@@ -124,7 +124,7 @@ format = "verbose"
                 self.place.stop(process, *how)
                 self.processes.remove(process)
 
-    def start_control(self, limit=180):
+    def start_control(self, limit=400):
         """Ours: the agent alone, after it was stopped alone."""
         process = self.place.spawn("agent", self.control, env=self.system.engine.env, cwd=self.state)
         self.processes.append(process)

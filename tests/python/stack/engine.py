@@ -65,7 +65,7 @@ class Engine:
                 [*apart, "dockerd", "--data-root", cache() / "engine", "--exec-root", run / "exec", "--pidfile", run / "docker.pid", "--host", self.host, *flags],
             )
             try:
-                wait("the engine answers", self.answers, 90, self.process)
+                wait("the engine answers", self.answers, 180, self.process)
                 break
             except Failed:
                 place.stop(self.process)
@@ -117,7 +117,7 @@ def have_images(new_place):
     try:
         engine = Engine(place, network=False)
         for name, kind in IMAGES.items():
-            command([MAKE_IMAGE, kind, "--tag", name], env=engine.env, limit=900)
+            command([MAKE_IMAGE, kind, "--tag", name], env=engine.env, limit=1800)
         changes = [word for label in BROKEN_LABELS for word in ("--change", f"LABEL ai.backend.{label}")]
         empty = place.directory / "empty.tar"
         tarfile.open(empty, "w").close()

@@ -136,7 +136,7 @@ num-proc = 1
 service-addr = {{ host = "127.0.0.1", port = {self.manager_port} }}
 internal-addr = {{ host = "127.0.0.1", port = {self.place.port()} }}
 ssl-enabled = false
-heartbeat-timeout = 30.0
+heartbeat-timeout = 40.0
 ipc-base-path = "{self.place.folder('ipc/manager')}"
 pid-file = "{self.place.directory}/manager.pid"
 rpc-auth-manager-keypair = "{self.etc}/manager.key_secret"
@@ -200,7 +200,7 @@ enabled = false
         # The etcd client of the package sometimes aborts at the interpreter's exit (134); these commands can be repeated.
         for _ in range(3):
             try:
-                return command([sys.executable, "-m", "ai.backend.cli", "mgr", "-f", self.etc / "manager.toml", *argv], env=self.engine.env, cwd=self.etc, limit=300)
+                return command([sys.executable, "-m", "ai.backend.cli", "mgr", "-f", self.etc / "manager.toml", *argv], env=self.engine.env, cwd=self.etc, limit=600)
             except Failed as error:
                 last = error
                 if "exit -6" not in str(error) and "exit 134" not in str(error):
@@ -227,8 +227,8 @@ enabled = false
         python = [sys.executable, "-m", "ai.backend.cli"]
         self.storage = self.place.spawn("storage-proxy", [*python, "storage", "start-server", "-f", self.etc / "storage-proxy.toml"], env=self.engine.env)
         self.manager = self.place.spawn("manager", [*python, "mgr", "start-server", "-f", self.etc / "manager.toml"], env=self.engine.env)
-        wait("the manager answers", self._manager_answers, 180, self.manager)
-        wait("the storage proxy answers", lambda: answers(self.storage_ports["manager"]), 120, self.storage)
+        wait("the manager answers", self._manager_answers, 400, self.manager)
+        wait("the storage proxy answers", lambda: answers(self.storage_ports["manager"]), 400, self.storage)
 
     def _manager_answers(self):
         try:

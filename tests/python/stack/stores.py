@@ -41,7 +41,7 @@ class Postgres:
     def start(self):
         settings = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": 256, "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         self.process = self.place.spawn("postgres", [*self.drop, f"{self.bin}/postgres", "-D", self.data, *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))], cwd="/")
-        wait("PostgreSQL answers", lambda: self._ready(), 60, self.process)
+        wait("PostgreSQL answers", lambda: self._ready(), 180, self.process)
 
     def _ready(self):
         return answers(self.port) and self.sql("select 1", database="postgres", check=False).strip() == "1"
@@ -71,7 +71,7 @@ class Redis:
         self.port = place.port()
         self.address = f"127.0.0.1:{self.port}"
         self.process = place.spawn("redis", [program, "--port", self.port, "--bind", "127.0.0.1", "--dir", place.folder("redis"), "--save", "", "--appendonly", "no"])
-        wait("Redis answers", lambda: answers(self.port), 60, self.process)
+        wait("Redis answers", lambda: answers(self.port), 180, self.process)
 
 
 class Etcd:
@@ -87,7 +87,7 @@ class Etcd:
             ["etcd", "--name", "compat", "--data-dir", place.folder("etcd"), "--unsafe-no-fsync", "--listen-client-urls", client, "--advertise-client-urls", client,
              "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", f"compat={peers}"],
         )
-        wait("etcd answers", self._ready, 60, self.process)
+        wait("etcd answers", self._ready, 180, self.process)
 
     def _ready(self):
         try:
