@@ -126,6 +126,7 @@ fn every_commented_example_is_valid() {
         "agent.allow-compute-plugins",
         "agent.block-compute-plugins",
         "agent.advertised-rpc-addr",
+        "agent.announce-addr",
         "container.alternative-bridge",
         "logging.pkg-ns",
         "node.device-limits",

@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
-use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting};
+use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting, notices};
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::bus::console_logs::ConsoleLogs;
 use crate::events::bus::{Bus, BusError};
@@ -224,6 +224,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),
+        tokio::spawn(notices::run(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
@@ -445,6 +446,7 @@ async fn assemble(
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
+        active_containers: watch::Sender::default(),
         scaling_group,
         cluster,
         consoles,

@@ -7,6 +7,7 @@
 //! outage of etcd after the start changes nothing for kernels.
 
 mod changes;
+pub mod notices;
 mod overlay;
 mod redis;
 mod registration;

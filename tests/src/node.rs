@@ -35,6 +35,8 @@ pub struct NodeOptions {
     pub environment: Vec<(String, String)>,
     /// Our pair and the agent's public key, when `agent` switches authentication on.
     pub curve: Option<(KeyPair, PublicKey)>,
+    /// Whether the node joins the cluster of the `[etcd]` among `sections`; standalone otherwise.
+    pub cluster: bool,
 }
 
 impl Default for NodeOptions {
@@ -50,6 +52,7 @@ impl Default for NodeOptions {
             dataplane: true,
             environment: Vec::new(),
             curve: None,
+            cluster: false,
         }
     }
 }
@@ -65,6 +68,7 @@ pub struct Node {
     ports: (u16, u16),
     environment: Vec<(String, String)>,
     curve: Option<ClientCurve>,
+    standalone: bool,
     control: Option<Child>,
     dataplane: Option<Child>,
 }
@@ -112,7 +116,7 @@ pub fn free_port() -> Result<u16> {
 }
 
 impl Node {
-    /// Starts a standalone node and waits until it answers.
+    /// Starts a node and waits until it answers.
     pub async fn start(options: NodeOptions) -> Result<Node> {
         let directory = tempfile::Builder::new()
             .prefix("bai-node-")
@@ -178,6 +182,7 @@ runner-dir = "{runner}"
             ports,
             environment: options.environment,
             curve: options.curve.map(|(pair, node)| ClientCurve { pair, node }),
+            standalone: !options.cluster,
             control: None,
             dataplane: None,
         };
@@ -243,6 +248,7 @@ runner-dir = "{runner}"
             .context("no log file")?;
         Command::new(program(name)?)
             .args(args)
+            .args(self.standalone.then_some("--standalone"))
             .arg("--config")
             .arg(self.config_file())
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
@@ -255,14 +261,14 @@ runner-dir = "{runner}"
 
     pub fn start_dataplane(&mut self) -> Result<()> {
         ensure!(self.dataplane.is_none(), "the dataplane runs already");
-        self.dataplane = Some(self.spawn("bai-dataplane", &["--standalone"])?);
+        self.dataplane = Some(self.spawn("bai-dataplane", &[])?);
         Ok(())
     }
 
     /// Starts control and waits until it answers a ping.
     pub async fn start_control(&mut self) -> Result<()> {
         ensure!(self.control.is_none(), "control runs already");
-        self.control = Some(self.spawn("bai-agent", &["run", "--standalone"])?);
+        self.control = Some(self.spawn("bai-agent", &["run"])?);
         let answer = wait::until("the agent answers", Duration::from_secs(60), || async {
             match self.client().await {
                 Ok(client) => client

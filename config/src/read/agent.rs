@@ -57,7 +57,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     );
     let announce_addr = s.or(
         key("announce-addr").or(&["announce-internal-addr"]),
-        HostPort::new("host.docker.internal", 6003),
+        HostPort::new(&advertised_rpc_addr.host, service_addr.port),
     );
     let rpc_auth = rpc_auth(&mut s);
     let id = id(&mut s, &host.hostname());

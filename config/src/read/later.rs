@@ -5,14 +5,12 @@ use crate::document::{Kind, Table, Value};
 use crate::problem::NoteKind;
 use crate::section::{Reader, kebab};
 
-const DISCOVERY: &str = "this release does not register HTTP services for discovery";
 const METADATA: &str = "this release serves no metadata to containers";
 const WATCHER: &str = "the watcher is not part of this release";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
 
 /// Section, key and why; the key `*` is the section as a whole.
 const LATER: &[(&str, &str, &str)] = &[
-    ("agent", "announce-addr", DISCOVERY),
     ("agent", "metadata-server-bind-host", METADATA),
     ("agent", "metadata-server-port", METADATA),
     (
@@ -43,7 +41,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ("logging", "drivers", LOG),
     ("logging", "pkg-ns", "set levels by module with RUST_LOG"),
     ("logging.file", "*", LOG),
-    ("service-discovery", "*", DISCOVERY),
     ("watcher", "target-service", WATCHER),
     ("watcher", "soft-reset-available", WATCHER),
     (

@@ -1,6 +1,7 @@
 //! `config/redis` of etcd as the settings of the bus.
 
 use std::path::Path;
+use std::time::Duration;
 
 use config::Secret;
 use thiserror::Error;
@@ -8,6 +9,9 @@ use thiserror::Error;
 use crate::etcd::Tree;
 use crate::events::bus::{BusServer, BusSettings, BusTls, Endpoint, HostPort, HostPortError, Role};
 use crate::kernel::journal::plain_name;
+
+/// What a request may be given: no less than the original's own default, and not for ever.
+const REQUEST_TIMEOUT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// Why the settings cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -21,6 +25,9 @@ pub enum RedisError {
     /// An address is none.
     #[error("{0} is wrong")]
     Address(String, #[source] HostPortError),
+    /// A time is no number.
+    #[error("config/redis/request_timeout is {0:?}; it is a whole number of milliseconds")]
+    Timeout(String),
     /// A switch is neither on nor off.
     #[error("{0} is neither true nor false")]
     Switch(String),
@@ -47,6 +54,14 @@ pub fn bus_settings(
         };
         let place = format!("config/redis/override_configs/{name}");
         settings.overrides.insert(role, server(&place, tree)?);
+    }
+    if let Some(text) = redis.text(&["request_timeout"]) {
+        settings.command_timeout = text
+            .trim()
+            .parse()
+            .map(Duration::from_millis)
+            .map_err(|_| RedisError::Timeout(text.to_owned()))?
+            .clamp(REQUEST_TIMEOUT.0, REQUEST_TIMEOUT.1);
     }
     settings.outbox_dir = state_dir.map(|dir| dir.join("outbox").join(plain_name(agent_id)));
     Ok(settings)
@@ -122,8 +137,10 @@ mod tests {
             ("service_name", "mymaster"),
             ("use_tls", "true"),
             ("tls_skip_verify", "True"),
+            ("request_timeout", "2500"),
         ])
         .unwrap();
+        assert_eq!(settings.command_timeout, Duration::from_millis(2500));
         assert_eq!(
             settings.server.endpoint.to_string(),
             "mymaster of a:26379,b:26379"
@@ -150,7 +167,11 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let cases: [(&[(&str, &str)], &str); 5] = [
+        let cases: [(&[(&str, &str)], &str); 6] = [
+            (
+                &[("addr", "h:1"), ("request_timeout", "1s")],
+                "milliseconds",
+            ),
             (&[], "config/redis/addr"),
             (&[("addr", "nothing")], "config/redis/addr"),
             (&[("sentinel", "a:1")], "service_name"),

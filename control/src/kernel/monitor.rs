@@ -135,6 +135,9 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
         .filter(|kernel| has_started(&kernel.state()))
         .collect();
     let listed = recovery::list(node).await?;
+    let active = |listed: &&Listed| listed.seen.liveness == Liveness::Active;
+    node.active_containers
+        .send_replace(Some(listed.iter().filter(active).count()));
     let by_kernel: HashMap<KernelId, Vec<&Listed>> =
         listed.iter().fold(HashMap::new(), |mut by_kernel, listed| {
             by_kernel

@@ -76,6 +76,8 @@ pub struct Node {
     pub creations: Semaphore,
     /// Containers that cannot be adopted, so that each is reported once.
     pub left_alone: Mutex<HashSet<ContainerId>>,
+    /// Containers of this agent that run, as of the last comparison with the engine.
+    pub active_containers: watch::Sender<Option<usize>>,
     /// The resource group, which managers may change while the node runs.
     pub scaling_group: watch::Sender<String>,
     /// The cluster; none in standalone mode.
@@ -102,7 +104,8 @@ impl Node {
         &self.config.agent.id
     }
 
-    /// Carries out what the lifecycle decided. Waiting, refusing and answering are the caller's.
+    /// Carries out what the lifecycle decided. Waiting, refusing, answering and forgetting are the
+    /// caller's.
     pub fn perform(self: &Arc<Self>, kernel: &Arc<Kernel>, actions: &[Action]) {
         for action in actions {
             match action {
@@ -124,8 +127,8 @@ impl Node {
                         });
                     }
                 }
-                Action::Forget => self.registry.forget(kernel),
-                Action::Proceed
+                Action::Forget
+                | Action::Proceed
                 | Action::AnswerStored
                 | Action::Refuse(_)
                 | Action::AbortCreation

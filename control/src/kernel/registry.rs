@@ -13,7 +13,7 @@ use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::death::{Death, OutOfMemory};
+use super::death::OutOfMemory;
 use super::journal::{Journal, JournalError, Phase, StoredEnding};
 use super::lifecycle::{Action, Ending, Input, Lifecycle, Refusal, Stage, State};
 use super::record::Record;

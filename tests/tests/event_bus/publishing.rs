@@ -109,10 +109,10 @@ async fn values_go_to_the_database_of_their_role() -> Result<()> {
         .set_fields("computer.metadata", fields.clone(), None)
         .await?;
     bus.statistics()
-        .replace_fields("abuse_report", fields[..1].to_vec())
+        .change_fields("abuse_report", fields[..1].to_vec(), vec![])
         .await?;
     bus.statistics()
-        .replace_fields("abuse_report", fields[1..].to_vec())
+        .change_fields("abuse_report", fields[1..].to_vec(), vec!["cpu".into()])
         .await?;
     let logs = vec!["one".into(), "two".into()];
     bus.container_logs()

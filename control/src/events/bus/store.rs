@@ -183,19 +183,23 @@ impl Store {
         self.run("set fields", commands).await.map(drop)
     }
 
-    /// Makes a hash consist of these fields.
+    /// Sets fields of a hash and removes others.
     ///
     /// # Errors
     /// The step that failed.
-    pub async fn replace_fields(
+    pub async fn change_fields(
         &self,
         key: impl Into<String>,
-        fields: Vec<(String, Bytes)>,
+        set: Vec<(String, Bytes)>,
+        remove: Vec<String>,
     ) -> Result<(), StoreError> {
         let key = key.into();
-        let mut commands = vec![Command::new("DEL").arg(key.clone())];
-        commands.extend(hash(&key, fields));
-        self.run("replace fields", commands).await.map(drop)
+        let mut commands: Vec<Command> = hash(&key, set).into_iter().collect();
+        if !remove.is_empty() {
+            let command = Command::new("HDEL").arg(key);
+            commands.push(remove.into_iter().fold(command, Command::arg));
+        }
+        self.run("change fields", commands).await.map(drop)
     }
 
     async fn run(
