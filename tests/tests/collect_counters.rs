@@ -429,3 +429,52 @@ fn the_nodes_numbers_agree_with_its_files_and_ticks_go_on() {
     let gap = second.taken_monotonic_ns - first.taken_monotonic_ns;
     assert!(gap >= 250_000_000, "three intervals of 100 ms: {gap}");
 }
+
+#[test]
+fn processes_and_shared_memory_are_seen_from_both_sides() {
+    let row_of = container_row(12);
+    let Some(mut group) = cgroup(&row_of.container_id.to_string()) else {
+        return;
+    };
+    let (_place, _process, mut control) = started(None);
+    // A mount and a pid namespace of its own, as a container has; the process that is known outside
+    // is the one that made them.
+    let pid = group
+        .run(
+            "exec unshare --mount --pid --fork sh -c '\
+             mount -t tmpfs -o size=8m tmpfs /dev/shm && \
+             head -c 3000000 /dev/zero > /dev/shm/used && exec sleep 1000'",
+        )
+        .expect("namespaces");
+    let mut row = row_of;
+    row.cgroup_path.clone_from(&group.path);
+    control
+        .write(|batch| batch.put_container(row.clone()))
+        .expect("written");
+    let inner = until("the sleeping process being listed", || {
+        let processes = control.observed.processes().ok()?;
+        processes
+            .list
+            .into_iter()
+            .find(|it| it.container_id == row.container_id && it.name == "sleep")
+    })
+    .expect("a process");
+    assert_eq!(inner.container_pid, 1, "first in its namespace");
+    assert_eq!(inner.parent_pid, pid);
+    let procs = group.read(&["cgroup.procs"]).expect("the file");
+    assert!(procs.lines().any(|line| line == inner.pid.to_string()));
+    assert!(inner.counters.rss_bytes > Some(0) && inner.threads == 1);
+
+    row.init_pid = inner.pid;
+    control
+        .write(|batch| batch.put_container(row.clone()))
+        .expect("written");
+    let sample = control
+        .sample(row.container_id, |it| {
+            it.disk.counters.shm_bytes >= Some(3_000_000)
+        })
+        .expect("the bytes are seen");
+    assert_eq!(sample.disk.counters.shm_limit_bytes, Some(8 << 20));
+    assert!(sample.disk.counters.shm_bytes < Some(4_000_000));
+    assert_eq!(sample.disk.counters.scratch_bytes, None, "absent, not zero");
+}
