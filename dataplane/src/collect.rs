@@ -98,13 +98,10 @@ impl Collector {
         let thread = std::thread::Builder::new()
             .name("collect".to_owned())
             .spawn(move || {
-                let mut sampler =
-                    Sampler::new(totals, disk.clone(), scratch_root, descriptors, means);
-                sampler.list_processes(lister.clone());
+                let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
+                sampler.list_processes(lister);
                 sampler.go_on_from(&before);
                 run(&own, &mut sampler, &board);
-                lister.stop();
-                disk.stop();
             })?;
         Ok(Self {
             shared,
@@ -350,14 +347,12 @@ impl Sampler {
         }
         let mut cores_busy_ns = Vec::new();
         let mut counters = self.node.read(links, &mut cores_busy_ns, &mut self.buffer);
-        if let Some(space) = self
-            .scratch_root
-            .as_deref()
-            .and_then(|path| self.disk.answer(path))
-        {
-            counters.disk_total_bytes = Some(space.total);
+        let space = self.scratch_root.as_deref();
+        if let Some(space) = space.and_then(|path| self.disk.at(path)) {
+            counters.disk_total_bytes = space.total;
             counters.disk_available_bytes = Some(space.available);
         }
+        let disks = self.disk.node(&mut counters);
         counters.sessions_active = Some(u64::from(self.totals.active()));
         counters.sessions_total = Some(self.totals.admitted());
         counters.accepts_shed = Some(self.totals.shed());
@@ -373,21 +368,15 @@ impl Sampler {
                 .map(|watched| (watched.row().init_pid, watched.row().container_id))
                 .filter(|(pid, _)| *pid != 0),
         );
-        let mut processes = None;
-        if let Some(lister) = &self.lister {
-            processes = lister.take().map(|listing| Processes {
+        let processes = self.lister.as_mut().and_then(|lister| {
+            let wanted = self.containers.values().filter_map(|watched| {
+                Some((watched.row().container_id, watched.directory()?.to_owned()))
+            });
+            lister.turn(wanted).map(|listing| Processes {
                 tick: self.tick,
                 ..listing
-            });
-            lister.refresh(
-                self.containers
-                    .values()
-                    .filter_map(|watched| {
-                        Some((watched.row().container_id, watched.directory()?.to_owned()))
-                    })
-                    .collect(),
-            );
-        }
+            })
+        });
         self.last_pass = begin.elapsed();
         self.last_cpu = thread_cpu().saturating_sub(cpu_begin);
         counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
@@ -404,7 +393,7 @@ impl Sampler {
                 taken_wall_ns: wall_ns(),
                 counters,
                 cores_busy_ns,
-                disks: Vec::new(),
+                disks,
             },
         }
     }
@@ -457,28 +446,28 @@ impl Sampler {
 
 fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
     let mut counters = DiskCounters::default();
-    let mut age = None;
-    if !row.scratch_path.is_empty()
-        && let Some(space) = disk.answer(Path::new(&row.scratch_path))
-    {
+    let scratch = Path::new(&row.scratch_path);
+    let scratch = disk
+        .scratch(scratch)
+        .filter(|_| !row.scratch_path.is_empty());
+    let memory = disk
+        .memory(row.init_pid, row.container_id)
+        .filter(|_| row.init_pid != 0);
+    if let Some((space, _)) = scratch {
         counters.scratch_bytes = Some(space.used);
         counters.scratch_files = Some(space.files);
-        counters.scratch_limit_bytes = Some(space.total);
-        age = Some(age_ms(space.at));
+        counters.scratch_limit_bytes = space.total;
     }
-    if row.init_pid != 0
-        && let Some(space) = disk.answer(&disk::shared_memory(row.init_pid))
-    {
-        let shm_age = age_ms(space.at);
+    if let Some(space) = memory {
         counters.shm_bytes = Some(space.used);
-        counters.shm_limit_bytes = Some(space.total);
-        counters.shm_age_ms = Some(u64::from(shm_age));
-        age = age.or(Some(shm_age));
+        counters.shm_limit_bytes = space.total;
+        counters.shm_age_ms = Some(u64::from(age_ms(space.at)));
     }
-    if let Some(age_ms) = age {
+    let shown = scratch.or(memory.map(|space| (space, Source::File)));
+    if let Some((space, source)) = shown {
         sample.disk = Measured {
-            source: Source::File,
-            age_ms,
+            source,
+            age_ms: age_ms(space.at),
             counters,
         };
     }

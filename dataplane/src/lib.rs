@@ -6,6 +6,7 @@
 //! that tests and benches can drive its parts.
 
 pub mod accelerator;
+pub mod answers;
 pub mod app;
 pub mod board;
 pub mod collect;

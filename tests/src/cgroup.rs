@@ -142,8 +142,35 @@ impl TestCgroup {
         Ok(())
     }
 
+    /// Kills all processes inside, those too that were not run from here.
+    pub fn kill_all(&mut self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let text = self.read(&["cgroup.procs"]).unwrap_or_default();
+            let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+            if pids.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{} processes can't be killed", pids.len());
+            }
+            for pid in pids {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Removes the cgroups; they are gone when this returns.
     pub fn remove(&mut self) -> Result<()> {
+        // What is frozen does not die.
+        for (file, word) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+            if let Some(directory) = self.directory_with(file) {
+                let _ = std::fs::write(directory.join(file), word);
+            }
+        }
+        let _ = self.kill_all();
         for mut child in self.children.drain(..) {
             let _ = child.kill();
             let _ = child.wait();

@@ -49,6 +49,8 @@ pub struct Options {
     pub descriptors: Option<u32>,
     /// Run it in this network namespace (made by the test).
     pub namespace: Option<String>,
+    /// Run it in the mount namespace of this process.
+    pub mounts_of: Option<u32>,
     /// Added to its environment.
     pub environment: Vec<(String, String)>,
 }
@@ -114,6 +116,14 @@ impl Place {
             }
             (None, None) => Command::new(program()?),
         };
+        if let Some(pid) = self.options.mounts_of {
+            let mut inside = Command::new("nsenter");
+            inside
+                .arg(format!("--mount=/proc/{pid}/ns/mnt"))
+                .arg(command.get_program())
+                .args(command.get_args());
+            command = inside;
+        }
         command
             .args(["--standalone", "--config"])
             .arg(self.directory.path().join("agent.toml"))

@@ -1,23 +1,35 @@
-//! Sizes of file systems, asked for by a thread that may hang.
+//! Sizes of file systems and directories, asked for by threads that may hang.
 //!
-//! In: paths of interest. Out: the last answers with their age. A dead network mount blocks
-//! statfs(2) for minutes; it must block this thread only, never a pass. Invariant: the collector
-//! only ever reads answers that are already there.
+//! In: paths of interest. Out: the last answers with their age. A dead mount blocks statfs(2) for
+//! minutes; only the answers about that mount grow old. What a directory takes is asked of its file
+//! system where that knows (one of its own, or a project quota with a limit: ext4 and XFS answer
+//! statfs(2) for the project then), and counted in the background where it does not. Invariant: the
+//! collector only ever reads answers that are already there.
 
-use std::collections::HashMap;
+mod devices;
+mod tree;
+
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use shared::ids::ContainerId;
+use shared::observed::{DiskSpace, NodeCounters, NodeSample, Source};
 
-use super::container::is_own_file_system;
+use self::devices::Device;
+use self::tree::Trees;
+use crate::answers::{Answers, Word};
 
-/// One file system, in bytes.
+/// So many questions about file systems may hang before the others grow old.
+const THREADS: usize = 16;
+/// Directories counted at the same time.
+const COUNTING: usize = 2;
+
+/// What a file system or directory takes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// Its size.
-    pub total: u64,
+    /// Its size; `None` for a directory that shares its file system.
+    pub total: Option<u64>,
     /// What an ordinary user may still take.
     pub available: u64,
     /// What is in use.
@@ -28,139 +40,183 @@ pub struct Space {
     pub at: Instant,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Kind {
-    /// Any path: the file system it lies on.
-    Any,
-    /// Only if the path is a mount of its own; else its usage is not the container's.
-    Own,
-    /// As `Own`, inside a container: only while its first process is still the container's.
-    Inside(u32, ContainerId),
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Question {
+    /// The devices mounted on this node.
+    Devices,
+    /// The file system a path lies on.
+    At(PathBuf),
+    /// The same, if it is this path's alone.
+    Own(PathBuf),
+    /// A container's /dev/shm, while its first process is still the container's.
+    Memory(u32, ContainerId),
 }
 
-#[derive(Debug, Default)]
-struct State {
-    wanted: Vec<(PathBuf, Kind)>,
-    answers: HashMap<PathBuf, Space>,
-    round: u64,
-    stop: bool,
-}
-
-/// The asking thread's handle.
 #[derive(Debug, Clone)]
-pub struct Disk(Arc<(Mutex<State>, Condvar)>);
+enum Answer {
+    Devices(Arc<Vec<Device>>),
+    Space(Space),
+    /// There is a directory, and its file system does not know what it takes.
+    Shared,
+}
+
+/// The handle.
+#[derive(Debug)]
+pub struct Disk {
+    questions: Answers<Question, Answer>,
+    trees: Answers<PathBuf, Space>,
+    devices: Arc<Vec<Device>>,
+}
 
 impl Disk {
-    /// Starts the thread. It ends when told to, or with the process when it hangs.
+    /// Starts the threads. They end with the handle, or with the process when they hang.
     ///
     /// # Errors
     /// No thread.
     pub fn start() -> std::io::Result<Self> {
-        let disk = Self(Arc::default());
-        let own = disk.clone();
-        std::thread::Builder::new()
-            .name("disk".to_owned())
-            .spawn(move || own.serve())?;
-        Ok(disk)
+        let trees = Trees::default();
+        Ok(Self {
+            questions: Answers::start("disk", THREADS, ask)?,
+            trees: Answers::start("tree", COUNTING, move |path: &PathBuf| trees.ask(path))?,
+            devices: Arc::default(),
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Asks for another round; never waits.
+    pub fn refresh<'a>(
+        &mut self,
+        root: Option<&Path>,
+        scratches: impl Iterator<Item = &'a str>,
+        memories: impl Iterator<Item = (u32, ContainerId)>,
+    ) {
+        if let Some((_, Answer::Devices(devices))) = self.questions.last(&Question::Devices) {
+            self.devices = devices;
+        }
+        let scratches: Vec<PathBuf> = scratches.map(PathBuf::from).collect();
+        let shared = scratches.iter().filter(|path| {
+            let answer = self.questions.last(&Question::Own((*path).clone()));
+            matches!(answer, Some((_, Answer::Shared)))
+        });
+        self.trees.ask(shared.cloned());
+        let places = self.devices.iter().map(|device| device.place.clone());
+        let all = std::iter::once(Question::Devices)
+            .chain(root.map(Path::to_owned).map(Question::At))
+            .chain(places.map(Question::At))
+            .chain(memories.map(|(pid, container)| Question::Memory(pid, container)))
+            .chain(scratches.into_iter().map(Question::Own));
+        self.questions.ask(all);
     }
 
-    fn serve(&self) {
-        let mut seen = 0;
-        loop {
-            let wanted = {
-                let mut state = self.lock();
-                while state.round == seen && !state.stop {
-                    state = self.0.1.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-                if state.stop {
-                    return;
-                }
-                seen = state.round;
-                state.wanted.clone()
-            };
-            for (path, kind) in &wanted {
-                let answer = ask(path, *kind);
-                let mut state = self.lock();
-                match (answer, kind) {
-                    (Some(space), _) => {
-                        state.answers.insert(path.clone(), space);
-                    }
-                    // The last word about a container that has died tells why it did.
-                    (None, Kind::Inside(..)) => {}
-                    (None, _) => {
-                        state.answers.remove(path);
-                    }
-                }
-            }
-            self.lock()
-                .answers
-                .retain(|path, _| wanted.iter().any(|(known, _)| known == path));
+    fn space(&self, question: &Question) -> Option<Space> {
+        match self.questions.last(question)?.1 {
+            Answer::Space(space) => Some(space),
+            Answer::Devices(_) | Answer::Shared => None,
         }
     }
 
-    /// Asks for another round over these paths; never waits.
-    pub fn refresh<'a>(
-        &self,
-        any: Option<&Path>,
-        own: impl Iterator<Item = &'a str>,
-        inside: impl Iterator<Item = (u32, ContainerId)>,
-    ) {
-        let mut state = self.lock();
-        state.wanted.clear();
-        state
-            .wanted
-            .extend(any.map(|path| (path.to_owned(), Kind::Any)));
-        state
-            .wanted
-            .extend(own.map(|path| (PathBuf::from(path), Kind::Own)));
-        state.wanted.extend(
-            inside.map(|(pid, container)| (shared_memory(pid), Kind::Inside(pid, container))),
-        );
-        state.round += 1;
-        self.0.1.notify_one();
+    /// The file system a path lies on.
+    pub fn at(&self, path: &Path) -> Option<Space> {
+        self.space(&Question::At(path.to_owned()))
     }
 
-    /// The last answer about a path.
-    pub fn answer(&self, path: &Path) -> Option<Space> {
-        self.lock().answers.get(path).copied()
+    /// What a container's scratch directory takes, and how that was learned.
+    pub fn scratch(&self, path: &Path) -> Option<(Space, Source)> {
+        let own = self.space(&Question::Own(path.to_owned()));
+        own.map(|space| (space, Source::File)).or_else(|| {
+            let (_, space) = self.trees.last(&path.to_owned())?;
+            Some((space, Source::Walk))
+        })
     }
 
-    /// Ends the thread, unless it hangs.
-    pub fn stop(&self) {
-        self.lock().stop = true;
-        self.0.1.notify_one();
+    /// A container's /dev/shm.
+    pub fn memory(&self, pid: u32, container: ContainerId) -> Option<Space> {
+        self.space(&Question::Memory(pid, container))
+    }
+
+    /// The node's devices, and their sums in its counters.
+    pub fn node(&self, counters: &mut NodeCounters) -> Vec<DiskSpace> {
+        let (mut disks, mut oldest) = (Vec::new(), None::<Instant>);
+        let (mut total, mut used, mut left_out) = (0_u64, 0_u64, 0_u64);
+        for device in self.devices.iter() {
+            let Some(space) = self.at(&device.place) else {
+                continue;
+            };
+            let Some(size) = space.total.filter(|size| *size > 0) else {
+                continue;
+            };
+            let taken = size.saturating_sub(space.available);
+            (total, used) = (total.saturating_add(size), used.saturating_add(taken));
+            oldest = Some(oldest.map_or(space.at, |oldest| oldest.min(space.at)));
+            if disks.len() == NodeSample::MOST_DISKS {
+                left_out += 1;
+                continue;
+            }
+            disks.push(DiskSpace {
+                device: device.name.clone(),
+                total_bytes: size,
+                used_bytes: taken,
+            });
+        }
+        if let Some(oldest) = oldest {
+            counters.disks_total_bytes = Some(total);
+            counters.disks_used_bytes = Some(used);
+            counters.disks_age_ms = u64::try_from(oldest.elapsed().as_millis()).ok();
+            counters.disks_left_out = Some(left_out);
+        }
+        disks
     }
 }
 
-/// A container's /dev/shm, as the host reaches it through the container's first process.
-pub fn shared_memory(pid: u32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}/root/dev/shm"))
+fn ask(question: &Question) -> Word<Answer> {
+    match question {
+        Question::Devices => match devices::list() {
+            Some(list) => Word::Is(Answer::Devices(Arc::new(list))),
+            None => Word::Unknown,
+        },
+        Question::At(path) => space(path),
+        Question::Own(path) => match is_own(path) {
+            Some(true) => space(path),
+            Some(false) => Word::Is(Answer::Shared),
+            None => Word::Gone,
+        },
+        // Process ids are used again; the cgroup's path names the container. The last word about one
+        // that has died stays: it tells why it did.
+        Question::Memory(pid, container) => {
+            let path = PathBuf::from(format!("/proc/{pid}/root/dev/shm"));
+            let ours = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+                .is_ok_and(|text| text.contains(&container.to_string()));
+            match ours && is_own(&path) == Some(true) {
+                true => space(&path),
+                false => Word::Unknown,
+            }
+        }
+    }
 }
 
-fn ask(path: &Path, kind: Kind) -> Option<Space> {
-    match kind {
-        Kind::Any => {}
-        Kind::Own if is_own_file_system(path) => {}
-        // Process ids are used again; the cgroup's path names the container.
-        Kind::Inside(pid, container)
-            if std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
-                .is_ok_and(|text| text.contains(&container.to_string()))
-                && is_own_file_system(path) => {}
-        _ => return None,
-    }
-    let found = rustix::fs::statvfs(path).ok()?;
+fn space(path: &Path) -> Word<Answer> {
+    let Ok(found) = rustix::fs::statvfs(path) else {
+        return Word::Gone;
+    };
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
-    Some(Space {
-        total: bytes(found.f_blocks),
+    Word::Is(Answer::Space(Space {
+        total: Some(bytes(found.f_blocks)),
         available: bytes(found.f_bavail),
         used: bytes(found.f_blocks.saturating_sub(found.f_bfree)),
         files: found.f_files.saturating_sub(found.f_ffree),
         at: Instant::now(),
-    })
+    }))
+}
+
+/// Whether what statfs(2) says of a path is of this path alone: a file system of its own, or a
+/// project quota whose limit stands for the size. `None` when it is not there.
+fn is_own(path: &Path) -> Option<bool> {
+    let parent = path.parent()?;
+    let (own, around) = (rustix::fs::stat(path).ok()?, rustix::fs::stat(parent).ok()?);
+    if own.st_dev != around.st_dev {
+        return Some(true);
+    }
+    let size = |path: &Path| Some(rustix::fs::statvfs(path).ok()?.f_blocks);
+    Some(size(path)? != size(parent)?)
 }
 
 #[cfg(test)]
@@ -168,30 +224,59 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            assert!(Instant::now() < deadline, "no answer");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     #[test]
-    fn sizes_come_by_themselves_and_a_plain_directory_has_no_usage_of_its_own() {
+    fn sizes_come_by_themselves_and_a_plain_directory_is_counted() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let inside = directory.path().join("scratch");
         std::fs::create_dir(&inside).unwrap();
-        let disk = Disk::start().unwrap();
-        disk.refresh(
-            Some(directory.path()),
-            [inside.to_str().unwrap()].into_iter(),
-            std::iter::once((std::process::id(), ContainerId([0xab; 32]))),
-        );
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let space = loop {
-            if let Some(space) = disk.answer(directory.path()) {
-                break space;
-            }
-            assert!(Instant::now() < deadline, "no answer");
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        assert!(space.total >= space.available && space.total > 0);
-        assert_eq!(disk.answer(&inside), None);
-        let not_ours = shared_memory(std::process::id());
-        assert_eq!(disk.answer(&not_ours), None, "another container's process");
-        assert!(is_own_file_system(Path::new("/dev/shm")));
-        disk.stop();
+        std::fs::write(inside.join("file"), vec![1; 10_000]).unwrap();
+        let mut disk = Disk::start().unwrap();
+        let container = ContainerId([0xab; 32]);
+        let (space, counted) = until(|| {
+            disk.refresh(
+                Some(directory.path()),
+                [inside.to_str().unwrap()].into_iter(),
+                std::iter::once((std::process::id(), container)),
+            );
+            Some((disk.at(directory.path())?, disk.scratch(&inside)?))
+        });
+        assert!(space.total >= Some(space.available) && space.total > Some(0));
+        let (scratch, source) = counted;
+        assert_eq!((scratch.total, source), (None, Source::Walk));
+        assert_eq!((scratch.used, scratch.files), (3 * 4096, 1));
+        let not_ours = disk.memory(std::process::id(), container);
+        assert_eq!(not_ours, None, "another container's process");
+        assert_eq!(is_own(Path::new("/dev/shm")), Some(true));
+        assert_eq!(is_own(&inside), Some(false));
+        assert_eq!(is_own(Path::new("/dev/shm/not there")), None);
+    }
+
+    #[test]
+    fn the_nodes_devices_are_those_of_the_mount_table() {
+        let mut disk = Disk::start().unwrap();
+        let mounted = devices::list().unwrap();
+        let (disks, counters) = until(|| {
+            disk.refresh(None, std::iter::empty(), std::iter::empty());
+            let mut counters = NodeCounters::default();
+            let disks = disk.node(&mut counters);
+            let most = mounted.len().min(NodeSample::MOST_DISKS);
+            // One that has no blocks is listed nowhere.
+            (mounted.is_empty() || (disks.len() * 2 > most)).then_some((disks, counters))
+        });
+        for disk in &disks {
+            assert!(disk.used_bytes <= disk.total_bytes, "{disk:?}");
+        }
+        assert_eq!(counters.disks_total_bytes.is_some(), !disks.is_empty());
     }
 }

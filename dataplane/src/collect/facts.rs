@@ -89,7 +89,7 @@ impl Facts {
 }
 
 /// Undoes the octal escapes of the mount table (proc(5)).
-fn unescape(text: &str) -> PathBuf {
+pub(super) fn unescape(text: &str) -> PathBuf {
     let mut out = Vec::with_capacity(text.len());
     let bytes = text.as_bytes();
     let mut at = 0;

@@ -1,12 +1,12 @@
-//! The processes of each container, listed by a thread of their own.
+//! The processes of each container, listed by threads that may hang.
 //!
-//! In: a cgroup directory per container. Out: the last listing with the time it was made. A container
+//! In: a cgroup directory per container. Out: listings, each with the time it was made. A container
 //! of ten thousand processes, or one whose files are slow, must cost its neighbours nothing: each
-//! container has a cap, each round a time limit, and the collector only ever takes listings that are
-//! already there. Invariant: what is left out is counted.
+//! container has a cap and a time limit, one whose files hang is left out alone, and the collector
+//! only ever takes listings that are already there. Invariant: what is left out is counted.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use shared::ids::ContainerId;
@@ -14,110 +14,95 @@ use shared::monotonic_ns;
 use shared::observed::{ProcessCounters, ProcessSample, Processes};
 
 use super::file::keyed;
+use crate::answers::{Answers, Word};
 
 /// Most processes listed per container: three files each.
 const PER_CONTAINER: usize = 256;
 /// Most cgroups looked at per container.
 const CGROUPS: usize = 64;
-/// After this long a round lists nothing more, it only counts.
-const ROUND: Duration = Duration::from_secs(2);
+/// After this long nothing more of a container is listed, only counted.
+const PATIENCE: Duration = Duration::from_millis(150);
+/// So many containers may hang before the others grow old.
+const THREADS: usize = 16;
 
-#[derive(Debug, Default)]
-struct State {
-    wanted: Vec<(ContainerId, PathBuf)>,
-    listing: Option<Processes>,
-    round: u64,
-    stop: bool,
+type Container = (ContainerId, PathBuf);
+
+/// The listing threads' handle.
+#[derive(Debug)]
+pub struct Lister {
+    answers: Answers<Container, Listing>,
+    /// When the round under way began.
+    round_ns: u64,
+    /// How many processes each container had.
+    known: HashMap<ContainerId, u32>,
 }
 
-/// The listing thread's handle.
-#[derive(Debug, Clone)]
-pub struct Lister(Arc<(Mutex<State>, Condvar)>);
+#[derive(Debug, Clone, Default)]
+struct Listing {
+    list: Vec<ProcessSample>,
+    left_out: u32,
+}
 
 impl Lister {
-    /// Starts the thread. It ends when told to.
+    /// Starts the first thread. They end with the handle, or with the process when they hang.
     ///
     /// # Errors
     /// No thread.
     pub fn start() -> std::io::Result<Self> {
-        let lister = Self(Arc::default());
-        let own = lister.clone();
-        std::thread::Builder::new()
-            .name("processes".to_owned())
-            .spawn(move || own.serve())?;
-        Ok(lister)
+        let answers = Answers::start("processes", THREADS, |(id, directory): &Container| {
+            Word::Is(list(*id, directory))
+        })?;
+        Ok(Self {
+            answers,
+            round_ns: monotonic_ns(),
+            known: HashMap::new(),
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn serve(&self) {
-        let mut seen = 0;
-        loop {
-            let wanted = {
-                let mut state = self.lock();
-                while state.round == seen && !state.stop {
-                    state = self.0.1.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-                if state.stop {
-                    return;
-                }
-                seen = state.round;
-                state.wanted.clone()
-            };
-            let listing = list(&wanted);
-            self.lock().listing = Some(listing);
+    /// The listing of a round that has come to its end, and another round over these containers;
+    /// never waits.
+    pub fn turn(&mut self, wanted: impl Iterator<Item = Container>) -> Option<Processes> {
+        let (answers, hanging) = self.answers.take()?;
+        let mut listing = Processes {
+            taken_monotonic_ns: self.round_ns,
+            ..Processes::default()
+        };
+        for ((id, _), found) in answers {
+            let seen = u32::try_from(found.list.len()).unwrap_or(u32::MAX);
+            self.known.insert(id, seen.saturating_add(found.left_out));
+            listing.left_out = listing.left_out.saturating_add(found.left_out);
+            listing.list.extend(found.list);
         }
-    }
-
-    /// Asks for another round over these containers; never waits.
-    pub fn refresh(&self, wanted: Vec<(ContainerId, PathBuf)>) {
-        let mut state = self.lock();
-        state.wanted = wanted;
-        state.round += 1;
-        self.0.1.notify_one();
-    }
-
-    /// The last listing, once.
-    pub fn take(&self) -> Option<Processes> {
-        self.lock().listing.take()
-    }
-
-    /// Ends the thread after its round.
-    pub fn stop(&self) {
-        self.lock().stop = true;
-        self.0.1.notify_one();
+        for (id, _) in &hanging {
+            let missed = self.known.get(id).copied().unwrap_or(1);
+            listing.left_out = listing.left_out.saturating_add(missed);
+        }
+        let wanted: Vec<Container> = wanted.collect();
+        self.known
+            .retain(|id, _| wanted.iter().any(|(wanted, _)| wanted == id));
+        self.answers.ask(wanted);
+        self.round_ns = monotonic_ns();
+        Some(listing)
     }
 }
 
-fn list(wanted: &[(ContainerId, PathBuf)]) -> Processes {
-    let until = Instant::now() + ROUND;
+fn list(container_id: ContainerId, directory: &Path) -> Listing {
+    let until = Instant::now() + PATIENCE;
     let ticks = rustix::param::clock_ticks_per_second().max(1);
-    let mut listing = Processes {
-        taken_monotonic_ns: monotonic_ns(),
-        ..Processes::default()
-    };
-    let mut left_out = 0;
-    for (container_id, directory) in wanted {
-        let pids = pids_below(directory);
-        let mut room = PER_CONTAINER;
-        for pid in pids {
-            if room == 0 || Instant::now() > until {
-                left_out += 1;
-                continue;
-            }
-            // One that has ended meanwhile is no loss.
-            if let Some(process) = read(pid, 1_000_000_000 / ticks) {
-                room -= 1;
-                listing.list.push(ProcessSample {
-                    container_id: *container_id,
-                    ..process
-                });
-            }
+    let mut listing = Listing::default();
+    for pid in pids_below(directory) {
+        if listing.list.len() == PER_CONTAINER || Instant::now() > until {
+            listing.left_out += 1;
+            continue;
+        }
+        // One that has ended meanwhile is no loss.
+        if let Some(process) = read(pid, 1_000_000_000 / ticks) {
+            listing.list.push(ProcessSample {
+                container_id,
+                ..process
+            });
         }
     }
-    listing.left_out = left_out;
     listing
 }
 
@@ -242,20 +227,43 @@ mod tests {
         std::fs::write(many.join("cgroup.procs"), crowd).unwrap();
         std::fs::write(few.join("cgroup.procs"), "0\n").unwrap();
         std::fs::write(few.join("below/cgroup.procs"), format!("{own}\n")).unwrap();
-        let ids = [ContainerId([1; 32]), ContainerId([2; 32])];
-        let listing = list(&[(ids[0], many), (ids[1], few)]);
-        let of = |id| {
-            listing
-                .list
-                .iter()
-                .filter(|it| it.container_id == id)
-                .count()
+        // A file that never ends its opening: a pipe nobody writes to.
+        let stuck = directory.path().join("stuck");
+        std::fs::create_dir_all(&stuck).unwrap();
+        let pipe = std::process::Command::new("mkfifo")
+            .arg(stuck.join("cgroup.procs"))
+            .status();
+        assert!(pipe.unwrap().success());
+        let ids = [1, 2, 3].map(|byte| ContainerId([byte; 32]));
+        let wanted = || {
+            ids.into_iter()
+                .zip([many.clone(), stuck.clone(), few.clone()])
         };
-        // The time limit may have cut a slow machine's round shorter, never longer.
-        assert!(of(ids[0]) <= PER_CONTAINER);
-        assert_eq!(
-            listing.list.len() + listing.left_out as usize,
-            PER_CONTAINER + 45
-        );
+        let mut lister = Lister::start().unwrap();
+        assert_eq!(lister.turn(wanted()).unwrap().list, []);
+        for _ in 0..2 {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            let listing = loop {
+                if let Some(listing) = lister.turn(wanted()) {
+                    break listing;
+                }
+                assert!(Instant::now() < deadline, "no listing");
+                std::thread::sleep(Duration::from_millis(5));
+            };
+            let of = |id| {
+                let own = listing.list.iter().filter(|it| it.container_id == id);
+                own.count()
+            };
+            // The time limit may have cut a slow machine's list shorter, never longer.
+            assert!(of(ids[0]) <= PER_CONTAINER);
+            assert_eq!((of(ids[1]), of(ids[2])), (0, 1));
+            assert_eq!(
+                listing.list.len() + listing.left_out as usize,
+                PER_CONTAINER + 46,
+                "and one for that which hangs"
+            );
+        }
+        // Let go of the thread.
+        std::fs::write(stuck.join("cgroup.procs"), "").unwrap();
     }
 }
