@@ -50,7 +50,6 @@ use crate::rpc::methods::AgentService;
 use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
 };
-use crate::stats::host::Host;
 use crate::stats::publish;
 use crate::volumes::{self, Volumes};
 
@@ -208,12 +207,11 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     };
     let service = Arc::new(AgentService::new(node.clone()));
     let server = Server::bind(options, service).await?;
-    let host = Arc::new(Host::default());
     let engine = EngineWatch::begin(&node);
-    let pages = http::Service::new(node.clone(), recorder, host.clone(), engine);
+    let pages = http::Service::new(node.clone(), recorder, engine);
     if let Some(cluster) = &node.cluster {
         let store = Arc::new(cluster.bus.statistics().clone());
-        tokio::spawn(publish::run(node.clone(), host, store));
+        tokio::spawn(publish::run(node.clone(), store));
         if let Some(requests) = cluster.bus.take_volume_requests() {
             node.tasks.spawn(volumes::serve(node.clone(), requests));
         }

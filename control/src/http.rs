@@ -28,7 +28,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::kernel::node::{Node, blocking};
 use crate::metrics::{Recorder, Scene, count_request};
-use crate::stats::host::Host;
+use crate::stats::node::HostReading;
 
 pub use health::{EngineWatch, Health};
 
@@ -73,23 +73,16 @@ pub enum ListenError {
 pub struct Service {
     node: Arc<Node>,
     recorder: Recorder,
-    host: Arc<Host>,
     engine: EngineWatch,
     pages: Semaphore,
 }
 
 impl Service {
     /// Everything the pages are made of.
-    pub fn new(
-        node: Arc<Node>,
-        recorder: Recorder,
-        host: Arc<Host>,
-        engine: EngineWatch,
-    ) -> Service {
+    pub fn new(node: Arc<Node>, recorder: Recorder, engine: EngineWatch) -> Service {
         Service {
             node,
             recorder,
-            host,
             engine,
             pages: Semaphore::new(PAGES),
         }
@@ -97,7 +90,7 @@ impl Service {
 
     async fn scene(&self) -> Scene {
         let observed = self.node.link.observed().snapshot;
-        let reading = self.host.read().await.with_network(observed.as_deref());
+        let reading = HostReading::now().await.with_observed(observed.as_deref());
         Scene::of(&self.node, reading, self.engine.state())
     }
 }

@@ -7,10 +7,8 @@
 //! the last good one.
 
 pub mod decimal;
-pub mod disks;
 #[cfg(test)]
 pub(crate) mod fixture;
-pub mod host;
 pub mod kernels;
 pub mod metric;
 pub mod node;

@@ -200,6 +200,7 @@ impl Board {
         } = &mut *inner;
         *tick = pass.tick;
         let devices = accelerators.rows(pass.tick);
+        let on_devices = accelerators.processes();
         pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
         let lost: Vec<AcceleratorKey> = match &devices {
             Some(rows) => writer
@@ -234,7 +235,14 @@ impl Board {
                 batch.put_accelerator(row);
             }
             batch.set_node(pass.node);
-            if let Some(processes) = pass.processes {
+            if let Some(mut processes) = pass.processes {
+                for process in &mut processes.list {
+                    if let Some(used) = on_devices.get(&process.pid) {
+                        process.counters.accelerator_memory_bytes = used.memory_bytes;
+                        process.counters.accelerator_utilisation_permille =
+                            used.utilisation_permille.map(u64::from);
+                    }
+                }
                 batch.set_processes(processes);
             }
         })?;

@@ -10,9 +10,9 @@ use shared::observed::{
 };
 
 use super::*;
-use crate::stats::disks::Space;
 use crate::stats::fixture::card;
 use crate::stats::kernels::HeldDevices;
+use crate::stats::node::Space;
 
 fn container_id(number: u16) -> ContainerId {
     let mut id = [0; 32];

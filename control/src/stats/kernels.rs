@@ -185,9 +185,38 @@ pub(crate) fn measurements(
     );
     for held in &facts.devices {
         let rows = rows_of(held, &snapshot.accelerators).unwrap_or_default();
-        list.extend(device_measurements(&held.name, &rows));
+        let own: Vec<AcceleratorRow> = rows
+            .into_iter()
+            .map(|row| used_by(row, facts.container))
+            .collect();
+        let own: Vec<&AcceleratorRow> = own.iter().collect();
+        list.extend(device_measurements(&held.name, &own));
     }
     list
+}
+
+/// A device as one container uses it. What the driver does not tell per container is the whole
+/// device's: an idle checker must not take a busy session for idle.
+fn used_by(row: &AcceleratorRow, container: ContainerId) -> AcceleratorRow {
+    let mut row = row.clone();
+    let counters = &mut row.counters;
+    let own = row.users.iter().find(|user| user.container_id == container);
+    match own {
+        Some(user) => {
+            counters.memory_used_bytes = user.memory_bytes.or(counters.memory_used_bytes);
+            counters.utilisation_permille = user
+                .utilisation_permille
+                .map(u64::from)
+                .or(counters.utilisation_permille);
+        }
+        // Others use it, all of them are known, and this one is not among them.
+        None if !row.users.is_empty() && row.users_left_out == 0 => {
+            counters.memory_used_bytes = counters.memory_used_bytes.map(|_| 0);
+            counters.utilisation_permille = counters.utilisation_permille.map(|_| 0);
+        }
+        None => {}
+    }
+    row
 }
 
 /// Memory and load of a set of devices; each only when every device tells it.

@@ -1,7 +1,7 @@
 //! The record of the node and its devices.
 //!
-//! In: what the host tells of itself (cores, memory, disks), the node's network counters and the
-//! accelerators of the observed region. Out: one record. Invariants: each disk and each byte of the
+//! In: what the host tells of itself (cores, memory); the network, disks and accelerators of the
+//! observed region. Out: one record. Invariants: each disk and each byte of the
 //! network counts once; what could not be read keeps its last value; a device that is gone leaves
 //! the record.
 
@@ -9,19 +9,29 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use rust_decimal::{Decimal, RoundingStrategy};
+use shared::monotonic_ns;
 use shared::observed::{AcceleratorKind, AcceleratorRow, ObservedSnapshot};
 
 use super::decimal::milliseconds;
-use super::disks::Space;
 use super::kernels::device_measurements;
 use super::metric::{Current, Measurement, Metric, Metrics, MissingCapacity, Quantity, Statistic};
 use super::record::{DeviceFigures, NodeRecord};
+use crate::kernel::node::blocking;
 
 const CPU_UTIL: Quantity = Quantity::new("cpu_util", "msec", Current::Difference, &[]);
 const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, &[Statistic::Maximum]);
 const DISK: Quantity = Quantity::new("disk", "bytes", Current::Value, &[]);
 const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
 const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
+
+/// Some space, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// What cannot be used any more.
+    pub used: u64,
+    /// All of it.
+    pub total: u64,
+}
 
 /// What the host tells of itself at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,7 +49,12 @@ pub struct HostReading {
 }
 
 impl HostReading {
-    /// Reads cores and memory. Touches no disk.
+    /// Reads cores and memory, off the async workers.
+    pub async fn now() -> Self {
+        blocking(|| Self::of_this_host(monotonic_ns())).await
+    }
+
+    /// Reads cores and memory.
     pub fn of_this_host(at_ns: u64) -> Self {
         let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
@@ -54,13 +69,21 @@ impl HostReading {
         }
     }
 
-    /// Adds what the dataplane counts.
+    /// Adds what the dataplane finds: the network and the disks.
     #[must_use]
-    pub fn with_network(mut self, snapshot: Option<&ObservedSnapshot>) -> Self {
-        let counters = snapshot
-            .and_then(|snapshot| snapshot.node.as_ref())
-            .map(|node| node.counters);
-        self.network = counters.and_then(|found| found.net_rx_bytes.zip(found.net_tx_bytes));
+    pub fn with_observed(mut self, snapshot: Option<&ObservedSnapshot>) -> Self {
+        if let Some(node) = snapshot.and_then(|snapshot| snapshot.node.as_ref()) {
+            let counters = &node.counters;
+            self.network = counters.net_rx_bytes.zip(counters.net_tx_bytes);
+            let disks = node.disks.iter().map(|disk| {
+                let space = Space {
+                    used: disk.used_bytes,
+                    total: disk.total_bytes,
+                };
+                (disk.device.clone(), space)
+            });
+            self.disks = disks.collect();
+        }
         self
     }
 }

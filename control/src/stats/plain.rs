@@ -45,23 +45,32 @@ pub fn container(sample: &ContainerSample) -> Value {
     group!(map, "cpu", sample.cpu, {
         "usage_ns" = usage_ns, "user_ns" = user_ns, "system_ns" = system_ns,
         "periods" = periods, "throttled_periods" = throttled_periods, "throttled_ns" = throttled_ns,
+        "pressure_some_ns" = pressure_some_ns,
     });
     group!(map, "memory", sample.memory, {
         "current" = current_bytes, "limit" = limit_bytes, "inactive_file" = inactive_file_bytes,
         "anon" = anon_bytes, "file" = file_bytes, "shmem" = shmem_bytes, "swap" = swap_bytes,
         "peak" = peak_bytes, "oom" = oom_events, "oom_kill" = oom_kill_events, "max" = max_events,
-        "kernel" = kernel_bytes,
+        "kernel" = kernel_bytes, "swap_limit" = swap_limit_bytes,
+        "pressure_some_ns" = pressure_some_ns, "pressure_full_ns" = pressure_full_ns,
     });
-    group!(map, "pids", sample.pids, { "current" = current, "limit" = limit });
+    group!(map, "pids", sample.pids, {
+        "current" = current, "limit" = limit, "refused" = limit_events,
+    });
     group!(map, "io", sample.io, {
         "read_bytes" = read_bytes, "write_bytes" = write_bytes,
         "read_operations" = read_operations, "write_operations" = write_operations,
+        "pressure_some_ns" = pressure_some_ns, "pressure_full_ns" = pressure_full_ns,
     });
     group!(map, "net", sample.net, {
         "rx_bytes" = rx_bytes, "rx_packets" = rx_packets, "rx_errors" = rx_errors, "rx_drops" = rx_drops,
         "tx_bytes" = tx_bytes, "tx_packets" = tx_packets, "tx_errors" = tx_errors, "tx_drops" = tx_drops,
     });
-    group!(map, "disk", sample.disk, { "scratch_bytes" = scratch_bytes, "scratch_files" = scratch_files });
+    group!(map, "disk", sample.disk, {
+        "scratch_bytes" = scratch_bytes, "scratch_files" = scratch_files,
+        "scratch_limit" = scratch_limit_bytes, "shm_bytes" = shm_bytes, "shm_limit" = shm_limit_bytes,
+        "shm_age_ms" = shm_age_ms,
+    });
     map.insert("tick".to_owned(), json!(sample.tick));
     map.insert("taken_at".to_owned(), json!(seconds(sample.taken_wall_ns)));
     Value::Object(map)
@@ -84,11 +93,22 @@ pub fn node(sample: &NodeSample) -> Value {
         ("sessions_total", counters.sessions_total),
         ("accepts_shed", counters.accepts_shed),
         ("containers_sampled", counters.containers_sampled),
+        ("disks_total", counters.disks_total_bytes),
+        ("disks_used", counters.disks_used_bytes),
+        ("disks_age_ms", counters.disks_age_ms),
+        ("oom_kills", counters.oom_kill_events),
         ("pass_ns", counters.pass_ns),
+        ("pass_cpu_ns", counters.pass_cpu_ns),
+        ("tick_late_ns", counters.tick_late_ns),
+        ("ticks_missed", counters.ticks_missed),
         ("descriptors_open", counters.descriptors_open),
     ] {
         put(&mut map, key, value);
     }
+    let disks = sample.disks.iter().map(
+        |disk| json!({"device": disk.device, "total": disk.total_bytes, "used": disk.used_bytes}),
+    );
+    map.insert("disks".to_owned(), disks.collect());
     map.insert("tick".to_owned(), json!(sample.tick));
     map.insert("taken_at".to_owned(), json!(seconds(sample.taken_wall_ns)));
     Value::Object(map)

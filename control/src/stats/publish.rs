@@ -14,7 +14,6 @@ use futures_util::future::BoxFuture;
 use shared::observed::{ObservedReader, ObservedSnapshot, Processes};
 use thiserror::Error;
 
-use super::host::Host;
 use super::kernels::{KernelFacts, Kernels};
 use super::node::{HostReading, NodeMetrics};
 use super::processes::ProcessTable;
@@ -150,7 +149,7 @@ fn entries<K: ToString, R: serde::Serialize>(
 const SCOPES: [&str; 3] = ["node", "container", "process"];
 
 /// Publishes until the agent stops.
-pub async fn run(node: Arc<Node>, host: Arc<Host>, store: Arc<dyn RecordStore>) {
+pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
     let interval = node
         .config
         .node
@@ -165,7 +164,6 @@ pub async fn run(node: Arc<Node>, host: Arc<Host>, store: Arc<dyn RecordStore>) 
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut publisher = Publisher {
         records: Records::default(),
-        host,
         reader: Some(ObservedReader::at(node.link.run_dir().dataplane())),
         waiting: BTreeMap::new(),
         trouble: false,
@@ -180,7 +178,6 @@ pub async fn run(node: Arc<Node>, host: Arc<Host>, store: Arc<dyn RecordStore>) 
 
 struct Publisher {
     records: Records,
-    host: Arc<Host>,
     /// Taken while it reads on another thread.
     reader: Option<ObservedReader>,
     /// Kernels' entries that did not reach the store.
@@ -192,7 +189,7 @@ struct Publisher {
 impl Publisher {
     async fn pass(&mut self, node: &Node, store: &dyn RecordStore, born: f64, interval: Duration) {
         count_round(node.agent_id(), &SCOPES, Round::Begun);
-        let reading = self.host.read().await;
+        let reading = HostReading::now().await;
         let reader = self.reader.take();
         let (reader, processes) = blocking(move || {
             let mut reader = reader;
@@ -203,7 +200,7 @@ impl Publisher {
         .await;
         self.reader = reader;
         let snapshot = node.link.observed().snapshot;
-        let reading = reading.with_network(snapshot.as_deref());
+        let reading = reading.with_observed(snapshot.as_deref());
         let kernels: Vec<KernelFacts> = node
             .registry
             .all()

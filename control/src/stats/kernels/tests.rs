@@ -2,8 +2,8 @@ use std::fmt::Write;
 
 use serde_json::Value;
 use shared::observed::{
-    AcceleratorCounters, CpuCounters, DiskCounters, IoCounters, Measured, MemoryCounters,
-    NetCounters, NodeCounters, NodeSample, Source,
+    AcceleratorCounters, AcceleratorUse, CpuCounters, DiskCounters, IoCounters, Measured,
+    MemoryCounters, NetCounters, NodeCounters, NodeSample, Source,
 };
 
 use super::super::fixture::card;
@@ -249,4 +249,51 @@ fn a_kernel_that_is_gone_is_forgotten() {
             .is_empty()
     );
     assert!(kernels.tracked.is_empty());
+}
+
+#[test]
+fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
+    let facts = facts();
+    let user = |container, memory, load| AcceleratorUse {
+        container_id: container,
+        memory_bytes: memory,
+        utilisation_permille: load,
+    };
+    let (own, other) = (facts.container, ContainerId([0xee; 32]));
+    let figures = |users: Vec<AcceleratorUse>, users_left_out| {
+        let row = AcceleratorRow {
+            users,
+            users_left_out,
+            ..gpu(40, 100, Some(700))
+        };
+        let snapshot = snapshot(sample(1), vec![row]);
+        let measured = measurements(&sample(1), &facts, &snapshot);
+        let value = |key: &str| {
+            let found = measured.iter().find(|one| one.quantity.key == key);
+            found.map(|one| {
+                (
+                    one.value.to_string(),
+                    one.capacity.map(|all| all.to_string()),
+                )
+            })
+        };
+        let (memory, load) = (value("cuda_mem").unwrap(), value("cuda_util").unwrap());
+        assert_eq!(
+            (memory.1.as_deref(), load.1.as_deref()),
+            (Some("100"), Some("100"))
+        );
+        (memory.0, load.0)
+    };
+    let pair = |memory: &str, load: &str| (memory.to_owned(), load.to_owned());
+    let both = vec![
+        user(own, Some(30), Some(500)),
+        user(other, Some(10), Some(200)),
+    ];
+    assert_eq!(figures(both, 0), pair("30", "50"));
+    let other_only = || vec![user(other, Some(10), Some(200))];
+    assert_eq!(figures(other_only(), 0), pair("0", "0"));
+    // What is not known is the whole device's.
+    assert_eq!(figures(other_only(), 1), pair("40", "70"));
+    assert_eq!(figures(vec![user(own, None, None)], 0), pair("40", "70"));
+    assert_eq!(figures(Vec::new(), 0), pair("40", "70"));
 }
