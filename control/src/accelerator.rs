@@ -6,6 +6,7 @@
 //! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
 //! does not work is not given out and not announced, and is both again when it works again.
 
+pub mod host;
 pub mod inject;
 pub mod known;
 pub mod mock;
@@ -76,7 +77,7 @@ impl Accelerators {
         }
         let devices = self.known();
         for kind in kinds(&devices) {
-            if all.iter().all(|plugin| plugin.key() != kind) {
+            if !self.settings.is_taken(&kind) {
                 all.push(Box::new(AcceleratorPlugin::of_kind(
                     &kind,
                     &devices,
@@ -117,6 +118,20 @@ impl Accelerators {
         }
     }
 
+    /// Tells whoever follows that a device plugin has changed what is given out.
+    pub(crate) fn touch(&self) {
+        self.scans
+            .send_modify(|scans| *scans = scans.map(|number| number + 1));
+    }
+
+    /// On a node without accelerators no pass costs anything.
+    fn has_nothing_to_do(&self, observed: &Observed) -> bool {
+        let rows = observed.snapshot.as_ref();
+        rows.is_none_or(|snapshot| snapshot.accelerators.is_empty())
+            && self.scans.borrow().is_some()
+            && self.known().is_empty()
+    }
+
     /// Takes in what the dataplane says; whether the devices have changed.
     fn take_in(&self, ledger: &Ledger, observed: &Observed) -> Result<bool, InventoryError> {
         let Some(snapshot) = observed.snapshot.as_deref().filter(|_| observed.is_alive()) else {
@@ -140,7 +155,7 @@ impl Accelerators {
         if fresh != before {
             let kinds: BTreeSet<String> = kinds(&before).union(&kinds(&fresh)).cloned().collect();
             for kind in kinds {
-                if Some(kind.as_str()) == self.settings.mock_key.as_deref() {
+                if self.settings.is_taken(&kind) {
                     continue;
                 }
                 let plugin = AcceleratorPlugin::of_kind(&kind, &fresh, &self.settings);
@@ -177,6 +192,13 @@ pub async fn follow(node: Arc<Node>) {
     let mut trouble = false;
     loop {
         let now = observed.borrow_and_update().clone();
+        if node.accelerators.has_nothing_to_do(&now) {
+            tokio::select! {
+                changed = observed.changed() => if changed.is_err() { return },
+                () = node.stopping.cancelled() => return,
+            }
+            continue;
+        }
         let of_node = node.clone();
         // Settings may look into sysfs and the inventory is kept on disk.
         let taken = blocking(move || {

@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accelerator::host::{self, PluginHost};
 use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
 use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting, notices};
@@ -223,6 +224,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(abuse::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),
         tokio::spawn(notices::run(node.clone())),
+        tokio::spawn(host::serve(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
@@ -453,6 +455,7 @@ async fn assemble(
         abuse: AbuseReports::default(),
         volumes: Volumes::new(&config, &mount_prefix),
         tasks,
+        plugin_host: PluginHost::new(&config),
         config,
         docker,
         distros,

@@ -8,6 +8,7 @@ use config::{AllocationMode, Config, CudaInjection};
 use rust_decimal::Decimal;
 
 use crate::kernel::resource_text::parse_binary_size;
+use crate::resource::device_of;
 
 /// What a cluster sets for accelerator plugins: plugin, key, value.
 pub type Options = BTreeMap<String, BTreeMap<String, String>>;
@@ -54,6 +55,8 @@ pub struct Settings {
     pub mock: Option<PathBuf>,
     /// Their device name.
     pub mock_key: Option<String>,
+    /// Device names of device plugins.
+    pub plugins: Vec<String>,
     /// Where `sys`, `proc` and `dev` are.
     pub root: PathBuf,
 }
@@ -80,6 +83,9 @@ impl Settings {
             },
             mock: file.mock.clone(),
             mock_key: file.mock.as_deref().and_then(super::mock::key_of),
+            plugins: (file.device_plugins.values())
+                .map(|slot| device_of(slot).to_owned())
+                .collect(),
             root: file.device_root.clone(),
         };
         let mut fractional = file.allocation_mode == AllocationMode::Fractional;
@@ -133,6 +139,11 @@ impl Settings {
     /// Whether a device is given out.
     pub fn gives_out(&self, kind: &str, id: &str, index: u32) -> bool {
         self.allows(kind) && !self.masks(kind, id, index)
+    }
+
+    /// Whether made-up devices or a device plugin have the name of a kind of the drivers.
+    pub fn is_taken(&self, kind: &str) -> bool {
+        self.mock_key.as_deref() == Some(kind) || self.plugins.iter().any(|name| name == kind)
     }
 
     /// Whether a device is left out by its id or number.

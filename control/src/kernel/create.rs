@@ -289,8 +289,13 @@ async fn build(
             return Err(err.into());
         }
     };
+    let reserved_devices = reserved.allocation;
+    let allocation = node
+        .plugin_host
+        .prefer(node, kernel, reserved_devices)
+        .await;
     kernel.update_record(|record| {
-        record.allocation = Some(reserved.allocation.clone());
+        record.allocation = Some(allocation);
         record.slots = reserved
             .slots
             .to_text()

@@ -23,6 +23,7 @@ use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
 use crate::accelerator::Accelerators;
+use crate::accelerator::host::PluginHost;
 use crate::background::BackgroundTasks;
 use crate::cluster::Cluster;
 use crate::docker::Docker;
@@ -54,6 +55,8 @@ pub struct Node {
     pub ledger: Ledger,
     /// What the drivers told of accelerators.
     pub accelerators: Accelerators,
+    /// Device plugins of Kubernetes.
+    pub plugin_host: PluginHost,
     /// The journal.
     pub journal: Journal,
     /// Consoles of ended kernels.

@@ -37,7 +37,7 @@ impl Allocation {
     }
 
     /// Every device name with its slots.
-    pub(super) fn devices(&self) -> impl Iterator<Item = (&str, &[(String, Shares)])> {
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (&str, &[(String, Shares)])> {
         self.devices
             .iter()
             .map(|(name, slots)| (name.as_str(), slots.as_slice()))

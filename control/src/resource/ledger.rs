@@ -405,6 +405,51 @@ impl Ledger {
         Ok(allocation)
     }
 
+    /// Ids of the devices of a slot that nobody holds any of.
+    pub fn free_devices(&self, slot: &str) -> Vec<String> {
+        let state = self.state();
+        let rows = state.maps.iter().flat_map(AllocationMap::rows);
+        rows.filter(|(device, used)| device.slot == slot && used.is_zero())
+            .map(|(device, _)| device.id.clone())
+            .collect()
+    }
+
+    /// Gives a kernel other devices of a slot than it holds of this device name, one of each. `None`,
+    /// with nothing changed, when they are not as many or not all free.
+    pub fn exchange(
+        &self,
+        kernel_id: KernelId,
+        device: &str,
+        slot: &str,
+        ids: &[String],
+    ) -> Option<Allocation> {
+        let mut state = self.state();
+        let index = state.inventory.position(device)?;
+        let mut holder = state.holders.get(&kernel_id)?.clone();
+        let distinct: std::collections::BTreeSet<&String> = ids.iter().collect();
+        let amount = holder.allocation.total(device, slot);
+        if distinct.len() != ids.len() || amount != Amount::from(ids.len()) {
+            return None;
+        }
+        let mut map = state.maps[index].clone();
+        map.free(holder.allocation.of_device(device));
+        let shares = ids.iter().map(|id| (id.clone(), Amount::ONE)).collect();
+        let slots = vec![(slot.to_owned(), shares)];
+        let known = map.apply(&slots).is_empty();
+        let fits = map
+            .rows()
+            .filter(|(row, _)| row.slot == slot && distinct.contains(&row.id))
+            .all(|(row, used)| used <= row.total);
+        if !known || !fits {
+            return None;
+        }
+        holder.allocation.insert(device, slots);
+        let allocation = holder.allocation.clone();
+        state.maps[index] = map;
+        state.holders.insert(kernel_id, holder);
+        Some(allocation)
+    }
+
     /// Marks that the kernel's container exists. False when it holds nothing.
     pub fn commit(&self, kernel_id: KernelId) -> bool {
         match self.state().holders.get_mut(&kernel_id) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use shared::ids::KernelId;
 use thiserror::Error;
 
+use crate::accelerator::host::GrantError;
 use crate::docker::DockerError;
 use crate::image::ImageError;
 use crate::kernel::container_request::ContainerRequestError;
@@ -68,6 +69,9 @@ pub enum CreateError {
     /// Devices could not be reserved.
     #[error(transparent)]
     Resource(#[from] ResourceError),
+    /// A device plugin did not give its devices.
+    #[error(transparent)]
+    Grant(#[from] GrantError),
     /// Host ports could not be taken.
     #[error(transparent)]
     Ports(#[from] PortError),

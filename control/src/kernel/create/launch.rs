@@ -254,7 +254,8 @@ async fn make_container(
             environ.insert(name, value);
         }
     }
-    for (name, value) in &limits.environment {
+    let granted = node.plugin_host.grant(&allocation).await?;
+    for (name, value) in limits.environment.iter().chain(&granted.environment) {
         environ.insert(name, value);
     }
     let spec = ResourceSpec {
@@ -294,7 +295,7 @@ async fn make_container(
     node.scratch.write_config(id, files).await?;
 
     let mut extra = overlay_arguments(node, kernel, order).await?;
-    extra.extend(limits.arguments.iter().cloned());
+    extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
     let request = container_request::build(&ContainerInputs {
         settings: &node.settings,
         host: &node.host,

@@ -487,6 +487,38 @@ fn devices_are_shown_with_their_kernel() {
 }
 
 #[test]
+fn devices_are_exchanged_for_free_ones_only() {
+    let mut plugins = intrinsic(host(8, 1, 16), 1, false);
+    plugins.push(Box::new(Fpga {
+        key: "fpga",
+        slot: "fpga.device",
+        count: 3,
+    }));
+    let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
+    let one = || SlotRequest {
+        slots: Slots::from_text([("cpu", "1"), ("mem", "64m"), ("fpga.device", "1")]).unwrap(),
+        allow_fragmentation: true,
+    };
+    ledger.reserve(kernel(1), &one()).unwrap();
+    ledger.reserve(kernel(2), &one()).unwrap();
+    assert_eq!(ledger.free_devices("fpga.device"), ["f2"]);
+    let exchange = |ids: &[&str]| {
+        let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
+        ledger.exchange(kernel(1), "fpga", "fpga.device", &ids)
+    };
+    let before = ledger.snapshot();
+    for wrong in [&["f1"][..], &["f9"], &["f0", "f2"], &[], &["f2", "f2"]] {
+        assert_eq!(exchange(wrong), None, "{wrong:?}");
+    }
+    assert_eq!(ledger.snapshot(), before);
+    let given = exchange(&["f2"]).unwrap();
+    assert_eq!(given.ids("fpga", "fpga.device"), ["f2"]);
+    assert_eq!(ledger.free_devices("fpga.device"), ["f0"]);
+    ledger.release(kernel(1));
+    assert_eq!(ledger.free_devices("fpga.device"), ["f0", "f2"]);
+}
+
+#[test]
 fn this_host_can_be_discovered() {
     let mut options = config::LoadOptions::of_this_process(None, true);
     options.environment = Box::new(|_| None);

@@ -1,0 +1,319 @@
+//! The device-plugin host against a plugin in another language, on the published gRPC library: it
+//! registers, lists, is asked, dies, hangs, lies and comes back, and nothing but its own devices
+//! notices.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::images::Image;
+use harness::kernels::{self, Order};
+use harness::node::{Node, NodeOptions};
+use harness::{python, wait};
+use serde_json::{Value as Json, json};
+use tempfile::TempDir;
+
+const SOON: Duration = Duration::from_secs(60);
+const SLOT: &str = "gaudi2.device";
+const RESOURCE: &str = "habana.test/gaudi";
+
+/// A running plugin.
+struct Plugin {
+    child: Child,
+    input: ChildStdin,
+    told: Arc<Mutex<Vec<Json>>>,
+}
+
+impl Plugin {
+    fn start(python: &Path, directory: &Path, resource: &str, behaviour: &Json) -> Result<Plugin> {
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/device_plugin.py");
+        let mut child = Command::new(python)
+            .arg(program)
+            .arg(directory)
+            .args(["plugin.sock", resource])
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let input = child.stdin.take().context("its stdin")?;
+        let output = child.stdout.take().context("its stdout")?;
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let listener = told.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let (Ok(said), Ok(mut told)) = (serde_json::from_str(&line), listener.lock()) {
+                    told.push(said);
+                }
+            }
+        });
+        let mut plugin = Plugin { child, input, told };
+        plugin.behave(behaviour)?;
+        Ok(plugin)
+    }
+
+    fn behave(&mut self, behaviour: &Json) -> Result<()> {
+        writeln!(self.input, "{behaviour}")?;
+        Ok(self.input.flush()?)
+    }
+
+    fn told(&self) -> Vec<Json> {
+        self.told
+            .lock()
+            .map(|told| told.clone())
+            .unwrap_or_default()
+    }
+
+    /// What it was told of a call.
+    fn calls(&self, name: &str) -> Vec<Json> {
+        let all = self.told().into_iter();
+        all.filter(|said| said["called"] == name).collect()
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Four healthy devices and what a container gets.
+fn usual(place: &Path) -> Json {
+    json!({
+        "devices": {"d0": "Healthy", "d1": "Healthy", "d2": "Healthy", "d3": "Healthy"},
+        "options": {"pre_start_required": true, "get_preferred_allocation_available": true},
+        "prefer": ["d3", "d1"],
+        "allocate": {
+            "envs": {"HABANA_VISIBLE_DEVICES": "3,1"},
+            "mounts": [{"container_path": "/opt/gaudi", "host_path": place, "read_only": true}],
+            "devices": [{"container_path": "/dev/gaudi0", "host_path": "/dev/null", "permissions": "rw"}],
+        },
+    })
+}
+
+struct Machine {
+    node: Node,
+    python: std::path::PathBuf,
+    place: TempDir,
+}
+
+impl Machine {
+    /// `None` where there is no Python for the plugin.
+    async fn start() -> Result<Option<Machine>> {
+        let Some(python) = python::interpreter("accelerator_device_plugins")? else {
+            return Ok(None);
+        };
+        let place = tempfile::tempdir()?;
+        std::fs::write(place.path().join("library"), "of the vendor")?;
+        let node = Node::start(NodeOptions {
+            sections: format!(
+                "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ \"{RESOURCE}\" = \"{SLOT}\" }}\n",
+                place.path().join("plugins").display()
+            ),
+            // More kernels than a small machine has cores.
+            environment: vec![("BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned(), "4".to_owned())],
+            ..NodeOptions::default()
+        })
+        .await?;
+        Ok(Some(Machine {
+            node,
+            python,
+            place,
+        }))
+    }
+
+    fn plugin(&self, behaviour: &Json) -> Result<Plugin> {
+        self.plugin_of(RESOURCE, behaviour)
+    }
+
+    fn plugin_of(&self, resource: &str, behaviour: &Json) -> Result<Plugin> {
+        let directory = self.place.path().join("plugins");
+        Plugin::start(&self.python, &directory, resource, behaviour)
+    }
+
+    async fn total(&self, amount: f64) -> Result<()> {
+        wait::until(&format!("{amount} of {SLOT}"), SOON, || async {
+            let status = kernels::ask(&self.node, "bai.status", Vec::new())
+                .await
+                .ok()?;
+            let total = status["slots"][SLOT]["total"]
+                .as_str()?
+                .parse::<f64>()
+                .ok()?;
+            ((total - amount).abs() < 1e-9).then_some(())
+        })
+        .await
+    }
+
+    async fn end(&self, order: &Order) -> Result<()> {
+        kernels::destroy(&self.node, order).await?;
+        kernels::wait_end(&self.node, order.kernel).await?;
+        Ok(())
+    }
+}
+
+fn order(amount: &str) -> Result<Order> {
+    let mut order = Order::of(Image::Runner)?;
+    order.config["resource_slots"][SLOT] = json!(amount);
+    Ok(order)
+}
+
+async fn held(node: &Node) -> Result<Json> {
+    kernels::ask(node, "scan_gpu_alloc_map", Vec::new()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
+    let Some(mut machine) = Machine::start().await? else {
+        return Ok(());
+    };
+    let mut plugin = machine.plugin(&usual(machine.place.path()))?;
+    machine.total(4.0).await?;
+
+    // Its preference, its variables, its mounts, its device nodes; and it is told before the start.
+    let two = order("2")?;
+    let result = kernels::create(&machine.node, &two).await?;
+    ensure!(
+        held(&machine.node).await? == json!({"d1": "1", "d3": "1"}),
+        "{result}"
+    );
+    let preferred = plugin.calls("GetPreferredAllocation");
+    ensure!(
+        preferred[0]["available"] == json!(["d0", "d1", "d2", "d3"]) && preferred[0]["size"] == 2,
+        "{preferred:?}"
+    );
+    let allocated = &plugin.calls("Allocate")[0]["ids"];
+    ensure!(
+        *allocated == json!([["d3", "d1"]]) || *allocated == json!([["d1", "d3"]]),
+        "{allocated}"
+    );
+    ensure!(plugin.calls("PreStartContainer").len() == 1);
+    let said = kernels::run(
+        &machine.node,
+        &two,
+        "env; cat /opt/gaudi/library; ls -l /dev/gaudi0; touch /opt/gaudi/x 2>&1",
+    )
+    .await?
+    .output;
+    for words in [
+        "HABANA_VISIBLE_DEVICES=3,1",
+        "of the vendor",
+        "/dev/gaudi0",
+        "Read-only file system",
+        "GPU_COUNT=2",
+        "GPU_TYPE=gaudi2",
+    ] {
+        ensure!(said.contains(words), "{words} in {said}");
+    }
+
+    // A device turns unhealthy, and back.
+    let mut behaviour = usual(machine.place.path());
+    behaviour["devices"]["d0"] = json!("Unhealthy");
+    plugin.behave(&behaviour)?;
+    machine.total(3.0).await?;
+    let state = kernels::ask(&machine.node, "gather_hwinfo", Vec::new()).await?;
+    ensure!(state["gaudi2"]["status"] == "degraded", "{state}");
+    plugin.behave(&usual(machine.place.path()))?;
+    machine.total(4.0).await?;
+
+    // It dies: nothing is given out, what is held stays held. It comes back and registers.
+    drop(plugin);
+    machine.total(0.0).await?;
+    let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
+    ensure!(
+        failure.repr.contains("InsufficientResource"),
+        "{}",
+        failure.repr
+    );
+    ensure!(kernels::state(&machine.node, two.kernel).await?.as_deref() == Some("running"));
+    ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
+    let mut plugin = machine.plugin(&usual(machine.place.path()))?;
+    machine.total(4.0).await?;
+    let failure = kernels::fail_to_create(&machine.node, &order("3")?).await?;
+    ensure!(
+        failure.repr.contains("InsufficientResource"),
+        "{}",
+        failure.repr
+    );
+
+    // Another life of the agent: the plugin sees the socket and registers again, as with a kubelet.
+    machine.node.stop_control()?;
+    machine.node.start_control().await?;
+    machine.total(4.0).await?;
+    ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
+
+    // A plugin that hangs fails its own creation, in time and in words; one that lies too.
+    let mut behaviour = usual(machine.place.path());
+    behaviour["prefer"] = json!(["d9"]);
+    behaviour["hang"] = json!(["Allocate"]);
+    plugin.behave(&behaviour)?;
+    let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
+    ensure!(
+        failure.repr.contains("no answer within"),
+        "{}",
+        failure.repr
+    );
+    let plain = Order::of(Image::Runner)?;
+    kernels::create(&machine.node, &plain).await?;
+    behaviour["hang"] = json!([]);
+    behaviour["allocate"] = json!({"devices": [{"container_path": "/dev/x", "host_path": "../null", "permissions": "rw"}]});
+    plugin.behave(&behaviour)?;
+    let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
+    ensure!(
+        failure.repr.contains("no absolute path"),
+        "{}",
+        failure.repr
+    );
+    machine.end(&plain).await?;
+    machine.end(&two).await?;
+    ensure!(held(&machine.node).await? == json!({}));
+    kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registrations_that_make_no_sense_are_refused_with_words() -> Result<()> {
+    let Some(machine) = Machine::start().await? else {
+        return Ok(());
+    };
+    let refused = async |resource: &str, behaviour: Json, words: &str| -> Result<()> {
+        let plugin = machine.plugin_of(resource, &behaviour)?;
+        let told = wait::until("a refusal", SOON, || async {
+            plugin
+                .told()
+                .into_iter()
+                .find(|said| !said["refused"].is_null())
+        })
+        .await?;
+        ensure!(
+            told["refused"]
+                .as_str()
+                .is_some_and(|text| text.contains(words)),
+            "{told}"
+        );
+        Ok(())
+    };
+    refused(
+        "other.test/thing",
+        json!({}),
+        "node.accelerators.device-plugins",
+    )
+    .await?;
+    refused(RESOURCE, json!({"version": "v1alpha1"}), "v1beta1").await?;
+
+    // One that lists nonsense gives out what makes sense of it.
+    let plugin =
+        machine.plugin(&json!({"devices": {"a,b": "Healthy", "": "Healthy", "ok": "Healthy"}}))?;
+    machine.total(1.0).await?;
+    // The last to register is the plugin, whatever becomes of the one before.
+    let other = machine.plugin(&json!({"devices": {"x": "Healthy", "y": "Healthy"}}))?;
+    machine.total(2.0).await?;
+    drop(plugin);
+    wait::until("the second plugin is asked", SOON, || async {
+        (!other.calls("ListAndWatch").is_empty()).then_some(())
+    })
+    .await?;
+    machine.total(2.0).await
+}
