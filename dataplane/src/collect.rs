@@ -327,13 +327,12 @@ impl Sampler {
         // What the walks have read is of one moment; files are read one after the other.
         let files = self.walks.is_none();
         let mut now = (monotonic_ns(), wall_ns());
-        let mut finder = self.walks.as_mut().map(Walks::finder);
         let mut samples = Vec::with_capacity(self.containers.len());
         for watched in self.containers.values_mut() {
             let mut sample = watched.sample(
                 &self.facts,
                 &self.budget,
-                finder.as_mut(),
+                self.walks.as_mut(),
                 links,
                 &mut self.buffer,
             );

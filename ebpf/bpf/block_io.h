@@ -11,7 +11,7 @@
 #include "cgroup_types.h"
 #include "cgroup_records.h"
 
-/* By the cgroup's id. Those that are gone are pushed out by others; there is room for four times the
+/* By the serial number of the cgroup's state. Those that are gone are pushed out by others; there is room for four times the
  * containers there may be. */
 struct {
 	MAP_UINT(type, MAP_LRU_HASH);
@@ -22,16 +22,16 @@ struct {
 
 #define ALL_BITS_OF_OPERATION 0xff
 
-static ALWAYS_INLINE void count_block(__u64 id, __u32 write, __u64 bytes, __u64 operations)
+static ALWAYS_INLINE void count_block(__u64 serial, __u32 write, __u64 bytes, __u64 operations)
 {
-	struct block_counters *counters = bpf_map_lookup_elem(&block_io, &id);
+	struct block_counters *counters = bpf_map_lookup_elem(&block_io, &serial);
 
 	if (!counters) {
 		struct block_counters none = {};
 
 		/* Refused when another CPU was faster: then its entry is there. */
-		bpf_map_update_elem(&block_io, &id, &none, MAP_NEW_ONLY);
-		counters = bpf_map_lookup_elem(&block_io, &id);
+		bpf_map_update_elem(&block_io, &serial, &none, MAP_NEW_ONLY);
+		counters = bpf_map_lookup_elem(&block_io, &serial);
 		if (!counters)
 			return;
 	}
@@ -48,7 +48,7 @@ int count_block_io(__u64 *context)
 	__u32 bytes = context[2];
 	__u32 operation = request->cmd_flags & ALL_BITS_OF_OPERATION;
 	__u32 write = operation == __builtin_preserve_enum_value(*(enum req_op *)REQ_OP_WRITE, ENUM_VALUE);
-	struct cgroup *group;
+	struct cgroup_subsys_state *css;
 
 	if (failed || !bytes ||
 	    (!write && operation != __builtin_preserve_enum_value(*(enum req_op *)REQ_OP_READ, ENUM_VALUE)))
@@ -58,10 +58,11 @@ int count_block_io(__u64 *context)
 
 	if (!request->bio || !request->bio->bi_blkg)
 		return 0;
-	group = request->bio->bi_blkg->blkcg->css.cgroup;
-	for (int level = 0; level < MOST_LEVELS && group && group->level > 0; level++) {
-		count_block(group->kn->id, write, bytes, operations);
-		group = group->self.parent ? group->self.parent->cgroup : 0;
+	css = &request->bio->bi_blkg->blkcg->css;
+	/* The root has no parent, and nobody asks for it. */
+	for (int level = 0; level < MOST_LEVELS && css->parent; level++) {
+		count_block(css->serial_nr, write, bytes, operations);
+		css = css->parent;
 	}
 	return 0;
 }

@@ -12,6 +12,13 @@
 /* Largest index into the kernel's array of memory statistics. */
 #define MOST_STATS 64
 #define STAT_ITEMS 6
+/* Controllers, by the places of their serial numbers. */
+#define OF_CPUACCT 0
+#define OF_CPU 1
+#define OF_MEMORY 2
+#define OF_IO 3
+#define OF_PIDS 4
+#define CONTROLLERS 5
 
 #define FILLED_CPUACCT 1
 #define FILLED_CPU_BASE 2
@@ -53,10 +60,12 @@ struct cgroup_record {
 	__u64 pids_limit;
 	__u64 pids_limit_events;
 	struct block_counters io;
+	/* Of each controller's state that was read: no two ever have the same. */
+	__u64 serials[CONTROLLERS];
 	__u64 stat_pages[STAT_ITEMS];
 };
 
-_Static_assert(sizeof(struct cgroup_record) == 32 * 8, "the Rust side has as many words");
+_Static_assert(sizeof(struct cgroup_record) == 37 * 8, "the Rust side has as many words");
 
 /* The order and the progress of a walk: written by both sides, never at once. */
 struct cgroup_walk {
@@ -73,6 +82,8 @@ struct cgroup_walk {
 	__u64 enum_index[STAT_ITEMS];
 	__u64 stat_length;
 	__u64 node_stat_length;
+	/* 1 to read what other hierarchies have of the same processes too. */
+	__u64 join;
 	/* The program's own: whose limit it looked up last, and that limit. */
 	__u64 counter_above;
 	__u64 limit_above;

@@ -91,6 +91,42 @@ static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
 	return *(void **)((char *)__builtin_preserve_access_index(&group->subsys) + 8 * index);
 }
 
+/* The controllers of all hierarchies that the processes of a cgroup have in common, where there are
+ * any: so one walk tells what is in several hierarchies. A process may be elsewhere in another, which
+ * is for the dataplane to find out by the serial numbers. */
+#define MOST_CONTROLLERS 16
+static void *joined[MOST_CONTROLLERS];
+
+static ALWAYS_INLINE int join(struct cgroup *group)
+{
+	struct list_head *first = group->cset_links.next;
+	struct css_set *set = 0;
+
+	if (!__builtin_preserve_field_info(((struct css_set *)0)->subsys, FIELD_EXISTS) ||
+	    !__builtin_preserve_field_info(((struct cgrp_cset_link *)0)->cset, FIELD_EXISTS) ||
+	    (void *)first == (void *)__builtin_preserve_access_index(&group->cset_links))
+		return 0;
+	__u64 link = (__u64)first - __builtin_preserve_field_info(
+		((struct cgrp_cset_link *)0)->cset_link, FIELD_BYTE_OFFSET);
+
+	read_kernel(&set, sizeof(set), (void *)(link + __builtin_preserve_field_info(
+		((struct cgrp_cset_link *)0)->cset, FIELD_BYTE_OFFSET)));
+	return set && !read_kernel(joined, sizeof(joined),
+				   __builtin_preserve_access_index(&set->subsys));
+}
+
+static ALWAYS_INLINE void *of(struct cgroup *group, int is_joined, __u64 index,
+			      struct cgroup_record *record, int place)
+{
+	void *css = controller(group, index);
+
+	if (!css && is_joined && index < MOST_CONTROLLERS)
+		css = joined[index];
+	if (css)
+		READ(record->serials[place], ((struct cgroup_subsys_state *)css)->serial_nr);
+	return css;
+}
+
 static ALWAYS_INLINE void read_cpuacct(struct cpuacct *account, struct cgroup_record *record)
 {
 	__u64 usage = 0, user = 0, system = 0;
@@ -206,7 +242,12 @@ static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_r
 	record->memory_max_events = EVENT(MEMCG_MAX);
 	READ(state, memory->vmstats);
 	if (state) {
-		read_kernel(scratch, sizeof(scratch), state + PLACE(memcg_vmstats, state));
+		/* No further than needed: each line of memory is a miss of the cache. */
+		__u32 length = __builtin_preserve_field_info(
+			((struct memcg_vmstats *)0)->state, FIELD_BYTE_SIZE);
+
+		read_kernel(scratch, length < sizeof(scratch) ? length : sizeof(scratch),
+			    state + PLACE(memcg_vmstats, state));
 		for (int item = 0; item < STAT_ITEMS; item++) {
 			__u64 index = order->stat_index[item];
 
@@ -235,7 +276,7 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 /* A cgroup without an entry has done nothing since this was loaded. */
 static ALWAYS_INLINE void read_io(struct cgroup_record *record)
 {
-	struct block_counters *counters = map_lookup(&block_io, &record->id);
+	struct block_counters *counters = map_lookup(&block_io, &record->serials[OF_IO]);
 	struct block_counters none = {};
 
 	record->io = counters ? *counters : none;
@@ -302,38 +343,32 @@ int read_cgroups(struct bpf_iter__cgroup *context)
 	order->count = (__u64)place + 1;
 	record->filled = 0;
 	record->id = group->kn->id;
-	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_EXISTS)) {
-		css = controller(group, __builtin_preserve_enum_value(
-			*(enum cgroup_subsys_id *)cpuacct_cgrp_id, ENUM_VALUE));
-		if (css)
-			read_cpuacct(css, record);
-	}
+	for (int place = 0; place < CONTROLLERS; place++)
+		record->serials[place] = 0;
+	int is_joined = order->join ? join(group) : 0;
+
+#define CONTROLLER(name, place) \
+	(__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_EXISTS) ? \
+		 of(group, is_joined, \
+		    __builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_VALUE), \
+		    record, place) : 0)
+
+	css = CONTROLLER(cpuacct_cgrp_id, OF_CPUACCT);
+	if (css)
+		read_cpuacct(css, record);
 	if (order->unified)
 		read_base(group, record);
-	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)cpu_cgrp_id, ENUM_EXISTS)) {
-		css = controller(group, __builtin_preserve_enum_value(
-			*(enum cgroup_subsys_id *)cpu_cgrp_id, ENUM_VALUE));
-		if (css)
-			read_quota(css, record);
-	}
-	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)memory_cgrp_id, ENUM_EXISTS)) {
-		css = controller(group, __builtin_preserve_enum_value(
-			*(enum cgroup_subsys_id *)memory_cgrp_id, ENUM_VALUE));
-		if (css)
-			read_memory(css, record, order);
-	}
-	if (!order->unified &&
-	    __builtin_preserve_enum_value(*(enum cgroup_subsys_id *)io_cgrp_id, ENUM_EXISTS)) {
-		css = controller(group, __builtin_preserve_enum_value(
-			*(enum cgroup_subsys_id *)io_cgrp_id, ENUM_VALUE));
-		if (css)
-			read_io(record);
-	}
-	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)pids_cgrp_id, ENUM_EXISTS)) {
-		css = controller(group, __builtin_preserve_enum_value(
-			*(enum cgroup_subsys_id *)pids_cgrp_id, ENUM_VALUE));
-		if (css)
-			read_pids(css, record);
-	}
+	css = CONTROLLER(cpu_cgrp_id, OF_CPU);
+	if (css)
+		read_quota(css, record);
+	css = CONTROLLER(memory_cgrp_id, OF_MEMORY);
+	if (css)
+		read_memory(css, record, order);
+	css = CONTROLLER(io_cgrp_id, OF_IO);
+	if (css && !order->unified)
+		read_io(record);
+	css = CONTROLLER(pids_cgrp_id, OF_PIDS);
+	if (css)
+		read_pids(css, record);
 	return 0;
 }

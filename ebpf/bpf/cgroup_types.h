@@ -44,16 +44,29 @@ struct cgroup_base_stat {
 
 struct cgroup;
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct cgroup_subsys_state {
-	struct cgroup *cgroup;
+	__u64 serial_nr;
 	struct cgroup_subsys_state *parent;
 };
 
+struct css_set {
+	void *subsys[1];
+};
+
+struct cgrp_cset_link {
+	struct css_set *cset;
+	struct list_head cset_link;
+};
+
 struct cgroup {
-	struct cgroup_subsys_state self;
 	__s32 level;
 	struct kernfs_node *kn;
 	void *subsys[1];
+	struct list_head cset_links;
 	struct cgroup_base_stat bstat;
 };
 

@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 /// Items of memory statistics: inactive file, anonymous, file, shared, swapped, kernel.
 pub const STAT_ITEMS: usize = 6;
 
+/// Controllers with a serial number in a record: cpuacct, cpu, memory, io, pids.
+pub const CONTROLLERS: usize = 5;
+
 /// Most CPUs whose parts a walk adds up.
 pub const MOST_CPUS: usize = 1024;
 
@@ -41,13 +44,15 @@ macro_rules! record {
         #[repr(C)]
         pub struct CgroupRecord {
             $( #[allow(missing_docs)] pub $field: u64, )*
+            /// Serial number of each controller's state that was read, 0 none.
+            pub serials: [u64; CONTROLLERS],
             /// Pages per item of memory statistics.
             pub stat_pages: [u64; STAT_ITEMS],
         }
 
         impl CgroupRecord {
             /// Words of a record.
-            pub const WORDS: usize = [$( stringify!($field), )*].len() + STAT_ITEMS;
+            pub const WORDS: usize = [$( stringify!($field), )*].len() + CONTROLLERS + STAT_ITEMS;
 
             /// Reads record number `place`.
             pub fn read(words: &[AtomicU64], place: usize) -> Option<Self> {
@@ -56,6 +61,7 @@ macro_rules! record {
                 let mut next = || words.next().map_or(0, |word| word.load(Relaxed));
                 Some(Self {
                     $( $field: next(), )*
+                    serials: std::array::from_fn(|_| next()),
                     stat_pages: std::array::from_fn(|_| next()),
                 })
             }
@@ -103,6 +109,8 @@ pub mod walk {
     pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
     /// Length of the array of those kept per node.
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
+    /// 1 to read what other hierarchies have of the same processes too.
+    pub const JOIN: usize = NODE_STAT_LENGTH + 1;
     /// All of them, two of the program's own included.
-    pub const WORDS: usize = NODE_STAT_LENGTH + 3;
+    pub const WORDS: usize = JOIN + 3;
 }

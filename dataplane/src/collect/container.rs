@@ -19,7 +19,7 @@ use super::cgroup_v1;
 use super::cgroup_v2;
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
-use super::walks::{Finder, Place, Walks, bytes};
+use super::walks::{Kind, Place, Walks, bytes};
 use crate::sys::netlink::{LinkCounters, Links};
 
 #[derive(Debug)]
@@ -44,18 +44,35 @@ enum Io {
 #[derive(Debug)]
 struct Group {
     path: PathBuf,
-    unified: bool,
+    kind: Kind,
     place: Option<Place>,
+    /// Serial number of the controller's state there, once known; 0 unknown.
+    serial: u64,
 }
 
 impl Group {
-    fn new(path: &Path, hierarchy: Option<&Hierarchy>) -> Self {
+    fn new(path: &Path, hierarchy: Option<&Hierarchy>, controller: Controller) -> Self {
         Self {
             path: path.to_owned(),
-            unified: matches!(hierarchy, Some(Hierarchy::V2(_))),
+            kind: match hierarchy {
+                Some(Hierarchy::V2(_)) => Kind::Unified,
+                _ if controller == Controller::Memory => Kind::Memory,
+                _ => Kind::Other,
+            },
             place: None,
+            serial: 0,
         }
     }
+}
+
+/// Places of serial numbers in a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Controller {
+    CpuAccounting = 0,
+    Cpu = 1,
+    Memory = 2,
+    Io = 3,
+    Pids = 4,
 }
 
 /// The cgroups of a container, by what is read from them.
@@ -169,13 +186,17 @@ impl Watched {
         if self.cpu.is_none()
             && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
         {
-            self.groups.cpu = Some(Group::new(&path, facts.cpu.as_ref()));
+            self.groups.cpu = Some(Group::new(
+                &path,
+                facts.cpu.as_ref(),
+                Controller::CpuAccounting,
+            ));
             self.cpu = Some(match &facts.cpu {
                 Some(Hierarchy::V1(_)) => {
                     let quota = find(row, facts.cpu_quota.as_ref(), "cpu");
                     self.groups.quota = quota
                         .as_deref()
-                        .map(|path| Group::new(path, facts.cpu_quota.as_ref()));
+                        .map(|path| Group::new(path, facts.cpu_quota.as_ref(), Controller::Cpu));
                     Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
                 }
                 _ => Cpu::V2(cgroup_v2::Cpu::new(&path, budget)),
@@ -186,7 +207,7 @@ impl Watched {
         {
             let swap = ["memory.memsw.usage_in_bytes", "memory.swap.current"];
             self.groups.counts_swap = swap.iter().any(|file| path.join(file).exists());
-            self.groups.memory = Some(Group::new(&path, facts.memory.as_ref()));
+            self.groups.memory = Some(Group::new(&path, facts.memory.as_ref(), Controller::Memory));
             self.memory = Some(match &facts.memory {
                 Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
                 _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
@@ -195,7 +216,7 @@ impl Watched {
         if self.pids.is_none()
             && let Some(path) = find(row, facts.pids.as_ref(), "pids")
         {
-            self.groups.pids = Some(Group::new(&path, facts.pids.as_ref()));
+            self.groups.pids = Some(Group::new(&path, facts.pids.as_ref(), Controller::Pids));
             self.pids = Some(cgroup_v1::Pids::new(&path, budget));
         }
         if self.io.is_none()
@@ -203,7 +224,7 @@ impl Watched {
         {
             self.io = Some(match &facts.io {
                 Some(Hierarchy::V1(_)) => {
-                    self.groups.io = Some(Group::new(&path, facts.io.as_ref()));
+                    self.groups.io = Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
                     Io::V1(cgroup_v1::Io::new(&path, budget))
                 }
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
@@ -211,7 +232,7 @@ impl Watched {
         }
     }
 
-    /// Has this container's cgroups walked from the next pass on.
+    /// Has this container's cgroups walked from now on.
     pub fn walk(&mut self, walks: &mut Walks) {
         let groups = &mut self.groups;
         // Walked for the counters of block devices alone, which the kernel program keeps.
@@ -224,7 +245,7 @@ impl Watched {
         ];
         for group in all.into_iter().flatten().chain(io) {
             if group.place.is_none() {
-                group.place = walks.place(&group.path, group.unified);
+                group.place = walks.place(&group.path, group.kind);
             }
         }
     }
@@ -234,7 +255,7 @@ impl Watched {
         &mut self,
         facts: &Facts,
         budget: &Arc<Budget>,
-        finder: Option<&mut Finder<'_>>,
+        walks: Option<&mut Walks>,
         links: Option<&Links>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
@@ -243,8 +264,8 @@ impl Watched {
             kernel_id: self.row.kernel_id,
             ..ContainerSample::default()
         };
-        if let Some(finder) = finder {
-            self.take_records(&mut sample, finder);
+        if let Some(walks) = walks {
+            self.take_records(&mut sample, walks);
         }
         self.find_missing(facts, budget);
         if self.read_groups(&mut sample, buffer) {
@@ -258,12 +279,15 @@ impl Watched {
         sample
     }
 
-    /// Takes what the walk has found.
-    fn take_records(&mut self, sample: &mut ContainerSample, finder: &mut Finder<'_>) {
+    /// Takes what the walks have found.
+    fn take_records(&mut self, sample: &mut ContainerSample, walks: &mut Walks) {
         let groups = &mut self.groups;
-        if let Some(record) = find_record(&mut groups.cpu, finder) {
+        let memory = find_record(&mut groups.memory, None, walks, Controller::Memory);
+        let known = memory.as_ref();
+        let cpu = find_record(&mut groups.cpu, known, walks, Controller::CpuAccounting);
+        let apart = find_record(&mut groups.quota, known, walks, Controller::Cpu);
+        if let Some(record) = cpu {
             let own = Some(&record).filter(|record| record.filled & filled::QUOTA != 0);
-            let apart = find_record(&mut groups.quota, finder);
             let quota = apart
                 .as_ref()
                 .filter(|record| record.filled & filled::QUOTA != 0)
@@ -276,24 +300,28 @@ impl Watched {
                 }
             }
         }
-        let unified = groups.memory.as_ref().is_some_and(|group| group.unified);
-        if let Some(record) = find_record(&mut groups.memory, finder)
-            && finder.knows_statistics()
-            && record.filled & filled::MEMORY_STAT != 0
-        {
-            let counters = memory_counters(&record, unified, groups.counts_swap);
-            sample.memory = Measured::now(Source::Bpf, counters);
-        }
-        if let Some(record) = find_record(&mut groups.pids, finder)
+        let pids = find_record(&mut groups.pids, known, walks, Controller::Pids);
+        if let Some(record) = pids
             && record.filled & filled::PIDS != 0
         {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
-        if finder.counts_block_io()
-            && let Some(record) = find_record(&mut groups.io, finder)
+        if walks.counts_block_io()
+            && let Some(record) = find_record(&mut groups.io, known, walks, Controller::Io)
             && record.filled & filled::IO != 0
         {
             sample.io = Measured::now(Source::Bpf, io_counters(&record, &self.io_before));
+        }
+        if let Some(record) = memory
+            && walks.knows_statistics()
+            && record.filled & filled::MEMORY_STAT != 0
+        {
+            let unified = groups
+                .memory
+                .as_ref()
+                .is_some_and(|group| group.kind == Kind::Unified);
+            let counters = memory_counters(&record, unified, groups.counts_swap);
+            sample.memory = Measured::now(Source::Bpf, counters);
         }
     }
 
@@ -333,13 +361,27 @@ impl Watched {
     }
 }
 
-/// The record of a cgroup in this pass. A cgroup without one may have been made again: its place is
-/// looked for again.
-fn find_record(group: &mut Option<Group>, finder: &mut Finder<'_>) -> Option<CgroupRecord> {
-    let place = &mut group.as_mut()?.place;
-    let found = finder.find(place.as_mut()?);
-    if found.is_none() {
-        *place = None;
+/// The record that tells of a cgroup in this pass: memory's if that has read the same state, else its
+/// own. A cgroup without one may have been made again: its place is looked for again.
+fn find_record(
+    group: &mut Option<Group>,
+    memory: Option<&CgroupRecord>,
+    walks: &mut Walks,
+    controller: Controller,
+) -> Option<CgroupRecord> {
+    let group = group.as_mut()?;
+    let serial = |record: &CgroupRecord| record.serials[controller as usize];
+    let joined = memory.filter(|record| group.serial != 0 && serial(record) == group.serial);
+    if let Some(record) = joined {
+        return Some(*record);
+    }
+    let found = walks.find(group.place.as_mut()?);
+    match &found {
+        Some(record) => group.serial = serial(record),
+        None => {
+            group.place = None;
+            group.serial = 0;
+        }
     }
     found
 }

@@ -5,7 +5,7 @@
 //! dropped when none is any more. Invariants: a record is of this pass or not there at all; memory
 //! statistics are believed only where they have been compared with the kernel's own file.
 //!
-//! Cost: `cargo run --release -p benches --bin collect-micro`.
+//! Cost: `make bench-stats`.
 
 use std::collections::HashMap;
 use std::io;
@@ -69,10 +69,23 @@ pub struct Place {
     at: usize,
 }
 
+/// What a walk is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The unified tree: all controllers are on it.
+    Unified,
+    /// `memory` of version 1; tells of the other hierarchies too what the same processes have there.
+    Memory,
+    /// Another hierarchy of version 1; run when one is asked for that `Memory` could not tell of.
+    Other,
+}
+
 #[derive(Debug)]
 struct Walk {
     number: u64,
-    unified: bool,
+    kind: Kind,
+    /// Whether it was run, or tried, in this pass.
+    ran: bool,
     link: Option<OwnedFd>,
     /// Read before the walk: reading makes the kernel add up what its CPUs have counted apart.
     settle: Vec<CachedFile>,
@@ -96,7 +109,6 @@ pub struct Walks {
     budget: Arc<Budget>,
     next: u64,
     pass: u64,
-    left_out: u64,
     counts_block_io: bool,
 }
 
@@ -165,7 +177,6 @@ impl Walks {
             budget: Arc::clone(budget),
             next: 1,
             pass: 0,
-            left_out: 0,
             counts_block_io,
         };
         walks.learn(facts)?;
@@ -249,7 +260,7 @@ impl Walks {
 
     /// Where the record of this directory's cgroup will be from the next pass on (or already is,
     /// when its parent is walked).
-    pub fn place(&mut self, directory: &Path, unified: bool) -> Option<Place> {
+    pub fn place(&mut self, directory: &Path, kind: Kind) -> Option<Place> {
         let parent = directory.parent()?;
         let id = std::fs::metadata(directory).ok()?.ino();
         if let Some((_, walk)) = self.walks.iter().find(|(path, _)| path == parent) {
@@ -264,14 +275,15 @@ impl Walks {
         }
         let number = self.next;
         self.next += 1;
-        let settle = if unified {
-            &["cpu.stat", "memory.stat"][..]
-        } else {
-            &["memory.stat"]
+        let settle = match kind {
+            Kind::Unified => &["cpu.stat", "memory.stat"][..],
+            Kind::Memory => &["memory.stat"],
+            Kind::Other => &[],
         };
         let walk = Walk {
             number,
-            unified,
+            kind,
+            ran: false,
             link: None,
             settle: settle
                 .iter()
@@ -290,97 +302,81 @@ impl Walks {
         })
     }
 
-    /// Reads all cgroups.
+    /// Reads all cgroups, but those that will only be read when they are asked for.
     pub fn pass(&mut self, buffer: &mut Vec<u8>) {
         self.pass += 1;
         self.walks.retain(|(_, walk)| walk.unused < UNUSED_PASSES);
         set(self.orders.words(), walk::COUNT, 0);
         set(self.orders.words(), walk::LEFT_OUT, 0);
-        let mut walks = std::mem::take(&mut self.walks);
-        for (parent, walk) in &mut walks {
+        for at in 0..self.walks.len() {
+            let Some((_, walk)) = self.walks.get_mut(at) else {
+                break;
+            };
             walk.unused += 1;
             walk.range = (0, 0);
-            if walk.link.is_none() {
-                match self.attach(parent, Visit::Descendants) {
-                    Ok(link) => walk.link = Some(link),
-                    Err(err) => {
-                        tracing::debug!(%err, parent = %parent.display(), "cgroups can't be walked");
-                        continue;
-                    }
-                }
-            }
+            walk.ran = false;
             for file in &mut walk.settle {
                 file.read_if_offered(buffer);
             }
-            let orders = self.orders.words();
-            let first = word(orders, walk::COUNT);
-            set(orders, walk::UNIFIED, u64::from(walk.unified));
-            set(orders, walk::BEGIN, 1);
-            let ran = walk.link.as_ref().map(iterator::run_iterator);
-            let after = word(orders, walk::COUNT);
-            match ran {
-                Some(Ok(())) if after > first => {
-                    let place = |count| usize::try_from(count).unwrap_or(usize::MAX);
-                    walk.range = (place(first), place(after));
-                }
-                // The parent is gone; another may come in its place.
-                _ => walk.link = None,
+            if walk.kind != Kind::Other {
+                self.run(at);
             }
         }
-        self.walks = walks;
-        self.left_out = word(self.orders.words(), walk::LEFT_OUT);
+    }
+
+    /// Runs a walk; its records come after those of the walks before it.
+    fn run(&mut self, at: usize) {
+        let link = match self.walks.get(at) {
+            Some((parent, walk)) if walk.link.is_none() => self
+                .attach(parent, Visit::Descendants)
+                .inspect_err(|err| {
+                    tracing::debug!(%err, parent = %parent.display(), "cgroups can't be walked");
+                })
+                .ok(),
+            _ => None,
+        };
+        let Some((_, walk)) = self.walks.get_mut(at) else {
+            return;
+        };
+        walk.ran = true;
+        walk.link = link.or_else(|| walk.link.take());
+        let Some(link) = &walk.link else {
+            return;
+        };
+        let orders = self.orders.words();
+        let first = word(orders, walk::COUNT);
+        let is = |kind| u64::from(walk.kind == kind);
+        set(orders, walk::UNIFIED, is(Kind::Unified));
+        set(orders, walk::JOIN, is(Kind::Memory));
+        set(orders, walk::BEGIN, 1);
+        let ran = iterator::run_iterator(link);
+        let after = word(orders, walk::COUNT);
+        if ran.is_ok() && after > first {
+            let place = |count| usize::try_from(count).unwrap_or(usize::MAX);
+            walk.range = (place(first), place(after));
+        } else {
+            // The parent is gone; another may come in its place.
+            walk.link = None;
+        }
     }
 
     /// Cgroups of the last pass for which there was no room.
     pub fn left_out(&self) -> u64 {
-        self.left_out
+        word(self.orders.words(), walk::LEFT_OUT)
     }
 
-    /// A lookup for this pass.
-    pub fn finder(&mut self) -> Finder<'_> {
-        Finder {
-            knows_statistics: self.knows_statistics(),
-            counts_block_io: self.counts_block_io,
-            records: self.records.words(),
-            walks: &mut self.walks,
-            pass: self.pass,
-        }
-    }
-}
-
-/// Finds the records of a pass.
-#[derive(Debug)]
-pub struct Finder<'a> {
-    records: &'a [AtomicU64],
-    walks: &'a mut [(PathBuf, Walk)],
-    pass: u64,
-    knows_statistics: bool,
-    counts_block_io: bool,
-}
-
-impl Finder<'_> {
-    /// Whether the memory statistics in the records may be believed.
-    pub fn knows_statistics(&self) -> bool {
-        self.knows_statistics
-    }
-
-    /// Whether block devices are counted here for version 1.
-    pub fn counts_block_io(&self) -> bool {
-        self.counts_block_io
-    }
-
-    /// The record of a cgroup; remembers where it is.
+    /// The record of a cgroup in this pass; remembers where it is.
     pub fn find(&mut self, place: &mut Place) -> Option<CgroupRecord> {
         let by_number = |(_, walk): &(PathBuf, Walk)| walk.number;
-        let walk = self
-            .walks
-            .binary_search_by_key(&place.walk, by_number)
-            .ok()
-            .and_then(|at| self.walks.get_mut(at))
-            .map(|(_, walk)| walk)?;
+        let at = self.walks.binary_search_by_key(&place.walk, by_number);
+        let at = at.ok()?;
+        if !self.walks.get(at)?.1.ran {
+            self.run(at);
+        }
+        let (_, walk) = self.walks.get_mut(at)?;
         walk.unused = 0;
         let (first, after) = walk.range;
-        let records = self.records;
+        let records = self.records.words();
         if !(first..after).contains(&place.at)
             || CgroupRecord::id(records, place.at) != Some(place.id)
         {
@@ -527,13 +523,14 @@ mod tests {
             .join(format!("bai-walk-{}", std::process::id()));
         std::fs::create_dir(&group).expect("a cgroup");
         let limited = std::fs::write(group.join("pids.max"), "77").is_ok();
-        let mut place = walks.place(&group, unified).expect("a place");
+        let kind = if unified { Kind::Unified } else { Kind::Other };
+        let mut place = walks.place(&group, kind).expect("a place");
         let mut buffer = Vec::new();
         walks.pass(&mut buffer);
-        let record = walks.finder().find(&mut place);
+        let record = walks.find(&mut place);
         std::fs::remove_dir(&group).expect("removed");
         walks.pass(&mut buffer);
-        let after = walks.finder().find(&mut place);
+        let after = walks.find(&mut place);
         let record = record.expect("its record");
         assert_eq!(after, None, "gone");
         assert_eq!(walks.left_out(), 0);
