@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish setup-bench verify-units fuzz runner clean
+        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -94,6 +94,15 @@ bench-ports: setup-bench ## service ports against peers (root); BENCH='--rounds 
 bench-publish: setup-bench ## publishing ports by rows and by the engine (root); BENCH='--rounds 3' narrows it
 	$(CARGO) build --locked --release -p dataplane -p benches --bins
 	$(or $(CARGO_TARGET_DIR),target)/release/bench-publish $(BENCH)
+
+bench-stats: setup-test release runner ## statistics of many containers against other ways (root); BENCH='--ticks 50 --agent-seconds 0' narrows it
+	$(CARGO) build --locked --release -p benches --bin bench-stats
+	$(or $(CARGO_TARGET_DIR),target)/release/bench-stats $(BENCH)
+
+SOAK_SECONDS ?= 3600
+
+soak-stats: build ## containers come and go for SOAK_SECONDS; nothing may be left in the dataplane (root)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test collect_churn -- --nocapture
 
 clean: ## remove build results
 	$(CARGO) clean
