@@ -76,6 +76,12 @@ impl Engine {
         Ok(engine)
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+
     /// Its version.
     #[must_use]
     pub fn version(&self) -> &str {

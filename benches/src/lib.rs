@@ -15,6 +15,7 @@ pub mod ports;
 pub mod publish;
 pub mod site;
 pub mod statistics;
+pub mod stats;
 
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};

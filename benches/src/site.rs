@@ -430,6 +430,7 @@ impl Site {
     /// Ends and removes all that is there; nothing is no error.
     pub fn clean(&self) {
         crate::engine::end(self);
+        crate::stats::crowd::end(self);
         for group in Group::ALL {
             self.end(group);
         }

@@ -151,6 +151,45 @@ fn publishing_is_measured_with_and_without_the_engine() {
 }
 
 #[test]
+fn statistics_are_measured_against_other_ways() {
+    if !possible() {
+        return;
+    }
+    let output = output("stats");
+    let arguments = [
+        "--containers",
+        "3,5",
+        "--ticks",
+        "3",
+        "--engine-containers",
+        "1",
+        "--engine-rounds",
+        "1",
+        "--agent-seconds",
+        "0",
+    ];
+    let bench = start(env!("CARGO_BIN_EXE_bench-stats"), &arguments, &output);
+    let found = finished(bench, &output, "stats.json");
+    for name in [
+        "cpu_ms_per_sample_3",
+        "cpu_ms_per_sample_5",
+        "vs_pread_5",
+        "vs_open_5",
+        "vs_python_files_5",
+        "vs_engine_api_per_container",
+    ] {
+        let value = found["ratios"][name].as_f64();
+        assert!(value.is_some_and(|it| it >= 0.0), "{name}: {value:?}");
+    }
+    let ways = found["ways"].as_array().expect("samples");
+    assert_eq!(ways.len(), 8, "four ways, two sizes");
+    for way in ways {
+        assert_eq!(way["ticks"].as_array().map(Vec::len), Some(3), "{way}");
+    }
+    std::fs::remove_dir_all(output).expect("removed");
+}
+
+#[test]
 fn an_interrupted_bench_leaves_nothing() {
     if !possible() {
         return;

@@ -68,9 +68,11 @@ pub(crate) trait Field: Sized {
 macro_rules! integer_field {
     ($($int:ty),*) => {$(
         impl Field for $int {
+            #[inline]
             fn store(&self, bytes: &mut [u8]) {
                 bytes.copy_from_slice(&self.to_le_bytes());
             }
+            #[inline]
             fn load(bytes: &[u8]) -> Self {
                 let mut raw = [0u8; size_of::<$int>()];
                 raw.copy_from_slice(bytes);
@@ -82,11 +84,13 @@ macro_rules! integer_field {
 integer_field!(u8, u16, u32, u64, i32);
 
 impl<T: Field + Copy + Default, const N: usize> Field for [T; N] {
+    #[inline]
     fn store(&self, bytes: &mut [u8]) {
         for (value, chunk) in self.iter().zip(bytes.chunks_exact_mut(size_of::<T>())) {
             value.store(chunk);
         }
     }
+    #[inline]
     fn load(bytes: &[u8]) -> Self {
         let mut values = [T::default(); N];
         for (value, chunk) in values.iter_mut().zip(bytes.chunks_exact(size_of::<T>())) {

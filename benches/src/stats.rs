@@ -1,0 +1,469 @@
+//! The bench of statistics: what a sample of many containers costs, ours and others' ways.
+//!
+//! In: [`Options`]. Out: a table, `stats.json`. Invariants: every native way reads after all
+//! containers have worked since the last reading; a ratio is somebody's CPU divided by ours.
+
+pub mod crowd;
+mod peers;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use dataplane::accelerator::Accelerators;
+use dataplane::board::Board;
+use dataplane::collect::disk::Disk;
+use dataplane::collect::process::Lister;
+use dataplane::collect::{Means, Sampler};
+use dataplane::forward::relay::port::Totals;
+use dataplane::sys::rlimit;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use shared::Sizes;
+use shared::desired::ContainerRow;
+use shared::doorbell::{Doorbell, Ringer};
+use shared::observed::{ObservedReader, ObservedWriter, Source};
+use shared::run_dir::RunDir;
+
+use self::crowd::Crowd;
+use self::peers::PythonLoop;
+use crate::Stage;
+use crate::ports::report::Machine;
+use crate::site::{Place, Site};
+use crate::statistics::Spread;
+
+/// What to measure and how often.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(about = "Statistics of many containers, against other ways to get them")]
+pub struct Options {
+    /// Numbers of containers.
+    #[arg(long, value_delimiter = ',', default_values_t = [50, 200, 1000])]
+    pub containers: Vec<u16>,
+    /// Ticks of each way.
+    #[arg(long, default_value_t = 1000)]
+    pub ticks: u32,
+    /// Native ways: ours, cached_pread, open_read_close.
+    #[arg(long, value_delimiter = ',', default_values = WAYS.map(|(name, ..)| name))]
+    pub ways: Vec<String>,
+    /// Leave the loop in Python out.
+    #[arg(long)]
+    pub no_python: bool,
+    /// Containers for the engine's statistics API and for the Python agent.
+    #[arg(long, default_value_t = 20)]
+    pub engine_containers: u16,
+    /// Rounds over them by the API.
+    #[arg(long, default_value_t = 10)]
+    pub engine_rounds: u32,
+    /// Leave the container engine out.
+    #[arg(long)]
+    pub no_engine: bool,
+    /// Seconds to watch the Python agent for, with the containers and without; 0 leaves it out.
+    #[arg(long, default_value_t = 60)]
+    pub agent_seconds: u32,
+    /// Where the results go.
+    #[arg(long, default_value = "target/bench")]
+    pub output: PathBuf,
+    /// Be a container's process.
+    #[arg(long, hide = true)]
+    pub member: bool,
+}
+
+/// One tick of one way.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Tick {
+    /// CPU of the thread, us.
+    pub cpu_us: f64,
+    /// Time it took, us.
+    pub elapsed_us: f64,
+}
+
+/// All ticks of one way.
+#[derive(Debug, Clone, Serialize)]
+struct Way {
+    containers: u16,
+    way: &'static str,
+    /// CPU of the reading thread over all ticks by getrusage, divided by them, ms.
+    cpu_ms_per_sample: f64,
+    elapsed_us: Option<Spread>,
+    ticks: Vec<Tick>,
+}
+
+/// The native ways.
+const WAYS: [(&str, u32, bool); 3] = [
+    ("ours", u32::MAX, true),
+    ("cached_pread", u32::MAX, false),
+    ("open_read_close", 0, false),
+];
+
+/// Runs the bench.
+///
+/// # Errors
+/// A way does not read what it should, or a program is missing.
+pub fn run(options: &Options, stage: &Stage) -> Result<()> {
+    ensure!(options.ticks > 0, "--ticks 0 measures nothing");
+    std::fs::create_dir_all(&options.output)
+        .with_context(|| options.output.display().to_string())?;
+    let machine = Machine::now();
+    rlimit::raise_descriptors();
+    let site = stage.set(Site::new()?);
+    site.make_groups()?;
+    let (mut ways, mut apart) = (Vec::new(), Map::new());
+    for count in &options.containers {
+        ways.extend(natively(&site, *count, options, &mut apart)?);
+    }
+    let engine = if options.no_engine {
+        None
+    } else {
+        Some(peers::engine(
+            &site,
+            options.engine_containers,
+            options.engine_rounds,
+        )?)
+    };
+    site.clean();
+    let agent = match options.agent_seconds {
+        0 => None,
+        seconds => Some(peers::agent(
+            options.engine_containers,
+            seconds,
+            &options.output,
+        )?),
+    };
+    report(options, &machine, &ways, apart, engine, agent)
+}
+
+/// A thread that reads whenever it is told to.
+struct Reader<'scope> {
+    name: &'static str,
+    begin: SyncSender<()>,
+    done: Receiver<Tick>,
+    thread: ScopedJoinHandle<'scope, Result<f64>>,
+}
+
+/// CPU of this thread, us, exact at this moment.
+fn thread_us() -> f64 {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    now.tv_sec as f64 * 1e6 + now.tv_nsec as f64 / 1e3
+}
+
+/// The same as the kernel accounts it, ms. Brought up to date when the thread is switched.
+fn rusage_ms() -> Result<f64> {
+    thread::yield_now();
+    let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
+    let us = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Ok(us as f64 / 1e3)
+}
+
+/// Passes and their publication, one for each word of `begin`; CPU of the thread meanwhile, ms.
+fn read(
+    run_dir: &RunDir,
+    rows: &[ContainerRow],
+    descriptors: u32,
+    by_program: bool,
+    begin: &Receiver<()>,
+    done: &SyncSender<Tick>,
+) -> Result<f64> {
+    let containers = u32::try_from(rows.len())?;
+    let sizes = Sizes {
+        containers,
+        ..Sizes::default()
+    };
+    let directory = run_dir.create_dataplane()?;
+    let board = Board::new(
+        ObservedWriter::open(&directory, sizes)?,
+        Ringer::of(run_dir.control())?,
+        Accelerators::none(),
+    );
+    let means = if by_program {
+        Means::Best { containers }
+    } else {
+        Means::Files
+    };
+    let totals = Arc::new(Totals::default());
+    let mut sampler = Sampler::new(totals, Disk::start()?, None, descriptors, means);
+    sampler.follow(rows, true);
+    // The first pass finds everything, the second knows where.
+    for _ in 0..2 {
+        board.publish_pass(sampler.pass())?;
+    }
+    let mut before = rusage_ms()?;
+    let mut first = true;
+    while begin.recv().is_ok() {
+        if std::mem::take(&mut first) {
+            before = rusage_ms()?;
+        }
+        let (cpu, at) = (thread_us(), Instant::now());
+        board.publish_pass(sampler.pass())?;
+        let tick = Tick {
+            elapsed_us: at.elapsed().as_secs_f64() * 1e6,
+            cpu_us: thread_us() - cpu,
+        };
+        if done.send(tick).is_err() {
+            break;
+        }
+    }
+    let used = rusage_ms()? - before;
+    // All of it must have been there, and by the way it is said to be.
+    let snapshot = ObservedReader::at(&directory).snapshot()?;
+    let wanted = if by_program {
+        Source::Bpf
+    } else {
+        Source::File
+    };
+    for sample in &snapshot.containers {
+        let sources = [sample.cpu.source, sample.memory.source, sample.pids.source];
+        ensure!(
+            sources == [wanted; 3]
+                && sample.net.source == Source::Netlink
+                && (!by_program || sample.io.source != Source::Absent),
+            "a container was read otherwise: {sample:?}"
+        );
+    }
+    ensure!(
+        snapshot.containers.len() == rows.len(),
+        "{} of {} containers were sampled",
+        snapshot.containers.len(),
+        rows.len()
+    );
+    Ok(used)
+}
+
+/// Every way that reads the kernel, over `count` containers.
+fn natively(
+    site: &Site,
+    count: u16,
+    options: &Options,
+    apart: &mut Map<String, Value>,
+) -> Result<Vec<Way>> {
+    let ticks = options.ticks;
+    let mut crowd = Crowd::gather(site, count)?;
+    let rows = crowd.rows.clone();
+    let mut ways = site.within(Place::Host, || {
+        thread::scope(|scope| -> Result<Vec<Way>> {
+            let mut readers = Vec::new();
+            let mut bells = Vec::new();
+            for (name, descriptors, by_program) in WAYS {
+                if !options.ways.iter().any(|way| way == name) {
+                    continue;
+                }
+                let run_dir =
+                    RunDir::choose(Some(&site.directory()), &format!("i-{name}-{count}"))?;
+                bells.push(Doorbell::bind(run_dir.create_control()?)?);
+                let (begin, begun) = sync_channel(0);
+                let (told, done) = sync_channel(1);
+                let rows = &rows;
+                readers.push(Reader {
+                    name,
+                    begin,
+                    done,
+                    thread: thread::Builder::new()
+                        .name(name.to_owned())
+                        .spawn_scoped(scope, move || {
+                            read(&run_dir, rows, descriptors, by_program, &begun, &told)
+                        })?,
+                });
+            }
+            let mut python = (!options.no_python)
+                .then(|| PythonLoop::start(&rows))
+                .transpose()?;
+            let mut found = vec![Vec::new(); readers.len()];
+            let mut by_python = Vec::new();
+            for _ in 0..ticks {
+                for (reader, samples) in readers.iter().zip(&mut found) {
+                    crowd.busy()?;
+                    // One that has ended says why below.
+                    if reader.begin.send(()).is_err() {
+                        break;
+                    }
+                    samples.extend(reader.done.recv());
+                }
+                if let Some(python) = &mut python {
+                    crowd.busy()?;
+                    by_python.push(python.tick()?);
+                }
+                for bell in &bells {
+                    while bell.drain() {}
+                }
+            }
+            let mut ways = Vec::new();
+            for reader in readers {
+                let Reader {
+                    name,
+                    begin,
+                    thread,
+                    ..
+                } = reader;
+                drop(begin);
+                let used = thread
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("the reader of {name} has died"))?
+                    .with_context(|| name.to_owned())?;
+                ways.push(way(
+                    count,
+                    name,
+                    Some(used),
+                    std::mem::take(&mut found[ways.len()]),
+                ));
+            }
+            if python.is_some() {
+                ways.push(way(count, "python_files", None, by_python));
+            }
+            Ok(ways)
+        })
+    })??;
+    for way in &mut ways {
+        ensure!(
+            way.ticks.len() == ticks as usize,
+            "{} has ended early",
+            way.way
+        );
+        println!(
+            "{count:>5} {:<16} {:>9.3} ms CPU per sample, {:>7.2} us per container, elapsed p50 {:>9.0} us",
+            way.way,
+            way.cpu_ms_per_sample,
+            way.cpu_ms_per_sample * 1e3 / f64::from(count),
+            way.elapsed_us.map_or(0.0, |it| it.median),
+        );
+    }
+    let listing = processes(&rows, ticks.min(20))?;
+    println!("{count:>5} processes, apart: {listing:>9.3} ms CPU per listing");
+    apart.insert(format!("processes_ms_{count}"), json!(listing));
+    crowd.disperse(site)?;
+    Ok(ways)
+}
+
+fn way(containers: u16, name: &'static str, used_ms: Option<f64>, ticks: Vec<Tick>) -> Way {
+    let sum = || ticks.iter().map(|tick| tick.cpu_us).sum::<f64>() / 1e3;
+    Way {
+        containers,
+        way: name,
+        cpu_ms_per_sample: used_ms.unwrap_or_else(sum) / ticks.len().max(1) as f64,
+        elapsed_us: Spread::of(ticks.iter().map(|tick| tick.elapsed_us)),
+        ticks,
+    }
+}
+
+/// CPU of listing the processes of all containers once, by the threads that do it, ms.
+fn processes(rows: &[ContainerRow], rounds: u32) -> Result<f64> {
+    let facts = dataplane::collect::facts::Facts::gather();
+    let pids = facts.pids.context("no pids controller")?;
+    let wanted = || {
+        rows.iter()
+            .map(|row| (row.container_id, pids.mount().join(&row.cgroup_path)))
+    };
+    let cpu_ms = || -> Result<f64> {
+        let mut ns = 0.0;
+        for task in std::fs::read_dir("/proc/self/task")?.flatten() {
+            let text = |name: &str| std::fs::read_to_string(task.path().join(name));
+            if text("comm")?.starts_with("processes") {
+                let first = text("schedstat")?;
+                ns += first
+                    .split(' ')
+                    .next()
+                    .context("no number")?
+                    .parse::<f64>()?;
+            }
+        }
+        Ok(ns / 1e6)
+    };
+    let mut lister = Lister::start()?;
+    // The first turn only asks.
+    crate::site::until("a turn", || lister.turn(wanted()))?;
+    let before = cpu_ms()?;
+    for _ in 0..rounds {
+        let listing = crate::site::until("a listing", || lister.turn(wanted()))?;
+        ensure!(
+            listing.list.len() >= rows.len(),
+            "{} processes of {} containers were listed",
+            listing.list.len(),
+            rows.len()
+        );
+    }
+    Ok((cpu_ms()? - before) / f64::from(rounds))
+}
+
+fn report(
+    options: &Options,
+    machine: &Machine,
+    ways: &[Way],
+    apart: Map<String, Value>,
+    engine: Option<peers::EngineCost>,
+    agent: Option<Value>,
+) -> Result<()> {
+    let cost = |count: u16, name: &str| {
+        ways.iter()
+            .find(|way| way.containers == count && way.way == name)
+            .map(|way| way.cpu_ms_per_sample)
+    };
+    let (mut ratios, mut further) = (Map::new(), apart);
+    for count in &options.containers {
+        let Some(ours) = cost(*count, "ours") else {
+            continue;
+        };
+        ratios.insert(format!("cpu_ms_per_sample_{count}"), json!(ours));
+        for (name, way) in [
+            ("vs_pread", "cached_pread"),
+            ("vs_open", "open_read_close"),
+            ("vs_python_files", "python_files"),
+        ] {
+            if let Some(theirs) = cost(*count, way) {
+                ratios.insert(format!("{name}_{count}"), json!(theirs / ours));
+            }
+        }
+    }
+    // Per container, where there are 200 of ours; with another choice, where there are most.
+    let of = if options.containers.contains(&200) {
+        Some(200)
+    } else {
+        options.containers.iter().max().copied()
+    };
+    if let Some((count, ours)) = of.and_then(|count| Some((count, cost(count, "ours")?))) {
+        let ours = ours / f64::from(count);
+        if let Some(engine) = &engine {
+            ratios.insert(
+                "vs_engine_api_per_container".to_owned(),
+                json!(engine.stream_ms_per_container / ours),
+            );
+            further.insert(
+                "vs_engine_one_shot_per_container".to_owned(),
+                json!(engine.one_shot_ms_per_container / ours),
+            );
+        }
+        if let Some(theirs) = agent
+            .as_ref()
+            .and_then(|found| found["ms_per_container_and_sample"].as_f64())
+        {
+            ratios.insert(
+                "vs_python_agent_per_container".to_owned(),
+                json!(theirs / ours),
+            );
+        }
+    }
+    println!("{}", serde_json::to_string_pretty(&ratios)?);
+    let path = options.output.join("stats.json");
+    let all = json!({
+        "ratios": ratios,
+        "further": further,
+        "machine": machine,
+        "options": {
+            "containers": options.containers,
+            "ticks": options.ticks,
+            "engine_containers": options.engine_containers,
+            "engine_rounds": options.engine_rounds,
+            "agent_seconds": options.agent_seconds,
+        },
+        "ways": ways,
+        "engine": engine,
+        "python_agent": agent,
+    });
+    std::fs::write(&path, serde_json::to_string(&all)?)
+        .with_context(|| path.display().to_string())?;
+    println!("{}", path.display());
+    Ok(())
+}
