@@ -10,89 +10,91 @@ families! {
     UTILIZATION = Gauge "backendai_container_utilization"
         ["container_metric_name agent_id kernel_id session_id user_id project_id value_type"]
         "Measured value (value_type current) and capacity of a kernel, as the manager's queries expect them: counters as they are.";
-    CPU_USAGE = Counter "container_cpu_usage_seconds_total" ["id name image kernel_id session_id cpu"]
+    INFO = Gauge "bai_container_info" ["id name image kernel_id session_id"]
+        "Always 1; the session of a container.";
+    CPU_USAGE = Counter "container_cpu_usage_seconds_total" ["id name image kernel_id cpu"]
         "CPU time used.";
-    CPU_USER = Counter "container_cpu_user_seconds_total" ["id name image kernel_id session_id"]
+    CPU_USER = Counter "container_cpu_user_seconds_total" ["id name image kernel_id"]
         "CPU time used in user mode.";
-    CPU_SYSTEM = Counter "container_cpu_system_seconds_total" ["id name image kernel_id session_id"]
+    CPU_SYSTEM = Counter "container_cpu_system_seconds_total" ["id name image kernel_id"]
         "CPU time used in kernel mode.";
-    CPU_PERIODS = Counter "container_cpu_cfs_periods_total" ["id name image kernel_id session_id"]
+    CPU_PERIODS = Counter "container_cpu_cfs_periods_total" ["id name image kernel_id"]
         "Enforcement periods of the CPU quota.";
     CPU_THROTTLED_PERIODS = Counter "container_cpu_cfs_throttled_periods_total"
-        ["id name image kernel_id session_id"] "Periods in which the container was throttled.";
-    CPU_THROTTLED = Counter "container_cpu_cfs_throttled_seconds_total" ["id name image kernel_id session_id"]
+        ["id name image kernel_id"] "Periods in which the container was throttled.";
+    CPU_THROTTLED = Counter "container_cpu_cfs_throttled_seconds_total" ["id name image kernel_id"]
         "Time the container was throttled.";
-    MEMORY_USAGE = Gauge "container_memory_usage_bytes" ["id name image kernel_id session_id"]
+    MEMORY_USAGE = Gauge "container_memory_usage_bytes" ["id name image kernel_id"]
         "Memory charged, cache included.";
-    MEMORY_WORKING = Gauge "container_memory_working_set_bytes" ["id name image kernel_id session_id"]
+    MEMORY_WORKING = Gauge "container_memory_working_set_bytes" ["id name image kernel_id"]
         "Memory charged without inactive file cache.";
-    MEMORY_RSS = Gauge "container_memory_rss" ["id name image kernel_id session_id"]
+    MEMORY_RSS = Gauge "container_memory_rss" ["id name image kernel_id"]
         "Anonymous memory, bytes.";
-    MEMORY_CACHE = Gauge "container_memory_cache" ["id name image kernel_id session_id"]
+    MEMORY_CACHE = Gauge "container_memory_cache" ["id name image kernel_id"]
         "File cache, bytes.";
-    MEMORY_SWAP = Gauge "container_memory_swap" ["id name image kernel_id session_id"]
+    MEMORY_SWAP = Gauge "container_memory_swap" ["id name image kernel_id"]
         "Swap used, bytes.";
-    MEMORY_PEAK = Gauge "container_memory_max_usage_bytes" ["id name image kernel_id session_id"]
+    MEMORY_PEAK = Gauge "container_memory_max_usage_bytes" ["id name image kernel_id"]
         "Most memory ever charged.";
-    MEMORY_LIMIT_HITS = Counter "container_memory_failcnt" ["id name image kernel_id session_id"]
+    MEMORY_LIMIT_HITS = Counter "container_memory_failcnt" ["id name image kernel_id"]
         "Times the memory limit was hit.";
-    MEMORY_KERNEL = Gauge "container_memory_kernel_usage" ["id name image kernel_id session_id"]
+    MEMORY_KERNEL = Gauge "container_memory_kernel_usage" ["id name image kernel_id"]
         "Kernel memory, bytes.";
-    MEMORY_LIMIT = Gauge "container_spec_memory_limit_bytes" ["id name image kernel_id session_id"]
+    MEMORY_LIMIT = Gauge "container_spec_memory_limit_bytes" ["id name image kernel_id"]
         "Memory limit; 0 is none.";
-    OOM = Counter "container_oom_events_total" ["id name image kernel_id session_id"]
+    OOM = Counter "container_oom_events_total" ["id name image kernel_id"]
         "Processes killed for want of memory.";
-    TASKS = Gauge "container_threads" ["id name image kernel_id session_id"]
+    TASKS = Gauge "container_threads" ["id name image kernel_id"]
         "Tasks.";
-    TASKS_LIMIT = Gauge "container_threads_max" ["id name image kernel_id session_id"]
+    TASKS_LIMIT = Gauge "container_threads_max" ["id name image kernel_id"]
         "Most tasks allowed; 0 is no limit.";
-    READ_BYTES = Counter "container_fs_reads_bytes_total" ["id name image kernel_id session_id"]
+    READ_BYTES = Counter "container_fs_reads_bytes_total" ["id name image kernel_id"]
         "Bytes read from block devices.";
-    READS = Counter "container_fs_reads_total" ["id name image kernel_id session_id"]
+    READS = Counter "container_fs_reads_total" ["id name image kernel_id"]
         "Read operations on block devices.";
-    WRITTEN_BYTES = Counter "container_fs_writes_bytes_total" ["id name image kernel_id session_id"]
+    WRITTEN_BYTES = Counter "container_fs_writes_bytes_total" ["id name image kernel_id"]
         "Bytes written to block devices.";
-    WRITES = Counter "container_fs_writes_total" ["id name image kernel_id session_id"]
+    WRITES = Counter "container_fs_writes_total" ["id name image kernel_id"]
         "Write operations on block devices.";
-    SCRATCH = Gauge "container_fs_usage_bytes" ["id name image kernel_id session_id"]
+    SCRATCH = Gauge "container_fs_usage_bytes" ["id name image kernel_id"]
         "Bytes in the scratch directory.";
-    SCRATCH_FILES = Gauge "container_fs_inodes_used" ["id name image kernel_id session_id"]
+    SCRATCH_FILES = Gauge "container_fs_inodes_used" ["id name image kernel_id"]
         "Files in the scratch directory.";
-    RECEIVED = Counter "container_network_receive_bytes_total" ["id name image kernel_id session_id"]
+    RECEIVED = Counter "container_network_receive_bytes_total" ["id name image kernel_id"]
         "Bytes received by the container on all its links.";
-    RECEIVED_PACKETS = Counter "container_network_receive_packets_total" ["id name image kernel_id session_id"]
+    RECEIVED_PACKETS = Counter "container_network_receive_packets_total" ["id name image kernel_id"]
         "Packets received by the container.";
     RECEIVE_DROPS = Counter "container_network_receive_packets_dropped_total"
-        ["id name image kernel_id session_id"] "Received packets dropped.";
-    RECEIVE_ERRORS = Counter "container_network_receive_errors_total" ["id name image kernel_id session_id"]
+        ["id name image kernel_id"] "Received packets dropped.";
+    RECEIVE_ERRORS = Counter "container_network_receive_errors_total" ["id name image kernel_id"]
         "Receive errors.";
-    SENT = Counter "container_network_transmit_bytes_total" ["id name image kernel_id session_id"]
+    SENT = Counter "container_network_transmit_bytes_total" ["id name image kernel_id"]
         "Bytes sent by the container on all its links.";
-    SENT_PACKETS = Counter "container_network_transmit_packets_total" ["id name image kernel_id session_id"]
+    SENT_PACKETS = Counter "container_network_transmit_packets_total" ["id name image kernel_id"]
         "Packets sent by the container.";
     SEND_DROPS = Counter "container_network_transmit_packets_dropped_total"
-        ["id name image kernel_id session_id"] "Packets to be sent dropped.";
-    SEND_ERRORS = Counter "container_network_transmit_errors_total" ["id name image kernel_id session_id"]
+        ["id name image kernel_id"] "Packets to be sent dropped.";
+    SEND_ERRORS = Counter "container_network_transmit_errors_total" ["id name image kernel_id"]
         "Send errors.";
-    SCRATCH_LIMIT = Gauge "container_fs_limit_bytes" ["id name image kernel_id session_id"]
+    SCRATCH_LIMIT = Gauge "container_fs_limit_bytes" ["id name image kernel_id"]
         "Most the scratch directory may take.";
-    SHM = Gauge "bai_container_shm_bytes" ["id name image kernel_id session_id"] "Bytes in /dev/shm.";
-    SHM_LIMIT = Gauge "bai_container_shm_limit_bytes" ["id name image kernel_id session_id"] "Size of /dev/shm.";
-    CPU_PRESSURE = Counter "container_pressure_cpu_waiting_seconds_total" ["id name image kernel_id session_id"]
+    SHM = Gauge "bai_container_shm_bytes" ["id name image kernel_id"] "Bytes in /dev/shm.";
+    SHM_LIMIT = Gauge "bai_container_shm_limit_bytes" ["id name image kernel_id"] "Size of /dev/shm.";
+    CPU_PRESSURE = Counter "container_pressure_cpu_waiting_seconds_total" ["id name image kernel_id"]
         "Time in which some task waited for a CPU.";
-    MEMORY_PRESSURE = Counter "container_pressure_memory_waiting_seconds_total" ["id name image kernel_id session_id"]
+    MEMORY_PRESSURE = Counter "container_pressure_memory_waiting_seconds_total" ["id name image kernel_id"]
         "Time in which some task waited for memory.";
-    MEMORY_STALLED = Counter "container_pressure_memory_stalled_seconds_total" ["id name image kernel_id session_id"]
+    MEMORY_STALLED = Counter "container_pressure_memory_stalled_seconds_total" ["id name image kernel_id"]
         "Time in which all tasks waited for memory.";
-    IO_PRESSURE = Counter "container_pressure_io_waiting_seconds_total" ["id name image kernel_id session_id"]
+    IO_PRESSURE = Counter "container_pressure_io_waiting_seconds_total" ["id name image kernel_id"]
         "Time in which some task waited for a block device.";
-    IO_STALLED = Counter "container_pressure_io_stalled_seconds_total" ["id name image kernel_id session_id"]
+    IO_STALLED = Counter "container_pressure_io_stalled_seconds_total" ["id name image kernel_id"]
         "Time in which all tasks waited for a block device.";
-    TASKS_REFUSED = Counter "bai_container_tasks_refused_total" ["id name image kernel_id session_id"]
+    TASKS_REFUSED = Counter "bai_container_tasks_refused_total" ["id name image kernel_id"]
         "Times the limit refused a task.";
-    START = Gauge "container_start_time_seconds" ["id name image kernel_id session_id"]
+    START = Gauge "container_start_time_seconds" ["id name image kernel_id"]
         "When the kernel was accepted, seconds since 1970.";
-    SEEN = Gauge "container_last_seen" ["id name image kernel_id session_id"]
+    SEEN = Gauge "container_last_seen" ["id name image kernel_id"]
         "When the sample was taken, seconds since 1970.";
 }
 
@@ -123,7 +125,6 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
                 ("name", &subject.name),
                 ("image", &subject.image),
                 ("kernel_id", &kernel),
-                ("session_id", &subject.session),
             ]);
             Some(Shown {
                 sample,
@@ -146,22 +147,22 @@ fn utilization(scene: &Scene, snapshot: &ObservedSnapshot, shown: &[Shown<'_>], 
             |text: &Option<String>| text.clone().unwrap_or_else(|| "undefined".to_owned());
         let (user, project) = (undefined(&subject.user), undefined(&subject.project));
         let kernel = subject.facts.id.to_string();
+        let common = labels(&[
+            ("agent_id", &scene.agent_id),
+            ("kernel_id", &kernel),
+            ("session_id", &subject.session),
+            ("user_id", &user),
+            ("project_id", &project),
+        ]);
         for measured in kernels::measurements(sample, &subject.facts, snapshot) {
-            let common = labels(&[
-                ("container_metric_name", &measured.quantity.key),
-                ("agent_id", &scene.agent_id),
-                ("kernel_id", &kernel),
-                ("session_id", &subject.session),
-                ("user_id", &user),
-                ("project_id", &project),
-            ]);
+            let name = labels(&[("container_metric_name", &measured.quantity.key)]);
             for (value, of) in [
                 (Some(measured.value), "current"),
                 (measured.capacity, "capacity"),
             ] {
                 page.measured(
                     &UTILIZATION,
-                    &format!("{common},value_type=\"{of}\""),
+                    &format!("{name},{common},value_type=\"{of}\""),
                     value,
                 );
             }
@@ -229,6 +230,10 @@ const SERIES: &[(&Family, Read)] = &[
 ];
 
 fn known_series(shown: &[Shown<'_>], page: &mut Page) {
+    for container in shown {
+        let session = labels(&[("session_id", &container.subject.session)]);
+        page.sample(&INFO, &format!("{},{session}", container.labels), 1_u64);
+    }
     for container in shown {
         // The label that tells the sum from single cores there.
         let with_cpu = format!("{},cpu=\"total\"", container.labels);

@@ -149,13 +149,17 @@ pub(super) fn labels(list: &[(&str, &str)]) -> String {
         }
         text.push_str(name);
         text.push_str("=\"");
-        for character in value.chars() {
-            match character {
-                '\\' => text.push_str("\\\\"),
-                '"' => text.push_str("\\\""),
-                '\n' => text.push_str("\\n"),
-                other => text.push(other),
+        if value.contains(['\\', '"', '\n']) {
+            for character in value.chars() {
+                match character {
+                    '\\' => text.push_str("\\\\"),
+                    '"' => text.push_str("\\\""),
+                    '\n' => text.push_str("\\n"),
+                    other => text.push(other),
+                }
             }
+        } else {
+            text.push_str(value);
         }
         text.push('"');
     }
