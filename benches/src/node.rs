@@ -73,6 +73,7 @@ impl Node {
             ),
         )?;
         let log = std::fs::File::create(site.directory().join("log"))?;
+        let begun = shared::monotonic_ns();
         let child = site
             .command(place, Group::Proxy, &program("bai-dataplane")?)
             .args(["--standalone", "--config"])
@@ -95,8 +96,13 @@ impl Node {
             child,
             sandbox: place.is_some(),
         };
-        until("the dataplane's region", || node.observed.snapshot().ok())
-            .with_context(|| log_of(site))?;
+        // Its start, which loads programs, is no part of what serving costs.
+        until("the dataplane's first samples", || {
+            let snapshot = node.observed.snapshot().ok()?;
+            let node = snapshot.node.as_ref()?;
+            (node.taken_monotonic_ns > begun).then_some(())
+        })
+        .with_context(|| log_of(site))?;
         Ok(node)
     }
 

@@ -27,6 +27,8 @@ pub struct Node {
     pub honour_firewall: bool,
     /// Client networks that may use service ports; none means all.
     pub allowed_clients: Vec<Subnet>,
+    /// The same for services by their names; both lists must let a client in.
+    pub service_clients: BTreeMap<String, Vec<Subnet>>,
     /// Whether containers get a CPU quota of their slots besides the cpuset.
     pub cpu_quota: bool,
     /// Whether memory is pinned to the NUMA nodes of the allocated cores.

@@ -584,6 +584,33 @@ impl Setting for BTreeMap<String, LogLevel> {
     }
 }
 
+impl Setting for BTreeMap<String, Vec<Subnet>> {
+    fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
+        let Kind::Table(table) = &value.kind else {
+            return Err(wrong_kind(
+                value,
+                "write a table of names and lists of networks",
+            ));
+        };
+        let entries = table.entries.iter();
+        entries
+            .map(|entry| Ok((entry.key.clone(), Vec::read(&entry.value, host)?)))
+            .collect()
+    }
+
+    fn text(&self) -> String {
+        let all = self
+            .iter()
+            .map(|(name, list)| format!("{name}: {}", list.text()));
+        all.collect::<Vec<_>>().join("; ")
+    }
+
+    fn json(&self) -> Json {
+        let all = self.iter().map(|(name, list)| (name.clone(), list.json()));
+        Json::Object(all.collect())
+    }
+}
+
 impl Setting for BTreeMap<String, String> {
     fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
         match &value.kind {

@@ -210,3 +210,53 @@ fn what_an_agent_that_is_gone_has_left_goes_with_the_next_start() {
     let refused = gone.at_client(move || TcpStream::connect(address));
     assert!(refused.is_err(), "nothing is attached");
 }
+
+/// A page from a local port, or none when the client is turned away.
+fn page(port: u16) -> Option<String> {
+    kernels::fetch(port, "/")
+        .ok()
+        .filter(|text| !text.is_empty())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_services_client_networks_are_its_own() -> Result<()> {
+    for (networks, lets_in) in [("'192.0.2.0/24'", false), ("'127.0.0.0/8'", true)] {
+        let node = Node::start(NodeOptions {
+            node: format!("service-clients = {{ web = [{networks}] }}"),
+            ..NodeOptions::default()
+        })
+        .await?;
+        let order = Order::of(Image::Runner)?;
+        let result = kernels::create(&node, &order).await?;
+        let container = result["container_id"].as_str().context("a container")?;
+        let port = kernels::host_ports(&result, "web")[0];
+        let pid = docker(&["inspect", "--format", "{{.State.Pid}}", container])?;
+        let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+        let started = thread::spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            let listener = traffic::listener("0.0.0.0:8080");
+            thread::spawn(move || {
+                while let Ok((mut stream, _)) = listener.accept() {
+                    // What is left unread would make a reset of the end.
+                    let _ = stream.read(&mut [0; 1024]);
+                    let _ = stream.write_all(b"page");
+                }
+            });
+            nix::Result::Ok(())
+        });
+        started.join().ok().context("the server")??;
+        assert_eq!(page(port).is_some(), lets_in, "{networks}");
+        let counted = if lets_in {
+            "sessions_total"
+        } else {
+            "sessions_refused"
+        };
+        wait::until("the count", Duration::from_secs(30), || async {
+            let status = shown(&node, port).await.ok()?;
+            (status[counted].as_u64()? == 1).then_some(())
+        })
+        .await?;
+        kernels::destroy(&node, &order).await?;
+    }
+    Ok(())
+}

@@ -41,6 +41,9 @@ pub(super) fn state_dir(reader: &mut Reader<'_>, root: &Table) -> PathBuf {
     }
 }
 
+/// Client networks that a row of the shared region holds.
+const SERVICE_NETWORKS: usize = 8;
+
 pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent: &Agent) -> Node {
     let standalone = reader.standalone;
     // `open` reported a [node] that is no section when `state_dir` read it.
@@ -78,6 +81,17 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let kernel_attach = s.or(key("kernel-attach"), KernelAttach::Auto);
     let honour_firewall = s.or(key("honour-firewall"), false);
     let allowed_clients = s.or(key("allowed-clients"), Vec::<Subnet>::new());
+    let service_clients = s.or_checked(
+        key("service-clients"),
+        BTreeMap::<String, Vec<Subnet>>::new(),
+        |services| match services.values().any(|it| it.len() > SERVICE_NETWORKS) {
+            true => Err(Fault::new(
+                format!("names more than {SERVICE_NETWORKS} networks for a service"),
+                "join them to larger ones",
+            )),
+            false => Ok(()),
+        },
+    );
     let cpu_quota = s.or(key("cpu-quota"), false);
     let memory_nodes = s.or(key("memory-nodes"), true);
     let max_containers = s.or_checked(key("max-containers"), 1024, within(1, 16_384));
@@ -107,6 +121,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         kernel_attach,
         honour_firewall,
         allowed_clients,
+        service_clients,
         cpu_quota,
         memory_nodes,
         max_containers,

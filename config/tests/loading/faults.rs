@@ -211,6 +211,17 @@ fn what_does_not_fit_is_refused_at_its_key() {
         ),
         (
             "node",
+            "service-clients = { sshd = ['10.0.0.1/8'] }",
+            "node.service-clients",
+        ),
+        ("node", "service-clients = ['sshd']", "node.service-clients"),
+        (
+            "node",
+            "service-clients = { a = ['10.0.0.1','10.0.0.2','10.0.0.3','10.0.0.4','10.0.0.5','10.0.0.6','10.0.0.7','10.0.0.8','10.0.0.9'] }",
+            "node.service-clients",
+        ),
+        (
+            "node",
             "device-limits = [{ read-bps = 1 }]",
             "node.device-limits",
         ),

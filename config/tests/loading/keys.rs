@@ -304,6 +304,12 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!(["10.0.0.0/8", "::1/128"]),
         ),
         (
+            "node",
+            &["service-clients"],
+            "{ sshd = ['10.0.0.0/8', '::1'], web = [] }",
+            json!({"sshd": ["10.0.0.0/8", "::1/128"], "web": []}),
+        ),
+        (
             "node.dataplane",
             &["max-new-sessions-per-second"],
             "50",

@@ -12,7 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shared::desired::{ContainerRow, Drain, PortKey, PortRow, Protocol};
+use config::Config;
+use shared::desired::{ClientNetwork, ContainerRow, Drain, PortKey, PortRow, Protocol};
 use shared::ids::{ContainerId, Generation};
 use thiserror::Error;
 
@@ -280,6 +281,7 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
                 connect_timeout_ms: millis(limits.connect_timeout),
                 new_per_second: limits.max_new_sessions_per_second,
                 honour_firewall: node.config.node.honour_firewall,
+                networks: clients_of(&node.config, &service.name),
                 drain: match millis(limits.drain) {
                     0 => Drain::Cut,
                     ms => Drain::Within { ms },
@@ -298,6 +300,22 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
         container: Some(container),
         ports,
     }
+}
+
+/// Whom the configuration lets use a service; none means all.
+fn clients_of(config: &Config, service: &str) -> Vec<ClientNetwork> {
+    let networks = config
+        .node
+        .service_clients
+        .get(service)
+        .into_iter()
+        .flatten();
+    networks
+        .map(|it| ClientNetwork {
+            address: it.address,
+            prefix: it.prefix,
+        })
+        .collect()
 }
 
 /// Finds the container again and replaces the kernel's rows; does not wait for the dataplane.
