@@ -72,7 +72,8 @@ static ALWAYS_INLINE int learn_offsets(void)
 	array = (void *)landmark_address;
 	if (!__builtin_preserve_field_info(array->pptrs, FIELD_EXISTS))
 		return -1;
-	READ(base, array->pptrs[0]);
+	/* The field and not its first element, which kernels that declare none refuse to relocate. */
+	base = read_u64(__builtin_preserve_access_index(&array->pptrs));
 	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
 		void *here = map_lookup_percpu(&landmark, &zero, cpu);
 
@@ -262,12 +263,17 @@ static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_r
 
 static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_record *record)
 {
+	struct pids_cgroup___before *before = (void *)pids;
+
 	if (!__builtin_preserve_field_info(pids->counter, FIELD_EXISTS))
 		return;
 	READ(record->pids, pids->counter.counter);
 	READ(record->pids_limit, pids->limit.counter);
 	if (__builtin_preserve_field_info(pids->events, FIELD_EXISTS)) {
 		READ(record->pids_limit_events, pids->events[0].counter);
+		record->filled |= FILLED_PIDS_EVENTS;
+	} else if (__builtin_preserve_field_info(before->events_limit, FIELD_EXISTS)) {
+		READ(record->pids_limit_events, before->events_limit.counter);
 		record->filled |= FILLED_PIDS_EVENTS;
 	}
 	record->filled |= FILLED_PIDS;

@@ -119,6 +119,11 @@ struct pids_cgroup {
 	struct atomic events[1];
 };
 
+/* The same, as kernels before 6.11 have it. */
+struct pids_cgroup___before {
+	struct atomic events_limit;
+};
+
 struct bpf_array {
 	void *pptrs[1];
 };

@@ -46,10 +46,15 @@ impl Cpu {
             throttled_ns: keyed(text, "throttled_usec").map(from_us),
             pressure_some_ns: None,
         };
+        self.add_pressure(&mut counters, buffer);
+        Ok(counters)
+    }
+
+    /// Reads the pressure alone: the kernel adds it up when its file is read, and not before.
+    pub fn add_pressure(&mut self, counters: &mut CpuCounters, buffer: &mut Vec<u8>) {
         if let Some(text) = self.pressure.read_if_offered(buffer) {
             [counters.pressure_some_ns, _] = pressure(text);
         }
-        Ok(counters)
     }
 }
 
@@ -110,10 +115,15 @@ impl Memory {
             counters.oom_kill_events = keyed(text, "oom_kill");
             counters.max_events = keyed(text, "max");
         }
+        self.add_pressure(&mut counters, buffer);
+        Ok(counters)
+    }
+
+    /// Reads the pressure alone.
+    pub fn add_pressure(&mut self, counters: &mut MemoryCounters, buffer: &mut Vec<u8>) {
         if let Some(text) = self.pressure.read_if_offered(buffer) {
             [counters.pressure_some_ns, counters.pressure_full_ns] = pressure(text);
         }
-        Ok(counters)
     }
 }
 

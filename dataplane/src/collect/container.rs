@@ -328,6 +328,17 @@ impl Watched {
     /// Reads the groups that are still absent. True when one was found gone and given up.
     fn read_groups(&mut self, sample: &mut ContainerSample, buffer: &mut Vec<u8>) -> bool {
         let mut gone = false;
+        // Pressure is in files only.
+        if let Some(Cpu::V2(cpu)) = &mut self.cpu
+            && sample.cpu.get().is_some()
+        {
+            cpu.add_pressure(&mut sample.cpu.counters, buffer);
+        }
+        if let Some(Memory::V2(memory)) = &mut self.memory
+            && sample.memory.get().is_some()
+        {
+            memory.add_pressure(&mut sample.memory.counters, buffer);
+        }
         if let Some(cpu) = self.cpu.as_mut().filter(|_| sample.cpu.get().is_none()) {
             let read = match cpu {
                 Cpu::V1(cpu) => cpu.read(buffer),
