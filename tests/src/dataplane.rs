@@ -51,6 +51,8 @@ pub struct Options {
     pub namespace: Option<String>,
     /// Run it in the mount namespace of this process.
     pub mounts_of: Option<u32>,
+    /// Run it without these capabilities: `-bpf,-perfmon`.
+    pub without: Option<&'static str>,
     /// Added to its environment.
     pub environment: Vec<(String, String)>,
 }
@@ -116,13 +118,22 @@ impl Place {
             }
             (None, None) => Command::new(program()?),
         };
-        if let Some(pid) = self.options.mounts_of {
-            let mut inside = Command::new("nsenter");
-            inside
-                .arg(format!("--mount=/proc/{pid}/ns/mnt"))
+        let within = |wrapper: &str, argument: String, command: Command| {
+            let mut within = Command::new(wrapper);
+            within
+                .arg(argument)
                 .arg(command.get_program())
                 .args(command.get_args());
-            command = inside;
+            within
+        };
+        if let Some(capabilities) = self.options.without {
+            let kept = format!("--bounding-set={capabilities}");
+            command = within("setpriv", kept, command);
+        }
+        // Entering a namespace needs what may be taken away.
+        if let Some(pid) = self.options.mounts_of {
+            let place = format!("--mount=/proc/{pid}/ns/mnt");
+            command = within("nsenter", place, command);
         }
         command
             .args(["--standalone", "--config"])

@@ -1,5 +1,6 @@
 //! What hangs makes its own numbers old and nobody else's: a mount that does not answer, tasks that
-//! cannot be interrupted or are frozen, a crowd of processes, a network that is gone.
+//! cannot be interrupted or are frozen, a crowd of processes, a network that is gone. And what cannot
+//! be had is done without, in words.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,7 @@ use harness::wait::until_blocking;
 use shared::desired::ContainerRow;
 use shared::ids::ContainerId;
 use shared::monotonic_ns;
-use shared::observed::{ContainerSample, ObservedSnapshot, Processes};
+use shared::observed::{ContainerSample, ObservedSnapshot, Processes, Source};
 
 /// For a loaded machine; nothing here is asserted to be quick.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -106,16 +107,21 @@ struct Setup {
     // Before the process, which may wait for what it holds.
     hung: Option<Hung>,
     control: Control,
-    _process: Process,
+    process: Process,
     _place: Place,
     mounts: Mounts,
 }
 
 fn setup() -> Setup {
+    setup_without(None)
+}
+
+fn setup_without(capabilities: Option<&'static str>) -> Setup {
     let mounts = Mounts::new();
     let place = Place::new(Options {
         dataplane: "stats-interval = 0.1".to_owned(),
         mounts_of: Some(mounts.pid()),
+        without: capabilities,
         ..Options::default()
     })
     .expect("a place");
@@ -124,7 +130,7 @@ fn setup() -> Setup {
     Setup {
         hung: None,
         control,
-        _process: process,
+        process,
         _place: place,
         mounts,
     }
@@ -338,4 +344,26 @@ fn a_crowd_of_processes_is_counted_and_delays_nobody_else() {
         bad.pids.counters.current > Some(tasks) && bad.tick == good.tick && is_fresh(good)
     });
     assert!(listed.left_out > 0, "{}", listed.list.len());
+}
+
+#[test]
+fn where_no_program_may_be_loaded_files_are_read_and_the_log_says_so() {
+    let Some(mut group) = cgroup("files") else {
+        return;
+    };
+    // As on a kernel without BPF: to load a program needs one of these.
+    let mut setup = setup_without(Some("-sys_admin,-bpf,-perfmon"));
+    let mut row = container_row(48);
+    row.cgroup_path.clone_from(&group.path);
+    row.scratch_path = setup.mounts.file_system("own").display().to_string();
+    group.run("exec sleep 1000").expect("a process");
+    setup.want(&[&row]);
+    setup.snapshot("everything being measured by files", |snapshot| {
+        of(snapshot, row.container_id).is_some_and(|sample| {
+            let sources = [sample.cpu.source, sample.memory.source, sample.pids.source];
+            is_fresh(sample) && sources == [Source::File; 3]
+        })
+    });
+    let log = setup.process.log();
+    assert!(log.contains("cgroups are read by files"), "{log}");
 }
