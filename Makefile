@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench verify-units fuzz runner clean
+        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ build: setup-build ## build both programs (debug)
 release: setup-build ## build both programs (release)
 	$(CARGO) build --locked --release -p control -p dataplane --bins
 
-setup-build setup-demo setup-test setup-bench: setup-%:
+setup-build setup-demo setup-test setup-bench setup-vm: setup-%:
 	@deploy/setup $*
 
 check: fmt clippy docs deny ## static checks
@@ -80,6 +80,9 @@ RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-
 
 runner: build ## install the published runner packages where the suites look for them
 	$(or $(CARGO_TARGET_DIR),target)/debug/bai-agent runner install --wheels "$$(tests/scripts/runner-wheels)" --runner-dir $(RUNNER_DIR)
+
+vm-test: setup-vm ## the collection suites on Debian's kernel with pure cgroup v2, in an emulated machine
+	tests/scripts/vm-test
 
 verify-units: ## check the systemd units
 	tests/scripts/verify-units
