@@ -21,6 +21,7 @@ import traceback
 
 sys.dont_write_bytecode = True
 
+import compat_accelerators  # noqa: F401 (adds its checks)
 from compat_checks import CHECKS, Bench, Skipped
 from stack import engine
 from stack.agents import Agent
