@@ -149,8 +149,11 @@ fn silent_sessions_leave_and_limits_hold_until_then() {
         socket("127.0.0.1:0"),
         socket("127.0.0.1:0"),
     );
-    exchange(&first, port.bind(), b"x");
-    exchange(&second, port.bind(), b"x");
+    for client in [&first, &second] {
+        exchange(client, port.bind(), b"x");
+        // Whoever speaks again after an answer is not displaced.
+        exchange(client, port.bind(), b"y");
+    }
     assert!(!answered(&third, port.bind()), "no room for a third");
     assert!(port.counters().refused >= 1);
     until("silent sessions being forgotten", || {
@@ -237,13 +240,13 @@ fn a_closed_port_ends_its_sessions_and_spares_the_others() {
 }
 
 #[test]
-fn a_flood_of_forged_clients_fills_no_more_than_the_table() {
+fn a_flood_of_forged_clients_fills_no_more_than_half_the_table() {
     let relay = relay();
     let port = open(&relay, "0.0.0.0:0", mirror("0.0.0.0:0"), Rules::default());
     let to: SocketAddr = ([127, 0, 0, 1], port.bind().port()).into();
     // Every address of 127.0.0.0/8 is a client.
     let mut sent = 0_u32;
-    until("the table being full", || {
+    until("many more than there is room for", || {
         for _ in 0..500 {
             let [_, b, c, d] = sent.to_be_bytes();
             sent += 1;
@@ -251,9 +254,69 @@ fn a_flood_of_forged_clients_fills_no_more_than_the_table() {
                 UdpSocket::bind(SocketAddr::from(([127, b, c, d.max(1)], 0))).expect("an address");
             client.send_to(b"x", to).expect("sent");
         }
-        (port.counters().refused > 100).then_some(())
+        assert!(port.active() <= 2048, "{}", port.active());
+        (port.counters().total > 3000).then_some(())
     })
-    .expect("bounded");
-    assert!(port.active() <= 4096, "{}", port.active());
-    assert!(relay.totals().shed() > 100);
+    .expect("served");
+}
+
+/// Strangers take each other's places, not those of clients who speak, of other ports or of
+/// connections.
+#[test]
+fn a_flood_costs_those_who_speak_nothing() {
+    const ALL: u32 = 64;
+    let relay = Relay::start(Options {
+        total_sessions: ALL,
+        ..Options::default()
+    })
+    .expect("a relay");
+    let target = mirror("127.0.0.1:0");
+    let ports: Vec<Arc<Port>> = (0..3)
+        .map(|_| open(&relay, "127.0.0.1:0", target, Rules::default()))
+        .collect();
+    let client = socket("127.0.0.1:0");
+    let seen = exchange(&client, ports[0].bind(), b"x");
+    assert_eq!(exchange(&client, ports[0].bind(), b"y"), seen);
+    // Two ports are flooded, which is enough to fill the table. Strangers keep their ports, so that
+    // none is taken for an earlier one.
+    let mut strangers = Vec::new();
+    for port in &ports[..2] {
+        let before = port.counters().total;
+        for number in 1..=100 {
+            let stranger = socket("127.0.0.1:0");
+            stranger.send_to(b"z", port.bind()).expect("sent");
+            strangers.push(stranger);
+            // Each leaves its mark before the next one comes.
+            until("the stranger's session", || {
+                (port.counters().total >= before + number).then_some(())
+            })
+            .expect("a session");
+            assert!(port.active() <= ALL / 4, "{} sessions", port.active());
+        }
+    }
+    assert_eq!(
+        relay.totals().active(),
+        ALL / 2,
+        "connections keep the rest"
+    );
+    assert_eq!(
+        exchange(&client, ports[0].bind(), b"w"),
+        seen,
+        "who speaks keeps the session"
+    );
+    let newcomer = socket("127.0.0.1:0");
+    for port in &ports {
+        exchange(&newcomer, port.bind(), b"x");
+        assert_eq!(port.counters().refused, 0, "the oldest stranger made room");
+    }
+    let server = traffic::listener("127.0.0.1:0");
+    let streams = relay
+        .open(
+            "127.0.0.1:0".parse().expect("an address"),
+            server.local_addr().expect("bound"),
+            Rules::default(),
+        )
+        .expect("a port");
+    let _stream = traffic::connect(streams.bind()).expect("accepted");
+    server.accept().expect("led to the server");
 }

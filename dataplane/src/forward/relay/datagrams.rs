@@ -3,10 +3,12 @@
 //! In: the messages of a [`Worker`](super::worker::Worker), datagrams of clients and containers.
 //! Out: the same datagrams on the other side. A session is a client's address, the address of this
 //! host it has sent to, and a socket of its own towards the container, so that the container tells
-//! clients apart. Invariants: the table of sessions is bounded and silent ones leave it; an answer
-//! leaves by the address that was asked; a datagram that finds no room is dropped, never kept.
+//! clients apart. It is *young* until its client has sent again after an answer, which a sender of
+//! forged addresses can't know to do. Invariants: the table of sessions is bounded, silent ones leave
+//! it, and at a limit the oldest young one makes room, so that a flood costs those who speak nothing;
+//! an answer leaves by the address that was asked; a datagram that finds no room is dropped, never kept.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,8 +26,9 @@ use super::worker::{Census, Inbox, Message, WAKE};
 use crate::sys::datagram;
 use crate::sys::socket;
 
-/// Sessions of all ports. Each is a descriptor, and a sender of forged addresses makes one per datagram.
-const MOST_SESSIONS: usize = 4096;
+/// Sessions of all ports, of which one has half at most. Each is a descriptor, and a sender of forged
+/// addresses makes one per datagram. Connections keep half of the process's sessions in any case.
+const MOST_SESSIONS: u32 = 4096;
 /// A silent session is forgotten after this, like a flow of the kernel path ...
 const IDLE: Duration = Duration::from_secs(180);
 /// ... and before an answer after this.
@@ -43,6 +46,8 @@ const LISTENER_BIT: usize = 1 << 62;
 struct Listener {
     fd: OwnedFd,
     port: Arc<Port>,
+    /// Its young sessions, oldest first.
+    young: BTreeMap<u64, u32>,
 }
 
 /// Who speaks to whom: the position of the listener, the client, the address it has sent to.
@@ -55,6 +60,8 @@ struct Session {
     seat: Seat,
     last_active: Instant,
     answered: bool,
+    /// Its place among the young ones.
+    birth: u64,
 }
 
 impl Session {
@@ -79,6 +86,7 @@ pub struct Datagrams {
     /// Sockets that may hold more.
     ready: VecDeque<Token>,
     buffer: Vec<u8>,
+    births: u64,
     looked_at: Instant,
     stopping: bool,
 }
@@ -94,6 +102,7 @@ impl Datagrams {
             index: HashMap::new(),
             ready: VecDeque::new(),
             buffer: vec![0; LARGEST],
+            births: 0,
             looked_at: Instant::now(),
             stopping: false,
         }
@@ -179,7 +188,11 @@ impl Datagrams {
             tracing::error!(port = port.bind().port(), %err, "cannot watch a port of datagrams");
             return;
         }
-        self.listeners[position] = Some(Listener { fd, port });
+        self.listeners[position] = Some(Listener {
+            fd,
+            port,
+            young: BTreeMap::new(),
+        });
     }
 
     fn watch(&self, fd: &OwnedFd, token: Token) -> io::Result<()> {
@@ -205,6 +218,9 @@ impl Datagrams {
     fn end(&mut self, index: u32) {
         if let Some(session) = self.sessions.remove(index) {
             self.index.remove(&session.key);
+            if let Some(Some(listener)) = self.listeners.get_mut(session.key.0) {
+                listener.young.remove(&session.birth);
+            }
         }
     }
 
@@ -243,6 +259,11 @@ impl Datagrams {
             return;
         };
         session.last_active = Instant::now();
+        if session.answered
+            && let Some(Some(listener)) = self.listeners.get_mut(session.key.0)
+        {
+            listener.young.remove(&session.birth);
+        }
         match socket::write(&session.fd, bytes) {
             Ok(_) => session.seat.port().count_bytes(bytes.len() as u64, 0),
             // The container has said that nobody is there; the next datagram asks again.
@@ -262,11 +283,11 @@ impl Datagrams {
     fn start(&mut self, key: Key) -> Option<u32> {
         let (position, client, local) = key;
         let port = Arc::clone(&self.listeners.get(position)?.as_ref()?.port);
-        if self.sessions.live() >= MOST_SESSIONS {
-            port.count_shed();
+        let judged = port.judge(client.ip(), || Some(local));
+        let Some(seat) = judged.ok().and_then(|()| self.seat(position, &port)) else {
+            port.count_refused();
             return None;
-        }
-        let seat = port.admit(client.ip(), || Some(local)).ok()?;
+        };
         let fd = match datagram::connect(port.target()) {
             Ok(fd) => fd,
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -285,13 +306,46 @@ impl Datagrams {
             return None;
         }
         self.index.insert(key, index);
+        self.births += 1;
+        if let Some(Some(listener)) = self.listeners.get_mut(position) {
+            listener.young.insert(self.births, index);
+        }
         Some(self.sessions.insert(Session {
             key,
             fd,
             seat,
             last_active: Instant::now(),
             answered: false,
+            birth: self.births,
         }))
+    }
+
+    /// A seat, at the cost of the oldest young session where there is no other: one of the same port,
+    /// or, when all ports together have too many, of the port with most of them.
+    fn seat(&mut self, position: usize, port: &Arc<Port>) -> Option<Seat> {
+        let most = match port.totals().limit() {
+            0 => MOST_SESSIONS,
+            limit => (limit / 2).clamp(1, MOST_SESSIONS),
+        };
+        if port.active() >= (most / 2).max(1) {
+            self.displace(position)?;
+        } else if self.sessions.live() >= most as usize {
+            let young = |at: &usize| self.listeners[*at].as_ref().map_or(0, |it| it.young.len());
+            let flooded = (0..self.listeners.len()).max_by_key(young)?;
+            self.displace(flooded)?;
+        }
+        if let Ok(seat) = port.seat() {
+            return Some(seat);
+        }
+        self.displace(position)?;
+        port.seat().ok()
+    }
+
+    fn displace(&mut self, position: usize) -> Option<()> {
+        let listener = self.listeners.get(position)?.as_ref()?;
+        let (_, oldest) = listener.young.first_key_value()?;
+        self.end(*oldest);
+        Some(())
     }
 
     /// Takes what a container has answered to a client. True when more may be waiting.

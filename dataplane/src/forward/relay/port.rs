@@ -80,6 +80,11 @@ impl Totals {
         self.limit.store(limit, Relaxed);
     }
 
+    /// The limit of sessions of all ports; 0 means none.
+    pub fn limit(&self) -> u32 {
+        self.limit.load(Relaxed)
+    }
+
     /// Sessions of all ports.
     pub fn active(&self) -> u32 {
         self.active.load(Relaxed)
@@ -150,6 +155,7 @@ pub struct Port {
     datagrams: bool,
     target: SocketAddr,
     rules: Mutex<Arc<Rules>>,
+    max_sessions: AtomicU32,
     idle_slots: AtomicU32,
     connect_slots: AtomicU32,
     state: AtomicU8,
@@ -180,6 +186,7 @@ impl Port {
             datagrams: false,
             target,
             rules: Mutex::new(Arc::new(Rules::default())),
+            max_sessions: AtomicU32::new(0),
             idle_slots: AtomicU32::new(0),
             connect_slots: AtomicU32::new(0),
             state: AtomicU8::new(OPEN),
@@ -216,6 +223,11 @@ impl Port {
         self.datagrams
     }
 
+    /// Session counts of the process.
+    pub fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
     /// The address the listener really has.
     pub fn bind(&self) -> SocketAddr {
         self.bind
@@ -229,6 +241,7 @@ impl Port {
     /// Replaces the rules: admission at once, the idle timeout of sessions under way when their
     /// timer comes up the next time (within two minutes).
     pub fn set_rules(&self, rules: Rules) {
+        self.max_sessions.store(rules.max_sessions, Relaxed);
         self.idle_slots
             .store(rules.idle_timeout.map_or(0, slots), Relaxed);
         self.connect_slots
@@ -283,14 +296,18 @@ impl Port {
         local: impl Fn() -> Option<IpAddr>,
     ) -> Result<Seat, Refusal> {
         self.judge(peer, local)
-            .inspect_err(|_| self.count_refused())
+            .and_then(|()| self.seat())
+            .inspect_err(|refusal| match refusal {
+                Refusal::TotalLimit => self.count_shed(),
+                _ => self.count_refused(),
+            })
     }
 
-    fn judge(
-        self: &Arc<Self>,
-        peer: IpAddr,
-        local: impl Fn() -> Option<IpAddr>,
-    ) -> Result<Seat, Refusal> {
+    /// Judges a client by all but the limits of sessions. A refusal is not counted here.
+    ///
+    /// # Errors
+    /// Why it must be turned away.
+    pub fn judge(&self, peer: IpAddr, local: impl Fn() -> Option<IpAddr>) -> Result<(), Refusal> {
         if self.state.load(Relaxed) != OPEN {
             return Err(Refusal::Disabled);
         }
@@ -311,17 +328,23 @@ impl Port {
         if !pace.allows(rules.new_per_second, Instant::now()) {
             return Err(Refusal::TooFast);
         }
-        drop(pace);
+        Ok(())
+    }
+
+    /// Gives a client that was judged a seat. A refusal is not counted here.
+    ///
+    /// # Errors
+    /// The limit that is reached.
+    pub fn seat(self: &Arc<Self>) -> Result<Seat, Refusal> {
+        let limit = self.max_sessions.load(Relaxed);
         let elsewhere = self.elsewhere.load(Relaxed);
-        if rules.max_sessions != 0 && elsewhere >= rules.max_sessions {
+        if limit != 0 && elsewhere >= limit {
             return Err(Refusal::PortLimit);
         }
         // 0 would be no limit, and that much is left of one.
-        take(&self.active, rules.max_sessions.saturating_sub(elsewhere))
-            .ok_or(Refusal::PortLimit)?;
+        take(&self.active, limit.saturating_sub(elsewhere)).ok_or(Refusal::PortLimit)?;
         if take(&self.totals.active, self.totals.limit.load(Relaxed)).is_none() {
             self.active.fetch_sub(1, Relaxed);
-            self.totals.shed.fetch_add(1, Relaxed);
             return Err(Refusal::TotalLimit);
         }
         self.total.fetch_add(1, Relaxed);
@@ -329,11 +352,12 @@ impl Port {
         Ok(Seat(Arc::clone(self)))
     }
 
-    fn count_refused(&self) {
+    /// Counts a client that was turned away.
+    pub fn count_refused(&self) {
         self.refused.fetch_add(1, Relaxed);
     }
 
-    /// Counts a client that was turned away for lack of descriptors or memory.
+    /// Counts a client that was turned away for lack of descriptors or memory, or by the total limit.
     pub fn count_shed(&self) {
         self.count_refused();
         self.totals.shed.fetch_add(1, Relaxed);
