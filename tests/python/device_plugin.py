@@ -9,6 +9,8 @@ does; a line of JSON on stdout tells each call it gets. Keys of its behaviour:
   prefer    ids that GetPreferredAllocation answers
   allocate  the ContainerAllocateResponse, as a map
   hang      names of calls that are never answered
+  close     whether the list of devices ends at once
+  flood     whether it is sent again without end
   version   what it registers with
 """
 
@@ -101,7 +103,9 @@ class Plugin:
         seen = -1
         while context.is_active():
             with self.changed:
-                if not self.changed.wait_for(lambda: self.version != seen, 0.2):
+                if self.behaviour.get("close"):
+                    return
+                if not self.behaviour.get("flood") and not self.changed.wait_for(lambda: self.version != seen, 0.2):
                     continue
                 seen, devices = self.version, list(self.behaviour.get("devices", {}).items())
             topology = API["TopologyInfo"](nodes=[API["NUMANode"](ID=0)])

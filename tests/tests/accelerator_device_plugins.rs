@@ -249,6 +249,7 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     let mut behaviour = usual(machine.place.path());
     behaviour["prefer"] = json!(["d9"]);
     behaviour["hang"] = json!(["Allocate"]);
+    let lists = plugin.calls("ListAndWatch").len();
     plugin.behave(&behaviour)?;
     let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
     ensure!(
@@ -258,6 +259,12 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     );
     let plain = Order::of(Image::Runner)?;
     kernels::create(&machine.node, &plain).await?;
+    // It is trusted again when it has listed its devices anew.
+    wait::until("another list", SOON, || async {
+        (plugin.calls("ListAndWatch").len() > lists).then_some(())
+    })
+    .await?;
+    machine.total(4.0).await?;
     behaviour["hang"] = json!([]);
     behaviour["allocate"] = json!({"devices": [{"container_path": "/dev/x", "host_path": "../null", "permissions": "rw"}]});
     plugin.behave(&behaviour)?;
@@ -271,6 +278,36 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     machine.end(&two).await?;
     ensure!(held(&machine.node).await? == json!({}));
     kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_hangs_or_lies_loses_its_devices_until_it_does_no_more() -> Result<()> {
+    let Some(machine) = Machine::start().await? else {
+        return Ok(());
+    };
+    let usual = usual(machine.place.path());
+    let mut plugin = machine.plugin(&usual)?;
+    machine.total(4.0).await?;
+    let absurd = "d".repeat(5 << 20);
+    for (key, value) in [
+        ("close", json!(true)),
+        ("flood", json!(true)),
+        ("devices", json!({ absurd: "Healthy" })),
+        ("hang", json!(["GetDevicePluginOptions"])),
+    ] {
+        let mut behaviour = usual.clone();
+        behaviour[key] = value;
+        plugin.behave(&behaviour)?;
+        machine.total(0.0).await.context(key)?;
+        plugin.behave(&usual)?;
+        machine.total(4.0).await.context(key)?;
+    }
+    // All that without registering again, and without the agent's doing so for it.
+    let mut told = plugin.told();
+    told.retain(|said| said["registered"] == true);
+    ensure!(told.len() == 1, "{told:?}");
+    ensure!(plugin.calls("Allocate").is_empty());
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,13 +332,15 @@ async fn registrations_that_make_no_sense_are_refused_with_words() -> Result<()>
         );
         Ok(())
     };
-    refused(
-        "other.test/thing",
-        json!({}),
-        "node.accelerators.device-plugins",
-    )
-    .await?;
     refused(RESOURCE, json!({"version": "v1alpha1"}), "v1beta1").await?;
+    // What is mapped to no slot is not used, and not refused: its program may serve others too.
+    let unused = machine.plugin_of("other.test/thing", &json!({"devices": {"z": "Healthy"}}))?;
+    wait::until("a registration", SOON, || async {
+        let mut told = unused.told().into_iter();
+        told.any(|said| said["registered"] == true).then_some(())
+    })
+    .await?;
+    drop(unused);
 
     // One that lists nonsense gives out what makes sense of it.
     let plugin =

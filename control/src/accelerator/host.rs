@@ -4,8 +4,8 @@
 //! In: registrations on `kubelet.sock`, and the devices each plugin lists. Out: a plugin in the
 //! ledger per resource the configuration maps to a slot, and what a plugin answers for a container.
 //! Invariants: one session per resource, the last to register; a plugin that dies, hangs or lies
-//! makes its own devices unhealthy and nothing else, and comes back by registering again; every
-//! call has a deadline and every answer a bound.
+//! makes its own devices unhealthy and nothing else, until it lists them again; every call has a
+//! deadline and every answer a bound.
 
 mod answer;
 mod registration;
@@ -22,7 +22,6 @@ use config::Config;
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::plugin::held;
@@ -100,28 +99,26 @@ impl PluginHost {
         self.sessions().get(device).cloned()
     }
 
-    /// Whether a registration can be taken; the slot, or what to tell the plugin.
-    fn accept(&self, request: &RegisterRequest) -> Result<String, Status> {
+    /// Whether a registration can be taken; the slot, if its resource is used, or what to tell the
+    /// plugin. One that is not used is no error to tell: programs that serve several resources give
+    /// all of them up when one is refused.
+    fn accept(&self, request: &RegisterRequest) -> Result<Option<String>, Status> {
         if request.version != VERSION {
             return Err(Status::invalid_argument(format!(
                 "this host speaks {VERSION}, not {:?}",
                 request.version
             )));
         }
-        let plain = |name: &str| !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+        // It becomes the path of a URI.
+        let odd = |c: char| !c.is_ascii_graphic() || "/?#%\\".contains(c);
+        let plain = |name: &str| !name.is_empty() && !name.contains(odd) && !name.starts_with('.');
         if !plain(&request.endpoint) || request.endpoint == SOCKET || request.endpoint.len() > 100 {
             return Err(Status::invalid_argument(format!(
                 "the endpoint {:?} is no name of a socket beside this one",
                 request.endpoint
             )));
         }
-        let slot = self.slots.get(&request.resource_name);
-        slot.cloned().ok_or_else(|| {
-            Status::failed_precondition(format!(
-                "{:?} is mapped to no slot; name it in node.accelerators.device-plugins",
-                request.resource_name
-            ))
-        })
+        Ok(self.slots.get(&request.resource_name).cloned())
     }
 
     /// Replaces what the ledger chose by what the plugins prefer, where the ledger can still give it.
@@ -251,23 +248,28 @@ fn register(node: &Arc<Node>, request: RegisterRequest) -> Result<(), Status> {
             "a device plugin was refused"
         );
     })?;
+    let Some(slot) = slot else {
+        tracing::warn!(
+            resource = request.resource_name,
+            "the devices of a plugin are not used; map its resource to a slot in node.accelerators.device-plugins"
+        );
+        return Ok(());
+    };
     let device = device_of(&slot).to_owned();
     tracing::info!(
         resource = request.resource_name,
         slot,
         "a device plugin has registered"
     );
-    let ended = CancellationToken::new();
     let session = Session::new(
         request.resource_name,
         slot,
         host.directory.join(request.endpoint),
         request.options.unwrap_or_default(),
-        ended,
     );
     // The last to register is the plugin; whoever was before is not listened to any more.
     if let Some(old) = host.sessions().insert(device, session.clone()) {
-        old.end();
+        session.replace(&old);
     }
     node.tasks.spawn(session.follow(node.clone()));
     Ok(())
@@ -292,13 +294,15 @@ mod tests {
                 options: None,
             })
         };
-        assert_eq!(ask("v1beta1", "c.sock", "a.b/c").unwrap(), "c.device");
+        let slot = ask("v1beta1", "c.sock", "a.b/c").unwrap();
+        assert_eq!(slot.as_deref(), Some("c.device"));
+        assert_eq!(ask("v1beta1", "c.sock", "a.b/d").unwrap(), None);
         for (version, endpoint, resource, word) in [
             ("v1alpha", "c.sock", "a.b/c", "v1beta1"),
             ("v1beta1", "../c.sock", "a.b/c", "socket"),
             ("v1beta1", "kubelet.sock", "a.b/c", "socket"),
             ("v1beta1", "", "a.b/c", "socket"),
-            ("v1beta1", "c.sock", "a.b/d", "device-plugins"),
+            ("v1beta1", "c.sock?x", "a.b/c", "socket"),
         ] {
             let status = ask(version, endpoint, resource).unwrap_err();
             assert!(status.message().contains(word), "{status}");

@@ -10,6 +10,8 @@ use crate::accelerator::inject::{cdi, device_node};
 
 /// Entries of one kind beyond this many are no answer for one container.
 const MOST: usize = 4096;
+/// The kernel starts no program with a longer variable (`MAX_ARG_STRLEN` with `=` and the end), bytes.
+const LONGEST: usize = (128 << 10) - 2;
 
 /// What a container gets.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -46,6 +48,7 @@ impl Granted {
                 || name.contains(['=', '\0'])
                 || name.contains(char::is_whitespace)
                 || value.contains('\0')
+                || name.len() + value.len() > LONGEST
             {
                 return Err(format!("{name:?} is no variable"));
             }
@@ -181,6 +184,10 @@ mod tests {
             device("/dev/a", ""),
             ContainerAllocateResponse {
                 envs: [("A=B".to_owned(), String::new())].into(),
+                ..ContainerAllocateResponse::default()
+            },
+            ContainerAllocateResponse {
+                envs: [("A".to_owned(), "x".repeat(LONGEST))].into(),
                 ..ContainerAllocateResponse::default()
             },
             ContainerAllocateResponse {

@@ -1,18 +1,21 @@
 //! One registered plugin: its devices as long as it lists them, and the calls a container needs.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Code, Status, Streaming};
 
 use super::GrantError;
 use super::answer::Granted;
 use super::wire::{
-    ContainerPreferredAllocationRequest, Device, DeviceIds, DevicePluginOptions, PerContainer,
-    Plugin, PreferredAllocationRequest,
+    CALL, ContainerPreferredAllocationRequest, Device, DeviceIds, DevicePluginOptions,
+    ListAndWatchResponse, PerContainer, Plugin, PreferredAllocationRequest,
 };
 use crate::accelerator::inject::Injection;
 use crate::accelerator::known::Known;
@@ -22,6 +25,14 @@ use crate::resource::{PluginFacts, SlotDeclaration, SlotType, device_of};
 
 /// Devices of a plugin beyond this many are left out.
 const MOST: usize = 4096;
+/// A list without changes is silent, so whether its plugin lives is asked this often.
+const PROBE: Duration = Duration::from_secs(10);
+/// Lists take effect no more often than this; of those that come meanwhile, the last one does.
+const PACE: Duration = Duration::from_secs(1);
+/// Lists within a [`PACE`] beyond this many are no plugin's work: one per device is.
+const MOST_LISTS: u32 = 200;
+/// Pauses before a plugin that was lost is tried again: the first, doubled up to the last.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// A registered plugin.
 #[derive(Debug, Clone)]
@@ -35,6 +46,10 @@ struct Inner {
     options: Mutex<DevicePluginOptions>,
     /// While it lists its devices.
     connection: watch::Sender<Option<Plugin>>,
+    /// What it listed last, or its predecessor.
+    listed: Mutex<Option<Vec<Known>>>,
+    /// A call was not answered.
+    silent: Notify,
     ended: CancellationToken,
 }
 
@@ -44,7 +59,6 @@ impl Session {
         slot: String,
         socket: PathBuf,
         options: DevicePluginOptions,
-        ended: CancellationToken,
     ) -> Self {
         Self(Arc::new(Inner {
             resource,
@@ -52,8 +66,16 @@ impl Session {
             socket,
             options: Mutex::new(options),
             connection: watch::Sender::default(),
-            ended,
+            listed: Mutex::default(),
+            silent: Notify::new(),
+            ended: CancellationToken::new(),
         }))
+    }
+
+    /// Answers for what another session listed, which ends.
+    pub(super) fn replace(&self, old: &Self) {
+        old.0.ended.cancel();
+        *self.listed() = old.listed().take();
     }
 
     /// The slot its devices are given out as.
@@ -61,9 +83,8 @@ impl Session {
         &self.0.slot
     }
 
-    /// Another one has registered in its place.
-    pub(super) fn end(&self) {
-        self.0.ended.cancel();
+    fn listed(&self) -> MutexGuard<'_, Option<Vec<Known>>> {
+        self.0.listed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn options(&self) -> DevicePluginOptions {
@@ -75,48 +96,159 @@ impl Session {
         self.0.connection.borrow().clone()
     }
 
-    /// Follows its devices until it ends, by itself or because another one took its place.
+    /// Follows its devices until another one takes its place, or its socket is gone: whoever makes a
+    /// new one registers again.
     pub(super) async fn follow(self, node: Arc<Node>) {
-        let mut devices = Vec::new();
-        let ended = tokio::select! {
-            ended = self.watch(&node, &mut devices) => ended,
-            () = self.0.ended.cancelled() => return,
-            () = node.stopping.cancelled() => return,
-        };
-        self.0.connection.send_replace(None);
-        let why = ended.err().map_or_else(
-            || "it has closed the list of its devices".to_owned(),
-            |status| status.message().to_owned(),
-        );
-        tracing::warn!(
-            resource = self.0.resource,
-            why,
-            "a device plugin is gone; its devices are not given out until it registers again"
-        );
-        for device in &mut devices {
-            device.healthy = false;
+        tokio::select! {
+            () = self.keep(&node) => {}
+            () = self.0.ended.cancelled() => {}
+            () = node.stopping.cancelled() => {}
         }
-        self.install(&node, &devices);
     }
 
-    async fn watch(&self, node: &Arc<Node>, devices: &mut Vec<Known>) -> Result<(), Status> {
+    async fn keep(&self, node: &Node) {
+        let socket = self.socket().await;
+        let mut pause = PAUSES.0;
+        loop {
+            let begun = Instant::now();
+            let ended = self.watch(node).await;
+            self.0.connection.send_replace(None);
+            let why = ended.err().map_or_else(
+                || "it has closed the list of its devices".to_owned(),
+                |status| status.message().to_owned(),
+            );
+            if self.lose(node) {
+                tracing::warn!(
+                    resource = self.0.resource,
+                    why,
+                    "a device plugin is gone; its devices are not given out until it lists them again"
+                );
+            } else {
+                tracing::debug!(
+                    resource = self.0.resource,
+                    why,
+                    "a device plugin stays away"
+                );
+            }
+            if begun.elapsed() > PAUSES.1 {
+                pause = PAUSES.0;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+            if socket.is_none() || self.socket().await != socket {
+                return;
+            }
+        }
+    }
+
+    /// Device, inode and time of its socket. A link could lead anywhere, and another file of its
+    /// name may be another plugin's.
+    async fn socket(&self) -> Option<(u64, u64, i64, i64)> {
+        let found = tokio::fs::symlink_metadata(&self.0.socket).await.ok()?;
+        let is_socket = found.file_type().is_socket();
+        is_socket.then(|| (found.dev(), found.ino(), found.mtime(), found.mtime_nsec()))
+    }
+
+    /// Its devices do not work; whether that is new.
+    fn lose(&self, node: &Node) -> bool {
+        let mut listed = self.listed();
+        let Some(devices) = listed.as_mut() else {
+            return true;
+        };
+        let new = devices.iter().any(|device| device.healthy);
+        for device in devices.iter_mut() {
+            device.healthy = false;
+        }
+        self.install(node, devices);
+        new
+    }
+
+    async fn watch(&self, node: &Node) -> Result<(), Status> {
+        if self.socket().await.is_none() {
+            return Err(Status::unavailable("its endpoint is no socket"));
+        }
         let plugin = Plugin::connect(&self.0.socket).await?;
-        // Plugins that do not send their options with the registration tell them when asked; old
-        // ones know no such call.
-        if let Ok(options) = plugin.options().await {
+        // Plugins that do not send their options with the registration tell them when asked.
+        if let Some(options) = probe(&plugin).await? {
             *self
                 .0
                 .options
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = options;
         }
-        let mut listed = plugin.watch().await?;
-        self.0.connection.send_replace(Some(plugin));
-        while let Some(message) = listed.message().await? {
-            *devices = self.known(message.devices);
-            self.install(node, devices);
+        let mut lists = plugin.watch().await?;
+        let first = timeout(CALL, lists.message()).await;
+        let Some(first) = first.map_err(|_| late("the devices are not listed"))?? else {
+            return Ok(());
+        };
+        self.take(node, first);
+        self.0.connection.send_replace(Some(plugin.clone()));
+        tokio::select! {
+            ended = self.read(node, &mut lists) => ended,
+            silent = self.silence(&plugin) => Err(silent),
+        }
+    }
+
+    /// Takes in lists until there are no more.
+    async fn read(
+        &self,
+        node: &Node,
+        lists: &mut Streaming<ListAndWatchResponse>,
+    ) -> Result<(), Status> {
+        let mut quiet = Instant::now() + PACE;
+        while let Some(mut last) = lists.message().await? {
+            let mut more = 0;
+            loop {
+                tokio::select! {
+                    biased;
+                    () = sleep_until(quiet) => break,
+                    next = lists.message() => match next? {
+                        Some(next) => last = next,
+                        None => return Ok(()),
+                    },
+                }
+                more += 1;
+                if more > MOST_LISTS {
+                    return Err(Status::resource_exhausted(
+                        "it lists its devices without end",
+                    ));
+                }
+            }
+            self.take(node, last);
+            quiet = Instant::now() + PACE;
         }
         Ok(())
+    }
+
+    /// Ends when the plugin does not answer.
+    async fn silence(&self, plugin: &Plugin) -> Status {
+        let mut probes = interval_at(Instant::now() + PROBE, PROBE);
+        probes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = probes.tick() => if let Err(status) = probe(plugin).await {
+                    return status;
+                },
+                () = self.0.silent.notified() => return late("it has not answered a call"),
+            }
+        }
+    }
+
+    fn take(&self, node: &Node, list: ListAndWatchResponse) {
+        let devices = self.known(list.devices);
+        let mut listed = self.listed();
+        if listed.as_ref() != Some(&devices) && !self.0.ended.is_cancelled() {
+            self.install(node, &devices);
+            *listed = Some(devices);
+        }
+    }
+
+    /// What a failed call says of the plugin itself: one that is late or cut off is not trusted with
+    /// the next container before it has listed its devices anew.
+    fn judge(&self, status: &Status) {
+        if matches!(status.code(), Code::DeadlineExceeded | Code::Unavailable) {
+            self.0.silent.notify_one();
+        }
     }
 
     /// The devices as far as they make sense.
@@ -208,6 +340,7 @@ impl Session {
                 (ids.len() == given.len()).then_some(ids)
             }
             Err(status) => {
+                self.judge(&status);
                 tracing::debug!(
                     resource = self.0.resource,
                     why = status.message(),
@@ -225,10 +358,13 @@ impl Session {
             resource: resource(),
         })?;
         let failed = |step| {
-            move |status| GrantError::Call {
-                resource: self.0.resource.clone(),
-                step,
-                status: Box::new(status),
+            move |status| {
+                self.judge(&status);
+                GrantError::Call {
+                    resource: self.0.resource.clone(),
+                    step,
+                    status: Box::new(status),
+                }
             }
         };
         let request = PerContainer {
@@ -255,4 +391,17 @@ impl Session {
         }
         Ok(granted)
     }
+}
+
+/// Its options, which every plugin tells; old ones know no such call, which is an answer too.
+async fn probe(plugin: &Plugin) -> Result<Option<DevicePluginOptions>, Status> {
+    match plugin.options().await {
+        Ok(options) => Ok(Some(options)),
+        Err(status) if status.code() == Code::Unimplemented => Ok(None),
+        Err(status) => Err(status),
+    }
+}
+
+fn late(why: &str) -> Status {
+    Status::deadline_exceeded(why)
 }
