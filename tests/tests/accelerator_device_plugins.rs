@@ -16,7 +16,7 @@ use harness::{python, wait};
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(120);
 const SLOT: &str = "gaudi2.device";
 const RESOURCE: &str = "habana.test/gaudi";
 
