@@ -37,7 +37,7 @@ fn rare_keys_are_accepted_and_reported() {
 fn what_this_release_reads_and_does_not_use_is_told() {
     for (section, line, told) in [
         ("agent", "pid-file = '/tmp/x.pid'", true),
-        ("agent", "allow_compute_plugins = ['a']", true),
+        ("agent", "allow_compute_plugins = ['a']", false),
         ("api", "push-timeout = 60", false),
         ("logging", "drivers = ['console', 'file']", true),
         ("logging", "drivers = ['console']", false),
