@@ -88,7 +88,12 @@ fn each_client_has_a_session_and_its_own_answers() {
     seen.sort_unstable();
     seen.dedup();
     assert_eq!(seen.len(), clients.len(), "the server tells clients apart");
-    let counters = port.counters();
+    // An answer is counted when it has been sent, and may be here before that.
+    let counters = until("the last answer being counted", || {
+        let counters = port.counters();
+        (counters.bytes_out >= counters.bytes_in + 2 * 150).then_some(counters)
+    })
+    .expect("counted");
     assert_eq!((counters.total, counters.active), (50, 50));
     assert_eq!(counters.bytes_out, counters.bytes_in + 2 * 150);
 }
