@@ -1,7 +1,7 @@
 //! Accelerators as slots: what the drivers told, what is given out of it, and what containers get.
 //!
 //! In: the dataplane's rows, the settings of file and etcd, a file of made-up devices. Out: a
-//! [`DevicePlugin`](crate::resource::DevicePlugin) per kind in the ledger, kept up to date.
+//! [`DevicePlugin`] per kind in the ledger, kept up to date.
 //! Invariants: absent is not zero, so before the first scan the node goes by what it knew in an
 //! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
 //! does not work is not given out and not announced, and is both again when it works again.
