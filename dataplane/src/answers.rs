@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// A question that has taken this long is taken to hang; a spare thread goes on with the others.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// A spare thread that has had nothing to wait for this long ends.
+const SPARE_KEPT: Duration = Duration::from_secs(10);
 
 /// What came of a question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +50,8 @@ struct State<K, A> {
     answers: HashMap<K, (Instant, A)>,
     threads: usize,
     idle: usize,
+    /// When a question last had another one waiting behind it.
+    spare_wanted: Instant,
     stop: bool,
 }
 
@@ -83,6 +87,7 @@ where
                 answers: HashMap::new(),
                 threads: 1,
                 idle: 0,
+                spare_wanted: Instant::now(),
                 stop: false,
             }),
             changed: Condvar::new(),
@@ -190,24 +195,27 @@ where
             let at_work = state.asked.values().any(|since| since.elapsed() < PATIENCE);
             if !at_work && let Some(key) = state.waiting.pop_front() {
                 state.asked.insert(key.clone(), Instant::now());
-                let spare = state.idle == 0 && state.threads < self.most_threads;
-                if spare && !state.waiting.is_empty() && Self::spawn(self).is_ok() {
-                    state.threads += 1;
+                if !state.waiting.is_empty() {
+                    state.spare_wanted = Instant::now();
+                    let spare = state.idle == 0 && state.threads < self.most_threads;
+                    if spare && Self::spawn(self).is_ok() {
+                        state.threads += 1;
+                    }
                 }
                 return Some(key);
             }
-            if state.idle >= 2 {
+            let quiet = state.waiting.is_empty();
+            let enough = match quiet && state.spare_wanted.elapsed() >= SPARE_KEPT {
+                true => 1,
+                false => 2,
+            };
+            if state.idle >= enough {
                 return None;
             }
             state.idle += 1;
-            state = if state.waiting.is_empty() {
-                self.changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner)
-            } else {
-                let waited = self.changed.wait_timeout(state, PATIENCE);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            };
+            let waited = if quiet { SPARE_KEPT } else { PATIENCE };
+            let waited = self.changed.wait_timeout(state, waited);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
             state.idle -= 1;
         }
     }
@@ -269,7 +277,7 @@ mod tests {
         assert!(answers.last(&0).is_none(), "not wanted any more");
         let inner = Arc::clone(&answers.0);
         assert!(inner.lock().threads <= 16);
-        until(|| inner.lock().threads <= 2);
+        until(|| inner.lock().threads == 1);
         drop(answers);
         until(|| inner.lock().threads == 0);
     }
