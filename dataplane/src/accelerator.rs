@@ -77,6 +77,16 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Looks again and again, until told to end.
+    fn repeat(&self, look: impl Fn() -> Reading) {
+        loop {
+            self.put(look());
+            if !self.pause(INTERVAL) {
+                return;
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,11 +152,17 @@ impl Accelerators {
         start("nvml", Box::new(move |slot| nvml::run(&library, slot)))?;
         if rocm::is_there(&options.root) {
             let root = options.root.clone();
-            start("rocm", Box::new(move |slot| rocm::run(&root, slot)))?;
+            start(
+                "rocm",
+                Box::new(move |slot| slot.repeat(|| rocm::look(&root))),
+            )?;
         }
         if tpu::is_there(&options.root) {
             let root = options.root.clone();
-            start("tpu", Box::new(move |slot| tpu::run(&root, slot)))?;
+            start(
+                "tpu",
+                Box::new(move |slot| slot.repeat(|| tpu::look(&root))),
+            )?;
         }
         Ok(Self { slots })
     }

@@ -92,14 +92,14 @@ pub struct Link {
 fn sum(a: Counters, b: Counters) -> Counters {
     Counters {
         active: 0,
-        total: a.total + b.total,
-        refused: a.refused + b.refused,
-        bytes_in: a.bytes_in + b.bytes_in,
-        bytes_out: a.bytes_out + b.bytes_out,
-        connect_failures: a.connect_failures + b.connect_failures,
-        idle_timeouts: a.idle_timeouts + b.idle_timeouts,
-        packets_in: a.packets_in + b.packets_in,
-        packets_out: a.packets_out + b.packets_out,
+        total: a.total.saturating_add(b.total),
+        refused: a.refused.saturating_add(b.refused),
+        bytes_in: a.bytes_in.saturating_add(b.bytes_in),
+        bytes_out: a.bytes_out.saturating_add(b.bytes_out),
+        connect_failures: a.connect_failures.saturating_add(b.connect_failures),
+        idle_timeouts: a.idle_timeouts.saturating_add(b.idle_timeouts),
+        packets_in: a.packets_in.saturating_add(b.packets_in),
+        packets_out: a.packets_out.saturating_add(b.packets_out),
     }
 }
 

@@ -28,24 +28,6 @@ pub struct Crowd {
     answers: PipeReader,
 }
 
-fn roots() -> Vec<PathBuf> {
-    let facts = Facts::gather();
-    let mut roots: Vec<PathBuf> = [
-        facts.cpu,
-        facts.cpu_quota,
-        facts.memory,
-        facts.pids,
-        facts.io,
-    ]
-    .into_iter()
-    .flatten()
-    .map(|hierarchy| hierarchy.mount().to_owned())
-    .collect();
-    roots.sort();
-    roots.dedup();
-    roots
-}
-
 fn top(root: &Path, site: &Site) -> PathBuf {
     root.join(format!("{}-{TOP}", site.id()))
 }
@@ -56,7 +38,7 @@ impl Crowd {
     /// # Errors
     /// The kernel refuses.
     pub fn gather(site: &Site, count: u16) -> Result<Self> {
-        let roots = roots();
+        let roots = Facts::gather().mounts();
         for root in &roots {
             let top = top(root, site);
             std::fs::create_dir(&top).with_context(|| top.display().to_string())?;
@@ -132,7 +114,7 @@ impl Crowd {
 
 /// Ends the members of a site and removes all that is theirs.
 pub fn end(site: &Site) {
-    for root in roots() {
+    for root in Facts::gather().mounts() {
         let top = top(&root, site);
         let Ok(entries) = std::fs::read_dir(&top) else {
             continue;

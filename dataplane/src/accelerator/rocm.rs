@@ -1,6 +1,6 @@
 //! AMD devices by the kernel's own files: no library is needed.
 //!
-//! In: the KFD topology and the devices' directories in sysfs. Out: readings in the thread's `Slot`.
+//! In: the KFD topology and the devices' directories in sysfs. Out: readings.
 //! Invariants: a node is a device only when it has compute units; what a file does not tell is
 //! absent; two devices never have one id.
 //!
@@ -14,7 +14,7 @@ use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, Acc
 
 use super::attribution::{by_container, container_of};
 use super::files::{names, numa_node, number, text};
-use super::{INTERVAL, ProcessUse, Reading, Slot, clip};
+use super::{ProcessUse, Reading, clip};
 
 const TOPOLOGY: &str = "sys/class/kfd/kfd/topology/nodes";
 const PROCESSES: &str = "sys/class/kfd/kfd/proc";
@@ -22,16 +22,6 @@ const PROCESSES: &str = "sys/class/kfd/kfd/proc";
 /// Whether this host has AMD's compute driver.
 pub(super) fn is_there(root: &Path) -> bool {
     root.join(TOPOLOGY).is_dir()
-}
-
-/// The thread: until it is told to end.
-pub(super) fn run(root: &Path, slot: &Slot) {
-    loop {
-        slot.put(look(root));
-        if !slot.pause(INTERVAL) {
-            return;
-        }
-    }
 }
 
 /// One look.

@@ -1,7 +1,7 @@
 //! Google's TPUs by the PCI bus: which chips there are. Nothing of the kernel tells their load; the
 //! process that holds a chip does, and only to itself.
 //!
-//! In: sysfs. Out: readings in the thread's `Slot`. Invariant: only chips on the list count, because
+//! In: sysfs. Out: readings. Invariant: only chips on the list count, because
 //! network and disk devices of Google's machines have the same vendor.
 //!
 //! Sources: the PCI ids by which published machine-learning frameworks recognise TPU machines;
@@ -11,8 +11,8 @@ use std::path::Path;
 
 use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
 
+use super::Reading;
 use super::files::{hex, names, numa_node};
-use super::{INTERVAL, Reading, Slot};
 
 const VENDOR: u64 = 0x1ae0;
 /// PCI device, name, memory in GiB; of the first, two generations share the id.
@@ -29,16 +29,6 @@ const DEVICES: &str = "sys/bus/pci/devices";
 /// Whether this host has any.
 pub(super) fn is_there(root: &Path) -> bool {
     !look(root).devices.is_empty()
-}
-
-/// The thread: until it is told to end.
-pub(super) fn run(root: &Path, slot: &Slot) {
-    loop {
-        slot.put(look(root));
-        if !slot.pause(INTERVAL) {
-            return;
-        }
-    }
 }
 
 /// One look.

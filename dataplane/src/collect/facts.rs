@@ -48,6 +48,22 @@ impl Facts {
         })
     }
 
+    /// Where the hierarchies are mounted, each once.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let all = [
+            &self.cpu,
+            &self.cpu_quota,
+            &self.memory,
+            &self.pids,
+            &self.io,
+        ];
+        let mounts = all.into_iter().flatten();
+        let mut mounts: Vec<PathBuf> = mounts.map(|it| it.mount().to_owned()).collect();
+        mounts.sort();
+        mounts.dedup();
+        mounts
+    }
+
     /// The facts a mount table tells; `unified` answers the controllers of a v2 tree.
     pub fn from_mounts(mounts: &str, unified: impl Fn(&Path) -> String) -> Self {
         let mut v1 = Vec::new();

@@ -27,23 +27,9 @@ struct Tree {
 
 impl Tree {
     fn new() -> Self {
-        let facts = Facts::gather();
-        let mut roots: Vec<PathBuf> = [
-            facts.cpu,
-            facts.cpu_quota,
-            facts.memory,
-            facts.pids,
-            facts.io,
-        ]
-        .into_iter()
-        .flatten()
-        .map(|hierarchy| hierarchy.mount().to_owned())
-        .collect();
-        roots.sort();
-        roots.dedup();
         let tree = Self {
             name: format!("bai-truth-{}", std::process::id()),
-            roots,
+            roots: Facts::gather().mounts(),
             tasks: Vec::new(),
         };
         for root in &tree.roots {
