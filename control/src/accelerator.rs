@@ -9,6 +9,7 @@
 pub mod host;
 pub mod inject;
 pub mod known;
+mod listed;
 pub mod mock;
 pub mod plugin;
 pub mod settings;
@@ -26,6 +27,7 @@ use crate::kernel::node::{Node, blocking};
 use crate::link::Observed;
 use crate::resource::{DevicePlugin, InventoryError, Ledger};
 use known::{Known, of_rows};
+use listed::Listed;
 use plugin::AcceleratorPlugin;
 use settings::{Options, Settings};
 
@@ -41,7 +43,11 @@ pub struct Accelerators {
     settings: Settings,
     /// Where the last scan is kept.
     file: PathBuf,
+    /// One writes at a time, so that the last to write knows most.
+    writing: Mutex<()>,
     devices: Mutex<Vec<Known>>,
+    /// Those of device plugins.
+    listed: Listed,
     /// Number of scans that told something new; none before the first scan.
     scans: watch::Sender<Option<u64>>,
 }
@@ -51,14 +57,22 @@ impl Accelerators {
     pub fn open(config: &Config, options: &Options) -> Self {
         let name = format!("accelerators.{}.json", plain_name(&config.agent.id));
         let file = config.agent.var_base_path.join(name);
-        let devices = std::fs::read(&file)
-            .ok()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            .unwrap_or_default();
+        let kept: Vec<Known> = match std::fs::read(&file) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|err| {
+                tracing::warn!(%err, path = %file.display(),
+                    "the list of accelerators of an earlier life makes no sense; waiting for the drivers");
+                Vec::new()
+            }),
+            Err(_) => Vec::new(),
+        };
+        let settings = Settings::of(config, options);
+        let (listed, devices) = kept.into_iter().partition(|device| device.slot.is_some());
         Self {
-            settings: Settings::of(config, options),
             file,
+            writing: Mutex::default(),
             devices: Mutex::new(devices),
+            listed: Listed::new(&settings.plugin_slots, listed),
+            settings,
             scans: watch::Sender::default(),
         }
     }
@@ -84,6 +98,9 @@ impl Accelerators {
                     &self.settings,
                 )));
             }
+        }
+        for plugin in self.listed.plugins() {
+            all.push(Box::new(plugin));
         }
         Ok(all)
     }
@@ -118,10 +135,44 @@ impl Accelerators {
         }
     }
 
+    /// Takes in what a device plugin lists of its slot, as long as `counts`.
+    ///
+    /// # Errors
+    /// The devices cannot be given out; nothing is changed then.
+    pub(crate) fn list(
+        &self,
+        ledger: &Ledger,
+        slot: &str,
+        devices: Vec<Known>,
+        counts: impl FnOnce() -> bool,
+    ) -> Result<(), InventoryError> {
+        let changed = self.listed.put(ledger, slot, devices, counts)?;
+        self.touch(changed);
+        Ok(())
+    }
+
+    /// A device plugin is gone, and its devices work for nobody, as long as `counts`; whether that
+    /// is new.
+    ///
+    /// # Errors
+    /// Never in practice: the devices were given out before.
+    pub(crate) fn lose(
+        &self,
+        ledger: &Ledger,
+        slot: &str,
+        counts: impl FnOnce() -> bool,
+    ) -> Result<bool, InventoryError> {
+        let changed = self.listed.lose(ledger, slot, counts)?;
+        self.touch(changed);
+        Ok(changed)
+    }
+
     /// Tells whoever follows that a device plugin has changed what is given out.
-    pub(crate) fn touch(&self) {
-        self.scans
-            .send_modify(|scans| *scans = scans.map(|number| number + 1));
+    fn touch(&self, changed: bool) {
+        if changed {
+            self.scans
+                .send_modify(|scans| *scans = scans.map(|number| number + 1));
+        }
     }
 
     /// On a node without accelerators no pass costs anything.
@@ -177,7 +228,10 @@ impl Accelerators {
     }
 
     fn keep(&self) -> std::io::Result<()> {
-        let bytes = serde_json::to_vec_pretty(&self.known()).map_err(std::io::Error::other)?;
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.known();
+        all.extend(self.listed.known());
+        let bytes = serde_json::to_vec_pretty(&all).map_err(std::io::Error::other)?;
         replace_file(&self.file, &bytes)
     }
 }
@@ -188,36 +242,41 @@ fn kinds(devices: &[Known]) -> BTreeSet<String> {
 
 /// Keeps the ledger's accelerators up to date until the agent stops.
 pub async fn follow(node: Arc<Node>) {
+    let accelerators = &node.accelerators;
     let mut observed = node.link.subscribe();
     let mut trouble = false;
+    let mut unsaved = false;
     loop {
         let now = observed.borrow_and_update().clone();
-        if node.accelerators.has_nothing_to_do(&now) {
-            tokio::select! {
-                changed = observed.changed() => if changed.is_err() { return },
-                () = node.stopping.cancelled() => return,
+        if unsaved || !accelerators.has_nothing_to_do(&now) {
+            let of_node = node.clone();
+            // Settings may look into sysfs and the inventory is kept on disk.
+            let taken = blocking(move || {
+                let accelerators = &of_node.accelerators;
+                let changed = accelerators.take_in(&of_node.ledger, &now);
+                let save = unsaved || matches!(changed, Ok(true));
+                (changed, save.then(|| accelerators.keep()))
+            });
+            let (taken, kept) = taken.await;
+            if let Some(Err(err)) = kept {
+                tracing::warn!(%err, "the list of accelerators cannot be kept");
             }
-            continue;
+            match taken {
+                Ok(_) => trouble = false,
+                Err(err) if !std::mem::replace(&mut trouble, true) => tracing::error!(
+                    err = crate::kernel::destroy::chain(&err),
+                    "the accelerators of this node cannot be given out"
+                ),
+                Err(_) => {}
+            }
         }
-        let of_node = node.clone();
-        // Settings may look into sysfs and the inventory is kept on disk.
-        let taken = blocking(move || {
-            let accelerators = &of_node.accelerators;
-            let changed = accelerators.take_in(&of_node.ledger, &now)?;
-            Ok::<_, InventoryError>(changed.then(|| accelerators.keep()))
-        });
-        match taken.await {
-            Ok(Some(Err(err))) => tracing::warn!(%err, "the list of accelerators cannot be kept"),
-            Ok(_) => trouble = false,
-            Err(err) if !std::mem::replace(&mut trouble, true) => tracing::error!(
-                err = crate::kernel::destroy::chain(&err),
-                "the accelerators of this node cannot be given out"
-            ),
-            Err(_) => {}
-        }
-        tokio::select! {
-            changed = observed.changed() => if changed.is_err() { return },
+        unsaved = tokio::select! {
+            changed = observed.changed() => match changed {
+                Ok(()) => false,
+                Err(_) => return,
+            },
+            () = accelerators.listed.unsaved.notified() => true,
             () = node.stopping.cancelled() => return,
-        }
+        };
     }
 }

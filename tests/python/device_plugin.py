@@ -9,6 +9,7 @@ does; a line of JSON on stdout tells each call it gets. Keys of its behaviour:
   prefer    ids that GetPreferredAllocation answers
   allocate  the ContainerAllocateResponse, as a map
   hang      names of calls that are never answered
+  fail      names of calls that fail
   close     whether the list of devices ends at once
   flood     whether it is sent again without end
   version   what it registers with
@@ -93,6 +94,8 @@ class Plugin:
         tell(called=name, **what)
         while name in self.does("hang", []) and context.is_active():
             time.sleep(0.05)
+        if name in self.does("fail", []):
+            context.abort(grpc.StatusCode.INTERNAL, "told to fail")
 
     def options(self, _request, context):
         self.called("GetDevicePluginOptions", context)

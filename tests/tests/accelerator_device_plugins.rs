@@ -2,8 +2,9 @@
 //! registers, lists, is asked, dies, hangs, lies and comes back, and nothing but its own devices
 //! notices.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,12 +29,16 @@ struct Plugin {
 }
 
 impl Plugin {
-    fn start(python: &Path, directory: &Path, resource: &str, behaviour: &Json) -> Result<Plugin> {
+    fn start(python: &Path, socket: &Path, resource: &str, behaviour: &Json) -> Result<Plugin> {
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/device_plugin.py");
         let mut child = Command::new(python)
             .arg(program)
-            .arg(directory)
-            .args(["plugin.sock", resource])
+            .args(
+                [socket.parent(), socket.file_name().map(Path::new)]
+                    .into_iter()
+                    .flatten(),
+            )
+            .arg(resource)
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -96,13 +101,18 @@ fn usual(place: &Path) -> Json {
 
 struct Machine {
     node: Node,
-    python: std::path::PathBuf,
+    python: PathBuf,
     place: TempDir,
 }
 
 impl Machine {
     /// `None` where there is no Python for the plugin.
     async fn start() -> Result<Option<Machine>> {
+        Machine::with(&format!("\"{RESOURCE}\" = \"{SLOT}\"")).await
+    }
+
+    /// With resources mapped to slots.
+    async fn with(mapped: &str) -> Result<Option<Machine>> {
         let Some(python) = python::interpreter("accelerator_device_plugins")? else {
             return Ok(None);
         };
@@ -110,7 +120,7 @@ impl Machine {
         std::fs::write(place.path().join("library"), "of the vendor")?;
         let node = Node::start(NodeOptions {
             sections: format!(
-                "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ \"{RESOURCE}\" = \"{SLOT}\" }}\n",
+                "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ {mapped} }}\n",
                 place.path().join("plugins").display()
             ),
             // More kernels than a small machine has cores.
@@ -130,16 +140,25 @@ impl Machine {
     }
 
     fn plugin_of(&self, resource: &str, behaviour: &Json) -> Result<Plugin> {
-        let directory = self.place.path().join("plugins");
-        Plugin::start(&self.python, &directory, resource, behaviour)
+        let socket = self.directory().join("plugin.sock");
+        Plugin::start(&self.python, &socket, resource, behaviour)
+    }
+
+    /// Where plugins look for a kubelet.
+    fn directory(&self) -> PathBuf {
+        self.place.path().join("plugins")
     }
 
     async fn total(&self, amount: f64) -> Result<()> {
-        wait::until(&format!("{amount} of {SLOT}"), SOON, || async {
+        self.total_of(SLOT, amount).await
+    }
+
+    async fn total_of(&self, slot: &str, amount: f64) -> Result<()> {
+        wait::until(&format!("{amount} of {slot}"), SOON, || async {
             let status = kernels::ask(&self.node, "bai.status", Vec::new())
                 .await
                 .ok()?;
-            let total = status["slots"][SLOT]["total"]
+            let total = status["slots"][slot]["total"]
                 .as_str()?
                 .parse::<f64>()
                 .ok()?;
@@ -156,8 +175,12 @@ impl Machine {
 }
 
 fn order(amount: &str) -> Result<Order> {
+    order_of(SLOT, amount)
+}
+
+fn order_of(slot: &str, amount: &str) -> Result<Order> {
     let mut order = Order::of(Image::Runner)?;
-    order.config["resource_slots"][SLOT] = json!(amount);
+    order.config["resource_slots"][slot] = json!(amount);
     Ok(order)
 }
 
@@ -230,7 +253,7 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     );
     ensure!(kernels::state(&machine.node, two.kernel).await?.as_deref() == Some("running"));
     ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
-    let mut plugin = machine.plugin(&usual(machine.place.path()))?;
+    let plugin = machine.plugin(&usual(machine.place.path()))?;
     machine.total(4.0).await?;
     let failure = kernels::fail_to_create(&machine.node, &order("3")?).await?;
     ensure!(
@@ -243,6 +266,46 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     machine.node.stop_control()?;
     machine.node.start_control().await?;
     machine.total(4.0).await?;
+    ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
+
+    // And one in which no plugin is there at first: what it had is known, held as before, and not
+    // given out until it has registered.
+    machine.node.stop_control()?;
+    drop(plugin);
+    machine.node.start_control().await?;
+    machine.total(0.0).await?;
+    ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
+    ensure!(kernels::state(&machine.node, two.kernel).await?.as_deref() == Some("running"));
+    let state = kernels::ask(&machine.node, "gather_hwinfo", Vec::new()).await?;
+    ensure!(state["gaudi2"]["status"] == "offline", "{state}");
+    let all: BTreeSet<&String> = state["gaudi2"]["metadata"]
+        .as_object()
+        .context("devices")?
+        .keys()
+        .collect();
+    ensure!(all.into_iter().eq(["d0", "d1", "d2", "d3"]), "{state}");
+    let mut plugin = machine.plugin(&usual(machine.place.path()))?;
+    machine.total(4.0).await?;
+    ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
+    let failure = kernels::fail_to_create(&machine.node, &order("3")?).await?;
+    ensure!(
+        failure.repr.contains("InsufficientResource"),
+        "{}",
+        failure.repr
+    );
+
+    // What it answers before the start counts: one that cannot prepare its devices fails the creation.
+    let mut behaviour = usual(machine.place.path());
+    behaviour["fail"] = json!(["PreStartContainer"]);
+    plugin.behave(&behaviour)?;
+    let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
+    ensure!(
+        failure
+            .repr
+            .contains("did not prepare the start of a container"),
+        "{}",
+        failure.repr
+    );
     ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
 
     // A plugin that hangs fails its own creation, in time and in words; one that lies too.
@@ -355,4 +418,102 @@ async fn registrations_that_make_no_sense_are_refused_with_words() -> Result<()>
     })
     .await?;
     machine.total(2.0).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_of_divided_devices_are_slots_of_their_own() -> Result<()> {
+    // NVIDIA's plugin, strategy "mixed": a program that registers a resource per kind of part.
+    let part = "cuda.device:1g.10gb-mig";
+    let mapped =
+        format!("\"nvidia.com/gpu\" = \"cuda.device\", \"nvidia.com/mig-1g.10gb\" = \"{part}\"");
+    let Some(machine) = Machine::with(&mapped).await? else {
+        return Ok(());
+    };
+    let lists = |ids: [&str; 2], variable: &str| {
+        json!({
+            "devices": {ids[0]: "Healthy", ids[1]: "Healthy"},
+            "allocate": {"envs": {"NVIDIA_VISIBLE_DEVICES": variable}},
+        })
+    };
+    let start = |socket: &str, resource: &str, behaviour: Json| {
+        let socket = machine.directory().join(socket);
+        Plugin::start(&machine.python, &socket, resource, &behaviour)
+    };
+    let whole = start(
+        "nvidia-gpu.sock",
+        "nvidia.com/gpu",
+        lists(["GPU-0", "GPU-1"], "GPU-x"),
+    )?;
+    let parts = start(
+        "nvidia-mig-1g.10gb.sock",
+        "nvidia.com/mig-1g.10gb",
+        lists(["MIG-0", "MIG-1"], "MIG-x"),
+    )?;
+    machine.total_of("cuda.device", 2.0).await?;
+    machine.total_of(part, 2.0).await?;
+    let order = order_of(part, "1")?;
+    let result = kernels::create(&machine.node, &order).await?;
+    let given = &result["resource_spec"]["allocations"]["cuda"][part];
+    let given = given.as_object().context("a part")?;
+    let id = given.keys().next().context("a part")?;
+    ensure!(id.starts_with("MIG-"), "{result}");
+    ensure!(parts.calls("Allocate")[0]["ids"] == json!([[id]]));
+    ensure!(
+        whole.calls("Allocate").is_empty(),
+        "the other plugin was asked"
+    );
+    let said = kernels::run(&machine.node, &order, "env").await?.output;
+    ensure!(said.contains("NVIDIA_VISIBLE_DEVICES=MIG-x"), "{said}");
+    // A kernel without a device sees none, whatever its image says.
+    let none = Order::of(Image::Runner)?;
+    kernels::create(&machine.node, &none).await?;
+    let said = kernels::run(&machine.node, &none, "env").await?.output;
+    ensure!(said.contains("NVIDIA_VISIBLE_DEVICES=void"), "{said}");
+    // Two parts are two kernels' business, and a part and a whole device nobody's.
+    let mut both = order_of(part, "1")?;
+    both.config["resource_slots"]["cuda.device"] = json!("1");
+    let failure = kernels::fail_to_create(&machine.node, &both).await?;
+    ensure!(
+        failure.repr.contains("InvalidResourceCombination"),
+        "{}",
+        failure.repr
+    );
+    // One of the resources goes, the other one stays.
+    drop(whole);
+    machine.total_of("cuda.device", 0.0).await?;
+    machine.total_of(part, 2.0).await?;
+    machine.end(&none).await?;
+    machine.end(&order).await?;
+    kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_socket_is_made_when_it_can_be_and_again_when_it_is_gone() -> Result<()> {
+    let Some(mut machine) = Machine::start().await? else {
+        return Ok(());
+    };
+    let socket = machine.directory().join("kubelet.sock");
+    machine.node.stop_control()?;
+    let _ = std::fs::remove_file(&socket);
+    // Another one serves the directory, as a kubelet would.
+    let other = std::os::unix::net::UnixListener::bind(&socket)?;
+    machine.node.start_control().await?;
+    wait::until("words about it", SOON, || async {
+        let log = machine.node.log("bai-agent");
+        log.contains("device plugins cannot be served for now")
+            .then_some(())
+    })
+    .await?;
+    drop(other);
+    let plugin = machine.plugin(&json!({"devices": {"a": "Healthy"}}))?;
+    machine.total(1.0).await?;
+    // Somebody cleans up the directory.
+    std::fs::remove_file(&socket)?;
+    wait::until("another registration", SOON, || async {
+        let told = plugin.told().into_iter();
+        let times = told.filter(|said| said["registered"] == true).count();
+        (times == 2).then_some(())
+    })
+    .await?;
+    machine.total(1.0).await
 }

@@ -432,11 +432,18 @@ fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {
                 !device.is_empty() && !rest.is_empty() && !matches!(device, "cpu" | "mem")
             })
         };
-        match plugins.iter().find(|(_, slot)| !fits(slot)) {
-            None => Ok(()),
-            Some((name, slot)) => Err(Fault::new(
+        if let Some((name, slot)) = plugins.iter().find(|(_, slot)| !fits(slot)) {
+            return Err(Fault::new(
                 format!("{slot:?} of {name:?} is not the name of a slot"),
                 "write { \"habana.ai/gaudi\" = \"gaudi2.device\" }",
+            ));
+        }
+        let mut seen = BTreeSet::new();
+        match plugins.values().find(|slot| !seen.insert(*slot)) {
+            None => Ok(()),
+            Some(slot) => Err(Fault::new(
+                format!("two resources are given out as {slot:?}"),
+                "give each a slot of its own",
             )),
         }
     };

@@ -266,6 +266,11 @@ fn what_does_not_fit_is_refused_at_its_key() {
             "device-plugins = {'a/b'='mem.x'}",
             "node.accelerators.device-plugins",
         ),
+        (
+            "node.accelerators",
+            "device-plugins = {'a/b'='x.device', 'c/d'='x.device'}",
+            "node.accelerators.device-plugins",
+        ),
         ("node.rpc", "max-message = '1k'", "node.rpc.max-message"),
     ] {
         let problems = Setup::new(&with_line(section, line)).problems();

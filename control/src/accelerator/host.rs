@@ -3,31 +3,31 @@
 //!
 //! In: registrations on `kubelet.sock`, and the devices each plugin lists. Out: a plugin in the
 //! ledger per resource the configuration maps to a slot, and what a plugin answers for a container.
-//! Invariants: one session per resource, the last to register; a plugin that dies, hangs or lies
+//! Invariants: one session per slot, the last to register; a plugin that dies, hangs or lies
 //! makes its own devices unhealthy and nothing else, until it lists them again; every call has a
 //! deadline and every answer a bound.
 
 mod answer;
-mod registration;
+pub mod registration;
 mod session;
 pub mod wire;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use config::Config;
 use thiserror::Error;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-use super::plugin::held;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
-use crate::resource::{Allocation, device_of};
+use crate::resource::Allocation;
 use answer::Granted;
 use session::Session;
 use wire::{RegisterRequest, VERSION};
@@ -36,8 +36,10 @@ use wire::{RegisterRequest, VERSION};
 const SOCKET: &str = "kubelet.sock";
 /// Connections at a time; a plugin needs one for a moment.
 const CONNECTIONS: usize = 32;
-/// Before the next try when a connection cannot be received.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Before the next try when the socket cannot be opened: the first, doubled up to the last.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Whether the socket is still there is looked at this often.
+const CHECK: Duration = Duration::from_secs(10);
 
 /// Why a plugin's devices could not be given to a container.
 #[derive(Debug, Error)]
@@ -76,7 +78,7 @@ pub struct PluginHost {
     directory: PathBuf,
     /// Resource name to slot name.
     slots: BTreeMap<String, String>,
-    /// By device name.
+    /// By slot.
     sessions: Mutex<HashMap<String, Session>>,
 }
 
@@ -95,8 +97,8 @@ impl PluginHost {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn session(&self, device: &str) -> Option<Session> {
-        self.sessions().get(device).cloned()
+    fn session(&self, slot: &str) -> Option<Session> {
+        self.sessions().get(slot).cloned()
     }
 
     /// Whether a registration can be taken; the slot, if its resource is used, or what to tell the
@@ -124,23 +126,16 @@ impl PluginHost {
     /// Replaces what the ledger chose by what the plugins prefer, where the ledger can still give it.
     pub async fn prefer(&self, node: &Node, kernel: &Kernel, allocation: Allocation) -> Allocation {
         let mut allocation = allocation;
-        for (device, slots) in by_device(&allocation) {
-            let Some(session) = self.session(&device) else {
+        for (slot, ids) in of_slots(&allocation) {
+            let Some(session) = self.session(&slot) else {
                 continue;
             };
-            let ids: Vec<String> = held(&slots)
-                .iter()
-                .map(|(id, _)| (*id).to_owned())
-                .collect();
-            let mut available = node.ledger.free_devices(session.slot());
+            let mut available = node.ledger.free_devices(&slot);
             available.extend(ids.iter().cloned());
             let Some(preferred) = session.prefer(available, &ids).await else {
                 continue;
             };
-            if let Some(exchanged) =
-                node.ledger
-                    .exchange(kernel.id, &device, session.slot(), &preferred)
-            {
+            if let Some(exchanged) = node.ledger.exchange(kernel.id, &slot, &preferred) {
                 allocation = exchanged;
             }
         }
@@ -153,22 +148,11 @@ impl PluginHost {
     /// A plugin is gone, refuses, is late, or answers nonsense.
     pub async fn grant(&self, allocation: &Allocation) -> Result<Granted, GrantError> {
         let mut granted = Granted::default();
-        for (device, slots) in by_device(allocation) {
-            let Some((resource, _)) = self
-                .slots
-                .iter()
-                .find(|(_, slot)| device_of(slot) == device)
-            else {
+        for (slot, ids) in of_slots(allocation) {
+            let Some((resource, _)) = self.slots.iter().find(|(_, of)| **of == slot) else {
                 continue;
             };
-            let ids: Vec<String> = held(&slots)
-                .iter()
-                .map(|(id, _)| (*id).to_owned())
-                .collect();
-            if ids.is_empty() {
-                continue;
-            }
-            let session = self.session(&device).ok_or_else(|| GrantError::Gone {
+            let session = self.session(&slot).ok_or_else(|| GrantError::Gone {
                 resource: resource.clone(),
             })?;
             granted.merge(session.grant(ids).await?);
@@ -177,38 +161,72 @@ impl PluginHost {
     }
 }
 
-fn by_device(allocation: &Allocation) -> Vec<(String, Vec<(String, crate::resource::Shares)>)> {
-    let all = allocation.devices();
-    all.map(|(device, slots)| (device.to_owned(), slots.to_vec()))
+/// Slots of an allocation with the ids of the devices held.
+fn of_slots(allocation: &Allocation) -> Vec<(String, Vec<String>)> {
+    let all = allocation.devices().flat_map(|(_, slots)| slots);
+    let held = all.map(|(slot, shares)| {
+        let held = shares.iter().filter(|(_, amount)| !amount.is_zero());
+        (slot.clone(), held.map(|(id, _)| id.clone()).collect())
+    });
+    held.filter(|(_, ids): &(_, Vec<_>)| !ids.is_empty())
         .collect()
 }
 
 /// Serves plugins until the agent stops; returns at once where none are mapped.
 pub async fn serve(node: Arc<Node>) {
-    let host = &node.plugin_host;
-    if host.slots.is_empty() {
+    if node.plugin_host.slots.is_empty() {
         return;
     }
-    let listener = match open(host) {
-        Ok(listener) => listener,
-        Err(err) => {
-            tracing::error!(%err, directory = %host.directory.display(),
-                "device plugins cannot be served; see that node.accelerators.plugin-dir is writable and no kubelet uses it");
-            return;
-        }
-    };
-    tracing::info!(directory = %host.directory.display(), "waiting for device plugins");
+    let stopping = node.stopping.clone();
+    tokio::select! {
+        () = keep_open(node) => {}
+        () = stopping.cancelled() => {}
+    }
+}
+
+/// Opens the socket, again and again where it has to be: another one may use the directory, or clean
+/// it up.
+async fn keep_open(node: Arc<Node>) {
+    let host = &node.plugin_host;
+    let directory = host.directory.display();
     let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut pause = PAUSES.0;
+    let mut told = false;
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = node.stopping.cancelled() => return,
-        };
-        let stream = match accepted {
+        match open(&host.directory).await {
+            Ok((listener, ours)) => {
+                tracing::info!(%directory, "waiting for device plugins");
+                (pause, told) = (PAUSES.0, false);
+                let gone = async {
+                    while identity(&host.directory).await == Some(ours) {
+                        tokio::time::sleep(CHECK).await;
+                    }
+                };
+                tokio::select! {
+                    () = receive(&node, &listener, &connections) => {}
+                    () = gone => {}
+                }
+                tracing::warn!(%directory, "the socket for device plugins is gone; making it anew");
+            }
+            Err(err) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::error!(%err, %directory,
+                        "device plugins cannot be served for now, and this is tried again; see that node.accelerators.plugin-dir is writable and no kubelet uses it");
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+            }
+        }
+    }
+}
+
+async fn receive(node: &Arc<Node>, listener: &UnixListener, connections: &Arc<Semaphore>) {
+    loop {
+        let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(err) => {
                 tracing::warn!(%err, "a device plugin cannot be received");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(PAUSES.0).await;
                 continue;
             }
         };
@@ -227,16 +245,30 @@ pub async fn serve(node: Arc<Node>) {
     }
 }
 
-/// Plugins see the socket come and register again.
-fn open(host: &PluginHost) -> io::Result<UnixListener> {
-    std::fs::create_dir_all(&host.directory)?;
-    let socket = host.directory.join(SOCKET);
-    match std::os::unix::net::UnixStream::connect(&socket) {
-        Ok(_) => return Err(io::Error::from(io::ErrorKind::AddrInUse)),
+/// Plugins see the socket come and register again. With it, what tells it from another one.
+async fn open(directory: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+    tokio::fs::create_dir_all(directory).await?;
+    let socket = directory.join(SOCKET);
+    match UnixStream::connect(&socket).await {
         Err(err) if err.kind() == io::ErrorKind::NotFound => {}
-        Err(_) => std::fs::remove_file(&socket)?,
+        // An earlier life's: nobody listens.
+        Err(err) if err.kind() == io::ErrorKind::ConnectionRefused => {
+            tokio::fs::remove_file(&socket).await?;
+        }
+        Err(err) if err.kind() == io::ErrorKind::PermissionDenied => return Err(err),
+        // Also when so many wait to be received that there is no room for this one.
+        Ok(_) | Err(_) => return Err(io::Error::from(io::ErrorKind::AddrInUse)),
     }
-    UnixListener::bind(socket)
+    let listener = UnixListener::bind(&socket)?;
+    let ours = identity(directory).await;
+    let ours = ours.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+    Ok((listener, ours))
+}
+
+/// Device and inode of the socket.
+async fn identity(directory: &Path) -> Option<(u64, u64)> {
+    let found = tokio::fs::symlink_metadata(directory.join(SOCKET)).await;
+    found.ok().map(|found| (found.dev(), found.ino()))
 }
 
 fn register(node: &Arc<Node>, request: RegisterRequest) -> Result<(), Status> {
@@ -255,7 +287,6 @@ fn register(node: &Arc<Node>, request: RegisterRequest) -> Result<(), Status> {
         );
         return Ok(());
     };
-    let device = device_of(&slot).to_owned();
     tracing::info!(
         resource = request.resource_name,
         slot,
@@ -263,13 +294,13 @@ fn register(node: &Arc<Node>, request: RegisterRequest) -> Result<(), Status> {
     );
     let session = Session::new(
         request.resource_name,
-        slot,
+        slot.clone(),
         host.directory.join(request.endpoint),
         request.options.unwrap_or_default(),
     );
     // The last to register is the plugin; whoever was before is not listened to any more.
-    if let Some(old) = host.sessions().insert(device, session.clone()) {
-        session.replace(&old);
+    if let Some(old) = host.sessions().insert(slot, session.clone()) {
+        old.end();
     }
     node.tasks.spawn(session.follow(node.clone()));
     Ok(())
@@ -278,6 +309,24 @@ fn register(node: &Arc<Node>, request: RegisterRequest) -> Result<(), Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_socket_is_opened_only_where_nobody_listens() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("plugins");
+        let (first, ours) = open(&directory).await.unwrap();
+        assert_eq!(identity(&directory).await, Some(ours));
+        let err = open(&directory).await.unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::AddrInUse);
+        // Its file stays when it dies, and is no hindrance.
+        drop(first);
+        assert!(directory.join(SOCKET).exists());
+        let (_second, theirs) = open(&directory).await.unwrap();
+        assert_eq!(identity(&directory).await, Some(theirs));
+        std::fs::remove_file(directory.join(SOCKET)).unwrap();
+        assert_eq!(identity(&directory).await, None);
+        let (_third, _) = open(&directory).await.unwrap();
+    }
 
     #[test]
     fn registrations_are_checked() {

@@ -29,6 +29,8 @@ const CUDA_NODES: [&str; 4] = [
     "/dev/nvidia-modeset",
 ];
 
+const NVIDIA_VISIBLE: &str = "NVIDIA_VISIBLE_DEVICES";
+
 /// How containers get devices of a kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Injection {
@@ -49,7 +51,10 @@ pub enum Injection {
     /// Nothing but variables.
     MadeUp,
     /// What a device plugin answers, which is asked when the container is made.
-    Answered,
+    Answered {
+        /// Whether it may be NVIDIA's, whose runtime looks at a variable that images bring.
+        nvidia: bool,
+    },
 }
 
 impl Injection {
@@ -140,7 +145,11 @@ impl Injection {
                     limits.environment.push((name.to_owned(), value));
                 }
             }
-            Self::Answered => {}
+            Self::Answered { nvidia } => {
+                if *nvidia && ids.is_empty() {
+                    limits.environment.push(no_nvidia());
+                }
+            }
         }
     }
 }
@@ -149,17 +158,13 @@ impl Injection {
 /// of a node whose default runtime is NVIDIA's. `CUDA_VISIBLE_DEVICES` can only narrow what was
 /// injected, so a request's own wins.
 fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
-    let visible = if ids.is_empty() {
-        "void".to_owned()
-    } else {
-        ids.join(",")
-    };
-    limits
-        .environment
-        .push(("NVIDIA_VISIBLE_DEVICES".to_owned(), visible));
     if ids.is_empty() {
+        limits.environment.push(no_nvidia());
         return;
     }
+    limits
+        .environment
+        .push((NVIDIA_VISIBLE.to_owned(), ids.join(",")));
     // CUDA numbers the devices it sees; instances of a divided device go by their ids only.
     let parts = ids.iter().any(|id| id.starts_with("MIG-"));
     let visible = if parts {
@@ -173,6 +178,10 @@ fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
     ] {
         limits.defaults.push((name.to_owned(), value));
     }
+}
+
+fn no_nvidia() -> (String, String) {
+    (NVIDIA_VISIBLE.to_owned(), "void".to_owned())
 }
 
 /// `0,1,2`: the devices as a container that sees only its own numbers them.

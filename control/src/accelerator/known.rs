@@ -32,10 +32,14 @@ pub struct Known {
     pub units: u64,
     /// Its device nodes.
     pub nodes: Vec<String>,
+    /// The slot it is given out as, when a device plugin lists it; of a driver's device the kind and
+    /// the profile say it.
+    #[serde(default)]
+    pub slot: Option<String>,
 }
 
 impl Known {
-    /// The same device, which its driver does not list any more.
+    /// The same device, which nobody lists any more.
     pub(super) fn as_lost(&self) -> Self {
         Self {
             healthy: false,
@@ -82,6 +86,7 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
             AcceleratorKind::Plugin | AcceleratorKind::Mock => Vec::new(),
         },
         pci: row.pci.clone(),
+        slot: None,
     }
 }
 

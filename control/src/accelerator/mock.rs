@@ -200,6 +200,7 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
         memory,
         units: entry.subproc_count,
         nodes: Vec::new(),
+        slot: None,
     })
 }
 

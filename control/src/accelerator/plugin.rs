@@ -69,6 +69,25 @@ impl AcceleratorPlugin {
         plugin
     }
 
+    /// The plugin of what device plugins list as slots of one device name.
+    pub fn of_slots(key: &str, slots: &[String], devices: Vec<Known>) -> Self {
+        let declared = slots.iter().map(|name| SlotDeclaration {
+            name: name.clone(),
+            kind: slot_type(profile_of(name).is_some()),
+        });
+        Self {
+            key: key.to_owned(),
+            devices,
+            declared: declared.collect(),
+            shown: Vec::new(),
+            shares: None,
+            injection: Injection::Answered {
+                nvidia: key == "cuda",
+            },
+            facts: PluginFacts::default(),
+        }
+    }
+
     /// The slot of whole devices, or of their shares.
     fn whole_slot(&self) -> String {
         let what = if self.shares.is_some() {
@@ -80,6 +99,9 @@ impl AcceleratorPlugin {
     }
 
     fn slot_of(&self, device: &Known) -> String {
+        if let Some(slot) = &device.slot {
+            return slot.clone();
+        }
         match &device.profile {
             Some(profile) => format!("{}.device:{profile}-mig", self.key),
             None => self
@@ -123,6 +145,20 @@ impl AcceleratorPlugin {
     }
 }
 
+/// What a slot of whole devices counts, or one of parts.
+fn slot_type(of_parts: bool) -> SlotType {
+    match of_parts {
+        true => SlotType::Unique,
+        false => SlotType::Count,
+    }
+}
+
+/// `1g.10gb` of `cuda.device:1g.10gb-mig`: the kind of part that a slot gives out.
+pub(super) fn profile_of(slot: &str) -> Option<&str> {
+    let (_, part) = slot.split_once(".device:")?;
+    part.strip_suffix("-mig")
+}
+
 /// Ids and amounts of an allocation, in the order given.
 pub(super) fn held(allocation: &[(String, Shares)]) -> Vec<(&str, Amount)> {
     let all = allocation.iter().flat_map(|(_, shares)| shares);
@@ -141,10 +177,7 @@ impl DevicePlugin for AcceleratorPlugin {
         for device in &self.devices {
             let name = self.slot_of(device);
             if slots.iter().all(|slot| slot.name != name) {
-                let kind = match device.profile {
-                    Some(_) => SlotType::Unique,
-                    None => SlotType::Count,
-                };
+                let kind = slot_type(device.profile.is_some());
                 slots.push(SlotDeclaration { name, kind });
             }
         }
@@ -167,10 +200,7 @@ impl DevicePlugin for AcceleratorPlugin {
         let rows = self.working().map(|device| MapDevice {
             id: device.id.clone(),
             slot: self.slot_of(device),
-            kind: match device.profile {
-                Some(_) => SlotType::Unique,
-                None => SlotType::Count,
-            },
+            kind: slot_type(device.profile.is_some()),
             total: self.total_of(device),
         });
         let rows = rows.collect();
@@ -275,11 +305,12 @@ impl DevicePlugin for AcceleratorPlugin {
         let words = |device: &Known| match device.fault {
             Some(code) => format!("fault {code}"),
             None if device.healthy => "works".to_owned(),
+            None if device.slot.is_some() => "not healthy, or its plugin is gone".to_owned(),
             None => "does not answer".to_owned(),
         };
         let ids: Vec<&str> = faulty.iter().map(|device| device.id.as_str()).collect();
         let status_info = match (status, ids.is_empty()) {
-            (HardwareStatus::Unavailable, _) => Some("the driver lists no device".to_owned()),
+            (HardwareStatus::Unavailable, _) => Some("no device is listed".to_owned()),
             (_, true) => None,
             _ => Some(format!("not given out: {}", ids.join(", "))),
         };

@@ -55,8 +55,8 @@ pub struct Settings {
     pub mock: Option<PathBuf>,
     /// Their device name.
     pub mock_key: Option<String>,
-    /// Device names of device plugins.
-    pub plugins: Vec<String>,
+    /// Slots that device plugins serve.
+    pub plugin_slots: Vec<String>,
     /// Where `sys`, `proc` and `dev` are.
     pub root: PathBuf,
 }
@@ -83,9 +83,7 @@ impl Settings {
             },
             mock: file.mock.clone(),
             mock_key: file.mock.as_deref().and_then(super::mock::key_of),
-            plugins: (file.device_plugins.values())
-                .map(|slot| device_of(slot).to_owned())
-                .collect(),
+            plugin_slots: file.device_plugins.values().cloned().collect(),
             root: file.device_root.clone(),
         };
         let mut fractional = file.allocation_mode == AllocationMode::Fractional;
@@ -143,7 +141,8 @@ impl Settings {
 
     /// Whether made-up devices or a device plugin have the name of a kind of the drivers.
     pub fn is_taken(&self, kind: &str) -> bool {
-        self.mock_key.as_deref() == Some(kind) || self.plugins.iter().any(|name| name == kind)
+        self.mock_key.as_deref() == Some(kind)
+            || self.plugin_slots.iter().any(|slot| device_of(slot) == kind)
     }
 
     /// Whether a device is left out by its id or number.

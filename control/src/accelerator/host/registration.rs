@@ -28,7 +28,7 @@ const REQUEST: usize = 32_768;
 /// Requests under way on one connection.
 const STREAMS: usize = 8;
 /// How long a plugin may keep a connection; it makes one to register.
-pub(super) const CONNECTION: Duration = Duration::from_secs(30);
+pub const CONNECTION: Duration = Duration::from_secs(30);
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
@@ -46,7 +46,10 @@ fn refused(why: &'static str) -> io::Error {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+///
+/// # Errors
+/// It ends before its time, or sends what cannot be read.
+pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     handler: impl Fn(RegisterRequest) -> Result<(), Status>,
 ) -> io::Result<()> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -17,11 +17,10 @@ use super::wire::{
     CALL, ContainerPreferredAllocationRequest, Device, DeviceIds, DevicePluginOptions,
     ListAndWatchResponse, PerContainer, Plugin, PreferredAllocationRequest,
 };
-use crate::accelerator::inject::Injection;
 use crate::accelerator::known::Known;
-use crate::accelerator::plugin::AcceleratorPlugin;
+use crate::accelerator::plugin::profile_of;
 use crate::kernel::node::Node;
-use crate::resource::{PluginFacts, SlotDeclaration, SlotType, device_of};
+use crate::resource::{InventoryError, device_of};
 
 /// Devices of a plugin beyond this many are left out.
 const MOST: usize = 4096;
@@ -46,8 +45,6 @@ struct Inner {
     options: Mutex<DevicePluginOptions>,
     /// While it lists its devices.
     connection: watch::Sender<Option<Plugin>>,
-    /// What it listed last, or its predecessor.
-    listed: Mutex<Option<Vec<Known>>>,
     /// A call was not answered.
     silent: Notify,
     ended: CancellationToken,
@@ -66,25 +63,18 @@ impl Session {
             socket,
             options: Mutex::new(options),
             connection: watch::Sender::default(),
-            listed: Mutex::default(),
             silent: Notify::new(),
             ended: CancellationToken::new(),
         }))
     }
 
-    /// Answers for what another session listed, which ends.
-    pub(super) fn replace(&self, old: &Self) {
-        old.0.ended.cancel();
-        *self.listed() = old.listed().take();
+    /// Has the word no more: another session has its place.
+    pub(super) fn end(&self) {
+        self.0.ended.cancel();
     }
 
-    /// The slot its devices are given out as.
-    pub(super) fn slot(&self) -> &str {
-        &self.0.slot
-    }
-
-    fn listed(&self) -> MutexGuard<'_, Option<Vec<Known>>> {
-        self.0.listed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counts(&self) -> bool {
+        !self.0.ended.is_cancelled()
     }
 
     fn options(&self) -> DevicePluginOptions {
@@ -151,16 +141,20 @@ impl Session {
 
     /// Its devices do not work; whether that is new.
     fn lose(&self, node: &Node) -> bool {
-        let mut listed = self.listed();
-        let Some(devices) = listed.as_mut() else {
-            return true;
-        };
-        let new = devices.iter().any(|device| device.healthy);
-        for device in devices.iter_mut() {
-            device.healthy = false;
-        }
-        self.install(node, devices);
-        new
+        let slot = &self.0.slot;
+        let lost = node.accelerators.lose(&node.ledger, slot, || self.counts());
+        lost.unwrap_or_else(|err| {
+            self.refused(&err);
+            false
+        })
+    }
+
+    fn refused(&self, err: &InventoryError) {
+        tracing::error!(
+            resource = self.0.resource,
+            err = crate::kernel::destroy::chain(err),
+            "the devices of a plugin cannot be given out"
+        );
     }
 
     async fn watch(&self, node: &Node) -> Result<(), Status> {
@@ -236,10 +230,12 @@ impl Session {
 
     fn take(&self, node: &Node, list: ListAndWatchResponse) {
         let devices = self.known(list.devices);
-        let mut listed = self.listed();
-        if listed.as_ref() != Some(&devices) && !self.0.ended.is_cancelled() {
-            self.install(node, &devices);
-            *listed = Some(devices);
+        let slot = &self.0.slot;
+        let taken = node
+            .accelerators
+            .list(&node.ledger, slot, devices, || self.counts());
+        if let Err(err) = taken {
+            self.refused(&err);
         }
     }
 
@@ -278,10 +274,11 @@ impl Session {
                 numa_node,
                 healthy: device.health == "Healthy",
                 fault: None,
-                profile: None,
+                profile: profile_of(&self.0.slot).map(str::to_owned),
                 memory: 0,
                 units: 0,
                 nodes: Vec::new(),
+                slot: Some(self.0.slot.clone()),
             });
         }
         if nonsense > 0 {
@@ -292,29 +289,6 @@ impl Session {
             );
         }
         known
-    }
-
-    fn install(&self, node: &Node, devices: &[Known]) {
-        let plugin = AcceleratorPlugin {
-            key: device_of(&self.0.slot).to_owned(),
-            devices: devices.to_vec(),
-            declared: vec![SlotDeclaration {
-                name: self.0.slot.clone(),
-                kind: SlotType::Count,
-            }],
-            shown: Vec::new(),
-            shares: None,
-            injection: Injection::Answered,
-            facts: PluginFacts::default(),
-        };
-        match node.ledger.install(Arc::new(plugin)) {
-            Ok(()) => node.accelerators.touch(),
-            Err(err) => tracing::error!(
-                resource = self.0.resource,
-                err = crate::kernel::destroy::chain(&err),
-                "the devices of a plugin cannot be given out"
-            ),
-        }
     }
 
     /// Which devices the plugin would rather give, if it has an opinion.
