@@ -23,8 +23,8 @@ pub struct Node {
     /// How the kernel path's programs get to interfaces.
     pub kernel_attach: KernelAttach,
     /// Whether the host's firewall decides about clients of service ports, which the kernel path
-    /// would pass by.
-    pub honour_firewall: bool,
+    /// would pass by; left out, the agent looks at it.
+    pub honour_firewall: Option<bool>,
     /// Client networks that may use service ports; none means all.
     pub allowed_clients: Vec<Subnet>,
     /// The same for services by their names; both lists must let a client in.

@@ -27,6 +27,7 @@ use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::bus::console_logs::ConsoleLogs;
 use crate::events::bus::{Bus, BusError};
 use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
+use crate::firewall;
 use crate::heartbeat::{Heartbeat, Identity};
 use crate::http::{self, EngineWatch};
 use crate::image::Images;
@@ -420,6 +421,12 @@ async fn assemble(
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
+    let honour_firewall = firewall::is_honoured(&config).await;
+    if honour_firewall && config.node.honour_firewall.is_none() {
+        tracing::info!(
+            "the host's firewall may turn clients of service ports away: the relay serves them, so that it decides (node.honour-firewall)"
+        );
+    }
     let events = Events::new(EVENT_RING, sinks);
     let tasks = TaskTracker::new();
     let consoles = cluster.as_ref().map(|cluster| {
@@ -456,6 +463,7 @@ async fn assemble(
         volumes: Volumes::new(&config, &mount_prefix),
         tasks,
         plugin_host: PluginHost::new(&config),
+        honour_firewall,
         config,
         docker,
         distros,

@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod docker;
 pub mod etcd;
 pub mod events;
+pub mod firewall;
 pub mod heartbeat;
 pub mod http;
 pub mod image;

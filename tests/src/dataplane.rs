@@ -177,6 +177,15 @@ impl Place {
     }
 }
 
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Nothing stays attached, whatever the outcome. The process has ended before.
+        if let Ok(mut detach) = self.command(&["detach"]) {
+            let _ = detach.output();
+        }
+    }
+}
+
 /// The path of the built program, beside this test's.
 fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().context("the test's own path is unknown")?;

@@ -21,7 +21,8 @@ use crate::traffic;
 /// The container's id.
 pub const KERNEL: ContainerId = ContainerId([9; 32]);
 
-/// A host with a container, its dataplane with the kernel path, and the test as control.
+/// A host with a container, its dataplane with the kernel path, and the test as control. The order is
+/// that of their ends.
 #[derive(Debug)]
 pub struct Node {
     /// The dataplane.
@@ -34,17 +35,6 @@ pub struct Node {
     pub container: Container,
     /// All of the network.
     pub network: Network,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // Nothing stays attached, whatever the outcome.
-        let _ = self.process.signal(Signal::SIGKILL);
-        let _ = self.process.ended();
-        if let Ok(mut detach) = self.place.command(&["detach"]) {
-            let _ = detach.output();
-        }
-    }
 }
 
 impl Node {

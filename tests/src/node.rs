@@ -391,6 +391,13 @@ impl Drop for Node {
         }
         let _ = self.stop_control();
         let _ = self.kill_dataplane();
+        // Programs in the kernel outlive both.
+        if let Ok(agent) = program("bai-agent") {
+            let _ = Command::new(agent)
+                .args(["detach", "--config"])
+                .arg(self.config_file())
+                .output();
+        }
         if let Ok(left) = self.containers()
             && !left.is_empty()
         {

@@ -3,7 +3,6 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
@@ -14,7 +13,7 @@ use harness::dataplane::until;
 use harness::images::Image;
 use harness::kernel_path::{Node as Sandbox, ask, host};
 use harness::kernels::{self, Order, docker};
-use harness::node::{Node, NodeOptions, program};
+use harness::node::{Node, NodeOptions};
 use harness::remote_client::may_use_bpf;
 use harness::traffic::{self, Manner};
 use harness::wait;
@@ -154,20 +153,12 @@ async fn flows_live_and_new_ones_are_served_while_both_processes_are_dead() -> R
     if !may_use_bpf() {
         return Ok(());
     }
-    let mut node = Node::start(NodeOptions {
-        node: "forward = \"auto\"".to_owned(),
-        ..NodeOptions::default()
-    })
-    .await?;
-    let outcome = both_die(&mut node).await;
-    let _ = node.kill_dataplane();
-    let detach = Command::new(program("bai-dataplane")?)
-        .args(["--standalone", "--config"])
-        .arg(node.config_file())
-        .arg("detach")
-        .output()?;
-    ensure!(detach.status.success(), "{detach:?}");
-    outcome
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let run_dir = node.regions();
+    both_die(&mut node).await?;
+    drop(node);
+    ensure!(pins_of(&run_dir).is_empty(), "something stays attached");
+    Ok(())
 }
 
 /// Directories of pins that belong to a run directory.

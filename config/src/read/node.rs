@@ -77,9 +77,9 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         )
         .0;
     let publish = s.or(key("publish"), Publish::Auto);
-    let forward = s.or(key("forward"), Forward::Relay);
+    let forward = s.or(key("forward"), Forward::Auto);
     let kernel_attach = s.or(key("kernel-attach"), KernelAttach::Auto);
-    let honour_firewall = s.or(key("honour-firewall"), false);
+    let honour_firewall = s.maybe(key("honour-firewall"));
     let allowed_clients = s.or(key("allowed-clients"), Vec::<Subnet>::new());
     let service_clients = s.or_checked(
         key("service-clients"),

@@ -294,7 +294,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!("/nowhere/runner"),
         ),
         ("node", &["publish"], "'rows'", json!("rows")),
-        ("node", &["forward"], "'auto'", json!("auto")),
+        ("node", &["forward"], "'relay'", json!("relay")),
         ("node", &["kernel-attach"], "'filters'", json!("filters")),
         ("node", &["honour-firewall"], "true", json!(true)),
         (

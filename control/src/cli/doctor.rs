@@ -14,6 +14,7 @@ use super::exit::Problem;
 use super::output::{self, Form, Table};
 use crate::docker::{Docker, DockerOptions};
 use crate::etcd::Etcd;
+use crate::firewall;
 use crate::kernel::destroy::chain;
 use config::Config;
 
@@ -67,6 +68,7 @@ impl Finding {
 pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     let engine = engine(&config).await;
     let config_for_rules = config.clone();
+    let honour_firewall = firewall::is_honoured(&config).await;
     let runner = {
         let config = config.clone();
         move || runner(&config)
@@ -96,6 +98,7 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
             runner(),
             forwarding::kernel_path(
                 &config,
+                honour_firewall,
                 &read("/proc/sys/kernel/osrelease"),
                 &read("/proc/self/mounts"),
             ),
@@ -107,11 +110,15 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     findings.extend(host);
     let range = config_for_rules.container.port_range;
     findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
-    if let Some(rules) = iptables(&["-S", "INPUT"]).await {
+    if let Some(rules) = firewall::rules("iptables", &["-S", "INPUT"]).await {
         findings.push(forwarding::input_chain(&rules, range.first, range.last));
     }
-    if let Some(rules) = iptables(&["-S", "DOCKER-USER"]).await {
-        findings.extend(forwarding::user_rules(&config_for_rules, &rules));
+    if let Some(rules) = firewall::rules("iptables", &["-S", "DOCKER-USER"]).await {
+        findings.extend(forwarding::user_rules(
+            &config_for_rules,
+            honour_firewall,
+            &rules,
+        ));
     }
     if dataplane_alive(&config_for_rules)
         && let Ok(place) = shared::run_dir::RunDir::choose(
@@ -152,18 +159,6 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     } else {
         Ok(())
     }
-}
-
-/// What iptables says; none when there is no such program or chain, or no answer.
-async fn iptables(words: &[&str]) -> Option<String> {
-    let mut command = tokio::process::Command::new("iptables");
-    command.arg("-w").arg("2").args(words).kill_on_drop(true);
-    let output = tokio::time::timeout(Duration::from_secs(5), command.output()).await;
-    let output = output.ok()?.ok()?;
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn privileges(root: bool) -> Finding {

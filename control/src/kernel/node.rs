@@ -73,6 +73,8 @@ pub struct Node {
     pub distros: Distros,
     /// The kernels' files.
     pub scratch: Scratch,
+    /// Whether the host's firewall decides about clients of service ports.
+    pub honour_firewall: bool,
     /// Directory of the socket for programs in containers.
     pub socket_dir: PathBuf,
     /// Bounds the creations at work on this node, whichever calls they belong to.

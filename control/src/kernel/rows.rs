@@ -280,7 +280,7 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
                 idle_timeout_ms: millis(limits.idle_timeout),
                 connect_timeout_ms: millis(limits.connect_timeout),
                 new_per_second: limits.max_new_sessions_per_second,
-                honour_firewall: node.config.node.honour_firewall,
+                honour_firewall: node.honour_firewall,
                 networks: clients_of(&node.config, &service.name),
                 drain: match millis(limits.drain) {
                     0 => Drain::Cut,

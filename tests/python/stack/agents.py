@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
 from .engine import ROOT, cache
@@ -91,6 +92,8 @@ colored = false
 format = "verbose"
 {own}"""
         self.write()
+        if kind == "ours":
+            place.undo.append(self.detach)
 
     def write(self):
         """Puts the configuration (back) in its place."""
@@ -123,6 +126,11 @@ format = "verbose"
             if only in (None, process.name):
                 self.place.stop(process, *how)
                 self.processes.remove(process)
+
+    def detach(self):
+        """Programs in the kernel outlive ours."""
+        self.stop()
+        subprocess.run([self.programs / "bai-agent", "detach", "--config", self.file], capture_output=True)
 
     def start_control(self, limit=400):
         """Ours: the agent alone, after it was stopped alone."""

@@ -9,18 +9,25 @@ use config::{Config, Forward};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 
 use super::{Finding, Level};
+use crate::firewall;
 
 /// What the kernel path needs.
-pub(super) fn kernel_path(config: &Config, release: &str, mounts: &str) -> Finding {
+pub(super) fn kernel_path(
+    config: &Config,
+    honour_firewall: bool,
+    release: &str,
+    mounts: &str,
+) -> Finding {
     const CHECK: &str = "kernel path";
     if config.node.forward == Forward::Relay {
         return Finding::good(CHECK, "off (node.forward): the relay serves all ports");
     }
-    if config.node.honour_firewall {
-        return Finding::good(
-            CHECK,
-            "unused (node.honour-firewall): the relay serves all ports",
-        );
+    if honour_firewall {
+        let why = match config.node.honour_firewall {
+            Some(_) => "node.honour-firewall",
+            None => "the INPUT chain may turn clients away; node.honour-firewall = false uses it",
+        };
+        return Finding::good(CHECK, format!("unused ({why}): the relay serves all ports"));
     }
     let mut numbers = release
         .split(['.', '-'])
@@ -95,7 +102,7 @@ pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
             .windows(2)
             .find(|pair| pair[0] == "--dport" || pair[0] == "--dports")
             .map(|pair| pair[1].clone());
-        accepts && ports.is_some_and(|ports| covers(&ports, first, last))
+        accepts && ports.is_some_and(|ports| firewall::covers(&ports, first, last))
     });
     if admits {
         return Finding::good(CHECK, format!("the INPUT chain admits {first}-{last}"));
@@ -110,27 +117,18 @@ pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
     )
 }
 
-/// Whether one of the comma-joined ports or ranges holds all of `first` to `last`.
-fn covers(ports: &str, first: u16, last: u16) -> bool {
-    ports.split(',').any(|range| {
-        let (low, high) = range.split_once(':').unwrap_or((range, range));
-        let (low, high) = (low.parse::<u16>(), high.parse::<u16>());
-        matches!((low, high), (Ok(low), Ok(high)) if low <= first && last <= high)
-    })
-}
-
 /// Rules that people put up for published ports do not see what passes them by.
-pub(super) fn user_rules(config: &Config, rules: &str) -> Option<Finding> {
+pub(super) fn user_rules(config: &Config, honour_firewall: bool, rules: &str) -> Option<Finding> {
     let some = rules
         .lines()
         .any(|line| line.starts_with("-A DOCKER-USER") && !line.ends_with("-j RETURN"));
-    let passed_by = config.node.forward == Forward::Auto && !config.node.honour_firewall;
+    let passed_by = config.node.forward == Forward::Auto && !honour_firewall;
     (some && passed_by).then(|| {
         Finding::bad(
             "published ports",
             Level::Warning,
             "DOCKER-USER has rules, which do not see clients on the kernel path",
-            "say who may use service ports in node.allowed-clients, or set node.honour-firewall = true",
+            "say who may use service ports in node.allowed-clients, or by the INPUT chain and node.honour-firewall = true",
         )
     })
 }
