@@ -42,4 +42,22 @@ struct {
 	MAP_TYPE(value, struct port_flows);
 } active SEC(".maps");
 
+/* Sockets of this host that lead to containers, by cookie. */
+struct {
+	MAP_UINT(type, MAP_LRU_HASH);
+	MAP_UINT(max_entries, 65536);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, __u64);
+	MAP_TYPE(value, struct led_socket);
+} led_sockets SEC(".maps");
+
+/* Peers of datagram sockets that were led. */
+struct {
+	MAP_UINT(type, MAP_LRU_HASH);
+	MAP_UINT(max_entries, 65536);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, struct led_peer_key);
+	MAP_TYPE(value, struct led_peer);
+} led_peers SEC(".maps");
+
 #endif

@@ -5,7 +5,7 @@
  * from_container ingress of the host side of a container's veth: the replies of such a flow leave
  *                by the uplink the client came by, with their source rewritten.
  * to_container   egress of the host side of a container's veth: nobody but this host talks to the
- *                ports of the kernel's runner.
+ *                ports of the kernel's runner, and the bytes of its clients are counted.
  * sweep          run by the dataplane: removes flows that have ended, are silent or have lost
  *                their row, and counts those that live.
  *
@@ -134,6 +134,9 @@ static ALWAYS_INLINE void end_flow(struct flow *flow, const struct service_key *
 	if (flow->flags & FLOW_ENDED)
 		return;
 	flow->flags |= FLOW_ENDED;
+	/* Sockets of this host are counted by the hooks that see them go. */
+	if (flow->flags & FLOW_LOCAL)
+		return;
 	count = bpf_map_lookup_elem(&active, key);
 	if (count)
 		__sync_fetch_and_add(&count->active, -1);
@@ -150,6 +153,26 @@ static ALWAYS_INLINE void follow(struct flow *flow, const struct service_key *ke
 	if ((flow->flags & FLOW_RESET) ||
 	    (flow->flags & (FLOW_FIN_IN | FLOW_FIN_OUT)) == (FLOW_FIN_IN | FLOW_FIN_OUT))
 		end_flow(flow, key);
+}
+
+static ALWAYS_INLINE void count_in(const struct service_key *key, const struct packet *it)
+{
+	struct port_counters *counter = bpf_map_lookup_elem(&counters, key);
+
+	if (counter) {
+		counter->packets_in++;
+		counter->bytes_in += it->payload;
+	}
+}
+
+static ALWAYS_INLINE void count_out(const struct service_key *key, const struct packet *it)
+{
+	struct port_counters *counter = bpf_map_lookup_elem(&counters, key);
+
+	if (counter) {
+		counter->packets_out++;
+		counter->bytes_out += it->payload;
+	}
 }
 
 static ALWAYS_INLINE void name_fragment(const struct packet *it, struct fragment_key *key)
@@ -221,8 +244,8 @@ static OWN_FRAME int error_to_container(struct __sk_buff *skb, const struct pack
 	flow_key.client_port = cause.destination_port;
 	flow_key.protocol = cause.protocol;
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
-	if (!flow || flow->life != service->life || flow->host_port != key.port ||
-	    !same(&flow->host, &cause.source))
+	if (!flow || (flow->flags & FLOW_LOCAL) || flow->life != service->life ||
+	    flow->host_port != key.port || !same(&flow->host, &cause.source))
 		return NEXT;
 	exchange.address = service->target;
 	exchange.old_port = cause.source_port;
@@ -250,7 +273,7 @@ static OWN_FRAME int error_to_client(struct __sk_buff *skb, const struct packet 
 	flow_key.client_port = cause.source_port;
 	flow_key.protocol = cause.protocol;
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
-	if (!flow || flow->link_index != skb->ifindex)
+	if (!flow || (flow->flags & FLOW_LOCAL) || flow->link_index != skb->ifindex)
 		return NEXT;
 	exchange.address = flow->host;
 	exchange.old_port = cause.destination_port;
@@ -310,6 +333,9 @@ int from_uplink(struct __sk_buff *skb)
 	flow_key.client_port = it.source_port;
 	flow_key.protocol = it.protocol;
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
+	/* Nobody outside has an address of ours. */
+	if (flow && (flow->flags & FLOW_LOCAL))
+		return NEXT;
 	if (flow && (flow->life != service->life || flow->host_port != it.destination_port ||
 		     !same(&flow->host, &it.destination))) {
 		/* The same client port leads to this container by another of its ports or addresses. */
@@ -379,11 +405,7 @@ int from_uplink(struct __sk_buff *skb)
 	}
 	if (tcp)
 		follow(flow, &key, it.flags, FLOW_FIN_IN);
-	struct port_counters *counter = bpf_map_lookup_elem(&counters, &key);
-	if (counter) {
-		counter->packets_in++;
-		counter->bytes_in += it.payload;
-	}
+	count_in(&key, &it);
 	__u32 link = service->link_index;
 	struct address target = service->target;
 	if (it.kind == PACKET_FIRST && lead_fragments(&it, &target, link, 0))
@@ -418,6 +440,14 @@ int from_container(struct __sk_buff *skb)
 		return NEXT;
 	key.port = flow->host_port;
 	key.protocol = it.protocol;
+	if (flow->flags & FLOW_LOCAL) {
+		flow->seen_ns = bpf_ktime_get_coarse_ns();
+		flow->flags |= FLOW_ANSWERED;
+		if (it.protocol == PROTOCOL_TCP)
+			follow(flow, &key, it.flags, FLOW_FIN_OUT);
+		count_out(&key, &it);
+		return NEXT;
+	}
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
 	 * goes to the container directly. */
 	if (it.protocol == PROTOCOL_TCP && (it.flags & TCP_SYN) &&
@@ -438,11 +468,7 @@ int from_container(struct __sk_buff *skb)
 		flow->flags |= FLOW_ANSWERED;
 	if (it.protocol == PROTOCOL_TCP)
 		follow(flow, &key, it.flags, FLOW_FIN_OUT);
-	struct port_counters *counter = bpf_map_lookup_elem(&counters, &key);
-	if (counter) {
-		counter->packets_out++;
-		counter->bytes_out += it.payload;
-	}
+	count_out(&key, &it);
 	__u32 uplink = flow->uplink;
 	__u16 port = flow->host_port;
 	struct address host = flow->host;
@@ -494,6 +520,92 @@ static ALWAYS_INLINE int find_tcp(struct __sk_buff *skb)
 	return -1;
 }
 
+/* The flow of a socket of this host that was led to a container; none for any other. */
+static OWN_FRAME struct flow *note_local(struct __sk_buff *skb, const struct flow_key *flow_key,
+					 __u64 cookie)
+{
+	struct service_key key = {};
+	struct service *service;
+	struct flow fresh = {};
+
+	key.protocol = flow_key->protocol;
+	if (key.protocol == PROTOCOL_TCP) {
+		struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
+
+		if (!led || led->protocol != key.protocol)
+			return 0;
+		key.port = led->host_port;
+		fresh.host = led->host;
+		fresh.life = led->life;
+	} else {
+		struct led_peer_key peer_key = {};
+		struct led_peer *peer;
+
+		peer_key.cookie = cookie;
+		peer_key.container = flow_key->container;
+		peer_key.container_port = flow_key->container_port;
+		peer = bpf_map_lookup_elem(&led_peers, &peer_key);
+		if (!peer)
+			return 0;
+		key.port = peer->host_port;
+		fresh.host = peer->host;
+	}
+	service = bpf_map_lookup_elem(&services, &key);
+	if (!service || service->link_index != skb->ifindex ||
+	    service->target_port != flow_key->container_port ||
+	    !same(&service->target, &flow_key->container))
+		return 0;
+	if (key.protocol != PROTOCOL_TCP)
+		fresh.life = service->life;
+	else if (fresh.life != service->life)
+		return 0;
+	fresh.first_sequence = cookie;
+	fresh.link_index = skb->ifindex;
+	fresh.host_port = key.port;
+	fresh.flags = FLOW_LOCAL;
+	if (bpf_map_update_elem(&flows, flow_key, &fresh, 0))
+		return 0;
+	return bpf_map_lookup_elem(&flows, flow_key);
+}
+
+/* What a socket of this host sends to a container that it was led to. */
+static OWN_FRAME int count_local(struct __sk_buff *skb)
+{
+	struct packet it = {};
+	struct flow_key flow_key = {};
+	struct service_key key = {};
+	struct flow *flow;
+	__u64 cookie;
+
+	if (read_packet(skb, &it) || it.kind > PACKET_FIRST)
+		return NEXT;
+	flow_key.container = it.destination;
+	flow_key.client = it.source;
+	flow_key.container_port = it.destination_port;
+	flow_key.client_port = it.source_port;
+	flow_key.protocol = it.protocol;
+	flow = bpf_map_lookup_elem(&flows, &flow_key);
+	cookie = bpf_get_socket_cookie(skb);
+	if (flow && !(flow->flags & FLOW_LOCAL))
+		return NEXT;
+	/* The last segments of a connection are sent by no socket. */
+	if (cookie && (!flow || flow->first_sequence != (__u32)cookie)) {
+		/* The port was used again, maybe for a connection that goes to the container directly. */
+		if (flow)
+			bpf_map_delete_elem(&flows, &flow_key);
+		flow = note_local(skb, &flow_key, cookie);
+	}
+	if (!flow)
+		return NEXT;
+	key.port = flow->host_port;
+	key.protocol = it.protocol;
+	flow->seen_ns = bpf_ktime_get_coarse_ns();
+	if (it.protocol == PROTOCOL_TCP)
+		follow(flow, &key, it.flags, FLOW_FIN_IN);
+	count_in(&key, &it);
+	return NEXT;
+}
+
 SEC("classifier")
 int to_container(struct __sk_buff *skb)
 {
@@ -502,7 +614,7 @@ int to_container(struct __sk_buff *skb)
 
 	/* What this host sends has come in by no interface. */
 	if (!skb->ingress_ifindex)
-		return NEXT;
+		return count_local(skb);
 	at = find_tcp(skb);
 	if (!at)
 		return NEXT;
@@ -552,7 +664,7 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 		bpf_map_delete_elem(map, &flow_key);
 		return 0;
 	}
-	if (flow->flags & FLOW_ENDED)
+	if (flow->flags & (FLOW_ENDED | FLOW_LOCAL))
 		return 0;
 	count = counted(&key, context->order.pass);
 	if (count)

@@ -75,12 +75,15 @@ struct flow_key {
 /* Made from a segment in the middle of a flow: the first sequence number is not known. */
 #define FLOW_REBUILT 16
 #define FLOW_ENDED 32
+/* Of a client on this host: it is counted, and nothing else happens to it. */
+#define FLOW_LOCAL 64
 
 struct flow {
 	__u64 seen_ns;
 	/* What the client connected to. */
 	struct address host;
-	/* Sequence number of the client's SYN, network order. */
+	/* Sequence number of the client's SYN, network order; of a client on this host the lower half
+	 * of its socket's cookie. */
 	__u32 first_sequence;
 	/* Interface the client's packets come in by, and replies leave by. */
 	__u32 uplink;

@@ -144,7 +144,8 @@ pub struct Flow {
     pub seen_ns: u64,
     /// What the client connected to.
     pub host: Address,
-    /// Sequence number of its SYN, network order.
+    /// Sequence number of its SYN, network order; of a client on this host the lower half of its
+    /// socket's cookie.
     pub first_sequence: u32,
     /// Interface it comes by.
     pub uplink: u32,

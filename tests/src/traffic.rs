@@ -5,8 +5,11 @@
 //! piece is found wherever it is.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
+
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn};
 
 /// How long a single read or write of a test may take before it is a hang.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -147,6 +150,33 @@ pub fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     patient(&stream)?;
     Ok(stream)
+}
+
+/// The same from an address of its own.
+pub fn connect_from(own: SocketAddrV4, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let SocketAddr::V4(to) = to else {
+        return Err(ErrorKind::AddrNotAvailable.into());
+    };
+    let socket = socket::socket(
+        AddressFamily::Inet,
+        SockType::Stream,
+        SockFlag::empty(),
+        None,
+    )?;
+    socket::bind(socket.as_raw_fd(), &SockaddrIn::from(own))?;
+    socket::connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
+    let stream = TcpStream::from(socket);
+    patient(&stream)?;
+    Ok(stream)
+}
+
+/// Ends a stream by a reset: no state is left that would keep its port.
+pub fn reset(stream: TcpStream) {
+    let linger = nix::libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    socket::setsockopt(&stream, socket::sockopt::Linger, &linger).expect("an option");
 }
 
 /// Gives a stream deadlines, so that a hang becomes a failure.

@@ -454,8 +454,7 @@ fn a_stale_flow_does_not_translate_a_direct_connection() {
         let stream = traffic::connect(address).expect("accepted");
         let port = stream.local_addr().expect("bound").port();
         ip(&format!("-n {client} link set eth0 down")).expect("down");
-        socket_linger_zero(&stream);
-        drop(stream);
+        traffic::reset(stream);
         ip(&format!("-n {client} link set eth0 up")).expect("up");
         ip(&format!(
             "-n {client} route replace 10.78.2.0/24 via {}",
@@ -465,38 +464,13 @@ fn a_stale_flow_does_not_translate_a_direct_connection() {
         port
     });
     let seen = node.at_client(move || {
-        let socket = nix::sys::socket::socket(
-            nix::sys::socket::AddressFamily::Inet,
-            nix::sys::socket::SockType::Stream,
-            nix::sys::socket::SockFlag::empty(),
-            None,
-        )
-        .expect("a socket");
-        use std::os::fd::AsRawFd;
-        let own: std::net::SocketAddrV4 = format!("{}:{port}", CLIENT[0]).parse().expect("own");
-        let own = nix::sys::socket::SockaddrIn::from(own);
-        nix::sys::socket::bind(socket.as_raw_fd(), &own).expect("the same port again");
-        let SocketAddr::V4(direct) = direct else {
-            unreachable!("the container is at IPv4");
-        };
-        let direct = nix::sys::socket::SockaddrIn::from(direct);
-        nix::sys::socket::connect(socket.as_raw_fd(), &direct).expect("a direct connection");
-        let mut stream = TcpStream::from(socket);
-        traffic::patient(&stream).expect("deadlines");
+        let own = format!("{}:{port}", CLIENT[0]).parse().expect("own");
+        let mut stream = traffic::connect_from(own, direct).expect("the same port again");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("told");
         text
     });
     assert_eq!(seen, format!("{}:{port}", CLIENT[0]));
-}
-
-fn socket_linger_zero(stream: &TcpStream) {
-    let linger = nix::libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger)
-        .expect("an option");
 }
 
 #[test]

@@ -146,23 +146,8 @@ fn other_destinations_and_the_bind_address_are_kept() {
     assert_eq!((peer, text), (bound, own.to_string()));
     // A socket at a loopback address can't go out to a container.
     let from = within(&node.network.host, move || {
-        use std::os::fd::AsRawFd;
-        let socket = nix::sys::socket::socket(
-            nix::sys::socket::AddressFamily::Inet,
-            nix::sys::socket::SockType::Stream,
-            nix::sys::socket::SockFlag::empty(),
-            None,
-        )
-        .expect("a socket");
-        let own = nix::sys::socket::SockaddrIn::new(127, 0, 0, 1, 0);
-        nix::sys::socket::bind(socket.as_raw_fd(), &own).expect("bound");
-        let SocketAddr::V4(bound) = bound else {
-            unreachable!("an IPv4 address");
-        };
-        let to = nix::sys::socket::SockaddrIn::from(bound);
-        nix::sys::socket::connect(socket.as_raw_fd(), &to).expect("the listener");
-        let mut stream = TcpStream::from(socket);
-        traffic::patient(&stream).expect("deadlines");
+        let own = "127.0.0.1:0".parse().expect("an address");
+        let mut stream = traffic::connect_from(own, bound).expect("the listener");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("told");
         text
@@ -206,6 +191,90 @@ fn a_row_with_client_networks_is_the_listeners() {
     let refused = seen_on(&node, loopback(row.host_port)).map(|(_, _, text)| text);
     assert_eq!(refused.unwrap_or_default(), "", "not in the list");
     node.counted(&row, |it| it.sessions_refused == 1);
+}
+
+/// Sends `length` bytes and takes them back, on the host.
+fn echoed_on(node: &Node, address: SocketAddr, length: usize) {
+    let run = move || {
+        let mut sent = vec![0; length];
+        traffic::fill(5, 0, &mut sent);
+        assert!(ask(address, &sent).expect("served") == sent, "whole");
+    };
+    within(&node.network.host, run).expect("the host's namespace");
+}
+
+fn bytes_are_counted(family: usize) {
+    if !may_use_bpf() {
+        return;
+    }
+    const LENGTH: usize = 100_000;
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let mut row = node.container.port(port);
+    row.target = node.container.address[family];
+    let (local, any) = [("127.0.0.1", "0.0.0.0"), ("::1", "::")][family];
+    row.bind = any.parse().expect("an address");
+    node.lift(&row);
+    let address = SocketAddr::new(local.parse().expect("an address"), row.host_port);
+    echoed_on(&node, address, LENGTH);
+    let counted = |node: &mut Node, times: u64| {
+        let bytes = times * LENGTH as u64;
+        let status = node.counted(&row, |it| it.bytes_in >= bytes && it.bytes_out >= bytes);
+        // What is sent again on a busy machine counts again.
+        for found in [status.bytes_in, status.bytes_out] {
+            assert!(found < bytes + LENGTH as u64 / 2, "{found}");
+        }
+        status
+    };
+    let status = counted(&mut node, 1);
+    assert!(status.packets_in > 3 && status.packets_out > 3);
+    // Who connects to the container directly is not counted, nor is it while nobody lives.
+    echoed_on(&node, SocketAddr::new(row.target, port), LENGTH);
+    node.kill();
+    echoed_on(&node, address, LENGTH);
+    node.restart();
+    let status = counted(&mut node, 2);
+    assert_eq!(status.sessions_total, 2);
+}
+
+#[test]
+fn bytes_of_clients_on_the_host_are_counted() {
+    bytes_are_counted(0);
+}
+
+#[test]
+fn bytes_of_clients_on_the_host_are_counted_over_ipv6() {
+    bytes_are_counted(1);
+}
+
+/// A port that was used by a led connection, and is used again for a direct one, counts no longer.
+#[test]
+fn a_direct_connection_by_a_led_ones_port_is_not_counted() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let row = node.container.port(port);
+    node.lift(&row);
+    let led = loopback(row.host_port);
+    let direct = SocketAddr::new(row.target, port);
+    let run = move || {
+        let mut own = "0.0.0.0:0".parse().expect("an address");
+        for to in [led, direct] {
+            let mut stream = traffic::connect_from(own, to).expect("accepted");
+            let SocketAddr::V4(bound) = stream.local_addr().expect("bound") else {
+                unreachable!("an IPv4 socket");
+            };
+            own = bound;
+            stream.write_all(&[1; 50]).expect("sent");
+            stream.read_exact(&mut [0; 50]).expect("echoed");
+            traffic::reset(stream);
+        }
+    };
+    within(&node.network.host, run).expect("the host's namespace");
+    let status = node.counted(&row, |it| it.bytes_out >= 50 && it.sessions_active == 0);
+    assert_eq!((status.bytes_in, status.bytes_out), (50, 50));
 }
 
 #[test]
@@ -336,7 +405,10 @@ fn datagrams_are_led_and_their_answers_come_from_where_they_went() {
     node.kill();
     within(&host, exchange).expect("the host").expect("led");
     node.restart();
-    node.counted(&row, |it| it.sessions_total >= 4);
+    // Three datagrams of a byte each time, and the answers.
+    let status = node.counted(&row, |it| it.sessions_total >= 4 && it.packets_out >= 6);
+    assert_eq!((status.bytes_in, status.packets_in), (6, 6));
+    assert!(status.bytes_out > 6 * 10);
     node.control.withdraw(row.key()).expect("removed");
     let err = within(&host, move || {
         let socket = UdpSocket::bind("0.0.0.0:0")?;

@@ -40,8 +40,7 @@ pub struct KernelPort {
 }
 
 impl KernelPort {
-    /// The counters, in the relay's terms. A payload that is sent again counts again; that of
-    /// clients on this host is not counted.
+    /// The counters, in the relay's terms. A payload that is sent again counts again.
     pub fn counters(&self) -> Counters {
         Counters {
             active: u32::try_from(self.active.load(Relaxed)).unwrap_or(u32::MAX),
@@ -124,7 +123,7 @@ impl KernelPath {
         served.is_none_or(|served| self.read_counters(key, &served.port))
     }
 
-    fn read_counters(&self, key: ServiceKey, port: &KernelPort) -> bool {
+    pub(super) fn read_counters(&self, key: ServiceKey, port: &KernelPort) -> bool {
         if let Ok(values) = self.counters.get(&key, 0) {
             let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
             port.total.store(sum(|it| it.flows), Relaxed);

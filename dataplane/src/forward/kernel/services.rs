@@ -21,6 +21,7 @@ use shared::desired::{PortKey, PortRow, Protocol};
 use super::eligibility::{self, Circumstances};
 use super::pins::Side;
 use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words};
+use crate::forward::relay::port::Counters;
 
 /// linux/bpf.h: an update that makes an entry or fails.
 const BPF_NOEXIST: u64 = 1;
@@ -235,6 +236,15 @@ impl KernelPath {
             return false;
         }
         true
+    }
+
+    /// What a port has counted that an earlier process has left and nobody has claimed.
+    pub fn counted(&self, key: PortKey) -> Option<Counters> {
+        let key = key_of(key);
+        self.found.get(&key)?;
+        let port = KernelPort::default();
+        self.read_counters(key, &port);
+        Some(port.counters())
     }
 
     /// Whether this is what serves a port now.
