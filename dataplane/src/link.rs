@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use shared::ReadError;
 use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
-use shared::ids::{ContainerId, Generation, RegionId};
+use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine};
 
 use self::drains::{Draining, removed};
@@ -84,6 +84,8 @@ pub struct Link {
     containers: BTreeMap<ContainerId, ContainerRow>,
     /// What ports had counted in an earlier life of this process.
     earlier: BTreeMap<PortKey, PortStatus>,
+    /// What removed ports had counted in the end, until control has taken note.
+    ended: BTreeMap<PortKey, (KernelId, Counters)>,
     unclaimed_at: Option<Instant>,
     drains_counted: Instant,
     read_log: LogLimit,
@@ -115,6 +117,20 @@ fn without(a: Counters, b: Counters) -> Counters {
         idle_timeouts: a.idle_timeouts.saturating_sub(b.idle_timeouts),
         packets_in: a.packets_in.saturating_sub(b.packets_in),
         packets_out: a.packets_out.saturating_sub(b.packets_out),
+    }
+}
+
+/// What a status says of counters.
+fn told(status: &PortStatus) -> Counters {
+    Counters {
+        total: status.sessions_total,
+        refused: status.sessions_refused,
+        bytes_in: status.bytes_in,
+        bytes_out: status.bytes_out,
+        connect_failures: status.connect_failures,
+        packets_in: status.packets_in,
+        packets_out: status.packets_out,
+        ..Counters::default()
     }
 }
 
@@ -162,6 +178,7 @@ impl Link {
             kernel_missing: None,
             containers: BTreeMap::new(),
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
+            ended: BTreeMap::new(),
             unclaimed_at: None,
             drains_counted: Instant::now(),
             read_log: LogLimit::default(),
@@ -291,10 +308,10 @@ impl Link {
                     generation,
                 } => {
                     if self.draining_status(key).is_none() {
+                        let mut entry = removed(key, kernel_id, desired.region_id, generation);
+                        entry.base = self.last_words(key, kernel_id);
                         self.withdraw(key);
-                        changes
-                            .put
-                            .push(removed(key, kernel_id, desired.region_id, generation));
+                        changes.put.push(entry);
                     }
                 }
                 Step::Orphan(key) => {
@@ -332,6 +349,9 @@ impl Link {
                 })
                 .collect();
         }
+        for key in &changes.forget {
+            self.ended.remove(key);
+        }
         changes.applied = Some(mark);
         self.publish(changes);
         self.applied = Some(mark);
@@ -341,25 +361,40 @@ impl Link {
         self.known.insert(row.key(), Known { row, region });
     }
 
-    /// What the same kernel's port had counted in an earlier life.
+    /// What the same kernel's port had counted in an earlier life. One that was removed then begins
+    /// anew.
     fn counted_before(&mut self, row: &PortRow) -> Counters {
         let found = self.earlier.remove(&row.key());
-        let found = found.filter(|it| it.kernel_id == row.kernel_id);
-        found.map_or_else(Counters::default, |it| Counters {
-            total: it.sessions_total,
-            refused: it.sessions_refused,
-            bytes_in: it.bytes_in,
-            bytes_out: it.bytes_out,
-            connect_failures: it.connect_failures,
-            packets_in: it.packets_in,
-            packets_out: it.packets_out,
-            ..Counters::default()
-        })
+        found
+            .filter(|it| it.kernel_id == row.kernel_id && it.state != PortState::Removed)
+            .map_or_else(Counters::default, |it| told(&it))
+    }
+
+    /// What a port that is removed had counted in the end, maybe in an earlier life.
+    fn last_words(&mut self, key: PortKey, kernel_id: KernelId) -> Counters {
+        if let Some((kernel, counted)) = self.ended.get(&key)
+            && *kernel == kernel_id
+        {
+            return *counted;
+        }
+        let found = self.earlier.remove(&key);
+        let earlier = found
+            .filter(|it| it.kernel_id == kernel_id)
+            .map_or_else(Counters::default, |it| told(&it));
+        let since = self
+            .kernel
+            .as_ref()
+            .and_then(|kernel| kernel.counted(key))
+            .unwrap_or_default();
+        let counted = sum(without(earlier, since), since);
+        self.ended.insert(key, (kernel_id, counted));
+        counted
     }
 
     /// Starts to serve a row; whatever comes of it is noted.
     fn serve(&mut self, row: PortRow, region: RegionId, base: Counters, now: Instant) {
         let key = row.key();
+        self.ended.remove(&key);
         let mut running = Running {
             port: None,
             kernel: None,

@@ -343,11 +343,14 @@ fn a_restarted_dataplane_takes_up_the_rows_and_acknowledges_them_again() {
         ask(address_of(&kept), b"counted").expect("an echo"),
         b"counted"
     );
-    until("the counters", || {
-        let status = control.status(kept.key())?;
-        (status.bytes_out == 7).then_some(())
-    })
-    .expect("counted");
+    ask(address_of(&gone), b"gone").expect("an echo");
+    for (row, bytes) in [(&kept, 7), (&gone, 4)] {
+        until("the counters", || {
+            let status = control.status(row.key())?;
+            (status.bytes_out == bytes).then_some(())
+        })
+        .expect("counted");
+    }
     let epoch = control.observed.snapshot().expect("observed").epoch;
     process.signal(Signal::SIGKILL).expect("killed");
     drop(process);
@@ -355,9 +358,10 @@ fn a_restarted_dataplane_takes_up_the_rows_and_acknowledges_them_again() {
         .write(|batch| batch.remove_port(gone.key()))
         .expect("written");
     let _process = place.start().expect("bai-dataplane again");
-    control
+    let status = control
         .in_state(gone.key(), PortState::Removed)
         .expect("the removal is acknowledged");
+    assert_eq!((status.bytes_out, status.sessions_total), (4, 1));
     until("the row being served again", || {
         ask(address_of(&kept), b"z").ok()
     })
@@ -373,6 +377,44 @@ fn a_restarted_dataplane_takes_up_the_rows_and_acknowledges_them_again() {
     // The waiting above may have asked more than once, and each time a byte.
     assert_eq!(status.bytes_in, status.bytes_out);
     assert!(status.sessions_total >= 2);
+    // Whatever else is asked for, the last counts stay until control has taken note of them.
+    control.publish(row_to(echo)).expect("an answer");
+    let status = control.status(gone.key()).expect("still told");
+    assert_eq!((status.state, status.bytes_out), (PortState::Removed, 4));
+    control.release();
+    let status = control.publish(gone).expect("an answer");
+    assert_eq!(
+        (status.state, status.bytes_out),
+        (PortState::Serving, 0),
+        "it begins anew"
+    );
+}
+
+#[test]
+fn a_port_removed_in_an_earlier_life_begins_anew() {
+    let (place, process, mut control) = started(Options {
+        dataplane: "stats-interval = 0.1".to_owned(),
+        ..Options::default()
+    });
+    let row = row_to(traffic::echo_server("127.0.0.1:0"));
+    control.publish(row.clone()).expect("an answer");
+    ask(address_of(&row), b"once").expect("an echo");
+    control
+        .write(|batch| batch.remove_port(row.key()))
+        .expect("written");
+    let status = control
+        .in_state(row.key(), PortState::Removed)
+        .expect("acknowledged");
+    assert_eq!(status.bytes_out, 4);
+    process.signal(Signal::SIGKILL).expect("killed");
+    drop(process);
+    control.release();
+    let generation = control
+        .write(|batch| batch.put_port(row.clone()))
+        .expect("written");
+    let _process = place.start().expect("bai-dataplane again");
+    let status = control.answer(row.key(), generation).expect("an answer");
+    assert_eq!((status.state, status.bytes_out), (PortState::Serving, 0));
 }
 
 #[test]

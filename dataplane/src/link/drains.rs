@@ -128,6 +128,7 @@ impl Link {
         }
         let mut entry = removed(key, kernel_id, region, generation);
         entry.base = counted;
+        self.ended.insert(key, (kernel_id, counted));
         changes.put.push(entry);
     }
 
@@ -178,6 +179,11 @@ impl Link {
             }
             false
         });
+        for entry in &changes.put {
+            let status = &entry.status;
+            self.ended
+                .insert(status.key, (status.kernel_id, entry.base));
+        }
         if !changes.put.is_empty() {
             self.publish(changes);
         }
