@@ -45,6 +45,22 @@ fn mirror(address: &str) -> SocketAddr {
     at
 }
 
+/// A port that leads to a mirror.
+fn mirrored(relay: &Relay, rules: Rules) -> Arc<Port> {
+    open(relay, "127.0.0.1:0", mirror("127.0.0.1:0"), rules)
+}
+
+/// A port that leads to where nobody is.
+fn forsaken(relay: &Relay) -> Arc<Port> {
+    let free = UdpSocket::bind("127.0.0.1:0").and_then(|it| it.local_addr());
+    open(
+        relay,
+        "127.0.0.1:0",
+        free.expect("a port"),
+        Rules::default(),
+    )
+}
+
 /// Sends and receives; answers the port that the server has seen.
 fn exchange(client: &UdpSocket, to: SocketAddr, sent: &[u8]) -> u16 {
     client.send_to(sent, to).expect("sent");
@@ -66,12 +82,7 @@ fn answered(client: &UdpSocket, to: SocketAddr) -> bool {
 #[test]
 fn each_client_has_a_session_and_its_own_answers() {
     let relay = relay();
-    let port = open(
-        &relay,
-        "127.0.0.1:0",
-        mirror("127.0.0.1:0"),
-        Rules::default(),
-    );
+    let port = mirrored(&relay, Rules::default());
     let clients: Vec<UdpSocket> = (0..50).map(|_| socket("127.0.0.1:0")).collect();
     let mut seen = Vec::new();
     for round in 0..3_usize {
@@ -101,12 +112,7 @@ fn each_client_has_a_session_and_its_own_answers() {
 #[test]
 fn datagrams_of_all_sizes_pass_whole() {
     let relay = relay();
-    let port = open(
-        &relay,
-        "127.0.0.1:0",
-        mirror("127.0.0.1:0"),
-        Rules::default(),
-    );
+    let port = mirrored(&relay, Rules::default());
     let client = socket("127.0.0.1:0");
     for length in [0, 1, 2, 1_400, 1_473, 9_000, 60_000] {
         let mut sent = vec![0; length];
@@ -148,7 +154,7 @@ fn silent_sessions_leave_and_limits_hold_until_then() {
         idle_timeout: Some(Duration::from_secs(4)),
         ..Rules::default()
     };
-    let port = open(&relay, "127.0.0.1:0", mirror("127.0.0.1:0"), rules);
+    let port = mirrored(&relay, rules);
     let (first, second, third) = (
         socket("127.0.0.1:0"),
         socket("127.0.0.1:0"),
@@ -181,12 +187,7 @@ fn strangers_are_not_let_in_and_leave_no_session() {
         allowed,
         ..Rules::default()
     };
-    let port = open(
-        &relay,
-        "127.0.0.1:0",
-        mirror("127.0.0.1:0"),
-        rules(vec![network("192.0.2.0", 24)]),
-    );
+    let port = mirrored(&relay, rules(vec![network("192.0.2.0", 24)]));
     let client = socket("127.0.0.1:0");
     assert!(!answered(&client, port.bind()));
     until("the count", || (port.counters().refused == 1).then_some(())).expect("counted");
@@ -201,19 +202,29 @@ fn strangers_are_not_let_in_and_leave_no_session() {
 #[test]
 fn a_container_that_refuses_costs_a_session_and_nothing_else() {
     let relay = relay();
-    let free = UdpSocket::bind("127.0.0.1:0").and_then(|it| it.local_addr());
-    let port = open(
-        &relay,
-        "127.0.0.1:0",
-        free.expect("a port"),
-        Rules::default(),
-    );
+    let port = forsaken(&relay);
     let client = socket("127.0.0.1:0");
     client.send_to(b"x", port.bind()).expect("sent");
     until("the refusal", || {
         (port.counters().connect_failures == 1 && port.active() == 0).then_some(())
     })
     .expect("counted, and the seat given back");
+}
+
+/// The socket tells of an earlier datagram's refusal instead of sending: the later one must not be
+/// lost for it.
+#[test]
+fn a_refusal_costs_no_later_datagram() {
+    let relay = relay();
+    let port = forsaken(&relay);
+    let client = socket("127.0.0.1:0");
+    for _ in 0..64 {
+        client.send_to(b"word", port.bind()).expect("sent");
+    }
+    until("all of them being handed on", || {
+        (port.counters().bytes_in == 64 * 4).then_some(())
+    })
+    .expect("none is lost");
 }
 
 #[test]

@@ -48,6 +48,8 @@ struct Listener {
     port: Arc<Port>,
     /// Its young sessions, oldest first.
     young: BTreeMap<u64, u32>,
+    /// Is among those that may hold more.
+    queued: bool,
 }
 
 /// Who speaks to whom: the position of the listener, the client, the address it has sent to.
@@ -62,6 +64,8 @@ struct Session {
     answered: bool,
     /// Its place among the young ones.
     birth: u64,
+    /// Is among those that may hold more.
+    queued: bool,
 }
 
 impl Session {
@@ -128,26 +132,46 @@ impl Datagrams {
             for event in &events {
                 match event.token() {
                     WAKE => self.read_mail(),
-                    token if !self.ready.contains(&token) => self.ready.push_back(token),
-                    _ => {}
+                    token => self.queue(token),
                 }
             }
             for _ in 0..self.ready.len() {
                 let Some(token) = self.ready.pop_front() else {
                     break;
                 };
+                if let Some(queued) = self.queued(token) {
+                    *queued = false;
+                }
                 let more = match token.0 {
                     it if it & LISTENER_BIT != 0 => self.take_from_clients(it & !LISTENER_BIT),
                     it => u32::try_from(it - 1).is_ok_and(|it| self.take_from_container(it)),
                 };
                 if more {
-                    self.ready.push_back(token);
+                    self.queue(token);
                 }
             }
             self.end_silent(Instant::now());
             self.sessions.recycle();
         }
         Ok(())
+    }
+
+    /// The mark of the socket that a token stands for.
+    fn queued(&mut self, token: Token) -> Option<&mut bool> {
+        if token.0 & LISTENER_BIT != 0 {
+            let listener = self.listeners.get_mut(token.0 & !LISTENER_BIT)?.as_mut()?;
+            return Some(&mut listener.queued);
+        }
+        let index = u32::try_from(token.0.checked_sub(1)?).ok()?;
+        Some(&mut self.sessions.get_mut(index)?.queued)
+    }
+
+    fn queue(&mut self, token: Token) {
+        if let Some(queued) = self.queued(token)
+            && !std::mem::replace(queued, true)
+        {
+            self.ready.push_back(token);
+        }
     }
 
     fn read_mail(&mut self) {
@@ -192,6 +216,7 @@ impl Datagrams {
             fd,
             port,
             young: BTreeMap::new(),
+            queued: false,
         });
     }
 
@@ -264,11 +289,18 @@ impl Datagrams {
         {
             listener.young.remove(&session.birth);
         }
-        match socket::write(&session.fd, bytes) {
-            Ok(_) => session.seat.port().count_bytes(bytes.len() as u64, 0),
-            // The container has said that nobody is there; the next datagram asks again.
-            Err(Errno::CONNREFUSED) => self.refused(index),
-            Err(_) => {}
+        let port = session.seat.port();
+        let written = match socket::write(&session.fd, bytes) {
+            // The answer to an earlier datagram, and told but once: nobody was there. This one asks
+            // again.
+            Err(Errno::CONNREFUSED) => {
+                port.count_connect_failure();
+                socket::write(&session.fd, bytes)
+            }
+            other => other,
+        };
+        if written.is_ok() {
+            port.count_bytes(bytes.len() as u64, 0);
         }
     }
 
@@ -317,6 +349,7 @@ impl Datagrams {
             last_active: Instant::now(),
             answered: false,
             birth: self.births,
+            queued: false,
         }))
     }
 
