@@ -2,11 +2,11 @@
 //! errors of routers and of containers, large packets for narrow ways.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::dataplane::until;
 use harness::kernel_path::{KERNEL, Node, attached, host};
@@ -98,6 +98,35 @@ fn datagrams_of_all_sizes_come_back() {
 #[test]
 fn datagrams_of_all_sizes_come_back_over_ipv6() {
     datagrams_of_all_sizes(1);
+}
+
+/// Nothing tells of a datagram's end: its flow goes when it was silent for half a minute.
+#[test]
+fn a_flow_that_is_never_answered_is_forgotten() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let silent = within(&node.container.namespace, || UdpSocket::bind("[::]:0"));
+    let silent = silent.expect("the container").expect("a port");
+    let mut row = node
+        .container
+        .port(silent.local_addr().expect("bound").port());
+    row.protocol = Protocol::Udp;
+    node.lift(&row);
+    let address = host(&row, 0);
+    node.at_client(move || socket_to(address).send(b"x"))
+        .expect("sent");
+    node.counted(&row, |it| it.sessions_active == 1);
+    let sent = Instant::now();
+    while sent.elapsed() < Duration::from_secs(90) {
+        if node.counted(&row, |_| true).sessions_active == 0 {
+            assert!(sent.elapsed() >= Duration::from_secs(28), "too early");
+            return;
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+    panic!("the flow is still there");
 }
 
 fn closed_port_is_told(family: usize) {
@@ -235,22 +264,45 @@ fn no_datagram_is_lost_while_the_process_is_killed_and_replaced() {
     assert_eq!((status.bytes_in, status.bytes_out), (sent * 8, sent * 8));
 }
 
-/// Downloads from an address: the container sends all it can at once.
-fn download(address: SocketAddr) -> Result<u64, String> {
-    const LENGTH: u64 = 2 << 20;
+/// Bytes of a download.
+const LENGTH: u64 = 2 << 20;
+
+/// A server in the container that sends all it can at once. Nothing large goes the other way: the
+/// narrow ends of the veths here would swallow it without a word.
+fn source(node: &Node) -> u16 {
+    within(&node.container.namespace, || {
+        let listener = traffic::listener("[::]:0");
+        let port = listener.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                thread::spawn(move || {
+                    let sent = traffic::send(&mut stream, 3, LENGTH, Manner::eager(60_000));
+                    sent.and_then(|()| stream.shutdown(Shutdown::Write))
+                });
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+fn download(address: SocketAddr) -> Result<(), String> {
     let mut stream = traffic::connect(address).map_err(|err| err.to_string())?;
-    let mut sender = stream.try_clone().expect("a clone");
-    let sending = thread::spawn(move || {
-        let sent = traffic::send(&mut sender, 3, LENGTH, Manner::eager(60_000));
-        let _ = sender.shutdown(std::net::Shutdown::Write);
-        sent
-    });
     let received = traffic::receive(&mut stream, 3, Manner::eager(60_000))?;
-    let sent = sending.join().expect("the sender");
-    sent.map_err(|err| format!("sending: {err}"))?;
     (received == LENGTH)
-        .then_some(received)
+        .then_some(())
         .ok_or(format!("{received} bytes"))
+}
+
+/// A row that leads to such a server.
+fn sourced(node: &mut Node, family: usize) -> PortRow {
+    let mut row = node.container.port(source(node));
+    row.target = node.container.address[family];
+    if family == 1 {
+        row.bind = "::".parse().expect("an address");
+    }
+    node.lift(&row);
+    row
 }
 
 /// A router beyond the client's network has a narrow way: the container must hear of it.
@@ -259,21 +311,12 @@ fn path_mtu(family: usize) {
         return;
     }
     let mut node = Node::new();
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    row.target = node.container.address[family];
-    if family == 1 {
-        row.bind = "::".parse().expect("an address");
-    }
-    node.lift(&row);
+    let row = sourced(&mut node, family);
     let far = node.network.beyond_the_client(1_300).expect("a far client");
     let address = host(&row, family);
-    until("the narrow way being known", || {
-        let received = within(&far.name, move || download(address)).expect("the far client");
-        received.map_err(|err| println!("{err}")).ok()
-    })
-    .expect("whole");
+    within(&far.name, move || download(address))
+        .expect("the far client")
+        .expect("whole");
     let status = node.counted(&row, |it| it.sessions_total >= 1);
     assert_eq!(status.path, ForwardPath::KernelPath);
     // Without that knowledge every full segment would be lost.
@@ -301,14 +344,7 @@ fn narrow_uplink(family: usize) {
     }
     let mut node = Node::new();
     ip(&format!("-n {} link set up0 mtu 1300", node.network.host)).expect("narrow");
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    row.target = node.container.address[family];
-    if family == 1 {
-        row.bind = "::".parse().expect("an address");
-    }
-    node.lift(&row);
+    let row = sourced(&mut node, family);
     let address = host(&row, family);
     // The dataplane may look at the interface a moment later than the test has changed it.
     until("the narrow way being known", || {
