@@ -281,6 +281,26 @@ fn container_client_and_message_library_are_each_known_to_few_files() {
 }
 
 #[test]
+fn tests_that_the_kernel_paths_rules_name_exist() {
+    let text = std::fs::read_to_string(root().join("docs/kernel-path.md")).expect("the rules");
+    let code: String = sources("rs")
+        .iter()
+        .map(|path| std::fs::read_to_string(root().join(path)).expect("a source"))
+        .collect();
+    // Names in backquotes; commands and paths have other characters.
+    let is_name =
+        |it: &&str| it.contains('_') && it.bytes().all(|b| b == b'_' || b.is_ascii_alphanumeric());
+    let names: Vec<&str> = text.split('`').skip(1).step_by(2).filter(is_name).collect();
+    assert!(names.len() > 50, "{}", names.len());
+    for name in names {
+        assert!(
+            code.contains(&format!("fn {name}(")),
+            "no test is named {name}"
+        );
+    }
+}
+
+#[test]
 fn commands_of_the_readme_exist() {
     let makefile = std::fs::read_to_string(root().join("Makefile")).expect("Makefile");
     for document in ["README.md", "CONTRIBUTING.md", "SPECIFICATION.md"] {

@@ -219,6 +219,15 @@ mod tests {
     fn uplinks_have_addresses_and_lead_out() {
         let mut all = interfaces();
         assert_eq!(uplinks(&all), BTreeSet::from([2, 6]));
+        // Of a bond its members are none.
+        let mut bond = all.clone();
+        let mut bonded = |index: u32, master| {
+            bond.get_mut(&index).unwrap().master = master;
+        };
+        bonded(5, Some(2));
+        bonded(7, Some(2));
+        bond.get_mut(&2).unwrap().kind = "bond".to_owned();
+        assert_eq!(uplinks(&bond), BTreeSet::from([2, 6]));
         // A bridge with hardware in it is one.
         all.get_mut(&5).unwrap().master = Some(3);
         assert_eq!(uplinks(&all), BTreeSet::from([2, 3, 6]));
