@@ -36,7 +36,12 @@ impl Service for TestService {
                     std::thread::sleep(time);
                     Ok(Value::Nil)
                 }
-                "boom" => panic!("the handler's own words"),
+                "begun_at_once" => {
+                    let began = thread();
+                    tokio::time::sleep(time).await;
+                    Ok(Value::array([began, thread()]))
+                }
+                "boom" | "boom_at_once" => panic!("the handler's own words"),
                 "fail" => Err(Failure::runtime_error("it's broken")),
                 "raise_timeout" => Err(Failure::timeout()),
                 "raise_cancel" => Err(Failure::bare("CancelledError")),
@@ -64,6 +69,15 @@ impl Service for TestService {
             }
         })
     }
+
+    fn answers_at_once(&self, method: &str) -> bool {
+        matches!(method, "ping" | "begun_at_once" | "boom_at_once")
+    }
+}
+
+/// Name of the thread this runs on.
+fn thread() -> Value {
+    std::thread::current().name().unwrap_or_default().into()
 }
 
 fn catalogued(call: Call, attempts: &AtomicI64) -> Result<Value, Failure> {

@@ -265,3 +265,42 @@ async fn our_client_over_curve() {
     assert!(matches!(err, control::rpc::BindError::KeyMismatch), "{err}");
     server.shutdown(Duration::from_secs(5)).await;
 }
+
+#[tokio::test]
+async fn what_is_answered_at_once_needs_no_worker() {
+    let node = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("worker")
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let starting = node.spawn(rpc_service::start(None, Limits::default()));
+    let server = starting.await.expect("a server");
+    let address = server.local_addr().to_string();
+    let client = Client::connect(&address, None, DEADLINE)
+        .await
+        .expect("connects");
+    let call = |method: &'static str, argument: f64| {
+        client.call(method, vec![argument.into()], vec![], DEADLINE)
+    };
+
+    // One that waits all the same goes on with the others; one that panics harms nobody.
+    let threads = call("begun_at_once", 0.01).await.expect("a reply");
+    let expected = Value::array(["bai-rpc/IO/0", "worker"]);
+    assert_eq!(threads, expected);
+    let failed = call("boom_at_once", 0.0).await.expect_err("a failure");
+    assert!(failed.to_string().contains("own words"), "{failed}");
+
+    let blocked = call("block", 2.0);
+    tokio::pin!(blocked);
+    let waited = tokio::time::timeout(Duration::from_millis(200), &mut blocked).await;
+    assert!(waited.is_err(), "the worker is blocked");
+    tokio::select! {
+        pong = call("ping", 1.0) => assert_eq!(pong.expect("a reply"), Value::Float(1.0)),
+        _ = &mut blocked => panic!("the ping waited for the worker"),
+    }
+    assert_eq!(blocked.await.expect("a reply"), Value::Nil);
+    assert_eq!(server.in_flight(), 0);
+    drop(server);
+    node.shutdown_background();
+}

@@ -62,6 +62,13 @@ impl Service for AgentService {
             answered
         })
     }
+
+    fn answers_at_once(&self, method: &str) -> bool {
+        matches!(
+            method,
+            "ping" | "check_creating" | "check_running" | "get_commit_status" | "shutdown_agent"
+        )
+    }
 }
 
 /// Tells administrators of a failure that is not the caller's: the bus limits how many go out.

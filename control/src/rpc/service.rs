@@ -70,4 +70,11 @@ pub trait Service: Send + Sync + 'static {
     /// Answers one call. The future is run to its end whatever becomes of the caller; a panic
     /// becomes a failure reply. Calls run concurrently: exclusion is the service's affair.
     fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>>;
+
+    /// Whether calls of this method are answered from memory, with neither a wait nor long work.
+    /// They are begun on the transport's own thread, where anything longer would hold up all
+    /// connections.
+    fn answers_at_once(&self, _method: &str) -> bool {
+        false
+    }
 }
