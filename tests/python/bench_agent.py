@@ -3,7 +3,8 @@
 Usage: bench_agent.py [--out FILE] [--rounds N] [--kernels N ...] [--idle SECONDS] [--standalone]
 
 Both get the same configuration, engine, stores and load (`rpc-load`, our own generator). Each figure is taken of both agents
-in turn, several times; `ratios` has ours divided by the Python agent's, medians over the rounds. The CPU of an agent is that of
+in turn, several times; `ratios` has ours divided by the Python agent's, medians over the rounds, and `floor` the same figures of a server
+that does nothing but answer (`rpc-load bare`): the price of the sockets. The CPU of an agent is that of
 all its processes. Idle CPU is agent and engine together, less the engine alone with the same containers.
 """
 
@@ -79,6 +80,24 @@ class Bench:
 
     def generate(self, agent, *words):
         return json.loads(command([self.load, f"127.0.0.1:{agent.rpc_port}", *words], limit=300))
+
+    def floor(self):
+        """The calls once more, against a server that has the answer ready."""
+        raw = self.raw.setdefault("bare", {})
+        server = subprocess.Popen([self.load, "127.0.0.1:0", "bare"], stdout=subprocess.PIPE, text=True)
+        try:
+            port = server.stdout.readline().strip()
+            used = lambda: cpu([item for item in processes() if item[0] == server.pid])
+            call = lambda *words: json.loads(command([self.load, f"127.0.0.1:{port}", *words], limit=300))
+            call("calls", 1, 1)
+            before, done = used(), call("calls", 16, 5)
+            raw.setdefault("calls_per_s_16", []).append(done["count"] / done["seconds"])
+            raw.setdefault("cpu_per_call_us", []).append((used() - before) / done["count"] * 1e6)
+            raw.setdefault("rtt_us", []).append(call("calls", 1, 3)["samples_us"])
+            raw.setdefault("connect_and_ping_us", []).append(call("connects", 200)["samples_us"])
+        finally:
+            server.kill()
+            server.wait()
 
     def start(self, agent):
         """Up to the first answered call; seconds."""
@@ -190,12 +209,18 @@ class Bench:
         engine.docker("rm", "--force", name)
         asyncio.run(client.destroy_kernel(kernel, session, "user-requested"))
 
+    CALLS = (("calls_per_s_16",) * 2, ("cpu_per_call", "cpu_per_call_us"), ("rtt_p50", "rtt_us"), ("connect_and_ping_p50", "connect_and_ping_us"))
+
+    def middle(self, kind, name):
+        return statistics.median([value for item in self.raw[kind][name] for value in (item if isinstance(item, list) else [item])])
+
+    def against_python(self, kind, figures):
+        have = lambda raw: all(raw in self.raw.get(one, ()) for one in (kind, "python"))
+        return {name: self.middle(kind, raw) / self.middle("python", raw) for name, raw in figures if have(raw)}
+
     def ratios(self):
-        middle = lambda kind, name: statistics.median([value for item in self.raw[kind][name] for value in (item if isinstance(item, list) else [item])])
-        result = {}
-        for name, raw in (("calls_per_s_16",) * 2, ("cpu_per_call", "cpu_per_call_us"), ("rtt_p50", "rtt_us"), ("connect_and_ping_p50", "connect_and_ping_us"), ("rss", "rss_bytes"), ("ready", "ready_s")):
-            if raw in self.raw["ours"] and raw in self.raw["python"]:
-                result[name] = middle("ours", raw) / middle("python", raw)
+        middle = self.middle
+        result = self.against_python("ours", (*self.CALLS, ("rss", "rss_bytes"), ("ready", "ready_s")))
         for count in self.options.kernels:
             own = {kind: middle(kind, f"with_agent_cpu_{count}") - middle(kind, f"engine_alone_cpu_{count}") for kind in KINDS if f"with_agent_cpu_{count}" in self.raw[kind]}
             if len(own) == 2 and own["python"] > 0:
@@ -209,6 +234,7 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({
             "ratios": self.ratios(),
+            "floor": self.against_python("bare", self.CALLS),
             "versions": {
                 "python agent": "25.15.8", "ours": git, "kernel": platform.release(), "python": platform.python_version(),
                 "engine": self.system.engine.docker("version", "--format", "{{.Server.Version}}").strip(),
@@ -235,13 +261,14 @@ def main():
             for kind in KINDS:
                 bench.calls(kind)
                 print(f"round {number + 1} of {options.rounds}: {kind}", flush=True)
+            bench.floor()
             bench.report(options.out)
         if options.kernels:
             for kind in KINDS:
                 bench.kernels(kind)
                 print(f"kernels: {kind}", flush=True)
                 bench.report(options.out)
-        print(json.dumps(bench.ratios(), indent=1))
+        print(json.dumps({"ratios": bench.ratios(), "floor": bench.against_python("bare", bench.CALLS)}, indent=1))
     finally:
         place.close()
 

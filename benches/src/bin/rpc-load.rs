@@ -2,17 +2,21 @@
 //!
 //! `rpc-load ADDRESS calls CONNECTIONS SECONDS`: each connection calls again as soon as it is answered;
 //! `rpc-load ADDRESS connects COUNT`: a new connection, its handshake and one call, again and again;
-//! `rpc-load ADDRESS ready SECONDS`: tries until a first call is answered.
+//! `rpc-load ADDRESS ready SECONDS`: tries until a first call is answered;
+//! `rpc-load ADDRESS bare`: answers such calls itself, always with the same bytes, until it is killed: what the
+//! machine's sockets cost by themselves, and no agent can be below.
 //!
 //! A blocking socket per thread and bytes put together by hand (ZMTP 3.1, NULL): a client library, in Python above all, would
 //! measure itself. All times are in microseconds.
 
-use std::io::{Read, Write};
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use mio::{Events, Interest, Poll, Token};
 
 /// No answer takes longer, or the agent is taken for dead.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -39,17 +43,8 @@ impl Connection {
             read: Vec::with_capacity(4096),
             at: 0,
         };
-        let mut greeting = [0_u8; 64];
-        greeting[0] = 0xff;
-        greeting[8] = 1;
-        greeting[9] = 0x7f;
-        greeting[10] = 3;
-        greeting[11] = 1;
-        greeting[12..16].copy_from_slice(b"NULL");
-        let mut hello = greeting.to_vec();
         let ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00";
-        frame(&mut hello, COMMAND, ready);
-        connection.stream.write_all(&hello)?;
+        connection.stream.write_all(&hello(ready))?;
         connection.fill(64)?;
         ensure!(connection.read[0] == 0xff, "that is no ZeroMQ peer");
         connection.at = 64;
@@ -152,6 +147,84 @@ fn position(haystack: &[u8], needle: &[u8]) -> Option<usize> {
         .map(|at| at + needle.len())
 }
 
+/// The greeting, and the command that ends the handshake.
+fn hello(ready: &[u8]) -> Vec<u8> {
+    let mut hello = vec![0_u8; 64];
+    hello[0] = 0xff;
+    hello[8] = 1;
+    hello[9] = 0x7f;
+    hello[10] = 3;
+    hello[11] = 1;
+    hello[12..16].copy_from_slice(b"NULL");
+    frame(&mut hello, COMMAND, ready);
+    hello
+}
+
+/// Answers what a [`Connection`] says, by the first bytes of each piece that arrives: it waits for
+/// every answer, so a piece is a whole message.
+fn bare(address: SocketAddr) -> Result<()> {
+    let hello = hello(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER");
+    let mut pong = Vec::new();
+    frame(&mut pong, MORE, b"PONG");
+    frame(&mut pong, MORE, b"");
+    frame(&mut pong, 0, b"");
+    let mut answer = Vec::new();
+    frame(&mut answer, MORE, b"UPPER");
+    frame(
+        &mut answer,
+        MORE,
+        b"\x85\xa4type\x02\xa4meth\xa4ping\xa4okey\xa0\xa3seq\x00\xa3zip\xc2",
+    );
+    frame(
+        &mut answer,
+        0,
+        b"\x82\xa4meta\xc4\x00\xa4body\xc4\x05\xa4pong",
+    );
+    const LISTENER: Token = Token(0);
+    let mut poll = Poll::new()?;
+    let mut events = Events::with_capacity(64);
+    let mut listener = mio::net::TcpListener::bind(address)?;
+    poll.registry()
+        .register(&mut listener, LISTENER, Interest::READABLE)?;
+    println!("{}", listener.local_addr()?.port());
+    let mut peers: HashMap<Token, mio::net::TcpStream> = HashMap::new();
+    let mut next = 1;
+    loop {
+        poll.poll(&mut events, None)?;
+        for event in &events {
+            if event.token() == LISTENER {
+                while let Ok((mut stream, _)) = listener.accept() {
+                    stream.set_nodelay(true)?;
+                    let token = Token(next);
+                    next += 1;
+                    poll.registry()
+                        .register(&mut stream, token, Interest::READABLE)?;
+                    peers.insert(token, stream);
+                }
+                continue;
+            }
+            let Some(peer) = peers.get_mut(&event.token()) else {
+                continue;
+            };
+            let mut piece = [0_u8; 4096];
+            let said = match peer.read(&mut piece) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
+                Ok(length) => piece.get(..length).unwrap_or_default(),
+                Err(_) => &[],
+            };
+            let words: &[u8] = match said {
+                [] => &[],
+                [0xff, ..] => &hello,
+                [_, 4, ..] => &pong,
+                _ => &answer,
+            };
+            if words.is_empty() || peer.write_all(words).is_err() {
+                peers.remove(&event.token());
+            }
+        }
+    }
+}
+
 fn frame(out: &mut Vec<u8>, flags: u8, content: &[u8]) {
     // Everything sent here is short.
     let length = u8::try_from(content.len()).unwrap_or(u8::MAX);
@@ -230,8 +303,9 @@ fn main() -> Result<()> {
             }
             report(&[from.elapsed().as_micros()], from.elapsed());
         }
+        [place, "bare"] => bare(address(place)?)?,
         _ => bail!(
-            "usage: rpc-load ADDRESS calls CONNECTIONS SECONDS | connects COUNT | ready SECONDS"
+            "usage: rpc-load ADDRESS calls CONNECTIONS SECONDS | connects COUNT | ready SECONDS | bare"
         ),
     }
     Ok(())
