@@ -740,26 +740,17 @@ async fn pause(delay: &mut Duration) {
 
 /// Pings the runner (which also keeps NAT entries alive) and forgets old runs.
 async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
-    let mut sweep = tokio::time::interval(TICK);
-    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut pinged = Instant::now();
-    loop {
-        tokio::select! {
-            () = inner.closed.cancelled() => return,
-            _ = sweep.tick() => {}
-        }
-        let now = Instant::now();
-        lock(&inner.state).runs.sweep(now);
-        if now.saturating_duration_since(pinged) >= ping_interval {
-            pinged = now;
-            // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
-            // A full queue means the runner does not listen, and another ping would not help.
-            let _answer = inner.join(
-                AnswerKind::Status,
-                Outgoing::text("status", ""),
-                PROMPT_OWED,
-            );
-        }
+    // One wake-up for both: a node has hundreds of kernels.
+    let pause = async || tokio::time::sleep(ping_interval).await;
+    while inner.closed.run_until_cancelled(pause()).await.is_some() {
+        lock(&inner.state).runs.sweep(Instant::now());
+        // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
+        // A full queue means the runner does not listen, and another ping would not help.
+        let _answer = inner.join(
+            AnswerKind::Status,
+            Outgoing::text("status", ""),
+            PROMPT_OWED,
+        );
     }
 }
 

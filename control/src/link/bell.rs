@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How often the thread looks whether the agent stops.
 const LOOK: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 500_000_000,
+    tv_sec: 5,
+    tv_nsec: 0,
 };
 
 /// Listens until the agent stops; each ring (or several at once) notifies.
@@ -33,7 +33,7 @@ pub(super) fn listen(doorbell: Doorbell, stopping: CancellationToken) -> io::Res
                         notify.notify_one();
                     }
                     Err(err) => {
-                        // The regions are looked at a few times a second without a ring, too.
+                        // The regions are looked at every second without a ring, too.
                         tracing::error!(%err, "cannot wait for the doorbell any more");
                         return;
                     }

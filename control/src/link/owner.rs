@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Command, KernelRows, Observed, Withdrawn};
 
 /// How often the regions are looked at when nobody rings.
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What the region holds of one kernel.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub(super) struct Owner {
     ringer: Ringer,
     seen: watch::Sender<Observed>,
     held: HashMap<KernelId, Held>,
-    /// So that a broken region is reported once and not four times a second.
+    /// So that a broken region is reported once and not every second.
     trouble: Option<String>,
 }
 
