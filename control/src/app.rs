@@ -65,6 +65,8 @@ const HEARTBEAT_END: Duration = Duration::from_secs(2);
 const BUS_GRACE: Duration = Duration::from_secs(3);
 /// How long operations under way may take when the agent is told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// Between two times at which unused memory is given back.
+const TRIM_PAUSE: Duration = Duration::from_secs(600);
 /// Deadline of one step on a scratch directory.
 const SCRATCH_LIMIT: Duration = Duration::from_secs(120);
 
@@ -245,7 +247,15 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     tracing::info!(agent_id = node.agent_id(), address = %server.local_addr(), "the agent is ready");
     // Not under systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    stopping.cancelled().await;
+    loop {
+        blocking(shared::heap::trim).await;
+        if tokio::time::timeout(TRIM_PAUSE, stopping.cancelled())
+            .await
+            .is_ok()
+        {
+            break;
+        }
+    }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping; kernels go on");
     // A heartbeat after the farewell would make the manager take the node for alive again.

@@ -101,6 +101,8 @@ impl Collector {
                 let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
                 sampler.list_processes(lister);
                 sampler.go_on_from(&before);
+                // What loading the programs, the kernel path's too, took for a moment.
+                shared::heap::trim();
                 run(&own, &mut sampler, &board);
             })?;
         Ok(Self {

@@ -50,6 +50,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    shared::heap::one_arena();
     let arguments = Arguments::parse();
     let options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
     let loaded = match config::load(&options) {

@@ -28,6 +28,8 @@ pub mod doorbell;
 #[cfg(all(not(loom), any(test, feature = "fuzzing")))]
 pub mod fuzzing;
 #[cfg(not(loom))]
+pub mod heap;
+#[cfg(not(loom))]
 pub mod ids;
 #[cfg(not(loom))]
 pub mod lock;

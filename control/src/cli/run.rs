@@ -11,6 +11,10 @@ use tracing_subscriber::EnvFilter;
 
 use super::exit::Problem;
 
+/// Threads for async work. It waits nearly all the time, and a big node's processors belong to its
+/// kernels: a thread for each of 256 of them would cost memory and wake-ups only.
+const MOST_WORKERS: usize = 4;
+
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -30,12 +34,15 @@ pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
     let options = config::LoadOptions::of_this_process(file, args.standalone);
     let loaded =
         config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    shared::heap::one_arena();
     start_log(args, &loaded.config)?;
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");
     }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .worker_threads(processors.min(MOST_WORKERS))
         .thread_name("control")
         .build()?;
     let outcome = runtime.block_on(crate::app::run(loaded, Arc::new(options)));
