@@ -14,7 +14,7 @@ use shared::Sizes;
 use shared::desired::{ContainerRow, DesiredBatch, DesiredWriter, PortKey, PortRow, Protocol};
 use shared::doorbell::{Doorbell, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId};
-use shared::observed::{ForwardPath, ObservedReader, PortState};
+use shared::observed::{ForwardPath, ObservedReader, PortState, RelayEngine};
 use shared::run_dir::RunDir;
 
 use crate::site::{Group, Place, Site, done, ip, until};
@@ -175,6 +175,15 @@ impl Node {
             .with_context(|| log_of(site))?;
         }
         Ok(())
+    }
+
+    /// The relay's engine for a TCP port that was published.
+    pub fn engine(&mut self, host_port: u16) -> Option<RelayEngine> {
+        let key = PortKey {
+            protocol: Protocol::Tcp,
+            host_port,
+        };
+        Some(self.observed.snapshot().ok()?.port(key)?.engine)
     }
 
     /// Index of the container's interface on the host's side.

@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, bail};
-use shared::observed::ForwardPath;
+use anyhow::{Context, Result, bail, ensure};
+use shared::observed::{ForwardPath, RelayEngine};
 
 use crate::load;
 use crate::node::{Node, program};
@@ -32,15 +32,17 @@ pub enum Peer {
     Nginx,
     /// A plain tokio program: `copy_bidirectional`.
     Tokio,
-    /// Our relay.
+    /// Our relay, with splice.
     Relay,
+    /// Our relay, with io_uring.
+    RelayUring,
     /// Our kernel path.
     Kernel,
 }
 
 impl Peer {
     /// All, in the order of tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Direct,
         Self::Dnat,
         Self::DockerProxy,
@@ -48,6 +50,7 @@ impl Peer {
         Self::Nginx,
         Self::Tokio,
         Self::Relay,
+        Self::RelayUring,
         Self::Kernel,
     ];
 
@@ -62,6 +65,7 @@ impl Peer {
             Self::Nginx => "nginx",
             Self::Tokio => "tokio",
             Self::Relay => "relay",
+            Self::RelayUring => "relay_uring",
             Self::Kernel => "kernel",
         }
     }
@@ -69,7 +73,7 @@ impl Peer {
     /// Ours, not a peer's.
     #[must_use]
     pub fn is_ours(self) -> bool {
-        matches!(self, Self::Relay | Self::Kernel)
+        matches!(self, Self::Relay | Self::RelayUring | Self::Kernel)
     }
 
     /// A process carries the bytes.
@@ -90,6 +94,15 @@ impl Peer {
         };
         let ip = ip.parse().ok()?;
         Some(ports.map(|port| SocketAddr::new(ip, port)))
+    }
+
+    /// Lines of `[node]` that make our program this peer.
+    fn settings(self) -> &'static str {
+        match self {
+            Self::Kernel => "forward = \"auto\"",
+            Self::RelayUring => "forward = \"relay\"\nrelay-engine = \"uring\"",
+            _ => "forward = \"relay\"\nrelay-engine = \"splice\"",
+        }
     }
 
     /// Version and configuration, for the report.
@@ -128,10 +141,9 @@ impl Peer {
                 "tokio 1, copy_bidirectional, multi-threaded".into(),
                 copy_pairs().join(" "),
             ),
-            Self::Relay => (said(&program("bai-dataplane")?, "--version")?, RELAY.into()),
-            Self::Kernel => (
+            Self::Relay | Self::RelayUring | Self::Kernel => (
                 said(&program("bai-dataplane")?, "--version")?,
-                KERNEL_PATH.into(),
+                self.settings().into(),
             ),
         })
     }
@@ -177,16 +189,18 @@ impl Peer {
                 arguments.extend(copy_pairs());
                 running.spawn(&program("bench-load")?, &arguments)?;
             }
-            Self::Relay | Self::Kernel => {
-                let (settings, path) = if self == Self::Relay {
-                    (RELAY, ForwardPath::Relay)
-                } else {
-                    (KERNEL_PATH, ForwardPath::KernelPath)
+            Self::Relay | Self::RelayUring | Self::Kernel => {
+                let (path, engine) = match self {
+                    Self::Kernel => (ForwardPath::KernelPath, RelayEngine::None),
+                    Self::RelayUring => (ForwardPath::Relay, RelayEngine::Uring),
+                    _ => (ForwardPath::Relay, RelayEngine::Splice),
                 };
-                let mut node = Node::start(site, Some(Place::Host), settings)?;
+                let mut node = Node::start(site, Some(Place::Host), self.settings())?;
                 let published = node.publish(site, &PORTS, path, init_pid);
+                let served = node.engine(HOST_ECHO_PORT);
                 running.node = Some(node);
                 published?;
+                ensure!(served == Some(engine), "served by {served:?}, not {engine}");
             }
         }
         let [echo, _] = self
@@ -201,8 +215,6 @@ impl Peer {
 }
 
 const PORTS: [(u16, u16); 2] = [(HOST_ECHO_PORT, ECHO_PORT), (HOST_BULK_PORT, BULK_PORT)];
-const RELAY: &str = "forward = \"relay\"";
-const KERNEL_PATH: &str = "forward = \"auto\"";
 
 /// A peer in place; gone when dropped.
 #[derive(Debug)]

@@ -164,6 +164,17 @@ choice! {
     }
 }
 choice! {
+    /// `node.relay-engine`: how the relay moves the bytes of connections.
+    RelayEngine, any_case: false, {
+        /// The one that measures best.
+        Auto = "auto",
+        /// Messages by reads and writes, bulk by splice.
+        Splice = "splice",
+        /// Messages by io_uring, bulk by splice.
+        Uring = "uring",
+    }
+}
+choice! {
     /// `node.accelerators.allocation-mode`: what a CUDA device is given out as.
     AllocationMode, any_case: false, {
         /// Whole devices, `cuda.device`.

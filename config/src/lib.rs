@@ -29,7 +29,8 @@ mod units;
 
 pub use choice::{
     AffinityPolicy, AllocationMode, Backend, CudaInjection, DiscoveryType, Forward, KernelAttach,
-    LogDriver, LogFormat, LogLevel, Publish, SandboxType, ScalingGroupType, ScratchType, StatsType,
+    LogDriver, LogFormat, LogLevel, Publish, RelayEngine, SandboxType, ScalingGroupType,
+    ScratchType, StatsType,
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish};
+use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
 use crate::units::{ByteSize, Subnet, mask_password};
 
 /// `[node]`.
@@ -22,6 +22,8 @@ pub struct Node {
     pub forward: Forward,
     /// How the kernel path's programs get to interfaces.
     pub kernel_attach: KernelAttach,
+    /// How the relay moves the bytes of connections.
+    pub relay_engine: RelayEngine,
     /// Whether the host's firewall decides about clients of service ports, which the kernel path
     /// would pass by; left out, the agent looks at it.
     pub honour_firewall: Option<bool>,

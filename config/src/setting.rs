@@ -697,6 +697,7 @@ choice_settings!(
     DiscoveryType,
     Forward,
     KernelAttach,
+    RelayEngine,
     Publish,
     AllocationMode,
     CudaInjection

@@ -58,6 +58,8 @@ pub struct Options {
     pub scratch_root: Option<PathBuf>,
     /// Relay threads; 0 chooses by the number of CPUs.
     pub relay_threads: usize,
+    /// How the relay moves the bytes of connections.
+    pub relay_engine: relay::Engine,
     /// Serve clients in the kernel where that is possible, by programs attached like this.
     pub kernel_path: Option<kernel::Means>,
     /// Drivers of accelerators to look for.
@@ -146,6 +148,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
             0 => threads_for(cpus),
             threads => threads,
         },
+        engine: options.relay_engine,
         ..relay::Options::default()
     })
     .map_err(AppError::Relay)?;

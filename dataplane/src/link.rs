@@ -26,13 +26,14 @@ use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine}
 
 use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
+use self::lift::cut;
 use self::plan::{Known, Step, plan};
 use self::settings::session_room;
 pub use self::settings::{Defaults, kept_descriptors};
 use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
-use crate::forward::relay::{OpenError, Relay};
+use crate::forward::relay::{Engine, OpenError, Relay};
 use crate::log_limit::LogLimit;
 use crate::sys::netlink::{LinkChanges, LinkLookup};
 
@@ -134,11 +135,12 @@ fn told(status: &PortStatus) -> Counters {
     }
 }
 
-/// How the relay moves the bytes of a port: datagrams can't be spliced.
-fn engine_of(key: PortKey) -> RelayEngine {
-    match key.protocol {
-        Protocol::Tcp => RelayEngine::Splice,
-        Protocol::Udp => RelayEngine::Copy,
+/// How the relay moves the bytes of a port: datagrams are copied in any case.
+fn engine_of(relay: &Relay, key: PortKey) -> RelayEngine {
+    match (key.protocol, relay.engine()) {
+        (Protocol::Udp, _) | (_, Engine::Copy) => RelayEngine::Copy,
+        (Protocol::Tcp, Engine::Splice) => RelayEngine::Splice,
+        (Protocol::Tcp, Engine::Uring) => RelayEngine::Uring,
     }
 }
 
@@ -458,9 +460,16 @@ impl Link {
         status.acknowledged = running.generation;
         status.path = running.path;
         if running.path == ForwardPath::Relay {
-            status.engine = engine_of(key);
+            status.engine = engine_of(&self.relay, key);
         }
         status.reason.clone_from(&running.reason);
+        if let Some(why) = self.relay.refused()
+            && running.path == ForwardPath::Relay
+            && key.protocol == Protocol::Tcp
+            && status.reason.is_empty()
+        {
+            status.reason = cut(format!("by splice: {why}"));
+        }
         Some(Entry {
             status,
             port: running.port.clone(),

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use config::{Config, Forward, KernelAttach, LoadOptions};
+use config::{Config, Forward, KernelAttach, LoadOptions, RelayEngine};
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
 use dataplane::forward::kernel::Means;
+use dataplane::forward::relay::Engine;
 use dataplane::link::Defaults;
 use dataplane::sys::signal;
 use shared::desired::ClientNetwork;
@@ -132,6 +133,10 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
         },
         scratch_root: Some(config.container.scratch_root.clone()),
         relay_threads: 0,
+        relay_engine: match config.node.relay_engine {
+            RelayEngine::Auto | RelayEngine::Splice => Engine::Splice,
+            RelayEngine::Uring => Engine::Uring,
+        },
         kernel_path: match (config.node.forward, config.node.kernel_attach) {
             (Forward::Relay, _) => None,
             (Forward::Auto, KernelAttach::Auto) => Some(Means::Auto),

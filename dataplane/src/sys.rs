@@ -1,4 +1,4 @@
-//! Thin kernel interfaces: sockets, pipes and splice, netlink, BPF, descriptor limits, signals.
+//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, signals.
 //!
 //! Owns nothing by itself; each file wraps one interface of the kernel so that the rest of the
 //! crate neither sees raw numbers nor needs `unsafe`. Invariant: what unsafe code this crate has
@@ -12,3 +12,4 @@ pub mod pipe;
 pub mod rlimit;
 pub mod signal;
 pub mod socket;
+pub mod uring;

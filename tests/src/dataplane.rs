@@ -53,6 +53,8 @@ pub struct Options {
     pub mounts_of: Option<u32>,
     /// Run it without these capabilities: `-bpf,-perfmon`.
     pub without: Option<&'static str>,
+    /// Run it by this command, which gets the program and its arguments.
+    pub by: Vec<String>,
     /// Added to its environment.
     pub environment: Vec<(String, String)>,
 }
@@ -118,6 +120,14 @@ impl Place {
             }
             (None, None) => Command::new(program()?),
         };
+        if let Some((wrapper, first)) = self.options.by.split_first() {
+            let mut within = Command::new(wrapper);
+            within
+                .args(first)
+                .arg(command.get_program())
+                .args(command.get_args());
+            command = within;
+        }
         let within = |wrapper: &str, argument: String, command: Command| {
             let mut within = Command::new(wrapper);
             within

@@ -18,6 +18,7 @@ pub mod python;
 pub mod redis;
 pub mod regions;
 pub mod registry;
+pub mod relay;
 pub mod remote_client;
 pub mod rpc_service;
 pub mod runner_packages;

@@ -64,6 +64,13 @@ fn docker_lines(args: &[&str]) -> Result<BTreeSet<String>> {
         .collect())
 }
 
+fn options() -> NodeOptions {
+    NodeOptions {
+        node: harness::relay::setting_alone(module_path!()),
+        ..NodeOptions::default()
+    }
+}
+
 /// How many lives go on at the same time.
 const AT_ONCE: usize = 4;
 
@@ -78,7 +85,7 @@ fn held(pid: u32) -> Result<(usize, usize)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
     let image = images::image(images::Image::Runner)?;
-    let node = Arc::new(Node::start(NodeOptions::default()).await?);
+    let node = Arc::new(Node::start(options()).await?);
     let cycle = |node: Arc<Node>, image: String, number: usize| {
         move || -> Result<()> {
             let kernel = create(&node, &image)?;
@@ -223,7 +230,7 @@ fn read_body(
 async fn killing_control_during_a_transfer_loses_no_byte() -> Result<()> {
     const SIZE: usize = 64 << 20;
     let image = images::image(images::Image::Runner)?;
-    let mut node = Node::start(NodeOptions::default()).await?;
+    let mut node = Node::start(options()).await?;
     let kernel = create(&node, &image)?;
     let sum = cli(
         &node,

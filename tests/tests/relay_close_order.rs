@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use dataplane::forward::relay::port::{Port, Rules};
-use dataplane::forward::relay::{Options, Relay};
+use dataplane::forward::relay::{Engine, Options, Relay};
 use harness::traffic::{self, Manner};
 use rustix::net::sockopt;
 
@@ -127,9 +127,10 @@ fn run(port: &Port, server: &TcpListener, case: &Case, name: &str) {
 }
 
 fn every_case(order: Order, splice: bool) {
+    let ours = harness::relay::options(module_path!());
     let relay = Relay::start(Options {
-        splice,
-        ..Options::default()
+        engine: if splice { ours.engine } else { Engine::Copy },
+        ..ours
     })
     .expect("a relay");
     let server = traffic::listener("127.0.0.1:0");

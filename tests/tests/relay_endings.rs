@@ -15,7 +15,7 @@ use rustix::net::sockopt;
 use shared::desired::ClientNetwork;
 
 fn relay() -> Relay {
-    Relay::start(Options::default()).expect("a relay")
+    harness::relay::start(module_path!())
 }
 
 fn open(relay: &Relay, target: SocketAddr, rules: Rules) -> Arc<Port> {
@@ -226,7 +226,7 @@ fn a_container_that_refuses_is_counted_and_the_client_is_reset() {
 fn limits_of_port_process_network_and_place_hold() {
     let relay = Relay::start(Options {
         total_sessions: 3,
-        ..Options::default()
+        ..harness::relay::options(module_path!())
     })
     .expect("a relay");
     let echo = traffic::echo_server("127.0.0.1:0");

@@ -10,16 +10,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use dataplane::forward::relay::port::{Port, Rules};
-use dataplane::forward::relay::{Options, Relay};
+use dataplane::forward::relay::{Engine, Options, Relay};
 use harness::traffic::{self, Dice, Manner};
 
 const MIB: u64 = 1024 * 1024;
 
 fn relay(threads: usize, splice: bool) -> Relay {
+    let ours = harness::relay::options(module_path!());
     Relay::start(Options {
         threads,
-        splice,
-        ..Options::default()
+        engine: if splice { ours.engine } else { Engine::Copy },
+        ..ours
     })
     .expect("a relay")
 }

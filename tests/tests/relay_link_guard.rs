@@ -80,6 +80,7 @@ fn guarded(name: &str) -> Option<Guarded> {
         .expect("a server in the container");
     let place = Place::new(Options {
         namespace: Some(pair.host.clone()),
+        node: harness::relay::setting_alone(module_path!()),
         ..Options::default()
     })
     .expect("a place");

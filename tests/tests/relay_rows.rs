@@ -13,8 +13,14 @@ use nix::sys::signal::Signal;
 use shared::desired::{ClientNetwork, Drain, NodeRow, Protocol};
 use shared::observed::{ForwardPath, PortState, RelayEngine};
 
+fn place(mut options: Options) -> Place {
+    options.node += "\n";
+    options.node += harness::relay::setting(module_path!());
+    Place::new(options).expect("a place")
+}
+
 fn started(options: Options) -> (Place, Process, Control) {
-    let place = Place::new(options).expect("a place");
+    let place = place(options);
     let control = place.control().expect("the desired region");
     let process = place.start().expect("bai-dataplane");
     (place, process, control)
@@ -224,7 +230,7 @@ fn a_removed_port_drains_then_cuts() {
 
 #[test]
 fn killing_control_leaves_transfers_whole_and_a_new_control_is_answered() {
-    let place = Place::new(Options::default()).expect("a place");
+    let place = place(Options::default());
     let _process = place.start().expect("bai-dataplane");
     let server = traffic::listener("127.0.0.1:0");
     let row = row_to(server.local_addr().expect("bound"));

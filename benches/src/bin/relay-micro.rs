@@ -1,7 +1,7 @@
 //! The relay alone: memory per idle connection, CPU per byte and per message, against no relay at
-//! all and against the same relay without splice.
+//! all, and each engine against the others.
 //!
-//! `cargo run --release -p benches --bin relay-micro [connections] [gigabytes]`
+//! `cargo run --release -p benches --bin relay-micro [connections] [gigabytes] [rounds]`
 //!
 //! The relay runs in a process of its own, so that its memory and CPU time are its own; client and
 //! server share this one. Everything is on loopback: no network card, 64 KiB segments. On a machine
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dataplane::forward::relay::port::Rules;
-use dataplane::forward::relay::{Options, Relay};
+use dataplane::forward::relay::{Engine, Options, Relay};
 use dataplane::sys::rlimit;
 
 const PIECE: usize = 256 * 1024;
@@ -28,13 +28,37 @@ fn main() -> Result<()> {
     }
     let connections: usize = words.first().map_or(Ok(4000), |word| word.parse())?;
     let gigabytes: u64 = words.get(1).map_or(Ok(8), |word| word.parse())?;
+    let rounds: usize = words.get(2).map_or(Ok(1), |word| word.parse())?;
     // This process holds two sockets of each connection.
     let connections = connections.min(usize::try_from(limit / 2)?.saturating_sub(200));
     println!("descriptors {limit}, kernel {}", kernel());
 
-    println!("\nmemory, {connections} idle connections");
+    for way in [Way::Splice, Way::Uring] {
+        memory(way, connections)?;
+    }
+    for round in 1..=rounds {
+        println!("\nround {round}: bulk, one stream of {gigabytes} GB");
+        for way in [Way::Direct, Way::Splice, Way::Copy, Way::Uring] {
+            bulk(way, gigabytes)?;
+        }
+        for clients in [1, 32, 256] {
+            println!("\nmessages of 64 bytes, {clients} connections, 3 s");
+            for way in [Way::Direct, Way::Splice, Way::Uring] {
+                messages(way, clients)?;
+            }
+        }
+        println!("\nconnections, one after the other: connect, 64 bytes each way, close, 3 s");
+        for way in [Way::Direct, Way::Splice, Way::Uring] {
+            connections_per_second(way)?;
+        }
+    }
+    Ok(())
+}
+
+fn memory(way: Way, connections: usize) -> Result<()> {
+    println!("\nmemory, {connections} idle connections, {}", way.name());
     let server = TcpListener::bind("127.0.0.1:0")?;
-    let relay = Process::start(server.local_addr()?, true)?;
+    let relay = Process::start(server.local_addr()?, way)?;
     warm(&relay, &server)?;
     let before = relay.private_kib()?;
     let mut kept = Vec::new();
@@ -59,31 +83,15 @@ fn main() -> Result<()> {
         "  after use        {:>8.0} B per connection",
         (used.saturating_sub(before) * 1024) as f64 / connections as f64
     );
-    drop(kept);
-    drop(relay);
-
-    println!("\nbulk, one stream of {gigabytes} GB");
-    for way in [Way::Direct, Way::Splice, Way::Copy] {
-        bulk(way, gigabytes)?;
-    }
-    for clients in [1, 32] {
-        println!("\nmessages of 64 bytes, {clients} connections, 3 s");
-        for way in [Way::Direct, Way::Splice] {
-            messages(way, clients)?;
-        }
-    }
-    println!("\nconnections, one after the other: connect, 64 bytes each way, close, 3 s");
-    for way in [Way::Direct, Way::Splice] {
-        connections_per_second(way)?;
-    }
     Ok(())
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Direct,
     Splice,
     Copy,
+    Uring,
 }
 
 impl Way {
@@ -92,29 +100,37 @@ impl Way {
             Self::Direct => "direct",
             Self::Splice => "relay",
             Self::Copy => "relay, copy only",
+            Self::Uring => "relay, io_uring",
         }
     }
 
     fn open(self, target: SocketAddr) -> Result<(SocketAddr, Option<Process>)> {
-        let splice = match self {
-            Self::Direct => return Ok((target, None)),
-            Self::Splice => true,
-            Self::Copy => false,
-        };
-        let relay = Process::start(target, splice)?;
+        if self == Self::Direct {
+            return Ok((target, None));
+        }
+        let relay = Process::start(target, self)?;
         Ok((relay.address, Some(relay)))
     }
 }
 
 /// The child: a relay with one port. Ends with its input.
 fn serve(words: &[String]) -> Result<()> {
-    let [_, target, splice] = words else {
-        bail!("relay TARGET SPLICE");
+    let [_, target, way] = words else {
+        bail!("relay TARGET WAY");
+    };
+    let engine = match way.as_str() {
+        way if way == Way::Splice.name() => Engine::Splice,
+        way if way == Way::Copy.name() => Engine::Copy,
+        way if way == Way::Uring.name() => Engine::Uring,
+        _ => bail!("{way:?} is no engine"),
     };
     let relay = Relay::start(Options {
-        splice: splice == "true",
+        engine,
         ..Options::default()
     })?;
+    if let Some(why) = relay.refused() {
+        bail!("{way} can't be measured: {why}");
+    }
     let port = relay.open("127.0.0.1:0".parse()?, target.parse()?, Rules::default())?;
     println!("{}", port.bind());
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -127,9 +143,9 @@ struct Process {
 }
 
 impl Process {
-    fn start(target: SocketAddr, splice: bool) -> Result<Self> {
+    fn start(target: SocketAddr, way: Way) -> Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
-            .args(["relay", &target.to_string(), &splice.to_string()])
+            .args(["relay", &target.to_string(), way.name()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -180,11 +196,14 @@ fn kernel() -> String {
         .to_owned()
 }
 
+/// Uses all of a ring's buffers once: they are the thread's, not the connections'.
 fn warm(relay: &Process, server: &TcpListener) -> Result<()> {
     let mut client = TcpStream::connect(relay.address)?;
     let (mut accepted, _) = server.accept()?;
-    client.write_all(b"x")?;
-    accepted.read_exact(&mut [0])?;
+    for _ in 0..300 {
+        client.write_all(b"x")?;
+        accepted.read_exact(&mut [0])?;
+    }
     Ok(())
 }
 

@@ -198,6 +198,22 @@ fn further(findings: &Findings) -> Vec<(String, Spread)> {
             samples.ratio(Connections, rate, relay, Peer::Nginx),
         ),
         (
+            "relay_uring_own_cpu_per_request_vs_splice",
+            samples.ratio(Requests, own, Peer::RelayUring, relay),
+        ),
+        (
+            "relay_uring_own_cpu_per_gb_vs_splice",
+            samples.ratio(Bulk, own, Peer::RelayUring, relay),
+        ),
+        (
+            "relay_uring_own_cpu_per_connection_vs_splice",
+            samples.ratio(Connections, own, Peer::RelayUring, relay),
+        ),
+        (
+            "relay_uring_requests_vs_splice",
+            samples.ratio(Requests, rate, Peer::RelayUring, relay),
+        ),
+        (
             "remote_cpu_per_request_vs_dnat",
             samples.ratio(Requests, cpu, kernel, Peer::Dnat),
         ),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
-use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish};
+use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
 use crate::document::{Kind, Table, Value};
 use crate::node::{Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
 use crate::problem::Origin;
@@ -79,6 +79,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let publish = s.or(key("publish"), Publish::Auto);
     let forward = s.or(key("forward"), Forward::Auto);
     let kernel_attach = s.or(key("kernel-attach"), KernelAttach::Auto);
+    let relay_engine = s.or(key("relay-engine"), RelayEngine::Auto);
     let honour_firewall = s.maybe(key("honour-firewall"));
     let allowed_clients = s.or(key("allowed-clients"), Vec::<Subnet>::new());
     let service_clients = s.or_checked(
@@ -119,6 +120,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         publish,
         forward,
         kernel_attach,
+        relay_engine,
         honour_firewall,
         allowed_clients,
         service_clients,

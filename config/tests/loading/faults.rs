@@ -204,6 +204,7 @@ fn what_does_not_fit_is_refused_at_its_key() {
         ("node", "publish = 'both'", "node.publish"),
         ("node", "forward = 'kernel'", "node.forward"),
         ("node", "kernel-attach = 'tcx'", "node.kernel-attach"),
+        ("node", "relay-engine = 'copy'", "node.relay-engine"),
         (
             "node",
             "allowed-clients = ['10.0.0.1/8']",

@@ -296,6 +296,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ("node", &["publish"], "'rows'", json!("rows")),
         ("node", &["forward"], "'relay'", json!("relay")),
         ("node", &["kernel-attach"], "'filters'", json!("filters")),
+        ("node", &["relay-engine"], "'uring'", json!("uring")),
         ("node", &["honour-firewall"], "true", json!(true)),
         (
             "node",

@@ -102,6 +102,10 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
                 &read("/proc/sys/kernel/osrelease"),
                 &read("/proc/self/mounts"),
             ),
+            forwarding::relay_engine(
+                config.node.relay_engine,
+                &read("/proc/sys/kernel/io_uring_disabled"),
+            ),
             kernel_features(Path::new("/sys/kernel/btf/vmlinux").exists()),
         ]
     })

@@ -3,13 +3,15 @@
 //! In: ports to open, change and close. Out: their counters. One or a few threads, each with its
 //! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
 //! dealt out to all. A session ([`session`]) is two sockets and two directions; a direction
-//! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice.
-//! Ports of UDP have a thread of their own ([`datagrams`]).
+//! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice, driven
+//! by epoll ([`adaptive`]). With [`Engine::Uring`] sessions of messages are on io_uring ([`ring`]). Ports of UDP have a thread of their own ([`datagrams`]).
 //! Invariant: a port that [`Relay::open`] returned accepts clients until it is closed.
 
+pub mod adaptive;
 pub mod datagrams;
 pub mod flow;
 pub mod port;
+pub mod ring;
 pub mod session;
 pub mod slab;
 pub mod wheel;
@@ -24,7 +26,9 @@ use std::time::Duration;
 
 use self::datagrams::Datagrams;
 use self::port::{Port, Rules, Totals};
+use self::ring::RingEngine;
 use self::worker::{Census, Inbox, Message, Worker};
+use super::kernel::words;
 use crate::sys::datagram;
 use crate::sys::socket::{self, ListenError};
 
@@ -34,13 +38,24 @@ const BACKLOG: i32 = 1024;
 /// milliseconds; this only keeps the caller alive should a worker have died.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// How bytes of connections are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// By reads and writes, only to compare.
+    Copy,
+    /// Messages by reads and writes, bulk by splice.
+    Splice,
+    /// Messages by io_uring, bulk by splice; like [`Engine::Splice`] where there is no io_uring.
+    Uring,
+}
+
 /// How the relay is built.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// Number of threads, at least one.
     pub threads: usize,
-    /// Use splice for bulk. Off only to compare.
-    pub splice: bool,
+    /// How bytes of connections are moved.
+    pub engine: Engine,
     /// Sessions of all ports at once; 0 means no limit.
     pub total_sessions: u32,
 }
@@ -49,7 +64,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             threads: 1,
-            splice: true,
+            engine: Engine::Splice,
             total_sessions: 0,
         }
     }
@@ -84,6 +99,9 @@ pub struct Relay {
     inboxes: Vec<Arc<Inbox>>,
     threads: Vec<JoinHandle<io::Result<()>>>,
     totals: Arc<Totals>,
+    engine: Engine,
+    /// Why it is not the engine that was asked for.
+    refused: Option<String>,
 }
 
 impl Relay {
@@ -108,10 +126,26 @@ impl Relay {
             inboxes,
             threads: Vec::new(),
             totals,
+            engine: options.engine,
+            refused: None,
         };
+        let (tell, told) = sync_channel(workers.len());
         for (own, poll) in polls.into_iter().enumerate() {
-            let worker = Worker::new(poll, workers.clone(), own, options.splice);
-            relay.spawn(&format!("relay-{own}"), move || worker.run())?;
+            let (workers, tell) = (workers.clone(), tell.clone());
+            relay.spawn(&format!("relay-{own}"), move || {
+                let ring = (options.engine == Engine::Uring).then(RingEngine::new);
+                let ring = ring.transpose().map_err(|err| words(&err));
+                let _ = tell.try_send(ring.as_ref().err().cloned());
+                drop(tell);
+                let splice = options.engine != Engine::Copy;
+                Worker::new(poll, workers, own, splice, ring.ok().flatten()).run()
+            })?;
+        }
+        drop(tell);
+        if let Some(why) = told.iter().flatten().next() {
+            tracing::warn!(why, "no io_uring, the relay goes without");
+            relay.engine = Engine::Splice;
+            relay.refused = Some(why);
         }
         let datagrams = Datagrams::new(datagram_poll, datagram_inbox);
         relay.spawn("relay-datagrams", move || datagrams.run())?;
@@ -240,10 +274,21 @@ impl Relay {
             if let Some(part) = wait(&answer) {
                 sum.sessions += part.sessions;
                 sum.splicing += part.splicing;
+                sum.on_ring += part.on_ring;
                 sum.timers += part.timers;
             }
         }
         sum
+    }
+
+    /// The engine of connections.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Why it is not the one that was asked for.
+    pub fn refused(&self) -> Option<&str> {
+        self.refused.as_deref()
     }
 
     /// Session counts of the process.

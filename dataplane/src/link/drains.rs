@@ -15,6 +15,7 @@ use super::guard::guard_of;
 use super::{Link, engine_of, sum};
 use crate::board::{Changes, Entry};
 use crate::forward::kernel::KernelPort;
+use crate::forward::relay::Relay;
 use crate::forward::relay::port::{Counters, Port};
 
 /// A port that is closed and whose sessions or flows may finish.
@@ -123,7 +124,7 @@ impl Link {
             && draining.removal == Some(generation)
         {
             draining.region = region;
-            changes.put.push(draining_entry(draining));
+            changes.put.push(draining_entry(&self.relay, draining));
             return;
         }
         let mut entry = removed(key, kernel_id, region, generation);
@@ -207,11 +208,11 @@ pub(super) fn removed(
     }
 }
 
-fn draining_entry(it: &Draining) -> Entry {
+fn draining_entry(relay: &Relay, it: &Draining) -> Entry {
     let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
     status.acknowledged = it.removal.unwrap_or_default();
     status.path = ForwardPath::Relay;
-    status.engine = engine_of(it.key);
+    status.engine = engine_of(relay, it.key);
     Entry {
         status,
         port: Some(Arc::clone(&it.port)),

@@ -20,7 +20,7 @@ const REASON: usize = 119;
 /// Distance of the counts of flows that drain.
 const DRAIN_SWEEP: Duration = Duration::from_millis(200);
 
-fn cut(mut text: String) -> String {
+pub(super) fn cut(mut text: String) -> String {
     let mut end = text.len().min(REASON);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -176,6 +176,16 @@ pub fn abort(fd: OwnedFd) {
     drop(fd);
 }
 
+/// Resets the connection at once, although the kernel may have requests for the socket; these end with
+/// it. The descriptor stays.
+pub fn reset(fd: impl AsFd) {
+    // `connect` to nowhere is how TCP disconnects (connect(2)). Should that not be possible, closing
+    // does it when the last request is gone.
+    if net::connect_unspec(&fd).is_err() {
+        let _ = sockopt::set_socket_linger(&fd, Some(Duration::ZERO));
+    }
+}
+
 /// Reads without blocking. Returns the number of bytes, 0 at the end of the stream.
 ///
 /// # Errors

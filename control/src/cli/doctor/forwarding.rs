@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use config::{Config, Forward};
+use config::{Config, Forward, RelayEngine};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 
 use super::{Finding, Level};
@@ -56,6 +56,25 @@ pub(super) fn kernel_path(
     }
     let means = if version < (6, 6) { "filters" } else { "links" };
     Finding::good(CHECK, format!("Linux {release}, attached by {means}"))
+}
+
+/// What the relay's engine needs: `disabled` is what `kernel.io_uring_disabled` says. Whether a service
+/// manager or a security module is against it is seen by the dataplane alone, and told with its ports.
+pub(super) fn relay_engine(engine: RelayEngine, disabled: &str) -> Finding {
+    const CHECK: &str = "relay engine";
+    if engine != RelayEngine::Uring {
+        return Finding::good(CHECK, "splice");
+    }
+    match disabled.trim() {
+        // Before Linux 6.6 there is no such switch.
+        "" | "0" => Finding::good(CHECK, "uring"),
+        value => Finding::bad(
+            CHECK,
+            Level::Warning,
+            format!("kernel.io_uring_disabled is {value}"),
+            "the relay goes without io_uring; run: sysctl kernel.io_uring_disabled=0, or set node.relay-engine = \"splice\"",
+        ),
+    }
 }
 
 /// What agents that are gone have left in the kernel.
@@ -198,6 +217,15 @@ mod tests {
         }
         let part = format!("{closed}-A INPUT -p tcp --dport 30000:30500 -j ACCEPT\n");
         assert_eq!(ask(&part), Level::Warning);
+    }
+
+    #[test]
+    fn an_engine_that_the_host_forbids_is_told_of() {
+        let ask = |engine, disabled| relay_engine(engine, disabled).level;
+        assert_eq!(ask(RelayEngine::Auto, "2\n"), Level::Good);
+        assert_eq!(ask(RelayEngine::Uring, ""), Level::Good);
+        assert_eq!(ask(RelayEngine::Uring, "0\n"), Level::Good);
+        assert_eq!(ask(RelayEngine::Uring, "2\n"), Level::Warning);
     }
 
     #[test]

@@ -12,6 +12,9 @@
 //! 3. The end of a stream is believed only from a read. Splice also answers 0 in front of urgent
 //!    bytes.
 //! 4. A pipe returns to the pool only when it is empty.
+//!
+//! A direction can also be fed: while its session is on a [`ring`](super::ring), bytes are read there
+//! and put in here, and its source is never readable to this file.
 
 use std::os::fd::OwnedFd;
 
@@ -25,9 +28,9 @@ use crate::sys::socket;
 pub const BUFFER_BYTES: usize = 64 * 1024;
 /// A read of this size or more means bulk: the direction goes over to splice. Below it two more
 /// system calls cost more than copying does (measured with the prototype at 32 KiB).
-const SPLICE_FROM: usize = 32 * 1024;
+pub(super) const SPLICE_FROM: usize = 32 * 1024;
 /// A splicing turn that moved less than this counts as small ...
-const SMALL_TURN: usize = 16 * 1024;
+pub(super) const SMALL_TURN: usize = 16 * 1024;
 /// ... and this many small turns in a row send the direction back to copying.
 const SMALL_TURNS: u8 = 3;
 /// Bytes one direction may move before other sessions get their turn.
@@ -75,7 +78,7 @@ pub enum Stage {
 
 #[derive(Debug)]
 struct Chunk {
-    bytes: Box<[u8]>,
+    bytes: Vec<u8>,
     start: usize,
 }
 
@@ -267,7 +270,7 @@ impl Flow {
     fn copy(
         &mut self,
         source: &mut Side,
-        sink: &mut Side,
+        sink: &Side,
         tools: &mut Tools,
         moved: &mut u64,
     ) -> Result<usize, Fault> {
@@ -291,22 +294,9 @@ impl Flow {
             self.splice = true;
             self.small_turns = 0;
         }
-        let bytes = tools.buffer.get(..read).unwrap_or_default();
-        let sent = match socket::write(&sink.fd, bytes) {
-            Ok(sent) => sent,
-            Err(Errno::AGAIN | Errno::INTR) => 0,
-            Err(errno) => return Err(Fault::Sink(errno)),
-        };
-        *moved += sent as u64;
-        let rest = bytes.get(sent..).unwrap_or_default();
-        if !rest.is_empty() {
-            // A short write is no proof that the sink is full (a signal may have cut it), so
-            // `writable` stays for the flush to clear.
-            self.held = Some(Held::Chunk(Box::new(Chunk {
-                bytes: rest.into(),
-                start: 0,
-            })));
-        }
+        // A short write is no proof that the sink is full (a signal may have cut it), so `writable`
+        // stays for the flush to clear.
+        self.put(tools.buffer.get(..read).unwrap_or_default(), sink, moved)?;
         Ok(read)
     }
 
@@ -357,5 +347,60 @@ impl Flow {
     /// Whether this direction uses splice at the moment.
     pub fn splices(&self) -> bool {
         self.splice
+    }
+
+    /// Whether bytes wait for the sink.
+    pub fn holds(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// How many.
+    pub fn held_bytes(&self) -> usize {
+        match &self.held {
+            None => 0,
+            Some(Held::Chunk(chunk)) => chunk.bytes.len() - chunk.start,
+            Some(Held::Pipe(pipe)) => pipe.held(),
+        }
+    }
+
+    /// Writes bytes at once that were read elsewhere; what the sink does not take is held, behind
+    /// what is held already. A sink that is gone takes nothing and bytes for it are dropped.
+    ///
+    /// # Errors
+    /// The sink failed.
+    pub fn put(&mut self, bytes: &[u8], sink: &Side, moved: &mut u64) -> Result<(), Fault> {
+        if self.stage != Stage::Open {
+            return Ok(());
+        }
+        if self.held.is_some() {
+            self.hold(bytes);
+            return Ok(());
+        }
+        let sent = match socket::write(&sink.fd, bytes) {
+            Ok(sent) => sent,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(errno) => return Err(Fault::Sink(errno)),
+        };
+        *moved += sent as u64;
+        self.hold(bytes.get(sent..).unwrap_or_default());
+        Ok(())
+    }
+
+    /// Holds bytes for the sink, behind what is held already.
+    pub fn hold(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        match &mut self.held {
+            Some(Held::Chunk(chunk)) => chunk.bytes.extend_from_slice(bytes),
+            // Nothing is read elsewhere while a pipe holds bytes (invariant 1).
+            Some(Held::Pipe(_)) => self.break_off(),
+            None => {
+                self.held = Some(Held::Chunk(Box::new(Chunk {
+                    bytes: bytes.to_vec(),
+                    start: 0,
+                })));
+            }
+        }
     }
 }

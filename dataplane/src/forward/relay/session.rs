@@ -1,9 +1,9 @@
 //! One forwarded connection: two sockets, two directions, one verdict.
 //!
-//! In: events of its sockets. Out: what its worker must do with it. Invariants: an end of stream
-//! on one side becomes a half-close of the other and leaves the other direction flowing; a reset
-//! of one side becomes a reset of the other, never a clean end; what a peer sent before it reset
-//! is passed on as far as the other side takes it.
+//! In: events of its sockets, or what a ring has received from them. Out: what its owner must do with
+//! it. Invariants: an end of stream on one side becomes a half-close of the other and leaves the other
+//! direction flowing; a reset of one side becomes a reset of the other, never a clean end; what a peer
+//! sent before it reset is passed on as far as the other side takes it.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -11,8 +11,9 @@ use std::time::Duration;
 use mio::event::Event;
 use rustix::io::Errno;
 
-use super::flow::{Fault, Flow, Side, Stage, Tools, Turn};
+use super::flow::{Fault, Flow, SMALL_TURN, Side, Stage, Tools, Turn};
 use super::port::Seat;
+use super::wheel::SLOT;
 use crate::sys::socket;
 
 /// Which socket of a session an event belongs to.
@@ -32,7 +33,7 @@ pub enum Verdict {
     /// Come back without an event: more can be moved.
     Again,
     /// One side is gone; what it had sent is still on its way to the other. Look again after
-    /// [`LINGER`] and come back without an event.
+    /// five seconds and come back without an event.
     Linger,
     /// Both directions have ended: close.
     Close,
@@ -43,7 +44,12 @@ pub enum Verdict {
 }
 
 /// How long what a dead side had sent may still take to reach the other.
-pub const LINGER: Duration = Duration::from_secs(5);
+const LINGER: Duration = Duration::from_secs(5);
+/// The same in slots of the wheel.
+#[allow(clippy::cast_possible_truncation, reason = "a handful")]
+const LINGER_SLOTS: u32 = (LINGER.as_millis() / SLOT.as_millis()) as u32;
+/// So many turns in a row that moved little make a session one of messages.
+const CALM_TURNS: u8 = 64;
 
 /// A forwarded connection.
 #[derive(Debug)]
@@ -60,6 +66,25 @@ pub struct Session {
     broken_since: Option<u32>,
     /// Waiting in its worker's list of sessions to come back to.
     pub queued: bool,
+    /// A ring reads for it.
+    on_ring: bool,
+    /// Turns in a row that moved little.
+    small_turns: u8,
+}
+
+/// What the time says about a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Ask again at this wheel slot.
+    Later(u64),
+    /// Another entry of the wheel is to come.
+    Nothing,
+    /// It was silent for too long.
+    Idle,
+    /// The container has not answered in time.
+    Unreached,
+    /// What a dead side had sent has had its time.
+    Lingered,
 }
 
 impl Session {
@@ -75,6 +100,8 @@ impl Session {
             connected: false,
             broken_since: None,
             queued: false,
+            on_ring: false,
+            small_turns: 0,
         }
     }
 
@@ -83,9 +110,59 @@ impl Session {
         self.connected
     }
 
-    /// Wheel slot at which one side was found dead.
-    pub fn broken_since(&self) -> Option<u32> {
-        self.broken_since
+    /// Wheel slot of its first entry: the earlier of the two timeouts, whatever is left then is put
+    /// back; or the end of the time a dead side has.
+    pub fn first_due(&self, now: u32) -> u64 {
+        let port = self.seat.port();
+        let slots = match (self.broken_since, port.idle_slots()) {
+            (Some(_), _) => LINGER_SLOTS,
+            (None, 0) => port.connect_slots(),
+            (None, idle) => idle.min(port.connect_slots()),
+        };
+        u64::from(now) + u64::from(slots) + 1
+    }
+
+    /// What is to be done about it when its entry of the wheel comes up.
+    pub fn fate(&self, now: u32) -> Fate {
+        if let Some(since) = self.broken_since {
+            // Otherwise the entry made when it broke is still to come.
+            return if now >= since.saturating_add(LINGER_SLOTS) {
+                Fate::Lingered
+            } else {
+                Fate::Nothing
+            };
+        }
+        let port = self.seat.port();
+        let slots = if self.connected {
+            port.idle_slots()
+        } else {
+            port.connect_slots()
+        };
+        // Without an idle timeout the entry stays in the wheel at its far end, so that a timeout
+        // set later applies to sessions under way.
+        let due = match slots {
+            0 => u32::MAX,
+            slots => self.last_active.saturating_add(slots).saturating_add(1),
+        };
+        if now < due {
+            Fate::Later(u64::from(due))
+        } else if self.connected {
+            Fate::Idle
+        } else {
+            Fate::Unreached
+        }
+    }
+
+    /// Counts and tells that the container was not reached.
+    pub fn note_unreached(&self, errno: Errno) {
+        let port = self.seat.port();
+        port.count_connect_failure();
+        tracing::debug!(
+            port = port.bind().port(),
+            target = %port.target(),
+            err = %errno,
+            "container not reached"
+        );
     }
 
     /// The descriptors of client and container.
@@ -109,11 +186,9 @@ impl Session {
             match end {
                 End::Client if hung_up || dead => return Verdict::Abort(Errno::CONNRESET),
                 End::Container if self.container.writable => {
-                    if let Err(errno) = socket::take_error(&self.container.fd) {
+                    if let Err(errno) = self.reach(now) {
                         return Verdict::Unreachable(errno);
                     }
-                    self.connected = true;
-                    self.last_active = now;
                 }
                 _ => return Verdict::Wait,
             }
@@ -128,6 +203,146 @@ impl Session {
         self.turn(tools, now)
     }
 
+    /// The container has answered: with its acceptance, or with an error.
+    fn reach(&mut self, now: u32) -> Result<(), Errno> {
+        socket::take_error(&self.container.fd)?;
+        self.connected = true;
+        self.last_active = now;
+        Ok(())
+    }
+
+    /// From now on a ring reads and tells; nothing is read here.
+    pub fn enter_ring(&mut self) {
+        self.on_ring = true;
+        self.small_turns = 0;
+        for side in [&mut self.client, &mut self.container] {
+            side.readable = false;
+            side.writable = true;
+        }
+    }
+
+    /// From now on events tell. Nothing is known of the sockets; trying tells.
+    pub fn leave_ring(&mut self) {
+        self.on_ring = false;
+        for side in [&mut self.client, &mut self.container] {
+            side.readable = true;
+            side.writable = true;
+            side.thorough = true;
+        }
+    }
+
+    /// The ring has seen the container answer.
+    pub fn answered(&mut self, tools: &mut Tools, now: u32) -> Verdict {
+        match self.reach(now) {
+            Ok(()) => self.turn(tools, now),
+            Err(errno) => Verdict::Unreachable(errno),
+        }
+    }
+
+    /// The ring has received bytes from one side.
+    pub fn feed(&mut self, from: End, bytes: &[u8], tools: &mut Tools, now: u32) -> Verdict {
+        if from == End::Container
+            && !self.connected
+            && let Err(errno) = self.reach(now)
+        {
+            return Verdict::Unreachable(errno);
+        }
+        let (flow, sink) = match from {
+            End::Client => (&mut self.inbound, &self.container),
+            End::Container => (&mut self.outbound, &self.client),
+        };
+        if !self.connected {
+            flow.hold(bytes);
+            return Verdict::Wait;
+        }
+        let mut moved = 0;
+        let put = flow.put(bytes, sink, &mut moved);
+        if moved > 0 {
+            self.last_active = now;
+            let (inbound, outbound) = match from {
+                End::Client => (moved, 0),
+                End::Container => (0, moved),
+            };
+            self.seat.port().count_bytes(inbound, outbound);
+        }
+        if put.is_ok() {
+            return Verdict::Wait;
+        }
+        flow.break_off();
+        self.turn(tools, now)
+    }
+
+    /// The ring has found the end of one side's stream.
+    pub fn source_ended(&mut self, from: End, tools: &mut Tools, now: u32) -> Verdict {
+        if from == End::Container
+            && !self.connected
+            && let Err(errno) = self.reach(now)
+        {
+            return Verdict::Unreachable(errno);
+        }
+        let flow = match from {
+            End::Client => &mut self.inbound,
+            End::Container => &mut self.outbound,
+        };
+        if flow.stage == Stage::Open {
+            flow.stage = Stage::Ending;
+        }
+        self.turn(tools, now)
+    }
+
+    /// The ring could not go on receiving from one side: it was reset or has timed out.
+    pub fn source_failed(
+        &mut self,
+        from: End,
+        errno: Errno,
+        tools: &mut Tools,
+        now: u32,
+    ) -> Verdict {
+        let (flow, back) = match from {
+            End::Client => (&mut self.inbound, &mut self.outbound),
+            End::Container => (&mut self.outbound, &mut self.inbound),
+        };
+        match (self.connected, from) {
+            (false, End::Container) => Verdict::Unreachable(errno),
+            (true, _) if flow.holds() => {
+                // What it had sent may still go out; the other side then sees a reset, no end.
+                flow.stage = Stage::Ending;
+                back.break_off();
+                self.turn(tools, now)
+            }
+            _ => Verdict::Abort(errno),
+        }
+    }
+
+    /// Whether bytes of one side wait for the other.
+    pub fn holds(&self) -> bool {
+        self.inbound.holds() || self.outbound.holds()
+    }
+
+    /// How many.
+    pub fn held_bytes(&self) -> usize {
+        self.inbound.held_bytes() + self.outbound.held_bytes()
+    }
+
+    /// Whether the stream of one side goes on.
+    pub fn flows_from(&self, from: End) -> bool {
+        let flow = match from {
+            End::Client => &self.inbound,
+            End::Container => &self.outbound,
+        };
+        flow.stage == Stage::Open
+    }
+
+    /// Only messages have gone through for a while, and nothing is on its way.
+    pub fn is_calm(&self) -> bool {
+        self.small_turns >= CALM_TURNS
+            && !self.queued
+            && !self.holds()
+            && !self.splices()
+            && self.flows_from(End::Client)
+            && self.flows_from(End::Container)
+    }
+
     /// Gives both directions a turn.
     pub fn turn(&mut self, tools: &mut Tools, now: u32) -> Verdict {
         if !self.connected {
@@ -138,6 +353,11 @@ impl Session {
         if moved_in | moved_out != 0 {
             self.last_active = now;
             self.seat.port().count_bytes(moved_in, moved_out);
+            self.small_turns = if moved_in.max(moved_out) < SMALL_TURN as u64 {
+                self.small_turns.saturating_add(1)
+            } else {
+                0
+            };
         }
         let again = match outcome {
             Ok(again) => again,
@@ -180,7 +400,8 @@ impl Session {
                 Err(Fault::Source(errno)) => return Err(errno),
                 Err(Fault::Sink(_)) => {
                     self.inbound.break_off();
-                    self.container.readable = true;
+                    // A ring that reads for it goes on reading.
+                    self.container.readable = !self.on_ring;
                     self.container.thorough = true;
                 }
             }
@@ -196,7 +417,8 @@ impl Session {
                 Err(Fault::Source(errno)) => return Err(errno),
                 Err(Fault::Sink(_)) => {
                     self.outbound.break_off();
-                    self.client.readable = true;
+                    // A ring that reads for it goes on reading.
+                    self.client.readable = !self.on_ring;
                     self.client.thorough = true;
                     continue;
                 }
@@ -209,6 +431,11 @@ impl Session {
     /// Closes both sockets in good order; the kernel sends what it still holds.
     pub fn close(self) -> Seat {
         self.seat
+    }
+
+    /// Gives its seat back; what is left are the sockets of client and container.
+    pub fn into_descriptors(self) -> (OwnedFd, OwnedFd) {
+        (self.client.fd, self.container.fd)
     }
 
     /// Resets both sockets.

@@ -1,10 +1,11 @@
 //! The event loop of one relay thread.
 //!
-//! In: messages (listeners, accepted clients, sweeps) and events of its sockets. Out: forwarded
-//! bytes. Owns its listeners, sessions, buffer and pipes; nothing of it is shared but the inbox.
-//! Invariants: every event does a bounded amount of work; who has more to do waits in a list and
-//! gets its turn after all others; running out of descriptors or memory turns new clients away
-//! and never ends the loop.
+//! In: messages (listeners, accepted clients, sweeps) and events of its sockets. Out: admitted
+//! clients with a connection to their container, given to an engine: to the [`ring`](super::ring)
+//! when there is one, else to the [`adaptive`](super::adaptive) one. Owns its listeners and engines;
+//! nothing of it is shared but the inbox. Invariants: every event does a bounded amount of work; who
+//! has more to do waits in a list and gets its turn after all others; running out of descriptors or
+//! memory turns new clients away and never ends the loop.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,14 +17,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Registry, Token, Waker};
+use mio::{Events, Interest, Poll, Token, Waker};
 use rustix::io::Errno;
 
-use super::flow::Tools;
+use super::adaptive::Adaptive;
 use super::port::{Port, Seat};
-use super::session::{End, LINGER, Session, Verdict};
-use super::slab::Slab;
-use super::wheel::{Entry, SLOT, Wheel};
+use super::ring::RingEngine;
+use super::session::Session;
+use super::wheel::SLOT;
 use crate::log_limit::LogLimit;
 use crate::sys::socket;
 
@@ -38,14 +39,9 @@ const REST: Duration = Duration::from_millis(100);
 
 pub(super) const WAKE: Token = Token(0);
 const LISTENER_BIT: usize = 1 << 62;
-const SESSION_BIT: usize = 1 << 61;
 
 fn listener_token(index: usize) -> Token {
     Token(LISTENER_BIT | index)
-}
-
-fn session_token(index: u32, end: End) -> Token {
-    Token(SESSION_BIT | (index as usize) << 1 | usize::from(end == End::Container))
 }
 
 /// What a worker can be asked.
@@ -72,6 +68,8 @@ pub struct Census {
     pub sessions: usize,
     /// Of these, those that use splice in at least one direction.
     pub splicing: usize,
+    /// Of these, those that a ring reads for.
+    pub on_ring: usize,
     /// Timer entries, stale ones included.
     pub timers: usize,
 }
@@ -118,14 +116,12 @@ pub struct Worker {
     own: usize,
     next_peer: usize,
     listeners: Vec<Option<Listener>>,
-    sessions: Slab<Session>,
-    wheel: Wheel,
-    /// Sessions and listeners with more to do.
-    unfinished: VecDeque<u32>,
+    /// Listeners with more to do.
     accepting: VecDeque<usize>,
     resting: Vec<usize>,
     rest_until: Option<Instant>,
-    tools: Tools,
+    adaptive: Adaptive,
+    ring: Option<RingEngine>,
     /// A descriptor kept for the moment when there are no more: closing it lets one client be
     /// accepted and turned away, so that the backlog moves and nobody waits in vain.
     reserve: Option<File>,
@@ -151,17 +147,15 @@ pub fn mailbox() -> io::Result<(Poll, Arc<Inbox>)> {
     ))
 }
 
-fn watch(registry: &Registry, fd: &OwnedFd, token: Token) -> io::Result<()> {
-    registry.register(
-        &mut SourceFd(&fd.as_raw_fd()),
-        token,
-        Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY,
-    )
-}
-
 impl Worker {
-    /// A worker at position `own` of `peers`.
-    pub fn new(poll: Poll, peers: Vec<Arc<Inbox>>, own: usize, splice: bool) -> Self {
+    /// A worker at position `own` of `peers`. With a ring the sessions of messages are its.
+    pub fn new(
+        poll: Poll,
+        peers: Vec<Arc<Inbox>>,
+        own: usize,
+        splice: bool,
+        ring: Option<RingEngine>,
+    ) -> Self {
         Self {
             poll,
             inbox: Arc::clone(&peers[own]),
@@ -169,13 +163,11 @@ impl Worker {
             peers,
             own,
             listeners: Vec::new(),
-            sessions: Slab::default(),
-            wheel: Wheel::default(),
-            unfinished: VecDeque::new(),
             accepting: VecDeque::new(),
             resting: Vec::new(),
             rest_until: None,
-            tools: Tools::new(splice),
+            adaptive: Adaptive::new(splice, ring.is_some()),
+            ring,
             reserve: File::open("/dev/null").ok(),
             started: Instant::now(),
             now: 0,
@@ -187,17 +179,14 @@ impl Worker {
     /// Runs until told to stop.
     ///
     /// # Errors
-    /// Only a failure of epoll itself, which nothing can be done about.
+    /// Only a failure of epoll or io_uring itself, which nothing can be done about.
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(EVENTS);
         let mut expired = Vec::new();
         while !self.stopping {
-            match self.poll.poll(&mut events, self.timeout()) {
-                Ok(()) => {}
-                Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
-                Err(err) => return Err(err),
+            if !self.wait(&mut events)? {
+                continue;
             }
-            self.now = self.slot_of(Instant::now());
             for event in &events {
                 let token = event.token();
                 if token == WAKE {
@@ -205,32 +194,52 @@ impl Worker {
                 } else if token.0 & LISTENER_BIT != 0 {
                     self.queue_listener(token.0 & !LISTENER_BIT);
                 } else {
-                    let end = if token.0 & 1 == 0 {
-                        End::Client
-                    } else {
-                        End::Container
-                    };
-                    let Ok(index) = u32::try_from((token.0 & !SESSION_BIT) >> 1) else {
-                        continue;
-                    };
-                    if let Some(session) = self.sessions.get_mut(index) {
-                        let verdict = session.event(end, event, &mut self.tools, self.now);
-                        self.obey(index, verdict);
-                    }
+                    self.adaptive.event(event, self.now);
                 }
             }
-            self.serve_unfinished();
+            self.adaptive.serve_unfinished(self.now);
             self.serve_listeners();
-            self.wheel.expire(u64::from(self.now), &mut expired);
-            for entry in expired.drain(..) {
-                self.expire(entry);
+            self.adaptive.end_of_round(self.now, &mut expired);
+            if let Some(ring) = &mut self.ring {
+                for session in self.adaptive.take_calm(self.poll.registry()) {
+                    ring.adopt(session, self.now);
+                }
+                ring.end_of_round(self.now, &mut expired);
             }
-            self.sessions.recycle();
         }
-        for index in self.sessions.positions(|_| true) {
-            self.abort(index);
+        self.adaptive.abort_where(|_| true);
+        if let Some(ring) = &mut self.ring {
+            ring.stop(&mut self.adaptive.tools);
         }
         Ok(())
+    }
+
+    /// Waits for events, and lets the ring do what it has learned. False when a signal ended it.
+    fn wait(&mut self, events: &mut Events) -> io::Result<bool> {
+        let mut timeout = self.timeout();
+        if let Some(ring) = &mut self.ring {
+            ring.enter(self.poll.registry(), timeout)?;
+            timeout = Some(Duration::ZERO);
+        }
+        self.now = self.slot_of(Instant::now());
+        if let Some(ring) = &mut self.ring {
+            ring.serve(&mut self.adaptive.tools, self.now);
+            for session in ring.take_leavers() {
+                self.adaptive
+                    .adopt_running(self.poll.registry(), session, self.now);
+            }
+            if !ring.take_bell() {
+                events.clear();
+                return Ok(true);
+            }
+        }
+        match self.poll.poll(events, timeout) {
+            Ok(()) => {}
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => return Ok(false),
+            Err(err) => return Err(err),
+        }
+        self.now = self.slot_of(Instant::now());
+        Ok(true)
     }
 
     fn slot_of(&self, at: Instant) -> u32 {
@@ -239,11 +248,13 @@ impl Worker {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        if !self.unfinished.is_empty() || !self.accepting.is_empty() {
+        if self.adaptive.is_busy() || !self.accepting.is_empty() {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
-        let timer = self.wheel.earliest().map(|slot| {
+        let of_ring = self.ring.as_ref().and_then(RingEngine::earliest);
+        let earliest = [self.adaptive.earliest(), of_ring];
+        let timer = earliest.into_iter().flatten().min().map(|slot| {
             let due = self.started + SLOT * u32::try_from(slot).unwrap_or(u32::MAX);
             // A millisecond more, because epoll rounds down and would wake just before.
             due.saturating_duration_since(now) + Duration::from_millis(1)
@@ -269,16 +280,21 @@ impl Worker {
                 }
                 Message::Client(fd, seat) => self.start_session(fd, seat),
                 Message::Sweep(done) => {
-                    for index in self.sessions.positions(|s| s.seat.port().is_cut()) {
-                        self.abort(index);
+                    let is_cut = |session: &Session| session.seat.port().is_cut();
+                    self.adaptive.abort_where(is_cut);
+                    if let Some(ring) = &mut self.ring {
+                        ring.abort_where(is_cut);
                     }
                     let _ = done.try_send(());
                 }
                 Message::Census(answer) => {
+                    let ring = self.ring.as_ref();
+                    let on_ring = ring.map_or(0, RingEngine::sessions);
                     let _ = answer.try_send(Census {
-                        sessions: self.sessions.live(),
-                        splicing: self.sessions.positions(Session::splices).len(),
-                        timers: self.wheel.entries(),
+                        sessions: self.adaptive.sessions() + on_ring,
+                        splicing: self.adaptive.splicing(),
+                        on_ring,
+                        timers: self.adaptive.timers() + ring.map_or(0, RingEngine::timers),
                     });
                 }
                 Message::Stop => self.stopping = true,
@@ -399,7 +415,7 @@ impl Worker {
     /// No descriptors: accepts one client with the reserved one and resets it. False when even
     /// that is not possible now.
     fn shed(&mut self, index: usize) -> bool {
-        if self.tools.drop_pipes() > 0 {
+        if self.adaptive.tools.drop_pipes() > 0 {
             return true;
         }
         let Some(Some(listener)) = self.listeners.get(index) else {
@@ -454,7 +470,7 @@ impl Worker {
                     errno,
                     Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM
                 ) {
-                    self.tools.drop_pipes();
+                    self.adaptive.tools.drop_pipes();
                     port.count_shed();
                 } else {
                     port.count_connect_failure();
@@ -464,128 +480,13 @@ impl Worker {
                 return;
             }
         };
-        let (index, generation) = self.sessions.vacant();
-        let registry = self.poll.registry();
-        let watched = watch(registry, &client, session_token(index, End::Client))
-            .and_then(|()| watch(registry, &container, session_token(index, End::Container)));
         let session = Session::new(client, container, seat, self.now);
-        if let Err(err) = watched {
-            tracing::debug!(port = port.bind().port(), %err, "cannot watch a session");
-            port.count_shed();
-            session.abort();
-            return;
-        }
-        self.sessions.insert(session);
-        // The earlier of the two timeouts; whatever is left then is put back.
-        let slots = match port.idle_slots() {
-            0 => port.connect_slots(),
-            idle => idle.min(port.connect_slots()),
-        };
-        let due = u64::from(self.now) + u64::from(slots) + 1;
-        self.wheel.insert(due, Entry { index, generation });
-    }
-
-    fn serve_unfinished(&mut self) {
-        for _ in 0..self.unfinished.len() {
-            let Some(index) = self.unfinished.pop_front() else {
-                return;
-            };
-            if let Some(session) = self.sessions.get_mut(index)
-                && session.queued
-            {
-                session.queued = false;
-                let verdict = session.turn(&mut self.tools, self.now);
-                self.obey(index, verdict);
+        match &mut self.ring {
+            Some(ring) => ring.start(session, self.now),
+            None => {
+                let registry = self.poll.registry();
+                self.adaptive.adopt(registry, session, self.now);
             }
-        }
-    }
-
-    fn obey(&mut self, index: u32, verdict: Verdict) {
-        match verdict {
-            Verdict::Wait => {}
-            Verdict::Again => self.queue_session(index),
-            Verdict::Linger => {
-                let slots = u64::try_from(LINGER.as_millis() / SLOT.as_millis()).unwrap_or(1);
-                if let Some(generation) = self.sessions.generation(index) {
-                    self.wheel
-                        .insert(u64::from(self.now) + slots + 1, Entry { index, generation });
-                }
-                self.queue_session(index);
-            }
-            Verdict::Close => {
-                if let Some(session) = self.sessions.remove(index) {
-                    session.close();
-                }
-            }
-            Verdict::Unreachable(errno) => {
-                if let Some(session) = self.sessions.get_mut(index) {
-                    let port = session.seat.port();
-                    port.count_connect_failure();
-                    tracing::debug!(
-                        port = port.bind().port(),
-                        target = %port.target(),
-                        err = %errno,
-                        "container not reached"
-                    );
-                }
-                self.abort(index);
-            }
-            Verdict::Abort(errno) => {
-                tracing::trace!(err = %errno, "session reset");
-                self.abort(index);
-            }
-        }
-    }
-
-    fn queue_session(&mut self, index: u32) {
-        if let Some(session) = self.sessions.get_mut(index)
-            && !session.queued
-        {
-            session.queued = true;
-            self.unfinished.push_back(index);
-        }
-    }
-
-    fn abort(&mut self, index: u32) {
-        if let Some(session) = self.sessions.remove(index) {
-            session.abort();
-        }
-    }
-
-    /// A timer entry came up: end the session or put the entry back.
-    fn expire(&mut self, entry: Entry) {
-        let now = self.now;
-        let Some(session) = self.sessions.get_generation(entry.index, entry.generation) else {
-            return;
-        };
-        let port = Arc::clone(session.seat.port());
-        if let Some(since) = session.broken_since() {
-            let linger = u32::try_from(LINGER.as_millis() / SLOT.as_millis()).unwrap_or(1);
-            if now >= since.saturating_add(linger) {
-                self.abort(entry.index);
-            }
-            // Otherwise the entry made when it broke is still to come.
-            return;
-        }
-        let (slots, connected) = if session.connected() {
-            (port.idle_slots(), true)
-        } else {
-            (port.connect_slots(), false)
-        };
-        // Without an idle timeout the entry stays in the wheel at its far end, so that a timeout
-        // set later applies to sessions under way.
-        let due = if slots == 0 {
-            u32::MAX
-        } else {
-            session.last_active.saturating_add(slots).saturating_add(1)
-        };
-        if now < due {
-            self.wheel.insert(u64::from(due), entry);
-        } else if connected {
-            port.count_idle_timeout();
-            self.abort(entry.index);
-        } else {
-            self.obey(entry.index, Verdict::Unreachable(Errno::TIMEDOUT));
         }
     }
 }
