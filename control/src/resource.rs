@@ -12,6 +12,7 @@ mod affinity;
 mod allocation;
 mod discrete;
 mod error;
+mod fabric;
 mod fraction;
 pub mod host;
 mod intrinsic;

@@ -148,8 +148,11 @@ impl Accelerators {
             let thread = std::thread::Builder::new().name(name.to_owned());
             thread.spawn(move || run(&own)).map(drop)
         };
-        let library = options.nvml_library.clone();
-        start("nvml", Box::new(move |slot| nvml::run(&library, slot)))?;
+        let (library, root) = (options.nvml_library.clone(), options.root.clone());
+        start(
+            "nvml",
+            Box::new(move |slot| nvml::run(&library, &root, slot)),
+        )?;
         if rocm::is_there(&options.root) {
             let root = options.root.clone();
             start(
@@ -261,37 +264,21 @@ fn aged(row: &AcceleratorRow, age: Duration, tick: u64) -> AcceleratorRow {
 mod tests {
     use super::*;
     use shared::ids::ContainerId;
-    use shared::observed::{AcceleratorKey, AcceleratorKind, AcceleratorUse};
+    use shared::observed::{AcceleratorKind, AcceleratorUse};
 
     fn row() -> AcceleratorRow {
         AcceleratorRow {
-            key: AcceleratorKey {
-                kind: AcceleratorKind::Cuda,
-                index: 0,
-            },
-            id: "GPU-1".to_owned(),
-            model: "Made Up".to_owned(),
-            pci: String::new(),
-            numa_node: None,
-            healthy: true,
-            part_of: None,
-            divided: false,
-            profile: String::new(),
-            units: None,
-            fault: None,
             users: vec![AcceleratorUse {
                 container_id: ContainerId([1; 32]),
                 memory_bytes: Some(5),
                 utilisation_permille: Some(7),
             }],
-            users_left_out: 0,
-            age_ms: 0,
-            tick: 0,
             counters: AcceleratorCounters {
                 memory_total_bytes: Some(100),
                 memory_used_bytes: Some(50),
                 ..AcceleratorCounters::default()
             },
+            ..AcceleratorRow::new(AcceleratorKind::Cuda, 0, "GPU-1")
         }
     }
 

@@ -13,8 +13,8 @@ use crate::Sizes;
 use crate::desired::{ContainerRow, DesiredReader, DesiredWriter, PortKey, PortRow, Protocol};
 use crate::ids::{ContainerId, KernelId};
 use crate::observed::{
-    AcceleratorKey, AcceleratorKind, AcceleratorRow, ContainerSample, NodeSample, ObservedReader,
-    ObservedWriter, PortState, PortStatus, ProcessSample, Processes,
+    AcceleratorKind, AcceleratorRow, ContainerSample, NodeSample, ObservedReader, ObservedWriter,
+    PortState, PortStatus, ProcessSample, Processes,
 };
 
 /// Small, so that most bytes hit something.
@@ -154,25 +154,8 @@ fn write_good(home: &Path, name: &str) -> Result<(), Box<dyn std::error::Error +
 
 fn accelerator() -> AcceleratorRow {
     AcceleratorRow {
-        key: AcceleratorKey {
-            kind: AcceleratorKind::Mock,
-            index: 0,
-        },
-        id: "mock".to_owned(),
         model: "mock".to_owned(),
-        pci: String::new(),
-        numa_node: None,
-        healthy: true,
-        part_of: None,
-        divided: false,
-        profile: String::new(),
-        units: None,
-        fault: None,
-        users: Vec::new(),
-        users_left_out: 0,
-        age_ms: 0,
-        tick: 0,
-        counters: crate::observed::AcceleratorCounters::default(),
+        ..AcceleratorRow::new(AcceleratorKind::Mock, 0, "mock")
     }
 }
 

@@ -10,8 +10,8 @@ use shared::desired::{
 };
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
-    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied,
-    ContainerSample, CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, NodeCounters,
+    AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
+    CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, Nearness, NodeCounters,
     NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus, ProcessCounters,
     ProcessSample, Processes, RelayEngine, Source,
 };
@@ -456,18 +456,9 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
             PortState::Serving,
         )
     };
-    let accelerator = AcceleratorRow {
-        key: AcceleratorKey {
-            kind: AcceleratorKind::Mock,
-            index: 0,
-        },
-        id: "GPU-0000".to_owned(),
+    let mut accelerator = AcceleratorRow {
         model: "Made Up 1".to_owned(),
-        pci: String::new(),
-        numa_node: None,
-        healthy: true,
         part_of: Some(3),
-        divided: false,
         profile: "1g.5gb".to_owned(),
         units: Some(14),
         fault: Some(79),
@@ -491,7 +482,10 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
             ecc_uncorrected: Some(1),
             ..Default::default()
         },
+        ..AcceleratorRow::new(AcceleratorKind::Mock, 0, "GPU-0000")
     };
+    accelerator.near[3] = Nearness::SYSTEM;
+    accelerator.near[63] = Nearness::links(18);
     let node = NodeSample {
         tick: 4,
         counters: NodeCounters {

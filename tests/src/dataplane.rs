@@ -16,7 +16,7 @@ use shared::Sizes;
 use shared::desired::{ContainerRow, DesiredBatch, DesiredWriter, PortKey, PortRow, Protocol};
 use shared::doorbell::{Doorbell, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId};
-use shared::observed::{ContainerSample, ObservedReader, PortState, PortStatus};
+use shared::observed::{AcceleratorRow, ContainerSample, ObservedReader, PortState, PortStatus};
 use shared::run_dir::RunDir;
 use tempfile::TempDir;
 
@@ -225,7 +225,17 @@ impl Process {
         Ok(kill(self.pid(), signal)?)
     }
 
-    /// Its process id.
+    /// Names of its threads.
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        let tasks = tasks.into_iter().flatten().flatten();
+        tasks
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .collect()
+    }
+
+    /// Its pid.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(0))
     }
@@ -336,6 +346,26 @@ impl Control {
         until("a sample of the container", || {
             let snapshot = self.observed.snapshot().ok()?;
             snapshot.container(id).filter(|it| wanted(it)).cloned()
+        })
+    }
+
+    /// Waits for accelerators that `wanted` accepts.
+    pub fn accelerators(
+        &mut self,
+        what: &str,
+        wanted: impl Fn(&[AcceleratorRow]) -> bool,
+    ) -> Result<Vec<AcceleratorRow>> {
+        until(what, || {
+            let snapshot = self.observed.snapshot().ok()?;
+            wanted(&snapshot.accelerators).then_some(snapshot.accelerators.clone())
+        })
+    }
+
+    /// Waits until every driver has answered and there is no accelerator.
+    pub fn no_accelerators(&mut self) -> Result<()> {
+        until("the drivers' first look", || {
+            let snapshot = self.observed.snapshot().ok()?;
+            (snapshot.node.as_ref()?.counters.accelerators_found == Some(0)).then_some(())
         })
     }
 }

@@ -22,6 +22,12 @@ impl DeviceTree {
         })
     }
 
+    /// Lines of `[node]` that make the dataplane look here.
+    pub fn settings(&self) -> String {
+        let root = self.root().display();
+        format!("[node.accelerators]\ndevice-root = \"{root}\"\n")
+    }
+
     /// In place of `/`.
     pub fn root(&self) -> &Path {
         self.directory.path()

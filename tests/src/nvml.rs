@@ -55,3 +55,9 @@ impl StandIn {
         ]
     }
 }
+
+/// Environment of a dataplane on a node without the driver.
+pub fn none() -> Vec<(String, String)> {
+    let name = "BAI_NVML_LIBRARY".to_owned();
+    vec![(name, "/nowhere/libnvidia-ml.so.1".to_owned())]
+}

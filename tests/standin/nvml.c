@@ -3,11 +3,14 @@
 // NVML_STANDIN names the file; it is read at every call, so a test changes devices by replacing it.
 //   driver 550.1                     version of the driver
 //   init 9                           nvmlInit answers this code (9: driver not loaded)
+//   uninitialized                    the library has lost its driver: it has to be initialized again
 //   hang                             every call waits until the line is gone
-//   device N uuid=... [name=... mem=BYTES used=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1]
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1]
 //   part N I uuid=... [mem= used= sms= slices=]      instance I of device N
 //   process N pid=P mem=BYTES [sm=PERCENT part=I]    a process on device N
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
+//   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)
+//   link N L BUS                     NVLink L of device N leads to the device or switch BUS; "-": it is down
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +20,7 @@ enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
 enum { MAX = 64 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil; char uuid[80], name[96], pci[32]; u64 mem, taken; unsigned util, power, temp, sms, slices; };
+struct device { int used, index, part, mig, lost, noutil; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
 struct process { int device, part; unsigned pid, sm; u64 mem; };
 static struct device devices[MAX], parts[MAX];
 static struct process processes[256];
@@ -25,6 +28,9 @@ static int n_processes, initialized, init_code;
 static char driver[80];
 static struct { int device; u64 code, serial; } faults[16];
 static int n_faults;
+static struct { int a, b, level; } paths[MAX * MAX];
+static struct { int device, link; char bus[32]; } links[MAX * 18];
+static int n_paths, n_links;
 static u64 told;
 
 static char *field(char *line, const char *key, char *out, size_t size) {
@@ -50,7 +56,8 @@ static void describe(struct device *d, char *line, int index, int part) {
   if (!field(line, "name", d->name, sizeof d->name)) strcpy(d->name, "Stand-in");
   for (char *c = d->name; *c; c++) if (*c == '_') *c = ' ';
   field(line, "pci", d->pci, sizeof d->pci);
-  d->mem = number(line, "mem", 1ull << 30), d->taken = number(line, "used", 0);
+  d->mem = number(line, "mem", 1ull << 30), d->taken = number(line, "used", 0), d->reserved = number(line, "reserved", 0);
+  d->norows = number(line, "norows", 0);
   d->util = number(line, "util", 0), d->power = number(line, "power", 50000), d->temp = number(line, "temp", 40);
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
@@ -65,12 +72,14 @@ static void look(void) {
     if (!file) return;
     char line[512];
     memset(devices, 0, sizeof devices), memset(parts, 0, sizeof parts);
-    n_processes = n_faults = init_code = 0;
+    n_processes = n_faults = n_paths = n_links = init_code = 0;
     strcpy(driver, "550.54.15");
     while (fgets(line, sizeof line, file)) {
-      int a = 0, b = 0;
+      int a = 0, b = 0, c = 0;
+      char bus[32];
       u64 code, serial;
       if (!strncmp(line, "hang", 4)) hang = 1;
+      else if (!strncmp(line, "uninitialized", 13)) initialized = 0;
       else if (sscanf(line, "driver %79s", driver) == 1) {}
       else if (sscanf(line, "init %d", &init_code) == 1) {}
       else if (sscanf(line, "device %d", &a) == 1 && a >= 0 && a < MAX) describe(&devices[a], line, a, -1);
@@ -79,6 +88,10 @@ static void look(void) {
         processes[n_processes++] = (struct process){a, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "mem", 0)};
       else if (sscanf(line, "xid %d %llu %llu", &a, &code, &serial) == 3 && n_faults < 16)
         faults[n_faults].device = a, faults[n_faults].code = code, faults[n_faults].serial = serial, n_faults++;
+      else if (sscanf(line, "path %d %d %d", &a, &b, &c) == 3 && n_paths < MAX * MAX)
+        paths[n_paths].a = a, paths[n_paths].b = b, paths[n_paths].level = c, n_paths++;
+      else if (sscanf(line, "link %d %d %31s", &a, &b, bus) == 3 && n_links < MAX * 18)
+        links[n_links].device = a, links[n_links].link = b, strcpy(links[n_links].bus, bus), n_links++;
     }
     fclose(file);
     if (!hang) return;
@@ -110,7 +123,7 @@ API int nvmlDeviceGetUUID(struct device *d, char *text, unsigned length) { DEVIC
 API int nvmlDeviceGetName(struct device *d, char *text, unsigned length) { DEVICE snprintf(text, length, "%s", d->name); return OK; }
 API int nvmlDeviceGetMinorNumber(struct device *d, unsigned *minor) { WHOLE *minor = d->index; return OK; }
 struct memory { unsigned version; u64 total, reserved, free, used; };
-API int nvmlDeviceGetMemoryInfo_v2(struct device *d, struct memory *m) { DEVICE m->total = d->mem; m->reserved = 0; m->used = d->taken; m->free = d->mem - d->taken; return OK; }
+API int nvmlDeviceGetMemoryInfo_v2(struct device *d, struct memory *m) { DEVICE m->total = d->mem; m->reserved = d->reserved; m->used = d->taken; m->free = d->mem - d->taken - d->reserved; return OK; }
 struct pci { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; };
 API int nvmlDeviceGetPciInfo_v3(struct device *d, struct pci *p) { WHOLE memset(p, 0, sizeof *p); snprintf(p->bus_id, sizeof p->bus_id, "%s", d->pci); return OK; }
 API int nvmlDeviceGetMigMode(struct device *d, unsigned *current, unsigned *pending) { WHOLE *current = *pending = d->mig; return OK; }
@@ -185,4 +198,47 @@ API int nvmlEventSetWait_v2(void *set, struct event *e, unsigned ms) {
       return OK;
     }
   return TIMEOUT;
+}
+API int nvmlDeviceGetTopologyCommonAncestor(struct device *d, struct device *other, int *level) {
+  WHOLE
+  if (!other || !other->used || other == d) return INVALID;
+  *level = 50;
+  for (int i = 0; i < n_paths; i++)
+    if ((paths[i].a == d->index && paths[i].b == other->index) || (paths[i].b == d->index && paths[i].a == other->index)) *level = paths[i].level;
+  return OK;
+}
+static const char *link_of(struct device *d, unsigned link, int *any) {
+  const char *bus = NULL;
+  *any = 0;
+  for (int i = 0; i < n_links; i++)
+    if (links[i].device == d->index) { *any = 1; if (links[i].link == (int)link) bus = links[i].bus; }
+  return bus;
+}
+API int nvmlDeviceGetNvLinkState(struct device *d, unsigned link, unsigned *active) {
+  int any;
+  WHOLE
+  if (link >= 18) return INVALID;
+  const char *bus = link_of(d, link, &any);
+  if (!any) return NOT_SUPPORTED;
+  *active = bus && strcmp(bus, "-");
+  return OK;
+}
+API int nvmlDeviceGetNvLinkRemotePciInfo_v2(struct device *d, unsigned link, struct pci *p) {
+  int any;
+  WHOLE
+  const char *bus = link >= 18 ? NULL : link_of(d, link, &any);
+  if (!bus) return INVALID;
+  memset(p, 0, sizeof *p);
+  snprintf(p->bus_id, sizeof p->bus_id, "%s", bus);
+  return OK;
+}
+struct field { unsigned id, scope; long long at, latency; int type, code; union { double d; unsigned u; u64 big; } value; };
+API int nvmlDeviceGetFieldValues(struct device *d, int count, struct field *fields) {
+  WHOLE
+  for (int i = 0; i < count; i++) {
+    fields[i].code = fields[i].id == 145 ? OK : NOT_SUPPORTED; // NVML_FI_DEV_REMAPPED_FAILURE
+    fields[i].type = 1;
+    fields[i].value.u = d->norows;
+  }
+  return OK;
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
-use harness::nvml::StandIn;
+use harness::device_tree::DeviceTree;
+use harness::nvml::{self, StandIn};
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorKind, AcceleratorRow};
 
@@ -17,7 +18,7 @@ fn eight() -> String {
     for index in 0u64..8 {
         let mig = u8::from(index >= 6);
         text += &format!(
-            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 used={} util={} power={} temp={} pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
+            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 used={} reserved=4096 util={} power={} temp={} pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
             (index + 1) << 30,
             10 * index,
             100_000 + index,
@@ -47,18 +48,6 @@ fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
     Ok((place, process, control))
 }
 
-/// Waits for a set of devices that `wanted` accepts.
-fn devices(
-    control: &mut Control,
-    what: &str,
-    wanted: impl Fn(&[AcceleratorRow]) -> bool,
-) -> Result<Vec<AcceleratorRow>> {
-    until(what, || {
-        let snapshot = control.observed.snapshot().ok()?;
-        wanted(&snapshot.accelerators).then_some(snapshot.accelerators.clone())
-    })
-}
-
 fn device<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
     let row = rows.iter().find(|row| row.id == id);
     row.with_context(|| format!("{id} is not told: {rows:?}"))
@@ -68,7 +57,7 @@ fn device<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow
 fn inventory_and_numbers_are_the_drivers() -> Result<()> {
     let driver = StandIn::new(&eight())?;
     let (_place, _process, mut control) = start(&driver)?;
-    let rows = devices(&mut control, "devices", |rows| !rows.is_empty())?;
+    let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
     ensure!(rows.len() == 14, "8 devices and 6 parts: {rows:?}");
     let snapshot = control.observed.snapshot()?;
     let node = snapshot.node.as_ref().context("a node")?;
@@ -88,7 +77,8 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
         );
         let found = &row.counters;
         ensure!(found.memory_total_bytes == Some(85_899_345_920));
-        ensure!(found.memory_used_bytes == Some((index + 1) << 30));
+        // What the driver keeps for itself is used too.
+        ensure!(found.memory_used_bytes == Some(((index + 1) << 30) + 4096));
         ensure!(found.utilisation_permille == Some(100 * index));
         ensure!(found.memory_utilisation_permille == Some(50 * index));
         ensure!(found.power_mw == Some(100_000 + index) && found.power_limit_mw == Some(400_000));
@@ -124,6 +114,112 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
 }
 
 #[test]
+fn devices_know_their_ways_to_each_other() -> Result<()> {
+    // Two switches of PCIe with two devices each; 0 and 2 have links to each other, 3 and 4 to a
+    // switch of links, one of which is down.
+    let text = eight()
+        + "path 0 1 10\npath 2 3 10\npath 0 2 20\npath 4 5 40\n"
+        + "link 0 0 00000000:12:00.0\nlink 0 1 00000000:12:00.0\nlink 2 5 00000000:10:00.0\nlink 2 6 00000000:10:00.0\n"
+        + "link 3 0 00000000:86:00.0\nlink 3 1 00000000:86:00.0\nlink 4 0 00000000:86:00.0\nlink 4 1 -\n";
+    let driver = StandIn::new(&text)?;
+    let (place, mut control) = numa_place(&driver)?;
+    let rows = control.accelerators("devices", |rows| rows.len() == 14)?;
+    let near = |one: &str, other: usize| -> Result<String> {
+        Ok(device(&rows, one)?.near[other].to_string())
+    };
+    for (one, other, way) in [
+        (0, 1, "PIX"),
+        (1, 0, "PIX"),
+        (0, 2, "NV2"),
+        (2, 0, "NV2"),
+        (1, 2, "SYS"),
+        (3, 4, "NV1"),
+        (4, 5, "NODE"),
+        (0, 0, "unknown"),
+        (0, 63, "unknown"),
+    ] {
+        let found = near(&format!("GPU-{one}"), other)?;
+        ensure!(found == way, "{one} to {other}: {found}, not {way}");
+    }
+    ensure!(
+        near("MIG-6-0", 0)? == "SYS",
+        "a part is where its device is"
+    );
+    ensure!(device(&rows, "GPU-0")?.numa_node == Some(1));
+    ensure!(device(&rows, "GPU-1")?.numa_node.is_none(), "-1 is none");
+    // A device goes, and comes back without a link.
+    driver.describe(&text.replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1"))?;
+    control.accelerators("a lost device", |rows| rows.iter().any(|row| !row.healthy))?;
+    driver.describe(&text.replace("link 0 1 00000000:12:00.0", "link 0 1 -"))?;
+    control.accelerators("one link less", |rows| {
+        device(rows, "GPU-0").is_ok_and(|row| row.near[2].to_string() == "NV1")
+    })?;
+    drop(place);
+    Ok(())
+}
+
+/// A dataplane that finds NUMA nodes of two devices.
+fn numa_place(driver: &StandIn) -> Result<((Place, Process, DeviceTree), Control)> {
+    let tree = DeviceTree::new()?;
+    tree.write("sys/bus/pci/devices/0000:10:00.0/numa_node", "1\n")?;
+    tree.write("sys/bus/pci/devices/0000:11:00.0/numa_node", "-1\n")?;
+    let place = Place::new(Options {
+        dataplane: "stats-interval = 0.1".to_owned(),
+        node: tree.settings(),
+        environment: driver.environment(),
+        ..Options::default()
+    })?;
+    let control = place.control()?;
+    let process = place.start()?;
+    Ok(((place, process, tree), control))
+}
+
+#[test]
+fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Result<()> {
+    let driver = StandIn::new(&eight())?;
+    let (_place, _process, mut control) = start(&driver)?;
+    control.accelerators("devices", |rows| rows.len() == 14)?;
+    // Number 7 is divided otherwise; then it does not answer: its parts of now are known, no others.
+    let parts = |lost: &str| -> String {
+        let lines = eight();
+        let lines = lines.lines().filter(|line| !line.starts_with("part 7"));
+        let lines = lines
+            .map(|line| format!("{line}\n").replace("uuid=GPU-7", &format!("uuid=GPU-7{lost}")));
+        lines.collect::<String>() + "part 7 2 uuid=MIG-new mem=42949672960 sms=60 slices=3\n"
+    };
+    driver.describe(&parts(""))?;
+    let rows = control.accelerators("another part", |rows| device(rows, "MIG-new").is_ok())?;
+    ensure!(rows.len() == 12 && device(&rows, "MIG-new")?.profile == "3g.40gb");
+    driver.describe(&parts(" lost=1"))?;
+    let rows = control.accelerators("a lost device", |rows| rows.iter().any(|row| !row.healthy))?;
+    let mut lost: Vec<&str> = rows
+        .iter()
+        .filter(|row| !row.healthy)
+        .map(|row| row.id.as_str())
+        .collect();
+    lost.sort_unstable();
+    ensure!(lost == ["GPU-7", "MIG-new"], "{lost:?}");
+    // Its memory can no longer be repaired: not a fault that is forgotten.
+    driver.describe(&eight().replace("uuid=GPU-3", "uuid=GPU-3 norows=1"))?;
+    let rows = control.accelerators("memory beyond repair", |rows| {
+        device(rows, "GPU-3").is_ok_and(|row| !row.healthy)
+    })?;
+    ensure!(device(&rows, "GPU-3")?.fault == Some(64));
+    ensure!(rows.iter().filter(|row| !row.healthy).count() == 1);
+    // The driver is unloaded under our feet, and does not start again: all devices are known.
+    driver.describe(&format!("{}uninitialized\ninit 9\n", eight()))?;
+    let rows = control.accelerators("no device that works", |rows| {
+        rows.iter().all(|row| !row.healthy)
+    })?;
+    ensure!(rows.len() == 14, "{rows:?}");
+    ensure!(
+        rows.iter()
+            .all(|row| row.counters.memory_used_bytes.is_none())
+    );
+    Ok(())
+}
+
+#[test]
 fn use_is_attributed_to_containers() -> Result<()> {
     let id = |digit: &str| digit.repeat(64);
     let (Some(mut first), Some(mut second)) =
@@ -153,9 +249,8 @@ fn use_is_attributed_to_containers() -> Result<()> {
         eight()
     ))?;
     let (_place, _process, mut control) = start(&driver)?;
-    let rows = devices(&mut control, "users", |rows| {
-        rows.iter().any(|row| !row.users.is_empty())
-    })?;
+    let rows =
+        control.accelerators("users", |rows| rows.iter().any(|row| !row.users.is_empty()))?;
     let (a, b): (ContainerId, ContainerId) = (id("a").parse()?, id("b").parse()?);
     let uses = |name: &str| -> Result<Vec<_>> {
         Ok(device(&rows, name)?
@@ -190,7 +285,7 @@ fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
     let (_place, _process, mut control) = start(&driver)?;
     let row = container_row(1);
     control.write(|batch| batch.put_container(row.clone()))?;
-    devices(&mut control, "devices", |rows| rows.len() == 14)?;
+    control.accelerators("devices", |rows| rows.len() == 14)?;
     driver.describe(&format!("{}hang\n", eight()))?;
     let hung = Instant::now();
     let (mut ticks, mut last, mut slowest) = (0u32, 0u64, Duration::ZERO);
@@ -221,7 +316,7 @@ fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
     let sample = control.sample(row.container_id, |_| true)?;
     ensure!(sample.tick >= last);
     driver.describe(&eight())?;
-    devices(&mut control, "devices that answer again", |rows| {
+    control.accelerators("devices that answer again", |rows| {
         rows.iter().all(|row| row.healthy)
     })?;
     Ok(())
@@ -231,7 +326,7 @@ fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
 fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
     let driver = StandIn::new(&eight())?;
     let (_place, process, mut control) = start(&driver)?;
-    devices(&mut control, "devices", |rows| rows.len() == 14)?;
+    control.accelerators("devices", |rows| rows.len() == 14)?;
     // Number 7 falls off the bus in the middle of its life, number 1 stops answering.
     let gone: String = eight()
         .lines()
@@ -251,59 +346,46 @@ fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
         ids.sort();
         ids
     };
-    let rows = devices(&mut control, "lost devices", |rows| {
+    let rows = control.accelerators("lost devices", |rows| {
         faulty(rows) == ["GPU-1", "GPU-7", "MIG-7-0", "MIG-7-1", "MIG-7-4"]
     })?;
     ensure!(rows.len() == 14);
     ensure!(device(&rows, "GPU-1")?.counters.memory_used_bytes.is_none());
     driver.describe(&eight())?;
-    devices(&mut control, "all devices", |rows| faulty(rows).is_empty())?;
+    control.accelerators("all devices", |rows| faulty(rows).is_empty())?;
     // A fault that an application causes is told; one of the device makes it unusable.
     driver.describe(&format!("{}xid 2 31 1\n", eight()))?;
-    let rows = devices(&mut control, "an application's fault", |rows| {
+    let rows = control.accelerators("an application's fault", |rows| {
         device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(31))
     })?;
     ensure!(faulty(&rows).is_empty());
     driver.describe(&format!("{}xid 2 79 2\n", eight()))?;
-    let rows = devices(&mut control, "a device's fault", |rows| {
+    let rows = control.accelerators("a device's fault", |rows| {
         device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(79))
     })?;
     ensure!(faulty(&rows) == ["GPU-2"]);
     ensure!(process.log().contains("reports a fault"));
     // Reset: it goes away, and comes back as good as new.
     driver.describe(&eight().replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1"))?;
-    devices(&mut control, "a device being reset", |rows| {
+    control.accelerators("a device being reset", |rows| {
         device(rows, "GPU-2").is_ok_and(|row| row.counters.memory_used_bytes.is_none())
     })?;
     driver.describe(&eight())?;
-    devices(&mut control, "a device after its reset", |rows| {
-        faulty(rows).is_empty()
-    })?;
+    control.accelerators("a device after its reset", |rows| faulty(rows).is_empty())?;
     Ok(())
 }
 
 #[test]
 fn without_a_driver_there_are_no_devices_and_no_thread() -> Result<()> {
     let place = Place::new(Options {
-        environment: vec![(
-            "BAI_NVML_LIBRARY".to_owned(),
-            "/nowhere/libnvidia-ml.so.1".to_owned(),
-        )],
+        environment: nvml::none(),
         ..Options::default()
     })?;
     let mut control = place.control()?;
     let process = place.start()?;
-    until("the first look", || {
-        let snapshot = control.observed.snapshot().ok()?;
-        let node = snapshot.node.as_ref()?;
-        (node.counters.accelerators_found == Some(0)).then_some(())
-    })?;
+    control.no_accelerators()?;
     until("the end of the thread", || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid())).ok()?;
-        let names: Vec<String> = tasks
-            .flatten()
-            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
-            .collect();
-        (!names.is_empty() && names.iter().all(|name| name.trim() != "nvml")).then_some(())
+        let names = process.threads();
+        (!names.is_empty() && names.iter().all(|name| name != "nvml")).then_some(())
     })
 }

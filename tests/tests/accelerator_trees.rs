@@ -5,20 +5,15 @@ use anyhow::{Context, Result, ensure};
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, until};
 use harness::device_tree::DeviceTree;
+use harness::nvml;
 use shared::ids::ContainerId;
-use shared::observed::{AcceleratorKind, AcceleratorRow};
+use shared::observed::AcceleratorKind;
 
 fn start(tree: &DeviceTree) -> Result<(Place, Process, Control)> {
     let place = Place::new(Options {
         dataplane: "stats-interval = 0.1".to_owned(),
-        node: format!(
-            "[node.accelerators]\ndevice-root = \"{}\"",
-            tree.root().display()
-        ),
-        environment: vec![(
-            "BAI_NVML_LIBRARY".to_owned(),
-            "/nowhere/libnvidia-ml.so.1".to_owned(),
-        )],
+        node: tree.settings(),
+        environment: nvml::none(),
         ..Options::default()
     })?;
     let control = place.control()?;
@@ -26,32 +21,12 @@ fn start(tree: &DeviceTree) -> Result<(Place, Process, Control)> {
     Ok((place, process, control))
 }
 
-fn devices(
-    control: &mut Control,
-    what: &str,
-    wanted: impl Fn(&[AcceleratorRow]) -> bool,
-) -> Result<Vec<AcceleratorRow>> {
-    until(what, || {
-        let snapshot = control.observed.snapshot().ok()?;
-        wanted(&snapshot.accelerators).then_some(snapshot.accelerators.clone())
-    })
-}
-
-fn threads(process: &Process) -> Vec<String> {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid()));
-    let tasks = tasks.into_iter().flatten().flatten();
-    tasks
-        .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
-        .map(|name| name.trim().to_owned())
-        .collect()
-}
-
 #[test]
 fn amd_devices_are_what_the_kernel_tells() -> Result<()> {
     let tree = DeviceTree::new()?;
     tree.amd()?;
     let (_place, _process, mut control) = start(&tree)?;
-    let rows = devices(&mut control, "two devices", |rows| rows.len() == 2)?;
+    let rows = control.accelerators("two devices", |rows| rows.len() == 2)?;
     for (index, row) in (0_u64..).zip(&rows) {
         ensure!(
             row.key.kind == AcceleratorKind::Rocm && row.healthy,
@@ -78,15 +53,13 @@ fn amd_devices_are_what_the_kernel_tells() -> Result<()> {
     }
     // It falls off the bus: known, without numbers. And comes back.
     tree.remove(&tree.amd_pci(1))?;
-    let rows = devices(&mut control, "a lost device", |rows| {
-        rows.iter().any(|row| !row.healthy)
-    })?;
+    let rows = control.accelerators("a lost device", |rows| rows.iter().any(|row| !row.healthy))?;
     ensure!(
         rows.len() == 2 && rows[0].healthy && !rows[1].healthy,
         "{rows:?}"
     );
     tree.amd()?;
-    devices(&mut control, "all devices", |rows| {
+    control.accelerators("all devices", |rows| {
         rows.len() == 2 && rows.iter().all(|row| row.healthy)
     })?;
     Ok(())
@@ -104,7 +77,7 @@ fn amd_memory_is_attributed_to_containers() -> Result<()> {
     tree.amd_process(pid, 0, 4096)?;
     tree.amd_process(std::process::id(), 0, 77)?;
     let (_place, _process, mut control) = start(&tree)?;
-    let rows = devices(&mut control, "a user", |rows| {
+    let rows = control.accelerators("a user", |rows| {
         rows.iter().any(|row| !row.users.is_empty())
     })?;
     let users = &rows[0].users;
@@ -127,7 +100,7 @@ fn tpu_chips_are_told_apart_from_other_devices_of_their_vendor() -> Result<()> {
     let tree = DeviceTree::new()?;
     tree.tpu()?;
     let (_place, _process, mut control) = start(&tree)?;
-    let rows = devices(&mut control, "two chips", |rows| !rows.is_empty())?;
+    let rows = control.accelerators("two chips", |rows| !rows.is_empty())?;
     let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
     ensure!(ids == ["tpu-0000-00-04.0", "tpu-0000-00-05.0"], "{ids:?}");
     for row in &rows {
@@ -146,11 +119,8 @@ fn tpu_chips_are_told_apart_from_other_devices_of_their_vendor() -> Result<()> {
 fn without_devices_there_is_no_thread_of_theirs() -> Result<()> {
     let tree = DeviceTree::new()?;
     let (_place, process, mut control) = start(&tree)?;
-    until("the first look", || {
-        let snapshot = control.observed.snapshot().ok()?;
-        (snapshot.node.as_ref()?.counters.accelerators_found == Some(0)).then_some(())
-    })?;
-    let running = threads(&process);
+    control.no_accelerators()?;
+    let running = process.threads();
     ensure!(!running.is_empty(), "the process has threads");
     ensure!(
         !running.iter().any(|name| name == "rocm" || name == "tpu"),
@@ -162,7 +132,7 @@ fn without_devices_there_is_no_thread_of_theirs() -> Result<()> {
     tree.tpu()?;
     let (_other, process, _control) = start(&tree)?;
     until("their threads", || {
-        let running = threads(&process);
+        let running = process.threads();
         ["rocm", "tpu"]
             .iter()
             .all(|name| running.iter().any(|found| found == name))

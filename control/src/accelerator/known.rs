@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use shared::observed::{AcceleratorKind, AcceleratorRow};
+use shared::observed::{AcceleratorKind, AcceleratorRow, Nearness};
 
 use super::settings::Settings;
 
@@ -36,6 +36,9 @@ pub struct Known {
     /// the profile say it.
     #[serde(default)]
     pub slot: Option<String>,
+    /// Other devices of the kind by id, and how near they are ([`Nearness`]).
+    #[serde(default)]
+    pub near: Vec<(String, u8)>,
 }
 
 impl Known {
@@ -59,19 +62,45 @@ pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<Known
         let whole = row.part_of.unwrap_or(row.key.index);
         real && !row.divided && settings.gives_out(&row.key.kind.to_string(), &row.id, whole)
     });
-    given.map(|row| known(row, settings)).collect()
+    let given: Vec<&AcceleratorRow> = given.collect();
+    let device = |row: &&AcceleratorRow| Known {
+        near: near(row, &given),
+        ..known(row, settings)
+    };
+    given.iter().map(device).collect()
+}
+
+fn id_of(row: &AcceleratorRow) -> String {
+    match row.id.as_str() {
+        // Never two devices of one name, however little their driver tells.
+        "" => format!("{}-{}", row.key.kind, row.key.index),
+        // Ids are put into lists of `id:amount`.
+        id => id.replace([',', ':', '=', ' ', '\n'], "_"),
+    }
+}
+
+/// The other whole devices of the kind, and how near they are.
+fn near(row: &AcceleratorRow, all: &[&AcceleratorRow]) -> Vec<(String, u8)> {
+    if row.part_of.is_some() {
+        return Vec::new();
+    }
+    let others = all.iter().filter(|other| {
+        let same = other.key.kind == row.key.kind && other.part_of.is_none();
+        same && other.key != row.key
+    });
+    others
+        .filter_map(|other| {
+            let place = usize::try_from(other.key.index).ok()?;
+            let near = row.near.get(place).filter(|near| near.is_known())?;
+            Some((id_of(other), near.0))
+        })
+        .collect()
 }
 
 fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
-    let id = match row.id.as_str() {
-        // Never two devices of one name, however little their driver tells.
-        "" => format!("{}-{}", row.key.kind, row.key.index),
-        // Ids are put into comma-separated lists.
-        id => id.replace([',', ' ', '\n'], "_"),
-    };
     Known {
         kind: row.key.kind.to_string(),
-        id,
+        id: id_of(row),
         model: row.model.clone(),
         numa_node: row.numa_node.map(i32::from),
         healthy: row.healthy,
@@ -87,6 +116,17 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
         },
         pci: row.pci.clone(),
         slot: None,
+        near: Vec::new(),
+    }
+}
+
+impl Known {
+    /// How near the others are, in the words of `nvidia-smi topo -m`; none when that is unknown.
+    pub(super) fn ways(&self) -> Option<String> {
+        let ways = self.near.iter();
+        let ways = ways.map(|(id, near)| format!("{id} {}", Nearness(*near)));
+        let ways: Vec<String> = ways.collect();
+        (!ways.is_empty()).then(|| ways.join(", "))
     }
 }
 

@@ -171,6 +171,7 @@ mod tests {
             units: 0,
             nodes: Vec::new(),
             slot: Some(slot.to_owned()),
+            near: Vec::new(),
         }
     }
 

@@ -201,6 +201,7 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
         units: entry.subproc_count,
         nodes: Vec::new(),
         slot: None,
+        near: Vec::new(),
     })
 }
 

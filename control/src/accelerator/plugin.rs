@@ -192,6 +192,7 @@ impl DevicePlugin for AcceleratorPlugin {
             memory_size: known.memory,
             processing_units: known.units,
             numa_node: known.numa_node,
+            near: known.near.clone(),
         };
         Ok(self.devices.iter().map(device).collect())
     }
@@ -315,10 +316,14 @@ impl DevicePlugin for AcceleratorPlugin {
             _ => Some(format!("not given out: {}", ids.join(", "))),
         };
         let told = self.devices.iter();
+        let mut metadata: BTreeMap<String, String> =
+            told.map(|d| (d.id.clone(), words(d))).collect();
+        let ways = self.devices.iter();
+        metadata.extend(ways.filter_map(|d| Some((format!("{} near", d.id), d.ways()?))));
         Some(Hardware {
             status,
             status_info,
-            metadata: told.map(|d| (d.id.clone(), words(d))).collect(),
+            metadata,
         })
     }
 }

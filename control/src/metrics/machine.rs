@@ -55,9 +55,28 @@ families! {
     NET_OUT = Counter "bai_node_network_transmit_bytes_total" [] "Bytes sent on physical interfaces.";
     ACCELERATOR_LOAD = Gauge "bai_accelerator_utilization_ratio" ["kind index id model"]
         "Busy share of the last interval.";
+    ACCELERATOR_BANDWIDTH = Gauge "bai_accelerator_memory_utilization_ratio" ["kind index id model"]
+        "Share of the memory's bandwidth used in the last interval.";
+    ACCELERATOR_ENCODER = Gauge "bai_accelerator_encoder_utilization_ratio" ["kind index id model"]
+        "Busy share of the video encoder.";
+    ACCELERATOR_DECODER = Gauge "bai_accelerator_decoder_utilization_ratio" ["kind index id model"]
+        "Busy share of the video decoder.";
     ACCELERATOR_MEMORY = Gauge "bai_accelerator_memory_bytes" ["kind index id model"] "Memory.";
     ACCELERATOR_MEMORY_USED = Gauge "bai_accelerator_memory_used_bytes" ["kind index id model"] "Memory used.";
     ACCELERATOR_POWER = Gauge "bai_accelerator_power_watts" ["kind index id model"] "Power drawn.";
+    ACCELERATOR_POWER_LIMIT = Gauge "bai_accelerator_power_limit_watts" ["kind index id model"] "Power it may draw.";
+    ACCELERATOR_CLOCK = Gauge "bai_accelerator_clock_hertz" ["kind index id model"] "Clock of the processing units.";
+    ACCELERATOR_MEMORY_CLOCK = Gauge "bai_accelerator_memory_clock_hertz" ["kind index id model"] "Clock of the memory.";
+    ACCELERATOR_PCIE_IN = Gauge "bai_accelerator_pcie_receive_bytes_per_second" ["kind index id model"]
+        "Received over PCIe.";
+    ACCELERATOR_PCIE_OUT = Gauge "bai_accelerator_pcie_transmit_bytes_per_second" ["kind index id model"]
+        "Sent over PCIe.";
+    ACCELERATOR_CORRECTED = Counter "bai_accelerator_ecc_corrected_total" ["kind index id model"]
+        "Memory errors corrected since the driver was loaded.";
+    ACCELERATOR_UNCORRECTED = Counter "bai_accelerator_ecc_uncorrected_total" ["kind index id model"]
+        "Memory errors not corrected since the driver was loaded.";
+    ACCELERATOR_FAULT = Gauge "bai_accelerator_fault_code" ["kind index id model"]
+        "Last fault the driver reported (NVIDIA: XID); missing when none.";
     ACCELERATOR_HEAT = Gauge "bai_accelerator_temperature_celsius" ["kind index id model"] "Temperature.";
     ACCELERATOR_ENERGY = Counter "bai_accelerator_energy_joules_total" ["kind index id model"]
         "Energy used since the driver was loaded.";
@@ -272,6 +291,15 @@ fn accelerators(rows: &[AcceleratorRow], page: &mut Page) {
     each(&ACCELERATOR_LOAD, &|row| {
         thousandths(row.counters.utilisation_permille)
     });
+    each(&ACCELERATOR_BANDWIDTH, &|row| {
+        thousandths(row.counters.memory_utilisation_permille)
+    });
+    each(&ACCELERATOR_ENCODER, &|row| {
+        thousandths(row.counters.encoder_permille)
+    });
+    each(&ACCELERATOR_DECODER, &|row| {
+        thousandths(row.counters.decoder_permille)
+    });
     each(&ACCELERATOR_MEMORY, &|row| {
         row.counters.memory_total_bytes.map(Number::Whole)
     });
@@ -280,6 +308,31 @@ fn accelerators(rows: &[AcceleratorRow], page: &mut Page) {
     });
     each(&ACCELERATOR_POWER, &|row| {
         thousandths(row.counters.power_mw)
+    });
+    each(&ACCELERATOR_POWER_LIMIT, &|row| {
+        thousandths(row.counters.power_limit_mw)
+    });
+    let hertz = |megahertz: Option<u64>| {
+        megahertz.map(|value| Number::Whole(value.saturating_mul(1_000_000)))
+    };
+    each(&ACCELERATOR_CLOCK, &|row| hertz(row.counters.clock_mhz));
+    each(&ACCELERATOR_MEMORY_CLOCK, &|row| {
+        hertz(row.counters.memory_clock_mhz)
+    });
+    each(&ACCELERATOR_PCIE_IN, &|row| {
+        row.counters.pcie_rx_bytes_per_s.map(Number::Whole)
+    });
+    each(&ACCELERATOR_PCIE_OUT, &|row| {
+        row.counters.pcie_tx_bytes_per_s.map(Number::Whole)
+    });
+    each(&ACCELERATOR_CORRECTED, &|row| {
+        row.counters.ecc_corrected.map(Number::Whole)
+    });
+    each(&ACCELERATOR_UNCORRECTED, &|row| {
+        row.counters.ecc_uncorrected.map(Number::Whole)
+    });
+    each(&ACCELERATOR_FAULT, &|row| {
+        row.fault.map(|code| Number::Whole(code.into()))
     });
     each(&ACCELERATOR_HEAT, &|row| {
         thousandths(row.counters.temperature_mc)

@@ -144,7 +144,7 @@ fn subject(number: u16) -> Subject {
 /// A node with so many containers, of which everything is known.
 fn scene(containers: u16) -> Scene {
     let some = Some(2_000_000_000);
-    let card = card(
+    let mut card = card(
         0,
         AcceleratorCounters {
             memory_total_bytes: some,
@@ -154,9 +154,18 @@ fn scene(containers: u16) -> Scene {
             power_limit_mw: some,
             temperature_mc: Some(61_500),
             energy_mj: some,
-            ..AcceleratorCounters::default()
+            memory_utilisation_permille: Some(250),
+            clock_mhz: Some(1980),
+            memory_clock_mhz: Some(2619),
+            pcie_rx_bytes_per_s: Some(200_000),
+            pcie_tx_bytes_per_s: Some(100_000),
+            encoder_permille: Some(10),
+            decoder_permille: Some(20),
+            ecc_corrected: Some(2),
+            ecc_uncorrected: Some(1),
         },
     );
+    card.fault = Some(31);
     let key = PortKey {
         protocol: Protocol::Tcp,
         host_port: 30_000,

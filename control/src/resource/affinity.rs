@@ -1,7 +1,11 @@
-//! Which devices are near each other: same NUMA node or not. The original knows no finer distance.
+//! Which devices are near each other: same NUMA node or not, as in the original; and where the driver
+//! tells it, among devices of one node, those with the best ways between them.
+
+use std::collections::HashSet;
 
 use config::AffinityPolicy;
 
+use super::fabric::{Ways, together};
 use super::{Amount, Device};
 
 /// All devices of all plugins, in the order of the plugins.
@@ -15,6 +19,7 @@ struct GraphNode {
     device_name: String,
     id: String,
     numa_node: Option<i32>,
+    near: Vec<(String, u8)>,
 }
 
 /// What earlier devices of the same request got, to place later ones near them.
@@ -52,6 +57,7 @@ impl AffinityGraph {
             device_name: device.device_name.clone(),
             id: device.id.clone(),
             numa_node: device.numa_node,
+            near: device.near.clone(),
         });
         Self {
             nodes: nodes.collect(),
@@ -64,6 +70,15 @@ impl AffinityGraph {
             .iter()
             .find(|n| n.device_name == device_name && n.id == id);
         found.map(|node| node.numa_node)
+    }
+
+    fn ways(&self, device_name: &str) -> Ways<'_> {
+        let own = self.nodes.iter().filter(|n| n.device_name == device_name);
+        own.flat_map(|node| {
+            let near = node.near.iter();
+            near.map(|(other, near)| ((node.id.as_str(), other.as_str()), *near))
+        })
+        .collect()
     }
 
     /// Groups of devices of one name on the same NUMA node, in the order of first appearance.
@@ -83,9 +98,11 @@ impl AffinityGraph {
     }
 }
 
-/// The order in which a map considers its devices. `candidates` are in device-list order.
+/// The order in which a map considers its devices for a request of so many. `candidates` are in
+/// device-list order.
 pub(super) fn order(
     candidates: Vec<Candidate>,
+    count: usize,
     device_name: &str,
     hint: Option<&Hint<'_>>,
 ) -> Vec<Candidate> {
@@ -97,9 +114,11 @@ pub(super) fn order(
     if clusters.is_empty() {
         return by_free(candidates);
     }
+    let ways = hint.graph.ways(device_name);
     let pick = |ids: &[&str]| -> Vec<Candidate> {
-        let chosen = candidates.iter().filter(|c| ids.contains(&c.id.as_str()));
-        by_free(chosen.cloned().collect())
+        let ids: HashSet<&str> = ids.iter().copied().collect();
+        let chosen = candidates.iter().filter(|c| ids.contains(c.id.as_str()));
+        together(by_free(chosen.cloned().collect()), count, &ways)
     };
     let used = |set: &Vec<Candidate>| -> Amount { set.iter().map(|c| c.used).sum() };
     if hint.given.is_empty() {
@@ -127,9 +146,8 @@ pub(super) fn order(
     let mut near: Vec<Vec<Candidate>> = nodes.iter().map(|node| pick(&on(*node))).collect();
     near.sort_by_key(used);
     let mut ordered = interleave(near);
-    let far = candidates
-        .iter()
-        .filter(|c| !ordered.iter().any(|near| near.id == c.id));
+    let taken: HashSet<String> = ordered.iter().map(|near| near.id.clone()).collect();
+    let far = candidates.iter().filter(|c| !taken.contains(&c.id));
     let far = by_free(far.cloned().collect());
     ordered.extend(far);
     ordered

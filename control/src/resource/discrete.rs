@@ -35,7 +35,7 @@ pub(super) fn fill(
     requested: Amount,
     request: MapRequest<'_>,
 ) -> Result<Shares, ResourceError> {
-    let devices = map.ordered(slot, request.hint);
+    let devices = map.ordered(slot, requested, request.hint);
     let total: Amount = devices.iter().map(|device| device.free.trunc()).sum();
     if total < requested {
         return Err(insufficient(NOT_ENOUGH, slot, requested, total, request));
@@ -62,7 +62,7 @@ pub(super) fn evenly(
     request: MapRequest<'_>,
 ) -> Result<Shares, ResourceError> {
     let mut remaining = requested.trunc();
-    let order = map.ordered(slot, request.hint);
+    let order = map.ordered(slot, requested, request.hint);
     // Amounts taken, in the order of `order`.
     let mut taken = vec![Decimal::ZERO; order.len()];
     let mut rounds = 0;

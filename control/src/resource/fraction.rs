@@ -37,7 +37,7 @@ pub(super) fn allocate(
     quantum: Amount,
     request: MapRequest<'_>,
 ) -> Result<Shares, ResourceError> {
-    let devices = map.ordered(slot, request.hint);
+    let devices = map.ordered(slot, requested, request.hint);
     if !request.allow_fragmentation {
         check_whole(&devices, slot, requested, request)?;
     }

@@ -78,6 +78,7 @@ impl DevicePlugin for CpuPlugin {
             memory_size: 0,
             processing_units: u64::from(self.overcommit),
             numa_node: self.host.node_of_core.get(core).copied(),
+            near: Vec::new(),
         };
         Ok(self.host.cores.iter().map(device).collect())
     }
@@ -165,6 +166,7 @@ impl DevicePlugin for MemPlugin {
             memory_size: self.total,
             processing_units: 0,
             numa_node: Some(0),
+            near: Vec::new(),
         }])
     }
 

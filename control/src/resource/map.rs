@@ -1,6 +1,7 @@
 //! An allocation map: how much of each device of one plugin is used, and where new requests go.
 
 use rust_decimal::Decimal;
+use rust_decimal::prelude::ToPrimitive;
 
 use super::affinity::{Candidate, Hint, order};
 use super::allocation::Shares;
@@ -193,9 +194,15 @@ impl AllocationMap {
         self.used.get_mut(index)
     }
 
-    /// Devices of a slot in the order a request considers them.
-    pub(super) fn ordered(&self, slot: &str, hint: Option<&Hint<'_>>) -> Vec<Candidate> {
-        order(self.candidates(slot), device_of(slot), hint)
+    /// Devices of a slot in the order a request of this amount considers them.
+    pub(super) fn ordered(
+        &self,
+        slot: &str,
+        amount: Amount,
+        hint: Option<&Hint<'_>>,
+    ) -> Vec<Candidate> {
+        let count = amount.to_usize().unwrap_or(usize::MAX);
+        order(self.candidates(slot), count, device_of(slot), hint)
     }
 
     /// Devices of a slot in device-list order.

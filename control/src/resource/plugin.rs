@@ -20,6 +20,9 @@ pub struct Device {
     pub processing_units: u64,
     /// NUMA node; -1 as the kernel says it, none when unknown.
     pub numa_node: Option<i32>,
+    /// Other devices of the same name and how near they are, the larger the nearer; those left out
+    /// are at an unknown distance.
+    pub near: Vec<(String, u8)>,
 }
 
 /// A slot a plugin offers.

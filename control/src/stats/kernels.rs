@@ -196,25 +196,29 @@ pub(crate) fn measurements(
 }
 
 /// A device as one container uses it. What the driver does not tell per container is the whole
-/// device's: an idle checker must not take a busy session for idle.
+/// device's as long as nobody else is known to use it, and unknown otherwise, which counts as busy:
+/// an idle checker must not take a busy session for idle.
 fn used_by(row: &AcceleratorRow, container: ContainerId) -> AcceleratorRow {
     let mut row = row.clone();
     let counters = &mut row.counters;
     let own = row.users.iter().find(|user| user.container_id == container);
-    match own {
-        Some(user) => {
-            counters.memory_used_bytes = user.memory_bytes.or(counters.memory_used_bytes);
-            counters.utilisation_permille = user
-                .utilisation_permille
-                .map(u64::from)
-                .or(counters.utilisation_permille);
+    let others = row.users.len() - usize::from(own.is_some()) > 0 || row.users_left_out > 0;
+    if others {
+        // No part of what all of them use together.
+        let all = (
+            counters.memory_used_bytes.take(),
+            counters.utilisation_permille.take(),
+        );
+        if own.is_none() && row.users_left_out == 0 {
+            // All users are known, and this one is not among them.
+            counters.memory_used_bytes = all.0.map(|_| 0);
+            counters.utilisation_permille = all.1.map(|_| 0);
         }
-        // Others use it, all of them are known, and this one is not among them.
-        None if !row.users.is_empty() && row.users_left_out == 0 => {
-            counters.memory_used_bytes = counters.memory_used_bytes.map(|_| 0);
-            counters.utilisation_permille = counters.utilisation_permille.map(|_| 0);
-        }
-        None => {}
+    }
+    if let Some(user) = own {
+        counters.memory_used_bytes = user.memory_bytes.or(counters.memory_used_bytes);
+        let load = user.utilisation_permille.map(u64::from);
+        counters.utilisation_permille = load.or(counters.utilisation_permille);
     }
     row
 }

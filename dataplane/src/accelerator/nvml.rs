@@ -7,22 +7,30 @@
 //! Sources: NVIDIA's NVML API reference; which XIDs are an application's fault and not the
 //! device's: NVIDIA's XID catalogue.
 
+mod topology;
+
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
+use std::path::Path;
 use std::time::Duration;
 
 use nvml_wrapper::bitmasks::event::EventTypes;
 use nvml_wrapper::enum_wrappers::device::{
     Clock, EccCounter, MemoryError, PcieUtilCounter, TemperatureSensor,
 };
+use nvml_wrapper::enums::device::SampleValue;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::struct_wrappers::device::MemoryInfo;
+use nvml_wrapper::structs::device::FieldId;
+use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
 use nvml_wrapper::{Device, EventSet, Nvml};
 use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
 
 use super::attribution::{by_container, container_of};
-use super::{INTERVAL, ProcessUse, Reading, Slot, clip};
+use super::{INTERVAL, ProcessUse, Reading, Slot, clip, files};
+use topology::{Node, Topology};
 
 /// The library's name for the dynamic loader. The unversioned name belongs to development packages.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -34,9 +42,13 @@ const PARTS: u32 = 1000;
 /// XIDs that an application causes: they say nothing about the device.
 const OF_APPLICATIONS: [u64; 7] = [13, 31, 43, 45, 68, 94, 109];
 
+/// What XID 64 says, for a device whose defective memory rows cannot be replaced any more.
+const ROWS_NOT_REPLACED: u32 = 64;
+
 /// The thread: until it is told to end, or there is no such library.
-pub(super) fn run(library: &OsStr, slot: &Slot) {
+pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
     let mut told = false;
+    let mut past = Past::default();
     loop {
         match Nvml::builder().lib_path(library).init() {
             Ok(nvml) => {
@@ -46,7 +58,7 @@ pub(super) fn run(library: &OsStr, slot: &Slot) {
                     "NVIDIA driver found"
                 );
                 told = false;
-                Session::new(&nvml).run(slot);
+                past = Session::new(&nvml, root, past).run(slot);
                 if slot.stopped() {
                     return;
                 }
@@ -61,7 +73,7 @@ pub(super) fn run(library: &OsStr, slot: &Slot) {
                     tracing::warn!(%err, retry_s = RETRY.as_secs(),
                         "the NVIDIA driver is installed and does not start: no CUDA devices until it does");
                 }
-                slot.put_none();
+                slot.put(past.lost());
             }
         }
         if !slot.pause(RETRY) {
@@ -70,51 +82,83 @@ pub(super) fn run(library: &OsStr, slot: &Slot) {
     }
 }
 
-/// One life of the library.
-struct Session<'nvml> {
-    nvml: &'nvml Nvml,
-    events: Option<EventSet<'nvml>>,
-    watched: HashSet<String>,
+/// What outlives a life of the library: opening it again repairs no device.
+#[derive(Default)]
+struct Past {
     /// Last fault per device, and whether it is the device's own.
     faults: HashMap<String, (u32, bool)>,
     /// Devices that did not answer at the last look.
     lost: HashSet<u32>,
-    /// Per device: up to when process samples were seen, microseconds of the driver's clock.
-    seen: HashMap<u32, u64>,
     /// What was known of each device when it last answered.
     known: HashMap<u32, AcceleratorRow>,
 }
 
+impl Past {
+    /// All that is known, none of which answers.
+    fn lost(&self) -> Reading {
+        Reading {
+            devices: self.known.values().map(lost).collect(),
+            ..Reading::default()
+        }
+    }
+}
+
+/// A device that does not answer: known, without numbers.
+fn lost(row: &AcceleratorRow) -> AcceleratorRow {
+    AcceleratorRow {
+        healthy: false,
+        users: Vec::new(),
+        users_left_out: 0,
+        counters: AcceleratorCounters {
+            memory_total_bytes: row.counters.memory_total_bytes,
+            ..AcceleratorCounters::default()
+        },
+        ..row.clone()
+    }
+}
+
+/// One life of the library.
+struct Session<'nvml> {
+    nvml: &'nvml Nvml,
+    root: &'nvml Path,
+    events: Option<EventSet<'nvml>>,
+    watched: HashSet<String>,
+    /// Per device: up to when process samples were seen, microseconds of the driver's clock.
+    seen: HashMap<u32, u64>,
+    topology: Topology,
+    past: Past,
+}
+
 impl<'nvml> Session<'nvml> {
-    fn new(nvml: &'nvml Nvml) -> Self {
+    fn new(nvml: &'nvml Nvml, root: &'nvml Path, past: Past) -> Self {
         let events = nvml
             .create_event_set()
             .inspect_err(|err| tracing::debug!(%err, "the driver tells no faults"))
             .ok();
         Self {
             nvml,
+            root,
             events,
             watched: HashSet::new(),
-            faults: HashMap::new(),
-            lost: HashSet::new(),
             seen: HashMap::new(),
-            known: HashMap::new(),
+            topology: Topology::default(),
+            past,
         }
     }
 
     /// Looks until told to end; returns earlier when the library has to be started again.
-    fn run(mut self, slot: &Slot) {
+    fn run(mut self, slot: &Slot) -> Past {
         loop {
             self.take_events();
             match self.look() {
                 Ok(reading) => slot.put(reading),
                 Err(err) => {
                     tracing::warn!(%err, "the NVIDIA driver has to be opened again");
-                    return;
+                    return self.past;
                 }
             }
             if !slot.pause(INTERVAL) {
-                return;
+                return self.past;
             }
         }
     }
@@ -122,6 +166,7 @@ impl<'nvml> Session<'nvml> {
     fn look(&mut self) -> Result<Reading, NvmlError> {
         let mut reading = Reading::default();
         let count = self.nvml.device_count()?;
+        let mut nodes = Vec::new();
         for index in 0..count {
             let device = match self.nvml.device_by_index(index) {
                 Ok(device) => device,
@@ -134,12 +179,18 @@ impl<'nvml> Session<'nvml> {
                 }
             };
             match self.read_device(index, &device, &mut reading) {
-                Ok(()) => {}
+                Ok((id, pci)) => nodes.push(Node {
+                    index,
+                    id,
+                    pci,
+                    device,
+                }),
                 Err(err) => self.miss(index, &err, &mut reading),
             }
         }
         // A device that fell off the bus is not counted any more, and was there.
         let gone: Vec<u32> = self
+            .past
             .known
             .keys()
             .copied()
@@ -148,32 +199,25 @@ impl<'nvml> Session<'nvml> {
         for index in gone {
             self.miss(index, &NvmlError::GpuLost, &mut reading);
         }
+        self.topology.refresh(self.nvml, &nodes);
+        for row in &mut reading.devices {
+            row.near = self.topology.near(row.part_of.unwrap_or(row.key.index));
+        }
         Ok(reading)
     }
 
     /// A device that does not answer stays known, without numbers.
     fn miss(&mut self, index: u32, err: &NvmlError, reading: &mut Reading) {
-        if self.lost.insert(index) {
+        if self.past.lost.insert(index) {
             tracing::warn!(device = index, %err, "an NVIDIA device does not answer");
         }
-        let parts = index.saturating_add(1).saturating_mul(PARTS);
-        for (number, row) in &self.known {
-            let own = *number == index || (parts..parts + PARTS).contains(number);
-            if own {
-                reading.devices.push(AcceleratorRow {
-                    healthy: false,
-                    users: Vec::new(),
-                    users_left_out: 0,
-                    counters: AcceleratorCounters {
-                        memory_total_bytes: row.counters.memory_total_bytes,
-                        ..AcceleratorCounters::default()
-                    },
-                    ..row.clone()
-                });
-            }
-        }
+        let known = &self.past.known;
+        let own = known
+            .iter()
+            .filter(|(number, _)| whole_of(**number) == index);
+        reading.devices.extend(own.map(|(_, row)| lost(row)));
         self.watched
-            .retain(|id| self.known.get(&index).is_none_or(|row| row.id != *id));
+            .retain(|id| known.get(&index).is_none_or(|row| row.id != *id));
     }
 
     fn read_device(
@@ -181,16 +225,17 @@ impl<'nvml> Session<'nvml> {
         index: u32,
         device: &Device<'nvml>,
         reading: &mut Reading,
-    ) -> Result<(), NvmlError> {
+    ) -> Result<(String, String), NvmlError> {
         let id = device.uuid()?;
         let memory = device.memory_info()?;
-        if self.lost.remove(&index) {
+        if self.past.lost.remove(&index) {
             // It was away: whatever it reported before, this is its new life.
-            self.faults.remove(&id);
+            self.past.faults.remove(&id);
             tracing::info!(device = index, id, "an NVIDIA device answers again");
         }
         self.watch(device, &id);
-        let (fault, own_fault) = match self.faults.get(&id) {
+        let (fault, own_fault) = match self.past.faults.get(&id) {
+            _ if cannot_replace_rows(device) => (Some(ROWS_NOT_REPLACED), true),
             Some((code, own)) => (Some(*code), *own),
             None => (None, false),
         };
@@ -200,31 +245,26 @@ impl<'nvml> Session<'nvml> {
             .unwrap_or_default();
         let divided = device.mig_mode().is_ok_and(|mode| mode.current == 1);
         let mut row = AcceleratorRow {
-            key: key(index),
             model: device.name().unwrap_or_default(),
-            numa_node: numa_node(&pci),
-            pci,
+            numa_node: numa_node(self.root, &pci),
+            pci: pci.clone(),
             healthy: !own_fault,
-            part_of: None,
             divided,
-            profile: String::new(),
             units: multiprocessors(device),
             fault,
-            users: Vec::new(),
-            users_left_out: 0,
-            age_ms: 0,
-            tick: 0,
-            counters: counters(device, memory.total, memory.used),
-            id,
+            counters: counters(device, &memory),
+            ..AcceleratorRow::new(AcceleratorKind::Cuda, index, id.clone())
         };
         clip(&mut row);
+        // Numbers may have moved, and parts may have been made anew.
+        (self.past.known).retain(|number, known| whole_of(*number) != index && known.id != row.id);
         if divided {
             for part in 0..device.mig_device_count().unwrap_or(0).min(PARTS - 1) {
                 // Numbers without an instance are gaps.
                 if let Ok(instance) = device.mig_device_by_index(part)
                     && let Ok(part_row) = self.read_part(&row, part, &instance, reading)
                 {
-                    self.known.insert(part_row.key.index, part_row.clone());
+                    self.past.known.insert(part_row.key.index, part_row.clone());
                     reading.devices.push(part_row);
                 }
             }
@@ -233,9 +273,9 @@ impl<'nvml> Session<'nvml> {
             row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
             add_up(&mut reading.processes, processes);
         }
-        self.known.insert(index, row.clone());
+        self.past.known.insert(index, row.clone());
         reading.devices.push(row);
-        Ok(())
+        Ok((id, pci))
     }
 
     fn read_part(
@@ -259,7 +299,7 @@ impl<'nvml> Session<'nvml> {
             units: attributes.map(|found| found.multiprocessor_count),
             counters: AcceleratorCounters {
                 memory_total_bytes: Some(memory.total),
-                memory_used_bytes: Some(memory.used),
+                memory_used_bytes: Some(used(&memory)),
                 ..AcceleratorCounters::default()
             },
             ..whole.clone()
@@ -359,7 +399,7 @@ impl<'nvml> Session<'nvml> {
                 "an NVIDIA device reports a fault"
             );
             let code = u32::try_from(code).unwrap_or(u32::MAX);
-            let kept = self.faults.entry(id).or_insert((code, own));
+            let kept = self.past.faults.entry(id).or_insert((code, own));
             // An application's fault never hides one of the device.
             *kept = (if own || !kept.1 { code } else { kept.0 }, kept.1 || own);
         }
@@ -373,7 +413,31 @@ fn key(index: u32) -> AcceleratorKey {
     }
 }
 
-fn counters(device: &Device<'_>, total: u64, used: u64) -> AcceleratorCounters {
+/// The device that a number is, or is a part of.
+fn whole_of(number: u32) -> u32 {
+    match number / PARTS {
+        0 => number,
+        beyond => beyond - 1,
+    }
+}
+
+/// What is not free, as the original tells it: what the driver keeps for itself is used too.
+fn used(memory: &MemoryInfo) -> u64 {
+    memory.total.saturating_sub(memory.free)
+}
+
+/// Whether the driver has failed to replace a defective row of its memory.
+fn cannot_replace_rows(device: &Device<'_>) -> bool {
+    let told = device.field_values_for(&[FieldId(NVML_FI_DEV_REMAPPED_FAILURE)]);
+    let told = told.ok().and_then(|values| values.into_iter().next()?.ok());
+    match told.and_then(|sample| sample.value.ok()) {
+        Some(SampleValue::U32(failed)) => failed != 0,
+        Some(SampleValue::U64(failed)) => failed != 0,
+        _ => false,
+    }
+}
+
+fn counters(device: &Device<'_>, memory: &MemoryInfo) -> AcceleratorCounters {
     let permille = |percent: u32| u64::from(percent.min(100)) * 10;
     let load = device.utilization_rates().ok();
     // Thousands of bytes per second, measured over 20 ms.
@@ -383,8 +447,8 @@ fn counters(device: &Device<'_>, total: u64, used: u64) -> AcceleratorCounters {
     };
     let errors = |kind| device.total_ecc_errors(kind, EccCounter::Volatile).ok();
     AcceleratorCounters {
-        memory_total_bytes: Some(total),
-        memory_used_bytes: Some(used),
+        memory_total_bytes: Some(memory.total),
+        memory_used_bytes: Some(used(memory)),
         utilisation_permille: load.as_ref().map(|load| permille(load.gpu)),
         memory_utilisation_permille: load.as_ref().map(|load| permille(load.memory)),
         power_mw: device.power_usage().ok().map(u64::from),
@@ -439,12 +503,11 @@ fn bus_address(bus_id: &str) -> String {
     }
 }
 
-fn numa_node(pci: &str) -> Option<u16> {
+fn numa_node(root: &Path, pci: &str) -> Option<u16> {
     if pci.is_empty() || pci.contains('/') {
         return None;
     }
-    let text = std::fs::read_to_string(format!("/sys/bus/pci/devices/{pci}/numa_node")).ok()?;
-    text.trim().parse().ok()
+    files::numa_node(&root.join("sys/bus/pci/devices").join(pci))
 }
 
 /// `1g.5gb`: slices of the chip and memory in GiB, rounded up, as NVIDIA names MIG profiles.
@@ -472,7 +535,8 @@ mod tests {
     fn addresses_are_those_of_sysfs() {
         assert_eq!(bus_address("00000000:3B:00.0"), "0000:3b:00.0");
         assert_eq!(bus_address("0000:AF:00.0"), "0000:af:00.0");
-        assert_eq!(numa_node("../../etc"), None);
+        assert_eq!(numa_node(Path::new("/"), "../../etc"), None);
+        assert_eq!([0, 999, 1000, 1999, 8004].map(whole_of), [0, 999, 0, 0, 7]);
     }
 
     #[test]

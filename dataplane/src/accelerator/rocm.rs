@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow};
 
 use super::attribution::{by_container, container_of};
 use super::files::{names, numa_node, number, text};
@@ -82,15 +82,11 @@ fn device(
     let counters = counters(&of_pci);
     let processes = processes(root, gpu);
     let listed = processes.iter().map(|(pid, used)| (*pid, *used));
+    let id = match get("unique_id").filter(|id| *id != 0) {
+        Some(id) => format!("{id:016x}"),
+        None => pci.clone(),
+    };
     let row = AcceleratorRow {
-        key: AcceleratorKey {
-            kind: AcceleratorKind::Rocm,
-            index,
-        },
-        id: match get("unique_id").filter(|id| *id != 0) {
-            Some(id) => format!("{id:016x}"),
-            None => pci.clone(),
-        },
         model: model.unwrap_or_else(|| {
             let (major, minor, step) = (target / 10_000, target / 100 % 100, target % 100);
             format!("AMD gfx{major}{minor:x}{step:x}")
@@ -99,16 +95,10 @@ fn device(
         // Its files go when it falls off the bus.
         healthy: counters.memory_total_bytes.is_some(),
         pci,
-        part_of: None,
-        divided: false,
-        profile: String::new(),
         units: u32::try_from(simds / get("simd_per_cu").unwrap_or(4).max(1)).ok(),
-        fault: None,
         users: by_container(listed, container_of),
-        users_left_out: 0,
-        age_ms: 0,
-        tick: 0,
         counters,
+        ..AcceleratorRow::new(AcceleratorKind::Rocm, index, id)
     };
     Some((row, processes))
 }

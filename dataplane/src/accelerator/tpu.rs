@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow};
 
 use super::Reading;
 use super::files::{hex, names, numa_node};
@@ -49,29 +49,18 @@ pub fn look(root: &Path) -> Reading {
         };
         // A driver has it, or a virtual machine monitor would.
         let healthy = device.join("accel").is_dir() || device.join("iommu_group").exists();
+        let index = u32::try_from(reading.devices.len()).unwrap_or(u32::MAX);
+        let id = format!("tpu-{}", pci.replace(':', "-"));
         reading.devices.push(AcceleratorRow {
-            key: AcceleratorKey {
-                kind: AcceleratorKind::Tpu,
-                index: u32::try_from(reading.devices.len()).unwrap_or(u32::MAX),
-            },
-            id: format!("tpu-{}", pci.replace(':', "-")),
             model: (*model).to_owned(),
             numa_node: numa_node(&device),
             pci,
             healthy,
-            part_of: None,
-            divided: false,
-            profile: String::new(),
-            units: None,
-            fault: None,
-            users: Vec::new(),
-            users_left_out: 0,
-            age_ms: 0,
-            tick: 0,
             counters: AcceleratorCounters {
                 memory_total_bytes: memory.map(|gib| gib << 30),
                 ..AcceleratorCounters::default()
             },
+            ..AcceleratorRow::new(AcceleratorKind::Tpu, index, id)
         });
     }
     reading

@@ -156,7 +156,7 @@ declare! {
     }
 
     /// One accelerator (observed region, table accelerators).
-    RawAccelerator, 1120 {
+    RawAccelerator, 1184 {
         0 state: u32 = "0 free, 1 used",
         4 index: u32 = "number the driver gives it; with kind the row's key",
         8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU, 4 plug-in, 255 mock",
@@ -183,7 +183,8 @@ declare! {
         392 user_containers: [u8; 512] = "container id per user",
         904 user_memory: [u64; 16] = "device memory per user, bytes, all ones unknown",
         1032 user_utilisation: [u32; 16] = "busy share per user, thousandths, all ones unknown",
-        1096 reserved: [u8; 24] = "zero",
+        1096 near: [u8; 64] = "how near the device of that number is: 0 unknown, 1 to 6 by the PCIe bus, 16 + n by n NVLinks",
+        1160 reserved: [u8; 24] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

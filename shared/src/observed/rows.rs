@@ -384,6 +384,56 @@ pub struct AcceleratorKey {
     pub index: u32,
 }
 
+/// Devices of a kind that others know their distance to: those with numbers below this.
+pub const NEIGHBOURS: usize = 64;
+
+/// How near one device is to another: the larger, the nearer. None is known by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Nearness(pub u8);
+
+impl Nearness {
+    /// The traffic crosses the connection between processors.
+    pub const SYSTEM: Self = Self(1);
+    /// It stays on the NUMA node, crossing host bridges.
+    pub const NUMA_NODE: Self = Self(2);
+    /// It crosses the host bridge.
+    pub const HOST_BRIDGE: Self = Self(3);
+    /// It crosses several PCIe switches.
+    pub const SWITCHES: Self = Self(4);
+    /// It crosses one PCIe switch.
+    pub const SWITCH: Self = Self(5);
+    /// They are on one board.
+    pub const BOARD: Self = Self(6);
+    /// One below a single link.
+    const LINKS: u8 = 16;
+
+    /// So many NVLinks lead there.
+    pub fn links(count: u32) -> Self {
+        Self(Self::LINKS.saturating_add(u8::try_from(count).unwrap_or(u8::MAX)))
+    }
+
+    /// Whether anything is known.
+    pub fn is_known(self) -> bool {
+        self.0 != 0
+    }
+}
+
+/// As `nvidia-smi topo -m` writes it.
+impl fmt::Display for Nearness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::SYSTEM => f.write_str("SYS"),
+            Self::NUMA_NODE => f.write_str("NODE"),
+            Self::HOST_BRIDGE => f.write_str("PHB"),
+            Self::SWITCHES => f.write_str("PXB"),
+            Self::SWITCH => f.write_str("PIX"),
+            Self::BOARD => f.write_str("PSB"),
+            Self(links) if links > Self::LINKS => write!(f, "NV{}", links - Self::LINKS),
+            Self(_) => f.write_str("unknown"),
+        }
+    }
+}
+
 /// What one container uses of an accelerator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AcceleratorUse {
@@ -425,12 +475,39 @@ pub struct AcceleratorRow {
     pub users: Vec<AcceleratorUse>,
     /// Containers that use it and are not in `users`.
     pub users_left_out: u32,
+    /// How near the devices of the same kind are, by their numbers.
+    pub near: [Nearness; NEIGHBOURS],
     /// How old the numbers were at the tick, ms.
     pub age_ms: u32,
     /// Pass this row belongs to.
     pub tick: u64,
     /// The numbers.
     pub counters: AcceleratorCounters,
+}
+
+impl AcceleratorRow {
+    /// A whole device that works, of which nothing else is told yet.
+    pub fn new(kind: AcceleratorKind, index: u32, id: impl Into<String>) -> Self {
+        Self {
+            key: AcceleratorKey { kind, index },
+            id: id.into(),
+            model: String::new(),
+            pci: String::new(),
+            numa_node: None,
+            healthy: true,
+            part_of: None,
+            divided: false,
+            profile: String::new(),
+            units: None,
+            fault: None,
+            users: Vec::new(),
+            users_left_out: 0,
+            near: [Nearness::default(); NEIGHBOURS],
+            age_ms: 0,
+            tick: 0,
+            counters: AcceleratorCounters::default(),
+        }
+    }
 }
 
 impl KeyedRow for AcceleratorRow {
@@ -462,6 +539,7 @@ impl KeyedRow for AcceleratorRow {
             age_ms: self.age_ms,
             tick: self.tick,
             counters,
+            near: self.near.map(|near| near.0),
             ..RawAccelerator::default()
         };
         raw.id_length = store_text("id", &self.id, &mut raw.id)?;
@@ -521,6 +599,7 @@ impl KeyedRow for AcceleratorRow {
             fault: (raw.fault != 0).then_some(raw.fault),
             users,
             users_left_out: raw.users_left_out,
+            near: raw.near.map(Nearness),
             age_ms: raw.age_ms,
             tick: raw.tick,
             counters: AcceleratorCounters::unpack(&raw.counters, u32::from(raw.present)),

@@ -279,6 +279,7 @@ impl Session {
                 units: 0,
                 nodes: Vec::new(),
                 slot: Some(self.0.slot.clone()),
+                near: Vec::new(),
             });
         }
         if nonsense > 0 {

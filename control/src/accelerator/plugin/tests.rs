@@ -2,13 +2,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use config::CudaInjection;
-use shared::observed::AcceleratorCounters;
+use shared::ids::KernelId;
+use shared::observed::{AcceleratorCounters, Nearness};
 
 use super::*;
 use crate::accelerator::known::of_rows;
 use crate::accelerator::mock;
 use crate::accelerator::settings::Options;
-use crate::resource::Slots;
+use crate::resource::{Ledger, SlotRequest, Slots};
 use crate::stats::fixture::card;
 
 fn defaults() -> std::sync::Arc<config::Config> {
@@ -96,6 +97,38 @@ fn working_devices_are_slots_and_parts_stand_in_for_what_is_divided() {
         hardware.status_info.as_deref(),
         Some("not given out: GPU-1")
     );
+}
+
+#[test]
+fn devices_with_links_are_given_together_and_their_ways_are_told() {
+    let settings = settings(&[]);
+    let mut rows: Vec<_> = (0..4)
+        .map(|index| card(index, AcceleratorCounters::default()))
+        .collect();
+    for (one, other, near) in [
+        (0, 1, Nearness::SYSTEM),
+        (1, 3, Nearness::links(12)),
+        (2, 3, Nearness::SWITCH),
+    ] {
+        rows[one].near[other] = near;
+        rows[other].near[one] = near;
+    }
+    let plugin = AcceleratorPlugin::of_kind("cuda", &of_rows(&rows, &settings), &settings);
+    let hardware = plugin.hardware().unwrap();
+    assert_eq!(hardware.metadata["GPU-3 near"], "GPU-1 NV12, GPU-2 PIX");
+    let ledger = Ledger::discover(&defaults(), vec![Box::new(plugin)]).unwrap();
+    let reserve = |kernel: u8, count: &str| {
+        let all = [("cpu", "1"), ("mem", "64m"), ("cuda.device", count)];
+        let request = SlotRequest {
+            slots: Slots::from_text(all).unwrap(),
+            allow_fragmentation: false,
+        };
+        let given = ledger.reserve(KernelId([kernel; 16]), &request).unwrap();
+        let ids = given.allocation.ids("cuda", "cuda.device");
+        ids.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(reserve(1, "2"), ["GPU-1", "GPU-3"]);
+    assert_eq!(reserve(2, "1"), ["GPU-0"]);
 }
 
 #[test]

@@ -84,6 +84,7 @@ impl DevicePlugin for Fpga {
             memory_size: 0,
             processing_units: 1,
             numa_node: Some(0),
+            near: Vec::new(),
         };
         Ok((0..self.count).map(device).collect())
     }

@@ -277,14 +277,16 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
                 )
             })
         };
-        let (memory, load) = (value("cuda_mem").unwrap(), value("cuda_util").unwrap());
-        assert_eq!(
-            (memory.1.as_deref(), load.1.as_deref()),
-            (Some("100"), Some("100"))
-        );
-        (memory.0, load.0)
+        let of_hundred = |(value, capacity): (String, Option<String>)| {
+            assert_eq!(capacity.as_deref(), Some("100"));
+            value
+        };
+        (
+            value("cuda_mem").map(of_hundred),
+            value("cuda_util").map(of_hundred),
+        )
     };
-    let pair = |memory: &str, load: &str| (memory.to_owned(), load.to_owned());
+    let pair = |memory: &str, load: &str| (Some(memory.to_owned()), Some(load.to_owned()));
     let both = vec![
         user(own, Some(30), Some(500)),
         user(other, Some(10), Some(200)),
@@ -292,8 +294,12 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
     assert_eq!(figures(both, 0), pair("30", "50"));
     let other_only = || vec![user(other, Some(10), Some(200))];
     assert_eq!(figures(other_only(), 0), pair("0", "0"));
-    // What is not known is the whole device's.
-    assert_eq!(figures(other_only(), 1), pair("40", "70"));
+    // What is not known is the whole device's when nobody else uses it.
     assert_eq!(figures(vec![user(own, None, None)], 0), pair("40", "70"));
     assert_eq!(figures(Vec::new(), 0), pair("40", "70"));
+    // And never a copy of what several use together.
+    assert_eq!(figures(other_only(), 1), (None, None));
+    let shared = || vec![user(own, Some(30), None), user(other, Some(10), None)];
+    assert_eq!(figures(shared(), 0), (Some("30".to_owned()), None));
+    assert_eq!(figures(vec![user(own, Some(30), None)], 1).1, None);
 }

@@ -50,6 +50,7 @@ impl DevicePlugin for Captured {
             memory_size: 0,
             processing_units: 1,
             numa_node: *numa_node,
+            near: Vec::new(),
         };
         Ok(self.devices.iter().map(device).collect())
     }
