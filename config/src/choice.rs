@@ -186,6 +186,8 @@ choice! {
 choice! {
     /// `node.accelerators.cuda-injection`: how containers get CUDA devices.
     CudaInjection, any_case: false, {
+        /// By device requests or by CDI, whatever the engine has.
+        Auto = "auto",
         /// By the engine's device requests, which need NVIDIA's container toolkit.
         DeviceRequests = "device-requests",
         /// By the names of a CDI specification of kind nvidia.com/gpu.

@@ -147,6 +147,8 @@ pub struct Accelerators {
     pub device_root: PathBuf,
     /// Devices that are not there, for trying out: the original's `mock-accelerator.toml`.
     pub mock: Option<PathBuf>,
+    /// Port of this host where the runtime of TPUs serves its metrics; 0 asks nobody.
+    pub tpu_metrics_port: u16,
     /// Where device plugins of Kubernetes look for a kubelet.
     pub plugin_dir: PathBuf,
     /// Resource name of a device plugin to slot name; none switches the host of plugins off.

@@ -6,6 +6,7 @@
 //! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
 //! does not work is not given out and not announced, and is both again when it works again.
 
+pub mod engine;
 pub mod host;
 pub mod inject;
 pub mod known;
@@ -26,6 +27,7 @@ use crate::kernel::journal::{plain_name, replace_file};
 use crate::kernel::node::{Node, blocking};
 use crate::link::Observed;
 use crate::resource::{DevicePlugin, InventoryError, Ledger};
+use engine::EngineDevices;
 use known::{Known, of_rows};
 use listed::Listed;
 use plugin::AcceleratorPlugin;
@@ -54,7 +56,7 @@ pub struct Accelerators {
 
 impl Accelerators {
     /// Goes by what an earlier life knew. Blocking.
-    pub fn open(config: &Config, options: &Options) -> Self {
+    pub fn open(config: &Config, options: &Options, engine: EngineDevices) -> Self {
         let name = format!("accelerators.{}.json", plain_name(&config.agent.id));
         let file = config.agent.var_base_path.join(name);
         let kept: Vec<Known> = match std::fs::read(&file) {
@@ -65,7 +67,7 @@ impl Accelerators {
             }),
             Err(_) => Vec::new(),
         };
-        let settings = Settings::of(config, options);
+        let settings = Settings::of(config, options, engine);
         let (listed, devices) = kept.into_iter().partition(|device| device.slot.is_some());
         Self {
             file,
@@ -278,5 +280,76 @@ pub async fn follow(node: Arc<Node>) {
             () = accelerators.listed.unsaved.notified() => true,
             () = node.stopping.cancelled() => return,
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::observed::{AcceleratorCounters, NodeCounters, NodeSample, ObservedSnapshot};
+
+    use super::*;
+    use crate::stats::fixture::card;
+
+    /// A dataplane that runs, whose drivers have found so many devices, or not looked yet.
+    fn observed(found: Option<u32>) -> Observed {
+        let cards = 0..found.unwrap_or(0);
+        let snapshot = ObservedSnapshot {
+            node: Some(NodeSample {
+                counters: NodeCounters {
+                    accelerators_found: found.map(u64::from),
+                    ..NodeCounters::default()
+                },
+                ..NodeSample::default()
+            }),
+            accelerators: cards
+                .map(|index| card(index, AcceleratorCounters::default()))
+                .collect(),
+            ..ObservedSnapshot::default()
+        };
+        Observed {
+            snapshot: Some(Arc::new(snapshot)),
+            heartbeat_age: Some(Duration::ZERO),
+            epoch: 1,
+        }
+    }
+
+    fn announced(ledger: &Ledger) -> Option<String> {
+        let all = ledger.available();
+        let slot = all.iter().find(|slot| slot.name == "cuda.device")?;
+        Some(slot.amount.to_string())
+    }
+
+    #[tokio::test]
+    async fn the_first_heartbeat_waits_for_the_first_scan_and_the_next_life_goes_by_the_last() {
+        let place = tempfile::tempdir().unwrap();
+        let mut options = config::LoadOptions::of_this_process(None, true);
+        options.environment = Box::new(|_| None);
+        let mut config = Config::clone(&config::load(&options).unwrap().config);
+        config.agent.var_base_path = place.path().to_owned();
+        let open = || Accelerators::open(&config, &Options::default(), EngineDevices::default());
+
+        let accelerators = open();
+        let ledger = Ledger::discover(&config, Vec::new()).unwrap();
+        let mut waits = std::pin::pin!(accelerators.first_scan(true));
+        // The drivers look for their devices; that is not "no devices".
+        assert!(!accelerators.take_in(&ledger, &observed(None)).unwrap());
+        let soon = tokio::time::timeout(Duration::from_millis(50), &mut waits);
+        assert!(soon.await.is_err(), "the heartbeat has not waited");
+        assert_eq!(announced(&ledger), None);
+        assert!(accelerators.take_in(&ledger, &observed(Some(2))).unwrap());
+        let done = tokio::time::timeout(Duration::from_secs(5), waits);
+        done.await.expect("the scan ends the wait");
+        assert_eq!(announced(&ledger).as_deref(), Some("2"));
+
+        accelerators.keep().unwrap();
+        let next = open();
+        let ledger = Ledger::discover(&config, next.plugins().unwrap()).unwrap();
+        assert_eq!(announced(&ledger).as_deref(), Some("2"));
+        assert!(next.subscribe().borrow().is_none(), "not scanned yet");
+        assert!(!next.take_in(&ledger, &observed(None)).unwrap());
+        assert_eq!(announced(&ledger).as_deref(), Some("2"));
+        // Both are gone, and nobody holds them.
+        assert!(next.take_in(&ledger, &observed(Some(0))).unwrap());
+        assert_eq!(announced(&ledger).as_deref(), Some("0"));
     }
 }

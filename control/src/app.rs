@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use config::{Config, LoadOptions, Loaded, Publish};
+use config::{Config, CudaInjection, LoadOptions, Loaded, Publish};
 use shared::Sizes;
 use shared::desired::NodeRow;
 use shared::run_dir::{RunDir, RunDirError};
@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accelerator::engine::EngineDevices;
 use crate::accelerator::host::{self, PluginHost};
 use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
@@ -368,9 +369,10 @@ async fn assemble(
         }
     };
 
+    let engine = engine_devices(&docker, &config).await;
     let inventory = config.clone();
     let (ledger, accelerators) = blocking(move || {
-        let accelerators = Accelerators::open(&inventory, &accelerator_options);
+        let accelerators = Accelerators::open(&inventory, &accelerator_options, engine);
         let ledger = Ledger::discover(&inventory, accelerators.plugins()?)?;
         Ok::<_, AppError>((ledger, accelerators))
     })
@@ -472,7 +474,7 @@ async fn assemble(
         abuse: AbuseReports::default(),
         volumes: Volumes::new(&config, &mount_prefix),
         tasks,
-        plugin_host: PluginHost::new(&config),
+        plugin_host: PluginHost::new(&config, engine),
         honour_firewall,
         config,
         docker,
@@ -485,6 +487,28 @@ async fn assemble(
         link,
         socket_dir,
     }))
+}
+
+/// What the engine can do for devices; nothing when it does not say.
+async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
+    let info = match docker.info().await {
+        Ok(info) => info,
+        Err(err) => {
+            tracing::warn!(
+                err = destroy::chain(&err),
+                "the engine does not say what it can do for devices"
+            );
+            return EngineDevices::default();
+        }
+    };
+    let local = docker.is_local();
+    let engine = blocking(move || EngineDevices::of(&info, local)).await;
+    if config.node.accelerators.cuda_injection == CudaInjection::Cdi && !engine.cdi {
+        tracing::warn!(
+            "node.accelerators.cuda-injection is \"cdi\", and this engine has no CDI or has it switched off; kernels with CUDA devices will not start"
+        );
+    }
+    engine
 }
 
 /// Where the cluster mounts volumes, unless the node's own path is absolute.

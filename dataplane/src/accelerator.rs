@@ -14,6 +14,7 @@ pub mod tpu;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,6 +51,8 @@ pub struct Options {
     pub nvml_library: OsString,
     /// Where `sys` is.
     pub root: PathBuf,
+    /// Where the runtime of TPUs serves its metrics.
+    pub tpu_runtime: Option<SocketAddr>,
 }
 
 impl Default for Options {
@@ -57,6 +60,7 @@ impl Default for Options {
         Self {
             nvml_library: nvml::LIBRARY.into(),
             root: PathBuf::from("/"),
+            tpu_runtime: None,
         }
     }
 }
@@ -161,10 +165,10 @@ impl Accelerators {
             )?;
         }
         if tpu::is_there(&options.root) {
-            let root = options.root.clone();
+            let (root, runtime) = (options.root.clone(), options.tpu_runtime);
             start(
                 "tpu",
-                Box::new(move |slot| slot.repeat(|| tpu::look(&root))),
+                Box::new(move |slot| slot.repeat(|| tpu::look_and_ask(&root, runtime))),
             )?;
         }
         Ok(Self { slots })

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -145,6 +146,10 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
         accelerators: accelerator::Options {
             nvml_library,
             root: config.node.accelerators.device_root.clone(),
+            tpu_runtime: match config.node.accelerators.tpu_metrics_port {
+                0 => None,
+                port => Some((Ipv4Addr::LOCALHOST, port).into()),
+            },
         },
     }
 }

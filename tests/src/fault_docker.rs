@@ -54,6 +54,8 @@ struct Rule {
 struct State {
     rules: Vec<Rule>,
     requests: Vec<String>,
+    /// Line and body of what changes something.
+    bodies: Vec<(String, Vec<u8>)>,
     open: usize,
     most_open: usize,
 }
@@ -153,6 +155,16 @@ impl FaultDocker {
         self.state().requests.clone()
     }
 
+    /// Bodies of the `POST` requests seen so far whose line contains `needle`, oldest first.
+    pub fn bodies(&self, needle: &str) -> Vec<Vec<u8>> {
+        let state = self.state();
+        let all = state
+            .bodies
+            .iter()
+            .filter(|(line, _)| line.contains(needle));
+        all.map(|(_, body)| body.clone()).collect()
+    }
+
     /// Most exchanges that were open at one time.
     pub fn most_open(&self) -> usize {
         self.state().most_open
@@ -211,6 +223,10 @@ async fn exchange(mut client: UnixStream, state: &Mutex<State>, upstream: &Path)
     let fault = {
         let mut held = state.lock().unwrap_or_else(PoisonError::into_inner);
         held.requests.push(line.clone());
+        if line.starts_with("POST ") {
+            let body = request[head + 4..].to_vec();
+            held.bodies.push((line.clone(), body));
+        }
         held.rules
             .iter_mut()
             .find(|rule| rule.left > 0 && line.contains(&rule.needle))

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order};
 use harness::node::{Node, NodeOptions};
@@ -116,23 +117,34 @@ impl Machine {
         let Some(python) = python::interpreter("accelerator_device_plugins")? else {
             return Ok(None);
         };
+        Machine::behind(None, mapped, python).await.map(Some)
+    }
+
+    async fn behind(
+        engine: Option<&FaultDocker>,
+        mapped: &str,
+        python: PathBuf,
+    ) -> Result<Machine> {
         let place = tempfile::tempdir()?;
         std::fs::write(place.path().join("library"), "of the vendor")?;
+        // More kernels than a small machine has cores.
+        let overcommit = "BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned();
+        let mut environment = vec![(overcommit, "4".to_owned())];
+        environment.extend(engine.map(|engine| ("DOCKER_HOST".to_owned(), engine.host())));
         let node = Node::start(NodeOptions {
             sections: format!(
                 "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ {mapped} }}\n",
                 place.path().join("plugins").display()
             ),
-            // More kernels than a small machine has cores.
-            environment: vec![("BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned(), "4".to_owned())],
+            environment,
             ..NodeOptions::default()
         })
         .await?;
-        Ok(Some(Machine {
+        Ok(Machine {
             node,
             python,
             place,
-        }))
+        })
     }
 
     fn plugin(&self, behaviour: &Json) -> Result<Plugin> {
@@ -516,4 +528,50 @@ async fn the_socket_is_made_when_it_can_be_and_again_when_it_is_gone() -> Result
     })
     .await?;
     machine.total(1.0).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_cdi_go_to_engines_that_know_them() -> Result<()> {
+    let Some(python) = python::interpreter("accelerator_device_plugins")? else {
+        return Ok(());
+    };
+    let answer = json!({
+        "devices": {"d0": "Healthy"},
+        "allocate": {"cdi_devices": [{"name": "habana.test/gaudi=d0"}]},
+    });
+    let told = tokio::task::spawn_blocking(|| kernels::docker(&["info", "--format", "{{json .}}"]));
+    let mut info: Json = serde_json::from_str(&told.await??)?;
+    for knows in [false, true] {
+        let engine = FaultDocker::start()?;
+        info["CDISpecDirs"] = if knows {
+            json!(["/etc/cdi"])
+        } else {
+            json!([])
+        };
+        engine.spoil("/info", Fault::json(200, &info.to_string()), usize::MAX);
+        let mapped = format!("\"{RESOURCE}\" = \"{SLOT}\"");
+        let machine = Machine::behind(Some(&engine), &mapped, python.clone()).await?;
+        let _plugin = machine.plugin(&answer)?;
+        machine.total(1.0).await?;
+        let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
+        let bodies = engine.bodies("/containers/create");
+        if knows {
+            let body: Json = serde_json::from_slice(bodies.last().context("a creation")?)?;
+            let request = &body["HostConfig"]["DeviceRequests"][0];
+            ensure!(request["Driver"] == "cdi", "{request}");
+            ensure!(
+                request["DeviceIDs"] == json!(["habana.test/gaudi=d0"]),
+                "{request}"
+            );
+        } else {
+            let mut texts = bodies.iter().map(|body| String::from_utf8_lossy(body));
+            ensure!(
+                texts.all(|text| !text.contains("\"cdi\"")),
+                "the engine was asked for what it does not know"
+            );
+            ensure!(failure.repr.contains("does not know"), "{}", failure.repr);
+        }
+        kernels::assert_clean(&machine.node).await?;
+    }
+    Ok(())
 }

@@ -1,18 +1,28 @@
 //! AMD's and Google's devices are told as the kernel's files tell them, and are nobody's business on
 //! a machine without. The machine is a tree of files (`harness::device_tree`).
 
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
 use anyhow::{Context, Result, ensure};
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, until};
 use harness::device_tree::DeviceTree;
-use harness::nvml;
+use harness::{nvml, python};
+use serde_json::json;
 use shared::ids::ContainerId;
 use shared::observed::AcceleratorKind;
 
 fn start(tree: &DeviceTree) -> Result<(Place, Process, Control)> {
+    start_with(tree, "tpu-metrics-port = 0")
+}
+
+/// With a line of `[node.accelerators]`.
+fn start_with(tree: &DeviceTree, line: &str) -> Result<(Place, Process, Control)> {
     let place = Place::new(Options {
         dataplane: "stats-interval = 0.1".to_owned(),
-        node: tree.settings(),
+        node: tree.settings() + line,
         environment: nvml::none(),
         ..Options::default()
     })?;
@@ -112,6 +122,99 @@ fn tpu_chips_are_told_apart_from_other_devices_of_their_vendor() -> Result<()> {
         ensure!(row.counters.memory_total_bytes == Some(32 << 30));
         ensure!(row.counters.utilisation_permille.is_none());
     }
+    Ok(())
+}
+
+/// libtpu's metric service on the published gRPC library.
+struct Runtime {
+    child: Child,
+    port: u16,
+}
+
+impl Runtime {
+    fn start(python: &Path) -> Result<Runtime> {
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/tpu_runtime.py");
+        let mut child = Command::new(python)
+            .arg(program)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        let output = child.stdout.take().context("its stdout")?;
+        BufReader::new(output).read_line(&mut line)?;
+        let port = line.trim().parse().context(line)?;
+        Ok(Runtime { child, port })
+    }
+
+    fn tell(&mut self, what: &serde_json::Value) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("its stdin")?;
+        writeln!(input, "{what}")?;
+        Ok(input.flush()?)
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn tpu_load_is_what_the_runtime_tells_as_long_as_it_does() -> Result<()> {
+    let Some(python) = python::interpreter("accelerator_trees")? else {
+        return Ok(());
+    };
+    let mut runtime = Runtime::start(&python)?;
+    let tree = DeviceTree::new()?;
+    tree.tpu()?;
+    let port = format!("tpu-metrics-port = {}", runtime.port);
+    let (_place, _process, mut control) = start_with(&tree, &port)?;
+    // It serves and has nothing to tell yet.
+    let rows = control.accelerators("two chips", |rows| rows.len() == 2)?;
+    ensure!(
+        rows.iter()
+            .all(|row| row.healthy && row.counters.utilisation_permille.is_none())
+    );
+    // Memory by core, of which a chip has two here; load by chip.
+    runtime.tell(&json!({
+        "tpu.runtime.hbm.memory.total.bytes": {"0": 100, "1": 200, "2": 1000, "3": 2000},
+        "tpu.runtime.hbm.memory.usage.bytes": {"3": 40, "1": 20, "2": 30, "0": 10},
+        "tpu.runtime.tensorcore.dutycycle.percent": {"0": 12.5, "1": 100.0},
+    }))?;
+    let rows = control.accelerators("load", |rows| {
+        rows.iter()
+            .all(|row| row.counters.utilisation_permille.is_some())
+    })?;
+    let told: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let found = &row.counters;
+            (
+                found.memory_total_bytes,
+                found.memory_used_bytes,
+                found.utilisation_permille,
+            )
+        })
+        .collect();
+    ensure!(
+        told == [
+            (Some(300), Some(30), Some(125)),
+            (Some(3000), Some(70), Some(1000))
+        ],
+        "{told:?}"
+    );
+    // The process that holds the chips ends: they are as they were, without load.
+    drop(runtime);
+    let rows = control.accelerators("no load", |rows| {
+        rows.iter()
+            .all(|row| row.counters.utilisation_permille.is_none())
+    })?;
+    ensure!(
+        rows.iter()
+            .all(|row| row.healthy && row.counters.memory_total_bytes == Some(32 << 30))
+    );
     Ok(())
 }
 

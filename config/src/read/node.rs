@@ -451,7 +451,7 @@ fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {
     };
     let accelerators = Accelerators {
         device_mask: s.or(key("device-mask"), Vec::<String>::new()),
-        cuda_injection: s.or(key("cuda-injection"), CudaInjection::DeviceRequests),
+        cuda_injection: s.or(key("cuda-injection"), CudaInjection::Auto),
         allocation_mode: s.or(key("allocation-mode"), AllocationMode::Discrete),
         unit_mem: s.or_checked(key("unit-mem"), ByteSize(2 << 30), |size| {
             if size.0 >= 512 << 20 {
@@ -463,6 +463,7 @@ fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {
         quantum_percent: s.or_checked(key("quantum-percent"), 10, within(1, 100)),
         device_root: s.or(key("device-root"), Directory(PathBuf::from("/"))).0,
         mock: s.maybe::<AnyPath>(key("mock")).map(|path| path.0),
+        tpu_metrics_port: s.or(key("tpu-metrics-port"), 8431),
         plugin_dir: s
             .or(
                 key("plugin-dir"),

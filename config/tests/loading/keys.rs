@@ -385,6 +385,12 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ),
         (
             "node.accelerators",
+            &["tpu-metrics-port"],
+            "1234",
+            json!(1234),
+        ),
+        (
+            "node.accelerators",
             &["plugin-dir"],
             "'/nowhere/plugins'",
             json!("/nowhere/plugins"),

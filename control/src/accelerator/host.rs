@@ -25,6 +25,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
+use super::engine::EngineDevices;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::resource::Allocation;
@@ -76,6 +77,8 @@ pub enum GrantError {
 #[derive(Debug, Default)]
 pub struct PluginHost {
     directory: PathBuf,
+    /// Whether the engine knows CDI names.
+    cdi: bool,
     /// Resource name to slot name.
     slots: BTreeMap<String, String>,
     /// By slot.
@@ -84,9 +87,10 @@ pub struct PluginHost {
 
 impl PluginHost {
     /// The host of the configuration; without mapped resources it does nothing.
-    pub fn new(config: &Config) -> Self {
+    pub fn new(config: &Config, engine: EngineDevices) -> Self {
         let settings = &config.node.accelerators;
         Self {
+            cdi: engine.cdi,
             directory: settings.plugin_dir.clone(),
             slots: settings.device_plugins.clone(),
             sessions: Mutex::default(),
@@ -155,7 +159,14 @@ impl PluginHost {
             let session = self.session(&slot).ok_or_else(|| GrantError::Gone {
                 resource: resource.clone(),
             })?;
-            granted.merge(session.grant(ids).await?);
+            let answer = session.grant(ids).await?;
+            if answer.by_cdi && !self.cdi {
+                return Err(GrantError::Answer {
+                    resource: resource.clone(),
+                    why: "CDI names, which this engine does not know (Docker 25 or newer with CDI switched on does; the agent looks when it starts)".to_owned(),
+                });
+            }
+            granted.merge(answer);
         }
         Ok(granted)
     }
@@ -332,6 +343,7 @@ mod tests {
     fn registrations_are_checked() {
         let host = PluginHost {
             directory: PathBuf::new(),
+            cdi: false,
             slots: BTreeMap::from([("a.b/c".to_owned(), "c.device".to_owned())]),
             sessions: Mutex::default(),
         };

@@ -85,7 +85,7 @@ impl Injection {
                     return;
                 }
                 match how {
-                    CudaInjection::DeviceRequests => limits.arguments.push(json!({
+                    CudaInjection::Auto | CudaInjection::DeviceRequests => limits.arguments.push(json!({
                         "HostConfig": {"DeviceRequests": [{
                             "Driver": "nvidia",
                             "DeviceIDs": ids,

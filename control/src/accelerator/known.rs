@@ -70,7 +70,8 @@ pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<Known
     given.iter().map(device).collect()
 }
 
-fn id_of(row: &AcceleratorRow) -> String {
+/// The id under which a device is given out.
+pub(crate) fn id_of(row: &AcceleratorRow) -> String {
     match row.id.as_str() {
         // Never two devices of one name, however little their driver tells.
         "" => format!("{}-{}", row.key.kind, row.key.index),

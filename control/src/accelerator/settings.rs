@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use config::{AllocationMode, Config, CudaInjection};
 use rust_decimal::Decimal;
 
+use super::engine::EngineDevices;
 use crate::kernel::resource_text::parse_binary_size;
 use crate::resource::device_of;
 
@@ -63,7 +64,7 @@ pub struct Settings {
 
 impl Settings {
     /// Of the file, with the cluster's over it; what of those makes no sense is told and left out.
-    pub fn of(config: &Config, options: &Options) -> Self {
+    pub fn of(config: &Config, options: &Options, engine: EngineDevices) -> Self {
         let file = &config.node.accelerators;
         let name = |entry: &String| plugin_name(entry).to_owned();
         let mut settings = Self {
@@ -73,7 +74,7 @@ impl Settings {
             blocked: (config.agent.block_compute_plugins.iter().flatten())
                 .map(name)
                 .collect(),
-            injection: file.cuda_injection,
+            injection: engine.injection(file.cuda_injection),
             shares: None,
             mock_shares: None,
             units: ShareUnits {

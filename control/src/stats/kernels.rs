@@ -17,6 +17,7 @@ use shared::observed::{
 use super::decimal::{milliseconds, percent_of_permille};
 use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
 use super::record::{Figures, Record as StatRecord};
+use crate::accelerator::known::id_of;
 use crate::kernel::record::Record;
 
 const AVERAGE_AND_MAXIMUM: &[Statistic] = &[Statistic::Maximum, Statistic::Average];
@@ -102,7 +103,7 @@ fn is_named(row: &AcceleratorRow, name: &str) -> bool {
 }
 
 fn has_id(row: &AcceleratorRow, id: &str) -> bool {
-    row.id == id || row.key.index.to_string() == id
+    id_of(row) == id || row.key.index.to_string() == id
 }
 
 fn device_key(name: &str, what: &str) -> Cow<'static, str> {

@@ -1,12 +1,15 @@
 //! Google's TPUs by the PCI bus: which chips there are. Nothing of the kernel tells their load; the
-//! process that holds a chip does, and only to itself.
+//! runtime of the process that holds them may.
 //!
-//! In: sysfs. Out: readings. Invariant: only chips on the list count, because
+//! In: sysfs, and the runtime's metric service where there is one. Out: readings. Invariant: only chips on the list count, because
 //! network and disk devices of Google's machines have the same vendor.
 //!
 //! Sources: the PCI ids by which published machine-learning frameworks recognise TPU machines;
 //! Google's table of chips for their memory.
 
+mod runtime;
+
+use std::net::SocketAddr;
 use std::path::Path;
 
 use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow};
@@ -31,7 +34,20 @@ pub(super) fn is_there(root: &Path) -> bool {
     !look(root).devices.is_empty()
 }
 
-/// One look.
+/// One look, with what the runtime tells when it listens.
+pub(super) fn look_and_ask(root: &Path, runtime: Option<SocketAddr>) -> Reading {
+    let mut reading = look(root);
+    let chips = runtime.and_then(|address| runtime::ask(address, reading.devices.len()));
+    for (row, chip) in reading.devices.iter_mut().zip(chips.into_iter().flatten()) {
+        let counters = &mut row.counters;
+        counters.memory_total_bytes = chip.memory_total_bytes.or(counters.memory_total_bytes);
+        counters.memory_used_bytes = chip.memory_used_bytes;
+        counters.utilisation_permille = chip.utilisation_permille;
+    }
+    reading
+}
+
+/// One look at the bus.
 pub fn look(root: &Path) -> Reading {
     let mut places: Vec<String> = names(&root.join(DEVICES)).collect();
     places.sort();

@@ -20,6 +20,8 @@ pub struct Granted {
     pub environment: Vec<(String, String)>,
     /// Parts of the engine's create body.
     pub arguments: Vec<Value>,
+    /// Whether CDI names are among them.
+    pub by_cdi: bool,
 }
 
 impl Granted {
@@ -27,6 +29,7 @@ impl Granted {
     pub(super) fn merge(&mut self, other: Self) {
         self.environment.extend(other.environment);
         self.arguments.extend(other.arguments);
+        self.by_cdi |= other.by_cdi;
     }
 
     /// Checks an answer; the error says what is wrong with it.
@@ -95,12 +98,14 @@ impl Granted {
         if let Some(wrong) = names.iter().find(|name| !is_cdi(name)) {
             return Err(format!("{wrong:?} is no CDI name"));
         }
-        if !names.is_empty() {
+        let by_cdi = !names.is_empty();
+        if by_cdi {
             arguments.push(cdi(names));
         }
         Ok(Self {
             environment,
             arguments,
+            by_cdi,
         })
     }
 }

@@ -6,6 +6,7 @@ use shared::ids::KernelId;
 use shared::observed::{AcceleratorCounters, Nearness};
 
 use super::*;
+use crate::accelerator::engine::EngineDevices;
 use crate::accelerator::known::of_rows;
 use crate::accelerator::mock;
 use crate::accelerator::settings::Options;
@@ -24,7 +25,8 @@ fn settings(options: &[(&str, &str)]) -> Settings {
         .iter()
         .map(|(key, text)| ((*key).to_owned(), (*text).to_owned()))
         .collect();
-    Settings::of(&config, &Options::from([("cuda".to_owned(), cuda)]))
+    let options = Options::from([("cuda".to_owned(), cuda)]);
+    Settings::of(&config, &options, EngineDevices::default())
 }
 
 /// Devices 0 to 2 whole with 80 GiB, 3 divided into two parts, 1 faulty.
