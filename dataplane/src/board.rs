@@ -84,6 +84,8 @@ struct Inner {
     ringer: Ringer,
     entries: BTreeMap<PortKey, Entry>,
     accelerators: Accelerators,
+    /// Devices the region had no room for at the last pass.
+    devices_left_out: usize,
     tick: u64,
 }
 
@@ -124,6 +126,7 @@ impl Board {
             ringer,
             entries: BTreeMap::new(),
             accelerators,
+            devices_left_out: 0,
             tick: 0,
         })))
     }
@@ -195,13 +198,27 @@ impl Board {
             writer,
             entries,
             accelerators,
+            devices_left_out,
             tick,
             ..
         } = &mut *inner;
         *tick = pass.tick;
-        let devices = accelerators.rows(pass.tick);
+        let mut devices = accelerators.rows(pass.tick);
         let on_devices = accelerators.processes();
         pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
+        // Whole devices come before their parts.
+        let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
+        if let Some(rows) = &mut devices {
+            let left_out = rows.len().saturating_sub(device_room);
+            rows.truncate(device_room);
+            if std::mem::replace(devices_left_out, left_out) != left_out && left_out > 0 {
+                tracing::warn!(
+                    left_out,
+                    room = device_room,
+                    "there are more accelerators than the region has rows for; those left out are not given out"
+                );
+            }
+        }
         let lost: Vec<AcceleratorKey> = match &devices {
             Some(rows) => writer
                 .accelerator_keys()
@@ -209,7 +226,6 @@ impl Board {
                 .collect(),
             None => Vec::new(),
         };
-        let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
         let sampled = |id: &ContainerId| {
             pass.samples
                 .binary_search_by_key(id, |sample| sample.container_id)
@@ -231,7 +247,7 @@ impl Board {
             for key in lost {
                 batch.remove_accelerator(key);
             }
-            for row in devices.into_iter().flatten().take(device_room) {
+            for row in devices.into_iter().flatten() {
                 batch.put_accelerator(row);
             }
             batch.set_node(pass.node);

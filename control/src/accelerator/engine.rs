@@ -18,8 +18,8 @@ use crate::docker::SystemInfo;
 const MOST: usize = 256;
 /// Nor more of one than this, bytes; NVIDIA's for eight devices is a hundredth of it.
 const LARGEST: u64 = 4 << 20;
-/// CDI names of NVIDIA devices by UUID begin so.
-const NVIDIA_BY_UUID: &str = "nvidia.com/gpu=GPU-";
+/// CDI names of NVIDIA devices, or of their parts, by UUID begin so.
+const NVIDIA_BY_UUID: [&str; 2] = ["nvidia.com/gpu=GPU-", "nvidia.com/gpu=MIG-"];
 
 /// What an engine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,7 +42,8 @@ impl EngineDevices {
         let nvidia_by_cdi = match &info.discovered_devices {
             Some(devices) => devices.iter().any(|device| {
                 let id = device.id.as_deref().unwrap_or_default();
-                device.source.as_deref() == Some("cdi") && id.starts_with(NVIDIA_BY_UUID)
+                let by_uuid = NVIDIA_BY_UUID.iter().any(|begin| id.starts_with(begin));
+                device.source.as_deref() == Some("cdi") && by_uuid
             }),
             None => local && directories.map(Path::new).any(names_nvidia_devices),
         };
@@ -76,7 +77,8 @@ fn names_nvidia_devices(directory: &Path) -> bool {
     specifications.into_iter().any(|path| {
         let mut text = String::new();
         let read = File::open(path).and_then(|file| file.take(LARGEST).read_to_string(&mut text));
-        read.is_ok() && text.contains("nvidia.com/gpu") && text.contains("GPU-")
+        let by_uuid = ["GPU-", "MIG-"].iter().any(|begin| text.contains(begin));
+        read.is_ok() && text.contains("nvidia.com/gpu") && by_uuid
     })
 }
 
@@ -107,6 +109,7 @@ mod tests {
             })
         };
         assert_eq!(chosen(found("nvidia.com/gpu=GPU-0")), CudaInjection::Cdi);
+        assert_eq!(chosen(found("nvidia.com/gpu=MIG-0")), CudaInjection::Cdi);
         // By number: the agent's ids are UUIDs.
         assert_eq!(
             chosen(found("nvidia.com/gpu=0")),

@@ -134,7 +134,9 @@ impl Injection {
                 }
             }
             Self::MadeUp => {
-                if ids.is_empty() {
+                // The original's variables are about CUDA.
+                let cuda = devices.iter().flatten().any(|device| device.kind == "cuda");
+                if ids.is_empty() || !cuda {
                     return;
                 }
                 for (name, value) in [
