@@ -81,7 +81,7 @@ RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-
 runner: build ## install the published runner packages where the suites look for them
 	$(or $(CARGO_TARGET_DIR),target)/debug/bai-agent runner install --wheels "$$(tests/scripts/runner-wheels)" --runner-dir $(RUNNER_DIR)
 
-vm-test: setup-vm ## the collection suites on Debian's kernel with pure cgroup v2, in an emulated machine
+vm-test: setup-vm ## collection and the kernel path on Debian's kernel (6.1) with pure cgroup v2, in an emulated machine
 	tests/scripts/vm-test
 
 verify-units: ## check the systemd units

@@ -167,6 +167,13 @@ pub fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
     Ok((text, own))
 }
 
+/// Whether this kernel has links of programs to interfaces: tcx, since Linux 6.6.
+fn knows_links() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split('.').map(|it| it.parse().unwrap_or(0_u32));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 6)
+}
+
 /// What is attached to interfaces of the host: links as the kernel lists them, then filters as its own
 /// tool does.
 pub fn attached(node: &Node) -> String {
@@ -175,7 +182,11 @@ pub fn attached(node: &Node) -> String {
         for name in nix::net::if_::if_nameindex().expect("interfaces").iter() {
             let name = name.name().to_string_lossy().into_owned();
             for side in [TcAttachType::Ingress, TcAttachType::Egress] {
-                let (_, programs) = SchedClassifier::query_tcx(&name, side).expect("links");
+                let programs = match SchedClassifier::query_tcx(&name, side) {
+                    Ok((_, programs)) => programs,
+                    Err(_) if !knows_links() => Vec::new(),
+                    Err(err) => panic!("links: {err}"),
+                };
                 for program in programs {
                     let program = program.name_as_str().unwrap_or("unnamed").to_owned();
                     text.push_str(&format!("{name} tcx {side:?} {program}\n"));

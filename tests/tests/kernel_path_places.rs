@@ -61,6 +61,7 @@ fn a_vlan_is_an_uplink_of_its_own() {
             "-n {namespace} link add link {link} name tag7 type vlan id 7"
         ));
         if let Err(err) = &made
+            && !std::path::Path::new("/sys/module/8021q").exists()
             && (err.to_string().contains("Unknown device type")
                 || err.to_string().contains("not supported"))
         {
