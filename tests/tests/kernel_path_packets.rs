@@ -115,13 +115,13 @@ fn a_flow_that_is_never_answered_is_forgotten() {
     row.protocol = Protocol::Udp;
     node.lift(&row);
     let address = host(&row, 0);
+    let begun = Instant::now();
     node.at_client(move || socket_to(address).send(b"x"))
         .expect("sent");
     node.counted(&row, |it| it.sessions_active == 1);
-    let sent = Instant::now();
-    while sent.elapsed() < Duration::from_secs(90) {
+    while begun.elapsed() < Duration::from_secs(120) {
         if node.counted(&row, |_| true).sessions_active == 0 {
-            assert!(sent.elapsed() >= Duration::from_secs(28), "too early");
+            assert!(begun.elapsed() >= Duration::from_secs(30), "too early");
             return;
         }
         thread::sleep(Duration::from_millis(200));
