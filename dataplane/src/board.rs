@@ -86,6 +86,8 @@ struct Inner {
     accelerators: Accelerators,
     /// Devices the region had no room for at the last pass.
     devices_left_out: usize,
+    /// Containers of the last pass, sorted; `None` when the region may have rows of others.
+    sampled: Option<Vec<ContainerId>>,
     tick: u64,
 }
 
@@ -127,6 +129,7 @@ impl Board {
             entries: BTreeMap::new(),
             accelerators,
             devices_left_out: 0,
+            sampled: None,
             tick: 0,
         })))
     }
@@ -199,6 +202,7 @@ impl Board {
             entries,
             accelerators,
             devices_left_out,
+            sampled,
             tick,
             ..
         } = &mut *inner;
@@ -226,12 +230,17 @@ impl Board {
                 .collect(),
             None => Vec::new(),
         };
-        let sampled = |id: &ContainerId| {
-            pass.samples
-                .binary_search_by_key(id, |sample| sample.container_id)
-                .is_ok()
-        };
-        let gone: Vec<ContainerId> = writer.container_ids().filter(|id| !sampled(id)).collect();
+        let ids = pass.samples.iter().map(|sample| sample.container_id);
+        // Most passes are over the containers of the pass before.
+        let before = sampled.take();
+        let same = before.filter(|before| before.iter().copied().eq(ids.clone()));
+        let mut gone = Vec::new();
+        let now = same.unwrap_or_else(|| {
+            let now: Vec<ContainerId> = ids.collect();
+            let lost = |id: &ContainerId| now.binary_search(id).is_err();
+            gone.extend(writer.container_ids().filter(lost));
+            now
+        });
         let room = usize::try_from(writer.sizes().containers).unwrap_or(usize::MAX);
         writer.batch(|batch| {
             for id in gone {
@@ -262,6 +271,7 @@ impl Board {
                 batch.set_processes(processes);
             }
         })?;
+        *sampled = Some(now);
         inner.ring();
         Ok(())
     }

@@ -14,6 +14,7 @@ pub mod facts;
 pub mod file;
 pub mod node;
 pub mod process;
+mod record;
 #[cfg(test)]
 mod truth;
 pub mod walks;
@@ -43,6 +44,10 @@ use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
 use crate::sys::netlink::LinkStatistics;
+
+/// File systems and directories are not asked for more often than this; samples tell how old the
+/// answers are.
+const DISK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Wanted {
@@ -227,6 +232,7 @@ pub struct Sampler {
     links_log: LogLimit,
     node: Node,
     disk: Disk,
+    disk_asked: Option<Instant>,
     lister: Option<Lister>,
     scratch_root: Option<PathBuf>,
     totals: Arc<Totals>,
@@ -283,6 +289,7 @@ impl Sampler {
             links: None,
             links_log: LogLimit::default(),
             disk,
+            disk_asked: None,
             lister: None,
             scratch_root,
             totals,
@@ -334,7 +341,7 @@ impl Sampler {
             let mut sample = watched.sample(
                 &self.facts,
                 &self.budget,
-                self.walks.as_mut(),
+                self.walks.as_ref(),
                 links,
                 &mut self.buffer,
             );
@@ -343,7 +350,9 @@ impl Sampler {
             }
             sample.tick = self.tick;
             (sample.taken_monotonic_ns, sample.taken_wall_ns) = now;
-            add_disk(&mut sample, watched.row(), &self.disk);
+            if watched.has_disk() {
+                add_disk(&mut sample, watched.row(), &self.disk);
+            }
             samples.push(sample);
         }
         let mut cores_busy_ns = Vec::new();
@@ -358,17 +367,20 @@ impl Sampler {
         counters.sessions_total = Some(self.totals.admitted());
         counters.accepts_shed = Some(self.totals.shed());
         counters.containers_sampled = Some(samples.len() as u64);
-        self.disk.refresh(
-            self.scratch_root.as_deref(),
-            self.containers
-                .values()
-                .map(|watched| watched.row().scratch_path.as_str())
-                .filter(|path| !path.is_empty()),
-            self.containers
-                .values()
-                .map(|watched| (watched.row().init_pid, watched.row().container_id))
-                .filter(|(pid, _)| *pid != 0),
-        );
+        if self.disk_asked.is_none_or(|at| at.elapsed() >= DISK) {
+            self.disk_asked = Some(Instant::now());
+            self.disk.refresh(
+                self.scratch_root.as_deref(),
+                self.containers
+                    .values()
+                    .map(|watched| watched.row().scratch_path.as_str())
+                    .filter(|path| !path.is_empty()),
+                self.containers
+                    .values()
+                    .map(|watched| (watched.row().init_pid, watched.row().container_id))
+                    .filter(|(pid, _)| *pid != 0),
+            );
+        }
         let processes = self.lister.as_mut().and_then(|lister| {
             let wanted = self.containers.values().filter_map(|watched| {
                 Some((watched.row().container_id, watched.directory()?.to_owned()))
@@ -447,13 +459,10 @@ impl Sampler {
 
 fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
     let mut counters = DiskCounters::default();
-    let scratch = Path::new(&row.scratch_path);
-    let scratch = disk
-        .scratch(scratch)
-        .filter(|_| !row.scratch_path.is_empty());
-    let memory = disk
-        .memory(row.init_pid, row.container_id)
-        .filter(|_| row.init_pid != 0);
+    let scratch = Some(Path::new(&row.scratch_path)).filter(|_| !row.scratch_path.is_empty());
+    let scratch = scratch.and_then(|path| disk.scratch(path));
+    let memory = Some(row.init_pid).filter(|pid| *pid != 0);
+    let memory = memory.and_then(|pid| disk.memory(pid, row.container_id));
     if let Some((space, _)) = scratch {
         counters.scratch_bytes = Some(space.used);
         counters.scratch_files = Some(space.files);

@@ -36,9 +36,26 @@ struct block_counters {
 	__u64 writes;
 };
 
+/* What is read of a container: where the kernel keeps the state of each controller for it. Found once
+ * (`find_cgroup`); no two states ever have the same serial number, so an address that is used again
+ * is seen. */
+struct cgroup_target {
+	__u64 states[CONTROLLERS];
+	__u64 serials[CONTROLLERS];
+	/* 1 when CPU time is that of the unified tree; the state is the cgroup's own then. */
+	__u64 unified;
+	/* What the states lead to for as long as they live: CPU time per CPU, statistics of memory. */
+	__u64 cpu_usages;
+	__u64 cpu_times;
+	__u64 memory_statistics;
+};
+
+_Static_assert(sizeof(struct cgroup_target) == 14 * 8, "the Rust side has as many words");
+
 struct cgroup_record {
-	__u64 id;
 	__u64 filled;
+	/* Bit i: the state of controller i is there. */
+	__u64 alive;
 	__u64 cpu_usage_ns;
 	__u64 cpu_user_ns;
 	__u64 cpu_system_ns;
@@ -60,21 +77,20 @@ struct cgroup_record {
 	__u64 pids_limit;
 	__u64 pids_limit_events;
 	struct block_counters io;
-	/* Of each controller's state that was read: no two ever have the same. */
-	__u64 serials[CONTROLLERS];
 	__u64 stat_pages[STAT_ITEMS];
 };
 
-_Static_assert(sizeof(struct cgroup_record) == 37 * 8, "the Rust side has as many words");
+_Static_assert(sizeof(struct cgroup_record) == 32 * 8, "the Rust side has as many words");
 
-/* The order and the progress of a walk: written by both sides, never at once. */
+/* Orders and answers: written by both sides, never at once. */
 struct cgroup_walk {
-	__u64 begin;
-	__u64 unified;
-	__u64 level;
+	/* Targets to read. */
 	__u64 count;
-	__u64 left_out;
-	__u64 finished;
+	/* 1 to find a cgroup of the unified tree. */
+	__u64 unified;
+	/* 1 once `find_cgroup` has found one. */
+	__u64 has_found;
+	struct cgroup_target found;
 	/* Where the kernel's array of memory statistics has inactive file, anonymous, file, shared,
 	 * swapped and kernel pages: as the dataplane found out. */
 	__u64 stat_index[STAT_ITEMS];
@@ -82,8 +98,6 @@ struct cgroup_walk {
 	__u64 enum_index[STAT_ITEMS];
 	__u64 stat_length;
 	__u64 node_stat_length;
-	/* 1 to read what other hierarchies have of the same processes too. */
-	__u64 join;
 	/* The program's own: whose limit it looked up last, and that limit. */
 	__u64 counter_above;
 	__u64 limit_above;

@@ -1,9 +1,12 @@
-/* Reads the kernel's own counters of every cgroup below a parent in one walk.
+/* Reads the kernel's own counters of all containers in one run.
  *
- * An iterator program: the dataplane attaches it to a parent directory of one hierarchy and reads
- * the iterator; each cgroup of the next level fills one record. In version 1 a cgroup has the one
- * controller of its hierarchy, in version 2 all that are enabled: `filled` says which. The counters
- * of the kernel cover what is below a cgroup, so deeper levels need no record.
+ * Two iterator programs. The dataplane attaches `find_cgroup` to a container's directory in a hierarchy
+ * once, which tells where the kernel keeps the states of its controllers; the addresses go to `targets`.
+ * `read_targets` is attached to a root and run once per pass: it reads by these addresses, one record
+ * per container, so nothing is walked and no lock is held. A state is believed while it has the
+ * serial number it was found with and is not marked as going away; it can't be freed meanwhile, for the
+ * program runs as a reader of RCU. In version 1 a container has a cgroup in each hierarchy, in version
+ * 2 one: `filled` says what could be read. The counters of the kernel cover what is below a cgroup.
  *
  * What a kernel does not have is left out by BTF, field by field; nothing here compares versions.
  */
@@ -15,7 +18,16 @@ char LICENSE[] SEC("license") = "GPL";
 
 /* Set by the loader. */
 const volatile __u32 cpus = 1;
-const volatile __u32 capacity = 1;
+/* 1 when `cast` may be called. */
+const volatile __u32 casts = 0;
+
+struct {
+	MAP_UINT(type, MAP_ARRAY);
+	MAP_UINT(map_flags, MAP_MMAPABLE);
+	MAP_UINT(max_entries, 1);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct cgroup_target);
+} targets SEC(".maps");
 
 struct {
 	MAP_UINT(type, MAP_ARRAY);
@@ -50,16 +62,45 @@ static volatile __u64 landmark_here;
 static void *(*const map_lookup)(void *, const void *) = (void *)1;
 static void *(*const map_lookup_percpu)(void *, const void *, __u32) = (void *)195;
 static long (*const read_kernel)(void *, __u32, const void *) = (void *)113;
+static long (*const loop)(__u32, void *, void *, __u64) = (void *)181;
 
-#define READ(into, from) read_kernel(&(into), sizeof(into), __builtin_preserve_access_index(&(from)))
+/* The kernel function bpf_rdonly_cast (from 6.2 on): the loader puts its number in the place of this
+ * one, where there is it. Its answer is read by plain loads, which the processor can have under way at the
+ * same time; each call of a helper costs ten times as much and waits for the one before. */
+#define CAST_CALL 0x7ffffff1
+static void *(*const cast)(const void *, __u32) = (void *)CAST_CALL;
+
+/* A field of the type at hand that is as wide, wherever that is. */
+#define LOAD(from, field)                                                                       \
+	((struct cgroup_subsys_state *)cast(                                                    \
+		 (const char *)(from) - __builtin_preserve_field_info(                          \
+			 ((struct cgroup_subsys_state *)0)->field, FIELD_BYTE_OFFSET),          \
+		 __builtin_btf_type_id(*(struct cgroup_subsys_state *)0, 1)))->field
 
 static ALWAYS_INLINE __u64 read_u64(const void *from)
 {
 	__u64 value = 0;
 
+	if (casts)
+		return LOAD(from, serial_nr);
 	read_kernel(&value, sizeof(value), from);
 	return value;
 }
+
+static ALWAYS_INLINE __u32 read_u32(const void *from)
+{
+	__u32 value = 0;
+
+	if (casts)
+		return LOAD(from, flags);
+	read_kernel(&value, sizeof(value), from);
+	return value;
+}
+
+#define READ(into, from)                                                                        \
+	((into) = (__typeof__(into))(                                                           \
+		 sizeof(from) == 4 ? read_u32(__builtin_preserve_access_index(&(from))) :       \
+				     read_u64(__builtin_preserve_access_index(&(from)))))
 
 /* Where each CPU keeps its part of a per-CPU variable, relative to the variable's address. */
 static ALWAYS_INLINE int learn_offsets(void)
@@ -92,62 +133,43 @@ static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
 	return *(void **)((char *)__builtin_preserve_access_index(&group->subsys) + 8 * index);
 }
 
-/* The controllers of all hierarchies that the processes of a cgroup have in common, where there are
- * any: so one walk tells what is in several hierarchies. A process may be elsewhere in another, which
- * is for the dataplane to find out by the serial numbers. */
-#define MOST_CONTROLLERS 16
-static void *joined[MOST_CONTROLLERS];
+/* include/linux/cgroup-defs.h: CSS_ONLINE and CSS_DYING, which have no names in BTF. The dataplane tries
+ * them on a root. */
+#define ONLINE 2
+#define DYING 16
 
-static ALWAYS_INLINE int join(struct cgroup *group)
+/* A state that is still the one it was, else nothing. */
+static ALWAYS_INLINE void *alive(struct cgroup_target *target, struct cgroup_record *record, int place)
 {
-	struct list_head *first = group->cset_links.next;
-	struct css_set *set = 0;
+	struct cgroup_subsys_state *state = (void *)target->states[place];
+	__u64 serial = 0;
+	__u32 flags = 0;
 
-	if (!__builtin_preserve_field_info(((struct css_set *)0)->subsys, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(((struct cgrp_cset_link *)0)->cset, FIELD_EXISTS) ||
-	    (void *)first == (void *)__builtin_preserve_access_index(&group->cset_links))
+	if (!state)
 		return 0;
-	__u64 link = (__u64)first - __builtin_preserve_field_info(
-		((struct cgrp_cset_link *)0)->cset_link, FIELD_BYTE_OFFSET);
-
-	read_kernel(&set, sizeof(set), (void *)(link + __builtin_preserve_field_info(
-		((struct cgrp_cset_link *)0)->cset, FIELD_BYTE_OFFSET)));
-	return set && !read_kernel(joined, sizeof(joined),
-				   __builtin_preserve_access_index(&set->subsys));
+	READ(serial, state->serial_nr);
+	READ(flags, state->flags);
+	if (serial != target->serials[place] || (flags & (ONLINE | DYING)) != ONLINE)
+		return 0;
+	record->alive |= 1 << place;
+	return state;
 }
 
-static ALWAYS_INLINE void *of(struct cgroup *group, int is_joined, __u64 index,
-			      struct cgroup_record *record, int place)
-{
-	void *css = controller(group, index);
-
-	if (!css && is_joined && index < MOST_CONTROLLERS)
-		css = joined[index];
-	if (css)
-		READ(record->serials[place], ((struct cgroup_subsys_state *)css)->serial_nr);
-	return css;
-}
-
-static ALWAYS_INLINE void read_cpuacct(struct cpuacct *account, struct cgroup_record *record)
+static ALWAYS_INLINE void read_cpuacct(struct cgroup_target *target, struct cgroup_record *record)
 {
 	__u64 usage = 0, user = 0, system = 0;
-	char *usages = 0, *stats = 0;
+	char *usages = (void *)target->cpu_usages, *stats = (void *)target->cpu_times;
 
-	if (!__builtin_preserve_field_info(account->cpuusage, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(account->cpustat, FIELD_EXISTS))
-		return;
-	READ(usages, account->cpuusage);
-	READ(stats, account->cpustat);
 	/* The root's are static variables and counted elsewhere. */
 	if (!usages || !stats || !offsets_known)
 		return;
 	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
-		struct cpu_times times = {};
+		struct cpu_times *times = (void *)(stats + cpu_offset[cpu]);
 
 		usage += read_u64(usages + cpu_offset[cpu]);
-		read_kernel(&times, sizeof(times), stats + cpu_offset[cpu]);
-		user += times.user + times.nice;
-		system += times.system + times.softirq + times.irq;
+		user += read_u64(&times->user) + read_u64(&times->nice);
+		system += read_u64(&times->system) + read_u64(&times->softirq) +
+			  read_u64(&times->irq);
 	}
 	record->cpu_usage_ns = usage;
 	record->cpu_user_ns = user;
@@ -155,13 +177,21 @@ static ALWAYS_INLINE void read_cpuacct(struct cpuacct *account, struct cgroup_re
 	record->filled |= FILLED_CPUACCT;
 }
 
-static ALWAYS_INLINE void read_base(struct cgroup *group, struct cgroup_record *record)
+/* The state is the first the kernel knows of a cgroup: its own. */
+static ALWAYS_INLINE void read_base(char *state, struct cgroup_record *record)
 {
+	struct cgroup *group = (void *)(state - __builtin_preserve_field_info(
+		((struct cgroup *)0)->self, FIELD_BYTE_OFFSET));
+	struct task_cputime time = {};
+
 	if (!__builtin_preserve_field_info(group->bstat.cputime.sum_exec_runtime, FIELD_EXISTS))
 		return;
-	record->cpu_usage_ns = group->bstat.cputime.sum_exec_runtime;
-	record->cpu_user_ns = group->bstat.cputime.utime;
-	record->cpu_system_ns = group->bstat.cputime.stime;
+	READ(time.sum_exec_runtime, group->bstat.cputime.sum_exec_runtime);
+	READ(time.utime, group->bstat.cputime.utime);
+	READ(time.stime, group->bstat.cputime.stime);
+	record->cpu_usage_ns = time.sum_exec_runtime;
+	record->cpu_user_ns = time.utime;
+	record->cpu_system_ns = time.stime;
 	record->filled |= FILLED_CPU_BASE;
 }
 
@@ -179,19 +209,12 @@ static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_rec
 	record->filled |= FILLED_QUOTA;
 }
 
-/* Structures are read whole, for each reading costs about the same. One walk runs at a time, so
- * what is read last may lie here. */
-static __u64 scratch[MOST_STATS];
-
 #define PLACE(type, field) \
 	__builtin_preserve_field_info(((struct type *)0)->field, FIELD_BYTE_OFFSET)
-#define TAKE(type, field) (*(__u64 *)((char *)scratch + PLACE(type, field)))
 
-#define COUNTER_SIZE 256
-#define MOST_EVENTS 16
-#define EVENT_NUMBER(name) \
-	__builtin_preserve_enum_value(*(enum memcg_memory_event *)name, ENUM_VALUE)
-#define EVENT(name) (EVENT_NUMBER(name) < MOST_EVENTS ? scratch[EVENT_NUMBER(name)] : 0)
+#define EVENT(name)                                                                            \
+	read_u64((char *)__builtin_preserve_access_index(&memory->memory_events) +              \
+		 8 * __builtin_preserve_enum_value(*(enum memcg_memory_event *)name, ENUM_VALUE))
 
 /* The least limit of the cgroups above: the same for all siblings. */
 static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgroup_walk *order)
@@ -211,49 +234,37 @@ static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgro
 	return least;
 }
 
-static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_record *record,
-				      struct cgroup_walk *order)
+/* Field by field, and no further than needed: each line of memory is a miss of the cache. */
+static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_target *target,
+				      struct cgroup_record *record, struct cgroup_walk *order)
 {
-	__u64 own, above;
-	char *state = 0;
+	__u64 above = 0;
+	struct page_counter *parent = 0;
+	char *state = (void *)target->memory_statistics;
 
 	if (!__builtin_preserve_field_info(memory->memory.watermark, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(memory->memory_events, FIELD_EXISTS) ||
-	    !__builtin_preserve_field_info(memory->vmstats, FIELD_EXISTS) ||
-	    PLACE(page_counter, watermark) > COUNTER_SIZE - 8 ||
-	    PLACE(page_counter, failcnt) > COUNTER_SIZE - 8 ||
-	    PLACE(page_counter, max) > COUNTER_SIZE - 8 ||
-	    PLACE(page_counter, parent) > COUNTER_SIZE - 8)
+	    !__builtin_preserve_field_info(memory->memory_events, FIELD_EXISTS))
 		return;
-	read_kernel(scratch, COUNTER_SIZE, __builtin_preserve_access_index(&memory->memory));
-	record->memory_pages = TAKE(page_counter, usage.counter);
-	record->memory_peak_pages = TAKE(page_counter, watermark);
-	record->memory_failures = TAKE(page_counter, failcnt);
-	own = TAKE(page_counter, max);
-	record->memory_limit_pages = own;
-	above = limit_above((void *)TAKE(page_counter, parent), order);
-	record->memory_least_limit_pages = own < above ? own : above;
-	read_kernel(scratch, COUNTER_SIZE, __builtin_preserve_access_index(&memory->swap));
-	record->swap_pages = TAKE(page_counter, usage.counter);
-	record->swap_limit_pages = TAKE(page_counter, max);
-	record->swap_failures = TAKE(page_counter, failcnt);
-	read_kernel(scratch, 8 * MOST_EVENTS, __builtin_preserve_access_index(&memory->memory_events));
+	READ(record->memory_pages, memory->memory.usage.counter);
+	READ(record->memory_peak_pages, memory->memory.watermark);
+	READ(record->memory_failures, memory->memory.failcnt);
+	READ(record->memory_limit_pages, memory->memory.max);
+	READ(parent, memory->memory.parent);
+	above = limit_above(parent, order);
+	record->memory_least_limit_pages =
+		record->memory_limit_pages < above ? record->memory_limit_pages : above;
+	READ(record->swap_pages, memory->swap.usage.counter);
+	READ(record->swap_limit_pages, memory->swap.max);
+	READ(record->swap_failures, memory->swap.failcnt);
 	record->oom_events = EVENT(MEMCG_OOM);
 	record->oom_kill_events = EVENT(MEMCG_OOM_KILL);
 	record->memory_max_events = EVENT(MEMCG_MAX);
-	READ(state, memory->vmstats);
 	if (state) {
-		/* No further than needed: each line of memory is a miss of the cache. */
-		__u32 length = __builtin_preserve_field_info(
-			((struct memcg_vmstats *)0)->state, FIELD_BYTE_SIZE);
-
-		read_kernel(scratch, length < sizeof(scratch) ? length : sizeof(scratch),
-			    state + PLACE(memcg_vmstats, state));
 		for (int item = 0; item < STAT_ITEMS; item++) {
 			__u64 index = order->stat_index[item];
+			__s64 pages = index < MOST_STATS ? (__s64)read_u64(state + 8 * index) : 0;
 
 			/* Small negative sums are a kernel's unfinished business: nothing is there. */
-			__s64 pages = index < MOST_STATS ? (__s64)scratch[index] : 0;
 			record->stat_pages[item] = pages < 0 ? 0 : pages;
 		}
 		record->filled |= FILLED_MEMORY_STAT;
@@ -280,9 +291,9 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 }
 
 /* A cgroup without an entry has done nothing since this was loaded. */
-static ALWAYS_INLINE void read_io(struct cgroup_record *record)
+static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_record *record)
 {
-	struct block_counters *counters = map_lookup(&block_io, &record->serials[OF_IO]);
+	struct block_counters *counters = map_lookup(&block_io, &target->serials[OF_IO]);
 	struct block_counters none = {};
 
 	record->io = counters ? *counters : none;
@@ -310,71 +321,111 @@ static ALWAYS_INLINE void tell_layout(struct cgroup_walk *order)
 			((struct lruvec_stats *)0)->state, FIELD_BYTE_SIZE) / 8;
 }
 
+static ALWAYS_INLINE void find(struct cgroup *group, struct cgroup_target *found, int place, __u64 index)
+{
+	struct cgroup_subsys_state *state = controller(group, index);
+
+	found->states[place] = (__u64)state;
+	if (state)
+		READ(found->serials[place], state->serial_nr);
+}
+
+/* Tells where a cgroup's controllers have their states. */
 SEC("iter/cgroup")
-int read_cgroups(struct bpf_iter__cgroup *context)
+int find_cgroup(struct bpf_iter__cgroup *context)
 {
 	struct cgroup *group = context->cgroup;
 	struct cgroup_walk *order;
-	struct cgroup_record *record;
-	__u32 zero = 0, place;
-	__s32 level = 0;
-	void *css;
+	struct cgroup_target *found;
+	struct cpuacct *account;
+	struct mem_cgroup *memory;
+	char *statistics = 0;
+	__u32 zero = 0;
 
 	order = map_lookup(&walk, &zero);
-	if (!order)
+	if (!order || !group)
 		return 0;
-	if (!group) {
-		order->finished++;
-		return 0;
+	tell_layout(order);
+	found = &order->found;
+
+#define FIND(name, place)                                                               \
+	if (__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_EXISTS)) \
+		find(group, found, place,                                               \
+		     __builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_VALUE))
+
+	FIND(cpuacct_cgrp_id, OF_CPUACCT);
+	FIND(cpu_cgrp_id, OF_CPU);
+	FIND(memory_cgrp_id, OF_MEMORY);
+	FIND(io_cgrp_id, OF_IO);
+	FIND(pids_cgrp_id, OF_PIDS);
+	account = (void *)found->states[OF_CPUACCT];
+	if (account && __builtin_preserve_field_info(account->cpuusage, FIELD_EXISTS) &&
+	    __builtin_preserve_field_info(account->cpustat, FIELD_EXISTS)) {
+		READ(found->cpu_usages, account->cpuusage);
+		READ(found->cpu_times, account->cpustat);
 	}
+	memory = (void *)found->states[OF_MEMORY];
+	if (memory && __builtin_preserve_field_info(memory->vmstats, FIELD_EXISTS)) {
+		READ(statistics, memory->vmstats);
+		if (statistics)
+			found->memory_statistics = (__u64)statistics + PLACE(memcg_vmstats, state);
+	}
+	found->unified = order->unified;
+	if (order->unified) {
+		found->states[OF_CPUACCT] = (__u64)&group->self;
+		found->serials[OF_CPUACCT] = group->self.serial_nr;
+	}
+	order->has_found = 1;
+	return 0;
+}
+
+static int read_target(__u32 place, void *unused)
+{
+	(void)unused;
+	struct cgroup_target *target = map_lookup(&targets, &place);
+	struct cgroup_record *record = map_lookup(&records, &place);
+	__u32 zero = 0;
+	struct cgroup_walk *order = map_lookup(&walk, &zero);
+	void *state;
+
+	if (!target || !record || !order)
+		return 1;
+	record->filled = 0;
+	record->alive = 0;
+	state = alive(target, record, OF_CPUACCT);
+	if (state && target->unified)
+		read_base(state, record);
+	else if (state)
+		read_cpuacct(target, record);
+	state = alive(target, record, OF_CPU);
+	if (state)
+		read_quota(state, record);
+	state = alive(target, record, OF_MEMORY);
+	if (state)
+		read_memory(state, target, record, order);
+	state = alive(target, record, OF_IO);
+	if (state)
+		read_io(target, record);
+	state = alive(target, record, OF_PIDS);
+	if (state)
+		read_pids(state, record);
+	return 0;
+}
+
+/* Fills the record of each target. */
+SEC("iter/cgroup")
+int read_targets(struct bpf_iter__cgroup *context)
+{
+	struct cgroup_walk *order;
+	__u32 zero = 0;
+
+	order = map_lookup(&walk, &zero);
+	if (!order || !context->cgroup)
+		return 0;
 	if (!offsets_known)
 		learn_offsets();
-	level = group->level;
-	if (order->begin) {
-		order->begin = 0;
-		order->counter_above = 0;
-		order->level = (__u32)level;
-		tell_layout(order);
-	}
-	if ((__u32)level > (__u32)order->level + 1)
-		return 0;
-	place = (__u32)order->count;
-	if (place >= capacity) {
-		order->left_out++;
-		return 0;
-	}
-	record = map_lookup(&records, &place);
-	if (!record)
-		return 0;
-	order->count = (__u64)place + 1;
-	record->filled = 0;
-	record->id = group->kn->id;
-	for (int place = 0; place < CONTROLLERS; place++)
-		record->serials[place] = 0;
-	int is_joined = order->join ? join(group) : 0;
-
-#define CONTROLLER(name, place) \
-	(__builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_EXISTS) ? \
-		 of(group, is_joined, \
-		    __builtin_preserve_enum_value(*(enum cgroup_subsys_id *)name, ENUM_VALUE), \
-		    record, place) : 0)
-
-	css = CONTROLLER(cpuacct_cgrp_id, OF_CPUACCT);
-	if (css)
-		read_cpuacct(css, record);
-	if (order->unified)
-		read_base(group, record);
-	css = CONTROLLER(cpu_cgrp_id, OF_CPU);
-	if (css)
-		read_quota(css, record);
-	css = CONTROLLER(memory_cgrp_id, OF_MEMORY);
-	if (css)
-		read_memory(css, record, order);
-	css = CONTROLLER(io_cgrp_id, OF_IO);
-	if (css && !order->unified)
-		read_io(record);
-	css = CONTROLLER(pids_cgrp_id, OF_PIDS);
-	if (css)
-		read_pids(css, record);
+	order->counter_above = 0;
+	order->limit_above = ~0ULL;
+	loop(order->count, read_target, 0, 0);
 	return 0;
 }

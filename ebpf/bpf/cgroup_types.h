@@ -28,10 +28,6 @@ struct bpf_iter_meta {
 	__u64 seq_num;
 };
 
-struct kernfs_node {
-	__u64 id;
-};
-
 struct task_cputime {
 	__u64 stime;
 	__u64 utime;
@@ -42,31 +38,15 @@ struct cgroup_base_stat {
 	struct task_cputime cputime;
 };
 
-struct cgroup;
-
-struct list_head {
-	struct list_head *next;
-};
-
 struct cgroup_subsys_state {
+	__u32 flags;
 	__u64 serial_nr;
 	struct cgroup_subsys_state *parent;
 };
 
-struct css_set {
-	void *subsys[1];
-};
-
-struct cgrp_cset_link {
-	struct css_set *cset;
-	struct list_head cset_link;
-};
-
 struct cgroup {
-	__s32 level;
-	struct kernfs_node *kn;
+	struct cgroup_subsys_state self;
 	void *subsys[1];
-	struct list_head cset_links;
 	struct cgroup_base_stat bstat;
 };
 

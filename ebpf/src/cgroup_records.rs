@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 /// Items of memory statistics: inactive file, anonymous, file, shared, swapped, kernel.
 pub const STAT_ITEMS: usize = 6;
 
-/// Controllers with a serial number in a record: cpuacct, cpu, memory, io, pids.
+/// Controllers: cpuacct, cpu, memory, io, pids.
 pub const CONTROLLERS: usize = 5;
 
 /// Most CPUs whose parts a walk adds up.
@@ -44,15 +44,13 @@ macro_rules! record {
         #[repr(C)]
         pub struct CgroupRecord {
             $( #[allow(missing_docs)] pub $field: u64, )*
-            /// Serial number of each controller's state that was read, 0 none.
-            pub serials: [u64; CONTROLLERS],
             /// Pages per item of memory statistics.
             pub stat_pages: [u64; STAT_ITEMS],
         }
 
         impl CgroupRecord {
             /// Words of a record.
-            pub const WORDS: usize = [$( stringify!($field), )*].len() + CONTROLLERS + STAT_ITEMS;
+            pub const WORDS: usize = [$( stringify!($field), )*].len() + STAT_ITEMS;
 
             /// Reads record number `place`.
             pub fn read(words: &[AtomicU64], place: usize) -> Option<Self> {
@@ -61,21 +59,15 @@ macro_rules! record {
                 let mut next = || words.next().map_or(0, |word| word.load(Relaxed));
                 Some(Self {
                     $( $field: next(), )*
-                    serials: std::array::from_fn(|_| next()),
                     stat_pages: std::array::from_fn(|_| next()),
                 })
-            }
-
-            /// The id in record number `place`.
-            pub fn id(words: &[AtomicU64], place: usize) -> Option<u64> {
-                Some(words.get(place.checked_mul(Self::WORDS)?)?.load(Relaxed))
             }
         }
     };
 }
 
 record! {
-    id, filled,
+    filled, alive,
     cpu_usage_ns, cpu_user_ns, cpu_system_ns,
     periods, throttled_periods, throttled_ns,
     memory_pages, memory_limit_pages, memory_least_limit_pages, memory_peak_pages, memory_failures,
@@ -87,30 +79,44 @@ record! {
 
 const _: () = assert!(size_of::<CgroupRecord>() == 8 * CgroupRecord::WORDS);
 
+/// Words of `struct cgroup_target`.
+pub mod target {
+    use super::CONTROLLERS;
+
+    /// Address of each controller's state, 0 none.
+    pub const STATES: usize = 0;
+    /// Its serial number.
+    pub const SERIALS: usize = STATES + CONTROLLERS;
+    /// 1 when CPU time is that of the unified tree.
+    pub const UNIFIED: usize = SERIALS + CONTROLLERS;
+    /// CPU time per CPU: two addresses.
+    pub const CPU: usize = UNIFIED + 1;
+    /// Address of the statistics of memory.
+    pub const STATISTICS: usize = CPU + 2;
+    /// All of them.
+    pub const WORDS: usize = STATISTICS + 1;
+}
+
 /// Words of `struct cgroup_walk`.
 pub mod walk {
-    use super::STAT_ITEMS;
+    use super::{STAT_ITEMS, target};
 
-    /// 1 to begin at a new parent.
-    pub const BEGIN: usize = 0;
-    /// 1 when the hierarchy is the unified one.
+    /// Targets to read.
+    pub const COUNT: usize = 0;
+    /// 1 when a cgroup of the unified hierarchy is to be found.
     pub const UNIFIED: usize = 1;
-    /// Records filled since this was set to 0.
-    pub const COUNT: usize = 3;
-    /// Cgroups for which there was no room.
-    pub const LEFT_OUT: usize = 4;
-    /// Walks that came to their end.
-    pub const FINISHED: usize = 5;
+    /// 1 once one was found.
+    pub const HAS_FOUND: usize = 2;
+    /// What was found: a target.
+    pub const FOUND: usize = 3;
     /// Where the items of memory statistics are.
-    pub const STAT_INDEX: usize = 6;
+    pub const STAT_INDEX: usize = FOUND + target::WORDS;
     /// The same as the kernel's enumerations number them.
     pub const ENUM_INDEX: usize = STAT_INDEX + STAT_ITEMS;
     /// Length of the array of all memory statistics.
     pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
     /// Length of the array of those kept per node.
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
-    /// 1 to read what other hierarchies have of the same processes too.
-    pub const JOIN: usize = NODE_STAT_LENGTH + 1;
     /// All of them, two of the program's own included.
-    pub const WORDS: usize = JOIN + 3;
+    pub const WORDS: usize = NODE_STAT_LENGTH + 3;
 }

@@ -22,6 +22,33 @@ static CGROUP_STATS_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
     "/cgroup_stats.bpf.o"
 )));
 
+/// An object that calls the kernel function `bpf_rdonly_cast`, which has this number among the kernel's
+/// types (`cast` in `bpf/cgroup_stats.bpf.c`): aya does not resolve names of kernel functions, so the
+/// calls are written with a number of no helper, and changed here.
+#[must_use]
+pub fn with_cast(object: &[u8], function: u32) -> Vec<u8> {
+    /// BPF_JMP | BPF_CALL, linux/bpf.h.
+    const CALL: u8 = 0x85;
+    const CAST_CALL: u32 = 0x7fff_fff1;
+    /// BPF_PSEUDO_KFUNC_CALL in the bits of the source register.
+    const KERNEL_FUNCTION: u8 = if cfg!(target_endian = "big") {
+        0x02
+    } else {
+        0x20
+    };
+    let mut patched = object.to_vec();
+    for instruction in patched.chunks_exact_mut(8) {
+        let [CALL, 0, 0, 0, number @ ..] = instruction else {
+            continue;
+        };
+        if *number == CAST_CALL.to_ne_bytes() {
+            number.copy_from_slice(&function.to_ne_bytes());
+            instruction[1] = KERNEL_FUNCTION;
+        }
+    }
+    patched
+}
+
 /// The object of the collector: counters of cgroups.
 pub fn cgroup_stats() -> &'static [u8] {
     &CGROUP_STATS_OBJECT.0
@@ -94,6 +121,21 @@ pub mod map {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn calls_of_the_cast_are_changed_and_nothing_else() {
+        let object = super::cgroup_stats();
+        let patched = super::with_cast(object, 0x0102_0304);
+        let calls = |bytes: &[u8], call: [u8; 8]| {
+            let all = bytes.chunks_exact(8);
+            all.filter(|instruction| **instruction == call).count()
+        };
+        let before = calls(object, [0x85, 0, 0, 0, 0xf1, 0xff, 0xff, 0x7f]);
+        assert!(before > 20, "{before}");
+        assert_eq!(calls(&patched, [0x85, 0x20, 0, 0, 4, 3, 2, 1]), before);
+        let same = object.iter().zip(patched.iter()).filter(|(a, b)| a == b);
+        assert_eq!(same.count(), object.len() - 5 * before);
+    }
+
     #[test]
     fn the_objects_are_aligned_elf_files_for_bpf() {
         for object in [super::nat(), super::connect()] {

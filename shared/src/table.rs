@@ -146,17 +146,17 @@ impl<K: Copy + Eq + Hash> Index<K> {
         }
     }
 
-    /// The row for a key that is to be written: its own, or a free one.
-    pub(crate) fn place(&mut self, key: K) -> Result<u32, BatchError> {
+    /// The row for a key that is to be written: its own, or a free one (then `true`).
+    pub(crate) fn place(&mut self, key: K) -> Result<(u32, bool), BatchError> {
         if let Some(entry) = self.entries.get(&key) {
-            return Ok(entry.row);
+            return Ok((entry.row, false));
         }
         let row = self.free.pop().ok_or(BatchError::TableFull {
             table: self.table.name,
             rows: self.table.rows,
         })?;
         self.entries.insert(key, Entry { row, removed: None });
-        Ok(row)
+        Ok((row, true))
     }
 
     /// Forgets a key; answers the row to be freed.
@@ -164,6 +164,13 @@ impl<K: Copy + Eq + Hash> Index<K> {
         let entry = self.entries.remove(key)?;
         self.free.push(entry.row);
         Some(entry.row)
+    }
+
+    /// Takes back the last [`Index::release`] that was not taken back yet.
+    pub(crate) fn restore(&mut self, key: K, row: u32) {
+        let freed = self.free.pop();
+        debug_assert_eq!(freed, Some(row));
+        self.entries.insert(key, Entry { row, removed: None });
     }
 }
 
@@ -213,8 +220,8 @@ impl Staged {
         self.writes.is_empty()
     }
 
-    /// Stores everything under `generation` and makes it visible.
-    pub(crate) fn commit(&mut self, region: &mut RegionWriter, generation: Generation) {
+    /// Stores everything under `generation`, which is not visible yet.
+    pub(crate) fn store(&mut self, region: &RegionWriter, generation: Generation) {
         let committed = region.committed();
         for (table, row, range) in &self.writes {
             let payload = words_of(&self.bytes[range.clone()]);
@@ -222,8 +229,13 @@ impl Staged {
                 .cell(table, *row)
                 .write(committed.0, generation.0, payload);
         }
-        region.commit(generation);
         self.clear();
+    }
+
+    /// Stores everything under `generation` and makes it visible.
+    pub(crate) fn commit(&mut self, region: &mut RegionWriter, generation: Generation) {
+        self.store(region, generation);
+        region.commit(generation);
     }
 }
 

@@ -8,19 +8,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use shared::desired::ContainerRow;
-use shared::observed::{
-    ContainerSample, CpuCounters, IoCounters, Measured, MemoryCounters, NetCounters, PidsCounters,
-    Source, UNLIMITED,
-};
+use shared::ids::{ContainerId, KernelId};
+use shared::observed::{ContainerSample, IoCounters, Measured, Source};
 
-use ebpf::cgroup_records::{CgroupRecord, filled};
+use ebpf::cgroup_records::filled;
 
 use super::cgroup_v1;
 use super::cgroup_v2;
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
-use super::walks::{Kind, Place, Walks, bytes};
-use crate::sys::netlink::{LinkCounters, Links};
+use super::record::{
+    CpuSplit, cpu_counters, io_counters, memory_counters, network, network_of, pids_counters,
+};
+use super::walks::{Kind, Slot, Walks};
+use crate::sys::netlink::Links;
 
 #[derive(Debug)]
 enum Cpu {
@@ -40,14 +41,13 @@ enum Io {
     V2(cgroup_v2::Io),
 }
 
-/// A container's cgroup in one hierarchy, and where its record is once it is walked.
+/// A container's cgroup in one hierarchy.
 #[derive(Debug)]
 struct Group {
     path: PathBuf,
     kind: Kind,
-    place: Option<Place>,
-    /// Serial number of the controller's state there, once known; 0 unknown.
-    serial: u64,
+    /// Its parent once it was found for the kernel program.
+    found: Option<Arc<Path>>,
 }
 
 impl Group {
@@ -59,13 +59,12 @@ impl Group {
                 _ if controller == Controller::Memory => Kind::Memory,
                 _ => Kind::Other,
             },
-            place: None,
-            serial: 0,
+            found: None,
         }
     }
 }
 
-/// Places of serial numbers in a record.
+/// Controllers, by their numbers in targets and records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Controller {
     CpuAccounting = 0,
@@ -84,17 +83,100 @@ struct Groups {
     pids: Option<Group>,
     /// Version 1 only: there the kernel program counts.
     io: Option<Group>,
+}
+
+/// When to look for the cgroups that the kernel program does not know yet. One may never have some
+/// controller: after each look in vain twice as many passes go by.
+#[derive(Debug, Default)]
+struct Search {
+    wanted: bool,
+    in_vain: u32,
+    wait: u32,
+}
+
+impl Search {
+    const LONGEST_WAIT: u32 = 64;
+
+    fn begin(&mut self) {
+        // One that is looked for already goes on being so at its pace.
+        if !self.wanted {
+            *self = Self {
+                wanted: true,
+                ..Self::default()
+            };
+        }
+    }
+
+    fn is_due(&mut self) -> bool {
+        let due = self.wait == 0;
+        self.wait = self.wait.saturating_sub(1);
+        self.wanted && due
+    }
+
+    fn end(&mut self, all: bool) {
+        self.wanted = !all;
+        self.in_vain = (2 * self.in_vain).clamp(1, Self::LONGEST_WAIT);
+        self.wait = if all { 0 } else { self.in_vain - 1 };
+    }
+}
+
+impl Groups {
+    fn by_controller(&mut self) -> [(Controller, &mut Option<Group>); 5] {
+        [
+            (Controller::CpuAccounting, &mut self.cpu),
+            (Controller::Cpu, &mut self.quota),
+            (Controller::Memory, &mut self.memory),
+            (Controller::Io, &mut self.io),
+            (Controller::Pids, &mut self.pids),
+        ]
+    }
+}
+
+/// What every pass needs of a container, side by side: of the rest nothing is looked at while all goes
+/// well. With a thousand containers each line of memory is a miss of the cache.
+#[derive(Debug)]
+struct Hot {
+    container_id: ContainerId,
+    kernel_id: KernelId,
+    /// Where its record is, once there is one.
+    slot: Option<Slot>,
+    search: Search,
+    /// Bit per controller that the kernel program knows.
+    known: u64,
+    split: CpuSplit,
+    /// Its link, when it has just one and is not on the host's network.
+    link: Option<u32>,
+    /// Where its link was in the last pass's list.
+    link_place: usize,
+    /// Some files were not found yet.
+    incomplete: bool,
+    /// Something of it is in files only.
+    by_files: bool,
+    /// Memory is the unified tree's.
+    unified_memory: bool,
     /// Swap is counted for this container.
     counts_swap: bool,
+    /// Has a scratch directory or a /dev/shm to ask about.
+    has_disk: bool,
+}
+
+impl Hot {
+    /// Other cgroups than before stand for these.
+    fn look_for(&mut self, controllers: &[Controller]) {
+        for controller in controllers {
+            self.known &= !(1 << *controller as u64);
+        }
+        self.search.begin();
+    }
 }
 
 /// One container: its files and records.
 #[derive(Debug)]
 pub struct Watched {
+    hot: Hot,
     row: ContainerRow,
-    io_before: IoCounters,
+    io_before: Option<Box<IoCounters>>,
     groups: Groups,
-    split: CpuSplit,
     cpu: Option<Cpu>,
     memory: Option<Memory>,
     pids: Option<cgroup_v1::Pids>,
@@ -152,11 +234,29 @@ impl Watched {
         facts: &Facts,
         budget: &Arc<Budget>,
     ) -> Self {
+        let one = row.link_indexes.as_slice();
         let mut watched = Self {
+            hot: Hot {
+                container_id: row.container_id,
+                kernel_id: row.kernel_id,
+                slot: None,
+                search: Search::default(),
+                known: 0,
+                split: CpuSplit::default(),
+                link: one
+                    .first()
+                    .copied()
+                    .filter(|_| one.len() == 1 && !row.host_network),
+                link_place: 0,
+                incomplete: true,
+                by_files: false,
+                unified_memory: false,
+                counts_swap: false,
+                has_disk: row.init_pid != 0 || !row.scratch_path.is_empty(),
+            },
             row,
-            io_before,
+            io_before: (io_before != IoCounters::default()).then(|| Box::new(io_before)),
             groups: Groups::default(),
-            split: CpuSplit::default(),
             cpu: None,
             memory: None,
             pids: None,
@@ -181,7 +281,15 @@ impl Watched {
             .next()
     }
 
+    /// Whether there may be something to say about its disks.
+    pub fn has_disk(&self) -> bool {
+        self.hot.has_disk
+    }
+
     fn find_missing(&mut self, facts: &Facts, budget: &Arc<Budget>) {
+        if !self.hot.incomplete {
+            return;
+        }
         let row = &self.row;
         if self.cpu.is_none()
             && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
@@ -199,25 +307,34 @@ impl Watched {
                         .map(|path| Group::new(path, facts.cpu_quota.as_ref(), Controller::Cpu));
                     Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
                 }
-                _ => Cpu::V2(cgroup_v2::Cpu::new(&path, budget)),
+                _ => {
+                    let quota = Group::new(&path, facts.cpu.as_ref(), Controller::Cpu);
+                    self.groups.quota = Some(quota);
+                    Cpu::V2(cgroup_v2::Cpu::new(&path, budget))
+                }
             });
+            self.hot
+                .look_for(&[Controller::CpuAccounting, Controller::Cpu]);
         }
         if self.memory.is_none()
             && let Some(path) = find(row, facts.memory.as_ref(), "memory")
         {
             let swap = ["memory.memsw.usage_in_bytes", "memory.swap.current"];
-            self.groups.counts_swap = swap.iter().any(|file| path.join(file).exists());
+            self.hot.counts_swap = swap.iter().any(|file| path.join(file).exists());
+            self.hot.unified_memory = matches!(facts.memory, Some(Hierarchy::V2(_)));
             self.groups.memory = Some(Group::new(&path, facts.memory.as_ref(), Controller::Memory));
             self.memory = Some(match &facts.memory {
                 Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
                 _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
             });
+            self.hot.look_for(&[Controller::Memory]);
         }
         if self.pids.is_none()
             && let Some(path) = find(row, facts.pids.as_ref(), "pids")
         {
             self.groups.pids = Some(Group::new(&path, facts.pids.as_ref(), Controller::Pids));
             self.pids = Some(cgroup_v1::Pids::new(&path, budget));
+            self.hot.look_for(&[Controller::Pids]);
         }
         if self.io.is_none()
             && let Some(path) = find(row, facts.io.as_ref(), "blkio")
@@ -229,25 +346,49 @@ impl Watched {
                 }
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
             });
+            self.hot.look_for(&[Controller::Io]);
         }
+        self.hot.incomplete =
+            self.cpu.is_none() || self.memory.is_none() || self.pids.is_none() || self.io.is_none();
+        self.hot.by_files =
+            matches!(self.cpu, Some(Cpu::V2(_))) || matches!(self.memory, Some(Memory::V2(_)));
     }
 
-    /// Has this container's cgroups walked from now on.
+    fn lacks_files(&self) -> bool {
+        let missing = [self.cpu.is_none(), self.memory.is_none()];
+        missing.contains(&true) || self.pids.is_none() || self.io.is_none()
+    }
+
+    /// Has this container's cgroups read by the kernel program from now on.
     pub fn walk(&mut self, walks: &mut Walks) {
-        let groups = &mut self.groups;
-        // Walked for the counters of block devices alone, which the kernel program keeps.
-        let io = groups.io.as_mut().filter(|_| walks.counts_block_io());
-        let all = [
-            &mut groups.cpu,
-            &mut groups.quota,
-            &mut groups.memory,
-            &mut groups.pids,
-        ];
-        for group in all.into_iter().flatten().chain(io) {
-            if group.place.is_none() {
-                group.place = walks.place(&group.path, group.kind);
+        if !self.hot.search.is_due() {
+            return;
+        }
+        if self.hot.slot.is_none() {
+            self.hot.slot = walks.slot();
+        }
+        let Some(slot) = &self.hot.slot else {
+            return;
+        };
+        // In version 2 the kernel's own counters are complete, and only in files.
+        let io = walks.counts_block_io();
+        let mut all = true;
+        for (controller, group) in self.groups.by_controller() {
+            let Some(group) = group.as_mut().filter(|group| group.found.is_none()) else {
+                continue;
+            };
+            if controller == Controller::Io && !io {
+                continue;
+            }
+            match walks.find(&group.path, group.kind) {
+                Some(found) if walks.know(slot, controller as usize, &found) => {
+                    group.found = Some(found.parent());
+                    self.hot.known |= 1 << controller as u64;
+                }
+                _ => all = false,
             }
         }
+        self.hot.search.end(all);
     }
 
     /// Reads everything of this container. Times and tick are the caller's to fill in.
@@ -255,17 +396,17 @@ impl Watched {
         &mut self,
         facts: &Facts,
         budget: &Arc<Budget>,
-        walks: Option<&mut Walks>,
+        walks: Option<&Walks>,
         links: Option<&Links>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
-            container_id: self.row.container_id,
-            kernel_id: self.row.kernel_id,
+            container_id: self.hot.container_id,
+            kernel_id: self.hot.kernel_id,
             ..ContainerSample::default()
         };
         if let Some(walks) = walks {
-            self.take_records(&mut sample, walks);
+            self.take_record(&mut sample, walks);
         }
         self.find_missing(facts, budget);
         if self.read_groups(&mut sample, buffer) {
@@ -273,54 +414,56 @@ impl Watched {
             self.find_missing(facts, budget);
             self.read_groups(&mut sample, buffer);
         }
-        if let Some(net) = links.and_then(|links| network(&self.row, links)) {
+        let place = &mut self.hot.link_place;
+        let net = links.and_then(|links| match self.hot.link {
+            Some(link) => network(&[link], links, place),
+            None => network_of(&self.row, links),
+        });
+        if let Some(net) = net {
             sample.net = Measured::now(Source::Netlink, net);
         }
         sample
     }
 
-    /// Takes what the walks have found.
-    fn take_records(&mut self, sample: &mut ContainerSample, walks: &mut Walks) {
-        let groups = &mut self.groups;
-        let memory = find_record(&mut groups.memory, None, walks, Controller::Memory);
-        let known = memory.as_ref();
-        let cpu = find_record(&mut groups.cpu, known, walks, Controller::CpuAccounting);
-        let apart = find_record(&mut groups.quota, known, walks, Controller::Cpu);
-        if let Some(record) = cpu {
-            let own = Some(&record).filter(|record| record.filled & filled::QUOTA != 0);
-            let quota = apart
-                .as_ref()
-                .filter(|record| record.filled & filled::QUOTA != 0)
-                .or(own);
-            // A quota kept apart and not found makes the whole group the files'.
-            if groups.quota.is_none() || apart.is_some() {
-                let counters = cpu_counters(&record, quota, &mut self.split);
-                if let Some(counters) = counters {
-                    sample.cpu = Measured::now(Source::Bpf, counters);
+    /// Takes what the kernel program has read.
+    fn take_record(&mut self, sample: &mut ContainerSample, walks: &Walks) {
+        let Some(record) = self.hot.slot.as_ref().and_then(|slot| walks.record(slot)) else {
+            return;
+        };
+        let lost = self.hot.known & !record.alive;
+        if lost != 0 {
+            // They may have been made again.
+            self.hot.known &= record.alive;
+            self.hot.search.begin();
+            for (controller, group) in self.groups.by_controller() {
+                if lost & (1 << controller as u64) != 0
+                    && let Some(group) = group
+                {
+                    group.found = None;
                 }
             }
         }
-        let pids = find_record(&mut groups.pids, known, walks, Controller::Pids);
-        if let Some(record) = pids
-            && record.filled & filled::PIDS != 0
+        let bits = self.hot.known;
+        let known = |controller: Controller| bits & (1 << controller as u64) != 0;
+        let filled = |bits: u64| record.filled & bits != 0;
+        // A quota kept apart and not found makes the whole group the files'; in version 2 a cgroup may
+        // have CPU time and no quota.
+        let quota = self.groups.quota.as_ref();
+        if known(Controller::CpuAccounting)
+            && (known(Controller::Cpu) || quota.is_none_or(|it| it.kind == Kind::Unified))
+            && let Some(counters) = cpu_counters(&record, &mut self.hot.split)
         {
+            sample.cpu = Measured::now(Source::Bpf, counters);
+        }
+        if known(Controller::Pids) && filled(filled::PIDS) {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
-        if walks.counts_block_io()
-            && let Some(record) = find_record(&mut groups.io, known, walks, Controller::Io)
-            && record.filled & filled::IO != 0
-        {
-            sample.io = Measured::now(Source::Bpf, io_counters(&record, &self.io_before));
+        if known(Controller::Io) && filled(filled::IO) {
+            sample.io = Measured::now(Source::Bpf, io_counters(&record, self.io_before.as_deref()));
         }
-        if let Some(record) = memory
-            && walks.knows_statistics()
-            && record.filled & filled::MEMORY_STAT != 0
-        {
-            let unified = groups
-                .memory
-                .as_ref()
-                .is_some_and(|group| group.kind == Kind::Unified);
-            let counters = memory_counters(&record, unified, groups.counts_swap);
+        if known(Controller::Memory) && filled(filled::MEMORY_STAT) && walks.knows_statistics() {
+            let (unified, swap) = (self.hot.unified_memory, self.hot.counts_swap);
+            let counters = memory_counters(&record, unified, swap);
             sample.memory = Measured::now(Source::Bpf, counters);
         }
     }
@@ -328,6 +471,13 @@ impl Watched {
     /// Reads the groups that are still absent. True when one was found gone and given up.
     fn read_groups(&mut self, sample: &mut ContainerSample, buffer: &mut Vec<u8>) -> bool {
         let mut gone = false;
+        let all = sample.cpu.get().is_some()
+            && sample.memory.get().is_some()
+            && sample.pids.get().is_some()
+            && sample.io.get().is_some();
+        if all && !self.hot.by_files {
+            return false;
+        }
         // Pressure is in files only.
         if let Some(Cpu::V2(cpu)) = &mut self.cpu
             && sample.cpu.get().is_some()
@@ -368,154 +518,8 @@ impl Watched {
             };
             gone |= take(read, &mut sample.io, &mut self.io);
         }
+        self.hot.incomplete |= self.lacks_files();
         gone
-    }
-}
-
-/// The record that tells of a cgroup in this pass: memory's if that has read the same state, else its
-/// own. A cgroup without one may have been made again: its place is looked for again.
-fn find_record(
-    group: &mut Option<Group>,
-    memory: Option<&CgroupRecord>,
-    walks: &mut Walks,
-    controller: Controller,
-) -> Option<CgroupRecord> {
-    let group = group.as_mut()?;
-    let serial = |record: &CgroupRecord| record.serials[controller as usize];
-    let joined = memory.filter(|record| group.serial != 0 && serial(record) == group.serial);
-    if let Some(record) = joined {
-        return Some(*record);
-    }
-    let found = walks.find(group.place.as_mut()?);
-    match &found {
-        Some(record) => group.serial = serial(record),
-        None => {
-            group.place = None;
-            group.serial = 0;
-        }
-    }
-    found
-}
-
-/// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,
-/// and lets neither part run backwards (kernel/sched/cputime.c, cputime_adjust).
-#[derive(Debug, Clone, Copy, Default)]
-struct CpuSplit {
-    user: u64,
-    system: u64,
-}
-
-impl CpuSplit {
-    fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
-        if usage < self.user.saturating_add(self.system) {
-            return (self.user, self.system);
-        }
-        let scaled = match (user, system) {
-            (_, 0) => 0,
-            (0, _) => usage,
-            _ => {
-                let sum = u128::from(user) + u128::from(system);
-                let scaled = u128::from(system) * u128::from(usage) / sum;
-                u64::try_from(scaled).unwrap_or(usage)
-            }
-        };
-        let mut system = scaled.max(self.system);
-        let mut user = usage.saturating_sub(system);
-        if user < self.user {
-            user = self.user;
-            system = usage - user;
-        }
-        (self.user, self.system) = (user, system);
-        (user, system)
-    }
-}
-
-fn cpu_counters(
-    record: &CgroupRecord,
-    quota: Option<&CgroupRecord>,
-    split: &mut CpuSplit,
-) -> Option<CpuCounters> {
-    let usage = record.cpu_usage_ns;
-    let (user, system) = if record.filled & filled::CPUACCT != 0 {
-        (record.cpu_user_ns, record.cpu_system_ns)
-    } else if record.filled & filled::CPU_BASE != 0 {
-        split.adjust(usage, record.cpu_user_ns, record.cpu_system_ns)
-    } else {
-        return None;
-    };
-    Some(CpuCounters {
-        usage_ns: Some(usage),
-        user_ns: Some(user),
-        system_ns: Some(system),
-        periods: quota.map(|record| record.periods),
-        throttled_periods: quota.map(|record| record.throttled_periods),
-        throttled_ns: quota.map(|record| record.throttled_ns),
-        pressure_some_ns: None,
-    })
-}
-
-fn memory_counters(record: &CgroupRecord, unified: bool, counts_swap: bool) -> MemoryCounters {
-    let [inactive_file, anon, file, shmem, swap, kernel] =
-        record.stat_pages.map(|pages| Some(bytes(pages)));
-    let limit = |pages| Some(cgroup_v1::limit(bytes(pages)));
-    let swap_limit = limit(record.swap_limit_pages).filter(|_| counts_swap);
-    let both = MemoryCounters {
-        current_bytes: Some(bytes(record.memory_pages)),
-        inactive_file_bytes: inactive_file,
-        anon_bytes: anon,
-        file_bytes: file,
-        shmem_bytes: shmem,
-        peak_bytes: Some(bytes(record.memory_peak_pages)),
-        oom_kill_events: Some(record.oom_kill_events),
-        swap_limit_bytes: swap_limit,
-        ..MemoryCounters::default()
-    };
-    if unified {
-        MemoryCounters {
-            limit_bytes: limit(record.memory_limit_pages),
-            swap_bytes: Some(bytes(record.swap_pages)).filter(|_| counts_swap),
-            oom_events: Some(record.oom_events),
-            max_events: Some(record.memory_max_events),
-            kernel_bytes: kernel,
-            ..both
-        }
-    } else {
-        let swap_failures = if counts_swap { record.swap_failures } else { 0 };
-        MemoryCounters {
-            limit_bytes: limit(record.memory_least_limit_pages),
-            swap_bytes: swap,
-            max_events: Some(record.memory_failures.saturating_add(swap_failures)),
-            ..both
-        }
-    }
-}
-
-/// The kernel's "no limit" of tasks is one more than the most there may be (kernel/cgroup/pids.c).
-const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
-
-/// Counted since the program was loaded, on top of what an earlier life of this process had counted.
-fn io_counters(record: &CgroupRecord, before: &IoCounters) -> IoCounters {
-    let sum = |now: u64, before: Option<u64>| Some(now.saturating_add(before.unwrap_or(0)));
-    IoCounters {
-        read_bytes: sum(record.io_read_bytes, before.read_bytes),
-        write_bytes: sum(record.io_write_bytes, before.write_bytes),
-        read_operations: sum(record.io_reads, before.read_operations),
-        write_operations: sum(record.io_writes, before.write_operations),
-        ..IoCounters::default()
-    }
-}
-
-fn pids_counters(record: &CgroupRecord) -> PidsCounters {
-    let limit = record.pids_limit;
-    PidsCounters {
-        current: Some(record.pids),
-        limit: Some(if limit >= NO_PIDS_LIMIT {
-            UNLIMITED
-        } else {
-            limit
-        }),
-        limit_events: (record.filled & filled::PIDS_EVENTS != 0)
-            .then_some(record.pids_limit_events),
     }
 }
 
@@ -541,37 +545,6 @@ fn take<T, F>(
     false
 }
 
-/// The container's view of its network: what the host's end sent, it received. A container on the
-/// host's network has no counters of its own, and never the host's; one whose link can't be found
-/// has none either.
-fn network(row: &ContainerRow, links: &Links) -> Option<NetCounters> {
-    if row.host_network || row.link_indexes.is_empty() {
-        return None;
-    }
-    let mut sum = LinkCounters::default();
-    for index in &row.link_indexes {
-        let link = links.get(*index)?;
-        sum.rx_bytes += link.rx_bytes;
-        sum.rx_packets += link.rx_packets;
-        sum.rx_errors += link.rx_errors;
-        sum.rx_dropped += link.rx_dropped;
-        sum.tx_bytes += link.tx_bytes;
-        sum.tx_packets += link.tx_packets;
-        sum.tx_errors += link.tx_errors;
-        sum.tx_dropped += link.tx_dropped;
-    }
-    Some(NetCounters {
-        rx_bytes: Some(sum.tx_bytes),
-        rx_packets: Some(sum.tx_packets),
-        rx_errors: Some(sum.tx_errors),
-        rx_drops: Some(sum.tx_dropped),
-        tx_bytes: Some(sum.rx_bytes),
-        tx_packets: Some(sum.rx_packets),
-        tx_errors: Some(sum.rx_errors),
-        tx_drops: Some(sum.rx_dropped),
-    })
-}
-
 /// Whether a path is a place of its own file system, so that its usage can be asked for at once.
 pub fn is_own_file_system(path: &Path) -> bool {
     let Some(parent) = path.parent() else {
@@ -586,60 +559,26 @@ pub fn is_own_file_system(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::ids::ContainerId;
-
-    fn link(rx_bytes: u64, tx_bytes: u64) -> LinkCounters {
-        LinkCounters {
-            rx_bytes,
-            tx_bytes,
-            ..LinkCounters::default()
-        }
-    }
-
-    fn links<const N: usize>(list: [(u32, LinkCounters); N]) -> Links {
-        list.into_iter().collect()
-    }
-
-    fn row(links: &[u32]) -> ContainerRow {
-        ContainerRow {
-            link_indexes: links.to_vec(),
-            ..ContainerRow::default()
-        }
-    }
 
     #[test]
-    fn directions_are_swapped_and_links_summed() {
-        let links = links([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
-        let net = network(&row(&[3, 4]), &links).unwrap();
-        assert_eq!((net.rx_bytes, net.tx_bytes), (Some(22), Some(11)));
-    }
-
-    #[test]
-    fn a_missing_link_means_no_numbers_rather_than_fewer() {
-        let links = links([(3, link(10, 20))]);
-        assert_eq!(network(&row(&[3, 4]), &links), None);
-        assert_eq!(network(&row(&[]), &links), None);
-    }
-
-    /// The original reported the host's totals for every container.
-    #[test]
-    fn a_container_on_the_hosts_network_never_gets_the_hosts_totals() {
-        let links = links([(1, link(10, 20))]);
-        let mut row = row(&[1]);
-        row.host_network = true;
-        assert_eq!(network(&row, &links), None);
-    }
-
-    #[test]
-    fn cpu_time_is_split_exactly_and_never_runs_backwards() {
-        let mut split = CpuSplit::default();
-        assert_eq!(split.adjust(100, 30, 10), (75, 25));
-        // The sampled parts say less system time than before; none of it is taken back.
-        let (user, system) = split.adjust(120, 119, 1);
-        assert_eq!(user + system, 120);
-        assert!(user >= 75 && system >= 25);
-        assert_eq!(split.adjust(110, 1, 1), (user, system));
-        assert_eq!(CpuSplit::default().adjust(7, 0, 0), (7, 0));
+    fn what_is_not_found_is_looked_for_less_and_less_often() {
+        let mut search = Search::default();
+        assert!(!search.is_due());
+        search.begin();
+        let looks = (0..400).filter(|_| {
+            let due = search.is_due();
+            if due {
+                search.end(false);
+            }
+            due
+        });
+        // After 1, 2, 4, ... 64 passes, then every 64.
+        assert_eq!(looks.count(), 7 + (400 - 127) / 64 + 1);
+        while !search.is_due() {}
+        search.end(true);
+        assert!(!search.is_due());
+        search.begin();
+        assert!(search.is_due(), "a new one at once");
     }
 
     #[test]

@@ -1,38 +1,40 @@
 //! Reading cgroups by a program in the kernel.
 //!
-//! In: directories of cgroups. Out: after each pass, one record per cgroup, found by the walk over its
-//! parent and its id. One walk per parent directory, made when a cgroup below it is first asked for and
-//! dropped when none is any more. Invariants: a record is of this pass or not there at all; memory
+//! In: directories of containers' cgroups. Out: after each pass, one record per container. Where the
+//! kernel keeps the states of a cgroup's controllers is found once, when the cgroup is first asked for;
+//! after that a pass is one run of a program over these addresses, without a walk and without a system
+//! call per container. Invariants: a record tells which states were there in this pass; memory
 //! statistics are believed only where they have been compared with the kernel's own file.
 //!
 //! Cost: `make bench-stats`.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use aya::maps::Map;
 use aya::programs::{BtfTracePoint, Iter};
 use aya::{Btf, BtfError, Ebpf, EbpfError, EbpfLoader};
-use ebpf::cgroup_records::{CgroupRecord, MOST_CPUS, MOST_STATS, STAT_ITEMS, filled, walk};
+use aya_obj::btf::BtfKind;
+use ebpf::cgroup_records::{
+    CONTROLLERS, CgroupRecord, MOST_CPUS, MOST_STATS, STAT_ITEMS, filled, target, walk,
+};
 use rustix::fs::{Mode, OFlags};
 
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, CachedFile, keyed};
-use crate::sys::iterator::{self, SharedArray, Visit};
+use crate::sys::iterator::{self, SharedArray};
 
-/// Records beyond those of containers: their parents, and cgroups of others beside them.
-const OTHERS: u32 = 512;
-/// Hierarchies that may each have a record of a container.
-const HIERARCHIES: u32 = 5;
-/// Parents walked over; containers of further ones are read by files.
-const MOST_WALKS: usize = 64;
-/// Passes after which a walk that nobody asked is dropped.
-const UNUSED_PASSES: u32 = 3;
+/// Targets beyond those of containers: some that are gone may not be given back yet.
+const OTHERS: u32 = 64;
+/// Entries for the block devices of cgroups, per container: itself, what is around and below it.
+const BLOCK_ENTRIES: u32 = 20;
+/// Parents whose statistics are brought up to date before each pass; containers of further ones are
+/// read by files.
+const MOST_PARENTS: usize = 64;
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,62 +55,79 @@ pub enum WalksError {
     #[error("the records of the cgroup program can't be mapped")]
     Map(#[source] io::Error),
     /// The kernel has no cgroup iterators.
-    #[error("the kernel offers no walk over cgroups")]
+    #[error("the kernel offers no iterator over cgroups")]
     Attach(#[source] io::Error),
-    /// A trial walk failed.
-    #[error("the walk over cgroups fails")]
-    Walk(#[source] io::Error),
+    /// A trial failed.
+    #[error("reading a root by the cgroup program fails")]
+    Trial(#[source] io::Error),
+    /// The kernel marks living cgroups in another way.
+    #[error("the cgroup program takes a root for one that is gone")]
+    Marks,
 }
 
-/// Where the record of one cgroup is to be found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    walk: u64,
-    id: u64,
-    /// Where it was last time: cgroups keep their order as long as none comes or goes.
-    at: usize,
-}
-
-/// What a walk is over.
+/// What a directory is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// The unified tree: all controllers are on it.
     Unified,
-    /// `memory` of version 1; tells of the other hierarchies too what the same processes have there.
+    /// `memory` of version 1.
     Memory,
-    /// Another hierarchy of version 1; run when one is asked for that `Memory` could not tell of.
+    /// Another hierarchy of version 1.
     Other,
 }
 
-#[derive(Debug)]
-struct Walk {
-    number: u64,
-    kind: Kind,
-    /// Whether it was run, or tried, in this pass.
-    ran: bool,
-    link: Option<OwnedFd>,
-    /// Read before the walk: reading makes the kernel add up what its CPUs have counted apart.
-    settle: Vec<CachedFile>,
-    /// Records of the last pass: first, and one after the last.
-    range: (usize, usize),
-    /// Where each id is, looked up in pass number `places_of_pass`.
-    places: HashMap<u64, usize>,
-    places_of_pass: u64,
-    unused: u32,
+/// Where the kernel keeps what it knows of a cgroup.
+#[derive(Debug, Clone)]
+pub struct Found {
+    words: [u64; target::WORDS],
+    /// Brought up to date before each pass for as long as this is kept.
+    parent: Arc<Path>,
 }
 
-/// The walks and their program.
+impl Found {
+    /// The directory whose statistics are brought up to date.
+    pub fn parent(&self) -> Arc<Path> {
+        Arc::clone(&self.parent)
+    }
+}
+
+/// Place of one container among the targets and records; given back when dropped.
+#[derive(Debug)]
+pub struct Slot {
+    place: usize,
+    free: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(self.place);
+    }
+}
+
+#[derive(Debug)]
+struct Parent {
+    path: Arc<Path>,
+    /// Read before the pass: reading makes the kernel add up what its CPUs have counted apart.
+    settle: Vec<CachedFile>,
+}
+
+/// The program and what it reads.
 #[derive(Debug)]
 pub struct Walks {
-    /// Owns the program and the maps.
+    /// Owns the programs and the maps.
     object: Ebpf,
+    targets: SharedArray,
     records: SharedArray,
     orders: SharedArray,
-    /// By their numbers.
-    walks: Vec<(PathBuf, Walk)>,
+    /// Runs the reading program.
+    reader: OwnedFd,
+    free: Arc<Mutex<Vec<usize>>>,
+    /// Slots ever given away: those to be read.
+    used: usize,
+    capacity: usize,
+    parents: Vec<Parent>,
     budget: Arc<Budget>,
-    next: u64,
-    pass: u64,
     counts_block_io: bool,
 }
 
@@ -134,29 +153,31 @@ impl Walks {
     /// The step that failed; files must do then.
     pub fn start(facts: &Facts, budget: &Arc<Budget>, containers: u32) -> Result<Self, WalksError> {
         let btf = Btf::from_sys_fs().map_err(WalksError::Btf)?;
-        let capacity = containers
-            .saturating_mul(HIERARCHIES)
-            .saturating_add(OTHERS);
-        let cpus = possible_cpus();
-        let mut object = EbpfLoader::new()
-            .btf(Some(&btf))
-            .override_global("cpus", &cpus, true)
-            .override_global("capacity", &capacity, true)
-            .map_max_entries("records", capacity)
-            .map_max_entries("block_io", capacity.saturating_mul(4))
-            .load(ebpf::cgroup_stats())
-            .map_err(|err| WalksError::Load(Box::new(err)))?;
-        {
-            let program: &mut Iter = object
-                .program_mut("read_cgroups")
-                .ok_or(WalksError::Lacks("program"))?
-                .try_into()
-                .map_err(WalksError::Program)?;
-            program.load("cgroup", &btf).map_err(WalksError::Program)?;
-        }
+        let capacity = containers.saturating_add(OTHERS);
+        let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
+        let object = match cast {
+            Ok(cast) => load(&btf, capacity, Some(cast)).or_else(|err| {
+                tracing::info!(
+                    err = &err as &dyn std::error::Error,
+                    "the cgroup program can't read by plain loads, which costs more"
+                );
+                load(&btf, capacity, None)
+            }),
+            Err(_) => load(&btf, capacity, None),
+        }?;
+        Self::over(object, &btf, facts, budget, capacity)
+    }
+
+    fn over(
+        mut object: Ebpf,
+        btf: &Btf,
+        facts: &Facts,
+        budget: &Arc<Budget>,
+        capacity: u32,
+    ) -> Result<Self, WalksError> {
         // In version 2 the kernel's own counters are complete.
         let counts_block_io = matches!(facts.io, Some(Hierarchy::V1(_)))
-            && match count_block_io(&mut object, &btf) {
+            && match count_block_io(&mut object, btf) {
                 Ok(()) => true,
                 Err(err) => {
                     tracing::warn!(
@@ -166,72 +187,64 @@ impl Walks {
                     false
                 }
             };
-        let words = CgroupRecord::WORDS * usize::try_from(capacity).unwrap_or(0);
-        let records = shared(&object, "records", words)?;
-        let orders = shared(&object, "walk", walk::WORDS)?;
+        let capacity = usize::try_from(capacity).unwrap_or(0);
+        let hierarchy = facts.memory.as_ref().or(facts.cpu.as_ref());
+        let root = hierarchy.ok_or(WalksError::Lacks("hierarchy to read"))?;
         let mut walks = Self {
+            targets: shared(&object, "targets", target::WORDS * capacity)?,
+            records: shared(&object, "records", CgroupRecord::WORDS * capacity)?,
+            orders: shared(&object, "walk", walk::WORDS)?,
+            reader: attach(&object, "read_targets", root.mount()).map_err(WalksError::Attach)?,
             object,
-            records,
-            orders,
-            walks: Vec::new(),
+            free: Arc::default(),
+            used: 0,
+            capacity,
+            parents: Vec::new(),
             budget: Arc::clone(budget),
-            next: 1,
-            pass: 0,
             counts_block_io,
         };
-        walks.learn(facts)?;
+        walks.learn(root)?;
         Ok(walks)
     }
 
     /// Finds out where the kernel keeps which memory statistic, by comparing the root cgroup's with
     /// its file. Where nothing fits, they are read from files.
-    fn learn(&mut self, facts: &Facts) -> Result<(), WalksError> {
-        let hierarchy = facts.memory.as_ref().or(facts.cpu.as_ref());
-        let Some(hierarchy) = hierarchy else {
-            return Ok(());
-        };
+    fn learn(&mut self, hierarchy: &Hierarchy) -> Result<(), WalksError> {
         let root = hierarchy.mount();
         let unified = matches!(hierarchy, Hierarchy::V2(_));
-        let link = self
-            .attach(root, Visit::Itself)
-            .map_err(WalksError::Attach)?;
-        // The first try tells the array's lengths.
-        let mut candidates = vec![[MOST_STATS; STAT_ITEMS]];
-        let mut at = 0;
+        let slot = self.slot().ok_or(WalksError::Lacks("room"))?;
+        let words = self.look_up(root, unified).map_err(WalksError::Trial)?;
+        for controller in 0..CONTROLLERS {
+            self.put(&slot, controller, &words);
+        }
         let mut believed = false;
-        while let Some(candidate) = candidates.get(at).copied() {
-            let orders = self.orders.words();
-            for (item, index) in candidate.into_iter().enumerate() {
-                set(orders, walk::STAT_INDEX + item, index);
-            }
-            set(orders, walk::COUNT, 0);
-            set(orders, walk::BEGIN, 1);
-            set(orders, walk::UNIFIED, u64::from(unified));
+        for candidate in candidate_layouts(self.orders.words()) {
+            self.expect_layout(&candidate);
             let text = std::fs::read_to_string(root.join("memory.stat")).unwrap_or_default();
-            iterator::run_iterator(&link).map_err(WalksError::Walk)?;
-            if at == 0 {
-                candidates.extend(candidate_layouts(self.orders.words()));
-            } else if let Some(record) = CgroupRecord::read(self.records.words(), 0)
-                && word(self.orders.words(), walk::COUNT) == 1
-                && record.filled & filled::MEMORY_STAT != 0
-                && agrees(&text, unified, &record)
-            {
+            self.read().map_err(WalksError::Trial)?;
+            let record = self.record(&slot).unwrap_or_default();
+            if record.alive == 0 {
+                return Err(WalksError::Marks);
+            }
+            if record.filled & filled::MEMORY_STAT != 0 && agrees(&text, unified, &record) {
                 believed = true;
                 break;
             }
-            at += 1;
         }
         if !believed {
-            let orders = self.orders.words();
-            for item in 0..STAT_ITEMS {
-                set(orders, walk::STAT_INDEX + item, MOST_STATS);
-            }
+            self.expect_layout(&[MOST_STATS; STAT_ITEMS]);
         }
         tracing::info!(
             memory_statistics = if believed { "bpf" } else { "file" },
-            "cgroups are walked by a kernel program"
+            "cgroups are read by a kernel program"
         );
         Ok(())
+    }
+
+    fn expect_layout(&self, layout: &[u64; STAT_ITEMS]) {
+        for (item, index) in layout.iter().enumerate() {
+            set(self.orders.words(), walk::STAT_INDEX + item, *index);
+        }
     }
 
     /// Whether the memory statistics in the records may be believed.
@@ -244,154 +257,165 @@ impl Walks {
         self.counts_block_io
     }
 
-    fn attach(&self, directory: &Path, visit: Visit) -> io::Result<OwnedFd> {
-        let program = self
-            .object
-            .program("read_cgroups")
-            .ok_or(io::ErrorKind::NotFound)?;
-        let directory = rustix::fs::open(
-            directory,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let program = program.fd().map_err(io::Error::other)?;
-        iterator::cgroup_iterator(program, directory, visit)
-    }
-
-    /// Where the record of this directory's cgroup will be from the next pass on (or already is,
-    /// when its parent is walked).
-    pub fn place(&mut self, directory: &Path, kind: Kind) -> Option<Place> {
-        let parent = directory.parent()?;
-        let id = std::fs::metadata(directory).ok()?.ino();
-        if let Some((_, walk)) = self.walks.iter().find(|(path, _)| path == parent) {
-            return Some(Place {
-                walk: walk.number,
-                id,
-                at: walk.range.0,
-            });
-        }
-        if self.walks.len() >= MOST_WALKS {
-            return None;
-        }
-        let number = self.next;
-        self.next += 1;
-        let settle = match kind {
-            Kind::Unified => &["cpu.stat", "memory.stat"][..],
-            Kind::Memory => &["memory.stat"],
-            Kind::Other => &[],
+    /// A place for a container; `None` when there is no room.
+    pub fn slot(&mut self) -> Option<Slot> {
+        let given_back = self
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let place = match given_back {
+            Some(place) => place,
+            None if self.used < self.capacity => {
+                self.used += 1;
+                self.used - 1
+            }
+            None => return None,
         };
-        let walk = Walk {
-            number,
-            kind,
-            ran: false,
-            link: None,
-            settle: settle
-                .iter()
-                .map(|name| CachedFile::new(parent.join(name), &self.budget))
-                .collect(),
-            range: (0, 0),
-            places: HashMap::new(),
-            places_of_pass: 0,
-            unused: 0,
-        };
-        self.walks.push((parent.to_owned(), walk));
-        Some(Place {
-            walk: number,
-            id,
-            at: 0,
+        let words = self.targets.words().iter();
+        for word in words.skip(place * target::WORDS).take(target::WORDS) {
+            word.store(0, Relaxed);
+        }
+        Some(Slot {
+            place,
+            free: Arc::clone(&self.free),
         })
     }
 
-    /// Reads all cgroups, but those that will only be read when they are asked for.
-    pub fn pass(&mut self, buffer: &mut Vec<u8>) {
-        self.pass += 1;
-        self.walks.retain(|(_, walk)| walk.unused < UNUSED_PASSES);
-        set(self.orders.words(), walk::COUNT, 0);
-        set(self.orders.words(), walk::LEFT_OUT, 0);
-        for at in 0..self.walks.len() {
-            let Some((_, walk)) = self.walks.get_mut(at) else {
-                break;
-            };
-            walk.unused += 1;
-            walk.range = (0, 0);
-            walk.ran = false;
-            for file in &mut walk.settle {
-                file.read_if_offered(buffer);
-            }
-            if walk.kind != Kind::Other {
-                self.run(at);
-            }
+    /// Looks a cgroup up. `None` when it is not there, or can't be read this way.
+    pub fn find(&mut self, directory: &Path, kind: Kind) -> Option<Found> {
+        let path = directory.parent()?;
+        let known = self.parents.iter().find(|parent| *parent.path == *path);
+        let known = known.map(|parent| Arc::clone(&parent.path));
+        let settles = kind != Kind::Other;
+        if settles && known.is_none() && self.parents.len() >= MOST_PARENTS {
+            return None;
         }
+        let words = self
+            .look_up(directory, kind == Kind::Unified)
+            .inspect_err(|err| {
+                tracing::debug!(%err, directory = %directory.display(), "a cgroup can't be found");
+            })
+            .ok()?;
+        let parent = known.unwrap_or_else(|| self.settle(path.into(), kind));
+        Some(Found { words, parent })
     }
 
-    /// Runs a walk; its records come after those of the walks before it.
-    fn run(&mut self, at: usize) {
-        let link = match self.walks.get(at) {
-            Some((parent, walk)) if walk.link.is_none() => self
-                .attach(parent, Visit::Descendants)
-                .inspect_err(|err| {
-                    tracing::debug!(%err, parent = %parent.display(), "cgroups can't be walked");
-                })
-                .ok(),
-            _ => None,
+    fn settle(&mut self, path: Arc<Path>, kind: Kind) -> Arc<Path> {
+        let settle = match kind {
+            Kind::Unified => &["cpu.stat", "memory.stat"][..],
+            Kind::Memory => &["memory.stat"],
+            Kind::Other => return path,
         };
-        let Some((_, walk)) = self.walks.get_mut(at) else {
-            return;
-        };
-        walk.ran = true;
-        walk.link = link.or_else(|| walk.link.take());
-        let Some(link) = &walk.link else {
-            return;
-        };
+        self.parents.push(Parent {
+            settle: settle
+                .iter()
+                .map(|name| CachedFile::new(path.join(name), &self.budget))
+                .collect(),
+            path: Arc::clone(&path),
+        });
+        path
+    }
+
+    fn look_up(&self, directory: &Path, unified: bool) -> io::Result<[u64; target::WORDS]> {
         let orders = self.orders.words();
-        let first = word(orders, walk::COUNT);
-        let is = |kind| u64::from(walk.kind == kind);
-        set(orders, walk::UNIFIED, is(Kind::Unified));
-        set(orders, walk::JOIN, is(Kind::Memory));
-        set(orders, walk::BEGIN, 1);
-        let ran = iterator::run_iterator(link);
-        let after = word(orders, walk::COUNT);
-        if ran.is_ok() && after > first {
-            let place = |count| usize::try_from(count).unwrap_or(usize::MAX);
-            walk.range = (place(first), place(after));
-        } else {
-            // The parent is gone; another may come in its place.
-            walk.link = None;
+        for word in orders.iter().skip(walk::FOUND).take(target::WORDS) {
+            word.store(0, Relaxed);
+        }
+        set(orders, walk::HAS_FOUND, 0);
+        set(orders, walk::UNIFIED, u64::from(unified));
+        iterator::run_iterator(attach(&self.object, "find_cgroup", directory)?)?;
+        if word(orders, walk::HAS_FOUND) == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(std::array::from_fn(|at| word(orders, walk::FOUND + at)))
+    }
+
+    /// Has a controller of a container read from now on, as it was found. False when the cgroup does
+    /// not have it.
+    pub fn know(&mut self, slot: &Slot, controller: usize, found: &Found) -> bool {
+        self.put(slot, controller, &found.words);
+        found.words.get(target::STATES + controller) > Some(&0)
+    }
+
+    fn put(&self, slot: &Slot, controller: usize, words: &[u64; target::WORDS]) {
+        let Some(own) = self.targets.words().get(slot.place * target::WORDS..) else {
+            return;
+        };
+        let more: &[usize] = match controller {
+            0 => &[target::UNIFIED, target::CPU, target::CPU + 1],
+            2 => &[target::STATISTICS],
+            _ => &[],
+        };
+        let places = [target::STATES + controller, target::SERIALS + controller];
+        for at in places.iter().chain(more) {
+            set(own, *at, words.get(*at).copied().unwrap_or(0));
         }
     }
 
-    /// Cgroups of the last pass for which there was no room.
-    pub fn left_out(&self) -> u64 {
-        word(self.orders.words(), walk::LEFT_OUT)
-    }
-
-    /// The record of a cgroup in this pass; remembers where it is.
-    pub fn find(&mut self, place: &mut Place) -> Option<CgroupRecord> {
-        let by_number = |(_, walk): &(PathBuf, Walk)| walk.number;
-        let at = self.walks.binary_search_by_key(&place.walk, by_number);
-        let at = at.ok()?;
-        if !self.walks.get(at)?.1.ran {
-            self.run(at);
+    /// Reads all containers.
+    pub fn pass(&mut self, buffer: &mut Vec<u8>) {
+        // Held here and by each cgroup found below it.
+        self.parents
+            .retain(|parent| Arc::strong_count(&parent.path) > 1);
+        for file in self.parents.iter_mut().flat_map(|it| &mut it.settle) {
+            file.read_if_offered(buffer);
         }
-        let (_, walk) = self.walks.get_mut(at)?;
-        walk.unused = 0;
-        let (first, after) = walk.range;
-        let records = self.records.words();
-        if !(first..after).contains(&place.at)
-            || CgroupRecord::id(records, place.at) != Some(place.id)
-        {
-            if walk.places_of_pass != self.pass {
-                walk.places_of_pass = self.pass;
-                walk.places.clear();
-                walk.places.extend(
-                    (first..after)
-                        .filter_map(|at| CgroupRecord::id(records, at).map(|id| (id, at))),
-                );
+        if let Err(err) = self.read() {
+            tracing::debug!(%err, "the cgroup program can't be run");
+            for at in 0..self.used {
+                set(self.records.words(), at * CgroupRecord::WORDS, 0);
+                set(self.records.words(), at * CgroupRecord::WORDS + 1, 0);
             }
-            place.at = walk.places.get(&place.id).copied()?;
         }
-        CgroupRecord::read(records, place.at)
     }
+
+    fn read(&self) -> io::Result<()> {
+        set(self.orders.words(), walk::COUNT, self.used as u64);
+        iterator::run_iterator(&self.reader)
+    }
+
+    /// What was read of a container in this pass.
+    pub fn record(&self, slot: &Slot) -> Option<CgroupRecord> {
+        CgroupRecord::read(self.records.words(), slot.place)
+    }
+}
+
+/// Loads the programs; with the number of the kernel's function for it, they read by plain loads.
+fn load(btf: &Btf, capacity: u32, cast: Option<u32>) -> Result<Ebpf, WalksError> {
+    let object = match cast {
+        Some(cast) => Cow::Owned(ebpf::with_cast(ebpf::cgroup_stats(), cast)),
+        None => Cow::Borrowed(ebpf::cgroup_stats()),
+    };
+    let mut object = EbpfLoader::new()
+        .btf(Some(btf))
+        .override_global("cpus", &possible_cpus(), true)
+        .override_global("casts", &u32::from(cast.is_some()), true)
+        .map_max_entries("targets", capacity)
+        .map_max_entries("records", capacity)
+        .map_max_entries("block_io", capacity.saturating_mul(BLOCK_ENTRIES))
+        .load(&object)
+        .map_err(|err| WalksError::Load(Box::new(err)))?;
+    for name in ["find_cgroup", "read_targets"] {
+        let program: &mut Iter = object
+            .program_mut(name)
+            .ok_or(WalksError::Lacks("program"))?
+            .try_into()
+            .map_err(WalksError::Program)?;
+        program.load("cgroup", btf).map_err(WalksError::Program)?;
+    }
+    Ok(object)
+}
+
+fn attach(object: &Ebpf, name: &str, directory: &Path) -> io::Result<OwnedFd> {
+    let program = object.program(name).ok_or(io::ErrorKind::NotFound)?;
+    let directory = rustix::fs::open(
+        directory,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let program = program.fd().map_err(io::Error::other)?;
+    iterator::cgroup_iterator(program, directory)
 }
 
 fn count_block_io(object: &mut Ebpf, btf: &Btf) -> Result<(), WalksError> {
@@ -504,16 +528,27 @@ mod tests {
             "says nothing"
         );
     }
-    /// The whole of it on this kernel: every cgroup below the root is found with its own numbers.
+
+    /// The whole of it on this kernel: a cgroup is found with its own numbers, and missed when it goes.
     #[test]
-    fn a_walk_finds_this_hosts_cgroups() {
+    fn a_cgroup_is_read_until_it_is_gone() {
         if !rustix::process::geteuid().is_root() {
             println!("SKIP loading programs into the kernel needs root");
             return;
         }
-        let facts = Facts::gather();
-        let budget = Budget::new(100);
-        let mut walks = Walks::start(&facts, &budget, 1_024).expect("this kernel has iterators");
+        let (facts, budget) = (Facts::gather(), Budget::new(100));
+        let btf = Btf::from_sys_fs().expect("types");
+        let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
+        // By plain loads where the kernel has them, and as older ones must.
+        for cast in [cast.ok(), None] {
+            let object = load(&btf, 8, cast).expect("the program");
+            let walks = Walks::over(object, &btf, &facts, &budget, 8);
+            reads_until_it_is_gone(&facts, walks.expect("this kernel has iterators"));
+        }
+    }
+
+    fn reads_until_it_is_gone(facts: &Facts, mut walks: Walks) {
+        const PIDS: usize = 4;
         let Some(pids) = facts.pids.as_ref() else {
             panic!("no pids controller");
         };
@@ -521,24 +556,46 @@ mod tests {
         let group = pids
             .mount()
             .join(format!("bai-walk-{}", std::process::id()));
-        std::fs::create_dir(&group).expect("a cgroup");
-        let limited = std::fs::write(group.join("pids.max"), "77").is_ok();
         let kind = if unified { Kind::Unified } else { Kind::Other };
-        let mut place = walks.place(&group, kind).expect("a place");
+        assert!(walks.find(&group, kind).is_none(), "not there yet");
+        let slot = walks.slot().expect("room");
         let mut buffer = Vec::new();
-        walks.pass(&mut buffer);
-        let record = walks.find(&mut place);
-        std::fs::remove_dir(&group).expect("removed");
-        walks.pass(&mut buffer);
-        let after = walks.find(&mut place);
-        let record = record.expect("its record");
-        assert_eq!(after, None, "gone");
-        assert_eq!(walks.left_out(), 0);
-        assert!(limited && record.filled & filled::PIDS != 0, "{record:?}");
-        assert_eq!((record.pids, record.pids_limit), (0, 77));
+        // Made, removed and made again at the same place: another state each time.
+        for limit in [77, 78] {
+            std::fs::create_dir(&group).expect("a cgroup");
+            std::fs::write(group.join("pids.max"), limit.to_string()).expect("limited");
+            walks.pass(&mut buffer);
+            let before = walks.record(&slot).expect("a record");
+            assert_eq!(before.alive, 0, "the one before it is not taken for it");
+            let found = walks.find(&group, kind).expect("found");
+            assert!(walks.know(&slot, PIDS, &found));
+            walks.pass(&mut buffer);
+            let record = walks.record(&slot);
+            std::fs::remove_dir(&group).expect("removed");
+            walks.pass(&mut buffer);
+            let after = walks.record(&slot).expect("a record");
+            assert_eq!((after.alive, after.filled), (0, 0), "gone");
+            let record = record.expect("its record");
+            assert_eq!(record.alive, 1 << PIDS);
+            assert!(record.filled & filled::PIDS != 0, "{record:?}");
+            assert_eq!((record.pids, record.pids_limit), (0, limit));
+        }
         assert!(
             walks.knows_statistics(),
             "no layout of memory statistics fits"
         );
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_it_is_given_back() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIP loading programs into the kernel needs root");
+            return;
+        }
+        let mut walks = Walks::start(&Facts::gather(), &Budget::new(100), 2).expect("iterators");
+        let mut slots: Vec<Slot> = std::iter::from_fn(|| walks.slot()).collect();
+        assert_eq!(slots.len(), 2 + OTHERS as usize);
+        slots.pop();
+        assert!(walks.slot().is_some());
     }
 }

@@ -15,15 +15,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_TRACE_ITER: u32 = 28;
-
-/// Which cgroups an iterator visits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Visit {
-    /// The directory's own.
-    Itself,
-    /// It and all below, parents first.
-    Descendants,
-}
+const BPF_CGROUP_ITER_SELF_ONLY: u32 = 1;
 
 /// The `link_create` member of `union bpf_attr`, as far as iterators use it.
 #[repr(C)]
@@ -66,20 +58,13 @@ fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Ties a loaded iterator program to the cgroup of an open directory.
+/// Ties a loaded iterator program to the cgroup of an open directory, and no other.
 ///
 /// # Errors
 /// The kernel's refusal.
-pub fn cgroup_iterator(
-    program: impl AsFd,
-    directory: impl AsFd,
-    visit: Visit,
-) -> io::Result<OwnedFd> {
+pub fn cgroup_iterator(program: impl AsFd, directory: impl AsFd) -> io::Result<OwnedFd> {
     let mut iterator = CgroupIterator {
-        order: match visit {
-            Visit::Itself => 1,
-            Visit::Descendants => 2,
-        },
+        order: BPF_CGROUP_ITER_SELF_ONLY,
         directory: raw(&directory)?,
         id: 0,
     };

@@ -254,6 +254,17 @@ impl Links {
         let place = self.0.binary_search_by_key(&index, |(known, _)| *known);
         Some(&self.0.get(place.ok()?)?.1)
     }
+
+    /// As [`Links::get`], looking first at `place`, where it was last time; keeps that up to date.
+    pub fn get_at(&self, index: u32, place: &mut usize) -> Option<&LinkCounters> {
+        if self.0.get(*place).is_none_or(|(known, _)| *known != index) {
+            *place = self
+                .0
+                .binary_search_by_key(&index, |(known, _)| *known)
+                .ok()?;
+        }
+        Some(&self.0.get(*place)?.1)
+    }
 }
 
 impl FromIterator<(u32, LinkCounters)> for Links {

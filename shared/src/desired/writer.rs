@@ -259,7 +259,7 @@ fn put<R: KeyedRow>(
         });
     }
     let raw = row.to_raw()?;
-    let place = index.place(key)?;
+    let (place, _) = index.place(key)?;
     staged.raw(index.table, place, &raw);
     Ok(())
 }

@@ -305,20 +305,8 @@ pub struct ContainerSample {
     pub disk: Measured<DiskCounters>,
 }
 
-impl KeyedRow for ContainerSample {
-    type Key = ContainerId;
-    type Raw = RawSample;
-    const TABLE: usize = table::CONTAINERS;
-
-    fn key(&self) -> ContainerId {
-        self.container_id
-    }
-
-    fn generation(&self) -> Generation {
-        Generation(self.tick)
-    }
-
-    fn to_raw(&self) -> Result<RawSample, BatchError> {
+impl ContainerSample {
+    pub(super) fn encode(&self) -> RawSample {
         let mut raw = RawSample {
             state: state::USED,
             container_id: self.container_id.0,
@@ -326,7 +314,16 @@ impl KeyedRow for ContainerSample {
             tick: self.tick,
             taken_monotonic_ns: self.taken_monotonic_ns,
             taken_wall_ns: self.taken_wall_ns,
-            ..RawSample::default()
+            reserved: 0,
+            sources: [0; 8],
+            ages_ms: [0; 8],
+            present: [0; 8],
+            cpu: [0; 8],
+            memory: [0; 16],
+            pids: [0; 8],
+            io: [0; 8],
+            net: [0; 8],
+            disk: [0; 8],
         };
         macro_rules! group {
             ($index:literal, $field:ident) => {
@@ -343,7 +340,25 @@ impl KeyedRow for ContainerSample {
         group!(3, io);
         group!(4, net);
         group!(5, disk);
-        Ok(raw)
+        raw
+    }
+}
+
+impl KeyedRow for ContainerSample {
+    type Key = ContainerId;
+    type Raw = RawSample;
+    const TABLE: usize = table::CONTAINERS;
+
+    fn key(&self) -> ContainerId {
+        self.container_id
+    }
+
+    fn generation(&self) -> Generation {
+        Generation(self.tick)
+    }
+
+    fn to_raw(&self) -> Result<RawSample, BatchError> {
+        Ok(self.encode())
     }
 
     fn from_raw(raw: &RawSample, _: Generation) -> Option<Self> {

@@ -8,9 +8,9 @@ use super::{
 };
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
-use crate::layout::{RawBank, RawProcess, RawRow, RegionKind, Sizes};
+use crate::layout::{RawBank, RawProcess, RawRow, RawSample, RegionKind, Sizes};
 use crate::lock::WriterLock;
-use crate::region::{OpenError, RegionWriter, Start};
+use crate::region::{OpenError, RegionWriter, Start, words_of};
 use crate::table::{BatchError, Index, KeyedRow, Staged};
 
 /// The writing end of the observed region: one per directory.
@@ -18,9 +18,12 @@ use crate::table::{BatchError, Index, KeyedRow, Staged};
 pub struct ObservedWriter {
     region: RegionWriter,
     start: Start,
-    ports: Index<PortKey>,
-    containers: Index<ContainerId>,
-    accelerators: Index<AcceleratorKey>,
+    ports: Changing<PortKey>,
+    containers: Changing<ContainerId>,
+    accelerators: Changing<AcceleratorKey>,
+    /// Rows of the last list of samples, in its order: the next one is nearly always of the same
+    /// containers, so none is looked up. Empty after a removal.
+    rows: Vec<(ContainerId, u32)>,
     staged: Staged,
 }
 
@@ -131,9 +134,10 @@ impl ObservedWriter {
         Ok(Self {
             region,
             start,
-            ports,
-            containers,
-            accelerators,
+            ports: Changing::new(ports),
+            containers: Changing::new(containers),
+            accelerators: Changing::new(accelerators),
+            rows: Vec::new(),
             staged,
         })
     }
@@ -176,17 +180,17 @@ impl ObservedWriter {
 
     /// Keys of the port rows there are: an earlier life's too.
     pub fn port_keys(&self) -> impl Iterator<Item = PortKey> + '_ {
-        self.ports.entries.keys().copied()
+        self.ports.keys()
     }
 
     /// Ids of the container rows there are: an earlier life's too.
     pub fn container_ids(&self) -> impl Iterator<Item = ContainerId> + '_ {
-        self.containers.entries.keys().copied()
+        self.containers.keys()
     }
 
     /// Keys of the accelerator rows there are: an earlier life's too.
     pub fn accelerator_keys(&self) -> impl Iterator<Item = AcceleratorKey> + '_ {
-        self.accelerators.entries.keys().copied()
+        self.accelerators.keys()
     }
 
     /// Leaves a sign of life; call it about once a second.
@@ -206,56 +210,153 @@ impl ObservedWriter {
         if batch.is_empty() {
             return Ok(self.committed());
         }
-        // The indexes change only together with the rows.
-        let mut ports = self.ports.clone();
-        let mut containers = self.containers.clone();
-        let mut accelerators = self.accelerators.clone();
-        let (region, staged) = (&mut self.region, &mut self.staged);
-        staged.clear();
-        for change in batch.changes {
+        self.staged.clear();
+        if let Err(err) = self.stage(&batch.changes) {
+            // The indexes change only together with the rows.
+            self.ports.roll_back();
+            self.containers.roll_back();
+            self.accelerators.roll_back();
+            self.rows.clear();
+            return Err(err);
+        }
+        let generation = self.region.allocate();
+        self.staged.store(&self.region, generation);
+        for change in &batch.changes {
+            if let Change::PutContainers(samples) = change {
+                self.store_samples(samples, generation);
+            }
+        }
+        self.region.commit(generation);
+        self.ports.settle();
+        self.containers.settle();
+        self.accelerators.settle();
+        Ok(generation)
+    }
+
+    /// Finds room for all rows and encodes them, but for samples.
+    fn stage(&mut self, changes: &[Change]) -> Result<(), BatchError> {
+        let (region, staged) = (&self.region, &mut self.staged);
+        for change in changes {
             match change {
                 Change::Applied(applied) => {
                     staged.raw(region.table(table::APPLIED), 0, &applied.to_raw());
                 }
-                Change::PutPort(status) => put(&mut ports, &status, staged)?,
-                Change::RemovePort(key) => remove(&mut ports, &key, staged),
+                Change::PutPort(status) => self.ports.put(status, staged)?,
+                Change::RemovePort(key) => self.ports.remove(key, staged),
                 Change::PutContainers(samples) => {
-                    for sample in &samples {
-                        put(&mut containers, sample, staged)?;
+                    for (at, sample) in samples.iter().enumerate() {
+                        let id = sample.container_id;
+                        if self.rows.get(at).is_none_or(|(known, _)| *known != id) {
+                            let row = self.containers.place(id)?;
+                            self.rows.truncate(at);
+                            self.rows.push((id, row));
+                        }
                     }
                 }
-                Change::RemoveContainer(id) => remove(&mut containers, &id, staged),
-                Change::PutAccelerator(row) => put(&mut accelerators, &*row, staged)?,
-                Change::RemoveAccelerator(key) => remove(&mut accelerators, &key, staged),
+                Change::RemoveContainer(id) => {
+                    self.containers.remove(id, staged);
+                    self.rows.clear();
+                }
+                Change::PutAccelerator(row) => self.accelerators.put(&**row, staged)?,
+                Change::RemoveAccelerator(key) => self.accelerators.remove(key, staged),
                 Change::Node(sample) => {
                     staged.raw(region.table(table::NODE), 0, &sample.to_raw());
                 }
-                Change::Processes(processes) => stage_processes(region, staged, &processes),
+                Change::Processes(processes) => stage_processes(region, staged, processes),
             }
         }
-        let generation = region.allocate();
-        staged.commit(region, generation);
-        self.ports = ports;
-        self.containers = containers;
-        self.accelerators = accelerators;
-        Ok(generation)
+        Ok(())
+    }
+
+    /// Encodes samples into their rows at once: there are many, and nothing of them can be refused.
+    fn store_samples(&self, samples: &[ContainerSample], generation: Generation) {
+        let committed = self.region.committed();
+        let Index { table, entries, .. } = &self.containers.index;
+        let mut bytes = [0; RawSample::INFO.size];
+        for (at, sample) in samples.iter().enumerate() {
+            let id = sample.container_id;
+            let known = self.rows.get(at).filter(|(known, _)| *known == id);
+            let row = match known {
+                Some((_, row)) => *row,
+                // One that was removed later in the same batch has none.
+                None => match entries.get(&id) {
+                    Some(entry) => entry.row,
+                    None => continue,
+                },
+            };
+            sample.encode().store(&mut bytes);
+            let cell = self.region.cell(table, row);
+            cell.write(committed.0, generation.0, words_of(&bytes));
+        }
     }
 }
 
-fn put<R: KeyedRow>(
-    index: &mut Index<R::Key>,
-    row: &R,
-    staged: &mut Staged,
-) -> Result<(), BatchError> {
-    let raw = row.to_raw()?;
-    let place = index.place(row.key())?;
-    staged.raw(index.table, place, &raw);
-    Ok(())
+/// An index and what the batch under way has done to it.
+#[derive(Debug)]
+struct Changing<K> {
+    index: Index<K>,
+    steps: Vec<Step<K>>,
 }
 
-fn remove<K: Copy + Eq + std::hash::Hash>(index: &mut Index<K>, key: &K, staged: &mut Staged) {
-    if let Some(row) = index.release(key) {
-        staged.free(index.table, row);
+#[derive(Debug)]
+enum Step<K> {
+    Placed(K),
+    Released(K, u32),
+}
+
+impl<K: Copy + Eq + std::hash::Hash> Changing<K> {
+    fn new(index: Index<K>) -> Self {
+        Self {
+            index,
+            steps: Vec::new(),
+        }
+    }
+
+    fn keys(&self) -> impl Iterator<Item = K> + '_ {
+        self.index.entries.keys().copied()
+    }
+
+    fn place(&mut self, key: K) -> Result<u32, BatchError> {
+        let (row, fresh) = self.index.place(key)?;
+        if fresh {
+            self.steps.push(Step::Placed(key));
+        }
+        Ok(row)
+    }
+
+    fn put<R: KeyedRow<Key = K>>(
+        &mut self,
+        row: &R,
+        staged: &mut Staged,
+    ) -> Result<(), BatchError> {
+        let raw = row.to_raw()?;
+        let place = self.place(row.key())?;
+        staged.raw(self.index.table, place, &raw);
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &K, staged: &mut Staged) {
+        if let Some(row) = self.index.release(key) {
+            self.steps.push(Step::Released(*key, row));
+            staged.free(self.index.table, row);
+        }
+    }
+
+    /// The batch is visible.
+    fn settle(&mut self) {
+        self.steps.clear();
+    }
+
+    /// The batch was refused.
+    fn roll_back(&mut self) {
+        while let Some(step) = self.steps.pop() {
+            match step {
+                Step::Placed(key) => {
+                    self.index.release(&key);
+                }
+                Step::Released(key, row) => self.index.restore(key, row),
+            }
+        }
     }
 }
 

@@ -1,0 +1,234 @@
+//! What the kernel program's record and the list of links say, as counters of a container.
+//!
+//! In: a record, links. Out: groups of counters. Invariant: what was not read is absent.
+
+use ebpf::cgroup_records::{CgroupRecord, filled};
+use shared::desired::ContainerRow;
+use shared::observed::{
+    CpuCounters, IoCounters, MemoryCounters, NetCounters, PidsCounters, UNLIMITED,
+};
+
+use super::cgroup_v1;
+use super::walks::bytes;
+use crate::sys::netlink::{LinkCounters, Links};
+
+/// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,
+/// and lets neither part run backwards (kernel/sched/cputime.c, cputime_adjust).
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CpuSplit {
+    user: u64,
+    system: u64,
+}
+
+impl CpuSplit {
+    fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
+        if usage < self.user.saturating_add(self.system) {
+            return (self.user, self.system);
+        }
+        let scaled = match (user, system) {
+            (_, 0) => 0,
+            (0, _) => usage,
+            _ => {
+                let sum = u128::from(user) + u128::from(system);
+                let scaled = u128::from(system) * u128::from(usage) / sum;
+                u64::try_from(scaled).unwrap_or(usage)
+            }
+        };
+        let mut system = scaled.max(self.system);
+        let mut user = usage.saturating_sub(system);
+        if user < self.user {
+            user = self.user;
+            system = usage - user;
+        }
+        (self.user, self.system) = (user, system);
+        (user, system)
+    }
+}
+
+pub(super) fn cpu_counters(record: &CgroupRecord, split: &mut CpuSplit) -> Option<CpuCounters> {
+    let usage = record.cpu_usage_ns;
+    let (user, system) = if record.filled & filled::CPUACCT != 0 {
+        (record.cpu_user_ns, record.cpu_system_ns)
+    } else if record.filled & filled::CPU_BASE != 0 {
+        split.adjust(usage, record.cpu_user_ns, record.cpu_system_ns)
+    } else {
+        return None;
+    };
+    let quota = Some(record).filter(|record| record.filled & filled::QUOTA != 0);
+    Some(CpuCounters {
+        usage_ns: Some(usage),
+        user_ns: Some(user),
+        system_ns: Some(system),
+        periods: quota.map(|record| record.periods),
+        throttled_periods: quota.map(|record| record.throttled_periods),
+        throttled_ns: quota.map(|record| record.throttled_ns),
+        pressure_some_ns: None,
+    })
+}
+
+pub(super) fn memory_counters(
+    record: &CgroupRecord,
+    unified: bool,
+    counts_swap: bool,
+) -> MemoryCounters {
+    let [inactive_file, anon, file, shmem, swap, kernel] =
+        record.stat_pages.map(|pages| Some(bytes(pages)));
+    let limit = |pages| Some(cgroup_v1::limit(bytes(pages)));
+    let swap_limit = limit(record.swap_limit_pages).filter(|_| counts_swap);
+    let both = MemoryCounters {
+        current_bytes: Some(bytes(record.memory_pages)),
+        inactive_file_bytes: inactive_file,
+        anon_bytes: anon,
+        file_bytes: file,
+        shmem_bytes: shmem,
+        peak_bytes: Some(bytes(record.memory_peak_pages)),
+        oom_kill_events: Some(record.oom_kill_events),
+        swap_limit_bytes: swap_limit,
+        ..MemoryCounters::default()
+    };
+    if unified {
+        MemoryCounters {
+            limit_bytes: limit(record.memory_limit_pages),
+            swap_bytes: Some(bytes(record.swap_pages)).filter(|_| counts_swap),
+            oom_events: Some(record.oom_events),
+            max_events: Some(record.memory_max_events),
+            kernel_bytes: kernel,
+            ..both
+        }
+    } else {
+        let swap_failures = if counts_swap { record.swap_failures } else { 0 };
+        MemoryCounters {
+            limit_bytes: limit(record.memory_least_limit_pages),
+            swap_bytes: swap,
+            max_events: Some(record.memory_failures.saturating_add(swap_failures)),
+            ..both
+        }
+    }
+}
+
+/// The kernel's "no limit" of tasks is one more than the most there may be (kernel/cgroup/pids.c).
+const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
+
+/// Counted since the program was loaded, on top of what an earlier life of this process had counted.
+pub(super) fn io_counters(record: &CgroupRecord, before: Option<&IoCounters>) -> IoCounters {
+    let before = before.copied().unwrap_or_default();
+    let sum = |now: u64, before: Option<u64>| Some(now.saturating_add(before.unwrap_or(0)));
+    IoCounters {
+        read_bytes: sum(record.io_read_bytes, before.read_bytes),
+        write_bytes: sum(record.io_write_bytes, before.write_bytes),
+        read_operations: sum(record.io_reads, before.read_operations),
+        write_operations: sum(record.io_writes, before.write_operations),
+        ..IoCounters::default()
+    }
+}
+
+pub(super) fn pids_counters(record: &CgroupRecord) -> PidsCounters {
+    let limit = record.pids_limit;
+    PidsCounters {
+        current: Some(record.pids),
+        limit: Some(if limit >= NO_PIDS_LIMIT {
+            UNLIMITED
+        } else {
+            limit
+        }),
+        limit_events: (record.filled & filled::PIDS_EVENTS != 0)
+            .then_some(record.pids_limit_events),
+    }
+}
+
+/// A container on the host's network has no counters of its own, and never the host's.
+pub(super) fn network_of(row: &ContainerRow, links: &Links) -> Option<NetCounters> {
+    if row.host_network {
+        return None;
+    }
+    network(&row.link_indexes, links, &mut 0)
+}
+
+/// The container's view of its network: what the host's end sent, it received. One whose link can't be
+/// found has no counters.
+pub(super) fn network(indexes: &[u32], links: &Links, place: &mut usize) -> Option<NetCounters> {
+    if indexes.is_empty() {
+        return None;
+    }
+    let mut sum = LinkCounters::default();
+    for index in indexes {
+        let link = links.get_at(*index, place)?;
+        sum.rx_bytes += link.rx_bytes;
+        sum.rx_packets += link.rx_packets;
+        sum.rx_errors += link.rx_errors;
+        sum.rx_dropped += link.rx_dropped;
+        sum.tx_bytes += link.tx_bytes;
+        sum.tx_packets += link.tx_packets;
+        sum.tx_errors += link.tx_errors;
+        sum.tx_dropped += link.tx_dropped;
+    }
+    Some(NetCounters {
+        rx_bytes: Some(sum.tx_bytes),
+        rx_packets: Some(sum.tx_packets),
+        rx_errors: Some(sum.tx_errors),
+        rx_drops: Some(sum.tx_dropped),
+        tx_bytes: Some(sum.rx_bytes),
+        tx_packets: Some(sum.rx_packets),
+        tx_errors: Some(sum.rx_errors),
+        tx_drops: Some(sum.rx_dropped),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(rx_bytes: u64, tx_bytes: u64) -> LinkCounters {
+        LinkCounters {
+            rx_bytes,
+            tx_bytes,
+            ..LinkCounters::default()
+        }
+    }
+
+    fn links<const N: usize>(list: [(u32, LinkCounters); N]) -> Links {
+        list.into_iter().collect()
+    }
+
+    fn row(links: &[u32]) -> ContainerRow {
+        ContainerRow {
+            link_indexes: links.to_vec(),
+            ..ContainerRow::default()
+        }
+    }
+
+    #[test]
+    fn directions_are_swapped_and_links_summed() {
+        let links = links([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
+        let net = network_of(&row(&[3, 4]), &links).unwrap();
+        assert_eq!((net.rx_bytes, net.tx_bytes), (Some(22), Some(11)));
+    }
+
+    #[test]
+    fn a_missing_link_means_no_numbers_rather_than_fewer() {
+        let links = links([(3, link(10, 20))]);
+        assert_eq!(network_of(&row(&[3, 4]), &links), None);
+        assert_eq!(network_of(&row(&[]), &links), None);
+    }
+
+    /// The original reported the host's totals for every container.
+    #[test]
+    fn a_container_on_the_hosts_network_never_gets_the_hosts_totals() {
+        let links = links([(1, link(10, 20))]);
+        let mut row = row(&[1]);
+        row.host_network = true;
+        assert_eq!(network_of(&row, &links), None);
+    }
+
+    #[test]
+    fn cpu_time_is_split_exactly_and_never_runs_backwards() {
+        let mut split = CpuSplit::default();
+        assert_eq!(split.adjust(100, 30, 10), (75, 25));
+        // The sampled parts say less system time than before; none of it is taken back.
+        let (user, system) = split.adjust(120, 119, 1);
+        assert_eq!(user + system, 120);
+        assert!(user >= 75 && system >= 25);
+        assert_eq!(split.adjust(110, 1, 1), (user, system));
+        assert_eq!(CpuSplit::default().adjust(7, 0, 0), (7, 0));
+    }
+}
