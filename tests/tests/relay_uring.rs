@@ -112,11 +112,11 @@ fn messages_stay_on_the_ring_bulk_leaves_it_and_comes_back() {
 
     // The same without an end: it is one of messages again.
     let (mut client, mut accepted) = site.pair();
-    let bulk = vec![5; 2 * MIB as usize];
+    let bulk = vec![5; 2_000_000];
     thread::scope(|scope| {
         let mut writer = client.try_clone().expect("a second handle");
         scope.spawn(move || writer.write_all(&bulk).expect("sent"));
-        let mut got = vec![0; 2 * MIB as usize];
+        let mut got = vec![0; 2_000_000];
         accepted.read_exact(&mut got).expect("arrives");
         assert!(got.iter().all(|byte| *byte == 5));
     });
