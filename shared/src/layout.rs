@@ -328,12 +328,14 @@ impl RegionKind {
         };
         let mut offset = HEADER_BYTES;
         list.into_iter()
-            .map(|(name, payload_bytes, rows)| {
+            .enumerate()
+            .map(|(index, (name, payload_bytes, rows))| {
                 let payload_words = payload_bytes / 8;
                 let stride =
                     (crate::cell::words_for(payload_words) * 8).next_multiple_of(ROW_ALIGNMENT);
                 let table = Table {
                     name,
+                    index,
                     offset_words: offset / 8,
                     stride_words: stride / 8,
                     payload_words,
@@ -350,6 +352,8 @@ impl RegionKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) name: &'static str,
+    /// Place in its region.
+    pub(crate) index: usize,
     pub(crate) offset_words: usize,
     pub(crate) stride_words: usize,
     pub(crate) payload_words: usize,

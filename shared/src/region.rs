@@ -153,6 +153,7 @@ pub(crate) mod word {
     pub(crate) const COMMITTED: usize = offset_of!(Header, committed) / 8;
     pub(crate) const HEARTBEAT_MONOTONIC: usize = offset_of!(Header, heartbeat_monotonic_ns) / 8;
     pub(crate) const HEARTBEAT_WALL: usize = offset_of!(Header, heartbeat_wall_ns) / 8;
+    pub(crate) const USED_ROWS: usize = offset_of!(Header, used_rows) / 8;
     pub(crate) const WRITER_PID: usize = offset_of!(Header, writer_pid) / 8;
 }
 
@@ -187,6 +188,14 @@ pub(crate) fn cell_at<'a>(words: &'a [AtomicU64], table: &Table, row: u32) -> Op
     let start = table.offset_words + row as usize * table.stride_words;
     let length = crate::cell::words_for(table.payload_words);
     Cell::over(words.get(start..start + length)?, table.payload_words)
+}
+
+/// How many of a table's rows may hold anything, as the header says; never more than it has.
+pub(crate) fn used_rows(words: &[AtomicU64], table: &Table) -> u32 {
+    let used = words
+        .get(word::USED_ROWS + table.index)
+        .map_or(u64::MAX, |word| word.load(Ordering::Relaxed));
+    u32::try_from(used).map_or(table.rows, |used| used.min(table.rows))
 }
 
 /// The row counts a header claims, if a region of `kind` can have them.

@@ -110,7 +110,9 @@ impl<K: Copy + Eq + Hash> Index<K> {
         let mut entries: HashMap<K, Entry> = HashMap::new();
         let mut free = Vec::new();
         let mut bytes = vec![0u8; R::Raw::INFO.size];
-        for row in (0..table.rows).rev() {
+        let written = region.used_rows(&table);
+        free.extend((written..table.rows).rev());
+        for row in (0..written).rev() {
             let mut used = state::FREE;
             let look = region.cell(&table, row).look(committed.0, |slot| {
                 used = first_state(slot);
@@ -225,6 +227,7 @@ impl Staged {
         let committed = region.committed();
         for (table, row, range) in &self.writes {
             let payload = words_of(&self.bytes[range.clone()]);
+            region.use_row(table, *row);
             region
                 .cell(table, *row)
                 .write(committed.0, generation.0, payload);
@@ -263,7 +266,7 @@ pub(crate) fn copy_table<R: KeyedRow>(
         invalid: 0,
     };
     let mut bytes = vec![0u8; R::Raw::INFO.size];
-    for row in 0..table.rows {
+    for row in 0..mapped.used_rows(&table) {
         match copy_row::<R>(mapped, &table, row, committed, &mut bytes)? {
             None => {}
             Some((found, typed)) => match (found, typed) {
@@ -330,7 +333,7 @@ pub(crate) fn find<R: KeyedRow>(
     {
         return Ok(Some(typed));
     }
-    for row in 0..table.rows {
+    for row in 0..mapped.used_rows(&table) {
         if let Some(typed) = fits(row)? {
             if hints.len() >= table.rows as usize {
                 hints.clear();

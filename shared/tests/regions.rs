@@ -333,6 +333,66 @@ fn larger_tables_carry_the_rows_into_a_new_file() {
     assert_eq!(writer.sizes().ports, 40);
 }
 
+/// The header's `used_rows` of the desired region's ports and containers.
+fn used_rows(directory: &TempDir) -> [u64; 2] {
+    let file = std::fs::File::open(directory.path().join("desired")).expect("a region");
+    [120, 128].map(|offset| {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, offset).expect("a header");
+        u64::from_le_bytes(word)
+    })
+}
+
+#[test]
+fn only_rows_that_were_ever_used_are_looked_at() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(used_rows(&directory), [0, 0]);
+    writer
+        .batch(|batch| {
+            batch.put_port(port(1));
+            batch.put_port(port(2));
+        })
+        .unwrap();
+    writer.batch(|batch| batch.remove_port(key(2))).unwrap();
+    assert_eq!(used_rows(&directory), [2, 0]);
+    drop(writer);
+
+    // The next life goes on from there, and so does a larger file.
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    writer.batch(|batch| batch.put_port(port(3))).unwrap();
+    assert_eq!(used_rows(&directory), [3, 0]);
+    drop(writer);
+    let larger = Sizes { ports: 9, ..SIZES };
+    let mut writer = DesiredWriter::open(directory.path(), larger).unwrap();
+    assert_eq!(
+        (writer.start(), used_rows(&directory)),
+        (Start::Grown, [3, 0])
+    );
+    writer.batch(|batch| batch.put_port(port(4))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let ports = |reader: &mut DesiredReader| -> Vec<u16> {
+        let snapshot = reader.snapshot().unwrap();
+        snapshot
+            .ports
+            .iter()
+            .map(|row| row.key().host_port)
+            .collect()
+    };
+    assert_eq!(ports(&mut reader), [1, 3, 4]);
+
+    // Less than there are hides rows; nonsense hides none.
+    let file = std::fs::File::options()
+        .write(true)
+        .open(directory.path().join("desired"))
+        .unwrap();
+    for (claimed, seen) in [(1_u64, &[1][..]), (u64::MAX, &[1, 3, 4])] {
+        file.write_all_at(&claimed.to_le_bytes(), 120).unwrap();
+        let mut reader = DesiredReader::open(directory.path()).unwrap();
+        assert_eq!(ports(&mut reader), seen);
+    }
+}
+
 #[test]
 fn another_layout_means_a_new_region_that_readers_find() {
     let directory = directory();

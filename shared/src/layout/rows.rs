@@ -35,7 +35,8 @@ declare! {
         108 container_rows: u32 = "rows of the containers table",
         112 accelerator_rows: u32 = "rows of the accelerators table",
         116 process_rows: u32 = "rows of one bank of the process pool",
-        120 reserved: [u64; 49] = "zero",
+        120 used_rows: [u64; 6] = "per table in the order above, rows from the first up to the last that was ever written: the rest need not be looked at",
+        168 reserved: [u64; 43] = "zero",
     }
 
     /// A host port that is wanted (desired region, table ports).

@@ -6,7 +6,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{
-    ReadError, WriterLife, cell_at, claimed_sizes, load_header, refuse_header, total_words, word,
+    ReadError, WriterLife, cell_at, claimed_sizes, load_header, refuse_header, total_words,
+    used_rows, word,
 };
 use crate::cell::Cell;
 use crate::ids::{Generation, RegionId};
@@ -213,6 +214,11 @@ impl Mapped {
 
     pub(crate) fn table(&self, index: usize) -> Table {
         self.tables[index]
+    }
+
+    /// Rows of a table that may hold anything at a generation that was found committed before.
+    pub(crate) fn used_rows(&self, table: &Table) -> u32 {
+        used_rows(self.words(), table)
     }
 
     pub(crate) fn cell(&self, table: &Table, row: u32) -> Cell<'_> {

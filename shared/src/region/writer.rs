@@ -10,7 +10,7 @@ use rustix::rand::GetRandomFlags;
 
 use super::{
     OpenError, cell_at, claimed_sizes, load_header, monotonic_ns, refuse_header, total_words,
-    wall_ns, word, words_of,
+    used_rows, wall_ns, word, words_of,
 };
 use crate::cell::{Cell, Look};
 use crate::ids::{Generation, RegionId};
@@ -182,7 +182,9 @@ impl RegionWriter {
                 continue;
             }
             let mut payload = vec![0u64; from.payload_words];
-            for row in 0..from.rows {
+            let used = used_rows(old.mapping.words(), from);
+            words[word::USED_ROWS + table.index].store(u64::from(used), Ordering::Relaxed);
+            for row in 0..used {
                 let (Some(source), Some(target)) = (
                     cell_at(old.mapping.words(), from, row),
                     cell_at(words, table, row),
@@ -209,7 +211,7 @@ impl RegionWriter {
         let committed = self.committed().0;
         let mut repaired = 0;
         for table in &self.tables {
-            for row in 0..table.rows {
+            for row in 0..self.used_rows(table) {
                 let cell = self.cell(table, row);
                 repaired += u32::from(cell.repair(committed));
             }
@@ -265,6 +267,20 @@ impl RegionWriter {
 
     pub(crate) fn table(&self, index: usize) -> Table {
         self.tables[index]
+    }
+
+    /// Rows of a table from the first up to the last that was ever written.
+    pub(crate) fn used_rows(&self, table: &Table) -> u32 {
+        used_rows(self.words(), table)
+    }
+
+    /// To be called before a row is written: a reader that finds the row's generation committed
+    /// finds it among the used ones too.
+    pub(crate) fn use_row(&mut self, table: &Table, row: u32) {
+        if row >= self.used_rows(table) {
+            let used = &self.words()[word::USED_ROWS + table.index];
+            used.store(u64::from(row) + 1, Ordering::Relaxed);
+        }
     }
 
     /// The cell of a row of ours.
