@@ -151,6 +151,38 @@ pub async fn subnet(docker: &Docker, name: &str) -> Result<Option<String>, Docke
         .find(|subnet| subnet.contains('.')))
 }
 
+/// A container's endpoint on the gateway network of a swarm, found by the hardware address of one of
+/// its links. An inspection of the container does not name it: Docker adds it for containers on
+/// networks that this host itself is not on, such as overlays.
+///
+/// # Errors
+/// Why the engine could not say.
+pub async fn gateway_endpoint(
+    docker: &Docker,
+    links: &[HostLink],
+) -> Result<Option<Endpoint>, DockerError> {
+    let found = match docker.inspect_network(GATEWAY_BRIDGE).await {
+        Ok(found) => found,
+        Err(err) if err.is_not_found() => return Ok(None),
+        Err(err) => return Err(err),
+    };
+    let network_id = found.id.unwrap_or_default();
+    let endpoints = found.containers.unwrap_or_default().into_values();
+    Ok(endpoints
+        .map(|endpoint| Endpoint {
+            network: GATEWAY_BRIDGE.to_owned(),
+            network_id: network_id.clone(),
+            ipv4: without_prefix(endpoint.ipv4_address.as_deref()),
+            ipv6: without_prefix(endpoint.ipv6_address.as_deref()),
+            mac: parsed(endpoint.mac_address.as_deref()),
+        })
+        .find(|endpoint| {
+            links
+                .iter()
+                .any(|link| Some(link.container_mac) == endpoint.mac)
+        }))
+}
+
 /// An address of a container on one network, in Docker's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -191,6 +223,11 @@ pub fn endpoints(container: &ContainerInspectResponse) -> Vec<Endpoint> {
 
 fn parsed<T: std::str::FromStr>(text: Option<&str>) -> Option<T> {
     text?.parse().ok()
+}
+
+/// An address as networks list it: with the length of the subnet's prefix.
+fn without_prefix<T: std::str::FromStr>(text: Option<&str>) -> Option<T> {
+    parsed(text?.split('/').next())
 }
 
 /// True when the container uses the host's network namespace.
@@ -309,5 +346,13 @@ mod tests {
         assert_eq!(found[1].mac.unwrap().to_string(), "02:42:ac:12:00:02");
         assert_eq!(found[2].ipv6, Some("fd00::2".parse().unwrap()));
         assert!(!is_host_network(&container));
+    }
+
+    #[test]
+    fn addresses_of_networks_lose_their_prefix() {
+        let address = |text| without_prefix::<Ipv4Addr>(text);
+        assert_eq!(address(Some("172.22.0.3/16")), Some([172, 22, 0, 3].into()));
+        assert_eq!(address(Some("172.22.0.3")), Some([172, 22, 0, 3].into()));
+        assert_eq!((address(Some("")), address(None)), (None, None));
     }
 }

@@ -120,17 +120,6 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
         container,
         network: mode.clone(),
     };
-    let (address, mac) = if host_network {
-        (IpAddr::V4(Ipv4Addr::LOCALHOST), None)
-    } else {
-        let endpoint = endpoint(&found, &mode).ok_or_else(no_address)?;
-        let v4 = endpoint.ipv4.map(IpAddr::V4);
-        (
-            v4.or(endpoint.ipv6.map(IpAddr::V6))
-                .ok_or_else(no_address)?,
-            endpoint.mac,
-        )
-    };
     // A remote engine's processes are not ours to look at: no interface, no guard, no samples.
     let local = node.docker.is_local();
     let (cgroup_path, links) = if local {
@@ -139,6 +128,23 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
         (cgroup, network::host_links(&found).await?)
     } else {
         (String::new(), Vec::new())
+    };
+    let (address, mac) = if host_network {
+        (IpAddr::V4(Ipv4Addr::LOCALHOST), None)
+    } else {
+        let mut endpoint = endpoint(&found, &mode).ok_or_else(no_address)?;
+        let here = |link: &network::HostLink| Some(link.container_mac) == endpoint.mac;
+        if !links.is_empty() && !links.iter().any(here) {
+            // On an overlay: this host reaches the container through the swarm's gateway.
+            let gateway = network::gateway_endpoint(&node.docker, &links).await?;
+            endpoint = gateway.unwrap_or(endpoint);
+        }
+        let v4 = endpoint.ipv4.map(IpAddr::V4);
+        (
+            v4.or(endpoint.ipv6.map(IpAddr::V6))
+                .ok_or_else(no_address)?,
+            endpoint.mac,
+        )
     };
     let link_index = links
         .iter()

@@ -240,40 +240,61 @@ async fn kernels_of_a_cluster_log_in_to_each_other() -> Result<()> {
 }
 
 // Defect 10 of the original: kernels on the host's network could not work.
-/// A network under the name of a swarm's gateway, unless this engine is of a swarm.
-struct Gateway(bool);
+/// The engine in a swarm of its own, and a network over it as the manager makes it.
+struct Swarm {
+    network: String,
+    begun: bool,
+}
 
-impl Gateway {
-    fn present() -> Result<Gateway> {
-        let made = kernels::docker(&["network", "create", "docker_gwbridge"]);
-        if let Err(err) = &made {
-            // Of a swarm, or of another run of this test.
-            ensure!(format!("{err:#}").contains("already exists"), "{err:#}");
+impl Swarm {
+    fn begin() -> Result<Swarm> {
+        let state = kernels::docker(&["info", "-f", "{{.Swarm.LocalNodeState}}"])?;
+        let begun = state != "active";
+        if begun {
+            let here = [
+                "--advertise-addr",
+                "127.0.0.1",
+                "--listen-addr",
+                "127.0.0.1",
+            ];
+            kernels::docker(&[&["swarm", "init"], &here[..]].concat())?;
         }
-        Ok(Gateway(made.is_ok()))
+        let network = format!("variants-{}", uuid::Uuid::new_v4().simple());
+        let swarm = Swarm { network, begun };
+        kernels::docker(&[
+            "network",
+            "create",
+            "-d",
+            "overlay",
+            "--attachable",
+            &swarm.network,
+        ])?;
+        Ok(swarm)
     }
 }
 
-impl Drop for Gateway {
+impl Drop for Swarm {
     fn drop(&mut self) {
-        if self.0 {
+        let _ = kernels::docker(&["network", "rm", &self.network]);
+        if self.begun {
+            let _ = kernels::docker(&["swarm", "leave", "--force"]);
             let _ = kernels::docker(&["network", "rm", "docker_gwbridge"]);
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn mpi_keeps_off_the_gateway_of_an_overlay() -> Result<()> {
-    let gateway = Gateway::present()?;
+async fn kernels_on_an_overlay_meet_there_and_are_reached_through_its_gateway() -> Result<()> {
+    let swarm = Swarm::begin()?;
     let node = Node::start(NodeOptions::default()).await?;
-    // An overlay is made by the manager on the swarm; to an agent it is a network of that name.
-    let name = format!("variants-{}", uuid::Uuid::new_v4().simple());
-    kernels::docker(&["network", "create", &name])?;
     let mut order = Order::of(Image::Runner)?;
-    order.cluster["network_config"] = json!({"mode": "overlay", "network_name": name});
-    let created = kernels::create(&node, &order).await;
+    order.cluster["network_config"] = json!({"mode": "overlay", "network_name": swarm.network});
+    // The engine makes the gateway for the first container that needs it.
+    let mut other = Order::of(Image::Runner)?;
+    other.cluster = order.cluster.clone();
     let outcome = async {
-        let result = created?;
+        kernels::create(&node, &other).await?;
+        let result = kernels::create(&node, &order).await?;
         let found = inspect(container_of(&result))?;
         let subnet = kernels::docker(&[
             "network",
@@ -285,16 +306,28 @@ async fn mpi_keeps_off_the_gateway_of_an_overlay() -> Result<()> {
         let wanted = format!("OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,{subnet}");
         let environment = found["Config"]["Env"].as_array().context("Env")?;
         assert!(environment.contains(&json!(wanted)), "{environment:?}");
-        assert!(
-            found["NetworkSettings"]["Networks"][&name].is_object(),
-            "{found}"
+        let endpoint = &found["NetworkSettings"]["Networks"][&swarm.network];
+        let own = endpoint["IPAddress"].as_str().unwrap_or_default();
+        ensure!(!own.is_empty(), "{found}");
+        // Its runner and its services are reached although this host has no way to that address ...
+        let said = output_of(&node, &order, "ip -4 -o addr show").await?;
+        assert!(said.contains(own), "{said:?} without {own}");
+        start_service(&node, &order, "web").await?;
+        let web = kernels::host_ports(&result, "web")[0];
+        assert!(kernels::fetch(web, "/")?.contains("It works"));
+        // ... and other kernels reach it there.
+        let page = format!(
+            "/opt/backend.ai/bin/python -c 'from urllib.request import urlopen; \
+             print(urlopen(\"http://{own}:8080/\", timeout=10).read())'"
         );
+        let said = output_of(&node, &other, &page).await?;
+        assert!(said.contains("It works"), "{said}");
+        kernels::destroy(&node, &other).await?;
         kernels::destroy(&node, &order).await?;
         kernels::assert_clean(&node).await
     }
     .await;
-    let _ = kernels::docker(&["network", "rm", &name]);
-    drop(gateway);
+    drop(swarm);
     outcome
 }
 
