@@ -276,7 +276,7 @@ impl RegionWriter {
 
     /// To be called before a row is written: a reader that finds the row's generation committed
     /// finds it among the used ones too.
-    pub(crate) fn use_row(&mut self, table: &Table, row: u32) {
+    pub(crate) fn use_row(&self, table: &Table, row: u32) {
         if row >= self.used_rows(table) {
             let used = &self.words()[word::USED_ROWS + table.index];
             used.store(u64::from(row) + 1, Ordering::Relaxed);
