@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let out = PathBuf::from(out);
-    for name in ["nat", "connect", "cgroup_stats"] {
+    for name in ["nat", "connect", "cgroup_stats", "task_stats"] {
         let source = PathBuf::from(format!("bpf/{name}.bpf.c"));
         if let Err(words) = compile(&source, &out.join(format!("{name}.bpf.o"))) {
             eprintln!("{words}");

@@ -17,6 +17,7 @@ use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
 use dataplane::collect::process::Lister;
+use dataplane::collect::tasks::Tasks;
 use dataplane::collect::{Means, Sampler};
 use dataplane::forward::relay::port::Totals;
 use dataplane::sys::rlimit;
@@ -331,9 +332,11 @@ fn natively(
             way.elapsed_us.map_or(0.0, |it| it.median),
         );
     }
-    let listing = processes(&rows, ticks.min(20))?;
-    println!("{count:>5} processes, apart: {listing:>9.3} ms CPU per listing");
-    apart.insert(format!("processes_ms_{count}"), json!(listing));
+    for (walked, name) in [(true, "processes"), (false, "processes_by_files")] {
+        let listing = processes(&rows, ticks.min(20), walked)?;
+        println!("{count:>5} {name}, apart: {listing:>9.3} ms CPU per listing");
+        apart.insert(format!("{name}_ms_{count}"), json!(listing));
+    }
     crowd.disperse(site)?;
     Ok(ways)
 }
@@ -350,8 +353,13 @@ fn way(containers: u16, name: &'static str, used_ms: Option<f64>, ticks: Vec<Tic
 }
 
 /// CPU of listing the processes of all containers once, by the threads that do it, ms.
-fn processes(rows: &[ContainerRow], rounds: u32) -> Result<f64> {
+fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
     let facts = dataplane::collect::facts::Facts::gather();
+    let mut lister = Lister::start()?;
+    if walked {
+        let most = u32::try_from(rows.len())?;
+        lister.walk_by(Tasks::start(&facts, most, 16_384)?)?;
+    }
     let pids = facts.pids.context("no pids controller")?;
     let wanted = || {
         rows.iter()
@@ -361,7 +369,8 @@ fn processes(rows: &[ContainerRow], rounds: u32) -> Result<f64> {
         let mut ns = 0.0;
         for task in std::fs::read_dir("/proc/self/task")?.flatten() {
             let text = |name: &str| std::fs::read_to_string(task.path().join(name));
-            if text("comm")?.starts_with("processes") {
+            let name = text("comm")?;
+            if name.starts_with("processes") || name.starts_with("tasks") {
                 let first = text("schedstat")?;
                 ns += first
                     .split(' ')
@@ -372,7 +381,6 @@ fn processes(rows: &[ContainerRow], rounds: u32) -> Result<f64> {
         }
         Ok(ns / 1e6)
     };
-    let mut lister = Lister::start()?;
     // The first turn only asks.
     crate::site::until("a turn", || lister.turn(wanted()))?;
     let before = cpu_ms()?;

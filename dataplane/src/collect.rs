@@ -15,6 +15,7 @@ pub mod file;
 pub mod node;
 pub mod process;
 mod record;
+pub mod tasks;
 #[cfg(test)]
 mod truth;
 pub mod walks;
@@ -39,6 +40,7 @@ use self::facts::Facts;
 use self::file::Budget;
 use self::node::Node;
 use self::process::Lister;
+use self::tasks::Tasks;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
@@ -104,7 +106,7 @@ impl Collector {
             .name("collect".to_owned())
             .spawn(move || {
                 let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
-                sampler.list_processes(lister);
+                sampler.list_processes(lister, means, board.sizes().processes);
                 sampler.go_on_from(&before);
                 // What loading the programs, the kernel path's too, took for a moment.
                 shared::heap::trim();
@@ -302,8 +304,21 @@ impl Sampler {
         }
     }
 
-    /// Has processes listed too from now on.
-    pub fn list_processes(&mut self, lister: Lister) {
+    /// Has processes listed too from now on, by these means, so many at most.
+    pub fn list_processes(&mut self, mut lister: Lister, means: Means, most: u32) {
+        if let Means::Best { containers } = means {
+            match Tasks::start(&self.facts, containers, most) {
+                Ok(tasks) => {
+                    if let Err(err) = lister.walk_by(tasks) {
+                        tracing::warn!(%err, "there is no thread to walk over tasks");
+                    }
+                }
+                Err(err) => tracing::warn!(
+                    err = &err as &dyn std::error::Error,
+                    "processes are listed by files, which costs more"
+                ),
+            }
+        }
         self.lister = Some(lister);
     }
 

@@ -5,10 +5,6 @@
 
 #include "kernel.h"
 
-/* Most CPUs whose parts are added up; beyond, CPU time is read from files. */
-#define MOST_CPUS 1024
-/* Deepest nesting of parents looked at for the limit in force. */
-#define MOST_LEVELS 16
 /* Largest index into the kernel's array of memory statistics. */
 #define MOST_STATS 64
 #define STAT_ITEMS 6

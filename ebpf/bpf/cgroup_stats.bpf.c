@@ -12,12 +12,12 @@
  */
 #include "cgroup_types.h"
 #include "cgroup_records.h"
+#include "percpu.h"
 #include "block_io.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
 /* Set by the loader. */
-const volatile __u32 cpus = 1;
 /* 1 when `cast` may be called. */
 const volatile __u32 casts = 0;
 
@@ -45,23 +45,6 @@ struct {
 	MAP_TYPE(value, struct cgroup_walk);
 } walk SEC(".maps");
 
-/* Its only use is its address on each CPU. */
-struct {
-	MAP_UINT(type, MAP_PERCPU_ARRAY);
-	MAP_UINT(max_entries, 1);
-	MAP_TYPE(key, __u32);
-	MAP_TYPE(value, __u64);
-} landmark SEC(".maps");
-
-static __u64 cpu_offset[MOST_CPUS];
-static volatile __u32 offsets_known;
-/* The verifier forbids reckoning with the address of a map, but not with a number. */
-static volatile __u64 landmark_address;
-static volatile __u64 landmark_here;
-
-static void *(*const map_lookup)(void *, const void *) = (void *)1;
-static void *(*const map_lookup_percpu)(void *, const void *, __u32) = (void *)195;
-static long (*const read_kernel)(void *, __u32, const void *) = (void *)113;
 static long (*const loop)(__u32, void *, void *, __u64) = (void *)181;
 
 /* The kernel function bpf_rdonly_cast (from 6.2 on): the loader puts its number in the place of this
@@ -101,31 +84,6 @@ static ALWAYS_INLINE __u32 read_u32(const void *from)
 	((into) = (__typeof__(into))(                                                           \
 		 sizeof(from) == 4 ? read_u32(__builtin_preserve_access_index(&(from))) :       \
 				     read_u64(__builtin_preserve_access_index(&(from)))))
-
-/* Where each CPU keeps its part of a per-CPU variable, relative to the variable's address. */
-static ALWAYS_INLINE int learn_offsets(void)
-{
-	struct bpf_array *array;
-	__u64 base = 0;
-	__u32 zero = 0;
-
-	landmark_address = (__u64)&landmark;
-	array = (void *)landmark_address;
-	if (!__builtin_preserve_field_info(array->pptrs, FIELD_EXISTS))
-		return -1;
-	/* The field and not its first element, which kernels that declare none refuse to relocate. */
-	base = read_u64(__builtin_preserve_access_index(&array->pptrs));
-	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
-		void *here = map_lookup_percpu(&landmark, &zero, cpu);
-
-		if (!here || !base)
-			return -1;
-		landmark_here = (__u64)here;
-		cpu_offset[cpu] = landmark_here - base;
-	}
-	offsets_known = 1;
-	return 0;
-}
 
 /* A plain load: the verifier knows the type of the cgroup, and asking a helper costs ten times more. */
 static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)

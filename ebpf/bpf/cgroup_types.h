@@ -14,6 +14,9 @@
 #define MAP_MMAPABLE 1024
 #define MAP_NEW_ONLY 1
 
+/* Deepest nesting of cgroups looked at. */
+#define MOST_LEVELS 16
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct seq_file;
@@ -38,14 +41,31 @@ struct cgroup_base_stat {
 	struct task_cputime cputime;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup;
+
 struct cgroup_subsys_state {
+	struct cgroup *cgroup;
 	__u32 flags;
 	__u64 serial_nr;
 	struct cgroup_subsys_state *parent;
 };
 
+struct css_set {
+	void *subsys[1];
+	struct cgroup *dfl_cgrp;
+};
+
 struct cgroup {
 	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
 	void *subsys[1];
 	struct cgroup_base_stat bstat;
 };

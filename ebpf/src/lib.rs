@@ -6,6 +6,7 @@
 
 pub mod cgroup_records;
 pub mod records;
+pub mod task_records;
 
 /// Bytes at an alignment that parsers of object files can work with in place.
 #[repr(C, align(8))]
@@ -47,6 +48,16 @@ pub fn with_cast(object: &[u8], function: u32) -> Vec<u8> {
         }
     }
     patched
+}
+
+static TASK_STATS_OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
+    env!("OUT_DIR"),
+    "/task_stats.bpf.o"
+)));
+
+/// The object of the collector: processes of containers.
+pub fn task_stats() -> &'static [u8] {
+    &TASK_STATS_OBJECT.0
 }
 
 /// The object of the collector: counters of cgroups.
@@ -138,7 +149,12 @@ mod tests {
 
     #[test]
     fn the_objects_are_aligned_elf_files_for_bpf() {
-        for object in [super::nat(), super::connect()] {
+        for object in [
+            super::nat(),
+            super::connect(),
+            super::cgroup_stats(),
+            super::task_stats(),
+        ] {
             assert_eq!(object.as_ptr().align_offset(8), 0);
             assert_eq!(object.get(..4), Some(&b"\x7fELF"[..]));
             const EM_BPF: u16 = 247;

@@ -634,6 +634,7 @@ fn processes_beyond_the_pool_are_counted() {
         pid,
         container_pid: pid + 1,
         name: format!("worker-{pid}"),
+        source: Source::Bpf,
         counters: ProcessCounters {
             rss_bytes: Some(4096),
             ..Default::default()

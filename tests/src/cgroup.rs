@@ -87,6 +87,13 @@ impl TestCgroup {
             .find(|directory| directory.join(file).exists())
     }
 
+    /// Its directory in each hierarchy.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.directories
+            .iter()
+            .map(|(_, directory)| directory.as_path())
+    }
+
     /// The text of the first file of these names that exists.
     pub fn read(&self, files: &[&str]) -> Option<String> {
         files

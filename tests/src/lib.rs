@@ -14,6 +14,7 @@ pub mod kernels;
 pub mod netns;
 pub mod node;
 pub mod nvml;
+pub mod process_files;
 pub mod python;
 pub mod redis;
 pub mod regions;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row};
+use harness::process_files::ProcessFiles;
 use harness::wait::until_blocking;
 use shared::desired::ContainerRow;
 use shared::ids::ContainerId;
@@ -221,7 +222,7 @@ fn a_mount_that_hangs_and_tasks_that_wait_for_it_delay_nobody_else() {
         setup.mounts.pid(),
         place.display()
     );
-    stuck.run(&enter).expect("a task");
+    let waiting = stuck.run(&enter).expect("a task");
     let state = |processes: &Processes, id, state| {
         let mut list = processes.list.iter();
         list.any(|it| it.container_id == id && it.state == state)
@@ -229,6 +230,10 @@ fn a_mount_that_hangs_and_tasks_that_wait_for_it_delay_nobody_else() {
     let first = setup.processes("the task in D state", |listed| {
         state(listed, bad.container_id, b'D') && state(listed, good.container_id, b'S')
     });
+    let sample = first.list.iter().find(|it| it.pid == waiting);
+    let sample = sample.expect("the task that waits");
+    assert_eq!(sample.source, Source::Bpf, "root may load programs");
+    assert_eq!(ProcessFiles::of(sample), ProcessFiles::read(waiting));
     setup.snapshot("one being old and the other fresh", |snapshot| {
         let (Some(bad), Some(good)) = (of(snapshot, ids[0]), of(snapshot, ids[1])) else {
             return false;
@@ -344,6 +349,13 @@ fn a_crowd_of_processes_is_counted_and_delays_nobody_else() {
         bad.pids.counters.current > Some(tasks) && bad.tick == good.tick && is_fresh(good)
     });
     assert!(listed.left_out > 0, "{}", listed.list.len());
+    for sample in &listed.list {
+        assert_eq!(sample.source, Source::Bpf, "root may load programs");
+        if sample.name == "sleep" {
+            let files = ProcessFiles::read(sample.pid);
+            assert_eq!(ProcessFiles::of(sample), files, "{}", sample.pid);
+        }
+    }
 }
 
 #[test]
@@ -364,6 +376,12 @@ fn where_no_program_may_be_loaded_files_are_read_and_the_log_says_so() {
             is_fresh(sample) && sources == [Source::File; 3]
         })
     });
+    setup.processes("its process being listed by files", |listed| {
+        let own = listed.list.iter();
+        let mut own = own.filter(|it| it.container_id == row.container_id);
+        own.any(|it| it.source == Source::File && it.name == "sleep")
+    });
     let log = setup.process.log();
     assert!(log.contains("cgroups are read by files"), "{log}");
+    assert!(log.contains("processes are listed by files"), "{log}");
 }

@@ -1,23 +1,27 @@
-//! The processes of each container, listed by threads that may hang.
+//! The processes of each container, listed by threads of their own.
 //!
-//! In: a cgroup directory per container. Out: listings, each with the time it was made. A container
-//! of ten thousand processes, or one whose files are slow, must cost its neighbours nothing: each
-//! container has a cap and a time limit, one whose files hang is left out alone, and the collector
-//! only ever takes listings that are already there. Invariant: what is left out is counted.
+//! In: a cgroup directory per container. Out: listings, each with the time it was made. Where a kernel
+//! program can list them ([`super::tasks`]), one walk does for all containers; else, and for containers
+//! it can't see, files of `/proc` are read. A container of ten thousand processes, or one whose files
+//! hang, must cost its neighbours nothing: each container has a cap and a time limit, one whose files
+//! hang is left out alone, and the collector only ever takes listings that are already there.
+//! Invariant: what is left out is counted.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use shared::ids::ContainerId;
 use shared::monotonic_ns;
-use shared::observed::{ProcessCounters, ProcessSample, Processes};
+use shared::observed::{ProcessCounters, ProcessSample, Processes, Source};
 
 use super::file::keyed;
+use super::tasks::{Found, Tasks};
 use crate::answers::{Answers, Word};
 
-/// Most processes listed per container: three files each.
-const PER_CONTAINER: usize = 256;
+/// Most processes listed per container.
+pub(super) const PER_CONTAINER: usize = 256;
 /// Most cgroups looked at per container.
 const CGROUPS: usize = 64;
 /// After this long nothing more of a container is listed, only counted.
@@ -30,44 +34,121 @@ type Container = (ContainerId, PathBuf);
 /// The listing threads' handle.
 #[derive(Debug)]
 pub struct Lister {
-    answers: Answers<Container, Listing>,
+    walk: Option<Walker>,
+    files: Answers<Container, Found>,
     /// When the round under way began.
     round_ns: u64,
     /// How many processes each container had.
     known: HashMap<ContainerId, u32>,
 }
 
-#[derive(Debug, Clone, Default)]
-struct Listing {
-    list: Vec<ProcessSample>,
-    left_out: u32,
+/// What a walk found, or nothing when it failed.
+type Walked = Option<Vec<(ContainerId, Found)>>;
+
+/// The thread that walks over all tasks.
+#[derive(Debug)]
+struct Walker {
+    /// Below this it finds containers.
+    mount: PathBuf,
+    wanted: Arc<Mutex<Vec<Container>>>,
+    answers: Answers<(), Walked>,
+    /// The round under way has begun.
+    asked: bool,
+    /// What it found, until files have been read too.
+    walked: Option<Walked>,
+}
+
+impl Walker {
+    fn start(tasks: Tasks) -> std::io::Result<Self> {
+        let mount = tasks.mount().to_owned();
+        let tasks = Mutex::new(tasks);
+        let wanted = Arc::new(Mutex::new(Vec::new()));
+        let list = Arc::clone(&wanted);
+        let answers = Answers::start("tasks", 1, move |(): &()| {
+            let wanted: Vec<Container> =
+                list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let mut tasks = tasks.lock().unwrap_or_else(PoisonError::into_inner);
+            let walked = tasks.list(&wanted).inspect_err(|err| {
+                tracing::warn!(
+                    err = err as &dyn std::error::Error,
+                    "processes are listed by files from now on, which costs more"
+                );
+            });
+            Word::Is(walked.ok())
+        })?;
+        Ok(Self {
+            mount,
+            wanted,
+            answers,
+            asked: false,
+            walked: None,
+        })
+    }
+
+    /// Whether the round has come to its end.
+    fn is_done(&mut self) -> bool {
+        if self.asked && self.walked.is_none() {
+            let taken = self.answers.take();
+            self.walked = taken.and_then(|(answers, _)| Some(answers.into_iter().next()?.1));
+            return self.walked.is_some();
+        }
+        true
+    }
+
+    fn ask(&mut self, wanted: Vec<Container>) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+        self.asked = true;
+        self.answers.ask([()]);
+    }
 }
 
 impl Lister {
-    /// Starts the first thread. They end with the handle, or with the process when they hang.
+    /// Starts the first thread, which reads files. Threads end with the handle, or with the process
+    /// when they hang.
     ///
     /// # Errors
     /// No thread.
     pub fn start() -> std::io::Result<Self> {
-        let answers = Answers::start("processes", THREADS, |(id, directory): &Container| {
+        let files = Answers::start("processes", THREADS, |(id, directory): &Container| {
             Word::Is(list(*id, directory))
         })?;
         Ok(Self {
-            answers,
+            walk: None,
+            files,
             round_ns: monotonic_ns(),
             known: HashMap::new(),
         })
     }
 
+    /// Has a program list what it can from the next round on.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn walk_by(&mut self, tasks: Tasks) -> std::io::Result<()> {
+        self.walk = Some(Walker::start(tasks)?);
+        Ok(())
+    }
+
     /// The listing of a round that has come to its end, and another round over these containers;
     /// never waits.
     pub fn turn(&mut self, wanted: impl Iterator<Item = Container>) -> Option<Processes> {
-        let (answers, hanging) = self.answers.take()?;
+        if !self.walk.as_mut().is_none_or(Walker::is_done) {
+            return None;
+        }
+        let (answers, hanging) = self.files.take()?;
+        let by_files = answers.into_iter().map(|((id, _), found)| (id, found));
+        let walked = self.walk.as_mut().and_then(|walk| walk.walked.take());
+        if matches!(walked, Some(None)) {
+            // What is there stands until files have been read.
+            self.walk = None;
+            self.ask(wanted.collect());
+            return None;
+        }
         let mut listing = Processes {
             taken_monotonic_ns: self.round_ns,
             ..Processes::default()
         };
-        for ((id, _), found) in answers {
+        for (id, found) in walked.flatten().into_iter().flatten().chain(by_files) {
             let seen = u32::try_from(found.list.len()).unwrap_or(u32::MAX);
             self.known.insert(id, seen.saturating_add(found.left_out));
             listing.left_out = listing.left_out.saturating_add(found.left_out);
@@ -80,23 +161,40 @@ impl Lister {
         let wanted: Vec<Container> = wanted.collect();
         self.known
             .retain(|id, _| wanted.iter().any(|(wanted, _)| wanted == id));
-        self.answers.ask(wanted);
+        self.ask(wanted);
         self.round_ns = monotonic_ns();
         Some(listing)
     }
+
+    fn ask(&mut self, wanted: Vec<Container>) {
+        let Some(walk) = &mut self.walk else {
+            self.files.ask(wanted);
+            return;
+        };
+        let (walkable, others): (Vec<_>, Vec<_>) = wanted
+            .into_iter()
+            .partition(|(_, directory)| directory.starts_with(&walk.mount));
+        walk.ask(walkable);
+        self.files.ask(others);
+    }
 }
 
-fn list(container_id: ContainerId, directory: &Path) -> Listing {
+/// How long a tick of `/proc` is, ns.
+pub(super) fn tick_ns() -> u64 {
+    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
+}
+
+fn list(container_id: ContainerId, directory: &Path) -> Found {
     let until = Instant::now() + PATIENCE;
-    let ticks = rustix::param::clock_ticks_per_second().max(1);
-    let mut listing = Listing::default();
+    let tick_ns = tick_ns();
+    let mut listing = Found::default();
     for pid in pids_below(directory) {
         if listing.list.len() == PER_CONTAINER || Instant::now() > until {
             listing.left_out += 1;
             continue;
         }
         // One that has ended meanwhile is no loss.
-        if let Some(process) = read(pid, 1_000_000_000 / ticks) {
+        if let Some(process) = read(pid, tick_ns) {
             listing.list.push(ProcessSample {
                 container_id,
                 ..process
@@ -131,7 +229,8 @@ fn pids_below(directory: &Path) -> Vec<u32> {
     pids
 }
 
-fn read(pid: u32, tick_ns: u64) -> Option<ProcessSample> {
+/// What `/proc` tells of a process.
+pub(super) fn read(pid: u32, tick_ns: u64) -> Option<ProcessSample> {
     let directory = PathBuf::from(format!("/proc/{pid}"));
     let text = |name: &str| std::fs::read(directory.join(name)).ok();
     let stat = text("stat")?;
@@ -162,6 +261,7 @@ fn parse_stat(text: &str, tick_ns: u64) -> Option<ProcessSample> {
         parent_pid: small(1)?,
         threads: small(17)?,
         start_ticks: number(19)?,
+        source: Source::File,
         counters: ProcessCounters {
             user_ns: Some(number(11)?.saturating_mul(tick_ns)),
             system_ns: Some(number(12)?.saturating_mul(tick_ns)),

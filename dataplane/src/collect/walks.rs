@@ -440,7 +440,7 @@ fn shared(object: &Ebpf, name: &'static str, words: usize) -> Result<SharedArray
 }
 
 /// CPUs that may ever be there: the kernel keeps a part of each counter for each.
-fn possible_cpus() -> u32 {
+pub(super) fn possible_cpus() -> u32 {
     let cpus = aya::util::nr_cpus().unwrap_or(MOST_CPUS + 1);
     // Beyond the program's array, CPU time comes from files.
     u32::try_from(cpus)

@@ -1,4 +1,4 @@
-//! Cgroup iterators and maps shared with the kernel.
+//! Iterators over cgroups and tasks, and maps shared with the kernel.
 //!
 //! In: a loaded iterator program, a directory of a cgroup file system, a mappable array map. Out: a
 //! link that can be run, and the map's words. Invariant: shared words are only reached as atomics.
@@ -68,17 +68,33 @@ pub fn cgroup_iterator(program: impl AsFd, directory: impl AsFd) -> io::Result<O
         directory: raw(&directory)?,
         id: 0,
     };
+    attach(program, Some(&mut iterator))
+}
+
+/// Ties a loaded iterator program to all tasks of the pid namespace of whoever runs it.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn task_iterator(program: impl AsFd) -> io::Result<OwnedFd> {
+    attach(program, None)
+}
+
+fn attach(program: impl AsFd, over: Option<&mut CgroupIterator>) -> io::Result<OwnedFd> {
+    let (iterator, iterator_length) = match over {
+        Some(over) => ((&raw mut *over).addr() as u64, 16),
+        None => (0, 0),
+    };
     let mut attributes = LinkCreate {
         program: raw(&program)?,
         target: 0,
         attach_type: BPF_TRACE_ITER,
         flags: 0,
-        iterator: (&raw mut iterator).addr() as u64,
-        iterator_length: 16,
+        iterator,
+        iterator_length,
         zero: [0; 9],
     };
-    // SAFETY: `attributes` and the structure it points to have the kernel's layout and live through
-    // the call; the kernel copies from them only.
+    // SAFETY: `attributes` and the structure it points to, if any, have the kernel's layout and live
+    // through the call (`over` is borrowed until then); the kernel copies from them only.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,

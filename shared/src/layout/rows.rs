@@ -228,6 +228,7 @@ declare! {
         128 name_length: u8 = "bytes of name",
         129 state: u8 = "state letter of /proc/pid/stat, ASCII",
         130 present: u16 = "bit i set, counter i was read",
-        132 reserved: u32 = "zero",
+        132 source: u8 = "0 absent, 1 file, 2 bpf",
+        133 reserved: [u8; 3] = "zero",
     }
 }

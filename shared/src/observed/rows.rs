@@ -734,6 +734,8 @@ pub struct ProcessSample {
     pub name: String,
     /// Start time of `/proc/<pid>/stat`, clock ticks since boot.
     pub start_ticks: u64,
+    /// Where all this was read.
+    pub source: Source,
     /// The numbers.
     pub counters: ProcessCounters,
 }
@@ -751,6 +753,7 @@ impl ProcessSample {
             // Seven counters: the upper half is empty.
             present: u16::try_from(present).unwrap_or(u16::MAX),
             start_ticks: self.start_ticks,
+            source: self.source.code(),
             counters,
             ..RawProcess::default()
         };
@@ -770,6 +773,7 @@ impl ProcessSample {
             state: raw.state,
             name: load_text(raw.name_length, &raw.name)?,
             start_ticks: raw.start_ticks,
+            source: Source::from_code(raw.source)?,
             counters: ProcessCounters::unpack(&raw.counters, u32::from(raw.present)),
         })
     }
