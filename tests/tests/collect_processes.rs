@@ -4,6 +4,8 @@
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
 use harness::process_files::{ProcessFiles, TICK_NS};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use shared::desired::ContainerRow;
 use shared::observed::{ProcessSample, Processes, Source};
 
@@ -40,12 +42,13 @@ fn listed(name: &str, number: u8) -> Option<Listed> {
 }
 
 impl Listed {
-    /// A listing made after now.
+    /// A listing made after now that knows of the container.
     fn next(&mut self) -> Processes {
         let now = shared::monotonic_ns();
         until("a listing", || {
             let listing = self.control.observed.processes().ok()?;
-            (listing.taken_monotonic_ns > now).then_some(listing)
+            let known = !self.own(&listing).is_empty();
+            (listing.taken_monotonic_ns > now && known).then_some(listing)
         })
         .expect("a listing")
     }
@@ -93,20 +96,23 @@ fn of_sleeping_processes_the_files_say_the_same() {
         .collect();
     let deep = it.group.run(&format!("{below}exec sleep 1000"));
     let deep = deep.expect("a process");
-    // Two for the pipe and two for the namespace.
+    let mut names = [
+        "sleep", "sh", "dd", "sleep", "sleep", "unshare", "sleep", "sleep",
+    ];
+    names.sort_unstable();
     let settled = until("all of them sleeping", || {
         let mut pids = it.pids();
         pids.push(deep);
         pids.sort_unstable();
         pids.dedup();
+        let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+        let mut found: Vec<String> = pids.iter().filter_map(name).collect();
+        found.sort_unstable();
         let read = |pid: &u32| Some((*pid, ProcessFiles::read(*pid)?));
         let files: Vec<_> = pids.iter().filter_map(read).collect();
-        let named = files.iter().filter(|(pid, _)| {
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-            name.is_ok_and(|name| ["sleep", "dd", "unshare"].contains(&name.trim()))
-        });
         let calm = files.iter().all(|(_, it)| it.state == b'S');
-        (named.count() == 7 && files.len() == 7 && calm).then_some(files)
+        let named = found.iter().map(|name| name.trim()).eq(names);
+        (calm && named).then_some(files)
     })
     .expect("asleep");
     let listing = it.next();
@@ -133,7 +139,8 @@ fn of_sleeping_processes_the_files_say_the_same() {
         ours.iter()
             .any(|it| it.counters.write_bytes >= Some(8 << 20))
     );
-    it.group.kill_all().expect("killed");
+    let deep = Pid::from_raw(deep.cast_signed());
+    kill(deep, Signal::SIGKILL).expect("killed");
     for directory in it.group.directories() {
         until("the cgroup below being free", || {
             std::fs::remove_dir(directory.join("below")).ok()
@@ -152,6 +159,7 @@ fn of_a_working_process_of_many_threads_the_files_say_more_and_more() {
     for directory in it.group.directories() {
         std::fs::write(directory.join("cgroup.procs"), pid.to_string()).expect("moved");
     }
+    it.next();
     for _ in 0..10 {
         let before = ProcessFiles::read(pid).expect("the files");
         let listing = it.next();
@@ -167,7 +175,12 @@ fn of_a_working_process_of_many_threads_the_files_say_more_and_more() {
         );
         let found = ProcessFiles::of(sample).expect("all of it");
         assert_eq!(found.start_ticks, before.start_ticks);
-        assert!(found.threads > 3 && found.threads <= 2 * before.threads);
+        // One or two more may wait for something that is slow.
+        let near = |files: &ProcessFiles| files.threads.abs_diff(found.threads) <= 2;
+        assert!(
+            found.threads > 1 && (near(&before) || near(&after)),
+            "{before:?} {found:?} {after:?}"
+        );
         let total = |times: [u64; 2]| times[0] + times[1];
         // Each part is rounded down by itself.
         assert!(
