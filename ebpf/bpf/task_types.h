@@ -65,6 +65,10 @@ struct mm_struct {
 	struct percpu_counter rss_stat[1];
 };
 
+struct mm_struct___before {
+	struct mm_rss_stat rss_stat;
+};
+
 struct sched_entity {
 	__u64 sum_exec_runtime;
 };

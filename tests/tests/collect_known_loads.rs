@@ -2,9 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
+use harness::netns::VethPair;
 use shared::desired::ContainerRow;
 use shared::observed::{ContainerSample, Source};
 
@@ -18,9 +20,15 @@ struct Watched {
 }
 
 fn watched(name: &str, number: u8) -> Option<Watched> {
+    watched_over(name, number, None)
+}
+
+/// The same with the host side of a container's link.
+fn watched_over(name: &str, number: u8, link: Option<&VethPair>) -> Option<Watched> {
     let group = TestCgroup::new(name).expect("a cgroup")?;
     let place = Place::new(Options {
         dataplane: "stats-interval = 0.1".to_owned(),
+        namespace: link.map(|pair| pair.host.clone()),
         ..Options::default()
     })
     .expect("a place");
@@ -28,6 +36,7 @@ fn watched(name: &str, number: u8) -> Option<Watched> {
     let process = place.start().expect("bai-dataplane");
     let mut row = container_row(number);
     row.cgroup_path.clone_from(&group.path);
+    row.link_indexes = link.map(|pair| pair.host_index).into_iter().collect();
     control
         .write(|batch| batch.put_container(row.clone()))
         .expect("written");
@@ -118,6 +127,55 @@ fn memory_is_charged_as_it_was_taken() {
         "{current} of {}",
         anonymous + shared
     );
+}
+
+#[test]
+fn a_link_is_charged_what_was_sent_over_it() {
+    let Some(pair) = VethPair::new("load").expect("namespaces") else {
+        return;
+    };
+    let Some(mut it) = watched_over("link", 34, Some(&pair)) else {
+        return;
+    };
+    it.sample(|sample| sample.net.get().is_some());
+    // Datagrams of 1,400 bytes to a neighbour that takes them in without a word: with their headers of
+    // Ethernet, IP and UDP each is 1,442. Twice as many go in as come out.
+    let (inwards, outwards) = (40_000_u64, 20_000_u64);
+    for (inside, link, count) in [
+        (
+            VethPair::in_host as fn(&VethPair, &str) -> Command,
+            "vhost",
+            inwards,
+        ),
+        (VethPair::in_container, "eth0", outwards),
+    ] {
+        let script = format!(
+            "ip neigh add 10.213.7.77 lladdr 02:00:00:00:00:77 dev {link} && \
+             exec dd if=/dev/zero bs=1400 count={count} status=none >/dev/udp/10.213.7.77/9"
+        );
+        let sent = inside(&pair, "bash").args(["-c", &script]).output();
+        let sent = sent.expect("bash");
+        assert!(sent.status.success(), "{sent:?}");
+    }
+    let own = |place: usize| -> u64 {
+        let table = pair.in_container("cat").arg("/proc/net/dev").output();
+        let table = table.expect("its own counters").stdout;
+        let table = String::from_utf8_lossy(&table).into_owned();
+        let line = table.lines().find_map(|it| it.trim().strip_prefix("eth0:"));
+        let word = line.expect("eth0").split_whitespace().nth(place);
+        word.and_then(|word| word.parse().ok()).expect("a number")
+    };
+    let (received, sent) = (own(0), own(8));
+    let sample = it.sample(|sample| {
+        let net = &sample.net.counters;
+        near(net.rx_bytes, inwards * 1442, 4096) && near(net.tx_bytes, outwards * 1442, 4096)
+    });
+    assert_eq!(sample.net.source, Source::Netlink);
+    let net = sample.net.counters;
+    // Nothing has moved since but a word of the neighbours.
+    assert!(near(net.rx_bytes, received, 0), "{net:?} {received}");
+    assert!(near(net.tx_bytes, sent, 0), "{net:?} {sent}");
+    assert!(near(net.rx_packets, inwards, 50) && near(net.tx_packets, outwards, 50));
 }
 
 /// A directory on a block device, if this host lets one be found.

@@ -638,7 +638,8 @@ mod tests {
         assert_eq!((count, block.len()), (1, 64 << 20));
         let record = TaskRecord::read(tasks.records.words(), 0).expect("a record");
         let ours = super::super::walks::bytes(record.resident_pages);
-        assert!(ours.abs_diff(resident) <= 256 << 10, "{ours} {resident}");
+        // Kernels that keep one counter let each thread count a few pages apart.
+        assert!(ours.abs_diff(resident) <= 1 << 20, "{ours} {resident}");
         let nowhere = (ContainerId([9; 32]), root.join("not-there"));
         let found = tasks.list(&[nowhere, (ContainerId([8; 32]), root)]);
         let found = found.expect("a walk");
