@@ -17,7 +17,7 @@ use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
 use dataplane::collect::process::Lister;
-use dataplane::collect::tasks::Tasks;
+use dataplane::collect::tasks::{self, Tasks};
 use dataplane::collect::{Means, Sampler};
 use dataplane::forward::relay::port::Totals;
 use dataplane::sys::rlimit;
@@ -358,7 +358,9 @@ fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
     let mut lister = Lister::start()?;
     if walked {
         let most = u32::try_from(rows.len())?;
-        lister.walk_by(Tasks::start(&facts, most, 16_384)?)?;
+        let mount = tasks::mount(&facts).context("no hierarchy")?.to_owned();
+        let facts = facts.clone();
+        lister.walk_by(mount, move || Tasks::start(&facts, most, 16_384))?;
     }
     let pids = facts.pids.context("no pids controller")?;
     let wanted = || {

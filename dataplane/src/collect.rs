@@ -306,17 +306,13 @@ impl Sampler {
 
     /// Has processes listed too from now on, by these means, so many at most.
     pub fn list_processes(&mut self, mut lister: Lister, means: Means, most: u32) {
-        if let Means::Best { containers } = means {
-            match Tasks::start(&self.facts, containers, most) {
-                Ok(tasks) => {
-                    if let Err(err) = lister.walk_by(tasks) {
-                        tracing::warn!(%err, "there is no thread to walk over tasks");
-                    }
-                }
-                Err(err) => tracing::warn!(
-                    err = &err as &dyn std::error::Error,
-                    "processes are listed by files, which costs more"
-                ),
+        if let Means::Best { containers } = means
+            && let Some(mount) = tasks::mount(&self.facts)
+        {
+            let facts = self.facts.clone();
+            let load = move || Tasks::start(&facts, containers, most);
+            if let Err(err) = lister.walk_by(mount.to_owned(), load) {
+                tracing::warn!(%err, "there is no thread to walk over tasks");
             }
         }
         self.lister = Some(lister);

@@ -17,7 +17,7 @@ use shared::monotonic_ns;
 use shared::observed::{ProcessCounters, ProcessSample, Processes, Source};
 
 use super::file::keyed;
-use super::tasks::{Found, Tasks};
+use super::tasks::{Found, Tasks, TasksError};
 use crate::answers::{Answers, Word};
 
 /// Most processes listed per container.
@@ -59,19 +59,27 @@ struct Walker {
 }
 
 impl Walker {
-    fn start(tasks: Tasks) -> std::io::Result<Self> {
-        let mount = tasks.mount().to_owned();
-        let tasks = Mutex::new(tasks);
+    /// `load` is run by the thread, before its first round: it takes a while.
+    fn start(
+        mount: PathBuf,
+        load: impl Fn() -> Result<Tasks, TasksError> + Send + Sync + 'static,
+    ) -> std::io::Result<Self> {
+        let tasks = Mutex::new(None);
         let wanted = Arc::new(Mutex::new(Vec::new()));
         let list = Arc::clone(&wanted);
         let answers = Answers::start("tasks", 1, move |(): &()| {
             let wanted: Vec<Container> =
                 list.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let mut tasks = tasks.lock().unwrap_or_else(PoisonError::into_inner);
-            let walked = tasks.list(&wanted).inspect_err(|err| {
+            let loaded = match tasks.take() {
+                Some(known) => Ok(known),
+                None => load(),
+            };
+            let walked = loaded.and_then(|known| tasks.insert(known).list(&wanted));
+            let walked = walked.inspect_err(|err| {
                 tracing::warn!(
                     err = err as &dyn std::error::Error,
-                    "processes are listed by files from now on, which costs more"
+                    "processes are listed by files, which costs more"
                 );
             });
             Word::Is(walked.ok())
@@ -120,12 +128,16 @@ impl Lister {
         })
     }
 
-    /// Has a program list what it can from the next round on.
+    /// Has a program list what it can of containers below this mount from the next round on.
     ///
     /// # Errors
     /// No thread.
-    pub fn walk_by(&mut self, tasks: Tasks) -> std::io::Result<()> {
-        self.walk = Some(Walker::start(tasks)?);
+    pub fn walk_by(
+        &mut self,
+        mount: PathBuf,
+        load: impl Fn() -> Result<Tasks, TasksError> + Send + Sync + 'static,
+    ) -> std::io::Result<()> {
+        self.walk = Some(Walker::start(mount, load)?);
         Ok(())
     }
 

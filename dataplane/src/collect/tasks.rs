@@ -91,6 +91,11 @@ pub struct Found {
     pub left_out: u32,
 }
 
+/// Where containers are found, if anywhere.
+pub fn mount(facts: &Facts) -> Option<&Path> {
+    chosen(facts).map(|(_, mount)| mount)
+}
+
 /// The hierarchy in which containers are found first (as `Watched::directory` has it).
 fn chosen(facts: &Facts) -> Option<(u32, &Path)> {
     let by = [
@@ -632,13 +637,20 @@ mod tests {
             return;
         };
         let block = vec![1_u8; 64 << 20];
-        let count = tasks.walk(std::process::id()).expect("a walk");
-        let resident = own_resident().expect("page tables");
-        assert_eq!((count, block.len()), (1, 64 << 20));
-        let record = TaskRecord::read(tasks.records.words(), 0).expect("a record");
-        let ours = super::super::walks::bytes(record.resident_pages);
-        // Kernels that keep one counter let each thread count a few pages apart.
-        assert!(ours.abs_diff(resident) <= 1 << 20, "{ours} {resident}");
+        assert_eq!(block.len(), 64 << 20);
+        // Kernels that keep one counter let each thread count a few pages apart; other tests of this
+        // process take and give back memory meanwhile.
+        let (slack, mut seen) = (1_u64 << 20, Vec::new());
+        let near = (0..200).any(|_| {
+            let before = own_resident().expect("page tables");
+            assert_eq!(tasks.walk(std::process::id()).expect("a walk"), 1);
+            let after = own_resident().expect("page tables");
+            let record = TaskRecord::read(tasks.records.words(), 0).expect("a record");
+            let ours = super::super::walks::bytes(record.resident_pages);
+            seen.push((before, ours, after));
+            before.abs_diff(after) <= slack && ours.abs_diff(after) <= slack
+        });
+        assert!(near, "{seen:?}");
         let nowhere = (ContainerId([9; 32]), root.join("not-there"));
         let found = tasks.list(&[nowhere, (ContainerId([8; 32]), root)]);
         let found = found.expect("a walk");
