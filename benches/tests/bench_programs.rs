@@ -108,7 +108,7 @@ fn ports_are_measured_against_every_peer() {
     }
     assert_eq!(
         found["peers"].as_object().map(serde_json::Map::len),
-        Some(8)
+        Some(9)
     );
     let svg = std::fs::read_to_string(output.join("ports.svg")).expect("a plot");
     assert!(svg.contains("docker_proxy"));

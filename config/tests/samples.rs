@@ -130,6 +130,7 @@ fn every_commented_example_is_valid() {
         "container.alternative-bridge",
         "logging.pkg-ns",
         "node.device-limits",
+        "node.honour-firewall",
         "node.engine.host",
         "api.commit-timeout",
         "api.push-timeout",

@@ -224,13 +224,9 @@ impl Staged {
 
     /// Stores everything under `generation`, which is not visible yet.
     pub(crate) fn store(&mut self, region: &RegionWriter, generation: Generation) {
-        let committed = region.committed();
         for (table, row, range) in &self.writes {
             let payload = words_of(&self.bytes[range.clone()]);
-            region.use_row(table, *row);
-            region
-                .cell(table, *row)
-                .write(committed.0, generation.0, payload);
+            region.write(table, *row, generation, payload);
         }
         self.clear();
     }

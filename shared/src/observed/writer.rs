@@ -270,7 +270,6 @@ impl ObservedWriter {
 
     /// Encodes samples into their rows at once: there are many, and nothing of them can be refused.
     fn store_samples(&self, samples: &[ContainerSample], generation: Generation) {
-        let committed = self.region.committed();
         let Index { table, entries, .. } = &self.containers.index;
         let mut bytes = [0; RawSample::INFO.size];
         for (at, sample) in samples.iter().enumerate() {
@@ -285,8 +284,7 @@ impl ObservedWriter {
                 },
             };
             sample.encode().store(&mut bytes);
-            let cell = self.region.cell(table, row);
-            cell.write(committed.0, generation.0, words_of(&bytes));
+            self.region.write(table, row, generation, words_of(&bytes));
         }
     }
 }

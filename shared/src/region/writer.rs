@@ -274,13 +274,21 @@ impl RegionWriter {
         used_rows(self.words(), table)
     }
 
-    /// To be called before a row is written: a reader that finds the row's generation committed
-    /// finds it among the used ones too.
-    pub(crate) fn use_row(&self, table: &Table, row: u32) {
+    /// Writes a row under `generation`, to be seen once that is committed. It is counted as used
+    /// before: a reader that finds the generation committed finds the row among the used ones too.
+    pub(crate) fn write(
+        &self,
+        table: &Table,
+        row: u32,
+        generation: Generation,
+        payload: impl Iterator<Item = u64>,
+    ) {
         if row >= self.used_rows(table) {
             let used = &self.words()[word::USED_ROWS + table.index];
             used.store(u64::from(row) + 1, Ordering::Relaxed);
         }
+        self.cell(table, row)
+            .write(self.committed().0, generation.0, payload);
     }
 
     /// The cell of a row of ours.
