@@ -9,7 +9,6 @@ use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
 use harness::device_tree::DeviceTree;
 use harness::nvml::{self, StandIn};
-use shared::Sizes;
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorKind, AcceleratorRow};
 
@@ -217,36 +216,6 @@ fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Res
         rows.iter()
             .all(|row| row.counters.memory_used_bytes.is_none())
     );
-    Ok(())
-}
-
-#[test]
-fn more_devices_than_there_is_room_for_stop_nothing() -> Result<()> {
-    let driver = StandIn::new(&eight().replace("device 0 ", "device 9 "))?;
-    let place = Place::new(Options {
-        dataplane: "stats-interval = 0.1".to_owned(),
-        environment: driver.environment(),
-        ..Options::default()
-    })?;
-    let mut control = place.control_sized(Sizes {
-        accelerators: 4,
-        ..Sizes::default()
-    })?;
-    let process = place.start()?;
-    let ids =
-        |rows: &[AcceleratorRow]| -> Vec<u32> { rows.iter().map(|row| row.key.index).collect() };
-    control.accelerators("four of them", |rows| ids(rows) == [1, 2, 3, 4])?;
-    ensure!(
-        process
-            .log()
-            .contains("more accelerators than the region has rows for")
-    );
-    // One comes that is before them; passes go on.
-    driver.describe(&eight())?;
-    control.accelerators("others of them", |rows| ids(rows) == [0, 1, 2, 3])?;
-    let row = container_row(1);
-    control.write(|batch| batch.put_container(row.clone()))?;
-    control.sample(row.container_id, |_| true)?;
     Ok(())
 }
 
