@@ -277,8 +277,11 @@ impl Drop for Network {
 
 fn address(namespace: &str, link: &str, [v4, v6]: [&str; 2]) -> Result<()> {
     ip(&format!("-n {namespace} addr add {v4}/24 dev {link}"))?;
-    // Nobody else is there: no need to wait for duplicates to be found.
+    // Nobody else is there: no need to wait for duplicates to be found. Of the link's own address
+    // too, which routers ask their neighbours with: until it is sure they ask nobody.
     ip(&format!("-n {namespace} addr add {v6}/64 dev {link} nodad"))?;
+    let sure = format!("/proc/sys/net/ipv6/conf/{link}/accept_dad");
+    within(namespace, move || std::fs::write(sure, "0"))??;
     Ok(())
 }
 

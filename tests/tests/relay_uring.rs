@@ -233,7 +233,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 #[test]
 fn what_can_not_be_had_is_done_without_and_said_with_every_port() {
     let place = Place::new(Options {
-        node: harness::relay::setting(module_path!()).to_owned(),
+        node: harness::relay::setting_alone(module_path!()),
         by: ["python3", "-c", DENY].map(str::to_owned).to_vec(),
         ..Options::default()
     })
@@ -266,7 +266,7 @@ fn the_engine_is_told_with_every_port() {
         return;
     }
     let place = Place::new(Options {
-        node: harness::relay::setting(module_path!()).to_owned(),
+        node: harness::relay::setting_alone(module_path!()),
         ..Options::default()
     })
     .expect("a place");
