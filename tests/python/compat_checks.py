@@ -415,7 +415,9 @@ async def a_cluster_session_talks_over_ssh(bench):
 async def a_session_is_committed(bench):
     await bench.create("committed", engine.APP, mem=256)
     await bench.session_is("committed", "RUNNING")
-    images = bench.system.engine.docker("images", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}")
+    # The engine has no order for images of the same second.
+    images = lambda: sorted(bench.system.engine.docker("images", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").splitlines())
+    before = images()
     await bench.sessions["committed"].commit()
 
     async def written():
@@ -425,7 +427,7 @@ async def a_session_is_committed(bench):
 
     await eventually("the commit's file", written, SOON)
     if bench.agent.kind == "ours":
-        listed = lambda: bench.system.engine.docker("images", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}") == images
+        listed = lambda: images() == before
         await eventually("the engine has the images of before", lambda: asyncio.to_thread(listed), SOON)
     await bench.destroy("committed")
 

@@ -33,6 +33,10 @@ const SUBMISSIONS: u32 = 256;
 const COMPLETIONS: u32 = 4096;
 /// The key of what nobody waits for.
 const NOBODY: u64 = u64::MAX;
+/// Marks the completion of taking a request back, in the request's key.
+const TAKING_BACK: u64 = 1 << 63;
+/// Keys above are single ones of their users (such as an epoll's).
+const MARKED_END: u64 = u64::MAX - 16;
 
 /// Why there is no ring.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +155,9 @@ pub enum Outcome {
     Ready,
     /// It failed.
     Failed(Errno),
+    /// It was to be taken back, and was just being worked at: it goes on unless that is asked for
+    /// again.
+    Missed,
 }
 
 /// An answer of the kernel.
@@ -320,9 +327,14 @@ impl Ring {
         self.push(entry.user_data(key));
     }
 
-    /// Takes a request back. It is over when its own completion says so.
+    /// Takes a request back. It is over when its own completion says so; [`Outcome::Missed`] may
+    /// come before.
     pub fn cancel(&mut self, key: u64) {
-        self.push(opcode::AsyncCancel::new(key).build().user_data(NOBODY));
+        let marked = match key & TAKING_BACK {
+            0 => key | TAKING_BACK,
+            _ => NOBODY,
+        };
+        self.push(opcode::AsyncCancel::new(key).build().user_data(marked));
     }
 
     /// Hands over what was asked for and waits for a completion; without a deadline until there is one.
@@ -362,9 +374,18 @@ impl Ring {
             let length = usize::try_from(entry.result()).unwrap_or(0);
             self.current = buffer.map(|id| (id, length));
             let key = entry.user_data();
-            if key == NOBODY {
+            // Keys have the mark themselves only where they need no answer to a cancellation.
+            let marked = key & TAKING_BACK != 0 && key < MARKED_END;
+            if key == NOBODY || marked && entry.result() >= 0 {
                 self.give_back();
                 continue;
+            }
+            if marked {
+                return Some(Completion {
+                    key: key & !TAKING_BACK,
+                    outcome: Outcome::Missed,
+                    over: false,
+                });
             }
             let outcome = match entry.result() {
                 failed @ ..0 => Outcome::Failed(Errno::from_raw_os_error(-failed)),

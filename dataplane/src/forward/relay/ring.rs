@@ -212,6 +212,14 @@ impl RingEngine {
         if answer.over {
             place.asked &= !request.bit();
         }
+        if answer.outcome == Outcome::Missed {
+            // Its place may have been given to another session since.
+            let unwanted = place.leaving || place.session.is_none();
+            if unwanted && place.asked & request.bit() != 0 {
+                self.ring.cancel(answer.key);
+            }
+            return;
+        }
         if let Some(session) = &mut place.session {
             let verdict = match (request, answer.outcome) {
                 (Request::Receive(from), Outcome::Received) => {
@@ -229,6 +237,7 @@ impl RingEngine {
                 | (Request::Receive(_), Outcome::Failed(Errno::AGAIN) | Outcome::Ready) => {
                     Verdict::Wait
                 }
+                (_, Outcome::Missed) => Verdict::Wait,
                 (Request::Receive(from), Outcome::Failed(errno)) => {
                     session.source_failed(from, errno, tools, now)
                 }
