@@ -175,6 +175,17 @@ static ALWAYS_INLINE void count_out(const struct service_key *key, const struct 
 	}
 }
 
+static ALWAYS_INLINE void name_flow(struct flow_key *key, __u8 protocol,
+				    const struct address *container, __u16 container_port,
+				    const struct address *client, __u16 client_port)
+{
+	key->container = *container;
+	key->client = *client;
+	key->container_port = container_port;
+	key->client_port = client_port;
+	key->protocol = protocol;
+}
+
 static ALWAYS_INLINE void name_fragment(const struct packet *it, struct fragment_key *key)
 {
 	key->source = it->source;
@@ -238,11 +249,8 @@ static OWN_FRAME int error_to_container(struct __sk_buff *skb, const struct pack
 	service = published(&key, &cause.source);
 	if (!service)
 		return NEXT;
-	flow_key.container = service->target;
-	flow_key.client = cause.destination;
-	flow_key.container_port = service->target_port;
-	flow_key.client_port = cause.destination_port;
-	flow_key.protocol = cause.protocol;
+	name_flow(&flow_key, cause.protocol, &service->target, service->target_port,
+		  &cause.destination, cause.destination_port);
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	if (!flow || (flow->flags & FLOW_LOCAL) || flow->life != service->life ||
 	    flow->host_port != key.port || !same(&flow->host, &cause.source))
@@ -267,11 +275,8 @@ static OWN_FRAME int error_to_client(struct __sk_buff *skb, const struct packet 
 
 	if (read_cause(skb, error, &cause) || !same(&cause.destination, &error->source))
 		return NEXT;
-	flow_key.container = cause.destination;
-	flow_key.client = cause.source;
-	flow_key.container_port = cause.destination_port;
-	flow_key.client_port = cause.source_port;
-	flow_key.protocol = cause.protocol;
+	name_flow(&flow_key, cause.protocol, &cause.destination, cause.destination_port,
+		  &cause.source, cause.source_port);
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	if (!flow || (flow->flags & FLOW_LOCAL) || flow->link_index != skb->ifindex)
 		return NEXT;
@@ -291,11 +296,8 @@ static OWN_FRAME int forget_datagrams(const struct packet *it)
 {
 	struct flow_key flow_key = {};
 
-	flow_key.container = it->destination;
-	flow_key.client = it->source;
-	flow_key.container_port = it->destination_port;
-	flow_key.client_port = it->source_port;
-	flow_key.protocol = it->protocol;
+	name_flow(&flow_key, it->protocol, &it->destination, it->destination_port,
+		  &it->source, it->source_port);
 	if (bpf_map_lookup_elem(&flows, &flow_key))
 		bpf_map_delete_elem(&flows, &flow_key);
 	return NEXT;
@@ -327,11 +329,8 @@ int from_uplink(struct __sk_buff *skb)
 	if (!service)
 		return tcp ? NEXT : forget_datagrams(&it);
 
-	flow_key.container = service->target;
-	flow_key.client = it.source;
-	flow_key.container_port = service->target_port;
-	flow_key.client_port = it.source_port;
-	flow_key.protocol = it.protocol;
+	name_flow(&flow_key, it.protocol, &service->target, service->target_port,
+		  &it.source, it.source_port);
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	/* Nobody outside has an address of ours. */
 	if (flow && (flow->flags & FLOW_LOCAL))
@@ -430,11 +429,8 @@ int from_container(struct __sk_buff *skb)
 		return follow_fragments(skb, &it, 1);
 	if (it.kind == PACKET_ERROR)
 		return error_to_client(skb, &it);
-	flow_key.container = it.source;
-	flow_key.client = it.destination;
-	flow_key.container_port = it.source_port;
-	flow_key.client_port = it.destination_port;
-	flow_key.protocol = it.protocol;
+	name_flow(&flow_key, it.protocol, &it.source, it.source_port,
+		  &it.destination, it.destination_port);
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	if (!flow || flow->link_index != skb->ifindex)
 		return NEXT;
@@ -579,11 +575,8 @@ static OWN_FRAME int count_local(struct __sk_buff *skb)
 
 	if (read_packet(skb, &it) || it.kind > PACKET_FIRST)
 		return NEXT;
-	flow_key.container = it.destination;
-	flow_key.client = it.source;
-	flow_key.container_port = it.destination_port;
-	flow_key.client_port = it.source_port;
-	flow_key.protocol = it.protocol;
+	name_flow(&flow_key, it.protocol, &it.destination, it.destination_port,
+		  &it.source, it.source_port);
 	flow = bpf_map_lookup_elem(&flows, &flow_key);
 	cookie = bpf_get_socket_cookie(skb);
 	if (flow && !(flow->flags & FLOW_LOCAL))
