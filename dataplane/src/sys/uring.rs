@@ -33,10 +33,8 @@ const SUBMISSIONS: u32 = 256;
 const COMPLETIONS: u32 = 4096;
 /// The key of what nobody waits for.
 const NOBODY: u64 = u64::MAX;
-/// Marks the completion of taking a request back, in the request's key.
+/// Marks the completion of taking a request back, in the request's key. Keys of users are below.
 const TAKING_BACK: u64 = 1 << 63;
-/// Keys above are single ones of their users (such as an epoll's).
-const MARKED_END: u64 = u64::MAX - 16;
 
 /// Why there is no ring.
 #[derive(Debug, thiserror::Error)]
@@ -330,11 +328,8 @@ impl Ring {
     /// Takes a request back. It is over when its own completion says so; [`Outcome::Missed`] may
     /// come before.
     pub fn cancel(&mut self, key: u64) {
-        let marked = match key & TAKING_BACK {
-            0 => key | TAKING_BACK,
-            _ => NOBODY,
-        };
-        self.push(opcode::AsyncCancel::new(key).build().user_data(marked));
+        let cancel = opcode::AsyncCancel::new(key).build();
+        self.push(cancel.user_data(key | TAKING_BACK));
     }
 
     /// Hands over what was asked for and waits for a completion; without a deadline until there is one.
@@ -374,8 +369,7 @@ impl Ring {
             let length = usize::try_from(entry.result()).unwrap_or(0);
             self.current = buffer.map(|id| (id, length));
             let key = entry.user_data();
-            // Keys have the mark themselves only where they need no answer to a cancellation.
-            let marked = key & TAKING_BACK != 0 && key < MARKED_END;
+            let marked = key & TAKING_BACK != 0;
             if key == NOBODY || marked && entry.result() >= 0 {
                 self.give_back();
                 continue;

@@ -14,7 +14,7 @@ use mio::{Interest, Registry, Token};
 use rustix::io::Errno;
 
 use super::flow::Tools;
-use super::session::{End, Fate, Session, Verdict};
+use super::session::{End, Session, Timed, Verdict};
 use super::slab::Slab;
 use super::wheel::{Entry, Wheel};
 
@@ -173,12 +173,6 @@ impl Adaptive {
         }
     }
 
-    fn abort(&mut self, index: u32) {
-        if let Some(session) = self.sessions.remove(index) {
-            session.abort();
-        }
-    }
-
     /// Resets the sessions for which `wanted` holds.
     pub fn abort_where(&mut self, wanted: impl FnMut(&Session) -> bool) {
         for index in self.sessions.positions(wanted) {
@@ -206,39 +200,6 @@ impl Adaptive {
         taken
     }
 
-    /// The wheel slot of the next timer.
-    pub fn earliest(&self) -> Option<u64> {
-        self.wheel.earliest()
-    }
-
-    /// Does what is due by the clock, and makes freed positions available again.
-    pub fn end_of_round(&mut self, now: u32, expired: &mut Vec<Entry>) {
-        self.wheel.expire(u64::from(now), expired);
-        for entry in expired.drain(..) {
-            self.expire(entry, now);
-        }
-        self.sessions.recycle();
-    }
-
-    /// A timer entry came up: end the session or put the entry back.
-    fn expire(&mut self, entry: Entry, now: u32) {
-        let Some(session) = self.sessions.get_generation(entry.index, entry.generation) else {
-            return;
-        };
-        match session.fate(now) {
-            Fate::Later(due) => self.wheel.insert(due, entry),
-            Fate::Nothing => {}
-            Fate::Idle => {
-                session.seat.port().count_idle_timeout();
-                self.abort(entry.index);
-            }
-            Fate::Unreached => {
-                self.obey(entry.index, Verdict::Unreachable(Errno::TIMEDOUT), now);
-            }
-            Fate::Lingered => self.abort(entry.index),
-        }
-    }
-
     /// Sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.live()
@@ -252,5 +213,29 @@ impl Adaptive {
     /// Entries of the wheel, stale ones included.
     pub fn timers(&self) -> usize {
         self.wheel.entries()
+    }
+}
+
+impl Timed for Adaptive {
+    fn wheel(&mut self) -> &mut Wheel {
+        &mut self.wheel
+    }
+
+    fn timed(&mut self, entry: Entry) -> Option<&mut Session> {
+        self.sessions.get_generation(entry.index, entry.generation)
+    }
+
+    fn abort(&mut self, index: u32) {
+        if let Some(session) = self.sessions.remove(index) {
+            session.abort();
+        }
+    }
+
+    fn unreached(&mut self, index: u32, now: u32) {
+        self.obey(index, Verdict::Unreachable(Errno::TIMEDOUT), now);
+    }
+
+    fn recycle(&mut self) {
+        self.sessions.recycle();
     }
 }

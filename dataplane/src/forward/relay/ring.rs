@@ -22,7 +22,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 use super::flow::{SPLICE_FROM, Tools};
-use super::session::{End, Fate, Session, Verdict};
+use super::session::{End, Session, Timed, Verdict};
 use super::slab::Slab;
 use super::wheel::{Entry, Wheel};
 use crate::sys::socket;
@@ -33,8 +33,8 @@ const BULK_BUFFERS: usize = SPLICE_FROM / BUFFER_BYTES;
 /// How long the kernel may take to answer all requests when the thread ends.
 const STOPPING: Duration = Duration::from_secs(1);
 
-/// The key of the worker's epoll.
-const BELL: u64 = u64::MAX - 1;
+/// The key of the worker's epoll: a number that no request of a session has.
+const BELL: u64 = 3;
 
 /// What is asked of the ring for a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,8 +190,10 @@ impl RingEngine {
     pub fn serve(&mut self, tools: &mut Tools, now: u32) {
         while let Some(answer) = self.ring.pop() {
             if answer.key == BELL {
-                self.bell_hung = false;
-                self.bell_rung = true;
+                if answer.outcome != Outcome::Missed {
+                    self.bell_hung = false;
+                    self.bell_rung = true;
+                }
             } else if let Some((index, request)) = Request::of(answer.key) {
                 self.answered(index, request, answer, tools, now);
             }
@@ -364,37 +366,6 @@ impl RingEngine {
         }
     }
 
-    /// The wheel slot of the next timer.
-    pub fn earliest(&self) -> Option<u64> {
-        self.wheel.earliest()
-    }
-
-    /// Does what is due by the clock, and makes freed positions available again.
-    pub fn end_of_round(&mut self, now: u32, expired: &mut Vec<Entry>) {
-        self.wheel.expire(u64::from(now), expired);
-        for entry in expired.drain(..) {
-            self.expire(entry, now);
-        }
-        self.sessions.recycle();
-    }
-
-    fn expire(&mut self, entry: Entry, now: u32) {
-        let found = self.sessions.get_generation(entry.index, entry.generation);
-        let Some(session) = found.and_then(|it| it.session.as_ref()) else {
-            return;
-        };
-        match session.fate(now) {
-            Fate::Later(due) => self.wheel.insert(due, entry),
-            Fate::Nothing => {}
-            Fate::Idle => {
-                session.seat.port().count_idle_timeout();
-                self.end(entry.index, true);
-            }
-            Fate::Unreached => self.obey(entry.index, Verdict::Unreachable(Errno::TIMEDOUT)),
-            Fate::Lingered => self.end(entry.index, true),
-        }
-    }
-
     /// Resets everything and waits for the kernel's answers.
     pub fn stop(&mut self, tools: &mut Tools) {
         self.abort_where(|_| true);
@@ -425,6 +396,31 @@ impl RingEngine {
     /// Entries of the wheel, stale ones included.
     pub fn timers(&self) -> usize {
         self.wheel.entries()
+    }
+}
+
+impl Timed for RingEngine {
+    fn wheel(&mut self) -> &mut Wheel {
+        &mut self.wheel
+    }
+
+    fn timed(&mut self, entry: Entry) -> Option<&mut Session> {
+        let place = self
+            .sessions
+            .get_generation(entry.index, entry.generation)?;
+        place.session.as_mut()
+    }
+
+    fn abort(&mut self, index: u32) {
+        self.end(index, true);
+    }
+
+    fn unreached(&mut self, index: u32, _now: u32) {
+        self.obey(index, Verdict::Unreachable(Errno::TIMEDOUT));
+    }
+
+    fn recycle(&mut self) {
+        self.sessions.recycle();
     }
 }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::flow::{Fault, Flow, SMALL_TURN, Side, Stage, Tools, Turn};
 use super::port::Seat;
-use super::wheel::SLOT;
+use super::wheel::{Entry, SLOT, Wheel};
 use crate::sys::socket;
 
 /// Which socket of a session an event belongs to.
@@ -85,6 +85,46 @@ pub enum Fate {
     Unreached,
     /// What a dead side had sent has had its time.
     Lingered,
+}
+
+/// An engine's sessions by the clock: what both engines do when a timer comes up.
+pub trait Timed {
+    /// The timers.
+    fn wheel(&mut self) -> &mut Wheel;
+    /// The session that set a timer; none when it has ended or is another engine's by now.
+    fn timed(&mut self, entry: Entry) -> Option<&mut Session>;
+    /// Resets a session.
+    fn abort(&mut self, index: u32);
+    /// Tells a client that the container has not answered.
+    fn unreached(&mut self, index: u32, now: u32);
+    /// Makes the positions of ended sessions available again.
+    fn recycle(&mut self);
+
+    /// The wheel slot of the next timer.
+    fn earliest(&mut self) -> Option<u64> {
+        self.wheel().earliest()
+    }
+
+    /// Does what is due by the clock, and makes freed positions available again.
+    fn end_of_round(&mut self, now: u32, expired: &mut Vec<Entry>) {
+        self.wheel().expire(u64::from(now), expired);
+        for entry in expired.drain(..) {
+            let Some(session) = self.timed(entry) else {
+                continue;
+            };
+            match session.fate(now) {
+                Fate::Later(due) => self.wheel().insert(due, entry),
+                Fate::Nothing => {}
+                Fate::Idle => {
+                    session.seat.port().count_idle_timeout();
+                    self.abort(entry.index);
+                }
+                Fate::Unreached => self.unreached(entry.index, now),
+                Fate::Lingered => self.abort(entry.index),
+            }
+        }
+        self.recycle();
+    }
 }
 
 impl Session {

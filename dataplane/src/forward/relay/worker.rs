@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use super::adaptive::Adaptive;
 use super::port::{Port, Seat};
 use super::ring::RingEngine;
-use super::session::Session;
+use super::session::{Session, Timed};
 use super::wheel::SLOT;
 use crate::log_limit::LogLimit;
 use crate::sys::socket;
@@ -247,12 +247,12 @@ impl Worker {
         u32::try_from(slots).unwrap_or(u32::MAX)
     }
 
-    fn timeout(&self) -> Option<Duration> {
+    fn timeout(&mut self) -> Option<Duration> {
         if self.adaptive.is_busy() || !self.accepting.is_empty() {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
-        let of_ring = self.ring.as_ref().and_then(RingEngine::earliest);
+        let of_ring = self.ring.as_mut().and_then(RingEngine::earliest);
         let earliest = [self.adaptive.earliest(), of_ring];
         let timer = earliest.into_iter().flatten().min().map(|slot| {
             let due = self.started + SLOT * u32::try_from(slot).unwrap_or(u32::MAX);
