@@ -23,56 +23,35 @@ import time
 from concurrent import futures
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf import json_format
 
-# Message: field, number, type (a lower-case type of protobuf, or a message), repeated. Names and numbers are the API's.
+from protobuf_messages import classes
+
+# Names and numbers are the API's.
 MESSAGES = {
     "Empty": [],
-    "DevicePluginOptions": [("pre_start_required", 1, "bool", False), ("get_preferred_allocation_available", 2, "bool", False)],
-    "RegisterRequest": [("version", 1, "string", False), ("endpoint", 2, "string", False), ("resource_name", 3, "string", False), ("options", 4, "DevicePluginOptions", False)],
-    "NUMANode": [("ID", 1, "int64", False)],
-    "TopologyInfo": [("nodes", 1, "NUMANode", True)],
-    "Device": [("ID", 1, "string", False), ("health", 2, "string", False), ("topology", 3, "TopologyInfo", False)],
-    "ListAndWatchResponse": [("devices", 1, "Device", True)],
-    "ContainerPreferredAllocationRequest": [("available_deviceIDs", 1, "string", True), ("must_include_deviceIDs", 2, "string", True), ("allocation_size", 3, "int32", False)],
-    "PreferredAllocationRequest": [("container_requests", 1, "ContainerPreferredAllocationRequest", True)],
-    "ContainerPreferredAllocationResponse": [("deviceIDs", 1, "string", True)],
-    "PreferredAllocationResponse": [("container_responses", 1, "ContainerPreferredAllocationResponse", True)],
-    "PreStartContainerRequest": [("devices_ids", 1, "string", True)],
+    "DevicePluginOptions": [("pre_start_required", 1, "bool"), ("get_preferred_allocation_available", 2, "bool")],
+    "RegisterRequest": [("version", 1, "string"), ("endpoint", 2, "string"), ("resource_name", 3, "string"), ("options", 4, "DevicePluginOptions")],
+    "NUMANode": [("ID", 1, "int64")],
+    "TopologyInfo": [("nodes", 1, "NUMANode*")],
+    "Device": [("ID", 1, "string"), ("health", 2, "string"), ("topology", 3, "TopologyInfo")],
+    "ListAndWatchResponse": [("devices", 1, "Device*")],
+    "ContainerPreferredAllocationRequest": [("available_deviceIDs", 1, "string*"), ("must_include_deviceIDs", 2, "string*"), ("allocation_size", 3, "int32")],
+    "PreferredAllocationRequest": [("container_requests", 1, "ContainerPreferredAllocationRequest*")],
+    "ContainerPreferredAllocationResponse": [("deviceIDs", 1, "string*")],
+    "PreferredAllocationResponse": [("container_responses", 1, "ContainerPreferredAllocationResponse*")],
+    "PreStartContainerRequest": [("devices_ids", 1, "string*")],
     "PreStartContainerResponse": [],
-    "ContainerAllocateRequest": [("devices_ids", 1, "string", True)],
-    "AllocateRequest": [("container_requests", 1, "ContainerAllocateRequest", True)],
-    "Mount": [("container_path", 1, "string", False), ("host_path", 2, "string", False), ("read_only", 3, "bool", False)],
-    "DeviceSpec": [("container_path", 1, "string", False), ("host_path", 2, "string", False), ("permissions", 3, "string", False)],
-    "CDIDevice": [("name", 1, "string", False)],
-    "ContainerAllocateResponse": [("envs", 1, "map", True), ("mounts", 2, "Mount", True), ("devices", 3, "DeviceSpec", True), ("annotations", 4, "map", True), ("cdi_devices", 5, "CDIDevice", True)],
-    "AllocateResponse": [("container_responses", 1, "ContainerAllocateResponse", True)],
+    "ContainerAllocateRequest": [("devices_ids", 1, "string*")],
+    "AllocateRequest": [("container_requests", 1, "ContainerAllocateRequest*")],
+    "Mount": [("container_path", 1, "string"), ("host_path", 2, "string"), ("read_only", 3, "bool")],
+    "DeviceSpec": [("container_path", 1, "string"), ("host_path", 2, "string"), ("permissions", 3, "string")],
+    "CDIDevice": [("name", 1, "string")],
+    "ContainerAllocateResponse": [("envs", 1, "map"), ("mounts", 2, "Mount*"), ("devices", 3, "DeviceSpec*"), ("annotations", 4, "map"), ("cdi_devices", 5, "CDIDevice*")],
+    "AllocateResponse": [("container_responses", 1, "ContainerAllocateResponse*")],
 }
 
-
-def classes():
-    file = descriptor_pb2.FileDescriptorProto(name="api.proto", package="v1beta1", syntax="proto3")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    for name, fields in MESSAGES.items():
-        message = file.message_type.add(name=name)
-        for field, number, kind, repeated in fields:
-            entry = message.field.add(name=field, number=number, label=kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL)
-            if kind == "map":
-                nested = message.nested_type.add(name="".join(part.capitalize() for part in field.split("_")) + "Entry")
-                nested.options.map_entry = True
-                for place, part in enumerate(("key", "value"), 1):
-                    nested.field.add(name=part, number=place, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
-                entry.type, entry.type_name = kinds.TYPE_MESSAGE, f".v1beta1.{name}.{nested.name}"
-            elif kind in MESSAGES:
-                entry.type, entry.type_name = kinds.TYPE_MESSAGE, f".v1beta1.{kind}"
-            else:
-                entry.type = getattr(kinds, f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"v1beta1.{name}")) for name in MESSAGES}
-
-
-API = classes()
+API = classes("v1beta1", MESSAGES)
 
 
 def tell(**what):

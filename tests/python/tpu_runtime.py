@@ -10,9 +10,10 @@ import sys
 from concurrent import futures
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# Message: field, number, type. Names and numbers are those of the published definition.
+from protobuf_messages import classes
+
+# Names and numbers are those of the published definition.
 MESSAGES = {
     "AttrValue": [("string_attr", 1, "string"), ("int_attr", 3, "int64")],
     "Attribute": [("key", 1, "string"), ("value", 2, "AttrValue")],
@@ -24,26 +25,7 @@ MESSAGES = {
 }
 PACKAGE = "tpu.monitoring.runtime"
 
-
-def classes():
-    file = descriptor_pb2.FileDescriptorProto(name="tpu_metric_service.proto", package=PACKAGE, syntax="proto3")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    for name, fields in MESSAGES.items():
-        message = file.message_type.add(name=name)
-        for field, number, kind in fields:
-            label = kinds.LABEL_REPEATED if kind.endswith("*") else kinds.LABEL_OPTIONAL
-            entry = message.field.add(name=field, number=number, label=label)
-            kind = kind.rstrip("*")
-            if kind in MESSAGES:
-                entry.type, entry.type_name = kinds.TYPE_MESSAGE, f".{PACKAGE}.{kind}"
-            else:
-                entry.type = getattr(kinds, f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in MESSAGES}
-
-
-API = classes()
+API = classes(PACKAGE, MESSAGES)
 TOLD = {}
 
 
