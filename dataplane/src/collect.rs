@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 use shared::desired::{ContainerRow, DesiredSnapshot};
+use shared::heap::trimmed;
 use shared::ids::ContainerId;
 use shared::observed::{
     ContainerSample, DiskCounters, IoCounters, Measured, NodeSample, Processes, Source,
@@ -108,8 +109,6 @@ impl Collector {
                 let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
                 sampler.list_processes(lister, means, board.sizes().processes);
                 sampler.go_on_from(&before);
-                // What loading the programs, the kernel path's too, took for a moment.
-                shared::heap::trim();
                 run(&own, &mut sampler, &board);
             })?;
         Ok(Self {
@@ -272,7 +271,7 @@ impl Sampler {
         let budget = Budget::new(descriptors);
         let walks = match means {
             Means::Files => None,
-            Means::Best { containers } => Walks::start(&facts, &budget, containers)
+            Means::Best { containers } => trimmed(|| Walks::start(&facts, &budget, containers))
                 .inspect_err(|err| {
                     tracing::warn!(
                         err = err as &dyn std::error::Error,
@@ -310,7 +309,7 @@ impl Sampler {
             && let Some(mount) = tasks::mount(&self.facts)
         {
             let facts = self.facts.clone();
-            let load = move || Tasks::start(&facts, containers, most);
+            let load = move || trimmed(|| Tasks::start(&facts, containers, most));
             if let Err(err) = lister.walk_by(mount.to_owned(), load) {
                 tracing::warn!(%err, "there is no thread to walk over tasks");
             }

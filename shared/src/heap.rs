@@ -22,6 +22,13 @@ pub fn trim() {
     let _released = unsafe { libc::malloc_trim(0) };
 }
 
+/// Does something big, and gives back what it took for as long as it lasted.
+pub fn trimmed<T>(work: impl FnOnce() -> T) -> T {
+    let done = work();
+    trim();
+    done
+}
+
 #[cfg(all(test, target_env = "gnu"))]
 mod tests {
     /// Resident memory in pages (proc_pid_statm(5), second field).
