@@ -106,7 +106,7 @@ pub enum AppError {
 
 /// Relay threads for a number of CPUs: containers need the others.
 fn threads_for(cpus: usize) -> usize {
-    (cpus / 4).clamp(1, 4)
+    (cpus / 4).clamp(2, 4).min(cpus.max(1))
 }
 
 /// Runs the dataplane until a signal ends it. `signals` must have been blocked before any thread
@@ -167,7 +167,8 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     );
 
     if let Some(means) = options.kernel_path {
-        let started = KernelPath::start(&options.agent_id, run_dir.root(), means);
+        let started =
+            shared::heap::trimmed(|| KernelPath::start(&options.agent_id, run_dir.root(), means));
         if let Err(err) = &started {
             tracing::warn!(
                 err = kernel::words(err),
@@ -322,6 +323,6 @@ mod tests {
 
     #[test]
     fn few_threads_whatever_the_machine() {
-        assert_eq!([1, 2, 8, 64].map(threads_for), [1, 1, 2, 4]);
+        assert_eq!([1, 2, 8, 12, 64].map(threads_for), [1, 2, 2, 3, 4]);
     }
 }

@@ -191,7 +191,9 @@ pub fn reset(fd: impl AsFd) {
 /// # Errors
 /// The kernel's answer.
 pub fn read(fd: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno> {
-    rustix::io::read(fd, buffer)
+    // read(2) would go the way of files first.
+    let (read, _) = net::recv(fd, buffer, net::RecvFlags::empty())?;
+    Ok(read)
 }
 
 /// Writes without blocking and without SIGPIPE. Returns how many bytes were taken.
