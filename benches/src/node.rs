@@ -96,11 +96,12 @@ impl Node {
             child,
             sandbox: place.is_some(),
         };
-        // Its start, which loads programs, is no part of what serving costs.
-        until("the dataplane's first samples", || {
+        // Its start, which loads programs on several threads, is no part of what serving costs.
+        until("the dataplane's first samples and processes", || {
             let snapshot = node.observed.snapshot().ok()?;
-            let node = snapshot.node.as_ref()?;
-            (node.taken_monotonic_ns > begun).then_some(())
+            let processes = node.observed.processes().ok()?;
+            let sampled = snapshot.node.as_ref()?.taken_monotonic_ns;
+            (sampled.min(processes.taken_monotonic_ns) > begun).then_some(())
         })
         .with_context(|| log_of(site))?;
         Ok(node)

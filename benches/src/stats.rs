@@ -39,6 +39,9 @@ use crate::ports::report::Machine;
 use crate::site::{Place, Site};
 use crate::statistics::Spread;
 
+/// About so many ticks of a way follow each other while containers sleep.
+const LOOP: u32 = 50;
+
 /// What to measure and how often.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(about = "Statistics of many containers, against other ways to get them")]
@@ -49,6 +52,10 @@ pub struct Options {
     /// Ticks of each way.
     #[arg(long, default_value_t = 1000)]
     pub ticks: u32,
+    /// Containers sleep, and each way in turn reads in a loop; else every container works between any
+    /// two ticks, which leaves nothing in the processor's caches.
+    #[arg(long)]
+    pub asleep: bool,
     /// Native ways: ours, cached_pread, open_read_close.
     #[arg(long, value_delimiter = ',', default_values = WAYS.map(|(name, ..)| name))]
     pub ways: Vec<String>,
@@ -275,18 +282,32 @@ fn natively(
                 .transpose()?;
             let mut found = vec![Vec::new(); readers.len()];
             let mut by_python = Vec::new();
-            for _ in 0..ticks {
+            let mut between = || match options.asleep {
+                true => Ok(()),
+                false => crowd.busy(),
+            };
+            let turns = if options.asleep {
+                ticks.div_ceil(LOOP)
+            } else {
+                ticks
+            };
+            for turn in 0..turns {
+                let turn = (ticks * turn / turns)..(ticks * (turn + 1) / turns);
                 for (reader, samples) in readers.iter().zip(&mut found) {
-                    crowd.busy()?;
-                    // One that has ended says why below.
-                    if reader.begin.send(()).is_err() {
-                        break;
+                    for _ in turn.clone() {
+                        between()?;
+                        // One that has ended says why below.
+                        if reader.begin.send(()).is_err() {
+                            break;
+                        }
+                        samples.extend(reader.done.recv());
                     }
-                    samples.extend(reader.done.recv());
                 }
                 if let Some(python) = &mut python {
-                    crowd.busy()?;
-                    by_python.push(python.tick()?);
+                    for _ in turn {
+                        between()?;
+                        by_python.push(python.tick()?);
+                    }
                 }
                 for bell in &bells {
                     while bell.drain() {}
@@ -383,8 +404,8 @@ fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
         }
         Ok(ns / 1e6)
     };
-    // The first turn only asks.
-    crate::site::until("a turn", || lister.turn(wanted()))?;
+    // The first round loads the program.
+    crate::site::until("a listing", || lister.turn(wanted()))?;
     let before = cpu_ms()?;
     for _ in 0..rounds {
         let listing = crate::site::until("a listing", || lister.turn(wanted()))?;
@@ -464,6 +485,7 @@ fn report(
         "options": {
             "containers": options.containers,
             "ticks": options.ticks,
+            "asleep": options.asleep,
             "engine_containers": options.engine_containers,
             "engine_rounds": options.engine_rounds,
             "agent_seconds": options.agent_seconds,

@@ -7,7 +7,7 @@
 //! hang is left out alone, and the collector only ever takes listings that are already there.
 //! Invariant: what is left out is counted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,8 +36,8 @@ type Container = (ContainerId, PathBuf);
 pub struct Lister {
     walk: Option<Walker>,
     files: Answers<Container, Found>,
-    /// When the round under way began.
-    round_ns: u64,
+    /// When the round under way began; none before the first.
+    round_ns: Option<u64>,
     /// How many processes each container had.
     known: HashMap<ContainerId, u32>,
 }
@@ -123,7 +123,7 @@ impl Lister {
         Ok(Self {
             walk: None,
             files,
-            round_ns: monotonic_ns(),
+            round_ns: None,
             known: HashMap::new(),
         })
     }
@@ -148,6 +148,10 @@ impl Lister {
             return None;
         }
         let (answers, hanging) = self.files.take()?;
+        let Some(taken_monotonic_ns) = self.round_ns else {
+            self.ask(wanted.collect());
+            return None;
+        };
         let by_files = answers.into_iter().map(|((id, _), found)| (id, found));
         let walked = self.walk.as_mut().and_then(|walk| walk.walked.take());
         if matches!(walked, Some(None)) {
@@ -157,7 +161,7 @@ impl Lister {
             return None;
         }
         let mut listing = Processes {
-            taken_monotonic_ns: self.round_ns,
+            taken_monotonic_ns,
             ..Processes::default()
         };
         for (id, found) in walked.flatten().into_iter().flatten().chain(by_files) {
@@ -171,14 +175,14 @@ impl Lister {
             listing.left_out = listing.left_out.saturating_add(missed);
         }
         let wanted: Vec<Container> = wanted.collect();
-        self.known
-            .retain(|id, _| wanted.iter().any(|(wanted, _)| wanted == id));
+        let ids: HashSet<ContainerId> = wanted.iter().map(|(id, _)| *id).collect();
+        self.known.retain(|id, _| ids.contains(id));
         self.ask(wanted);
-        self.round_ns = monotonic_ns();
         Some(listing)
     }
 
     fn ask(&mut self, wanted: Vec<Container>) {
+        self.round_ns = Some(monotonic_ns());
         let Some(walk) = &mut self.walk else {
             self.files.ask(wanted);
             return;
@@ -352,7 +356,7 @@ mod tests {
                 .zip([many.clone(), stuck.clone(), few.clone()])
         };
         let mut lister = Lister::start().unwrap();
-        assert_eq!(lister.turn(wanted()).unwrap().list, []);
+        assert_eq!(lister.turn(wanted()), None, "nothing was asked for yet");
         for _ in 0..2 {
             let deadline = Instant::now() + Duration::from_secs(30);
             let listing = loop {
