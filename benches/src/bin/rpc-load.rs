@@ -6,20 +6,24 @@
 //! `rpc-load ADDRESS bare`: answers such calls itself, always with the same bytes, until it is killed: what the
 //! machine's sockets cost by themselves, and no agent can be below.
 //!
-//! A blocking socket per thread and bytes put together by hand (ZMTP 3.1, NULL): a client library, in Python above all, would
+//! One thread and bytes put together by hand (ZMTP 3.1, NULL): a client library, in Python above all, would
 //! measure itself. All times are in microseconds.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
 /// No answer takes longer, or the agent is taken for dead.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// More than an answer has.
+const PIECE: usize = 4096;
 const MORE: u8 = 1;
 const LONG: u8 = 2;
 const COMMAND: u8 = 4;
@@ -28,8 +32,8 @@ const RESULT: u8 = 2;
 /// One connection after its handshake.
 struct Connection {
     stream: TcpStream,
-    read: Vec<u8>,
-    at: usize,
+    /// What has arrived and was not taken yet.
+    arrived: Vec<u8>,
 }
 
 impl Connection {
@@ -40,82 +44,54 @@ impl Connection {
         stream.set_write_timeout(Some(DEADLINE))?;
         let mut connection = Self {
             stream,
-            read: Vec::with_capacity(4096),
-            at: 0,
+            arrived: Vec::with_capacity(PIECE),
         };
         let ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00";
         connection.stream.write_all(&hello(ready))?;
-        connection.fill(64)?;
-        ensure!(connection.read[0] == 0xff, "that is no ZeroMQ peer");
-        connection.at = 64;
-        // The agent's READY.
-        ensure!(
-            connection.next()?.0 & COMMAND != 0,
-            "a command was expected"
-        );
+        while connection.arrived.len() < 64 {
+            connection.receive()?;
+        }
+        ensure!(connection.arrived[0] == 0xff, "that is no ZeroMQ peer");
+        connection.arrived.drain(..64);
         let mut probe = Vec::new();
         frame(&mut probe, MORE, b"PING");
         frame(&mut probe, MORE, b"");
         frame(&mut probe, 0, b"");
         connection.stream.write_all(&probe)?;
-        let answer = connection.message()?;
-        ensure!(
-            answer.first().is_some_and(|tag| tag == b"PONG"),
-            "no PONG came"
-        );
+        let is_pong = |frames: &[&[u8]]| frames.first() == Some(&&b"PONG"[..]);
+        while !connection.take(is_pong)? {
+            connection.receive()?;
+        }
         Ok(connection)
     }
 
-    /// Reads until `count` bytes lie in the buffer.
-    fn fill(&mut self, count: usize) -> Result<()> {
-        let mut piece = [0_u8; 4096];
-        while self.read.len() < count {
-            let got = self.stream.read(&mut piece)?;
-            ensure!(got > 0, "the agent closed the connection");
-            self.read.extend_from_slice(&piece[..got]);
+    /// Takes in a piece; false when there is none just now.
+    fn receive(&mut self) -> Result<bool> {
+        let mut piece = [0_u8; PIECE];
+        match self.stream.read(&mut piece) {
+            Ok(0) => bail!("the agent closed the connection"),
+            Ok(length) => {
+                self.arrived.extend_from_slice(&piece[..length]);
+                Ok(true)
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error.into()),
         }
-        Ok(())
     }
 
-    /// The next frame: its flags and its content.
-    fn next(&mut self) -> Result<(u8, Vec<u8>)> {
-        self.fill(self.at + 2)?;
-        let flags = self.read[self.at];
-        let (head, length) = if flags & LONG == 0 {
-            (2, usize::from(self.read[self.at + 1]))
-        } else {
-            self.fill(self.at + 9)?;
-            let mut size = [0_u8; 8];
-            size.copy_from_slice(&self.read[self.at + 1..self.at + 9]);
-            (9, usize::try_from(u64::from_be_bytes(size))?)
+    /// Takes the next message, which must be as `expected`; false when it is not whole yet.
+    fn take(&mut self, expected: impl Fn(&[&[u8]]) -> bool) -> Result<bool> {
+        let mut frames = Vec::with_capacity(4);
+        let Some(end) = message(&self.arrived, &mut frames) else {
+            return Ok(false);
         };
-        let from = self.at + head;
-        self.fill(from + length)?;
-        let content = self.read[from..from + length].to_vec();
-        self.at = from + length;
-        if self.at == self.read.len() {
-            self.read.clear();
-            self.at = 0;
-        }
-        Ok((flags, content))
+        ensure!(expected(&frames), "the agent's answer is another one");
+        self.arrived.drain(..end);
+        Ok(true)
     }
 
-    fn message(&mut self) -> Result<Vec<Vec<u8>>> {
-        let mut frames = Vec::new();
-        loop {
-            let (flags, content) = self.next()?;
-            if flags & COMMAND != 0 {
-                continue;
-            }
-            frames.push(content);
-            if flags & MORE == 0 {
-                return Ok(frames);
-            }
-        }
-    }
-
-    /// `ping("pong")`; the answer must be a result of this very call.
-    fn call(&mut self, sequence: u32) -> Result<()> {
+    /// Calls `ping("pong")`.
+    fn ask(&mut self, sequence: u32) -> Result<()> {
         let mut header = b"\x85\xa4type\x01\xa4meth\xa4ping\xa4okey\xa0\xa3seq\xce".to_vec();
         header.extend_from_slice(&sequence.to_be_bytes());
         header.extend_from_slice(b"\xa3zip\xc2");
@@ -125,17 +101,49 @@ impl Connection {
         frame(&mut request, MORE, b"UPPER");
         frame(&mut request, MORE, &header);
         frame(&mut request, 0, envelope);
-        self.stream.write_all(&request)?;
-        let answer = self.message()?;
-        let [tag, header, body] = answer.as_slice() else {
-            bail!("an answer of {} frames", answer.len());
-        };
-        let kind = position(header, b"\xa4type").and_then(|at| header.get(at));
-        ensure!(
-            tag == b"UPPER" && kind == Some(&RESULT) && position(body, b"\xa4pong").is_some(),
-            "the answer is no result"
-        );
+        Ok(self.stream.write_all(&request)?)
+    }
+
+    /// Calls and waits for the answer.
+    fn call(&mut self, sequence: u32) -> Result<()> {
+        self.ask(sequence)?;
+        while !self.take(is_result)? {
+            ensure!(self.receive()?, "no answer came in time");
+        }
         Ok(())
+    }
+}
+
+/// The result of a `ping("pong")`.
+fn is_result(frames: &[&[u8]]) -> bool {
+    let [tag, header, body] = frames else {
+        return false;
+    };
+    let kind = position(header, b"\xa4type").and_then(|at| header.get(at));
+    *tag == b"UPPER" && kind == Some(&RESULT) && position(body, b"\xa4pong").is_some()
+}
+
+/// The frames of the first message, and where it ends; nothing before it is whole. Commands are
+/// passed over.
+fn message<'b>(bytes: &'b [u8], frames: &mut Vec<&'b [u8]>) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        let (flags, size) = (*bytes.get(at)?, *bytes.get(at + 1)?);
+        let (from, length) = match flags & LONG {
+            0 => (at + 2, usize::from(size)),
+            _ => {
+                let size = bytes.get(at + 1..at + 9)?.try_into().ok()?;
+                (at + 9, usize::try_from(u64::from_be_bytes(size)).ok()?)
+            }
+        };
+        at = from.checked_add(length)?;
+        let content = bytes.get(from..at)?;
+        if flags & COMMAND == 0 {
+            frames.push(content);
+            if flags & MORE == 0 {
+                return Some(at);
+            }
+        }
     }
 }
 
@@ -233,16 +241,51 @@ fn frame(out: &mut Vec<u8>, flags: u8, content: &[u8]) {
     out.extend_from_slice(content);
 }
 
-/// Calls until the time is over; the duration of each call.
-fn calls(address: SocketAddr, until: Instant) -> Result<Vec<u128>> {
-    let mut connection = Connection::open(address)?;
+/// Calls over so many connections until the time is over; the duration of each call. One thread that
+/// looks after all of them: one each would cost more than what they wait for.
+fn calls(address: SocketAddr, connections: usize, until: Instant) -> Result<Vec<u128>> {
     let mut samples = Vec::new();
-    let mut sequence = 0;
+    let mut open = (0..connections)
+        .map(|_| Connection::open(address))
+        .collect::<Result<Vec<_>>>()?;
+    if let [only] = open.as_mut_slice() {
+        let mut sequence = 0;
+        while Instant::now() < until {
+            let from = Instant::now();
+            only.call(sequence)?;
+            samples.push(from.elapsed().as_micros());
+            sequence = sequence.wrapping_add(1);
+        }
+        return Ok(samples);
+    }
+    let mut poll = Poll::new()?;
+    let mut events = Events::with_capacity(connections.max(1));
+    let mut asked = vec![Instant::now(); connections];
+    for (place, connection) in open.iter_mut().enumerate() {
+        connection.stream.set_nonblocking(true)?;
+        let mut source = SourceFd(&connection.stream.as_raw_fd());
+        poll.registry()
+            .register(&mut source, Token(place), Interest::READABLE)?;
+    }
+    for (connection, asked) in open.iter_mut().zip(&mut asked) {
+        *asked = Instant::now();
+        connection.ask(0)?;
+    }
+    let mut sequence = 1;
     while Instant::now() < until {
-        let from = Instant::now();
-        connection.call(sequence)?;
-        samples.push(from.elapsed().as_micros());
-        sequence = sequence.wrapping_add(1);
+        poll.poll(&mut events, Some(DEADLINE))?;
+        ensure!(!events.is_empty(), "no answer came in time");
+        for event in &events {
+            let place = event.token().0;
+            let (connection, asked) = (&mut open[place], &mut asked[place]);
+            // A short read has emptied the socket, and an answer is short.
+            if connection.receive()? && connection.take(is_result)? {
+                samples.push(asked.elapsed().as_micros());
+                *asked = Instant::now();
+                connection.ask(sequence)?;
+                sequence = sequence.wrapping_add(1);
+            }
+        }
     }
     Ok(samples)
 }
@@ -268,16 +311,7 @@ fn main() -> Result<()> {
                 address(place)?,
                 from + Duration::from_secs_f64(seconds.parse()?),
             );
-            let threads: Vec<_> = (0..connections.parse::<u32>()?)
-                .map(|_| thread::spawn(move || calls(place, until)))
-                .collect();
-            let mut samples = Vec::new();
-            for thread in threads {
-                let Ok(done) = thread.join() else {
-                    bail!("a thread of the generator ended early");
-                };
-                samples.extend(done?);
-            }
+            let samples = calls(place, connections.parse()?, until)?;
             report(&samples, from.elapsed());
         }
         [place, "connects", count] => {
