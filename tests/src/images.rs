@@ -21,8 +21,20 @@ pub enum Image {
     Python,
 }
 
+/// The docker client, of the engine with this address or the machine's own.
+pub fn docker(host: Option<&str>) -> Command {
+    let mut command = Command::new("docker");
+    command.envs(host.map(|host| ("DOCKER_HOST", host)));
+    command
+}
+
 /// Makes the image if it is missing and returns its name.
 pub fn image(which: Image) -> Result<String> {
+    image_in(which, None)
+}
+
+/// As [`image`], in the engine with this address.
+pub fn image_in(which: Image, host: Option<&str>) -> Result<String> {
     let kind = match which {
         Image::Bare => "bare",
         Image::Runner => "runner",
@@ -32,6 +44,7 @@ pub fn image(which: Image) -> Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/make-image");
     let made = Command::new(&script)
         .arg(kind)
+        .envs(host.map(|host| ("DOCKER_HOST", host)))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

@@ -29,8 +29,8 @@ pub struct Order {
 }
 
 /// A local image, as `docker inspect` tells it.
-fn inspect_image(name: &str) -> Result<Json> {
-    let output = Command::new("docker")
+fn inspect_image(name: &str, host: Option<&str>) -> Result<Json> {
+    let output = images::docker(host)
         .args(["image", "inspect", name])
         .output()
         .context("docker can't be started")?;
@@ -45,9 +45,18 @@ impl Order {
         Order::named(&images::image(image)?)
     }
 
+    /// The same in the engine with this address.
+    pub fn of_engine(image: Image, host: &str) -> Result<Order> {
+        Self::local(&images::image_in(image, Some(host))?, Some(host))
+    }
+
     /// A small kernel of a local image.
     pub fn named(image: &str) -> Result<Order> {
-        let found = inspect_image(image)?;
+        Self::local(image, None)
+    }
+
+    fn local(image: &str, host: Option<&str>) -> Result<Order> {
+        let found = inspect_image(image, host)?;
         let (kernel, session) = (Uuid::new_v4(), Uuid::new_v4());
         Ok(Order {
             kernel,

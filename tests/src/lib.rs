@@ -1,6 +1,7 @@
 //! Harness of the integration suites: what they need made, started and observed.
 #![forbid(unsafe_code)]
 
+pub mod cdi_engine;
 pub mod cgroup;
 pub mod dataplane;
 pub mod device_tree;

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::{host_ports, wait};
+use crate::{host_ports, images, wait};
 
 /// How many host ports a test node has, unless it asks for another number.
 const PORTS: u16 = 40;
@@ -33,6 +33,8 @@ pub struct NodeOptions {
     pub dataplane: bool,
     /// Environment of both programs.
     pub environment: Vec<(String, String)>,
+    /// Address of the engine, when it is not the machine's own.
+    pub engine: Option<String>,
     /// Our pair and the agent's public key, when `agent` switches authentication on.
     pub curve: Option<(KeyPair, PublicKey)>,
     /// Whether the node joins the cluster of the `[etcd]` among `sections`; standalone otherwise.
@@ -51,6 +53,7 @@ impl Default for NodeOptions {
             ports: PORTS,
             dataplane: true,
             environment: Vec::new(),
+            engine: None,
             curve: None,
             cluster: false,
         }
@@ -67,6 +70,7 @@ pub struct Node {
     http_address: String,
     ports: (u16, u16),
     environment: Vec<(String, String)>,
+    engine: Option<String>,
     curve: Option<ClientCurve>,
     standalone: bool,
     control: Option<Child>,
@@ -181,6 +185,7 @@ runner-dir = "{runner}"
             http_address: format!("127.0.0.1:{http}"),
             ports,
             environment: options.environment,
+            engine: options.engine,
             curve: options.curve.map(|(pair, node)| ClientCurve { pair, node }),
             standalone: !options.cluster,
             control: None,
@@ -252,6 +257,7 @@ runner-dir = "{runner}"
             .arg("--config")
             .arg(self.config_file())
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(self.engine.iter().map(|host| ("DOCKER_HOST", host)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -356,7 +362,7 @@ runner-dir = "{runner}"
 
     /// Ids of this node's containers, running or not.
     pub fn containers(&self) -> Result<Vec<String>> {
-        let output = Command::new("docker")
+        let output = images::docker(self.engine.as_deref())
             .args([
                 "ps",
                 "-aq",
@@ -401,7 +407,7 @@ impl Drop for Node {
         if let Ok(left) = self.containers()
             && !left.is_empty()
         {
-            let _ = Command::new("docker")
+            let _ = images::docker(self.engine.as_deref())
                 .args(["rm", "-f"])
                 .args(&left)
                 .output();
