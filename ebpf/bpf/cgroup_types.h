@@ -136,14 +136,14 @@ struct blkcg_gq {
 	struct blkcg *blkcg;
 };
 
-struct bio {
-	struct blkcg_gq *bi_blkg;
+struct bvec_iter {
+	__u32 bi_size;
 };
 
-struct request {
-	__u32 cmd_flags;
-	__u32 __data_len;
-	struct bio *bio;
+struct bio {
+	__u32 bi_opf;
+	struct bvec_iter bi_iter;
+	struct blkcg_gq *bi_blkg;
 };
 
 #pragma clang attribute pop

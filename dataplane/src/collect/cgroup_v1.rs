@@ -7,10 +7,10 @@
 //! few ticks.
 //!
 //! Limits of block devices in this version: `blkio.throttle.io_service_bytes` counts what passes
-//! the throttling layer. Buffered writes are charged to the root cgroup, by design. Some kernels
-//! count nothing at all unless a limit is set (then the file has only a `Total 0` line); that is
-//! reported as absent, because it can't be told from "no I/O". So a kernel program counts instead where
-//! it can be loaded ([`super::walks`]).
+//! the throttling layer. Buffered writes are charged to whom writes them back: the root's threads, unless a
+//! task does itself by fsync(2). Some kernels count nothing at all unless a limit is set (then the file has
+//! only a `Total 0` line); that is reported as absent, because it can't be told from "no I/O". So kernel
+//! programs count instead where they can be loaded ([`super::walks`]).
 
 use std::path::Path;
 use std::sync::Arc;

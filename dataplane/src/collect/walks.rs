@@ -419,16 +419,20 @@ fn attach(object: &Ebpf, name: &str, directory: &Path) -> io::Result<OwnedFd> {
 }
 
 fn count_block_io(object: &mut Ebpf, btf: &Btf) -> Result<(), WalksError> {
-    let program: &mut BtfTracePoint = object
-        .program_mut("count_block_io")
-        .ok_or(WalksError::Lacks("program for block devices"))?
-        .try_into()
-        .map_err(WalksError::Program)?;
-    program
-        .load("block_rq_complete", btf)
-        .map_err(WalksError::Program)?;
-    // The link lives as long as the object.
-    program.attach().map_err(WalksError::Program)?;
+    for (name, place) in [
+        ("count_request", "block_getrq"),
+        ("count_joined_behind", "block_bio_backmerge"),
+        ("count_joined_before", "block_bio_frontmerge"),
+    ] {
+        let program: &mut BtfTracePoint = object
+            .program_mut(name)
+            .ok_or(WalksError::Lacks("program for block devices"))?
+            .try_into()
+            .map_err(WalksError::Program)?;
+        program.load(place, btf).map_err(WalksError::Program)?;
+        // The link lives as long as the object.
+        program.attach().map_err(WalksError::Program)?;
+    }
     Ok(())
 }
 
