@@ -24,6 +24,7 @@ pub mod relay;
 pub mod remote_client;
 pub mod rpc_service;
 pub mod runner_packages;
+pub mod scrape;
 pub mod traffic;
 pub mod wait;
 pub mod zmtp;
