@@ -58,15 +58,35 @@ fn ledger() -> Ledger {
     ledger_of(host(8, 1, 16))
 }
 
-/// A device kind that is not in the usual order.
+/// A kind of device as the tests want it: one unit of one slot per device.
 #[derive(Debug)]
-struct Fpga {
+struct Kind {
     key: &'static str,
     slot: &'static str,
-    count: u32,
+    /// Ids and NUMA nodes.
+    devices: Vec<(String, Option<i32>)>,
+    /// Given out in halves.
+    fraction: bool,
+    /// A variable that names what a container got.
+    variable: Option<&'static str>,
 }
 
-impl DevicePlugin for Fpga {
+impl Kind {
+    /// A kind that is not in the usual order.
+    fn fpga(key: &'static str, slot: &'static str, count: u32) -> Box<dyn DevicePlugin> {
+        Box::new(Self {
+            key,
+            slot,
+            devices: (0..count)
+                .map(|index| (format!("f{index}"), Some(0)))
+                .collect(),
+            fraction: false,
+            variable: Some("FPGA"),
+        })
+    }
+}
+
+impl DevicePlugin for Kind {
     fn key(&self) -> &str {
         self.key
     }
@@ -77,25 +97,29 @@ impl DevicePlugin for Fpga {
         }]
     }
     fn devices(&self) -> Result<Vec<Device>, PluginError> {
-        let device = |index: u32| Device {
-            id: format!("f{index}"),
+        let device = |(id, numa_node): &(String, Option<i32>)| Device {
+            id: id.clone(),
             device_name: self.key.to_owned(),
             hw_location: "0000:01:00.0".to_owned(),
             memory_size: 0,
             processing_units: 1,
-            numa_node: Some(0),
+            numa_node: *numa_node,
             near: Vec::new(),
         };
-        Ok((0..self.count).map(device).collect())
+        Ok(self.devices.iter().map(device).collect())
     }
     fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
         let rows = devices.iter().map(|device| MapDevice {
             id: device.id.clone(),
             slot: self.slot.to_owned(),
             kind: SlotType::Count,
-            total: 1.into(),
+            total: Decimal::ONE,
         });
-        AllocationMap::discrete(Strategy::Evenly, rows.collect(), vec![])
+        let rows = rows.collect();
+        match self.fraction {
+            true => AllocationMap::fraction(Strategy::Evenly, Decimal::new(1, 2), rows, vec![]),
+            false => AllocationMap::discrete(Strategy::Evenly, rows, vec![]),
+        }
     }
     fn totals(&self, devices: &[Device]) -> Vec<(String, Amount)> {
         vec![(self.slot.to_owned(), devices.len().into())]
@@ -106,8 +130,11 @@ impl DevicePlugin for Fpga {
         allocation: &[(String, Vec<(String, Amount)>)],
         limits: &mut ContainerLimits,
     ) {
+        let Some(name) = self.variable else {
+            return;
+        };
         for (id, _) in allocation.iter().flat_map(|(_, shares)| shares) {
-            limits.environment.push(("FPGA".to_owned(), id.clone()));
+            limits.environment.push((name.to_owned(), id.clone()));
         }
     }
     fn attached(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)]) -> Vec<AttachedDevice> {
@@ -220,11 +247,7 @@ fn a_refused_request_leaves_no_trace() {
 fn requests_are_completed_and_unknown_slots_refused() {
     let plugins = {
         let mut all = intrinsic(host(2, 1, 4), 1, false);
-        all.push(Box::new(Fpga {
-            key: "fpga",
-            slot: "fpga.device",
-            count: 1,
-        }));
+        all.push(Kind::fpga("fpga", "fpga.device", 1));
         all
     };
     let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
@@ -253,11 +276,7 @@ fn requests_are_completed_and_unknown_slots_refused() {
 #[test]
 fn a_device_missing_from_the_order_is_placed_before_cpu() {
     let mut plugins = intrinsic(host(2, 1, 4), 1, false);
-    plugins.push(Box::new(Fpga {
-        key: "fpga",
-        slot: "fpga.device",
-        count: 2,
-    }));
+    plugins.push(Kind::fpga("fpga", "fpga.device", 2));
     let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
     assert_eq!(
         ledger.inventory().order,
@@ -289,11 +308,7 @@ fn a_device_missing_from_the_order_is_placed_before_cpu() {
 fn plugins_in_conflict_do_not_start() {
     let with = |key, slot| {
         let mut plugins = intrinsic(host(2, 1, 4), 1, false);
-        plugins.push(Box::new(Fpga {
-            key,
-            slot,
-            count: 1,
-        }));
+        plugins.push(Kind::fpga(key, slot, 1));
         Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap_err()
     };
     assert!(matches!(with("cpu", "cpu.x"), InventoryError::Twice(name) if name == "cpu"));
@@ -494,11 +509,7 @@ fn devices_are_shown_with_their_kernel() {
 #[test]
 fn devices_are_exchanged_for_free_ones_only() {
     let mut plugins = intrinsic(host(8, 1, 16), 1, false);
-    plugins.push(Box::new(Fpga {
-        key: "fpga",
-        slot: "fpga.device",
-        count: 3,
-    }));
+    plugins.push(Kind::fpga("fpga", "fpga.device", 3));
     let ledger = Ledger::with_plugins(plugins, policy(), BTreeMap::new()).unwrap();
     let one = || SlotRequest {
         slots: Slots::from_text([("cpu", "1"), ("mem", "64m"), ("fpga.device", "1")]).unwrap(),

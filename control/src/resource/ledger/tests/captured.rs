@@ -2,82 +2,25 @@
 
 use super::*;
 
-/// A plugin from a captured table: one unit of one slot per device, on given NUMA nodes.
-#[derive(Debug)]
-struct Captured {
+/// The devices of a captured table.
+fn captured(
+    case: &serde_json::Value,
     key: &'static str,
     slot: &'static str,
-    devices: Vec<(String, Option<i32>)>,
     fraction: bool,
-}
-
-impl Captured {
-    fn of(
-        case: &serde_json::Value,
-        key: &'static str,
-        slot: &'static str,
-        fraction: bool,
-    ) -> Box<dyn DevicePlugin> {
-        let entries = case[key].as_array().unwrap().iter();
-        let devices = entries.map(|entry| {
-            let node = entry[1].as_i64().map(|node| i32::try_from(node).unwrap());
-            (entry[0].as_str().unwrap().to_owned(), node)
-        });
-        Box::new(Self {
-            key,
-            slot,
-            devices: devices.collect(),
-            fraction,
-        })
-    }
-}
-
-impl DevicePlugin for Captured {
-    fn key(&self) -> &str {
-        self.key
-    }
-    fn slots(&self) -> Vec<SlotDeclaration> {
-        vec![SlotDeclaration {
-            name: self.slot.to_owned(),
-            kind: SlotType::Count,
-        }]
-    }
-    fn devices(&self) -> Result<Vec<Device>, PluginError> {
-        let device = |(id, numa_node): &(String, Option<i32>)| Device {
-            id: id.clone(),
-            device_name: self.key.to_owned(),
-            hw_location: String::new(),
-            memory_size: 0,
-            processing_units: 1,
-            numa_node: *numa_node,
-            near: Vec::new(),
-        };
-        Ok(self.devices.iter().map(device).collect())
-    }
-    fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
-        let rows = devices.iter().map(|device| MapDevice {
-            id: device.id.clone(),
-            slot: self.slot.to_owned(),
-            kind: SlotType::Count,
-            total: Decimal::ONE,
-        });
-        match self.fraction {
-            true => AllocationMap::fraction(
-                Strategy::Evenly,
-                Decimal::new(1, 2),
-                rows.collect(),
-                vec![],
-            ),
-            false => AllocationMap::discrete(Strategy::Evenly, rows.collect(), vec![]),
-        }
-    }
-    fn totals(&self, _: &[Device]) -> Vec<(String, Amount)> {
-        vec![]
-    }
-    fn limit(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)], _: &mut ContainerLimits) {}
-    fn attached(&self, _: &[Device], _: &[(String, Vec<(String, Amount)>)]) -> Vec<AttachedDevice> {
-        vec![]
-    }
+) -> Box<dyn DevicePlugin> {
+    let entries = case[key].as_array().unwrap().iter();
+    let devices = entries.map(|entry| {
+        let node = entry[1].as_i64().map(|node| i32::try_from(node).unwrap());
+        (entry[0].as_str().unwrap().to_owned(), node)
+    });
+    Box::new(Kind {
+        key,
+        slot,
+        devices: devices.collect(),
+        fraction,
+        variable: None,
+    })
 }
 
 /// Every captured multi-device operation over NUMA layouts, both policies, through the ledger.
@@ -94,8 +37,8 @@ fn every_captured_placement_over_numa_nodes_is_the_same() {
             "cuda.device"
         };
         let plugins: Vec<Box<dyn DevicePlugin>> = vec![
-            Captured::of(case, "cuda", accelerator, fraction),
-            Captured::of(case, "cpu", "cpu", false),
+            captured(case, "cuda", accelerator, fraction),
+            captured(case, "cpu", "cpu", false),
             Box::new(MemPlugin {
                 total: case["mem_total"].as_str().unwrap().parse().unwrap(),
             }),
