@@ -178,6 +178,17 @@ impl Place {
         Ok(Process { child, log })
     }
 
+    /// A place with control and a process that looks ten times a second.
+    pub fn sampling(options: Options) -> Result<(Self, Process, Control)> {
+        let place = Self::new(Options {
+            dataplane: "stats-interval = 0.1".to_owned(),
+            ..options
+        })?;
+        let control = place.control()?;
+        let process = place.start()?;
+        Ok((place, process, control))
+    }
+
     /// Becomes control: opens the desired region.
     pub fn control(&self) -> Result<Control> {
         self.control_sized(Sizes::default())

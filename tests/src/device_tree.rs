@@ -95,6 +95,22 @@ impl DeviceTree {
         Ok(())
     }
 
+    /// A link by xGMI (or of another type) from one AMD device to a node of KFD, which lists the
+    /// processor before the devices.
+    pub fn amd_link(&self, from: u64, number: u64, lines: &str) -> Result<()> {
+        let node = from + 1;
+        let links = format!("sys/class/kfd/kfd/topology/nodes/{node}/io_links/{number}/properties");
+        self.write(
+            &links,
+            &format!("version_major 0\nversion_minor 0\nnode_from {node}\n{lines}"),
+        )
+    }
+
+    /// A device of a class on the PCI bus.
+    pub fn pci_class(&self, pci: &str, class: &str) -> Result<()> {
+        self.write(&format!("sys/bus/pci/devices/{pci}/class"), class)
+    }
+
     /// The directory of one of the AMD devices.
     pub fn amd_pci(&self, index: u64) -> String {
         format!("sys/bus/pci/devices/0000:{:02x}:00.0", 0x10 + 0x20 * index)

@@ -20,15 +20,11 @@ fn start(tree: &DeviceTree) -> Result<(Place, Process, Control)> {
 
 /// With a line of `[node.accelerators]`.
 fn start_with(tree: &DeviceTree, line: &str) -> Result<(Place, Process, Control)> {
-    let place = Place::new(Options {
-        dataplane: "stats-interval = 0.1".to_owned(),
+    Place::sampling(Options {
         node: tree.settings() + line,
         environment: nvml::none(),
         ..Options::default()
-    })?;
-    let control = place.control()?;
-    let process = place.start()?;
-    Ok((place, process, control))
+    })
 }
 
 #[test]
@@ -71,6 +67,48 @@ fn amd_devices_are_what_the_kernel_tells() -> Result<()> {
     tree.amd()?;
     control.accelerators("all devices", |rows| {
         rows.len() == 2 && rows.iter().all(|row| row.healthy)
+    })?;
+    Ok(())
+}
+
+#[test]
+fn amd_devices_know_who_is_near_by_xgmi() -> Result<()> {
+    let tree = DeviceTree::new()?;
+    tree.amd()?;
+    // To the processor by PCIe, to each other by xGMI: two links side by side there, and two hops
+    // back. A link to nowhere, and one that says nothing.
+    tree.amd_link(
+        0,
+        0,
+        "type 2\nnode_to 0\nweight 20\nmin_bandwidth 312\nmax_bandwidth 32000\n",
+    )?;
+    tree.amd_link(
+        0,
+        1,
+        "type 11\nnode_to 2\nweight 15\nmin_bandwidth 50000\nmax_bandwidth 100000\n",
+    )?;
+    tree.amd_link(0, 2, "type 11\nnode_to 77\nweight 15\n")?;
+    tree.amd_link(0, 3, "type 11\nnode_to \n")?;
+    tree.amd_link(1, 0, "type 11\nnode_to 0\nweight 13\n")?;
+    tree.amd_link(
+        1,
+        1,
+        "type 11\nnode_to 1\nweight 30\nmin_bandwidth 0\nmax_bandwidth 50000\n",
+    )?;
+    let (_place, _process, mut control) = start(&tree)?;
+    let rows = control.accelerators("two devices", |rows| rows.len() == 2)?;
+    let known = |row: usize| -> Vec<(usize, String)> {
+        let near = rows[row].near.iter().enumerate();
+        near.filter(|(_, near)| near.is_known())
+            .map(|(place, near)| (place, near.to_string()))
+            .collect()
+    };
+    ensure!(known(0) == [(1, "NV2".to_owned())], "{:?}", known(0));
+    ensure!(known(1) == [(0, "NV1".to_owned())], "{:?}", known(1));
+    // A link fails.
+    tree.remove("sys/class/kfd/kfd/topology/nodes/1/io_links/1")?;
+    control.accelerators("a lost link", |rows| {
+        rows.len() == 2 && rows[0].near.iter().all(|near| !near.is_known())
     })?;
     Ok(())
 }

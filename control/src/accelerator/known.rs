@@ -123,9 +123,17 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
 
 impl Known {
     /// How near the others are, in the words of `nvidia-smi topo -m`; none when that is unknown.
+    /// AMD's links are `XGMI` where NVIDIA's are `NV`.
     pub(super) fn ways(&self) -> Option<String> {
+        let words = |near: &u8| {
+            let words = Nearness(*near).to_string();
+            match words.strip_prefix("NV") {
+                Some(links) if self.kind == "rocm" => format!("XGMI{links}"),
+                _ => words,
+            }
+        };
         let ways = self.near.iter();
-        let ways = ways.map(|(id, near)| format!("{id} {}", Nearness(*near)));
+        let ways = ways.map(|(id, near)| format!("{id} {}", words(near)));
         let ways: Vec<String> = ways.collect();
         (!ways.is_empty()).then(|| ways.join(", "))
     }

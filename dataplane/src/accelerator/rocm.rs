@@ -5,18 +5,22 @@
 //! absent; two devices never have one id.
 //!
 //! Sources: the kernel's documentation of amdgpu (`mem_info_vram_*`, `gpu_busy_percent`, hwmon,
-//! RAS) and of KFD's topology and processes (`vram_<gpu id>`).
+//! RAS) and of KFD's topology (`io_links`) and processes (`vram_<gpu id>`).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow, Nearness};
 
 use super::attribution::{by_container, container_of};
 use super::files::{names, numa_node, number, text};
 use super::{ProcessUse, Reading, clip};
 
 const TOPOLOGY: &str = "sys/class/kfd/kfd/topology/nodes";
+/// KFD's type of a link by xGMI; to a processor it may lead too.
+const XGMI: u64 = 11;
+/// KFD's weight of a link by xGMI, per hop.
+const WEIGHT_OF_HOP: u64 = 15;
 const PROCESSES: &str = "sys/class/kfd/kfd/proc";
 
 /// Whether this host has AMD's compute driver.
@@ -31,6 +35,7 @@ pub fn look(root: &Path) -> Reading {
         .collect();
     nodes.sort_unstable();
     let mut reading = Reading::default();
+    let mut of_devices = Vec::new();
     for node in nodes {
         let index = u32::try_from(reading.devices.len()).unwrap_or(u32::MAX);
         let directory = root.join(TOPOLOGY).join(node.to_string());
@@ -46,9 +51,36 @@ pub fn look(root: &Path) -> Reading {
                 sum.memory_bytes = Some(a.unwrap_or(0).saturating_add(b.unwrap_or(0)));
             }
             reading.devices.push(row);
+            of_devices.push(node);
+        }
+    }
+    for (row, node) in reading.devices.iter_mut().zip(&of_devices) {
+        let links = root.join(TOPOLOGY).join(node.to_string()).join("io_links");
+        for (to, links) in xgmi(&links) {
+            let place = of_devices.iter().position(|node| u64::from(*node) == to);
+            if let Some(near) = place.and_then(|place| row.near.get_mut(place)) {
+                *near = Nearness::links(links);
+            }
         }
     }
     reading
+}
+
+/// Nodes to which xGMI leads, and by how many links.
+fn xgmi(links: &Path) -> Vec<(u64, u32)> {
+    let all = names(links).map(|name| properties(&links.join(name)));
+    let all = all.filter(|link| link.get("type") == Some(&XGMI));
+    all.filter_map(|link| {
+        let get = |name: &str| link.get(name).copied().unwrap_or(0);
+        // The least is what one link carries, the most what all do.
+        let side_by_side = get("max_bandwidth").checked_div(get("min_bandwidth"));
+        // What goes by way of other devices is slower.
+        let hops = (get("weight") / WEIGHT_OF_HOP).max(1);
+        let links = side_by_side.unwrap_or(1) / hops;
+        let links = u32::try_from(links).unwrap_or(u32::MAX).max(1);
+        Some((*link.get("node_to")?, links))
+    })
+    .collect()
 }
 
 fn properties(directory: &Path) -> HashMap<String, u64> {
