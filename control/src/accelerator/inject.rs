@@ -29,6 +29,12 @@ const CUDA_NODES: [&str; 4] = [
     "/dev/nvidia-modeset",
 ];
 
+/// An instance is reached by its device's node and two of `/dev/nvidia-caps`, whose numbers the driver
+/// lists by instance ids; NVML's binding does not tell which of them is whose.
+const NO_PARTS: &str = "MIG instances cannot be given by device nodes; set node.accelerators.cuda-injection \
+    to \"cdi\" (and run nvidia-ctk cdi generate --device-name-strategy uuid) or to \"device-requests\" (with \
+    NVIDIA's container toolkit), or switch MIG off on the devices of this node";
+
 const NVIDIA_VISIBLE: &str = "NVIDIA_VISIBLE_DEVICES";
 
 /// How containers get devices of a kind.
@@ -95,6 +101,9 @@ impl Injection {
                     CudaInjection::Cdi => limits.arguments.push(cdi(
                         ids.iter().map(|id| format!("nvidia.com/gpu={id}")).collect(),
                     )),
+                    CudaInjection::DeviceNodes if has_parts(ids) => {
+                        limits.refused = Some(NO_PARTS.to_owned());
+                    }
                     CudaInjection::DeviceNodes => {
                         let there = |node: &&str| root.join(node.trim_start_matches('/')).exists();
                         let shared = CUDA_NODES.iter().copied().filter(there);
@@ -168,8 +177,7 @@ fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
         .environment
         .push((NVIDIA_VISIBLE.to_owned(), ids.join(",")));
     // CUDA numbers the devices it sees; instances of a divided device go by their ids only.
-    let parts = ids.iter().any(|id| id.starts_with("MIG-"));
-    let visible = if parts {
+    let visible = if has_parts(ids) {
         ids.join(",")
     } else {
         local(ids.len())
@@ -180,6 +188,11 @@ fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
     ] {
         limits.defaults.push((name.to_owned(), value));
     }
+}
+
+/// Whether one of them is an instance of a divided device.
+fn has_parts(ids: &[&str]) -> bool {
+    ids.iter().any(|id| id.starts_with("MIG-"))
 }
 
 fn no_nvidia() -> (String, String) {

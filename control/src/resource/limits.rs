@@ -26,6 +26,8 @@ pub struct ContainerLimits {
     pub syscalls: Vec<String>,
     /// Parts of the engine's create body from accelerators (`HostConfig.DeviceRequests`, ...).
     pub arguments: Vec<serde_json::Value>,
+    /// Why no container can have these devices on this node, and what to do about it.
+    pub refused: Option<String>,
     /// Lines of accelerators in `resource.txt`.
     pub resource_lines: Vec<(String, String)>,
 }

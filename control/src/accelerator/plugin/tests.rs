@@ -3,7 +3,7 @@ use std::path::Path;
 
 use config::CudaInjection;
 use shared::ids::KernelId;
-use shared::observed::{AcceleratorCounters, Nearness};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, Nearness};
 
 use super::*;
 use crate::accelerator::engine::EngineDevices;
@@ -131,6 +131,12 @@ fn devices_with_links_are_given_together_and_their_ways_are_told() {
     };
     assert_eq!(reserve(1, "2"), ["GPU-1", "GPU-3"]);
     assert_eq!(reserve(2, "1"), ["GPU-0"]);
+    for row in &mut rows {
+        row.key.kind = AcceleratorKind::Rocm;
+    }
+    let amd = AcceleratorPlugin::of_kind("rocm", &of_rows(&rows, &settings), &settings);
+    let hardware = amd.hardware().unwrap();
+    assert_eq!(hardware.metadata["GPU-3 near"], "GPU-1 XGMI12, GPU-2 PIX");
 }
 
 #[test]
@@ -193,12 +199,24 @@ fn containers_see_their_devices_and_no_others() {
     assert_eq!(request["Driver"], "nvidia");
     let part = shares("cuda.device:1g.10gb-mig", &[("MIG-1", "1")]);
     let mut limits = ContainerLimits::default();
+    let by_nodes = AcceleratorPlugin {
+        injection: Injection::Cuda {
+            how: CudaInjection::DeviceNodes,
+            root: "/nowhere".into(),
+        },
+        ..plugin
+    };
+    by_nodes.limit(&[], &part, &mut limits);
+    let why = std::mem::take(&mut limits).refused;
+    assert!(why.is_some_and(|why| why.contains("cuda-injection")));
+    by_nodes.limit(&[], &held, &mut limits);
+    assert_eq!(std::mem::take(&mut limits).refused, None);
     let cdi = AcceleratorPlugin {
         injection: Injection::Cuda {
             how: CudaInjection::Cdi,
             root: "/".into(),
         },
-        ..plugin
+        ..by_nodes
     };
     cdi.limit(&[], &part, &mut limits);
     assert_eq!(limits.defaults[0].1, "MIG-1");

@@ -34,6 +34,7 @@ use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
 use crate::kernel::services;
 use crate::link::LinkError;
 use crate::network;
+use crate::resource::ResourceError;
 
 /// How often a creation is tried with other host ports.
 const ATTEMPTS: u32 = 4;
@@ -230,7 +231,10 @@ async fn make_container(
     let config = &order.config;
     let record = kernel.record();
     let allocation = record.allocation.clone().unwrap_or_default();
-    let limits = node.ledger.container_limits(&allocation);
+    let mut limits = node.ledger.container_limits(&allocation);
+    if let Some(why) = limits.refused.take() {
+        return Err(ResourceError::General(why).into());
+    }
     let attached = attached_devices(node, &allocation);
     let mounts = all_mounts(node, kernel, order, prepared, distro).await?;
     let first_model = prepared.models.first().map(|model| model.name.as_str());
