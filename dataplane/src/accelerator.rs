@@ -15,16 +15,45 @@ pub mod tpu;
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use shared::Sizes;
 use shared::observed::{AcceleratorCounters, AcceleratorRow};
 
 /// Distance between two looks at a driver.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// Numbers older than this are dropped and the device counts as faulty: its driver does not answer.
 const STALE: Duration = Duration::from_secs(10);
+
+/// A device can be divided into seven parts.
+const ROWS_PER_DEVICE: u32 = 8;
+
+/// How many rows the devices of this host may need: by what is on its PCI bus, since drivers take
+/// seconds to start. Those that are no accelerators are room for what is plugged in later.
+pub fn room(root: &Path) -> u32 {
+    let bus = root.join("sys/bus/pci/devices");
+    let devices = files::names(&bus).filter(|name| {
+        // Display controllers and processing accelerators (PCI Code and ID Assignment).
+        let class = files::hex(&bus.join(name).join("class")).unwrap_or(0);
+        matches!(class >> 16, 0x03 | 0x12)
+    });
+    let devices = u32::try_from(devices.count()).unwrap_or(u32::MAX);
+    let wanted = devices.saturating_mul(ROWS_PER_DEVICE);
+    wanted.clamp(Sizes::default().accelerators, Sizes::LIMIT.accelerators)
+}
+
+/// Leaves out what a table has no room for: parts first, then the last whole devices. How many.
+pub(crate) fn fit(rows: &mut Vec<AcceleratorRow>, room: usize) -> usize {
+    let left_out = rows.len().saturating_sub(room);
+    if left_out > 0 {
+        rows.sort_unstable_by_key(|row| (row.part_of.is_some(), row.key));
+        rows.truncate(room);
+        rows.sort_unstable_by_key(|row| row.key);
+    }
+    left_out
+}
 
 /// What a driver told in one look.
 #[derive(Debug, Default)]
@@ -301,6 +330,56 @@ mod tests {
         assert_eq!(old.counters.memory_used_bytes, None);
         assert_eq!(old.users.len(), 1);
         assert_eq!(old.users[0].memory_bytes, None);
+    }
+
+    #[test]
+    fn whole_devices_of_every_kind_have_room_before_parts() {
+        let part = |whole: u32, index: u32| AcceleratorRow {
+            part_of: Some(whole),
+            ..AcceleratorRow::new(AcceleratorKind::Cuda, index, format!("MIG-{index}"))
+        };
+        let all = || {
+            vec![
+                row(),
+                part(0, 1000),
+                part(0, 1001),
+                AcceleratorRow::new(AcceleratorKind::Rocm, 0, "a"),
+            ]
+        };
+        let fitted = |room: usize| {
+            let mut rows = all();
+            let left_out = fit(&mut rows, room);
+            let ids: Vec<String> = rows.into_iter().map(|row| row.id).collect();
+            (left_out, ids.join(" "))
+        };
+        assert_eq!(fitted(4), (0, "GPU-1 MIG-1000 MIG-1001 a".to_owned()));
+        assert_eq!(fitted(3), (1, "GPU-1 MIG-1000 a".to_owned()));
+        assert_eq!(fitted(2), (2, "GPU-1 a".to_owned()));
+        assert_eq!(fitted(1), (3, "GPU-1".to_owned()));
+        assert_eq!(fitted(0), (4, String::new()));
+    }
+
+    #[test]
+    fn there_is_room_for_every_part_of_what_the_bus_has() {
+        let tree = tempfile::tempdir().unwrap();
+        assert_eq!(room(tree.path()), 64);
+        let put = |number: u32, class: &str| {
+            let device = format!("sys/bus/pci/devices/0000:{number:02x}:00.0");
+            let device = tree.path().join(device);
+            std::fs::create_dir_all(&device).unwrap();
+            std::fs::write(device.join("class"), class).unwrap();
+        };
+        for number in 0..16 {
+            put(number, "0x030200\n");
+        }
+        put(16, "0x120000\n");
+        put(17, "0x020000\n");
+        put(18, "");
+        assert_eq!(room(tree.path()), 17 * 8);
+        for number in 19..200 {
+            put(number, "0x030000\n");
+        }
+        assert_eq!(room(tree.path()), 1024);
     }
 
     #[test]

@@ -134,6 +134,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         epoch = writer.epoch(),
         ports = sizes.ports,
         containers = sizes.containers,
+        accelerators = sizes.accelerators,
         descriptors,
         "observed region opened"
     );
@@ -308,6 +309,7 @@ fn region_sizes(reader: &mut DesiredReader, options: &Options) -> Sizes {
     let configured = Sizes {
         ports: options.max_ports,
         containers: options.max_containers,
+        accelerators: accelerator::room(&options.accelerators.root),
         ..Sizes::default()
     };
     told.map_or(configured, |told| Sizes {

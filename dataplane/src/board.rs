@@ -16,7 +16,7 @@ use shared::observed::{
     AcceleratorKey, Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus, Processes,
 };
 
-use crate::accelerator::Accelerators;
+use crate::accelerator::{self, Accelerators};
 use crate::forward::kernel::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
 
@@ -210,16 +210,14 @@ impl Board {
         let mut devices = accelerators.rows(pass.tick);
         let on_devices = accelerators.processes();
         pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
-        // Whole devices come before their parts.
         let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
         if let Some(rows) = &mut devices {
-            let left_out = rows.len().saturating_sub(device_room);
-            rows.truncate(device_room);
+            let left_out = accelerator::fit(rows, device_room);
             if std::mem::replace(devices_left_out, left_out) != left_out && left_out > 0 {
                 tracing::warn!(
                     left_out,
                     room = device_room,
-                    "there are more accelerators than the region has rows for; those left out are not given out"
+                    "there are more accelerators than the region has rows for; those left out are not given out, restart bai-dataplane if they were plugged in while it ran"
                 );
             }
         }

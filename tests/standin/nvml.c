@@ -17,12 +17,12 @@
 #include <unistd.h>
 
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15 };
-enum { MAX = 64 };
+enum { MAX = 64, MAX_PARTS = 256 };
 typedef unsigned long long u64;
 
 struct device { int used, index, part, mig, lost, noutil; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
 struct process { int device, part; unsigned pid, sm; u64 mem; };
-static struct device devices[MAX], parts[MAX];
+static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[256];
 static int n_processes, initialized, init_code;
 static char driver[80];
@@ -83,7 +83,7 @@ static void look(void) {
       else if (sscanf(line, "driver %79s", driver) == 1) {}
       else if (sscanf(line, "init %d", &init_code) == 1) {}
       else if (sscanf(line, "device %d", &a) == 1 && a >= 0 && a < MAX) describe(&devices[a], line, a, -1);
-      else if (sscanf(line, "part %d %d", &a, &b) == 2 && np < MAX) describe(&parts[np++], line, a, b);
+      else if (sscanf(line, "part %d %d", &a, &b) == 2 && np < MAX_PARTS) describe(&parts[np++], line, a, b);
       else if (sscanf(line, "process %d", &a) == 1 && n_processes < 256)
         processes[n_processes++] = (struct process){a, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "mem", 0)};
       else if (sscanf(line, "xid %d %llu %llu", &a, &code, &serial) == 3 && n_faults < 16)
@@ -130,7 +130,7 @@ API int nvmlDeviceGetMigMode(struct device *d, unsigned *current, unsigned *pend
 API int nvmlDeviceGetMaxMigDeviceCount(struct device *d, unsigned *count) { WHOLE *count = d->mig ? 7 : 0; return OK; }
 API int nvmlDeviceGetMigDeviceHandleByIndex(struct device *d, unsigned index, struct device **part) {
   WHOLE
-  for (int i = 0; i < MAX; i++)
+  for (int i = 0; i < MAX_PARTS; i++)
     if (parts[i].used && parts[i].index == d->index && parts[i].part == (int)index) { *part = &parts[i]; return OK; }
   return NOT_FOUND;
 }

@@ -38,14 +38,10 @@ fn eight() -> String {
 }
 
 fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
-    let place = Place::new(Options {
-        dataplane: "stats-interval = 0.1".to_owned(),
+    Place::sampling(Options {
         environment: driver.environment(),
         ..Options::default()
-    })?;
-    let control = place.control()?;
-    let process = place.start()?;
-    Ok((place, process, control))
+    })
 }
 
 fn device<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
@@ -163,14 +159,11 @@ fn numa_place(driver: &StandIn) -> Result<((Place, Process, DeviceTree), Control
     let tree = DeviceTree::new()?;
     tree.write("sys/bus/pci/devices/0000:10:00.0/numa_node", "1\n")?;
     tree.write("sys/bus/pci/devices/0000:11:00.0/numa_node", "-1\n")?;
-    let place = Place::new(Options {
-        dataplane: "stats-interval = 0.1".to_owned(),
+    let (place, process, control) = Place::sampling(Options {
         node: tree.settings(),
         environment: driver.environment(),
         ..Options::default()
     })?;
-    let control = place.control()?;
-    let process = place.start()?;
     Ok(((place, process, tree), control))
 }
 
@@ -216,6 +209,84 @@ fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Res
         rows.iter()
             .all(|row| row.counters.memory_used_bytes.is_none())
     );
+    Ok(())
+}
+
+/// Sixteen devices, in seven parts each from one on.
+fn sixteen(divided_from: u32) -> String {
+    let mut text = String::new();
+    for device in 0..16 {
+        text += &format!(
+            "device {device} uuid=GPU-{device} name=Stand-in mem=85899345920 pci=00000000:{:02X}:00.0 mig={}\n",
+            16 + device,
+            u8::from(device >= divided_from),
+        );
+        for part in (0..7).filter(|_| device >= divided_from) {
+            text += &format!("part {device} {part} uuid=MIG-{device}-{part} mem=10200547328\n");
+        }
+    }
+    text
+}
+
+#[test]
+fn where_there_is_no_room_parts_are_left_out_and_nothing_else() -> Result<()> {
+    // No such devices on the bus, so room for 64 rows.
+    let driver = StandIn::new(&sixteen(0))?;
+    let tree = DeviceTree::new()?;
+    let (_place, process, mut control) = Place::sampling(Options {
+        node: tree.settings(),
+        environment: driver.environment(),
+        ..Options::default()
+    })?;
+    let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
+    ensure!(rows.len() == 64, "{}", rows.len());
+    let whole = rows.iter().filter(|row| row.part_of.is_none());
+    ensure!(whole.count() == 16, "{rows:?}");
+    let tick = |control: &mut Control| -> Option<u64> {
+        let snapshot = control.observed.snapshot().ok()?;
+        let node = snapshot.node.as_ref()?;
+        (node.counters.accelerators_found == Some(128)).then_some(node.tick)
+    };
+    // Passes go on, with the same rows, and the log says it once.
+    let before = until("a pass", || tick(&mut control))?;
+    until("later passes", || {
+        tick(&mut control).filter(|now| *now > before + 5)
+    })?;
+    let again = control.accelerators("devices", |rows| !rows.is_empty())?;
+    ensure!(
+        again
+            .iter()
+            .map(|row| row.key)
+            .eq(rows.iter().map(|row| row.key))
+    );
+    let told = process.log().matches("more accelerators than").count();
+    ensure!(told == 1, "told {told} times: {}", process.log());
+    // What was left out comes when there is room.
+    driver.describe(&sixteen(10))?;
+    control.accelerators("all parts of the last six", |rows| {
+        let parts = rows
+            .iter()
+            .filter(|row| row.part_of.is_some_and(|whole| whole >= 10));
+        rows.len() == 16 + 6 * 7 && parts.count() == 6 * 7
+    })?;
+    Ok(())
+}
+
+#[test]
+fn there_is_room_for_all_parts_of_what_the_bus_has() -> Result<()> {
+    let driver = StandIn::new(&sixteen(0))?;
+    let tree = DeviceTree::new()?;
+    for device in 0..16 {
+        tree.pci_class(&format!("0000:{:02x}:00.0", 16 + device), "0x030200\n")?;
+    }
+    let (_place, process, mut control) = Place::sampling(Options {
+        node: tree.settings(),
+        environment: driver.environment(),
+        ..Options::default()
+    })?;
+    let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
+    ensure!(rows.len() == 128, "{}", rows.len());
+    ensure!(!process.log().contains("more accelerators than"));
     Ok(())
 }
 
