@@ -13,7 +13,8 @@ use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
 use shared::observed::{
-    AcceleratorKey, Applied, ContainerSample, NodeSample, ObservedWriter, PortStatus, Processes,
+    AcceleratorKey, Applied, ContainerSample, InKernel, NodeSample, ObservedWriter, PortStatus,
+    Processes,
 };
 
 use crate::accelerator::{self, Accelerators};
@@ -46,6 +47,15 @@ impl Entry {
             .map(|port| port.counters())
             .unwrap_or_default();
         let status = &mut self.status;
+        // Beside the sums, because the maps count on when this process is dead.
+        status.in_kernel = InKernel {
+            sessions_total: flows.total,
+            sessions_refused: flows.refused,
+            bytes_in: flows.bytes_in,
+            bytes_out: flows.bytes_out,
+            packets_in: flows.packets_in,
+            packets_out: flows.packets_out,
+        };
         let fresh = [
             u64::from(now.active) + u64::from(flows.active),
             self.base.total + now.total + flows.total,

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use shared::ReadError;
 use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
-use shared::observed::{Applied, ForwardPath, PortState, PortStatus, RelayEngine};
+use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, RelayEngine};
 
 use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
@@ -58,6 +58,8 @@ struct Running {
     path: ForwardPath,
     reason: String,
     base: Counters,
+    /// What of `base` an earlier life had told of the kernel path's maps, until they are found.
+    in_kernel: InKernel,
     /// Acknowledged so far; a removal under way counts.
     generation: Generation,
     retry_at: Option<Instant>,
@@ -106,18 +108,28 @@ fn sum(a: Counters, b: Counters) -> Counters {
     }
 }
 
-/// What is left of `a` without what `b` counts itself.
-fn without(a: Counters, b: Counters) -> Counters {
+/// What is left of what an earlier life had told without what the kernel path's maps held of it then:
+/// they have counted on, up to `now`. All of it, where they have begun anew since.
+fn without(told: Counters, in_kernel: InKernel, now: Counters) -> Counters {
+    let pairs = [
+        (in_kernel.sessions_total, now.total),
+        (in_kernel.sessions_refused, now.refused),
+        (in_kernel.bytes_in, now.bytes_in),
+        (in_kernel.bytes_out, now.bytes_out),
+        (in_kernel.packets_in, now.packets_in),
+        (in_kernel.packets_out, now.packets_out),
+    ];
+    if pairs.iter().any(|(then, now)| now < then) {
+        return told;
+    }
     Counters {
-        active: 0,
-        total: a.total.saturating_sub(b.total),
-        refused: a.refused.saturating_sub(b.refused),
-        bytes_in: a.bytes_in.saturating_sub(b.bytes_in),
-        bytes_out: a.bytes_out.saturating_sub(b.bytes_out),
-        connect_failures: a.connect_failures.saturating_sub(b.connect_failures),
-        idle_timeouts: a.idle_timeouts.saturating_sub(b.idle_timeouts),
-        packets_in: a.packets_in.saturating_sub(b.packets_in),
-        packets_out: a.packets_out.saturating_sub(b.packets_out),
+        total: told.total.saturating_sub(in_kernel.sessions_total),
+        refused: told.refused.saturating_sub(in_kernel.sessions_refused),
+        bytes_in: told.bytes_in.saturating_sub(in_kernel.bytes_in),
+        bytes_out: told.bytes_out.saturating_sub(in_kernel.bytes_out),
+        packets_in: told.packets_in.saturating_sub(in_kernel.packets_in),
+        packets_out: told.packets_out.saturating_sub(in_kernel.packets_out),
+        ..told
     }
 }
 
@@ -272,8 +284,11 @@ impl Link {
             match step {
                 Step::Open(row) => {
                     let key = row.key();
-                    let base = self.counted_before(&row);
+                    let (base, in_kernel) = self.counted_before(&row);
                     self.serve(row, desired.region_id, base, now);
+                    if let Some(running) = self.running.get_mut(&key) {
+                        running.in_kernel = in_kernel;
+                    }
                     changes.put.extend(self.entry(key));
                 }
                 Step::Replace(row) => {
@@ -365,11 +380,12 @@ impl Link {
 
     /// What the same kernel's port had counted in an earlier life. One that was removed then begins
     /// anew.
-    fn counted_before(&mut self, row: &PortRow) -> Counters {
+    fn counted_before(&mut self, row: &PortRow) -> (Counters, InKernel) {
         let found = self.earlier.remove(&row.key());
         found
             .filter(|it| it.kernel_id == row.kernel_id && it.state != PortState::Removed)
-            .map_or_else(Counters::default, |it| told(&it))
+            .map(|it| (told(&it), it.in_kernel))
+            .unwrap_or_default()
     }
 
     /// What a port that is removed had counted in the end, maybe in an earlier life.
@@ -379,16 +395,16 @@ impl Link {
         {
             return *counted;
         }
-        let found = self.earlier.remove(&key);
-        let earlier = found
+        let (earlier, in_kernel) = self
+            .earlier
+            .remove(&key)
             .filter(|it| it.kernel_id == kernel_id)
-            .map_or_else(Counters::default, |it| told(&it));
-        let since = self
-            .kernel
-            .as_ref()
-            .and_then(|kernel| kernel.counted(key))
+            .map(|it| (told(&it), it.in_kernel))
             .unwrap_or_default();
-        let counted = sum(without(earlier, since), since);
+        let since = self.kernel.as_ref().and_then(|it| it.counted(key));
+        let counted = since.map_or(earlier, |since| {
+            sum(without(earlier, in_kernel, since), since)
+        });
         self.ended.insert(key, (kernel_id, counted));
         counted
     }
@@ -406,6 +422,7 @@ impl Link {
             path: ForwardPath::None,
             reason: String::new(),
             base,
+            in_kernel: InKernel::default(),
             generation: row.generation,
             retry_at: None,
             orphan_since: None,
@@ -551,10 +568,11 @@ impl Link {
             };
             let (row, region, base) = (known.row.clone(), known.region, running.base);
             let before = (running.state, running.reason.clone());
-            let orphan_since = running.orphan_since;
+            let (orphan_since, in_kernel) = (running.orphan_since, running.in_kernel);
             self.serve(row, region, base, now);
             let after = self.running.get_mut(&key).map(|running| {
                 running.orphan_since = orphan_since;
+                running.in_kernel = in_kernel;
                 (running.state, running.reason.clone())
             });
             if after != Some(before) {

@@ -18,8 +18,8 @@ pub use counters::{
 pub use reader::{ObservedReader, ObservedSnapshot, Processes};
 pub use rows::{
     AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
-    DiskSpace, ForwardPath, NEIGHBOURS, Nearness, NodeSample, PortState, PortStatus, ProcessSample,
-    RelayEngine,
+    DiskSpace, ForwardPath, InKernel, NEIGHBOURS, Nearness, NodeSample, PortState, PortStatus,
+    ProcessSample, RelayEngine,
 };
 pub use writer::{ObservedBatch, ObservedWriter};
 

@@ -11,9 +11,9 @@ use shared::desired::{
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
-    CpuCounters, DiskSpace, ForwardPath, Measured, MemoryCounters, Nearness, NodeCounters,
-    NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus, ProcessCounters,
-    ProcessSample, Processes, RelayEngine, Source,
+    CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, Nearness,
+    NodeCounters, NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus,
+    ProcessCounters, ProcessSample, Processes, RelayEngine, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -509,6 +509,14 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         engine: RelayEngine::Splice,
         reason: "é".repeat(100),
         bytes_in: 10,
+        in_kernel: InKernel {
+            sessions_total: 1,
+            sessions_refused: 2,
+            bytes_in: 3,
+            bytes_out: 4,
+            packets_in: 5,
+            packets_out: 6,
+        },
         ..PortStatus::new(
             key(30_000),
             KernelId([7; 16]),

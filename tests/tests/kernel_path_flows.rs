@@ -796,3 +796,60 @@ fn a_node_that_goes_back_to_the_relay_takes_its_programs_down() {
     let (seen, _) = node.at_client(move || told(address)).expect("told");
     assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
 }
+
+#[test]
+fn counters_of_both_paths_go_on_over_lives_of_the_process() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    let address = host(&row, 0);
+    let send = |node: &Node, times: usize, bytes: usize| {
+        node.at_client(move || {
+            for _ in 0..times {
+                assert_eq!(ask(address, &vec![7; bytes]).expect("served").len(), bytes);
+            }
+        });
+    };
+    let same = row.clone();
+    let counted = |node: &mut Node, sessions: u64, bytes: u64| {
+        let status = node.counted(&same, |it| {
+            (it.sessions_total, it.bytes_in) == (sessions, bytes) && it.sessions_active == 0
+        });
+        assert_eq!(status.bytes_out, bytes);
+        (status.packets_in, status.packets_out)
+    };
+    row.honour_firewall = true;
+    let status = node.publish(&row);
+    assert_eq!(status.path, ForwardPath::Relay);
+    send(&node, 5, 1000);
+    counted(&mut node, 5, 5000);
+    row.honour_firewall = false;
+    node.lift(&row);
+    send(&node, 2, 10);
+    let before = counted(&mut node, 7, 5020);
+    assert!(before.0 > 6, "two by the kernel path: {before:?}");
+    node.kill();
+    send(&node, 4, 1);
+    node.restart();
+    let after = counted(&mut node, 11, 5024);
+    assert!(after.0 > before.0 && after.1 > before.1, "{after:?}");
+    node.kill();
+    send(&node, 1, 100);
+    node.restart();
+    counted(&mut node, 12, 5124);
+    // And those of a port that leaves the kernel path, whose maps end with that.
+    row.honour_firewall = true;
+    node.publish(&row);
+    send(&node, 1, 100);
+    let before = counted(&mut node, 13, 5224);
+    node.kill();
+    node.restart();
+    // The listener is there with the answer.
+    node.publish(&row);
+    send(&node, 1, 1);
+    assert_eq!(counted(&mut node, 14, 5225), before);
+}

@@ -147,9 +147,10 @@ impl Link {
                         .is_some_and(|it| Arc::ptr_eq(it, &lift.port));
                     if !same {
                         running.lower();
-                        // Flows that an earlier life of this process has left count on in the
-                        // kernel, and are in what that life had told.
-                        running.base = without(running.base, lift.port.counters());
+                        // Maps that an earlier life of this process has left count on, and are
+                        // in what that life had told.
+                        let in_kernel = std::mem::take(&mut running.in_kernel);
+                        running.base = without(running.base, in_kernel, lift.port.counters());
                         running.kernel = Some(Arc::clone(&lift.port));
                     }
                     path_of(&lift, known.row.local_only || known.row.bind.is_loopback())

@@ -110,7 +110,7 @@ declare! {
     }
 
     /// What became of a port row (observed region, table ports).
-    RawPortStatus, 256 {
+    RawPortStatus, 296 {
         0 state: u32 = "0 free, 1 used",
         4 host_port: u16 = "port on the host",
         6 protocol: u8 = "6 TCP, 17 UDP",
@@ -132,7 +132,12 @@ declare! {
         224 connect_failures: u64 = "connections to the container that failed",
         232 packets_in: u64 = "client to container on the kernel path, packets",
         240 packets_out: u64 = "container to client on the kernel path, packets",
-        248 reserved_end: [u8; 8] = "zero",
+        248 kernel_sessions_total: u64 = "of the counters above, what the kernel path's maps had counted: sessions",
+        256 kernel_sessions_refused: u64 = "... sessions refused",
+        264 kernel_bytes_in: u64 = "... bytes to the container",
+        272 kernel_bytes_out: u64 = "... bytes to the client",
+        280 kernel_packets_in: u64 = "... packets to the container",
+        288 kernel_packets_out: u64 = "... packets to the client",
     }
 
     /// One container at one tick (observed region, table containers). Group order: cpu, memory,

@@ -169,6 +169,25 @@ pub struct PortStatus {
     pub packets_in: u64,
     /// Container to client on the kernel path, packets.
     pub packets_out: u64,
+    /// What of this is in the kernel path's maps, which count on when nobody reads them.
+    pub in_kernel: InKernel,
+}
+
+/// The part of a port's counters that the kernel path's maps held when they were told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct InKernel {
+    /// Sessions.
+    pub sessions_total: u64,
+    /// Sessions refused.
+    pub sessions_refused: u64,
+    /// Client to container, bytes.
+    pub bytes_in: u64,
+    /// Container to client, bytes.
+    pub bytes_out: u64,
+    /// Client to container, packets.
+    pub packets_in: u64,
+    /// Container to client, packets.
+    pub packets_out: u64,
 }
 
 impl PortStatus {
@@ -193,6 +212,7 @@ impl PortStatus {
             connect_failures: 0,
             packets_in: 0,
             packets_out: 0,
+            in_kernel: InKernel::default(),
         }
     }
 
@@ -245,6 +265,12 @@ impl KeyedRow for PortStatus {
             connect_failures: self.connect_failures,
             packets_in: self.packets_in,
             packets_out: self.packets_out,
+            kernel_sessions_total: self.in_kernel.sessions_total,
+            kernel_sessions_refused: self.in_kernel.sessions_refused,
+            kernel_bytes_in: self.in_kernel.bytes_in,
+            kernel_bytes_out: self.in_kernel.bytes_out,
+            kernel_packets_in: self.in_kernel.packets_in,
+            kernel_packets_out: self.in_kernel.packets_out,
             ..RawPortStatus::default()
         };
         let reason = cut(&self.reason, raw.reason.len());
@@ -274,6 +300,14 @@ impl KeyedRow for PortStatus {
             connect_failures: raw.connect_failures,
             packets_in: raw.packets_in,
             packets_out: raw.packets_out,
+            in_kernel: InKernel {
+                sessions_total: raw.kernel_sessions_total,
+                sessions_refused: raw.kernel_sessions_refused,
+                bytes_in: raw.kernel_bytes_in,
+                bytes_out: raw.kernel_bytes_out,
+                packets_in: raw.kernel_packets_in,
+                packets_out: raw.kernel_packets_out,
+            },
         })
     }
 }
