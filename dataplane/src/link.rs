@@ -212,7 +212,7 @@ impl Link {
     }
 
     fn set_total_limit(&mut self) {
-        let room = session_room(self.descriptors);
+        let room = session_room(self.descriptors, self.running.len(), self.kernel.is_some());
         let wanted = self.settings.total_sessions;
         let limit = if wanted == 0 { room } else { wanted.min(room) };
         self.relay.totals().set_limit(limit);
@@ -345,6 +345,7 @@ impl Link {
             }
         }
         self.relay.cut(&cut);
+        self.set_total_limit();
         let lifted = self.lift_all();
         changes
             .put

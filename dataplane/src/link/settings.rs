@@ -77,8 +77,17 @@ pub fn kept_descriptors(descriptors: u64) -> u64 {
     (descriptors / 4).clamp(32, 65_536)
 }
 
-pub(super) fn session_room(descriptors: u64) -> u32 {
-    u32::try_from(descriptors.saturating_sub(kept_descriptors(descriptors)) / 2)
+/// Descriptors of programs, maps and links of the kernel path: 25 with one uplink.
+const KERNEL_PATH: u64 = 28;
+
+/// Sessions that the limit of descriptors has room for, each with two. What is kept must do for
+/// `listeners` and, where the limit is low, for the kernel path too.
+pub(super) fn session_room(descriptors: u64, listeners: usize, kernel_path: bool) -> u32 {
+    let listeners = u64::try_from(listeners).unwrap_or(u64::MAX);
+    let kernel = if kernel_path { KERNEL_PATH } else { 0 };
+    let own = listeners.saturating_add(32 + kernel);
+    let kept = kept_descriptors(descriptors).max(own);
+    u32::try_from(descriptors.saturating_sub(kept) / 2)
         .unwrap_or(u32::MAX)
         .max(1)
 }
@@ -136,13 +145,17 @@ mod tests {
     #[test]
     fn sessions_never_take_all_descriptors() {
         for descriptors in [64, 256, 1024, 20_000, 1 << 20] {
-            let sessions = u64::from(session_room(descriptors));
+            let sessions = u64::from(session_room(descriptors, 0, false));
             assert!(
                 sessions * 2 + 16 <= descriptors,
                 "{descriptors}: {sessions}"
             );
             assert!(sessions >= 1);
         }
-        assert!(session_room(u64::MAX) > 1_000_000);
+        assert!(session_room(u64::MAX, 1000, true) > 1_000_000);
+        assert_eq!(session_room(96, 1, false), 31);
+        assert_eq!(session_room(96, 1, true), 17);
+        assert_eq!(session_room(1024, 700, true), 132);
+        assert_eq!(session_room(64, 100, true), 1);
     }
 }

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
 
@@ -169,6 +170,24 @@ pub fn finish_sending(fd: impl AsFd) -> Result<(), Errno> {
     net::shutdown(fd, Shutdown::Write)
 }
 
+/// Whether something waits to be read, or a client to be accepted.
+pub fn is_readable(fd: impl AsFd) -> bool {
+    let mut polled = [PollFd::new(&fd, PollFlags::IN)];
+    let at_once = Timespec::default();
+    matches!(poll(&mut polled, Some(&at_once)), Ok(1..))
+}
+
+/// Resets the clients that wait at a listener without a descriptor for any of them; it listens on.
+///
+/// # Errors
+/// The listener is one no longer.
+pub fn turn_away_waiting(listener: &OwnedFd, backlog: i32) -> Result<(), Errno> {
+    // Listening ends by `shutdown` and begins anew; the port stays bound, as it was asked for by
+    // number.
+    net::shutdown(listener, Shutdown::Read)?;
+    net::listen(listener, backlog)
+}
+
 /// Closes with RST: unsent bytes are dropped and the peer sees a reset instead of an end.
 pub fn abort(fd: OwnedFd) {
     // A failure here means that the connection is already gone; closing is all that is left.
@@ -202,4 +221,35 @@ pub fn read(fd: impl AsFd, buffer: &mut [u8]) -> Result<usize, Errno> {
 /// The kernel's answer.
 pub fn write(fd: impl AsFd, bytes: &[u8]) -> Result<usize, Errno> {
     net::send(fd, bytes, net::SendFlags::NOSIGNAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read};
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn clients_that_wait_are_turned_away_and_others_come() {
+        // A port by number, as rows have: what the kernel has chosen would be given up.
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap();
+        drop(free);
+        let listener = listen(address, 16).unwrap();
+        let waiting: Vec<_> = (0..3)
+            .map(|_| TcpStream::connect(address).unwrap())
+            .collect();
+        turn_away_waiting(&listener, 16).unwrap();
+        for mut client in waiting {
+            client
+                .set_read_timeout(Some(Duration::from_secs(10)))
+                .unwrap();
+            let end = client.read(&mut [0]).unwrap_err();
+            assert_eq!(end.kind(), ErrorKind::ConnectionReset);
+        }
+        assert_eq!(accept(&listener).unwrap_err(), Errno::AGAIN);
+        let _client = TcpStream::connect(address).unwrap();
+        assert!(accept(&listener).is_ok());
+    }
 }

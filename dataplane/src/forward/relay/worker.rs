@@ -61,6 +61,17 @@ pub enum Message {
     Stop,
 }
 
+/// What became of a client for whom there was no descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shed {
+    /// It was reset, or there is one now.
+    Done,
+    /// There is none.
+    Nobody,
+    /// Not even the reserved descriptor is there.
+    Impossible,
+}
+
 /// What the sessions of one worker are doing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Census {
@@ -386,12 +397,15 @@ impl Worker {
                     self.admit(fd, peer, &port);
                 }
                 Err(Errno::AGAIN) => return false,
-                Err(Errno::MFILE | Errno::NFILE) => {
-                    if !self.shed(index) {
+                Err(Errno::MFILE | Errno::NFILE) => match self.shed(index) {
+                    Shed::Done => {}
+                    Shed::Nobody => return false,
+                    Shed::Impossible => {
+                        self.turn_away(index);
                         self.rest(index);
                         return false;
                     }
-                }
+                },
                 Err(Errno::NOBUFS | Errno::NOMEM) => {
                     self.rest(index);
                     return false;
@@ -407,37 +421,67 @@ impl Worker {
         true
     }
 
+    /// Another thread has taken the last descriptor. Clients must not wait until one is free again,
+    /// which may be as long as sessions last.
+    fn turn_away(&mut self, index: usize) {
+        let Some(Some(listener)) = self.listeners.get(index) else {
+            return;
+        };
+        if !socket::is_readable(&listener.fd) {
+            return;
+        }
+        let port = listener.port.bind().port();
+        // One at least.
+        listener.port.count_shed();
+        if let Err(err) = socket::turn_away_waiting(&listener.fd, super::BACKLOG) {
+            tracing::error!(port, %err, "a listener is broken");
+        } else if let Some(suppressed) = self.shed_log.pass() {
+            tracing::warn!(
+                port,
+                suppressed,
+                "out of descriptors, even of the one kept for this; waiting clients are turned away: raise LimitNOFILE"
+            );
+        }
+    }
+
     fn rest(&mut self, index: usize) {
         self.resting.push(index);
         self.rest_until.get_or_insert(Instant::now() + REST);
     }
 
-    /// No descriptors: accepts one client with the reserved one and resets it. False when even
-    /// that is not possible now.
-    fn shed(&mut self, index: usize) -> bool {
+    /// No descriptors: accepts one client with the reserved one and resets it.
+    fn shed(&mut self, index: usize) -> Shed {
         if self.adaptive.tools.drop_pipes() > 0 {
-            return true;
+            return Shed::Done;
         }
         let Some(Some(listener)) = self.listeners.get(index) else {
-            return false;
+            return Shed::Nobody;
         };
-        if self.reserve.take().is_none() {
+        if self.reserve.is_none() {
             self.reserve = File::open("/dev/null").ok();
-            return self.reserve.is_some();
+            return match self.reserve {
+                Some(_) => Shed::Done,
+                None => Shed::Impossible,
+            };
         }
-        let accepted = socket::accept(&listener.fd);
-        let shed = matches!(accepted, Ok(_) | Err(Errno::AGAIN));
-        if let Ok((fd, _)) = accepted {
-            listener.port.count_shed();
-            socket::abort(fd);
-            if let Some(suppressed) = self.shed_log.pass() {
-                tracing::warn!(
-                    port = listener.port.bind().port(),
-                    suppressed,
-                    "out of descriptors, new clients are turned away: raise LimitNOFILE"
-                );
+        self.reserve = None;
+        let shed = match socket::accept(&listener.fd) {
+            Ok((fd, _)) => {
+                listener.port.count_shed();
+                socket::abort(fd);
+                if let Some(suppressed) = self.shed_log.pass() {
+                    tracing::warn!(
+                        port = listener.port.bind().port(),
+                        suppressed,
+                        "out of descriptors, new clients are turned away: raise LimitNOFILE"
+                    );
+                }
+                Shed::Done
             }
-        }
+            // Without a free descriptor the kernel had not looked whether anybody waits.
+            Err(Errno::AGAIN) => Shed::Nobody,
+            Err(_) => Shed::Impossible,
+        };
         self.reserve = File::open("/dev/null").ok();
         shed
     }
