@@ -433,10 +433,14 @@ async fn assemble(
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
-    let honour_firewall = firewall::is_honoured(&config).await;
-    if honour_firewall && config.node.honour_firewall.is_none() {
+    let decider = firewall::decider(&config).await;
+    let honour_firewall = decider.is_some();
+    if let Some(why) = decider
+        && config.node.honour_firewall.is_none()
+    {
         tracing::info!(
-            "the host's firewall may turn clients of service ports away: the relay serves them, so that it decides (node.honour-firewall)"
+            why,
+            "the host's firewall decides about clients of service ports: the relay serves them (node.honour-firewall)"
         );
     }
     let events = Events::new(EVENT_RING, sinks);

@@ -1,7 +1,10 @@
 //! What the host's firewall says about clients of service ports.
 //!
-//! In: chains in the words of `iptables -S`. Out: whether INPUT may turn such clients away, which the
-//! kernel path would pass by. Invariant: what is not understood counts as a refusal.
+//! In: chains in the words of `iptables -S`, and those of nftables as the kernel lists them. Out: which
+//! of them may turn such clients away, which the kernel path would pass by. Invariant: what is not
+//! understood counts as a refusal.
+
+mod nftables;
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -39,25 +42,65 @@ pub async fn rules(program: &str, words: &[&str]) -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Whether the firewall decides about clients of service ports: what `node.honour-firewall` says or,
-/// where that is left out, whether an INPUT chain may turn some of them away.
-pub async fn is_honoured(config: &Config) -> bool {
+/// Why the firewall decides about clients of service ports, if it does: what `node.honour-firewall`
+/// says or, where that is left out, a chain of incoming packets that may turn some of them away.
+pub async fn decider(config: &Config) -> Option<String> {
     if let Some(said) = config.node.honour_firewall {
-        return said;
+        return said.then(|| "node.honour-firewall".to_owned());
     }
     let range = config.container.port_range;
-    let programs: &[&str] = match config.container.bind_host {
-        IpAddr::V4(_) => &["iptables"],
-        IpAddr::V6(_) => &["iptables", "ip6tables"],
-    };
-    for program in programs {
+    for program in programs(config) {
         if let Some(chain) = rules(program, &["-S", "INPUT"]).await
             && may_refuse(&chain, range.first, range.last)
         {
-            return true;
+            return Some(format!(
+                "the INPUT chain of {program} may turn clients away"
+            ));
         }
     }
-    false
+    let (chain, _) = refusing_chain(config).await?;
+    Some(format!("the chain {chain} may turn clients away"))
+}
+
+/// Those that show the chains in the way of clients.
+fn programs(config: &Config) -> &'static [&'static str] {
+    match config.container.bind_host {
+        IpAddr::V4(_) => &["iptables"],
+        IpAddr::V6(_) => &["iptables", "ip6tables"],
+    }
+}
+
+/// The first chain of nftables, beside those that iptables shows, that may turn clients of service
+/// ports away, and the command that lets them in.
+pub async fn refusing_chain(config: &Config) -> Option<(String, String)> {
+    let mut shown = Vec::new();
+    for program in programs(config) {
+        // The older kind of iptables has chains of its own and does not show those of nftables.
+        let version = rules(program, &["-V"]).await.unwrap_or_default();
+        if version.contains("nf_tables") && rules(program, &["-S", "INPUT"]).await.is_some() {
+            shown.push(match *program {
+                "iptables" => nftables::IPV4,
+                _ => nftables::IPV6,
+            });
+        }
+    }
+    let with_v6 = config.container.bind_host.is_ipv6();
+    let range = config.container.port_range;
+    let chains = tokio::task::spawn_blocking(nftables::input_chains).await;
+    let chains = match chains.ok()? {
+        Ok(chains) => chains,
+        Err(errno) => {
+            tracing::debug!(%errno, "the kernel lists no chains of nftables");
+            return None;
+        }
+    };
+    let refusing = chains.into_iter().find(|it| {
+        let is_shown = shown.contains(&it.family) && it.table == "filter" && it.name == "INPUT";
+        let concerned = it.family != nftables::IPV6 || with_v6;
+        !is_shown && concerned && it.may_refuse(range.first, range.last)
+    })?;
+    let opening = refusing.admitting(range.first, range.last);
+    Some((refusing.to_string(), opening))
 }
 
 /// Whether the INPUT chain may turn away clients of TCP ports `first` to `last`.

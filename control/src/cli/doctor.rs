@@ -68,7 +68,8 @@ impl Finding {
 pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     let engine = engine(&config).await;
     let config_for_rules = config.clone();
-    let honour_firewall = firewall::is_honoured(&config).await;
+    let decider = firewall::decider(&config).await;
+    let honour_firewall = decider.is_some();
     let runner = {
         let config = config.clone();
         move || runner(&config)
@@ -98,7 +99,7 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
             runner(),
             forwarding::kernel_path(
                 &config,
-                honour_firewall,
+                decider.as_deref(),
                 &read("/proc/sys/kernel/osrelease"),
                 &read("/proc/self/mounts"),
             ),
@@ -116,6 +117,9 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
     if let Some(rules) = firewall::rules("iptables", &["-S", "INPUT"]).await {
         findings.push(forwarding::input_chain(&rules, range.first, range.last));
+    }
+    if let Some((chain, opening)) = firewall::refusing_chain(&config_for_rules).await {
+        findings.push(forwarding::nftables_chain(&chain, opening));
     }
     if let Some(rules) = firewall::rules("iptables", &["-S", "DOCKER-USER"]).await {
         findings.extend(forwarding::user_rules(

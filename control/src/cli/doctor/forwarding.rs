@@ -1,6 +1,6 @@
 //! What the host can do for service ports: the kernel path, the firewall, and what serves each port.
 //!
-//! In: the configuration, texts of the kernel and of iptables, the dataplane's region. Out: findings.
+//! In: the configuration, texts of the kernel and of iptables, a chain of nftables, the dataplane's region. Out: findings.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::firewall;
 /// What the kernel path needs.
 pub(super) fn kernel_path(
     config: &Config,
-    honour_firewall: bool,
+    decider: Option<&str>,
     release: &str,
     mounts: &str,
 ) -> Finding {
@@ -22,12 +22,15 @@ pub(super) fn kernel_path(
     if config.node.forward == Forward::Relay {
         return Finding::good(CHECK, "off (node.forward): the relay serves all ports");
     }
-    if honour_firewall {
-        let why = match config.node.honour_firewall {
-            Some(_) => "node.honour-firewall",
-            None => "the INPUT chain may turn clients away; node.honour-firewall = false uses it",
+    if let Some(why) = decider {
+        let way = match config.node.honour_firewall {
+            Some(_) => "",
+            None => "; node.honour-firewall = false uses it",
         };
-        return Finding::good(CHECK, format!("unused ({why}): the relay serves all ports"));
+        return Finding::good(
+            CHECK,
+            format!("unused ({why}{way}): the relay serves all ports"),
+        );
     }
     let mut numbers = release
         .split(['.', '-'])
@@ -133,6 +136,16 @@ pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
         format!(
             "clients that the kernel path leaves to the relay are shut out; run: iptables -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"
         ),
+    )
+}
+
+/// A chain that iptables does not show and that may refuse clients of the listeners.
+pub(super) fn nftables_chain(chain: &str, opening: String) -> Finding {
+    Finding::bad(
+        "firewall of nftables",
+        Level::Warning,
+        format!("the chain {chain} may turn clients of service ports away"),
+        format!("if it should not, let them in where its rules come from, or run: {opening}"),
     )
 }
 

@@ -1,0 +1,242 @@
+//! Where the host's firewall may turn clients of service ports away, it decides: the kernel path, which
+//! passes it by, is left to nobody. With real rules, of iptables and of nftables alone.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::images::Image;
+use harness::kernels::{self, Order, docker};
+use harness::netns::VethPair;
+use harness::node::{self, Node, NodeOptions};
+use harness::remote_client::{command, may_use_bpf};
+use harness::wait;
+use serde_json::Value as Json;
+
+/// Feeds a program of the firewall's with commands, in a namespace or here.
+fn feed(mut program: Command, text: &str) -> Result<()> {
+    let mut child = program
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("iptables and nftables must be installed (deploy/setup)")?;
+    let mut input = child.stdin.take().context("its input")?;
+    input.write_all(text.as_bytes())?;
+    drop(input);
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{text}: {said}");
+    Ok(())
+}
+
+/// What `bai-agent doctor` finds of one check.
+fn finding(mut doctor: Command, check: &str) -> Result<Json> {
+    let output = doctor.output().context("bai-agent")?;
+    let all: Json = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let list = all["findings"].as_array().context("findings")?;
+    let found = list.iter().find(|it| it["check"] == check);
+    Ok(found.cloned().unwrap_or(Json::Null))
+}
+
+/// A firewall: how it is made, and which chain decides about ports 30000 to 31000, if one does.
+struct Firewall {
+    iptables: &'static str,
+    nft: &'static str,
+    decides: Option<&'static str>,
+}
+
+const FIREWALLS: [Firewall; 9] = [
+    Firewall {
+        iptables: "",
+        nft: "",
+        decides: None,
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT DROP\n-A INPUT -i lo -j ACCEPT\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT chain of iptables"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -p tcp --dport 22 -j ACCEPT\n\
+                   -A INPUT -j REJECT\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT chain of iptables"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT DROP\n-A INPUT -p tcp --dport 30000:31000 -j ACCEPT\nCOMMIT\n",
+        nft: "",
+        decides: None,
+    },
+    Firewall {
+        iptables: "",
+        nft: "table inet filter { chain input { type filter hook input priority 0; policy drop; \
+              ct state established,related accept; iif lo accept; tcp dport 22 accept; }\n}",
+        decides: Some("input of nftables' inet filter"),
+    },
+    // As firewalld does.
+    Firewall {
+        iptables: "",
+        nft: "table inet firewalld { chain filter_INPUT_ZONES { tcp dport 22 accept; }\n\
+              chain filter_INPUT { type filter hook input priority 10; policy accept; \
+              ct state { established, related } accept; iifname \"lo\" accept; \
+              ct state invalid drop; jump filter_INPUT_ZONES; reject with icmpx admin-prohibited; }\n}",
+        decides: Some("filter_INPUT of nftables' inet firewalld"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip guard { chain in { type filter hook input priority 0; policy accept; \
+              ct state invalid drop; tcp dport 30500 ip saddr != 10.0.0.0/8 counter drop; }\n}",
+        decides: Some("in of nftables' ip guard"),
+    },
+    // Lets service ports in before anything else.
+    Firewall {
+        iptables: "",
+        nft: "table inet filter { chain input { type filter hook input priority 0; policy drop; \
+              tcp dport 22 counter accept; tcp dport 30000-31000 accept; }\n}",
+        decides: None,
+    },
+    // Of other ports, protocols, hooks and families.
+    Firewall {
+        iptables: "",
+        nft: "table inet other { chain input { type filter hook input priority 0; policy accept; \
+              ct state invalid drop; tcp dport 22 drop; tcp dport 31001-65535 drop; udp dport 30000 reject; \
+              meta l4proto icmp counter drop; }\n\
+              chain forward { type filter hook forward priority 0; policy drop; }\n}\n\
+              table ip6 six { chain input { type filter hook input priority 0; policy drop; }\n}",
+        decides: None,
+    },
+];
+
+#[test]
+fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
+    let Some(network) = VethPair::new("firewall")? else {
+        return Ok(());
+    };
+    let place = tempfile::tempdir_in("/dev/shm")?;
+    let file = place.path().join("agent.toml");
+    let text = format!(
+        "[agent]\nid = \"i-firewall\"\n[container]\nbind-host = \"127.0.0.1\"\n\
+         port-range = [30000, 31000]\n[node]\nrun-dir = \"{}\"\n",
+        place.path().display()
+    );
+    std::fs::write(&file, text)?;
+    let program = node::program("bai-agent")?;
+    let doctor = || {
+        let mut doctor = command(&network.host, &program.to_string_lossy());
+        doctor.arg("--config").arg(&file);
+        doctor.args(["doctor", "--output", "json"]);
+        doctor
+    };
+    for (number, firewall) in FIREWALLS.iter().enumerate() {
+        let mut rules = command(&network.host, "nft");
+        rules.args(["-f", "-"]);
+        feed(rules, &format!("flush ruleset\n{}", firewall.nft))?;
+        if !firewall.iptables.is_empty() {
+            feed(
+                command(&network.host, "iptables-restore"),
+                firewall.iptables,
+            )?;
+        }
+        let found = finding(doctor(), "kernel path")?;
+        let said = found["found"].as_str().context("a finding")?;
+        let Some(chain) = firewall.decides else {
+            ensure!(!said.contains("unused"), "{number}: {said}");
+            continue;
+        };
+        ensure!(
+            said.contains(chain) && said.contains("the relay serves all ports"),
+            "{number}: {said}"
+        );
+        if firewall.iptables.is_empty() {
+            let found = finding(doctor(), "firewall of nftables")?;
+            let remedy = found["remedy"].as_str().context("a finding")?;
+            let rule = remedy.split_once("run: nft ").context("a command")?.1;
+            // What it says helps.
+            let mut rules = command(&network.host, "nft");
+            rules.args(rule.split_whitespace());
+            feed(rules, "")?;
+            let found = finding(doctor(), "kernel path")?;
+            let said = found["found"].as_str().context("a finding")?;
+            ensure!(!said.contains("unused"), "{number}: {said}");
+        }
+    }
+    Ok(())
+}
+
+/// A table of nftables that concerns the ports of one node alone; gone with its handle.
+struct Table(String);
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        let mut nft = Command::new("nft");
+        let _ = nft.args(["delete", "table", "ip", &self.0]).output();
+    }
+}
+
+impl Table {
+    fn refusing(ports: (u16, u16)) -> Result<Self> {
+        let table = Self(format!("bai_test_{}", std::process::id()));
+        let (name, (first, last)) = (&table.0, ports);
+        let mut nft = Command::new("nft");
+        nft.args(["-f", "-"]);
+        let text = format!(
+            "table ip {name} {{ chain input {{ type filter hook input priority 0; policy accept; \
+             tcp dport {first}-{last} reject with tcp reset; }}\n}}"
+        );
+        feed(nft, &text)?;
+        Ok(table)
+    }
+}
+
+/// Whether anybody takes a client of a port.
+fn is_open(port: u16) -> bool {
+    std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> Result<()> {
+    if !may_use_bpf() {
+        return Ok(());
+    }
+    docker(&["version"])?;
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let table = Table::refusing(node.ports())?;
+    node.stop_control()?;
+    node.start_control().await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let port = kernels::host_ports(&result, "web")[0];
+    let status = wait::until("the port's path", Duration::from_secs(30), || async {
+        let all = kernels::ask(&node, "bai.ports", Vec::new()).await.ok()?;
+        let list = all["ports"].as_array()?;
+        let found = list.iter().find(|it| it["host_port"] == port)?;
+        (found["state"] == "serving").then(|| found.clone())
+    })
+    .await?;
+    ensure!(
+        status["path"] == "relay",
+        "the firewall is passed by: {status}"
+    );
+    let reason = status["reason"].as_str().context("a reason")?;
+    ensure!(
+        reason.contains("the host's firewall decides"),
+        "the reason: {reason}"
+    );
+    let shown = node.command(&["ports"])?;
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    ensure!(shown.contains("the host's firewall decides"), "{shown}");
+    let mut doctor = Command::new(node::program("bai-agent")?);
+    doctor.arg("--config").arg(node.config_file());
+    doctor.args(["doctor", "--output", "json"]);
+    let said = finding(doctor, "kernel path")?.to_string();
+    ensure!(
+        said.contains(&format!("input of nftables' ip {}", table.0)),
+        "{said}"
+    );
+    ensure!(!is_open(port), "the firewall's word does not hold");
+    drop(table);
+    ensure!(is_open(port), "the listener serves");
+    kernels::destroy(&node, &order).await
+}
