@@ -4,7 +4,7 @@
 //! when the handle goes.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr};
+use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::thread;
 
 use aya::programs::{SchedClassifier, TcAttachType};
@@ -15,7 +15,8 @@ use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 use crate::dataplane::{Control, Options, Place, Process, until};
-use crate::remote_client::{Container, HOST, Network, command, within};
+use crate::netns::ip;
+use crate::remote_client::{Container, HOST, Network, command, may_use_bpf, within};
 use crate::traffic;
 
 /// The container's id.
@@ -72,6 +73,31 @@ impl Node {
             container,
             network,
         }
+    }
+
+    /// The same, with a row on the kernel path to what `server` starts in the container. `None` where
+    /// programs can't be loaded.
+    pub fn serving(server: impl FnOnce(&Container) -> u16) -> Option<(Self, PortRow)> {
+        if !may_use_bpf() {
+            return None;
+        }
+        let mut node = Self::new();
+        let row = node.container.port(server(&node.container));
+        node.lift(&row);
+        Some((node, row))
+    }
+
+    /// The container goes, and another one has its address and listens at a port.
+    pub fn replace_container(&self, port: u16) -> (Container, TcpListener) {
+        let (host, link) = (&self.network.host, &self.container.link);
+        ip(&format!("-n {host} link del {link}")).expect("gone");
+        let stranger = self.network.container(2).expect("the address, used again");
+        let listener = within(&stranger.namespace, move || {
+            let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port");
+            listener.set_nonblocking(true).expect("an option");
+            listener
+        });
+        (stranger, listener.expect("the stranger"))
     }
 
     /// Publishes a row.
@@ -140,6 +166,11 @@ pub fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut back = Vec::new();
     stream.read_to_end(&mut back)?;
     Ok(back)
+}
+
+/// A server that sends back what it gets.
+pub fn echo(container: &Container) -> u16 {
+    container.echo().expect("a server")
 }
 
 /// A server that tells each client the address it sees, then ends.

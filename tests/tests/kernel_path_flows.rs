@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use harness::dataplane::until;
-use harness::kernel_path::{KERNEL, Node, ask, attached, host, mirror, told};
+use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, HOST, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
@@ -95,14 +95,9 @@ fn the_container_sees_the_client_over_ipv6() {
 
 #[test]
 fn bulk_goes_on_while_the_process_is_killed_and_replaced() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = host(&row, 0);
     const PIECE: u64 = 4 << 20;
     let stream = node
@@ -264,14 +259,9 @@ fn flows_and_new_clients_survive_the_death_of_the_process() {
 
 #[test]
 fn an_orderly_stop_leaves_the_kernel_path() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     node.process.signal(Signal::SIGTERM).expect("asked to stop");
     assert!(node.process.ended().expect("gone").success());
     let address = host(&row, 0);
@@ -283,14 +273,9 @@ fn an_orderly_stop_leaves_the_kernel_path() {
 
 #[test]
 fn detach_leaves_nothing_attached() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = host(&row, 0);
     let answer = node
         .at_client(move || ask(address, b"new"))
@@ -332,14 +317,9 @@ fn detach_leaves_nothing_attached() {
 
 #[test]
 fn a_removed_row_refuses_new_flows_at_once_and_cuts_the_old() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = host(&row, 0);
     let mut old = node
         .at_client(move || traffic::connect(address))
@@ -400,28 +380,14 @@ fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
 
 #[test]
 fn a_container_that_is_gone_leads_nowhere_even_when_its_address_is_used_again() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let port = node.container.echo().expect("a server");
-    let row = node.container.port(port);
-    node.lift(&row);
+    };
+    let port = row.target_port;
     // The process is dead when the container goes: nobody can tell the kernel.
     node.process.signal(Signal::SIGKILL).expect("killed");
     node.process.ended().expect("gone");
-    ip(&format!(
-        "-n {} link del {}",
-        node.network.host, node.container.link
-    ))
-    .expect("gone");
-    let stranger = node.network.container(2).expect("the address, used again");
-    let reached = within(&stranger.namespace, move || {
-        let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port");
-        listener.set_nonblocking(true).expect("an option");
-        listener
-    })
-    .expect("the stranger");
+    let (_stranger, reached) = node.replace_container(port);
     let address = host(&row, 0);
     let refused = node
         .at_client(move || TcpStream::connect_timeout(&address, std::time::Duration::from_secs(2)));
@@ -441,12 +407,9 @@ fn a_container_that_is_gone_leads_nowhere_even_when_its_address_is_used_again() 
 /// same port for a connection that goes to the container directly.
 #[test]
 fn a_stale_flow_does_not_translate_a_direct_connection() {
-    if !may_use_bpf() {
+    let Some((node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node.container.port(mirror(&node.container));
-    node.lift(&row);
+    };
     let (address, direct) = (host(&row, 0), SocketAddr::new(row.target, row.target_port));
     let client = node.network.client.clone();
     // Without a word: the client's end is torn down while its packets can't leave.
@@ -544,14 +507,9 @@ fn a_session_of_the_relay_goes_on_when_its_row_is_lifted() {
 
 #[test]
 fn a_udp_row_does_not_touch_the_tcp_flows_of_its_port_number() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = host(&row, 0);
     let mut old = node
         .at_client(move || traffic::connect(address))
@@ -572,12 +530,9 @@ fn a_udp_row_does_not_touch_the_tcp_flows_of_its_port_number() {
 
 #[test]
 fn an_uplink_that_goes_down_and_comes_back_serves_again() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node.container.port(mirror(&node.container));
-    node.lift(&row);
+    };
     let (address, name) = (host(&row, 0), node.network.host.clone());
     ip(&format!("-n {name} link set up0 down")).expect("down");
     // No way in, so nothing for the kernel path to serve; the listener stays.
@@ -632,14 +587,9 @@ fn without_permission_the_relay_serves_and_says_so() {
 
 #[test]
 fn thousands_of_connections_come_and_go() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = host(&row, 0);
     const WORKERS: u64 = 16;
     const EACH: u64 = 250;
@@ -775,12 +725,9 @@ fn where_the_hosts_firewall_decides_the_relay_serves() {
 
 #[test]
 fn a_node_that_goes_back_to_the_relay_takes_its_programs_down() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node.container.port(mirror(&node.container));
-    node.lift(&row);
+    };
     assert!(attached(&node).contains("from_uplink"));
     node.kill();
     node.place

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{Node, ask, mirror, told};
+use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, HOST, may_use_bpf, within};
 use harness::traffic;
@@ -32,12 +32,9 @@ fn seen_on(node: &Node, address: SocketAddr) -> std::io::Result<(SocketAddr, Soc
 
 #[test]
 fn a_client_on_the_host_sees_the_peer_it_asked_for() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node.container.port(mirror(&node.container));
-    node.lift(&row);
+    };
     for address in [
         loopback(row.host_port),
         ([127, 0, 0, 53], row.host_port).into(),
@@ -84,12 +81,9 @@ fn a_client_on_the_host_sees_the_peer_it_asked_for_over_ipv6() {
 
 #[test]
 fn sockets_of_other_namespaces_are_untouched() {
-    if !may_use_bpf() {
+    let Some((node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node.container.port(mirror(&node.container));
-    node.lift(&row);
+    };
     // The same port number at the loopback of another namespace, in the same control group.
     let port = row.host_port;
     let seen = node.at_client(move || {
@@ -250,13 +244,10 @@ fn bytes_of_clients_on_the_host_are_counted_over_ipv6() {
 /// A port that was used by a led connection, and is used again for a direct one, counts no longer.
 #[test]
 fn a_direct_connection_by_a_led_ones_port_is_not_counted() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let port = node.container.echo().expect("a server");
-    let row = node.container.port(port);
-    node.lift(&row);
+    };
+    let port = row.target_port;
     let led = loopback(row.host_port);
     let direct = SocketAddr::new(row.target, port);
     let run = move || {
@@ -279,14 +270,9 @@ fn a_direct_connection_by_a_led_ones_port_is_not_counted() {
 
 #[test]
 fn nobody_needs_to_live_for_it_and_the_counters_go_on() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
-    node.lift(&row);
+    };
     let address = loopback(row.host_port);
     let host = node.network.host.clone();
     let mut old = within(&host, move || traffic::connect(address))
@@ -313,26 +299,12 @@ fn nobody_needs_to_live_for_it_and_the_counters_go_on() {
 
 #[test]
 fn a_container_that_is_gone_leads_nowhere_though_nobody_lives() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::serving(echo) else {
         return;
-    }
-    let mut node = Node::new();
-    let port = node.container.echo().expect("a server");
-    let row = node.container.port(port);
-    node.lift(&row);
+    };
+    let port = row.target_port;
     node.kill();
-    ip(&format!(
-        "-n {} link del {}",
-        node.network.host, node.container.link
-    ))
-    .expect("gone");
-    let stranger = node.network.container(2).expect("the address, used again");
-    let reached = within(&stranger.namespace, move || {
-        let listener = TcpListener::bind(("0.0.0.0", port)).expect("its port");
-        listener.set_nonblocking(true).expect("an option");
-        listener
-    })
-    .expect("the stranger");
+    let (_stranger, reached) = node.replace_container(port);
     let address = loopback(row.host_port);
     let refused = within(&node.network.host, move || {
         TcpStream::connect_timeout(&address, Duration::from_secs(5))
