@@ -20,20 +20,14 @@ use shared::observed::{AcceleratorRow, ContainerSample, ObservedReader, PortStat
 use shared::run_dir::RunDir;
 use tempfile::TempDir;
 
-use crate::host_ports;
+use crate::{host_ports, wait};
 
 /// How long to wait for what is bound to come, on a machine of usual speed.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The same on this machine: `BAI_SLOWNESS` says how much slower it is, as under emulation.
-fn limit() -> Duration {
-    let slowness = std::env::var("BAI_SLOWNESS").ok();
-    LIMIT * slowness.and_then(|it| it.parse().ok()).unwrap_or(1)
-}
-
 /// Looks until there is an answer; fails after a deadline.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
-    let limit = limit();
+    let limit = wait::here(LIMIT);
     let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = look() {

@@ -7,6 +7,8 @@ use std::process::Command;
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
 use harness::netns::VethPair;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use shared::desired::ContainerRow;
 use shared::observed::{ContainerSample, Source};
 
@@ -73,22 +75,31 @@ fn a_cpu_burner_is_charged_what_it_burnt() {
     };
     let pid = it
         .group
-        .run("i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); done; exec sleep 1000")
+        .run("kill -STOP $$; trap 'exec sleep 1000' USR1; while :; do :; done")
         .expect("a burner");
-    until("the burner having become sleep", || {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        (name.trim() == "sleep").then_some(())
-    })
-    .expect("burnt");
-    let id = it.row.container_id;
     // The task's own account, kept by the scheduler apart from the cgroup's.
-    let account = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("its account");
-    let burnt: u64 = account
-        .split_whitespace()
-        .next()
-        .and_then(|word| word.parse().ok())
-        .expect("nanoseconds");
-    assert!(burnt > 500_000_000, "too little to compare: {burnt} ns");
+    let account = || -> Option<u64> {
+        let account = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+        account.split_whitespace().next()?.parse().ok()
+    };
+    let is = |words: &str| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.contains(words).then_some(())
+    };
+    let send = |signal| kill(Pid::from_raw(pid.cast_signed()), signal).expect("its process");
+    until("the burner having stopped", || is("(sh) T ")).expect("a burner");
+    // Before it entered the cgroup it had used some time, too.
+    let before = account().expect("its account");
+    let charged = it.group.cpu_ns().expect("the file");
+    send(Signal::SIGCONT);
+    until("a second being burnt", || {
+        account().filter(|burnt| *burnt > before + 1_000_000_000)
+    })
+    .expect("a burner");
+    send(Signal::SIGUSR1);
+    until("the burner having become sleep", || is("(sleep) S ")).expect("burnt");
+    let id = it.row.container_id;
+    let burnt = account().expect("its account") - before + charged;
     let sample = it
         .control
         .sample(id, |sample| near(sample.cpu.counters.usage_ns, burnt, 0));

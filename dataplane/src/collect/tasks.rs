@@ -638,17 +638,20 @@ mod tests {
         };
         let block = vec![1_u8; 64 << 20];
         assert_eq!(block.len(), 64 << 20);
-        // Kernels that keep one counter let each thread count a few pages apart; other tests of this
-        // process take and give back memory meanwhile.
+        // Kernels that keep one counter (before 6.2) let each thread count apart what its last 64 faults
+        // brought, up to 16 pages each; their files say the same. Later ones say less in the file than
+        // there is. Other tests of this process take and give back memory meanwhile.
         let (slack, mut seen) = (1_u64 << 20, Vec::new());
+        let file = || process::read(std::process::id(), 1)?.counters.rss_bytes;
         let near = (0..200).any(|_| {
-            let before = own_resident().expect("page tables");
+            let before = (own_resident().expect("page tables"), file());
             assert_eq!(tasks.walk(std::process::id()).expect("a walk"), 1);
-            let after = own_resident().expect("page tables");
+            let after = (own_resident().expect("page tables"), file());
             let record = TaskRecord::read(tasks.records.words(), 0).expect("a record");
             let ours = super::super::walks::bytes(record.resident_pages);
-            seen.push((before, ours, after));
-            before.abs_diff(after) <= slack && ours.abs_diff(after) <= slack
+            seen = vec![before, (ours, None), after];
+            let mapped = before.0.abs_diff(after.0) <= slack && ours.abs_diff(after.0) <= slack;
+            mapped || [before.1, after.1] == [Some(ours); 2] && ours > 64 << 20
         });
         assert!(near, "{seen:?}");
         let nowhere = (ContainerId([9; 32]), root.join("not-there"));
