@@ -308,6 +308,23 @@ mod tests {
     }
 
     #[test]
+    fn both_stamps_of_a_cell_may_be_anything() {
+        let regions = DamagedRegions::create().unwrap();
+        for (region, kind) in [(0, RegionKind::Desired), (1, RegionKind::Observed)] {
+            for table in kind.tables(SIZES) {
+                let first = table.offset_words;
+                let mut input = vec![region | 4];
+                for stamp in [first, first + 1 + table.payload_words] {
+                    input.extend(u16::try_from(stamp).unwrap().to_le_bytes());
+                    input.push(8);
+                    input.extend([0xff; 8]);
+                }
+                regions.read(&input);
+            }
+        }
+    }
+
+    #[test]
     fn a_file_cut_anywhere_is_survived() {
         let regions = DamagedRegions::create().unwrap();
         for region in [0u8, 1] {

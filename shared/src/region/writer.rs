@@ -211,7 +211,8 @@ impl RegionWriter {
         let committed = self.committed().0;
         let mut repaired = 0;
         for table in &self.tables {
-            for row in 0..self.used_rows(table) {
+            // A table of one row is read whether or not that was ever written.
+            for row in 0..self.used_rows(table).max(1).min(table.rows) {
                 let cell = self.cell(table, row);
                 repaired += u32::from(cell.repair(committed));
             }
