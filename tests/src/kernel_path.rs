@@ -78,12 +78,22 @@ impl Node {
     /// The same, with a row on the kernel path to what `server` starts in the container. `None` where
     /// programs can't be loaded.
     pub fn serving(server: impl FnOnce(&Container) -> u16) -> Option<(Self, PortRow)> {
+        let (mut node, row) = Self::with_row(server)?;
+        node.lift(&row);
+        Some((node, row))
+    }
+
+    /// The same, with the row of a server of echoes that is not lifted yet.
+    pub fn with_echo() -> Option<(Self, PortRow)> {
+        Self::with_row(|container| container.echo().expect("a server"))
+    }
+
+    fn with_row(server: impl FnOnce(&Container) -> u16) -> Option<(Self, PortRow)> {
         if !may_use_bpf() {
             return None;
         }
-        let mut node = Self::new();
+        let node = Self::new();
         let row = node.container.port(server(&node.container));
-        node.lift(&row);
         Some((node, row))
     }
 

@@ -228,16 +228,20 @@ fn sixteen(divided_from: u32) -> String {
     text
 }
 
+fn options(tree: &DeviceTree, driver: &StandIn) -> Options {
+    Options {
+        node: tree.settings(),
+        environment: driver.environment(),
+        ..Options::default()
+    }
+}
+
 #[test]
 fn where_there_is_no_room_parts_are_left_out_and_nothing_else() -> Result<()> {
     // No such devices on the bus, so room for 64 rows.
     let driver = StandIn::new(&sixteen(0))?;
     let tree = DeviceTree::new()?;
-    let (_place, process, mut control) = Place::sampling(Options {
-        node: tree.settings(),
-        environment: driver.environment(),
-        ..Options::default()
-    })?;
+    let (_place, process, mut control) = Place::sampling(options(&tree, &driver))?;
     let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
     ensure!(rows.len() == 64, "{}", rows.len());
     let whole = rows.iter().filter(|row| row.part_of.is_none());
@@ -279,11 +283,7 @@ fn there_is_room_for_all_parts_of_what_the_bus_has() -> Result<()> {
     for device in 0..16 {
         tree.pci_class(&format!("0000:{:02x}:00.0", 16 + device), "0x030200\n")?;
     }
-    let (_place, process, mut control) = Place::sampling(Options {
-        node: tree.settings(),
-        environment: driver.environment(),
-        ..Options::default()
-    })?;
+    let (_place, process, mut control) = Place::sampling(options(&tree, &driver))?;
     let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
     ensure!(rows.len() == 128, "{}", rows.len());
     ensure!(!process.log().contains("more accelerators than"));

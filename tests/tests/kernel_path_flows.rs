@@ -338,13 +338,9 @@ fn a_removed_row_refuses_new_flows_at_once_and_cuts_the_old() {
 
 #[test]
 fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
-    if !may_use_bpf() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     row.drain = Drain::Within { ms: 60_000 };
     node.lift(&row);
     let address = host(&row, 0);
@@ -461,13 +457,9 @@ fn clients_outside_the_rows_networks_are_turned_away() {
 
 #[test]
 fn a_session_of_the_relay_goes_on_when_its_row_is_lifted() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     // First without the container's row: the relay serves, and says why.
     node.control
         .write(|batch| batch.remove_container(KERNEL))
@@ -746,13 +738,9 @@ fn a_node_that_goes_back_to_the_relay_takes_its_programs_down() {
 
 #[test]
 fn counters_of_both_paths_go_on_over_lives_of_the_process() {
-    if !may_use_bpf() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     let address = host(&row, 0);
     let send = |node: &Node, times: usize, bytes: usize| {
         node.at_client(move || {

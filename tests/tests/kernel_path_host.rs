@@ -400,13 +400,9 @@ fn datagrams_are_led_and_their_answers_come_from_where_they_went() {
 
 #[test]
 fn the_limit_of_sessions_counts_those_of_the_host() {
-    if !may_use_bpf() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     row.max_sessions = 2;
     node.lift(&row);
     let address = loopback(row.host_port);

@@ -69,13 +69,9 @@ fn flood(row: &PortRow, count: u32) {
 
 #[test]
 fn a_flow_that_fell_out_of_a_full_table_goes_on() {
-    if !may_use_bpf() {
+    let Some((mut node, row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     node.lift(&row);
     let address = host(&row, 0);
     let mut old = node
@@ -182,13 +178,9 @@ fn thousands_of_ports_are_served_and_removed() {
 
 #[test]
 fn new_connections_beyond_a_ports_rate_are_turned_away_and_counted() {
-    if !may_use_bpf() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
         return;
-    }
-    let mut node = Node::new();
-    let mut row = node
-        .container
-        .port(node.container.echo().expect("a server"));
+    };
     row.new_per_second = 20;
     node.lift(&row);
     let address = host(&row, 0);

@@ -14,7 +14,7 @@ mod merge;
 
 pub use host_facts::{HostFacts, HostFactsError};
 
-use super::mounts::{Mount, MountKind};
+use super::mounts::{Mount, MountKind, WORK};
 use super::request::{ClusterInfo, KernelCreationConfig, TextMap};
 use super::resource_text::scaled;
 use super::service_ports::{
@@ -188,7 +188,7 @@ pub fn build(inputs: &ContainerInputs<'_>) -> Result<ContainerRequest, Container
         ),
         entrypoint: Some(vec!["/opt/kernel/entrypoint.sh".to_owned()]),
         cmd: Some(command(settings, request)),
-        working_dir: Some("/home/work".to_owned()),
+        working_dir: Some(WORK.to_owned()),
         hostname: Some(request.hostname().to_owned()),
         env: Some(super::environment::env_list(inputs.environ, &[])),
         labels: Some(labels(inputs)),

@@ -12,11 +12,10 @@ use std::path::{Component, Path, PathBuf};
 use bytes::Bytes;
 use serde::Serialize;
 
+use super::mounts::WORK;
 use super::scratch::beneath::{Beneath, Owner};
 use crate::docker::{Docker, DockerError, ExecRequest};
 
-/// The user's directory in containers.
-const WORK: &str = "/home/work";
 /// Largest archive a download may have.
 const DOWNLOAD_LIMIT: usize = 1024 * 1024;
 /// The runner's own Python, in every kernel's container.

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
+/// The user's directory in containers (`lifecycle.md` 7); images and the runner expect it there.
+pub const WORK: &str = "/home/work";
+
 /// How a source is understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -153,7 +156,7 @@ pub fn intrinsic(scratch: &ScratchPaths, wanted: &Intrinsic<'_>, host: &HostPath
     use MountPermission::{ReadOnly, ReadWrite};
     let mut mounts = vec![
         Mount::bind(display(&scratch.config), "/home/config", ReadOnly),
-        Mount::bind(display(&scratch.work), "/home/work", ReadWrite),
+        Mount::bind(display(&scratch.work), WORK, ReadWrite),
     ];
     if let Some(tmp) = &scratch.tmp {
         mounts.push(Mount::bind(display(tmp), "/tmp", ReadWrite));
@@ -252,7 +255,7 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
                 path: folder.kernel_path.clone(),
             });
         }
-        if belongs_to_runner(target) || target == Path::new("/home/work") {
+        if belongs_to_runner(target) || target == Path::new(WORK) {
             return Err(MountError::RunnerPath {
                 name: name(),
                 path: folder.kernel_path.clone(),

@@ -4,6 +4,7 @@
 //! ending of the kernel, or the next start of the agent, finds it.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use crate::events::Event;
 use crate::kernel::container_request::{self, ContainerInputs, Limits};
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::{Reason, Stage};
-use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount};
+use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
 use crate::kernel::node::{Node, blocking};
 use crate::kernel::record::PublishedBy;
 use crate::kernel::registry::Kernel;
@@ -168,7 +169,7 @@ async fn make_scratch(
     let own_ssh = prepared
         .folders
         .iter()
-        .any(|mount| mount.target == "/home/work/.ssh");
+        .any(|mount| Path::new(&mount.target) == Path::new(WORK).join(".ssh"));
     let new = NewScratch {
         owner: prepared.identity.into(),
         skeleton: prepared.runner.runner_file(""),

@@ -2,6 +2,7 @@
 
 use super::beneath::{Beneath, Owner, change_at};
 use super::{ScratchError, ScratchPaths};
+use crate::kernel::mounts::WORK;
 use crate::kernel::request::{ClusterInfo, Confidential, Dotfile, SshKeypair};
 use crate::kernel::resource_text::with_container_id;
 use std::fs::{self, OpenOptions};
@@ -286,7 +287,7 @@ fn dotfile_place(dotfile: &Dotfile) -> Result<(PathBuf, u32), ScratchError> {
     let refused = || ScratchError::DotfilePath(dotfile.path.clone());
     let path = Path::new(&dotfile.path);
     let relative = match path.is_absolute() {
-        true => path.strip_prefix("/home/work").map_err(|_| refused())?,
+        true => path.strip_prefix(WORK).map_err(|_| refused())?,
         false => path,
     };
     let mut plain = PathBuf::new();
