@@ -13,8 +13,7 @@ use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
 use shared::observed::{
-    AcceleratorKey, Applied, ContainerSample, InKernel, NodeSample, ObservedWriter, PortStatus,
-    Processes,
+    AcceleratorKey, Applied, InKernel, NodeSample, ObservedWriter, PortStatus, Processes, Samples,
 };
 
 use crate::accelerator::{self, Accelerators};
@@ -111,7 +110,7 @@ pub struct Pass {
     /// Its number.
     pub tick: u64,
     /// One sample per container, sorted by id.
-    pub samples: Vec<ContainerSample>,
+    pub samples: Samples,
     /// The node.
     pub node: NodeSample,
     /// Processes, when they were listed since the last pass.
@@ -238,13 +237,12 @@ impl Board {
                 .collect(),
             None => Vec::new(),
         };
-        let ids = pass.samples.iter().map(|sample| sample.container_id);
         // Most passes are over the containers of the pass before.
         let before = sampled.take();
-        let same = before.filter(|before| before.iter().copied().eq(ids.clone()));
+        let same = before.filter(|before| before.iter().copied().eq(pass.samples.ids()));
         let mut gone = Vec::new();
         let now = same.unwrap_or_else(|| {
-            let now: Vec<ContainerId> = ids.collect();
+            let now: Vec<ContainerId> = pass.samples.ids().collect();
             let lost = |id: &ContainerId| now.binary_search(id).is_err();
             gone.extend(writer.container_ids().filter(lost));
             now

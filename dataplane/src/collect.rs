@@ -20,7 +20,7 @@ pub mod tasks;
 mod truth;
 pub mod walks;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -31,7 +31,7 @@ use shared::desired::{ContainerRow, DesiredSnapshot};
 use shared::heap::trimmed;
 use shared::ids::ContainerId;
 use shared::observed::{
-    ContainerSample, DiskCounters, IoCounters, Measured, NodeSample, Processes, Source,
+    ContainerSample, DiskCounters, IoCounters, Measured, NodeSample, Processes, Samples, Source,
 };
 use shared::{monotonic_ns, wall_ns};
 
@@ -226,7 +226,8 @@ pub struct Sampler {
     facts: Facts,
     budget: Arc<Budget>,
     walks: Option<Walks>,
-    containers: BTreeMap<ContainerId, Watched>,
+    /// Sorted by id; side by side, because each pass goes through all of them.
+    containers: Vec<Watched>,
     /// What an earlier life of this process had counted of block devices.
     io_before: HashMap<ContainerId, IoCounters>,
     links: Option<LinkStatistics>,
@@ -285,7 +286,7 @@ impl Sampler {
             walks,
             node: Node::new(&budget),
             budget,
-            containers: BTreeMap::new(),
+            containers: Vec::new(),
             io_before: HashMap::new(),
             links: None,
             links_log: LogLimit::default(),
@@ -338,7 +339,7 @@ impl Sampler {
         let links = self.links.as_ref().filter(|_| steady);
         let links = links.map(LinkStatistics::last);
         if let Some(walks) = &mut self.walks {
-            for watched in self.containers.values_mut() {
+            for watched in &mut self.containers {
                 watched.walk(walks);
             }
             walks.pass(&mut self.buffer);
@@ -346,8 +347,8 @@ impl Sampler {
         // What the walks have read is of one moment; files are read one after the other.
         let files = self.walks.is_none();
         let mut now = (monotonic_ns(), wall_ns());
-        let mut samples = Vec::with_capacity(self.containers.len());
-        for watched in self.containers.values_mut() {
+        let mut samples = Samples::with_capacity(self.containers.len());
+        for watched in &mut self.containers {
             let mut sample = watched.sample(
                 &self.facts,
                 &self.budget,
@@ -363,7 +364,7 @@ impl Sampler {
             if watched.has_disk() {
                 add_disk(&mut sample, watched.row(), &self.disk);
             }
-            samples.push(sample);
+            samples.push(&sample);
         }
         let mut cores_busy_ns = Vec::new();
         let mut counters = self.node.read(links, &mut cores_busy_ns, &mut self.buffer);
@@ -382,17 +383,17 @@ impl Sampler {
             self.disk.refresh(
                 self.scratch_root.as_deref(),
                 self.containers
-                    .values()
+                    .iter()
                     .map(|watched| watched.row().scratch_path.as_str())
                     .filter(|path| !path.is_empty()),
                 self.containers
-                    .values()
+                    .iter()
                     .map(|watched| (watched.row().init_pid, watched.row().container_id))
                     .filter(|(pid, _)| *pid != 0),
             );
         }
         let processes = self.lister.as_mut().and_then(|lister| {
-            let wanted = self.containers.values().filter_map(|watched| {
+            let wanted = self.containers.iter().filter_map(|watched| {
                 Some((watched.row().container_id, watched.directory()?.to_owned()))
             });
             lister.turn(wanted).map(|listing| Processes {
@@ -429,16 +430,22 @@ impl Sampler {
                 rows.binary_search_by_key(id, |row| row.container_id)
                     .is_ok()
             };
-            self.containers.retain(|id, _| wanted(id));
+            self.containers.retain(|watched| wanted(&watched.id()));
             self.io_before.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;
-            let known = self.containers.get(&id);
-            if known.is_none_or(|known| known.row().generation != row.generation) {
-                let before = self.io_before.get(&id).copied().unwrap_or_default();
-                let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
-                self.containers.insert(id, watched);
+            let place = self.containers.binary_search_by_key(&id, Watched::id);
+            if let Ok(place) = place
+                && self.containers[place].row().generation == row.generation
+            {
+                continue;
+            }
+            let before = self.io_before.get(&id).copied().unwrap_or_default();
+            let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
+            match place {
+                Ok(place) => self.containers[place] = watched,
+                Err(place) => self.containers.insert(place, watched),
             }
         }
     }

@@ -19,7 +19,7 @@ pub use reader::{ObservedReader, ObservedSnapshot, Processes};
 pub use rows::{
     AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     DiskSpace, ForwardPath, InKernel, NEIGHBOURS, Nearness, NodeSample, PortState, PortStatus,
-    ProcessSample, RelayEngine,
+    ProcessSample, RelayEngine, Samples,
 };
 pub use writer::{ObservedBatch, ObservedWriter};
 

@@ -13,7 +13,7 @@ use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, Nearness,
     NodeCounters, NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus,
-    ProcessCounters, ProcessSample, Processes, RelayEngine, Source,
+    ProcessCounters, ProcessSample, Processes, RelayEngine, Samples, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -469,6 +469,44 @@ fn a_missing_region_is_said_to_be_missing() {
     assert!(matches!(reader.snapshot(), Err(ReadError::Missing { .. })));
     let _writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
     assert!(reader.snapshot().is_ok());
+}
+
+#[test]
+fn samples_are_kept_as_they_were_and_published_so() {
+    let all: Vec<ContainerSample> = (1..=4).map(|byte| sample(byte, 9)).collect();
+    let mut samples: Samples = all.iter().cloned().collect();
+    assert_eq!(samples.len(), 4);
+    assert!(samples.iter().eq(all.iter().cloned()));
+    assert!(samples.ids().eq(all.iter().map(|it| it.container_id)));
+    samples.truncate(3);
+    assert!(samples.iter().eq(all[..3].iter().cloned()));
+    samples.truncate(usize::MAX);
+    assert_eq!((samples.len(), samples.is_empty()), (3, false));
+
+    let dir = directory();
+    let mut writer = ObservedWriter::open(dir.path(), SIZES).unwrap();
+    writer
+        .batch(|batch| batch.put_containers(samples.clone()))
+        .unwrap();
+    let snapshot = ObservedReader::at(dir.path()).snapshot().unwrap();
+    assert!(samples.iter().eq(snapshot.containers.iter().cloned()));
+    // Nothing of a list that has no room is seen.
+    let more: Samples = (3..=9).map(|byte| sample(byte, 10)).collect();
+    let full = writer.batch(|batch| batch.put_containers(more));
+    assert!(full.is_err());
+    let snapshot = ObservedReader::at(dir.path()).snapshot().unwrap();
+    assert!(samples.iter().eq(snapshot.containers.iter().cloned()));
+    // And the list of before goes where it was.
+    writer
+        .batch(|batch| batch.put_containers(samples.clone()))
+        .unwrap();
+    assert_eq!(
+        ObservedReader::at(dir.path())
+            .snapshot()
+            .unwrap()
+            .containers,
+        snapshot.containers
+    );
 }
 
 fn sample(byte: u8, tick: u64) -> ContainerSample {

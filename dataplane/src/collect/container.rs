@@ -158,6 +158,7 @@ struct Hot {
     counts_swap: bool,
     /// Has a scratch directory or a /dev/shm to ask about.
     has_disk: bool,
+    io_before: Option<Box<IoCounters>>,
 }
 
 impl Hot {
@@ -174,8 +175,12 @@ impl Hot {
 #[derive(Debug)]
 pub struct Watched {
     hot: Hot,
+    cold: Box<Cold>,
+}
+
+#[derive(Debug)]
+struct Cold {
     row: ContainerRow,
-    io_before: Option<Box<IoCounters>>,
     groups: Groups,
     cpu: Option<Cpu>,
     memory: Option<Memory>,
@@ -253,27 +258,34 @@ impl Watched {
                 unified_memory: false,
                 counts_swap: false,
                 has_disk: row.init_pid != 0 || !row.scratch_path.is_empty(),
+                io_before: (io_before != IoCounters::default()).then(|| Box::new(io_before)),
             },
-            row,
-            io_before: (io_before != IoCounters::default()).then(|| Box::new(io_before)),
-            groups: Groups::default(),
-            cpu: None,
-            memory: None,
-            pids: None,
-            io: None,
+            cold: Box::new(Cold {
+                row,
+                groups: Groups::default(),
+                cpu: None,
+                memory: None,
+                pids: None,
+                io: None,
+            }),
         };
         watched.find_missing(facts, budget);
         watched
     }
 
+    /// Whose it is.
+    pub fn id(&self) -> ContainerId {
+        self.hot.container_id
+    }
+
     /// The row it was made for.
     pub fn row(&self) -> &ContainerRow {
-        &self.row
+        &self.cold.row
     }
 
     /// A cgroup of the container, once one was found.
     pub fn directory(&self) -> Option<&Path> {
-        let groups = &self.groups;
+        let groups = &self.cold.groups;
         [&groups.pids, &groups.cpu, &groups.memory]
             .into_iter()
             .flatten()
@@ -290,73 +302,77 @@ impl Watched {
         if !self.hot.incomplete {
             return;
         }
-        let row = &self.row;
-        if self.cpu.is_none()
+        let row = &self.cold.row;
+        if self.cold.cpu.is_none()
             && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
         {
-            self.groups.cpu = Some(Group::new(
+            self.cold.groups.cpu = Some(Group::new(
                 &path,
                 facts.cpu.as_ref(),
                 Controller::CpuAccounting,
             ));
-            self.cpu = Some(match &facts.cpu {
+            self.cold.cpu = Some(match &facts.cpu {
                 Some(Hierarchy::V1(_)) => {
                     let quota = find(row, facts.cpu_quota.as_ref(), "cpu");
-                    self.groups.quota = quota
+                    self.cold.groups.quota = quota
                         .as_deref()
                         .map(|path| Group::new(path, facts.cpu_quota.as_ref(), Controller::Cpu));
                     Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
                 }
                 _ => {
                     let quota = Group::new(&path, facts.cpu.as_ref(), Controller::Cpu);
-                    self.groups.quota = Some(quota);
+                    self.cold.groups.quota = Some(quota);
                     Cpu::V2(cgroup_v2::Cpu::new(&path, budget))
                 }
             });
             self.hot
                 .look_for(&[Controller::CpuAccounting, Controller::Cpu]);
         }
-        if self.memory.is_none()
+        if self.cold.memory.is_none()
             && let Some(path) = find(row, facts.memory.as_ref(), "memory")
         {
             let swap = ["memory.memsw.usage_in_bytes", "memory.swap.current"];
             self.hot.counts_swap = swap.iter().any(|file| path.join(file).exists());
             self.hot.unified_memory = matches!(facts.memory, Some(Hierarchy::V2(_)));
-            self.groups.memory = Some(Group::new(&path, facts.memory.as_ref(), Controller::Memory));
-            self.memory = Some(match &facts.memory {
+            self.cold.groups.memory =
+                Some(Group::new(&path, facts.memory.as_ref(), Controller::Memory));
+            self.cold.memory = Some(match &facts.memory {
                 Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
                 _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
             });
             self.hot.look_for(&[Controller::Memory]);
         }
-        if self.pids.is_none()
+        if self.cold.pids.is_none()
             && let Some(path) = find(row, facts.pids.as_ref(), "pids")
         {
-            self.groups.pids = Some(Group::new(&path, facts.pids.as_ref(), Controller::Pids));
-            self.pids = Some(cgroup_v1::Pids::new(&path, budget));
+            self.cold.groups.pids = Some(Group::new(&path, facts.pids.as_ref(), Controller::Pids));
+            self.cold.pids = Some(cgroup_v1::Pids::new(&path, budget));
             self.hot.look_for(&[Controller::Pids]);
         }
-        if self.io.is_none()
+        if self.cold.io.is_none()
             && let Some(path) = find(row, facts.io.as_ref(), "blkio")
         {
-            self.io = Some(match &facts.io {
+            self.cold.io = Some(match &facts.io {
                 Some(Hierarchy::V1(_)) => {
-                    self.groups.io = Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
+                    self.cold.groups.io =
+                        Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
                     Io::V1(cgroup_v1::Io::new(&path, budget))
                 }
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
             });
             self.hot.look_for(&[Controller::Io]);
         }
-        self.hot.incomplete =
-            self.cpu.is_none() || self.memory.is_none() || self.pids.is_none() || self.io.is_none();
-        self.hot.by_files =
-            matches!(self.cpu, Some(Cpu::V2(_))) || matches!(self.memory, Some(Memory::V2(_)));
+        self.hot.incomplete = self.cold.cpu.is_none()
+            || self.cold.memory.is_none()
+            || self.cold.pids.is_none()
+            || self.cold.io.is_none();
+        self.hot.by_files = matches!(self.cold.cpu, Some(Cpu::V2(_)))
+            || matches!(self.cold.memory, Some(Memory::V2(_)));
     }
 
     fn lacks_files(&self) -> bool {
-        let missing = [self.cpu.is_none(), self.memory.is_none()];
-        missing.contains(&true) || self.pids.is_none() || self.io.is_none()
+        let missing = [self.cold.cpu.is_none(), self.cold.memory.is_none()];
+        missing.contains(&true) || self.cold.pids.is_none() || self.cold.io.is_none()
     }
 
     /// Has this container's cgroups read by the kernel program from now on.
@@ -373,7 +389,7 @@ impl Watched {
         // In version 2 the kernel's own counters are complete, and only in files.
         let io = walks.counts_block_io();
         let mut all = true;
-        for (controller, group) in self.groups.by_controller() {
+        for (controller, group) in self.cold.groups.by_controller() {
             let Some(group) = group.as_mut().filter(|group| group.found.is_none()) else {
                 continue;
             };
@@ -417,7 +433,7 @@ impl Watched {
         let place = &mut self.hot.link_place;
         let net = links.and_then(|links| match self.hot.link {
             Some(link) => network(&[link], links, place),
-            None => network_of(&self.row, links),
+            None => network_of(&self.cold.row, links),
         });
         if let Some(net) = net {
             sample.net = Measured::now(Source::Netlink, net);
@@ -435,7 +451,7 @@ impl Watched {
             // They may have been made again.
             self.hot.known &= record.alive;
             self.hot.search.begin();
-            for (controller, group) in self.groups.by_controller() {
+            for (controller, group) in self.cold.groups.by_controller() {
                 if lost & (1 << controller as u64) != 0
                     && let Some(group) = group
                 {
@@ -448,9 +464,9 @@ impl Watched {
         let filled = |bits: u64| record.filled & bits != 0;
         // A quota kept apart and not found makes the whole group the files'; in version 2 a cgroup may
         // have CPU time and no quota.
-        let quota = self.groups.quota.as_ref();
+        let quota = || self.cold.groups.quota.as_ref();
         if known(Controller::CpuAccounting)
-            && (known(Controller::Cpu) || quota.is_none_or(|it| it.kind == Kind::Unified))
+            && (known(Controller::Cpu) || quota().is_none_or(|it| it.kind == Kind::Unified))
             && let Some(counters) = cpu_counters(&record, &mut self.hot.split)
         {
             sample.cpu = Measured::now(Source::Bpf, counters);
@@ -459,7 +475,10 @@ impl Watched {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
         if known(Controller::Io) && filled(filled::IO) {
-            sample.io = Measured::now(Source::Bpf, io_counters(&record, self.io_before.as_deref()));
+            sample.io = Measured::now(
+                Source::Bpf,
+                io_counters(&record, self.hot.io_before.as_deref()),
+            );
         }
         if known(Controller::Memory) && filled(filled::MEMORY_STAT) && walks.knows_statistics() {
             let (unified, swap) = (self.hot.unified_memory, self.hot.counts_swap);
@@ -479,24 +498,30 @@ impl Watched {
             return false;
         }
         // Pressure is in files only.
-        if let Some(Cpu::V2(cpu)) = &mut self.cpu
+        if let Some(Cpu::V2(cpu)) = &mut self.cold.cpu
             && sample.cpu.get().is_some()
         {
             cpu.add_pressure(&mut sample.cpu.counters, buffer);
         }
-        if let Some(Memory::V2(memory)) = &mut self.memory
+        if let Some(Memory::V2(memory)) = &mut self.cold.memory
             && sample.memory.get().is_some()
         {
             memory.add_pressure(&mut sample.memory.counters, buffer);
         }
-        if let Some(cpu) = self.cpu.as_mut().filter(|_| sample.cpu.get().is_none()) {
+        if let Some(cpu) = self
+            .cold
+            .cpu
+            .as_mut()
+            .filter(|_| sample.cpu.get().is_none())
+        {
             let read = match cpu {
                 Cpu::V1(cpu) => cpu.read(buffer),
                 Cpu::V2(cpu) => cpu.read(buffer),
             };
-            gone |= take(read.map(Some), &mut sample.cpu, &mut self.cpu);
+            gone |= take(read.map(Some), &mut sample.cpu, &mut self.cold.cpu);
         }
         if let Some(memory) = self
+            .cold
             .memory
             .as_mut()
             .filter(|_| sample.memory.get().is_none())
@@ -505,18 +530,23 @@ impl Watched {
                 Memory::V1(memory) => memory.read(buffer),
                 Memory::V2(memory) => memory.read(buffer),
             };
-            gone |= take(read.map(Some), &mut sample.memory, &mut self.memory);
+            gone |= take(read.map(Some), &mut sample.memory, &mut self.cold.memory);
         }
-        if let Some(pids) = self.pids.as_mut().filter(|_| sample.pids.get().is_none()) {
+        if let Some(pids) = self
+            .cold
+            .pids
+            .as_mut()
+            .filter(|_| sample.pids.get().is_none())
+        {
             let read = pids.read(buffer);
-            gone |= take(read.map(Some), &mut sample.pids, &mut self.pids);
+            gone |= take(read.map(Some), &mut sample.pids, &mut self.cold.pids);
         }
-        if let Some(io) = self.io.as_mut().filter(|_| sample.io.get().is_none()) {
+        if let Some(io) = self.cold.io.as_mut().filter(|_| sample.io.get().is_none()) {
             let read = match io {
                 Io::V1(io) => io.read(buffer),
                 Io::V2(io) => io.read(buffer).map(Some),
             };
-            gone |= take(read, &mut sample.io, &mut self.io);
+            gone |= take(read, &mut sample.io, &mut self.cold.io);
         }
         self.hot.incomplete |= self.lacks_files();
         gone

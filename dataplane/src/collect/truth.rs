@@ -194,8 +194,8 @@ fn the_program_says_what_the_files_say() {
         let quiet = before
             .samples
             .iter()
-            .zip(&after.samples)
-            .all(|(before, after)| comparable(before, unified) == comparable(after, unified));
+            .zip(after.samples.iter())
+            .all(|(before, after)| comparable(&before, unified) == comparable(&after, unified));
         // The two that take memory have done so.
         let peaks = ours
             .samples
@@ -205,8 +205,8 @@ fn the_program_says_what_the_files_say() {
         let equal = ours
             .samples
             .iter()
-            .zip(&after.samples)
-            .all(|(ours, files)| comparable(ours, unified) == comparable(files, unified));
+            .zip(after.samples.iter())
+            .all(|(ours, files)| comparable(&ours, unified) == comparable(&files, unified));
         // On a busy machine a pass may run out of time, and goes on with files.
         let by_program = ours
             .samples
@@ -218,7 +218,7 @@ fn the_program_says_what_the_files_say() {
             .iter()
             .all(|it| it.pids.counters.current == Some(1));
         if quiet && peaks && equal && by_program && alone {
-            for sample in &ours.samples {
+            for sample in ours.samples.iter() {
                 let cpu = &sample.cpu.counters;
                 assert!(cpu.usage_ns > Some(0));
                 if unified {
@@ -232,8 +232,8 @@ fn the_program_says_what_the_files_say() {
         assert!(
             Instant::now() < deadline,
             "quiet {quiet}: the program says\n{:#?}\nthe files\n{:#?}",
-            ours.samples,
-            after.samples
+            ours.samples.iter().collect::<Vec<_>>(),
+            after.samples.iter().collect::<Vec<_>>()
         );
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -11,7 +11,7 @@ use crate::desired::{PortKey, Protocol};
 use crate::ids::{ContainerId, Generation, KernelId, RegionId};
 use crate::layout::{
     CORES, DEVICE, DISKS, RawAccelerator, RawApplied, RawNodeSample, RawPortStatus, RawProcess,
-    RawSample, USERS,
+    RawRow, RawSample, USERS,
 };
 use crate::table::{BatchError, KeyedRow, load_text, state, store_text};
 
@@ -340,7 +340,7 @@ pub struct ContainerSample {
 }
 
 impl ContainerSample {
-    pub(super) fn encode(&self) -> RawSample {
+    fn encode(&self) -> RawSample {
         let mut raw = RawSample {
             state: state::USED,
             container_id: self.container_id.0,
@@ -421,6 +421,79 @@ impl KeyedRow for ContainerSample {
             net: group!(4, net, NetCounters),
             disk: group!(5, disk, DiskCounters),
         })
+    }
+}
+
+/// Samples of containers, kept as the region keeps them: half as long as they are to be worked with, so that
+/// those of a thousand containers stay in the processor's caches until they are published.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Samples {
+    bytes: Vec<u8>,
+}
+
+impl Samples {
+    const ROW: usize = RawSample::INFO.size;
+
+    /// None yet, with room for so many.
+    #[must_use]
+    pub fn with_capacity(samples: usize) -> Self {
+        Self {
+            bytes: Vec::with_capacity(samples * Self::ROW),
+        }
+    }
+
+    /// Adds one.
+    pub fn push(&mut self, sample: &ContainerSample) {
+        let start = self.bytes.len();
+        self.bytes.resize(start + Self::ROW, 0);
+        sample.encode().store(&mut self.bytes[start..]);
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len() / Self::ROW
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Leaves out those beyond the first `most`.
+    pub fn truncate(&mut self, most: usize) {
+        self.bytes.truncate(most.saturating_mul(Self::ROW));
+    }
+
+    /// The samples.
+    pub fn iter(&self) -> impl Iterator<Item = ContainerSample> + '_ {
+        self.raw().filter_map(|(_, bytes)| {
+            ContainerSample::from_raw(&RawSample::load(bytes), Generation(0))
+        })
+    }
+
+    /// Whose they are.
+    pub fn ids(&self) -> impl ExactSizeIterator<Item = ContainerId> + Clone + '_ {
+        self.raw().map(|(id, _)| id)
+    }
+
+    /// Each with whose it is.
+    pub(super) fn raw(&self) -> impl ExactSizeIterator<Item = (ContainerId, &[u8])> + Clone + '_ {
+        const PLACE: usize = std::mem::offset_of!(RawSample, container_id);
+        self.bytes.chunks_exact(Self::ROW).map(|bytes| {
+            let mut id = [0; 32];
+            id.copy_from_slice(&bytes[PLACE..PLACE + 32]);
+            (ContainerId(id), bytes)
+        })
+    }
+}
+
+impl FromIterator<ContainerSample> for Samples {
+    fn from_iter<T: IntoIterator<Item = ContainerSample>>(list: T) -> Self {
+        let mut samples = Self::default();
+        list.into_iter().for_each(|sample| samples.push(&sample));
+        samples
     }
 }
 

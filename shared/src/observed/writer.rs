@@ -4,11 +4,11 @@ use std::path::Path;
 
 use super::{
     AcceleratorKey, AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus, Processes,
-    table,
+    Samples, table,
 };
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
-use crate::layout::{RawBank, RawProcess, RawRow, RawSample, RegionKind, Sizes};
+use crate::layout::{RawBank, RawProcess, RawRow, RegionKind, Sizes};
 use crate::lock::WriterLock;
 use crate::region::{OpenError, RegionWriter, Start, words_of};
 use crate::table::{BatchError, Index, KeyedRow, Staged};
@@ -38,7 +38,7 @@ enum Change {
     Applied(Applied),
     PutPort(PortStatus),
     RemovePort(PortKey),
-    PutContainers(Vec<ContainerSample>),
+    PutContainers(Samples),
     RemoveContainer(ContainerId),
     PutAccelerator(Box<AcceleratorRow>),
     RemoveAccelerator(AcceleratorKey),
@@ -64,11 +64,11 @@ impl ObservedBatch {
 
     /// Publishes a container's sample.
     pub fn put_container(&mut self, sample: ContainerSample) {
-        self.put_containers(vec![sample]);
+        self.put_containers([sample].into_iter().collect());
     }
 
     /// Publishes samples of containers.
-    pub fn put_containers(&mut self, samples: Vec<ContainerSample>) {
+    pub fn put_containers(&mut self, samples: Samples) {
         self.changes.push(Change::PutContainers(samples));
     }
 
@@ -244,8 +244,7 @@ impl ObservedWriter {
                 Change::PutPort(status) => self.ports.put(status, staged)?,
                 Change::RemovePort(key) => self.ports.remove(key, staged),
                 Change::PutContainers(samples) => {
-                    for (at, sample) in samples.iter().enumerate() {
-                        let id = sample.container_id;
+                    for (at, id) in samples.ids().enumerate() {
                         if self.rows.get(at).is_none_or(|(known, _)| *known != id) {
                             let row = self.containers.place(id)?;
                             self.rows.truncate(at);
@@ -268,12 +267,10 @@ impl ObservedWriter {
         Ok(())
     }
 
-    /// Encodes samples into their rows at once: there are many, and nothing of them can be refused.
-    fn store_samples(&self, samples: &[ContainerSample], generation: Generation) {
+    /// Samples go into their rows at once: there are many, and nothing of them can be refused.
+    fn store_samples(&self, samples: &Samples, generation: Generation) {
         let Index { table, entries, .. } = &self.containers.index;
-        let mut bytes = [0; RawSample::INFO.size];
-        for (at, sample) in samples.iter().enumerate() {
-            let id = sample.container_id;
+        for (at, (id, bytes)) in samples.raw().enumerate() {
             let known = self.rows.get(at).filter(|(known, _)| *known == id);
             let row = match known {
                 Some((_, row)) => *row,
@@ -283,8 +280,7 @@ impl ObservedWriter {
                     None => continue,
                 },
             };
-            sample.encode().store(&mut bytes);
-            self.region.write(table, row, generation, words_of(&bytes));
+            self.region.write(table, row, generation, words_of(bytes));
         }
     }
 }
