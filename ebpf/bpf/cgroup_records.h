@@ -15,6 +15,8 @@
 #define OF_IO 3
 #define OF_PIDS 4
 #define CONTROLLERS 5
+/* After so many passes counters of block devices are looked up whether or not something was done. */
+#define LOOK_AGAIN 16
 
 #define FILLED_CPUACCT 1
 #define FILLED_CPU_BASE 2
@@ -44,9 +46,13 @@ struct cgroup_target {
 	__u64 cpu_usages;
 	__u64 cpu_times;
 	__u64 memory_statistics;
+	/* The reading program's own: how far block devices had come when their counters were looked up, plus 1. */
+	__u64 io_mark;
+	/* Two lines of memory. */
+	__u64 reserved;
 };
 
-_Static_assert(sizeof(struct cgroup_target) == 14 * 8, "the Rust side has as many words");
+_Static_assert(sizeof(struct cgroup_target) == 16 * 8, "the Rust side has as many words");
 
 struct cgroup_record {
 	__u64 filled;
@@ -94,9 +100,10 @@ struct cgroup_walk {
 	__u64 enum_index[STAT_ITEMS];
 	__u64 stat_length;
 	__u64 node_stat_length;
-	/* The program's own: whose limit it looked up last, and that limit. */
+	/* The program's own: whose limit it looked up last, that limit, and how often it ran. */
 	__u64 counter_above;
 	__u64 limit_above;
+	__u64 passes;
 };
 
 #endif

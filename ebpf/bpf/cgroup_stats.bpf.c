@@ -17,10 +17,6 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* Set by the loader. */
-/* 1 when `cast` may be called. */
-const volatile __u32 casts = 0;
-
 struct {
 	MAP_UINT(type, MAP_ARRAY);
 	MAP_UINT(map_flags, MAP_MMAPABLE);
@@ -53,37 +49,42 @@ static long (*const loop)(__u32, void *, void *, __u64) = (void *)181;
 #define CAST_CALL 0x7ffffff1
 static void *(*const cast)(const void *, __u32) = (void *)CAST_CALL;
 
-/* A field of the type at hand that is as wide, wherever that is. */
-#define LOAD(from, field)                                                                       \
-	((struct cgroup_subsys_state *)cast(                                                    \
-		 (const char *)(from) - __builtin_preserve_field_info(                          \
-			 ((struct cgroup_subsys_state *)0)->field, FIELD_BYTE_OFFSET),          \
-		 __builtin_btf_type_id(*(struct cgroup_subsys_state *)0, 1)))->field
+#define PLACE(type, field) \
+	__builtin_preserve_field_info(((struct type *)0)->field, FIELD_BYTE_OFFSET)
 
-static ALWAYS_INLINE __u64 read_u64(const void *from)
+/* What is read is taken for a type that begins with a number as wide: one instruction reads it. Where
+ * these types begin otherwise, nothing is read (`read_targets_plainly`). */
+#define AS(type, from) \
+	((struct type *)cast(from, __builtin_btf_type_id(*(struct type *)0, 1)))
+#define WIDE_TYPES_BEGIN_SO \
+	(PLACE(task_cputime, stime) == 0 && PLACE(refcount_struct, refs.counter) == 0)
+
+/* `plain` is known when this is compiled. */
+static ALWAYS_INLINE __u64 read_u64(const void *from, const int plain)
 {
+	if (plain)
+		return AS(task_cputime, from)->stime;
 	__u64 value = 0;
 
-	if (casts)
-		return LOAD(from, serial_nr);
 	read_kernel(&value, sizeof(value), from);
 	return value;
 }
 
-static ALWAYS_INLINE __u32 read_u32(const void *from)
+static ALWAYS_INLINE __u32 read_u32(const void *from, const int plain)
 {
+	if (plain)
+		return AS(refcount_struct, from)->refs.counter;
 	__u32 value = 0;
 
-	if (casts)
-		return LOAD(from, flags);
 	read_kernel(&value, sizeof(value), from);
 	return value;
 }
 
+/* How is in `plain`. */
 #define READ(into, from)                                                                        \
 	((into) = (__typeof__(into))(                                                           \
-		 sizeof(from) == 4 ? read_u32(__builtin_preserve_access_index(&(from))) :       \
-				     read_u64(__builtin_preserve_access_index(&(from)))))
+		 sizeof(from) == 4 ? read_u32(__builtin_preserve_access_index(&(from)), plain) : \
+				     read_u64(__builtin_preserve_access_index(&(from)), plain)))
 
 /* A plain load: the verifier knows the type of the cgroup, and asking a helper costs ten times more. */
 static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
@@ -97,7 +98,8 @@ static ALWAYS_INLINE void *controller(struct cgroup *group, __u64 index)
 #define DYING 16
 
 /* A state that is still the one it was, else nothing. */
-static ALWAYS_INLINE void *alive(struct cgroup_target *target, struct cgroup_record *record, int place)
+static ALWAYS_INLINE void *alive(struct cgroup_target *target, struct cgroup_record *record, int place,
+				 const int plain)
 {
 	struct cgroup_subsys_state *state = (void *)target->states[place];
 	__u64 serial = 0;
@@ -113,7 +115,8 @@ static ALWAYS_INLINE void *alive(struct cgroup_target *target, struct cgroup_rec
 	return state;
 }
 
-static ALWAYS_INLINE void read_cpuacct(struct cgroup_target *target, struct cgroup_record *record)
+static ALWAYS_INLINE void read_cpuacct(struct cgroup_target *target, struct cgroup_record *record,
+				       const int plain)
 {
 	__u64 usage = 0, user = 0, system = 0;
 	char *usages = (void *)target->cpu_usages, *stats = (void *)target->cpu_times;
@@ -124,10 +127,10 @@ static ALWAYS_INLINE void read_cpuacct(struct cgroup_target *target, struct cgro
 	for (__u32 cpu = 0; cpu < cpus && cpu < MOST_CPUS; cpu++) {
 		struct cpu_times *times = (void *)(stats + cpu_offset[cpu]);
 
-		usage += read_u64(usages + cpu_offset[cpu]);
-		user += read_u64(&times->user) + read_u64(&times->nice);
-		system += read_u64(&times->system) + read_u64(&times->softirq) +
-			  read_u64(&times->irq);
+		usage += read_u64(usages + cpu_offset[cpu], plain);
+		user += read_u64(&times->user, plain) + read_u64(&times->nice, plain);
+		system += read_u64(&times->system, plain) + read_u64(&times->softirq, plain) +
+			  read_u64(&times->irq, plain);
 	}
 	record->cpu_usage_ns = usage;
 	record->cpu_user_ns = user;
@@ -136,7 +139,7 @@ static ALWAYS_INLINE void read_cpuacct(struct cgroup_target *target, struct cgro
 }
 
 /* The state is the first the kernel knows of a cgroup: its own. */
-static ALWAYS_INLINE void read_base(char *state, struct cgroup_record *record)
+static ALWAYS_INLINE void read_base(char *state, struct cgroup_record *record, const int plain)
 {
 	struct cgroup *group = (void *)(state - __builtin_preserve_field_info(
 		((struct cgroup *)0)->self, FIELD_BYTE_OFFSET));
@@ -153,7 +156,8 @@ static ALWAYS_INLINE void read_base(char *state, struct cgroup_record *record)
 	record->filled |= FILLED_CPU_BASE;
 }
 
-static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_record *record)
+static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_record *record,
+				     const int plain)
 {
 	__s32 periods = 0, throttled = 0;
 
@@ -167,15 +171,13 @@ static ALWAYS_INLINE void read_quota(struct task_group *tasks, struct cgroup_rec
 	record->filled |= FILLED_QUOTA;
 }
 
-#define PLACE(type, field) \
-	__builtin_preserve_field_info(((struct type *)0)->field, FIELD_BYTE_OFFSET)
-
 #define EVENT(name)                                                                            \
 	read_u64((char *)__builtin_preserve_access_index(&memory->memory_events) +              \
-		 8 * __builtin_preserve_enum_value(*(enum memcg_memory_event *)name, ENUM_VALUE))
+		 8 * __builtin_preserve_enum_value(*(enum memcg_memory_event *)name, ENUM_VALUE), plain)
 
 /* The least limit of the cgroups above: the same for all siblings. */
-static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgroup_walk *order)
+static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgroup_walk *order,
+				      const int plain)
 {
 	__u64 least = ~0ULL, own = 0;
 
@@ -194,7 +196,8 @@ static ALWAYS_INLINE __u64 limit_above(struct page_counter *counter, struct cgro
 
 /* Field by field, and no further than needed: each line of memory is a miss of the cache. */
 static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_target *target,
-				      struct cgroup_record *record, struct cgroup_walk *order)
+				      struct cgroup_record *record, struct cgroup_walk *order,
+				      const int plain)
 {
 	__u64 above = 0;
 	struct page_counter *parent = 0;
@@ -208,7 +211,7 @@ static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_t
 	READ(record->memory_failures, memory->memory.failcnt);
 	READ(record->memory_limit_pages, memory->memory.max);
 	READ(parent, memory->memory.parent);
-	above = limit_above(parent, order);
+	above = limit_above(parent, order, plain);
 	record->memory_least_limit_pages =
 		record->memory_limit_pages < above ? record->memory_limit_pages : above;
 	READ(record->swap_pages, memory->swap.usage.counter);
@@ -220,7 +223,7 @@ static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_t
 	if (state) {
 		for (int item = 0; item < STAT_ITEMS; item++) {
 			__u64 index = order->stat_index[item];
-			__s64 pages = index < MOST_STATS ? (__s64)read_u64(state + 8 * index) : 0;
+			__s64 pages = index < MOST_STATS ? (__s64)read_u64(state + 8 * index, plain) : 0;
 
 			/* Small negative sums are a kernel's unfinished business: nothing is there. */
 			record->stat_pages[item] = pages < 0 ? 0 : pages;
@@ -230,7 +233,8 @@ static ALWAYS_INLINE void read_memory(struct mem_cgroup *memory, struct cgroup_t
 	record->filled |= FILLED_MEMORY;
 }
 
-static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_record *record)
+static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_record *record,
+				    const int plain)
 {
 	struct pids_cgroup___before *before = (void *)pids;
 
@@ -248,14 +252,22 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 	record->filled |= FILLED_PIDS;
 }
 
-/* A cgroup without an entry has done nothing since this was loaded. */
-static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_record *record)
+/* A cgroup without an entry has done nothing since this was loaded. Entries are looked up when something was
+ * done, and now and then, which tells the map that they are needed. */
+static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_record *record,
+				  __u64 needed)
 {
-	struct block_counters *counters = map_lookup(&block_io, &target->serials[OF_IO]);
+	__u64 *mark = &block_marks[target->serials[OF_IO] % BLOCK_MARKS];
+	struct block_counters *counters;
 	struct block_counters none = {};
 
-	record->io = counters ? *counters : none;
 	record->filled |= FILLED_IO;
+	if (*(volatile __u64 *)mark + 1 == target->io_mark && !needed)
+		return;
+	/* Before the counters. */
+	target->io_mark = __sync_fetch_and_add(mark, 0) + 1;
+	counters = map_lookup(&block_io, &target->serials[OF_IO]);
+	record->io = counters ? *counters : none;
 }
 
 #define NUMBER(type, name)                                                              \
@@ -282,6 +294,7 @@ static ALWAYS_INLINE void tell_layout(struct cgroup_walk *order)
 static ALWAYS_INLINE void find(struct cgroup *group, struct cgroup_target *found, int place, __u64 index)
 {
 	struct cgroup_subsys_state *state = controller(group, index);
+	const int plain = 0;
 
 	found->states[place] = (__u64)state;
 	if (state)
@@ -299,6 +312,7 @@ int find_cgroup(struct bpf_iter__cgroup *context)
 	struct mem_cgroup *memory;
 	char *statistics = 0;
 	__u32 zero = 0;
+	const int plain = 0;
 
 	order = map_lookup(&walk, &zero);
 	if (!order || !group)
@@ -337,9 +351,8 @@ int find_cgroup(struct bpf_iter__cgroup *context)
 	return 0;
 }
 
-static int read_target(__u32 place, void *unused)
+static ALWAYS_INLINE int read_target(__u32 place, const int plain)
 {
-	(void)unused;
 	struct cgroup_target *target = map_lookup(&targets, &place);
 	struct cgroup_record *record = map_lookup(&records, &place);
 	__u32 zero = 0;
@@ -350,29 +363,39 @@ static int read_target(__u32 place, void *unused)
 		return 1;
 	record->filled = 0;
 	record->alive = 0;
-	state = alive(target, record, OF_CPUACCT);
+	state = alive(target, record, OF_CPUACCT, plain);
 	if (state && target->unified)
-		read_base(state, record);
+		read_base(state, record, plain);
 	else if (state)
-		read_cpuacct(target, record);
-	state = alive(target, record, OF_CPU);
+		read_cpuacct(target, record, plain);
+	state = alive(target, record, OF_CPU, plain);
 	if (state)
-		read_quota(state, record);
-	state = alive(target, record, OF_MEMORY);
+		read_quota(state, record, plain);
+	state = alive(target, record, OF_MEMORY, plain);
 	if (state)
-		read_memory(state, target, record, order);
-	state = alive(target, record, OF_IO);
+		read_memory(state, target, record, order, plain);
+	state = alive(target, record, OF_IO, plain);
 	if (state)
-		read_io(target, record);
-	state = alive(target, record, OF_PIDS);
+		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0);
+	state = alive(target, record, OF_PIDS, plain);
 	if (state)
-		read_pids(state, record);
+		read_pids(state, record, plain);
 	return 0;
 }
 
-/* Fills the record of each target. */
-SEC("iter/cgroup")
-int read_targets(struct bpf_iter__cgroup *context)
+static int read_by_helper(__u32 place, void *unused)
+{
+	(void)unused;
+	return read_target(place, 0);
+}
+
+static int read_plainly(__u32 place, void *unused)
+{
+	(void)unused;
+	return read_target(place, 1);
+}
+
+static ALWAYS_INLINE struct cgroup_walk *begin(struct bpf_iter__cgroup *context)
 {
 	struct cgroup_walk *order;
 	__u32 zero = 0;
@@ -384,6 +407,28 @@ int read_targets(struct bpf_iter__cgroup *context)
 		learn_offsets();
 	order->counter_above = 0;
 	order->limit_above = ~0ULL;
-	loop(order->count, read_target, 0, 0);
+	order->passes++;
+	return order;
+}
+
+/* Fills the record of each target. */
+SEC("iter/cgroup")
+int read_targets(struct bpf_iter__cgroup *context)
+{
+	struct cgroup_walk *order = begin(context);
+
+	if (order)
+		loop(order->count, read_by_helper, 0, 0);
+	return 0;
+}
+
+/* The same by plain loads. */
+SEC("iter/cgroup")
+int read_targets_plainly(struct bpf_iter__cgroup *context)
+{
+	struct cgroup_walk *order = begin(context);
+
+	if (order && WIDE_TYPES_BEGIN_SO)
+		loop(order->count, read_plainly, 0, 0);
 	return 0;
 }

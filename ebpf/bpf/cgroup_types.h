@@ -45,6 +45,14 @@ struct list_head {
 	struct list_head *next;
 };
 
+struct count {
+	__s32 counter;
+};
+
+struct refcount_struct {
+	struct count refs;
+};
+
 struct kernfs_node {
 	__u64 id;
 };

@@ -93,8 +93,10 @@ pub mod target {
     pub const CPU: usize = UNIFIED + 1;
     /// Address of the statistics of memory.
     pub const STATISTICS: usize = CPU + 2;
-    /// All of them.
-    pub const WORDS: usize = STATISTICS + 1;
+    /// The reading program's own; 0 has it look up the counters of block devices.
+    pub const IO_MARK: usize = STATISTICS + 1;
+    /// All of them, one unused.
+    pub const WORDS: usize = IO_MARK + 2;
 }
 
 /// Words of `struct cgroup_walk`.
@@ -117,6 +119,6 @@ pub mod walk {
     pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
     /// Length of the array of those kept per node.
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
-    /// All of them, two of the program's own included.
-    pub const WORDS: usize = NODE_STAT_LENGTH + 3;
+    /// All of them, three of the program's own included.
+    pub const WORDS: usize = NODE_STAT_LENGTH + 4;
 }

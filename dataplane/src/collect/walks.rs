@@ -155,26 +155,31 @@ impl Walks {
         let btf = Btf::from_sys_fs().map_err(WalksError::Btf)?;
         let capacity = containers.saturating_add(OTHERS);
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
-        let object = match cast {
-            Ok(cast) => load(&btf, capacity, Some(cast)).or_else(|err| {
-                tracing::info!(
+        if let Ok(cast) = cast {
+            match Self::by(Some(cast), &btf, facts, budget, capacity) {
+                Ok(walks) => return Ok(walks),
+                Err(err) => tracing::info!(
                     err = &err as &dyn std::error::Error,
                     "the cgroup program can't read by plain loads, which costs more"
-                );
-                load(&btf, capacity, None)
-            }),
-            Err(_) => load(&btf, capacity, None),
-        }?;
-        Self::over(object, &btf, facts, budget, capacity)
+                ),
+            }
+        }
+        Self::by(None, &btf, facts, budget, capacity)
     }
 
-    fn over(
-        mut object: Ebpf,
+    /// Reads by plain loads when given the number of the kernel's function for it.
+    fn by(
+        cast: Option<u32>,
         btf: &Btf,
         facts: &Facts,
         budget: &Arc<Budget>,
         capacity: u32,
     ) -> Result<Self, WalksError> {
+        let reader = match cast {
+            Some(_) => "read_targets_plainly",
+            None => "read_targets",
+        };
+        let mut object = load(btf, capacity, cast, reader)?;
         // In version 2 the kernel's own counters are complete.
         let counts_block_io = matches!(facts.io, Some(Hierarchy::V1(_)))
             && match count_block_io(&mut object, btf) {
@@ -194,7 +199,7 @@ impl Walks {
             targets: shared(&object, "targets", target::WORDS * capacity)?,
             records: shared(&object, "records", CgroupRecord::WORDS * capacity)?,
             orders: shared(&object, "walk", walk::WORDS)?,
-            reader: attach(&object, "read_targets", root.mount()).map_err(WalksError::Attach)?,
+            reader: attach(&object, reader, root.mount()).map_err(WalksError::Attach)?,
             object,
             free: Arc::default(),
             used: 0,
@@ -345,6 +350,7 @@ impl Walks {
         let more: &[usize] = match controller {
             0 => &[target::UNIFIED, target::CPU, target::CPU + 1],
             2 => &[target::STATISTICS],
+            3 => &[target::IO_MARK],
             _ => &[],
         };
         let places = [target::STATES + controller, target::SERIALS + controller];
@@ -381,8 +387,8 @@ impl Walks {
     }
 }
 
-/// Loads the programs; with the number of the kernel's function for it, they read by plain loads.
-fn load(btf: &Btf, capacity: u32, cast: Option<u32>) -> Result<Ebpf, WalksError> {
+/// Loads the programs that find and read.
+fn load(btf: &Btf, capacity: u32, cast: Option<u32>, reader: &str) -> Result<Ebpf, WalksError> {
     let object = match cast {
         Some(cast) => Cow::Owned(ebpf::with_cast(ebpf::cgroup_stats(), cast)),
         None => Cow::Borrowed(ebpf::cgroup_stats()),
@@ -390,13 +396,12 @@ fn load(btf: &Btf, capacity: u32, cast: Option<u32>) -> Result<Ebpf, WalksError>
     let mut object = EbpfLoader::new()
         .btf(Some(btf))
         .override_global("cpus", &possible_cpus(), true)
-        .override_global("casts", &u32::from(cast.is_some()), true)
         .map_max_entries("targets", capacity)
         .map_max_entries("records", capacity)
         .map_max_entries("block_io", capacity.saturating_mul(BLOCK_ENTRIES))
         .load(&object)
         .map_err(|err| WalksError::Load(Box::new(err)))?;
-    for name in ["find_cgroup", "read_targets"] {
+    for name in ["find_cgroup", reader] {
         let program: &mut Iter = object
             .program_mut(name)
             .ok_or(WalksError::Lacks("program"))?
@@ -545,8 +550,7 @@ mod tests {
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
         // By plain loads where the kernel has them, and as older ones must.
         for cast in [cast.ok(), None] {
-            let object = load(&btf, 8, cast).expect("the program");
-            let walks = Walks::over(object, &btf, &facts, &budget, 8);
+            let walks = Walks::by(cast, &btf, &facts, &budget, 8);
             reads_until_it_is_gone(&facts, walks.expect("this kernel has iterators"));
         }
     }
