@@ -716,6 +716,61 @@ fn where_the_hosts_firewall_decides_the_relay_serves() {
 }
 
 #[test]
+fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
+        return;
+    };
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    let mut goes_on = |word: &[u8]| {
+        old.write_all(word).expect("sent");
+        let mut back = vec![0; word.len()];
+        old.read_exact(&mut back).expect("echoed");
+        assert_eq!(back, word);
+    };
+    goes_on(b"before");
+    row.honour_firewall = true;
+    let status = node.publish(&row);
+    assert_eq!(status.path, ForwardPath::Relay);
+    assert!(status.reason.contains("firewall"), "{}", status.reason);
+    goes_on(b"after");
+    // New ones meet the firewall, and then the listener.
+    let rule = |what: &str| {
+        let mut words = vec![what, "INPUT", "-p", "tcp", "--dport"];
+        let port = row.host_port.to_string();
+        words.extend([port.as_str(), "-j", "REJECT", "--reject-with", "tcp-reset"]);
+        let output = command(&node.network.host, "iptables").args(words).output();
+        assert!(output.expect("iptables").status.success());
+    };
+    let asked = |node: &Node| node.at_client(move || ask(address, b"new"));
+    rule("-A");
+    assert!(asked(&node).is_err(), "the firewall is passed by");
+    goes_on(b"all the same");
+    rule("-D");
+    assert_eq!(asked(&node).expect("by the relay"), b"new");
+    // Nor does a new process cut them.
+    node.counted(&row, |it| (it.sessions_total, it.bytes_in) == (2, 26));
+    node.kill();
+    node.restart();
+    // The listener is there with the answer.
+    let status = node.publish(&row);
+    assert_eq!(status.path, ForwardPath::Relay);
+    goes_on(b"and by another process");
+    assert_eq!(asked(&node).expect("by the relay"), b"new");
+    // Back on the kernel path, with what all of them have sent.
+    row.honour_firewall = false;
+    node.lift(&row);
+    goes_on(b"to the end");
+    assert_eq!(asked(&node).expect("by the kernel path"), b"new");
+    let bytes = [6, 5, 12, 22, 10, 3, 3, 3].iter().sum::<u64>();
+    let status = node.counted(&row, |it| it.bytes_in == bytes);
+    assert_eq!((status.bytes_out, status.sessions_total), (bytes, 4));
+}
+
+#[test]
 fn a_node_that_goes_back_to_the_relay_takes_its_programs_down() {
     let Some((mut node, row)) = Node::serving(mirror) else {
         return;

@@ -44,10 +44,12 @@ fn path_of(lift: &Lift, local_only: bool) -> (ForwardPath, String) {
             ForwardPath::KernelPath,
             format!("clients on this host by the relay: {why}"),
         ),
-        (Some(why), _) => (
+        (Some(why), None) => (
             ForwardPath::Relay,
             format!("by the relay, but clients on this host: {why}"),
         ),
+        // Flows that there were go on.
+        (Some(why), Some(_)) => (ForwardPath::Relay, format!("by the relay: {why}")),
     }
 }
 

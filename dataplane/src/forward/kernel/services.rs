@@ -108,7 +108,22 @@ impl KernelPath {
             },
         };
         let common = eligibility::common_obstacle(row, &at);
-        let remote = eligibility::remote_obstacle(row, &at).or_else(|| {
+        let remote = eligibility::remote_obstacle(row, &at);
+        let filtered_alone = row.honour_firewall && {
+            let unfiltered = PortRow {
+                honour_firewall: false,
+                ..row.clone()
+            };
+            eligibility::common_obstacle(&unfiltered, &at).is_none()
+        };
+        if filtered_alone && let Some(port) = self.let_finish(row, terms) {
+            return Ok(Lift {
+                port,
+                remote: common.clone(),
+                host: common,
+            });
+        }
+        let remote = remote.or_else(|| {
             let pid = terms.container.map_or(0, |it| it.init_pid);
             self.no_route(pid, row.link_index, row.target)
         });
@@ -127,6 +142,31 @@ impl KernelPath {
                 Err(words(&err))
             }
         }
+    }
+
+    /// Takes no new flows for a row whose clients the firewall decides about from now on. Those there
+    /// are were let in by what it said then, and go on as by a firewall that knows connections.
+    /// None when there are none.
+    fn let_finish(&mut self, row: &PortRow, terms: &Terms<'_>) -> Option<Arc<KernelPort>> {
+        let key = key_of(row.key());
+        let served = self.served.get(&key).map(|it| it.service);
+        let before = served.or_else(|| self.found.get(&key).copied())?;
+        let mut service = service_of(row, terms, before.flags & (SERVICE_REMOTE | SERVICE_HOST));
+        service.flags |= SERVICE_DRAINING;
+        if !same_route(&before, &service) {
+            return None;
+        }
+        let port = match self.serve(row, service) {
+            Ok(port) => port,
+            Err(err) => {
+                self.complain(&err);
+                return None;
+            }
+        };
+        if before.flags & SERVICE_DRAINING == 0 {
+            self.sweep(Instant::now());
+        }
+        (port.counters().active > 0).then_some(port)
     }
 
     fn no_route(&mut self, pid: u32, link: u32, target: IpAddr) -> Option<String> {

@@ -1,0 +1,129 @@
+//! Looking at the firewall again whenever it changes.
+//!
+//! In: the kernel's word that tables of nftables have changed; for those of the older kind, which
+//! change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
+//! another one. Invariant: a row that was made by an earlier decision does not stay.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use rustix::event::Timespec;
+use tokio::sync::Notify;
+
+use super::nftables::Watch;
+use super::{decider, legacy_tables, nftables};
+use crate::kernel::node::Node;
+use crate::kernel::registry::Kernel;
+use crate::kernel::rows;
+
+/// Distance of looks without a word.
+const SLOWLY: Timespec = Timespec {
+    tv_sec: 30,
+    tv_nsec: 0,
+};
+/// Least distance of two looks: the engine changes its own rules with every container, and a look
+/// starts programs.
+const PAUSE: Duration = Duration::from_secs(1);
+/// A kernel that is being created is looked at so often until it has rows.
+const CREATION: Duration = Duration::from_millis(500);
+
+/// What the last look was at.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    generation: Option<u32>,
+}
+
+impl Seen {
+    /// Nothing when only a look itself can tell.
+    fn now() -> Option<Self> {
+        let silent = [false, true].map(legacy_tables);
+        silent.iter().all(String::is_empty).then(|| Self {
+            generation: nftables::generation().ok(),
+        })
+    }
+}
+
+/// Tells when the firewall may have changed, from a thread of its own that blocks.
+fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
+    let changed = Arc::new(Notify::new());
+    let (notify, stopping) = (changed.clone(), node.stopping.clone());
+    std::thread::Builder::new()
+        .name("firewall".into())
+        .spawn(move || {
+            let mut watch = Watch::open().ok();
+            let mut seen = Seen::now();
+            // It may have changed since the look at the agent's start.
+            notify.notify_one();
+            while !stopping.is_cancelled() {
+                let told = match &watch {
+                    Some(open) => open.wait(&SLOWLY),
+                    None => {
+                        std::thread::sleep(Duration::from_secs(30));
+                        Ok(false)
+                    }
+                };
+                if let Err(errno) = told {
+                    tracing::debug!(%errno, "no word of changes of the firewall any more");
+                    watch = None;
+                }
+                let now = Seen::now();
+                if now.is_none() || now != seen || told == Ok(true) {
+                    seen = now;
+                    notify.notify_one();
+                }
+            }
+        })?;
+    Ok(changed)
+}
+
+/// Keeps the node's decision right until the agent stops.
+pub async fn follow(node: Arc<Node>) {
+    if node.config.node.honour_firewall.is_some() {
+        return;
+    }
+    let changed = match listen(&node) {
+        Ok(changed) => changed,
+        Err(err) => {
+            tracing::warn!(%err, "changes of the firewall are not seen before the next start");
+            return;
+        }
+    };
+    loop {
+        tokio::select! {
+            () = node.stopping.cancelled() => return,
+            () = changed.notified() => {}
+        }
+        let found = decider(&node.config).await;
+        if node.honours_firewall.swap(found.is_some(), SeqCst) != found.is_some() {
+            match found {
+                Some(why) => tracing::info!(
+                    why,
+                    "the firewall has changed: it decides about new clients of service ports, the relay serves them"
+                ),
+                None => tracing::info!(
+                    "the firewall has changed: it lets clients of service ports in, the kernel path serves them"
+                ),
+            }
+            for kernel in node.registry.all() {
+                node.tasks.spawn(renew(node.clone(), kernel));
+            }
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Renews the rows of a kernel, now or when its creation has come so far.
+async fn renew(node: Arc<Node>, kernel: Arc<Kernel>) {
+    while !kernel.is_running() {
+        let gone = kernel.ending().is_some() || node.registry.get(kernel.id).is_none();
+        if gone || node.stopping.is_cancelled() {
+            return;
+        }
+        tokio::time::sleep(CREATION).await;
+    }
+    if let Err(err) = rows::refresh(&node, &kernel).await {
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "cannot renew the ports of a kernel after a change of the firewall");
+    }
+}
