@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -228,6 +229,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(abuse::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),
         tokio::spawn(notices::run(node.clone())),
+        tokio::spawn(firewall::follow(node.clone())),
         tokio::spawn(host::serve(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
@@ -434,7 +436,7 @@ async fn assemble(
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
     let decider = firewall::decider(&config).await;
-    let honour_firewall = decider.is_some();
+    let honours_firewall = AtomicBool::new(decider.is_some());
     if let Some(why) = decider
         && config.node.honour_firewall.is_none()
     {
@@ -479,7 +481,7 @@ async fn assemble(
         volumes: Volumes::new(&config, &mount_prefix),
         tasks,
         plugin_host: PluginHost::new(&config, engine),
-        honour_firewall,
+        honours_firewall,
         config,
         docker,
         distros,

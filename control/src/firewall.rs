@@ -1,9 +1,11 @@
 //! What the host's firewall says about clients of service ports.
 //!
-//! In: chains in the words of `iptables -S`, and those of nftables as the kernel lists them. Out: which
-//! of them may turn such clients away, which the kernel path would pass by. Invariant: what is not
-//! understood counts as a refusal.
+//! In: chains in the words of `iptables -S`, and those of nftables as the kernel lists them; their
+//! changes. Out: which of them may turn such clients away, which the kernel path would pass by, and
+//! rows that leave their ports to the relay as long as one may. Invariant: what is not understood
+//! counts as a refusal.
 
+mod follow;
 mod nftables;
 
 use std::net::IpAddr;
@@ -11,14 +13,21 @@ use std::time::Duration;
 
 use config::Config;
 
+pub use self::follow::follow;
+use self::nftables::{Clients, Hook};
+
 /// Deadline of one question.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Targets after which a packet goes on to the next rule.
-const GOES_ON: [&str; 5] = ["LOG", "NFLOG", "MARK", "CONNMARK", "TRACE"];
+const GOES_ON: [&str; 11] = [
+    "LOG", "NFLOG", "MARK", "CONNMARK", "TRACE", "CT", "NOTRACK", "TCPMSS", "DSCP", "TOS",
+    "CLASSIFY",
+];
 /// Words of a rule that lets in whoever asks for its ports.
-const FOR_ALL: [&str; 10] = [
+const FOR_ALL: [&str; 11] = [
     "-A",
     "INPUT",
+    "PREROUTING",
     "-p",
     "tcp",
     "-m",
@@ -42,69 +51,202 @@ pub async fn rules(program: &str, words: &[&str]) -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// A chain that may turn clients of service ports away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Its name, and where it is.
+    pub chain: String,
+    /// The rule that may do so; none when it is the policy, or some rule.
+    pub rule: Option<String>,
+    /// It is asked before the chains of incoming packets are.
+    pub is_early: bool,
+    /// The command that lets them in.
+    pub opening: String,
+    /// It is one of nftables, whoever made it.
+    pub is_nftables: bool,
+}
+
 /// Why the firewall decides about clients of service ports, if it does: what `node.honour-firewall`
-/// says or, where that is left out, a chain of incoming packets that may turn some of them away.
+/// says or, where that is left out, a chain on their way that may turn some of them away.
 pub async fn decider(config: &Config) -> Option<String> {
     if let Some(said) = config.node.honour_firewall {
         return said.then(|| "node.honour-firewall".to_owned());
     }
-    let range = config.container.port_range;
-    for program in programs(config) {
-        if let Some(chain) = rules(program, &["-S", "INPUT"]).await
-            && may_refuse(&chain, range.first, range.last)
-        {
-            return Some(format!(
-                "the INPUT chain of {program} may turn clients away"
-            ));
+    let first = refusals(config).await.into_iter().next()?;
+    let chain = if first.is_nftables {
+        "the chain"
+    } else {
+        "the"
+    };
+    Some(format!("{chain} {} may turn clients away", first.chain))
+}
+
+/// A program of the iptables family, and which tables it shows.
+#[derive(Debug, Clone, Copy)]
+struct Program {
+    name: &'static str,
+    ipv6: bool,
+    /// Those of the older kind, which nftables does not have.
+    legacy: bool,
+}
+
+/// Those that show chains in the way of clients. A host may have tables of both kinds.
+async fn programs(config: &Config) -> Vec<Program> {
+    let families: &[(bool, [&'static str; 2])] = &[
+        (false, ["iptables", "iptables-legacy"]),
+        (true, ["ip6tables", "ip6tables-legacy"]),
+    ];
+    let wanted = match config.container.bind_host {
+        IpAddr::V4(_) => &families[..1],
+        IpAddr::V6(_) => families,
+    };
+    let mut found = Vec::new();
+    for (ipv6, [usual, older]) in wanted {
+        let version = rules(usual, &["-V"]).await.unwrap_or_default();
+        let legacy = !version.contains("nf_tables");
+        if !version.is_empty() {
+            found.push(Program {
+                name: usual,
+                ipv6: *ipv6,
+                legacy,
+            });
         }
-    }
-    let (chain, _) = refusing_chain(config).await?;
-    Some(format!("the chain {chain} may turn clients away"))
-}
-
-/// Those that show the chains in the way of clients.
-fn programs(config: &Config) -> &'static [&'static str] {
-    match config.container.bind_host {
-        IpAddr::V4(_) => &["iptables"],
-        IpAddr::V6(_) => &["iptables", "ip6tables"],
-    }
-}
-
-/// The first chain of nftables, beside those that iptables shows, that may turn clients of service
-/// ports away, and the command that lets them in.
-pub async fn refusing_chain(config: &Config) -> Option<(String, String)> {
-    let mut shown = Vec::new();
-    for program in programs(config) {
-        // The older kind of iptables has chains of its own and does not show those of nftables.
-        let version = rules(program, &["-V"]).await.unwrap_or_default();
-        if version.contains("nf_tables") && rules(program, &["-S", "INPUT"]).await.is_some() {
-            shown.push(match *program {
-                "iptables" => nftables::IPV4,
-                _ => nftables::IPV6,
+        if !legacy && !legacy_tables(*ipv6).is_empty() {
+            found.push(Program {
+                name: older,
+                ipv6: *ipv6,
+                legacy: true,
             });
         }
     }
-    let with_v6 = config.container.bind_host.is_ipv6();
-    let range = config.container.port_range;
-    let chains = tokio::task::spawn_blocking(nftables::input_chains).await;
-    let chains = match chains.ok()? {
-        Ok(chains) => chains,
-        Err(errno) => {
-            tracing::debug!(%errno, "the kernel lists no chains of nftables");
-            return None;
-        }
-    };
-    let refusing = chains.into_iter().find(|it| {
-        let is_shown = shown.contains(&it.family) && it.table == "filter" && it.name == "INPUT";
-        let concerned = it.family != nftables::IPV6 || with_v6;
-        !is_shown && concerned && it.may_refuse(range.first, range.last)
-    })?;
-    let opening = refusing.admitting(range.first, range.last);
-    Some((refusing.to_string(), opening))
+    found
 }
 
-/// Whether the INPUT chain may turn away clients of TCP ports `first` to `last`.
-pub fn may_refuse(chain: &str, first: u16, last: u16) -> bool {
+/// Tables of the older kind that the kernel has loaded.
+fn legacy_tables(ipv6: bool) -> String {
+    let names = if ipv6 { "ip6" } else { "ip" };
+    std::fs::read_to_string(format!("/proc/net/{names}_tables_names")).unwrap_or_default()
+}
+
+/// All chains that may turn clients of service ports away; first those of incoming packets.
+pub async fn refusals(config: &Config) -> Vec<Refusal> {
+    let (first, last) = (
+        config.container.port_range.first,
+        config.container.port_range.last,
+    );
+    let addresses = own_addresses();
+    let mut found = Vec::new();
+    let mut early = Vec::new();
+    let mut shown = Vec::new();
+    for program in programs(config).await {
+        let Program { name, ipv6, legacy } = program;
+        let tables = legacy_tables(ipv6);
+        let has = |table: &str| !legacy || tables.lines().any(|it| it == table);
+        let input = match has("filter") {
+            true => rules(name, &["-S", "INPUT"]).await,
+            false => None,
+        };
+        if let Some(chain) = &input {
+            if !legacy {
+                shown.push(if ipv6 { nftables::IPV6 } else { nftables::IPV4 });
+            }
+            if may_refuse(chain, first, last, &addresses) {
+                found.push(Refusal {
+                    chain: format!("INPUT chain of {name}"),
+                    rule: None,
+                    is_early: false,
+                    opening: format!("{name} -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"),
+                    is_nftables: false,
+                });
+            }
+        }
+        // nftables lists those of the newer kind itself.
+        for table in ["raw", "mangle"] {
+            if !legacy || !has(table) {
+                continue;
+            }
+            let chain = rules(name, &["-t", table, "-S", "PREROUTING"]).await;
+            if let Some(chain) = chain
+                && may_refuse(&chain, first, last, &addresses)
+            {
+                early.push(Refusal {
+                    chain: format!("PREROUTING chain of {name} -t {table}"),
+                    rule: None,
+                    is_early: true,
+                    opening: format!(
+                        "{name} -t {table} -I PREROUTING -p tcp --dport {first}:{last} -j ACCEPT"
+                    ),
+                    is_nftables: false,
+                });
+            }
+        }
+    }
+    let chains = match tokio::task::spawn_blocking(nftables::chains).await {
+        Ok(Ok(chains)) => chains,
+        Ok(Err(errno)) => {
+            tracing::debug!(%errno, "the kernel lists no chains of nftables");
+            Vec::new()
+        }
+        Err(_) => Vec::new(),
+    };
+    let clients = Clients {
+        ports: (first, last),
+        with_ipv6: config.container.bind_host.is_ipv6(),
+        addresses,
+    };
+    for chain in &chains {
+        let Some(hook) = chain.hook else { continue };
+        let is_shown = shown.contains(&chain.family)
+            && (chain.table.as_str(), chain.name.as_str()) == ("filter", "INPUT");
+        let concerned = chain.family != nftables::IPV6 || clients.with_ipv6;
+        if is_shown || !concerned {
+            continue;
+        }
+        let Some(refusal) = chain.refusal(&chains, &clients) else {
+            continue;
+        };
+        let refusal = Refusal {
+            chain: chain.to_string(),
+            rule: match refusal {
+                nftables::Refusal::Policy => None,
+                nftables::Refusal::Rule(at, handle) => Some(format!("{handle} of chain {at}")),
+            },
+            is_early: hook != Hook::Input,
+            opening: chain.admitting(first, last),
+            is_nftables: true,
+        };
+        match hook {
+            Hook::Input => found.push(refusal),
+            Hook::Ingress | Hook::Prerouting => early.push(refusal),
+        }
+    }
+    found.append(&mut early);
+    found
+}
+
+/// Addresses that clients may come to.
+fn own_addresses() -> Vec<IpAddr> {
+    let all = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    all.filter_map(|it| {
+        let address = it.address?;
+        let v4 = address.as_sockaddr_in().map(|it| IpAddr::V4(it.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|it| IpAddr::V6(it.ip())))
+    })
+    .collect()
+}
+
+/// Whether the rule is about another destination than this host.
+fn is_elsewhere(destination: &str, addresses: &[IpAddr]) -> bool {
+    let (address, length) = destination.split_once('/').unwrap_or((destination, ""));
+    // Of a network we may be part.
+    ["", "32", "128"].contains(&length)
+        && address
+            .parse()
+            .is_ok_and(|address: IpAddr| !addresses.contains(&address))
+}
+
+/// Whether a chain may turn away clients of TCP ports `first` to `last` of these addresses.
+fn may_refuse(chain: &str, first: u16, last: u16, addresses: &[IpAddr]) -> bool {
     let mut refuses = false;
     for line in chain.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -126,12 +268,17 @@ pub fn may_refuse(chain: &str, first: u16, last: u16) -> bool {
             }
             continue;
         }
-        let negated = words.contains(&"!");
-        let elsewhere = !negated
-            && (after("-p").is_some_and(|it| it != "tcp")
-                || after("-i") == Some("lo")
-                || after("--ctstate") == Some("INVALID")
-                || ports.is_some_and(|ports| !meets(ports, first, last)));
+        let negated = |word: &str| words.windows(2).any(|it| it == ["!", word]);
+        let plain = |word: &str| after(word).filter(|_| !negated(word));
+        let elsewhere = plain("-p").is_some_and(|it| it != "tcp")
+            || plain("-i") == Some("lo")
+            || plain("--ctstate") == Some("INVALID")
+            || plain("-d").is_some_and(|it| is_elsewhere(it, addresses))
+            // There is no way back: nobody can make a connection from there.
+            || (words.contains(&"rpfilter") && words.contains(&"--invert"))
+            || plain("--dport")
+                .or(plain("--dports"))
+                .is_some_and(|ports| !meets(ports, first, last));
         if !GOES_ON.contains(&target) && !target.is_empty() && !elsewhere {
             return true;
         }
@@ -163,6 +310,8 @@ fn meets(ports: &str, first: u16, last: u16) -> bool {
 mod tests {
     use super::*;
 
+    const OWN: [IpAddr; 1] = [IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1))];
+
     #[test]
     fn a_chain_that_lets_all_clients_in_decides_nothing() {
         for chain in [
@@ -175,8 +324,11 @@ mod tests {
             "-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -p tcp -m multiport --dports 22,30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -j ACCEPT\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -m rpfilter --validmark --invert -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp -m tcp --dport 30000:31000 -j CT --notrack\n",
         ] {
-            assert!(!may_refuse(chain, 30_000, 31_000), "{chain}");
+            assert!(!may_refuse(chain, 30_000, 31_000, &OWN), "{chain}");
         }
     }
 
@@ -194,8 +346,11 @@ mod tests {
             "-P INPUT ACCEPT\n-A INPUT -p tcp -m tcp ! --dport 22 -j DROP\n",
             "-P INPUT ACCEPT\n-A INPUT -p tcp -m multiport --dports 22,30500 -j DROP\n",
             "-P INPUT ACCEPT\n-A INPUT -s 192.0.2.1/32 -j DROP\n-A INPUT -j ACCEPT\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -d 192.0.2.1/32 -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING ! -d 172.17.0.2/32 -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -d 192.0.2.0/24 -j DROP\n",
         ] {
-            assert!(may_refuse(chain, 30_000, 31_000), "{chain}");
+            assert!(may_refuse(chain, 30_000, 31_000, &OWN), "{chain}");
         }
     }
 }

@@ -47,7 +47,10 @@ struct Firewall {
     decides: Option<&'static str>,
 }
 
-const FIREWALLS: [Firewall; 9] = [
+/// Chains that are asked before those of incoming packets.
+const EARLY: &str = "firewall at prerouting";
+
+const FIREWALLS: [Firewall; 16] = [
     Firewall {
         iptables: "",
         nft: "",
@@ -89,6 +92,54 @@ const FIREWALLS: [Firewall; 9] = [
         nft: "table ip guard { chain in { type filter hook input priority 0; policy accept; \
               ct state invalid drop; tcp dport 30500 ip saddr != 10.0.0.0/8 counter drop; }\n}",
         decides: Some("in of nftables' ip guard"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip early { chain pre { type filter hook prerouting priority raw; policy accept; \
+              iifname \"lo\" accept; jump block; }\n\
+              chain block { tcp dport 22 drop; ip saddr 10.0.0.0/8 tcp dport 30000-30010 drop; }\n}",
+        decides: Some("pre of nftables' ip early"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table netdev gate { chain in { type filter hook ingress device lo priority 0; policy accept; \
+              tcp dport 30000 drop; }\n}",
+        decides: Some("in of nftables' netdev gate"),
+    },
+    Firewall {
+        iptables: "*raw\n:PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 30010 -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("PREROUTING of nftables' ip raw"),
+    },
+    Firewall {
+        iptables: "legacy\n*mangle\n:PREROUTING ACCEPT\n-A PREROUTING -s 10.0.0.0/8 -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("PREROUTING chain of iptables-legacy -t mangle"),
+    },
+    Firewall {
+        iptables: "legacy\n*filter\n:INPUT DROP\n-A INPUT -p tcp --dport 22 -j ACCEPT\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT chain of iptables-legacy"),
+    },
+    // What engines and firewalls do at prerouting for reasons of their own: containers' addresses,
+    // senders that no answer would reach, connections that are not followed.
+    Firewall {
+        iptables: "*raw\n:PREROUTING ACCEPT\n-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP\n\
+                   -A PREROUTING -p tcp --dport 30000:31000 -j CT --notrack\nCOMMIT\n\
+                   *mangle\n:PREROUTING ACCEPT\n-A PREROUTING -m rpfilter --invert -j DROP\n\
+                   -A PREROUTING -j MARK --set-mark 1\nCOMMIT\n",
+        nft: "table inet firewalld { chain filter_PREROUTING { type filter hook prerouting priority -290; \
+              meta nfproto ipv6 fib saddr . mark . iif oif missing drop; jump zones; }\n\
+              chain zones { ct state invalid drop; return; }\n}",
+        decides: None,
+    },
+    // A chain that is jumped to lets them in.
+    Firewall {
+        iptables: "",
+        nft: "table inet filter { chain input { type filter hook input priority 0; policy drop; \
+              ct state established,related accept; jump services; }\n\
+              chain services { tcp dport 22 return; tcp dport 29000-32000 accept; }\n}",
+        decides: None,
     },
     // Lets service ports in before anything else.
     Firewall {
@@ -133,11 +184,20 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         let mut rules = command(&network.host, "nft");
         rules.args(["-f", "-"]);
         feed(rules, &format!("flush ruleset\n{}", firewall.nft))?;
-        if !firewall.iptables.is_empty() {
-            feed(
-                command(&network.host, "iptables-restore"),
-                firewall.iptables,
-            )?;
+        let (program, text) = match firewall.iptables.strip_prefix("legacy\n") {
+            Some(text) => ("iptables-legacy-restore", text),
+            None => ("iptables-restore", firewall.iptables),
+        };
+        for table in ["filter", "mangle"] {
+            let mut open = command(&network.host, "iptables-legacy");
+            open.args(["-t", table, "-F"]);
+            feed(open, "")?;
+        }
+        let mut open = command(&network.host, "iptables-legacy");
+        open.args(["-P", "INPUT", "ACCEPT"]);
+        feed(open, "")?;
+        if !text.is_empty() {
+            feed(command(&network.host, program), text)?;
         }
         let found = finding(doctor(), "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
@@ -149,8 +209,18 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
             said.contains(chain) && said.contains("the relay serves all ports"),
             "{number}: {said}"
         );
+        let early = ["pre of", "netdev", "PREROUTING"];
+        let is_early = early.iter().any(|it| chain.contains(it));
+        if is_early {
+            let found = finding(doctor(), EARLY)?;
+            let named = found["found"].as_str().context("a finding")?;
+            ensure!(named.contains(chain), "{number}: {named}");
+        }
         if firewall.iptables.is_empty() {
-            let found = finding(doctor(), "firewall of nftables")?;
+            let input = ["firewall of nftables", EARLY][usize::from(is_early)];
+            let found = finding(doctor(), input)?;
+            let named = found["found"].as_str().context("a finding")?;
+            ensure!(named.contains(chain), "{number}: {named}");
             let remedy = found["remedy"].as_str().context("a finding")?;
             let rule = remedy.split_once("run: nft ").context("a command")?.1;
             // What it says helps.
@@ -201,24 +271,27 @@ async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> 
         return Ok(());
     }
     docker(&["version"])?;
-    let mut node = Node::start(NodeOptions::default()).await?;
-    let table = Table::refusing(node.ports())?;
-    node.stop_control()?;
-    node.start_control().await?;
+    let node = Node::start(NodeOptions::default()).await?;
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(&node, &order).await?;
     let port = kernels::host_ports(&result, "web")[0];
-    let status = wait::until("the port's path", Duration::from_secs(30), || async {
-        let all = kernels::ask(&node, "bai.ports", Vec::new()).await.ok()?;
-        let list = all["ports"].as_array()?;
-        let found = list.iter().find(|it| it["host_port"] == port)?;
-        (found["state"] == "serving").then(|| found.clone())
-    })
-    .await?;
-    ensure!(
-        status["path"] == "relay",
-        "the firewall is passed by: {status}"
-    );
+    let served_by = |port: u16, path: &'static str| {
+        let node = &node;
+        wait::until(
+            "the port's path",
+            Duration::from_secs(30),
+            move || async move {
+                let all = kernels::ask(node, "bai.ports", Vec::new()).await.ok()?;
+                let list = all["ports"].as_array()?;
+                let found = list.iter().find(|it| it["host_port"] == port)?;
+                (found["state"] == "serving" && found["path"] == path).then(|| found.clone())
+            },
+        )
+    };
+    served_by(port, "kernel").await?;
+    // Its administrator changes the firewall while all runs.
+    let table = Table::refusing(node.ports())?;
+    let status = served_by(port, "relay").await?;
     let reason = status["reason"].as_str().context("a reason")?;
     ensure!(
         reason.contains("the host's firewall decides"),
@@ -236,7 +309,20 @@ async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> 
         "{said}"
     );
     ensure!(!is_open(port), "the firewall's word does not hold");
+    // A kernel that is created meanwhile is left to it from its beginning.
+    let other = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &other).await?;
+    let second = kernels::host_ports(&result, "web")[0];
+    ensure!(!is_open(second), "the firewall's word does not hold");
     drop(table);
     ensure!(is_open(port), "the listener serves");
+    served_by(port, "kernel").await?;
+    served_by(second, "kernel").await?;
+    let log = node.log("bai-agent");
+    ensure!(
+        log.matches("the firewall has changed").count() == 2,
+        "{log}"
+    );
+    kernels::destroy(&node, &other).await?;
     kernels::destroy(&node, &order).await
 }

@@ -118,9 +118,8 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     if let Some(rules) = firewall::rules("iptables", &["-S", "INPUT"]).await {
         findings.push(forwarding::input_chain(&rules, range.first, range.last));
     }
-    if let Some((chain, opening)) = firewall::refusing_chain(&config_for_rules).await {
-        findings.push(forwarding::nftables_chain(&chain, opening));
-    }
+    let refusals = firewall::refusals(&config_for_rules).await;
+    findings.extend(refusals.iter().filter_map(forwarding::refusal));
     if let Some(rules) = firewall::rules("iptables", &["-S", "DOCKER-USER"]).await {
         findings.extend(forwarding::user_rules(
             &config_for_rules,

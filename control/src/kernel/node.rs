@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -73,8 +74,8 @@ pub struct Node {
     pub distros: Distros,
     /// The kernels' files.
     pub scratch: Scratch,
-    /// Whether the host's firewall decides about clients of service ports.
-    pub honour_firewall: bool,
+    /// Whether the host's firewall decides about clients of service ports, as last seen.
+    pub honours_firewall: AtomicBool,
     /// Directory of the socket for programs in containers.
     pub socket_dir: PathBuf,
     /// Bounds the creations at work on this node, whichever calls they belong to.

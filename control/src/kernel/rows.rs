@@ -10,6 +10,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use config::Config;
@@ -286,7 +287,7 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
                 idle_timeout_ms: millis(limits.idle_timeout),
                 connect_timeout_ms: millis(limits.connect_timeout),
                 new_per_second: limits.max_new_sessions_per_second,
-                honour_firewall: node.honour_firewall,
+                honour_firewall: node.honours_firewall.load(SeqCst),
                 networks: clients_of(&node.config, &service.name),
                 drain: match millis(limits.drain) {
                     0 => Drain::Cut,

@@ -1,6 +1,6 @@
 //! What the host can do for service ports: the kernel path, the firewall, and what serves each port.
 //!
-//! In: the configuration, texts of the kernel and of iptables, a chain of nftables, the dataplane's region. Out: findings.
+//! In: the configuration, texts of the kernel and of iptables, chains that refuse, the dataplane's region. Out: findings.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use config::{Config, Forward, RelayEngine};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 
 use super::{Finding, Level};
-use crate::firewall;
+use crate::firewall::{self, Refusal};
 
 /// What the kernel path needs.
 pub(super) fn kernel_path(
@@ -139,14 +139,29 @@ pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
     )
 }
 
-/// A chain that iptables does not show and that may refuse clients of the listeners.
-pub(super) fn nftables_chain(chain: &str, opening: String) -> Finding {
-    Finding::bad(
-        "firewall of nftables",
+/// A chain, other than iptables' INPUT, that may refuse clients of the listeners.
+pub(super) fn refusal(refusal: &Refusal) -> Option<Finding> {
+    if !refusal.is_early && !refusal.is_nftables {
+        return None;
+    }
+    let Refusal { chain, opening, .. } = refusal;
+    let by = match &refusal.rule {
+        Some(rule) => format!(" (rule with handle {rule})"),
+        None => String::new(),
+    };
+    let (check, when) = match refusal.is_early {
+        true => (
+            "firewall at prerouting",
+            " before chains of incoming packets are asked",
+        ),
+        false => ("firewall of nftables", ""),
+    };
+    Some(Finding::bad(
+        check,
         Level::Warning,
-        format!("the chain {chain} may turn clients of service ports away"),
+        format!("the chain {chain}{by} may turn clients of service ports away{when}"),
         format!("if it should not, let them in where its rules come from, or run: {opening}"),
-    )
+    ))
 }
 
 /// Rules that people put up for published ports do not see what passes them by.
