@@ -19,7 +19,7 @@ use super::failure::Failure;
 use super::frame::{BodyError, Envelope, Header, Kind, Message, PING};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::{DecodeLimits, EncodeError};
-use super::transport::{Dealer, DealerEvent, DealerSender, TransportError};
+use super::transport::{Dealer, DealerSender, LinkError, TransportError};
 use super::value::Value;
 
 /// Our key pair and the node's public key.
@@ -122,13 +122,15 @@ impl Client {
         let address = address.strip_prefix("tcp://").unwrap_or(address).to_owned();
         let target = resolve(&address, until, deadline).await?;
         let keys = curve.map(|curve| (&curve.pair, curve.node));
+        let lost = |reason: &dyn std::error::Error| ClientError::Lost {
+            address: address.clone(),
+            reason: reason.to_string(),
+        };
         let mut dealer = Dealer::connect(target, keys, MAX_REPLY_BYTES, deadline)
             .await
             .map_err(|err| match err {
-                TransportError::Unreachable(source) => ClientError::Lost {
-                    address: address.clone(),
-                    reason: source.to_string(),
-                },
+                TransportError::Unreachable(source) => lost(&source),
+                TransportError::Handshake(source) => lost(&source),
                 other => ClientError::Setup {
                     address: address.clone(),
                     source: other.into(),
@@ -137,29 +139,13 @@ impl Client {
         let sender = dealer.sender();
         let handshake = async {
             let probe = [Bytes::from_static(PING), Bytes::new(), Bytes::new()];
-            if let Err(reason) = sender.send(probe).await {
-                return Err(ClientError::Lost {
-                    address: address.clone(),
-                    reason,
-                });
-            }
-            loop {
-                match dealer.next().await {
-                    DealerEvent::Message(frames) if Message::read(&frames) == Message::Pong => {
-                        return Ok(());
-                    }
-                    DealerEvent::Message(_) => {}
-                    DealerEvent::Lost(reason) => {
-                        return Err(ClientError::Lost {
-                            address: address.clone(),
-                            reason,
-                        });
-                    }
-                }
-            }
+            sender.send(&probe, deadline).await?;
+            while Message::read(dealer.next().await?) != Message::Pong {}
+            Ok::<_, LinkError>(())
         };
         match timeout_at(until, handshake).await {
-            Ok(outcome) => outcome?,
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => return Err(lost(&reason)),
             Err(_) => {
                 return Err(ClientError::Deadline {
                     address,
@@ -203,8 +189,8 @@ impl Client {
             sequence,
         };
         let exchange = async {
-            if let Err(reason) = self.sender.send(frames).await {
-                return Err(self.lost(reason));
+            if let Err(reason) = self.sender.send(&frames, deadline).await {
+                return Err(self.lost(reason.to_string()));
             }
             answer
                 .await
@@ -290,8 +276,8 @@ async fn resolve(
 async fn read(mut dealer: Dealer, waiting: Waiting, address: String) {
     loop {
         match dealer.next().await {
-            DealerEvent::Message(frames) => {
-                if let Message::Upper(header, envelope) = Message::read(&frames)
+            Ok(frames) => {
+                if let Message::Upper(header, envelope) = Message::read(frames)
                     && let Ok(header) = Header::decode(&header)
                     && let Some(sequence) = header.sequence.as_i64()
                     && let Ok(sequence) = u32::try_from(sequence)
@@ -308,7 +294,8 @@ async fn read(mut dealer: Dealer, waiting: Waiting, address: String) {
                     }
                 }
             }
-            DealerEvent::Lost(reason) => {
+            Err(reason) => {
+                let reason = reason.to_string();
                 let ended = std::mem::replace(&mut *lock(&waiting), Err(reason.clone()));
                 for waiter in ended.into_iter().flat_map(HashMap::into_values) {
                     let lost = ClientError::Lost {

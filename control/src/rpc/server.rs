@@ -1,11 +1,11 @@
 //! The listening end of the RPC: probes, calls, replies and their limits.
 //!
-//! In: a [`Service`] and limits; out: one reply per accepted call. The receive loop runs on the
-//! transport's own thread and never waits for a handler; every call is a task on the caller's
+//! In: a [`Service`] and limits; out: one reply per accepted call. Messages are taken on the
+//! transport's own thread, which never waits for a handler; every call is a task on the caller's
 //! runtime. Calls run to their end whatever becomes of the caller (CANCEL and disconnects don't
 //! stop them, spec rpc 3.2), and replies go out in the order of completion.
 //!
-//! Invariants: the loop ends only with the server; a call that was accepted gets exactly one
+//! Invariants: a call that was accepted gets exactly one
 //! reply, also when its handler panics or its result can't be packed; a connection that doesn't
 //! read loses its own replies after [`Limits::reply_deadline`] and is cut.
 
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -24,8 +25,8 @@ use tokio_util::task::TaskTracker;
 use super::frame::{Kind, Message, PONG};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::DecodeLimits;
-use super::service::{Peer, Service};
-use super::transport::{Return, Router, RouterHandle, RouterOptions, SendOutcome, TransportError};
+use super::service::Service;
+use super::transport::{Link, Receive, Router, RouterOptions, SendOutcome, TransportError};
 use admission::Admission;
 use answer::Answerer;
 
@@ -166,23 +167,6 @@ impl Server {
         service: Arc<dyn Service>,
     ) -> Result<Self, BindError> {
         let requested = resolve(&options.address).await?;
-        let router = Router::bind(RouterOptions {
-            address: requested,
-            curve: options
-                .curve
-                .as_ref()
-                .map(|curve| (&curve.pair, curve.manager)),
-            max_message_bytes: options.limits.message_bytes,
-        })
-        .await
-        .map_err(|err| match err {
-            TransportError::KeyMismatch => BindError::KeyMismatch,
-            other => BindError::Bind {
-                address: requested,
-                source: other.into(),
-            },
-        })?;
-        let address = router.address();
         let shared = Arc::new(Shared {
             totals: Totals::default(),
             admission: Admission::new(&options.limits),
@@ -191,11 +175,26 @@ impl Server {
         });
         let answerer = Answerer {
             service,
-            router: router.handle(),
             shared: shared.clone(),
             limits: options.limits,
+            runtime: Handle::current(),
         };
-        router.spawn(receive(router.handle(), answerer, Handle::current()));
+        let transport = RouterOptions {
+            address: requested,
+            curve: options
+                .curve
+                .as_ref()
+                .map(|curve| (&curve.pair, curve.manager)),
+            max_message_bytes: options.limits.message_bytes,
+        };
+        let router = Router::bind(&transport, answerer).map_err(|err| match err {
+            TransportError::KeyMismatch => BindError::KeyMismatch,
+            other => BindError::Bind {
+                address: requested,
+                source: other.into(),
+            },
+        })?;
+        let address = router.address();
         tracing::info!(%address, curve = options.curve.is_some(), "Listening for RPC.");
         Ok(Self {
             router: Some(router),
@@ -268,51 +267,33 @@ async fn resolve(address: &str) -> Result<SocketAddr, BindError> {
         .ok_or_else(|| BindError::NoAddress(address.to_owned()))
 }
 
-/// The receive loop. It only tells messages apart and hands calls out; nothing here waits.
-async fn receive(router: RouterHandle, answerer: Answerer, runtime: Handle) {
-    let stop = answerer.shared.stop.clone();
-    loop {
-        let received = tokio::select! {
-            () = stop.cancelled() => return,
-            received = router.receive() => received,
-        };
-        let Some((peer, back, frames)) = received else {
+impl Receive for Answerer {
+    /// Tells messages apart and hands calls out; nothing here waits.
+    fn receive(&self, from: &Arc<Link>, frames: &[Bytes]) {
+        if self.shared.stop.is_cancelled() {
             return;
-        };
-        match Message::read(&frames) {
+        }
+        match Message::read(frames) {
             Message::Ping(first, second) => {
-                let pong = [bytes::Bytes::from_static(PONG), first, second];
-                probe(&router, &answerer.shared, &peer, &back, &pong);
+                probe(from, &self.shared, &[Bytes::from_static(PONG), first, second]);
             }
-            Message::Upper(header, envelope) => {
-                answerer.accept(&runtime, peer, back, &header, envelope);
-            }
+            Message::Upper(header, envelope) => self.accept(from, &header, envelope),
             Message::Pong | Message::Other => {
-                answerer
-                    .shared
-                    .totals
-                    .ignored
-                    .fetch_add(1, Ordering::Relaxed);
+                self.shared.totals.ignored.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 }
 
-fn probe(
-    router: &RouterHandle,
-    shared: &Shared,
-    peer: &Peer,
-    back: &Return,
-    pong: &super::frame::Frames,
-) {
-    match router.try_send(back, pong) {
+fn probe(from: &Link, shared: &Shared, pong: &super::frame::Frames) {
+    match from.try_send(pong) {
         SendOutcome::Accepted => {
             shared.totals.probes.fetch_add(1, Ordering::Relaxed);
         }
         SendOutcome::PeerGone | SendOutcome::Full => {
-            // A full queue holds replies the peer has not read: it will not read a PONG either.
+            // What waits is what the peer has not read: it will not read a PONG either.
             shared.totals.undeliverable.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(%peer, "A probe could not be answered.");
+            tracing::debug!(peer = %from.peer(), "A probe could not be answered.");
         }
     }
 }

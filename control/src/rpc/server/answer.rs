@@ -21,7 +21,7 @@ use crate::rpc::failure::Failure;
 use crate::rpc::frame::{self, Frames, Header, HeaderError};
 use crate::rpc::msgpack::EncodeError;
 use crate::rpc::service::{Call, Peer, Service};
-use crate::rpc::transport::{Return, RouterHandle, SendOutcome};
+use crate::rpc::transport::{Link, SendOutcome};
 use crate::rpc::value::Value;
 
 /// Longest request that is decoded on the transport's thread, in bytes; real ones that are answered
@@ -31,41 +31,35 @@ const SHORT_REQUEST: usize = 1024;
 #[derive(Clone)]
 pub(super) struct Answerer {
     pub(super) service: Arc<dyn Service>,
-    pub(super) router: RouterHandle,
     pub(super) shared: Arc<Shared>,
     pub(super) limits: Limits,
+    /// Where calls run.
+    pub(super) runtime: Handle,
 }
 
 impl Answerer {
     /// Takes an RPC message in: ignores, refuses, or starts its task. Never waits.
-    pub(super) fn accept(
-        &self,
-        runtime: &Handle,
-        peer: Peer,
-        back: Return,
-        header: &Bytes,
-        envelope: Bytes,
-    ) {
+    pub(super) fn accept(&self, from: &Arc<Link>, header: &Bytes, envelope: Bytes) {
         let totals = &self.shared.totals;
         let header = match Header::decode(header) {
             Ok(header) => header,
             Err(err) => {
                 totals.undecodable.fetch_add(1, Ordering::Relaxed);
-                log_undecodable(&peer, &err);
+                log_undecodable(from.peer(), &err);
                 return;
             }
         };
         if !is_call(header.kind) {
             // CANCEL too: the handler runs to its end and is answered (spec rpc 3.2).
             totals.ignored.fetch_add(1, Ordering::Relaxed);
-            tracing::trace!(%peer, kind = ?header.kind, "An RPC message is no call.");
+            tracing::trace!(peer = %from.peer(), kind = ?header.kind, "An RPC message is no call.");
             return;
         }
-        let ticket = match self.shared.admission.admit(peer.connection, envelope.len()) {
+        let ticket = match self.shared.admission.admit(from.peer().connection, envelope.len()) {
             Ok(ticket) => ticket,
             Err(failure) => {
                 totals.refused.fetch_add(1, Ordering::Relaxed);
-                self.refuse(&peer, &back, &header, &failure);
+                self.refuse(from, &header, &failure);
                 return;
             }
         };
@@ -73,41 +67,33 @@ impl Answerer {
         // Two changes of thread cost more than an answer that is there already.
         let at_once =
             envelope.len() <= SHORT_REQUEST && self.service.answers_at_once(&header.method);
-        let answerer = self.clone();
-        let answering = async move { answerer.answer(peer, back, header, envelope, ticket).await };
+        let (answerer, link) = (self.clone(), from.clone());
+        let answering = async move { answerer.answer(link, header, envelope, ticket).await };
         let mut answering = Box::pin(self.shared.tasks.track_future(answering));
         if at_once {
             // What the handler starts all the same, and its reply's wait for a connection that does
             // not read, belong to the caller's runtime.
-            let _caller = runtime.enter();
+            let _caller = self.runtime.enter();
             if (&mut answering).now_or_never().is_some() {
                 return;
             }
         }
-        drop(runtime.spawn(answering));
+        drop(self.runtime.spawn(answering));
     }
 
     /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
-    fn refuse(&self, peer: &Peer, back: &Return, header: &Header, failure: &Failure) {
-        tracing::debug!(%peer, method = header.method, "An RPC call was refused.");
+    fn refuse(&self, from: &Link, header: &Header, failure: &Failure) {
+        tracing::debug!(peer = %from.peer(), method = header.method, "An RPC call was refused.");
         let sent = match header.failure(failure) {
-            Ok(frames) => self.router.try_send(back, &frames),
+            Ok(frames) => from.try_send(&frames),
             Err(_) => SendOutcome::PeerGone,
         };
         self.count_reply(&sent, true);
     }
 
-    async fn answer(
-        self,
-        peer: Peer,
-        back: Return,
-        header: Header,
-        envelope: Bytes,
-        ticket: Ticket,
-    ) {
-        let connection = peer.connection;
+    async fn answer(self, from: Arc<Link>, header: Header, envelope: Bytes, ticket: Ticket) {
         let begun = Instant::now();
-        let outcome = AssertUnwindSafe(self.outcome(peer, &header, envelope))
+        let outcome = AssertUnwindSafe(self.outcome(from.peer(), &header, envelope))
             .catch_unwind()
             .await;
         let outcome = outcome.unwrap_or_else(|panic| Err(panicked(&header.method, &*panic)));
@@ -128,16 +114,13 @@ impl Answerer {
                 return;
             }
         };
-        let mut sent = self.router.try_send(&back, &frames);
+        let mut sent = from.try_send(&frames);
         if matches!(sent, SendOutcome::Full) {
-            sent = self
-                .router
-                .send(&back, frames, self.limits.reply_deadline)
-                .await;
+            sent = from.send(&frames, self.limits.reply_deadline).await;
         }
         if matches!(sent, SendOutcome::Full) {
-            tracing::debug!(connection, "A connection that does not read is cut.");
-            self.router.disconnect(connection).await;
+            tracing::debug!(peer = %from.peer(), "A connection that does not read is cut.");
+            from.end();
         }
         self.count_reply(&sent, failed);
         drop(ticket);
@@ -145,7 +128,7 @@ impl Answerer {
 
     async fn outcome(
         &self,
-        peer: Peer,
+        peer: &Peer,
         header: &Header,
         envelope: Bytes,
     ) -> Result<Value, Failure> {
@@ -161,7 +144,7 @@ impl Answerer {
             method: header.method.clone(),
             args,
             kwargs,
-            peer,
+            peer: peer.clone(),
         };
         self.service.call(call).await
     }

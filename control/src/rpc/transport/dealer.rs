@@ -1,0 +1,80 @@
+//! The connecting end. Dropping it closes the connection.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use omq_proto::SocketType;
+use omq_proto::proto::{ConnectionConfig, Role};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+use super::link::{self, Link, LinkError, Reader, SendOutcome};
+use super::{TransportError, client_mechanism};
+use crate::rpc::frame::Frames;
+use crate::rpc::keys::{KeyPair, PublicKey};
+
+/// A connection to a node that has shaken hands.
+#[derive(Debug)]
+pub(in crate::rpc) struct Dealer {
+    reader: Reader,
+}
+
+impl Dealer {
+    pub(in crate::rpc) async fn connect(
+        address: SocketAddr,
+        curve: Option<(&KeyPair, PublicKey)>,
+        max_message_bytes: usize,
+        deadline: Duration,
+    ) -> Result<Self, TransportError> {
+        let until = Instant::now() + deadline;
+        let config = ConnectionConfig::new(Role::Client, SocketType::Dealer)
+            .max_message_size(max_message_bytes)
+            .mechanism(client_mechanism(curve)?);
+        let stream = match timeout_at(until, TcpStream::connect(address)).await {
+            Ok(connected) => connected.map_err(TransportError::Unreachable)?,
+            Err(elapsed) => return Err(TransportError::Unreachable(elapsed.into())),
+        };
+        stream
+            .set_nodelay(true)
+            .map_err(TransportError::Unreachable)?;
+        let reader = timeout_at(until, link::open(stream, 0, address, config))
+            .await
+            .unwrap_or(Err(LinkError::HandshakeTimeout))
+            .map_err(TransportError::Handshake)?;
+        Ok(Self { reader })
+    }
+
+    pub(in crate::rpc) fn sender(&self) -> DealerSender {
+        DealerSender {
+            link: self.reader.link().clone(),
+        }
+    }
+
+    /// The frames of the next message, or why there is none any more.
+    pub(in crate::rpc) async fn next(&mut self) -> Result<&[Bytes], LinkError> {
+        self.reader.receive().await
+    }
+}
+
+/// Sends on a connecting end.
+#[derive(Clone, Debug)]
+pub(in crate::rpc) struct DealerSender {
+    link: Arc<Link>,
+}
+
+impl DealerSender {
+    /// Sends a message, waiting at most `deadline` until there is room for it.
+    pub(in crate::rpc) async fn send(
+        &self,
+        frames: &Frames,
+        deadline: Duration,
+    ) -> Result<(), LinkError> {
+        match self.link.send(frames, deadline).await {
+            SendOutcome::Accepted => Ok(()),
+            SendOutcome::PeerGone => Err(LinkError::Closed),
+            SendOutcome::Full => Err(LinkError::Silent),
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! One ZeroMQ connection: the codec between a TCP stream and messages.
+//!
+//! In: a connected stream and who we are; out: the peer's messages, one after the other, from the
+//! [`Reader`]; anybody may send through the [`Link`], whose writes go to the socket at once, on the
+//! sender's own thread. What the socket does not take waits in the link and is written by the reader's
+//! task.
+//!
+//! Invariants: no more than [`SEND_BOUND`] bytes and one message wait to be sent; frames of two
+//! messages never mix; an ended link holds no descriptor, whoever still holds the link.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use futures_util::task::AtomicWaker;
+use omq_proto::proto::{Connection, ConnectionConfig, Event};
+use omq_proto::{Message, PeerPublicKey};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::Notify;
+use tokio_util::io::poll_read_buf;
+
+use crate::rpc::frame::Frames;
+use crate::rpc::keys::PublicKey;
+use crate::rpc::service::Peer;
+
+/// Bytes that may wait for the socket before a reply has to wait with its sender. A message begun
+/// below the bound is taken whole.
+const SEND_BOUND: usize = 256 * 1024;
+/// Messages up to this many bytes are written from one buffer; a larger one is not copied.
+const FLAT_MESSAGE: usize = 16 * 1024;
+/// Pieces of one gathering write.
+const WRITE_PIECES: usize = 32;
+/// Bytes of a first read, and of a read of a connection that has sent much.
+const READ_SIZES: (usize, usize) = (4 * 1024, 128 * 1024);
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::rpc) enum LinkError {
+    #[error("closed by the other end")]
+    Closed,
+    #[error("closed by this end")]
+    Ended,
+    #[error("silent for longer than it had announced")]
+    Silent,
+    #[error("no greeting in time")]
+    HandshakeTimeout,
+    #[error("{0}")]
+    Socket(#[source] io::Error),
+    #[error("{0}")]
+    Protocol(#[source] omq_proto::Error),
+}
+
+/// What became of a message that was to be sent.
+#[derive(Debug)]
+pub(in crate::rpc) enum SendOutcome {
+    Accepted,
+    /// The connection is gone; the message is dropped, as ZeroMQ does.
+    PeerGone,
+    /// Too much is waiting already: the peer doesn't read.
+    Full,
+}
+
+/// The sending end of a connection, shared by all who answer.
+#[derive(Debug)]
+pub(in crate::rpc) struct Link {
+    peer: Peer,
+    /// `None` once the connection has ended.
+    outgoing: Mutex<Option<Outgoing>>,
+    /// The reader's task.
+    reader: AtomicWaker,
+    /// Told when what waited has been written, and at the end.
+    room: Notify,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    socket: OwnedWriteHalf,
+    codec: Connection,
+    /// Encoded messages in front of the codec's own output.
+    flat: BytesMut,
+}
+
+/// The receiving end of a connection; there is one. Dropping it ends the connection.
+#[derive(Debug)]
+pub(in crate::rpc) struct Reader {
+    link: Arc<Link>,
+    socket: ReadSide,
+    messages: VecDeque<Message>,
+    frames: Vec<Bytes>,
+    /// Whether the codec takes no input before its own output has gone.
+    choked: bool,
+    /// How long the peer has said it may be silent.
+    silence: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct ReadSide {
+    socket: OwnedReadHalf,
+    buffer: BytesMut,
+    size: usize,
+}
+
+/// What the codec goes on with.
+enum Wake {
+    Input(Bytes),
+    /// The output it waited for has gone.
+    Unchoked,
+}
+
+/// Shakes hands on a connected stream. Wants a deadline around it.
+pub(super) async fn open(
+    stream: TcpStream,
+    connection: u64,
+    address: SocketAddr,
+    config: ConnectionConfig,
+) -> Result<Reader, LinkError> {
+    let (read_half, write_half) = stream.into_split();
+    let mut outgoing = Outgoing {
+        socket: write_half,
+        codec: Connection::new(config),
+        flat: BytesMut::new(),
+    };
+    let mut socket = ReadSide {
+        socket: read_half,
+        buffer: BytesMut::new(),
+        size: READ_SIZES.0,
+    };
+    let properties = loop {
+        if !outgoing.flush()? {
+            let writable = outgoing.socket.writable().await;
+            writable.map_err(LinkError::Socket)?;
+            continue;
+        }
+        let shaken = outgoing.codec.poll_event();
+        if let Some(Event::HandshakeSucceeded {
+            peer_properties, ..
+        }) = shaken
+        {
+            break peer_properties;
+        }
+        let input = poll_fn(|context| socket.poll_read(context)).await?;
+        if let Err(err) = outgoing.codec.handle_input(input) {
+            // What it says to the peer, for instance that the key is refused, still goes out.
+            outgoing.flush()?;
+            return Err(LinkError::Protocol(err));
+        }
+    };
+    let key = match properties.authentication.public_key {
+        Some(PeerPublicKey::Curve(key)) => Some(PublicKey(key)),
+        _ => None,
+    };
+    // The handshake's last bytes may have had a first message behind them.
+    let mut messages = VecDeque::new();
+    outgoing.codec.swap_messages(&mut messages);
+    let choked = !outgoing.codec.accepts_input();
+    let link = Link {
+        peer: Peer {
+            connection,
+            address: Some(address),
+            key,
+        },
+        outgoing: Mutex::new(Some(outgoing)),
+        reader: AtomicWaker::new(),
+        room: Notify::new(),
+    };
+    Ok(Reader {
+        link: Arc::new(link),
+        socket,
+        messages,
+        frames: Vec::new(),
+        choked,
+        silence: None,
+    })
+}
+
+impl ReadSide {
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<Result<Bytes, LinkError>> {
+        self.buffer.reserve(self.size);
+        let reading = poll_read_buf(Pin::new(&mut self.socket), context, &mut self.buffer);
+        let count = ready!(reading).map_err(LinkError::Socket)?;
+        if count == 0 {
+            return Poll::Ready(Err(LinkError::Closed));
+        }
+        if count >= self.size {
+            self.size = READ_SIZES.1.min(self.size * 2);
+        }
+        Poll::Ready(Ok(self.buffer.split().freeze()))
+    }
+}
+
+impl Reader {
+    /// The sending end.
+    pub(super) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// The frames of the next message. Writes what waits to be written meanwhile.
+    pub(super) async fn receive(&mut self) -> Result<&[Bytes], LinkError> {
+        loop {
+            if let Some(message) = self.messages.pop_front() {
+                let parts = (0..message.len()).filter_map(|index| message.part_bytes(index));
+                self.frames.clear();
+                self.frames.extend(parts);
+                return Ok(&self.frames);
+            }
+            let silence = self.silence;
+            let waking = poll_fn(|context| self.poll_wake(context));
+            let wake = match silence {
+                None => waking.await?,
+                Some(silence) => tokio::time::timeout(silence, waking)
+                    .await
+                    .map_err(|_| LinkError::Silent)??,
+            };
+            self.go_on(wake)?;
+        }
+    }
+
+    /// Waits until nothing waits to be written.
+    pub(super) async fn drain(&mut self) -> Result<(), LinkError> {
+        poll_fn(|context| match self.link.poll_flush(context) {
+            Ok(true) => Poll::Ready(Ok(())),
+            Ok(false) => Poll::Pending,
+            Err(err) => Poll::Ready(Err(err)),
+        })
+        .await
+    }
+
+    fn poll_wake(&mut self, context: &mut Context<'_>) -> Poll<Result<Wake, LinkError>> {
+        self.link.reader.register(context.waker());
+        let clear = self.link.poll_flush(context)?;
+        if !self.choked {
+            return self.socket.poll_read(context).map_ok(Wake::Input);
+        }
+        if clear {
+            return Poll::Ready(Ok(Wake::Unchoked));
+        }
+        Poll::Pending
+    }
+
+    fn go_on(&mut self, wake: Wake) -> Result<(), LinkError> {
+        let mut guard = self.link.lock();
+        let outgoing = guard.as_mut().ok_or(LinkError::Ended)?;
+        let codec = &mut outgoing.codec;
+        let outcome = match wake {
+            Wake::Input(bytes) => codec.handle_input(bytes),
+            Wake::Unchoked => codec.resume_input(),
+        };
+        codec.swap_messages(&mut self.messages);
+        // Commands that no ROUTER or DEALER has a use for.
+        while codec.poll_event().is_some() {}
+        self.choked = !codec.accepts_input();
+        self.silence = codec.peer_heartbeat_ttl();
+        // Answers to heartbeats, or the reason of the end.
+        outgoing.flush()?;
+        outcome.map_err(LinkError::Protocol)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.link.end();
+    }
+}
+
+impl Link {
+    /// Who is at the other end.
+    pub(in crate::rpc) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Sends a message without waiting.
+    pub(in crate::rpc) fn try_send(&self, frames: &Frames) -> SendOutcome {
+        let mut guard = self.lock();
+        let Some(outgoing) = guard.as_mut() else {
+            return SendOutcome::PeerGone;
+        };
+        if outgoing.waiting() > SEND_BOUND {
+            return SendOutcome::Full;
+        }
+        let written = outgoing.push(frames).and_then(|()| outgoing.flush());
+        drop(guard);
+        match written {
+            Ok(true) => SendOutcome::Accepted,
+            // The reader's task writes the rest.
+            Ok(false) => {
+                self.reader.wake();
+                SendOutcome::Accepted
+            }
+            Err(err) => {
+                tracing::trace!(peer = %self.peer, %err, "A connection ended while it was written to.");
+                self.end();
+                SendOutcome::PeerGone
+            }
+        }
+    }
+
+    /// Sends a message, waiting until there is room for it.
+    pub(in crate::rpc) async fn send(&self, frames: &Frames, deadline: Duration) -> SendOutcome {
+        let sending = async {
+            loop {
+                let mut room = pin!(self.room.notified());
+                // From here on no notice is missed.
+                room.as_mut().enable();
+                match self.try_send(frames) {
+                    SendOutcome::Full => room.await,
+                    sent => return sent,
+                }
+            }
+        };
+        tokio::time::timeout(deadline, sending)
+            .await
+            .unwrap_or(SendOutcome::Full)
+    }
+
+    /// Ends the connection; what still waits to be written is lost.
+    pub(in crate::rpc) fn end(&self) {
+        if let Some(outgoing) = self.lock().take() {
+            // The descriptor is closed with the reader's half, without a word to the peer before.
+            outgoing.socket.forget();
+            self.reader.wake();
+            self.room.notify_waiters();
+        }
+    }
+
+    /// Writes what waits, and tells whether nothing does any more; else the reader's task is woken
+    /// when the socket takes more.
+    fn poll_flush(&self, context: &mut Context<'_>) -> Result<bool, LinkError> {
+        let mut guard = self.lock();
+        let outgoing = guard.as_mut().ok_or(LinkError::Ended)?;
+        if outgoing.waiting() == 0 {
+            return Ok(true);
+        }
+        let clear = loop {
+            if outgoing.flush()? {
+                break true;
+            }
+            match outgoing.socket.as_ref().poll_write_ready(context) {
+                Poll::Ready(ready) => ready.map_err(LinkError::Socket)?,
+                Poll::Pending => break false,
+            }
+        };
+        let room = outgoing.waiting() <= SEND_BOUND;
+        drop(guard);
+        if room {
+            self.room.notify_waiters();
+        }
+        Ok(clear)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Outgoing>> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Outgoing {
+    /// Bytes that wait to be written.
+    fn waiting(&self) -> usize {
+        self.flat.len() + self.codec.pending_transmit_size()
+    }
+
+    fn push(&mut self, frames: &Frames) -> Result<(), LinkError> {
+        let message = Message::multipart(frames.clone());
+        // What is in the codec already goes first.
+        let flat = message.byte_len() <= FLAT_MESSAGE
+            && !self.codec.has_frame_transform()
+            && !self.codec.has_pending_transmit();
+        if flat {
+            self.codec.send_message_flat(&message, &mut self.flat);
+            return Ok(());
+        }
+        self.codec
+            .send_message(&message)
+            .map_err(LinkError::Protocol)
+    }
+
+    /// Writes until nothing waits (true) or the socket takes no more.
+    fn flush(&mut self) -> Result<bool, LinkError> {
+        while self.waiting() > 0 {
+            let written = if self.flat.has_remaining() {
+                self.socket.try_write(&self.flat)
+            } else {
+                let pieces = self.codec.transmit_chunks_capped(WRITE_PIECES);
+                self.socket.try_write_vectored(&pieces)
+            };
+            match written {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(count) if self.flat.has_remaining() => self.flat.advance(count),
+                Ok(count) => self.codec.advance_transmit(count),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                Err(err) => return Err(LinkError::Socket(err)),
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,260 @@
+//! The listening end: a thread that accepts, shakes hands and reads.
+//!
+//! In: an address, keys and limits; out: each message, handed to [`Receive`] on this thread, whose
+//! runtime has nothing else to do: nothing in the rest of the process can keep it from accepting,
+//! reading or answering a probe.
+//!
+//! Invariant: a connection is one task; what goes wrong on it ends it and nothing else.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use omq_proto::SocketType;
+use omq_proto::proto::{ConnectionConfig, Role};
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::link::{self, Link, LinkError, Reader};
+use super::{TransportError, server_mechanism};
+use crate::rpc::keys::{KeyPair, PublicKey};
+
+/// Connections the kernel may have made for us before they are accepted.
+const BACKLOG: u32 = 4096;
+/// Connections that have not shaken hands yet; silent clients cannot keep a manager out, which
+/// opens dozens at once. At the bound the next one waits in the backlog.
+const HANDSHAKES: usize = 2048;
+/// Connections at once; one more is closed as it comes.
+const CONNECTIONS: usize = 16 * 1024;
+/// How long a client may take to greet and authenticate.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after a connection could not be accepted, for want of descriptors for instance.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Like libzmq's option as both Python sides set it.
+const LINGER: Duration = Duration::from_millis(100);
+/// Idle time, interval and count of probes to a peer that is silent: the same numbers the manager
+/// sets on its side. Without them a connection of a machine that lost power stays for ever.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(20), 3);
+/// A peer that acknowledges nothing for this long is gone (a powered-off manager sends no FIN).
+const UNACKNOWLEDGED_TIMEOUT_MS: u32 = 120_000;
+
+/// Takes the messages of all connections.
+pub(in crate::rpc) trait Receive: Send + Sync + 'static {
+    /// One message. Runs on the transport's thread and must not wait.
+    fn receive(&self, from: &Arc<Link>, frames: &[Bytes]);
+}
+
+/// What the server needs to know about its socket.
+#[derive(Debug)]
+pub(in crate::rpc) struct RouterOptions<'a> {
+    pub(in crate::rpc) address: SocketAddr,
+    pub(in crate::rpc) curve: Option<(&'a KeyPair, PublicKey)>,
+    pub(in crate::rpc) max_message_bytes: usize,
+}
+
+/// The listening end. Dropping it closes every connection.
+#[derive(Debug)]
+pub(in crate::rpc) struct Router {
+    address: SocketAddr,
+    stop: CancellationToken,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// What each connection needs.
+struct Shared<R> {
+    config: ConnectionConfig,
+    allowed: Option<PublicKey>,
+    receiver: R,
+    stop: CancellationToken,
+}
+
+impl Router {
+    pub(in crate::rpc) fn bind(
+        options: &RouterOptions<'_>,
+        receiver: impl Receive,
+    ) -> Result<Self, TransportError> {
+        let config = ConnectionConfig::new(Role::Server, SocketType::Router)
+            .max_message_size(options.max_message_bytes)
+            .mechanism(server_mechanism(options.curve)?);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(TransportError::Thread)?;
+        let listener = {
+            let _reactor = runtime.enter();
+            listen(options.address).map_err(TransportError::Bind)?
+        };
+        let address = listener.local_addr().map_err(TransportError::Bind)?;
+        let stop = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            config,
+            allowed: options.curve.map(|(_, manager)| manager),
+            receiver,
+            stop: stop.clone(),
+        });
+        let thread = std::thread::Builder::new()
+            .name("bai-rpc".to_owned())
+            .spawn(move || runtime.block_on(accept(listener, shared)))
+            .map_err(TransportError::Thread)?;
+        Ok(Self {
+            address,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// The bound address, with the port the system chose for port 0.
+    pub(in crate::rpc) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Sends what waits for at most the linger time, closes every connection and ends the thread.
+    pub(in crate::rpc) async fn close(mut self) {
+        self.stop.cancel();
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        let joining = tokio::task::spawn_blocking(move || thread.join());
+        if !matches!(joining.await, Ok(Ok(()))) {
+            tracing::warn!("The RPC thread ended badly.");
+        }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    // A connection begins with its listener's options, so these are set once.
+    // A reply is written whole; waiting for more to send would only delay it.
+    socket.set_nodelay(true)?;
+    let (idle, interval, count) = KEEPALIVE;
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, idle)?;
+    sockopt::set_tcp_keepintvl(&socket, interval)?;
+    sockopt::set_tcp_keepcnt(&socket, count)?;
+    sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_TIMEOUT_MS)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
+    let stop = shared.stop.clone();
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let tasks = TaskTracker::new();
+    let mut number = 0u64;
+    loop {
+        let accepting = async {
+            // Never closed.
+            let shaking = handshakes.clone().acquire_owned().await.ok();
+            (listener.accept().await, shaking)
+        };
+        let (accepted, shaking) = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = accepting => accepted,
+        };
+        match accepted {
+            Ok((_, address)) if tasks.len() >= CONNECTIONS => {
+                tracing::warn!(%address, limit = CONNECTIONS, "An RPC connection too many was closed.");
+            }
+            Ok((stream, address)) => {
+                number += 1;
+                tasks.spawn(serve(shared.clone(), stream, address, number, shaking));
+            }
+            Err(err) => {
+                tracing::warn!(%err, "An RPC connection could not be accepted.");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    tasks.close();
+    if tokio::time::timeout(LINGER * 10, tasks.wait()).await.is_err() {
+        tracing::debug!(left = tasks.len(), "RPC connections did not close in time.");
+    }
+}
+
+/// One connection, from the handshake to its end.
+async fn serve<R: Receive>(
+    shared: Arc<Shared<R>>,
+    stream: TcpStream,
+    address: SocketAddr,
+    number: u64,
+    shaking: Option<OwnedSemaphorePermit>,
+) {
+    let opening = link::open(stream, number, address, shared.config.clone());
+    let opened = tokio::select! {
+        () = shared.stop.cancelled() => return,
+        opened = tokio::time::timeout(HANDSHAKE_TIMEOUT, opening) => {
+            opened.unwrap_or(Err(LinkError::HandshakeTimeout))
+        }
+    };
+    drop(shaking);
+    let mut reader = match opened {
+        Ok(reader) => reader,
+        Err(err) => {
+            tracing::debug!(%address, %err, "An RPC handshake failed.");
+            return;
+        }
+    };
+    // The handshake has refused other keys already; this is the second lock.
+    if shared.allowed.is_some() && reader.link().peer().key != shared.allowed {
+        return;
+    }
+    let ended = tokio::select! {
+        biased;
+        ended = hand_out(&mut reader, &shared.receiver) => ended,
+        () = shared.stop.cancelled() => {
+            let drained = tokio::time::timeout(LINGER, reader.drain()).await;
+            drained.unwrap_or(Err(LinkError::Ended)).err().unwrap_or(LinkError::Ended)
+        }
+    };
+    tracing::trace!(%address, err = %ended, "An RPC connection ended.");
+}
+
+async fn hand_out(reader: &mut Reader, receiver: &impl Receive) -> LinkError {
+    let link = reader.link().clone();
+    loop {
+        match reader.receive().await {
+            Ok(frames) => receiver.receive(&link, frames),
+            Err(err) => return err,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_has_the_options_of_its_listener() {
+        let listener = listen("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let (connected, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let _client = connected.expect("connected");
+        let (socket, _) = accepted.expect("accepted");
+        assert!(socket.nodelay().expect("read"));
+        assert!(sockopt::socket_keepalive(&socket).expect("read"));
+        let idle = sockopt::tcp_keepidle(&socket).expect("read");
+        let interval = sockopt::tcp_keepintvl(&socket).expect("read");
+        let count = sockopt::tcp_keepcnt(&socket).expect("read");
+        assert_eq!((idle, interval, count), KEEPALIVE);
+        assert_eq!(
+            sockopt::tcp_user_timeout(&socket).expect("read"),
+            UNACKNOWLEDGED_TIMEOUT_MS
+        );
+    }
+}
