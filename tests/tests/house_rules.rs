@@ -258,7 +258,7 @@ fn files_are_named_for_what_they_own() {
 #[test]
 fn container_client_and_message_library_are_each_known_to_few_files() {
     let homes: [(&str, &[&str]); 2] = [
-        ("omq_tokio", &["control/src/rpc/transport.rs"]),
+        ("omq_proto", &["control/src/rpc/transport"]),
         ("bollard::Docker", &["control/src/docker"]),
     ];
     for (word, homes) in homes {

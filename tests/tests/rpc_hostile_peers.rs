@@ -276,21 +276,19 @@ async fn refused(server: &Server, sleepers: usize, words: &str) {
     let probing = async {
         until("the sleepers", || server.in_flight() == sleepers).await;
         let refusal = client
-            .call("ping", vec!["x".into()], vec![], DEADLINE)
+            .call("echo", vec!["x".into()], vec![], DEADLINE)
             .await;
         let Err(ClientError::Failure(failure)) = refusal else {
             panic!("not refused: {refusal:?}")
         };
         assert!(failure.repr.contains(words), "{}", failure.repr);
-        // A probe is not a call.
-        Client::connect(&address, None, DEADLINE)
-            .await
-            .expect("connects");
+        // A probe is not a call, and what is answered at once is never in flight.
+        prompt_ping(server.local_addr()).await;
     };
     let (slept, ()) = tokio::join!(sleeping, probing);
     assert!(slept.iter().all(Result::is_ok), "{slept:?}");
     let again = client
-        .call("ping", vec!["x".into()], vec![], DEADLINE)
+        .call("echo", vec!["x".into()], vec![], DEADLINE)
         .await;
     assert_eq!(again.expect("let in again"), Value::from("x"));
 }
@@ -348,5 +346,50 @@ async fn bodies_that_are_bombs_become_failures() {
         let header = Header::decode(&reply[1].clone().into()).expect("a header");
         assert_eq!(header.kind, Kind::Failure);
     }
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_sent_without_waiting_are_answered_in_order() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    blocking(move || {
+        let mut connection = Connection::open(address).expect("connects");
+        for sequence in 0..400 {
+            let call = call_frames("ping", sequence, vec![sequence.into()]);
+            send(&mut connection, &call).expect("sends");
+        }
+        for sequence in 0..400_u32 {
+            let reply = connection.receive().expect("a reply");
+            let header = Header::decode(&reply[1].clone().into()).expect("a header");
+            assert_eq!(header.sequence, sequence.into());
+            assert_eq!(header.kind, Kind::Result);
+        }
+    })
+    .await;
+    until("all replies", || server.counters().replies == 400).await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_promised_heartbeats_and_is_silent_is_cut() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    blocking(move || {
+        let mut connection = Connection::open(address).expect("connects");
+        // A heartbeat that allows 0.5 s of silence (RFC 37, in tenths of a second).
+        let heartbeat = b"\x04\x07\x04PING\x00\x05";
+        let stream = connection.stream();
+        for _ in 0..3 {
+            stream.write_all(heartbeat).expect("sends");
+            let mut answer = [0; 7];
+            stream.read_exact(&mut answer).expect("an answer");
+            assert_eq!(&answer, b"\x04\x05\x04PONG");
+        }
+        let silent = Instant::now();
+        assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
+        assert!(silent.elapsed() >= Duration::from_millis(400));
+    })
+    .await;
     server.shutdown(Duration::from_secs(5)).await;
 }

@@ -226,28 +226,38 @@ where
 {
     let last = frames.len().saturating_sub(1);
     for (position, frame) in frames.iter().enumerate() {
-        let more = if position < last { MORE } else { 0 };
-        let mut header = BytesMut::with_capacity(9);
-        match u8::try_from(frame.len()) {
-            Ok(length) => {
-                header.put_u8(more);
-                header.put_u8(length);
-            }
-            Err(_) => {
-                header.put_u8(more | LONG);
-                header.put_u64(frame.len() as u64);
-            }
-        }
+        let mut piece = BytesMut::new();
         if frame.len() <= SKIP_CHUNK {
-            header.put_slice(frame);
-            writer.write_all(&header).await?;
+            put_frame(&mut piece, position < last, frame);
+            writer.write_all(&piece).await?;
         } else {
-            writer.write_all(&header).await?;
+            put_head(&mut piece, position < last, frame.len());
+            writer.write_all(&piece).await?;
             writer.write_all(frame).await?;
         }
     }
     writer.flush().await?;
     Ok(())
+}
+
+/// Appends one frame of a message.
+pub(crate) fn put_frame(out: &mut BytesMut, more: bool, frame: &[u8]) {
+    put_head(out, more, frame.len());
+    out.put_slice(frame);
+}
+
+fn put_head(out: &mut BytesMut, more: bool, length: usize) {
+    let more = if more { MORE } else { 0 };
+    match u8::try_from(length) {
+        Ok(length) => {
+            out.put_u8(more);
+            out.put_u8(length);
+        }
+        Err(_) => {
+            out.put_u8(more | LONG);
+            out.put_u64(length as u64);
+        }
+    }
 }
 
 #[cfg(test)]

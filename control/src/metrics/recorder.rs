@@ -3,6 +3,8 @@
 //! In: counters and histograms of the whole process. Out: their part of the page. Invariant: label
 //! values are names the agent knows, never text of a peer.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -83,12 +85,33 @@ impl Recorder {
 
 /// Counts one call. `method` is a name of ours; `failure` the class of its failure.
 pub fn count_call(method: &'static str, failure: Option<&str>, took: Duration) {
-    ::metrics::counter!(RPC_CALLS.name, "method" => method).increment(1);
+    let counters = CallCounters::of(method);
+    counters.calls.increment(1);
     if let Some(class) = failure {
         ::metrics::counter!(RPC_FAILURES.name, "method" => method, "exception" => class.to_owned())
             .increment(1);
     }
-    ::metrics::histogram!(RPC_TIMES.name, "method" => method).record(took.as_secs_f64());
+    counters.times.record(took.as_secs_f64());
+}
+
+/// Handles of one method's counters; to look them up again costs as much as to answer a call.
+#[derive(Clone)]
+struct CallCounters {
+    calls: ::metrics::Counter,
+    times: ::metrics::Histogram,
+}
+
+impl CallCounters {
+    fn of(method: &'static str) -> CallCounters {
+        thread_local! {
+            static KNOWN: RefCell<HashMap<&'static str, CallCounters>> = RefCell::default();
+        }
+        let new = || CallCounters {
+            calls: ::metrics::counter!(RPC_CALLS.name, "method" => method),
+            times: ::metrics::histogram!(RPC_TIMES.name, "method" => method),
+        };
+        KNOWN.with_borrow_mut(|known| known.entry(method).or_insert_with(new).clone())
+    }
 }
 
 /// Counts one round of statistics in each of the scopes.

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 
 use super::failure::Failure;
-use super::msgpack::{self, DecodeError, DecodeLimits, EncodeError};
+use super::msgpack::{self, DecodeError, DecodeLimits, EncodeError, Writer};
 use super::value::Value;
 
 /// Tag of a connection probe.
@@ -19,6 +19,9 @@ pub const UPPER: &[u8] = b"UPPER";
 
 /// Longest header frame that is looked at, in bytes. Real ones are about 60.
 pub const MAX_HEADER_BYTES: usize = 4096;
+
+/// Bytes of header and envelope beside method, meta and body, with room for order keys.
+const FRAMES_OVERHEAD: usize = 128;
 
 const HEADER_LIMITS: DecodeLimits = DecodeLimits {
     depth: 4,
@@ -151,69 +154,85 @@ impl Header {
         if frame.len() > MAX_HEADER_BYTES {
             return Err(HeaderError::TooLong);
         }
-        let header = msgpack::decode(frame, &HEADER_LIMITS).map_err(HeaderError::Decode)?;
-        if header.as_map().is_none() {
-            return Err(HeaderError::NotAMap);
-        }
-        let code = header
-            .get("type")
-            .and_then(Value::as_i64)
+        let names = ["type", "meth", "okey", "seq", "zip"];
+        let [code, method, order_key, sequence, zip] =
+            msgpack::decode_fields(frame, &HEADER_LIMITS, names)
+                .map_err(HeaderError::Decode)?
+                .ok_or(HeaderError::NotAMap)?;
+        let code = code
+            .and_then(|code| code.as_i64())
             .ok_or(HeaderError::Field("type"))?;
         let kind = usize::try_from(code)
             .ok()
             .and_then(|code| KINDS.get(code))
             .ok_or(HeaderError::Kind(code))?;
-        let Some(Value::Str(method)) = header.get("meth") else {
+        let Some(Value::Str(method)) = method else {
             return Err(HeaderError::Field("meth"));
         };
-        let order_key = header.get("okey").ok_or(HeaderError::Field("okey"))?;
-        let sequence = match header.get("seq") {
+        let order_key = order_key.ok_or(HeaderError::Field("okey"))?;
+        let sequence = match sequence {
             Some(sequence @ (Value::Int(_) | Value::UInt(_) | Value::Float(_))) => sequence,
             _ => return Err(HeaderError::Field("seq")),
         };
         let zipped = !matches!(
-            header.get("zip"),
+            zip,
             None | Some(Value::Nil | Value::Bool(false) | Value::Int(0))
         );
         Ok(Self {
             kind: *kind,
-            method: method.clone(),
-            order_key: order_key.clone(),
-            sequence: sequence.clone(),
+            method,
+            order_key,
+            sequence,
             zipped,
         })
     }
 
     /// Writes a header frame in the original's key order, never compressed.
     pub fn encode(&self) -> Result<Bytes, EncodeError> {
-        let header = Value::Map(vec![
-            ("type".into(), self.kind.code().into()),
-            ("meth".into(), self.method.as_str().into()),
-            ("okey".into(), self.order_key.clone()),
-            ("seq".into(), self.sequence.clone()),
-            ("zip".into(), false.into()),
-        ]);
-        Ok(header.encode()?.into())
+        let mut out = Vec::new();
+        self.write(&mut out, self.kind)?;
+        Ok(out.into())
     }
 
-    /// The frames of a message with this header turned to `kind`.
-    fn frames(&self, kind: Kind, meta: &[u8], body: Value) -> Result<Frames, EncodeError> {
-        let header = Self {
-            kind,
-            ..self.clone()
+    fn write(&self, out: &mut Vec<u8>, kind: Kind) -> Result<(), EncodeError> {
+        let mut writer = Writer(out);
+        writer.map(5)?;
+        writer.text("type")?;
+        writer.value(&kind.code().into())?;
+        writer.text("meth")?;
+        writer.text(&self.method)?;
+        writer.text("okey")?;
+        writer.value(&self.order_key)?;
+        writer.text("seq")?;
+        writer.value(&self.sequence)?;
+        writer.text("zip")?;
+        writer.value(&Value::Bool(false))
+    }
+
+    /// The frames of a message with this header turned to `kind`; a body of `None` is nil.
+    fn frames(&self, kind: Kind, meta: &[u8], body: Option<&[u8]>) -> Result<Frames, EncodeError> {
+        let length = self.method.len() + meta.len() + body.map_or(0, <[u8]>::len);
+        let mut out = Vec::with_capacity(FRAMES_OVERHEAD + length);
+        self.write(&mut out, kind)?;
+        let header = out.len();
+        let mut writer = Writer(&mut out);
+        writer.map(2)?;
+        writer.text("meta")?;
+        writer.bin(meta)?;
+        writer.text("body")?;
+        match body {
+            Some(body) => writer.bin(body)?,
+            None => writer.value(&Value::Nil)?,
         }
-        .encode()?;
-        let envelope = Value::Map(vec![
-            ("meta".into(), Value::Bin(Bytes::copy_from_slice(meta))),
-            ("body".into(), body),
-        ]);
-        Ok([Bytes::from_static(UPPER), header, envelope.encode()?.into()])
+        let mut header_frame = Bytes::from(out);
+        let envelope = header_frame.split_off(header);
+        Ok([Bytes::from_static(UPPER), header_frame, envelope])
     }
 
     /// The reply that carries a value.
     pub fn result(&self, value: &Value) -> Result<Frames, EncodeError> {
         // meta is a packed empty array, like the original's.
-        self.frames(Kind::Result, &[0x90], Value::Bin(value.encode()?.into()))
+        self.frames(Kind::Result, &[0x90], Some(&value.encode()?))
     }
 
     /// The reply that carries a failure.
@@ -223,7 +242,7 @@ impl Header {
             failure.repr.as_str(),
             failure.traceback.as_str(),
         ]);
-        self.frames(Kind::Failure, &meta.encode()?, Value::Nil)
+        self.frames(Kind::Failure, &meta.encode()?, None)
     }
 
     /// The frames of a call with this header's method and sequence.
@@ -237,7 +256,7 @@ impl Header {
             .map(|(name, value)| (Value::Str(name), value))
             .collect();
         let body = Value::map([("args", Value::Array(args)), ("kwargs", Value::Map(kwargs))]);
-        self.frames(Kind::Function, &[], Value::Bin(body.encode()?.into()))
+        self.frames(Kind::Function, &[], Some(&body.encode()?))
     }
 }
 
@@ -298,16 +317,12 @@ pub struct Envelope {
 impl Envelope {
     /// Reads an envelope frame; the parts stay undecoded.
     pub fn decode(frame: &Bytes) -> Result<Self, BodyError> {
-        let envelope = msgpack::decode(frame, &ENVELOPE_LIMITS).map_err(BodyError::Envelope)?;
-        let field = |name| {
-            envelope
-                .get(name)
-                .cloned()
-                .ok_or(BodyError::EnvelopeField(name))
-        };
+        let [meta, body] = msgpack::decode_fields(frame, &ENVELOPE_LIMITS, ["meta", "body"])
+            .map_err(BodyError::Envelope)?
+            .unwrap_or_default();
         Ok(Self {
-            meta: field("meta")?,
-            body: field("body")?,
+            meta: meta.ok_or(BodyError::EnvelopeField("meta"))?,
+            body: body.ok_or(BodyError::EnvelopeField("body"))?,
         })
     }
 
@@ -337,24 +352,22 @@ impl Envelope {
     }
 }
 
+/// A body that is nothing but nil.
+const PACKED_NIL: [u8; 1] = [0xc0];
+
 /// Positional and keyword arguments.
 pub type RequestBody = (Vec<Value>, Vec<(String, Value)>);
 
 /// Reads the arguments out of an envelope frame. A packed nil body means no arguments.
 pub fn read_request(envelope: &Bytes, limits: &DecodeLimits) -> Result<RequestBody, BodyError> {
-    let pairs = match Envelope::decode(envelope)?.body_value(limits)? {
-        Value::Map(pairs) => pairs,
-        Value::Nil => return Ok((Vec::new(), Vec::new())),
-        _ => return Err(BodyError::NotAMap),
-    };
-    let (mut args, mut kwargs) = (None, None);
-    for (key, value) in pairs {
-        match key.as_str() {
-            Some("args") => args = Some(value),
-            Some("kwargs") => kwargs = Some(value),
-            _ => {}
-        }
+    let envelope = Envelope::decode(envelope)?;
+    let body = envelope.body.as_bin().ok_or(BodyError::NotBin)?;
+    if body[..] == PACKED_NIL {
+        return Ok((Vec::new(), Vec::new()));
     }
+    let [args, kwargs] = msgpack::decode_fields(body, limits, ["args", "kwargs"])
+        .map_err(BodyError::Decode)?
+        .ok_or(BodyError::NotAMap)?;
     let Value::Array(args) = args.ok_or(BodyError::Missing("args"))? else {
         return Err(BodyError::Kind("args"));
     };

@@ -29,6 +29,15 @@ use crate::kernel::runner_link::RunnerLink;
 /// How long a call waits for the connection to a runner that is just being taken over.
 const RUNNER_WAIT: Duration = Duration::from_secs(10);
 
+/// What [`AgentService::answer_at_once`] answers.
+const AT_ONCE: [&str; 5] = [
+    "ping",
+    "check_creating",
+    "check_running",
+    "get_commit_status",
+    "shutdown_agent",
+];
+
 /// The service behind the manager's RPC.
 #[derive(Debug)]
 pub struct AgentService {
@@ -48,6 +57,9 @@ impl AgentService {
 
 impl Service for AgentService {
     fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>> {
+        if self.answers_at_once(&call.method) {
+            return Box::pin(std::future::ready(self.answer_at_once(call)));
+        }
         let (node, started) = (self.node.clone(), self.started);
         Box::pin(async move {
             if call.method.starts_with(extension::PREFIX) {
@@ -64,10 +76,22 @@ impl Service for AgentService {
     }
 
     fn answers_at_once(&self, method: &str) -> bool {
-        matches!(
-            method,
-            "ping" | "check_creating" | "check_running" | "get_commit_status" | "shutdown_agent"
-        )
+        AT_ONCE.contains(&method)
+    }
+
+    fn answer_at_once(&self, call: Call) -> Result<Value, Failure> {
+        let node = &self.node;
+        let (method, mut args) = call.bind()?;
+        tracing::debug!(method = method.name, "rpc");
+        match method.name {
+            "ping" => Ok(args.take("msg")),
+            "check_creating" => lifecycle::check_creating(node, &args),
+            "check_running" => lifecycle::check_running(node, &args),
+            "get_commit_status" => images::commit_status(node, &args),
+            // The original's does nothing.
+            "shutdown_agent" => Ok(Value::Nil),
+            other => Err(unknown_method(other)),
+        }
     }
 }
 
@@ -94,15 +118,12 @@ fn report(node: &Node, method: &str, failure: &Failure) {
     });
 }
 
-async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<Value, Failure> {
+async fn answer(node: &Arc<Node>, method: &str, args: Arguments) -> Result<Value, Failure> {
     match method {
-        "ping" => Ok(args.take("msg")),
         "gather_hwinfo" => answers::hardware(node),
         "check_and_pull" => images::check_and_pull(node, args),
         "check_pulling" => images::check_pulling(node, args),
         "create_kernels" => lifecycle::create_kernels(node, args).await,
-        "check_creating" => lifecycle::check_creating(node, &args),
-        "check_running" => lifecycle::check_running(node, &args),
         "destroy_kernel" => lifecycle::destroy_kernel(node, args).await,
         "restart_kernel" => lifecycle::restart_kernel(node, args).await,
         "execute" => run::execute(node, args).await,
@@ -118,7 +139,6 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "list_files" => files::list(node, args).await,
         "commit" => images::commit(node, args),
         "push_image" => images::push(node, args),
-        "get_commit_status" => images::commit_status(node, &args),
         "purge_images" => images::purge(node, args).await,
         "sync_kernel_registry" => lifecycle::sync_registry(node, args),
         "purge_containers" => lifecycle::purge_containers(node, args),
@@ -131,8 +151,6 @@ async fn answer(node: &Arc<Node>, method: &str, mut args: Arguments) -> Result<V
         "update_scaling_group" => answers::update_scaling_group(node, args).await,
         "get_local_config" => answers::local_config(node),
         "ping_kernel" => run::ping_kernel(node, &args).await,
-        // The original's does nothing.
-        "shutdown_agent" => Ok(Value::Nil),
         "reset_agent" => lifecycle::reset(node).await,
         other => Err(unknown_method(other)),
     }

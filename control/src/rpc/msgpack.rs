@@ -119,13 +119,72 @@ pub fn decode(bytes: &Bytes, limits: &DecodeLimits) -> Result<Value, DecodeError
     }
 }
 
+/// Decodes a document that is a map, and of it only the fields named; the others are checked and
+/// dropped. Of equal keys the last counts. `None`: the document is no map.
+pub(super) fn decode_fields<const N: usize>(
+    bytes: &Bytes,
+    limits: &DecodeLimits,
+    names: [&str; N],
+) -> Result<Option<[Option<Value>; N]>, DecodeError> {
+    let mut reader = Reader {
+        bytes,
+        at: 0,
+        values_left: limits.values,
+    };
+    let Some(length) = reader.map_head()? else {
+        return decode(bytes, limits).map(|_| None);
+    };
+    let depth = limits.depth.checked_sub(1).ok_or(DecodeError::Depth)?;
+    reader.reserve(length)?;
+    let mut fields = [const { None }; N];
+    for _ in 0..length {
+        let place = reader.key(depth, &names)?;
+        let value = reader.value(depth)?;
+        if let Some(place) = place {
+            fields[place] = Some(value);
+        }
+    }
+    if reader.at == bytes.len() {
+        Ok(Some(fields))
+    } else {
+        Err(DecodeError::Trailing)
+    }
+}
+
 struct Reader<'a> {
     bytes: &'a Bytes,
     at: usize,
     values_left: usize,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    /// Length of the map that begins here; `None`, and nothing read, if something else does.
+    fn map_head(&mut self) -> Result<Option<usize>, DecodeError> {
+        let [marker] = self.take_array()?;
+        let length = match marker {
+            0x80..=0x8f => usize::from(marker & 0x0f),
+            0xde | 0xdf => self.length(marker - 0xde + 1)?,
+            _ => {
+                self.at -= 1;
+                return Ok(None);
+            }
+        };
+        self.values_left = self.values_left.checked_sub(1).ok_or(DecodeError::Values)?;
+        Ok(Some(length))
+    }
+
+    /// Reads a map's key: its place among the names.
+    fn key(&mut self, depth: usize, names: &[&str]) -> Result<Option<usize>, DecodeError> {
+        let find = |key: &str| names.iter().position(|name| *name == key);
+        // Real keys are short texts; these need no copy.
+        if let Some(marker @ 0xa0..=0xbf) = self.bytes.get(self.at) {
+            self.values_left = self.values_left.checked_sub(1).ok_or(DecodeError::Values)?;
+            self.at += 1;
+            return Ok(find(self.str(usize::from(marker & 0x1f))?));
+        }
+        Ok(self.value(depth)?.as_str().and_then(find))
+    }
+
     fn value(&mut self, depth: usize) -> Result<Value, DecodeError> {
         self.values_left = self.values_left.checked_sub(1).ok_or(DecodeError::Values)?;
         let [marker] = self.take_array()?;
@@ -183,14 +242,23 @@ impl Reader<'_> {
         usize::try_from(length).map_err(|_| DecodeError::Truncated)
     }
 
-    fn take(&mut self, length: usize) -> Result<Bytes, DecodeError> {
+    /// Where the next `length` bytes are; they count as read.
+    fn range(&mut self, length: usize) -> Result<std::ops::Range<usize>, DecodeError> {
         let end = self.at.checked_add(length).ok_or(DecodeError::Truncated)?;
         if end > self.bytes.len() {
             return Err(DecodeError::Truncated);
         }
-        let taken = self.bytes.slice(self.at..end);
-        self.at = end;
-        Ok(taken)
+        Ok(std::mem::replace(&mut self.at, end)..end)
+    }
+
+    fn take(&mut self, length: usize) -> Result<Bytes, DecodeError> {
+        let range = self.range(length)?;
+        Ok(self.bytes.slice(range))
+    }
+
+    fn str(&mut self, length: usize) -> Result<&'a str, DecodeError> {
+        let range = self.range(length)?;
+        std::str::from_utf8(&self.bytes[range]).map_err(|_| DecodeError::Text)
     }
 
     fn take_array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
@@ -201,9 +269,7 @@ impl Reader<'_> {
     }
 
     fn text(&mut self, length: usize) -> Result<Value, DecodeError> {
-        let bytes = self.take(length)?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| DecodeError::Text)?;
-        Ok(Value::Str(text.to_owned()))
+        Ok(Value::Str(self.str(length)?.to_owned()))
     }
 
     /// How many items to reserve for: a length field costs a peer five bytes, memory costs us.
@@ -285,6 +351,38 @@ pub fn encode(value: &Value) -> Result<Vec<u8>, EncodeError> {
     Ok(out)
 }
 
+/// Writes a document piece by piece, without a [`Value`] of the whole.
+pub(super) struct Writer<'a>(pub(super) &'a mut Vec<u8>);
+
+impl Writer<'_> {
+    /// A map's head; its keys and values follow.
+    pub(super) fn map(&mut self, length: usize) -> Result<(), EncodeError> {
+        let widths = [None, Some(0xde), Some(0xdf)];
+        write_head(self.0, length, Some((0x80, 15)), widths)
+    }
+
+    /// A text.
+    pub(super) fn text(&mut self, text: &str) -> Result<(), EncodeError> {
+        let widths = [Some(0xd9), Some(0xda), Some(0xdb)];
+        write_head(self.0, text.len(), Some((0xa0, 31)), widths)?;
+        self.0.extend_from_slice(text.as_bytes());
+        Ok(())
+    }
+
+    /// A byte string.
+    pub(super) fn bin(&mut self, bytes: &[u8]) -> Result<(), EncodeError> {
+        let widths = [Some(0xc4), Some(0xc5), Some(0xc6)];
+        write_head(self.0, bytes.len(), None, widths)?;
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Any value.
+    pub(super) fn value(&mut self, value: &Value) -> Result<(), EncodeError> {
+        write(self.0, value, MAX_ENCODE_DEPTH)
+    }
+}
+
 fn write(out: &mut Vec<u8>, value: &Value, depth: usize) -> Result<(), EncodeError> {
     let depth = depth.checked_sub(1).ok_or(EncodeError::Depth)?;
     match value {
@@ -296,19 +394,8 @@ fn write(out: &mut Vec<u8>, value: &Value, depth: usize) -> Result<(), EncodeErr
             out.push(0xcb);
             out.extend(number.to_be_bytes());
         }
-        Value::Str(text) => {
-            write_head(
-                out,
-                text.len(),
-                Some((0xa0, 31)),
-                [Some(0xd9), Some(0xda), Some(0xdb)],
-            )?;
-            out.extend(text.as_bytes());
-        }
-        Value::Bin(bytes) => {
-            write_head(out, bytes.len(), None, [Some(0xc4), Some(0xc5), Some(0xc6)])?;
-            out.extend(bytes);
-        }
+        Value::Str(text) => Writer(out).text(text)?,
+        Value::Bin(bytes) => Writer(out).bin(bytes)?,
         Value::Array(items) => {
             write_head(
                 out,
@@ -321,12 +408,7 @@ fn write(out: &mut Vec<u8>, value: &Value, depth: usize) -> Result<(), EncodeErr
             }
         }
         Value::Map(pairs) => {
-            write_head(
-                out,
-                pairs.len(),
-                Some((0x80, 15)),
-                [None, Some(0xde), Some(0xdf)],
-            )?;
+            Writer(out).map(pairs.len())?;
             for (key, value) in pairs {
                 write(out, key, depth)?;
                 write(out, value, depth)?;

@@ -36,7 +36,8 @@ pub struct Limits {
     /// Largest message that is read, in bytes over all its frames; a larger one ends the
     /// connection. Files travel in pieces of about 1 MiB.
     pub message_bytes: usize,
-    /// Calls in flight over all connections; one more is answered with a failure.
+    /// Calls in flight over all connections; one more is answered with a failure. Those that are
+    /// answered at once are never in flight.
     pub calls: usize,
     /// Calls in flight on one connection.
     pub calls_per_connection: usize,
@@ -275,7 +276,11 @@ impl Receive for Answerer {
         }
         match Message::read(frames) {
             Message::Ping(first, second) => {
-                probe(from, &self.shared, &[Bytes::from_static(PONG), first, second]);
+                probe(
+                    from,
+                    &self.shared,
+                    &[Bytes::from_static(PONG), first, second],
+                );
             }
             Message::Upper(header, envelope) => self.accept(from, &header, envelope),
             Message::Pong | Message::Other => {
@@ -285,7 +290,7 @@ impl Receive for Answerer {
     }
 }
 
-fn probe(from: &Link, shared: &Shared, pong: &super::frame::Frames) {
+fn probe(from: &Arc<Link>, shared: &Shared, pong: &super::frame::Frames) {
     match from.try_send(pong) {
         SendOutcome::Accepted => {
             shared.totals.probes.fetch_add(1, Ordering::Relaxed);

@@ -71,10 +71,15 @@ pub trait Service: Send + Sync + 'static {
     /// becomes a failure reply. Calls run concurrently: exclusion is the service's affair.
     fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>>;
 
-    /// Whether calls of this method are answered from memory, with neither a wait nor long work.
-    /// They are begun on the transport's own thread, where anything longer would hold up all
-    /// connections.
+    /// Whether calls of this method are answered from memory, with neither a wait nor long work, by
+    /// [`Service::answer_at_once`].
     fn answers_at_once(&self, _method: &str) -> bool {
         false
+    }
+
+    /// Answers such a call on the transport's own thread, where anything longer would hold up all
+    /// connections. A panic becomes a failure reply.
+    fn answer_at_once(&self, call: Call) -> Result<Value, Failure> {
+        Err(unknown_method(&call.method))
     }
 }

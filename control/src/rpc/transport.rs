@@ -12,9 +12,7 @@ mod dealer;
 mod link;
 mod router;
 
-use omq_proto::{
-    CurveKeypair, CurvePublicKey, CurveSecretKey, CurveServerOptions, MechanismSetup,
-};
+use omq_proto::{CurveKeypair, CurvePublicKey, CurveSecretKey, CurveServerOptions, MechanismSetup};
 
 use super::keys::{KeyPair, PublicKey, SecretKey};
 

@@ -55,34 +55,40 @@ impl Answerer {
             tracing::trace!(peer = %from.peer(), kind = ?header.kind, "An RPC message is no call.");
             return;
         }
-        let ticket = match self.shared.admission.admit(from.peer().connection, envelope.len()) {
-            Ok(ticket) => ticket,
-            Err(failure) => {
-                totals.refused.fetch_add(1, Ordering::Relaxed);
-                self.refuse(from, &header, &failure);
-                return;
-            }
+        // Two changes of thread cost more than an answer that is there already.
+        if envelope.len() <= SHORT_REQUEST && self.service.answers_at_once(&header.method) {
+            totals.calls.fetch_add(1, Ordering::Relaxed);
+            self.answer_at_once(from, &header, &envelope);
+            return;
+        }
+        let Some(ticket) = self.admit(from, &header, envelope.len()) else {
+            return;
         };
         totals.calls.fetch_add(1, Ordering::Relaxed);
-        // Two changes of thread cost more than an answer that is there already.
-        let at_once =
-            envelope.len() <= SHORT_REQUEST && self.service.answers_at_once(&header.method);
         let (answerer, link) = (self.clone(), from.clone());
         let answering = async move { answerer.answer(link, header, envelope, ticket).await };
-        let mut answering = Box::pin(self.shared.tasks.track_future(answering));
-        if at_once {
-            // What the handler starts all the same, and its reply's wait for a connection that does
-            // not read, belong to the caller's runtime.
-            let _caller = self.runtime.enter();
-            if (&mut answering).now_or_never().is_some() {
-                return;
+        self.start(answering);
+    }
+
+    /// Leave for one more in flight, or the refusal is sent.
+    fn admit(&self, from: &Arc<Link>, header: &Header, bytes: usize) -> Option<Ticket> {
+        match self.shared.admission.admit(from.peer().connection, bytes) {
+            Ok(ticket) => Some(ticket),
+            Err(failure) => {
+                self.shared.totals.refused.fetch_add(1, Ordering::Relaxed);
+                self.refuse(from, header, &failure);
+                None
             }
         }
-        drop(self.runtime.spawn(answering));
+    }
+
+    fn start(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let tracked = self.shared.tasks.track_future(task);
+        drop(self.runtime.spawn(tracked));
     }
 
     /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
-    fn refuse(&self, from: &Link, header: &Header, failure: &Failure) {
+    fn refuse(&self, from: &Arc<Link>, header: &Header, failure: &Failure) {
         tracing::debug!(peer = %from.peer(), method = header.method, "An RPC call was refused.");
         let sent = match header.failure(failure) {
             Ok(frames) => from.try_send(&frames),
@@ -91,39 +97,47 @@ impl Answerer {
         self.count_reply(&sent, true);
     }
 
+    /// The whole way of a short call, on the transport's thread.
+    fn answer_at_once(&self, from: &Arc<Link>, header: &Header, envelope: &Bytes) {
+        let begun = Instant::now();
+        let answer = || {
+            let call = self.read(from.peer(), header, envelope)?;
+            self.service.answer_at_once(call)
+        };
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(answer));
+        let Some((frames, failed)) = finish(header, outcome, begun) else {
+            return;
+        };
+        let sent = from.try_send(&frames);
+        if !matches!(sent, SendOutcome::Full) {
+            self.count_reply(&sent, failed);
+        } else if let Some(ticket) = self.admit(from, header, frames.iter().map(Bytes::len).sum()) {
+            let (answerer, from) = (self.clone(), from.clone());
+            self.start(async move {
+                answerer.send(&from, &frames, failed).await;
+                drop(ticket);
+            });
+        }
+    }
+
     async fn answer(self, from: Arc<Link>, header: Header, envelope: Bytes, ticket: Ticket) {
         let begun = Instant::now();
         let outcome = AssertUnwindSafe(self.outcome(from.peer(), &header, envelope))
             .catch_unwind()
             .await;
-        let outcome = outcome.unwrap_or_else(|panic| Err(panicked(&header.method, &*panic)));
-        if let Err(failure) = &outcome {
-            tracing::debug!(method = header.method, err = %failure, "An RPC call failed.");
+        if let Some((frames, failed)) = finish(&header, outcome, begun) {
+            self.send(&from, &frames, failed).await;
         }
-        let failed = outcome.is_err();
-        let class = outcome.as_ref().err().map(|failure| failure.class.clone());
-        count_call(
-            counted_name(&header.method),
-            class.as_deref(),
-            begun.elapsed(),
-        );
-        let frames = match pack(&header, outcome) {
-            Ok(frames) => frames,
-            Err(err) => {
-                tracing::error!(method = header.method, %err, "A reply could not be packed.");
-                return;
-            }
-        };
-        let mut sent = from.try_send(&frames);
+        drop(ticket);
+    }
+
+    async fn send(&self, to: &Arc<Link>, frames: &Frames, failed: bool) {
+        let sent = to.send(frames, self.limits.reply_deadline).await;
         if matches!(sent, SendOutcome::Full) {
-            sent = from.send(&frames, self.limits.reply_deadline).await;
-        }
-        if matches!(sent, SendOutcome::Full) {
-            tracing::debug!(peer = %from.peer(), "A connection that does not read is cut.");
-            from.end();
+            tracing::debug!(peer = %to.peer(), "A connection that does not read is cut.");
+            to.end();
         }
         self.count_reply(&sent, failed);
-        drop(ticket);
     }
 
     async fn outcome(
@@ -132,21 +146,25 @@ impl Answerer {
         header: &Header,
         envelope: Bytes,
     ) -> Result<Value, Failure> {
+        let call = self.read(peer, header, &envelope)?;
+        drop(envelope);
+        self.service.call(call).await
+    }
+
+    fn read(&self, peer: &Peer, header: &Header, envelope: &Bytes) -> Result<Call, Failure> {
         if header.zipped {
             return Err(Failure::value_error(
                 "compressed RPC messages are not supported; switch compression off",
             ));
         }
-        let (args, kwargs) = frame::read_request(&envelope, &self.limits.decode)
+        let (args, kwargs) = frame::read_request(envelope, &self.limits.decode)
             .map_err(|err| Failure::from(&err))?;
-        drop(envelope);
-        let call = Call {
+        Ok(Call {
             method: header.method.clone(),
             args,
             kwargs,
             peer: peer.clone(),
-        };
-        self.service.call(call).await
+        })
     }
 
     fn count_reply(&self, sent: &SendOutcome, failed: bool) {
@@ -162,6 +180,28 @@ impl Answerer {
             SendOutcome::PeerGone | SendOutcome::Full => {
                 add(&totals.undeliverable);
             }
+        }
+    }
+}
+
+/// Counts a call and packs its reply; the flag says whether that is a failure.
+fn finish(
+    header: &Header,
+    outcome: Result<Result<Value, Failure>, Box<dyn Any + Send>>,
+    begun: Instant,
+) -> Option<(Frames, bool)> {
+    let outcome = outcome.unwrap_or_else(|panic| Err(panicked(&header.method, &*panic)));
+    if let Err(failure) = &outcome {
+        tracing::debug!(method = header.method, err = %failure, "An RPC call failed.");
+    }
+    let failed = outcome.is_err();
+    let class = outcome.as_ref().err().map(|failure| failure.class.as_str());
+    count_call(counted_name(&header.method), class, begun.elapsed());
+    match pack(header, outcome) {
+        Ok(frames) => Some((frames, failed)),
+        Err(err) => {
+            tracing::error!(method = header.method, %err, "A reply could not be packed.");
+            None
         }
     }
 }

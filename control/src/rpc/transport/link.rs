@@ -2,12 +2,15 @@
 //!
 //! In: a connected stream and who we are; out: the peer's messages, one after the other, from the
 //! [`Reader`]; anybody may send through the [`Link`], whose writes go to the socket at once, on the
-//! sender's own thread. What the socket does not take waits in the link and is written by the reader's
-//! task.
+//! sender's own thread. Only the transport's thread gathers them ([`gather`]): it answers all that has
+//! come, then writes all answers, then waits. A peer woken once finds many answers; woken for each,
+//! it costs both sides more than the answers do. What a socket does not take waits in the link and
+//! is written by the reader's task.
 //!
 //! Invariants: no more than [`SEND_BOUND`] bytes and one message wait to be sent; frames of two
 //! messages never mix; an ended link holds no descriptor, whoever still holds the link.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
@@ -26,6 +29,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 use tokio_util::io::poll_read_buf;
 
+use crate::kernel::zmtp;
 use crate::rpc::frame::Frames;
 use crate::rpc::keys::PublicKey;
 use crate::rpc::service::Peer;
@@ -37,8 +41,31 @@ const SEND_BOUND: usize = 256 * 1024;
 const FLAT_MESSAGE: usize = 16 * 1024;
 /// Pieces of one gathering write.
 const WRITE_PIECES: usize = 32;
-/// Bytes of a first read, and of a read of a connection that has sent much.
+/// Bytes of a read: of a connection's first, and of one that sends much.
 const READ_SIZES: (usize, usize) = (4 * 1024, 128 * 1024);
+
+/// Links with something to write after which the transport's thread does not gather on.
+const GATHERED: usize = 64;
+
+thread_local! {
+    /// Links of this thread that have something to write; `None` where nobody gathers.
+    static GATHER: RefCell<Option<Vec<Arc<Link>>>> = const { RefCell::new(None) };
+}
+
+/// From now on what is sent on this thread waits for [`write_gathered`].
+pub(super) fn gather() {
+    GATHER.set(Some(Vec::with_capacity(GATHERED)));
+}
+
+/// Writes what was sent on this thread since the last time. To be called before the thread waits.
+pub(super) fn write_gathered() {
+    // Nothing is sent while it is written: a write runs nobody's code.
+    GATHER.with_borrow_mut(|links| {
+        for link in links.iter_mut().flat_map(|links| links.drain(..)) {
+            link.write();
+        }
+    });
+}
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +112,8 @@ struct Outgoing {
     codec: Connection,
     /// Encoded messages in front of the codec's own output.
     flat: BytesMut,
+    /// Whether the socket takes no more: the reader's task waits until it does.
+    blocked: bool,
 }
 
 /// The receiving end of a connection; there is one. Dropping it ends the connection.
@@ -126,6 +155,7 @@ pub(super) async fn open(
         socket: write_half,
         codec: Connection::new(config),
         flat: BytesMut::new(),
+        blocked: false,
     };
     let mut socket = ReadSide {
         socket: read_half,
@@ -188,8 +218,11 @@ impl ReadSide {
         if count == 0 {
             return Poll::Ready(Err(LinkError::Closed));
         }
+        let (least, most) = READ_SIZES;
         if count >= self.size {
-            self.size = READ_SIZES.1.min(self.size * 2);
+            self.size = most.min(self.size * 2);
+        } else if count < self.size / 4 {
+            self.size = least.max(self.size / 2);
         }
         Poll::Ready(Ok(self.buffer.split().freeze()))
     }
@@ -203,10 +236,11 @@ impl Reader {
 
     /// The frames of the next message. Writes what waits to be written meanwhile.
     pub(super) async fn receive(&mut self) -> Result<&[Bytes], LinkError> {
+        // An idle connection keeps nothing of its last message.
+        self.frames.clear();
         loop {
             if let Some(message) = self.messages.pop_front() {
                 let parts = (0..message.len()).filter_map(|index| message.part_bytes(index));
-                self.frames.clear();
                 self.frames.extend(parts);
                 return Ok(&self.frames);
             }
@@ -224,6 +258,7 @@ impl Reader {
 
     /// Waits until nothing waits to be written.
     pub(super) async fn drain(&mut self) -> Result<(), LinkError> {
+        self.link.write();
         poll_fn(|context| match self.link.poll_flush(context) {
             Ok(true) => Poll::Ready(Ok(())),
             Ok(false) => Poll::Pending,
@@ -276,33 +311,70 @@ impl Link {
     }
 
     /// Sends a message without waiting.
-    pub(in crate::rpc) fn try_send(&self, frames: &Frames) -> SendOutcome {
-        let mut guard = self.lock();
-        let Some(outgoing) = guard.as_mut() else {
-            return SendOutcome::PeerGone;
+    pub(in crate::rpc) fn try_send(self: &Arc<Self>, frames: &Frames) -> SendOutcome {
+        let first = {
+            let mut guard = self.lock();
+            let Some(outgoing) = guard.as_mut() else {
+                return SendOutcome::PeerGone;
+            };
+            let waiting = outgoing.waiting();
+            if waiting > SEND_BOUND {
+                return SendOutcome::Full;
+            }
+            if let Err(err) = outgoing.push(frames) {
+                drop(guard);
+                self.broken(&err);
+                return SendOutcome::PeerGone;
+            }
+            waiting == 0
         };
-        if outgoing.waiting() > SEND_BOUND {
-            return SendOutcome::Full;
+        let gathered = GATHER.with_borrow_mut(|links| {
+            let Some(links) = links else {
+                return None;
+            };
+            // What waits already is on this list, or has a socket that takes no more.
+            if first {
+                links.push(self.clone());
+            }
+            Some(links.len())
+        });
+        match gathered {
+            None => return self.write(),
+            Some(GATHERED..) => write_gathered(),
+            Some(_) => {}
         }
-        let written = outgoing.push(frames).and_then(|()| outgoing.flush());
-        drop(guard);
+        SendOutcome::Accepted
+    }
+
+    /// Writes what waits, as far as the socket takes it.
+    fn write(&self) -> SendOutcome {
+        let written = match self.lock().as_mut() {
+            Some(outgoing) => outgoing.flush(),
+            None => return SendOutcome::PeerGone,
+        };
         match written {
-            Ok(true) => SendOutcome::Accepted,
+            Ok(true) => {}
             // The reader's task writes the rest.
-            Ok(false) => {
-                self.reader.wake();
-                SendOutcome::Accepted
-            }
+            Ok(false) => self.reader.wake(),
             Err(err) => {
-                tracing::trace!(peer = %self.peer, %err, "A connection ended while it was written to.");
-                self.end();
-                SendOutcome::PeerGone
+                self.broken(&err);
+                return SendOutcome::PeerGone;
             }
         }
+        SendOutcome::Accepted
+    }
+
+    fn broken(&self, err: &LinkError) {
+        tracing::trace!(peer = %self.peer, %err, "A connection ended while it was written to.");
+        self.end();
     }
 
     /// Sends a message, waiting until there is room for it.
-    pub(in crate::rpc) async fn send(&self, frames: &Frames, deadline: Duration) -> SendOutcome {
+    pub(in crate::rpc) async fn send(
+        self: &Arc<Self>,
+        frames: &Frames,
+        deadline: Duration,
+    ) -> SendOutcome {
         let sending = async {
             loop {
                 let mut room = pin!(self.room.notified());
@@ -329,12 +401,12 @@ impl Link {
         }
     }
 
-    /// Writes what waits, and tells whether nothing does any more; else the reader's task is woken
-    /// when the socket takes more.
+    /// Goes on writing where the socket took no more, and tells whether it took all; else the
+    /// reader's task is woken when it takes more.
     fn poll_flush(&self, context: &mut Context<'_>) -> Result<bool, LinkError> {
         let mut guard = self.lock();
         let outgoing = guard.as_mut().ok_or(LinkError::Ended)?;
-        if outgoing.waiting() == 0 {
+        if !outgoing.blocked {
             return Ok(true);
         }
         let clear = loop {
@@ -366,18 +438,21 @@ impl Outgoing {
     }
 
     fn push(&mut self, frames: &Frames) -> Result<(), LinkError> {
-        let message = Message::multipart(frames.clone());
         // What is in the codec already goes first.
-        let flat = message.byte_len() <= FLAT_MESSAGE
+        let flat = frames.iter().map(Bytes::len).sum::<usize>() <= FLAT_MESSAGE
             && !self.codec.has_frame_transform()
             && !self.codec.has_pending_transmit();
-        if flat {
-            self.codec.send_message_flat(&message, &mut self.flat);
-            return Ok(());
+        if !flat {
+            let message = Message::multipart(frames.clone());
+            return self
+                .codec
+                .send_message(&message)
+                .map_err(LinkError::Protocol);
         }
-        self.codec
-            .send_message(&message)
-            .map_err(LinkError::Protocol)
+        for (place, frame) in frames.iter().enumerate() {
+            zmtp::put_frame(&mut self.flat, place + 1 < frames.len(), frame);
+        }
+        Ok(())
     }
 
     /// Writes until nothing waits (true) or the socket takes no more.
@@ -393,11 +468,15 @@ impl Outgoing {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(count) if self.flat.has_remaining() => self.flat.advance(count),
                 Ok(count) => self.codec.advance_transmit(count),
-                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    return Ok(false);
+                }
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
                 Err(err) => return Err(LinkError::Socket(err)),
             }
         }
+        self.blocked = false;
         Ok(true)
     }
 }

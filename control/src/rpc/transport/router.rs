@@ -82,6 +82,7 @@ impl Router {
             .mechanism(server_mechanism(options.curve)?);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .on_thread_park(link::write_gathered)
             .build()
             .map_err(TransportError::Thread)?;
         let listener = {
@@ -98,7 +99,10 @@ impl Router {
         });
         let thread = std::thread::Builder::new()
             .name("bai-rpc".to_owned())
-            .spawn(move || runtime.block_on(accept(listener, shared)))
+            .spawn(move || {
+                link::gather();
+                runtime.block_on(accept(listener, shared));
+            })
             .map_err(TransportError::Thread)?;
         Ok(Self {
             address,
@@ -182,7 +186,10 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
     }
     drop(listener);
     tasks.close();
-    if tokio::time::timeout(LINGER * 10, tasks.wait()).await.is_err() {
+    if tokio::time::timeout(LINGER * 10, tasks.wait())
+        .await
+        .is_err()
+    {
         tracing::debug!(left = tasks.len(), "RPC connections did not close in time.");
     }
 }
