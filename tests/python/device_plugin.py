@@ -8,6 +8,7 @@ does; a line of JSON on stdout tells each call it gets. Keys of its behaviour:
   options   {"pre_start_required": bool, "get_preferred_allocation_available": bool}
   prefer    ids that GetPreferredAllocation answers
   allocate  the ContainerAllocateResponse, as a map
+  cdi       kind of CDI whose names, by the ids that were asked for, are in the response too
   hang      names of calls that are never answered
   fail      names of calls that fail
   close     whether the list of devices ends at once
@@ -101,8 +102,14 @@ class Plugin:
 
     def allocate(self, request, context):
         self.called("Allocate", context, ids=[list(one.devices_ids) for one in request.container_requests])
-        answer = json_format.ParseDict(self.does("allocate", {}), API["ContainerAllocateResponse"]())
-        return API["AllocateResponse"](container_responses=[answer for _ in request.container_requests])
+        kind = self.does("cdi", None)
+        answers = []
+        for one in request.container_requests:
+            answer = json_format.ParseDict(self.does("allocate", {}), API["ContainerAllocateResponse"]())
+            if kind:
+                answer.cdi_devices.extend(API["CDIDevice"](name=f"{kind}={name}") for name in one.devices_ids)
+            answers.append(answer)
+        return API["AllocateResponse"](container_responses=answers)
 
     def pre_start(self, request, context):
         self.called("PreStartContainer", context, ids=list(request.devices_ids))

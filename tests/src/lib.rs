@@ -4,6 +4,7 @@
 pub mod cdi_engine;
 pub mod cgroup;
 pub mod dataplane;
+pub mod device_plugin;
 pub mod device_tree;
 pub mod etcd;
 pub mod fake_runner;

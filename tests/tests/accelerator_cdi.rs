@@ -4,16 +4,17 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use harness::cdi_engine::CdiEngine;
+use harness::device_plugin::DevicePlugin;
 use harness::images::Image;
 use harness::kernels::{self, Order};
 use harness::node::{Node, NodeOptions};
 use harness::nvml::StandIn;
-use harness::wait;
+use harness::{python, wait};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value as Json, json};
 
@@ -63,17 +64,15 @@ const LOOK: &str = "env; for n in /dev/nvidia0 /dev/nvidia-caps/nvidia-cap30; do
 /// and is not among those of every container.
 const NUMBERS: &str = "a:ed";
 
-async fn look(node: &Node, order: &Order) -> Result<Vec<String>> {
+/// What a kernel says to some commands of the shell.
+async fn look(node: &Node, order: &Order, commands: &str) -> Result<Vec<String>> {
     kernels::create(node, order).await?;
-    let said = kernels::run(node, order, LOOK).await?.output;
+    let said = kernels::run(node, order, commands).await?.output;
     Ok(said.lines().map(str::to_owned).collect())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()> {
-    let Some(engine) = CdiEngine::start()? else {
-        return Ok(());
-    };
+/// Makes the node behind, and a file, for containers of this engine.
+fn behind(engine: &CdiEngine) -> Result<(PathBuf, PathBuf)> {
     let library = engine.place().join("library");
     std::fs::write(&library, "of the driver\n")?;
     let behind = engine.place().join("node");
@@ -81,6 +80,15 @@ async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()>
     mknod(&behind, SFlag::S_IFCHR, everybody, makedev(0xa, 0xed))?;
     // Whatever the umask is.
     std::fs::set_permissions(&behind, Permissions::from_mode(0o666))?;
+    Ok((library, behind))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()> {
+    let Some(engine) = CdiEngine::start()? else {
+        return Ok(());
+    };
+    let (library, behind) = behind(&engine)?;
     engine.specify("nvidia.json", &specification(&library, &behind))?;
     let info = engine.info()?;
     ensure!(
@@ -116,7 +124,7 @@ async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()>
         (None, None, ""),
     ] {
         let order = of_slot(slot)?;
-        let lines = look(&node, &order).await?;
+        let lines = look(&node, &order, LOOK).await?;
         let has = |line: &str| lines.iter().any(|found| found == line);
         let opened: Vec<&String> = lines
             .iter()
@@ -160,6 +168,125 @@ async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()>
             ensure!(held == json!({"GPU-a": "1"}), "{held}");
         }
         kernels::destroy(&node, &order).await?;
+        kernels::wait_end(&node, order.kernel).await?;
+    }
+    kernels::assert_clean(&node).await
+}
+
+const RESOURCE: &str = "habana.test/gaudi";
+const SLOT: &str = "gaudi2.device";
+
+/// Names of CDI that a device plugin answers with: the device's own edits are in the container, those
+/// of the whole specification, and what else the plugin answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_gets_what_its_device_plugin_names() -> Result<()> {
+    let Some(python) = python::interpreter("accelerator_cdi")? else {
+        return Ok(());
+    };
+    let Some(engine) = CdiEngine::start()? else {
+        return Ok(());
+    };
+    let (library, behind) = behind(&engine)?;
+    let device = |name: &str| {
+        json!({
+            "name": name,
+            "containerEdits": {
+                "deviceNodes": [{"path": format!("/dev/gaudi-{name}"), "hostPath": behind, "permissions": "rw"}],
+                "env": [format!("DEVICE_OF_{name}=1")],
+            },
+        })
+    };
+    let specification = json!({
+        "cdiVersion": "0.5.0",
+        "kind": RESOURCE,
+        "devices": [device("d0"), device("d1"), device("d2")],
+        "containerEdits": {
+            "env": ["DRIVER_BY_CDI=1"],
+            "mounts": [{
+                "hostPath": library,
+                "containerPath": "/usr/lib/libgaudi.so.1",
+                "options": ["ro", "nosuid", "nodev", "bind"],
+            }],
+        },
+    });
+    engine.specify("gaudi.json", &specification)?;
+    let plugins = engine.place().join("plugins");
+    let node = Node::start(NodeOptions {
+        sections: format!(
+            "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ \"{RESOURCE}\" = \"{SLOT}\" }}\n",
+            plugins.display()
+        ),
+        environment: vec![("BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned(), "4".to_owned())],
+        engine: Some(engine.host()),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let behaviour = json!({
+        "devices": {"d0": "Healthy", "d1": "Healthy", "d2": "Healthy", "d3": "Healthy"},
+        "allocate": {"envs": {"ANSWERED_TOO": "1"}},
+        "cdi": RESOURCE,
+    });
+    let socket = plugins.join("plugin.sock");
+    let _plugin = DevicePlugin::start(&python, &socket, RESOURCE, &behaviour)?;
+    wait::until("the plugin's devices", Duration::from_secs(120), || async {
+        let status = kernels::ask(&node, "bai.status", Vec::new()).await.ok()?;
+        (status["slots"][SLOT]["total"] == "4").then_some(())
+    })
+    .await?;
+
+    // Two devices, one, and none: each kernel sees its own.
+    let mut held = json!({});
+    let mut orders = Vec::new();
+    for ids in [&["d0", "d1"][..], &["d2"], &[]] {
+        let mut order = Order::of_engine(Image::Runner, &engine.host())?;
+        if !ids.is_empty() {
+            order.config["resource_slots"][SLOT] = json!(ids.len().to_string());
+        }
+        let lines = look(
+            &node,
+            &order,
+            "env; for n in /dev/gaudi-*; do [ -e $n ] && : <>$n && echo opened $n $(stat -c %t:%T $n); done; \
+             cat /usr/lib/libgaudi.so.1; touch /usr/lib/libgaudi.so.1",
+        )
+        .await?;
+        let has = |line: &str| lines.iter().any(|found| found == line);
+        let opened = lines.iter().filter(|line| line.starts_with("opened"));
+        let wanted = ids
+            .iter()
+            .map(|id| format!("opened /dev/gaudi-{id} {NUMBERS}"));
+        ensure!(opened.cloned().eq(wanted), "{ids:?}: {lines:#?}");
+        for id in ["d0", "d1", "d2"] {
+            ensure!(
+                has(&format!("DEVICE_OF_{id}=1")) == ids.contains(&id),
+                "{lines:#?}"
+            );
+        }
+        let some = !ids.is_empty();
+        for line in ["DRIVER_BY_CDI=1", "of the driver", "ANSWERED_TOO=1"] {
+            ensure!(has(line) == some, "{line}: {lines:#?}");
+        }
+        let kept = lines
+            .iter()
+            .any(|line| line.ends_with("Read-only file system"));
+        ensure!(kept == some, "{lines:#?}");
+        ensure!(has(&format!("GPU_COUNT={}", ids.len())), "{lines:#?}");
+        for id in ids {
+            held[*id] = json!("1");
+        }
+        let told = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+        ensure!(told == held, "{told} and not {held}");
+        orders.push(order);
+    }
+    // One that its specification does not name: the engine's words are the failure, and it is free again.
+    let mut order = Order::of_engine(Image::Runner, &engine.host())?;
+    order.config["resource_slots"][SLOT] = json!("1");
+    let failure = kernels::fail_to_create(&node, &order).await?;
+    let words = format!("unresolvable CDI devices {RESOURCE}=d3");
+    ensure!(failure.repr.contains(&words), "{}", failure.repr);
+    let told = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+    ensure!(told == held, "{told}");
+    for order in &orders {
+        kernels::destroy(&node, order).await?;
         kernels::wait_end(&node, order.kernel).await?;
     }
     kernels::assert_clean(&node).await

@@ -3,13 +3,11 @@
 //! notices.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::device_plugin::DevicePlugin;
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order};
@@ -21,70 +19,6 @@ use tempfile::TempDir;
 const SOON: Duration = Duration::from_secs(120);
 const SLOT: &str = "gaudi2.device";
 const RESOURCE: &str = "habana.test/gaudi";
-
-/// A running plugin.
-struct Plugin {
-    child: Child,
-    input: ChildStdin,
-    told: Arc<Mutex<Vec<Json>>>,
-}
-
-impl Plugin {
-    fn start(python: &Path, socket: &Path, resource: &str, behaviour: &Json) -> Result<Plugin> {
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/device_plugin.py");
-        let mut child = Command::new(python)
-            .arg(program)
-            .args(
-                [socket.parent(), socket.file_name().map(Path::new)]
-                    .into_iter()
-                    .flatten(),
-            )
-            .arg(resource)
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let input = child.stdin.take().context("its stdin")?;
-        let output = child.stdout.take().context("its stdout")?;
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let listener = told.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if let (Ok(said), Ok(mut told)) = (serde_json::from_str(&line), listener.lock()) {
-                    told.push(said);
-                }
-            }
-        });
-        let mut plugin = Plugin { child, input, told };
-        plugin.behave(behaviour)?;
-        Ok(plugin)
-    }
-
-    fn behave(&mut self, behaviour: &Json) -> Result<()> {
-        writeln!(self.input, "{behaviour}")?;
-        Ok(self.input.flush()?)
-    }
-
-    fn told(&self) -> Vec<Json> {
-        self.told
-            .lock()
-            .map(|told| told.clone())
-            .unwrap_or_default()
-    }
-
-    /// What it was told of a call.
-    fn calls(&self, name: &str) -> Vec<Json> {
-        let all = self.told().into_iter();
-        all.filter(|said| said["called"] == name).collect()
-    }
-}
-
-impl Drop for Plugin {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// Four healthy devices and what a container gets.
 fn usual(place: &Path) -> Json {
@@ -147,13 +81,13 @@ impl Machine {
         })
     }
 
-    fn plugin(&self, behaviour: &Json) -> Result<Plugin> {
+    fn plugin(&self, behaviour: &Json) -> Result<DevicePlugin> {
         self.plugin_of(RESOURCE, behaviour)
     }
 
-    fn plugin_of(&self, resource: &str, behaviour: &Json) -> Result<Plugin> {
+    fn plugin_of(&self, resource: &str, behaviour: &Json) -> Result<DevicePlugin> {
         let socket = self.directory().join("plugin.sock");
-        Plugin::start(&self.python, &socket, resource, behaviour)
+        DevicePlugin::start(&self.python, &socket, resource, behaviour)
     }
 
     /// Where plugins look for a kubelet.
@@ -449,7 +383,7 @@ async fn parts_of_divided_devices_are_slots_of_their_own() -> Result<()> {
     };
     let start = |socket: &str, resource: &str, behaviour: Json| {
         let socket = machine.directory().join(socket);
-        Plugin::start(&machine.python, &socket, resource, &behaviour)
+        DevicePlugin::start(&machine.python, &socket, resource, &behaviour)
     };
     let whole = start(
         "nvidia-gpu.sock",
