@@ -6,6 +6,7 @@
 //! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
 //! does not work is not given out and not announced, and is both again when it works again.
 
+mod device_nodes;
 pub mod engine;
 pub mod host;
 pub mod inject;

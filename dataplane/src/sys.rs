@@ -1,13 +1,15 @@
-//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, signals.
+//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, signals;
+//! and what NVML's binding leaves out.
 //!
-//! Owns nothing by itself; each file wraps one interface of the kernel so that the rest of the
-//! crate neither sees raw numbers nor needs `unsafe`. Invariant: what unsafe code this crate has
-//! lives here ([`bpf`] has the one call that no crate offers).
+//! Owns nothing by itself; each file wraps one interface so that the rest of the crate neither sees
+//! raw numbers nor needs `unsafe`. Invariant: what unsafe code this crate has lives here ([`bpf`] and
+//! [`nvml`] have the calls that no crate offers).
 
 pub mod bpf;
 pub mod datagram;
 pub mod iterator;
 pub mod netlink;
+pub mod nvml;
 pub mod pipe;
 pub mod rlimit;
 pub mod signal;

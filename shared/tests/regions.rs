@@ -11,7 +11,7 @@ use shared::desired::{
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
-    CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, Nearness,
+    CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, MigInstance, Nearness,
     NodeCounters, NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus,
     ProcessCounters, ProcessSample, Processes, RelayEngine, Samples, Source,
 };
@@ -566,6 +566,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         model: "Made Up 1".to_owned(),
         part_of: Some(3),
         profile: "1g.5gb".to_owned(),
+        instance: Some(MigInstance { gpu: 0, compute: 6 }),
         units: Some(14),
         fault: Some(79),
         users: vec![

@@ -10,8 +10,11 @@ from compat_checks import SOON, Skipped, check, equal
 from stack import engine
 from stack.place import eventually
 
-# Numbers that no driver gives; the nodes are clones of /dev/null.
+# Numbers that no driver gives; devices' nodes are clones of /dev/null, parts' nodes open nothing.
 FIRST_MINOR = 990_000
+CAPABILITIES = 4001
+DEVICES, DIVIDED, PARTS = 8, (6, 7), 3
+MIG = "cuda.device:1g.10gb-mig"
 MOCK = """
 slot_name = "rocm"
 device_plugin_name = "ROCm"
@@ -22,29 +25,51 @@ devices = [
 """
 
 
+def driver():
+    """Files of the kernel and lines of the stand-in for devices, the last of which are divided into parts, and the nodes of both."""
+    files, lines = {"proc/devices": f"Character devices:\n{CAPABILITIES} nvidia-caps\n"}, []
+    nodes = {name: (1, 3) for name in ("/dev/nvidiactl", "/dev/nvidia-uvm")}
+    for index in range(DEVICES):
+        pci, minor = f"{16 + index:02x}:00.0", FIRST_MINOR + index
+        files[f"proc/driver/nvidia/gpus/0000:{pci}/information"] = f"Device Minor: {minor}\n"
+        nodes[f"/dev/nvidia{minor}"] = (1, 3)
+        lines.append(f"device {index} uuid=GPU-{index} name=Stand-in mem={80 << 30} pci=00000000:{pci.upper()} sms=132 mig={int(index in DIVIDED)}\n")
+        for part in range(PARTS if index in DIVIDED else 0):
+            lines.append(f"part {index} {part} uuid=MIG-{index}-{part} mem=10200547328 sms=16 slices=1 gi={part} ci=0\n")
+            for level, name in enumerate(("access", "ci0/access")):
+                number = FIRST_MINOR + 100 * (index + 1) + 2 * part + level
+                files[f"proc/driver/nvidia/capabilities/gpu{minor}/mig/gi{part}/{name}"] = f"DeviceFileMinor: {number}\nDeviceFileMode: 292\n"
+                nodes[f"/dev/nvidia-caps/nvidia-cap{number}"] = (CAPABILITIES, number)
+    return files, "".join(lines), nodes
+
+
 @contextlib.contextmanager
 def machine(bench):
-    """Environment and configuration of a node with two CUDA devices and two made-up ones."""
+    """Environment and configuration of a node with CUDA devices, two of them divided, and two made-up ones."""
     place = bench.agent.place.folder("accelerators")
     library, devices, mock = place / "libnvidia-ml.so.1", place / "devices", place / "mock-accelerator.toml"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, engine.ROOT / "tests/standin/nvml.c"], check=True)
     mock.write_text(MOCK)
+    files, lines, wanted = driver()
+    devices.write_text(lines)
+    for name, text in files.items():
+        file = place / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    # The nodes are the host's own, as the engine sees them.
+    with contextlib.suppress(FileExistsError):
+        (place / "root/dev").symlink_to("/dev")
     nodes = []
     try:
-        for index in range(2):
-            pci, minor = f"{16 + index:02x}:00.0", FIRST_MINOR + index
-            information = place / f"root/proc/driver/nvidia/gpus/0000:{pci}/information"
-            information.parent.mkdir(parents=True, exist_ok=True)
-            information.write_text(f"Device Minor: {minor}\n")
-            node = f"/dev/nvidia{minor}"
+        os.makedirs("/dev/nvidia-caps", exist_ok=True)
+        for node, numbers in wanted.items():
             try:
-                os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+                os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(*numbers))
+                nodes.append(node)
             except FileExistsError:
                 pass
             except PermissionError as error:
                 raise Skipped(f"device nodes cannot be made here: {error}") from error
-            nodes.append(node)
-        devices.write_text("".join(f"device {n} uuid=GPU-{n} name=Stand-in mem={80 << 30} pci=00000000:{16 + n:02X}:00.0 sms=132\n" for n in range(2)))
         environment = {"BAI_NVML_LIBRARY": str(library), "NVML_STANDIN": str(devices)}
         settings = f"""
 [node.accelerators]
@@ -60,11 +85,13 @@ device-root = "{place}/root"
         for node in nodes:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(node)
+        with contextlib.suppress(OSError):
+            os.rmdir("/dev/nvidia-caps")
 
 
 @check
 async def accelerators_are_slots_of_the_manager(bench):
-    """A node with real (stand-in) and made-up devices: in the agent list, and a session with a share of a device."""
+    """A node with real (stand-in) and made-up devices: in the agent list; a session with a share of a device, and one with a part of a divided one."""
     agent = bench.agent
     if agent.kind != "ours":
         raise Skipped("the stand-in driver and the settings are ours")
@@ -80,27 +107,35 @@ async def accelerators_are_slots_of_the_manager(bench):
             async def announced():
                 row = await bench.agent_row("status available_slots compute_plugins")
                 slots = json.loads(row["available_slots"])
-                return row if row["status"] == "ALIVE" and float(slots.get("cuda.shares", 0)) == 2 else None
+                return row if row["status"] == "ALIVE" and float(slots.get("cuda.shares", 0)) == DEVICES - len(DIVIDED) else None
 
             row = await eventually("the manager lists the accelerators", announced, SOON)
             slots = json.loads(row["available_slots"])
+            equal(float(slots[MIG]), float(PARTS * len(DIVIDED)), "parts of divided devices")
             equal(float(slots["rocm.device"]), 2.0, "made-up devices")
             assert {"cuda", "rocm"} <= set(json.loads(row["compute_plugins"])), row
 
-            async def asked():
-                return await bench.client.ComputeSession.get_or_create(
-                    engine.PYTHON, name="shares", resources={"cpu": 1, "mem": "512m", "cuda.shares": "0.5"}, enqueue_only=True, no_reuse=True
-                )
+            async def session(name, slot, amount):
+                async def asked():
+                    return await bench.client.ComputeSession.get_or_create(
+                        engine.PYTHON, name=name, resources={"cpu": 1, "mem": "512m", slot: amount}, enqueue_only=True, no_reuse=True
+                    )
 
-            # The manager looks at the slots it knows once a minute.
-            session = await eventually("the manager knows the slot", asked, SOON, every=3)
-            bench.sessions["shares"] = session
-            row = await bench.session_is("shares", "RUNNING")
-            occupied = json.loads(row["containers"][0]["occupied_slots"])
-            equal(float(occupied["cuda.shares"]), 0.5, "the session's share")
-            said = await bench.shell("shares", "env; ls /dev")
+                # The manager looks at the slots it knows once a minute.
+                bench.sessions[name] = await eventually("the manager knows the slot", asked, SOON, every=3)
+                row = await bench.session_is(name, "RUNNING")
+                occupied = json.loads(row["containers"][0]["occupied_slots"])
+                equal(float(occupied[slot]), float(amount), f"{slot} of the session")
+                said = await bench.shell(name, "env; ls /dev /dev/nvidia-caps 2>&1; true")
+                await bench.destroy(name)
+                return said
+
+            said = await session("shares", "cuda.shares", "0.5")
             assert "GPU_COUNT=1" in said and "GPU_CONFIG=0:40g" in said and f"nvidia{FIRST_MINOR}"[:-1] in said, said
-            await bench.destroy("shares")
+            assert "nvidia-cap9" not in said, said
+            said = await session("part", MIG, "1")
+            assert "GPU_COUNT=1" in said and "CUDA_VISIBLE_DEVICES=MIG-" in said, said
+            equal(said.count("nvidia-cap9"), 2, f"nodes of the part in {said}")
         finally:
             agent.stop()
             agent.text = text

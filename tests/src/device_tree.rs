@@ -154,4 +154,35 @@ impl DeviceTree {
             &format!("Model: \t\t Stand-in\nDevice Minor: \t {minor}\n"),
         )
     }
+
+    /// The number of the device nodes of parts of NVIDIA's devices.
+    pub fn nvidia_capabilities(&self, major: u64) -> Result<()> {
+        self.write(
+            "proc/devices",
+            &format!("Character devices:\n  1 mem\n195 nvidia\n{major} nvidia-caps\n\nBlock devices:\n  7 loop\n"),
+        )
+    }
+
+    /// What the driver publishes of a part with the compute instance 0: the numbers of its nodes. One of
+    /// them is told by file, as drivers do, the other one by the list alone.
+    pub fn nvidia_instance(&self, gpu: u32, gpu_instance: u32, minors: [u32; 2]) -> Result<()> {
+        let name = format!("gi{gpu_instance}");
+        self.write(
+            &format!("proc/driver/nvidia/capabilities/gpu{gpu}/mig/{name}/access"),
+            &format!(
+                "DeviceFileMinor: {}\nDeviceFileMode: 292\nDeviceFileModify: 1\n",
+                minors[0]
+            ),
+        )?;
+        let list = self.root().join("proc/driver/nvidia-caps/mig-minors");
+        let above =
+            std::fs::read_to_string(list).unwrap_or_else(|_| "config 1\nmonitor 2\n".to_owned());
+        self.write(
+            "proc/driver/nvidia-caps/mig-minors",
+            &format!(
+                "{above}gpu{gpu}/{name}/access {}\ngpu{gpu}/{name}/ci0/access {}\n",
+                minors[0], minors[1]
+            ),
+        )
+    }
 }

@@ -15,6 +15,7 @@ pub mod kernel_path;
 pub mod kernels;
 pub mod netns;
 pub mod node;
+pub mod nvidia_nodes;
 pub mod nvml;
 pub mod process_files;
 pub mod python;

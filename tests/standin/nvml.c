@@ -6,7 +6,7 @@
 //   uninitialized                    the library has lost its driver: it has to be initialized again
 //   hang                             every call waits until the line is gone
 //   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1]
-//   part N I uuid=... [mem= used= sms= slices=]      instance I of device N
+//   part N I uuid=... [mem= used= sms= slices= gi= ci=]   instance I of device N; without gi the driver does not tell its ids
 //   process N pid=P mem=BYTES [sm=PERCENT part=I]    a process on device N
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
 //   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)
@@ -20,7 +20,7 @@ enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
 enum { MAX = 64, MAX_PARTS = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
+struct device { int used, index, part, mig, lost, noutil, gi, ci; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
 struct process { int device, part; unsigned pid, sm; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[256];
@@ -61,6 +61,7 @@ static void describe(struct device *d, char *line, int index, int part) {
   d->util = number(line, "util", 0), d->power = number(line, "power", 50000), d->temp = number(line, "temp", 40);
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
+  d->gi = (int)number(line, "gi", -1), d->ci = (int)number(line, "ci", 0);
 }
 
 // Reads the file; waits while it says so.
@@ -134,6 +135,9 @@ API int nvmlDeviceGetMigDeviceHandleByIndex(struct device *d, unsigned index, st
     if (parts[i].used && parts[i].index == d->index && parts[i].part == (int)index) { *part = &parts[i]; return OK; }
   return NOT_FOUND;
 }
+static int id_of(struct device *d, int id, unsigned *out) { if (d->part < 0 || d->gi < 0) return NOT_SUPPORTED; *out = id; return OK; }
+API int nvmlDeviceGetGpuInstanceId(struct device *d, unsigned *id) { DEVICE return id_of(d, d->gi, id); }
+API int nvmlDeviceGetComputeInstanceId(struct device *d, unsigned *id) { DEVICE return id_of(d, d->ci, id); }
 struct attributes { unsigned sms, ce, dec, enc, jpeg, ofa, slices, ci_slices; u64 mb; };
 API int nvmlDeviceGetAttributes_v2(struct device *d, struct attributes *a) {
   DEVICE

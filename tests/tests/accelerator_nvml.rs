@@ -29,8 +29,14 @@ fn eight() -> String {
     for device in [6, 7] {
         for part in [0, 1, 4] {
             text += &format!(
-                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 used={} sms=16 slices=1\n",
+                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 used={} sms=16 slices=1{}\n",
                 (part + 1) << 20,
+                // Of the last one the driver does not tell the ids.
+                if part == 4 {
+                    String::new()
+                } else {
+                    format!(" gi={} ci={part}", 7 + part)
+                },
             );
         }
     }
@@ -103,6 +109,12 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
             );
             ensure!(
                 row.units == Some(16) && row.counters.memory_used_bytes == Some((part + 1) << 20)
+            );
+            let ids = row.instance.map(|ids| (ids.gpu, ids.compute));
+            let told = u32::try_from(part)?;
+            ensure!(
+                ids == (part != 4).then_some((7 + told, told)),
+                "{part}: {ids:?}"
             );
         }
     }

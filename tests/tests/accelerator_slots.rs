@@ -1,7 +1,8 @@
 //! Accelerators as slots of a whole node: what the driver tells is announced, given out, put into
 //! containers, held over restarts, and taken out of service when it fails. The driver is a stand-in
-//! with the real C ABI, its device nodes are clones of /dev/null.
+//! with the real C ABI, its device nodes are clones of /dev/null; those of parts open nothing.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,42 +10,12 @@ use harness::device_tree::DeviceTree;
 use harness::images::Image;
 use harness::kernels::{self, Order};
 use harness::node::{Node, NodeOptions};
+use harness::nvidia_nodes::{MAJOR, NvidiaNodes};
 use harness::nvml::StandIn;
 use harness::wait;
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value as Json, json};
 
 const SOON: Duration = Duration::from_secs(60);
-
-/// Device nodes `/dev/nvidia<minor>` of this test only.
-struct Nodes(Vec<String>);
-
-impl Nodes {
-    /// `None`, and why, where a test may not make device nodes.
-    fn new(first: u32, count: u32) -> Option<Nodes> {
-        let mut nodes = Nodes(Vec::new());
-        for minor in first..first + count {
-            let path = format!("/dev/nvidia{minor}");
-            let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IROTH | Mode::S_IWOTH;
-            match mknod(path.as_str(), SFlag::S_IFCHR, mode, makedev(1, 3)) {
-                Ok(()) => nodes.0.push(path),
-                Err(err) => {
-                    println!("SKIP: device nodes cannot be made here: {err}");
-                    return None;
-                }
-            }
-        }
-        Some(nodes)
-    }
-}
-
-impl Drop for Nodes {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
 
 /// Eight devices; the last two are divided into three parts each.
 fn eight() -> String {
@@ -56,10 +27,11 @@ fn eight() -> String {
             16 + index
         );
     }
-    for device in [6, 7] {
-        for part in 0..3 {
+    for device in DIVIDED {
+        for part in 0..PARTS {
             text += &format!(
-                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 sms=16 slices=1\n"
+                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 sms=16 slices=1 gi={} ci=0\n",
+                7 + part
             );
         }
     }
@@ -70,24 +42,48 @@ fn eight() -> String {
 struct Machine {
     node: Node,
     driver: StandIn,
-    _tree: DeviceTree,
-    _nodes: Nodes,
+    tree: DeviceTree,
+    _nodes: NvidiaNodes,
     first_minor: u32,
+    /// Number of the first node of a part; each part has two.
+    first_capability: u32,
 }
+
+/// The devices that have parts, and the parts of each.
+const DIVIDED: [u32; 2] = [6, 7];
+const PARTS: u32 = 3;
 
 impl Machine {
     async fn start(settings: &str) -> Result<Option<Machine>> {
-        // Numbers that no driver gives, apart for each process.
-        let first_minor = 100_000 + std::process::id() % 80_000 * 10;
-        let Some(nodes) = Nodes::new(first_minor, 8) else {
+        // Numbers that no driver gives, apart for each test.
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let started = STARTED.fetch_add(1, Ordering::Relaxed);
+        let seat = std::process::id().wrapping_mul(4).wrapping_add(started);
+        let first_minor = 100_000 + seat % 80_000 * 10;
+        let first_capability = 200_000 + seat % 50_000 * 16;
+        let Some(mut nodes) = NvidiaNodes::new()? else {
             return Ok(None);
         };
         let tree = DeviceTree::new()?;
+        // The nodes are the host's own, as the engine sees them.
+        std::os::unix::fs::symlink("/dev", tree.root().join("dev"))?;
         for index in 0..8 {
+            nodes.device(first_minor + index)?;
             tree.nvidia(
                 &format!("0000:{:02x}:00.0", 16 + index),
                 first_minor + index,
             )?;
+        }
+        let mut minor = first_capability;
+        tree.nvidia_capabilities(MAJOR)?;
+        for device in DIVIDED {
+            for part in 0..PARTS {
+                for capability in 0..2 {
+                    nodes.capability(minor + capability)?;
+                }
+                tree.nvidia_instance(first_minor + device, 7 + part, [minor, minor + 1])?;
+                minor += 2;
+            }
         }
         let driver = StandIn::new(&eight())?;
         let mut environment = driver.environment();
@@ -106,9 +102,10 @@ impl Machine {
         Ok(Some(Machine {
             node,
             driver,
-            _tree: tree,
+            tree,
             _nodes: nodes,
             first_minor,
+            first_capability,
         }))
     }
 
@@ -213,12 +210,50 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
     )?;
     ensure!(text.contains("CUDA_GLOBAL_DEVICE_IDS=0:GPU-"), "{text}");
 
-    // Device nodes are not enough for a part; `accelerator_cdi` gives one. Who has none sees none.
+    // A part: the node of its device, and the two of its own. Who has none sees none.
     let before = held(&machine.node).await?;
+    let part = order(&[("cuda.device:1g.10gb-mig", "1")])?;
+    let result = kernels::create(&machine.node, &part).await?;
+    let given = ids(&result, "cuda.device:1g.10gb-mig");
+    let (device, number) = given
+        .first()
+        .and_then(|id| id.strip_prefix("MIG-")?.split_once('-'))
+        .context("a part")?;
+    let (device, number): (u32, u32) = (device.parse()?, number.parse()?);
+    let place = (device - DIVIDED[0]) * PARTS + number;
+    let own = machine.first_capability + 2 * place;
+    let said = kernels::run(
+        &machine.node,
+        &part,
+        "ls -1d /dev/nvidia*[0-9]; cd /dev/nvidia-caps; for n in *; do echo $n; cat $n 2>&1; done",
+    )
+    .await?
+    .output;
+    let lines: Vec<&str> = said.lines().map(str::trim).collect();
+    let devices = lines.iter().filter(|line| line.starts_with("/dev/"));
+    ensure!(
+        devices.eq([&format!("/dev/nvidia{}", machine.first_minor + device)]),
+        "{said}"
+    );
+    let nodes: Vec<String> = (own..own + 2).map(|n| format!("nvidia-cap{n}")).collect();
+    let seen = lines.iter().filter(|line| line.starts_with("nvidia-cap"));
+    ensure!(seen.eq(&nodes), "{nodes:?} in {said}");
+    // The container may open them, and there is no driver behind.
+    let opened = lines
+        .iter()
+        .filter(|line| line.ends_with("No such device or address"));
+    ensure!(opened.count() == 2, "{said}");
+    kernels::destroy(&machine.node, &part).await?;
+    kernels::wait_end(&machine.node, part.kernel).await?;
+    // What the driver does not publish is told, and nothing is held for it.
+    machine.tree.remove("proc/driver/nvidia-caps")?;
+    machine.tree.remove("proc/driver/nvidia/capabilities")?;
     let part = order(&[("cuda.device:1g.10gb-mig", "1")])?;
     let failure = kernels::fail_to_create(&machine.node, &part).await?;
     ensure!(
-        failure.repr.contains("node.accelerators.cuda-injection"),
+        failure
+            .repr
+            .contains("mig-minors tells the node of MIG instance"),
         "{}",
         failure.repr
     );

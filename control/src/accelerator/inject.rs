@@ -21,19 +21,6 @@ const ROCM_SYSCALLS: [&str; 5] = [
     "process_vm_writev",
     "set_mempolicy",
 ];
-/// CUDA's nodes that every container with a device needs; those that a host lacks are left out.
-const CUDA_NODES: [&str; 4] = [
-    "/dev/nvidiactl",
-    "/dev/nvidia-uvm",
-    "/dev/nvidia-uvm-tools",
-    "/dev/nvidia-modeset",
-];
-
-/// An instance is reached by its device's node and two of `/dev/nvidia-caps`, whose numbers the driver
-/// lists by instance ids; NVML's binding does not tell which of them is whose.
-const NO_PARTS: &str = "MIG instances cannot be given by device nodes; set node.accelerators.cuda-injection \
-    to \"cdi\" (and run nvidia-ctk cdi generate --device-name-strategy uuid) or to \"device-requests\" (with \
-    NVIDIA's container toolkit), or switch MIG off on the devices of this node";
 
 const NVIDIA_VISIBLE: &str = "NVIDIA_VISIBLE_DEVICES";
 
@@ -101,14 +88,14 @@ impl Injection {
                     CudaInjection::Cdi => limits.arguments.push(cdi(
                         ids.iter().map(|id| format!("nvidia.com/gpu={id}")).collect(),
                     )),
-                    CudaInjection::DeviceNodes if has_parts(ids) => {
-                        limits.refused = Some(NO_PARTS.to_owned());
-                    }
                     CudaInjection::DeviceNodes => {
-                        let there = |node: &&str| root.join(node.trim_start_matches('/')).exists();
-                        let shared = CUDA_NODES.iter().copied().filter(there);
-                        let all = nodes().map(String::as_str).chain(shared);
-                        limits.arguments.push(device_nodes(all));
+                        match super::device_nodes::of_devices(root, ids, devices) {
+                            Ok(all) => {
+                                let all = all.iter().map(String::as_str);
+                                limits.arguments.push(device_nodes(all));
+                            }
+                            Err(err) => limits.refused = Some(err.to_string()),
+                        }
                     }
                 }
             }

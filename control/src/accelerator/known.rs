@@ -26,6 +26,9 @@ pub struct Known {
     pub fault: Option<u32>,
     /// Name of the kind of part (`1g.10gb`); none for a whole device.
     pub profile: Option<String>,
+    /// Ids of a MIG instance's GPU instance and compute instance, if the driver tells.
+    #[serde(default)]
+    pub instance: Option<(u32, u32)>,
     /// Memory, bytes.
     pub memory: u64,
     /// Processing units; 0 unknown.
@@ -107,6 +110,7 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
         healthy: row.healthy,
         fault: row.fault,
         profile: row.part_of.map(|_| row.profile.clone()),
+        instance: row.instance.map(|ids| (ids.gpu, ids.compute)),
         memory: row.counters.memory_total_bytes.unwrap_or(0),
         units: row.units.unwrap_or(0).into(),
         nodes: match row.key.kind {

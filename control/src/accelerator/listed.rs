@@ -166,6 +166,7 @@ mod tests {
             numa_node: None,
             healthy: true,
             fault: None,
+            instance: None,
             profile: crate::accelerator::plugin::profile_of(slot).map(str::to_owned),
             memory: 0,
             units: 0,

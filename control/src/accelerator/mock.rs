@@ -196,6 +196,7 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
         numa_node: entry.numa_node,
         healthy: true,
         fault: None,
+        instance: None,
         profile,
         memory,
         units: entry.subproc_count,

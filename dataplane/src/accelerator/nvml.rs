@@ -26,10 +26,13 @@ use nvml_wrapper::struct_wrappers::device::MemoryInfo;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
 use nvml_wrapper::{Device, EventSet, Nvml};
-use shared::observed::{AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow};
+use shared::observed::{
+    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, MigInstance,
+};
 
 use super::attribution::{by_container, container_of};
 use super::{INTERVAL, ProcessUse, Reading, Slot, clip, files};
+use crate::sys::nvml::mig_instance;
 use topology::{Node, Topology};
 
 /// The library's name for the dynamic loader. The unversioned name belongs to development packages.
@@ -287,10 +290,12 @@ impl<'nvml> Session<'nvml> {
     ) -> Result<AcceleratorRow, NvmlError> {
         let memory = instance.memory_info()?;
         let attributes = instance.attributes().ok();
+        let id = instance.uuid()?;
         let number = (whole.key.index + 1) * PARTS + part;
         let mut row = AcceleratorRow {
             key: key(number),
-            id: instance.uuid()?,
+            instance: mig_instance(self.nvml, instance).or_else(|| instance_of_name(&id)),
+            id,
             part_of: Some(whole.key.index),
             divided: false,
             profile: attributes.as_ref().map_or_else(String::new, |found| {
@@ -426,6 +431,14 @@ fn used(memory: &MemoryInfo) -> u64 {
     memory.total.saturating_sub(memory.free)
 }
 
+/// `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`, as drivers before 470 name instances.
+fn instance_of_name(id: &str) -> Option<MigInstance> {
+    let mut fields = id.strip_prefix("MIG-GPU-")?.split('/').skip(1);
+    let mut next = || fields.next()?.parse().ok();
+    let (gpu, compute) = (next()?, next()?);
+    next().is_none().then_some(MigInstance { gpu, compute })
+}
+
 /// Whether the driver has failed to replace a defective row of its memory.
 fn cannot_replace_rows(device: &Device<'_>) -> bool {
     let told = device.field_values_for(&[FieldId(NVML_FI_DEV_REMAPPED_FAILURE)]);
@@ -537,6 +550,22 @@ mod tests {
         assert_eq!(bus_address("0000:AF:00.0"), "0000:af:00.0");
         assert_eq!(numa_node(Path::new("/"), "../../etc"), None);
         assert_eq!([0, 999, 1000, 1999, 8004].map(whole_of), [0, 999, 0, 0, 7]);
+    }
+
+    #[test]
+    fn old_names_of_instances_tell_their_ids() {
+        let of = |id: &str| instance_of_name(id).map(|ids| (ids.gpu, ids.compute));
+        assert_eq!(of("MIG-GPU-8f0f9c8e-0000-4000/7/0"), Some((7, 0)));
+        for other in [
+            "MIG-8f0f9c8e",
+            "MIG-GPU-8f0f",
+            "MIG-GPU-8f0f/7",
+            "MIG-GPU-8f0f/7/x",
+            "MIG-GPU-8f0f/7/0/1",
+            "GPU-8f0f/7/0",
+        ] {
+            assert_eq!(of(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -190,7 +190,9 @@ declare! {
         904 user_memory: [u64; 16] = "device memory per user, bytes, all ones unknown",
         1032 user_utilisation: [u32; 16] = "busy share per user, thousandths, all ones unknown",
         1096 near: [u8; 64] = "how near the device of that number is: 0 unknown, 1 to 6 by the PCIe bus, 16 + n by n NVLinks",
-        1160 reserved: [u8; 24] = "zero",
+        1160 gpu_instance: u32 = "id of its GPU instance (MIG) plus one, 0 none or unknown",
+        1164 compute_instance: u32 = "id of its compute instance (MIG) plus one, 0 none or unknown",
+        1168 reserved: [u8; 16] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

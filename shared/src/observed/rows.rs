@@ -567,6 +567,15 @@ pub struct AcceleratorUse {
     pub utilisation_permille: Option<u32>,
 }
 
+/// What NVIDIA's driver calls a part of a device (a MIG instance).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MigInstance {
+    /// Id of the GPU instance, which has the memory.
+    pub gpu: u32,
+    /// Id of the compute instance in it, which has the processors.
+    pub compute: u32,
+}
+
 /// One accelerator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcceleratorRow {
@@ -588,6 +597,8 @@ pub struct AcceleratorRow {
     pub divided: bool,
     /// Name of the kind of part (`1g.5gb`), at most 32 bytes; empty for a whole device.
     pub profile: String,
+    /// What the driver calls the part, if it tells.
+    pub instance: Option<MigInstance>,
     /// Processing units, if known.
     pub units: Option<u32>,
     /// Last fault code of the driver (NVIDIA: XID).
@@ -620,6 +631,7 @@ impl AcceleratorRow {
             part_of: None,
             divided: false,
             profile: String::new(),
+            instance: None,
             units: None,
             fault: None,
             users: Vec::new(),
@@ -662,6 +674,8 @@ impl KeyedRow for AcceleratorRow {
             tick: self.tick,
             counters,
             near: self.near.map(|near| near.0),
+            gpu_instance: self.instance.map_or(0, |ids| ids.gpu.saturating_add(1)),
+            compute_instance: (self.instance).map_or(0, |ids| ids.compute.saturating_add(1)),
             ..RawAccelerator::default()
         };
         raw.id_length = store_text("id", &self.id, &mut raw.id)?;
@@ -717,6 +731,9 @@ impl KeyedRow for AcceleratorRow {
             part_of: (raw.flags & 1 != 0).then_some(raw.whole_index),
             divided: raw.flags & 2 != 0,
             profile: load_text(raw.profile_length, &raw.profile)?,
+            instance: (raw.gpu_instance.checked_sub(1))
+                .zip(raw.compute_instance.checked_sub(1))
+                .map(|(gpu, compute)| MigInstance { gpu, compute }),
             units: (raw.units != 0).then_some(raw.units),
             fault: (raw.fault != 0).then_some(raw.fault),
             users,

@@ -274,6 +274,7 @@ impl Session {
                 numa_node,
                 healthy: device.health == "Healthy",
                 fault: None,
+                instance: None,
                 profile: profile_of(&self.0.slot).map(str::to_owned),
                 memory: 0,
                 units: 0,
