@@ -225,7 +225,7 @@ mod tests {
     use std::time::Duration;
 
     fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(found) = look() {
                 return found;

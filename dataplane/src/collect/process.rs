@@ -358,7 +358,7 @@ mod tests {
         let mut lister = Lister::start().unwrap();
         assert_eq!(lister.turn(wanted()), None, "nothing was asked for yet");
         for _ in 0..2 {
-            let deadline = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + Duration::from_secs(120);
             let listing = loop {
                 if let Some(listing) = lister.turn(wanted()) {
                     break listing;
