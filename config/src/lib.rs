@@ -35,7 +35,9 @@ pub use choice::{
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
 pub use load::{Environment, LoadOptions, Loaded, load, load_over};
-pub use node::{Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
+pub use node::{
+    Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
+};
 pub use overlay::{AGENT_SECTIONS, Overlay};
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};
 pub use render::{render_json, render_notes, render_text};
@@ -45,7 +47,10 @@ pub use sections::{
     Agent, Api, Config, Container, ContainerLogs, Coredump, CurveFiles, Debug, Etcd, EtcdTls,
     KernelLifecycles, LogFile, Logging, Overcommit, Resource, SyncContainerLifecycles, Watcher,
 };
-pub use units::{ByteSize, Fault, HostPort, PortRange, Secret, Subnet, parse_interval};
+pub use units::{
+    ByteSize, Fault, HostPort, PortRange, ProxyUrl, Secret, SecretFileError, Subnet,
+    parse_interval, read_secret_file,
+};
 
 /// Entry points for the fuzz targets: parse without a host, never panic.
 #[doc(hidden)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
-use crate::units::{ByteSize, Subnet, mask_password};
+use crate::units::{ByteSize, ProxyUrl, Subnet, mask_password};
 
 /// `[node]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +51,8 @@ pub struct Node {
     pub volumes: Volumes,
     /// `[node.accelerators]`.
     pub accelerators: Accelerators,
+    /// `[node.storage-proxy]`; none asks no storage proxy.
+    pub storage_proxy: Option<StorageProxy>,
 }
 
 impl Node {
@@ -164,6 +166,21 @@ pub struct Volumes {
     pub fstab: BTreeSet<String>,
     /// How long mount(8) and umount(8) may take.
     pub timeout: Duration,
+}
+
+/// `[node.storage-proxy]`: the manager-facing API of a storage proxy, asked about mounted folders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorageProxy {
+    /// Where it is.
+    pub url: ProxyUrl,
+    /// The file that holds its secret, which only its owner may read.
+    pub secret_file: PathBuf,
+    /// PEM file of the authorities to trust; none means those of the system.
+    pub ca_file: Option<PathBuf>,
+    /// How long one answer may take.
+    pub timeout: Duration,
+    /// How old an answer becomes before it is asked for again.
+    pub interval: Duration,
 }
 
 /// `[node.rpc]`.

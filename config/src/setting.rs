@@ -13,8 +13,8 @@ use crate::document::{Kind, Value};
 use crate::host::Host;
 use crate::spelling::nearest;
 use crate::units::{
-    ByteSize, Fault, HostPort, PortRange, Secret, Subnet, interval_from_seconds, interval_text,
-    mask_password, parse_interval,
+    ByteSize, Fault, HostPort, PortRange, ProxyUrl, Secret, Subnet, interval_from_seconds,
+    interval_text, mask_password, only_for_its_owner, parse_interval,
 };
 
 /// A type of setting.
@@ -459,6 +459,36 @@ impl Setting for ExistingFile {
 
     fn text(&self) -> String {
         self.0.display().to_string()
+    }
+}
+
+/// A file with a secret, which only its owner may read. It is not opened here: of the programs that
+/// read a configuration one needs what is in it.
+#[derive(Debug, Clone)]
+pub(crate) struct SecretFile(pub PathBuf);
+
+impl Setting for SecretFile {
+    fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
+        let ExistingFile(path) = ExistingFile::read(value, host)?;
+        let facts = path
+            .metadata()
+            .map_err(|err| Fault::new(format!("cannot be looked at: {err}"), "see to it"))?;
+        only_for_its_owner(&facts)?;
+        Ok(Self(path))
+    }
+
+    fn text(&self) -> String {
+        self.0.display().to_string()
+    }
+}
+
+impl Setting for ProxyUrl {
+    fn read(value: &Value, _: &dyn Host) -> Result<Self, Fault> {
+        from_text(value, "write \"https://10.0.0.5:6022\"")
+    }
+
+    fn text(&self) -> String {
+        self.to_string()
     }
 }
 

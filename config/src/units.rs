@@ -4,6 +4,7 @@
 mod host_port;
 mod interval;
 mod port_range;
+mod proxy_url;
 mod secret;
 mod size;
 mod subnet;
@@ -12,8 +13,9 @@ pub use host_port::HostPort;
 pub use interval::parse_interval;
 pub(crate) use interval::{interval_from_seconds, interval_text};
 pub use port_range::PortRange;
-pub use secret::Secret;
-pub(crate) use secret::mask_password;
+pub use proxy_url::ProxyUrl;
+pub use secret::{Secret, SecretFileError, read_secret_file};
+pub(crate) use secret::{mask_password, only_for_its_owner};
 pub use size::ByteSize;
 pub use subnet::Subnet;
 

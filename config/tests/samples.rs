@@ -1,6 +1,7 @@
 //! The sample files parse without a fault or an unknown key, and the annotated one tells the truth
 //! about every default.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use config::{LoadOptions, Loaded, NoteKind, Origin, load, render_json, render_notes, render_text};
@@ -74,6 +75,11 @@ fn every_commented_example_is_valid() {
         ("/etc/backend.ai/etcd-ca.pem", format!("{place}/public")),
         ("/etc/backend.ai/etcd-client.pem", format!("{place}/public")),
         ("/etc/backend.ai/etcd-client.key", format!("{place}/secret")),
+        (
+            "/etc/backend.ai/storage-proxy.secret",
+            format!("{place}/private"),
+        ),
+        ("/etc/backend.ai/storage-ca.pem", format!("{place}/public")),
         ("i-<host name>", "i-node".to_owned()),
         ("<container.advertised-host>", "10.0.0.5".to_owned()),
         ("\"/run/bai-agent\"", "\"/dev/shm/bai-agent\"".to_owned()),
@@ -83,6 +89,9 @@ fn every_commented_example_is_valid() {
     }
     std::fs::write(dir.path().join("secret"), "").unwrap();
     std::fs::write(dir.path().join("public"), "").unwrap();
+    std::fs::write(dir.path().join("private"), "").unwrap();
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(dir.path().join("private"), private).unwrap();
     let file = dir.path().join("agent.toml");
     std::fs::write(&file, &uncommented).unwrap();
     let mut options = LoadOptions::of_this_process(Some(file), false);
@@ -136,6 +145,9 @@ fn every_commented_example_is_valid() {
         "api.push-timeout",
         "node.run-dir",
         "node.accelerators.mock",
+        "node.storage-proxy.url",
+        "node.storage-proxy.secret-file",
+        "node.storage-proxy.ca-file",
     ];
     let lies: Vec<_> = changed
         .iter()

@@ -55,6 +55,7 @@ use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
 };
 use crate::stats::publish;
+use crate::storage_proxy::{self, StorageProxy};
 use crate::volumes::{self, Volumes};
 
 /// Events kept in the process.
@@ -231,6 +232,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(notices::run(node.clone())),
         tokio::spawn(firewall::follow(node.clone())),
         tokio::spawn(host::serve(node.clone())),
+        tokio::spawn(storage_proxy::run(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
@@ -479,6 +481,7 @@ async fn assemble(
         host_sockets,
         abuse: AbuseReports::default(),
         volumes: Volumes::new(&config, &mount_prefix),
+        storage_proxy: StorageProxy::new(&config),
         tasks,
         plugin_host: PluginHost::new(&config, engine),
         honours_firewall,

@@ -25,4 +25,5 @@ pub mod resource;
 pub mod rpc;
 pub mod runner;
 pub mod stats;
+pub mod storage_proxy;
 pub mod volumes;

@@ -6,6 +6,7 @@
 //! number is bounded; the series of a container end with it; what was not measured has no series.
 
 mod containers;
+mod folders;
 mod machine;
 mod page;
 mod recorder;
@@ -20,7 +21,9 @@ use crate::link::Observed;
 use crate::ports::Occupancy;
 use crate::stats::kernels::KernelFacts;
 use crate::stats::node::HostReading;
+use crate::storage_proxy;
 
+pub use folders::Folders;
 pub use page::{Family, Kind, Page};
 pub use recorder::{Recorder, Round, count_call, count_request, count_round, own_families};
 
@@ -98,6 +101,8 @@ pub struct Scene {
     pub slots: Vec<(String, rust_decimal::Decimal, rust_decimal::Decimal)>,
     /// Host ports.
     pub occupancy: Option<Occupancy>,
+    /// Folders of kernels; none when no storage proxy is asked.
+    pub folders: Option<Folders>,
     /// Now, ns of the monotonic clock.
     pub now_ns: u64,
 }
@@ -136,6 +141,11 @@ impl Scene {
             observed: node.link.observed(),
             slots: slots.collect(),
             occupancy: Some(node.ports.occupancy()),
+            folders: node.storage_proxy.as_ref().map(|proxy| Folders {
+                mounted: storage_proxy::mounted(node),
+                known: proxy.known(),
+                now: std::time::Instant::now(),
+            }),
             now_ns: shared::monotonic_ns(),
             reading,
             engine,
@@ -157,6 +167,7 @@ impl Scene {
         let mut page = Page::default();
         containers::render(self, &mut page);
         machine::render(self, &mut page);
+        folders::render(self, &mut page);
         page.into_text()
     }
 }
@@ -166,6 +177,7 @@ pub fn families() -> impl Iterator<Item = &'static Family> {
     containers::FAMILIES
         .iter()
         .chain(machine::FAMILIES)
+        .chain(folders::FAMILIES)
         .copied()
         .chain(own_families())
 }

@@ -76,7 +76,7 @@ async def run(options):
     try:
         system = await asyncio.to_thread(System, place)
         print(f"the system is up after {time.monotonic() - started:.0f} s", flush=True)
-        agent = Agent(system, options.agent)
+        agent = Agent(system, options.agent, storage=True)
         bench = Bench(system, agent, options.record)
         await bench.open()
         try:

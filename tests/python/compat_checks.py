@@ -214,6 +214,28 @@ async def a_vfolder_is_mounted(bench):
 
 
 @check
+async def the_storage_proxy_tells_of_the_folder(bench):
+    if bench.agent.kind == "python":
+        raise Skipped("the Python agent does not ask the storage proxy")
+
+    async def told():
+        shown = json.loads(await asyncio.to_thread(bench.agent.command, "kernel", "folders", "--output", "json"))
+        found = [it for it in shown["folders"] if it["name"] == "data" and it["files"] == 1]
+        return found and shown["volumes"] and shown
+
+    shown = await eventually("usage of the folder", told, SOON)
+    (folder,), (volume,) = shown["folders"], shown["volumes"]
+    equal((folder["volume"], folder["used_bytes"], folder["error"]), ("volume1", len("by the session"), None), "the folder")
+    # The plain file system has no quota, and says so.
+    equal((folder["quota"]["limit_bytes"], folder["quota"]["error"]), (None, None), "its quota")
+    assert folder["quota"]["age_s"] is not None and folder["quota"]["scope"].startswith("user:"), folder
+    equal(volume["health"], "healthy", "the volume")
+    space = os.statvfs(bench.system.volume)
+    equal(volume["capacity_bytes"], space.f_frsize * space.f_blocks, "its size")
+    equal(shown["storage_proxy"]["without_answer"], 0, "questions without an answer")
+
+
+@check
 async def files_go_in_and_come_out(bench):
     session = bench.sessions["interactive"]
     with tempfile.TemporaryDirectory() as directory:

@@ -7,12 +7,14 @@ use std::time::Duration;
 use super::{Places, interval_within, within};
 use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
 use crate::document::{Kind, Table, Value};
-use crate::node::{Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, Volumes};
+use crate::node::{
+    Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
+};
 use crate::problem::Origin;
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::Agent;
-use crate::setting::{AnyPath, Directory, Setting};
-use crate::units::{ByteSize, Fault, Subnet};
+use crate::setting::{AnyPath, Directory, ExistingFile, SecretFile, Setting};
+use crate::units::{ByteSize, Fault, ProxyUrl, Subnet};
 
 const STATE_DIR: Key = key("state-dir");
 
@@ -107,11 +109,19 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let rpc = rpc(&mut s);
     let volumes = volumes(&mut s);
     let accelerators = accelerators(&mut s);
+    let storage_proxy = storage_proxy(&mut s);
     // Read by `state_dir`; named here so that it counts as known.
     let _ = s.raw(STATE_DIR);
     s.finish(
         &[],
-        &["engine", "dataplane", "rpc", "volumes", "accelerators"],
+        &[
+            "engine",
+            "dataplane",
+            "rpc",
+            "volumes",
+            "accelerators",
+            "storage-proxy",
+        ],
     );
     Node {
         run_dir,
@@ -134,6 +144,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         rpc,
         volumes,
         accelerators,
+        storage_proxy,
     }
 }
 
@@ -423,6 +434,58 @@ fn volumes(node: &mut Section<'_, '_>) -> Volumes {
     };
     s.finish(&[], &[]);
     volumes
+}
+
+/// The url switches it on: without one nobody is asked.
+fn storage_proxy(node: &mut Section<'_, '_>) -> Option<StorageProxy> {
+    const NAME: &str = "node.storage-proxy";
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, NAME);
+    let faults = s.reader.gathered.problems.len();
+    let url = s.maybe::<ProxyUrl>(key("url"));
+    let secret_file = s.maybe::<SecretFile>(key("secret-file")).map(|it| it.0);
+    let ca_file = s.maybe::<ExistingFile>(key("ca-file")).map(|path| path.0);
+    let timeout = s.or_checked(
+        key("timeout"),
+        // The proxy itself gives up counting a folder's files after 30 s.
+        Duration::from_secs(40),
+        interval_within(100, 600),
+    );
+    let interval = s.or_checked(
+        key("interval"),
+        Duration::from_secs(600),
+        interval_within(1000, 86_400),
+    );
+    if s.reader.gathered.problems.len() == faults {
+        match (&url, &secret_file) {
+            (Some(_), None) => s.missing(
+                key("secret-file"),
+                "name a file (mode 0600) with the secret of [api.manager] in the storage proxy's configuration",
+            ),
+            (None, Some(_)) => s.missing(
+                key("url"),
+                "write where the storage proxy's manager-facing API is, such as \"https://10.0.0.5:6022\", or remove secret-file",
+            ),
+            _ => {}
+        }
+    }
+    if ca_file.is_some() && url.as_ref().is_some_and(|url| !url.tls) {
+        let why = "is given, and the url begins with http://";
+        s.reader.fault(
+            NAME,
+            "ca-file",
+            why,
+            "write https:// in url, or remove ca-file",
+        );
+    }
+    s.finish(&[], &[]);
+    Some(StorageProxy {
+        url: url?,
+        secret_file: secret_file?,
+        ca_file,
+        timeout,
+        interval,
+    })
 }
 
 fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {

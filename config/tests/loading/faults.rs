@@ -370,3 +370,69 @@ fn directories_too_deep_for_sockets_are_told() {
         Setup::new(&with_line("node", &format!("run-dir = '/dev/shm/{deep}'"))).problems();
     assert_eq!(problems[0].key, "node.run-dir");
 }
+
+/// A secret that others may read is none, and half a section is a slip.
+#[test]
+fn the_secret_of_a_storage_proxy_is_for_its_owner_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("secret");
+    std::fs::write(&file, "hush").unwrap();
+    let mode = |mode| {
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let url = "url = 'http://127.0.0.1:6022'\n";
+    let secret = format!("secret-file = '{}'\n", file.display());
+    let ca = format!("ca-file = '{}'\n", file.display());
+    let setup = |lines: &[&str]| {
+        Setup::new(&format!(
+            "{SMALLEST}\n[node.storage-proxy]\n{}",
+            lines.concat()
+        ))
+    };
+    mode(0o640);
+    let told = setup(&[url, &secret]).load().unwrap_err().to_string();
+    assert!(
+        told.contains("node.storage-proxy.secret-file")
+            && told.contains("0640")
+            && told.contains("chmod 0600"),
+        "{told}"
+    );
+    mode(0o600);
+    let proxy = setup(&[url, &secret])
+        .load()
+        .unwrap()
+        .config
+        .node
+        .storage_proxy
+        .clone();
+    let proxy = proxy.unwrap();
+    assert_eq!(proxy.url.to_string(), "http://127.0.0.1:6022");
+    assert_eq!(proxy.interval.as_secs(), 600);
+    assert!(
+        setup(&[])
+            .load()
+            .unwrap()
+            .config
+            .node
+            .storage_proxy
+            .is_none()
+    );
+    for (lines, key) in [
+        (&[url] as &[&str], "node.storage-proxy.secret-file"),
+        (&[&secret], "node.storage-proxy.url"),
+        (&[url, &secret, &ca], "node.storage-proxy.ca-file"),
+        (
+            &[url, &secret, "interval = '100ms'\n"],
+            "node.storage-proxy.interval",
+        ),
+        (
+            &["url = 'storage:6022'\n", &secret],
+            "node.storage-proxy.url",
+        ),
+    ] {
+        let problems = setup(lines).problems();
+        let keys: Vec<_> = problems.iter().map(|it| it.key.as_str()).collect();
+        assert_eq!(keys, [key]);
+    }
+}

@@ -345,6 +345,8 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!(["/etc/mtab"]),
         ),
         ("node.volumes", &["timeout"], "'9s'", json!(9.0)),
+        ("node.storage-proxy", &["timeout"], "'7s'", json!(7.0)),
+        ("node.storage-proxy", &["interval"], "'8s'", json!(8.0)),
         (
             "node.accelerators",
             &["device-mask"],
@@ -464,7 +466,10 @@ fn the_table_of_keys_is_complete() {
             .iter()
             .any(|row| row.0 == value.section && row.1[0] == value.key);
         // No key in the file, only variables; and key files, which must exist (see `faults`).
-        let files = value.key.starts_with("rpc-auth-") || value.key.starts_with("tls-");
+        let files = value.key.starts_with("rpc-auth-")
+            || value.key.starts_with("tls-")
+            || (value.section == "node.storage-proxy"
+                && ["url", "secret-file", "ca-file"].contains(&value.key));
         assert!(
             covered || value.section == "overcommit" || files,
             "{}.{} has no row",

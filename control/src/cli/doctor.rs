@@ -16,6 +16,7 @@ use crate::docker::{Docker, DockerOptions};
 use crate::etcd::Etcd;
 use crate::firewall;
 use crate::kernel::destroy::chain;
+use crate::storage_proxy::{ProxyClient, ProxyError};
 use config::Config;
 
 /// How much a finding matters.
@@ -76,6 +77,7 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     };
     let mut findings = vec![privileges(nix::unistd::geteuid().is_root()), engine];
     findings.extend(Box::pin(cluster(&config)).await);
+    findings.extend(Box::pin(storage_proxy(&config)).await);
     let host = tokio::task::spawn_blocking(move || {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         vec![
@@ -253,6 +255,37 @@ async fn cluster(config: &Config) -> Vec<Finding> {
         ),
     });
     findings
+}
+
+/// Whether the configured storage proxy answers; nothing where none is asked.
+async fn storage_proxy(config: &Config) -> Option<Finding> {
+    const CHECK: &str = "storage proxy";
+    let settings = config.node.storage_proxy.as_ref()?;
+    let client = ProxyClient::new(settings);
+    let found = async { Ok::<_, ProxyError>((client.volumes().await?, client.version().await?)) };
+    let (volumes, version) = match found.await {
+        Ok(found) => found,
+        Err(err) => {
+            return Some(Finding::bad(
+                CHECK,
+                Level::Warning,
+                chain(&err),
+                "kernels run without it; figures of their folders are old or missing (bai-agent kernel folders)",
+            ));
+        }
+    };
+    let found = format!("{version} at {}, {} volumes", settings.url, volumes.len());
+    let address = &settings.url.address;
+    let near = address.host == "localhost" || address.ip().is_some_and(|ip| ip.is_loopback());
+    Some(match settings.url.tls || near {
+        true => Finding::good(CHECK, found),
+        false => Finding::bad(
+            CHECK,
+            Level::Warning,
+            format!("{found}, without encryption"),
+            "its secret, which opens every folder, goes over the network as plain text; use https:// in node.storage-proxy.url",
+        ),
+    })
 }
 
 fn engine_version(version: &str) -> Finding {

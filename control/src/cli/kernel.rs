@@ -47,6 +47,11 @@ pub enum KernelCommand {
         #[arg(value_name = "KERNEL")]
         kernels: Vec<String>,
     },
+    /// Show the folders of all or some kernels, with what the storage proxy tells of them.
+    Folders {
+        #[arg(value_name = "KERNEL")]
+        kernels: Vec<String>,
+    },
     /// Destroy kernels.
     Destroy {
         #[arg(value_name = "KERNEL", required = true)]
@@ -101,6 +106,7 @@ pub async fn run(
         KernelCommand::Logs { kernel } => logs(&agent, &kernel, form).await?,
         KernelCommand::Service(args) => service(&agent, args, form).await?,
         KernelCommand::Stats { kernels } => stats(&agent, &kernels, form).await?,
+        KernelCommand::Folders { kernels } => folders(&agent, &kernels, form).await?,
         KernelCommand::Destroy { kernels, reason } => {
             destroy(&agent, &kernels, &reason, form).await?
         }
@@ -277,6 +283,23 @@ async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Prob
         return Ok(output::json(&reply)?);
     }
     say_part!("{}", records::stats_table(&reply));
+    Ok(())
+}
+
+async fn folders(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Problem> {
+    let mut ids = Vec::new();
+    for kernel in kernels {
+        ids.push(find(agent, kernel).await?.kernel_id);
+    }
+    let mut reply: records::FoldersReply =
+        agent.call("bai.folders", Vec::new(), CALL_DEADLINE).await?;
+    if !ids.is_empty() {
+        reply.folders.retain(|it| ids.contains(&it.kernel_id));
+    }
+    if form == Form::Json {
+        return Ok(output::json(&json!(reply))?);
+    }
+    say_part!("{}", records::folders_table(&reply));
     Ok(())
 }
 

@@ -88,6 +88,7 @@ pub async fn status(
                 }
             );
             cluster(&status);
+            storage(at(&status, &["storage_proxy"]));
             say!("kernels    {}", word(at(&status, &["kernels"])));
             memory(&status);
             let ports = at(&status, &["ports"]);
@@ -220,6 +221,36 @@ fn cluster(status: &Value) {
             changed.join(", ")
         );
     }
+}
+
+/// The line of a node that asks a storage proxy; kernels do not need one, so it is no finding.
+fn storage(proxy: &Value) {
+    if proxy.is_null() {
+        return;
+    }
+    let since = |name: &str| {
+        let seconds = at(proxy, &[name]).as_f64();
+        seconds.map_or_else(|| "-".to_owned(), output::duration)
+    };
+    let url = word(at(proxy, &["url"]));
+    say!(
+        "storage    {}",
+        match at(proxy, &["answers"]).as_bool() {
+            Some(true) => format!(
+                "{url} answers, {} things asked, the oldest answer is {} old, {} without an answer",
+                word(at(proxy, &["questions"])),
+                since("oldest_answer_s"),
+                word(at(proxy, &["without_answer"]))
+            ),
+            Some(false) => format!(
+                "{url} does not answer for {}, figures of folders are up to {} old: {}",
+                since("away_s"),
+                since("oldest_answer_s"),
+                word(at(proxy, &["error"]))
+            ),
+            None => format!("{url}, not asked yet"),
+        }
+    );
 }
 
 /// A node that does not answer because it is not ready yet says what it waits for.

@@ -34,6 +34,7 @@ use crate::image::Images;
 use crate::link::Link;
 use crate::ports::PortPool;
 use crate::resource::Ledger;
+use crate::storage_proxy::StorageProxy;
 use crate::volumes::Volumes;
 
 /// How long a step that only writes a small file may take before it is reported.
@@ -98,6 +99,8 @@ pub struct Node {
     pub abuse: AbuseReports,
     /// Volumes mounted on request.
     pub volumes: Volumes,
+    /// What the storage proxy tells of folders; none when none is configured.
+    pub storage_proxy: Option<StorageProxy>,
     /// The operations under way.
     pub tasks: TaskTracker,
     /// Those of them that their callers follow by events.

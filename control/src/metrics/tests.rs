@@ -12,7 +12,11 @@ use shared::observed::{
 use super::*;
 use crate::stats::fixture::card;
 use crate::stats::kernels::HeldDevices;
-use crate::stats::node::Space;
+use crate::stats::node::Space as Filled;
+use crate::storage_proxy::{
+    Answer, FolderId, FolderUsage, Knowledge, Mounted, Next, Question, Quota, Space, Volume,
+    VolumeHealth,
+};
 
 fn container_id(number: u16) -> ContainerId {
     let mut id = [0; 32];
@@ -222,8 +226,8 @@ fn scene(containers: u16) -> Scene {
         reading: HostReading {
             at_ns: 1,
             cores_ns: vec![1_000_000, 2_000_000],
-            memory: Some(Space { used: 1, total: 2 }),
-            disks: vec![("/dev/vda".to_owned(), Space { used: 1, total: 2 })],
+            memory: Some(Filled { used: 1, total: 2 }),
+            disks: vec![("/dev/vda".to_owned(), Filled { used: 1, total: 2 })],
             network: Some((1, 2)),
         },
         engine: EngineState {
@@ -232,7 +236,58 @@ fn scene(containers: u16) -> Scene {
         },
         slots: vec![("cpu".to_owned(), 8.into(), 2.into())],
         occupancy: Some(Occupancy::default()),
+        folders: Some(folders_known()),
         now_ns: 3_500_000_000,
+    }
+}
+
+/// A folder with everything a storage proxy can tell.
+fn folders_known() -> Folders {
+    let (volume, now) = ("local", std::time::Instant::now());
+    let id = "user:f38dea23-50fa-42a0-b5ae-338f5f4693f4/0123456789abcdef0123456789abcdef";
+    let mount = Mounted {
+        kernel: kernel_id(0).to_string(),
+        name: "data \"x\"".to_owned(),
+        target: "/home/work/data".to_owned(),
+        source: "/mnt/local/data".to_owned(),
+        folder: FolderId::parse(id),
+    };
+    // Twice in one kernel is one series.
+    let mounted = vec![mount.clone(), mount];
+    let mut known = Knowledge::new(Duration::from_secs(60));
+    while let Next::Ask(question) = known.next(now, &mounted) {
+        let some = Some(7);
+        let answer = match question {
+            Question::Volumes => Answer::Volumes(vec![Volume {
+                name: volume.to_owned(),
+                backend: "vfs".to_owned(),
+                path: "/mnt/local".to_owned(),
+            }]),
+            Question::Volume(_) => Answer::Volume(
+                VolumeHealth {
+                    status: "healthy".to_owned(),
+                    words: None,
+                },
+                Space {
+                    capacity: some,
+                    used: some,
+                },
+            ),
+            Question::Scope(..) => Answer::Scope(Quota {
+                used: some,
+                limit: some,
+            }),
+            Question::Folder(..) => Answer::Folder(FolderUsage {
+                files: some,
+                used: some,
+            }),
+        };
+        known.told(now, &question, Ok(answer), 1.0);
+    }
+    Folders {
+        mounted,
+        known: Arc::new(known),
+        now: now + Duration::from_secs(3),
     }
 }
 
@@ -304,6 +359,9 @@ fn known_series_have_their_units() {
     assert_eq!(find("bai_accelerator_utilization_ratio"), 0.505);
     assert_eq!(series["bai_sample_age_seconds"], 2.5);
     assert_eq!(series["bai_dataplane_pass_seconds"], 0.0014);
+    assert_eq!(find("bai_vfolder_used_bytes"), 7.0);
+    assert_eq!(find("bai_vfolder_answer_age_seconds"), 3.0);
+    assert_eq!(find("bai_volume_healthy"), 1.0);
     let odd = series
         .keys()
         .find(|key| key.contains("container_threads{"))

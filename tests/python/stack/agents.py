@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from .engine import ROOT, cache
-from .place import answers, wait
+from .manager import STORAGE_SECRET
+from .place import answers, command, wait
 
 AGENT_ID = "i-compat"
 
@@ -16,9 +17,9 @@ def runner_directory():
 
 
 class Agent:
-    """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`."""
+    """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`; `storage`: ours asks the storage proxy."""
 
-    def __init__(self, system, kind, *, port_count=64, extra="", programs=None, standalone=False):
+    def __init__(self, system, kind, *, port_count=64, extra="", programs=None, standalone=False, storage=False):
         self.system, self.place, self.kind = system, system.place, kind
         self.id = AGENT_ID
         place = self.place
@@ -35,6 +36,15 @@ class Agent:
 run-dir = "{place.memory}"
 runner-dir = "{runner_directory()}"
 """ if kind == "ours" else ""
+        if kind == "ours" and storage:
+            secret = system.etc / "storage-proxy.secret"
+            secret.touch(mode=0o600)
+            secret.write_text(STORAGE_SECRET)
+            own += f"""[node.storage-proxy]
+url = "http://127.0.0.1:{system.storage_ports['manager']}"
+secret-file = "{secret}"
+interval = "2s"
+"""
         self.text = f"""[etcd]
 namespace = "{system.etcd.namespace}"
 addr = {{ host = "127.0.0.1", port = {system.etcd.port} }}
@@ -115,6 +125,10 @@ format = "verbose"
     @property
     def control(self):
         return [self.programs / "bai-agent", "run", *self.mode, "--config", self.file]
+
+    def command(self, *words):
+        """What our command line answers about this node."""
+        return command([self.programs / "bai-agent", *words], env={**self.system.engine.env, "BAI_AGENT_ADDRESS": f"127.0.0.1:{self.rpc_port}"})
 
     @property
     def log(self):

@@ -23,6 +23,7 @@ GROUP_ID = "71e08f7b-54c1-4a6b-9a3f-2d5a0d3f0a01"
 ADMIN_ID = "71e08f7b-54c1-4a6b-9a3f-2d5a0d3f0b01"
 ADMIN_KEY, ADMIN_SECRET = "AKIACOMPATADMIN00001", "compat-admin-secret-key-0000000000000000"
 VOLUME = "local:volume1"
+STORAGE_SECRET = "compat-storage-shared"
 PERMISSIONS = ["create-vfolder", "modify-vfolder", "delete-vfolder", "mount-in-session", "upload-file", "download-file", "invite-others", "set-user-specific-permission"]
 
 
@@ -115,7 +116,7 @@ class System:
             "proxies": {"local": {
                 "client_api": f"http://127.0.0.1:{self.storage_ports['client']}",
                 "manager_api": f"http://127.0.0.1:{self.storage_ports['manager']}",
-                "secret": "compat-storage-shared",
+                "secret": STORAGE_SECRET,
                 "ssl_verify": "false",
             }},
         })
@@ -187,7 +188,7 @@ ssl-enabled = false
 service-addr = {{ host = "127.0.0.1", port = {self.storage_ports['manager']} }}
 internal-addr = {{ host = "127.0.0.1", port = {self.place.port()} }}
 ssl-enabled = false
-secret = "compat-storage-shared"
+secret = "{STORAGE_SECRET}"
 [volume]
 [volume.volume1]
 backend = "vfs"

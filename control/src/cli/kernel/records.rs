@@ -94,6 +94,82 @@ pub(super) struct ImageReply {
     pub labels: serde_json::Map<String, Value>,
 }
 
+/// `bai.folders`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FoldersReply {
+    pub folders: Vec<FolderRecord>,
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, Value>,
+}
+
+/// A folder mounted in a kernel.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FolderRecord {
+    pub kernel_id: String,
+    pub name: String,
+    pub target: String,
+    pub volume: Option<String>,
+    pub used_bytes: Option<u64>,
+    pub files: Option<u64>,
+    pub age_s: Option<f64>,
+    pub error: Option<String>,
+    pub quota: QuotaRecord,
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, Value>,
+}
+
+/// What its owner may store.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct QuotaRecord {
+    pub used_bytes: Option<u64>,
+    pub limit_bytes: Option<u64>,
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, Value>,
+}
+
+/// The folders as a table, and the volumes that are not well below it.
+pub(super) fn folders_table(reply: &FoldersReply) -> String {
+    let mut table = Table::new(&[
+        "KERNEL", "FOLDER", "AT", "VOLUME", ">USED", ">FILES", ">QUOTA", ">AGE", "WHY",
+    ]);
+    let bytes = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), output::bytes);
+    for folder in &reply.folders {
+        let quota = match (folder.quota.used_bytes, folder.quota.limit_bytes) {
+            (None, None) => "-".to_owned(),
+            (used, limit) => format!("{} of {}", bytes(used), bytes(limit)),
+        };
+        table.row([
+            folder.kernel_id.clone(),
+            folder.name.clone(),
+            folder.target.clone(),
+            folder.volume.clone().unwrap_or_else(|| "-".to_owned()),
+            bytes(folder.used_bytes),
+            folder
+                .files
+                .map_or_else(|| "-".to_owned(), |files| files.to_string()),
+            quota,
+            folder
+                .age_s
+                .map_or_else(|| "-".to_owned(), output::duration),
+            folder.error.clone().unwrap_or_default(),
+        ]);
+    }
+    let mut text = table.render();
+    let volumes = reply.more.get("volumes").and_then(Value::as_array);
+    for volume in volumes.into_iter().flatten() {
+        let word = |name: &str| volume.get(name).and_then(Value::as_str);
+        let (Some(name), Some(health)) = (word("name"), word("health")) else {
+            continue;
+        };
+        if health != "healthy" {
+            let words = word("words").map(|words| format!(" ({words})"));
+            let words = words.unwrap_or_default();
+            text.push_str(&format!("\nvolume {name} is {health}{words}\n"));
+        }
+    }
+    text
+}
+
 fn number(value: &Value, path: &[&str]) -> Option<u64> {
     let mut value = value;
     for step in path {
@@ -147,6 +223,55 @@ pub(super) fn stats_table(reply: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_are_shown_with_what_is_not_known_left_open() {
+        let reply: FoldersReply = serde_json::from_value(serde_json::json!({
+            "storage_proxy": null,
+            "folders": [
+                {"kernel_id": "k", "name": "data", "target": "/home/work/data", "folder": "f", "volume": "v",
+                    "used_bytes": 2048, "files": 3, "age_s": 60.0, "error": null,
+                    "quota": {"scope": "user:x", "used_bytes": 1024, "limit_bytes": 4096}},
+                {"kernel_id": "k", "name": "new", "target": "/mnt/new", "folder": null, "volume": null,
+                    "used_bytes": null, "files": null, "age_s": null, "error": "no id",
+                    "quota": {"scope": null, "used_bytes": null, "limit_bytes": null}},
+            ],
+            "volumes": [
+                {"name": "v", "health": "degraded", "words": "a disk is lost"},
+                {"name": "w", "health": "healthy", "words": null},
+            ],
+        }))
+        .unwrap();
+        let text = folders_table(&reply);
+        let rows: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| {
+                let cells = line.split("  ").map(str::trim);
+                cells.filter(|cell| !cell.is_empty()).collect()
+            })
+            .collect();
+        assert_eq!(
+            rows[1],
+            [
+                "k",
+                "data",
+                "/home/work/data",
+                "v",
+                "2.00 KiB",
+                "3",
+                "1.00 KiB of 4.00 KiB",
+                "1 min 0 s"
+            ]
+        );
+        assert_eq!(
+            rows[2],
+            ["k", "new", "/mnt/new", "-", "-", "-", "-", "-", "no id"]
+        );
+        assert!(
+            text.ends_with("\nvolume v is degraded (a disk is lost)\n"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn an_absent_group_is_not_a_zero() {

@@ -21,6 +21,7 @@ use crate::kernel::destroy::chain;
 use crate::kernel::node::Node;
 use crate::kernel::registry::outcome;
 use crate::stats;
+use crate::storage_proxy;
 
 /// What their names start with.
 pub(super) const PREFIX: &str = "bai.";
@@ -55,6 +56,11 @@ pub(super) async fn answer(
         "bai.kernels" => kernels(node, matches!(arg(0, "all"), Value::Bool(true))),
         "bai.stats" => statistics(node, &arg(0, "kernel_ids")),
         "bai.ports" => ports(node),
+        "bai.folders" => reply(&storage_proxy::shown::folders(
+            node.storage_proxy.as_ref(),
+            &storage_proxy::mounted(node),
+            Instant::now(),
+        )),
         "bai.events" => events(node, &arg(0, "after"), &arg(1, "wait_s"), &arg(2, "limit")).await,
         "bai.image" => local_image(node, &arg(0, "name")).await,
         other => Err(unknown_method(other)),
@@ -98,6 +104,10 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
         "slots": slots(node),
         "scaling_group": *node.scaling_group.borrow(),
         "cluster": node.cluster.as_ref().map(cluster),
+        "storage_proxy": node
+            .storage_proxy
+            .as_ref()
+            .map(|proxy| storage_proxy::shown::status(proxy, Instant::now())),
     }))
 }
 
