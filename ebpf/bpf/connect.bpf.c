@@ -54,7 +54,7 @@ static ALWAYS_INLINE int is_local(const struct address *address)
 	return what && *what == ADDRESS_HOST;
 }
 
-static ALWAYS_INLINE int is_of_host(struct bpf_sock_addr *ctx)
+static ALWAYS_INLINE int is_of_host(void *ctx)
 {
 	__u32 zero = 0;
 	struct node *node = bpf_map_lookup_elem(&nodes, &zero);
@@ -321,6 +321,9 @@ int getpeername6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sock_release")
 int released(struct bpf_sock *ctx)
 {
+	/* Nobody elsewhere was led, and most sockets of a node are its containers'. */
+	if (!is_of_host(ctx))
+		return ALLOW;
 	forget(bpf_get_socket_cookie(ctx));
 	return ALLOW;
 }

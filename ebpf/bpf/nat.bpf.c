@@ -155,6 +155,13 @@ static ALWAYS_INLINE void follow(struct flow *flow, const struct service_key *ke
 		end_flow(flow, key);
 }
 
+/* Whether a segment is the last of a flow that had ended before it: the answer to the second FIN. */
+static ALWAYS_INLINE int is_last(const struct packet *it, __u16 before)
+{
+	return (before & FLOW_ENDED) && !(before & FLOW_RESET) && !it->payload &&
+	       (it->flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) == TCP_ACK;
+}
+
 static ALWAYS_INLINE void count_in(const struct service_key *key, const struct packet *it)
 {
 	struct port_counters *counter = bpf_map_lookup_elem(&counters, key);
@@ -437,11 +444,17 @@ int from_container(struct __sk_buff *skb)
 	key.port = flow->host_port;
 	key.protocol = it.protocol;
 	if (flow->flags & FLOW_LOCAL) {
+		__u16 before = flow->flags;
+
 		flow->seen_ns = bpf_ktime_get_coarse_ns();
-		flow->flags |= FLOW_ANSWERED;
+		if (!(before & FLOW_ANSWERED))
+			flow->flags |= FLOW_ANSWERED;
 		if (it.protocol == PROTOCOL_TCP)
 			follow(flow, &key, it.flags, FLOW_FIN_OUT);
 		count_out(&key, &it);
+		/* Nothing is to be translated any more: its place is soon another's, and still warm. */
+		if (it.protocol == PROTOCOL_TCP && is_last(&it, before))
+			bpf_map_delete_elem(&flows, &flow_key);
 		return NEXT;
 	}
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
@@ -590,12 +603,16 @@ static OWN_FRAME int count_local(struct __sk_buff *skb)
 	}
 	if (!flow)
 		return NEXT;
+	__u16 before = flow->flags;
+
 	key.port = flow->host_port;
 	key.protocol = it.protocol;
 	flow->seen_ns = bpf_ktime_get_coarse_ns();
 	if (it.protocol == PROTOCOL_TCP)
 		follow(flow, &key, it.flags, FLOW_FIN_IN);
 	count_in(&key, &it);
+	if (it.protocol == PROTOCOL_TCP && is_last(&it, before))
+		bpf_map_delete_elem(&flows, &flow_key);
 	return NEXT;
 }
 

@@ -3,13 +3,15 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use aya::maps::{HashMap, Map, MapData};
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
-use harness::remote_client::{CLIENT, HOST, may_use_bpf, within};
+use harness::remote_client::{CLIENT, Container, HOST, may_use_bpf, within};
 use harness::traffic;
 use shared::desired::{ClientNetwork, Drain, Protocol};
 use shared::observed::{ForwardPath, PortState};
@@ -239,6 +241,81 @@ fn bytes_of_clients_on_the_host_are_counted() {
 #[test]
 fn bytes_of_clients_on_the_host_are_counted_over_ipv6() {
     bytes_are_counted(1);
+}
+
+/// Flows in the table of a node's programs.
+fn flows(node: &Node) -> usize {
+    let root = node.place.run_dir().root();
+    let homes = std::fs::read_dir(shared::pins::HOME)
+        .expect("pins")
+        .flatten();
+    let is_own =
+        |home: &PathBuf| std::fs::read_link(home.join("owner")).ok().as_deref() == Some(root);
+    let own = homes
+        .map(|it| it.path())
+        .find(is_own)
+        .expect("the node's pins");
+    let layouts = std::fs::read_dir(own).expect("its pins").flatten();
+    let table = layouts
+        .map(|layout| layout.path().join("flows"))
+        .find(|path| path.exists())
+        .expect("the table");
+    let table = Map::LruHashMap(MapData::from_pin(table).expect("pinned"));
+    let table: HashMap<MapData, [u8; 40], [u8; 48]> = table.try_into().expect("of this layout");
+    table.keys().flatten().count()
+}
+
+/// The end of a connection of the host's takes its flow out of the table, whoever closes first and
+/// without a process that sweeps.
+#[test]
+fn flows_of_clients_on_the_host_go_with_their_last_segment() {
+    let servers: [fn(&Container) -> u16; 2] = [echo, mirror];
+    for (number, server) in servers.into_iter().enumerate() {
+        let Some((mut node, row)) = Node::serving(server) else {
+            return;
+        };
+        node.kill();
+        let address = loopback(row.host_port);
+        let run = move || {
+            let mut kept = traffic::connect(address).expect("accepted");
+            for _ in 0..20 {
+                let mut stream = traffic::connect(address).expect("accepted");
+                if number == 0 {
+                    stream.write_all(&[1; 50]).expect("sent");
+                    stream.read_exact(&mut [0; 50]).expect("echoed");
+                } else {
+                    stream.read_to_string(&mut String::new()).expect("told");
+                }
+            }
+            if number == 0 {
+                kept.write_all(&[1; 50]).expect("sent");
+                kept.read_exact(&mut [0; 50]).expect("echoed");
+            } else {
+                // Closed with something unread it would be reset.
+                kept.read_to_string(&mut String::new()).expect("told");
+            }
+            kept
+        };
+        let kept = within(&node.network.host, run).expect("the host's namespace");
+        // The one that is still open, or that its server has closed and its client has not.
+        until("the others being gone", || {
+            (flows(&node) == 1).then_some(())
+        })
+        .expect("gone");
+        drop(kept);
+        until("all being gone", || (flows(&node) == 0).then_some(())).expect("gone");
+        node.restart();
+        let status = node.counted(&row, |it| {
+            it.sessions_total == 21 && it.sessions_active == 0
+        });
+        if number == 0 {
+            assert_eq!((status.bytes_in, status.bytes_out), (1050, 1050));
+        }
+        assert!(
+            status.packets_in >= 21 * 3 && status.packets_out >= 21 * 3,
+            "{status:?}"
+        );
+    }
 }
 
 /// A port that was used by a led connection, and is used again for a direct one, counts no longer.
