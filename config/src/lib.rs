@@ -37,6 +37,7 @@ pub use host::{Host, ThisHost, UserEntry};
 pub use load::{Environment, LoadOptions, Loaded, load, load_over};
 pub use node::{
     Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
+    WatcherLimits,
 };
 pub use overlay::{AGENT_SECTIONS, Overlay};
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};

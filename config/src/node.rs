@@ -51,6 +51,8 @@ pub struct Node {
     pub volumes: Volumes,
     /// `[node.accelerators]`.
     pub accelerators: Accelerators,
+    /// `[node.watcher]`.
+    pub watcher: WatcherLimits,
     /// `[node.storage-proxy]`; none asks no storage proxy.
     pub storage_proxy: Option<StorageProxy>,
 }
@@ -165,6 +167,19 @@ pub struct Volumes {
     /// Tables of file systems that may be changed.
     pub fstab: BTreeSet<String>,
     /// How long mount(8) and umount(8) may take.
+    pub timeout: Duration,
+}
+
+/// `[node.watcher]`: what the original's `[watcher]` does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WatcherLimits {
+    /// File with the token; none takes the cluster's.
+    pub token_file: Option<PathBuf>,
+    /// Whether the token that everybody knows will do on an address that others reach.
+    pub insecure_token: bool,
+    /// Whether managers may switch the host off.
+    pub shutdown: bool,
+    /// How long one call of systemctl may take.
     pub timeout: Duration,
 }
 

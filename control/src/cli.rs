@@ -14,6 +14,7 @@ mod runner;
 mod stats;
 mod status;
 mod top;
+mod watcher;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,6 +48,8 @@ pub struct Cli {
 enum Command {
     /// Run the agent in the foreground.
     Run(run::RunArgs),
+    /// Run the watcher, by which managers start and stop the agent's unit and mount volumes.
+    Watcher(run::RunArgs),
     /// Check a configuration and show each value with its origin.
     CheckConfig(check_config::CheckConfigArgs),
     /// Create, use and destroy kernels by hand.
@@ -103,6 +106,7 @@ impl Cli {
         let file = connection.config.clone();
         match self.command {
             Command::Run(args) => run::run(&args, file)?,
+            Command::Watcher(args) => watcher::run(&args, file)?,
             Command::CheckConfig(args) => check_config::run(&args, file, form)?,
             Command::Kernel(command) => {
                 return short_lived(kernel::run(command, &connection, form)).map(|status| status.0);

@@ -155,7 +155,8 @@ async fn bind(address: &str) -> Result<TcpListener, ListenError> {
         })
 }
 
-async fn accept(listener: TcpListener, router: Router) {
+/// Serves connections, as many at once as there is room for.
+pub(crate) async fn accept(listener: TcpListener, router: Router) {
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = TaskTracker::new();
     loop {

@@ -27,3 +27,4 @@ pub mod runner;
 pub mod stats;
 pub mod storage_proxy;
 pub mod volumes;
+pub mod watcher;

@@ -67,8 +67,8 @@ pub enum VolumeError {
         /// What was to be mounted.
         location: String,
     },
-    /// The operator did not allow that table to be changed.
-    #[error("{0} may not be changed on this node; allow it with node.volumes.fstab")]
+    /// The operator did not allow that table to be looked at or changed.
+    #[error("{0} may not be used on this node; allow it with node.volumes.fstab")]
     FstabNotAllowed(PathBuf),
     /// Something else is mounted there.
     #[error("{path} holds another volume already: {found}")]
@@ -174,6 +174,34 @@ impl Volumes {
             settings: config.node.volumes.clone(),
             turn: Mutex::default(),
         }
+    }
+
+    /// Below `base`, whoever mounts otherwise.
+    #[must_use]
+    pub fn at(base: &Path, settings: Settings) -> Volumes {
+        Volumes {
+            base: base.to_owned(),
+            left_to_proxy: false,
+            settings,
+            turn: Mutex::default(),
+        }
+    }
+
+    /// What is mounted directly below the base, sorted.
+    ///
+    /// # Errors
+    /// The kernel's list cannot be read.
+    pub async fn mounted(&self) -> Result<Vec<PathBuf>, VolumeError> {
+        mount::below(&self.base).await
+    }
+
+    /// A table of file systems as it is, if it may be changed too. Blocks.
+    ///
+    /// # Errors
+    /// It may not be looked at, or cannot be read.
+    pub fn table(&self, path: &Path) -> Result<String, VolumeError> {
+        self.fstab_allowed(Some(path))?;
+        Ok(fstab::read(path)?)
     }
 
     /// Mounts a volume; one that is mounted already is a success.

@@ -6,7 +6,6 @@ use crate::problem::NoteKind;
 use crate::section::{Reader, kebab};
 
 const METADATA: &str = "this release serves no metadata to containers";
-const WATCHER: &str = "the watcher is not part of this release";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
 
 /// Section, key and why; the key `*` is the section as a whole.
@@ -41,8 +40,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ("logging", "drivers", LOG),
     ("logging", "pkg-ns", "set levels by module with RUST_LOG"),
     ("logging.file", "*", LOG),
-    ("watcher", "target-service", WATCHER),
-    ("watcher", "soft-reset-available", WATCHER),
     (
         "container-logs",
         "chunk-size",

@@ -9,6 +9,7 @@ use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publis
 use crate::document::{Kind, Table, Value};
 use crate::node::{
     Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
+    WatcherLimits,
 };
 use crate::problem::Origin;
 use crate::section::{Key, Reader, Section, key};
@@ -109,6 +110,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let rpc = rpc(&mut s);
     let volumes = volumes(&mut s);
     let accelerators = accelerators(&mut s);
+    let watcher = watcher(&mut s);
     let storage_proxy = storage_proxy(&mut s);
     // Read by `state_dir`; named here so that it counts as known.
     let _ = s.raw(STATE_DIR);
@@ -121,6 +123,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
             "volumes",
             "accelerators",
             "storage-proxy",
+            "watcher",
         ],
     );
     Node {
@@ -145,6 +148,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         volumes,
         accelerators,
         storage_proxy,
+        watcher,
     }
 }
 
@@ -434,6 +438,24 @@ fn volumes(node: &mut Section<'_, '_>) -> Volumes {
     };
     s.finish(&[], &[]);
     volumes
+}
+
+fn watcher(node: &mut Section<'_, '_>) -> WatcherLimits {
+    let table = node.table();
+    let mut s = Section::open(&mut *node.reader, table, "node.watcher");
+    let limits = WatcherLimits {
+        token_file: s.maybe::<SecretFile>(key("token-file")).map(|it| it.0),
+        insecure_token: s.or(key("insecure-token"), false),
+        shutdown: s.or(key("shutdown"), false),
+        // Managers wait for 20 s.
+        timeout: s.or_checked(
+            key("timeout"),
+            Duration::from_secs(15),
+            interval_within(100, 600),
+        ),
+    };
+    s.finish(&[], &[]);
+    limits
 }
 
 /// The url switches it on: without one nobody is asked.

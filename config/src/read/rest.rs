@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{interval_within, not_blank, within};
+use super::{interval_within, within};
 use crate::choice::{AffinityPolicy, DiscoveryType, LogDriver, LogFormat, LogLevel};
 use crate::document::Table;
 use crate::problem::NoteKind;
@@ -330,6 +330,19 @@ pub(super) fn service_discovery(reader: &mut Reader<'_>, root: &Table) -> Discov
     kind
 }
 
+/// A name that systemctl takes for a unit and for nothing else.
+fn unit_name(name: &str) -> Result<(), Fault> {
+    let allowed = |it: char| it.is_ascii_alphanumeric() || ":_.\\@-".contains(it);
+    let fits = !name.starts_with('-') && name.len() < 256 && name.contains('.');
+    if fits && name.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(Fault::new(
+        "is not the name of a unit of systemd",
+        "write \"bai-agent.service\"",
+    ))
+}
+
 pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
     const ADDR: Key = key("service-addr");
     let mut s = Section::open(reader, Some(root), "watcher");
@@ -353,8 +366,8 @@ pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
         service_addr,
         target_service: s.or_checked(
             key("target-service"),
-            "backendai-agent.service".to_owned(),
-            not_blank,
+            "bai-agent.service".to_owned(),
+            |name: &String| unit_name(name),
         ),
         soft_reset_available: s.or(key("soft-reset-available"), false),
     };

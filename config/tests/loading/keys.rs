@@ -345,6 +345,9 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!(["/etc/mtab"]),
         ),
         ("node.volumes", &["timeout"], "'9s'", json!(9.0)),
+        ("node.watcher", &["insecure-token"], "true", json!(true)),
+        ("node.watcher", &["shutdown"], "true", json!(true)),
+        ("node.watcher", &["timeout"], "'3s'", json!(3.0)),
         ("node.storage-proxy", &["timeout"], "'7s'", json!(7.0)),
         ("node.storage-proxy", &["interval"], "'8s'", json!(8.0)),
         (
@@ -468,6 +471,7 @@ fn the_table_of_keys_is_complete() {
         // No key in the file, only variables; and key files, which must exist (see `faults`).
         let files = value.key.starts_with("rpc-auth-")
             || value.key.starts_with("tls-")
+            || value.key == "token-file"
             || (value.section == "node.storage-proxy"
                 && ["url", "secret-file", "ca-file"].contains(&value.key));
         assert!(

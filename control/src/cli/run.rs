@@ -15,12 +15,12 @@ use super::exit::Problem;
 /// kernels: a thread for each of 256 of them would cost memory and wake-ups only.
 const MOST_WORKERS: usize = 4;
 
-/// Arguments of `run`.
+/// Arguments of `run` and `watcher`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Run without etcd, bus and manager, listening on the loopback address.
     #[arg(long)]
-    standalone: bool,
+    pub(super) standalone: bool,
     /// Log what is done in detail; the same as --log-level DEBUG.
     #[arg(long)]
     debug: bool,
@@ -55,7 +55,7 @@ pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
     }
 }
 
-fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
+pub(super) fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
     let level = match (&args.log_level, args.debug) {
         (Some(level), _) => level.to_ascii_lowercase(),
         (None, true) => "debug".to_owned(),

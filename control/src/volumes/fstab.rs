@@ -141,7 +141,8 @@ pub(super) fn remove(table: &Path, path: &Path) -> Result<(), FstabError> {
     replace(table, &kept)
 }
 
-fn read(table: &Path) -> Result<String, FstabError> {
+/// The table; empty when there is none. Blocks.
+pub(super) fn read(table: &Path) -> Result<String, FstabError> {
     let failed = |source| FstabError::Read {
         path: table.to_owned(),
         source,

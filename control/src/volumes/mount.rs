@@ -1,6 +1,6 @@
 //! What is mounted, and the two programs that change it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
@@ -20,6 +20,25 @@ pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
         .await
         .map_err(VolumeError::Table)?;
     Ok(source_at(&text, path))
+}
+
+/// Mount points directly below a directory, sorted. Nothing of them is touched: a server may hang.
+pub(super) async fn below(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
+    let text = blocking(|| std::fs::read_to_string("/proc/self/mountinfo"))
+        .await
+        .map_err(VolumeError::Table)?;
+    Ok(points_below(&text, base))
+}
+
+fn points_below(mountinfo: &str, base: &Path) -> Vec<PathBuf> {
+    let mut points: Vec<PathBuf> = mountinfo
+        .lines()
+        .filter_map(|line| Some(PathBuf::from(unescape(line.split(' ').nth(4)?))))
+        .filter(|point| point.parent() == Some(base))
+        .collect();
+    points.sort();
+    points.dedup();
+    points
 }
 
 /// Of lines in the form of proc_pid_mountinfo(5); the last one for a path is on top.
@@ -143,6 +162,9 @@ mod tests {
         assert_eq!(found("/mnt/x").as_deref(), Some("second"));
         assert_eq!(found("/mnt/bound").as_deref(), Some("/dev/vda1"));
         assert_eq!(found("/mnt"), None);
+        let points = points_below(lines, Path::new("/mnt"));
+        let expected = ["/mnt/a b", "/mnt/bound", "/mnt/x"].map(PathBuf::from);
+        assert_eq!(points, expected);
     }
 
     #[test]

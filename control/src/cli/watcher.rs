@@ -1,0 +1,26 @@
+//! `bai-agent watcher`: the watcher in the foreground.
+
+use std::path::PathBuf;
+
+use super::exit::Problem;
+use super::run::{RunArgs, start_log};
+
+/// Loads the configuration and runs until told to stop.
+pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
+    let options = config::LoadOptions::of_this_process(file, args.standalone);
+    let loaded =
+        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    shared::heap::one_arena();
+    start_log(args, &loaded.config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(crate::watcher::run(loaded.config.clone()));
+    // A mount that never returns must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(3));
+    match outcome {
+        Ok(()) => Ok(()),
+        Err(err) if err.is_of_configuration() => Err(Problem::Config(err.into())),
+        Err(err) => Err(Problem::Unavailable(err.into())),
+    }
+}
