@@ -5,10 +5,11 @@
 //   init 9                           nvmlInit answers this code (9: driver not loaded)
 //   uninitialized                    the library has lost its driver: it has to be initialized again
 //   hang                             every call waits until the line is gone
-//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1]
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT]
 //   part N I uuid=... [mem= used= sms= slices= gi= ci=]   instance I of device N; without gi the driver does not tell its ids
 //   process N pid=P mem=BYTES [sm=PERCENT part=I]    a process on device N
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
+//   ecc N SERIAL                     its memory has an error of two bits, told in the same way
 //   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)
 //   link N L BUS                     NVLink L of device N leads to the device or switch BUS; "-": it is down
 #include <stdio.h>
@@ -20,13 +21,13 @@ enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
 enum { MAX = 64, MAX_PARTS = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil, gi, ci; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
+struct device { int used, index, part, mig, lost, noutil, gi, ci, enc, dec; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
 struct process { int device, part; unsigned pid, sm; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[256];
 static int n_processes, initialized, init_code;
 static char driver[80];
-static struct { int device; u64 code, serial; } faults[16];
+static struct { int device; u64 type, code, serial; } faults[16];
 static int n_faults;
 static struct { int a, b, level; } paths[MAX * MAX];
 static struct { int device, link; char bus[32]; } links[MAX * 18];
@@ -62,6 +63,7 @@ static void describe(struct device *d, char *line, int index, int part) {
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
   d->gi = (int)number(line, "gi", -1), d->ci = (int)number(line, "ci", 0);
+  d->enc = (int)number(line, "enc", -1), d->dec = (int)number(line, "dec", -1);
 }
 
 // Reads the file; waits while it says so.
@@ -88,7 +90,9 @@ static void look(void) {
       else if (sscanf(line, "process %d", &a) == 1 && n_processes < 256)
         processes[n_processes++] = (struct process){a, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "mem", 0)};
       else if (sscanf(line, "xid %d %llu %llu", &a, &code, &serial) == 3 && n_faults < 16)
-        faults[n_faults].device = a, faults[n_faults].code = code, faults[n_faults].serial = serial, n_faults++;
+        faults[n_faults].device = a, faults[n_faults].type = 8, faults[n_faults].code = code, faults[n_faults].serial = serial, n_faults++;
+      else if (sscanf(line, "ecc %d %llu", &a, &serial) == 2 && n_faults < 16)
+        faults[n_faults].device = a, faults[n_faults].type = 2, faults[n_faults].code = 0, faults[n_faults].serial = serial, n_faults++;
       else if (sscanf(line, "path %d %d %d", &a, &b, &c) == 3 && n_paths < MAX * MAX)
         paths[n_paths].a = a, paths[n_paths].b = b, paths[n_paths].level = c, n_paths++;
       else if (sscanf(line, "link %d %d %31s", &a, &b, bus) == 3 && n_links < MAX * 18)
@@ -150,6 +154,9 @@ API int nvmlDeviceGetNumGpuCores(struct device *d, unsigned *n) { WHOLE *n = d->
 API int nvmlDeviceGetCudaComputeCapability(struct device *d, int *major, int *minor) { WHOLE *major = 9; *minor = 0; return OK; }
 struct utilization { unsigned gpu, memory; };
 API int nvmlDeviceGetUtilizationRates(struct device *d, struct utilization *u) { WHOLE if (d->mig) return NOT_SUPPORTED; u->gpu = d->util; u->memory = d->util / 2; return OK; }
+static int coder(int percent, unsigned *load, unsigned *us) { if (percent < 0) return NOT_SUPPORTED; *load = percent, *us = 167000; return OK; }
+API int nvmlDeviceGetEncoderUtilization(struct device *d, unsigned *load, unsigned *us) { WHOLE return coder(d->enc, load, us); }
+API int nvmlDeviceGetDecoderUtilization(struct device *d, unsigned *load, unsigned *us) { WHOLE return coder(d->dec, load, us); }
 API int nvmlDeviceGetPowerUsage(struct device *d, unsigned *mw) { WHOLE *mw = d->power; return OK; }
 API int nvmlDeviceGetEnforcedPowerLimit(struct device *d, unsigned *mw) { WHOLE *mw = 400000; return OK; }
 API int nvmlDeviceGetTemperature(struct device *d, int sensor, unsigned *c) { WHOLE if (sensor) return INVALID; *c = d->temp; return OK; }
@@ -198,7 +205,7 @@ API int nvmlEventSetWait_v2(void *set, struct event *e, unsigned ms) {
     if (faults[i].serial > told) {
       told = faults[i].serial;
       memset(e, 0, sizeof *e);
-      e->device = &devices[faults[i].device], e->type = 8, e->data = faults[i].code;
+      e->device = &devices[faults[i].device], e->type = faults[i].type, e->data = faults[i].code;
       return OK;
     }
   return TIMEOUT;

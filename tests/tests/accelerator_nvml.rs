@@ -18,12 +18,17 @@ fn eight() -> String {
     for index in 0u64..8 {
         let mig = u8::from(index >= 6);
         text += &format!(
-            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 used={} reserved=4096 util={} power={} temp={} pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
+            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 used={} reserved=4096 util={} power={} temp={} pci=00000000:{:02X}:00.0 sms=132 mig={mig}{}\n",
             (index + 1) << 30,
             10 * index,
             100_000 + index,
             40 + index,
             16 + index,
+            if index == 5 {
+                String::new()
+            } else {
+                format!(" enc={} dec={}", index + 1, 20 + index)
+            },
         );
     }
     for device in [6, 7] {
@@ -91,8 +96,11 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
         ensure!(found.pcie_rx_bytes_per_s == Some(200_000), "{found:?}");
         ensure!(found.pcie_tx_bytes_per_s == Some(100_000), "{found:?}");
         ensure!(found.ecc_corrected == Some(2) && found.ecc_uncorrected == Some(1));
-        // The stand-in has no encoder: absent, not zero.
-        ensure!(found.encoder_permille.is_none());
+        // One has neither encoder nor decoder: absent, not zero.
+        let (encoder, decoder) = (found.encoder_permille, found.decoder_permille);
+        let told = (index != 5).then_some(());
+        ensure!(encoder == told.map(|()| 10 * (index + 1)), "{found:?}");
+        ensure!(decoder == told.map(|()| 10 * (20 + index)), "{found:?}");
     }
     for whole in [6u32, 7] {
         let row = device(&rows, &format!("GPU-{whole}"))?;
@@ -328,10 +336,14 @@ fn use_is_attributed_to_containers() -> Result<()> {
     let driver = StandIn::new(&format!(
         "{}process 0 pid={a} mem=1000 sm=20\nprocess 0 pid={b} mem=500 sm=30\n\
          process 0 pid={c} mem=77 sm=5\nprocess 0 pid={own} mem=123456 sm=40\n\
-         process 1 pid={c} mem=9 sm=1\nprocess 6 pid={a} part=1 mem=4096\n",
-        eight()
+         process 1 pid={c} mem=9 sm=1\nprocess 3 pid={c} mem=5 sm=2\nprocess 6 pid={a} part=1 mem=4096\n",
+        eight().replace("uuid=GPU-3 ", "uuid=GPU-3 noutil=1 ")
     ))?;
     let (_place, _process, mut control) = start(&driver)?;
+    let mut row = container_row(1);
+    row.container_id = id("a").parse()?;
+    row.cgroup_path.clone_from(&first.path);
+    control.write(|batch| batch.put_container(row.clone()))?;
     let rows =
         control.accelerators("users", |rows| rows.iter().any(|row| !row.users.is_empty()))?;
     let (a, b): (ContainerId, ContainerId) = (id("a").parse()?, id("b").parse()?);
@@ -359,6 +371,26 @@ fn use_is_attributed_to_containers() -> Result<()> {
     // Under MIG the driver tells memory by instance and no utilisation: unknown, not zero.
     ensure!(uses("MIG-6-1")? == [(a, Some(4096), None)]);
     ensure!(uses("GPU-6")?.is_empty());
+    // A driver that samples no processes: unknown too, and no copy of the device's own load.
+    ensure!(uses("GPU-3")? == [(b, Some(5), None)]);
+    // Per process what it uses on all its devices; unknown is the sum of something and an unknown.
+    let told = until("use of processes", || {
+        let listing = control.observed.processes().ok()?;
+        let used = [pids[0], pids[1]].map(|pid| {
+            let process = listing.list.iter().find(|process| process.pid == pid)?;
+            let found = &process.counters;
+            found.accelerator_memory_bytes?;
+            Some((
+                found.accelerator_memory_bytes,
+                found.accelerator_utilisation_permille,
+            ))
+        });
+        Some([used[0]?, used[1]?])
+    })?;
+    ensure!(
+        told == [(Some(5096), None), (Some(500), Some(300))],
+        "{told:?}"
+    );
     Ok(())
 }
 
@@ -448,10 +480,21 @@ fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
     })?;
     ensure!(faulty(&rows) == ["GPU-2"]);
     ensure!(process.log().contains("reports a fault"));
+    // An error of two bits in a device's memory is one of the device, and counts as XID 48.
+    driver.describe(&format!("{}ecc 3 3\n", eight()))?;
+    let rows = control.accelerators("an error of memory", |rows| {
+        device(rows, "GPU-3").is_ok_and(|row| row.fault == Some(48))
+    })?;
+    ensure!(faulty(&rows) == ["GPU-2", "GPU-3"]);
     // Reset: it goes away, and comes back as good as new.
-    driver.describe(&eight().replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1"))?;
-    control.accelerators("a device being reset", |rows| {
-        device(rows, "GPU-2").is_ok_and(|row| row.counters.memory_used_bytes.is_none())
+    let reset = eight()
+        .replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1")
+        .replace("device 3 uuid=GPU-3", "device 3 uuid=GPU-3 lost=1");
+    driver.describe(&reset)?;
+    control.accelerators("devices being reset", |rows| {
+        ["GPU-2", "GPU-3"]
+            .iter()
+            .all(|id| device(rows, id).is_ok_and(|row| row.counters.memory_used_bytes.is_none()))
     })?;
     driver.describe(&eight())?;
     control.accelerators("a device after its reset", |rows| faulty(rows).is_empty())?;
