@@ -13,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 from ai.backend.client.config import APIConfig
+from ai.backend.client.exceptions import BackendAPIError
 from ai.backend.client.request import Request
 from ai.backend.client.session import AsyncSession
 
@@ -20,7 +21,7 @@ from recording import Recorder, differences
 from stack import engine
 from stack.agents import AGENT_ID
 from stack.manager import ADMIN_KEY, ADMIN_SECRET, DOMAIN, GROUP
-from stack.place import eventually
+from stack.place import answers, eventually
 from stack.proxy import AppProxy
 
 CHECKS = {}
@@ -233,6 +234,39 @@ async def the_storage_proxy_tells_of_the_folder(bench):
     space = os.statvfs(bench.system.volume)
     equal(volume["capacity_bytes"], space.f_frsize * space.f_blocks, "its size")
     equal(shown["storage_proxy"]["without_answer"], 0, "questions without an answer")
+
+
+@check
+async def the_watcher_obeys_the_manager(bench):
+    if bench.agent.kind == "python":
+        raise Skipped("its watcher needs sudo and systemd")
+    programs = bench.system.place.folder("watcher-programs")
+    systemctl = programs / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{programs}/calls\n[ "$1" != is-active ] || echo active\n')
+    systemctl.chmod(0o755)
+
+    async def ask(method, path):
+        request = Request(method, path, params={"agent_id": AGENT_ID} if method == "GET" else None)
+        if method == "POST":
+            request.set_json({"agent_id": AGENT_ID})
+        # This manager closes its connection to the watcher before it reads the answer, so it answers 500 whatever that was.
+        try:
+            async with request.fetch() as reply:
+                return await reply.json()
+        except BackendAPIError as error:
+            equal(error.status, 500, path)
+
+    watcher = bench.agent.watcher(programs)
+    try:
+        await eventually("the watcher listens", lambda: asyncio.to_thread(answers, bench.agent.watcher_port), SOON)
+        assert await ask("GET", "/resource/watcher") in (None, {"agent-status": "active", "watcher-status": "active"})
+        for action in ("start", "stop", "restart"):
+            assert await ask("POST", f"/resource/watcher/agent/{action}") in (None, {"result": "ok"}), action
+        unit = "backendai-agent.service"
+        calls = (programs / "calls").read_text().splitlines()
+        equal(calls, [f"is-active -- {unit}", *(f"--no-ask-password {action} -- {unit}" for action in ("start", "stop", "restart"))], "calls")
+    finally:
+        bench.system.place.stop(watcher)
 
 
 @check

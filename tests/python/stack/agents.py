@@ -24,6 +24,7 @@ class Agent:
         self.id = AGENT_ID
         place = self.place
         self.rpc_port, self.first_port, self.port_count = place.port(), place.ports(port_count), port_count
+        self.watcher_port = place.port()
         target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
         self.programs = pathlib.Path(programs or os.environ.get("BAI_BIN") or target / "debug")
         self.processes = []
@@ -81,7 +82,7 @@ scratch-type = "hostdir"
 scratch-root = "{self.scratch}"
 scratch-size = "1G"
 [watcher]
-service-addr = {{ host = "127.0.0.1", port = {place.port()} }}
+service-addr = {{ host = "127.0.0.1", port = {self.watcher_port} }}
 ssl-enabled = false
 target-service = "backendai-agent.service"
 soft-reset-available = false
@@ -125,6 +126,11 @@ format = "verbose"
     @property
     def control(self):
         return [self.programs / "bai-agent", "run", *self.mode, "--config", self.file]
+
+    def watcher(self, programs):
+        """Ours, with other programs first in its path; to be stopped by the caller."""
+        path = f"{programs}:{os.environ['PATH']}"
+        return self.place.spawn("watcher", [self.programs / "bai-agent", "watcher", *self.mode, "--config", self.file], env={**self.system.engine.env, "PATH": path})
 
     def command(self, *words):
         """What our command line answers about this node."""
