@@ -18,8 +18,8 @@ use shared::doorbell::{Doorbell, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId};
 use shared::observed::{AcceleratorRow, ContainerSample, ObservedReader, PortState, PortStatus};
 use shared::run_dir::RunDir;
-use tempfile::TempDir;
 
+use crate::place::HeldDirectory;
 use crate::{host_ports, wait};
 
 /// How long to wait for what is bound to come, on a machine of usual speed.
@@ -64,7 +64,7 @@ pub struct Options {
 /// The run directory and the configuration, kept over restarts of the process.
 #[derive(Debug)]
 pub struct Place {
-    directory: TempDir,
+    directory: HeldDirectory,
     run_dir: RunDir,
     options: Options,
 }
@@ -74,7 +74,7 @@ const AGENT: &str = "i-dataplane-test";
 impl Place {
     /// A fresh place.
     pub fn new(options: Options) -> Result<Self> {
-        let directory = tempfile::tempdir_in("/dev/shm").context("no place on tmpfs")?;
+        let directory = HeldDirectory::new()?;
         let run_dir = RunDir::choose(Some(directory.path()), AGENT)?;
         run_dir.create_control()?;
         let place = Self {

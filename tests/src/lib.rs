@@ -17,6 +17,7 @@ pub mod netns;
 pub mod node;
 pub mod nvidia_nodes;
 pub mod nvml;
+pub mod place;
 pub mod process_files;
 pub mod python;
 pub mod redis;

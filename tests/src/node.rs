@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::place::HeldDirectory;
 use crate::{host_ports, images, wait};
 
 /// How many host ports a test node has, unless it asks for another number.
@@ -64,7 +65,7 @@ impl Default for NodeOptions {
 #[derive(Debug)]
 pub struct Node {
     directory: TempDir,
-    run_directory: TempDir,
+    run_directory: HeldDirectory,
     agent_id: String,
     address: String,
     http_address: String,
@@ -126,10 +127,7 @@ impl Node {
             .prefix("bai-node-")
             .tempdir()
             .context("no temporary directory")?;
-        let run_directory = tempfile::Builder::new()
-            .prefix("bai-node-")
-            .tempdir_in("/dev/shm")
-            .context("no directory on tmpfs")?;
+        let run_directory = HeldDirectory::new()?;
         let agent_id = format!(
             "i-test-{}",
             &uuid::Uuid::new_v4().simple().to_string()[..12]
