@@ -133,8 +133,9 @@ class Bench:
 
     async def shell(self, name, line):
         """A command line, by way of two queries: the original loses output that comes between two polls."""
-        await self.execute(name, f"import subprocess\nsaid = subprocess.run({line!r}, shell=True, text=True, stdout=-1, stderr=-2).stdout")
-        text, _ = await self.execute(name, "print(said, end='')")
+        ran = await self.execute(name, f"import subprocess\nsaid = subprocess.run({line!r}, shell=True, text=True, stdout=-1, stderr=-2).stdout")
+        text, told = await self.execute(name, "print(said, end='')")
+        assert text, f"{line} said nothing: {ran}, then {told}"
         return text
 
     async def destroy(self, name):

@@ -85,33 +85,25 @@ impl Recorder {
 
 /// Counts one call. `method` is a name of ours; `failure` the class of its failure.
 pub fn count_call(method: &'static str, failure: Option<&str>, took: Duration) {
-    let counters = CallCounters::of(method);
-    counters.calls.increment(1);
     if let Some(class) = failure {
         ::metrics::counter!(RPC_FAILURES.name, "method" => method, "exception" => class.to_owned())
             .increment(1);
     }
-    counters.times.record(took.as_secs_f64());
-}
-
-/// Handles of one method's counters; to look them up again costs as much as to answer a call.
-#[derive(Clone)]
-struct CallCounters {
-    calls: ::metrics::Counter,
-    times: ::metrics::Histogram,
-}
-
-impl CallCounters {
-    fn of(method: &'static str) -> CallCounters {
-        thread_local! {
-            static KNOWN: RefCell<HashMap<&'static str, CallCounters>> = RefCell::default();
-        }
-        let new = || CallCounters {
-            calls: ::metrics::counter!(RPC_CALLS.name, "method" => method),
-            times: ::metrics::histogram!(RPC_TIMES.name, "method" => method),
-        };
-        KNOWN.with_borrow_mut(|known| known.entry(method).or_insert_with(new).clone())
+    // To look its counters up in the recorder each time costs as much as to answer a call.
+    thread_local! {
+        static KNOWN: RefCell<HashMap<&'static str, (::metrics::Counter, ::metrics::Histogram)>> =
+            RefCell::default();
     }
+    KNOWN.with_borrow_mut(|known| {
+        let (calls, times) = known.entry(method).or_insert_with(|| {
+            (
+                ::metrics::counter!(RPC_CALLS.name, "method" => method),
+                ::metrics::histogram!(RPC_TIMES.name, "method" => method),
+            )
+        });
+        calls.increment(1);
+        times.record(took.as_secs_f64());
+    });
 }
 
 /// Counts one round of statistics in each of the scopes.

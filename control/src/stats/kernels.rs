@@ -77,6 +77,15 @@ impl KernelFacts {
                 .collect(),
         })
     }
+
+    /// The name of its accelerators, if it holds those of one kind: a driver's numbers of a process
+    /// do not say of which.
+    pub(super) fn accelerator(&self) -> Option<&str> {
+        match &self.devices[..] {
+            [held] => Some(&held.name),
+            _ => None,
+        }
+    }
 }
 
 /// The rows of the devices a kernel holds; `None` when one of them is not there.

@@ -1,7 +1,7 @@
 //! The records of the processes in containers.
 //!
-//! In: the processes of a pass. Out: one record per container, host pid by host pid. Invariant: a
-//! pid that was given to another process begins anew.
+//! In: the processes of a pass, and by which name their container holds accelerators. Out: one record
+//! per container, host pid by host pid. Invariant: a pid that was given to another process begins anew.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,7 +9,8 @@ use rust_decimal::Decimal;
 use shared::ids::ContainerId;
 use shared::observed::{ProcessSample, Processes};
 
-use super::decimal::milliseconds;
+use super::decimal::{milliseconds, percent_of_permille};
+use super::kernels::{device_load, device_memory};
 use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
 use super::record::ProcessRecord;
 
@@ -40,6 +41,7 @@ impl ProcessTable {
     pub fn observe(
         &mut self,
         processes: &Processes,
+        accelerators: &HashMap<ContainerId, &str>,
         now_ns: u64,
     ) -> Vec<(ContainerId, ProcessRecord)> {
         if processes.tick == self.tick {
@@ -53,7 +55,8 @@ impl ProcessTable {
             let mut metrics = before
                 .remove(&key)
                 .unwrap_or_else(|| Metrics::new(MissingCapacity::FirstValue));
-            metrics.observe(measurements(process), now_ns);
+            let accelerator = accelerators.get(&process.container_id).copied();
+            metrics.observe(measurements(process, accelerator), now_ns);
             self.tracked.insert(key, metrics);
             containers
                 .entry(process.container_id)
@@ -73,9 +76,9 @@ impl ProcessTable {
     }
 }
 
-fn measurements(process: &ProcessSample) -> Vec<Measurement> {
+fn measurements(process: &ProcessSample, accelerator: Option<&str>) -> Vec<Measurement> {
     let counters = &process.counters;
-    let mut list = Vec::with_capacity(5);
+    let mut list = Vec::with_capacity(7);
     if let (Some(user), Some(system)) = (counters.user_ns, counters.system_ns) {
         let used = milliseconds(user.saturating_add(system));
         list.push(Measurement::of(CPU_UTIL, used, Some(Decimal::ONE_THOUSAND)));
@@ -88,6 +91,15 @@ fn measurements(process: &ProcessSample) -> Vec<Measurement> {
     ] {
         if let Some(value) = value {
             list.push(Measurement::of(quantity, value.into(), None));
+        }
+    }
+    if let Some(name) = accelerator {
+        if let Some(used) = counters.accelerator_memory_bytes {
+            list.push(Measurement::of(device_memory(name), used.into(), None));
+        }
+        if let Some(load) = counters.accelerator_utilisation_permille {
+            let (load, all) = (percent_of_permille(load), Some(Decimal::ONE_HUNDRED));
+            list.push(Measurement::of(device_load(name), load, all));
         }
     }
     list
@@ -128,7 +140,7 @@ mod tests {
         for (round, cpu_ms) in [10_u64, 510, 1010].into_iter().enumerate() {
             let count = u64::try_from(round).unwrap();
             let at_ns = (1000 + 5 * count) * 1_000_000_000;
-            let records = table.observe(&pass(count + 1, 4242, 9, cpu_ms), at_ns);
+            let records = table.observe(&pass(count + 1, 4242, 9, cpu_ms), &HashMap::new(), at_ns);
             let bytes = pack(&records[0].1).unwrap();
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex, golden["rounds"][round]["value_hex"], "round {round}");
@@ -138,11 +150,38 @@ mod tests {
     #[test]
     fn a_pid_used_again_begins_anew() {
         let mut table = ProcessTable::default();
-        table.observe(&pass(1, 5, 1, 1000), 1_000_000_000);
-        let records = table.observe(&pass(2, 5, 2, 20), 2_000_000_000);
+        let none = HashMap::new();
+        table.observe(&pass(1, 5, 1, 1000), &none, 1_000_000_000);
+        let records = table.observe(&pass(2, 5, 2, 20), &none, 2_000_000_000);
         let record = &records[0].1.0[0].1;
         assert_eq!(record.get("cpu_used").unwrap().current, "20");
         assert_eq!(table.tracked.len(), 1);
-        assert!(table.observe(&pass(2, 5, 2, 20), 3_000_000_000).is_empty());
+        assert!(
+            table
+                .observe(&pass(2, 5, 2, 20), &none, 3_000_000_000)
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn use_of_accelerators_has_the_name_the_kernel_holds_them_by() {
+        let mut pass = pass(1, 5, 1, 1000);
+        let counters = &mut pass.list[0].counters;
+        counters.accelerator_memory_bytes = Some(1 << 30);
+        counters.accelerator_utilisation_permille = Some(250);
+        let record_of = |names: &[(ContainerId, &'static str)]| {
+            let names = names.iter().copied().collect();
+            let mut records = ProcessTable::default().observe(&pass, &names, 1_000_000_000);
+            records.remove(0).1.0.remove(0).1
+        };
+        let record = record_of(&[(ContainerId([0xcc; 32]), "cuda")]);
+        assert_eq!(record.get("cuda_mem").unwrap().current, "1073741824");
+        let load = record.get("cuda_util").unwrap();
+        assert_eq!(
+            (load.current.as_str(), load.percentage.as_str()),
+            ("25", "25")
+        );
+        // A container that holds none, or several kinds, has no name to give it.
+        assert!(record_of(&[]).get("cuda_mem").is_none());
     }
 }

@@ -116,7 +116,11 @@ impl Records {
             .snapshot
             .map(|snapshot| self.kernels.observe(pass.kernels, snapshot))
             .unwrap_or_default();
-        let processes = self.processes.observe(pass.processes, pass.reading.at_ns);
+        let named = pass.kernels.iter();
+        let named = named.filter_map(|kernel| Some((kernel.container, kernel.accelerator()?)));
+        let processes =
+            self.processes
+                .observe(pass.processes, &named.collect(), pass.reading.at_ns);
         // A record must not run out between two passes.
         let process_life = PROCESS_LIFE.max(pass.interval.mul_f64(1.6));
         [
