@@ -29,13 +29,22 @@ pub struct RunArgs {
     log_level: Option<String>,
 }
 
-/// Loads the configuration and runs until told to stop.
-pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
+/// Loads the configuration and begins the log, as every service of this program does.
+pub(super) fn begin(
+    args: &RunArgs,
+    file: Option<PathBuf>,
+) -> Result<(config::LoadOptions, config::Loaded), Problem> {
     let options = config::LoadOptions::of_this_process(file, args.standalone);
     let loaded =
         config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
     shared::heap::one_arena();
     start_log(args, &loaded.config)?;
+    Ok((options, loaded))
+}
+
+/// Loads the configuration and runs until told to stop.
+pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
+    let (options, loaded) = begin(args, file)?;
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");
     }
@@ -55,7 +64,7 @@ pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
     }
 }
 
-pub(super) fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
+fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
     let level = match (&args.log_level, args.debug) {
         (Some(level), _) => level.to_ascii_lowercase(),
         (None, true) => "debug".to_owned(),

@@ -3,15 +3,11 @@
 use std::path::PathBuf;
 
 use super::exit::Problem;
-use super::run::{RunArgs, start_log};
+use super::run::{RunArgs, begin};
 
 /// Loads the configuration and runs until told to stop.
 pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
-    let options = config::LoadOptions::of_this_process(file, args.standalone);
-    let loaded =
-        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
-    shared::heap::one_arena();
-    start_log(args, &loaded.config)?;
+    let (_, loaded) = begin(args, file)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

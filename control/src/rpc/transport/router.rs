@@ -123,8 +123,10 @@ impl Router {
             return;
         };
         let joining = tokio::task::spawn_blocking(move || thread.join());
-        if !matches!(joining.await, Ok(Ok(()))) {
-            tracing::warn!("The RPC thread ended badly.");
+        match tokio::time::timeout(LINGER * 20, joining).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(_) => tracing::warn!("The RPC thread ended badly."),
+            Err(_) => tracing::warn!("The RPC thread did not end in time."),
         }
     }
 }
@@ -160,6 +162,8 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
     let tasks = TaskTracker::new();
     let mut number = 0u64;
+    // Told once each time the bound is reached, not for each of those beyond it.
+    let mut full = false;
     loop {
         let accepting = async {
             // Never closed.
@@ -172,9 +176,12 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
         };
         match accepted {
             Ok((_, address)) if tasks.len() >= CONNECTIONS => {
-                tracing::warn!(%address, limit = CONNECTIONS, "An RPC connection too many was closed.");
+                if !std::mem::replace(&mut full, true) {
+                    tracing::warn!(%address, limit = CONNECTIONS, "An RPC connection too many was closed, and others are until some end.");
+                }
             }
             Ok((stream, address)) => {
+                full = false;
                 number += 1;
                 tasks.spawn(serve(shared.clone(), stream, address, number, shaking));
             }
