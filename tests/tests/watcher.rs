@@ -265,12 +265,15 @@ async fn failures_of_systemctl_are_told() -> Result<()> {
     assert_eq!(watcher.get("/").await?.json()?["agent-status"], "inactive");
     // It hangs: killed in time; meanwhile nobody else may act, and the state is still told.
     watcher.behave("case $1 in is-active) ;; *) exec sleep 600 ;; esac")?;
+    watcher.calls();
     let (slow, _) = tokio::join!(watcher.post("/agent/restart"), async {
-        let busy = wait::until("it is busy", PATIENCE, || async {
-            let answer = watcher.post("/agent/stop").await.ok()?;
-            (answer.status == 409).then_some(answer)
+        // Not before the first has begun, or this one hangs in its place.
+        let begun = wait::until("it has begun", PATIENCE, || async {
+            (!watcher.calls().is_empty()).then_some(())
         });
-        assert!(busy.await.is_ok());
+        assert!(begun.await.is_ok());
+        let busy = watcher.post("/agent/stop").await;
+        assert_eq!(busy.map(|it| it.status).ok(), Some(409));
         assert_eq!(watcher.get("/").await.map(|it| it.status).ok(), Some(200));
     });
     let slow = slow?;
