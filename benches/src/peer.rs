@@ -173,6 +173,12 @@ impl Peer {
                     arguments.extend(docker_proxy_arguments(host_port, port));
                     running.spawn("/bin/sh".as_ref(), &arguments)?;
                 }
+                // One process per port: an answer of the one tells nothing of the other.
+                site.within(Place::Host, || {
+                    crate::site::until("docker-proxy listening", || {
+                        PORTS.iter().all(|(port, _)| listens(*port)).then_some(())
+                    })
+                })??;
             }
             Self::Haproxy => {
                 let path = site.directory().join("haproxy.cfg");
@@ -215,6 +221,20 @@ impl Peer {
 }
 
 const PORTS: [(u16, u16); 2] = [(HOST_ECHO_PORT, ECHO_PORT), (HOST_BULK_PORT, BULK_PORT)];
+
+/// Whether somebody listens on a port in this thread's network namespace.
+fn listens(port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let end = format!(":{port:04X}");
+    ["tcp", "tcp6"].into_iter().any(|table| {
+        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+        text.unwrap_or_default().lines().any(|line| {
+            let mut fields = line.split_whitespace().skip(1);
+            let local = fields.next().unwrap_or_default();
+            local.ends_with(&end) && fields.nth(1) == Some(LISTEN)
+        })
+    })
+}
 
 /// A peer in place; gone when dropped.
 #[derive(Debug)]

@@ -93,7 +93,9 @@ class Bench:
             before, done = used(), call("calls", 16, 5)
             raw.setdefault("calls_per_s_16", []).append(done["count"] / done["seconds"])
             raw.setdefault("cpu_per_call_us", []).append((used() - before) / done["count"] * 1e6)
-            raw.setdefault("rtt_us", []).append(call("calls", 1, 3)["samples_us"])
+            before, done = used(), call("calls", 1, 3)
+            raw.setdefault("rtt_us", []).append(done["samples_us"])
+            raw.setdefault("cpu_per_call_1_us", []).append((used() - before) / done["count"] * 1e6)
             raw.setdefault("connect_and_ping_us", []).append(call("connects", 200)["samples_us"])
         finally:
             server.kill()
@@ -114,7 +116,9 @@ class Bench:
         before, done = cpu(of_agent(agent)), self.generate(agent, "calls", 16, 5)
         self.keep(kind, "calls_per_s_16", done["count"] / done["seconds"])
         self.keep(kind, "cpu_per_call_us", (cpu(of_agent(agent)) - before) / done["count"] * 1e6)
-        self.keep(kind, "rtt_us", self.generate(agent, "calls", 1, 3)["samples_us"])
+        before, done = cpu(of_agent(agent)), self.generate(agent, "calls", 1, 3)
+        self.keep(kind, "rtt_us", done["samples_us"])
+        self.keep(kind, "cpu_per_call_1_us", (cpu(of_agent(agent)) - before) / done["count"] * 1e6)
         self.keep(kind, "connect_and_ping_us", self.generate(agent, "connects", 200)["samples_us"])
         agent.stop()
 
@@ -209,7 +213,7 @@ class Bench:
         engine.docker("rm", "--force", name)
         asyncio.run(client.destroy_kernel(kernel, session, "user-requested"))
 
-    CALLS = (("calls_per_s_16",) * 2, ("cpu_per_call", "cpu_per_call_us"), ("rtt_p50", "rtt_us"), ("connect_and_ping_p50", "connect_and_ping_us"))
+    CALLS = (("calls_per_s_16",) * 2, ("cpu_per_call", "cpu_per_call_us"), ("cpu_per_call_1", "cpu_per_call_1_us"), ("rtt_p50", "rtt_us"), ("connect_and_ping_p50", "connect_and_ping_us"))
 
     def middle(self, kind, name):
         return statistics.median([value for item in self.raw[kind][name] for value in (item if isinstance(item, list) else [item])])
