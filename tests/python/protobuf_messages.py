@@ -1,4 +1,6 @@
-"""Classes of protobuf messages out of tables, for stand-ins of published gRPC services."""
+"""Classes of protobuf messages, for the other end of published gRPC services: out of published descriptors, else out of tables."""
+
+from collections import namedtuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -30,3 +32,28 @@ def classes(package, messages):
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for name in messages}
+
+
+Method = namedtuple("Method", "path request response server_streaming")
+
+
+class Published:
+    """The messages and services of a file of descriptors, as `protoc --descriptor_set_out` writes it."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            [self.file] = descriptor_pb2.FileDescriptorSet.FromString(file.read()).file
+        self.pool = descriptor_pool.DescriptorPool()
+        self.pool.Add(self.file)
+        self.messages = {message.name: self._message(message.name) for message in self.file.message_type}
+
+    def _message(self, name):
+        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"{self.file.package}.{name}"))
+
+    def methods(self, service):
+        """{name of a method: what it takes and gives, and its path}."""
+        found = self.pool.FindServiceByName(service).methods
+        return {
+            method.name: Method(f"/{service}/{method.name}", self.messages[method.input_type.name], self.messages[method.output_type.name], method.server_streaming)
+            for method in found
+        }

@@ -4,11 +4,11 @@
 //! ends with this value.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value as Json;
 
 /// A running plugin.
@@ -25,6 +25,7 @@ impl DevicePlugin {
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/device_plugin.py");
         let mut child = Command::new(python)
             .arg(program)
+            .arg(definition()?)
             .args(
                 [socket.parent(), socket.file_name().map(Path::new)]
                     .into_iter()
@@ -70,6 +71,20 @@ impl DevicePlugin {
         let all = self.told().into_iter();
         all.filter(|said| said["called"] == name).collect()
     }
+}
+
+/// The published definition of the API, as descriptors of its messages and methods.
+pub fn definition() -> Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/device-plugin-api");
+    let output = Command::new(&script).output()?;
+    let reason = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{} failed: {reason}",
+        script.display()
+    );
+    let path = String::from_utf8(output.stdout).context("a path is UTF-8")?;
+    Ok(PathBuf::from(path.trim()))
 }
 
 impl Drop for DevicePlugin {
