@@ -64,10 +64,10 @@ integration: build runner $(NEXTEST) ## suites against real Docker, the real run
 	$(NEXTEST) nextest run --locked -p tests --tests
 
 test-accelerators: build runner $(NEXTEST) ## the suites about accelerators alone (part of `make test`)
-	$(NEXTEST) nextest run --locked -p tests -E 'binary(/^accelerator_/)'
+	$(NEXTEST) nextest run --locked -p tests --test 'accelerator_*'
 
-test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver: against nvidia-smi (docs/gpu.md)
-	$(NEXTEST) nextest run --locked -p tests --test gpu --success-output final
+test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver (root): loads against nvidia-smi; writes what it saw into docs/gpu.md
+	UPDATE_DOCS=1 $(NEXTEST) nextest run --locked -p tests --test gpu --success-output final
 
 compat: setup-test build runner ## an unmodified manager drives the agent through its public API
 	tests/scripts/compat

@@ -1,13 +1,20 @@
-//! NVIDIA devices where there are none: a stand-in for the driver's library, with the real C ABI.
+//! NVIDIA devices where there are none: stand-ins for the driver's libraries, with the real C ABI, and
+//! for `nvidia-smi`.
 //!
-//! In: a description of devices and processes (`tests/standin/nvml.c` says how). Out: what a program
-//! needs to load it. Invariant: the description changes as one, never half-written.
+//! In: a description of devices and processes (`tests/standin/devices.h` says how). Out: what a program
+//! needs to find them. Invariant: the description changes as one, never half-written.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
+
+use crate::gpu_truth::Machine;
+use crate::wait;
+
+const LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// A driver whose devices the test makes up.
 #[derive(Debug)]
@@ -19,14 +26,7 @@ impl StandIn {
     /// Compiles the library and describes the first devices.
     pub fn new(devices: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("standin/nvml.c");
-        let compiled = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
-            .arg(directory.path().join("libnvidia-ml.so.1"))
-            .arg(&source)
-            .status()
-            .context("no C compiler")?;
-        ensure!(compiled.success(), "{} does not compile", source.display());
+        compile("nvml.c", &directory.path().join(LIBRARY), true)?;
         let stand_in = Self { directory };
         stand_in.describe(devices)?;
         Ok(stand_in)
@@ -39,13 +39,18 @@ impl StandIn {
         Ok(std::fs::rename(&fresh, self.state())?)
     }
 
+    /// Where they lie.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     fn state(&self) -> PathBuf {
         self.directory.path().join("devices")
     }
 
     /// Environment of a dataplane that finds the stand-in.
     pub fn environment(&self) -> Vec<(String, String)> {
-        let library = self.directory.path().join("libnvidia-ml.so.1");
+        let library = self.directory.path().join(LIBRARY);
         vec![
             ("BAI_NVML_LIBRARY".to_owned(), library.display().to_string()),
             (
@@ -54,6 +59,42 @@ impl StandIn {
             ),
         ]
     }
+
+    /// A machine on which programs compute on these devices, and `nvidia-smi` tells of them.
+    pub fn machine(&self) -> Result<Machine> {
+        let place = self.directory.path();
+        compile("cuda.c", &place.join("libcuda.so.1"), true)?;
+        compile("nvidia-smi.c", &place.join("nvidia-smi"), false)?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let place = place.display();
+        let mut environment = self.environment();
+        environment.push(("PATH".to_owned(), format!("{place}:{path}")));
+        environment.push(("LD_LIBRARY_PATH".to_owned(), place.to_string()));
+        let patience = wait::here(Duration::from_secs(60));
+        Ok(Machine {
+            environment,
+            patience,
+        })
+    }
+}
+
+fn compile(source: &str, to: &Path, library: bool) -> Result<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("standin")
+        .join(source);
+    let mut compiler = Command::new("cc");
+    // Each uses a part of what they have in common.
+    compiler.args(["-O1", "-Wall", "-Werror", "-Wno-unused"]);
+    if library {
+        compiler.args(["-shared", "-fPIC"]);
+    }
+    let compiled = compiler.arg("-o").arg(to).arg(&source).status();
+    ensure!(
+        compiled.context("no C compiler")?.success(),
+        "{} does not compile",
+        source.display()
+    );
+    Ok(())
 }
 
 /// Environment of a dataplane on a node without the driver.

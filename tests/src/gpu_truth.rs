@@ -1,0 +1,723 @@
+//! Whether the dataplane tells of NVIDIA devices what `nvidia-smi` tells, idle and under load.
+//!
+//! In: a machine with NVIDIA's driver, or one where everything of it is stood in for. Out: what was
+//! compared, number by number, or the first thing that does not fit. The loads are real: programs
+//! (`tests/python/cuda_load.py`) in cgroups named like containers, and one in none.
+//! Invariants: no value is taken for agreement that was not told by both; a check that cannot be done
+//! is a failure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value as Json;
+use shared::ids::ContainerId;
+use shared::observed::AcceleratorRow;
+use tempfile::TempDir;
+
+use crate::cgroup::TestCgroup;
+use crate::dataplane::{Control, Options, Place, container_row};
+use crate::nvidia_smi::{NvidiaSmi, OfProcess, value};
+use crate::wait;
+
+const MIB: u64 = 1 << 20;
+/// Between the lines of a document that keeps what was seen.
+const MARKS: [&str; 2] = ["<!-- seen: begin -->\n", "<!-- seen: end -->\n"];
+/// MiB by which two amounts of memory may differ: both are rounded.
+const ROUNDED: f64 = 2.0;
+/// Percent by which busy shares may differ: they are sampled at different times.
+const SAMPLED: f64 = 15.0;
+
+/// A number of a device in the two programs' words, and by how much they may differ: an amount, and
+/// a share of what `nvidia-smi` says.
+type Number = (&'static str, fn(&AcceleratorRow) -> Option<f64>, f64, f64);
+
+const NUMBERS: [Number; 13] = [
+    (
+        "memory.total",
+        |row| mib(row.counters.memory_total_bytes),
+        1.0,
+        0.0,
+    ),
+    ("memory.free", |row| free(row), ROUNDED, 0.0),
+    (
+        "utilization.gpu",
+        |row| percent(row.counters.utilisation_permille),
+        SAMPLED,
+        0.0,
+    ),
+    (
+        "utilization.memory",
+        |row| percent(row.counters.memory_utilisation_permille),
+        SAMPLED,
+        0.0,
+    ),
+    (
+        "utilization.encoder",
+        |row| percent(row.counters.encoder_permille),
+        SAMPLED,
+        0.0,
+    ),
+    (
+        "utilization.decoder",
+        |row| percent(row.counters.decoder_permille),
+        SAMPLED,
+        0.0,
+    ),
+    (
+        "power.draw",
+        |row| thousandths(row.counters.power_mw),
+        5.0,
+        0.1,
+    ),
+    (
+        "enforced.power.limit",
+        |row| thousandths(row.counters.power_limit_mw),
+        0.1,
+        0.0,
+    ),
+    (
+        "temperature.gpu",
+        |row| thousandths(row.counters.temperature_mc),
+        3.0,
+        0.0,
+    ),
+    ("clocks.sm", |row| whole(row.counters.clock_mhz), 15.0, 0.05),
+    (
+        "clocks.mem",
+        |row| whole(row.counters.memory_clock_mhz),
+        0.0,
+        0.05,
+    ),
+    (
+        "ecc.errors.corrected.volatile.total",
+        |row| whole(row.counters.ecc_corrected),
+        0.0,
+        0.0,
+    ),
+    (
+        "ecc.errors.uncorrected.volatile.total",
+        |row| whole(row.counters.ecc_uncorrected),
+        0.0,
+        0.0,
+    ),
+];
+
+/// The machine that is looked at.
+#[derive(Debug)]
+pub struct Machine {
+    /// What its programs find the driver by; nothing where it is installed.
+    pub environment: Vec<(String, String)>,
+    /// How long two programs may take to agree.
+    pub patience: Duration,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here() -> Self {
+        Self {
+            environment: Vec::new(),
+            patience: wait::here(Duration::from_secs(60)),
+        }
+    }
+
+    fn smi(&self) -> NvidiaSmi {
+        NvidiaSmi(self.environment.clone())
+    }
+
+    /// Why there is nothing to compare; `None` where NVML is.
+    pub fn without_nvml(&self) -> Result<Option<String>> {
+        const LOAD: &str = "import ctypes, sys\n\
+            try: ctypes.CDLL('libnvidia-ml.so.1')\n\
+            except OSError as error: sys.exit(str(error))";
+        let output = Command::new("python3")
+            .args(["-c", LOAD])
+            .envs(self.environment.iter().cloned())
+            .output()
+            .context("python3 can't be started; run deploy/setup test")?;
+        let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Ok((!output.status.success()).then(|| format!("no NVIDIA driver on this node: {reason}")))
+    }
+
+    /// Compares the inventory, then puts loads on the first and the last device and compares all
+    /// numbers, then ends the loads and sees them gone.
+    pub fn check(&self) -> Result<Seen> {
+        let place = Place::new(Options {
+            dataplane: "stats-interval = 0.5".to_owned(),
+            environment: self.environment.clone(),
+            ..Options::default()
+        })?;
+        let mut control = place.control()?;
+        let process = place.start()?;
+        self.compare_all(&mut control)
+            .with_context(|| format!("bai-dataplane has logged:\n{}", process.log()))
+    }
+
+    fn compare_all(&self, control: &mut Control) -> Result<Seen> {
+        let mut seen = Seen::default();
+        let rows = self.inventory(control, &mut seen)?;
+        let mut loads = self.loads(&rows, control)?;
+        self.under_load(control, &loads, &mut seen)?;
+        loads.end()?;
+        let gone = self.until_agreed(|told| {
+            let rows = accelerators(control)?;
+            for load in &loads.all {
+                let row = row_of(&rows, &load.device)?;
+                let users: BTreeSet<_> = row.users.iter().map(|user| user.container_id).collect();
+                let (ours, theirs) = (users_of(&loads, &users), self.smi_users(&loads)?);
+                let what = format!("{}, these loads after their end", row.id);
+                told.is(
+                    &what,
+                    ours.to_string(),
+                    &theirs.to_string(),
+                    ours == 0 && theirs == 0,
+                );
+            }
+            Ok(())
+        })?;
+        seen.lines.extend(gone);
+        Ok(seen)
+    }
+
+    /// How many of the loads `nvidia-smi` lists.
+    fn smi_users(&self, loads: &Loads) -> Result<usize> {
+        let listed = self.smi().memory()?;
+        let pids: BTreeSet<u32> = listed.keys().map(|(_, pid)| *pid).collect();
+        let own = loads.all.iter().filter(|load| pids.contains(&load.pid));
+        Ok(own.count())
+    }
+
+    fn inventory(&self, control: &mut Control, seen: &mut Seen) -> Result<Vec<AcceleratorRow>> {
+        let told = self.smi().devices(&[
+            "index",
+            "name",
+            "pci.bus_id",
+            "driver_version",
+            "mig.mode.current",
+        ])?;
+        ensure!(!told.is_empty(), "nvidia-smi lists no device");
+        let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
+        let whole: BTreeSet<&str> = (rows.iter())
+            .filter(|row| row.part_of.is_none())
+            .map(|row| row.id.as_str())
+            .collect();
+        let ids: BTreeSet<&str> = told.iter().map(|(id, _)| id.as_str()).collect();
+        ensure!(
+            whole == ids,
+            "devices are {whole:?}; nvidia-smi lists {ids:?}"
+        );
+        for (id, fields) in &told {
+            let row = row_of(&rows, id)?;
+            ensure!(
+                row.key.index.to_string() == fields["index"],
+                "{row:?}, {fields:?}"
+            );
+            ensure!(row.model == fields["name"], "{row:?}, {fields:?}");
+            let bus = fields["pci.bus_id"].to_lowercase();
+            ensure!(
+                bus.ends_with(&row.pci) && !row.pci.is_empty(),
+                "{row:?}, {fields:?}"
+            );
+            let divided = fields["mig.mode.current"] == "Enabled";
+            ensure!(row.divided == divided, "{row:?}, {fields:?}");
+            ensure!(row.healthy, "{id} does not work: {row:?}");
+            seen.driver.clone_from(&fields["driver_version"]);
+            *seen.models.entry(row.model.clone()).or_default() += 1;
+        }
+        seen.parts = rows.iter().filter(|row| row.part_of.is_some()).count();
+        Ok(rows)
+    }
+
+    fn loads(&self, rows: &[AcceleratorRow], control: &mut Control) -> Result<Loads> {
+        // Of divided devices only the parts can be used.
+        let whole = rows
+            .iter()
+            .filter(|row| row.part_of.is_none() && !row.divided);
+        let mut usable: Vec<&AcceleratorRow> = whole.collect();
+        if usable.is_empty() {
+            usable = rows.iter().filter(|row| row.part_of.is_some()).collect();
+        }
+        let (Some(first), Some(last)) = (usable.first(), usable.last()) else {
+            bail!("all devices are divided and have no instance: nothing can compute here");
+        };
+        let mut loads = Loads {
+            place: tempfile::tempdir()?,
+            groups: Vec::new(),
+            outside: Vec::new(),
+            all: Vec::new(),
+        };
+        for number in [1u8, 2] {
+            let id = format!("{number:x}").repeat(64);
+            let group = TestCgroup::new(&id)?;
+            let group = group.context("loads are put into cgroups, which takes root")?;
+            let mut row = container_row(number);
+            row.container_id = id.parse()?;
+            row.cgroup_path.clone_from(&group.path);
+            control.write(|batch| batch.put_container(row))?;
+            loads.groups.push((id.parse()?, group));
+        }
+        for (device, group, mib, what) in [
+            (first, Some(0), 512, "spin"),
+            (last, Some(1), 256, "spin"),
+            (last, Some(1), 128, "idle"),
+            (first, None, 192, "idle"),
+        ] {
+            loads.start(self, device, group, mib * MIB, what)?;
+        }
+        loads.wait(self.patience)?;
+        for load in &loads.all {
+            let row = row_of(rows, &load.device)?;
+            ensure!(
+                load.bus == row.pci,
+                "the load for {row:?} computes at {}",
+                load.bus
+            );
+        }
+        Ok(loads)
+    }
+
+    fn under_load(&self, control: &mut Control, loads: &Loads, seen: &mut Seen) -> Result<()> {
+        let smi = self.smi();
+        let numbers = NUMBERS.iter().filter(|number| smi.knows(number.0));
+        let numbers: Vec<&Number> = numbers.collect();
+        for needed in ["memory.free", "utilization.gpu"] {
+            let there = numbers.iter().any(|number| number.0 == needed);
+            ensure!(there, "nvidia-smi does not tell {needed}");
+        }
+        let fields: Vec<&str> = numbers.iter().map(|number| number.0).collect();
+        // First that all of them hold their memory and the devices have been busy for a while: before that
+        // two programs could agree on what is not there yet.
+        let held = self.until_agreed(|told| {
+            let (rows, memory) = (accelerators(control)?, smi.memory()?);
+            for holder in loads.holders(&rows, control)? {
+                told.memory(&holder, &memory);
+            }
+            told.users(&rows, loads);
+            told.busy(&rows, &smi.devices(&["utilization.gpu"])?, loads)
+        })?;
+        seen.lines.extend(held);
+        let told = self.until_agreed(|told| {
+            let (devices, busy) = (smi.devices(&fields)?, smi.busy()?);
+            let rows = accelerators(control)?;
+            for (id, values) in &devices {
+                let row = row_of(&rows, id)?;
+                for (name, ours, amount, share) in &numbers {
+                    let theirs = value(&values[*name])?;
+                    told.number(&format!("{id} {name}"), ours(row), theirs, |a, b| {
+                        (a - b).abs() <= amount + share * b
+                    });
+                }
+            }
+            for holder in loads.holders(&rows, control)? {
+                told.share(&holder, &busy);
+            }
+            Ok(())
+        })?;
+        seen.lines.extend(told);
+        Ok(())
+    }
+
+    /// Looks again and again until each thing was told the same by both at least once.
+    fn until_agreed(&self, mut look: impl FnMut(&mut Told) -> Result<()>) -> Result<Vec<Line>> {
+        let deadline = Instant::now() + self.patience;
+        let mut told = Told::default();
+        loop {
+            let looked = look(&mut told);
+            if looked.is_ok() && told.open.is_empty() {
+                return Ok(told.agreed.into_values().collect());
+            }
+            if Instant::now() > deadline {
+                looked?;
+                let open = told.open.values().map(|line| line.join(" | "));
+                let open: Vec<String> = open.collect();
+                bail!(
+                    "not told the same within {:?} (what | agent | nvidia-smi):\n{}",
+                    self.patience,
+                    open.join("\n")
+                );
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+/// What, as the agent tells it, as `nvidia-smi` does.
+type Line = [String; 3];
+
+/// What has been compared so far.
+#[derive(Default)]
+struct Told {
+    agreed: BTreeMap<String, Line>,
+    open: BTreeMap<String, Line>,
+}
+
+impl Told {
+    fn is(&mut self, what: &str, ours: String, theirs: &str, same: bool) {
+        if self.agreed.contains_key(what) {
+            return;
+        }
+        let line = [what.to_owned(), ours, theirs.to_owned()];
+        let list = if same {
+            self.open.remove(what);
+            &mut self.agreed
+        } else {
+            &mut self.open
+        };
+        list.insert(what.to_owned(), line);
+    }
+
+    /// What neither tells is told the same.
+    fn number(
+        &mut self,
+        what: &str,
+        ours: Option<f64>,
+        theirs: Option<f64>,
+        near: impl Fn(f64, f64) -> bool,
+    ) {
+        let same = match (ours, theirs) {
+            (Some(ours), Some(theirs)) => near(ours, theirs),
+            (ours, theirs) => ours.is_none() && theirs.is_none(),
+        };
+        self.is(what, show(ours), &show(theirs), same);
+    }
+
+    fn memory(&mut self, holder: &Holder, told: &OfProcess<f64>) {
+        let theirs = holder.keys.iter().map(|key| told.get(key).copied());
+        let theirs: Option<f64> = theirs.sum();
+        // Whatever both say: what the programs have asked for is theirs.
+        let least = mib(Some(holder.taken)).unwrap_or(0.0);
+        let enough = holder.memory.is_some_and(|ours| ours >= least);
+        let what = format!("{}, memory", holder.name);
+        match theirs {
+            // Of parts it tells none.
+            None if holder.of_part => self.is(&what, show(holder.memory), "not told", enough),
+            _ => self.number(&what, holder.memory, theirs, |ours, theirs| {
+                (ours - theirs).abs() <= ROUNDED && enough
+            }),
+        }
+    }
+
+    fn share(&mut self, holder: &Holder, told: &OfProcess<Option<f64>>) {
+        let shares = holder.keys.iter().filter_map(|key| *told.get(key)?);
+        let theirs = shares.reduce(|all, one| all + one);
+        // One that it has no sample of is idle; or the driver takes none, which both have to say.
+        let theirs = theirs.or(holder.share.map(|_| 0.0));
+        let what = format!("{}, share", holder.name);
+        self.number(&what, holder.share, theirs, |ours, theirs| {
+            (ours - theirs).abs() <= SAMPLED
+        });
+    }
+
+    /// What computes makes its device busy; of parts no driver tells a share.
+    fn busy(
+        &mut self,
+        rows: &[AcceleratorRow],
+        told: &[(String, BTreeMap<String, String>)],
+        loads: &Loads,
+    ) -> Result<()> {
+        for load in loads.all.iter().filter(|load| load.busy) {
+            let row = row_of(rows, &load.device)?;
+            if row.part_of.is_some() {
+                continue;
+            }
+            let theirs = told.iter().find(|(id, _)| *id == row.id);
+            let theirs = theirs.context("a device with a load")?;
+            let theirs = value(&theirs.1["utilization.gpu"])?;
+            let ours = percent(row.counters.utilisation_permille);
+            let what = format!("{} with a load, at least half busy", row.id);
+            self.number(&what, ours, theirs, |ours, theirs| {
+                ours >= 50.0 && theirs >= 50.0
+            });
+        }
+        Ok(())
+    }
+
+    /// Each container uses its device and no other; the program in no container is nobody's.
+    fn users(&mut self, rows: &[AcceleratorRow], loads: &Loads) {
+        for row in rows {
+            let expected: BTreeSet<ContainerId> = (loads.all.iter())
+                .filter(|load| load.device == row.id)
+                .filter_map(|load| Some(loads.groups[load.group?].0))
+                .collect();
+            // Others of the machine may be at work too.
+            let users: BTreeSet<ContainerId> = (row.users.iter().map(|user| user.container_id))
+                .filter(|id| loads.groups.iter().any(|(own, _)| own == id))
+                .collect();
+            self.is(
+                &format!("{}, containers with loads", row.id),
+                users.len().to_string(),
+                &expected.len().to_string(),
+                users == expected,
+            );
+        }
+    }
+}
+
+/// How many of these users are containers of the loads.
+fn users_of(loads: &Loads, users: &BTreeSet<ContainerId>) -> usize {
+    let own = loads.groups.iter().filter(|(id, _)| users.contains(id));
+    own.count()
+}
+
+/// What was told the same by both.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Version of the driver.
+    pub driver: String,
+    /// How many devices of each model.
+    pub models: BTreeMap<String, usize>,
+    /// How many instances of divided devices.
+    pub parts: usize,
+    /// All comparisons.
+    pub lines: Vec<Line>,
+}
+
+impl Seen {
+    /// As a part of a document.
+    pub fn text(&self) -> String {
+        let models = self
+            .models
+            .iter()
+            .map(|(name, count)| format!("{count} x {name}"));
+        let models: Vec<String> = models.collect();
+        let mut text = format!(
+            "{}, {} MIG instances, driver {}; {} comparisons.\n\n| what | agent | nvidia-smi |\n|---|---|---|\n",
+            models.join(", "),
+            self.parts,
+            self.driver,
+            self.lines.len()
+        );
+        for [what, ours, theirs] in &self.lines {
+            let _ = writeln!(text, "| {what} | {ours} | {theirs} |");
+        }
+        text
+    }
+
+    /// Puts it into a document, in place of what was seen before.
+    pub fn record(&self, document: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(document)?;
+        let parts = text
+            .split_once(MARKS[0])
+            .and_then(|(before, rest)| Some((before, rest.split_once(MARKS[1])?.1)));
+        let (before, after) = parts.context("the document has no place for what was seen")?;
+        let [begin, end] = MARKS;
+        let fresh = format!("{before}{begin}{}{end}{after}", self.text());
+        Ok(std::fs::write(document, fresh)?)
+    }
+}
+
+/// A program that computes, or only holds memory.
+#[derive(Debug)]
+struct Load {
+    device: String,
+    /// Which of the cgroups it is in.
+    group: Option<usize>,
+    pid: u32,
+    memory: u64,
+    busy: bool,
+    output: PathBuf,
+    /// PCI address of what it computes on.
+    bus: String,
+}
+
+/// A container or a process of the loads, as the agent tells of it.
+struct Holder {
+    name: String,
+    of_part: bool,
+    memory: Option<f64>,
+    share: Option<f64>,
+    /// Its processes as `nvidia-smi` numbers them.
+    keys: Vec<(u32, u32)>,
+    /// Bytes that its programs have asked for.
+    taken: u64,
+}
+
+struct Loads {
+    place: TempDir,
+    groups: Vec<(ContainerId, TestCgroup)>,
+    outside: Vec<Child>,
+    all: Vec<Load>,
+}
+
+impl Loads {
+    fn start(
+        &mut self,
+        machine: &Machine,
+        device: &AcceleratorRow,
+        group: Option<usize>,
+        memory: u64,
+        what: &str,
+    ) -> Result<()> {
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/cuda_load.py");
+        let output = self.place.path().join(self.all.len().to_string());
+        let variables = machine.environment.iter();
+        let mut script: String = variables
+            .map(|(name, value)| format!("export {name}='{value}'; "))
+            .collect();
+        let _ = write!(
+            script,
+            "export CUDA_VISIBLE_DEVICES='{}'; exec python3 '{}' {memory} {what} >'{}' 2>&1",
+            device.id,
+            program.display(),
+            output.display()
+        );
+        let pid = match group {
+            Some(place) => self.groups[place].1.run(&script)?,
+            None => {
+                let child = Command::new("sh")
+                    .args(["-c", &script])
+                    .stdin(Stdio::null())
+                    .spawn()?;
+                let pid = child.id();
+                self.outside.push(child);
+                pid
+            }
+        };
+        self.all.push(Load {
+            device: device.id.clone(),
+            group,
+            pid,
+            memory,
+            busy: what == "spin",
+            output,
+            bus: String::new(),
+        });
+        Ok(())
+    }
+
+    /// The containers with loads, and their processes.
+    fn holders(&self, rows: &[AcceleratorRow], control: &mut Control) -> Result<Vec<Holder>> {
+        let listing = control.observed.processes()?;
+        let mut all = Vec::new();
+        for (place, (id, _)) in self.groups.iter().enumerate() {
+            let own = || self.all.iter().filter(|load| load.group == Some(place));
+            let device = &own().next().context("a load in each container")?.device;
+            let row = row_of(rows, device)?;
+            let user = row.users.iter().find(|user| user.container_id == *id);
+            let of_device = |name: String| Holder {
+                name: format!("{name} on {}", row.id),
+                of_part: row.part_of.is_some(),
+                memory: None,
+                share: None,
+                keys: Vec::new(),
+                taken: 0,
+            };
+            all.push(Holder {
+                memory: user.and_then(|user| mib(user.memory_bytes)),
+                share: user.and_then(|user| percent(user.utilisation_permille)),
+                keys: own().map(|load| (row.key.index, load.pid)).collect(),
+                taken: own().map(|load| load.memory).sum(),
+                ..of_device(format!(
+                    "container {} of {} processes",
+                    place + 1,
+                    own().count()
+                ))
+            });
+            for load in own() {
+                let process = listing.list.iter().find(|it| it.pid == load.pid);
+                let found = process.map(|process| &process.counters);
+                let what = if load.busy { "busy" } else { "idle" };
+                all.push(Holder {
+                    memory: found.and_then(|it| mib(it.accelerator_memory_bytes)),
+                    share: found.and_then(|it| percent(it.accelerator_utilisation_permille)),
+                    keys: vec![(row.key.index, load.pid)],
+                    taken: load.memory,
+                    ..of_device(format!("{what} process of {} MiB", load.memory / MIB))
+                });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Until all compute.
+    fn wait(&mut self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        for load in &mut self.all {
+            loop {
+                let said = std::fs::read_to_string(&load.output).unwrap_or_default();
+                if let Some(ready) = said.lines().find(|line| line.starts_with('{')) {
+                    let ready: Json = serde_json::from_str(ready)?;
+                    ready["bus"]
+                        .as_str()
+                        .unwrap_or("?")
+                        .clone_into(&mut load.bus);
+                    break;
+                }
+                ensure!(
+                    Instant::now() < deadline && !said.contains("cuda_load: "),
+                    "the load on {} does not compute: {}",
+                    load.device,
+                    said.trim()
+                );
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        for (_, group) in &mut self.groups {
+            group.remove()?;
+        }
+        for child in &mut self.outside {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Loads {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+fn accelerators(control: &mut Control) -> Result<Vec<AcceleratorRow>> {
+    Ok(control.observed.snapshot()?.accelerators.clone())
+}
+
+fn row_of<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
+    let row = rows.iter().find(|row| row.id == id);
+    row.with_context(|| format!("{id} is not told"))
+}
+
+fn whole(number: Option<u64>) -> Option<f64> {
+    // Exact below 2^53, which none of these reaches.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+    number.map(|number| number as f64)
+}
+
+fn thousandths(number: Option<u64>) -> Option<f64> {
+    Some(whole(number)? / 1000.0)
+}
+
+fn mib(bytes: Option<u64>) -> Option<f64> {
+    Some(whole(Some(bytes? >> 10))? / 1024.0)
+}
+
+fn free(row: &AcceleratorRow) -> Option<f64> {
+    let counters = &row.counters;
+    mib(Some(
+        counters
+            .memory_total_bytes?
+            .saturating_sub(counters.memory_used_bytes?),
+    ))
+}
+
+fn percent<N: Into<u64>>(permille: Option<N>) -> Option<f64> {
+    Some(whole(Some(permille?.into()))? / 10.0)
+}
+
+fn show(number: Option<f64>) -> String {
+    number.map_or_else(
+        || "not told".to_owned(),
+        |number| {
+            let text = format!("{number:.1}");
+            text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
+        },
+    )
+}
