@@ -72,6 +72,18 @@ struct Shared<R> {
     stop: CancellationToken,
 }
 
+/// The runtime of the RPC thread until that thread has it. A runtime that is dropped waits for its
+/// blocking work and panics where a task drops it; this one ends without waiting, wherever it is.
+struct OwnRuntime(Option<tokio::runtime::Runtime>);
+
+impl Drop for OwnRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 impl Router {
     pub(in crate::rpc) fn bind(
         options: &RouterOptions<'_>,
@@ -85,8 +97,9 @@ impl Router {
             .on_thread_park(link::write_gathered)
             .build()
             .map_err(TransportError::Thread)?;
+        let runtime = OwnRuntime(Some(runtime));
         let listener = {
-            let _reactor = runtime.enter();
+            let _reactor = runtime.0.as_ref().map(tokio::runtime::Runtime::enter);
             listen(options.address).map_err(TransportError::Bind)?
         };
         let address = listener.local_addr().map_err(TransportError::Bind)?;
@@ -101,7 +114,9 @@ impl Router {
             .name("bai-rpc".to_owned())
             .spawn(move || {
                 link::gather();
-                runtime.block_on(accept(listener, shared));
+                if let Some(runtime) = &runtime.0 {
+                    runtime.block_on(accept(listener, shared));
+                }
             })
             .map_err(TransportError::Thread)?;
         Ok(Self {
@@ -252,6 +267,28 @@ async fn hand_out(reader: &mut Reader, receiver: &impl Receive) -> LinkError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Takes nothing out of what comes.
+    struct Nobody;
+
+    impl Receive for Nobody {
+        fn receive(&self, _: &Arc<Link>, _: &[Bytes]) {}
+    }
+
+    #[tokio::test]
+    async fn a_taken_address_is_an_error_also_within_a_runtime() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+        let options = RouterOptions {
+            address: taken.local_addr().expect("bound"),
+            curve: None,
+            max_message_bytes: 1024,
+        };
+        let refused = Router::bind(&options, Nobody).expect_err("the address is taken");
+        assert!(
+            matches!(&refused, TransportError::Bind(err) if err.kind() == std::io::ErrorKind::AddrInUse),
+            "{refused:?}"
+        );
+    }
 
     #[tokio::test]
     async fn a_connection_has_the_options_of_its_listener() {
