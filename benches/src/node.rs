@@ -80,7 +80,7 @@ impl Node {
             .arg(configuration(site))
             .stdout(Stdio::null())
             .stderr(log)
-            .env("BAI_LOG", "info")
+            .env("RUST_LOG", "info")
             .spawn()
             .context("bai-dataplane cannot be started")?;
         let directory = run_dir.control();

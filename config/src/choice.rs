@@ -114,6 +114,21 @@ choice! {
         NotSet = "NOTSET",
     }
 }
+
+impl LogLevel {
+    /// The level as directives of `RUST_LOG` call it.
+    #[must_use]
+    pub fn directive(self) -> &'static str {
+        match self {
+            LogLevel::Trace | LogLevel::NotSet => "trace",
+            LogLevel::Debug => "debug",
+            LogLevel::Info => "info",
+            LogLevel::Warning => "warn",
+            LogLevel::Error | LogLevel::Critical => "error",
+        }
+    }
+}
+
 choice! {
     /// A log driver of the original.
     LogDriver, any_case: false, {

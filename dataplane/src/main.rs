@@ -18,7 +18,9 @@ use dataplane::sys::signal;
 use shared::desired::ClientNetwork;
 use tracing_subscriber::EnvFilter;
 
-/// Exit codes of sysexits(3): a fault of the configuration ...
+/// Exit codes of sysexits(3): a wrong command line ...
+const EX_USAGE: u8 = 64;
+/// ... a fault of the configuration ...
 const EX_CONFIG: u8 = 78;
 /// ... a resource held by someone else, try again later ...
 const EX_TEMPFAIL: u8 = 75;
@@ -30,7 +32,13 @@ const EX_SOFTWARE: u8 = 70;
 #[command(name = "bai-dataplane", version, about)]
 struct Arguments {
     /// The agent's configuration file (default: the places where the agent looks).
-    #[arg(short, long, global = true, value_name = "FILE")]
+    #[arg(
+        short = 'f',
+        long,
+        global = true,
+        value_name = "FILE",
+        visible_alias = "config-path"
+    )]
     config: Option<PathBuf>,
     /// The agent runs without etcd, bus and manager.
     #[arg(long, global = true)]
@@ -53,23 +61,38 @@ enum Command {
 
 fn main() -> ExitCode {
     shared::heap::one_arena();
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            // Help and version are no errors.
+            return if error.use_stderr() {
+                ExitCode::from(EX_USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
     let options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
     let loaded = match config::load(&options) {
         Ok(loaded) => loaded,
         Err(errors) => {
-            eprintln!("{errors}");
+            eprintln!("bai-dataplane: {errors}");
             return ExitCode::from(EX_CONFIG);
         }
     };
     let level = if arguments.debug || loaded.config.debug.enabled {
         "debug"
     } else {
-        "info"
+        loaded.config.logging.level.directive()
     };
     tracing_subscriber::fmt()
         .with_env_filter(
-            EnvFilter::try_from_env("BAI_LOG").unwrap_or_else(|_| EnvFilter::new(level)),
+            std::env::var("RUST_LOG")
+                .ok()
+                .filter(|given| !given.is_empty())
+                .and_then(|given| EnvFilter::try_new(given).ok())
+                .unwrap_or_else(|| EnvFilter::new(level)),
         )
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())

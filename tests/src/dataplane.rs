@@ -153,7 +153,7 @@ impl Place {
             .args(arguments)
             .stdin(Stdio::null())
             .envs(self.options.environment.iter().cloned())
-            .env("BAI_LOG", "debug");
+            .env("RUST_LOG", "debug");
         Ok(command)
     }
 

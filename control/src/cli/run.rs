@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use config::{Config, LogFormat, LogLevel};
+use config::{Config, LogFormat};
 use tracing_subscriber::EnvFilter;
 
 use super::exit::Problem;
@@ -68,7 +68,7 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
     let level = match (&args.log_level, args.debug) {
         (Some(level), _) => level.to_ascii_lowercase(),
         (None, true) => "debug".to_owned(),
-        (None, false) => level_name(config.logging.level).to_owned(),
+        (None, false) => config.logging.level.directive().to_owned(),
     };
     let level = match level.as_str() {
         "warning" => "warn",
@@ -96,14 +96,4 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
         LogFormat::Verbose => builder.try_init(),
     };
     started.map_err(|err| Problem::Other(anyhow::anyhow!("the log cannot be started: {err}")))
-}
-
-fn level_name(level: LogLevel) -> &'static str {
-    match level {
-        LogLevel::Trace | LogLevel::NotSet => "trace",
-        LogLevel::Debug => "debug",
-        LogLevel::Info => "info",
-        LogLevel::Warning => "warn",
-        LogLevel::Error | LogLevel::Critical => "error",
-    }
 }
