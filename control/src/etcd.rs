@@ -340,7 +340,10 @@ impl Etcd {
         }
         let endpoints = self.endpoints();
         let error = match last {
-            Some(source) => EtcdError::Unreachable { endpoints, source },
+            Some(source) => EtcdError::Unreachable {
+                endpoints,
+                reason: error::reason(&source),
+            },
             None => EtcdError::Deadline {
                 endpoints,
                 seconds: CALL.as_secs(),

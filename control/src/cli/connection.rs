@@ -61,31 +61,29 @@ pub struct Agent {
 }
 
 impl Connection {
-    fn resolved_address(&self) -> String {
+    /// A configuration that was named must be usable; one that is found only may be absent.
+    fn resolved_address(&self) -> Result<String, Problem> {
         if let Some(address) = &self.address {
-            return address.clone();
+            return Ok(address.clone());
         }
-        let load = |standalone| {
-            let file = self.config.clone();
-            config::load(&config::LoadOptions::of_this_process(file, standalone))
+        let listen = match super::local_config(self.config.clone()) {
+            Ok(config) => Some(config.agent.rpc_listen_addr.clone()),
+            Err(problem) if self.config.is_some() => return Err(problem),
+            Err(_) => None,
         };
-        let listen = load(false)
-            .or_else(|_| load(true))
-            .ok()
-            .map(|loaded| loaded.config.agent.rpc_listen_addr.clone());
-        match listen {
+        Ok(match listen {
             // A wildcard is where the agent listens, not where one can connect to.
             Some(listen) if !matches!(listen.host.as_str(), "" | "0.0.0.0" | "::") => {
                 format!("{}:{}", listen.host, listen.port)
             }
             Some(listen) => format!("127.0.0.1:{}", listen.port),
             None => "127.0.0.1:6001".to_owned(),
-        }
+        })
     }
 
     /// Opens a connection and makes sure that an agent answers on it.
     pub async fn open(&self) -> Result<Agent, Problem> {
-        let address = self.resolved_address();
+        let address = self.resolved_address()?;
         let curve = match (&self.keypair, &self.agent_key) {
             (Some(pair), Some(agent)) => Some(ClientCurve {
                 pair: KeyPair::from_file(pair).map_err(|error| Problem::Usage(error.into()))?,
@@ -93,11 +91,20 @@ impl Connection {
             }),
             _ => None,
         };
-        let client = Client::connect(&address, curve.as_ref(), Duration::from_secs(self.connect_timeout)).await.map_err(|source| {
-            Problem::Unavailable(anyhow::Error::new(source).context(format!(
-                "no agent answers at {address}; is it running (bai-agent run --standalone), and is --address right?"
-            )))
-        })?;
+        let remedy = if curve.is_some() {
+            "are the address and both keys (--keypair, --agent-key) right?"
+        } else {
+            "is --address right, and does the agent ask for no key (--keypair, --agent-key)?"
+        };
+        let patience = Duration::from_secs(self.connect_timeout);
+        let client = Client::connect(&address, curve.as_ref(), patience)
+            .await
+            .map_err(|source| match source {
+                ClientError::Resolve { .. } => Problem::Unavailable(source.into()),
+                other => Problem::Unavailable(anyhow::Error::new(other).context(format!(
+                    "no agent answers at {address}; does it run (systemctl status bai-agent), {remedy}"
+                ))),
+            })?;
         Ok(Agent { client, address })
     }
 }

@@ -193,7 +193,12 @@ async fn engine(config: &Config) -> Finding {
     let found = async { Docker::connect(&options).await?.version().await };
     match tokio::time::timeout(Duration::from_secs(10), found).await {
         Ok(Ok(version)) => engine_version(&version.version),
-        Ok(Err(error)) => Finding::bad(CHECK, Level::Failure, error.to_string(), remedy),
+        // What else its text says is the remedy.
+        Ok(Err(error)) => {
+            let text = error.to_string();
+            let found = text.split("; ").next().unwrap_or(&text);
+            Finding::bad(CHECK, Level::Failure, found, remedy)
+        }
         Err(_) => Finding::bad(CHECK, Level::Failure, "no answer within 10 s", remedy),
     }
 }
@@ -460,12 +465,13 @@ fn runner(config: &Config) -> Finding {
                 config.node.runner_dir.display()
             ),
         ),
-        Err(error) => Finding::bad(
-            "runner",
-            Level::Failure,
-            error.to_string(),
-            "run: bai-agent runner install",
-        ),
+        Err(error) => {
+            let text = error.to_string();
+            let (found, remedy) = text
+                .split_once("; ")
+                .unwrap_or((&text, "run `bai-agent runner install`"));
+            Finding::bad("runner", Level::Failure, found, remedy)
+        }
     }
 }
 
@@ -476,7 +482,7 @@ fn kernel_features(btf: bool) -> Finding {
             "kernel types",
             Level::Warning,
             "no BTF",
-            "nothing needs it yet, the kernel path included. Kernels with CONFIG_DEBUG_INFO_BTF have it",
+            "statistics and processes are read from files, which costs more; the kernel path works without. Kernels with CONFIG_DEBUG_INFO_BTF have it",
         ),
     }
 }

@@ -1,5 +1,6 @@
 //! Why something could not be read from or written to etcd.
 
+use std::error::Error as _;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -17,13 +18,12 @@ pub enum EtcdError {
         source: std::io::Error,
     },
     /// No address answered.
-    #[error("etcd does not answer at {endpoints}")]
+    #[error("etcd does not answer at {endpoints} ({reason})")]
     Unreachable {
         /// All that were tried.
         endpoints: String,
-        /// What the last one said.
-        #[source]
-        source: etcd_client::Error,
+        /// What was wrong with the last one.
+        reason: String,
     },
     /// No address answered in time.
     #[error("etcd at {endpoints} did not answer within {seconds} s")]
@@ -54,6 +54,17 @@ impl EtcdError {
             EtcdError::Unreachable { .. } | EtcdError::Deadline { .. }
         )
     }
+}
+
+/// Why an attempt failed, in a few words: the deepest cause, where the transport names one, for the
+/// client's own text repeats the whole chain with the names of its types.
+pub(super) fn reason(error: &etcd_client::Error) -> String {
+    let etcd_client::Error::GRpcStatus(status) = error else {
+        return error.to_string();
+    };
+    std::iter::successors(status.source(), |&cause| cause.source())
+        .last()
+        .map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
 /// What a failed attempt means.

@@ -13,7 +13,7 @@ use etcd_client::{EventType, GetOptions, WatchOptions, WatchResponse};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::error::{EtcdError, Verdict, verdict};
+use super::error::{EtcdError, Verdict, reason, verdict};
 use super::{Etcd, text_pair};
 
 /// Pauses before a broken watch is taken up again: doubled up to the second.
@@ -188,7 +188,10 @@ impl Follower {
             let endpoints = endpoints.clone();
             match verdict(&source) {
                 Verdict::Final(remedy) => super::refused("watch a prefix", remedy, source),
-                _ => EtcdError::Unreachable { endpoints, source },
+                _ => EtcdError::Unreachable {
+                    endpoints,
+                    reason: reason(&source),
+                },
             }
         };
         let late = || EtcdError::Deadline {

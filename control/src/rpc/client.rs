@@ -53,7 +53,7 @@ pub enum ClientError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The node can't be reached, refuses our key, or closed the connection.
-    #[error("no connection to {address} ({reason}); is the agent running there, with this key?")]
+    #[error("no connection to {address} ({reason})")]
     Lost {
         /// The node.
         address: String,

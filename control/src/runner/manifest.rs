@@ -88,7 +88,7 @@ impl Manifest {
 /// Why the runner directory can't be used. All are the host's state; the message says what helps.
 #[derive(Debug, Error)]
 pub enum RunnerDirError {
-    #[error("the runner at {path} is not completely installed; run `bai-agent runner install`")]
+    #[error("no runner is (completely) installed at {path}; run `bai-agent runner install`")]
     Incomplete { path: PathBuf },
     #[error("{path} cannot be read")]
     Read {
