@@ -13,11 +13,11 @@ NEXTEST := $(shell command -v cargo-nextest || echo $(TOOLS)/bin/cargo-nextest)
 NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
-.PHONY: help demo test build release setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
+.PHONY: help demo test build release install uninstall setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
         integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test verify-units fuzz runner clean
 
 help: ## list the commands
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: setup-demo ## start a node, run the main job end to end, show it, clean up
 	deploy/demo
@@ -30,6 +30,12 @@ build: setup-build ## build both programs (debug)
 
 release: setup-build ## build both programs (release)
 	$(CARGO) build --locked --release -p control -p dataplane --bins
+
+install: ## put the release programs, units and documents on this host (root), or below DESTDIR
+	deploy/install
+
+uninstall: ## take them away, and what they leave on the host; kernels, state and configuration stay (root)
+	deploy/install --remove
 
 setup-build setup-demo setup-test setup-bench setup-vm: setup-%:
 	@deploy/setup $*

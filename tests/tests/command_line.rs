@@ -1,8 +1,9 @@
-//! The command line itself, without a node: exit codes, and output that nobody reads.
+//! The command line itself, without a node: exit codes, output that nobody reads, and how it is installed.
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use harness::node::program;
 
 /// A whole configuration of a cluster, as the original's agent needs it.
@@ -70,4 +71,125 @@ fn output_that_nobody_reads_is_no_crash() -> Result<()> {
         assert_eq!(said(&output), "", "{form}");
     }
     Ok(())
+}
+
+#[test]
+fn a_configuration_that_was_named_is_never_passed_over() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("agent.toml");
+    std::fs::write(&file, "[agent]\nrpc-listen-addr = 6001\n")?;
+    let path = file.to_str().context("a plain path")?;
+    let absent = directory.path().join("absent.toml");
+    let absent = absent.to_str().context("a plain path")?;
+    for named in [path, absent] {
+        for command in [&["status"][..], &["ports"], &["kernel", "list"], &["stats"]] {
+            let output = agent(command)?
+                .args(["--config", named])
+                .env_remove("BAI_AGENT_ADDRESS")
+                .output()?;
+            assert_eq!(output.status.code(), Some(78), "{}", said(&output));
+            assert!(said(&output).contains(named), "{}", said(&output));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn whoever_finds_no_agent_is_told_once_what_to_look_at() -> Result<()> {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    drop(taken);
+    let output = agent(&["status", "--address", &address])?.output()?;
+    assert_eq!(output.status.code(), Some(69), "{}", said(&output));
+    let text = said(&output);
+    assert_eq!(text.matches('?').count(), 1, "{text}");
+    assert!(text.contains("--keypair"), "{text}");
+    let output = agent(&["status", "--address", "nonsense"])?.output()?;
+    assert_eq!(output.status.code(), Some(69), "{}", said(&output));
+    assert!(
+        said(&output).contains("give host:port"),
+        "{}",
+        said(&output)
+    );
+    Ok(())
+}
+
+#[test]
+fn both_programs_end_with_64_after_a_wrong_command_line() -> Result<()> {
+    for (name, wrong) in [("bai-agent", "--nonsense"), ("bai-dataplane", "--nonsense")] {
+        let ended = |argument: &str| {
+            Command::new(program(name)?)
+                .arg(argument)
+                .output()
+                .context(name)
+        };
+        assert_eq!(ended(wrong)?.status.code(), Some(64), "{name}");
+        assert_eq!(ended("--help")?.status.code(), Some(0), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/install");
+    let programs = program("bai-agent")?;
+    let programs = programs.parent().context("a directory")?;
+    let run = |arguments: &[&str]| -> Result<()> {
+        let output = Command::new(&script)
+            .args(arguments)
+            .env("DESTDIR", root.path())
+            .env("BAI_BIN", programs)
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(output.status.success(), "{arguments:?}: {}", said(&output));
+        Ok(())
+    };
+    // An upgrade installs over what is there.
+    run(&[])?;
+    run(&[])?;
+    let place = root.path().join("usr");
+    for name in ["bai-agent", "bai-dataplane", "bai-agent-watcher"] {
+        let unit = place.join(format!("lib/systemd/system/{name}.service"));
+        let unit = std::fs::read_to_string(&unit).with_context(|| unit.display().to_string())?;
+        let lines = unit.lines();
+        for line in
+            lines.filter(|line| line.starts_with("ExecStart") || line.starts_with("Documentation"))
+        {
+            let (_, path) = line.split_once('=').context("a value")?;
+            let path = path.trim_start_matches("file://").trim_start_matches('/');
+            let path = path.split(' ').next().context("a path")?;
+            assert!(root.path().join(path).is_file(), "{name}: {line}");
+        }
+    }
+    for file in [
+        "share/man/man1/bai-agent.1",
+        "share/man/man1/bai-agent-kernel-create.1",
+    ] {
+        assert!(
+            std::fs::metadata(place.join(file)).is_ok_and(|it| it.len() > 100),
+            "{file}"
+        );
+    }
+    let version = Command::new(place.join("bin/bai-agent"))
+        .arg("--version")
+        .output()?;
+    assert!(version.status.success());
+    run(&["--remove"])?;
+    let left = files_below(root.path())?;
+    assert!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            files.append(&mut files_below(&entry.path())?);
+        } else {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
 }
