@@ -21,6 +21,7 @@ use axum::routing::get;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -36,7 +37,8 @@ pub use health::{EngineWatch, Health};
 const CONNECTIONS: usize = 128;
 /// Pages made at once; further scrapes wait for them.
 const PAGES: usize = 2;
-/// How long a client may take to send a request, and may rest between two.
+/// How long a client may take to send a request, may rest between two, and may take nothing of an
+/// answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest a connection lives; Prometheus opens another.
 const CONNECTION_LIFE: Duration = Duration::from_secs(3600);
@@ -167,7 +169,7 @@ pub(crate) async fn accept(listener: TcpListener, router: Router) {
             Ok((stream, _)) => {
                 let router = router.clone();
                 connections.spawn(async move {
-                    connection(stream, router).await;
+                    connection(stream, router, PATIENCE).await;
                     drop(place);
                 });
             }
@@ -179,10 +181,16 @@ pub(crate) async fn accept(listener: TcpListener, router: Router) {
     }
 }
 
-async fn connection(stream: TcpStream, router: Router) {
+async fn connection(stream: TcpStream, router: Router, patience: Duration) {
+    // The kernel counts also while the client's window stays shut, whatever it acknowledges.
+    let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    if let Err(err) = sockopt::set_tcp_user_timeout(&stream, millis) {
+        tracing::debug!(%err, "a connection has no deadline for what it is sent; it is closed");
+        return;
+    }
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(patience)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     // How a client ends its connection is its own affair.
     let _ = tokio::time::timeout(CONNECTION_LIFE, served).await;
@@ -251,4 +259,29 @@ async fn health_document(State(service): State<Arc<Service>>) -> Response {
     };
     let kind = [(header::CONTENT_TYPE, "application/json; charset=utf-8")];
     (status, kind, health.document().to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// More than both sockets take in.
+    const PAGE: usize = 64 << 20;
+
+    #[tokio::test]
+    async fn a_client_that_reads_nothing_loses_its_place() {
+        let router = Router::new().route("/", get(|| async { vec![b'x'; PAGE] }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let mut client = TcpStream::connect(address).await.expect("connected");
+        let (stream, _) = listener.accept().await.expect("accepted");
+        let asked = client.write_all(b"GET / HTTP/1.1\r\nhost: node\r\n\r\n");
+        asked.await.expect("sent");
+        let served = connection(stream, router, Duration::from_secs(1));
+        let limit = Duration::from_secs(60);
+        let ended = tokio::time::timeout(limit, served).await;
+        assert!(ended.is_ok(), "it is still there after {limit:?}");
+    }
 }
