@@ -6,7 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use shared::desired::PortKey;
@@ -41,6 +41,8 @@ use crate::resource::ResourceError;
 const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
+/// How much later than its processes the engine may know that a container has ended.
+const NEWS: Duration = Duration::from_secs(2);
 
 /// A kernel whose runner has answered.
 #[derive(Clone, Debug)]
@@ -484,17 +486,33 @@ async fn serve(
             Err(err.into())
         }
         // It has ended meanwhile: what it said is worth more than what could not be done with it.
-        Err(_) if has_ended(node, container).await => {
-            Err(died(node, kernel, container).await.into())
+        Err(attempt) => {
+            // The engine hears of an end later than whoever looks for the container's processes.
+            let patience = match &attempt {
+                Attempt::Failed(CreateError::Rows(_)) => NEWS,
+                _ => Duration::ZERO,
+            };
+            match has_ended(node, container, patience).await {
+                true => Err(died(node, kernel, container).await.into()),
+                false => Err(attempt),
+            }
         }
-        outcome => outcome,
+        served => served,
     }
 }
 
-async fn has_ended(node: &Node, container: ContainerId) -> bool {
-    match node.docker.inspect(&container.to_string()).await {
-        Ok(found) => found.state.and_then(|state| state.running) == Some(false),
-        Err(err) => err.is_not_found(),
+/// Whether the engine says so, at once or before `patience` has passed.
+async fn has_ended(node: &Node, container: ContainerId, patience: Duration) -> bool {
+    let began = Instant::now();
+    loop {
+        let ended = match node.docker.inspect(&container.to_string()).await {
+            Ok(found) => found.state.and_then(|state| state.running) == Some(false),
+            Err(err) => err.is_not_found(),
+        };
+        if ended || began.elapsed() >= patience {
+            return ended;
+        }
+        tokio::time::sleep(NEWS / 20).await;
     }
 }
 
