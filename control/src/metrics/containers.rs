@@ -1,6 +1,12 @@
 //! Series of containers: the original's, and those every cAdvisor dashboard knows.
 
-use shared::observed::{ContainerSample, ObservedSnapshot, UNLIMITED};
+use std::collections::HashMap;
+
+use rust_decimal::Decimal;
+use shared::ids::ContainerId;
+use shared::observed::{
+    AcceleratorRow, AcceleratorUse, ContainerSample, ObservedSnapshot, UNLIMITED,
+};
 
 use super::page::{Family, Number, families, labels, seconds};
 use super::{Page, Scene, Subject};
@@ -92,6 +98,12 @@ families! {
         "Time in which all tasks waited for a block device.";
     TASKS_REFUSED = Counter "bai_container_tasks_refused_total" ["id name image kernel_id"]
         "Times the limit refused a task.";
+    ACCELERATOR_MEMORY = Gauge "bai_container_accelerator_memory_used_bytes"
+        ["id name image kernel_id kind device_id"]
+        "Memory of a device that the container's own processes use; missing where the driver does not tell.";
+    ACCELERATOR_LOAD = Gauge "bai_container_accelerator_utilization_ratio"
+        ["id name image kernel_id kind device_id"]
+        "Busy share of a device by the container's own processes; missing where the driver does not tell.";
     START = Gauge "container_start_time_seconds" ["id name image kernel_id"]
         "When the kernel was accepted, seconds since 1970.";
     SEEN = Gauge "container_last_seen" ["id name image kernel_id"]
@@ -135,6 +147,36 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
         .collect();
     utilization(scene, snapshot, &shown, page);
     known_series(&shown, page);
+    accelerators(&snapshot.accelerators, &shown, page);
+}
+
+/// What each container's own processes use of each device.
+fn accelerators(rows: &[AcceleratorRow], shown: &[Shown<'_>], page: &mut Page) {
+    if rows.iter().all(|row| row.users.is_empty()) {
+        return;
+    }
+    let containers: HashMap<ContainerId, &str> = shown
+        .iter()
+        .map(|container| (container.sample.container_id, container.labels.as_str()))
+        .collect();
+    let mut each = |family, read: &dyn Fn(&AcceleratorUse) -> Option<Number>| {
+        for row in rows {
+            let kind = row.key.kind.to_string();
+            let device = labels(&[("kind", &kind), ("device_id", &row.id)]);
+            for user in &row.users {
+                if let Some(container) = containers.get(&user.container_id) {
+                    page.measured(family, &format!("{container},{device}"), read(user));
+                }
+            }
+        }
+    };
+    each(&ACCELERATOR_MEMORY, &|user| {
+        user.memory_bytes.map(Number::Whole)
+    });
+    each(&ACCELERATOR_LOAD, &|user| {
+        let permille = Decimal::from(user.utilisation_permille?);
+        Some(Number::Exact(permille / Decimal::ONE_THOUSAND))
+    });
 }
 
 /// The original's family: measured values as they are, so that the manager's rates work.

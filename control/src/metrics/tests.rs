@@ -4,9 +4,9 @@ use std::sync::Arc;
 use shared::desired::{PortKey, Protocol};
 use shared::ids::{ContainerId, KernelId, RegionId};
 use shared::observed::{
-    AcceleratorCounters, ContainerSample, CpuCounters, DiskCounters, IoCounters, Measured,
-    MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters, PortState, PortStatus,
-    Source,
+    AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, IoCounters,
+    Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters, PortState,
+    PortStatus, Source,
 };
 
 use super::*;
@@ -170,6 +170,14 @@ fn scene(containers: u16) -> Scene {
         },
     );
     card.fault = Some(31);
+    // A program of no container that is shown has a part in it too.
+    card.users = [(0, Some(250)), (60_000, Some(9))]
+        .map(|(number, share)| AcceleratorUse {
+            container_id: container_id(number),
+            memory_bytes: some,
+            utilisation_permille: share,
+        })
+        .to_vec();
     let key = PortKey {
         protocol: Protocol::Tcp,
         host_port: 30_000,
@@ -336,7 +344,8 @@ fn the_original_families_are_as_the_manager_asks_for_them() {
     assert_eq!(find("cpu_used", "capacity"), None);
     assert_eq!(find("mem", "current"), Some(1e9));
     assert_eq!(find("net_rx", "current"), Some(1.5e9));
-    assert_eq!(find("cuda_util", "current"), Some(50.5));
+    // Its own processes' share, not the whole card's.
+    assert_eq!(find("cuda_util", "current"), Some(25.0));
     assert_eq!(find("cuda_mem", "capacity"), Some(2e9));
     let device = "backendai_device_utilization{device_metric_name=\"cpu_util\",agent_id=\"i-node01\",\
                   device_id=\"1\",value_type=\"current\"}";
@@ -357,6 +366,17 @@ fn known_series_have_their_units() {
     assert_eq!(find("container_threads_max"), 0.0);
     assert_eq!(find("container_last_seen"), 1_700_000_000.5);
     assert_eq!(find("bai_accelerator_utilization_ratio"), 0.505);
+    assert_eq!(find("bai_container_accelerator_utilization_ratio"), 0.25);
+    assert_eq!(find("bai_container_accelerator_memory_used_bytes"), 2e9);
+    let users = series.keys().filter(|key| key.contains(",device_id="));
+    let users: Vec<&String> = users
+        .filter(|key| key.starts_with("bai_container_accelerator_"))
+        .collect();
+    assert_eq!(users.len(), 2, "{users:?}");
+    assert!(
+        users[0].ends_with(",kind=\"cuda\",device_id=\"GPU-0\"}"),
+        "{users:?}"
+    );
     assert_eq!(series["bai_sample_age_seconds"], 2.5);
     assert_eq!(series["bai_dataplane_pass_seconds"], 0.0014);
     assert_eq!(find("bai_vfolder_used_bytes"), 7.0);
