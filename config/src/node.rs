@@ -35,6 +35,8 @@ pub struct Node {
     pub cpu_quota: bool,
     /// Whether memory is pinned to the NUMA nodes of the allocated cores.
     pub memory_nodes: bool,
+    /// Whether iptables leads what kernels ask of 169.254.169.254 to the metadata service.
+    pub metadata_redirect: bool,
     /// Container rows in the shared region.
     pub max_containers: u32,
     /// How long a create waits for the dataplane to serve its ports.

@@ -47,6 +47,7 @@ use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
 use crate::kernel::{Node, destroy, monitor};
 use crate::link::{Link, LinkOpenError};
+use crate::metadata::{self, redirect};
 use crate::metrics::Recorder;
 use crate::ports::{DEFAULT_REST, PortPool};
 use crate::resource::{InventoryError, Ledger};
@@ -233,6 +234,8 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         tokio::spawn(firewall::follow(node.clone())),
         tokio::spawn(host::serve(node.clone())),
         tokio::spawn(storage_proxy::run(node.clone())),
+        tokio::spawn(metadata::serve(node.clone())),
+        tokio::spawn(redirect::follow(node.clone())),
     ];
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;

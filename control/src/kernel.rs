@@ -8,6 +8,7 @@ pub mod abuse;
 pub mod agent_socket;
 pub mod batch;
 pub mod batch_job;
+pub mod callers;
 pub mod commit;
 pub mod container_processes;
 pub mod container_request;

@@ -18,6 +18,7 @@ pub mod http;
 pub mod image;
 pub mod kernel;
 pub mod link;
+pub mod metadata;
 pub mod metrics;
 pub mod network;
 pub mod ports;

@@ -239,6 +239,11 @@ pub fn is_host_network(container: &ContainerInspectResponse) -> bool {
         == Some("host")
 }
 
+/// Whether a link of this number is in this host's network namespace.
+pub fn is_link_here(index: u32) -> bool {
+    nix::net::if_::if_indextoname(index).is_ok()
+}
+
 /// A container's link as seen from this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostLink {

@@ -69,6 +69,7 @@ pub struct Node {
     agent_id: String,
     address: String,
     http_address: String,
+    metadata_port: u16,
     ports: (u16, u16),
     environment: Vec<(String, String)>,
     engine: Option<String>,
@@ -133,7 +134,7 @@ impl Node {
             &uuid::Uuid::new_v4().simple().to_string()[..12]
         );
         let port = free_port()?;
-        let http = free_port()?;
+        let (http, metadata) = (free_port()?, free_port()?);
         let ports = port_range(options.ports)?;
         let place = directory.path().display();
         let text = format!(
@@ -142,6 +143,7 @@ mode = "docker"
 id = "{agent_id}"
 rpc-listen-addr = {{ host = "127.0.0.1", port = {port} }}
 service-addr = {{ host = "127.0.0.1", port = {http} }}
+metadata-server-port = {metadata}
 var-base-path = "{place}/state"
 ipc-base-path = "{place}/ipc"
 {agent}
@@ -162,6 +164,7 @@ runner-dir = "{runner}"
 {node}
 {sections}
 "#,
+            metadata = metadata,
             agent = options.agent,
             container = options.container,
             resource = options.resource,
@@ -181,6 +184,7 @@ runner-dir = "{runner}"
             agent_id,
             address: format!("127.0.0.1:{port}"),
             http_address: format!("127.0.0.1:{http}"),
+            metadata_port: metadata,
             ports,
             environment: options.environment,
             engine: options.engine,
@@ -203,6 +207,11 @@ runner-dir = "{runner}"
     /// Where `/metrics` and `/health` are.
     pub fn http_address(&self) -> &str {
         &self.http_address
+    }
+
+    /// Where kernels ask for metadata, at any address of this host.
+    pub fn metadata_port(&self) -> u16 {
+        self.metadata_port
     }
 
     pub fn agent_id(&self) -> &str {

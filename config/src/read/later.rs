@@ -5,13 +5,10 @@ use crate::document::{Kind, Table, Value};
 use crate::problem::NoteKind;
 use crate::section::{Reader, kebab};
 
-const METADATA: &str = "this release serves no metadata to containers";
 const LOG: &str = "this release logs to standard error only; a service manager keeps it";
 
 /// Section, key and why; the key `*` is the section as a whole.
 const LATER: &[(&str, &str, &str)] = &[
-    ("agent", "metadata-server-bind-host", METADATA),
-    ("agent", "metadata-server-port", METADATA),
     (
         "agent",
         "agent-sock-port",

@@ -98,6 +98,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     );
     let cpu_quota = s.or(key("cpu-quota"), false);
     let memory_nodes = s.or(key("memory-nodes"), true);
+    let metadata_redirect = s.or(key("metadata-redirect"), false);
     let max_containers = s.or_checked(key("max-containers"), 1024, within(1, 16_384));
     let dataplane_wait = s.or_checked(
         key("dataplane-wait"),
@@ -139,6 +140,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         service_clients,
         cpu_quota,
         memory_nodes,
+        metadata_redirect,
         max_containers,
         dataplane_wait,
         device_limits,

@@ -318,6 +318,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ),
         ("node", &["cpu-quota"], "true", json!(true)),
         ("node", &["memory-nodes"], "false", json!(false)),
+        ("node", &["metadata-redirect"], "true", json!(true)),
         ("node", &["max-containers"], "16", json!(16)),
         ("node", &["dataplane-wait"], "'1s'", json!(1.0)),
         (

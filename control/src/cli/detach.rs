@@ -10,6 +10,7 @@ use shared::run_dir::RunDir;
 
 use super::exit::Problem;
 use super::output::{self, Form};
+use crate::metadata::redirect;
 
 const DATAPLANE: &str = "bai-dataplane";
 
@@ -20,15 +21,24 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
     refuse_if_running(&place.control(), "bai-agent")?;
     refuse_if_running(&place.dataplane(), DATAPLANE)?;
     let hooks = detach_dataplane(file)?;
+    let redirected = super::short_lived(async {
+        let removed = redirect::remove(&config.agent.id).await;
+        removed.map_err(|err| {
+            Problem::Other(anyhow::anyhow!(
+                "the rules of node.metadata-redirect stay ({err}); run this again as root, or remove chain {} of table nat",
+                redirect::chain_of(&config.agent.id)
+            ))
+        })
+    })?;
     let root = place.root();
     let existed = root.exists();
     if existed {
         std::fs::remove_dir_all(root)?;
     }
     match form {
-        Form::Json => {
-            output::json(&json!({ "removed": existed.then_some(root), "dataplane": hooks }))?
-        }
+        Form::Json => output::json(
+            &json!({ "removed": existed.then_some(root), "dataplane": hooks, "metadata_redirect": redirected }),
+        )?,
         Form::Text => {
             say!(
                 "{}",
@@ -38,6 +48,9 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
                     "there was nothing to remove".to_owned()
                 }
             );
+            if redirected {
+                say!("removed the rules of node.metadata-redirect");
+            }
             if !hooks {
                 say!(
                     "{DATAPLANE} was not found beside this program or in PATH, so kernel hooks were not looked for"

@@ -117,8 +117,13 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     findings.extend(host);
     let range = config_for_rules.container.port_range;
     findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
-    if let Some(rules) = firewall::rules("iptables", &["-S", "INPUT"]).await {
-        findings.push(forwarding::input_chain(&rules, range.first, range.last));
+    let input = firewall::rules("iptables", &["-S", "INPUT"]).await;
+    if let Some(rules) = &input {
+        findings.push(forwarding::input_chain(rules, range.first, range.last));
+    }
+    if config_for_rules.node.metadata_redirect {
+        let server = &config_for_rules.agent.metadata_server;
+        findings.push(forwarding::metadata(server, input.as_deref()));
     }
     let refusals = firewall::refusals(&config_for_rules).await;
     findings.extend(refusals.iter().filter_map(forwarding::refusal));

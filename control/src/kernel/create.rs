@@ -202,6 +202,7 @@ fn new_record(order: &Order) -> Record {
         models: Vec::new(),
         runner_version: None,
         result: None,
+        environ: None,
         batch_running: false,
     }
 }

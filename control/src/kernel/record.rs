@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::journal::{Phase, StoredEnding};
 use super::mounts::Mount;
-use super::request::{ClusterInfo, KernelCreationConfig, SessionType};
+use super::request::{ClusterInfo, KernelCreationConfig, SessionType, TextMap};
 use super::runner_link::AppRecord;
 use super::service_ports::ServicePort;
 use super::services::ServiceRecord;
@@ -39,6 +39,8 @@ pub struct Record {
     pub created_at: f64,
     /// What was asked for; `None` for a kernel found without a journal.
     pub request: Option<KernelCreationConfig>,
+    /// The environment of its container; `None` for a kernel of an earlier release.
+    pub environ: Option<TextMap>,
     /// The cluster it belongs to.
     pub cluster: Option<ClusterInfo>,
     /// Canonical image name.
@@ -108,6 +110,7 @@ impl Record {
     /// Keeps what may be shown after the end.
     pub fn forget_secrets(&mut self) {
         self.request = None;
+        self.environ = None;
         self.cluster = None;
     }
 }

@@ -13,6 +13,7 @@ use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::callers::{Callers, Source};
 use super::death::OutOfMemory;
 use super::journal::{Journal, JournalError, Phase, StoredEnding};
 use super::lifecycle::{Action, Ending, Input, Lifecycle, Refusal, Stage, State};
@@ -382,6 +383,7 @@ pub enum Admission {
 pub struct Registry {
     kernels: Mutex<HashMap<KernelId, Arc<Kernel>>>,
     ended: Mutex<VecDeque<EndedKernel>>,
+    callers: Callers,
 }
 
 impl Registry {
@@ -443,13 +445,32 @@ impl Registry {
         self.kernels().is_empty()
     }
 
+    /// Which kernel calls from which address.
+    pub fn callers(&self) -> &Callers {
+        &self.callers
+    }
+
+    /// Notes the addresses of a kernel that is still here.
+    pub fn enter_sources(&self, kernel: &Arc<Kernel>, sources: &[Source]) {
+        let kernels = self.kernels();
+        if kernels
+            .get(&kernel.id)
+            .is_some_and(|it| Arc::ptr_eq(it, kernel))
+        {
+            self.callers.enter(kernel.id, sources.to_vec());
+        }
+    }
+
     /// Drops a kernel that has ended and remembers its end.
     pub fn forget(&self, kernel: &Arc<Kernel>) {
         let removed = {
             let mut kernels = self.kernels();
             match kernels.get(&kernel.id) {
                 // Another life of the same id is not ours to drop.
-                Some(present) if Arc::ptr_eq(present, kernel) => kernels.remove(&kernel.id),
+                Some(present) if Arc::ptr_eq(present, kernel) => {
+                    self.callers.leave(kernel.id);
+                    kernels.remove(&kernel.id)
+                }
                 _ => None,
             }
         };
@@ -520,6 +541,7 @@ mod tests {
             models: Vec::new(),
             runner_version: None,
             result: None,
+            environ: None,
             batch_running: false,
         }
     }

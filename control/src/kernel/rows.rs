@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -18,6 +18,7 @@ use shared::desired::{ClientNetwork, ContainerRow, Drain, PortKey, PortRow, Prot
 use shared::ids::{ContainerId, Generation};
 use thiserror::Error;
 
+use super::callers::Source;
 use super::node::{Node, blocking};
 use super::record::{PublishedBy, Record};
 use super::registry::Kernel;
@@ -89,6 +90,8 @@ pub struct Whereabouts {
     pub link_mac: [u8; 6],
     /// All its host-side interfaces.
     pub links: Vec<u32>,
+    /// Where its programs call this host from.
+    pub sources: Vec<Source>,
     /// Memory limit, bytes; 0 none.
     pub memory: u64,
     /// CPUs it may use, thousandths; 0 not limited.
@@ -130,6 +133,10 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
     } else {
         (String::new(), Vec::new())
     };
+    let mut sources: Vec<Source> = links
+        .iter()
+        .flat_map(|link| sources_by(link, link.ipv4, link.ipv6))
+        .collect();
     let (address, mac) = if host_network {
         (IpAddr::V4(Ipv4Addr::LOCALHOST), None)
     } else {
@@ -139,6 +146,10 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
             // On an overlay: this host reaches the container through the swarm's gateway.
             let gateway = network::gateway_endpoint(&node.docker, &links).await?;
             endpoint = gateway.unwrap_or(endpoint);
+            let same = |link: &&network::HostLink| Some(link.container_mac) == endpoint.mac;
+            if let Some(link) = links.iter().find(same) {
+                sources.extend(sources_by(link, endpoint.ipv4, endpoint.ipv6));
+            }
         }
         let v4 = endpoint.ipv4.map(IpAddr::V4);
         (
@@ -161,8 +172,23 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
         link_index,
         link_mac: mac.map_or([0; 6], |mac| mac.0),
         links: links.iter().map(|link| link.ifindex).take(LINKS).collect(),
+        sources,
         memory: memory.unwrap_or(0),
         cpu_milli: cores.saturating_mul(1000),
+    })
+}
+
+/// The addresses that a container has on one of its links.
+fn sources_by(
+    link: &network::HostLink,
+    ipv4: Option<Ipv4Addr>,
+    ipv6: Option<Ipv6Addr>,
+) -> impl Iterator<Item = Source> {
+    let link_index = link.ifindex;
+    let addresses = ipv4.map(IpAddr::V4).into_iter().chain(ipv6.map(IpAddr::V6));
+    addresses.map(move |address| Source {
+        address,
+        link_index,
     })
 }
 
@@ -335,6 +361,7 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
     if !kernel.is_running() || kernel.container() != Some(container) {
         return Ok(());
     }
+    node.registry.enter_sources(kernel, &place.sources);
     let rows = kernel.with_record(|record| rows_of(node, record, &place));
     node.link.publish(kernel.id, rows).await?;
     if !kernel.is_running() {

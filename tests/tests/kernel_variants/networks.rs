@@ -322,6 +322,20 @@ async fn kernels_on_an_overlay_meet_there_and_are_reached_through_its_gateway() 
         );
         let said = output_of(&node, &other, &page).await?;
         assert!(said.contains("It works"), "{said}");
+        // The metadata service knows it by its address behind the gateway.
+        let ask = format!(
+            "printf 'GET /latest/meta-data/local-ipv4 HTTP/1.0\\r\\n\\r\\n' | \
+             busybox nc -w 5 $(ip route | busybox awk '/^default/ {{print $3}}') {}",
+            node.metadata_port()
+        );
+        let said = output_of(&node, &order, &ask).await?;
+        assert!(said.starts_with("HTTP/1.0 200 OK"), "{said}");
+        let address = said.lines().last().context("an address")?;
+        let shown = output_of(&node, &order, "ip -4 -o addr show").await?;
+        assert!(
+            address != own && shown.contains(&format!(" {address}/")),
+            "{address}: {shown}"
+        );
         kernels::destroy(&node, &other).await?;
         kernels::destroy(&node, &order).await?;
         kernels::assert_clean(&node).await

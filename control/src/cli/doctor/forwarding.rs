@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use config::{Config, Forward, RelayEngine};
+use config::{Config, Forward, HostPort, RelayEngine};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 
 use super::{Finding, Level};
@@ -96,37 +96,43 @@ pub(super) fn leftovers(home: &Path) -> Option<Finding> {
     ))
 }
 
-/// Whether the INPUT chain, in the words of `iptables -S`, lets clients reach the listeners.
+/// Whether a chain, in the words of `iptables -S`, refuses what no rule admits.
+fn refuses_others(rules: &str) -> bool {
+    rules.lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["-P", "INPUT", what] => *what != "ACCEPT",
+            // A rule that refuses everything at the end is a policy, too.
+            ["-A", "INPUT", "-j", what, ..] => matches!(*what, "DROP" | "REJECT"),
+            _ => false,
+        }
+    })
+}
+
+/// Whether a rule lets in who asks for all of these ports, or for whatever port by one of the links
+/// that `by` tells.
+fn admits(rules: &str, (first, last): (u16, u16), by: impl Fn(&str) -> bool) -> bool {
+    rules.lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let after = |names: &[&str]| {
+            let pair = words.windows(2).find(|pair| names.contains(&pair[0]))?;
+            Some(pair[1])
+        };
+        after(&["-j"]) == Some("ACCEPT")
+            && match after(&["--dport", "--dports"]) {
+                Some(ports) => firewall::covers(ports, first, last),
+                None => after(&["-i"]).is_some_and(&by),
+            }
+    })
+}
+
+/// Whether the INPUT chain lets clients reach the listeners.
 pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
     const CHECK: &str = "firewall";
-    let words = |line: &str| {
-        line.split_whitespace()
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
-    let closed = rules.lines().any(|line| {
-        matches!(words(line).as_slice(), [p, chain, what]
-            if p == "-P" && chain == "INPUT" && what != "ACCEPT")
-    });
-    // A rule that refuses everything at the end is a policy, too.
-    let refuses = rules.lines().any(|line| {
-        let words = words(line);
-        words.starts_with(&["-A".to_owned(), "INPUT".to_owned(), "-j".to_owned()])
-            && matches!(words.get(3).map(String::as_str), Some("DROP" | "REJECT"))
-    });
-    if !closed && !refuses {
+    if !refuses_others(rules) {
         return Finding::good(CHECK, "the INPUT chain lets clients in");
     }
-    let admits = rules.lines().any(|line| {
-        let words = words(line);
-        let accepts = words.windows(2).any(|pair| pair == ["-j", "ACCEPT"]);
-        let ports = words
-            .windows(2)
-            .find(|pair| pair[0] == "--dport" || pair[0] == "--dports")
-            .map(|pair| pair[1].clone());
-        accepts && ports.is_some_and(|ports| firewall::covers(&ports, first, last))
-    });
-    if admits {
+    if admits(rules, (first, last), |_| false) {
         return Finding::good(CHECK, format!("the INPUT chain admits {first}-{last}"));
     }
     Finding::bad(
@@ -137,6 +143,43 @@ pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
             "clients that the kernel path leaves to the relay are shut out; run: iptables -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"
         ),
     )
+}
+
+/// Whether kernels that `node.metadata-redirect` leads to the metadata service get there.
+pub(super) fn metadata(server: &HostPort, rules: Option<&str>) -> Finding {
+    const CHECK: &str = "metadata";
+    let port = server.port;
+    match rules {
+        None => Finding::bad(
+            CHECK,
+            Level::Warning,
+            "iptables does not list the INPUT chain",
+            "node.metadata-redirect needs it; install iptables and run this as root, or set it to false",
+        ),
+        // Connections are led to the address of the bridge that they come by.
+        _ if !server.is_unspecified() => Finding::bad(
+            CHECK,
+            Level::Warning,
+            format!("the service listens at {server} only"),
+            "node.metadata-redirect leads kernels to this host's address on their own network; set agent.metadata-server-bind-host = \"0.0.0.0\"",
+        ),
+        Some(rules) if refuses_others(rules) && !admits(rules, (port, port), is_bridge) => {
+            Finding::bad(
+                CHECK,
+                Level::Warning,
+                format!("the INPUT chain refuses what no rule admits, and none names {port}"),
+                format!(
+                    "kernels may not reach the metadata service; run: iptables -I INPUT -p tcp --dport {port} -j ACCEPT (others are answered 403)"
+                ),
+            )
+        }
+        Some(_) => Finding::good(CHECK, format!("169.254.169.254 is led to port {port}")),
+    }
+}
+
+/// The names that the engine gives to bridges, and patterns of them.
+fn is_bridge(link: &str) -> bool {
+    link.starts_with("docker") || link.starts_with("br-") || link == "br+"
 }
 
 /// A chain, other than iptables' INPUT, that may refuse clients of the listeners.
@@ -245,6 +288,22 @@ mod tests {
         }
         let part = format!("{closed}-A INPUT -p tcp --dport 30000:30500 -j ACCEPT\n");
         assert_eq!(ask(&part), Level::Warning);
+    }
+
+    #[test]
+    fn kernels_that_are_led_to_the_metadata_service_must_get_there() {
+        let ask =
+            |host: &str, rules: Option<&str>| metadata(&HostPort::new(host, 40_128), rules).level;
+        let closed = "-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n";
+        let all = |rules: Option<&str>| ask("0.0.0.0", rules);
+        assert_eq!(all(None), Level::Warning);
+        assert_eq!(all(Some("-P INPUT ACCEPT\n")), Level::Good);
+        assert_eq!(all(Some(closed)), Level::Warning);
+        for rule in ["-i docker0", "-i br+", "-p tcp -m tcp --dport 40128"] {
+            let rules = format!("{closed}-A INPUT {rule} -j ACCEPT\n");
+            assert_eq!(all(Some(&rules)), Level::Good, "{rule}");
+        }
+        assert_eq!(ask("127.0.0.1", Some("-P INPUT ACCEPT\n")), Level::Warning);
     }
 
     #[test]

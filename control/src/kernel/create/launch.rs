@@ -333,6 +333,7 @@ async fn make_container(
     kernel.update_record(|record| {
         record.mounts = mounts;
         record.models = models;
+        record.environ = Some(environ);
         record.container_name = name.clone();
         record.container_id = None;
     });
@@ -523,6 +524,7 @@ async fn serve_running(
     abort: &CancellationToken,
 ) -> Result<Launched, Attempt> {
     let place = rows::locate(node, container).await?;
+    node.registry.enter_sources(kernel, &place.sources);
     let record = kernel.record();
     let wanted = rows::rows_of(node, &record, &place);
     let keys: Vec<PortKey> = wanted.ports.iter().map(|row| row.key()).collect();
@@ -633,6 +635,7 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
         return Ok(());
     };
     let place = rows::locate(node, container).await?;
+    node.registry.enter_sources(kernel, &place.sources);
     let runner = open_runner(kernel, &place, true);
     follow_models(node, kernel, &runner);
     if let Some(idle) = kernel.offer_runner(container, runner) {

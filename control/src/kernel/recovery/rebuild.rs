@@ -140,6 +140,7 @@ pub async fn record(
         models: Vec::new(),
         runner_version: None,
         result: None,
+        environ: None,
         batch_running: false,
     })
 }

@@ -1,0 +1,224 @@
+//! The way from `169.254.169.254` to the metadata service: a chain of iptables of this agent's own.
+//!
+//! In: `node.metadata-redirect` and the addresses of kernels. Out: a rule for each that leads its
+//! connections to that address and port 80 to the service, whichever network it is on. Invariants:
+//! without the setting the firewall is not written to, but for taking away a chain of ours that is
+//! left; what is not a kernel of this agent keeps its own way to that address; the chain stays while
+//! the agent is down, so that no kernel reaches somebody else's service there.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+use crate::firewall::rules;
+use crate::kernel::Node;
+
+/// Programs that Docker itself needs.
+const IPTABLES: &str = "iptables";
+const RESTORE: &str = "iptables-restore";
+/// Deadline of one change.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks whether the rules are still there: others may reload the firewall.
+const LOOK: Duration = Duration::from_secs(30);
+/// Kernels come together; their rules are written together.
+const QUIET: Duration = Duration::from_millis(20);
+/// The rule that leads to the chain, without its target.
+const MATCH: [&str; 9] = [
+    "PREROUTING",
+    "-d",
+    "169.254.169.254/32",
+    "-p",
+    "tcp",
+    "-m",
+    "tcp",
+    "--dport",
+    "80",
+];
+
+/// The chain of an agent: several may share a host.
+pub fn chain_of(agent_id: &str) -> String {
+    let mut name = "BAI-METADATA-".to_owned();
+    for byte in Sha256::digest(agent_id).iter().take(4) {
+        // Writing to a text cannot fail.
+        let _ = write!(name, "{byte:02X}");
+    }
+    name
+}
+
+/// The whole chain, in the words of iptables-restore.
+fn table(chain: &str, addresses: &[Ipv4Addr], port: u16) -> String {
+    let mut text = format!("*nat\n:{chain} - [0:0]\n");
+    for address in addresses {
+        let _ = writeln!(
+            text,
+            "-A {chain} -s {address}/32 -p tcp -j REDIRECT --to-ports {port}"
+        );
+    }
+    text.push_str("COMMIT\n");
+    text
+}
+
+/// Runs a program of the family; its error says which and why.
+async fn run(program: &str, words: &[&str], input: &str) -> Result<(), String> {
+    let mut command = Command::new(program);
+    command
+        .args(["-w", "2"])
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let failed = |err: std::io::Error| format!("{program}: {err}");
+    let running = async {
+        let mut child = command.spawn().map_err(failed)?;
+        if let Some(mut pipe) = child.stdin.take() {
+            // One that has ended says why itself.
+            let _ = pipe.write_all(input.as_bytes()).await;
+        }
+        let output = child.wait_with_output().await.map_err(failed)?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(format!(
+                "{program}: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            )),
+        }
+    };
+    tokio::time::timeout(PATIENCE, running)
+        .await
+        .unwrap_or_else(|_| Err(format!("{program}: no answer in {} s", PATIENCE.as_secs())))
+}
+
+/// Runs one command on the rule that leads to the chain.
+async fn jump(how: &str, chain: &str) -> Result<(), String> {
+    let words: Vec<&str> = ["-t", "nat", how]
+        .into_iter()
+        .chain(MATCH)
+        .chain(["-j", chain])
+        .collect();
+    run(IPTABLES, &words, "").await
+}
+
+/// What is there has as many rules as it should, and is led to.
+async fn stands(chain: &str, count: usize) -> bool {
+    let listed = rules(IPTABLES, &["-t", "nat", "-S", chain]).await;
+    let rules = listed.map(|text| text.lines().filter(|line| line.starts_with("-A")).count());
+    rules == Some(count) && jump("-C", chain).await.is_ok()
+}
+
+/// Makes the chain what it should be, in one step, and leads to it.
+async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), String> {
+    run(RESTORE, &["--noflush"], &table(chain, addresses, port)).await?;
+    match jump("-C", chain).await {
+        Ok(()) => Ok(()),
+        Err(_) => jump("-I", chain).await,
+    }
+}
+
+/// Takes the chain of an agent away; whether there was one.
+///
+/// # Errors
+/// There is one and it stays; the text says why.
+pub async fn remove(agent_id: &str) -> Result<bool, String> {
+    let chain = chain_of(agent_id);
+    let listed = rules(IPTABLES, &["-t", "nat", "-S", &chain]).await;
+    if listed.is_none() {
+        return Ok(false);
+    }
+    // Others may have led there, too.
+    for _ in 0..4 {
+        if jump("-D", &chain).await.is_err() {
+            break;
+        }
+    }
+    for how in ["-F", "-X"] {
+        run(IPTABLES, &["-t", "nat", how, &chain], "").await?;
+    }
+    Ok(true)
+}
+
+fn wanted(node: &Node) -> Vec<Ipv4Addr> {
+    let all = node.registry.callers().addresses().into_iter();
+    all.filter_map(|address| match address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
+    })
+    .collect()
+}
+
+/// Keeps the chain right until the agent stops.
+pub async fn follow(node: Arc<Node>) {
+    if !node.config.node.metadata_redirect {
+        match remove(node.agent_id()).await {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("took the rules of node.metadata-redirect away"),
+            Err(err) => tracing::warn!(
+                err,
+                chain = chain_of(node.agent_id()),
+                "rules of node.metadata-redirect, which is off, are still there; `bai-agent detach` removes them, or iptables -t nat"
+            ),
+        }
+        return;
+    }
+    let (chain, port) = (
+        chain_of(node.agent_id()),
+        node.config.agent.metadata_server.port,
+    );
+    let mut written: Option<Vec<Ipv4Addr>> = None;
+    let mut reported = false;
+    loop {
+        let addresses = wanted(&node);
+        let same = written.as_ref() == Some(&addresses);
+        if !same || !stands(&chain, addresses.len()).await {
+            match apply(&chain, &addresses, port).await {
+                Ok(()) => {
+                    reported = false;
+                    written = Some(addresses);
+                }
+                Err(err) => {
+                    written = None;
+                    if !std::mem::replace(&mut reported, true) {
+                        tracing::error!(
+                            err,
+                            "kernels' connections to 169.254.169.254 are not led to the metadata service; see that iptables works on this host, or set node.metadata-redirect = false; it is tried again"
+                        );
+                    }
+                }
+            }
+        }
+        tokio::select! {
+            () = node.registry.callers().changed() => {}
+            () = tokio::time::sleep(LOOK) => {}
+            () = node.stopping.cancelled() => return,
+        }
+        tokio::time::sleep(QUIET).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_agent_has_a_chain_and_each_kernel_a_rule() {
+        let chain = chain_of("i-node");
+        assert_ne!(chain, chain_of("i-other"));
+        // The kernel takes 28 bytes.
+        assert!(chain.len() <= 28, "{chain}");
+        let addresses = [[172, 17, 0, 2].into(), [172, 20, 0, 3].into()];
+        let lines = [
+            "*nat".to_owned(),
+            format!(":{chain} - [0:0]"),
+            format!("-A {chain} -s 172.17.0.2/32 -p tcp -j REDIRECT --to-ports 40128"),
+            format!("-A {chain} -s 172.20.0.3/32 -p tcp -j REDIRECT --to-ports 40128"),
+            "COMMIT\n".to_owned(),
+        ];
+        assert_eq!(table(&chain, &addresses, 40_128), lines.join("\n"));
+    }
+}
