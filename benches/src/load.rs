@@ -13,8 +13,10 @@ use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of a request and of its answer.
+/// Bytes of a request and of its answer, unless another size is asked for.
 pub const MESSAGE: usize = 64;
+/// The largest message: a socket that has nothing to send takes so much at once.
+pub const LARGEST_MESSAGE: usize = 16 * 1024;
 const EVENTS: usize = 256;
 /// How long one exchange may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -69,14 +71,25 @@ pub enum Kind {
     Idle,
 }
 
-/// Runs one load and returns what came of it.
+/// Runs one load, of messages of so many bytes, and returns what came of it.
 ///
 /// # Errors
-/// The address does not answer, or too many connections are lost.
-pub fn run(kind: Kind, address: SocketAddr, at_once: usize, span: Duration) -> Result<Outcome> {
+/// The size is none that is sent, the address does not answer, or too many connections are lost.
+pub fn run(
+    kind: Kind,
+    address: SocketAddr,
+    at_once: usize,
+    message: usize,
+    span: Duration,
+) -> Result<Outcome> {
+    ensure!(
+        (1..=LARGEST_MESSAGE).contains(&message),
+        "a message has 1 to {LARGEST_MESSAGE} bytes"
+    );
+    let message = vec![7; message];
     match kind {
-        Kind::Requests => requests(address, at_once, span),
-        Kind::Connections => connections(address, at_once, span),
+        Kind::Requests => requests(address, at_once, &message, span),
+        Kind::Connections => connections(address, at_once, &message, span),
         Kind::Idle => idle(address, at_once),
     }
 }
@@ -117,7 +130,12 @@ struct Asker {
     got: usize,
 }
 
-fn requests(address: SocketAddr, at_once: usize, span: Duration) -> Result<Outcome> {
+fn requests(
+    address: SocketAddr,
+    at_once: usize,
+    message: &[u8],
+    span: Duration,
+) -> Result<Outcome> {
     let mut poll = Poll::new()?;
     let mut askers = Vec::new();
     for index in 0..at_once {
@@ -132,8 +150,7 @@ fn requests(address: SocketAddr, at_once: usize, span: Duration) -> Result<Outco
             got: 0,
         });
     }
-    let message = [7; MESSAGE];
-    let mut buffer = [0; MESSAGE];
+    let mut buffer = vec![0; message.len()];
     let mut times = histogram()?;
     let mut units = 0_u64;
     let mut events = Events::with_capacity(EVENTS);
@@ -141,7 +158,7 @@ fn requests(address: SocketAddr, at_once: usize, span: Duration) -> Result<Outco
     let begin = Instant::now();
     for asker in &mut askers {
         asker.asked = Instant::now();
-        asker.stream.write_all(&message)?;
+        asker.stream.write_all(message)?;
     }
     while begin.elapsed() < span {
         poll.poll(&mut events, Some(PATIENCE))?;
@@ -155,12 +172,12 @@ fn requests(address: SocketAddr, at_once: usize, span: Duration) -> Result<Outco
                     Err(err) if err.kind() == ErrorKind::WouldBlock => break,
                     Err(err) => return Err(err).context("a connection was lost"),
                 }
-                if asker.got == MESSAGE {
+                if asker.got == message.len() {
                     times.saturating_record(nanoseconds(asker.asked));
                     units += 1;
                     asker.got = 0;
                     asker.asked = Instant::now();
-                    asker.stream.write_all(&message)?;
+                    asker.stream.write_all(message)?;
                     // The answer can't be there yet: an event will tell.
                     break;
                 }
@@ -203,22 +220,21 @@ enum Standing {
     Lost,
 }
 
-fn advance(caller: &mut Caller) -> Standing {
+fn advance(caller: &mut Caller, message: &[u8], buffer: &mut [u8]) -> Standing {
     if !caller.sent {
-        match caller.stream.write(&[7; MESSAGE]) {
-            Ok(MESSAGE) => caller.sent = true,
+        match caller.stream.write(message) {
+            Ok(sent) if sent == message.len() => caller.sent = true,
             Err(err) if matches!(err.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => {
                 return Standing::Waiting;
             }
             _ => return Standing::Lost,
         }
     }
-    let mut buffer = [0; MESSAGE];
     match caller.stream.read(&mut buffer[caller.got..]) {
         Ok(0) => Standing::Lost,
         Ok(read) => {
             caller.got += read;
-            if caller.got == MESSAGE {
+            if caller.got == message.len() {
                 Standing::Answered
             } else {
                 Standing::Waiting
@@ -229,11 +245,17 @@ fn advance(caller: &mut Caller) -> Standing {
     }
 }
 
-fn connections(address: SocketAddr, at_once: usize, span: Duration) -> Result<Outcome> {
+fn connections(
+    address: SocketAddr,
+    at_once: usize,
+    message: &[u8],
+    span: Duration,
+) -> Result<Outcome> {
     drop(proven(address).with_context(|| format!("{address} does not answer"))?);
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(EVENTS);
     let mut times = histogram()?;
+    let mut buffer = vec![0; message.len()];
     let (mut units, mut failures) = (0_u64, 0);
     wait_for_start()?;
     let begin = Instant::now();
@@ -245,7 +267,7 @@ fn connections(address: SocketAddr, at_once: usize, span: Duration) -> Result<Ou
         ensure!(!events.is_empty(), "no answer within {PATIENCE:?}");
         for event in &events {
             let index = event.token().0;
-            match advance(&mut callers[index]) {
+            match advance(&mut callers[index], message, &mut buffer) {
                 Standing::Waiting => continue,
                 Standing::Answered => {
                     times.saturating_record(nanoseconds(callers[index].began));

@@ -40,6 +40,22 @@ pub enum Peer {
     Kernel,
 }
 
+/// The first line of what a program says when it is asked so.
+///
+/// # Errors
+/// The program is missing.
+pub fn said(program: &Path, flag: &str) -> Result<String> {
+    let output = Command::new(program).arg(flag).output().with_context(|| {
+        format!(
+            "{} is missing: run `deploy/setup bench`, or leave it out with --peers",
+            program.display()
+        )
+    })?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
 impl Peer {
     /// All, in the order of tables.
     pub const ALL: [Self; 9] = [
@@ -110,17 +126,6 @@ impl Peer {
     /// # Errors
     /// The peer is not installed.
     pub fn description(self, site: &Site) -> Result<(String, String)> {
-        let said = |program: &Path, flag: &str| -> Result<String> {
-            let output = Command::new(program).arg(flag).output().with_context(|| {
-                format!(
-                    "{} is missing: run `deploy/setup bench`, or leave it out with --peers",
-                    program.display()
-                )
-            })?;
-            let text = [output.stdout, output.stderr].concat();
-            let text = String::from_utf8_lossy(&text);
-            Ok(text.lines().next().unwrap_or_default().to_owned())
-        };
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(match self {
             Self::Direct => (kernel.trim().to_owned(), "route through the host".into()),

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::Stage;
-use crate::load::{Kind, Latency, Outcome};
+use crate::load::{Kind, LARGEST_MESSAGE, Latency, MESSAGE, Outcome};
 use crate::node::program;
 use crate::peer::Peer;
 use crate::site::{BULK_PORT, CONTAINER, Cpu, ECHO_PORT, Group, Memory, Place, Site, until};
@@ -40,6 +40,12 @@ pub struct Options {
     /// Connections at once of the loads with many.
     #[arg(long, default_value_t = 32)]
     pub connections: usize,
+    /// Bytes of a request and of its answer, up to 16 KiB.
+    #[arg(long, default_value_t = MESSAGE)]
+    pub message_bytes: usize,
+    /// Bytes that iperf3 hands to the kernel at once.
+    #[arg(long, default_value_t = 256 * 1024)]
+    pub bulk_block_bytes: usize,
     /// Idle connections per proxy, once per run.
     #[arg(long, default_value_t = 2000)]
     pub idle: usize,
@@ -52,7 +58,7 @@ pub struct Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Load {
-    /// Messages of 64 bytes over many connections from the remote client.
+    /// Messages over many connections from the remote client.
     Requests,
     /// The same over one connection.
     Latency,
@@ -216,6 +222,10 @@ pub fn run(options: &Options, stage: &Stage) -> Result<()> {
         options.loads.clone()
     };
     ensure!(options.rounds > 0, "--rounds 0 measures nothing");
+    ensure!(
+        (1..=LARGEST_MESSAGE).contains(&options.message_bytes),
+        "--message-bytes is 1 to {LARGEST_MESSAGE}"
+    );
     std::fs::create_dir_all(&options.output)
         .with_context(|| options.output.display().to_string())?;
     let machine = report::Machine::now();
@@ -350,7 +360,8 @@ impl Bench<'_> {
             .args(["-J", "-c", &address.ip().to_string()])
             .args(["-p", &address.port().to_string()])
             .args(["-t", &self.options.seconds.ceil().to_string()])
-            .args(["-l", "256K", "--connect-timeout", "5000"])
+            .args(["-l", &self.options.bulk_block_bytes.to_string()])
+            .args(["--connect-timeout", "5000"])
             .stdout(Stdio::piped())
             .spawn()?;
         let _watchdog = Watchdog::new(child.id(), limit);
@@ -451,6 +462,7 @@ impl Client {
             .command(Some(from), Group::Client, &program("bench-load")?)
             .args(["run", kind, &address.to_string()])
             .args(["--at-once", &at_once.to_string()])
+            .args(["--message", &options.message_bytes.to_string()])
             .args(["--seconds", &options.seconds.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -83,8 +83,12 @@ fn ports_are_measured_against_every_peer() {
         "20",
         "--connections",
         "4",
+        "--message-bytes",
+        "4096",
+        "--bulk-block-bytes",
+        "65536",
         "--loads",
-        "requests,connections,bulk,idle",
+        "requests,latency,connections,bulk,host-requests,idle",
     ];
     let bench = start(env!("CARGO_BIN_EXE_bench-ports"), &arguments, &output);
     let found = finished(bench, &output, "ports.json");
@@ -97,8 +101,15 @@ fn ports_are_measured_against_every_peer() {
         "remote_cpu_per_request_vs_direct",
         "remote_cpu_per_gb_vs_direct",
         "remote_cpu_per_connection_vs_direct",
+        "remote_bulk_vs_direct",
+        "remote_bulk_vs_nginx",
+        "remote_bulk_vs_haproxy",
         "remote_bulk_vs_docker_proxy",
+        "remote_connections_vs_direct",
         "remote_connections_vs_best_proxy",
+        "remote_p50_vs_direct",
+        "host_requests_vs_direct",
+        "host_cpu_per_request_vs_docker_proxy",
         "relay_cpu_s_per_gb",
         "relay_requests_vs_nginx",
         "relay_bytes_per_idle_connection",
@@ -106,6 +117,9 @@ fn ports_are_measured_against_every_peer() {
         let value = found["ratios"][name].as_f64();
         assert!(value.is_some_and(|it| it >= 0.0), "{name}: {value:?}");
     }
+    assert_eq!(found["message_bytes"], 4096);
+    let iperf3 = found["iperf3"].as_str().unwrap_or_default();
+    assert!(iperf3.starts_with("iperf 3"), "{iperf3}");
     assert_eq!(
         found["peers"].as_object().map(serde_json::Map::len),
         Some(9)

@@ -23,6 +23,9 @@ enum Program {
         /// Connections at once.
         #[arg(long, default_value_t = 32)]
         at_once: usize,
+        /// Bytes of a request and of its answer.
+        #[arg(long, default_value_t = load::MESSAGE)]
+        message: usize,
         /// How long, in seconds.
         #[arg(long, default_value_t = 2.0)]
         seconds: f64,
@@ -39,9 +42,11 @@ fn main() -> Result<()> {
             kind,
             address,
             at_once,
+            message,
             seconds,
         } => {
-            let outcome = load::run(kind, address, at_once, Duration::from_secs_f64(seconds))?;
+            let span = Duration::from_secs_f64(seconds);
+            let outcome = load::run(kind, address, at_once, message, span)?;
             let mut out = std::io::stdout().lock();
             serde_json::to_writer(&mut out, &outcome)?;
             writeln!(out)?;
