@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release install uninstall setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test verify-units fuzz runner clean
+        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -89,6 +89,9 @@ runner: build ## install the published runner packages where the suites look for
 
 vm-test: setup-vm ## collection and the kernel path on Debian's kernel (6.1) with pure cgroup v2, in an emulated machine
 	tests/scripts/vm-test
+
+vm-node: setup-test setup-vm ## a whole node under systemd, installed from here, in an emulated machine (root); VM_RELEASE=trixie
+	tests/scripts/vm-node
 
 verify-units: ## check the systemd units
 	tests/scripts/verify-units
