@@ -1,5 +1,8 @@
 //! The bench programs work: tiny runs that measure nothing, so that they cannot rot.
 
+#[path = "../../tests/src/skip.rs"]
+mod skip;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,7 +22,7 @@ fn output(name: &str) -> PathBuf {
 fn possible() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        println!("SKIP benches make namespaces and cgroups, which needs root");
+        skip::needs("benches make namespaces and cgroups, which needs root");
     }
     root
 }

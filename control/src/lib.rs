@@ -29,3 +29,7 @@ pub mod stats;
 pub mod storage_proxy;
 pub mod volumes;
 pub mod watcher;
+
+#[cfg(test)]
+#[path = "../../tests/src/skip.rs"]
+mod skip;

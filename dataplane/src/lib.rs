@@ -15,3 +15,7 @@ pub mod forward;
 pub mod link;
 pub mod log_limit;
 pub mod sys;
+
+#[cfg(test)]
+#[path = "../../tests/src/skip.rs"]
+mod skip;

@@ -54,7 +54,7 @@ impl CdiEngine {
         };
         let reason = std::fs::read_to_string(&complaints)?;
         if ended?.code() == Some(UNAVAILABLE) {
-            println!("SKIP: {}", reason.trim());
+            crate::skip::needs(reason.trim());
             return Ok(None);
         }
         bail!("tests/scripts/cdi-engine failed: {reason}");

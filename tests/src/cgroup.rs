@@ -42,7 +42,7 @@ impl TestCgroup {
     /// Makes it. `Ok(None)` when this host lets nobody make cgroups (not root, or read-only).
     pub fn new(name: &str) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: making cgroups needs root");
+            crate::skip::needs("making cgroups needs root");
             return Ok(None);
         }
         let path = format!("bai-test-{}/{name}", std::process::id());

@@ -30,6 +30,7 @@ pub mod remote_client;
 pub mod rpc_service;
 pub mod runner_packages;
 pub mod scrape;
+pub mod skip;
 pub mod traffic;
 pub mod wait;
 pub mod zmtp;

@@ -38,11 +38,22 @@ pub const HOST_ADDRESS: &str = "10.213.7.1";
 /// Address of the container side.
 pub const CONTAINER_ADDRESS: &str = "10.213.7.2";
 
+/// Whether sockets of IPv6 can be had on this host's loopback; where they can't, a skip.
+pub fn has_ipv6() -> bool {
+    let has = std::net::UdpSocket::bind("[::1]:0").is_ok();
+    if !has {
+        let off = std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6");
+        let on = matches!(off.as_deref().map(str::trim), Ok("0"));
+        crate::skip::here("this host has no IPv6", on);
+    }
+    has
+}
+
 impl VethPair {
     /// Makes both namespaces. `Ok(None)` when this host does not let us.
     pub fn new(name: &str) -> Result<Option<Self>> {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: making network namespaces needs root");
+            crate::skip::needs("making network namespaces needs root");
             return Ok(None);
         }
         let id = std::process::id();

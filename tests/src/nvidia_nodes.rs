@@ -42,7 +42,7 @@ impl NvidiaNodes {
             match null(node) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(err) => {
-                    println!("SKIP: device nodes cannot be made here: {err}");
+                    crate::skip::needs(format!("device nodes cannot be made here: {err}"));
                     return Ok(None);
                 }
             }

@@ -16,7 +16,7 @@ pub fn interpreter(suite: &str) -> Result<Option<PathBuf>> {
         .context("cannot run tests/scripts/python-env")?;
     let reason = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(UNAVAILABLE) {
-        println!("SKIP {suite}: {}", reason.trim());
+        crate::skip::needs(format!("{suite}: {}", reason.trim()));
         return Ok(None);
     }
     if !output.status.success() {

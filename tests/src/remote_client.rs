@@ -16,6 +16,7 @@ use shared::ids::ContainerId;
 
 use crate::dataplane::{free_port, row_to, until};
 use crate::netns::ip;
+use crate::skip;
 
 /// Addresses of the host's interface towards the client.
 pub const HOST: [&str; 2] = ["10.78.1.1", "fd78:1::1"];
@@ -36,7 +37,7 @@ pub fn may_use_bpf() -> bool {
     let has = |bit: u32| effective & (1 << bit) != 0;
     let may = nix::unistd::geteuid().is_root() && has(12) && (has(21) || has(39));
     if !may {
-        println!("skipped: loading BPF programs needs root with CAP_NET_ADMIN and CAP_BPF");
+        skip::needs("loading BPF programs needs root with CAP_NET_ADMIN and CAP_BPF");
     }
     may
 }

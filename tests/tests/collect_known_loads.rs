@@ -202,7 +202,7 @@ fn on_a_disk() -> Option<PathBuf> {
         })
     });
     if found.is_none() {
-        println!("SKIP no directory lies on a block device");
+        harness::skip::here("no directory lies on a block device", false);
     }
     found.map(Path::to_owned)
 }

@@ -11,7 +11,8 @@ use harness::gpu_truth::Machine;
 fn what_is_told_is_what_nvidia_smi_tells() -> Result<()> {
     let machine = Machine::here();
     if let Some(reason) = machine.without_nvml()? {
-        println!("SKIP gpu: {reason}");
+        let driver = Path::new("/proc/driver/nvidia").exists();
+        harness::skip::here(format!("gpu: {reason}"), driver);
         return Ok(());
     }
     let seen = machine.check()?;

@@ -256,6 +256,43 @@ fn files_are_named_for_what_they_own() {
 }
 
 #[test]
+fn a_skip_is_said_in_one_way_only() {
+    let begins = |text: &str| {
+        let text = text.to_ascii_lowercase();
+        let rest = text.strip_prefix("skip").unwrap_or_default();
+        let rest = rest.strip_prefix("ped").unwrap_or(rest);
+        let rest = rest.strip_prefix("ping").unwrap_or(rest);
+        rest.starts_with([':', ' '])
+    };
+    assert!(["skipped: x", "SKIP: x", "Skipping x", "SKIP x"].map(begins) == [true; 4]);
+    let offenders: Vec<_> = sources(".rs")
+        .into_iter()
+        .filter(|path| !path.ends_with("tests/src/skip.rs") && !path.ends_with(file!()))
+        .filter(|path| {
+            let text = std::fs::read_to_string(root().join(path)).expect("a source file");
+            text.split('"').skip(1).any(begins)
+        })
+        .collect();
+    assert!(
+        offenders.is_empty(),
+        "these say themselves what `tests/src/skip.rs` says: {offenders:?}"
+    );
+    // What test-all counts: each skipped test once, a failed one not at all.
+    let report = tempfile::NamedTempFile::new().expect("a file");
+    let text = "<testcase name=\"a\"><system-out>SKIP one\nSKIP two</system-out></testcase>\n\
+        <testcase name=\"b\"><failure/><system-out>SKIP three</system-out></testcase>\n\
+        <testcase name=\"c\"><system-out>\nnothing</system-out></testcase>\n\
+        <testcase name=\"d\"><system-out>x\nSKIP four &lt;4&gt;</system-out></testcase>\n";
+    std::fs::write(&report, text).expect("written");
+    let counted = Command::new(root().join("tests/scripts/skipped"))
+        .arg(report.path())
+        .output()
+        .expect("the script");
+    let lines = String::from_utf8_lossy(&counted.stdout);
+    assert_eq!(lines, "SKIP one\nSKIP four \n", "{counted:?}");
+}
+
+#[test]
 fn container_client_and_message_library_are_each_known_to_few_files() {
     let homes: [(&str, &[&str]); 2] = [
         ("omq_proto", &["control/src/rpc/transport"]),

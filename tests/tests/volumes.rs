@@ -40,7 +40,7 @@ impl Place {
             .unwrap();
         // capabilities(7): CAP_SYS_ADMIN.
         if capabilities & (1 << 21) == 0 {
-            println!("SKIP volumes: mounting needs CAP_SYS_ADMIN; run as root");
+            harness::skip::needs("volumes: mounting needs CAP_SYS_ADMIN; run as root");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

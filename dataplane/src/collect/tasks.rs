@@ -541,7 +541,7 @@ mod tests {
 
     fn tasks(containers: u32, processes: u32) -> Option<(Tasks, PathBuf)> {
         if !rustix::process::geteuid().is_root() {
-            println!("SKIP loading programs into the kernel needs root");
+            crate::skip::needs("loading programs into the kernel needs root");
             return None;
         }
         let facts = Facts::gather();

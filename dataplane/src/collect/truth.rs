@@ -137,7 +137,7 @@ fn comparable(sample: &ContainerSample, unified: bool) -> impl PartialEq + std::
 #[test]
 fn the_program_says_what_the_files_say() {
     if !rustix::process::geteuid().is_root() {
-        println!("SKIP making cgroups needs root");
+        crate::skip::needs("making cgroups needs root");
         return;
     }
     let mut tree = Tree::new();

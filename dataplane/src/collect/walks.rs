@@ -542,7 +542,7 @@ mod tests {
     #[test]
     fn a_cgroup_is_read_until_it_is_gone() {
         if !rustix::process::geteuid().is_root() {
-            println!("SKIP loading programs into the kernel needs root");
+            crate::skip::needs("loading programs into the kernel needs root");
             return;
         }
         let (facts, budget) = (Facts::gather(), Budget::new(100));
@@ -597,7 +597,7 @@ mod tests {
     #[test]
     fn there_is_room_for_so_many_and_it_is_given_back() {
         if !rustix::process::geteuid().is_root() {
-            println!("SKIP loading programs into the kernel needs root");
+            crate::skip::needs("loading programs into the kernel needs root");
             return;
         }
         let mut walks = Walks::start(&Facts::gather(), &Budget::new(100), 2).expect("iterators");

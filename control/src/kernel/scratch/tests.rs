@@ -43,7 +43,7 @@ fn dotfile(path: &str, data: &str, perm: &str) -> Dotfile {
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        eprintln!("skipped: owners and mounts need root");
+        crate::skip::needs("owners and mounts need root");
     }
     root
 }

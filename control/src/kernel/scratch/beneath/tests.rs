@@ -174,7 +174,7 @@ fn trees_of_any_depth_and_odd_content_are_removed() {
 #[test]
 fn a_mount_below_is_told_and_not_emptied() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: mounting needs root");
+        crate::skip::needs("mounting needs root");
         return;
     }
     let root = tempfile::tempdir().unwrap();
