@@ -7,7 +7,7 @@
 //!
 //! Invariants: a peer is known by its credentials, not by what it says, and learns only about processes
 //! of its own container (in the original any container can ask about any other); connections, their
-//! number per container and message sizes are bounded. Source: watcher-and-http.md section 5.
+//! number per container, message sizes and the time that a container's questions take are bounded. Source: watcher-and-http.md section 5.
 
 use std::collections::HashMap;
 use std::fs::Permissions;
@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use shared::ids::ContainerId;
@@ -55,6 +55,10 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// A client that says nothing for this long is disconnected; ZeroMQ clients reconnect by themselves.
 const IDLE_LIMIT: Duration = Duration::from_secs(600);
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// A container rests so many times as long as its question took, so that its questions use a fifth of
+/// a core at most, whoever asks them: to find a process, those of the container are looked through.
+const REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_secs(20);
 const LIMITS: ReadLimits = ReadLimits {
     frame: 256,
     frames: 8,
@@ -172,14 +176,23 @@ fn bind(directory: &Path, path: &Path) -> io::Result<UnixListener> {
 #[derive(Debug)]
 struct Server {
     options: AgentSocketOptions,
-    /// Open connections by container; `None` = from outside of containers.
-    peers: Mutex<HashMap<Option<ContainerId>, usize>>,
+    /// By container; `None` = from outside of containers.
+    peers: Mutex<HashMap<Option<ContainerId>, Connected>>,
+}
+
+/// What a container has open.
+#[derive(Debug)]
+struct Connected {
+    connections: usize,
+    /// Held while one of its questions is answered, and for the rest after it.
+    turn: Arc<Semaphore>,
 }
 
 /// A counted connection.
 struct Admission {
     server: Arc<Server>,
     container: Option<ContainerId>,
+    turn: Arc<Semaphore>,
 }
 
 impl Drop for Admission {
@@ -189,9 +202,11 @@ impl Drop for Admission {
             .peers
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = peers.get_mut(&self.container) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(connected) = peers.get_mut(&self.container) {
+            connected.connections -= 1;
+            // One that still answers or rests is remembered by it: else a new connection were a way
+            // around the rest.
+            if connected.connections == 0 && connected.turn.available_permits() > 0 {
                 peers.remove(&self.container);
             }
         }
@@ -223,18 +238,26 @@ impl Server {
 
     fn admit(self: &Arc<Self>, container: Option<ContainerId>) -> Option<Admission> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let total: usize = peers.values().sum();
-        let own = peers.entry(container).or_default();
-        if total >= CONNECTIONS || *own >= CONNECTIONS_PER_CONTAINER {
-            if *own == 0 {
+        // Containers without connections that were at rest when the last one ended.
+        peers.retain(|_, connected| {
+            connected.connections > 0 || connected.turn.available_permits() == 0
+        });
+        let total: usize = peers.values().map(|own| own.connections).sum();
+        let own = peers.entry(container).or_insert_with(|| Connected {
+            connections: 0,
+            turn: Arc::new(Semaphore::new(1)),
+        });
+        if total >= CONNECTIONS || own.connections >= CONNECTIONS_PER_CONTAINER {
+            if own.connections == 0 && own.turn.available_permits() > 0 {
                 peers.remove(&container);
             }
             return None;
         }
-        *own += 1;
+        own.connections += 1;
         Some(Admission {
             server: Arc::clone(self),
             container,
+            turn: Arc::clone(&own.turn),
         })
     }
 
@@ -248,7 +271,7 @@ impl Server {
         let peer = tokio::task::spawn_blocking(move || files.container_of(pid))
             .await
             .unwrap_or(None);
-        let Some(_admission) = self.admit(peer.as_ref().map(|peer| peer.id)) else {
+        let Some(admission) = self.admit(peer.as_ref().map(|peer| peer.id)) else {
             tracing::debug!(
                 peer = pid,
                 "Too many connections to the agent socket; one is refused."
@@ -263,8 +286,9 @@ impl Server {
             return;
         }
         // Ends with the peer, with silence, or with the first thing that is not a request.
+        let turn = &admission.turn;
         while let Ok(Ok(())) =
-            tokio::time::timeout(IDLE_LIMIT, self.exchange(&mut stream, peer.as_ref())).await
+            tokio::time::timeout(IDLE_LIMIT, self.exchange(&mut stream, peer.as_ref(), turn)).await
         {
         }
     }
@@ -273,6 +297,7 @@ impl Server {
         &self,
         stream: &mut UnixStream,
         peer: Option<&ContainerCgroup>,
+        turn: &Arc<Semaphore>,
     ) -> Result<(), ZmtpError> {
         let (frames, _) = zmtp::read_message(stream, &LIMITS).await?;
         // The envelope of a request ends with an empty frame; it goes back as it came.
@@ -282,11 +307,28 @@ impl Server {
         let (envelope, request) = frames.split_at(delimiter + 1);
         let request: Vec<Bytes> = request.to_vec();
         let (peer, files, jail) = (peer.cloned(), self.options.files.clone(), self.options.jail);
-        let work =
-            tokio::task::spawn_blocking(move || answer(&files, jail, peer.as_ref(), &request));
+        let turn = Arc::clone(turn).acquire_owned();
+        let work = async move {
+            let place = turn.await.ok()?;
+            // Goes on, with its place, when nobody waits for the answer any more.
+            let work = tokio::spawn(async move {
+                let begun = Instant::now();
+                let reply = tokio::task::spawn_blocking(move || {
+                    answer(&files, jail, peer.as_ref(), &request)
+                });
+                let reply = reply.await.ok();
+                tokio::spawn(async move {
+                    let rest = begun.elapsed().saturating_mul(REST);
+                    tokio::time::sleep(rest.min(LONGEST_REST)).await;
+                    drop(place);
+                });
+                reply
+            });
+            work.await.ok().flatten()
+        };
         let reply = match tokio::time::timeout(ANSWER_LIMIT, work).await {
-            Ok(Ok(reply)) => reply,
-            _ => error("the agent could not read the process table in time"),
+            Ok(Some(reply)) => reply,
+            _ => error("the agent could not look at the processes in time; ask more seldom"),
         };
         let parts: Vec<&[u8]> = envelope.iter().chain(&reply).map(AsRef::as_ref).collect();
         zmtp::write_message(stream, &parts).await
@@ -523,6 +565,69 @@ mod tests {
             path.metadata().expect("socket").permissions().mode() & 0o777,
             0o666
         );
+    }
+
+    /// A container asks without end for a process that it does not have, on many connections: each
+    /// time all its processes are looked through.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn questions_without_end_do_not_use_the_nodes_processors() {
+        let directory = tempfile::tempdir().expect("directory");
+        let files = host(directory.path());
+        // The peer of this test's connections is this process: a member of the container.
+        let group = files.cgroup.join("pids/docker").join(ID);
+        let own = std::process::id().to_string();
+        std::fs::create_dir_all(files.proc.join(&own)).expect("directory");
+        std::fs::write(
+            files.proc.join(&own).join("cgroup"),
+            format!("8:pids:/docker/{ID}\n"),
+        )
+        .expect("file");
+        let mut members = String::new();
+        for pid in 10_000..10_300 {
+            let process = files.proc.join(pid.to_string());
+            std::fs::create_dir_all(&process).expect("directory");
+            std::fs::write(process.join("status"), format!("NSpid:\t{pid}\t{pid}\n"))
+                .expect("file");
+            members.push_str(&format!("{pid}\n"));
+        }
+        std::fs::write(group.join("cgroup.procs"), members).expect("file");
+        let peer = files.container_of(std::process::id().cast_signed());
+        let peer = peer.expect("container");
+        let look = |_| {
+            let begun = Instant::now();
+            assert_eq!(files.outer_pid(&peer, 1), None);
+            begun.elapsed()
+        };
+        let once = (0..5).map(look).min().expect("looked");
+        let options = AgentSocketOptions {
+            directory: directory.path().join("sockets"),
+            jail: false,
+            files,
+        };
+        let path = options.directory.join(SOCKET_NAME);
+        serve(options, CancellationToken::new()).expect("served");
+        let until = Instant::now() + once * 60;
+        let asking = (0..8).map(|_| {
+            let path = path.clone();
+            tokio::spawn(async move {
+                let mut answers = 0;
+                while Instant::now() < until {
+                    let request: [&[u8]; 3] = [
+                        b"container-pid-to-host-pid",
+                        ID.as_bytes(),
+                        &1_i32.to_ne_bytes(),
+                    ];
+                    answers += u32::from(ask(&path, &request).await == value(-1));
+                }
+                answers
+            })
+        });
+        let mut answers = 0;
+        for asking in asking.collect::<Vec<_>>() {
+            answers += asking.await.expect("answered");
+        }
+        // A fifth of the time, and who waited when it ended: twenty. Unbounded it is sixty per core.
+        assert!((1..=30).contains(&answers), "{answers} answers");
     }
 
     #[tokio::test]
