@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fstat,
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 /// Who gets a file; `None` leaves the user or group as it is.
@@ -55,24 +55,43 @@ impl Beneath {
         Err(Errno::AGAIN.into())
     }
 
+    /// Opens a regular file, and nothing else: already the opening of a device does things (it starts
+    /// a watchdog, rewinds a tape), and a container's root can make nodes of devices it cannot open.
+    fn regular(&self, path: &Path, access: OFlags, create: bool) -> io::Result<File> {
+        // A file that comes or goes meanwhile is looked for again, but not for ever.
+        for _ in 0..16 {
+            match self.resolve(path, OFlags::PATH, Mode::empty()) {
+                Ok(found) => {
+                    if FileType::from_raw_mode(fstat(&found)?.st_mode) != FileType::RegularFile {
+                        return Err(io::Error::new(
+                            io::ErrorKind::InvalidInput,
+                            "the path names something that is not a regular file",
+                        ));
+                    }
+                    // The very file that was looked at, whatever has its name by now.
+                    let place = format!("/proc/self/fd/{}", found.as_raw_fd());
+                    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+                    return Ok(rustix::fs::open(place, flags, Mode::empty())?.into());
+                }
+                Err(err) if err.kind() == io::ErrorKind::NotFound && create => {}
+                Err(err) => return Err(err),
+            }
+            let flags = access | OFlags::CREATE | OFlags::EXCL;
+            match self.resolve(path, flags, Mode::from_raw_mode(0o600)) {
+                Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return Ok(made?.into()),
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
     /// Writes a whole regular file, over one that is there.
     ///
     /// # Errors
     /// The path leaves the directory (`PermissionDenied`), its parent is missing, or it names
-    /// something else than a regular file.
+    /// something else than a regular file (`InvalidInput`).
     pub fn write(&self, path: &Path, content: &[u8], mode: u32, owner: Owner) -> io::Result<()> {
-        let path = &plain(path)?;
-        // Non-blocking: a FIFO put there must not stop the agent. Not truncated before it is
-        // known to be a regular file.
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = self.resolve(path, flags, Mode::from_raw_mode(0o600))?;
-        if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the path names something that is not a regular file",
-            ));
-        }
-        let mut file = File::from(file);
+        let mut file = self.regular(&plain(path)?, OFlags::WRONLY, true)?;
         file.set_len(0)?;
         file.write_all(content)?;
         change(&file, mode, owner)
@@ -81,17 +100,11 @@ impl Beneath {
     /// Reads a whole regular file of at most `limit` bytes.
     ///
     /// # Errors
-    /// The path leaves the directory, names no regular file, or the file is larger (`FileTooLarge`).
+    /// The path leaves the directory, names no regular file (`InvalidInput`), or the file is larger
+    /// (`FileTooLarge`).
     pub fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         use std::io::Read;
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = File::from(self.resolve(&plain(path)?, flags, Mode::empty())?);
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the path names something that is not a regular file",
-            ));
-        }
+        let file = self.regular(&plain(path)?, OFlags::RDONLY, false)?;
         let mut content = Vec::new();
         file.take(limit + 1).read_to_end(&mut content)?;
         if content.len() as u64 > limit {
@@ -239,46 +252,76 @@ fn enter(parent: &OwnedFd, name: &std::ffi::OsStr) -> io::Result<Option<OwnedFd>
     }
 }
 
+/// Names taken from a directory at a time: a user can put more into one than this node has memory for.
+const BATCH: usize = 1024;
+
 fn empty(root: &OwnedFd, directory: &OwnedFd, depth: usize, moved: &mut u64) -> io::Result<()> {
-    let names: Vec<_> = rustix::fs::Dir::read_from(directory)?
-        .filter_map(|entry| {
-            let entry = match entry {
-                Ok(entry) => entry,
-                Err(err) => return Some(Err(err)),
-            };
+    // As above: many, but not for ever.
+    for _ in 0..65_536 {
+        // Read anew each time: what a directory yields while it changes is up to the file system.
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(directory)? {
+            let entry = entry?;
             let name = entry.file_name().to_bytes();
-            (name != b"." && name != b"..").then(|| Ok(name.to_vec()))
-        })
-        .collect::<Result<_, _>>()?;
-    for name in names {
-        use std::os::unix::ffi::OsStrExt;
-        let name = std::ffi::OsStr::from_bytes(&name);
-        match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => continue,
-            Err(Errno::ISDIR | Errno::PERM) => {}
-            Err(err) => return Err(err.into()),
-        }
-        let Some(inner) = enter(directory, name)? else {
-            continue;
-        };
-        if depth >= DEPTH {
-            let aside = format!(".removing-{moved}");
-            *moved += 1;
-            match rustix::fs::renameat(directory, name, root, &aside) {
-                // A name of the user's own in the way: the next number.
-                Ok(()) | Err(Errno::NOENT | Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => {}
-                Err(err) => return Err(err.into()),
+            if name != b"." && name != b".." {
+                names.push(name.to_vec());
             }
-            continue;
+            if names.len() == BATCH {
+                break;
+            }
         }
-        empty(root, &inner, depth + 1, moved)?;
-        match rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR) {
-            // Not empty: something was moved in or written meanwhile; the next pass gets it.
-            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY) => {}
-            Err(err) => return Err(err.into()),
+        let mut gone = false;
+        for name in &names {
+            use std::os::unix::ffi::OsStrExt;
+            gone |= remove(
+                root,
+                directory,
+                std::ffi::OsStr::from_bytes(name),
+                depth,
+                moved,
+            )?;
+        }
+        // Where nothing goes the next pass goes on.
+        if names.len() < BATCH || !gone {
+            break;
         }
     }
     Ok(())
+}
+
+/// Removes one name, or moves it away; whether it is gone.
+fn remove(
+    root: &OwnedFd,
+    directory: &OwnedFd,
+    name: &std::ffi::OsStr,
+    depth: usize,
+    moved: &mut u64,
+) -> io::Result<bool> {
+    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(true),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(err) => return Err(err.into()),
+    }
+    let Some(inner) = enter(directory, name)? else {
+        return Ok(true);
+    };
+    if depth >= DEPTH {
+        let aside = format!(".removing-{moved}");
+        *moved += 1;
+        return match rustix::fs::renameat(directory, name, root, &aside) {
+            Ok(()) | Err(Errno::NOENT) => Ok(true),
+            // A name of the user's own in the way: the next number.
+            Err(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => Ok(false),
+            Err(err) => Err(err.into()),
+        };
+    }
+    empty(root, &inner, depth + 1, moved)?;
+    match rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(true),
+        // Something was moved in or written meanwhile; the next pass gets it.
+        Err(Errno::NOTEMPTY) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
 }
 
 #[cfg(test)]

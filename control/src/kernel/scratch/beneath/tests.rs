@@ -140,6 +140,59 @@ fn special_files_are_refused_without_waiting() {
     assert!(write(root.path(), "d", "x").is_err());
 }
 
+/// A container's root can make nodes of any device. This one has no driver: to open it would fail
+/// with another error than that of a look.
+#[test]
+fn devices_are_not_even_opened() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: making devices needs root");
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    for (name, kind) in [
+        ("char", FileType::CharacterDevice),
+        ("block", FileType::BlockDevice),
+    ] {
+        let path = root.path().join(name);
+        let device = rustix::fs::makedev(240, 77);
+        let mode = Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, device).unwrap();
+        symlink(name, root.path().join("link")).unwrap();
+        for path in [name, "link"] {
+            let err = write(root.path(), path, "x").unwrap_err();
+            assert_eq!(err.kind(), io::ErrorKind::InvalidInput, "{path}: {err}");
+            let beneath = Beneath::open(root.path()).unwrap();
+            let err = beneath.read(Path::new(path), 1).unwrap_err();
+            assert_eq!(err.kind(), io::ErrorKind::InvalidInput, "{path}: {err}");
+        }
+        fs::remove_file(root.path().join("link")).unwrap();
+    }
+}
+
+#[test]
+fn a_link_to_nothing_is_not_written_through() {
+    let root = tempfile::tempdir().unwrap();
+    symlink("nothing", root.path().join("link")).unwrap();
+    let err = write(root.path(), "link", "x").unwrap_err();
+    assert_eq!(err.kind(), io::ErrorKind::AlreadyExists);
+    assert!(!root.path().join("nothing").exists());
+}
+
+#[test]
+fn a_directory_of_many_names_is_emptied_in_parts() {
+    let root = tempfile::tempdir().unwrap();
+    let tree = root.path().join("tree");
+    for part in ["", "below"] {
+        let directory = tree.join(part);
+        fs::create_dir_all(&directory).unwrap();
+        for number in 0..2 * BATCH + 1 {
+            fs::write(directory.join(format!("{number}")), "").unwrap();
+        }
+    }
+    remove_tree(root.path(), "tree").unwrap();
+    assert!(!tree.exists());
+}
+
 #[test]
 fn trees_of_any_depth_and_odd_content_are_removed() {
     let root = tempfile::tempdir().unwrap();
