@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::runner_link::frame::{AnswerKind, Outgoing};
-use super::runner_link::{AppRecord, LinkError, RunnerLink};
+use super::runner_link::{AppRecord, LinkError, ModelServiceStatus, RunnerLink};
 
 /// The manager gets its answer within this time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -128,6 +130,30 @@ fn model_limit(model: &Value) -> Duration {
     (ANSWER_LIMIT + extra.min(MODEL_LIMIT)).min(MODEL_LIMIT)
 }
 
+/// The last of the changes that wait, or the next one; `None` when there will be none. The manager
+/// knows a session's state, not a model's, so the last word is all it needs, and a container that says
+/// it without end fills neither the log nor the queue of events that all kernels share.
+pub async fn newest_status(
+    updates: &mut broadcast::Receiver<ModelServiceStatus>,
+) -> Option<ModelServiceStatus> {
+    let mut last = loop {
+        match updates.recv().await {
+            Ok(update) => break update,
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return None,
+        }
+    };
+    // No more than there is room for: it may be filled while it is read.
+    for _ in 0..updates.len() {
+        match updates.try_recv() {
+            Ok(update) => last = update,
+            Err(TryRecvError::Lagged(_)) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+        }
+    }
+    Some(last)
+}
+
 /// A kernel's record of a service that the image may describe further.
 pub trait ServiceRecord {
     /// The service's name.
@@ -160,6 +186,30 @@ mod tests {
         let endless =
             json!({"service": {"health_check": {"max_retries": 1e300, "max_wait_time": 5.0}}});
         assert_eq!(model_limit(&endless), MODEL_LIMIT);
+    }
+
+    #[tokio::test]
+    async fn of_many_changes_the_last_is_told() {
+        let (sender, mut updates) = broadcast::channel(16);
+        let say = |number: usize, is_healthy| {
+            let model_name = format!("m{number}");
+            let status = ModelServiceStatus {
+                model_name,
+                is_healthy,
+            };
+            sender.send(status).expect("somebody listens");
+        };
+        for number in 0..1000 {
+            say(number, false);
+        }
+        say(1000, true);
+        let told = newest_status(&mut updates).await.expect("told");
+        assert_eq!((told.model_name.as_str(), told.is_healthy), ("m1000", true));
+        say(1, false);
+        let told = newest_status(&mut updates).await.expect("told");
+        assert_eq!(told.model_name, "m1");
+        drop(sender);
+        assert_eq!(newest_status(&mut updates).await, None);
     }
 
     #[test]

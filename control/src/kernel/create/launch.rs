@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use shared::desired::PortKey;
 use shared::ids::ContainerId;
-use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
@@ -42,6 +41,8 @@ const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
 /// How much later than its processes the engine may know that a container has ended.
+/// Shortest time between two words about the health of a kernel's models.
+const MODEL_PACE: Duration = Duration::from_secs(1);
 const NEWS: Duration = Duration::from_secs(2);
 
 /// A kernel whose runner has answered.
@@ -653,22 +654,15 @@ fn follow_models(node: &Arc<Node>, kernel: &Kernel, runner: &RunnerLink) {
     let (events, stopping) = (node.events.clone(), node.stopping.clone());
     let (id, session) = (kernel.id, kernel.session);
     node.tasks.spawn(async move {
-        loop {
-            let update = tokio::select! {
-                update = updates.recv() => update,
-                () = stopping.cancelled() => return,
-            };
-            match update {
-                Ok(update) => {
-                    let status = if update.is_healthy { "healthy" } else { "unhealthy" };
-                    tracing::info!(kernel_id = %id, model = update.model_name, status, "a model service has changed");
-                    events.emit(Event::ModelServiceStatusUpdated { session, status });
-                }
-                // The next one is newer than what was left out.
-                Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => return,
+        let tell = async {
+            while let Some(update) = services::newest_status(&mut updates).await {
+                let status = if update.is_healthy { "healthy" } else { "unhealthy" };
+                tracing::info!(kernel_id = %id, model = update.model_name, status, "a model service has changed");
+                events.emit(Event::ModelServiceStatusUpdated { session, status });
+                tokio::time::sleep(MODEL_PACE).await;
             }
-        }
+        };
+        stopping.run_until_cancelled(tell).await;
     });
 }
 

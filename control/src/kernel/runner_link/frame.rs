@@ -5,10 +5,17 @@
 //! anything). Source: execution.md sections 2 and 3.
 
 use bytes::Bytes;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// Longest payload of one output message that is kept; the rest is cut off.
 pub const OUTPUT_LIMIT: usize = 10 * 1024 * 1024;
+/// Longest answer to a request; what is beyond is cut off, so that the answer cannot be read.
+const ANSWER_LIMIT: usize = 1024 * 1024;
+/// Longest JSON that is kept as such: in memory it takes up to a hundred times its text.
+const DOCUMENT_LIMIT: usize = 64 * 1024;
+/// Longest name of a model.
+const NAME_LIMIT: usize = 255;
 
 /// One message to the runner: ASCII type and payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,9 +103,30 @@ impl Record {
             + match self {
                 Record::Text(_, text) => text.len(),
                 Record::Media { mime, content } => mime.len() + content.len(),
-                Record::StepEnd(..) | Record::WaitingInput(_) => 0,
+                Record::StepEnd(..) => 0,
+                Record::WaitingInput(options) => map_weight(options),
             }
     }
+}
+
+fn map_weight(map: &Map<String, Value>) -> usize {
+    /// A map's first node, which holds several entries.
+    const NODE: usize = 640;
+    let entries = map.iter();
+    let entries = entries.map(|(name, value)| 64 + name.len() + value_weight(value));
+    NODE + entries.sum::<usize>()
+}
+
+/// Deep values do not get this far: the parser's recursion is limited.
+fn value_weight(value: &Value) -> usize {
+    const VALUE: usize = 64;
+    VALUE
+        + match value {
+            Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(value_weight).sum(),
+            Value::Object(map) => map_weight(map),
+        }
 }
 
 /// Which pending request an answer belongs to.
@@ -139,30 +167,43 @@ pub enum Incoming {
 /// Sorts one received message.
 pub fn sort(kind: &[u8], payload: Bytes) -> Incoming {
     match kind {
-        b"stdout" => Incoming::Output(Stream::Stdout, cut(payload)),
-        b"stderr" => Incoming::Output(Stream::Stderr, cut(payload)),
-        b"html" => Incoming::Record(Record::Text(Stream::Html, lossy(&cut(payload)))),
-        b"log" => Incoming::Record(Record::Text(Stream::Log, lossy(&cut(payload)))),
-        b"media" => Incoming::Record(media(&cut(payload))),
+        b"stdout" => Incoming::Output(Stream::Stdout, cut(payload, OUTPUT_LIMIT)),
+        b"stderr" => Incoming::Output(Stream::Stderr, cut(payload, OUTPUT_LIMIT)),
+        b"html" => Incoming::Record(Record::Text(
+            Stream::Html,
+            lossy(&cut(payload, OUTPUT_LIMIT)),
+        )),
+        b"log" => Incoming::Record(Record::Text(
+            Stream::Log,
+            lossy(&cut(payload, OUTPUT_LIMIT)),
+        )),
+        b"media" => Incoming::Record(media(&cut(payload, OUTPUT_LIMIT))),
         b"clean-finished" => Incoming::Record(Record::StepEnd(Step::Clean, exit_code(&payload))),
         b"build-finished" => Incoming::Record(Record::StepEnd(Step::Build, exit_code(&payload))),
         b"finished" => Incoming::Record(Record::StepEnd(Step::Run, exit_code(&payload))),
         b"waiting-input" => Incoming::Record(Record::WaitingInput(object(&payload))),
-        b"status" => Incoming::Answer(AnswerKind::Status, payload),
-        b"completion" => Incoming::Answer(AnswerKind::Completion, payload),
-        b"service-result" => Incoming::Answer(AnswerKind::Service, payload),
-        b"model-service-result" => Incoming::Answer(AnswerKind::ModelService, payload),
-        b"apps-result" => Incoming::Answer(AnswerKind::Apps, payload),
+        b"status" => Incoming::Answer(AnswerKind::Status, cut(payload, ANSWER_LIMIT)),
+        b"completion" => Incoming::Answer(AnswerKind::Completion, cut(payload, ANSWER_LIMIT)),
+        b"service-result" => Incoming::Answer(AnswerKind::Service, cut(payload, ANSWER_LIMIT)),
+        b"model-service-result" => {
+            Incoming::Answer(AnswerKind::ModelService, cut(payload, ANSWER_LIMIT))
+        }
+        // Kept with the kernel as JSON.
+        b"apps-result" => Incoming::Answer(AnswerKind::Apps, cut(payload, DOCUMENT_LIMIT)),
         b"model-service-status" => {
             let fields = object(&payload);
             match (
                 fields.get("model_name").and_then(Value::as_str),
                 fields.get("is_healthy"),
             ) {
-                (Some(model_name), Some(Value::Bool(is_healthy))) => Incoming::ModelStatus {
-                    model_name: model_name.to_owned(),
-                    is_healthy: *is_healthy,
-                },
+                (Some(model_name), Some(Value::Bool(is_healthy)))
+                    if model_name.len() <= NAME_LIMIT =>
+                {
+                    Incoming::ModelStatus {
+                        model_name: model_name.to_owned(),
+                        is_healthy: *is_healthy,
+                    }
+                }
                 _ => Incoming::Unknown,
             }
         }
@@ -170,11 +211,11 @@ pub fn sort(kind: &[u8], payload: Bytes) -> Incoming {
     }
 }
 
-fn cut(payload: Bytes) -> Bytes {
-    if payload.len() > OUTPUT_LIMIT {
-        payload.slice(..OUTPUT_LIMIT)
-    } else {
-        payload
+/// A copy where something is cut off: a slice would hold all of what was received.
+fn cut(payload: Bytes, limit: usize) -> Bytes {
+    match payload.get(..limit) {
+        Some(kept) if payload.len() > limit => Bytes::copy_from_slice(kept),
+        _ => payload,
     }
 }
 
@@ -182,7 +223,11 @@ fn lossy(payload: &[u8]) -> String {
     String::from_utf8_lossy(payload).into_owned()
 }
 
+/// A small JSON map; anything else says nothing.
 fn object(payload: &[u8]) -> Map<String, Value> {
+    if payload.len() > DOCUMENT_LIMIT {
+        return Map::new();
+    }
     match serde_json::from_slice(payload) {
         Ok(Value::Object(fields)) => fields,
         _ => Map::new(),
@@ -195,11 +240,19 @@ fn exit_code(payload: &[u8]) -> Option<i64> {
 
 /// Jupyter's HTML output comes as bare text, everything else as `{"type", "data"}`.
 fn media(payload: &[u8]) -> Record {
-    let fields = object(payload);
-    match (fields.get("type"), fields.get("data")) {
-        (Some(Value::String(mime)), Some(Value::String(content))) => Record::Media {
-            mime: mime.clone(),
-            content: content.clone(),
+    /// Read without building the JSON, which may be as long as a message.
+    #[derive(Deserialize)]
+    struct Fields {
+        #[serde(rename = "type")]
+        mime: String,
+        data: String,
+    }
+    let is_map = payload.trim_ascii_start().first() == Some(&b'{');
+    let fields = is_map.then(|| serde_json::from_slice::<Fields>(payload));
+    match fields {
+        Some(Ok(Fields { mime, data })) => Record::Media {
+            mime,
+            content: data,
         },
         _ => Record::Media {
             mime: "text/html".to_owned(),
@@ -240,6 +293,34 @@ mod tests {
             panic!("stdout is console output");
         };
         assert_eq!(kept.len(), OUTPUT_LIMIT);
+    }
+
+    #[test]
+    fn no_message_is_kept_as_json_of_any_size() {
+        let long = format!("{{\"a\": [{}0]}}", "0,".repeat(DOCUMENT_LIMIT));
+        let long = Bytes::from(long);
+        assert_eq!(
+            sort(b"waiting-input", long.clone()),
+            Incoming::Record(Record::WaitingInput(Map::new()))
+        );
+        let Incoming::Answer(AnswerKind::Apps, kept) = sort(b"apps-result", long) else {
+            panic!("an answer");
+        };
+        assert_eq!(kept.len(), DOCUMENT_LIMIT);
+        let name = "n".repeat(NAME_LIMIT + 1);
+        let status = format!("{{\"model_name\": \"{name}\", \"is_healthy\": true}}");
+        assert_eq!(
+            sort(b"model-service-status", Bytes::from(status)),
+            Incoming::Unknown
+        );
+        // Lists of two texts are not the map that media is.
+        assert_eq!(
+            sort(b"media", Bytes::from_static(br#"["a", "b"]"#)),
+            Incoming::Record(Record::Media {
+                mime: "text/html".into(),
+                content: r#"["a", "b"]"#.into()
+            })
+        );
     }
 
     #[test]

@@ -693,6 +693,35 @@ mod tests {
     }
 
     #[test]
+    fn wishes_for_input_count_with_what_they_hold() {
+        let now = Instant::now();
+        let limits = RunLimits {
+            bytes: 1_000_000,
+            ..RunLimits::default()
+        };
+        let mut table = RunTable::new(limits, false, now);
+        table.submit(now, "a", query("1")).expect("sent");
+        // A kilobyte of text, a hundred of memory.
+        let Ok(Value::Object(options)) =
+            serde_json::from_str(&format!("{{\"a\": [{}0]}}", "{\"\":0},".repeat(128)))
+        else {
+            panic!("a map");
+        };
+        for _ in 0..1000 {
+            table.record(now, Record::WaitingInput(options.clone()));
+        }
+        let run = table.runs.get("a").expect("run");
+        assert!(
+            run.weight <= 1_000_000 && run.records.len() < 20,
+            "{}",
+            run.records.len()
+        );
+        while table.take(now, "a", false).is_some() {}
+        let run = table.runs.get("a").expect("run");
+        assert_eq!((run.weight, run.ends), (0, 0));
+    }
+
+    #[test]
     fn a_run_nobody_polls_for_long_loses_its_output_but_not_its_end() {
         let now = Instant::now();
         let mut table = RunTable::new(RunLimits::default(), false, now);
