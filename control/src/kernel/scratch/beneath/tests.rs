@@ -145,7 +145,7 @@ fn special_files_are_refused_without_waiting() {
 #[test]
 fn devices_are_not_even_opened() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: making devices needs root");
+        crate::skip::needs("making devices needs root");
         return;
     }
     let root = tempfile::tempdir().unwrap();
