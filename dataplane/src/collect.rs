@@ -46,7 +46,8 @@ use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
-use crate::sys::netlink::LinkStatistics;
+use crate::sys::netlink::inner::{InnerLinks, InnerStatistics};
+use crate::sys::netlink::{LinkStatistics, NetlinkError};
 
 /// File systems and directories are not asked for more often than this; samples tell how old the
 /// answers are.
@@ -232,6 +233,9 @@ pub struct Sampler {
     io_before: HashMap<ContainerId, IoCounters>,
     links: Option<LinkStatistics>,
     links_log: LogLimit,
+    /// Links that only the container's namespace has, of the few containers with such.
+    inner: HashMap<ContainerId, InnerLinks>,
+    inner_statistics: Option<InnerStatistics>,
     node: Node,
     disk: Disk,
     disk_asked: Option<Instant>,
@@ -252,6 +256,41 @@ fn thread_cpu() -> Duration {
         u64::try_from(now.tv_sec).unwrap_or(0),
         u32::try_from(now.tv_nsec).unwrap_or(0),
     )
+}
+
+/// Asks by a socket that is opened when it is needed. After a failure a fresh one is: what is still
+/// under way on the old one is dropped.
+fn asked<T>(
+    statistics: &mut Option<InnerStatistics>,
+    ask: impl FnOnce(&mut InnerStatistics) -> Result<T, NetlinkError>,
+) -> Result<T, NetlinkError> {
+    let mut open = match statistics.take() {
+        Some(open) => open,
+        None => InnerStatistics::open()?,
+    };
+    let answer = ask(&mut open)?;
+    *statistics = Some(open);
+    Ok(answer)
+}
+
+/// Adds what a container's inner links have counted; without an answer its network has no counters,
+/// as they would go back.
+fn add_inner(
+    sample: &mut ContainerSample,
+    links: &InnerLinks,
+    statistics: &mut Option<InnerStatistics>,
+) {
+    match asked(statistics, |statistics| statistics.read(links)) {
+        Ok(counters) => record::add_inner(&mut sample.net.counters, &counters),
+        Err(err) => {
+            sample.net = Measured::default();
+            tracing::debug!(
+                container_id = %sample.container_id,
+                err = &err as &dyn std::error::Error,
+                "links of a container's own namespace can't be read"
+            );
+        }
+    }
 }
 
 fn age_ms(at: Instant) -> u32 {
@@ -290,6 +329,8 @@ impl Sampler {
             io_before: HashMap::new(),
             links: None,
             links_log: LogLimit::default(),
+            inner: HashMap::new(),
+            inner_statistics: None,
             disk,
             disk_asked: None,
             lister: None,
@@ -356,6 +397,13 @@ impl Sampler {
                 links,
                 &mut self.buffer,
             );
+            // Its host-side links are there, so the namespace is still its own.
+            if !self.inner.is_empty()
+                && sample.net.get().is_some()
+                && let Some(inner) = self.inner.get(&sample.container_id)
+            {
+                add_inner(&mut sample, inner, &mut self.inner_statistics);
+            }
             if files {
                 now = (monotonic_ns(), wall_ns());
             }
@@ -432,6 +480,7 @@ impl Sampler {
             };
             self.containers.retain(|watched| wanted(&watched.id()));
             self.io_before.retain(|id, _| wanted(id));
+            self.inner.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;
@@ -441,12 +490,35 @@ impl Sampler {
             {
                 continue;
             }
+            self.find_inner(row);
             let before = self.io_before.get(&id).copied().unwrap_or_default();
             let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
             match place {
                 Ok(place) => self.containers[place] = watched,
                 Err(place) => self.containers.insert(place, watched),
             }
+        }
+    }
+
+    /// Looks for links of a new container, or of one with a changed row, that have no end on this host.
+    fn find_inner(&mut self, row: &ContainerRow) {
+        self.inner.remove(&row.container_id);
+        if row.host_network || row.init_pid == 0 || row.link_indexes.is_empty() {
+            return;
+        }
+        let found = asked(&mut self.inner_statistics, |statistics| {
+            statistics.find(row.init_pid, &row.link_indexes)
+        });
+        match found {
+            Ok(Some(links)) => {
+                self.inner.insert(row.container_id, links);
+            }
+            Ok(None) => {}
+            Err(err) => tracing::debug!(
+                container_id = %row.container_id,
+                err = &err as &dyn std::error::Error,
+                "links of a container's own namespace can't be looked for; they are not counted"
+            ),
         }
     }
 

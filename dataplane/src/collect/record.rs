@@ -153,14 +153,7 @@ pub(super) fn network(indexes: &[u32], links: &Links, place: &mut usize) -> Opti
     let mut sum = LinkCounters::default();
     for index in indexes {
         let link = links.get_at(*index, place)?;
-        sum.rx_bytes += link.rx_bytes;
-        sum.rx_packets += link.rx_packets;
-        sum.rx_errors += link.rx_errors;
-        sum.rx_dropped += link.rx_dropped;
-        sum.tx_bytes += link.tx_bytes;
-        sum.tx_packets += link.tx_packets;
-        sum.tx_errors += link.tx_errors;
-        sum.tx_dropped += link.tx_dropped;
+        sum += *link;
     }
     Some(NetCounters {
         rx_bytes: Some(sum.tx_bytes),
@@ -172,6 +165,22 @@ pub(super) fn network(indexes: &[u32], links: &Links, place: &mut usize) -> Opti
         tx_errors: Some(sum.rx_errors),
         tx_drops: Some(sum.rx_dropped),
     })
+}
+
+/// Adds what links have counted that have no end on this host.
+pub(super) fn add_inner(net: &mut NetCounters, inner: &LinkCounters) {
+    for (sum, count) in [
+        (&mut net.rx_bytes, inner.rx_bytes),
+        (&mut net.rx_packets, inner.rx_packets),
+        (&mut net.rx_errors, inner.rx_errors),
+        (&mut net.rx_drops, inner.rx_dropped),
+        (&mut net.tx_bytes, inner.tx_bytes),
+        (&mut net.tx_packets, inner.tx_packets),
+        (&mut net.tx_errors, inner.tx_errors),
+        (&mut net.tx_drops, inner.tx_dropped),
+    ] {
+        *sum = sum.map(|sum| sum.saturating_add(count));
+    }
 }
 
 #[cfg(test)]

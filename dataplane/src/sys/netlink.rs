@@ -5,6 +5,7 @@
 //! are believed (the sender's port is checked); a lost notification is reported as an overflow,
 //! never passed over; every wait for an answer has a deadline.
 
+pub mod inner;
 pub mod interfaces;
 pub mod sockets;
 
@@ -30,6 +31,9 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 /// linux/if_link.h: `struct rtnl_link_stats64`, as attribute and as filter bit.
 const IFLA_STATS_LINK_64: u16 = 1;
 const FILTER_LINK_64: u32 = 1;
+
+/// The two top bits of an attribute's type are flags.
+const TYPE_MASK: u16 = 0x3fff;
 
 const HEADER: usize = 16;
 /// `struct ifinfomsg`.
@@ -94,6 +98,18 @@ struct Message<'a> {
     flags: u16,
     sequence: u32,
     body: &'a [u8],
+}
+
+/// Attributes of a message; stops at the first one that makes no sense.
+fn attributes(body: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = body;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(rest, 0)?);
+        let kind = u16_at(rest, 2)? & TYPE_MASK;
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
 }
 
 /// Splits a datagram into messages; stops at the first one that makes no sense.
@@ -244,6 +260,19 @@ pub struct LinkCounters {
     pub tx_dropped: u64,
 }
 
+impl std::ops::AddAssign for LinkCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.rx_packets += other.rx_packets;
+        self.tx_packets += other.tx_packets;
+        self.rx_bytes += other.rx_bytes;
+        self.tx_bytes += other.tx_bytes;
+        self.rx_errors += other.rx_errors;
+        self.tx_errors += other.tx_errors;
+        self.rx_dropped += other.rx_dropped;
+        self.tx_dropped += other.tx_dropped;
+    }
+}
+
 /// The counters of interfaces, sorted by index.
 #[derive(Debug, Default)]
 pub struct Links(Vec<(u32, LinkCounters)>);
@@ -378,28 +407,23 @@ impl LinkStatistics {
 /// Reads `if_stats_msg` and its attributes.
 fn link_counters(body: &[u8]) -> Option<(u32, LinkCounters)> {
     let index = u32_at(body, 4)?;
-    let mut rest = body.get(IFSTATS..)?;
-    while let Some(length) = u16_at(rest, 0) {
-        let length = usize::from(length);
-        let attribute = rest.get(4..length)?;
-        if u16_at(rest, 2)? == IFLA_STATS_LINK_64 {
-            return Some((
-                index,
-                LinkCounters {
-                    rx_packets: u64_at(attribute, 0)?,
-                    tx_packets: u64_at(attribute, 8)?,
-                    rx_bytes: u64_at(attribute, 16)?,
-                    tx_bytes: u64_at(attribute, 24)?,
-                    rx_errors: u64_at(attribute, 32)?,
-                    tx_errors: u64_at(attribute, 40)?,
-                    rx_dropped: u64_at(attribute, 48)?,
-                    tx_dropped: u64_at(attribute, 56)?,
-                },
-            ));
-        }
-        rest = rest.get(length.next_multiple_of(4)..)?;
-    }
-    None
+    let mut values = attributes(body.get(IFSTATS..)?);
+    let (_, value) = values.find(|(kind, _)| *kind == IFLA_STATS_LINK_64)?;
+    Some((index, stats64(value)?))
+}
+
+/// Reads `struct rtnl_link_stats64`.
+fn stats64(value: &[u8]) -> Option<LinkCounters> {
+    Some(LinkCounters {
+        rx_packets: u64_at(value, 0)?,
+        tx_packets: u64_at(value, 8)?,
+        rx_bytes: u64_at(value, 16)?,
+        tx_bytes: u64_at(value, 24)?,
+        rx_errors: u64_at(value, 32)?,
+        tx_errors: u64_at(value, 40)?,
+        rx_dropped: u64_at(value, 48)?,
+        tx_dropped: u64_at(value, 56)?,
+    })
 }
 
 #[cfg(test)]

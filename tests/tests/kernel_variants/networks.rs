@@ -322,6 +322,27 @@ async fn kernels_on_an_overlay_meet_there_and_are_reached_through_its_gateway() 
         );
         let said = output_of(&node, &other, &page).await?;
         assert!(said.contains("It works"), "{said}");
+        // What it gets there is counted, though its link there has no end on this host.
+        let send = format!(
+            "/opt/backend.ai/bin/python -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+             for _ in range(3000): s.sendto(bytes(1400), (\"{own}\", 9))'"
+        );
+        output_of(&node, &other, &send).await?;
+        let counted = async || -> Result<u64> {
+            let files = "cat /sys/class/net/eth*/statistics/rx_bytes";
+            let said = output_of(&node, &order, files).await?;
+            Ok(said.lines().filter_map(|line| line.parse::<u64>().ok()).sum())
+        };
+        let before = counted().await?;
+        ensure!(before > 3000 * 1400, "{before}");
+        let told = wait::until("a sample with these", SOON, || async {
+            let stats = kernels::ask(&node, "bai.stats", Vec::new()).await.ok()?;
+            let net = &stats["kernels"][order.kernel.to_string()]["net"];
+            net["rx_bytes"].as_u64().filter(|told| *told >= before)
+        })
+        .await?;
+        let after = counted().await?;
+        assert!(told <= after, "{before} {told} {after}");
         // The metadata service knows it by its address behind the gateway.
         let ask = format!(
             "printf 'GET /latest/meta-data/local-ipv4 HTTP/1.0\\r\\n\\r\\n' | \

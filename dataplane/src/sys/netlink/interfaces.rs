@@ -12,7 +12,8 @@ use rustix::net::{self, RecvFlags, SendFlags, SocketFlags};
 
 use super::{
     ANSWER, BUFFER, HEADER, IFINFO, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NetlinkError, RTMGRP_LINK, from_kernel, messages, open, u16_at, u32_at,
+    NLMSG_ERROR, NetlinkError, RTMGRP_LINK, attributes, from_kernel, messages, open, u16_at,
+    u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
@@ -34,8 +35,6 @@ const IFA_LOCAL: u16 = 2;
 /// `struct ifaddrmsg`.
 const IFADDR: usize = 8;
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
-/// The two top bits of an attribute's type are flags.
-const TYPE_MASK: u16 = 0x3fff;
 const ARPHRD_ETHER: u16 = 1;
 const IFF_UP: u32 = 1;
 const AF_INET: u8 = 2;
@@ -62,18 +61,6 @@ pub struct Interface {
     pub peer_elsewhere: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
-}
-
-/// Attributes of a message; stops at the first one that makes no sense.
-fn attributes(body: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    let mut rest = body;
-    std::iter::from_fn(move || {
-        let length = usize::from(u16_at(rest, 0)?);
-        let kind = u16_at(rest, 2)? & TYPE_MASK;
-        let value = rest.get(4..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
 }
 
 fn text(value: &[u8]) -> String {
