@@ -96,6 +96,10 @@ pub enum MountError {
         "the folder {name} cannot be mounted at {path:?}: a path below the container's root is needed"
     )]
     KernelPath { name: String, path: String },
+    #[error(
+        "the folder {name} cannot be mounted: its subdirectory {subpath:?} leads out of it; replace the link there"
+    )]
+    Outside { name: String, subpath: String },
     #[error("two folders are to be mounted at {0}")]
     Twice(String),
     #[error("the folder {name} cannot be mounted at {path}, which belongs to the runner")]
@@ -279,6 +283,7 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
                 });
             }
         }
+        check_subpath(folder, source)?;
         if mounts
             .iter()
             .any(|mount| Path::new(&mount.target) == target)
@@ -292,6 +297,50 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
         ));
     }
     Ok(mounts)
+}
+
+/// A part of a folder may be a link its user has made; the engine would follow it anywhere.
+fn check_subpath(folder: &VfolderMount, source: &Path) -> Result<(), MountError> {
+    let subpath = Path::new(folder.vfsubpath.as_deref().unwrap_or_default());
+    let names = |path: &Path| -> Vec<std::ffi::OsString> {
+        let named = path.components().filter_map(|part| match part {
+            Component::Normal(name) => Some(name.to_owned()),
+            _ => None,
+        });
+        named.collect()
+    };
+    let depth = names(subpath).len();
+    if depth == 0 {
+        return Ok(());
+    }
+    let outside = || MountError::Outside {
+        name: folder.name.clone(),
+        subpath: subpath.to_string_lossy().into_owned(),
+    };
+    if !is_plain(subpath) {
+        return Err(outside());
+    }
+    if !names(source).ends_with(&names(subpath)) {
+        // The storage proxy has followed links itself, and judged where they lead.
+        return Ok(());
+    }
+    let root = source.ancestors().nth(depth).ok_or_else(outside)?;
+    let real = |path: &Path| {
+        std::fs::canonicalize(path).map_err(|cause| MountError::Unreadable {
+            name: folder.name.clone(),
+            path: path.to_owned(),
+            cause,
+        })
+    };
+    match real(source)?.starts_with(real(root)?) {
+        true => Ok(()),
+        false => Err(outside()),
+    }
+}
+
+fn is_plain(path: &Path) -> bool {
+    path.components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
 /// Whether a path of the container is the runner's own.
@@ -434,6 +483,46 @@ mod tests {
             folder("b", host.path(), "/d/"),
         ];
         assert!(matches!(vfolders(&twice, false), Err(MountError::Twice(_))));
+    }
+
+    #[test]
+    fn a_part_of_a_folder_does_not_lead_out_of_it() {
+        let host = tempfile::tempdir().unwrap();
+        let mine = host.path().join("volume/mine");
+        let others = host.path().join("volume/others");
+        fs::create_dir_all(mine.join("real/deep")).unwrap();
+        fs::create_dir_all(&others).unwrap();
+        std::os::unix::fs::symlink(&others, mine.join("absolute")).unwrap();
+        std::os::unix::fs::symlink("../../others", mine.join("real/relative")).unwrap();
+        std::os::unix::fs::symlink("real", mine.join("inside")).unwrap();
+        // The volume itself may be reached by a link.
+        std::os::unix::fs::symlink(host.path().join("volume"), host.path().join("mnt")).unwrap();
+        let ask = |root: &Path, below: &str, subpath: &str| {
+            let mut asked = folder("a", &root.join(below), "/home/work/a");
+            asked.vfsubpath = Some(subpath.to_owned());
+            vfolders(&[asked], false)
+        };
+        let linked = host.path().join("mnt/mine");
+        for root in [&mine, &linked] {
+            for subpath in ["real", "real/deep", "./real/", "inside/deep", ".", ""] {
+                let asked = ask(root, subpath, subpath);
+                assert_eq!(asked.unwrap().len(), 1, "{subpath}");
+            }
+            for subpath in ["absolute", "real/relative"] {
+                let err = ask(root, subpath, subpath).unwrap_err();
+                assert!(
+                    matches!(err, MountError::Outside { .. }),
+                    "{subpath}: {err}"
+                );
+            }
+        }
+        for subpath in ["../real", "/real"] {
+            assert!(ask(&mine, "real", subpath).is_err(), "{subpath}");
+        }
+        assert!(
+            ask(&mine, "real/deep", "inside/deep").is_ok(),
+            "a link that was followed"
+        );
     }
 
     #[test]
