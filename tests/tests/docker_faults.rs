@@ -372,6 +372,132 @@ async fn a_stream_that_hangs_is_found_out_by_a_ping() {
     assert_eq!(subscriptions, 2);
 }
 
+/// One container's event must not keep those of the others from being read, for ever: each new
+/// subscription begins before it again.
+#[tokio::test]
+async fn an_event_of_any_length_is_passed_over() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    let event = |id: &str, label: &str| {
+        format!(
+            r#"{{"Type":"container","Action":"die","Actor":{{"ID":"{id}","Attributes":{{"label":"{label}"}}}},"timeNano":4000000000000000000}}"#
+        )
+    };
+    let long = event("long", &"x".repeat(3 << 20));
+    let odd = event(&"y".repeat(5000), "");
+    let lines = format!("{long}\n{odd}\n{}\n", event("short", ""));
+    proxy.spoil("/events", chunked(&lines), 1);
+    let mut events = docker.events(64);
+    assert_eq!(next(&mut events).await, EngineEvent::Resynchronise);
+    // For the one that was left out.
+    assert_eq!(next(&mut events).await, EngineEvent::Resynchronise);
+    let EngineEvent::Container(event) = next(&mut events).await else {
+        panic!("the event after the long one");
+    };
+    assert_eq!(event.container_id, "short");
+}
+
+#[tokio::test]
+async fn an_engine_whose_events_break_off_is_asked_less_and_less() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    proxy.spoil("/events", chunked("garbage\n"), usize::MAX);
+    let mut events = docker.events(64);
+    let reading = async {
+        loop {
+            next(&mut events).await;
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(3), reading).await;
+    let asked = proxy.requests();
+    let asked = asked.iter().filter(|line| line.contains("/events")).count();
+    // After 0, 0.1, 0.3, 0.7 and 1.5 seconds.
+    assert!((2..=6).contains(&asked), "asked {asked} times");
+}
+
+#[tokio::test]
+async fn answers_that_make_no_sense_are_errors_and_the_next_is_read() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    docker.ping().await.unwrap();
+    let raw = |text: String| Fault::Answer(text.into_bytes());
+    let body = |body: &str| Fault::json(200, body);
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n";
+    let chunk = format!("100000\r\n{}\r\n", " ".repeat(1 << 20));
+    let faults = [
+        ("cut off", body(r#"[{"Id": "a", "Names": ["#)),
+        ("another type", body("{}")),
+        ("null", body("null")),
+        ("a number as id", body(r#"[{"Id": 5}]"#)),
+        (
+            "a list as state",
+            body(r#"[{"Id": "a", "State": [], "Created": -1}]"#),
+        ),
+        ("deep", body(&"[".repeat(1 << 20))),
+        ("no text", Fault::json(200, "\u{0}\u{ffff}")),
+        ("empty", body("")),
+        (
+            "too little",
+            raw(format!("{head}Content-Length: 10000000000\r\n\r\n[]")),
+        ),
+        (
+            "two lengths",
+            raw(format!(
+                "{head}Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]"
+            )),
+        ),
+        (
+            "negative length",
+            raw(format!("{head}Content-Length: -2\r\n\r\n[]")),
+        ),
+        (
+            "70 MiB",
+            raw(format!(
+                "{head}Transfer-Encoding: chunked\r\n\r\n{}0\r\n\r\n",
+                chunk.repeat(70)
+            )),
+        ),
+        (
+            "a chunk of any size",
+            raw(format!(
+                "{head}Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n[]"
+            )),
+        ),
+        (
+            "headers without end",
+            raw(format!("{head}{}", "X: y\r\n".repeat(200_000))),
+        ),
+        (
+            "only a promise",
+            raw("HTTP/1.1 100 Continue\r\n\r\n".repeat(1000)),
+        ),
+        ("another protocol", raw("SSH-2.0-x\r\n".to_owned())),
+        (
+            "an upgrade",
+            raw(
+                "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+                    .to_owned(),
+            ),
+        ),
+        (
+            "a refusal without words",
+            raw("HTTP/1.1 500 \r\nContent-Length: 0\r\n\r\n".to_owned()),
+        ),
+    ];
+    for (what, fault) in faults {
+        // Twice: a question whose connection breaks is asked again.
+        proxy.spoil("/containers/json", fault, 2);
+        let asked = docker.list_containers(true, None);
+        let answer = tokio::time::timeout(WATCHDOG, asked).await.expect(what);
+        let err = answer.expect_err(what).to_string();
+        assert!(err.len() < 2000, "{what}: {err}");
+        proxy.behave();
+        docker.list_containers(true, None).await.expect(what);
+    }
+}
+
 #[tokio::test]
 async fn a_log_that_stalls_gives_what_was_read_when_asked_to() {
     let proxy = FaultDocker::start().unwrap();

@@ -8,7 +8,7 @@
 //! marker that comes later than the loss.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper::Method;
 use serde::Deserialize;
@@ -25,6 +25,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 /// Events remembered to recognise one that `since` delivers again; dockerd keeps 256.
 const REMEMBERED: usize = 512;
+
+/// Longest id and action of an event.
+const LONGEST_KEY: usize = 1024;
 
 /// Something that happened at the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -210,6 +213,7 @@ async fn follow(docker: Docker, mut outlet: Outlet) {
     let mut pause = PAUSE.0;
     let mut down = false;
     loop {
+        let begun = Instant::now();
         let subscribed = docker.event_lines(&position.since()).await;
         let err = match subscribed {
             Ok((mut lines, _permit)) => {
@@ -217,7 +221,6 @@ async fn follow(docker: Docker, mut outlet: Outlet) {
                     tracing::info!(host = docker.host(), "Docker events are followed again.");
                 }
                 down = false;
-                pause = PAUSE.0;
                 outlet.give(EngineEvent::Resynchronise);
                 drain(&docker, &mut lines, &mut position, &mut outlet).await
             }
@@ -225,6 +228,10 @@ async fn follow(docker: Docker, mut outlet: Outlet) {
         };
         if outlet.sender.is_closed() {
             return;
+        }
+        // An engine that answers and breaks off at once is not asked more and more.
+        if begun.elapsed() > PAUSE.1 {
+            pause = PAUSE.0;
         }
         if !down {
             tracing::warn!(err = %err, "Docker events stopped; subscribing again.");
@@ -252,6 +259,12 @@ async fn drain(
                     step: STEP.into(),
                     source: "the stream ended".into(),
                 },
+                // Nobody's event may keep the others' from being read, now and after each new
+                // subscription; what it was about is found by looking.
+                Err(err @ DockerError::TooLarge { .. }) => {
+                    tracing::debug!(%err, "A Docker event is too long to be read.");
+                    outlet.give(EngineEvent::Resynchronise);
+                }
                 Err(err) => return err,
             },
             () = outlet.settle() => {}
@@ -298,6 +311,11 @@ fn deliver(value: serde_json::Value, position: &mut Position, outlet: &mut Outle
         _ => String::new(),
     };
     let key = format!("{}{subject}", message.actor.id);
+    // Ids and actions are remembered.
+    if key.len() + message.action.len() > LONGEST_KEY {
+        tracing::debug!("A Docker event has an id or an action that cannot be.");
+        return;
+    }
     if !position.take(message.time_ns, &key, &message.action) {
         return;
     }

@@ -20,6 +20,8 @@ pub(super) struct JsonLines {
     /// Bytes of `buffer` already searched for a newline.
     searched: usize,
     ended: bool,
+    /// Inside a line that is too long, of which nothing is kept.
+    passing: bool,
 }
 
 impl JsonLines {
@@ -29,6 +31,7 @@ impl JsonLines {
             buffer: BytesMut::new(),
             searched: 0,
             ended: false,
+            passing: false,
         }
     }
 
@@ -42,13 +45,22 @@ impl JsonLines {
                 let line = self.buffer.split_to(self.searched + at);
                 self.buffer.advance(1);
                 self.searched = 0;
+                if std::mem::take(&mut self.passing) {
+                    continue;
+                }
                 if line.iter().all(u8::is_ascii_whitespace) {
                     continue;
                 }
                 return parse(step, &line).map(Some);
             }
             self.searched = self.buffer.len();
+            if self.passing {
+                self.buffer.clear();
+                self.searched = 0;
+            }
             if self.buffer.len() > LINE_LIMIT {
+                // Whoever asks again gets the next line.
+                self.passing = true;
                 return Err(DockerError::TooLarge {
                     step: step.to_owned(),
                     limit: LINE_LIMIT as u64,

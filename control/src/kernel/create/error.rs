@@ -60,6 +60,16 @@ pub enum CreateError {
         /// The node's.
         have: &'static str,
     },
+    /// The image's labels would make the engine's answers too long.
+    #[error(
+        "the image {image} has {bytes} bytes of labels, more than 128 KiB; the engine repeats them in all its lists, so use an image with fewer"
+    )]
+    Labels {
+        /// Canonical name.
+        image: String,
+        /// Bytes of keys and values.
+        bytes: usize,
+    },
     /// The image is not there or could not be pulled.
     #[error(transparent)]
     Image(#[from] ImageError),

@@ -1,6 +1,8 @@
 //! The part of a creation that only looks: everything that can be found wrong with a request is
 //! found here, before anything is taken or written.
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 
 use super::error::CreateError;
@@ -110,12 +112,31 @@ pub async fn check(
     })
 }
 
-/// What depends on the image: its models.
+/// Bytes of labels an image may have. The engine repeats them in every event and every list of
+/// containers, whose lengths are bounded: one image must not make the others' unreadable.
+const LABELS: usize = 128 << 10;
+
+fn check_labels(canonical: &str, labels: &HashMap<String, String>) -> Result<(), CreateError> {
+    let bytes: usize = labels
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    if bytes <= LABELS {
+        return Ok(());
+    }
+    Err(CreateError::Labels {
+        image: canonical.chars().take(200).collect(),
+        bytes,
+    })
+}
+
+/// What depends on the image: its labels and models.
 pub async fn check_models(
     prepared: &mut Prepared,
     config: &KernelCreationConfig,
     image: &ImageRecord,
 ) -> Result<(), CreateError> {
+    check_labels(&config.image.canonical, &image.labels)?;
     if config.session_type != SessionType::Inference {
         return Ok(());
     }
@@ -221,4 +242,17 @@ pub async fn base_distro(
         .distros
         .resolve(config.image.docker_name(), &labels.collect())
         .await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_images_labels_are_bounded() {
+        let labels = |length: usize| HashMap::from([("key".to_owned(), "v".repeat(length))]);
+        assert!(check_labels("image", &labels(LABELS - 3)).is_ok());
+        let err = check_labels("image", &labels(LABELS - 2)).unwrap_err();
+        assert!(err.to_string().contains("131073 bytes"), "{err}");
+    }
 }
