@@ -121,7 +121,7 @@ async fn both_die(node: &mut Node) -> Result<()> {
     let port = kernels::host_ports(&result, "web")[0];
     let status = shown(node, port).await?;
     if status["path"] != "kernel" {
-        println!("SKIP this host has no kernel path: {status}");
+        harness::skip::here(format!("this host has no kernel path: {status}"), false);
         return kernels::destroy(node, &order).await;
     }
     let container = result["container_id"].as_str().context("a container")?;
