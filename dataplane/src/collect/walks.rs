@@ -473,6 +473,9 @@ fn candidate_layouts(orders: &[AtomicU64]) -> Vec<[u64; STAT_ITEMS]> {
         .collect()
 }
 
+/// Where memory of the kernel's own is among the items of a layout.
+const KERNEL_ITEM: usize = 5;
+
 /// Whether a record says what the file says, and enough of it that chance can't.
 fn agrees(text: &str, unified: bool, record: &CgroupRecord) -> bool {
     let names = if unified {
@@ -498,7 +501,12 @@ fn agrees(text: &str, unified: bool, record: &CgroupRecord) -> bool {
         }
         telling += u32::from(file > 2 * slack);
     }
-    telling >= 2
+    // Version 1 does not tell it, nor do kernels before 5.18.
+    let kernel_agrees = keyed(text, "kernel").is_none_or(|file| {
+        let slack = (file / 10).max(4 << 20);
+        file.abs_diff(bytes(record.stat_pages[KERNEL_ITEM])) <= slack
+    });
+    telling >= 2 && kernel_agrees
 }
 
 #[cfg(test)]
@@ -529,6 +537,10 @@ mod tests {
         let text = "inactive_file 104857600\nanon 314572800\nfile 209715200\nshmem 1048576\n";
         assert!(agrees(text, true, &record));
         assert!(!agrees(text, false, &record), "other names");
+        let newer = format!("{text}kernel 33554432\n");
+        assert!(!agrees(&newer, true, &record), "no kernel memory");
+        record.stat_pages[KERNEL_ITEM] = mebi(32);
+        assert!(agrees(&newer, true, &record));
         record.stat_pages.swap(0, 1);
         assert!(!agrees(text, true, &record));
         let empty = "inactive_file 0\nanon 0\nfile 0\nshmem 0\n";
