@@ -28,6 +28,8 @@ pub struct NodeOptions {
     pub sections: String,
     /// `container.scratch-type`.
     pub scratch_type: String,
+    /// `container.bind-host`.
+    pub bind_host: String,
     /// How many host ports the pool has.
     pub ports: u16,
     /// Whether the dataplane is started too.
@@ -51,6 +53,7 @@ impl Default for NodeOptions {
             node: String::new(),
             sections: String::new(),
             scratch_type: "hostdir".to_owned(),
+            bind_host: "127.0.0.1".to_owned(),
             ports: PORTS,
             dataplane: true,
             environment: Vec::new(),
@@ -148,7 +151,7 @@ var-base-path = "{place}/state"
 ipc-base-path = "{place}/ipc"
 {agent}
 [container]
-bind-host = "127.0.0.1"
+bind-host = "{bind_host}"
 kernel-uid = 1000
 kernel-gid = 1000
 scratch-type = "{scratch_type}"
@@ -171,6 +174,7 @@ runner-dir = "{runner}"
             node = options.node,
             sections = options.sections,
             scratch_type = options.scratch_type,
+            bind_host = options.bind_host,
             first = ports.0,
             last = ports.1,
             run = run_directory.path().display(),

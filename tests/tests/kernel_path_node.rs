@@ -2,7 +2,7 @@
 //! processes lives, and what agents that are gone have left is cleared away.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
@@ -13,8 +13,10 @@ use harness::dataplane::until;
 use harness::images::Image;
 use harness::kernel_path::{Node as Sandbox, ask, host};
 use harness::kernels::{self, Order, docker};
+use harness::netns::ip;
 use harness::node::{Node, NodeOptions};
-use harness::remote_client::may_use_bpf;
+use harness::remote_client::{may_use_bpf, within};
+use harness::skip;
 use harness::traffic::{self, Manner};
 use harness::wait;
 use nix::sched::{CloneFlags, setns};
@@ -115,31 +117,85 @@ async fn shown(node: &Node, port: u16) -> Result<Json> {
     found.cloned().context("the port")
 }
 
-async fn both_die(node: &mut Node) -> Result<()> {
+/// Another machine, on a link of its own to this one.
+struct Neighbour {
+    namespace: String,
+    link: String,
+    /// This host's address on the link.
+    host: Ipv4Addr,
+}
+
+impl Neighbour {
+    fn new() -> Result<Self> {
+        let id = std::process::id();
+        let net = u8::try_from(id % 251)?;
+        let made = Self {
+            namespace: format!("bai-kpn-{id}"),
+            link: format!("kpn{id}"),
+            host: Ipv4Addr::new(10, 79, net, 1),
+        };
+        let Self {
+            namespace,
+            link,
+            host,
+        } = &made;
+        for words in [
+            format!("netns add {namespace}"),
+            format!("link add {link} type veth peer name eth0 netns {namespace}"),
+            format!("addr add {host}/24 dev {link}"),
+            format!("link set {link} up"),
+            format!("-n {namespace} addr add 10.79.{net}.2/24 dev eth0"),
+            format!("-n {namespace} link set eth0 up"),
+            format!("-n {namespace} route add default via {host}"),
+        ] {
+            ip(&words)?;
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        let _ = ip(&format!("link del {}", self.link));
+        let _ = ip(&format!("netns del {}", self.namespace));
+    }
+}
+
+async fn both_die(node: &mut Node, neighbour: &Neighbour) -> Result<()> {
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(node, &order).await?;
     let port = kernels::host_ports(&result, "web")[0];
     let status = shown(node, port).await?;
-    if status["path"] != "kernel" {
-        harness::skip::here(format!("this host has no kernel path: {status}"), false);
+    let reason = status["reason"].as_str().unwrap_or_default();
+    if status["path"] != "kernel" || !reason.is_empty() {
+        let firewall = reason.contains("the host's firewall decides");
+        skip::here(format!("not all by the kernel path: {status}"), !firewall);
         return kernels::destroy(node, &order).await;
     }
     let container = result["container_id"].as_str().context("a container")?;
     echo_in(container, 8080)?;
-    let done = Arc::new(Done::default());
-    let threads = load(([127, 0, 0, 1], port).into(), &done);
-    done.goes_on("with both")?;
+    let address = SocketAddr::from((neighbour.host, port));
+    let (own, theirs) = (Arc::new(Done::default()), Arc::new(Done::default()));
+    let mut threads = load(address, &own);
+    let done = Arc::clone(&theirs);
+    threads.extend(within(&neighbour.namespace, move || load(address, &done))?);
+    let goes_on = |when: &str| -> Result<()> {
+        own.goes_on(&format!("of this host {when}"))?;
+        theirs.goes_on(&format!("of another host {when}"))
+    };
+    goes_on("with both")?;
     node.kill_control()?;
     node.kill_dataplane()?;
-    done.goes_on("with neither")?;
+    goes_on("with neither")?;
     node.start_dataplane()?;
     node.start_control().await?;
-    done.goes_on("with both again")?;
-    done.over.store(true, Relaxed);
+    goes_on("with both again")?;
+    own.over.store(true, Relaxed);
+    theirs.over.store(true, Relaxed);
     for thread in threads {
         thread.join().ok().context("a client has failed")?;
     }
-    let made = done.connections.load(Relaxed) + 5;
+    let made = own.connections.load(Relaxed) + theirs.connections.load(Relaxed) + 10;
     wait::until("the counters going on", Duration::from_secs(30), || async {
         let status = shown(node, port).await.ok()?;
         (status["path"] == "kernel" && status["sessions_total"].as_u64()? == made).then_some(())
@@ -153,9 +209,14 @@ async fn flows_live_and_new_ones_are_served_while_both_processes_are_dead() -> R
     if !may_use_bpf() {
         return Ok(());
     }
-    let mut node = Node::start(NodeOptions::default()).await?;
+    let neighbour = Neighbour::new()?;
+    let mut node = Node::start(NodeOptions {
+        bind_host: neighbour.host.to_string(),
+        ..NodeOptions::default()
+    })
+    .await?;
     let run_dir = node.regions();
-    both_die(&mut node).await?;
+    both_die(&mut node, &neighbour).await?;
     drop(node);
     ensure!(pins_of(&run_dir).is_empty(), "something stays attached");
     Ok(())
