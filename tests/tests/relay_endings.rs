@@ -279,6 +279,39 @@ fn limits_of_port_process_network_and_place_hold() {
 }
 
 #[test]
+fn a_listener_turns_clients_away_that_come_too_fast() {
+    let relay = relay();
+    let echo = traffic::echo_server("127.0.0.1:0");
+    let rules = Rules {
+        new_per_second: 1,
+        ..Rules::default()
+    };
+    let port = open(&relay, echo, rules.clone());
+    // Two at once are within the rate; more than a hundred are not, however long they take to ask.
+    let served = |count: usize| {
+        let ask = |_| {
+            let mut stream = traffic::connect(port.bind()).ok()?;
+            echoes(&mut stream).then_some(stream)
+        };
+        (0..count).filter_map(ask).collect::<Vec<_>>()
+    };
+    let begun = Instant::now();
+    let mut first = served(1);
+    assert_eq!(first.len(), 1, "the first is in time");
+    let kept = served(200);
+    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("few");
+    assert!(kept.len() <= seconds + 2, "{} in {seconds} s", kept.len());
+    let refused = u64::try_from(200 - kept.len()).expect("few");
+    assert_eq!(port.counters().refused, refused);
+    assert!(echoes(&mut first[0]), "who is there stays");
+    port.set_rules(Rules {
+        new_per_second: 0,
+        ..rules
+    });
+    assert_eq!(served(50).len(), 50, "no rate");
+}
+
+#[test]
 fn cutting_a_port_spares_the_others() {
     let relay = relay();
     let echo = traffic::echo_server("127.0.0.1:0");
