@@ -99,6 +99,9 @@ pub const ADDRESS_HOOKS: [&str; 8] = [
     "getpeername6",
 ];
 
+/// Those of them that lead sockets; the others tell whom led ones speak to.
+pub const LEADING_HOOKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+
 /// Name of the program in [`connect`] that sees sockets go.
 pub const RELEASE_HOOK: &str = "released";
 

@@ -52,6 +52,14 @@ pub struct ServiceKey {
     pub zero: u8,
 }
 
+impl ServiceKey {
+    /// As the maps of every layout have it.
+    pub fn bytes(self) -> [u8; 4] {
+        let [first, second] = self.port.to_ne_bytes();
+        [first, second, self.protocol, self.zero]
+    }
+}
+
 /// `struct client_network`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]

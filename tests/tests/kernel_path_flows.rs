@@ -4,7 +4,10 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
+use std::time::Duration;
 
 use harness::dataplane::until;
 use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, told};
@@ -355,6 +358,7 @@ fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
         .expect("asked");
     node.control
         .in_state(key, PortState::Draining)
+        .map(|status| assert_eq!(status.path, ForwardPath::KernelPath))
         .expect("draining");
     let err = node.at_client(move || TcpStream::connect(address));
     let kind = err.expect_err("no new flow").kind();
@@ -372,6 +376,154 @@ fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
         (status.bytes_in, status.bytes_out, status.sessions_total),
         (13, 13, 1)
     );
+}
+
+#[test]
+fn what_drains_ends_with_its_container() {
+    let Some((mut node, mut row)) = Node::with_echo() else {
+        return;
+    };
+    row.drain = Drain::Within { ms: 3_600_000 };
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut remote = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    let at_host = within(&node.network.host, move || traffic::connect(address));
+    let mut local = at_host.expect("the host's namespace").expect("accepted");
+    for stream in [&mut remote, &mut local] {
+        stream.write_all(b"before").expect("sent");
+        stream.read_exact(&mut [0; 6]).expect("echoed");
+    }
+    let key = row.key();
+    node.control
+        .write(|batch| batch.remove_port(key))
+        .expect("asked");
+    node.control
+        .in_state(key, PortState::Draining)
+        .expect("draining");
+    node.replace_container(row.target_port);
+    let status = node
+        .control
+        .in_state(key, PortState::Removed)
+        .expect("not at the drain's deadline, but with the container");
+    assert_eq!(
+        (status.bytes_in, status.bytes_out, status.sessions_total),
+        (12, 12, 2)
+    );
+}
+
+/// What the program of another layout leaves behind is as real here as can be: its directory, by
+/// another number.
+#[test]
+fn an_upgrade_with_another_layout_loses_no_flow() {
+    let Some((mut node, row)) = Node::serving(echo) else {
+        return;
+    };
+    let address = host(&row, 0);
+    let (listener, speaker) = within(&node.container.namespace, || {
+        let listener = traffic::listener("0.0.0.0:0");
+        let port = listener.local_addr().expect("bound").port();
+        (listener, port)
+    })
+    .expect("the container's namespace");
+    let mut silent = row.clone();
+    silent.host_port = harness::dataplane::free_port();
+    silent.target_port = speaker;
+    node.lift(&silent);
+    // Somebody who only listens.
+    let speaking = host(&silent, 0);
+    let mut listening = node
+        .at_client(move || traffic::connect(speaking))
+        .expect("accepted");
+    let (mut speaker, _) = listener.accept().expect("the client");
+    // Requests of a client elsewhere and of one here, and a stream in bulk.
+    let mut asking = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    let at_host = within(&node.network.host, move || traffic::connect(address));
+    let mut own = at_host.expect("the host's namespace").expect("accepted");
+    let mut both = |word: &[u8]| {
+        let mut back = vec![0; word.len()];
+        for stream in [&mut asking, &mut own] {
+            stream.write_all(word).expect("sent");
+            stream.read_exact(&mut back).expect("echoed");
+            assert_eq!(back, word);
+        }
+    };
+    both(b"before");
+    let stream = node
+        .at_client(move || traffic::connect(address))
+        .expect("accepted");
+    let over = Arc::new(AtomicBool::new(false));
+    let (mut sender, sending) = (stream.try_clone().expect("a clone"), Arc::clone(&over));
+    let sent = thread::spawn(move || {
+        let (mut offset, mut piece) = (0, vec![0; 65_536]);
+        while !sending.load(Relaxed) {
+            traffic::fill(5, offset, &mut piece);
+            sender.write_all(&piece).expect("sent");
+            offset += piece.len() as u64;
+            // It lasts a while: no faster than that.
+            thread::sleep(Duration::from_millis(2));
+        }
+        sender.shutdown(Shutdown::Write).expect("ended");
+        offset
+    });
+    let mut stream = stream;
+    let received = thread::spawn(move || traffic::receive(&mut stream, 5, Manner::eager(90_000)));
+
+    node.kill();
+    let now = pins(&node);
+    let before = now.with_file_name("v0");
+    assert!(now != before && now.join("hook-connect4").exists());
+    std::fs::rename(&now, &before).expect("another layout's");
+    node.restart();
+    let both_attached = || (now.exists() && before.exists()).then_some(());
+    until("both being attached", both_attached).expect("not one after the other");
+    // The last thing that is done when all rows are lifted.
+    let leads = before.join("hook-connect4");
+    until("the rows", || (!leads.exists()).then_some(())).expect("lifted");
+    // The container speaks first, before its client has said a word to the new programs.
+    speaker.write_all(b"word").expect("sent");
+    let mut word = [0; 4];
+    listening.read_exact(&mut word).expect("heard");
+    assert_eq!(&word, b"word");
+    both(b"after");
+    let made = node.at_client(move || ask(address, b"new"));
+    assert_eq!(made.expect("served"), b"new");
+    assert!(before.exists(), "until now");
+    harness::wait::until_blocking("the other layout's end", Duration::from_secs(120), || {
+        (!before.exists()).then_some(())
+    })
+    .expect("removed");
+    speaker.write_all(b"more").expect("sent");
+    listening.read_exact(&mut word).expect("heard");
+    assert_eq!(&word, b"more");
+    both(b"alone");
+    assert_eq!(
+        node.at_client(move || ask(address, b"new"))
+            .expect("served"),
+        b"new"
+    );
+    over.store(true, Relaxed);
+    let length = sent.join().expect("all was sent");
+    let back = received.join().expect("the receiver").expect("whole");
+    assert_eq!(back, length);
+}
+
+/// The node's directory of pins in use.
+fn pins(node: &Node) -> std::path::PathBuf {
+    let run_dir = node.place.run_dir().root().to_owned();
+    let homes = std::fs::read_dir(shared::pins::HOME).expect("pins");
+    let mut homes = homes.flatten().map(|it| it.path());
+    let home = homes
+        .find(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir))
+        .expect("this node's");
+    let entries = std::fs::read_dir(home).expect("its directory").flatten();
+    let mut layouts = entries.filter(|it| it.file_type().is_ok_and(|it| it.is_dir()));
+    let only = layouts.next().expect("a layout").path();
+    assert!(layouts.next().is_none(), "one layout");
+    only
 }
 
 #[test]
@@ -609,9 +761,34 @@ fn thousands_of_connections_come_and_go() {
 
 #[test]
 fn the_hosts_forwarding_rules_are_not_in_the_way() {
+    if may_use_bpf() {
+        behind_forwarding_rules(None);
+    }
+}
+
+#[test]
+fn the_hosts_forwarding_rules_for_bridges_are_not_in_the_way() {
+    const CALL: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
     if !may_use_bpf() {
         return;
     }
+    if std::path::Path::new(CALL).exists() {
+        behind_forwarding_rules(Some(CALL));
+        return;
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("its release");
+    let lists = ["modules.dep", "modules.builtin"].map(|list| {
+        let path = format!("/lib/modules/{}/{list}", release.trim());
+        std::fs::read_to_string(path).unwrap_or_default()
+    });
+    let has = lists.iter().any(|it| it.contains("/br_netfilter.ko"));
+    harness::skip::here(
+        "br_netfilter is not loaded (where there is one, modprobe br_netfilter)",
+        has,
+    );
+}
+
+fn behind_forwarding_rules(bridge_filter: Option<&'static str>) {
     let mut node = Node::new();
     let row = node.container.port(mirror(&node.container));
     // As Docker sets a host up: nothing is forwarded unless a rule says so, bridges included.
@@ -629,8 +806,7 @@ fn the_hosts_forwarding_rules_are_not_in_the_way() {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    let bridge_filter = "/proc/sys/net/bridge/bridge-nf-call-iptables";
-    if std::path::Path::new(bridge_filter).exists() {
+    if let Some(bridge_filter) = bridge_filter {
         within(&node.network.host, move || {
             std::fs::write(bridge_filter, "1")
         })

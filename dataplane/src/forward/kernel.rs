@@ -8,6 +8,7 @@
 //! relay's listener is always there for what the programs leave alone.
 
 mod attach;
+mod elders;
 pub mod eligibility;
 mod error;
 mod flows;
@@ -31,6 +32,7 @@ use ebpf::records::{
 use shared::desired::ContainerRow;
 
 pub use self::attach::Means;
+use self::elders::Elders;
 pub use self::error::{KernelPathError, words};
 pub use self::flows::KernelPort;
 use self::host::Hooks;
@@ -80,6 +82,8 @@ pub struct Terms<'a> {
 /// The kernel path. One thread owns it.
 pub struct KernelPath {
     pins: Pins,
+    /// What another version has left attached, until flows have come over.
+    elders: Elders,
     means: Means,
     object: Ebpf,
     /// The hooks, or why there are none.
@@ -169,6 +173,7 @@ impl KernelPath {
         let pass = orders.get(&0, 0).map_or(0, |order| order.pass);
         let now = Instant::now();
         let mut path = Self {
+            elders: Elders::beside(&pins),
             pins,
             means,
             object,
@@ -206,12 +211,6 @@ impl KernelPath {
                 path.attach(side, index)?;
             }
         }
-        for other in path.pins.other_layouts() {
-            attach::remove_filters(&other, &path.interfaces);
-        }
-        path.pins
-            .remove_other_layouts()
-            .map_err(KernelPathError::Pins)?;
         tracing::info!(
             pins = %path.pins.directory().display(),
             uplinks = path.uplinks.len(),

@@ -140,6 +140,17 @@ impl Link {
             .find(|it| it.key == key && it.removal.is_some())
     }
 
+    /// Cuts what is left of these ports' flows.
+    pub(super) fn cut_drained_flows(&mut self, of: impl Fn(&Draining) -> bool) {
+        let of_these = self.draining.iter().filter(|it| of(it));
+        let flows: Vec<(PortKey, Arc<KernelPort>)> = of_these
+            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
+            .collect();
+        for (key, port) in flows {
+            self.finish_flows(key, &port);
+        }
+    }
+
     pub(super) fn finish_drains(&mut self, now: Instant) {
         if self.draining.is_empty() {
             return;
@@ -153,15 +164,7 @@ impl Link {
             .collect();
         self.relay.cut(&overdue);
         // Flows first: their last counts belong to the last status.
-        let flows: Vec<(PortKey, Arc<KernelPort>)> = self
-            .draining
-            .iter()
-            .filter(|it| it.is_over(now))
-            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
-            .collect();
-        for (key, port) in flows {
-            self.finish_flows(key, &port);
-        }
+        self.cut_drained_flows(|it| it.is_over(now));
         let mut changes = Changes::default();
         let running = &self.running;
         self.draining.retain(|it| {
@@ -211,7 +214,12 @@ pub(super) fn removed(
 fn draining_entry(relay: &Relay, it: &Draining) -> Entry {
     let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
     status.acknowledged = it.removal.unwrap_or_default();
-    status.path = ForwardPath::Relay;
+    // Where the clients are that the removal waits for.
+    status.path = if it.kernel.is_some() && it.port.active() == 0 {
+        ForwardPath::KernelPath
+    } else {
+        ForwardPath::Relay
+    };
     status.engine = engine_of(relay, it.key);
     Entry {
         status,

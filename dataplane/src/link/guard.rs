@@ -71,6 +71,7 @@ impl Link {
         }
         // First the deed, then the word.
         self.relay.disable(&ports);
+        self.cut_drained_flows(|it| is_gone(it.link_index).is_some());
         for key in &keys {
             self.withdraw(*key);
         }

@@ -29,12 +29,6 @@ pub(super) fn cut(mut text: String) -> String {
     text
 }
 
-fn kernel_settle(kernel: Option<&mut KernelPath>) {
-    if let Some(kernel) = kernel {
-        kernel.settle();
-    }
-}
-
 /// The path of most of a port's clients, and who takes another one.
 fn path_of(lift: &Lift, local_only: bool) -> (ForwardPath, String) {
     match (&lift.remote, &lift.host) {
@@ -174,7 +168,12 @@ impl Link {
             }
             running.kernel_told = running.kernel.is_some();
         }
-        kernel_settle(self.kernel.as_mut());
+        if let Some(kernel) = &mut self.kernel {
+            kernel.settle();
+            if self.unclaimed_at.is_some() {
+                kernel.lifted();
+            }
+        }
         changed
     }
 

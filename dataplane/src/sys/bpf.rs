@@ -1,5 +1,5 @@
 //! What the BPF system call offers and `aya` does not: running a program once, and changing the
-//! program of any pinned link.
+//! program of any pinned link, removing an entry of a map whose records are not known.
 //!
 //! In: a loaded program. Out: what it returned; the link runs it. Also the file system for pins.
 
@@ -9,12 +9,14 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use aya::maps::{MapData, MapError};
 use rustix::fs::{StatFs, statfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::net::{self, AddressFamily, SocketType};
 
 /// linux/bpf.h.
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -123,6 +125,48 @@ pub fn replace_program(pin: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
         },
     )?;
     Ok(())
+}
+
+/// The `map_fd` to `flags` members of `union bpf_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct Element {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+const _: () = assert!(size_of::<Element>() == 32);
+
+/// Removes an entry of a pinned map, whatever its values are. No such entry or map is fine.
+///
+/// # Errors
+/// It is no map, its keys are of another size, or the kernel refuses.
+pub fn remove_entry(pin: &Path, key: &[u8]) -> Result<(), MapError> {
+    if !pin.exists() {
+        return Ok(());
+    }
+    let map = MapData::from_pin(pin)?;
+    let size = usize::try_from(map.info()?.key_size()).unwrap_or(usize::MAX);
+    if size != key.len() {
+        return Err(MapError::InvalidKeySize {
+            size: key.len(),
+            expected: size,
+        });
+    }
+    let map_fd = u32::try_from(map.fd().as_fd().as_raw_fd());
+    let mut attributes = Element {
+        map_fd: map_fd.map_err(|err| MapError::IoError(io::Error::other(err)))?,
+        // As long as the map's keys, by the check above.
+        key: key.as_ptr().addr() as u64,
+        ..Element::default()
+    };
+    match call(BPF_MAP_DELETE_ELEM, &mut attributes) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(MapError::IoError(err)),
+        _ => Ok(()),
+    }
 }
 
 /// The cookie of the network namespace of this thread, as programs see it.

@@ -14,12 +14,15 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 
+use super::elders::Elders;
 use super::error::{KernelPathError, words};
 use super::pins::{Pins, PinsError, Side};
 use crate::sys::netlink::interfaces::Interface;
 
 /// Filters of others, with smaller numbers, speak first.
 const FILTER_PRIORITY: u16 = 49_500;
+/// The last layout whose filters have that; those of a later one speak before an earlier one's.
+const FILTER_LAYOUT: u16 = 2;
 
 /// How programs are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -49,7 +52,7 @@ enum ReplaceError {
 /// Attaches a program at an interface, or puts it in the place of an earlier version's.
 pub(super) fn attach(
     program: &mut SchedClassifier,
-    pins: &Pins,
+    (pins, elders): (&Pins, &Elders),
     means: Means,
     side: Side,
     index: u32,
@@ -71,7 +74,17 @@ pub(super) fn attach(
                 .map_err(KernelPathError::Pins)?;
         }
     }
-    match put_link(program, side, interface, &link) {
+    let put = match elders.link(side, index) {
+        Some(elder) => LinkOrder::before_link(&elder)
+            .ok()
+            .and_then(|order| put_link(program, side, interface, &link, order).ok()),
+        None => None,
+    };
+    if put.is_some() {
+        return Ok(());
+    }
+    // Last: a filter somebody else has put there speaks first.
+    match put_link(program, side, interface, &link, LinkOrder::last()) {
         Err(KernelPathError::Attach { source, .. }) if lacks_links(&source) => {
             put_filter(program, pins, side, interface, &filter)
         }
@@ -106,6 +119,7 @@ fn put_link(
     side: Side,
     interface: &str,
     pin: &PathBuf,
+    order: LinkOrder,
 ) -> Result<(), KernelPathError> {
     let attach = |source| KernelPathError::Attach {
         interface: interface.to_owned(),
@@ -115,8 +129,7 @@ fn put_link(
         interface: interface.to_owned(),
         source,
     };
-    // Last: a filter somebody else has put there speaks first.
-    let options = TcAttachOptions::TcxOrder(LinkOrder::last());
+    let options = TcAttachOptions::TcxOrder(order);
     let id = program
         .attach_with_options(interface, direction(side), options)
         .map_err(attach)?;
@@ -131,10 +144,14 @@ fn filter_link(pins: &Pins, side: Side, interface: &str) -> io::Result<SchedClas
     SchedClassifierLink::attached(
         interface,
         direction(side),
-        FILTER_PRIORITY,
+        filter_priority(pins),
         filter_handle(pins),
         None,
     )
+}
+
+fn filter_priority(pins: &Pins) -> u16 {
+    FILTER_PRIORITY - pins.layout().saturating_sub(FILTER_LAYOUT).min(1_000)
 }
 
 fn filter_handle(pins: &Pins) -> TcHandle {
@@ -167,7 +184,7 @@ fn put_filter(
     // Refused when it is there already, which is as good.
     let there = qdisc_add_clsact(interface);
     let options = NlOptions {
-        priority: FILTER_PRIORITY,
+        priority: filter_priority(pins),
         handle: filter_handle(pins),
         classid: None,
     };

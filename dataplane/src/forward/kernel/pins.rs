@@ -189,6 +189,15 @@ impl Pins {
         self.directory.join(format!("hook-{name}"))
     }
 
+    /// The number of its layout.
+    pub fn layout(&self) -> u16 {
+        let name = self.directory.file_name().unwrap_or_default();
+        let number = name
+            .to_str()
+            .and_then(|it| it.strip_prefix('v')?.parse().ok());
+        number.unwrap_or(0)
+    }
+
     /// A number of this directory's own, by which its filters are known.
     pub fn number(&self) -> u16 {
         let digest = digest(self.directory.as_os_str().as_encoded_bytes());
@@ -239,14 +248,21 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes what other versions of the program have left of this agent in this namespace. To
-    /// be called when this version's programs are attached.
+    /// Removes all of it: whatever was held is detached.
     ///
     /// # Errors
-    /// A directory can't be removed.
-    pub fn remove_other_layouts(&self) -> Result<(), PinsError> {
-        for other in self.other_layouts() {
-            remove_tree(&other.directory)?;
+    /// The directory can't be removed.
+    pub fn remove(&self) -> Result<(), PinsError> {
+        remove_tree(&self.directory)
+    }
+
+    /// Removes the hooks that lead sockets, and none of those that remember which were led.
+    ///
+    /// # Errors
+    /// A pin can't be removed.
+    pub fn remove_leading_hooks(&self) -> Result<(), PinsError> {
+        for name in ebpf::LEADING_HOOKS {
+            remove_pin(self.hook(name))?;
         }
         Ok(())
     }

@@ -195,7 +195,8 @@ impl KernelPath {
             Side::Guard => program::TO_CONTAINER,
         };
         let program = classifier(&mut self.object, name)?;
-        attach::attach(program, &self.pins, self.means, side, index, &interface)?;
+        let pins = (&self.pins, &self.elders);
+        attach::attach(program, pins, self.means, side, index, &interface)?;
         self.attached.insert((side, index));
         Ok(())
     }

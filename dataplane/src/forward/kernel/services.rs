@@ -236,6 +236,7 @@ impl KernelPath {
             .insert(key, service, 0)
             .map_err(fails(map::SERVICES))?;
         self.found.remove(&key);
+        self.elders.withdraw(key, &self.interfaces);
         let port = self
             .served
             .remove(&key)
@@ -298,6 +299,7 @@ impl KernelPath {
     /// hold what it had counted in the end. Not served here is fine.
     pub fn withdraw(&mut self, key: PortKey) {
         let key = key_of(key);
+        self.elders.withdraw(key, &self.interfaces);
         let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
             (true, _) => self.served.get(&key).map(|it| it.service.link_index),
             (false, Some(found)) => Some(found.link_index),
@@ -359,8 +361,16 @@ impl KernelPath {
             || self.found.values().any(|it| it.link_index == link)
     }
 
+    /// All rows are lifted that can be: an earlier version's hooks have no more sockets to lead.
+    pub fn lifted(&mut self) {
+        self.elders.stop_leading();
+    }
+
     /// Gives up what an earlier process has left and nobody has asked for since.
     pub fn forget_unclaimed(&mut self) {
+        if let Err(err) = self.elders.remove(&self.interfaces) {
+            self.complain(&KernelPathError::Pins(err));
+        }
         let unclaimed: Vec<ServiceKey> = self.found.keys().copied().collect();
         for key in unclaimed {
             let host_port = u16::from_be(key.port);
