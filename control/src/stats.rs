@@ -4,7 +4,7 @@
 //! records the manager keeps of node, devices, kernels and processes ([`publish`]), and plain maps
 //! for the command line. Invariants: a record has every key of what its kernel was given, so that
 //! missing data never looks like an idle session; a value that could not be read for a while stays
-//! the last good one.
+//! the last good one, but as a load of a kernel it is told for three intervals only.
 
 pub mod decimal;
 #[cfg(test)]

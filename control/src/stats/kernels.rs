@@ -1,12 +1,14 @@
 //! The records of kernels.
 //!
 //! In: the samples of a pass and what each kernel was given. Out: one record per kernel that has
-//! been measured. Invariants: a record exists only once CPU and memory were read, and then has
-//! every key of the original's; the load of a device the kernel holds is always in it; the state of
-//! a kernel ends with the kernel.
+//! been measured, or should have been. Invariants: a record waits for CPU and memory to be read, but
+//! for [`SILENT_INTERVALS`] only, and has every key of the original's; the load of a device the kernel
+//! holds is always in it; a load that has not been read for so long counts as busy, because an idle
+//! checker would go on with the last one; the state of a kernel ends with the kernel.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use rust_decimal::Decimal;
 use shared::ids::{ContainerId, KernelId};
@@ -32,6 +34,11 @@ const IO_WRITE: Quantity = Quantity::new("io_write", "bytes", Current::Value, RA
 const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
 const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
 const SCRATCH: Quantity = Quantity::new("io_scratch_size", "bytes", Current::Value, MAXIMUM);
+
+/// Intervals after which a load that was not read again is no longer told.
+const SILENT_INTERVALS: u32 = 3;
+/// The least time for that: a pass of the dataplane may be late on a machine under load.
+const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Milliseconds of CPU time in a second of one core.
 const CORE: Decimal = Decimal::ONE_THOUSAND;
@@ -259,10 +266,28 @@ pub(super) fn device_measurements(name: &str, rows: &[&AcceleratorRow]) -> Vec<M
 #[derive(Debug)]
 struct Tracked {
     metrics: Metrics,
+    /// When the kernel was first asked for.
+    since_ns: u64,
     /// The moment of the last sample taken in.
-    at_ns: u64,
+    at_ns: Option<u64>,
     /// Only its beginning was seen, and that is of an earlier life of this process.
     unripe: bool,
+}
+
+/// When a pass happens, and how often they do.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// Now, ns of the monotonic clock.
+    pub now_ns: u64,
+    /// The interval of passes.
+    pub interval: Duration,
+}
+
+impl Moment {
+    fn is_long_after(self, then_ns: u64) -> bool {
+        let patience = (self.interval * SILENT_INTERVALS).max(LEAST_PATIENCE);
+        u128::from(self.now_ns.saturating_sub(then_ns)) > patience.as_nanos()
+    }
 }
 
 /// The state of all kernels.
@@ -272,17 +297,19 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Takes in a pass; answers the record of each running kernel that has one.
+    /// Takes in a pass; answers the record of each running kernel about which there is news, be it
+    /// that nothing is known any more.
     pub fn observe(
         &mut self,
         kernels: &[KernelFacts],
         snapshot: &ObservedSnapshot,
+        moment: Moment,
     ) -> Vec<(KernelId, StatRecord)> {
         let running: HashSet<KernelId> = kernels.iter().map(|facts| facts.id).collect();
         self.tracked.retain(|kernel, _| running.contains(kernel));
         kernels
             .iter()
-            .filter_map(|facts| Some((facts.id, self.observe_kernel(facts, snapshot)?)))
+            .filter_map(|facts| Some((facts.id, self.observe_kernel(facts, snapshot, moment)?)))
             .collect()
     }
 
@@ -290,41 +317,58 @@ impl Kernels {
         &mut self,
         facts: &KernelFacts,
         snapshot: &ObservedSnapshot,
+        moment: Moment,
     ) -> Option<StatRecord> {
-        let sample = snapshot.container(facts.container);
-        let taken = sample.map_or(0, |sample| sample.taken_monotonic_ns);
-        let tracked = match self.tracked.get_mut(&facts.id) {
-            Some(tracked) if sample.is_some() && tracked.at_ns != taken => {
+        let tracked = self.tracked.entry(facts.id).or_insert_with(|| Tracked {
+            metrics: Metrics::new(MissingCapacity::FirstValue),
+            since_ns: moment.now_ns,
+            at_ns: None,
+            unripe: facts.adopted,
+        });
+        let sample = snapshot
+            .container(facts.container)
+            .filter(|sample| tracked.at_ns != Some(sample.taken_monotonic_ns));
+        if let Some(sample) = sample {
+            let taken = sample.taken_monotonic_ns;
+            let measured = measurements(sample, facts, snapshot);
+            tracked.metrics.observe(measured, taken);
+            if tracked.at_ns.replace(taken).is_some() {
                 tracked.unripe = false;
-                tracked
             }
+        } else if !moment.is_long_after(tracked.at_ns.unwrap_or(tracked.since_ns)) {
             // Nothing new: the manager keeps what it was told last.
-            Some(_) => return None,
-            None => {
-                sample?;
-                self.tracked.entry(facts.id).or_insert(Tracked {
-                    metrics: Metrics::new(MissingCapacity::FirstValue),
-                    at_ns: 0,
-                    unripe: facts.adopted,
-                })
-            }
-        };
-        let measured = measurements(sample?, facts, snapshot);
-        tracked.metrics.observe(measured, taken);
-        tracked.at_ns = taken;
-        let complete = tracked.metrics.has("cpu_util") && tracked.metrics.has("mem");
-        if tracked.unripe || !complete {
+            return None;
+        }
+        let read = tracked.metrics.has("cpu_util") && tracked.metrics.has("mem");
+        if (tracked.unripe || !read) && !moment.is_long_after(tracked.since_ns) {
             return None;
         }
         let mut record = tracked.metrics.record();
+        if tracked.unripe {
+            // All CPU time of the kernel's past, and no rate.
+            record.0.retain(|(key, _)| *key != CPU_UTIL.key);
+        }
         complete_record(&mut record, facts);
+        for quantity in loads(facts) {
+            let last = tracked.metrics.last_ns(&quantity.key);
+            if last.is_some_and(|last| moment.is_long_after(last)) {
+                record.count_as_busy(&quantity.key);
+            }
+        }
         Some(record)
     }
 }
 
+/// What tells whether a kernel is in use.
+fn loads(facts: &KernelFacts) -> impl Iterator<Item = Quantity> + '_ {
+    let devices = facts.devices.iter().filter(|held| !held.ids.is_empty());
+    let devices = devices.flat_map(|held| [device_memory(&held.name), device_load(&held.name)]);
+    [CPU_UTIL, MEM].into_iter().chain(devices)
+}
+
 /// Adds what was never measured, so that every reader finds every key.
 fn complete_record(record: &mut StatRecord, facts: &KernelFacts) {
-    for quantity in [IO_READ, IO_WRITE, NET_RX, NET_TX, SCRATCH] {
+    for quantity in [CPU_USED, IO_READ, IO_WRITE, NET_RX, NET_TX, SCRATCH] {
         if record.get(&quantity.key).is_none() {
             let zero = Measurement::of(quantity.clone(), Decimal::ZERO, None);
             let mut metrics = Metrics::new(MissingCapacity::FirstValue);
@@ -332,8 +376,7 @@ fn complete_record(record: &mut StatRecord, facts: &KernelFacts) {
             record.0.extend(metrics.record().0);
         }
     }
-    let devices = facts.devices.iter().filter(|held| !held.ids.is_empty());
-    for quantity in devices.flat_map(|held| [device_memory(&held.name), device_load(&held.name)]) {
+    for quantity in loads(facts) {
         if record.get(&quantity.key).is_none() {
             record
                 .0

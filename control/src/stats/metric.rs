@@ -261,6 +261,12 @@ impl Metrics {
         self.list.iter().any(|metric| metric.quantity.key == key)
     }
 
+    /// When a quantity was last measured.
+    pub fn last_ns(&self, key: &str) -> Option<u64> {
+        let found = self.list.iter().find(|metric| metric.quantity.key == key)?;
+        Some(found.last.1)
+    }
+
     /// What a record says of them.
     pub fn record(&self) -> Record {
         Record(

@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use shared::observed::{ObservedReader, ObservedSnapshot, Processes};
 use thiserror::Error;
 
-use super::kernels::{KernelFacts, Kernels};
+use super::kernels::{KernelFacts, Kernels, Moment};
 use super::node::{HostReading, NodeMetrics};
 use super::processes::ProcessTable;
 use super::record::pack;
@@ -112,10 +112,14 @@ impl Records {
             .snapshot
             .map_or(&[][..], |snapshot| snapshot.accelerators.as_slice());
         let node = self.node.observe(pass.reading, accelerators);
-        let kernels = pass
-            .snapshot
-            .map(|snapshot| self.kernels.observe(pass.kernels, snapshot))
-            .unwrap_or_default();
+        // Without a dataplane nothing is known of any kernel, which is told as well.
+        let nothing = ObservedSnapshot::default();
+        let moment = Moment {
+            now_ns: pass.reading.at_ns,
+            interval: pass.interval,
+        };
+        let snapshot = pass.snapshot.unwrap_or(&nothing);
+        let kernels = self.kernels.observe(pass.kernels, snapshot, moment);
         let named = pass.kernels.iter();
         let named = named.filter_map(|kernel| Some((kernel.container, kernel.accelerator()?)));
         let processes =

@@ -22,8 +22,8 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// What is said of a device's load that was never read: it counts as busy. A reader of records
-    /// takes a missing one for idle, and may end the session that keeps the device busy.
+    /// What is said of a load that was never read: it counts as busy. A reader of records takes a
+    /// missing one for idle, and may end the session that is at work.
     pub fn unread(unit: &'static str) -> Self {
         Self {
             current: "0".to_owned(),
@@ -58,6 +58,14 @@ impl Record {
     pub fn get(&self, key: &str) -> Option<&Figures> {
         let found = self.0.iter().find(|(known, _)| known == key)?;
         Some(&found.1)
+    }
+
+    /// Shows a quantity whose last value is too old to be told as one that is used to the full. The
+    /// value itself and its statistics stay: they were true.
+    pub fn count_as_busy(&mut self, key: &str) {
+        for (_, figures) in self.0.iter_mut().filter(|(known, _)| known == key) {
+            "100".clone_into(&mut figures.percentage);
+        }
     }
 }
 

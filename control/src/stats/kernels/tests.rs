@@ -83,6 +83,24 @@ fn sample(second: u64) -> ContainerSample {
     }
 }
 
+/// A pass at the moment of the newest sample, one in 5 s.
+fn see(
+    kernels: &mut Kernels,
+    facts: &[KernelFacts],
+    snapshot: &ObservedSnapshot,
+) -> Vec<(KernelId, StatRecord)> {
+    let taken = snapshot.containers.iter();
+    let now_ns = taken.map(|sample| sample.taken_monotonic_ns).max();
+    kernels.observe(facts, snapshot, at(now_ns.unwrap_or(0) / 1_000_000_000))
+}
+
+fn at(second: u64) -> Moment {
+    Moment {
+        now_ns: second * 1_000_000_000,
+        interval: Duration::from_secs(5),
+    }
+}
+
 #[test]
 fn bytes_are_those_of_the_original() {
     let golden: Value = serde_json::from_str(include_str!(
@@ -132,7 +150,7 @@ fn bytes_are_those_of_the_original() {
         );
         let load = whole("cuda_util") * 10;
         let gpu0 = gpu(whole("cuda_mem"), capacity("cuda_mem"), Some(load));
-        let records = kernels.observe(&[facts()], &snapshot(sample, vec![gpu0]));
+        let records = see(&mut kernels, &[facts()], &snapshot(sample, vec![gpu0]));
         let [(kernel, record)] = records.as_slice() else {
             panic!("one record is expected: {records:?}");
         };
@@ -149,7 +167,7 @@ fn bytes_are_those_of_the_original() {
 #[test]
 fn every_key_is_there_whatever_was_measured() {
     let mut kernels = Kernels::default();
-    let records = kernels.observe(&[facts()], &snapshot(sample(1), Vec::new()));
+    let records = see(&mut kernels, &[facts()], &snapshot(sample(1), Vec::new()));
     let record = &records[0].1;
     let keys: Vec<&str> = record.0.iter().map(|(key, _)| &**key).collect();
     assert_eq!(
@@ -179,29 +197,91 @@ fn a_record_waits_until_cpu_and_memory_were_read() {
     let mut kernels = Kernels::default();
     let mut first = sample(1);
     first.memory = Measured::default();
-    assert!(
-        kernels
-            .observe(&[facts()], &snapshot(first, Vec::new()))
-            .is_empty()
-    );
-    let records = kernels.observe(&[facts()], &snapshot(sample(2), Vec::new()));
+    assert!(see(&mut kernels, &[facts()], &snapshot(first, Vec::new())).is_empty());
+    let records = see(&mut kernels, &[facts()], &snapshot(sample(2), Vec::new()));
     assert_eq!(records.len(), 1);
     // A later failure keeps the last good value.
     let mut third = sample(3);
     third.memory = Measured::default();
-    let records = kernels.observe(&[facts()], &snapshot(third, Vec::new()));
+    let records = see(&mut kernels, &[facts()], &snapshot(third, Vec::new()));
     assert_eq!(records[0].1.get("mem").unwrap().current, "2000");
 }
 
 #[test]
-fn a_lost_device_keeps_its_last_load() {
+fn a_lost_device_keeps_its_last_load_and_then_counts_as_busy() {
     let mut kernels = Kernels::default();
-    let gpu0 = gpu(1, 2, Some(505));
-    kernels.observe(&[facts()], &snapshot(sample(1), vec![gpu0]));
-    let records = kernels.observe(&[facts()], &snapshot(sample(2), vec![gpu(1, 2, None)]));
-    assert_eq!(records[0].1.get("cuda_util").unwrap().current, "50.5");
-    let records = kernels.observe(&[facts()], &snapshot(sample(3), Vec::new()));
-    assert_eq!(records[0].1.get("cuda_util").unwrap().percentage, "50.5");
+    let mut pass = |second, rows| {
+        let records = see(&mut kernels, &[facts()], &snapshot(sample(second), rows));
+        let load = records[0].1.get("cuda_util").unwrap();
+        (load.current.clone(), load.percentage.clone())
+    };
+    let pair = |current: &str, percentage: &str| (current.to_owned(), percentage.to_owned());
+    pass(10, vec![gpu(1, 2, Some(505))]);
+    assert_eq!(pass(11, vec![gpu(1, 2, None)]), pair("50.5", "50.5"));
+    assert_eq!(pass(25, Vec::new()), pair("50.5", "50.5"));
+    assert_eq!(pass(26, Vec::new()), pair("50.5", "100"));
+    assert_eq!(pass(30, vec![gpu(1, 2, Some(0))]), pair("0", "0"));
+}
+
+#[test]
+fn a_kernel_that_is_not_read_any_more_counts_as_busy() {
+    let mut kernels = Kernels::default();
+    let kept = snapshot(sample(10), vec![gpu(0, 2, Some(0))]);
+    let all = ["cpu_util", "mem", "cuda_mem", "cuda_util"];
+    let mut pass = |second, snapshot: &ObservedSnapshot| {
+        let records = kernels.observe(&[facts()], snapshot, at(second));
+        records.into_iter().next().map(|(_, record)| {
+            let percentages = all.map(|key| record.get(key).unwrap().percentage.clone());
+            (record, percentages)
+        })
+    };
+    let (healthy, percentages) = pass(10, &kept).unwrap();
+    assert_ne!(percentages, ["100"; 4]);
+    // Within three intervals the manager keeps what it was told.
+    assert_eq!(pass(25, &kept), None);
+    // The dataplane stalls, and its last words stay; or it began anew and has not seen the container.
+    for (second, snapshot) in [(26, &kept), (31, &kept), (36, &ObservedSnapshot::default())] {
+        let (silent, percentages) = pass(second, snapshot).unwrap();
+        assert_eq!(percentages, ["100"; 4], "second {second}");
+        let value = |record: &StatRecord, key| record.get(key).unwrap().current.clone();
+        for key in ["cpu_used", "mem"] {
+            assert_eq!(value(&silent, key), value(&healthy, key), "{key}");
+        }
+    }
+    // It is told as it is with the next sample.
+    let (_, percentages) = pass(40, &snapshot(sample(40), vec![gpu(0, 2, Some(0))])).unwrap();
+    assert_eq!(percentages[0], "0");
+    assert_eq!(percentages[3], "0");
+}
+
+#[test]
+fn a_kernel_that_is_never_read_counts_as_busy() {
+    let adopted = KernelFacts {
+        adopted: true,
+        ..facts()
+    };
+    let none = |facts: &KernelFacts, seen: &dyn Fn(u64) -> ObservedSnapshot| {
+        let mut kernels = Kernels::default();
+        let facts = [facts.clone()];
+        for second in [10, 25] {
+            let records = kernels.observe(&facts, &seen(second), at(second));
+            assert!(records.is_empty(), "second {second}: {records:?}");
+        }
+        let record = kernels.observe(&facts, &seen(26), at(26)).remove(0).1;
+        ["cpu_util", "mem", "cuda_util"].map(|key| record.get(key).unwrap().percentage.clone())
+    };
+    let nothing = |_| ObservedSnapshot::default();
+    assert_eq!(none(&facts(), &nothing), ["100"; 3]);
+    // Its only sample is that of its past.
+    let once = |_| snapshot(sample(10), Vec::new());
+    assert_eq!(none(&adopted, &once), ["100"; 3]);
+    // Its memory can't be read.
+    let half = |second| {
+        let mut half = sample(second);
+        half.memory = Measured::default();
+        snapshot(half, Vec::new())
+    };
+    assert_eq!(none(&facts(), &half)[1..], ["100"; 2]);
 }
 
 #[test]
@@ -212,20 +292,12 @@ fn an_adopted_kernel_begins_with_a_rate_not_with_its_whole_past() {
         ..facts()
     };
     let kernel = [adopted];
-    assert!(
-        kernels
-            .observe(&kernel, &snapshot(sample(1), Vec::new()))
-            .is_empty()
-    );
+    assert!(see(&mut kernels, &kernel, &snapshot(sample(1), Vec::new())).is_empty());
     // The same sample again is no second one.
-    assert!(
-        kernels
-            .observe(&kernel, &snapshot(sample(1), Vec::new()))
-            .is_empty()
-    );
+    assert!(see(&mut kernels, &kernel, &snapshot(sample(1), Vec::new())).is_empty());
     let mut second = sample(2);
     second.cpu.counters.usage_ns = Some(1_500_000_000);
-    let records = kernels.observe(&kernel, &snapshot(second, Vec::new()));
+    let records = see(&mut kernels, &kernel, &snapshot(second, Vec::new()));
     assert_eq!(records[0].1.get("cpu_util").unwrap().percentage, "50");
 }
 
@@ -242,12 +314,8 @@ fn no_limit_is_the_memory_of_the_machine() {
 #[test]
 fn a_kernel_that_is_gone_is_forgotten() {
     let mut kernels = Kernels::default();
-    kernels.observe(&[facts()], &snapshot(sample(1), Vec::new()));
-    assert!(
-        kernels
-            .observe(&[], &snapshot(sample(2), Vec::new()))
-            .is_empty()
-    );
+    see(&mut kernels, &[facts()], &snapshot(sample(1), Vec::new()));
+    assert!(see(&mut kernels, &[], &snapshot(sample(2), Vec::new())).is_empty());
     assert!(kernels.tracked.is_empty());
 }
 
