@@ -462,10 +462,7 @@ async fn assemble(
             stopping.clone(),
         )
     });
-    let mount_prefix = match &cluster {
-        Some(cluster) => mount_prefix(cluster).await,
-        None => PathBuf::from("/"),
-    };
+    let volumes = Volumes::new(&config, cluster.as_ref().map(|cluster| &cluster.etcd));
     Ok(Arc::new(Node {
         settings: ContainerSettings::of(&config),
         images: Images::new(docker.clone()),
@@ -483,7 +480,7 @@ async fn assemble(
         stopping: stopping.clone(),
         host_sockets,
         abuse: AbuseReports::default(),
-        volumes: Volumes::new(&config, &mount_prefix),
+        volumes,
         storage_proxy: StorageProxy::new(&config),
         tasks,
         plugin_host: PluginHost::new(&config, engine),
@@ -521,21 +518,6 @@ async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
         );
     }
     engine
-}
-
-/// Where the cluster mounts volumes, unless the node's own path is absolute.
-async fn mount_prefix(cluster: &Cluster) -> PathBuf {
-    const NONE: &str = "/";
-    match cluster.etcd.get("volumes/_mount").await {
-        Ok(prefix) => PathBuf::from(prefix.unwrap_or_else(|| NONE.to_owned())),
-        Err(err) => {
-            tracing::warn!(
-                err = &err as &dyn std::error::Error,
-                "cannot read where the cluster mounts volumes; taking them to be below the root"
-            );
-            PathBuf::from(NONE)
-        }
-    }
 }
 
 /// Waits for Docker, saying so, until it answers or the agent is told to stop.

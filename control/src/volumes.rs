@@ -5,7 +5,7 @@
 //! Invariants: no shell, every word of the order is checked before it is used; only what the
 //! operator allows (`node.volumes.allow`) is ever mounted; nothing is unmounted under a running
 //! kernel; one order at a time, each within its deadline; an order that failed leaves the node as it
-//! was.
+//! was; where volumes belong is asked of the cluster at each order, and never guessed.
 
 mod fstab;
 mod mount;
@@ -19,6 +19,7 @@ use config::{Config, Volumes as Settings};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
+use crate::etcd::{Etcd, EtcdError};
 use crate::kernel::node::blocking;
 
 pub use self::fstab::FstabError;
@@ -54,6 +55,11 @@ pub enum VolumeError {
     /// The name is not one of a directory.
     #[error("the volume name {0:?} is not usable: letters, digits and . _ - : @ + are")]
     Name(String),
+    /// The cluster does not say where volumes belong.
+    #[error(
+        "cannot read where the cluster mounts volumes (volumes/_mount); see that etcd answers, or make agent.mount-path absolute"
+    )]
+    Prefix(#[source] EtcdError),
     /// The options hold something that is not an option.
     #[error("the mount options {0:?} are not usable")]
     Options(String),
@@ -134,16 +140,32 @@ pub enum VolumeError {
 /// What an order came to: the mount point, and why it failed if it did.
 #[derive(Debug)]
 pub struct VolumeOutcome {
-    /// The mount point; empty when the name of the volume was not usable or there is nothing to do.
+    /// The mount point; empty when the name of the volume was not usable, there is nothing to do, or
+    /// the cluster did not say where.
     pub path: PathBuf,
     /// Why it failed.
     pub error: Option<VolumeError>,
 }
 
+impl VolumeOutcome {
+    fn nowhere(error: Option<VolumeError>) -> Self {
+        let path = PathBuf::new();
+        Self { path, error }
+    }
+}
+
+/// The directory that volumes are mounted in.
+#[derive(Debug)]
+enum Base {
+    Fixed(PathBuf),
+    /// Below the cluster's `volumes/_mount`, or the root where that is not set.
+    OfCluster(Etcd, PathBuf),
+}
+
 /// The volumes of this node.
 #[derive(Debug)]
 pub struct Volumes {
-    base: PathBuf,
+    base: Base,
     /// A storage proxy on this host does it all.
     left_to_proxy: bool,
     settings: Settings,
@@ -164,12 +186,16 @@ impl<F: Fn(&Path) -> Option<String> + Send + Sync> UsedBy for F {
 }
 
 impl Volumes {
-    /// As configured, below `prefix` (the cluster's `volumes/_mount`) unless the path is absolute.
+    /// As configured: a path that is not absolute lies below what the cluster says, or the root.
     #[must_use]
-    pub fn new(config: &Config, prefix: &Path) -> Volumes {
+    pub fn new(config: &Config, cluster: Option<&Etcd>) -> Volumes {
         let path = config.agent.mount_path.clone().unwrap_or_default();
+        let base = match cluster {
+            Some(etcd) if !path.is_absolute() => Base::OfCluster(etcd.clone(), path),
+            _ => Base::Fixed(Path::new("/").join(path)),
+        };
         Volumes {
-            base: prefix.join(path),
+            base,
             left_to_proxy: config.agent.cohabiting_storage_proxy,
             settings: config.node.volumes.clone(),
             turn: Mutex::default(),
@@ -180,7 +206,7 @@ impl Volumes {
     #[must_use]
     pub fn at(base: &Path, settings: Settings) -> Volumes {
         Volumes {
-            base: base.to_owned(),
+            base: Base::Fixed(base.to_owned()),
             left_to_proxy: false,
             settings,
             turn: Mutex::default(),
@@ -190,9 +216,20 @@ impl Volumes {
     /// What is mounted directly below the base, sorted.
     ///
     /// # Errors
-    /// The kernel's list cannot be read.
+    /// The kernel's list cannot be read, or the cluster's key.
     pub async fn mounted(&self) -> Result<Vec<PathBuf>, VolumeError> {
-        mount::below(&self.base).await
+        mount::below(&self.base().await?).await
+    }
+
+    async fn base(&self) -> Result<PathBuf, VolumeError> {
+        match &self.base {
+            Base::Fixed(path) => Ok(path.clone()),
+            Base::OfCluster(etcd, path) => {
+                let prefix = etcd.get("volumes/_mount").await;
+                let prefix = prefix.map_err(VolumeError::Prefix)?;
+                Ok(Path::new(prefix.as_deref().unwrap_or("/")).join(path))
+            }
+        }
     }
 
     /// A table of file systems as it is, if it may be changed too. Blocks.
@@ -209,8 +246,11 @@ impl Volumes {
         if let Some(outcome) = self.nothing_to_do(&order.dir_name) {
             return outcome;
         }
-        let path = self.base.join(&order.dir_name);
         let _turn = self.turn.lock().await;
+        let path = match self.base().await {
+            Ok(base) => base.join(&order.dir_name),
+            Err(err) => return VolumeOutcome::nowhere(Some(err)),
+        };
         let error = self.mount_at(&path, order).await.err();
         VolumeOutcome { path, error }
     }
@@ -220,8 +260,11 @@ impl Volumes {
         if let Some(outcome) = self.nothing_to_do(&order.dir_name) {
             return outcome;
         }
-        let path = self.base.join(&order.dir_name);
         let _turn = self.turn.lock().await;
+        let path = match self.base().await {
+            Ok(base) => base.join(&order.dir_name),
+            Err(err) => return VolumeOutcome::nowhere(Some(err)),
+        };
         let user = users.used_by(&path);
         let error = self.unmount_at(&path, order, user).await.err();
         VolumeOutcome { path, error }
@@ -234,8 +277,7 @@ impl Volumes {
             false if is_name(name) => return None,
             false => Some(VolumeError::Name(name.to_owned())),
         };
-        let path = PathBuf::new();
-        Some(VolumeOutcome { path, error })
+        Some(VolumeOutcome::nowhere(error))
     }
 
     async fn mount_at(&self, path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
@@ -413,7 +455,7 @@ mod tests {
 
     fn volumes(base: &Path, allow: &[&str]) -> Volumes {
         Volumes {
-            base: base.to_owned(),
+            base: Base::Fixed(base.to_owned()),
             left_to_proxy: false,
             settings: Settings {
                 allow: allow.iter().map(|rule| (*rule).to_owned()).collect(),

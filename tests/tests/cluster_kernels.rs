@@ -411,6 +411,48 @@ async fn volumes_ordered_over_the_bus_are_mounted_refused_and_taken_away() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_volumes_are_mounted_is_asked_at_each_order() -> Result<()> {
+    let (first, second) = (Mounts(tempfile::tempdir()?), Mounts(tempfile::tempdir()?));
+    let mut cluster = Cluster::start().await?;
+    let prefix = |place: &Mounts| place.0.path().display().to_string();
+    cluster.put("volumes/_mount", &prefix(&first)).await?;
+    let _node = Node::start(NodeOptions {
+        agent: "cohabiting-storage-proxy = false".to_owned(),
+        dataplane: false,
+        ..cluster.options("[node.volumes]\nallow = [\"tmpfs compat-memory\"]\n")
+    })
+    .await?;
+    let mut orders = Orders::of(&cluster.redis).await?;
+    let point = first.0.path().join("vol1");
+    assert_eq!(
+        orders.mount("vol1", "compat-memory")?,
+        (point.clone(), None)
+    );
+    cluster.etcd.stop(0);
+    for answer in [
+        orders.mount("vol1", "compat-memory")?,
+        orders.unmount("vol1")?,
+    ] {
+        assert_eq!(answer.0, Path::new(""));
+        let why = answer.1.context("nothing is told")?;
+        assert!(why.contains("volumes/_mount"), "{why}");
+    }
+    assert!(is_mounted(&point) && !Path::new("/vol1").exists());
+    cluster.etcd.restart(0).await?;
+    assert_eq!(orders.unmount("vol1")?, (point.clone(), None));
+    assert!(!is_mounted(&point));
+    cluster.put("volumes/_mount", &prefix(&second)).await?;
+    let point = second.0.path().join("vol1");
+    assert_eq!(
+        orders.mount("vol1", "compat-memory")?,
+        (point.clone(), None)
+    );
+    assert!(is_mounted(&point));
+    assert_eq!(orders.unmount("vol1")?, (point, None));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
     let cluster = Cluster::start().await?;
     let gate = Gate::before(cluster.redis.port).await?;

@@ -65,7 +65,7 @@ impl Place {
         let options = config::LoadOptions::of_this_process(Some(file), true);
         let config = config::load(&options).unwrap().config;
         Some(Place {
-            volumes: Volumes::new(&config, Path::new("/")),
+            volumes: Volumes::new(&config, None),
             directory,
         })
     }
