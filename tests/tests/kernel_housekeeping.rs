@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
@@ -429,6 +429,58 @@ async fn an_image_that_is_not_here_is_pulled_and_told_of() -> Result<()> {
     .await;
     let _ = remove();
     outcome
+}
+
+/// The registry takes the engine's connections and says nothing, until it goes away.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_pull_that_a_creation_began_is_told_to_who_joins() -> Result<()> {
+    let node = Node::start(NodeOptions::default()).await?;
+    let registry = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let canonical = format!("{}/stable/silent:1", registry.local_addr()?);
+    let mut order = Order::of(Image::Runner)?;
+    order.config["image"]["canonical"] = json!(canonical);
+    order.config["image"]["is_local"] = json!(false);
+    order.config["image"]["registry"] =
+        json!({"name": registry.local_addr()?.to_string(), "url": ""});
+    order.config["image"]["auto_pull"] = json!("tag");
+    let configs = json!({ &canonical: order.config["image"] });
+    let told = async || -> Result<Vec<String>> {
+        let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];
+        let reply = kernels::ask(&node, "bai.events", args).await?;
+        let events = reply["events"].as_array().context("no events")?.iter();
+        let names = events.filter_map(|event| event["name"].as_str().map(str::to_owned));
+        Ok(names
+            .filter(|name| name.starts_with("image_pull_"))
+            .collect())
+    };
+    let ask_for_it = async {
+        wait::until("the creation pulls", SOON, || async {
+            let asked = vec![Value::from(canonical.as_str())];
+            let pulling = kernels::ask(&node, "check_pulling", asked).await.ok()?;
+            (pulling == json!(true)).then_some(())
+        })
+        .await?;
+        for _ in 0..2 {
+            kernels::ask(&node, "check_and_pull", vec![rpc::to_value(&configs)?]).await?;
+        }
+        // What is asked of the engine afterwards is answered after what the tasks have asked.
+        for _ in 0..20 {
+            kernels::docker(&["version"])?;
+        }
+        let before = told().await?;
+        drop(registry);
+        let after = wait::until("the end of the pull", SOON, || async {
+            told().await.ok().filter(|names| names.len() >= 2)
+        })
+        .await?;
+        anyhow::Ok((before, after))
+    };
+    let (created, asked) = tokio::join!(kernels::create(&node, &order), ask_for_it);
+    let (before, after) = asked?;
+    assert!(created.is_err());
+    assert!(before.is_empty(), "{before:?}");
+    assert_eq!(after, ["image_pull_failed", "image_pull_failed"]);
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -181,9 +181,9 @@ async fn pull_if_needed(
         }
     }
     let ticket = node.images.pull(&request.canonical, request.auth.as_ref());
-    let joined = ticket.joined();
-    // Who joins hears how it goes on; the pull itself is told of by the one who began it.
-    if !joined {
+    // The end is told by all who wait: the creation of a kernel may have begun the pull, and tells
+    // only of the kernel, while the manager waits for the image.
+    if !ticket.joined() {
         node.events.emit(Event::ImagePullStarted {
             image: image.clone(),
             agent: agent.clone(),
@@ -193,7 +193,6 @@ async fn pull_if_needed(
         .wait(|progress| report(&mut reporter, &image, progress))
         .await;
     match &outcome {
-        _ if joined => {}
         Ok(()) => node.events.emit(Event::ImagePullFinished {
             image,
             agent,
