@@ -86,12 +86,7 @@ pub async fn destroy(
     };
     let Some(kernel) = kernel else {
         if !suppress {
-            node.events.emit(Event::KernelTerminated {
-                kernel: id,
-                session,
-                reason: Reason::ALREADY_TERMINATED,
-                exit_code: None,
-            });
+            tell_end_again(node, id, session);
         }
         return Ok(());
     };
@@ -106,6 +101,21 @@ pub async fn destroy(
             trouble: kernel.trouble().unwrap_or_else(|| "no answer yet".into()),
         }),
     }
+}
+
+/// Answers for a kernel that is not here with how it ended, if that is remembered: the manager takes
+/// no end of a kernel that it has not begun to terminate, so it hears of one that came by itself only
+/// now.
+pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId) {
+    let ending = node.registry.end_of(id, session);
+    node.events.emit(Event::KernelTerminated {
+        kernel: id,
+        session,
+        reason: ending
+            .as_ref()
+            .map_or(Reason::ALREADY_TERMINATED, Ending::told),
+        exit_code: ending.and_then(|ending| ending.exit_code),
+    });
 }
 
 /// Brings a kernel to its end. One task per kernel, started by the lifecycle.

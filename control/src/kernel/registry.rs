@@ -497,6 +497,14 @@ impl Registry {
             .cloned()
             .collect()
     }
+
+    /// How the last life of a kernel ended, while that is remembered.
+    pub fn end_of(&self, id: KernelId, session: SessionId) -> Option<Ending> {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut newest = ended.iter().rev().map(|ended| &ended.view);
+        let view = newest.find(|view| view.id == id && view.record.session() == session)?;
+        outcome(&view.state).cloned()
+    }
 }
 
 /// How a kernel ends or has ended.

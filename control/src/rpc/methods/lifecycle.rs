@@ -10,7 +10,6 @@ use super::super::arguments::{Arguments, parse_uuid};
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{kernel_id, reply};
-use crate::events::Event;
 use crate::kernel::create::{self, Order, public_services};
 use crate::kernel::death::Death;
 use crate::kernel::destroy::{self, DestroyError, chain};
@@ -160,12 +159,7 @@ pub(super) fn sync_registry(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         );
         listed.insert(kernel);
         if node.registry.get(kernel).is_none() {
-            node.events.emit(Event::KernelTerminated {
-                kernel,
-                session,
-                reason: Reason::ALREADY_TERMINATED,
-                exit_code: None,
-            });
+            destroy::tell_end_again(node, kernel, session);
         }
     }
     for kernel in node.registry.all() {
