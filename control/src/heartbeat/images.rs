@@ -40,7 +40,17 @@ pub(super) async fn scan_periodically(
     installed: watch::Sender<Installed>,
     stopping: CancellationToken,
 ) {
-    let mut ticks = tokio::time::interval(PERIOD);
+    scan(PERIOD, images, events, installed, stopping).await;
+}
+
+async fn scan(
+    period: Duration,
+    images: Images,
+    events: Events,
+    installed: watch::Sender<Installed>,
+    stopping: CancellationToken,
+) {
+    let mut ticks = tokio::time::interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last: Option<Vec<InstalledImage>> = None;
     loop {
@@ -99,7 +109,85 @@ fn compressed(images: &[InstalledImage]) -> io::Result<Vec<u8>> {
 mod tests {
     use std::io::Read;
 
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::Json;
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse;
+    use axum::routing::get;
+    use serde_json::json;
+
     use super::*;
+    use crate::docker::{Docker, DockerOptions};
+
+    /// An engine that lists two images, fails, lists the second one, and nothing from then on.
+    async fn engine() -> Docker {
+        let image = |name: &str| json!({"Id": format!("sha256:{name}"), "RepoTags": [format!("{name}:1")], "Labels": {}});
+        let lists = [
+            Some(json!([image("a"), image("b")])),
+            None,
+            Some(json!([image("b")])),
+            Some(json!([])),
+        ];
+        let asked = Arc::new(AtomicUsize::new(0));
+        let list = move || {
+            let turn = asked.fetch_add(1, Ordering::Relaxed).min(lists.len() - 1);
+            let answer = match &lists[turn] {
+                Some(list) => Json(list.clone()).into_response(),
+                None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+            };
+            async move { answer }
+        };
+        let version = json!({"Version": "27", "ApiVersion": "1.47", "MinAPIVersion": "1.24", "Os": "linux", "Arch": "amd64"});
+        let router = axum::Router::new()
+            .route("/version", get(move || async move { Json(version) }))
+            .route("/{version}/images/json", get(list));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host = format!("tcp://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Docker::new(&DockerOptions {
+            host: Some(host),
+            ..DockerOptions::default()
+        })
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn images_that_are_gone_are_told_of_and_a_failed_look_is_not() {
+        let events = Events::new(16, Vec::new());
+        let (installed, seen) = watch::channel(Installed::default());
+        let stopping = CancellationToken::new();
+        let scanning = scan(
+            Duration::from_millis(5),
+            Images::new(engine().await),
+            events.clone(),
+            installed,
+            stopping.clone(),
+        );
+        let all_are_told = async {
+            let wanted = [vec!["a:1".to_owned()], vec!["b:1".to_owned()]];
+            loop {
+                let (told, ..) = events.ring().after(0, 16);
+                let told = told.into_iter().map(|one| match one.event {
+                    Event::AgentImagesRemove { images } => images,
+                    other => panic!("an event of something else: {other:?}"),
+                });
+                let told: Vec<Vec<String>> = told.collect();
+                assert!(wanted.starts_with(&told), "{told:?}");
+                if told == wanted {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            assert!(seen.borrow().names.is_empty());
+            stopping.cancel();
+        };
+        let both = async { tokio::join!(scanning, all_are_told) };
+        tokio::time::timeout(Duration::from_secs(60), both)
+            .await
+            .unwrap();
+    }
 
     #[test]
     fn the_list_is_pairs_of_name_and_id() {
