@@ -37,13 +37,33 @@ pub struct Redis {
     pub port: u16,
 }
 
-/// The servers of this machine: Redis always, Valkey where the distribution has it.
-pub fn programs() -> Vec<PathBuf> {
-    ["/usr/bin/redis-server", "/usr/bin/valkey-server"]
-        .into_iter()
-        .map(PathBuf::from)
-        .filter(|program| program.exists())
-        .collect()
+const REDIS: &str = "/usr/bin/redis-server";
+
+/// Names another program for all servers: a suite is run on Valkey by
+/// `BAI_TEST_REDIS=$(tests/scripts/valkey)`.
+const CHOSEN: &str = "BAI_TEST_REDIS";
+
+/// What the script answers where no Valkey can be had.
+const UNAVAILABLE: i32 = 69;
+
+/// Valkey's server: the machine's, or Debian's unpacked by `tests/scripts/valkey`; `None` (with the
+/// reason printed as a skip) where that is not possible.
+pub fn valkey(suite: &str) -> Result<Option<PathBuf>> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/valkey");
+    let output = Command::new(script)
+        .output()
+        .context("cannot run tests/scripts/valkey")?;
+    let reason = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(UNAVAILABLE) {
+        crate::skip::needs(format!("{suite}: {}", reason.trim()));
+        return Ok(None);
+    }
+    ensure!(
+        output.status.success(),
+        "tests/scripts/valkey failed: {reason}"
+    );
+    let path = String::from_utf8(output.stdout).context("a path is UTF-8")?;
+    Ok(Some(PathBuf::from(path.trim())))
 }
 
 impl Redis {
@@ -54,10 +74,13 @@ impl Redis {
 
     /// Starts a server.
     pub fn start_with(options: RedisOptions) -> Result<Self> {
-        let program = programs()
-            .into_iter()
-            .next()
-            .context("there is no redis-server; try: apt-get install redis-server")?;
+        let chosen = std::env::var_os(CHOSEN).map(PathBuf::from);
+        let program = chosen.unwrap_or_else(|| PathBuf::from(REDIS));
+        ensure!(
+            program.exists(),
+            "there is no {}; try: apt-get install redis-server",
+            program.display()
+        );
         Self::start_program(&program, options)
     }
 

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use config::Secret;
 use control::events::bus::{Endpoint, Put, Role, StoreError, VolumeRequest};
 use control::events::{Event, Events};
-use harness::redis::{Answer, Redis, RedisOptions, programs};
+use harness::redis::{Answer, Redis, RedisOptions, valkey};
 use harness::wait;
 
 use super::{LIMIT, bus, drained, ended, numbers, settings};
@@ -74,15 +74,15 @@ async fn publish_and_look(redis: &Redis) -> Result<()> {
 
 #[tokio::test]
 async fn streams_channel_and_cache_hold_what_was_emitted() -> Result<()> {
-    let programs = programs();
-    ensure!(!programs.is_empty(), "there is no redis-server");
-    for program in programs {
-        let redis = Redis::start_program(&program, RedisOptions::default())?;
-        publish_and_look(&redis)
-            .await
-            .with_context(|| format!("{}", program.display()))?;
-    }
-    Ok(())
+    publish_and_look(&Redis::start()?).await
+}
+
+#[tokio::test]
+async fn a_valkey_holds_it_as_well() -> Result<()> {
+    let Some(program) = valkey("event_bus")? else {
+        return Ok(());
+    };
+    publish_and_look(&Redis::start_program(&program, RedisOptions::default())?).await
 }
 
 #[tokio::test]
