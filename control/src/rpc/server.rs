@@ -52,8 +52,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            message_bytes: 64 << 20,
-            calls: 4096,
+            message_bytes: 256 << 20,
+            calls: 512,
             calls_per_connection: 512,
             request_bytes: 256 << 20,
             reply_deadline: Duration::from_secs(30),

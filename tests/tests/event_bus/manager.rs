@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use control::events::bus::console_logs::ConsoleLogs;
 use control::events::bus::message::Message;
-use control::events::{Event, Severity, VolumeAnswer};
+use control::events::{Event, Severity};
 use control::heartbeat::{Identity, payload};
 use control::kernel::kept_logs::KeptLogs;
 use control::kernel::lifecycle::Reason;
@@ -74,12 +74,6 @@ async fn the_managers_classes_read_the_same_values() -> Result<()> {
             total: 9,
             message: Some("pulling".into()),
         },
-        Event::VolumeMounted(VolumeAnswer {
-            agent: "i-evh".into(),
-            path: "/mnt/vol1".into(),
-            quota_scope: "user:c0ffee00-0000-4000-8000-000000000001".into(),
-            error: None,
-        }),
     ] {
         events.emit(event);
     }
