@@ -23,7 +23,7 @@ use shared::{OpenError, Sizes};
 
 use crate::accelerator::{self, Accelerators};
 use crate::board::Board;
-use crate::collect::{Collector, Means};
+use crate::collect::{self, Collector, Means};
 use crate::forward::kernel::{self, KernelPath};
 use crate::forward::relay::{self, Relay, StartError};
 use crate::link::{Defaults, Link, kept_descriptors};
@@ -201,13 +201,16 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     let collector = Collector::start(
         board.clone(),
         Arc::clone(link.relay().totals()),
-        link.settings().sample_interval,
-        options.scratch_root.clone(),
-        files,
-        Means::Best {
-            containers: board.sizes().containers,
+        collect::Options {
+            interval: link.settings().sample_interval,
+            scratch_root: options.scratch_root.clone(),
+            descriptors: files,
+            means: Means::Best {
+                containers: board.sizes().containers,
+            },
+            before,
+            delivered: link.take_delivered(),
         },
-        before,
     )
     .map_err(AppError::Collector)?;
 

@@ -46,6 +46,7 @@ use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
+use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::inner::{InnerLinks, InnerStatistics};
 use crate::sys::netlink::{LinkStatistics, NetlinkError};
 
@@ -72,6 +73,23 @@ impl Shared {
     }
 }
 
+/// What the thread is told at its start.
+#[derive(Debug)]
+pub struct Options {
+    /// Distance of passes, until another is wanted.
+    pub interval: Duration,
+    /// Directory of all scratch directories.
+    pub scratch_root: Option<PathBuf>,
+    /// So many may be kept open between passes.
+    pub descriptors: u32,
+    /// How cgroups are read.
+    pub means: Means,
+    /// The samples of an earlier life of this process.
+    pub before: Vec<ContainerSample>,
+    /// What programs put into containers past the host's ends of their links.
+    pub delivered: Option<CounterTable>,
+}
+
 /// The collector's handle; dropping it ends the thread.
 #[derive(Debug)]
 pub struct Collector {
@@ -80,19 +98,19 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts the thread. `before` are the samples of an earlier life of this process.
+    /// Starts the thread.
     ///
     /// # Errors
     /// No thread.
-    pub fn start(
-        board: Board,
-        totals: Arc<Totals>,
-        interval: Duration,
-        scratch_root: Option<PathBuf>,
-        descriptors: u32,
-        means: Means,
-        before: Vec<ContainerSample>,
-    ) -> std::io::Result<Self> {
+    pub fn start(board: Board, totals: Arc<Totals>, options: Options) -> std::io::Result<Self> {
+        let Options {
+            interval,
+            scratch_root,
+            descriptors,
+            means,
+            before,
+            delivered,
+        } = options;
         let shared = Arc::new(Shared {
             wanted: Mutex::new(Wanted {
                 desired: None,
@@ -110,6 +128,7 @@ impl Collector {
                 let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
                 sampler.list_processes(lister, means, board.sizes().processes);
                 sampler.go_on_from(&before);
+                sampler.delivered = delivered;
                 run(&own, &mut sampler, &board);
             })?;
         Ok(Self {
@@ -232,6 +251,7 @@ pub struct Sampler {
     /// What an earlier life of this process had counted of block devices.
     io_before: HashMap<ContainerId, IoCounters>,
     links: Option<LinkStatistics>,
+    delivered: Option<CounterTable>,
     links_log: LogLimit,
     /// Links that only the container's namespace has, of the few containers with such.
     inner: HashMap<ContainerId, InnerLinks>,
@@ -328,6 +348,7 @@ impl Sampler {
             containers: Vec::new(),
             io_before: HashMap::new(),
             links: None,
+            delivered: None,
             links_log: LogLimit::default(),
             inner: HashMap::new(),
             inner_statistics: None,
@@ -529,7 +550,7 @@ impl Sampler {
             none => LinkStatistics::open().and_then(|links| none.insert(links).read().map(|_| ())),
         };
         match read {
-            Ok(()) => true,
+            Ok(()) => self.add_delivered(),
             Err(err) => {
                 // A fresh socket next time: what is still under way on this one is dropped.
                 self.links = None;
@@ -543,6 +564,27 @@ impl Sampler {
                 false
             }
         }
+    }
+}
+
+impl Sampler {
+    /// Whether all that counts for links was added to what the kernel counts itself.
+    fn add_delivered(&mut self) -> bool {
+        let (Some(delivered), Some(links)) = (&mut self.delivered, &mut self.links) else {
+            return true;
+        };
+        let read =
+            delivered.read(|link, [packets, bytes]| links.add_delivered(link, packets, bytes));
+        if let Err(err) = &read
+            && let Some(suppressed) = self.links_log.pass()
+        {
+            tracing::warn!(
+                %err,
+                suppressed,
+                "what the kernel path delivers can't be read, network numbers are absent"
+            );
+        }
+        read.is_ok()
     }
 }
 

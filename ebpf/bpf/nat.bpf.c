@@ -57,6 +57,17 @@ struct {
 	MAP_TYPE(value, struct sweep_order);
 } orders SEC(".maps");
 
+/* By the number of the host's end, which does not count what is put into the other one. The
+ * dataplane makes the entries and takes those of links that are gone away. */
+struct {
+	MAP_UINT(type, MAP_PERCPU_HASH);
+	MAP_UINT(max_entries, 16384);
+	MAP_UINT(map_flags, MAP_NO_PREALLOC);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct delivered);
+} delivered SEC(".maps");
+
 /* So long receivers wait for the rest of a datagram. */
 #define FRAGMENT_LIFE_NS 30000000000ULL
 
@@ -182,6 +193,18 @@ static ALWAYS_INLINE void count_out(const struct service_key *key, const struct 
 	}
 }
 
+/* Puts a packet into the container at the other end of a link. */
+static ALWAYS_INLINE int deliver(struct __sk_buff *skb, __u32 link)
+{
+	struct delivered *count = bpf_map_lookup_elem(&delivered, &link);
+
+	if (count) {
+		count->packets++;
+		count->bytes += skb->len;
+	}
+	return bpf_redirect_peer(link, 0);
+}
+
 static ALWAYS_INLINE void name_flow(struct flow_key *key, __u8 protocol,
 				    const struct address *container, __u16 container_port,
 				    const struct address *client, __u16 client_port)
@@ -235,7 +258,7 @@ static OWN_FRAME int follow_fragments(struct __sk_buff *skb, const struct packet
 	old = outwards ? it->source : it->destination;
 	if (put_address(skb, ipv4, ETH_HEADER, outwards, &old, &address))
 		return DROP;
-	return outwards ? bpf_redirect_neigh(interface, 0, 0, 0) : bpf_redirect_peer(interface, 0);
+	return outwards ? bpf_redirect_neigh(interface, 0, 0, 0) : deliver(skb, interface);
 }
 
 /* A router, or the client, on what a container has sent. */
@@ -268,7 +291,7 @@ static OWN_FRAME int error_to_container(struct __sk_buff *skb, const struct pack
 	link = service->link_index;
 	if (translate_error(skb, error, 0, &exchange))
 		return DROP;
-	return bpf_redirect_peer(link, 0);
+	return deliver(skb, link);
 }
 
 /* A container on what a client has sent. */
@@ -418,7 +441,7 @@ int from_uplink(struct __sk_buff *skb)
 		return NEXT;
 	if (translate(skb, &it, 0, &target, flow_key.container_port))
 		return NEXT;
-	return bpf_redirect_peer(link, 0);
+	return deliver(skb, link);
 }
 
 SEC("classifier")

@@ -106,6 +106,13 @@ struct port_counters {
 	__u64 refused;
 };
 
+/* Per CPU and container's link: what was put into the container past the host's end of the link, in
+ * the kernel's terms of an interface. */
+struct delivered {
+	__u64 packets;
+	__u64 bytes;
+};
+
 /* Flows of a published port: kept up to date by the programs, put right by each sweep. */
 struct port_flows {
 	__s64 active;
@@ -214,6 +221,8 @@ ASSERT_AT(port_counters, packets_in, 8);
 ASSERT_AT(port_counters, bytes_in, 16);
 ASSERT_AT(port_counters, packets_out, 24);
 ASSERT_AT(port_counters, bytes_out, 32);
+ASSERT_SIZE(delivered, 16);
+ASSERT_AT(delivered, bytes, 8);
 ASSERT_SIZE(port_flows, 32);
 ASSERT_AT(port_flows, local, 8);
 ASSERT_AT(port_flows, next_ns, 16);

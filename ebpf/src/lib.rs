@@ -119,6 +119,8 @@ pub mod map {
     pub const UPLINKS: &str = "uplinks";
     /// Traffic per published port and CPU.
     pub const COUNTERS: &str = "counters";
+    /// What each container was given past the host's end of its link, per CPU.
+    pub const DELIVERED: &str = "delivered";
     /// Living flows per published port.
     pub const ACTIVE: &str = "active";
     /// What the next sweep is to do.

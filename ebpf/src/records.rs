@@ -187,6 +187,16 @@ pub struct PortCounters {
     pub refused: u64,
 }
 
+/// `struct delivered`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Delivered {
+    /// Packets, as an interface counts them.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
 /// `struct port_flows`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -358,6 +368,7 @@ layout!(
     bytes_out = 32,
     refused = 40
 );
+layout!(Delivered, 16, bytes = 8);
 layout!(
     PortFlows,
     32,

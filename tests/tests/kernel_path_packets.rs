@@ -3,6 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -419,4 +420,122 @@ fn nobody_but_the_host_reaches_the_runner() {
             "runner"
         );
     }
+}
+
+/// Bytes and packets in, then out, as the container's own interface counts them.
+fn own(node: &Node) -> [u64; 4] {
+    let table = within(&node.container.namespace, || {
+        std::fs::read_to_string("/proc/thread-self/net/dev")
+    });
+    let table = table.expect("the container").expect("its own counters");
+    let line = table.lines().find_map(|it| it.trim().strip_prefix("eth0:"));
+    let words: Vec<&str> = line.expect("eth0").split_whitespace().collect();
+    [0, 1, 8, 9].map(|place| words[place].parse().expect("a number"))
+}
+
+/// Waits until nothing passes while a sample is taken, and compares that with the container's own.
+fn charged_exactly(node: &mut Node, when: &str) -> [u64; 4] {
+    let mut last = None;
+    let found = until("a sample of a quiet moment", || {
+        let before = own(node);
+        let snapshot = node.control.observed.snapshot().ok()?;
+        let tick = snapshot.container(KERNEL)?.tick;
+        let sample = node.control.sample(KERNEL, |it| it.tick != tick).ok()?;
+        let net = sample.net.counters;
+        let told = [net.rx_bytes, net.rx_packets, net.tx_bytes, net.tx_packets];
+        last = Some((before, told));
+        // One that was begun before this could have missed something: the next tells.
+        (own(node) == before && told == before.map(Some)).then_some(before)
+    });
+    found.unwrap_or_else(|err| panic!("{when}: its own and what is told: {last:?}: {err}"))
+}
+
+/// The kernel path puts packets into the container's end of the link, past the host's: that one counts
+/// none of them.
+#[test]
+fn a_container_is_charged_what_the_kernel_path_gives_it() {
+    const BULK: u64 = 16 << 20;
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let datagrams = host(&datagrams(&mut node, 0), 0);
+    let echo = node
+        .container
+        .port(node.container.echo().expect("a server"));
+    node.lift(&echo);
+    let echo = host(&echo, 0);
+    let source = host(&sourced(&mut node, 0), 0);
+    let far = node.network.beyond_the_client(1_300).expect("a far client");
+    let before = charged_exactly(&mut node, "at rest");
+
+    let both_ways = move || {
+        let mut stream = traffic::connect(echo).expect("accepted");
+        let mut other = stream.try_clone().expect("a descriptor");
+        let sender = thread::spawn(move || {
+            traffic::send(&mut other, 1, BULK, Manner::eager(60_000)).expect("sent");
+            other.shutdown(Shutdown::Write)
+        });
+        let back = traffic::receive(&mut stream, 1, Manner::eager(60_000));
+        sender.join().expect("sent").expect("an end");
+        assert_eq!(back, Ok(BULK));
+    };
+    node.at_client(both_ways);
+    let after = charged_exactly(&mut node, "after bulk both ways");
+    for way in [0, 2] {
+        let moved = after[way] - before[way];
+        assert!((BULK..2 * BULK).contains(&moved), "{before:?} {after:?}");
+    }
+    // Whole and in fragments.
+    node.at_client(move || {
+        let socket = socket_to(datagrams);
+        for length in [1, 1_472, 9_000, 40_000] {
+            round_trip(&socket, length);
+        }
+    });
+    charged_exactly(&mut node, "after datagrams");
+    // The errors of a router.
+    let narrow = within(&far.name, move || download(source));
+    narrow.expect("the far client").expect("whole");
+    let before = charged_exactly(&mut node, "after a narrow way");
+
+    // It goes on while nobody looks, and with the next process.
+    node.kill();
+    node.at_client(both_ways);
+    node.restart();
+    let after = charged_exactly(&mut node, "after a restart");
+    assert!(after[0] - before[0] >= BULK && after[2] - before[2] >= BULK);
+
+    // ... even with one of another layout of the other tables.
+    node.kill();
+    let pins = pins_of(&node);
+    let other = pins.with_file_name("v0");
+    std::fs::create_dir(&other).expect("a directory of pins");
+    std::fs::rename(pins.join("delivered"), other.join("delivered")).expect("another layout's");
+    node.restart();
+    charged_exactly(&mut node, "after a change of layout");
+
+    // ... but no longer than its link.
+    let (host, link) = (&node.network.host, &node.container.link);
+    ip(&format!("-n {host} link del {link}")).expect("gone");
+    let entries = || {
+        let pin = pins.join("delivered");
+        let map = aya::maps::MapData::from_pin(pin).expect("the table");
+        let map = aya::maps::Map::PerCpuHashMap(map);
+        let map = aya::maps::PerCpuHashMap::<_, u32, u128>::try_from(map).expect("the table");
+        map.keys().count()
+    };
+    until("its entry being gone", || (entries() == 0).then_some(())).expect("forgotten");
+}
+
+/// Where the dataplane of a node pins its maps.
+fn pins_of(node: &Node) -> PathBuf {
+    let run_dir = node.place.run_dir().root().to_owned();
+    let homes = std::fs::read_dir(shared::pins::HOME).expect("pins");
+    let mut homes = homes.map(|it| it.expect("a directory").path());
+    let own = homes.find(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir));
+    let entries = std::fs::read_dir(own.expect("its own")).expect("its own");
+    let mut entries = entries.map(|it| it.expect("an entry").path());
+    let layout = entries.find(|it| it.join("services").exists());
+    layout.expect("its maps")
 }

@@ -144,8 +144,8 @@ pub(super) fn network_of(row: &ContainerRow, links: &Links) -> Option<NetCounter
     network(&row.link_indexes, links, &mut 0)
 }
 
-/// The container's view of its network: what the host's end sent, it received. One whose link can't be
-/// found has no counters.
+/// The container's view of its network: what the host's end sent, it received, and what the kernel path
+/// put into its own end past that. One whose link can't be found has no counters.
 pub(super) fn network(indexes: &[u32], links: &Links, place: &mut usize) -> Option<NetCounters> {
     if indexes.is_empty() {
         return None;
@@ -156,8 +156,8 @@ pub(super) fn network(indexes: &[u32], links: &Links, place: &mut usize) -> Opti
         sum += *link;
     }
     Some(NetCounters {
-        rx_bytes: Some(sum.tx_bytes),
-        rx_packets: Some(sum.tx_packets),
+        rx_bytes: Some(sum.tx_bytes + sum.delivered_bytes),
+        rx_packets: Some(sum.tx_packets + sum.delivered_packets),
         rx_errors: Some(sum.tx_errors),
         rx_drops: Some(sum.tx_dropped),
         tx_bytes: Some(sum.rx_bytes),

@@ -27,7 +27,7 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
 use ebpf::map;
 use ebpf::records::{
-    ADDRESS_HOST, Address, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
+    ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
 use shared::desired::ContainerRow;
 
@@ -36,10 +36,11 @@ use self::elders::Elders;
 pub use self::error::{KernelPathError, words};
 pub use self::flows::KernelPort;
 use self::host::Hooks;
-use self::object::{load, pins_fit, typed};
+use self::object::{adopt_delivered, load, pins_fit, typed};
 use self::pins::{Pins, PinsError, Side};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
 use crate::log_limit::LogLimit;
+use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
 
 /// Distance of sweeps.
@@ -92,6 +93,9 @@ pub struct KernelPath {
     addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuHashMap<MapData, ServiceKey, PortCounters>,
     active: HashMap<MapData, ServiceKey, PortFlows>,
+    delivered: PerCpuHashMap<MapData, u32, Delivered>,
+    /// The same for another thread.
+    delivered_table: Option<CounterTable>,
     orders: Array<MapData, SweepOrder>,
     uplink_mtus: HashMap<MapData, u32, u32>,
     watch: Interfaces,
@@ -145,11 +149,15 @@ impl KernelPath {
             tracing::warn!("pinned maps are of another shape; flows of the kernel path are lost");
             pins.clear().map_err(KernelPathError::Pins)?;
         }
+        adopt_delivered(&pins);
         let mut object = load(&pins)?;
         let services: HashMap<MapData, ServiceKey, Service> = typed!(&mut object, map::SERVICES);
         let addresses: HashMap<MapData, Address, u32> = typed!(&mut object, map::ADDRESSES);
         let counters = typed!(&mut object, map::COUNTERS);
         let active = typed!(&mut object, map::ACTIVE);
+        let delivered = typed!(&mut object, map::DELIVERED);
+        let delivered_table = CounterTable::open(&pins.directory().join(map::DELIVERED))
+            .map_err(KernelPathError::Delivered)?;
         let orders: Array<MapData, SweepOrder> = typed!(&mut object, map::ORDERS);
         let uplink_mtus = typed!(&mut object, map::UPLINKS);
         let hooks = Hooks::start(&pins).map_err(|err| {
@@ -182,6 +190,8 @@ impl KernelPath {
             addresses,
             counters,
             active,
+            delivered,
+            delivered_table: Some(delivered_table),
             orders,
             uplink_mtus,
             watch,
@@ -204,6 +214,11 @@ impl KernelPath {
             counted_at: now,
             log: LogLimit::default(),
         };
+        // Of an earlier version, which did not count that.
+        let led: BTreeSet<u32> = path.found.values().map(|it| it.link_index).collect();
+        for link in led {
+            path.count_delivered(link)?;
+        }
         path.scan()?;
         // Replies of flows under way are translated by this version from now on, too.
         for (side, index) in path.pins.links() {
@@ -236,6 +251,11 @@ impl KernelPath {
             self.count();
         }
         std::mem::take(&mut self.rows_concerned)
+    }
+
+    /// What containers are given, for who reads it. It lives as long as their links.
+    pub fn take_delivered(&mut self) -> Option<CounterTable> {
+        self.delivered_table.take()
     }
 
     fn complain(&mut self, err: &KernelPathError) {

@@ -14,6 +14,7 @@ use shared::observed::{ForwardPath, PortState};
 use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
 use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
+use crate::sys::bpf::CounterTable;
 
 /// Bytes of a reason that fit in a status.
 const REASON: usize = 119;
@@ -54,6 +55,11 @@ impl Link {
             Ok(path) => self.kernel = Some(path),
             Err(why) => self.kernel_missing = Some(why),
         }
+    }
+
+    /// What the kernel path gives containers past the host's ends of their links, for who reads it.
+    pub fn take_delivered(&mut self) -> Option<CounterTable> {
+        self.kernel.as_mut().and_then(KernelPath::take_delivered)
     }
 
     /// Readable when [`Self::kernel_turn`] has something to do.

@@ -1,7 +1,9 @@
-//! What the BPF system call offers and `aya` does not: running a program once, and changing the
-//! program of any pinned link, removing an entry of a map whose records are not known.
+//! What the BPF system call offers and `aya` does not: running a program once, changing the program
+//! of any pinned link, removing an entry of a map whose records are not known, and reading many
+//! entries of a map at once.
 //!
-//! In: a loaded program. Out: what it returned; the link runs it. Also the file system for pins.
+//! In: a loaded program. Out: what it returned; the link runs it; counters. Also the file system for
+//! pins.
 
 use std::ffi::CString;
 use std::io;
@@ -9,7 +11,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use aya::maps::{MapData, MapError};
+use aya::maps::{MapData, MapError, MapInfo, MapType};
 use rustix::fs::{StatFs, statfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
@@ -19,6 +21,7 @@ use rustix::net::{self, AddressFamily, SocketType};
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 /// linux/magic.h.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
@@ -166,6 +169,102 @@ pub fn remove_entry(pin: &Path, key: &[u8]) -> Result<(), MapError> {
     match call(BPF_MAP_DELETE_ELEM, &mut attributes) {
         Err(err) if err.kind() != io::ErrorKind::NotFound => Err(MapError::IoError(err)),
         _ => Ok(()),
+    }
+}
+
+/// The `batch` member of `union bpf_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// A pinned hash table of two counters per number and CPU, read as a whole.
+#[derive(Debug)]
+pub struct CounterTable {
+    map: MapData,
+    cpus: usize,
+    keys: Vec<u32>,
+    values: Vec<[u64; 2]>,
+}
+
+impl CounterTable {
+    /// Entries that are asked for at once, in the beginning. The kernel answers with whole buckets of
+    /// its table; one that is larger is asked for again with more room.
+    const ROOM: usize = 256;
+
+    /// # Errors
+    /// There is no such pin, or it is of something else.
+    pub fn open(pin: &Path) -> io::Result<Self> {
+        let info = MapInfo::from_pin(pin).map_err(io::Error::other)?;
+        if !matches!(info.map_type(), Ok(MapType::PerCpuHash))
+            || (info.key_size(), info.value_size()) != (4, 16)
+        {
+            return Err(io::Error::other("not a table of counters"));
+        }
+        Ok(Self {
+            map: MapData::from_pin(pin).map_err(io::Error::other)?,
+            cpus: aya::util::nr_cpus().map_err(|(_, err)| err)?,
+            keys: Vec::new(),
+            values: Vec::new(),
+        })
+    }
+
+    /// Tells `each` the sums over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel's refusal; what was told until then is not all.
+    pub fn read(&mut self, mut each: impl FnMut(u32, [u64; 2])) -> io::Result<()> {
+        let mut place = 0_u64;
+        let mut begun = false;
+        let mut room = self.keys.len().max(Self::ROOM);
+        loop {
+            self.keys.resize(room, 0);
+            self.values.resize(room * self.cpus, [0; 2]);
+            let mut next = 0_u64;
+            let mut batch = Batch {
+                in_batch: if begun {
+                    (&raw const place).addr() as u64
+                } else {
+                    0
+                },
+                out_batch: (&raw mut next).addr() as u64,
+                keys: self.keys.as_mut_ptr().addr() as u64,
+                values: self.values.as_mut_ptr().addr() as u64,
+                count: u32::try_from(room).map_err(io::Error::other)?,
+                map_fd: u32::try_from(self.map.fd().as_fd().as_raw_fd())
+                    .map_err(io::Error::other)?,
+                ..Batch::default()
+            };
+            let last = match call(BPF_MAP_LOOKUP_BATCH, &mut batch) {
+                Ok(_) => false,
+                Err(err) => match Errno::from_io_error(&err) {
+                    Some(Errno::NOENT) => true,
+                    Some(Errno::NOSPC) => {
+                        room *= 2;
+                        continue;
+                    }
+                    _ => return Err(err),
+                },
+            };
+            let found = usize::try_from(batch.count).map_err(io::Error::other)?;
+            let entries = self.values.chunks_exact(self.cpus);
+            for (key, values) in self.keys.iter().zip(entries).take(found) {
+                let sum = |sum: [u64; 2], it: &[u64; 2]| [sum[0] + it[0], sum[1] + it[1]];
+                each(*key, values.iter().fold([0; 2], sum));
+            }
+            if last {
+                return Ok(());
+            }
+            (place, begun) = (next, true);
+        }
     }
 }
 

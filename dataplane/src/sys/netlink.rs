@@ -258,6 +258,10 @@ pub struct LinkCounters {
     pub rx_dropped: u64,
     /// Packets to be sent dropped.
     pub tx_dropped: u64,
+    /// Packets that went to its other end past it: none of those above.
+    pub delivered_packets: u64,
+    /// Their bytes.
+    pub delivered_bytes: u64,
 }
 
 impl std::ops::AddAssign for LinkCounters {
@@ -270,6 +274,8 @@ impl std::ops::AddAssign for LinkCounters {
         self.tx_errors += other.tx_errors;
         self.rx_dropped += other.rx_dropped;
         self.tx_dropped += other.tx_dropped;
+        self.delivered_packets += other.delivered_packets;
+        self.delivered_bytes += other.delivered_bytes;
     }
 }
 
@@ -349,6 +355,17 @@ impl LinkStatistics {
         &self.links
     }
 
+    /// Adds to the link of this index, in what was read last, what others count for it.
+    pub fn add_delivered(&mut self, index: u32, packets: u64, bytes: u64) {
+        let links = &mut self.links.0;
+        if let Ok(place) = links.binary_search_by_key(&index, |(known, _)| *known)
+            && let Some((_, link)) = links.get_mut(place)
+        {
+            link.delivered_packets += packets;
+            link.delivered_bytes += bytes;
+        }
+    }
+
     /// One dump; false when the list changed meanwhile.
     fn dump(&mut self) -> Result<bool, NetlinkError> {
         let links = &mut self.links.0;
@@ -423,6 +440,7 @@ fn stats64(value: &[u8]) -> Option<LinkCounters> {
         tx_errors: u64_at(value, 40)?,
         rx_dropped: u64_at(value, 48)?,
         tx_dropped: u64_at(value, 56)?,
+        ..LinkCounters::default()
     })
 }
 

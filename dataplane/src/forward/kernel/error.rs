@@ -86,6 +86,9 @@ pub enum KernelPathError {
     /// The sweep could not be run.
     #[error("flows can't be swept")]
     Sweep(#[source] io::Error),
+    /// What containers are given can't be read.
+    #[error("what containers are given can't be counted")]
+    Delivered(#[source] io::Error),
 }
 
 /// The error and its causes in one line.

@@ -4,11 +4,13 @@
 //! has pinned where there are any. Invariant: a pinned map is only taken when its records are of
 //! this version's size.
 
-use aya::maps::Map;
+use std::path::Path;
+
+use aya::maps::{Map, MapData};
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use ebpf::records::{
-    Address, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSocket, Node,
+    Address, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSocket, Node,
     PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
 use ebpf::{map, program};
@@ -57,7 +59,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     const PORT: usize = size_of::<ServiceKey>();
     const ADDRESS: usize = size_of::<Address>();
     const NUMBER: usize = size_of::<u32>();
-    let sizes: [(&str, usize, usize); 11] = [
+    let sizes: [(&str, usize, usize); 12] = [
         (map::SERVICES, PORT, size_of::<Service>()),
         (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
         (
@@ -69,6 +71,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
         (map::UPLINKS, NUMBER, NUMBER),
         (map::COUNTERS, PORT, size_of::<PortCounters>()),
         (map::ACTIVE, PORT, size_of::<PortFlows>()),
+        (map::DELIVERED, NUMBER, size_of::<Delivered>()),
         (map::ORDERS, NUMBER, size_of::<SweepOrder>()),
         (map::NODES, NUMBER, size_of::<Node>()),
         (map::LED_SOCKETS, size_of::<u64>(), size_of::<LedSocket>()),
@@ -80,14 +83,33 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     ];
     sizes.into_iter().all(|(name, key, value)| {
         let path = pins.directory().join(name);
-        if !path.exists() {
-            return true;
-        }
-        aya::maps::MapInfo::from_pin(&path).is_ok_and(|info| {
-            usize::try_from(info.key_size()) == Ok(key)
-                && usize::try_from(info.value_size()) == Ok(value)
-        })
+        !path.exists() || fits(&path, key, value)
     })
+}
+
+fn fits(pin: &Path, key: usize, value: usize) -> bool {
+    aya::maps::MapInfo::from_pin(pin).is_ok_and(|info| {
+        usize::try_from(info.key_size()) == Ok(key)
+            && usize::try_from(info.value_size()) == Ok(value)
+    })
+}
+
+/// What containers were delivered is counted on in the same map when the others begin anew because
+/// their layout is another: containers live on.
+pub(super) fn adopt_delivered(pins: &Pins) {
+    let path = pins.directory().join(map::DELIVERED);
+    if path.exists() {
+        return;
+    }
+    let others = pins.other_layouts().into_iter();
+    let known = others.map(|other| other.directory().join(map::DELIVERED));
+    for known in known.filter(|it| fits(it, size_of::<u32>(), size_of::<Delivered>())) {
+        match MapData::from_pin(&known).map(|map| map.pin(&path)) {
+            Ok(Ok(())) => return,
+            Ok(Err(err)) => tracing::warn!(%err, "what containers received is counted anew"),
+            Err(err) => tracing::warn!(%err, "what containers received is counted anew"),
+        }
+    }
 }
 
 /// Takes a map out of an object, as what it is.

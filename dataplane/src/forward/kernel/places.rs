@@ -118,6 +118,24 @@ impl KernelPath {
         }
         self.known_addresses = addresses;
 
+        let gone: Vec<u32> = self
+            .delivered
+            .keys()
+            .flatten()
+            .filter(|link| !self.interfaces.contains_key(link))
+            .collect();
+        for link in gone {
+            match self.delivered.remove(&link) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(source) => {
+                    return Err(KernelPathError::Map {
+                        name: map::DELIVERED,
+                        source,
+                    });
+                }
+            }
+        }
+
         let wanted = eligibility::uplinks(&self.interfaces);
         self.note_uplinks(&wanted)?;
         self.uplinks.clear();

@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
+use aya::Pod;
 use aya::maps::{MapError, PerCpuValues};
 use ebpf::map;
 use ebpf::records::{
-    ADDRESS_CONTAINER, Address, ClientNetwork, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters, PortFlows,
-    SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE, Service, ServiceKey,
+    ADDRESS_CONTAINER, Address, ClientNetwork, Delivered, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters,
+    PortFlows, SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE, Service,
+    ServiceKey,
 };
 use shared::desired::{PortKey, PortRow, Protocol};
 
@@ -65,6 +67,11 @@ fn service_of(row: &PortRow, terms: &Terms<'_>, clients: u8) -> Service {
             rate => 1_000_000_000 / u64::from(rate),
         },
     }
+}
+
+fn each_cpu<T: Pod + Default>() -> Result<PerCpuValues<T>, MapError> {
+    let cpus = aya::util::nr_cpus().map_err(|(_, err)| MapError::IoError(err))?;
+    PerCpuValues::try_from(vec![T::default(); cpus]).map_err(MapError::IoError)
 }
 
 /// Whether an entry was made: one that is there already stays as it is.
@@ -217,6 +224,7 @@ impl KernelPath {
             (it.service.link_index, it.service.target) == (service.link_index, service.target)
         };
         if !self.served.values().any(same_place) {
+            self.count_delivered(row.link_index)?;
             self.attach(Side::Container, row.link_index)?;
             if let Ok(hooks) = &mut self.hooks {
                 hooks.allow(row.link_index)?;
@@ -227,9 +235,7 @@ impl KernelPath {
         }
         let made = self.active.insert(key, PortFlows::default(), BPF_NOEXIST);
         let counts_flows = is_new(made).map_err(fails(map::ACTIVE))?;
-        let cpus = aya::util::nr_cpus().map_err(|(_, err)| KernelPathError::Sweep(err))?;
-        let zero = PerCpuValues::try_from(vec![PortCounters::default(); cpus])
-            .map_err(|err| fails(map::COUNTERS)(MapError::IoError(err)))?;
+        let zero = each_cpu::<PortCounters>().map_err(fails(map::COUNTERS))?;
         let made = self.counters.insert(key, zero, BPF_NOEXIST);
         let counts = is_new(made).map_err(fails(map::COUNTERS))?;
         self.services
@@ -253,6 +259,17 @@ impl KernelPath {
             self.count_one(key);
         }
         Ok(port)
+    }
+
+    /// Has what a container is given past the host's end of its link counted, for as long as the link
+    /// lives.
+    pub(super) fn count_delivered(&mut self, link: u32) -> Result<(), KernelPathError> {
+        let made = each_cpu::<Delivered>()
+            .and_then(|zero| is_new(self.delivered.insert(link, zero, BPF_NOEXIST)));
+        made.map(|_| ()).map_err(|source| KernelPathError::Map {
+            name: map::DELIVERED,
+            source,
+        })
     }
 
     fn new_life(&mut self) -> u32 {
