@@ -41,6 +41,7 @@ use self::facts::Facts;
 use self::file::Budget;
 use self::node::Node;
 use self::process::Lister;
+use self::record::CpuSplit;
 use self::tasks::Tasks;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
@@ -250,6 +251,8 @@ pub struct Sampler {
     containers: Vec<Watched>,
     /// What an earlier life of this process had counted of block devices.
     io_before: HashMap<ContainerId, IoCounters>,
+    /// How it had split their CPU time.
+    split_before: HashMap<ContainerId, CpuSplit>,
     links: Option<LinkStatistics>,
     delivered: Option<CounterTable>,
     links_log: LogLimit,
@@ -347,6 +350,7 @@ impl Sampler {
             budget,
             containers: Vec::new(),
             io_before: HashMap::new(),
+            split_before: HashMap::new(),
             links: None,
             delivered: None,
             links_log: LogLimit::default(),
@@ -390,6 +394,11 @@ impl Sampler {
         let counted = samples.iter().filter(|it| it.io.source == Source::Bpf);
         self.io_before = counted
             .map(|sample| (sample.container_id, sample.io.counters))
+            .collect();
+        let split = |sample: &ContainerSample| CpuSplit::after(&sample.cpu.counters);
+        self.split_before = samples
+            .iter()
+            .map(|sample| (sample.container_id, split(sample)))
             .collect();
     }
 
@@ -502,6 +511,7 @@ impl Sampler {
             self.containers.retain(|watched| wanted(&watched.id()));
             self.io_before.retain(|id, _| wanted(id));
             self.inner.retain(|id, _| wanted(id));
+            self.split_before.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;
@@ -513,7 +523,12 @@ impl Sampler {
             }
             self.find_inner(row);
             let before = self.io_before.get(&id).copied().unwrap_or_default();
+            let split = match place {
+                Ok(place) => self.containers[place].split(),
+                Err(_) => self.split_before.remove(&id).unwrap_or_default(),
+            };
             let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
+            let watched = watched.splitting_on(split);
             match place {
                 Ok(place) => self.containers[place] = watched,
                 Err(place) => self.containers.insert(place, watched),
@@ -611,5 +626,33 @@ fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
             age_ms: age_ms(space.at),
             counters,
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::ids::Generation;
+
+    #[test]
+    fn cpu_time_is_split_on_over_lives_of_the_process_and_changes_of_a_row() {
+        let mut told = ContainerSample::default();
+        told.cpu.counters.user_ns = Some(75);
+        told.cpu.counters.system_ns = Some(25);
+        let split = CpuSplit::after(&told.cpu.counters);
+        assert_ne!(split, CpuSplit::default());
+        let totals = Arc::new(Totals::default());
+        let disk = Disk::start().expect("a thread");
+        let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
+        sampler.go_on_from(&[told]);
+        for generation in 1..3 {
+            let row = ContainerRow {
+                generation: Generation(generation),
+                ..ContainerRow::default()
+            };
+            sampler.follow(&[row], true);
+            assert_eq!(sampler.containers[0].row().generation.0, generation);
+            assert_eq!(sampler.containers[0].split(), split);
+        }
     }
 }

@@ -273,6 +273,17 @@ impl Watched {
         watched
     }
 
+    /// How its CPU time was split until now.
+    pub(super) fn split(&self) -> CpuSplit {
+        self.hot.split
+    }
+
+    /// The same with its CPU time split on from there.
+    pub(super) fn splitting_on(mut self, split: CpuSplit) -> Self {
+        self.hot.split = split;
+        self
+    }
+
     /// Whose it is.
     pub fn id(&self) -> ContainerId {
         self.hot.container_id

@@ -14,16 +14,26 @@ use crate::sys::netlink::{LinkCounters, Links};
 
 /// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,
 /// and lets neither part run backwards (kernel/sched/cputime.c, cputime_adjust).
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct CpuSplit {
     user: u64,
     system: u64,
 }
 
 impl CpuSplit {
+    /// Goes on from what was told of a container before.
+    pub(super) fn after(told: &CpuCounters) -> Self {
+        Self {
+            user: told.user_ns.unwrap_or(0),
+            system: told.system_ns.unwrap_or(0),
+        }
+    }
+
     fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
+        // One cgroup's time never runs backwards: this is another one, of a container that was
+        // started again.
         if usage < self.user.saturating_add(self.system) {
-            return (self.user, self.system);
+            *self = Self::default();
         }
         let scaled = match (user, system) {
             (_, 0) => 0,
@@ -237,7 +247,25 @@ mod tests {
         let (user, system) = split.adjust(120, 119, 1);
         assert_eq!(user + system, 120);
         assert!(user >= 75 && system >= 25);
-        assert_eq!(split.adjust(110, 1, 1), (user, system));
+        // The cgroup of a container that was started again has done less than the one before.
+        assert_eq!(split.adjust(110, 1, 1), (55, 55));
         assert_eq!(CpuSplit::default().adjust(7, 0, 0), (7, 0));
+    }
+
+    #[test]
+    fn neither_part_of_cpu_time_runs_backwards_over_lives_of_the_process() {
+        let record = |usage, user, system| CgroupRecord {
+            cpu_usage_ns: usage,
+            cpu_user_ns: user,
+            cpu_system_ns: system,
+            filled: filled::CPU_BASE,
+            ..CgroupRecord::default()
+        };
+        let told = cpu_counters(&record(100, 30, 10), &mut CpuSplit::default()).unwrap();
+        assert_eq!((told.user_ns, told.system_ns), (Some(75), Some(25)));
+        // What was sampled since says that more of it had been the system's.
+        let mut split = CpuSplit::after(&told);
+        let next = cpu_counters(&record(104, 40, 30), &mut split).unwrap();
+        assert_eq!((next.user_ns, next.system_ns), (Some(75), Some(29)));
     }
 }
