@@ -267,7 +267,6 @@ fn block_devices_are_charged_what_was_moved() {
             && (near(written, 2 * size, 4 << 20)
                 || !unified && written.is_some_and(|it| (size + size / 10..2 * size).contains(&it)))
     });
-    // Freed blocks may be discarded: no write.
     let removed = std::fs::remove_file(&file);
     assert!(
         direct.is_ok(),
@@ -286,4 +285,88 @@ fn block_devices_are_charged_what_was_moved() {
         "64 MiB read and written through the cache: {last:?}"
     );
     removed.expect("removed");
+}
+
+/// A block device whose bytes are memory: nothing else is written when it is.
+struct Loop {
+    device: String,
+    file: PathBuf,
+}
+
+impl Loop {
+    fn new(bytes: u64) -> Option<Self> {
+        let file = PathBuf::from(format!("/dev/shm/bai-known-loop-{}", std::process::id()));
+        let made = std::fs::File::create(&file).and_then(|it| it.set_len(bytes));
+        made.expect("a file");
+        let found = Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=off"])
+            .arg(&file)
+            .output();
+        let device = found.as_ref().ok().filter(|it| it.status.success());
+        let device = device.map(|it| String::from_utf8_lossy(&it.stdout).trim().to_owned());
+        if device.is_none() {
+            let _ = std::fs::remove_file(&file);
+            harness::skip::here(format!("no loop device: {found:?}"), false);
+        }
+        device.map(|device| Self { device, file })
+    }
+
+    /// A number of the device's own statistics.
+    fn counted(&self, place: usize) -> u64 {
+        let name = self.device.trim_start_matches("/dev/");
+        let text = std::fs::read_to_string(format!("/sys/block/{name}/stat")).expect("its numbers");
+        let word = text.split_whitespace().nth(place);
+        word.and_then(|it| it.parse().ok()).expect("a number")
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.device]).status();
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
+/// The original counted freed blocks as written ones.
+#[test]
+fn discarded_blocks_are_not_written_ones() {
+    const SECTORS_WRITTEN: usize = 6;
+    const SECTORS_DISCARDED: usize = 13;
+    let Some(device) = Loop::new(64 << 20) else {
+        return;
+    };
+    let Some(mut it) = watched("discard", 35) else {
+        return;
+    };
+    it.sample(|sample| sample.io.get().is_some());
+    let mut run = |script: String| {
+        it.group.run(&script).expect("a tool");
+        it.group.finish().expect("its end");
+    };
+    let name = &device.device;
+    let (before, after) = (8_u64 << 20, 4_u64 << 20);
+    let device_counts = [SECTORS_DISCARDED, SECTORS_WRITTEN].map(|it| device.counted(it));
+    let write = |bytes| {
+        format!("exec dd if=/dev/zero of={name} bs={bytes} count=1 oflag=direct status=none")
+    };
+    run(write(before));
+    run(format!("exec blkdiscard --offset 16M --length 32M {name}"));
+    run(write(after));
+    // The device has done all of it.
+    let [discarded, written] = device_counts;
+    assert_eq!(
+        device.counted(SECTORS_DISCARDED) - discarded,
+        (32 << 20) / 512
+    );
+    assert_eq!(
+        device.counted(SECTORS_WRITTEN) - written,
+        (before + after) / 512
+    );
+    let id = it.row.container_id;
+    let written = |sample: &ContainerSample| sample.io.counters.write_bytes;
+    let sample = it
+        .control
+        .sample(id, |sample| written(sample) >= Some(before + after));
+    let sample = sample.expect("what was written");
+    assert_eq!(written(&sample), Some(before + after), "{:?}", sample.io);
 }
