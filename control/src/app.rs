@@ -454,7 +454,7 @@ async fn assemble(
     let tasks = TaskTracker::new();
     let consoles = cluster.as_ref().map(|cluster| {
         ConsoleLogs::start(
-            cluster.bus.container_logs().clone(),
+            &cluster.bus,
             logs.clone(),
             events.clone(),
             usize::try_from(config.container_logs.chunk_size.0).unwrap_or(usize::MAX),

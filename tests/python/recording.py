@@ -144,9 +144,7 @@ class Recorder:
 def differences(reference, found):
     """One line for each place where they differ. Fewer types in one place are no difference: a value that may be absent."""
     lines = []
-    # A console goes its own way; managers take it whenever it comes.
-    order = lambda steps: [step for step in steps if step != "do_sync_kernel_logs"]
-    if order(reference["steps"]) != order(found["steps"]) or set(reference["steps"]) != set(found["steps"]):
+    if reference["steps"] != found["steps"]:
         lines.append(f"steps: {' '.join(reference['steps'])} -> {' '.join(found['steps'])}")
     before, after = reference["types"], found["types"]
     for path in sorted(before.keys() | after.keys()):

@@ -501,6 +501,12 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
         names(&told).contains(&"kernel_terminated").then_some(())
     })
     .await?;
+    // While the bus answers, the word on the console comes first, as the original's.
+    let told = cluster.told_of(&later)?;
+    assert_eq!(
+        names(&told)[3..],
+        ["do_sync_kernel_logs", "kernel_terminated"]
+    );
     for order in [&before, &during] {
         let told = cluster.told_of(order)?;
         assert_eq!(told.len(), life.len(), "{:?}", names(&told));
@@ -581,11 +587,58 @@ async fn the_end_of_a_kernel_is_told_once_although_the_agent_is_killed_right_aft
             names(&told).contains(&"kernel_terminated").then_some(told)
         })
         .await?;
-        let (_, args) = told.last().unwrap();
+        // The console, which waited too, may be told after it.
+        let end = told.iter().find(|(name, _)| name == "kernel_terminated");
+        let (_, args) = end.unwrap();
         assert_eq!(args[2], Value::from("user-requested"), "{args:?}");
         assert_ne!(args[3].as_i64(), Some(-1), "{args:?}");
         // The server was empty; only what this start has told is there.
         assert_eq!(cluster.count_of("kernel_terminated"), 1);
     }
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_console_reaches_the_bus_although_the_agent_is_killed_while_it_waits() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let gate = Gate::before(cluster.redis.port).await?;
+    cluster.redis_is_at(gate.port).await?;
+    let mut node = Node::start(cluster.options("")).await?;
+    let order = Order::of(Image::Runner)?;
+    let made = kernels::create(&node, &order).await?;
+    let container = made["container_id"].as_str().context("no id")?;
+    gate.shut();
+    kernels::destroy(&node, &order).await?;
+    node.kill_control()?;
+    gate.open();
+    node.start_control().await?;
+    wait::until("its console is told", LIMIT, || async {
+        let told = cluster.told_of(&order).ok()?;
+        names(&told).contains(&"do_sync_kernel_logs").then_some(())
+    })
+    .await?;
+    let mut client = cluster.redis.client()?;
+    client.ask(&["SELECT", "6"])?;
+    let key = format!("containerlog.{container}");
+    let pieces = client.ask(&["LLEN", &key])?.int()?;
+    assert!(pieces > 0, "{key} is empty");
+    // Nor is it told again by the next start.
+    node.kill_control()?;
+    node.start_control().await?;
+    let later = Order::of(Image::Runner)?;
+    kernels::create(&node, &later).await?;
+    kernels::destroy(&node, &later).await?;
+    wait::until("a later console is told", LIMIT, || async {
+        let told = cluster.told_of(&later).ok()?;
+        names(&told).contains(&"do_sync_kernel_logs").then_some(())
+    })
+    .await?;
+    let told = cluster.told_of(&order)?;
+    let count = names(&told)
+        .iter()
+        .filter(|name| **name == "do_sync_kernel_logs")
+        .count();
+    assert_eq!(count, 1, "{:?}", names(&told));
+    assert_eq!(client.ask(&["LLEN", &key])?.int()?, pieces);
     kernels::assert_clean(&node).await
 }

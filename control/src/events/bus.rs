@@ -3,7 +3,7 @@
 //! In: events (as one more sink), reports, values for the databases. Out: stream entries, texts on
 //! the channel, keys; and the requests that managers put on the channel. Invariants: emitting
 //! never waits; lifecycle events are sent in their order, at least once, each from its own stored
-//! bytes; every queue is bounded; an outage costs reports and progress, never a lifecycle event
+//! bytes; the word that a console lies ready is sent once; every queue is bounded; an outage costs reports and progress, never a lifecycle event
 //! within those bounds.
 //!
 //! `connection` is the only file that knows the client library. `message` encodes, `queue` and
@@ -66,6 +66,8 @@ struct Inner {
     container_logs: Store,
     bgtask: Store,
     service_discovery: Store,
+    stream: Store,
+    source: String,
     volumes: Mutex<Option<mpsc::Receiver<VolumeRequest>>>,
     errors: Mutex<ErrorRate>,
     stopping: CancellationToken,
@@ -131,6 +133,8 @@ impl Bus {
                     Connector::to_database(settings, Role::Live, Role::Statistics.database()),
                     limit,
                 ),
+                stream: store(Role::Stream),
+                source: settings.agent_id.clone(),
                 volumes: Mutex::new(Some(volumes)),
                 errors: Mutex::default(),
                 stopping,
@@ -244,6 +248,8 @@ impl Sink for BusSink {
     fn accept(&self, occurrence: &Occurrence) {
         let limited;
         let event = match &occurrence.event {
+            // Whoever brought the console to the bus has told it already.
+            Event::DoSyncKernelLogs { .. } => return,
             error @ Event::AgentError { .. } => {
                 let mut rate = self
                     .bus

@@ -13,6 +13,7 @@ use shared::ids::{KernelId, SessionId};
 use thiserror::Error;
 
 use super::death::{Death, Signs, full_shm};
+use super::kept_logs::Shipping;
 use super::lifecycle::{Action, Ending, Input, Reason};
 use super::node::{Node, blocking};
 use super::record::Record;
@@ -28,6 +29,8 @@ const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::fr
 const ROWS_GONE: Duration = Duration::from_secs(3);
 /// How long to wait until the announcement of an end is in the outbox.
 const ANNOUNCED: Duration = Duration::from_secs(10);
+/// How long the end waits for the word on the console, which the original sends first.
+const CONSOLE_TOLD: Duration = Duration::from_secs(3);
 /// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
 const DESTROY_MARGIN: Duration = Duration::from_secs(200);
 
@@ -162,6 +165,9 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     });
     if let Some(death) = death {
         tracing::warn!(kernel_id = %kernel.id, cause = death.words(), "a kernel has died");
+    }
+    if let Some(consoles) = &node.consoles {
+        consoles.settled(kernel.id, CONSOLE_TOLD).await;
     }
     let actions = kernel.step(Input::Cleaned {
         exit_code: remains.exit_code,
@@ -337,20 +343,24 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
         }
     };
     let (logs, id) = (node.logs.clone(), kernel.id);
-    match blocking(move || logs.store(id, &text)).await {
-        Ok(()) => {
-            match (kernel.container(), &node.consoles) {
-                // The event follows when the console is where managers look for it.
-                (Some(container), Some(consoles)) => consoles.ship(kernel.id, container),
-                (Some(container), None) => node.events.emit(Event::DoSyncKernelLogs {
-                    kernel: kernel.id,
-                    container,
-                }),
-                (None, _) => {}
-            }
-        }
-        Err(err) => {
-            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot keep a console");
+    // In a cluster the event follows when the console is where managers look for it.
+    let parcel = kernel.container().filter(|_| node.consoles.is_some());
+    let kept = blocking(move || {
+        logs.store(id, &text)?;
+        parcel
+            .map(|container| logs.to_ship(id, container))
+            .transpose()
+    })
+    .await;
+    match (kept, kernel.container(), &node.consoles) {
+        (Ok(Some(Shipping::Sent)), ..) | (Ok(_), None, _) => {}
+        (Ok(_), Some(container), Some(consoles)) => consoles.ship(id, container),
+        (Ok(_), Some(container), None) => node.events.emit(Event::DoSyncKernelLogs {
+            kernel: id,
+            container,
+        }),
+        (Err(err), ..) => {
+            tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot keep a console");
         }
     }
 }

@@ -1,16 +1,19 @@
 //! The consoles of kernels that have ended, kept for a while.
 //!
 //! In: the last log of a container before it is removed. Out: the text for `get_logs` and the
-//! command line. Invariant: at most `keep` files, the newest; each whole (written aside, renamed)
-//! and readable by the agent's user only.
+//! command line, and which of them the manager has not been given yet. Invariants: at most `keep`
+//! consoles, the newest; each whole (written aside, renamed) and readable by the agent's user only;
+//! beside a console of a cluster lies one empty file for each container, whose name says how far it
+//! has come on its way to the manager and which goes with the console.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use shared::ids::KernelId;
+use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 
 use super::journal::{plain_name, replace_file};
@@ -26,6 +29,29 @@ pub struct KeptLogsError {
     path: PathBuf,
     #[source]
     source: io::Error,
+}
+
+/// How far the console of a container has come on its way to the manager.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shipping {
+    /// The manager has not been told of it.
+    Unsent,
+    /// The manager is being told: when this is found at a start, it may have been.
+    Announcing,
+    /// The manager was told.
+    Sent,
+}
+
+impl Shipping {
+    const ALL: [Shipping; 3] = [Shipping::Unsent, Shipping::Announcing, Shipping::Sent];
+
+    fn word(self) -> &'static str {
+        match self {
+            Shipping::Unsent => "unsent",
+            Shipping::Announcing => "announcing",
+            Shipping::Sent => "sent",
+        }
+    }
 }
 
 /// The directory of kept consoles.
@@ -76,21 +102,120 @@ impl KeptLogs {
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    fn drop_oldest(&self) -> io::Result<()> {
-        let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let entry = entry?;
-            // A file that vanishes meanwhile was dropped by another clean-up.
-            if let Ok(modified) = entry.metadata().and_then(|metadata| metadata.modified()) {
-                files.push((modified, entry.path()));
+    /// Notes that the console of a container has to be shipped; how far it has come already is
+    /// kept, for an ending may be tried several times. Blocks.
+    pub fn to_ship(
+        &self,
+        kernel: KernelId,
+        container: ContainerId,
+    ) -> Result<Shipping, KeptLogsError> {
+        if let Some(shipping) = self.shipping(kernel, container) {
+            return Ok(shipping);
+        }
+        let path = self.mark(kernel, container, Shipping::Unsent);
+        fs::OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|source| KeptLogsError {
+                step: "write",
+                path,
+                source,
+            })?;
+        Ok(Shipping::Unsent)
+    }
+
+    /// How far a console has come; `None` when it is not to be shipped. Blocks.
+    pub fn shipping(&self, kernel: KernelId, container: ContainerId) -> Option<Shipping> {
+        Shipping::ALL
+            .into_iter()
+            .find(|shipping| self.mark(kernel, container, *shipping).exists())
+    }
+
+    /// Notes a step on the way. Blocks.
+    pub fn set_shipping(
+        &self,
+        kernel: KernelId,
+        container: ContainerId,
+        shipping: Shipping,
+    ) -> Result<(), KeptLogsError> {
+        let to = self.mark(kernel, container, shipping);
+        let failed = |source| KeptLogsError {
+            step: "rename a mark to",
+            path: to.clone(),
+            source,
+        };
+        match self.shipping(kernel, container) {
+            Some(now) if now != shipping => {
+                fs::rename(self.mark(kernel, container, now), &to).map_err(failed)
+            }
+            // Without a mark the console is gone, and the mark with it.
+            _ => Ok(()),
+        }
+    }
+
+    /// What is still to be shipped, oldest first. Blocks.
+    pub fn unshipped(&self) -> Vec<(KernelId, ContainerId)> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(mark) = name.to_str().and_then(mark_of) else {
+                continue;
+            };
+            let modified = entry.metadata().and_then(|metadata| metadata.modified());
+            if let (mark, Shipping::Unsent | Shipping::Announcing) = mark
+                && let Ok(modified) = modified
+            {
+                found.push((modified, mark));
             }
         }
-        if files.len() <= self.keep {
+        found.sort_by_key(|(modified, _)| *modified);
+        found.into_iter().map(|(_, mark)| mark).collect()
+    }
+
+    fn mark(&self, kernel: KernelId, container: ContainerId, shipping: Shipping) -> PathBuf {
+        self.dir
+            .join(format!("{kernel}.{container}.{}", shipping.word()))
+    }
+
+    fn drop_oldest(&self) -> io::Result<()> {
+        let mut consoles: Vec<(SystemTime, String)> = Vec::new();
+        let mut others = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some((kernel, rest)) = name.to_str().and_then(|name| name.split_once('.')) else {
+                continue;
+            };
+            if rest != "log" {
+                others.push((kernel.to_owned(), entry.path()));
+                continue;
+            }
+            // A file that vanishes meanwhile was dropped by another clean-up.
+            if let Ok(modified) = entry.metadata().and_then(|metadata| metadata.modified()) {
+                consoles.push((modified, kernel.to_owned()));
+            }
+        }
+        if consoles.len() <= self.keep {
             return Ok(());
         }
-        files.sort();
-        let surplus = files.len() - self.keep;
-        for (_, path) in files.into_iter().take(surplus) {
+        consoles.sort();
+        let surplus = consoles.len() - self.keep;
+        let gone: HashSet<String> = consoles
+            .into_iter()
+            .take(surplus)
+            .map(|(_, kernel)| kernel)
+            .collect();
+        let others = others
+            .into_iter()
+            .filter(|(kernel, _)| gone.contains(kernel))
+            .map(|(_, path)| path);
+        let logs = gone
+            .iter()
+            .map(|kernel| self.dir.join(format!("{kernel}.log")));
+        for path in logs.chain(others) {
             match fs::remove_file(path) {
                 Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
                 _ => {}
@@ -98,6 +223,21 @@ impl KeptLogs {
         }
         Ok(())
     }
+}
+
+/// What the name of a mark tells.
+fn mark_of(name: &str) -> Option<((KernelId, ContainerId), Shipping)> {
+    let mut parts = name.split('.');
+    let kernel = parts.next()?.parse().ok()?;
+    let container = parts.next()?.parse().ok()?;
+    let word = parts.next()?;
+    let shipping = Shipping::ALL
+        .into_iter()
+        .find(|shipping| shipping.word() == word)?;
+    parts
+        .next()
+        .is_none()
+        .then_some(((kernel, container), shipping))
 }
 
 #[cfg(test)]
@@ -127,5 +267,46 @@ mod tests {
         assert_eq!(logs.load(KernelId([2; 16])), None);
         assert_eq!(logs.load(KernelId([3; 16])).as_deref(), Some("console 3"));
         assert_eq!(logs.load(KernelId([4; 16])).as_deref(), Some("console 4"));
+    }
+
+    #[test]
+    fn marks_say_what_is_to_be_shipped_and_go_with_the_console() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut logs = KeptLogs::open(dir.path(), "i-node").unwrap();
+        logs.keep = 2;
+        let (kernel, container) = (|n| KernelId([n; 16]), |n| ContainerId([n; 32]));
+        for n in 1..=2u8 {
+            logs.store(kernel(n), "console").unwrap();
+            let shipping = logs.to_ship(kernel(n), container(n)).unwrap();
+            assert_eq!(shipping, Shipping::Unsent);
+            let at = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(u64::from(n));
+            for path in [
+                logs.path(kernel(n)),
+                logs.mark(kernel(n), container(n), Shipping::Unsent),
+            ] {
+                let file = fs::File::options().append(true).open(path).unwrap();
+                file.set_modified(at).unwrap();
+            }
+        }
+        // A restarted kernel has one more container.
+        logs.to_ship(kernel(2), container(9)).unwrap();
+        logs.set_shipping(kernel(2), container(9), Shipping::Sent)
+            .unwrap();
+        logs.set_shipping(kernel(2), container(2), Shipping::Announcing)
+            .unwrap();
+        let both = [(kernel(1), container(1)), (kernel(2), container(2))];
+        assert_eq!(logs.unshipped(), both);
+        // An ending that is tried again sends nothing twice.
+        let again = logs.to_ship(kernel(2), container(9)).unwrap();
+        assert_eq!(again, Shipping::Sent);
+        let again = logs.to_ship(kernel(2), container(2)).unwrap();
+        assert_eq!(again, Shipping::Announcing);
+        logs.store(kernel(3), "console").unwrap();
+        assert_eq!(logs.unshipped(), both[1..]);
+        assert_eq!(logs.shipping(kernel(1), container(1)), None);
+        logs.set_shipping(kernel(1), container(1), Shipping::Sent)
+            .unwrap();
+        assert_eq!(logs.shipping(kernel(1), container(1)), None, "came back");
+        assert_eq!(logs.load(kernel(1)), None);
     }
 }

@@ -1,5 +1,6 @@
 //! The event bus against real servers: bytes, order, outages, restarts, log-in, sentinels.
 
+mod consoles;
 mod idle;
 mod manager;
 mod outages;

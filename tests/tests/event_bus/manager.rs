@@ -108,10 +108,11 @@ async fn the_managers_classes_read_the_same_values() -> Result<()> {
     let logs = KeptLogs::open(state.path(), "i-evh")?;
     let text = "a line of output, also of é\n".repeat(10_000);
     logs.store(kernel, &text)?;
+    logs.to_ship(kernel, container)?;
     let tasks = TaskTracker::new();
     let stopping = CancellationToken::new();
     let consoles = ConsoleLogs::start(
-        bus.container_logs().clone(),
+        &bus,
         logs,
         events.clone(),
         64 << 10,

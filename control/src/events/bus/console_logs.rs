@@ -1,12 +1,15 @@
 //! Logs of ended containers on their way to the manager.
 //!
-//! In: the kernel whose console has just been kept on disk. Out: the pieces in the list the manager
-//! empties, and then, not before, the event that tells it to. Invariants: nobody who ends a kernel
-//! waits for the bus; a list is whole when it is announced, also after a failed attempt; few
-//! consoles wait, and those that wait when the agent ends stay on this node only.
+//! In: the kernel whose console has just been kept on disk, and what an earlier life had not
+//! brought. Out: the pieces in the list the manager empties, and then, not before, the event that
+//! tells it to. Invariants: nobody who ends a kernel waits long for the bus; a list is whole when it
+//! is announced, also after a failed attempt; it is announced once, because a manager that finds
+//! the list of a second announcement empty stores an empty console over the one it has; what waits
+//! when the agent ends is brought after the next start.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -15,14 +18,17 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::Bus;
+use super::connection::{Command, Reply};
+use super::message::{Message, MessageError, STREAM};
 use super::store::{Store, StoreError};
 use crate::events::{Event, Events};
 use crate::kernel::destroy::chain;
-use crate::kernel::kept_logs::{KEEP, KeptLogs};
+use crate::kernel::kept_logs::{KEEP, KeptLogs, KeptLogsError, Shipping};
 use crate::kernel::node::blocking;
 
 /// How long a list waits for the manager.
@@ -33,6 +39,8 @@ const CALL: usize = 1 << 20;
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Refusals by the server itself after which a console is given up.
 const REFUSALS: u32 = 5;
+/// Entries looked through for an announcement whose fate is not known.
+const LOOK_BACK: u32 = 1000;
 
 /// A console that could not be brought to the bus.
 #[derive(Debug, Error)]
@@ -43,82 +51,148 @@ pub enum ConsoleLogError {
     /// The bus did not take it.
     #[error("cannot put a console on the bus")]
     Store(#[from] StoreError),
+    /// Its announcement has no form on the wire.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// How far it has come could not be noted.
+    #[error(transparent)]
+    Mark(#[from] KeptLogsError),
 }
 
 /// Brings consoles to the bus, one after the other.
 #[derive(Clone, Debug)]
 pub struct ConsoleLogs {
-    queue: mpsc::Sender<(KernelId, ContainerId)>,
+    line: watch::Sender<Line>,
+}
+
+/// The consoles that wait, the one under way first.
+#[derive(Debug, Default)]
+struct Line {
+    waiting: VecDeque<(KernelId, ContainerId)>,
+    /// The last attempt failed.
+    failing: bool,
 }
 
 impl ConsoleLogs {
-    /// Starts the task. `chunk` is the size of the plain pieces.
+    /// Starts the task, with what an earlier life has left. `chunk` is the size of the plain
+    /// pieces.
     #[must_use]
     pub fn start(
-        store: Store,
+        bus: &Bus,
         logs: KeptLogs,
         events: Events,
         chunk: usize,
         tasks: &TaskTracker,
         stopping: CancellationToken,
     ) -> Self {
-        // More than are kept on disk need not wait.
-        let (queue, waiting) = mpsc::channel(KEEP);
-        tasks.spawn(ship_all(
-            store,
+        let line = watch::Sender::default();
+        let shipper = Shipper {
+            lists: bus.container_logs().clone(),
+            stream: bus.inner.stream.clone(),
+            source: bus.inner.source.clone(),
             logs,
             events,
-            chunk.max(1024),
-            waiting,
-            stopping,
-        ));
-        Self { queue }
+            chunk: chunk.max(1024),
+        };
+        let consoles = Self { line };
+        let all = consoles.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = shipper.ship_all(&all) => {}
+                () = stopping.cancelled() => {}
+            }
+        });
+        consoles
     }
 
-    /// Takes a kernel whose console is on disk. Never waits; a full queue leaves it out.
+    /// Takes a kernel whose console is on disk and marked to be shipped. Never waits.
     pub fn ship(&self, kernel: KernelId, container: ContainerId) {
-        if self.queue.try_send((kernel, container)).is_err() {
-            tracing::warn!(kernel_id = %kernel, "too many consoles wait for the bus; this one stays on the node");
+        let mut left_out = None;
+        self.line.send_if_modified(|line| {
+            if line.waiting.contains(&(kernel, container)) {
+                return false;
+            }
+            // More than are kept on disk need not wait; the first one is under way.
+            if line.waiting.len() >= KEEP {
+                left_out = line.waiting.remove(1);
+            }
+            line.waiting.push_back((kernel, container));
+            true
+        });
+        if let Some((kernel, _)) = left_out {
+            tracing::warn!(kernel_id = %kernel, "too many consoles wait for the bus; the oldest stays on the node");
         }
+    }
+
+    /// Waits until no console of a kernel is on its way, at most `limit`, and not at all while the
+    /// bus does not take them.
+    pub async fn settled(&self, kernel: KernelId, limit: Duration) {
+        let mut line = self.line.subscribe();
+        let settled = line.wait_for(|line| {
+            line.failing || line.waiting.iter().all(|(waits, _)| *waits != kernel)
+        });
+        // Late is late: the end of a kernel is told all the same.
+        let _ = tokio::time::timeout(limit, settled).await;
+    }
+
+    async fn first(&self) -> (KernelId, ContainerId) {
+        let mut line = self.line.subscribe();
+        loop {
+            if let Some(first) = line.borrow_and_update().waiting.front() {
+                return *first;
+            }
+            // The sender lives in `self`; this cannot fail while we are borrowed.
+            if line.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn attempted(&self, failing: bool) {
+        self.line.send_if_modified(|line| {
+            let changed = line.failing != failing;
+            line.failing = failing;
+            changed
+        });
+    }
+
+    fn finish(&self, done: (KernelId, ContainerId)) {
+        self.line
+            .send_modify(|line| line.waiting.retain(|waits| *waits != done));
     }
 }
 
-async fn ship_all(
-    store: Store,
+struct Shipper {
+    lists: Store,
+    stream: Store,
+    source: String,
     logs: KeptLogs,
     events: Events,
     chunk: usize,
-    mut waiting: mpsc::Receiver<(KernelId, ContainerId)>,
-    stopping: CancellationToken,
-) {
-    loop {
-        let (kernel, container) = tokio::select! {
-            next = waiting.recv() => match next {
-                Some(next) => next,
-                None => return,
-            },
-            () = stopping.cancelled() => return,
-        };
-        let kept = logs.clone();
-        // The newest few hundred are kept: after a long outage it may be gone.
-        let Some(text) = blocking(move || kept.load(kernel)).await else {
-            continue;
-        };
-        let text = Bytes::from(text);
+}
+
+impl Shipper {
+    async fn ship_all(&self, consoles: &ConsoleLogs) {
+        let logs = self.logs.clone();
+        for (kernel, container) in blocking(move || logs.unshipped()).await {
+            consoles.ship(kernel, container);
+        }
+        loop {
+            let (kernel, container) = consoles.first().await;
+            self.ship_one(kernel, container, consoles).await;
+            consoles.finish((kernel, container));
+        }
+    }
+
+    async fn ship_one(&self, kernel: KernelId, container: ContainerId, consoles: &ConsoleLogs) {
         let mut pause = PAUSES.0;
         let mut refusals = 0;
         loop {
-            let shipped = tokio::select! {
-                shipped = ship(&store, container, &text, chunk) => shipped,
-                () = stopping.cancelled() => return,
-            };
-            let err = match shipped {
-                Ok(()) => {
-                    events.emit(Event::DoSyncKernelLogs { kernel, container });
-                    break;
-                }
+            let err = match self.attempt(kernel, container).await {
+                Ok(()) => return consoles.attempted(false),
                 Err(err) => err,
             };
+            consoles.attempted(true);
             if !matches!(
                 err,
                 ConsoleLogError::Store(
@@ -132,26 +206,112 @@ async fn ship_all(
             }
             if refusals >= REFUSALS {
                 tracing::warn!(kernel_id = %kernel, err = chain(&err), "a console is not sent to the manager; it stays on the node");
-                break;
+                return;
             }
             tracing::debug!(kernel_id = %kernel, err = chain(&err), "a console waits for the bus");
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = stopping.cancelled() => return,
-            }
+            tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSES.1);
         }
     }
+
+    /// Goes on from where the console's mark says it is.
+    async fn attempt(
+        &self,
+        kernel: KernelId,
+        container: ContainerId,
+    ) -> Result<(), ConsoleLogError> {
+        let logs = self.logs.clone();
+        let found =
+            blocking(move || Some((logs.shipping(kernel, container)?, logs.load(kernel)?))).await;
+        // The newest few hundred are kept: after a long outage it may be gone.
+        let Some((shipping, text)) = found else {
+            return Ok(());
+        };
+        let event = Event::DoSyncKernelLogs { kernel, container };
+        let Some(message) = Message::of(&event, SystemTime::now())? else {
+            return Ok(());
+        };
+        match shipping {
+            Shipping::Sent => return Ok(()),
+            Shipping::Announcing => {
+                if self.is_told(container, text.is_empty(), &message).await? {
+                    return self.mark(kernel, container, Shipping::Sent).await;
+                }
+            }
+            Shipping::Unsent => {
+                put(&self.lists, container, &Bytes::from(text), self.chunk).await?;
+                self.mark(kernel, container, Shipping::Announcing).await?;
+            }
+        }
+        let commands = message.commands(&self.source);
+        if let Err(err) = self.stream.run("announce a console", commands).await {
+            if err.is_certain() {
+                // Nobody was told, and the list may be gone before anybody is.
+                self.mark(kernel, container, Shipping::Unsent).await?;
+            }
+            return Err(err.into());
+        }
+        self.events.emit(event);
+        self.mark(kernel, container, Shipping::Sent).await
+    }
+
+    async fn mark(
+        &self,
+        kernel: KernelId,
+        container: ContainerId,
+        shipping: Shipping,
+    ) -> Result<(), ConsoleLogError> {
+        let logs = self.logs.clone();
+        let marked = blocking(move || logs.set_shipping(kernel, container, shipping)).await;
+        marked.map_err(ConsoleLogError::from)
+    }
+
+    /// Whether an announcement that was tried has reached the manager or will: its list was taken,
+    /// or it lies in the stream. A list that is there without an announcement is whole.
+    async fn is_told(
+        &self,
+        container: ContainerId,
+        is_empty: bool,
+        message: &Message,
+    ) -> Result<bool, ConsoleLogError> {
+        let look = Command::new("XREVRANGE")
+            .arg(STREAM)
+            .arg("+")
+            .arg("-")
+            .arg("COUNT")
+            .number(LOOK_BACK);
+        // The stream first: the list goes after the announcement is read.
+        let replies = self
+            .stream
+            .run("look for an announcement", vec![look])
+            .await?;
+        let entries = replies.first().and_then(Reply::array).unwrap_or_default();
+        if entries
+            .iter()
+            .any(|entry| message.is_entry(&self.source, entry))
+        {
+            return Ok(true);
+        }
+        let exists = Command::new("EXISTS").arg(key(container));
+        let replies = self.lists.run("look for a console", vec![exists]).await?;
+        let taken = matches!(replies.first(), Some(Reply::Int(0)));
+        // An empty console has no list, and nothing that a second announcement could erase.
+        Ok(taken && !is_empty)
+    }
+}
+
+fn key(container: ContainerId) -> String {
+    format!("containerlog.{container}")
 }
 
 /// Makes the list of a container consist of the pieces of `text`.
-async fn ship(
+async fn put(
     store: &Store,
     container: ContainerId,
     text: &Bytes,
     chunk: usize,
 ) -> Result<(), ConsoleLogError> {
-    let key = format!("containerlog.{container}");
+    let key = key(container);
     // What a failed attempt left.
     store.delete(key.clone()).await?;
     let per_call = (CALL / chunk).max(1) * chunk;

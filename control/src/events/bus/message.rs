@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde_json::json;
 use thiserror::Error;
 
-use super::connection::Command;
+use super::connection::{Command, Reply};
 use crate::events::{Delivery, Event};
 use crate::rpc::msgpack::EncodeError;
 use crate::rpc::{ConversionError, Value, to_value};
@@ -171,6 +171,27 @@ impl Message {
         commands
     }
 
+    /// Whether an entry of the stream is this message from `source`.
+    #[must_use]
+    pub fn is_entry(&self, source: &str, entry: &Reply) -> bool {
+        let Some(fields) = entry
+            .array()
+            .and_then(|parts| parts.get(1))
+            .and_then(Reply::array)
+        else {
+            return false;
+        };
+        let field = |name: &[u8]| {
+            fields
+                .chunks_exact(2)
+                .find(|pair| pair[0].bytes().is_some_and(|key| key.as_ref() == name))
+                .and_then(|pair| pair[1].bytes())
+        };
+        field(b"source").is_some_and(|found| found.as_ref() == source.as_bytes())
+            && field(b"name").is_some_and(|name| name.as_ref() == self.name.as_bytes())
+            && field(b"args").is_some_and(|args| args == self.args)
+    }
+
     /// The text published on the channel.
     #[must_use]
     pub fn channel_text(&self, source: &str) -> String {
@@ -198,7 +219,6 @@ fn keeping(event: &Event) -> Keeping {
         | Event::KernelCreating { .. }
         | Event::KernelStarted { .. }
         | Event::KernelTerminated { .. }
-        | Event::DoSyncKernelLogs { .. }
         | Event::SessionSuccess { .. }
         | Event::SessionFailure { .. }
         | Event::ModelServiceStatusUpdated { .. }
@@ -211,6 +231,8 @@ fn keeping(event: &Event) -> Keeping {
         | Event::AgentImagesRemove { .. }
         | Event::AgentError { .. }
         | Event::DoAgentResourceCheck { .. }
+        // Sent by `console_logs`, beside the queue.
+        | Event::DoSyncKernelLogs { .. }
         | Event::KernelProgress { .. }
         | Event::ExecutionStarted { .. }
         | Event::ExecutionFinished { .. }

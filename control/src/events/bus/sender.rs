@@ -213,27 +213,8 @@ impl Sender {
             .array()
             .unwrap_or_default()
             .iter()
-            .any(|entry| self.is_ours(entry, mark));
+            .any(|entry| mark.message.is_entry(&self.source, entry));
         Ok(found)
-    }
-
-    fn is_ours(&self, reply: &Reply, mark: &Entry) -> bool {
-        let Some(fields) = reply
-            .array()
-            .and_then(|parts| parts.get(1))
-            .and_then(Reply::array)
-        else {
-            return false;
-        };
-        let field = |name: &[u8]| {
-            fields
-                .chunks_exact(2)
-                .find(|pair| pair[0].bytes().is_some_and(|key| key.as_ref() == name))
-                .and_then(|pair| pair[1].bytes())
-        };
-        field(b"source").is_some_and(|source| source.as_ref() == self.source.as_bytes())
-            && field(b"name").is_some_and(|name| name.as_ref() == mark.message.name.as_bytes())
-            && field(b"args").is_some_and(|args| args == mark.message.args)
     }
 }
 

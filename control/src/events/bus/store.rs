@@ -78,6 +78,18 @@ struct Link {
     rests_until: Option<Instant>,
 }
 
+impl StoreError {
+    /// Whether the commands were certainly not carried out.
+    #[must_use]
+    pub fn is_certain(&self) -> bool {
+        match self {
+            Self::Busy | Self::Resting | Self::Refused { .. } => true,
+            Self::Deadline { .. } => false,
+            Self::Connection(err) => !err.is_ambiguous(),
+        }
+    }
+}
+
 impl Store {
     /// A store that connects when it is first used. `limit` bounds each call as a whole.
     pub(super) fn new(connector: Connector, limit: Duration) -> Self {
@@ -202,7 +214,11 @@ impl Store {
         self.run("change fields", commands).await.map(drop)
     }
 
-    async fn run(
+    /// Carries out commands; `step` says what they are for.
+    ///
+    /// # Errors
+    /// The step that failed; some commands may be carried out then.
+    pub(super) async fn run(
         &self,
         step: &'static str,
         commands: Vec<Command>,
