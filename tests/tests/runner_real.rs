@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use control::docker::{Docker, DockerOptions};
 use control::kernel::agent_socket::{self, AgentSocketOptions};
-use control::kernel::batch::{self, BatchJob, BatchOutcome, ContainerCommands};
+use control::kernel::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use control::kernel::container_processes::KernelFiles;
 use control::kernel::execution::{self, BatchSteps, ExecuteReply, ExecuteRequest, Mode, Status};
 use control::kernel::file_access::{self, UploadPlace};
@@ -251,6 +251,20 @@ async fn batch_run(
     .await
 }
 
+/// A command as the job of a batch session.
+async fn job(
+    link: &RunnerLink,
+    code: &str,
+    timeout: Option<Duration>,
+    killer: Option<&dyn CommandKiller>,
+    gone: &CancellationToken,
+) -> BatchOutcome {
+    if !batch::submit(link, code.to_owned(), gone).await {
+        return BatchOutcome::KernelGone;
+    }
+    batch::attend(link, timeout, killer, gone).await
+}
+
 fn items(reply: &ExecuteReply) -> Result<Value> {
     Ok(serde_json::to_value(reply)?["console"].take())
 }
@@ -381,19 +395,14 @@ async fn a_restarted_agent_and_a_batch_job() -> Result<()> {
         "{console:?}"
     );
 
-    let job = |code: &str, timeout| BatchJob {
-        code: Some(code.to_owned()),
-        timeout,
-    };
-    ensure!(batch::run(&link, job("exit 0", None), None, &alive).await == BatchOutcome::Succeeded);
+    ensure!(job(&link, "exit 0", None, None, &alive).await == BatchOutcome::Succeeded);
     ensure!(
-        batch::run(&link, job("exit 7", None), None, &alive).await
-            == BatchOutcome::Failed { exit_code: 7 }
+        job(&link, "exit 7", None, None, &alive).await == BatchOutcome::Failed { exit_code: 7 }
     );
     // The batch job of before a restart is watched on.
     let watching = CancellationToken::new();
     let (outcome, ()) = tokio::join!(
-        batch::run(&link, job("sleep 3; exit 6", None), None, &watching),
+        job(&link, "sleep 3; exit 6", None, None, &watching),
         async {
             tokio::time::sleep(Duration::from_secs(1)).await;
             watching.cancel();
@@ -402,35 +411,23 @@ async fn a_restarted_agent_and_a_batch_job() -> Result<()> {
     ensure!(outcome == BatchOutcome::KernelGone);
     link.close().await;
     let link = RunnerLink::open(ID, kernel.address()?, resumed);
-    let outcome = batch::run(
-        &link,
-        BatchJob {
-            code: None,
-            timeout: None,
-        },
-        None,
-        &alive,
-    )
-    .await;
+    let killer = ContainerCommands {
+        init_pid: kernel.inspect("{{.State.Pid}}")?.parse()?,
+        files: KernelFiles::default(),
+    };
+    ensure!(batch::shows(&link, Some(&killer)).await);
+    batch::adopt(&link);
+    let outcome = batch::attend(&link, None, None, &alive).await;
     ensure!(
         outcome == BatchOutcome::Failed { exit_code: 6 },
         "{outcome:?}"
     );
 
     // A command that ignores interrupts is killed at its time limit; the kernel lives on.
-    let killer = ContainerCommands {
-        init_pid: kernel.inspect("{{.State.Pid}}")?.parse()?,
-        files: KernelFiles::default(),
-    };
     let begun = Instant::now();
     let stubborn = "trap '' INT TERM; sleep 1000; sleep 1000";
-    let outcome = batch::run(
-        &link,
-        job(stubborn, Some(Duration::from_secs(1))),
-        Some(&killer),
-        &alive,
-    )
-    .await;
+    let limit = Some(Duration::from_secs(1));
+    let outcome = job(&link, stubborn, limit, Some(&killer), &alive).await;
     ensure!(outcome == BatchOutcome::TimedOut && begun.elapsed() < Duration::from_secs(15));
     let processes = docker(&["top", &kernel.name, "-eo", "pid,args"])?;
     ensure!(!processes.contains("sleep 1000"), "{processes}");

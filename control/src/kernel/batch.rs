@@ -1,7 +1,7 @@
 //! The job of a batch session: one command, watched until it ends.
 //!
-//! In: the command (or nothing, to watch the one that runs since before a restart), an optional time
-//! limit. Out: one outcome, which the caller turns into the session event. Invariant: at the time limit
+//! In: the command (or the run of one that was sent before a restart), an optional time limit. Out:
+//! one outcome, which the caller turns into the session event. Invariant: at the time limit
 //! the command is ended, first by an interrupt and then, when it ignores that, by force (the original
 //! leaves it running). Source: execution.md section 6.
 
@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::container_processes::KernelFiles;
+use super::container_processes::{ContainerCgroup, KernelFiles};
 use super::execution::{self, BatchSteps, Mode};
 use super::runner_link::frame::Step;
 use super::runner_link::runs::Ending;
@@ -25,22 +25,21 @@ const BATCH_MARK: &str = "_BACKEND_BATCH_MODE=1";
 
 const POLL: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(500);
+/// How often to look whether a command has been sent.
+const SENT_POLL: Duration = Duration::from_millis(50);
+/// How long a job that may have been sent has to show itself: the runner sends what it holds as
+/// soon as somebody connects.
+const SIGNS: Duration = Duration::from_secs(2);
 /// How long the command has to obey an interrupt.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(5);
 /// How long the end may take after the command was killed.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
-/// A batch session's job.
-#[derive(Clone, Debug)]
-pub struct BatchJob {
-    /// The command; `None` = it runs already (the agent was restarted).
-    pub code: Option<String>,
-    /// Time it may take, from now.
-    pub timeout: Option<Duration>,
-}
-
 /// Ends what a batch command started, by force.
 pub trait CommandKiller: Send + Sync {
+    /// Whether a process of the command's lives.
+    fn is_alive(&self) -> BoxFuture<'_, std::io::Result<bool>>;
+
     /// Kills the command's processes and says how many.
     fn kill(&self) -> BoxFuture<'_, std::io::Result<usize>>;
 }
@@ -73,37 +72,69 @@ impl BatchOutcome {
     }
 }
 
-/// Runs (or re-attaches to) the job and waits for its end. Output is discarded: the container's log has it.
-/// `gone` is cancelled when the kernel is being destroyed.
-pub async fn run(
+/// Gives the command to the link; `false` when the kernel has gone away. It may wait there for the
+/// end of another run.
+pub async fn submit(link: &RunnerLink, code: String, gone: &CancellationToken) -> bool {
+    let opts = BatchSteps {
+        exec: Some(code),
+        ..BatchSteps::default()
+    };
+    // The queue to the runner can be full for a moment; the job must not be lost for that.
+    while let Err(err) = link.submit(
+        RUN_ID,
+        execution::submission(Mode::Batch, String::new(), opts.clone()),
+    ) {
+        if matches!(err, LinkError::Closed) || gone.is_cancelled() {
+            return false;
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+    true
+}
+
+/// Takes over the job that was sent before this process started.
+pub fn adopt(link: &RunnerLink) {
+    link.adopt(RUN_ID);
+}
+
+/// Waits until the command has left for the runner.
+pub async fn sent(link: &RunnerLink) {
+    while link.current_run().as_deref() != Some(RUN_ID) || !link.is_flushed() {
+        tokio::time::sleep(SENT_POLL).await;
+    }
+}
+
+/// Whether a job that may have been sent by an earlier life was: its processes live, or the runner
+/// tells of a run this process has not started.
+pub async fn shows(link: &RunnerLink, killer: Option<&dyn CommandKiller>) -> bool {
+    let until = Instant::now() + SIGNS;
+    loop {
+        if link.tells_of_unknown_run() {
+            return true;
+        }
+        if let Some(killer) = killer
+            && killer.is_alive().await.unwrap_or(false)
+        {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        tokio::time::sleep(SENT_POLL).await;
+    }
+}
+
+/// Waits for the end of a job that was submitted or adopted; after `timeout` it is ended. Output is
+/// discarded: the container's log has it. `gone` is cancelled when the kernel is being destroyed.
+pub async fn attend(
     link: &RunnerLink,
-    job: BatchJob,
+    timeout: Option<Duration>,
     killer: Option<&dyn CommandKiller>,
     gone: &CancellationToken,
 ) -> BatchOutcome {
-    let deadline = job
-        .timeout
+    let deadline = timeout
         // A limit beyond the clock's end is none.
         .and_then(|timeout| Instant::now().checked_add(timeout));
-    match job.code {
-        Some(code) => {
-            let opts = BatchSteps {
-                exec: Some(code),
-                ..BatchSteps::default()
-            };
-            // The queue to the runner can be full for a moment; the job must not be lost for that.
-            while let Err(err) = link.submit(
-                RUN_ID,
-                execution::submission(Mode::Batch, String::new(), opts.clone()),
-            ) {
-                if matches!(err, LinkError::Closed) || gone.is_cancelled() {
-                    return BatchOutcome::KernelGone;
-                }
-                tokio::time::sleep(RETRY).await;
-            }
-        }
-        None => link.adopt(RUN_ID),
-    }
     if let Some(outcome) = watch(link, deadline, gone).await {
         return outcome;
     }
@@ -172,24 +203,42 @@ pub struct ContainerCommands {
     pub files: KernelFiles,
 }
 
+impl ContainerCommands {
+    async fn with_container<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&KernelFiles, &ContainerCgroup) -> std::io::Result<T> + Send + 'static,
+    ) -> std::io::Result<T> {
+        let commands = self.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let container = commands
+                .files
+                .container_of(commands.init_pid)
+                .ok_or_else(|| {
+                    std::io::Error::new(
+                        std::io::ErrorKind::NotFound,
+                        "the container's processes are gone",
+                    )
+                })?;
+            work(&commands.files, &container)
+        });
+        work.await.map_err(std::io::Error::other)?
+    }
+}
+
 impl CommandKiller for ContainerCommands {
+    fn is_alive(&self) -> BoxFuture<'_, std::io::Result<bool>> {
+        Box::pin(
+            self.with_container(
+                |files, container| Ok(files.has_environment(container, BATCH_MARK)),
+            ),
+        )
+    }
+
     fn kill(&self) -> BoxFuture<'_, std::io::Result<usize>> {
-        Box::pin(async move {
-            let commands = self.clone();
-            let work = tokio::task::spawn_blocking(move || {
-                let container =
-                    commands
-                        .files
-                        .container_of(commands.init_pid)
-                        .ok_or_else(|| {
-                            std::io::Error::new(
-                                std::io::ErrorKind::NotFound,
-                                "the container's processes are gone",
-                            )
-                        })?;
-                commands.files.kill_with_environment(&container, BATCH_MARK)
-            });
-            work.await.map_err(std::io::Error::other)?
-        })
+        Box::pin(
+            self.with_container(|files, container| {
+                files.kill_with_environment(container, BATCH_MARK)
+            }),
+        )
     }
 }

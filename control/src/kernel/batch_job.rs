@@ -1,23 +1,33 @@
 //! The command of a batch session: started once, watched until it ends, announced once.
 //!
-//! Invariant: at most one job per kernel; the journal says that one runs before it is sent, so that
-//! a restarted agent watches it again.
+//! Invariants: at most one job per kernel; it is in the journal before the call that starts it is
+//! answered, with its command until that was sent, and with its time limit, so that a restarted
+//! agent sends what was not sent, watches what was, and ends it in time.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::batch::{self, BatchJob, BatchOutcome, CommandKiller, ContainerCommands};
+use super::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use super::container_processes::KernelFiles;
 use super::death::{Death, Signs, full_shm};
+use super::journal::now_unix;
 use super::lifecycle::Reason;
 use super::node::Node;
+use super::record::{BatchRecord, BatchStep};
 use super::registry::Kernel;
+use super::runner_link::RunnerLink;
 use crate::events::Event;
 
-/// Starts the job; `false` when one runs already (a retry of the call).
-pub fn start(
+/// What is left at least of the time limit of a job that is taken over: one that ended while nobody
+/// watched is told as it ended.
+const TAKEN_OVER: Duration = Duration::from_secs(3);
+
+/// Starts the job and answers when it is in the journal; `false` when one runs already (a retry of
+/// the call).
+pub async fn start(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     code: String,
@@ -26,81 +36,147 @@ pub fn start(
     let Some(gone) = kernel.begin_batch() else {
         return false;
     };
-    spawn(
-        node,
-        kernel,
-        BatchJob {
-            code: Some(code),
-            timeout,
-        },
-        gone,
-    );
+    let job = BatchRecord {
+        step: BatchStep::Waiting,
+        command: Some(code),
+        deadline: timeout.map(|timeout| now_unix() + timeout.as_secs_f64()),
+    };
+    let (noted, wait) = oneshot::channel();
+    let (node, kernel) = (node.clone(), kernel.clone());
+    node.clone().tasks.spawn(async move {
+        node.note(&kernel, |record| {
+            record.batch_running = true;
+            record.batch_job = Some(job);
+        })
+        .await;
+        // The one who asked may have stopped waiting.
+        let _ = noted.send(());
+        carry_through(&node, &kernel, &gone, Duration::ZERO).await;
+    });
+    // Also when the runtime ends under it: the job is as good as started.
+    let _ = wait.await;
     true
 }
 
-/// Watches the job that was running when the agent stopped.
+/// Goes on with the job that the journal holds.
 pub fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
-    if let Some(gone) = kernel.begin_batch() {
-        spawn(
-            node,
-            kernel,
-            BatchJob {
-                code: None,
-                timeout: None,
-            },
-            gone,
-        );
-    }
+    let Some(gone) = kernel.begin_batch() else {
+        return;
+    };
+    let (node, kernel) = (node.clone(), kernel.clone());
+    node.clone()
+        .tasks
+        .spawn(async move { carry_through(&node, &kernel, &gone, TAKEN_OVER).await });
 }
 
-fn spawn(node: &Arc<Node>, kernel: &Arc<Kernel>, job: BatchJob, gone: CancellationToken) {
-    let (node, kernel) = (node.clone(), kernel.clone());
-    node.clone().tasks.spawn(async move {
-        let Some(runner) = kernel.runner() else {
-            tracing::warn!(kernel_id = %kernel.id, "a batch job cannot start without the runner");
-            kernel.end_batch();
-            return;
-        };
-        node.note(&kernel, |record| record.batch_running = true)
-            .await;
-        let killer = init_pid(&node, &kernel)
-            .await
-            .map(|init_pid| ContainerCommands {
-                init_pid,
-                files: KernelFiles::default(),
-            });
-        let killer = killer.as_ref().map(|killer| killer as &dyn CommandKiller);
-        let outcome = tokio::select! {
-            outcome = batch::run(&runner, job, killer, &gone) => outcome,
-            // The job goes on; the next start watches it.
-            () = node.stopping.cancelled() => return,
-        };
-        let session = kernel.session;
-        let (_, reason, exit_code) = outcome.event();
-        let reason = Reason::from_text(reason);
-        match outcome {
-            BatchOutcome::Succeeded => node.events.emit(Event::SessionSuccess {
+/// Brings the job in the record to its end and announces that. At least `grace` is left of its time.
+async fn carry_through(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    gone: &CancellationToken,
+    grace: Duration,
+) {
+    let Some(runner) = kernel.runner() else {
+        tracing::warn!(kernel_id = %kernel.id, "a batch job cannot start without the runner");
+        kernel.end_batch();
+        return;
+    };
+    let outcome = tokio::select! {
+        outcome = work(node, kernel, &runner, gone, grace) => outcome,
+        // The job goes on; the next start watches it.
+        () = node.stopping.cancelled() => return,
+    };
+    let session = kernel.session;
+    let (_, reason, exit_code) = outcome.event();
+    let reason = Reason::from_text(reason);
+    match outcome {
+        BatchOutcome::Succeeded => node.events.emit(Event::SessionSuccess {
+            session,
+            reason,
+            exit_code,
+        }),
+        BatchOutcome::Failed { .. } | BatchOutcome::TimedOut => {
+            report_death(node, kernel, exit_code);
+            node.events.emit(Event::SessionFailure {
                 session,
                 reason,
                 exit_code,
-            }),
-            BatchOutcome::Failed { .. } | BatchOutcome::TimedOut => {
-                report_death(&node, &kernel, exit_code);
-                node.events.emit(Event::SessionFailure {
-                    session,
-                    reason,
-                    exit_code,
-                });
+            });
+        }
+        // The kernel's own end is announced by the kernel.
+        BatchOutcome::KernelGone => return,
+    }
+    kernel.end_batch();
+    if kernel.is_running() {
+        node.note(kernel, |record| {
+            record.batch_running = false;
+            record.batch_job = None;
+        })
+        .await;
+    }
+}
+
+async fn work(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    runner: &RunnerLink,
+    gone: &CancellationToken,
+    grace: Duration,
+) -> BatchOutcome {
+    let killer = init_pid(node, kernel)
+        .await
+        .map(|init_pid| ContainerCommands {
+            init_pid,
+            files: KernelFiles::default(),
+        });
+    let killer = killer.as_ref().map(|killer| killer as &dyn CommandKiller);
+    let job = kernel.with_record(|record| record.batch_job.clone());
+    let step = job.as_ref().map_or(BatchStep::Sent, |job| job.step);
+    let command = job.as_ref().and_then(|job| job.command.clone());
+    match command {
+        Some(command)
+            if step == BatchStep::Waiting
+                || (step == BatchStep::Sending && !batch::shows(runner, killer).await) =>
+        {
+            // Behind somebody else's run it is not sent yet.
+            if runner.current_run().is_none() {
+                note_step(node, kernel, BatchStep::Sending).await;
             }
-            // The kernel's own end is announced by the kernel.
-            BatchOutcome::KernelGone => return,
+            if !batch::submit(runner, command, gone).await {
+                return BatchOutcome::KernelGone;
+            }
         }
-        kernel.end_batch();
-        if kernel.is_running() {
-            node.note(&kernel, |record| record.batch_running = false)
-                .await;
+        _ => batch::adopt(runner),
+    }
+    let timeout = job
+        .and_then(|job| job.deadline)
+        .map(|deadline| (deadline - now_unix()).max(grace.as_secs_f64()))
+        // A limit beyond what can be counted is none.
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let noted = async {
+        if step != BatchStep::Sent {
+            batch::sent(runner).await;
+            note_step(node, kernel, BatchStep::Sent).await;
         }
-    });
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        never = noted => never,
+        outcome = batch::attend(runner, timeout, killer, gone) => outcome,
+    }
+}
+
+async fn note_step(node: &Node, kernel: &Kernel, step: BatchStep) {
+    node.note(kernel, |record| {
+        if let Some(job) = &mut record.batch_job {
+            job.step = step;
+            if step == BatchStep::Sent {
+                job.command = None;
+            }
+        }
+    })
+    .await;
 }
 
 /// Says in the log what memory had to do with the end of a job.

@@ -157,6 +157,22 @@ impl KernelFiles {
             .find(|pid| self.inner_pid(*pid) == Some(inner))
     }
 
+    /// Whether the environment of a process of the container has this entry.
+    pub fn has_environment(&self, container: &ContainerCgroup, entry: &str) -> bool {
+        self.processes(container)
+            .into_iter()
+            .any(|pid| self.process_has(pid, entry))
+    }
+
+    fn process_has(&self, pid: i32, entry: &str) -> bool {
+        let environment = std::fs::read(self.proc.join(pid.to_string()).join("environ"));
+        environment.is_ok_and(|bytes| {
+            bytes
+                .split(|byte| *byte == 0)
+                .any(|found| found == entry.as_bytes())
+        })
+    }
+
     /// Kills the processes of a container whose environment has this entry; says how many.
     pub fn kill_with_environment(
         &self,
@@ -173,12 +189,7 @@ impl KernelFiles {
             let Ok(held) = pidfd_open(process, PidfdFlags::empty()) else {
                 continue;
             };
-            let environment = std::fs::read(self.proc.join(pid.to_string()).join("environ"));
-            let has_entry = environment.is_ok_and(|bytes| {
-                bytes
-                    .split(|byte| *byte == 0)
-                    .any(|found| found == entry.as_bytes())
-            });
+            let has_entry = self.process_has(pid, entry);
             let inside = self
                 .container_of(pid)
                 .is_some_and(|found| found.id == container.id);

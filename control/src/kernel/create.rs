@@ -204,6 +204,7 @@ fn new_record(order: &Order) -> Record {
         result: None,
         environ: None,
         batch_running: false,
+        batch_job: None,
     }
 }
 

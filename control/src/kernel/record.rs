@@ -24,6 +24,29 @@ pub enum PublishedBy {
     Host,
 }
 
+/// How far the command of a batch session has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchStep {
+    /// It has not been sent.
+    Waiting,
+    /// It is being sent: after a restart it may have been.
+    Sending,
+    /// The runner has it.
+    Sent,
+}
+
+/// The job of a batch session as the journal knows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BatchRecord {
+    /// How far it has come.
+    pub step: BatchStep,
+    /// The command, until it was sent.
+    pub command: Option<String>,
+    /// When its time is up, seconds since the epoch.
+    pub deadline: Option<f64>,
+}
+
 /// One kernel as the journal knows it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -79,6 +102,9 @@ pub struct Record {
     pub result: Option<serde_json::Value>,
     /// A batch job was started and its end has not been announced.
     pub batch_running: bool,
+    /// That job. Records of agents before this field have none: their job counts as sent.
+    #[serde(default)]
+    pub batch_job: Option<BatchRecord>,
 }
 
 impl Record {
@@ -112,6 +138,7 @@ impl Record {
         self.request = None;
         self.environ = None;
         self.cluster = None;
+        self.batch_job = None;
     }
 }
 

@@ -551,6 +551,7 @@ mod tests {
             result: None,
             environ: None,
             batch_running: false,
+            batch_job: None,
         }
     }
 
@@ -581,6 +582,15 @@ mod tests {
             journal.load::<Record>().unwrap().0.is_empty(),
             "the file came back"
         );
+    }
+
+    #[test]
+    fn records_of_earlier_agents_are_read() {
+        let mut json = serde_json::to_value(record(1)).unwrap();
+        // Since then they know how far a batch job has come.
+        json.as_object_mut().unwrap().remove("batch_job").unwrap();
+        let read: Record = serde_json::from_value(json).unwrap();
+        assert_eq!(read.batch_job, None);
     }
 
     #[test]

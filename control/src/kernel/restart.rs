@@ -180,6 +180,7 @@ async fn carry_out(
             record.container_id = None;
             record.request = Some((*order.config).clone());
             record.batch_running = false;
+            record.batch_job = None;
         });
     }
     let actions = kernel.step(input);

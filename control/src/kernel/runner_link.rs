@@ -281,6 +281,16 @@ impl RunnerLink {
         lock(&self.0.state).runs.current().map(str::to_owned)
     }
 
+    /// Whether every message so far was written to the runner.
+    pub fn is_flushed(&self) -> bool {
+        self.0.queued.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether the runner has told of a run that was started before this link.
+    pub fn tells_of_unknown_run(&self) -> bool {
+        lock(&self.0.state).runs.tells_of_unknown()
+    }
+
     /// Whether the link was closed.
     pub fn is_closed(&self) -> bool {
         self.0.closed.is_cancelled()

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
+use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::{self, Image};
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};

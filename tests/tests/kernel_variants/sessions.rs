@@ -50,6 +50,137 @@ async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
+/// Starts the job of a batch session.
+async fn trigger(node: &Node, order: &Order, command: &str, limit: Value) -> Result<()> {
+    let args = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::from(command),
+        limit,
+    ];
+    kernels::ask(node, "trigger_batch_execution", args).await?;
+    Ok(())
+}
+
+fn batch_order() -> Result<Order> {
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("batch");
+    Ok(order)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_time_limit_of_a_batch_job_outlives_the_agent() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let [endless, short] = [batch_order()?, batch_order()?];
+    for order in [&endless, &short] {
+        kernels::create(&node, order).await?;
+    }
+    let limit = Duration::from_secs(6);
+    let seconds = || Value::from(limit.as_secs_f64());
+    trigger(&node, &endless, "touch begun; sleep 1000", seconds()).await?;
+    trigger(&node, &short, "touch begun; sleep 2; exit 5", seconds()).await?;
+    let begun = std::time::Instant::now();
+    for order in [&endless, &short] {
+        let file = node
+            .scratch(&order.kernel.to_string())
+            .join("work")
+            .join("begun");
+        wait::until("the job has begun", SOON, || async {
+            file.exists().then_some(())
+        })
+        .await?;
+    }
+    node.kill_control()?;
+    // The limit passes while nobody watches.
+    tokio::time::sleep(limit.saturating_sub(begun.elapsed())).await;
+    node.start_control().await?;
+    let args = event_of(&node, endless.session, "session_failure").await?;
+    assert_eq!(
+        args,
+        json!([endless.session.to_string(), "task-timeout", -2])
+    );
+    // One that ended meanwhile is told as it ended.
+    let args = event_of(&node, short.session, "session_failure").await?;
+    assert_eq!(args, json!([short.session.to_string(), "task-failed", 5]));
+    for order in [&endless, &short] {
+        kernels::destroy(&node, order).await?;
+    }
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> Result<()> {
+    let engine = FaultDocker::start()?;
+    let mut node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = batch_order()?;
+    let made = kernels::create(&node, &order).await?;
+    let container = made["container_id"].as_str().context("no id")?.to_owned();
+    let work = node.scratch(&order.kernel.to_string()).join("work");
+    let runs = || {
+        let text = std::fs::read_to_string(work.join("runs")).unwrap_or_default();
+        text.lines().count()
+    };
+    let record = node
+        .state()
+        .join("kernels")
+        .join(node.agent_id())
+        .join(format!("{}.json", order.kernel));
+    // The journal as a kill in the midst of sending leaves it.
+    let sending = |command: &str| -> Result<()> {
+        let mut json: Json = serde_json::from_slice(&std::fs::read(&record)?)?;
+        let kept = &mut json["record"];
+        ensure!(kept["batch_running"].is_boolean(), "another format: {kept}");
+        kept["batch_running"] = json!(true);
+        kept["batch_job"] = json!({"step": "sending", "command": command, "deadline": null});
+        std::fs::write(&record, json.to_string())?;
+        Ok(())
+    };
+
+    // Killed before it is sent.
+    engine.spoil(
+        &format!("/containers/{container}/json"),
+        Fault::Hang,
+        usize::MAX,
+    );
+    trigger(&node, &order, "echo run >> runs; exit 3", Value::Nil).await?;
+    node.kill_control()?;
+    assert_eq!(runs(), 0, "it was sent before the kill");
+    engine.behave();
+    node.start_control().await?;
+    let args = event_of(&node, order.session, "session_failure").await?;
+    assert_eq!(args, json!([order.session.to_string(), "task-failed", 3]));
+    assert_eq!(runs(), 1);
+
+    // Killed while it is sent, and the runner has it.
+    let command = "echo run >> runs; until [ -e go ]; do sleep 0.1; done; exit 0";
+    trigger(&node, &order, command, Value::Nil).await?;
+    wait::until("the job runs", SOON, || async {
+        (runs() == 2).then_some(())
+    })
+    .await?;
+    node.kill_control()?;
+    sending(command)?;
+    node.start_control().await?;
+    std::fs::write(work.join("go"), "")?;
+    event_of(&node, order.session, "session_success").await?;
+    assert_eq!(runs(), 2);
+
+    // Killed while it is sent, and the runner never got it.
+    node.kill_control()?;
+    sending("echo run >> runs; exit 4")?;
+    node.start_control().await?;
+    let args = event_of(&node, order.session, "session_failure").await?;
+    assert_eq!(args, json!([order.session.to_string(), "task-failed", 4]));
+    assert_eq!(runs(), 3);
+    assert_eq!(output_of(&node, &order, "echo usable").await?, "usable\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_does_not_serve_is_told_to_be_unhealthy() -> Result<()> {
     let node = Node::start(NodeOptions::default()).await?;

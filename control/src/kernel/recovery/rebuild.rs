@@ -142,6 +142,7 @@ pub async fn record(
         result: None,
         environ: None,
         batch_running: false,
+        batch_job: None,
     })
 }
 

@@ -411,6 +411,13 @@ impl RunTable {
             .is_some_and(|orphan| orphan.phase == Phase::Current)
     }
 
+    /// Whether records of an unknown run were seen after a restart, finished or not.
+    pub fn tells_of_unknown(&self) -> bool {
+        self.orphan
+            .as_ref()
+            .is_some_and(|orphan| orphan.phase != Phase::Waiting)
+    }
+
     /// Takes over a run that the runner already works on (the batch job after a restart).
     pub fn adopt(&mut self, now: Instant, run_id: &str) {
         let mut run = self

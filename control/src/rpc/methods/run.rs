@@ -91,7 +91,7 @@ pub(super) async fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Resu
         return Ok(Value::Nil);
     };
     runner_of(&kernel).await?;
-    if !batch_job::start(node, &kernel, code, timeout) {
+    if !batch_job::start(node, &kernel, code, timeout).await {
         tracing::debug!(kernel_id = %id, "the batch job runs already");
     }
     Ok(Value::Nil)
