@@ -207,3 +207,67 @@ async fn an_event_the_server_refuses_does_not_hold_up_the_others_for_ever() -> R
     assert_eq!(numbers(&redis.stream()?), [3]);
     Ok(())
 }
+
+/// A file system of its own that is full soon.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Result<Self> {
+        let disk = Self(tempfile::tempdir()?);
+        nix::mount::mount(
+            Some("tmpfs"),
+            disk.0.path(),
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some("size=256k"),
+        )?;
+        Ok(disk)
+    }
+
+    /// Takes all the room; answers what to delete.
+    fn fill(&self) -> Result<std::path::PathBuf> {
+        use std::io::Write;
+        let path = self.0.path().join("filler");
+        let mut file = std::fs::File::create(&path)?;
+        while file.write_all(&[0; 4096]).is_ok() {}
+        Ok(path)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_and_costs_no_event_when_there_is_room_again() -> Result<()> {
+    let disk = SmallDisk::mount()?;
+    let mut redis = Redis::start()?;
+    redis.kill()?;
+    let mut settings = settings(redis.port);
+    settings.outbox_dir = Some(disk.0.path().join("outbox"));
+    let (first, events) = bus(&settings)?;
+    events.emit(ended(0));
+    ensure!(first.kept(LIMIT).await);
+    let filler = disk.fill()?;
+    // More than the rest of the file's last page: one line is cut short.
+    for n in 1..=50 {
+        events.emit(ended(n));
+    }
+    ensure!(
+        !first.kept(LIMIT).await,
+        "an event that is not on the disk counts as kept"
+    );
+    std::fs::remove_file(&filler)?;
+    events.emit(ended(51));
+    ensure!(first.kept(LIMIT).await, "there is room");
+    // As after a kill: the file is read while the one who wrote it is there.
+    let (second, _) = bus(&settings)?;
+    drop((first, events));
+    redis.restart()?;
+    drained(&second).await?;
+    let expected: Vec<u16> = (0..=51).collect();
+    assert_eq!(numbers(&redis.stream()?), expected);
+    Ok(())
+}

@@ -3,7 +3,9 @@
 //! In: messages with their numbers, and later the numbers that were sent. Out: after a restart, the
 //! messages that were not. One file of JSON lines, appended by its own thread and replaced by a
 //! shorter one when most of it is done. Invariants: the file is private; a line is written before
-//! the line that says it was sent; what a kill cut short is skipped. Nothing is flushed to the disk
+//! the line that says it was sent; what a kill cut short is skipped; after a write that failed the
+//! file is written anew before anything is added to it, and until then nobody is told that it holds
+//! what it should. Nothing is flushed to the disk
 //! device: after a power loss no kernel runs, and the next start tells that of each of them.
 
 use std::collections::BTreeMap;
@@ -12,10 +14,10 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -29,6 +31,8 @@ use crate::kernel::journal::replace_file;
 const LINES: usize = 8192;
 /// Below this size the file is not shortened.
 const SMALL: u64 = 256 << 10;
+/// Pause after a failed write: writing all of it again is dear.
+const MEND_PAUSE: Duration = Duration::from_secs(5);
 
 /// The outbox could not be opened.
 #[derive(Debug, Error)]
@@ -77,7 +81,7 @@ enum Line {
 enum Order {
     Append(u64, String),
     Done(Vec<u64>),
-    Settle(SyncSender<()>),
+    Settle(SyncSender<bool>),
 }
 
 /// The outbox of one agent.
@@ -138,6 +142,7 @@ impl Outbox {
             pending,
             small,
             failures: 0,
+            broken: None,
         };
         let writer = std::thread::Builder::new()
             .name("outbox".into())
@@ -180,11 +185,12 @@ impl Outbox {
         }
     }
 
-    /// Waits until everything so far is in the file, at most `limit`. Blocks.
+    /// Waits until everything so far is in the file, at most `limit`; `false` also when the disk
+    /// did not take it. Blocks.
     pub fn settle(&self, limit: Duration) -> bool {
         let (written, wait) = sync_channel(1);
         self.order(Order::Settle(written));
-        wait.recv_timeout(limit).is_ok()
+        wait.recv_timeout(limit).unwrap_or(false)
     }
 
     fn order(&self, order: Order) {
@@ -233,59 +239,96 @@ struct Writer {
     pending: BTreeMap<u64, Arc<str>>,
     small: u64,
     failures: u64,
+    /// When a write failed last: the file lacks lines, and its last one may be cut short.
+    broken: Option<Instant>,
 }
 
 impl Writer {
     fn run(&mut self, orders: &Receiver<Order>) {
-        while let Ok(order) = orders.recv() {
-            let result = match order {
-                Order::Append(seq, line) => {
-                    let written = self.write(&line);
-                    self.pending.insert(seq, line.into());
-                    written
-                }
-                Order::Done(seqs) => self.finish(&seqs),
-                Order::Settle(written) => {
-                    // The one who asked may have stopped waiting.
-                    let _ = written.try_send(());
-                    Ok(())
-                }
+        loop {
+            let order = match self.broken {
+                None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(_) => orders.recv_timeout(MEND_PAUSE),
             };
-            if let Err(err) = result {
-                self.failures += 1;
-                if self.failures.is_power_of_two() {
-                    tracing::warn!(%err, path = %self.path.display(), count = self.failures, "cannot write the outbox");
+            match order {
+                Ok(Order::Append(seq, line)) => {
+                    self.pending.insert(seq, line.clone().into());
+                    self.add(&line);
                 }
+                Ok(Order::Done(seqs)) => self.finish(&seqs),
+                Ok(Order::Settle(written)) => {
+                    self.mend(true);
+                    // The one who asked may have stopped waiting.
+                    let _ = written.try_send(self.broken.is_none());
+                }
+                Err(RecvTimeoutError::Timeout) => self.mend(true),
+                Err(RecvTimeoutError::Disconnected) => return self.mend(true),
             }
         }
     }
 
-    fn write(&mut self, line: &str) -> io::Result<()> {
+    /// Adds a line; what it says is in `pending` already, which goes into a file that is written
+    /// anew.
+    fn add(&mut self, line: &str) {
+        if self.broken.is_some() {
+            return self.mend(false);
+        }
         let mut bytes = Vec::with_capacity(line.len() + 1);
         bytes.extend_from_slice(line.as_bytes());
         bytes.push(b'\n');
-        self.file.write_all(&bytes)?;
-        self.size += bytes.len() as u64;
-        Ok(())
+        match self.file.write_all(&bytes) {
+            Ok(()) => self.size += bytes.len() as u64,
+            Err(err) => self.failed(&err),
+        }
     }
 
-    fn finish(&mut self, seqs: &[u64]) -> io::Result<()> {
+    fn finish(&mut self, seqs: &[u64]) {
         for seq in seqs {
             self.pending.remove(seq);
         }
         let left: usize = self.pending.values().map(|line| line.len() + 1).sum();
         if self.size > self.small && (left as u64) < self.size / 4 {
-            let content = joined(&self.pending);
-            replace_file(&self.path, &content)?;
-            self.file = append_to(&self.path)?;
-            self.size = content.len() as u64;
-            return Ok(());
+            return self.rewrite();
         }
-        let line = serde_json::to_string(&Line::Done {
+        // A struct of numbers always has a JSON form.
+        if let Ok(line) = serde_json::to_string(&Line::Done {
             seqs: seqs.to_vec(),
-        })
-        .map_err(io::Error::other)?;
-        self.write(&line)
+        }) {
+            self.add(&line);
+        }
+    }
+
+    /// Writes a broken file anew; not again and again while that fails, unless `now`.
+    fn mend(&mut self, now: bool) {
+        if let Some(since) = self.broken
+            && (now || since.elapsed() >= MEND_PAUSE)
+        {
+            self.rewrite();
+        }
+    }
+
+    fn rewrite(&mut self) {
+        let content = joined(&self.pending);
+        let written = replace_file(&self.path, &content).and_then(|()| append_to(&self.path));
+        match written {
+            Ok(file) => {
+                if self.broken.take().is_some() {
+                    tracing::info!(path = %self.path.display(), "the outbox is whole again");
+                }
+                self.file = file;
+                self.size = content.len() as u64;
+            }
+            Err(err) => self.failed(&err),
+        }
+    }
+
+    fn failed(&mut self, err: &io::Error) {
+        self.broken = Some(Instant::now());
+        self.failures += 1;
+        if self.failures.is_power_of_two() {
+            tracing::warn!(%err, path = %self.path.display(), count = self.failures,
+                "cannot write the outbox; a kill now could lose or repeat events, see whether its disk is full");
+        }
     }
 }
 
