@@ -642,3 +642,52 @@ async fn a_console_reaches_the_bus_although_the_agent_is_killed_while_it_waits()
     assert_eq!(client.ask(&["LLEN", &key])?.int()?, pieces);
     kernels::assert_clean(&node).await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn troubles_with_the_engine_are_told_to_administrators() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let engine = FaultDocker::start()?;
+    let node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        ..cluster.options("")
+    })
+    .await?;
+    let errors = |words: &str| -> Vec<Vec<Value>> {
+        let entries = cluster.redis.stream().unwrap_or_default();
+        entries
+            .iter()
+            .filter(|entry| entry.text("name") == "agent_error")
+            .filter_map(|entry| Value::decode(&Bytes::copy_from_slice(entry.bytes("args"))).ok())
+            .filter_map(|args| Some(args.as_array()?.to_vec()))
+            .filter(|args| args[0].as_str().is_some_and(|text| text.contains(words)))
+            .collect()
+    };
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    engine.spoil("DELETE ", Fault::json(500, "{\"message\": \"no room\"}"), 3);
+    kernels::destroy(&node, &order).await?;
+    let told = wait::until("the ending's trouble is told", LIMIT, || {
+        let told = errors("cannot finish a kernel yet");
+        async move { told.first().cloned() }
+    })
+    .await?;
+    assert!(told[0].as_str().unwrap().contains("no room"), "{told:?}");
+    let kernel = told[3].get("kernel_id").and_then(Value::as_str);
+    assert_eq!(kernel, Some(order.kernel.to_string().as_str()), "{told:?}");
+    assert_eq!(told[4].as_str(), Some("ERROR"), "{told:?}");
+    // The same trouble is told once.
+    assert_eq!(errors("cannot finish a kernel yet").len(), 1);
+
+    engine.spoil(
+        "/containers/json",
+        Fault::json(500, "{\"message\": \"no list\"}"),
+        usize::MAX,
+    );
+    wait::until("the comparison's trouble is told", LIMIT, || {
+        let told = errors("no list");
+        async move { (!told.is_empty()).then_some(()) }
+    })
+    .await?;
+    engine.behave();
+    kernels::assert_clean(&node).await
+}

@@ -143,7 +143,12 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         match give_back(node, kernel, &mut remains).await {
             Ok(()) => break,
             Err(err) => {
-                kernel.set_trouble(chain(&err));
+                let trouble = chain(&err);
+                if kernel.trouble().as_ref() != Some(&trouble) {
+                    let context = [("kernel_id", kernel.id.to_string())];
+                    node.report(format!("cannot finish a kernel yet: {trouble}"), context);
+                }
+                kernel.set_trouble(trouble);
                 tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
                     "cannot finish a kernel yet; trying again");
             }

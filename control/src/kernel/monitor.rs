@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use shared::ids::{ContainerId, KernelId};
 
-use super::destroy::{exit_code_of, status_of};
+use super::destroy::{chain, exit_code_of, status_of};
 use super::lifecycle::{Input, Stage, State};
 use super::node::Node;
 use super::recovery::plan::Liveness;
@@ -56,6 +56,8 @@ pub async fn reconcile_periodically(node: Arc<Node>) {
 
 async fn reconcile_and_report(node: &Arc<Node>) {
     if let Err(err) = reconcile(node).await {
+        let message = format!("cannot compare kernels with containers: {}", chain(&err));
+        node.report(message, []);
         tracing::warn!(
             err = &err as &dyn std::error::Error,
             "cannot compare kernels with containers"

@@ -29,7 +29,7 @@ use crate::background::BackgroundTasks;
 use crate::cluster::Cluster;
 use crate::docker::Docker;
 use crate::events::bus::console_logs::ConsoleLogs;
-use crate::events::{Event, Events};
+use crate::events::{Event, Events, Severity};
 use crate::image::Images;
 use crate::link::Link;
 use crate::ports::PortPool;
@@ -152,6 +152,19 @@ impl Node {
         let (node, kernel) = (self.clone(), kernel.clone());
         self.tasks
             .spawn(async move { super::destroy::end(&node, &kernel).await });
+    }
+
+    /// Tells administrators of a failure: the bus limits how many go out.
+    pub fn report<const N: usize>(&self, message: String, context: [(&str, String); N]) {
+        self.events.emit(Event::AgentError {
+            message,
+            trace: None,
+            context: context
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value.into()))
+                .collect(),
+            severity: Severity::Error,
+        });
     }
 
     /// Shows a step of a creation to people who watch it.
