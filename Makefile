@@ -113,8 +113,9 @@ bench-stats: setup-test release runner ## statistics of many containers against 
 
 SOAK_SECONDS ?= 3600
 
-soak-stats: build ## containers come and go for SOAK_SECONDS; nothing may be left in the dataplane (root)
+soak-stats: build ## containers come and go for SOAK_SECONDS, nothing may be left in the dataplane; one with 10,000 processes (root)
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test collect_churn -- --nocapture
+	BAI_CROWD=10000 $(CARGO) test --locked -p tests --test collect_isolation a_crowd_of_processes -- --nocapture
 
 clean: ## remove build results
 	$(CARGO) clean
