@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use control::kernel::batch::{self, BatchJob, BatchOutcome};
+use control::kernel::batch::{self, BatchOutcome};
 use control::kernel::execution::{
     self, BatchSteps, ExecuteReply, ExecuteRequest, ExecutionError, Mode, Status,
 };
@@ -668,15 +668,24 @@ async fn batch_steps(runner: &FakeRunner, code: &str) -> Result<()> {
     Ok(())
 }
 
+/// A batch job from its submission to its end.
+async fn batch_job(
+    link: &RunnerLink,
+    code: &str,
+    timeout: Option<Duration>,
+    gone: &CancellationToken,
+) -> BatchOutcome {
+    if !batch::submit(link, code.to_owned(), gone).await {
+        return BatchOutcome::KernelGone;
+    }
+    batch::attend(link, timeout, None, gone).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn batch_jobs_end_with_one_outcome() -> Result<()> {
     let runner = FakeRunner::start().await?;
     let link = link_to(&runner);
     let alive = CancellationToken::new();
-    let job = |code: &str| BatchJob {
-        code: Some(code.to_owned()),
-        timeout: None,
-    };
     for (answer, expected) in [
         (r#"{"exitCode": 0}"#, BatchOutcome::Succeeded),
         (r#"{"exitCode": 4}"#, BatchOutcome::Failed { exit_code: 4 }),
@@ -688,7 +697,7 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
             runner.send("finished", answer);
             Ok::<(), anyhow::Error>(())
         };
-        let work = async { Ok(batch::run(&link, job(answer), None, &alive).await) };
+        let work = async { Ok(batch_job(&link, answer, None, &alive).await) };
         let (outcome, ()) = tokio::try_join!(work, play)?;
         ensure!(outcome == expected, "{outcome:?}");
     }
@@ -699,18 +708,8 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
         ..LinkOptions::default()
     };
     let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
-    let work = async {
-        Ok(batch::run(
-            &link,
-            BatchJob {
-                code: None,
-                timeout: None,
-            },
-            None,
-            &alive,
-        )
-        .await)
-    };
+    batch::adopt(&link);
+    let work = async { Ok(batch::attend(&link, None, None, &alive).await) };
     let play = async {
         runner.send("stdout", "more\n");
         runner.send("finished", r#"{"exitCode": 0}"#);
@@ -720,7 +719,7 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
     ensure!(outcome == BatchOutcome::Succeeded);
     // The kernel goes away.
     let gone = CancellationToken::new();
-    let (outcome, ()) = tokio::join!(batch::run(&link, job("never"), None, &gone), async {
+    let (outcome, ()) = tokio::join!(batch_job(&link, "never", None, &gone), async {
         gone.cancel()
     });
     ensure!(outcome == BatchOutcome::KernelGone);
@@ -732,17 +731,14 @@ async fn a_batch_timeout_leaves_the_command_running_in_the_original() -> Result<
     let runner = FakeRunner::start().await?;
     let link = link_to(&runner);
     let alive = CancellationToken::new();
-    let job = BatchJob {
-        code: Some("sleep 1000".to_owned()),
-        timeout: Some(Duration::from_millis(500)),
-    };
+    let limit = Some(Duration::from_millis(500));
     let play = async {
         batch_steps(&runner, "sleep 1000").await?;
         runner.expect("interrupt", "").await?;
         runner.send("finished", r#"{"exitCode": -2}"#);
         Ok::<(), anyhow::Error>(())
     };
-    let work = async { Ok(batch::run(&link, job, None, &alive).await) };
+    let work = async { Ok(batch_job(&link, "sleep 1000", limit, &alive).await) };
     let (outcome, ()) = tokio::try_join!(work, play)?;
     ensure!(outcome == BatchOutcome::TimedOut);
     ensure!(outcome.event() == ("session_failure", "task-timeout", -2));

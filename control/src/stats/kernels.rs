@@ -2,7 +2,7 @@
 //!
 //! In: the samples of a pass and what each kernel was given. Out: one record per kernel that has
 //! been measured, or should have been. Invariants: a record waits for CPU and memory to be read, but
-//! for [`SILENT_INTERVALS`] only, and has every key of the original's; the load of a device the kernel
+//! for `SILENT_INTERVALS` only, and has every key of the original's; the load of a device the kernel
 //! holds is always in it; a load that has not been read for so long counts as busy, because an idle
 //! checker would go on with the last one; the state of a kernel ends with the kernel.
 
