@@ -281,8 +281,8 @@ fn thread_cpu() -> Duration {
     )
 }
 
-/// Asks by a socket that is opened when it is needed. After a failure a fresh one is: what is still
-/// under way on the old one is dropped.
+/// Asks by the socket that is kept. After a failure it is a fresh one: what is still under way on the
+/// old one is dropped.
 fn asked<T>(
     statistics: &mut Option<InnerStatistics>,
     ask: impl FnOnce(&mut InnerStatistics) -> Result<T, NetlinkError>,
@@ -291,9 +291,12 @@ fn asked<T>(
         Some(open) => open,
         None => InnerStatistics::open()?,
     };
-    let answer = ask(&mut open)?;
-    *statistics = Some(open);
-    Ok(answer)
+    let answer = ask(&mut open);
+    *statistics = match answer {
+        Ok(_) => Some(open),
+        Err(_) => InnerStatistics::open().ok(),
+    };
+    answer
 }
 
 /// Adds what a container's inner links have counted; without an answer its network has no counters,
@@ -355,7 +358,8 @@ impl Sampler {
             delivered: None,
             links_log: LogLimit::default(),
             inner: HashMap::new(),
-            inner_statistics: None,
+            // From the start, so that the number of descriptors stays what it is.
+            inner_statistics: InnerStatistics::open().ok(),
             disk,
             disk_asked: None,
             lister: None,
