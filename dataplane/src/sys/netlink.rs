@@ -5,6 +5,7 @@
 //! are believed (the sender's port is checked); a lost notification is reported as an overflow,
 //! never passed over; every wait for an answer has a deadline.
 
+mod asker;
 pub mod inner;
 pub mod interfaces;
 pub mod sockets;
@@ -14,8 +15,10 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::sockopt;
+use rustix::net::{self, AddressFamily, RecvFlags, SocketFlags, SocketType};
+
+use asker::Asker;
 
 /// linux/rtnetlink.h: the bit of the link notifications in a subscription.
 const RTMGRP_LINK: u32 = 1;
@@ -313,9 +316,7 @@ impl FromIterator<(u32, LinkCounters)> for Links {
 /// Reads the counters of all interfaces at once.
 #[derive(Debug)]
 pub struct LinkStatistics {
-    fd: OwnedFd,
-    buffer: Vec<u8>,
-    sequence: u32,
+    asker: Asker,
     links: Links,
 }
 
@@ -325,13 +326,8 @@ impl LinkStatistics {
     /// # Errors
     /// No socket.
     pub fn open() -> Result<Self, NetlinkError> {
-        let fd = open(0, SocketFlags::empty()).map_err(NetlinkError::Open)?;
-        sockopt::set_socket_timeout(&fd, Timeout::Recv, Some(ANSWER))
-            .map_err(NetlinkError::Open)?;
         Ok(Self {
-            fd,
-            buffer: vec![0; BUFFER],
-            sequence: 0,
+            asker: Asker::open()?,
             links: Links::default(),
         })
     }
@@ -370,54 +366,18 @@ impl LinkStatistics {
     fn dump(&mut self) -> Result<bool, NetlinkError> {
         let links = &mut self.links.0;
         links.clear();
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut request = Vec::with_capacity(HEADER + IFSTATS);
-        let length = u32::try_from(HEADER + IFSTATS).expect("28 fits in 32 bits");
-        request.extend_from_slice(&length.to_ne_bytes());
-        request.extend_from_slice(&RTM_GETSTATS.to_ne_bytes());
-        request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-        request.extend_from_slice(&self.sequence.to_ne_bytes());
-        request.extend_from_slice(&[0; 4]); // sender: filled in by the kernel
-        request.extend_from_slice(&[0; 8]); // family, padding, all interfaces
-        request.extend_from_slice(&FILTER_LINK_64.to_ne_bytes());
-        net::send(&self.fd, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
-
-        let mut steady = true;
-        loop {
-            let (read, _, sender) =
-                match net::recvfrom(&self.fd, &mut self.buffer[..], RecvFlags::empty()) {
-                    Ok(received) => received,
-                    Err(Errno::INTR) => continue,
-                    Err(errno) => return Err(NetlinkError::Answer(errno)),
-                };
-            if !from_kernel(sender) {
-                continue;
-            }
-            for message in messages(self.buffer.get(..read).unwrap_or_default()) {
-                // An answer to a request given up earlier.
-                if message.sequence != self.sequence {
-                    continue;
+        let mut body = [0; IFSTATS]; // family, padding, all interfaces
+        body[IFSTATS - 4..].copy_from_slice(&FILTER_LINK_64.to_ne_bytes());
+        let steady = self
+            .asker
+            .ask(RTM_GETSTATS, NLM_F_DUMP, &body, |kind, body| {
+                if kind == RTM_NEWSTATS {
+                    links.extend(link_counters(body));
                 }
-                steady &= message.flags & NLM_F_DUMP_INTR == 0;
-                match message.kind {
-                    NLMSG_DONE => {
-                        // The kernel's order is that of its table, and nearly always this one.
-                        links.sort_unstable_by_key(|(index, _)| *index);
-                        return Ok(steady);
-                    }
-                    NLMSG_ERROR => {
-                        let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
-                        return Err(NetlinkError::Refused(Errno::from_raw_os_error(
-                            code.saturating_neg(),
-                        )));
-                    }
-                    RTM_NEWSTATS => {
-                        links.extend(link_counters(message.body));
-                    }
-                    _ => {}
-                }
-            }
-        }
+            })?;
+        // The kernel's order is that of its table, and nearly always this one.
+        links.sort_unstable_by_key(|(index, _)| *index);
+        Ok(steady)
     }
 }
 

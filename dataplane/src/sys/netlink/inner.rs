@@ -6,20 +6,12 @@
 //! (rtnetlink(7), `IFLA_TARGET_NETNSID`); a namespace is believed to be the container's only if the
 //! far end of one of its host-side links is in it.
 
-use std::os::fd::OwnedFd;
-
 use rustix::io::Errno;
-use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, RecvFlags, SendFlags, SocketFlags};
 
-use super::{
-    ANSWER, BUFFER, HEADER, IFINFO, LinkCounters, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NLMSG_DONE, NLMSG_ERROR, NetlinkError, attributes, from_kernel, messages, open, stats64,
-    u32_at,
-};
+use super::asker::Asker;
+use super::{IFINFO, LinkCounters, NLM_F_DUMP, NetlinkError, attributes, stats64, u32_at};
 
 // linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h, linux/netlink.h
-const NLM_F_MULTI: u16 = 2;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWNSID: u16 = 88;
@@ -96,9 +88,7 @@ fn inner(links: &[Listed], here: i32, outside: &[u32]) -> Vec<u32> {
 /// Asks about links of other namespaces.
 #[derive(Debug)]
 pub struct InnerStatistics {
-    fd: OwnedFd,
-    buffer: Vec<u8>,
-    sequence: u32,
+    asker: Asker,
 }
 
 impl InnerStatistics {
@@ -107,14 +97,8 @@ impl InnerStatistics {
     /// # Errors
     /// No socket.
     pub fn open() -> Result<Self, NetlinkError> {
-        let fd = open(0, SocketFlags::empty()).map_err(NetlinkError::Open)?;
-        sockopt::set_socket_timeout(&fd, Timeout::Recv, Some(ANSWER))
-            .map_err(NetlinkError::Open)?;
-        Ok(Self {
-            fd,
-            buffer: vec![0; BUFFER],
-            sequence: 0,
-        })
+        let asker = Asker::open()?;
+        Ok(Self { asker })
     }
 
     /// The links of the container of process `pid` that end neither here nor in it; none when it has
@@ -135,11 +119,13 @@ impl InnerStatistics {
         loop {
             looks.next().ok_or(NetlinkError::Unsteady)?;
             links.clear();
-            let steady = self.ask(RTM_GETLINK, NLM_F_DUMP, &body, |kind, body| {
-                if kind == RTM_NEWLINK {
-                    links.extend(listed(body));
-                }
-            })?;
+            let steady = self
+                .asker
+                .ask(RTM_GETLINK, NLM_F_DUMP, &body, |kind, body| {
+                    if kind == RTM_NEWLINK {
+                        links.extend(listed(body));
+                    }
+                })?;
             if steady {
                 break;
             }
@@ -167,7 +153,7 @@ impl InnerStatistics {
                 links.namespace.cast_unsigned(),
             );
             let mut counters = None;
-            self.ask(RTM_GETLINK, 0, &body, |kind, body| {
+            self.asker.ask(RTM_GETLINK, 0, &body, |kind, body| {
                 if kind == RTM_NEWLINK {
                     let mut values = attributes(body.get(IFINFO..).unwrap_or_default());
                     let value = values.find(|(kind, _)| *kind == IFLA_STATS64);
@@ -185,7 +171,7 @@ impl InnerStatistics {
         let mut body = vec![0; 4];
         attribute(&mut body, NETNSA_PID, pid);
         let mut found = None;
-        self.ask(RTM_GETNSID, 0, &body, |kind, body| {
+        self.asker.ask(RTM_GETNSID, 0, &body, |kind, body| {
             if kind == RTM_NEWNSID {
                 let mut values = attributes(body.get(4..).unwrap_or_default());
                 let value = values.find(|(kind, _)| *kind == NETNSA_NSID);
@@ -193,57 +179,6 @@ impl InnerStatistics {
             }
         })?;
         Ok(found.map(u32::cast_signed).filter(|id| *id >= 0))
-    }
-
-    /// Asks and hands on what is answered; false when a list changed meanwhile.
-    fn ask(
-        &mut self,
-        kind: u16,
-        flags: u16,
-        body: &[u8],
-        mut sink: impl FnMut(u16, &[u8]),
-    ) -> Result<bool, NetlinkError> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let length = u32::try_from(HEADER + body.len()).expect("a few attributes fit in 32 bits");
-        let mut request = Vec::with_capacity(HEADER + body.len());
-        request.extend_from_slice(&length.to_ne_bytes());
-        request.extend_from_slice(&kind.to_ne_bytes());
-        request.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
-        request.extend_from_slice(&self.sequence.to_ne_bytes());
-        request.extend_from_slice(&[0; 4]); // sender: filled in by the kernel
-        request.extend_from_slice(body);
-        net::send(&self.fd, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
-        let mut steady = true;
-        loop {
-            let (read, _, sender) =
-                match net::recvfrom(&self.fd, &mut self.buffer[..], RecvFlags::empty()) {
-                    Ok(received) => received,
-                    Err(Errno::INTR) => continue,
-                    Err(errno) => return Err(NetlinkError::Answer(errno)),
-                };
-            if !from_kernel(sender) {
-                continue;
-            }
-            for message in messages(self.buffer.get(..read).unwrap_or_default()) {
-                if message.sequence != self.sequence {
-                    continue;
-                }
-                steady &= message.flags & NLM_F_DUMP_INTR == 0;
-                match message.kind {
-                    NLMSG_DONE => return Ok(steady),
-                    NLMSG_ERROR => {
-                        let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
-                        return Err(NetlinkError::Refused(Errno::from_raw_os_error(
-                            code.saturating_neg(),
-                        )));
-                    }
-                    kind => sink(kind, message.body),
-                }
-                if message.flags & NLM_F_MULTI == 0 {
-                    return Ok(steady);
-                }
-            }
-        }
     }
 }
 

@@ -7,13 +7,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, RecvFlags, SendFlags, SocketFlags};
+use rustix::net::{self, RecvFlags, SocketFlags};
 
+use super::asker::Asker;
 use super::{
-    ANSWER, BUFFER, HEADER, IFINFO, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NetlinkError, RTMGRP_LINK, attributes, from_kernel, messages, open, u16_at,
-    u32_at,
+    BUFFER, IFINFO, NLM_F_DUMP, NetlinkError, RTMGRP_LINK, attributes, open, u16_at, u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
@@ -125,9 +123,8 @@ fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
 #[derive(Debug)]
 pub struct Interfaces {
     watch: OwnedFd,
-    ask: OwnedFd,
+    asker: Asker,
     buffer: Vec<u8>,
-    sequence: u32,
 }
 
 impl Interfaces {
@@ -138,14 +135,10 @@ impl Interfaces {
     pub fn open() -> Result<Self, NetlinkError> {
         let groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR;
         let watch = open(groups, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
-        let ask = open(0, SocketFlags::empty()).map_err(NetlinkError::Open)?;
-        sockopt::set_socket_timeout(&ask, Timeout::Recv, Some(ANSWER))
-            .map_err(NetlinkError::Open)?;
         Ok(Self {
             watch,
-            ask,
+            asker: Asker::open()?,
             buffer: vec![0; BUFFER],
-            sequence: 0,
         })
     }
 
@@ -201,52 +194,15 @@ impl Interfaces {
         &mut self,
         kind: u16,
         header: usize,
-        mut each: impl FnMut(u16, &[u8]),
+        each: impl FnMut(u16, &[u8]),
     ) -> Result<bool, NetlinkError> {
-        self.sequence = self.sequence.wrapping_add(1);
         let mut body = vec![0; header];
         if kind == RTM_GETLINK {
             body.extend_from_slice(&8_u16.to_ne_bytes());
             body.extend_from_slice(&IFLA_EXT_MASK.to_ne_bytes());
             body.extend_from_slice(&RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
         }
-        let length = u32::try_from(HEADER + body.len()).expect("a request is a few bytes");
-        let mut request = length.to_ne_bytes().to_vec();
-        request.extend_from_slice(&kind.to_ne_bytes());
-        request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-        request.extend_from_slice(&self.sequence.to_ne_bytes());
-        request.extend_from_slice(&[0; 4]); // sender: filled in by the kernel
-        request.extend_from_slice(&body);
-        net::send(&self.ask, &request, SendFlags::empty()).map_err(NetlinkError::Ask)?;
-        let mut steady = true;
-        loop {
-            let (read, _, sender) =
-                match net::recvfrom(&self.ask, &mut self.buffer[..], RecvFlags::empty()) {
-                    Ok(received) => received,
-                    Err(Errno::INTR) => continue,
-                    Err(errno) => return Err(NetlinkError::Answer(errno)),
-                };
-            if !from_kernel(sender) {
-                continue;
-            }
-            for message in messages(self.buffer.get(..read).unwrap_or_default()) {
-                // An answer to a request given up earlier.
-                if message.sequence != self.sequence {
-                    continue;
-                }
-                steady &= message.flags & NLM_F_DUMP_INTR == 0;
-                match message.kind {
-                    NLMSG_DONE => return Ok(steady),
-                    NLMSG_ERROR => {
-                        let code = u32_at(message.body, 0).unwrap_or(0).cast_signed();
-                        return Err(NetlinkError::Refused(Errno::from_raw_os_error(
-                            code.saturating_neg(),
-                        )));
-                    }
-                    kind => each(kind, message.body),
-                }
-            }
-        }
+        self.asker.ask(kind, NLM_F_DUMP, &body, each)
     }
 }
 
