@@ -46,7 +46,7 @@ enum Io {
 struct Group {
     path: PathBuf,
     kind: Kind,
-    /// Its parent once it was found for the kernel program.
+    /// What is read to bring it up to date, once it was found for the kernel program.
     found: Option<Arc<Path>>,
 }
 
@@ -409,7 +409,7 @@ impl Watched {
             }
             match walks.find(&group.path, group.kind) {
                 Some(found) if walks.know(slot, controller as usize, &found) => {
-                    group.found = Some(found.parent());
+                    group.found = Some(found.settled());
                     self.hot.known |= 1 << controller as u64;
                 }
                 _ => all = false,

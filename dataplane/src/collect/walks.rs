@@ -32,9 +32,9 @@ use crate::sys::iterator::{self, SharedArray};
 const OTHERS: u32 = 64;
 /// Entries for the block devices of cgroups, per container: itself, what is around and below it.
 const BLOCK_ENTRIES: u32 = 20;
-/// Parents whose statistics are brought up to date before each pass; containers of further ones are
+/// Directories whose statistics are brought up to date before each pass; containers of further ones are
 /// read by files.
-const MOST_PARENTS: usize = 64;
+const MOST_SETTLED: usize = 64;
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -81,13 +81,13 @@ pub enum Kind {
 pub struct Found {
     words: [u64; target::WORDS],
     /// Brought up to date before each pass for as long as this is kept.
-    parent: Arc<Path>,
+    settled: Arc<Path>,
 }
 
 impl Found {
     /// The directory whose statistics are brought up to date.
-    pub fn parent(&self) -> Arc<Path> {
-        Arc::clone(&self.parent)
+    pub fn settled(&self) -> Arc<Path> {
+        Arc::clone(&self.settled)
     }
 }
 
@@ -105,11 +105,12 @@ impl Drop for Slot {
     }
 }
 
+/// A directory whose files are read before the pass: reading makes the kernel add up what its CPUs have counted
+/// apart, for the cgroup and all below it.
 #[derive(Debug)]
-struct Parent {
+struct Settled {
     path: Arc<Path>,
-    /// Read before the pass: reading makes the kernel add up what its CPUs have counted apart.
-    settle: Vec<CachedFile>,
+    files: Vec<CachedFile>,
 }
 
 /// The program and what it reads.
@@ -126,7 +127,7 @@ pub struct Walks {
     /// Slots ever given away: those to be read.
     used: usize,
     capacity: usize,
-    parents: Vec<Parent>,
+    settled: Vec<Settled>,
     budget: Arc<Budget>,
     counts_block_io: bool,
 }
@@ -204,7 +205,7 @@ impl Walks {
             free: Arc::default(),
             used: 0,
             capacity,
-            parents: Vec::new(),
+            settled: Vec::new(),
             budget: Arc::clone(budget),
             counts_block_io,
         };
@@ -289,11 +290,17 @@ impl Walks {
 
     /// Looks a cgroup up. `None` when it is not there, or can't be read this way.
     pub fn find(&mut self, directory: &Path, kind: Kind) -> Option<Found> {
-        let path = directory.parent()?;
-        let known = self.parents.iter().find(|parent| *parent.path == *path);
-        let known = known.map(|parent| Arc::clone(&parent.path));
+        // Once for all siblings, by their parent. But reading `cpu.stat` and `io.stat` of the unified root, which
+        // alone has no `cgroup.type`, brings nothing below it up to date.
+        let parent = directory.parent()?;
+        let path = match kind {
+            Kind::Unified if !parent.join("cgroup.type").exists() => directory,
+            _ => parent,
+        };
+        let known = self.settled.iter().find(|it| *it.path == *path);
+        let known = known.map(|it| Arc::clone(&it.path));
         let settles = kind != Kind::Other;
-        if settles && known.is_none() && self.parents.len() >= MOST_PARENTS {
+        if settles && known.is_none() && self.settled.len() >= MOST_SETTLED {
             return None;
         }
         let words = self
@@ -302,18 +309,18 @@ impl Walks {
                 tracing::debug!(%err, directory = %directory.display(), "a cgroup can't be found");
             })
             .ok()?;
-        let parent = known.unwrap_or_else(|| self.settle(path.into(), kind));
-        Some(Found { words, parent })
+        let settled = known.unwrap_or_else(|| self.settle(path.into(), kind));
+        Some(Found { words, settled })
     }
 
     fn settle(&mut self, path: Arc<Path>, kind: Kind) -> Arc<Path> {
-        let settle = match kind {
+        let names = match kind {
             Kind::Unified => &["cpu.stat", "memory.stat"][..],
             Kind::Memory => &["memory.stat"],
             Kind::Other => return path,
         };
-        self.parents.push(Parent {
-            settle: settle
+        self.settled.push(Settled {
+            files: names
                 .iter()
                 .map(|name| CachedFile::new(path.join(name), &self.budget))
                 .collect(),
@@ -361,10 +368,9 @@ impl Walks {
 
     /// Reads all containers.
     pub fn pass(&mut self, buffer: &mut Vec<u8>) {
-        // Held here and by each cgroup found below it.
-        self.parents
-            .retain(|parent| Arc::strong_count(&parent.path) > 1);
-        for file in self.parents.iter_mut().flat_map(|it| &mut it.settle) {
+        // Held here and by each cgroup that is brought up to date by it.
+        self.settled.retain(|it| Arc::strong_count(&it.path) > 1);
+        for file in self.settled.iter_mut().flat_map(|it| &mut it.files) {
             file.read_if_offered(buffer);
         }
         if let Err(err) = self.read() {
@@ -603,6 +609,60 @@ mod tests {
         assert!(
             walks.knows_statistics(),
             "no layout of memory statistics fits"
+        );
+    }
+
+    /// A CPU's time is added up when somebody asks, and a root's file asks for no one.
+    #[test]
+    fn a_cgroup_right_below_the_unified_root_is_up_to_date() {
+        const CPU_TIME: usize = 0;
+        if !rustix::process::geteuid().is_root() {
+            crate::skip::needs("making cgroups needs root");
+            return;
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let unified: String = mounts
+            .lines()
+            .filter(|line| line.split(' ').nth(2) == Some("cgroup2"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let Some(root) = Facts::from_mounts(&unified, |_| String::new()).cpu else {
+            crate::skip::here("there is no unified hierarchy", false);
+            return;
+        };
+        let budget = Budget::new(100);
+        let mut walks = Walks::start(&Facts::gather(), &budget, 4).expect("iterators");
+        let name = format!("bai-below-root-{}", std::process::id());
+        let group = root.mount().join(name);
+        std::fs::create_dir(&group).expect("a cgroup");
+        let found = walks.find(&group, Kind::Unified).expect("found");
+        let slot = walks.slot().expect("room");
+        assert!(walks.know(&slot, CPU_TIME, &found));
+        let mut buffer = Vec::new();
+        let mut before = 0;
+        let mut compared = Vec::new();
+        for _ in 0..3 {
+            let script = format!(
+                "echo $$ > {}/cgroup.procs; i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done",
+                group.display()
+            );
+            let status = std::process::Command::new("sh")
+                .args(["-c", &script])
+                .status();
+            assert!(status.expect("sh").success());
+            walks.pass(&mut buffer);
+            let record = walks.record(&slot).expect("a record");
+            // The file after it: reading it brings the cgroup up to date, too.
+            let text = std::fs::read_to_string(group.join("cpu.stat")).expect("its file");
+            let file = keyed(&text, "usage_usec").expect("CPU time");
+            compared.push((record.cpu_usage_ns / 1000, file));
+            assert!(file > before, "{compared:?}");
+            before = file;
+        }
+        std::fs::remove_dir(&group).expect("removed");
+        assert!(
+            compared.iter().all(|(ours, file)| ours == file),
+            "{compared:?}"
         );
     }
 
