@@ -19,7 +19,7 @@ use self::pulls::Pulls;
 /// Label with the version of the image contract; only `1` is supported.
 pub const KERNELSPEC_LABEL: &str = "ai.backend.kernelspec";
 
-/// When an image is pulled, spec `lifecycle.md` 4.3.
+/// When an image is pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AutoPull {
     /// When the local image is missing or is not the wanted one.
@@ -155,7 +155,7 @@ impl ImageError {
     }
 }
 
-/// An image that can run kernels, spec `events.md` (heartbeat).
+/// An image that can run kernels, as the heartbeat lists it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct InstalledImage {
     /// One of its `name:tag`.
@@ -189,7 +189,7 @@ impl Images {
         }
     }
 
-    /// Applies the table of spec `lifecycle.md` 4.3.
+    /// Whether to pull, by what is here and what the manager asked for.
     ///
     /// # Errors
     /// `NotAvailable`, `WrongArchitecture`, `Lookup`.

@@ -16,7 +16,7 @@ use crate::docker::{ContainerInspectResponse, Docker, DockerError};
 
 pub use self::netlink::MacAddress;
 
-/// Label of networks made for clusters, spec `lifecycle.md` 11.
+/// Label of networks made for clusters.
 pub const CLUSTER_NETWORK_LABEL: &str = "ai.backend.cluster-network";
 
 /// Through which a swarm's containers reach the outside; every node of a swarm has one.

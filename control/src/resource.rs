@@ -3,8 +3,7 @@
 //! In: what the host has ([`host`]: cores, memory, NUMA nodes; accelerators through
 //! [`DevicePlugin`]) and what kernels ask for ([`Slots`]). Out: which devices a kernel got
 //! ([`Allocation`]), what that means for its container ([`ContainerLimits`]) and what the node
-//! announces ([`Ledger::available`]). The placement rules are those of the original
-//! (`resources.md` 5), checked against captures of it. Invariant: the sum of what kernels hold is
+//! announces ([`Ledger::available`]). The placement rules are those of the original, checked against captures of it. Invariant: the sum of what kernels hold is
 //! exactly what the maps count as used, at every moment and after every restart; a kernel holds
 //! its devices from the reservation on, before its container exists.
 

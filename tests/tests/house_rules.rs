@@ -366,3 +366,49 @@ fn commands_of_the_readme_exist() {
         assert!(found > 0, "{document} names no make target");
     }
 }
+
+#[test]
+fn documents_that_are_named_exist() {
+    let documents = sources("md");
+    // The one of the runner is a file in containers.
+    let is_there = |name: &str| {
+        name == "DO_NOT_STORE_PERSISTENT_FILES_HERE.md"
+            || documents.iter().any(|path| path.ends_with(name))
+    };
+    let mut missing = BTreeSet::new();
+    let in_name = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    for kind in ["rs", "c", "h", "py", "toml", "yml", "service", "md"] {
+        for path in sources(&format!(".{kind}")) {
+            let text = std::fs::read_to_string(root().join(&path)).expect("a source");
+            for (end, _) in text.match_indices(".md") {
+                let start = text[..end]
+                    .rfind(|c: char| !in_name(c))
+                    .map_or(0, |it| it + 1);
+                let rest = text[end + 3..].chars().next();
+                if rest.is_some_and(|c| c.is_ascii_alphanumeric()) || start == end {
+                    continue;
+                }
+                let name = &text[start..end + 3];
+                let name = name.rsplit('/').next().unwrap_or(name);
+                if !is_there(name) {
+                    missing.insert(format!("{} names {name}", path.display()));
+                }
+            }
+        }
+    }
+    for path in &documents {
+        let text = std::fs::read_to_string(root().join(path)).expect("a document");
+        let directory = path.parent().expect("a file has a directory");
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|it| it.split(')').next())
+        {
+            let file = link.split('#').next().unwrap_or(link);
+            if !link.contains("://") && !root().join(directory).join(file).exists() {
+                missing.insert(format!("{} links to {link}", path.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}

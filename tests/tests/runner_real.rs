@@ -63,7 +63,7 @@ fn installed_runner() -> Result<PathBuf> {
     versions.pop().with_context(missing)
 }
 
-/// A container with the runner, made by hand (execution.md section 10).
+/// A container with the runner, made by hand.
 struct RealKernel {
     name: String,
     directory: TempDir,

@@ -40,7 +40,7 @@ pub enum EngineEvent {
     Network(NetworkEvent),
 }
 
-/// A container event, spec `lifecycle.md` 14.
+/// A container event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerEvent {
     /// `start`, `die`, `oom`, `destroy`, ...

@@ -36,7 +36,7 @@ impl fmt::Debug for RegistryAuth {
 }
 
 impl RegistryAuth {
-    /// Credentials, when both parts are non-empty (spec `lifecycle.md` 4.3).
+    /// Credentials, when both parts are non-empty.
     pub fn from_parts(username: Option<&str>, password: Option<&str>) -> Option<Self> {
         let username = username.filter(|text| !text.is_empty())?;
         let password = password.filter(|text| !text.is_empty())?;

@@ -7,7 +7,7 @@
 //!
 //! Invariants: a peer is known by its credentials, not by what it says, and learns only about processes
 //! of its own container (in the original any container can ask about any other); connections, their
-//! number per container, message sizes and the time that a container's questions take are bounded. Source: watcher-and-http.md section 5.
+//! number per container, message sizes and the time that a container's questions take are bounded.
 
 use std::collections::HashMap;
 use std::fs::Permissions;
@@ -31,7 +31,7 @@ pub const SOCKET_NAME: &str = "agent.sock";
 /// Where the directory is mounted in containers.
 pub const CONTAINER_DIRECTORY: &str = "/opt/kernel";
 
-/// Files the runner's own mounts put over the directory (lifecycle.md section 7). The directory is
+/// Files the runner's own mounts put over the directory. The directory is
 /// read-only inside, so the engine cannot make them there.
 pub const MOUNT_POINTS: [&str; 13] = [
     "dropbearmulti",

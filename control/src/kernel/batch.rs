@@ -3,7 +3,7 @@
 //! In: the command (or the run of one that was sent before a restart), an optional time limit. Out:
 //! one outcome, which the caller turns into the session event. Invariant: at the time limit
 //! the command is ended, first by an interrupt and then, when it ignores that, by force (the original
-//! leaves it running). Source: execution.md section 6.
+//! leaves it running).
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use super::runner_link::{LinkError, RunnerLink};
 /// The run id of batch jobs; also after a restart of the agent.
 pub const RUN_ID: &str = "batch-job";
 
-/// Environment of commands in batch mode (execution.md section 2).
+/// Environment of commands in batch mode.
 const BATCH_MARK: &str = "_BACKEND_BATCH_MODE=1";
 
 const POLL: Duration = Duration::from_secs(1);

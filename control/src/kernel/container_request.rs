@@ -1,8 +1,7 @@
 //! The request that makes a kernel's container.
 //!
 //! In: everything decided before: the request, ports, mounts, environment, limits, and what this
-//! host has ([`HostFacts`], read once). Out: the container's name and the engine's create body
-//! (`lifecycle.md` 9). Invariants: the builder is a pure function, and a restarted kernel gets the
+//! host has ([`HostFacts`], read once). Out: the container's name and the engine's create body. Invariants: the builder is a pure function, and a restarted kernel gets the
 //! same limits as a new one, because both come through here.
 //!
 //! Differences from the original, all on purpose: no port bindings unless the engine publishes;

@@ -1,7 +1,7 @@
 //! The base distribution of an image, which decides what is mounted into its kernels.
 //!
 //! In: an image and its labels, the file names of the installed runner. Out: a distro name such as
-//! `ubuntu22.04`, and the packaged file that fits it (spec `lifecycle.md` 4.1, 4.2). A label
+//! `ubuntu22.04`, and the packaged file that fits it. A label
 //! decides; else what was found for the same image id before; else a throw-away container that runs
 //! `ldd --version`. Invariant: that container is removed however the question ends.
 
@@ -300,7 +300,7 @@ fn from_glibc(version: (u32, u32)) -> &'static str {
         .map_or(GLIBC[0].1, |(_, distro)| distro)
 }
 
-/// The entry of `available` (keys like `ubuntu22.04`, `static-gnu`) that fits `distro`; spec 4.2.
+/// The entry of `available` (keys like `ubuntu22.04`, `static-gnu`) that fits `distro`.
 /// `None` is the original's `UnsupportedBaseDistroError`.
 pub fn match_distro<'m, T>(
     available: impl IntoIterator<Item = (&'m str, T)>,

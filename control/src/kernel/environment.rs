@@ -1,7 +1,7 @@
 //! The environment of a container, and its copy for the runner in `environ.txt`.
 //!
 //! In: the request's variables, the user rules, the allocated devices. Out: ordered variables
-//! (`lifecycle.md` 8) and the text of the file. Invariant: one line per variable whatever a value
+//! and the text of the file. Invariant: one line per variable whatever a value
 //! holds, since the runner stops reading at the first line it can't split.
 
 use super::request::{KernelCreationConfig, TextMap};
@@ -10,7 +10,7 @@ pub use crate::resource::AttachedDevice;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Who runs in the container, and who owns the files given to it (`lifecycle.md` 5.2).
+/// Who runs in the container, and who owns the files given to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// `LOCAL_USER_ID`; unset lets the entrypoint choose (9001).

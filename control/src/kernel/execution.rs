@@ -2,7 +2,7 @@
 //!
 //! In: a request as the RPC carries it and the kernel's link. Out: replies that serialise to exactly
 //! the maps the manager reads. Invariant: no call waits without a limit, and dropping a call (its
-//! client went away) neither closes anything nor loses output. Source: execution.md sections 4 to 8.
+//! client went away) neither closes anything nor loses output.
 
 use std::fmt;
 use std::str::FromStr;

@@ -4,7 +4,6 @@
 //! written by this process into the kernel's work directory, which the user controls: paths are resolved
 //! by the kernel beneath that directory, and the files belong to the kernel's user (in the original they
 //! belong to root, and the check is a moment before the use). Downloads and lists go through the engine.
-//! Source: execution.md section 8, rpc.md 6.2.
 
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};

@@ -1,7 +1,7 @@
 //! Models of inference sessions: what is started in the container, and how it is known to serve.
 //!
 //! In: the request's model folder and runtime variant, the image's command. Out: the [`Model`]s, in
-//! the form of the runner's `start-model-service` (`lifecycle.md` 12). Invariant: the definition
+//! the form of the runner's `start-model-service`. Invariant: the definition
 //! is a file of the user's: it is read inside the folder only, up to a size, and refused in words.
 
 use super::request::{KernelCreationConfig, SessionType, VfolderUsage};

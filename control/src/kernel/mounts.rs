@@ -1,7 +1,7 @@
 //! What is mounted into a kernel's container, and from where.
 //!
 //! In: the scratch, the request's folders, the installed runner, and what this host has. Out: an
-//! ordered list of [`Mount`]s (`lifecycle.md` 7). Invariant: every bind source was seen on the
+//! ordered list of [`Mount`]s. Invariant: every bind source was seen on the
 //! host before anything of the kernel was created, so a missing folder is told in words instead
 //! of failing `containers/create`.
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
-/// The user's directory in containers (`lifecycle.md` 7); images and the runner expect it there.
+/// The user's directory in containers; images and the runner expect it there.
 pub const WORK: &str = "/home/work";
 
 /// How a source is understood.

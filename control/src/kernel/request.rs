@@ -2,7 +2,7 @@
 //!
 //! In: the decoded RPC values (any serde source). Out: plain data the rest of `kernel` reads, and
 //! that the journal stores again. Invariant: every field the manager may leave out, send as null,
-//! or send in two forms (enum or text, text or number) has one form here (`rpc.md` 6.2).
+//! or send in two forms (enum or text, text or number) has one form here.
 
 mod text_map;
 mod tolerant;

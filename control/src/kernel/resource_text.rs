@@ -1,7 +1,7 @@
 //! `resource.txt`: what a kernel was given, as a text file in its config directory.
 //!
 //! In: a [`ResourceSpec`] (slots, allocation, mounts) and plugin extras. Out: the lines that hook
-//! libraries inside the container read (`resources.md` 8), and back. Invariant: reading what was
+//! libraries inside the container read, and back. Invariant: reading what was
 //! written gives the same spec, except that sizes in `*_SHARES` lines are rounded to two decimals
 //! by the format, and that the file has at most one `CID` line.
 

@@ -6,7 +6,7 @@
 //!
 //! Invariants: the receiving socket is drained whether or not a client polls (otherwise printing
 //! processes in the container stall); one link per container, closed for good before another is opened;
-//! a client that goes away closes nothing. Source: execution.md sections 1 to 5.
+//! a client that goes away closes nothing.
 
 pub mod answers;
 pub mod decoder;
@@ -108,7 +108,7 @@ pub enum LinkError {
     Refused(#[source] RunRefused),
 }
 
-/// How long and how often the first contact is tried (lifecycle.md section 12).
+/// How long and how often the first contact is tried.
 #[derive(Clone, Debug)]
 pub struct InitPolling {
     /// Attempts at most.

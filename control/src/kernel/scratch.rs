@@ -1,8 +1,7 @@
 //! Scratch: the directories of a kernel on the host.
 //!
 //! In: a kernel id, the rules for owners, the files the request brings. Out:
-//! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`
-//! (`lifecycle.md` 5). Invariants: a creation that fails leaves nothing behind; a removal works from
+//! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`. Invariants: a creation that fails leaves nothing behind; a removal works from
 //! any partial state and never enters a mount; nothing is written through what the kernel's user
 //! put into `work`; no call blocks an async worker, and each has a deadline.
 

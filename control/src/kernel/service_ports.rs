@@ -3,7 +3,7 @@
 //! In: the image's `ai.backend.service-ports` label and the request's extra ports. Out: the ordered
 //! list of [`ServicePort`] that host ports are taken for and that the manager is told about.
 //! Invariant: no container port appears twice, and a service has one host port per container port
-//! (`lifecycle.md` 10; the original could not start services with several ports).
+//! (the original could not start services with several ports).
 
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -244,7 +244,7 @@ pub struct Exposure<'a> {
 /// The services of a kernel in the order their host ports are taken, after the two REPL ports.
 ///
 /// # Errors
-/// A label that can't be read, or ports that collide (`lifecycle.md` 10.1).
+/// A label that can't be read, or ports that collide.
 pub fn arrange(exposure: &Exposure<'_>) -> Result<Vec<ServicePort>, ServicePortError> {
     let mut services = vec![
         ServicePort::new("sshd", ServiceProtocol::Tcp, vec![SSHD]),

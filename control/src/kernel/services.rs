@@ -2,7 +2,7 @@
 //!
 //! In: the RPC's wishes. Out: the runner's answers. Invariant: one service request is with the runner
 //! at a time, because it holds one lock for all of them and its answers carry no name; the caller gets
-//! an answer within 10 s while the runner may take 30 s (execution.md section 7).
+//! an answer within 10 s while the runner may take 30 s.
 
 use std::time::Duration;
 

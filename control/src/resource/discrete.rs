@@ -1,4 +1,4 @@
-//! Placing whole units (`resources.md` 5.2 and 5.3).
+//! Placing whole units.
 
 use rust_decimal::Decimal;
 use rust_decimal::prelude::ToPrimitive;

@@ -1,4 +1,4 @@
-//! Placing shares (`resources.md` 5.4): amounts with two decimals, rounded down to a quantum.
+//! Placing shares: amounts with two decimals, rounded down to a quantum.
 
 use std::cmp::Ordering;
 

@@ -1,4 +1,4 @@
-//! The 37 methods of the agent with their parameters in order (spec rpc 6.1).
+//! The 37 methods of the agent with their parameters in order.
 
 use super::value::Value;
 

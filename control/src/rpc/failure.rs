@@ -1,6 +1,6 @@
 //! What a failed call tells its caller: the class, repr and traceback of a Python exception.
 //!
-//! The manager shows class and repr to people and never branches on them (spec rpc 7), so the
+//! The manager shows class and repr to people and never branches on them, so the
 //! well-known class names are kept. Invariant: `repr` reads like Python's for that class.
 
 use std::fmt::{self, Write as _};

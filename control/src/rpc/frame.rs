@@ -1,4 +1,4 @@
-//! Callosum's framing: tags, header and envelope (spec rpc 2).
+//! Callosum's framing: tags, header and envelope.
 //!
 //! In: the frames of one ZeroMQ message without the peer identity; out: what the message is, and
 //! the frames of replies. Invariant: order key and sequence go back exactly as they came, because

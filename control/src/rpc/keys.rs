@@ -1,4 +1,4 @@
-//! CURVE keys and the certificate files of pyzmq (spec rpc 5.2).
+//! CURVE keys and the certificate files of pyzmq.
 //!
 //! In: key files; out: 32-byte keys. Invariant: a secret key never appears in text unless
 //! [`KeyPair::secret_file_text`] is asked for it.

@@ -1,4 +1,4 @@
-//! The msgpack dialect of request and reply bodies (spec rpc 4).
+//! The msgpack dialect of request and reply bodies.
 //!
 //! In: bytes of a peer; out: a [`Value`], and back. Byte strings are slices of the message, not
 //! copies. Invariant: decoding never panics, never recurses deeper than

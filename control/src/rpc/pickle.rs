@@ -6,7 +6,7 @@
 //! nor sharing nor cycles of the input cost more than its length. Invariant: no input panics, and
 //! the work is linear in the input, which is at most [`MAX_PICKLE_BYTES`].
 //!
-//! Shapes: spec rpc 4.2. CPython writes protocol 5 with framing and a memo; the writer here
+//! CPython writes protocol 5 with framing and a memo; the writer here
 //! leaves both out, which the real unpickler accepts.
 
 mod machine;

@@ -1,4 +1,4 @@
-//! Datetimes in the temporenc form of ext 2 (spec rpc 4.3).
+//! Datetimes in the temporenc form of ext 2.
 //!
 //! In: payload bytes; out: a [`DateTime`], and back. The types DTS (naive) and DTSZ (aware) are
 //! read with every precision; microseconds are written. Invariant: what is decoded is a real

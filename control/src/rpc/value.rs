@@ -79,7 +79,7 @@ pub struct ImageRef {
 }
 
 impl ImageRef {
-    /// Registry, project and name joined by slashes, then the tag (spec rpc 4.2).
+    /// Registry, project and name joined by slashes, then the tag.
     #[must_use]
     pub fn canonical(&self) -> String {
         let parts = [

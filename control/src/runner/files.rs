@@ -93,7 +93,7 @@ impl RunnerFiles {
         self.runner_file("default-seccomp.json")
     }
 
-    /// Rows 12 to 27 of `lifecycle.md` 7 for an image of `distro`, with the sandbox's binary if
+    /// What of the runner is mounted for an image of `distro`, with the sandbox's binary if
     /// `jail`. The environment is a bind mount of the version's directory; the original fills a
     /// Docker volume and trusts it ever after.
     ///

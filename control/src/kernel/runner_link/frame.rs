@@ -2,7 +2,7 @@
 //!
 //! In: a received (type, payload) pair. Out: what it is for us. Nothing here fails: a payload that
 //! is not what its type promises degrades to text or to "nothing said" (a container may send
-//! anything). Source: execution.md sections 2 and 3.
+//! anything).
 
 use bytes::Bytes;
 use serde::Deserialize;

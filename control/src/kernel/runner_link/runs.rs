@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //! - At most one run is *current*: it alone has had its messages sent and is not finished. The runner
-//!   has no correlation ids, so order is all there is (execution.md section 5).
+//!   has no correlation ids, so order is all there is.
 //! - A run stays current until the runner's `finished`, whether or not a client polls; its records stay
 //!   until a client takes them. (The original detaches at each step end and loses what comes next.)
 //! - Records are taken only together with the end of a result, so a client that goes away loses nothing.

@@ -2,7 +2,7 @@
 //!
 //! In: the container's address. Out: two-frame messages. Each connection is opened anew by its task
 //! when it ends. Invariant: one receiving connection per container at a time, since a second one would
-//! take every other message (execution.md section 1).
+//! take every other message.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};

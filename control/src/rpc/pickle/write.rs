@@ -1,4 +1,4 @@
-//! Writing the pickles the manager reads, without framing and memo (spec rpc 4.2).
+//! Writing the pickles the manager reads, without framing and memo.
 
 use super::{COMMON_DOCKER, COMMON_TYPES, EnumValue, ImageRef};
 

@@ -50,7 +50,7 @@ impl Answerer {
             }
         };
         if !is_call(header.kind) {
-            // CANCEL too: the handler runs to its end and is answered (spec rpc 3.2).
+            // CANCEL too: the handler runs to its end and is answered.
             totals.ignored.fetch_add(1, Ordering::Relaxed);
             tracing::trace!(peer = %from.peer(), kind = ?header.kind, "An RPC message is no call.");
             return;
