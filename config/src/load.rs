@@ -144,11 +144,12 @@ pub(crate) fn load_text(
     host: &dyn Host,
     overlay: &Overlay,
 ) -> Result<Loaded, Errors> {
-    let invalid = |problems| Errors::Invalid {
+    let invalid = |problems, unknown| Errors::Invalid {
         file: file.map(Path::to_owned),
         problems,
+        unknown,
     };
-    let root: Table = document::parse(text).map_err(invalid)?;
+    let root: Table = document::parse(text).map_err(|problems| invalid(problems, Vec::new()))?;
     let mut reader = Reader {
         environment,
         host,
@@ -160,12 +161,13 @@ pub(crate) fn load_text(
     check::all(&mut reader, &config);
     let Gathered {
         problems,
-        notes,
+        mut notes,
         mut values,
         order,
     } = reader.gathered;
     if !problems.is_empty() {
-        return Err(invalid(problems));
+        notes.retain(|note| note.kind == NoteKind::Unknown);
+        return Err(invalid(problems, notes));
     }
     // Values that depend on others are recorded late, and shown in their place.
     let section = |name: &str| {

@@ -67,6 +67,16 @@ pub struct Note {
     pub text: String,
 }
 
+impl Note {
+    /// Writes the place, the key and the sentence on one line.
+    pub(crate) fn write(&self, f: &mut impl fmt::Write, file: Option<&Path>) -> fmt::Result {
+        if let (Some(file), Some(line)) = (file, self.line) {
+            write!(f, "{}:{line}: ", file.display())?;
+        }
+        write!(f, "{} {}", self.key, self.text)
+    }
+}
+
 /// One fault of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -116,7 +126,7 @@ pub enum Errors {
         searched: Vec<PathBuf>,
     },
     /// The file is there and can not be read.
-    #[error("{} can not be read; check that it exists, is a file and that this user may read it", path.display())]
+    #[error("{} can not be read; {}", path.display(), way_out(source))]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -125,13 +135,27 @@ pub enum Errors {
         source: std::io::Error,
     },
     /// The configuration has faults; all of them are listed.
-    #[error("{}", Listed { file: file.as_deref(), problems })]
+    #[error("{}", Listed { file: file.as_deref(), problems, unknown })]
     Invalid {
         /// The file, if one was read.
         file: Option<PathBuf>,
         /// Every fault, in the order of the sections.
         problems: Vec<Problem>,
+        /// What nobody knows: a slip there is the likeliest cause of something that is missing.
+        unknown: Vec<Note>,
     },
+}
+
+/// What to do about a file that can't be read.
+fn way_out(source: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind;
+    match source.kind() {
+        ErrorKind::NotFound => "it is not there: correct the path",
+        ErrorKind::PermissionDenied => "this user may not: run this as root",
+        ErrorKind::IsADirectory => "it is a directory: name the file in it",
+        ErrorKind::InvalidData => "it is not text in UTF-8: is it a configuration file?",
+        _ => "see the log of the kernel (dmesg) for errors of its file system",
+    }
 }
 
 fn list(paths: &[PathBuf]) -> String {
@@ -142,6 +166,7 @@ fn list(paths: &[PathBuf]) -> String {
 struct Listed<'a> {
     file: Option<&'a Path>,
     problems: &'a [Problem],
+    unknown: &'a [Note],
 }
 
 impl fmt::Display for Listed<'_> {
@@ -153,6 +178,10 @@ impl fmt::Display for Listed<'_> {
         for problem in self.problems {
             f.write_str("\n  ")?;
             problem.write(f, self.file)?;
+        }
+        for note in self.unknown {
+            f.write_str("\n  ")?;
+            note.write(f, self.file)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use crate::load::Loaded;
-use crate::problem::{Note, NoteKind, Origin};
+use crate::problem::{NoteKind, Origin};
 
 /// Longest value shown in full in the table.
 const WIDEST: usize = 72;
@@ -103,24 +103,10 @@ fn origin_text(origin: Origin, key: &str) -> String {
 /// The remarks, one line each; empty when there are none.
 pub fn render_notes(loaded: &Loaded) -> String {
     let mut out = String::new();
-    let file = loaded
-        .config
-        .file
-        .as_ref()
-        .map(|f| f.display().to_string())
-        .unwrap_or_default();
-    for Note {
-        kind,
-        line,
-        key,
-        text,
-    } in &loaded.notes
-    {
-        let kind = kind_word(*kind);
-        let place = line
-            .map(|line| format!("{file}:{line}: "))
-            .unwrap_or_default();
-        let _ = writeln!(out, "{kind}: {place}{key} {text}");
+    for note in &loaded.notes {
+        let _ = write!(out, "{}: ", kind_word(note.kind));
+        let _ = note.write(&mut out, loaded.config.file.as_deref());
+        out.push('\n');
     }
     out
 }

@@ -18,12 +18,11 @@ mod watcher;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use connection::Connection;
+use connection::{Connection, Source};
 use exit::Problem;
 use output::Form;
 
@@ -38,13 +37,14 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
     #[command(flatten)]
-    connection: Connection,
+    source: Source,
     /// The form of the output.
     #[arg(short, long, global = true, value_enum, default_value_t)]
     output: Form,
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Command {
     /// Run the agent in the foreground.
     Run(run::RunArgs),
@@ -53,15 +53,19 @@ enum Command {
     /// Check a configuration and show each value with its origin.
     CheckConfig(check_config::CheckConfigArgs),
     /// Create, use and destroy kernels by hand.
-    #[command(subcommand)]
-    Kernel(kernel::KernelCommand),
+    Kernel {
+        #[command(flatten)]
+        connection: Connection,
+        #[command(subcommand)]
+        command: kernel::KernelCommand,
+    },
     /// Install and look after the in-container runner packages.
     #[command(subcommand)]
     Runner(runner::RunnerCommand),
     /// Show whether the node is well.
-    Status,
+    Status(Connection),
     /// Show each service port, what serves it and, if nothing does, why.
-    Ports,
+    Ports(Connection),
     /// Show the last samples of kernels, devices and the node, straight from the shared region.
     Stats,
     /// Watch kernels, ports, devices and the node in the terminal.
@@ -102,48 +106,44 @@ fn short_lived<T>(work: impl Future<Output = Result<T, Problem>>) -> Result<T, P
 
 impl Cli {
     fn carry_out(self) -> Result<u8, Problem> {
-        let (connection, form) = (self.connection, self.output);
-        let file = connection.config.clone();
+        let (source, form) = (self.source, self.output);
         match self.command {
-            Command::Run(args) => run::run(&args, file)?,
-            Command::Watcher(args) => watcher::run(&args, file)?,
-            Command::CheckConfig(args) => check_config::run(&args, file, form)?,
-            Command::Kernel(command) => {
-                return short_lived(kernel::run(command, &connection, form)).map(|status| status.0);
+            Command::Run(args) => run::run(&args, &source)?,
+            Command::Watcher(args) => watcher::run(&args, &source)?,
+            Command::CheckConfig(args) => check_config::run(&args, &source, form)?,
+            Command::Kernel {
+                connection,
+                command,
+            } => {
+                let way = connection.way(&source)?;
+                return short_lived(kernel::run(command, &way, form)).map(|status| status.0);
             }
             Command::Runner(command) => {
-                let configured = local_config(file)?.node.runner_dir.clone();
+                let configured = source.load()?.config.node.runner_dir.clone();
                 short_lived(runner::run(command, configured, form))?;
             }
-            Command::Status => {
-                let config = local_config(file).ok();
-                short_lived(status::status(&connection, config.as_deref(), form))?;
+            Command::Status(connection) => {
+                let way = connection.way(&source)?;
+                let loaded = source.load().ok();
+                let config = loaded.as_ref().map(|loaded| &*loaded.config);
+                short_lived(status::status(&way, config, form))?;
             }
-            Command::Ports => short_lived(status::ports(&connection, form))?,
-            Command::Stats => stats::run(&*local_config(file)?, form)?,
-            Command::Top(args) => top::run(&args, &*local_config(file)?)?,
-            Command::Doctor => short_lived(doctor::run(local_config(file)?, form))?,
-            Command::Detach => detach::run(&*local_config(file.clone())?, file.as_deref(), form)?,
+            Command::Ports(connection) => {
+                short_lived(status::ports(&connection.way(&source)?, form))?;
+            }
+            Command::Stats => stats::run(&source.load()?.config, form)?,
+            Command::Top(args) => top::run(&args, &source.load()?.config)?,
+            Command::Doctor => {
+                short_lived(doctor::run(&source.load()?, source.standalone, form))?;
+            }
+            Command::Detach => {
+                detach::run(&source.load()?.config, source.config.as_deref(), form)?;
+            }
             Command::Completions { shell } => manuals::completions(shell, &mut Cli::command()),
             Command::Man { directory } => manuals::man(&Cli::command(), directory.as_deref())?,
         }
         Ok(0)
     }
-}
-
-/// The configuration as far as a local command needs it; sections of a cluster may be missing.
-fn local_config(file: Option<PathBuf>) -> Result<Arc<config::Config>, Problem> {
-    // The file of a cluster is looked for in its places, the one of a lone node must be named.
-    let load = |standalone| {
-        config::load(&config::LoadOptions::of_this_process(
-            file.clone(),
-            standalone,
-        ))
-        .map(|loaded| loaded.config)
-    };
-    load(false)
-        .or_else(|_| load(true))
-        .map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))
 }
 
 #[cfg(test)]
@@ -172,7 +172,10 @@ mod tests {
         assert_eq!(cli.output, Form::Text);
         assert!(matches!(
             cli.command,
-            Command::Kernel(kernel::KernelCommand::Exec(_))
+            Command::Kernel {
+                command: kernel::KernelCommand::Exec(_),
+                ..
+            }
         ));
     }
 }

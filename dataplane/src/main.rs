@@ -27,11 +27,15 @@ const EX_TEMPFAIL: u8 = 75;
 /// ... and anything else.
 const EX_SOFTWARE: u8 = 70;
 
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 64 wrong usage; 70 an internal error; 75 another process has this node's place (agent.id, \
+node.run-dir), or detach could not remove everything; 78 a wrong configuration.";
+
 /// Forwards service ports and gathers statistics of a Backend.AI worker node.
 #[derive(Debug, Parser)]
-#[command(name = "bai-dataplane", version, about)]
+#[command(name = "bai-dataplane", version, about, after_help = EXIT_CODES)]
 struct Arguments {
-    /// The agent's configuration file (default: the places where the agent looks).
+    /// The agent's configuration file [default: the places where the agent looks].
     #[arg(
         short = 'f',
         long,
@@ -40,10 +44,10 @@ struct Arguments {
         visible_alias = "config-path"
     )]
     config: Option<PathBuf>,
-    /// The agent runs without etcd, bus and manager.
+    /// The node is on its own: no etcd, no bus, no manager. Only a file that is named is read then.
     #[arg(long, global = true)]
     standalone: bool,
-    /// Log more.
+    /// Log what is done in detail; RUST_LOG says it more finely.
     #[arg(long, global = true)]
     debug: bool,
     /// NVIDIA's management library: a name the loader knows, or a path.

@@ -120,6 +120,34 @@ impl WriterLock {
     }
 }
 
+/// Who is the writer of `directory`, if anybody is. Looks only: nothing is made, locked or written.
+pub fn writer_of(directory: impl AsRef<Path>) -> Result<Option<HeldBy>, LockError> {
+    let directory = directory.as_ref();
+    let path = directory.join(FILE_NAME);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => {
+            return Err(LockError::File {
+                step: "open",
+                path,
+                source,
+            });
+        }
+    };
+    let mut asked = whole_file();
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut asked)).map_err(|err| LockError::File {
+        step: "look at",
+        path,
+        source: err.into(),
+    })?;
+    let held = i32::from(asked.l_type) != libc::F_UNLCK;
+    Ok(held.then(|| HeldBy {
+        pid: holder(&file).filter(|pid| alive(*pid)),
+        directory: directory.to_owned(),
+    }))
+}
+
 fn whole_file() -> libc::flock {
     libc::flock {
         // Small constants of the C library, narrowed to the field's type.
@@ -161,8 +189,20 @@ mod tests {
         };
         assert_eq!(held.pid, Some(std::process::id()));
         assert!(held.to_string().contains(&std::process::id().to_string()));
+        assert_eq!(writer_of(directory.path()).unwrap(), Some(held));
         drop(first);
         WriterLock::acquire(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn looking_for_the_writer_leaves_no_trace() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert_eq!(writer_of(directory.path()).unwrap(), None);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        let file = directory.path().join("lock");
+        std::fs::write(&file, "1          \n").unwrap();
+        assert_eq!(writer_of(directory.path()).unwrap(), None);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "1          \n");
     }
 
     #[test]

@@ -115,6 +115,44 @@ fn whoever_finds_no_agent_is_told_once_what_to_look_at() -> Result<()> {
 }
 
 #[test]
+fn doctor_says_which_configuration_it_goes_by() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("agent.toml");
+    let path = file.to_str().context("a plain path")?;
+    std::fs::write(&file, "[agent]\nid = 'i-doctor'\n")?;
+    let finding = |words: &[&str]| -> Result<serde_json::Value> {
+        let output = agent(&["doctor", "--output", "json", "--config", path])?
+            .args(words)
+            .env("DOCKER_HOST", "unix:///nonexistent.sock")
+            .output()?;
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let findings = told["findings"].as_array().context("findings")?;
+        let engine = findings.iter().find(|it| it["check"] == "engine");
+        let engine = engine.context("engine")?;
+        assert_eq!(engine["level"], "failure");
+        let remedy = engine["remedy"].as_str().context("words")?;
+        assert!(remedy.contains("systemctl status docker"), "{remedy}");
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        let found = findings.iter().find(|it| it["check"] == "configuration");
+        found.cloned().context("configuration")
+    };
+    let of_its_own = finding(&["--standalone"])?;
+    assert_eq!(of_its_own["level"], "good", "{of_its_own}");
+    // It lacks what a cluster's node needs, so it can only be the other kind.
+    let unsaid = finding(&[])?;
+    assert_eq!(unsaid["level"], "warning", "{unsaid}");
+    let remedy = unsaid["remedy"].as_str().context("words")?;
+    assert!(
+        remedy.contains(&format!("--standalone --config {path}")),
+        "{remedy}"
+    );
+    std::fs::write(&file, "[agent]\nid = 'i-doctor'\nregoin = 'here'\n")?;
+    let slip = finding(&["--standalone"])?;
+    assert_eq!(slip["level"], "warning", "{slip}");
+    Ok(())
+}
+
+#[test]
 fn both_programs_end_with_64_after_a_wrong_command_line() -> Result<()> {
     for (name, wrong) in [("bai-agent", "--nonsense"), ("bai-dataplane", "--nonsense")] {
         let ended = |argument: &str| {

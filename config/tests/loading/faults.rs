@@ -436,3 +436,40 @@ fn the_secret_of_a_storage_proxy_is_for_its_owner_only() {
         assert_eq!(keys, [key]);
     }
 }
+
+#[test]
+fn slips_are_told_beside_what_is_missing() {
+    let text =
+        "[agent]\nmode = 'docker'\nscaling-gruop = 'gpu'\n[contianer]\nscratch-type = 'hostdir'\n";
+    let refused = Setup::new(text).load().unwrap_err().to_string();
+    assert!(refused.contains("container.scratch-type"), "{refused}");
+    for slip in [
+        "did you mean \"scaling-group\"?",
+        "did you mean [container]?",
+    ] {
+        assert!(refused.contains(slip), "{refused}");
+    }
+    let unused = with_line("agent", "event-loop = 'uvloop'\nid = 7");
+    let refused = Setup::new(&unused).load().unwrap_err().to_string();
+    assert!(!refused.contains("event-loop"), "{refused}");
+}
+
+#[test]
+fn a_file_that_can_not_be_read_tells_why() {
+    let directory = tempfile::tempdir().unwrap();
+    let binary = directory.path().join("binary.toml");
+    std::fs::write(&binary, [0xff, 0xfe]).unwrap();
+    for (file, why) in [
+        (directory.path().join("absent.toml"), "not there"),
+        (directory.path().to_owned(), "a directory"),
+        (binary, "UTF-8"),
+    ] {
+        let options = config::LoadOptions::of_this_process(Some(file.clone()), true);
+        let refused = config::load(&options).unwrap_err().to_string();
+        assert!(
+            refused.starts_with(&file.display().to_string()),
+            "{refused}"
+        );
+        assert!(refused.contains(why), "{refused}");
+    }
+}

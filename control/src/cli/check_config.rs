@@ -1,11 +1,11 @@
 //! `bai-agent check-config`: the effective configuration, and where each value came from.
 
 use crate::cli::output::say_part;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
 
+use super::connection::Source;
 use super::exit::Problem;
 use super::output::Form;
 
@@ -15,19 +15,15 @@ pub struct CheckConfigArgs {
     /// Say nothing when all is well.
     #[arg(short, long)]
     quiet: bool,
-    /// Check for standalone mode, in which the sections of a cluster may be missing.
-    #[arg(long)]
-    standalone: bool,
     /// Also read what the cluster's etcd sets, as a start would, and show it.
     #[arg(long, conflicts_with = "standalone")]
     with_etcd: bool,
 }
 
 /// Loads the configuration and prints it, or every error in it.
-pub fn run(args: &CheckConfigArgs, file: Option<PathBuf>, form: Form) -> Result<(), Problem> {
-    let options = config::LoadOptions::of_this_process(file, args.standalone);
-    let mut loaded =
-        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Problem> {
+    let options = source.options();
+    let mut loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
     if args.with_etcd {
         let look = crate::cluster::look(Arc::new(options), &loaded.config);
         loaded = super::short_lived(async {

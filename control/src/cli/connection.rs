@@ -1,4 +1,4 @@
-//! How a command reaches the agent: over its real RPC, at the address the configuration names.
+//! Which node a command is about: its configuration, and how its agent is reached over the real RPC.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +8,45 @@ use serde::de::DeserializeOwned;
 
 use super::exit::Problem;
 use crate::rpc::{self, Client, ClientCurve, ClientError, KeyPair, PublicKey, Value};
+
+/// The configuration of the node. Without a name it is looked for in its places.
+#[derive(Debug, Clone, Args)]
+pub struct Source {
+    /// The configuration file [default: agent.toml in the working directory, in ~/.config/backend.ai or in
+    /// /etc/backend.ai].
+    #[arg(
+        short = 'f',
+        long,
+        global = true,
+        value_name = "FILE",
+        visible_alias = "config-path"
+    )]
+    pub config: Option<PathBuf>,
+    /// The node is on its own: no etcd, no bus, no manager, and the RPC on the loopback address. Only a file that
+    /// is named is read then.
+    #[arg(long, global = true)]
+    pub standalone: bool,
+}
+
+impl Source {
+    /// How the configuration is loaded for the mode that was asked for.
+    pub fn options(&self) -> config::LoadOptions {
+        config::LoadOptions::of_this_process(self.config.clone(), self.standalone)
+    }
+
+    /// The configuration as far as a command beside the agent needs it: where that of a cluster is not
+    /// whole, that of a node on its own will do.
+    pub fn load(&self) -> Result<config::Loaded, Problem> {
+        config::load(&self.options())
+            .or_else(|_| {
+                config::load(&config::LoadOptions::of_this_process(
+                    self.config.clone(),
+                    true,
+                ))
+            })
+            .map_err(|errors| Problem::Config(errors.into()))
+    }
+}
 
 /// Where the agent listens, and the keys when it asks for them.
 #[derive(Debug, Clone, Args)]
@@ -21,15 +60,6 @@ pub struct Connection {
         env = "BAI_AGENT_ADDRESS"
     )]
     pub address: Option<String>,
-    /// A configuration file to take the address from.
-    #[arg(
-        short = 'f',
-        long,
-        global = true,
-        value_name = "FILE",
-        visible_alias = "config-path"
-    )]
-    pub config: Option<PathBuf>,
     /// Our key pair (a secret key file), for an agent that authenticates its callers.
     #[arg(
         long,
@@ -53,6 +83,14 @@ pub struct Connection {
     pub connect_timeout: u64,
 }
 
+/// The way to an agent, with all questions of the command line and the configuration answered.
+#[derive(Debug)]
+pub struct Way {
+    address: String,
+    curve: Option<ClientCurve>,
+    patience: Duration,
+}
+
 /// A connected agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -62,13 +100,13 @@ pub struct Agent {
 
 impl Connection {
     /// A configuration that was named must be usable; one that is found only may be absent.
-    fn resolved_address(&self) -> Result<String, Problem> {
+    fn resolved_address(&self, source: &Source) -> Result<String, Problem> {
         if let Some(address) = &self.address {
             return Ok(address.clone());
         }
-        let listen = match super::local_config(self.config.clone()) {
-            Ok(config) => Some(config.agent.rpc_listen_addr.clone()),
-            Err(problem) if self.config.is_some() => return Err(problem),
+        let listen = match source.load() {
+            Ok(loaded) => Some(loaded.config.agent.rpc_listen_addr.clone()),
+            Err(problem) if source.config.is_some() => return Err(problem),
             Err(_) => None,
         };
         Ok(match listen {
@@ -81,23 +119,32 @@ impl Connection {
         })
     }
 
+    /// The way to the agent of the node that `source` configures.
+    pub fn way(&self, source: &Source) -> Result<Way, Problem> {
+        Ok(Way {
+            address: self.resolved_address(source)?,
+            curve: match (&self.keypair, &self.agent_key) {
+                (Some(pair), Some(agent)) => Some(ClientCurve {
+                    pair: KeyPair::from_file(pair).map_err(|err| Problem::Usage(err.into()))?,
+                    node: PublicKey::from_file(agent).map_err(|err| Problem::Usage(err.into()))?,
+                }),
+                _ => None,
+            },
+            patience: Duration::from_secs(self.connect_timeout),
+        })
+    }
+}
+
+impl Way {
     /// Opens a connection and makes sure that an agent answers on it.
     pub async fn open(&self) -> Result<Agent, Problem> {
-        let address = self.resolved_address()?;
-        let curve = match (&self.keypair, &self.agent_key) {
-            (Some(pair), Some(agent)) => Some(ClientCurve {
-                pair: KeyPair::from_file(pair).map_err(|error| Problem::Usage(error.into()))?,
-                node: PublicKey::from_file(agent).map_err(|error| Problem::Usage(error.into()))?,
-            }),
-            _ => None,
-        };
-        let remedy = if curve.is_some() {
+        let address = self.address.clone();
+        let remedy = if self.curve.is_some() {
             "are the address and both keys (--keypair, --agent-key) right?"
         } else {
             "is --address right, and does the agent ask for no key (--keypair, --agent-key)?"
         };
-        let patience = Duration::from_secs(self.connect_timeout);
-        let client = Client::connect(&address, curve.as_ref(), patience)
+        let client = Client::connect(&address, self.curve.as_ref(), self.patience)
             .await
             .map_err(|source| match source {
                 ClientError::Resolve { .. } => Problem::Unavailable(source.into()),

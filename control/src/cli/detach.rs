@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::json;
-use shared::lock::{LockError, WriterLock};
+use shared::lock::writer_of;
 use shared::run_dir::RunDir;
 
 use super::exit::Problem;
@@ -62,23 +62,17 @@ pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(
 }
 
 fn refuse_if_running(directory: &Path, program: &str) -> Result<(), Problem> {
-    if !directory.exists() {
+    let Some(holder) = writer_of(directory).map_err(|error| Problem::Other(error.into()))? else {
         return Ok(());
-    }
-    match WriterLock::acquire(directory) {
-        Ok(_) => Ok(()),
-        Err(LockError::Held(holder)) => {
-            let pid = holder
-                .pid
-                .map_or_else(|| "unknown pid".to_owned(), |pid| format!("pid {pid}"));
-            Err(Problem::Refused {
-                method: "detach".to_owned(),
-                class: "running".to_owned(),
-                repr: format!("{program} ({pid}) still runs; stop it first"),
-            })
-        }
-        Err(error) => Err(Problem::Other(error.into())),
-    }
+    };
+    let pid = holder
+        .pid
+        .map_or_else(|| "unknown pid".to_owned(), |pid| format!("pid {pid}"));
+    Err(Problem::Refused {
+        method: "detach".to_owned(),
+        class: "running".to_owned(),
+        repr: format!("{program} ({pid}) still runs; stop it first"),
+    })
 }
 
 /// The dataplane alone knows what it hooked into the kernel. False when its program is not on this host.

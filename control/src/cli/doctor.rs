@@ -4,7 +4,6 @@ mod forwarding;
 
 use crate::cli::output::{say, say_part};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -17,7 +16,7 @@ use crate::etcd::Etcd;
 use crate::firewall;
 use crate::kernel::destroy::chain;
 use crate::storage_proxy::{ProxyClient, ProxyError};
-use config::Config;
+use config::{Config, Loaded, NoteKind};
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -65,8 +64,43 @@ impl Finding {
     }
 }
 
-/// Runs every check and shows the findings; a failure among them ends with code 1.
-pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
+/// Runs every check and shows the findings; a failure among them ends with code 1. `standalone` is whether
+/// the command line says that the node is on its own.
+pub async fn run(loaded: &Loaded, standalone: bool, form: Form) -> Result<(), Problem> {
+    let findings = findings(loaded, standalone).await?;
+    match form {
+        Form::Json => output::json(&json!({ "findings": findings }))?,
+        Form::Text => show(&findings),
+    }
+    let failed = findings.iter().any(|it| it.level == Level::Failure);
+    match failed {
+        true => Err(Problem::Findings),
+        false => Ok(()),
+    }
+}
+
+fn show(findings: &[Finding]) {
+    let mut table = Table::new(&["", "CHECK", "FOUND"]);
+    for finding in findings {
+        let mark = match finding.level {
+            Level::Good => "ok",
+            Level::Warning => "warning",
+            Level::Failure => "FAILURE",
+        };
+        table.row([
+            mark.to_owned(),
+            finding.check.to_owned(),
+            finding.found.clone(),
+        ]);
+    }
+    say_part!("{}", table.render());
+    for finding in findings.iter().filter(|it| !it.remedy.is_empty()) {
+        say!("\n{}: {}", finding.check, finding.remedy);
+    }
+}
+
+async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Problem> {
+    let config = loaded.config.clone();
     let engine = engine(&config).await;
     let config_for_rules = config.clone();
     let decider = firewall::decider(&config).await;
@@ -75,7 +109,11 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
         let config = config.clone();
         move || runner(&config)
     };
-    let mut findings = vec![privileges(nix::unistd::geteuid().is_root()), engine];
+    let mut findings = vec![
+        configuration(loaded, standalone),
+        privileges(nix::unistd::geteuid().is_root()),
+        engine,
+    ];
     findings.extend(Box::pin(cluster(&config)).await);
     findings.extend(Box::pin(storage_proxy(&config)).await);
     let host = tokio::task::spawn_blocking(move || {
@@ -142,36 +180,49 @@ pub async fn run(config: Arc<Config>, form: Form) -> Result<(), Problem> {
     {
         findings.push(forwarding::paths(&forwarding::statuses(&place.dataplane())));
     }
+    Ok(findings)
+}
 
-    match form {
-        Form::Json => output::json(&json!({ "findings": findings }))?,
-        Form::Text => {
-            let mut table = Table::new(&["", "CHECK", "FOUND"]);
-            for finding in &findings {
-                let mark = match finding.level {
-                    Level::Good => "ok",
-                    Level::Warning => "warning",
-                    Level::Failure => "FAILURE",
-                };
-                table.row([
-                    mark.to_owned(),
-                    finding.check.to_owned(),
-                    finding.found.clone(),
-                ]);
-            }
-            say_part!("{}", table.render());
-            for finding in findings.iter().filter(|finding| !finding.remedy.is_empty()) {
-                say!("\n{}: {}", finding.check, finding.remedy);
-            }
+/// Which configuration the other checks go by.
+fn configuration(loaded: &Loaded, standalone: bool) -> Finding {
+    const CHECK: &str = "configuration";
+    let (place, how) = match &loaded.config.file {
+        Some(file) => {
+            let file = file.display();
+            let how = format!("if it is one, say --standalone --config {file}");
+            (file.to_string(), how)
         }
+        None => (
+            "no file, built-in values".to_owned(),
+            "if it is one, say --standalone".to_owned(),
+        ),
+    };
+    let kind = match loaded.config.standalone {
+        true => "a node on its own",
+        false => "a node of a cluster",
+    };
+    let found = format!("{place}: {kind}");
+    if loaded.config.standalone && !standalone {
+        return Finding::bad(
+            CHECK,
+            Level::Warning,
+            found,
+            format!("{how}; of a cluster's node `bai-agent check-config` tells what is missing"),
+        );
     }
-    if findings
+    let remarks = loaded
+        .notes
         .iter()
-        .any(|finding| finding.level == Level::Failure)
-    {
-        Err(Problem::Findings)
-    } else {
-        Ok(())
+        .filter(|note| note.kind != NoteKind::NotUsed)
+        .count();
+    match remarks {
+        0 => Finding::good(CHECK, found),
+        _ => Finding::bad(
+            CHECK,
+            Level::Warning,
+            format!("{found}, {remarks} remarks"),
+            "`bai-agent check-config` ends with them",
+        ),
     }
 }
 
@@ -189,8 +240,6 @@ fn privileges(root: bool) -> Finding {
 
 async fn engine(config: &Config) -> Finding {
     const CHECK: &str = "engine";
-    let remedy =
-        "start Docker (systemctl start docker), or set DOCKER_HOST to the engine's address";
     let options = DockerOptions {
         host: config.node.engine.host.clone(),
         ..DockerOptions::default()
@@ -198,13 +247,14 @@ async fn engine(config: &Config) -> Finding {
     let found = async { Docker::connect(&options).await?.version().await };
     match tokio::time::timeout(Duration::from_secs(10), found).await {
         Ok(Ok(version)) => engine_version(&version.version),
-        // What else its text says is the remedy.
-        Ok(Err(error)) => {
-            let text = error.to_string();
-            let found = text.split("; ").next().unwrap_or(&text);
-            Finding::bad(CHECK, Level::Failure, found, remedy)
-        }
-        Err(_) => Finding::bad(CHECK, Level::Failure, "no answer within 10 s", remedy),
+        // Its text says what to do.
+        Ok(Err(error)) => Finding::bad(CHECK, Level::Failure, "not usable", chain(&error)),
+        Err(_) => Finding::bad(
+            CHECK,
+            Level::Failure,
+            "no answer within 10 s",
+            "see whether `docker ps` answers, else restart the engine",
+        ),
     }
 }
 
@@ -448,16 +498,8 @@ fn taken_ports(table: &str, first: u16, last: u16, dataplane: bool) -> Finding {
 }
 
 fn dataplane_alive(config: &Config) -> bool {
-    let Ok(place) = shared::run_dir::RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
-    else {
-        return false;
-    };
-    // Asking for the lock tells who has it; it is let go at once when nobody has.
-    place.dataplane().exists()
-        && matches!(
-            shared::lock::WriterLock::acquire(place.dataplane()),
-            Err(shared::lock::LockError::Held(_))
-        )
+    shared::run_dir::RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
+        .is_ok_and(|place| matches!(shared::lock::writer_of(place.dataplane()), Ok(Some(_))))
 }
 
 fn runner(config: &Config) -> Finding {
@@ -470,13 +512,8 @@ fn runner(config: &Config) -> Finding {
                 config.node.runner_dir.display()
             ),
         ),
-        Err(error) => {
-            let text = error.to_string();
-            let (found, remedy) = text
-                .split_once("; ")
-                .unwrap_or((&text, "run `bai-agent runner install`"));
-            Finding::bad("runner", Level::Failure, found, remedy)
-        }
+        // Its text names the command that helps.
+        Err(error) => Finding::bad("runner", Level::Failure, "not usable", chain(&error)),
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::connection::{Agent, Connection};
+use super::connection::{Agent, Way};
 use super::exit::Problem;
 use super::output::{self, Form, Table};
 use crate::rpc::Value;
@@ -37,6 +37,7 @@ pub enum KernelCommand {
     Exec(exec::ExecArgs),
     /// Show what a kernel's container has written to its console.
     Logs {
+        /// Its id, or the beginning of it.
         #[arg(value_name = "KERNEL")]
         kernel: String,
     },
@@ -44,16 +45,19 @@ pub enum KernelCommand {
     Service(ServiceArgs),
     /// Show statistics of all or some kernels.
     Stats {
+        /// Their ids, or the beginnings of them.
         #[arg(value_name = "KERNEL")]
         kernels: Vec<String>,
     },
     /// Show the folders of all or some kernels, with what the storage proxy tells of them.
     Folders {
+        /// Their ids, or the beginnings of them.
         #[arg(value_name = "KERNEL")]
         kernels: Vec<String>,
     },
     /// Destroy kernels.
     Destroy {
+        /// Their ids, or the beginnings of them.
         #[arg(value_name = "KERNEL", required = true)]
         kernels: Vec<String>,
         /// The reason that is recorded.
@@ -65,6 +69,7 @@ pub enum KernelCommand {
 /// Arguments of `kernel service`.
 #[derive(Debug, Args)]
 pub struct ServiceArgs {
+    /// Its id, or the beginning of it.
     #[arg(value_name = "KERNEL")]
     kernel: String,
     /// The service's name; without it, the services are listed.
@@ -93,14 +98,10 @@ fn pair(text: &str) -> Result<(String, String), String> {
 pub struct ExitStatus(pub u8);
 
 /// Runs one command; the status is that of the command run in the kernel for `exec`, else 0.
-pub async fn run(
-    command: KernelCommand,
-    connection: &Connection,
-    form: Form,
-) -> Result<ExitStatus, Problem> {
-    let agent = connection.open().await?;
+pub async fn run(command: KernelCommand, way: &Way, form: Form) -> Result<ExitStatus, Problem> {
+    let agent = way.open().await?;
     match command {
-        KernelCommand::Create(args) => create::run(args, &agent, connection, form).await?,
+        KernelCommand::Create(args) => create::run(args, &agent, way, form).await?,
         KernelCommand::List { all } => list(&agent, all, form).await?,
         KernelCommand::Exec(args) => return exec::run(args, &agent, form).await,
         KernelCommand::Logs { kernel } => logs(&agent, &kernel, form).await?,

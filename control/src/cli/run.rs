@@ -1,50 +1,50 @@
 //! `bai-agent run`: the agent in the foreground.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use config::{Config, LogFormat};
 use tracing_subscriber::EnvFilter;
 
+use super::connection::Source;
 use super::exit::Problem;
 
 /// Threads for async work. It waits nearly all the time, and a big node's processors belong to its
 /// kernels: a thread for each of 256 of them would cost memory and wake-ups only.
 const MOST_WORKERS: usize = 4;
 
+/// The words of `logging.level`.
+const LEVELS: [&str; 5] = ["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"];
+
 /// Arguments of `run` and `watcher`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Run without etcd, bus and manager, listening on the loopback address.
-    #[arg(long)]
-    pub(super) standalone: bool,
     /// Log what is done in detail; the same as --log-level DEBUG.
     #[arg(long)]
     debug: bool,
-    /// Lowest level that is logged (TRACE, DEBUG, INFO, WARNING, ERROR), instead of the configured one.
-    #[arg(long, value_name = "LEVEL")]
+    /// Lowest level that is logged, instead of the configured one (logging.level).
+    #[arg(long, value_name = "LEVEL", ignore_case = true, value_parser = PossibleValuesParser::new(LEVELS))]
     log_level: Option<String>,
 }
 
 /// Loads the configuration and begins the log, as every service of this program does.
 pub(super) fn begin(
     args: &RunArgs,
-    file: Option<PathBuf>,
+    source: &Source,
 ) -> Result<(config::LoadOptions, config::Loaded), Problem> {
-    let options = config::LoadOptions::of_this_process(file, args.standalone);
-    let loaded =
-        config::load(&options).map_err(|errors| Problem::Config(anyhow::anyhow!("{errors}")))?;
+    let options = source.options();
+    let loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
     shared::heap::one_arena();
     start_log(args, &loaded.config)?;
     Ok((options, loaded))
 }
 
 /// Loads the configuration and runs until told to stop.
-pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
-    let (options, loaded) = begin(args, file)?;
+pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
+    let (options, loaded) = begin(args, source)?;
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");
     }
@@ -72,8 +72,6 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
     };
     let level = match level.as_str() {
         "warning" => "warn",
-        "critical" => "error",
-        "notset" => "trace",
         other => other,
     };
     let directives = format!("warn,control={level},bai_agent={level}");
@@ -81,7 +79,7 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
         Ok(given) if !given.is_empty() => EnvFilter::try_new(given),
         _ => EnvFilter::try_new(directives),
     }
-    .context("the log level is not one of TRACE, DEBUG, INFO, WARNING, ERROR")
+    .context("RUST_LOG can not be used; write it as control=debug,control::rpc=trace")
     .map_err(Problem::Usage)?;
     let colour = config
         .logging

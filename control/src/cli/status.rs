@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::connection::Connection;
+use super::connection::Way;
 use super::exit::Problem;
 use super::output::{self, Form, Table};
 
@@ -34,12 +34,8 @@ fn amount(slot: &str, value: &Value) -> String {
 }
 
 /// Shows the node's state. Ends with code 1 when a part of it is not working.
-pub async fn status(
-    connection: &Connection,
-    config: Option<&config::Config>,
-    form: Form,
-) -> Result<(), Problem> {
-    let agent = match connection.open().await {
+pub async fn status(way: &Way, config: Option<&config::Config>, form: Form) -> Result<(), Problem> {
+    let agent = match way.open().await {
         Ok(agent) => agent,
         Err(problem) => {
             return match config {
@@ -290,8 +286,8 @@ fn path(port: &Value) -> String {
 }
 
 /// Shows every published port: who has it, what serves it and, when nothing does, why.
-pub async fn ports(connection: &Connection, form: Form) -> Result<(), Problem> {
-    let agent = connection.open().await?;
+pub async fn ports(way: &Way, form: Form) -> Result<(), Problem> {
+    let agent = way.open().await?;
     let reply: Value = agent.call("bai.ports", Vec::new(), DEADLINE).await?;
     if form == Form::Json {
         return Ok(output::json(&reply)?);

@@ -1,13 +1,12 @@
 //! `bai-agent watcher`: the watcher in the foreground.
 
-use std::path::PathBuf;
-
+use super::connection::Source;
 use super::exit::Problem;
 use super::run::{RunArgs, begin};
 
 /// Loads the configuration and runs until told to stop.
-pub fn run(args: &RunArgs, file: Option<PathBuf>) -> Result<(), Problem> {
-    let (_, loaded) = begin(args, file)?;
+pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
+    let (_, loaded) = begin(args, source)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::records::{EventsReply, ImageReply};
 use super::{CALL_DEADLINE, pair};
-use crate::cli::connection::{Agent, Connection};
+use crate::cli::connection::{Agent, Way};
 use crate::cli::exit::Problem;
 use crate::cli::output::{self, Form};
 use crate::rpc::{ImageRef, Value};
@@ -55,6 +55,7 @@ pub struct CreateArgs {
     /// A script that runs in the kernel before it is ready.
     #[arg(long, value_name = "FILE")]
     bootstrap: Option<PathBuf>,
+    /// The kind of session it belongs to.
     #[arg(long, value_enum, default_value_t)]
     kind: Kind,
     /// The kernel's id (a new one by default).
@@ -113,7 +114,7 @@ fn optional(value: Option<Value>) -> Value {
     value.unwrap_or(Value::Nil)
 }
 
-/// The arguments of `create_kernels` for one kernel (`rpc.md` 6.2 of the RPC reference).
+/// The arguments of `create_kernels` for one kernel.
 fn request(
     args: &CreateArgs,
     image: &ImageReply,
@@ -273,7 +274,7 @@ fn request(
 pub(super) async fn run(
     args: CreateArgs,
     agent: &Agent,
-    connection: &Connection,
+    way: &Way,
     form: Form,
 ) -> Result<(), Problem> {
     let bootstrap = match &args.bootstrap {
@@ -294,7 +295,7 @@ pub(super) async fn run(
     // Progress comes on a connection of its own: it must never hold up the creation.
     let progress = match (args.quiet, form) {
         (false, Form::Text) => {
-            let watcher = connection.open().await?;
+            let watcher = way.open().await?;
             // Where the stream stands before anything is asked for, so that its first event is seen too.
             let head = events(&watcher, -1, 0.0).await?.next;
             Some(tokio::spawn(follow(watcher, head, kernel)))
