@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
+use dataplane::collect::facts::{Facts, Hierarchy};
 use dataplane::collect::process::Lister;
 use dataplane::collect::tasks::{self, Tasks};
 use dataplane::collect::{Means, Sampler};
@@ -29,7 +30,7 @@ use serde_json::{Map, Value, json};
 use shared::Sizes;
 use shared::desired::ContainerRow;
 use shared::doorbell::{Doorbell, Ringer};
-use shared::observed::{ObservedReader, ObservedWriter, Source};
+use shared::observed::{ContainerSample, ObservedReader, ObservedWriter, Source};
 use shared::run_dir::RunDir;
 
 use self::crowd::Crowd;
@@ -99,7 +100,62 @@ struct Way {
     /// CPU of the reading thread over all ticks by getrusage, divided by them, ms.
     cpu_ms_per_sample: f64,
     elapsed_us: Option<Spread>,
+    /// What read each group of counters; the loop in Python reads files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    readers: Option<Readers>,
     ticks: Vec<Tick>,
+}
+
+/// What read each group of counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Readers {
+    cpu: &'static str,
+    memory: &'static str,
+    pids: &'static str,
+    io: &'static str,
+    net: &'static str,
+}
+
+impl Readers {
+    fn of(sample: &ContainerSample) -> Self {
+        Self {
+            cpu: name(sample.cpu.source),
+            memory: name(sample.memory.source),
+            pids: name(sample.pids.source),
+            io: name(sample.io.source),
+            net: name(sample.net.source),
+        }
+    }
+
+    /// Whether they are those that this way is to have.
+    fn fit(&self, by_program: bool, facts: &Facts) -> bool {
+        let cgroups = name(if by_program {
+            Source::Bpf
+        } else {
+            Source::File
+        });
+        let io = match self.io {
+            "bpf" => by_program,
+            // Some kernels keep their counters of block devices where the program does not know them.
+            "file" => true,
+            // Some count nothing in version 1 unless there is a limit.
+            "absent" => !by_program && matches!(facts.io, Some(Hierarchy::V1(_))),
+            _ => false,
+        };
+        io && [self.cpu, self.memory, self.pids] == [cgroups; 3]
+            && self.net == name(Source::Netlink)
+    }
+}
+
+fn name(source: Source) -> &'static str {
+    match source {
+        Source::Absent => "absent",
+        Source::File => "file",
+        Source::Bpf => "bpf",
+        Source::Netlink => "netlink",
+        Source::Engine => "engine",
+        Source::Walk => "walk",
+    }
 }
 
 /// The native ways.
@@ -151,7 +207,7 @@ struct Reader<'scope> {
     name: &'static str,
     begin: SyncSender<()>,
     done: Receiver<Tick>,
-    thread: ScopedJoinHandle<'scope, Result<f64>>,
+    thread: ScopedJoinHandle<'scope, Result<(f64, Readers)>>,
 }
 
 /// CPU of this thread, us, exact at this moment.
@@ -168,7 +224,7 @@ fn rusage_ms() -> Result<f64> {
     Ok(us as f64 / 1e3)
 }
 
-/// Passes and their publication, one for each word of `begin`; CPU of the thread meanwhile, ms.
+/// Passes and their publication, one for each word of `begin`; CPU of the thread meanwhile, ms, and what read.
 fn read(
     run_dir: &RunDir,
     rows: &[ContainerRow],
@@ -176,7 +232,7 @@ fn read(
     by_program: bool,
     begin: &Receiver<()>,
     done: &SyncSender<Tick>,
-) -> Result<f64> {
+) -> Result<(f64, Readers)> {
     let containers = u32::try_from(rows.len())?;
     let sizes = Sizes {
         containers,
@@ -219,18 +275,13 @@ fn read(
     let used = rusage_ms()? - before;
     // All of it must have been there, and by the way it is said to be.
     let snapshot = ObservedReader::at(&directory).snapshot()?;
-    let wanted = if by_program {
-        Source::Bpf
-    } else {
-        Source::File
-    };
+    let facts = Facts::gather();
+    let mut all = None;
     for sample in &snapshot.containers {
-        let sources = [sample.cpu.source, sample.memory.source, sample.pids.source];
+        let readers = Readers::of(sample);
         ensure!(
-            sources == [wanted; 3]
-                && sample.net.source == Source::Netlink
-                && (!by_program || sample.io.source != Source::Absent),
-            "a container was read otherwise: {sample:?}"
+            readers.fit(by_program, &facts) && *all.get_or_insert(readers) == readers,
+            "a container was read otherwise: {readers:?} {sample:?}"
         );
     }
     ensure!(
@@ -239,7 +290,7 @@ fn read(
         snapshot.containers.len(),
         rows.len()
     );
-    Ok(used)
+    Ok((used, all.context("there are no containers")?))
 }
 
 /// Every way that reads the kernel, over `count` containers.
@@ -322,14 +373,14 @@ fn natively(
                     ..
                 } = reader;
                 drop(begin);
-                let used = thread
+                let (used, readers) = thread
                     .join()
                     .map_err(|_| anyhow::anyhow!("the reader of {name} has died"))?
                     .with_context(|| name.to_owned())?;
                 ways.push(way(
                     count,
                     name,
-                    Some(used),
+                    Some((used, readers)),
                     std::mem::take(&mut found[ways.len()]),
                 ));
             }
@@ -358,24 +409,99 @@ fn natively(
         println!("{count:>5} {name}, apart: {listing:>9.3} ms CPU per listing");
         apart.insert(format!("{name}_ms_{count}"), json!(listing));
     }
+    let (asked, counted) = disks(site, count, ticks.min(20))?;
+    println!(
+        "{count:>5} disks, apart: {asked:>9.3} ms CPU per round, {counted:>9.3} to count directories"
+    );
+    apart.insert(format!("disk_ms_{count}"), json!(asked));
+    apart.insert(format!("disk_count_ms_{count}"), json!(counted));
     crowd.disperse(site)?;
     Ok(ways)
 }
 
-fn way(containers: u16, name: &'static str, used_ms: Option<f64>, ticks: Vec<Tick>) -> Way {
+fn way(containers: u16, name: &'static str, read: Option<(f64, Readers)>, ticks: Vec<Tick>) -> Way {
     let sum = || ticks.iter().map(|tick| tick.cpu_us).sum::<f64>() / 1e3;
     Way {
         containers,
         way: name,
-        cpu_ms_per_sample: used_ms.unwrap_or_else(sum) / ticks.len().max(1) as f64,
+        cpu_ms_per_sample: read.map_or_else(sum, |(used, _)| used) / ticks.len().max(1) as f64,
         elapsed_us: Spread::of(ticks.iter().map(|tick| tick.elapsed_us)),
+        readers: read.map(|(_, readers)| readers),
         ticks,
     }
 }
 
+/// CPU of this process's threads whose names begin like this, ms.
+fn threads_ms(names: &[&str]) -> Result<f64> {
+    let mut ns = 0.0;
+    for task in std::fs::read_dir("/proc/self/task")?.flatten() {
+        let text = |name: &str| std::fs::read_to_string(task.path().join(name));
+        // Others come and go.
+        let Some(name) = text("comm").ok() else {
+            continue;
+        };
+        if names.iter().any(|it| name.starts_with(it)) {
+            let first = text("schedstat")?;
+            ns += first
+                .split(' ')
+                .next()
+                .context("no number")?
+                .parse::<f64>()?;
+        }
+    }
+    Ok(ns / 1e6)
+}
+
+/// Files in each container's directory.
+const FILES: u32 = 16;
+
+/// CPU of asking once about the node's devices and the directories of so many containers, and of counting
+/// these, which have no file systems of their own, ms.
+fn disks(site: &Site, count: u16, rounds: u32) -> Result<(f64, f64)> {
+    let root = site.directory().join("scratches");
+    let mut scratches = Vec::new();
+    for number in 0..count {
+        let scratch = root.join(number.to_string());
+        std::fs::create_dir_all(&scratch)?;
+        for file in 0..FILES {
+            std::fs::write(scratch.join(file.to_string()), [1; 4096])?;
+        }
+        scratches.push(scratch.to_str().context("a path")?.to_owned());
+    }
+    // Questions are asked one after the other: when this one is answered, the round is over.
+    scratches.push("/dev/shm".to_owned());
+    let last = std::path::Path::new("/dev/shm");
+    let mut disk = Disk::start()?;
+    let mut round = || -> Result<()> {
+        let begin = Instant::now();
+        let all = scratches.iter().map(String::as_str);
+        disk.refresh(Some(&root), all, std::iter::empty());
+        crate::site::until("a round", || {
+            let (space, _) = disk.scratch(last)?;
+            (space.at >= begin).then_some(())
+        })
+    };
+    let before = threads_ms(&["tree"])?;
+    // The first round tells which are to be counted.
+    round()?;
+    round()?;
+    let counted = |disk: &Disk, path: &str| disk.scratch(path.as_ref()).is_some();
+    let asked = threads_ms(&["disk"])?;
+    for _ in 0..rounds {
+        round()?;
+    }
+    let asked = (threads_ms(&["disk"])? - asked) / f64::from(rounds);
+    crate::site::until("all being counted", || {
+        scratches.iter().all(|it| counted(&disk, it)).then_some(())
+    })?;
+    let counting = threads_ms(&["tree"])? - before;
+    std::fs::remove_dir_all(&root)?;
+    Ok((asked, counting))
+}
+
 /// CPU of listing the processes of all containers once, by the threads that do it, ms.
 fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
-    let facts = dataplane::collect::facts::Facts::gather();
+    let facts = Facts::gather();
     let mut lister = Lister::start()?;
     if walked {
         let most = u32::try_from(rows.len())?;
@@ -388,22 +514,7 @@ fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
         rows.iter()
             .map(|row| (row.container_id, pids.mount().join(&row.cgroup_path)))
     };
-    let cpu_ms = || -> Result<f64> {
-        let mut ns = 0.0;
-        for task in std::fs::read_dir("/proc/self/task")?.flatten() {
-            let text = |name: &str| std::fs::read_to_string(task.path().join(name));
-            let name = text("comm")?;
-            if name.starts_with("processes") || name.starts_with("tasks") {
-                let first = text("schedstat")?;
-                ns += first
-                    .split(' ')
-                    .next()
-                    .context("no number")?
-                    .parse::<f64>()?;
-            }
-        }
-        Ok(ns / 1e6)
-    };
+    let cpu_ms = || threads_ms(&["processes", "tasks"]);
     // The first round loads the program.
     crate::site::until("a listing", || lister.turn(wanted()))?;
     let before = cpu_ms()?;
@@ -489,7 +600,11 @@ fn report(
             "engine_containers": options.engine_containers,
             "engine_rounds": options.engine_rounds,
             "agent_seconds": options.agent_seconds,
+            "ways": options.ways,
+            "no_python": options.no_python,
+            "no_engine": options.no_engine,
         },
+        "command": std::env::args().collect::<Vec<_>>(),
         "ways": ways,
         "engine": engine,
         "python_agent": agent,

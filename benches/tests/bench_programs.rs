@@ -202,7 +202,21 @@ fn statistics_are_measured_against_other_ways() {
     assert_eq!(ways.len(), 8, "four ways, two sizes");
     for way in ways {
         assert_eq!(way["ticks"].as_array().map(Vec::len), Some(3), "{way}");
+        let reader = way["readers"]["memory"].as_str();
+        let wanted = match way["way"].as_str() {
+            Some("ours") => Some("bpf"),
+            Some("python_files") => None,
+            _ => Some("file"),
+        };
+        assert_eq!(reader, wanted, "{way}");
     }
+    for name in ["processes_ms_5", "disk_ms_5", "disk_count_ms_5"] {
+        let value = found["further"][name].as_f64();
+        assert!(value.is_some_and(|it| it > 0.0), "{name}: {value:?}");
+    }
+    let command = found["command"].as_array().expect("a command");
+    assert!(command.iter().any(|it| it == "3,5"), "{command:?}");
+    assert_eq!(found["options"]["ways"].as_array().map(Vec::len), Some(3));
     std::fs::remove_dir_all(output).expect("removed");
 }
 
