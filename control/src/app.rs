@@ -352,6 +352,7 @@ async fn assemble(
     reach_docker(&docker, starting, stopping).await?;
     let state_dir = config.agent.var_base_path.clone();
     let journal = Journal::open(&state_dir, &agent_id)?;
+    let ends = Journal::open_ends(&state_dir, &agent_id)?;
     let logs = KeptLogs::open(&state_dir, &agent_id)?;
     let events_file = state_dir.join(format!("events.{}.jsonl", plain_name(&agent_id)));
     let mut sinks: Vec<Box<dyn Sink>> =
@@ -492,6 +493,7 @@ async fn assemble(
         ledger,
         accelerators,
         journal,
+        ends,
         logs,
         link,
         socket_dir,

@@ -9,7 +9,7 @@ use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
 use harness::wait;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use uuid::Uuid;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -108,6 +108,27 @@ async fn a_stopped_control_leaves_its_kernels_alone() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_found_out_of_an_image_is_kept() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let mut order = Order::of(Image::Python)?;
+    let labels = order.config["image"]["labels"].as_object_mut().unwrap();
+    labels.remove("ai.backend.base-distro").expect("a label");
+    kernels::create(&node, &order).await?;
+    kernels::destroy(&node, &order).await?;
+    node.stop_control()?;
+    let file = node.state().join("distros.json");
+    let kept: Json = serde_json::from_slice(&std::fs::read(&file)?)?;
+    let id = order.config["image"]["digest"].as_str().unwrap();
+    assert_eq!(kept, json!({id: "ubuntu22.04"}));
+    // The next life believes it, without a look into the image: no such files are packaged.
+    std::fs::write(&file, json!({id: "nosuch1.0"}).to_string())?;
+    node.start_control().await?;
+    let failure = kernels::fail_to_create(&node, &order).await?;
+    assert!(failure.repr.contains("nosuch1.0"), "{}", failure.repr);
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn defect_unregistered_live_containers_are_killed() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
     let order = Order::of(Image::Services)?;
@@ -161,6 +182,39 @@ async fn a_container_that_died_meanwhile_is_finished() -> Result<()> {
         logs["logs"].as_str().unwrap().contains("last words"),
         "{logs}"
     );
+    kernels::assert_clean(&node).await
+}
+
+// The manager takes the end of a kernel that died by itself only once it destroys the session.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_is_told_after_restarts_of_the_agent() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    kernels::docker(&["kill", result["container_id"].as_str().unwrap()])?;
+    let end = kernels::wait_end(&node, order.kernel).await?;
+    wait_state(&node, order.kernel, None).await?;
+    assert_eq!(end, ("self-terminated".to_owned(), 137));
+    let shown = async |node: &Node| -> Result<(Json, Json)> {
+        let status = kernels::ask(node, "bai.status", vec![]).await?;
+        let known = kernels::ask(node, "bai.kernels", vec![Value::Bool(true)]).await?;
+        Ok((status["died"].clone(), known["kernels"].clone()))
+    };
+    let before = shown(&node).await?;
+    assert_eq!(before.0[0]["kernel_id"], json!(order.kernel), "{before:?}");
+    // Killed, and stopped in good order.
+    for kill in [true, false] {
+        if kill {
+            node.kill_control()?;
+        } else {
+            node.stop_control()?;
+        }
+        node.start_control().await?;
+        assert_eq!(shown(&node).await?, before, "cause and time stay");
+        kernels::destroy(&node, &order).await?;
+        // The events of this life of the agent.
+        assert_eq!(kernels::ends(&node, order.kernel).await?, vec![end.clone()]);
+    }
     kernels::assert_clean(&node).await
 }
 

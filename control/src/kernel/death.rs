@@ -10,6 +10,7 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use shared::observed::ContainerSample;
 
 use super::lifecycle::Reason;
@@ -24,7 +25,8 @@ const RECENT: Duration = Duration::from_secs(10);
 const SHM_SLACK: u64 = 1 << 20;
 
 /// What killed a container or a command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Death {
     /// Killed at its memory limit.
     OutOfMemory,

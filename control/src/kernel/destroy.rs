@@ -4,7 +4,7 @@
 //! reservation, no port, no journal file, and one `kernel_terminated` with the real exit code.
 //! Invariants: ending one kernel waits for no other kernel; nothing is given back while the
 //! container may still use it, so with a broken engine the ending goes on trying; the journal file
-//! goes after the announcement is on the disk; every single wait has a deadline.
+//! goes after the end and its announcement are on the disk; every single wait has a deadline.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use super::lifecycle::{Action, Ending, Input, Reason};
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::recovery;
-use super::registry::Kernel;
+use super::registry::{EndedKernel, Kernel};
 use super::scratch::ScratchError;
 use crate::docker::{ContainerInspectResponse, DockerError, LogOptions};
 use crate::events::Event;
@@ -179,11 +179,29 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         death,
     });
     node.perform(kernel, &actions);
+    let end = EndedKernel::now(kernel);
+    keep_end(node, end.clone()).await;
     if !actions.contains(&Action::AnnounceTerminated) || announcement_is_kept(node, kernel).await {
         remove_record(node, kernel).await;
     }
-    node.registry.forget(kernel);
+    let oldest = node.registry.forget(kernel, end);
     kernel.leave();
+    if let Some(oldest) = oldest {
+        let ends = node.ends.clone();
+        if let Err(err) = blocking(move || ends.remove(oldest)).await {
+            // The next start removes what is too much.
+            tracing::warn!(kernel_id = %oldest, err = &err as &dyn std::error::Error, "cannot remove the end of a kernel");
+        }
+    }
+}
+
+/// For a destroy that comes after a restart of the agent.
+async fn keep_end(node: &Node, end: EndedKernel) {
+    let (ends, id) = (node.ends.clone(), end.view.id);
+    if let Err(err) = blocking(move || end.store(&ends)).await {
+        tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error,
+            "cannot write down how a kernel ended; it is known until the agent stops");
+    }
 }
 
 /// Whether the end of a kernel will reach the managers although this process be killed.

@@ -3,7 +3,7 @@
 //! In: a record at each transition. Out: the records found at start. Files live in
 //! `<var-base-path>/kernels/<agent id>/<kernel id>.json`, mode 0600 (they hold the request, with the
 //! session's private keys), in a directory of mode 0700; never in the scratch, which is mounted
-//! into the container.
+//! into the container. The ends of kernels lie beside them in `ended/<agent id>`, in the same form.
 //!
 //! Invariant: a file is always whole. It is written under another name, its bytes are flushed to
 //! the disk (`fdatasync`), then it is renamed over the old one. The directory itself is not
@@ -117,7 +117,15 @@ pub struct Journal {
 impl Journal {
     /// Prepares the directory for one agent. `agent_id` must be a plain name.
     pub fn open(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
-        let dir = var_base.join("kernels").join(plain_name(agent_id));
+        Self::open_dir(var_base.join("kernels").join(plain_name(agent_id)))
+    }
+
+    /// The same for the ends of kernels.
+    pub fn open_ends(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
+        Self::open_dir(var_base.join("ended").join(plain_name(agent_id)))
+    }
+
+    fn open_dir(dir: PathBuf) -> Result<Journal, JournalError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)

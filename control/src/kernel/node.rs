@@ -61,6 +61,8 @@ pub struct Node {
     pub plugin_host: PluginHost,
     /// The journal.
     pub journal: Journal,
+    /// The ends of kernels.
+    pub ends: Journal,
     /// Consoles of ended kernels.
     pub logs: KeptLogs,
     /// The dataplane.

@@ -22,7 +22,7 @@ use super::journal::{Damaged, JournalError};
 use super::lifecycle::Lifecycle;
 use super::node::{Node, blocking};
 use super::record::Record;
-use super::registry::Kernel;
+use super::registry::{EndedKernel, Kernel};
 use super::{batch_job, rows};
 use crate::docker::{ContainerSummary, DockerError};
 
@@ -112,6 +112,7 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
     let journal = node.journal.clone();
     let (records, damaged) = blocking(move || journal.load::<Record>()).await?;
     report_damage(&damaged);
+    recall_ends(node).await;
     let listed = list(node).await.map_err(RecoveryError::List)?;
     let known = records
         .iter()
@@ -154,6 +155,26 @@ fn report_damage(damaged: &[Damaged]) {
     for damaged in damaged {
         tracing::error!(path = %damaged.path.display(), err = damaged.reason,
             "a journal file cannot be read; its kernel is adopted from Docker's labels");
+    }
+}
+
+/// How kernels ended in earlier lives of the agent.
+async fn recall_ends(node: &Node) {
+    let ends = node.ends.clone();
+    match blocking(move || EndedKernel::load(&ends)).await {
+        Ok((found, damaged)) => {
+            for damaged in damaged {
+                tracing::warn!(path = %damaged.path.display(), err = damaged.reason,
+                    "cannot read how a kernel ended; a destroy of it is told already-terminated");
+            }
+            node.registry.remember(found);
+        }
+        Err(err) => {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot read how kernels ended; destroys of them are told already-terminated"
+            );
+        }
     }
 }
 

@@ -9,18 +9,19 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::callers::{Callers, Source};
-use super::death::OutOfMemory;
-use super::journal::{Journal, JournalError, Phase, StoredEnding};
-use super::lifecycle::{Action, Ending, Input, Lifecycle, Refusal, Stage, State};
+use super::death::{Death, OutOfMemory};
+use super::journal::{Damaged, Journal, JournalError, Phase, StoredEnding};
+use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
 use super::record::Record;
 use super::runner_link::RunnerLink;
 
-/// How many ended kernels are remembered for those who ask.
+/// How many ended kernels are remembered for those who ask, over restarts of the agent too.
 const ENDED_KEPT: usize = 256;
 
 /// One kernel: shared by everything that works on it.
@@ -101,6 +102,81 @@ pub struct EndedKernel {
     pub view: KernelView,
     /// When it ended.
     pub at: SystemTime,
+}
+
+/// The same on the disk: the record has the ending, but for what the kernel died of.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct StoredEnd {
+    /// Seconds since the epoch.
+    at: f64,
+    death: Option<Death>,
+    record: Record,
+}
+
+impl EndedKernel {
+    /// A kernel that ends now.
+    pub fn now(kernel: &Kernel) -> EndedKernel {
+        let mut view = kernel.view();
+        view.record.forget_secrets();
+        view.record.phase = phase_of(&view.state);
+        view.record.ending = outcome(&view.state).map(stored);
+        EndedKernel {
+            view,
+            at: SystemTime::now(),
+        }
+    }
+
+    /// Writes it beside the journal, in the place of an earlier life's. Blocks.
+    pub fn store(&self, ends: &Journal) -> Result<(), JournalError> {
+        let end = StoredEnd {
+            at: crate::events::unix_seconds(self.at),
+            death: outcome(&self.view.state).and_then(|ending| ending.death),
+            record: self.view.record.clone(),
+        };
+        ends.store(self.view.id, &end)
+    }
+
+    /// The last ones on the disk, oldest first; others are removed. Blocks.
+    pub fn load(ends: &Journal) -> Result<(Vec<EndedKernel>, Vec<Damaged>), JournalError> {
+        let (found, damaged) = ends.load::<StoredEnd>()?;
+        let mut kernels: Vec<EndedKernel> =
+            found.into_values().filter_map(StoredEnd::read).collect();
+        kernels.sort_by_key(|ended| ended.at);
+        let surplus = kernels.len().saturating_sub(ENDED_KEPT);
+        for ended in kernels.drain(..surplus) {
+            ends.remove(ended.view.id)?;
+        }
+        Ok((kernels, damaged))
+    }
+}
+
+impl StoredEnd {
+    fn read(self) -> Option<EndedKernel> {
+        let at = Duration::try_from_secs_f64(self.at).ok()?;
+        let ending = self.record.ending.as_ref()?;
+        let ending = Ending {
+            reason: Reason::from_text(&ending.reason),
+            suppress: ending.suppress,
+            exit_code: ending.exit_code,
+            death: self.death,
+        };
+        Some(EndedKernel {
+            view: KernelView {
+                id: self.record.id(),
+                state: State::Ended(ending),
+                record: self.record,
+            },
+            at: SystemTime::UNIX_EPOCH.checked_add(at)?,
+        })
+    }
+}
+
+fn stored(ending: &Ending) -> StoredEnding {
+    StoredEnding {
+        reason: ending.reason.to_string(),
+        suppress: ending.suppress,
+        exit_code: ending.exit_code,
+    }
 }
 
 impl Kernel {
@@ -195,11 +271,7 @@ impl Kernel {
         let mut inner = self.inner();
         inner.entries += 1;
         inner.record.phase = phase_of(inner.lifecycle.state());
-        inner.record.ending = inner.lifecycle.ending().map(|ending| StoredEnding {
-            reason: ending.reason.to_string(),
-            suppress: ending.suppress,
-            exit_code: ending.exit_code,
-        });
+        inner.record.ending = inner.lifecycle.ending().map(stored);
         JournalEntry {
             number: inner.entries,
             record: inner.record.clone(),
@@ -461,8 +533,9 @@ impl Registry {
         }
     }
 
-    /// Drops a kernel that has ended and remembers its end.
-    pub fn forget(&self, kernel: &Arc<Kernel>) {
+    /// Drops a kernel that has ended and remembers its end. Answers a kernel whose end is no longer
+    /// remembered.
+    pub fn forget(&self, kernel: &Arc<Kernel>, end: EndedKernel) -> Option<KernelId> {
         let removed = {
             let mut kernels = self.kernels();
             match kernels.get(&kernel.id) {
@@ -474,17 +547,25 @@ impl Registry {
                 _ => None,
             }
         };
-        if removed.is_some() {
-            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            if ended.len() == ENDED_KEPT {
-                ended.pop_front();
-            }
-            let mut view = kernel.view();
-            view.record.forget_secrets();
-            ended.push_back(EndedKernel {
-                view,
-                at: SystemTime::now(),
-            });
+        removed?;
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let oldest = (ended.len() == ENDED_KEPT).then(|| ended.pop_front());
+        ended.push_back(end);
+        let gone = oldest.flatten()?.view.id;
+        // A later life of it may have ended too.
+        ended
+            .iter()
+            .all(|ended| ended.view.id != gone)
+            .then_some(gone)
+    }
+
+    /// Takes up the ends that an earlier life of the agent has left.
+    pub fn remember(&self, ends: Vec<EndedKernel>) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = ENDED_KEPT.saturating_sub(ended.len());
+        let surplus = ends.len().saturating_sub(room);
+        for end in ends.into_iter().skip(surplus).rev() {
+            ended.push_front(end);
         }
     }
 
@@ -624,13 +705,82 @@ mod tests {
             death: None,
         });
         assert!(actions.contains(&Action::Forget));
-        registry.forget(&kernel);
+        registry.forget(&kernel, EndedKernel::now(&kernel));
         kernel.leave();
         let dropped = tokio::time::timeout(Duration::from_secs(10), waiting).await;
         assert!(dropped.unwrap().unwrap());
         let ended = registry.ended();
         assert_eq!(ended.len(), 1);
         assert_eq!(outcome(&ended[0].view.state).unwrap().exit_code, Some(3));
+    }
+
+    fn end(registry: &Registry, id: [u8; 16], ends: &Journal) {
+        let mut record = record(1);
+        record.kernel_id = uuid::Uuid::from_bytes(id);
+        record.environ = serde_json::from_value(serde_json::json!({"SECRET": "word"})).unwrap();
+        let Admission::Accepted(kernel) = registry.admit(record) else {
+            panic!("not admitted")
+        };
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        kernel.step(Input::Died { exit_code: None });
+        kernel.step(Input::Cleaned {
+            exit_code: Some(137),
+            death: Some(Death::OutOfMemory),
+        });
+        let end = EndedKernel::now(&kernel);
+        end.store(ends).unwrap();
+        if let Some(gone) = registry.forget(&kernel, end) {
+            ends.remove(gone).unwrap();
+        }
+    }
+
+    #[test]
+    fn ends_are_remembered_by_the_next_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let ends = Journal::open_ends(dir.path(), "i-node").unwrap();
+        let id = |n: u16| {
+            let mut id = [7; 16];
+            id[..2].copy_from_slice(&n.to_be_bytes());
+            id
+        };
+        let (registry, count) = (Registry::default(), u16::try_from(ENDED_KEPT).unwrap());
+        for n in 0..count + 2 {
+            end(&registry, id(n), &ends);
+        }
+        let files = || std::fs::read_dir(ends.dir()).unwrap().count();
+        assert_eq!(files(), ENDED_KEPT, "the oldest go");
+        let text =
+            std::fs::read_to_string(ends.dir().join(format!("{}.json", KernelId(id(9))))).unwrap();
+        assert!(!text.contains("word"), "no secrets: {text}");
+
+        let (found, damaged) = EndedKernel::load(&ends).unwrap();
+        assert!(damaged.is_empty());
+        let next = Registry::default();
+        end(&next, id(count + 2), &ends);
+        next.remember(found);
+        let session = SessionId([0; 16]);
+        assert_eq!(next.end_of(KernelId(id(2)), session), None, "no room");
+        let ending = next.end_of(KernelId(id(3)), session).unwrap();
+        assert_eq!(
+            (ending.told(), ending.exit_code),
+            (Reason::OUT_OF_MEMORY, Some(137))
+        );
+        assert_eq!(next.end_of(KernelId(id(3)), SessionId([1; 16])), None);
+        let (before, after) = (registry.ended(), next.ended());
+        let times = |ended: &[EndedKernel]| ended.iter().map(|it| it.at).collect::<Vec<_>>();
+        assert_eq!(after.len(), ENDED_KEPT);
+        assert!(times(&after).is_sorted());
+        let age =
+            |a: SystemTime, b: SystemTime| a.duration_since(b).unwrap_or_else(|err| err.duration());
+        assert!(
+            age(after[0].at, before[1].at) < Duration::from_micros(1),
+            "the time stays"
+        );
+        // What an agent that was killed has left too much goes at the next start.
+        assert_eq!(files(), ENDED_KEPT + 1);
+        EndedKernel::load(&ends).unwrap();
+        assert_eq!(files(), ENDED_KEPT);
     }
 
     #[test]
