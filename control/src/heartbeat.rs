@@ -9,7 +9,7 @@
 
 mod images;
 pub mod payload;
-mod status;
+pub mod status;
 
 use std::sync::Arc;
 use std::time::Duration;

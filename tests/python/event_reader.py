@@ -1,6 +1,8 @@
 """Reads what an agent left in a Redis with the published classes of the manager's side, and prints it as JSON.
 
-Usage: event_reader.py PORT CONTAINER_ID
+Usage: event_reader.py PORT CONTAINER_ID HEARD
+
+HEARD is a file with what the channel brought, a message per line.
 """
 
 import importlib
@@ -46,6 +48,8 @@ def plain(value):
         return {"bytes": value.hex()}
     if hasattr(value, "value"):
         return value.value
+    if kind == "QuotaScopeID":
+        return str(value)
     if hasattr(value, "__dict__"):
         return {key: plain(item) for key, item in vars(value).items()}
     return value
@@ -65,6 +69,8 @@ def read(payload, known):
 
 def main():
     port, container = int(sys.argv[1]), sys.argv[2]
+    with open(sys.argv[3], encoding="utf-8") as file:
+        messages = file.read().splitlines()
     for module in pkgutil.walk_packages(event_types.__path__, event_types.__name__ + "."):
         importlib.import_module(module.name)
     anycasts, broadcasts = classes(AbstractAnycastEvent), classes(AbstractBroadcastEvent)
@@ -73,6 +79,7 @@ def main():
         read(MessagePayload.from_anycast(fields), anycasts)
         for _, fields in stream.xrange("events")
     ]
+    heard = [read(MessagePayload.from_broadcast(load_json(text)), broadcasts) for text in messages]
     cached = [
         read(MessagePayload.from_broadcast(load_json(stream.get(key))), broadcasts)
         for key in sorted(stream.keys("bgtask.*"))
@@ -82,7 +89,7 @@ def main():
         ContainerLogData.deserialize(element).get_content()
         for element in logs.lrange(f"containerlog.{container}", 0, -1)
     )
-    print(json.dumps({"entries": entries, "cached": cached, "log": log.decode()}))
+    print(json.dumps({"entries": entries, "heard": heard, "cached": cached, "log": log.decode()}))
 
 
 main()

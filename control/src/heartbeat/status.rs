@@ -78,9 +78,12 @@ async fn collect(node: &Node) -> Result<Message, String> {
 /// A container that counts as active.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Active {
-    container_id: String,
-    kernel_id: String,
-    status: String,
+    /// Its id.
+    pub container_id: String,
+    /// Its kernel's.
+    pub kernel_id: String,
+    /// The engine's word.
+    pub status: String,
 }
 
 fn active(listed: &ContainerSummary) -> Option<Active> {
@@ -97,7 +100,12 @@ fn active(listed: &ContainerSummary) -> Option<Active> {
     })
 }
 
-fn args(agent: &str, containers: &[Active], kernels: &[(KernelId, Option<String>)]) -> Vec<Value> {
+/// The arguments of the report: the active containers, and the kernels with theirs.
+pub fn args(
+    agent: &str,
+    containers: &[Active],
+    kernels: &[(KernelId, Option<String>)],
+) -> Vec<Value> {
     let text = |text: &str| Value::Str(text.to_owned());
     let containers = containers.iter().map(|container| {
         Value::map([
