@@ -19,7 +19,7 @@ use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
 use harness::redis::{Gate, Redis, RedisClient};
 use harness::wait;
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
 const LIMIT: Duration = Duration::from_secs(90);
 /// For what is told twice a minute.
@@ -232,12 +232,24 @@ async fn statistics_and_notices_lie_where_managers_look() -> Result<()> {
     .await?;
     let life = client.ask(&["TTL", &key])?.int()?;
     assert!((0..=13).contains(&life), "{life}");
+    let status = || async {
+        let args = vec![text(order.kernel), Value::from("user_example.com")];
+        kernels::ask(&node, "get_commit_status", args).await
+    };
+    assert_eq!(
+        status().await?,
+        json!({"kernel": kernel, "status": "ongoing"})
+    );
     engine.cut_all();
     wait::until("its end is told", LIMIT, || {
         let there = client.ask(&["EXISTS", &key]).and_then(|there| there.int());
         async move { (there.ok()? == 0).then_some(()) }
     })
     .await?;
+    assert_eq!(
+        status().await?,
+        json!({"kernel": kernel, "status": "ready"})
+    );
 
     // Reported kernels, without a word on those of others.
     let reported = async |client: &mut RedisClient, wanted: Option<&str>| {

@@ -291,6 +291,15 @@ async fn several_failures_come_as_one_group() -> Result<()> {
         "{}",
         failure.repr
     );
+    // The manager is asked to compare its view.
+    let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];
+    let told = kernels::ask(&node, "bai.events", args).await?;
+    let checks = told["events"].as_array().into_iter().flatten();
+    let checks: Vec<_> = checks
+        .filter(|event| event["name"] == "do_agent_resource_check")
+        .map(|event| &event["args"])
+        .collect();
+    assert_eq!(checks, [&json!([node.agent_id()]); 2]);
     kernels::assert_clean(&node).await
 }
 

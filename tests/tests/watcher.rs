@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::etcd::EtcdServer;
 use harness::node::{free_port, program};
 use harness::wait;
 use nix::sys::signal::{Signal, kill};
@@ -71,10 +72,16 @@ fn prepare(port: u16, host: &str, token: &str, sections: &str) -> Result<TempDir
 }
 
 fn command(directory: &Path) -> Result<Command> {
+    let mut command = command_in_a_cluster(directory)?;
+    command.arg("--standalone");
+    Ok(command)
+}
+
+fn command_in_a_cluster(directory: &Path) -> Result<Command> {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(program("bai-agent")?);
     command
-        .args(["watcher", "--standalone", "--config"])
+        .args(["watcher", "--config"])
         .arg(directory.join("agent.toml"))
         .env(
             "PATH",
@@ -369,11 +376,44 @@ async fn tables_are_read_and_volumes_mounted_only_as_allowed() -> Result<()> {
     Ok(())
 }
 
-/// Below `/mnt` of a mount name space of its own, so that nothing of the machine changes.
 #[tokio::test]
 async fn a_volume_is_mounted_listed_noted_and_unmounted() -> Result<()> {
     let port = free_port()?;
     let directory = prepare(port, "127.0.0.1", TOKEN, "")?;
+    let plain = command(directory.path())?;
+    mount_list_and_unmount(directory, port, plain, "/mnt").await
+}
+
+#[tokio::test]
+async fn etcd_tells_the_token_and_where_volumes_are_mounted() -> Result<()> {
+    let etcd = EtcdServer::start().await?;
+    let mut client = etcd.client().await?;
+    for (key, value) in [
+        ("config/watcher/token", TOKEN),
+        ("volumes/_mount", "/mnt/of-the-cluster"),
+    ] {
+        client
+            .put(format!("/sorna/local/{key}"), value, None)
+            .await?;
+    }
+    let port = free_port()?;
+    let directory = prepare(port, "127.0.0.1", "", "")?;
+    let file = directory.path().join("agent.toml");
+    let text = std::fs::read_to_string(&file)?;
+    let own = format!("token-file = \"{}/token\"\n", directory.path().display());
+    ensure!(text.contains(&own), "{text}");
+    std::fs::write(&file, etcd.section("local") + &text.replace(&own, ""))?;
+    let plain = command_in_a_cluster(directory.path())?;
+    mount_list_and_unmount(directory, port, plain, "/mnt/of-the-cluster").await
+}
+
+/// Below `/mnt` of a mount name space of its own, so that nothing of the machine changes.
+async fn mount_list_and_unmount(
+    directory: TempDir,
+    port: u16,
+    plain: Command,
+    prefix: &str,
+) -> Result<()> {
     let here = directory.path();
     let table = here.join("fstab");
     let file = here.join("agent.toml");
@@ -383,7 +423,6 @@ async fn a_volume_is_mounted_listed_noted_and_unmounted() -> Result<()> {
             table.display()
         );
     std::fs::write(&file, text)?;
-    let plain = command(here)?;
     let mut inside = Command::new("unshare");
     inside
         .args([
@@ -419,13 +458,16 @@ async fn a_volume_is_mounted_listed_noted_and_unmounted() -> Result<()> {
         .ask("POST", "/mounts", TOKEN, &body.to_string())
         .await?;
     assert_eq!((mounted.status, mounted.body.as_str()), (200, ""));
-    assert_eq!(watcher.get("/mounts").await?.json()?, json!(["/mnt/vol"]));
+    assert_eq!(
+        watcher.get("/mounts").await?.json()?,
+        json!([format!("{prefix}/vol")])
+    );
     let noted = watcher
         .get(&format!("/fstab?fstab_path={}", table.display()))
         .await?;
     assert_eq!(
         noted.body,
-        "# a comment\nbai-test /mnt/vol tmpfs size=1m 0 0\n"
+        format!("# a comment\nbai-test {prefix}/vol tmpfs size=1m 0 0\n")
     );
     assert!(
         noted.head.contains("content-type: text/plain"),
