@@ -615,7 +615,7 @@ fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
     let memory = memory.and_then(|pid| disk.memory(pid, row.container_id));
     if let Some((space, _)) = scratch {
         counters.scratch_bytes = Some(space.used);
-        counters.scratch_files = Some(space.files);
+        counters.scratch_files = space.files;
         counters.scratch_limit_bytes = space.total;
     }
     if let Some(space) = memory {

@@ -1,4 +1,4 @@
-//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, signals;
+//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, project quotas, signals;
 //! and what NVML's binding leaves out.
 //!
 //! Owns nothing by itself; each file wraps one interface so that the rest of the crate neither sees
@@ -11,6 +11,7 @@ pub mod iterator;
 pub mod netlink;
 pub mod nvml;
 pub mod pipe;
+pub mod quota;
 pub mod rlimit;
 pub mod signal;
 pub mod socket;

@@ -2,8 +2,8 @@
 //!
 //! In: paths of interest. Out: the last answers with their age. A dead mount blocks statfs(2) for
 //! minutes; only the answers about that mount grow old. What a directory takes is asked of its file
-//! system where that knows (one of its own, or a project quota with a limit: ext4 and XFS answer
-//! statfs(2) for the project then), and counted in the background where it does not. Invariant: the
+//! system where that knows (one of its own, or a project of its own whose use is counted: ext4 and XFS), and
+//! counted in the background where it does not. Invariant: the
 //! collector only ever reads answers that are already there.
 
 mod devices;
@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::fs::{Mode, OFlags, StatVfs};
 use shared::ids::ContainerId;
 use shared::observed::{DiskSpace, NodeCounters, NodeSample, Source};
 
 use self::devices::Device;
 use self::tree::Trees;
 use crate::answers::{Answers, Word};
+use crate::sys::quota;
 
 /// So many questions about file systems may hang before the others grow old.
 const THREADS: usize = 16;
@@ -34,8 +36,8 @@ pub struct Space {
     pub available: u64,
     /// What is in use.
     pub used: u64,
-    /// Files on it.
-    pub files: u64,
+    /// Files on it, where that is known.
+    pub files: Option<u64>,
     /// When it was asked.
     pub at: Instant,
 }
@@ -176,7 +178,7 @@ fn ask(question: &Question) -> Word<Answer> {
         Question::At(path) => space(path),
         Question::Own(path) => match is_own(path) {
             Some(true) => space(path),
-            Some(false) => Word::Is(Answer::Shared),
+            Some(false) => Word::Is(of_project(path).map_or(Answer::Shared, Answer::Space)),
             None => Word::Gone,
         },
         // Process ids are used again; the cgroup's path names the container. The last word about one
@@ -194,29 +196,63 @@ fn ask(question: &Question) -> Word<Answer> {
 }
 
 fn space(path: &Path) -> Word<Answer> {
-    let Ok(found) = rustix::fs::statvfs(path) else {
-        return Word::Gone;
-    };
+    match rustix::fs::statvfs(path) {
+        Ok(found) => Word::Is(Answer::Space(told(&found))),
+        Err(_) => Word::Gone,
+    }
+}
+
+fn told(found: &StatVfs) -> Space {
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
-    Word::Is(Answer::Space(Space {
+    Space {
         total: Some(bytes(found.f_blocks)),
         available: bytes(found.f_bavail),
         used: bytes(found.f_blocks.saturating_sub(found.f_bfree)),
-        files: found.f_files.saturating_sub(found.f_ffree),
+        files: Some(found.f_files.saturating_sub(found.f_ffree)),
         at: Instant::now(),
-    }))
+    }
 }
 
-/// Whether what statfs(2) says of a path is of this path alone: a file system of its own, or a
-/// project quota whose limit stands for the size. `None` when it is not there.
+/// Whether a path has a file system of its own. `None` when it is not there.
 fn is_own(path: &Path) -> Option<bool> {
     let parent = path.parent()?;
     let (own, around) = (rustix::fs::stat(path).ok()?, rustix::fs::stat(parent).ok()?);
-    if own.st_dev != around.st_dev {
-        return Some(true);
+    Some(own.st_dev != around.st_dev)
+}
+
+/// What a directory takes for which its file system keeps a project, other than that around it.
+fn of_project(path: &Path) -> Option<Space> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = |path: &Path| rustix::fs::open(path, flags, Mode::empty()).ok();
+    let (own, around) = (open(path)?, open(path.parent()?)?);
+    let project = quota::project(&own).ok()??;
+    if quota::project(&around).ok()? == Some(project) {
+        return None;
     }
-    let size = |path: &Path| Some(rustix::fs::statvfs(path).ok()?.f_blocks);
-    Some(size(path)? != size(parent)?)
+    if let Ok(usage) = quota::usage(&own, project) {
+        let left = |limit: u64| limit.saturating_sub(usage.bytes);
+        return Some(Space {
+            total: usage.limit,
+            available: usage.limit.map_or(0, left),
+            used: usage.bytes,
+            files: Some(usage.files),
+            at: Instant::now(),
+        });
+    }
+    let statvfs = |directory| rustix::fs::fstatvfs(directory).ok();
+    limited(&statvfs(own)?, &statvfs(around)?)
+}
+
+/// What statfs(2) says of a project that has a limit, which stands for the size then. Where the file system has
+/// less left than the project, newer kernels tell that, older ones do not: what the project takes is not to be had.
+fn limited(own: &StatVfs, around: &StatVfs) -> Option<Space> {
+    if own.f_blocks >= around.f_blocks || own.f_bfree >= around.f_bfree {
+        return None;
+    }
+    let mut space = told(own);
+    // The files have a limit of their own.
+    space.files = space.files.filter(|_| own.f_files != around.f_files);
+    Some(space)
 }
 
 #[cfg(test)]
@@ -254,12 +290,145 @@ mod tests {
         assert!(space.total >= Some(space.available) && space.total > Some(0));
         let (scratch, source) = counted;
         assert_eq!((scratch.total, source), (None, Source::Walk));
-        assert_eq!((scratch.used, scratch.files), (3 * 4096, 1));
+        assert_eq!((scratch.used, scratch.files), (3 * 4096, Some(1)));
         let not_ours = disk.memory(std::process::id(), container);
         assert_eq!(not_ours, None, "another container's process");
         assert_eq!(is_own(Path::new("/dev/shm")), Some(true));
         assert_eq!(is_own(&inside), Some(false));
         assert_eq!(is_own(Path::new("/dev/shm/not there")), None);
+    }
+
+    #[test]
+    fn what_statfs_says_of_a_project_is_believed_while_the_project_is_the_closer_limit() {
+        let file_system = || {
+            let mut found = rustix::fs::statvfs("/dev/shm").unwrap();
+            (found.f_blocks, found.f_bfree, found.f_frsize) = (1000, 400, 4096);
+            (found.f_files, found.f_ffree) = (500, 100);
+            found
+        };
+        let (mut own, around) = (file_system(), file_system());
+        assert_eq!(limited(&own, &around), None, "no limit");
+        (own.f_blocks, own.f_bfree) = (600, 250);
+        let space = limited(&own, &around).unwrap();
+        assert_eq!((space.total, space.used), (Some(600 << 12), 350 << 12));
+        assert_eq!(space.files, None, "those of the file system");
+        (own.f_files, own.f_ffree) = (50, 20);
+        assert_eq!(limited(&own, &around).unwrap().files, Some(30));
+        // Two ways kernels have to say it when the file system has less left.
+        for left in [400, 450] {
+            own.f_bfree = left;
+            assert_eq!(limited(&own, &around), None, "{left}");
+        }
+    }
+
+    /// File systems mounted with quotas of projects.
+    fn with_projects() -> Vec<PathBuf> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let has = |options: &str| options.split(',').any(|it| it == "prjquota");
+        let place = |line: &str| {
+            let mut words = line.split(' ').skip(1);
+            let (place, _, options) = (words.next()?, words.next()?, words.next()?);
+            has(options).then(|| super::super::facts::unescape(place))
+        };
+        mounts.lines().filter_map(place).collect()
+    }
+
+    /// `make vm-test` has an ext4 and an XFS with projects.
+    #[test]
+    fn a_project_is_asked_for_and_never_counted() {
+        let places = with_projects();
+        if places.is_empty() {
+            crate::skip::here("no file system is mounted with quotas of projects", false);
+        }
+        for (number, place) in (4711..).step_by(2).zip(places) {
+            projects_of(&place, number);
+        }
+    }
+
+    fn projects_of(place: &Path, number: u32) {
+        let top = tempfile::tempdir_in(place).unwrap();
+        let made = |name: &str, project: Option<u32>| {
+            let path = top.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            let directory = std::fs::File::open(&path).unwrap();
+            if let Some(project) = project {
+                quota::change::project(&directory, project).unwrap();
+            }
+            (path, directory)
+        };
+        let (limited_path, limited_directory) = made("limited", Some(number));
+        let (free_path, _) = made("free", Some(number + 1));
+        let (plain_path, plain) = made("plain", None);
+        let within = limited_path.join("within");
+        std::fs::create_dir(&within).unwrap();
+        for (path, mebibytes) in [
+            (&limited_path, 5),
+            (&free_path, 3),
+            (&plain_path, 1),
+            (&within, 2),
+        ] {
+            let mut file = std::fs::File::create(path.join("file")).unwrap();
+            std::io::Write::write_all(&mut file, &vec![1; mebibytes << 20]).unwrap();
+            file.sync_all().unwrap();
+        }
+        let whole = rustix::fs::statvfs(place).unwrap();
+        // Half of what there is, in the units of a quota.
+        let limit = (whole.f_blocks / 2 * whole.f_frsize) >> 20 << 20;
+        quota::change::limit(&limited_directory, number, limit).unwrap();
+        rustix::fs::syncfs(&plain).unwrap();
+        let paths = [&limited_path, &free_path, &plain_path, &within];
+        let told = || {
+            let mut disk = Disk::start().unwrap();
+            until(|| {
+                disk.refresh(
+                    None,
+                    paths.iter().map(|path| path.to_str().unwrap()),
+                    std::iter::empty(),
+                );
+                let all: Option<Vec<_>> = paths.iter().map(|path| disk.scratch(path)).collect();
+                all
+            })
+        };
+        let counted = paths.map(|path| tree::count_all(path).unwrap());
+        let check = || {
+            let told = told();
+            for ((space, _), (bytes, _)) in told.iter().zip(counted) {
+                assert_eq!(
+                    space.used, bytes,
+                    "{place:?}: {told:?}, counted {counted:?}"
+                );
+            }
+            let sources: Vec<_> = told.iter().map(|(_, source)| *source).collect();
+            let wanted = [Source::File, Source::File, Source::Walk, Source::Walk];
+            assert_eq!(
+                sources, wanted,
+                "one within another's project is not known apart"
+            );
+            let totals = told.iter().map(|(space, _)| space.total);
+            assert!(totals.eq([Some(limit), None, None, None]), "{told:?}");
+            // With the directories themselves.
+            let files = told.iter().map(|(space, _)| space.files);
+            assert!(files.eq([Some(4), Some(2), Some(1), Some(1)]), "{told:?}");
+            // As before Linux 5.14, where the project can't be asked for.
+            let around = rustix::fs::statvfs(top.path()).unwrap();
+            let own = rustix::fs::fstatvfs(&limited_directory).unwrap();
+            println!(
+                "{place:?}: statfs(2) has it {} of {}",
+                super::told(&own).used,
+                counted[0].0
+            );
+            limited(&own, &around)
+        };
+        let fallback = check().expect("there is more left than the project may take");
+        assert_eq!((fallback.used, fallback.total), (counted[0].0, Some(limit)));
+        // Others take what the project might have.
+        let left = rustix::fs::statvfs(place).unwrap();
+        let taken = left.f_bfree * left.f_frsize - limit / 2;
+        let filler = std::fs::File::create(top.path().join("filler")).unwrap();
+        let flags = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&filler, flags, 0, taken).unwrap();
+        filler.sync_all().unwrap();
+        assert_eq!(check(), None);
     }
 
     #[test]
