@@ -99,8 +99,7 @@ fn container_event(node: &Arc<Node>, event: &ContainerEvent) {
                 );
             }
         }
-        // Started again by hand: its address and interface are new.
-        "start" if kernel.is_running() => refresh_rows(node, kernel),
+        // A start by hand is none of a kernel: its life was over when the container died.
         _ => {}
     }
 }

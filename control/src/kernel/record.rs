@@ -1,5 +1,7 @@
 //! What the journal holds of one kernel: everything that Docker and the labels cannot tell.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
 use uuid::Uuid;
@@ -7,7 +9,7 @@ use uuid::Uuid;
 use super::journal::{Phase, StoredEnding};
 use super::mounts::Mount;
 use super::request::{ClusterInfo, KernelCreationConfig, SessionType, TextMap};
-use super::runner_link::AppRecord;
+use super::runner_link::{AppRecord, RunnerAddress};
 use super::service_ports::ServicePort;
 use super::services::ServiceRecord;
 use crate::resource::Allocation;
@@ -121,6 +123,18 @@ impl Record {
     /// Its container.
     pub fn container(&self) -> Option<ContainerId> {
         self.container_id.as_deref()?.parse().ok()
+    }
+
+    /// Where its runner listens while the container is at `address`.
+    pub fn runner_address(&self, address: IpAddr) -> RunnerAddress {
+        match self.repl_ports {
+            Some((repl_in, repl_out)) => RunnerAddress {
+                ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
+                repl_in,
+                repl_out,
+            },
+            None => RunnerAddress::container(address),
+        }
     }
 
     /// All host ports it holds, in the order of its services.

@@ -35,6 +35,8 @@ pub struct Kernel {
     /// Number of the journal entry on the disk.
     written: Arc<Mutex<u64>>,
     changes: watch::Sender<u64>,
+    /// Held by whoever renews the rows.
+    pub(super) refreshing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -197,6 +199,7 @@ impl Kernel {
             }),
             written: Arc::default(),
             changes: watch::Sender::new(0),
+            refreshing: tokio::sync::Mutex::default(),
         }
     }
 

@@ -351,8 +351,10 @@ fn clients_of(config: &Config, service: &str) -> Vec<ClientNetwork> {
         .collect()
 }
 
-/// Finds the container again and replaces the kernel's rows; does not wait for the dataplane.
+/// Finds the container again: replaces the kernel's rows and has the connection to the runner follow.
 pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsError> {
+    // What was found later must not be overtaken by what was found before.
+    let _turn = kernel.refreshing.lock().await;
     let Some(container) = kernel.container() else {
         return Ok(());
     };
@@ -362,8 +364,32 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
         return Ok(());
     }
     node.registry.enter_sources(kernel, &place.sources);
-    let rows = kernel.with_record(|record| rows_of(node, record, &place));
-    node.link.publish(kernel.id, rows).await?;
+    let (rows, runner) = kernel.with_record(|record| {
+        let rows = rows_of(node, record, &place);
+        (rows, record.runner_address(place.address))
+    });
+    let keys: Vec<PortKey> = rows.ports.iter().map(|row| row.key()).collect();
+    let moved = kernel.runner().filter(|link| !link.is_at(runner));
+    if let Some(link) = &moved {
+        link.hold();
+    }
+    let published = node.link.publish(kernel.id, rows).await;
+    if let Ok(generation) = &published
+        && moved.is_some()
+    {
+        // With the rows the dataplane ends what the runner has open at the old address. A runner that
+        // believed in two connections would give each every other message.
+        let patience = node.config.node.dataplane_wait;
+        let served = node.link.await_serving(&keys, *generation, patience);
+        if let Err(err) = served.await {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "a kernel has moved, but its ports have not followed");
+        }
+    }
+    if let Some(link) = &moved {
+        link.follow(runner);
+    }
+    published?;
     if !kernel.is_running() {
         node.link.withdraw(kernel.id).await;
     }

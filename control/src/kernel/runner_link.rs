@@ -222,7 +222,8 @@ impl State {
 #[derive(Debug)]
 struct Inner {
     kernel_id: KernelId,
-    address: RunnerAddress,
+    /// Where the runner is now; both connections follow it. None while it moves.
+    address: watch::Sender<Option<RunnerAddress>>,
     state: Mutex<State>,
     /// Counts changes of `state` that a waiter may care about.
     changed: watch::Sender<u64>,
@@ -243,7 +244,7 @@ impl RunnerLink {
         let (outgoing, messages) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
             kernel_id,
-            address,
+            address: watch::channel(Some(address)).0,
             state: Mutex::new(State {
                 runs: RunTable::new(options.runs, options.resumed, Instant::now()),
                 decoders: HashMap::new(),
@@ -269,6 +270,23 @@ impl RunnerLink {
     /// The kernel this link belongs to.
     pub fn kernel_id(&self) -> KernelId {
         self.0.kernel_id
+    }
+
+    /// Whether the runner is believed to be there.
+    pub fn is_at(&self, address: RunnerAddress) -> bool {
+        *self.0.address.borrow() == Some(address)
+    }
+
+    /// The runner is no more where it was: nothing is sent until it is known where it is.
+    pub fn hold(&self) {
+        self.0.address.send_replace(None);
+    }
+
+    /// The runner is elsewhere from now on: both connections are opened anew there, runs and requests
+    /// go on.
+    pub fn follow(&self, address: RunnerAddress) {
+        tracing::info!(kernel_id = %self.0.kernel_id, peer = %address.ip, "the runner has moved");
+        self.0.address.send_replace(Some(address));
     }
 
     /// When the runner last sent anything.
@@ -661,20 +679,53 @@ impl Inner {
 
 async fn read(inner: Arc<Inner>) {
     let mut delay = RECONNECT_FIRST;
+    let mut place = inner.address.subscribe();
     let work = async {
         loop {
-            match socket::Receiver::connect(inner.address.ip, inner.address.repl_out).await {
-                Ok(mut receiver) => {
-                    delay = RECONNECT_FIRST;
-                    let err = receive_all(&inner, &mut receiver).await;
-                    report(&inner, &err);
+            let address = place_of(&mut place).await;
+            let converse = async {
+                match socket::Receiver::connect(address.ip, address.repl_out).await {
+                    Ok(mut receiver) => {
+                        delay = RECONNECT_FIRST;
+                        let err = receive_all(&inner, &mut receiver).await;
+                        report(&inner, &err);
+                    }
+                    Err(err) => report(&inner, &err),
                 }
-                Err(err) => report(&inner, &err),
+                pause(&mut delay).await;
+            };
+            if unless_moved(&mut place, converse).await.is_none() {
+                delay = RECONNECT_FIRST;
             }
-            pause(&mut delay).await;
         }
     };
     inner.closed.run_until_cancelled(work).await;
+}
+
+/// Where the runner is, once that is known.
+async fn place_of(place: &mut watch::Receiver<Option<RunnerAddress>>) -> RunnerAddress {
+    loop {
+        if let Some(address) = *place.borrow_and_update() {
+            return address;
+        }
+        if place.changed().await.is_err() {
+            // The link is gone, and with it whoever waits here.
+            std::future::pending().await
+        }
+    }
+}
+
+/// Goes on until the runner is elsewhere: nothing is heard any more from where it was, not even the
+/// end of a connection.
+async fn unless_moved<T>(
+    place: &mut watch::Receiver<Option<RunnerAddress>>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::select! {
+        biased;
+        Ok(()) = place.changed() => None,
+        done = work => Some(done),
+    }
 }
 
 async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketError {
@@ -694,20 +745,27 @@ async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketEr
 async fn write(inner: Arc<Inner>, mut messages: mpsc::UnboundedReceiver<Outgoing>) {
     let mut delay = RECONNECT_FIRST;
     let mut unsent: Option<Outgoing> = None;
+    let mut place = inner.address.subscribe();
     let work = async {
         loop {
-            match socket::Sender::connect(inner.address.ip, inner.address.repl_in).await {
-                Ok(mut sender) => {
-                    delay = RECONNECT_FIRST;
-                    if let Some(err) =
-                        send_all(&inner, &mut sender, &mut messages, &mut unsent).await
-                    {
-                        report(&inner, &err);
+            let address = place_of(&mut place).await;
+            let converse = async {
+                match socket::Sender::connect(address.ip, address.repl_in).await {
+                    Ok(mut sender) => {
+                        delay = RECONNECT_FIRST;
+                        if let Some(err) =
+                            send_all(&inner, &mut sender, &mut messages, &mut unsent).await
+                        {
+                            report(&inner, &err);
+                        }
                     }
+                    Err(err) => report(&inner, &err),
                 }
-                Err(err) => report(&inner, &err),
+                pause(&mut delay).await;
+            };
+            if unless_moved(&mut place, converse).await.is_none() {
+                delay = RECONNECT_FIRST;
             }
-            pause(&mut delay).await;
         }
     };
     inner.closed.run_until_cancelled(work).await;

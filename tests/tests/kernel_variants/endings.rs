@@ -8,7 +8,7 @@ async fn defect_a_container_that_ends_by_itself_leaves_things_behind() -> Result
     let node = Node::start(NodeOptions::default()).await?;
     // How it ends, the exit code to be told, whether its console can still be read.
     type End = fn(&str) -> Result<String>;
-    let ways: [(&str, End, Option<i64>, &str); 4] = [
+    let ways: [(&str, End, Option<i64>, &str); 5] = [
         (
             "its runner is killed",
             |id| {
@@ -30,6 +30,17 @@ async fn defect_a_container_that_ends_by_itself_leaves_things_behind() -> Result
         (
             "it is stopped",
             |id| kernels::docker(&["stop", id]),
+            Some(0),
+            "self-terminated",
+        ),
+        // A kernel's life is over when its container stops: it does not come back by a start.
+        (
+            "it is restarted",
+            |id| {
+                // It may be gone before it is started again.
+                let _ = kernels::docker(&["restart", id]);
+                Ok(String::new())
+            },
             Some(0),
             "self-terminated",
         ),

@@ -521,6 +521,38 @@ impl Drop for Bridge {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn ports_follow_a_container_that_is_moved_between_networks_by_hand() -> Result<()> {
+    let bridge = Bridge(format!("variants-{}", uuid::Uuid::new_v4().simple()));
+    kernels::docker(&["network", "create", &bridge.0])?;
+    let node = Node::start(NodeOptions::default()).await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let container = container_of(&result);
+    start_service(&node, &order, "web").await?;
+    let web = kernels::host_ports(&result, "web")[0];
+    assert!(kernels::fetch(web, "/")?.contains("It works"));
+    let networks = inspect(container)?["NetworkSettings"]["Networks"].clone();
+    let names: Vec<&String> = networks.as_object().context("a map")?.keys().collect();
+    let [first] = names[..] else {
+        anyhow::bail!("one network at first: {networks}");
+    };
+    // There and back; the address that the port leads to is another each time.
+    for (to, from) in [(&bridge.0, first), (first, &bridge.0)] {
+        kernels::docker(&["network", "connect", to, container])?;
+        kernels::docker(&["network", "disconnect", from, container])?;
+        // The old address is nobody's now.
+        wait::until("the port leading to the new address", SOON, || async {
+            let page = kernels::fetch(web, "/").ok()?;
+            page.contains("It works").then_some(())
+        })
+        .await?;
+        assert_eq!(output_of(&node, &order, "echo here").await?, "here\n");
+    }
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn kernels_are_put_on_the_alternative_bridge() -> Result<()> {
     let bridge = Bridge(format!("variants-{}", uuid::Uuid::new_v4().simple()));
     kernels::docker(&["network", "create", &bridge.0])?;

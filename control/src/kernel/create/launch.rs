@@ -3,7 +3,6 @@
 //! Invariant: what is taken is in the record (and the journal) before it is used, so that the
 //! ending of the kernel, or the next start of the agent, finds it.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ use crate::kernel::registry::Kernel;
 use crate::kernel::request::SessionType;
 use crate::kernel::resource_text::{self, ResourceSpec};
 use crate::kernel::rows;
-use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink};
+use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerLink};
 use crate::kernel::scratch::{ClusterFiles, ConfigFiles, NewScratch};
 use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
 use crate::kernel::services;
@@ -615,14 +614,7 @@ fn polling(node: &Node) -> InitPolling {
 }
 
 fn open_runner(kernel: &Kernel, place: &rows::Whereabouts, resumed: bool) -> RunnerLink {
-    let address = match kernel.with_record(|record| record.repl_ports) {
-        Some((repl_in, repl_out)) => RunnerAddress {
-            ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
-            repl_in,
-            repl_out,
-        },
-        None => RunnerAddress::container(place.address),
-    };
+    let address = kernel.with_record(|record| record.runner_address(place.address));
     let options = LinkOptions {
         resumed,
         ..LinkOptions::default()

@@ -1,17 +1,25 @@
-//! Ending TCP connections of this network namespace by their sockets (sock_diag(7)).
+//! Ending TCP connections by their sockets (sock_diag(7)).
 //!
-//! In: cookies of sockets. Out: those sockets are reset, as if the peer had done it. Invariant: no
-//! other socket is touched: the kernel compares the cookie.
+//! In: cookies of sockets of this network namespace, or a container that has lost an address. Out: those
+//! sockets, or the connections of that container from addresses it has no more, are reset, as if the
+//! peer had done it. Invariants: no other socket is touched: the kernel compares the cookie; another
+//! namespace is entered by a thread that ends there.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::fs::{self, File};
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::thread;
 
 use rustix::io::Errno;
 use rustix::net::netlink;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::interfaces::Interfaces;
 use super::{
     ANSWER, BUFFER, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkError,
     from_kernel, messages, u32_at,
@@ -28,8 +36,28 @@ const IPPROTO_TCP: u8 = 6;
 const ID: usize = 48;
 const ID_AT: usize = 4;
 const COOKIE_AT: usize = 40;
+// include/net/tcp_states.h
+const TIME_WAIT: u8 = 6;
+const LISTEN: u8 = 10;
 
-fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
+/// Why a container's connections were not ended.
+#[derive(Debug, thiserror::Error)]
+pub enum StraysError {
+    /// Its network namespace can't be entered.
+    #[error("cannot enter the network namespace of process {pid}")]
+    Enter {
+        /// A process of the container.
+        pid: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel's answer.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+fn request(kind: u16, flags: u16, family: u8, id: &Id) -> Vec<u8> {
     let mut body = vec![family, IPPROTO_TCP, 0, 0];
     body.extend_from_slice(&u32::MAX.to_ne_bytes());
     body.extend_from_slice(id);
@@ -42,9 +70,15 @@ fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
     request
 }
 
+type Id = [u8; ID];
+
+fn id_of(body: &[u8]) -> Option<Id> {
+    body.get(ID_AT..ID_AT + ID)?.try_into().ok()
+}
+
 /// The id of a listed socket, if it is one of those towards `peer`.
-fn wanted(body: &[u8], cookies: &HashSet<u64>, peer: SocketAddr) -> Option<[u8; ID]> {
-    let id: [u8; ID] = body.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
+fn wanted(body: &[u8], cookies: &HashSet<u64>, peer: SocketAddr) -> Option<Id> {
+    let id = id_of(body)?;
     let port = u16::from_be_bytes([id[2], id[3]]);
     let (low, high) = (u32_at(&id, COOKIE_AT)?, u32_at(&id, COOKIE_AT + 4)?);
     let cookie = u64::from(high) << 32 | u64::from(low);
@@ -58,12 +92,25 @@ fn wanted(body: &[u8], cookies: &HashSet<u64>, peer: SocketAddr) -> Option<[u8; 
     (port == peer.port() && same && cookies.contains(&cookie)).then_some(id)
 }
 
+/// The id of a listed connection whose own address is none of `addresses`.
+fn stray(body: &[u8], addresses: &HashSet<IpAddr>) -> Option<Id> {
+    let (family, state) = (*body.first()?, *body.get(1)?);
+    let id = id_of(body)?;
+    let own: [u8; 16] = id[4..20].try_into().ok()?;
+    let own = if family == AF_INET {
+        IpAddr::from([own[0], own[1], own[2], own[3]])
+    } else {
+        Ipv6Addr::from(own).to_canonical()
+    };
+    let lost = !own.is_loopback() && !own.is_unspecified() && !addresses.contains(&own);
+    (lost && !matches!(state, LISTEN | TIME_WAIT)).then_some(id)
+}
+
 fn list(
     socket: &OwnedFd,
     family: u8,
-    cookies: &HashSet<u64>,
-    peer: SocketAddr,
-) -> Result<Vec<[u8; ID]>, NetlinkError> {
+    wanted: &impl Fn(&[u8]) -> Option<Id>,
+) -> Result<Vec<Id>, NetlinkError> {
     let ask = request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, &[0; ID]);
     net::send(socket, &ask, SendFlags::empty()).map_err(NetlinkError::Ask)?;
     let mut buffer = vec![0; BUFFER];
@@ -81,7 +128,7 @@ fn list(
             match message.kind {
                 NLMSG_DONE => return Ok(found),
                 NLMSG_ERROR => return Err(NetlinkError::Refused(refusal(message.body))),
-                _ => found.extend(wanted(message.body, cookies, peer)),
+                _ => found.extend(wanted(message.body)),
             }
         }
     }
@@ -97,6 +144,39 @@ fn refusal(body: &[u8]) -> Errno {
 /// # Errors
 /// The step that failed; kernels without `CONFIG_INET_DIAG_DESTROY` refuse.
 pub fn cut(cookies: &HashSet<u64>, peer: SocketAddr) -> Result<usize, NetlinkError> {
+    end(&|body| wanted(body, cookies, peer))
+}
+
+/// Resets the TCP connections of a container from addresses that it has no more: their peers can say
+/// nothing to it, not even that they have ended. `pid` is a process of it. Answers how many.
+///
+/// # Errors
+/// The step that failed.
+pub fn cut_strays(pid: u32) -> Result<usize, StraysError> {
+    let enter = move |source| StraysError::Enter { pid, source };
+    let there = File::open(format!("/proc/{pid}/ns/net")).map_err(enter)?;
+    let here = fs::metadata("/proc/self/ns/net").map_err(enter)?;
+    if there.metadata().map_err(enter)?.ino() == here.ino() {
+        return Ok(0);
+    }
+    let work = move || {
+        move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|errno| enter(errno.into()))?;
+        let interfaces = Interfaces::open()?.list()?;
+        let addresses = interfaces.into_values().flat_map(|it| it.addresses);
+        let addresses: HashSet<IpAddr> = addresses.collect();
+        Ok(end(&|body| stray(body, &addresses))?)
+    };
+    let thread = thread::Builder::new().name("strays".into()).spawn(work);
+    let panicked = |_| enter(io::Error::other("the thread that entered it has panicked"));
+    thread
+        .map_err(enter)?
+        .join()
+        .unwrap_or_else(|panic| Err(panicked(panic)))
+}
+
+/// Resets the wanted ones among the TCP sockets of this thread's namespace.
+fn end(wanted: &impl Fn(&[u8]) -> Option<Id>) -> Result<usize, NetlinkError> {
     let socket = net::socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
@@ -109,7 +189,7 @@ pub fn cut(cookies: &HashSet<u64>, peer: SocketAddr) -> Result<usize, NetlinkErr
     let mut cut = 0;
     let mut buffer = vec![0; BUFFER];
     for family in [AF_INET, AF_INET6] {
-        for id in list(&socket, family, cookies, peer)? {
+        for id in list(&socket, family, wanted)? {
             let order = request(SOCK_DESTROY, NLM_F_ACK, family, &id);
             net::send(&socket, &order, SendFlags::empty()).map_err(NetlinkError::Ask)?;
             let read = net::recv(&socket, &mut buffer[..], RecvFlags::empty())
@@ -141,6 +221,7 @@ mod tests {
         #[test]
         fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let _ = wanted(&bytes, &HashSet::new(), ([127, 0, 0, 1], 1).into());
+            let _ = stray(&bytes, &HashSet::new());
         }
     }
 }
