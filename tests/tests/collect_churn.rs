@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Options, Place, Process, container_row, until};
+use shared::desired::ContainerRow;
 
 const CONTAINERS: u8 = 12;
 const ROUNDS: u32 = 6;
@@ -68,6 +69,16 @@ fn containers_that_come_and_go_leave_nothing() {
                 })
                 .expect("each is sampled");
         }
+        // The program that lists processes is loaded by then, however long that takes.
+        until("their processes being listed", || {
+            let listing = control.observed.processes().ok()?;
+            let is_listed = |row: &ContainerRow| {
+                let mut list = listing.list.iter();
+                list.any(|it| it.container_id == row.container_id)
+            };
+            rows.iter().all(is_listed).then_some(())
+        })
+        .expect("a listing");
         // Half of them lose their cgroup before their row goes.
         groups.truncate(usize::from(CONTAINERS / 2));
         control
