@@ -1,6 +1,6 @@
 //! What the BPF system call offers and `aya` does not: running a program once, changing the program
-//! of any pinned link, removing an entry of a map whose records are not known, and reading many
-//! entries of a map at once.
+//! of any pinned link, removing an entry of a map whose records are not known, and reading or removing
+//! many entries of a map at once.
 //!
 //! In: a loaded program. Out: what it returned; the link runs it; counters. Also the file system for
 //! pins.
@@ -11,6 +11,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use aya::Pod;
 use aya::maps::{MapData, MapError, MapInfo, MapType};
 use rustix::fs::{StatFs, statfs};
 use rustix::io::Errno;
@@ -22,6 +23,7 @@ const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 /// linux/magic.h.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
@@ -184,6 +186,38 @@ struct Batch {
     map_fd: u32,
     elem_flags: u64,
     flags: u64,
+}
+
+/// Removes entries of a hash table by one call for all, which `aya` has a call for each for. Those
+/// that are not there are passed over.
+///
+/// # Errors
+/// The kernel's refusal; entries may be left then.
+pub fn remove_entries<K: Pod>(map: &MapData, keys: &[K]) -> io::Result<()> {
+    let size = usize::try_from(map.info().map_err(io::Error::other)?.key_size());
+    if size.ok() != Some(size_of::<K>()) {
+        return Err(io::Error::other("keys of another size"));
+    }
+    let map_fd = u32::try_from(map.fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
+    let mut left = keys;
+    while !left.is_empty() {
+        let mut batch = Batch {
+            keys: left.as_ptr().addr() as u64,
+            count: u32::try_from(left.len()).map_err(io::Error::other)?,
+            map_fd,
+            ..Batch::default()
+        };
+        match call(BPF_MAP_DELETE_BATCH, &mut batch) {
+            Ok(_) => return Ok(()),
+            // It stops before one that is not there.
+            Err(err) if Errno::from_io_error(&err) == Some(Errno::NOENT) => {
+                let removed = usize::try_from(batch.count).map_err(io::Error::other)?;
+                left = left.get(removed + 1..).unwrap_or_default();
+            }
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(())
 }
 
 /// A pinned hash table of two counters per number and CPU, read as a whole.

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use aya::Pod;
-use aya::maps::{MapError, PerCpuValues};
+use aya::maps::{IterableMap as _, MapError, PerCpuValues};
 use ebpf::map;
 use ebpf::records::{
     ADDRESS_CONTAINER, Address, ClientNetwork, Delivered, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters,
@@ -24,6 +24,7 @@ use super::eligibility::{self, Circumstances};
 use super::pins::Side;
 use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words};
 use crate::forward::relay::port::Counters;
+use crate::sys::bpf;
 
 /// linux/bpf.h: an update that makes an entry or fails.
 const BPF_NOEXIST: u64 = 1;
@@ -365,10 +366,16 @@ impl KernelPath {
         if std::mem::take(&mut self.flows_left) {
             self.sweep(Instant::now());
         }
-        for key in std::mem::take(&mut self.unswept) {
-            if !self.served.contains_key(&key) {
-                let _ = self.counters.remove(&key);
-                let _ = self.active.remove(&key);
+        let gone: Vec<ServiceKey> = std::mem::take(&mut self.unswept)
+            .into_iter()
+            .filter(|key| !self.served.contains_key(key))
+            .collect();
+        for (name, map) in [
+            (map::COUNTERS, self.counters.map()),
+            (map::ACTIVE, self.active.map()),
+        ] {
+            if let Err(err) = bpf::remove_entries(map, &gone) {
+                tracing::debug!(name, %err, "entries of ports that are gone stay");
             }
         }
     }
