@@ -1,7 +1,7 @@
 /* The kernel path of service ports for clients on this host: their sockets are led to the container
  * when they connect or send, so that no packet is translated and no process touches a byte.
  *
- * connect4, connect6          the destination is a published port: the container's instead
+ * connect4, connect6          the destination is a published port of TCP: the container's instead
  * sendmsg4, sendmsg6          the same for each datagram of a socket without a peer
  * recvmsg4, recvmsg6          whom the datagram is from: the published port again
  * getpeername4, getpeername6  the peer that the client asked for
@@ -9,9 +9,9 @@
  *
  * Attached to the root of the control groups, which holds every process; only sockets of the host's
  * own network namespace are led, so containers, and whoever is elsewhere, reach the listener. The
- * rest is the listener's too: rows that name client networks, sockets bound to an interface or to
- * a loopback address, ports at their limit, containers whose link is gone (the kernel itself
- * takes it out of `links`).
+ * rest is the listener's too: rows that name client networks, sockets of datagrams with a peer,
+ * sockets bound to an interface or to a loopback address, ports at their limit, containers whose
+ * link is gone (the kernel itself takes it out of `links`).
  */
 #include "kernel.h"
 #include "maps.h"
@@ -123,6 +123,9 @@ static OWN_FRAME int lead(struct bpf_sock_addr *ctx, const struct address *host,
 	if (connects)
 		forget(peer_key.cookie);
 	if (ctx->protocol != (datagrams ? PROTOCOL_UDP : PROTOCOL_TCP))
+		return LEAVE;
+	/* Its datagrams would go on to that address when the container is gone and another has it. */
+	if (connects && datagrams)
 		return LEAVE;
 	key.port = ctx->user_port;
 	key.protocol = datagrams ? PROTOCOL_UDP : PROTOCOL_TCP;

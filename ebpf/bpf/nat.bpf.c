@@ -7,7 +7,7 @@
  * to_container   egress of the host side of a container's veth: nobody but this host talks to the
  *                ports of the kernel's runner, and the bytes of its clients are counted.
  * sweep          run by the dataplane: removes flows that have ended, are silent or have lost
- *                their row, and counts those that live.
+ *                their row, and counts those that live, and the sockets that are led.
  *
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
  * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
@@ -67,6 +67,15 @@ struct {
 	MAP_TYPE(key, __u32);
 	MAP_TYPE(value, struct delivered);
 } delivered SEC(".maps");
+
+/* Of no use to another life, so not pinned. */
+struct {
+	MAP_UINT(type, MAP_HASH);
+	MAP_UINT(max_entries, 16384);
+	MAP_UINT(map_flags, MAP_NO_PREALLOC);
+	MAP_TYPE(key, struct service_key);
+	MAP_TYPE(value, struct socket_count);
+} socket_counts SEC(".maps");
 
 /* So long receivers wait for the rest of a datagram. */
 #define FRAGMENT_LIFE_NS 30000000000ULL
@@ -705,6 +714,70 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 	return 0;
 }
 
+static long sweep_socket(void *map, const __u64 *cookie, const struct led_socket *led,
+			 struct sweep_context *context)
+{
+	struct service_key key = {};
+	struct socket_count *count;
+
+	(void)map;
+	(void)cookie;
+	(void)context;
+	key.port = led->host_port;
+	key.protocol = led->protocol;
+	count = bpf_map_lookup_elem(&socket_counts, &key);
+	if (count) {
+		count->counted++;
+	} else {
+		struct socket_count first = { .counted = 1 };
+
+		bpf_map_update_elem(&socket_counts, &key, &first, 0);
+	}
+	return 0;
+}
+
+/* Puts right how many sockets lead to a port: those that newer ones have pushed out of the table
+ * are not missed when they end. Others come and go while this one counts, so only what two sweeps
+ * agree on is believed. */
+static ALWAYS_INLINE void right_sockets(const struct service_key *key, struct port_flows *count)
+{
+	struct socket_count *found = bpf_map_lookup_elem(&socket_counts, key);
+	__s32 excess, surely = 0;
+
+	excess = (__s32)count->local - (found ? (__s32)found->counted : 0);
+	if (!found) {
+		struct socket_count first = { .excess = excess };
+
+		if (excess)
+			bpf_map_update_elem(&socket_counts, key, &first, 0);
+		return;
+	}
+	if (excess > 0 && found->excess > 0)
+		surely = excess < found->excess ? excess : found->excess;
+	else if (excess < 0 && found->excess < 0)
+		surely = excess > found->excess ? excess : found->excess;
+	if (surely)
+		__sync_fetch_and_add(&count->local, -(__s64)surely);
+	found->excess = excess - surely;
+	found->counted = 0;
+}
+
+static long sweep_port(void *map, const struct service_key *at, struct port_flows *count,
+		       struct sweep_context *context)
+{
+	struct service_key key = *at;
+	__s64 flows = count->pass == context->order.pass ? count->counted : 0;
+	__s64 wrong = count->active - flows;
+
+	(void)map;
+	/* Flows pushed out by newer ones, or by a race of two processors. */
+	if (wrong)
+		__sync_fetch_and_add(&count->active, -wrong);
+	if (context->order.sockets)
+		right_sockets(&key, count);
+	return 0;
+}
+
 SEC("classifier")
 int sweep(struct __sk_buff *skb)
 {
@@ -718,6 +791,9 @@ int sweep(struct __sk_buff *skb)
 	context.order = *order;
 	context.now = bpf_ktime_get_coarse_ns();
 	bpf_for_each_map_elem(&flows, sweep_flow, &context, 0);
+	if (context.order.sockets)
+		bpf_for_each_map_elem(&led_sockets, sweep_socket, &context, 0);
+	bpf_for_each_map_elem(&active, sweep_port, &context, 0);
 	return 0;
 }
 

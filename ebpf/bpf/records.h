@@ -134,7 +134,16 @@ struct sweep_order {
 	__u64 datagram_idle_ns;
 	__u64 datagram_opening_ns;
 	__u32 pass;
-	__u32 zero;
+	/* Not zero: sockets that are led are counted, too. */
+	__u32 sockets;
+};
+
+/* Sockets of this host that lead to a port, as sweeps find them. */
+struct socket_count {
+	/* In the table, by this sweep. */
+	__u32 counted;
+	/* So many more than that were thought to be there by the last one. */
+	__s32 excess;
 };
 
 /* Fragments after the first have no ports: they follow it. */

@@ -229,8 +229,8 @@ pub struct SweepOrder {
     pub datagram_opening_ns: u64,
     /// Number of the sweep.
     pub pass: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Not zero: sockets that are led are counted, too.
+    pub sockets: u32,
 }
 
 /// `struct fragment_key`.
@@ -384,7 +384,8 @@ layout!(
     ended_ns = 16,
     datagram_idle_ns = 24,
     datagram_opening_ns = 32,
-    pass = 40
+    pass = 40,
+    sockets = 44
 );
 layout!(FragmentKey, 40, destination = 16, id = 32, protocol = 36);
 layout!(Fragment, 32, address = 8, interface = 24, outwards = 28);

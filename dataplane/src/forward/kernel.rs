@@ -244,7 +244,7 @@ impl KernelPath {
             self.rescan(now);
         }
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
-            self.sweep(now);
+            self.sweep_with_sockets(now);
         }
         if now.saturating_duration_since(self.counted_at) >= Duration::from_secs(1) {
             self.counted_at = now;

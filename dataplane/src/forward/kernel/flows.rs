@@ -10,7 +10,7 @@ use ebpf::records::{PortCounters, ServiceKey, SweepOrder};
 use ebpf::{map, program};
 
 use super::object::classifier;
-use super::{KernelPath, KernelPathError};
+use super::{KernelPath, KernelPathError, Served};
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf;
 
@@ -59,12 +59,22 @@ impl KernelPath {
     /// Removes dead flows and counts the living.
     pub fn sweep(&mut self, now: Instant) {
         self.swept_at = now;
-        if let Err(err) = self.try_sweep() {
+        if let Err(err) = self.try_sweep(false) {
             self.complain(&err);
         }
     }
 
-    fn try_sweep(&mut self) -> Result<(), KernelPathError> {
+    /// The same, and counts the sockets of this host's clients, if there are any.
+    pub(super) fn sweep_with_sockets(&mut self, now: Instant) {
+        self.swept_at = now;
+        let local = |it: &Served| it.port.local.load(Relaxed) > 0;
+        let any = self.served.values().any(local);
+        if let Err(err) = self.try_sweep(any) {
+            self.complain(&err);
+        }
+    }
+
+    fn try_sweep(&mut self, sockets: bool) -> Result<(), KernelPathError> {
         let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
         self.pass = self.pass.wrapping_add(1);
         let order = SweepOrder {
@@ -74,7 +84,7 @@ impl KernelPath {
             datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
             datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
             pass: self.pass,
-            zero: 0,
+            sockets: sockets.into(),
         };
         self.orders
             .set(0, order, 0)
@@ -89,23 +99,9 @@ impl KernelPath {
         })?;
         bpf::run_once(fd).map_err(KernelPathError::Sweep)?;
         for (key, served) in &self.served {
-            let Ok(mut flows) = self.active.get(key, 0) else {
-                continue;
-            };
-            let counted = if flows.pass == self.pass {
-                flows.counted
-            } else {
-                0
-            };
-            let local = u64::try_from(flows.local).unwrap_or(0);
-            served
-                .port
-                .active
-                .store(u64::from(counted) + local, Relaxed);
-            if flows.active != i64::from(counted) {
-                // Flows pushed out by newer ones, or by a race of two processors.
-                flows.active = i64::from(counted);
-                let _ = self.active.insert(key, flows, 0);
+            if let Ok(flows) = self.active.get(key, 0) {
+                let active = u64::try_from(flows.active + flows.local.max(0)).unwrap_or(0);
+                served.port.active.store(active, Relaxed);
             }
         }
         Ok(())

@@ -154,8 +154,8 @@ impl Hooks {
             .map_err(KernelPathError::Watch)
     }
 
-    /// Resets the connections of this host's clients that a service has led to its container. A
-    /// socket of datagrams keeps its peer: it has no connection to end.
+    /// Resets the connections of this host's clients that a service has led to its container. Sockets
+    /// of datagrams are led by each datagram, so there is nothing to end.
     pub(super) fn cut(&self, key: ServiceKey, service: &Service) {
         if key.protocol != PROTOCOL_TCP {
             return;
