@@ -71,6 +71,30 @@ pub struct ProcessUse {
     pub memory_bytes: Option<u64>,
     /// Busy share, thousandths.
     pub utilisation_permille: Option<u32>,
+    /// Share of the encoders, thousandths.
+    pub encoder_permille: Option<u32>,
+    /// Share of the decoders, thousandths.
+    pub decoder_permille: Option<u32>,
+}
+
+impl ProcessUse {
+    /// Percents of processors, encoders and decoders that a driver has sampled.
+    fn busy(&mut self, percents: [u32; 3]) {
+        let [processors, encoders, decoders] = percents.map(|it| Some(it.min(100) * 10));
+        self.utilisation_permille = processors;
+        self.encoder_permille = encoders;
+        self.decoder_permille = decoders;
+    }
+
+    /// Adds another use; an unknown amount makes the sum unknown.
+    fn add(&mut self, other: Self) {
+        let sum = |a: Option<u32>, b: Option<u32>| Some(a?.saturating_add(b?));
+        let memory = self.memory_bytes.zip(other.memory_bytes);
+        self.memory_bytes = memory.map(|(a, b)| a.saturating_add(b));
+        self.utilisation_permille = sum(self.utilisation_permille, other.utilisation_permille);
+        self.encoder_permille = sum(self.encoder_permille, other.encoder_permille);
+        self.decoder_permille = sum(self.decoder_permille, other.decoder_permille);
+    }
 }
 
 /// Which drivers to look for.
@@ -260,6 +284,8 @@ fn clip(row: &mut AcceleratorRow) {
         (&mut row.model, 64),
         (&mut row.pci, 32),
         (&mut row.profile, 32),
+        (&mut row.driver, 32),
+        (&mut row.runtime, 16),
     ] {
         if text.len() > limit {
             let end = (0..=limit)
@@ -288,6 +314,8 @@ fn aged(row: &AcceleratorRow, age: Duration, tick: u64) -> AcceleratorRow {
         for user in &mut row.users {
             user.memory_bytes = None;
             user.utilisation_permille = None;
+            user.encoder_permille = None;
+            user.decoder_permille = None;
         }
     }
     row
@@ -305,6 +333,8 @@ mod tests {
                 container_id: ContainerId([1; 32]),
                 memory_bytes: Some(5),
                 utilisation_permille: Some(7),
+                encoder_permille: Some(8),
+                decoder_permille: Some(9),
             }],
             counters: AcceleratorCounters {
                 memory_total_bytes: Some(100),
@@ -329,7 +359,9 @@ mod tests {
         assert_eq!(old.counters.memory_total_bytes, Some(100));
         assert_eq!(old.counters.memory_used_bytes, None);
         assert_eq!(old.users.len(), 1);
-        assert_eq!(old.users[0].memory_bytes, None);
+        let user = old.users[0];
+        assert_eq!(user.memory_bytes, None);
+        assert_eq!((user.encoder_permille, user.decoder_permille), (None, None));
     }
 
     #[test]

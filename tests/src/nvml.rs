@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value as Json;
 use tempfile::TempDir;
 
 use crate::gpu_truth::Machine;
@@ -25,8 +26,18 @@ pub struct StandIn {
 impl StandIn {
     /// Compiles the library and describes the first devices.
     pub fn new(devices: &str) -> Result<Self> {
+        Self::with(devices, &[])
+    }
+
+    /// The same with the library of a driver before 510, which has older forms of some calls only.
+    pub fn before_510(devices: &str) -> Result<Self> {
+        Self::with(devices, &["-DBEFORE_510"])
+    }
+
+    fn with(devices: &str, flags: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        compile("nvml.c", &directory.path().join(LIBRARY), true)?;
+        let library = directory.path().join(LIBRARY);
+        compile("nvml.c", &library, &[&["-shared", "-fPIC"], flags].concat())?;
         let stand_in = Self { directory };
         stand_in.describe(devices)?;
         Ok(stand_in)
@@ -60,11 +71,37 @@ impl StandIn {
         ]
     }
 
+    /// What NVIDIA's own binding for Python reads of it (`tests/python/nvml_binding.py`).
+    pub fn by_binding(&self) -> Result<Json> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/nvml-binding");
+        let made = Command::new(&script).output()?;
+        let reason = String::from_utf8_lossy(&made.stderr);
+        ensure!(
+            made.status.success(),
+            "{} failed: {reason}",
+            script.display()
+        );
+        let interpreter = String::from_utf8(made.stdout).context("a path is UTF-8")?;
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/nvml_binding.py");
+        let told = Command::new(interpreter.trim())
+            .arg(program)
+            .envs(self.environment())
+            .env("LD_LIBRARY_PATH", self.directory())
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .output()?;
+        let reason = String::from_utf8_lossy(&told.stderr);
+        ensure!(
+            told.status.success(),
+            "NVIDIA's binding cannot read the stand-in: {reason}"
+        );
+        Ok(serde_json::from_slice(&told.stdout)?)
+    }
+
     /// A machine on which programs compute on these devices, and `nvidia-smi` tells of them.
     pub fn machine(&self) -> Result<Machine> {
         let place = self.directory.path();
-        compile("cuda.c", &place.join("libcuda.so.1"), true)?;
-        compile("nvidia-smi.c", &place.join("nvidia-smi"), false)?;
+        compile("cuda.c", &place.join("libcuda.so.1"), &["-shared", "-fPIC"])?;
+        compile("nvidia-smi.c", &place.join("nvidia-smi"), &[])?;
         let path = std::env::var("PATH").unwrap_or_default();
         let place = place.display();
         let mut environment = self.environment();
@@ -78,16 +115,14 @@ impl StandIn {
     }
 }
 
-fn compile(source: &str, to: &Path, library: bool) -> Result<()> {
+fn compile(source: &str, to: &Path, flags: &[&str]) -> Result<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("standin")
         .join(source);
     let mut compiler = Command::new("cc");
     // Each uses a part of what they have in common.
     compiler.args(["-O1", "-Wall", "-Werror", "-Wno-unused"]);
-    if library {
-        compiler.args(["-shared", "-fPIC"]);
-    }
+    compiler.args(flags);
     let compiled = compiler.arg("-o").arg(to).arg(&source).status();
     ensure!(
         compiled.context("no C compiler")?.success(),

@@ -5,9 +5,10 @@
 //   init 9                           nvmlInit answers this code (9: driver not loaded)
 //   uninitialized                    the library has lost its driver: it has to be initialized again
 //   hang                             every call waits until the line is gone
-//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT]
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1]
 //   part N I uuid=... [mem= used= sms= slices= gi= ci=]   instance I of device N; without gi the driver does not tell its ids
-//   process N pid=P mem=BYTES [sm=PERCENT part=I]    a process on device N
+//                                    nolist: instances do not tell their processes, only the whole device does
+//   process N pid=P mem=BYTES [sm=PERCENT enc=PERCENT dec=PERCENT part=I draws=1|2]    a process on device N; 1: it draws, 2: and computes too
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
 //   ecc N SERIAL                     its memory has an error of two bits, told in the same way
 //   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)
@@ -26,12 +27,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15 };
+enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15, WRONG_VERSION = 25 };
 enum { MAX = 64, MAX_PARTS = 256, MAX_PROCESSES = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil, gi, ci, enc, dec; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
-struct process { int device, part; unsigned pid, sm; u64 mem; };
+struct device { int used, index, part, mig, lost, noutil, nolist, gi, ci, enc, dec; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
+struct process { int device, part; unsigned pid, sm, enc, dec, draws; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[MAX_PROCESSES];
 static int n_processes, initialized, init_code;
@@ -71,6 +72,7 @@ static void describe(struct device *d, char *line, int index, int part) {
   d->util = number(line, "util", 0), d->power = number(line, "power", 50000), d->temp = number(line, "temp", 40);
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
+  d->nolist = number(line, "nolist", 0);
   d->gi = (int)number(line, "gi", -1), d->ci = (int)number(line, "ci", 0);
   d->enc = (int)number(line, "enc", -1), d->dec = (int)number(line, "dec", -1);
 }
@@ -87,7 +89,7 @@ static struct device *device_of(struct process *p) {
 static struct process *add_process(char *line, int device) {
   if (n_processes == MAX_PROCESSES) return NULL;
   struct process *p = &processes[n_processes++];
-  *p = (struct process){device, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "mem", 0)};
+  *p = (struct process){device, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "enc", 0), number(line, "dec", 0), number(line, "draws", 0), number(line, "mem", 0)};
   if (now_ns() > number(line, "until", ~0ull)) p->sm = 0;
   return p;
 }

@@ -1,4 +1,5 @@
-// A stand-in for NVIDIA's management library: the real C ABI, devices out of a text file (devices.h says how).
+// A stand-in for NVIDIA's management library: the real C ABI, devices out of a text file (devices.h says how). That it is the real one is
+// what accelerator_nvml_binding finds: NVIDIA's own binding for Python reads everything here. BEFORE_510 leaves out what older drivers lack.
 #include "devices.h"
 
 #define BEGIN look(); if (!initialized) return UNINITIALIZED;
@@ -24,10 +25,28 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **d) {
 API int nvmlDeviceGetUUID(struct device *d, char *text, unsigned length) { DEVICE snprintf(text, length, "%s", d->uuid); return OK; }
 API int nvmlDeviceGetName(struct device *d, char *text, unsigned length) { DEVICE snprintf(text, length, "%s", d->name); return OK; }
 API int nvmlDeviceGetMinorNumber(struct device *d, unsigned *minor) { WHOLE *minor = d->index; return OK; }
+// The older structure has no field for what the driver keeps for itself: it is used there.
+struct memory_v1 { u64 total, free, used; };
+API int nvmlDeviceGetMemoryInfo(struct device *d, struct memory_v1 *m) { DEVICE m->total = d->mem; m->free = d->mem - d->taken - d->reserved; m->used = d->taken + d->reserved; return OK; }
+#ifndef BEFORE_510
 struct memory { unsigned version; u64 total, reserved, free, used; };
-API int nvmlDeviceGetMemoryInfo_v2(struct device *d, struct memory *m) { DEVICE m->total = d->mem; m->reserved = d->reserved; m->used = d->taken; m->free = d->mem - d->taken - d->reserved; return OK; }
+API int nvmlDeviceGetMemoryInfo_v2(struct device *d, struct memory *m) {
+  DEVICE
+  if (m->version != (sizeof *m | 2 << 24)) return WRONG_VERSION;
+  m->total = d->mem; m->reserved = d->reserved; m->used = d->taken; m->free = d->mem - d->taken - d->reserved;
+  return OK;
+}
+#endif
 struct pci { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; };
-API int nvmlDeviceGetPciInfo_v3(struct device *d, struct pci *p) { WHOLE memset(p, 0, sizeof *p); snprintf(p->bus_id, sizeof p->bus_id, "%s", d->pci); return OK; }
+static void fill(struct pci *p, const char *bus_id) {
+  memset(p, 0, sizeof *p);
+  sscanf(bus_id, "%x:%x:%x", &p->domain, &p->bus, &p->device);
+  snprintf(p->bus_id, sizeof p->bus_id, "%s", bus_id);
+  // With four digits of the domain, as it was before they were eight.
+  snprintf(p->legacy, sizeof p->legacy, "%.12s", strlen(bus_id) > 12 ? bus_id + strlen(bus_id) - 12 : bus_id);
+  p->id = 0x233010de, p->subsystem = 0x16c110de;
+}
+API int nvmlDeviceGetPciInfo_v3(struct device *d, struct pci *p) { WHOLE fill(p, d->pci); return OK; }
 API int nvmlDeviceGetMigMode(struct device *d, unsigned *current, unsigned *pending) { WHOLE *current = *pending = d->mig; return OK; }
 API int nvmlDeviceGetMaxMigDeviceCount(struct device *d, unsigned *count) { WHOLE *count = d->mig ? 7 : 0; return OK; }
 API int nvmlDeviceGetMigDeviceHandleByIndex(struct device *d, unsigned index, struct device **part) {
@@ -63,30 +82,43 @@ API int nvmlDeviceGetPcieThroughput(struct device *d, int counter, unsigned *kb)
 API int nvmlDeviceGetTotalEccErrors(struct device *d, int kind, int counter, u64 *n) { WHOLE *n = counter ? 9 : kind ? 1 : 2; return OK; }
 struct process_info { unsigned pid; u64 mem; unsigned gi, ci; };
 static int on(struct process *p, struct device *d) { return p->device == d->index && p->part == d->part; }
-API int nvmlDeviceGetComputeRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) {
-  DEVICE
+// Processes of a device that compute (0) or draw (1); a divided device lists those of its parts, with the ids of these.
+static int processes_of(struct device *d, unsigned drawing, unsigned *count, struct process_info *out) {
   unsigned room = *count, n = 0;
-  for (int i = 0; i < n_processes; i++)
-    if (on(&processes[i], d)) {
-      if (out && n < room) out[n] = (struct process_info){processes[i].pid, processes[i].mem, 0, 0};
-      n++;
-    }
+  if (d->part >= 0 && devices[d->index].nolist) return NOT_SUPPORTED;
+  for (int i = 0; i < n_processes; i++) {
+    struct process *p = &processes[i];
+    if (p->draws != 2 && p->draws != drawing) continue;
+    struct device *of = device_of(p);
+    if (!of || !(on(p, d) || (d->part < 0 && d->mig && p->device == d->index))) continue;
+    int part = of->part >= 0 && of->gi >= 0;
+    if (out && n < room) out[n] = (struct process_info){p->pid, p->mem, part ? (unsigned)of->gi : ~0u, part ? (unsigned)of->ci : ~0u};
+    n++;
+  }
   *count = n;
   return n > room ? TOO_SMALL : OK;
 }
-API int nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { (void)out; DEVICE *count = 0; return OK; }
+API int nvmlDeviceGetComputeRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 0, count, out); }
+API int nvmlDeviceGetGraphicsRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 1, count, out); }
+#ifndef BEFORE_510
+API int nvmlDeviceGetComputeRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 0, count, out); }
+API int nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 1, count, out); }
+#endif
 struct sample { unsigned pid; u64 at; unsigned sm, mem, enc, dec; };
 API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, unsigned *count, u64 since) {
-  static u64 now = 1000;
   WHOLE
   if (d->noutil || d->mig) return NOT_SUPPORTED;
   unsigned room = *count, n = 0;
-  (void)since;
-  for (int i = 0; i < n_processes; i++)
-    if (on(&processes[i], d)) {
-      if (out && n < room) out[n] = (struct sample){processes[i].pid, ++now, processes[i].sm, 0, 0, 0};
-      n++;
-    }
+  struct timespec t;
+  clock_gettime(CLOCK_REALTIME, &t);
+  u64 now = (u64)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+  for (int i = 0; i < n_processes; i++) {
+    struct process *p = &processes[i];
+    if (!on(p, d) || now <= since) continue;
+    // A sample per process and moment; its memory is the share of time in which memory was read or written.
+    if (out && n < room) out[n] = (struct sample){p->pid, now, p->sm, p->sm / 4, p->enc, p->dec};
+    n++;
+  }
   *count = n;
   if (!n) return NOT_FOUND;
   return !out || n > room ? TOO_SMALL : OK;
@@ -103,6 +135,7 @@ API int nvmlEventSetWait_v2(void *set, struct event *e, unsigned ms) {
       told = faults[i].serial;
       memset(e, 0, sizeof *e);
       e->device = &devices[faults[i].device], e->type = faults[i].type, e->data = faults[i].code;
+      e->gi = e->ci = ~0u;
       return OK;
     }
   return TIMEOUT;
@@ -136,8 +169,12 @@ API int nvmlDeviceGetNvLinkRemotePciInfo_v2(struct device *d, unsigned link, str
   WHOLE
   const char *bus = link >= 18 ? NULL : link_of(d, link, &any);
   if (!bus) return INVALID;
-  memset(p, 0, sizeof *p);
-  snprintf(p->bus_id, sizeof p->bus_id, "%s", bus);
+  fill(p, bus);
+  return OK;
+}
+API int nvmlDeviceGetRemappedRows(struct device *d, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+  WHOLE
+  *corrected = *uncorrected = *pending = 0, *failed = d->norows;
   return OK;
 }
 struct field { unsigned id, scope; long long at, latency; int type, code; union { double d; unsigned u; u64 big; } value; };

@@ -302,6 +302,7 @@ mod tests {
             units: 0,
             nodes: vec!["/dev/nvidia2".to_owned()],
             slot: None,
+            versions: Default::default(),
             near: Vec::new(),
         }
     }

@@ -7,6 +7,15 @@ use shared::observed::{AcceleratorKind, AcceleratorRow, Nearness};
 
 use super::settings::Settings;
 
+/// What runs a device, as its driver tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Versions {
+    /// Of the driver; empty unknown.
+    pub driver: String,
+    /// The latest runtime (CUDA) that the driver serves; empty unknown.
+    pub runtime: String,
+}
+
 /// A device, or a part of one, that can be given out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
@@ -39,6 +48,9 @@ pub struct Known {
     /// the profile say it.
     #[serde(default)]
     pub slot: Option<String>,
+    /// Versions of its software.
+    #[serde(default)]
+    pub versions: Versions,
     /// Other devices of the kind by id, and how near they are ([`Nearness`]).
     #[serde(default)]
     pub near: Vec<(String, u8)>,
@@ -121,6 +133,10 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
         },
         pci: row.pci.clone(),
         slot: None,
+        versions: Versions {
+            driver: row.driver.clone(),
+            runtime: row.runtime.clone(),
+        },
         near: Vec::new(),
     }
 }

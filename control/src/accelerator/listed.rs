@@ -172,6 +172,7 @@ mod tests {
             units: 0,
             nodes: Vec::new(),
             slot: Some(slot.to_owned()),
+            versions: Default::default(),
             near: Vec::new(),
         }
     }

@@ -55,7 +55,7 @@ struct File {
     slot_name: String,
     devices: Vec<Entry>,
     #[serde(default)]
-    attributes: BTreeMap<String, String>,
+    attributes: BTreeMap<String, toml::Value>,
     #[serde(default)]
     formats: BTreeMap<String, Format>,
 }
@@ -68,9 +68,17 @@ struct Entry {
     numa_node: Option<i32>,
     #[serde(default, alias = "smp_count")]
     subproc_count: u64,
-    memory_size: String,
+    memory_size: Size,
     #[serde(default)]
     is_mig_device: bool,
+}
+
+/// `"40G"`, or bytes.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Written(String),
+    Bytes(u64),
 }
 
 #[derive(Debug, Deserialize)]
@@ -122,7 +130,7 @@ pub fn read(path: &Path, settings: &Settings) -> Result<AcceleratorPlugin, MockE
     }
     let mut devices: Vec<Known> = Vec::new();
     for (place, entry) in file.devices.iter().enumerate() {
-        let device = known(&key, place, entry, &devices).map_err(refused)?;
+        let device = known(&key, place, entry).map_err(refused)?;
         if devices.iter().any(|other| other.id == device.id) {
             return Err(refused(format!("two devices are called {}", device.id)));
         }
@@ -136,18 +144,23 @@ pub fn read(path: &Path, settings: &Settings) -> Result<AcceleratorPlugin, MockE
         "{key}.{}",
         if shares.is_some() { "shares" } else { "device" }
     );
-    let mut attributes = file.attributes;
     let mut facts = PluginFacts::default();
-    for (told, names) in [
-        ("nvidia_version", "nvidia_driver"),
-        ("cuda_version", "cuda_runtime"),
-    ] {
+    facts.flags.push((format!("{key}_support").into(), true));
+    for (name, value) in file.attributes {
+        let text = match value {
+            toml::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        // As a real device's plugin has them too.
+        let also = match (key.as_str(), name.as_str()) {
+            ("cuda", "nvidia_driver") => Some("nvidia_version"),
+            ("cuda", "cuda_runtime") => Some("cuda_version"),
+            _ => None,
+        };
         facts
             .texts
-            .extend(attributes.remove(names).map(|text| (told, text)));
-    }
-    if key == "cuda" {
-        facts.flags.push(("cuda_support", true));
+            .extend(also.map(|name| (name.into(), text.clone())));
+        facts.texts.push((name.into(), text));
     }
     let shown = file.formats.into_iter();
     let shown = shown.map(|(name, format)| metadata(&key, &name, format));
@@ -165,9 +178,13 @@ pub fn read(path: &Path, settings: &Settings) -> Result<AcceleratorPlugin, MockE
     })
 }
 
-fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Known, String> {
-    let memory = parse_binary_size(&entry.memory_size)
-        .ok_or_else(|| format!("the memory {:?} is no size", entry.memory_size))?;
+fn known(key: &str, place: usize, entry: &Entry) -> Result<Known, String> {
+    let memory = match &entry.memory_size {
+        Size::Bytes(bytes) => *bytes,
+        Size::Written(text) => {
+            parse_binary_size(text).ok_or_else(|| format!("the memory {text:?} is no size"))?
+        }
+    };
     let uuid = &entry.mother_uuid;
     if uuid.is_empty() || uuid.contains([',', ':', '\n', '=']) {
         return Err(format!("{uuid:?} cannot be the id of a device"));
@@ -179,12 +196,8 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
                 entry.model_name
             )
         })?;
-        let siblings = before.iter();
-        let siblings = siblings.filter(|other| other.id.starts_with(&format!("MIG-{uuid}/")));
-        (
-            format!("MIG-{uuid}/{}/0", siblings.count()),
-            Some(profile.to_owned()),
-        )
+        // The number is its place in the file, as in the original.
+        (format!("MIG-{uuid}/{place}/0"), Some(profile.to_owned()))
     } else {
         (uuid.clone(), None)
     };
@@ -192,7 +205,7 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
         kind: key.to_owned(),
         id,
         model: entry.model_name.clone(),
-        pci: format!("0000:99:{place:02x}.0"),
+        pci: format!("0000:99:{place:02}.0"),
         numa_node: entry.numa_node,
         healthy: true,
         fault: None,
@@ -202,6 +215,7 @@ fn known(key: &str, place: usize, entry: &Entry, before: &[Known]) -> Result<Kno
         units: entry.subproc_count,
         nodes: Vec::new(),
         slot: None,
+        versions: Default::default(),
         near: Vec::new(),
     })
 }

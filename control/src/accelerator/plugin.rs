@@ -11,7 +11,7 @@ use rust_decimal::prelude::ToPrimitive;
 use serde_json::{Map, json};
 
 use super::inject::Injection;
-use super::known::Known;
+use super::known::{Known, Versions};
 use super::settings::{Settings, ShareUnits};
 use crate::resource::{
     AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin, Hardware,
@@ -46,13 +46,18 @@ impl AcceleratorPlugin {
     pub fn of_kind(kind: &str, devices: &[Known], settings: &Settings) -> Self {
         let devices: Vec<Known> = devices.iter().filter(|d| d.kind == kind).cloned().collect();
         let shares = settings.shares.filter(|_| kind == "cuda");
-        let facts = PluginFacts {
-            flags: match kind {
-                "cuda" => vec![("cuda_support", true)],
-                _ => Vec::new(),
-            },
-            ..PluginFacts::default()
-        };
+        let mut facts = PluginFacts::default();
+        if kind == "cuda" {
+            facts.flags.push(("cuda_support".into(), true));
+            let told = |version: fn(&Versions) -> &String| {
+                let mut all = devices.iter().map(|device| version(&device.versions));
+                all.find(|version| !version.is_empty()).cloned()
+            };
+            let driver = told(|versions| &versions.driver);
+            let runtime = told(|versions| &versions.runtime);
+            (facts.texts).extend(driver.map(|version| ("nvidia_version".into(), version)));
+            (facts.texts).extend(runtime.map(|version| ("cuda_version".into(), version)));
+        }
         let mut plugin = Self {
             key: kind.to_owned(),
             injection: Injection::of_kind(kind, settings),

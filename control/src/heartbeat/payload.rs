@@ -112,10 +112,10 @@ pub fn args(
 
 fn plugin(name: &str, facts: &PluginFacts, identity: &Identity) -> Value {
     let mut entries = vec![("version", text(&facts.version))];
-    let texts = facts.texts.iter().map(|(key, value)| (*key, text(value)));
+    let texts = facts.texts.iter().map(|(key, value)| (&**key, text(value)));
     entries.extend(texts);
     let flags = facts.flags.iter();
-    entries.extend(flags.map(|(key, is)| (*key, Value::Bool(*is))));
+    entries.extend(flags.map(|(key, is)| (&**key, Value::Bool(*is))));
     if name == "cpu" {
         entries.push(("agent_version", text(PROTOCOL_VERSION)));
         entries.push(("machine", text(&identity.architecture)));

@@ -104,6 +104,12 @@ families! {
     ACCELERATOR_LOAD = Gauge "bai_container_accelerator_utilization_ratio"
         ["id name image kernel_id kind device_id"]
         "Busy share of a device by the container's own processes; missing where the driver does not tell.";
+    ACCELERATOR_ENCODER = Gauge "bai_container_accelerator_encoder_utilization_ratio"
+        ["id name image kernel_id kind device_id"]
+        "Share of a device's encoders that the container's own processes use; missing where the driver does not tell.";
+    ACCELERATOR_DECODER = Gauge "bai_container_accelerator_decoder_utilization_ratio"
+        ["id name image kernel_id kind device_id"]
+        "Share of a device's decoders that the container's own processes use; missing where the driver does not tell.";
     START = Gauge "container_start_time_seconds" ["id name image kernel_id"]
         "When the kernel was accepted, seconds since 1970.";
     SEEN = Gauge "container_last_seen" ["id name image kernel_id"]
@@ -173,9 +179,15 @@ fn accelerators(rows: &[AcceleratorRow], shown: &[Shown<'_>], page: &mut Page) {
     each(&ACCELERATOR_MEMORY, &|user| {
         user.memory_bytes.map(Number::Whole)
     });
+    let share = |permille: u32| Number::Exact(Decimal::from(permille) / Decimal::ONE_THOUSAND);
     each(&ACCELERATOR_LOAD, &|user| {
-        let permille = Decimal::from(user.utilisation_permille?);
-        Some(Number::Exact(permille / Decimal::ONE_THOUSAND))
+        user.utilisation_permille.map(share)
+    });
+    each(&ACCELERATOR_ENCODER, &|user| {
+        user.encoder_permille.map(share)
+    });
+    each(&ACCELERATOR_DECODER, &|user| {
+        user.decoder_permille.map(share)
     });
 }
 

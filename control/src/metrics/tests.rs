@@ -176,6 +176,8 @@ fn scene(containers: u16) -> Scene {
             container_id: container_id(number),
             memory_bytes: some,
             utilisation_permille: share,
+            encoder_permille: share.map(|_| 30),
+            decoder_permille: None,
         })
         .to_vec();
     let key = PortKey {
@@ -368,11 +370,16 @@ fn known_series_have_their_units() {
     assert_eq!(find("bai_accelerator_utilization_ratio"), 0.505);
     assert_eq!(find("bai_container_accelerator_utilization_ratio"), 0.25);
     assert_eq!(find("bai_container_accelerator_memory_used_bytes"), 2e9);
+    assert_eq!(
+        find("bai_container_accelerator_encoder_utilization_ratio"),
+        0.03
+    );
     let users = series.keys().filter(|key| key.contains(",device_id="));
     let users: Vec<&String> = users
         .filter(|key| key.starts_with("bai_container_accelerator_"))
         .collect();
-    assert_eq!(users.len(), 2, "{users:?}");
+    // The device's decoders are told, and not as this container's; nor is its power.
+    assert_eq!(users.len(), 3, "{users:?}");
     assert!(
         users[0].ends_with(",kind=\"cuda\",device_id=\"GPU-0\"}"),
         "{users:?}"

@@ -1,5 +1,6 @@
 //! What a kind of device must tell: the seam where accelerators plug in beside cpu and mem.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use super::allocation::Shares;
@@ -77,9 +78,9 @@ pub struct PluginFacts {
     /// Its version.
     pub version: String,
     /// Text such as `nvidia_version`.
-    pub texts: Vec<(&'static str, String)>,
+    pub texts: Vec<(Cow<'static, str>, String)>,
     /// Whether something is supported, such as `cuda_support`.
-    pub flags: Vec<(&'static str, bool)>,
+    pub flags: Vec<(Cow<'static, str>, bool)>,
 }
 
 impl Default for PluginFacts {

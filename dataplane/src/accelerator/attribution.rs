@@ -44,29 +44,23 @@ pub fn by_container(
     processes: impl IntoIterator<Item = (u32, ProcessUse)>,
     container_of: impl Fn(u32) -> Option<ContainerId>,
 ) -> Vec<AcceleratorUse> {
-    let mut sums: BTreeMap<ContainerId, AcceleratorUse> = BTreeMap::new();
+    let mut sums: BTreeMap<ContainerId, ProcessUse> = BTreeMap::new();
     for (pid, used) in processes {
         let Some(container_id) = container_of(pid) else {
             continue;
         };
         sums.entry(container_id)
-            .and_modify(|sum| {
-                sum.memory_bytes = sum
-                    .memory_bytes
-                    .zip(used.memory_bytes)
-                    .map(|(a, b)| a.saturating_add(b));
-                sum.utilisation_permille = sum
-                    .utilisation_permille
-                    .zip(used.utilisation_permille)
-                    .map(|(a, b)| a.saturating_add(b));
-            })
-            .or_insert(AcceleratorUse {
-                container_id,
-                memory_bytes: used.memory_bytes,
-                utilisation_permille: used.utilisation_permille,
-            });
+            .and_modify(|sum| sum.add(used))
+            .or_insert(used);
     }
-    sums.into_values().collect()
+    let uses = sums.into_iter().map(|(container_id, used)| AcceleratorUse {
+        container_id,
+        memory_bytes: used.memory_bytes,
+        utilisation_permille: used.utilisation_permille,
+        encoder_permille: used.encoder_permille,
+        decoder_permille: used.decoder_permille,
+    });
+    uses.collect()
 }
 
 #[cfg(test)]
@@ -98,6 +92,8 @@ mod tests {
         let used = |memory, share| ProcessUse {
             memory_bytes: memory,
             utilisation_permille: share,
+            encoder_permille: share.map(|share| share / 10),
+            decoder_permille: None,
         };
         let (a, b) = (ContainerId([1; 32]), ContainerId([2; 32]));
         let uses = by_container(
@@ -113,7 +109,7 @@ mod tests {
                 _ => None,
             },
         );
-        assert_eq!(uses.len(), 2);
+        let uses = <[_; 2]>::try_from(uses).unwrap();
         assert_eq!(
             (uses[0].memory_bytes, uses[0].utilisation_permille),
             (Some(150), None)
@@ -122,5 +118,7 @@ mod tests {
             (uses[1].memory_bytes, uses[1].utilisation_permille),
             (Some(7), Some(1))
         );
+        let coders = uses.map(|user| (user.encoder_permille, user.decoder_permille));
+        assert_eq!(coders, [(None, None), (Some(0), None)]);
     }
 }

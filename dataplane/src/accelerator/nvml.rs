@@ -22,17 +22,17 @@ use nvml_wrapper::enums::device::SampleValue;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::struct_wrappers::device::MemoryInfo;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
-use nvml_wrapper::{Device, EventSet, Nvml};
+use nvml_wrapper::{Device, EventSet, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, MigInstance,
 };
 
 use super::attribution::{by_container, container_of};
 use super::{INTERVAL, ProcessUse, Reading, Slot, clip, files};
-use crate::sys::nvml::mig_instance;
+use crate::sys::nvml::{memory_v1, mig_instance};
 use topology::{Node, Topology};
 
 /// The library's name for the dynamic loader. The unversioned name belongs to development packages.
@@ -124,6 +124,8 @@ fn lost(row: &AcceleratorRow) -> AcceleratorRow {
 struct Session<'nvml> {
     nvml: &'nvml Nvml,
     root: &'nvml Path,
+    /// Versions of the driver and of CUDA.
+    versions: (String, String),
     events: Option<EventSet<'nvml>>,
     watched: HashSet<String>,
     /// Per device: up to when process samples were seen, microseconds of the driver's clock.
@@ -138,9 +140,20 @@ impl<'nvml> Session<'nvml> {
             .create_event_set()
             .inspect_err(|err| tracing::debug!(%err, "the driver tells no faults"))
             .ok();
+        let cuda = nvml.sys_cuda_driver_version().map(|version| {
+            let (major, minor) = (
+                cuda_driver_version_major(version),
+                cuda_driver_version_minor(version),
+            );
+            format!("{major}.{minor}")
+        });
         Self {
             nvml,
             root,
+            versions: (
+                nvml.sys_driver_version().unwrap_or_default(),
+                cuda.unwrap_or_default(),
+            ),
             events,
             watched: HashSet::new(),
             seen: HashMap::new(),
@@ -230,7 +243,7 @@ impl<'nvml> Session<'nvml> {
         reading: &mut Reading,
     ) -> Result<(String, String), NvmlError> {
         let id = device.uuid()?;
-        let memory = device.memory_info()?;
+        let memory = Memory::of(self.nvml, device)?;
         if self.past.lost.remove(&index) {
             // It was away: whatever it reported before, this is its new life.
             self.past.faults.remove(&id);
@@ -253,9 +266,11 @@ impl<'nvml> Session<'nvml> {
             pci: pci.clone(),
             healthy: !own_fault,
             divided,
+            driver: self.versions.0.clone(),
+            runtime: self.versions.1.clone(),
             units: multiprocessors(device),
             fault,
-            counters: counters(device, &memory),
+            counters: counters(device, memory),
             ..AcceleratorRow::new(AcceleratorKind::Cuda, index, id.clone())
         };
         clip(&mut row);
@@ -265,14 +280,14 @@ impl<'nvml> Session<'nvml> {
             for part in 0..device.mig_device_count().unwrap_or(0).min(PARTS - 1) {
                 // Numbers without an instance are gaps.
                 if let Ok(instance) = device.mig_device_by_index(part)
-                    && let Ok(part_row) = self.read_part(&row, part, &instance, reading)
+                    && let Ok(part_row) = self.read_part(&row, device, part, &instance, reading)
                 {
                     self.past.known.insert(part_row.key.index, part_row.clone());
                     reading.devices.push(part_row);
                 }
             }
         } else {
-            let processes = self.processes(index, device);
+            let processes = self.processes(index, device, listed(device).unwrap_or_default());
             row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
             add_up(&mut reading.processes, processes);
         }
@@ -284,11 +299,12 @@ impl<'nvml> Session<'nvml> {
     fn read_part(
         &mut self,
         whole: &AcceleratorRow,
+        device: &Device<'nvml>,
         part: u32,
         instance: &Device<'nvml>,
         reading: &mut Reading,
     ) -> Result<AcceleratorRow, NvmlError> {
-        let memory = instance.memory_info()?;
+        let memory = Memory::of(self.nvml, instance)?;
         let attributes = instance.attributes().ok();
         let id = instance.uuid()?;
         let number = (whole.key.index + 1) * PARTS + part;
@@ -304,26 +320,37 @@ impl<'nvml> Session<'nvml> {
             units: attributes.map(|found| found.multiprocessor_count),
             counters: AcceleratorCounters {
                 memory_total_bytes: Some(memory.total),
-                memory_used_bytes: Some(used(&memory)),
+                memory_used_bytes: Some(memory.used()),
                 ..AcceleratorCounters::default()
             },
             ..whole.clone()
         };
-        let processes = self.processes(number, instance);
+        let own = listed(instance).or_else(|| {
+            // Then the whole device may list those of all instances, with the ids of these.
+            let ids = row.instance?;
+            let mut all = listed(device)?;
+            all.retain(|process| {
+                let of = (process.gpu_instance_id, process.compute_instance_id);
+                of == (Some(ids.gpu), Some(ids.compute))
+            });
+            Some(all)
+        });
+        let processes = self.processes(number, instance, own.unwrap_or_default());
         row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
         add_up(&mut reading.processes, processes);
         clip(&mut row);
         Ok(row)
     }
 
-    /// What each process uses of one device.
-    fn processes(&mut self, number: u32, device: &Device<'nvml>) -> HashMap<u32, ProcessUse> {
+    /// What each of the processes listed uses of one device.
+    fn processes(
+        &mut self,
+        number: u32,
+        device: &Device<'nvml>,
+        listed: Vec<ProcessInfo>,
+    ) -> HashMap<u32, ProcessUse> {
         let mut all: HashMap<u32, ProcessUse> = HashMap::new();
-        let listed = [
-            device.running_compute_processes(),
-            device.running_graphics_processes(),
-        ];
-        for process in listed.into_iter().flatten().flatten() {
+        for process in listed {
             let memory = match process.used_gpu_memory {
                 UsedGpuMemory::Used(bytes) => Some(bytes),
                 UsedGpuMemory::Unavailable => None,
@@ -335,24 +362,24 @@ impl<'nvml> Session<'nvml> {
         let since = self.seen.get(&number).copied();
         match device.process_utilization_stats(since) {
             Ok(samples) => {
-                let mut latest: HashMap<u32, (u64, u32)> = HashMap::new();
+                let mut latest: HashMap<u32, (u64, [u32; 3])> = HashMap::new();
                 for sample in samples {
                     self.seen
                         .entry(number)
                         .and_modify(|seen| *seen = (*seen).max(sample.timestamp))
                         .or_insert(sample.timestamp);
                     let entry = latest.entry(sample.pid).or_default();
-                    *entry = (*entry).max((sample.timestamp, sample.sm_util));
+                    let told = [sample.sm_util, sample.enc_util, sample.dec_util];
+                    *entry = (*entry).max((sample.timestamp, told));
                 }
                 for (pid, used) in &mut all {
-                    let percent = latest.get(pid).map_or(0, |(_, percent)| *percent);
-                    used.utilisation_permille = Some(percent.min(100) * 10);
+                    used.busy(latest.get(pid).map_or([0; 3], |(_, told)| *told));
                 }
             }
             // The driver has a sample of nobody: all are idle.
             Err(NvmlError::NotFound) => {
                 for used in all.values_mut() {
-                    used.utilisation_permille = Some(0);
+                    used.busy([0; 3]);
                 }
             }
             Err(_) => {}
@@ -426,9 +453,44 @@ fn whole_of(number: u32) -> u32 {
     }
 }
 
-/// What is not free, as the original tells it: what the driver keeps for itself is used too.
-fn used(memory: &MemoryInfo) -> u64 {
-    memory.total.saturating_sub(memory.free)
+/// Memory of a device or an instance, bytes.
+#[derive(Debug, Clone, Copy)]
+struct Memory {
+    total: u64,
+    free: u64,
+}
+
+impl Memory {
+    fn of<'nvml>(nvml: &'nvml Nvml, device: &Device<'nvml>) -> Result<Self, NvmlError> {
+        let (total, free) = match device.memory_info() {
+            Ok(found) => (found.total, found.free),
+            Err(NvmlError::FailedToLoadSymbol(_)) => memory_v1(nvml, device)?,
+            Err(err) => return Err(err),
+        };
+        Ok(Self { total, free })
+    }
+
+    /// What is not free, as the original tells it: what the driver keeps for itself is used too.
+    fn used(self) -> u64 {
+        self.total.saturating_sub(self.free)
+    }
+}
+
+/// Processes that compute or draw; `None` when the driver tells neither.
+fn listed(device: &Device<'_>) -> Option<Vec<ProcessInfo>> {
+    let compute = match device.running_compute_processes() {
+        Err(NvmlError::FailedToLoadSymbol(_)) => device.running_compute_processes_v2(),
+        told => told,
+    };
+    let graphics = match device.running_graphics_processes() {
+        Err(NvmlError::FailedToLoadSymbol(_)) => device.running_graphics_processes_v2(),
+        told => told,
+    };
+    if compute.is_err() && graphics.is_err() {
+        return None;
+    }
+    let all = [compute, graphics].into_iter().flatten().flatten();
+    Some(all.collect())
 }
 
 /// `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`, as drivers before 470 name instances.
@@ -450,7 +512,7 @@ fn cannot_replace_rows(device: &Device<'_>) -> bool {
     }
 }
 
-fn counters(device: &Device<'_>, memory: &MemoryInfo) -> AcceleratorCounters {
+fn counters(device: &Device<'_>, memory: Memory) -> AcceleratorCounters {
     let permille = |percent: u32| u64::from(percent.min(100)) * 10;
     let load = device.utilization_rates().ok();
     // Thousands of bytes per second, measured over 20 ms.
@@ -461,7 +523,7 @@ fn counters(device: &Device<'_>, memory: &MemoryInfo) -> AcceleratorCounters {
     let errors = |kind| device.total_ecc_errors(kind, EccCounter::Volatile).ok();
     AcceleratorCounters {
         memory_total_bytes: Some(memory.total),
-        memory_used_bytes: Some(used(memory)),
+        memory_used_bytes: Some(memory.used()),
         utilisation_permille: load.as_ref().map(|load| permille(load.gpu)),
         memory_utilisation_permille: load.as_ref().map(|load| permille(load.memory)),
         power_mw: device.power_usage().ok().map(u64::from),
@@ -491,16 +553,7 @@ fn counters(device: &Device<'_>, memory: &MemoryInfo) -> AcceleratorCounters {
 fn add_up(all: &mut HashMap<u32, ProcessUse>, processes: HashMap<u32, ProcessUse>) {
     for (pid, used) in processes {
         all.entry(pid)
-            .and_modify(|sum| {
-                sum.memory_bytes = sum
-                    .memory_bytes
-                    .zip(used.memory_bytes)
-                    .map(|(a, b)| a.saturating_add(b));
-                sum.utilisation_permille = sum
-                    .utilisation_permille
-                    .zip(used.utilisation_permille)
-                    .map(|(a, b)| a.saturating_add(b));
-            })
+            .and_modify(|sum: &mut ProcessUse| sum.add(used))
             .or_insert(used);
     }
 }

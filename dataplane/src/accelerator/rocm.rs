@@ -176,7 +176,7 @@ fn processes(root: &Path, gpu: u64) -> HashMap<u32, ProcessUse> {
         let bytes = number(&all.join(pid.to_string()).join(&file))?;
         let used = ProcessUse {
             memory_bytes: Some(bytes),
-            utilisation_permille: None,
+            ..ProcessUse::default()
         };
         (bytes > 0).then_some((pid, used))
     })

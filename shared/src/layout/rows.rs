@@ -162,7 +162,7 @@ declare! {
     }
 
     /// One accelerator (observed region, table accelerators).
-    RawAccelerator, 1184 {
+    RawAccelerator, 1360 {
         0 state: u32 = "0 free, 1 used",
         4 index: u32 = "number the driver gives it; with kind the row's key",
         8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU, 4 plug-in, 255 mock",
@@ -192,7 +192,13 @@ declare! {
         1096 near: [u8; 64] = "how near the device of that number is: 0 unknown, 1 to 6 by the PCIe bus, 16 + n by n NVLinks",
         1160 gpu_instance: u32 = "id of its GPU instance (MIG) plus one, 0 none or unknown",
         1164 compute_instance: u32 = "id of its compute instance (MIG) plus one, 0 none or unknown",
-        1168 reserved: [u8; 16] = "zero",
+        1168 user_encoder: [u32; 16] = "share of the encoders per user, thousandths, all ones unknown",
+        1232 user_decoder: [u32; 16] = "share of the decoders per user, thousandths, all ones unknown",
+        1296 driver: [u8; 32] = "version of the driver, UTF-8",
+        1328 runtime: [u8; 16] = "latest version of the runtime that the driver serves, UTF-8",
+        1344 driver_length: u8 = "bytes of driver, 0 unknown",
+        1345 runtime_length: u8 = "bytes of runtime, 0 unknown",
+        1346 reserved: [u8; 14] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

@@ -280,6 +280,7 @@ impl Session {
                 units: 0,
                 nodes: Vec::new(),
                 slot: Some(self.0.slot.clone()),
+                versions: Default::default(),
                 near: Vec::new(),
             });
         }

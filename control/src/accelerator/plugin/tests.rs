@@ -255,13 +255,22 @@ number_format = { binary = false, round_length = 0 }
     );
     let plugin = read(&settings(&[])).unwrap();
     let ids: Vec<&str> = plugin.devices.iter().map(|d| d.id.as_str()).collect();
-    assert_eq!(ids, ["a", "MIG-b/0/0", "MIG-b/1/0"]);
+    assert_eq!(ids, ["a", "MIG-b/1/0", "MIG-b/2/0"]);
     assert_eq!(totals(&plugin)["cuda.device:10g-mig"], "2");
     assert_eq!(plugin.metadata()[0].human_readable_name, "GPU of the house");
+    let facts: Vec<String> = (plugin.facts.texts.iter())
+        .map(|(name, text)| format!("{name} {text}"))
+        .collect();
     assert_eq!(
-        plugin.facts.texts[0],
-        ("nvidia_version", "450.0.0".to_owned())
+        facts,
+        [
+            "cuda_version 11.0",
+            "cuda_runtime 11.0",
+            "nvidia_version 450.0.0",
+            "nvidia_driver 450.0.0",
+        ]
     );
+    assert_eq!(plugin.facts.flags, [("cuda_support".into(), true)]);
     let mut limits = ContainerLimits::default();
     plugin.limit(&[], &shares("cuda.device", &[("a", "1")]), &mut limits);
     assert!(limits.arguments.is_empty(), "no real device is asked for");
@@ -273,6 +282,22 @@ number_format = { binary = false, round_length = 0 }
     shared.mock_shares = shared.shares;
     let fractional = read(&shared).unwrap();
     assert_eq!(totals(&fractional)["cuda.shares"], "13.50");
+    // Another kind has no parts, and its own name in what it supports.
+    let many: Vec<String> = (0..11)
+        .map(|place| format!("{{ mother_uuid = 'g{place}', model_name = 'MIG-x', subproc_count = 1, memory_size = 1073741824, is_mig_device = true }}"))
+        .collect();
+    let many = many.join(", ");
+    write(&format!(
+        "slot_name = 'gaudi'\ndevices = [{many}]\n[attributes]\nlinks = 24\n"
+    ));
+    let other = read(&settings(&[])).unwrap();
+    assert_eq!(totals(&other)["gaudi.device"], "11");
+    assert_eq!(
+        (other.devices[0].memory, other.devices[10].pci.as_str()),
+        (1 << 30, "0000:99:10.0")
+    );
+    assert_eq!(other.facts.flags, [("gaudi_support".into(), true)]);
+    assert_eq!(other.facts.texts, [("links".into(), "24".to_owned())]);
     for (wrong, why) in [
         ("devices = 3", "docs/gpu.md"),
         ("slot_name = 'mem'\ndevices = []", "no name of a device"),

@@ -326,6 +326,8 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
         container_id: container,
         memory_bytes: memory,
         utilisation_permille: load,
+        encoder_permille: None,
+        decoder_permille: None,
     };
     let (own, other) = (facts.container, ContainerId([0xee; 32]));
     let figures = |users: Vec<AcceleratorUse>, users_left_out| {

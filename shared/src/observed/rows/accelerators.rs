@@ -77,6 +77,10 @@ pub struct AcceleratorUse {
     pub memory_bytes: Option<u64>,
     /// Busy share of its processes, thousandths; `None` when the driver does not tell.
     pub utilisation_permille: Option<u32>,
+    /// Share of the encoders, thousandths; `None` when the driver does not tell.
+    pub encoder_permille: Option<u32>,
+    /// Share of the decoders, thousandths; `None` when the driver does not tell.
+    pub decoder_permille: Option<u32>,
 }
 
 /// What NVIDIA's driver calls a part of a device (a MIG instance).
@@ -111,6 +115,10 @@ pub struct AcceleratorRow {
     pub profile: String,
     /// What the driver calls the part, if it tells.
     pub instance: Option<MigInstance>,
+    /// Version of its driver, at most 32 bytes; empty unknown.
+    pub driver: String,
+    /// Latest version of the runtime (CUDA) that the driver serves, at most 16 bytes; empty unknown.
+    pub runtime: String,
     /// Processing units, if known.
     pub units: Option<u32>,
     /// Last fault code of the driver (NVIDIA: XID).
@@ -144,6 +152,8 @@ impl AcceleratorRow {
             divided: false,
             profile: String::new(),
             instance: None,
+            driver: String::new(),
+            runtime: String::new(),
             units: None,
             fault: None,
             users: Vec::new(),
@@ -194,6 +204,8 @@ impl KeyedRow for AcceleratorRow {
         raw.model_length = store_text("model", &self.model, &mut raw.model)?;
         raw.pci_length = store_text("pci", &self.pci, &mut raw.pci)?;
         raw.profile_length = store_text("profile", &self.profile, &mut raw.profile)?;
+        raw.driver_length = store_text("driver", &self.driver, &mut raw.driver)?;
+        raw.runtime_length = store_text("runtime", &self.runtime, &mut raw.runtime)?;
         let listed = self.users.len().min(USERS);
         let beyond = u32::try_from(self.users.len() - listed).unwrap_or(u32::MAX);
         raw.user_count = u32::try_from(listed).unwrap_or(0);
@@ -211,6 +223,12 @@ impl KeyedRow for AcceleratorRow {
         for (place, user) in raw.user_utilisation.iter_mut().zip(&self.users) {
             *place = user.utilisation_permille.unwrap_or(u32::MAX);
         }
+        for (place, user) in raw.user_encoder.iter_mut().zip(&self.users) {
+            *place = user.encoder_permille.unwrap_or(u32::MAX);
+        }
+        for (place, user) in raw.user_decoder.iter_mut().zip(&self.users) {
+            *place = user.decoder_permille.unwrap_or(u32::MAX);
+        }
         Ok(raw)
     }
 
@@ -220,15 +238,21 @@ impl KeyedRow for AcceleratorRow {
             return None;
         }
         let (containers, _) = raw.user_containers.as_chunks();
+        let share = |told: &u32| (*told != u32::MAX).then_some(*told);
         let users = (containers.iter())
             .zip(&raw.user_memory)
             .zip(&raw.user_utilisation)
+            .zip(raw.user_encoder.iter().zip(&raw.user_decoder))
             .take(listed)
-            .map(|((container, memory), utilisation)| AcceleratorUse {
-                container_id: ContainerId(*container),
-                memory_bytes: (*memory != u64::MAX).then_some(*memory),
-                utilisation_permille: (*utilisation != u32::MAX).then_some(*utilisation),
-            })
+            .map(
+                |(((container, memory), utilisation), (encoder, decoder))| AcceleratorUse {
+                    container_id: ContainerId(*container),
+                    memory_bytes: (*memory != u64::MAX).then_some(*memory),
+                    utilisation_permille: share(utilisation),
+                    encoder_permille: share(encoder),
+                    decoder_permille: share(decoder),
+                },
+            )
             .collect();
         Some(Self {
             key: AcceleratorKey {
@@ -246,6 +270,8 @@ impl KeyedRow for AcceleratorRow {
             instance: (raw.gpu_instance.checked_sub(1))
                 .zip(raw.compute_instance.checked_sub(1))
                 .map(|(gpu, compute)| MigInstance { gpu, compute }),
+            driver: load_text(raw.driver_length, &raw.driver)?,
+            runtime: load_text(raw.runtime_length, &raw.runtime)?,
             units: (raw.units != 0).then_some(raw.units),
             fault: (raw.fault != 0).then_some(raw.fault),
             users,
