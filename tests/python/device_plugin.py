@@ -12,6 +12,9 @@ does; a line of JSON on stdout tells each call it gets. Keys of its behaviour:
   allocate  the ContainerAllocateResponse, as a map
   cdi       kind of CDI whose names, by the ids that were asked for, are in the response too
   hang      names of calls that are never answered
+  slow      {name of a call: seconds until it is answered}
+  late      seconds between the first registration and the opening of its socket
+  numa      the NUMA node it tells (0 if not said)
   fail      names of calls that fail
   close     whether the list of devices ends at once
   flood     whether it is sent again without end
@@ -51,6 +54,7 @@ class Plugin:
 
     def called(self, name, context, **what):
         tell(called=name, **what)
+        time.sleep(self.does("slow", {}).get(name, 0))
         while name in self.does("hang", []) and context.is_active():
             time.sleep(0.05)
         if name in self.does("fail", []):
@@ -70,7 +74,7 @@ class Plugin:
                 if not self.behaviour.get("flood") and not self.changed.wait_for(lambda: self.version != seen, 0.2):
                     continue
                 seen, devices = self.version, list(self.behaviour.get("devices", {}).items())
-            topology = self.api.messages["TopologyInfo"](nodes=[self.api.messages["NUMANode"](ID=0)])
+            topology = self.api.messages["TopologyInfo"](nodes=[self.api.messages["NUMANode"](ID=self.does("numa", 0))])
             yield self.api.messages["ListAndWatchResponse"](devices=[self.api.messages["Device"](ID=name, health=health, topology=topology) for name, health in devices])
 
     def prefer(self, request, context):
@@ -146,8 +150,16 @@ def main():
     plugin = Plugin(*sys.argv[1:])
     line = sys.stdin.readline()
     plugin.behaviour = json.loads(line)
+    registering = threading.Thread(target=plugin.keep_registered, daemon=True)
+    late = plugin.does("late", 0)
+    if late:
+        registering.start()
+        while not plugin.registered:
+            time.sleep(0.05)
+        time.sleep(late)
     server = plugin.serve()
-    threading.Thread(target=plugin.keep_registered, daemon=True).start()
+    if not late:
+        registering.start()
     for line in sys.stdin:
         with plugin.changed:
             plugin.behaviour = json.loads(line)

@@ -290,6 +290,53 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_published_plugins_do_is_taken_as_a_kubelet_takes_it() -> Result<()> {
+    let Some(mut machine) = Machine::start().await? else {
+        return Ok(());
+    };
+    // AMD's and network cards' have PCI addresses for ids, NVIDIA's numbered replicas of a device; one
+    // registers before its socket is there; one prepares its devices for longer than other calls may
+    // take, and prefers fewer than are wanted; NUMA nodes that sysfs does not know come as -1.
+    let plugin = machine.plugin(&json!({
+        "devices": {"0000:c1:00.0": "Healthy", "0000:c5:00.0": "Healthy", "GPU-1::0": "Healthy"},
+        "options": {"pre_start_required": true, "get_preferred_allocation_available": true},
+        "prefer": ["GPU-1::0", "another"],
+        "slow": {"PreStartContainer": 12},
+        "late": 2,
+        "numa": -1,
+    }))?;
+    machine.total(3.0).await?;
+    let two = order("2")?;
+    let result = kernels::create(&machine.node, &two).await?;
+    let given = held(&machine.node).await?;
+    let given = given.as_object().context("devices")?;
+    ensure!(given.len() == 2, "{given:?}");
+    ensure!(given["GPU-1%3A%3A0"] == "1", "{given:?}");
+    let preferred = &plugin.calls("GetPreferredAllocation")[0]["available"];
+    ensure!(
+        *preferred == json!(["0000:c1:00.0", "0000:c5:00.0", "GPU-1::0"]),
+        "{preferred}"
+    );
+    // It is asked by its own ids, in both calls.
+    let allocated = &plugin.calls("Allocate")[0]["ids"][0];
+    let own: BTreeSet<String> = given.keys().map(|id| id.replace("%3A", ":")).collect();
+    let asked: BTreeSet<String> = serde_json::from_value(allocated.clone())?;
+    ensure!(asked == own, "{asked:?}, {result}");
+    ensure!(plugin.calls("PreStartContainer")[0]["ids"] == *allocated);
+    let attached = &result["attached_devices"]["gaudi2"];
+    ensure!(attached.as_array().map(Vec::len) == Some(2), "{result}");
+    // The file of its resources is read again by another life.
+    let before = held(&machine.node).await?;
+    machine.node.stop_control()?;
+    machine.node.start_control().await?;
+    machine.total(3.0).await?;
+    ensure!(held(&machine.node).await? == before);
+    machine.end(&two).await?;
+    ensure!(held(&machine.node).await? == json!({}));
+    kernels::assert_clean(&machine.node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_hangs_or_lies_loses_its_devices_until_it_does_no_more() -> Result<()> {
     let Some(machine) = Machine::start().await? else {
         return Ok(());
@@ -353,7 +400,7 @@ async fn registrations_that_make_no_sense_are_refused_with_words() -> Result<()>
 
     // One that lists nonsense gives out what makes sense of it.
     let plugin =
-        machine.plugin(&json!({"devices": {"a,b": "Healthy", "": "Healthy", "ok": "Healthy"}}))?;
+        machine.plugin(&json!({"devices": {"a\nb": "Healthy", "": "Healthy", "ok": "Healthy"}}))?;
     machine.total(1.0).await?;
     // The last to register is the plugin, whatever becomes of the one before.
     let other = machine.plugin(&json!({"devices": {"x": "Healthy", "y": "Healthy"}}))?;

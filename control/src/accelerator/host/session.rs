@@ -24,6 +24,10 @@ use crate::resource::{InventoryError, device_of};
 
 /// Devices of a plugin beyond this many are left out.
 const MOST: usize = 4096;
+/// Nor is one with a longer id used, bytes.
+const LONGEST_ID: usize = 253;
+/// What divides lists of `id:amount`, and what is written for it.
+const DIVIDERS: &str = "%,:= ";
 /// A list without changes is silent, so whether its plugin lives is asked this often.
 const PROBE: Duration = Duration::from_secs(10);
 /// Lists take effect no more often than this; of those that come meanwhile, the last one does.
@@ -87,7 +91,7 @@ impl Session {
     }
 
     /// Follows its devices until another one takes its place, or its socket is gone: whoever makes a
-    /// new one registers again.
+    /// new one registers again. Some register first and open it then; a kubelet dials that long.
     pub(super) async fn follow(self, node: Arc<Node>) {
         tokio::select! {
             () = self.keep(&node) => {}
@@ -97,11 +101,13 @@ impl Session {
     }
 
     async fn keep(&self, node: &Node) {
-        let socket = self.socket().await;
+        let registered = Instant::now();
+        let mut socket = self.socket().await;
         let mut pause = PAUSES.0;
+        let mut has_listed = false;
         loop {
             let begun = Instant::now();
-            let ended = self.watch(node).await;
+            let ended = self.watch(node, &mut has_listed).await;
             self.0.connection.send_replace(None);
             let why = ended.err().map_or_else(
                 || "it has closed the list of its devices".to_owned(),
@@ -125,7 +131,10 @@ impl Session {
             }
             sleep(pause).await;
             pause = (pause * 2).min(PAUSES.1);
-            if socket.is_none() || self.socket().await != socket {
+            let now = self.socket().await;
+            if !has_listed && registered.elapsed() < CALL {
+                socket = now;
+            } else if socket.is_none() || now != socket {
                 return;
             }
         }
@@ -157,7 +166,7 @@ impl Session {
         );
     }
 
-    async fn watch(&self, node: &Node) -> Result<(), Status> {
+    async fn watch(&self, node: &Node, has_listed: &mut bool) -> Result<(), Status> {
         if self.socket().await.is_none() {
             return Err(Status::unavailable("its endpoint is no socket"));
         }
@@ -175,6 +184,7 @@ impl Session {
         let Some(first) = first.map_err(|_| late("the devices are not listed"))?? else {
             return Ok(());
         };
+        *has_listed = true;
         self.take(node, first);
         self.0.connection.send_replace(Some(plugin.clone()));
         tokio::select! {
@@ -253,18 +263,18 @@ impl Session {
         let mut nonsense = 0_usize;
         let mut known = Vec::new();
         for device in listed {
-            let id = device.id;
-            // Ids are put into files with lists of `id:amount`.
-            let plain = !id.is_empty()
-                && id.len() <= 253
-                && !id.chars().any(|c| c.is_control() || ",:=".contains(c));
+            let plain = !device.id.is_empty()
+                && device.id.len() <= LONGEST_ID
+                && !device.id.chars().any(char::is_control);
+            let id = kept_id(&device.id);
             if !plain || known.len() >= MOST || !seen.insert(id.clone()) {
                 nonsense += 1;
                 continue;
             }
+            // One that is unknown to sysfs comes as -1.
             let numa_node = device.topology.and_then(|topology| {
                 let first = topology.nodes.first()?.id;
-                i32::try_from(first).ok()
+                i32::try_from(first).ok().filter(|node| *node >= 0)
             });
             known.push(Known {
                 kind: device_of(&self.0.slot).to_owned(),
@@ -294,7 +304,8 @@ impl Session {
         known
     }
 
-    /// Which devices the plugin would rather give, if it has an opinion.
+    /// Which devices the plugin would rather give, if it has an opinion; as a kubelet does, those of
+    /// its choice that may be chosen, and of the others the ones given where these are too few.
     pub(super) async fn prefer(
         &self,
         available: Vec<String>,
@@ -306,15 +317,15 @@ impl Session {
         let plugin = self.connection()?;
         let request = PreferredAllocationRequest {
             container_requests: vec![ContainerPreferredAllocationRequest {
-                available_ids: available,
+                available_ids: available.iter().map(|id| own_id(id)).collect(),
                 must_include_ids: Vec::new(),
                 allocation_size: i32::try_from(given.len()).ok()?,
             }],
         };
         match plugin.prefer(request).await {
             Ok(answer) => {
-                let ids = answer.containers.into_iter().next()?.ids;
-                (ids.len() == given.len()).then_some(ids)
+                let preferred = answer.containers.into_iter().next()?.ids;
+                chosen(&preferred, &available, given)
             }
             Err(status) => {
                 self.judge(&status);
@@ -344,6 +355,7 @@ impl Session {
                 }
             }
         };
+        let ids: Vec<String> = ids.iter().map(|id| own_id(id)).collect();
         let request = PerContainer {
             containers: vec![DeviceIds { ids: ids.clone() }],
         };
@@ -381,4 +393,76 @@ async fn probe(plugin: &Plugin) -> Result<Option<DevicePluginOptions>, Status> {
 
 fn late(why: &str) -> Status {
     Status::deadline_exceeded(why)
+}
+
+/// The id of a device as it is kept. Ids are put into lists of `id:amount`, and published plugins have
+/// PCI addresses for ids (`0000:c1:00.0`) or numbered replicas (`GPU-...::1`), so what divides such
+/// lists is written as in a URI.
+fn kept_id(own: &str) -> String {
+    let mut kept = String::with_capacity(own.len());
+    for c in own.chars() {
+        if DIVIDERS.contains(c) {
+            // All of them are ASCII.
+            kept.push_str(&format!("%{:02X}", u32::from(c)));
+        } else {
+            kept.push(c);
+        }
+    }
+    kept
+}
+
+/// The id as the plugin knows it.
+fn own_id(kept: &str) -> String {
+    DIVIDERS.chars().rev().fold(kept.to_owned(), |id, c| {
+        id.replace(
+            &format!("%{:02X}", u32::from(c)),
+            c.encode_utf8(&mut [0; 4]),
+        )
+    })
+}
+
+/// As many ids as were given: what is preferred of those available, then what was given.
+fn chosen(preferred: &[String], available: &[String], given: &[String]) -> Option<Vec<String>> {
+    let mut ids: Vec<String> = Vec::new();
+    let preferred = preferred.iter().map(|id| kept_id(id));
+    let preferred = preferred.filter(|id| available.contains(id));
+    for id in preferred.chain(given.iter().cloned()) {
+        if ids.len() < given.len() && !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    (ids != given).then_some(ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_published_plugins_are_kept_and_given_back() {
+        for (own, kept) in [
+            ("d0", "d0"),
+            ("0000:c1:00.0", "0000%3Ac1%3A00.0"),
+            ("GPU-1::0", "GPU-1%3A%3A0"),
+            ("a,b=c d", "a%2Cb%3Dc%20d"),
+            ("100%3A", "100%253A"),
+        ] {
+            assert_eq!(kept_id(own), kept);
+            assert_eq!(own_id(kept), own);
+        }
+    }
+
+    #[test]
+    fn a_preference_may_be_short_or_ask_for_too_much() {
+        let ids = |text: &str| -> Vec<String> { text.split(' ').map(str::to_owned).collect() };
+        let all = ids("a b c%3A1 d");
+        let of = |preferred: &str| chosen(&ids(preferred), &all, &ids("a b"));
+        assert_eq!(of("d c:1"), Some(ids("d c%3A1")));
+        assert_eq!(of("d"), Some(ids("d a")));
+        assert_eq!(of("d d"), Some(ids("d a")));
+        assert_eq!(of("b d a"), Some(ids("b d")));
+        // What is not available, and what it has already.
+        assert_eq!(of("x"), None);
+        assert_eq!(of("a b"), None);
+    }
 }

@@ -14,6 +14,8 @@ use tonic_prost::ProstCodec;
 pub const VERSION: &str = "v1beta1";
 /// How long a plugin may take to answer a call.
 pub const CALL: Duration = Duration::from_secs(10);
+/// How long it may prepare its devices before a start: as long as a kubelet waits for it.
+const PREPARE: Duration = Duration::from_secs(30);
 /// The largest answer, bytes.
 const LARGEST: usize = 4 << 20;
 
@@ -204,6 +206,19 @@ impl Plugin {
         Q: prost::Message + Send + Sync + 'static,
         A: prost::Message + Default + Send + Sync + 'static,
     {
+        self.call_within(CALL, method, request).await
+    }
+
+    async fn call_within<Q, A>(
+        &self,
+        limit: Duration,
+        method: &'static str,
+        request: Q,
+    ) -> Result<A, Status>
+    where
+        Q: prost::Message + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
         let mut grpc = self.grpc();
         let called = async {
             grpc.ready()
@@ -213,11 +228,11 @@ impl Plugin {
             let codec = ProstCodec::<Q, A>::default();
             grpc.unary(Request::new(request), path, codec).await
         };
-        match tokio::time::timeout(CALL, called).await {
+        match tokio::time::timeout(limit, called).await {
             Ok(answer) => answer.map(Response::into_inner),
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "no answer within {} s",
-                CALL.as_secs()
+                limit.as_secs()
             ))),
         }
     }
@@ -265,7 +280,7 @@ impl Plugin {
 
     /// `PreStartContainer`.
     pub async fn pre_start(&self, request: DeviceIds) -> Result<(), Status> {
-        self.call("/v1beta1.DevicePlugin/PreStartContainer", request)
+        self.call_within(PREPARE, "/v1beta1.DevicePlugin/PreStartContainer", request)
             .await
     }
 }
