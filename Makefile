@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release install uninstall setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz runner clean
+        integration test-accelerators test-gpu gpu-kit compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -74,6 +74,9 @@ test-accelerators: build runner $(NEXTEST) ## the suites about accelerators alon
 
 test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver (root): loads against nvidia-smi; writes what it saw into docs/gpu.md
 	UPDATE_DOCS=1 $(NEXTEST) nextest run --locked -p tests --test gpu --success-output final
+
+gpu-kit: build ## the same for a machine that can't build: target/gpu-kit/run
+	tests/scripts/gpu-kit
 
 compat: setup-test build runner ## an unmodified manager drives the agent through its public API
 	tests/scripts/compat

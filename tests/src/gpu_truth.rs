@@ -3,8 +3,9 @@
 //! In: a machine with NVIDIA's driver, or one where everything of it is stood in for. Out: what was
 //! compared, number by number, or the first thing that does not fit. The loads are real: programs
 //! (`tests/python/cuda_load.py`) in cgroups named like containers, and one in none.
-//! Invariants: no value is taken for agreement that was not told by both; a check that cannot be done
-//! is a failure.
+//! Invariants: no value is taken for agreement that was not told by both; a check that cannot be done is
+//! a failure, but where a machine lets nobody make cgroups, or its driver lists no process by the pids
+//! that are seen there: then it is a skip (`SKIP`), and what was seen says so.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -21,13 +22,15 @@ use tempfile::TempDir;
 use crate::cgroup::TestCgroup;
 use crate::dataplane::{Control, Options, Place, container_row};
 use crate::nvidia_smi::{NvidiaSmi, OfProcess, value};
-use crate::wait;
+use crate::{skip, wait};
 
 const MIB: u64 = 1 << 20;
 /// Between the lines of a document that keeps what was seen.
 const MARKS: [&str; 2] = ["<!-- seen: begin -->\n", "<!-- seen: end -->\n"];
 /// MiB by which two amounts of memory may differ: both are rounded.
 const ROUNDED: f64 = 2.0;
+/// The first pid namespace (`PROC_PID_INIT_INO` of the kernel).
+const HOST_PIDS: &str = "pid:[4026531836]";
 /// Percent by which busy shares may differ: they are sampled at different times.
 const SAMPLED: f64 = 15.0;
 
@@ -152,19 +155,39 @@ impl Machine {
         })?;
         let mut control = place.control()?;
         let process = place.start()?;
-        self.compare_all(&mut control)
-            .with_context(|| format!("bai-dataplane has logged:\n{}", process.log()))
+        let mut seen = Seen::default();
+        self.compare_all(&mut control, &mut seen).with_context(|| {
+            format!(
+                "told the same before that:\n{}\nbai-dataplane has logged:\n{}",
+                seen.text(),
+                process.log()
+            )
+        })?;
+        Ok(seen)
     }
 
-    fn compare_all(&self, control: &mut Control) -> Result<Seen> {
-        let mut seen = Seen::default();
-        let rows = self.inventory(control, &mut seen)?;
-        let mut loads = self.loads(&rows, control)?;
-        self.under_load(control, &loads, &mut seen)?;
+    fn compare_all(&self, control: &mut Control, seen: &mut Seen) -> Result<()> {
+        let rows = self.inventory(control, seen)?;
+        let mut loads = self.loads(&rows, control, seen)?;
+        if !self.lists(&loads)? {
+            seen.leave_out(
+                "processes and containers: the driver lists none by the pids of this pid namespace"
+                    .to_owned(),
+            );
+            loads.unlisted = true;
+        }
+        // What does not fit in one comparison keeps nobody from the other ones.
+        let compared = [
+            self.hold(control, &loads, seen),
+            self.under_load(control, &loads, seen),
+        ];
         loads.end()?;
-        let gone = self.until_agreed(|told| {
+        let failed = compared.into_iter().filter_map(Result::err);
+        let failed: Vec<String> = failed.map(|err| format!("{err:#}")).collect();
+        ensure!(failed.is_empty(), "{}", failed.join("\n"));
+        self.until_agreed(seen, |told| {
             let rows = accelerators(control)?;
-            for load in &loads.all {
+            for load in loads.all.iter().filter(|_| !loads.unlisted) {
                 let row = row_of(&rows, &load.device)?;
                 let users: BTreeSet<_> = row.users.iter().map(|user| user.container_id).collect();
                 let (ours, theirs) = (users_of(&loads, &users), self.smi_users(&loads)?);
@@ -177,9 +200,25 @@ impl Machine {
                 );
             }
             Ok(())
-        })?;
-        seen.lines.extend(gone);
-        Ok(seen)
+        })
+    }
+
+    /// Whether `nvidia-smi` lists a load by its pid, which takes it a moment. A host's driver has to.
+    fn lists(&self, loads: &Loads) -> Result<bool> {
+        if Path::new("/proc/self/ns/pid")
+            .read_link()
+            .is_ok_and(|it| it == Path::new(HOST_PIDS))
+        {
+            return Ok(true);
+        }
+        let deadline = Instant::now() + self.patience.min(Duration::from_secs(10));
+        while self.smi_users(loads)? == 0 {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(true)
     }
 
     /// How many of the loads `nvidia-smi` lists.
@@ -231,7 +270,12 @@ impl Machine {
         Ok(rows)
     }
 
-    fn loads(&self, rows: &[AcceleratorRow], control: &mut Control) -> Result<Loads> {
+    fn loads(
+        &self,
+        rows: &[AcceleratorRow],
+        control: &mut Control,
+        seen: &mut Seen,
+    ) -> Result<Loads> {
         // Of divided devices only the parts can be used.
         let whole = rows
             .iter()
@@ -246,18 +290,17 @@ impl Machine {
         let mut loads = Loads {
             place: tempfile::tempdir()?,
             groups: Vec::new(),
+            session: None,
+            unlisted: false,
             outside: Vec::new(),
             all: Vec::new(),
         };
-        for number in [1u8, 2] {
-            let id = format!("{number:x}").repeat(64);
-            let group = TestCgroup::new(&id)?;
-            let group = group.context("loads are put into cgroups, which takes root")?;
-            let mut row = container_row(number);
-            row.container_id = id.parse()?;
-            row.cgroup_path.clone_from(&group.path);
-            control.write(|batch| batch.put_container(row))?;
-            loads.groups.push((id.parse()?, group));
+        if let Err(err) = loads.make_groups(control) {
+            loads.groups.clear();
+            seen.leave_out(format!(
+                "containers: loads cannot be put into cgroups of their own ({err:#})"
+            ));
+            loads.join_session(control, seen)?;
         }
         for (device, group, mib, what) in [
             (first, Some(0), 512, "spin"),
@@ -265,6 +308,7 @@ impl Machine {
             (last, Some(1), 128, "idle"),
             (first, None, 192, "idle"),
         ] {
+            let group = group.filter(|_| !loads.groups.is_empty());
             loads.start(self, device, group, mib * MIB, what)?;
         }
         loads.wait(self.patience)?;
@@ -279,6 +323,24 @@ impl Machine {
         Ok(loads)
     }
 
+    /// That all of them hold their memory and the devices have been busy for a while: before that two
+    /// programs could agree on what is not there yet.
+    fn hold(&self, control: &mut Control, loads: &Loads, seen: &mut Seen) -> Result<()> {
+        let smi = self.smi();
+        self.until_agreed(seen, |told| {
+            let rows = accelerators(control)?;
+            told.busy(&rows, &smi.devices(&["utilization.gpu"])?, loads)?;
+            if !loads.unlisted {
+                let memory = smi.memory()?;
+                for holder in loads.holders(&rows, control)? {
+                    told.memory(&holder, &memory);
+                }
+                told.users(&rows, loads);
+            }
+            Ok(())
+        })
+    }
+
     fn under_load(&self, control: &mut Control, loads: &Loads, seen: &mut Seen) -> Result<()> {
         let smi = self.smi();
         let numbers = NUMBERS.iter().filter(|number| smi.knows(number.0));
@@ -288,19 +350,8 @@ impl Machine {
             ensure!(there, "nvidia-smi does not tell {needed}");
         }
         let fields: Vec<&str> = numbers.iter().map(|number| number.0).collect();
-        // First that all of them hold their memory and the devices have been busy for a while: before that
-        // two programs could agree on what is not there yet.
-        let held = self.until_agreed(|told| {
-            let (rows, memory) = (accelerators(control)?, smi.memory()?);
-            for holder in loads.holders(&rows, control)? {
-                told.memory(&holder, &memory);
-            }
-            told.users(&rows, loads);
-            told.busy(&rows, &smi.devices(&["utilization.gpu"])?, loads)
-        })?;
-        seen.lines.extend(held);
-        let told = self.until_agreed(|told| {
-            let (devices, busy) = (smi.devices(&fields)?, smi.busy()?);
+        self.until_agreed(seen, |told| {
+            let devices = smi.devices(&fields)?;
             let rows = accelerators(control)?;
             for (id, values) in &devices {
                 let row = row_of(&rows, id)?;
@@ -311,25 +362,33 @@ impl Machine {
                     });
                 }
             }
-            for holder in loads.holders(&rows, control)? {
-                told.share(&holder, &busy);
+            if !loads.unlisted {
+                let busy = smi.busy()?;
+                let rows = accelerators(control)?;
+                for holder in loads.holders(&rows, control)? {
+                    told.share(&holder, &busy);
+                }
             }
             Ok(())
-        })?;
-        seen.lines.extend(told);
-        Ok(())
+        })
     }
 
     /// Looks again and again until each thing was told the same by both at least once.
-    fn until_agreed(&self, mut look: impl FnMut(&mut Told) -> Result<()>) -> Result<Vec<Line>> {
+    fn until_agreed(
+        &self,
+        seen: &mut Seen,
+        mut look: impl FnMut(&mut Told) -> Result<()>,
+    ) -> Result<()> {
         let deadline = Instant::now() + self.patience;
         let mut told = Told::default();
         loop {
             let looked = look(&mut told);
             if looked.is_ok() && told.open.is_empty() {
-                return Ok(told.agreed.into_values().collect());
+                seen.lines.extend(told.agreed.into_values());
+                return Ok(());
             }
             if Instant::now() > deadline {
+                seen.lines.extend(told.agreed.into_values());
                 looked?;
                 let open = told.open.values().map(|line| line.join(" | "));
                 let open: Vec<String> = open.collect();
@@ -440,11 +499,11 @@ impl Told {
         for row in rows {
             let expected: BTreeSet<ContainerId> = (loads.all.iter())
                 .filter(|load| load.device == row.id)
-                .filter_map(|load| Some(loads.groups[load.group?].0))
+                .filter_map(|load| loads.container_of(load))
                 .collect();
             // Others of the machine may be at work too.
             let users: BTreeSet<ContainerId> = (row.users.iter().map(|user| user.container_id))
-                .filter(|id| loads.groups.iter().any(|(own, _)| own == id))
+                .filter(|id| loads.containers().any(|own| own == *id))
                 .collect();
             self.is(
                 &format!("{}, containers with loads", row.id),
@@ -458,7 +517,7 @@ impl Told {
 
 /// How many of these users are containers of the loads.
 fn users_of(loads: &Loads, users: &BTreeSet<ContainerId>) -> usize {
-    let own = loads.groups.iter().filter(|(id, _)| users.contains(id));
+    let own = loads.containers().filter(|id| users.contains(id));
     own.count()
 }
 
@@ -473,9 +532,16 @@ pub struct Seen {
     pub parts: usize,
     /// All comparisons.
     pub lines: Vec<Line>,
+    /// What could not be compared here, and why.
+    pub left_out: Vec<String>,
 }
 
 impl Seen {
+    fn leave_out(&mut self, what: String) {
+        skip::needs(format!("gpu: {what}"));
+        self.left_out.push(what);
+    }
+
     /// As a part of a document.
     pub fn text(&self) -> String {
         let models = self
@@ -484,12 +550,16 @@ impl Seen {
             .map(|(name, count)| format!("{count} x {name}"));
         let models: Vec<String> = models.collect();
         let mut text = format!(
-            "{}, {} MIG instances, driver {}; {} comparisons.\n\n| what | agent | nvidia-smi |\n|---|---|---|\n",
+            "{}, {} MIG instances, driver {}; {} comparisons.\n\n",
             models.join(", "),
             self.parts,
             self.driver,
             self.lines.len()
         );
+        for what in &self.left_out {
+            let _ = writeln!(text, "Not compared: {what}.\n");
+        }
+        text += "| what | agent | nvidia-smi |\n|---|---|---|\n";
         for [what, ours, theirs] in &self.lines {
             let _ = writeln!(text, "| {what} | {ours} | {theirs} |");
         }
@@ -538,11 +608,69 @@ struct Holder {
 struct Loads {
     place: TempDir,
     groups: Vec<(ContainerId, TestCgroup)>,
+    /// Where there are no such cgroups: this session's own, by which processes are listed, and whether
+    /// its path names a container.
+    session: Option<(ContainerId, bool)>,
+    /// The driver does not list them.
+    unlisted: bool,
     outside: Vec<Child>,
     all: Vec<Load>,
 }
 
 impl Loads {
+    fn make_groups(&mut self, control: &mut Control) -> Result<()> {
+        for number in [1u8, 2] {
+            let id = format!("{number:x}").repeat(64);
+            let group = TestCgroup::new(&id)?.context("this takes root")?;
+            let mut row = container_row(number);
+            row.container_id = id.parse()?;
+            row.cgroup_path.clone_from(&group.path);
+            control.write(|batch| batch.put_container(row))?;
+            self.groups.push((id.parse()?, group));
+        }
+        Ok(())
+    }
+
+    /// Has the processes of the cgroup that this one runs in listed.
+    fn join_session(&mut self, control: &mut Control, seen: &mut Seen) -> Result<()> {
+        let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let paths = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+        let path = paths
+            .map(|path| path.trim_matches('/'))
+            .max_by_key(|it| it.len());
+        let Some(path) = path.filter(|path| !path.is_empty()) else {
+            seen.leave_out("processes: this session has no cgroup of its own".to_owned());
+            return Ok(());
+        };
+        let words = path.split(|c: char| !c.is_ascii_hexdigit());
+        let own: Option<ContainerId> = words
+            .filter(|word| word.len() == 64)
+            .find_map(|word| word.parse().ok());
+        let mut row = container_row(1);
+        if let Some(id) = own {
+            row.container_id = id;
+        }
+        path.clone_into(&mut row.cgroup_path);
+        self.session = Some((row.container_id, own.is_some()));
+        control.write(|batch| batch.put_container(row))?;
+        Ok(())
+    }
+
+    /// The container that a load is in.
+    fn container_of(&self, load: &Load) -> Option<ContainerId> {
+        match load.group {
+            Some(place) => Some(self.groups[place].0),
+            None => self.session.filter(|(_, named)| *named).map(|(id, _)| id),
+        }
+    }
+
+    /// All containers that loads are in.
+    fn containers(&self) -> impl Iterator<Item = ContainerId> {
+        let session = self.session.filter(|(_, named)| *named);
+        let groups = self.groups.iter().map(|(id, _)| *id);
+        groups.chain(session.map(|(id, _)| id))
+    }
+
     fn start(
         &mut self,
         machine: &Machine,
@@ -551,7 +679,7 @@ impl Loads {
         memory: u64,
         what: &str,
     ) -> Result<()> {
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/cuda_load.py");
+        let program = here().join("python/cuda_load.py");
         let output = self.place.path().join(self.all.len().to_string());
         let variables = machine.environment.iter();
         let mut script: String = variables
@@ -590,43 +718,52 @@ impl Loads {
 
     /// The containers with loads, and their processes.
     fn holders(&self, rows: &[AcceleratorRow], control: &mut Control) -> Result<Vec<Holder>> {
-        let listing = control.observed.processes()?;
         let mut all = Vec::new();
+        if self.groups.is_empty() && self.session.is_none() {
+            return Ok(all);
+        }
+        let listing = control.observed.processes()?;
+        let of_device = |row: &AcceleratorRow, name: String| Holder {
+            name: format!("{name} on {}", row.id),
+            of_part: row.part_of.is_some(),
+            memory: None,
+            share: None,
+            keys: Vec::new(),
+            taken: 0,
+        };
+        let of_process = |load: &Load| -> Result<Holder> {
+            let row = row_of(rows, &load.device)?;
+            let process = listing.list.iter().find(|it| it.pid == load.pid);
+            let found = process.map(|process| &process.counters);
+            let what = if load.busy { "busy" } else { "idle" };
+            Ok(Holder {
+                memory: found.and_then(|it| mib(it.accelerator_memory_bytes)),
+                share: found.and_then(|it| percent(it.accelerator_utilisation_permille)),
+                keys: vec![(row.key.index, load.pid)],
+                taken: load.memory,
+                ..of_device(row, format!("{what} process of {} MiB", load.memory / MIB))
+            })
+        };
+        if self.groups.is_empty() {
+            return self.all.iter().map(of_process).collect();
+        }
         for (place, (id, _)) in self.groups.iter().enumerate() {
             let own = || self.all.iter().filter(|load| load.group == Some(place));
             let device = &own().next().context("a load in each container")?.device;
             let row = row_of(rows, device)?;
             let user = row.users.iter().find(|user| user.container_id == *id);
-            let of_device = |name: String| Holder {
-                name: format!("{name} on {}", row.id),
-                of_part: row.part_of.is_some(),
-                memory: None,
-                share: None,
-                keys: Vec::new(),
-                taken: 0,
-            };
             all.push(Holder {
                 memory: user.and_then(|user| mib(user.memory_bytes)),
                 share: user.and_then(|user| percent(user.utilisation_permille)),
                 keys: own().map(|load| (row.key.index, load.pid)).collect(),
                 taken: own().map(|load| load.memory).sum(),
-                ..of_device(format!(
-                    "container {} of {} processes",
-                    place + 1,
-                    own().count()
-                ))
+                ..of_device(
+                    row,
+                    format!("container {} of {} processes", place + 1, own().count()),
+                )
             });
             for load in own() {
-                let process = listing.list.iter().find(|it| it.pid == load.pid);
-                let found = process.map(|process| &process.counters);
-                let what = if load.busy { "busy" } else { "idle" };
-                all.push(Holder {
-                    memory: found.and_then(|it| mib(it.accelerator_memory_bytes)),
-                    share: found.and_then(|it| percent(it.accelerator_utilisation_permille)),
-                    keys: vec![(row.key.index, load.pid)],
-                    taken: load.memory,
-                    ..of_device(format!("{what} process of {} MiB", load.memory / MIB))
-                });
+                all.push(of_process(load)?);
             }
         }
         Ok(all)
@@ -674,6 +811,13 @@ impl Drop for Loads {
     fn drop(&mut self) {
         let _ = self.end();
     }
+}
+
+/// The directory of the suites: as cargo says when it runs them, as a kit does that was built
+/// elsewhere, or where this was built.
+pub fn here() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
 
 fn accelerators(control: &mut Control) -> Result<Vec<AcceleratorRow>> {

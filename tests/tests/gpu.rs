@@ -18,7 +18,7 @@ fn what_is_told_is_what_nvidia_smi_tells() -> Result<()> {
     let seen = machine.check()?;
     println!("{}", seen.text());
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/gpu.md");
+        let document = harness::gpu_truth::here().join("../docs/gpu.md");
         seen.record(&document)?;
     }
     Ok(())
