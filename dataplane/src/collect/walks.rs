@@ -510,7 +510,9 @@ fn agrees(text: &str, unified: bool, record: &CgroupRecord) -> bool {
     // Version 1 does not tell it, nor do kernels before 5.18.
     let kernel_agrees = keyed(text, "kernel").is_none_or(|file| {
         let slack = (file / 10).max(4 << 20);
-        file.abs_diff(bytes(record.stat_pages[KERNEL_ITEM])) <= slack
+        let ours = bytes(record.stat_pages[KERNEL_ITEM]);
+        // Nothing is no slack where the file tells of something, however little (Linux 7.2).
+        file.abs_diff(ours) <= slack && (ours > 0 || file == 0)
     });
     telling >= 2 && kernel_agrees
 }
@@ -545,6 +547,8 @@ mod tests {
         assert!(!agrees(text, false, &record), "other names");
         let newer = format!("{text}kernel 33554432\n");
         assert!(!agrees(&newer, true, &record), "no kernel memory");
+        let little = format!("{text}kernel 69632\n");
+        assert!(!agrees(&little, true, &record), "little kernel memory");
         record.stat_pages[KERNEL_ITEM] = mebi(32);
         assert!(agrees(&newer, true, &record));
         record.stat_pages.swap(0, 1);
