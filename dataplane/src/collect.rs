@@ -37,7 +37,7 @@ use shared::{monotonic_ns, wall_ns};
 
 use self::container::Watched;
 use self::disk::Disk;
-use self::facts::Facts;
+use self::facts::{Facts, Hierarchy};
 use self::file::Budget;
 use self::node::Node;
 use self::process::Lister;
@@ -395,7 +395,11 @@ impl Sampler {
 
     /// Has counters that begin with this process go on from samples of an earlier one.
     pub fn go_on_from(&mut self, samples: &[ContainerSample]) {
-        let counted = samples.iter().filter(|it| it.io.source == Source::Bpf);
+        // In version 2 the kernel counts, whoever reads it.
+        let counts = matches!(self.facts.io, Some(Hierarchy::V1(_)));
+        let counted = samples
+            .iter()
+            .filter(|it| counts && it.io.source == Source::Bpf);
         self.io_before = counted
             .map(|sample| (sample.container_id, sample.io.counters))
             .collect();
@@ -645,10 +649,14 @@ mod tests {
         told.cpu.counters.system_ns = Some(25);
         let split = CpuSplit::after(&told.cpu.counters);
         assert_ne!(split, CpuSplit::default());
+        told.io = Measured::now(Source::Bpf, IoCounters::default());
         let totals = Arc::new(Totals::default());
         let disk = Disk::start().expect("a thread");
         let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
         sampler.go_on_from(&[told]);
+        // What programs have counted ends with them, what the kernel counts does not.
+        let ours = matches!(Facts::gather().io, Some(Hierarchy::V1(_)));
+        assert_eq!(sampler.io_before.len(), usize::from(ours));
         for generation in 1..3 {
             let row = ContainerRow {
                 generation: Generation(generation),

@@ -48,8 +48,8 @@ struct cgroup_target {
 	__u64 memory_statistics;
 	/* The reading program's own: how far block devices had come when their counters were looked up, plus 1. */
 	__u64 io_mark;
-	/* Two lines of memory. */
-	__u64 reserved;
+	/* 1 when the kernel's own counters of block devices are read: those of the unified tree. */
+	__u64 io_unified;
 };
 
 _Static_assert(sizeof(struct cgroup_target) == 16 * 8, "the Rust side has as many words");

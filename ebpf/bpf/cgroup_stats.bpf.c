@@ -8,6 +8,9 @@
  * program runs as a reader of RCU. In version 1 a container has a cgroup in each hierarchy, in version
  * 2 one: `filled` says what could be read. The counters of the kernel cover what is below a cgroup.
  *
+ * Block devices of version 2 are counted by the kernel (`read_devices`), those of version 1 here
+ * (`block_io.h`).
+ *
  * What a kernel does not have is left out by BTF, field by field; nothing here compares versions.
  */
 #include "cgroup_types.h"
@@ -270,6 +273,84 @@ static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_re
 	record->io = counters ? *counters : none;
 }
 
+/* One device after the other of those a cgroup has used. */
+struct devices {
+	__u64 next;
+	struct block_counters sums;
+};
+
+/* Devices of one cgroup; who has more is read by files. */
+#define MOST_DEVICES 4096
+
+#define DEVICE_COUNTER(array, name)                                                             \
+	read_u64((char *)__builtin_preserve_access_index(&device->iostat.cur.array) +           \
+		 8 * __builtin_preserve_enum_value(*(enum blkg_iostat_type *)name, ENUM_VALUE), plain)
+
+static ALWAYS_INLINE long add_device(struct devices *devices, const int plain)
+{
+	struct hlist_node *node = (void *)devices->next;
+	struct blkcg_gq *device;
+	struct request_queue *queue = 0;
+	void *disk = 0;
+
+	if (!node)
+		return 1;
+	device = (void *)((char *)node - PLACE(blkcg_gq, blkcg_node));
+	READ(node, node->next);
+	devices->next = (__u64)node;
+	/* The kernel's file leaves out a queue that has lost its disk. */
+	READ(queue, device->q);
+	READ(disk, queue->disk);
+	if (!disk)
+		return 0;
+	devices->sums.read_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_READ);
+	devices->sums.write_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_WRITE);
+	devices->sums.reads += DEVICE_COUNTER(ios, BLKG_IOSTAT_READ);
+	devices->sums.writes += DEVICE_COUNTER(ios, BLKG_IOSTAT_WRITE);
+	return 0;
+}
+
+static long add_device_by_helper(__u32 number, void *devices)
+{
+	(void)number;
+	return add_device(devices, 0);
+}
+
+static long add_device_plainly(__u32 number, void *devices)
+{
+	(void)number;
+	return add_device(devices, 1);
+}
+
+/* What the kernel itself has counted for a cgroup and those below it, device by device, as of the last
+ * flush: block/blk-cgroup.c, blkcg_print_stat. Devices that go leave the list, and are freed when no reader of
+ * RCU can be on them. */
+static ALWAYS_INLINE void read_devices(struct blkcg *group, struct cgroup_record *record, const int plain)
+{
+	struct devices devices = {};
+	struct hlist_node *first = 0;
+
+	READ(first, group->blkg_list.first);
+	devices.next = (__u64)first;
+	if (first)
+		loop(MOST_DEVICES, plain ? (void *)add_device_plainly : (void *)add_device_by_helper, &devices, 0);
+	if (devices.next)
+		return;
+	record->io = devices.sums;
+	record->filled |= FILLED_IO;
+}
+
+#define KNOWS_DEVICES                                                                            \
+	(__builtin_preserve_field_info(((struct blkcg *)0)->blkg_list.first, FIELD_EXISTS) &&    \
+	 __builtin_preserve_field_info(((struct hlist_node *)0)->next, FIELD_EXISTS) &&          \
+	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->blkcg_node, FIELD_EXISTS) &&      \
+	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->q, FIELD_EXISTS) &&               \
+	 __builtin_preserve_field_info(((struct request_queue *)0)->disk, FIELD_EXISTS) &&       \
+	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->iostat.cur.bytes, FIELD_EXISTS) && \
+	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->iostat.cur.ios, FIELD_EXISTS) &&  \
+	 __builtin_preserve_enum_value(*(enum blkg_iostat_type *)BLKG_IOSTAT_READ, ENUM_EXISTS) && \
+	 __builtin_preserve_enum_value(*(enum blkg_iostat_type *)BLKG_IOSTAT_WRITE, ENUM_EXISTS))
+
 #define NUMBER(type, name)                                                              \
 	(__builtin_preserve_enum_value(*(enum type *)name, ENUM_EXISTS) ?                \
 		 __builtin_preserve_enum_value(*(enum type *)name, ENUM_VALUE) :         \
@@ -346,6 +427,10 @@ int find_cgroup(struct bpf_iter__cgroup *context)
 	if (order->unified) {
 		found->states[OF_CPUACCT] = (__u64)&group->self;
 		found->serials[OF_CPUACCT] = group->self.serial_nr;
+		found->io_unified = 1;
+		/* Files tell. */
+		if (!KNOWS_DEVICES)
+			found->states[OF_IO] = 0;
 	}
 	order->has_found = 1;
 	return 0;
@@ -375,8 +460,10 @@ static ALWAYS_INLINE int read_target(__u32 place, const int plain)
 	if (state)
 		read_memory(state, target, record, order, plain);
 	state = alive(target, record, OF_IO, plain);
-	if (state)
+	if (state && !target->io_unified)
 		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0);
+	else if (state && KNOWS_DEVICES)
+		read_devices(state, record, plain);
 	state = alive(target, record, OF_PIDS, plain);
 	if (state)
 		read_pids(state, record, plain);

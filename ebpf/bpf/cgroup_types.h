@@ -136,12 +136,37 @@ struct bpf_array {
 	void *pptrs[1];
 };
 
+struct hlist_node {
+	struct hlist_node *next;
+};
+
+struct hlist_head {
+	struct hlist_node *first;
+};
+
 struct blkcg {
 	struct cgroup_subsys_state css;
+	struct hlist_head blkg_list;
+};
+
+struct request_queue {
+	void *disk;
+};
+
+struct blkg_iostat {
+	__u64 bytes[3];
+	__u64 ios[3];
+};
+
+struct blkg_iostat_set {
+	struct blkg_iostat cur;
 };
 
 struct blkcg_gq {
+	struct request_queue *q;
+	struct hlist_node blkcg_node;
 	struct blkcg *blkcg;
+	struct blkg_iostat_set iostat;
 };
 
 struct bvec_iter {
@@ -174,6 +199,11 @@ enum memcg_memory_event {
 enum req_op {
 	REQ_OP_READ = 0,
 	REQ_OP_WRITE = 1,
+};
+
+enum blkg_iostat_type {
+	BLKG_IOSTAT_READ = 0,
+	BLKG_IOSTAT_WRITE = 1,
 };
 
 enum node_stat_item {

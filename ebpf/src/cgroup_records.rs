@@ -95,8 +95,10 @@ pub mod target {
     pub const STATISTICS: usize = CPU + 2;
     /// The reading program's own; 0 has it look up the counters of block devices.
     pub const IO_MARK: usize = STATISTICS + 1;
-    /// All of them, one unused.
-    pub const WORDS: usize = IO_MARK + 2;
+    /// 1 when the kernel's own counters of block devices are read.
+    pub const IO_UNIFIED: usize = IO_MARK + 1;
+    /// All of them.
+    pub const WORDS: usize = IO_UNIFIED + 1;
 }
 
 /// Words of `struct cgroup_walk`.

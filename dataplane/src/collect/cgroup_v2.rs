@@ -149,10 +149,15 @@ impl Io {
     /// The file can't be read.
     pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
         let mut counters = sum(self.stat.read(buffer)?);
+        self.add_pressure(&mut counters, buffer);
+        Ok(counters)
+    }
+
+    /// Reads the pressure alone.
+    pub fn add_pressure(&mut self, counters: &mut IoCounters, buffer: &mut Vec<u8>) {
         if let Some(text) = self.pressure.read_if_offered(buffer) {
             [counters.pressure_some_ns, counters.pressure_full_ns] = pressure(text);
         }
-        Ok(counters)
     }
 }
 

@@ -81,7 +81,6 @@ struct Groups {
     quota: Option<Group>,
     memory: Option<Group>,
     pids: Option<Group>,
-    /// Version 1 only: there the kernel program counts.
     io: Option<Group>,
 }
 
@@ -363,12 +362,9 @@ impl Watched {
         if self.cold.io.is_none()
             && let Some(path) = find(row, facts.io.as_ref(), "blkio")
         {
+            self.cold.groups.io = Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
             self.cold.io = Some(match &facts.io {
-                Some(Hierarchy::V1(_)) => {
-                    self.cold.groups.io =
-                        Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
-                    Io::V1(cgroup_v1::Io::new(&path, budget))
-                }
+                Some(Hierarchy::V1(_)) => Io::V1(cgroup_v1::Io::new(&path, budget)),
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
             });
             self.hot.look_for(&[Controller::Io]);
@@ -378,7 +374,8 @@ impl Watched {
             || self.cold.pids.is_none()
             || self.cold.io.is_none();
         self.hot.by_files = matches!(self.cold.cpu, Some(Cpu::V2(_)))
-            || matches!(self.cold.memory, Some(Memory::V2(_)));
+            || matches!(self.cold.memory, Some(Memory::V2(_)))
+            || matches!(self.cold.io, Some(Io::V2(_)));
     }
 
     fn lacks_files(&self) -> bool {
@@ -397,14 +394,12 @@ impl Watched {
         let Some(slot) = &self.hot.slot else {
             return;
         };
-        // In version 2 the kernel's own counters are complete, and only in files.
-        let io = walks.counts_block_io();
         let mut all = true;
         for (controller, group) in self.cold.groups.by_controller() {
             let Some(group) = group.as_mut().filter(|group| group.found.is_none()) else {
                 continue;
             };
-            if controller == Controller::Io && !io {
+            if controller == Controller::Io && !walks.knows_block_io(group.kind) {
                 continue;
             }
             match walks.find(&group.path, group.kind) {
@@ -518,6 +513,11 @@ impl Watched {
             && sample.memory.get().is_some()
         {
             memory.add_pressure(&mut sample.memory.counters, buffer);
+        }
+        if let Some(Io::V2(io)) = &mut self.cold.io
+            && sample.io.get().is_some()
+        {
+            io.add_pressure(&mut sample.io.counters, buffer);
         }
         if let Some(cpu) = self
             .cold

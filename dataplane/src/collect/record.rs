@@ -119,7 +119,8 @@ pub(super) fn memory_counters(
 /// The kernel's "no limit" of tasks is one more than the most there may be (kernel/cgroup/pids.c).
 const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
 
-/// Counted since the program was loaded, on top of what an earlier life of this process had counted.
+/// Counted by the kernel, or since the program was loaded, on top of what an earlier life of this process had
+/// counted.
 pub(super) fn io_counters(record: &CgroupRecord, before: Option<&IoCounters>) -> IoCounters {
     let before = before.copied().unwrap_or_default();
     let sum = |now: u64, before: Option<u64>| Some(now.saturating_add(before.unwrap_or(0)));

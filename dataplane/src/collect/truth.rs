@@ -1,9 +1,11 @@
 //! The kernel program against the kernel's files, on this host.
 //!
 //! Cgroups of our own, each with other limits so that two numbers taken for each other are seen, one
-//! with a cgroup below it, all quiet while they are read.
+//! with a cgroup below it, all quiet while they are read; and of others that are busy, what lies between.
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,16 +28,18 @@ struct Tree {
 }
 
 impl Tree {
-    fn new() -> Self {
+    fn new(name: &str) -> Self {
         let tree = Self {
-            name: format!("bai-truth-{}", std::process::id()),
+            name: format!("bai-{name}-{}", std::process::id()),
             roots: Facts::gather().mounts(),
             tasks: Vec::new(),
         };
         for root in &tree.roots {
             let top = root.join(&tree.name);
-            std::fs::create_dir_all(&top).expect("a cgroup");
-            for place in [root, &top] {
+            for number in 0..GROUPS {
+                std::fs::create_dir_all(top.join(number.to_string())).expect("a cgroup");
+            }
+            for place in [root, &top, &top.join("0")] {
                 for controller in ["cpu", "memory", "pids", "io"] {
                     // Only the unified hierarchy has this file.
                     let _ = std::fs::write(
@@ -44,12 +48,7 @@ impl Tree {
                     );
                 }
             }
-            for number in 0..GROUPS {
-                std::fs::create_dir_all(top.join(number.to_string())).expect("a cgroup");
-            }
-            if !top.join("0/cgroup.controllers").exists() {
-                std::fs::create_dir_all(top.join("0/below")).expect("a cgroup");
-            }
+            std::fs::create_dir_all(top.join("0/below")).expect("a cgroup");
         }
         tree
     }
@@ -119,8 +118,33 @@ fn sampler(means: Means) -> Sampler {
     Sampler::new(totals, Disk::start().expect("a thread"), None, 1_000, means)
 }
 
+/// Whether block devices lie behind a directory, so that a task can be charged for them.
+fn on_a_disk(place: &str) -> bool {
+    std::fs::metadata(place).is_ok_and(|it| {
+        let (major, minor) = (it.dev() >> 8 & 0xfff, it.dev() & 0xff);
+        Path::new(&format!("/sys/dev/block/{major}:{minor}")).exists()
+    })
+}
+
+/// Disks that can be read.
+fn disks() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/sys/block").into_iter().flatten();
+    let places = entries
+        .flatten()
+        .map(|entry| Path::new("/dev").join(entry.file_name()));
+    let readable = |place: &PathBuf| {
+        let disk = std::fs::File::open(place);
+        disk.and_then(|mut it| it.read_exact(&mut [0; 512])).is_ok()
+    };
+    places.filter(readable).take(8).collect()
+}
+
 /// What is compared: the clock tick's user and system time may move for a moment after a task sleeps.
-fn comparable(sample: &ContainerSample, unified: bool) -> impl PartialEq + std::fmt::Debug + use<> {
+fn comparable(
+    sample: &ContainerSample,
+    unified: bool,
+    counts_io: bool,
+) -> impl PartialEq + std::fmt::Debug + use<> {
     let mut cpu = sample.cpu.counters;
     if unified {
         // The files count microseconds. How they split them depends on when they were read before.
@@ -131,7 +155,11 @@ fn comparable(sample: &ContainerSample, unified: bool) -> impl PartialEq + std::
         // Waiting goes on being counted while nobody waits.
         cpu.pressure_some_ns = cpu.pressure_some_ns.map(|_| 0);
     }
-    (cpu, sample.memory.counters, sample.pids.counters)
+    let mut io = sample.io.counters;
+    (io.pressure_some_ns, io.pressure_full_ns) = (None, None);
+    // In version 1 the files may count nothing, and the program begins with itself.
+    let io = Some(io).filter(|_| counts_io);
+    (cpu, sample.memory.counters, sample.pids.counters, io)
 }
 
 #[test]
@@ -140,8 +168,9 @@ fn the_program_says_what_the_files_say() {
         crate::skip::needs("making cgroups needs root");
         return;
     }
-    let mut tree = Tree::new();
+    let mut tree = Tree::new("truth");
     let unified = matches!(Facts::gather().cpu, Some(Hierarchy::V2(_)));
+    let counts_io = matches!(Facts::gather().io, Some(Hierarchy::V2(_)));
     for group in 0..GROUPS {
         let number = u64::from(group);
         tree.set(group, "memory.limit_in_bytes", (300 + number * 7) << 20);
@@ -154,22 +183,37 @@ fn the_program_says_what_the_files_say() {
         tree.set(group, "pids.max", 77 + number * 13);
         tree.set(group, "cpu.cfs_quota_us", 60_000 + number * 1_000);
     }
-    let below = if tree
-        .roots
-        .iter()
-        .all(|root| root.join(&tree.name).join("0/below").exists())
-    {
-        "0/below"
-    } else {
-        "0"
-    };
+    // Two write and read, one of them on all disks.
+    let on_disk = counts_io && on_a_disk("/var/tmp");
+    let disks = if on_disk { disks() } else { Vec::new() };
+    let mut moves = ["", ""].map(str::to_owned);
+    if on_disk {
+        moves = [(30, 20), (50, 10)].map(|(written, read)| {
+            format!(
+                "f=/var/tmp/bai-truth-$$; dd if=/dev/zero of=$f bs=64k count={written} oflag=direct 2>/dev/null; \
+                 dd if=$f of=/dev/null bs=64k count={read} iflag=direct 2>/dev/null; rm $f; "
+            )
+        });
+        for disk in &disks {
+            moves[1] += &format!(
+                "dd if={} of=/dev/null bs=4k count=3 iflag=direct 2>/dev/null; ",
+                disk.display()
+            );
+        }
+    }
     tree.run(
-        below,
-        "v=$(head -c 20000000 /dev/zero | tr '\\0' x); exec sleep 1000 # $v",
+        "0/below",
+        &format!(
+            "{}v=$(head -c 20000000 /dev/zero | tr '\\0' x); exec sleep 1000 # $v",
+            moves[0]
+        ),
     );
     tree.run(
         "1",
-        "head -c 30000000 /dev/zero > /dev/shm/$$; rm /dev/shm/$$; exec sleep 1000",
+        &format!(
+            "{}head -c 30000000 /dev/zero > /dev/shm/$$; rm /dev/shm/$$; exec sleep 1000",
+            moves[1]
+        ),
     );
     tree.run(
         "2",
@@ -195,7 +239,9 @@ fn the_program_says_what_the_files_say() {
             .samples
             .iter()
             .zip(after.samples.iter())
-            .all(|(before, after)| comparable(&before, unified) == comparable(&after, unified));
+            .all(|(before, after)| {
+                comparable(&before, unified, counts_io) == comparable(&after, unified, counts_io)
+            });
         // The two that take memory have done so.
         let peaks = ours
             .samples
@@ -206,12 +252,14 @@ fn the_program_says_what_the_files_say() {
             .samples
             .iter()
             .zip(after.samples.iter())
-            .all(|(ours, files)| comparable(&ours, unified) == comparable(&files, unified));
+            .all(|(ours, files)| {
+                comparable(&ours, unified, counts_io) == comparable(&files, unified, counts_io)
+            });
         // On a busy machine a pass may run out of time, and goes on with files.
-        let by_program = ours
-            .samples
-            .iter()
-            .all(|it| [it.cpu.source, it.memory.source, it.pids.source] == [Source::Bpf; 3]);
+        let by_program = ours.samples.iter().all(|it| {
+            [it.cpu.source, it.memory.source, it.pids.source] == [Source::Bpf; 3]
+                && (!counts_io || it.io.source == Source::Bpf)
+        });
         // The tools that made the shells' memory have ended; what is below counts too.
         let alone = ours
             .samples
@@ -227,6 +275,22 @@ fn the_program_says_what_the_files_say() {
                 }
                 assert!(sample.memory.counters.limit_bytes < Some(400 << 20));
             }
+            if on_disk {
+                for (place, read, written) in [(0, 20, 30), (1, 10, 50)] {
+                    let io = ours.samples.iter().nth(place).expect("a sample").io;
+                    assert!(io.counters.read_bytes >= Some(read << 16), "{io:?}");
+                    assert!(io.counters.write_bytes >= Some(written << 16), "{io:?}");
+                }
+                let files = tree.roots.iter().map(|root| root.join(&tree.name));
+                let text: String = files
+                    .filter_map(|top| std::fs::read_to_string(top.join("1/io.stat")).ok())
+                    .collect();
+                assert!(
+                    text.matches("rbytes=").count() >= disks.len(),
+                    "{disks:?} {text}"
+                );
+                println!("{text}");
+            }
             return;
         }
         assert!(
@@ -236,5 +300,82 @@ fn the_program_says_what_the_files_say() {
             after.samples.iter().collect::<Vec<_>>()
         );
         std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Below what the files say after it and above what they said before it, whatever is going on.
+#[test]
+fn while_block_devices_are_busy_the_program_says_what_lies_between() {
+    if !rustix::process::geteuid().is_root() {
+        crate::skip::needs("making cgroups needs root");
+        return;
+    }
+    if !matches!(Facts::gather().io, Some(Hierarchy::V2(_))) || !on_a_disk("/var/tmp") {
+        crate::skip::here("no block device is counted by the unified hierarchy", false);
+        return;
+    }
+    let mut tree = Tree::new("busy");
+    let file = |group: usize| format!("/var/tmp/bai-busy-{}-{group}", std::process::id());
+    // The last one does nothing.
+    for (number, group) in ["0/below", "1"].into_iter().enumerate() {
+        let file = file(number);
+        tree.run(
+            group,
+            &format!(
+                "while :; do dd if=/dev/zero of={file} bs=64k count=20 oflag=direct 2>/dev/null; \
+                 dd if={file} of=/dev/null bs=64k iflag=direct 2>/dev/null; done"
+            ),
+        );
+    }
+    let rows = tree.rows();
+    let (mut program, mut files) = (
+        sampler(Means::Best { containers: 64 }),
+        sampler(Means::Files),
+    );
+    for sampler in [&mut program, &mut files] {
+        sampler.follow(&rows, true);
+    }
+    let numbers = |sampler: &mut Sampler| -> Vec<(Source, [Option<u64>; 4])> {
+        let pass = sampler.pass();
+        let one = |it: ContainerSample| {
+            let io = it.io.counters;
+            let bytes = [io.read_bytes, io.write_bytes];
+            let operations = [io.read_operations, io.write_operations];
+            let all = [bytes[0], bytes[1], operations[0], operations[1]];
+            (it.io.source, all)
+        };
+        pass.samples.iter().map(one).collect()
+    };
+    let deadline = Instant::now() + Duration::from_secs(240);
+    let (mut first, mut compared) = (None, 0);
+    loop {
+        let before = numbers(&mut files);
+        let ours = numbers(&mut program);
+        let after = numbers(&mut files);
+        for ((before, ours), after) in before.iter().zip(&ours).zip(&after) {
+            for ((before, ours), after) in before.1.iter().zip(ours.1).zip(after.1) {
+                assert!(
+                    *before <= ours && ours <= after,
+                    "{before:?} {ours:?} {after:?}"
+                );
+            }
+        }
+        // The first pass makes the walk known.
+        let by_program = ours.iter().all(|(source, _)| *source == Source::Bpf);
+        compared += u32::from(by_program);
+        let first = first.get_or_insert_with(|| ours.clone());
+        let moved = |group: usize| {
+            let all = first[group].1.iter().zip(ours[group].1);
+            all.into_iter().all(|(first, now)| *first < now)
+        };
+        if compared >= 20 && moved(0) && moved(1) {
+            assert_eq!(ours[2].1, [Some(0); 4], "nothing was done there");
+            break;
+        }
+        assert!(Instant::now() < deadline, "{compared} of {ours:?}");
+    }
+    drop(tree);
+    for number in 0..2 {
+        std::fs::remove_file(file(number)).expect("removed");
     }
 }

@@ -258,9 +258,10 @@ impl Walks {
         word(self.orders.words(), walk::STAT_INDEX) < MOST_STATS
     }
 
-    /// Whether block devices are counted here for version 1.
-    pub fn counts_block_io(&self) -> bool {
-        self.counts_block_io
+    /// Whether block devices are known here: the kernel counts them in version 2, programs do in version 1 where they
+    /// are attached.
+    pub fn knows_block_io(&self, kind: Kind) -> bool {
+        kind == Kind::Unified || self.counts_block_io
     }
 
     /// A place for a container; `None` when there is no room.
@@ -315,7 +316,8 @@ impl Walks {
 
     fn settle(&mut self, path: Arc<Path>, kind: Kind) -> Arc<Path> {
         let names = match kind {
-            Kind::Unified => &["cpu.stat", "memory.stat"][..],
+            // Newer kernels keep what is to be added up apart by controller.
+            Kind::Unified => &["cpu.stat", "memory.stat", "io.stat"][..],
             Kind::Memory => &["memory.stat"],
             Kind::Other => return path,
         };
@@ -357,7 +359,7 @@ impl Walks {
         let more: &[usize] = match controller {
             0 => &[target::UNIFIED, target::CPU, target::CPU + 1],
             2 => &[target::STATISTICS],
-            3 => &[target::IO_MARK],
+            3 => &[target::IO_MARK, target::IO_UNIFIED],
             _ => &[],
         };
         let places = [target::STATES + controller, target::SERIALS + controller];
