@@ -442,6 +442,17 @@ async fn a_batch_job_is_announced_with_its_exit_code() -> Result<()> {
     })
     .await?;
     assert_eq!(args, json!([session.to_string(), "task-failed", 5]));
+    // Idle checkers are told as of other executions.
+    let told: Vec<String> = kernels::events(&node, session)
+        .await?
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| !name.starts_with("kernel_"))
+        .collect();
+    assert_eq!(
+        told,
+        ["execution_started", "execution_finished", "session_failure"]
+    );
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }
