@@ -86,6 +86,14 @@ pub enum ImageError {
         /// Reference.
         image: String,
     },
+    /// A local image is not here, and no registry has it.
+    #[error(
+        "image {image} is registered as local and is not on this node; load it here (`docker load`, or `docker pull` and `docker tag`)"
+    )]
+    LocalNotHere {
+        /// Reference.
+        image: String,
+    },
     /// The image is of another architecture.
     #[error(
         "image {image} is for {found}, this node needs {wanted}; choose an image of that architecture"
@@ -144,7 +152,7 @@ impl ImageError {
     /// Class name known to the manager's users.
     pub fn class(&self) -> &'static str {
         match self {
-            Self::NotAvailable { .. } => "ImageNotAvailable",
+            Self::NotAvailable { .. } | Self::LocalNotHere { .. } => "ImageNotAvailable",
             Self::WrongArchitecture { .. } | Self::Cancelled { .. } => "AgentError",
             Self::Pull { source, .. } if matches!(**source, DockerError::Timeout { .. }) => {
                 "AgentError"
@@ -192,7 +200,7 @@ impl Images {
     /// Whether to pull, by what is here and what the manager asked for.
     ///
     /// # Errors
-    /// `NotAvailable`, `WrongArchitecture`, `Lookup`.
+    /// `NotAvailable`, `LocalNotHere`, `WrongArchitecture`, `Lookup`.
     pub async fn check(&self, request: &ImageRequest) -> Result<Check, ImageError> {
         let found = match self.docker.inspect_image(&request.canonical).await {
             Ok(found) => Some(found),
@@ -212,11 +220,12 @@ impl Images {
                 accept_architecture(request, &found)?;
                 Ok(Check::Present(found))
             }
-            _ if request.is_local || request.auto_pull == AutoPull::None => {
-                Err(ImageError::NotAvailable {
-                    image: request.canonical.clone(),
-                })
-            }
+            _ if request.is_local => Err(ImageError::LocalNotHere {
+                image: request.canonical.clone(),
+            }),
+            _ if request.auto_pull == AutoPull::None => Err(ImageError::NotAvailable {
+                image: request.canonical.clone(),
+            }),
             _ => Ok(Check::MustPull),
         }
     }

@@ -90,10 +90,9 @@ async fn the_check_follows_the_table_of_auto_pull_modes() {
         is_local: true,
         ..request(&absent, &other, AutoPull::Digest)
     };
-    assert_eq!(
-        images.check(&local).await.unwrap_err().class(),
-        "ImageNotAvailable"
-    );
+    let err = images.check(&local).await.unwrap_err();
+    assert_eq!(err.class(), "ImageNotAvailable");
+    assert!(err.to_string().contains("docker load"), "{err}");
 }
 
 #[tokio::test]
