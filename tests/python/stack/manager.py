@@ -4,6 +4,7 @@ What is set up by the manager's own command line (tables, fixtures, image record
 directory and copied by later runs; what names ports is written anew each time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -230,6 +231,32 @@ enabled = false
         self.manager = self.place.spawn("manager", [*python, "mgr", "start-server", "-f", self.etc / "manager.toml"], env=self.engine.env)
         wait("the manager answers", self._manager_answers, 400, self.manager)
         wait("the storage proxy answers", lambda: answers(self.storage_ports["manager"]), 400, self.storage)
+
+    @contextlib.contextmanager
+    def registry(self, image):
+        """An image registry that the manager knows, with `image` in it and no longer in the engine under its name there."""
+        address = f"127.0.0.1:{self.place.port()}"
+        storage = self.place.folder("registry")
+        config = storage / "config.yml"
+        config.write_text(f"version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {storage}/blobs\nhttp:\n  addr: {address}\n")
+        process = self.place.spawn("docker-registry", ["docker-registry", "serve", config])
+        try:
+            wait("the registry answers", lambda: answers(int(address.split(":")[1])), 60, process)
+            path, tag = image.removeprefix("local/").split(":")
+            name = f"{address}/{path}:{tag}"
+            self.engine.docker("tag", image, name)
+            self.engine.docker("push", name)
+            self.engine.docker("rmi", "--no-prune", name)
+            # As `mgr image rescan` does, which takes half a minute.
+            self.postgres.sql(f"""
+                insert into container_registries (id, registry_name, url, type, project) values (gen_random_uuid(), '{address}', 'http://{address}', 'docker', 'stable');
+                insert into images (name, project, image, tag, registry, registry_id, architecture, config_digest, size_bytes, is_local, type, accelerators, labels, resources, status)
+                    select '{name}', 'stable', image, tag, '{address}', (select id from container_registries where registry_name = '{address}'),
+                        architecture, config_digest, size_bytes, false, type, accelerators, labels, resources, status from images where name = '{image}';
+                update domains set allowed_docker_registries = array_append(allowed_docker_registries, '{address}')""")
+            yield name
+        finally:
+            self.place.stop(process)
 
     def _manager_answers(self):
         try:

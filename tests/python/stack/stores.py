@@ -117,6 +117,28 @@ class Etcd:
         head = len(f"/sorna/{self.namespace}/")
         return {_text(item["key"])[head:]: _text(item.get("value", "")) for item in found}
 
+    def revision(self):
+        return int(self._call("range", {"key": _b64("/")})["header"]["revision"])
+
+    def history(self, prefix):
+        """(revision, "put" or "delete", key, value) of every change below a prefix since the server was made."""
+        first = f"/sorna/{self.namespace}/{prefix}".encode()
+        last = first[:-1] + bytes([first[-1] + 1])
+        order = {"create_request": {"key": _b64(first), "range_end": _b64(last), "start_revision": "1", "progress_notify": False}}
+        request = urllib.request.Request(f"{self.url}/v3/watch", json.dumps(order).encode(), {"Content-Type": "application/json"})
+        head, changes = len(f"/sorna/{self.namespace}/"), []
+        with urllib.request.urlopen(request, timeout=3) as reply:
+            try:
+                for line in reply:
+                    for event in json.loads(line)["result"].get("events", []):
+                        item = event["kv"]
+                        kind = event.get("type", "PUT").lower()
+                        changes.append((int(item["mod_revision"]), kind, _text(item["key"])[head:], _text(item.get("value", ""))))
+            except TimeoutError:
+                # The past has been told; the server waits for the future.
+                pass
+        return changes
+
 
 def _b64(text):
     return base64.b64encode(text.encode() if isinstance(text, str) else text).decode()
