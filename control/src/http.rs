@@ -191,6 +191,8 @@ async fn connection(stream: TcpStream, router: Router, patience: Duration) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience)
+        // Whoever ends its side with the question, such as `printf ... | nc`, waits for the answer.
+        .half_close(true)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     // How a client ends its connection is its own affair.
     let _ = tokio::time::timeout(CONNECTION_LIFE, served).await;
@@ -263,7 +265,7 @@ async fn health_document(State(service): State<Arc<Service>>) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
@@ -283,5 +285,31 @@ mod tests {
         let limit = Duration::from_secs(60);
         let ended = tokio::time::timeout(limit, served).await;
         assert!(ended.is_ok(), "it is still there after {limit:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_ends_its_side_with_the_question_gets_the_whole_answer() {
+        // Like a page, which waits for readings: the end of the client's side is seen before it.
+        let page = || async {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            vec![b'x'; 1 << 20]
+        };
+        let router = Router::new().route("/", get(page));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let mut client = TcpStream::connect(address).await.expect("connected");
+        let asked = client.write_all(b"GET / HTTP/1.1\r\nhost: node\r\n\r\n");
+        asked.await.expect("sent");
+        client.shutdown().await.expect("shut down");
+        let (stream, _) = listener.accept().await.expect("accepted");
+        let mut answer = Vec::new();
+        let served = connection(stream, router, PATIENCE);
+        let (read, ()) = tokio::join!(client.read_to_end(&mut answer), served);
+        read.expect("an answer");
+        assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"), "{answer:.40?}");
+        let body = answer.iter().filter(|byte| **byte == b'x').count();
+        assert_eq!(body, 1 << 20);
     }
 }
