@@ -70,7 +70,10 @@ impl RegionReader {
     pub(crate) fn refresh(&mut self) -> Result<&Mapped, ReadError> {
         let still = match std::fs::symlink_metadata(&self.path) {
             Ok(status) => self.mapped.as_ref().is_some_and(|mapped| {
-                mapped.device == status.dev() && mapped.inode == status.ino()
+                mapped.device == status.dev()
+                    && mapped.inode == status.ino()
+                    && status.len() >= mapped.bytes()
+                    && !mapped.is_beheaded()
             }),
             Err(err) if err.kind() == io::ErrorKind::NotFound => {
                 return Err(ReadError::Missing {
@@ -161,7 +164,11 @@ impl RegionReader {
             path: self.path.clone(),
         })?;
         for _ in 0..ATTEMPTS {
-            if let Snapshotted::Whole(value) = copy(mapped, mapped.committed()) {
+            let copied = copy(mapped, mapped.committed());
+            if mapped.is_beheaded() {
+                return Err(self.unreadable("it was damaged or made shorter while it was read"));
+            }
+            if let Snapshotted::Whole(value) = copied {
                 return Ok(value);
             }
         }
@@ -179,6 +186,16 @@ impl Mapped {
 
     fn word(&self, index: usize) -> u64 {
         self.words()[index].load(Ordering::Relaxed)
+    }
+
+    fn bytes(&self) -> u64 {
+        (self.words().len() * size_of::<u64>()) as u64
+    }
+
+    /// Whether the file no longer begins like a region: it was overwritten, or made shorter and what
+    /// is read are zeros. A copy is good only if it still has its head after it was made.
+    fn is_beheaded(&self) -> bool {
+        self.words()[0].load(Ordering::Relaxed) != crate::layout::MAGIC
     }
 
     pub(crate) fn region_id(&self) -> RegionId {
