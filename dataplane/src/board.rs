@@ -97,6 +97,8 @@ struct Inner {
     devices_left_out: usize,
     /// Containers of the last pass, sorted; `None` when the region may have rows of others.
     sampled: Option<Vec<ContainerId>>,
+    /// The region's file is not in its place, which is told once.
+    misplaced: bool,
     tick: u64,
 }
 
@@ -139,6 +141,7 @@ impl Board {
             accelerators,
             devices_left_out: 0,
             sampled: None,
+            misplaced: false,
             tick: 0,
         })))
     }
@@ -149,7 +152,21 @@ impl Board {
 
     /// A sign of life in the region's header.
     pub fn heartbeat(&self) {
-        self.lock().writer.heartbeat();
+        let mut inner = self.lock();
+        match inner.writer.heartbeat() {
+            Ok(false) => inner.misplaced = false,
+            Ok(true) => {
+                tracing::warn!("somebody had taken the region's file away; it has been made again");
+            }
+            Err(err) => {
+                if !std::mem::replace(&mut inner.misplaced, true) {
+                    tracing::error!(
+                        err = &err as &dyn std::error::Error,
+                        "somebody has taken the region's file away, and it cannot be made again yet; put its directory right, or restart bai-dataplane"
+                    );
+                }
+            }
+        }
     }
 
     /// Sizes of the region.

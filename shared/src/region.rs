@@ -46,7 +46,7 @@ pub enum OpenError {
         sizes: Sizes,
     },
     /// A file operation failed.
-    #[error("cannot {step} the region file {path}", path = .path.display())]
+    #[error("cannot {step} the region file {path}; if something else has that name, remove it", path = .path.display())]
     File {
         /// What was tried.
         step: &'static str,

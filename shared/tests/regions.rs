@@ -472,6 +472,141 @@ fn a_missing_region_is_said_to_be_missing() {
 }
 
 #[test]
+fn a_region_made_shorter_while_it_is_read_is_an_error_and_never_fewer_rows() {
+    const PORTS: u16 = 900;
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(40);
+    let sizes = Sizes {
+        ports: 1024,
+        ..SIZES
+    };
+    let directory = directory();
+    let place = directory.path().join("desired");
+    let mut writer = DesiredWriter::open(directory.path(), sizes).unwrap();
+    writer
+        .batch(|batch| (0..PORTS).for_each(|number| batch.put_port(port(30_000 + number))))
+        .unwrap();
+    drop(writer);
+    let whole = std::fs::read(&place).unwrap();
+    let (mut gone, mut caught) = (0, 0);
+    let begun = std::time::Instant::now();
+    let mut round = 0_u64;
+    // Most rounds miss the time of the copy.
+    while caught < 5 && begun.elapsed() < LIMIT {
+        round += 1;
+        let fresh = directory.path().join("fresh");
+        std::fs::write(&fresh, &whole).unwrap();
+        std::fs::rename(&fresh, &place).unwrap();
+        let whole_rows = DesiredReader::at(directory.path()).snapshot().unwrap();
+        assert_eq!(whole_rows.ports.len(), usize::from(PORTS));
+        let file = std::fs::File::options().write(true).open(&place).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(std::time::Duration::from_micros(round * 37 % 2000));
+                let length = (whole.len() as u64).min(round * 4096 % 50_000);
+                file.set_len(length).unwrap();
+            });
+            for _ in 0..10 {
+                match DesiredReader::at(directory.path()).snapshot() {
+                    Ok(snapshot) => {
+                        assert_eq!(snapshot.ports.len(), usize::from(PORTS));
+                    }
+                    Err(err) if err.to_string().contains("while it was read") => caught += 1,
+                    Err(err) => {
+                        assert!(matches!(err, ReadError::Unreadable { .. }), "{err}");
+                        gone += 1;
+                    }
+                }
+            }
+        });
+    }
+    assert!(caught >= 5, "{caught} caught, {gone} gone");
+    // One that had a good copy keeps it, and finds the next file.
+    std::fs::write(&place, &whole).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let rows = reader.snapshot().unwrap();
+    let file = std::fs::File::options().write(true).open(&place).unwrap();
+    file.set_len(0).unwrap();
+    assert!(reader.snapshot().is_err());
+    assert_eq!(reader.last(), Some(&rows));
+    assert!(reader.is_behind());
+    let writer = DesiredWriter::open(directory.path(), sizes).unwrap();
+    assert_eq!(reader.snapshot().unwrap().region_id, writer.region_id());
+}
+
+#[test]
+fn a_writer_whose_region_is_damaged_goes_on_and_puts_the_header_right() {
+    let directory = directory();
+    let path = directory.path().join("desired");
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    writer.batch(|batch| batch.put_port(port(1))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    for (byte, number) in [0x00, 0xff, 0x80].into_iter().zip(2..) {
+        file.write_all_at(&[byte; 512], 0).unwrap();
+        let generation = writer.batch(|batch| batch.put_port(port(number))).unwrap();
+        assert_eq!(generation, writer.committed());
+        assert!(!writer.heartbeat().unwrap());
+        let snapshot = reader.snapshot().unwrap();
+        assert_eq!(snapshot.committed, generation);
+        assert_eq!(snapshot.ports.len(), usize::from(number));
+        assert_eq!(*snapshot, writer.snapshot().unwrap());
+        assert_eq!(reader.writer().unwrap().epoch, writer.epoch());
+    }
+}
+
+#[test]
+fn a_region_whose_name_was_taken_away_is_there_again_after_a_sign_of_life() {
+    let directory = directory();
+    let path = directory.path().join("desired");
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    writer.batch(|batch| batch.put_port(port(1))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let before = reader.snapshot().unwrap();
+    type Take = fn(&std::path::Path);
+    let takes: [(&str, Take); 4] = [
+        ("nothing", |_| {}),
+        ("a link", |path| {
+            std::os::unix::fs::symlink("/dev/null", path).unwrap();
+        }),
+        ("a pipe", |path| {
+            let mode = nix::sys::stat::Mode::S_IRUSR;
+            nix::unistd::mkfifo(path, mode).unwrap();
+        }),
+        ("another file", |path| std::fs::write(path, "x").unwrap()),
+    ];
+    for (what, take) in takes {
+        std::fs::remove_file(&path).unwrap();
+        take(&path);
+        assert!(reader.snapshot().is_err(), "{what}");
+        assert!(writer.heartbeat().unwrap(), "{what}");
+        assert!(!writer.heartbeat().unwrap(), "{what}");
+        let after = reader.snapshot().unwrap();
+        assert_eq!(after.region_id, before.region_id);
+        assert_eq!(after.ports.len(), before.ports.len(), "{what}");
+        let generation = writer.batch(|batch| batch.put_port(port(1))).unwrap();
+        assert_eq!(reader.snapshot().unwrap().committed, generation, "{what}");
+        writer
+            .batch(|batch| batch.put_container(container(1)))
+            .unwrap();
+        let after = reader.snapshot().unwrap();
+        assert_eq!((after.ports.len(), after.containers.len()), (1, 1));
+    }
+    // A starting writer puts a region in the place of a link too.
+    drop(writer);
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(writer.start(), Start::Fresh);
+    // A directory is nobody's to remove: that is said.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    assert!(matches!(writer.heartbeat(), Err(OpenError::File { .. })));
+    std::fs::remove_dir(&path).unwrap();
+    assert!(writer.heartbeat().unwrap());
+    assert!(reader.snapshot().is_ok());
+}
+
+#[test]
 fn samples_are_kept_as_they_were_and_published_so() {
     let all: Vec<ContainerSample> = (1..=4).map(|byte| sample(byte, 9)).collect();
     let mut samples: Samples = all.iter().cloned().collect();

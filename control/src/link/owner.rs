@@ -32,6 +32,8 @@ pub(super) struct Owner {
     held: HashMap<KernelId, Held>,
     /// So that a broken region is reported once and not every second.
     trouble: Option<String>,
+    /// The same of our own region's file.
+    misplaced: bool,
 }
 
 impl Owner {
@@ -62,6 +64,7 @@ impl Owner {
             seen,
             held,
             trouble: None,
+            misplaced: false,
         }
     }
 
@@ -81,11 +84,29 @@ impl Owner {
                 },
                 () = rung.notified() => self.look(),
                 _ = tick.tick() => {
-                    self.writer.heartbeat();
+                    self.beat();
                     self.look();
                 }
                 // Requests of operations that are still under way are served until they are done.
                 () = stopping.cancelled(), if requests.is_closed() => return,
+            }
+        }
+    }
+
+    fn beat(&mut self) {
+        match self.writer.heartbeat() {
+            Ok(false) => self.misplaced = false,
+            Ok(true) => tracing::warn!(
+                path = %self.writer.directory().display(),
+                "somebody had taken the region's file away; it has been made again"
+            ),
+            Err(err) => {
+                if !std::mem::replace(&mut self.misplaced, true) {
+                    tracing::error!(
+                        err = &err as &dyn std::error::Error,
+                        "somebody has taken the region's file away, and it cannot be made again yet; put its directory right, or restart the agent"
+                    );
+                }
             }
         }
     }

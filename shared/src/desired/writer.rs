@@ -138,9 +138,14 @@ impl DesiredWriter {
         self.region.lock().directory()
     }
 
-    /// Leaves a sign of life; call it about once a second.
-    pub fn heartbeat(&mut self) {
+    /// Leaves a sign of life; call it about once a second. Answers whether the file had to be made
+    /// again, because somebody had taken its name away.
+    ///
+    /// # Errors
+    /// The name is taken and the file cannot be made again.
+    pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
         self.region.beat();
+        self.region.keep_in_place()
     }
 
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot

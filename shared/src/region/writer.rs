@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FallocateFlags;
@@ -38,7 +38,8 @@ pub enum Start {
     },
 }
 
-/// Owns the file: the only process that stores to it.
+/// Owns the file: the only process that stores to it. What the header says it knows itself and never
+/// reads from there: whatever happens to the file, its next sign of life puts it right.
 #[derive(Debug)]
 pub(crate) struct RegionWriter {
     kind: RegionKind,
@@ -46,6 +47,12 @@ pub(crate) struct RegionWriter {
     sizes: Sizes,
     tables: Vec<Table>,
     region_id: RegionId,
+    epoch: u64,
+    allocated: u64,
+    committed: u64,
+    /// Per table, as in the header.
+    used: Vec<AtomicU64>,
+    place: Place,
     mapping: Mapping,
     /// Last, so that the mapping is gone before another writer may start.
     lock: WriterLock,
@@ -66,11 +73,21 @@ impl RegionWriter {
         let path = lock.directory().join(kind.file_name());
         match existing(&path, kind)? {
             Some(old) if !old.retired && old.sizes.grown_to(sizes) == old.sizes => {
+                let tables = kind.tables(old.sizes);
+                let used = tables
+                    .iter()
+                    .map(|table| u64::from(used_rows(old.mapping.words(), table)).into())
+                    .collect();
                 let mut writer = Self {
                     kind,
-                    tables: kind.tables(old.sizes),
+                    tables,
                     sizes: old.sizes,
                     region_id: old.region_id,
+                    epoch: old.epoch,
+                    allocated: old.allocated,
+                    committed: old.committed,
+                    used,
+                    place: old.place,
                     mapping: old.mapping,
                     path,
                     lock,
@@ -96,94 +113,79 @@ impl RegionWriter {
         path: PathBuf,
         old: Option<&Existing>,
     ) -> Result<Self, OpenError> {
-        let fail = |step, source: io::Error| OpenError::File {
-            step,
-            path: path.clone(),
-            source,
-        };
-        let words = total_words(kind, sizes);
-        let bytes = (words * 8) as u64;
-        // One fixed name: the lock makes us the only one, and a leftover of a killed start goes.
-        let temporary = path.with_extension("new");
-        match std::fs::remove_file(&temporary) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => {
-                return Err(fail("remove the leftover of", err));
-            }
-            _ => {}
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(FILE_MODE)
-            .open(&temporary)
-            .map_err(|err| fail("create", err))?;
-        // The umask must not decide who can read.
-        file.set_permissions(std::fs::Permissions::from_mode(FILE_MODE))
-            .map_err(|err| fail("set the mode of", err))?;
-        if let Err(err) = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
-            // Best effort: the space is needed, and the next start removes it anyway.
-            let _ = std::fs::remove_file(&temporary);
-            return Err(match err {
-                rustix::io::Errno::NOSPC => OpenError::NoRoom {
-                    path: path.clone(),
-                    bytes,
-                },
-                other => fail("allocate", other.into()),
-            });
-        }
-        let mapping = Mapping::writable(&file, words).map_err(|err| fail("map", err.into()))?;
-
         let mut id = [0u8; 16];
-        rustix::rand::getrandom(&mut id, GetRandomFlags::empty())
-            .map_err(|err| fail("make an id for", err.into()))?;
-        let header = Header {
-            magic: MAGIC,
-            layout_version: LAYOUT_VERSION,
-            region: kind.code(),
-            layout_hash: LAYOUT_HASH,
-            region_id: id,
-            file_bytes: bytes,
-            port_rows: sizes.ports,
-            container_rows: sizes.containers,
-            accelerator_rows: sizes.accelerators,
-            process_rows: sizes.processes,
-            ..Header::default()
-        };
-        let mut raw = [0u8; Header::INFO.size];
-        header.store(&mut raw);
-        for (word, value) in mapping.words().iter().zip(words_of(&raw)) {
-            word.store(value, Ordering::Relaxed);
-        }
+        rustix::rand::getrandom(&mut id, GetRandomFlags::empty()).map_err(|err| {
+            OpenError::File {
+                step: "make an id for",
+                path: path.clone(),
+                source: err.into(),
+            }
+        })?;
+        let (temporary, mapping, place) = make(&path, total_words(kind, sizes))?;
+        let tables = kind.tables(sizes);
         let mut writer = Self {
             kind,
-            tables: kind.tables(sizes),
+            used: tables.iter().map(|_| AtomicU64::new(0)).collect(),
+            tables,
             sizes,
             region_id: RegionId(id),
+            epoch: 0,
+            allocated: 0,
+            committed: 0,
+            place,
             mapping,
-            path: path.clone(),
+            path,
             lock,
         };
         if let Some(old) = old {
             writer.carry_over(old);
         }
         writer.begin_life();
-        retire(&path);
-        std::fs::rename(&temporary, &path).map_err(|err| fail("put in place", err))?;
+        retire(&writer.path);
+        writer.put_in_place(&temporary)?;
         Ok(writer)
+    }
+
+    fn put_in_place(&self, temporary: &Path) -> Result<(), OpenError> {
+        std::fs::rename(temporary, &self.path).map_err(|source| OpenError::File {
+            step: "put in place",
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Makes the file again when its name is gone or somebody else's: readers would look there in
+    /// vain for ever. Answers whether that was so. Costs one `stat`.
+    pub(crate) fn keep_in_place(&mut self) -> Result<bool, OpenError> {
+        if std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|status| Place::of(&status) == self.place)
+        {
+            return Ok(false);
+        }
+        let (temporary, mapping, place) = make(&self.path, self.words().len())?;
+        for (to, from) in mapping.words().iter().zip(self.words()) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.put_in_place(&temporary)?;
+        self.mapping = mapping;
+        self.place = place;
+        Ok(true)
     }
 
     /// Copies the committed rows of a smaller region into this one, before anyone can see it.
     fn carry_over(&mut self, old: &Existing) {
         let words = self.mapping.words();
-        for (table, from) in self.tables.iter().zip(&self.kind.tables(old.sizes)) {
+        for ((table, from), own) in (self.tables.iter())
+            .zip(&self.kind.tables(old.sizes))
+            .zip(&self.used)
+        {
             if table.payload_words != from.payload_words {
                 // The process pool: its bank has another length, and the next tick fills it.
                 continue;
             }
             let mut payload = vec![0u64; from.payload_words];
             let used = used_rows(old.mapping.words(), from);
-            words[word::USED_ROWS + table.index].store(u64::from(used), Ordering::Relaxed);
+            own.store(u64::from(used), Ordering::Relaxed);
             for row in 0..used {
                 let (Some(source), Some(target)) = (
                     cell_at(old.mapping.words(), from, row),
@@ -201,9 +203,9 @@ impl RegionWriter {
                 }
             }
         }
-        words[word::ALLOCATED].store(old.allocated, Ordering::Relaxed);
-        words[word::COMMITTED].store(old.committed, Ordering::Relaxed);
-        words[word::EPOCH].store(old.epoch, Ordering::Relaxed);
+        self.allocated = old.allocated;
+        self.committed = old.committed;
+        self.epoch = old.epoch;
     }
 
     /// Repairs what an earlier writer left half done. Answers how many rows that were.
@@ -217,24 +219,12 @@ impl RegionWriter {
                 repaired += u32::from(cell.repair(committed));
             }
         }
-        // A header from a writer killed between the two stores of a batch, or from a damaged one.
-        let allocated = &self.words()[word::ALLOCATED];
-        allocated.store(
-            allocated.load(Ordering::Relaxed).max(committed),
-            Ordering::Relaxed,
-        );
         self.begin_life();
         repaired
     }
 
     fn begin_life(&mut self) {
-        let words = self.words();
-        words[word::WRITER_PID].store(u64::from(std::process::id()), Ordering::Relaxed);
-        let epoch = &words[word::EPOCH];
-        epoch.store(
-            epoch.load(Ordering::Relaxed).wrapping_add(1),
-            Ordering::Release,
-        );
+        self.epoch = self.epoch.wrapping_add(1);
         self.beat();
     }
 
@@ -259,11 +249,11 @@ impl RegionWriter {
     }
 
     pub(crate) fn epoch(&self) -> u64 {
-        self.words()[word::EPOCH].load(Ordering::Relaxed)
+        self.epoch
     }
 
     pub(crate) fn committed(&self) -> Generation {
-        Generation(self.words()[word::COMMITTED].load(Ordering::Relaxed))
+        Generation(self.committed)
     }
 
     pub(crate) fn table(&self, index: usize) -> Table {
@@ -272,7 +262,8 @@ impl RegionWriter {
 
     /// Rows of a table from the first up to the last that was ever written.
     pub(crate) fn used_rows(&self, table: &Table) -> u32 {
-        used_rows(self.words(), table)
+        let used = self.used[table.index].load(Ordering::Relaxed);
+        u32::try_from(used).map_or(table.rows, |used| used.min(table.rows))
     }
 
     /// Writes a row under `generation`, to be seen once that is committed. It is counted as used
@@ -285,8 +276,9 @@ impl RegionWriter {
         payload: impl Iterator<Item = u64>,
     ) {
         if row >= self.used_rows(table) {
-            let used = &self.words()[word::USED_ROWS + table.index];
-            used.store(u64::from(row) + 1, Ordering::Relaxed);
+            let used = u64::from(row) + 1;
+            self.used[table.index].store(used, Ordering::Relaxed);
+            self.words()[word::USED_ROWS + table.index].store(used, Ordering::Relaxed);
         }
         self.cell(table, row)
             .write(self.committed().0, generation.0, payload);
@@ -299,28 +291,54 @@ impl RegionWriter {
 
     /// Starts a batch: a generation nobody ever had.
     pub(crate) fn allocate(&mut self) -> Generation {
-        let allocated = &self.words()[word::ALLOCATED];
-        let generation = allocated.load(Ordering::Relaxed) + 1;
-        allocated.store(generation, Ordering::Relaxed);
-        Generation(generation)
+        self.allocated += 1;
+        self.words()[word::ALLOCATED].store(self.allocated, Ordering::Relaxed);
+        Generation(self.allocated)
     }
 
     /// Makes everything written under `generation` visible at once.
     pub(crate) fn commit(&mut self, generation: Generation) {
+        self.committed = generation.0;
         self.words()[word::COMMITTED].store(generation.0, Ordering::Release);
     }
 
-    /// Leaves a sign of life in the header.
+    /// Leaves a sign of life in the header, and puts right what else it says.
     pub(crate) fn beat(&mut self) {
-        let words = self.words();
-        words[word::HEARTBEAT_WALL].store(wall_ns(), Ordering::Relaxed);
-        words[word::HEARTBEAT_MONOTONIC].store(monotonic_ns(), Ordering::Relaxed);
+        let mut header = Header {
+            magic: MAGIC,
+            layout_version: LAYOUT_VERSION,
+            region: self.kind.code(),
+            layout_hash: LAYOUT_HASH,
+            region_id: self.region_id.0,
+            epoch: self.epoch,
+            allocated: self.allocated,
+            committed: self.committed,
+            heartbeat_monotonic_ns: monotonic_ns(),
+            heartbeat_wall_ns: wall_ns(),
+            writer_pid: u64::from(std::process::id()),
+            file_bytes: (self.words().len() * size_of::<u64>()) as u64,
+            port_rows: self.sizes.ports,
+            container_rows: self.sizes.containers,
+            accelerator_rows: self.sizes.accelerators,
+            process_rows: self.sizes.processes,
+            ..Header::default()
+        };
+        for (used, own) in header.used_rows.iter_mut().zip(&self.used) {
+            *used = own.load(Ordering::Relaxed);
+        }
+        let mut raw = [0u8; Header::INFO.size];
+        header.store(&mut raw);
+        for (word, value) in self.words().iter().zip(words_of(&raw)) {
+            // Release: who sees the generation or the epoch sees what came before them.
+            word.store(value, Ordering::Release);
+        }
     }
 }
 
 /// A region file found by its starting writer.
 struct Existing {
     mapping: Mapping,
+    place: Place,
     sizes: Sizes,
     region_id: RegionId,
     retired: bool,
@@ -338,7 +356,8 @@ fn existing(path: &Path, kind: RegionKind) -> Result<Option<Existing>, OpenError
     };
     let file = match open_for_writing(path) {
         Ok(file) => file,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A link is none of ours, and is replaced.
+        Err(err) if err.kind() == io::ErrorKind::NotFound || is_link(&err) => return Ok(None),
         Err(err) => return Err(fail("open", err)),
     };
     let status = file.metadata().map_err(|err| fail("look at", err))?;
@@ -368,6 +387,7 @@ fn existing(path: &Path, kind: RegionKind) -> Result<Option<Existing>, OpenError
     let mapping = Mapping::writable(&file, words).map_err(|err| fail("map", err.into()))?;
     Ok(Some(Existing {
         mapping,
+        place: Place::of(&status),
         sizes,
         region_id: RegionId(header.region_id),
         retired: header.retired != 0,
@@ -375,6 +395,68 @@ fn existing(path: &Path, kind: RegionKind) -> Result<Option<Existing>, OpenError
         allocated: header.allocated.max(header.committed),
         committed: header.committed,
     }))
+}
+
+fn is_link(err: &io::Error) -> bool {
+    err.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
+}
+
+/// Which file it is, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    device: u64,
+    inode: u64,
+}
+
+impl Place {
+    fn of(status: &std::fs::Metadata) -> Self {
+        Self {
+            device: status.dev(),
+            inode: status.ino(),
+        }
+    }
+}
+
+/// Makes a file of `words` zeros beside `path`, under a name nobody reads.
+fn make(path: &Path, words: usize) -> Result<(PathBuf, Mapping, Place), OpenError> {
+    let fail = |step, source: io::Error| OpenError::File {
+        step,
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = (words * size_of::<u64>()) as u64;
+    // One fixed name: the lock makes us the only one, and a leftover of a killed start goes.
+    let temporary = path.with_extension("new");
+    match std::fs::remove_file(&temporary) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => {
+            return Err(fail("remove the leftover of", err));
+        }
+        _ => {}
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(FILE_MODE)
+        .open(&temporary)
+        .map_err(|err| fail("create", err))?;
+    // The umask must not decide who can read.
+    file.set_permissions(std::fs::Permissions::from_mode(FILE_MODE))
+        .map_err(|err| fail("set the mode of", err))?;
+    if let Err(err) = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+        // Best effort: the space is needed, and the next start removes it anyway.
+        let _ = std::fs::remove_file(&temporary);
+        return Err(match err {
+            rustix::io::Errno::NOSPC => OpenError::NoRoom {
+                path: path.to_owned(),
+                bytes,
+            },
+            other => fail("allocate", other.into()),
+        });
+    }
+    let status = file.metadata().map_err(|err| fail("look at", err))?;
+    let mapping = Mapping::writable(&file, words).map_err(|err| fail("map", err.into()))?;
+    Ok((temporary, mapping, Place::of(&status)))
 }
 
 /// Opens without following a link: the name is ours, whatever someone put there is not.
