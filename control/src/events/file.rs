@@ -24,7 +24,9 @@ const FILE_LIMIT: u64 = 16 << 20;
 
 /// The file could not be opened.
 #[derive(Debug, Error)]
-#[error("cannot open the events file {path}")]
+#[error(
+    "cannot open the events file {path}; see that it is a file this user may write, or move it away"
+)]
 pub struct FileSinkError {
     path: PathBuf,
     #[source]

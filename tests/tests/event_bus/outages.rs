@@ -271,3 +271,42 @@ async fn a_full_disk_is_told_and_costs_no_event_when_there_is_room_again() -> Re
     assert_eq!(numbers(&redis.stream()?), expected);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_full_disk_keeps_nobody_from_starting_and_loses_nothing_that_was_on_it() -> Result<()> {
+    let disk = SmallDisk::mount()?;
+    let mut redis = Redis::start()?;
+    redis.kill()?;
+    let mut settings = settings(redis.port);
+    settings.outbox_dir = Some(disk.0.path().join("outbox"));
+    let (first, events) = bus(&settings)?;
+    for n in 0..3 {
+        events.emit(ended(n));
+    }
+    ensure!(first.kept(LIMIT).await);
+    let filler = disk.fill()?;
+    drop((first, events));
+    // A start that finds the file, and one that finds neither file nor directory.
+    for place in ["outbox", "new/outbox"] {
+        settings.outbox_dir = Some(disk.0.path().join(place));
+        let (second, events) = bus(&settings)?;
+        let number = if place == "outbox" { 3 } else { 10 };
+        events.emit(ended(number));
+        ensure!(
+            !second.kept(LIMIT).await,
+            "an event that is not on the disk counts as kept"
+        );
+        std::fs::remove_file(&filler)?;
+        ensure!(second.kept(LIMIT).await, "there is room");
+        drop((second, events));
+        disk.fill()?;
+    }
+    redis.restart()?;
+    for place in ["outbox", "new/outbox"] {
+        settings.outbox_dir = Some(disk.0.path().join(place));
+        let (third, _) = bus(&settings)?;
+        drained(&third).await?;
+    }
+    assert_eq!(numbers(&redis.stream()?), [0, 1, 2, 3, 10]);
+    Ok(())
+}

@@ -5,7 +5,7 @@
 //! shorter one when most of it is done. Invariants: the file is private; a line is written before
 //! the line that says it was sent; what a kill cut short is skipped; after a write that failed the
 //! file is written anew before anything is added to it, and until then nobody is told that it holds
-//! what it should. Nothing is flushed to the disk
+//! what it should; a full disk keeps no agent from starting. Nothing is flushed to the disk
 //! device: after a power loss no kernel runs, and the next start tells that of each of them.
 
 use std::collections::BTreeMap;
@@ -37,17 +37,8 @@ const MEND_PAUSE: Duration = Duration::from_secs(5);
 /// The outbox could not be opened.
 #[derive(Debug, Error)]
 pub enum OutboxError {
-    /// Its directory.
-    #[error("cannot make the directory {path} of the events that wait for the bus", path = path.display())]
-    Directory {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Its file.
-    #[error("cannot open {path}, which holds the events that wait for the bus", path = path.display())]
+    /// Its file, or the directory of that.
+    #[error("cannot use {path}, which holds the events that wait for the bus; see that it is a file this user may write, or move it away", path = path.display())]
     File {
         /// Where.
         path: PathBuf,
@@ -104,7 +95,8 @@ pub struct Leftover {
 }
 
 impl Outbox {
-    /// Opens `outbox.jsonl` in `dir` and reads what waits there. Blocks.
+    /// Opens `outbox.jsonl` in `dir` and reads what waits there. On a full disk the file stays as
+    /// it is until there is room. Blocks.
     ///
     /// # Errors
     /// A directory or file that cannot be used.
@@ -113,37 +105,31 @@ impl Outbox {
     }
 
     fn open_with(dir: &Path, small: u64) -> Result<(Self, Leftover), OutboxError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|source| OutboxError::Directory {
-                path: dir.to_owned(),
-                source,
-            })?;
         let path = dir.join("outbox.jsonl");
         let failed = |source| OutboxError::File {
             path: path.clone(),
             source,
         };
         let (pending, next, damaged) = read(&path).map_err(failed)?;
-        // A fresh file at each start: what is done, and a line cut short, go.
-        replace_file(&path, &joined(&pending)).map_err(failed)?;
-        let file = append_to(&path).map_err(failed)?;
         let messages = pending
             .iter()
             .filter_map(|(seq, line)| Some((*seq, message_of(line)?)))
             .collect();
         let (orders, receiver) = sync_channel(LINES);
         let mut writer = Writer {
-            size: file.metadata().map_err(failed)?.len(),
-            file,
-            path,
+            size: 0,
+            file: None,
+            path: path.clone(),
             pending,
             small,
             failures: 0,
             broken: None,
         };
+        // A fresh file at each start: what is done, and a line cut short, go.
+        match writer.try_rewrite() {
+            Err(err) if is_want_of_room(&err) => writer.failed(&err),
+            written => written.map_err(failed)?,
+        }
         let writer = std::thread::Builder::new()
             .name("outbox".into())
             .spawn(move || writer.run(&receiver))
@@ -234,7 +220,8 @@ impl Drop for Outbox {
 
 struct Writer {
     path: PathBuf,
-    file: File,
+    /// `None` before the first write that succeeds.
+    file: Option<File>,
     size: u64,
     pending: BTreeMap<u64, Arc<str>>,
     small: u64,
@@ -276,7 +263,11 @@ impl Writer {
         let mut bytes = Vec::with_capacity(line.len() + 1);
         bytes.extend_from_slice(line.as_bytes());
         bytes.push(b'\n');
-        match self.file.write_all(&bytes) {
+        let written = match &mut self.file {
+            Some(file) => file.write_all(&bytes),
+            None => return self.rewrite(),
+        };
+        match written {
             Ok(()) => self.size += bytes.len() as u64,
             Err(err) => self.failed(&err),
         }
@@ -308,18 +299,25 @@ impl Writer {
     }
 
     fn rewrite(&mut self) {
-        let content = joined(&self.pending);
-        let written = replace_file(&self.path, &content).and_then(|()| append_to(&self.path));
-        match written {
-            Ok(file) => {
+        match self.try_rewrite() {
+            Ok(()) => {
                 if self.broken.take().is_some() {
                     tracing::info!(path = %self.path.display(), "the outbox is whole again");
                 }
-                self.file = file;
-                self.size = content.len() as u64;
             }
             Err(err) => self.failed(&err),
         }
+    }
+
+    fn try_rewrite(&mut self) -> io::Result<()> {
+        if let Some(dir) = self.path.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        let content = joined(&self.pending);
+        replace_file(&self.path, &content)?;
+        self.file = Some(append_to(&self.path)?);
+        self.size = content.len() as u64;
+        Ok(())
     }
 
     fn failed(&mut self, err: &io::Error) {
@@ -330,6 +328,14 @@ impl Writer {
                 "cannot write the outbox; a kill now could lose or repeat events, see whether its disk is full");
         }
     }
+}
+
+/// Room comes back without anybody touching the file.
+fn is_want_of_room(err: &io::Error) -> bool {
+    matches!(
+        err.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
