@@ -233,11 +233,16 @@ impl Etcd {
                 async move { client.txn(transaction).await }
             })
             .await?;
-        let pairs = |response: TxnOpResponse| match response {
-            TxnOpResponse::Get(mut found) => found.take_kvs().into_iter().map(text_pair).collect(),
-            _ => Vec::new(),
+        let pairs = |(response, (range, _)): (TxnOpResponse, &(String, bool))| match response {
+            TxnOpResponse::Get(mut found) => {
+                let pairs = found.take_kvs().into_iter();
+                let ours = pairs.filter(|pair| is_within(range, pair.key()));
+                ours.map(checked_pair).collect()
+            }
+            _ => Ok(Vec::new()),
         };
-        let mut found: Vec<_> = answer.op_responses().into_iter().map(pairs).collect();
+        let responses = answer.op_responses().into_iter().zip(ranges).map(pairs);
+        let mut found: Vec<_> = responses.collect::<Result<_, _>>()?;
         found.resize_with(ranges.len(), Vec::new);
         Ok(found)
     }
@@ -474,7 +479,24 @@ fn refused(step: &'static str, remedy: &'static str, source: etcd_client::Error)
     }
 }
 
-/// Keys and values are text; what is not is shown with replacement characters rather than refused.
+/// Whether a key is the one asked for or lies below it, and does not merely begin like it.
+fn is_within(range: &str, key: &[u8]) -> bool {
+    key.strip_prefix(range.as_bytes())
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+}
+
+/// A key and its value. What is not text is nobody's setting: a password or a path with replacement
+/// characters in it would be taken for one.
+fn checked_pair(pair: etcd_client::KeyValue) -> Result<(String, String), EtcdError> {
+    let (key, value) = pair.into_key_value();
+    let key = String::from_utf8_lossy(&key).into_owned();
+    match String::from_utf8(value) {
+        Ok(value) => Ok((key, value)),
+        Err(_) => Err(EtcdError::NotText { key }),
+    }
+}
+
+/// The same for what is followed, which is only compared with texts of ours.
 fn text_pair(pair: etcd_client::KeyValue) -> (String, String) {
     let (key, value) = pair.into_key_value();
     (

@@ -356,3 +356,55 @@ async fn a_hanging_or_dead_member_is_left_for_another() -> Result<()> {
     assert_eq!(followed.now().entries, expected);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_setting_is_refused_or_left_out_and_named() -> Result<()> {
+    let server = EtcdServer::start().await?;
+    let etcd = client(&server, "local");
+    let mut raw = server.client().await?;
+    etcd.put(Scope::Global, "config/redis/addr", "10.0.0.2:6379")
+        .await?;
+
+    // Bytes that are no text, where settings are and beside them.
+    raw.put("/sorna/local/config/redisx", &b"\xff\xfe"[..], None)
+        .await?;
+    assert_eq!(
+        etcd.tree("config/redis").await?.tree.text(&["addr"]),
+        Some("10.0.0.2:6379")
+    );
+    let key = "/sorna/local/config/redis/password";
+    raw.put(key, &b"\x80\x81\xff"[..], None).await?;
+    for refused in [
+        etcd.tree("config/redis").await.unwrap_err(),
+        etcd.get("config/redis/password").await.unwrap_err(),
+    ] {
+        assert!(
+            refused.is_transient(),
+            "it can be mended while the node waits"
+        );
+        let words = refused.to_string();
+        assert!(words.contains(key) && words.contains("UTF-8"), "{words}");
+    }
+    raw.delete(key, None).await?;
+
+    // A key as deep as etcd takes it.
+    let deep = "/sorna/local/config/redis".to_owned() + &"/".repeat(1 << 20);
+    raw.put(deep, "v", None).await?;
+    let tree = etcd.tree("config/redis").await?.tree;
+    assert_eq!(tree.members.len(), 1, "{:?}", tree.members.keys());
+
+    // More than is read at once.
+    for number in 0..5 {
+        let key = format!("/sorna/local/config/redis/x{number}");
+        raw.put(key, vec![b'x'; 1 << 20], None).await?;
+    }
+    let refused = etcd.tree("config/redis").await.unwrap_err();
+    let words = control::kernel::destroy::chain(&refused);
+    assert!(words.contains("4 MiB"), "{words}");
+    assert!(matches!(*etcd.health().borrow(), Health::Reachable { .. }));
+    assert_eq!(
+        etcd.get("config/redis/addr").await?.as_deref(),
+        Some("10.0.0.2:6379")
+    );
+    Ok(())
+}

@@ -33,6 +33,12 @@ pub enum EtcdError {
         /// How long was waited.
         seconds: u64,
     },
+    /// A value is not text. Whoever wrote it has to write it again.
+    #[error("the value of {key} in etcd is not text (UTF-8); write it again, or remove the key")]
+    NotText {
+        /// Where it lies.
+        key: String,
+    },
     /// etcd answered that it will not; another try would end the same.
     #[error("etcd refused to {step}; {remedy}")]
     Refused {
@@ -51,7 +57,7 @@ impl EtcdError {
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
-            EtcdError::Unreachable { .. } | EtcdError::Deadline { .. }
+            EtcdError::Unreachable { .. } | EtcdError::Deadline { .. } | EtcdError::NotText { .. }
         )
     }
 }
@@ -83,6 +89,7 @@ mod code {
     pub const INVALID_ARGUMENT: i32 = 3;
     pub const PERMISSION_DENIED: i32 = 7;
     pub const FAILED_PRECONDITION: i32 = 9;
+    pub const OUT_OF_RANGE: i32 = 11;
     pub const UNAUTHENTICATED: i32 = 16;
 }
 
@@ -110,6 +117,10 @@ pub(super) fn verdict(error: &etcd_client::Error) -> Verdict {
         }
         code::PERMISSION_DENIED => {
             Verdict::Final("give the user of [etcd] read and write rights below the namespace")
+        }
+        // The client's own limit, in its own words.
+        code::OUT_OF_RANGE if status.message().contains("message length too large") => {
+            Verdict::Final("more lies there than 4 MiB: remove the keys that are no settings")
         }
         code::INVALID_ARGUMENT | code::FAILED_PRECONDITION => {
             Verdict::Final("see the log of etcd for the reason")

@@ -1,11 +1,15 @@
 //! Keys below a prefix as nested maps.
 //!
 //! In: flat pairs of keys and values. Out: a tree whose nodes may have a value, members, or both.
-//! Invariant: names are unquoted; nothing that only shares its first letters with the prefix is in.
+//! Invariants: names are unquoted; nothing that only shares its first letters with the prefix is in;
+//! no tree is deeper than [`DEPTH`], for what is nested is dropped and compared by recursion.
 
 use std::collections::BTreeMap;
 
 use super::keys::unquote;
+
+/// Levels of a tree; keys with more are nobody's settings (ours have three) and are left out.
+const DEPTH: usize = 32;
 
 /// A value and what lies below it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,6 +33,9 @@ impl Tree {
             let node = match rest.strip_prefix('/') {
                 Some("") | None if !rest.is_empty() && rest != "/" => continue,
                 Some("") | None => &mut tree,
+                Some(path) if path.bytes().filter(|byte| *byte == b'/').count() >= DEPTH => {
+                    continue;
+                }
                 Some(path) => path.split('/').fold(&mut tree, |node, name| {
                     node.members.entry(unquote(name)).or_default()
                 }),
@@ -76,6 +83,19 @@ mod tests {
         assert_eq!(tree.text(&["b", "c:d"]), Some("2"));
         assert_eq!(tree.members.len(), 1);
         assert!(Tree::below("/x", [("/xy", "1")]).is_empty());
+    }
+
+    #[test]
+    fn keys_deeper_than_any_setting_are_left_out() {
+        // As long as etcd takes keys, once with names and once without.
+        for level in ["/x", "/"] {
+            let deep = "/n".to_owned() + &level.repeat(700_000);
+            let tree = Tree::below("/n", [(deep.as_str(), "v"), ("/n/a", "w")]);
+            assert_eq!(tree, Tree::below("/n", [("/n/a", "w")]));
+        }
+        let deepest = "/n".to_owned() + &"/x".repeat(DEPTH);
+        let tree = Tree::below("/n", [(deepest.as_str(), "v")]);
+        assert_eq!(tree.text(&["x"; DEPTH]), Some("v"));
     }
 
     #[test]
