@@ -60,6 +60,9 @@ pub enum VolumeError {
         "cannot read where the cluster mounts volumes (volumes/_mount); see that etcd answers, or make agent.mount-path absolute"
     )]
     Prefix(#[source] EtcdError),
+    /// The cluster says nonsense of where volumes belong.
+    #[error(transparent)]
+    PrefixPath(#[from] PrefixError),
     /// The options hold something that is not an option.
     #[error("the mount options {0:?} are not usable")]
     Options(String),
@@ -135,6 +138,32 @@ pub enum VolumeError {
     /// The table of file systems could not be changed.
     #[error(transparent)]
     Fstab(#[from] FstabError),
+}
+
+/// `volumes/_mount` of the cluster names no directory.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error(
+    "volumes/_mount of etcd is {0:?}; write an absolute path without '..', such as \"/mnt\", or remove the key"
+)]
+pub struct PrefixError(String);
+
+/// The directory that `volumes/_mount` names; an empty text is none, as an operator clears it.
+///
+/// # Errors
+/// It is no absolute path, or not plain.
+pub fn mount_prefix(text: &str) -> Result<Option<PathBuf>, PrefixError> {
+    let path = Path::new(text.trim());
+    let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    if path.as_os_str().is_empty() {
+        Ok(None)
+    } else if path.is_absolute()
+        && path.components().all(plain)
+        && !text.trim().contains(char::is_control)
+    {
+        Ok(Some(path.to_owned()))
+    } else {
+        Err(PrefixError(text.to_owned()))
+    }
 }
 
 /// What an order came to: the mount point, and why it failed if it did.
@@ -227,7 +256,8 @@ impl Volumes {
             Base::OfCluster(etcd, path) => {
                 let prefix = etcd.get("volumes/_mount").await;
                 let prefix = prefix.map_err(VolumeError::Prefix)?;
-                Ok(Path::new(prefix.as_deref().unwrap_or("/")).join(path))
+                let prefix = mount_prefix(prefix.as_deref().unwrap_or_default())?;
+                Ok(prefix.unwrap_or_else(|| "/".into()).join(path))
             }
         }
     }
@@ -473,6 +503,27 @@ mod tests {
             fs_type: fs_type.to_owned(),
             options: None,
             fstab: None,
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_says_nonsense_of_where_volumes_belong_is_not_followed() {
+        let named = |text| mount_prefix(text).expect(text);
+        assert_eq!(named("/mnt/volumes"), Some("/mnt/volumes".into()));
+        assert_eq!(named(" /mnt/\n"), Some("/mnt".into()));
+        assert_eq!((named(""), named("  ")), (None, None));
+        for text in [
+            "mnt",
+            "./mnt",
+            "~/mnt",
+            "/mnt/../etc",
+            "..",
+            "/mnt\n/etc",
+            "/mnt\0",
+            "\u{fffd}",
+        ] {
+            let words = mount_prefix(text).expect_err(text).to_string();
+            assert!(words.contains("volumes/_mount of etcd"), "{words}");
         }
     }
 

@@ -27,7 +27,7 @@ use crate::etcd::{Etcd, EtcdError};
 use crate::http;
 use crate::kernel::destroy::chain;
 use crate::kernel::node::blocking;
-use crate::volumes::Volumes;
+use crate::volumes::{PrefixError, Volumes, mount_prefix};
 
 /// The token of a cluster that sets none.
 const INSECURE: &str = "insecure";
@@ -209,6 +209,15 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
     Ok(())
 }
 
+/// Why the watcher waits.
+#[derive(Debug, Error)]
+enum Unready {
+    #[error("etcd cannot be used")]
+    Etcd(#[from] EtcdError),
+    #[error(transparent)]
+    Prefix(#[from] PrefixError),
+}
+
 /// What the cluster says to watchers.
 struct Found {
     token: String,
@@ -241,7 +250,8 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
     loop {
         let read = async {
             let token = etcd.get("config/watcher/token").await?;
-            Ok::<_, EtcdError>((token, etcd.get("volumes/_mount").await?))
+            let prefix = etcd.get("volumes/_mount").await?.unwrap_or_default();
+            Ok::<_, Unready>((token, mount_prefix(&prefix)?))
         };
         match read.await {
             Ok((token, prefix)) => {
@@ -249,13 +259,13 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
                     token: own
                         .or(token.filter(|token| !token.is_empty()))
                         .unwrap_or_else(|| INSECURE.to_owned()),
-                    prefix: prefix.unwrap_or_else(|| PREFIX.to_owned()).into(),
+                    prefix: prefix.unwrap_or_else(|| PREFIX.into()),
                 });
             }
             Err(err) => tracing::error!(
                 err = chain(&err),
                 retry_s = pause.as_secs(),
-                "etcd does not answer; the watcher is not ready"
+                "the cluster's settings cannot be had; the watcher is not ready"
             ),
         }
         tokio::time::sleep(pause).await;
