@@ -541,10 +541,12 @@ fn accelerators(node: &mut Section<'_, '_>) -> Accelerators {
         cuda_injection: s.or(key("cuda-injection"), CudaInjection::Auto),
         allocation_mode: s.or(key("allocation-mode"), AllocationMode::Discrete),
         unit_mem: s.or_checked(key("unit-mem"), ByteSize(2 << 30), |size| {
-            if size.0 >= 512 << 20 {
-                return Ok(());
+            const REMEDY: &str = "write 512m to 1t";
+            match size.0 {
+                0..0x2000_0000 => Err(Fault::new("the unit is too small", REMEDY)),
+                0x100_0000_0001.. => Err(Fault::new("no device has as much", REMEDY)),
+                _ => Ok(()),
             }
-            Err(Fault::new("the unit is too small", "write 512m or more"))
         }),
         unit_proc: s.or_checked(key("unit-proc"), 8, within(2, 1024)),
         quantum_percent: s.or_checked(key("quantum-percent"), 10, within(1, 100)),

@@ -387,7 +387,15 @@ pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
 pub(super) fn container_logs(reader: &mut Reader<'_>, root: &Table) -> ContainerLogs {
     let mut s = Section::open(reader, Some(root), "container-logs");
     let logs = ContainerLogs {
-        max_length: s.or(key("max-length"), ByteSize(10 << 20)),
+        max_length: s.or_checked(key("max-length"), ByteSize(10 << 20), |size| {
+            if size.0 > 1 << 30 {
+                return Err(Fault::new(
+                    "a console as long as this does not fit into memory, where it goes on its way to the manager",
+                    "write a size up to \"1g\"",
+                ));
+            }
+            Ok(())
+        }),
         chunk_size: s.or_checked(key("chunk-size"), ByteSize(64 << 10), |size| {
             if size.0 == 0 {
                 return Err(Fault::new(
@@ -420,8 +428,16 @@ pub(super) fn kernel_lifecycles(reader: &mut Reader<'_>, root: &Table) -> Kernel
     let minute = Duration::from_secs(60);
     let settings = KernelLifecycles {
         init_polling_attempt: s.or_checked(key("init-polling-attempt"), 10, within(1, 10_000)),
-        init_polling_timeout: s.or(key("init-polling-timeout-sec"), minute),
-        init_timeout: s.or(key("init-timeout-sec"), minute),
+        init_polling_timeout: s.or_checked(
+            key("init-polling-timeout-sec"),
+            minute,
+            interval_within(1000, 86_400),
+        ),
+        init_timeout: s.or_checked(
+            key("init-timeout-sec"),
+            minute,
+            interval_within(1000, 86_400),
+        ),
     };
     s.finish(&[], &[]);
     settings

@@ -264,6 +264,26 @@ fn what_does_not_fit_is_refused_at_its_key() {
         ),
         (
             "node.accelerators",
+            "unit-mem = '8e'",
+            "node.accelerators.unit-mem",
+        ),
+        (
+            "container-logs",
+            "max-length = '15e'",
+            "container-logs.max-length",
+        ),
+        (
+            "kernel-lifecycles",
+            "init-polling-timeout-sec = 0",
+            "kernel-lifecycles.init-polling-timeout-sec",
+        ),
+        (
+            "kernel-lifecycles",
+            "init-timeout-sec = '1ms'",
+            "kernel-lifecycles.init-timeout-sec",
+        ),
+        (
+            "node.accelerators",
             "device-plugins = {'a/b'='mem.x'}",
             "node.accelerators.device-plugins",
         ),

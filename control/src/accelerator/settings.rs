@@ -118,16 +118,20 @@ impl Settings {
             ("allocation_mode", "discrete") => *fractional = false,
             ("allocation_mode", "fractional") => *fractional = true,
             ("unit_mem", text) => {
-                let size = parse_binary_size(text).filter(|size| *size >= 512 << 20);
+                let size = parse_binary_size(text.trim());
+                let size = size.filter(|size| (512 << 20..=1 << 40).contains(size));
                 self.units.memory = size?;
             }
             ("unit_proc", text) => {
-                let units = text.trim().parse().ok().filter(|units| *units >= 2);
-                self.units.processors = units?;
+                let units = text.trim().parse().ok();
+                self.units.processors = units.filter(|units| (2..=1024).contains(units))?;
             }
             ("quantum_size", text) => {
                 let quantum = text.trim().parse::<Decimal>().ok();
-                let fits = |size: &Decimal| *size > Decimal::ZERO && *size <= Decimal::ONE;
+                // Amounts have two decimals.
+                let fits = |size: &Decimal| {
+                    *size > Decimal::ZERO && *size <= Decimal::ONE && size.normalize().scale() <= 2
+                };
                 self.units.quantum = quantum.filter(fits)?;
             }
             _ => return None,

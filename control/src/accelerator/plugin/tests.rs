@@ -177,6 +177,59 @@ fn shares_are_limited_by_memory_and_processors() {
 }
 
 #[test]
+fn nonsense_of_a_cluster_leaves_the_settings_as_they_are() {
+    let usual = settings(&[("allocation_mode", "fractional")]);
+    for (key, values) in [
+        ("allocation_mode", &["", "Fractional", "half"] as &[&str]),
+        (
+            "unit_mem",
+            &[
+                "",
+                "0",
+                "-2g",
+                "1m",
+                "2 g b",
+                "8e",
+                "99999999999999999999e",
+                "nan",
+                "\u{fffd}",
+            ],
+        ),
+        (
+            "unit_proc",
+            &["", "-8", "0", "1", "4294967295", "8.5", "8e1", "0x8"],
+        ),
+        (
+            "quantum_size",
+            &[
+                "",
+                "0",
+                "-0.1",
+                "1.01",
+                "0.001",
+                "1e-28",
+                "nan",
+                "inf",
+                "79228162514264337593543950335",
+            ],
+        ),
+    ] {
+        for value in values {
+            let settings = settings(&[("allocation_mode", "fractional"), (key, value)]);
+            if key == "allocation_mode" {
+                assert_eq!(settings.shares, None, "{value:?}");
+            } else {
+                assert_eq!(settings, usual, "{key} {value:?}");
+            }
+        }
+    }
+    // Blanks around a number are no nonsense.
+    let settings = settings(&[("unit_mem", " 4g\n"), ("quantum_size", " 0.250 ")]);
+    assert_eq!(settings.units.memory, 4 << 30);
+    assert_eq!(settings.units.quantum.to_string(), "0.250");
+}
+
+#[test]
 fn containers_see_their_devices_and_no_others() {
     let plugin = plugin(&settings(&[]));
     let mut limits = ContainerLimits::default();
