@@ -393,3 +393,175 @@ async fn a_peer_that_promised_heartbeats_and_is_silent_is_cut() {
     .await;
     server.shutdown(Duration::from_secs(5)).await;
 }
+
+/// Whether the other end closes the connection, whatever it sends before. Blocks.
+fn is_ended(stream: &mut TcpStream) -> bool {
+    let mut sink = [0; 4096];
+    loop {
+        match stream.read(&mut sink) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(err) => return err.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_of_many_bytes_are_ended_before_these_are_gathered() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    // A READY of 200,000 bytes; and heartbeats, which are no part of a handshake.
+    let long = [&[0x06, 0, 0, 0, 0, 0, 3, 0x0d, 0x40][..], &[b'x'; 100_000]].concat();
+    let ended = blocking(move || {
+        let mut hostile = Vec::new();
+        for _ in 0..50 {
+            let mut stream = TcpStream::connect(address).expect("connects");
+            // Less than what a silent client may take.
+            let patience = Some(Duration::from_secs(5));
+            stream.set_read_timeout(patience).expect("a timeout");
+            stream.write_all(&zmtp::greeting()).expect("sends");
+            // What is sent after the end fails.
+            let _ = stream.write_all(&long);
+            hostile.push(stream);
+        }
+        hostile
+            .iter_mut()
+            .filter_map(|it| is_ended(it).then_some(()))
+            .count()
+    });
+    assert_eq!(ended.await, 50);
+    prompt_ping(address).await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_silent_clients_than_may_shake_hands_keep_nobody_out() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    let silent = blocking(move || {
+        let connects = |_| TcpStream::connect(address).expect("connects");
+        (0..2100).map(connects).collect::<Vec<_>>()
+    })
+    .await;
+    // The silent ones have ten seconds.
+    let took = prompt_ping(address).await;
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let mut oldest = silent.into_iter().next().expect("the first");
+    let patience = Some(Duration::from_secs(5));
+    oldest.set_read_timeout(patience).expect("a timeout");
+    assert!(
+        blocking(move || is_ended(&mut oldest)).await,
+        "it gives way"
+    );
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn floods_of_the_smallest_messages_leave_others_their_turn() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flooding = (0..4).map(|_| {
+        let stop = stop.clone();
+        blocking(move || {
+            let mut connection = Connection::open(address).expect("connects");
+            let frames = [0x00, 0x01, b'x'].repeat(100_000);
+            let mut sent = 0_u64;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                connection.stream().write_all(&frames).expect("sends");
+                sent += 100_000;
+            }
+            sent
+        })
+    });
+    let flooding: Vec<_> = flooding.map(tokio::spawn).collect();
+    until("a flood", || server.counters().ignored > 1_000_000).await;
+    let mut longest = Duration::ZERO;
+    for _ in 0..20 {
+        longest = longest.max(prompt_ping(address).await);
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    let mut sent = 0;
+    for flood in flooding {
+        sent += flood.await.expect("the flood ends");
+    }
+    until("all of it", || server.counters().ignored >= sent).await;
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_of_a_hundred_thousand_parts_is_read_by_its_last_three() {
+    let server = rpc_service::start(None, Limits::default()).await;
+    let address = server.local_addr();
+    let small = Limits {
+        message_bytes: 1 << 20,
+        ..Limits::default()
+    };
+    let narrow = rpc_service::start(None, small).await;
+    let narrow_address = narrow.local_addr();
+    blocking(move || {
+        let parts = [0x01, 0x01, b'x'].repeat(100_000);
+        let mut connection = Connection::open(address).expect("connects");
+        connection.stream().write_all(&parts).expect("sends");
+        connection.ping().expect("a PONG");
+        // Parts count with what each takes in memory, also those without a byte.
+        let mut connection = Connection::open(narrow_address).expect("connects");
+        let empty = [0x01, 0x00].repeat(100_000);
+        let _ = connection.stream().write_all(&empty);
+        assert!(is_ended(connection.stream()), "too large for the limit");
+    })
+    .await;
+    prompt_ping(narrow_address).await;
+    server.shutdown(Duration::from_secs(5)).await;
+    narrow.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_finished_and_wrong_curve_handshakes_delay_nobody() {
+    let (agent, manager) = (KeyPair::generate(), KeyPair::generate());
+    let curve = CurveServer {
+        pair: agent.clone(),
+        manager: manager.public,
+    };
+    let server = rpc_service::start(Some(curve), Limits::default()).await;
+    let address = server.local_addr();
+    let mut greeting = zmtp::greeting();
+    greeting[12..17].copy_from_slice(b"CURVE");
+    // Of a HELLO: its head only, a part, all of it with a key and a box of nothing.
+    let hello = [&[0x04, 200][..], b"\x05HELLO\x01\x00", &[0; 192]].concat();
+    let hostile = blocking(move || {
+        let begin = |index: usize| {
+            let mut stream = TcpStream::connect(address).expect("connects");
+            stream.write_all(&greeting).expect("sends");
+            let part = [0, 2, 100, hello.len()][index % 4];
+            stream.write_all(&hello[..part]).expect("sends");
+            stream
+        };
+        (0..400).map(begin).collect::<Vec<_>>()
+    })
+    .await;
+    let keys = |node| ClientCurve {
+        pair: manager.clone(),
+        node,
+    };
+    let patience = Duration::from_secs(1);
+    let text = address.to_string();
+    let wrong = keys(KeyPair::generate().public);
+    let refused = Client::connect(&text, Some(&wrong), patience).await;
+    assert!(refused.is_err(), "the server's key is another one");
+    let plain = Client::connect(&text, None, patience).await;
+    assert!(plain.is_err(), "without CURVE nobody is let in");
+    let began = Instant::now();
+    let right = keys(agent.public);
+    let client = Client::connect(&text, Some(&right), DEADLINE).await;
+    let client = client.expect("the right keys are let in");
+    let answer = client
+        .call("ping", vec!["x".into()], vec![], DEADLINE)
+        .await;
+    assert_eq!(answer.expect("a reply"), Value::from("x"));
+    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!((server.counters().calls, server.in_flight()), (1, 0));
+    drop(hostile);
+    server.shutdown(Duration::from_secs(5)).await;
+}

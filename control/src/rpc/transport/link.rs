@@ -44,6 +44,15 @@ const WRITE_PIECES: usize = 32;
 /// Bytes of a read: of a connection's first, and of one that sends much.
 const READ_SIZES: (usize, usize) = (4 * 1024, 128 * 1024);
 
+/// Bytes a peer may send before it has shaken hands. What it needs is less than a kibibyte; the
+/// codec would gather a quarter of a mebibyte of each stranger.
+const HANDSHAKE_BYTES: usize = 16 * 1024;
+
+/// Messages of one connection after which what was answered is written and others get their turn. One
+/// read may hold tens of thousands, and a peer that sends without end keeps the thread from ever
+/// waiting.
+const TURN: usize = 64;
+
 /// Links with something to write after which the transport's thread does not gather on.
 const GATHERED: usize = 64;
 
@@ -78,6 +87,10 @@ pub(in crate::rpc) enum LinkError {
     Silent,
     #[error("no greeting in time")]
     HandshakeTimeout,
+    #[error("more than {HANDSHAKE_BYTES} bytes and no end of the handshake")]
+    HandshakeTooLong,
+    #[error("gave way to others that shake hands")]
+    Displaced,
     #[error("{0}")]
     Socket(#[source] io::Error),
     #[error("{0}")]
@@ -125,6 +138,8 @@ pub(in crate::rpc) struct Reader {
     frames: Vec<Bytes>,
     /// Whether the codec takes no input before its own output has gone.
     choked: bool,
+    /// Messages since others had their turn.
+    turn: usize,
     /// How long the peer has said it may be silent.
     silence: Option<Duration>,
 }
@@ -162,6 +177,7 @@ pub(super) async fn open(
         buffer: BytesMut::new(),
         size: READ_SIZES.0,
     };
+    let mut taken = 0;
     let properties = loop {
         if !outgoing.flush()? {
             let writable = outgoing.socket.writable().await;
@@ -175,7 +191,11 @@ pub(super) async fn open(
         {
             break peer_properties;
         }
+        if taken > HANDSHAKE_BYTES {
+            return Err(LinkError::HandshakeTooLong);
+        }
         let input = poll_fn(|context| socket.poll_read(context)).await?;
+        taken += input.len();
         if let Err(err) = outgoing.codec.handle_input(input) {
             // What it says to the peer, for instance that the key is refused, still goes out.
             outgoing.flush()?;
@@ -206,6 +226,7 @@ pub(super) async fn open(
         messages,
         frames: Vec::new(),
         choked,
+        turn: 0,
         silence: None,
     })
 }
@@ -239,9 +260,15 @@ impl Reader {
         // An idle connection keeps nothing of its last message.
         self.frames.clear();
         loop {
+            if self.turn >= TURN {
+                self.turn = 0;
+                write_gathered();
+                tokio::task::yield_now().await;
+            }
             if let Some(message) = self.messages.pop_front() {
                 let parts = (0..message.len()).filter_map(|index| message.part_bytes(index));
                 self.frames.extend(parts);
+                self.turn += 1;
                 return Ok(&self.frames);
             }
             let silence = self.silence;

@@ -6,8 +6,9 @@
 //!
 //! Invariant: a connection is one task; what goes wrong on it ends it and nothing else.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use omq_proto::SocketType;
 use omq_proto::proto::{ConnectionConfig, Role};
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -26,7 +27,7 @@ use crate::rpc::keys::{KeyPair, PublicKey};
 /// Connections the kernel may have made for us before they are accepted.
 const BACKLOG: u32 = 4096;
 /// Connections that have not shaken hands yet; silent clients cannot keep a manager out, which
-/// opens dozens at once. At the bound the next one waits in the backlog.
+/// opens dozens at once. At the bound the one that has taken longest gives way to the next.
 const HANDSHAKES: usize = 2048;
 /// Connections at once; one more is closed as it comes.
 const CONNECTIONS: usize = 16 * 1024;
@@ -174,20 +175,15 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
     let stop = shared.stop.clone();
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let mut handshakes = Handshakes::default();
     let tasks = TaskTracker::new();
     let mut number = 0u64;
     // Told once each time the bound is reached, not for each of those beyond it.
     let mut full = false;
     loop {
-        let accepting = async {
-            // Never closed.
-            let shaking = handshakes.clone().acquire_owned().await.ok();
-            (listener.accept().await, shaking)
-        };
-        let (accepted, shaking) = tokio::select! {
+        let accepted = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = accepting => accepted,
+            accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((_, address)) if tasks.len() >= CONNECTIONS => {
@@ -198,6 +194,7 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
             Ok((stream, address)) => {
                 full = false;
                 number += 1;
+                let shaking = handshakes.begin();
                 tasks.spawn(serve(shared.clone(), stream, address, number, shaking));
             }
             Err(err) => {
@@ -216,17 +213,40 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
     }
 }
 
+/// The connections that have not shaken hands, the oldest first, among some that have.
+#[derive(Default)]
+struct Handshakes(VecDeque<Weak<Notify>>);
+
+impl Handshakes {
+    /// One more; it is told when it has to give way, and is over when it drops what it got.
+    fn begin(&mut self) -> Arc<Notify> {
+        // Looked through rarely: most are over long before there are as many.
+        if self.0.len() >= HANDSHAKES {
+            self.0.retain(|shaking| shaking.strong_count() > 0);
+        }
+        if self.0.len() >= HANDSHAKES
+            && let Some(oldest) = self.0.pop_front().and_then(|oldest| oldest.upgrade())
+        {
+            oldest.notify_one();
+        }
+        let shaking = Arc::new(Notify::new());
+        self.0.push_back(Arc::downgrade(&shaking));
+        shaking
+    }
+}
+
 /// One connection, from the handshake to its end.
 async fn serve<R: Receive>(
     shared: Arc<Shared<R>>,
     stream: TcpStream,
     address: SocketAddr,
     number: u64,
-    shaking: Option<OwnedSemaphorePermit>,
+    shaking: Arc<Notify>,
 ) {
     let opening = link::open(stream, number, address, shared.config.clone());
     let opened = tokio::select! {
         () = shared.stop.cancelled() => return,
+        () = shaking.notified() => Err(LinkError::Displaced),
         opened = tokio::time::timeout(HANDSHAKE_TIMEOUT, opening) => {
             opened.unwrap_or(Err(LinkError::HandshakeTimeout))
         }
