@@ -476,9 +476,9 @@ impl Docker {
                     continue;
                 };
                 if tty {
-                    tail.push(chunk);
+                    tail.push(&chunk);
                 } else {
-                    frames.push(chunk, |_, piece| tail.push(piece));
+                    frames.push(chunk, |_, piece| tail.push(&piece));
                 }
             }
             Ok(())

@@ -37,11 +37,11 @@ pub struct ContainerLog {
     pub complete: bool,
 }
 
-/// Keeps the last `limit` bytes of what is pushed.
+/// Keeps the last `limit` bytes of what is pushed, as bytes: a container chooses how small the
+/// pieces are, and each kept as it came costs more than what is in it.
 #[derive(Debug)]
 pub(super) struct Tail {
-    chunks: VecDeque<Bytes>,
-    held: usize,
+    held: VecDeque<u8>,
     limit: usize,
     cut: u64,
 }
@@ -49,39 +49,23 @@ pub(super) struct Tail {
 impl Tail {
     pub fn new(limit: usize) -> Self {
         Self {
-            chunks: VecDeque::new(),
-            held: 0,
+            held: VecDeque::new(),
             limit,
             cut: 0,
         }
     }
 
-    pub fn push(&mut self, chunk: Bytes) {
-        if chunk.is_empty() {
-            return;
-        }
-        self.held += chunk.len();
-        self.chunks.push_back(chunk);
-        while self.held > self.limit {
-            let excess = self.held - self.limit;
-            let first = self.chunks.front_mut().expect("held bytes are in chunks");
-            let dropped = excess.min(first.len());
-            if dropped == first.len() {
-                self.chunks.pop_front();
-            } else {
-                let _ = first.split_to(dropped);
-            }
-            self.held -= dropped;
-            self.cut += dropped as u64;
-        }
+    pub fn push(&mut self, chunk: &[u8]) {
+        let surplus = (self.held.len() + chunk.len()).saturating_sub(self.limit);
+        let old = surplus.min(self.held.len());
+        self.held.drain(..old);
+        self.held.extend(&chunk[surplus - old..]);
+        self.cut += surplus as u64;
     }
 
     /// The kept bytes, cut at a character boundary, and the number of bytes left out before them.
     pub fn finish(self) -> (Vec<u8>, u64) {
-        let mut out = Vec::with_capacity(self.held);
-        for chunk in &self.chunks {
-            out.extend_from_slice(chunk);
-        }
+        let mut out = Vec::from(self.held);
         let mut cut = self.cut;
         if cut > 0 {
             // A character split by the cut would show as a replacement mark.
@@ -158,15 +142,29 @@ mod tests {
     fn the_tail_is_kept_and_the_cut_counted() {
         let mut tail = Tail::new(5);
         for part in ["abc", "defg", "", "hi"] {
-            tail.push(Bytes::from(part));
+            tail.push(part.as_bytes());
         }
         assert_eq!(tail.finish(), (b"efghi".to_vec(), 4));
         let mut tail = Tail::new(4);
-        tail.push(Bytes::from("xx\u{20ac}yz"));
+        tail.push("xx\u{20ac}yz".as_bytes());
         assert_eq!(tail.finish(), (b"yz".to_vec(), 5));
         let mut tail = Tail::new(0);
-        tail.push(Bytes::from("x"));
+        tail.push(b"x");
         assert_eq!(tail.finish(), (Vec::new(), 1));
+        let mut tail = Tail::new(2);
+        tail.push(b"longer than the limit");
+        assert_eq!(tail.finish(), (b"it".to_vec(), 19));
+    }
+
+    #[test]
+    fn small_pieces_take_no_more_memory_than_what_is_kept() {
+        const LIMIT: usize = 64 << 10;
+        let mut tail = Tail::new(LIMIT);
+        for _ in 0..4 * LIMIT {
+            tail.push(b"x");
+        }
+        let taken = size_of_val(&tail) + tail.held.capacity() * size_of_val(&tail.held[0]);
+        assert!(taken <= 3 * LIMIT, "{taken}");
     }
 
     proptest! {
