@@ -12,12 +12,14 @@
 use std::collections::HashMap;
 use std::fs::Permissions;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use shared::ids::ContainerId;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -262,13 +264,10 @@ impl Server {
     }
 
     async fn serve(self: Arc<Self>, mut stream: UnixStream) {
-        let pid = stream
-            .peer_cred()
-            .ok()
-            .and_then(|credentials| credentials.pid())
-            .unwrap_or(0);
+        let asker = Asker::of(&stream);
+        let pid = asker.pid;
         let files = self.options.files.clone();
-        let peer = tokio::task::spawn_blocking(move || files.container_of(pid))
+        let peer = tokio::task::spawn_blocking(move || asker.container(&files))
             .await
             .unwrap_or(None);
         let Some(admission) = self.admit(peer.as_ref().map(|peer| peer.id)) else {
@@ -332,6 +331,38 @@ impl Server {
         };
         let parts: Vec<&[u8]> = envelope.iter().chain(&reply).map(AsRef::as_ref).collect();
         zmtp::write_message(stream, &parts).await
+    }
+}
+
+/// The process that has connected.
+struct Asker {
+    pid: i32,
+    /// The process itself, where the kernel hands it out (since 6.5): its number may be another's by
+    /// the time that is looked up, and whoever held a connection would pass for that.
+    held: nix::Result<OwnedFd>,
+}
+
+impl Asker {
+    fn of(stream: &UnixStream) -> Asker {
+        let credentials = stream.peer_cred().ok();
+        Asker {
+            pid: credentials.and_then(|it| it.pid()).unwrap_or(0),
+            held: nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerPidfd),
+        }
+    }
+
+    /// The container it is in; none when it has ended meanwhile. Blocks.
+    fn container(&self, files: &KernelFiles) -> Option<ContainerCgroup> {
+        let found = files.container_of(self.pid)?;
+        let lives = match &self.held {
+            // Readable once it has ended.
+            Ok(process) => {
+                let mut polled = [PollFd::new(process, PollFlags::IN)];
+                rustix::event::poll(&mut polled, Some(&Timespec::default())) == Ok(0)
+            }
+            Err(err) => *err == nix::errno::Errno::ENOPROTOOPT,
+        };
+        lives.then_some(found)
     }
 }
 
@@ -565,6 +596,51 @@ mod tests {
             path.metadata().expect("socket").permissions().mode() & 0o777,
             0o666
         );
+    }
+
+    const CONNECT_TO: &str = "BAI_TEST_CONNECT_TO";
+
+    /// The other process of the test below; does nothing by itself.
+    #[test]
+    fn connects_and_waits_for_a_line() {
+        if let Ok(path) = std::env::var(CONNECT_TO) {
+            let _stream = std::os::unix::net::UnixStream::connect(path).expect("connected");
+            std::io::stdin()
+                .read_line(&mut String::new())
+                .expect("a line");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_has_ended_is_not_its_successor() {
+        let directory = tempfile::tempdir().expect("directory");
+        let files = host(directory.path());
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("bound");
+        let mut other = std::process::Command::new(std::env::current_exe().expect("this test"))
+            .args([
+                "--exact",
+                "kernel::agent_socket::tests::connects_and_waits_for_a_line",
+            ])
+            .env(CONNECT_TO, &path)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("started");
+        let (stream, _) = listener.accept().await.expect("accepted");
+        let asker = Asker::of(&stream);
+        assert_eq!(asker.pid, other.id().cast_signed());
+        let process = files.proc.join(other.id().to_string());
+        std::fs::create_dir_all(&process).expect("directory");
+        let group = format!("8:pids:/docker/{ID}\n");
+        std::fs::write(process.join("cgroup"), group).expect("file");
+        assert!(asker.container(&files).is_some());
+        drop(other.stdin.take());
+        other.wait().expect("ended");
+        // The number and its files are there, as those of a container's next process would be.
+        let known = !matches!(asker.held, Err(nix::errno::Errno::ENOPROTOOPT));
+        assert_eq!(asker.container(&files).is_none(), known);
+        assert_eq!(Asker::of(&stream).container(&files).is_none(), known);
     }
 
     /// A container asks without end for a process that it does not have, on many connections: each
