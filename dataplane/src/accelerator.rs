@@ -34,11 +34,7 @@ const ROWS_PER_DEVICE: u32 = 8;
 /// seconds to start. Those that are no accelerators are room for what is plugged in later.
 pub fn room(root: &Path) -> u32 {
     let bus = root.join("sys/bus/pci/devices");
-    let devices = files::names(&bus).filter(|name| {
-        // Display controllers and processing accelerators (PCI Code and ID Assignment).
-        let class = files::hex(&bus.join(name).join("class")).unwrap_or(0);
-        matches!(class >> 16, 0x03 | 0x12)
-    });
+    let devices = files::names(&bus).filter(|name| files::is_accelerator(&bus.join(name)));
     let devices = u32::try_from(devices.count()).unwrap_or(u32::MAX);
     let wanted = devices.saturating_mul(ROWS_PER_DEVICE);
     wanted.clamp(Sizes::default().accelerators, Sizes::LIMIT.accelerators)

@@ -28,7 +28,13 @@ impl HeldDirectory {
 
     fn within(parent: &Path) -> Result<Self> {
         // Nobody takes a directory for left between its making and its lock.
-        let guard = File::create(parent.join("bai-places.lock")).context("no place on tmpfs")?;
+        let lock = parent.join("bai-places.lock");
+        let guard = match File::create(&lock) {
+            // Another user's; to be locked it need not be written.
+            Err(err) if err.kind() == std::io::ErrorKind::PermissionDenied => File::open(&lock),
+            made => made,
+        };
+        let guard = guard.context("no place on tmpfs")?;
         guard.lock()?;
         for entry in std::fs::read_dir(parent)?.flatten() {
             let is_left = entry.file_name().to_string_lossy().starts_with(PREFIX)

@@ -72,6 +72,19 @@ fn amd_devices_are_what_the_kernel_tells() -> Result<()> {
 }
 
 #[test]
+fn amd_devices_are_found_when_their_driver_is_loaded_late() -> Result<()> {
+    let tree = DeviceTree::new()?;
+    let place = "sys/bus/pci/devices/0000:10:00.0";
+    tree.write(&format!("{place}/vendor"), "0x1002\n")?;
+    tree.write(&format!("{place}/class"), "0x038000\n")?;
+    let (_place, _process, mut control) = start(&tree)?;
+    control.no_accelerators()?;
+    tree.amd()?;
+    control.accelerators("devices of a driver that came", |rows| rows.len() == 2)?;
+    Ok(())
+}
+
+#[test]
 fn amd_devices_know_who_is_near_by_xgmi() -> Result<()> {
     let tree = DeviceTree::new()?;
     tree.amd()?;

@@ -22,6 +22,13 @@ pub(super) fn hex(path: &Path) -> Option<u64> {
     u64::from_str_radix(text(path)?.strip_prefix("0x")?, 16).ok()
 }
 
+/// Whether a device of the PCI bus is a display controller or a processing accelerator (PCI Code and ID
+/// Assignment).
+pub(super) fn is_accelerator(device: &Path) -> bool {
+    let class = hex(&device.join("class")).unwrap_or(0);
+    matches!(class >> 16, 0x03 | 0x12)
+}
+
 /// The NUMA node of a device; -1 is none.
 pub(super) fn numa_node(device: &Path) -> Option<u16> {
     text(&device.join("numa_node"))?.parse().ok()

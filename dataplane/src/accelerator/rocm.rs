@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow, Nearness};
 
 use super::attribution::{by_container, container_of};
-use super::files::{names, numa_node, number, text};
+use super::files::{hex, is_accelerator, names, numa_node, number, text};
 use super::{ProcessUse, Reading, clip};
 
+const VENDOR: u64 = 0x1002;
 const TOPOLOGY: &str = "sys/class/kfd/kfd/topology/nodes";
 /// KFD's type of a link by xGMI; to a processor it may lead too.
 const XGMI: u64 = 11;
@@ -23,9 +24,15 @@ const XGMI: u64 = 11;
 const WEIGHT_OF_HOP: u64 = 15;
 const PROCESSES: &str = "sys/class/kfd/kfd/proc";
 
-/// Whether this host has AMD's compute driver.
+/// Whether this host has AMD's compute driver, or a device for which it may yet be loaded: late at
+/// boot, or when it has been installed.
 pub(super) fn is_there(root: &Path) -> bool {
-    root.join(TOPOLOGY).is_dir()
+    let bus = root.join("sys/bus/pci/devices");
+    let is_amd = |name: String| {
+        let device = bus.join(name);
+        hex(&device.join("vendor")) == Some(VENDOR) && is_accelerator(&device)
+    };
+    root.join(TOPOLOGY).is_dir() || names(&bus).any(is_amd)
 }
 
 /// One look.
