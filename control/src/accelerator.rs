@@ -267,7 +267,7 @@ pub async fn follow(node: Arc<Node>) {
             match taken {
                 Ok(_) => trouble = false,
                 Err(err) if !std::mem::replace(&mut trouble, true) => tracing::error!(
-                    err = crate::kernel::destroy::chain(&err),
+                    err = crate::causes::chain(&err),
                     "the accelerators of this node cannot be given out"
                 ),
                 Err(_) => {}

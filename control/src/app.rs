@@ -4,7 +4,6 @@
 //! The directory's lock before anything is touched; Docker and the found kernels before the first
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -17,6 +16,7 @@ use shared::run_dir::{RunDir, RunDirError};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,6 +24,7 @@ use crate::accelerator::engine::EngineDevices;
 use crate::accelerator::host::{self, PluginHost};
 use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
+use crate::causes::chain;
 use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting, notices};
 use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
 use crate::events::bus::console_logs::ConsoleLogs;
@@ -45,7 +46,7 @@ use crate::kernel::node::blocking;
 use crate::kernel::recovery::{self, RecoveryError};
 use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
-use crate::kernel::{Node, destroy, monitor};
+use crate::kernel::{Node, monitor};
 use crate::link::{Link, LinkOpenError};
 use crate::metadata::{self, redirect};
 use crate::metrics::Recorder;
@@ -55,6 +56,7 @@ use crate::rpc::methods::AgentService;
 use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
 };
+use crate::runner::RunnerFiles;
 use crate::stats::publish;
 use crate::storage_proxy::{self, StorageProxy};
 use crate::volumes::{self, Volumes};
@@ -224,19 +226,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
             node.tasks.spawn(volumes::serve(node.clone(), requests));
         }
     }
-    let loops = [
-        tokio::spawn(http::serve(Arc::new(pages))),
-        tokio::spawn(monitor::follow_events(node.clone())),
-        tokio::spawn(monitor::reconcile_periodically(node.clone())),
-        tokio::spawn(abuse::watch(node.clone())),
-        tokio::spawn(accelerator::follow(node.clone())),
-        tokio::spawn(notices::run(node.clone())),
-        tokio::spawn(firewall::follow(node.clone())),
-        tokio::spawn(host::serve(node.clone())),
-        tokio::spawn(storage_proxy::run(node.clone())),
-        tokio::spawn(metadata::serve(node.clone())),
-        tokio::spawn(redirect::follow(node.clone())),
-    ];
+    let loops = begin_loops(&node, pages);
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
     }
@@ -255,17 +245,50 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     tracing::info!(agent_id = node.agent_id(), address = %server.local_addr(), "the agent is ready");
     // Not under systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    trim_until(&stopping).await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping; kernels go on");
+    stop(&node, server, loops, heartbeat).await;
+    Ok(())
+}
+
+/// What goes on beside the RPC for as long as the agent runs.
+fn begin_loops(node: &Arc<Node>, pages: http::Service) -> Vec<JoinHandle<()>> {
+    vec![
+        tokio::spawn(http::serve(Arc::new(pages))),
+        tokio::spawn(monitor::follow_events(node.clone())),
+        tokio::spawn(monitor::reconcile_periodically(node.clone())),
+        tokio::spawn(abuse::watch(node.clone())),
+        tokio::spawn(accelerator::follow(node.clone())),
+        tokio::spawn(notices::run(node.clone())),
+        tokio::spawn(firewall::follow(node.clone())),
+        tokio::spawn(host::serve(node.clone())),
+        tokio::spawn(storage_proxy::run(node.clone())),
+        tokio::spawn(metadata::serve(node.clone())),
+        tokio::spawn(redirect::follow(node.clone())),
+    ]
+}
+
+/// Gives memory back now and then, until the agent is told to stop.
+async fn trim_until(stopping: &CancellationToken) {
     loop {
         blocking(shared::heap::trim).await;
         if tokio::time::timeout(TRIM_PAUSE, stopping.cancelled())
             .await
             .is_ok()
         {
-            break;
+            return;
         }
     }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    tracing::info!("stopping; kernels go on");
+}
+
+/// Says farewell, then ends everything, each part in its time.
+async fn stop(
+    node: &Arc<Node>,
+    server: Server,
+    loops: Vec<JoinHandle<()>>,
+    heartbeat: Option<JoinHandle<()>>,
+) {
     // A heartbeat after the farewell would make the manager take the node for alive again.
     if let Some(heartbeat) = heartbeat
         && tokio::time::timeout(HEARTBEAT_END, heartbeat)
@@ -295,11 +318,10 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
             runner.close().await;
         }
     }
-    keep_distros(&node).await;
+    keep_distros(node).await;
     if let Some(cluster) = &node.cluster {
         cluster.bus.close(BUS_GRACE).await;
     }
-    Ok(())
 }
 
 /// Takes the node's lock and its region: a second agent of this id ends here, before it has told the
@@ -385,50 +407,9 @@ async fn assemble(
         Ok::<_, AppError>((ledger, accelerators))
     })
     .await?;
-    let seccomp = crate::runner::RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH)
-        .inspect_err(|err| {
-            tracing::warn!(err = err as &dyn std::error::Error,
-                "the in-container runner is not installed; kernels cannot be created before `bai-agent runner install`");
-        })
-        .map(|runner| runner.seccomp_profile())
-        .unwrap_or_default();
-    let host = blocking(move || HostFacts::read(&seccomp, &override_files())).await?;
-    let distros_file = distros_file(&config);
-    let known = blocking(move || known_distros(&distros_file)).await;
-    let distros = Distros::new(docker.clone(), known);
-    if let Err(err) = distros.remove_leftovers().await {
-        tracing::warn!(
-            err = &err as &dyn std::error::Error,
-            "cannot remove leftovers of an earlier life"
-        );
-    }
-    let socket_dir = config
-        .agent
-        .ipc_base_path
-        .join("container")
-        .join(plain_name(&agent_id));
-    agent_socket::serve(
-        AgentSocketOptions {
-            directory: socket_dir.clone(),
-            jail: config.container.sandbox_type == config::SandboxType::Jail,
-            files: KernelFiles::default(),
-        },
-        stopping.clone(),
-    )?;
-    let sockets_dir = config
-        .agent
-        .ipc_base_path
-        .join("proxy")
-        .join(plain_name(&agent_id));
-    let host_sockets = blocking({
-        let directory = sockets_dir.clone();
-        move || HostSockets::new(directory)
-    })
-    .await
-    .map_err(|source| AppError::HostSockets {
-        path: sockets_dir,
-        source,
-    })?;
+    let host = host_facts(&config).await?;
+    let distros = known_distros(&docker, &config).await;
+    let (socket_dir, host_sockets) = open_sockets(&config, stopping).await?;
     let range = config.container.port_range;
     let kind = ScratchKind::from_config(
         &config.container.scratch_type.to_string(),
@@ -441,16 +422,7 @@ async fn assemble(
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
-    let decider = firewall::decider(&config).await;
-    let honours_firewall = AtomicBool::new(decider.is_some());
-    if let Some(why) = decider
-        && config.node.honour_firewall.is_none()
-    {
-        tracing::info!(
-            why,
-            "the host's firewall decides about clients of service ports: the relay serves them (node.honour-firewall)"
-        );
-    }
+    let honours_firewall = AtomicBool::new(firewall_decides(&config).await);
     let events = Events::new(EVENT_RING, sinks);
     let tasks = TaskTracker::new();
     let consoles = cluster.as_ref().map(|cluster| {
@@ -500,13 +472,68 @@ async fn assemble(
     }))
 }
 
+/// What of the host goes into every container. A runner may be installed later.
+async fn host_facts(config: &Arc<Config>) -> Result<HostFacts, AppError> {
+    let config = config.clone();
+    Ok(blocking(move || {
+        if let Err(err) = RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH) {
+            tracing::warn!(
+                err = chain(&err),
+                "the in-container runner is not installed; kernels cannot be created before `bai-agent runner install`"
+            );
+        }
+        HostFacts::read(&override_files())
+    })
+    .await?)
+}
+
+/// Opens the sockets for programs in containers, and the place of those of the host that kernels are given.
+async fn open_sockets(
+    config: &Config,
+    stopping: &CancellationToken,
+) -> Result<(PathBuf, HostSockets), AppError> {
+    let place = |kind: &str| {
+        let base = config.agent.ipc_base_path.join(kind);
+        base.join(plain_name(&config.agent.id))
+    };
+    let directory = place("container");
+    agent_socket::serve(
+        AgentSocketOptions {
+            directory: directory.clone(),
+            jail: config.container.sandbox_type == config::SandboxType::Jail,
+            files: KernelFiles::default(),
+        },
+        stopping.clone(),
+    )?;
+    let path = place("proxy");
+    let made = path.clone();
+    let host_sockets = blocking(move || HostSockets::new(made))
+        .await
+        .map_err(|source| AppError::HostSockets { path, source })?;
+    Ok((directory, host_sockets))
+}
+
+/// Whether the host's firewall decides about clients of service ports at first.
+async fn firewall_decides(config: &Config) -> bool {
+    let decider = firewall::decider(config).await;
+    if let Some(why) = &decider
+        && config.node.honour_firewall.is_none()
+    {
+        tracing::info!(
+            why,
+            "the host's firewall decides about clients of service ports: the relay serves them (node.honour-firewall)"
+        );
+    }
+    decider.is_some()
+}
+
 /// What the engine can do for devices; nothing when it does not say.
 async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
     let info = match docker.info().await {
         Ok(info) => info,
         Err(err) => {
             tracing::warn!(
-                err = destroy::chain(&err),
+                err = chain(&err),
                 "the engine does not say what it can do for devices"
             );
             return EngineDevices::default();
@@ -537,9 +564,9 @@ async fn reach_docker(
                 return Ok(());
             }
             Err(err) => {
-                starting.waiting("Docker", &destroy::chain(&err));
+                starting.waiting("Docker", &chain(&err));
                 tracing::error!(
-                    err = destroy::chain(&err),
+                    err = chain(&err),
                     waited_s = began.elapsed().as_secs(),
                     retry_s = pause.as_secs(),
                     "Docker does not answer; the node is not ready"
@@ -636,12 +663,22 @@ fn distros_file(config: &Config) -> PathBuf {
     config.agent.var_base_path.join("distros.json")
 }
 
-/// What earlier lives found out; losing it costs one look into each image.
-fn known_distros(path: &std::path::Path) -> HashMap<String, String> {
-    std::fs::read(path)
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default()
+/// What earlier lives found out about images; losing it costs one look into each.
+async fn known_distros(docker: &Docker, config: &Config) -> Distros {
+    let path = distros_file(config);
+    let known = blocking(move || {
+        let bytes = std::fs::read(path).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    })
+    .await;
+    let distros = Distros::new(docker.clone(), known.unwrap_or_default());
+    if let Err(err) = distros.remove_leftovers().await {
+        tracing::warn!(
+            err = chain(&err),
+            "cannot remove leftovers of an earlier life"
+        );
+    }
+    distros
 }
 
 async fn keep_distros(node: &Node) {

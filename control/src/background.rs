@@ -18,10 +18,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use crate::causes::chain;
 use crate::docker::RegistryAuth;
 use crate::events::{Event, Events};
 use crate::kernel::commit::CommitOrder;
-use crate::kernel::destroy::chain;
 
 /// How often progress is told.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(1);

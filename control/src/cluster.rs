@@ -22,9 +22,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::etcd::{Etcd, EtcdError, Scope, Scoped};
 use crate::events::bus::{Bus, BusSettings};
-use crate::kernel::destroy::chain;
 use crate::kernel::node::blocking;
 
 pub use changes::Changes;

@@ -427,7 +427,7 @@ impl Etcd {
     }
 
     fn lost(&self, error: &EtcdError) {
-        let error = crate::kernel::destroy::chain(error);
+        let error = crate::causes::chain(error);
         self.inner.health.send_if_modified(|health| {
             if let Health::Lost { error: known, .. } = health {
                 *known = error;

@@ -7,6 +7,7 @@
 pub mod accelerator;
 pub mod app;
 pub mod background;
+pub mod causes;
 pub mod cli;
 pub mod cluster;
 pub mod docker;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use shared::desired::{ContainerRow, DesiredWriter, NodeRow, PortKey, PortRow};
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
-use shared::observed::{ContainerSample, ObservedReader, ObservedSnapshot, PortState, PortStatus};
+use shared::observed::{ContainerSample, ObservedReader, ObservedSnapshot, PortState};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{BatchError, OpenError, ReadError, Sizes};
 use thiserror::Error;
@@ -254,14 +254,6 @@ impl Link {
     /// The last sample of a container.
     pub fn sample(&self, container: ContainerId) -> Option<ContainerSample> {
         self.observed().snapshot?.container(container).cloned()
-    }
-
-    /// What became of each port.
-    pub fn port_statuses(&self) -> Vec<PortStatus> {
-        self.observed()
-            .snapshot
-            .map(|snapshot| snapshot.ports.clone())
-            .unwrap_or_default()
     }
 
     /// Waits until a dataplane runs, at most `limit`.

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use config::Config;
 use tokio::sync::watch;
 
-use crate::kernel::destroy::chain;
+use crate::causes::chain;
 use crate::kernel::node::Node;
 
 pub use answers::{FolderUsage, Quota, Space, Volume, VolumeHealth};

@@ -22,10 +22,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::docker::{Docker, DockerError, DockerOptions};
 use crate::etcd::{Etcd, EtcdError};
 use crate::http;
-use crate::kernel::destroy::chain;
 use crate::kernel::node::blocking;
 use crate::volumes::{PrefixError, Volumes, mount_prefix};
 

@@ -114,7 +114,7 @@ fn threads_for(cpus: usize) -> usize {
 ///
 /// # Errors
 /// A part that can't be built, or a loop that can't go on.
-pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
+pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
     let descriptors = rlimit::raise_descriptors();
     let run_dir =
         RunDir::choose(options.run_dir.as_deref(), &options.agent_id).map_err(AppError::RunDir)?;
@@ -167,29 +167,9 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         ports_before,
     );
 
-    if let Some(means) = options.kernel_path {
-        let started =
-            shared::heap::trimmed(|| KernelPath::start(&options.agent_id, run_dir.root(), means));
-        if let Err(err) = &started {
-            tracing::warn!(
-                err = kernel::words(err),
-                "no kernel path, the relay serves all"
-            );
-        }
-        link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
-    } else {
-        // An earlier process may have been told otherwise, and its programs go on without it.
-        match kernel::detach(&options.agent_id, run_dir.root()) {
-            Ok(removed) if removed.is_empty() => {}
-            Ok(_) => tracing::info!("the kernel path of an earlier process is taken down"),
-            Err(err) => tracing::error!(
-                err = kernel::words(&err),
-                "the kernel path of an earlier process goes on"
-            ),
-        }
-    }
+    begin_kernel_path(&mut link, options, &run_dir);
 
-    let mut poll = Poll::new().map_err(AppError::Poll)?;
+    let poll = Poll::new().map_err(AppError::Poll)?;
     register(&poll, doorbell.as_raw_fd(), BELL)?;
     register(&poll, signals.as_raw_fd(), SIGNALS)?;
     register(&poll, watch.as_raw_fd(), LINKS)?;
@@ -220,6 +200,21 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("dataplane ready");
 
+    serve(
+        poll, &mut link, &board, &collector, &doorbell, &mut watch, signals,
+    )
+}
+
+/// The turns of the main loop, until a signal ends it.
+fn serve(
+    mut poll: Poll,
+    link: &mut Link,
+    board: &Board,
+    collector: &Collector,
+    doorbell: &Doorbell,
+    watch: &mut LinkWatch,
+    mut signals: Signals,
+) -> Result<(), AppError> {
     let mut events = Events::with_capacity(16);
     let mut tick_at = Instant::now() + SLOW_TICK;
     let mut stopping: Option<Instant> = None;
@@ -242,7 +237,7 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
             match request {
                 Request::Stop => {
                     tracing::info!("stopping at once");
-                    stop(&mut link, &board);
+                    stop(link, board);
                     return Ok(());
                 }
                 Request::Drain if stopping.is_none() => {
@@ -263,11 +258,11 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
         link.kernel_turn(now);
         if let Some(until) = stopping {
             if link.relay().totals().active() == 0 || now >= until {
-                stop(&mut link, &board);
+                stop(link, board);
                 return Ok(());
             }
         } else {
-            look(&mut link, &collector, now);
+            look(link, collector, now);
         }
         if now >= tick_at || link.is_draining() {
             link.tick(now);
@@ -283,6 +278,31 @@ pub fn run(options: &Options, mut signals: Signals) -> Result<(), AppError> {
                     thread: "collector",
                 });
             }
+        }
+    }
+}
+
+/// Leads clients past the relay where that is wanted and possible; the link says why not with each port.
+fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir) {
+    if let Some(means) = options.kernel_path {
+        let started =
+            shared::heap::trimmed(|| KernelPath::start(&options.agent_id, run_dir.root(), means));
+        if let Err(err) = &started {
+            tracing::warn!(
+                err = kernel::words(err),
+                "no kernel path, the relay serves all"
+            );
+        }
+        link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
+    } else {
+        // An earlier process may have been told otherwise, and its programs go on without it.
+        match kernel::detach(&options.agent_id, run_dir.root()) {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(_) => tracing::info!("the kernel path of an earlier process is taken down"),
+            Err(err) => tracing::error!(
+                err = kernel::words(&err),
+                "the kernel path of an earlier process goes on"
+            ),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use control::docker::{Docker, DockerOptions, ExecRequest};
 use control::kernel::agent_socket::MOUNT_POINTS;
 use control::kernel::container_request::{
-    ContainerInputs, ContainerSettings, HostFacts, Limits, build,
+    ContainerInputs, ContainerSettings, HostFacts, Limits, build, seccomp_profile,
 };
 use control::kernel::environment::{self, Given, Identity};
 use control::kernel::mounts::{HostPaths, Intrinsic, intrinsic};
@@ -122,7 +122,8 @@ async fn the_runner_answers_in_a_container_of_ours() {
         alternative_bridge: None,
         device_limits: Vec::new(),
     };
-    let host = HostFacts::read(&runner.seccomp_profile(), &[]).unwrap();
+    let host = HostFacts::read(&[]).unwrap();
+    let seccomp = seccomp_profile(&runner.seccomp_profile()).unwrap();
     let services = arrange(&Exposure::default()).unwrap();
     let limits = Limits {
         cpuset_cpus: Some("0".into()),
@@ -133,6 +134,7 @@ async fn the_runner_answers_in_a_container_of_ours() {
     let request = build(&ContainerInputs {
         settings: &settings,
         host: &host,
+        seccomp: seccomp.as_ref(),
         request: &config,
         cluster: &ClusterInfo::default(),
         services: &services,

@@ -399,7 +399,7 @@ async fn what_is_no_setting_is_refused_or_left_out_and_named() -> Result<()> {
         raw.put(key, vec![b'x'; 1 << 20], None).await?;
     }
     let refused = etcd.tree("config/redis").await.unwrap_err();
-    let words = control::kernel::destroy::chain(&refused);
+    let words = control::causes::chain(&refused);
     assert!(words.contains("4 MiB"), "{words}");
     assert!(matches!(*etcd.health().borrow(), Health::Reachable { .. }));
     assert_eq!(

@@ -226,7 +226,7 @@ fn client(
 }
 
 fn chain(err: &ProxyError) -> String {
-    control::kernel::destroy::chain(err)
+    control::causes::chain(err)
 }
 
 #[tokio::test]

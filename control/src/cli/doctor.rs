@@ -11,10 +11,10 @@ use serde_json::json;
 
 use super::exit::Problem;
 use super::output::{self, Form, Table};
+use crate::causes::chain;
 use crate::docker::{Docker, DockerOptions};
 use crate::etcd::Etcd;
 use crate::firewall;
-use crate::kernel::destroy::chain;
 use crate::storage_proxy::{ProxyClient, ProxyError};
 use config::{Config, Loaded, NoteKind};
 

@@ -19,12 +19,12 @@ use tokio::time::{Interval, MissedTickBehavior};
 use uuid::Uuid;
 
 use super::Cluster;
+use crate::causes::chain;
 use crate::etcd::{EtcdError, Scope};
 use crate::events::bus::StoreError;
 use crate::events::unix_seconds;
 use crate::heartbeat::PROTOCOL_VERSION;
 use crate::kernel::Node;
-use crate::kernel::destroy::chain;
 
 /// How often the node is entered for service discovery, and how long an entry is kept.
 const DISCOVERY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));

@@ -10,8 +10,8 @@ use config::Config;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::etcd::{Etcd, EtcdError, Scope};
-use crate::kernel::destroy::chain;
 
 /// Status before the RPC is served.
 pub const STARTING: &str = "starting";

@@ -15,9 +15,9 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::events::{Event, Events};
 use crate::image::{Images, InstalledImage};
-use crate::kernel::destroy::chain;
 use crate::kernel::node::blocking;
 use crate::rpc::Value;
 

@@ -12,11 +12,11 @@ use shared::ids::KernelId;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
+use crate::causes::chain;
 use crate::docker::ContainerSummary;
 use crate::events::bus::Bus;
 use crate::events::bus::message::Message;
 use crate::kernel::Node;
-use crate::kernel::destroy::chain;
 use crate::rpc::Value;
 
 /// What collecting may take.

@@ -11,7 +11,7 @@
 mod host_facts;
 mod merge;
 
-pub use host_facts::{HostFacts, HostFactsError};
+pub use host_facts::{HostFacts, HostFactsError, seccomp_profile};
 
 use super::mounts::{Mount, MountKind, WORK};
 use super::request::{ClusterInfo, KernelCreationConfig, TextMap};
@@ -28,7 +28,6 @@ use bollard::models::{
 use config::{Config, DeviceLimit, SandboxType, ScalingGroupType};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use thiserror::Error;
 
 /// Label with `<container port>:<host port>` pairs, comma-separated, for an agent whose journal is
@@ -107,6 +106,8 @@ impl From<&ContainerLimits> for Limits {
 pub struct ContainerInputs<'a> {
     pub settings: &'a ContainerSettings,
     pub host: &'a HostFacts,
+    /// The runner's seccomp profile; the engine's own applies without one.
+    pub seccomp: Option<&'a serde_json::Value>,
     pub request: &'a KernelCreationConfig,
     pub cluster: &'a ClusterInfo,
     /// Services with their host ports.
@@ -320,8 +321,10 @@ fn host_config(inputs: &ContainerInputs<'_>) -> Result<HostConfig, ContainerRequ
             "apparmor=unconfined".to_owned(),
         ])
     } else {
-        let profile = host.seccomp_profile(inputs.device_syscalls);
-        profile.map(|profile| vec![format!("seccomp={profile}")])
+        inputs.seccomp.map(|profile| {
+            let profile = host_facts::permitting(profile, inputs.device_syscalls);
+            vec![format!("seccomp={profile}")]
+        })
     };
     let shm_size = inputs
         .shared_memory
@@ -504,21 +507,6 @@ impl HostFacts {
             limit("memlock", None, self.locked_memory),
         ]
     }
-}
-
-/// Where the operator's file may be, in the order they are merged.
-pub fn override_paths(home: Option<&std::path::Path>) -> Vec<PathBuf> {
-    const FILE: &str = "agent-docker-container-opts.json";
-    let directories = [
-        Some(PathBuf::from("/etc/backend.ai")),
-        home.map(|home| home.join(".config/backend.ai")),
-        std::env::current_dir().ok(),
-    ];
-    directories
-        .into_iter()
-        .flatten()
-        .map(|directory| directory.join(FILE))
-        .collect()
 }
 
 #[cfg(test)]

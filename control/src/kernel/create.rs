@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use error::CreateError;
 pub use launch::connect_runner;
-pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports};
+pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
 
 use self::launch::Launched;
 use super::journal::{Phase, now_unix};
@@ -30,7 +30,6 @@ use super::node::Node;
 use super::record::{PublishedBy, Record};
 use super::registry::{Admission, Kernel};
 use super::request::{ClusterInfo, KernelCreationConfig};
-use super::service_ports;
 use crate::docker::LogOptions;
 use crate::docker::{ImageRecord, RegistryAuth};
 use crate::events::Event;
@@ -405,27 +404,6 @@ async fn console_tail(node: &Node, container: &str) -> String {
         Ok(Err(err)) => format!("(cannot be read: {err})"),
         Err(_) => "(cannot be read in time)".to_owned(),
     }
-}
-
-/// Host ports in the order of the services' container ports.
-fn with_host_ports(
-    services: &[service_ports::ServicePort],
-    pool: &[u16],
-    network: &NetworkChoice,
-) -> Vec<service_ports::ServicePort> {
-    let mut pool = pool.iter().copied();
-    services
-        .iter()
-        .cloned()
-        .map(|mut service| {
-            service.host_ports = if takes_pool_ports(&service, network) {
-                pool.by_ref().take(service.container_ports.len()).collect()
-            } else {
-                service.container_ports.clone()
-            };
-            service
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use super::record::Record;
 use super::recovery;
 use super::registry::{EndedKernel, Kernel};
 use super::scratch::ScratchError;
+use crate::causes::chain;
 use crate::docker::{ContainerInspectResponse, DockerError, LogOptions};
 use crate::events::Event;
 
@@ -418,16 +419,4 @@ pub fn exit_code_of(found: &ContainerInspectResponse) -> Option<i64> {
         Some(true) => None,
         _ => state.exit_code,
     }
-}
-
-/// An error with its causes on one line.
-pub fn chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut source = err.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

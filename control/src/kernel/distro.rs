@@ -351,29 +351,6 @@ fn split(distro: &str) -> (&str, Vec<u32>) {
     (family, numbers)
 }
 
-/// The distro key in the name of a packaged file, e.g. `ubuntu22.04` of
-/// `libbaihook.ubuntu22.04.x86_64.so`: letters, a number, a dot, a number, between dots.
-pub fn key_of_file(name: &str) -> Option<&str> {
-    let bytes = name.as_bytes();
-    let run = |from: usize, accept: fn(&u8) -> bool| {
-        from + bytes[from..].iter().take_while(|byte| accept(byte)).count()
-    };
-    let dots = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'.');
-    for (dot, _) in dots {
-        let start = dot + 1;
-        let letters = run(start, u8::is_ascii_lowercase);
-        let major = run(letters, u8::is_ascii_digit);
-        if letters == start || major == letters || bytes.get(major) != Some(&b'.') {
-            continue;
-        }
-        let minor = run(major + 1, u8::is_ascii_digit);
-        if minor > major + 1 && bytes.get(minor) == Some(&b'.') {
-            return name.get(start..minor);
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -443,19 +420,5 @@ mod tests {
         );
         assert_eq!(match_distro(volumes, "alpine3.8"), Some(("static-musl", 2)));
         assert_eq!(match_distro([("static-gnu", 1)], "alpine3.8"), None);
-    }
-
-    #[test]
-    fn keys_are_read_from_file_names() {
-        for (name, key) in [
-            ("libbaihook.ubuntu22.04.x86_64.so", Some("ubuntu22.04")),
-            ("jail.alpine3.8.x86_64.bin", Some("alpine3.8")),
-            ("su-exec.x86_64.bin", None),
-            ("ubuntu22.04", None),
-            ("...", None),
-            ("é.ubuntu22.04.x", Some("ubuntu22.04")),
-        ] {
-            assert_eq!(key_of_file(name), key, "{name}");
-        }
     }
 }

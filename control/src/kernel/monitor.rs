@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use shared::ids::{ContainerId, KernelId};
 
-use super::destroy::{chain, exit_code_of, status_of};
+use super::destroy::{exit_code_of, status_of};
 use super::lifecycle::{Input, Stage, State};
 use super::node::Node;
 use super::recovery::plan::Liveness;
 use super::recovery::{self, Listed};
 use super::registry::Kernel;
 use super::rows;
+use crate::causes::chain;
 use crate::docker::{ContainerEvent, DockerError, EngineEvent, NetworkEvent};
 
 /// Docker events waiting for us; a full queue makes the stream say `Resynchronise`.

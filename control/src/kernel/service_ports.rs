@@ -332,24 +332,6 @@ pub fn container_ports(services: &[ServicePort]) -> Vec<u16> {
     [REPL_IN, REPL_OUT].into_iter().chain(services).collect()
 }
 
-/// Gives each container port of each service the next of `host_ports`.
-///
-/// Returns whether the numbers matched; nothing is changed otherwise.
-pub fn assign_host_ports(services: &mut [ServicePort], host_ports: &[u16]) -> bool {
-    let wanted: usize = services
-        .iter()
-        .map(|service| service.container_ports.len())
-        .sum();
-    if wanted != host_ports.len() {
-        return false;
-    }
-    let mut next = host_ports.iter().copied();
-    for service in services {
-        service.host_ports = next.by_ref().take(service.container_ports.len()).collect();
-    }
-    true
-}
-
 /// The container's `ai.backend.service-ports` label: the image's plus one entry per preopen port.
 pub fn container_label(image_label: &str, preopen: &[u16]) -> String {
     let image = (!image_label.is_empty()).then(|| image_label.to_owned());
@@ -364,6 +346,7 @@ pub fn container_label(image_label: &str, preopen: &[u16]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::create::{NetworkChoice, with_host_ports};
     use ServicePortError as E;
 
     fn names(services: &[ServicePort]) -> Vec<&str> {
@@ -525,19 +508,20 @@ mod tests {
     /// Defect 2 of the original: a service with several ports made creation fail.
     #[test]
     fn defect_2_multi_port_services_get_one_host_port_per_container_port() {
-        let mut services = arrange(&Exposure {
+        let services = arrange(&Exposure {
             label: "app:tcp:[9000,9001]",
             is_main: true,
             ..Exposure::default()
         })
         .unwrap();
-        assert!(assign_host_ports(
-            &mut services,
-            &[30000, 30001, 30002, 30003]
-        ));
-        assert_eq!(services[2].container_ports, [9000, 9001]);
-        assert_eq!(services[2].host_ports, [30002, 30003]);
-        assert!(!assign_host_ports(&mut services, &[30000, 30001, 30002]));
+        let pool = [30000, 30001, 30002, 30003];
+        let given = with_host_ports(&services, &pool, &NetworkChoice::Default);
+        assert_eq!(given[2].container_ports, [9000, 9001]);
+        assert_eq!(given[2].host_ports, [30002, 30003]);
+        // On the host's network only the runner's own services move aside.
+        let given = with_host_ports(&services, &pool, &NetworkChoice::Host);
+        assert_eq!(given[2].host_ports, [9000, 9001]);
+        assert_eq!(given[1].host_ports, [30001]);
     }
 
     #[test]

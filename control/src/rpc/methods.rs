@@ -189,5 +189,5 @@ fn reply(data: &impl serde::Serialize) -> Result<Value, Failure> {
 
 /// Any error of ours as a `RuntimeError` with its causes.
 fn failed(err: &dyn std::error::Error) -> Failure {
-    Failure::runtime_error(crate::kernel::destroy::chain(err))
+    Failure::runtime_error(crate::causes::chain(err))
 }

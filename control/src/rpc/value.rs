@@ -179,12 +179,6 @@ impl Value {
             .map(|(_, value)| value)
     }
 
-    /// True for nil.
-    #[must_use]
-    pub fn is_nil(&self) -> bool {
-        matches!(self, Self::Nil)
-    }
-
     /// What a person calls this kind of value, in error texts.
     #[must_use]
     pub fn kind(&self) -> &'static str {

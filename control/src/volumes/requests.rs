@@ -9,10 +9,10 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::{MountOrder, UnmountOrder, VolumeOutcome};
+use crate::causes::chain;
 use crate::events::bus::VolumeRequest;
 use crate::events::{Event, VolumeAnswer};
 use crate::kernel::Node;
-use crate::kernel::destroy::chain;
 
 /// The table of a request that names none.
 const USUAL_FSTAB: &str = "/etc/fstab";

@@ -20,7 +20,7 @@ use serde_json::{Value as Json, json};
 
 use super::Watcher;
 use super::systemctl::{self, CallError};
-use crate::kernel::destroy::chain;
+use crate::causes::chain;
 use crate::kernel::node::blocking;
 use crate::volumes::{MountOrder, UnmountOrder, VolumeOutcome};
 

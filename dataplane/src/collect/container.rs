@@ -586,17 +586,6 @@ fn take<T, F>(
     false
 }
 
-/// Whether a path is a place of its own file system, so that its usage can be asked for at once.
-pub fn is_own_file_system(path: &Path) -> bool {
-    let Some(parent) = path.parent() else {
-        return false;
-    };
-    match (rustix::fs::stat(path), rustix::fs::stat(parent)) {
-        (Ok(own), Ok(parent)) => own.st_dev != parent.st_dev,
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -161,7 +161,7 @@ impl Session {
     fn refused(&self, err: &InventoryError) {
         tracing::error!(
             resource = self.0.resource,
-            err = crate::kernel::destroy::chain(err),
+            err = crate::causes::chain(err),
             "the devices of a plugin cannot be given out"
         );
     }

@@ -395,7 +395,7 @@ impl Connector {
 
     /// The master a sentinel names, if that server itself agrees.
     async fn ask_sentinel(&self, sentinel: &HostPort, name: &str) -> Result<HostPort, String> {
-        let words = |err: ConnectionError| crate::kernel::destroy::chain(&err);
+        let words = |err: ConnectionError| crate::causes::chain(&err);
         let client = self.client(sentinel, 0, false).map_err(words)?;
         let mut asked = Connection {
             library: self.open(&client, sentinel).await.map_err(words)?,

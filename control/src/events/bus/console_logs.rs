@@ -26,8 +26,8 @@ use super::Bus;
 use super::connection::{Command, Reply};
 use super::message::{Message, MessageError, STREAM};
 use super::store::{Store, StoreError};
+use crate::causes::chain;
 use crate::events::{Event, Events};
-use crate::kernel::destroy::chain;
 use crate::kernel::kept_logs::{KEEP, KeptLogs, KeptLogsError, Shipping};
 use crate::kernel::node::blocking;
 

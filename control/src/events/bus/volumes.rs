@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::connection::{Connector, Subscription};
 use super::message::CHANNEL;
-use crate::kernel::destroy::chain;
+use crate::causes::chain;
 use crate::rpc::Value;
 use crate::rpc::msgpack::{self, DecodeLimits};
 

@@ -13,7 +13,7 @@ use super::message::{Keeping, Message};
 use super::outbox::{Leftover, Outbox};
 use super::queue::{Bounds, Entry, Queue};
 use super::settings::Endpoint;
-use crate::kernel::destroy::chain;
+use crate::causes::chain;
 
 /// The bus as seen from this node.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,4 +1,4 @@
-//! What of the host goes into every container: read once at the start.
+//! What of the host goes into every container, read once at the start, and the runner's seccomp profile.
 
 use serde_json::{Value, json};
 use std::fs;
@@ -9,8 +9,6 @@ use thiserror::Error;
 /// Facts of this host. `Default` is a host with nothing special and no limits.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct HostFacts {
-    /// The published seccomp profile; the engine's own applies without one.
-    pub seccomp: Option<Value>,
     /// The operator's parts of the body, in the order they are merged, with their files.
     pub overrides: Vec<(PathBuf, Value)>,
     /// This process's own hard limits; none is no limit.
@@ -40,11 +38,11 @@ pub enum HostFactsError {
 }
 
 impl HostFacts {
-    /// Reads the profile that comes with the runner and the operator's files that exist. Blocks.
+    /// Reads the operator's files that exist. Blocks.
     ///
     /// # Errors
-    /// A file is there and can't be used. A missing profile is not an error, as in the original.
-    pub fn read(seccomp_profile: &Path, overrides: &[PathBuf]) -> Result<Self, HostFactsError> {
+    /// A file is there and can't be used.
+    pub fn read(overrides: &[PathBuf]) -> Result<Self, HostFactsError> {
         let mut parts = Vec::new();
         for path in overrides {
             if let Some(part) = read_json(path)? {
@@ -56,31 +54,39 @@ impl HostFacts {
         }
         let limit = |resource| rustix::process::getrlimit(resource).maximum;
         Ok(Self {
-            seccomp: read_json(seccomp_profile)?,
             overrides: parts,
             open_files: limit(rustix::process::Resource::Nofile),
             locked_memory: limit(rustix::process::Resource::Memlock),
             rdma: Path::new("/dev/infiniband/uverbs0").exists(),
         })
     }
+}
 
-    /// The profile's text with one more rule, for the accelerators' system calls.
-    pub(super) fn seccomp_profile(&self, syscalls: &[String]) -> Option<String> {
-        let mut profile = self.seccomp.clone()?;
-        let mut names = syscalls.to_vec();
-        names.sort();
-        names.dedup();
-        let rules = profile.get_mut("syscalls").and_then(Value::as_array_mut);
-        if let (Some(rules), false) = (rules, names.is_empty()) {
-            rules.push(json!({
-                "names": names,
-                "action": "SCMP_ACT_ALLOW",
-                "args": [],
-                "comment": "System calls that the attached accelerators need",
-            }));
-        }
-        Some(profile.to_string())
+/// The profile that comes with the runner. Read for each creation, because a runner may be installed
+/// while the agent runs. A missing one is not an error, as in the original. Blocks.
+///
+/// # Errors
+/// It is there and can't be used.
+pub fn seccomp_profile(path: &Path) -> Result<Option<Value>, HostFactsError> {
+    read_json(path)
+}
+
+/// The profile's text with one more rule, for the accelerators' system calls.
+pub(super) fn permitting(profile: &Value, syscalls: &[String]) -> String {
+    let mut profile = profile.clone();
+    let mut names = syscalls.to_vec();
+    names.sort();
+    names.dedup();
+    let rules = profile.get_mut("syscalls").and_then(Value::as_array_mut);
+    if let (Some(rules), false) = (rules, names.is_empty()) {
+        rules.push(json!({
+            "names": names,
+            "action": "SCMP_ACT_ALLOW",
+            "args": [],
+            "comment": "System calls that the attached accelerators need",
+        }));
     }
+    profile.to_string()
 }
 
 fn read_json(path: &Path) -> Result<Option<Value>, HostFactsError> {

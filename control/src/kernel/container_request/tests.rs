@@ -1,8 +1,9 @@
 use super::*;
+use crate::kernel::create::{NetworkChoice, with_host_ports};
 use crate::kernel::environment::{Given, Identity, variables};
 use crate::kernel::mounts::{HostPaths, Intrinsic, intrinsic, vfolders};
 use crate::kernel::scratch::ScratchPaths;
-use crate::kernel::service_ports::{Exposure, arrange, assign_host_ports};
+use crate::kernel::service_ports::{Exposure, arrange};
 use crate::runner::RunnerFiles;
 use serde_json::{Value, json};
 use std::fs;
@@ -23,11 +24,14 @@ fn settings() -> ContainerSettings {
 
 fn host() -> HostFacts {
     HostFacts {
-        seccomp: Some(json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": []})),
         open_files: Some(20_000),
         locked_memory: Some(8 << 20),
         ..HostFacts::default()
     }
+}
+
+fn profile() -> Value {
+    json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": []})
 }
 
 fn limits() -> Limits {
@@ -120,7 +124,7 @@ fn captured_body(config: &KernelCreationConfig, engine_ports: bool) -> (String, 
     mounts.extend(vfolders(&config.mounts, false).unwrap());
     mounts.extend(runner.mounts("ubuntu22.04", false).unwrap());
 
-    let mut services = arrange(&Exposure {
+    let services = arrange(&Exposure {
         label: config.image.label_or("ai.backend.service-ports", ""),
         is_main: config.is_main(),
         preopen: &config.preopen_ports,
@@ -129,7 +133,7 @@ fn captured_body(config: &KernelCreationConfig, engine_ports: bool) -> (String, 
     .unwrap();
     let count = container_ports(&services).len() - 2;
     let host_ports: Vec<u16> = (30722..).take(count).collect();
-    assert!(assign_host_ports(&mut services, &host_ports));
+    let services = with_host_ports(&services, &host_ports, &NetworkChoice::Default);
     let identity = Identity::of(config, 1000, 1000);
     let environ = variables(
         config,
@@ -142,6 +146,7 @@ fn captured_body(config: &KernelCreationConfig, engine_ports: bool) -> (String, 
     let built = build(&ContainerInputs {
         settings: &settings(),
         host: &host(),
+        seccomp: Some(&profile()),
         request: config,
         cluster: &ClusterInfo::default(),
         services: &services,
@@ -294,12 +299,22 @@ fn built(
     change: impl FnOnce(&mut ContainerSettings, &mut HostFacts, &mut ClusterInfo, &mut Limits),
     device_arguments: &[Value],
 ) -> Result<ContainerRequest, ContainerRequestError> {
+    built_under(Some(&profile()), config, change, device_arguments)
+}
+
+fn built_under(
+    seccomp: Option<&Value>,
+    config: &KernelCreationConfig,
+    change: impl FnOnce(&mut ContainerSettings, &mut HostFacts, &mut ClusterInfo, &mut Limits),
+    device_arguments: &[Value],
+) -> Result<ContainerRequest, ContainerRequestError> {
     let (mut settings, mut host, mut cluster, mut limits) =
         (settings(), host(), ClusterInfo::default(), limits());
     change(&mut settings, &mut host, &mut cluster, &mut limits);
     build(&ContainerInputs {
         settings: &settings,
         host: &host,
+        seccomp,
         request: config,
         cluster: &cluster,
         services: &[],
@@ -417,12 +432,11 @@ fn configured_limits_reach_the_engine() {
                 write_iops: Some(100),
             }];
             settings.log_length = 100;
-            host.seccomp = None;
             host.open_files = None;
             host.locked_memory = None;
             limits.nano_cpus = Some(1_500_000_000);
         };
-    let host = built(&request(json!({})), change, &[])
+    let host = built_under(None, &request(json!({})), change, &[])
         .unwrap()
         .body
         .host_config
@@ -495,24 +509,16 @@ fn networks_follow_the_cluster() {
 fn facts_are_read_from_files_that_exist() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    fs::write(path("profile.json"), r#"{"syscalls": []}"#).unwrap();
     fs::write(path("a.json"), r#"{"Tty": false}"#).unwrap();
     fs::write(path("list.json"), "[]").unwrap();
     fs::write(path("broken.json"), "{").unwrap();
-    let facts =
-        HostFacts::read(&path("profile.json"), &[path("none.json"), path("a.json")]).unwrap();
+    let facts = HostFacts::read(&[path("none.json"), path("a.json")]).unwrap();
     assert_eq!(facts.overrides.len(), 1);
-    assert!(facts.seccomp.is_some());
-    assert!(
-        HostFacts::read(&path("none"), &[])
-            .unwrap()
-            .seccomp
-            .is_none()
-    );
+    assert_eq!(seccomp_profile(&path("none.json")).unwrap(), None);
+    assert!(seccomp_profile(&path("a.json")).unwrap().is_some());
+    assert!(seccomp_profile(&path("broken.json")).is_err());
     for name in ["list.json", "broken.json"] {
-        let told = HostFacts::read(&path("none"), &[path(name)])
-            .unwrap_err()
-            .to_string();
+        let told = HostFacts::read(&[path(name)]).unwrap_err().to_string();
         assert!(told.contains(name), "{told}");
     }
     assert_eq!(

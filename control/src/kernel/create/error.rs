@@ -7,10 +7,10 @@ use shared::ids::KernelId;
 use thiserror::Error;
 
 use crate::accelerator::host::GrantError;
+use crate::causes::chain;
 use crate::docker::DockerError;
 use crate::image::ImageError;
-use crate::kernel::container_request::ContainerRequestError;
-use crate::kernel::destroy::chain;
+use crate::kernel::container_request::{ContainerRequestError, HostFactsError};
 use crate::kernel::distro::DistroError;
 use crate::kernel::journal::JournalError;
 use crate::kernel::lifecycle::Reason;
@@ -112,6 +112,9 @@ pub enum CreateError {
         #[source]
         source: LookupError,
     },
+    /// Its seccomp profile is not one.
+    #[error(transparent)]
+    Profile(#[from] HostFactsError),
     /// The network asked for does not exist here.
     #[error("Network plugin {0} not loaded!")]
     NetworkMode(String),

@@ -306,6 +306,7 @@ async fn make_container(
     let request = container_request::build(&ContainerInputs {
         settings: &node.settings,
         host: &node.host,
+        seccomp: prepared.seccomp.as_ref(),
         request: config,
         cluster: &order.cluster,
         services: &record.services,

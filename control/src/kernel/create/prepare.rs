@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::error::CreateError;
 use crate::docker::ImageRecord;
 use crate::image;
+use crate::kernel::container_request::seccomp_profile;
 use crate::kernel::environment::Identity;
 use crate::kernel::host_sockets;
 use crate::kernel::model_definition::{self, Model};
@@ -53,6 +54,8 @@ pub struct Prepared {
     pub published_by: PublishedBy,
     /// The runner it gets.
     pub runner: RunnerFiles,
+    /// The runner's seccomp profile.
+    pub seccomp: Option<serde_json::Value>,
 }
 
 /// Checks that need no image.
@@ -76,7 +79,7 @@ pub async fn check(
     let runner_dir = node.config.node.runner_dir.clone();
     let wanted = config.clone();
     // Folders may lie on a file system that hangs; the runner's files are looked at, too.
-    let (folders, runner) = blocking(move || -> Result<_, CreateError> {
+    let (folders, runner, seccomp) = blocking(move || -> Result<_, CreateError> {
         let prevent = wanted.internal_data.prevent_vfolder_mounts;
         let folders = mounts::vfolders(&wanted.mounts, prevent)?;
         host_sockets::check(&wanted.internal_data.domain_socket_proxies)?;
@@ -86,7 +89,8 @@ pub async fn check(
                 source,
             }
         })?;
-        Ok((folders, runner))
+        let seccomp = seccomp_profile(&runner.seccomp_profile())?;
+        Ok((folders, runner, seccomp))
     })
     .await?;
     let services = service_ports::arrange(&exposure(config, &[]))?;
@@ -109,6 +113,7 @@ pub async fn check(
         network,
         published_by,
         runner,
+        seccomp,
     })
 }
 
@@ -211,6 +216,24 @@ pub fn pool_ports(services: &[ServicePort], network: &NetworkChoice) -> usize {
 /// image opens, it opens where it is used to.
 pub fn takes_pool_ports(service: &ServicePort, network: &NetworkChoice) -> bool {
     *network != NetworkChoice::Host || matches!(service.name.as_str(), "sshd" | "ttyd")
+}
+
+/// The services with host ports: of the pool, in the order of their container ports, or the
+/// container's own where those are the host's.
+pub fn with_host_ports(
+    services: &[ServicePort],
+    pool: &[u16],
+    network: &NetworkChoice,
+) -> Vec<ServicePort> {
+    let mut pool = pool.iter().copied();
+    let mut services = services.to_vec();
+    for service in &mut services {
+        service.host_ports = match takes_pool_ports(service, network) {
+            true => pool.by_ref().take(service.container_ports.len()).collect(),
+            false => service.container_ports.clone(),
+        };
+    }
+    services
 }
 
 /// Services as the manager is told of them.

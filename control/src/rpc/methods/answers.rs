@@ -9,8 +9,8 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{failed, kernel_id, reply, unknown_kernel};
+use crate::causes::chain;
 use crate::docker::LogOptions;
-use crate::kernel::destroy::chain;
 use crate::kernel::node::{Node, blocking};
 use crate::network;
 

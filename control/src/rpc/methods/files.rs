@@ -8,7 +8,7 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{known_kernel, reply};
-use crate::kernel::destroy::chain;
+use crate::causes::chain;
 use crate::kernel::environment::Identity;
 use crate::kernel::file_access::{self, FileAccessError, UploadPlace};
 use crate::kernel::node::Node;

@@ -11,12 +11,12 @@ use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{kernel_id, known_kernel, reply};
 use crate::background::{Reporter, TaskKey};
+use crate::causes::chain;
 use crate::docker::{Progress, RegistryAuth};
 use crate::events::Event;
 use crate::image::{Check, ImageError};
 use crate::kernel::commit::{self, CommitOrder};
 use crate::kernel::create::image_request;
-use crate::kernel::destroy::chain;
 use crate::kernel::node::Node;
 use crate::kernel::request::{ImageConfig, RegistryConfig};
 

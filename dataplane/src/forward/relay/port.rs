@@ -264,13 +264,6 @@ impl Port {
         self.state.fetch_max(REFUSING, Relaxed);
     }
 
-    /// Lets new clients in again, unless the port was cut.
-    pub fn admit_again(&self) {
-        let _ = self
-            .state
-            .compare_exchange(REFUSING, OPEN, Relaxed, Relaxed);
-    }
-
     /// Marks all sessions to be reset at the next sweep.
     pub fn cut(&self) {
         self.state.store(CUT, Relaxed);
@@ -554,17 +547,14 @@ mod tests {
     }
 
     #[test]
-    fn a_disabled_port_admits_again_only_when_told() {
+    fn a_disabled_port_admits_nobody() {
         let port = port(Rules::default(), 0);
         port.refuse();
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::Disabled
         );
-        port.admit_again();
-        assert!(port.admit(ip("10.0.0.1"), || None).is_ok());
         port.cut();
-        port.admit_again();
         assert!(port.is_cut());
     }
 }
