@@ -150,7 +150,7 @@ pub enum Errors {
 fn way_out(source: &std::io::Error) -> &'static str {
     use std::io::ErrorKind;
     match source.kind() {
-        ErrorKind::NotFound => "it is not there: correct the path",
+        ErrorKind::NotFound | ErrorKind::NotADirectory => "it is not there: correct the path",
         ErrorKind::PermissionDenied => "this user may not: run this as root",
         ErrorKind::IsADirectory => "it is a directory: name the file in it",
         ErrorKind::InvalidData => "it is not text in UTF-8: is it a configuration file?",

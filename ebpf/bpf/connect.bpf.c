@@ -88,15 +88,20 @@ static ALWAYS_INLINE void forget(__u64 cookie)
 {
 	struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
 	struct service_key key = {};
+	struct service *service;
 	struct port_flows *count;
 
 	if (!led)
 		return;
 	key.port = led->host_port;
 	key.protocol = led->protocol;
-	count = bpf_map_lookup_elem(&active, &key);
-	if (count && count->local > 0)
-		__sync_fetch_and_add(&count->local, -1);
+	service = bpf_map_lookup_elem(&services, &key);
+	/* One that another route of the port has led is not among those that are counted now. */
+	if (!service || service->life == led->life) {
+		count = bpf_map_lookup_elem(&active, &key);
+		if (count && count->local > 0)
+			__sync_fetch_and_add(&count->local, -1);
+	}
 	bpf_map_delete_elem(&led_sockets, &cookie);
 }
 

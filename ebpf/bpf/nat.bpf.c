@@ -718,6 +718,7 @@ static long sweep_socket(void *map, const __u64 *cookie, const struct led_socket
 			 struct sweep_context *context)
 {
 	struct service_key key = {};
+	struct service *service;
 	struct socket_count *count;
 
 	(void)map;
@@ -725,6 +726,9 @@ static long sweep_socket(void *map, const __u64 *cookie, const struct led_socket
 	(void)context;
 	key.port = led->host_port;
 	key.protocol = led->protocol;
+	service = bpf_map_lookup_elem(&services, &key);
+	if (service && service->life != led->life)
+		return 0;
 	count = bpf_map_lookup_elem(&socket_counts, &key);
 	if (count) {
 		count->counted++;

@@ -7,7 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -60,7 +60,7 @@ pub enum LockError {
 #[derive(Debug)]
 pub struct WriterLock {
     /// Holds the lock.
-    _file: File,
+    file: File,
     directory: PathBuf,
 }
 
@@ -108,9 +108,19 @@ impl WriterLock {
         file.write_all_at(name.as_bytes(), 0)
             .map_err(|err| fail("write", err))?;
         Ok(Self {
-            _file: file,
+            file,
             directory: directory.to_owned(),
         })
+    }
+
+    /// Whether the lock is still on the file that others would lock: somebody may have taken its name away.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let place = |of: std::fs::Metadata| (of.dev(), of.ino());
+        let named = std::fs::symlink_metadata(self.directory.join(FILE_NAME));
+        match (self.file.metadata(), named) {
+            (Ok(own), Ok(named)) => place(own) == place(named),
+            _ => false,
+        }
     }
 
     /// The directory this lock is for.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use shared::desired::{
     ClientNetwork, ContainerRow, DesiredReader, DesiredWriter, Drain, NodeRow, PortKey, PortRow,
@@ -552,6 +552,29 @@ fn a_writer_whose_region_is_damaged_goes_on_and_puts_the_header_right() {
         assert_eq!(*snapshot, writer.snapshot().unwrap());
         assert_eq!(reader.writer().unwrap().epoch, writer.epoch());
     }
+}
+
+#[test]
+fn a_writer_whose_lock_was_taken_away_takes_it_again_or_leaves_all_to_the_next() {
+    let directory = directory();
+    let path = directory.path().join("desired");
+    let take_all = || {
+        for name in ["lock", "desired"] {
+            std::fs::remove_file(directory.path().join(name)).unwrap();
+        }
+    };
+    let mut first = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    take_all();
+    assert!(first.heartbeat().unwrap());
+    assert!(DesiredWriter::open(directory.path(), SIZES).is_err());
+    take_all();
+    let mut second = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let inode = || std::fs::metadata(&path).unwrap().ino();
+    let made = inode();
+    let refused = first.heartbeat().unwrap_err();
+    assert!(matches!(refused, OpenError::Lock { .. }), "{refused}");
+    assert!(!second.heartbeat().unwrap());
+    assert_eq!(inode(), made);
 }
 
 #[test]

@@ -17,7 +17,9 @@ use super::exit::Problem;
 const MOST_WORKERS: usize = 4;
 
 /// The words of `logging.level`.
-const LEVELS: [&str; 5] = ["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"];
+const LEVELS: [&str; 7] = [
+    "TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "NOTSET",
+];
 
 /// Arguments of `run` and `watcher`.
 #[derive(Debug, Args)]
@@ -72,6 +74,8 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
     };
     let level = match level.as_str() {
         "warning" => "warn",
+        "critical" => "error",
+        "notset" => "trace",
         other => other,
     };
     let directives = format!("warn,control={level},bai_agent={level}");

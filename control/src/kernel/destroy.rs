@@ -199,10 +199,14 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 /// For a destroy that comes after a restart of the agent.
 async fn keep_end(node: &Node, end: EndedKernel) {
     let (ends, id) = (node.ends.clone(), end.view.id);
-    if let Err(err) = blocking(move || end.store(&ends)).await {
-        tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error,
-            "cannot write down how a kernel ended; it is known until the agent stops");
-    }
+    let stored = tokio::time::timeout(ANNOUNCED, blocking(move || end.store(&ends)));
+    let why = match stored.await {
+        Ok(Ok(())) => return,
+        Ok(Err(err)) => chain(&err),
+        Err(_) => "the disk does not answer".to_owned(),
+    };
+    tracing::warn!(kernel_id = %id, err = why,
+        "cannot write down how a kernel ended; it is known until the agent stops");
 }
 
 /// Whether the end of a kernel will reach the managers although this process be killed.

@@ -199,10 +199,9 @@ fn endpoint(found: &ContainerInspectResponse, mode: &str) -> Option<Endpoint> {
         name => name,
     };
     let mut endpoints = network::endpoints(found);
-    // The mode may be a network's id; then the first endpoint is as good as any.
     let place = endpoints
         .iter()
-        .position(|endpoint| endpoint.network == name)
+        .position(|endpoint| endpoint.network == name || endpoint.network_id == name)
         .unwrap_or(0);
     (place < endpoints.len()).then(|| endpoints.swap_remove(place))
 }
@@ -374,6 +373,10 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
         link.hold();
     }
     let published = node.link.publish(kernel.id, rows).await;
+    if !kernel.is_running() {
+        node.link.withdraw(kernel.id).await;
+        return Ok(());
+    }
     if let Ok(generation) = &published
         && moved.is_some()
     {

@@ -722,9 +722,10 @@ async fn unless_moved<T>(
     work: impl Future<Output = T>,
 ) -> Option<T> {
     tokio::select! {
+        // What is done is done: a message that was written is not sent a second time.
         biased;
-        Ok(()) = place.changed() => None,
         done = work => Some(done),
+        Ok(()) = place.changed() => None,
     }
 }
 

@@ -557,7 +557,6 @@ mod tests {
             .collect()
     }
 
-    /// All processes of this host that have not ended, as if the root were a container.
     /// What a walk and the files say differently of a process that was read before and after. The
     /// process may have done it meanwhile.
     fn difference(
@@ -596,6 +595,7 @@ mod tests {
         wrong.map(|(what, _)| what)
     }
 
+    /// All processes of this host that have not ended, as if the root were a container.
     #[test]
     fn a_walk_tells_of_living_processes_what_proc_tells() {
         let Some((mut tasks, root)) = tasks(4, 16_384) else {

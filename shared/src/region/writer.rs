@@ -155,8 +155,14 @@ impl RegionWriter {
     }
 
     /// Makes the file again when its name is gone or somebody else's: readers would look there in
-    /// vain for ever. Answers whether that was so. Costs one `stat`.
+    /// vain for ever. So with the lock; who has that meanwhile is the writer now, and nothing is touched.
+    /// Answers whether the file was made again. Costs three `stat`s.
     pub(crate) fn keep_in_place(&mut self) -> Result<bool, OpenError> {
+        if !self.lock.is_in_place() {
+            let directory = self.lock.directory().to_owned();
+            self.lock = WriterLock::acquire(&directory)
+                .map_err(|source| OpenError::Lock { directory, source })?;
+        }
         if std::fs::symlink_metadata(&self.path)
             .is_ok_and(|status| Place::of(&status) == self.place)
         {

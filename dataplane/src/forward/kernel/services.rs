@@ -375,7 +375,7 @@ impl KernelPath {
             (map::ACTIVE, self.active.map()),
         ] {
             if let Err(err) = bpf::remove_entries(map, &gone) {
-                tracing::debug!(name, %err, "entries of ports that are gone stay");
+                tracing::warn!(name, %err, "counters of ports that are gone stay: the next ones there go on with them");
             }
         }
     }

@@ -186,7 +186,7 @@ fn end(wanted: &impl Fn(&[u8]) -> Option<Id>) -> Result<usize, NetlinkError> {
     .map_err(NetlinkError::Open)?;
     sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER))
         .map_err(NetlinkError::Open)?;
-    let mut cut = 0;
+    let (mut cut, mut refused) = (0, None);
     let mut buffer = vec![0; BUFFER];
     for family in [AF_INET, AF_INET6] {
         for id in list(&socket, family, wanted)? {
@@ -204,12 +204,16 @@ fn end(wanted: &impl Fn(&[u8]) -> Option<Id>) -> Result<usize, NetlinkError> {
                 match refusal(message.body) {
                     // It has ended by itself meanwhile.
                     Errno::NOENT => {}
-                    errno => return Err(NetlinkError::Refused(errno)),
+                    // Older kernels refuse those that only wait for the other side's end.
+                    errno => refused = Some(errno),
                 }
             }
         }
     }
-    Ok(cut)
+    match refused {
+        Some(errno) if cut == 0 => Err(NetlinkError::Refused(errno)),
+        _ => Ok(cut),
+    }
 }
 
 #[cfg(test)]
