@@ -321,7 +321,7 @@ mod tests {
         }
     }
 
-    /// File systems mounted with quotas of projects.
+    /// File systems with quotas of projects that were made for this test: it sets limits and fills them.
     fn with_projects() -> Vec<PathBuf> {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         let has = |options: &str| options.split(',').any(|it| it == "prjquota");
@@ -330,7 +330,10 @@ mod tests {
             let (place, _, options) = (words.next()?, words.next()?, words.next()?);
             has(options).then(|| super::super::facts::unescape(place))
         };
-        mounts.lines().filter_map(place).collect()
+        let places = mounts.lines().filter_map(place);
+        places
+            .filter(|it| it.starts_with("/var/projects"))
+            .collect()
     }
 
     /// `make vm-test` has an ext4 and an XFS with projects.
@@ -338,7 +341,10 @@ mod tests {
     fn a_project_is_asked_for_and_never_counted() {
         let places = with_projects();
         if places.is_empty() {
-            crate::skip::here("no file system is mounted with quotas of projects", false);
+            crate::skip::here(
+                "no file system with quotas of projects is mounted below /var/projects",
+                false,
+            );
         }
         for (number, place) in (4711..).step_by(2).zip(places) {
             projects_of(&place, number);
