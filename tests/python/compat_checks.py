@@ -16,7 +16,7 @@ from ai.backend.client.exceptions import BackendAPIError
 from ai.backend.client.request import Request
 from ai.backend.client.session import AsyncSession
 
-from recording import END, START, STOP, Recorder, unexpected
+from recording import START, STOP, Recorder, unexpected
 from stack import engine
 from stack.agents import AGENT_ID
 from stack.manager import ADMIN_KEY, ADMIN_SECRET, DOMAIN, GROUP
@@ -555,8 +555,6 @@ async def a_failed_creation_leaves_nothing(bench):
         return (await bench.session_row("broken"))["status"] == "CREATING"
 
     await eventually("the creation", creating, SOON)
-    # The manager tries the creation some times more.
-    await bench.recorder.asked(END)
     await bench.sessions["broken"].destroy(forced=True)
 
     async def ended():

@@ -32,8 +32,8 @@ BARE = "bgtask_updated"
 # They end with words for people, and perhaps the image.
 WORDED = ("image_pull_failed", "bgtask_failed")
 START, STOP = "agent start", "agent stop"
-# What follows is a matter of time too.
-END = "end of the recording"
+# Scenarios and their last step: what follows is a matter of how soon the manager tries again.
+UNTIL = {"broken": "kernel_creating"}
 # Keys of the manager and the storage proxy.
 MANAGERS = r"^(kp:|service_discovery\.(manager|storage))"
 NAMES = [
@@ -229,8 +229,8 @@ class Recorder:
             carried = {}
             for carrier in ("stream", "channel"):
                 steps = [(ids, step) for kind, of, ids, step in self._steps() if (kind, of) == (carrier, name)]
-                if f"-- {END}" in (last := [step for _ids, step in steps]):
-                    steps = steps[: last.index(f"-- {END}")]
+                if (last := UNTIL.get(name)) in (told := [step for _ids, step in steps]):
+                    steps = steps[: told.index(last) + 1]
                 # A kernel's events begin with its identifier; those of sessions and tasks don't name a kernel.
                 kernels = sorted({ids[0] for ids, step in steps if ids and step.startswith("kernel_")}) or [None]
                 of_kernel = lambda ids, kernel: not set(ids) & (set(kernels) - {kernel})
