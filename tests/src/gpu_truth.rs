@@ -608,7 +608,7 @@ struct Holder {
 struct Loads {
     place: TempDir,
     groups: Vec<(ContainerId, TestCgroup)>,
-    /// Where there are no such cgroups: this session's own, by which processes are listed, and whether
+    /// Where there are no such cgroups: this process's own, by which processes are listed, and whether
     /// its path names a container.
     session: Option<(ContainerId, bool)>,
     /// The driver does not list them.
@@ -639,7 +639,7 @@ impl Loads {
             .map(|path| path.trim_matches('/'))
             .max_by_key(|it| it.len());
         let Some(path) = path.filter(|path| !path.is_empty()) else {
-            seen.leave_out("processes: this session has no cgroup of its own".to_owned());
+            seen.leave_out("processes: this process has no cgroup of its own".to_owned());
             return Ok(());
         };
         let words = path.split(|c: char| !c.is_ascii_hexdigit());
