@@ -5,6 +5,7 @@
 //! node's edge once: only interfaces with hardware behind them, not bridges, veths or bonds over
 //! them.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ use crate::sys::netlink::Links;
 
 /// How often the list of physical interfaces is made anew.
 const INTERFACES: Duration = Duration::from_secs(60);
+/// How often kills for want of memory are counted: for this one number the kernel adds up a hundred
+/// of each processor.
+const OOM_KILLS: Duration = Duration::from_secs(5);
 
 /// Reads the node.
 #[derive(Debug)]
@@ -23,9 +27,12 @@ pub struct Node {
     stat: CachedFile,
     meminfo: CachedFile,
     vmstat: CachedFile,
+    oom_kills: Option<(Instant, Option<u64>)>,
     pressure: [CachedFile; 3],
     interfaces: Vec<u32>,
     interfaces_at: Option<Instant>,
+    /// Of /proc/self/fd, kept so that no path is walked.
+    descriptors: Option<File>,
     tick_ns: u64,
 }
 
@@ -36,10 +43,12 @@ impl Node {
             stat: CachedFile::new(PathBuf::from("/proc/stat"), budget),
             meminfo: CachedFile::new(PathBuf::from("/proc/meminfo"), budget),
             vmstat: CachedFile::new(PathBuf::from("/proc/vmstat"), budget),
+            oom_kills: None,
             pressure: ["cpu", "memory", "io"]
                 .map(|of| CachedFile::new(Path::new("/proc/pressure").join(of), budget)),
             interfaces: Vec::new(),
             interfaces_at: None,
+            descriptors: File::open("/proc/self/fd").ok(),
             tick_ns: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
         }
     }
@@ -68,9 +77,7 @@ impl Node {
                     .map(|core| (core.user + core.system).saturating_mul(self.tick_ns)),
             );
         }
-        if let Ok(text) = self.vmstat.read(buffer) {
-            counters.oom_kill_events = keyed(text, "oom_kill");
-        }
+        counters.oom_kill_events = self.oom_kill_events(buffer);
         let [cpu, memory, io] = &mut self.pressure;
         if let Some(text) = cpu.read_if_offered(buffer) {
             [counters.cpu_pressure_some_ns, _] = pressure(text);
@@ -104,8 +111,20 @@ impl Node {
                 counters.net_tx_bytes = Some(tx);
             }
         }
-        counters.descriptors_open = open_descriptors();
+        counters.descriptors_open = self.descriptors.as_ref().and_then(open_descriptors);
         counters
+    }
+
+    fn oom_kill_events(&mut self, buffer: &mut Vec<u8>) -> Option<u64> {
+        match self.oom_kills {
+            Some((at, kills)) if at.elapsed() < OOM_KILLS => kills,
+            _ => {
+                let text = self.vmstat.read(buffer).ok();
+                let kills = text.and_then(|text| keyed(text, "oom_kill"));
+                self.oom_kills = Some((Instant::now(), kills));
+                kills
+            }
+        }
     }
 
     fn find_interfaces(&mut self) {
@@ -194,8 +213,8 @@ fn default_route(text: &str) -> Option<&str> {
 }
 
 /// Descriptors of this process: the size of the directory on kernels from 6.2 on, absent before.
-fn open_descriptors() -> Option<u64> {
-    let size = std::fs::metadata("/proc/self/fd").ok()?.len();
+fn open_descriptors(directory: &File) -> Option<u64> {
+    let size = directory.metadata().ok()?.len();
     (size > 0).then_some(size)
 }
 
@@ -248,5 +267,18 @@ mod tests {
         assert!(counters.cpu_total_ns > counters.cpu_idle_ns);
         assert!(counters.memory_total_bytes > counters.memory_available_bytes);
         assert_eq!(counters.net_rx_bytes, None);
+    }
+
+    #[test]
+    fn kills_are_counted_when_they_are_due() {
+        let mut node = Node::new(&Budget::new(10));
+        let mut buffer = Vec::new();
+        assert!(node.oom_kill_events(&mut buffer).is_some());
+        node.oom_kills = Some((Instant::now(), Some(u64::MAX)));
+        assert_eq!(node.oom_kill_events(&mut buffer), Some(u64::MAX));
+        node.oom_kills = Instant::now()
+            .checked_sub(OOM_KILLS)
+            .map(|at| (at, Some(u64::MAX)));
+        assert_ne!(node.oom_kill_events(&mut buffer), Some(u64::MAX));
     }
 }
