@@ -56,9 +56,7 @@ pub enum VolumeError {
     #[error("the volume name {0:?} is not usable: letters, digits and . _ - : @ + are")]
     Name(String),
     /// The cluster does not say where volumes belong.
-    #[error(
-        "cannot read where the cluster mounts volumes (volumes/_mount); see that etcd answers, or make agent.mount-path absolute"
-    )]
+    #[error("cannot read where the cluster mounts volumes (volumes/_mount); see that etcd answers")]
     Prefix(#[source] EtcdError),
     /// The cluster says nonsense of where volumes belong.
     #[error(transparent)]
@@ -151,7 +149,7 @@ pub struct PrefixError(String);
 ///
 /// # Errors
 /// It is no absolute path, or not plain.
-pub fn mount_prefix(text: &str) -> Result<Option<PathBuf>, PrefixError> {
+fn mount_prefix(text: &str) -> Result<Option<PathBuf>, PrefixError> {
     let path = Path::new(text.trim());
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
     if path.as_os_str().is_empty() {
@@ -187,8 +185,13 @@ impl VolumeOutcome {
 #[derive(Debug)]
 enum Base {
     Fixed(PathBuf),
-    /// Below the cluster's `volumes/_mount`, or the root where that is not set.
-    OfCluster(Etcd, PathBuf),
+    /// Below the cluster's `volumes/_mount`.
+    OfCluster {
+        etcd: Etcd,
+        /// Where that is not set.
+        usual: PathBuf,
+        below: PathBuf,
+    },
 }
 
 /// The volumes of this node.
@@ -220,7 +223,11 @@ impl Volumes {
     pub fn new(config: &Config, cluster: Option<&Etcd>) -> Volumes {
         let path = config.agent.mount_path.clone().unwrap_or_default();
         let base = match cluster {
-            Some(etcd) if !path.is_absolute() => Base::OfCluster(etcd.clone(), path),
+            Some(etcd) if !path.is_absolute() => Base::OfCluster {
+                etcd: etcd.clone(),
+                usual: "/".into(),
+                below: path,
+            },
             _ => Base::Fixed(Path::new("/").join(path)),
         };
         Volumes {
@@ -231,11 +238,20 @@ impl Volumes {
         }
     }
 
-    /// Below `base`, whoever mounts otherwise.
+    /// Whoever mounts otherwise: right below what the cluster says, or else `usual`.
     #[must_use]
-    pub fn at(base: &Path, settings: Settings) -> Volumes {
+    pub fn right_below(usual: &Path, cluster: Option<Etcd>, settings: Settings) -> Volumes {
+        let usual = usual.to_owned();
+        let base = match cluster {
+            Some(etcd) => Base::OfCluster {
+                etcd,
+                usual,
+                below: PathBuf::new(),
+            },
+            None => Base::Fixed(usual),
+        };
         Volumes {
-            base: Base::Fixed(base.to_owned()),
+            base,
             left_to_proxy: false,
             settings,
             turn: Mutex::default(),
@@ -253,11 +269,13 @@ impl Volumes {
     async fn base(&self) -> Result<PathBuf, VolumeError> {
         match &self.base {
             Base::Fixed(path) => Ok(path.clone()),
-            Base::OfCluster(etcd, path) => {
+            Base::OfCluster { etcd, usual, below } => {
                 let prefix = etcd.get("volumes/_mount").await;
                 let prefix = prefix.map_err(VolumeError::Prefix)?;
                 let prefix = mount_prefix(prefix.as_deref().unwrap_or_default())?;
-                Ok(prefix.unwrap_or_else(|| "/".into()).join(path))
+                let prefix = prefix.as_deref().unwrap_or(usual);
+                // Joined with nothing a path would end with a slash.
+                Ok(prefix.components().chain(below.components()).collect())
             }
         }
     }

@@ -9,7 +9,7 @@ mod routes;
 mod systemctl;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex as Lock;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ use crate::docker::{Docker, DockerError, DockerOptions};
 use crate::etcd::{Etcd, EtcdError};
 use crate::http;
 use crate::kernel::node::blocking;
-use crate::volumes::{PrefixError, Volumes, mount_prefix};
+use crate::volumes::Volumes;
 
 /// The token of a cluster that sets none.
 const INSECURE: &str = "insecure";
@@ -189,7 +189,7 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
             timeout: own.timeout,
         },
         token: Token::new(&found.token),
-        volumes: Volumes::at(&found.prefix, config.node.volumes.clone()),
+        volumes: Volumes::right_below(Path::new(PREFIX), found.etcd, config.node.volumes.clone()),
         docker,
         turn: Mutex::default(),
         stopping: stopping.clone(),
@@ -209,19 +209,11 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
     Ok(())
 }
 
-/// Why the watcher waits.
-#[derive(Debug, Error)]
-enum Unready {
-    #[error("etcd cannot be used")]
-    Etcd(#[from] EtcdError),
-    #[error(transparent)]
-    Prefix(#[from] PrefixError),
-}
-
 /// What the cluster says to watchers.
 struct Found {
     token: String,
-    prefix: PathBuf,
+    /// Where it says the rest.
+    etcd: Option<Etcd>,
 }
 
 async fn cluster(config: &Config) -> Result<Found, WatcherError> {
@@ -239,7 +231,7 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
     let Some(settings) = config.etcd.clone() else {
         return Ok(Found {
             token: own.ok_or(WatcherError::NoToken)?,
-            prefix: PREFIX.into(),
+            etcd: None,
         });
     };
     let (id, group) = (config.agent.id.clone(), config.agent.scaling_group.clone());
@@ -248,18 +240,13 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
         .map_err(WatcherError::Etcd)?;
     let mut pause = PAUSES.0;
     loop {
-        let read = async {
-            let token = etcd.get("config/watcher/token").await?;
-            let prefix = etcd.get("volumes/_mount").await?.unwrap_or_default();
-            Ok::<_, Unready>((token, mount_prefix(&prefix)?))
-        };
-        match read.await {
-            Ok((token, prefix)) => {
+        match etcd.get("config/watcher/token").await {
+            Ok(token) => {
                 return Ok(Found {
                     token: own
                         .or(token.filter(|token| !token.is_empty()))
                         .unwrap_or_else(|| INSECURE.to_owned()),
-                    prefix: prefix.unwrap_or_else(|| PREFIX.into()),
+                    etcd: Some(etcd),
                 });
             }
             Err(err) => tracing::error!(

@@ -407,6 +407,53 @@ async fn etcd_tells_the_token_and_where_volumes_are_mounted() -> Result<()> {
     mount_list_and_unmount(directory, port, plain, "/mnt/of-the-cluster").await
 }
 
+#[tokio::test]
+async fn a_cluster_that_says_nonsense_of_where_volumes_belong_keeps_mounts_only() -> Result<()> {
+    let etcd = EtcdServer::start().await?;
+    let mut client = etcd.client().await?;
+    const KEY: &str = "/sorna/local/volumes/_mount";
+    client.put(KEY, "mnt/../volumes", None).await?;
+    let port = free_port()?;
+    let directory = prepare(port, "127.0.0.1", TOKEN, "")?;
+    let file = directory.path().join("agent.toml");
+    let text = std::fs::read_to_string(&file)?;
+    std::fs::write(
+        &file,
+        etcd.section("local") + &text + "[node.volumes]\nallow = [\"tmpfs bai-test\"]\n",
+    )?;
+    let log = std::fs::File::create(directory.path().join("log"))?;
+    let child = command_in_a_cluster(directory.path())?
+        .stderr(log)
+        .spawn()?;
+    let watcher = Watcher {
+        child,
+        port,
+        directory,
+    };
+    wait::until("the watcher listens", PATIENCE, || async {
+        TcpStream::connect(("127.0.0.1", port)).await.ok()
+    })
+    .await
+    .with_context(|| watcher.log())?;
+    assert_eq!(watcher.get("/").await?.status, 200);
+    assert_eq!(watcher.post("/agent/restart").await?.status, 200);
+    let body = json!({"name": "vol", "fs_type": "tmpfs", "fs_location": "bai-test"}).to_string();
+    for (method, body) in [("GET", ""), ("POST", &*body), ("DELETE", &*body)] {
+        let answer = watcher.ask(method, "/mounts", TOKEN, body).await?;
+        assert_eq!(answer.status, 500, "{method}: {}", answer.body);
+        assert_eq!(
+            answer.body,
+            "volumes/_mount of etcd is \"mnt/../volumes\"; write an absolute path without '..', such as \"/mnt\", or remove the key",
+            "{method}"
+        );
+    }
+    // Put right, it holds from the next request on.
+    let here = watcher.directory.path().display().to_string();
+    client.put(KEY, here, None).await?;
+    assert_eq!(watcher.get("/mounts").await?.json()?, json!([]));
+    Ok(())
+}
+
 /// Below `/mnt` of a mount name space of its own, so that nothing of the machine changes.
 async fn mount_list_and_unmount(
     directory: TempDir,
