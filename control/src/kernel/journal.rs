@@ -4,6 +4,7 @@
 //! `<var-base-path>/kernels/<agent id>/<kernel id>.json`, mode 0600 (they hold the request, with the
 //! session's private keys), in a directory of mode 0700; never in the scratch, which is mounted
 //! into the container. The ends of kernels lie beside them in `ended/<agent id>`, in the same form.
+//! What cannot be read is put aside as `*.damaged`; of those, a bounded number is kept.
 //!
 //! Invariant: a file is always whole. It is written under another name, its bytes are flushed to
 //! the disk (`fdatasync`), then it is renamed over the old one. The directory itself is not
@@ -23,6 +24,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use shared::ids::KernelId;
 use thiserror::Error;
 use uuid::Uuid;
+
+/// How many records that were put aside in earlier lives are kept.
+pub(super) const DAMAGED_KEPT: usize = 256;
 
 /// Layout of the records. A record of a newer layout is left alone and reported.
 pub const VERSION: u32 = 1;
@@ -173,7 +177,7 @@ impl Journal {
 
     /// Reads all records. What cannot be read is renamed to `*.damaged` and returned by name:
     /// one bad file must not keep the node from starting, and its kernel is still adopted from
-    /// Docker's labels.
+    /// Docker's labels. Of those of earlier starts only the youngest stay.
     pub fn load<R: DeserializeOwned>(
         &self,
     ) -> Result<(BTreeMap<KernelId, R>, Vec<Damaged>), JournalError> {
@@ -183,6 +187,7 @@ impl Journal {
         };
         let mut records = BTreeMap::new();
         let mut damaged = Vec::new();
+        let mut earlier = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
@@ -191,6 +196,10 @@ impl Journal {
             if name.ends_with(".new") {
                 // A write that was cut short before its rename: the old record is still there.
                 let _ = fs::remove_file(&path);
+                continue;
+            }
+            if name.ends_with(".damaged") {
+                earlier.push(path);
                 continue;
             }
             let Some(kernel_id) = name
@@ -203,17 +212,18 @@ impl Journal {
                 Ok(record) => {
                     records.insert(kernel_id, record);
                 }
-                Err(reason) => {
-                    let aside = path.with_extension("damaged");
-                    let path = match fs::rename(&path, &aside) {
-                        Ok(()) => aside,
-                        Err(_) => path,
-                    };
-                    damaged.push(Damaged { path, reason });
-                }
+                Err(reason) => damaged.push(put_aside(path, reason)),
             }
         }
+        // One that is damaged again has taken the place of the earlier one.
+        earlier.retain(|path| damaged.iter().all(|new| new.path != *path));
+        remove_oldest(earlier, DAMAGED_KEPT);
         Ok((records, damaged))
+    }
+
+    /// Puts a record aside that can be read and makes no sense.
+    pub(super) fn put_aside(&self, kernel_id: KernelId, reason: &str) -> Damaged {
+        put_aside(self.path(kernel_id), reason.to_owned())
     }
 
     /// Remembers the ports that `assign_port` gave out, as they are at this writer's turn. Blocks.
@@ -255,6 +265,33 @@ fn read_record<R: DeserializeOwned>(path: &Path) -> Result<R, String> {
     serde_json::from_value::<Versioned<R>>(value)
         .map(|versioned| versioned.record)
         .map_err(|err| err.to_string())
+}
+
+fn put_aside(path: PathBuf, reason: String) -> Damaged {
+    let aside = path.with_extension("damaged");
+    let path = match fs::rename(&path, &aside) {
+        Ok(()) => aside,
+        Err(_) => path,
+    };
+    Damaged { path, reason }
+}
+
+/// Removes all but the `kept` files that were written last.
+fn remove_oldest(files: Vec<PathBuf>, kept: usize) {
+    let surplus = files.len().saturating_sub(kept);
+    if surplus == 0 {
+        return;
+    }
+    let written = |path: &PathBuf| fs::metadata(path).and_then(|found| found.modified()).ok();
+    let mut files: Vec<_> = files
+        .into_iter()
+        .map(|path| (written(&path), path))
+        .collect();
+    files.sort();
+    for (_, path) in files.drain(..surplus) {
+        // The next start tries again.
+        let _ = fs::remove_file(&path);
+    }
 }
 
 /// Writes `bytes` beside `path`, flushes them, and renames.
@@ -361,6 +398,31 @@ mod tests {
         let (records, damaged) = journal.load::<Journaled>().unwrap();
         assert_eq!((records.len(), damaged.len()), (1, 0));
         assert!(!journal.dir().join(format!("{}.json.1.new", id(1))).exists());
+    }
+
+    #[test]
+    fn of_the_damaged_ones_of_earlier_starts_the_youngest_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open_ends(dir.path(), "i-node").unwrap();
+        let aside = |n: u64| journal.dir().join(format!("{n}.damaged"));
+        let count = u64::try_from(DAMAGED_KEPT).unwrap() + 3;
+        // Written in another order than they are listed or named.
+        for n in (0..count).rev() {
+            let file = fs::File::create(aside(n)).unwrap();
+            let at = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000 + n);
+            file.set_modified(at).unwrap();
+        }
+        fs::write(journal.path(id(1)), b"{").unwrap();
+        let (_, damaged) = journal.load::<Journaled>().unwrap();
+        assert!(damaged[0].path.exists(), "one that is reported can be seen");
+        let left = || fs::read_dir(journal.dir()).unwrap().count();
+        assert_eq!(left(), DAMAGED_KEPT + 1);
+        let gone = (0..count).filter(|n| !aside(*n).exists());
+        assert_eq!(gone.collect::<Vec<_>>(), [0, 1, 2]);
+        // The next start has one more of earlier ones.
+        journal.load::<Journaled>().unwrap();
+        assert_eq!(left(), DAMAGED_KEPT);
+        assert!(damaged[0].path.exists() && !aside(3).exists());
     }
 
     #[test]

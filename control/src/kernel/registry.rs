@@ -140,9 +140,14 @@ impl EndedKernel {
 
     /// The last ones on the disk, oldest first; others are removed. Blocks.
     pub fn load(ends: &Journal) -> Result<(Vec<EndedKernel>, Vec<Damaged>), JournalError> {
-        let (found, damaged) = ends.load::<StoredEnd>()?;
-        let mut kernels: Vec<EndedKernel> =
-            found.into_values().filter_map(StoredEnd::read).collect();
+        let (found, mut damaged) = ends.load::<StoredEnd>()?;
+        let mut kernels = Vec::new();
+        for (id, end) in found {
+            match end.read() {
+                Some(ended) if ended.view.id == id => kernels.push(ended),
+                _ => damaged.push(ends.put_aside(id, "no end, or no end of this kernel")),
+            }
+        }
         kernels.sort_by_key(|ended| ended.at);
         let surplus = kernels.len().saturating_sub(ENDED_KEPT);
         for ended in kernels.drain(..surplus) {
@@ -785,6 +790,31 @@ mod tests {
         assert_eq!(files(), ENDED_KEPT + 1);
         EndedKernel::load(&ends).unwrap();
         assert_eq!(files(), ENDED_KEPT);
+    }
+
+    #[test]
+    fn ends_that_make_no_sense_are_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let ends = Journal::open_ends(dir.path(), "i-node").unwrap();
+        for n in 1..=4 {
+            end(&Registry::default(), [n; 16], &ends);
+        }
+        let file = |n: u8| ends.dir().join(format!("{}.json", KernelId([n; 16])));
+        let spoil = |n: u8, field: &str, value: serde_json::Value| {
+            let mut json: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(file(n)).unwrap()).unwrap();
+            let place = json.pointer_mut(field).expect(field);
+            *place = value;
+            std::fs::write(file(n), json.to_string()).unwrap();
+        };
+        spoil(1, "/record/at", (-1.0).into());
+        spoil(2, "/record/record/ending", serde_json::Value::Null);
+        std::fs::rename(file(3), file(5)).unwrap();
+        let (found, damaged) = EndedKernel::load(&ends).unwrap();
+        assert_eq!((found.len(), damaged.len()), (1, 3), "{damaged:?}");
+        assert!(damaged.iter().all(|it| it.path.exists()));
+        let (found, damaged) = EndedKernel::load(&ends).unwrap();
+        assert_eq!((found.len(), damaged.len()), (1, 0), "{damaged:?}");
     }
 
     #[test]
