@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
 /// What happens to a request that matches.
@@ -24,6 +24,8 @@ pub enum Fault {
     CutAfter(usize),
     /// Passed on; the answer stops after this many bytes, the connection stays open.
     StallAfter(usize),
+    /// Passed on; the answer is kept until all kept ones are let go.
+    Keep,
     /// Answered with these bytes, nothing is passed on.
     Answer(Vec<u8>),
 }
@@ -58,6 +60,8 @@ struct State {
     bodies: Vec<(String, Vec<u8>)>,
     open: usize,
     most_open: usize,
+    kept: usize,
+    let_go: watch::Sender<()>,
 }
 
 /// The misbehaving engine.
@@ -110,6 +114,16 @@ impl FaultDocker {
             fault,
             left: times,
         });
+    }
+
+    /// Answers that were kept so far.
+    pub fn kept(&self) -> usize {
+        self.state().kept
+    }
+
+    /// Hands on what is kept.
+    pub fn let_go(&self) {
+        self.state().let_go.send_replace(());
     }
 
     /// Ends all rules.
@@ -244,13 +258,25 @@ async fn exchange(mut client: UnixStream, state: &Mutex<State>, upstream: &Path)
             return Ok(());
         }
         Some(Fault::CutAfter(bytes) | Fault::StallAfter(bytes)) => bytes,
-        None => usize::MAX,
+        Some(Fault::Keep) | None => usize::MAX,
     };
     let mut engine = UnixStream::connect(upstream).await?;
     // One exchange per connection keeps the two sides in step.
     engine.write_all(&request[..head]).await?;
     engine.write_all(b"\r\nConnection: close\r\n\r\n").await?;
     engine.write_all(&request[head + 4..]).await?;
+    if fault == Some(Fault::Keep) {
+        let mut answer = Vec::new();
+        engine.read_to_end(&mut answer).await?;
+        let mut let_go = {
+            let mut held = state.lock().unwrap_or_else(PoisonError::into_inner);
+            held.kept += 1;
+            held.let_go.subscribe()
+        };
+        let_go.changed().await?;
+        client.write_all(&answer).await?;
+        return Ok(());
+    }
     let mut left = budget;
     let mut buffer = vec![0; 16 << 10];
     while left > 0 {

@@ -35,7 +35,7 @@ pub struct Kernel {
     /// Number of the journal entry on the disk.
     written: Arc<Mutex<u64>>,
     changes: watch::Sender<u64>,
-    /// Held by whoever renews the rows.
+    /// Held from finding the container to using what was found, for rows and the link to the runner.
     pub(super) refreshing: tokio::sync::Mutex<()>,
 }
 

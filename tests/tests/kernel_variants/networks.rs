@@ -553,6 +553,53 @@ async fn ports_follow_a_container_that_is_moved_between_networks_by_hand() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_runner_is_reached_that_was_moved_while_a_new_agent_looked_for_it() -> Result<()> {
+    let bridge = Bridge(format!("variants-{}", uuid::Uuid::new_v4().simple()));
+    kernels::docker(&["network", "create", &bridge.0])?;
+    let engine = FaultDocker::start()?;
+    let mut node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = Order::of(Image::Runner)?;
+    let result = kernels::create(&node, &order).await?;
+    let container = container_of(&result);
+    let networks = inspect(container)?["NetworkSettings"]["Networks"].clone();
+    let names: Vec<&String> = networks.as_object().context("a map")?.keys().collect();
+    let [first] = names[..] else {
+        anyhow::bail!("one network at first: {networks}");
+    };
+
+    node.stop_control()?;
+    // The first look is for the rows, the second for the link to the runner.
+    let look = format!("/containers/{container}/json");
+    engine.spoil(&look, Fault::CutAfter(usize::MAX), 1);
+    engine.spoil(&look, Fault::Keep, 1);
+    node.start_control().await?;
+    wait::until("the look for the runner", SOON, || async {
+        (engine.kept() == 1).then_some(())
+    })
+    .await?;
+    let looks = || {
+        let requests = engine.requests();
+        requests.iter().filter(|line| line.contains(&look)).count()
+    };
+    let before = looks();
+    kernels::docker(&["network", "connect", &bridge.0, container])?;
+    kernels::docker(&["network", "disconnect", first, container])?;
+    // Time enough for a look that waits for no other.
+    let overtaken = wait::until("a look meanwhile", Duration::from_secs(3), || async {
+        (looks() > before).then_some(())
+    });
+    assert!(overtaken.await.is_err(), "a later look came first");
+    engine.let_go();
+    assert_eq!(output_of(&node, &order, "echo here").await?, "here\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn kernels_are_put_on_the_alternative_bridge() -> Result<()> {
     let bridge = Bridge(format!("variants-{}", uuid::Uuid::new_v4().simple()));
     kernels::docker(&["network", "create", &bridge.0])?;

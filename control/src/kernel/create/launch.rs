@@ -524,6 +524,8 @@ async fn serve_running(
     container: ContainerId,
     abort: &CancellationToken,
 ) -> Result<Launched, Attempt> {
+    // Who finds the container later than this comes later with what was found.
+    let turn = kernel.refreshing.lock().await;
     let place = rows::locate(node, container).await?;
     node.registry.enter_sources(kernel, &place.sources);
     let record = kernel.record();
@@ -533,7 +535,9 @@ async fn serve_running(
     node.progress(kernel.id, "waiting for the runner");
     let runner = open_runner(kernel, &place, false);
     follow_models(node, kernel, &runner);
-    if let Some(old) = kernel.set_runner(Some(runner.clone())) {
+    let old = kernel.set_runner(Some(runner.clone()));
+    drop(turn);
+    if let Some(old) = old {
         old.close().await;
     }
     let served = async {
@@ -628,11 +632,15 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
     let Some(container) = kernel.container() else {
         return Ok(());
     };
+    // The link is there before anybody finds the container elsewhere, and has it follow.
+    let turn = kernel.refreshing.lock().await;
     let place = rows::locate(node, container).await?;
     node.registry.enter_sources(kernel, &place.sources);
     let runner = open_runner(kernel, &place, true);
     follow_models(node, kernel, &runner);
-    if let Some(idle) = kernel.offer_runner(container, runner) {
+    let idle = kernel.offer_runner(container, runner);
+    drop(turn);
+    if let Some(idle) = idle {
         idle.close().await;
     }
     Ok(())
