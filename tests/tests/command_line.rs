@@ -58,6 +58,29 @@ fn a_cluster_without_its_section_is_refused_in_words() -> Result<()> {
 }
 
 #[test]
+fn a_node_on_its_own_has_no_etcd_wherever_the_flag_stands() -> Result<()> {
+    for words in [
+        ["--standalone", "check-config", "--with-etcd"],
+        ["check-config", "--standalone", "--with-etcd"],
+        ["check-config", "--with-etcd", "--standalone"],
+    ] {
+        let refused = agent(&words)?.output()?;
+        assert_eq!(
+            refused.status.code(),
+            Some(64),
+            "{words:?}: {}",
+            said(&refused)
+        );
+        let told = said(&refused);
+        assert!(
+            told.contains("--with-etcd") && told.contains("--standalone"),
+            "{words:?}: {told}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn output_that_nobody_reads_is_no_crash() -> Result<()> {
     for form in ["text", "json"] {
         let (reader, writer) = std::io::pipe()?;

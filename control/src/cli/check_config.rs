@@ -16,12 +16,18 @@ pub struct CheckConfigArgs {
     #[arg(short, long)]
     quiet: bool,
     /// Also read what the cluster's etcd sets, as a start would, and show it.
-    #[arg(long, conflicts_with = "standalone")]
+    #[arg(long)]
     with_etcd: bool,
 }
 
 /// Loads the configuration and prints it, or every error in it.
 pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Problem> {
+    // Said here: where a flag of all commands stands before the command, the parser compares nothing.
+    if args.with_etcd && source.standalone {
+        return Err(Problem::Usage(anyhow::anyhow!(
+            "--with-etcd asks a cluster's etcd, and --standalone is for a node without a cluster; leave one of them out"
+        )));
+    }
     let options = source.options();
     let mut loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
     if args.with_etcd {
