@@ -13,6 +13,7 @@ mod lift;
 mod networks;
 pub mod plan;
 mod settings;
+mod strays;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use self::lift::cut;
 use self::plan::{Known, Step, plan};
 use self::settings::session_room;
 pub use self::settings::{Defaults, kept_descriptors};
+use self::strays::Strays;
 use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
@@ -85,6 +87,7 @@ pub struct Link {
     /// Why there is none though it is wanted.
     kernel_missing: Option<String>,
     containers: BTreeMap<ContainerId, ContainerRow>,
+    strays: Strays,
     /// What ports had counted in an earlier life of this process.
     earlier: BTreeMap<PortKey, PortStatus>,
     /// What removed ports had counted in the end, until control has taken note.
@@ -191,6 +194,7 @@ impl Link {
             kernel: None,
             kernel_missing: None,
             containers: BTreeMap::new(),
+            strays: Strays::start(),
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
             unclaimed_at: None,

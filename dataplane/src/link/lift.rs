@@ -8,14 +8,13 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{ContainerRow, DesiredSnapshot, PortKey, Protocol};
+use shared::desired::{DesiredSnapshot, PortKey, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
 use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
 use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
 use crate::sys::bpf::CounterTable;
-use crate::sys::netlink::sockets;
 
 /// Bytes of a reason that fit in a status.
 const REASON: usize = 119;
@@ -46,26 +45,6 @@ fn path_of(lift: &Lift, local_only: bool) -> (ForwardPath, String) {
         ),
         // Flows that there were go on.
         (Some(why), Some(_)) => (ForwardPath::Relay, format!("by the relay: {why}")),
-    }
-}
-
-/// A container was taken off a network by hand. What it has connections with by that network's address
-/// hears nothing of it any more, nor it of them: it would send into them for a quarter of an hour.
-fn cut_strays(row: &ContainerRow) {
-    if row.init_pid == 0 || row.host_network {
-        return;
-    }
-    match sockets::cut_strays(row.init_pid) {
-        Ok(cut) => tracing::info!(
-            container_id = %row.container_id,
-            cut,
-            "a container has left a network; its connections there are ended"
-        ),
-        Err(err) => tracing::warn!(
-            container_id = %row.container_id,
-            err = &err as &dyn std::error::Error,
-            "a container has left a network; it will notice late that its connections there have ended"
-        ),
     }
 }
 
@@ -114,15 +93,7 @@ impl Link {
         let rows = desired.containers.iter();
         let containers = rows.map(|row| (row.container_id, row.clone())).collect();
         let before = std::mem::replace(&mut self.containers, containers);
-        for row in self.containers.values() {
-            let moved = |it: &ContainerRow| {
-                let here = |link| row.link_indexes.contains(link);
-                it.init_pid == row.init_pid && !it.link_indexes.iter().all(here)
-            };
-            if before.get(&row.container_id).is_some_and(moved) {
-                cut_strays(row);
-            }
-        }
+        self.strays.note(&before, &self.containers);
         let Some(kernel) = &mut self.kernel else {
             return;
         };

@@ -9,6 +9,7 @@ mod asker;
 pub mod inner;
 pub mod interfaces;
 pub mod sockets;
+pub mod strays;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;

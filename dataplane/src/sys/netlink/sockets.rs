@@ -1,25 +1,18 @@
 //! Ending TCP connections by their sockets (sock_diag(7)).
 //!
-//! In: cookies of sockets of this network namespace, or a container that has lost an address. Out: those
-//! sockets, or the connections of that container from addresses it has no more, are reset, as if the
-//! peer had done it. Invariants: no other socket is touched: the kernel compares the cookie; another
-//! namespace is entered by a thread that ends there.
+//! In: cookies of sockets of this thread's network namespace, or addresses it had. Out: those sockets,
+//! or the connections from those addresses, are reset, as if the peer had done it. Invariant: no other
+//! socket is touched: the kernel compares the cookie.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
-use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::thread;
+use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::netlink;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::interfaces::Interfaces;
 use super::{
     ANSWER, BUFFER, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkError,
     from_kernel, messages, u32_at,
@@ -39,23 +32,6 @@ const COOKIE_AT: usize = 40;
 // include/net/tcp_states.h
 const TIME_WAIT: u8 = 6;
 const LISTEN: u8 = 10;
-
-/// Why a container's connections were not ended.
-#[derive(Debug, thiserror::Error)]
-pub enum StraysError {
-    /// Its network namespace can't be entered.
-    #[error("cannot enter the network namespace of process {pid}")]
-    Enter {
-        /// A process of the container.
-        pid: u32,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel's answer.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-}
 
 fn request(kind: u16, flags: u16, family: u8, id: &Id) -> Vec<u8> {
     let mut body = vec![family, IPPROTO_TCP, 0, 0];
@@ -92,8 +68,8 @@ fn wanted(body: &[u8], cookies: &HashSet<u64>, peer: SocketAddr) -> Option<Id> {
     (port == peer.port() && same && cookies.contains(&cookie)).then_some(id)
 }
 
-/// The id of a listed connection whose own address is none of `addresses`.
-fn stray(body: &[u8], addresses: &HashSet<IpAddr>) -> Option<Id> {
+/// The id of a listed connection whose own address is one of these.
+fn of_address(body: &[u8], addresses: &HashSet<IpAddr>) -> Option<Id> {
     let (family, state) = (*body.first()?, *body.get(1)?);
     let id = id_of(body)?;
     let own: [u8; 16] = id[4..20].try_into().ok()?;
@@ -102,8 +78,7 @@ fn stray(body: &[u8], addresses: &HashSet<IpAddr>) -> Option<Id> {
     } else {
         Ipv6Addr::from(own).to_canonical()
     };
-    let lost = !own.is_loopback() && !own.is_unspecified() && !addresses.contains(&own);
-    (lost && !matches!(state, LISTEN | TIME_WAIT)).then_some(id)
+    (addresses.contains(&own) && !matches!(state, LISTEN | TIME_WAIT)).then_some(id)
 }
 
 fn list(
@@ -147,32 +122,13 @@ pub fn cut(cookies: &HashSet<u64>, peer: SocketAddr) -> Result<usize, NetlinkErr
     end(&|body| wanted(body, cookies, peer))
 }
 
-/// Resets the TCP connections of a container from addresses that it has no more: their peers can say
-/// nothing to it, not even that they have ended. `pid` is a process of it. Answers how many.
+/// Resets the TCP connections of this thread's network namespace that have one of these as their own
+/// address. Answers how many.
 ///
 /// # Errors
 /// The step that failed.
-pub fn cut_strays(pid: u32) -> Result<usize, StraysError> {
-    let enter = move |source| StraysError::Enter { pid, source };
-    let there = File::open(format!("/proc/{pid}/ns/net")).map_err(enter)?;
-    let here = fs::metadata("/proc/self/ns/net").map_err(enter)?;
-    if there.metadata().map_err(enter)?.ino() == here.ino() {
-        return Ok(0);
-    }
-    let work = move || {
-        move_into_link_name_space(there.as_fd(), Some(LinkNameSpaceType::Network))
-            .map_err(|errno| enter(errno.into()))?;
-        let interfaces = Interfaces::open()?.list()?;
-        let addresses = interfaces.into_values().flat_map(|it| it.addresses);
-        let addresses: HashSet<IpAddr> = addresses.collect();
-        Ok(end(&|body| stray(body, &addresses))?)
-    };
-    let thread = thread::Builder::new().name("strays".into()).spawn(work);
-    let panicked = |_| enter(io::Error::other("the thread that entered it has panicked"));
-    thread
-        .map_err(enter)?
-        .join()
-        .unwrap_or_else(|panic| Err(panicked(panic)))
+pub(super) fn cut_from(addresses: &HashSet<IpAddr>) -> Result<usize, NetlinkError> {
+    end(&|body| of_address(body, addresses))
 }
 
 /// Resets the wanted ones among the TCP sockets of this thread's namespace.
@@ -225,7 +181,7 @@ mod tests {
         #[test]
         fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let _ = wanted(&bytes, &HashSet::new(), ([127, 0, 0, 1], 1).into());
-            let _ = stray(&bytes, &HashSet::new());
+            let _ = of_address(&bytes, &HashSet::new());
         }
     }
 }

@@ -1,0 +1,311 @@
+//! Containers that lose an address while they run, as one that is taken off a network by hand: what it
+//! has connections with by that address hears nothing of it any more, nor it of them, and it would send
+//! into them for a quarter of an hour.
+//!
+//! In: rows of containers, new or changed. Out: their connections from addresses they have lost are
+//! reset. Invariants: only addresses that were seen at the container are ever taken for lost ones; the
+//! kernel is asked by a thread of its own, for which the link waits no longer than [`PATIENCE`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use shared::desired::ContainerRow;
+use shared::ids::ContainerId;
+
+use crate::sys::netlink::strays::{self, Looked, StraysError};
+
+/// How long the ends of connections may keep the link from its answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A container to look at.
+#[derive(Debug)]
+struct Order {
+    pid: u32,
+    /// It has lost a link.
+    moved: bool,
+    /// Dropped with the order, for who waits.
+    _waiter: Option<Sender<Infallible>>,
+}
+
+/// At most one order per container: a later one takes the place of an earlier one.
+#[derive(Debug, Default)]
+struct Orders {
+    looks: BTreeMap<ContainerId, Order>,
+    /// Containers there are.
+    present: BTreeSet<ContainerId>,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Desk {
+    orders: Mutex<Orders>,
+    changed: Condvar,
+}
+
+impl Desk {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The thread's handle. Dropping it tells the thread to end, and does not wait.
+#[derive(Debug)]
+pub(super) struct Strays {
+    desk: Arc<Desk>,
+}
+
+/// Of one container, so that another one's process is never taken for it.
+type Known = HashMap<ContainerId, (u32, HashSet<IpAddr>)>;
+
+impl Strays {
+    /// Starts the thread.
+    pub(super) fn start() -> Self {
+        let desk = Arc::new(Desk::default());
+        let own = Arc::clone(&desk);
+        let thread = std::thread::Builder::new().name("strays".into());
+        if let Err(err) = thread.spawn(move || serve(&own, strays::look)) {
+            desk.orders().stop = true;
+            tracing::warn!(
+                %err,
+                "no thread to look at addresses of containers; those that leave a network will notice late that their connections there have ended"
+            );
+        }
+        Self { desk }
+    }
+
+    /// Notes which rows there are now, instead of those before, and has the connections of containers
+    /// ended that have lost a link.
+    pub(super) fn note(
+        &self,
+        before: &BTreeMap<ContainerId, ContainerRow>,
+        now: &BTreeMap<ContainerId, ContainerRow>,
+    ) {
+        let (sender, ended) = mpsc::channel();
+        let mut moved = 0_usize;
+        {
+            let mut orders = self.desk.orders();
+            if orders.stop {
+                return;
+            }
+            orders.present = now.keys().copied().collect();
+            orders.looks.retain(|id, _| now.contains_key(id));
+            for row in now.values() {
+                if row.init_pid == 0 || row.host_network {
+                    continue;
+                }
+                let earlier = before.get(&row.container_id);
+                let earlier = earlier.filter(|it| it.init_pid == row.init_pid);
+                if earlier.is_some_and(|it| it.link_indexes == row.link_indexes) {
+                    continue;
+                }
+                let here = |link| row.link_indexes.contains(link);
+                let left = earlier.is_some_and(|it| !it.link_indexes.iter().all(here));
+                moved += usize::from(left);
+                let waiting = orders.looks.get(&row.container_id);
+                let order = Order {
+                    pid: row.init_pid,
+                    moved: left || waiting.is_some_and(|it| it.moved && it.pid == row.init_pid),
+                    _waiter: left.then(|| sender.clone()),
+                };
+                orders.looks.insert(row.container_id, order);
+            }
+        }
+        drop(sender);
+        self.desk.changed.notify_one();
+        if moved > 0 && ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!(
+                containers = moved,
+                "containers have left a network, and it takes long to end their connections there"
+            );
+        }
+    }
+}
+
+impl Drop for Strays {
+    fn drop(&mut self) {
+        self.desk.orders().stop = true;
+        self.desk.changed.notify_one();
+    }
+}
+
+/// Carries out orders; those first that somebody waits for.
+fn serve(
+    desk: &Desk,
+    look: impl Fn(u32, ContainerId, &HashSet<IpAddr>) -> Result<Looked, StraysError>,
+) {
+    let mut known = Known::new();
+    loop {
+        let (id, order) = {
+            let mut orders = desk.orders();
+            loop {
+                if orders.stop {
+                    return;
+                }
+                known.retain(|id, _| orders.present.contains(id));
+                let urgent = orders.looks.iter().find(|(_, it)| it.moved);
+                let next = urgent.or(orders.looks.first_key_value()).map(|(id, _)| *id);
+                if let Some(next) = next.and_then(|id| orders.looks.remove_entry(&id)) {
+                    break next;
+                }
+                let waited = desk.changed.wait(orders);
+                orders = waited.unwrap_or_else(PoisonError::into_inner);
+            }
+        };
+        carry_out(&mut known, id, &order, &look);
+    }
+}
+
+fn carry_out(
+    known: &mut Known,
+    id: ContainerId,
+    order: &Order,
+    look: &impl Fn(u32, ContainerId, &HashSet<IpAddr>) -> Result<Looked, StraysError>,
+) {
+    let none = HashSet::new();
+    let before = match known.get(&id) {
+        Some((pid, addresses)) if order.moved && *pid == order.pid => addresses,
+        _ => &none,
+    };
+    let began = Instant::now();
+    match look(order.pid, id, before) {
+        Ok(Looked { addresses, cut }) => {
+            if order.moved {
+                tracing::info!(
+                    container_id = %id,
+                    cut,
+                    "a container has left a network; its connections there are ended"
+                );
+            }
+            tracing::debug!(
+                container_id = %id,
+                addresses = addresses.len(),
+                took_us = began.elapsed().as_micros(),
+                "the addresses of a container are known"
+            );
+            known.insert(id, (order.pid, addresses));
+        }
+        Err(err) if order.moved => tracing::warn!(
+            container_id = %id,
+            err = &err as &dyn std::error::Error,
+            "a container has left a network; it will notice late that its connections there have ended"
+        ),
+        Err(err) => {
+            // One that ends at once is gone before it is looked at.
+            tracing::debug!(
+                container_id = %id,
+                err = &err as &dyn std::error::Error,
+                "the addresses of a container are not known"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn rows(links: &[u32]) -> BTreeMap<ContainerId, ContainerRow> {
+        let row = ContainerRow {
+            container_id: ContainerId([1; 32]),
+            init_pid: 7,
+            link_indexes: links.to_vec(),
+            ..ContainerRow::default()
+        };
+        BTreeMap::from([(row.container_id, row)])
+    }
+
+    #[test]
+    fn the_link_does_not_wait_for_a_kernel_that_does_not_answer() {
+        let desk = Arc::new(Desk::default());
+        let (gate, released) = mpsc::channel::<Infallible>();
+        let returned = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (desk, returned) = (Arc::clone(&desk), Arc::clone(&returned));
+            std::thread::spawn(move || {
+                serve(&desk, |_, _, _| {
+                    let _ = released.recv();
+                    returned.store(true, Ordering::SeqCst);
+                    Ok(Looked::default())
+                });
+            })
+        };
+        let strays = Strays { desk };
+        let none = BTreeMap::new();
+        strays.note(&none, &rows(&[4]));
+        strays.note(&rows(&[4]), &rows(&[5]));
+        assert!(!returned.load(Ordering::SeqCst), "it waits no more");
+        drop(gate);
+        drop(strays);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn only_what_was_seen_at_a_container_is_lost_by_it() {
+        let before = Arc::new(Mutex::new(Vec::new()));
+        let desk = Arc::new(Desk::default());
+        let thread = {
+            let (desk, before) = (Arc::clone(&desk), Arc::clone(&before));
+            std::thread::spawn(move || {
+                serve(&desk, |pid, _, known| {
+                    let mut before = before.lock().unwrap();
+                    let mut known: Vec<IpAddr> = known.iter().copied().collect();
+                    known.sort();
+                    before.push((pid, known));
+                    let number = u8::try_from(before.len()).unwrap();
+                    Ok(Looked {
+                        addresses: HashSet::from([[10, 0, 0, number].into()]),
+                        cut: 0,
+                    })
+                });
+            })
+        };
+        let strays = Strays { desk };
+        let looked = |count: usize| {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while before.lock().unwrap().len() < count {
+                assert!(Instant::now() < deadline, "not looked at");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        let none = BTreeMap::new();
+        let address = |number: u8| IpAddr::from([10, 0, 0, number]);
+        strays.note(&none, &rows(&[4]));
+        looked(1);
+        // The same again is not looked at; another link is, and nothing is lost by that.
+        strays.note(&rows(&[4]), &rows(&[4]));
+        strays.note(&rows(&[4]), &rows(&[4, 5]));
+        looked(2);
+        strays.note(&rows(&[4, 5]), &rows(&[5]));
+        // Gone and back: nothing is known of it.
+        strays.note(&rows(&[5]), &none);
+        strays.note(&none, &rows(&[5, 6]));
+        looked(4);
+        strays.note(&rows(&[5, 6]), &rows(&[6]));
+        // Another process with the same name.
+        let mut other = rows(&[]);
+        for row in other.values_mut() {
+            row.init_pid = 8;
+        }
+        strays.note(&rows(&[6]), &other);
+        looked(6);
+        let seen = before.lock().unwrap().clone();
+        assert_eq!(
+            seen,
+            [
+                (7, vec![]),
+                (7, vec![]),
+                (7, vec![address(2)]),
+                (7, vec![]),
+                (7, vec![address(4)]),
+                (8, vec![]),
+            ]
+        );
+        drop(strays);
+        thread.join().unwrap();
+    }
+}
