@@ -68,7 +68,8 @@ struct {
 	MAP_TYPE(value, struct delivered);
 } delivered SEC(".maps");
 
-/* Of no use to another life, so not pinned. */
+/* Of no use to another life, so not pinned. The dataplane takes the entries of ports that are gone
+ * away, and all when it has no sockets counted for a while. */
 struct {
 	MAP_UINT(type, MAP_HASH);
 	MAP_UINT(max_entries, 16384);
@@ -728,6 +729,9 @@ static long sweep_socket(void *map, const __u64 *cookie, const struct led_socket
 	key.protocol = led->protocol;
 	service = bpf_map_lookup_elem(&services, &key);
 	if (service && service->life != led->life)
+		return 0;
+	/* Nobody would put the count of a port right that is gone, nor begin it anew. */
+	if (!bpf_map_lookup_elem(&active, &key))
 		return 0;
 	count = bpf_map_lookup_elem(&socket_counts, &key);
 	if (count) {

@@ -133,6 +133,8 @@ pub mod map {
     pub const LED_SOCKETS: &str = "led_sockets";
     /// Peers of datagram sockets of this host.
     pub const LED_PEERS: &str = "led_peers";
+    /// How many sockets of this host lead to a port, as sweeps find them.
+    pub const SOCKET_COUNTS: &str = "socket_counts";
 }
 
 #[cfg(test)]

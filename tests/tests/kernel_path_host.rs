@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use aya::EbpfLoader;
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
+use ebpf::records::PROTOCOL_TCP;
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
@@ -305,6 +306,83 @@ fn sockets_that_fell_out_of_a_full_table_are_counted_no_longer() {
     node.counted(&row, |it| it.sessions_active == 1);
     drop(one.expect("led"));
     node.counted(&row, |it| it.sessions_active == 0);
+}
+
+/// What the sweeps' program of a node's dataplane notes of sockets: a table without a pin.
+fn socket_counts(node: &Node) -> HashMap<MapData, [u8; 4], [u32; 2]> {
+    let places = std::fs::read_dir(format!("/proc/{}/fdinfo", node.process.pid()));
+    let texts = places.expect("the dataplane's descriptors").flatten();
+    let texts = texts.filter_map(|it| std::fs::read_to_string(it.path()).ok());
+    let number = |text: String| {
+        let line = text.lines().find_map(|line| line.strip_prefix("map_id:"));
+        line.and_then(|line| line.trim().parse().ok())
+    };
+    let found = texts.filter_map(number).find_map(|id: u32| {
+        let map = MapData::from_id(id).ok()?;
+        let info = map.info().ok()?;
+        (info.name_as_str() == Some("socket_counts")).then_some(map)
+    });
+    let table = Map::HashMap(found.expect("the table"));
+    table.try_into().expect("of this layout")
+}
+
+/// Sweeps so far.
+fn sweeps(node: &Node) -> u32 {
+    let orders = MapData::from_pin(pins_of(node).join("orders")).expect("pinned");
+    let orders: Array<MapData, [u32; 12]> = Map::Array(orders).try_into().expect("this layout");
+    orders.get(&0, 0).expect("the order")[10]
+}
+
+fn swept(node: &Node, times: u32) {
+    let before = sweeps(node);
+    until("sweeps", || {
+        (sweeps(node).wrapping_sub(before) >= times).then_some(())
+    })
+    .expect("swept");
+}
+
+#[test]
+fn what_was_counted_of_sockets_goes_with_their_port_and_is_not_believed_later() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let server = echo(&node.container);
+    let rows = [node.container.port(server), node.container.port(server)];
+    for row in &rows {
+        node.lift(row);
+    }
+    let ports = rows.each_ref().map(|row| row.host_port);
+    let open = move || ports.map(|port| traffic::connect(loopback(port)).expect("led"));
+    let [cut, kept] = within(&node.network.host, open).expect("the host's namespace");
+    let keys = ports.map(|port| {
+        let [first, second] = port.to_be_bytes();
+        [first, second, PROTOCOL_TCP, 0]
+    });
+    let noted = |node: &Node| {
+        let table = socket_counts(node);
+        keys.map(|key| table.get(&key, 0).ok())
+    };
+    until("both being counted", || {
+        noted(&node).iter().all(Option::is_some).then_some(())
+    })
+    .expect("counted");
+
+    // The port goes, its client has not closed the socket yet, and others are counted on.
+    node.control.withdraw(rows[0].key()).expect("removed");
+    swept(&node, 2);
+    let left = noted(&node);
+    assert!(left[0].is_none() && left[1].is_some(), "{left:?}");
+
+    // Nobody is left to be counted: what one count has found too much is forgotten before the next.
+    let mut table = socket_counts(&node);
+    table.insert(keys[1], [0, 3], 0).expect("noted");
+    drop(kept);
+    until("nothing being noted", || {
+        (noted(&node) == [None, None]).then_some(())
+    })
+    .expect("forgotten");
+    drop(cut);
 }
 
 /// The end of a connection of the host's takes its flow out of the table, whoever closes first and

@@ -13,6 +13,7 @@ pub mod eligibility;
 mod error;
 mod flows;
 mod host;
+mod leaving;
 mod object;
 pub mod pins;
 mod places;
@@ -36,6 +37,7 @@ use self::elders::Elders;
 pub use self::error::{KernelPathError, words};
 pub use self::flows::KernelPort;
 use self::host::Hooks;
+use self::leaving::Leaving;
 use self::object::{adopt_delivered, load, pins_fit, typed};
 use self::pins::{Pins, PinsError, Side};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
@@ -93,6 +95,10 @@ pub struct KernelPath {
     addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuHashMap<MapData, ServiceKey, PortCounters>,
     active: HashMap<MapData, ServiceKey, PortFlows>,
+    /// What the sweeps' program notes of sockets of this host; two words per port.
+    socket_counts: HashMap<MapData, ServiceKey, [u32; 2]>,
+    /// The last sweep in its turn counted sockets.
+    sockets_counted: bool,
     delivered: PerCpuHashMap<MapData, u32, Delivered>,
     /// The same for another thread.
     delivered_table: Option<CounterTable>,
@@ -108,6 +114,8 @@ pub struct KernelPath {
     served: BTreeMap<ServiceKey, Served>,
     /// Taken off, their flows not swept yet.
     unswept: BTreeSet<ServiceKey>,
+    /// Swept, but still in a map.
+    leaving: Leaving,
     /// Some of those had flows.
     flows_left: bool,
     /// Services an earlier process has left.
@@ -155,6 +163,7 @@ impl KernelPath {
         let addresses: HashMap<MapData, Address, u32> = typed!(&mut object, map::ADDRESSES);
         let counters = typed!(&mut object, map::COUNTERS);
         let active = typed!(&mut object, map::ACTIVE);
+        let socket_counts = typed!(&mut object, map::SOCKET_COUNTS);
         let delivered = typed!(&mut object, map::DELIVERED);
         let delivered_table = CounterTable::open(&pins.directory().join(map::DELIVERED))
             .map_err(KernelPathError::Delivered)?;
@@ -190,6 +199,8 @@ impl KernelPath {
             addresses,
             counters,
             active,
+            socket_counts,
+            sockets_counted: false,
             delivered,
             delivered_table: Some(delivered_table),
             orders,
@@ -202,6 +213,7 @@ impl KernelPath {
             guarded: BTreeSet::new(),
             served: BTreeMap::new(),
             unswept: BTreeSet::new(),
+            leaving: Leaving::default(),
             flows_left: false,
             found,
             routed: HashSet::new(),
@@ -245,6 +257,8 @@ impl KernelPath {
         }
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
             self.sweep_with_sockets(now);
+            // Those that could not be removed.
+            self.settle();
         }
         if now.saturating_duration_since(self.counted_at) >= Duration::from_secs(1) {
             self.counted_at = now;

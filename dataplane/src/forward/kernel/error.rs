@@ -83,6 +83,17 @@ pub enum KernelPathError {
     /// Interfaces can't be listed.
     #[error("interfaces can't be listed")]
     Interfaces(#[source] NetlinkError),
+    /// Entries of ports that are gone are still in a map.
+    #[error("counters of {ports} ports that are gone can't be removed from map {name} yet")]
+    Leaving {
+        /// Which.
+        name: &'static str,
+        /// How many.
+        ports: usize,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The sweep could not be run.
     #[error("flows can't be swept")]
     Sweep(#[source] io::Error),

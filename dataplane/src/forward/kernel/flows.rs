@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use aya::maps::IterableMap as _;
 use ebpf::records::{PortCounters, ServiceKey, SweepOrder};
 use ebpf::{map, program};
 
@@ -69,6 +70,15 @@ impl KernelPath {
         self.swept_at = now;
         let local = |it: &Served| it.port.local.load(Relaxed) > 0;
         let any = self.served.values().any(local);
+        if !any && std::mem::take(&mut self.sockets_counted) {
+            // What the last count found too much is no word on the next one, which may be hours away.
+            let noted: Vec<ServiceKey> = self.socket_counts.keys().flatten().collect();
+            if let Err(err) = bpf::remove_entries(self.socket_counts.map(), &noted) {
+                self.sockets_counted = true;
+                self.complain(&KernelPathError::Sweep(err));
+            }
+        }
+        self.sockets_counted |= any;
         if let Err(err) = self.try_sweep(any) {
             self.complain(&err);
         }

@@ -26,6 +26,8 @@ use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words}
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf;
 
+/// linux/bpf.h: an update that makes an entry or replaces it.
+const BPF_ANY: u64 = 0;
 /// linux/bpf.h: an update that makes an entry or fails.
 const BPF_NOEXIST: u64 = 1;
 /// Containers whose routes were looked at and found good.
@@ -198,7 +200,7 @@ impl KernelPath {
         mut service: Service,
     ) -> Result<Arc<KernelPort>, KernelPathError> {
         let key = key_of(row.key());
-        if self.unswept.contains(&key) {
+        if self.unswept.contains(&key) || self.leaving.contains(key) {
             self.settle();
         }
         let before = self
@@ -234,11 +236,23 @@ impl KernelPath {
                 .insert(service.target, ADDRESS_CONTAINER, 0)
                 .map_err(fails(map::ADDRESSES))?;
         }
-        let made = self.active.insert(key, PortFlows::default(), BPF_NOEXIST);
+        // What an earlier port could not be rid of is begun anew.
+        let how = match self.leaving.contains(key) {
+            true => BPF_ANY,
+            false => BPF_NOEXIST,
+        };
+        let made = self.active.insert(key, PortFlows::default(), how);
         let counts_flows = is_new(made).map_err(fails(map::ACTIVE))?;
         let zero = each_cpu::<PortCounters>().map_err(fails(map::COUNTERS))?;
-        let made = self.counters.insert(key, zero, BPF_NOEXIST);
+        let made = self.counters.insert(key, zero, how);
         let counts = is_new(made).map_err(fails(map::COUNTERS))?;
+        if how == BPF_ANY {
+            match self.socket_counts.remove(&key) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(fails(map::SOCKET_COUNTS)(source)),
+            }
+            self.leaving.forget(key);
+        }
         self.services
             .insert(key, service, 0)
             .map_err(fails(map::SERVICES))?;
@@ -357,26 +371,34 @@ impl KernelPath {
         }
     }
 
-    /// Cuts the flows of ports that were taken off; many at once cost no more than one.
+    /// Cuts the flows of ports that were taken off; many at once cost no more than one. What of them
+    /// can't be removed is tried again with the next, or the next sweep.
     pub fn settle(&mut self) {
-        if self.unswept.is_empty() {
+        if self.unswept.is_empty() && self.leaving.is_empty() {
             return;
         }
         // What has ended already goes with the next sweep; nothing comes in by it without a service.
         if std::mem::take(&mut self.flows_left) {
             self.sweep(Instant::now());
         }
-        let gone: Vec<ServiceKey> = std::mem::take(&mut self.unswept)
-            .into_iter()
-            .filter(|key| !self.served.contains_key(key))
-            .collect();
-        for (name, map) in [
-            (map::COUNTERS, self.counters.map()),
-            (map::ACTIVE, self.active.map()),
-        ] {
-            if let Err(err) = bpf::remove_entries(map, &gone) {
-                tracing::warn!(name, %err, "counters of ports that are gone stay: the next ones there go on with them");
+        for key in std::mem::take(&mut self.unswept) {
+            if !self.served.contains_key(&key) {
+                self.leaving.add(key);
             }
+        }
+        let (counters, active) = (self.counters.map(), self.active.map());
+        let sockets = self.socket_counts.map();
+        let removed = self.leaving.leave(&mut [
+            (map::COUNTERS, &mut |gone| {
+                bpf::remove_entries(counters, gone)
+            }),
+            (map::ACTIVE, &mut |gone| bpf::remove_entries(active, gone)),
+            (map::SOCKET_COUNTS, &mut |gone| {
+                bpf::remove_entries(sockets, gone)
+            }),
+        ]);
+        if let Err(err) = removed {
+            self.complain(&err);
         }
     }
 
