@@ -21,7 +21,9 @@ import traceback
 
 sys.dont_write_bytecode = True
 
-import compat_accelerators  # noqa: F401 (adds its checks)
+# These add their checks.
+import compat_exchange  # noqa: F401, I001
+import compat_accelerators  # noqa: F401
 from compat_checks import CHECKS, Bench, Skipped
 from stack import engine
 from stack.agents import Agent

@@ -390,6 +390,10 @@ async fn rebuild(
     let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
     prepare::check_models(&mut prepared, config, &image).await?;
     let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
+    kernel.update_record(|record| {
+        record.distro = Some(distro.clone());
+        record.runner_version = Some(prepared.runner.version().to_owned());
+    });
     launch::files_and_container(node, kernel, order, &prepared, &distro, abort).await
 }
 

@@ -281,6 +281,26 @@ impl Scratch {
         .await
     }
 
+    /// Reads such a file whole, if it is there, as long as `limit` at most and nobody else can have
+    /// written it.
+    ///
+    /// # Errors
+    /// It can't be read, is longer or open to others, or the deadline has passed.
+    pub async fn read_own_config(
+        &self,
+        kernel_id: Uuid,
+        name: &'static str,
+        limit: u64,
+    ) -> Result<Option<Vec<u8>>, ScratchError> {
+        let path = self.paths(kernel_id).config.join(name);
+        self.blocking(kernel_id, move |_| match contents::read_own(&path, limit) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(ScratchError::Read { path, cause }),
+        })
+        .await
+    }
+
     /// Removes a kernel's scratch, whatever state and kind it has. Removing nothing is success.
     ///
     /// # Errors

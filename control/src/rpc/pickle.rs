@@ -1,7 +1,7 @@
 //! A restricted reader of the few pickles the manager sends, and a writer of the ones it reads.
 //!
 //! In: the payload of an ext value; out: an enum member, a decimal, an image reference, resource
-//! slots or a byte count. A pickle is treated as data: the opcodes and the classes are on
+//! slots or a byte count. In: a file of the Python agent's; out: a [`Value`]. A pickle is treated as data: the opcodes and the classes are on
 //! allow-lists, nothing is ever called, and objects become rows of a flat arena, so neither depth
 //! nor sharing nor cycles of the input cost more than its length. Invariant: no input panics, and
 //! the work is linear in the input, which is at most [`MAX_PICKLE_BYTES`].
@@ -12,9 +12,9 @@
 mod machine;
 mod write;
 
-use super::value::ImageRef;
+use super::value::{ImageRef, Value};
 pub use machine::PickleError;
-use machine::{Arena, Id, Node};
+use machine::{Arena, Id, Node, is_path};
 pub(in crate::rpc) use write::write_enum_value;
 pub use write::{
     write_binary_size, write_decimal, write_enum, write_image_ref, write_resource_slot,
@@ -22,6 +22,12 @@ pub use write::{
 
 /// Longest pickle that is looked at, in bytes. The largest of the real ones is about 400.
 pub const MAX_PICKLE_BYTES: usize = 64 * 1024;
+
+/// Longest pickle of a file, in bytes: a bootstrap script and dotfiles may be in it.
+pub const MAX_FILE_BYTES: usize = 4 * 1024 * 1024;
+/// Values of one file, and how deep they may lie in each other: a pickle may hold one object in many places.
+const MAX_VALUES: usize = 100_000;
+const MAX_DEPTH: usize = 32;
 
 /// Module of the common value types of Backend.AI.
 pub const COMMON_TYPES: &str = "ai.backend.common.types";
@@ -39,7 +45,7 @@ pub enum EnumValue {
 
 /// Reads an enum member: its class as `module:ClassName`, and its value.
 pub fn read_enum(pickle: &[u8]) -> Result<(String, EnumValue), PickleError> {
-    let arena = Arena::load(pickle)?;
+    let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let member = arena.object(arena.root())?;
     let class = format!("{}:{}", member.module, member.name);
     let value = match member.args {
@@ -55,15 +61,86 @@ pub fn read_enum(pickle: &[u8]) -> Result<(String, EnumValue), PickleError> {
     Ok((class, value))
 }
 
+/// Reads plain values and the few rich types that Backend.AI's programs keep in files.
+///
+/// # Errors
+/// There is something else in it, or too much.
+pub fn read_file(pickle: &[u8]) -> Result<Value, PickleError> {
+    let arena = Arena::load(pickle, MAX_FILE_BYTES)?;
+    value(&arena, arena.root(), MAX_DEPTH, &mut MAX_VALUES.clone())
+}
+
+fn value(arena: &Arena, id: Id, depth: usize, left: &mut usize) -> Result<Value, PickleError> {
+    let depth = depth.checked_sub(1);
+    let depth = depth.ok_or(PickleError::Shape("values of that depth"))?;
+    *left = left
+        .checked_sub(1)
+        .ok_or(PickleError::Shape("that many values"))?;
+    Ok(match arena.node(id) {
+        Node::None => Value::Nil,
+        Node::Bool(flag) => Value::Bool(*flag),
+        Node::Int(number) => match (i64::try_from(*number), u64::try_from(*number)) {
+            (Ok(number), _) => Value::Int(number),
+            (_, Ok(number)) => Value::UInt(number),
+            _ => return Err(PickleError::Shape("integers of 64 bits")),
+        },
+        Node::Float(number) => Value::Float(*number),
+        Node::Str(text) => Value::Str(text.clone()),
+        Node::Tuple(items) | Node::List(items) => {
+            let items = items.iter().map(|item| value(arena, *item, depth, left));
+            Value::Array(items.collect::<Result<_, _>>()?)
+        }
+        Node::Dict(pairs) => {
+            let pairs = pairs.iter().map(|(key, of)| {
+                let key = value(arena, *key, depth, left)?;
+                Ok((key, value(arena, *of, depth, left)?))
+            });
+            Value::Map(pairs.collect::<Result<_, _>>()?)
+        }
+        Node::Object { .. } => rich(arena, id)?,
+        Node::Bytes | Node::Set | Node::Class { .. } => {
+            return Err(PickleError::Shape("plain values"));
+        }
+    })
+}
+
+fn rich(arena: &Arena, id: Id) -> Result<Value, PickleError> {
+    let object = arena.object(id)?;
+    if (object.module, object.name) == ("decimal", "Decimal") {
+        return decimal(arena, id).map(Value::Decimal);
+    }
+    if is_path(object.module) {
+        let parts = object.args.iter().map(|part| match arena.node(*part) {
+            Node::Str(part) => Ok(part.as_str()),
+            _ => Err(PickleError::Shape("paths of text")),
+        });
+        let path: std::path::PathBuf = parts.collect::<Result<_, _>>()?;
+        return Ok(Value::PurePath(path.to_string_lossy().into_owned()));
+    }
+    let [content] = object.args else {
+        return Err(PickleError::Shape("objects of one value"));
+    };
+    let content = match arena.node(*content) {
+        Node::Int(size) if object.name == "BinarySize" => return Ok(Value::BinarySize(*size)),
+        Node::Int(number) => i64::try_from(*number).map(Value::Int).ok(),
+        Node::Str(text) => Some(Value::Str(text.clone())),
+        _ => None,
+    };
+    Ok(Value::Enum {
+        class: format!("{}:{}", object.module, object.name),
+        value: Box::new(content.ok_or(PickleError::Shape("an enum of text or a small number"))?),
+    })
+}
+
 /// Reads a `decimal.Decimal` as the text Python prints.
 pub fn read_decimal(pickle: &[u8]) -> Result<String, PickleError> {
-    let arena = Arena::load(pickle)?;
+    let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     decimal(&arena, arena.root())
 }
 
 /// Reads a `BinarySize`, in bytes.
 pub fn read_binary_size(pickle: &[u8]) -> Result<i128, PickleError> {
-    let arena = Arena::load(pickle)?;
+    let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let args = arena.instance(arena.root(), COMMON_TYPES, "BinarySize")?.0;
     match args {
         [size] => match arena.node(*size) {
@@ -76,7 +153,7 @@ pub fn read_binary_size(pickle: &[u8]) -> Result<i128, PickleError> {
 
 /// Reads a `ResourceSlot`: slot names with amounts as text, in the sender's order.
 pub fn read_resource_slot(pickle: &[u8]) -> Result<Vec<(String, String)>, PickleError> {
-    let arena = Arena::load(pickle)?;
+    let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let (args, state) = arena.instance(arena.root(), COMMON_TYPES, "ResourceSlot")?;
     let slots = match (args, state) {
         ([slots], None) => *slots,
@@ -113,7 +190,7 @@ pub fn read_resource_slot(pickle: &[u8]) -> Result<Vec<(String, String)>, Pickle
 
 /// Reads an `ImageRef`. Attributes beyond the six of the reference are derived and skipped.
 pub fn read_image_ref(pickle: &[u8]) -> Result<ImageRef, PickleError> {
-    let arena = Arena::load(pickle)?;
+    let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let (args, state) = arena.instance(arena.root(), COMMON_DOCKER, "ImageRef")?;
     let attribute = |index: usize, name: &str| -> Result<Id, PickleError> {
         let found = match (state, args) {
@@ -308,5 +385,82 @@ mod tests {
             prop_assert_eq!(class, "ai.backend.x:Kind");
             prop_assert_eq!(read, EnumValue::Text(value));
         }
+    }
+
+    /// Written by CPython 3.13 with the classes of the original.
+    const KEPT: &str = "8004954f010000000000007d94288c0474797065948c1761692e6261636b656e642e636f6d6d6f6e2e7479706573948c\
+        0c53657373696f6e54797065739493948c05626174636894859452948c047065726d9468028c0f4d6f756e745065726d697373696f6e9493\
+        948c02726f94859452948c0470617468948c0e706174686c69622e5f6c6f63616c948c0d50757265506f736978506174689493948c092f6d\
+        6e742f76662f6194859452948c056c6f63616c94680f8c09506f736978506174689493948c03622f6394859452948c0473697a659468028c\
+        0a42696e61727953697a659493944d0004859481948c03646563948c07646563696d616c948c07446563696d616c9493948c03302e359485\
+        9452948c016694473ff80000000000008c016e944afdffffff8c03626967948a090000000000000080008c017494284b018c0161944e8874\
+        948c016c945d94285d944b0161682f65752e";
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        let digits = hex.as_bytes().chunks_exact(2);
+        let byte = |pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+        digits.map(byte).collect()
+    }
+
+    fn text(text: &str) -> Value {
+        Value::Str(text.to_owned())
+    }
+
+    #[test]
+    fn a_file_of_the_original_is_read() {
+        let member = |class: &str, of: &str| Value::Enum {
+            class: format!("{COMMON_TYPES}:{class}"),
+            value: Box::new(text(of)),
+        };
+        let one = || Value::Array(vec![Value::Int(1)]);
+        let of = [
+            ("type", member("SessionTypes", "batch")),
+            ("perm", member("MountPermission", "ro")),
+            ("path", Value::PurePath("/mnt/vf/a".to_owned())),
+            ("local", Value::PurePath("b/c".to_owned())),
+            ("size", Value::BinarySize(1024)),
+            ("dec", Value::Decimal("0.5".to_owned())),
+            ("f", Value::Float(1.5)),
+            ("n", Value::Int(-3)),
+            ("big", Value::UInt(1 << 63)),
+            (
+                "t",
+                Value::Array(vec![
+                    Value::Int(1),
+                    text("a"),
+                    Value::Nil,
+                    Value::Bool(true),
+                ]),
+            ),
+            ("l", Value::Array(vec![one(), one()])),
+        ];
+        let wanted = of.map(|(key, of)| (text(key), of)).to_vec();
+        assert_eq!(read_file(&bytes(KEPT)), Ok(Value::Map(wanted)));
+    }
+
+    #[test]
+    fn depth_and_copies_are_bounded() {
+        // Lists in lists.
+        let deep = [
+            b"\x80\x04".to_vec(),
+            vec![b']'; 100],
+            vec![b'a'; 99],
+            b".".to_vec(),
+        ]
+        .concat();
+        assert_eq!(
+            read_file(&deep),
+            Err(PickleError::Shape("values of that depth"))
+        );
+        // Each of 21 lists holds the next one twice.
+        let mut wide = b"\x80\x04".to_vec();
+        wide.extend(b"]\x94(".repeat(21));
+        wide.extend(b"K\x01K\x01e");
+        wide.extend((1..21).rev().flat_map(|inner| [b'h', inner, b'e']));
+        wide.push(b'.');
+        assert_eq!(
+            read_file(&wide),
+            Err(PickleError::Shape("that many values"))
+        );
     }
 }

@@ -17,21 +17,25 @@ def runner_directory():
 
 
 class Agent:
-    """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`; `storage`: ours asks the storage proxy."""
+    """One node. `kind`: `ours` or `python`; `port_count` host ports; `extra`: lines for `[agent]`; `storage`: ours asks the storage proxy.
 
-    def __init__(self, system, kind, *, port_count=64, extra="", programs=None, standalone=False, storage=False):
+    `node`: an agent whose place this one takes, with the same ports and directories.
+    """
+
+    def __init__(self, system, kind, *, port_count=64, extra="", programs=None, standalone=False, storage=False, node=None):
         self.system, self.place, self.kind = system, system.place, kind
         self.id = AGENT_ID
         place = self.place
-        self.rpc_port, self.first_port, self.port_count = place.port(), place.ports(port_count), port_count
-        self.watcher_port = place.port()
         target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
         self.programs = pathlib.Path(programs or os.environ.get("BAI_BIN") or target / "debug")
         self.processes = []
         self.mode = ["--standalone"] if standalone else []
-        home = f"agent-{kind}"
-        self.state, self.scratch, self.commits = (place.folder(f"{home}/{name}") for name in ("state", "scratch", "commit"))
-        self.file = system.etc / f"{home}.toml"
+        self.file = system.etc / f"agent-{kind}.toml"
+        if node:
+            for name in ("rpc_port", "first_port", "port_count", "watcher_port", "state", "scratch", "commits", "common"):
+                setattr(self, name, getattr(node, name))
+        else:
+            self.choose(f"agent-{kind}", port_count, extra)
         own = f"""
 [node]
 run-dir = "{place.memory}"
@@ -46,7 +50,18 @@ url = "http://127.0.0.1:{system.storage_ports['manager']}"
 secret-file = "{secret}"
 interval = "2s"
 """
-        self.text = f"""[etcd]
+        self.text = self.common + own
+        self.write()
+        if kind == "ours":
+            place.undo.append(self.detach)
+
+    def choose(self, home, port_count, extra):
+        """Ports, directories, and what both kinds are told."""
+        system, place = self.system, self.place
+        self.rpc_port, self.first_port, self.port_count = place.port(), place.ports(port_count), port_count
+        self.watcher_port = place.port()
+        self.state, self.scratch, self.commits = (place.folder(f"{home}/{name}") for name in ("state", "scratch", "commit"))
+        self.common = f"""[etcd]
 namespace = "{system.etcd.namespace}"
 addr = {{ host = "127.0.0.1", port = {system.etcd.port} }}
 [agent]
@@ -101,10 +116,7 @@ drivers = ["console"]
 [logging.console]
 colored = false
 format = "verbose"
-{own}"""
-        self.write()
-        if kind == "ours":
-            place.undo.append(self.detach)
+"""
 
     def write(self):
         """Puts the configuration (back) in its place."""

@@ -82,7 +82,7 @@ pub async fn files_and_container(
         node.progress(kernel.id, "writing the scratch");
         make_scratch(node, kernel, order, prepared).await?;
     } else {
-        keep_ports(kernel, prepared);
+        keep_ports(node, kernel, prepared);
     }
     loop {
         match launch(node, kernel, order, prepared, distro, abort).await {
@@ -140,7 +140,10 @@ fn take_ports(
 }
 
 /// A restarted kernel keeps its host ports; what the runner had told of its services is told anew.
-fn keep_ports(kernel: &Kernel, prepared: &Prepared) {
+/// What the engine had published is by rows from now on, where a new kernel's is: the runner's ports
+/// go back then.
+fn keep_ports(node: &Node, kernel: &Kernel, prepared: &Prepared) {
+    let mut of_runner = None;
     kernel.update_record(|record| {
         let before = std::mem::take(&mut record.services);
         let host_ports = |service: &ServicePort| {
@@ -158,7 +161,15 @@ fn keep_ports(kernel: &Kernel, prepared: &Prepared) {
                 service
             })
             .collect();
+        if record.published_by == PublishedBy::Engine && prepared.published_by == PublishedBy::Rows
+        {
+            record.published_by = PublishedBy::Rows;
+            of_runner = record.repl_ports.take();
+        }
     });
+    for port in of_runner.into_iter().flat_map(|(i, o)| [i, o]) {
+        node.ports.give_up(kernel.id, port);
+    }
 }
 
 async fn make_scratch(

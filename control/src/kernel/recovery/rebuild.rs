@@ -13,7 +13,7 @@ use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLO
 use crate::kernel::journal::{Phase, now_unix};
 use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
-use crate::kernel::request::SessionType;
+use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
 use crate::kernel::resource_text::{self, Allocations};
 use crate::kernel::rows::parse_host_ports;
 use crate::kernel::service_ports::{
@@ -21,6 +21,7 @@ use crate::kernel::service_ports::{
 };
 use crate::network;
 use crate::resource::Allocation;
+use crate::rpc::{from_value, pickle};
 
 /// Labels of a kernel's container.
 pub const LABEL_SESSION: &str = "ai.backend.session-id";
@@ -83,6 +84,13 @@ pub async fn record(
         .and_then(|host| host.network_mode.clone())
         .unwrap_or_default();
     let (services, repl_ports, published_by) = services_of(labels, &found);
+    let (request, cluster) = asked_of_the_original(node, kernel_id).await.unzip();
+    // Such a job was sent when the session began.
+    let batch_running = request.as_ref().is_some_and(|request| {
+        request.session_type == SessionType::Batch
+            && request.is_main()
+            && request.startup_command.is_some()
+    });
     let hostname = found
         .config
         .as_ref()
@@ -105,6 +113,7 @@ pub async fn record(
     let session_type = labels
         .get(SESSION_TYPE_LABEL)
         .and_then(|text| serde_json::from_value(json!(text)).ok())
+        .or(request.as_ref().map(|request| request.session_type))
         .unwrap_or(SessionType::Interactive);
     Ok(Record {
         kernel_id,
@@ -112,8 +121,8 @@ pub async fn record(
         phase: Phase::Running,
         ending: None,
         created_at: now_unix(),
-        request: None,
-        cluster: None,
+        request,
+        cluster,
         image,
         session_type,
         hostname: hostname.unwrap_or_default(),
@@ -141,9 +150,45 @@ pub async fn record(
         runner_version: None,
         result: None,
         environ: None,
-        batch_running: false,
+        batch_running,
         batch_job: None,
     })
+}
+
+/// What the Python agent was asked for, which it keeps beside its kernel's other files.
+async fn asked_of_the_original(
+    node: &Node,
+    kernel_id: Uuid,
+) -> Option<(KernelCreationConfig, ClusterInfo)> {
+    let read = async |name| {
+        let limit = pickle::MAX_FILE_BYTES as u64;
+        let read = node.scratch.read_own_config(kernel_id, name, limit).await;
+        read.unwrap_or_else(|err| {
+            tracing::warn!(%kernel_id, err = &err as &dyn std::error::Error, "cannot read what a kernel was made from; it can't be restarted");
+            None
+        })
+    };
+    let (config, cluster) = (read("kconfig.dat").await?, read("cluster.json").await?);
+    let asked = pickle::read_file(&config)
+        .map_err(|err| err.to_string())
+        .and_then(|config| {
+            from_value::<KernelCreationConfig>(config).map_err(|err| err.to_string())
+        })
+        .and_then(|config| {
+            let cluster = serde_json::from_slice(&cluster).map_err(|err| err.to_string())?;
+            Ok((config, cluster))
+        });
+    match asked {
+        Ok(asked) if asked.0.kernel_id == kernel_id => Some(asked),
+        Ok(_) => {
+            tracing::warn!(%kernel_id, "the scratch holds what another kernel was made from; it can't be restarted");
+            None
+        }
+        Err(err) => {
+            tracing::warn!(%kernel_id, err, "what a kernel was made from is not understood; it can't be restarted");
+            None
+        }
+    }
 }
 
 fn replace_memory(allocations: &mut Allocations, bytes: i64) {

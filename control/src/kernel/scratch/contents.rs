@@ -6,9 +6,11 @@ use crate::kernel::mounts::WORK;
 use crate::kernel::request::{ClusterInfo, Confidential, Dotfile, SshKeypair};
 use crate::kernel::resource_text::with_container_id;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::OFlags;
 
 /// The skeleton's files of the kernel's user: name in `work` and in the runner's directory.
 const DOTFILES: [&str; 5] = [".bashrc", ".bash_profile", ".zshrc", ".vimrc", ".tmux.conf"];
@@ -310,4 +312,25 @@ fn dotfile_place(dotfile: &Dotfile) -> Result<(PathBuf, u32), ScratchError> {
             Err(ScratchError::DotfileMode { path, mode })
         }
     }
+}
+
+/// The bytes of a file that nobody but this user can have written.
+pub(super) fn read_own(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.cast_signed())
+        .open(path)?;
+    let found = file.metadata()?;
+    let own = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
+    if !found.is_file() || !own {
+        let why = "it is not a file that only this user may write";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
 }

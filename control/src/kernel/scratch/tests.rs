@@ -548,3 +548,33 @@ async fn host_network_ports_are_written() {
         .unwrap();
     assert!(text.starts_with("A=x"));
 }
+
+#[tokio::test]
+async fn what_others_may_have_written_is_not_read_as_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let scratch = Scratch::new(directory.path().join("s"), ScratchKind::HostDir, LIMIT);
+    let config = scratch.paths(kernel_id()).config;
+    let file = config.join("kconfig.dat");
+    let read = async |limit| {
+        let name = "kconfig.dat";
+        scratch.read_own_config(kernel_id(), name, limit).await
+    };
+    assert!(read(8).await.unwrap().is_none());
+    fs::create_dir_all(&config).unwrap();
+    fs::write(&file, b"12345678").unwrap();
+    let set_mode = |mode| fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+    set_mode(0o644);
+    assert_eq!(read(8).await.unwrap().unwrap(), b"12345678");
+    assert!(read(7).await.is_err(), "longer than the limit");
+    for open in [0o646, 0o664] {
+        set_mode(open);
+        assert!(read(8).await.is_err(), "{open:o}");
+    }
+    set_mode(0o644);
+    fs::rename(&file, config.join("elsewhere")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", &file).unwrap();
+    assert!(read(8).await.is_err(), "a symlink");
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert!(read(8).await.is_err(), "a directory");
+}

@@ -4,12 +4,10 @@
 //! 5 writers use for our shapes are known; anything else is an error. Invariant: every index in a
 //! node is below the arena's length.
 
-use super::MAX_PICKLE_BYTES;
-
 /// Why a pickle was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PickleError {
-    /// Longer than [`MAX_PICKLE_BYTES`].
+    /// Longer than the limit of its kind.
     #[error("the pickle is too large")]
     TooLarge,
     /// Ends before its STOP.
@@ -53,7 +51,7 @@ pub(super) enum Node {
     None,
     Bool(bool),
     Int(i128),
-    Float,
+    Float(f64),
     Str(String),
     Bytes,
     Tuple(Vec<Id>),
@@ -88,8 +86,8 @@ pub(super) struct Arena {
 }
 
 impl Arena {
-    pub(super) fn load(pickle: &[u8]) -> Result<Self, PickleError> {
-        if pickle.len() > MAX_PICKLE_BYTES {
+    pub(super) fn load(pickle: &[u8], limit: usize) -> Result<Self, PickleError> {
+        if pickle.len() > limit {
             return Err(PickleError::TooLarge);
         }
         let mut machine = Machine {
@@ -203,8 +201,8 @@ impl Machine<'_> {
                 self.push(Node::Int(number));
             }
             b'G' => {
-                self.take(8)?;
-                self.push(Node::Float);
+                let number = f64::from_be_bytes(self.take_array()?);
+                self.push(Node::Float(number));
             }
             0x8c => {
                 let [length] = self.take_array()?;
@@ -363,6 +361,7 @@ impl Machine<'_> {
         };
         let (module, name) = (module.clone(), name.clone());
         let known = (module.as_str(), name.as_str()) == ("decimal", "Decimal")
+            || is_path(&module)
             || module.starts_with("ai.backend.");
         if !known {
             return Err(PickleError::Class { module, name });
@@ -406,6 +405,11 @@ impl Machine<'_> {
         self.stack.push(id);
         Ok(())
     }
+}
+
+/// Whether a module has the classes of paths; Python 3.13 calls it by its inner name.
+pub(super) fn is_path(module: &str) -> bool {
+    matches!(module, "pathlib" | "pathlib._local")
 }
 
 /// A two's complement integer of up to 16 bytes.
