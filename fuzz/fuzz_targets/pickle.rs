@@ -8,6 +8,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = pickle::read_enum(data);
     let _ = pickle::read_decimal(data);
     let _ = pickle::read_binary_size(data);
+    let _ = pickle::read_file(data);
     if let Ok(slots) = pickle::read_resource_slot(data) {
         let again = pickle::read_resource_slot(&pickle::write_resource_slot(&slots));
         assert_eq!(again, Ok(slots));
