@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import aiohttp
 from compat_checks import SOON, Skipped, check, equal
@@ -35,12 +36,15 @@ async def a_session_of_the_python_agent_goes_on_under_ours(bench):
         (container,) = bench.containers(bench.sessions["exchanged"].id)
     finally:
         await asyncio.to_thread(theirs.stop)
-        bench.agent = ours
+        bench.agent, taken = ours, time.time()
         await asyncio.to_thread(ours.start)
     await bench.agent_is("ALIVE")
     equal(bench.containers(bench.sessions["exchanged"].id), [container], "containers")
     text, _ = await bench.execute("exchanged", "print(n + 2)")
     equal(text, "42\n", "a variable of before")
+    kernels = json.loads(await asyncio.to_thread(ours.command, "kernel", "list", "--output", "json"))["kernels"]
+    begun = {kernel["created_at"] for kernel in kernels}
+    assert len(kernels) == 2 and all(taken - 600 < at < taken for at in begun), (begun, taken)
 
     async def ports():
         return json.loads(await asyncio.to_thread(ours.command, "ports", "--output", "json"))["ports"]

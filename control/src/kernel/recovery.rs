@@ -50,6 +50,8 @@ pub struct Listed {
     pub seen: Seen,
     /// Its labels.
     pub labels: HashMap<String, String>,
+    /// When it was made, seconds since 1970; 0 when the engine does not say.
+    pub created_at: f64,
 }
 
 /// What was found at start, in numbers.
@@ -95,6 +97,8 @@ fn listed(summary: &ContainerSummary) -> Option<Listed> {
             liveness: Liveness::from_docker(&state),
         },
         labels: summary.labels.clone().unwrap_or_default(),
+        #[allow(clippy::cast_precision_loss, reason = "exact for all dates")]
+        created_at: summary.created.unwrap_or_default() as f64,
     })
 }
 
@@ -125,11 +129,8 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
     let mut begin = Vec::new();
     for (id, decision) in &plan.kernels {
         let record = records.get(id).cloned();
-        let labels = listed
-            .iter()
-            .find(|listed| listed.seen.kernel == *id)
-            .map(|listed| &listed.labels);
-        if let Some(step) = enter(node, *id, record, labels, decision, &mut recovered).await {
+        let listed = listed.iter().find(|listed| listed.seen.kernel == *id);
+        if let Some(step) = enter(node, *id, record, listed, decision, &mut recovered).await {
             begin.push(step);
         }
     }
@@ -221,7 +222,7 @@ async fn enter(
     node: &Arc<Node>,
     id: KernelId,
     record: Option<Record>,
-    labels: Option<&HashMap<String, String>>,
+    listed: Option<&Listed>,
     decision: &Decision,
     recovered: &mut Recovered,
 ) -> Option<Begin> {
@@ -238,11 +239,10 @@ async fn enter(
         recovered.removed += 1;
         return None;
     }
-    let mut record = match (record, container) {
+    let mut record = match (record, container.zip(listed)) {
         (Some(record), _) => record,
-        (None, Some(container)) => {
-            let labels = labels.cloned().unwrap_or_default();
-            match Box::pin(rebuild::record(node, id, container, &labels)).await {
+        (None, Some((container, listed))) => {
+            match Box::pin(rebuild::record(node, id, container, listed)).await {
                 Ok(record) => record,
                 Err(err) => {
                     let mut reported = node
@@ -383,16 +383,7 @@ pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerE
     let plan = plan::plan(&[seen], &BTreeMap::new());
     let mut recovered = Recovered::default();
     for (id, decision) in &plan.kernels {
-        if let Some(begin) = enter(
-            node,
-            *id,
-            None,
-            Some(&listed.labels),
-            decision,
-            &mut recovered,
-        )
-        .await
-        {
+        if let Some(begin) = enter(node, *id, None, Some(listed), decision, &mut recovered).await {
             begin.run(node);
         }
     }

@@ -8,9 +8,10 @@ use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::Listed;
 use crate::docker::{ContainerInspectResponse, DockerError};
 use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
-use crate::kernel::journal::{Phase, now_unix};
+use crate::kernel::journal::Phase;
 use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
@@ -44,8 +45,9 @@ pub async fn record(
     node: &Node,
     id: KernelId,
     container: ContainerId,
-    labels: &HashMap<String, String>,
+    listed: &Listed,
 ) -> Result<Record, RebuildError> {
+    let labels = &listed.labels;
     let session_id: Uuid = labels
         .get(LABEL_SESSION)
         .and_then(|text| text.parse().ok())
@@ -120,7 +122,7 @@ pub async fn record(
         session_id,
         phase: Phase::Running,
         ending: None,
-        created_at: now_unix(),
+        created_at: listed.created_at,
         request,
         cluster,
         image,
