@@ -7,7 +7,7 @@
 /* Most CPUs whose parts are added up; beyond, files are read. */
 #define MOST_CPUS 1024
 
-/* Set by the loader: CPUs that may ever be there. */
+/* Set by the loader: CPUs that may ever be there; 0 when there are more than that. */
 const volatile __u32 cpus = 1;
 
 /* Its only use is its address on each CPU. */
@@ -35,6 +35,9 @@ static ALWAYS_INLINE int learn_offsets(void)
 	__u64 base = 0;
 	__u32 zero = 0;
 
+	/* Nothing added up is no sum. */
+	if (!cpus)
+		return -1;
 	landmark_address = (__u64)&landmark;
 	array = (void *)landmark_address;
 	if (!__builtin_preserve_field_info(array->pptrs, FIELD_EXISTS))

@@ -13,9 +13,10 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-/// Largest text believed. `io.stat` has a line of about 100 bytes per device.
-const LARGEST: usize = 256 * 1024;
-/// First size of the buffer; every file but `io.stat` on hosts of many disks fits.
+/// Largest text believed. `io.stat` has a line of 100 to 250 bytes per device, `/proc/stat` one of 100 per
+/// CPU and a number per interrupt line, of which a host of thousands of CPUs has 200,000.
+const LARGEST: usize = 4 << 20;
+/// First size of the buffer; what is larger on hosts of many disks or CPUs is found out once.
 const USUAL: usize = 8 * 1024;
 
 /// How many descriptors may be kept open between passes.

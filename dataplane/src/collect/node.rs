@@ -39,13 +39,17 @@ pub struct Node {
 impl Node {
     /// Nothing is read yet.
     pub fn new(budget: &Arc<Budget>) -> Self {
+        Self::below(Path::new("/proc"), budget)
+    }
+
+    fn below(proc: &Path, budget: &Arc<Budget>) -> Self {
+        let file = |path: PathBuf| CachedFile::new(path, budget);
         Self {
-            stat: CachedFile::new(PathBuf::from("/proc/stat"), budget),
-            meminfo: CachedFile::new(PathBuf::from("/proc/meminfo"), budget),
-            vmstat: CachedFile::new(PathBuf::from("/proc/vmstat"), budget),
+            stat: file(proc.join("stat")),
+            meminfo: file(proc.join("meminfo")),
+            vmstat: file(proc.join("vmstat")),
             oom_kills: None,
-            pressure: ["cpu", "memory", "io"]
-                .map(|of| CachedFile::new(Path::new("/proc/pressure").join(of), budget)),
+            pressure: ["cpu", "memory", "io"].map(|of| file(proc.join("pressure").join(of))),
             interfaces: Vec::new(),
             interfaces_at: None,
             descriptors: File::open("/proc/self/fd").ok(),
@@ -252,6 +256,31 @@ mod tests {
                     eth9\t00000000\t0100A8C0\t3\t0\t0\t0\t00000000\t0\n";
         assert_eq!(default_route(text), Some("eth9"));
         assert_eq!(default_route(""), None);
+    }
+
+    /// 2,048 CPUs, and the interrupt lines that such a machine may have.
+    #[test]
+    fn a_machine_of_thousands_of_cpus_is_read_whole() {
+        use std::fmt::Write;
+        const CPUS: u64 = 2048;
+        let times = "123456789 1234 12345678 987654321 12345 0 123456 0 0 0";
+        let mut text = format!("cpu  {times}\n");
+        for cpu in 0..CPUS {
+            writeln!(text, "cpu{cpu} {times}").unwrap();
+        }
+        text.push_str("intr 99999999999");
+        text.push_str(&" 0".repeat(200_000));
+        text.push_str("\nctxt 1\nbtime 1\n");
+        assert!(text.len() > 512 << 10);
+        let proc = tempfile::tempdir().unwrap();
+        std::fs::write(proc.path().join("stat"), &text).unwrap();
+        let mut node = Node::below(proc.path(), &Budget::new(10));
+        let (mut cores, mut buffer) = (Vec::new(), Vec::new());
+        for _ in 0..2 {
+            let counters = node.read(None, &mut cores, &mut buffer);
+            assert_eq!(cores.len() as u64, CPUS);
+            assert_eq!(counters.cpu_user_ns, Some(123_456_789 * node.tick_ns));
+        }
     }
 
     #[test]

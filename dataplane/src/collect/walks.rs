@@ -157,7 +157,7 @@ impl Walks {
         let capacity = containers.saturating_add(OTHERS);
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
         if let Ok(cast) = cast {
-            match Self::by(Some(cast), &btf, facts, budget, capacity) {
+            match Self::by(Some(cast), &btf, facts, budget, capacity, possible_cpus()) {
                 Ok(walks) => return Ok(walks),
                 Err(err) => tracing::info!(
                     err = &err as &dyn std::error::Error,
@@ -165,22 +165,24 @@ impl Walks {
                 ),
             }
         }
-        Self::by(None, &btf, facts, budget, capacity)
+        Self::by(None, &btf, facts, budget, capacity, possible_cpus())
     }
 
-    /// Reads by plain loads when given the number of the kernel's function for it.
+    /// Reads by plain loads when given the number of the kernel's function for it; adds up the parts of so
+    /// many CPUs.
     fn by(
         cast: Option<u32>,
         btf: &Btf,
         facts: &Facts,
         budget: &Arc<Budget>,
         capacity: u32,
+        cpus: u32,
     ) -> Result<Self, WalksError> {
         let reader = match cast {
             Some(_) => "read_targets_plainly",
             None => "read_targets",
         };
-        let mut object = load(btf, capacity, cast, reader)?;
+        let mut object = load(btf, capacity, cast, reader, cpus)?;
         // In version 2 the kernel's own counters are complete.
         let counts_block_io = matches!(facts.io, Some(Hierarchy::V1(_)))
             && match count_block_io(&mut object, btf) {
@@ -396,14 +398,20 @@ impl Walks {
 }
 
 /// Loads the programs that find and read.
-fn load(btf: &Btf, capacity: u32, cast: Option<u32>, reader: &str) -> Result<Ebpf, WalksError> {
+fn load(
+    btf: &Btf,
+    capacity: u32,
+    cast: Option<u32>,
+    reader: &str,
+    cpus: u32,
+) -> Result<Ebpf, WalksError> {
     let object = match cast {
         Some(cast) => Cow::Owned(ebpf::with_cast(ebpf::cgroup_stats(), cast)),
         None => Cow::Borrowed(ebpf::cgroup_stats()),
     };
     let mut object = EbpfLoader::new()
         .btf(Some(btf))
-        .override_global("cpus", &possible_cpus(), true)
+        .override_global("cpus", &cpus, true)
         .map_max_entries("targets", capacity)
         .map_max_entries("records", capacity)
         .map_max_entries("block_io", capacity.saturating_mul(BLOCK_ENTRIES))
@@ -456,10 +464,10 @@ fn shared(object: &Ebpf, name: &'static str, words: usize) -> Result<SharedArray
     }
 }
 
-/// CPUs that may ever be there: the kernel keeps a part of each counter for each.
+/// CPUs that may ever be there: the kernel keeps a part of each counter for each. None when they are more
+/// than the programs have room for, which leave such counters to files then.
 pub(super) fn possible_cpus() -> u32 {
     let cpus = aya::util::nr_cpus().unwrap_or(MOST_CPUS + 1);
-    // Beyond the program's array, CPU time comes from files.
     u32::try_from(cpus)
         .ok()
         .filter(|cpus| *cpus as usize <= MOST_CPUS)
@@ -574,7 +582,7 @@ mod tests {
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
         // By plain loads where the kernel has them, and as older ones must.
         for cast in [cast.ok(), None] {
-            let walks = Walks::by(cast, &btf, &facts, &budget, 8);
+            let walks = Walks::by(cast, &btf, &facts, &budget, 8, possible_cpus());
             reads_until_it_is_gone(&facts, walks.expect("this kernel has iterators"));
         }
     }
@@ -616,6 +624,42 @@ mod tests {
             walks.knows_statistics(),
             "no layout of memory statistics fits"
         );
+    }
+
+    /// A sum over none would be zero, which is not what a busy cgroup has used.
+    #[test]
+    fn cpu_time_of_more_cpus_than_there_is_room_for_is_left_to_files() {
+        const CPU_TIME: usize = 0;
+        if !rustix::process::geteuid().is_root() {
+            crate::skip::needs("loading programs into the kernel needs root");
+            return;
+        }
+        let (facts, budget) = (Facts::gather(), Budget::new(100));
+        let Some(Hierarchy::V1(mount)) = &facts.cpu else {
+            crate::skip::here("CPU time is counted for the unified tree as a whole", false);
+            return;
+        };
+        let group = mount.join(format!("bai-many-cpus-{}", std::process::id()));
+        std::fs::create_dir(&group).expect("a cgroup");
+        let btf = Btf::from_sys_fs().expect("types");
+        let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
+        let most = u32::try_from(MOST_CPUS).expect("fits");
+        let mut told = Vec::new();
+        for cast in [cast.ok(), None] {
+            for cpus in [possible_cpus(), 0, most] {
+                let walks = Walks::by(cast, &btf, &facts, &budget, 8, cpus);
+                let mut walks = walks.expect("the verifier takes any number of CPUs");
+                let found = walks.find(&group, Kind::Other).expect("found");
+                let slot = walks.slot().expect("room");
+                assert!(walks.know(&slot, CPU_TIME, &found));
+                walks.pass(&mut Vec::new());
+                let record = walks.record(&slot).expect("a record");
+                assert_eq!(record.alive, 1 << CPU_TIME);
+                told.push(record.filled & filled::CPUACCT != 0);
+            }
+        }
+        std::fs::remove_dir(&group).expect("removed");
+        assert_eq!(told, [true, false, false, true, false, false]);
     }
 
     /// A CPU's time is added up when somebody asks, and a root's file asks for no one.
