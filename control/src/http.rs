@@ -245,7 +245,7 @@ async fn page(State(service): State<Arc<Service>>) -> Response {
         .metrics()
         .num_alive_tasks();
     let recorder = service.recorder.clone();
-    // A page of a thousand containers is a megabyte: not on a thread that answers the manager.
+    // A page of a thousand containers is 14 MB: not on a thread that answers the manager.
     let text = blocking(move || scene.render() + &recorder.render(tasks)).await;
     ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response()
 }

@@ -17,4 +17,4 @@ pub mod processes;
 pub mod publish;
 pub mod record;
 
-pub use plain::{container, node as node_map};
+pub use plain::{container, counters, node as node_map};

@@ -22,6 +22,40 @@ pub fn ip(words: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Sets to 0 what an interface offloads (linux/ethtool.h): GRO, GSO, TSO, sums it makes and checks, and
+/// scattered data.
+const OFFLOAD_NOTHING: &str = "
+import ctypes, fcntl, socket, struct, sys
+asked = socket.socket()
+for command in (0x2c, 0x24, 0x1f, 0x17, 0x15, 0x19):
+    value = ctypes.create_string_buffer(struct.pack('II', command, 0))
+    request = struct.pack('16sP16x', sys.argv[1].encode(), ctypes.addressof(value))
+    fcntl.ioctl(asked, 0x8946, request)
+";
+
+/// Has an interface send and take packets as they are on the wire, with their sums.
+pub fn offload_nothing(namespace: &str, link: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args([
+            "netns",
+            "exec",
+            namespace,
+            "python3",
+            "-c",
+            OFFLOAD_NOTHING,
+            link,
+        ])
+        .stdin(Stdio::null())
+        .output()?;
+    if !output.status.success() {
+        bail!(
+            "{link} keeps its offloads: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
 /// A host side and a container side.
 #[derive(Debug)]
 pub struct VethPair {

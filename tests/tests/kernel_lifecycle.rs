@@ -86,12 +86,13 @@ async fn create_execute_serve_destroy_and_nothing_is_left() -> Result<()> {
         || async {
             let stats = kernels::ask(&node, "bai.stats", Vec::new()).await.ok()?;
             let sample = stats["kernels"][order.kernel.to_string()].clone();
-            (sample["memory"]["current"].as_u64()? > 0 && sample["cpu"]["usage_ns"].as_u64()? > 0)
+            (sample["memory"]["current_bytes"].as_u64()? > 0
+                && sample["cpu"]["usage_ns"].as_u64()? > 0)
                 .then_some(sample)
         },
     )
     .await?;
-    assert_eq!(stats["memory"]["limit"], 268_435_456u64);
+    assert_eq!(stats["memory"]["limit_bytes"], 268_435_456u64);
 
     let logs = kernels::ask(&node, "get_logs", vec![text(order.kernel)]).await?;
     assert!(logs["logs"].as_str().unwrap().contains("hello"), "{logs}");

@@ -84,6 +84,56 @@ fn cli(node: &Node, args: &[&str]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
 }
 
+/// Runs a program in a terminal of 80 columns until it has shown a text, tells it to end, and answers with what it
+/// wrote; fails when the terminal is left in another state than it was given in.
+const IN_A_TERMINAL: &str = r#"
+import fcntl, os, pty, select, signal, struct, subprocess, sys, termios, time
+wanted = sys.argv[1].encode()
+main, side = pty.openpty()
+fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+before = termios.tcgetattr(side)
+program = subprocess.Popen(sys.argv[2:], stdin=side, stdout=side, stderr=side,
+                           env=dict(os.environ, TERM='xterm'))
+seen, until = b'', time.time() + 30
+def read(seconds):
+    global seen
+    if select.select([main], [], [], seconds)[0]:
+        seen += os.read(main, 65536)
+        return True
+while wanted not in seen and time.time() < until:
+    read(0.1)
+assert wanted in seen, seen
+assert termios.tcgetattr(side) != before, 'the terminal was not taken'
+program.send_signal(signal.SIGTERM)
+code = program.wait(10)
+while read(0.2):
+    pass
+assert code == 0, (code, seen)
+assert termios.tcgetattr(side) == before, 'the terminal is not what it was'
+assert b'\x1b[?1049h' in seen and seen.rindex(b'\x1b[?1049l') > seen.rindex(b'\x1b[?1049h'), seen
+assert b'\x1b[?25h' in seen, 'the cursor stays hidden'
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn top_shows_a_kernel_in_a_terminal_and_gives_it_back_when_told_to_end() -> Result<()> {
+    let node = Node::start(options()).await?;
+    let kernel = kernel(&node).await?;
+    let config = node.config_file();
+    let output = Command::new("python3")
+        .args(["-c", IN_A_TERMINAL, &kernel[..8]])
+        .arg(harness::node::program("bai-agent")?)
+        .args(["top", "--config"])
+        .arg(config)
+        .stdin(Stdio::null())
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
 /// A kernel that has a service and has been measured twice.
 async fn kernel(node: &Node) -> Result<String> {
     let image = images::image(images::Image::Runner)?;

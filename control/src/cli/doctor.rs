@@ -124,7 +124,10 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
                 nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
                     .map_or(0, |(_, hard)| hard),
             ),
-            control_groups(&read("/proc/self/mounts")),
+            control_groups(&read("/proc/self/mounts"), own_control_groups(), |root| {
+                std::fs::read_to_string(Path::new(root).join("cgroup.controllers"))
+                    .unwrap_or_default()
+            }),
             ephemeral_ports(
                 &read("/proc/sys/net/ipv4/ip_local_port_range"),
                 config.container.port_range.first,
@@ -400,13 +403,24 @@ fn descriptors(hard: u64) -> Finding {
     }
 }
 
-fn control_groups(mounts: &str) -> Finding {
+/// Whether this process is in another namespace of control groups than the host's first process, whose number
+/// is always the same (linux/proc_ns.h, PROC_CGROUP_INIT_INO).
+fn own_control_groups() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    const OF_THE_HOST: u64 = 0xEFFF_FFFB;
+    std::fs::metadata("/proc/self/ns/cgroup").is_ok_and(|found| found.ino() != OF_THE_HOST)
+}
+
+/// `own` is whether this process has a namespace of its own; `controllers` tells those of a unified root.
+fn control_groups(mounts: &str, own: bool, controllers: impl Fn(&str) -> String) -> Finding {
+    const CHECK: &str = "control groups";
     let fields = || {
         mounts
             .lines()
             .map(|line| line.split(' ').collect::<Vec<_>>())
     };
-    let unified = fields().any(|mount| mount.get(2) == Some(&"cgroup2"));
+    let unified = fields().find(|mount| mount.get(2) == Some(&"cgroup2"));
+    let root = unified.and_then(|mount| mount.get(1).copied());
     let first = |controller: &str| {
         fields().any(|mount| {
             mount.get(2) == Some(&"cgroup")
@@ -415,19 +429,47 @@ fn control_groups(mounts: &str) -> Finding {
                     .is_some_and(|options| options.split(',').any(|o| o == controller))
         })
     };
-    match (unified, first("memory"), first("cpuacct")) {
-        (true, false, false) => Finding::good("control groups", "version 2"),
-        (true, true, true) => {
-            Finding::good("control groups", "version 1 with a unified tree (hybrid)")
+    let found = match (root.is_some(), first("memory"), first("cpuacct")) {
+        (true, false, false) => "version 2",
+        (true, true, true) => "version 1 with a unified tree (hybrid)",
+        (false, true, true) => "version 1",
+        _ => {
+            return Finding::bad(
+                CHECK,
+                Level::Failure,
+                "neither version 2 nor version 1 with memory and cpuacct",
+                "mount the control groups; without them no container can be limited or measured",
+            );
         }
-        (false, true, true) => Finding::good("control groups", "version 1"),
-        _ => Finding::bad(
-            "control groups",
+    };
+    if own {
+        return Finding::bad(
+            CHECK,
             Level::Failure,
-            "neither version 2 nor version 1 with memory and cpuacct",
-            "mount the control groups; without them no container can be limited or measured",
-        ),
+            format!("{found}, seen from a namespace of their own"),
+            "those of the host's containers are not in it, so none is measured: run both programs on the host, or in a container with --cgroupns=host and the host's /sys/fs/cgroup",
+        );
     }
+    let there = root.map(controllers).unwrap_or_default();
+    let lacking: Vec<&str> = [
+        ("cpu", "cpu"),
+        ("memory", "memory"),
+        ("pids", "pids"),
+        ("io", "blkio"),
+    ]
+    .into_iter()
+    .filter(|(unified, old)| !there.split_whitespace().any(|it| it == *unified) && !first(old))
+    .map(|(unified, _)| unified)
+    .collect();
+    if lacking.is_empty() {
+        return Finding::good(CHECK, found);
+    }
+    Finding::bad(
+        CHECK,
+        Level::Warning,
+        format!("{found} without {}", lacking.join(", ")),
+        "what these controllers limit and count stays unlimited and unknown: take cgroup_disable= off the kernel's command line (some distributions for ARM need cgroup_enable=memory), or build the kernel with them",
+    )
 }
 
 fn ephemeral_ports(range: &str, first: u16, last: u16) -> Finding {
@@ -549,13 +591,40 @@ mod tests {
     fn the_control_group_layout_is_told_from_the_mounts() {
         let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup /sys/fs/cgroup/cpuacct cgroup rw,cpu,cpuacct 0 0\n";
         let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
-        assert_eq!(control_groups(v1).found, "version 1");
-        assert_eq!(control_groups(v2).found, "version 2");
-        assert_eq!(
-            control_groups(&(v1.to_owned() + v2)).found,
-            "version 1 with a unified tree (hybrid)"
+        let all = |_: &str| "cpuset cpu io memory hugetlb pids\n".to_owned();
+        let look = |mounts: &str| control_groups(mounts, false, all);
+        let v1 = v1.to_owned() + "cgroup /a cgroup rw,pids 0 0\ncgroup /b cgroup rw,blkio 0 0\n";
+        for (mounts, found) in [
+            (v1.clone(), "version 1"),
+            (v2.to_owned(), "version 2"),
+            (v1.clone() + v2, "version 1 with a unified tree (hybrid)"),
+        ] {
+            let finding = look(&mounts);
+            assert_eq!(
+                (finding.found.as_str(), finding.level),
+                (found, Level::Good)
+            );
+        }
+        assert_eq!(look("").level, Level::Failure);
+        // In a container, and on a kernel that was told to leave something out.
+        let inside = control_groups(v2, true, all);
+        assert_eq!(inside.level, Level::Failure);
+        assert!(inside.remedy.contains("--cgroupns=host"), "{inside:?}");
+        let lacking = control_groups(v2, false, |root| {
+            assert_eq!(root, "/sys/fs/cgroup");
+            "cpuset cpu io pids\n".to_owned()
+        });
+        assert_eq!(lacking.found, "version 2 without memory");
+        assert_eq!(lacking.level, Level::Warning);
+        let few = control_groups(
+            v1.split_inclusive('\n')
+                .take(3)
+                .collect::<String>()
+                .as_str(),
+            false,
+            all,
         );
-        assert_eq!(control_groups("").level, Level::Failure);
+        assert_eq!(few.found, "version 1 without io");
     }
 
     #[test]

@@ -54,26 +54,27 @@ fn document(look: &Look) -> Value {
             "sessions_refused": status.sessions_refused,
             "bytes_in": status.bytes_in,
             "bytes_out": status.bytes_out,
+            "packets_in": status.packets_in,
+            "packets_out": status.packets_out,
             "connect_failures": status.connect_failures,
         })).collect::<Vec<_>>(),
     })
 }
 
 fn device(row: &AcceleratorRow) -> Value {
-    let counters = &row.counters;
-    json!({
-        "kind": row.key.kind.to_string(),
-        "index": row.key.index,
-        "id": row.id,
-        "model": row.model,
-        "healthy": row.healthy,
-        "age_ms": row.age_ms,
-        "memory_total": counters.memory_total_bytes,
-        "memory_used": counters.memory_used_bytes,
-        "utilisation_permille": counters.utilisation_permille,
-        "power_mw": counters.power_mw,
-        "temperature_mc": counters.temperature_mc,
-    })
+    let mut map = stats::counters(row.counters.named());
+    for (key, value) in [
+        ("kind", json!(row.key.kind.to_string())),
+        ("index", json!(row.key.index)),
+        ("id", json!(row.id)),
+        ("model", json!(row.model)),
+        ("healthy", json!(row.healthy)),
+        ("fault", json!(row.fault)),
+        ("age_ms", json!(row.age_ms)),
+    ] {
+        map.insert(key.to_owned(), value);
+    }
+    Value::Object(map)
 }
 
 fn bytes(value: Option<u64>) -> String {

@@ -1,12 +1,14 @@
 //! `bai-agent top`: kernels, service ports, devices and the node, live, in a terminal.
 //!
 //! In: the regions and keys. Out: a screen. Invariants: the regions are only read, and the agent is
-//! not asked; the terminal is given back as it was, also after an error.
+//! not asked; the terminal is given back as it was, also after an error or a signal to end.
 
 mod model;
 mod screen;
 
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -27,7 +29,41 @@ pub struct TopArgs {
     interval: u64,
 }
 
-/// Runs until a key ends it.
+/// A signal to end is noticed after this long at most.
+const ATTENTION: Duration = Duration::from_millis(200);
+
+/// Becomes true with the first signal to end: without it the terminal would stay as it is drawn on.
+fn ending() -> std::io::Result<Arc<AtomicBool>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let (mut terminate, mut hangup, mut interrupt) = {
+        let _guard = runtime.enter();
+        (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+            signal(SignalKind::interrupt())?,
+        )
+    };
+    let ended = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&ended);
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = hangup.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            });
+            flag.store(true, Ordering::Relaxed);
+        })?;
+    Ok(ended)
+}
+
+/// Runs until a key or a signal ends it.
 pub fn run(args: &TopArgs, config: &Config) -> Result<(), Problem> {
     if !std::io::stdout().is_terminal() {
         return Err(Problem::Usage(anyhow::anyhow!(
@@ -38,12 +74,14 @@ pub fn run(args: &TopArgs, config: &Config) -> Result<(), Problem> {
     let mut model = Model::default();
     // A node without samples is told before the screen is taken.
     model.observe(&regions.look()?);
+    let ending = ending()?;
     let mut terminal = ratatui::try_init()?;
     let ended = watch(
         &mut terminal,
         &mut regions,
         &mut model,
         Duration::from_secs(args.interval),
+        &ending,
     );
     ratatui::try_restore()?;
     ended
@@ -54,13 +92,19 @@ fn watch(
     regions: &mut Regions,
     model: &mut Model,
     interval: Duration,
+    ending: &AtomicBool,
 ) -> Result<(), Problem> {
     let mut screen = Screen::new();
     let mut looked = Instant::now();
-    loop {
-        terminal.draw(|frame| screen.draw(frame, model))?;
+    let mut draw = true;
+    while !ending.load(Ordering::Relaxed) {
+        if std::mem::take(&mut draw) {
+            terminal.draw(|frame| screen.draw(frame, model))?;
+        }
         let rest = interval.saturating_sub(looked.elapsed());
-        if event::poll(rest)?
+        let happened = event::poll(rest.min(ATTENTION))?;
+        draw |= happened;
+        if happened
             && let Event::Key(key) = event::read()?
             && key.kind == KeyEventKind::Press
             && screen.press(key) == Next::Quit
@@ -69,6 +113,7 @@ fn watch(
         }
         if looked.elapsed() >= interval {
             looked = Instant::now();
+            draw = true;
             // A region that is gone for a moment: the last numbers stay and their age tells.
             match regions.look() {
                 Ok(look) if !screen.paused => model.observe(&look),
@@ -77,6 +122,7 @@ fn watch(
             }
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -127,7 +127,7 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
     // A remote engine's processes are not ours to look at: no interface, no guard, no samples.
     let local = node.docker.is_local();
     let (cgroup_path, links) = if local {
-        let cgroup = blocking(move || cgroup_path(Path::new("/proc"), pid)).await;
+        let cgroup = blocking(move || cgroup_path(Path::new("/proc"), pid, container)).await;
         let cgroup = cgroup.map_err(|source| RowsError::Cgroup { container, source })?;
         (cgroup, network::host_links(&found).await?)
     } else {
@@ -218,8 +218,9 @@ fn count_cpus(list: &str) -> u32 {
 }
 
 /// The container's path below the cgroup roots: the memory controller's on v1, the one there is on
-/// v2.
-fn cgroup_path(proc_root: &Path, pid: u32) -> io::Result<String> {
+/// v2. Its first process may have gone into a cgroup below the container's own, which carries the
+/// container's id; another one may have its number by now, and then there is no path.
+fn cgroup_path(proc_root: &Path, pid: u32, container: ContainerId) -> io::Result<String> {
     let text = fs::read_to_string(proc_root.join(pid.to_string()).join("cgroup"))?;
     let mut unified = None;
     for line in text.lines() {
@@ -233,13 +234,25 @@ fn cgroup_path(proc_root: &Path, pid: u32) -> io::Result<String> {
             .split(',')
             .any(|controller| controller == "memory")
         {
-            return Ok(path.trim_start_matches('/').to_owned());
+            return Ok(of_container(path, container));
         }
         if controllers.is_empty() {
-            unified = Some(path.trim_start_matches('/').to_owned());
+            unified = Some(of_container(path, container));
         }
     }
     Ok(unified.unwrap_or_default())
+}
+
+/// A path up to the name that carries the container's id: `docker/<id>`, `system.slice/docker-<id>.scope`.
+fn of_container(path: &str, container: ContainerId) -> String {
+    let id = container.to_string();
+    let path = path.trim_start_matches('/');
+    let Some(at) = path.find(&id) else {
+        return String::new();
+    };
+    let rest = path.get(at..).unwrap_or_default();
+    let end = rest.find('/').map_or(path.len(), |length| at + length);
+    path.get(..end).unwrap_or_default().to_owned()
 }
 
 fn millis(duration: Duration) -> u32 {
@@ -415,22 +428,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroup_path_prefers_the_memory_controller() {
+    fn the_cgroup_is_the_containers_own_by_the_memory_controller() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("7")).unwrap();
+        let container = ContainerId([0xab; 32]);
+        let id = container.to_string();
+        let inner = ContainerId([0xcd; 32]);
         for (text, path) in [
             (
-                "9:pids:/x\n4:memory:/docker/abc\n0::/docker/abc\n",
-                "docker/abc",
+                format!("9:pids:/x\n4:memory:/docker/{id}\n0::/docker/{inner}\n"),
+                format!("docker/{id}"),
             ),
             (
-                "0::/system.slice/docker-abc.scope\n",
-                "system.slice/docker-abc.scope",
+                format!("0::/system.slice/docker-{id}.scope\n"),
+                format!("system.slice/docker-{id}.scope"),
             ),
-            ("garbage\n", ""),
+            // systemd within, and Docker within: the first process is not where the limits are.
+            (
+                format!("0::/system.slice/docker-{id}.scope/init.scope\n"),
+                format!("system.slice/docker-{id}.scope"),
+            ),
+            (
+                format!("4:memory:/docker/{id}/docker/{inner}\n"),
+                format!("docker/{id}"),
+            ),
+            (
+                format!("0::/user.slice/a.service/libpod-{id}.scope/container\n"),
+                format!("user.slice/a.service/libpod-{id}.scope"),
+            ),
+            // Its number is another's by now.
+            ("4:memory:/docker/other\n".to_owned(), String::new()),
+            (format!("0::/docker/{inner}\n"), String::new()),
+            ("garbage\n".to_owned(), String::new()),
         ] {
-            fs::write(root.path().join("7/cgroup"), text).unwrap();
-            assert_eq!(cgroup_path(root.path(), 7).unwrap(), path);
+            fs::write(root.path().join("7/cgroup"), &text).unwrap();
+            let found = cgroup_path(root.path(), 7, container).unwrap();
+            assert_eq!(found, path, "{text}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Series of the node: devices, accelerators, service ports, the dataplane and the agent.
 
 use rust_decimal::Decimal;
-use shared::observed::{AcceleratorRow, ObservedSnapshot, PortStatus};
+use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus};
 
 use super::page::{Number, families, labels, seconds};
 use super::{Page, Scene};
@@ -43,6 +43,10 @@ families! {
         "Bytes from clients to the container.";
     PORT_OUT = Counter "bai_port_transmit_bytes_total" ["port protocol kernel_id service"]
         "Bytes from the container to clients.";
+    PORT_PACKETS_IN = Counter "bai_port_receive_packets_total" ["port protocol kernel_id service"]
+        "Packets from clients on the kernel path; missing where only the relay has served.";
+    PORT_PACKETS_OUT = Counter "bai_port_transmit_packets_total" ["port protocol kernel_id service"]
+        "Packets to clients on the kernel path; missing where only the relay has served.";
     PORT_FAILURES = Counter "bai_port_connect_failures_total" ["port protocol kernel_id service"]
         "Connections to the container that failed.";
     CPU = Counter "bai_node_cpu_seconds_total" ["state"] "CPU time of all cores: total and idle.";
@@ -225,6 +229,19 @@ fn ports(scene: &Scene, snapshot: &ObservedSnapshot, page: &mut Page) {
     for (family, read) in series {
         for (status, labels) in &shown {
             page.sample(family, labels, read(status));
+        }
+    }
+    // The relay sees bytes, not packets.
+    let series: [(&super::Family, Read); 2] = [
+        (&PORT_PACKETS_IN, |status| status.packets_in),
+        (&PORT_PACKETS_OUT, |status| status.packets_out),
+    ];
+    for (family, read) in series {
+        for (status, labels) in &shown {
+            let seen = status.path == ForwardPath::KernelPath
+                || status.packets_in > 0
+                || status.packets_out > 0;
+            page.measured(family, labels, seen.then(|| read(status)));
         }
     }
 }

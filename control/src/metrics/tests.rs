@@ -4,9 +4,9 @@ use std::sync::Arc;
 use shared::desired::{PortKey, Protocol};
 use shared::ids::{ContainerId, KernelId, RegionId};
 use shared::observed::{
-    AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, IoCounters,
-    Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters, PortState,
-    PortStatus, Source,
+    AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, ForwardPath,
+    IoCounters, Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters,
+    PortState, PortStatus, Source,
 };
 
 use super::*;
@@ -352,6 +352,29 @@ fn the_original_families_are_as_the_manager_asks_for_them() {
     let device = "backendai_device_utilization{device_metric_name=\"cpu_util\",agent_id=\"i-node01\",\
                   device_id=\"1\",value_type=\"current\"}";
     assert_eq!(series.get(device), Some(&2.0));
+}
+
+#[test]
+fn packets_of_ports_are_told_where_somebody_sees_them() {
+    let mut scene = scene(1);
+    assert!(!scene.render().contains("bai_port_receive_packets_total"));
+    let mut told = |path, packets_in| {
+        let snapshot = scene.observed.snapshot.as_mut().unwrap();
+        let port = &mut Arc::make_mut(snapshot).ports[0];
+        (port.path, port.packets_in) = (path, packets_in);
+        let series = parse(&scene.render());
+        let of = |name: &str| {
+            let found = series.iter().find(|(key, _)| key.starts_with(name));
+            *found.unwrap_or_else(|| panic!("no {name}")).1
+        };
+        (
+            of("bai_port_receive_packets_total"),
+            of("bai_port_transmit_packets_total"),
+        )
+    };
+    assert_eq!(told(ForwardPath::KernelPath, 0), (0.0, 0.0));
+    // It was served by the kernel path before.
+    assert_eq!(told(ForwardPath::Relay, 7), (7.0, 0.0));
 }
 
 #[test]

@@ -1,20 +1,10 @@
 //! One sample as a map with plain values, one group per source, for the command line and its RPC.
 //!
-//! Invariant: what was not measured is not there; it is never shown as zero.
+//! Invariants: what was not measured is not there; it is never shown as zero. A counter is named as in
+//! the region (docs/shared-memory.md), with its unit at the end unless it is a plain count.
 
 use serde_json::{Map, Value, json};
 use shared::observed::{ContainerSample, Measured, NodeSample, Source, UNLIMITED};
-
-macro_rules! group {
-    ($map:ident, $name:literal, $measured:expr, { $($key:literal = $field:ident),* $(,)? }) => {
-        if let Some(counters) = $measured.get() {
-            let mut group = Map::new();
-            describe(&mut group, &$measured);
-            $( put(&mut group, $key, counters.$field); )*
-            $map.insert($name.to_owned(), Value::Object(group));
-        }
-    };
-}
 
 fn describe<T>(group: &mut Map<String, Value>, measured: &Measured<T>) {
     let source = match measured.source {
@@ -39,38 +29,29 @@ fn put(group: &mut Map<String, Value>, key: &str, value: Option<u64>) {
     }
 }
 
+/// Counters by their names.
+pub fn counters(named: impl Iterator<Item = (&'static str, Option<u64>)>) -> Map<String, Value> {
+    let mut map = Map::new();
+    for (name, value) in named {
+        put(&mut map, name, value);
+    }
+    map
+}
+
 /// One container's last sample.
 pub fn container(sample: &ContainerSample) -> Value {
     let mut map = Map::new();
-    group!(map, "cpu", sample.cpu, {
-        "usage_ns" = usage_ns, "user_ns" = user_ns, "system_ns" = system_ns,
-        "periods" = periods, "throttled_periods" = throttled_periods, "throttled_ns" = throttled_ns,
-        "pressure_some_ns" = pressure_some_ns,
-    });
-    group!(map, "memory", sample.memory, {
-        "current" = current_bytes, "limit" = limit_bytes, "inactive_file" = inactive_file_bytes,
-        "anon" = anon_bytes, "file" = file_bytes, "shmem" = shmem_bytes, "swap" = swap_bytes,
-        "peak" = peak_bytes, "oom" = oom_events, "oom_kill" = oom_kill_events, "max" = max_events,
-        "kernel" = kernel_bytes, "swap_limit" = swap_limit_bytes,
-        "pressure_some_ns" = pressure_some_ns, "pressure_full_ns" = pressure_full_ns,
-    });
-    group!(map, "pids", sample.pids, {
-        "current" = current, "limit" = limit, "refused" = limit_events,
-    });
-    group!(map, "io", sample.io, {
-        "read_bytes" = read_bytes, "write_bytes" = write_bytes,
-        "read_operations" = read_operations, "write_operations" = write_operations,
-        "pressure_some_ns" = pressure_some_ns, "pressure_full_ns" = pressure_full_ns,
-    });
-    group!(map, "net", sample.net, {
-        "rx_bytes" = rx_bytes, "rx_packets" = rx_packets, "rx_errors" = rx_errors, "rx_drops" = rx_drops,
-        "tx_bytes" = tx_bytes, "tx_packets" = tx_packets, "tx_errors" = tx_errors, "tx_drops" = tx_drops,
-    });
-    group!(map, "disk", sample.disk, {
-        "scratch_bytes" = scratch_bytes, "scratch_files" = scratch_files,
-        "scratch_limit" = scratch_limit_bytes, "shm_bytes" = shm_bytes, "shm_limit" = shm_limit_bytes,
-        "shm_age_ms" = shm_age_ms,
-    });
+    macro_rules! group {
+        ($($name:ident)*) => { $(
+            if let Some(measured) = sample.$name.get() {
+                let mut group = Map::new();
+                describe(&mut group, &sample.$name);
+                group.extend(counters(measured.named()));
+                map.insert(stringify!($name).to_owned(), Value::Object(group));
+            }
+        )* };
+    }
+    group!(cpu memory pids io net disk);
     map.insert("tick".to_owned(), json!(sample.tick));
     map.insert("taken_at".to_owned(), json!(seconds(sample.taken_wall_ns)));
     Value::Object(map)
@@ -78,36 +59,15 @@ pub fn container(sample: &ContainerSample) -> Value {
 
 /// The node's last sample.
 pub fn node(sample: &NodeSample) -> Value {
-    let counters = &sample.counters;
-    let mut map = Map::new();
-    for (key, value) in [
-        ("cpu_total_ns", counters.cpu_total_ns),
-        ("cpu_idle_ns", counters.cpu_idle_ns),
-        ("memory_total", counters.memory_total_bytes),
-        ("memory_available", counters.memory_available_bytes),
-        ("disk_total", counters.disk_total_bytes),
-        ("disk_available", counters.disk_available_bytes),
-        ("net_rx_bytes", counters.net_rx_bytes),
-        ("net_tx_bytes", counters.net_tx_bytes),
-        ("sessions_active", counters.sessions_active),
-        ("sessions_total", counters.sessions_total),
-        ("accepts_shed", counters.accepts_shed),
-        ("containers_sampled", counters.containers_sampled),
-        ("disks_total", counters.disks_total_bytes),
-        ("disks_used", counters.disks_used_bytes),
-        ("disks_age_ms", counters.disks_age_ms),
-        ("oom_kills", counters.oom_kill_events),
-        ("pass_ns", counters.pass_ns),
-        ("pass_cpu_ns", counters.pass_cpu_ns),
-        ("tick_late_ns", counters.tick_late_ns),
-        ("ticks_missed", counters.ticks_missed),
-        ("descriptors_open", counters.descriptors_open),
-    ] {
-        put(&mut map, key, value);
-    }
-    let disks = sample.disks.iter().map(
-        |disk| json!({"device": disk.device, "total": disk.total_bytes, "used": disk.used_bytes}),
-    );
+    let mut map = counters(sample.counters.named());
+    map.insert("cores_busy_ns".to_owned(), json!(sample.cores_busy_ns));
+    let disks = sample.disks.iter().map(|disk| {
+        json!({
+            "device": disk.device,
+            "total_bytes": disk.total_bytes,
+            "used_bytes": disk.used_bytes,
+        })
+    });
     map.insert("disks".to_owned(), disks.collect());
     map.insert("tick".to_owned(), json!(sample.tick));
     map.insert("taken_at".to_owned(), json!(seconds(sample.taken_wall_ns)));
@@ -122,7 +82,7 @@ fn seconds(wall_ns: u64) -> f64 {
 mod tests {
     use super::*;
     use shared::ids::{ContainerId, KernelId};
-    use shared::observed::{CpuCounters, MemoryCounters};
+    use shared::observed::{CpuCounters, MemoryCounters, NodeCounters};
 
     #[test]
     fn what_was_not_measured_is_not_there() {
@@ -153,10 +113,66 @@ mod tests {
             container(&sample),
             json!({
                 "cpu": {"source": "file", "age_ms": 0, "usage_ns": 0},
-                "memory": {"source": "file", "age_ms": 0, "current": 7},
+                "memory": {"source": "file", "age_ms": 0, "current_bytes": 7},
                 "tick": 3,
                 "taken_at": 1.5,
             })
         );
+    }
+
+    /// The documents promise every counter, and a number alone does not tell what it is of.
+    #[test]
+    fn every_counter_is_there_and_says_its_unit() {
+        // Numbers of things, and of happenings.
+        const COUNTS: [&str; 9] = [
+            "current", "limit", "periods", "found", "sampled", "open", "active", "total", "out",
+        ];
+        const HAPPENED: [&str; 8] = [
+            "events",
+            "operations",
+            "packets",
+            "errors",
+            "drops",
+            "files",
+            "shed",
+            "missed",
+        ];
+        const UNITS: [&str; 3] = ["ns", "ms", "bytes"];
+        let mut sample = ContainerSample::default();
+        let mut groups = 0;
+        macro_rules! all {
+            ($($name:ident)*) => { $(
+                sample.$name.source = Source::File;
+                groups += 1;
+            )* };
+        }
+        all!(cpu memory pids io net disk);
+        assert_eq!(container(&sample).as_object().unwrap().len(), groups + 2);
+        let names = sample
+            .cpu
+            .counters
+            .named()
+            .chain(sample.memory.counters.named());
+        let names = names.chain(sample.pids.counters.named());
+        let names = names.chain(sample.io.counters.named());
+        let names = names.chain(sample.net.counters.named());
+        let names = names.chain(sample.disk.counters.named());
+        let node_names: Vec<&str> = NodeCounters::default().named().map(|it| it.0).collect();
+        for name in names
+            .map(|(name, _)| name)
+            .chain(node_names.iter().copied())
+        {
+            let last = name.rsplit('_').next().unwrap();
+            let known = UNITS.contains(&last) || COUNTS.contains(&last) || HAPPENED.contains(&last);
+            assert!(known, "{name} does not say what it is of");
+        }
+        let mut measured = NodeSample::default();
+        measured.counters.cpu_pressure_some_ns = Some(5);
+        measured.counters.disks_left_out = Some(0);
+        let shown = node(&measured);
+        assert_eq!(shown["cpu_pressure_some_ns"], 5);
+        assert_eq!(shown["disks_left_out"], 0);
+        assert!(shown.get("memory_total_bytes").is_none());
+        assert!(node_names.contains(&"memory_total_bytes"));
     }
 }

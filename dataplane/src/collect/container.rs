@@ -203,10 +203,7 @@ fn directory(row: &ContainerRow, hierarchy: &Hierarchy, controller: &str) -> Opt
     let text = std::fs::read_to_string(format!("/proc/{}/cgroup", row.init_pid)).ok()?;
     let unified = matches!(hierarchy, Hierarchy::V2(_));
     let relative = process_path(&text, (!unified).then_some(controller))?;
-    if !relative.contains(&row.container_id.to_string()) {
-        return None;
-    }
-    let path = mount.join(relative);
+    let path = mount.join(of_container(relative, &row.container_id.to_string())?);
     path.is_dir().then_some(path)
 }
 
@@ -223,6 +220,13 @@ fn process_path<'a>(text: &'a str, controller: Option<&str>) -> Option<&'a str> 
         let inside = !path.split('/').any(|part| part == "..");
         (here && inside).then_some(path)
     })
+}
+
+/// A path up to the name that carries the container's id: its first process may have gone further down.
+fn of_container<'a>(path: &'a str, id: &str) -> Option<&'a str> {
+    let at = path.find(id)?;
+    let end = path.get(at..)?.find('/').map_or(path.len(), |it| at + it);
+    path.get(..end)
 }
 
 fn find(row: &ContainerRow, hierarchy: Option<&Hierarchy>, controller: &str) -> Option<PathBuf> {
@@ -622,6 +626,12 @@ mod tests {
             Some("system.slice/docker-ab.scope")
         );
         assert_eq!(process_path("4:memory:/../../etc\n", Some("memory")), None);
+        let scope = "system.slice/docker-ab.scope";
+        assert_eq!(of_container(scope, "ab"), Some(scope));
+        let below = "system.slice/docker-ab.scope/init.scope";
+        assert_eq!(of_container(below, "ab"), Some(scope));
+        assert_eq!(of_container("docker/ab/docker/cd", "ab"), Some("docker/ab"));
+        assert_eq!(of_container(below, "cd"), None);
     }
 
     #[test]

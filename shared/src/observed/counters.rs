@@ -97,6 +97,11 @@ macro_rules! groups {
                     $( CounterInfo { name: stringify!($field), meaning: $meaning }, )*
                 ];
 
+                /// Every counter with its name, which ends with its unit unless it is a plain count.
+                pub fn named(&self) -> impl Iterator<Item = (&'static str, Option<u64>)> {
+                    [ $( (stringify!($field), self.$field), )* ].into_iter()
+                }
+
                 /// The words, and a bit per word that was read.
                 pub(crate) fn pack(&self) -> ([u64; $words], u32) {
                     const { assert!(Self::COUNTERS.len() <= $words && $words <= 32) };

@@ -178,7 +178,7 @@ async fn an_oom_kill_ends_the_command_and_not_the_kernel() -> Result<()> {
     .await?;
     let counted = wait::until("the kill is counted", SOON, || async {
         let stats = kernels::ask(&node, "bai.stats", Vec::new()).await.ok()?;
-        stats["kernels"][order.kernel.to_string()]["memory"]["oom_kill"]
+        stats["kernels"][order.kernel.to_string()]["memory"]["oom_kill_events"]
             .as_u64()
             .filter(|count| *count > 0)
     })

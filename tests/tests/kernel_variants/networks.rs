@@ -420,7 +420,7 @@ async fn defect_host_network_mode_is_broken() -> Result<()> {
     let sample = wait::until("a sample", SOON, || async {
         let stats = kernels::ask(&node, "bai.stats", Vec::new()).await.ok()?;
         let sample = stats["kernels"][one.kernel.to_string()].clone();
-        (sample["memory"]["current"].as_u64()? > 0).then_some(sample)
+        (sample["memory"]["current_bytes"].as_u64()? > 0).then_some(sample)
     })
     .await?;
     assert!(

@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+use shared::desired::PortKey;
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorRow, ContainerSample, NodeCounters, NodeSample, PortState};
 
@@ -41,6 +42,8 @@ pub struct KernelLine {
 pub struct PortLine {
     /// Number.
     pub port: u16,
+    /// `tcp` or `udp`.
+    pub protocol: String,
     /// Service.
     pub service: String,
     /// Kernel id.
@@ -113,7 +116,7 @@ pub struct Model {
     /// Counters of the pass before, and its moment.
     last_node: Option<(NodeCounters, u64)>,
     /// Of the pass at `ports_at`, ns of the monotonic clock.
-    ports_before: HashMap<u16, PortPast>,
+    ports_before: HashMap<PortKey, PortPast>,
     ports_at: u64,
 }
 
@@ -199,23 +202,29 @@ impl Model {
         let before = std::mem::take(&mut self.ports_before);
         self.ports_at = pass;
         self.ports.clear();
+        let wanted = look.desired.iter().flat_map(|desired| &desired.ports);
+        let services: HashMap<PortKey, &str> = wanted
+            .filter(|row| !row.service.is_empty())
+            .map(|row| (row.key(), row.service.as_str()))
+            .collect();
         for status in &look.observed.ports {
             if status.state == PortState::Removed {
                 continue;
             }
-            let port = status.key.host_port;
             let bytes = [status.bytes_in, status.bytes_out];
-            let rates = match before.get(&port) {
+            let rates = match before.get(&status.key) {
                 Some(past) if elapsed == 0 => past.rates,
                 Some(past) => {
                     [0, 1].map(|way| rate(Some(past.bytes[way]), Some(bytes[way]), elapsed))
                 }
                 None => [None; 2],
             };
-            self.ports_before.insert(port, PortPast { bytes, rates });
+            self.ports_before
+                .insert(status.key, PortPast { bytes, rates });
             self.ports.push(PortLine {
-                port,
-                service: look.service(status.key).unwrap_or("-").to_owned(),
+                port: status.key.host_port,
+                protocol: status.key.protocol.to_string(),
+                service: services.get(&status.key).unwrap_or(&"-").to_string(),
                 kernel: status.kernel_id.to_string(),
                 state: status.state.to_string(),
                 path: status.path.to_string(),
@@ -230,6 +239,14 @@ impl Model {
     fn observe_kernels(&mut self, look: &Look) {
         let mut before = std::mem::take(&mut self.samples);
         self.kernels.clear();
+        let named = self.ports.iter().filter(|port| port.service != "-");
+        let mut services: HashMap<&str, Vec<&str>> = HashMap::new();
+        for port in named {
+            let of = services.entry(&port.kernel).or_default();
+            if !of.contains(&port.service.as_str()) {
+                of.push(&port.service);
+            }
+        }
         for sample in &look.observed.containers {
             let mut past = before.remove(&sample.container_id).unwrap_or_default();
             // A new one has no sample before.
@@ -244,15 +261,10 @@ impl Model {
             }
             past.sample = sample.clone();
             let kernel = sample.kernel_id.to_string();
-            let mut services: Vec<&str> = self
-                .ports
-                .iter()
-                .filter(|port| port.kernel == kernel && port.service != "-")
-                .map(|port| port.service.as_str())
-                .collect();
-            services.dedup();
             self.kernels.push(KernelLine {
-                services: services.join(","),
+                services: services
+                    .get(kernel.as_str())
+                    .map_or_else(String::new, |of| of.join(",")),
                 kernel,
                 cpu: past.cpu,
                 memory: memory_used(sample),

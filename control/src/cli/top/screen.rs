@@ -1,6 +1,7 @@
 //! What the screen looks like, and what keys do to it.
 //!
-//! Invariant: drawing reads the state and changes nothing of it; any size of the terminal is drawn.
+//! Invariants: drawing reads the state and changes nothing of it; any size of the terminal is drawn, and a
+//! number is shown whole or not at all.
 
 use std::cmp::Ordering;
 
@@ -50,7 +51,64 @@ const PORT_COLUMNS: [&str; 9] = [
 ];
 const DEVICE_COLUMNS: [&str; 7] = ["DEVICE", "MODEL", "LOAD %", "MEMORY", "OF", "POWER", "HEAT"];
 /// Width of the history in a kernel's line.
-const SPARK: usize = 12;
+const SPARK: u16 = 12;
+
+/// How wide the columns of a table are, and which give way where they do not all fit.
+struct Columns {
+    widths: &'static [u16],
+    /// A column of text, which may be cut.
+    text: usize,
+    /// Down to this.
+    least: u16,
+    /// The others, the one that is missed least first.
+    order: &'static [usize],
+}
+
+const KERNELS: Columns = Columns {
+    widths: &[36, 7, SPARK, 9, 9, 9, 9, 9, 9, 6],
+    text: 0,
+    least: 8,
+    order: &[2, 9, 4, 5, 6, 7, 8, 3, 1],
+};
+const PORTS: Columns = Columns {
+    widths: &[9, 14, 36, 10, 12, 6, 8, 10, 10],
+    text: 2,
+    least: 8,
+    order: &[6, 5, 2, 8, 7, 4, 1, 3],
+};
+const DEVICES: Columns = Columns {
+    widths: &[10, 24, 8, 10, 10, 9, 8],
+    text: 1,
+    least: 8,
+    order: &[4, 6, 5, 1, 3, 2],
+};
+
+impl Columns {
+    /// Those that fit into a line, in their order, and how wide each is.
+    fn fitting(&self, line: u16) -> Vec<(usize, u16)> {
+        let mut left: Vec<(usize, u16)> = self.widths.iter().copied().enumerate().collect();
+        let mut going = self.order.iter();
+        loop {
+            let blanks = u16::try_from(left.len().saturating_sub(1)).unwrap_or(u16::MAX);
+            let whole = left.iter().map(|(_, width)| *width).sum::<u16>() + blanks;
+            let excess = whole.saturating_sub(line);
+            let text = left.iter_mut().find(|(place, _)| *place == self.text);
+            let gives = text
+                .as_ref()
+                .map_or(0, |(_, width)| width.saturating_sub(self.least));
+            if excess <= gives {
+                if let Some((_, width)) = text {
+                    *width -= excess;
+                }
+                return left;
+            }
+            let Some(next) = going.next() else {
+                return left;
+            };
+            left.retain(|(place, _)| place != next);
+        }
+    }
+}
 
 /// The state of the screen.
 #[derive(Clone, Debug, Default)]
@@ -152,11 +210,11 @@ impl Screen {
             Constraint::Length(1),
         ])
         .areas(frame.area());
-        frame.render_widget(Paragraph::new(head_lines(model)), head);
+        frame.render_widget(Paragraph::new(head_lines(model, head.width)), head);
         sparklines(frame, sparks, model);
         frame.render_widget(self.tab_line(model), tabs);
         self.table(frame, body, model);
-        frame.render_widget(self.foot(model), foot);
+        frame.render_widget(self.foot(model, foot.width), foot);
     }
 
     fn tab_line(&self, model: &Model) -> Line<'static> {
@@ -176,7 +234,7 @@ impl Screen {
         Line::from_iter(spans)
     }
 
-    fn foot(&self, model: &Model) -> Line<'static> {
+    fn foot(&self, model: &Model, width: u16) -> Line<'static> {
         if self.editing || !self.filter.is_empty() {
             let cursor = if self.editing { "_" } else { "" };
             return Line::from(format!(
@@ -187,11 +245,18 @@ impl Screen {
         if let Some(reason) = self.reason(model) {
             return Line::from(reason);
         }
-        let paused = if self.paused { "PAUSED  " } else { "" };
-        Line::from(format!(
-            "{paused}q quit  Tab/1-3 table  s sort  r reverse  / filter  p pause  up/down select"
-        ))
-        .dim()
+        let paused = self.paused.then(|| "PAUSED".to_owned());
+        let keys = [
+            "q quit",
+            "Tab/1-3 table",
+            "s sort",
+            "r reverse",
+            "/ filter",
+            "p pause",
+            "up/down select",
+        ];
+        let keys = keys.into_iter().map(str::to_owned);
+        Line::from(together(paused.into_iter().chain(keys), width)).dim()
     }
 
     /// Why the selected port does not serve.
@@ -205,16 +270,16 @@ impl Screen {
     }
 
     fn table(&self, frame: &mut Frame<'_>, area: Rect, model: &Model) {
-        let (rows, widths): (Vec<Row<'static>>, Vec<Constraint>) = match self.tab {
-            Tab::Kernels => (
-                self.kernels(model).into_iter().map(kernel_row).collect(),
-                lengths(&[36, 7, SPARK, 9, 9, 9, 9, 9, 9, 6]),
-            ),
-            Tab::Ports => (
-                self.ports(model).into_iter().map(port_row).collect(),
-                lengths(&[6, 14, 36, 10, 12, 6, 8, 10, 10]),
-            ),
-            Tab::Devices => (self.devices(model), lengths(&[10, 24, 8, 10, 10, 9, 8])),
+        let (rows, columns): (Vec<Vec<String>>, &Columns) = match self.tab {
+            Tab::Kernels => {
+                let list = self.kernels(model).into_iter();
+                (list.map(|it| kernel_row(it).into()).collect(), &KERNELS)
+            }
+            Tab::Ports => {
+                let list = self.ports(model).into_iter();
+                (list.map(|it| port_row(it).into()).collect(), &PORTS)
+            }
+            Tab::Devices => (self.devices(model), &DEVICES),
         };
         if rows.is_empty() {
             let text = match self.tab {
@@ -227,16 +292,24 @@ impl Screen {
             return;
         }
         let sort = self.sort[self.tab as usize];
-        let header = self.columns().iter().enumerate().map(|(place, name)| {
-            let cell = Cell::from(*name);
-            if place == sort {
+        let columns = columns.fitting(area.width);
+        let header = columns.iter().map(|(place, _)| {
+            let cell = Cell::from(self.columns()[*place]);
+            if *place == sort {
                 cell.style(Style::new().add_modifier(Modifier::UNDERLINED))
             } else {
                 cell
             }
         });
         let mut state = TableState::new().with_selected(self.selected.min(rows.len() - 1));
-        let table = Table::new(rows, widths)
+        let shown = rows.into_iter().map(|mut row| {
+            let cells = columns
+                .iter()
+                .map(|(place, _)| std::mem::take(&mut row[*place]));
+            Row::new(cells.collect::<Vec<String>>())
+        });
+        let widths = columns.iter().map(|(_, width)| Constraint::Length(*width));
+        let table = Table::new(shown, widths)
             .header(Row::new(header).bold())
             .row_highlight_style(Style::new().reversed());
         frame.render_stateful_widget(table, area, &mut state);
@@ -279,7 +352,14 @@ impl Screen {
             .iter()
             .filter(|line| {
                 let port = line.port.to_string();
-                self.matches(&[&port, &line.service, &line.kernel, &line.state, &line.path])
+                self.matches(&[
+                    &port,
+                    &line.protocol,
+                    &line.service,
+                    &line.kernel,
+                    &line.state,
+                    &line.path,
+                ])
             })
             .collect();
         match self.sort[Tab::Ports as usize] {
@@ -300,7 +380,7 @@ impl Screen {
         list
     }
 
-    fn devices(&self, model: &Model) -> Vec<Row<'static>> {
+    fn devices(&self, model: &Model) -> Vec<Vec<String>> {
         let mut list: Vec<_> = model
             .devices
             .iter()
@@ -328,7 +408,7 @@ impl Screen {
             .map(|row| {
                 let counters = &row.counters;
                 let load = counters.utilisation_permille;
-                Row::new([
+                vec![
                     format!("{} {}", row.key.kind, row.key.index),
                     row.model.clone(),
                     load.map_or_else(
@@ -339,16 +419,10 @@ impl Screen {
                     bytes(counters.memory_total_bytes),
                     thousandths(counters.power_mw, "W"),
                     thousandths(counters.temperature_mc, "C"),
-                ])
+                ]
             })
             .collect()
     }
-}
-
-fn lengths(list: &[usize]) -> Vec<Constraint> {
-    list.iter()
-        .map(|length| Constraint::Length(u16::try_from(*length).unwrap_or(u16::MAX)))
-        .collect()
 }
 
 fn falling(a: Option<f64>, b: Option<f64>) -> Ordering {
@@ -368,9 +442,9 @@ fn percent(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"))
 }
 
-fn kernel_row(line: &KernelLine) -> Row<'static> {
+fn kernel_row(line: &KernelLine) -> [String; 10] {
     let [read, written, received, sent] = line.rates;
-    Row::new([
+    [
         line.kernel.clone(),
         percent(line.cpu),
         spark(&line.history),
@@ -382,13 +456,13 @@ fn kernel_row(line: &KernelLine) -> Row<'static> {
         per_second(sent),
         line.tasks
             .map_or_else(|| "-".to_owned(), |tasks| tasks.to_string()),
-    ])
+    ]
 }
 
-fn port_row(line: &PortLine) -> Row<'static> {
+fn port_row(line: &PortLine) -> [String; 9] {
     let [inward, outward] = line.rates;
-    Row::new([
-        line.port.to_string(),
+    [
+        format!("{}/{}", line.port, line.protocol),
         line.service.clone(),
         line.kernel.clone(),
         line.state.clone(),
@@ -397,13 +471,19 @@ fn port_row(line: &PortLine) -> Row<'static> {
         line.total.to_string(),
         per_second(inward),
         per_second(outward),
-    ])
+    ]
 }
 
 /// The end of a history as bars; the highest is the most of what is shown.
 fn spark(history: &std::collections::VecDeque<u64>) -> String {
     const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let shown: Vec<u64> = history.iter().rev().take(SPARK).rev().copied().collect();
+    let shown: Vec<u64> = history
+        .iter()
+        .rev()
+        .take(SPARK.into())
+        .rev()
+        .copied()
+        .collect();
     let most = shown.iter().copied().max().unwrap_or(0).max(1);
     shown
         .iter()
@@ -414,7 +494,21 @@ fn spark(history: &std::collections::VecDeque<u64>) -> String {
         .collect()
 }
 
-fn head_lines(model: &Model) -> Vec<Line<'static>> {
+/// As many of the parts as fit into a line, at least the first: none is cut within a number.
+fn together(parts: impl IntoIterator<Item = String>, width: u16) -> String {
+    let mut line = String::new();
+    for part in parts {
+        let gap = if line.is_empty() { "" } else { "  " };
+        let length = line.chars().count() + gap.len() + part.chars().count();
+        if !line.is_empty() && length > usize::from(width) {
+            break;
+        }
+        line = line + gap + &part;
+    }
+    line
+}
+
+fn head_lines(model: &Model, width: u16) -> Vec<Line<'static>> {
     let node = &model.node;
     let of = |space: Option<(u64, u64)>| {
         space.map_or_else(
@@ -423,13 +517,18 @@ fn head_lines(model: &Model) -> Vec<Line<'static>> {
         )
     };
     let [received, sent] = node.network;
-    let first = format!(
-        "node  CPU {} %  memory {}  disk {}  net {}/s in, {}/s out",
-        percent(node.cpu),
-        of(node.memory),
-        of(node.disk),
-        per_second(received),
-        per_second(sent),
+    let first = together(
+        [
+            format!("node  CPU {} %", percent(node.cpu)),
+            format!("memory {}", of(node.memory)),
+            format!("disk {}", of(node.disk)),
+            format!(
+                "net {}/s in, {}/s out",
+                per_second(received),
+                per_second(sent)
+            ),
+        ],
+        width,
     );
     let age = model.age.map_or_else(
         || "no samples yet".to_owned(),

@@ -14,6 +14,7 @@ use shared::observed::{
     PortState, PortStatus, Source,
 };
 
+use super::screen::Tab;
 use super::*;
 use crate::cli::region::Look;
 use crate::stats::fixture::card;
@@ -268,4 +269,68 @@ fn rates_are_between_samples_of_one_container() {
     let mut fresh = Model::default();
     fresh.observe(&look(1));
     assert_eq!(fresh.kernels[0].cpu, None);
+}
+
+#[test]
+fn numbers_are_whole_or_not_there_on_narrow_terminals() {
+    let model = model();
+    let wide: Vec<String> = [Tab::Kernels, Tab::Ports, Tab::Devices]
+        .map(|tab| drawn(&on(tab), &model, 300, 14))
+        .into();
+    for width in (2..=130).step_by(6) {
+        for (tab, wide) in [Tab::Kernels, Tab::Ports, Tab::Devices]
+            .into_iter()
+            .zip(&wide)
+        {
+            let text = drawn(&on(tab), &model, width, 14);
+            if width == 80 {
+                compare(&format!("narrow-{}", tab as usize), &text);
+            }
+            // Below the sparklines and the names of the tables: the numbers with their units.
+            for (line, whole) in text.lines().zip(wide.lines()).skip(7).take(3) {
+                let numbers = |line: &str| -> Vec<String> {
+                    let words: Vec<&str> = line.split_whitespace().collect();
+                    let place = |it: &&str| it.contains('.') && it.parse::<f64>().is_ok();
+                    let at = words.iter().enumerate().filter(|(_, it)| place(it));
+                    let unit = |at: usize| words.get(at + 1).filter(|it| it.ends_with("iB"));
+                    at.map(|(at, it)| format!("{it} {}", unit(at).unwrap_or(&"")))
+                        .collect()
+                };
+                let whole = numbers(whole);
+                for number in numbers(line) {
+                    assert!(whole.contains(&number), "{width}: {number} of\n{text}");
+                }
+            }
+        }
+    }
+}
+
+fn on(tab: Tab) -> Screen {
+    let mut screen = Screen::new();
+    screen.tab = tab;
+    screen
+}
+
+#[test]
+fn ports_of_one_number_are_two() {
+    let mut model = Model::default();
+    for second in 1..=3 {
+        let mut look = look(second);
+        let observed = Arc::make_mut(&mut look.observed);
+        let mut datagrams = observed.ports[0].clone();
+        datagrams.key.protocol = Protocol::Udp;
+        (datagrams.bytes_in, datagrams.bytes_out) = (second * 10, 0);
+        observed.ports.insert(1, datagrams);
+        model.observe(&look);
+    }
+    let rates: Vec<_> = model.ports.iter().map(|line| line.rates).collect();
+    assert_eq!(rates[0], [Some(2048.0), Some(20480.0)]);
+    assert_eq!(rates[1], [Some(10.0), Some(0.0)]);
+    let mut screen = on(Tab::Ports);
+    press(&mut screen, "/udp\n");
+    let text = drawn(&screen, &model, 130, 12);
+    assert!(
+        text.contains("30000/udp") && !text.contains("30000/tcp"),
+        "{text}"
+    );
 }
