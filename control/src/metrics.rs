@@ -93,6 +93,8 @@ pub struct Scene {
     pub kernels: usize,
     /// What the dataplane says.
     pub observed: Observed,
+    /// Between two passes of the dataplane, as configured.
+    pub interval: Duration,
     /// What the host says.
     pub reading: HostReading,
     /// The engine.
@@ -139,6 +141,7 @@ impl Scene {
                 .collect(),
             kernels: kernels.len(),
             observed: node.link.observed(),
+            interval: node.config.node.dataplane.stats_interval,
             slots: slots.collect(),
             occupancy: Some(node.ports.occupancy()),
             folders: node.storage_proxy.as_ref().map(|proxy| Folders {

@@ -479,6 +479,36 @@ async fn a_real_prometheus_has_data_for_the_dashboard_and_takes_the_alerts() -> 
     Ok(())
 }
 
+/// Labels that do not match make a rule that is right by its syntax and never fires.
+#[test]
+fn every_alert_fires_when_it_must_and_none_on_a_well_node() -> Result<()> {
+    let alerts = std::fs::read_to_string(root().join("deploy/prometheus/alerts.yml"))?;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("prometheus/alerts.yml");
+    let cases = std::fs::read_to_string(&path)?;
+    for alert in alerts
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+    {
+        ensure!(
+            cases.contains(&format!("labels: '{{alertname=\"{alert}\"}}'")),
+            "{alert} has no case in {}",
+            path.display()
+        );
+    }
+    let tested = Command::new("promtool")
+        .args(["test", "rules"])
+        .arg(&path)
+        .output()
+        .context("promtool can't be started; run deploy/setup test")?;
+    ensure!(
+        tested.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&tested.stdout),
+        String::from_utf8_lossy(&tested.stderr)
+    );
+    Ok(())
+}
+
 /// Every alert has its row in the operator's table.
 #[test]
 fn every_alert_has_a_remedy() -> Result<()> {

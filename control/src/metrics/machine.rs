@@ -21,6 +21,7 @@ families! {
     HEARTBEAT = Gauge "bai_dataplane_heartbeat_age_seconds" [] "Since the dataplane's last sign of life.";
     EPOCH = Gauge "bai_dataplane_epoch" [] "Life of the dataplane: one more with each start.";
     SAMPLE_AGE = Gauge "bai_sample_age_seconds" [] "Since the last pass over all containers.";
+    INTERVAL = Gauge "bai_sample_interval_seconds" [] "Between two passes, as configured.";
     TICKS = Counter "bai_dataplane_ticks_total" [] "Passes over all containers.";
     PASS = Gauge "bai_dataplane_pass_seconds" [] "Time the last pass took.";
     PASS_CPU = Gauge "bai_dataplane_pass_cpu_seconds" [] "CPU time the last pass took.";
@@ -164,6 +165,7 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
         "",
         scene.sample_age().map(|age| age.as_secs_f64()),
     );
+    page.sample(&INTERVAL, "", scene.interval.as_secs_f64());
     let Some(snapshot) = snapshot else {
         return;
     };

@@ -218,6 +218,7 @@ fn scene(containers: u16) -> Scene {
         ..NodeSample::default()
     };
     Scene {
+        interval: std::time::Duration::from_secs(5),
         agent_id: "i-node01".to_owned(),
         mode: "standalone",
         subjects: (0..containers).map(subject).collect(),
