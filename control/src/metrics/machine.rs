@@ -52,7 +52,7 @@ families! {
         "Connections to the container that failed.";
     CPU = Counter "bai_node_cpu_seconds_total" ["state"] "CPU time of all cores: total and idle.";
     MEMORY = Gauge "bai_node_memory_bytes" ["state"] "Memory: total and available without swapping.";
-    OOM = Counter "bai_node_oom_kills_total" [] "Processes killed for want of memory since boot.";
+    OOM = Counter "bai_node_oom_kills_total" [] "Processes killed for want of memory since boot; read every 5 s.";
     PRESSURE = Counter "bai_node_pressure_seconds_total" ["resource kind"]
         "Time in which some or all (kind full) tasks waited for a resource.";
     DISK = Gauge "bai_node_disk_bytes" ["device state"] "Space of each disk: total and used.";
