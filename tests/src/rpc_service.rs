@@ -4,21 +4,35 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+
 use control::rpc::{
     BoxFuture, Call, CurveServer, Failure, Limits, Server, ServerOptions, Service, Value,
 };
 
 /// Answers `ping` and `get_logs` like an agent without kernels, and test-only methods: `echo`,
-/// `sleep`, `block`, `boom`, `fail`, `unser`, `big` and others the suites name.
-#[derive(Debug, Default)]
+/// `sleep`, `wait` (until `release_at_once`), `block`, `boom`, `fail`, `unser`, `big` and others the suites name.
+#[derive(Debug)]
 pub struct TestService {
+    gate: Arc<Semaphore>,
     attempts: Arc<AtomicI64>,
     finished: Arc<AtomicI64>,
+}
+
+impl Default for TestService {
+    fn default() -> Self {
+        Self {
+            gate: Arc::new(Semaphore::new(0)),
+            attempts: Arc::default(),
+            finished: Arc::default(),
+        }
+    }
 }
 
 impl Service for TestService {
     fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>> {
         let (attempts, finished) = (self.attempts.clone(), self.finished.clone());
+        let gate = self.gate.clone();
         Box::pin(async move {
             let seconds = match call.args.first() {
                 Some(Value::Float(seconds)) => *seconds,
@@ -30,6 +44,10 @@ impl Service for TestService {
                 "slow" | "sleep" => {
                     tokio::time::sleep(time).await;
                     Ok("slow-done".into())
+                }
+                "wait" => {
+                    let passed = gate.acquire().await;
+                    Ok(passed.is_ok().into())
                 }
                 "block" => {
                     // What a handler must not do: keeps a worker of the runtime.
@@ -73,6 +91,10 @@ impl Service for TestService {
     fn answer_at_once(&self, call: Call) -> Result<Value, Failure> {
         match call.method.as_str() {
             "thread_at_once" => Ok(thread()),
+            "release_at_once" => {
+                self.gate.add_permits(1);
+                Ok(Value::Nil)
+            }
             "boom_at_once" => panic!("the handler's own words"),
             _ => catalogued(call, &self.attempts),
         }

@@ -43,6 +43,8 @@ pub struct Limits {
     pub calls_per_connection: usize,
     /// Bytes of request bodies in flight over all connections.
     pub request_bytes: usize,
+    /// How long a client may take to greet and authenticate.
+    pub handshake_deadline: Duration,
     /// How long a reply may wait for a connection that doesn't read.
     pub reply_deadline: Duration,
     /// Bounds of decoding one request body.
@@ -56,6 +58,7 @@ impl Default for Limits {
             calls: 512,
             calls_per_connection: 512,
             request_bytes: 256 << 20,
+            handshake_deadline: Duration::from_secs(10),
             reply_deadline: Duration::from_secs(30),
             decode: DecodeLimits::default(),
         }
@@ -187,6 +190,7 @@ impl Server {
                 .as_ref()
                 .map(|curve| (&curve.pair, curve.manager)),
             max_message_bytes: options.limits.message_bytes,
+            handshake_deadline: options.limits.handshake_deadline,
         };
         let router = Router::bind(&transport, answerer).map_err(|err| match err {
             TransportError::KeyMismatch => BindError::KeyMismatch,

@@ -31,8 +31,6 @@ const BACKLOG: u32 = 4096;
 const HANDSHAKES: usize = 2048;
 /// Connections at once; one more is closed as it comes.
 const CONNECTIONS: usize = 16 * 1024;
-/// How long a client may take to greet and authenticate.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, for want of descriptors for instance.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Like libzmq's option as both Python sides set it.
@@ -55,6 +53,7 @@ pub(in crate::rpc) struct RouterOptions<'a> {
     pub(in crate::rpc) address: SocketAddr,
     pub(in crate::rpc) curve: Option<(&'a KeyPair, PublicKey)>,
     pub(in crate::rpc) max_message_bytes: usize,
+    pub(in crate::rpc) handshake_deadline: Duration,
 }
 
 /// The listening end. Dropping it closes every connection.
@@ -69,6 +68,7 @@ pub(in crate::rpc) struct Router {
 struct Shared<R> {
     config: ConnectionConfig,
     allowed: Option<PublicKey>,
+    handshake_deadline: Duration,
     receiver: R,
     stop: CancellationToken,
 }
@@ -108,6 +108,7 @@ impl Router {
         let shared = Arc::new(Shared {
             config,
             allowed: options.curve.map(|(_, manager)| manager),
+            handshake_deadline: options.handshake_deadline,
             receiver,
             stop: stop.clone(),
         });
@@ -247,7 +248,7 @@ async fn serve<R: Receive>(
     let opened = tokio::select! {
         () = shared.stop.cancelled() => return,
         () = shaking.notified() => Err(LinkError::Displaced),
-        opened = tokio::time::timeout(HANDSHAKE_TIMEOUT, opening) => {
+        opened = tokio::time::timeout(shared.handshake_deadline, opening) => {
             opened.unwrap_or(Err(LinkError::HandshakeTimeout))
         }
     };
@@ -302,6 +303,7 @@ mod tests {
             address: taken.local_addr().expect("bound"),
             curve: None,
             max_message_bytes: 1024,
+            handshake_deadline: Duration::from_secs(10),
         };
         let refused = Router::bind(&options, Nobody).expect_err("the address is taken");
         assert!(
