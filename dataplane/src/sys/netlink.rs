@@ -25,7 +25,9 @@ use asker::Asker;
 const RTMGRP_LINK: u32 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
+const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
 const RTM_NEWSTATS: u16 = 92;
 const RTM_GETSTATS: u16 = 94;
 const NLM_F_REQUEST: u16 = 1;
@@ -35,6 +37,18 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 /// linux/if_link.h: `struct rtnl_link_stats64`, as attribute and as filter bit.
 const IFLA_STATS_LINK_64: u16 = 1;
 const FILTER_LINK_64: u32 = 1;
+
+/// linux/if_link.h: attributes of links.
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_EXT_MASK: u16 = 29;
+const IFLA_LINK_NETNSID: u16 = 37;
+/// linux/rtnetlink.h: a list without counters.
+const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
+/// linux/socket.h
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 /// The two top bits of an attribute's type are flags.
 const TYPE_MASK: u16 = 0x3fff;

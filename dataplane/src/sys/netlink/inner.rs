@@ -9,22 +9,18 @@
 use rustix::io::Errno;
 
 use super::asker::Asker;
-use super::{IFINFO, LinkCounters, NLM_F_DUMP, NetlinkError, attributes, stats64, u32_at};
+use super::{
+    IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER,
+    LinkCounters, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_NEWLINK,
+    attributes, stats64, u32_at,
+};
 
 // linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h, linux/netlink.h
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
 const RTM_NEWNSID: u16 = 88;
 const RTM_GETNSID: u16 = 90;
 const IFLA_LINK: u16 = 5;
-const IFLA_MASTER: u16 = 10;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
 const IFLA_STATS64: u16 = 23;
-const IFLA_EXT_MASK: u16 = 29;
-const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_TARGET_NETNSID: u16 = 46;
-const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 const NETNSA_NSID: u16 = 1;
 const NETNSA_PID: u16 = 2;
 

@@ -11,32 +11,24 @@ use rustix::net::{self, RecvFlags, SocketFlags};
 
 use super::asker::Asker;
 use super::{
-    BUFFER, IFINFO, NLM_F_DUMP, NetlinkError, RTMGRP_LINK, attributes, open, u16_at, u32_at,
+    AF_INET, AF_INET6, BUFFER, IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID,
+    IFLA_LINKINFO, IFLA_MASTER, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK,
+    RTM_NEWLINK, RTMGRP_LINK, attributes, open, u16_at, u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
 const RTMGRP_IPV4_IFADDR: u32 = 0x10;
 const RTMGRP_IPV6_IFADDR: u32 = 0x100;
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
-const IFLA_MASTER: u16 = 10;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
-const IFLA_EXT_MASK: u16 = 29;
-const IFLA_LINK_NETNSID: u16 = 37;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// `struct ifaddrmsg`.
 const IFADDR: usize = 8;
-const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 const ARPHRD_ETHER: u16 = 1;
 const IFF_UP: u32 = 1;
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 
 /// One interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -14,16 +14,14 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::{
-    ANSWER, BUFFER, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkError,
-    from_kernel, messages, u32_at,
+    AF_INET, AF_INET6, ANSWER, BUFFER, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NetlinkError, from_kernel, messages, u32_at,
 };
 
 // linux/sock_diag.h, linux/inet_diag.h, linux/socket.h
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const NLM_F_ACK: u16 = 4;
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
 /// `struct inet_diag_sockid`, and where it is in `struct inet_diag_msg`.
 const ID: usize = 48;
