@@ -4,7 +4,7 @@
 //! when the handle goes.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
 use aya::programs::{SchedClassifier, TcAttachType};
@@ -127,6 +127,20 @@ impl Node {
     /// Runs code as the remote client.
     pub fn at_client<T: Send + 'static>(&self, run: impl FnOnce() -> T + Send + 'static) -> T {
         within(&self.network.client, run).expect("the client's namespace")
+    }
+
+    /// A connection of the remote client's.
+    pub fn connect(&self, address: SocketAddr) -> TcpStream {
+        self.at_client(move || traffic::connect(address))
+            .expect("accepted")
+    }
+
+    /// The same to a server of echoes, with a word sent and come back.
+    pub fn flow(&self, address: SocketAddr) -> TcpStream {
+        let mut stream = self.connect(address);
+        stream.write_all(b"before").expect("sent");
+        stream.read_exact(&mut [0; 6]).expect("echoed");
+        stream
     }
 
     /// Waits until a row's status is as wanted.

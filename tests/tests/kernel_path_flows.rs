@@ -207,11 +207,7 @@ fn a_removed_row_refuses_new_flows_at_once_and_cuts_the_old() {
         return;
     };
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
-    old.write_all(b"before").expect("sent");
-    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut old = node.flow(address);
     node.control.withdraw(row.key()).expect("removed");
     let err = node.at_client(move || TcpStream::connect(address));
     let kind = err.expect_err("no new flow").kind();
@@ -230,11 +226,7 @@ fn a_draining_row_refuses_new_flows_and_lets_the_old_finish() {
     row.drain = Drain::Within { ms: 60_000 };
     node.lift(&row);
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
-    old.write_all(b"before").expect("sent");
-    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut old = node.flow(address);
     let key = row.key();
     node.control
         .write(|batch| batch.remove_port(key))
@@ -269,9 +261,7 @@ fn what_drains_ends_with_its_container() {
     row.drain = Drain::Within { ms: 3_600_000 };
     node.lift(&row);
     let address = host(&row, 0);
-    let mut remote = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let mut remote = node.connect(address);
     let at_host = within(&node.network.host, move || traffic::connect(address));
     let mut local = at_host.expect("the host's namespace").expect("accepted");
     for stream in [&mut remote, &mut local] {
@@ -393,9 +383,7 @@ fn a_session_of_the_relay_goes_on_when_its_row_is_lifted() {
     );
     assert!(status.reason.contains("container"), "{}", status.reason);
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let mut old = node.connect(address);
     old.write_all(b"relay").expect("sent");
     let mut back = [0; 5];
     old.read_exact(&mut back).expect("echoed");
@@ -425,11 +413,7 @@ fn a_udp_row_does_not_touch_the_tcp_flows_of_its_port_number() {
         return;
     };
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
-    old.write_all(b"before").expect("sent");
-    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut old = node.flow(address);
     let mut udp = row.clone();
     udp.protocol = Protocol::Udp;
     node.lift(&udp);
@@ -628,9 +612,7 @@ fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
     };
     node.lift(&row);
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let mut old = node.connect(address);
     let mut goes_on = |word: &[u8]| {
         old.write_all(word).expect("sent");
         let mut back = vec![0; word.len()];

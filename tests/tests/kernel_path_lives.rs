@@ -23,9 +23,7 @@ fn bulk_goes_on_while_the_process_is_killed_and_replaced() {
     };
     let address = host(&row, 0);
     const PIECE: u64 = 4 << 20;
-    let stream = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let stream = node.connect(address);
     let mut sender = stream.try_clone().expect("a clone");
     let (go, turn) = std::sync::mpsc::channel::<()>();
     // One piece before each step of the test's and one after the last.
@@ -73,11 +71,7 @@ fn flows_and_new_clients_survive_the_death_of_the_process() {
     let row = node.container.port(port);
     node.lift(&row);
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
-    old.write_all(b"before").expect("sent");
-    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut old = node.flow(address);
 
     node.process.signal(Signal::SIGKILL).expect("killed");
     node.process.ended().expect("gone");
@@ -190,9 +184,7 @@ fn an_upgrade_with_another_layout_loses_no_flow() {
         .expect("accepted");
     let (mut speaker, _) = listener.accept().expect("the client");
     // Requests of a client elsewhere and of one here, and a stream in bulk.
-    let mut asking = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let mut asking = node.connect(address);
     let at_host = within(&node.network.host, move || traffic::connect(address));
     let mut own = at_host.expect("the host's namespace").expect("accepted");
     let mut both = |word: &[u8]| {
@@ -204,9 +196,7 @@ fn an_upgrade_with_another_layout_loses_no_flow() {
         }
     };
     both(b"before");
-    let stream = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
+    let stream = node.connect(address);
     let over = Arc::new(AtomicBool::new(false));
     let (mut sender, sending) = (stream.try_clone().expect("a clone"), Arc::clone(&over));
     let sent = thread::spawn(move || {

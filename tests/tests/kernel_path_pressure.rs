@@ -9,7 +9,6 @@ use std::time::Duration;
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, host};
 use harness::remote_client::{HOST, may_use_bpf, within};
-use harness::traffic;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
@@ -74,11 +73,7 @@ fn a_flow_that_fell_out_of_a_full_table_goes_on() {
     };
     node.lift(&row);
     let address = host(&row, 0);
-    let mut old = node
-        .at_client(move || traffic::connect(address))
-        .expect("accepted");
-    old.write_all(b"before").expect("sent");
-    old.read_exact(&mut [0; 6]).expect("echoed");
+    let mut old = node.flow(address);
     // More than twice what the table holds, all younger than the flow that is silent meanwhile.
     let target = row.clone();
     node.at_client(move || flood(&target, 300_000));
