@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use control::kernel::model_definition;
 use control::rpc::KeyPair;
 use harness::images::{self, Image};
 use harness::node::{Node, NodeOptions};
@@ -91,5 +92,84 @@ async fn the_managers_client_lives_a_kernels_life_over_curve_and_nobody_else_is_
     })
     .await??;
     ensure!(node.containers()?.is_empty(), "a container is left");
+    Ok(())
+}
+
+#[test]
+fn model_definitions_are_read_as_the_published_agent_reads_them() -> Result<()> {
+    let Some(python) = python::interpreter("published_client")? else {
+        return Ok(());
+    };
+    let model = "models:\n- name: m\n  model_path: /m\n";
+    let service = format!("{model}  service:\n    start_command: serve --all\n");
+    let check = format!("{service}    port: 80\n    health_check:\n      path: /\n");
+    let definitions = [
+        model.to_owned(),
+        format!("{model}  service:\n  metadata:\n"),
+        format!("{service}    port: 8000\n"),
+        format!("{service}    port: '8000'\n    shell: /bin/sh\n"),
+        format!("{service}    port: 8000.0\n    pre_start_actions:\n    health_check:\n"),
+        format!(
+            "{service}    port: 80\n    pre_start_actions: [{{action: mkdir, args: {{path: /x}}}}]\n"
+        ),
+        format!("{check}      interval: 5\n      max_retries: '3'\n"),
+        format!("{check}      interval: 2.5\n      expected_status_code: 204\n"),
+        // Refused.
+        "models: 3\n".to_owned(),
+        format!("{model}extra: 1\n"),
+        format!("{model}  extra: 1\n"),
+        format!("{service}    port: 80\n    health_chek: {{path: /}}\n"),
+        format!("{service}    port: many\n"),
+        format!("{service}    port:\n"),
+        service.clone(),
+        format!("{check}      intervall: 5\n"),
+        format!("{check}      interval: soon\n"),
+        format!(
+            "{service}    port: 80\n    pre_start_actions: [{{action: mkdir, args: {{}}, reff: x}}]\n"
+        ),
+        format!("{model}  service:\n    start_command: [serve, 1]\n    port: 80\n"),
+    ];
+    let folder = tempfile::tempdir()?;
+    let mut files = Vec::new();
+    for (number, text) in definitions.iter().enumerate() {
+        let file = folder.path().join(format!("{number}.yaml"));
+        std::fs::write(&file, text)?;
+        files.push(file.display().to_string());
+    }
+    let arguments: Vec<&str> = files.iter().map(String::as_str).collect();
+    let said = python::check(&python, "model_definitions.py", &arguments)?;
+    ensure!(said.lines().count() == definitions.len(), "{said}");
+    let mut taken = 0;
+    for (number, (definition, theirs)) in definitions.iter().zip(said.lines()).enumerate() {
+        let config = serde_json::from_value(json!({
+            "image": {"canonical": "a/b:c"},
+            "kernel_id": "44843cf7-7964-4cd9-8c60-f8e4fdc69e3a",
+            "session_id": "a61cd3c8-03c5-4ac1-abcd-0246dc7e82f8",
+            "session_type": "inference",
+            "internal_data": {"runtime_variant": "custom", "model_definition_path": format!("{number}.yaml")},
+            "mounts": [{"name": "m", "host_path": folder.path(), "kernel_path": "/m", "mount_perm": "ro", "usage_mode": "model"}],
+        }))?;
+        match (model_definition::read(&config, &[]), theirs) {
+            (Err(_), "refused") => {}
+            (Ok(models), theirs) if theirs != "refused" => {
+                let mut ours = serde_json::to_value(&models)?;
+                let mut theirs: Value = serde_json::from_str(theirs)?;
+                for models in [&mut ours, &mut theirs] {
+                    // The runner takes nothing for no actions, and the metadata is nobody's here.
+                    let model = &mut models[0];
+                    model["metadata"] = Value::Null;
+                    if model["service"]["pre_start_actions"].is_null()
+                        && model["service"].is_object()
+                    {
+                        model["service"]["pre_start_actions"] = json!([]);
+                    }
+                }
+                ensure!(ours == theirs, "{definition}\nours {ours}\ntheirs {theirs}");
+                taken += 1;
+            }
+            (ours, theirs) => anyhow::bail!("{definition}\nours {ours:?}\ntheirs {theirs}"),
+        }
+    }
+    ensure!(taken == 8, "{taken} were taken:\n{said}");
     Ok(())
 }

@@ -1,15 +1,19 @@
 //! Models of inference sessions: what is started in the container, and how it is known to serve.
 //!
 //! In: the request's model folder and runtime variant, the image's command. Out: the [`Model`]s, in
-//! the form of the runner's `start-model-service`. Invariant: the definition
-//! is a file of the user's: it is read inside the folder only, up to a size, and refused in words.
+//! the form of the runner's `start-model-service`. Invariants: the definition
+//! is a file of the user's: it is read inside the folder only, up to a size, and refused in words; what
+//! the original takes is taken (numbers in quotes, keys without a value), and a key nobody knows is
+//! refused as it does: a misspelt health check would be none.
 
 use super::request::{KernelCreationConfig, SessionType, VfolderUsage};
 use super::scratch::beneath::Beneath;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use thiserror::Error;
 
 /// Largest definition read; real ones have under a kilobyte.
@@ -19,6 +23,7 @@ const MODELS_LIMIT: usize = 64;
 
 /// One model, as the runner is told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Model {
     pub name: String,
     /// Directory in the container in which the command runs.
@@ -39,13 +44,19 @@ impl Model {
 
 /// How a model is started.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModelService {
-    #[serde(default, alias = "pre-start-actions")]
+    #[serde(
+        default,
+        alias = "pre-start-actions",
+        deserialize_with = "null_is_default"
+    )]
     pub pre_start_actions: Vec<PreStartAction>,
     #[serde(alias = "start-command")]
     pub start_command: StartCommand,
     #[serde(default = "default_shell")]
     pub shell: String,
+    #[serde(deserialize_with = "number")]
     pub port: u16,
     #[serde(default, alias = "health-check")]
     pub health_check: Option<HealthCheck>,
@@ -57,6 +68,7 @@ fn default_shell() -> String {
 
 /// An action of the runner before the start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PreStartAction {
     pub action: String,
     #[serde(default)]
@@ -65,7 +77,7 @@ pub struct PreStartAction {
 
 /// A shell command or a list of arguments.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a text or a list of texts is expected")]
 pub enum StartCommand {
     Shell(String),
     Arguments(Vec<String>),
@@ -73,17 +85,30 @@ pub enum StartCommand {
 
 /// How the runner finds out that a model serves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HealthCheck {
     /// Seconds between two tries.
-    #[serde(default = "ten")]
+    #[serde(default = "ten", deserialize_with = "number_or_ten")]
     pub interval: f64,
     pub path: String,
-    #[serde(default = "ten_tries", alias = "max-retries")]
+    #[serde(
+        default = "ten_tries",
+        alias = "max-retries",
+        deserialize_with = "number_or_ten_tries"
+    )]
     pub max_retries: u32,
     /// Seconds for one try.
-    #[serde(default = "fifteen", alias = "max-wait-time")]
+    #[serde(
+        default = "fifteen",
+        alias = "max-wait-time",
+        deserialize_with = "number_or_fifteen"
+    )]
     pub max_wait_time: f64,
-    #[serde(default = "http_ok", alias = "expected-status-code")]
+    #[serde(
+        default = "http_ok",
+        alias = "expected-status-code",
+        deserialize_with = "number_or_http_ok"
+    )]
     pub expected_status_code: u16,
 }
 
@@ -98,6 +123,50 @@ fn fifteen() -> f64 {
 }
 fn http_ok() -> u16 {
     200
+}
+
+fn number_or_ten<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(number_or_nothing(from)?.unwrap_or_else(ten))
+}
+fn number_or_ten_tries<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    Ok(number_or_nothing(from)?.unwrap_or_else(ten_tries))
+}
+fn number_or_fifteen<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(number_or_nothing(from)?.unwrap_or_else(fifteen))
+}
+fn number_or_http_ok<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
+    Ok(number_or_nothing(from)?.unwrap_or_else(http_ok))
+}
+
+fn number<'de, D: Deserializer<'de>, T: FromStr>(from: D) -> Result<T, D::Error> {
+    number_or_nothing(from)?.ok_or_else(|| D::Error::custom("a number is missing"))
+}
+
+/// A number, also one in quotes; `None` for a key without a value.
+fn number_or_nothing<'de, D: Deserializer<'de>, T: FromStr>(
+    from: D,
+) -> Result<Option<T>, D::Error> {
+    let value = Value::deserialize(from)?;
+    let text = match &value {
+        Value::Null => return Ok(None),
+        Value::String(text) => text.trim().to_owned(),
+        // 8000.0 is a whole number, too.
+        Value::Number(number) => match (number.as_u64(), number.as_f64()) {
+            (None, Some(fraction)) => fraction.to_string(),
+            _ => number.to_string(),
+        },
+        _ => String::new(),
+    };
+    let parsed = text.parse().map(Some);
+    parsed.map_err(|_| D::Error::custom(format!("{value} is no number that fits here")))
+}
+
+fn null_is_default<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 /// Why an inference session has no models. All are the request's or the folder's fault.
@@ -134,6 +203,7 @@ pub enum ModelDefinitionError {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Definition {
     models: Vec<Model>,
 }
@@ -364,6 +434,45 @@ mod tests {
             matches!(told, ModelDefinitionError::Read { .. }),
             "{told:?}"
         );
+    }
+
+    #[test]
+    fn numbers_may_stand_in_quotes_and_keys_without_a_value() {
+        let text = "models:\n- name: m\n  model_path: /m\n  metadata:\n  service:\n    pre_start_actions:\n    start_command: serve\n    port: '8000'\n    health_check:\n      path: /up\n      interval:\n      max_retries: '3'\n      max_wait_time: 2.5\n      expected_status_code:\n";
+        let models = parse("a.yaml", text.as_bytes()).unwrap();
+        assert_eq!(
+            serde_json::to_value(&models[0]).unwrap(),
+            json!({"name": "m", "model_path": "/m", "metadata": null, "service": {
+                "pre_start_actions": [], "start_command": "serve", "shell": "/bin/bash", "port": 8000,
+                "health_check": {"interval": 10.0, "path": "/up", "max_retries": 3, "max_wait_time": 2.5, "expected_status_code": 200},
+            }})
+        );
+        let text = "models:\n- name: m\n  model_path: /m\n  service:\n    start_command: serve\n    port: 8000.0\n    health_check:\n";
+        let models = parse("a.yaml", text.as_bytes()).unwrap();
+        assert_eq!(models[0].port(), Some(8000));
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_definition_is_named() {
+        let service = "models:\n- name: m\n  model_path: /m\n  service:\n    ";
+        for (rest, word) in [
+            (
+                "start_command: x\n    port: 80\n    health_chek: {path: /}",
+                "health_chek",
+            ),
+            ("start_command: x\n    port: many", "many"),
+            ("start_command: x\n    port:", "missing"),
+            ("start_command: x\n    port: 80.5", "80.5"),
+            ("start_command: [x, 1]\n    port: 80", "list of texts"),
+            (
+                "start_command: x\n    port: 80\n    pre_start_actions: [{action: mkdir, args: {}, reff: y}]",
+                "reff",
+            ),
+        ] {
+            let err = parse("a.yaml", format!("{service}{rest}\n").as_bytes()).unwrap_err();
+            let told = crate::causes::chain(&err);
+            assert!(told.contains(word) && told.contains("a.yaml"), "{told}");
+        }
     }
 
     #[test]
