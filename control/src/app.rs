@@ -50,6 +50,7 @@ use crate::kernel::{Node, monitor};
 use crate::link::{Link, LinkOpenError};
 use crate::metadata::{self, redirect};
 use crate::metrics::Recorder;
+use crate::pid_file::PidFile;
 use crate::ports::{DEFAULT_REST, PortPool};
 use crate::resource::{InventoryError, Ledger};
 use crate::rpc::methods::AgentService;
@@ -179,6 +180,9 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     let curve = curve(&config)?;
     let public_key = curve.as_ref().map(|curve| curve.pair.public);
     let link = take_node(&config, &stopping).await?;
+    // After the lock: a second agent of this id leaves the first one's file alone.
+    let path = config.agent.pid_file.clone();
+    let _pid_file = blocking(move || PidFile::write(&path)).await;
     let starting = Starting::new(&config);
     let (config, joined) = if config.standalone {
         (config, None)

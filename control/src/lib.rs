@@ -22,6 +22,7 @@ pub mod link;
 pub mod metadata;
 pub mod metrics;
 pub mod network;
+pub mod pid_file;
 pub mod ports;
 pub mod resource;
 pub mod rpc;

@@ -15,11 +15,6 @@ const LATER: &[(&str, &str, &str)] = &[
         "containers reach the agent by a socket file, no port is needed",
     ),
     (
-        "agent",
-        "pid-file",
-        "the region's lock names the process that runs",
-    ),
-    (
         "container",
         "stats-type",
         "the collector finds out by itself what the kernel offers",
@@ -37,11 +32,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ("logging", "drivers", LOG),
     ("logging", "pkg-ns", "set levels by module with RUST_LOG"),
     ("logging.file", "*", LOG),
-    (
-        "container-logs",
-        "chunk-size",
-        "a console is kept and answered as a whole",
-    ),
 ];
 
 /// Notes what the file sets of these.

@@ -36,7 +36,9 @@ fn rare_keys_are_accepted_and_reported() {
 #[test]
 fn what_this_release_reads_and_does_not_use_is_told() {
     for (section, line, told) in [
-        ("agent", "pid-file = '/tmp/x.pid'", true),
+        ("agent", "agent-sock-port = 6017", true),
+        ("agent", "pid-file = '/tmp/x.pid'", false),
+        ("container-logs", "chunk-size = '32k'", false),
         ("agent", "allow_compute_plugins = ['a']", false),
         ("api", "push-timeout = 60", false),
         ("logging", "drivers = ['console', 'file']", true),

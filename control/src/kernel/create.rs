@@ -20,7 +20,7 @@ use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 pub use error::CreateError;
-pub use launch::connect_runner;
+pub use launch::{connect_runner, start_models};
 pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
 
 use self::launch::Launched;
@@ -199,6 +199,7 @@ fn new_record(order: &Order) -> Record {
         distro: None,
         mounts: Vec::new(),
         models: Vec::new(),
+        models_pending: false,
         runner_version: None,
         result: None,
         environ: None,

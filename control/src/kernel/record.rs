@@ -98,6 +98,10 @@ pub struct Record {
     pub mounts: Vec<Mount>,
     /// Its models (inference), as the runner is told.
     pub models: Vec<serde_json::Value>,
+    /// They are to be started, and the runner's answers have not all been told. Records of agents
+    /// before this field have none pending.
+    #[serde(default)]
+    pub models_pending: bool,
     /// The version of the runner packages it was made with.
     pub runner_version: Option<String>,
     /// What `create_kernels` answered.

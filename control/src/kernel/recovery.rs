@@ -333,6 +333,7 @@ async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
                     if kernel.with_record(|record| record.batch_running) {
                         batch_job::resume(node, kernel);
                     }
+                    create::start_models(node, kernel);
                 }
                 Err(err) => {
                     tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,

@@ -637,6 +637,7 @@ mod tests {
             distro: None,
             mounts: Vec::new(),
             models: Vec::new(),
+            models_pending: false,
             runner_version: None,
             result: None,
             environ: None,

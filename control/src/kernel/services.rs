@@ -18,6 +18,9 @@ use super::runner_link::{AppRecord, LinkError, ModelServiceStatus, RunnerLink};
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// The runner polls a service's port for up to 30 s; 5 s for what comes before.
 const ANSWER_OWED: Duration = Duration::from_secs(35);
+/// The answer in the place of one that will not come: the kernel is ended or restarted, or the agent
+/// stops.
+const CUT_OFF: &str = "cancelled";
 /// Longest wait for a model service; a definition may ask for hours.
 const MODEL_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -63,6 +66,11 @@ impl ServiceReply {
         Self::failed("invalid service name")
     }
 
+    /// Whether the connection to the runner was closed before it answered.
+    pub fn is_cut_off(&self) -> bool {
+        self.error.as_deref() == Some(CUT_OFF)
+    }
+
     /// Whether the service runs.
     pub fn is_up(&self) -> bool {
         matches!(self.status.as_str(), "started" | "running")
@@ -73,7 +81,7 @@ impl ServiceReply {
             Ok(answer) => serde_json::from_slice(&answer)
                 .unwrap_or_else(|_| Self::failed("the runner's answer could not be read")),
             Err(LinkError::Timeout { .. }) => Self::failed("timeout"),
-            Err(LinkError::Closed) => Self::failed("cancelled"),
+            Err(LinkError::Closed) => Self::failed(CUT_OFF),
             Err(err) => Self::failed(err.to_string()),
         }
     }

@@ -213,6 +213,67 @@ async fn a_model_that_does_not_serve_is_told_to_be_unhealthy() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
+/// A model whose start waits for a file `go` in the kernel's home and then fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_start_of_a_model_outlives_the_agent() -> Result<()> {
+    let mut node = Node::start(NodeOptions::default()).await?;
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(
+        folder.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
+    let definition = "models:\n- name: late\n  model_path: /models\n  service:\n    \
+        pre_start_actions:\n    - action: run_command\n      args:\n        command: [busybox, sh, -c, \
+        'cd /home/work; echo asked >> asked; until [ -e go ]; do sleep 0.1; done']\n    \
+        start_command: [/no/such/program]\n    port: 8600\n";
+    std::fs::write(folder.path().join("model-definition.yml"), definition)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["mounts"] = json!([{
+        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
+        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
+    }]);
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
+    kernels::create(&node, &order).await?;
+    let work = node.scratch(&order.kernel.to_string()).join("work");
+    let asked = || {
+        let text = std::fs::read_to_string(work.join("asked")).unwrap_or_default();
+        text.lines().count()
+    };
+    wait::until("the model is being started", SOON, || async {
+        (asked() == 1).then_some(())
+    })
+    .await?;
+    // An agent that stops meanwhile says nothing of the model: it is not known yet.
+    node.stop_control()?;
+    let log = node.log("bai-agent");
+    ensure!(!log.contains("a model service did not start"), "{log}");
+    // Nobody hears the runner's answer.
+    std::fs::write(work.join("go"), "")?;
+    node.start_control().await?;
+    let args = event_of(&node, order.session, "model_service_status_updated").await?;
+    assert_eq!(args, json!([order.session.to_string(), "unhealthy"]));
+    // What was told is not asked again.
+    let told = asked();
+    let record = node
+        .state()
+        .join("kernels")
+        .join(node.agent_id())
+        .join(format!("{}.json", order.kernel));
+    wait::until("the journal knows", SOON, || async {
+        let json: Json = serde_json::from_slice(&std::fs::read(&record).ok()?).ok()?;
+        (json["record"]["models_pending"] == json!(false)).then_some(())
+    })
+    .await?;
+    node.kill_control()?;
+    node.start_control().await?;
+    assert_eq!(output_of(&node, &order, "echo usable").await?, "usable\n");
+    assert_eq!(asked(), told);
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_system_session_uses_a_socket_of_the_host() -> Result<()> {
     use std::io::{Read, Write};
@@ -268,7 +329,7 @@ async fn a_reported_kernel_is_ended_where_the_operator_wants_it() -> Result<()> 
     let reports = tempfile::tempdir()?;
     let mut node = Node::start(NodeOptions {
         agent: format!(
-            "abuse-report-path = \"{}\"\nforce-terminate-abusing-containers = true\n",
+            "abuse-report-path = \"{0}\"\nforce-terminate-abusing-containers = true\npid-file = \"{0}/agent.pid\"\n",
             reports.path().display()
         ),
         ..NodeOptions::default()
@@ -299,8 +360,13 @@ async fn a_reported_kernel_is_ended_where_the_operator_wants_it() -> Result<()> 
         &container,
     )?;
     // The directory is looked at when the agent starts, and every half minute.
+    let pid_file = reports.path().join("agent.pid");
+    assert!(pid_file.exists());
     node.stop_control()?;
+    assert!(!pid_file.exists());
     node.start_control().await?;
+    assert!(pid_file.exists());
+    std::fs::remove_file(&pid_file)?;
     let (reason, _) = kernels::wait_end(&node, abusing.kernel).await?;
     assert_eq!(reason, "hang-timeout");
     let mut left: Vec<String> = std::fs::read_dir(reports.path())?

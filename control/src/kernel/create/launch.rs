@@ -39,9 +39,9 @@ use crate::resource::ResourceError;
 const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
-/// How much later than its processes the engine may know that a container has ended.
 /// Shortest time between two words about the health of a kernel's models.
 const MODEL_PACE: Duration = Duration::from_secs(1);
+/// How much later than its processes the engine may know that a container has ended.
 const NEWS: Duration = Duration::from_secs(2);
 
 /// A kernel whose runner has answered.
@@ -340,10 +340,12 @@ async fn make_container(
         tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
     }
     let (name, body) = (request.name, request.body);
-    let models = prepared.models.iter().map(|model| json!(model)).collect();
+    let models: Vec<_> = prepared.models.iter().map(|model| json!(model)).collect();
     node.progress(kernel.id, "creating the container");
     kernel.update_record(|record| {
         record.mounts = mounts;
+        // Only the main kernel of a session serves.
+        record.models_pending = !models.is_empty() && order.config.is_main();
         record.models = models;
         record.environ = Some(environ);
         record.container_name = name.clone();
@@ -722,27 +724,51 @@ async fn discard_container(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(),
     Ok(())
 }
 
-/// Starts the model services of an inference kernel in the background.
+/// Starts the model services of an inference kernel in the background, unless that is done. A start
+/// that nobody heard the answer of, because the agent ended, is asked for again: the runner knows
+/// what runs.
 pub fn start_models(node: &Arc<Node>, kernel: &Arc<Kernel>) {
-    let Some(request) = kernel.with_record(|record| record.request.clone()) else {
-        return;
-    };
-    if !request.is_main() {
+    if !kernel.with_record(|record| record.models_pending) {
         return;
     }
-    let models = kernel.with_record(|record| record.models.clone());
-    for model in models {
-        let (events, kernel) = (node.events.clone(), kernel.clone());
-        node.tasks.spawn(async move {
-            let Some(runner) = kernel.runner() else { return };
-            let reply = services::start_model_service(&runner, &model).await;
-            if !reply.is_up() {
-                tracing::warn!(kernel_id = %kernel.id, err = reply.error, "a model service did not start");
-                events.emit(Event::ModelServiceStatusUpdated {
-                    session: kernel.session,
-                    status: "unhealthy",
-                });
-            }
+    let (node, kernel) = (node.clone(), kernel.clone());
+    node.clone().tasks.spawn(async move {
+        let Some(runner) = kernel.runner() else {
+            return;
+        };
+        let models = kernel.with_record(|record| record.models.clone());
+        let starts = models
+            .iter()
+            .map(|model| start_model(&node, &kernel, &runner, model));
+        let told = tokio::select! {
+            told = futures_util::future::join_all(starts) => told,
+            // The next start of the agent asks again.
+            () = node.stopping.cancelled() => return,
+        };
+        if told.into_iter().all(|told| told) && kernel.is_running() {
+            node.note(&kernel, |record| record.models_pending = false)
+                .await;
+        }
+    });
+}
+
+/// Starts one model and tells when that fails; whether there was an answer.
+async fn start_model(
+    node: &Node,
+    kernel: &Kernel,
+    runner: &RunnerLink,
+    model: &serde_json::Value,
+) -> bool {
+    let reply = services::start_model_service(runner, model).await;
+    if reply.is_cut_off() {
+        return false;
+    }
+    if !reply.is_up() {
+        tracing::warn!(kernel_id = %kernel.id, model = model["name"].as_str(), err = reply.error, "a model service did not start");
+        node.events.emit(Event::ModelServiceStatusUpdated {
+            session: kernel.session,
+            status: "unhealthy",
         });
     }
+    true
 }

@@ -149,6 +149,7 @@ pub async fn record(
         distro: None,
         mounts,
         models: Vec::new(),
+        models_pending: false,
         runner_version: None,
         result: None,
         environ: None,
