@@ -580,5 +580,23 @@ async fn images_are_checked_for_the_manager() -> Result<()> {
     .await?;
     let file = std::fs::read_to_string(node.config_file())?;
     assert!(file.contains("scaling-group = \"night-shift\""), "{file}");
+
+    // Whatever comes last, the file and the node agree on it.
+    for round in 0..8 {
+        let calls = (0..8).map(|caller| {
+            let name = vec![Value::Str(format!("group-{round}-{caller}"))];
+            kernels::ask(&node, "update_scaling_group", name)
+        });
+        for outcome in futures_util::future::join_all(calls).await {
+            outcome?;
+        }
+        let status = kernels::ask(&node, "bai.status", vec![]).await?;
+        let group = status["scaling_group"].as_str().context("no group")?;
+        let file = std::fs::read_to_string(node.config_file())?;
+        assert!(
+            file.contains(&format!("scaling-group = \"{group}\"")),
+            "{group} is not in {file}"
+        );
+    }
     Ok(())
 }

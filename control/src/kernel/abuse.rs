@@ -25,8 +25,10 @@ use crate::rpc::arguments::parse_uuid;
 
 /// How often the directory is looked at.
 const PERIOD: Duration = Duration::from_secs(30);
-/// Reports that are read in one look; the rest waits for the next.
+/// Reports that are read in one look, the newest: those of kernels that have ended may lie for ever.
 const MOST: usize = 1024;
+/// Files that are looked at for that.
+const MOST_FILES: usize = 65_536;
 /// A report is some words.
 const LARGEST: u64 = 64 << 10;
 /// How long the writers may hold their lock before a look is left out.
@@ -221,16 +223,27 @@ fn read(directory: &Path) -> Result<Vec<(PathBuf, Report)>, AbuseError> {
         path: directory.to_owned(),
         source,
     };
-    let mut reports = Vec::new();
-    for entry in fs::read_dir(directory).map_err(failed)?.take(MOST) {
-        let path = entry.map_err(failed)?.path();
-        let named = path
-            .file_name()
-            .and_then(|name| name.to_str())
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)?.take(MOST_FILES) {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let named = name
+            .to_str()
             .is_some_and(|name| name.starts_with("report.") && name.ends_with(".json"));
-        if !named {
-            continue;
+        if named {
+            // One that is gone meanwhile is said so below.
+            let written = entry.metadata().and_then(|facts| facts.modified()).ok();
+            files.push((written, entry.path()));
         }
+    }
+    if files.len() > MOST {
+        tracing::warn!(path = %directory.display(), reports = files.len(), read = MOST,
+            "there are more abuse reports than are read; remove old ones");
+        files.sort_by(|one, other| other.cmp(one));
+        files.truncate(MOST);
+    }
+    let mut reports = Vec::new();
+    for (_, path) in files {
         match read_one(&path) {
             Ok(report) => reports.push((path, report)),
             Err(err) => {
@@ -274,6 +287,27 @@ mod tests {
         let kernels: Vec<_> = found.iter().map(|(_, it)| it.kernel.as_str()).collect();
         assert_eq!(kernels, ["k1", "k2"]);
         assert_eq!(found[0].1.reason.as_deref(), Some("self-terminated"));
+    }
+
+    #[test]
+    fn old_reports_do_not_hide_a_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: String| directory.path().join(name);
+        let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+        for number in 0..MOST {
+            let file = fs::File::create(at(format!("report.{number:04}.json"))).unwrap();
+            io::Write::write_all(&mut &file, br#"{"ID": "old", "CID": "c"}"#).unwrap();
+            file.set_modified(old).unwrap();
+            fs::write(at(format!("{number}.log")), "").unwrap();
+        }
+        fs::write(
+            at("report.new.json".to_owned()),
+            r#"{"ID": "new", "CID": "c"}"#,
+        )
+        .unwrap();
+        let found = read(directory.path()).unwrap();
+        assert_eq!(found.len(), MOST);
+        assert!(found.iter().any(|(_, report)| report.kernel == "new"));
     }
 
     #[test]

@@ -16,6 +16,9 @@ use crate::network;
 
 /// The most of a console that is answered; its end is kept.
 const LOG_LIMIT: usize = 16 << 20;
+/// One change of the resource group at a time: the file, etcd's scope and the heartbeat agree on the
+/// last one.
+static REGROUPING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// The state of accelerators; cpu and mem are left out by the original too.
 pub(super) fn hardware(node: &Node) -> Result<Value, Failure> {
@@ -131,6 +134,7 @@ pub(super) async fn update_scaling_group(
             "this node was started without a configuration file; there is nothing to rewrite",
         ));
     };
+    let _turn = REGROUPING.lock().await;
     let name = group.clone();
     blocking(move || config::update_scaling_group(&file, &name))
         .await
