@@ -98,6 +98,7 @@ pub(crate) fn parse(text: &str) -> Result<Table, Vec<Problem>> {
         .map(|error| Problem {
             line: error.span().map(|span| lines.at(span.start)),
             variable: None,
+            etcd: None,
             key: String::new(),
             value: None,
             why: format!("not valid TOML: {}", error.message().replace('\n', ", ")),

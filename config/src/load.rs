@@ -158,6 +158,10 @@ pub(crate) fn load_text(
         gathered: Gathered::default(),
     };
     let config = read::config(&mut reader, &root, file);
+    for unread in overlay.unread() {
+        let key = format!("{} ({}) of etcd", unread.key, unread.scope);
+        reader.note(NoteKind::Unknown, None, key, &unread.why);
+    }
     check::all(&mut reader, &config);
     let Gathered {
         problems,

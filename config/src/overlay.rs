@@ -7,10 +7,25 @@
 use std::net::IpAddr;
 
 use crate::document::{Entry, Table, Value};
+use crate::spelling::nearest;
 use crate::units::Fault;
 
 /// Sections that `config/agent` replaces.
 pub const AGENT_SECTIONS: [&str; 3] = ["api", "container-logs", "kernel-lifecycles"];
+
+/// Keys that are no settings are told up to this many, and up to this length.
+const MOST_UNREAD: usize = 64;
+const LONGEST_KEY: usize = 200;
+/// What is read below `config/container`.
+const CONTAINER_KEYS: [&str; 2] = ["kernel-uid", "kernel-gid"];
+
+fn unknown<const N: usize>(name: &str, known: [&'static str; N]) -> String {
+    let ignored = "is not a known key and is ignored";
+    match nearest(name, known) {
+        Some(word) => format!("{ignored}; did you mean {word:?}?"),
+        None => format!("{ignored}; known are {}", known.join(", ")),
+    }
+}
 
 /// What etcd says. The default changes nothing.
 #[derive(Debug, Clone, Default)]
@@ -19,6 +34,15 @@ pub struct Overlay {
     container: Vec<(String, Found)>,
     agent_subnet: Option<String>,
     container_subnet: Option<String>,
+    unread: Vec<Unread>,
+}
+
+/// A key of etcd that stands where settings are read and is none.
+#[derive(Debug, Clone)]
+pub(crate) struct Unread {
+    pub key: String,
+    pub scope: &'static str,
+    pub why: String,
 }
 
 #[derive(Debug, Clone)]
@@ -41,12 +65,25 @@ impl Overlay {
         self.agent.get_or_insert_default();
     }
 
-    /// `config/agent/{section}/{key}`. Sections that agents do not read are left out.
+    /// A key of etcd that is not read, and why; it is told in the notes.
+    pub fn leave_out(&mut self, key: &str, scope: &'static str, why: impl Into<String>) {
+        if self.unread.len() < MOST_UNREAD {
+            let shown = key.chars().take(LONGEST_KEY).flat_map(char::escape_debug);
+            self.unread.push(Unread {
+                key: shown.collect(),
+                scope,
+                why: why.into(),
+            });
+        }
+    }
+
+    /// `config/agent/{section}/{key}`. Sections that agents do not read are told in the notes.
     pub fn set_agent(&mut self, section: &str, key: &str, text: &str, scope: &'static str) {
         let replaced = self.agent.get_or_insert_default();
         let name = crate::section::kebab(section);
         let Some(section) = AGENT_SECTIONS.into_iter().find(|known| *known == name) else {
-            return;
+            let why = unknown(&name, AGENT_SECTIONS);
+            return self.leave_out(&format!("config/agent/{section}/{key}"), scope, why);
         };
         let entry = Entry {
             key: key.to_owned(),
@@ -67,9 +104,13 @@ impl Overlay {
 
     /// `config/container/{key}`; `kernel-uid` and `kernel-gid` are read.
     pub fn set_container(&mut self, key: &str, text: &str, scope: &'static str) {
+        let name = crate::section::kebab(key);
+        if !CONTAINER_KEYS.contains(&name.as_str()) {
+            let why = unknown(&name, CONTAINER_KEYS);
+            return self.leave_out(&format!("config/container/{key}"), scope, why);
+        }
         let value = Value::text(0, text);
-        self.container
-            .push((crate::section::kebab(key), Found { value, scope }));
+        self.container.push((name, Found { value, scope }));
     }
 
     /// `config/network/subnet/agent`: where the RPC address lies when it is to be detected.
@@ -87,6 +128,10 @@ impl Overlay {
             agent: None,
             ..self.clone()
         }
+    }
+
+    pub(crate) fn unread(&self) -> &[Unread] {
+        &self.unread
     }
 
     /// The table and scope that take the place of a section of the file; an empty table is there

@@ -84,6 +84,8 @@ pub struct Problem {
     pub line: Option<usize>,
     /// The environment variable the value came from, if it did.
     pub variable: Option<&'static str>,
+    /// The key of etcd and its scope the value came from, if it did.
+    pub etcd: Option<(String, &'static str)>,
     /// Section and key; empty when the file is not TOML.
     pub key: String,
     /// The value as written, hidden when secret; none when it is missing.
@@ -96,7 +98,11 @@ pub struct Problem {
 
 impl Problem {
     fn write(&self, f: &mut fmt::Formatter<'_>, file: Option<&Path>) -> fmt::Result {
+        if let Some((key, scope)) = &self.etcd {
+            write!(f, "etcd {key} ({scope}): ")?;
+        }
         match (self.variable, file, self.line) {
+            _ if self.etcd.is_some() => {}
             (Some(variable), ..) => write!(f, "environment {variable}: ")?,
             (None, Some(file), Some(line)) => write!(f, "{}:{line}: ", file.display())?,
             (None, Some(file), None) => write!(f, "{}: ", file.display())?,

@@ -139,6 +139,7 @@ fn factor(reader: &mut Reader<'_>, key: &'static str, variable: &'static str, hi
             reader.gathered.problems.push(crate::problem::Problem {
                 line: None,
                 variable: Some(variable),
+                etcd: None,
                 key: format!("overcommit.{key}"),
                 value: Some(format!("{text:?}")),
                 why: "the factor is out of range or not a whole number".to_owned(),

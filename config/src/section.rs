@@ -95,6 +95,25 @@ fn etcd_place(section: &str) -> &'static str {
     }
 }
 
+/// Line, variable or key of etcd that a value of this origin stands at.
+fn place(
+    origin: Option<Origin>,
+    key: &str,
+) -> (
+    Option<usize>,
+    Option<&'static str>,
+    Option<(String, &'static str)>,
+) {
+    match origin {
+        Some(Origin::File { line }) => (Some(line), None, None),
+        Some(Origin::Environment(variable)) => (None, Some(variable), None),
+        Some(Origin::Etcd { under, scope }) => {
+            (None, None, Some((format!("{under}/{key}"), scope)))
+        }
+        _ => (None, None, None),
+    }
+}
+
 impl<'a> Reader<'a> {
     /// A value that is not an entry of the file: detected or computed.
     pub(crate) fn record<T: Setting>(
@@ -157,17 +176,14 @@ impl<'a> Reader<'a> {
             .values
             .iter()
             .find(|v| v.key == key && v.section == section);
-        let (line, variable) = match found.map(|v| v.origin) {
-            Some(Origin::File { line }) => (Some(line), None),
-            Some(Origin::Environment(variable)) => (None, Some(variable)),
-            _ => (None, None),
-        };
+        let (line, variable, etcd) = place(found.map(|v| v.origin), key);
         let value = found
             .filter(|v| !v.text.is_empty())
             .map(|v| format!("{:?}", v.text));
         self.gathered.problems.push(Problem {
             line,
             variable,
+            etcd,
             key: format!("{section}.{key}"),
             value,
             why: why.into(),
@@ -191,6 +207,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 reader.gathered.problems.push(Problem {
                     line: Some(line),
                     variable: None,
+                    etcd: None,
                     key: name.to_owned(),
                     value: None,
                     why: "this is a section, not a value".to_owned(),
@@ -313,11 +330,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     pub(crate) fn refuse(&mut self, key: Key, value: &Value, origin: Origin, fault: Fault) {
-        let (line, variable) = match origin {
-            Origin::File { line } => (Some(line), None),
-            Origin::Environment(variable) => (None, Some(variable)),
-            _ => (None, None),
-        };
+        let (line, variable, etcd) = place(Some(origin), key.name);
         let shown = if key.secret {
             "***".to_owned()
         } else {
@@ -326,6 +339,7 @@ impl<'r, 'a> Section<'r, 'a> {
         self.reader.gathered.problems.push(Problem {
             line,
             variable,
+            etcd,
             key: format!("{}.{}", self.name, key.name),
             value: Some(shown),
             why: fault.why,
@@ -388,6 +402,7 @@ impl<'r, 'a> Section<'r, 'a> {
         self.reader.gathered.problems.push(Problem {
             line: None,
             variable: None,
+            etcd: None,
             key: format!("{}.{}", self.name, key.name),
             value: None,
             why: "is required and missing".to_owned(),
@@ -427,7 +442,10 @@ impl<'r, 'a> Section<'r, 'a> {
             if self.known.contains(&name.as_str()) || sections.contains(&name.as_str()) {
                 continue;
             }
-            let key = format!("{}.{}", self.name, entry.key);
+            let key = match self.etcd {
+                Some((place, scope)) => format!("{place}/{} ({scope}) of etcd", entry.key),
+                None => format!("{}.{}", self.name, entry.key),
+            };
             let line = self.etcd.is_none().then_some(entry.line);
             if let Some((_, why)) = not_used.iter().find(|(known, _)| *known == name) {
                 self.reader

@@ -89,3 +89,40 @@ fn subnets_choose_among_the_hosts_addresses() {
     // Nothing is detected when the host is given.
     assert!(loaded(&overlay, FILE).is_ok());
 }
+
+#[test]
+fn what_etcd_holds_and_nobody_reads_is_told() {
+    let mut overlay = Overlay::default();
+    overlay.set_agent("container-log", "max-length", "2m", "global");
+    overlay.set_agent("api", "pul-timeout", "10", "scaling group");
+    overlay.set_container("kernel-uids", "7", "node");
+    overlay.leave_out("config/agent/api", "global", "is a value");
+    let loaded = loaded(&overlay, FILE).unwrap();
+    let notes = loaded.render_notes();
+    for words in [
+        "config/agent/container-log/max-length (global) of etcd is not a known key and is ignored; did you mean \"container-logs\"?",
+        "config/agent/api/pul-timeout (scaling group) of etcd is not a known key and is ignored; did you mean \"pull-timeout\"?",
+        "config/container/kernel-uids (node) of etcd is not a known key and is ignored; did you mean \"kernel-uid\"?",
+        "config/agent/api (global) of etcd is a value",
+    ] {
+        assert!(notes.contains(words), "{words}\nis not in\n{notes}");
+    }
+    assert_eq!(loaded.config.container.kernel_uid, 7);
+    // Whoever fills etcd does not fill the log.
+    let mut many = Overlay::default();
+    for number in 0..1000 {
+        many.set_container(&format!("{number}\n{}", "x".repeat(1000)), "1", "global");
+    }
+    let found = self::loaded(&many, FILE).unwrap();
+    assert!(found.notes.len() < 100 && found.render_notes().lines().count() < 100);
+}
+
+#[test]
+fn a_wrong_value_is_told_at_its_place_in_etcd() {
+    let mut overlay = Overlay::default();
+    overlay.set_container("kernel-uid", "nobody-knows-whom", "scaling group");
+    let errors = loaded(&overlay, FILE).unwrap_err().to_string();
+    let words = "etcd config/container/kernel-uid (scaling group): container.kernel-uid = \"nobody-knows-whom\": there is no user";
+    assert!(errors.contains(words), "{errors}");
+    assert!(!errors.contains("agent.toml"), "{errors}");
+}
