@@ -1,11 +1,12 @@
 //! Where regions, locks and doorbells live: `<run-dir>/<agent id>/{control,dataplane}/`.
 //!
 //! In: the configured run directory, or none. Out: the two directories of one agent. Invariant: a
-//! run directory is on tmpfs, so that a region's pages are the region and no disk is ever waited for.
+//! run directory is on tmpfs, so that a region's pages are the region and no disk is ever waited for;
+//! nobody but root and who runs the agent can put anything in the place of its directories.
 
 use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// `f_type` of tmpfs (statfs(2), linux/magic.h).
@@ -45,6 +46,18 @@ pub enum RunDirError {
         /// The cause.
         #[source]
         source: io::Error,
+    },
+    /// Somebody else could put regions of his own there.
+    #[error(
+        "the run directory {path} {why}; see who has made it and what is in it, then remove it \
+         (rm -r {path}) or set run-dir to another directory",
+        path = .path.display()
+    )]
+    Unsafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// The agent id cannot be a directory's name.
     #[error(
@@ -108,27 +121,59 @@ impl RunDir {
 
     /// Creates [`RunDir::control`] where it is missing, and answers it.
     pub fn create_control(&self) -> Result<PathBuf, RunDirError> {
-        create(self.control())
+        self.create(self.control())
     }
 
     /// Creates [`RunDir::dataplane`] where it is missing, and answers it.
     pub fn create_dataplane(&self) -> Result<PathBuf, RunDirError> {
-        create(self.dataplane())
+        self.create(self.dataplane())
+    }
+
+    fn create(&self, path: PathBuf) -> Result<PathBuf, RunDirError> {
+        let failed = |step, path: &Path, source| RunDirError::Directory {
+            step,
+            path: path.to_owned(),
+            source,
+        };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(DIRECTORY_MODE)
+            .create(&path)
+            .map_err(|source| failed("create", &path, source))?;
+        require_tmpfs(&path)?;
+        // The run directory itself may be reached by a link of the operator's.
+        let base = self.root.parent().unwrap_or(&self.root);
+        let base = std::fs::metadata(base).map(|found| (base, found));
+        let own = [&*self.root, &*path]
+            .map(|path| std::fs::symlink_metadata(path).map(|found| (path, found)));
+        for looked_at in [base].into_iter().chain(own) {
+            let (path, found) = looked_at.map_err(|source| failed("look at", &path, source))?;
+            if let Some(why) = distrusted(&found) {
+                let path = path.to_owned();
+                return Err(RunDirError::Unsafe { path, why });
+            }
+        }
+        Ok(path)
     }
 }
 
-fn create(path: PathBuf) -> Result<PathBuf, RunDirError> {
-    match DirBuilder::new()
-        .recursive(true)
-        .mode(DIRECTORY_MODE)
-        .create(&path)
-    {
-        Ok(()) => require_tmpfs(&path).map(|()| path),
-        Err(source) => Err(RunDirError::Directory {
-            step: "create",
-            path,
-            source,
-        }),
+/// Why what is in a directory may be anybody's.
+fn distrusted(found: &std::fs::Metadata) -> Option<String> {
+    let (user, group) = (
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getegid().as_raw(),
+    );
+    let mode = found.mode() & 0o7777;
+    // In a sticky one, as /dev/shm, each can only take away what is his own.
+    let open = mode & 0o002 != 0 || mode & 0o020 != 0 && ![0, group].contains(&found.gid());
+    if !found.is_dir() {
+        Some("is not a directory but a link, or a file".to_owned())
+    } else if ![0, user].contains(&found.uid()) {
+        Some(format!("belongs to the user {}", found.uid()))
+    } else if open && mode & 0o1000 == 0 {
+        Some(format!("can be changed by other users (mode {mode:o})"))
+    } else {
+        None
     }
 }
 
@@ -202,6 +247,52 @@ mod tests {
                 "{agent:?}: {err}"
             );
         }
+    }
+
+    #[test]
+    fn directories_of_anybody_are_not_used() {
+        use std::fs::{self, Permissions};
+        use std::os::unix::fs::{PermissionsExt, chown, symlink};
+        let top = tempfile::tempdir_in("/dev/shm").unwrap();
+        let base = top.path().join("run");
+        let run_dir = RunDir::choose(Some(&base), "i-node01").unwrap();
+        let spoil = |words: &str, spoil: &dyn Fn(&Path)| {
+            for place in [&base, run_dir.root(), &run_dir.control()] {
+                let _ = fs::remove_dir_all(&base);
+                run_dir.create_control().unwrap();
+                spoil(place);
+                let err = run_dir.create_control().unwrap_err().to_string();
+                assert!(err.contains(words), "{err}");
+                assert!(err.contains(&format!("rm -r {}", place.display())), "{err}");
+            }
+        };
+        for mode in [0o757, 0o777] {
+            spoil(&format!("mode {mode:o}"), &|place| {
+                fs::set_permissions(place, Permissions::from_mode(mode)).unwrap();
+            });
+        }
+        if rustix::process::geteuid().is_root() {
+            spoil("belongs to the user 65534", &|place| {
+                chown(place, Some(65534), None).unwrap()
+            });
+            spoil("mode 770", &|place| {
+                chown(place, None, Some(65534)).unwrap();
+                fs::set_permissions(place, Permissions::from_mode(0o770)).unwrap();
+            });
+        }
+        // A link in the place of the run directory is the operator's, below it is nobody's.
+        fs::remove_dir_all(&base).unwrap();
+        fs::create_dir(top.path().join("real")).unwrap();
+        symlink("real", &base).unwrap();
+        run_dir.create_control().unwrap();
+        fs::rename(run_dir.control(), base.join("elsewhere")).unwrap();
+        symlink(base.join("elsewhere"), run_dir.control()).unwrap();
+        let err = run_dir.create_control().unwrap_err().to_string();
+        assert!(err.contains("a link"), "{err}");
+        // Where each can only remove what is his.
+        fs::remove_file(run_dir.control()).unwrap();
+        fs::set_permissions(top.path().join("real"), Permissions::from_mode(0o1777)).unwrap();
+        run_dir.create_control().unwrap();
     }
 
     #[test]
