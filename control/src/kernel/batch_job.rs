@@ -13,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 use super::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use super::container_processes::KernelFiles;
 use super::death::{Death, Signs, full_shm};
-use super::journal::now_unix;
 use super::lifecycle::Reason;
 use super::node::Node;
 use super::record::{BatchRecord, BatchStep};
@@ -39,7 +38,7 @@ pub async fn start(
     let job = BatchRecord {
         step: BatchStep::Waiting,
         command: Some(code),
-        deadline: timeout.map(|timeout| now_unix() + timeout.as_secs_f64()),
+        time_up: timeout.map(|timeout| uptime() + timeout.as_secs_f64()),
     };
     let (noted, wait) = oneshot::channel();
     let (node, kernel) = (node.clone(), kernel.clone());
@@ -157,10 +156,8 @@ async fn work(
         _ => batch::adopt(runner),
     }
     let timeout = job
-        .and_then(|job| job.deadline)
-        .map(|deadline| (deadline - now_unix()).max(grace.as_secs_f64()))
-        // A limit beyond what can be counted is none.
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        .and_then(|job| job.time_up)
+        .and_then(|time_up| left(time_up, uptime(), grace));
     let noted = async {
         if step != BatchStep::Sent {
             batch::sent(runner).await;
@@ -173,6 +170,17 @@ async fn work(
         never = noted => never,
         outcome = batch::attend(runner, timeout, killer, gone) => outcome,
     }
+}
+
+/// Seconds since the host's start, its sleep included.
+fn uptime() -> f64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+}
+
+/// What is left of a limit; one beyond what can be counted is none.
+fn left(time_up: f64, now: f64, grace: Duration) -> Option<Duration> {
+    Duration::try_from_secs_f64((time_up - now).max(grace.as_secs_f64())).ok()
 }
 
 async fn note_step(node: &Node, kernel: &Kernel, step: BatchStep) {
@@ -213,4 +221,27 @@ async fn init_pid(node: &Node, kernel: &Kernel) -> Option<i32> {
     i32::try_from(found.state?.pid?)
         .ok()
         .filter(|pid| *pid != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_job_is_counted_from_the_hosts_start() {
+        let told = std::fs::read_to_string("/proc/uptime").unwrap();
+        let told: f64 = told.split(' ').next().unwrap().parse().unwrap();
+        // Whatever the clock on the wall says: it may be set between two starts of the agent.
+        let ours = uptime();
+        assert!(
+            (told..told + 60.0).contains(&(ours + 0.01)),
+            "{told} {ours}"
+        );
+        let grace = Duration::from_secs(3);
+        let after = |now| left(1000.0, now, grace);
+        assert_eq!(after(400.0), Some(Duration::from_secs(600)));
+        assert_eq!(after(999.0), Some(grace));
+        assert_eq!(after(5000.0), Some(grace));
+        assert_eq!(left(f64::INFINITY, 0.0, grace), None);
+    }
 }

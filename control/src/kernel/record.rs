@@ -45,8 +45,10 @@ pub struct BatchRecord {
     pub step: BatchStep,
     /// The command, until it was sent.
     pub command: Option<String>,
-    /// When its time is up, seconds since the epoch.
-    pub deadline: Option<f64>,
+    /// When its time is up, seconds since the host's start: no step of the clock brings that nearer,
+    /// and no job outlives the host.
+    #[serde(default)]
+    pub time_up: Option<f64>,
 }
 
 /// One kernel as the journal knows it.
