@@ -26,6 +26,7 @@ use crate::causes::chain;
 use crate::docker::{Docker, DockerError, DockerOptions};
 use crate::etcd::{Etcd, EtcdError};
 use crate::http;
+use crate::kernel::container_request::HELD_FOLDERS_LABEL;
 use crate::kernel::node::blocking;
 use crate::volumes::Volumes;
 
@@ -145,9 +146,15 @@ impl Watcher {
         let sources = containers.into_iter().flat_map(|container| {
             let labels = container.labels.unwrap_or_default();
             let kernel = labels.get(KERNEL).cloned().unwrap_or_default();
+            // Of these the engine knows only where they are held.
+            let held = labels.get(HELD_FOLDERS_LABEL);
+            let held: Vec<String> = held
+                .and_then(|paths| serde_json::from_str(paths).ok())
+                .unwrap_or_default();
             let mounts = container.mounts.unwrap_or_default().into_iter();
             mounts
                 .filter_map(|mount| mount.source)
+                .chain(held)
                 .map(move |source| (PathBuf::from(source), kernel.clone()))
         });
         Ok(sources.collect())

@@ -52,9 +52,22 @@ struct Rule {
     left: usize,
 }
 
+/// Something done when a request has come, before it is passed on.
+struct Hook {
+    needle: String,
+    action: Box<dyn FnOnce() + Send>,
+}
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hook({})", self.needle)
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
+    hooks: Vec<Hook>,
     requests: Vec<String>,
     /// Line and body of what changes something.
     bodies: Vec<(String, Vec<u8>)>,
@@ -124,6 +137,15 @@ impl FaultDocker {
     /// Hands on what is kept.
     pub fn let_go(&self) {
         self.state().let_go.send_replace(());
+    }
+
+    /// Does something when the next request whose line contains `needle` has come, before the engine
+    /// hears of it.
+    pub fn before(&self, needle: &str, action: impl FnOnce() + Send + 'static) {
+        self.state().hooks.push(Hook {
+            needle: needle.to_owned(),
+            action: Box::new(action),
+        });
     }
 
     /// Ends all rules.
@@ -249,6 +271,14 @@ async fn exchange(mut client: UnixStream, state: &Mutex<State>, upstream: &Path)
                 rule.fault.clone()
             })
     };
+    let hook = {
+        let mut held = state.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = held.hooks.iter().position(|it| line.contains(&it.needle));
+        at.map(|at| held.hooks.remove(at))
+    };
+    if let Some(hook) = hook {
+        (hook.action)();
+    }
     let budget = match fault {
         Some(Fault::Hang) => return std::future::pending().await,
         Some(Fault::Close) => return Ok(()),

@@ -19,7 +19,9 @@ use flate2::write::GzEncoder;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use super::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
+use super::container_request::{
+    HELD_FOLDERS_LABEL, HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL,
+};
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::registry::Kernel;
@@ -33,7 +35,7 @@ const CLEAN_UP: Duration = Duration::from_secs(60);
 /// Label of the image's services, which a kernel's container extends.
 const SERVICES_LABEL: &str = "ai.backend.service-ports";
 /// Labels that say whose a container is. In an image they would make strangers' containers ours.
-const LABELS_OF_A_KERNEL: [&str; 9] = [
+const LABELS_OF_A_KERNEL: [&str; 10] = [
     "ai.backend.kernel-id",
     "ai.backend.session-id",
     "ai.backend.owner",
@@ -43,6 +45,7 @@ const LABELS_OF_A_KERNEL: [&str; 9] = [
     HOST_PORTS_LABEL,
     SLOTS_LABEL,
     SESSION_TYPE_LABEL,
+    HELD_FOLDERS_LABEL,
 ];
 
 /// What is to be made of a kernel.

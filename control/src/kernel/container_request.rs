@@ -33,6 +33,8 @@ use thiserror::Error;
 /// Label with `<container port>:<host port>` pairs, comma-separated, for an agent whose journal is
 /// lost.
 pub const HOST_PORTS_LABEL: &str = "ai.backend.host-ports";
+/// Label with the host paths of folders that the engine was given another path for, as a JSON list.
+pub const HELD_FOLDERS_LABEL: &str = "ai.backend.held-folders";
 /// Label with the kernel's slots as a JSON map of texts.
 pub const SLOTS_LABEL: &str = "ai.backend.slots";
 /// Label with the session type (`interactive`, `batch`, ...).

@@ -6,7 +6,8 @@
 //! the original takes is taken (numbers in quotes, keys without a value), and a key nobody knows is
 //! refused as it does: a misspelt health check would be none.
 
-use super::request::{KernelCreationConfig, SessionType, VfolderUsage};
+use super::mounts;
+use super::request::{KernelCreationConfig, SessionType, VfolderMount, VfolderUsage};
 use super::scratch::beneath::Beneath;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -232,10 +233,7 @@ pub fn read(
     let (name, port, path) = match variant {
         "custom" => {
             let wanted = config.internal_data.model_definition_path.as_deref();
-            return custom(
-                Path::new(&folder.host_path),
-                wanted.filter(|path| !path.is_empty()),
-            );
+            return custom(folder, wanted.filter(|path| !path.is_empty()));
         }
         "vllm" => ("vllm-model", 8000, Some("/health")),
         "huggingface-tgi" => ("tgi-model", 3000, Some("/info")),
@@ -267,9 +265,14 @@ pub fn read(
     }])
 }
 
-fn custom(folder: &Path, wanted: Option<&str>) -> Result<Vec<Model>, ModelDefinitionError> {
-    let inside = Beneath::open(folder)
-        .map_err(|cause| ModelDefinitionError::Folder(folder.to_owned(), cause))?;
+fn custom(folder: &VfolderMount, wanted: Option<&str>) -> Result<Vec<Model>, ModelDefinitionError> {
+    let path = Path::new(&folder.host_path);
+    let inner = mounts::inner(folder).unwrap_or_default();
+    let inside = match mounts::part(path, inner) {
+        Some(part) => Beneath::open(&part.folder).and_then(|it| it.below(&part.below)),
+        None => Beneath::open(path),
+    };
+    let inside = inside.map_err(|cause| ModelDefinitionError::Folder(path.to_owned(), cause))?;
     let usual = ["model-definition.yaml", "model-definition.yml"];
     let paths = wanted.map_or(usual.to_vec(), |path| vec![path]);
     for path in &paths {

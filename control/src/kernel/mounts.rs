@@ -6,8 +6,10 @@
 //! of failing `containers/create`.
 
 use super::request::{MountPermission, VfolderMount};
-use super::scratch::ScratchPaths;
+use super::scratch::{Part, ScratchPaths};
+use crate::storage_proxy::FolderId;
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
@@ -36,6 +38,9 @@ pub struct Mount {
     /// Always null; kept for the manager's decoder.
     #[serde(default)]
     pub opts: Option<()>,
+    /// How many of the source's last components lie in a folder, whose user can replace them.
+    #[serde(skip)]
+    pub inner: usize,
 }
 
 impl Mount {
@@ -52,6 +57,7 @@ impl Mount {
             target,
             permission,
             opts: None,
+            inner: 0,
         }
     }
 
@@ -65,6 +71,11 @@ impl Mount {
             kind: MountKind::Volume,
             ..Self::bind(name, target, permission)
         }
+    }
+
+    /// The source as a path within its folder, where it is one.
+    pub fn part(&self) -> Option<Part> {
+        part(Path::new(&self.source), self.inner)
     }
 
     /// Whether the container can't write there; `wd` is writable.
@@ -265,77 +276,95 @@ pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, M
                 path: folder.kernel_path.clone(),
             });
         }
+        let inner = inner(folder)?;
         // lstat would accept a dangling link, which Docker refuses later.
-        match std::fs::metadata(source) {
-            Ok(_) => {}
-            Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
-                return Err(MountError::Missing {
-                    name: name(),
-                    path: source.to_owned(),
-                });
-            }
-            Err(cause) => {
-                let path = source.to_owned();
-                return Err(MountError::Unreadable {
-                    name: name(),
-                    path,
-                    cause,
-                });
-            }
-        }
-        check_subpath(folder, source)?;
+        let seen = match part(source, inner) {
+            Some(part) => part.resolve().map(drop),
+            None => std::fs::metadata(source).map(drop),
+        };
+        seen.map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::NotFound => MountError::Missing {
+                name: name(),
+                path: source.to_owned(),
+            },
+            std::io::ErrorKind::PermissionDenied if inner > 0 => outside(folder),
+            _ => MountError::Unreadable {
+                name: name(),
+                path: source.to_owned(),
+                cause,
+            },
+        })?;
         if mounts
             .iter()
             .any(|mount| Path::new(&mount.target) == target)
         {
             return Err(MountError::Twice(folder.kernel_path.clone()));
         }
-        mounts.push(Mount::bind(
-            &folder.host_path,
-            &folder.kernel_path,
-            folder.mount_perm,
-        ));
+        let mount = Mount::bind(&folder.host_path, &folder.kernel_path, folder.mount_perm);
+        mounts.push(Mount { inner, ..mount });
     }
     Ok(mounts)
 }
 
-/// A part of a folder may be a link its user has made; the engine would follow it anywhere.
-fn check_subpath(folder: &VfolderMount, source: &Path) -> Result<(), MountError> {
+/// How many components at the end of a folder's host path lie in the folder. They may be links that
+/// its user has made, or makes before the engine goes there; it would follow them anywhere.
+///
+/// # Errors
+/// The subpath of the request is none.
+pub(super) fn inner(folder: &VfolderMount) -> Result<usize, MountError> {
     let subpath = Path::new(folder.vfsubpath.as_deref().unwrap_or_default());
-    let names = |path: &Path| -> Vec<std::ffi::OsString> {
-        let named = path.components().filter_map(|part| match part {
-            Component::Normal(name) => Some(name.to_owned()),
-            _ => None,
-        });
-        named.collect()
-    };
-    let depth = names(subpath).len();
-    if depth == 0 {
-        return Ok(());
+    let asked = names(subpath);
+    // As good as none: the folder itself.
+    if !is_plain(subpath) && subpath != Path::new("/") {
+        return Err(outside(folder));
     }
-    let outside = || MountError::Outside {
+    let source = names(Path::new(&folder.host_path));
+    // The storage proxy names a folder's directories after its id, and has followed the links below
+    // them: those may have been replaced since, and what is left need not end as what was asked for.
+    let id = folder.vfid.as_deref().and_then(FolderId::parse);
+    if let Some(end) = id.and_then(|id| end_of(&id, &source)) {
+        return Ok(source.len() - end);
+    }
+    match source.ends_with(&asked) {
+        true => Ok(asked.len()),
+        // A directory of the operator's, outside of the volumes' order.
+        false => Ok(0),
+    }
+}
+
+/// Where the directories of a folder's id end: `ab/cd/ef...`, the digits of a UUID. The first ones
+/// are the volume's; a user can make others like them.
+fn end_of(id: &FolderId, names: &[&OsStr]) -> Option<usize> {
+    let digits = id.digits();
+    let spelled = [digits.get(..2)?, digits.get(2..4)?, digits.get(4..)?];
+    let at = names.windows(3).position(|three| three == spelled)?;
+    Some(at + 3)
+}
+
+/// A path whose last components lie in a folder.
+pub(super) fn part(source: &Path, inner: usize) -> Option<Part> {
+    let folder = source.ancestors().nth(inner).filter(|_| inner > 0)?;
+    let below = source.strip_prefix(folder).ok()?.to_owned();
+    Some(Part {
+        folder: folder.to_owned(),
+        below,
+    })
+}
+
+fn outside(folder: &VfolderMount) -> MountError {
+    let subpath = folder.vfsubpath.as_ref().unwrap_or(&folder.host_path);
+    MountError::Outside {
         name: folder.name.clone(),
-        subpath: subpath.to_string_lossy().into_owned(),
-    };
-    if !is_plain(subpath) {
-        return Err(outside());
+        subpath: subpath.clone(),
     }
-    if !names(source).ends_with(&names(subpath)) {
-        // The storage proxy has followed links itself, and judged where they lead.
-        return Ok(());
-    }
-    let root = source.ancestors().nth(depth).ok_or_else(outside)?;
-    let real = |path: &Path| {
-        std::fs::canonicalize(path).map_err(|cause| MountError::Unreadable {
-            name: folder.name.clone(),
-            path: path.to_owned(),
-            cause,
-        })
-    };
-    match real(source)?.starts_with(real(root)?) {
-        true => Ok(()),
-        false => Err(outside()),
-    }
+}
+
+fn names(path: &Path) -> Vec<&OsStr> {
+    let named = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name),
+        _ => None,
+    });
+    named.collect()
 }
 
 fn is_plain(path: &Path) -> bool {
@@ -516,13 +545,42 @@ mod tests {
                 );
             }
         }
-        for subpath in ["../real", "/real"] {
+        for subpath in ["../real", "/real", "real/../../others", ".."] {
             assert!(ask(&mine, "real", subpath).is_err(), "{subpath}");
         }
         assert!(
             ask(&mine, "real/deep", "inside/deep").is_ok(),
             "a link that was followed"
         );
+    }
+
+    #[test]
+    fn a_folders_id_tells_where_it_begins() {
+        let id = "5fe58a85-4fb3-4f61-94a5-b1a2c6d0f6a7";
+        let below = "5f/e5/8a854fb34f6194a5b1a2c6d0f6a7";
+        let ask = |vfid: &str, host: &str, subpath: &str| {
+            let mut asked = folder("a", Path::new(host), "/home/work/a");
+            asked.vfid = Some(vfid.to_owned());
+            asked.vfsubpath = Some(subpath.to_owned());
+            let depth = inner(&asked).unwrap();
+            part(Path::new(host), depth).map(|it| (display(&it.folder), display(&it.below)))
+        };
+        let scoped = format!("user:{id}/{}", id.replace('-', ""));
+        let root = format!("/mnt/v/user:{id}/{below}");
+        for vfid in [id, &scoped] {
+            assert_eq!(ask(vfid, &root, "."), None);
+            // The proxy has followed a link `asked`, whose target a user may have changed since.
+            let real = format!("{root}/x/y/asked");
+            let expected = Some((root.clone(), "x/y/asked".to_owned()));
+            assert_eq!(ask(vfid, &real, "asked"), expected);
+            let copied = format!("{root}/x/{below}/asked");
+            let expected = Some((root.clone(), format!("x/{below}/asked")));
+            assert_eq!(ask(vfid, &copied, "asked"), expected);
+        }
+        // No directories of the id: a path of the operator's.
+        let expected = Some(("/data".to_owned(), "set/one".to_owned()));
+        assert_eq!(ask(id, "/data/set/one", "./set/one"), expected);
+        assert_eq!(ask(id, "/data/set/one", "two"), None);
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! Scratch: the directories of a kernel on the host.
 //!
 //! In: a kernel id, the rules for owners, the files the request brings. Out:
-//! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`. Invariants: a creation that fails leaves nothing behind; a removal works from
-//! any partial state and never enters a mount; nothing is written through what the kernel's user
+//! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`, and
+//! beside it the parts of folders that are held for the engine. Invariants: a creation that fails
+//! leaves nothing behind; a removal works from any partial state and never enters a mount; nothing is written through what the kernel's user
 //! put into `work`; no call blocks an async worker, and each has a deadline.
 
 pub mod beneath;
 mod contents;
+mod held;
 mod storage;
 
 pub use contents::{ClusterFiles, ConfigFiles, NewScratch, validate_dotfiles};
+pub use held::Part;
 
 use crate::kernel::environment::Identity;
 use std::io;
@@ -117,6 +120,14 @@ pub enum ScratchError {
     },
     #[error("{path} cannot be mounted; a memory or file scratch needs root on the host")]
     Mount {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(
+        "{path}, a part of a folder, cannot be held for the engine; the agent must be root on this host, and no link in it may lead out of its folder"
+    )]
+    Hold {
         path: PathBuf,
         #[source]
         cause: io::Error,
@@ -243,6 +254,31 @@ impl Scratch {
         let paths = self.paths(kernel_id);
         self.blocking(kernel_id, move |_| {
             contents::write_config(&paths.config, &files)
+        })
+        .await
+    }
+
+    /// Mounts parts of folders where no user can replace them; their paths, in order. They stay until
+    /// the scratch is removed, or the next call.
+    ///
+    /// # Errors
+    /// One of them is not there, leads out of its folder or can't be mounted, or the deadline has
+    /// passed; none is held then.
+    pub async fn hold(
+        &self,
+        kernel_id: Uuid,
+        parts: Vec<Part>,
+    ) -> Result<Vec<PathBuf>, ScratchError> {
+        let root = self.root.clone();
+        self.blocking(kernel_id, move |state| {
+            let paths = held::hold(&root, kernel_id, &parts)?;
+            match state.finish() {
+                true => Ok(paths),
+                false => {
+                    held::release(&root, kernel_id)?;
+                    Err(ScratchError::Abandoned(kernel_id))
+                }
+            }
         })
         .await
     }

@@ -41,6 +41,11 @@ impl FolderId {
         &self.text
     }
 
+    /// The 32 digits of the folder itself.
+    pub fn digits(&self) -> &str {
+        self.text.rsplit('/').next().unwrap_or_default()
+    }
+
     /// The quota scope it counts against.
     pub fn scope(&self) -> Option<&str> {
         match self.scope {

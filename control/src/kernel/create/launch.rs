@@ -17,7 +17,7 @@ use super::prepare::{self, Prepared};
 use super::{Order, aborted, console_tail, enter, with_host_ports};
 use crate::docker::ExecRequest;
 use crate::events::Event;
-use crate::kernel::container_request::{self, ContainerInputs, Limits};
+use crate::kernel::container_request::{self, ContainerInputs, HELD_FOLDERS_LABEL, Limits};
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::{Reason, Stage};
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
@@ -314,7 +314,8 @@ async fn make_container(
 
     let mut extra = overlay_arguments(node, kernel, order).await?;
     extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
-    let request = container_request::build(&ContainerInputs {
+    let (held, engine_mounts) = hold_parts(node, kernel, &mounts).await?;
+    let mut request = container_request::build(&ContainerInputs {
         settings: &node.settings,
         host: &node.host,
         seccomp: prepared.seccomp.as_ref(),
@@ -324,7 +325,7 @@ async fn make_container(
         repl_ports: record.repl_ports,
         engine_ports: record.published_by == PublishedBy::Engine,
         environ: &environ,
-        mounts: &mounts,
+        mounts: &engine_mounts,
         limits: &Limits {
             cpuset_cpus: limits.cpuset_cpus.clone(),
             cpuset_mems: limits.cpuset_mems.clone(),
@@ -336,6 +337,10 @@ async fn make_container(
         device_arguments: &extra,
         device_syscalls: &limits.syscalls,
     })?;
+    if !held.is_empty() {
+        let labels = request.body.labels.get_or_insert_default();
+        labels.insert(HELD_FOLDERS_LABEL.to_owned(), json!(held).to_string());
+    }
     for key in &request.unknown {
         tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
     }
@@ -369,6 +374,36 @@ async fn make_container(
     node.ledger.commit(kernel.id);
     node.scratch.record_container(id, created).await?;
     Ok(container)
+}
+
+/// Takes the parts of folders out of their users' hands: where they really are, and the mounts with
+/// the paths for the engine. One that runs elsewhere goes by its own host's names.
+async fn hold_parts(
+    node: &Node,
+    kernel: &Kernel,
+    mounts: &[Mount],
+) -> Result<(Vec<String>, Vec<Mount>), CreateError> {
+    let mut mounts = mounts.to_vec();
+    let mut parts = Vec::new();
+    let mut given: Vec<&mut Mount> = Vec::new();
+    if node.docker.is_local() {
+        for mount in &mut mounts {
+            if let Some(part) = mount.part() {
+                parts.push(part);
+                given.push(mount);
+            }
+        }
+    }
+    if parts.is_empty() {
+        return Ok((Vec::new(), mounts));
+    }
+    let id = uuid::Uuid::from_bytes(kernel.id.0);
+    let paths = node.scratch.hold(id, parts).await?;
+    let sources = given.iter().map(|mount| mount.source.clone()).collect();
+    for (mount, path) in given.into_iter().zip(&paths) {
+        mount.source = mounts::display(path);
+    }
+    Ok((sources, mounts))
 }
 
 /// On an overlay network a container has two interfaces, and the one through which all nodes reach

@@ -36,9 +36,40 @@ impl Beneath {
         Ok(Self { directory })
     }
 
+    /// The directory that a path below this one leads to.
+    ///
+    /// # Errors
+    /// The path leaves the directory (`PermissionDenied`), or leads to no directory.
+    pub fn below(&self, path: &Path) -> io::Result<Self> {
+        let directory = self.find(path)?;
+        match FileType::from_raw_mode(fstat(&directory)?.st_mode) {
+            FileType::Directory => Ok(Self { directory }),
+            _ => Err(io::ErrorKind::NotADirectory.into()),
+        }
+    }
+
+    /// Whatever a path leads to, opened for its place only; mounts of the host are crossed.
+    ///
+    /// # Errors
+    /// The path leaves the directory (`PermissionDenied`), or leads to nothing.
+    pub fn find(&self, path: &Path) -> io::Result<OwnedFd> {
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        self.resolve_as(path, OFlags::PATH, Mode::empty(), how)
+    }
+
     fn resolve(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         // A mount below could be a stranger's file system: not crossed either.
         let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+        self.resolve_as(path, flags, mode, how)
+    }
+
+    fn resolve_as(
+        &self,
+        path: &Path,
+        flags: OFlags,
+        mode: Mode,
+        how: ResolveFlags,
+    ) -> io::Result<OwnedFd> {
         // EAGAIN: a rename elsewhere made the check inconclusive (openat2(2)).
         for _ in 0..16 {
             match openat2(&self.directory, path, flags | OFlags::CLOEXEC, mode, how) {

@@ -1,6 +1,7 @@
 //! Where a scratch's bytes are: plain directories, a file system in a file, or memory.
 
 use super::beneath::remove_tree;
+use super::held;
 use super::{ScratchError, ScratchKind, ScratchPaths};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -94,7 +95,7 @@ fn make_image(image: &Path, size: u64, limit: Duration) -> Result<(), ScratchErr
     run(command, limit)
 }
 
-fn mount_tmpfs(path: &Path, size: u64, mode: u32) -> Result<(), ScratchError> {
+pub(super) fn mount_tmpfs(path: &Path, size: u64, mode: u32) -> Result<(), ScratchError> {
     let data = CString::new(format!("size={size},mode={mode:o}")).expect("digits have no NUL");
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
     mount("bai-scratch", path, "tmpfs", flags, data.as_c_str()).map_err(|err| ScratchError::Mount {
@@ -159,6 +160,7 @@ pub(super) fn undo(root: &Path, kernel_id: Uuid) {
 
 /// Removes all of a kernel's storage, of every kind: the configured one may have changed since.
 pub(super) fn remove(root: &Path, kernel_id: Uuid) -> Result<(), ScratchError> {
+    held::release(root, kernel_id)?;
     let main = kernel_id.to_string();
     let tmp = format!("{kernel_id}_tmp");
     for name in [&main, &tmp] {
@@ -173,13 +175,13 @@ pub(super) fn remove(root: &Path, kernel_id: Uuid) -> Result<(), ScratchError> {
     }
 }
 
-fn removal(path: PathBuf, cause: io::Error) -> ScratchError {
+pub(super) fn removal(path: PathBuf, cause: io::Error) -> ScratchError {
     ScratchError::Remove { path, cause }
 }
 
 /// Unmounts what is mounted at a path, however often; a busy one is detached and goes when its
 /// last user does.
-fn unmount_all(path: &Path) -> Result<(), ScratchError> {
+pub(super) fn unmount_all(path: &Path) -> Result<(), ScratchError> {
     // More mounts than this at one place are nobody's accident.
     for _ in 0..16 {
         let unmounted = match unmount(path, UnmountFlags::NOFOLLOW) {
@@ -217,6 +219,7 @@ pub(super) fn list(root: &Path) -> Result<Vec<Uuid>, ScratchError> {
         let name = name.to_string_lossy();
         let id = name
             .strip_suffix("_tmp")
+            .or(name.strip_suffix(held::SUFFIX))
             .or(name.strip_suffix(".img"))
             .unwrap_or(&name);
         // Only the spelling that this module writes.
