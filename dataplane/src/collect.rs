@@ -654,9 +654,6 @@ mod tests {
         let disk = Disk::start().expect("a thread");
         let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
         sampler.go_on_from(&[told]);
-        // What programs have counted ends with them, what the kernel counts does not.
-        let ours = matches!(Facts::gather().io, Some(Hierarchy::V1(_)));
-        assert_eq!(sampler.io_before.len(), usize::from(ours));
         for generation in 1..3 {
             let row = ContainerRow {
                 generation: Generation(generation),
@@ -665,6 +662,38 @@ mod tests {
             sampler.follow(&[row], true);
             assert_eq!(sampler.containers[0].row().generation.0, generation);
             assert_eq!(sampler.containers[0].split(), split);
+        }
+    }
+
+    #[test]
+    fn what_programs_have_counted_of_block_devices_goes_on_and_what_the_kernel_counts_is_told_anew()
+    {
+        let root = PathBuf::from("/nowhere");
+        for (hierarchy, source, goes_on) in [
+            (Some(Hierarchy::V1(root.clone())), Source::Bpf, true),
+            (Some(Hierarchy::V1(root.clone())), Source::File, false),
+            (Some(Hierarchy::V2(root)), Source::Bpf, false),
+            (None, Source::Bpf, false),
+        ] {
+            let mut told = ContainerSample::default();
+            let counted = IoCounters {
+                read_bytes: Some(4096),
+                ..IoCounters::default()
+            };
+            told.io = Measured::now(source, counted);
+            let totals = Arc::new(Totals::default());
+            let disk = Disk::start().expect("a thread");
+            let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
+            sampler.facts.io.clone_from(&hierarchy);
+            sampler.go_on_from(&[told]);
+            sampler.follow(&[ContainerRow::default()], true);
+            let before = sampler.containers[0].counted_before();
+            let wanted = goes_on.then_some(4096);
+            assert_eq!(
+                before.and_then(|io| io.read_bytes),
+                wanted,
+                "{hierarchy:?} {source:?}"
+            );
         }
     }
 }

@@ -38,6 +38,27 @@ fn hierarchies() -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
+/// Why nobody makes cgroups here; `None` where root can, so that failing to is a failure.
+pub fn nobody_makes_them() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("this takes root".to_owned());
+    }
+    let mounted = match hierarchies() {
+        Ok(mounted) => mounted,
+        Err(err) => return Some(format!("mounts can't be read: {err:#}")),
+    };
+    let is_writable = |place: &Path| {
+        let flags = nix::sys::statvfs::statvfs(place).map(|it| it.flags());
+        flags.is_ok_and(|flags| !flags.contains(nix::sys::statvfs::FsFlags::ST_RDONLY))
+    };
+    let closed = mounted.iter().find(|(_, place)| !is_writable(place));
+    match (mounted.is_empty(), closed) {
+        (true, _) => Some("no cgroup hierarchy is mounted".to_owned()),
+        (_, Some((_, place))) => Some(format!("{} is read-only", place.display())),
+        (false, None) => None,
+    }
+}
+
 impl TestCgroup {
     /// Makes it. `Ok(None)` when this host lets nobody make cgroups (not root, or read-only).
     pub fn new(name: &str) -> Result<Option<Self>> {

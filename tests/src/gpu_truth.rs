@@ -4,7 +4,7 @@
 //! compared, number by number, or the first thing that does not fit. The loads are real: programs
 //! (`tests/python/cuda_load.py`) in cgroups named like containers, and one in none.
 //! Invariants: no value is taken for agreement that was not told by both; a check that cannot be done is
-//! a failure, but where a machine lets nobody make cgroups, or its driver lists no process by the pids
+//! a failure, but where nobody may make cgroups (not root, or none is mounted to be written to), or the driver lists no process by the pids
 //! that are seen there: then it is a skip (`SKIP`), and what was seen says so.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use crate::cgroup::TestCgroup;
 use crate::dataplane::{Control, Options, Place, container_row};
 use crate::nvidia_smi::{NvidiaSmi, OfProcess, value};
-use crate::{skip, wait};
+use crate::{cgroup, skip, wait};
 
 const MIB: u64 = 1 << 20;
 /// Between the lines of a document that keeps what was seen.
@@ -295,12 +295,16 @@ impl Machine {
             outside: Vec::new(),
             all: Vec::new(),
         };
-        if let Err(err) = loads.make_groups(control) {
-            loads.groups.clear();
-            seen.leave_out(format!(
-                "containers: loads cannot be put into cgroups of their own ({err:#})"
-            ));
-            loads.join_session(control, seen)?;
+        match cgroup::nobody_makes_them() {
+            None => loads
+                .make_groups(control)
+                .context("cgroups can be made here, and loads have none of their own")?,
+            Some(reason) => {
+                seen.leave_out(format!(
+                    "containers: loads cannot be put into cgroups of their own ({reason})"
+                ));
+                loads.join_session(control, seen)?;
+            }
         }
         for (device, group, mib, what) in [
             (first, Some(0), 512, "spin"),

@@ -281,6 +281,12 @@ impl Watched {
         self.hot.split
     }
 
+    /// What an earlier life of this process had counted of block devices.
+    #[cfg(test)]
+    pub(super) fn counted_before(&self) -> Option<IoCounters> {
+        self.hot.io_before.as_deref().copied()
+    }
+
     /// The same with its CPU time split on from there.
     pub(super) fn splitting_on(mut self, split: CpuSplit) -> Self {
         self.hot.split = split;
