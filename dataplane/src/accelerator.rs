@@ -24,8 +24,13 @@ use shared::observed::{AcceleratorCounters, AcceleratorRow};
 
 /// Distance between two looks at a driver.
 const INTERVAL: Duration = Duration::from_secs(2);
-/// Numbers older than this are dropped and the device counts as faulty: its driver does not answer.
+/// A device that has told nothing for so long, or whose driver has answered nothing, counts as faulty,
+/// and its numbers are dropped.
 const STALE: Duration = Duration::from_secs(10);
+/// A look may take longer than that where each answer takes long; numbers that are so old are dropped.
+const OLDEST: Duration = Duration::from_secs(60);
+/// The log tells of looks that take so long.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// A device can be divided into seven parts.
 const ROWS_PER_DEVICE: u32 = 8;
@@ -54,7 +59,7 @@ pub(crate) fn fit(rows: &mut Vec<AcceleratorRow>, room: usize) -> usize {
 /// What a driver told in one look.
 #[derive(Debug, Default)]
 pub struct Reading {
-    /// Its devices; tick and age are set when they are published.
+    /// Its devices; the tick is set when they are published, and the age of the reading added.
     pub devices: Vec<AcceleratorRow>,
     /// What each process uses, summed over the devices.
     pub processes: HashMap<u32, ProcessUse>,
@@ -119,6 +124,8 @@ struct State {
     /// `false` until the driver has answered, or has turned out not to be there.
     looked: bool,
     reading: Option<(Instant, Arc<Reading>)>,
+    /// When the driver last answered anything.
+    heard: Option<Instant>,
     stop: bool,
 }
 
@@ -127,6 +134,13 @@ struct State {
 pub(crate) struct Slot {
     state: Mutex<State>,
     changed: Condvar,
+}
+
+impl State {
+    /// How old the last whole answer is, and for how long the driver has been silent.
+    fn ages(&self, at: Instant) -> (Duration, Duration) {
+        (at.elapsed(), self.heard.unwrap_or(at).elapsed())
+    }
 }
 
 impl Slot {
@@ -148,7 +162,14 @@ impl Slot {
     pub(crate) fn put(&self, reading: Reading) {
         let mut state = self.lock();
         state.looked = true;
-        state.reading = Some((Instant::now(), Arc::new(reading)));
+        let now = Instant::now();
+        state.heard = Some(now);
+        state.reading = Some((now, Arc::new(reading)));
+    }
+
+    /// The driver has answered something.
+    pub(crate) fn heard(&self) {
+        self.lock().heard = Some(Instant::now());
     }
 
     /// There is no such driver, or it has no devices.
@@ -240,10 +261,9 @@ impl Accelerators {
             let Some((at, reading)) = &state.reading else {
                 continue;
             };
-            let (at, reading) = (*at, Arc::clone(reading));
+            let (ages, reading) = (state.ages(*at), Arc::clone(reading));
             drop(state);
-            let age = at.elapsed();
-            rows.extend(reading.devices.iter().map(|row| aged(row, age, tick)));
+            rows.extend(reading.devices.iter().map(|row| aged(row, ages, tick)));
         }
         rows.sort_unstable_by_key(|row| row.key);
         Some(rows)
@@ -253,10 +273,13 @@ impl Accelerators {
     pub fn processes(&self) -> HashMap<u32, ProcessUse> {
         let mut all = HashMap::new();
         for slot in &self.slots {
-            let reading = slot.lock().reading.clone();
-            if let Some((at, reading)) = reading
-                && at.elapsed() < STALE
-            {
+            let state = slot.lock();
+            let Some((at, reading)) = state.reading.clone() else {
+                continue;
+            };
+            let (age, silence) = state.ages(at);
+            drop(state);
+            if age < OLDEST && silence < STALE {
                 all.extend(reading.processes.iter().map(|(pid, used)| (*pid, *used)));
             }
         }
@@ -293,15 +316,20 @@ fn clip(row: &mut AcceleratorRow) {
     }
 }
 
-/// A row as it is published at this age.
-fn aged(row: &AcceleratorRow, age: Duration, tick: u64) -> AcceleratorRow {
+/// A row as it is published, when the whole answer is so old and the driver has been silent for so long.
+fn aged(row: &AcceleratorRow, (age, silence): (Duration, Duration), tick: u64) -> AcceleratorRow {
+    // How old it was in that answer.
+    let own = Duration::from_millis(row.age_ms.into());
+    let age = age.saturating_add(own);
     let mut row = AcceleratorRow {
         tick,
         age_ms: u32::try_from(age.as_millis()).unwrap_or(u32::MAX),
         ..row.clone()
     };
-    if age >= STALE {
-        row.healthy = false;
+    let is_silent = silence >= STALE || own >= STALE;
+    row.healthy &= !is_silent;
+    if is_silent || age >= OLDEST {
+        row.users_unknown = true;
         // What does not change is still true.
         row.counters = AcceleratorCounters {
             memory_total_bytes: row.counters.memory_total_bytes,
@@ -343,21 +371,38 @@ mod tests {
 
     #[test]
     fn old_numbers_are_dropped_and_the_device_is_faulty() {
-        let fresh = aged(&row(), Duration::from_millis(1500), 7);
+        let ages = |age: u64, silence: u64| {
+            let of = Duration::from_millis;
+            (of(age), of(silence))
+        };
+        let fresh = aged(&row(), ages(1500, 1500), 7);
         assert_eq!(
             (fresh.tick, fresh.age_ms, fresh.healthy),
             (7, 1500, true),
             "{fresh:?}"
         );
         assert_eq!(fresh.counters, row().counters);
-        let old = aged(&row(), STALE, 8);
-        assert!(!old.healthy);
+        let old = aged(&row(), (STALE, STALE), 8);
+        assert!(!old.healthy && old.users_unknown);
         assert_eq!(old.counters.memory_total_bytes, Some(100));
         assert_eq!(old.counters.memory_used_bytes, None);
         assert_eq!(old.users.len(), 1);
         let user = old.users[0];
         assert_eq!(user.memory_bytes, None);
         assert_eq!((user.encoder_permille, user.decoder_permille), (None, None));
+        // A driver that takes long and answers: its numbers are as old as they are.
+        let slow = aged(&row(), ages(19_000, 3_000), 9);
+        assert_eq!((slow.age_ms, slow.healthy), (19_000, true));
+        assert_eq!(slow.counters, row().counters);
+        let slower = aged(&row(), (OLDEST, Duration::ZERO), 9);
+        assert!(slower.healthy && slower.counters.memory_used_bytes.is_none());
+        // A device that has not answered for a while, among others that do.
+        let kept = |age_ms: u32| {
+            let before = AcceleratorRow { age_ms, ..row() };
+            aged(&before, ages(1_000, 1_000), 10)
+        };
+        assert_eq!((kept(4_000).age_ms, kept(4_000).healthy), (5_000, true));
+        assert!(!kept(10_000).healthy && kept(10_000).counters.memory_used_bytes.is_none());
     }
 
     #[test]

@@ -746,6 +746,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
             },
         ],
         users_left_out: 2,
+        users_unknown: true,
         age_ms: 1,
         tick: 4,
         counters: AcceleratorCounters {

@@ -5,8 +5,10 @@ Usage: nvml_binding.py   (with the interpreter of tests/scripts/nvml-binding; th
 What the library does not support, or its binding can't find in it, is null.
 """
 
+import ctypes
 import json
 import sys
+import time
 
 import pynvml as nvml
 
@@ -43,6 +45,8 @@ def processes(device):
         "compute_v3": nvml.nvmlDeviceGetComputeRunningProcesses_v3,
         "graphics_v2": nvml.nvmlDeviceGetGraphicsRunningProcesses_v2,
         "graphics_v3": nvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+        "mps_v2": nvml.nvmlDeviceGetMPSComputeRunningProcesses_v2,
+        "mps_v3": nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
     }
     all = {}
     for name, form in forms.items():
@@ -79,6 +83,33 @@ def links(device):
     return all
 
 
+def load(device, instance):
+    """Shares of a GPU instance between two samples, by metric; null where the device tells none."""
+    support = told(nvml.nvmlGpmQueryDeviceSupport, device)
+    if not support or not support.isSupportedDevice:
+        return None
+    taken = [nvml.nvmlGpmSampleAlloc() for _ in range(2)]
+    for sample in taken:
+        nvml.nvmlGpmMigSampleGet(device, instance, sample)
+        time.sleep(0.001)
+    wanted = {
+        "graphics": nvml.NVML_GPM_METRIC_GRAPHICS_UTIL,
+        "processors": nvml.NVML_GPM_METRIC_SM_UTIL,
+        "memory": nvml.NVML_GPM_METRIC_DRAM_BW_UTIL,
+        "fp64": nvml.NVML_GPM_METRIC_FP64_UTIL,
+    }
+    question = nvml.c_nvmlGpmMetricsGet_t(version=nvml.NVML_GPM_METRICS_GET_VERSION, numMetrics=len(wanted))
+    question.sample1, question.sample2 = taken
+    for place, metric in enumerate(wanted.values()):
+        question.metrics[place].metricId = metric
+    answers = nvml.nvmlGpmMetricsGet(question).metrics
+    assert ctypes.sizeof(answers[0]) == 40, "an unsigned, a code, a double and three texts"
+    found = {name: None if answers[place].nvmlReturn else answers[place].value for place, name in enumerate(wanted)}
+    for sample in taken:
+        nvml.nvmlGpmSampleFree(sample)
+    return found
+
+
 def part(device, number):
     try:
         instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(device, number)
@@ -91,6 +122,7 @@ def part(device, number):
         "ids": [told(nvml.nvmlDeviceGetGpuInstanceId, instance), told(nvml.nvmlDeviceGetComputeInstanceId, instance)],
         "attributes": fields(attributes, "multiprocessorCount", "gpuInstanceSliceCount", "computeInstanceSliceCount", "memorySizeMB"),
         "processes": processes(instance),
+        "load": load(device, nvml.nvmlDeviceGetGpuInstanceId(instance)),
     }
 
 

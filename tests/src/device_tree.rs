@@ -95,6 +95,44 @@ impl DeviceTree {
         Ok(())
     }
 
+    /// A device in four partitions (QPX), on another bus than the others: four nodes of KFD with one PCI
+    /// address and a render node each, of which the first alone is below the device.
+    pub fn amd_partitions(&self) -> Result<()> {
+        const NODES: &str = "sys/class/kfd/kfd/topology/nodes";
+        let pci = "sys/bus/pci/devices/0000:90:00.0";
+        for part in 0..4_u64 {
+            let node = format!("{NODES}/{}", 3 + part);
+            self.write(&format!("{node}/gpu_id"), &format!("{}\n", 6000 + part))?;
+            self.write(
+                &format!("{node}/properties"),
+                &format!(
+                    "cpu_cores_count 0\nsimd_count 304\nsimd_per_cu 4\nlocation_id {}\ndomain 0\n\
+                     drm_render_minor {}\ngfx_target_version 90402\nvendor_id 4098\nunique_id 43981\n",
+                    0x90_u64 << 8,
+                    130 + part,
+                ),
+            )?;
+            for (bank, heap, bytes) in [(0, 1, 48_u64 << 30), (1, 0, 1 << 40)] {
+                self.write(
+                    &format!("{node}/mem_banks/{bank}/properties"),
+                    &format!("heap_type {heap}\nsize_in_bytes {bytes}\nflags 0\n"),
+                )?;
+            }
+        }
+        for (file, text) in [
+            ("vendor", "0x1002\n"),
+            ("numa_node", "1\n"),
+            ("mem_info_vram_total", "206141652992\n"),
+            ("mem_info_vram_used", "77\n"),
+            ("gpu_busy_percent", "88\n"),
+            ("hwmon/hwmon7/power1_average", "250000000\n"),
+            ("drm/renderD130/dev", "226:130\n"),
+        ] {
+            self.write(&format!("{pci}/{file}"), text)?;
+        }
+        Ok(())
+    }
+
     /// A link by xGMI (or of another type) from one AMD device to a node of KFD, which lists the
     /// processor before the devices.
     pub fn amd_link(&self, from: u64, number: u64, lines: &str) -> Result<()> {

@@ -34,6 +34,11 @@ impl StandIn {
         Self::with(devices, &["-DBEFORE_510"])
     }
 
+    /// The same with the library of a driver that has no performance monitoring yet.
+    pub fn before_520(devices: &str) -> Result<Self> {
+        Self::with(devices, &["-DBEFORE_520"])
+    }
+
     fn with(devices: &str, flags: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let library = directory.path().join(LIBRARY);

@@ -5,10 +5,17 @@
 //   init 9                           nvmlInit answers this code (9: driver not loaded)
 //   uninitialized                    the library has lost its driver: it has to be initialized again
 //   hang                             every call waits until the line is gone
-//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1]
-//   part N I uuid=... [mem= used= sms= slices= gi= ci=]   instance I of device N; without gi the driver does not tell its ids
+//   hangs CALL                       the call of this name does
+//   slow MS                          every call takes so long
+//   fails CALL N CODE [PART]         the call answers this code for device N (-1: all of them), or for an instance of it only (-1: for itself only)
+//   grows CALL N                     the list has grown whenever it is read, N times of N + 1
+//   samples N                        there is room for so many samples of the performance monitoring (64)
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1 nomem=1 gpm=1]
+//   part N I uuid=... [name= mem= used= sms= slices= cslices= gi= ci= gr=PERCENT smu=PERCENT dram=PERCENT]   instance I of device N; without gi the
+//                                    driver does not tell its ids; gr, smu and dram are what its GPU instance does, told where the device has gpm
 //                                    nolist: instances do not tell their processes, only the whole device does
-//   process N pid=P mem=BYTES [sm=PERCENT enc=PERCENT dec=PERCENT part=I draws=1|2]    a process on device N; 1: it draws, 2: and computes too
+//   process N pid=P mem=BYTES [sm=PERCENT enc=PERCENT dec=PERCENT part=I draws=1|2 mps=1]    a process on device N; draws 1: it draws, 2: and
+//                                    computes too; mps: it computes by way of the Multi-Process Service
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
 //   ecc N SERIAL                     its memory has an error of two bits, told in the same way
 //   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)
@@ -27,12 +34,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15, WRONG_VERSION = 25 };
-enum { MAX = 64, MAX_PARTS = 256, MAX_PROCESSES = 256 };
+enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15, NO_MEMORY = 20, WRONG_VERSION = 25 };
+enum { MAX = 96, MAX_PARTS = 256, MAX_PROCESSES = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil, nolist, gi, ci, enc, dec; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices; };
-struct process { int device, part; unsigned pid, sm, enc, dec, draws; u64 mem; };
+struct device { int used, index, part, mig, lost, noutil, nolist, nomem, gpm, gi, ci, enc, dec; double gr, smu, dram; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices, cslices; };
+struct process { int device, part; unsigned pid, sm, enc, dec, draws, mps; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[MAX_PROCESSES];
 static int n_processes, initialized, init_code;
@@ -42,6 +49,10 @@ static int n_faults;
 static struct { int a, b, level; } paths[MAX * MAX];
 static struct { int device, link; char bus[32]; } links[MAX * 18];
 static int n_paths, n_links;
+static struct { char call[64]; int device, code, part; } failures[16];
+static struct { char call[64]; int times, left; } growing[4];
+static char hanging[64];
+static int n_failures, n_growing, n_samples;
 static u64 told;
 
 static char *field(char *line, const char *key, char *out, size_t size) {
@@ -60,6 +71,10 @@ static u64 number(char *line, const char *key, u64 otherwise) {
   char text[32];
   return field(line, key, text, sizeof text) ? strtoull(text, NULL, 10) : otherwise;
 }
+static double share_of(char *line, const char *key) {
+  char text[32];
+  return field(line, key, text, sizeof text) ? strtod(text, NULL) : -1;
+}
 static void describe(struct device *d, char *line, int index, int part) {
   memset(d, 0, sizeof *d);
   d->used = 1, d->index = index, d->part = part;
@@ -72,7 +87,9 @@ static void describe(struct device *d, char *line, int index, int part) {
   d->util = number(line, "util", 0), d->power = number(line, "power", 50000), d->temp = number(line, "temp", 40);
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
-  d->nolist = number(line, "nolist", 0);
+  d->nolist = number(line, "nolist", 0), d->nomem = number(line, "nomem", 0), d->gpm = number(line, "gpm", 0);
+  d->cslices = number(line, "cslices", d->slices);
+  d->gr = share_of(line, "gr"), d->smu = share_of(line, "smu"), d->dram = share_of(line, "dram");
   d->gi = (int)number(line, "gi", -1), d->ci = (int)number(line, "ci", 0);
   d->enc = (int)number(line, "enc", -1), d->dec = (int)number(line, "dec", -1);
 }
@@ -89,7 +106,7 @@ static struct device *device_of(struct process *p) {
 static struct process *add_process(char *line, int device) {
   if (n_processes == MAX_PROCESSES) return NULL;
   struct process *p = &processes[n_processes++];
-  *p = (struct process){device, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "enc", 0), number(line, "dec", 0), number(line, "draws", 0), number(line, "mem", 0)};
+  *p = (struct process){device, (int)number(line, "part", -1), number(line, "pid", 0), number(line, "sm", 0), number(line, "enc", 0), number(line, "dec", 0), number(line, "draws", 0), number(line, "mps", 0), number(line, "mem", 0)};
   if (now_ns() > number(line, "until", ~0ull)) p->sm = 0;
   return p;
 }
@@ -119,19 +136,30 @@ static void add_running(const char *path) {
 // Reads the file; waits while it says so.
 static void look(void) {
   for (;;) {
-    int hang = 0, np = 0;
+    int hang = 0, np = 0, slow = 0, ng = 0;
     const char *path = getenv("NVML_STANDIN");
     FILE *file = path ? fopen(path, "r") : NULL;
     if (!file) return;
     char line[512];
     memset(devices, 0, sizeof devices), memset(parts, 0, sizeof parts);
-    n_processes = n_faults = n_paths = n_links = init_code = 0;
+    n_processes = n_faults = n_paths = n_links = init_code = n_failures = 0;
+    hanging[0] = 0, n_samples = 64;
     strcpy(driver, "550.54.15");
     while (fgets(line, sizeof line, file)) {
       int a = 0, b = 0, c = 0;
-      char bus[32];
+      char bus[32], call[64];
       u64 code, serial;
-      if (!strncmp(line, "hang", 4)) hang = 1;
+      if (sscanf(line, "hangs %63s", hanging) == 1) {}
+      else if (!strncmp(line, "hang", 4)) hang = 1;
+      else if (sscanf(line, "slow %d", &slow) == 1) {}
+      else if (sscanf(line, "samples %d", &n_samples) == 1) {}
+      else if (c = -2, sscanf(line, "fails %63s %d %d %d", call, &a, &b, &c) >= 3 && n_failures < 16)
+        strcpy(failures[n_failures].call, call), failures[n_failures].device = a, failures[n_failures].code = b, failures[n_failures].part = c, n_failures++;
+      else if (sscanf(line, "grows %63s %d", call, &a) == 2 && ng < 4) {
+        if (ng >= n_growing || strcmp(growing[ng].call, call) || growing[ng].times != a)
+          strcpy(growing[ng].call, call), growing[ng].times = growing[ng].left = a;
+        ng++;
+      }
       else if (!strncmp(line, "uninitialized", 13)) initialized = 0;
       else if (sscanf(line, "driver %79s", driver) == 1) {}
       else if (sscanf(line, "init %d", &init_code) == 1) {}
@@ -148,9 +176,29 @@ static void look(void) {
         links[n_links].device = a, links[n_links].link = b, strcpy(links[n_links].bus, bus), n_links++;
     }
     fclose(file);
+    n_growing = ng;
     add_running(path);
+    if (slow) usleep(1000 * slow);
     if (!hang) return;
     usleep(20000);
   }
 }
 
+
+// The code that a call has to fail with; waits while it hangs.
+static int failing(const char *call, int device, int part) {
+  while (!strcmp(hanging, call)) usleep(20000), look();
+  for (int i = 0; i < n_failures; i++)
+    if (!strcmp(failures[i].call, call) && (failures[i].device == -1 || failures[i].device == device) && (failures[i].part == -2 || failures[i].part == part))
+      return failures[i].code;
+  return OK;
+}
+// Whether a list that is read has grown since its length was told.
+static int has_grown(const char *call) {
+  for (int i = 0; i < n_growing; i++)
+    if (!strcmp(growing[i].call, call)) {
+      if (growing[i].left-- > 0) return 1;
+      growing[i].left = growing[i].times;
+    }
+  return 0;
+}

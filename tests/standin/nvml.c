@@ -1,9 +1,11 @@
 // A stand-in for NVIDIA's management library: the real C ABI, devices out of a text file (devices.h says how). That it is the real one is
-// what accelerator_nvml_binding finds: NVIDIA's own binding for Python reads everything here. BEFORE_510 leaves out what older drivers lack.
+// what accelerator_nvml_binding finds: NVIDIA's own binding for Python reads everything here. BEFORE_510 leaves out what older drivers lack,
+// BEFORE_520 the performance monitoring alone.
 #include "devices.h"
 
 #define BEGIN look(); if (!initialized) return UNINITIALIZED;
-#define DEVICE BEGIN if (!d || !d->used) return INVALID; if (d->lost) return LOST;
+#define FAIL(device, part) { int bad = failing(__func__, device, part); if (bad) return bad; }
+#define DEVICE BEGIN if (!d || !d->used) return INVALID; if (d->lost) return LOST; FAIL(d->index, d->part)
 #define WHOLE DEVICE if (d->part >= 0) return NOT_SUPPORTED;
 #define API __attribute__((visibility("default")))
 
@@ -14,11 +16,12 @@ API const char *nvmlErrorString(int code) { (void)code; return "stand-in"; }
 API int nvmlSystemGetDriverVersion(char *text, unsigned length) { BEGIN snprintf(text, length, "%s", driver); return OK; }
 API int nvmlSystemGetNVMLVersion(char *text, unsigned length) { BEGIN snprintf(text, length, "12.%s", driver); return OK; }
 API int nvmlSystemGetCudaDriverVersion_v2(int *version) { BEGIN *version = 12040; return OK; }
-API int nvmlDeviceGetCount_v2(unsigned *count) { BEGIN *count = 0; for (int i = 0; i < MAX; i++) if (devices[i].used) *count = i + 1; return OK; }
+API int nvmlDeviceGetCount_v2(unsigned *count) { BEGIN FAIL(-1, -1) *count = 0; for (int i = 0; i < MAX; i++) if (devices[i].used) *count = i + 1; return OK; }
 API int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **d) {
   BEGIN
   if (index >= MAX || !devices[index].used) return INVALID;
   if (devices[index].lost) return LOST;
+  FAIL((int)index, -1)
   *d = &devices[index];
   return OK;
 }
@@ -27,11 +30,12 @@ API int nvmlDeviceGetName(struct device *d, char *text, unsigned length) { DEVIC
 API int nvmlDeviceGetMinorNumber(struct device *d, unsigned *minor) { WHOLE *minor = d->index; return OK; }
 // The older structure has no field for what the driver keeps for itself: it is used there.
 struct memory_v1 { u64 total, free, used; };
-API int nvmlDeviceGetMemoryInfo(struct device *d, struct memory_v1 *m) { DEVICE m->total = d->mem; m->free = d->mem - d->taken - d->reserved; m->used = d->taken + d->reserved; return OK; }
+API int nvmlDeviceGetMemoryInfo(struct device *d, struct memory_v1 *m) { DEVICE if (d->nomem) return NOT_SUPPORTED; m->total = d->mem; m->free = d->mem - d->taken - d->reserved; m->used = d->taken + d->reserved; return OK; }
 #ifndef BEFORE_510
 struct memory { unsigned version; u64 total, reserved, free, used; };
 API int nvmlDeviceGetMemoryInfo_v2(struct device *d, struct memory *m) {
   DEVICE
+  if (d->nomem) return NOT_SUPPORTED;
   if (m->version != (sizeof *m | 2 << 24)) return WRONG_VERSION;
   m->total = d->mem; m->reserved = d->reserved; m->used = d->taken; m->free = d->mem - d->taken - d->reserved;
   return OK;
@@ -63,7 +67,7 @@ API int nvmlDeviceGetAttributes_v2(struct device *d, struct attributes *a) {
   DEVICE
   if (d->part < 0) return NOT_SUPPORTED;
   memset(a, 0, sizeof *a);
-  a->sms = d->sms, a->slices = a->ci_slices = d->slices, a->mb = d->mem >> 20;
+  a->sms = d->sms, a->slices = d->slices, a->ci_slices = d->cslices, a->mb = d->mem >> 20;
   return OK;
 }
 API int nvmlDeviceGetNumGpuCores(struct device *d, unsigned *n) { WHOLE *n = d->sms * 128; return OK; }
@@ -82,13 +86,13 @@ API int nvmlDeviceGetPcieThroughput(struct device *d, int counter, unsigned *kb)
 API int nvmlDeviceGetTotalEccErrors(struct device *d, int kind, int counter, u64 *n) { WHOLE *n = counter ? 9 : kind ? 1 : 2; return OK; }
 struct process_info { unsigned pid; u64 mem; unsigned gi, ci; };
 static int on(struct process *p, struct device *d) { return p->device == d->index && p->part == d->part; }
-// Processes of a device that compute (0) or draw (1); a divided device lists those of its parts, with the ids of these.
-static int processes_of(struct device *d, unsigned drawing, unsigned *count, struct process_info *out) {
+// Processes of a device that compute (0), draw (1) or compute by way of the Multi-Process Service (2); a divided device lists those of its parts, with the ids of these.
+static int processes_of(const char *call, struct device *d, unsigned kind, unsigned *count, struct process_info *out) {
   unsigned room = *count, n = 0;
   if (d->part >= 0 && devices[d->index].nolist) return NOT_SUPPORTED;
   for (int i = 0; i < n_processes; i++) {
     struct process *p = &processes[i];
-    if (p->draws != 2 && p->draws != drawing) continue;
+    if (p->mps ? kind != 2 : kind == 2 || (p->draws != 2 && p->draws != kind)) continue;
     struct device *of = device_of(p);
     if (!of || !(on(p, d) || (d->part < 0 && d->mig && p->device == d->index))) continue;
     int part = of->part >= 0 && of->gi >= 0;
@@ -96,14 +100,16 @@ static int processes_of(struct device *d, unsigned drawing, unsigned *count, str
     n++;
   }
   *count = n;
-  return n > room ? TOO_SMALL : OK;
+  return n > room || (out && has_grown(call)) ? TOO_SMALL : OK;
 }
-API int nvmlDeviceGetComputeRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 0, count, out); }
-API int nvmlDeviceGetGraphicsRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 1, count, out); }
+API int nvmlDeviceGetComputeRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 0, count, out); }
+API int nvmlDeviceGetGraphicsRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 1, count, out); }
 #ifndef BEFORE_510
-API int nvmlDeviceGetComputeRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 0, count, out); }
-API int nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(d, 1, count, out); }
+API int nvmlDeviceGetComputeRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 0, count, out); }
+API int nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 1, count, out); }
+API int nvmlDeviceGetMPSComputeRunningProcesses_v3(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 2, count, out); }
 #endif
+API int nvmlDeviceGetMPSComputeRunningProcesses_v2(struct device *d, unsigned *count, struct process_info *out) { DEVICE return processes_of(__func__, d, 2, count, out); }
 struct sample { unsigned pid; u64 at; unsigned sm, mem, enc, dec; };
 API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, unsigned *count, u64 since) {
   WHOLE
@@ -121,7 +127,7 @@ API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, un
   }
   *count = n;
   if (!n) return NOT_FOUND;
-  return !out || n > room ? TOO_SMALL : OK;
+  return !out || n > room || has_grown(__func__) ? TOO_SMALL : OK;
 }
 API int nvmlEventSetCreate(void **set) { BEGIN *set = &told; return OK; }
 API int nvmlEventSetFree(void *set) { (void)set; return OK; }
@@ -187,3 +193,56 @@ API int nvmlDeviceGetFieldValues(struct device *d, int count, struct field *fiel
   }
   return OK;
 }
+
+#if !defined BEFORE_510 && !defined BEFORE_520
+// Performance monitoring: shares between two samples, here those of the later one.
+struct sample_of { struct device *device; int gi; u64 at; double gr, smu, dram; };
+static int samples_taken;
+struct gpm_support { unsigned version, supported; };
+API int nvmlGpmQueryDeviceSupport(struct device *d, struct gpm_support *s) {
+  WHOLE
+  if (s->version != 1) return WRONG_VERSION;
+  s->supported = d->gpm;
+  return OK;
+}
+API int nvmlGpmSampleAlloc(struct sample_of **sample) {
+  BEGIN
+  FAIL(-1, -1)
+  if (samples_taken >= n_samples) return NO_MEMORY;
+  samples_taken++;
+  *sample = calloc(1, sizeof **sample);
+  return OK;
+}
+API int nvmlGpmSampleFree(struct sample_of *sample) {
+  if (!sample) return INVALID;
+  samples_taken--;
+  free(sample);
+  return OK;
+}
+API int nvmlGpmMigSampleGet(struct device *d, unsigned gi, struct sample_of *sample) {
+  WHOLE
+  if (!d->gpm || !d->mig) return NOT_SUPPORTED;
+  for (int i = 0; i < MAX_PARTS; i++)
+    if (parts[i].used && parts[i].index == d->index && parts[i].gi == (int)gi) {
+      *sample = (struct sample_of){d, (int)gi, now_ns(), parts[i].gr, parts[i].smu, parts[i].dram};
+      return OK;
+    }
+  return INVALID;
+}
+struct metric { unsigned id; int code; double value; struct { const char *name, *long_name, *unit; } about; };
+struct metrics { unsigned version, count; struct sample_of *before, *now; struct metric all[210]; };
+API int nvmlGpmMetricsGet(struct metrics *m) {
+  BEGIN
+  if (m->version != 1) return WRONG_VERSION;
+  if (!m->before || !m->now || !m->before->at || m->count > 210) return INVALID;
+  if (m->before->device != m->now->device || m->before->gi != m->now->gi || m->before->at >= m->now->at) return INVALID;
+  FAIL(m->now->device->index, -1)
+  for (unsigned i = 0; i < m->count; i++) {
+    struct metric *one = &m->all[i];
+    one->value = one->id == 1 ? m->now->gr : one->id == 2 ? m->now->smu : one->id == 10 ? m->now->dram : -1;
+    one->code = one->value < 0 ? NOT_SUPPORTED : OK;
+    one->about.name = one->about.long_name = "share", one->about.unit = "%";
+  }
+  return OK;
+}
+#endif

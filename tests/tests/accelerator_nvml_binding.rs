@@ -17,9 +17,9 @@ driver 570.86.15
 device 0 uuid=GPU-0a name=Stand-in_H200 mem=150323855360 used=7516192768 reserved=637534208 util=31 power=412345 temp=61 pci=00000001:1B:00.0 sms=132 enc=7 dec=9
 device 1 uuid=GPU-1b name=Stand-in_H200 mem=150323855361 used=3 reserved=637534209 util=32 power=412346 temp=62 pci=00000000:CA:02.0 sms=131 enc=0 norows=1
 device 2 uuid=GPU-2c name=Stand-in_H100 mem=85899345920 used=1073741824 reserved=5 util=33 power=412347 temp=63 pci=00000000:DA:00.0 sms=114 noutil=1
-device 3 uuid=GPU-3d name=Stand-in_A100 mem=42949672960 used=31457280 reserved=7 util=34 power=412348 temp=64 pci=00000000:0E:00.0 sms=108 mig=1
-part 3 0 uuid=MIG-3-0 mem=20937965568 used=10485760 reserved=3 sms=42 slices=3 gi=2 ci=0
-part 3 5 uuid=MIG-3-5 mem=5100273664 used=20971520 reserved=2 sms=14 slices=1 gi=9 ci=1
+device 3 uuid=GPU-3d name=Stand-in_H100 mem=42949672960 used=31457280 reserved=7 util=34 power=412348 temp=64 pci=00000000:0E:00.0 sms=108 mig=1 gpm=1
+part 3 0 uuid=MIG-3-0 mem=20937965568 used=10485760 reserved=3 sms=42 slices=3 gi=2 ci=0 gr=41.5 smu=37.25 dram=12.75
+part 3 5 uuid=MIG-3-5 mem=5100273664 used=20971520 reserved=2 sms=14 slices=1 gi=9 ci=1 smu=99
 path 0 1 20
 path 0 2 10
 path 1 2 30
@@ -172,12 +172,17 @@ fn compare(told: &Json, all: &Json, rows: &[AcceleratorRow], older: bool) -> Res
         );
     }
     for part in told.list("/parts")? {
-        compare_part(&Told(part), row, rows)?;
+        compare_part(&Told(part), row, rows, older)?;
     }
     Ok(())
 }
 
-fn compare_part(told: &Told<'_>, whole: &AcceleratorRow, rows: &[AcceleratorRow]) -> Result<()> {
+fn compare_part(
+    told: &Told<'_>,
+    whole: &AcceleratorRow,
+    rows: &[AcceleratorRow],
+    older: bool,
+) -> Result<()> {
     let row = row(rows, told.text("/uuid")?)?;
     ensure!(row.part_of == Some(whole.key.index) && !row.divided);
     let counters = &row.counters;
@@ -198,7 +203,26 @@ fn compare_part(told: &Told<'_>, whole: &AcceleratorRow, rows: &[AcceleratorRow]
         row.profile == format!("{slices}g.{}gb", mib.div_ceil(1024)),
         "{row:?}"
     );
-    ensure!(counters.utilisation_permille.is_none() && counters.power_mw.is_none());
+    ensure!(counters.power_mw.is_none());
+    // Drivers without performance monitoring tell no load of instances.
+    let share = |name: &str| -> Option<f64> { told.0.pointer(&format!("/load/{name}"))?.as_f64() };
+    let near = |ours: Option<u64>, theirs: Option<f64>| match (ours, theirs) {
+        (Some(ours), Some(theirs)) => {
+            u32::try_from(ours).is_ok_and(|ours| (f64::from(ours) / 10.0 - theirs).abs() < 0.06)
+        }
+        (ours, theirs) => ours.is_none() && theirs.is_none(),
+    };
+    let busy = share("graphics").or(share("processors"));
+    ensure!(busy.is_none() == older, "{busy:?}");
+    ensure!(near(counters.utilisation_permille, busy), "{row:?}");
+    ensure!(
+        near(counters.memory_utilisation_permille, share("memory")),
+        "{row:?}"
+    );
+    ensure!(
+        share("fp64").is_none(),
+        "what the stand-in does not tell has an error of its own"
+    );
     // Its processes have its ids, also in the list of the whole device.
     for process in told.list("/processes/compute_v2")? {
         let theirs = (&process["gpuInstanceId"], &process["computeInstanceId"]);
@@ -221,7 +245,13 @@ fn expected(
     let mut any = false;
     for pid in pids {
         let mut most = None;
-        for form in ["compute_v2", "compute_v3", "graphics_v2", "graphics_v3"] {
+        for form in [
+            "compute_v2",
+            "compute_v3",
+            "graphics_v2",
+            "graphics_v3",
+            "mps_v3",
+        ] {
             let listed = told.of(&format!("/processes/{form}"))?.as_array();
             let own = listed
                 .into_iter()
@@ -259,12 +289,15 @@ fn check(older: bool) -> Result<()> {
         return Ok(());
     };
     let id: ContainerId = id.parse()?;
-    let pids = [group.run("exec sleep 1000")?, group.run("exec sleep 1000")?];
-    let [a, b] = pids;
+    let pids = [(); 3].map(|()| group.run("exec sleep 1000"));
+    let pids = pids.into_iter().collect::<Result<Vec<u32>>>()?;
+    let [a, b, c] = pids[..] else {
+        unreachable!("three were started");
+    };
     let devices = format!(
         "{DEVICES}process 0 pid={a} mem=536870912 sm=11 enc=2 dec=1\nprocess 0 pid={b} mem=1048576 sm=12 enc=3 draws=2\n\
          process 1 pid={b} mem=4096 sm=1 draws=1\nprocess 2 pid={a} mem=8192 sm=50\n\
-         process 3 pid={a} mem=1234 part=0\nprocess 3 pid={b} mem=4321 part=5\n"
+         process 3 pid={a} mem=1234 part=0\nprocess 3 pid={b} mem=4321 part=5\nprocess 2 pid={c} mem=65536 sm=3 mps=1\n"
     );
     let driver = match older {
         true => StandIn::before_510(&devices)?,
@@ -280,9 +313,16 @@ fn check(older: bool) -> Result<()> {
         environment: driver.environment(),
         ..Options::default()
     })?;
-    let rows = control.accelerators("devices with their users", |rows| {
-        rows.len() == 6 && rows.iter().filter(|row| !row.users.is_empty()).count() == 5
+    let rows = control.accelerators("devices with their users and loads", |rows| {
+        let loads = rows.iter().filter(|row| row.part_of.is_some());
+        rows.len() == 6
+            && rows.iter().filter(|row| !row.users.is_empty()).count() == 5
+            && (older
+                || loads
+                    .clone()
+                    .all(|row| row.counters.utilisation_permille.is_some()))
     })?;
+    ensure!(rows.iter().all(|row| !row.users_unknown || row.divided));
     let found = told["devices"].as_array().context("devices")?;
     ensure!(found.len() == 4, "{told}");
     ensure!(

@@ -72,6 +72,45 @@ fn amd_devices_are_what_the_kernel_tells() -> Result<()> {
 }
 
 #[test]
+fn amd_partitions_are_devices_of_their_own_and_none_has_the_numbers_of_all() -> Result<()> {
+    let tree = DeviceTree::new()?;
+    tree.amd()?;
+    tree.amd_partitions()?;
+    tree.write("sys/class/kfd/kfd/proc/4194304/vram_6002", "4096\n")?;
+    let (_place, _process, mut control) = start(&tree)?;
+    let rows = control.accelerators("two devices and four parts", |rows| rows.len() == 6)?;
+    let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+    let (whole, parts) = ids.split_at(2);
+    ensure!(whole == ["000000000000abc0", "000000000000abc1"], "{ids:?}");
+    ensure!(
+        parts
+            == [
+                "000000000000abcd",
+                "000000000000abcd-3",
+                "000000000000abcd-4",
+                "000000000000abcd-5"
+            ],
+        "{ids:?}"
+    );
+    for row in &rows[2..] {
+        ensure!(row.healthy && row.units == Some(76) && row.pci == "0000:90:00.0");
+        let found = &row.counters;
+        ensure!(found.memory_total_bytes == Some(48 << 30), "{row:?}");
+        let of_all = [
+            found.memory_used_bytes,
+            found.utilisation_permille,
+            found.power_mw,
+        ];
+        ensure!(of_all == [None; 3], "{row:?}");
+    }
+    ensure!(rows[0].counters.utilisation_permille == Some(300));
+    // A process that is not to be found may be anybody's, of that partition alone.
+    let unknown = rows.iter().map(|row| row.users_unknown);
+    ensure!(unknown.eq([false, false, false, false, true, false]));
+    Ok(())
+}
+
+#[test]
 fn amd_devices_are_found_when_their_driver_is_loaded_late() -> Result<()> {
     let tree = DeviceTree::new()?;
     let place = "sys/bus/pci/devices/0000:10:00.0";

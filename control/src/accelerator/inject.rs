@@ -128,6 +128,16 @@ impl Injection {
                 for name in ["TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"] {
                     limits.defaults.push((name.to_owned(), chips.clone()));
                 }
+                if let Some(bounds) = bounds(ids.len()) {
+                    for (name, value) in [
+                        ("TPU_CHIPS_PER_PROCESS_BOUNDS", bounds),
+                        ("TPU_PROCESS_BOUNDS", "1,1,1"),
+                        ("TPU_CHIPS_PER_HOST_BOUNDS", bounds),
+                        ("TPU_HOST_BOUNDS", "1,1,1"),
+                    ] {
+                        limits.defaults.push((name.to_owned(), value.to_owned()));
+                    }
+                }
             }
             Self::MadeUp => {
                 // The original's variables are about CUDA.
@@ -184,6 +194,17 @@ fn has_parts(ids: &[&str]) -> bool {
 
 fn no_nvidia() -> (String, String) {
     (NVIDIA_VISIBLE.to_owned(), "void".to_owned())
+}
+
+/// How few chips lie to each other. libtpu takes a machine's whole grid for that of its process
+/// otherwise, and waits for chips that the container does not have; more than two may be the whole
+/// machine, which knows better.
+fn bounds(chips: usize) -> Option<&'static str> {
+    match chips {
+        1 => Some("1,1,1"),
+        2 => Some("1,2,1"),
+        _ => None,
+    }
 }
 
 /// `0,1,2`: the devices as a container that sees only its own numbers them.

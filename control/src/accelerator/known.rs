@@ -127,7 +127,7 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
         units: row.units.unwrap_or(0).into(),
         nodes: match row.key.kind {
             AcceleratorKind::Cuda => cuda_nodes(&settings.root, &row.pci),
-            AcceleratorKind::Rocm => rocm_nodes(&settings.root, &row.pci),
+            AcceleratorKind::Rocm => rocm_nodes(&settings.root, row),
             AcceleratorKind::Tpu => tpu_nodes(&settings.root, &row.pci),
             AcceleratorKind::Plugin | AcceleratorKind::Mock => Vec::new(),
         },
@@ -181,9 +181,13 @@ fn cuda_nodes(root: &Path, pci: &str) -> Vec<String> {
         .collect()
 }
 
-/// `/dev/dri/renderDN` of the device.
-fn rocm_nodes(root: &Path, pci: &str) -> Vec<String> {
-    let Some(pci) = plain(pci) else {
+/// `/dev/dri/renderDN` of the device: as KFD tells it, because a partition of a divided device has a node
+/// of its own, which is not below the device; else those that are below it.
+fn rocm_nodes(root: &Path, row: &AcceleratorRow) -> Vec<String> {
+    if let Some(minor) = render_minor(root, row) {
+        return vec![format!("/dev/dri/renderD{minor}")];
+    }
+    let Some(pci) = plain(&row.pci) else {
         return Vec::new();
     };
     let directory = root.join("sys/bus/pci/devices").join(pci).join("drm");
@@ -193,6 +197,37 @@ fn rocm_nodes(root: &Path, pci: &str) -> Vec<String> {
         .collect();
     nodes.sort();
     nodes
+}
+
+/// The minor number of a render node, of the device with this number among those that compute.
+fn render_minor(root: &Path, row: &AcceleratorRow) -> Option<u64> {
+    let topology = root.join("sys/class/kfd/kfd/topology/nodes");
+    let mut nodes: Vec<u32> = names(&topology)
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    nodes.sort_unstable();
+    let properties = nodes.into_iter().filter_map(|node| {
+        let file = topology.join(node.to_string()).join("properties");
+        let text = std::fs::read_to_string(file).ok()?;
+        let get = |name: &str| -> Option<u64> {
+            let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+            let (_, value) = lines.find(|(key, _)| *key == name)?;
+            value.trim().parse().ok()
+        };
+        get("simd_count").filter(|count| *count > 0)?;
+        Some([get("domain"), get("location_id"), get("drm_render_minor")])
+    });
+    let [domain, place, minor] = properties
+        .into_iter()
+        .nth(usize::try_from(row.key.index).ok()?)?;
+    let place = place?;
+    let pci = format!(
+        "{:04x}:{:02x}:{:02x}.",
+        domain.unwrap_or(0),
+        (place >> 8) & 0xff,
+        (place >> 3) & 0x1f
+    );
+    minor.filter(|minor| *minor > 0 && row.pci.starts_with(&pci))
 }
 
 /// `/dev/accelN`, or the VFIO group of the device.

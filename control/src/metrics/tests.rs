@@ -133,6 +133,7 @@ fn subject(number: u16) -> Subject {
             devices: vec![HeldDevices {
                 name: "cuda".to_owned(),
                 ids: vec!["0".to_owned()],
+                shared: false,
             }],
         },
         session: "5a3c1f6e-0000-4000-8000-0000000000a1".to_owned(),

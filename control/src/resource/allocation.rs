@@ -60,6 +60,12 @@ impl Allocation {
         })
     }
 
+    /// Whether the devices of an accelerator are held in shares, of which others may hold some too.
+    pub fn in_shares(&self, device: &str) -> bool {
+        let mut slots = self.of_device(device).iter();
+        slots.any(|(slot, _)| slot.ends_with(".shares"))
+    }
+
     pub(super) fn of_device(&self, device: &str) -> &[(String, Shares)] {
         let found = self.devices.iter().find(|(name, _)| name == device);
         found.map_or(&[], |(_, slots)| slots)

@@ -50,6 +50,8 @@ pub struct HeldDevices {
     pub name: String,
     /// Their ids.
     pub ids: Vec<String>,
+    /// They are given out in shares: others may hold some of the same devices.
+    pub shared: bool,
 }
 
 /// What the records and series of one kernel need to know of it.
@@ -68,18 +70,19 @@ pub struct KernelFacts {
 impl KernelFacts {
     /// Of a kernel that has a container; one created before `born` (seconds since 1970) is adopted.
     pub fn of(record: &Record, born: f64) -> Option<Self> {
-        let devices = record
-            .allocation
-            .iter()
-            .flat_map(|held| held.accelerators());
+        let devices = record.allocation.iter().flat_map(|held| {
+            let all = held.accelerators();
+            all.map(|(name, ids)| (name, ids, held.in_shares(name)))
+        });
         Some(Self {
             id: record.id(),
             container: record.container()?,
             adopted: record.created_at < born,
             devices: devices
-                .map(|(name, ids)| HeldDevices {
+                .map(|(name, ids, shared)| HeldDevices {
                     name: name.to_owned(),
                     ids: ids.into_iter().map(str::to_owned).collect(),
+                    shared,
                 })
                 .collect(),
         })
@@ -204,7 +207,7 @@ pub(crate) fn measurements(
         let rows = rows_of(held, &snapshot.accelerators).unwrap_or_default();
         let own: Vec<AcceleratorRow> = rows
             .into_iter()
-            .map(|row| used_by(row, facts.container))
+            .map(|row| used_by(row, facts.container, held.shared))
             .collect();
         let own: Vec<&AcceleratorRow> = own.iter().collect();
         list.extend(device_measurements(&held.name, &own));
@@ -213,20 +216,21 @@ pub(crate) fn measurements(
 }
 
 /// A device as one container uses it. What the driver does not tell per container is the whole
-/// device's as long as nobody else is known to use it, and unknown otherwise, which counts as busy:
-/// an idle checker must not take a busy session for idle.
-fn used_by(row: &AcceleratorRow, container: ContainerId) -> AcceleratorRow {
+/// device's where nobody else uses it, because all users are known or others can't hold it, and
+/// unknown otherwise, which counts as busy: an idle checker must not take a busy session for idle.
+/// Of a device that is `shared` nothing is a container's that is not among the users.
+fn used_by(row: &AcceleratorRow, container: ContainerId, shared: bool) -> AcceleratorRow {
     let mut row = row.clone();
     let counters = &mut row.counters;
     let own = row.users.iter().find(|user| user.container_id == container);
-    let others = row.users.len() - usize::from(own.is_some()) > 0 || row.users_left_out > 0;
-    if others {
+    let listed = row.users.len() - usize::from(own.is_some()) > 0 || row.users_left_out > 0;
+    if listed || (shared && (row.users_unknown || own.is_none())) {
         // No part of what all of them use together.
         let all = (
             counters.memory_used_bytes.take(),
             counters.utilisation_permille.take(),
         );
-        if own.is_none() && row.users_left_out == 0 {
+        if own.is_none() && row.users_left_out == 0 && !row.users_unknown {
             // All users are known, and this one is not among them.
             counters.memory_used_bytes = all.0.map(|_| 0);
             counters.utilisation_permille = all.1.map(|_| 0);

@@ -2,43 +2,50 @@
 //!
 //! In: the driver's library. Out: readings in the thread's `Slot`. Invariants: only this thread
 //! calls the driver; devices are enumerated anew at every look, so one that falls off the bus or
-//! comes back is seen; what a driver does not support is absent.
+//! comes back is seen; what a driver does not support is absent; one answer that fails changes nothing
+//! about what a device is (divided or not, there or not), and no part of a list is taken for all of it.
 //!
 //! Sources: NVIDIA's NVML API reference; which XIDs are an application's fault and not the
 //! device's: NVIDIA's XID catalogue.
 
+mod instance_load;
+mod processes;
+mod profile;
 mod topology;
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvml_wrapper::bitmasks::event::EventTypes;
 use nvml_wrapper::enum_wrappers::device::{
     Clock, EccCounter, MemoryError, PcieUtilCounter, TemperatureSensor,
 };
 use nvml_wrapper::enums::device::SampleValue;
-use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::struct_wrappers::device::ProcessInfo;
+use nvml_wrapper::struct_wrappers::device::DeviceAttributes;
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
 use nvml_wrapper::{Device, EventSet, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
 use shared::observed::{
-    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, MigInstance,
+    AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse,
+    MigInstance,
 };
 
-use super::attribution::{by_container, container_of};
-use super::{INTERVAL, ProcessUse, Reading, Slot, clip, files};
+use super::attribution::{by_container, owner_of};
+use super::{INTERVAL, ProcessUse, Reading, SLOW, Slot, clip, files};
 use crate::sys::nvml::{memory_v1, mig_instance};
+use instance_load::InstanceLoads;
+use processes::{Listed, listed};
 use topology::{Node, Topology};
 
 /// The library's name for the dynamic loader. The unversioned name belongs to development packages.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// Pause before another attempt at a driver that is installed and does not start.
+/// The longest pause before another attempt at a driver that is installed and does not start; the first
+/// is [`INTERVAL`].
 const RETRY: Duration = Duration::from_secs(30);
 /// Parts of device N are numbered from `(N + 1) * PARTS`.
 const PARTS: u32 = 1000;
@@ -52,6 +59,7 @@ const ROWS_NOT_REPLACED: u32 = 64;
 pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
     let mut told = false;
     let mut past = Past::default();
+    let mut pause = INTERVAL;
     loop {
         match Nvml::builder().lib_path(library).init() {
             Ok(nvml) => {
@@ -61,9 +69,13 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
                     "NVIDIA driver found"
                 );
                 told = false;
-                past = Session::new(&nvml, root, past).run(slot);
+                let worked;
+                (past, worked) = Session::new(&nvml, root, past).run(slot);
                 if slot.stopped() {
                     return;
+                }
+                if worked {
+                    pause = INTERVAL;
                 }
             }
             Err(NvmlError::LibloadingError(err)) => {
@@ -73,16 +85,46 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
             }
             Err(err) => {
                 if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%err, retry_s = RETRY.as_secs(),
+                    tracing::warn!(%err,
                         "the NVIDIA driver is installed and does not start: no CUDA devices until it does");
                 }
                 slot.put(past.lost());
             }
         }
-        if !slot.pause(RETRY) {
+        if !slot.pause(pause) {
             return;
         }
+        pause = (pause * 2).min(RETRY);
     }
+}
+
+/// Whether a driver, a library or a device has no such call, as opposed to one that has failed.
+fn is_not_offered(err: &NvmlError) -> bool {
+    matches!(
+        err,
+        NvmlError::NotSupported | NvmlError::FunctionNotFound | NvmlError::FailedToLoadSymbol(_)
+    )
+}
+
+/// Whether the library has to be opened again before it can answer.
+fn has_lost_its_driver(err: &NvmlError) -> bool {
+    matches!(
+        err,
+        NvmlError::Uninitialized | NvmlError::LibRmVersionMismatch | NvmlError::DriverNotLoaded
+    )
+}
+
+/// Whether a device may answer the next time: what it told last is good for a while.
+fn is_passing(err: &NvmlError) -> bool {
+    matches!(
+        err,
+        NvmlError::Unknown
+            | NvmlError::Timeout
+            | NvmlError::InsufficientMemory
+            | NvmlError::InsufficientSize(_)
+            | NvmlError::InUse
+            | NvmlError::NoData
+    )
 }
 
 /// What outlives a life of the library: opening it again repairs no device.
@@ -90,17 +132,17 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
 struct Past {
     /// Last fault per device, and whether it is the device's own.
     faults: HashMap<String, (u32, bool)>,
-    /// Devices that did not answer at the last look.
+    /// Devices that were gone at the last look.
     lost: HashSet<u32>,
-    /// What was known of each device when it last answered.
-    known: HashMap<u32, AcceleratorRow>,
+    /// What each device and instance told when it last answered, and when that was.
+    known: HashMap<u32, (Instant, AcceleratorRow)>,
 }
 
 impl Past {
     /// All that is known, none of which answers.
     fn lost(&self) -> Reading {
         Reading {
-            devices: self.known.values().map(lost).collect(),
+            devices: self.known.values().map(|(_, row)| lost(row)).collect(),
             ..Reading::default()
         }
     }
@@ -112,6 +154,7 @@ fn lost(row: &AcceleratorRow) -> AcceleratorRow {
         healthy: false,
         users: Vec::new(),
         users_left_out: 0,
+        users_unknown: true,
         counters: AcceleratorCounters {
             memory_total_bytes: row.counters.memory_total_bytes,
             ..AcceleratorCounters::default()
@@ -128,10 +171,26 @@ struct Session<'nvml> {
     versions: (String, String),
     events: Option<EventSet<'nvml>>,
     watched: HashSet<String>,
-    /// Per device: up to when process samples were seen, microseconds of the driver's clock.
-    seen: HashMap<u32, u64>,
+    /// Per device and instance: what is kept of its processes from look to look.
+    processes: HashMap<u32, Kept>,
+    loads: InstanceLoads<'nvml>,
     topology: Topology,
+    /// Devices that have failed to answer, and did not fall off the bus, since they last did.
+    failing: HashSet<u32>,
+    /// The log says that looks take long.
+    slow: bool,
     past: Past,
+}
+
+/// What is kept of the processes of a device.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Up to when samples were read, microseconds of the driver's clock.
+    seen: Option<u64>,
+    /// Those that were last listed.
+    pids: Vec<u32>,
+    /// The log says that the list cannot be read.
+    failing: bool,
 }
 
 impl<'nvml> Session<'nvml> {
@@ -156,65 +215,78 @@ impl<'nvml> Session<'nvml> {
             ),
             events,
             watched: HashSet::new(),
-            seen: HashMap::new(),
+            processes: HashMap::new(),
+            loads: InstanceLoads::new(nvml),
             topology: Topology::default(),
+            failing: HashSet::new(),
+            slow: false,
             past,
         }
     }
 
-    /// Looks until told to end; returns earlier when the library has to be started again.
-    fn run(mut self, slot: &Slot) -> Past {
+    /// Looks until told to end; returns earlier when the library has to be started again. And whether a
+    /// look has told anything.
+    fn run(mut self, slot: &Slot) -> (Past, bool) {
+        let mut worked = false;
         loop {
             self.take_events();
-            match self.look() {
-                Ok(reading) => slot.put(reading),
-                Err(err) => {
-                    tracing::warn!(%err, "the NVIDIA driver has to be opened again");
-                    return self.past;
+            let began = Instant::now();
+            match self.look(slot) {
+                Ok(reading) => {
+                    worked = true;
+                    slot.put(reading);
                 }
+                Err(err) if has_lost_its_driver(&err) => {
+                    tracing::warn!(%err, "the NVIDIA driver has to be opened again");
+                    return (self.past, worked);
+                }
+                // The last answer grows old meanwhile.
+                Err(err) => tracing::debug!(%err, "the NVIDIA driver does not tell its devices"),
+            }
+            let took = began.elapsed();
+            if took > SLOW && !std::mem::replace(&mut self.slow, true) {
+                tracing::warn!(
+                    seconds = took.as_secs(),
+                    "asking the NVIDIA driver takes long, so numbers are old: let nvidia-persistenced run (persistence mode)"
+                );
             }
             if !slot.pause(INTERVAL) {
-                return self.past;
+                return (self.past, worked);
             }
         }
     }
 
-    fn look(&mut self) -> Result<Reading, NvmlError> {
+    fn look(&mut self, slot: &Slot) -> Result<Reading, NvmlError> {
         let mut reading = Reading::default();
         let count = self.nvml.device_count()?;
         let mut nodes = Vec::new();
         for index in 0..count {
-            let device = match self.nvml.device_by_index(index) {
-                Ok(device) => device,
-                Err(err @ (NvmlError::Uninitialized | NvmlError::LibRmVersionMismatch)) => {
-                    return Err(err);
-                }
-                Err(err) => {
-                    self.miss(index, &err, &mut reading);
-                    continue;
-                }
-            };
-            match self.read_device(index, &device, &mut reading) {
-                Ok((id, pci)) => nodes.push(Node {
+            let device = self.nvml.device_by_index(index);
+            let told = device.and_then(|device| {
+                let (id, pci) = self.read_device(index, &device, &mut reading)?;
+                Ok(Node {
                     index,
                     id,
                     pci,
                     device,
-                }),
+                })
+            });
+            match told {
+                Ok(node) => nodes.push(node),
+                Err(err) if has_lost_its_driver(&err) => return Err(err),
                 Err(err) => self.miss(index, &err, &mut reading),
             }
+            slot.heard();
         }
         // A device that fell off the bus is not counted any more, and was there.
-        let gone: Vec<u32> = self
-            .past
-            .known
-            .keys()
-            .copied()
+        let gone = self.past.known.keys().copied();
+        let gone: Vec<u32> = gone
             .filter(|index| *index < PARTS && *index >= count)
             .collect();
         for index in gone {
             self.miss(index, &NvmlError::GpuLost, &mut reading);
         }
+        self.loads.end_look();
         self.topology.refresh(self.nvml, &nodes);
         for row in &mut reading.devices {
             row.near = self.topology.near(row.part_of.unwrap_or(row.key.index));
@@ -222,18 +294,46 @@ impl<'nvml> Session<'nvml> {
         Ok(reading)
     }
 
-    /// A device that does not answer stays known, without numbers.
+    /// A device that does not answer stays known: with what it told last as long as that is not old,
+    /// where it may answer the next time, and without numbers where it is gone.
     fn miss(&mut self, index: u32, err: &NvmlError, reading: &mut Reading) {
-        if self.past.lost.insert(index) {
+        let passing = is_passing(err);
+        let new = match passing {
+            true => self.failing.insert(index),
+            false => self.past.lost.insert(index),
+        };
+        if new {
             tracing::warn!(device = index, %err, "an NVIDIA device does not answer");
         }
-        let known = &self.past.known;
-        let own = known
-            .iter()
-            .filter(|(number, _)| whole_of(**number) == index);
-        reading.devices.extend(own.map(|(_, row)| lost(row)));
-        self.watched
-            .retain(|id| known.get(&index).is_none_or(|row| row.id != *id));
+        let numbers = self.past.known.keys().copied();
+        let own: Vec<u32> = numbers
+            .filter(|number| whole_of(*number) == index)
+            .collect();
+        for number in own {
+            if passing {
+                self.keep(number, reading);
+            } else if let Some((_, row)) = self.past.known.get(&number) {
+                reading.devices.push(lost(row));
+            }
+        }
+        if !passing {
+            let known = self.past.known.get(&index);
+            self.watched
+                .retain(|id| known.is_none_or(|(_, row)| row.id != *id));
+        }
+    }
+
+    /// Tells again what a device told last, as old as that is.
+    fn keep(&mut self, number: u32, reading: &mut Reading) {
+        let Some((at, row)) = self.past.known.get(&number) else {
+            return;
+        };
+        reading.devices.push(AcceleratorRow {
+            age_ms: u32::try_from(at.elapsed().as_millis()).unwrap_or(u32::MAX),
+            ..row.clone()
+        });
+        let pids = self.processes.get(&number).map(|kept| kept.pids.as_slice());
+        add_unknown(&mut reading.processes, pids.unwrap_or_default());
     }
 
     fn read_device(
@@ -244,9 +344,22 @@ impl<'nvml> Session<'nvml> {
     ) -> Result<(String, String), NvmlError> {
         let id = device.uuid()?;
         let memory = Memory::of(self.nvml, device)?;
+        // One that is divided is never given out whole because this question has failed once.
+        let divided = match device.mig_mode() {
+            Ok(mode) => mode.current == 1,
+            Err(err) if is_not_offered(&err) => false,
+            Err(err) => return Err(err),
+        };
+        let parts = match divided {
+            true => self.parts(index, device)?,
+            false => Vec::new(),
+        };
+        let answers_again = self.failing.remove(&index);
         if self.past.lost.remove(&index) {
             // It was away: whatever it reported before, this is its new life.
             self.past.faults.remove(&id);
+            tracing::info!(device = index, id, "an NVIDIA device is back");
+        } else if answers_again {
             tracing::info!(device = index, id, "an NVIDIA device answers again");
         }
         self.watch(device, &id);
@@ -259,7 +372,6 @@ impl<'nvml> Session<'nvml> {
             .pci_info()
             .map(|pci| bus_address(&pci.bus_id))
             .unwrap_or_default();
-        let divided = device.mig_mode().is_ok_and(|mode| mode.current == 1);
         let mut row = AcceleratorRow {
             model: device.name().unwrap_or_default(),
             numa_node: numa_node(self.root, &pci),
@@ -275,116 +387,156 @@ impl<'nvml> Session<'nvml> {
         };
         clip(&mut row);
         // Numbers may have moved, and parts may have been made anew.
-        (self.past.known).retain(|number, known| whole_of(*number) != index && known.id != row.id);
-        if divided {
-            for part in 0..device.mig_device_count().unwrap_or(0).min(PARTS - 1) {
-                // Numbers without an instance are gaps.
-                if let Ok(instance) = device.mig_device_by_index(part)
-                    && let Ok(part_row) = self.read_part(&row, device, part, &instance, reading)
-                {
-                    self.past.known.insert(part_row.key.index, part_row.clone());
-                    reading.devices.push(part_row);
-                }
+        let still: HashSet<u32> = parts.iter().map(Part::number).collect();
+        (self.past.known).retain(|number, (_, known)| {
+            let moved = known.id == row.id;
+            let ended = whole_of(*number) == index && !still.contains(number);
+            *number == index || !(moved || ended)
+        });
+        for part in parts {
+            let number = part.number();
+            match self.read_part(&row, (device, memory), part, reading) {
+                Ok(part_row) => self.put(part_row, reading),
+                Err(err) if has_lost_its_driver(&err) => return Err(err),
+                Err(_) => self.keep(number, reading),
             }
-        } else {
-            let processes = self.processes(index, device, listed(device).unwrap_or_default());
-            row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
-            add_up(&mut reading.processes, processes);
         }
-        self.past.known.insert(index, row.clone());
-        reading.devices.push(row);
+        if !divided {
+            let all = listed(device);
+            (row.users, row.users_unknown) = self.users(index, device, all, reading);
+        }
+        self.put(row, reading);
         Ok((id, pci))
+    }
+
+    fn put(&mut self, row: AcceleratorRow, reading: &mut Reading) {
+        let known = (Instant::now(), row.clone());
+        self.past.known.insert(row.key.index, known);
+        reading.devices.push(row);
+    }
+
+    /// The instances of a divided device, those too that do not answer now and did at the last look.
+    fn parts(&self, index: u32, device: &Device<'nvml>) -> Result<Vec<Part<'nvml>>, NvmlError> {
+        let mut parts = Vec::new();
+        for place in 0..device.mig_device_count()?.min(PARTS - 1) {
+            let number = (index + 1) * PARTS + place;
+            match device.mig_device_by_index(place) {
+                Ok(instance) => parts.push(Part::There {
+                    number,
+                    ids: mig_instance(self.nvml, &instance),
+                    instance,
+                }),
+                Err(err) if has_lost_its_driver(&err) => return Err(err),
+                Err(err) if is_passing(&err) && self.past.known.contains_key(&number) => {
+                    parts.push(Part::Failed { number, err });
+                }
+                // Numbers without an instance are gaps.
+                Err(_) => {}
+            }
+        }
+        Ok(parts)
     }
 
     fn read_part(
         &mut self,
         whole: &AcceleratorRow,
-        device: &Device<'nvml>,
-        part: u32,
-        instance: &Device<'nvml>,
+        (device, of_whole): (&Device<'nvml>, Option<Memory>),
+        part: Part<'nvml>,
         reading: &mut Reading,
     ) -> Result<AcceleratorRow, NvmlError> {
-        let memory = Memory::of(self.nvml, instance)?;
-        let attributes = instance.attributes().ok();
+        let (number, instance, ids) = match part {
+            Part::There {
+                number,
+                instance,
+                ids,
+            } => (number, instance, ids),
+            Part::Failed { err, .. } => return Err(err),
+        };
+        let memory = Memory::of(self.nvml, &instance)?;
+        let attributes = match instance.attributes() {
+            Ok(attributes) => Some(attributes),
+            Err(err) if is_passing(&err) => return Err(err),
+            Err(_) => None,
+        };
         let id = instance.uuid()?;
-        let number = (whole.key.index + 1) * PARTS + part;
+        let total = memory.map(|memory| memory.total);
+        let profile = profile::of_name(&instance.name().unwrap_or_default());
+        let profile = profile.or_else(|| {
+            let of_whole = of_whole.map(|memory| memory.total);
+            Some(profile::of_sizes(attributes.as_ref()?, total?, of_whole?))
+        });
+        // Its processors are told of the whole GPU instance, of which others may have a part.
+        let has_all = |found: &DeviceAttributes| {
+            found.compute_instance_slice_count == found.gpu_instance_slice_count
+        };
+        let alone = ids.filter(|_| attributes.as_ref().is_some_and(has_all));
+        let load = alone.map(|ids| self.loads.read((device, &whole.id), (ids.gpu, &id)));
+        let load = load.unwrap_or_default();
         let mut row = AcceleratorRow {
             key: key(number),
-            instance: mig_instance(self.nvml, instance).or_else(|| instance_of_name(&id)),
+            instance: ids.or_else(|| instance_of_name(&id)),
             id,
             part_of: Some(whole.key.index),
             divided: false,
-            profile: attributes.as_ref().map_or_else(String::new, |found| {
-                profile(found.gpu_instance_slice_count, memory.total)
-            }),
+            profile: profile.unwrap_or_default(),
             units: attributes.map(|found| found.multiprocessor_count),
             counters: AcceleratorCounters {
-                memory_total_bytes: Some(memory.total),
-                memory_used_bytes: Some(memory.used()),
+                memory_total_bytes: total,
+                memory_used_bytes: memory.map(Memory::used),
+                utilisation_permille: load.busy,
+                memory_utilisation_permille: load.memory,
                 ..AcceleratorCounters::default()
             },
             ..whole.clone()
         };
-        let own = listed(instance).or_else(|| {
+        let own = match (listed(&instance), row.instance) {
             // Then the whole device may list those of all instances, with the ids of these.
-            let ids = row.instance?;
-            let mut all = listed(device)?;
-            all.retain(|process| {
-                let of = (process.gpu_instance_id, process.compute_instance_id);
-                of == (Some(ids.gpu), Some(ids.compute))
-            });
-            Some(all)
-        });
-        let processes = self.processes(number, instance, own.unwrap_or_default());
-        row.users = by_container(processes.iter().map(|(k, v)| (*k, *v)), container_of);
-        add_up(&mut reading.processes, processes);
+            (Listed::NotOffered | Listed::Failed(_), Some(ids)) => match listed(device) {
+                Listed::These(mut all, complete) => {
+                    all.retain(|process| {
+                        let of = (process.gpu_instance_id, process.compute_instance_id);
+                        of == (Some(ids.gpu), Some(ids.compute))
+                    });
+                    Listed::These(all, complete)
+                }
+                other => other,
+            },
+            (own, _) => own,
+        };
+        (row.users, row.users_unknown) = self.users(number, &instance, own, reading);
         clip(&mut row);
         Ok(row)
     }
 
-    /// What each of the processes listed uses of one device.
-    fn processes(
+    /// The containers whose processes use a device, and whether there may be others.
+    fn users(
         &mut self,
         number: u32,
         device: &Device<'nvml>,
-        listed: Vec<ProcessInfo>,
-    ) -> HashMap<u32, ProcessUse> {
-        let mut all: HashMap<u32, ProcessUse> = HashMap::new();
-        for process in listed {
-            let memory = match process.used_gpu_memory {
-                UsedGpuMemory::Used(bytes) => Some(bytes),
-                UsedGpuMemory::Unavailable => None,
-            };
-            // A process that computes and draws is listed twice with the same memory.
-            let known = all.entry(process.pid).or_default();
-            known.memory_bytes = known.memory_bytes.max(memory);
-        }
-        let since = self.seen.get(&number).copied();
-        match device.process_utilization_stats(since) {
-            Ok(samples) => {
-                let mut latest: HashMap<u32, (u64, [u32; 3])> = HashMap::new();
-                for sample in samples {
-                    self.seen
-                        .entry(number)
-                        .and_modify(|seen| *seen = (*seen).max(sample.timestamp))
-                        .or_insert(sample.timestamp);
-                    let entry = latest.entry(sample.pid).or_default();
-                    let told = [sample.sm_util, sample.enc_util, sample.dec_util];
-                    *entry = (*entry).max((sample.timestamp, told));
+        listed: Listed,
+        reading: &mut Reading,
+    ) -> (Vec<AcceleratorUse>, bool) {
+        let kept = self.processes.entry(number).or_default();
+        let (all, complete) = match listed {
+            Listed::These(all, complete) => (all, complete),
+            Listed::NotOffered => return (Vec::new(), true),
+            Listed::Failed(err) => {
+                if !std::mem::replace(&mut kept.failing, true) {
+                    tracing::warn!(device = number, %err,
+                        "the processes of an NVIDIA device cannot be listed: until they can, who uses it is unknown");
                 }
-                for (pid, used) in &mut all {
-                    used.busy(latest.get(pid).map_or([0; 3], |(_, told)| *told));
-                }
+                add_unknown(&mut reading.processes, &kept.pids);
+                return (Vec::new(), true);
             }
-            // The driver has a sample of nobody: all are idle.
-            Err(NvmlError::NotFound) => {
-                for used in all.values_mut() {
-                    used.busy([0; 3]);
-                }
-            }
-            Err(_) => {}
+        };
+        kept.failing = false;
+        let used = processes::used(device, all, &mut kept.seen);
+        kept.pids = used.keys().copied().collect();
+        let (users, all_found) = by_container(used.iter().map(|(k, v)| (*k, *v)), owner_of);
+        for (pid, used) in used {
+            add_up(&mut reading.processes, pid, used);
         }
-        all
+        (users, !(complete && all_found))
     }
 
     /// Asks to be told of a device's faults.
@@ -438,6 +590,27 @@ impl<'nvml> Session<'nvml> {
     }
 }
 
+/// An instance of a divided device.
+enum Part<'nvml> {
+    There {
+        number: u32,
+        instance: Device<'nvml>,
+        ids: Option<MigInstance>,
+    },
+    Failed {
+        number: u32,
+        err: NvmlError,
+    },
+}
+
+impl Part<'_> {
+    fn number(&self) -> u32 {
+        match self {
+            Self::There { number, .. } | Self::Failed { number, .. } => *number,
+        }
+    }
+}
+
 fn key(index: u32) -> AcceleratorKey {
     AcceleratorKey {
         kind: AcceleratorKind::Cuda,
@@ -461,36 +634,24 @@ struct Memory {
 }
 
 impl Memory {
-    fn of<'nvml>(nvml: &'nvml Nvml, device: &Device<'nvml>) -> Result<Self, NvmlError> {
-        let (total, free) = match device.memory_info() {
-            Ok(found) => (found.total, found.free),
-            Err(NvmlError::FailedToLoadSymbol(_)) => memory_v1(nvml, device)?,
-            Err(err) => return Err(err),
+    /// `None` where it is a part of the host's.
+    fn of<'nvml>(nvml: &'nvml Nvml, device: &Device<'nvml>) -> Result<Option<Self>, NvmlError> {
+        let told = match device.memory_info() {
+            Ok(found) => Ok((found.total, found.free)),
+            Err(NvmlError::FailedToLoadSymbol(_)) => memory_v1(nvml, device),
+            Err(err) => Err(err),
         };
-        Ok(Self { total, free })
+        match told {
+            Ok((total, free)) => Ok(Some(Self { total, free })),
+            Err(err) if is_not_offered(&err) => Ok(None),
+            Err(err) => Err(err),
+        }
     }
 
     /// What is not free, as the original tells it: what the driver keeps for itself is used too.
     fn used(self) -> u64 {
         self.total.saturating_sub(self.free)
     }
-}
-
-/// Processes that compute or draw; `None` when the driver tells neither.
-fn listed(device: &Device<'_>) -> Option<Vec<ProcessInfo>> {
-    let compute = match device.running_compute_processes() {
-        Err(NvmlError::FailedToLoadSymbol(_)) => device.running_compute_processes_v2(),
-        told => told,
-    };
-    let graphics = match device.running_graphics_processes() {
-        Err(NvmlError::FailedToLoadSymbol(_)) => device.running_graphics_processes_v2(),
-        told => told,
-    };
-    if compute.is_err() && graphics.is_err() {
-        return None;
-    }
-    let all = [compute, graphics].into_iter().flatten().flatten();
-    Some(all.collect())
 }
 
 /// `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`, as drivers before 470 name instances.
@@ -512,7 +673,7 @@ fn cannot_replace_rows(device: &Device<'_>) -> bool {
     }
 }
 
-fn counters(device: &Device<'_>, memory: Memory) -> AcceleratorCounters {
+fn counters(device: &Device<'_>, memory: Option<Memory>) -> AcceleratorCounters {
     let permille = |percent: u32| u64::from(percent.min(100)) * 10;
     let load = device.utilization_rates().ok();
     // Thousands of bytes per second, measured over 20 ms.
@@ -522,8 +683,8 @@ fn counters(device: &Device<'_>, memory: Memory) -> AcceleratorCounters {
     };
     let errors = |kind| device.total_ecc_errors(kind, EccCounter::Volatile).ok();
     AcceleratorCounters {
-        memory_total_bytes: Some(memory.total),
-        memory_used_bytes: Some(memory.used()),
+        memory_total_bytes: memory.map(|memory| memory.total),
+        memory_used_bytes: memory.map(Memory::used),
         utilisation_permille: load.as_ref().map(|load| permille(load.gpu)),
         memory_utilisation_permille: load.as_ref().map(|load| permille(load.memory)),
         power_mw: device.power_usage().ok().map(u64::from),
@@ -550,11 +711,16 @@ fn counters(device: &Device<'_>, memory: Memory) -> AcceleratorCounters {
     }
 }
 
-fn add_up(all: &mut HashMap<u32, ProcessUse>, processes: HashMap<u32, ProcessUse>) {
-    for (pid, used) in processes {
-        all.entry(pid)
-            .and_modify(|sum: &mut ProcessUse| sum.add(used))
-            .or_insert(used);
+fn add_up(all: &mut HashMap<u32, ProcessUse>, pid: u32, used: ProcessUse) {
+    all.entry(pid)
+        .and_modify(|sum: &mut ProcessUse| sum.add(used))
+        .or_insert(used);
+}
+
+/// These use something, and nobody knows how much.
+fn add_unknown(all: &mut HashMap<u32, ProcessUse>, pids: &[u32]) {
+    for pid in pids {
+        add_up(all, *pid, ProcessUse::default());
     }
 }
 
@@ -574,11 +740,6 @@ fn numa_node(root: &Path, pci: &str) -> Option<u16> {
         return None;
     }
     files::numa_node(&root.join("sys/bus/pci/devices").join(pci))
-}
-
-/// `1g.5gb`: slices of the chip and memory in GiB, rounded up, as NVIDIA names MIG profiles.
-fn profile(slices: u32, memory_bytes: u64) -> String {
-    format!("{slices}g.{}gb", memory_bytes.div_ceil(1 << 30))
 }
 
 /// Multiprocessors of a whole device: the driver tells cores, and how many of them make one is known
@@ -619,12 +780,5 @@ mod tests {
         ] {
             assert_eq!(of(other), None, "{other}");
         }
-    }
-
-    #[test]
-    fn profiles_are_named_as_nvidia_names_them() {
-        assert_eq!(profile(1, 4_864 << 20), "1g.5gb");
-        assert_eq!(profile(3, 19_968 << 20), "3g.20gb");
-        assert_eq!(profile(7, 40_192 << 20), "7g.40gb");
     }
 }

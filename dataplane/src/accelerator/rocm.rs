@@ -2,7 +2,8 @@
 //!
 //! In: the KFD topology and the devices' directories in sysfs. Out: readings.
 //! Invariants: a node is a device only when it has compute units; what a file does not tell is
-//! absent; two devices never have one id.
+//! absent; two devices never have one id; what the files tell of a device that is divided into several
+//! nodes (partitions: DPX, QPX, CPX) is no partition's own.
 //!
 //! Sources: the kernel's documentation of amdgpu (`mem_info_vram_*`, `gpu_busy_percent`, hwmon,
 //! RAS) and of KFD's topology (`io_links`) and processes (`vram_<gpu id>`).
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow, Nearness};
 
-use super::attribution::{by_container, container_of};
+use super::attribution::{by_container, owner_of};
 use super::files::{hex, is_accelerator, names, numa_node, number, text};
 use super::{ProcessUse, Reading, clip};
 
@@ -61,7 +62,11 @@ pub fn look(root: &Path) -> Reading {
             of_devices.push(node);
         }
     }
+    let places: Vec<String> = reading.devices.iter().map(|row| row.pci.clone()).collect();
     for (row, node) in reading.devices.iter_mut().zip(&of_devices) {
+        if places.iter().filter(|pci| **pci == row.pci).count() > 1 {
+            row.counters = of_partition(&root.join(TOPOLOGY).join(node.to_string()));
+        }
         let links = root.join(TOPOLOGY).join(node.to_string()).join("io_links");
         for (to, links) in xgmi(&links) {
             let place = of_devices.iter().position(|node| u64::from(*node) == to);
@@ -121,6 +126,7 @@ fn device(
     let counters = counters(&of_pci);
     let processes = processes(root, gpu);
     let listed = processes.iter().map(|(pid, used)| (*pid, *used));
+    let (users, all_found) = by_container(listed, owner_of);
     let id = match get("unique_id").filter(|id| *id != 0) {
         Some(id) => format!("{id:016x}"),
         None => pci.clone(),
@@ -135,11 +141,24 @@ fn device(
         healthy: counters.memory_total_bytes.is_some(),
         pci,
         units: u32::try_from(simds / get("simd_per_cu").unwrap_or(4).max(1)).ok(),
-        users: by_container(listed, container_of),
+        users,
+        users_unknown: !all_found,
         counters,
         ..AcceleratorRow::new(AcceleratorKind::Rocm, index, id)
     };
     Some((row, processes))
+}
+
+/// What is told of a partition alone: its memory, in the banks that are on the device.
+fn of_partition(node: &Path) -> AcceleratorCounters {
+    let banks = node.join("mem_banks");
+    let banks = names(&banks).map(|name| properties(&banks.join(name)));
+    let own = banks.filter(|bank| matches!(bank.get("heap_type"), Some(&(1 | 2))));
+    let sizes = own.filter_map(|bank| bank.get("size_in_bytes").copied());
+    AcceleratorCounters {
+        memory_total_bytes: sizes.reduce(u64::saturating_add),
+        ..AcceleratorCounters::default()
+    }
 }
 
 fn counters(device: &Path) -> AcceleratorCounters {

@@ -72,6 +72,7 @@ pub fn look(root: &Path) -> Reading {
             numa_node: numa_node(&device),
             pci,
             healthy,
+            users_unknown: true,
             counters: AcceleratorCounters {
                 memory_total_bytes: memory.map(|gib| gib << 30),
                 ..AcceleratorCounters::default()

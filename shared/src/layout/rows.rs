@@ -175,7 +175,7 @@ declare! {
         16 numa_node: i32 = "NUMA node, -1 unknown",
         20 age_ms: u32 = "how old the numbers were at the tick, ms",
         24 tick: u64 = "pass this row belongs to",
-        32 flags: u32 = "bit 0 part of another device, bit 1 divided into parts",
+        32 flags: u32 = "bit 0 part of another device, bit 1 divided into parts, bit 2 others may use it too",
         36 whole_index: u32 = "number of the device it is a part of, else its own",
         40 units: u32 = "processing units, 0 unknown",
         44 fault: u32 = "last fault code of the driver (NVIDIA: XID), 0 none",

@@ -29,6 +29,7 @@ fn kernel(n: u8) -> KernelFacts {
         devices: vec![HeldDevices {
             name: "cuda".to_owned(),
             ids: vec![format!("GPU-{n}")],
+            shared: false,
         }],
     }
 }

@@ -416,3 +416,70 @@ fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
         [first.as_str()]
     );
 }
+
+#[test]
+fn partitions_of_an_amd_device_have_a_render_node_each() {
+    let root = tempfile::tempdir().unwrap();
+    let write = |path: &str, text: &str| {
+        let path = root.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let nodes = "sys/class/kfd/kfd/topology/nodes";
+    let place = 0x90 << 8;
+    write(&format!("{nodes}/0/properties"), "simd_count 0\n");
+    for (node, minor) in [(9, 128), (10, 129)] {
+        write(
+            &format!("{nodes}/{node}/properties"),
+            &format!("simd_count 304\nlocation_id {place}\ndrm_render_minor {minor}\ndomain 0\n"),
+        );
+    }
+    let pci = "sys/bus/pci/devices/0000:90:00.0";
+    write(&format!("{pci}/drm/renderD128/dev"), "226:128\n");
+    let mut settings = settings(&[]);
+    settings.root = root.path().to_owned();
+    let device = |index: u32, pci: &str| {
+        let mut row = card(index, AcceleratorCounters::default());
+        row.key.kind = AcceleratorKind::Rocm;
+        row.pci = pci.to_owned();
+        of_rows(&[row], &settings).remove(0).nodes
+    };
+    assert_eq!(device(0, "0000:90:00.0"), ["/dev/dri/renderD128"]);
+    assert_eq!(device(1, "0000:90:00.0"), ["/dev/dri/renderD129"]);
+    // What the topology says of another device counts for nothing, and the device's own files do.
+    assert_eq!(device(0, "0000:91:00.0"), [""; 0]);
+    assert_eq!(device(2, "0000:90:00.0"), ["/dev/dri/renderD128"]);
+    write(&format!("{nodes}/9/properties"), "simd_count 304\n");
+    assert_eq!(device(0, "0000:90:00.0"), ["/dev/dri/renderD128"]);
+}
+
+#[test]
+fn a_container_with_a_few_chips_of_a_tpu_machine_is_told_how_they_lie() {
+    let settings = settings(&[]);
+    let rows: Vec<_> = (0..4)
+        .map(|index| {
+            let mut row = card(index, AcceleratorCounters::default());
+            row.key.kind = AcceleratorKind::Tpu;
+            row
+        })
+        .collect();
+    let tpu = AcceleratorPlugin::of_kind("tpu", &of_rows(&rows, &settings), &settings);
+    let given = |count: usize| {
+        let ids = ["GPU-0", "GPU-1", "GPU-2", "GPU-3"];
+        let held: Vec<(&str, &str)> = ids[..count].iter().map(|id| (*id, "1")).collect();
+        let mut limits = ContainerLimits::default();
+        tpu.limit(&[], &shares("tpu.device", &held), &mut limits);
+        let all: BTreeMap<String, String> = limits.defaults.into_iter().collect();
+        let get = |name: &str| all.get(name).cloned();
+        [
+            get("TPU_VISIBLE_CHIPS"),
+            get("TPU_CHIPS_PER_PROCESS_BOUNDS"),
+            get("TPU_PROCESS_BOUNDS"),
+        ]
+    };
+    let words = |all: [&str; 3]| all.map(|word| Some(word.to_owned()));
+    assert_eq!(given(0), [None, None, None]);
+    assert_eq!(given(1), words(["0", "1,1,1", "1,1,1"]));
+    assert_eq!(given(2), words(["0,1", "1,2,1", "1,1,1"]));
+    assert_eq!(given(4), [Some("0,1,2,3".to_owned()), None, None]);
+}

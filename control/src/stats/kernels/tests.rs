@@ -20,6 +20,7 @@ fn facts() -> KernelFacts {
         devices: vec![HeldDevices {
             name: "cuda".to_owned(),
             ids: vec!["0".to_owned()],
+            shared: false,
         }],
     }
 }
@@ -330,14 +331,9 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
         decoder_permille: None,
     };
     let (own, other) = (facts.container, ContainerId([0xee; 32]));
-    let figures = |users: Vec<AcceleratorUse>, users_left_out| {
-        let row = AcceleratorRow {
-            users,
-            users_left_out,
-            ..gpu(40, 100, Some(700))
-        };
+    let figures_of = |facts: &KernelFacts, row: AcceleratorRow| {
         let snapshot = snapshot(sample(1), vec![row]);
-        let measured = measurements(&sample(1), &facts, &snapshot);
+        let measured = measurements(&sample(1), facts, &snapshot);
         let value = |key: &str| {
             let found = measured.iter().find(|one| one.quantity.key == key);
             found.map(|one| {
@@ -356,6 +352,12 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
             value("cuda_util").map(of_hundred),
         )
     };
+    let device = |users: Vec<AcceleratorUse>, users_left_out| AcceleratorRow {
+        users,
+        users_left_out,
+        ..gpu(40, 100, Some(700))
+    };
+    let figures = |users, left_out| figures_of(&facts, device(users, left_out));
     let pair = |memory: &str, load: &str| (Some(memory.to_owned()), Some(load.to_owned()));
     let both = vec![
         user(own, Some(30), Some(500)),
@@ -372,4 +374,29 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
     let shared = || vec![user(own, Some(30), None), user(other, Some(10), None)];
     assert_eq!(figures(shared(), 0), (Some("30".to_owned()), None));
     assert_eq!(figures(vec![user(own, Some(30), None)], 1).1, None);
+    // A look that did not find who uses it: the device is still this kernel's alone, unless it is
+    // given out in shares. Then only what is told of the container itself counts.
+    let unsure = |users| AcceleratorRow {
+        users_unknown: true,
+        ..device(users, 0)
+    };
+    let mut in_shares = facts.clone();
+    in_shares.devices[0].shared = true;
+    assert_eq!(figures_of(&facts, unsure(Vec::new())), pair("40", "70"));
+    assert_eq!(figures_of(&in_shares, unsure(Vec::new())), (None, None));
+    assert_eq!(
+        figures_of(&in_shares, device(Vec::new(), 0)),
+        pair("0", "0")
+    );
+    assert_eq!(
+        figures_of(&in_shares, device(vec![user(own, None, None)], 0)),
+        pair("40", "70")
+    );
+    let own_only = || vec![user(own, Some(30), None)];
+    assert_eq!(
+        figures_of(&in_shares, unsure(own_only())),
+        (Some("30".to_owned()), None)
+    );
+    // Others are known, and the container is not among them: it may be all the same.
+    assert_eq!(figures_of(&facts, unsure(other_only())), (None, None));
 }

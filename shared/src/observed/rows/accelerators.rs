@@ -128,6 +128,9 @@ pub struct AcceleratorRow {
     pub users: Vec<AcceleratorUse>,
     /// Containers that use it and are not in `users`.
     pub users_left_out: u32,
+    /// Others may use it too: the driver lists no processes, did not at the last look, or lists some
+    /// that are not to be found.
+    pub users_unknown: bool,
     /// How near the devices of the same kind are, by their numbers.
     pub near: [Nearness; NEIGHBOURS],
     /// How old the numbers were at the tick, ms.
@@ -158,6 +161,7 @@ impl AcceleratorRow {
             fault: None,
             users: Vec::new(),
             users_left_out: 0,
+            users_unknown: false,
             near: [Nearness::default(); NEIGHBOURS],
             age_ms: 0,
             tick: 0,
@@ -186,7 +190,9 @@ impl KeyedRow for AcceleratorRow {
             index: self.key.index,
             kind: self.key.kind.code(),
             present: u16::try_from(present).unwrap_or(u16::MAX),
-            flags: u32::from(self.part_of.is_some()) | (u32::from(self.divided) << 1),
+            flags: u32::from(self.part_of.is_some())
+                | (u32::from(self.divided) << 1)
+                | (u32::from(self.users_unknown) << 2),
             whole_index: self.part_of.unwrap_or(self.key.index),
             units: self.units.unwrap_or(0),
             fault: self.fault.unwrap_or(0),
@@ -276,6 +282,7 @@ impl KeyedRow for AcceleratorRow {
             fault: (raw.fault != 0).then_some(raw.fault),
             users,
             users_left_out: raw.users_left_out,
+            users_unknown: raw.flags & 4 != 0,
             near: raw.near.map(Nearness),
             age_ms: raw.age_ms,
             tick: raw.tick,
