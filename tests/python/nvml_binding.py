@@ -136,6 +136,7 @@ def whole(device, others):
         "minor": nvml.nvmlDeviceGetMinorNumber(device),
         "pci": pci(nvml.nvmlDeviceGetPciInfo(device)),
         "mig": nvml.nvmlDeviceGetMigMode(device),
+        "drained": nvml.nvmlDeviceQueryDrainState(nvml.nvmlDeviceGetPciInfo(device)),
         "parts": [found for found in parts if found],
         "cores": nvml.nvmlDeviceGetNumGpuCores(device),
         "capability": nvml.nvmlDeviceGetCudaComputeCapability(device),
@@ -167,7 +168,7 @@ def events(devices):
     kinds = nvml.nvmlEventTypeXidCriticalError | nvml.nvmlEventTypeDoubleBitEccError
     chosen = nvml.nvmlEventSetCreate()
     for device in devices:
-        nvml.nvmlDeviceRegisterEvents(device, kinds, chosen)
+        nvml.nvmlDeviceRegisterEvents(device, kinds & nvml.nvmlDeviceGetSupportedEventTypes(device), chosen)
     names = {nvml.nvmlEventTypeXidCriticalError: "xid", nvml.nvmlEventTypeDoubleBitEccError: "ecc"}
     all = []
     while True:

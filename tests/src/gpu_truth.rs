@@ -474,7 +474,7 @@ impl Told {
         });
     }
 
-    /// What computes makes its device busy; of parts no driver tells a share.
+    /// What computes makes its device busy. Of parts `nvidia-smi` tells no share, and some drivers none.
     fn busy(
         &mut self,
         rows: &[AcceleratorRow],
@@ -484,6 +484,11 @@ impl Told {
         for load in loads.all.iter().filter(|load| load.busy) {
             let row = row_of(rows, &load.device)?;
             if row.part_of.is_some() {
+                let ours = percent(row.counters.utilisation_permille);
+                let what = format!("{} with a load, at least half busy", row.id);
+                if ours.is_some() {
+                    self.is(&what, show(ours), "not told", ours >= Some(50.0));
+                }
                 continue;
             }
             let theirs = told.iter().find(|(id, _)| *id == row.id);

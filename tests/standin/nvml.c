@@ -51,6 +51,17 @@ static void fill(struct pci *p, const char *bus_id) {
   p->id = 0x233010de, p->subsystem = 0x16c110de;
 }
 API int nvmlDeviceGetPciInfo_v3(struct device *d, struct pci *p) { WHOLE fill(p, d->pci); return OK; }
+API int nvmlDeviceQueryDrainState(struct pci *p, unsigned *state) {
+  BEGIN
+  for (int i = 0; i < MAX; i++) {
+    struct pci own;
+    if (!devices[i].used || (fill(&own, devices[i].pci), own.domain != p->domain || own.bus != p->bus || own.device != p->device)) continue;
+    FAIL(i, -1)
+    *state = devices[i].drained;
+    return OK;
+  }
+  return INVALID;
+}
 API int nvmlDeviceGetMigMode(struct device *d, unsigned *current, unsigned *pending) { WHOLE *current = *pending = d->mig; return OK; }
 API int nvmlDeviceGetMaxMigDeviceCount(struct device *d, unsigned *count) { WHOLE *count = d->mig ? 7 : 0; return OK; }
 API int nvmlDeviceGetMigDeviceHandleByIndex(struct device *d, unsigned index, struct device **part) {
@@ -131,13 +142,17 @@ API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, un
 }
 API int nvmlEventSetCreate(void **set) { BEGIN *set = &told; return OK; }
 API int nvmlEventSetFree(void *set) { (void)set; return OK; }
-API int nvmlDeviceRegisterEvents(struct device *d, u64 kinds, void *set) { (void)kinds; (void)set; WHOLE return OK; }
+// Faults, and errors of two bits where there is such memory; asked for more, a device refuses.
+static u64 kinds_of(struct device *d) { return d->noecc ? 8 : 8 | 2; }
+static u64 registered[MAX];
+API int nvmlDeviceGetSupportedEventTypes(struct device *d, u64 *kinds) { WHOLE *kinds = kinds_of(d); return OK; }
+API int nvmlDeviceRegisterEvents(struct device *d, u64 kinds, void *set) { (void)set; WHOLE if (kinds & ~kinds_of(d)) return NOT_SUPPORTED; registered[d->index] |= kinds; return OK; }
 struct event { struct device *device; u64 type, data; unsigned gi, ci; };
 API int nvmlEventSetWait_v2(void *set, struct event *e, unsigned ms) {
   (void)set; (void)ms;
   BEGIN
   for (int i = 0; i < n_faults; i++)
-    if (faults[i].serial > told) {
+    if (faults[i].serial > told && (registered[faults[i].device] & faults[i].type)) {
       told = faults[i].serial;
       memset(e, 0, sizeof *e);
       e->device = &devices[faults[i].device], e->type = faults[i].type, e->data = faults[i].code;

@@ -233,6 +233,39 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
 }
 
 #[test]
+fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_out() -> Result<()> {
+    let text = device(0, " noecc=1") + &device(1, "");
+    let driver = StandIn::new(&text)?;
+    let (_place, process, mut control) = start(&driver)?;
+    control.accelerators("devices", |rows| rows.len() == 2)?;
+    driver.describe(&format!("{text}xid 0 48 1\n"))?;
+    let rows = control.accelerators("a fault", |rows| {
+        row(rows, "GPU-0").is_ok_and(|row| !row.healthy)
+    })?;
+    ensure!(row(&rows, "GPU-0")?.fault == Some(48) && row(&rows, "GPU-1")?.healthy);
+    let drained = device(0, " noecc=1") + &device(1, " drained=1");
+    driver.describe(&drained)?;
+    let rows = control.accelerators("a drained device", |rows| {
+        row(rows, "GPU-1").is_ok_and(|row| !row.healthy)
+    })?;
+    let found = row(&rows, "GPU-1")?;
+    ensure!(found.fault.is_none() && found.counters.memory_used_bytes == Some(1001));
+    // A question that fails is no answer, and a driver that has none drains no device.
+    driver.describe(&format!("{drained}fails nvmlDeviceQueryDrainState 1 999\n"))?;
+    let tick = found.tick;
+    let rows = control.accelerators("later looks", |rows| {
+        row(rows, "GPU-1").is_ok_and(|row| row.tick > tick + 50)
+    })?;
+    ensure!(!row(&rows, "GPU-1")?.healthy);
+    driver.describe(&format!("{drained}fails nvmlDeviceQueryDrainState 1 3\n"))?;
+    control.accelerators("a device given out again", |rows| {
+        row(rows, "GPU-1").is_ok_and(|row| row.healthy)
+    })?;
+    ensure!(process.log().matches("is drained").count() == 2);
+    Ok(())
+}
+
+#[test]
 fn a_driver_that_takes_long_makes_numbers_old_and_no_device_faulty() -> Result<()> {
     // Each look takes longer than a silent driver is given.
     let driver = StandIn::new(&format!("{}slow 150\n", devices(4)))?;

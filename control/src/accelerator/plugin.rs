@@ -312,7 +312,7 @@ impl DevicePlugin for AcceleratorPlugin {
             Some(code) => format!("fault {code}"),
             None if device.healthy => "works".to_owned(),
             None if device.slot.is_some() => "not healthy, or its plugin is gone".to_owned(),
-            None => "does not answer".to_owned(),
+            None => "does not answer, or is drained".to_owned(),
         };
         let ids: Vec<&str> = faulty.iter().map(|device| device.id.as_str()).collect();
         let status_info = match (status, ids.is_empty()) {

@@ -177,6 +177,8 @@ struct Session<'nvml> {
     topology: Topology,
     /// Devices that have failed to answer, and did not fall off the bus, since they last did.
     failing: HashSet<u32>,
+    /// Devices that take in no new programs.
+    drained: HashSet<u32>,
     /// The log says that looks take long.
     slow: bool,
     past: Past,
@@ -219,6 +221,7 @@ impl<'nvml> Session<'nvml> {
             loads: InstanceLoads::new(nvml),
             topology: Topology::default(),
             failing: HashSet::new(),
+            drained: HashSet::new(),
             slow: false,
             past,
         }
@@ -368,15 +371,35 @@ impl<'nvml> Session<'nvml> {
             Some((code, own)) => (Some(*code), *own),
             None => (None, false),
         };
-        let pci = device
-            .pci_info()
-            .map(|pci| bus_address(&pci.bus_id))
-            .unwrap_or_default();
+        let (pci, drained) = match device.pci_info() {
+            Ok(pci) => {
+                let address = bus_address(&pci.bus_id);
+                let told = device.is_drain_enabled(pci);
+                let before = self.drained.contains(&index);
+                (
+                    address,
+                    told.unwrap_or_else(|err| before && !is_not_offered(&err)),
+                )
+            }
+            Err(_) => Default::default(),
+        };
+        let news = match drained {
+            true => self.drained.insert(index),
+            false => self.drained.remove(&index),
+        };
+        if news {
+            tracing::warn!(
+                device = index,
+                id,
+                drained,
+                "an NVIDIA device is drained (nvidia-smi drain), and not given out, or is no longer"
+            );
+        }
         let mut row = AcceleratorRow {
             model: device.name().unwrap_or_default(),
             numa_node: numa_node(self.root, &pci),
             pci: pci.clone(),
-            healthy: !own_fault,
+            healthy: !own_fault && !drained,
             divided,
             driver: self.versions.0.clone(),
             runtime: self.versions.1.clone(),
@@ -549,6 +572,10 @@ impl<'nvml> Session<'nvml> {
         };
         self.watched.insert(id.to_owned());
         let kinds = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
+        // Asked for one that it does not have, a device tells none.
+        let kinds = device
+            .supported_event_types()
+            .map_or(kinds, |its| kinds & its);
         match device.register_events(kinds, set) {
             Ok(set) => self.events = Some(set),
             Err(err) => {
