@@ -19,6 +19,7 @@ pub mod node;
 pub mod nvidia_nodes;
 pub mod nvidia_smi;
 pub mod nvml;
+pub mod own_engine;
 pub mod place;
 pub mod process_files;
 pub mod python;
