@@ -1,5 +1,6 @@
-//! The engine restarted, killed and suspended under creations, pulls and batch jobs.
+//! The engine restarted, killed and suspended under creations, pulls, batch jobs and commits.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -172,6 +173,97 @@ async fn batch_jobs_do_not_notice() -> Result<()> {
         ensure!(ends.is_empty(), "{ends:?}");
         kernels::destroy(&node, &order).await?;
     }
+    wait_clean(&node).await
+}
+
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut left = vec![directory.to_owned()];
+    while let Some(directory) = left.pop() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            match entry.path().is_dir() {
+                true => left.push(entry.path()),
+                false => found.push(entry.path()),
+            }
+        }
+    }
+    found
+}
+
+async fn commit(node: &Node, order: &Order, file: &str) -> Result<()> {
+    let args = vec![
+        text(order.kernel),
+        Value::from("user_example.com"),
+        Value::from("a/b:c"),
+        Value::Map(vec![]),
+        Value::from(file),
+    ];
+    kernels::ask(node, "commit", args).await.map(drop)
+}
+
+async fn commit_ended(node: &Node, order: &Order) -> Result<()> {
+    wait::until("the commit's end", 3 * SOON, || async {
+        let args = vec![text(order.kernel), Value::from("user_example.com")];
+        let status = kernels::ask(node, "get_commit_status", args).await.ok()?;
+        (status["status"] == "ready").then_some(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_cut_short_leaves_its_kernel_running_and_no_half_archive() -> Result<()> {
+    let Some(mut engine) = OwnEngine::start()? else {
+        return Ok(());
+    };
+    let commits = tempfile::tempdir()?;
+    let node = Node::start(NodeOptions {
+        engine: Some(engine.host()),
+        agent: format!(
+            "image-commit-path = {:?}\n",
+            commits.path().display().to_string()
+        ),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = order(&engine)?;
+    kernels::create(&node, &order).await?;
+    let fill = "head -c 100000000 /dev/urandom > /tmp/much; echo done";
+    assert_eq!(kernels::run(&node, &order, fill).await?.output, "done\n");
+    let container = node.containers()?.first().context("its container")?.clone();
+    let paused =
+        |engine: &OwnEngine| engine.docker(&["inspect", "-f", "{{.State.Paused}}", &container]);
+    for signal in [Signal::SIGTERM, Signal::SIGKILL, Signal::SIGSTOP] {
+        commit(&node, &order, "kept.tar.gz").await?;
+        wait::until("the container is paused", SOON, || async {
+            (paused(&engine).ok()? == "true").then_some(())
+        })
+        .await?;
+        if signal == Signal::SIGSTOP {
+            engine.signal(signal)?;
+            let answered = answers(&node, HANGS).await;
+            engine.signal(Signal::SIGCONT)?;
+            answered?;
+        } else {
+            engine.end(signal)?;
+            engine.resume()?;
+        }
+        commit_ended(&node, &order).await?;
+        wait::until("the container goes on", SOON, || async {
+            (paused(&engine).ok()? == "false").then_some(())
+        })
+        .await
+        .with_context(|| format!("after {signal}"))?;
+        let ran = kernels::run(&node, &order, "echo well").await?;
+        assert_eq!(ran.output, "well\n", "after {signal}");
+        for file in files(commits.path()) {
+            // One that was only suspended has gone on.
+            ensure!(
+                signal == Signal::SIGSTOP && file.ends_with("kept.tar.gz"),
+                "{file:?} after {signal}"
+            );
+        }
+    }
+    kernels::destroy(&node, &order).await?;
     wait_clean(&node).await
 }
 

@@ -60,6 +60,18 @@ impl Docker {
         Ok(committed.id)
     }
 
+    /// Lets the processes of a paused container go on.
+    ///
+    /// # Errors
+    /// `NotFound` when the container is gone, `Engine` when it is not paused, `Timeout`.
+    pub async fn unpause(&self, container: &str) -> Result<(), DockerError> {
+        let step = format!("let container {container} go on");
+        let path = format!("/containers/{}/unpause", segment(&step, container)?);
+        let deadline = self.deadlines.change;
+        let call = Call::new(step, Class::Slow, deadline, Method::POST, path);
+        self.transport.unit(call).await
+    }
+
     /// Begins to stream an image as the tar archive that `docker load` reads.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 //! all. Invariants: no name of another image is touched on the way (the manager sends the name of
 //! the *base* image with an archive; the original gives that name to the commit and then deletes it,
 //! and the node has lost its image); the archive appears under its name only when it is whole and on
-//! the disk; what was begun is removed when it can't be finished.
+//! the disk; what was begun is removed when it can't be finished, and no kernel stays paused by it.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -16,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use shared::ids::ContainerId;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
@@ -30,6 +31,8 @@ use crate::docker::{CommitRequest, DockerError};
 
 /// Pieces between the engine and the compressor; each is 64 KiB or less.
 const PIECES: usize = 16;
+/// Shortest and longest time between two tries to let a kernel go on.
+const GO_ON_PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// How long the removal of an image that is not needed may be waited for when a commit ends.
 const CLEAN_UP: Duration = Duration::from_secs(60);
 /// Label of the image's services, which a kernel's container extends.
@@ -137,9 +140,7 @@ pub async fn commit(
     };
     reporter.update(0, 0, || "Committing the container".to_owned());
     tracing::info!(kernel_id = %kernel.id, archive = order.filename, image = request.name, "committing a kernel");
-    let image = node
-        .docker
-        .commit_container(&container.to_string(), &request)
+    let image = commit_paused(&node, &kernel, container, &request)
         .await
         .map_err(CommitError::Engine)?;
     let Some(filename) = &order.filename else {
@@ -153,6 +154,69 @@ pub async fn commit(
     let written = export(&node, &image, place.join(filename), &mut reporter).await;
     surplus.remove().await;
     written.map(|()| None)
+}
+
+/// An engine that dies over a commit leaves the container paused, and with live-restore finds it so
+/// when it is back: the journal knows, until it goes on.
+async fn commit_paused(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    container: ContainerId,
+    request: &CommitRequest,
+) -> Result<String, DockerError> {
+    // By somebody else, who will want it to stay so.
+    let paused = is_paused(node, container).await?;
+    if !paused {
+        node.note(kernel, |record| record.pausing = true).await;
+    }
+    let committed = node
+        .docker
+        .commit_container(&container.to_string(), request)
+        .await;
+    if !paused {
+        go_on(node, kernel);
+    }
+    committed
+}
+
+async fn is_paused(node: &Node, container: ContainerId) -> Result<bool, DockerError> {
+    let found = node.docker.inspect(&container.to_string()).await?;
+    Ok(found.state.and_then(|state| state.paused) == Some(true))
+}
+
+/// Sees to it, in the background, that a kernel whose commit has failed is not paused any more.
+pub fn go_on(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let (node, kernel) = (node.clone(), kernel.clone());
+    node.clone().tasks.spawn(async move {
+        let mut pause = GO_ON_PAUSES.0;
+        while let Some(container) = kernel.container().filter(|_| kernel.is_running()) {
+            match let_go_on(&node, container).await {
+                Ok(()) => {
+                    node.note(&kernel, |record| record.pausing = false).await;
+                    return;
+                }
+                Err(err) if err.is_not_found() => return,
+                Err(err) => {
+                    tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                        "a kernel whose commit has failed may be paused; trying again to let it go on");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                // The next start does it.
+                () = node.stopping.cancelled() => return,
+            }
+            pause = (pause * 2).min(GO_ON_PAUSES.1);
+        }
+    });
+}
+
+async fn let_go_on(node: &Node, container: ContainerId) -> Result<(), DockerError> {
+    if is_paused(node, container).await? {
+        node.docker.unpause(&container.to_string()).await?;
+        tracing::info!(container_id = %container, "a container that a failed commit had left paused goes on");
+    }
+    Ok(())
 }
 
 /// Labels of the new image: those asked for, and none that say it were this kernel's container.

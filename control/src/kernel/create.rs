@@ -205,6 +205,7 @@ fn new_record(order: &Order) -> Record {
         environ: None,
         batch_running: false,
         batch_job: None,
+        pausing: false,
     }
 }
 

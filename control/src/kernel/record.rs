@@ -113,6 +113,9 @@ pub struct Record {
     /// That job. Records of agents before this field have none: their job counts as sent.
     #[serde(default)]
     pub batch_job: Option<BatchRecord>,
+    /// The engine makes an image of it, and pauses it meanwhile.
+    #[serde(default)]
+    pub pausing: bool,
 }
 
 impl Record {

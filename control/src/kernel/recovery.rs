@@ -23,7 +23,7 @@ use super::lifecycle::Lifecycle;
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::registry::{EndedKernel, Kernel};
-use super::{batch_job, rows};
+use super::{batch_job, commit, rows};
 use crate::docker::{ContainerSummary, DockerError};
 
 /// A scratch directory of nobody is deleted only when it is older than this: another agent on the
@@ -319,6 +319,9 @@ async fn restore_assigned_ports(node: &Node) {
 
 /// Rows, runner and batch job of a kernel in service.
 async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    if kernel.with_record(|record| record.pausing) {
+        commit::go_on(node, kernel);
+    }
     let (mut connected, mut pause) = (false, RESUME_PAUSES.0);
     while kernel.is_running() {
         let renewed = rows::refresh(node, kernel).await;

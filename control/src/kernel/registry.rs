@@ -643,6 +643,7 @@ mod tests {
             environ: None,
             batch_running: false,
             batch_job: None,
+            pausing: false,
         }
     }
 
@@ -680,8 +681,9 @@ mod tests {
         let mut json = serde_json::to_value(record(1)).unwrap();
         // Since then they know how far a batch job has come.
         json.as_object_mut().unwrap().remove("batch_job").unwrap();
+        json.as_object_mut().unwrap().remove("pausing").unwrap();
         let read: Record = serde_json::from_value(json).unwrap();
-        assert_eq!(read.batch_job, None);
+        assert_eq!((read.batch_job, read.pausing), (None, false));
     }
 
     #[test]

@@ -155,6 +155,7 @@ pub async fn record(
         environ: None,
         batch_running,
         batch_job: None,
+        pausing: false,
     })
 }
 
