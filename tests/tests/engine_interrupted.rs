@@ -15,8 +15,8 @@ use serde_json::json;
 use uuid::Uuid;
 
 const SOON: Duration = Duration::from_secs(90);
-/// How long an engine hangs.
-const HANGS: Duration = Duration::from_secs(30);
+/// How long an engine hangs: longer than a question to it may take, and less than an order.
+const HANGS: Duration = Duration::from_secs(15);
 
 async fn node(engine: &OwnEngine) -> Result<Node> {
     Node::start(NodeOptions {
