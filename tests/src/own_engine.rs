@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -41,16 +41,26 @@ impl OwnEngine {
             daemon: None,
         };
         ip(&["link", "add", &engine.bridge, "type", "bridge"])?;
-        // Addresses for measurements between networks (RFC 2544): no engine takes them by itself.
-        let taken = Command::new("ip").args(["-4", "-o", "addr"]).output()?;
-        let taken = String::from_utf8_lossy(&taken.stdout).into_owned();
-        let net = (0..=255)
-            .map(|n| format!("198.19.{n}.1/24"))
-            .find(|net| !taken.contains(net.as_str()))
-            .context("no network is free")?;
-        ip(&["addr", "add", &net, "dev", &engine.bridge])?;
+        engine.take_network()?;
         engine.resume()?;
         Ok(Some(engine))
+    }
+
+    /// Gives the bridge a network that nobody else has, of the addresses for measurements between
+    /// networks (RFC 2544): no engine takes them by itself.
+    fn take_network(&self) -> Result<()> {
+        let first = uuid::Uuid::new_v4().as_bytes()[0];
+        for step in 0..=255 {
+            let net = format!("198.19.{}.1/24", first.wrapping_add(step));
+            ip(&["addr", "add", &net, "dev", &self.bridge])?;
+            let taken = Command::new("ip").args(["-4", "-o", "addr"]).output()?;
+            // Another test may have taken it just now, and leaves it then as this one does.
+            if String::from_utf8_lossy(&taken.stdout).matches(&net).count() == 1 {
+                return Ok(());
+            }
+            ip(&["addr", "delete", &net, "dev", &self.bridge])?;
+        }
+        bail!("no network is free")
     }
 
     fn place(&self) -> &Path {

@@ -332,9 +332,10 @@ pub fn plain_name(agent_id: &str) -> String {
     }
 }
 
-/// Seconds since the epoch for records.
+/// Seconds since the epoch for records, in whole microseconds: with more digits JSON would not give
+/// the same number back.
 pub fn now_unix() -> f64 {
-    crate::events::unix_seconds(SystemTime::now())
+    (crate::events::unix_seconds(SystemTime::now()) * 1e6).round() / 1e6
 }
 
 #[cfg(test)]
@@ -343,6 +344,16 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     type Journaled = BTreeMap<String, u32>;
+
+    #[test]
+    fn times_come_back_from_json_as_they_were() {
+        for _ in 0..10_000 {
+            let time = now_unix();
+            let text = serde_json::to_string(&time).unwrap();
+            let read: f64 = serde_json::from_str(&text).unwrap();
+            assert_eq!(read.to_bits(), time.to_bits(), "{text}");
+        }
+    }
 
     fn record(n: u32) -> Journaled {
         BTreeMap::from([("n".to_owned(), n)])
