@@ -10,12 +10,23 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value as Json;
+use shared::observed::AcceleratorRow;
 use tempfile::TempDir;
 
+use crate::dataplane::{Control, Options, Place, Process};
 use crate::gpu_truth::Machine;
 use crate::wait;
 
 const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// The row of a device or instance.
+///
+/// # Errors
+/// It is not told of.
+pub fn row_of<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
+    let row = rows.iter().find(|row| row.id == id);
+    row.with_context(|| format!("{id} is not told: {rows:?}"))
+}
 
 /// A driver whose devices the test makes up.
 #[derive(Debug)]
@@ -62,6 +73,17 @@ impl StandIn {
 
     fn state(&self) -> PathBuf {
         self.directory.path().join("devices")
+    }
+
+    /// A dataplane that samples and finds the stand-in, and its control.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn sampling(&self) -> Result<(Place, Process, Control)> {
+        Place::sampling(Options {
+            environment: self.environment(),
+            ..Options::default()
+        })
     }
 
     /// Environment of a dataplane that finds the stand-in.

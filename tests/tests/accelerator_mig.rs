@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use harness::dataplane::{Control, Options, Place, Process, container_row, until};
-use harness::nvml::StandIn;
+use anyhow::{Result, ensure};
+use harness::dataplane::{container_row, until};
+use harness::nvml::{StandIn, row_of};
 use shared::observed::AcceleratorRow;
 
 /// One device with performance monitoring, cut into three GPU instances of one compute instance and
@@ -25,21 +25,9 @@ const ALL: [&str; 8] = [
     "GPU-0", "GPU-1", "MIG-a", "MIG-b", "MIG-c", "MIG-d", "MIG-e", "MIG-f",
 ];
 
-fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
-    Place::sampling(Options {
-        environment: driver.environment(),
-        ..Options::default()
-    })
-}
-
-fn row<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
-    let row = rows.iter().find(|row| row.id == id);
-    row.with_context(|| format!("{id} is not told: {rows:?}"))
-}
-
 /// Busy shares of the processors and of the memory's bandwidth.
 fn load(rows: &[AcceleratorRow], id: &str) -> Option<(Option<u64>, Option<u64>)> {
-    let counters = &row(rows, id).ok()?.counters;
+    let counters = &row_of(rows, id).ok()?.counters;
     Some((
         counters.utilisation_permille,
         counters.memory_utilisation_permille,
@@ -68,7 +56,7 @@ const UNKNOWN: Option<(Option<u64>, Option<u64>)> = Some((None, None));
 fn the_load_of_an_instance_is_its_own() -> Result<()> {
     // Room for a sample of each of the three and one more: none that is old is kept.
     let driver = StandIn::new(&format!("{DEVICES}samples 4\n"))?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let rows = control.accelerators("loads", |rows| {
         ["MIG-a", "MIG-b", "MIG-c"]
             .iter()
@@ -91,7 +79,7 @@ fn the_load_of_an_instance_is_its_own() -> Result<()> {
         ("MIG-e", "2c.3g.71gb"),
         ("MIG-f", "1g.5gb"),
     ] {
-        let found = &row(&rows, id)?.profile;
+        let found = &row_of(&rows, id)?.profile;
         ensure!(found == profile, "{id}: {found}");
     }
     // Look after look, each with a sample of its own.
@@ -108,7 +96,7 @@ fn the_load_of_an_instance_is_its_own() -> Result<()> {
     let rows = control.accelerators("the load of a new instance", |rows| {
         load(rows, "MIG-x") == Some((Some(415), Some(123)))
     })?;
-    ensure!(row(&rows, "MIG-a").is_err(), "{rows:?}");
+    ensure!(row_of(&rows, "MIG-a").is_err(), "{rows:?}");
     ensure!(faulty(&rows).is_empty());
     Ok(())
 }
@@ -117,22 +105,22 @@ fn the_load_of_an_instance_is_its_own() -> Result<()> {
 fn without_performance_monitoring_the_load_of_instances_is_unknown() -> Result<()> {
     // A library that has no such calls.
     let driver = StandIn::before_520(DEVICES)?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     let rows = control.accelerators("devices", |rows| rows.len() == ALL.len())?;
-    let looked = row(&rows, "MIG-a")?.tick;
+    let looked = row_of(&rows, "MIG-a")?.tick;
     let rows = control.accelerators("later looks", |rows| {
-        row(rows, "MIG-a").is_ok_and(|row| row.tick > looked + 50)
+        row_of(rows, "MIG-a").is_ok_and(|row| row.tick > looked + 50)
     })?;
     for id in ALL {
         ensure!(load(&rows, id) == UNKNOWN, "{id}");
-        ensure!(row(&rows, id)?.healthy);
+        ensure!(row_of(&rows, id)?.healthy);
     }
-    ensure!(row(&rows, "MIG-a")?.counters.memory_used_bytes == Some(11));
+    ensure!(row_of(&rows, "MIG-a")?.counters.memory_used_bytes == Some(11));
     drop(process);
     // One that has them, and where they fail: of samples, of numbers, of the question whether there
     // are any. What does not fail is told.
     let driver = StandIn::new(DEVICES)?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let known = |rows: &[AcceleratorRow]| load(rows, "MIG-a") == Some((Some(415), Some(123)));
     for failure in [
         "fails nvmlGpmMigSampleGet 0 999",
@@ -144,7 +132,7 @@ fn without_performance_monitoring_the_load_of_instances_is_unknown() -> Result<(
         driver.describe(&format!("{DEVICES}{failure}\n"))?;
         let rows = control.accelerators(failure, |rows| load(rows, "MIG-a") == UNKNOWN)?;
         ensure!(ids(&rows) == ALL && faulty(&rows).is_empty(), "{rows:?}");
-        ensure!(row(&rows, "MIG-a")?.counters.memory_used_bytes == Some(11));
+        ensure!(row_of(&rows, "MIG-a")?.counters.memory_used_bytes == Some(11));
     }
     driver.describe(DEVICES)?;
     control.accelerators("loads again", known)?;
@@ -154,7 +142,7 @@ fn without_performance_monitoring_the_load_of_instances_is_unknown() -> Result<(
 #[test]
 fn performance_monitoring_that_hangs_makes_nothing_else_late() -> Result<()> {
     let driver = StandIn::new(DEVICES)?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let container = container_row(1);
     control.write(|batch| batch.put_container(container.clone()))?;
     control.accelerators("loads", |rows| {
@@ -190,7 +178,7 @@ fn performance_monitoring_that_hangs_makes_nothing_else_late() -> Result<()> {
 #[test]
 fn an_answer_that_fails_makes_no_device_whole_and_no_instance_go() -> Result<()> {
     let driver = StandIn::new(DEVICES)?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     let at_rest = |rows: &[AcceleratorRow]| {
         ids(rows) == ALL && faulty(rows).is_empty() && rows.iter().all(|row| row.age_ms < 4_000)
     };
@@ -214,10 +202,10 @@ fn an_answer_that_fails_makes_no_device_whole_and_no_instance_go() -> Result<()>
             (!as_before || faulty(&rows).len() >= silent.len()).then_some(rows)
         })?;
         ensure!(ids(&rows) == ALL, "{failure}: {rows:?}");
-        ensure!(row(&rows, "GPU-0")?.divided, "{failure}: {rows:?}");
+        ensure!(row_of(&rows, "GPU-0")?.divided, "{failure}: {rows:?}");
         ensure!(faulty(&rows) == silent, "{failure}: {:?}", faulty(&rows));
         ensure!(failed.elapsed() > Duration::from_secs(5), "{failure}");
-        let part = row(&rows, "MIG-b")?;
+        let part = row_of(&rows, "MIG-b")?;
         ensure!(part.age_ms >= 10_000 && part.counters.memory_used_bytes.is_none());
         ensure!(part.counters.memory_total_bytes == Some(74_893_492_224));
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use harness::cgroup::TestCgroup;
 use harness::dataplane::{Control, Options, Place, Process, container_row, until};
 use harness::device_tree::DeviceTree;
-use harness::nvml::{self, StandIn};
+use harness::nvml::{self, StandIn, row_of};
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorKind, AcceleratorRow};
 
@@ -48,29 +48,17 @@ fn eight() -> String {
     text
 }
 
-fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
-    Place::sampling(Options {
-        environment: driver.environment(),
-        ..Options::default()
-    })
-}
-
-fn device<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
-    let row = rows.iter().find(|row| row.id == id);
-    row.with_context(|| format!("{id} is not told: {rows:?}"))
-}
-
 #[test]
 fn inventory_and_numbers_are_the_drivers() -> Result<()> {
     let driver = StandIn::new(&eight())?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let rows = control.accelerators("devices", |rows| !rows.is_empty())?;
     ensure!(rows.len() == 14, "8 devices and 6 parts: {rows:?}");
     let snapshot = control.observed.snapshot()?;
     let node = snapshot.node.as_ref().context("a node")?;
     ensure!(node.counters.accelerators_found == Some(14));
     for index in 0..6u64 {
-        let row = device(&rows, &format!("GPU-{index}"))?;
+        let row = row_of(&rows, &format!("GPU-{index}"))?;
         ensure!(row.key.kind == AcceleratorKind::Cuda && u64::from(row.key.index) == index);
         ensure!(
             row.model == "Stand-in H100" && row.healthy && !row.divided,
@@ -103,14 +91,14 @@ fn inventory_and_numbers_are_the_drivers() -> Result<()> {
         ensure!(decoder == told.map(|()| 10 * (20 + index)), "{found:?}");
     }
     for whole in [6u32, 7] {
-        let row = device(&rows, &format!("GPU-{whole}"))?;
+        let row = row_of(&rows, &format!("GPU-{whole}"))?;
         ensure!(row.divided && row.part_of.is_none());
         ensure!(
             row.counters.utilisation_permille.is_none(),
             "no utilisation with MIG"
         );
         for part in [0u64, 1, 4] {
-            let row = device(&rows, &format!("MIG-{whole}-{part}"))?;
+            let row = row_of(&rows, &format!("MIG-{whole}-{part}"))?;
             ensure!(
                 row.part_of == Some(whole) && row.profile == "1g.10gb",
                 "{row:?}"
@@ -141,7 +129,7 @@ fn devices_know_their_ways_to_each_other() -> Result<()> {
     let (place, mut control) = numa_place(&driver)?;
     let rows = control.accelerators("devices", |rows| rows.len() == 14)?;
     let near = |one: &str, other: usize| -> Result<String> {
-        Ok(device(&rows, one)?.near[other].to_string())
+        Ok(row_of(&rows, one)?.near[other].to_string())
     };
     for (one, other, way) in [
         (0, 1, "PIX"),
@@ -161,14 +149,14 @@ fn devices_know_their_ways_to_each_other() -> Result<()> {
         near("MIG-6-0", 0)? == "SYS",
         "a part is where its device is"
     );
-    ensure!(device(&rows, "GPU-0")?.numa_node == Some(1));
-    ensure!(device(&rows, "GPU-1")?.numa_node.is_none(), "-1 is none");
+    ensure!(row_of(&rows, "GPU-0")?.numa_node == Some(1));
+    ensure!(row_of(&rows, "GPU-1")?.numa_node.is_none(), "-1 is none");
     // A device goes, and comes back without a link.
     driver.describe(&text.replace("device 2 uuid=GPU-2", "device 2 uuid=GPU-2 lost=1"))?;
     control.accelerators("a lost device", |rows| rows.iter().any(|row| !row.healthy))?;
     driver.describe(&text.replace("link 0 1 00000000:12:00.0", "link 0 1 -"))?;
     control.accelerators("one link less", |rows| {
-        device(rows, "GPU-0").is_ok_and(|row| row.near[2].to_string() == "NV1")
+        row_of(rows, "GPU-0").is_ok_and(|row| row.near[2].to_string() == "NV1")
     })?;
     drop(place);
     Ok(())
@@ -190,7 +178,7 @@ fn numa_place(driver: &StandIn) -> Result<((Place, Process, DeviceTree), Control
 #[test]
 fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Result<()> {
     let driver = StandIn::new(&eight())?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     control.accelerators("devices", |rows| rows.len() == 14)?;
     // Number 7 is divided otherwise; then it does not answer: its parts of now are known, no others.
     let parts = |lost: &str| -> String {
@@ -201,8 +189,8 @@ fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Res
         lines.collect::<String>() + "part 7 2 uuid=MIG-new mem=42949672960 sms=60 slices=3\n"
     };
     driver.describe(&parts(""))?;
-    let rows = control.accelerators("another part", |rows| device(rows, "MIG-new").is_ok())?;
-    ensure!(rows.len() == 12 && device(&rows, "MIG-new")?.profile == "3g.40gb");
+    let rows = control.accelerators("another part", |rows| row_of(rows, "MIG-new").is_ok())?;
+    ensure!(rows.len() == 12 && row_of(&rows, "MIG-new")?.profile == "3g.40gb");
     driver.describe(&parts(" lost=1"))?;
     let rows = control.accelerators("a lost device", |rows| rows.iter().any(|row| !row.healthy))?;
     let mut lost: Vec<&str> = rows
@@ -215,9 +203,9 @@ fn parts_are_those_of_now_and_a_driver_that_starts_anew_loses_no_device() -> Res
     // Its memory can no longer be repaired: not a fault that is forgotten.
     driver.describe(&eight().replace("uuid=GPU-3", "uuid=GPU-3 norows=1"))?;
     let rows = control.accelerators("memory beyond repair", |rows| {
-        device(rows, "GPU-3").is_ok_and(|row| !row.healthy)
+        row_of(rows, "GPU-3").is_ok_and(|row| !row.healthy)
     })?;
-    ensure!(device(&rows, "GPU-3")?.fault == Some(64));
+    ensure!(row_of(&rows, "GPU-3")?.fault == Some(64));
     ensure!(rows.iter().filter(|row| !row.healthy).count() == 1);
     // The driver is unloaded under our feet, and does not start again: all devices are known.
     driver.describe(&format!("{}uninitialized\ninit 9\n", eight()))?;
@@ -342,7 +330,7 @@ fn use_is_attributed_to_containers() -> Result<()> {
             .replace("uuid=GPU-3 ", "uuid=GPU-3 noutil=1 ")
             .replace("uuid=GPU-7 ", "uuid=GPU-7 nolist=1 ")
     ))?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let mut row = container_row(1);
     row.container_id = id("a").parse()?;
     row.cgroup_path.clone_from(&first.path);
@@ -351,7 +339,7 @@ fn use_is_attributed_to_containers() -> Result<()> {
         control.accelerators("users", |rows| rows.iter().any(|row| !row.users.is_empty()))?;
     let (a, b): (ContainerId, ContainerId) = (id("a").parse()?, id("b").parse()?);
     let uses = |name: &str| -> Result<Vec<_>> {
-        Ok(device(&rows, name)?
+        Ok(row_of(&rows, name)?
             .users
             .iter()
             .map(|user| {
@@ -381,7 +369,7 @@ fn use_is_attributed_to_containers() -> Result<()> {
     ensure!(uses("MIG-7-4")?.is_empty() && uses("GPU-7")?.is_empty());
     // Encoders and decoders by process too; the device's own (10 and 200) are no container's.
     let coders = |name: &str| -> Result<Vec<_>> {
-        let users = &device(&rows, name)?.users;
+        let users = &row_of(&rows, name)?.users;
         let coders = users.iter();
         Ok(coders
             .map(|user| (user.encoder_permille, user.decoder_permille))
@@ -412,7 +400,7 @@ fn use_is_attributed_to_containers() -> Result<()> {
 #[test]
 fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
     let driver = StandIn::new(&eight())?;
-    let (_place, _process, mut control) = start(&driver)?;
+    let (_place, _process, mut control) = driver.sampling()?;
     let row = container_row(1);
     control.write(|batch| batch.put_container(row.clone()))?;
     control.accelerators("devices", |rows| rows.len() == 14)?;
@@ -455,7 +443,7 @@ fn a_call_that_never_returns_makes_nothing_else_late() -> Result<()> {
 #[test]
 fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
     let driver = StandIn::new(&eight())?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     control.accelerators("devices", |rows| rows.len() == 14)?;
     // Number 7 falls off the bus in the middle of its life, number 1 stops answering.
     let gone: String = eight()
@@ -480,25 +468,25 @@ fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
         faulty(rows) == ["GPU-1", "GPU-7", "MIG-7-0", "MIG-7-1", "MIG-7-4"]
     })?;
     ensure!(rows.len() == 14);
-    ensure!(device(&rows, "GPU-1")?.counters.memory_used_bytes.is_none());
+    ensure!(row_of(&rows, "GPU-1")?.counters.memory_used_bytes.is_none());
     driver.describe(&eight())?;
     control.accelerators("all devices", |rows| faulty(rows).is_empty())?;
     // A fault that an application causes is told; one of the device makes it unusable.
     driver.describe(&format!("{}xid 2 31 1\n", eight()))?;
     let rows = control.accelerators("an application's fault", |rows| {
-        device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(31))
+        row_of(rows, "GPU-2").is_ok_and(|row| row.fault == Some(31))
     })?;
     ensure!(faulty(&rows).is_empty());
     driver.describe(&format!("{}xid 2 79 2\n", eight()))?;
     let rows = control.accelerators("a device's fault", |rows| {
-        device(rows, "GPU-2").is_ok_and(|row| row.fault == Some(79))
+        row_of(rows, "GPU-2").is_ok_and(|row| row.fault == Some(79))
     })?;
     ensure!(faulty(&rows) == ["GPU-2"]);
     ensure!(process.log().contains("reports a fault"));
     // An error of two bits in a device's memory is one of the device, and counts as XID 48.
     driver.describe(&format!("{}ecc 3 3\n", eight()))?;
     let rows = control.accelerators("an error of memory", |rows| {
-        device(rows, "GPU-3").is_ok_and(|row| row.fault == Some(48))
+        row_of(rows, "GPU-3").is_ok_and(|row| row.fault == Some(48))
     })?;
     ensure!(faulty(&rows) == ["GPU-2", "GPU-3"]);
     // Reset: it goes away, and comes back as good as new.
@@ -509,7 +497,7 @@ fn lost_devices_and_faults_are_told_and_recover() -> Result<()> {
     control.accelerators("devices being reset", |rows| {
         ["GPU-2", "GPU-3"]
             .iter()
-            .all(|id| device(rows, id).is_ok_and(|row| row.counters.memory_used_bytes.is_none()))
+            .all(|id| row_of(rows, id).is_ok_and(|row| row.counters.memory_used_bytes.is_none()))
     })?;
     driver.describe(&eight())?;
     control.accelerators("a device after its reset", |rows| faulty(rows).is_empty())?;

@@ -4,11 +4,11 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use harness::cgroup::TestCgroup;
-use harness::dataplane::{Control, Options, Place, Process, container_row, until};
+use harness::dataplane::{Control, Options, Place, container_row, until};
 use harness::device_tree::DeviceTree;
-use harness::nvml::StandIn;
+use harness::nvml::{StandIn, row_of};
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorRow, AcceleratorUse};
 
@@ -25,23 +25,11 @@ fn devices(count: u32) -> String {
     (0..count).map(|number| device(number, "")).collect()
 }
 
-fn start(driver: &StandIn) -> Result<(Place, Process, Control)> {
-    Place::sampling(Options {
-        environment: driver.environment(),
-        ..Options::default()
-    })
-}
-
-fn row<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
-    let row = rows.iter().find(|row| row.id == id);
-    row.with_context(|| format!("{id} is not told: {rows:?}"))
-}
-
 /// Containers with their memory, and whether others may use the device too.
 type Users = (Vec<(ContainerId, Option<u64>)>, bool);
 
 fn users(rows: &[AcceleratorRow], id: &str) -> Option<Users> {
-    let row = row(rows, id).ok()?;
+    let row = row_of(rows, id).ok()?;
     let memory = |user: &AcceleratorUse| (user.container_id, user.memory_bytes);
     Some((row.users.iter().map(memory).collect(), row.users_unknown))
 }
@@ -74,7 +62,7 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
         std::process::id(),
     );
     let driver = StandIn::new(&text)?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     let mut container = container_row(1);
     container.container_id = a;
     container.cgroup_path.clone_from(&first.path);
@@ -103,7 +91,7 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
         driver.describe(&format!("{text}{failure}\n"))?;
         let rows = control.accelerators(&failure, |rows| users(rows, "GPU-0") != all())?;
         ensure!(users(&rows, "GPU-0") == none(), "{failure}: {rows:?}");
-        ensure!(row(&rows, "GPU-0")?.healthy && row(&rows, "GPU-0")?.age_ms < 10_000);
+        ensure!(row_of(&rows, "GPU-0")?.healthy && row_of(&rows, "GPU-0")?.age_ms < 10_000);
         if failure.starts_with("fails") {
             let other = Some((vec![(a, Some(7))], false));
             ensure!(users(&rows, "GPU-1") == other, "{rows:?}");
@@ -160,7 +148,7 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
     ))?;
     control.accelerators("unknown shares", |rows| {
         users(rows, "GPU-0") == all()
-            && row(rows, "GPU-0").is_ok_and(|row| {
+            && row_of(rows, "GPU-0").is_ok_and(|row| {
                 let mut users = row.users.iter();
                 users.all(|user| user.utilisation_permille.is_none())
             })
@@ -182,9 +170,9 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
 fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Result<()> {
     let text = devices(3);
     let driver = StandIn::new(&text)?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     let fault = |rows: &[AcceleratorRow], id: &str| {
-        row(rows, id).map_or((true, None), |row| (row.healthy, row.fault))
+        row_of(rows, id).map_or((true, None), |row| (row.healthy, row.fault))
     };
     control.accelerators("devices", |rows| rows.len() == 3)?;
     driver.describe(&format!("{text}xid 1 79 1\n"))?;
@@ -193,16 +181,16 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
     let failing = "fails nvmlDeviceGetUUID 1 999\nfails nvmlDeviceGetMemoryInfo_v2 2 10\n";
     driver.describe(&format!("{text}{failing}"))?;
     let rows = control.accelerators("old numbers", |rows| {
-        row(rows, "GPU-2").is_ok_and(|row| row.age_ms > 5_000)
+        row_of(rows, "GPU-2").is_ok_and(|row| row.age_ms > 5_000)
     })?;
-    let kept = row(&rows, "GPU-2")?;
+    let kept = row_of(&rows, "GPU-2")?;
     ensure!(kept.healthy && kept.counters.memory_used_bytes == Some(1002));
     ensure!(kept.counters.utilisation_permille == Some(120));
-    ensure!(row(&rows, "GPU-0")?.age_ms < 5_000, "{rows:?}");
+    ensure!(row_of(&rows, "GPU-0")?.age_ms < 5_000, "{rows:?}");
     let rows = control.accelerators("a faulty device", |rows| {
-        row(rows, "GPU-2").is_ok_and(|row| !row.healthy)
+        row_of(rows, "GPU-2").is_ok_and(|row| !row.healthy)
     })?;
-    ensure!(row(&rows, "GPU-2")?.age_ms >= 10_000 && row(&rows, "GPU-0")?.healthy);
+    ensure!(row_of(&rows, "GPU-2")?.age_ms >= 10_000 && row_of(&rows, "GPU-0")?.healthy);
     // It was not away, so it is not a new one.
     driver.describe(&text)?;
     let rows = control.accelerators("devices that answer", |rows| {
@@ -213,7 +201,7 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
     // Off the bus at once, and back after a reset, as good as new.
     driver.describe(&text.replace("uuid=GPU-1", "uuid=GPU-1 lost=1"))?;
     control.accelerators("a device off the bus", |rows| {
-        row(rows, "GPU-1").is_ok_and(|row| row.counters.memory_used_bytes.is_none())
+        row_of(rows, "GPU-1").is_ok_and(|row| row.counters.memory_used_bytes.is_none())
     })?;
     driver.describe(&text)?;
     control.accelerators("a device after its reset", |rows| {
@@ -236,30 +224,30 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
 fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_out() -> Result<()> {
     let text = device(0, " noecc=1") + &device(1, "");
     let driver = StandIn::new(&text)?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     control.accelerators("devices", |rows| rows.len() == 2)?;
     driver.describe(&format!("{text}xid 0 48 1\n"))?;
     let rows = control.accelerators("a fault", |rows| {
-        row(rows, "GPU-0").is_ok_and(|row| !row.healthy)
+        row_of(rows, "GPU-0").is_ok_and(|row| !row.healthy)
     })?;
-    ensure!(row(&rows, "GPU-0")?.fault == Some(48) && row(&rows, "GPU-1")?.healthy);
+    ensure!(row_of(&rows, "GPU-0")?.fault == Some(48) && row_of(&rows, "GPU-1")?.healthy);
     let drained = device(0, " noecc=1") + &device(1, " drained=1");
     driver.describe(&drained)?;
     let rows = control.accelerators("a drained device", |rows| {
-        row(rows, "GPU-1").is_ok_and(|row| !row.healthy)
+        row_of(rows, "GPU-1").is_ok_and(|row| !row.healthy)
     })?;
-    let found = row(&rows, "GPU-1")?;
+    let found = row_of(&rows, "GPU-1")?;
     ensure!(found.fault.is_none() && found.counters.memory_used_bytes == Some(1001));
     // A question that fails is no answer, and a driver that has none drains no device.
     driver.describe(&format!("{drained}fails nvmlDeviceQueryDrainState 1 999\n"))?;
     let tick = found.tick;
     let rows = control.accelerators("later looks", |rows| {
-        row(rows, "GPU-1").is_ok_and(|row| row.tick > tick + 50)
+        row_of(rows, "GPU-1").is_ok_and(|row| row.tick > tick + 50)
     })?;
-    ensure!(!row(&rows, "GPU-1")?.healthy);
+    ensure!(!row_of(&rows, "GPU-1")?.healthy);
     driver.describe(&format!("{drained}fails nvmlDeviceQueryDrainState 1 3\n"))?;
     control.accelerators("a device given out again", |rows| {
-        row(rows, "GPU-1").is_ok_and(|row| row.healthy)
+        row_of(rows, "GPU-1").is_ok_and(|row| row.healthy)
     })?;
     ensure!(process.log().matches("is drained").count() == 2);
     Ok(())
@@ -269,7 +257,7 @@ fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_o
 fn a_driver_that_takes_long_makes_numbers_old_and_no_device_faulty() -> Result<()> {
     // Each look takes longer than a silent driver is given.
     let driver = StandIn::new(&format!("{}slow 150\n", devices(4)))?;
-    let (_place, process, mut control) = start(&driver)?;
+    let (_place, process, mut control) = driver.sampling()?;
     control.accelerators("devices", |rows| rows.len() == 4)?;
     let began = Instant::now();
     let mut oldest = 0;
@@ -310,12 +298,12 @@ fn devices_of_every_kind_of_node_are_told() -> Result<()> {
     })?;
     let rows = control.accelerators("80 devices", |rows| rows.len() == 80)?;
     ensure!(rows.iter().all(|row| row.healthy), "{rows:?}");
-    let last = row(&rows, "GPU-79")?;
+    let last = row_of(&rows, "GPU-79")?;
     ensure!(
         last.counters.memory_total_bytes.is_none() && last.counters.memory_used_bytes.is_none()
     );
     ensure!(last.counters.utilisation_permille == Some(890));
-    let before = row(&rows, "GPU-78")?;
+    let before = row_of(&rows, "GPU-78")?;
     ensure!(before.counters.memory_used_bytes == Some(1078));
     ensure!(before.near[0].is_known() && before.near[63].is_known());
     // The driver is loaded anew under a running agent.
