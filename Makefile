@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release install uninstall setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu gpu-kit compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz runner clean
+        integration test-accelerators test-gpu gpu-kit compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz build-fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -101,6 +101,9 @@ verify-units: ## check the systemd units
 
 fuzz: ## run every fuzz target for FUZZ_SECONDS each
 	fuzz/run $(FUZZ_SECONDS)
+
+build-fuzz: ## build the fuzz targets only
+	fuzz/run 0
 
 bench-ports: setup-bench ## service ports against peers (root); BENCH='--rounds 3 --peers direct,kernel' narrows it
 	$(CARGO) build --locked --release -p dataplane -p benches --bins

@@ -1,7 +1,7 @@
 //! Kernels as a manager asks for them: requests in, plain JSON out.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use control::rpc::{self, ClientError, Failure, Value};
@@ -14,6 +14,8 @@ use crate::wait;
 
 /// How long one call may take.
 const CALL: Duration = Duration::from_secs(150);
+/// How long a command may take; none here sleeps longer.
+const RUN_LIMIT: Duration = Duration::from_secs(120);
 
 /// A request for one kernel; change `config` and `cluster` before it is sent.
 #[derive(Clone, Debug)]
@@ -183,7 +185,12 @@ pub async fn run(node: &Node, order: &Order, command: &str) -> Result<Ran> {
     let mut mode = "batch";
     let mut output = String::new();
     let mut opts = rpc::to_value(&json!({ "exec": command }))?;
+    let begun = Instant::now();
     loop {
+        ensure!(
+            begun.elapsed() < RUN_LIMIT,
+            "{command}: no end after {RUN_LIMIT:?}, only {output:?}"
+        );
         let args = vec![
             text(order.session),
             text(order.kernel),

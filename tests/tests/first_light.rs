@@ -182,11 +182,11 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
         ("control", pids[0], before[0]),
         ("dataplane", pids[1], before[1]),
     ] {
-        // Worker threads are given back after a while, and a connection to the engine 30 to 60 s after it
-        // was last used: the pool looks every 30 s for what has rested so long.
+        // Worker threads are given back after a while, and a connection to the engine 10 to 20 s after it
+        // was last used: the pool looks every 10 s for what has rested so long.
         wait::until(
             &format!("{name} holds no more descriptors and threads than before {before:?}"),
-            Duration::from_secs(75),
+            Duration::from_secs(45),
             || async {
                 held(pid)
                     .ok()

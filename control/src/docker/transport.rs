@@ -39,7 +39,7 @@ const NEWEST_API: (u16, u16) = (1, 47);
 const ANSWER_LIMIT: usize = 64 << 20;
 
 /// Idle connections are given up before dockerd's own limits or a NAT would drop them.
-const POOL_IDLE: Duration = Duration::from_secs(30);
+const POOL_IDLE: Duration = Duration::from_secs(10);
 
 type Body = Full<Bytes>;
 

@@ -594,6 +594,13 @@ async fn a_runner_is_reached_that_was_moved_while_a_new_agent_looked_for_it() ->
     });
     assert!(overtaken.await.is_err(), "a later look came first");
     engine.let_go();
+    // What is written to where the runner was before the agent knows better is lost with the connection.
+    wait::until("the link follows", SOON, || async {
+        node.log("bai-agent")
+            .contains("the runner has moved")
+            .then_some(())
+    })
+    .await?;
     assert_eq!(output_of(&node, &order, "echo here").await?, "here\n");
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
