@@ -1,4 +1,4 @@
-//! Gathering statistics: one thread, one pass per interval, one publication per pass.
+//! Gathering statistics: one thread at a time, one pass per interval, one publication per pass.
 //!
 //! In: the containers to sample and the interval (from [`crate::link`]), kernel files and link
 //! counters. Out: samples and the node's numbers on the [`Board`], all of one pass visible at
@@ -12,18 +12,19 @@ pub mod container;
 pub mod disk;
 pub mod facts;
 pub mod file;
+mod links;
 pub mod node;
 pub mod process;
 mod record;
 pub mod tasks;
 #[cfg(test)]
 mod truth;
+mod turns;
 pub mod walks;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -39,40 +40,22 @@ use self::container::Watched;
 use self::disk::Disk;
 use self::facts::{Facts, Hierarchy};
 use self::file::Budget;
+use self::links::{LinkReader, Seek};
 use self::node::Node;
 use self::process::Lister;
 use self::record::CpuSplit;
 use self::tasks::Tasks;
+use self::turns::Turns;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::log_limit::LogLimit;
 use crate::sys::bpf::CounterTable;
-use crate::sys::netlink::inner::{InnerLinks, InnerStatistics};
-use crate::sys::netlink::{LinkStatistics, NetlinkError};
+use crate::sys::netlink::LinkStatistics;
 
 /// File systems and directories are not asked for more often than this; samples tell how old the
 /// answers are.
 const DISK: Duration = Duration::from_secs(1);
-
-#[derive(Debug)]
-struct Wanted {
-    desired: Option<Arc<DesiredSnapshot>>,
-    interval: Duration,
-    stop: bool,
-}
-
-#[derive(Debug)]
-struct Shared {
-    wanted: Mutex<Wanted>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Wanted> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// What the thread is told at its start.
 #[derive(Debug)]
@@ -91,15 +74,12 @@ pub struct Options {
     pub delivered: Option<CounterTable>,
 }
 
-/// The collector's handle; dropping it ends the thread.
+/// The collector's handle; dropping it ends its threads.
 #[derive(Debug)]
-pub struct Collector {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct Collector(Turns);
 
 impl Collector {
-    /// Starts the thread.
+    /// Starts the threads.
     ///
     /// # Errors
     /// No thread.
@@ -112,119 +92,27 @@ impl Collector {
             before,
             delivered,
         } = options;
-        let shared = Arc::new(Shared {
-            wanted: Mutex::new(Wanted {
-                desired: None,
-                interval,
-                stop: false,
-            }),
-            changed: Condvar::new(),
-        });
         let disk = Disk::start()?;
         let lister = Lister::start()?;
-        let own = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("collect".to_owned())
-            .spawn(move || {
-                let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
-                sampler.list_processes(lister, means, board.sizes().processes);
-                sampler.go_on_from(&before);
-                sampler.delivered = delivered;
-                run(&own, &mut sampler, &board);
-            })?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
+        let processes = board.sizes().processes;
+        Turns::start(interval, board, move || {
+            let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
+            sampler.list_processes(lister, means, processes);
+            sampler.go_on_from(&before);
+            sampler.delivered = delivered;
+            sampler
         })
+        .map(Self)
     }
 
     /// Tells what to sample from now on and how often.
     pub fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
-        let mut wanted = self.shared.lock();
-        if desired.is_some() {
-            wanted.desired = desired;
-        }
-        if wanted.interval != interval {
-            wanted.interval = interval;
-            self.shared.changed.notify_one();
-        }
+        self.0.want(desired, interval);
     }
 
-    /// False when the thread has ended by itself.
+    /// False when a thread has ended by itself.
     pub fn healthy(&self) -> bool {
-        self.thread
-            .as_ref()
-            .is_some_and(|thread| !thread.is_finished())
-    }
-}
-
-impl Drop for Collector {
-    fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // A panic has been reported by the panic hook.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn run(shared: &Shared, sampler: &mut Sampler, board: &Board) {
-    let mut due = Instant::now();
-    let mut failed = LogLimit::default();
-    let mut followed: Option<Arc<DesiredSnapshot>> = None;
-    loop {
-        let (desired, interval) = {
-            let mut wanted = shared.lock();
-            loop {
-                if wanted.stop {
-                    return;
-                }
-                let interval = wanted.interval;
-                let now = Instant::now();
-                due = due.min(now + interval);
-                if now >= due {
-                    break (wanted.desired.clone(), interval);
-                }
-                wanted = shared
-                    .changed
-                    .wait_timeout(wanted, due - now)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            }
-        };
-        let late = due.elapsed();
-        sampler.late = late;
-        if let Some(desired) = desired
-            && followed
-                .as_ref()
-                .is_none_or(|known| !Arc::ptr_eq(known, &desired))
-        {
-            sampler.follow(&desired.containers, desired.invalid_rows == 0);
-            followed = Some(desired);
-        }
-        let pass = sampler.pass();
-        tracing::debug!(
-            tick = pass.tick,
-            containers = pass.samples.len(),
-            late_us = late.as_micros(),
-            pass_us = sampler.last_pass.as_micros(),
-            cpu_us = sampler.last_cpu.as_micros(),
-            "pass done"
-        );
-        if let Err(err) = board.publish_pass(pass)
-            && let Some(suppressed) = failed.pass()
-        {
-            tracing::error!(%err, suppressed, "a pass can't be published");
-        }
-        // Ticks stay on their beat; those that a long pass has swallowed are left out.
-        due += interval;
-        let now = Instant::now();
-        if due < now {
-            let missed = (now - due).as_nanos() / interval.as_nanos().max(1) + 1;
-            due += interval * u32::try_from(missed).unwrap_or(1);
-            sampler.missed += u64::try_from(missed).unwrap_or(1);
-        }
+        self.0.healthy()
     }
 }
 
@@ -253,12 +141,12 @@ pub struct Sampler {
     io_before: HashMap<ContainerId, IoCounters>,
     /// How it had split their CPU time.
     split_before: HashMap<ContainerId, CpuSplit>,
-    links: Option<LinkStatistics>,
+    /// Not here while a thread that asks with it hangs.
+    links: Option<LinkReader>,
+    /// What to look for with it.
+    sought: HashMap<ContainerId, Seek>,
     delivered: Option<CounterTable>,
-    links_log: LogLimit,
-    /// Links that only the container's namespace has, of the few containers with such.
-    inner: HashMap<ContainerId, InnerLinks>,
-    inner_statistics: Option<InnerStatistics>,
+    delivered_log: LogLimit,
     node: Node,
     disk: Disk,
     disk_asked: Option<Instant>,
@@ -281,41 +169,35 @@ fn thread_cpu() -> Duration {
     )
 }
 
-/// Asks by the socket that is kept. After a failure it is a fresh one: what is still under way on the
-/// old one is dropped.
-fn asked<T>(
-    statistics: &mut Option<InnerStatistics>,
-    ask: impl FnOnce(&mut InnerStatistics) -> Result<T, NetlinkError>,
-) -> Result<T, NetlinkError> {
-    let mut open = match statistics.take() {
-        Some(open) => open,
-        None => InnerStatistics::open()?,
-    };
-    let answer = ask(&mut open);
-    *statistics = match answer {
-        Ok(_) => Some(open),
-        Err(_) => InnerStatistics::open().ok(),
-    };
-    answer
+/// When a pass began.
+#[derive(Debug, Clone, Copy)]
+struct Begun {
+    at: Instant,
+    /// CPU time of its thread then.
+    cpu: Duration,
 }
 
-/// Adds what a container's inner links have counted; without an answer its network has no counters,
-/// as they would go back.
-fn add_inner(
-    sample: &mut ContainerSample,
-    links: &InnerLinks,
-    statistics: &mut Option<InnerStatistics>,
-) {
-    match asked(statistics, |statistics| statistics.read(links)) {
-        Ok(counters) => record::add_inner(&mut sample.net.counters, &counters),
-        Err(err) => {
-            sample.net = Measured::default();
-            tracing::debug!(
-                container_id = %sample.container_id,
-                err = &err as &dyn std::error::Error,
-                "links of a container's own namespace can't be read"
-            );
+impl Begun {
+    fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            cpu: thread_cpu(),
         }
+    }
+}
+
+/// A question about links. Its answer may take for ever.
+#[derive(Debug)]
+struct Question {
+    reader: LinkReader,
+    sought: HashMap<ContainerId, Seek>,
+    /// The counters of this host's links were read.
+    read: bool,
+}
+
+impl Question {
+    fn ask(&mut self) {
+        self.read = self.reader.read(std::mem::take(&mut self.sought));
     }
 }
 
@@ -354,12 +236,10 @@ impl Sampler {
             containers: Vec::new(),
             io_before: HashMap::new(),
             split_before: HashMap::new(),
-            links: None,
+            links: Some(LinkReader::new()),
+            sought: HashMap::new(),
             delivered: None,
-            links_log: LogLimit::default(),
-            inner: HashMap::new(),
-            // From the start, so that the number of descriptors stays what it is.
-            inner_statistics: InnerStatistics::open().ok(),
+            delivered_log: LogLimit::default(),
             disk,
             disk_asked: None,
             lister: None,
@@ -412,10 +292,35 @@ impl Sampler {
 
     /// One pass over the containers followed.
     pub fn pass(&mut self) -> Pass {
-        let (begin, cpu_begin) = (Instant::now(), thread_cpu());
+        let begun = Begun::now();
+        let Some(mut question) = self.ask_links() else {
+            return self.pass_with(begun, None);
+        };
+        question.ask();
+        self.pass_with(begun, Some(question))
+    }
+
+    /// The question about links, to be asked without this; none while an earlier one is out.
+    fn ask_links(&mut self) -> Option<Question> {
+        let mut reader = self.links.take()?;
+        reader.keep(|id| place_of(&self.containers, id).is_ok());
+        Some(Question {
+            reader,
+            sought: std::mem::take(&mut self.sought),
+            read: false,
+        })
+    }
+
+    /// One pass, with what was told about links.
+    fn pass_with(&mut self, begun: Begun, answered: Option<Question>) -> Pass {
         self.tick += 1;
-        let steady = self.read_links();
-        let links = self.links.as_ref().filter(|_| steady);
+        let (mut reader, read) = match answered {
+            Some(question) => (Some(question.reader), question.read),
+            None => (None, false),
+        };
+        let steady = read && self.add_delivered(reader.as_mut());
+        let told = reader.as_ref().filter(|_| steady);
+        let links = told.and_then(LinkReader::statistics);
         let links = links.map(LinkStatistics::last);
         if let Some(walks) = &mut self.walks {
             for watched in &mut self.containers {
@@ -436,11 +341,14 @@ impl Sampler {
                 &mut self.buffer,
             );
             // Its host-side links are there, so the namespace is still its own.
-            if !self.inner.is_empty()
-                && sample.net.get().is_some()
-                && let Some(inner) = self.inner.get(&sample.container_id)
+            if sample.net.get().is_some()
+                && let Some(inner) = told.and_then(|it| it.inner(sample.container_id))
             {
-                add_inner(&mut sample, inner, &mut self.inner_statistics);
+                match inner {
+                    Some(counted) => record::add_inner(&mut sample.net.counters, counted),
+                    // Its network has no counters, as they would go back.
+                    None => sample.net = Measured::default(),
+                }
             }
             if files {
                 now = (monotonic_ns(), wall_ns());
@@ -487,8 +395,11 @@ impl Sampler {
                 ..listing
             })
         });
-        self.last_pass = begin.elapsed();
-        self.last_cpu = thread_cpu().saturating_sub(cpu_begin);
+        if reader.is_some() {
+            self.links = reader;
+        }
+        self.last_pass = begun.at.elapsed();
+        self.last_cpu = thread_cpu().saturating_sub(begun.cpu);
         counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
         counters.pass_cpu_ns = u64::try_from(self.last_cpu.as_nanos()).ok();
         counters.tick_late_ns = u64::try_from(self.late.as_nanos()).ok();
@@ -518,18 +429,18 @@ impl Sampler {
             };
             self.containers.retain(|watched| wanted(&watched.id()));
             self.io_before.retain(|id, _| wanted(id));
-            self.inner.retain(|id, _| wanted(id));
+            self.sought.retain(|id, _| wanted(id));
             self.split_before.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;
-            let place = self.containers.binary_search_by_key(&id, Watched::id);
+            let place = place_of(&self.containers, &id);
             if let Ok(place) = place
                 && self.containers[place].row().generation == row.generation
             {
                 continue;
             }
-            self.find_inner(row);
+            self.sought.insert(id, links::seek(row));
             let before = self.io_before.get(&id).copied().unwrap_or_default();
             let split = match place {
                 Ok(place) => self.containers[place].split(),
@@ -544,62 +455,16 @@ impl Sampler {
         }
     }
 
-    /// Looks for links of a new container, or of one with a changed row, that have no end on this host.
-    fn find_inner(&mut self, row: &ContainerRow) {
-        self.inner.remove(&row.container_id);
-        if row.host_network || row.init_pid == 0 || row.link_indexes.is_empty() {
-            return;
-        }
-        let found = asked(&mut self.inner_statistics, |statistics| {
-            statistics.find(row.init_pid, &row.link_indexes)
-        });
-        match found {
-            Ok(Some(links)) => {
-                self.inner.insert(row.container_id, links);
-            }
-            Ok(None) => {}
-            Err(err) => tracing::debug!(
-                container_id = %row.container_id,
-                err = &err as &dyn std::error::Error,
-                "links of a container's own namespace can't be looked for; they are not counted"
-            ),
-        }
-    }
-
-    /// Whether the counters of links were read.
-    fn read_links(&mut self) -> bool {
-        let read = match &mut self.links {
-            Some(links) => links.read().map(|_| ()),
-            none => LinkStatistics::open().and_then(|links| none.insert(links).read().map(|_| ())),
-        };
-        match read {
-            Ok(()) => self.add_delivered(),
-            Err(err) => {
-                // A fresh socket next time: what is still under way on this one is dropped.
-                self.links = None;
-                if let Some(suppressed) = self.links_log.pass() {
-                    tracing::warn!(
-                        err = &err as &dyn std::error::Error,
-                        suppressed,
-                        "link counters can't be read, network numbers are absent"
-                    );
-                }
-                false
-            }
-        }
-    }
-}
-
-impl Sampler {
     /// Whether all that counts for links was added to what the kernel counts itself.
-    fn add_delivered(&mut self) -> bool {
-        let (Some(delivered), Some(links)) = (&mut self.delivered, &mut self.links) else {
+    fn add_delivered(&mut self, reader: Option<&mut LinkReader>) -> bool {
+        let links = reader.and_then(LinkReader::statistics_mut);
+        let (Some(delivered), Some(links)) = (&mut self.delivered, links) else {
             return true;
         };
         let read =
             delivered.read(|link, [packets, bytes]| links.add_delivered(link, packets, bytes));
         if let Err(err) = &read
-            && let Some(suppressed) = self.links_log.pass()
+            && let Some(suppressed) = self.delivered_log.pass()
         {
             tracing::warn!(
                 %err,
@@ -609,6 +474,10 @@ impl Sampler {
         }
         read.is_ok()
     }
+}
+
+fn place_of(containers: &[Watched], id: &ContainerId) -> Result<usize, usize> {
+    containers.binary_search_by_key(id, Watched::id)
 }
 
 fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {

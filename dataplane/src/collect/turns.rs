@@ -1,0 +1,407 @@
+//! Who does the passes: of two threads one collects, and the other sees that it comes back.
+//!
+//! In: what to sample, and how often. Out: passes on the [`Board`]. A question about links waits in
+//! the kernel for as long as anybody holds its interface lock, and such a wait can't be ended. The
+//! thread that collects asks it itself, as handing it to another would cost more than the question;
+//! but it leaves the [`Sampler`] behind meanwhile. If it isn't back in time, the other thread takes
+//! the sampler and goes on without links, and the first one is the one that looks on when it is back.
+//! Invariants: one thread collects at any time; one question about links is out at most.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use shared::desired::DesiredSnapshot;
+
+use super::{Begun, Question, Sampler};
+use crate::board::Board;
+use crate::log_limit::LogLimit;
+
+/// A question about links that takes longer is taken to hang. The kernel needs less than a millisecond
+/// per hundred links.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+#[derive(Debug)]
+struct State {
+    desired: Option<Arc<DesiredSnapshot>>,
+    interval: Duration,
+    stop: bool,
+    /// When the next pass is due, or the one under way was.
+    due: Instant,
+    /// Since when a question about links is out that is waited for.
+    asked: Option<Instant>,
+    /// Goes up with each question that was given up.
+    given_up: u64,
+    /// The thread that hangs in one.
+    hangs: Option<usize>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Held by the thread that collects, except while it waits.
+    work: Mutex<Work>,
+    board: Board,
+}
+
+#[derive(Debug, Default)]
+struct Work {
+    sampler: Option<Sampler>,
+    followed: Option<Arc<DesiredSnapshot>>,
+    failed: LogLimit,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Collect,
+    LookOn,
+    End,
+}
+
+/// The two threads' handle. Dropping it ends them, and does not wait for one that hangs.
+#[derive(Debug)]
+pub(super) struct Turns {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Turns {
+    /// Starts the threads; the one that collects first makes the sampler.
+    ///
+    /// # Errors
+    /// No thread.
+    pub(super) fn start(
+        interval: Duration,
+        board: Board,
+        make: impl FnOnce() -> Sampler + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                desired: None,
+                interval,
+                stop: false,
+                due: Instant::now(),
+                asked: None,
+                given_up: 0,
+                hangs: None,
+            }),
+            changed: Condvar::new(),
+            work: Mutex::default(),
+            board,
+        });
+        let mut turns = Self {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+        };
+        let own = Arc::clone(&shared);
+        turns.spawn("collect", move || {
+            let sampler = make();
+            lock(&own.work).sampler = Some(sampler);
+            // To make it takes a while, which makes no pass late.
+            lock(&own.state).due = Instant::now();
+            own.take_turns(0, Turn::Collect);
+        })?;
+        turns.spawn("collect-spare", move || {
+            shared.take_turns(1, Turn::LookOn);
+        })?;
+        Ok(turns)
+    }
+
+    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        self.threads.push(thread.spawn(run)?);
+        Ok(())
+    }
+
+    /// Tells what to sample from now on and how often.
+    pub(super) fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
+        let mut state = lock(&self.shared.state);
+        if desired.is_some() {
+            state.desired = desired;
+        }
+        if state.interval != interval {
+            state.interval = interval;
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// False when a thread has ended by itself.
+    pub(super) fn healthy(&self) -> bool {
+        !self.threads.iter().any(JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        let waits = {
+            let mut state = lock(&self.shared.state);
+            state.stop = true;
+            self.shared.changed.notify_all();
+            state.asked.is_some() || state.hangs.is_some()
+        };
+        for thread in self.threads.drain(..) {
+            // One that waits in the kernel comes back when that lets it; it holds nothing others need.
+            if !waits {
+                // A panic has been reported by the panic hook.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn take_turns(&self, me: usize, first: Turn) {
+        let mut turn = first;
+        loop {
+            turn = match turn {
+                Turn::Collect => self.collect(me),
+                Turn::LookOn => self.look_on(me),
+                Turn::End => return,
+            };
+        }
+    }
+
+    /// Does the passes, until another thread does.
+    fn collect(&self, me: usize) -> Turn {
+        loop {
+            let Some(due) = self.wait_till_due() else {
+                return Turn::End;
+            };
+            let late = due.elapsed();
+            let begun = Begun::now();
+            let question = self.begin();
+            let answered = match question {
+                Some(question) => match self.ask(me, question) {
+                    Ok(answered) => Some(answered),
+                    Err(turn) => return turn,
+                },
+                None => None,
+            };
+            self.pass(begun, late, answered);
+            self.next_beat();
+        }
+    }
+
+    /// When the pass was due that begins now; none at the end.
+    fn wait_till_due(&self) -> Option<Instant> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.stop {
+                return None;
+            }
+            let now = Instant::now();
+            state.due = state.due.min(now + state.interval);
+            if now >= state.due {
+                return Some(state.due);
+            }
+            let left = state.due - now;
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Takes up what is wanted. The question about links, if it can be asked.
+    fn begin(&self) -> Option<Question> {
+        let desired = lock(&self.state).desired.clone();
+        let mut work = lock(&self.work);
+        let Work {
+            sampler, followed, ..
+        } = &mut *work;
+        let sampler = sampler.as_mut()?;
+        if let Some(desired) = desired
+            && followed
+                .as_ref()
+                .is_none_or(|known| !Arc::ptr_eq(known, &desired))
+        {
+            sampler.follow(&desired.containers, desired.invalid_rows == 0);
+            *followed = Some(desired);
+        }
+        sampler.ask_links()
+    }
+
+    /// Asks it, which may take for ever. The answer, or, if the other thread has gone on meanwhile,
+    /// what to do next.
+    fn ask(&self, me: usize, mut question: Question) -> Result<Question, Turn> {
+        let given_up = {
+            let mut state = lock(&self.state);
+            state.asked = Some(Instant::now());
+            state.given_up
+        };
+        question.ask();
+        let mut state = lock(&self.state);
+        if state.given_up == given_up {
+            state.asked = None;
+            return Ok(question);
+        }
+        drop(state);
+        if let Some(sampler) = &mut lock(&self.work).sampler {
+            sampler.links = Some(question.reader);
+        }
+        state = lock(&self.state);
+        state.hangs = None;
+        tracing::info!(thread = me, "the kernel answers about links again");
+        Err(Turn::LookOn)
+    }
+
+    fn pass(&self, begun: Begun, late: Duration, answered: Option<Question>) {
+        let mut work = lock(&self.work);
+        let Work {
+            sampler, failed, ..
+        } = &mut *work;
+        let Some(sampler) = sampler else {
+            return;
+        };
+        sampler.late = late;
+        let pass = sampler.pass_with(begun, answered);
+        tracing::debug!(
+            tick = pass.tick,
+            containers = pass.samples.len(),
+            late_us = late.as_micros(),
+            pass_us = sampler.last_pass.as_micros(),
+            cpu_us = sampler.last_cpu.as_micros(),
+            "pass done"
+        );
+        if let Err(err) = self.board.publish_pass(pass)
+            && let Some(suppressed) = failed.pass()
+        {
+            tracing::error!(%err, suppressed, "a pass can't be published");
+        }
+    }
+
+    /// Ticks stay on their beat; those that a long pass has swallowed are left out.
+    fn next_beat(&self) {
+        let mut state = lock(&self.state);
+        let interval = state.interval;
+        state.due += interval;
+        let now = Instant::now();
+        if state.due < now {
+            let missed = (now - state.due).as_nanos() / interval.as_nanos().max(1) + 1;
+            state.due += interval * u32::try_from(missed).unwrap_or(1);
+            drop(state);
+            if let Some(sampler) = &mut lock(&self.work).sampler {
+                sampler.missed += u64::try_from(missed).unwrap_or(1);
+            }
+        }
+    }
+
+    /// Looks on, until the thread that collects hangs in a question about links.
+    fn look_on(&self, me: usize) -> Turn {
+        let mut state = lock(&self.state);
+        loop {
+            if state.stop {
+                return Turn::End;
+            }
+            let now = Instant::now();
+            let next = match state.asked {
+                Some(asked) if now >= asked + PATIENCE => break,
+                Some(asked) => asked + PATIENCE,
+                None => state.due.min(now + state.interval).max(now) + PATIENCE,
+            };
+            state = self
+                .changed
+                .wait_timeout(state, next - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state.asked = None;
+        state.given_up += 1;
+        state.hangs = Some(1 - me);
+        drop(state);
+        tracing::warn!(
+            "the kernel does not answer about links, somebody holds its interface lock; network \
+             numbers are absent until it does"
+        );
+        Turn::Collect
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::Sizes;
+    use shared::desired::ContainerRow;
+    use shared::doorbell::Ringer;
+    use shared::observed::{ObservedReader, ObservedSnapshot, ObservedWriter};
+    use shared::run_dir::RunDir;
+
+    use crate::accelerator::Accelerators;
+    use crate::collect::Means;
+    use crate::collect::disk::Disk;
+
+    #[test]
+    fn a_question_about_links_that_hangs_holds_nothing_else_up() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-turns").unwrap();
+        let directory = run_dir.create_dataplane().unwrap();
+        let board = Board::new(
+            ObservedWriter::open(&directory, Sizes::default()).unwrap(),
+            Ringer::of(run_dir.control()).unwrap(),
+            Accelerators::none(),
+        );
+        let interval = Duration::from_millis(20);
+        let gate = Arc::new(Mutex::new(()));
+        let own = Arc::clone(&gate);
+        let turns = Turns::start(interval, board, move || {
+            let disk = Disk::start().unwrap();
+            let mut sampler = Sampler::new(Arc::default(), disk, None, 10, Means::Files);
+            sampler.links.as_mut().unwrap().gate = Some(own);
+            sampler
+        })
+        .unwrap();
+        // The loopback link stands for a container's.
+        let row = ContainerRow {
+            link_indexes: vec![1],
+            ..ContainerRow::default()
+        };
+        let desired = DesiredSnapshot {
+            containers: vec![row],
+            ..DesiredSnapshot::default()
+        };
+        turns.want(Some(Arc::new(desired)), interval);
+        let mut reader = ObservedReader::at(&directory);
+        let mut wait_for = |wanted: &dyn Fn(&ObservedSnapshot) -> bool| {
+            let until = Instant::now() + Duration::from_secs(30);
+            loop {
+                if let Ok(found) = reader.snapshot()
+                    && wanted(&found)
+                {
+                    return found.containers[0].tick;
+                }
+                assert!(Instant::now() < until, "it does not come");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        let sampled = |snapshot: &ObservedSnapshot, after: u64, net: bool| {
+            let sample = snapshot.containers.first();
+            sample.is_some_and(|it| it.tick > after && it.net.get().is_some() == net)
+        };
+        let mut tick = 0;
+        // More than once, so that each thread has been the one that hangs.
+        for _ in 0..3 {
+            tick = wait_for(&|it| sampled(it, tick, true));
+            let held = lock(&gate);
+            tick = wait_for(&|it| sampled(it, tick, false));
+            // Others than the one that was under way, and without waiting.
+            tick = wait_for(&|it| sampled(it, tick + 2, false));
+            assert_eq!(lock(&turns.shared.state).asked, None);
+            assert!(turns.healthy());
+            drop(held);
+        }
+        wait_for(&|it| sampled(it, tick, true));
+        assert!(turns.healthy());
+        let held = lock(&gate);
+        wait_for(&|it| sampled(it, tick, false));
+        // The thread that hangs is not waited for.
+        drop(turns);
+        drop(held);
+    }
+}
