@@ -41,7 +41,7 @@ impl From<Address> for IpAddr {
 }
 
 /// `struct service_key`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct ServiceKey {
     /// Published port, network order.

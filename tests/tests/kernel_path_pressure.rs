@@ -151,6 +151,15 @@ fn thousands_of_ports_are_served_and_removed() {
             assert_eq!(answer, b"x");
         }
     });
+    until("each port having counted its client", || {
+        let snapshot = node.control.observed.snapshot().ok()?;
+        let counted = |row: &PortRow| {
+            let status = snapshot.port(row.key());
+            status.is_some_and(|it| (it.sessions_total, it.bytes_in, it.bytes_out) == (1, 1, 1))
+        };
+        rows.iter().all(counted).then_some(())
+    })
+    .expect("all counted");
     let keys: Vec<_> = rows.iter().map(PortRow::key).collect();
     node.control
         .write(|batch| keys.into_iter().for_each(|key| batch.remove_port(key)))

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
+use aya::maps::{Array, HashMap, IterableMap as _, MapData, PerCpuHashMap};
 use ebpf::map;
 use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
@@ -36,6 +36,7 @@ pub use self::attach::Means;
 use self::elders::Elders;
 pub use self::error::{KernelPathError, words};
 pub use self::flows::KernelPort;
+use self::flows::Tables;
 use self::host::Hooks;
 use self::leaving::Leaving;
 use self::object::{adopt_delivered, load, pins_fit, typed};
@@ -95,6 +96,8 @@ pub struct KernelPath {
     addresses: HashMap<MapData, Address, u32>,
     counters: PerCpuHashMap<MapData, ServiceKey, PortCounters>,
     active: HashMap<MapData, ServiceKey, PortFlows>,
+    /// Both of these for all ports at once, where the kernel does that.
+    tables: Option<Tables>,
     /// What the sweeps' program notes of sockets of this host; two words per port.
     socket_counts: HashMap<MapData, ServiceKey, [u32; 2]>,
     /// The last sweep in its turn counted sockets.
@@ -161,8 +164,12 @@ impl KernelPath {
         let mut object = load(&pins)?;
         let services: HashMap<MapData, ServiceKey, Service> = typed!(&mut object, map::SERVICES);
         let addresses: HashMap<MapData, Address, u32> = typed!(&mut object, map::ADDRESSES);
-        let counters = typed!(&mut object, map::COUNTERS);
-        let active = typed!(&mut object, map::ACTIVE);
+        let counters: PerCpuHashMap<MapData, ServiceKey, PortCounters> =
+            typed!(&mut object, map::COUNTERS);
+        let active: HashMap<MapData, ServiceKey, PortFlows> = typed!(&mut object, map::ACTIVE);
+        let tables = Tables::of(counters.map(), active.map())
+            .inspect_err(|err| tracing::debug!(%err, "counters of ports are read one by one"))
+            .ok();
         let socket_counts = typed!(&mut object, map::SOCKET_COUNTS);
         let delivered = typed!(&mut object, map::DELIVERED);
         let delivered_table = CounterTable::open(&pins.directory().join(map::DELIVERED))
@@ -199,6 +206,7 @@ impl KernelPath {
             addresses,
             counters,
             active,
+            tables,
             socket_counts,
             sockets_counted: false,
             delivered,

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use aya::Pod;
-use aya::maps::{MapData, MapError, MapInfo, MapType};
+use aya::maps::{MapData, MapError, MapType};
 use rustix::fs::{StatFs, statfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
@@ -220,48 +220,56 @@ pub fn remove_entries<K: Pod>(map: &MapData, keys: &[K]) -> io::Result<()> {
     Ok(())
 }
 
-/// A pinned hash table of two counters per number and CPU, read as a whole.
+/// A hash table that is read as a whole, many entries per call.
 #[derive(Debug)]
-pub struct CounterTable {
-    map: MapData,
-    cpus: usize,
-    keys: Vec<u32>,
-    values: Vec<[u64; 2]>,
+pub struct Table<K, V> {
+    map: OwnedFd,
+    /// Values per entry: one, or one of each CPU.
+    values_each: usize,
+    keys: Vec<K>,
+    values: Vec<V>,
 }
 
-impl CounterTable {
+impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     /// Entries that are asked for at once, in the beginning. The kernel answers with whole buckets of
     /// its table; one that is larger is asked for again with more room.
     const ROOM: usize = 256;
 
     /// # Errors
-    /// There is no such pin, or it is of something else.
-    pub fn open(pin: &Path) -> io::Result<Self> {
-        let info = MapInfo::from_pin(pin).map_err(io::Error::other)?;
-        if !matches!(info.map_type(), Ok(MapType::PerCpuHash))
-            || (info.key_size(), info.value_size()) != (4, 16)
+    /// It is no hash table of such entries.
+    pub fn of(map: &MapData) -> io::Result<Self> {
+        let info = map.info().map_err(io::Error::other)?;
+        let values_each = match info.map_type() {
+            Ok(MapType::Hash) => 1,
+            Ok(MapType::PerCpuHash) => aya::util::nr_cpus().map_err(|(_, err)| err)?,
+            _ => return Err(io::Error::other("not a hash table")),
+        };
+        let sizes = [size_of::<K>(), size_of::<V>()].map(u32::try_from);
+        if sizes != [Ok(info.key_size()), Ok(info.value_size())]
+            // The kernel puts those of the CPUs eight bytes apart at least.
+            || (values_each > 1 && !size_of::<V>().is_multiple_of(8))
         {
-            return Err(io::Error::other("not a table of counters"));
+            return Err(io::Error::other("a table of other entries"));
         }
         Ok(Self {
-            map: MapData::from_pin(pin).map_err(io::Error::other)?,
-            cpus: aya::util::nr_cpus().map_err(|(_, err)| err)?,
+            map: map.fd().as_fd().try_clone_to_owned()?,
+            values_each,
             keys: Vec::new(),
             values: Vec::new(),
         })
     }
 
-    /// Tells `each` the sums over all CPUs.
+    /// Tells `each` entry, with its value, or the values of each CPU.
     ///
     /// # Errors
     /// The kernel's refusal; what was told until then is not all.
-    pub fn read(&mut self, mut each: impl FnMut(u32, [u64; 2])) -> io::Result<()> {
+    pub fn read(&mut self, mut each: impl FnMut(&K, &[V])) -> io::Result<()> {
         let mut place = 0_u64;
         let mut begun = false;
         let mut room = self.keys.len().max(Self::ROOM);
         loop {
-            self.keys.resize(room, 0);
-            self.values.resize(room * self.cpus, [0; 2]);
+            self.keys.resize(room, K::default());
+            self.values.resize(room * self.values_each, V::default());
             let mut next = 0_u64;
             let mut batch = Batch {
                 in_batch: if begun {
@@ -270,11 +278,11 @@ impl CounterTable {
                     0
                 },
                 out_batch: (&raw mut next).addr() as u64,
+                // Room for `count` entries each, of the map's sizes by the check at the beginning.
                 keys: self.keys.as_mut_ptr().addr() as u64,
                 values: self.values.as_mut_ptr().addr() as u64,
                 count: u32::try_from(room).map_err(io::Error::other)?,
-                map_fd: u32::try_from(self.map.fd().as_fd().as_raw_fd())
-                    .map_err(io::Error::other)?,
+                map_fd: u32::try_from(self.map.as_raw_fd()).map_err(io::Error::other)?,
                 ..Batch::default()
             };
             let last = match call(BPF_MAP_LOOKUP_BATCH, &mut batch) {
@@ -289,16 +297,38 @@ impl CounterTable {
                 },
             };
             let found = usize::try_from(batch.count).map_err(io::Error::other)?;
-            let entries = self.values.chunks_exact(self.cpus);
+            let entries = self.values.chunks_exact(self.values_each);
             for (key, values) in self.keys.iter().zip(entries).take(found) {
-                let sum = |sum: [u64; 2], it: &[u64; 2]| [sum[0] + it[0], sum[1] + it[1]];
-                each(*key, values.iter().fold([0; 2], sum));
+                each(key, values);
             }
             if last {
                 return Ok(());
             }
             (place, begun) = (next, true);
         }
+    }
+}
+
+/// A pinned hash table of two counters per number and CPU.
+#[derive(Debug)]
+pub struct CounterTable(Table<u32, [u64; 2]>);
+
+impl CounterTable {
+    /// # Errors
+    /// There is no such pin, or it is of something else.
+    pub fn open(pin: &Path) -> io::Result<Self> {
+        let map = MapData::from_pin(pin).map_err(io::Error::other)?;
+        Table::of(&map).map(Self)
+    }
+
+    /// Tells `each` the sums over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel's refusal; what was told until then is not all.
+    pub fn read(&mut self, mut each: impl FnMut(u32, [u64; 2])) -> io::Result<()> {
+        let sum = |sum: [u64; 2], it: &[u64; 2]| [sum[0] + it[0], sum[1] + it[1]];
+        self.0
+            .read(|key, values| each(*key, values.iter().fold([0; 2], sum)))
     }
 }
 

@@ -3,17 +3,19 @@
 //! In: the maps of the programs. Out: a [`KernelPort`] per service. Invariant: what no service
 //! stands for is out of the table after a sweep.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use aya::maps::IterableMap as _;
-use ebpf::records::{PortCounters, ServiceKey, SweepOrder};
+use aya::maps::{IterableMap as _, MapData};
+use ebpf::records::{PortCounters, PortFlows, ServiceKey, SweepOrder};
 use ebpf::{map, program};
 
 use super::object::classifier;
 use super::{KernelPath, KernelPathError, Served};
 use crate::forward::relay::port::Counters;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Table};
 
 /// A SYN may be repeated for so long before its flow is given up.
 const OPENING: Duration = Duration::from_secs(60);
@@ -25,6 +27,10 @@ const IDLE: Duration = Duration::from_secs(5 * 24 * 3600);
 const DATAGRAM_IDLE: Duration = Duration::from_secs(180);
 /// ... and before an answer.
 const DATAGRAM_OPENING: Duration = Duration::from_secs(30);
+
+/// From so many ports on their counters are read by whole tables: for that the kernel goes over all
+/// the room that these have.
+const MANY: usize = 64;
 
 /// What a port has counted on the kernel path; refreshed every second.
 #[derive(Debug, Default)]
@@ -53,6 +59,59 @@ impl KernelPort {
             bytes_out: self.bytes_out.load(Relaxed),
             ..Counters::default()
         }
+    }
+
+    /// Takes over what each CPU has counted.
+    fn note_counters(&self, values: &[PortCounters]) {
+        let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
+        self.total.store(sum(|it| it.flows), Relaxed);
+        self.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
+        self.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
+        self.refused.store(sum(|it| it.refused), Relaxed);
+        self.packets_in.store(sum(|it| it.packets_in), Relaxed);
+        self.packets_out.store(sum(|it| it.packets_out), Relaxed);
+    }
+
+    fn note_flows(&self, flows: &PortFlows) {
+        let local = flows.local.max(0);
+        self.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
+        let active = u64::try_from(flows.active + local).unwrap_or(0);
+        self.active.store(active, Relaxed);
+    }
+}
+
+/// The counters of all ports, read by a few calls for all.
+#[derive(Debug)]
+pub(super) struct Tables {
+    counters: Table<ServiceKey, PortCounters>,
+    active: Table<ServiceKey, PortFlows>,
+}
+
+impl Tables {
+    /// # Errors
+    /// A map is another one.
+    pub(super) fn of(counters: &MapData, active: &MapData) -> io::Result<Self> {
+        Ok(Self {
+            counters: Table::of(counters)?,
+            active: Table::of(active)?,
+        })
+    }
+
+    fn read(&mut self, served: &BTreeMap<ServiceKey, Served>) -> io::Result<()> {
+        self.counters.read(|key, values| {
+            if let Some(served) = served.get(key) {
+                served.port.note_counters(values);
+            }
+        })?;
+        self.read_flows(served)
+    }
+
+    fn read_flows(&mut self, served: &BTreeMap<ServiceKey, Served>) -> io::Result<()> {
+        self.active.read(|key, flows| {
+            if let (Some(served), [flows]) = (served.get(key), flows) {
+                served.port.note_flows(flows);
+            }
+        })
     }
 }
 
@@ -108,18 +167,37 @@ impl KernelPath {
             source,
         })?;
         bpf::run_once(fd).map_err(KernelPathError::Sweep)?;
-        for (key, served) in &self.served {
-            if let Ok(flows) = self.active.get(key, 0) {
-                let active = u64::try_from(flows.active + flows.local.max(0)).unwrap_or(0);
-                served.port.active.store(active, Relaxed);
-            }
-        }
+        self.read_all(Tables::read_flows, |path, key, port| {
+            path.read_flows(key, port);
+        });
         Ok(())
     }
 
     pub(super) fn count(&mut self) {
+        self.read_all(Tables::read, |path, key, port| {
+            path.read_counters(key, port);
+        });
+    }
+
+    /// Reads something of all ports by `tables`, or by `one` of each.
+    fn read_all(
+        &mut self,
+        tables: impl Fn(&mut Tables, &BTreeMap<ServiceKey, Served>) -> io::Result<()>,
+        one: impl Fn(&Self, ServiceKey, &KernelPort),
+    ) {
+        if self.served.len() >= MANY
+            && let Some(all) = &mut self.tables
+        {
+            match tables(all, &self.served) {
+                Ok(()) => return,
+                Err(err) => {
+                    tracing::info!(%err, "the kernel reads counters of ports one by one only");
+                    self.tables = None;
+                }
+            }
+        }
         for (key, served) in &self.served {
-            self.read_counters(*key, &served.port);
+            one(self, *key, &served.port);
         }
     }
 
@@ -131,21 +209,16 @@ impl KernelPath {
 
     pub(super) fn read_counters(&self, key: ServiceKey, port: &KernelPort) -> bool {
         if let Ok(values) = self.counters.get(&key, 0) {
-            let sum = |of: fn(&PortCounters) -> u64| values.iter().map(of).sum();
-            port.total.store(sum(|it| it.flows), Relaxed);
-            port.bytes_in.store(sum(|it| it.bytes_in), Relaxed);
-            port.bytes_out.store(sum(|it| it.bytes_out), Relaxed);
-            port.refused.store(sum(|it| it.refused), Relaxed);
-            port.packets_in.store(sum(|it| it.packets_in), Relaxed);
-            port.packets_out.store(sum(|it| it.packets_out), Relaxed);
+            port.note_counters(&values);
         }
+        self.read_flows(key, port)
+    }
+
+    fn read_flows(&self, key: ServiceKey, port: &KernelPort) -> bool {
         let Ok(flows) = self.active.get(&key, 0) else {
             return true;
         };
-        let local = flows.local.max(0);
-        port.local.store(u64::try_from(local).unwrap_or(0), Relaxed);
-        let active = u64::try_from(flows.active + local).unwrap_or(0);
-        port.active.store(active, Relaxed);
+        port.note_flows(&flows);
         flows.active != 0
     }
 }
