@@ -545,7 +545,7 @@ impl Link {
         self.lift_held_back();
         for running in self.running.values() {
             if let (Some(port), kernel) = (&running.port, &running.kernel) {
-                port.note_elsewhere(kernel.as_ref().map_or(0, |it| it.counters().active));
+                port.note_elsewhere(kernel.as_ref().map(|it| it.counters()).as_ref());
             }
         }
         self.retire_orphans(now);

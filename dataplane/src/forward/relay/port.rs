@@ -133,18 +133,32 @@ pub struct Counters {
 struct Pace(Option<Instant>);
 
 impl Pace {
+    const BURST: Duration = Duration::from_secs(1);
+
     /// Whether one may come now; if so it is counted in.
     fn allows(&mut self, per_second: u32, now: Instant) -> bool {
-        const BURST: Duration = Duration::from_secs(1);
         if per_second == 0 {
             return true;
         }
         let next = self.0.map_or(now, |next| next.max(now));
-        if next > now + BURST {
+        if next > now + Self::BURST {
             return false;
         }
-        self.0 = Some(next + BURST / per_second);
+        self.0 = Some(next + Self::BURST / per_second);
         true
+    }
+
+    /// Counts in those that have come another way. More than two seconds' worth are not made up for:
+    /// they may have come under another limit.
+    fn charge(&mut self, count: u64, per_second: u32, now: Instant) {
+        if per_second == 0 {
+            return;
+        }
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let next = self.0.map_or(now, |next| next.max(now));
+        let most = (now + 2 * Self::BURST).max(next);
+        let charged = next.checked_add((Self::BURST / per_second).saturating_mul(count));
+        self.0 = Some(charged.map_or(most, |charged| charged.min(most)));
     }
 }
 
@@ -161,6 +175,8 @@ pub struct Port {
     state: AtomicU8,
     active: AtomicU32,
     elsewhere: AtomicU32,
+    /// How many had begun elsewhere when that was told last; [`UNTOLD`] before.
+    begun_elsewhere: AtomicU64,
     pace: Mutex<Pace>,
     total: AtomicU64,
     refused: AtomicU64,
@@ -170,6 +186,9 @@ pub struct Port {
     idle_timeouts: AtomicU64,
     totals: Arc<Totals>,
 }
+
+/// No count of sessions.
+const UNTOLD: u64 = u64::MAX;
 
 fn slots(duration: Duration) -> u32 {
     let slots = duration.as_millis().div_ceil(SLOT.as_millis()).max(1);
@@ -192,6 +211,7 @@ impl Port {
             state: AtomicU8::new(OPEN),
             active: AtomicU32::new(0),
             elsewhere: AtomicU32::new(0),
+            begun_elsewhere: AtomicU64::new(UNTOLD),
             pace: Mutex::new(Pace::default()),
             total: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -376,9 +396,23 @@ impl Port {
         }
     }
 
-    /// Tells of clients of this port that are served past the relay: the limit is for all.
-    pub fn note_elsewhere(&self, count: u32) {
-        self.elsewhere.store(count, Relaxed);
+    /// Tells what was counted of clients of this port that are served past the relay, if that may be:
+    /// the limits are for all. Those that have begun since the last time leave less of the rate to the
+    /// relay's.
+    pub fn note_elsewhere(&self, counted: Option<&Counters>) {
+        self.elsewhere
+            .store(counted.map_or(0, |it| it.active), Relaxed);
+        let total = counted.map_or(UNTOLD, |it| it.total);
+        let before = self.begun_elsewhere.swap(total, Relaxed);
+        if before == UNTOLD || total == UNTOLD || total <= before {
+            return;
+        }
+        let per_second = {
+            let rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+            rules.new_per_second
+        };
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.charge(total - before, per_second, Instant::now());
     }
 
     /// Sessions now.
@@ -485,18 +519,62 @@ mod tests {
             },
             0,
         );
-        port.note_elsewhere(1);
+        let counted = |active| Counters {
+            active,
+            ..Counters::default()
+        };
+        port.note_elsewhere(Some(&counted(1)));
         let seat = port.admit(ip("10.0.0.1"), || None).unwrap();
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::PortLimit
         );
         drop(seat);
-        port.note_elsewhere(2);
+        port.note_elsewhere(Some(&counted(2)));
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::PortLimit
         );
+        port.note_elsewhere(None);
+        assert!(port.admit(ip("10.0.0.1"), || None).is_ok());
+    }
+
+    #[test]
+    fn clients_served_elsewhere_use_up_the_rate_of_the_port() {
+        let rules = Rules {
+            new_per_second: 10,
+            ..Rules::default()
+        };
+        let port = port(rules, 0);
+        let begun = |total| Counters {
+            total,
+            ..Counters::default()
+        };
+        // What had begun before is no word on the rate of now.
+        for counted in [Some(1000), None, Some(5000), Some(4000), Some(4000)] {
+            port.note_elsewhere(counted.map(begun).as_ref());
+        }
+        assert!(port.admit(ip("10.0.0.1"), || None).is_ok());
+        port.note_elsewhere(Some(&begun(4015)));
+        assert_eq!(
+            port.admit(ip("10.0.0.1"), || None).unwrap_err(),
+            Refusal::TooFast
+        );
+
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        pace.charge(4, 10, start);
+        assert_eq!((0..50).filter(|_| pace.allows(10, start)).count(), 7);
+        // As many as may come, by the second: nothing is left, and no debt grows.
+        for second in 1..100 {
+            let now = start + Duration::from_secs(second);
+            pace.charge(10, 10, now);
+            assert!(!pace.allows(10, now));
+        }
+        pace.charge(u64::MAX, 10, start + Duration::from_secs(100));
+        let later = start + Duration::from_secs(103);
+        assert_eq!((0..50).filter(|_| pace.allows(10, later)).count(), 11);
+        pace.charge(u64::MAX, 0, later);
+        assert!(pace.allows(0, later));
     }
 
     #[test]
