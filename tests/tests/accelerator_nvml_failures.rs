@@ -169,12 +169,14 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
 #[test]
 fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Result<()> {
     let text = devices(3);
-    let driver = StandIn::new(&text)?;
+    // At first it can't be asked to tell its faults.
+    let driver = StandIn::new(&format!("{text}fails nvmlDeviceRegisterEvents 1 999\n"))?;
     let (_place, process, mut control) = driver.sampling()?;
     let fault = |rows: &[AcceleratorRow], id: &str| {
         row_of(rows, id).map_or((true, None), |row| (row.healthy, row.fault))
     };
     control.accelerators("devices", |rows| rows.len() == 3)?;
+    ensure!(process.log().contains("can't be asked to tell its faults"));
     driver.describe(&format!("{text}xid 1 79 1\n"))?;
     control.accelerators("a fault", |rows| fault(rows, "GPU-1") == (false, Some(79)))?;
     // Two of them do not answer one question for a while.
@@ -221,7 +223,8 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
 }
 
 #[test]
-fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_out() -> Result<()> {
+fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_out()
+-> Result<()> {
     let text = device(0, " noecc=1") + &device(1, "");
     let driver = StandIn::new(&text)?;
     let (_place, process, mut control) = driver.sampling()?;

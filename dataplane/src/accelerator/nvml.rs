@@ -52,6 +52,10 @@ const PARTS: u32 = 1000;
 /// XIDs that an application causes: they say nothing about the device.
 const OF_APPLICATIONS: [u64; 7] = [13, 31, 43, 45, 68, 94, 109];
 
+/// So often a device is asked to tell faults, with pauses that grow to [`RETRY`], before it is taken to
+/// tell none.
+const REGISTRATIONS: u32 = 16;
+
 /// What XID 64 says, for a device whose defective memory rows cannot be replaced any more.
 const ROWS_NOT_REPLACED: u32 = 64;
 
@@ -169,8 +173,8 @@ struct Session<'nvml> {
     root: &'nvml Path,
     /// Versions of the driver and of CUDA.
     versions: (String, String),
-    events: Option<EventSet<'nvml>>,
-    watched: HashSet<String>,
+    /// How each device tells its faults: a set each, because one that can't be had takes its set with it.
+    events: HashMap<String, Watch<'nvml>>,
     /// Per device and instance: what is kept of its processes from look to look.
     processes: HashMap<u32, Kept>,
     loads: InstanceLoads<'nvml>,
@@ -182,6 +186,18 @@ struct Session<'nvml> {
     /// The log says that looks take long.
     slow: bool,
     past: Past,
+}
+
+/// How a device tells its faults.
+enum Watch<'nvml> {
+    By(EventSet<'nvml>),
+    /// It could not be asked to, so often; it is asked again then.
+    Failed {
+        times: u32,
+        again: Instant,
+    },
+    /// It has none to tell, or has failed too often.
+    Silent,
 }
 
 /// What is kept of the processes of a device.
@@ -197,10 +213,6 @@ struct Kept {
 
 impl<'nvml> Session<'nvml> {
     fn new(nvml: &'nvml Nvml, root: &'nvml Path, past: Past) -> Self {
-        let events = nvml
-            .create_event_set()
-            .inspect_err(|err| tracing::debug!(%err, "the driver tells no faults"))
-            .ok();
         let cuda = nvml.sys_cuda_driver_version().map(|version| {
             let (major, minor) = (
                 cuda_driver_version_major(version),
@@ -215,8 +227,7 @@ impl<'nvml> Session<'nvml> {
                 nvml.sys_driver_version().unwrap_or_default(),
                 cuda.unwrap_or_default(),
             ),
-            events,
-            watched: HashSet::new(),
+            events: HashMap::new(),
             processes: HashMap::new(),
             loads: InstanceLoads::new(nvml),
             topology: Topology::default(),
@@ -321,8 +332,8 @@ impl<'nvml> Session<'nvml> {
         }
         if !passing {
             let known = self.past.known.get(&index);
-            self.watched
-                .retain(|id| known.is_none_or(|(_, row)| row.id != *id));
+            self.events
+                .retain(|id, _| known.is_none_or(|(_, row)| row.id != *id));
         }
     }
 
@@ -562,40 +573,62 @@ impl<'nvml> Session<'nvml> {
         (users, !(complete && all_found))
     }
 
-    /// Asks to be told of a device's faults.
+    /// Asks to be told of a device's faults, if that is not done; again later where it fails.
     fn watch(&mut self, device: &Device<'nvml>, id: &str) {
-        if self.watched.contains(id) {
-            return;
-        }
-        let Some(set) = self.events.take() else {
-            return;
+        let failed = match self.events.get(id) {
+            Some(Watch::By(_) | Watch::Silent) => return,
+            Some(Watch::Failed { again, .. }) if Instant::now() < *again => return,
+            Some(Watch::Failed { times, .. }) => *times,
+            None => 0,
         };
-        self.watched.insert(id.to_owned());
         let kinds = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
         // Asked for one that it does not have, a device tells none.
         let kinds = device
             .supported_event_types()
             .map_or(kinds, |its| kinds & its);
-        match device.register_events(kinds, set) {
-            Ok(set) => self.events = Some(set),
-            Err(err) => {
-                tracing::debug!(device = id, err = %err.error, "the device tells no faults");
-                // The set went with the error: the others are registered with a new one.
-                self.events = self.nvml.create_event_set().ok();
-                self.watched.retain(|watched| watched == id);
+        let set = self.nvml.create_event_set();
+        let set = set.and_then(|set| device.register_events(kinds, set).map_err(|err| err.error));
+        let watch = match set {
+            Ok(set) => {
+                if failed > 0 {
+                    tracing::info!(device = id, "the device tells faults now");
+                }
+                Watch::By(set)
             }
-        }
+            Err(err) if is_not_offered(&err) => {
+                tracing::debug!(device = id, %err, "the device tells no faults");
+                Watch::Silent
+            }
+            Err(err) => {
+                let times = failed + 1;
+                if times == 1 {
+                    tracing::warn!(device = id, %err,
+                        "a device can't be asked to tell its faults, this is tried again");
+                }
+                if times < REGISTRATIONS {
+                    let pause = INTERVAL * 2_u32.saturating_pow(failed);
+                    let again = Instant::now() + pause.min(RETRY);
+                    Watch::Failed { times, again }
+                } else {
+                    tracing::warn!(device = id, %err,
+                        "a device could not be asked to tell its faults: restart bai-dataplane when the driver works");
+                    Watch::Silent
+                }
+            }
+        };
+        self.events.insert(id.to_owned(), watch);
     }
 
     fn take_events(&mut self) {
-        let Some(set) = &self.events else {
-            return;
-        };
-        // As many as there may reasonably be: a storm of them must not keep the thread.
-        for _ in 0..64 {
-            let Ok(event) = set.wait(0) else {
-                return;
+        let mut all = Vec::new();
+        for watch in self.events.values() {
+            let Watch::By(set) = watch else {
+                continue;
             };
+            // As many as there may reasonably be: a storm of them must not keep the thread.
+            all.extend((0..64).map_while(|_| set.wait(0).ok()));
+        }
+        for event in all {
             let Ok(id) = event.device.uuid() else {
                 continue;
             };
