@@ -55,6 +55,19 @@ def processes(device):
     return all
 
 
+def fabric(device):
+    """How far a device has come in joining its NVSwitches, by two forms of the call."""
+    forms = {
+        "v1": (nvml.nvmlDeviceGetGpuFabricInfo, nvml.c_nvmlGpuFabricInfo_t()),
+        "v2": (nvml.nvmlDeviceGetGpuFabricInfoV, nvml.c_nvmlGpuFabricInfo_v2_t()),
+    }
+    all = {}
+    for name, (form, into) in forms.items():
+        answered = told(form, device, ctypes.byref(into)) is not None
+        all[name] = fields(into, "state", "status") if answered else None
+    return all
+
+
 def samples(device, since=0):
     try:
         all = told(nvml.nvmlDeviceGetProcessUtilization, device, since)
@@ -137,6 +150,7 @@ def whole(device, others):
         "pci": pci(nvml.nvmlDeviceGetPciInfo(device)),
         "mig": nvml.nvmlDeviceGetMigMode(device),
         "drained": nvml.nvmlDeviceQueryDrainState(nvml.nvmlDeviceGetPciInfo(device)),
+        "fabric": fabric(device),
         "parts": [found for found in parts if found],
         "cores": nvml.nvmlDeviceGetNumGpuCores(device),
         "capability": nvml.nvmlDeviceGetCudaComputeCapability(device),

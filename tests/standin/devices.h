@@ -10,7 +10,8 @@
 //   fails CALL N CODE [PART]         the call answers this code for device N (-1: all of them), or for an instance of it only (-1: for itself only)
 //   grows CALL N                     the list has grown whenever it is read, N times of N + 1
 //   samples N                        there is room for so many samples of the performance monitoring (64)
-//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1 nomem=1 gpm=1 noecc=1 drained=1]
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1 nomem=1 gpm=1 noecc=1 drained=1 fabric=STATE fabric_status=CODE]
+//                                    fabric: how far it has come in joining its NVSwitches (nvmlGpuFabricState_t; 0, none, if not said)
 //   part N I uuid=... [name= mem= used= sms= slices= cslices= gi= ci= gr=PERCENT smu=PERCENT dram=PERCENT]   instance I of device N; without gi the
 //                                    driver does not tell its ids; gr, smu and dram are what its GPU instance does, told where the device has gpm
 //                                    nolist: instances do not tell their processes, only the whole device does
@@ -38,7 +39,7 @@ enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
 enum { MAX = 96, MAX_PARTS = 256, MAX_PROCESSES = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil, nolist, nomem, gpm, noecc, drained, gi, ci, enc, dec; double gr, smu, dram; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices, cslices; };
+struct device { int used, index, part, mig, lost, noutil, nolist, nomem, gpm, noecc, drained, fabric, fabric_status, gi, ci, enc, dec; double gr, smu, dram; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices, cslices; };
 struct process { int device, part; unsigned pid, sm, enc, dec, draws, mps; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[MAX_PROCESSES];
@@ -89,6 +90,7 @@ static void describe(struct device *d, char *line, int index, int part) {
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);
   d->nolist = number(line, "nolist", 0), d->nomem = number(line, "nomem", 0), d->gpm = number(line, "gpm", 0);
   d->noecc = number(line, "noecc", 0), d->drained = number(line, "drained", 0);
+  d->fabric = number(line, "fabric", 0), d->fabric_status = number(line, "fabric_status", 0);
   d->cslices = number(line, "cslices", d->slices);
   d->gr = share_of(line, "gr"), d->smu = share_of(line, "smu"), d->dram = share_of(line, "dram");
   d->gi = (int)number(line, "gi", -1), d->ci = (int)number(line, "ci", 0);

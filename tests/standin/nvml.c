@@ -140,6 +140,24 @@ API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, un
   if (!n) return NOT_FOUND;
   return !out || n > room || has_grown(__func__) ? TOO_SMALL : OK;
 }
+// BEFORE_510 stands for drivers that do not know of fabrics either.
+#ifndef BEFORE_510
+struct fabric { unsigned char cluster[16]; unsigned status, clique; unsigned char state; };
+API int nvmlDeviceGetGpuFabricInfo(struct device *d, struct fabric *f) {
+  WHOLE
+  memset(f, 0, sizeof *f);
+  f->state = d->fabric, f->status = d->fabric_status;
+  return OK;
+}
+struct fabric_v { unsigned version; struct { unsigned char cluster[16]; unsigned status, clique; unsigned char state; } of; unsigned health; };
+API int nvmlDeviceGetGpuFabricInfoV(struct device *d, struct fabric_v *f) {
+  WHOLE
+  if (f->version != (sizeof *f | 2 << 24)) return WRONG_VERSION;
+  memset(&f->of, 0, sizeof f->of);
+  f->of.state = d->fabric, f->of.status = d->fabric_status, f->health = 0;
+  return OK;
+}
+#endif
 API int nvmlEventSetCreate(void **set) { BEGIN *set = &told; return OK; }
 API int nvmlEventSetFree(void *set) { (void)set; return OK; }
 // Faults, and errors of two bits where there is such memory; asked for more, a device refuses.

@@ -15,9 +15,9 @@ use shared::observed::{AcceleratorRow, AcceleratorUse, MigInstance, Nearness};
 const DEVICES: &str = "\
 driver 570.86.15
 device 0 uuid=GPU-0a name=Stand-in_H200 mem=150323855360 used=7516192768 reserved=637534208 util=31 power=412345 temp=61 pci=00000001:1B:00.0 sms=132 enc=7 dec=9
-device 1 uuid=GPU-1b name=Stand-in_H200 mem=150323855361 used=3 reserved=637534209 util=32 power=412346 temp=62 pci=00000000:CA:02.0 sms=131 enc=0 norows=1 noecc=1
+device 1 uuid=GPU-1b name=Stand-in_H200 mem=150323855361 used=3 reserved=637534209 util=32 power=412346 temp=62 pci=00000000:CA:02.0 sms=131 enc=0 norows=1 noecc=1 fabric=3 fabric_status=999
 device 2 uuid=GPU-2c name=Stand-in_H100 mem=85899345920 used=1073741824 reserved=5 util=33 power=412347 temp=63 pci=00000000:DA:00.0 sms=114 noutil=1
-device 3 uuid=GPU-3d name=Stand-in_H100 mem=42949672960 used=31457280 reserved=7 util=34 power=412348 temp=64 pci=00000000:0E:00.0 sms=108 mig=1 gpm=1 drained=1
+device 3 uuid=GPU-3d name=Stand-in_H100 mem=42949672960 used=31457280 reserved=7 util=34 power=412348 temp=64 pci=00000000:0E:00.0 sms=108 mig=1 gpm=1 drained=1 fabric=2
 part 3 0 uuid=MIG-3-0 mem=20937965568 used=10485760 reserved=3 sms=42 slices=3 gi=2 ci=0 gr=41.5 smu=37.25 dram=12.75
 part 3 5 uuid=MIG-3-5 mem=5100273664 used=20971520 reserved=2 sms=14 slices=1 gi=9 ci=1 smu=99
 path 0 1 20
@@ -332,6 +332,17 @@ fn check(older: bool) -> Result<()> {
         rows.iter()
             .all(|row| row.driver == "570.86.15" && row.runtime == "12.4")
     );
+    for (device, state, status) in [(0, 0, 0), (1, 3, 999), (3, 2, 0)] {
+        let expected = match older {
+            true => Json::Null,
+            false => json!({"state": state, "status": status}),
+        };
+        let fabric = &found[device]["fabric"];
+        ensure!(
+            fabric["v1"] == expected && fabric["v2"] == expected,
+            "{fabric}"
+        );
+    }
     for device in found {
         compare(device, &told, &rows, older)?;
         ensure!(

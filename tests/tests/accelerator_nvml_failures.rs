@@ -223,7 +223,7 @@ fn a_device_that_fails_to_answer_is_as_old_as_it_is_and_keeps_its_fault() -> Res
 }
 
 #[test]
-fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_out()
+fn devices_without_error_correction_tell_faults_and_those_that_are_not_ready_are_not_given_out()
 -> Result<()> {
     let text = device(0, " noecc=1") + &device(1, "");
     let driver = StandIn::new(&text)?;
@@ -253,6 +253,32 @@ fn devices_without_error_correction_tell_faults_and_drained_ones_are_not_given_o
         row_of(rows, "GPU-1").is_ok_and(|row| row.healthy)
     })?;
     ensure!(process.log().matches("is drained").count() == 2);
+    // Wired to NVSwitches: given out when it has joined them.
+    let steps = [
+        (" fabric=2", "", false),
+        (" fabric=3", "", true),
+        // By the call of older drivers.
+        (
+            " fabric=3 fabric_status=999",
+            "fails nvmlDeviceGetGpuFabricInfoV 1 25\n",
+            false,
+        ),
+        (" fabric=0", "", true),
+    ];
+    for (state, more, joined) in steps {
+        let text = device(0, " noecc=1") + &device(1, state) + more;
+        driver.describe(&text)?;
+        control.accelerators(state, |rows| {
+            row_of(rows, "GPU-1").is_ok_and(|row| row.healthy == joined)
+        })?;
+    }
+    ensure!(
+        process
+            .log()
+            .matches("not registered with its NVSwitches")
+            .count()
+            == 2
+    );
     Ok(())
 }
 

@@ -36,7 +36,7 @@ use shared::observed::{
 
 use super::attribution::{by_container, owner_of};
 use super::{INTERVAL, ProcessUse, Reading, SLOW, Slot, clip, files};
-use crate::sys::nvml::{memory_v1, mig_instance};
+use crate::sys::nvml::{Fabric, fabric, memory_v1, mig_instance};
 use instance_load::InstanceLoads;
 use processes::{Listed, listed};
 use topology::{Node, Topology};
@@ -183,6 +183,8 @@ struct Session<'nvml> {
     failing: HashSet<u32>,
     /// Devices that take in no new programs.
     drained: HashSet<u32>,
+    /// Devices that are not ready to use their NVSwitches.
+    apart: HashSet<u32>,
     /// The log says that looks take long.
     slow: bool,
     past: Past,
@@ -233,6 +235,7 @@ impl<'nvml> Session<'nvml> {
             topology: Topology::default(),
             failing: HashSet::new(),
             drained: HashSet::new(),
+            apart: HashSet::new(),
             slow: false,
             past,
         }
@@ -382,6 +385,7 @@ impl<'nvml> Session<'nvml> {
             Some((code, own)) => (Some(*code), *own),
             None => (None, false),
         };
+        let ready = divided || self.is_in_its_fabric(index, device, &id);
         let (pci, drained) = match device.pci_info() {
             Ok(pci) => {
                 let address = bus_address(&pci.bus_id);
@@ -410,7 +414,7 @@ impl<'nvml> Session<'nvml> {
             model: device.name().unwrap_or_default(),
             numa_node: numa_node(self.root, &pci),
             pci: pci.clone(),
-            healthy: !own_fault && !drained,
+            healthy: !own_fault && !drained && ready,
             divided,
             driver: self.versions.0.clone(),
             runtime: self.versions.1.clone(),
@@ -571,6 +575,37 @@ impl<'nvml> Session<'nvml> {
             add_up(&mut reading.processes, pid, used);
         }
         (users, !(complete && all_found))
+    }
+
+    /// False when the device belongs to a fabric of NVSwitches and is not registered there: then every
+    /// program ends at its start, with CUDA's error 802. A question that fails changes nothing.
+    fn is_in_its_fabric(&mut self, index: u32, device: &Device<'nvml>, id: &str) -> bool {
+        let Ok(fabric) = fabric(self.nvml, device) else {
+            return !self.apart.contains(&index);
+        };
+        match fabric {
+            Fabric::None | Fabric::Joined => {
+                if self.apart.remove(&index) {
+                    tracing::info!(device = index, id, "an NVIDIA device has joined its fabric");
+                }
+                true
+            }
+            Fabric::NotJoined | Fabric::Failed(_) => {
+                if self.apart.insert(index) {
+                    let status = match fabric {
+                        Fabric::Failed(status) => status,
+                        _ => 0,
+                    };
+                    tracing::warn!(
+                        device = index,
+                        id,
+                        status,
+                        "an NVIDIA device is not registered with its NVSwitches, CUDA can't start on it and it is not given out: let nvidia-fabricmanager run, and look into its log"
+                    );
+                }
+                false
+            }
+        }
     }
 
     /// Asks to be told of a device's faults, if that is not done; again later where it fails.
