@@ -141,15 +141,16 @@ impl Node {
         self.interfaces_at = Some(Instant::now());
         self.interfaces = physical_interfaces(Path::new("/sys/class/net"));
         if self.interfaces.is_empty() {
-            // In a network namespace of its own the node's edge is where the default route leads.
+            // In a network namespace of its own the node's edge is where the default routes lead.
             let routes = std::fs::read_to_string("/proc/self/net/route").unwrap_or_default();
-            self.interfaces = default_route(&routes)
-                .and_then(|name| {
-                    let path = Path::new("/sys/class/net").join(name).join("ifindex");
-                    std::fs::read_to_string(path).ok()?.trim().parse().ok()
-                })
-                .into_iter()
-                .collect();
+            let routes6 = std::fs::read_to_string("/proc/self/net/ipv6_route").unwrap_or_default();
+            let name = default_route(&routes);
+            let name6 = default_route6(&routes6).filter(|it| name != Some(*it));
+            let index = |name: &str| {
+                let path = Path::new("/sys/class/net").join(name).join("ifindex");
+                std::fs::read_to_string(path).ok()?.trim().parse().ok()
+            };
+            self.interfaces = name.into_iter().chain(name6).filter_map(index).collect();
         }
     }
 }
@@ -216,6 +217,24 @@ fn default_route(text: &str) -> Option<&str> {
     })
 }
 
+/// The same in /proc/net/ipv6_route, by the best of its routes.
+fn default_route6(text: &str) -> Option<&str> {
+    /// linux/route.h, linux/ipv6_route.h: what leads nowhere is listed too.
+    const RTF_UP: u32 = 1;
+    const RTF_REJECT: u32 = 0x200;
+    let all = text.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [to, "00", _, _, _, metric, _, _, flags, name] = words[..] else {
+            return None;
+        };
+        let number = |word: &str| u32::from_str_radix(word, 16).ok();
+        let leads = number(flags)? & (RTF_UP | RTF_REJECT) == RTF_UP;
+        let all_zero = to.bytes().all(|digit| digit == b'0');
+        (leads && all_zero && name != "lo").then_some((number(metric)?, name))
+    });
+    all.min_by_key(|(metric, _)| *metric).map(|(_, name)| name)
+}
+
 /// Descriptors of this process: the size of the directory on kernels from 6.2 on, absent before.
 fn open_descriptors(directory: &File) -> Option<u64> {
     let size = directory.metadata().ok()?.len();
@@ -256,6 +275,25 @@ mod tests {
                     eth9\t00000000\t0100A8C0\t3\t0\t0\t0\t00000000\t0\n";
         assert_eq!(default_route(text), Some("eth9"));
         assert_eq!(default_route(""), None);
+    }
+
+    #[test]
+    fn the_default_route_of_ipv6_has_an_interface() {
+        let zero = "0".repeat(32);
+        let line = |to: &str, length: &str, metric: &str, flags: &str, name: &str| {
+            format!("{to} {length} {zero} 00 {zero} {metric} 00000001 00000000 {flags} {name:>8}\n")
+        };
+        let net = format!("2001{}", &zero[4..]);
+        let mut text = line(&net, "40", "00000100", "00000001", "eth0")
+            + &line(&zero, "00", "ffffffff", "00200200", "lo")
+            // One that answers "unreachable".
+            + &line(&zero, "00", "00000010", "00000201", "eth8");
+        assert_eq!(default_route6(&text), None);
+        text += &line(&zero, "00", "00000400", "00000003", "eth1");
+        assert_eq!(default_route6(&text), Some("eth1"));
+        text += &line(&zero, "00", "00000064", "00450003", "eth2");
+        assert_eq!(default_route6(&text), Some("eth2"));
+        assert_eq!(default_route6("not a table\n"), None);
     }
 
     /// 2,048 CPUs, and the interrupt lines that such a machine may have.
