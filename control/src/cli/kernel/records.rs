@@ -207,8 +207,8 @@ pub(super) fn stats_table(reply: &Value) -> String {
         table.row([
             id.clone(),
             cpu,
-            bytes(number(sample, &["memory", "current"])),
-            bytes(number(sample, &["memory", "limit"])),
+            bytes(number(sample, &["memory", "current_bytes"])),
+            bytes(number(sample, &["memory", "limit_bytes"])),
             number(sample, &["pids", "current"])
                 .map_or_else(|| "-".to_owned(), |pids| pids.to_string()),
             bytes(number(sample, &["io", "read_bytes"])),
@@ -223,6 +223,8 @@ pub(super) fn stats_table(reply: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats;
+    use shared::observed::{ContainerSample, Source};
 
     #[test]
     fn folders_are_shown_with_what_is_not_known_left_open() {
@@ -274,22 +276,37 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_group_is_not_a_zero() {
-        let reply = serde_json::json!({"kernels": {"k": {"cpu": {"usage_ns": 1_500_000_000u64}, "memory": {"current": 1048576, "limit": 2097152}}}});
-        let text = stats_table(&reply);
-        let row: Vec<&str> = text
-            .lines()
-            .nth(1)
-            .unwrap()
-            .split("  ")
-            .map(str::trim)
-            .filter(|cell| !cell.is_empty())
-            .collect();
+    fn every_column_is_filled_by_what_a_sample_has_and_an_absent_group_is_not_a_zero() {
+        let mut sample = ContainerSample::default();
+        sample.cpu.source = Source::Bpf;
+        sample.cpu.counters.usage_ns = Some(1_500_000_000);
+        sample.memory.source = Source::Bpf;
+        sample.memory.counters.current_bytes = Some(1 << 20);
+        sample.memory.counters.limit_bytes = Some(2 << 20);
+        let some = sample.clone();
+        sample.pids.source = Source::Bpf;
+        sample.pids.counters.current = Some(3);
+        sample.io.source = Source::File;
+        sample.io.counters.read_bytes = Some(4 << 20);
+        sample.io.counters.write_bytes = Some(5 << 20);
+        sample.net.source = Source::Netlink;
+        sample.net.counters.rx_bytes = Some(6 << 20);
+        sample.net.counters.tx_bytes = Some(7 << 20);
+        let shown = |sample: &ContainerSample| -> Vec<String> {
+            let reply = serde_json::json!({"kernels": {"k": stats::container(sample)}});
+            let text = stats_table(&reply);
+            let cells = text.lines().nth(1).unwrap().split("  ").map(str::trim);
+            let cells = cells.filter(|cell| !cell.is_empty());
+            cells.map(str::to_owned).collect()
+        };
+        let own = ["k", "1.5 s", "1.00 MiB", "2.00 MiB"];
+        assert_eq!(shown(&some)[..4], own);
+        assert_eq!(shown(&some)[4..], ["-"; 5]);
+        let all = shown(&sample);
+        assert_eq!(all[..4], own);
         assert_eq!(
-            row,
-            [
-                "k", "1.5 s", "1.00 MiB", "2.00 MiB", "-", "-", "-", "-", "-"
-            ]
+            all[4..],
+            ["3", "4.00 MiB", "5.00 MiB", "6.00 MiB", "7.00 MiB"]
         );
     }
 }
