@@ -37,7 +37,11 @@ pub enum RunDirError {
     )]
     NoTmpfs,
     /// A directory cannot be made or looked at.
-    #[error("cannot {step} the run directory {path}", path = .path.display())]
+    #[error(
+        "cannot {step} the run directory {path}; see that the directory above it may be written and \
+         that nothing else has that name",
+        path = .path.display()
+    )]
     Directory {
         /// What was tried.
         step: &'static str,

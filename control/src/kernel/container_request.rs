@@ -6,7 +6,7 @@
 //!
 //! Differences from the original, all on purpose: no port bindings unless the engine publishes;
 //! host ports, slots and session type are kept in labels; `Cpus` is not sent (the engine does not
-//! know it); the jail comes without the other seccomp profile.
+//! know it); the jail comes without the other seccomp profile; the tasks of a container are bounded.
 
 mod host_facts;
 mod merge;
@@ -353,6 +353,9 @@ fn host_config(inputs: &ContainerInputs<'_>) -> Result<HostConfig, ContainerRequ
         memory: limits.memory,
         memory_swap: limits.memory_swap,
         nano_cpus: limits.nano_cpus,
+        pids_limit: host
+            .tasks
+            .map(|tasks| i64::try_from(tasks).unwrap_or(i64::MAX)),
         shm_size: shm_size.transpose()?,
         blkio_device_read_bps: throttle(|limit| limit.read_bps.map(|size| size.0)),
         blkio_device_write_bps: throttle(|limit| limit.write_bps.map(|size| size.0)),

@@ -129,6 +129,11 @@ async fn defect_restart_loses_the_limits_of_the_node() -> Result<()> {
     let host = &old["HostConfig"];
     assert_eq!(host["NanoCpus"], 1_000_000_000u64);
     assert_eq!(host["ShmSize"], 33_554_432);
+    // One that forks without end leaves the host half of its tasks.
+    let most = std::fs::read_to_string("/proc/sys/kernel/pid_max")?;
+    let most: u64 = most.trim().parse()?;
+    let tasks = host["PidsLimit"].as_u64().context("no limit of tasks")?;
+    assert!((1..=most / 2).contains(&tasks), "{tasks} of {most}");
     let rate = |key: &str| {
         let limits = &host[key];
         assert_eq!(limits[0]["Path"], device.as_str(), "{key}: {limits}");

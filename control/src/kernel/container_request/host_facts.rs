@@ -14,6 +14,8 @@ pub struct HostFacts {
     /// This process's own hard limits; none is no limit.
     pub open_files: Option<u64>,
     pub locked_memory: Option<u64>,
+    /// Tasks (processes and their threads) that one container may have.
+    pub tasks: Option<u64>,
     /// There are RDMA devices, which every kernel gets.
     pub rdma: bool,
 }
@@ -57,9 +59,21 @@ impl HostFacts {
             overrides: parts,
             open_files: limit(rustix::process::Resource::Nofile),
             locked_memory: limit(rustix::process::Resource::Memlock),
+            tasks: tasks(Path::new("/proc/sys/kernel")),
             rdma: Path::new("/dev/infiniband/uverbs0").exists(),
         })
     }
+}
+
+/// Half of the tasks this host can have, so that one container that forks without end leaves the engine, this agent and
+/// other kernels theirs. Memory is no bound: a task takes about 150 KiB, and a host of few cores numbers 32,768.
+fn tasks(limits: &Path) -> Option<u64> {
+    let read = |name: &str| {
+        let text = fs::read_to_string(limits.join(name)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let most = [read("pid_max"), read("threads-max")];
+    most.into_iter().flatten().min().map(|most| most / 2)
 }
 
 /// The profile that comes with the runner. Read for each creation, because a runner may be installed
@@ -105,4 +119,21 @@ fn read_json(path: &Path) -> Result<Option<Value>, HostFactsError> {
         cause,
     })?;
     Ok(Some(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_may_have_half_of_the_hosts_tasks() {
+        let limits = tempfile::tempdir().unwrap();
+        assert_eq!(tasks(limits.path()), None);
+        fs::write(limits.path().join("pid_max"), "4194304\n").unwrap();
+        assert_eq!(tasks(limits.path()), Some(2_097_152));
+        fs::write(limits.path().join("threads-max"), "192731\n").unwrap();
+        assert_eq!(tasks(limits.path()), Some(96_365));
+        // This host tells.
+        assert!(HostFacts::read(&[]).unwrap().tasks >= Some(100));
+    }
 }

@@ -85,6 +85,19 @@ impl Totals {
         self.limit.load(Relaxed)
     }
 
+    /// What of the limit is open to a port that would have `own` sessions. A quarter is kept for ports
+    /// with few, so that the clients of some ports, which sit there and say nothing, do not shut out
+    /// those of all others: 64 ports can have their few at once.
+    fn room(&self, own: u32) -> u32 {
+        let limit = self.limit();
+        let few = limit / 256;
+        if few > 0 && own > few {
+            limit - limit / 4
+        } else {
+            limit
+        }
+    }
+
     /// Sessions of all ports.
     pub fn active(&self) -> u32 {
         self.active.load(Relaxed)
@@ -355,8 +368,8 @@ impl Port {
             return Err(Refusal::PortLimit);
         }
         // 0 would be no limit, and that much is left of one.
-        take(&self.active, limit.saturating_sub(elsewhere)).ok_or(Refusal::PortLimit)?;
-        if take(&self.totals.active, self.totals.limit.load(Relaxed)).is_none() {
+        let own = take(&self.active, limit.saturating_sub(elsewhere)).ok_or(Refusal::PortLimit)?;
+        if take(&self.totals.active, self.totals.room(own)).is_none() {
             self.active.fetch_sub(1, Relaxed);
             return Err(Refusal::TotalLimit);
         }
@@ -435,14 +448,14 @@ impl Port {
     }
 }
 
-/// Raises a count unless that would pass the limit (0 = no limit).
-fn take(count: &AtomicU32, limit: u32) -> Option<()> {
+/// Raises a count unless that would pass the limit (0 = no limit), and answers the new one.
+fn take(count: &AtomicU32, limit: u32) -> Option<u32> {
     count
         .fetch_update(Relaxed, Relaxed, |now| {
             (limit == 0 || now < limit).then(|| now.saturating_add(1))
         })
         .ok()
-        .map(|_| ())
+        .map(|before| before.saturating_add(1))
 }
 
 /// The place of one session in the counts of its port and of the process.
@@ -589,6 +602,32 @@ mod tests {
         drop(seat);
         assert_eq!(port.active(), 0);
         assert_eq!(port.totals.active(), 0);
+    }
+
+    #[test]
+    fn full_ports_leave_the_others_their_few() {
+        let flooded = port(Rules::default(), 1024);
+        let totals = Arc::clone(&flooded.totals);
+        let admit = |port: &Arc<Port>| port.admit(ip("10.0.0.1"), || None);
+        let silent: Vec<Seat> = (0..2000).filter_map(|_| admit(&flooded).ok()).collect();
+        assert_eq!(silent.len(), 768, "three quarters");
+        let address = "127.0.0.1:2".parse().unwrap();
+        let mut seats = Vec::new();
+        for _ in 0..64 {
+            let other = Arc::new(Port::new(
+                address,
+                address,
+                Rules::default(),
+                Arc::clone(&totals),
+            ));
+            seats.extend((0..5).filter_map(|_| admit(&other).ok()));
+        }
+        assert_eq!(seats.len(), 64 * 4);
+        assert_eq!(totals.active(), 1024);
+        // What one gives up is free for those with few alone.
+        seats.pop();
+        assert_eq!(admit(&flooded).unwrap_err(), Refusal::TotalLimit);
+        assert_eq!(flooded.active(), 768);
     }
 
     #[test]
