@@ -298,7 +298,7 @@ async def life(address, settings):
     tasks = await client.check_and_pull({customized["canonical"]: customized})
     name, args = await node.task(tasks[customized["canonical"]])
     check("the committed image is pulled", name == "bgtask_done", args)
-    again = Session(node, customized | {"auto_pull": AutoPullBehavior.TAG}, preopen_ports=[8500])
+    again = Session(node, customized, preopen_ports=[8500], auto_pull=AutoPullBehavior.TAG)
     await again.create()
     output, _ = await again.run("ls /tmp/kept")
     check("the committed file is in it", output == "/tmp/kept\n", output)

@@ -342,6 +342,7 @@ async fn a_pull_cut_short_is_told_and_tried_again() -> Result<()> {
     order.config["image"]["canonical"] = json!(canonical);
     order.config["image"]["is_local"] = json!(false);
     order.config["image"]["auto_pull"] = json!("tag");
+    order.config["auto_pull"] = json!("tag");
     order.config["image"]["registry"] =
         json!({"name": slow.address, "url": format!("http://{}", slow.address)});
     let configs = json!({ &canonical: order.config["image"] });

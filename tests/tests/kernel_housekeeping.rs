@@ -391,6 +391,7 @@ async fn an_image_that_is_not_here_is_pulled_and_told_of() -> Result<()> {
     order.config["image"]["registry"] = json!({"name": registry.address, "url": ""});
     // Docker compares by digest: the tag is the only thing that is missing afterwards.
     order.config["image"]["auto_pull"] = json!("tag");
+    order.config["auto_pull"] = json!("tag");
     let pushed = kernels::docker(&["push", &canonical]);
     remove()?;
     pushed?;
@@ -452,6 +453,7 @@ async fn the_end_of_a_pull_that_a_creation_began_is_told_to_who_joins() -> Resul
     order.config["image"]["registry"] =
         json!({"name": registry.local_addr()?.to_string(), "url": ""});
     order.config["image"]["auto_pull"] = json!("tag");
+    order.config["auto_pull"] = json!("tag");
     let configs = json!({ &canonical: order.config["image"] });
     let told = async || -> Result<Vec<String>> {
         let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];

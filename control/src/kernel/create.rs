@@ -329,8 +329,25 @@ async fn ready_image(
     };
     Ok(node
         .images
-        .ensure(&image_request(&config.image), pulling, |_| ())
+        .ensure(&wanted_image(config), pulling, |_| ())
         .await?)
+}
+
+/// What has to be there of a kernel's image. When it is pulled is said beside the image, whatever the
+/// image's own configuration says (which is for `check_and_pull`).
+fn wanted_image(config: &KernelCreationConfig) -> ImageRequest {
+    ImageRequest {
+        auto_pull: auto_pull(config.auto_pull),
+        ..image_request(&config.image)
+    }
+}
+
+fn auto_pull(wanted: request::AutoPull) -> AutoPull {
+    match wanted {
+        request::AutoPull::Digest => AutoPull::Digest,
+        request::AutoPull::Tag => AutoPull::Tag,
+        request::AutoPull::None => AutoPull::None,
+    }
 }
 
 /// What has to be there of an image.
@@ -346,11 +363,7 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
         architecture: image.architecture.clone(),
         is_local: image.is_local,
         auth,
-        auto_pull: match image.auto_pull {
-            request::AutoPull::Digest => AutoPull::Digest,
-            request::AutoPull::Tag => AutoPull::Tag,
-            request::AutoPull::None => AutoPull::None,
-        },
+        auto_pull: auto_pull(image.auto_pull),
     }
 }
 
@@ -415,6 +428,24 @@ async fn console_tail(node: &Node, container: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn when_an_image_is_pulled_is_said_beside_it() {
+        let wanted = |beside: serde_json::Value| {
+            let mut config = serde_json::json!({
+                "image": {"canonical": "a/b:c", "digest": "sha256:d", "auto_pull": "tag"},
+                "kernel_id": "44843cf7-7964-4cd9-8c60-f8e4fdc69e3a",
+                "session_id": "a61cd3c8-03c5-4ac1-abcd-0246dc7e82f8",
+            });
+            config["auto_pull"] = beside;
+            let config: KernelCreationConfig = serde_json::from_value(config).unwrap();
+            let request = wanted_image(&config);
+            assert_eq!(request.digest, "sha256:d");
+            request.auto_pull
+        };
+        assert_eq!(wanted("none".into()), AutoPull::None);
+        assert_eq!(wanted(serde_json::Value::Null), AutoPull::Digest);
+    }
 
     #[tokio::test]
     async fn a_panic_of_ours_fails_the_creation_and_is_not_passed_on() {
