@@ -69,8 +69,9 @@ loom: ## model checks of the shared-memory cell
 integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
 	$(NEXTEST) nextest run --locked -p tests --tests
 
-test-accelerators: build runner $(NEXTEST) ## the suites about accelerators alone (part of `make test`)
+test-accelerators: setup-test build runner $(NEXTEST) ## all about accelerators alone, the manager's view of them too (part of `make test`)
 	$(NEXTEST) nextest run --locked -p tests --test 'accelerator_*'
+	tests/scripts/compat accelerators_are_slots_of_the_manager
 
 test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver (root): loads against nvidia-smi; writes what it saw into docs/gpu.md
 	UPDATE_DOCS=1 $(NEXTEST) nextest run --locked -p tests --test gpu --success-output final

@@ -202,7 +202,8 @@ impl Accelerators {
         let mut fresh = of_rows(&snapshot.accelerators, &self.settings);
         let held = ledger.accelerators_held();
         let lost = before.iter().filter(|old| {
-            held.contains_key(&old.id) && fresh.iter().all(|device| device.id != old.id)
+            held.keys().any(|id| old.is_called(id))
+                && fresh.iter().all(|device| device.id != old.id)
         });
         let lost: Vec<Known> = lost.map(Known::as_lost).collect();
         fresh.extend(lost);
@@ -352,5 +353,30 @@ mod tests {
         // Both are gone, and nobody holds them.
         assert!(next.take_in(&ledger, &observed(Some(0))).unwrap());
         assert_eq!(announced(&ledger).as_deref(), Some("0"));
+    }
+
+    #[test]
+    fn a_pass_on_a_node_without_accelerators_does_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let mut options = config::LoadOptions::of_this_process(None, true);
+        options.environment = Box::new(|_| None);
+        let mut config = Config::clone(&config::load(&options).unwrap().config);
+        config.agent.var_base_path = place.path().to_owned();
+        let accelerators =
+            Accelerators::open(&config, &Options::default(), EngineDevices::default());
+        let ledger = Ledger::discover(&config, accelerators.plugins().unwrap()).unwrap();
+        // The first answer is news, whatever it is.
+        assert!(!accelerators.has_nothing_to_do(&observed(Some(0))));
+        assert!(!accelerators.take_in(&ledger, &observed(Some(0))).unwrap());
+        assert!(accelerators.has_nothing_to_do(&observed(Some(0))));
+        let files = std::fs::read_dir(place.path()).unwrap();
+        assert_eq!(files.count(), 0, "nothing is kept of nothing");
+        let slots = ledger.available();
+        let slots: Vec<&str> = slots.iter().map(|slot| slot.name.as_str()).collect();
+        assert_eq!(slots, ["cpu", "mem"]);
+        // One that is plugged in is seen.
+        assert!(!accelerators.has_nothing_to_do(&observed(Some(1))));
+        assert!(accelerators.take_in(&ledger, &observed(Some(1))).unwrap());
+        assert!(!accelerators.has_nothing_to_do(&observed(Some(0))));
     }
 }

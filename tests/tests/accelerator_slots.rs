@@ -439,7 +439,11 @@ async fn made_up_devices_are_scheduled_without_any_driver() -> Result<()> {
         ),
     )?;
     let node = Node::start(NodeOptions {
-        sections: format!("[node.accelerators]\nmock = \"{}\"\n", file.display()),
+        sections: format!(
+            "[node.accelerators]\nmock = \"{}\"\nplugin-dir = \"{}\"\n",
+            file.display(),
+            directory.path().join("plugins").display(),
+        ),
         ..NodeOptions::default()
     })
     .await?;
@@ -454,6 +458,10 @@ async fn made_up_devices_are_scheduled_without_any_driver() -> Result<()> {
     }
     let state = kernels::ask(&node, "gather_hwinfo", Vec::new()).await?;
     ensure!(state["cuda"]["status"] == "healthy", "{state}");
+    ensure!(
+        !directory.path().join("plugins").exists(),
+        "device plugins are waited for, and none is mapped to a slot"
+    );
     kernels::destroy(&node, &order).await?;
     kernels::wait_end(&node, order.kernel).await?;
     kernels::assert_clean(&node).await

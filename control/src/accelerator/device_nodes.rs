@@ -304,6 +304,7 @@ mod tests {
             slot: None,
             versions: Default::default(),
             near: Vec::new(),
+            number: None,
         }
     }
 

@@ -23,6 +23,9 @@ pub struct Known {
     pub kind: String,
     /// Stable id, also in allocations: a UUID, a serial number, a PCI address.
     pub id: String,
+    /// The number by which the Python agent's kernels hold it: of a whole CUDA device.
+    #[serde(default)]
+    pub number: Option<u32>,
     /// Model.
     pub model: String,
     /// PCI address as sysfs writes it, or empty.
@@ -57,6 +60,11 @@ pub struct Known {
 }
 
 impl Known {
+    /// Whether an allocation means this device.
+    pub(super) fn is_called(&self, id: &str) -> bool {
+        self.id == id || self.number.is_some_and(|number| number.to_string() == id)
+    }
+
     /// The same device, which nobody lists any more.
     pub(super) fn as_lost(&self) -> Self {
         Self {
@@ -74,8 +82,14 @@ pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<Known
             row.key.kind,
             AcceleratorKind::Plugin | AcceleratorKind::Mock
         );
+        let kind = row.key.kind.to_string();
+        // A mask of a divided device is one of its parts.
         let whole = row.part_of.unwrap_or(row.key.index);
-        real && !row.divided && settings.gives_out(&row.key.kind.to_string(), &row.id, whole)
+        let mut named = rows.iter().filter(|other| {
+            let is_whole = other.key.kind == row.key.kind && other.key.index == whole;
+            is_whole || other.key == row.key
+        });
+        real && !row.divided && named.all(|named| settings.gives_out(&kind, &named.id, whole))
     });
     let given: Vec<&AcceleratorRow> = given.collect();
     let device = |row: &&AcceleratorRow| Known {
@@ -117,6 +131,8 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
     Known {
         kind: row.key.kind.to_string(),
         id: id_of(row),
+        number: (row.key.kind == AcceleratorKind::Cuda && row.part_of.is_none())
+            .then_some(row.key.index),
         model: row.model.clone(),
         numa_node: row.numa_node.map(i32::from),
         healthy: row.healthy,

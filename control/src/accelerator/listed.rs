@@ -174,6 +174,7 @@ mod tests {
             slot: Some(slot.to_owned()),
             versions: Default::default(),
             near: Vec::new(),
+            number: None,
         }
     }
 

@@ -217,6 +217,7 @@ fn known(key: &str, place: usize, entry: &Entry) -> Result<Known, String> {
         slot: None,
         versions: Default::default(),
         near: Vec::new(),
+        number: None,
     })
 }
 

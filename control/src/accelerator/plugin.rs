@@ -123,9 +123,10 @@ impl AcceleratorPlugin {
         };
         let memory = Decimal::from(device.memory) / Decimal::from(units.memory.max(1));
         let processors = Decimal::from(device.units) / Decimal::from(units.processors.max(1));
-        // Unknown processors do not limit.
-        let least = match device.units {
-            0 => memory,
+        // What is unknown does not limit: memory is where it is a part of the host's.
+        let least = match (device.memory, device.units) {
+            (_, 0) => memory,
+            (0, _) => processors,
             _ => memory.min(processors),
         };
         least.trunc_with_scale(2)
@@ -146,7 +147,27 @@ impl AcceleratorPlugin {
     }
 
     fn known(&self, id: &str) -> Option<&Known> {
-        self.devices.iter().find(|device| device.id == id)
+        self.devices.iter().find(|device| device.is_called(id))
+    }
+
+    /// Ids and amounts of an allocation in the order of the devices, whatever the order of choice: so
+    /// a container numbers the devices it sees, and what is told by number has to be of that device.
+    fn held<'a>(&'a self, allocation: &'a [(String, Shares)]) -> Vec<(&'a str, Amount)> {
+        let all = allocation.iter().flat_map(|(_, shares)| shares);
+        let mut held: Vec<(usize, &str, Amount)> = all
+            .filter(|(_, amount)| !amount.is_zero())
+            .map(|(id, amount)| {
+                let mut known = self.devices.iter().enumerate();
+                match known.find(|(_, device)| device.is_called(id)) {
+                    Some((place, device)) => (place, device.id.as_str(), *amount),
+                    None => (usize::MAX, id.as_str(), *amount),
+                }
+            })
+            .collect();
+        held.sort_by_key(|(place, ..)| *place);
+        held.into_iter()
+            .map(|(_, id, amount)| (id, amount))
+            .collect()
     }
 }
 
@@ -162,14 +183,6 @@ fn slot_type(of_parts: bool) -> SlotType {
 pub(super) fn profile_of(slot: &str) -> Option<&str> {
     let (_, part) = slot.split_once(".device:")?;
     part.strip_suffix("-mig")
-}
-
-/// Ids and amounts of an allocation, in the order given.
-pub(super) fn held(allocation: &[(String, Shares)]) -> Vec<(&str, Amount)> {
-    let all = allocation.iter().flat_map(|(_, shares)| shares);
-    all.filter(|(_, amount)| !amount.is_zero())
-        .map(|(id, amount)| (id.as_str(), *amount))
-        .collect()
 }
 
 impl DevicePlugin for AcceleratorPlugin {
@@ -205,6 +218,7 @@ impl DevicePlugin for AcceleratorPlugin {
     fn allocation_map(&self, _: &[Device]) -> AllocationMap {
         let rows = self.working().map(|device| MapDevice {
             id: device.id.clone(),
+            alias: device.number.map(|number| number.to_string()),
             slot: self.slot_of(device),
             kind: slot_type(device.profile.is_some()),
             total: self.total_of(device),
@@ -230,7 +244,7 @@ impl DevicePlugin for AcceleratorPlugin {
     }
 
     fn limit(&self, _: &[Device], allocation: &[(String, Shares)], limits: &mut ContainerLimits) {
-        let held = held(allocation);
+        let held = self.held(allocation);
         let devices: Vec<Option<&Known>> = held.iter().map(|(id, _)| self.known(id)).collect();
         let ids: Vec<&str> = held.iter().map(|(id, _)| *id).collect();
         self.injection.inject(&ids, &devices, limits);
@@ -256,7 +270,7 @@ impl DevicePlugin for AcceleratorPlugin {
         });
         let parts: Vec<(&str, (u64, u64))> = shared.collect();
         let virtualized = u8::from(!parts.is_empty());
-        if !parts.is_empty() {
+        if let Some(units) = self.shares.filter(|_| !parts.is_empty()) {
             let list = |text: &dyn Fn(&(u64, u64)) -> String| {
                 let all = parts
                     .iter()
@@ -265,7 +279,7 @@ impl DevicePlugin for AcceleratorPlugin {
             };
             line("MEMORY_LIMITS", list(&|part| part.0.to_string()));
             line("PROCESSOR_LIMITS", list(&|part| part.1.to_string()));
-            line("RESERVED_MEMORY", (64_u64 << 20).to_string());
+            line("RESERVED_MEMORY", units.reserved.to_string());
         }
         line("RESOURCE_VIRTUALIZED", virtualized.to_string());
     }
@@ -283,7 +297,7 @@ impl DevicePlugin for AcceleratorPlugin {
                 ]),
             }
         };
-        held(allocation).into_iter().map(attached).collect()
+        self.held(allocation).into_iter().map(attached).collect()
     }
 
     fn metadata(&self) -> Vec<SlotMetadata> {

@@ -27,6 +27,9 @@ pub fn of_tree(tree: &crate::etcd::Tree) -> Options {
         .collect()
 }
 
+/// [`ShareUnits::reserved`] unless a cluster says otherwise, as in the original.
+const RESERVED: u64 = 64 << 20;
+
 /// How devices are divided into shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShareUnits {
@@ -36,14 +39,22 @@ pub struct ShareUnits {
     pub processors: u32,
     /// The least share, and the step of shares.
     pub quantum: Decimal,
+    /// Memory of a device that its limits leave to the driver, bytes.
+    pub reserved: u64,
+}
+
+/// How the devices of a plugin are given out.
+#[derive(Debug, Clone, Copy)]
+struct Sharing {
+    fractional: bool,
+    units: ShareUnits,
 }
 
 /// The settings in effect.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     mask: Vec<String>,
-    allowed: Option<Vec<String>>,
-    blocked: Vec<String>,
+    switches: Switches,
     /// How containers get CUDA devices.
     pub injection: CudaInjection,
     /// None gives CUDA devices out as a whole.
@@ -66,77 +77,49 @@ impl Settings {
     /// Of the file, with the cluster's over it; what of those makes no sense is told and left out.
     pub fn of(config: &Config, options: &Options, engine: EngineDevices) -> Self {
         let file = &config.node.accelerators;
-        let name = |entry: &String| plugin_name(entry).to_owned();
-        let mut settings = Self {
-            mask: file.device_mask.clone(),
-            allowed: (config.agent.allow_compute_plugins.as_ref())
-                .map(|all| all.iter().map(name).collect()),
-            blocked: (config.agent.block_compute_plugins.iter().flatten())
-                .map(name)
-                .collect(),
-            injection: engine.injection(file.cuda_injection),
-            shares: None,
-            mock_shares: None,
+        let switches = Switches::of(config);
+        let mock_file = file.mock.clone().filter(|path| {
+            let on = switches.allow("mock");
+            if !on {
+                tracing::warn!(path = %path.display(),
+                    "made-up devices are switched off by agent.allow-compute-plugins or agent.block-compute-plugins");
+            }
+            on
+        });
+        let mut cuda = Sharing {
+            fractional: file.allocation_mode == AllocationMode::Fractional,
             units: ShareUnits {
                 memory: file.unit_mem.0,
                 processors: file.unit_proc,
                 quantum: Decimal::new(file.quantum_percent.into(), 2),
+                reserved: RESERVED,
             },
-            mock: file.mock.clone(),
-            mock_key: file.mock.as_deref().and_then(super::mock::key_of),
+        };
+        cuda.take_all("cuda", options);
+        let mock_key = mock_file.as_deref().and_then(super::mock::key_of);
+        // Made-up devices have a plugin of their own; those of CUDA follow what is said of real ones.
+        let mut mock = Sharing {
+            fractional: cuda.fractional && mock_key.as_deref() == Some("cuda"),
+            ..cuda
+        };
+        mock.take_all("mock", options);
+        let masks = options.iter().filter_map(|(plugin, keys)| {
+            let of_mock = mock_key.as_deref().filter(|_| plugin == "mock");
+            Some((of_mock.unwrap_or(plugin), keys.get("device_mask")?))
+        });
+        let masks = masks.flat_map(|(kind, text)| masked(kind, text));
+        Self {
+            mask: file.device_mask.iter().cloned().chain(masks).collect(),
+            switches,
+            injection: engine.injection(file.cuda_injection),
+            shares: cuda.fractional.then_some(cuda.units),
+            mock_shares: mock.fractional.then_some(mock.units),
+            units: cuda.units,
+            mock: mock_file,
             plugin_slots: file.device_plugins.values().cloned().collect(),
             root: file.device_root.clone(),
-        };
-        let mut fractional = file.allocation_mode == AllocationMode::Fractional;
-        let of_mock = options
-            .get("mock")
-            .and_then(|keys| keys.get("allocation_mode"));
-        for (plugin, keys) in options {
-            for (key, text) in keys {
-                if key == "device_mask" {
-                    settings.mask.extend(masked(plugin, text));
-                } else if plugin == "cuda" {
-                    let taken = settings.take(key, text, &mut fractional);
-                    if taken.is_none() {
-                        let key = format!("config/plugins/accelerator/{plugin}/{key}");
-                        tracing::warn!(key, value = text, "a setting of etcd is not used");
-                    }
-                }
-            }
+            mock_key,
         }
-        settings.shares = fractional.then_some(settings.units);
-        let mock_fractional = match of_mock.map(String::as_str) {
-            Some(mode) => mode == "fractional",
-            None => fractional && settings.mock_key.as_deref() == Some("cuda"),
-        };
-        settings.mock_shares = mock_fractional.then_some(settings.units);
-        settings
-    }
-
-    fn take(&mut self, key: &str, text: &str, fractional: &mut bool) -> Option<()> {
-        match (key, text) {
-            ("allocation_mode", "discrete") => *fractional = false,
-            ("allocation_mode", "fractional") => *fractional = true,
-            ("unit_mem", text) => {
-                let size = parse_binary_size(text.trim());
-                let size = size.filter(|size| (512 << 20..=1 << 40).contains(size));
-                self.units.memory = size?;
-            }
-            ("unit_proc", text) => {
-                let units = text.trim().parse().ok();
-                self.units.processors = units.filter(|units| (2..=1024).contains(units))?;
-            }
-            ("quantum_size", text) => {
-                let quantum = text.trim().parse::<Decimal>().ok();
-                // Amounts have two decimals.
-                let fits = |size: &Decimal| {
-                    *size > Decimal::ZERO && *size <= Decimal::ONE && size.normalize().scale() <= 2
-                };
-                self.units.quantum = quantum.filter(fits)?;
-            }
-            _ => return None,
-        }
-        Some(())
     }
 
     /// Whether a device is given out.
@@ -163,9 +146,74 @@ impl Settings {
 
     /// Whether a kind of device is switched on.
     pub fn allows(&self, kind: &str) -> bool {
+        self.switches.allow(kind)
+    }
+}
+
+/// Which plugins are switched on, by the names that the original's have.
+#[derive(Debug, Clone, PartialEq)]
+struct Switches {
+    allowed: Option<Vec<String>>,
+    blocked: Vec<String>,
+}
+
+impl Switches {
+    fn of(config: &Config) -> Self {
+        let agent = &config.agent;
+        let name = |entry: &String| plugin_name(entry).to_owned();
+        let allowed = agent.allow_compute_plugins.as_ref();
+        let blocked = agent.block_compute_plugins.iter().flatten();
+        Self {
+            allowed: allowed.map(|all| all.iter().map(name).collect()),
+            blocked: blocked.map(name).collect(),
+        }
+    }
+
+    fn allow(&self, plugin: &str) -> bool {
         let allowed = self.allowed.as_ref();
-        allowed.is_none_or(|all| all.iter().any(|name| name == kind))
-            && !self.blocked.iter().any(|name| name == kind)
+        allowed.is_none_or(|all| all.iter().any(|name| name == plugin))
+            && !self.blocked.iter().any(|name| name == plugin)
+    }
+}
+
+impl Sharing {
+    /// Takes in what a cluster says of a plugin; what makes no sense is told and left out.
+    fn take_all(&mut self, plugin: &str, options: &Options) {
+        for (key, text) in options.get(plugin).into_iter().flatten() {
+            if key != "device_mask" && self.take(key, text).is_none() {
+                let key = format!("config/plugins/accelerator/{plugin}/{key}");
+                tracing::warn!(key, value = text, "a setting of etcd is not used");
+            }
+        }
+    }
+
+    fn take(&mut self, key: &str, text: &str) -> Option<()> {
+        let memory = || parse_binary_size(text.trim());
+        match (key, text) {
+            ("allocation_mode", "discrete") => self.fractional = false,
+            ("allocation_mode", "fractional") => self.fractional = true,
+            ("unit_mem", _) => {
+                let size = memory().filter(|size| (512 << 20..=1 << 40).contains(size));
+                self.units.memory = size?;
+            }
+            ("reserved_memory", _) => {
+                self.units.reserved = memory().filter(|size| *size <= 1 << 40)?;
+            }
+            ("unit_proc", text) => {
+                let units = text.trim().parse().ok();
+                self.units.processors = units.filter(|units| (2..=1024).contains(units))?;
+            }
+            ("quantum_size", text) => {
+                let quantum = text.trim().parse::<Decimal>().ok();
+                // Amounts have two decimals.
+                let fits = |size: &Decimal| {
+                    *size > Decimal::ZERO && *size <= Decimal::ONE && size.normalize().scale() <= 2
+                };
+                self.units.quantum = quantum.filter(fits)?;
+            }
+            _ => return None,
+        }
+        Some(())
     }
 }
 

@@ -25,6 +25,7 @@ use super::record::Record;
 use super::registry::{EndedKernel, Kernel};
 use super::{batch_job, commit, rows};
 use crate::docker::{ContainerSummary, DockerError};
+use crate::resource::Restored;
 
 /// A scratch directory of nobody is deleted only when it is older than this: another agent on the
 /// same scratch root may be about to create its container.
@@ -290,11 +291,18 @@ async fn enter(
 /// Devices and ports the kernel holds, exactly as recorded. What is taken twice is reported: both
 /// kernels exist, and neither is killed for it.
 fn restore_holdings(node: &Node, record: &Record) {
-    if let Some(allocation) = &record.allocation
-        && let Err(err) = node.ledger.restore(record.id(), allocation)
-    {
-        tracing::error!(kernel_id = %record.id(), err = &err as &dyn std::error::Error,
-            "cannot restore the devices of a kernel");
+    if let Some(allocation) = &record.allocation {
+        match node.ledger.restore(record.id(), allocation) {
+            Ok(restored) if restored != Restored::default() => {
+                tracing::warn!(kernel_id = %record.id(), gone = ?restored.missing, overused = ?restored.overused,
+                    "a kernel holds devices that are not in service now, or that others hold too");
+            }
+            Ok(_) => {}
+            Err(err) => {
+                tracing::error!(kernel_id = %record.id(), err = &err as &dyn std::error::Error,
+                    "cannot restore the devices of a kernel");
+            }
+        }
     }
     for port in record.host_ports() {
         if let Err(err) = node.ports.claim(record.id(), port) {

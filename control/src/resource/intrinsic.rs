@@ -86,6 +86,7 @@ impl DevicePlugin for CpuPlugin {
     fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
         let rows = devices.iter().map(|device| MapDevice {
             id: device.id.clone(),
+            alias: None,
             slot: "cpu".to_owned(),
             kind: SlotType::Count,
             total: device.processing_units.into(),
@@ -173,6 +174,7 @@ impl DevicePlugin for MemPlugin {
     fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
         let rows = devices.iter().map(|device| MapDevice {
             id: device.id.clone(),
+            alias: None,
             slot: "mem".to_owned(),
             kind: SlotType::Bytes,
             total: device.memory_size.into(),

@@ -21,12 +21,20 @@ pub enum Strategy {
 pub struct MapDevice {
     /// Device id.
     pub id: String,
+    /// Another id that an allocation may name it by: of the Python agent's kernels.
+    pub alias: Option<String>,
     /// Slot it offers.
     pub slot: String,
     /// What the slot counts.
     pub kind: SlotType,
     /// How much it has.
     pub total: Amount,
+}
+
+impl MapDevice {
+    fn is_called(&self, id: &str) -> bool {
+        self.id == id || self.alias.as_deref() == Some(id)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,13 +114,8 @@ impl AllocationMap {
             .filter(|(_, amount)| *amount > Decimal::ZERO)
             .collect();
         self.check_exclusive(&wanted)?;
-        let unique_checked = self.division == Division::Discrete || self.strategy == Strategy::Fill;
         for (slot, amount) in &wanted {
-            let unique = self
-                .devices
-                .iter()
-                .any(|d| d.slot == *slot && d.kind == SlotType::Unique);
-            if unique && unique_checked && *amount != Decimal::ONE {
+            if self.is_unique(slot) && *amount != Decimal::ONE {
                 return Err(ResourceError::argument(format!(
                     "{slot} is a unique resource: ask for exactly 1, not {amount}"
                 )));
@@ -120,7 +123,12 @@ impl AllocationMap {
         }
         let mut given = Vec::new();
         for (slot, amount) in wanted {
-            let shares = match (self.division, self.strategy) {
+            // What is unique is given whole also where other devices are given in shares.
+            let division = match self.is_unique(slot) {
+                true => Division::Discrete,
+                false => self.division,
+            };
+            let shares = match (division, self.strategy) {
                 (Division::Discrete, Strategy::Fill) => {
                     discrete::fill(self, slot, *amount, request)?
                 }
@@ -136,6 +144,11 @@ impl AllocationMap {
             }
         }
         Ok(given)
+    }
+
+    fn is_unique(&self, slot: &str) -> bool {
+        let mut devices = self.devices.iter();
+        devices.any(|device| device.slot == slot && device.kind == SlotType::Unique)
     }
 
     fn check_exclusive(&self, wanted: &[&(String, Amount)]) -> Result<(), ResourceError> {
@@ -168,9 +181,14 @@ impl AllocationMap {
         let mut missing = Vec::new();
         for (slot, shares) in slots {
             for (id, amount) in shares {
-                match self.index(slot, id) {
-                    Some(index) => self.used[index] = change(self.used[index], *amount),
-                    None => missing.push((slot.clone(), id.clone())),
+                // What was given as another slot, before the node's settings were changed, is held whole.
+                let other = || self.devices.iter().position(|device| device.is_called(id));
+                if let Some(index) = self.index(slot, id) {
+                    self.used[index] = change(self.used[index], *amount);
+                } else if let Some(index) = other() {
+                    self.used[index] = change(self.used[index], self.devices[index].total);
+                } else {
+                    missing.push((slot.clone(), id.clone()));
                 }
             }
         }
@@ -180,7 +198,7 @@ impl AllocationMap {
     fn index(&self, slot: &str, id: &str) -> Option<usize> {
         self.devices
             .iter()
-            .position(|device| device.slot == slot && device.id == id)
+            .position(|device| device.slot == slot && device.is_called(id))
     }
 
     pub(super) fn add(&mut self, slot: &str, id: &str, amount: Amount) {
@@ -212,7 +230,8 @@ impl AllocationMap {
             .map(|(device, used)| Candidate {
                 id: device.id.clone(),
                 used,
-                free: device.total - used,
+                // What is held twice takes nothing from the others.
+                free: (device.total - used).max(Decimal::ZERO),
             })
             .collect()
     }

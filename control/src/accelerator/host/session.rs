@@ -292,6 +292,7 @@ impl Session {
                 slot: Some(self.0.slot.clone()),
                 versions: Default::default(),
                 near: Vec::new(),
+                number: None,
             });
         }
         if nonsense > 0 {

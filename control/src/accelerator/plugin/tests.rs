@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use config::CudaInjection;
+use config::{Config, CudaInjection};
 use shared::ids::KernelId;
 use shared::observed::{AcceleratorCounters, AcceleratorKind, Nearness};
 
@@ -145,8 +146,14 @@ fn masks_name_devices_by_id_and_by_number() {
     let ids: Vec<String> = devices(&settings).into_iter().map(|d| d.id).collect();
     assert_eq!(ids, ["GPU-1", "MIG-0", "MIG-1"]);
     // A mask of a divided device is one of its parts too.
-    let settings = self::settings(&[("device_mask", "3")]);
-    assert!(devices(&settings).iter().all(|d| d.profile.is_none()));
+    for mask in ["3", "GPU-3"] {
+        let settings = self::settings(&[("device_mask", mask)]);
+        let whole = devices(&settings).iter().all(|d| d.profile.is_none());
+        assert!(whole, "{mask}");
+    }
+    let settings = self::settings(&[("device_mask", "mig-1")]);
+    let ids: Vec<String> = devices(&settings).into_iter().map(|d| d.id).collect();
+    assert_eq!(ids, ["GPU-0", "GPU-1", "GPU-2", "MIG-0"]);
 }
 
 #[test]
@@ -174,6 +181,37 @@ fn shares_are_limited_by_memory_and_processors() {
     let attached = plugin.attached(&[], &held);
     assert_eq!(attached[0].data["mem"], json!(1_u64 << 30));
     assert_eq!(attached[0].data["smp"], json!(4));
+    // Memory that is a part of the host's does not limit either.
+    let mut of_host = plugin;
+    of_host.devices[0].memory = 0;
+    assert_eq!(totals(&of_host)["cuda.shares"], "56.50");
+    of_host.devices.truncate(1);
+    assert_eq!(totals(&of_host)["cuda.shares"], "16.50");
+}
+
+#[test]
+fn what_is_told_by_number_is_of_the_device_that_a_container_gives_this_number() {
+    let settings = settings(&[("allocation_mode", "fractional"), ("unit_mem", "2g")]);
+    let plugin = plugin(&settings);
+    // In the order of choice, as shares that are split over devices come.
+    let held = shares("cuda.shares", &[("GPU-2", "4.0"), ("GPU-0", "1.5")]);
+    let mut limits = ContainerLimits::default();
+    plugin.limit(&[], &held, &mut limits);
+    let line = |name: &str| {
+        let found = limits.resource_lines.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_str())
+    };
+    assert_eq!(line("CUDA_GLOBAL_DEVICE_IDS"), Some("0:GPU-0,1:GPU-2"));
+    assert_eq!(limits.environment[0].1, "GPU-0,GPU-2");
+    // Of these `GPU_CONFIG` and the others are made.
+    let attached = plugin.attached(&[], &held).into_iter();
+    let attached: Vec<(String, u64)> = attached
+        .map(|device| (device.device_id, device.data["mem"].as_u64().unwrap() >> 20))
+        .collect();
+    assert_eq!(
+        attached,
+        [("GPU-0".to_owned(), 3072), ("GPU-2".to_owned(), 8192)]
+    );
 }
 
 #[test]
@@ -242,13 +280,13 @@ fn containers_see_their_devices_and_no_others() {
     let held = shares("cuda.device", &[("GPU-2", "1"), ("GPU-0", "1")]);
     let mut limits = ContainerLimits::default();
     plugin.limit(&[], &held, &mut limits);
-    assert_eq!(limits.environment[0].1, "GPU-2,GPU-0");
+    assert_eq!(limits.environment[0].1, "GPU-0,GPU-2");
     assert_eq!(
         limits.defaults[0],
         ("CUDA_VISIBLE_DEVICES".to_owned(), "0,1".to_owned())
     );
     let request = &limits.arguments[0]["HostConfig"]["DeviceRequests"][0];
-    assert_eq!(request["DeviceIDs"], json!(["GPU-2", "GPU-0"]));
+    assert_eq!(request["DeviceIDs"], json!(["GPU-0", "GPU-2"]));
     assert_eq!(request["Driver"], "nvidia");
     let part = shares("cuda.device:1g.10gb-mig", &[("MIG-1", "1")]);
     let mut limits = ContainerLimits::default();
@@ -335,6 +373,41 @@ number_format = { binary = false, round_length = 0 }
     shared.mock_shares = shared.shares;
     let fractional = read(&shared).unwrap();
     assert_eq!(totals(&fractional)["cuda.shares"], "13.50");
+    // What a cluster says of made-up devices is of these, and nothing else of it.
+    let mut config = Config::clone(&defaults());
+    config.node.accelerators.mock = Some(file.clone());
+    let options = [
+        ("allocation_mode", "fractional"),
+        ("unit_mem", "4g"),
+        ("quantum_size", "0.5"),
+        ("reserved_memory", "134217728"),
+        ("device_mask", "1"),
+        ("unit_proc", "many"),
+    ];
+    let options = options.map(|(key, text)| (key.to_owned(), text.to_owned()));
+    let options = Options::from([("mock".to_owned(), BTreeMap::from(options))]);
+    for (allowed, blocked) in [(Some("cuda_open"), None), (None, Some("mock"))] {
+        let names = |name: &str| [format!("ai.backend.accelerator.{name}")].into();
+        config.agent.allow_compute_plugins = allowed.map(names);
+        config.agent.block_compute_plugins = blocked.map(names);
+        let off = Settings::of(&config, &options, EngineDevices::default());
+        assert_eq!((off.mock, off.mock_key), (None, None));
+    }
+    config.agent.allow_compute_plugins = None;
+    config.agent.block_compute_plugins = None;
+    let settings_of_mock = Settings::of(&config, &options, EngineDevices::default());
+    assert_eq!(settings_of_mock.shares, None);
+    let mock = read(&settings_of_mock).unwrap();
+    let expected = BTreeMap::from([
+        ("cuda.device:10g-mig".to_owned(), "1".to_owned()),
+        ("cuda.shares".to_owned(), "10.00".to_owned()),
+    ]);
+    assert_eq!(totals(&mock), expected);
+    assert_eq!(mock.shares.unwrap().quantum.to_string(), "0.5");
+    let mut limits = ContainerLimits::default();
+    mock.limit(&[], &shares("cuda.shares", &[("a", "1")]), &mut limits);
+    let line = |name: &str| limits.resource_lines.iter().find(|(key, _)| key == name);
+    assert_eq!(line("CUDA_RESERVED_MEMORY").unwrap().1, "134217728");
     // Another kind has no parts, and its own name in what it supports.
     let many: Vec<String> = (0..11)
         .map(|place| format!("{{ mother_uuid = 'g{place}', model_name = 'MIG-x', subproc_count = 1, memory_size = 1073741824, is_mig_device = true }}"))
@@ -417,6 +490,42 @@ fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
     );
 }
 
+/// What a kernel holds whose agent had other settings, or was the Python agent, which numbers devices.
+#[test]
+fn devices_held_by_number_or_as_another_slot_are_given_to_nobody_else() {
+    let whole = settings(&[]);
+    let in_shares = settings(&[("allocation_mode", "fractional")]);
+    for (settings, slot, free) in [
+        (whole, "cuda.device", ["GPU-2"]),
+        (in_shares, "cuda.shares", ["GPU-2"]),
+    ] {
+        let plugin = plugin(&settings);
+        let ledger = Ledger::discover(&defaults(), vec![Box::new(plugin.clone())]).unwrap();
+        let holder = KernelId([1; 16]);
+        let held = serde_json::from_value(json!({"cuda": {"cuda.device": {"0": "1"}}})).unwrap();
+        let restored = ledger.restore(holder, &held).unwrap();
+        assert_eq!(restored.missing, []);
+        // A driver that answers later changes nothing about that.
+        ledger.install(std::sync::Arc::new(plugin.clone())).unwrap();
+        assert_eq!(ledger.free_devices(slot), free);
+        let all = [("cpu", "1"), ("mem", "64m"), (slot, "1")];
+        let request = SlotRequest {
+            slots: Slots::from_text(all).unwrap(),
+            allow_fragmentation: false,
+        };
+        let given = ledger.reserve(KernelId([2; 16]), &request).unwrap();
+        assert_eq!(given.allocation.ids("cuda", slot), free);
+        // A restart asks for the device by the name that it has here.
+        let by_number = shares("cuda.device", &[("0", "1")]);
+        let mut limits = ContainerLimits::default();
+        plugin.limit(&[], &by_number, &mut limits);
+        assert_eq!(limits.environment[0].1, "GPU-0");
+        assert_eq!(plugin.attached(&[], &by_number)[0].model_name, "A card");
+        ledger.release(holder);
+        assert_eq!(ledger.free_devices(slot), ["GPU-0"]);
+    }
+}
+
 #[test]
 fn partitions_of_an_amd_device_have_a_render_node_each() {
     let root = tempfile::tempdir().unwrap();
@@ -451,6 +560,94 @@ fn partitions_of_an_amd_device_have_a_render_node_each() {
     assert_eq!(device(2, "0000:90:00.0"), ["/dev/dri/renderD128"]);
     write(&format!("{nodes}/9/properties"), "simd_count 304\n");
     assert_eq!(device(0, "0000:90:00.0"), ["/dev/dri/renderD128"]);
+}
+
+/// A tree with the nodes of two AMD devices, or of TPU chips: by the class of accelerators, and by VFIO.
+#[test]
+fn containers_with_amd_devices_or_tpu_chips_get_the_nodes_of_these() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |path: &str| {
+        let path = root.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        path
+    };
+    for (pci, render) in [("0000:03:00.0", 128), ("0000:04:00.0", 129)] {
+        let drm = format!("sys/bus/pci/devices/{pci}/drm/renderD{render}/dev");
+        std::fs::write(at(&drm), "").unwrap();
+    }
+    std::fs::write(at("sys/bus/pci/devices/0000:05:00.0/accel/accel3/dev"), "").unwrap();
+    let group = at("sys/bus/pci/devices/0000:06:00.0/iommu_group");
+    std::os::unix::fs::symlink("../../../kernel/iommu_groups/17", group).unwrap();
+    // Only root may give a file to another group.
+    let groups = [("dev/kfd", 105), ("dev/dri/renderD129", 44)].map(|(node, wanted)| {
+        let node = at(node);
+        std::fs::write(&node, "").unwrap();
+        let given = std::os::unix::fs::chown(&node, None, Some(wanted));
+        match given {
+            Ok(()) => wanted,
+            Err(_) => std::fs::metadata(&node).unwrap().gid(),
+        }
+    });
+    let mut settings = settings(&[]);
+    settings.root = root.path().to_owned();
+    let plugin = |kind: AcceleratorKind, places: &[&str]| {
+        let places = places.iter().zip(0..);
+        let rows: Vec<_> = places
+            .map(|(pci, index)| {
+                let mut row = card(index, AcceleratorCounters::default());
+                row.key.kind = kind;
+                row.pci = (*pci).to_owned();
+                row
+            })
+            .collect();
+        AcceleratorPlugin::of_kind(&kind.to_string(), &of_rows(&rows, &settings), &settings)
+    };
+    let given = |plugin: &AcceleratorPlugin, held: &[(&str, &str)]| {
+        let mut limits = ContainerLimits::default();
+        plugin.limit(&[], &shares("x.device", held), &mut limits);
+        limits
+    };
+    let nodes = |limits: &ContainerLimits| -> Vec<String> {
+        let all = limits.arguments[0]["HostConfig"]["Devices"].as_array();
+        let all = all.unwrap().iter().map(|node| {
+            assert_eq!(node["PathOnHost"], node["PathInContainer"]);
+            assert_eq!(node["CgroupPermissions"], "mrw");
+            node["PathOnHost"].as_str().unwrap().to_owned()
+        });
+        all.collect()
+    };
+    let amd = plugin(AcceleratorKind::Rocm, &["0000:03:00.0", "0000:04:00.0"]);
+    let limits = given(&amd, &[("GPU-1", "1")]);
+    assert_eq!(nodes(&limits), ["/dev/kfd", "/dev/dri/renderD129"]);
+    let mut expected: Vec<u32> = groups.into_iter().filter(|gid| *gid != 0).collect();
+    expected.sort_unstable();
+    expected.dedup();
+    assert_eq!(limits.gids, expected);
+    assert!(limits.syscalls.contains(&"mbind".to_owned()));
+    let visible = |value: &str| {
+        ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]
+            .map(|name| (name.to_owned(), value.to_owned()))
+    };
+    // The container sees one device, which is its first.
+    assert_eq!(limits.defaults, visible("0"));
+    assert!(limits.environment.is_empty());
+    let both = given(&amd, &[("GPU-1", "1"), ("GPU-0", "1")]);
+    let all = ["/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129"];
+    assert_eq!(nodes(&both), all);
+    assert_eq!(both.defaults, visible("0,1"));
+    let line = (
+        "ROCM_GLOBAL_DEVICE_IDS".to_owned(),
+        "0:GPU-0,1:GPU-1".to_owned(),
+    );
+    assert_eq!(both.resource_lines, [line]);
+
+    let tpu = plugin(AcceleratorKind::Tpu, &["0000:05:00.0", "0000:06:00.0"]);
+    let nodes_of = |id: &str| nodes(&given(&tpu, &[(id, "1")]));
+    assert_eq!(nodes_of("GPU-0"), ["/dev/accel3"]);
+    assert_eq!(nodes_of("GPU-1"), ["/dev/vfio/vfio", "/dev/vfio/17"]);
+    for plugin in [&amd, &tpu] {
+        assert_eq!(given(plugin, &[]), ContainerLimits::default());
+    }
 }
 
 #[test]

@@ -111,6 +111,7 @@ impl DevicePlugin for Kind {
     fn allocation_map(&self, devices: &[Device]) -> AllocationMap {
         let rows = devices.iter().map(|device| MapDevice {
             id: device.id.clone(),
+            alias: None,
             slot: self.slot.to_owned(),
             kind: SlotType::Count,
             total: Decimal::ONE,

@@ -39,6 +39,7 @@ fn state(map: &AllocationMap) -> Shares {
 fn rows(devices: &Value, slot: &str, total: Option<Decimal>) -> Vec<MapDevice> {
     let rows = devices.as_array().unwrap().iter().map(|device| MapDevice {
         id: device[0].as_str().unwrap().to_owned(),
+        alias: None,
         slot: slot.to_owned(),
         kind: SlotType::Count,
         total: total.unwrap_or_else(|| dec(&device[1])),
@@ -93,6 +94,7 @@ fn every_captured_operation_gives_the_same_result_and_state() {
 fn device(id: &str, slot: &str, kind: SlotType, total: &str) -> MapDevice {
     MapDevice {
         id: id.to_owned(),
+        alias: None,
         slot: slot.to_owned(),
         kind,
         total: total.parse().unwrap(),
@@ -130,6 +132,57 @@ fn unique_slots_are_given_one_at_a_time_and_profiles_exclude_each_other() {
     // A slot that is asked for nothing excludes nothing.
     let given = ask(&mut map, &[("1g.5gb", 1), ("2g.10gb", 0)]).unwrap();
     assert_eq!(given[0].1, [("MIG-1/1/0".to_owned(), Decimal::ONE)]);
+}
+
+#[test]
+fn unique_slots_are_given_whole_also_beside_shares() {
+    const PART: &str = "cuda.device:1g.5gb-mig";
+    let devices = vec![
+        device("GPU-0", "cuda.shares", SlotType::Count, "4"),
+        device("MIG-0", PART, SlotType::Unique, "1"),
+        device("MIG-1", PART, SlotType::Unique, "1"),
+    ];
+    // A quantum of which 1 is no multiple.
+    let mut map =
+        AllocationMap::fraction(Strategy::Evenly, "0.3".parse().unwrap(), devices, vec![]);
+    let mut ask = |amount: &str| {
+        let slots = [(PART.to_owned(), amount.parse().unwrap())];
+        map.allocate(&slots, request())
+    };
+    for amount in ["0.5", "2"] {
+        assert_eq!(ask(amount).unwrap_err().class(), "InvalidResourceArgument");
+    }
+    let mut given: Vec<Shares> = Vec::new();
+    for _ in 0..2 {
+        given.push(ask("1").unwrap().remove(0).1);
+    }
+    let whole = |id: &str| vec![(id.to_owned(), Decimal::ONE)];
+    assert_eq!(given, [whole("MIG-0"), whole("MIG-1")]);
+    assert_eq!(ask("1").unwrap_err().class(), "InsufficientResource");
+}
+
+#[test]
+fn a_device_that_is_held_twice_takes_nothing_from_the_others() {
+    let devices = ["a", "b"].map(|id| device(id, "cuda.device", SlotType::Count, "1"));
+    let mut map = AllocationMap::discrete(Strategy::Evenly, devices.to_vec(), vec![]);
+    let ask = |map: &mut AllocationMap| {
+        let given = map.allocate(&[("cuda.device".to_owned(), Decimal::ONE)], request());
+        given.map(|given| given[0].1[0].0.clone())
+    };
+    // Given out in shares, when the node had other settings.
+    let share = ["cuda.shares".to_owned()].map(|slot| {
+        let half = vec![("a".to_owned(), Decimal::new(5, 1))];
+        (slot, half)
+    });
+    for _ in 0..2 {
+        assert_eq!(map.apply(&share), []);
+    }
+    assert_eq!(map.overused(), [("cuda.device".to_owned(), "a".to_owned())]);
+    assert_eq!(ask(&mut map).unwrap(), "b");
+    map.free(&share);
+    assert_eq!(ask(&mut map).unwrap_err().class(), "InsufficientResource");
+    map.free(&share);
+    assert_eq!(ask(&mut map).unwrap(), "a");
 }
 
 #[test]
