@@ -49,7 +49,7 @@ use self::turns::Turns;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
-use crate::log_limit::LogLimit;
+use shared::log_limit::LogLimit;
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::LinkStatistics;
 

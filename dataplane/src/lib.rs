@@ -13,7 +13,6 @@ pub mod collect;
 pub mod detach;
 pub mod forward;
 pub mod link;
-pub mod log_limit;
 pub mod sys;
 
 #[cfg(test)]

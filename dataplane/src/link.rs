@@ -36,7 +36,7 @@ use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{Engine, OpenError, Relay};
-use crate::log_limit::LogLimit;
+use shared::log_limit::LogLimit;
 use crate::sys::netlink::{LinkChanges, LinkLookup};
 
 /// How long the ports of an earlier region are kept when a new one does not know them. Control

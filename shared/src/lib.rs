@@ -34,6 +34,8 @@ pub mod ids;
 #[cfg(not(loom))]
 pub mod lock;
 #[cfg(not(loom))]
+pub mod log_limit;
+#[cfg(not(loom))]
 pub mod observed;
 #[cfg(not(loom))]
 pub mod pins;

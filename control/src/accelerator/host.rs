@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use config::Config;
+use shared::log_limit::LogLimit;
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -29,7 +30,7 @@ use super::engine::EngineDevices;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::resource::Allocation;
-use answer::Granted;
+pub use answer::Granted;
 use session::Session;
 use wire::{RegisterRequest, VERSION};
 
@@ -232,11 +233,14 @@ async fn keep_open(node: Arc<Node>) {
 }
 
 async fn receive(node: &Arc<Node>, listener: &UnixListener, connections: &Arc<Semaphore>) {
+    let mut trouble = LogLimit::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(err) => {
-                tracing::warn!(%err, "a device plugin cannot be received");
+                if let Some(suppressed) = trouble.pass() {
+                    tracing::warn!(%err, suppressed, "a device plugin cannot be received; it is tried again");
+                }
                 tokio::time::sleep(PAUSES.0).await;
                 continue;
             }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use shared::ids::ContainerId;
+use shared::log_limit::LogLimit;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -220,6 +221,7 @@ impl Server {
         // Whoever connects waits for a place before anything is looked up for it, so a container
         // that connects all the time costs no more than this many tasks.
         let places = Arc::new(Semaphore::new(CONNECTIONS + CONNECTIONS_PER_CONTAINER));
+        let mut trouble = LogLimit::new();
         while let Ok(place) = Arc::clone(&places).acquire_owned().await {
             match listener.accept().await {
                 Ok((stream, _)) => {
@@ -231,7 +233,9 @@ impl Server {
                 }
                 Err(err) => {
                     // Out of descriptors, most likely: later it works again.
-                    tracing::warn!(%err, "The agent socket cannot accept a connection.");
+                    if let Some(suppressed) = trouble.pass() {
+                        tracing::warn!(%err, suppressed, "The agent socket cannot accept a connection; it is tried again.");
+                    }
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
             }

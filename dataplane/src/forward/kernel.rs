@@ -42,7 +42,7 @@ use self::leaving::Leaving;
 use self::object::{adopt_delivered, load, pins_fit, typed};
 use self::pins::{Pins, PinsError, Side};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
-use crate::log_limit::LogLimit;
+use shared::log_limit::LogLimit;
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
 

@@ -7,10 +7,11 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use shared::log_limit::LogLimit;
 use tokio::runtime::Handle;
 
 use super::admission::Ticket;
@@ -240,17 +241,12 @@ fn panicked(method: &str, panic: &(dyn Any + Send)) -> Failure {
     Failure::runtime_error(format!("the agent's handler of {method} failed: {text}"))
 }
 
-/// Shortest time between two warnings about undecodable headers.
-const WARNING_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Anybody can send these at will, so all but one per interval log at debug.
+/// Anybody can send these at will, so most of them log at debug.
 fn log_undecodable(peer: &Peer, err: &HeaderError) {
-    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
-    let now = Instant::now();
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if last.is_none_or(|last| now.duration_since(last) >= WARNING_INTERVAL) {
-        *last = Some(now);
-        tracing::warn!(%peer, %err, "An RPC message with an undecodable header was dropped.");
+    static LIMIT: Mutex<LogLimit> = Mutex::new(LogLimit::new());
+    let passed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
+    if let Some(suppressed) = passed {
+        tracing::warn!(%peer, %err, suppressed, "An RPC message with an undecodable header was dropped.");
     } else {
         tracing::debug!(%peer, %err, "An RPC message with an undecodable header was dropped.");
     }

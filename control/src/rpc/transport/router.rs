@@ -15,6 +15,7 @@ use bytes::Bytes;
 use omq_proto::SocketType;
 use omq_proto::proto::{ConnectionConfig, Role};
 use rustix::net::sockopt;
+use shared::log_limit::LogLimit;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -181,6 +182,7 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
     let mut number = 0u64;
     // Told once each time the bound is reached, not for each of those beyond it.
     let mut full = false;
+    let mut trouble = LogLimit::new();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -199,7 +201,9 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
                 tasks.spawn(serve(shared.clone(), stream, address, number, shaking));
             }
             Err(err) => {
-                tracing::warn!(%err, "An RPC connection could not be accepted.");
+                if let Some(suppressed) = trouble.pass() {
+                    tracing::warn!(%err, suppressed, "An RPC connection could not be accepted; it is tried again.");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

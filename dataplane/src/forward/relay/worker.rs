@@ -25,7 +25,7 @@ use super::port::{Port, Seat};
 use super::ring::RingEngine;
 use super::session::{Session, Timed};
 use super::wheel::SLOT;
-use crate::log_limit::LogLimit;
+use shared::log_limit::LogLimit;
 use crate::sys::socket;
 
 /// Events taken from the kernel at once.

@@ -15,6 +15,14 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
+    /// A brake that has held back nothing yet.
+    pub const fn new() -> Self {
+        Self {
+            next: None,
+            suppressed: 0,
+        }
+    }
+
     /// `Some(lines held back since the last one)` when a line may be written now.
     pub fn pass(&mut self) -> Option<u64> {
         self.pass_at(Instant::now())
