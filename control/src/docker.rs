@@ -48,9 +48,9 @@ use self::transport::{Call, Class, Transport, image_path, segment};
 pub struct Deadlines {
     /// ping, inspect, list, version.
     pub query: Duration,
-    /// create of a container.
+    /// create and start of a container.
     pub create: Duration,
-    /// start, kill, network and volume changes.
+    /// kill, unpause, changes of networks.
     pub change: Duration,
     /// What a stop may take beyond its grace period.
     pub stop_margin: Duration,
@@ -562,17 +562,6 @@ impl Docker {
         self.transport.unit(call).await
     }
 
-    /// Gives an image another name.
-    pub async fn tag_image(&self, image: &str, repo: &str, tag: &str) -> Result<(), DockerError> {
-        let step = format!("tag image {image}");
-        let path = format!("/images/{}/tag", image_path(&step, image)?);
-        let call = self
-            .change(step, self.deadlines.change, path)
-            .query("repo", repo)
-            .query("tag", tag);
-        self.transport.unit(call).await
-    }
-
     // ---- networks ----
 
     /// Creates a network of a driver with labels and returns its id.
@@ -617,67 +606,12 @@ impl Docker {
         self.transport.json(self.query(step, path)).await
     }
 
-    /// Puts a container on a network.
-    pub async fn connect_network(
-        &self,
-        network: &str,
-        container: &str,
-        settings: &EndpointSettings,
-    ) -> Result<(), DockerError> {
-        let step = format!("connect container {container} to network {network}");
-        let path = format!("/networks/{}/connect", segment(&step, network)?);
-        let body = serde_json::json!({ "Container": container, "EndpointConfig": settings });
-        let call = self.change(step, self.deadlines.change, path).json(&body)?;
-        self.transport.unit(call).await
-    }
-
-    /// Takes a container off a network.
-    pub async fn disconnect_network(
-        &self,
-        network: &str,
-        container: &str,
-        force: bool,
-    ) -> Result<(), DockerError> {
-        let step = format!("disconnect container {container} from network {network}");
-        let path = format!("/networks/{}/disconnect", segment(&step, network)?);
-        let body = serde_json::json!({ "Container": container, "Force": force });
-        let call = self.change(step, self.deadlines.change, path).json(&body)?;
-        self.transport.unit(call).await
-    }
-
     // ---- volumes ----
-
-    /// Creates a volume of the `local` driver; an existing one of that name is returned.
-    pub async fn create_volume(
-        &self,
-        name: &str,
-        labels: HashMap<String, String>,
-    ) -> Result<Volume, DockerError> {
-        let step = format!("create volume {name}");
-        let name = segment(&step, name)?;
-        let body = serde_json::json!({ "Name": name, "Driver": "local", "Labels": labels });
-        let call = self
-            .change(step.clone(), self.deadlines.change, "/volumes/create")
-            .json(&body)?;
-        self.transport.json(call).await
-    }
 
     /// A volume with its mount point.
     pub async fn inspect_volume(&self, name: &str) -> Result<Volume, DockerError> {
         let step = format!("inspect volume {name}");
         let path = format!("/volumes/{}", segment(&step, name)?);
         self.transport.json(self.query(step, path)).await
-    }
-
-    /// Removes a volume.
-    ///
-    /// # Errors
-    /// `Conflict` when a container uses it.
-    pub async fn remove_volume(&self, name: &str) -> Result<(), DockerError> {
-        let step = format!("remove volume {name}");
-        let path = format!("/volumes/{}", segment(&step, name)?);
-        let mut call = self.change(step, self.deadlines.change, path);
-        call.method = Method::DELETE;
-        self.transport.unit(call).await
     }
 }

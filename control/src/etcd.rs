@@ -174,15 +174,6 @@ impl Etcd {
             .find_map(|pairs| pairs.into_iter().next().map(|(_, value)| value)))
     }
 
-    /// The value of a key in one scope only.
-    ///
-    /// # Errors
-    /// etcd does not answer, or refuses.
-    pub async fn get_scoped(&self, scope: Scope, key: &str) -> Result<Option<String>, EtcdError> {
-        let found = self.read(&[(self.physical(scope, key), false)]).await?;
-        Ok(found.into_iter().flatten().next().map(|(_, value)| value))
-    }
-
     /// What lies below a key. Scopes are merged member by member at the first level: a member of a
     /// narrower scope hides the whole of its namesake in a wider one, as in the original.
     ///

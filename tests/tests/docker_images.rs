@@ -356,8 +356,8 @@ async fn the_scan_names_every_tag_and_purge_tells_per_image() {
         &["LABEL ai.backend.kernelspec=2"],
     );
     let alias = unique("alias");
-    docker.tag_image(&own.name, &alias, "2").await.unwrap();
     let _untag = Untag(format!("{alias}:2"));
+    harness::kernels::docker(&["tag", &own.name, &format!("{alias}:2")]).unwrap();
     let id = docker.inspect_image(&name).await.unwrap().id;
     let names: Vec<String> = images
         .installed()

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::process::Command;
 use std::time::Duration;
 
-use control::docker::{ContainerCreateBody, Docker, DockerOptions, EndpointSettings, HostConfig};
+use control::docker::{ContainerCreateBody, Docker, DockerOptions, HostConfig};
 use control::network::{self, CLUSTER_NETWORK_LABEL};
 use harness::images::{Image, image};
 
@@ -109,10 +109,7 @@ async fn links_are_found_on_the_default_and_on_own_bridges() {
     };
     network::create_local_network(&docker, &own).await.unwrap();
     sleeper(&docker, &container, "bridge").await;
-    docker
-        .connect_network(&own, &container, &EndpointSettings::default())
-        .await
-        .unwrap();
+    harness::kernels::docker(&["network", "connect", &own, &container]).unwrap();
     let inspected = docker.inspect(&container).await.unwrap();
     let links = network::host_links(&inspected).await.unwrap();
     assert_eq!(links.len(), 2, "{links:?}");

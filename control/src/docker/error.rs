@@ -1,8 +1,7 @@
 //! What can go wrong between us and the engine, in words that tell what to do.
 //!
 //! Each value names the step that failed; the cause is the error's `source`, never part of its
-//! text. [`DockerError::fault`] and [`DockerError::is_retry_safe`] let a caller decide without
-//! reading sentences.
+//! text. [`DockerError::fault`] lets a caller decide without reading sentences.
 
 use std::time::Duration;
 
@@ -190,11 +189,6 @@ impl DockerError {
             | Self::Undecodable { .. } => Fault::Engine,
             Self::BadHost { .. } => Fault::Configuration,
         }
-    }
-
-    /// True when nothing can have happened at the engine, so that the step may simply be repeated.
-    pub fn is_retry_safe(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Busy { .. })
     }
 
     /// The refusal that belongs to an HTTP status.
