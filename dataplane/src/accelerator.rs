@@ -16,11 +16,13 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::Sizes;
 use shared::observed::{AcceleratorCounters, AcceleratorRow};
+
+use crate::mailbox::Mailbox;
 
 /// Distance between two looks at a driver.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -132,8 +134,7 @@ struct State {
 /// Where a driver's thread leaves its answers.
 #[derive(Debug, Default)]
 pub(crate) struct Slot {
-    state: Mutex<State>,
-    changed: Condvar,
+    state: Mailbox<State>,
 }
 
 impl State {
@@ -154,13 +155,9 @@ impl Slot {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Leaves an answer.
     pub(crate) fn put(&self, reading: Reading) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.looked = true;
         let now = Instant::now();
         state.heard = Some(now);
@@ -169,34 +166,30 @@ impl Slot {
 
     /// The driver has answered something.
     pub(crate) fn heard(&self) {
-        self.lock().heard = Some(Instant::now());
+        self.state.lock().heard = Some(Instant::now());
     }
 
     /// There is no such driver, or it has no devices.
     pub(crate) fn put_none(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.looked = true;
         state.reading = None;
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.lock().stop
+        self.state.lock().stop
     }
 
     /// Waits; `false` when the thread has to end.
     pub(crate) fn pause(&self, time: Duration) -> bool {
         let until = Instant::now() + time;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if state.stop || left.is_zero() {
                 return !state.stop;
             }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.state.wait_for(state, left);
         }
     }
 }
@@ -254,7 +247,7 @@ impl Accelerators {
     pub fn rows(&self, tick: u64) -> Option<Vec<AcceleratorRow>> {
         let mut rows = Vec::new();
         for slot in &self.slots {
-            let state = slot.lock();
+            let state = slot.state.lock();
             if !state.looked {
                 return None;
             }
@@ -273,7 +266,7 @@ impl Accelerators {
     pub fn processes(&self) -> HashMap<u32, ProcessUse> {
         let mut all = HashMap::new();
         for slot in &self.slots {
-            let state = slot.lock();
+            let state = slot.state.lock();
             let Some((at, reading)) = state.reading.clone() else {
                 continue;
             };
@@ -290,8 +283,7 @@ impl Accelerators {
 impl Drop for Accelerators {
     fn drop(&mut self) {
         for slot in &self.slots {
-            slot.lock().stop = true;
-            slot.changed.notify_all();
+            slot.state.change(|state| state.stop = true);
         }
     }
 }

@@ -8,8 +8,10 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt::{self, Debug};
 use std::hash::Hash;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use crate::mailbox::Mailbox;
 
 /// A question that has taken this long is taken to hang; a spare thread goes on with the others.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -39,8 +41,7 @@ struct Inner<K, A> {
     name: &'static str,
     most_threads: usize,
     ask: Ask<K, A>,
-    state: Mutex<State<K, A>>,
-    changed: Condvar,
+    state: Mailbox<State<K, A>>,
 }
 
 struct State<K, A> {
@@ -81,7 +82,7 @@ where
             name,
             most_threads,
             ask: Box::new(ask),
-            state: Mutex::new(State {
+            state: Mailbox::new(State {
                 waiting: VecDeque::new(),
                 asked: HashMap::new(),
                 answers: HashMap::new(),
@@ -90,7 +91,6 @@ where
                 spare_wanted: Instant::now(),
                 stop: false,
             }),
-            changed: Condvar::new(),
         });
         Inner::spawn(&inner)?;
         Ok(Self(inner))
@@ -98,7 +98,7 @@ where
 
     /// Asks about these, in this order, once each; forgets all others. Never waits.
     pub fn ask(&self, wanted: impl IntoIterator<Item = K>) {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         let state = &mut *state;
         let mut all = HashSet::new();
         let mut fresh = Vec::new();
@@ -114,7 +114,7 @@ where
         state.waiting.extend(fresh);
         state.answers.retain(|key, _| all.contains(key));
         if !state.waiting.is_empty() {
-            self.0.changed.notify_all();
+            self.0.state.wake();
         }
     }
 
@@ -123,13 +123,13 @@ where
     where
         A: Clone,
     {
-        self.0.lock().answers.get(key).cloned()
+        self.0.state.lock().answers.get(key).cloned()
     }
 
     /// Takes all answers that have come, once every question has been answered or is taken to hang;
     /// with them the questions that hang.
     pub fn take(&self) -> Option<Round<K, A>> {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         let hang = |since: &Instant| since.elapsed() >= PATIENCE;
         if !state.waiting.is_empty() || !state.asked.values().all(hang) {
             return None;
@@ -142,14 +142,7 @@ where
 
 impl<K: Send, A: Send> Drop for Answers<K, A> {
     fn drop(&mut self) {
-        self.0.lock().stop = true;
-        self.0.changed.notify_all();
-    }
-}
-
-impl<K, A> Inner<K, A> {
-    fn lock(&self) -> MutexGuard<'_, State<K, A>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.change(|state| state.stop = true);
     }
 }
 
@@ -169,7 +162,7 @@ where
     fn serve(self: Arc<Self>) {
         while let Some(key) = self.next() {
             let answer = (self.ask)(&key);
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.asked.remove(&key);
             match answer {
                 Word::Is(answer) => {
@@ -181,12 +174,12 @@ where
                 Word::Unknown => {}
             }
         }
-        self.lock().threads -= 1;
+        self.state.lock().threads -= 1;
     }
 
     /// Waits for a question that nobody else is about to ask; `None` when the thread is to end.
     fn next(self: &Arc<Self>) -> Option<K> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             if state.stop {
                 return None;
@@ -214,8 +207,7 @@ where
             }
             state.idle += 1;
             let waited = if quiet { SPARE_KEPT } else { PATIENCE };
-            let waited = self.changed.wait_timeout(state, waited);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = self.state.wait_for(state, waited);
             state.idle -= 1;
         }
     }
@@ -225,6 +217,7 @@ where
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Condvar, Mutex};
 
     fn until(mut condition: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(30);
@@ -271,15 +264,15 @@ mod tests {
         until(|| answers.take().is_some_and(|(_, hang)| hang.len() == 10));
         *gate.0.lock().unwrap() = true;
         gate.1.notify_all();
-        until(|| answers.0.lock().asked.is_empty());
+        until(|| answers.0.state.lock().asked.is_empty());
         answers.ask([3, 3, 7, 20]);
         until(|| answers.last(&20).is_some());
         assert!(answers.last(&0).is_none(), "not wanted any more");
         let inner = Arc::clone(&answers.0);
-        assert!(inner.lock().threads <= 16);
-        until(|| inner.lock().threads == 1);
+        assert!(inner.state.lock().threads <= 16);
+        until(|| inner.state.lock().threads == 1);
         drop(answers);
-        until(|| inner.lock().threads == 0);
+        until(|| inner.state.lock().threads == 0);
     }
 
     #[test]
@@ -294,10 +287,10 @@ mod tests {
         })
         .unwrap();
         answers.ask(1..=4);
-        until(|| answers.0.lock().asked.len() == 4);
+        until(|| answers.0.state.lock().asked.len() == 4);
         answers.ask(0..=4);
         std::thread::sleep(PATIENCE * 2);
-        let state = answers.0.lock();
+        let state = answers.0.state.lock();
         assert_eq!((state.threads, state.waiting.len()), (4, 1));
         assert!(state.answers.is_empty());
     }

@@ -13,6 +13,7 @@ pub mod collect;
 pub mod detach;
 pub mod forward;
 pub mod link;
+mod mailbox;
 pub mod sys;
 
 #[cfg(test)]

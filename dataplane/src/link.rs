@@ -36,8 +36,8 @@ use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{Engine, OpenError, Relay};
-use shared::log_limit::LogLimit;
 use crate::sys::netlink::{LinkChanges, LinkLookup};
+use shared::log_limit::LogLimit;
 
 /// How long the ports of an earlier region are kept when a new one does not know them. Control
 /// publishes what it adopts as soon as Docker has listed its containers once.
@@ -264,89 +264,14 @@ impl Link {
     }
 
     fn apply(&mut self, desired: &DesiredSnapshot, mark: Applied, now: Instant) {
-        let settings = self.defaults.with(desired.node.as_ref());
-        if settings != self.settings {
-            self.settings = settings;
-            self.set_total_limit();
-            for (key, running) in &self.running {
-                if let (Some(port), Some(known)) = (&running.port, self.known.get(key)) {
-                    port.set_rules(self.settings.rules(&known.row));
-                }
-            }
-        }
+        self.take_settings(desired);
         self.note_containers(desired, now);
         let mut changes = Changes::default();
         let mut cut = Vec::new();
         let steps = plan(&self.known, desired);
-        let ending = |step: &Step| match step {
-            Step::Replace(row) => Some(row.key()),
-            Step::Retire { key, .. } => Some(*key),
-            _ => None,
-        };
-        self.close_listeners(steps.iter().filter_map(ending));
+        self.close_listeners(steps.iter().filter_map(Step::ends));
         for step in steps {
-            match step {
-                Step::Open(row) => {
-                    let key = row.key();
-                    let (base, in_kernel) = self.counted_before(&row);
-                    self.serve(row, desired.region_id, base, now);
-                    if let Some(running) = self.running.get_mut(&key) {
-                        running.in_kernel = in_kernel;
-                    }
-                    changes.put.extend(self.entry(key));
-                }
-                Step::Replace(row) => {
-                    let key = row.key();
-                    let base = self.close(key, &mut cut, now, None);
-                    self.serve(row, desired.region_id, base, now);
-                    changes.put.extend(self.entry(key));
-                }
-                Step::Adjust(row) | Step::Acknowledge(row) => {
-                    let key = row.key();
-                    if let Some(running) = self.running.get_mut(&key) {
-                        running.generation = row.generation;
-                        running.orphan_since = None;
-                        if let Some(port) = &running.port {
-                            port.set_rules(self.settings.rules(&row));
-                        }
-                    }
-                    self.note(row, desired.region_id);
-                    changes.put.extend(self.entry(key));
-                }
-                Step::Retire { key, generation } => {
-                    self.retire(
-                        key,
-                        desired.region_id,
-                        generation,
-                        &mut cut,
-                        &mut changes,
-                        now,
-                    );
-                }
-                Step::Gone {
-                    key,
-                    kernel_id,
-                    generation,
-                } => {
-                    if self.draining_status(key).is_none() {
-                        let mut entry = removed(key, kernel_id, desired.region_id, generation);
-                        entry.base = self.last_words(key, kernel_id);
-                        self.withdraw(key);
-                        changes.put.push(entry);
-                    }
-                }
-                Step::Orphan(key) => {
-                    if let Some(running) = self.running.get_mut(&key)
-                        && running.orphan_since.is_none()
-                    {
-                        tracing::info!(
-                            port = key.host_port,
-                            "a new region does not know this port"
-                        );
-                        running.orphan_since = Some(now);
-                    }
-                }
-            }
+            self.carry_out(step, desired.region_id, &mut cut, &mut changes, now);
         }
         self.relay.cut(&cut);
         self.set_total_limit();
@@ -357,26 +282,107 @@ impl Link {
         changes
             .put
             .extend(lifted.iter().filter_map(|key| self.entry(*key)));
-        // Rows whose removal control has taken note of, and those of an earlier life.
-        if desired.committed != Generation(0) {
-            changes.forget = self
-                .board
-                .port_keys()
-                .into_iter()
-                .filter(|key| {
-                    !self.running.contains_key(key)
-                        && self.draining_status(*key).is_none()
-                        && !desired.removed_ports.iter().any(|row| row.key == *key)
-                        && !changes.put.iter().any(|entry| entry.status.key == *key)
-                })
-                .collect();
-        }
+        changes.forget = self.settled(desired, &changes.put);
         for key in &changes.forget {
             self.ended.remove(key);
         }
         changes.applied = Some(mark);
         self.publish(changes);
         self.applied = Some(mark);
+    }
+
+    fn take_settings(&mut self, desired: &DesiredSnapshot) {
+        let settings = self.defaults.with(desired.node.as_ref());
+        if settings == self.settings {
+            return;
+        }
+        self.settings = settings;
+        self.set_total_limit();
+        for (key, running) in &self.running {
+            if let (Some(port), Some(known)) = (&running.port, self.known.get(key)) {
+                port.set_rules(self.settings.rules(&known.row));
+            }
+        }
+    }
+
+    /// One step of the plan. What is to be told of it is added to `changes`, what is to be cut to
+    /// `cut`.
+    fn carry_out(
+        &mut self,
+        step: Step,
+        region: RegionId,
+        cut: &mut Vec<Arc<Port>>,
+        changes: &mut Changes,
+        now: Instant,
+    ) {
+        match step {
+            Step::Open(row) => {
+                let key = row.key();
+                let (base, in_kernel) = self.counted_before(&row);
+                self.serve(row, region, base, now);
+                if let Some(running) = self.running.get_mut(&key) {
+                    running.in_kernel = in_kernel;
+                }
+                changes.put.extend(self.entry(key));
+            }
+            Step::Replace(row) => {
+                let key = row.key();
+                let base = self.close(key, cut, now, None);
+                self.serve(row, region, base, now);
+                changes.put.extend(self.entry(key));
+            }
+            Step::Adjust(row) | Step::Acknowledge(row) => {
+                let key = row.key();
+                if let Some(running) = self.running.get_mut(&key) {
+                    running.generation = row.generation;
+                    running.orphan_since = None;
+                    if let Some(port) = &running.port {
+                        port.set_rules(self.settings.rules(&row));
+                    }
+                }
+                self.note(row, region);
+                changes.put.extend(self.entry(key));
+            }
+            Step::Retire { key, generation } => {
+                self.retire(key, region, generation, cut, changes, now);
+            }
+            Step::Gone {
+                key,
+                kernel_id,
+                generation,
+            } => {
+                if self.draining_status(key).is_none() {
+                    let mut entry = removed(key, kernel_id, region, generation);
+                    entry.base = self.last_words(key, kernel_id);
+                    self.withdraw(key);
+                    changes.put.push(entry);
+                }
+            }
+            Step::Orphan(key) => {
+                if let Some(running) = self.running.get_mut(&key)
+                    && running.orphan_since.is_none()
+                {
+                    tracing::info!(port = key.host_port, "a new region does not know this port");
+                    running.orphan_since = Some(now);
+                }
+            }
+        }
+    }
+
+    /// Ports that need no status any more: control has taken note of their removal, or they are of
+    /// an earlier life. `put` is what is about to be told.
+    fn settled(&self, desired: &DesiredSnapshot, put: &[Entry]) -> Vec<PortKey> {
+        if desired.committed == Generation(0) {
+            return Vec::new();
+        }
+        let mut keys = self.board.port_keys();
+        keys.retain(|key| {
+            !self.running.contains_key(key)
+                && self.draining_status(*key).is_none()
+                && !desired.removed_ports.iter().any(|row| row.key == *key)
+                && !put.iter().any(|entry| entry.status.key == *key)
+        });
+        keys
     }
 
     fn note(&mut self, row: PortRow, region: RegionId) {

@@ -42,9 +42,9 @@ use self::leaving::Leaving;
 use self::object::{adopt_delivered, load, pins_fit, typed};
 use self::pins::{Pins, PinsError, Side};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
-use shared::log_limit::LogLimit;
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
+use shared::log_limit::LogLimit;
 
 /// Distance of sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -145,6 +145,15 @@ impl std::fmt::Debug for KernelPath {
     }
 }
 
+/// Flows of a life that was used before must not come back to life: one above all that are known,
+/// and above those of services that ended earlier, as it goes by the clock.
+fn unused_life(found: &BTreeMap<ServiceKey, Service>) -> u32 {
+    let seconds = shared::wall_ns() / 1_000_000_000;
+    let clock = u32::try_from(seconds % u64::from(u32::MAX / 2)).unwrap_or(0);
+    let known = found.values().map(|it| it.life);
+    known.fold(clock, u32::max).wrapping_add(1).max(1)
+}
+
 impl KernelPath {
     /// Loads the programs, takes over what an earlier process has pinned, attaches to the uplinks.
     /// `root` is the agent's run directory.
@@ -190,10 +199,7 @@ impl KernelPath {
             .filter(|(_, what)| *what == ADDRESS_HOST)
             .map(|(address, _)| address)
             .collect();
-        // Flows of a life that was used before must not come back to life.
-        let clock =
-            u32::try_from(shared::wall_ns() / 1_000_000_000 % u64::from(u32::MAX / 2)).unwrap_or(0);
-        let next_life = found.values().map(|it| it.life).fold(clock, u32::max) + 1;
+        let next_life = unused_life(&found);
         let pass = orders.get(&0, 0).map_or(0, |order| order.pass);
         let now = Instant::now();
         let mut path = Self {
@@ -234,18 +240,7 @@ impl KernelPath {
             counted_at: now,
             log: LogLimit::default(),
         };
-        // Of an earlier version, which did not count that.
-        let led: BTreeSet<u32> = path.found.values().map(|it| it.link_index).collect();
-        for link in led {
-            path.count_delivered(link)?;
-        }
-        path.scan()?;
-        // Replies of flows under way are translated by this version from now on, too.
-        for (side, index) in path.pins.links() {
-            if side != Side::Uplink && path.interfaces.contains_key(&index) {
-                path.attach(side, index)?;
-            }
-        }
+        path.take_over()?;
         tracing::info!(
             pins = %path.pins.directory().display(),
             uplinks = path.uplinks.len(),
@@ -253,6 +248,23 @@ impl KernelPath {
             "kernel path ready"
         );
         Ok(path)
+    }
+
+    /// Goes on with what an earlier process has left attached.
+    fn take_over(&mut self) -> Result<(), KernelPathError> {
+        // Of an earlier version, which did not count that.
+        let led: BTreeSet<u32> = self.found.values().map(|it| it.link_index).collect();
+        for link in led {
+            self.count_delivered(link)?;
+        }
+        self.scan()?;
+        // Replies of flows under way are translated by this version from now on, too.
+        for (side, index) in self.pins.links() {
+            if side != Side::Uplink && self.interfaces.contains_key(&index) {
+                self.attach(side, index)?;
+            }
+        }
+        Ok(())
     }
 
     /// What is due: a look at the interfaces, a sweep, the counters. True when rows should be

@@ -4,7 +4,8 @@
 //! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
 //! dealt out to all. A session ([`session`]) is two sockets and two directions; a direction
 //! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice, driven
-//! by epoll ([`adaptive`]). With [`Engine::Uring`] sessions of messages are on io_uring ([`ring`]). Ports of UDP have a thread of their own ([`datagrams`]).
+//! by epoll ([`adaptive`]). With [`Engine::Uring`] sessions of messages are on io_uring ([`ring`]).
+//! Ports of UDP have a thread of their own ([`datagrams`]).
 //! Invariant: a port that [`Relay::open`] returned accepts clients until it is closed.
 
 pub mod adaptive;

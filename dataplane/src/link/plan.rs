@@ -50,6 +50,17 @@ pub enum Step {
     Orphan(PortKey),
 }
 
+impl Step {
+    /// The port whose listener is to be closed before anything else.
+    pub(super) fn ends(&self) -> Option<PortKey> {
+        match self {
+            Self::Replace(row) => Some(row.key()),
+            Self::Retire { key, .. } => Some(*key),
+            _ => None,
+        }
+    }
+}
+
 /// Whether sessions of one row may go on under the other.
 fn same_route(a: &PortRow, b: &PortRow) -> bool {
     a.kernel_id == b.kernel_id

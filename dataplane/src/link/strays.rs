@@ -9,13 +9,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::convert::Infallible;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use shared::desired::ContainerRow;
 use shared::ids::ContainerId;
 
+use crate::mailbox::Mailbox;
 use crate::sys::netlink::strays::{self, Looked, StraysError};
 
 /// How long the ends of connections may keep the link from its answer.
@@ -40,22 +41,10 @@ struct Orders {
     stop: bool,
 }
 
-#[derive(Debug, Default)]
-struct Desk {
-    orders: Mutex<Orders>,
-    changed: Condvar,
-}
-
-impl Desk {
-    fn orders(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// The thread's handle. Dropping it tells the thread to end, and does not wait.
 #[derive(Debug)]
 pub(super) struct Strays {
-    desk: Arc<Desk>,
+    desk: Arc<Mailbox<Orders>>,
 }
 
 /// Of one container, so that another one's process is never taken for it.
@@ -64,11 +53,11 @@ type Known = HashMap<ContainerId, (u32, HashSet<IpAddr>)>;
 impl Strays {
     /// Starts the thread.
     pub(super) fn start() -> Self {
-        let desk = Arc::new(Desk::default());
+        let desk = Arc::new(Mailbox::<Orders>::default());
         let own = Arc::clone(&desk);
         let thread = std::thread::Builder::new().name("strays".into());
         if let Err(err) = thread.spawn(move || serve(&own, strays::look)) {
-            desk.orders().stop = true;
+            desk.lock().stop = true;
             tracing::warn!(
                 %err,
                 "no thread to look at addresses of containers; those that leave a network will notice late that their connections there have ended"
@@ -87,7 +76,7 @@ impl Strays {
         let (sender, ended) = mpsc::channel();
         let mut moved = 0_usize;
         {
-            let mut orders = self.desk.orders();
+            let mut orders = self.desk.lock();
             if orders.stop {
                 return;
             }
@@ -115,7 +104,7 @@ impl Strays {
             }
         }
         drop(sender);
-        self.desk.changed.notify_one();
+        self.desk.wake();
         if moved > 0 && ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
             tracing::warn!(
                 containers = moved,
@@ -127,20 +116,19 @@ impl Strays {
 
 impl Drop for Strays {
     fn drop(&mut self) {
-        self.desk.orders().stop = true;
-        self.desk.changed.notify_one();
+        self.desk.change(|orders| orders.stop = true);
     }
 }
 
 /// Carries out orders; those first that somebody waits for.
 fn serve(
-    desk: &Desk,
+    desk: &Mailbox<Orders>,
     look: impl Fn(u32, ContainerId, &HashSet<IpAddr>) -> Result<Looked, StraysError>,
 ) {
     let mut known = Known::new();
     loop {
         let (id, order) = {
-            let mut orders = desk.orders();
+            let mut orders = desk.lock();
             loop {
                 if orders.stop {
                     return;
@@ -151,8 +139,7 @@ fn serve(
                 if let Some(next) = next.and_then(|id| orders.looks.remove_entry(&id)) {
                     break next;
                 }
-                let waited = desk.changed.wait(orders);
-                orders = waited.unwrap_or_else(PoisonError::into_inner);
+                orders = desk.wait(orders);
             }
         };
         carry_out(&mut known, id, &order, &look);
@@ -207,6 +194,7 @@ fn carry_out(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     fn rows(links: &[u32]) -> BTreeMap<ContainerId, ContainerRow> {
@@ -221,7 +209,7 @@ mod tests {
 
     #[test]
     fn the_link_does_not_wait_for_a_kernel_that_does_not_answer() {
-        let desk = Arc::new(Desk::default());
+        let desk = Arc::new(Mailbox::<Orders>::default());
         let (gate, released) = mpsc::channel::<Infallible>();
         let returned = Arc::new(AtomicBool::new(false));
         let thread = {
@@ -247,7 +235,7 @@ mod tests {
     #[test]
     fn only_what_was_seen_at_a_container_is_lost_by_it() {
         let before = Arc::new(Mutex::new(Vec::new()));
-        let desk = Arc::new(Desk::default());
+        let desk = Arc::new(Mailbox::<Orders>::default());
         let thread = {
             let (desk, before) = (Arc::clone(&desk), Arc::clone(&before));
             std::thread::spawn(move || {

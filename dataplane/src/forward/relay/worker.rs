@@ -25,8 +25,8 @@ use super::port::{Port, Seat};
 use super::ring::RingEngine;
 use super::session::{Session, Timed};
 use super::wheel::SLOT;
-use shared::log_limit::LogLimit;
 use crate::sys::socket;
+use shared::log_limit::LogLimit;
 
 /// Events taken from the kernel at once.
 const EVENTS: usize = 256;
