@@ -129,6 +129,28 @@ pub async fn call(node: &Node, method: &str, args: Vec<Value>) -> Result<Result<
     }
 }
 
+/// Restarts a kernel; what the manager is answered.
+pub async fn restart(node: &Node, order: &Order) -> Result<Json> {
+    let args = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::Nil,
+        Value::Map(Vec::new()),
+    ];
+    ask(node, "restart_kernel", args).await
+}
+
+/// Starts the job of a batch session; `limit` is its longest time in seconds, or nothing.
+pub async fn start_batch(node: &Node, order: &Order, command: &str, limit: Value) -> Result<Json> {
+    let args = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::from(command),
+        limit,
+    ];
+    ask(node, "trigger_batch_execution", args).await
+}
+
 /// As [`call`], for calls that have to succeed.
 pub async fn ask(node: &Node, method: &str, args: Vec<Value>) -> Result<Json> {
     match call(node, method, args).await? {

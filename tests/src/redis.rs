@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use control::rpc::Value;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -236,6 +238,13 @@ impl StreamEntry {
     pub fn bytes(&self, name: &str) -> &[u8] {
         let value = self.fields.iter().find(|(field, _)| field == name);
         value.map_or(&[][..], |(_, value)| value)
+    }
+
+    /// The arguments of an event; none of one that is sent with pickles.
+    pub fn args(&self) -> Vec<Value> {
+        let read = Value::decode(&Bytes::copy_from_slice(self.bytes("args")));
+        let args = read.ok().and_then(|args| Some(args.as_array()?.to_vec()));
+        args.unwrap_or_default()
     }
 }
 

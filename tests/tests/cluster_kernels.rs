@@ -17,7 +17,7 @@ use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
-use harness::redis::{Gate, Redis, RedisClient};
+use harness::redis::{Gate, Redis, RedisClient, StreamEntry};
 use harness::wait;
 use serde_json::{Value as Json, json};
 
@@ -65,13 +65,9 @@ impl Cluster {
         let kernel = Value::Str(order.kernel.to_string());
         let mut told = Vec::new();
         for entry in self.redis.stream()? {
-            // Those with pickles are of no kernel.
-            let Ok(args) = Value::decode(&Bytes::copy_from_slice(entry.bytes("args"))) else {
-                continue;
-            };
-            let args = args.as_array().unwrap_or_default();
+            let args = entry.args();
             if args.first() == Some(&kernel) {
-                told.push((entry.text("name"), args.to_vec()));
+                told.push((entry.text("name"), args));
             }
         }
         Ok(told)
@@ -669,9 +665,11 @@ async fn troubles_with_the_engine_are_told_to_administrators() -> Result<()> {
         entries
             .iter()
             .filter(|entry| entry.text("name") == "agent_error")
-            .filter_map(|entry| Value::decode(&Bytes::copy_from_slice(entry.bytes("args"))).ok())
-            .filter_map(|args| Some(args.as_array()?.to_vec()))
-            .filter(|args| args[0].as_str().is_some_and(|text| text.contains(words)))
+            .map(StreamEntry::args)
+            .filter(|args| {
+                let text = args.first().and_then(Value::as_str);
+                text.is_some_and(|text| text.contains(words))
+            })
             .collect()
     };
     let order = Order::of(Image::Runner)?;

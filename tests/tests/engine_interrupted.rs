@@ -128,13 +128,7 @@ async fn start_batch(node: &Node, engine: &OwnEngine, command: &str) -> Result<O
     let mut order = order(engine)?;
     order.config["session_type"] = json!("batch");
     kernels::create(node, &order).await?;
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::from(command),
-        Value::Nil,
-    ];
-    kernels::ask(node, "trigger_batch_execution", args).await?;
+    kernels::start_batch(node, &order, command, Value::Nil).await?;
     Ok(order)
 }
 

@@ -147,13 +147,7 @@ async fn defect_restart_loses_all_limits() -> Result<()> {
     let old = host_config(before["container_id"].as_str().unwrap())?;
     kernels::run(&node, &order, "echo kept > /home/work/file").await?;
 
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::Nil,
-        Value::Map(Vec::new()),
-    ];
-    let after = kernels::ask(&node, "restart_kernel", args).await?;
+    let after = kernels::restart(&node, &order).await?;
     assert_ne!(after["container_id"], before["container_id"]);
     let new = host_config(after["container_id"].as_str().unwrap())?;
     for limit in [
@@ -423,16 +417,8 @@ async fn a_batch_job_is_announced_with_its_exit_code() -> Result<()> {
     let mut order = Order::of(Image::Runner)?;
     order.config["session_type"] = json!("batch");
     kernels::create(&node, &order).await?;
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::from("exit 5"),
-        Value::Nil,
-    ];
-    assert_eq!(
-        kernels::ask(&node, "trigger_batch_execution", args).await?,
-        json!(null)
-    );
+    let answer = kernels::start_batch(&node, &order, "exit 5", Value::Nil).await?;
+    assert_eq!(answer, json!(null));
     let session = order.session;
     let args = wait::until("the job's end", Duration::from_secs(30), || async {
         let events = kernels::events(&node, session).await.ok()?;

@@ -111,11 +111,18 @@ impl Watcher {
         let file = directory.path().join("agent.toml");
         let text = std::fs::read_to_string(&file)? + more;
         std::fs::write(&file, text)?;
+        let command = command(directory.path())?;
+        Watcher::run(command, directory, port).await
+    }
+
+    /// Runs a command that was made for `directory`, until it listens.
+    async fn run(mut command: Command, directory: TempDir, port: u16) -> Result<Watcher> {
         let log = std::fs::File::create(directory.path().join("log"))?;
-        let child = command(directory.path())?
+        let child = command
             .stdout(log.try_clone()?)
             .stderr(log)
-            .spawn()?;
+            .spawn()
+            .with_context(|| format!("{command:?} can't be started"))?;
         let watcher = Watcher {
             directory,
             port,
@@ -421,20 +428,8 @@ async fn a_cluster_that_says_nonsense_of_where_volumes_belong_keeps_mounts_only(
         &file,
         etcd.section("local") + &text + "[node.volumes]\nallow = [\"tmpfs bai-test\"]\n",
     )?;
-    let log = std::fs::File::create(directory.path().join("log"))?;
-    let child = command_in_a_cluster(directory.path())?
-        .stderr(log)
-        .spawn()?;
-    let watcher = Watcher {
-        child,
-        port,
-        directory,
-    };
-    wait::until("the watcher listens", PATIENCE, || async {
-        TcpStream::connect(("127.0.0.1", port)).await.ok()
-    })
-    .await
-    .with_context(|| watcher.log())?;
+    let command = command_in_a_cluster(directory.path())?;
+    let watcher = Watcher::run(command, directory, port).await?;
     assert_eq!(watcher.get("/").await?.status, 200);
     assert_eq!(watcher.post("/agent/restart").await?.status, 200);
     let body = json!({"name": "vol", "fs_type": "tmpfs", "fs_location": "bai-test"}).to_string();
@@ -487,18 +482,8 @@ async fn mount_list_and_unmount(
                 .get_envs()
                 .filter_map(|(name, value)| Some((name, value?))),
         )
-        .stdin(Stdio::null())
-        .stderr(std::fs::File::create(here.join("log"))?);
-    let watcher = Watcher {
-        child: inside.spawn().context("unshare can't be started")?,
-        port,
-        directory,
-    };
-    wait::until("the watcher listens", PATIENCE, || async {
-        TcpStream::connect(("127.0.0.1", port)).await.ok()
-    })
-    .await
-    .with_context(|| watcher.log())?;
+        .stdin(Stdio::null());
+    let watcher = Watcher::run(inside, directory, port).await?;
     let body = json!({"name": "vol", "fs_type": "tmpfs", "fs_location": "bai-test", "options": "size=1m", "edit_fstab": true,
         "fstab_path": table, "scaling_group": "default"});
     let mounted = watcher

@@ -51,10 +51,7 @@ fn numbers(entries: &[harness::redis::StreamEntry]) -> Vec<u16> {
     entries
         .iter()
         .filter(|entry| entry.text("name") == "kernel_terminated")
-        .filter_map(|entry| {
-            let args = control::rpc::Value::decode(&entry.bytes("args").to_vec().into()).ok()?;
-            u16::try_from(args.as_array()?.get(3)?.as_i64()?).ok()
-        })
+        .filter_map(|entry| u16::try_from(entry.args().get(3)?.as_i64()?).ok())
         .collect()
 }
 

@@ -299,23 +299,11 @@ async fn a_kept_container_is_no_hindrance() -> Result<()> {
 async fn an_inference_kernel_serves_its_model() -> Result<()> {
     let node = Node::start(NodeOptions::default()).await?;
     let folder = tempfile::tempdir()?;
-    std::fs::set_permissions(
-        folder.path(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )?;
     std::fs::write(folder.path().join("index.html"), "the model\n")?;
     let definition = "models:\n- name: echo\n  model_path: /models\n  service:\n    \
         start_command: [busybox, httpd, -f, -p, '8600', -h, /models]\n    shell: /bin/sh\n    port: 8600\n    \
         health_check:\n      path: /index.html\n      interval: 0.5\n      max_retries: 20\n";
-    std::fs::write(folder.path().join("model-definition.yaml"), definition)?;
-    let mut order = Order::of(Image::Runner)?;
-    order.config["session_type"] = json!("inference");
-    order.config["mounts"] = json!([{
-        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
-        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
-    }]);
-    order.config["internal_data"] =
-        json!({"runtime_variant": "custom", "model_definition_path": null});
+    let order = model_order(folder.path(), "model-definition.yaml", definition)?;
     let result = kernels::create(&node, &order).await?;
     let ports = kernels::host_ports(&result, "echo-8600");
     assert_eq!(ports.len(), 1, "{result}");

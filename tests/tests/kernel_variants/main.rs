@@ -7,6 +7,7 @@ mod limits;
 mod networks;
 mod sessions;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::{self, Image};
-use harness::kernels::{self, Order, text};
+use harness::kernels::{self, Order, restart, text};
 use harness::node::{Node, NodeOptions};
 use harness::wait;
 use serde_json::{Value as Json, json};
@@ -63,14 +64,19 @@ async fn output_of(node: &Node, order: &Order, command: &str) -> Result<String> 
     Ok(ran.output)
 }
 
-async fn restart(node: &Node, order: &Order) -> Result<Json> {
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::Nil,
-        Value::Map(Vec::new()),
-    ];
-    kernels::ask(node, "restart_kernel", args).await
+/// A session that serves the model whose definition, a file of this name, is put into `folder`.
+fn model_order(folder: &Path, name: &str, definition: &str) -> Result<Order> {
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+    std::fs::write(folder.join(name), definition)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["mounts"] = json!([{
+        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.display().to_string(),
+        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
+    }]);
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
+    Ok(order)
 }
 
 async fn start_service(node: &Node, order: &Order, name: &str) -> Result<()> {

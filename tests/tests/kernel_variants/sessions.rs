@@ -14,20 +14,19 @@ async fn event_of(node: &Node, id: uuid::Uuid, name: &str) -> Result<Json> {
     .await
 }
 
+fn batch_order() -> Result<Order> {
+    let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("batch");
+    Ok(order)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
-    let mut order = Order::of(Image::Runner)?;
-    order.config["session_type"] = json!("batch");
+    let order = batch_order()?;
     kernels::create(&node, &order).await?;
     let command = "echo begun > begun; until [ -e go ]; do sleep 0.1; done; exit 7";
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::from(command),
-        Value::Nil,
-    ];
-    kernels::ask(&node, "trigger_batch_execution", args).await?;
+    kernels::start_batch(&node, &order, command, Value::Nil).await?;
     let work = node.scratch(&order.kernel.to_string()).join("work");
     wait::until("the job has begun", SOON, || async {
         work.join("begun").exists().then_some(())
@@ -50,24 +49,6 @@ async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
-/// Starts the job of a batch session.
-async fn trigger(node: &Node, order: &Order, command: &str, limit: Value) -> Result<()> {
-    let args = vec![
-        text(order.session),
-        text(order.kernel),
-        Value::from(command),
-        limit,
-    ];
-    kernels::ask(node, "trigger_batch_execution", args).await?;
-    Ok(())
-}
-
-fn batch_order() -> Result<Order> {
-    let mut order = Order::of(Image::Runner)?;
-    order.config["session_type"] = json!("batch");
-    Ok(order)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_time_limit_of_a_batch_job_outlives_the_agent() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
@@ -77,8 +58,8 @@ async fn the_time_limit_of_a_batch_job_outlives_the_agent() -> Result<()> {
     }
     let limit = Duration::from_secs(6);
     let seconds = || Value::from(limit.as_secs_f64());
-    trigger(&node, &endless, "touch begun; sleep 1000", seconds()).await?;
-    trigger(&node, &short, "touch begun; sleep 2; exit 5", seconds()).await?;
+    kernels::start_batch(&node, &endless, "touch begun; sleep 1000", seconds()).await?;
+    kernels::start_batch(&node, &short, "touch begun; sleep 2; exit 5", seconds()).await?;
     let begun = std::time::Instant::now();
     for order in [&endless, &short] {
         let file = node
@@ -146,7 +127,7 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
         Fault::Hang,
         usize::MAX,
     );
-    trigger(&node, &order, "echo run >> runs; exit 3", Value::Nil).await?;
+    kernels::start_batch(&node, &order, "echo run >> runs; exit 3", Value::Nil).await?;
     node.kill_control()?;
     assert_eq!(runs(), 0, "it was sent before the kill");
     engine.behave();
@@ -157,7 +138,7 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
 
     // Killed while it is sent, and the runner has it.
     let command = "echo run >> runs; until [ -e go ]; do sleep 0.1; done; exit 0";
-    trigger(&node, &order, command, Value::Nil).await?;
+    kernels::start_batch(&node, &order, command, Value::Nil).await?;
     wait::until("the job runs", SOON, || async {
         (runs() == 2).then_some(())
     })
@@ -185,22 +166,10 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
 async fn a_model_that_does_not_serve_is_told_to_be_unhealthy() -> Result<()> {
     let node = Node::start(NodeOptions::default()).await?;
     let folder = tempfile::tempdir()?;
-    std::fs::set_permissions(
-        folder.path(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )?;
     let definition = "models:\n- name: mute\n  model_path: /models\n  service:\n    \
         start_command: [busybox, sleep, '1000']\n    shell: /bin/sh\n    port: 8600\n    \
         health_check:\n      path: /\n      interval: 0.2\n      max_retries: 2\n      max_wait_time: 1\n";
-    std::fs::write(folder.path().join("model-definition.yml"), definition)?;
-    let mut order = Order::of(Image::Runner)?;
-    order.config["session_type"] = json!("inference");
-    order.config["mounts"] = json!([{
-        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
-        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
-    }]);
-    order.config["internal_data"] =
-        json!({"runtime_variant": "custom", "model_definition_path": null});
+    let order = model_order(folder.path(), "model-definition.yml", definition)?;
     kernels::create(&node, &order).await?;
     let args = event_of(&node, order.session, "model_service_status_updated").await?;
     assert_eq!(args, json!([order.session.to_string(), "unhealthy"]));
@@ -218,23 +187,11 @@ async fn a_model_that_does_not_serve_is_told_to_be_unhealthy() -> Result<()> {
 async fn the_start_of_a_model_outlives_the_agent() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
     let folder = tempfile::tempdir()?;
-    std::fs::set_permissions(
-        folder.path(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )?;
     let definition = "models:\n- name: late\n  model_path: /models\n  service:\n    \
         pre_start_actions:\n    - action: run_command\n      args:\n        command: [busybox, sh, -c, \
         'cd /home/work; echo asked >> asked; until [ -e go ]; do sleep 0.1; done']\n    \
         start_command: [/no/such/program]\n    port: 8600\n";
-    std::fs::write(folder.path().join("model-definition.yml"), definition)?;
-    let mut order = Order::of(Image::Runner)?;
-    order.config["session_type"] = json!("inference");
-    order.config["mounts"] = json!([{
-        "name": "model", "vfid": null, "vfsubpath": ".", "host_path": folder.path().display().to_string(),
-        "kernel_path": "/models", "mount_perm": "ro", "usage_mode": "model",
-    }]);
-    order.config["internal_data"] =
-        json!({"runtime_variant": "custom", "model_definition_path": null});
+    let order = model_order(folder.path(), "model-definition.yml", definition)?;
     kernels::create(&node, &order).await?;
     let work = node.scratch(&order.kernel.to_string()).join("work");
     let asked = || {
