@@ -146,6 +146,26 @@ fn every_direct_dependency_is_accounted_for() {
     );
 }
 
+#[test]
+fn every_direct_dependency_is_used() {
+    let all = direct_dependencies(&[None, Some("build"), Some("dev")]);
+    let mut unused = Vec::new();
+    for (name, dependencies) in &all {
+        let code: String = sources(".rs")
+            .iter()
+            .filter(|path| path.starts_with(name))
+            .map(|path| std::fs::read_to_string(root().join(path)).expect("a source"))
+            .collect();
+        let words: BTreeSet<&str> = code
+            .split(|c: char| !c.is_alphanumeric() && c != '_')
+            .collect();
+        let others = dependencies.iter().filter(|it| !all.contains_key(*it));
+        let idle = others.filter(|it| !words.contains(it.replace('-', "_").as_str()));
+        unused.extend(idle.map(|it| format!("{name}/Cargo.toml: {it}")));
+    }
+    assert!(unused.is_empty(), "no source names these: {unused:?}");
+}
+
 fn sources(extension: &str) -> Vec<PathBuf> {
     let output = Command::new("git")
         .args([
