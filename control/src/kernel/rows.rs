@@ -212,9 +212,9 @@ fn count_cpus(list: &str) -> u32 {
         .filter_map(|range| {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
             let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-            Some(last.checked_sub(first)? + 1)
+            last.checked_sub(first)?.checked_add(1)
         })
-        .sum()
+        .fold(0, u32::saturating_add)
 }
 
 /// The container's path below the cgroup roots: the memory controller's on v1, the one there is on

@@ -1,19 +1,18 @@
 //! `bai-agent kernel create`: what the manager would send, with progress while it happens.
 
-use crate::cli::output::say;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Map, Value as Json, json};
 use uuid::Uuid;
 
 use super::records::{EventsReply, ImageReply};
 use super::{CALL_DEADLINE, pair};
 use crate::cli::connection::{Agent, Way};
 use crate::cli::exit::Problem;
-use crate::cli::output::{self, Form};
-use crate::rpc::{ImageRef, Value};
+use crate::cli::output::{self, Form, say};
+use crate::rpc::{ConversionError, ImageRef, Value, to_value};
 
 /// What kind of session the kernel belongs to.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -97,154 +96,124 @@ fn mount(text: &str) -> Result<(String, String, String), String> {
     Ok((host.to_owned(), kernel.to_owned(), mode.to_owned()))
 }
 
-fn text(text: impl Into<String>) -> Value {
-    Value::Str(text.into())
+/// Variables as a manager sets them for a session of one kernel, then the caller's own.
+fn environ(args: &CreateArgs, image: &ImageReply, kernel: Uuid, session: Uuid) -> Json {
+    let mut environ = json!({
+        "BACKENDAI_SESSION_ID": session,
+        "BACKENDAI_KERNEL_ID": kernel,
+        "BACKENDAI_KERNEL_IMAGE": image.canonical,
+        "BACKENDAI_CLUSTER_SIZE": "1",
+        "BACKENDAI_CLUSTER_REPLICAS": "main:1",
+        "BACKENDAI_CLUSTER_HOSTS": "main1",
+        "BACKENDAI_CLUSTER_HOST": "main1",
+        "BACKENDAI_CLUSTER_ROLE": "main",
+        "BACKENDAI_CLUSTER_IDX": "1",
+        "BACKENDAI_CLUSTER_LOCAL_RANK": "0",
+    });
+    for (name, value) in &args.environ {
+        environ[name] = json!(value);
+    }
+    environ
 }
 
-fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
-    Value::Map(
-        entries
-            .into_iter()
-            .map(|(name, value)| (text(name), value))
-            .collect(),
-    )
-}
-
-fn optional(value: Option<Value>) -> Value {
-    value.unwrap_or(Value::Nil)
-}
-
-/// The arguments of `create_kernels` for one kernel.
-fn request(
+/// `KernelCreationConfig`.
+fn creation_config(
     args: &CreateArgs,
     image: &ImageReply,
     kernel: Uuid,
     session: Uuid,
     bootstrap: Option<String>,
-) -> Vec<Value> {
-    let slots = [
-        ("cpu".to_owned(), args.cpu.clone()),
-        ("mem".to_owned(), args.mem.to_string()),
-    ];
-    let slots = slots
-        .into_iter()
-        .chain(args.slots.clone())
-        .map(|(name, amount)| (text(name), text(amount)))
-        .collect();
-    let labels = image
+) -> Json {
+    let mut slots = json!({"cpu": args.cpu, "mem": args.mem.to_string()});
+    for (name, amount) in &args.slots {
+        slots[name] = json!(amount);
+    }
+    let labels: Map<String, Json> = image
         .labels
         .iter()
-        .map(|(name, value)| (text(name), text(value.as_str().unwrap_or_default())))
-        .collect();
-    let environ = [
-        ("BACKENDAI_SESSION_ID", session.to_string()),
-        ("BACKENDAI_KERNEL_ID", kernel.to_string()),
-        ("BACKENDAI_KERNEL_IMAGE", image.canonical.clone()),
-        ("BACKENDAI_CLUSTER_SIZE", "1".to_owned()),
-        ("BACKENDAI_CLUSTER_REPLICAS", "main:1".to_owned()),
-        ("BACKENDAI_CLUSTER_HOSTS", "main1".to_owned()),
-        ("BACKENDAI_CLUSTER_HOST", "main1".to_owned()),
-        ("BACKENDAI_CLUSTER_ROLE", "main".to_owned()),
-        ("BACKENDAI_CLUSTER_IDX", "1".to_owned()),
-        ("BACKENDAI_CLUSTER_LOCAL_RANK", "0".to_owned()),
-    ];
-    let environ = environ
-        .map(|(name, value)| (name.to_owned(), value))
-        .into_iter()
-        .chain(args.environ.clone());
-    let environ = environ
-        .map(|(name, value)| (text(name), text(value)))
+        .map(|(name, value)| (name.clone(), json!(value.as_str().unwrap_or_default())))
         .collect();
     let mounts = args.mounts.iter().map(|(host, inside, mode)| {
-        map([
-            ("name", text(inside.rsplit('/').next().unwrap_or_default())),
-            (
-                "vfid",
-                text(format!("user:{}/{}", Uuid::nil(), Uuid::new_v4().simple())),
-            ),
-            ("vfsubpath", text(".")),
-            ("host_path", text(host)),
-            ("kernel_path", text(inside)),
-            ("mount_perm", text(mode)),
-            ("usage_mode", text("general")),
-        ])
+        json!({
+            "name": inside.rsplit('/').next().unwrap_or_default(),
+            "vfid": format!("user:{}/{}", Uuid::nil(), Uuid::new_v4().simple()),
+            "vfsubpath": ".",
+            "host_path": host,
+            "kernel_path": inside,
+            "mount_perm": mode,
+            "usage_mode": "general",
+        })
     });
+    let mounts: Vec<Json> = mounts.collect();
     let kind = match args.kind {
         Kind::Interactive => "interactive",
         Kind::Batch => "batch",
         Kind::Inference => "inference",
         Kind::System => "system",
     };
-    let shmem = args.shm.map(|size| (text("shmem"), text(size.to_string())));
-    let config = map([
-        (
-            "image",
-            map([
-                ("canonical", text(&image.canonical)),
-                ("project", Value::Nil),
-                ("architecture", text(&image.architecture)),
-                ("digest", text(&image.digest)),
-                ("repo_digest", Value::Nil),
-                (
-                    "registry",
-                    map([
-                        ("name", text("")),
-                        ("url", text("")),
-                        ("username", Value::Nil),
-                        ("password", Value::Nil),
-                    ]),
-                ),
-                ("labels", Value::Map(labels)),
-                ("is_local", Value::Bool(true)),
-                ("auto_pull", text("none")),
-            ]),
-        ),
-        ("auto_pull", text("none")),
-        ("kernel_id", text(kernel.to_string())),
-        ("session_id", text(session.to_string())),
-        ("owner_user_id", text(Uuid::nil().to_string())),
-        ("owner_project_id", Value::Nil),
-        ("network_id", text(session.to_string())),
-        ("session_type", text(kind)),
-        ("cluster_mode", text("single-node")),
-        ("cluster_role", text("main")),
-        ("cluster_idx", Value::Int(1)),
-        ("local_rank", Value::Int(0)),
-        ("cluster_hostname", text("main1")),
-        ("uid", Value::Nil),
-        ("main_gid", Value::Nil),
-        ("supplementary_gids", Value::Array(Vec::new())),
-        ("resource_slots", Value::Map(slots)),
-        ("resource_opts", Value::Map(shmem.into_iter().collect())),
-        ("environ", Value::Map(environ)),
-        ("mounts", Value::Array(mounts.collect())),
-        ("package_directory", Value::Array(Vec::new())),
-        ("idle_timeout", Value::Int(0)),
-        ("bootstrap_script", optional(bootstrap.map(text))),
-        ("startup_command", Value::Nil),
-        ("internal_data", Value::Nil),
-        (
-            "preopen_ports",
-            Value::Array(
-                args.ports
-                    .iter()
-                    .map(|port| Value::Int(i64::from(*port)))
-                    .collect(),
-            ),
-        ),
-        ("allocated_host_ports", Value::Array(Vec::new())),
-        ("agent_addr", text("")),
-        ("scaling_group", text("default")),
-        ("endpoint_id", Value::Nil),
-    ]);
-    let cluster = map([
-        ("mode", text("single-node")),
-        ("size", Value::Int(1)),
-        ("replicas", map([("main", Value::Int(1))])),
-        ("network_config", Value::Map(Vec::new())),
-        ("ssh_keypair", Value::Nil),
-        ("cluster_ssh_port_mapping", Value::Nil),
-    ]);
+    let options = match args.shm {
+        Some(size) => json!({"shmem": size.to_string()}),
+        None => json!({}),
+    };
+    json!({
+        "image": {
+            "canonical": image.canonical,
+            "project": null,
+            "architecture": image.architecture,
+            "digest": image.digest,
+            "repo_digest": null,
+            "registry": {"name": "", "url": "", "username": null, "password": null},
+            "labels": labels,
+            "is_local": true,
+            "auto_pull": "none",
+        },
+        "auto_pull": "none",
+        "kernel_id": kernel,
+        "session_id": session,
+        "owner_user_id": Uuid::nil(),
+        "owner_project_id": null,
+        "network_id": session,
+        "session_type": kind,
+        "cluster_mode": "single-node",
+        "cluster_role": "main",
+        "cluster_idx": 1,
+        "local_rank": 0,
+        "cluster_hostname": "main1",
+        "uid": null,
+        "main_gid": null,
+        "supplementary_gids": [],
+        "resource_slots": slots,
+        "resource_opts": options,
+        "environ": environ(args, image, kernel, session),
+        "mounts": mounts,
+        "package_directory": [],
+        "idle_timeout": 0,
+        "bootstrap_script": bootstrap,
+        "startup_command": null,
+        "internal_data": null,
+        "preopen_ports": args.ports,
+        "allocated_host_ports": [],
+        "agent_addr": "",
+        "scaling_group": "default",
+        "endpoint_id": null,
+    })
+}
+
+/// The arguments of `create_kernels` for one kernel.
+fn request(
+    config: &Json,
+    image: &ImageReply,
+    kernel: Uuid,
+    session: Uuid,
+) -> Result<Vec<Value>, ConversionError> {
+    let cluster = json!({
+        "mode": "single-node",
+        "size": 1,
+        "replicas": {"main": 1},
+        "network_config": {},
+        "ssh_keypair": null,
+        "cluster_ssh_port_mapping": null,
+    });
     let (name, tag) = image
         .canonical
         .rsplit_once(':')
@@ -258,16 +227,16 @@ fn request(
         architecture: image.architecture.clone(),
         is_local: true,
     };
-    vec![
-        text(session.to_string()),
-        Value::Array(vec![text(kernel.to_string())]),
-        Value::Array(vec![config]),
-        cluster,
+    Ok(vec![
+        Value::Str(session.to_string()),
+        Value::Array(vec![Value::Str(kernel.to_string())]),
+        Value::Array(vec![to_value(config)?]),
+        to_value(&cluster)?,
         Value::Map(vec![(
             Value::Uuid(kernel),
             Value::ImageRef(Box::new(reference)),
         )]),
-    ]
+    ])
 }
 
 /// Creates the kernel; prints its id (text) or the agent's whole result (JSON).
@@ -287,10 +256,17 @@ pub(super) async fn run(
         })?),
     };
     let image: ImageReply = agent
-        .call("bai.image", vec![text(&args.image)], CALL_DEADLINE)
+        .call(
+            "bai.image",
+            vec![Value::Str(args.image.clone())],
+            CALL_DEADLINE,
+        )
         .await?;
     let kernel = args.id.unwrap_or_else(Uuid::new_v4);
     let session = args.session.unwrap_or(kernel);
+    let config = creation_config(&args, &image, kernel, session, bootstrap);
+    let request = request(&config, &image, kernel, session)
+        .map_err(|error| Problem::Other(anyhow::Error::new(error)))?;
 
     // Progress comes on a connection of its own: it must never hold up the creation.
     let progress = match (args.quiet, form) {
@@ -303,11 +279,7 @@ pub(super) async fn run(
         _ => None,
     };
     let created = agent
-        .call::<serde_json::Value>(
-            "create_kernels",
-            request(&args, &image, kernel, session, bootstrap),
-            Duration::from_secs(args.timeout),
-        )
+        .call::<Json>("create_kernels", request, Duration::from_secs(args.timeout))
         .await;
     if let Some(progress) = progress {
         progress.abort();
@@ -342,9 +314,9 @@ async fn follow(agent: Agent, mut after: u64, kernel: Uuid) -> Result<(), Proble
         for event in reply
             .events
             .iter()
-            .filter(|event| event.args.first().and_then(serde_json::Value::as_str) == Some(&id))
+            .filter(|event| event.args.first().and_then(Json::as_str) == Some(&id))
         {
-            match event.args.get(1).and_then(serde_json::Value::as_str) {
+            match event.args.get(1).and_then(Json::as_str) {
                 Some(step) if event.name == "kernel_progress" => eprintln!("  {step}"),
                 _ => eprintln!("{}", event.name.replace('_', " ")),
             }

@@ -15,16 +15,19 @@ use tokio_util::sync::CancellationToken;
 use super::error::CreateError;
 use super::prepare::{self, Prepared};
 use super::{Order, aborted, console_tail, enter, with_host_ports};
+use crate::accelerator::host::Granted;
 use crate::docker::ExecRequest;
 use crate::events::Event;
-use crate::kernel::container_request::{self, ContainerInputs, HELD_FOLDERS_LABEL, Limits};
+use crate::kernel::container_request::{
+    self, ContainerInputs, ContainerRequest, HELD_FOLDERS_LABEL, Limits,
+};
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::{Reason, Stage};
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
 use crate::kernel::node::{Node, blocking};
-use crate::kernel::record::PublishedBy;
+use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::registry::Kernel;
-use crate::kernel::request::SessionType;
+use crate::kernel::request::{SessionType, TextMap};
 use crate::kernel::resource_text::{self, ResourceSpec};
 use crate::kernel::rows;
 use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerLink};
@@ -33,7 +36,7 @@ use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
 use crate::kernel::services;
 use crate::link::LinkError;
 use crate::network;
-use crate::resource::ResourceError;
+use crate::resource::{Allocation, ContainerLimits, ResourceError};
 
 /// How often a creation is tried with other host ports.
 const ATTEMPTS: u32 = 4;
@@ -234,6 +237,15 @@ async fn launch(
     serve(node, kernel, container, abort).await
 }
 
+/// What a container is given beside its mounts.
+struct Outfit {
+    limits: ContainerLimits,
+    /// What device plugins give it.
+    granted: Granted,
+    attached: Vec<(String, Vec<AttachedDevice>)>,
+    environ: TextMap,
+}
+
 /// Writes the config files and creates the container; notes its id.
 async fn make_container(
     node: &Arc<Node>,
@@ -242,108 +254,12 @@ async fn make_container(
     prepared: &Prepared,
     distro: &str,
 ) -> Result<ContainerId, CreateError> {
-    let config = &order.config;
-    let record = kernel.record();
-    let allocation = record.allocation.clone().unwrap_or_default();
-    let mut limits = node.ledger.container_limits(&allocation);
-    if let Some(why) = limits.refused.take() {
-        return Err(ResourceError::General(why).into());
-    }
-    let attached = attached_devices(node, &allocation);
+    let allocation = kernel.with_record(|record| record.allocation.clone());
+    let allocation = allocation.unwrap_or_default();
+    let outfit = outfit(node, order, prepared, &allocation).await?;
     let mounts = all_mounts(node, kernel, order, prepared, distro).await?;
-    let first_model = prepared.models.first().map(|model| model.name.as_str());
-    let last_path = prepared
-        .models
-        .last()
-        .map(|model| model.model_path.as_str());
-    let mut environ = environment::variables(
-        config,
-        prepared.identity,
-        &Given {
-            cores: usize::try_from(limits.cpu_count).unwrap_or_default(),
-            attached: &attached,
-            accelerator_gids: &limits.gids,
-            hooks: &[],
-            model: first_model.zip(last_path),
-        },
-    );
-    for (name, value) in &limits.defaults {
-        if !environ.contains(name) {
-            environ.insert(name, value);
-        }
-    }
-    let granted = node.plugin_host.grant(&allocation).await?;
-    for (name, value) in limits.environment.iter().chain(&granted.environment) {
-        environ.insert(name, value);
-    }
-    let spec = ResourceSpec {
-        slots: prepared.slots.to_text(),
-        allocations: allocation.to_text(),
-        scratch_disk_size: 0,
-        mounts: mounts.clone(),
-    };
-    let rendered = resource_text::render(&spec, &limits.resource_lines, |slot| {
-        node.ledger.is_bytes(slot)
-    })?;
-    let service_port = |number: u16| {
-        record
-            .services
-            .iter()
-            .find(|service| service.container_ports == [number])
-            .and_then(|service| service.host_ports.first().copied())
-    };
-    // On the host's network the runner opens these in place of its usual ones.
-    let on_host = record.published_by == PublishedBy::Host;
-    let intrinsic_ports = record.repl_ports.filter(|_| on_host);
-    let intrinsic_ports = intrinsic_ports.map(|(repl_in, repl_out)| {
-        json!({
-            "replin": repl_in,
-            "replout": repl_out,
-            "sshd": service_port(SSHD),
-            "ttyd": service_port(TTYD),
-        })
-    });
-    let files = ConfigFiles {
-        environ: environment::render(&environ, &[]),
-        resource: rendered.text,
-        devices: attached.iter().map(|(device, _)| device.clone()).collect(),
-        intrinsic_ports,
-    };
-    let id = uuid::Uuid::from_bytes(kernel.id.0);
-    node.scratch.write_config(id, files).await?;
-
-    let mut extra = overlay_arguments(node, kernel, order).await?;
-    extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
-    let (held, engine_mounts) = hold_parts(node, kernel, &mounts).await?;
-    let mut request = container_request::build(&ContainerInputs {
-        settings: &node.settings,
-        host: &node.host,
-        seccomp: prepared.seccomp.as_ref(),
-        request: config,
-        cluster: &order.cluster,
-        services: &record.services,
-        repl_ports: record.repl_ports,
-        engine_ports: record.published_by == PublishedBy::Engine,
-        environ: &environ,
-        mounts: &engine_mounts,
-        limits: &Limits {
-            cpuset_cpus: limits.cpuset_cpus.clone(),
-            cpuset_mems: limits.cpuset_mems.clone(),
-            memory: limits.memory,
-            memory_swap: limits.memory_swap,
-            nano_cpus: limits.nano_cpus,
-        },
-        shared_memory: prepared.shared_memory,
-        device_arguments: &extra,
-        device_syscalls: &limits.syscalls,
-    })?;
-    if !held.is_empty() {
-        let labels = request.body.labels.get_or_insert_default();
-        labels.insert(HELD_FOLDERS_LABEL.to_owned(), json!(held).to_string());
-    }
-    for key in &request.unknown {
-        tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
-    }
+    write_config(node, kernel, prepared, &allocation, &outfit, &mounts).await?;
+    let request = request_of(node, kernel, order, prepared, &outfit, &mounts).await?;
     let (name, body) = (request.name, request.body);
     let models: Vec<_> = prepared.models.iter().map(|model| json!(model)).collect();
     node.progress(kernel.id, "creating the container");
@@ -352,7 +268,7 @@ async fn make_container(
         // Only the main kernel of a session serves.
         record.models_pending = !models.is_empty() && order.config.is_main();
         record.models = models;
-        record.environ = Some(environ);
+        record.environ = Some(outfit.environ);
         record.container_name = name.clone();
         record.container_id = None;
     });
@@ -372,8 +288,142 @@ async fn make_container(
     kernel.update_record(|record| record.container_id = Some(created.clone()));
     node.store(kernel).await?;
     node.ledger.commit(kernel.id);
+    let id = uuid::Uuid::from_bytes(kernel.id.0);
     node.scratch.record_container(id, created).await?;
     Ok(container)
+}
+
+/// What follows from the devices, and the variables.
+async fn outfit(
+    node: &Node,
+    order: &Order,
+    prepared: &Prepared,
+    allocation: &Allocation,
+) -> Result<Outfit, CreateError> {
+    let mut limits = node.ledger.container_limits(allocation);
+    if let Some(why) = limits.refused.take() {
+        return Err(ResourceError::General(why).into());
+    }
+    let attached = attached_devices(node, allocation);
+    let first_model = prepared.models.first().map(|model| model.name.as_str());
+    let last_path = prepared
+        .models
+        .last()
+        .map(|model| model.model_path.as_str());
+    let mut environ = environment::variables(
+        &order.config,
+        prepared.identity,
+        &Given {
+            cores: usize::try_from(limits.cpu_count).unwrap_or_default(),
+            attached: &attached,
+            accelerator_gids: &limits.gids,
+            hooks: &[],
+            model: first_model.zip(last_path),
+        },
+    );
+    for (name, value) in &limits.defaults {
+        if !environ.contains(name) {
+            environ.insert(name, value);
+        }
+    }
+    let granted = node.plugin_host.grant(allocation).await?;
+    for (name, value) in limits.environment.iter().chain(&granted.environment) {
+        environ.insert(name, value);
+    }
+    Ok(Outfit {
+        limits,
+        granted,
+        attached,
+        environ,
+    })
+}
+
+/// Writes what the runner reads at its start.
+async fn write_config(
+    node: &Node,
+    kernel: &Kernel,
+    prepared: &Prepared,
+    allocation: &Allocation,
+    outfit: &Outfit,
+    mounts: &[Mount],
+) -> Result<(), CreateError> {
+    let spec = ResourceSpec {
+        slots: prepared.slots.to_text(),
+        allocations: allocation.to_text(),
+        scratch_disk_size: 0,
+        mounts: mounts.to_vec(),
+    };
+    let rendered = resource_text::render(&spec, &outfit.limits.resource_lines, |slot| {
+        node.ledger.is_bytes(slot)
+    })?;
+    let devices = outfit.attached.iter();
+    let files = ConfigFiles {
+        environ: environment::render(&outfit.environ, &[]),
+        resource: rendered.text,
+        devices: devices.map(|(device, _)| device.clone()).collect(),
+        intrinsic_ports: kernel.with_record(intrinsic_ports),
+    };
+    let id = uuid::Uuid::from_bytes(kernel.id.0);
+    Ok(node.scratch.write_config(id, files).await?)
+}
+
+/// On the host's network the runner opens these in place of its usual ones.
+fn intrinsic_ports(record: &Record) -> Option<serde_json::Value> {
+    let service_port = |number: u16| {
+        record
+            .services
+            .iter()
+            .find(|service| service.container_ports == [number])
+            .and_then(|service| service.host_ports.first().copied())
+    };
+    let on_host = record.published_by == PublishedBy::Host;
+    let (repl_in, repl_out) = record.repl_ports.filter(|_| on_host)?;
+    Some(json!({
+        "replin": repl_in,
+        "replout": repl_out,
+        "sshd": service_port(SSHD),
+        "ttyd": service_port(TTYD),
+    }))
+}
+
+/// The engine's request, for folders whose parts are held from now on.
+async fn request_of(
+    node: &Node,
+    kernel: &Kernel,
+    order: &Order,
+    prepared: &Prepared,
+    outfit: &Outfit,
+    mounts: &[Mount],
+) -> Result<ContainerRequest, CreateError> {
+    let (limits, granted) = (&outfit.limits, &outfit.granted);
+    let mut extra = overlay_arguments(node, kernel, order).await?;
+    extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
+    let (held, engine_mounts) = hold_parts(node, kernel, mounts).await?;
+    let record = kernel.record();
+    let mut request = container_request::build(&ContainerInputs {
+        settings: &node.settings,
+        host: &node.host,
+        seccomp: prepared.seccomp.as_ref(),
+        request: &order.config,
+        cluster: &order.cluster,
+        services: &record.services,
+        repl_ports: record.repl_ports,
+        engine_ports: record.published_by == PublishedBy::Engine,
+        environ: &outfit.environ,
+        mounts: &engine_mounts,
+        limits: &Limits::from(limits),
+        shared_memory: prepared.shared_memory,
+        device_arguments: &extra,
+        device_syscalls: &limits.syscalls,
+    })?;
+    if !held.is_empty() {
+        let labels = request.body.labels.get_or_insert_default();
+        labels.insert(HELD_FOLDERS_LABEL.to_owned(), json!(held).to_string());
+    }
+    for key in &request.unknown {
+        tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
+    }
+    Ok(request)
 }
 
 /// Takes the parts of folders out of their users' hands: where they really are, and the mounts with
@@ -429,10 +479,7 @@ async fn overlay_arguments(
 }
 
 /// The ledger's devices in the form of the container's environment.
-fn attached_devices(
-    node: &Node,
-    allocation: &crate::resource::Allocation,
-) -> Vec<(String, Vec<AttachedDevice>)> {
+fn attached_devices(node: &Node, allocation: &Allocation) -> Vec<(String, Vec<AttachedDevice>)> {
     let devices = node.ledger.attached_devices(allocation);
     devices
         .into_iter()

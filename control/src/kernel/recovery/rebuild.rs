@@ -9,13 +9,14 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::Listed;
+use crate::causes::chain;
 use crate::docker::{ContainerInspectResponse, DockerError};
 use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
 use crate::kernel::journal::Phase;
 use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
-use crate::kernel::resource_text::{self, Allocations};
+use crate::kernel::resource_text::{self, Allocations, ResourceSpec};
 use crate::kernel::rows::parse_host_ports;
 use crate::kernel::service_ports::{
     self, Exposure, REPL_IN, REPL_OUT, ServicePort, ServiceProtocol,
@@ -54,36 +55,14 @@ pub async fn record(
         .ok_or(RebuildError::NoSession)?;
     let found = node.docker.inspect(&container.to_string()).await?;
     let kernel_id = Uuid::from_bytes(id.0);
-    let resource = match node.scratch.read_config(kernel_id, "resource.txt").await {
-        Ok(Some(text)) => resource_text::parse(&text, |slot| node.ledger.is_bytes(slot)).ok(),
-        Ok(None) => None,
-        Err(err) => {
-            tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot read what a kernel was given");
-            None
-        }
-    };
-    let host_config = found.host_config.as_ref();
-    let allocation = match &resource {
-        Some(resource) => {
-            let mut allocations = resource.spec.allocations.clone();
-            // The text form of a size is lossy; the container's own limit is not.
-            if let Some(bytes) = host_config
-                .and_then(|host| host.memory)
-                .filter(|bytes| *bytes > 0)
-            {
-                replace_memory(&mut allocations, bytes);
-            }
-            Allocation::from_text(&allocations).ok()
-        }
-        None => None,
-    };
+    let resource = given(node, kernel_id).await;
+    let allocation = resource
+        .as_ref()
+        .and_then(|spec| allocation_of(kernel_id, spec, &found));
     let image = found
         .config
         .as_ref()
         .and_then(|config| config.image.clone())
-        .unwrap_or_default();
-    let mode = host_config
-        .and_then(|host| host.network_mode.clone())
         .unwrap_or_default();
     let (services, repl_ports, published_by) = services_of(labels, &found);
     let (request, cluster) = asked_of_the_original(node, kernel_id).await.unzip();
@@ -99,13 +78,12 @@ pub async fn record(
         .and_then(|config| config.hostname.clone());
     let mounts = resource
         .as_ref()
-        .map(|it| it.spec.mounts.clone())
+        .map(|spec| spec.mounts.clone())
         .unwrap_or_default();
     let of_resource = || {
-        let spec = &resource.as_ref()?.spec;
+        let slots = resource.as_ref()?.slots.iter();
         Some(
-            spec.slots
-                .iter()
+            slots
                 .map(|(name, amount)| (name.to_owned(), json!(amount)))
                 .collect(),
         )
@@ -141,11 +119,7 @@ pub async fn record(
         published_by,
         repl_ports,
         block_service_ports: labels.get(LABEL_BLOCKED).is_some_and(|value| value == "1"),
-        network: match mode.as_str() {
-            "" | "default" | "bridge" => None,
-            "host" => Some(("host".into(), String::new())),
-            name => Some(("bridge".into(), name.to_owned())),
-        },
+        network: network_of(&found),
         distro: None,
         mounts,
         models: Vec::new(),
@@ -157,6 +131,49 @@ pub async fn record(
         batch_job: None,
         pausing: false,
     })
+}
+
+/// What the files of a kernel say that it was given.
+async fn given(node: &Node, kernel_id: Uuid) -> Option<ResourceSpec> {
+    let why = match node.scratch.read_config(kernel_id, "resource.txt").await {
+        Ok(text) => match resource_text::parse(&text?, |slot| node.ledger.is_bytes(slot)) {
+            Ok(resource) => return Some(resource.spec),
+            Err(err) => chain(&err),
+        },
+        Err(err) => chain(&err),
+    };
+    tracing::error!(%kernel_id, err = why,
+        "cannot read what a kernel was given (resource.txt of its scratch); its devices count as free: end the kernel before others get them");
+    None
+}
+
+fn allocation_of(
+    kernel_id: Uuid,
+    spec: &ResourceSpec,
+    found: &ContainerInspectResponse,
+) -> Option<Allocation> {
+    let mut allocations = spec.allocations.clone();
+    // The text form of a size is lossy; the container's own limit is not.
+    let memory = found.host_config.as_ref().and_then(|host| host.memory);
+    if let Some(bytes) = memory.filter(|bytes| *bytes > 0) {
+        replace_memory(&mut allocations, bytes);
+    }
+    let allocation = Allocation::from_text(&allocations);
+    let told = allocation.inspect_err(|err| {
+        tracing::error!(%kernel_id, err = err as &dyn std::error::Error,
+            "what a kernel was given makes no sense (resource.txt of its scratch); its devices count as free: end the kernel before others get them");
+    });
+    told.ok()
+}
+
+/// The network's mode and name; nothing for the engine's own bridge.
+fn network_of(found: &ContainerInspectResponse) -> Option<(String, String)> {
+    let mode = found.host_config.as_ref()?.network_mode.as_deref()?;
+    match mode {
+        "" | "default" | "bridge" => None,
+        "host" => Some(("host".into(), String::new())),
+        name => Some(("bridge".into(), name.to_owned())),
+    }
 }
 
 /// What the Python agent was asked for, which it keeps beside its kernel's other files.
