@@ -16,19 +16,16 @@ use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-// linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
+use crate::network::netlink::{NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR};
+
+// linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 const HEADER: usize = 16;
-const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_DUMP: u16 = 0x300;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 const NFTABLES: u16 = 10 << 8;
 const GET_CHAIN: u16 = NFTABLES | 4;
 const GET_RULE: u16 = NFTABLES | 7;
 const GET_GENERATION: u16 = NFTABLES | 16;
 /// The seventh group: changes of tables, chains, rules and sets.
 const CHANGES: u32 = 1 << 6;
-const TYPE_MASK: u16 = 0x3fff;
 /// `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
 const VERDICT_REGISTER: u32 = 0;
@@ -270,7 +267,7 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
         let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
         let content = bytes.get(4..length)?;
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & TYPE_MASK, content))
+        Some((kind & NLA_TYPE_MASK, content))
     })
 }
 

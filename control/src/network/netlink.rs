@@ -16,10 +16,13 @@ use rustix::net::{
 };
 
 // linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_REQUEST: u16 = 0x01;
-const NLM_F_DUMP: u16 = 0x300;
+pub(crate) const NLMSG_ERROR: u16 = 2;
+pub(crate) const NLMSG_DONE: u16 = 3;
+pub(crate) const NLM_F_REQUEST: u16 = 0x01;
+pub(crate) const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_MULTI: u16 = 0x02;
+/// The table changed during the dump; a link may be missing from it.
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWNSID: u16 = 88;
@@ -35,7 +38,7 @@ const NETNSA_NSID: u16 = 1;
 const NETNSA_PID: u16 = 2;
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// The two top bits of an attribute type are flags (nested, byte order).
-const NLA_TYPE_MASK: u16 = 0x3fff;
+pub(crate) const NLA_TYPE_MASK: u16 = 0x3fff;
 
 /// A hardware address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -172,14 +175,18 @@ impl Socket {
             IFLA_EXT_MASK,
             &RTEXT_FILTER_SKIP_STATS.to_ne_bytes(),
         );
-        let mut links = Vec::new();
-        self.ask(RTM_GETLINK, NLM_F_DUMP, &body, |kind, payload| {
-            if kind == RTM_NEWLINK {
-                links.push(Link::parse(payload)?);
+        loop {
+            let mut links = Vec::new();
+            let answer = self.ask(RTM_GETLINK, NLM_F_DUMP, &body, |kind, payload| {
+                if kind == RTM_NEWLINK {
+                    links.push(Link::parse(payload)?);
+                }
+                Ok(())
+            })?;
+            if !answer.torn {
+                return Ok(links);
             }
-            Ok(())
-        })?;
-        Ok(links)
+        }
     }
 
     /// A link of our namespace by index, `None` when it is gone.
@@ -203,7 +210,7 @@ impl Socket {
                 Ok(None)
             }
             Err(err) => Err(err),
-            Ok(()) => Ok(link),
+            Ok(_) => Ok(link),
         }
     }
 
@@ -213,7 +220,7 @@ impl Socket {
         flags: u16,
         body: &[u8],
         mut sink: impl FnMut(u16, &[u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Answer> {
         self.sequence += 1;
         let length = u32::try_from(16 + body.len()).map_err(io::Error::other)?;
         let mut message = Vec::with_capacity(16 + body.len());
@@ -229,7 +236,8 @@ impl Socket {
             SendFlags::empty(),
             &SocketAddrNetlink::new(0, 0),
         )?;
-        loop {
+        let mut answer = Answer::default();
+        while !answer.over {
             let left = self.until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
@@ -242,42 +250,65 @@ impl Socket {
             let Some(datagram) = self.buffer.get(..read) else {
                 return Err(malformed("a message larger than the buffer"));
             };
-            let mut rest = datagram;
-            while !rest.is_empty() {
-                let header = rest.get(..16).ok_or_else(|| malformed("a short header"))?;
-                let length = u32::from_ne_bytes(word(&header[..4])?) as usize;
-                let kind = u16::from_ne_bytes([header[4], header[5]]);
-                let flags = u16::from_ne_bytes([header[6], header[7]]);
-                let sequence = u32::from_ne_bytes(word(&header[8..12])?);
-                let payload = rest
-                    .get(16..length)
-                    .ok_or_else(|| malformed("a length beyond the message"))?;
-                let next = length.next_multiple_of(4).min(rest.len());
-                rest = &rest[next..];
-                if sequence != self.sequence {
-                    continue;
-                }
-                match kind {
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => {
-                        let code = payload
-                            .get(..4)
-                            .ok_or_else(|| malformed("a short error"))
-                            .and_then(word)
-                            .map(i32::from_ne_bytes)?;
-                        return match code {
-                            0 => Ok(()),
-                            code => Err(io::Error::from_raw_os_error(code.saturating_neg())),
-                        };
+            answer.take(datagram, self.sequence, &mut sink)?;
+        }
+        Ok(answer)
+    }
+}
+
+/// How far an answer has come.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Answer {
+    /// Nothing more is to come.
+    over: bool,
+    /// What it lists has changed meanwhile, and something may be missing.
+    torn: bool,
+}
+
+impl Answer {
+    /// Takes one datagram of the kernel, and of it what answers question number `sequence`.
+    fn take(
+        &mut self,
+        datagram: &[u8],
+        sequence: u32,
+        sink: &mut impl FnMut(u16, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut rest = datagram;
+        while !rest.is_empty() && !self.over {
+            let header = rest.get(..16).ok_or_else(|| malformed("a short header"))?;
+            let length = u32::from_ne_bytes(word(&header[..4])?) as usize;
+            let kind = u16::from_ne_bytes([header[4], header[5]]);
+            let flags = u16::from_ne_bytes([header[6], header[7]]);
+            let of = u32::from_ne_bytes(word(&header[8..12])?);
+            let payload = rest
+                .get(16..length)
+                .ok_or_else(|| malformed("a length beyond the message"))?;
+            let next = length.next_multiple_of(4).min(rest.len());
+            rest = &rest[next..];
+            if of != sequence {
+                continue;
+            }
+            self.torn |= flags & NLM_F_DUMP_INTR != 0;
+            match kind {
+                NLMSG_DONE => self.over = true,
+                NLMSG_ERROR => {
+                    let code = payload
+                        .get(..4)
+                        .ok_or_else(|| malformed("a short error"))
+                        .and_then(word)
+                        .map(i32::from_ne_bytes)?;
+                    if code != 0 {
+                        return Err(io::Error::from_raw_os_error(code.saturating_neg()));
                     }
-                    kind => sink(kind, payload)?,
+                    self.over = true;
                 }
-                const NLM_F_MULTI: u16 = 0x02;
-                if flags & NLM_F_MULTI == 0 {
-                    return Ok(());
+                kind => {
+                    sink(kind, payload)?;
+                    self.over = flags & NLM_F_MULTI == 0;
                 }
             }
         }
+        Ok(())
     }
 }
 
@@ -391,6 +422,42 @@ mod tests {
     fn a_process_that_is_gone_is_an_error() {
         // Above the largest pid_max of the kernel.
         assert!(peers(0x7fff_fffe, Duration::from_secs(5)).is_err());
+    }
+
+    #[test]
+    fn a_list_that_changed_while_it_was_told_is_known_as_such() {
+        let message = |kind: u16, flags: u16, sequence: u32| {
+            let mut bytes = 20u32.to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend(flags.to_ne_bytes());
+            bytes.extend(sequence.to_ne_bytes());
+            bytes.extend([0; 8]);
+            bytes
+        };
+        let (whole, torn) = (NLM_F_MULTI, NLM_F_MULTI | NLM_F_DUMP_INTR);
+        for (first, last, expected) in [
+            (whole, whole, false),
+            (torn, whole, true),
+            (whole, torn, true),
+        ] {
+            let mut answer = Answer::default();
+            let mut told = 0;
+            let mut sink = |_: u16, _: &[u8]| {
+                told += 1;
+                Ok(())
+            };
+            let datagram = [
+                // Left over from an earlier question.
+                message(NLMSG_DONE, torn, 6),
+                message(RTM_NEWLINK, first, 7),
+                message(RTM_NEWLINK, whole, 7),
+            ];
+            answer.take(&datagram.concat(), 7, &mut sink).unwrap();
+            assert!(!answer.over);
+            let done = message(NLMSG_DONE, last, 7);
+            answer.take(&done, 7, &mut sink).unwrap();
+            assert_eq!((answer.over, answer.torn, told), (true, expected, 2));
+        }
     }
 
     #[test]
