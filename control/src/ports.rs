@@ -127,6 +127,7 @@ impl Pool {
         now: Instant,
         mut bindable: impl FnMut(u16) -> bool,
     ) -> Result<Vec<u16>, PortError> {
+        self.expire_assignments(now);
         let mut taken = Vec::with_capacity(wanted);
         let mut busy = Vec::new();
         // Rested ports first, in the order in which they were freed; then the others, longest
@@ -210,6 +211,7 @@ impl Pool {
         }
     }
 
+    /// Frees what nobody has come for.
     fn expire_assignments(&mut self, now: Instant) -> Vec<u16> {
         let expired: Vec<u16> = self
             .held
@@ -279,10 +281,10 @@ impl PortPool {
 
     /// Takes one port for a kernel that is yet to come (`assign_port`).
     pub fn assign(&self, bind: IpAddr) -> Result<u16, PortError> {
-        let mut pool = self.pool();
-        let now = Instant::now();
-        pool.expire_assignments(now);
-        pool.acquire(PortOwner::Assigned, 1, now, |port| bindable(bind, port))
+        self.pool()
+            .acquire(PortOwner::Assigned, 1, Instant::now(), |port| {
+                bindable(bind, port)
+            })
             .map(|ports| ports[0])
     }
 
@@ -474,6 +476,19 @@ mod tests {
         let much_later = now + ASSIGNMENT_LIFETIME;
         assert_eq!(pool.expire_assignments(much_later), vec![101]);
         assert_eq!(pool.owned_by(kernel(1)), vec![100]);
+    }
+
+    #[test]
+    fn ports_that_nobody_has_come_for_are_free_for_any_kernel() {
+        let now = Instant::now();
+        let mut pool = pool(101, now);
+        pool.acquire(PortOwner::Assigned, 2, now, |_| true).unwrap();
+        assert!(pool.acquire(kernel(1), 1, now, |_| true).is_err());
+        let later = now + ASSIGNMENT_LIFETIME;
+        assert_eq!(
+            pool.acquire(kernel(1), 2, later, |_| true),
+            Ok(vec![100, 101])
+        );
     }
 
     // Defect 16 of the original: one busy host port made the creation fail.
