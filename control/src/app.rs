@@ -519,7 +519,11 @@ async fn open_sockets(
 
 /// Whether the host's firewall decides about clients of service ports at first.
 async fn firewall_decides(config: &Config) -> bool {
-    let decider = firewall::decider(config).await;
+    let decider = match firewall::decider(config).await {
+        Ok(decider) => decider,
+        // Nobody is let in meanwhile whom it may refuse; its changes are followed from the start on.
+        Err(err) => Some(err.to_string()),
+    };
     if let Some(why) = &decider
         && config.node.honour_firewall.is_none()
     {

@@ -2,16 +2,20 @@
 //!
 //! In: chains in the words of `iptables -S`, and those of nftables as the kernel lists them; their
 //! changes. Out: which of them may turn such clients away, which the kernel path would pass by, and
-//! rows that leave their ports to the relay as long as one may. Invariant: what is not understood
-//! counts as a refusal.
+//! rows that leave their ports to the relay as long as one may. Invariants: what is not understood
+//! counts as a refusal; no answer is never taken for an open firewall.
 
 mod follow;
 mod nftables;
 
+use std::io;
 use std::net::IpAddr;
+use std::process::Output;
 use std::time::Duration;
 
 use config::Config;
+use rustix::io::Errno;
+use thiserror::Error;
 
 pub use self::follow::follow;
 use self::nftables::{Clients, Hook};
@@ -38,17 +42,45 @@ const FOR_ALL: [&str; 11] = [
     "ACCEPT",
 ];
 
+/// How a program of the iptables family ends that has not got its lock, or no memory.
+const NO_RESOURCES: i32 = 4;
+
+/// It is not known what the firewall says, for now.
+#[derive(Debug, Error)]
+#[error("{0} does not tell its rules; it is asked again")]
+pub struct NoAnswer(&'static str);
+
 /// What a program of the iptables family says; none when there is no such program or chain, or no
 /// answer.
-pub async fn rules(program: &str, words: &[&str]) -> Option<String> {
+pub async fn rules(program: &'static str, words: &[&str]) -> Option<String> {
+    ask(program, words).await.unwrap_or_default()
+}
+
+/// The same with the difference: none when there is no such program or chain, or when we may not look.
+async fn ask(program: &'static str, words: &[&str]) -> Result<Option<String>, NoAnswer> {
     let mut command = tokio::process::Command::new(program);
     command.arg("-w").arg("2").args(words).kill_on_drop(true);
-    let output = tokio::time::timeout(PATIENCE, command.output()).await;
-    let output = output.ok()?.ok()?;
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    match tokio::time::timeout(PATIENCE, command.output()).await {
+        Ok(outcome) => said(program, outcome),
+        Err(_) => Err(NoAnswer(program)),
+    }
+}
+
+fn said(program: &'static str, outcome: io::Result<Output>) -> Result<Option<String>, NoAnswer> {
+    let output = match outcome {
+        Ok(output) => output,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(_) => return Err(NoAnswer(program)),
+    };
+    let denied = || {
+        let words = String::from_utf8_lossy(&output.stderr);
+        words.contains("Permission denied") || words.contains("Operation not permitted")
+    };
+    match output.status.code() {
+        Some(0) => Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned())),
+        Some(NO_RESOURCES) | None if !denied() => Err(NoAnswer(program)),
+        _ => Ok(None),
+    }
 }
 
 /// A chain that may turn clients of service ports away.
@@ -68,17 +100,22 @@ pub struct Refusal {
 
 /// Why the firewall decides about clients of service ports, if it does: what `node.honour-firewall`
 /// says or, where that is left out, a chain on their way that may turn some of them away.
-pub async fn decider(config: &Config) -> Option<String> {
+///
+/// # Errors
+/// Nothing that was told refuses, and not all was told.
+pub async fn decider(config: &Config) -> Result<Option<String>, NoAnswer> {
     if let Some(said) = config.node.honour_firewall {
-        return said.then(|| "node.honour-firewall".to_owned());
+        return Ok(said.then(|| "node.honour-firewall".to_owned()));
     }
-    let first = refusals(config).await.into_iter().next()?;
-    let chain = if first.is_nftables {
-        "the chain"
-    } else {
-        "the"
-    };
-    Some(format!("{chain} {} may turn clients away", first.chain))
+    let first = refusals(config).await?.into_iter().next();
+    Ok(first.map(|first| {
+        let chain = if first.is_nftables {
+            "the chain"
+        } else {
+            "the"
+        };
+        format!("{chain} {} may turn clients away", first.chain)
+    }))
 }
 
 /// A program of the iptables family, and which tables it shows.
@@ -91,7 +128,7 @@ struct Program {
 }
 
 /// Those that show chains in the way of clients. A host may have tables of both kinds.
-async fn programs(config: &Config) -> Vec<Program> {
+async fn programs(config: &Config, silent: &mut Option<NoAnswer>) -> Vec<Program> {
     let families: &[(bool, [&'static str; 2])] = &[
         (false, ["iptables", "iptables-legacy"]),
         (true, ["ip6tables", "ip6tables-legacy"]),
@@ -102,7 +139,7 @@ async fn programs(config: &Config) -> Vec<Program> {
     };
     let mut found = Vec::new();
     for (ipv6, [usual, older]) in wanted {
-        let version = rules(usual, &["-V"]).await.unwrap_or_default();
+        let version = told(ask(usual, &["-V"]).await, silent).unwrap_or_default();
         let legacy = !version.contains("nf_tables");
         if !version.is_empty() {
             found.push(Program {
@@ -128,8 +165,35 @@ fn legacy_tables(ipv6: bool) -> String {
     std::fs::read_to_string(format!("/proc/net/{names}_tables_names")).unwrap_or_default()
 }
 
+/// What was answered; notes where there was no answer.
+fn told<T>(answer: Result<Option<T>, NoAnswer>, silent: &mut Option<NoAnswer>) -> Option<T> {
+    answer.unwrap_or_else(|err| {
+        *silent = Some(err);
+        None
+    })
+}
+
+/// Chains of nftables; none where the kernel has none, or does not let us look.
+async fn nftables_chains() -> Result<Option<Vec<nftables::Chain>>, NoAnswer> {
+    match tokio::task::spawn_blocking(nftables::chains).await {
+        Ok(Ok(chains)) => Ok(Some(chains)),
+        Ok(Err(
+            Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::BUSY,
+        ))
+        | Err(_) => Err(NoAnswer("the kernel's nftables")),
+        Ok(Err(errno)) => {
+            tracing::debug!(%errno, "the kernel lists no chains of nftables");
+            Ok(None)
+        }
+    }
+}
+
 /// All chains that may turn clients of service ports away; first those of incoming packets.
-pub async fn refusals(config: &Config) -> Vec<Refusal> {
+///
+/// # Errors
+/// Nothing that was told refuses, and not all was told.
+pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
+    let mut silent = None;
     let (first, last) = (
         config.container.port_range.first,
         config.container.port_range.last,
@@ -138,12 +202,12 @@ pub async fn refusals(config: &Config) -> Vec<Refusal> {
     let mut found = Vec::new();
     let mut early = Vec::new();
     let mut shown = Vec::new();
-    for program in programs(config).await {
+    for program in programs(config, &mut silent).await {
         let Program { name, ipv6, legacy } = program;
         let tables = legacy_tables(ipv6);
         let has = |table: &str| !legacy || tables.lines().any(|it| it == table);
         let input = match has("filter") {
-            true => rules(name, &["-S", "INPUT"]).await,
+            true => told(ask(name, &["-S", "INPUT"]).await, &mut silent),
             false => None,
         };
         if let Some(chain) = &input {
@@ -165,8 +229,8 @@ pub async fn refusals(config: &Config) -> Vec<Refusal> {
             if !legacy || !has(table) {
                 continue;
             }
-            let chain = rules(name, &["-t", table, "-S", "PREROUTING"]).await;
-            if let Some(chain) = chain
+            let answer = ask(name, &["-t", table, "-S", "PREROUTING"]).await;
+            if let Some(chain) = told(answer, &mut silent)
                 && may_refuse(&chain, first, last, &addresses)
             {
                 early.push(Refusal {
@@ -181,14 +245,7 @@ pub async fn refusals(config: &Config) -> Vec<Refusal> {
             }
         }
     }
-    let chains = match tokio::task::spawn_blocking(nftables::chains).await {
-        Ok(Ok(chains)) => chains,
-        Ok(Err(errno)) => {
-            tracing::debug!(%errno, "the kernel lists no chains of nftables");
-            Vec::new()
-        }
-        Err(_) => Vec::new(),
-    };
+    let chains = told(nftables_chains().await, &mut silent).unwrap_or_default();
     let clients = Clients {
         ports: (first, last),
         with_ipv6: config.container.bind_host.is_ipv6(),
@@ -221,7 +278,10 @@ pub async fn refusals(config: &Config) -> Vec<Refusal> {
         }
     }
     found.append(&mut early);
-    found
+    match silent {
+        Some(err) if found.is_empty() => Err(err),
+        _ => Ok(found),
+    }
 }
 
 /// Addresses that clients may come to.
@@ -309,6 +369,35 @@ fn meets(ports: &str, first: u16, last: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_answer_is_no_open_firewall() {
+        use std::os::unix::process::ExitStatusExt as _;
+        let ended = |status: i32, words: &str| {
+            said(
+                "iptables",
+                Ok(Output {
+                    status: std::process::ExitStatus::from_raw(status),
+                    stdout: b"-P INPUT DROP\n".to_vec(),
+                    stderr: words.as_bytes().to_vec(),
+                }),
+            )
+        };
+        let locked = "Another app is currently holding the xtables lock.";
+        assert!(ended(4 << 8, locked).is_err());
+        assert!(ended(9, "").is_err(), "killed");
+        let out_of = io::Error::from(io::ErrorKind::OutOfMemory);
+        assert!(said("iptables", Err(out_of)).is_err());
+        assert_eq!(ended(0, "").unwrap().unwrap(), "-P INPUT DROP\n");
+        // No such chain, nobody whom it is told, no such program.
+        assert_eq!(ended(1 << 8, "No chain by that name.").unwrap(), None);
+        assert_eq!(
+            ended(4 << 8, "Permission denied (you must be root)").unwrap(),
+            None
+        );
+        let missing = io::Error::from(io::ErrorKind::NotFound);
+        assert_eq!(said("iptables", Err(missing)).unwrap(), None);
+    }
 
     const OWN: [IpAddr; 1] = [IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1))];
 

@@ -104,6 +104,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
     let engine = engine(&config).await;
     let config_for_rules = config.clone();
     let decider = firewall::decider(&config).await;
+    let decider = decider.unwrap_or_else(|err| Some(err.to_string()));
     let honour_firewall = decider.is_some();
     let runner = {
         let config = config.clone();
@@ -166,7 +167,9 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
         let server = &config_for_rules.agent.metadata_server;
         findings.push(forwarding::metadata(server, input.as_deref()));
     }
+    // One that does not answer is told above.
     let refusals = firewall::refusals(&config_for_rules).await;
+    let refusals = refusals.unwrap_or_default();
     findings.extend(refusals.iter().filter_map(forwarding::refusal));
     if let Some(rules) = firewall::rules("iptables", &["-S", "DOCKER-USER"]).await {
         findings.extend(forwarding::user_rules(

@@ -2,13 +2,15 @@
 //!
 //! In: the kernel's word that tables of nftables have changed; for those of the older kind, which
 //! change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
-//! another one. Invariant: a row that was made by an earlier decision does not stay.
+//! another one. Invariants: a row that was made by an earlier decision does not stay; a firewall that
+//! does not answer is asked again, and changes nothing meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use rustix::event::Timespec;
+use shared::log_limit::LogLimit;
 use tokio::sync::Notify;
 
 use super::nftables::Watch;
@@ -25,6 +27,8 @@ const SLOWLY: Timespec = Timespec {
 /// Least distance of two looks: the engine changes its own rules with every container, and a look
 /// starts programs.
 const PAUSE: Duration = Duration::from_secs(1);
+/// Before the firewall is asked again that has not answered.
+const AGAIN: Duration = Duration::from_secs(5);
 /// A kernel that is being created is looked at so often until it has rows.
 const CREATION: Duration = Duration::from_millis(500);
 
@@ -89,12 +93,23 @@ pub async fn follow(node: Arc<Node>) {
             return;
         }
     };
+    let mut trouble = LogLimit::new();
     loop {
         tokio::select! {
             () = node.stopping.cancelled() => return,
             () = changed.notified() => {}
         }
-        let found = decider(&node.config).await;
+        let found = match decider(&node.config).await {
+            Ok(found) => found,
+            Err(err) => {
+                if let Some(suppressed) = trouble.pass() {
+                    tracing::warn!(%err, suppressed, "it is not known what the firewall says; what it said last holds");
+                }
+                changed.notify_one();
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+        };
         if node.honours_firewall.swap(found.is_some(), SeqCst) != found.is_some() {
             match found {
                 Some(why) => tracing::info!(
