@@ -47,17 +47,20 @@ const NO_RESOURCES: i32 = 4;
 
 /// It is not known what the firewall says, for now.
 #[derive(Debug, Error)]
-#[error("{0} does not tell its rules; it is asked again")]
+#[error("{0} does not tell its rules now; another program may hold its lock")]
 pub struct NoAnswer(&'static str);
 
-/// What a program of the iptables family says; none when there is no such program or chain, or no
-/// answer.
+/// The same, and none when there was no answer, for who only shows it.
 pub async fn rules(program: &'static str, words: &[&str]) -> Option<String> {
     ask(program, words).await.unwrap_or_default()
 }
 
-/// The same with the difference: none when there is no such program or chain, or when we may not look.
-async fn ask(program: &'static str, words: &[&str]) -> Result<Option<String>, NoAnswer> {
+/// What a program of the iptables family says; none when there is no such program or chain, or when we
+/// may not look.
+///
+/// # Errors
+/// There was no answer.
+pub async fn ask(program: &'static str, words: &[&str]) -> Result<Option<String>, NoAnswer> {
     let mut command = tokio::process::Command::new(program);
     command.arg("-w").arg("2").args(words).kill_on_drop(true);
     match tokio::time::timeout(PATIENCE, command.output()).await {

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use crate::firewall::rules;
+use crate::firewall;
 use crate::kernel::Node;
 
 /// Programs that Docker itself needs.
@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_secs(30);
 /// Kernels come together; their rules are written together.
 const QUIET: Duration = Duration::from_millis(20);
+/// Rules that lead to the chain and are taken away with it.
+const MOST_JUMPS: usize = 64;
 /// The rule that leads to the chain, without its target.
 const MATCH: [&str; 9] = [
     "PREROUTING",
@@ -64,8 +66,21 @@ fn table(chain: &str, addresses: &[Ipv4Addr], port: u16) -> String {
     text
 }
 
-/// Runs a program of the family; its error says which and why.
-async fn run(program: &str, words: &[&str], input: &str) -> Result<(), String> {
+/// The code by which iptables says that a rule is not there.
+const ABSENT: i32 = 1;
+
+/// A program of the family has not done what it should.
+#[derive(Debug, thiserror::Error)]
+#[error("{words}")]
+struct Failed {
+    /// How it has ended, if it has.
+    code: Option<i32>,
+    /// Which it is and why.
+    words: String,
+}
+
+/// Runs a program of the family.
+async fn run(program: &str, words: &[&str], input: &str) -> Result<(), Failed> {
     let mut command = Command::new(program);
     command
         .args(["-w", "2"])
@@ -74,7 +89,10 @@ async fn run(program: &str, words: &[&str], input: &str) -> Result<(), String> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let failed = |err: std::io::Error| format!("{program}: {err}");
+    let failed = |err: std::io::Error| Failed {
+        code: None,
+        words: format!("{program}: {err}"),
+    };
     let running = async {
         let mut child = command.spawn().map_err(failed)?;
         if let Some(mut pipe) = child.stdin.take() {
@@ -84,19 +102,27 @@ async fn run(program: &str, words: &[&str], input: &str) -> Result<(), String> {
         let output = child.wait_with_output().await.map_err(failed)?;
         match output.status.success() {
             true => Ok(()),
-            false => Err(format!(
-                "{program}: {}",
-                String::from_utf8_lossy(&output.stderr).trim()
-            )),
+            false => Err(Failed {
+                code: output.status.code(),
+                words: format!(
+                    "{program}: {}",
+                    String::from_utf8_lossy(&output.stderr).trim()
+                ),
+            }),
         }
     };
     tokio::time::timeout(PATIENCE, running)
         .await
-        .unwrap_or_else(|_| Err(format!("{program}: no answer in {} s", PATIENCE.as_secs())))
+        .unwrap_or_else(|_| {
+            Err(Failed {
+                code: None,
+                words: format!("{program}: no answer in {} s", PATIENCE.as_secs()),
+            })
+        })
 }
 
 /// Runs one command on the rule that leads to the chain.
-async fn jump(how: &str, chain: &str) -> Result<(), String> {
+async fn jump(how: &str, chain: &str) -> Result<(), Failed> {
     let words: Vec<&str> = ["-t", "nat", how]
         .into_iter()
         .chain(MATCH)
@@ -107,17 +133,18 @@ async fn jump(how: &str, chain: &str) -> Result<(), String> {
 
 /// What is there has as many rules as it should, and is led to.
 async fn stands(chain: &str, count: usize) -> bool {
-    let listed = rules(IPTABLES, &["-t", "nat", "-S", chain]).await;
+    let listed = firewall::rules(IPTABLES, &["-t", "nat", "-S", chain]).await;
     let rules = listed.map(|text| text.lines().filter(|line| line.starts_with("-A")).count());
     rules == Some(count) && jump("-C", chain).await.is_ok()
 }
 
 /// Makes the chain what it should be, in one step, and leads to it.
-async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), String> {
+async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), Failed> {
     run(RESTORE, &["--noflush"], &table(chain, addresses, port)).await?;
     match jump("-C", chain).await {
-        Ok(()) => Ok(()),
-        Err(_) => jump("-I", chain).await,
+        // Not when it is not known: there would be one more each time.
+        Err(err) if err.code == Some(ABSENT) => jump("-I", chain).await,
+        known => known,
     }
 }
 
@@ -127,18 +154,19 @@ async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), Str
 /// There is one and it stays; the text says why.
 pub async fn remove(agent_id: &str) -> Result<bool, String> {
     let chain = chain_of(agent_id);
-    let listed = rules(IPTABLES, &["-t", "nat", "-S", &chain]).await;
-    if listed.is_none() {
+    let listed = firewall::ask(IPTABLES, &["-t", "nat", "-S", &chain]).await;
+    if listed.map_err(|err| err.to_string())?.is_none() {
         return Ok(false);
     }
     // Others may have led there, too.
-    for _ in 0..4 {
+    for _ in 0..MOST_JUMPS {
         if jump("-D", &chain).await.is_err() {
             break;
         }
     }
     for how in ["-F", "-X"] {
-        run(IPTABLES, &["-t", "nat", how, &chain], "").await?;
+        let done = run(IPTABLES, &["-t", "nat", how, &chain], "").await;
+        done.map_err(|err| err.to_string())?;
     }
     Ok(true)
 }
@@ -185,7 +213,7 @@ pub async fn follow(node: Arc<Node>) {
                     written = None;
                     if !std::mem::replace(&mut reported, true) {
                         tracing::error!(
-                            err,
+                            %err,
                             "kernels' connections to 169.254.169.254 are not led to the metadata service; see that iptables works on this host, or set node.metadata-redirect = false; it is tried again"
                         );
                     }
