@@ -5,7 +5,7 @@
 //! Invariant: a link is only reported when the kernel itself confirms both of its ends; Docker's
 //! word alone names an address, never an interface.
 
-pub(crate) mod netlink;
+mod netlink;
 
 use std::collections::HashMap;
 use std::io;

@@ -31,6 +31,7 @@ use rustix::time::{ClockId, clock_gettime};
 use shared::desired::{ContainerRow, DesiredSnapshot};
 use shared::heap::trimmed;
 use shared::ids::ContainerId;
+use shared::log_limit::LogLimit;
 use shared::observed::{
     ContainerSample, DiskCounters, IoCounters, Measured, NodeSample, Processes, Samples, Source,
 };
@@ -49,7 +50,6 @@ use self::turns::Turns;
 use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
-use shared::log_limit::LogLimit;
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::LinkStatistics;
 

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use shared::ReadError;
 use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
+use shared::log_limit::LogLimit;
 use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, RelayEngine};
 
 use self::drains::{Draining, removed};
@@ -37,7 +38,6 @@ use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{Engine, OpenError, Relay};
 use crate::sys::netlink::{LinkChanges, LinkLookup};
-use shared::log_limit::LogLimit;
 
 /// How long the ports of an earlier region are kept when a new one does not know them. Control
 /// publishes what it adopts as soon as Docker has listed its containers once.

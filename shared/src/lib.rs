@@ -36,6 +36,8 @@ pub mod lock;
 #[cfg(not(loom))]
 pub mod log_limit;
 #[cfg(not(loom))]
+pub mod netlink;
+#[cfg(not(loom))]
 pub mod observed;
 #[cfg(not(loom))]
 pub mod pins;

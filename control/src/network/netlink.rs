@@ -14,31 +14,15 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
 };
+use shared::netlink::{
+    IFLA_EXT_MASK, IFLA_IFNAME, IFLA_LINK, IFLA_LINK_NETNSID, IFLA_MASTER, IFLA_TARGET_NETNSID,
+    NETNSA_NSID, NETNSA_PID, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTI,
+    NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_GETNSID,
+    RTM_NEWLINK, RTM_NEWNSID,
+};
 
-// linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h
-pub(crate) const NLMSG_ERROR: u16 = 2;
-pub(crate) const NLMSG_DONE: u16 = 3;
-pub(crate) const NLM_F_REQUEST: u16 = 0x01;
-pub(crate) const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_MULTI: u16 = 0x02;
-/// The table changed during the dump; a link may be missing from it.
-const NLM_F_DUMP_INTR: u16 = 0x10;
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
-const RTM_NEWNSID: u16 = 88;
-const RTM_GETNSID: u16 = 90;
+// linux/if_link.h
 const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_LINK: u16 = 5;
-const IFLA_MASTER: u16 = 10;
-const IFLA_EXT_MASK: u16 = 29;
-const IFLA_LINK_NETNSID: u16 = 37;
-const IFLA_TARGET_NETNSID: u16 = 46;
-const NETNSA_NSID: u16 = 1;
-const NETNSA_PID: u16 = 2;
-const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
-/// The two top bits of an attribute type are flags (nested, byte order).
-pub(crate) const NLA_TYPE_MASK: u16 = 0x3fff;
 
 /// A hardware address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

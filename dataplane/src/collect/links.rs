@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use shared::desired::ContainerRow;
 use shared::ids::ContainerId;
+use shared::log_limit::LogLimit;
 
-use crate::log_limit::LogLimit;
 use crate::sys::netlink::inner::{InnerLinks, InnerStatistics};
 use crate::sys::netlink::{LinkCounters, LinkStatistics, NetlinkError};
 

@@ -12,10 +12,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use shared::desired::DesiredSnapshot;
+use shared::log_limit::LogLimit;
 
 use super::{Begun, Question, Sampler};
 use crate::board::Board;
-use crate::log_limit::LogLimit;
 
 /// A question about links that takes longer is taken to hang. The kernel needs less than a millisecond
 /// per hundred links.

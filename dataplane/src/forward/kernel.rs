@@ -31,6 +31,7 @@ use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
 use shared::desired::ContainerRow;
+use shared::log_limit::LogLimit;
 
 pub use self::attach::Means;
 use self::elders::Elders;
@@ -44,7 +45,6 @@ use self::pins::{Pins, PinsError, Side};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
-use shared::log_limit::LogLimit;
 
 /// Distance of sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);

@@ -18,40 +18,27 @@ use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::sockopt;
 use rustix::net::{self, AddressFamily, RecvFlags, SocketFlags, SocketType};
+use shared::netlink::{
+    IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_MASTER, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR,
+    NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_NEWLINK,
+};
 
 use asker::Asker;
 
 /// linux/rtnetlink.h: the bit of the link notifications in a subscription.
 const RTMGRP_LINK: u32 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
 const RTM_NEWSTATS: u16 = 92;
 const RTM_GETSTATS: u16 = 94;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_DUMP: u16 = 0x300;
-/// The table changed during the dump; a link may be missing from it.
-const NLM_F_DUMP_INTR: u16 = 0x10;
 /// linux/if_link.h: `struct rtnl_link_stats64`, as attribute and as filter bit.
 const IFLA_STATS_LINK_64: u16 = 1;
 const FILTER_LINK_64: u32 = 1;
 
-/// linux/if_link.h: attributes of links.
-const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
-const IFLA_EXT_MASK: u16 = 29;
-const IFLA_LINK_NETNSID: u16 = 37;
-/// linux/rtnetlink.h: a list without counters.
-const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// linux/socket.h
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-
-/// The two top bits of an attribute's type are flags.
-const TYPE_MASK: u16 = 0x3fff;
 
 const HEADER: usize = 16;
 /// `struct ifinfomsg`.
@@ -123,7 +110,7 @@ fn attributes(body: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = body;
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(rest, 0)?);
-        let kind = u16_at(rest, 2)? & TYPE_MASK;
+        let kind = u16_at(rest, 2)? & NLA_TYPE_MASK;
         let value = rest.get(4..length)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))

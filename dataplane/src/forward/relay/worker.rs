@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use rustix::io::Errno;
+use shared::log_limit::LogLimit;
 
 use super::adaptive::Adaptive;
 use super::port::{Port, Seat};
@@ -26,7 +27,6 @@ use super::ring::RingEngine;
 use super::session::{Session, Timed};
 use super::wheel::SLOT;
 use crate::sys::socket;
-use shared::log_limit::LogLimit;
 
 /// Events taken from the kernel at once.
 const EVENTS: usize = 256;

@@ -9,14 +9,12 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, RecvFlags, SendFlags, SocketFlags};
+use shared::netlink::NLM_F_MULTI;
 
 use super::{
     ANSWER, BUFFER, HEADER, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkError,
     from_kernel, messages, open, u32_at,
 };
-
-// linux/netlink.h: more messages follow.
-const NLM_F_MULTI: u16 = 2;
 
 /// A socket to ask by.
 #[derive(Debug)]

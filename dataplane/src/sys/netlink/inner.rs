@@ -7,6 +7,9 @@
 //! far end of one of its host-side links is in it.
 
 use rustix::io::Errno;
+use shared::netlink::{
+    IFLA_LINK, IFLA_TARGET_NETNSID, NETNSA_NSID, NETNSA_PID, RTM_GETNSID, RTM_NEWNSID,
+};
 
 use super::asker::Asker;
 use super::{
@@ -16,13 +19,7 @@ use super::{
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h, linux/netlink.h
-const RTM_NEWNSID: u16 = 88;
-const RTM_GETNSID: u16 = 90;
-const IFLA_LINK: u16 = 5;
 const IFLA_STATS64: u16 = 23;
-const IFLA_TARGET_NETNSID: u16 = 46;
-const NETNSA_NSID: u16 = 1;
-const NETNSA_PID: u16 = 2;
 
 /// The links of one container whose other ends are neither here nor in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
