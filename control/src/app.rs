@@ -319,7 +319,7 @@ async fn stop(
     }
     for kernel in node.registry.all() {
         if let Some(runner) = kernel.set_runner(None) {
-            runner.close().await;
+            runner.leave().await;
         }
     }
     keep_distros(node).await;

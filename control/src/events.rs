@@ -149,7 +149,7 @@ pub enum Event {
         /// The command's, -1 when unknown, -2 for a timeout.
         exit_code: i64,
     },
-    /// An `execute` step begins.
+    /// An execution is under way; told with each call on it.
     ExecutionStarted {
         /// The session.
         session: SessionId,
@@ -161,6 +161,11 @@ pub enum Event {
     },
     /// An execution ran out of time.
     ExecutionTimeout {
+        /// The session.
+        session: SessionId,
+    },
+    /// An execution will not come to its end.
+    ExecutionCancelled {
         /// The session.
         session: SessionId,
     },
@@ -297,6 +302,7 @@ impl Event {
             Event::ExecutionStarted { .. } => "execution_started",
             Event::ExecutionFinished { .. } => "execution_finished",
             Event::ExecutionTimeout { .. } => "execution_timeout",
+            Event::ExecutionCancelled { .. } => "execution_cancelled",
             Event::ModelServiceStatusUpdated { .. } => "model_service_status_updated",
             Event::ImagePullStarted { .. } => "image_pull_started",
             Event::ImagePullFinished { .. } => "image_pull_finished",
@@ -339,6 +345,7 @@ impl Event {
             | Event::ExecutionStarted { .. }
             | Event::ExecutionFinished { .. }
             | Event::ExecutionTimeout { .. }
+            | Event::ExecutionCancelled { .. }
             | Event::ImagePullStarted { .. }
             | Event::ImagePullFinished { .. }
             | Event::ImagePullFailed { .. } => Delivery::Anycast,
@@ -412,7 +419,8 @@ impl Event {
             } => json!([session.to_string(), reason.as_str(), exit_code]),
             Event::ExecutionStarted { session }
             | Event::ExecutionFinished { session }
-            | Event::ExecutionTimeout { session } => json!([session.to_string()]),
+            | Event::ExecutionTimeout { session }
+            | Event::ExecutionCancelled { session } => json!([session.to_string()]),
             Event::ModelServiceStatusUpdated { session, status } => {
                 json!([session.to_string(), status])
             }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use control::events::Events;
 use control::kernel::batch::{self, BatchOutcome};
 use control::kernel::execution::{
     self, BatchSteps, ExecuteReply, ExecuteRequest, ExecutionError, Mode, Status,
@@ -17,7 +18,7 @@ use control::kernel::runner_link::{
 use control::kernel::services::{self, ServiceStart};
 use harness::fake_runner::{FakeRunner, logged_frames, vector};
 use serde_json::{Map, Value, json};
-use shared::ids::KernelId;
+use shared::ids::{KernelId, SessionId};
 use tokio_util::sync::CancellationToken;
 
 fn link_to(runner: &FakeRunner) -> RunnerLink {
@@ -428,7 +429,16 @@ async fn waiting_for_another_run_has_no_limit_in_the_original() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_agent_goes_on_with_the_run() -> Result<()> {
     let runner = FakeRunner::start().await?;
-    let before = link_to(&runner);
+    let events = Events::new(16, Vec::new());
+    let fresh = LinkOptions {
+        told: Some((events.clone(), SessionId([1; 16]))),
+        ..LinkOptions::default()
+    };
+    let resumed = LinkOptions {
+        resumed: true,
+        ..fresh.clone()
+    };
+    let before = RunnerLink::open(KernelId([7; 16]), runner.address, fresh);
     execution::execute(
         &before,
         ExecuteRequest {
@@ -438,11 +448,7 @@ async fn a_restarted_agent_goes_on_with_the_run() -> Result<()> {
     )
     .await?;
     runner.expect("code", "long()").await?;
-    before.close().await;
-    let resumed = LinkOptions {
-        resumed: true,
-        ..LinkOptions::default()
-    };
+    before.leave().await;
     let after = RunnerLink::open(KernelId([7; 16]), runner.address, resumed.clone());
     after.status(Duration::from_secs(10)).await?;
     // Output that comes before the client asks again is not lost.
@@ -474,6 +480,31 @@ async fn a_restarted_agent_goes_on_with_the_run() -> Result<()> {
     };
     let (reply, ()) = tokio::try_join!(execute(&third, "n", Mode::Query, "next()"), play)?;
     ensure!(reply.status == Status::Finished);
+
+    // A kernel that goes away cancels what it had not finished.
+    let cut_off = async {
+        runner.expect("code", "last()").await?;
+        third.close().await;
+        anyhow::Ok(())
+    };
+    let (failed, cut) = tokio::join!(execute(&third, "l", Mode::Query, "last()"), cut_off);
+    cut?;
+    ensure!(failed.is_err(), "{failed:?}");
+    let (told, _) = events.ring().after(0, 16);
+    let mut told: Vec<&str> = told.iter().map(|told| told.event.name()).collect();
+    // Whether the client or the end of its run comes first is chance.
+    told.dedup();
+    ensure!(
+        told == [
+            "execution_started",
+            "execution_finished",
+            "execution_started",
+            "execution_finished",
+            "execution_started",
+            "execution_cancelled"
+        ],
+        "{told:?}"
+    );
     Ok(())
 }
 

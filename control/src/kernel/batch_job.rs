@@ -80,9 +80,7 @@ async fn carry_through(
         kernel.end_batch();
         return;
     };
-    // As for any other execution: the manager's idle checker counts the session as busy.
     let session = kernel.session;
-    node.events.emit(Event::ExecutionStarted { session });
     let outcome = tokio::select! {
         outcome = work(node, kernel, &runner, gone, grace) => outcome,
         // The job goes on; the next start watches it.
@@ -90,12 +88,6 @@ async fn carry_through(
     };
     let (_, reason, exit_code) = outcome.event();
     let reason = Reason::from_text(reason);
-    if matches!(
-        outcome,
-        BatchOutcome::Succeeded | BatchOutcome::Failed { .. }
-    ) {
-        node.events.emit(Event::ExecutionFinished { session });
-    }
     match outcome {
         BatchOutcome::Succeeded => node.events.emit(Event::SessionSuccess {
             session,

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use shared::ids::KernelId;
+use shared::ids::{KernelId, SessionId};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +31,10 @@ use tokio_util::sync::CancellationToken;
 use answers::AnswerLine;
 use decoder::StreamDecoder;
 use frame::{AnswerKind, Incoming, Outgoing, Record, Step, Stream};
-use runs::{RunLimits, RunRefused, RunTable, Submission, Taken};
+use runs::{Milestone, RunLimits, RunRefused, RunTable, Submission, Taken};
 pub use socket::SocketError;
+
+use crate::events::{Event, Events};
 
 /// Where a runner listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub struct LinkOptions {
     pub runs: RunLimits,
     /// The container ran before this process did: its runner may be in the middle of a run.
     pub resumed: bool,
+    /// Who is told that runs begin and end, and of which session.
+    pub told: Option<(Events, SessionId)>,
 }
 
 impl Default for LinkOptions {
@@ -73,6 +77,7 @@ impl Default for LinkOptions {
             ping_interval: Duration::from_secs(10),
             runs: RunLimits::default(),
             resumed: false,
+            told: None,
         }
     }
 }
@@ -230,6 +235,7 @@ struct Inner {
     outgoing: mpsc::UnboundedSender<Outgoing>,
     queued: AtomicUsize,
     model_updates: broadcast::Sender<ModelServiceStatus>,
+    told: Option<(Events, SessionId)>,
     closed: CancellationToken,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -255,6 +261,7 @@ impl RunnerLink {
             outgoing,
             queued: AtomicUsize::new(0),
             model_updates: broadcast::channel(16).0,
+            told: options.told,
             closed: CancellationToken::new(),
             tasks: Mutex::new(Vec::new()),
         });
@@ -319,8 +326,20 @@ impl RunnerLink {
         self.0.closed.cancelled().await;
     }
 
-    /// Closes the link for good; every waiter gets [`LinkError::Closed`]. Returns when the sockets are gone.
+    /// Closes the link for good: its runner is gone or going, and runs that have not ended are told to
+    /// be cancelled. Every waiter gets [`LinkError::Closed`]. Returns when the sockets are gone.
     pub async fn close(&self) {
+        self.0.closed.cancel();
+        {
+            let mut state = lock(&self.0.state);
+            state.runs.abandon();
+            self.0.tell(&mut state);
+        }
+        self.leave().await;
+    }
+
+    /// Closes the link and leaves the runner at work: the next agent tells how its run ends.
+    pub async fn leave(&self) {
         self.0.closed.cancel();
         {
             let mut state = lock(&self.0.state);
@@ -500,18 +519,24 @@ impl RunnerLink {
 
     /// Hands a client's request to the run table.
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
-        self.0.check_room()?;
         let mut state = lock(&self.0.state);
+        // Under the lock: a run that enters after the end of all would have none.
+        self.0.check_room()?;
         let messages = state
             .runs
             .submit(Instant::now(), run_id, request)
             .map_err(LinkError::Refused)?;
+        self.0.tell(&mut state);
         self.0.send(messages)
     }
 
     /// Takes over a run the runner already works on.
     pub(super) fn adopt(&self, run_id: &str) {
-        lock(&self.0.state).runs.adopt(Instant::now(), run_id);
+        let mut state = lock(&self.0.state);
+        if !self.is_closed() {
+            state.runs.adopt(Instant::now(), run_id);
+            self.0.tell(&mut state);
+        }
     }
 
     /// Waits for a result of the run: the end of a step, enough output, or `flush` passed.
@@ -526,8 +551,13 @@ impl RunnerLink {
                 return Err(LinkError::Closed);
             }
             let late = tokio::time::Instant::now() >= until;
-            if let Some(taken) = lock(&self.0.state).runs.take(Instant::now(), run_id, late) {
-                return Ok(taken);
+            {
+                let mut state = lock(&self.0.state);
+                let taken = state.runs.take(Instant::now(), run_id, late);
+                self.0.tell(&mut state);
+                if let Some(taken) = taken {
+                    return Ok(taken);
+                }
             }
             tokio::select! {
                 _ = changed.changed() => {}
@@ -670,8 +700,26 @@ impl Inner {
             .send_modify(|count| *count = count.wrapping_add(1));
     }
 
+    /// Emits what the runs have come to. Under the lock, so that no end is told before its start.
+    fn tell(&self, state: &mut State) {
+        let milestones = state.runs.milestones();
+        let Some((events, session)) = &self.told else {
+            return;
+        };
+        let session = *session;
+        for milestone in milestones {
+            events.emit(match milestone {
+                Milestone::Started => Event::ExecutionStarted { session },
+                Milestone::Finished => Event::ExecutionFinished { session },
+                Milestone::TimedOut => Event::ExecutionTimeout { session },
+                Milestone::Cancelled => Event::ExecutionCancelled { session },
+            });
+        }
+    }
+
     fn file(&self, state: &mut State, now: Instant, record: Record) {
         let messages = state.runs.record(now, record);
+        self.tell(state);
         // The writer is gone only when the link is closed.
         let _sent = self.send(messages);
     }
@@ -812,7 +860,11 @@ async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
     // One wake-up for both: a node has hundreds of kernels.
     let pause = async || tokio::time::sleep(ping_interval).await;
     while inner.closed.run_until_cancelled(pause()).await.is_some() {
-        lock(&inner.state).runs.sweep(Instant::now());
+        {
+            let mut state = lock(&inner.state);
+            state.runs.sweep(Instant::now());
+            inner.tell(&mut state);
+        }
         // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
         // A full queue means the runner does not listen, and another ping would not help.
         let _answer = inner.join(

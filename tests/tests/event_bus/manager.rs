@@ -22,7 +22,7 @@ use super::{LIMIT, bus, drained, settings};
 const KERNEL: &str = "7b4d2a9f-0000-4000-8000-0000000000b2";
 const SESSION: &str = "5a3c1f6e-0000-4000-8000-0000000000a1";
 /// Names of the events that leave the node, without the two reports of its state.
-const NAMES: usize = 27;
+const NAMES: usize = 28;
 
 /// One event of each kind that leaves the node, two of those that come in two forms.
 fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> Vec<Event> {
@@ -94,6 +94,7 @@ fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> 
         Event::ExecutionStarted { session },
         Event::ExecutionFinished { session },
         Event::ExecutionTimeout { session },
+        Event::ExecutionCancelled { session },
         Event::ModelServiceStatusUpdated {
             session,
             status: "unhealthy",
@@ -206,7 +207,8 @@ fn as_read(event: &Event) -> Value {
         }
         Event::ExecutionStarted { session }
         | Event::ExecutionFinished { session }
-        | Event::ExecutionTimeout { session } => json!({"session_id": id(session)}),
+        | Event::ExecutionTimeout { session }
+        | Event::ExecutionCancelled { session } => json!({"session_id": id(session)}),
         Event::ModelServiceStatusUpdated { session, status } => {
             json!({"session_id": id(session), "new_status": status})
         }

@@ -237,6 +237,7 @@ fn keeping(event: &Event) -> Keeping {
         | Event::ExecutionStarted { .. }
         | Event::ExecutionFinished { .. }
         | Event::ExecutionTimeout { .. }
+        | Event::ExecutionCancelled { .. }
         | Event::BgtaskDone { .. }
         | Event::BgtaskFailed { .. }
         | Event::BgtaskCancelled { .. }

@@ -628,7 +628,7 @@ async fn serve_running(
     let keys: Vec<PortKey> = wanted.ports.iter().map(|row| row.key()).collect();
     let generation = node.link.publish(kernel.id, wanted).await?;
     node.progress(kernel.id, "waiting for the runner");
-    let runner = open_runner(kernel, &place, false);
+    let runner = open_runner(node, kernel, &place, false);
     follow_models(node, kernel, &runner);
     let old = kernel.set_runner(Some(runner.clone()));
     drop(turn);
@@ -713,10 +713,16 @@ fn polling(node: &Node) -> InitPolling {
     }
 }
 
-fn open_runner(kernel: &Kernel, place: &rows::Whereabouts, resumed: bool) -> RunnerLink {
+fn open_runner(
+    node: &Node,
+    kernel: &Kernel,
+    place: &rows::Whereabouts,
+    resumed: bool,
+) -> RunnerLink {
     let address = kernel.with_record(|record| record.runner_address(place.address));
     let options = LinkOptions {
         resumed,
+        told: Some((node.events.clone(), kernel.session)),
         ..LinkOptions::default()
     };
     RunnerLink::open(kernel.id, address, options)
@@ -731,7 +737,7 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
     let turn = kernel.refreshing.lock().await;
     let place = rows::locate(node, container).await?;
     node.registry.enter_sources(kernel, &place.sources);
-    let runner = open_runner(kernel, &place, true);
+    let runner = open_runner(node, kernel, &place, true);
     follow_models(node, kernel, &runner);
     let idle = kernel.offer_runner(container, runner);
     drop(turn);

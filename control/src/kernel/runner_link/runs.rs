@@ -1,7 +1,7 @@
 //! The runs of one kernel: which one the runner works on, which ones wait, and what they produced.
 //!
-//! In: requests of clients, records of the runner, the time. Out: the messages to send next, and
-//! results cut at step ends. Pure: no I/O, no clock of its own.
+//! In: requests of clients, records of the runner, the time. Out: the messages to send next, results
+//! cut at step ends, and the runs' milestones. Pure: no I/O, no clock of its own.
 //!
 //! Invariants:
 //! - At most one run is *current*: it alone has had its messages sent and is not finished. The runner
@@ -10,6 +10,7 @@
 //!   until a client takes them. (The original detaches at each step end and loses what comes next.)
 //! - Records are taken only together with the end of a result, so a client that goes away loses nothing.
 //! - Memory is bounded: a run nobody reads keeps its newest output; what was dropped is told in words.
+//! - Each run that was told to have started is told to have ended, once, whether or not a client polls.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -90,6 +91,19 @@ pub enum Ending {
     ExecTimeout,
 }
 
+/// What others than the client are told of a run: whether the kernel works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Milestone {
+    /// It waits for its turn or is at work; told again with each call on it.
+    Started,
+    /// The runner has finished it.
+    Finished,
+    /// It took longer than it may.
+    TimedOut,
+    /// It will not be finished: nobody wants it any more, or its runner is gone.
+    Cancelled,
+}
+
 /// Records of one result and how it ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Taken {
@@ -158,6 +172,11 @@ impl Run {
             tentative: false,
             last: None,
         }
+    }
+
+    /// Whether it has begun and not ended, as far as anybody knows.
+    fn is_live(&self) -> bool {
+        self.phase != Phase::Ended && !self.tentative
     }
 
     fn push(&mut self, record: Record, limits: &RunLimits) {
@@ -269,6 +288,8 @@ pub struct RunTable {
     /// After a restart of the agent the runner may be in the middle of a run: what arrives before any
     /// run is known here is kept for the first client that continues an id we do not know.
     orphan: Option<Run>,
+    /// Not taken yet.
+    milestones: Vec<Milestone>,
 }
 
 impl RunTable {
@@ -281,7 +302,31 @@ impl RunTable {
             current: None,
             waiting: VecDeque::new(),
             orphan,
+            milestones: Vec::new(),
         }
+    }
+
+    /// The milestones since the last call. Every change of the table adds a few at most.
+    pub fn milestones(&mut self) -> Vec<Milestone> {
+        std::mem::take(&mut self.milestones)
+    }
+
+    /// Says that a run is under way, if it is.
+    fn tell_started(&mut self, run_id: &str) {
+        if self.runs.get(run_id).is_some_and(Run::is_live) {
+            self.milestones.push(Milestone::Started);
+        }
+    }
+
+    /// The runner is gone, and with it all that was not finished.
+    pub fn abandon(&mut self) {
+        let orphan = self.orphan.take().filter(|run| run.phase == Phase::Current);
+        let runs = self.runs.drain().map(|(_, run)| run).chain(orphan);
+        let live = runs.filter(Run::is_live).count();
+        let cancelled = std::iter::repeat_n(Milestone::Cancelled, live);
+        self.milestones.extend(cancelled);
+        self.current = None;
+        self.waiting.clear();
     }
 
     /// The run the runner works on.
@@ -291,6 +336,17 @@ impl RunTable {
 
     /// Accepts a client's request and returns the messages to send now.
     pub fn submit(
+        &mut self,
+        now: Instant,
+        run_id: &str,
+        request: Submission,
+    ) -> Result<Vec<Outgoing>, RunRefused> {
+        let messages = self.accept(now, run_id, request)?;
+        self.tell_started(run_id);
+        Ok(messages)
+    }
+
+    fn accept(
         &mut self,
         now: Instant,
         run_id: &str,
@@ -431,6 +487,7 @@ impl RunTable {
             self.current = Some(run_id.to_owned());
         }
         self.runs.insert(run_id.to_owned(), run);
+        self.tell_started(run_id);
     }
 
     /// Files what the runner produced; returns messages of the next run when this ended the current one.
@@ -455,7 +512,11 @@ impl RunTable {
                 Phase::Current
             };
             run.polled = now;
-            return if finished { self.next(now) } else { Vec::new() };
+            if !finished {
+                return Vec::new();
+            }
+            self.milestones.push(Milestone::Finished);
+            return self.next(now);
         }
         if !finished {
             return Vec::new();
@@ -466,6 +527,7 @@ impl RunTable {
         }
         run.phase = Phase::Ended;
         run.polled = now;
+        self.milestones.push(Milestone::Finished);
         self.current = None;
         self.forget_surplus();
         self.next(now)
@@ -520,6 +582,7 @@ impl RunTable {
         let taken = run.take(now, flush, &self.limits)?;
         if matches!(taken.ending, Ending::ExecTimeout) {
             run.phase = Phase::Ended;
+            self.milestones.push(Milestone::TimedOut);
             run.last = Some(taken.clone());
             if self.current.as_deref() == Some(run_id) {
                 self.current = None;
@@ -533,9 +596,16 @@ impl RunTable {
     /// Forgets what nobody wants any more.
     pub fn sweep(&mut self, now: Instant) {
         let limits = self.limits.clone();
+        let milestones = &mut self.milestones;
         let idle = |run: &Run| now.saturating_duration_since(run.polled);
         self.runs.retain(|_, run| match run.phase {
-            Phase::Waiting => run.pollers > 0 || idle(run) < limits.waiting_idle,
+            Phase::Waiting => {
+                let kept = run.pollers > 0 || idle(run) < limits.waiting_idle;
+                if !kept {
+                    milestones.push(Milestone::Cancelled);
+                }
+                kept
+            }
             Phase::Ended => {
                 run.pollers > 0
                     || idle(run)
@@ -629,10 +699,46 @@ mod tests {
             );
         }
         table.begin_poll(now, "stays");
+        assert_eq!(table.milestones(), [Milestone::Started; 3]);
         table.sweep(now + seconds(61));
+        assert_eq!(table.milestones(), [Milestone::Cancelled]);
         let next = table.record(now + seconds(62), finished(0));
         assert_eq!(next, query("stays").messages);
         assert_eq!(table.current(), Some("stays"));
+        assert_eq!(table.milestones(), [Milestone::Finished]);
+        table.abandon();
+        table.abandon();
+        assert_eq!(table.milestones(), [Milestone::Cancelled]);
+    }
+
+    #[test]
+    fn a_run_that_started_ends_once_however_it_ends() {
+        use Milestone::{Finished, Started, TimedOut};
+        let now = Instant::now();
+        let limits = RunLimits {
+            waiting: 1,
+            exec_timeout: Some(seconds(5)),
+            ..RunLimits::default()
+        };
+        let mut table = RunTable::new(limits, false, now);
+        // Nobody polls, and it ends; a client that asks afterwards does not begin it anew.
+        table.submit(now, "a", query("1")).expect("sent");
+        table.submit(now, "a", go_on()).expect("a call on it");
+        table.record(now, finished(0));
+        table.submit(now, "a", go_on()).expect("a late call");
+        table.submit(now, "a", query("1")).expect("a repetition");
+        table.take(now, "a", true).expect("the end");
+        table.submit(now, "unknown", go_on()).expect("nothing");
+        assert_eq!(table.milestones(), [Started, Started, Finished]);
+        table.submit(now, "b", query("2")).expect("sent");
+        table.submit(now, "c", query("3")).expect("queued");
+        // What is refused has not started.
+        table.submit(now, "d", query("4")).expect_err("full");
+        assert_eq!(table.milestones(), [Started, Started]);
+        let late = now + seconds(6);
+        table.take(late, "b", false).expect("out of time");
+        table.take(late, "b", false).expect("told again");
+        assert_eq!(table.milestones(), [TimedOut]);
     }
 
     #[test]
@@ -769,6 +875,13 @@ mod tests {
             (end.records, end.ending),
             (vec![out("rest")], Ending::Step(Step::Run, Some(3)))
         );
+        let told = [Milestone::Started, Milestone::Started, Milestone::Finished];
+        assert_eq!(table.milestones(), told);
+        // An earlier life has told of the start of a run that nobody continues.
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        table.record(now, finished(0));
+        table.abandon();
+        assert_eq!(table.milestones(), [Milestone::Finished]);
     }
 
     #[test]
@@ -779,5 +892,7 @@ mod tests {
         assert_eq!(table.current(), Some("guess"));
         assert_eq!(table.submit(now, "new", query("1")).expect("sent").len(), 1);
         assert_eq!(table.current(), Some("new"));
+        // The guess may never have been there: of it alone nothing is told.
+        assert_eq!(table.milestones(), [Milestone::Started]);
     }
 }

@@ -41,22 +41,17 @@ pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Val
     let kernel = node.registry.get(id).ok_or_else(|| not_found(id))?;
     restart::wait_if_restarting(&kernel).await;
     let runner = runner_of(&kernel).await?;
-    node.events.emit(Event::ExecutionStarted { session });
+    // The link tells of the run's start and end: it knows them also when this call fails.
     let answer = execution::execute(&runner, request)
         .await
         .map_err(|err| failed(&err))?;
-    match answer.status {
-        Status::Finished => node.events.emit(Event::ExecutionFinished { session }),
-        Status::ExecTimeout => {
-            node.events.emit(Event::ExecutionTimeout { session });
-            let node = node.clone();
-            node.clone().tasks.spawn(async move {
-                if let Err(err) = destroy::destroy(&node, id, session, Reason::EXEC_TIMEOUT, false).await {
-                    tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot destroy a kernel");
-                }
-            });
-        }
-        _ => {}
+    if answer.status == Status::ExecTimeout {
+        let node = node.clone();
+        node.clone().tasks.spawn(async move {
+            if let Err(err) = destroy::destroy(&node, id, session, Reason::EXEC_TIMEOUT, false).await {
+                tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot destroy a kernel");
+            }
+        });
     }
     reply(&answer)
 }
