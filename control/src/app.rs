@@ -379,6 +379,7 @@ async fn assemble(
     let state_dir = config.agent.var_base_path.clone();
     let journal = Journal::open(&state_dir, &agent_id)?;
     let ends = Journal::open_ends(&state_dir, &agent_id)?;
+    let commits = Journal::open_commits(&state_dir, &agent_id)?;
     let logs = KeptLogs::open(&state_dir, &agent_id)?;
     let events_file = state_dir.join(format!("events.{}.jsonl", plain_name(&agent_id)));
     let mut sinks: Vec<Box<dyn Sink>> =
@@ -470,6 +471,7 @@ async fn assemble(
         accelerators,
         journal,
         ends,
+        commits,
         logs,
         link,
         socket_dir,

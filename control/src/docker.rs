@@ -542,6 +542,14 @@ impl Docker {
             .await
     }
 
+    /// Images without a name that have a label, given as `key=value`.
+    pub async fn list_unnamed(&self, label: &str) -> Result<Vec<ListedImage>, DockerError> {
+        let filters = serde_json::json!({ "dangling": ["true"], "label": [label] });
+        let call = self.query("list images without a name", "/images/json");
+        let call = call.query("filters", filters.to_string());
+        self.transport.json(call).await
+    }
+
     /// Removes an image (untags it when it has other names).
     ///
     /// # Errors

@@ -249,6 +249,12 @@ async fn a_commit_cut_short_leaves_its_kernel_running_and_no_half_archive() -> R
         .with_context(|| format!("after {signal}"))?;
         let ran = kernels::run(&node, &order, "echo well").await?;
         assert_eq!(ran.output, "well\n", "after {signal}");
+        wait::until("no image without a name is left", SOON, || async {
+            let left = engine.docker(&["images", "-q", "--filter", "dangling=true"]);
+            left.ok()?.is_empty().then_some(())
+        })
+        .await
+        .with_context(|| format!("after {signal}"))?;
         for file in files(commits.path()) {
             // One that was only suspended has gone on.
             ensure!(

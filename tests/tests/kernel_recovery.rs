@@ -373,6 +373,18 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     for id in [old, young] {
         std::fs::create_dir_all(node.scratch(&id.to_string()).join("config"))?;
     }
+    // A commit that was cut short, and one that is not this agent's.
+    let (cut, foreign) = (Uuid::new_v4(), Uuid::new_v4());
+    let image_of = |commit: Uuid| {
+        let label = format!("LABEL ai.backend.internal.commit={commit}");
+        kernels::docker(&["commit", "-c", &label, &name(unstarted)])
+    };
+    let (left, others) = (image_of(cut)?, image_of(foreign)?);
+    let notes = node.state().join("commits").join(node.agent_id());
+    let part = node.state().join(".kept.tar.gz.part");
+    std::fs::write(&part, "half")?;
+    let note = json!({"version": 1, "record": {"part": part}}).to_string();
+    std::fs::write(notes.join(format!("{cut}.json")), note)?;
     std::fs::File::open(node.scratch(&old.to_string()))?
         .set_modified(std::time::SystemTime::now() - Duration::from_secs(3600))?;
     node.start_control().await?;
@@ -385,6 +397,14 @@ async fn defect_remains_are_never_collected() -> Result<()> {
         ("self-terminated".to_owned(), 4)
     );
     assert!(kernels::ends(&node, unstarted).await?.is_empty());
+    wait::until("nothing is left of the commit", SOON, || async {
+        let noted = std::fs::read_dir(&notes).ok()?.next().is_some();
+        (!noted && !part.exists()).then_some(())
+    })
+    .await?;
+    let is_there = |image: &str| kernels::docker(&["image", "inspect", image]).is_ok();
+    assert!(!is_there(&left) && is_there(&others));
+    kernels::docker(&["rmi", &others])?;
     assert!(!node.scratch(&old.to_string()).exists());
     assert!(
         node.scratch(&young.to_string()).exists(),

@@ -93,6 +93,12 @@ async fn every_method_answers_the_managers_client() -> Result<()> {
     // The original gives the archive the base image's name, and takes the name away with it.
     assert_eq!(inspect(&canonical)?["Id"], found["Id"]);
     only_the_archive_is_left(commits.path(), &mark)?;
+    let notes = node.state().join("commits").join(node.agent_id());
+    assert_eq!(
+        std::fs::read_dir(notes)?.count(),
+        0,
+        "what has ended is not looked for"
+    );
     of_the_customized_image(&format!("{repository}:customized"), &found, &mark)
 }
 

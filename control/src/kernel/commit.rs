@@ -6,19 +6,24 @@
 //! the *base* image with an archive; the original gives that name to the commit and then deletes it,
 //! and the node has lost its image); the archive appears under its name only when it is whole and on
 //! the disk; what was begun is removed when it can't be finished, and no kernel stays paused by it.
+//! What a commit may leave behind is noted before it begins, under an id that its image bears as a
+//! label: so an engine or an agent that dies over it leaves nothing for good, and nothing is removed
+//! that another has made.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use shared::ids::ContainerId;
+use serde::{Deserialize, Serialize};
+use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 use tokio::sync::mpsc;
+use uuid::Uuid;
 
 use super::container_request::{
     HELD_FOLDERS_LABEL, HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL,
@@ -35,6 +40,12 @@ const PIECES: usize = 16;
 const GO_ON_PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// How long the removal of an image that is not needed may be waited for when a commit ends.
 const CLEAN_UP: Duration = Duration::from_secs(60);
+/// Shortest and longest time between two looks for the image of a commit that was cut short.
+const LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long an engine may go on with a commit that nobody waits for: as long as one is waited for.
+const LOOKED_FOR: Duration = Duration::from_secs(7200);
+/// Label of an image with the id of the commit that made it.
+const COMMIT_LABEL: &str = "ai.backend.internal.commit";
 /// Label of the image's services, which a kernel's container extends.
 const SERVICES_LABEL: &str = "ai.backend.service-ports";
 /// Labels that say whose a container is. In an image they would make strangers' containers ours.
@@ -131,29 +142,54 @@ pub async fn commit(
     let container = kernel
         .container()
         .ok_or(CommitError::NoContainer(kernel.id))?;
-    let request = CommitRequest {
+    let archive = order.filename.as_ref().map(|filename| {
+        let commits = &node.config.agent.image_commit_path;
+        commits.join(&order.subdir).join(filename)
+    });
+    let mut traces = Traces::note(&node, archive.as_deref()).await;
+    let mut request = CommitRequest {
         name: match order.filename {
             Some(_) => None,
             None => order.canonical.clone(),
         },
         labels: kernel.with_record(|record| labels(record, &order)),
     };
+    let id = traces.id.hyphenated().to_string();
+    request.labels.insert(COMMIT_LABEL.to_owned(), id);
     reporter.update(0, 0, || "Committing the container".to_owned());
     tracing::info!(kernel_id = %kernel.id, archive = order.filename, image = request.name, "committing a kernel");
-    let image = commit_paused(&node, &kernel, container, &request)
-        .await
-        .map_err(CommitError::Engine)?;
-    let Some(filename) = &order.filename else {
-        return Ok(None);
+    let image = match commit_paused(&node, &kernel, container, &request).await {
+        Ok(image) => image,
+        Err(err) => {
+            if is_answer(&err) {
+                traces.fate = Fate::Settled;
+            }
+            return Err(CommitError::Engine(err));
+        }
     };
-    let surplus = Surplus {
-        node: node.clone(),
-        image: Some(image.clone()),
+    let written = match archive.zip(traces.note.part.clone()) {
+        Some((path, part)) => {
+            traces.fate = Fate::Settled;
+            export(&node, &image, path, part, &mut reporter).await
+        }
+        None => {
+            traces.fate = Fate::Wanted;
+            Ok(())
+        }
     };
-    let place = node.config.agent.image_commit_path.join(&order.subdir);
-    let written = export(&node, &image, place.join(filename), &mut reporter).await;
-    surplus.remove().await;
+    traces.end().await;
     written.map(|()| None)
+}
+
+/// Whether the engine itself has said that a step failed: it is not at work on it any more.
+fn is_answer(err: &DockerError) -> bool {
+    matches!(
+        err,
+        DockerError::NotFound { .. }
+            | DockerError::Conflict { .. }
+            | DockerError::Engine { .. }
+            | DockerError::BadName { .. }
+    )
 }
 
 /// An engine that dies over a commit leaves the container paused, and with live-restore finds it so
@@ -234,46 +270,178 @@ fn labels(record: &Record, order: &CommitOrder) -> BTreeMap<String, String> {
     labels
 }
 
-/// An image that was only made to be exported. Removed also when the commit is cut short.
-struct Surplus {
-    node: Arc<Node>,
-    image: Option<String>,
+/// What is known of a commit's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It may be there, or come yet: the engine may go on with what nobody waits for.
+    Unknown,
+    /// It is there and not wanted, or it is not there; nothing comes any more.
+    Settled,
+    /// It is what was asked for.
+    Wanted,
 }
 
-impl Surplus {
-    async fn remove(mut self) {
-        if let Some(image) = self.image.take() {
-            remove_image(&self.node, &image).await;
+/// What a commit under way may leave behind, beside the image that bears its id.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Note {
+    /// The archive while it is written.
+    part: Option<PathBuf>,
+}
+
+/// The note of a commit. What it names is removed when the commit ends, also when it is cut short.
+struct Traces {
+    node: Arc<Node>,
+    id: Uuid,
+    note: Note,
+    fate: Fate,
+    ended: bool,
+}
+
+impl Traces {
+    async fn note(node: &Arc<Node>, archive: Option<&Path>) -> Traces {
+        let id = Uuid::new_v4();
+        let note = Note {
+            part: archive.map(|path| part_of(path, id)),
+        };
+        let (commits, stored) = (node.commits.clone(), note.clone());
+        let key = KernelId(id.into_bytes());
+        if let Err(err) = blocking(move || commits.store(key, &stored)).await {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot note a commit; what it leaves behind when the agent is killed stays"
+            );
         }
+        Traces {
+            node: node.clone(),
+            id,
+            note,
+            fate: Fate::Unknown,
+            ended: false,
+        }
+    }
+
+    /// Clears up, and leaves to the background what takes long.
+    async fn end(mut self) {
+        let clearing = clear(&self.node, self.id, &self.note, self.fate);
+        self.ended = tokio::time::timeout(CLEAN_UP, clearing).await.is_ok();
     }
 }
 
-impl Drop for Surplus {
+impl Drop for Traces {
     fn drop(&mut self) {
-        let Some(image) = self.image.take() else {
+        if self.ended {
             return;
-        };
-        let node = self.node.clone();
+        }
+        let (node, id, fate) = (self.node.clone(), self.id, self.fate);
+        let note = self.note.clone();
         node.clone()
             .tasks
-            .spawn(async move { remove_image(&node, &image).await });
+            .spawn(async move { clear(&node, id, &note, fate).await });
     }
 }
 
-async fn remove_image(node: &Node, image: &str) {
-    // The base image stays, whatever names it has.
-    let removal = node.docker.remove_image(image, false, true);
-    match tokio::time::timeout(CLEAN_UP, removal).await {
-        Ok(Ok(())) => {}
-        Ok(Err(err)) if err.is_not_found() => {}
-        Ok(Err(err)) => {
-            tracing::warn!(image, err = %err, "an image that was only exported stays on the node");
+/// The name of an archive while it is written.
+fn part_of(path: &Path, id: Uuid) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.part", id.simple()))
+}
+
+/// Clears up after commits of earlier lives, in the background.
+pub async fn clear_earlier(node: &Arc<Node>) {
+    let commits = node.commits.clone();
+    let (notes, damaged) = match blocking(move || commits.load::<Note>()).await {
+        Ok(found) => found,
+        Err(err) => {
+            tracing::warn!(
+                err = &err as &dyn std::error::Error,
+                "cannot read the notes of commits; what those that were cut short have left stays"
+            );
+            return;
         }
-        Err(_) => tracing::warn!(
-            image,
-            "an image that was only exported may stay on the node"
-        ),
+    };
+    for damaged in damaged {
+        tracing::warn!(path = %damaged.path.display(), err = damaged.reason,
+            "cannot read the note of a commit; what it has left behind stays");
     }
+    for (id, note) in notes {
+        let (node, id) = (node.clone(), Uuid::from_bytes(id.0));
+        node.clone()
+            .tasks
+            .spawn(async move { clear(&node, id, &note, Fate::Unknown).await });
+    }
+}
+
+/// Removes what a commit has left, until that is known to be all, and then its note.
+async fn clear(node: &Arc<Node>, id: Uuid, note: &Note, fate: Fate) {
+    if fate != Fate::Wanted && !remove_all(node, id, note, fate).await {
+        return;
+    }
+    let commits = node.commits.clone();
+    let key = KernelId(id.into_bytes());
+    if let Err(err) = blocking(move || commits.remove(key)).await {
+        tracing::warn!(
+            err = &err as &dyn std::error::Error,
+            "cannot remove the note of a commit; the next start looks again"
+        );
+    }
+}
+
+/// Removes what is there until that is known to be all; `false` when the agent stops before.
+async fn remove_all(node: &Node, id: Uuid, note: &Note, fate: Fate) -> bool {
+    let (began, mut pause) = (Instant::now(), LOOKS.0);
+    loop {
+        match remove_traces(node, id, note).await {
+            // A commit makes one image.
+            Ok(removed) if removed || fate == Fate::Settled || began.elapsed() >= LOOKED_FOR => {
+                return true;
+            }
+            Ok(_) => {}
+            Err(err) => {
+                tracing::warn!(err = &*err, commit = %id,
+                    "cannot remove what a commit has left behind yet; trying again");
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            // The next start does it.
+            () = node.stopping.cancelled() => return false,
+        }
+        pause = (pause * 2).min(LOOKS.1);
+    }
+}
+
+/// Removes what is there, and says whether the image was.
+async fn remove_traces(
+    node: &Node,
+    id: Uuid,
+    note: &Note,
+) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
+    if let Some(part) = note.part.clone() {
+        match blocking(move || std::fs::remove_file(part)).await {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err.into()),
+            _ => {}
+        }
+    }
+    let label = format!("{COMMIT_LABEL}={id}");
+    let images = node.docker.list_unnamed(&label).await?;
+    for image in &images {
+        // The base image stays, whatever names it has.
+        match node.docker.remove_image(&image.id, false, true).await {
+            Ok(()) => {
+                tracing::debug!(image = image.id, "removed the image of a commit");
+            }
+            Err(err) if err.is_not_found() => {}
+            Err(err @ DockerError::Conflict { .. }) => {
+                tracing::warn!(
+                    image = image.id,
+                    err = &err as &dyn std::error::Error,
+                    "an image that a commit has left behind is in use and stays on the node"
+                );
+            }
+            Err(err) => return Err(err.into()),
+        }
+    }
+    Ok(!images.is_empty())
 }
 
 /// Streams the image through a compressor into its file.
@@ -281,6 +449,7 @@ async fn export(
     node: &Arc<Node>,
     image: &str,
     path: PathBuf,
+    part: PathBuf,
     reporter: &mut Reporter,
 ) -> Result<(), CommitError> {
     let directory = path.parent().map(Path::to_owned).unwrap_or_default();
@@ -301,7 +470,7 @@ async fn export(
     let (finish, finished) = std::sync::mpsc::channel::<()>();
     let writer = {
         let path = path.clone();
-        tokio::task::spawn_blocking(move || write_archive(&path, pieces, &finished))
+        tokio::task::spawn_blocking(move || write_archive(&path, part, pieces, &finished))
     };
     let exported = pass_on(node, image, total, &sender, reporter).await;
     if exported.is_ok() {
@@ -337,16 +506,14 @@ async fn pass_on(
     Ok(())
 }
 
-/// Writes the pieces to a file beside `path` and gives it that name when all were there.
+/// Writes the pieces to `part`, which lies beside `path`, and gives it that name when all were there.
 fn write_archive(
     path: &Path,
+    part: PathBuf,
     mut pieces: mpsc::Receiver<Bytes>,
     complete: &std::sync::mpsc::Receiver<()>,
 ) -> io::Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let unfinished =
-        Unfinished(directory.join(format!(".{name}.{}.part", uuid::Uuid::new_v4().simple())));
+    let unfinished = Unfinished(part);
     let file = std::fs::File::create_new(&unfinished.0)?;
     let mut archive = GzEncoder::new(io::BufWriter::new(file), Compression::default());
     while let Some(piece) = pieces.blocking_recv() {
@@ -419,7 +586,7 @@ mod tests {
         if whole {
             finish.send(()).unwrap();
         }
-        write_archive(path, receiver, &finished)
+        write_archive(path, part_of(path, Uuid::new_v4()), receiver, &finished)
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! In: a record at each transition. Out: the records found at start. Files live in
 //! `<var-base-path>/kernels/<agent id>/<kernel id>.json`, mode 0600 (they hold the request, with the
 //! session's private keys), in a directory of mode 0700; never in the scratch, which is mounted
-//! into the container. The ends of kernels lie beside them in `ended/<agent id>`, in the same form.
+//! into the container. The ends of kernels lie beside them in `ended/<agent id>`, in the same form, and
+//! in `commits/<agent id>` what commits under way may leave behind, by the commit's own id.
 //! What cannot be read is put aside as `*.damaged`; of those, a bounded number is kept.
 //!
 //! Invariant: a file is always whole. It is written under another name, its bytes are flushed to
@@ -127,6 +128,11 @@ impl Journal {
     /// The same for the ends of kernels.
     pub fn open_ends(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
         Self::open_dir(var_base.join("ended").join(plain_name(agent_id)))
+    }
+
+    /// The same for what commits under way may leave behind.
+    pub fn open_commits(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
+        Self::open_dir(var_base.join("commits").join(plain_name(agent_id)))
     }
 
     fn open_dir(dir: PathBuf) -> Result<Journal, JournalError> {

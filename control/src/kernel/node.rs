@@ -63,6 +63,8 @@ pub struct Node {
     pub journal: Journal,
     /// The ends of kernels.
     pub ends: Journal,
+    /// What commits under way may leave behind.
+    pub commits: Journal,
     /// Consoles of ended kernels.
     pub logs: KeptLogs,
     /// The dataplane.

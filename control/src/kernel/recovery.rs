@@ -147,6 +147,7 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
         recovered.removed += 1;
     }
     recovered.orphans = sweep_scratch(node).await;
+    commit::clear_earlier(node).await;
     for step in begin {
         step.run(node);
     }
