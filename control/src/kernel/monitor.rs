@@ -34,7 +34,13 @@ pub async fn follow_events(node: Arc<Node>) {
         match event {
             EngineEvent::Container(event) => container_event(&node, &event),
             EngineEvent::Network(event) => network_event(&node, &event),
-            EngineEvent::Resynchronise => reconcile_and_report(&node).await,
+            EngineEvent::Resynchronise => {
+                reconcile_and_report(&node).await;
+                // Nobody tells of moves that were missed.
+                for kernel in node.registry.all() {
+                    follow_container(&node, &kernel);
+                }
+            }
         }
     }
 }
@@ -110,15 +116,20 @@ fn network_event(node: &Arc<Node>, event: &NetworkEvent) {
         return;
     };
     let of_container = |kernel: &Arc<Kernel>| kernel.container() == Some(container);
-    if let Some(kernel) = node.registry.all().into_iter().find(of_container)
-        && kernel.is_running()
-    {
-        refresh_rows(node, kernel);
+    if let Some(kernel) = node.registry.all().into_iter().find(of_container) {
+        follow_container(node, &kernel);
     }
 }
 
-fn refresh_rows(node: &Arc<Node>, kernel: Arc<Kernel>) {
-    let node = node.clone();
+/// Finds the container of a kernel again. Of one that starts only when it was looked for before: with
+/// every start the engine tells of the networks that are joined.
+fn follow_container(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let looked_for = || kernel.runner().is_some() || kernel.refreshing.try_lock().is_err();
+    let is_found = kernel.is_running() || (kernel.is_up() && looked_for());
+    if !is_found {
+        return;
+    }
+    let (node, kernel) = (node.clone(), kernel.clone());
     node.clone().tasks.spawn(async move {
         if let Err(err) = rows::refresh(&node, &kernel).await {
             tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,

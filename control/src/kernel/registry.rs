@@ -250,6 +250,15 @@ impl Kernel {
         matches!(self.inner().lifecycle.state(), State::Running)
     }
 
+    /// Whether its container has been started and nobody has decided its end.
+    pub fn is_up(&self) -> bool {
+        match self.inner().lifecycle.state() {
+            State::Running => true,
+            State::Creating { stage, abort, .. } => *stage == Stage::Started && abort.is_none(),
+            _ => false,
+        }
+    }
+
     /// The ending that was decided, if any.
     pub fn ending(&self) -> Option<Ending> {
         self.inner().lifecycle.ending().cloned()

@@ -372,7 +372,7 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
     };
     let place = locate(node, container).await?;
     // Its end may have come meanwhile: rows are withdrawn then, and must not come back.
-    if !kernel.is_running() || kernel.container() != Some(container) {
+    if !kernel.is_up() || kernel.container() != Some(container) {
         return Ok(());
     }
     node.registry.enter_sources(kernel, &place.sources);
@@ -386,7 +386,8 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
         link.hold();
     }
     let published = node.link.publish(kernel.id, rows).await;
-    if !kernel.is_running() {
+    let is_gone = || !kernel.is_up() || kernel.container() != Some(container);
+    if is_gone() {
         node.link.withdraw(kernel.id).await;
         return Ok(());
     }
@@ -406,7 +407,7 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
         link.follow(runner);
     }
     published?;
-    if !kernel.is_running() {
+    if is_gone() {
         node.link.withdraw(kernel.id).await;
     }
     Ok(())

@@ -525,19 +525,40 @@ async fn ports_follow_a_container_that_is_moved_between_networks_by_hand() -> Re
     let bridge = Bridge(format!("variants-{}", uuid::Uuid::new_v4().simple()));
     kernels::docker(&["network", "create", &bridge.0])?;
     let node = Node::start(NodeOptions::default()).await?;
-    let order = Order::of(Image::Runner)?;
-    let result = kernels::create(&node, &order).await?;
+    let mut order = Order::of(Image::Runner)?;
+    // The runner answers after that. The first move comes before.
+    order.config["bootstrap_script"] = json!("sleep 3\n");
+    let moving = async {
+        wait::until("its runner is waited for", SOON, || async {
+            let events = kernels::events(&node, order.kernel).await.ok()?;
+            let mut steps = events.iter().map(|(_, args)| &args[1]);
+            steps
+                .any(|step| step == "waiting for the runner")
+                .then_some(())
+        })
+        .await?;
+        let container = node.containers()?.first().context("its container")?.clone();
+        let networks = inspect(&container)?["NetworkSettings"]["Networks"].clone();
+        let names: Vec<&String> = networks.as_object().context("a map")?.keys().collect();
+        let [first] = names[..] else {
+            anyhow::bail!("one network at first: {networks}");
+        };
+        kernels::docker(&["network", "connect", &bridge.0, &container])?;
+        kernels::docker(&["network", "disconnect", first, &container])?;
+        assert!(kernels::state(&node, order.kernel).await?.as_deref() != Some("running"));
+        Ok(first.clone())
+    };
+    let (result, first) = tokio::try_join!(kernels::create(&node, &order), moving)?;
     let container = container_of(&result);
     start_service(&node, &order, "web").await?;
     let web = kernels::host_ports(&result, "web")[0];
-    assert!(kernels::fetch(web, "/")?.contains("It works"));
-    let networks = inspect(container)?["NetworkSettings"]["Networks"].clone();
-    let names: Vec<&String> = networks.as_object().context("a map")?.keys().collect();
-    let [first] = names[..] else {
-        anyhow::bail!("one network at first: {networks}");
-    };
-    // There and back; the address that the port leads to is another each time.
-    for (to, from) in [(&bridge.0, first), (first, &bridge.0)] {
+    wait::until("the port leading where it began", SOON, || async {
+        let page = kernels::fetch(web, "/").ok()?;
+        page.contains("It works").then_some(())
+    })
+    .await?;
+    // Back and there; the address that the port leads to is another each time.
+    for (to, from) in [(&first, &bridge.0), (&bridge.0, &first)] {
         kernels::docker(&["network", "connect", to, container])?;
         kernels::docker(&["network", "disconnect", from, container])?;
         // The old address is nobody's now.
