@@ -12,6 +12,7 @@ mod tree;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ struct Inner {
     keys: Keys,
     scaling_group: RwLock<String>,
     current: Mutex<Current>,
+    /// The id of the etcd cluster that answered a follower last; 0 before.
+    cluster: AtomicU64,
     health: watch::Sender<Health>,
 }
 
@@ -130,6 +133,7 @@ impl Etcd {
                 keys: Keys::new(&settings.namespace, agent_id),
                 scaling_group: RwLock::new(scaling_group.to_owned()),
                 current: Mutex::default(),
+                cluster: AtomicU64::new(0),
                 health: watch::Sender::new(Health::Untried),
             }),
         })
@@ -397,6 +401,18 @@ impl Etcd {
             .current
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of the cluster that a follower was answered by; a change is told once.
+    fn answered_by(&self, cluster: u64) {
+        let known = self.inner.cluster.swap(cluster, Ordering::Relaxed);
+        if known != 0 && known != cluster {
+            tracing::warn!(
+                known = format!("{known:x}"),
+                now = format!("{cluster:x}"),
+                "etcd is another cluster now (made anew?); all that is followed there is read again"
+            );
+        }
     }
 
     fn reached(&self, member: usize) {

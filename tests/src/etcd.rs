@@ -39,6 +39,8 @@ pub struct EtcdServer {
     directory: TempDir,
     members: Vec<Member>,
     tls: bool,
+    /// With the peers' addresses it makes the cluster's id.
+    token: String,
 }
 
 impl EtcdServer {
@@ -67,6 +69,7 @@ impl EtcdServer {
             directory,
             members,
             tls: options.tls,
+            token: "first".to_owned(),
         };
         if options.tls {
             make_certificates(server.directory.path())?;
@@ -184,6 +187,7 @@ impl EtcdServer {
             .args(["--initial-advertise-peer-urls", &peer_url])
             .args(["--initial-cluster", &cluster.join(",")])
             .args(["--initial-cluster-state", "new"])
+            .args(["--initial-cluster-token", &self.token])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -255,6 +259,12 @@ impl EtcdServer {
         self.stop(number);
         std::fs::remove_dir_all(self.directory.path().join(&self.members[number].name))
             .context("the data can't be removed")
+    }
+
+    /// Stops a member and forgets its data; the next start makes a cluster with another id.
+    pub fn make_anew(&mut self, number: usize) -> Result<()> {
+        self.token.push_str("-next");
+        self.wipe(number)
     }
 
     /// Starts a stopped member on its data under another client port, where nobody but the test looks for it, and

@@ -304,7 +304,29 @@ async fn a_watch_goes_on_after_a_restart_and_reads_again_after_compaction() -> R
     seen(&mut followed, "another history", |seen| {
         seen.live && values(seen) == ["new"]
     })
-    .await
+    .await?;
+
+    // Another cluster, whose revisions have passed those that were seen while nobody looked.
+    server.make_anew(0)?;
+    seen(&mut followed, "broken by the end", |seen| !seen.live).await?;
+    let readings = followed.now().readings;
+    let mut outside = server.moved_aside(0).await?;
+    while outside
+        .put("/sorna/local/w/y", "other", None)
+        .await?
+        .header()
+        .context("a header")?
+        .revision()
+        <= followed.now().revision
+    {}
+    server.stop(0);
+    server.restart(0).await?;
+    seen(&mut followed, "another cluster", |seen| {
+        seen.live && values(seen) == ["other"]
+    })
+    .await?;
+    assert_eq!(followed.now().readings, readings + 1);
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,8 +2,9 @@
 //!
 //! In: a physical prefix. Out: what lies below it, as of a revision, and whether the watch stands.
 //! Invariants: a watch that broke goes on from the revision it had come to, so no change is missed;
-//! when etcd has compacted that revision away, or its history is another one, the prefix is read
-//! again; while etcd is away the last state stays.
+//! when etcd has compacted that revision away, or its history is another one (its cluster's id has
+//! changed, or its revisions have gone back), the prefix is read again; while etcd is away the last
+//! state stays.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ impl Followed {
                 prefix,
                 sender,
                 seen: Seen::default(),
+                cluster: 0,
             }
             .run()
             .await;
@@ -88,6 +90,8 @@ struct Follower {
     prefix: String,
     sender: watch::Sender<Arc<Seen>>,
     seen: Seen,
+    /// The id of the etcd cluster it was read from; 0 before.
+    cluster: u64,
 }
 
 /// How a watch ended.
@@ -98,6 +102,8 @@ enum End {
     Compacted,
     /// etcd's revisions have gone back: it was restored or made anew.
     OtherHistory,
+    /// Another cluster answers, whose revisions say nothing of what was seen.
+    OtherCluster(u64),
 }
 
 impl Follower {
@@ -149,6 +155,15 @@ impl Follower {
                         "etcd has gone back in its history (restored or new?); reading the keys again"
                     );
                     must_read = true;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
+                }
+                End::OtherCluster(now) => {
+                    self.etcd.answered_by(now);
+                    must_read = true;
+                    // Two clusters behind one address must not be asked in turn at full speed.
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
                 }
             }
         }
@@ -168,6 +183,8 @@ impl Follower {
             })
             .await?;
         self.seen.revision = answer.header().map_or(0, |header| header.revision());
+        self.cluster = answer.header().map_or(0, |header| header.cluster_id());
+        self.etcd.answered_by(self.cluster);
         self.seen.entries = answer.take_kvs().into_iter().map(text_pair).collect();
         self.seen.readings += 1;
         self.tell();
@@ -239,6 +256,10 @@ impl Follower {
         lost: &impl Fn(etcd_client::Error) -> EtcdError,
     ) -> Option<End> {
         let revision = response.header().map_or(0, |header| header.revision());
+        let cluster = response.header().map_or(0, |header| header.cluster_id());
+        if cluster != 0 && cluster != self.cluster {
+            return Some(End::OtherCluster(cluster));
+        }
         if response.compact_revision() > 0 {
             return Some(End::Compacted);
         }
