@@ -149,7 +149,7 @@ pub enum Event {
         /// The command's, -1 when unknown, -2 for a timeout.
         exit_code: i64,
     },
-    /// An execution is under way; told with each call on it.
+    /// An execution is under way; told with each call on it, and after another's end.
     ExecutionStarted {
         /// The session.
         session: SessionId,

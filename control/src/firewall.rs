@@ -72,16 +72,31 @@ pub async fn ask(program: &'static str, words: &[&str]) -> Result<Option<String>
 fn said(program: &'static str, outcome: io::Result<Output>) -> Result<Option<String>, NoAnswer> {
     let output = match outcome {
         Ok(output) => output,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A folder of PATH that we may not search hides that there is no such program.
+        Err(err)
+            if matches!(
+                err.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(_) => return Err(NoAnswer(program)),
     };
-    let denied = || {
+    // So it ends, too, where we may not look, and where the kernel has no nftables.
+    let for_good = || {
         let words = String::from_utf8_lossy(&output.stderr);
-        words.contains("Permission denied") || words.contains("Operation not permitted")
+        [
+            "Permission denied",
+            "Operation not permitted",
+            "generation id: Invalid argument",
+        ]
+        .iter()
+        .any(|why| words.contains(why))
     };
     match output.status.code() {
         Some(0) => Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned())),
-        Some(NO_RESOURCES) | None if !denied() => Err(NoAnswer(program)),
+        Some(NO_RESOURCES) | None if !for_good() => Err(NoAnswer(program)),
         _ => Ok(None),
     }
 }
@@ -394,12 +409,15 @@ mod tests {
         assert_eq!(ended(0, "").unwrap().unwrap(), "-P INPUT DROP\n");
         // No such chain, nobody whom it is told, no such program.
         assert_eq!(ended(1 << 8, "No chain by that name.").unwrap(), None);
-        assert_eq!(
-            ended(4 << 8, "Permission denied (you must be root)").unwrap(),
-            None
-        );
-        let missing = io::Error::from(io::ErrorKind::NotFound);
-        assert_eq!(said("iptables", Err(missing)).unwrap(), None);
+        for words in [
+            "Permission denied (you must be root)",
+            "Could not fetch rule set generation id: Invalid argument",
+        ] {
+            assert_eq!(ended(4 << 8, words).unwrap(), None);
+        }
+        for kind in [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied] {
+            assert_eq!(said("iptables", Err(kind.into())).unwrap(), None);
+        }
     }
 
     const OWN: [IpAddr; 1] = [IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1))];

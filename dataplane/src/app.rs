@@ -2,7 +2,7 @@
 //! all parts.
 //!
 //! In: [`Options`]. Out: the end of the process. The main thread owns the link; relay threads own
-//! their sessions; the collector's thread owns its descriptors. Invariant: nothing is mapped or
+//! their sessions; the collector's threads own its descriptors. Invariant: nothing is mapped or
 //! bound before the writer lock is held, and readiness is told only after the desired region was
 //! looked at once.
 

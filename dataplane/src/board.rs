@@ -1,7 +1,7 @@
 //! The dataplane's end of the `observed` region.
 //!
 //! In: what [`crate::link`] did about ports and what [`crate::collect`] sampled. Out: rows in the
-//! region and a ring at control's doorbell. It is the only owner of the writer; both threads go
+//! region and a ring at control's doorbell. It is the only owner of the writer; all threads go
 //! through its lock. Invariant: the statuses here and the rows in the region agree after every
 //! publication, so a pass that refreshes counters can't bring back a port that is gone.
 

@@ -129,7 +129,7 @@ pub enum Means {
     Files,
 }
 
-/// Does the passes. Owned by the collector's thread; benches drive it directly.
+/// Does the passes. Owned by the thread that collects; benches drive it directly.
 #[derive(Debug)]
 pub struct Sampler {
     facts: Facts,

@@ -738,7 +738,7 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
         resumed: true,
         ..LinkOptions::default()
     };
-    let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed.clone());
     batch::adopt(&link);
     let work = async { Ok(batch::attend(&link, None, None, &alive).await) };
     let play = async {
@@ -754,6 +754,19 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
         gone.cancel()
     });
     ensure!(outcome == BatchOutcome::KernelGone);
+    // The agent stops: an end that it has read nobody else will.
+    link.close().await;
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
+    batch::adopt(&link);
+    runner.send("finished", r#"{"exitCode": 5}"#);
+    let heard = async || link.current_run().is_none().then_some(());
+    harness::wait::until("the end is heard", Duration::from_secs(10), heard).await?;
+    link.leave().await;
+    let outcome = batch::attend(&link, None, None, &alive).await;
+    ensure!(
+        outcome == BatchOutcome::Failed { exit_code: 5 },
+        "{outcome:?}"
+    );
     Ok(())
 }
 

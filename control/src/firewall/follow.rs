@@ -106,7 +106,10 @@ pub async fn follow(node: Arc<Node>) {
                     tracing::warn!(%err, suppressed, "it is not known what the firewall says; what it said last holds");
                 }
                 changed.notify_one();
-                tokio::time::sleep(AGAIN).await;
+                tokio::select! {
+                    () = node.stopping.cancelled() => return,
+                    () = tokio::time::sleep(AGAIN) => {}
+                }
                 continue;
             }
         };

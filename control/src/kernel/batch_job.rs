@@ -23,6 +23,8 @@ use crate::events::Event;
 /// What is left at least of the time limit of a job that is taken over: one that ended while nobody
 /// watched is told as it ended.
 const TAKEN_OVER: Duration = Duration::from_secs(3);
+/// How long an end that is known already may take to be told when the agent stops.
+const LAST_LOOK: Duration = Duration::from_secs(1);
 
 /// Starts the job and answers when it is in the journal; `false` when one runs already (a retry of
 /// the call).
@@ -81,10 +83,19 @@ async fn carry_through(
         return;
     };
     let session = kernel.session;
+    let mut work = std::pin::pin!(work(node, kernel, &runner, gone, grace));
     let outcome = tokio::select! {
-        outcome = work(node, kernel, &runner, gone, grace) => outcome,
-        // The job goes on; the next start watches it.
-        () = node.stopping.cancelled() => return,
+        biased;
+        outcome = &mut work => outcome,
+        () = node.stopping.cancelled() => {
+            // The job goes on, and the next start watches it: nothing more is read of the runner. An
+            // end that was read already is known to nobody else.
+            runner.leave().await;
+            match tokio::time::timeout(LAST_LOOK, work).await {
+                Ok(outcome) => outcome,
+                Err(_elapsed) => return,
+            }
+        }
     };
     let (_, reason, exit_code) = outcome.event();
     let reason = Reason::from_text(reason);

@@ -547,10 +547,9 @@ impl RunnerLink {
         let _polling = Polling::begin(&self.0, run_id);
         loop {
             changed.borrow_and_update();
-            if self.is_closed() {
-                return Err(LinkError::Closed);
-            }
-            let late = tokio::time::Instant::now() >= until;
+            // First: what was received before the link was left is there after it.
+            let closed = self.is_closed();
+            let late = !closed && tokio::time::Instant::now() >= until;
             {
                 let mut state = lock(&self.0.state);
                 let taken = state.runs.take(Instant::now(), run_id, late);
@@ -558,6 +557,9 @@ impl RunnerLink {
                 if let Some(taken) = taken {
                     return Ok(taken);
                 }
+            }
+            if closed {
+                return Err(LinkError::Closed);
             }
             tokio::select! {
                 _ = changed.changed() => {}

@@ -476,8 +476,10 @@ impl Ledger {
         for (device, slots) in allocation.devices() {
             match state.inventory.position(device) {
                 Some(index) => {
-                    restored.missing.extend(state.maps[index].apply(slots));
-                    restored.overused.extend(state.maps[index].overused());
+                    let map = &mut state.maps[index];
+                    let before = map.clone();
+                    restored.missing.extend(map.apply(slots));
+                    restored.overused.extend(map.overused_since(&before));
                 }
                 None => {
                     let all = slots

@@ -241,10 +241,14 @@ impl AllocationMap {
         self.devices.iter().zip(self.used.iter().copied())
     }
 
-    /// Devices used beyond what they have: only a recovery can leave such.
-    pub fn overused(&self) -> Vec<(String, String)> {
-        let over = self.rows().filter(|(device, used)| *used > device.total);
-        over.map(|(device, _)| (device.slot.clone(), device.id.clone()))
+    /// Devices used beyond what they have, and not as in an earlier copy of this map: only a recovery can
+    /// leave such.
+    pub fn overused_since(&self, before: &Self) -> Vec<(String, String)> {
+        let over = self
+            .rows()
+            .zip(&before.used)
+            .filter(|((device, used), before)| *used > device.total && used != *before);
+        over.map(|((device, _), _)| (device.slot.clone(), device.id.clone()))
             .collect()
     }
 }

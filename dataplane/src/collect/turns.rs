@@ -7,7 +7,7 @@
 //! the sampler and goes on without links, and the first one is the one that looks on when it is back.
 //! Invariants: one thread collects at any time; one question about links is out at most.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use shared::log_limit::LogLimit;
 
 use super::{Begun, Question, Sampler};
 use crate::board::Board;
+use crate::mailbox::Mailbox;
 
 /// A question about links that takes longer is taken to hang. The kernel needs less than a millisecond
 /// per hundred links.
@@ -32,14 +33,16 @@ struct State {
     asked: Option<Instant>,
     /// Goes up with each question that was given up.
     given_up: u64,
-    /// The thread that hangs in one.
-    hangs: Option<usize>,
+    /// The other thread hangs in one.
+    hangs: bool,
+    /// The log has been told of it.
+    told: bool,
+    log: LogLimit,
 }
 
 #[derive(Debug)]
 struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
+    state: Mailbox<State>,
     /// Held by the thread that collects, except while it waits.
     work: Mutex<Work>,
     board: Board,
@@ -82,16 +85,17 @@ impl Turns {
         make: impl FnOnce() -> Sampler + Send + 'static,
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            state: Mutex::new(State {
+            state: Mailbox::new(State {
                 desired: None,
                 interval,
                 stop: false,
                 due: Instant::now(),
                 asked: None,
                 given_up: 0,
-                hangs: None,
+                hangs: false,
+                told: false,
+                log: LogLimit::default(),
             }),
-            changed: Condvar::new(),
             work: Mutex::default(),
             board,
         });
@@ -104,11 +108,11 @@ impl Turns {
             let sampler = make();
             lock(&own.work).sampler = Some(sampler);
             // To make it takes a while, which makes no pass late.
-            lock(&own.state).due = Instant::now();
-            own.take_turns(0, Turn::Collect);
+            own.state.lock().due = Instant::now();
+            own.take_turns(Turn::Collect);
         })?;
         turns.spawn("collect-spare", move || {
-            shared.take_turns(1, Turn::LookOn);
+            shared.take_turns(Turn::LookOn);
         })?;
         Ok(turns)
     }
@@ -121,13 +125,13 @@ impl Turns {
 
     /// Tells what to sample from now on and how often.
     pub(super) fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
-        let mut state = lock(&self.shared.state);
+        let mut state = self.shared.state.lock();
         if desired.is_some() {
             state.desired = desired;
         }
         if state.interval != interval {
             state.interval = interval;
-            self.shared.changed.notify_all();
+            self.shared.state.wake();
         }
     }
 
@@ -140,10 +144,10 @@ impl Turns {
 impl Drop for Turns {
     fn drop(&mut self) {
         let waits = {
-            let mut state = lock(&self.shared.state);
+            let mut state = self.shared.state.lock();
             state.stop = true;
-            self.shared.changed.notify_all();
-            state.asked.is_some() || state.hangs.is_some()
+            self.shared.state.wake();
+            state.asked.is_some() || state.hangs
         };
         for thread in self.threads.drain(..) {
             // One that waits in the kernel comes back when that lets it; it holds nothing others need.
@@ -156,19 +160,19 @@ impl Drop for Turns {
 }
 
 impl Shared {
-    fn take_turns(&self, me: usize, first: Turn) {
+    fn take_turns(&self, first: Turn) {
         let mut turn = first;
         loop {
             turn = match turn {
-                Turn::Collect => self.collect(me),
-                Turn::LookOn => self.look_on(me),
+                Turn::Collect => self.collect(),
+                Turn::LookOn => self.look_on(),
                 Turn::End => return,
             };
         }
     }
 
     /// Does the passes, until another thread does.
-    fn collect(&self, me: usize) -> Turn {
+    fn collect(&self) -> Turn {
         loop {
             let Some(due) = self.wait_till_due() else {
                 return Turn::End;
@@ -177,7 +181,7 @@ impl Shared {
             let begun = Begun::now();
             let question = self.begin();
             let answered = match question {
-                Some(question) => match self.ask(me, question) {
+                Some(question) => match self.ask(question) {
                     Ok(answered) => Some(answered),
                     Err(turn) => return turn,
                 },
@@ -190,7 +194,7 @@ impl Shared {
 
     /// When the pass was due that begins now; none at the end.
     fn wait_till_due(&self) -> Option<Instant> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         loop {
             if state.stop {
                 return None;
@@ -201,17 +205,13 @@ impl Shared {
                 return Some(state.due);
             }
             let left = state.due - now;
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.state.wait_for(state, left);
         }
     }
 
     /// Takes up what is wanted. The question about links, if it can be asked.
     fn begin(&self) -> Option<Question> {
-        let desired = lock(&self.state).desired.clone();
+        let desired = self.state.lock().desired.clone();
         let mut work = lock(&self.work);
         let Work {
             sampler, followed, ..
@@ -230,14 +230,18 @@ impl Shared {
 
     /// Asks it, which may take for ever. The answer, or, if the other thread has gone on meanwhile,
     /// what to do next.
-    fn ask(&self, me: usize, mut question: Question) -> Result<Question, Turn> {
+    fn ask(&self, mut question: Question) -> Result<Question, Turn> {
         let given_up = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
+            // Who ends the threads joins those that ask nothing.
+            if state.stop {
+                return Err(Turn::End);
+            }
             state.asked = Some(Instant::now());
             state.given_up
         };
         question.ask();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.given_up == given_up {
             state.asked = None;
             return Ok(question);
@@ -246,9 +250,11 @@ impl Shared {
         if let Some(sampler) = &mut lock(&self.work).sampler {
             sampler.links = Some(question.reader);
         }
-        state = lock(&self.state);
-        state.hangs = None;
-        tracing::info!(thread = me, "the kernel answers about links again");
+        state = self.state.lock();
+        state.hangs = false;
+        if state.told {
+            tracing::info!("the kernel answers about links again");
+        }
         Err(Turn::LookOn)
     }
 
@@ -279,7 +285,7 @@ impl Shared {
 
     /// Ticks stay on their beat; those that a long pass has swallowed are left out.
     fn next_beat(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let interval = state.interval;
         state.due += interval;
         let now = Instant::now();
@@ -294,8 +300,8 @@ impl Shared {
     }
 
     /// Looks on, until the thread that collects hangs in a question about links.
-    fn look_on(&self, me: usize) -> Turn {
-        let mut state = lock(&self.state);
+    fn look_on(&self) -> Turn {
+        let mut state = self.state.lock();
         loop {
             if state.stop {
                 return Turn::End;
@@ -306,20 +312,21 @@ impl Shared {
                 Some(asked) => asked + PATIENCE,
                 None => state.due.min(now + state.interval).max(now) + PATIENCE,
             };
-            state = self
-                .changed
-                .wait_timeout(state, next - now)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.state.wait_for(state, next - now);
         }
         state.asked = None;
         state.given_up += 1;
-        state.hangs = Some(1 - me);
+        state.hangs = true;
+        let told = state.log.pass();
+        state.told = told.is_some();
         drop(state);
-        tracing::warn!(
-            "the kernel does not answer about links, somebody holds its interface lock; network \
-             numbers are absent until it does"
-        );
+        if let Some(suppressed) = told {
+            tracing::warn!(
+                suppressed,
+                "the kernel does not answer about links, somebody holds its interface lock; \
+                 network numbers are absent until it does"
+            );
+        }
         Turn::Collect
     }
 }
@@ -392,7 +399,8 @@ mod tests {
             tick = wait_for(&|it| sampled(it, tick, false));
             // Others than the one that was under way, and without waiting.
             tick = wait_for(&|it| sampled(it, tick + 2, false));
-            assert_eq!(lock(&turns.shared.state).asked, None);
+            // A thread that got no processor may have been taken for one that hangs before.
+            wait_for(&|_| turns.shared.state.lock().asked.is_none());
             assert!(turns.healthy());
             drop(held);
         }

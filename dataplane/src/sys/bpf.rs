@@ -239,15 +239,15 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     /// It is no hash table of such entries.
     pub fn of(map: &MapData) -> io::Result<Self> {
         let info = map.info().map_err(io::Error::other)?;
-        let values_each = match info.map_type() {
-            Ok(MapType::Hash) => 1,
-            Ok(MapType::PerCpuHash) => aya::util::nr_cpus().map_err(|(_, err)| err)?,
+        let (values_each, apart) = match info.map_type() {
+            Ok(MapType::Hash) => (1, false),
+            Ok(MapType::PerCpuHash) => (aya::util::nr_cpus().map_err(|(_, err)| err)?, true),
             _ => return Err(io::Error::other("not a hash table")),
         };
         let sizes = [size_of::<K>(), size_of::<V>()].map(u32::try_from);
         if sizes != [Ok(info.key_size()), Ok(info.value_size())]
-            // The kernel puts those of the CPUs eight bytes apart at least.
-            || (values_each > 1 && !size_of::<V>().is_multiple_of(8))
+            // The kernel gives each CPU's value a multiple of eight bytes, a single CPU's too.
+            || (apart && !size_of::<V>().is_multiple_of(8))
         {
             return Err(io::Error::other("a table of other entries"));
         }

@@ -48,8 +48,8 @@ const IFSTATS: usize = 12;
 
 /// Room for one answer; the kernel fills at most 32 KiB per message of a dump.
 const BUFFER: usize = 64 * 1024;
-/// How long the kernel may take for one answer. It answers from memory; this only keeps a thread
-/// alive should the interface lock be held for long.
+/// How long the kernel may take for one answer, which it gives from memory. It takes the interface lock
+/// inside the calls that ask and read, and no time limit ends that wait.
 const ANSWER: Duration = Duration::from_secs(2);
 
 /// A failed step of talking netlink.

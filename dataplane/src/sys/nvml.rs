@@ -13,7 +13,8 @@ use nvml_wrapper::{Device, Nvml};
 use shared::observed::MigInstance;
 
 /// nvml.h, `nvmlGpuFabricState_t`.
-const FABRIC_NOT_SUPPORTED: u8 = 0;
+const FABRIC_NOT_STARTED: u8 = 1;
+const FABRIC_IN_PROGRESS: u8 = 2;
 const FABRIC_COMPLETED: u8 = 3;
 /// nvml.h, `nvmlGpuFabricInfo_v2`: a structure's size and version.
 const FABRIC_INFO_2: u32 = 36 | 2 << 24;
@@ -82,11 +83,12 @@ impl Fabric {
             Err(err) => return Err(err),
         }
         Ok(match (state, status) {
-            (FABRIC_NOT_SUPPORTED, _) => Self::None,
+            (FABRIC_NOT_STARTED | FABRIC_IN_PROGRESS, _) => Self::NotJoined,
             // Only then the status is one.
             (FABRIC_COMPLETED, 0) => Self::Joined,
             (FABRIC_COMPLETED, status) => Self::Failed(status),
-            _ => Self::NotJoined,
+            // Not supported, or what only a later driver knows: that is no fault.
+            _ => Self::None,
         })
     }
 }

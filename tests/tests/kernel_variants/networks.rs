@@ -527,7 +527,8 @@ async fn ports_follow_a_container_that_is_moved_between_networks_by_hand() -> Re
     let node = Node::start(NodeOptions::default()).await?;
     let mut order = Order::of(Image::Runner)?;
     // The runner answers after that. The first move comes before.
-    order.config["bootstrap_script"] = json!("sleep 3\n");
+    let script = "until [ -e /home/work/go ]; do sleep 0.1; done\n";
+    order.config["bootstrap_script"] = json!(script);
     let moving = async {
         wait::until("its runner is waited for", SOON, || async {
             let events = kernels::events(&node, order.kernel).await.ok()?;
@@ -546,6 +547,8 @@ async fn ports_follow_a_container_that_is_moved_between_networks_by_hand() -> Re
         kernels::docker(&["network", "connect", &bridge.0, &container])?;
         kernels::docker(&["network", "disconnect", first, &container])?;
         assert!(kernels::state(&node, order.kernel).await?.as_deref() != Some("running"));
+        let scratch = node.scratch(&order.kernel.to_string());
+        std::fs::write(scratch.join("work").join("go"), "")?;
         Ok(first.clone())
     };
     let (result, first) = tokio::try_join!(kernels::create(&node, &order), moving)?;

@@ -94,7 +94,8 @@ pub enum Ending {
 /// What others than the client are told of a run: whether the kernel works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Milestone {
-    /// It waits for its turn or is at work; told again with each call on it.
+    /// It waits for its turn or is at work; told again with each call on it, and some seconds after
+    /// another run's end: who hears of that takes the whole session for idle.
     Started,
     /// The runner has finished it.
     Finished,
@@ -290,6 +291,8 @@ pub struct RunTable {
     orphan: Option<Run>,
     /// Not taken yet.
     milestones: Vec<Milestone>,
+    /// An end was told since the last sweep.
+    end_told: bool,
 }
 
 impl RunTable {
@@ -303,6 +306,7 @@ impl RunTable {
             waiting: VecDeque::new(),
             orphan,
             milestones: Vec::new(),
+            end_told: false,
         }
     }
 
@@ -360,6 +364,12 @@ impl RunTable {
             }
             match run.phase {
                 Phase::Current | Phase::Waiting => {
+                    if request.starts && run.tentative {
+                        // It may never have been there: its end is not waited for beside the new one.
+                        run.tentative = false;
+                        run.expected = 0;
+                        run.started = now;
+                    }
                     if run.expected >= REQUESTS_PER_RUN
                         || run.unsent.len() >= 4 * REQUESTS_PER_RUN as usize
                     {
@@ -516,6 +526,7 @@ impl RunTable {
                 return Vec::new();
             }
             self.milestones.push(Milestone::Finished);
+            self.end_told = true;
             return self.next(now);
         }
         if !finished {
@@ -528,6 +539,7 @@ impl RunTable {
         run.phase = Phase::Ended;
         run.polled = now;
         self.milestones.push(Milestone::Finished);
+        self.end_told = true;
         self.current = None;
         self.forget_surplus();
         self.next(now)
@@ -596,13 +608,19 @@ impl RunTable {
     /// Forgets what nobody wants any more.
     pub fn sweep(&mut self, now: Instant) {
         let limits = self.limits.clone();
-        let milestones = &mut self.milestones;
+        let works = self.orphan_works() || self.runs.values().any(Run::is_live);
+        // Not beside the end itself: who is told of both takes them in any order.
+        if std::mem::take(&mut self.end_told) && works {
+            self.milestones.push(Milestone::Started);
+        }
+        let (milestones, end_told) = (&mut self.milestones, &mut self.end_told);
         let idle = |run: &Run| now.saturating_duration_since(run.polled);
         self.runs.retain(|_, run| match run.phase {
             Phase::Waiting => {
                 let kept = run.pollers > 0 || idle(run) < limits.waiting_idle;
                 if !kept {
                     milestones.push(Milestone::Cancelled);
+                    *end_told = true;
                 }
                 kept
             }
@@ -706,6 +724,10 @@ mod tests {
         assert_eq!(next, query("stays").messages);
         assert_eq!(table.current(), Some("stays"));
         assert_eq!(table.milestones(), [Milestone::Finished]);
+        // The kernel is not idle, though an end was told last.
+        table.sweep(now + seconds(63));
+        table.sweep(now + seconds(64));
+        assert_eq!(table.milestones(), [Milestone::Started]);
         table.abandon();
         table.abandon();
         assert_eq!(table.milestones(), [Milestone::Cancelled]);
@@ -894,5 +916,14 @@ mod tests {
         assert_eq!(table.current(), Some("new"));
         // The guess may never have been there: of it alone nothing is told.
         assert_eq!(table.milestones(), [Milestone::Started]);
+        // Nor does a new run of the same name wait for two ends.
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        table.submit(now, "guess", go_on()).expect("taken over");
+        let sent = table.submit(now, "guess", query("1")).expect("sent");
+        assert_eq!(sent.len(), 1);
+        table.record(now, finished(0));
+        assert_eq!(table.current(), None);
+        let told = [Milestone::Started, Milestone::Finished];
+        assert_eq!(table.milestones(), told);
     }
 }

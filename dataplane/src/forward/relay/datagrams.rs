@@ -362,6 +362,9 @@ impl Datagrams {
         };
         if port.active() >= (most / 2).max(1) {
             self.displace(position)?;
+            if let Ok(seat) = port.seat_again() {
+                return Some(seat);
+            }
         } else if self.sessions.live() >= most as usize {
             let young = |at: &usize| self.listeners[*at].as_ref().map_or(0, |it| it.young.len());
             let flooded = (0..self.listeners.len()).max_by_key(young)?;
@@ -371,7 +374,7 @@ impl Datagrams {
             return Some(seat);
         }
         self.displace(position)?;
-        port.seat().ok()
+        port.seat_again().ok()
     }
 
     fn displace(&mut self, position: usize) -> Option<()> {

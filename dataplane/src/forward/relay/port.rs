@@ -362,6 +362,19 @@ impl Port {
     /// # Errors
     /// The limit that is reached.
     pub fn seat(self: &Arc<Self>) -> Result<Seat, Refusal> {
+        self.seat_within(|own| self.totals.room(own))
+    }
+
+    /// The same in the place of a session of this port that has just ended for it, which leaves other
+    /// ports no less.
+    ///
+    /// # Errors
+    /// The limit that is reached.
+    pub fn seat_again(self: &Arc<Self>) -> Result<Seat, Refusal> {
+        self.seat_within(|_| self.totals.limit())
+    }
+
+    fn seat_within(self: &Arc<Self>, room: impl Fn(u32) -> u32) -> Result<Seat, Refusal> {
         let limit = self.max_sessions.load(Relaxed);
         let elsewhere = self.elsewhere.load(Relaxed);
         if limit != 0 && elsewhere >= limit {
@@ -369,7 +382,7 @@ impl Port {
         }
         // 0 would be no limit, and that much is left of one.
         let own = take(&self.active, limit.saturating_sub(elsewhere)).ok_or(Refusal::PortLimit)?;
-        if take(&self.totals.active, self.totals.room(own)).is_none() {
+        if take(&self.totals.active, room(own)).is_none() {
             self.active.fetch_sub(1, Relaxed);
             return Err(Refusal::TotalLimit);
         }
@@ -568,7 +581,7 @@ mod tests {
             port.note_elsewhere(counted.map(begun).as_ref());
         }
         assert!(port.admit(ip("10.0.0.1"), || None).is_ok());
-        port.note_elsewhere(Some(&begun(4015)));
+        port.note_elsewhere(Some(&begun(4100)));
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::TooFast
@@ -609,7 +622,7 @@ mod tests {
         let flooded = port(Rules::default(), 1024);
         let totals = Arc::clone(&flooded.totals);
         let admit = |port: &Arc<Port>| port.admit(ip("10.0.0.1"), || None);
-        let silent: Vec<Seat> = (0..2000).filter_map(|_| admit(&flooded).ok()).collect();
+        let mut silent: Vec<Seat> = (0..2000).filter_map(|_| admit(&flooded).ok()).collect();
         assert_eq!(silent.len(), 768, "three quarters");
         let address = "127.0.0.1:2".parse().unwrap();
         let mut seats = Vec::new();
@@ -628,6 +641,10 @@ mod tests {
         seats.pop();
         assert_eq!(admit(&flooded).unwrap_err(), Refusal::TotalLimit);
         assert_eq!(flooded.active(), 768);
+        // A client may take another's place.
+        silent.pop();
+        assert_eq!(admit(&flooded).unwrap_err(), Refusal::TotalLimit);
+        assert!(flooded.seat_again().is_ok());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Questions to the kernel over routing netlink, one at a time.
 //!
 //! In: a kind, flags and a body. Out: the messages of its answer. Invariants: only the kernel's own
-//! messages are believed; an answer to a question that was given up is passed over; every wait has a
-//! deadline.
+//! messages are believed; an answer to a question that was given up is passed over; a wait for an answer
+//! has a deadline. None has the wait for the interface lock, which the kernel may take inside a call.
 
 use std::os::fd::OwnedFd;
 

@@ -18,7 +18,7 @@ use super::{
     attributes, stats64, u32_at,
 };
 
-// linux/rtnetlink.h, linux/if_link.h, linux/net_namespace.h, linux/netlink.h
+/// linux/if_link.h
 const IFLA_STATS64: u16 = 23;
 
 /// The links of one container whose other ends are neither here nor in it.
