@@ -411,8 +411,12 @@ impl Drop for Gate {
 }
 
 async fn carry(client: tokio::net::TcpStream, server: u16, shut: Arc<AtomicBool>) {
-    while shut.load(Ordering::SeqCst) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    if shut.load(Ordering::SeqCst) {
+        while shut.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // What others have sent before comes first, or nobody could know of it.
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let Ok(server) = tokio::net::TcpStream::connect(("127.0.0.1", server)).await else {
         return;

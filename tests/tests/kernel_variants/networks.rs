@@ -619,10 +619,12 @@ async fn a_runner_is_reached_that_was_moved_while_a_new_agent_looked_for_it() ->
     assert!(overtaken.await.is_err(), "a later look came first");
     engine.let_go();
     // What is written to where the runner was before the agent knows better is lost with the connection.
-    wait::until("the link follows", SOON, || async {
-        node.log("bai-agent")
-            .contains("the runner has moved")
-            .then_some(())
+    let there = inspect(container)?["NetworkSettings"]["Networks"][&bridge.0]["IPAddress"].clone();
+    let input = format!("{}:2000", there.as_str().context("an address")?);
+    wait::until("the link stands where the runner is", SOON, || async {
+        let words = ["-Htn", "state", "established", "dst", &input];
+        let found = std::process::Command::new("ss").args(words).output().ok()?;
+        (!found.stdout.is_empty()).then_some(())
     })
     .await?;
     assert_eq!(output_of(&node, &order, "echo here").await?, "here\n");
