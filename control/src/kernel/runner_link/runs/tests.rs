@@ -1,0 +1,251 @@
+use super::*;
+
+fn query(code: &str) -> Submission {
+    Submission {
+        messages: vec![Outgoing::text("code", code)],
+        starts: true,
+    }
+}
+
+fn go_on() -> Submission {
+    Submission {
+        messages: Vec::new(),
+        starts: false,
+    }
+}
+
+fn out(text: &str) -> Record {
+    Record::Text(Stream::Stdout, text.to_owned())
+}
+
+fn finished(code: i64) -> Record {
+    Record::StepEnd(Step::Run, Some(code))
+}
+
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+#[test]
+fn a_waiting_run_whose_client_gave_up_is_never_sent() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    assert_eq!(table.submit(now, "a", query("1")).expect("sent").len(), 1);
+    for run_id in ["gone", "stays"] {
+        assert!(
+            table
+                .submit(now, run_id, query(run_id))
+                .expect("queued")
+                .is_empty()
+        );
+    }
+    table.begin_poll(now, "stays");
+    assert_eq!(table.milestones(), [Milestone::Started; 3]);
+    table.sweep(now + seconds(61));
+    assert_eq!(table.milestones(), [Milestone::Cancelled]);
+    let next = table.record(now + seconds(62), finished(0));
+    assert_eq!(next, query("stays").messages);
+    assert_eq!(table.current(), Some("stays"));
+    assert_eq!(table.milestones(), [Milestone::Finished]);
+    // The kernel is not idle, though an end was told last.
+    table.sweep(now + seconds(63));
+    table.sweep(now + seconds(64));
+    assert_eq!(table.milestones(), [Milestone::Started]);
+    table.abandon();
+    table.abandon();
+    assert_eq!(table.milestones(), [Milestone::Cancelled]);
+}
+
+#[test]
+fn a_run_that_started_ends_once_however_it_ends() {
+    use Milestone::{Finished, Started, TimedOut};
+    let now = Instant::now();
+    let limits = RunLimits {
+        waiting: 1,
+        exec_timeout: Some(seconds(5)),
+        ..RunLimits::default()
+    };
+    let mut table = RunTable::new(limits, false, now);
+    // Nobody polls, and it ends; a client that asks afterwards does not begin it anew.
+    table.submit(now, "a", query("1")).expect("sent");
+    table.submit(now, "a", go_on()).expect("a call on it");
+    table.record(now, finished(0));
+    table.submit(now, "a", go_on()).expect("a late call");
+    table.submit(now, "a", query("1")).expect("a repetition");
+    table.take(now, "a", true).expect("the end");
+    table.submit(now, "unknown", go_on()).expect("nothing");
+    assert_eq!(table.milestones(), [Started, Started, Finished]);
+    table.submit(now, "b", query("2")).expect("sent");
+    table.submit(now, "c", query("3")).expect("queued");
+    // What is refused has not started.
+    table.submit(now, "d", query("4")).expect_err("full");
+    assert_eq!(table.milestones(), [Started, Started]);
+    let late = now + seconds(6);
+    table.take(late, "b", false).expect("out of time");
+    table.take(late, "b", false).expect("told again");
+    assert_eq!(table.milestones(), [TimedOut]);
+}
+
+#[test]
+fn an_ended_run_answers_repeats_until_it_is_forgotten() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    table.record(now, out("x"));
+    table.record(now, finished(2));
+    let first = table.take(now, "a", false).expect("finished");
+    assert_eq!(first.ending, Ending::Step(Step::Run, Some(2)));
+    // The manager repeats a call whose reply was lost after 30 s.
+    let later = now + seconds(30);
+    table.sweep(later);
+    assert!(
+        table
+            .submit(later, "a", query("1"))
+            .expect("repeat")
+            .is_empty()
+    );
+    assert_eq!(table.take(later, "a", false), Some(first));
+    // Other code under the same id is a new run.
+    assert_eq!(table.submit(later, "a", query("2")).expect("sent").len(), 1);
+    table.record(later, finished(0));
+    table.take(later, "a", false).expect("finished");
+    let much_later = later + seconds(61);
+    table.sweep(much_later);
+    assert_eq!(
+        table
+            .submit(much_later, "a", query("2"))
+            .expect("sent")
+            .len(),
+        1
+    );
+}
+
+#[test]
+fn unread_output_is_bounded_and_step_ends_survive() {
+    let now = Instant::now();
+    let limits = RunLimits {
+        bytes: 10_000,
+        ..RunLimits::default()
+    };
+    let mut table = RunTable::new(limits, false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    table.record(now, Record::StepEnd(Step::Clean, Some(0)));
+    for number in 0..100 {
+        table.record(now, out(&"y".repeat(500)));
+        table.record(
+            now,
+            Record::Media {
+                mime: "text/plain".into(),
+                content: number.to_string(),
+            },
+        );
+    }
+    let held = table.runs.get("a").expect("run").weight;
+    assert!(held <= 10_000, "{held} bytes are held");
+    let clean = table.take(now, "a", false).expect("the step's end");
+    assert_eq!(clean.ending, Ending::Step(Step::Clean, Some(0)));
+    table.record(now, finished(0));
+    let end = table.take(now, "a", false).expect("the end");
+    assert_eq!(end.ending, Ending::Step(Step::Run, Some(0)));
+    assert!(end.records.len() > 1);
+}
+
+#[test]
+fn wishes_for_input_count_with_what_they_hold() {
+    let now = Instant::now();
+    let limits = RunLimits {
+        bytes: 1_000_000,
+        ..RunLimits::default()
+    };
+    let mut table = RunTable::new(limits, false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    // A kilobyte of text, a hundred of memory.
+    let Ok(Value::Object(options)) =
+        serde_json::from_str(&format!("{{\"a\": [{}0]}}", "{\"\":0},".repeat(128)))
+    else {
+        panic!("a map");
+    };
+    for _ in 0..1000 {
+        table.record(now, Record::WaitingInput(options.clone()));
+    }
+    let run = table.runs.get("a").expect("run");
+    assert!(
+        run.weight <= 1_000_000 && run.records.len() < 20,
+        "{}",
+        run.records.len()
+    );
+    while table.take(now, "a", false).is_some() {}
+    let run = table.runs.get("a").expect("run");
+    assert_eq!((run.weight, run.ends), (0, 0));
+}
+
+#[test]
+fn a_run_nobody_polls_for_long_loses_its_output_but_not_its_end() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    table.record(now, out("old"));
+    table.sweep(now + seconds(601));
+    table.record(now + seconds(602), out("new"));
+    table.record(now + seconds(603), finished(0));
+    let end = table.take(now + seconds(604), "a", false).expect("the end");
+    let Some(Record::Text(Stream::Stderr, words)) = end.records.first() else {
+        panic!("the loss is told: {end:?}");
+    };
+    assert!(words.contains("dropped"));
+    assert_eq!(end.records[1..], [out("new")]);
+}
+
+#[test]
+fn after_a_restart_unknown_output_waits_for_its_client() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.record(now, out("rest"));
+    // Something runs: a new run waits for its end.
+    assert!(
+        table
+            .submit(now, "new", query("1"))
+            .expect("queued")
+            .is_empty()
+    );
+    assert!(
+        table
+            .submit(now, "old", go_on())
+            .expect("adopted")
+            .is_empty()
+    );
+    assert_eq!(table.record(now, finished(3)), query("1").messages);
+    let end = table.take(now, "old", false).expect("the end");
+    assert_eq!(
+        (end.records, end.ending),
+        (vec![out("rest")], Ending::Step(Step::Run, Some(3)))
+    );
+    let told = [Milestone::Started, Milestone::Started, Milestone::Finished];
+    assert_eq!(table.milestones(), told);
+    // An earlier life has told of the start of a run that nobody continues.
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.record(now, finished(0));
+    table.abandon();
+    assert_eq!(table.milestones(), [Milestone::Finished]);
+}
+
+#[test]
+fn a_run_taken_over_by_name_alone_does_not_block_others() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.submit(now, "guess", go_on()).expect("taken over");
+    assert_eq!(table.current(), Some("guess"));
+    assert_eq!(table.submit(now, "new", query("1")).expect("sent").len(), 1);
+    assert_eq!(table.current(), Some("new"));
+    // The guess may never have been there: of it alone nothing is told.
+    assert_eq!(table.milestones(), [Milestone::Started]);
+    // Nor does a new run of the same name wait for two ends.
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.submit(now, "guess", go_on()).expect("taken over");
+    let sent = table.submit(now, "guess", query("1")).expect("sent");
+    assert_eq!(sent.len(), 1);
+    table.record(now, finished(0));
+    assert_eq!(table.current(), None);
+    let told = [Milestone::Started, Milestone::Finished];
+    assert_eq!(table.milestones(), told);
+}
