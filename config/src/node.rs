@@ -132,6 +132,8 @@ pub struct DataplaneLimits {
     pub drain: Duration,
     /// Period of the statistics samples.
     pub stats_interval: Duration,
+    /// Period of the records for the manager.
+    pub records_interval: Duration,
 }
 
 /// `[node.accelerators]`. What etcd says below `config/plugins/accelerator` wins.

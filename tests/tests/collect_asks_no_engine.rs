@@ -98,7 +98,7 @@ async fn rounds_of_statistics_for_a_manager_ask_the_engine_nothing() -> Result<(
     let node = Node::start(NodeOptions {
         cluster: true,
         environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
-        sections: etcd.section("local") + "[node.dataplane]\nstats-interval = \"200ms\"\n",
+        sections: etcd.section("local") + "[node.dataplane]\nrecords-interval = \"200ms\"\n",
         ..NodeOptions::default()
     })
     .await?;

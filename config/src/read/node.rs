@@ -374,7 +374,12 @@ fn dataplane(node: &mut Section<'_, '_>) -> DataplaneLimits {
             interval_within(10, 600),
         ),
         drain: s.or_checked(key("drain"), seconds(0), interval_within(0, 86_400)),
-        stats_interval: s.or_checked(key("stats-interval"), seconds(5), interval_within(100, 60)),
+        stats_interval: s.or_checked(key("stats-interval"), seconds(1), interval_within(100, 60)),
+        records_interval: s.or_checked(
+            key("records-interval"),
+            seconds(5),
+            interval_within(100, 60),
+        ),
     };
     s.finish(&[], &[]);
     if limits.max_sessions_per_port > limits.max_sessions {

@@ -424,6 +424,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "'250ms'",
             json!(0.25),
         ),
+        ("node.dataplane", &["records-interval"], "'3s'", json!(3.0)),
         ("node.rpc", &["max-message"], "'1m'", json!(1_048_576)),
         ("node.rpc", &["max-in-flight"], "9", json!(9)),
     ]

@@ -162,7 +162,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
         .config
         .node
         .dataplane
-        .stats_interval
+        .records_interval
         .max(Duration::from_millis(100));
     let born = SystemTime::now()
         .duration_since(UNIX_EPOCH)
