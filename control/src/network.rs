@@ -12,6 +12,8 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+
 use crate::docker::{ContainerInspectResponse, Docker, DockerError};
 
 pub use self::netlink::MacAddress;
@@ -28,6 +30,10 @@ const DRAIN_POLL: Duration = Duration::from_millis(200);
 
 /// Reading links takes about a millisecond; a kernel that needs longer is in trouble.
 const LINK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Questions about links at once. Each holds a thread, for as long as anybody holds the kernel's interface
+/// lock; the others' deadlines pass meanwhile, and the threads that are left do what else blocks.
+static ASKING: Semaphore = Semaphore::const_new(64);
 
 /// A failed step on a network.
 #[derive(Debug, thiserror::Error)]
@@ -292,7 +298,14 @@ pub async fn host_links(
     if is_host_network(container) {
         return Ok(Vec::new());
     }
-    let reading = tokio::task::spawn_blocking(move || netlink::peers(pid, LINK_DEADLINE));
+    let reading = async {
+        let turn = ASKING.acquire().await.ok();
+        let ask = move || {
+            let _turn = turn;
+            netlink::peers(pid, LINK_DEADLINE)
+        };
+        tokio::task::spawn_blocking(ask).await
+    };
     let peers = match tokio::time::timeout(LINK_DEADLINE, reading).await {
         Ok(Ok(peers)) => peers.map_err(|source| NetworkError::Links { pid, source })?,
         Ok(Err(panicked)) => {

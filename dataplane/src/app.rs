@@ -6,14 +6,16 @@
 //! bound before the writer lock is held, and readiness is told only after the desired region was
 //! looked at once.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Interest, Poll, Token, Waker};
 use shared::desired::DesiredReader;
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
 use shared::lock::{LockError, WriterLock};
@@ -36,10 +38,14 @@ const SLOW_TICK: Duration = Duration::from_secs(1);
 /// The same while sessions drain.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
 
+/// How long the start waits for the kernel path of an earlier process to be taken down.
+const DETACHED_WITHIN: Duration = Duration::from_secs(1);
+
 const BELL: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const LINKS: Token = Token(2);
 const KERNEL: Token = Token(3);
+const PLACED: Token = Token(4);
 
 /// What the process is told at its start.
 #[derive(Debug, Clone)]
@@ -167,9 +173,10 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
         ports_before,
     );
 
-    begin_kernel_path(&mut link, options, &run_dir);
-
     let poll = Poll::new().map_err(AppError::Poll)?;
+    let waker = Waker::new(poll.registry(), PLACED).map_err(AppError::Poll)?;
+    begin_kernel_path(&mut link, options, &run_dir, waker);
+
     register(&poll, doorbell.as_raw_fd(), BELL)?;
     register(&poll, signals.as_raw_fd(), SIGNALS)?;
     register(&poll, watch.as_raw_fd(), LINKS)?;
@@ -273,6 +280,11 @@ fn serve(
             if !link.relay().healthy() {
                 return Err(AppError::Died { thread: "relay" });
             }
+            if !link.is_kernel_healthy() {
+                return Err(AppError::Died {
+                    thread: "kernel path's thread",
+                });
+            }
             if !collector.healthy() {
                 return Err(AppError::Died {
                     thread: "collector",
@@ -283,10 +295,15 @@ fn serve(
 }
 
 /// Leads clients past the relay where that is wanted and possible; the link says why not with each port.
-fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir) {
+fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir, waker: Waker) {
     if let Some(means) = options.kernel_path {
-        let started =
-            shared::heap::trimmed(|| KernelPath::start(&options.agent_id, run_dir.root(), means));
+        let wake = move || {
+            // It fails only when the loop is gone, and a turn without a call comes every second.
+            let _ = waker.wake();
+        };
+        let started = shared::heap::trimmed(|| {
+            KernelPath::start(&options.agent_id, run_dir.root(), means, wake)
+        });
         if let Err(err) = &started {
             tracing::warn!(
                 err = kernel::words(err),
@@ -295,8 +312,18 @@ fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir) {
         }
         link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
     } else {
-        // An earlier process may have been told otherwise, and its programs go on without it.
-        match kernel::detach(&options.agent_id, run_dir.root()) {
+        take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
+    }
+}
+
+/// An earlier process may have been told otherwise, and its programs go on without it. The kernel may
+/// keep who takes them down waiting for as long as somebody holds its interface lock.
+fn take_kernel_path_down(agent: String, root: PathBuf) {
+    let (sender, done) = mpsc::channel::<Infallible>();
+    let thread = std::thread::Builder::new().name("detach".into());
+    let started = thread.spawn(move || {
+        let _sender = sender;
+        match kernel::detach(&agent, &root) {
             Ok(removed) if removed.is_empty() => {}
             Ok(_) => tracing::info!("the kernel path of an earlier process is taken down"),
             Err(err) => tracing::error!(
@@ -304,6 +331,15 @@ fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir) {
                 "the kernel path of an earlier process goes on"
             ),
         }
+    });
+    if let Err(err) = started {
+        tracing::error!(%err, "the kernel path of an earlier process goes on: no thread");
+    }
+    if done.recv_timeout(DETACHED_WITHIN) == Err(RecvTimeoutError::Timeout) {
+        tracing::warn!(
+            "what an earlier process has attached can't be taken down yet, somebody holds the kernel's \
+             interface lock; it goes on until then"
+        );
     }
 }
 

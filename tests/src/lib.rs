@@ -12,6 +12,7 @@ pub mod fault_docker;
 pub mod gpu_truth;
 pub mod host_ports;
 pub mod images;
+pub mod interface_lock;
 pub mod kernel_path;
 pub mod kernels;
 pub mod netns;

@@ -1,14 +1,17 @@
 //! Where the kernel path serves: several uplinks, VLANs, bridges towards other machines and towards
 //! containers, kernels with filters only; and how it gets over changes of all that.
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{KERNEL, Node, ask, attached, mirror, told};
+use harness::interface_lock::InterfaceLock;
+use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use shared::desired::PortRow;
-use shared::observed::{ForwardPath, PortState};
+use shared::observed::{ForwardPath, PortState, PortStatus};
 
 /// Waits until a client at `address` is served by the kernel path: the container sees its address.
 fn served(node: &Node, address: SocketAddr) {
@@ -290,4 +293,97 @@ fn a_container_on_the_hosts_network_is_the_relays() {
     let address: SocketAddr = ([10, 78, 1, 1], row.host_port).into();
     let answer = node.at_client(move || ask(address, b"x"));
     assert_eq!(answer.expect("served"), b"x");
+}
+
+/// What control takes a dataplane for dead after (control::link).
+const TAKEN_FOR_DEAD: Duration = Duration::from_secs(4);
+
+/// The word comes back by a flow.
+fn goes_on(flow: &mut TcpStream) {
+    flow.write_all(b"word").expect("sent");
+    let mut back = [0; 4];
+    flow.read_exact(&mut back).expect("echoed");
+    assert_eq!(&back, b"word");
+}
+
+/// Holds the lock; where that can't be done, the test is left out.
+fn hold() -> Option<InterfaceLock> {
+    InterfaceLock::hold().expect("the interface lock")
+}
+
+/// Runs alone: it holds up every engine on the machine (.config/nextest.toml).
+#[test]
+fn a_held_interface_lock_stops_neither_life_nor_rows() {
+    let Some((mut node, row)) = Node::serving(echo) else {
+        return;
+    };
+    let address = host(&row, 0);
+    let mut flow = node.flow(address);
+    let other = node.network.container(7).expect("another container");
+    let mut container = other.row(KERNEL);
+    container.container_id = shared::ids::ContainerId([8; 32]);
+    let mut fresh = other.port(mirror(&other));
+    fresh.container_id = container.container_id;
+    let fresh_address = host(&fresh, 0);
+    let waits = |it: &PortStatus| {
+        let way = (it.state, it.path) == (PortState::Serving, ForwardPath::Relay);
+        way && it.reason.contains("interface lock")
+    };
+
+    // A process that starts meanwhile leaves alone what another one has left.
+    node.kill();
+    let Some(mut lock) = hold() else {
+        return;
+    };
+    node.restart();
+    node.counted(&row, waits);
+    goes_on(&mut flow);
+    let answer = node.at_client(move || ask(address, b"new"));
+    assert_eq!(answer.expect("served"), b"new");
+    lock.held().expect("all the time");
+    drop(lock);
+    node.counted(&row, |it| {
+        it.path == ForwardPath::KernelPath && it.reason.is_empty()
+    });
+    goes_on(&mut flow);
+
+    // One that runs takes on a container that it has never seen: the relay's until the kernel has time.
+    let Some(mut lock) = hold() else {
+        return;
+    };
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("known");
+    let status = node.publish(&fresh);
+    assert!(waits(&status), "{status:?}");
+    let (seen, own) = node.at_client(move || told(fresh_address)).expect("served");
+    assert_ne!(seen, own.to_string(), "by the relay");
+    // What was on the kernel path stays there until its row goes.
+    goes_on(&mut flow);
+    node.control.withdraw(row.key()).expect("withdrawn");
+    node.at_client(move || ask(address, b"x"))
+        .expect_err("nobody there");
+    // Alive, as control sees it, for longer than it takes a silent one for dead.
+    let mut oldest = Duration::ZERO;
+    while lock.held().expect("all the time") < TAKEN_FOR_DEAD + Duration::from_millis(1_200) {
+        let life = node.control.observed.writer().expect("the region");
+        let age = shared::monotonic_ns().saturating_sub(life.heartbeat_monotonic_ns);
+        oldest = oldest.max(Duration::from_nanos(age));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(oldest < TAKEN_FOR_DEAD, "no sign of life for {oldest:?}");
+    drop(lock);
+    node.counted(&fresh, |it| it.path == ForwardPath::KernelPath);
+    served(&node, fresh_address);
+    // The program of the row that went is gone too, and the new one's guard is there.
+    until("the programs where they belong", || {
+        let there = attached(&node);
+        let at = |link: &str, program: &str| {
+            let mut lines = there.lines();
+            lines.any(|line| line.starts_with(link) && line.contains(program))
+        };
+        let gone = !at(&node.container.link, "from_container");
+        (gone && at(&other.link, "to_container")).then_some(())
+    })
+    .expect("settled");
 }

@@ -5,7 +5,8 @@
 //! host (`host`), their maps filled, counters. Everything is pinned ([`pins`]): it goes on when
 //! this process is dead, and a later one takes it over in place. Invariants: a service is in the map
 //! only while its container's link has the program for replies; flows of a service end with it; the
-//! relay's listener is always there for what the programs leave alone.
+//! relay's listener is always there for what the programs leave alone; what waits for the kernel's
+//! interface lock is done by a thread (`placer`), without which all else goes on.
 
 mod attach;
 mod elders;
@@ -16,6 +17,7 @@ mod host;
 mod leaving;
 mod object;
 pub mod pins;
+mod placer;
 mod places;
 mod services;
 
@@ -24,12 +26,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aya::Ebpf;
 use aya::maps::{Array, HashMap, IterableMap as _, MapData, PerCpuHashMap};
-use ebpf::map;
+use aya::programs::ProgramFd;
 use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
+use ebpf::{map, program};
 use shared::desired::ContainerRow;
 use shared::log_limit::LogLimit;
 
@@ -40,11 +42,13 @@ pub use self::flows::KernelPort;
 use self::flows::Tables;
 use self::host::Hooks;
 use self::leaving::Leaving;
-use self::object::{adopt_delivered, load, pins_fit, typed};
-use self::pins::{Pins, PinsError, Side};
+use self::object::{adopt_delivered, classifier, load, pins_fit, typed};
+use self::pins::{Pins, PinsError};
+use self::placer::{Hands, Place, Placer, Word};
 use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
 use crate::sys::bpf::CounterTable;
-use crate::sys::netlink::interfaces::{Interface, Interfaces};
+use crate::sys::netlink::LinkLookup;
+use crate::sys::netlink::interfaces::{Interface, InterfaceWatch, Interfaces};
 
 /// Distance of sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -64,6 +68,15 @@ pub struct Lift {
     pub remote: Option<String>,
     /// Why those on this host are not.
     pub host: Option<String>,
+}
+
+/// Why the relay serves a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// In words for the port's status.
+    pub why: String,
+    /// Only because a program is on its way to the container's link.
+    pub waits: bool,
 }
 
 /// What holds for a row beside the row itself.
@@ -88,8 +101,8 @@ pub struct KernelPath {
     pins: Pins,
     /// What another version has left attached, until flows have come over.
     elders: Elders,
-    means: Means,
-    object: Ebpf,
+    placer: Placer,
+    sweeper: ProgramFd,
     /// The hooks, or why there are none.
     hooks: Result<Hooks, String>,
     services: HashMap<MapData, ServiceKey, Service>,
@@ -107,10 +120,28 @@ pub struct KernelPath {
     delivered_table: Option<CounterTable>,
     orders: Array<MapData, SweepOrder>,
     uplink_mtus: HashMap<MapData, u32, u32>,
-    watch: Interfaces,
+    watch: InterfaceWatch,
+    /// Lists that were asked for and have not come.
+    lists: u32,
+    /// One has come.
+    listed: bool,
     interfaces: BTreeMap<u32, Interface>,
+    /// Those by which clients of other hosts arrive ...
+    ways_in: BTreeSet<u32>,
+    /// ... and that have the program for them.
     uplinks: BTreeSet<u32>,
-    attached: BTreeSet<(Side, u32)>,
+    /// Where programs are.
+    attached: BTreeSet<Place>,
+    /// Where those of an earlier process still are.
+    inherited: BTreeSet<Place>,
+    /// Where programs are on their way to, with the number of the order.
+    placing: BTreeMap<Place, u64>,
+    /// Where programs can't be, until rows are looked at anew.
+    refused: BTreeMap<Place, String>,
+    /// Containers' links to which rows wait for a program to come.
+    awaited: BTreeSet<u32>,
+    /// Containers' links that have got one, and no service yet.
+    unused: BTreeSet<u32>,
     known_addresses: BTreeSet<Address>,
     /// Container links that nobody but this host may reach the runner by.
     guarded: BTreeSet<u32>,
@@ -154,16 +185,29 @@ fn unused_life(found: &BTreeMap<ServiceKey, Service>) -> u32 {
     known.fold(clock, u32::max).wrapping_add(1).max(1)
 }
 
+/// A program's own descriptor, for who has not the object.
+fn descriptor(object: &mut aya::Ebpf, name: &'static str) -> Result<ProgramFd, KernelPathError> {
+    let fd = classifier(object, name)?
+        .fd()
+        .map_err(|source| KernelPathError::Program { name, source })?;
+    fd.try_clone()
+        .map_err(|source| KernelPathError::Descriptor { name, source })
+}
+
 impl KernelPath {
     /// Loads the programs, takes over what an earlier process has pinned, attaches to the uplinks.
-    /// `root` is the agent's run directory.
+    /// `root` is the agent's run directory; `wake` is called, by another thread, when [`Self::turn`] has
+    /// something to do.
     ///
     /// # Errors
     /// The step that failed: no permission, no BPF file system, an old kernel.
-    pub fn start(agent: &str, root: &Path, means: Means) -> Result<Self, KernelPathError> {
-        let mut watch = Interfaces::open().map_err(KernelPathError::Interfaces)?;
-        let interfaces = watch.list().map_err(KernelPathError::Interfaces)?;
-        pins::remove_abandoned(&interfaces);
+    pub fn start(
+        agent: &str,
+        root: &Path,
+        means: Means,
+        wake: impl Fn() + Send + 'static,
+    ) -> Result<Self, KernelPathError> {
+        let watch = InterfaceWatch::open().map_err(KernelPathError::Interfaces)?;
         let pins = Pins::open(agent, root).map_err(KernelPathError::Pins)?;
         if !pins_fit(&pins) {
             tracing::warn!("pinned maps are of another shape; flows of the kernel path are lost");
@@ -201,12 +245,24 @@ impl KernelPath {
             .collect();
         let next_life = unused_life(&found);
         let pass = orders.get(&0, 0).map_or(0, |order| order.pass);
+        let sweeper = descriptor(&mut object, program::SWEEP)?;
+        let elders = Elders::beside(&pins);
+        let hands = Hands {
+            object,
+            pins: pins.clone(),
+            elders: elders.pins().to_vec(),
+            means,
+            interfaces: Interfaces::open().map_err(KernelPathError::Interfaces)?,
+            names: LinkLookup::open().map_err(KernelPathError::Interfaces)?,
+        };
+        let placer = Placer::start(hands, wake).map_err(KernelPathError::Thread)?;
         let now = Instant::now();
         let mut path = Self {
-            elders: Elders::beside(&pins),
+            elders,
+            inherited: pins.links().into_iter().collect(),
             pins,
-            means,
-            object,
+            placer,
+            sweeper,
             hooks,
             services,
             addresses,
@@ -220,9 +276,16 @@ impl KernelPath {
             orders,
             uplink_mtus,
             watch,
-            interfaces,
+            lists: 0,
+            listed: false,
+            interfaces: BTreeMap::new(),
+            ways_in: BTreeSet::new(),
             uplinks: BTreeSet::new(),
             attached: BTreeSet::new(),
+            placing: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            awaited: BTreeSet::new(),
+            unused: BTreeSet::new(),
             known_addresses,
             guarded: BTreeSet::new(),
             served: BTreeMap::new(),
@@ -257,23 +320,30 @@ impl KernelPath {
         for link in led {
             self.count_delivered(link)?;
         }
-        self.scan()?;
-        // Replies of flows under way are translated by this version from now on, too.
-        for (side, index) in self.pins.links() {
-            if side != Side::Uplink && self.interfaces.contains_key(&index) {
-                self.attach(side, index)?;
+        self.placer.remove_abandoned();
+        self.ask_for_list(Instant::now());
+        for word in self.placer.wait() {
+            match word {
+                Word::Listed(Err(err)) => return Err(KernelPathError::Interfaces(err)),
+                word => self.hear(word),
             }
         }
+        self.catch_up();
+        // Rows are looked at now in any case.
+        self.rows_concerned = false;
         Ok(())
     }
 
     /// What is due: a look at the interfaces, a sweep, the counters. True when rows should be
     /// looked at anew.
     pub fn turn(&mut self, now: Instant) -> bool {
+        for word in self.placer.words() {
+            self.hear(word);
+        }
         self.note_changes(now);
         let since = now.saturating_duration_since(self.scanned_at);
         if since >= RESCAN_SLOWLY || (self.changed_at.is_some() && since >= RESCAN_INTERVAL) {
-            self.rescan(now);
+            self.ask_for_list(now);
         }
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
             self.sweep_with_sockets(now);
@@ -285,6 +355,16 @@ impl KernelPath {
             self.count();
         }
         std::mem::take(&mut self.rows_concerned)
+    }
+
+    /// False when its thread has ended by itself.
+    pub fn healthy(&self) -> bool {
+        self.placer.healthy()
+    }
+
+    /// Interfaces are known.
+    pub fn is_listed(&self) -> bool {
+        self.listed
     }
 
     /// What containers are given, for who reads it. It lives as long as their links.
@@ -300,17 +380,15 @@ impl KernelPath {
 }
 
 /// Removes all that the kernel path of an agent has left, of every version, and what agents that
-/// are gone have. Answers the agent's own directories that were there.
+/// are gone have. That may wait for the kernel's interface lock, for as long as anybody holds it. Answers the agent's own directories that were there.
 ///
 /// # Errors
 /// A directory can't be removed.
 pub fn detach(agent: &str, root: &Path) -> Result<Vec<PathBuf>, PinsError> {
-    if let Ok(mut watch) = Interfaces::open()
-        && let Ok(interfaces) = watch.list()
-    {
-        pins::remove_abandoned(&interfaces);
+    if let Ok(names) = LinkLookup::open() {
+        pins::remove_abandoned(&names);
         for pins in &pins::here(agent, root) {
-            attach::remove_filters(pins, &interfaces);
+            attach::remove_filters(pins, &names);
         }
     }
     pins::detach(agent, root)

@@ -4,6 +4,7 @@
 //! the kernel path is wanted, the reason, in each port's status. Invariant: a port that is not
 //! being served has no service in the kernel, but for one whose flows drain.
 
+use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -72,13 +73,18 @@ impl Link {
         self.kernel.as_ref().is_some_and(KernelPath::is_pending)
     }
 
+    /// False when the kernel path's thread has ended by itself.
+    pub fn is_kernel_healthy(&self) -> bool {
+        self.kernel.as_ref().is_none_or(KernelPath::healthy)
+    }
+
     /// What the kernel path has to do now: interfaces that changed, sweeps, leftovers.
     pub fn kernel_turn(&mut self, now: Instant) {
         let Some(kernel) = &mut self.kernel else {
             return;
         };
         let changed = kernel.turn(now);
-        if self.unclaimed_at.is_some_and(|at| now >= at) {
+        if kernel.is_listed() && self.unclaimed_at.is_some_and(|at| now >= at) {
             self.unclaimed_at = None;
             kernel.forget_unclaimed();
         }
@@ -107,7 +113,38 @@ impl Link {
     /// Gives every running port the best path there is. Answers those whose status has changed.
     pub(super) fn lift_all(&mut self) -> Vec<PortKey> {
         let mut changed = Vec::new();
-        for (key, running) in &mut self.running {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.begin_offers();
+        }
+        // Programs of all links are asked for before the first is waited for.
+        let waiting = self.lift(|_| true, false, &mut changed);
+        if !waiting.is_empty() {
+            if let Some(kernel) = &mut self.kernel {
+                kernel.catch_up();
+            }
+            self.lift(|key| waiting.contains(key), true, &mut changed);
+        }
+        if let Some(kernel) = &mut self.kernel {
+            kernel.end_offers();
+            kernel.settle();
+            if self.unclaimed_at.is_some() {
+                kernel.lifted();
+            }
+        }
+        changed
+    }
+
+    /// Gives some of the running ports the best path there is, and adds those whose status has changed to
+    /// `changed`. Answers those that wait for their link's program; with `at_last`, the relay has them
+    /// until it comes.
+    fn lift(
+        &mut self,
+        of: impl Fn(&PortKey) -> bool,
+        at_last: bool,
+        changed: &mut Vec<PortKey>,
+    ) -> BTreeSet<PortKey> {
+        let mut waiting = BTreeSet::new();
+        for (key, running) in self.running.iter_mut().filter(|(key, _)| of(key)) {
             let Some(known) = self.known.get(key) else {
                 continue;
             };
@@ -154,9 +191,16 @@ impl Link {
                     }
                     path_of(&lift, known.row.local_only || known.row.bind.is_loopback())
                 }
-                Err(why) => {
+                Err(refusal) if refusal.waits && !at_last => {
+                    waiting.insert(*key);
+                    continue;
+                }
+                Err(refusal) => {
+                    if refusal.waits {
+                        kernel.put_off(&known.row);
+                    }
                     running.lower();
-                    (ForwardPath::Relay, format!("by the relay: {why}"))
+                    (ForwardPath::Relay, format!("by the relay: {}", refusal.why))
                 }
             };
             let reason = cut(reason);
@@ -171,13 +215,7 @@ impl Link {
             }
             running.kernel_told = running.kernel.is_some();
         }
-        if let Some(kernel) = &mut self.kernel {
-            kernel.settle();
-            if self.unclaimed_at.is_some() {
-                kernel.lifted();
-            }
-        }
-        changed
+        waiting
     }
 
     /// Looks again at rows of datagrams whose last session of the relay has ended.

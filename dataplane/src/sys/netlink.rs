@@ -216,7 +216,7 @@ impl AsRawFd for LinkWatch {
     }
 }
 
-/// Looks up interfaces by index.
+/// Looks up interfaces by index. That takes no lock of the kernel's that anybody holds for long.
 #[derive(Debug)]
 pub struct LinkLookup {
     socket: OwnedFd,
@@ -241,6 +241,12 @@ impl LinkLookup {
     /// Whether an interface of this index is there. An unclear answer counts as "no".
     pub fn exists(&self, index: u32) -> bool {
         net::netdevice::index_to_name_inlined(&self.socket, index).is_ok()
+    }
+
+    /// What the interface of this index is called now; none when there is none.
+    pub fn name(&self, index: u32) -> Option<String> {
+        let name = net::netdevice::index_to_name_inlined(&self.socket, index).ok()?;
+        Some(name.as_str().to_owned())
     }
 }
 
@@ -453,6 +459,7 @@ mod tests {
         assert!(links.get(1).is_some(), "{links:?}");
         let lookup = LinkLookup::open().unwrap();
         assert!(lookup.exists(1));
+        assert_eq!(lookup.name(1).as_deref(), Some("lo"));
         assert!(!lookup.exists(u32::MAX >> 1));
     }
 

@@ -2,9 +2,9 @@
 //!
 //! In: a loaded program, an interface, a side. Out: the program is attached once, whatever was there
 //! of an earlier process, and stays when this process ends. Invariant: a program takes the place of
-//! its predecessor in one step; no packet meets none or both.
+//! its predecessor in one step; no packet meets none or both. All of it waits for the kernel's interface
+//! lock, and belongs to the thread of [`super::placer`].
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,10 +14,10 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 
-use super::elders::Elders;
+use super::elders;
 use super::error::{KernelPathError, words};
 use super::pins::{Pins, PinsError, Side};
-use crate::sys::netlink::interfaces::Interface;
+use crate::sys::netlink::LinkLookup;
 
 /// Filters of others, with smaller numbers, speak first.
 const FILTER_PRIORITY: u16 = 49_500;
@@ -52,7 +52,7 @@ enum ReplaceError {
 /// Attaches a program at an interface, or puts it in the place of an earlier version's.
 pub(super) fn attach(
     program: &mut SchedClassifier,
-    (pins, elders): (&Pins, &Elders),
+    (pins, elders): (&Pins, &[Pins]),
     means: Means,
     side: Side,
     index: u32,
@@ -74,7 +74,7 @@ pub(super) fn attach(
                 .map_err(KernelPathError::Pins)?;
         }
     }
-    let put = match elders.link(side, index) {
+    let put = match elders::link(elders, side, index) {
         Some(elder) => LinkOrder::before_link(&elder)
             .ok()
             .and_then(|order| put_link(program, side, interface, &link, order).ok()),
@@ -225,11 +225,10 @@ pub(super) fn detach(
 }
 
 /// Takes away the filters that these pins tell of; links go with their pins.
-pub(super) fn remove_filters(pins: &Pins, interfaces: &BTreeMap<u32, Interface>) {
+pub(super) fn remove_filters(pins: &Pins, names: &LinkLookup) {
     for (side, index) in pins.links() {
-        let name = interfaces.get(&index).map(|it| it.name.as_str());
         if pins.filter(side, index).exists()
-            && let Err(err) = detach(pins, side, index, name)
+            && let Err(err) = detach(pins, side, index, names.name(index).as_deref())
         {
             tracing::warn!(
                 interface = index,

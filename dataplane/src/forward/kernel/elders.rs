@@ -6,18 +6,15 @@
 //! clients have not spoken yet go on being translated by theirs, until they are removed. Invariant:
 //! their records are not read, as another layout means other records; only the key of a port is known.
 
-use std::collections::BTreeMap;
-
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::SchedClassifierLink;
 use ebpf::map;
 use ebpf::records::ServiceKey;
 
-use super::attach;
 use super::error::words;
-use super::pins::{Pins, PinsError, Side};
+use super::pins::{Pins, Side};
+use super::placer::Placer;
 use crate::sys::bpf;
-use crate::sys::netlink::interfaces::Interface;
 
 /// What is left of other layouts.
 #[derive(Debug)]
@@ -39,17 +36,14 @@ impl Elders {
         Self { pins, lead: true }
     }
 
-    /// Their link at a side of an interface.
-    pub(super) fn link(&self, side: Side, index: u32) -> Option<SchedClassifierLink> {
-        self.pins.iter().find_map(|it| {
-            let pinned = PinnedLink::from_pin(it.link(side, index)).ok()?;
-            SchedClassifierLink::try_from(FdLink::from(pinned)).ok()
-        })
+    /// Where theirs is pinned.
+    pub(super) fn pins(&self) -> &[Pins] {
+        &self.pins
     }
 
     /// Takes a port from them. Where that can't be done they are removed at once, flows or not: a row
     /// would not be the last word about its port.
-    pub(super) fn withdraw(&mut self, key: ServiceKey, interfaces: &BTreeMap<u32, Interface>) {
+    pub(super) fn withdraw(&mut self, key: ServiceKey, placer: &mut Placer) {
         let failed = self.pins.iter().any(|it| {
             let services = it.directory().join(map::SERVICES);
             let removed = bpf::remove_entry(&services, &key.bytes());
@@ -62,8 +56,8 @@ impl Elders {
             }
             removed.is_err()
         });
-        if failed && let Err(err) = self.remove(interfaces) {
-            tracing::warn!(err = words(&err), "pins stay");
+        if failed {
+            self.remove(placer);
         }
     }
 
@@ -80,21 +74,18 @@ impl Elders {
         }
     }
 
-    /// The end of them.
-    ///
-    /// # Errors
-    /// A directory can't be removed; it is not tried again before the next start.
-    pub(super) fn remove(
-        &mut self,
-        interfaces: &BTreeMap<u32, Interface>,
-    ) -> Result<(), PinsError> {
-        let mut result = Ok(());
+    /// The end of them. What can't be removed is not tried again before the next start.
+    pub(super) fn remove(&mut self, placer: &mut Placer) {
         for elder in std::mem::take(&mut self.pins) {
-            attach::remove_filters(&elder, interfaces);
-            let removed = elder.remove();
-            tracing::info!(pins = %elder.directory().display(), "another version's programs are gone");
-            result = result.and(removed);
+            placer.remove(elder);
         }
-        result
     }
+}
+
+/// The link of one of these at a side of an interface.
+pub(super) fn link(elders: &[Pins], side: Side, index: u32) -> Option<SchedClassifierLink> {
+    elders.iter().find_map(|it| {
+        let pinned = PinnedLink::from_pin(it.link(side, index)).ok()?;
+        SchedClassifierLink::try_from(FdLink::from(pinned)).ok()
+    })
 }

@@ -56,6 +56,11 @@ pub struct Circumstances<'a> {
 
 /// Why the kernel path can't serve a row to anybody.
 pub fn common_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
+    obstacle_of_row(row, at).or_else(|| obstacle_of_link(row, at))
+}
+
+/// The same as far as interfaces don't matter.
+pub fn obstacle_of_row(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     let no = |why: &str| Some(why.to_owned());
     let families = (row.bind.is_ipv4(), row.target.is_ipv4());
     if families == (true, false) || (families == (false, true) && !row.bind.is_unspecified()) {
@@ -83,6 +88,10 @@ pub fn common_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> 
     if row.link_index == 0 {
         return no("the host's end of the container's link is not known");
     }
+    None
+}
+
+fn obstacle_of_link(row: &PortRow, at: &Circumstances<'_>) -> Option<String> {
     let Some(link) = at.interfaces.get(&row.link_index) else {
         return Some(format!("interface {} is not here", row.link_index));
     };

@@ -80,6 +80,24 @@ pub enum KernelPathError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// It went away before the program came to it.
+    #[error("interface {interface} is gone")]
+    Gone {
+        /// Which.
+        interface: u32,
+    },
+    /// No thread to attach programs by.
+    #[error("no thread to attach programs by")]
+    Thread(#[source] io::Error),
+    /// A descriptor can't be had.
+    #[error("no descriptor of program {name}")]
+    Descriptor {
+        /// Of which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Interfaces can't be listed.
     #[error("interfaces can't be listed")]
     Interfaces(#[source] NetlinkError),

@@ -9,10 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use aya::maps::{IterableMap as _, MapData};
+use ebpf::map;
 use ebpf::records::{PortCounters, PortFlows, ServiceKey, SweepOrder};
-use ebpf::{map, program};
 
-use super::object::classifier;
 use super::{KernelPath, KernelPathError, Served};
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf::{self, Table};
@@ -161,12 +160,7 @@ impl KernelPath {
                 name: map::ORDERS,
                 source,
             })?;
-        let program = classifier(&mut self.object, program::SWEEP)?;
-        let fd = program.fd().map_err(|source| KernelPathError::Program {
-            name: program::SWEEP,
-            source,
-        })?;
-        bpf::run_once(fd).map_err(KernelPathError::Sweep)?;
+        bpf::run_once(&self.sweeper).map_err(KernelPathError::Sweep)?;
         self.read_all(Tables::read_flows, |path, key, port| {
             path.read_flows(key, port);
         });

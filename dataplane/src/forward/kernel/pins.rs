@@ -4,7 +4,6 @@
 //! per agent, and per namespace because interface numbers mean nothing in another. Out: paths and
 //! the removal of what is stale. Invariant: nothing outside the agent's own directory is touched.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use shared::pins::{Claim, HOME};
 
 use super::attach;
 use crate::sys::bpf;
-use crate::sys::netlink::interfaces::Interface;
+use crate::sys::netlink::LinkLookup;
 
 /// Where the kernel's own tools look for pins; systemd mounts it at boot.
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
@@ -285,14 +284,14 @@ pub fn here(agent: &str, root: &Path) -> Vec<Pins> {
 
 /// Removes what agents that are gone have left: they do not run and have no run directory to come
 /// back to. A host has room for 64 programs of a kind at its sockets.
-pub fn remove_abandoned(interfaces: &BTreeMap<u32, Interface>) {
+pub fn remove_abandoned(names: &LinkLookup) {
     let own_namespace = namespace().map_or_else(|_| String::new(), |it| format!("-{it}"));
     for home in shared::pins::abandoned(Path::new(HOME)) {
         let name = home.file_name().unwrap_or_default().to_string_lossy();
         // Filters of other namespaces are out of reach, and go with those.
         if name.ends_with(&own_namespace) {
             for pins in layouts(&home) {
-                attach::remove_filters(&pins, interfaces);
+                attach::remove_filters(&pins, names);
             }
         }
         match remove_tree(&home) {

@@ -1,21 +1,22 @@
 //! Where the programs are attached: uplinks, links of containers, and the guards of their runners.
 //!
-//! In: interfaces and addresses of this host, as they change. Out: programs at all of them, the
-//! maps that name them. Invariant: what is gone is forgotten at the next look, which comes with the
-//! first word of a change.
+//! In: interfaces and addresses of this host, as they change. Out: programs at all of them, by orders to
+//! the [`super::placer`]; the maps that name them. Invariants: what is gone is forgotten at the next
+//! look, which comes with the first word of a change; what waits for the kernel's interface lock is
+//! waited for only as long as the placer does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
+use ebpf::map;
 use ebpf::records::{ADDRESS_HOST, Address};
-use ebpf::{map, program};
 use shared::desired::ContainerRow;
 
-use super::object::classifier;
 use super::pins::Side;
-use super::{KernelPath, KernelPathError, attach, eligibility, words};
+use super::placer::{Place, Word};
+use super::{KernelPath, KernelPathError, eligibility, words};
 use crate::sys::netlink::interfaces::Interface;
 
 /// Distance of two looks at the interfaces, however often they change.
@@ -41,23 +42,19 @@ impl KernelPath {
             .filter(|it| !it.host_network)
             .flat_map(|it| it.link_indexes.iter().copied())
             .collect();
-        self.guarded.retain(|link| links.contains(link));
-        for link in links {
-            if self.guarded.contains(&link) {
+        for link in &links {
+            let place = (Side::Guard, *link);
+            if self.attached.contains(&place) || self.placing.contains_key(&place) {
                 continue;
             }
-            self.look_for(link);
-            let interface = self.interfaces.get(&link);
-            if !interface.is_some_and(|it| it.kind == "veth" && it.peer_elsewhere) {
-                continue;
-            }
-            match self.attach(Side::Guard, link) {
-                Ok(()) => {
-                    self.guarded.insert(link);
-                }
-                Err(err) => self.complain(&err),
+            self.look_for(*link);
+            let interface = self.interfaces.get(link);
+            if interface.is_some_and(|it| it.kind == "veth" && it.peer_elsewhere) {
+                self.refused.remove(&place);
+                self.want(place);
             }
         }
+        self.guarded = links;
     }
 
     pub(super) fn note_changes(&mut self, now: Instant) {
@@ -66,14 +63,10 @@ impl KernelPath {
         }
     }
 
-    pub(super) fn rescan(&mut self, now: Instant) {
+    pub(super) fn ask_for_list(&mut self, now: Instant) {
         self.changed_at = None;
-        let before = (self.interfaces.clone(), self.uplinks.clone());
-        if let Err(err) = self.scan() {
-            self.scanned_at = now;
-            self.complain(&err);
-        }
-        self.rows_concerned |= before != (self.interfaces.clone(), self.uplinks.clone());
+        self.scanned_at = now;
+        self.lists += u32::from(self.placer.list());
     }
 
     /// A container's link may be younger than the last look at the interfaces, or have been
@@ -86,14 +79,114 @@ impl KernelPath {
         let now = Instant::now();
         self.note_changes(now);
         if self.changed_at.is_some() {
-            self.rescan(now);
+            self.ask_for_list(now);
+        }
+        if self.lists > 0 {
+            self.catch_up();
         }
     }
 
-    /// Looks at interfaces and addresses: attaches to new uplinks, forgets what is gone.
-    pub(super) fn scan(&mut self) -> Result<(), KernelPathError> {
-        self.interfaces = self.watch.list().map_err(KernelPathError::Interfaces)?;
-        self.scanned_at = Instant::now();
+    /// Takes note of what came of all orders, if that can be had soon.
+    pub fn catch_up(&mut self) {
+        // What came of some may ask for more.
+        for _ in 0..3 {
+            let words = self.placer.wait();
+            if words.is_empty() {
+                return;
+            }
+            for word in words {
+                self.hear(word);
+            }
+        }
+    }
+
+    /// Takes note of what came of an order.
+    pub(super) fn hear(&mut self, word: Word) {
+        match word {
+            Word::Listed(Ok(interfaces)) => {
+                self.lists = self.lists.saturating_sub(1);
+                let before = std::mem::replace(&mut self.interfaces, interfaces);
+                self.rows_concerned |= before != self.interfaces;
+                if let Err(err) = self.take_stock() {
+                    self.complain(&err);
+                }
+                if !std::mem::replace(&mut self.listed, true) {
+                    self.take_over_places();
+                }
+                self.note_uplinks();
+            }
+            Word::Listed(Err(err)) => {
+                self.lists = self.lists.saturating_sub(1);
+                self.complain(&KernelPathError::Interfaces(err));
+                if !self.listed {
+                    self.changed_at.get_or_insert_with(Instant::now);
+                }
+            }
+            Word::Attached(place, number, result) => {
+                // Not when it has been taken back since.
+                if self.placing.get(&place) == Some(&number) {
+                    self.placing.remove(&place);
+                    self.note_attached(place, result);
+                }
+            }
+        }
+    }
+
+    fn note_attached(&mut self, place: Place, result: Result<(), KernelPathError>) {
+        let (side, index) = place;
+        self.inherited.remove(&place);
+        let fails = result.is_err();
+        match result {
+            Ok(()) => {
+                self.attached.insert(place);
+                if side == Side::Container {
+                    self.unused.insert(index);
+                }
+            }
+            Err(err) => {
+                self.refused.insert(place, words(&err));
+                if side != Side::Uplink {
+                    self.complain(&err);
+                } else if let Some(suppressed) = self.log.pass() {
+                    tracing::warn!(
+                        interface = index,
+                        err = words(&err),
+                        suppressed,
+                        "clients that come in by this interface are served by the relay"
+                    );
+                }
+            }
+        }
+        match side {
+            Side::Uplink => self.note_uplinks(),
+            Side::Container => {
+                // Services that count on a program of an earlier process can't go on without one.
+                self.rows_concerned |= self.awaited.remove(&index)
+                    || (fails
+                        && self
+                            .served
+                            .values()
+                            .any(|it| it.service.link_index == index));
+            }
+            Side::Guard => {}
+        }
+    }
+
+    /// What an earlier process has attached is replaced: replies of flows under way are translated by
+    /// this version from now on, too.
+    fn take_over_places(&mut self) {
+        let places = self.inherited.iter().copied();
+        let here =
+            |place: &Place| place.0 != Side::Uplink && self.interfaces.contains_key(&place.1);
+        let places: Vec<Place> = places.filter(here).collect();
+        for place in places {
+            self.want(place);
+        }
+    }
+
+    /// Does what a new list of interfaces and addresses asks for: attaches to new uplinks, forgets what
+    /// is gone.
+    fn take_stock(&mut self) -> Result<(), KernelPathError> {
         let addresses: BTreeSet<Address> = self
             .interfaces
             .values()
@@ -137,24 +230,11 @@ impl KernelPath {
         }
 
         let wanted = eligibility::uplinks(&self.interfaces);
-        self.note_uplinks(&wanted)?;
-        self.uplinks.clear();
+        self.tell_sizes(&wanted)?;
         for index in &wanted {
-            match self.attach(Side::Uplink, *index) {
-                Ok(()) => {
-                    self.uplinks.insert(*index);
-                }
-                Err(err) => {
-                    if let Some(suppressed) = self.log.pass() {
-                        tracing::warn!(
-                            interface = index,
-                            err = words(&err),
-                            suppressed,
-                            "clients that come in by this interface are served by the relay"
-                        );
-                    }
-                }
-            }
+            let place = (Side::Uplink, *index);
+            self.refused.remove(&place);
+            self.want(place);
         }
         for (side, index) in self.pins.links() {
             let stale = match side {
@@ -169,11 +249,22 @@ impl KernelPath {
                 self.detach(side, index);
             }
         }
+        self.ways_in = wanted;
         Ok(())
     }
 
+    /// By which interfaces clients of other hosts are served now.
+    fn note_uplinks(&mut self) {
+        let all = self.ways_in.iter().copied();
+        let uplinks: BTreeSet<u32> = all
+            .filter(|it| self.is_there((Side::Uplink, *it)))
+            .collect();
+        self.rows_concerned |= uplinks != self.uplinks;
+        self.uplinks = uplinks;
+    }
+
     /// Tells the programs how large a packet may leave by each uplink.
-    pub(super) fn note_uplinks(&mut self, wanted: &BTreeSet<u32>) -> Result<(), KernelPathError> {
+    fn tell_sizes(&mut self, wanted: &BTreeSet<u32>) -> Result<(), KernelPathError> {
         let fails = |source| KernelPathError::Map {
             name: map::UPLINKS,
             source,
@@ -198,36 +289,29 @@ impl KernelPath {
         Ok(())
     }
 
-    /// Attaches a program to an interface, or puts it in the place of an earlier version's.
-    pub(super) fn attach(&mut self, side: Side, index: u32) -> Result<(), KernelPathError> {
-        if self.attached.contains(&(side, index)) {
-            return Ok(());
+    /// A program is at a place, ours or an earlier process's.
+    pub(super) fn is_there(&self, place: Place) -> bool {
+        self.attached.contains(&place) || self.inherited.contains(&place)
+    }
+
+    /// Has a program attached where none of this process is, unless that was refused.
+    pub(super) fn want(&mut self, place: Place) {
+        let known = self.attached.contains(&place) || self.refused.contains_key(&place);
+        if !known && !self.placing.contains_key(&place) {
+            let number = self.placer.attach(place);
+            self.placing.insert(place, number);
         }
-        let interface = self
-            .interfaces
-            .get(&index)
-            .map_or_else(|| index.to_string(), |it| it.name.clone());
-        let name = match side {
-            Side::Uplink => program::FROM_UPLINK,
-            Side::Container => program::FROM_CONTAINER,
-            Side::Guard => program::TO_CONTAINER,
-        };
-        let program = classifier(&mut self.object, name)?;
-        let pins = (&self.pins, &self.elders);
-        attach::attach(program, pins, self.means, side, index, &interface)?;
-        self.attached.insert((side, index));
-        Ok(())
     }
 
     pub(super) fn detach(&mut self, side: Side, index: u32) {
-        self.attached.remove(&(side, index));
-        let interface = self.interfaces.get(&index).map(|it| it.name.as_str());
-        if let Err(err) = attach::detach(&self.pins, side, index, interface) {
-            tracing::warn!(
-                interface = index,
-                err = words(&err),
-                "a link stays attached"
-            );
+        let place = (side, index);
+        self.attached.remove(&place);
+        self.inherited.remove(&place);
+        self.placing.remove(&place);
+        if side == Side::Container {
+            self.awaited.remove(&index);
+            self.unused.remove(&index);
         }
+        self.placer.detach(place);
     }
 }

@@ -22,7 +22,7 @@ use shared::desired::{PortKey, PortRow, Protocol};
 
 use super::eligibility::{self, Circumstances};
 use super::pins::Side;
-use super::{KernelPath, KernelPathError, KernelPort, Lift, Served, Terms, words};
+use super::{KernelPath, KernelPathError, KernelPort, Lift, Refusal, Served, Terms, words};
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf;
 
@@ -97,13 +97,43 @@ fn same_route(a: &Service, b: &Service) -> bool {
         && (a.flags ^ b.flags) & SERVICE_ANY_ADDRESS == 0
 }
 
+/// Why a row's service is not in the map.
+enum Unserved {
+    /// Its link has not got the program yet.
+    Waits,
+    /// Its link can't have the program; the log has been told.
+    Refused(String),
+    /// Another step failed.
+    Failed(KernelPathError),
+}
+
+impl From<KernelPathError> for Unserved {
+    fn from(err: KernelPathError) -> Self {
+        Self::Failed(err)
+    }
+}
+
+fn refused(why: String) -> Refusal {
+    Refusal { why, waits: false }
+}
+
 impl KernelPath {
-    /// Serves a row, or says why the relay must. The same row again costs nothing.
+    /// All rows are about to be offered: what was refused is tried again.
+    pub fn begin_offers(&mut self) {
+        self.refused.clear();
+    }
+
+    /// Serves a row, or says why the relay must. The same row again costs nothing. One that waits for a
+    /// program has not been taken down yet: it is to be offered again after [`Self::catch_up`], and
+    /// [`Self::put_off`] when it waits still.
     ///
     /// # Errors
     /// Words for the port's status.
-    pub fn offer(&mut self, row: &PortRow, terms: &Terms<'_>) -> Result<Lift, String> {
+    pub fn offer(&mut self, row: &PortRow, terms: &Terms<'_>) -> Result<Lift, Refusal> {
         self.look_for(row.link_index);
+        if !self.listed {
+            return Err(refused(self.keep(row, terms)));
+        }
         let at = Circumstances {
             container: terms.container,
             interfaces: &self.interfaces,
@@ -140,16 +170,66 @@ impl KernelPath {
         let host = self.hooks.as_ref().err().cloned();
         if let Some(why) = common.or_else(|| host.as_ref().and(remote.clone())) {
             self.withdraw(row.key());
-            return Err(why);
+            return Err(refused(why));
         }
         let clients = if remote.is_none() { SERVICE_REMOTE } else { 0 }
             | if host.is_none() { SERVICE_HOST } else { 0 };
         match self.serve(row, service_of(row, terms, clients)) {
             Ok(port) => Ok(Lift { port, remote, host }),
-            Err(err) => {
+            Err(Unserved::Waits) => {
+                let link = self.interfaces.get(&row.link_index);
+                let name = link.map_or("the link", |it| it.name.as_str());
+                Err(Refusal {
+                    why: format!(
+                        "{name} has no program yet, somebody holds the kernel's interface lock"
+                    ),
+                    waits: true,
+                })
+            }
+            Err(Unserved::Refused(why)) => {
+                self.withdraw(row.key());
+                Err(refused(why))
+            }
+            Err(Unserved::Failed(err)) => {
                 self.complain(&err);
                 self.withdraw(row.key());
-                Err(words(&err))
+                Err(refused(words(&err)))
+            }
+        }
+    }
+
+    /// A row waits for its link's program and is the relay's until that comes.
+    pub fn put_off(&mut self, row: &PortRow) {
+        self.withdraw(row.key());
+        self.want((Side::Container, row.link_index));
+        self.awaited.insert(row.link_index);
+    }
+
+    /// No list of interfaces has come since the start. What an earlier process has left for the very same
+    /// row goes on; anything else is taken off. Answers why the relay has the rest.
+    fn keep(&mut self, row: &PortRow, terms: &Terms<'_>) -> String {
+        let key = key_of(row.key());
+        let at = Circumstances {
+            container: terms.container,
+            interfaces: &self.interfaces,
+            uplinks: &self.uplinks,
+            idle_timeout: terms.idle_timeout,
+            networks: terms.allowed.len(),
+            relayed: 0,
+        };
+        let obstacle = eligibility::obstacle_of_row(row, &at);
+        let same = self.found.get(&key).is_some_and(|before| {
+            let clients = before.flags & (SERVICE_REMOTE | SERVICE_HOST);
+            let mut wanted = service_of(row, terms, clients);
+            wanted.life = before.life;
+            wanted == *before && !(row.local_only && clients & SERVICE_REMOTE != 0)
+        });
+        let unknown = "interfaces are not known yet, somebody holds the kernel's interface lock";
+        match obstacle {
+            None if same => format!("as it was left: {unknown}"),
+            obstacle => {
+                self.withdraw(row.key());
+                obstacle.unwrap_or_else(|| unknown.to_owned())
             }
         }
     }
@@ -168,10 +248,11 @@ impl KernelPath {
         }
         let port = match self.serve(row, service) {
             Ok(port) => port,
-            Err(err) => {
+            Err(Unserved::Failed(err)) => {
                 self.complain(&err);
                 return None;
             }
+            Err(Unserved::Waits | Unserved::Refused(_)) => return None,
         };
         if before.flags & SERVICE_DRAINING == 0 {
             self.sweep(Instant::now());
@@ -194,11 +275,7 @@ impl KernelPath {
         None
     }
 
-    fn serve(
-        &mut self,
-        row: &PortRow,
-        mut service: Service,
-    ) -> Result<Arc<KernelPort>, KernelPathError> {
+    fn serve(&mut self, row: &PortRow, mut service: Service) -> Result<Arc<KernelPort>, Unserved> {
         let key = key_of(row.key());
         if self.unswept.contains(&key) || self.leaving.contains(key) {
             self.settle();
@@ -217,6 +294,14 @@ impl KernelPath {
             }
             None => service.life = self.new_life(),
         }
+        let place = (Side::Container, row.link_index);
+        if !self.is_there(place) {
+            self.want(place);
+            return Err(match self.refused.get(&place) {
+                Some(why) => Unserved::Refused(why.clone()),
+                None => Unserved::Waits,
+            });
+        }
         if let Some(served) = self.served.get(&key)
             && served.service == service
         {
@@ -228,7 +313,6 @@ impl KernelPath {
         };
         if !self.served.values().any(same_place) {
             self.count_delivered(row.link_index)?;
-            self.attach(Side::Container, row.link_index)?;
             if let Ok(hooks) = &mut self.hooks {
                 hooks.allow(row.link_index)?;
             }
@@ -249,7 +333,7 @@ impl KernelPath {
         if how == BPF_ANY {
             match self.socket_counts.remove(&key) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(fails(map::SOCKET_COUNTS)(source)),
+                Err(source) => return Err(fails(map::SOCKET_COUNTS)(source).into()),
             }
             self.leaving.forget(key);
         }
@@ -257,7 +341,8 @@ impl KernelPath {
             .insert(key, service, 0)
             .map_err(fails(map::SERVICES))?;
         self.found.remove(&key);
-        self.elders.withdraw(key, &self.interfaces);
+        self.unused.remove(&row.link_index);
+        self.elders.withdraw(key, &mut self.placer);
         let port = self
             .served
             .remove(&key)
@@ -331,7 +416,7 @@ impl KernelPath {
     /// hold what it had counted in the end. Not served here is fine.
     pub fn withdraw(&mut self, key: PortKey) {
         let key = key_of(key);
-        self.elders.withdraw(key, &self.interfaces);
+        self.elders.withdraw(key, &mut self.placer);
         let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
             (true, _) => self.served.get(&key).map(|it| it.service.link_index),
             (false, Some(found)) => Some(found.link_index),
@@ -374,6 +459,7 @@ impl KernelPath {
     /// Cuts the flows of ports that were taken off; many at once cost no more than one. What of them
     /// can't be removed is tried again with the next, or the next sweep.
     pub fn settle(&mut self) {
+        self.catch_up();
         if self.unswept.is_empty() && self.leaving.is_empty() {
             return;
         }
@@ -407,16 +493,25 @@ impl KernelPath {
             || self.found.values().any(|it| it.link_index == link)
     }
 
+    /// All rows were offered: links whose rows have gone before the program came lose it again.
+    pub fn end_offers(&mut self) {
+        for link in std::mem::take(&mut self.unused) {
+            if !self.services_at(link) {
+                self.detach(Side::Container, link);
+            }
+        }
+    }
+
     /// All rows are lifted that can be: an earlier version's hooks have no more sockets to lead.
     pub fn lifted(&mut self) {
-        self.elders.stop_leading();
+        if self.listed && self.awaited.is_empty() {
+            self.elders.stop_leading();
+        }
     }
 
     /// Gives up what an earlier process has left and nobody has asked for since.
     pub fn forget_unclaimed(&mut self) {
-        if let Err(err) = self.elders.remove(&self.interfaces) {
-            self.complain(&KernelPathError::Pins(err));
-        }
+        self.elders.remove(&mut self.placer);
         let unclaimed: Vec<ServiceKey> = self.found.keys().copied().collect();
         for key in unclaimed {
             let host_port = u16::from_be(key.port);
@@ -440,7 +535,8 @@ impl KernelPath {
                 Side::Container => !self.services_at(index),
                 Side::Guard => !self.guarded.contains(&index),
             };
-            if unwanted {
+            // Rows wait for one that is on its way.
+            if unwanted && !self.placing.contains_key(&(side, index)) {
                 self.detach(side, index);
             }
         }

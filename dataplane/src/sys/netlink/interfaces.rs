@@ -111,15 +111,14 @@ fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
     Some((index, own.or(other)?))
 }
 
-/// Notifications about interfaces and addresses, and the means to list both.
+/// Notifications about interfaces and addresses. Reading them takes no lock of the kernel's.
 #[derive(Debug)]
-pub struct Interfaces {
+pub struct InterfaceWatch {
     watch: OwnedFd,
-    asker: Asker,
     buffer: Vec<u8>,
 }
 
-impl Interfaces {
+impl InterfaceWatch {
     /// Subscribes. What changes from now on will be told.
     ///
     /// # Errors
@@ -129,7 +128,6 @@ impl Interfaces {
         let watch = open(groups, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
         Ok(Self {
             watch,
-            asker: Asker::open()?,
             buffer: vec![0; BUFFER],
         })
     }
@@ -150,8 +148,27 @@ impl Interfaces {
             }
         }
     }
+}
 
-    /// All interfaces with their addresses, by index.
+/// The means to list interfaces and addresses.
+#[derive(Debug)]
+pub struct Interfaces {
+    asker: Asker,
+}
+
+impl Interfaces {
+    /// A socket to ask by.
+    ///
+    /// # Errors
+    /// No socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        Ok(Self {
+            asker: Asker::open()?,
+        })
+    }
+
+    /// All interfaces with their addresses, by index. Waits for the kernel's interface lock, for as
+    /// long as anybody holds it.
     ///
     /// # Errors
     /// The step that failed.
