@@ -547,6 +547,7 @@ impl Link {
     pub fn tick(&mut self, now: Instant) {
         self.finish_drains(now);
         self.retry(now);
+        self.close_unwatched(now);
         self.kernel_turn(now);
         self.lift_held_back();
         for running in self.running.values() {
@@ -591,6 +592,29 @@ impl Link {
             }
         }
         if !put.is_empty() {
+            self.publish(Changes {
+                put,
+                ..Changes::default()
+            });
+            self.lift_and_publish();
+        }
+    }
+
+    /// Ports whose listeners could not be watched are refused, and tried again like others.
+    fn close_unwatched(&mut self, now: Instant) {
+        let mut closed = Vec::new();
+        for (key, running) in &mut self.running {
+            if running.port.take_if(|port| port.is_unwatched()).is_some() {
+                running.state = PortState::Refused;
+                running.path = ForwardPath::None;
+                running.reason =
+                    "the listener cannot be watched; the dataplane's log says why".into();
+                running.retry_at = Some(now + RETRY_INTERVAL);
+                closed.push(*key);
+            }
+        }
+        if !closed.is_empty() {
+            let put = closed.iter().filter_map(|key| self.entry(*key)).collect();
             self.publish(Changes {
                 put,
                 ..Changes::default()

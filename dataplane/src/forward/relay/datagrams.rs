@@ -210,6 +210,8 @@ impl Datagrams {
         let token = Token(LISTENER_BIT | position);
         if let Err(err) = self.watch(&fd, token) {
             tracing::error!(port = port.bind().port(), %err, "cannot watch a port of datagrams");
+            drop(fd);
+            port.set_unwatched();
             return;
         }
         self.listeners[position] = Some(Listener {

@@ -5,7 +5,7 @@
 //! [`Seat`]; the active counts of port and process fall exactly when seats are dropped.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -186,6 +186,8 @@ pub struct Port {
     idle_slots: AtomicU32,
     connect_slots: AtomicU32,
     state: AtomicU8,
+    /// Its listener is closed again: nobody could watch it.
+    unwatched: AtomicBool,
     active: AtomicU32,
     elsewhere: AtomicU32,
     /// How many had begun elsewhere when that was told last; [`UNTOLD`] before.
@@ -222,6 +224,7 @@ impl Port {
             idle_slots: AtomicU32::new(0),
             connect_slots: AtomicU32::new(0),
             state: AtomicU8::new(OPEN),
+            unwatched: AtomicBool::new(false),
             active: AtomicU32::new(0),
             elsewhere: AtomicU32::new(0),
             begun_elsewhere: AtomicU64::new(UNTOLD),
@@ -295,6 +298,16 @@ impl Port {
     /// Turns new clients away from now on.
     pub fn refuse(&self) {
         self.state.fetch_max(REFUSING, Relaxed);
+    }
+
+    /// Says that its listener could not be watched and is closed.
+    pub fn set_unwatched(&self) {
+        self.unwatched.store(true, Relaxed);
+    }
+
+    /// Nobody accepts its clients, and it has to be opened anew.
+    pub fn is_unwatched(&self) -> bool {
+        self.unwatched.load(Relaxed)
     }
 
     /// Marks all sessions to be reset at the next sweep.

@@ -329,6 +329,8 @@ impl Worker {
         );
         if let Err(err) = registered {
             tracing::error!(port = port.bind().port(), %err, "cannot watch a listener");
+            drop(fd);
+            port.set_unwatched();
             return;
         }
         self.listeners[index] = Some(Listener {
@@ -532,5 +534,31 @@ impl Worker {
                 self.adaptive.adopt(registry, session, self.now);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::port::{Rules, Totals};
+    use super::*;
+
+    #[test]
+    fn a_listener_that_cannot_be_watched_is_told_of() {
+        let (poll, inbox) = mailbox().unwrap();
+        let mut worker = Worker::new(poll, vec![inbox], 0, false, None);
+        let address = SocketAddr::from(([127, 0, 0, 1], 30_000));
+        let port = || {
+            let totals = Arc::new(Totals::default());
+            Arc::new(Port::new(address, address, Rules::default(), totals))
+        };
+        // A file is always ready, so epoll takes none.
+        let (file, unwatched) = (tempfile::tempfile().unwrap(), port());
+        worker.adopt_listener(file.into(), Arc::clone(&unwatched));
+        assert!(unwatched.is_unwatched());
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let watched = port();
+        worker.adopt_listener(listener.into(), Arc::clone(&watched));
+        assert!(!watched.is_unwatched());
+        assert_eq!(worker.listeners.iter().flatten().count(), 1);
     }
 }
