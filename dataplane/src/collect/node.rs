@@ -144,13 +144,10 @@ impl Node {
             // In a network namespace of its own the node's edge is where the default routes lead.
             let routes = std::fs::read_to_string("/proc/self/net/route").unwrap_or_default();
             let routes6 = std::fs::read_to_string("/proc/self/net/ipv6_route").unwrap_or_default();
-            let name = default_route(&routes);
-            let name6 = default_route6(&routes6).filter(|it| name != Some(*it));
-            let index = |name: &str| {
-                let path = Path::new("/sys/class/net").join(name).join("ifindex");
-                std::fs::read_to_string(path).ok()?.trim().parse().ok()
-            };
-            self.interfaces = name.into_iter().chain(name6).filter_map(index).collect();
+            let class = Path::new("/sys/class/net");
+            let edge = edge(class, default_route(&routes), default_route6(&routes6));
+            let index = |name| number_of(class, name, "ifindex");
+            self.interfaces = edge.into_iter().flatten().filter_map(index).collect();
         }
     }
 }
@@ -235,6 +232,50 @@ fn default_route6(text: &str) -> Option<&str> {
     all.min_by_key(|(metric, _)| *metric).map(|(_, name)| name)
 }
 
+/// The interfaces of the default routes of both families that carry different bytes: what one of them
+/// carries in a tunnel crosses the other one.
+fn edge<'a>(class: &Path, v4: Option<&'a str>, v6: Option<&'a str>) -> [Option<&'a str>; 2] {
+    let (Some(v4), Some(v6)) = (v4, v6) else {
+        return [v4, v6];
+    };
+    match [v4, v6].map(|name| is_tunnel(class, name)) {
+        _ if v4 == v6 => [Some(v4), None],
+        [true, false] => [None, Some(v6)],
+        [false, true] => [Some(v4), None],
+        _ => [Some(v4), Some(v6)],
+    }
+}
+
+/// Whether an interface has no link layer of its own that reaches others. Tunnels that carry Ethernet
+/// can't be told apart by that.
+fn is_tunnel(class: &Path, name: &str) -> bool {
+    /// linux/if_arp.h.
+    const ARPHRD_PPP: u32 = 512;
+    const ARPHRD_TUNNEL: u32 = 768;
+    const ARPHRD_TUNNEL6: u32 = 769;
+    const ARPHRD_SIT: u32 = 776;
+    const ARPHRD_IPGRE: u32 = 778;
+    const ARPHRD_IP6GRE: u32 = 823;
+    const ARPHRD_NONE: u32 = 0xfffe;
+    matches!(
+        number_of(class, name, "type"),
+        Some(
+            ARPHRD_PPP
+                | ARPHRD_TUNNEL
+                | ARPHRD_TUNNEL6
+                | ARPHRD_SIT
+                | ARPHRD_IPGRE
+                | ARPHRD_IP6GRE
+                | ARPHRD_NONE
+        )
+    )
+}
+
+fn number_of(class: &Path, name: &str, attribute: &str) -> Option<u32> {
+    let text = std::fs::read_to_string(class.join(name).join(attribute)).ok()?;
+    text.trim().parse().ok()
+}
+
 /// Descriptors of this process: the size of the directory on kernels from 6.2 on, absent before.
 fn open_descriptors(directory: &File) -> Option<u64> {
     let size = directory.metadata().ok()?.len();
@@ -294,6 +335,28 @@ mod tests {
         text += &line(&zero, "00", "00000064", "00450003", "eth2");
         assert_eq!(default_route6(&text), Some("eth2"));
         assert_eq!(default_route6("not a table\n"), None);
+    }
+
+    #[test]
+    fn what_a_tunnel_carries_is_counted_once() {
+        let class = tempfile::tempdir().unwrap();
+        for (name, kind) in [("eth0", 1), ("eth1", 1), ("sit1", 776), ("wg0", 65534)] {
+            let place = class.path().join(name);
+            std::fs::create_dir(&place).unwrap();
+            std::fs::write(place.join("type"), format!("{kind}\n")).unwrap();
+        }
+        let of = |v4: &'static str, v6: &'static str| -> Vec<&str> {
+            let edge = edge(class.path(), Some(v4), Some(v6));
+            edge.into_iter().flatten().collect()
+        };
+        assert_eq!(of("eth0", "eth0"), ["eth0"]);
+        assert_eq!(of("eth0", "eth1"), ["eth0", "eth1"]);
+        assert_eq!(of("eth0", "sit1"), ["eth0"]);
+        assert_eq!(of("wg0", "eth1"), ["eth1"]);
+        assert_eq!(of("wg0", "sit1"), ["wg0", "sit1"]);
+        // What the only route leads by is the edge; of one that has just gone nothing is known.
+        assert_eq!(edge(class.path(), None, Some("sit1")), [None, Some("sit1")]);
+        assert_eq!(of("eth0", "gone"), ["eth0", "gone"]);
     }
 
     /// 2,048 CPUs, and the interrupt lines that such a machine may have.
