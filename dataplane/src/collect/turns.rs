@@ -21,6 +21,9 @@ use crate::mailbox::Mailbox;
 /// A question about links that takes longer is taken to hang. The kernel needs less than a millisecond
 /// per hundred links.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// A question that is given up is told of when it hangs for this long: a machine that has no time for
+/// the thread that asks is no lock.
+const TOLD_AFTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct State {
@@ -35,6 +38,8 @@ struct State {
     given_up: u64,
     /// The other thread hangs in one.
     hangs: bool,
+    /// Since when, until that was worth a word or not.
+    unjudged: Option<Instant>,
     /// The log has been told of it.
     told: bool,
     log: LogLimit,
@@ -93,6 +98,7 @@ impl Turns {
                 asked: None,
                 given_up: 0,
                 hangs: false,
+                unjudged: None,
                 told: false,
                 log: LogLimit::default(),
             }),
@@ -188,6 +194,7 @@ impl Shared {
                 None => None,
             };
             self.pass(begun, late, answered);
+            self.tell_of_hang();
             self.next_beat();
         }
     }
@@ -252,7 +259,8 @@ impl Shared {
         }
         state = self.state.lock();
         state.hangs = false;
-        if state.told {
+        state.unjudged = None;
+        if std::mem::take(&mut state.told) {
             tracing::info!("the kernel answers about links again");
         }
         Err(Turn::LookOn)
@@ -317,6 +325,20 @@ impl Shared {
         state.asked = None;
         state.given_up += 1;
         state.hangs = true;
+        state.unjudged = Some(Instant::now());
+        Turn::Collect
+    }
+
+    /// Once for each question that hangs for long.
+    fn tell_of_hang(&self) {
+        let mut state = self.state.lock();
+        if state
+            .unjudged
+            .is_none_or(|since| since.elapsed() < TOLD_AFTER)
+        {
+            return;
+        }
+        state.unjudged = None;
         let told = state.log.pass();
         state.told = told.is_some();
         drop(state);
@@ -327,7 +349,6 @@ impl Shared {
                  network numbers are absent until it does"
             );
         }
-        Turn::Collect
     }
 }
 
