@@ -163,6 +163,8 @@ pub struct ImageRecord {
     pub repo_digests: Vec<String>,
     /// The image's own command.
     pub cmd: Vec<String>,
+    /// What was said of it when it was made; not of the image it was made from.
+    pub comment: String,
 }
 
 /// An image as listed.
@@ -509,6 +511,8 @@ impl Docker {
             architecture: String,
             #[serde(rename = "Config", default)]
             config: Option<Config>,
+            #[serde(rename = "Comment", default, deserialize_with = "or_default")]
+            comment: String,
         }
         #[derive(Default, Deserialize)]
         struct Config {
@@ -529,6 +533,7 @@ impl Docker {
             repo_tags: found.listed.repo_tags,
             repo_digests: found.listed.repo_digests,
             cmd: config.cmd,
+            comment: found.comment,
         })
     }
 

@@ -377,9 +377,13 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     let (cut, foreign) = (Uuid::new_v4(), Uuid::new_v4());
     let image_of = |commit: Uuid| {
         let label = format!("LABEL ai.backend.internal.commit={commit}");
-        kernels::docker(&["commit", "-c", &label, &name(unstarted)])
+        let comment = commit.to_string();
+        kernels::docker(&["commit", "-m", &comment, "-c", &label, &name(unstarted)])
     };
     let (left, others) = (image_of(cut)?, image_of(foreign)?);
+    // One that somebody has made from it bears its label, and is theirs.
+    let label = format!("LABEL ai.backend.internal.commit={cut}");
+    let derived = kernels::docker(&["commit", "-c", &label, &name(unstarted)])?;
     let notes = node.state().join("commits").join(node.agent_id());
     let part = node.state().join(".kept.tar.gz.part");
     std::fs::write(&part, "half")?;
@@ -403,8 +407,8 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     })
     .await?;
     let is_there = |image: &str| kernels::docker(&["image", "inspect", image]).is_ok();
-    assert!(!is_there(&left) && is_there(&others));
-    kernels::docker(&["rmi", &others])?;
+    assert!(!is_there(&left) && is_there(&others) && is_there(&derived));
+    kernels::docker(&["rmi", &others, &derived])?;
     assert!(!node.scratch(&old.to_string()).exists());
     assert!(
         node.scratch(&young.to_string()).exists(),

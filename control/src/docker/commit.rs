@@ -22,6 +22,8 @@ pub struct CommitRequest {
     pub name: Option<String>,
     /// Labels of the image beside those of the container; these win.
     pub labels: BTreeMap<String, String>,
+    /// What the image says of its making. Unlike labels, an image made from it does not have that.
+    pub comment: String,
 }
 
 impl Docker {
@@ -50,6 +52,7 @@ impl Docker {
             "/commit".into(),
         )
         .query("container", segment(&step, container)?)
+        .query("comment", request.comment.as_str())
         .json(&serde_json::json!({ "Labels": request.labels }))?;
         if let Some(name) = &request.name {
             image_path(&step, name)?;

@@ -7,8 +7,9 @@
 //! and the node has lost its image); the archive appears under its name only when it is whole and on
 //! the disk; what was begun is removed when it can't be finished, and no kernel stays paused by it.
 //! What a commit may leave behind is noted before it begins, under an id that its image bears as a
-//! label: so an engine or an agent that dies over it leaves nothing for good, and nothing is removed
-//! that another has made.
+//! label, by which it is found, and as its comment, which no image that is made from it inherits: so
+//! an engine or an agent that dies over it leaves nothing for good, and nothing is removed that
+//! another has made.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -153,8 +154,9 @@ pub async fn commit(
             None => order.canonical.clone(),
         },
         labels: kernel.with_record(|record| labels(record, &order)),
+        comment: traces.id.hyphenated().to_string(),
     };
-    let id = traces.id.hyphenated().to_string();
+    let id = request.comment.clone();
     request.labels.insert(COMMIT_LABEL.to_owned(), id);
     reporter.update(0, 0, || "Committing the container".to_owned());
     tracing::info!(kernel_id = %kernel.id, archive = order.filename, image = request.name, "committing a kernel");
@@ -423,8 +425,16 @@ async fn remove_traces(
         }
     }
     let label = format!("{COMMIT_LABEL}={id}");
-    let images = node.docker.list_unnamed(&label).await?;
-    for image in &images {
+    let mut removed = false;
+    for image in node.docker.list_unnamed(&label).await? {
+        match node.docker.inspect_image(&image.id).await {
+            Ok(found) if found.comment == id.hyphenated().to_string() => {}
+            // Somebody has made it from that of the commit.
+            Ok(_) => continue,
+            Err(err) if err.is_not_found() => continue,
+            Err(err) => return Err(err.into()),
+        }
+        removed = true;
         // The base image stays, whatever names it has.
         match node.docker.remove_image(&image.id, false, true).await {
             Ok(()) => {
@@ -441,7 +451,7 @@ async fn remove_traces(
             Err(err) => return Err(err.into()),
         }
     }
-    Ok(!images.is_empty())
+    Ok(removed)
 }
 
 /// Streams the image through a compressor into its file.
