@@ -239,7 +239,8 @@ async fn give_back(
     let found = stop_and_remove(node, kernel, keep).await?;
     remains.exit_code = found.exit_code.or(remains.exit_code);
     remains.oom_killed |= found.oom_killed;
-    node.host_sockets.close(kernel.id);
+    let (closer, id) = (node.clone(), kernel.id);
+    blocking(move || closer.host_sockets.close(id)).await;
     let record = kernel.record();
     node.scratch.remove(record.kernel_id).await?;
     node.ledger.release(kernel.id);

@@ -104,7 +104,7 @@ impl HostSockets {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves the paths for a kernel, in place of what it had. Must be called within a runtime.
+    /// Serves the paths for a kernel, in place of what it had. Must be called within a runtime. Blocks.
     ///
     /// # Errors
     /// A socket cannot be made.
@@ -140,7 +140,7 @@ impl HostSockets {
         Ok(mounts)
     }
 
-    /// Ends a kernel's sockets.
+    /// Ends a kernel's sockets. Blocks.
     pub fn close(&self, kernel: KernelId) {
         let closed = self.lock().remove(&kernel);
         drop(closed);

@@ -525,8 +525,13 @@ async fn all_mounts(
         mounts::intrinsic(&paths, &wanted, &HostPaths::default())
     })
     .await;
-    let sockets = &order.config.internal_data.domain_socket_proxies;
-    mounts.extend(node.host_sockets.open(kernel.id, sockets)?);
+    let (opener, order) = (node.clone(), order.config.clone());
+    let id = kernel.id;
+    let sockets = blocking(move || {
+        let sockets = &order.internal_data.domain_socket_proxies;
+        opener.host_sockets.open(id, sockets)
+    });
+    mounts.extend(sockets.await?);
     mounts.extend(prepared.folders.iter().cloned());
     let (runner, distro) = (prepared.runner.clone(), distro.to_owned());
     let jail = prepare::jailed(node);
