@@ -363,7 +363,7 @@ impl Docker {
             .json(body)?;
         let created: Created = self.transport.json(call).await?;
         for warning in &created.warnings {
-            tracing::debug!(container_id = %created.id, warning, "Docker warned on create.");
+            tracing::debug!(container_id = %created.id, warning, "Docker warned on create");
         }
         Ok(created.id)
     }

@@ -276,7 +276,7 @@ impl Images {
         if !request.digest.is_empty() && found.id != request.digest {
             // The tag moved since the manager scanned the registry; the original uses it as well.
             tracing::warn!(image = %request.canonical, wanted = %request.digest, found = %found.id,
-                "The registry holds another image under this name than the manager knows.");
+                "the registry holds another image under this name than the manager knows");
         }
         Ok(found)
     }
@@ -319,11 +319,11 @@ impl Images {
         for image in images {
             let error = match self.docker.remove_image(image, force, noprune).await {
                 Ok(()) => {
-                    tracing::info!(image, "An image was purged.");
+                    tracing::info!(image, "an image was purged");
                     None
                 }
                 Err(err) => {
-                    tracing::warn!(image, err = %err, "An image could not be purged.");
+                    tracing::warn!(image, err = %err, "an image could not be purged");
                     Some(err.to_string())
                 }
             };

@@ -99,7 +99,7 @@ pub async fn create_local_network(docker: &Docker, name: &str) -> Result<(), Net
     let labels = HashMap::from([(CLUSTER_NETWORK_LABEL.to_owned(), "1".to_owned())]);
     match docker.create_network(name, "bridge", labels).await {
         Ok(_) => {
-            tracing::info!(network = name, "A local network was created.");
+            tracing::info!(network = name, "a local network was created");
             Ok(())
         }
         Err(DockerError::Conflict { .. }) => Ok(()),
@@ -117,7 +117,7 @@ pub async fn destroy_local_network(docker: &Docker, name: &str) -> Result<(), Ne
     loop {
         match docker.remove_network(name).await {
             Ok(()) => {
-                tracing::info!(network = name, "A local network was removed.");
+                tracing::info!(network = name, "a local network was removed");
                 return Ok(());
             }
             Err(err) if err.is_not_found() => return Ok(()),

@@ -432,3 +432,65 @@ fn documents_that_are_named_exist() {
     }
     assert!(missing.is_empty(), "{missing:#?}");
 }
+
+/// The last string of each call of a log macro: its message.
+fn log_messages(code: &str) -> Vec<&str> {
+    let mut messages = Vec::new();
+    for name in ["trace!(", "debug!(", "info!(", "warn!(", "error!("] {
+        for (at, _) in code.match_indices(&format!("tracing::{name}")) {
+            let call = &code[at + "tracing::".len() + name.len()..];
+            let (mut depth, mut from, mut escaped) = (1, None, false);
+            let mut last = "";
+            for (position, byte) in call.bytes().enumerate() {
+                match (from, byte) {
+                    _ if std::mem::take(&mut escaped) => {}
+                    (Some(_), b'\\') => escaped = true,
+                    (Some(start), b'"') => {
+                        last = &call[start..position];
+                        from = None;
+                    }
+                    (Some(_), _) => {}
+                    (None, b'"') => from = Some(position + 1),
+                    (None, b'(' | b'[' | b'{') => depth += 1,
+                    (None, b')' | b']' | b'}') => depth -= 1,
+                    (None, _) => {}
+                }
+                if depth == 0 {
+                    break;
+                }
+            }
+            messages.push(last);
+        }
+    }
+    messages
+}
+
+#[test]
+fn log_messages_are_alike() {
+    assert_eq!(
+        log_messages(r#"tracing::warn!(a = f("x."), "in \"it\""); g("Y.")"#),
+        [r#"in \"it\""#]
+    );
+    let mut others = Vec::new();
+    let mut seen = 0;
+    for file in sources("rs") {
+        if !file.components().any(|part| part.as_os_str() == "src") {
+            continue;
+        }
+        let code = std::fs::read_to_string(root().join(&file)).expect("source");
+        for message in log_messages(&code) {
+            seen += 1;
+            let word = message.split([' ', '-', ';']).next().unwrap_or_default();
+            let is_name = word == "Docker" || (word.len() > 1 && word == word.to_uppercase());
+            let is_capital = word.starts_with(|letter: char| letter.is_ascii_uppercase());
+            if message.ends_with('.') || (is_capital && !is_name) {
+                others.push(format!("{}: {message}", file.display()));
+            }
+        }
+    }
+    assert!(seen > 200, "{seen} calls were found");
+    assert!(
+        others.is_empty(),
+        "log messages begin with a small letter and end without a full stop: {others:#?}"
+    );
+}

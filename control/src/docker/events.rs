@@ -218,7 +218,7 @@ async fn follow(docker: Docker, mut outlet: Outlet) {
         let err = match subscribed {
             Ok((mut lines, _permit)) => {
                 if down {
-                    tracing::info!(host = docker.host(), "Docker events are followed again.");
+                    tracing::info!(host = docker.host(), "Docker events are followed again");
                 }
                 down = false;
                 outlet.give(EngineEvent::Resynchronise);
@@ -234,7 +234,7 @@ async fn follow(docker: Docker, mut outlet: Outlet) {
             pause = PAUSE.0;
         }
         if !down {
-            tracing::warn!(err = %err, "Docker events stopped; subscribing again.");
+            tracing::warn!(err = %err, "Docker events stopped; subscribing again");
             down = true;
         }
         docker.transport.forget_version();
@@ -262,7 +262,7 @@ async fn drain(
                 // Nobody's event may keep the others' from being read, now and after each new
                 // subscription; what it was about is found by looking.
                 Err(err @ DockerError::TooLarge { .. }) => {
-                    tracing::debug!(%err, "A Docker event is too long to be read.");
+                    tracing::debug!(%err, "a Docker event is too long to be read");
                     outlet.give(EngineEvent::Resynchronise);
                 }
                 Err(err) => return err,
@@ -301,7 +301,7 @@ fn deliver(value: serde_json::Value, position: &mut Position, outlet: &mut Outle
     let message: Message = match serde_json::from_value(value) {
         Ok(message) => message,
         Err(err) => {
-            tracing::debug!(err = %err, "A Docker event can't be understood.");
+            tracing::debug!(err = %err, "a Docker event can't be understood");
             return;
         }
     };
@@ -313,7 +313,7 @@ fn deliver(value: serde_json::Value, position: &mut Position, outlet: &mut Outle
     let key = format!("{}{subject}", message.actor.id);
     // Ids and actions are remembered.
     if key.len() + message.action.len() > LONGEST_KEY {
-        tracing::debug!("A Docker event has an id or an action that cannot be.");
+        tracing::debug!("a Docker event has an id or an action that cannot be");
         return;
     }
     if !position.take(message.time_ns, &key, &message.action) {

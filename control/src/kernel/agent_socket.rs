@@ -234,7 +234,7 @@ impl Server {
                 Err(err) => {
                     // Out of descriptors, most likely: later it works again.
                     if let Some(suppressed) = trouble.pass() {
-                        tracing::warn!(%err, suppressed, "The agent socket cannot accept a connection; it is tried again.");
+                        tracing::warn!(%err, suppressed, "the agent socket cannot accept a connection; it is tried again");
                     }
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -277,7 +277,7 @@ impl Server {
         let Some(admission) = self.admit(peer.as_ref().map(|peer| peer.id)) else {
             tracing::debug!(
                 peer = pid,
-                "Too many connections to the agent socket; one is refused."
+                "too many connections to the agent socket; one is refused"
             );
             return;
         };

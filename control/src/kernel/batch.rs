@@ -138,7 +138,7 @@ pub async fn attend(
     if let Some(outcome) = watch(link, deadline, gone).await {
         return outcome;
     }
-    tracing::info!(kernel_id = %link.kernel_id(), "The batch job reached its time limit and is interrupted.");
+    tracing::info!(kernel_id = %link.kernel_id(), "the batch job reached its time limit and is interrupted");
     // While it waits behind somebody else's run, an interrupt would hit that one.
     let works = link.current_run().as_deref() == Some(RUN_ID);
     if works
@@ -152,11 +152,11 @@ pub async fn attend(
     if let Some(killer) = killer.filter(|_| works) {
         match killer.kill().await {
             Ok(killed) => {
-                tracing::info!(kernel_id = %link.kernel_id(), killed, "The batch job ignored the interrupt and was killed.");
+                tracing::info!(kernel_id = %link.kernel_id(), killed, "the batch job ignored the interrupt and was killed");
                 let _ended = watch(link, Some(Instant::now() + KILL_GRACE), gone).await;
             }
             Err(err) => {
-                tracing::warn!(kernel_id = %link.kernel_id(), %err, "The batch job ignored the interrupt and could not be killed.");
+                tracing::warn!(kernel_id = %link.kernel_id(), %err, "the batch job ignored the interrupt and could not be killed");
             }
         }
     }

@@ -229,7 +229,7 @@ impl Distros {
             match self.docker.remove(id, true).await {
                 Ok(()) => removed += 1,
                 Err(err) => {
-                    tracing::debug!(container_id = id, err = %err, "A probe was not removed.");
+                    tracing::debug!(container_id = id, err = %err, "a probe was not removed");
                 }
             }
         }
@@ -266,7 +266,7 @@ impl Drop for Removal {
 async fn remove(docker: &Docker, name: &str) {
     match docker.remove(name, true).await {
         Ok(()) | Err(DockerError::NotFound { .. } | DockerError::AlreadyInProgress { .. }) => {}
-        Err(err) => tracing::warn!(container = name, err = %err, "A probe could not be removed."),
+        Err(err) => tracing::warn!(container = name, err = %err, "a probe could not be removed"),
     }
 }
 

@@ -351,7 +351,7 @@ impl RunnerLink {
                 task.abort();
             }
         }
-        tracing::debug!(kernel_id = %self.0.kernel_id, "The link to the runner is closed.");
+        tracing::debug!(kernel_id = %self.0.kernel_id, "the link to the runner is closed");
     }
 
     /// Health changes of model services from now on.
@@ -680,7 +680,7 @@ impl Inner {
             }
             Incoming::Answer(kind, payload) => {
                 if !state.line(kind).answer(now, payload) {
-                    tracing::debug!(kernel_id = %self.kernel_id, "An answer of the runner came too late and is discarded.");
+                    tracing::debug!(kernel_id = %self.kernel_id, "an answer of the runner came too late and is discarded");
                 }
             }
             Incoming::ModelStatus {
@@ -694,7 +694,7 @@ impl Inner {
                 });
             }
             Incoming::Unknown => {
-                tracing::trace!(kernel_id = %self.kernel_id, "The runner sent a message of an unknown type.");
+                tracing::trace!(kernel_id = %self.kernel_id, "the runner sent a message of an unknown type");
             }
         }
         drop(state);
@@ -784,7 +784,7 @@ async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketEr
         match receiver.receive().await {
             Ok(Some((kind, payload))) => inner.receive(&kind, payload),
             Ok(None) => {
-                tracing::debug!(kernel_id = %inner.kernel_id, "The runner sent a message without exactly two frames.");
+                tracing::debug!(kernel_id = %inner.kernel_id, "the runner sent a message without exactly two frames");
             }
             Err(err) => return err,
         }
@@ -849,7 +849,7 @@ async fn send_all(
 
 /// A container that is not up yet is the usual reason; whoever waits for an answer tells the user.
 fn report(inner: &Inner, err: &SocketError) {
-    tracing::debug!(kernel_id = %inner.kernel_id, %err, "The connection to the runner ended and is opened again.");
+    tracing::debug!(kernel_id = %inner.kernel_id, %err, "the connection to the runner ended and is opened again");
 }
 
 async fn pause(delay: &mut Duration) {

@@ -110,7 +110,7 @@ pub async fn start_service(link: &RunnerLink, service: ServiceStart) -> ServiceR
 /// Ends a service; the runner does not answer. A failure to tell it is only logged.
 pub fn shutdown_service(link: &RunnerLink, name: &str) {
     if let Err(err) = link.post(Outgoing::json("shutdown-service", &Value::from(name))) {
-        tracing::debug!(kernel_id = %link.kernel_id(), service = name, %err, "A service could not be told to end.");
+        tracing::debug!(kernel_id = %link.kernel_id(), service = name, %err, "a service could not be told to end");
     }
 }
 

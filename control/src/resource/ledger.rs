@@ -568,7 +568,7 @@ fn complete_order(order: &mut Vec<String>, computers: &[Computer]) {
         }
         tracing::warn!(
             device = name,
-            "Device is missing from resource.allocation-order."
+            "device is missing from resource.allocation-order"
         );
         let place = order
             .iter()

@@ -290,7 +290,7 @@ async fn read(mut dealer: Dealer, waiting: Waiting, address: String) {
                     if let Some(waiter) = waiter
                         && waiter.send(answer).is_err()
                     {
-                        tracing::trace!(sequence, "A reply came after its deadline.");
+                        tracing::trace!(sequence, "a reply came after its deadline");
                     }
                 }
             }
@@ -303,7 +303,7 @@ async fn read(mut dealer: Dealer, waiting: Waiting, address: String) {
                         reason: reason.clone(),
                     };
                     if waiter.send(Err(lost)).is_err() {
-                        tracing::trace!("A call ended with its connection.");
+                        tracing::trace!("a call ended with its connection");
                     }
                 }
                 return;

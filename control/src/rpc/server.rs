@@ -200,7 +200,7 @@ impl Server {
             },
         })?;
         let address = router.address();
-        tracing::info!(%address, curve = options.curve.is_some(), "Listening for RPC.");
+        tracing::info!(%address, curve = options.curve.is_some(), "listening for RPC");
         Ok(Self {
             router: Some(router),
             shared,
@@ -247,7 +247,7 @@ impl Server {
             .is_err()
         {
             let left = self.shared.tasks.len();
-            tracing::warn!(left, "RPC calls were still running at shutdown.");
+            tracing::warn!(left, "RPC calls were still running at shutdown");
         }
         if let Some(router) = self.router.take() {
             router.close().await;
@@ -302,7 +302,7 @@ fn probe(from: &Arc<Link>, shared: &Shared, pong: &super::frame::Frames) {
         SendOutcome::PeerGone | SendOutcome::Full => {
             // What waits is what the peer has not read: it will not read a PONG either.
             shared.totals.undeliverable.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(peer = %from.peer(), "A probe could not be answered.");
+            tracing::debug!(peer = %from.peer(), "a probe could not be answered");
         }
     }
 }

@@ -53,7 +53,7 @@ impl Answerer {
         if !is_call(header.kind) {
             // CANCEL too: the handler runs to its end and is answered.
             totals.ignored.fetch_add(1, Ordering::Relaxed);
-            tracing::trace!(peer = %from.peer(), kind = ?header.kind, "An RPC message is no call.");
+            tracing::trace!(peer = %from.peer(), kind = ?header.kind, "an RPC message is no call");
             return;
         }
         // Two changes of thread cost more than an answer that is there already.
@@ -90,7 +90,7 @@ impl Answerer {
 
     /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
     fn refuse(&self, from: &Arc<Link>, header: &Header, failure: &Failure) {
-        tracing::debug!(peer = %from.peer(), method = header.method, "An RPC call was refused.");
+        tracing::debug!(peer = %from.peer(), method = header.method, "an RPC call was refused");
         let sent = match header.failure(failure) {
             Ok(frames) => from.try_send(&frames),
             Err(_) => SendOutcome::PeerGone,
@@ -135,7 +135,7 @@ impl Answerer {
     async fn send(&self, to: &Arc<Link>, frames: &Frames, failed: bool) {
         let sent = to.send(frames, self.limits.reply_deadline).await;
         if matches!(sent, SendOutcome::Full) {
-            tracing::debug!(peer = %to.peer(), "A connection that does not read is cut.");
+            tracing::debug!(peer = %to.peer(), "a connection that does not read is cut");
             to.end();
         }
         self.count_reply(&sent, failed);
@@ -193,7 +193,7 @@ fn finish(
 ) -> Option<(Frames, bool)> {
     let outcome = outcome.unwrap_or_else(|panic| Err(panicked(&header.method, &*panic)));
     if let Err(failure) = &outcome {
-        tracing::debug!(method = header.method, err = %failure, "An RPC call failed.");
+        tracing::debug!(method = header.method, err = %failure, "an RPC call failed");
     }
     let failed = outcome.is_err();
     let class = outcome.as_ref().err().map(|failure| failure.class.as_str());
@@ -201,7 +201,7 @@ fn finish(
     match pack(header, outcome) {
         Ok(frames) => Some((frames, failed)),
         Err(err) => {
-            tracing::error!(method = header.method, %err, "A reply could not be packed.");
+            tracing::error!(method = header.method, %err, "a reply could not be packed");
             None
         }
     }
@@ -237,7 +237,7 @@ fn panicked(method: &str, panic: &(dyn Any + Send)) -> Failure {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no message");
-    tracing::error!(method, text, "An RPC handler panicked.");
+    tracing::error!(method, text, "an RPC handler panicked");
     Failure::runtime_error(format!("the agent's handler of {method} failed: {text}"))
 }
 
@@ -246,9 +246,9 @@ fn log_undecodable(peer: &Peer, err: &HeaderError) {
     static LIMIT: Mutex<LogLimit> = Mutex::new(LogLimit::new());
     let passed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
     if let Some(suppressed) = passed {
-        tracing::warn!(%peer, %err, suppressed, "An RPC message with an undecodable header was dropped.");
+        tracing::warn!(%peer, %err, suppressed, "an RPC message with an undecodable header was dropped");
     } else {
-        tracing::debug!(%peer, %err, "An RPC message with an undecodable header was dropped.");
+        tracing::debug!(%peer, %err, "an RPC message with an undecodable header was dropped");
     }
 }
 

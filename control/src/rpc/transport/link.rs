@@ -392,7 +392,7 @@ impl Link {
     }
 
     fn broken(&self, err: &LinkError) {
-        tracing::trace!(peer = %self.peer, %err, "A connection ended while it was written to.");
+        tracing::trace!(peer = %self.peer, %err, "a connection ended while it was written to");
         self.end();
     }
 

@@ -143,8 +143,8 @@ impl Router {
         let joining = tokio::task::spawn_blocking(move || thread.join());
         match tokio::time::timeout(LINGER * 20, joining).await {
             Ok(Ok(Ok(()))) => {}
-            Ok(_) => tracing::warn!("The RPC thread ended badly."),
-            Err(_) => tracing::warn!("The RPC thread did not end in time."),
+            Ok(_) => tracing::warn!("the RPC thread ended badly"),
+            Err(_) => tracing::warn!("the RPC thread did not end in time"),
         }
     }
 }
@@ -191,7 +191,7 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
         match accepted {
             Ok((_, address)) if tasks.len() >= CONNECTIONS => {
                 if !std::mem::replace(&mut full, true) {
-                    tracing::warn!(%address, limit = CONNECTIONS, "An RPC connection too many was closed, and others are until some end.");
+                    tracing::warn!(%address, limit = CONNECTIONS, "an RPC connection too many was closed, and others are until some end");
                 }
             }
             Ok((stream, address)) => {
@@ -202,7 +202,7 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
             }
             Err(err) => {
                 if let Some(suppressed) = trouble.pass() {
-                    tracing::warn!(%err, suppressed, "An RPC connection could not be accepted; it is tried again.");
+                    tracing::warn!(%err, suppressed, "an RPC connection could not be accepted; it is tried again");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -214,7 +214,7 @@ async fn accept<R: Receive>(listener: TcpListener, shared: Arc<Shared<R>>) {
         .await
         .is_err()
     {
-        tracing::debug!(left = tasks.len(), "RPC connections did not close in time.");
+        tracing::debug!(left = tasks.len(), "RPC connections did not close in time");
     }
 }
 
@@ -260,7 +260,7 @@ async fn serve<R: Receive>(
     let mut reader = match opened {
         Ok(reader) => reader,
         Err(err) => {
-            tracing::debug!(%address, %err, "An RPC handshake failed.");
+            tracing::debug!(%address, %err, "an RPC handshake failed");
             return;
         }
     };
@@ -276,7 +276,7 @@ async fn serve<R: Receive>(
             drained.unwrap_or(Err(LinkError::Ended)).err().unwrap_or(LinkError::Ended)
         }
     };
-    tracing::trace!(%address, err = %ended, "An RPC connection ended.");
+    tracing::trace!(%address, err = %ended, "an RPC connection ended");
 }
 
 async fn hand_out(reader: &mut Reader, receiver: &impl Receive) -> LinkError {
