@@ -320,6 +320,10 @@ async fn stop(
     for kernel in node.registry.all() {
         if let Some(runner) = kernel.set_runner(None) {
             runner.leave().await;
+            let owed = *runner.runs_owed().borrow();
+            if kernel.with_record(|record| record.runs_owed) != owed {
+                node.note(&kernel, |record| record.runs_owed = owed).await;
+            }
         }
     }
     keep_distros(node).await;

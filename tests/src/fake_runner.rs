@@ -47,6 +47,8 @@ pub struct FakeRunner {
     pub address: RunnerAddress,
     /// Whether `status` is answered by itself.
     pub answers_status: Arc<AtomicBool>,
+    /// Whether it is idle: it answers probes by itself, and hears nothing of them otherwise.
+    pub is_idle: Arc<AtomicBool>,
     outgoing: mpsc::UnboundedSender<(String, Bytes)>,
     incoming: Mutex<mpsc::UnboundedReceiver<(String, Bytes)>>,
     tasks: Vec<JoinHandle<()>>,
@@ -107,7 +109,7 @@ type Received = mpsc::UnboundedSender<(String, Bytes)>;
 async fn accept_input(
     listener: TcpListener,
     received: Received,
-    status: (Arc<AtomicBool>, Received),
+    answering: (Arc<AtomicBool>, Arc<AtomicBool>, Received),
 ) {
     const LIMITS: ReadLimits = ReadLimits {
         frame: 1 << 26,
@@ -115,7 +117,7 @@ async fn accept_input(
         cut: false,
     };
     while let Ok((mut stream, _)) = listener.accept().await {
-        let (received, status) = (received.clone(), status.clone());
+        let (received, (status, is_idle, answers)) = (received.clone(), answering.clone());
         tokio::spawn(async move {
             if zmtp::handshake(&mut stream, "PULL", &["PUSH"])
                 .await
@@ -123,13 +125,27 @@ async fn accept_input(
             {
                 return;
             }
+            let mut last = (String::new(), Bytes::new());
             while let Ok((frames, _)) = zmtp::read_message(&mut stream, &LIMITS).await {
                 let [kind, payload] = frames.as_slice() else {
                     continue;
                 };
                 let kind = String::from_utf8_lossy(kind).into_owned();
-                if kind == "status" && status.0.load(Ordering::Relaxed) {
-                    let _sent = status.1.send((kind, Bytes::from_static(STATUS_ANSWER)));
+                let before = std::mem::replace(&mut last, (kind.clone(), payload.clone()));
+                // A run begins with `clean`.
+                let probes = payload.is_empty()
+                    && match kind.as_str() {
+                        "build" => before.0 != "clean",
+                        "clean" => before.0 == "build" && before.1.is_empty(),
+                        _ => false,
+                    };
+                if kind == "status" && status.load(Ordering::Relaxed) {
+                    let _sent = answers.send((kind, Bytes::from_static(STATUS_ANSWER)));
+                } else if probes {
+                    if is_idle.load(Ordering::Relaxed) {
+                        let end = Bytes::from_static(br#"{"exitCode": 0}"#);
+                        let _sent = answers.send((format!("{kind}-finished"), end));
+                    }
                 } else if received.send((kind, payload.clone())).is_err() {
                     return;
                 }
@@ -147,6 +163,7 @@ impl FakeRunner {
         let (outgoing, to_send) = mpsc::unbounded_channel();
         let (received, incoming) = mpsc::unbounded_channel();
         let answers_status = Arc::new(AtomicBool::new(true));
+        let is_idle = Arc::new(AtomicBool::new(true));
         let peers = Peers::default();
         let tasks = vec![
             tokio::spawn(accept_output(output, Arc::clone(&peers))),
@@ -154,7 +171,11 @@ impl FakeRunner {
             tokio::spawn(accept_input(
                 input,
                 received,
-                (Arc::clone(&answers_status), outgoing.clone()),
+                (
+                    Arc::clone(&answers_status),
+                    Arc::clone(&is_idle),
+                    outgoing.clone(),
+                ),
             )),
         ];
         Ok(Self {
@@ -164,6 +185,7 @@ impl FakeRunner {
                 repl_out,
             },
             answers_status,
+            is_idle,
             outgoing,
             incoming: Mutex::new(incoming),
             tasks,

@@ -147,6 +147,16 @@ async fn defect_restart_loses_all_limits() -> Result<()> {
     let old = host_config(before["container_id"].as_str().unwrap())?;
     kernels::run(&node, &order, "echo kept > /home/work/file").await?;
 
+    // What can't be written down is not begun. A directory in the way stands for a full disk.
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let (file, aside) = (format!("{}.json", order.kernel), journal.join("aside"));
+    std::fs::rename(journal.join(&file), &aside)?;
+    std::fs::create_dir(journal.join(&file))?;
+    let refused = kernels::restart(&node, &order).await.unwrap_err();
+    ensure!(refused.to_string().contains("free space"), "{refused:?}");
+    assert_eq!(kernels::run(&node, &order, "echo on").await?.output, "on\n");
+    std::fs::remove_dir(journal.join(&file))?;
+    std::fs::rename(&aside, journal.join(&file))?;
     let after = kernels::restart(&node, &order).await?;
     assert_ne!(after["container_id"], before["container_id"]);
     let new = host_config(after["container_id"].as_str().unwrap())?;
@@ -417,6 +427,9 @@ async fn a_batch_job_is_announced_with_its_exit_code() -> Result<()> {
     let mut order = Order::of(Image::Runner)?;
     order.config["session_type"] = json!("batch");
     kernels::create(&node, &order).await?;
+    // A restart of the kernel ends it; the manager starts it again.
+    kernels::start_batch(&node, &order, "sleep 1000", Value::Nil).await?;
+    kernels::restart(&node, &order).await?;
     let answer = kernels::start_batch(&node, &order, "exit 5", Value::Nil).await?;
     assert_eq!(answer, json!(null));
     let session = order.session;
@@ -438,7 +451,13 @@ async fn a_batch_job_is_announced_with_its_exit_code() -> Result<()> {
         .collect();
     assert_eq!(
         told,
-        ["execution_started", "execution_finished", "session_failure"]
+        [
+            "execution_started",
+            "execution_cancelled",
+            "execution_started",
+            "execution_finished",
+            "session_failure"
+        ]
     );
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use control::rpc::Value;
+use control::rpc::{self, Value};
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
@@ -95,6 +95,21 @@ async fn a_stopped_control_leaves_its_kernels_alone() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(&node, &order).await?;
+    // Once its steps have begun it says nothing any more.
+    for (mode, status) in [("batch", "clean-finished"), ("continue", "build-finished")] {
+        let silent = vec![
+            text(order.session),
+            text(order.kernel),
+            Value::Int(3),
+            Value::from("silent"),
+            Value::from(mode),
+            Value::from(""),
+            rpc::to_value(&json!({ "exec": "sleep 1000" }))?,
+            Value::Float(20.0),
+        ];
+        let reply = kernels::ask(&node, "execute", silent).await?;
+        assert_eq!(reply["status"], status);
+    }
     node.stop_control()?;
     assert!(node.log("bai-agent").contains("kernels go on"));
     assert_eq!(
@@ -103,6 +118,10 @@ async fn a_stopped_control_leaves_its_kernels_alone() -> Result<()> {
     );
     node.start_control().await?;
     wait_usable(&node, &order).await?;
+    kernels::restart(&node, &order).await?;
+    let told = kernels::events(&node, order.session).await?;
+    let told: Vec<_> = told.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(told, ["execution_cancelled", "kernel_started"]);
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }

@@ -449,6 +449,7 @@ async fn a_restarted_agent_goes_on_with_the_run() -> Result<()> {
     .await?;
     runner.expect("code", "long()").await?;
     before.leave().await;
+    runner.is_idle.store(false, Ordering::Relaxed);
     let after = RunnerLink::open(KernelId([7; 16]), runner.address, resumed.clone());
     after.status(Duration::from_secs(10)).await?;
     // Output that comes before the client asks again is not lost.
@@ -463,6 +464,7 @@ async fn a_restarted_agent_goes_on_with_the_run() -> Result<()> {
     after.close().await;
 
     // A client that continues a run which is already over does not block others.
+    runner.is_idle.store(true, Ordering::Relaxed);
     let third = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
     let gone = execution::execute(
         &third,
@@ -713,6 +715,71 @@ async fn batch_job(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_end_or_messages_are_lost_ends_all_the_same() -> Result<()> {
+    let runner = FakeRunner::start().await?;
+    let events = Events::new(16, Vec::new());
+    let options = LinkOptions {
+        told: Some((events.clone(), SessionId([1; 16]))),
+        ..LinkOptions::default()
+    };
+    let told = || {
+        let (told, _) = events.ring().after(0, 16);
+        told.iter()
+            .map(|told| told.event.name())
+            .collect::<Vec<_>>()
+    };
+    // An earlier agent has told its start, and read its end without telling it.
+    let resumed = LinkOptions {
+        resumed: true,
+        owed: 1,
+        ..options.clone()
+    };
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
+    let mut owed = link.runs_owed();
+    tokio::time::timeout(Duration::from_secs(10), owed.wait_for(|owed| *owed == 0)).await??;
+    ensure!(told() == ["execution_cancelled"], "{:?}", told());
+    let reply = execute(&link, "old", Mode::Continue, "").await?;
+    ensure!(
+        (reply.status, reply.exit_code) == (Status::Finished, None),
+        "{reply:?}"
+    );
+    link.close().await;
+
+    // The container is moved, and what was sent to it lies where it was.
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, options);
+    let elsewhere = FakeRunner::start().await?;
+    let moved = async {
+        runner.expect("code", "lost()").await?;
+        link.follow(elsewhere.address);
+        anyhow::Ok(())
+    };
+    let (reply, ()) = tokio::try_join!(execute(&link, "r", Mode::Query, "lost()"), moved)?;
+    ensure!(
+        (reply.status, reply.exit_code) == (Status::Finished, None),
+        "{reply:?}"
+    );
+    // The next one is not in its way.
+    let play = async {
+        elsewhere.expect("code", "next()").await?;
+        elsewhere.send("finished", r#"{"exitCode": 0}"#);
+        anyhow::Ok(())
+    };
+    let (reply, ()) = tokio::try_join!(execute(&link, "n", Mode::Query, "next()"), play)?;
+    ensure!(reply.exit_code == Some(0), "{reply:?}");
+    let (lost, next) = (
+        [
+            "execution_cancelled",
+            "execution_started",
+            "execution_cancelled",
+        ],
+        ["execution_started", "execution_finished"],
+    );
+    let told = told();
+    ensure!(told == [lost.as_slice(), &next].concat(), "{told:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn batch_jobs_end_with_one_outcome() -> Result<()> {
     let runner = FakeRunner::start().await?;
     let link = link_to(&runner);
@@ -734,6 +801,7 @@ async fn batch_jobs_end_with_one_outcome() -> Result<()> {
     }
     // A restarted agent re-attaches.
     link.close().await;
+    runner.is_idle.store(false, Ordering::Relaxed);
     let resumed = LinkOptions {
         resumed: true,
         ..LinkOptions::default()

@@ -15,7 +15,7 @@ use super::container_processes::KernelFiles;
 use super::death::{Death, Signs, full_shm};
 use super::lifecycle::Reason;
 use super::node::Node;
-use super::record::{BatchRecord, BatchStep};
+use super::record::{BatchRecord, BatchStep, Record};
 use super::registry::Kernel;
 use super::runner_link::RunnerLink;
 use crate::events::Event;
@@ -23,6 +23,9 @@ use crate::events::Event;
 /// What is left at least of the time limit of a job that is taken over: one that ended while nobody
 /// watched is told as it ended.
 const TAKEN_OVER: Duration = Duration::from_secs(3);
+/// How long after the restart of its kernel a job may be started again: the manager waits for the
+/// restarts of all kernels of the session first, which may take as long as creations.
+const STARTED_AGAIN: Duration = Duration::from_secs(600);
 /// How long an end that is known already may take to be told when the agent stops.
 const LAST_LOOK: Duration = Duration::from_secs(1);
 
@@ -59,8 +62,51 @@ pub async fn start(
     true
 }
 
+/// After the restart of a kernel whose job had not ended: the manager starts it again. When that does
+/// not come, the session is told to have failed, so that it does not stay without a result.
+pub fn expect_again(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    if !is_dropped(kernel) {
+        return;
+    }
+    let container = kernel.container();
+    let (node, kernel) = (node.clone(), kernel.clone());
+    node.clone().tasks.spawn(async move {
+        tokio::select! {
+            () = tokio::time::sleep(STARTED_AGAIN) => {}
+            // The next start waits anew.
+            () = node.stopping.cancelled() => return,
+        }
+        // It was started, or the kernel was restarted once more or has ended.
+        if !is_dropped(&kernel) || kernel.container() != container || !kernel.is_running() {
+            return;
+        }
+        let Some(_gone) = kernel.begin_batch() else {
+            return;
+        };
+        tracing::warn!(kernel_id = %kernel.id,
+            "a batch job was not started again after its kernel was restarted; its session is told to have failed");
+        node.events.emit(Event::SessionFailure {
+            session: kernel.session,
+            reason: Reason::from_text("task-failed"),
+            exit_code: -1,
+        });
+        kernel.end_batch();
+        forget(&node, &kernel).await;
+    });
+}
+
+fn is_dropped(kernel: &Kernel) -> bool {
+    kernel.with_record(|record| {
+        let job = record.batch_job.as_ref();
+        record.batch_running && job.is_some_and(|job| job.step == BatchStep::Dropped)
+    })
+}
+
 /// Goes on with the job that the journal holds.
 pub fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    if is_dropped(kernel) {
+        return expect_again(node, kernel);
+    }
     let Some(gone) = kernel.begin_batch() else {
         return;
     };
@@ -117,12 +163,19 @@ async fn carry_through(
         BatchOutcome::KernelGone => return,
     }
     kernel.end_batch();
+    forget(node, kernel).await;
+}
+
+/// The job's end was told.
+async fn forget(node: &Node, kernel: &Kernel) {
+    let change = |record: &mut Record| {
+        record.batch_running = false;
+        record.batch_job = None;
+    };
     if kernel.is_running() {
-        node.note(kernel, |record| {
-            record.batch_running = false;
-            record.batch_job = None;
-        })
-        .await;
+        node.note(kernel, change).await;
+    } else {
+        kernel.update_record(change);
     }
 }
 

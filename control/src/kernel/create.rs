@@ -24,6 +24,7 @@ pub use launch::{connect_runner, start_models};
 pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
 
 use self::launch::Launched;
+use super::batch_job;
 use super::journal::{Phase, now_unix};
 use super::lifecycle::{Action, Input, Refusal, Stage};
 use super::node::Node;
@@ -206,6 +207,7 @@ fn new_record(order: &Order) -> Record {
         batch_running: false,
         batch_job: None,
         pausing: false,
+        runs_owed: 0,
     }
 }
 
@@ -371,9 +373,13 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
 pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let abort = kernel.abort_token();
     let built = guarded(Box::pin(launch::resume(node, kernel, &abort))).await;
-    if let Err(err) = conclude(node, kernel, built, None).await {
-        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-            "a kernel that was being started could not be taken over");
+    match conclude(node, kernel, built, None).await {
+        // It may have been a restart.
+        Ok(_) => batch_job::expect_again(node, kernel),
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "a kernel that was being started could not be taken over");
+        }
     }
 }
 

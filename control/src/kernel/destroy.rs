@@ -122,6 +122,9 @@ pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId) {
     });
 }
 
+/// How many runs of a kernel are told to be cancelled, whatever the journal says.
+const RUNS_TOLD: u32 = 17;
+
 /// Brings a kernel to its end. One task per kernel, started by the lifecycle.
 pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     tracing::debug!(kernel_id = %kernel.id, "ending a kernel");
@@ -129,9 +132,7 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         node.note(kernel, |_| {}).await;
     }
     kernel.end_batch();
-    if let Some(runner) = kernel.set_runner(None) {
-        runner.close().await;
-    }
+    let_runner_go(node, kernel).await;
     let mut pause = RETRY_PAUSES.0;
     let ended = Instant::now();
     // Before the row goes, and its sample with it.
@@ -194,6 +195,22 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
             tracing::warn!(kernel_id = %oldest, err = &err as &dyn std::error::Error, "cannot remove the end of a kernel");
         }
     }
+}
+
+/// Closes the link to a runner that is going away. Its runs that have not ended are told to be
+/// cancelled, also those of an earlier life of the agent whose runner this one never reached.
+pub async fn let_runner_go(node: &Node, kernel: &Kernel) {
+    match kernel.set_runner(None) {
+        Some(runner) => runner.close().await,
+        None => {
+            for _ in 0..kernel.with_record(|record| record.runs_owed.min(RUNS_TOLD)) {
+                node.events.emit(Event::ExecutionCancelled {
+                    session: kernel.session,
+                });
+            }
+        }
+    }
+    kernel.update_record(|record| record.runs_owed = 0);
 }
 
 /// For a destroy that comes after a restart of the agent.

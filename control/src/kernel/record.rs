@@ -36,6 +36,8 @@ pub enum BatchStep {
     Sending,
     /// The runner has it.
     Sent,
+    /// The runner had it when the kernel was restarted: the manager is expected to start it again.
+    Dropped,
 }
 
 /// The job of a batch session as the journal knows it.
@@ -49,6 +51,17 @@ pub struct BatchRecord {
     /// and no job outlives the host.
     #[serde(default)]
     pub time_up: Option<f64>,
+}
+
+impl BatchRecord {
+    /// One whose kernel is being restarted.
+    pub fn dropped() -> BatchRecord {
+        BatchRecord {
+            step: BatchStep::Dropped,
+            command: None,
+            time_up: None,
+        }
+    }
 }
 
 /// One kernel as the journal knows it.
@@ -116,6 +129,9 @@ pub struct Record {
     /// The engine makes an image of it, and pauses it meanwhile.
     #[serde(default)]
     pub pausing: bool,
+    /// Runs that were told to have started and not to have ended.
+    #[serde(default)]
+    pub runs_owed: u32,
 }
 
 impl Record {
@@ -154,6 +170,14 @@ impl Record {
                 .iter()
                 .flat_map(|service| service.host_ports.iter().copied()),
         )
+    }
+
+    /// Runs that were told to have started and not to have ended, as far as the journal knows: a batch
+    /// job that was sent is one.
+    pub fn runs_under_way(&self) -> u32 {
+        let job = self.batch_job.as_ref();
+        let sent = self.batch_running && job.is_none_or(|job| job.step == BatchStep::Sent);
+        self.runs_owed.max(u32::from(sent))
     }
 
     /// Keeps what may be shown after the end.

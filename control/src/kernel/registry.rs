@@ -653,6 +653,7 @@ mod tests {
             batch_running: false,
             batch_job: None,
             pausing: false,
+            runs_owed: 0,
         }
     }
 

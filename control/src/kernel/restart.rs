@@ -11,11 +11,13 @@ use shared::ids::KernelId;
 use thiserror::Error;
 
 use super::create::{self, CreateError, Order};
-use super::destroy;
+use super::journal::JournalError;
 use super::lifecycle::{Action, Input, Refusal, State};
 use super::node::Node;
+use super::record::BatchRecord;
 use super::registry::Kernel;
 use super::request::KernelCreationConfig;
+use super::{batch_job, destroy};
 
 /// How long the old container may take to go (the original's number).
 const OLD_CONTAINER: Duration = Duration::from_secs(60);
@@ -48,6 +50,15 @@ pub enum RestartError {
         #[source]
         source: serde_json::Error,
     },
+    /// The journal cannot be written: without it the new container would not be made.
+    #[error("kernel {kernel} goes on and is not restarted; free space below agent.var-base-path")]
+    Journal {
+        /// Which.
+        kernel: KernelId,
+        /// Why.
+        #[source]
+        source: JournalError,
+    },
     /// The old container did not go.
     #[error("the old container of kernel {0} did not go within 60 s")]
     Timeout(KernelId),
@@ -64,6 +75,15 @@ pub async fn restart(
 ) -> Result<Value, RestartError> {
     let kernel = node.registry.get(id).ok_or(RestartError::Unknown(id))?;
     let order = new_order(&kernel, updated)?;
+    if kernel.is_running() {
+        // Before anything is stopped that could not be made again.
+        let kernel_id = kernel.id;
+        let stored = node.store(&kernel).await;
+        stored.map_err(|source| RestartError::Journal {
+            kernel: kernel_id,
+            source,
+        })?;
+    }
     match kernel.step(Input::Restart).as_slice() {
         [Action::StopForRestart] => {
             let (node, restarting) = (node.clone(), kernel.clone());
@@ -161,10 +181,8 @@ async fn carry_out(
 ) -> Result<Value, RestartError> {
     node.note(kernel, |_| {}).await;
     tracing::info!(kernel_id = %kernel.id, "restarting a kernel");
-    if let Some(runner) = kernel.set_runner(None) {
-        runner.close().await;
-    }
     kernel.end_batch();
+    destroy::let_runner_go(node, kernel).await;
     let removal = destroy::stop_and_remove(node, kernel, false);
     let gone = tokio::time::timeout(OLD_CONTAINER, removal).await;
     let input = match &gone {
@@ -179,8 +197,8 @@ async fn carry_out(
         kernel.update_record(|record| {
             record.container_id = None;
             record.request = Some((*order.config).clone());
-            record.batch_running = false;
-            record.batch_job = None;
+            // The manager starts the job of a batch session again after a restart.
+            record.batch_job = record.batch_running.then(BatchRecord::dropped);
         });
     }
     let actions = kernel.step(input);
@@ -194,5 +212,7 @@ async fn carry_out(
             },
         });
     }
-    Ok(create::recreate(node, kernel, &order).await?)
+    let result = create::recreate(node, kernel, &order).await?;
+    batch_job::expect_again(node, kernel);
+    Ok(result)
 }

@@ -67,6 +67,8 @@ pub struct LinkOptions {
     pub runs: RunLimits,
     /// The container ran before this process did: its runner may be in the middle of a run.
     pub resumed: bool,
+    /// Runs that were told to have started before this process did, and not to have ended.
+    pub owed: u32,
     /// Who is told that runs begin and end, and of which session.
     pub told: Option<(Events, SessionId)>,
 }
@@ -77,6 +79,7 @@ impl Default for LinkOptions {
             ping_interval: Duration::from_secs(10),
             runs: RunLimits::default(),
             resumed: false,
+            owed: 0,
             told: None,
         }
     }
@@ -236,6 +239,8 @@ struct Inner {
     queued: AtomicUsize,
     model_updates: broadcast::Sender<ModelServiceStatus>,
     told: Option<(Events, SessionId)>,
+    /// How many runs were told to have started and not to have ended.
+    owed: watch::Sender<u32>,
     closed: CancellationToken,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -248,11 +253,13 @@ impl RunnerLink {
     /// Starts connecting and returns at once. Must be called inside a tokio runtime.
     pub fn open(kernel_id: KernelId, address: RunnerAddress, options: LinkOptions) -> Self {
         let (outgoing, messages) = mpsc::unbounded_channel();
+        let mut runs = RunTable::new(options.runs, options.resumed, Instant::now());
+        runs.owe(options.owed);
         let inner = Arc::new(Inner {
             kernel_id,
             address: watch::channel(Some(address)).0,
             state: Mutex::new(State {
-                runs: RunTable::new(options.runs, options.resumed, Instant::now()),
+                runs,
                 decoders: HashMap::new(),
                 lines: HashMap::new(),
                 last_heard: None,
@@ -262,9 +269,17 @@ impl RunnerLink {
             queued: AtomicUsize::new(0),
             model_updates: broadcast::channel(16).0,
             told: options.told,
+            owed: watch::channel(options.owed).0,
             closed: CancellationToken::new(),
             tasks: Mutex::new(Vec::new()),
         });
+        {
+            let mut state = lock(&inner.state);
+            inner.tell(&mut state);
+            if options.resumed {
+                inner.probe(&mut state);
+            }
+        }
         let tasks = vec![
             tokio::spawn(read(Arc::clone(&inner))),
             tokio::spawn(write(Arc::clone(&inner), messages)),
@@ -309,6 +324,11 @@ impl RunnerLink {
     /// Whether every message so far was written to the runner.
     pub fn is_flushed(&self) -> bool {
         self.0.queued.load(Ordering::Relaxed) == 0
+    }
+
+    /// How many runs were told to have started and not to have ended, as that changes.
+    pub fn runs_owed(&self) -> watch::Receiver<u32> {
+        self.0.owed.subscribe()
     }
 
     /// Whether the runner has told of a run that was started before this link.
@@ -702,9 +722,30 @@ impl Inner {
             .send_modify(|count| *count = count.wrapping_add(1));
     }
 
+    /// Asks the runner whether it is at work, behind all that was sent so far.
+    fn probe(&self, state: &mut State) {
+        if self.check_room().is_ok() {
+            // The writer is gone only when the link is closed.
+            let _sent = self.send(state.runs.probe(Instant::now()));
+        }
+    }
+
+    /// What was written to the connection before may never have arrived, nor what came back.
+    fn reconnected(&self) {
+        let mut state = lock(&self.state);
+        if state.runs.is_in_doubt() {
+            self.probe(&mut state);
+        }
+    }
+
     /// Emits what the runs have come to. Under the lock, so that no end is told before its start.
     fn tell(&self, state: &mut State) {
         let milestones = state.runs.milestones();
+        if !milestones.is_empty() {
+            let owed = state.runs.owed();
+            self.owed
+                .send_if_modified(|told| std::mem::replace(told, owed) != owed);
+        }
         let Some((events, session)) = &self.told else {
             return;
         };
@@ -729,6 +770,7 @@ impl Inner {
 
 async fn read(inner: Arc<Inner>) {
     let mut delay = RECONNECT_FIRST;
+    let mut first = true;
     let mut place = inner.address.subscribe();
     let work = async {
         loop {
@@ -737,6 +779,9 @@ async fn read(inner: Arc<Inner>) {
                 match socket::Receiver::connect(address.ip, address.repl_out).await {
                     Ok(mut receiver) => {
                         delay = RECONNECT_FIRST;
+                        if !std::mem::take(&mut first) {
+                            inner.reconnected();
+                        }
                         let err = receive_all(&inner, &mut receiver).await;
                         report(&inner, &err);
                     }
@@ -796,6 +841,7 @@ async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketEr
 async fn write(inner: Arc<Inner>, mut messages: mpsc::UnboundedReceiver<Outgoing>) {
     let mut delay = RECONNECT_FIRST;
     let mut unsent: Option<Outgoing> = None;
+    let mut first = true;
     let mut place = inner.address.subscribe();
     let work = async {
         loop {
@@ -804,6 +850,9 @@ async fn write(inner: Arc<Inner>, mut messages: mpsc::UnboundedReceiver<Outgoing
                 match socket::Sender::connect(address.ip, address.repl_in).await {
                     Ok(mut sender) => {
                         delay = RECONNECT_FIRST;
+                        if !std::mem::take(&mut first) {
+                            inner.reconnected();
+                        }
                         if let Some(err) =
                             send_all(&inner, &mut sender, &mut messages, &mut unsent).await
                         {
@@ -866,6 +915,11 @@ async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
             let mut state = lock(&inner.state);
             state.runs.sweep(Instant::now());
             inner.tell(&mut state);
+            if inner.check_room().is_ok() {
+                let again = state.runs.probe_again(Instant::now());
+                // The writer is gone only when the link is closed.
+                let _sent = inner.send(again);
+            }
         }
         // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
         // A full queue means the runner does not listen, and another ping would not help.

@@ -42,6 +42,8 @@ use crate::resource::{Allocation, ContainerLimits, ResourceError};
 const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
+/// How long a run is under way before the journal says so: shorter ones cost no write.
+const RUN_NOTED: Duration = Duration::from_millis(200);
 /// Shortest time between two words about the health of a kernel's models.
 const MODEL_PACE: Duration = Duration::from_secs(1);
 /// How much later than its processes the engine may know that a container has ended.
@@ -635,6 +637,7 @@ async fn serve_running(
     node.progress(kernel.id, "waiting for the runner");
     let runner = open_runner(node, kernel, &place, false);
     follow_models(node, kernel, &runner);
+    note_runs(node, kernel, &runner);
     let old = kernel.set_runner(Some(runner.clone()));
     drop(turn);
     if let Some(old) = old {
@@ -727,6 +730,11 @@ fn open_runner(
     let address = kernel.with_record(|record| record.runner_address(place.address));
     let options = LinkOptions {
         resumed,
+        owed: if resumed {
+            kernel.with_record(Record::runs_under_way)
+        } else {
+            0
+        },
         told: Some((node.events.clone(), kernel.session)),
         ..LinkOptions::default()
     };
@@ -744,12 +752,37 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
     node.registry.enter_sources(kernel, &place.sources);
     let runner = open_runner(node, kernel, &place, true);
     follow_models(node, kernel, &runner);
+    note_runs(node, kernel, &runner);
     let idle = kernel.offer_runner(container, runner);
     drop(turn);
     if let Some(idle) = idle {
-        idle.close().await;
+        // Of a kernel that ends just now the ending tells.
+        idle.leave().await;
     }
     Ok(())
+}
+
+/// Keeps in the journal how many runs have to be told to end: the next agent tells it if this one
+/// does not. Short runs are over before they are noted.
+fn note_runs(node: &Arc<Node>, kernel: &Arc<Kernel>, runner: &RunnerLink) {
+    let mut owed = runner.runs_owed();
+    let (node, kernel, runner) = (node.clone(), kernel.clone(), runner.clone());
+    node.clone().tasks.spawn(async move {
+        let note = async {
+            while owed.changed().await.is_ok() {
+                tokio::time::sleep(RUN_NOTED).await;
+                let owed = *owed.borrow_and_update();
+                if kernel.with_record(|record| record.runs_owed) != owed {
+                    node.note(&kernel, |record| record.runs_owed = owed).await;
+                }
+            }
+        };
+        tokio::select! {
+            () = note => {}
+            () = runner.closed() => {}
+            () = node.stopping.cancelled() => {}
+        }
+    });
 }
 
 /// Tells what the runner finds out about the health of the kernel's models, while it is connected.

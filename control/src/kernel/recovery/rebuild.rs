@@ -130,6 +130,7 @@ pub async fn record(
         batch_running,
         batch_job: None,
         pausing: false,
+        runs_owed: 0,
     })
 }
 

@@ -11,6 +11,9 @@
 //! - Records are taken only together with the end of a result, so a client that goes away loses nothing.
 //! - Memory is bounded: a run nobody reads keeps its newest output; what was dropped is told in words.
 //! - Each run that was told to have started is told to have ended, once, whether or not a client polls.
+//! - Where messages may have been lost (a new agent, a new connection), the runner is *probed*: it takes
+//!   an empty `build` and an empty `clean`, which do nothing, in their turn. Their answers in this order
+//!   come of no run, and say that all that was sent before is over. Until then no run is sent.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -148,11 +151,19 @@ struct Run {
     pollers: u32,
     /// Taken over from before our start, and nothing of it seen yet: it may not exist at all.
     tentative: bool,
+    /// An earlier life of the agent has told its start and not its end.
+    owed: bool,
+    /// The runner has said something of it to us.
+    seen: bool,
+    /// Steps of its present request that have ended.
+    steps: u8,
     last: Option<Taken>,
 }
 
 const MARKER_PREFIX: &str = "[bai-agent: ";
 const REQUESTS_PER_RUN: u32 = 16;
+/// How many runs an earlier life can owe the end of, whatever the disk says.
+const CURRENT_AND_WAITING: u32 = 17;
 /// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
 const MERGE_LIMIT: usize = 64 * 1024;
 
@@ -171,17 +182,57 @@ impl Run {
             polled: now,
             pollers: 0,
             tentative: false,
+            owed: false,
+            seen: false,
+            steps: 0,
             last: None,
         }
     }
 
+    /// Of the run of an earlier life: whether there is one.
+    fn is_under_way(&self) -> bool {
+        self.phase == Phase::Current || (self.phase == Phase::Waiting && self.owed)
+    }
+
     /// Whether it has begun and not ended, as far as anybody knows.
     fn is_live(&self) -> bool {
-        self.phase != Phase::Ended && !self.tentative
+        self.phase != Phase::Ended && (!self.tentative || self.owed)
+    }
+
+    /// Whether the end of this step is this run's and not the answer to a probe; `None` when its
+    /// request is not known.
+    fn owns(&self, step: Step) -> Option<bool> {
+        if self.content.is_empty() || self.expected > 1 {
+            return None;
+        }
+        let has_steps = self.content.iter().any(|message| message.kind == "clean");
+        Some(match step {
+            Step::Clean => has_steps && self.steps == 0,
+            Step::Build => has_steps && self.steps == 1,
+            Step::Run => true,
+        })
+    }
+
+    /// Ends a run whose end was lost. True when that has to be told.
+    fn lose(&mut self, now: Instant, limits: &RunLimits) -> bool {
+        let live = self.is_live();
+        if live {
+            let seen = self.seen;
+            let words = format!(
+                "{MARKER_PREFIX}the run has ended; how, and what it said last, was lost when the agent was restarted or the container's network was changed]\n"
+            );
+            self.push(Record::Text(Stream::Stderr, words), limits);
+            self.push(Record::StepEnd(Step::Run, None), limits);
+            self.seen = seen;
+        }
+        self.phase = Phase::Ended;
+        self.polled = now;
+        live
     }
 
     fn push(&mut self, record: Record, limits: &RunLimits) {
         self.tentative = false;
+        self.seen = true;
         if let (Some(Record::Text(last_stream, last)), Record::Text(stream, text)) =
             (self.records.back_mut(), &record)
             && last_stream == stream
@@ -279,6 +330,32 @@ fn is_end(record: &Record) -> bool {
     matches!(record, Record::StepEnd(..) | Record::WaitingInput(_))
 }
 
+/// A question to the runner that it answers when all that was sent before is over.
+#[derive(Debug)]
+struct Probe {
+    asked: Instant,
+    /// When it is asked again: the question or its answer may be lost, too.
+    again: Duration,
+    /// Requests on the current run that were sent after it.
+    newer: u32,
+}
+
+/// Connections that end as soon as they are open are not probed each time.
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
+const PROBE_AGAIN: Duration = Duration::from_secs(10);
+
+/// Whose the end of a step is.
+enum Sifted {
+    /// The run's, like everything else.
+    Own,
+    /// The run's or the first answer to a probe: what comes next tells.
+    Either,
+    /// The first answer to a probe.
+    Probe,
+    /// The second one.
+    Answered,
+}
+
 /// All runs of one kernel.
 #[derive(Debug)]
 pub struct RunTable {
@@ -293,6 +370,14 @@ pub struct RunTable {
     milestones: Vec<Milestone>,
     /// An end was told since the last sweep.
     end_told: bool,
+    /// What is not answered yet.
+    probe: Option<Probe>,
+    /// The runner was ever probed: answers may come.
+    probed: bool,
+    /// The first answer to a probe may have come.
+    armed: bool,
+    /// What may have been that.
+    held: Option<Record>,
 }
 
 impl RunTable {
@@ -307,7 +392,124 @@ impl RunTable {
             orphan,
             milestones: Vec::new(),
             end_told: false,
+            probe: None,
+            probed: false,
+            armed: false,
+            held: None,
         }
+    }
+
+    /// An earlier life has told that so many runs started, and not that they ended. The runner works
+    /// on one of them at most; the others were never sent.
+    pub fn owe(&mut self, runs: u32) {
+        let Some(orphan) = &mut self.orphan else {
+            return;
+        };
+        orphan.owed = runs > 0;
+        let unsent = runs.saturating_sub(1).min(CURRENT_AND_WAITING) as usize;
+        self.milestones
+            .extend(std::iter::repeat_n(Milestone::Cancelled, unsent));
+        self.end_told |= unsent > 0;
+    }
+
+    /// How many runs were told to have started and not to have ended.
+    pub fn owed(&self) -> u32 {
+        let orphan = self.orphan.iter().filter(|orphan| orphan.is_under_way());
+        let live = self.runs.values().filter(|run| run.is_live()).count() + orphan.count();
+        u32::try_from(live).unwrap_or(u32::MAX)
+    }
+
+    /// Whether the runner may work on something.
+    pub fn is_in_doubt(&self) -> bool {
+        self.probe.is_some() || self.current.is_some() || self.orphan_works()
+    }
+
+    /// The messages that ask the runner whether it is at work. They must be the last ones sent so far.
+    pub fn probe(&mut self, now: Instant) -> Vec<Outgoing> {
+        let mut again = PROBE_AGAIN;
+        if let Some(probe) = &self.probe {
+            if now.saturating_duration_since(probe.asked) < PROBE_PAUSE {
+                return Vec::new();
+            }
+            again = probe.again * 2;
+        }
+        self.probe = Some(Probe {
+            asked: now,
+            again,
+            newer: 0,
+        });
+        self.probed = true;
+        vec![Outgoing::text("build", ""), Outgoing::text("clean", "")]
+    }
+
+    /// The same again, when there was no answer for long. The runner answers all of them.
+    pub fn probe_again(&mut self, now: Instant) -> Vec<Outgoing> {
+        let due = self
+            .probe
+            .as_ref()
+            .is_some_and(|probe| now.saturating_duration_since(probe.asked) >= probe.again);
+        if due { self.probe(now) } else { Vec::new() }
+    }
+
+    /// Everything that was sent before the probe is over.
+    fn answered(&mut self, now: Instant) -> Vec<Outgoing> {
+        let Some(probe) = self.probe.take() else {
+            return Vec::new();
+        };
+        let mut lost = false;
+        if let Some(run) = self
+            .current
+            .as_ref()
+            .and_then(|run_id| self.runs.get_mut(run_id))
+        {
+            if probe.newer > 0 {
+                run.expected = run.expected.min(probe.newer);
+                return Vec::new();
+            }
+            lost = run.lose(now, &self.limits);
+            self.current = None;
+            self.forget_surplus();
+        } else if let Some(orphan) = &mut self.orphan {
+            if orphan.is_under_way() {
+                lost = orphan.lose(now, &self.limits);
+            } else if orphan.phase == Phase::Waiting {
+                self.orphan = None;
+            }
+        }
+        if lost {
+            self.milestones.push(Milestone::Cancelled);
+            self.end_told = true;
+        }
+        self.next(now)
+    }
+
+    fn sift(&mut self, record: &Record) -> Sifted {
+        let (Record::StepEnd(step, _), true) = (record, self.probed) else {
+            return Sifted::Own;
+        };
+        let run = match &self.current {
+            Some(run_id) => self.runs.get_mut(run_id),
+            None => self
+                .orphan
+                .as_mut()
+                .filter(|orphan| orphan.phase != Phase::Ended),
+        };
+        let owns = run.as_ref().map_or(Some(false), |run| run.owns(*step));
+        let sifted = match (step, owns) {
+            (Step::Build, Some(false)) => Sifted::Probe,
+            (Step::Build, None) => Sifted::Either,
+            (Step::Clean, Some(false)) => Sifted::Answered,
+            (Step::Clean, _) if self.armed => Sifted::Answered,
+            _ => Sifted::Own,
+        };
+        self.armed = matches!(sifted, Sifted::Probe | Sifted::Either);
+        if let (Sifted::Own, Some(run)) = (&sifted, run) {
+            run.steps = match step {
+                Step::Run => 0,
+                Step::Clean | Step::Build => run.steps.saturating_add(1),
+            };
+        }
+        sifted
     }
 
     /// The milestones since the last call. Every change of the table adds a few at most.
@@ -324,13 +526,14 @@ impl RunTable {
 
     /// The runner is gone, and with it all that was not finished.
     pub fn abandon(&mut self) {
-        let orphan = self.orphan.take().filter(|run| run.phase == Phase::Current);
+        let orphan = self.orphan.take().filter(Run::is_under_way);
         let runs = self.runs.drain().map(|(_, run)| run).chain(orphan);
         let live = runs.filter(Run::is_live).count();
         let cancelled = std::iter::repeat_n(Milestone::Cancelled, live);
         self.milestones.extend(cancelled);
         self.current = None;
         self.waiting.clear();
+        self.probe = None;
     }
 
     /// The run the runner works on.
@@ -382,6 +585,9 @@ impl RunTable {
                         run.content.clone_from(&request.messages);
                     }
                     if run.phase == Phase::Current {
+                        if let Some(probe) = self.probe.as_mut().filter(|_| request.starts) {
+                            probe.newer += 1;
+                        }
                         return Ok(request.messages);
                     }
                     run.unsent.extend(request.messages);
@@ -403,9 +609,11 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
+        let current = self.current.is_some();
         if !request.starts
-            && self.current.is_none()
-            && let Some(mut run) = self.orphan.take()
+            && let Some(mut run) = self
+                .orphan
+                .take_if(|orphan| !current || orphan.phase == Phase::Ended)
         {
             // The client goes on with a run that was started before we were.
             run.polled = now;
@@ -419,10 +627,13 @@ impl RunTable {
             self.runs.insert(run_id.to_owned(), run);
             return Ok(request.messages);
         }
-        if request.starts {
+        if request.starts && self.probe.is_none() {
             self.release_tentative();
         }
-        let busy = self.current.is_some() || !self.waiting.is_empty() || self.orphan_works();
+        let busy = self.current.is_some()
+            || !self.waiting.is_empty()
+            || self.orphan_works()
+            || self.probe.is_some();
         let mut run = Run::new(now, Phase::Waiting);
         if request.starts {
             run.expected = 1;
@@ -451,7 +662,13 @@ impl RunTable {
             Phase::Ended
         };
         if request.starts {
-            self.orphan = None;
+            if self
+                .orphan
+                .take()
+                .is_some_and(|orphan| orphan.is_under_way())
+            {
+                self.milestones.push(Milestone::Cancelled);
+            }
             self.current = Some(run_id.to_owned());
         }
         self.runs.insert(run_id.to_owned(), run);
@@ -465,6 +682,9 @@ impl RunTable {
         if let Some(run) = self.runs.get_mut(run_id)
             && run.tentative
         {
+            if run.is_live() {
+                self.milestones.push(Milestone::Cancelled);
+            }
             run.phase = Phase::Ended;
             self.current = None;
         }
@@ -479,18 +699,21 @@ impl RunTable {
 
     /// Whether records of an unknown run were seen after a restart, finished or not.
     pub fn tells_of_unknown(&self) -> bool {
-        self.orphan
-            .as_ref()
-            .is_some_and(|orphan| orphan.phase != Phase::Waiting)
+        self.orphan.as_ref().is_some_and(|orphan| orphan.seen)
     }
 
     /// Takes over a run that the runner already works on (the batch job after a restart).
     pub fn adopt(&mut self, now: Instant, run_id: &str) {
+        let idle = self.probed && self.probe.is_none() && self.orphan.is_none();
         let mut run = self
             .orphan
             .take()
             .unwrap_or_else(|| Run::new(now, Phase::Current));
         run.polled = now;
+        if idle {
+            // It was over when the runner was probed.
+            run.lose(now, &self.limits);
+        }
         if run.phase != Phase::Ended {
             run.phase = Phase::Current;
             run.expected = 1;
@@ -502,6 +725,26 @@ impl RunTable {
 
     /// Files what the runner produced; returns messages of the next run when this ended the current one.
     pub fn record(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
+        match self.sift(&record) {
+            Sifted::Own => {}
+            Sifted::Either => {
+                self.held = Some(record);
+                return Vec::new();
+            }
+            Sifted::Probe => return Vec::new(),
+            Sifted::Answered => {
+                self.held = None;
+                return self.answered(now);
+            }
+        }
+        if let Some(held) = self.held.take() {
+            // It ends no run.
+            let _none = self.file(now, held);
+        }
+        self.file(now, record)
+    }
+
+    fn file(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
         let finished = matches!(record, Record::StepEnd(Step::Run, _));
         let run = match &self.current {
             Some(run_id) => self.runs.get_mut(run_id),
@@ -538,6 +781,10 @@ impl RunTable {
         }
         run.phase = Phase::Ended;
         run.polled = now;
+        if !run.content.is_empty() {
+            // That answers it as well; of a run that was taken over there may be more to come.
+            self.probe = None;
+        }
         self.milestones.push(Milestone::Finished);
         self.end_told = true;
         self.current = None;
@@ -546,6 +793,9 @@ impl RunTable {
     }
 
     fn next(&mut self, now: Instant) -> Vec<Outgoing> {
+        if self.probe.is_some() {
+            return Vec::new();
+        }
         while let Some(run_id) = self.waiting.pop_front() {
             if let Some(run) = self.runs.get_mut(&run_id) {
                 run.phase = Phase::Current;
@@ -608,7 +858,7 @@ impl RunTable {
     /// Forgets what nobody wants any more.
     pub fn sweep(&mut self, now: Instant) {
         let limits = self.limits.clone();
-        let works = self.orphan_works() || self.runs.values().any(Run::is_live);
+        let works = self.owed() > 0;
         // Not beside the end itself: who is told of both takes them in any order.
         if std::mem::take(&mut self.end_told) && works {
             self.milestones.push(Milestone::Started);

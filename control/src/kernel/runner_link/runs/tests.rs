@@ -249,3 +249,207 @@ fn a_run_taken_over_by_name_alone_does_not_block_others() {
     let told = [Milestone::Started, Milestone::Finished];
     assert_eq!(table.milestones(), told);
 }
+
+fn batch() -> Submission {
+    let steps = ["clean", "build", "exec"];
+    Submission {
+        messages: steps.map(|kind| Outgoing::text(kind, "x")).into(),
+        starts: true,
+    }
+}
+
+fn step(step: Step) -> Record {
+    Record::StepEnd(step, Some(0))
+}
+
+/// The table of a new agent, whose runner has been asked.
+fn taken_over(owed: u32) -> (RunTable, Instant) {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.owe(owed);
+    let asked = table.probe(now);
+    let asked: Vec<_> = asked
+        .iter()
+        .map(|message| (message.kind, message.payload.len()))
+        .collect();
+    assert_eq!(asked, [("build", 0), ("clean", 0)]);
+    (table, now)
+}
+
+fn answer(table: &mut RunTable, now: Instant) -> Vec<Outgoing> {
+    assert!(table.record(now, step(Step::Build)).is_empty());
+    table.record(now, step(Step::Clean))
+}
+
+/// What a client is told at last: the marker and an end without an exit code.
+fn assert_lost(table: &mut RunTable, now: Instant, run_id: &str) {
+    let end = table.take(now, run_id, false).expect("an end");
+    assert_eq!(end.ending, Ending::Step(Step::Run, None));
+    let Some(Record::Text(Stream::Stderr, words)) = end.records.last() else {
+        panic!("the loss is told: {end:?}");
+    };
+    assert!(words.contains("lost"), "{words}");
+}
+
+#[test]
+fn a_run_whose_end_an_earlier_life_has_lost_is_told_to_have_ended() {
+    use Milestone::{Cancelled, Finished, Started};
+    // It is over, and two others were never sent.
+    let (mut table, now) = taken_over(3);
+    assert_eq!(table.milestones(), [Cancelled; 2]);
+    assert_eq!(table.owed(), 1);
+    assert!(
+        table
+            .submit(now, "new", query("1"))
+            .expect("held")
+            .is_empty()
+    );
+    assert_eq!(answer(&mut table, now), query("1").messages);
+    assert_eq!(table.milestones(), [Started, Cancelled]);
+    table.record(now, finished(0));
+    assert_eq!((table.milestones(), table.owed()), (vec![Finished], 0));
+
+    // Nothing was owed: nothing is told, and who goes on with a run of old waits for nothing.
+    let (mut table, now) = taken_over(0);
+    table.submit(now, "old", go_on()).expect("taken over");
+    assert!(answer(&mut table, now).is_empty());
+    assert_eq!(table.milestones(), []);
+    assert_eq!(table.submit(now, "new", query("1")).expect("sent").len(), 1);
+
+    // Who goes on with one that was owed gets its end, before the answer or after it.
+    let (mut table, now) = taken_over(1);
+    table.submit(now, "old", go_on()).expect("taken over");
+    answer(&mut table, now);
+    assert_lost(&mut table, now, "old");
+    assert_eq!(table.milestones(), [Started, Cancelled]);
+    let (mut table, now) = taken_over(1);
+    answer(&mut table, now);
+    assert!(
+        !table.tells_of_unknown(),
+        "the runner has said nothing of it"
+    );
+    table.submit(now, "old", go_on()).expect("taken over");
+    assert_lost(&mut table, now, "old");
+    assert_eq!(table.milestones(), [Cancelled]);
+    // The batch job likewise, also when the journal did not know yet that it was sent.
+    for owed in [0, 1] {
+        let (mut table, now) = taken_over(owed);
+        answer(&mut table, now);
+        table.adopt(now, "batch-job");
+        if owed == 1 {
+            assert_lost(&mut table, now, "batch-job");
+        } else {
+            assert!(table.take(now, "batch-job", false).is_some());
+        }
+        assert_eq!(table.current(), None);
+    }
+}
+
+#[test]
+fn a_silent_run_of_an_earlier_life_is_waited_for() {
+    use Milestone::{Cancelled, Finished, Started};
+    let (mut table, now) = taken_over(1);
+    assert!(
+        table
+            .submit(now, "new", query("1"))
+            .expect("held")
+            .is_empty()
+    );
+    assert!(table.record(now, finished(0)).is_empty());
+    assert_eq!(answer(&mut table, now), query("1").messages);
+    assert_eq!(table.milestones(), [Started, Finished]);
+    // Its client comes when the next one is at work.
+    table.submit(now, "old", go_on()).expect("taken over");
+    let end = table.take(now, "old", false).expect("the end");
+    assert_eq!(end.ending, Ending::Step(Step::Run, Some(0)));
+    assert_eq!(table.current(), Some("new"));
+
+    // The kernel is restarted meanwhile.
+    let (mut table, now) = taken_over(1);
+    table.submit(now, "new", query("1")).expect("held");
+    table.abandon();
+    assert_eq!(table.milestones(), [Started, Cancelled, Cancelled]);
+    assert_eq!(table.owed(), 0);
+
+    // Its own steps are no answer, wherever in them the agent was restarted.
+    for left in 0..3 {
+        let (mut table, now) = taken_over(1);
+        table.submit(now, "old", go_on()).expect("taken over");
+        table.submit(now, "new", batch()).expect("held");
+        let own = [Step::Clean, Step::Build].map(step);
+        for end in &own[left..] {
+            assert!(table.record(now, end.clone()).is_empty());
+        }
+        assert!(table.record(now, out("x")).is_empty());
+        assert!(table.record(now, finished(7)).is_empty());
+        assert_eq!(answer(&mut table, now), batch().messages, "{left}");
+        for end in &own[left..] {
+            let taken = table.take(now, "old", false).expect("a step");
+            let Record::StepEnd(step, code) = *end else {
+                panic!("{end:?}");
+            };
+            assert_eq!(taken.ending, Ending::Step(step, code));
+        }
+        let taken = table.take(now, "old", false).expect("the end");
+        assert_eq!(taken.ending, Ending::Step(Step::Run, Some(7)));
+        assert_eq!(table.milestones(), [Started, Started, Finished]);
+        // A question that was asked twice is answered twice.
+        assert!(answer(&mut table, now).is_empty());
+        for record in own.into_iter().chain([finished(0)]) {
+            table.record(now, record);
+        }
+        for expected in [Step::Clean, Step::Build, Step::Run] {
+            let taken = table.take(now, "new", false).expect("a step");
+            assert_eq!(taken.ending, Ending::Step(expected, Some(0)));
+        }
+        assert_eq!(table.milestones(), [Finished]);
+    }
+}
+
+#[test]
+fn what_a_new_connection_has_lost_is_found_out() {
+    use Milestone::{Cancelled, Finished, Started};
+    let now = Instant::now();
+    // Wherever in its steps a run is when messages are lost.
+    for heard in 0..3 {
+        let mut table = RunTable::new(RunLimits::default(), false, now);
+        assert!(!table.is_in_doubt());
+        table.submit(now, "a", batch()).expect("sent");
+        table.submit(now, "b", query("1")).expect("queued");
+        for own in &[Step::Clean, Step::Build].map(step)[..heard] {
+            table.record(now, own.clone());
+        }
+        assert!(table.is_in_doubt());
+        assert_eq!(table.probe(now).len(), 2);
+        assert!(table.probe(now).is_empty(), "connections may come and go");
+        assert_eq!(answer(&mut table, now), query("1").messages);
+        assert_eq!(table.milestones(), [Started, Started, Cancelled]);
+        for _ in 0..heard {
+            table.take(now, "a", false).expect("a step");
+        }
+        assert_lost(&mut table, now, "a");
+        assert_eq!(table.current(), Some("b"));
+    }
+    // Nothing is lost: the answer comes after the end.
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    table.submit(now, "b", batch()).expect("queued");
+    table.probe(now);
+    assert_eq!(table.record(now, finished(0)), batch().messages);
+    assert!(answer(&mut table, now).is_empty());
+    assert_eq!(table.current(), Some("b"));
+    assert_eq!(table.milestones(), [Started, Started, Finished]);
+    // A request that came after the question is not over when that is answered.
+    table.probe(now);
+    table.submit(now, "b", query("2")).expect("sent");
+    answer(&mut table, now);
+    assert_eq!((table.current(), table.owed()), (Some("b"), 1));
+    table.record(now, finished(0));
+    assert_eq!((table.current(), table.owed()), (None, 0));
+    // No answer: it is asked again, less and less often.
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.probe(now);
+    let again = |table: &mut RunTable, after| table.probe_again(now + seconds(after)).len();
+    let asked = [9, 10, 29, 30, 69, 70].map(|after| again(&mut table, after));
+    assert_eq!(asked, [0, 2, 0, 2, 0, 2]);
+}
