@@ -143,7 +143,12 @@ impl Readers {
             _ => false,
         };
         io && [self.cpu, self.memory, self.pids] == [cgroups; 3]
-            && self.net == name(Source::Netlink)
+            && self.net
+                == name(if by_program {
+                    Source::Bpf
+                } else {
+                    Source::Netlink
+                })
     }
 }
 

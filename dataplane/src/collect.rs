@@ -20,9 +20,10 @@ pub mod tasks;
 #[cfg(test)]
 mod truth;
 mod turns;
+pub mod veths;
 pub mod walks;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,7 +38,7 @@ use shared::observed::{
 };
 use shared::{monotonic_ns, wall_ns};
 
-use self::container::Watched;
+use self::container::{Networks, Watched};
 use self::disk::Disk;
 use self::facts::{Facts, Hierarchy};
 use self::file::Budget;
@@ -145,6 +146,9 @@ pub struct Sampler {
     links: Option<LinkReader>,
     /// What to look for with it.
     sought: HashMap<ContainerId, Seek>,
+    /// Those with links that only their own namespaces have, or of which a question under way is to tell
+    /// whether they have: what others have read is not all then.
+    partly_told: HashSet<ContainerId>,
     delivered: Option<CounterTable>,
     delivered_log: LogLimit,
     node: Node,
@@ -238,6 +242,7 @@ impl Sampler {
             split_before: HashMap::new(),
             links: Some(LinkReader::new()),
             sought: HashMap::new(),
+            partly_told: HashSet::new(),
             delivered: None,
             delivered_log: LogLimit::default(),
             disk,
@@ -300,10 +305,29 @@ impl Sampler {
         self.pass_with(begun, Some(question))
     }
 
-    /// The question about links, to be asked without this; none while an earlier one is out.
+    /// The question about links, to be asked without this; none while an earlier one is out, or when all is
+    /// known without.
     fn ask_links(&mut self) -> Option<Question> {
+        let compares = match &self.walks {
+            Some(walks) => {
+                let all = !walks.veths().lacking()
+                    && self.sought.is_empty()
+                    && self.partly_told.is_empty()
+                    && !self.node.needs_links();
+                let compares = walks.veths().compares();
+                if all && !compares {
+                    return None;
+                }
+                compares
+            }
+            None => false,
+        };
         let mut reader = self.links.take()?;
+        if compares && let Some(walks) = &mut self.walks {
+            walks.read_before_asking();
+        }
         reader.keep(|id| place_of(&self.containers, id).is_ok());
+        self.partly_told.extend(self.sought.keys());
         Some(Question {
             reader,
             sought: std::mem::take(&mut self.sought),
@@ -311,23 +335,38 @@ impl Sampler {
         })
     }
 
+    /// Takes the reader back after a question.
+    fn take_back(&mut self, reader: LinkReader) {
+        self.partly_told.clear();
+        self.partly_told.extend(reader.with_inner());
+        self.links = Some(reader);
+    }
+
     /// One pass, with what was told about links.
     fn pass_with(&mut self, begun: Begun, answered: Option<Question>) -> Pass {
         self.tick += 1;
-        let (mut reader, read) = match answered {
-            Some(question) => (Some(question.reader), question.read),
-            None => (None, false),
-        };
-        let steady = read && self.add_delivered(reader.as_mut());
-        let told = reader.as_ref().filter(|_| steady);
-        let links = told.and_then(LinkReader::statistics);
-        let links = links.map(LinkStatistics::last);
+        let mut told = false;
+        if let Some(question) = answered {
+            told = question.read;
+            self.take_back(question.reader);
+        }
         if let Some(walks) = &mut self.walks {
             for watched in &mut self.containers {
                 watched.walk(walks);
             }
             walks.pass(&mut self.buffer);
+            let reader = self.links.as_ref().filter(|_| told);
+            let links = reader.and_then(LinkReader::statistics);
+            walks.veths_mut().take(links.map(LinkStatistics::last));
         }
+        let steady = self.add_delivered(told);
+        let reader = self.links.as_ref().filter(|_| told && steady);
+        let links = reader.and_then(LinkReader::statistics);
+        let read = self.walks.as_ref().filter(|_| steady);
+        let networks = Networks {
+            read: read.map(|walks| walks.veths().believed()),
+            told: links.map(LinkStatistics::last),
+        };
         // What the walks have read is of one moment; files are read one after the other.
         let files = self.walks.is_none();
         let mut now = (monotonic_ns(), wall_ns());
@@ -337,16 +376,18 @@ impl Sampler {
                 &self.facts,
                 &self.budget,
                 self.walks.as_ref(),
-                links,
+                networks,
                 &mut self.buffer,
             );
             // Its host-side links are there, so the namespace is still its own.
             if sample.net.get().is_some()
-                && let Some(inner) = told.and_then(|it| it.inner(sample.container_id))
+                && (!self.partly_told.is_empty() || !self.sought.is_empty())
+                && (self.partly_told.contains(&sample.container_id)
+                    || self.sought.contains_key(&sample.container_id))
             {
-                match inner {
+                match reader.and_then(|it| it.inner(sample.container_id)?) {
                     Some(counted) => record::add_inner(&mut sample.net.counters, counted),
-                    // Its network has no counters, as they would go back.
+                    // Its network has no counters without them, as they would go back.
                     None => sample.net = Measured::default(),
                 }
             }
@@ -361,7 +402,9 @@ impl Sampler {
             samples.push(&sample);
         }
         let mut cores_busy_ns = Vec::new();
-        let mut counters = self.node.read(links, &mut cores_busy_ns, &mut self.buffer);
+        let mut counters = self
+            .node
+            .read(networks.told, &mut cores_busy_ns, &mut self.buffer);
         let space = self.scratch_root.as_deref();
         if let Some(space) = space.and_then(|path| self.disk.at(path)) {
             counters.disk_total_bytes = space.total;
@@ -395,9 +438,6 @@ impl Sampler {
                 ..listing
             })
         });
-        if reader.is_some() {
-            self.links = reader;
-        }
         self.last_pass = begun.at.elapsed();
         self.last_cpu = thread_cpu().saturating_sub(begun.cpu);
         counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
@@ -453,16 +493,32 @@ impl Sampler {
                 Err(place) => self.containers.insert(place, watched),
             }
         }
+        if let Some(walks) = &mut self.walks {
+            let own = self.containers.iter().map(Watched::row);
+            let own = own.filter(|row| !row.host_network);
+            let links = own.flat_map(|row| &row.link_indexes).copied().collect();
+            walks.veths_mut().follow(links);
+        }
     }
 
-    /// Whether all that counts for links was added to what the kernel counts itself.
-    fn add_delivered(&mut self, reader: Option<&mut LinkReader>) -> bool {
-        let links = reader.and_then(LinkReader::statistics_mut);
-        let (Some(delivered), Some(links)) = (&mut self.delivered, links) else {
+    /// Whether all that counts for links was added to what the kernel counts itself, as it told now if
+    /// `told` and as it was read.
+    fn add_delivered(&mut self, told: bool) -> bool {
+        let Some(delivered) = &mut self.delivered else {
             return true;
         };
-        let read =
-            delivered.read(|link, [packets, bytes]| links.add_delivered(link, packets, bytes));
+        let reader = self.links.as_mut().filter(|_| told);
+        let mut links = reader.and_then(LinkReader::statistics_mut);
+        let walks = self.walks.as_mut();
+        let mut own = walks.map(|walks| walks.veths_mut().believed_mut());
+        let read = delivered.read(|link, [packets, bytes]| {
+            if let Some(links) = &mut links {
+                links.last_mut().add_delivered(link, packets, bytes);
+            }
+            if let Some(own) = &mut own {
+                own.add_delivered(link, packets, bytes);
+            }
+        });
         if let Err(err) = &read
             && let Some(suppressed) = self.delivered_log.pass()
         {

@@ -6,6 +6,7 @@
 //! [`nvml`] have the calls that no crate offers).
 
 pub mod bpf;
+pub mod btf;
 pub mod datagram;
 pub mod iterator;
 pub mod netlink;

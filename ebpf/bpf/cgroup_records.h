@@ -104,6 +104,8 @@ struct cgroup_walk {
 	__u64 counter_above;
 	__u64 limit_above;
 	__u64 passes;
+	/* Links to read (`link_records.h`). */
+	__u64 links;
 };
 
 #endif

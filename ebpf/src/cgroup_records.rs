@@ -121,6 +121,8 @@ pub mod walk {
     pub const STAT_LENGTH: usize = ENUM_INDEX + STAT_ITEMS;
     /// Length of the array of those kept per node.
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
-    /// All of them, three of the program's own included.
-    pub const WORDS: usize = NODE_STAT_LENGTH + 4;
+    /// Links to read, after three words of the program's own.
+    pub const LINKS: usize = NODE_STAT_LENGTH + 4;
+    /// All of them.
+    pub const WORDS: usize = LINKS + 1;
 }

@@ -5,6 +5,7 @@
 //! Invariant: sizes and offsets of every record are asserted on both sides at compile time.
 
 pub mod cgroup_records;
+pub mod link_records;
 pub mod records;
 pub mod task_records;
 

@@ -153,11 +153,32 @@ fn links(site: &Site, count: u16) -> Result<BTreeMap<u16, u32>> {
         ip(&format!("netns add {name}"))?;
     }
     let lines: String = (0..count)
-        .map(|number| format!("link add m{number} type veth peer name c{number} netns {other}\n"))
+        .map(|number| {
+            format!(
+                "link add m{number} type veth peer name c{number} netns {other}\n\
+                 link set m{number} up\n"
+            )
+        })
         .collect();
+    let mut other_ends: String = (0..count)
+        .map(|number| format!("link set c{number} up\n"))
+        .collect();
+    other_ends.push_str("addr add 10.213.9.2/24 dev c0\n");
     let batch = site.directory().join("links");
     std::fs::write(&batch, lines)?;
     done(Command::new("ip").args(["-n", &host, "-batch"]).arg(&batch))?;
+    std::fs::write(&batch, other_ends)?;
+    done(
+        Command::new("ip")
+            .args(["-n", &other, "-batch"])
+            .arg(&batch),
+    )?;
+    // One has counted something, and not the same in both directions: it tells whether links are read rightly.
+    ip(&format!("-n {host} addr add 10.213.9.1/24 dev m0"))?;
+    site.within(Place::Host, || -> std::io::Result<usize> {
+        let socket = std::net::UdpSocket::bind("10.213.9.1:0")?;
+        socket.send_to(&[0; 999], "10.213.9.2:9")
+    })??;
     let shown = ip(&format!("-n {host} -o link"))?;
     Ok(shown
         .lines()

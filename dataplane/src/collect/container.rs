@@ -170,6 +170,15 @@ impl Hot {
     }
 }
 
+/// What links have counted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Networks<'a> {
+    /// As the kernel program read them; only those that are believed.
+    pub read: Option<&'a Links>,
+    /// As the kernel told.
+    pub told: Option<&'a Links>,
+}
+
 /// One container: its files and records.
 #[derive(Debug)]
 pub struct Watched {
@@ -429,7 +438,7 @@ impl Watched {
         facts: &Facts,
         budget: &Arc<Budget>,
         walks: Option<&Walks>,
-        links: Option<&Links>,
+        links: Networks<'_>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
@@ -446,13 +455,16 @@ impl Watched {
             self.find_missing(facts, budget);
             self.read_groups(&mut sample, buffer);
         }
-        let place = &mut self.hot.link_place;
-        let net = links.and_then(|links| match self.hot.link {
-            Some(link) => network(&[link], links, place),
-            None => network_of(&self.cold.row, links),
-        });
-        if let Some(net) = net {
-            sample.net = Measured::now(Source::Netlink, net);
+        for (source, links) in [(Source::Bpf, links.read), (Source::Netlink, links.told)] {
+            let place = &mut self.hot.link_place;
+            let net = links.and_then(|links| match self.hot.link {
+                Some(link) => network(&[link], links, place),
+                None => network_of(&self.cold.row, links),
+            });
+            if let Some(net) = net {
+                sample.net = Measured::now(source, net);
+                break;
+            }
         }
         sample
     }
@@ -650,7 +662,13 @@ mod tests {
         };
         let facts = Facts::gather();
         let mut watched = Watched::new(row, IoCounters::default(), &facts, &Budget::new(100));
-        let sample = watched.sample(&facts, &Budget::new(100), None, None, &mut Vec::new());
+        let sample = watched.sample(
+            &facts,
+            &Budget::new(100),
+            None,
+            Networks::default(),
+            &mut Vec::new(),
+        );
         assert_eq!(sample.cpu.source, Source::Absent);
         assert_eq!(sample.memory.source, Source::Absent);
     }

@@ -117,6 +117,11 @@ impl LinkReader {
         Some(inner.counted.as_ref())
     }
 
+    /// The containers that have links which only their own namespaces have.
+    pub(super) fn with_inner(&self) -> impl Iterator<Item = &ContainerId> {
+        self.inner.keys()
+    }
+
     /// Lets go of other containers.
     pub(super) fn keep(&mut self, wanted: impl Fn(&ContainerId) -> bool) {
         if !self.inner.is_empty() {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use shared::observed::NodeCounters;
 
 use super::file::{Budget, CachedFile, keyed, pressure};
-use crate::sys::netlink::Links;
+use crate::sys::netlink::{LinkLookup, Links};
 
 /// How often the list of physical interfaces is made anew.
 const INTERFACES: Duration = Duration::from_secs(60);
@@ -29,11 +29,43 @@ pub struct Node {
     vmstat: CachedFile,
     oom_kills: Option<(Instant, Option<u64>)>,
     pressure: [CachedFile; 3],
-    interfaces: Vec<u32>,
+    interfaces: Vec<Interface>,
     interfaces_at: Option<Instant>,
     /// Of /proc/self/fd, kept so that no path is walked.
     descriptors: Option<File>,
     tick_ns: u64,
+    budget: Arc<Budget>,
+}
+
+/// An interface at the node's edge.
+#[derive(Debug)]
+struct Interface {
+    index: u32,
+    /// Bytes received and sent, read without the kernel's interface lock; none when the files are those of
+    /// another network namespace.
+    bytes: Option<[CachedFile; 2]>,
+}
+
+impl Interface {
+    fn below(class: &Path, name: &str, number: u32, budget: &Arc<Budget>) -> Self {
+        let directory = class.join(name);
+        let own = number_of(class, name, "ifindex") == Some(number);
+        let file = |file| CachedFile::new(directory.join("statistics").join(file), budget);
+        Self {
+            index: number,
+            bytes: own.then(|| ["rx_bytes", "tx_bytes"].map(file)),
+        }
+    }
+
+    /// Bytes received and sent.
+    fn read(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> Option<(u64, u64)> {
+        let Some([rx, tx]) = &mut self.bytes else {
+            let link = links?.get(self.index)?;
+            return Some((link.rx_bytes, link.tx_bytes));
+        };
+        let mut number = |file: &mut CachedFile| file.read(buffer).ok()?.trim().parse().ok();
+        Some((number(rx)?, number(tx)?))
+    }
 }
 
 impl Node {
@@ -53,6 +85,7 @@ impl Node {
             interfaces: Vec::new(),
             interfaces_at: None,
             descriptors: File::open("/proc/self/fd").ok(),
+            budget: Arc::clone(budget),
             tick_ns: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
         }
     }
@@ -100,23 +133,21 @@ impl Node {
             counters.memory_total_bytes = bytes("MemTotal:");
             counters.memory_available_bytes = bytes("MemAvailable:");
         }
-        if let Some(links) = links {
-            self.find_interfaces();
-            let mut found = self
-                .interfaces
-                .iter()
-                .filter_map(|index| links.get(*index))
-                .peekable();
-            if found.peek().is_some() {
-                let (rx, tx) = found.fold((0, 0), |(rx, tx), link| {
-                    (rx + link.rx_bytes, tx + link.tx_bytes)
-                });
-                counters.net_rx_bytes = Some(rx);
-                counters.net_tx_bytes = Some(tx);
+        self.find_interfaces();
+        for interface in &mut self.interfaces {
+            if let Some((rx, tx)) = interface.read(links, buffer) {
+                *counters.net_rx_bytes.get_or_insert(0) += rx;
+                *counters.net_tx_bytes.get_or_insert(0) += tx;
             }
         }
         counters.descriptors_open = self.descriptors.as_ref().and_then(open_descriptors);
         counters
+    }
+
+    /// Whether counters of links are needed to read all of this.
+    pub fn needs_links(&mut self) -> bool {
+        self.find_interfaces();
+        self.interfaces.iter().any(|it| it.bytes.is_none())
     }
 
     fn oom_kill_events(&mut self, buffer: &mut Vec<u8>) -> Option<u64> {
@@ -139,16 +170,27 @@ impl Node {
             return;
         }
         self.interfaces_at = Some(Instant::now());
-        self.interfaces = physical_interfaces(Path::new("/sys/class/net"));
-        if self.interfaces.is_empty() {
+        let class = Path::new("/sys/class/net");
+        let Ok(lookup) = LinkLookup::open() else {
+            return;
+        };
+        let mut found = physical_interfaces(class);
+        // The files may be those of another network namespace.
+        found.retain(|(index, name)| lookup.index(name) == Some(*index));
+        if found.is_empty() {
             // In a network namespace of its own the node's edge is where the default routes lead.
             let routes = std::fs::read_to_string("/proc/self/net/route").unwrap_or_default();
             let routes6 = std::fs::read_to_string("/proc/self/net/ipv6_route").unwrap_or_default();
-            let class = Path::new("/sys/class/net");
             let edge = edge(class, default_route(&routes), default_route6(&routes6));
-            let index = |name| number_of(class, name, "ifindex");
-            self.interfaces = edge.into_iter().flatten().filter_map(index).collect();
+            found = edge
+                .into_iter()
+                .flatten()
+                .filter_map(|name| Some((lookup.index(name)?, name.to_owned())))
+                .collect();
         }
+        let interface =
+            |(index, name): (u32, String)| Interface::below(class, &name, index, &self.budget);
+        self.interfaces = found.into_iter().map(interface).collect();
     }
 }
 
@@ -187,19 +229,17 @@ fn meminfo_kib(text: &str, key: &str) -> Option<u64> {
 }
 
 /// Interfaces with a device behind them.
-fn physical_interfaces(class: &Path) -> Vec<u32> {
+fn physical_interfaces(class: &Path) -> Vec<(u32, String)> {
     let Ok(entries) = std::fs::read_dir(class) else {
         return Vec::new();
     };
     entries
         .filter_map(|entry| {
-            let path = entry.ok()?.path();
+            let entry = entry.ok()?;
+            let path = entry.path();
             path.join("device").exists().then_some(())?;
-            std::fs::read_to_string(path.join("ifindex"))
-                .ok()?
-                .trim()
-                .parse()
-                .ok()
+            let name = entry.file_name().into_string().ok()?;
+            Some((number_of(class, &name, "ifindex")?, name))
         })
         .collect()
 }
@@ -285,6 +325,7 @@ fn open_descriptors(directory: &File) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::netlink::LinkCounters;
 
     #[test]
     fn idle_and_total_time() {
@@ -396,7 +437,42 @@ mod tests {
         assert!(busy.abs_diff(all) <= 1_000_000_000, "{busy} of {all}");
         assert!(counters.cpu_total_ns > counters.cpu_idle_ns);
         assert!(counters.memory_total_bytes > counters.memory_available_bytes);
-        assert_eq!(counters.net_rx_bytes, None);
+        // Its edge is asked for without links, unless the files are those of another namespace.
+        let edge = !node.interfaces.is_empty() && !node.needs_links();
+        assert_eq!(counters.net_rx_bytes.is_some(), edge);
+        assert_eq!(counters.net_tx_bytes.is_some(), edge);
+    }
+
+    #[test]
+    fn an_interface_is_read_by_its_files_or_where_they_are_others_by_its_link() {
+        let class = tempfile::tempdir().unwrap();
+        let directory = class.path().join("eth9/statistics");
+        std::fs::create_dir_all(&directory).unwrap();
+        for (file, text) in [
+            ("../ifindex", "7\n"),
+            ("rx_bytes", "12\n"),
+            ("tx_bytes", "13\n"),
+        ] {
+            std::fs::write(directory.join(file), text).unwrap();
+        }
+        let links: Links = [(
+            8,
+            LinkCounters {
+                rx_bytes: 80,
+                tx_bytes: 81,
+                ..LinkCounters::default()
+            },
+        )]
+        .into_iter()
+        .collect();
+        let mut buffer = Vec::new();
+        let mut read = |index, links| {
+            let budget = Budget::new(10);
+            Interface::below(class.path(), "eth9", index, &budget).read(links, &mut buffer)
+        };
+        assert_eq!(read(7, None), Some((12, 13)));
+        assert_eq!(read(8, None), None);
+        assert_eq!(read(8, Some(&links)), Some((80, 81)));
     }
 
     #[test]

@@ -255,7 +255,7 @@ impl Shared {
         }
         drop(state);
         if let Some(sampler) = &mut lock(&self.work).sampler {
-            sampler.links = Some(question.reader);
+            sampler.take_back(question.reader);
         }
         state = self.state.lock();
         state.hangs = false;
@@ -346,7 +346,7 @@ impl Shared {
             tracing::warn!(
                 suppressed,
                 "the kernel does not answer about links, somebody holds its interface lock; \
-                 network numbers are absent until it does"
+                 network numbers that it is asked for are absent until it does"
             );
         }
     }
@@ -358,12 +358,94 @@ mod tests {
     use shared::Sizes;
     use shared::desired::ContainerRow;
     use shared::doorbell::Ringer;
-    use shared::observed::{ObservedReader, ObservedSnapshot, ObservedWriter};
+    use shared::observed::{ObservedReader, ObservedSnapshot, ObservedWriter, Source};
     use shared::run_dir::RunDir;
 
     use crate::accelerator::Accelerators;
     use crate::collect::Means;
     use crate::collect::disk::Disk;
+    use crate::collect::veths::truth::Pair;
+
+    /// Links that the kernel program reads need no question.
+    #[test]
+    fn counters_of_links_are_fresh_while_a_question_about_links_hangs() {
+        let Some(pair) = Pair::new("lt", 121) else {
+            return;
+        };
+        pair.send(20);
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-fresh").unwrap();
+        let directory = run_dir.create_dataplane().unwrap();
+        let board = Board::new(
+            ObservedWriter::open(&directory, Sizes::default()).unwrap(),
+            Ringer::of(run_dir.control()).unwrap(),
+            Accelerators::none(),
+        );
+        let interval = Duration::from_millis(20);
+        let gate = Arc::new(Mutex::new(()));
+        let own = Arc::clone(&gate);
+        let (say, said) = std::sync::mpsc::channel();
+        let turns = Turns::start(interval, board, move || {
+            let disk = Disk::start().unwrap();
+            let means = Means::Best { containers: 8 };
+            let mut sampler = Sampler::new(Arc::default(), disk, None, 10, means);
+            say.send(sampler.walks.is_some()).unwrap();
+            sampler.links.as_mut().unwrap().gate = Some(own);
+            sampler
+        })
+        .unwrap();
+        if !said.recv().unwrap() {
+            crate::skip::here("this kernel takes no program that reads links", false);
+            return;
+        }
+        let mut desired = DesiredSnapshot {
+            containers: vec![pair.row()],
+            ..DesiredSnapshot::default()
+        };
+        turns.want(Some(Arc::new(desired.clone())), interval);
+        let mut reader = ObservedReader::at(&directory);
+        let mut wait_for = |wanted: &dyn Fn(&ObservedSnapshot) -> bool| {
+            let until = Instant::now() + Duration::from_secs(30);
+            loop {
+                if let Ok(found) = reader.snapshot()
+                    && wanted(&found)
+                {
+                    return found;
+                }
+                assert!(Instant::now() < until, "it does not come");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        let bytes = |it: &ObservedSnapshot| it.containers.first()?.net.counters.rx_bytes;
+        let by_program = |it: &ObservedSnapshot| {
+            let first = it.containers.first();
+            first.is_some_and(|it| it.net.source == Source::Bpf)
+        };
+        wait_for(&by_program);
+        let held = lock(&gate);
+        // Another container, about whose link the kernel must be asked.
+        let mut row = pair.row();
+        (row.container_id.0[0], row.link_indexes) = (200, vec![1]);
+        desired.containers.push(row);
+        turns.want(Some(Arc::new(desired)), interval);
+        wait_for(&|_| turns.shared.state.lock().hangs);
+        for _ in 0..3 {
+            let before = bytes(&wait_for(&by_program));
+            pair.send(5);
+            let after = wait_for(&|it| by_program(it) && bytes(it) > before);
+            assert!(
+                after
+                    .containers
+                    .get(1)
+                    .is_none_or(|it| it.net.get().is_none())
+            );
+        }
+        drop(held);
+        wait_for(&|it| {
+            let other = it.containers.get(1);
+            other.is_some_and(|it| it.net.source == Source::Netlink) && by_program(it)
+        });
+    }
 
     #[test]
     fn a_question_about_links_that_hangs_holds_nothing_else_up() {

@@ -22,16 +22,20 @@ use aya_obj::btf::BtfKind;
 use ebpf::cgroup_records::{
     CONTROLLERS, CgroupRecord, MOST_CPUS, MOST_STATS, STAT_ITEMS, filled, target, walk,
 };
+use ebpf::link_records::{LinkRecord, link_layout, link_target};
 use rustix::fs::{Mode, OFlags};
 
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, CachedFile, keyed};
+use super::veths::Veths;
 use crate::sys::iterator::{self, SharedArray};
 
 /// Targets beyond those of containers: some that are gone may not be given back yet.
 const OTHERS: u32 = 64;
 /// Entries for the block devices of cgroups, per container: itself, what is around and below it.
 const BLOCK_ENTRIES: u32 = 20;
+/// Links per container that there is room for.
+const LINKS: u32 = 2;
 /// Directories whose statistics are brought up to date before each pass; containers of further ones are
 /// read by files.
 const MOST_SETTLED: usize = 64;
@@ -130,6 +134,7 @@ pub struct Walks {
     settled: Vec<Settled>,
     budget: Arc<Budget>,
     counts_block_io: bool,
+    veths: Veths,
 }
 
 /// Pages to bytes, but for "no limit", which stays it.
@@ -156,22 +161,33 @@ impl Walks {
         let btf = Btf::from_sys_fs().map_err(WalksError::Btf)?;
         let capacity = containers.saturating_add(OTHERS);
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
-        if let Ok(cast) = cast {
-            match Self::by(Some(cast), &btf, facts, budget, capacity, possible_cpus()) {
+        let plainly = cast.ok().map(Some);
+        // Best first: each is refused by kernels that lack something.
+        let ways = plainly.into_iter().chain([None]);
+        let ways = ways.flat_map(|cast| [(cast, true), (cast, false)]);
+        let mut failed = WalksError::Lacks("way to be read");
+        for (cast, links) in ways {
+            match Self::by(cast, links, &btf, facts, budget, capacity, possible_cpus()) {
                 Ok(walks) => return Ok(walks),
-                Err(err) => tracing::info!(
-                    err = &err as &dyn std::error::Error,
-                    "the cgroup program can't read by plain loads, which costs more"
-                ),
+                Err(err) => {
+                    tracing::info!(
+                        plainly = cast.is_some(),
+                        links,
+                        err = &err as &dyn std::error::Error,
+                        "the cgroup program can't be had so, which costs more"
+                    );
+                    failed = err;
+                }
             }
         }
-        Self::by(None, &btf, facts, budget, capacity, possible_cpus())
+        Err(failed)
     }
 
-    /// Reads by plain loads when given the number of the kernel's function for it; adds up the parts of so
-    /// many CPUs.
+    /// Reads by plain loads when given the number of the kernel's function for it; with links if they are to
+    /// be read; adds up the parts of so many CPUs.
     fn by(
         cast: Option<u32>,
+        links: bool,
         btf: &Btf,
         facts: &Facts,
         budget: &Arc<Budget>,
@@ -182,7 +198,7 @@ impl Walks {
             Some(_) => "read_targets_plainly",
             None => "read_targets",
         };
-        let mut object = load(btf, capacity, cast, reader, cpus)?;
+        let mut object = load(btf, capacity, cast, links, reader, cpus)?;
         // In version 2 the kernel's own counters are complete.
         let counts_block_io = matches!(facts.io, Some(Hierarchy::V1(_)))
             && match count_block_io(&mut object, btf) {
@@ -195,7 +211,14 @@ impl Walks {
                     false
                 }
             };
+        let room = usize::try_from(capacity.saturating_mul(LINKS)).unwrap_or(0);
         let capacity = usize::try_from(capacity).unwrap_or(0);
+        let veths = Veths::new(
+            shared(&object, "link_targets", link_target::WORDS * room)?,
+            shared(&object, "link_records", LinkRecord::WORDS * room)?,
+            shared(&object, "link_layout", link_layout::WORDS)?,
+            room,
+        );
         let hierarchy = facts.memory.as_ref().or(facts.cpu.as_ref());
         let root = hierarchy.ok_or(WalksError::Lacks("hierarchy to read"))?;
         let mut walks = Self {
@@ -210,6 +233,7 @@ impl Walks {
             settled: Vec::new(),
             budget: Arc::clone(budget),
             counts_block_io,
+            veths,
         };
         walks.learn(root)?;
         Ok(walks)
@@ -383,11 +407,30 @@ impl Walks {
                 set(self.records.words(), at * CgroupRecord::WORDS, 0);
                 set(self.records.words(), at * CgroupRecord::WORDS + 1, 0);
             }
+            self.veths.forget();
         }
+    }
+
+    /// Reads links once before the kernel is asked about them, to compare.
+    pub fn read_before_asking(&mut self) {
+        if self.read().is_ok() {
+            self.veths.begin_comparing();
+        }
+    }
+
+    /// Links that are read with the cgroups.
+    pub fn veths(&self) -> &Veths {
+        &self.veths
+    }
+
+    /// The same, to change them.
+    pub fn veths_mut(&mut self) -> &mut Veths {
+        &mut self.veths
     }
 
     fn read(&self) -> io::Result<()> {
         set(self.orders.words(), walk::COUNT, self.used as u64);
+        set(self.orders.words(), walk::LINKS, self.veths.used() as u64);
         iterator::run_iterator(&self.reader)
     }
 
@@ -402,6 +445,7 @@ fn load(
     btf: &Btf,
     capacity: u32,
     cast: Option<u32>,
+    links: bool,
     reader: &str,
     cpus: u32,
 ) -> Result<Ebpf, WalksError> {
@@ -412,8 +456,11 @@ fn load(
     let mut object = EbpfLoader::new()
         .btf(Some(btf))
         .override_global("cpus", &cpus, true)
+        .override_global("reads_links", &u32::from(links), true)
         .map_max_entries("targets", capacity)
         .map_max_entries("records", capacity)
+        .map_max_entries("link_targets", capacity.saturating_mul(LINKS))
+        .map_max_entries("link_records", capacity.saturating_mul(LINKS))
         .map_max_entries("block_io", capacity.saturating_mul(BLOCK_ENTRIES))
         .load(&object)
         .map_err(|err| WalksError::Load(Box::new(err)))?;
@@ -582,7 +629,7 @@ mod tests {
         let cast = btf.id_by_type_name_kind("bpf_rdonly_cast", BtfKind::Func);
         // By plain loads where the kernel has them, and as older ones must.
         for cast in [cast.ok(), None] {
-            let walks = Walks::by(cast, &btf, &facts, &budget, 8, possible_cpus());
+            let walks = Walks::by(cast, true, &btf, &facts, &budget, 8, possible_cpus());
             reads_until_it_is_gone(&facts, walks.expect("this kernel has iterators"));
         }
     }
@@ -647,7 +694,7 @@ mod tests {
         let mut told = Vec::new();
         for cast in [cast.ok(), None] {
             for cpus in [possible_cpus(), 0, most] {
-                let walks = Walks::by(cast, &btf, &facts, &budget, 8, cpus);
+                let walks = Walks::by(cast, true, &btf, &facts, &budget, 8, cpus);
                 let mut walks = walks.expect("the verifier takes any number of CPUs");
                 let found = walks.find(&group, Kind::Other).expect("found");
                 let slot = walks.slot().expect("room");

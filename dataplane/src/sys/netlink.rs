@@ -238,6 +238,11 @@ impl LinkLookup {
         .map_err(NetlinkError::Open)
     }
 
+    /// The index of the interface of this name, if it is there.
+    pub fn index(&self, name: &str) -> Option<u32> {
+        net::netdevice::name_to_index(&self.socket, name).ok()
+    }
+
     /// Whether an interface of this index is there. An unclear answer counts as "no".
     pub fn exists(&self, index: u32) -> bool {
         net::netdevice::index_to_name_inlined(&self.socket, index).is_ok()
@@ -301,6 +306,32 @@ impl Links {
         Some(&self.0.get(place.ok()?)?.1)
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Empties the list.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Adds a link whose index is above those of all others.
+    pub fn push(&mut self, index: u32, counters: LinkCounters) {
+        debug_assert!(self.0.last().is_none_or(|(last, _)| *last < index));
+        self.0.push((index, counters));
+    }
+
+    /// Adds to the link of this index, if it is there, what others count for it.
+    pub fn add_delivered(&mut self, index: u32, packets: u64, bytes: u64) {
+        if let Ok(place) = self.0.binary_search_by_key(&index, |(known, _)| *known)
+            && let Some((_, link)) = self.0.get_mut(place)
+        {
+            link.delivered_packets += packets;
+            link.delivered_bytes += bytes;
+        }
+    }
+
     /// As [`Links::get`], looking first at `place`, where it was last time; keeps that up to date.
     pub fn get_at(&self, index: u32, place: &mut usize) -> Option<&LinkCounters> {
         if self.0.get(*place).is_none_or(|(known, _)| *known != index) {
@@ -359,15 +390,9 @@ impl LinkStatistics {
         &self.links
     }
 
-    /// Adds to the link of this index, in what was read last, what others count for it.
-    pub fn add_delivered(&mut self, index: u32, packets: u64, bytes: u64) {
-        let links = &mut self.links.0;
-        if let Ok(place) = links.binary_search_by_key(&index, |(known, _)| *known)
-            && let Some((_, link)) = links.get_mut(place)
-        {
-            link.delivered_packets += packets;
-            link.delivered_bytes += bytes;
-        }
+    /// The same, to add to it.
+    pub fn last_mut(&mut self) -> &mut Links {
+        &mut self.links
     }
 
     /// One dump; false when the list changed meanwhile.
