@@ -86,15 +86,21 @@ static ALWAYS_INLINE int is_tied(struct bpf_sock_addr *ctx)
 /* Forgets where a socket was led. */
 static ALWAYS_INLINE void forget(__u64 cookie)
 {
-	struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
+	struct led_set *set = led_set_of(cookie);
+	struct led_socket *led;
 	struct service_key key = {};
 	struct service *service;
 	struct port_flows *count;
+	__u32 way;
 
-	if (!led)
+	if (!set)
 		return;
+	way = led_way_of(set, cookie);
+	if (way >= LED_WAYS)
+		return;
+	led = &set->led[way];
 	key.port = led->host_port;
-	key.protocol = led->protocol;
+	key.protocol = PROTOCOL_TCP;
 	service = bpf_map_lookup_elem(&services, &key);
 	/* One that another route of the port has led is not among those that are counted now. */
 	if (!service || service->life == led->life) {
@@ -102,7 +108,26 @@ static ALWAYS_INLINE void forget(__u64 cookie)
 		if (count && count->local > 0)
 			__sync_fetch_and_add(&count->local, -1);
 	}
-	bpf_map_delete_elem(&led_sockets, &cookie);
+	set->cookie[way] = 0;
+}
+
+/* Keeps in mind where a socket wanted; false where there is no place for it. */
+static ALWAYS_INLINE int remember(__u64 cookie, const struct led_socket *led)
+{
+	struct led_set *set = led_set_of(cookie);
+	__u32 way;
+
+	if (!set)
+		return 0;
+#pragma unroll
+	for (way = 0; way < LED_WAYS; way++) {
+		if (!set->cookie[way] && !__sync_val_compare_and_swap(&set->cookie[way], 0, cookie))
+			break;
+	}
+	if (way >= LED_WAYS)
+		return 0;
+	set->led[way] = *led;
+	return 1;
 }
 
 #define LEAVE 0
@@ -169,9 +194,8 @@ static OWN_FRAME int lead(struct bpf_sock_addr *ctx, const struct address *host,
 
 		led.host = *host;
 		led.host_port = key.port;
-		led.protocol = key.protocol;
 		led.life = service->life;
-		if (bpf_map_update_elem(&led_sockets, &peer_key.cookie, &led, 0))
+		if (!remember(peer_key.cookie, &led))
 			return LEAVE;
 		__sync_fetch_and_add(&count->local, 1);
 	}
@@ -297,11 +321,16 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 	return ALLOW;
 }
 
+/* Where a connected socket wanted. This is asked of every socket that a container accepts, too. */
+static ALWAYS_INLINE struct led_socket *host_of(struct bpf_sock_addr *ctx)
+{
+	return is_of_host(ctx) ? find_led(bpf_get_socket_cookie(ctx)) : 0;
+}
+
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
+	struct led_socket *led = host_of(ctx);
 
 	if (led) {
 		ctx->user_ip4 = led->host.word[3];
@@ -313,8 +342,7 @@ int getpeername4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
+	struct led_socket *led = host_of(ctx);
 
 	if (led) {
 		ctx->user_ip6[0] = led->host.word[0];

@@ -7,7 +7,7 @@
  * to_container   egress of the host side of a container's veth: nobody but this host talks to the
  *                ports of the kernel's runner, and the bytes of its clients are counted.
  * sweep          run by the dataplane: removes flows that have ended, are silent or have lost
- *                their row, and counts those that live, and the sockets that are led.
+ *                their row, and counts those that live.
  *
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
  * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
@@ -68,15 +68,14 @@ struct {
 	MAP_TYPE(value, struct delivered);
 } delivered SEC(".maps");
 
-/* Of no use to another life, so not pinned. The dataplane takes the entries of ports that are gone
- * away, and all when it has no sockets counted for a while. */
+/* Flows of clients on this host that have found a place here; the others are in `flows`. */
 struct {
-	MAP_UINT(type, MAP_HASH);
-	MAP_UINT(max_entries, 16384);
-	MAP_UINT(map_flags, MAP_NO_PREALLOC);
-	MAP_TYPE(key, struct service_key);
-	MAP_TYPE(value, struct socket_count);
-} socket_counts SEC(".maps");
+	MAP_UINT(type, MAP_ARRAY);
+	MAP_UINT(max_entries, LOCAL_FLOWS);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct local_flow);
+} local_flows SEC(".maps");
 
 /* So long receivers wait for the rest of a datagram. */
 #define FRAGMENT_LIFE_NS 30000000000ULL
@@ -176,11 +175,16 @@ static ALWAYS_INLINE void follow(struct flow *flow, const struct service_key *ke
 		end_flow(flow, key);
 }
 
-/* Whether a segment is the last of a flow that had ended before it: the answer to the second FIN. */
+/* Whether a packet is the last of a flow of a client on this host: a reset, or the answer to the
+ * second FIN. */
 static ALWAYS_INLINE int is_last(const struct packet *it, __u16 before)
 {
-	return (before & FLOW_ENDED) && !(before & FLOW_RESET) && !it->payload &&
-	       (it->flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) == TCP_ACK;
+	if (it->protocol != PROTOCOL_TCP)
+		return 0;
+	if (it->flags & TCP_RST)
+		return 1;
+	return (before & FLOW_ENDED) && !it->payload &&
+	       (it->flags & (TCP_FIN | TCP_SYN | TCP_ACK)) == TCP_ACK;
 }
 
 static ALWAYS_INLINE void count_in(const struct service_key *key, const struct packet *it)
@@ -224,6 +228,70 @@ static ALWAYS_INLINE void name_flow(struct flow_key *key, __u8 protocol,
 	key->container_port = container_port;
 	key->client_port = client_port;
 	key->protocol = protocol;
+}
+
+/* The place for a flow of a client on this host. Its port is given out upwards by twos. */
+static ALWAYS_INLINE struct local_flow *local_place(const struct flow_key *key, __u32 way)
+{
+	__u32 at = (TO_NET16(key->client_port) >> 1) ^ key->container_port ^
+		   (key->container.word[3] * 0x9e3779b1U >> 16);
+
+	at = (at ^ way) % LOCAL_FLOWS;
+	return bpf_map_lookup_elem(&local_flows, &at);
+}
+
+static ALWAYS_INLINE struct local_flow *find_local(const struct flow_key *key)
+{
+	__u32 way;
+
+#pragma unroll
+	for (way = 0; way < LOCAL_WAYS; way++) {
+		struct local_flow *local = local_place(key, way);
+
+		if (local && local->taken && local->key.client_port == key->client_port &&
+		    local->key.container_port == key->container_port &&
+		    local->key.protocol == key->protocol &&
+		    same(&local->key.container, &key->container) &&
+		    same(&local->key.client, &key->client))
+			return local;
+	}
+	return 0;
+}
+
+static ALWAYS_INLINE struct flow *find_flow(const struct flow_key *key)
+{
+	struct local_flow *local = find_local(key);
+
+	return local ? &local->flow : bpf_map_lookup_elem(&flows, key);
+}
+
+static ALWAYS_INLINE struct flow *put_local(const struct flow_key *key, const struct flow *fresh)
+{
+	__u32 way;
+
+#pragma unroll
+	for (way = 0; way < LOCAL_WAYS; way++) {
+		struct local_flow *local = local_place(key, way);
+
+		if (local && !local->taken && !__sync_val_compare_and_swap(&local->taken, 0, 1)) {
+			local->key = *key;
+			local->flow = *fresh;
+			return &local->flow;
+		}
+	}
+	if (bpf_map_update_elem(&flows, key, fresh, 0))
+		return 0;
+	return bpf_map_lookup_elem(&flows, key);
+}
+
+static ALWAYS_INLINE void forget_local(const struct flow_key *key)
+{
+	struct local_flow *local = find_local(key);
+
+	if (local)
+		local->taken = 0;
+	else
+		bpf_map_delete_elem(&flows, key);
 }
 
 static ALWAYS_INLINE void name_fragment(const struct packet *it, struct fragment_key *key)
@@ -471,7 +539,7 @@ int from_container(struct __sk_buff *skb)
 		return error_to_client(skb, &it);
 	name_flow(&flow_key, it.protocol, &it.source, it.source_port,
 		  &it.destination, it.destination_port);
-	flow = bpf_map_lookup_elem(&flows, &flow_key);
+	flow = find_flow(&flow_key);
 	if (!flow || flow->link_index != skb->ifindex)
 		return NEXT;
 	key.port = flow->host_port;
@@ -479,15 +547,15 @@ int from_container(struct __sk_buff *skb)
 	if (flow->flags & FLOW_LOCAL) {
 		__u16 before = flow->flags;
 
-		flow->seen_ns = bpf_ktime_get_coarse_ns();
+		flow->seen_ns = 0;
 		if (!(before & FLOW_ANSWERED))
 			flow->flags |= FLOW_ANSWERED;
 		if (it.protocol == PROTOCOL_TCP)
 			follow(flow, &key, it.flags, FLOW_FIN_OUT);
 		count_out(&key, &it);
 		/* Nothing is to be translated any more: its place is soon another's, and still warm. */
-		if (it.protocol == PROTOCOL_TCP && is_last(&it, before))
-			bpf_map_delete_elem(&flows, &flow_key);
+		if (is_last(&it, before))
+			forget_local(&flow_key);
 		return NEXT;
 	}
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
@@ -572,9 +640,9 @@ static OWN_FRAME struct flow *note_local(struct __sk_buff *skb, const struct flo
 
 	key.protocol = flow_key->protocol;
 	if (key.protocol == PROTOCOL_TCP) {
-		struct led_socket *led = bpf_map_lookup_elem(&led_sockets, &cookie);
+		struct led_socket *led = find_led(cookie);
 
-		if (!led || led->protocol != key.protocol)
+		if (!led)
 			return 0;
 		key.port = led->host_port;
 		fresh.host = led->host;
@@ -605,13 +673,11 @@ static OWN_FRAME struct flow *note_local(struct __sk_buff *skb, const struct flo
 	fresh.link_index = skb->ifindex;
 	fresh.host_port = key.port;
 	fresh.flags = FLOW_LOCAL;
-	if (bpf_map_update_elem(&flows, flow_key, &fresh, 0))
-		return 0;
-	return bpf_map_lookup_elem(&flows, flow_key);
+	return put_local(flow_key, &fresh);
 }
 
 /* What a socket of this host sends to a container that it was led to. */
-static OWN_FRAME int count_local(struct __sk_buff *skb)
+static ALWAYS_INLINE int count_local(struct __sk_buff *skb)
 {
 	struct packet it = {};
 	struct flow_key flow_key = {};
@@ -623,15 +689,16 @@ static OWN_FRAME int count_local(struct __sk_buff *skb)
 		return NEXT;
 	name_flow(&flow_key, it.protocol, &it.destination, it.destination_port,
 		  &it.source, it.source_port);
-	flow = bpf_map_lookup_elem(&flows, &flow_key);
-	cookie = bpf_get_socket_cookie(skb);
+	flow = find_flow(&flow_key);
 	if (flow && !(flow->flags & FLOW_LOCAL))
 		return NEXT;
-	/* The last segments of a connection are sent by no socket. */
+	/* A connection begins with a SYN, and its last segments are sent by no socket. */
+	cookie = flow && it.protocol == PROTOCOL_TCP && !(it.flags & TCP_SYN) ?
+			 0 : bpf_get_socket_cookie(skb);
 	if (cookie && (!flow || flow->first_sequence != (__u32)cookie)) {
 		/* The port was used again, maybe for a connection that goes to the container directly. */
 		if (flow)
-			bpf_map_delete_elem(&flows, &flow_key);
+			forget_local(&flow_key);
 		flow = note_local(skb, &flow_key, cookie);
 	}
 	if (!flow)
@@ -640,12 +707,12 @@ static OWN_FRAME int count_local(struct __sk_buff *skb)
 
 	key.port = flow->host_port;
 	key.protocol = it.protocol;
-	flow->seen_ns = bpf_ktime_get_coarse_ns();
+	flow->seen_ns = 0;
 	if (it.protocol == PROTOCOL_TCP)
 		follow(flow, &key, it.flags, FLOW_FIN_IN);
 	count_in(&key, &it);
-	if (it.protocol == PROTOCOL_TCP && is_last(&it, before))
-		bpf_map_delete_elem(&flows, &flow_key);
+	if (is_last(&it, before))
+		forget_local(&flow_key);
 	return NEXT;
 }
 
@@ -683,19 +750,16 @@ static ALWAYS_INLINE struct port_flows *counted(const struct service_key *key, _
 	return count;
 }
 
-static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
-		       struct sweep_context *context)
+/* Whether a flow has ended, is silent or has lost its row. */
+static ALWAYS_INLINE int is_over(const struct service_key *key, struct flow *flow,
+				 const struct sweep_context *context)
 {
-	struct flow_key flow_key = *at;
-	struct service_key key = {};
-	struct service *service;
-	struct port_flows *count;
+	struct service *service = bpf_map_lookup_elem(&services, key);
 	__u64 limit, age;
-	int tcp = flow_key.protocol == PROTOCOL_TCP;
+	int tcp = key->protocol == PROTOCOL_TCP;
 
-	key.port = flow->host_port;
-	key.protocol = flow_key.protocol;
-	service = bpf_map_lookup_elem(&services, &key);
+	if (!flow->seen_ns)
+		flow->seen_ns = context->now;
 	age = context->now > flow->seen_ns ? context->now - flow->seen_ns : 0;
 	if (flow->flags & FLOW_ENDED)
 		limit = context->order.ended_ns;
@@ -703,7 +767,19 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 		limit = tcp ? context->order.idle_ns : context->order.datagram_idle_ns;
 	else
 		limit = tcp ? context->order.opening_ns : context->order.datagram_opening_ns;
-	if (!service || service->life != flow->life || age > limit) {
+	return !service || service->life != flow->life || age > limit;
+}
+
+static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
+		       struct sweep_context *context)
+{
+	struct flow_key flow_key = *at;
+	struct service_key key = {};
+	struct port_flows *count;
+
+	key.port = flow->host_port;
+	key.protocol = flow_key.protocol;
+	if (is_over(&key, flow, context)) {
 		bpf_map_delete_elem(map, &flow_key);
 		return 0;
 	}
@@ -715,74 +791,33 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 	return 0;
 }
 
-static long sweep_socket(void *map, const __u64 *cookie, const struct led_socket *led,
-			 struct sweep_context *context)
+static long sweep_local(void *map, const __u32 *at, struct local_flow *local,
+			struct sweep_context *context)
 {
 	struct service_key key = {};
-	struct service *service;
-	struct socket_count *count;
 
 	(void)map;
-	(void)cookie;
-	(void)context;
-	key.port = led->host_port;
-	key.protocol = led->protocol;
-	service = bpf_map_lookup_elem(&services, &key);
-	if (service && service->life != led->life)
+	(void)at;
+	if (!local->taken)
 		return 0;
-	/* Nobody would put the count of a port right that is gone, nor begin it anew. */
-	if (!bpf_map_lookup_elem(&active, &key))
-		return 0;
-	count = bpf_map_lookup_elem(&socket_counts, &key);
-	if (count) {
-		count->counted++;
-	} else {
-		struct socket_count first = { .counted = 1 };
-
-		bpf_map_update_elem(&socket_counts, &key, &first, 0);
-	}
+	key.port = local->flow.host_port;
+	key.protocol = local->key.protocol;
+	if (is_over(&key, &local->flow, context))
+		local->taken = 0;
 	return 0;
-}
-
-/* Puts right how many sockets lead to a port: those that newer ones have pushed out of the table
- * are not missed when they end. Others come and go while this one counts, so only what two sweeps
- * agree on is believed. */
-static ALWAYS_INLINE void right_sockets(const struct service_key *key, struct port_flows *count)
-{
-	struct socket_count *found = bpf_map_lookup_elem(&socket_counts, key);
-	__s32 excess, surely = 0;
-
-	excess = (__s32)count->local - (found ? (__s32)found->counted : 0);
-	if (!found) {
-		struct socket_count first = { .excess = excess };
-
-		if (excess)
-			bpf_map_update_elem(&socket_counts, key, &first, 0);
-		return;
-	}
-	if (excess > 0 && found->excess > 0)
-		surely = excess < found->excess ? excess : found->excess;
-	else if (excess < 0 && found->excess < 0)
-		surely = excess > found->excess ? excess : found->excess;
-	if (surely)
-		__sync_fetch_and_add(&count->local, -(__s64)surely);
-	found->excess = excess - surely;
-	found->counted = 0;
 }
 
 static long sweep_port(void *map, const struct service_key *at, struct port_flows *count,
 		       struct sweep_context *context)
 {
-	struct service_key key = *at;
 	__s64 flows = count->pass == context->order.pass ? count->counted : 0;
 	__s64 wrong = count->active - flows;
 
 	(void)map;
+	(void)at;
 	/* Flows pushed out by newer ones, or by a race of two processors. */
 	if (wrong)
 		__sync_fetch_and_add(&count->active, -wrong);
-	if (context->order.sockets)
-		right_sockets(&key, count);
 	return 0;
 }
 
@@ -799,8 +834,7 @@ int sweep(struct __sk_buff *skb)
 	context.order = *order;
 	context.now = bpf_ktime_get_coarse_ns();
 	bpf_for_each_map_elem(&flows, sweep_flow, &context, 0);
-	if (context.order.sockets)
-		bpf_for_each_map_elem(&led_sockets, sweep_socket, &context, 0);
+	bpf_for_each_map_elem(&local_flows, sweep_local, &context, 0);
 	bpf_for_each_map_elem(&active, sweep_port, &context, 0);
 	return 0;
 }

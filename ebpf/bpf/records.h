@@ -79,6 +79,7 @@ struct flow_key {
 #define FLOW_LOCAL 64
 
 struct flow {
+	/* When the last packet came; 0 for a client on this host's since the last sweep. */
 	__u64 seen_ns;
 	/* What the client connected to. */
 	struct address host;
@@ -93,6 +94,17 @@ struct flow {
 	__u16 flags;
 	/* Largest packet that the uplink takes. */
 	__u32 mtu;
+};
+
+#define LOCAL_FLOWS 16384
+#define LOCAL_WAYS 2
+
+/* A flow of a client on this host, in one of the few places where its ports and address lead. */
+struct local_flow {
+	struct flow_key key;
+	struct flow flow;
+	__u32 taken;
+	__u32 zero;
 };
 
 /* Per CPU and published port. */
@@ -134,16 +146,7 @@ struct sweep_order {
 	__u64 datagram_idle_ns;
 	__u64 datagram_opening_ns;
 	__u32 pass;
-	/* Not zero: sockets that are led are counted, too. */
-	__u32 sockets;
-};
-
-/* Sockets of this host that lead to a port, as sweeps find them. */
-struct socket_count {
-	/* In the table, by this sweep. */
-	__u32 counted;
-	/* So many more than that were thought to be there by the last one. */
-	__s32 excess;
+	__u32 zero;
 };
 
 /* Fragments after the first have no ports: they follow it. */
@@ -163,13 +166,23 @@ struct fragment {
 	__u32 outwards;
 };
 
-/* A socket of this host that was led to a container instead of where it wanted. */
+/* A socket of TCP of this host that was led to a container instead of where it wanted. */
 struct led_socket {
 	struct address host;
 	__u16 host_port;
-	__u8 protocol;
-	__u8 zero;
+	__u16 zero;
 	__u32 life;
+};
+
+#define LED_SETS 8192
+#define LED_WAYS 8
+
+/* Led sockets whose cookies are neighbours. Those of other times have the same places, and a socket
+ * that finds none is not led. */
+struct led_set {
+	/* 0 where the place is free. */
+	__u64 cookie[LED_WAYS];
+	struct led_socket led[LED_WAYS];
 };
 
 /* A peer of a datagram socket that was led. */
@@ -246,6 +259,11 @@ ASSERT_AT(sweep_order, pass, 40);
 ASSERT_SIZE(fragment_key, 40);
 ASSERT_SIZE(fragment, 32);
 ASSERT_SIZE(led_socket, 24);
+ASSERT_SIZE(led_set, 256);
+ASSERT_AT(led_set, led, 64);
+ASSERT_SIZE(local_flow, 96);
+ASSERT_AT(local_flow, flow, 40);
+ASSERT_AT(local_flow, taken, 88);
 ASSERT_SIZE(led_peer_key, 32);
 ASSERT_SIZE(led_peer, 24);
 ASSERT_SIZE(node, 8);

@@ -112,6 +112,8 @@ pub mod map {
     pub const SERVICES: &str = "services";
     /// Flows of clients.
     pub const FLOWS: &str = "flows";
+    /// Those of clients on this host.
+    pub const LOCAL_FLOWS: &str = "local_flows";
     /// Datagrams in pieces.
     pub const FRAGMENTS: &str = "fragments";
     /// Addresses of this host and of containers.
@@ -134,8 +136,6 @@ pub mod map {
     pub const LED_SOCKETS: &str = "led_sockets";
     /// Peers of datagram sockets of this host.
     pub const LED_PEERS: &str = "led_peers";
-    /// How many sockets of this host lead to a port, as sweeps find them.
-    pub const SOCKET_COUNTS: &str = "socket_counts";
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use aya::Pod;
 
 /// Number of this layout; pins of another one are not touched but replaced.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Most client networks of a port.
 pub const CLIENT_NETWORKS: usize = 8;
@@ -169,6 +169,20 @@ pub struct Flow {
     pub mtu: u32,
 }
 
+/// `struct local_flow`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct LocalFlow {
+    /// Whose.
+    pub key: FlowKey,
+    /// It.
+    pub flow: Flow,
+    /// 0 where the place is free.
+    pub taken: u32,
+    /// Zero.
+    pub zero: u32,
+}
+
 /// `struct port_counters`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -229,8 +243,8 @@ pub struct SweepOrder {
     pub datagram_opening_ns: u64,
     /// Number of the sweep.
     pub pass: u32,
-    /// Not zero: sockets that are led are counted, too.
-    pub sockets: u32,
+    /// Zero.
+    pub zero: u32,
 }
 
 /// `struct fragment_key`.
@@ -271,12 +285,23 @@ pub struct LedSocket {
     pub host: Address,
     /// The port there, network order.
     pub host_port: u16,
-    /// IP protocol.
-    pub protocol: u8,
     /// Zero.
-    pub zero: u8,
+    pub zero: u16,
     /// The service's life.
     pub life: u32,
+}
+
+/// Led sockets of a [`LedSet`].
+pub const LED_WAYS: usize = 8;
+
+/// `struct led_set`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedSet {
+    /// 0 where the place is free.
+    pub cookie: [u64; LED_WAYS],
+    /// Where they wanted.
+    pub led: [LedSocket; LED_WAYS],
 }
 
 /// `struct led_peer_key`.
@@ -384,12 +409,13 @@ layout!(
     ended_ns = 16,
     datagram_idle_ns = 24,
     datagram_opening_ns = 32,
-    pass = 40,
-    sockets = 44
+    pass = 40
 );
 layout!(FragmentKey, 40, destination = 16, id = 32, protocol = 36);
 layout!(Fragment, 32, address = 8, interface = 24, outwards = 28);
-layout!(LedSocket, 24, host_port = 16, protocol = 18, life = 20);
+layout!(LedSocket, 24, host_port = 16, life = 20);
+layout!(LedSet, 256, led = 64);
+layout!(LocalFlow, 96, flow = 40, taken = 88);
 layout!(LedPeerKey, 32, container = 8, container_port = 24);
 layout!(LedPeer, 24, host_port = 16);
 layout!(Node, 8);

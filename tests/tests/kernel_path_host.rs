@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use aya::EbpfLoader;
 use aya::maps::{Array, HashMap, Map, MapData};
-use ebpf::records::PROTOCOL_TCP;
+use ebpf::records::{Flow, FlowKey, LedSet, LocalFlow};
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
@@ -263,126 +262,79 @@ fn pins_of(node: &Node) -> PathBuf {
     own.expect("its maps")
 }
 
-/// Flows in the table of a node's programs.
-fn flows(node: &Node) -> usize {
-    let table = pins_of(node).join("flows");
-    let table = Map::LruHashMap(MapData::from_pin(table).expect("pinned"));
-    let table: HashMap<MapData, [u8; 40], [u8; 48]> = table.try_into().expect("of this layout");
-    table.keys().flatten().count()
+fn pinned(node: &Node, name: &str) -> MapData {
+    MapData::from_pin(pins_of(node).join(name)).expect("pinned")
 }
 
-/// More connections of the host's than its table of them holds: those that were pushed out are not
-/// counted for ever.
-#[test]
-fn sockets_that_fell_out_of_a_full_table_are_counted_no_longer() {
-    const MANY: usize = 400;
-    let Some((mut node, row)) = Node::serving(echo) else {
-        return;
-    };
-    node.kill();
-    let table = pins_of(&node).join("led_sockets");
-    std::fs::remove_file(&table).expect("the table");
-    let small = EbpfLoader::new()
-        .default_map_pin_directory(pins_of(&node))
-        .map_max_entries("led_sockets", 64)
-        .load(ebpf::connect());
-    drop(small.expect("a small table in its place"));
-    node.restart();
-    node.counted(&row, |it| it.path == ForwardPath::KernelPath);
-    let address = loopback(row.host_port);
-    let run = move || {
-        let open = (0..MANY).map(|_| traffic::connect(address));
-        open.collect::<std::io::Result<Vec<TcpStream>>>()
-    };
-    let open = within(&node.network.host, run).expect("the host's namespace");
-    let open = open.expect("led");
-    let total = u64::try_from(MANY).expect("a number");
-    node.counted(&row, |it| it.sessions_total == total);
-    drop(open);
-    node.counted(&row, |it| it.sessions_active == 0);
-    // One more is one.
-    let run = move || traffic::connect(address);
-    let one = within(&node.network.host, run).expect("the host's namespace");
-    node.counted(&row, |it| it.sessions_active == 1);
-    drop(one.expect("led"));
-    node.counted(&row, |it| it.sessions_active == 0);
-}
-
-/// What the sweeps' program of a node's dataplane notes of sockets: a table without a pin.
-fn socket_counts(node: &Node) -> HashMap<MapData, [u8; 4], [u32; 2]> {
-    let places = std::fs::read_dir(format!("/proc/{}/fdinfo", node.process.pid()));
-    let texts = places.expect("the dataplane's descriptors").flatten();
-    let texts = texts.filter_map(|it| std::fs::read_to_string(it.path()).ok());
-    let number = |text: String| {
-        let line = text.lines().find_map(|line| line.strip_prefix("map_id:"));
-        line.and_then(|line| line.trim().parse().ok())
-    };
-    let found = texts.filter_map(number).find_map(|id: u32| {
-        let map = MapData::from_id(id).ok()?;
-        let info = map.info().ok()?;
-        (info.name_as_str() == Some("socket_counts")).then_some(map)
-    });
-    let table = Map::HashMap(found.expect("the table"));
+fn local_flows(node: &Node) -> Array<MapData, LocalFlow> {
+    let table = Map::Array(pinned(node, "local_flows"));
     table.try_into().expect("of this layout")
 }
 
-/// Sweeps so far.
-fn sweeps(node: &Node) -> u32 {
-    let orders = MapData::from_pin(pins_of(node).join("orders")).expect("pinned");
-    let orders: Array<MapData, [u32; 12]> = Map::Array(orders).try_into().expect("this layout");
-    orders.get(&0, 0).expect("the order")[10]
+/// Flows in the tables of a node's programs.
+fn flows(node: &Node) -> usize {
+    let table = Map::LruHashMap(pinned(node, "flows"));
+    let table: HashMap<MapData, FlowKey, Flow> = table.try_into().expect("of this layout");
+    let local = local_flows(node);
+    let local = local.iter().flatten();
+    let taken = local.filter(|it| it.taken != 0 && it.key.client_port != 0);
+    table.keys().flatten().count() + taken.count()
 }
 
-fn swept(node: &Node, times: u32) {
-    let before = sweeps(node);
-    until("sweeps", || {
-        (sweeps(node).wrapping_sub(before) >= times).then_some(())
-    })
-    .expect("swept");
-}
-
+/// Sockets that find no place in the table of led ones are not led.
 #[test]
-fn what_was_counted_of_sockets_goes_with_their_port_and_is_not_believed_later() {
-    if !may_use_bpf() {
+fn clients_for_whom_there_is_no_place_are_the_listeners() {
+    let Some((mut node, row)) = Node::serving(mirror) else {
         return;
-    }
-    let mut node = Node::new();
-    let server = echo(&node.container);
-    let rows = [node.container.port(server), node.container.port(server)];
-    for row in &rows {
-        node.lift(row);
-    }
-    let ports = rows.each_ref().map(|row| row.host_port);
-    let open = move || ports.map(|port| traffic::connect(loopback(port)).expect("led"));
-    let [cut, kept] = within(&node.network.host, open).expect("the host's namespace");
-    let keys = ports.map(|port| {
-        let [first, second] = port.to_be_bytes();
-        [first, second, PROTOCOL_TCP, 0]
-    });
-    let noted = |node: &Node| {
-        let table = socket_counts(node);
-        keys.map(|key| table.get(&key, 0).ok())
     };
-    until("both being counted", || {
-        noted(&node).iter().all(Option::is_some).then_some(())
-    })
-    .expect("counted");
+    let address = loopback(row.host_port);
+    let run = move || traffic::connect(address);
+    let kept = within(&node.network.host, run).expect("the host's namespace");
+    let mut kept = kept.expect("led");
+    node.counted(&row, |it| it.sessions_active == 1);
+    let led = |node: &Node| {
+        let (peer, own, text) = seen_on(node, address).expect("served");
+        assert_eq!(peer, address);
+        text == own.to_string()
+    };
+    let places = |node: &Node| -> Array<MapData, LedSet> {
+        let table = Map::Array(pinned(node, "led_sockets"));
+        table.try_into().expect("of this layout")
+    };
+    let mut table = places(&node);
+    let before: Vec<LedSet> = table.iter().flatten().collect();
+    let known = before.iter().flat_map(|it| it.cookie);
+    assert_eq!(known.filter(|it| *it != 0).count(), 1);
+    for (at, set) in (0..).zip(&before) {
+        let cookie = set.cookie.map(|it| if it == 0 { u64::MAX } else { it });
+        table.set(at, LedSet { cookie, ..*set }, 0).expect("taken");
+    }
+    assert!(!led(&node), "where is it kept?");
+    for (at, set) in (0..).zip(&before) {
+        table.set(at, set, 0).expect("free again");
+    }
+    assert!(led(&node));
+    node.counted(&row, |it| it.sessions_total == 3 && it.sessions_active == 1);
 
-    // The port goes, its client has not closed the socket yet, and others are counted on.
-    node.control.withdraw(rows[0].key()).expect("removed");
-    swept(&node, 2);
-    let left = noted(&node);
-    assert!(left[0].is_none() && left[1].is_some(), "{left:?}");
-
-    // Nobody is left to be counted: what one count has found too much is forgotten before the next.
-    let mut table = socket_counts(&node);
-    table.insert(keys[1], [0, 3], 0).expect("noted");
+    // Somebody has taken the hooks away. Whoever was led then is not known any more, and not missed.
+    node.kill();
+    let pins = std::fs::read_dir(pins_of(&node)).expect("pins").flatten();
+    for pin in pins.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"hook-")) {
+        std::fs::remove_file(pin.path()).expect("detached");
+    }
+    node.restart();
+    node.counted(&row, |it| {
+        it.path == ForwardPath::KernelPath && it.sessions_active == 0
+    });
+    let another = within(&node.network.host, run).expect("the host's namespace");
+    let another = another.expect("led");
+    node.counted(&row, |it| it.sessions_active == 1);
+    kept.read_to_string(&mut String::new()).expect("goes on");
     drop(kept);
-    until("nothing being noted", || {
-        (noted(&node) == [None, None]).then_some(())
-    })
-    .expect("forgotten");
-    drop(cut);
+    assert!(led(&node));
+    node.counted(&row, |it| it.sessions_total == 5 && it.sessions_active == 1);
+    drop(another);
+    node.counted(&row, |it| it.sessions_active == 0);
 }
 
 /// The end of a connection of the host's takes its flow out of the table, whoever closes first and
@@ -395,6 +347,15 @@ fn flows_of_clients_on_the_host_go_with_their_last_segment() {
             return;
         };
         node.kill();
+        if number == 0 {
+            // All places of such flows are taken: these are kept with the others.
+            let mut local = local_flows(&node);
+            for at in 0..local.len() {
+                let mut place = local.get(&at, 0).expect("a place");
+                place.taken = 1;
+                local.set(at, place, 0).expect("taken");
+            }
+        }
         let address = loopback(row.host_port);
         let run = move || {
             let mut kept = traffic::connect(address).expect("accepted");
@@ -463,6 +424,7 @@ fn a_direct_connection_by_a_led_ones_port_is_not_counted() {
     within(&node.network.host, run).expect("the host's namespace");
     let status = node.counted(&row, |it| it.bytes_out >= 50 && it.sessions_active == 0);
     assert_eq!((status.bytes_in, status.bytes_out), (50, 50));
+    assert_eq!(flows(&node), 0, "a reset ends a flow");
 }
 
 #[test]

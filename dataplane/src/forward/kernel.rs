@@ -31,7 +31,7 @@ use aya::programs::ProgramFd;
 use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
-use ebpf::{map, program};
+use ebpf::{RELEASE_HOOK, map, program};
 use shared::desired::ContainerRow;
 use shared::log_limit::LogLimit;
 
@@ -111,10 +111,6 @@ pub struct KernelPath {
     active: HashMap<MapData, ServiceKey, PortFlows>,
     /// Both of these for all ports at once, where the kernel does that.
     tables: Option<Tables>,
-    /// What the sweeps' program notes of sockets of this host; two words per port.
-    socket_counts: HashMap<MapData, ServiceKey, [u32; 2]>,
-    /// The last sweep in its turn counted sockets.
-    sockets_counted: bool,
     delivered: PerCpuHashMap<MapData, u32, Delivered>,
     /// The same for another thread.
     delivered_table: Option<CounterTable>,
@@ -194,6 +190,22 @@ fn descriptor(object: &mut aya::Ebpf, name: &'static str) -> Result<ProgramFd, K
         .map_err(|source| KernelPathError::Descriptor { name, source })
 }
 
+/// Counts no socket of this host any more. Flows that come or go meanwhile are put right by a sweep.
+fn forget_sockets(
+    active: &mut HashMap<MapData, ServiceKey, PortFlows>,
+) -> Result<(), KernelPathError> {
+    let counted: Vec<_> = active.iter().flatten().collect();
+    for (key, flows) in counted.into_iter().filter(|(_, flows)| flows.local != 0) {
+        active
+            .insert(key, PortFlows { local: 0, ..flows }, 0)
+            .map_err(|source| KernelPathError::Map {
+                name: map::ACTIVE,
+                source,
+            })?;
+    }
+    Ok(())
+}
+
 impl KernelPath {
     /// Loads the programs, takes over what an earlier process has pinned, attaches to the uplinks.
     /// `root` is the agent's run directory; `wake` is called, by another thread, when [`Self::turn`] has
@@ -214,16 +226,24 @@ impl KernelPath {
             pins.clear().map_err(KernelPathError::Pins)?;
         }
         adopt_delivered(&pins);
+        // Nobody has seen sockets go, so those that were led are as good as unknown.
+        let unseen = !pins.hook(RELEASE_HOOK).exists();
+        if unseen {
+            pins.remove_map(map::LED_SOCKETS)
+                .map_err(KernelPathError::Pins)?;
+        }
         let mut object = load(&pins)?;
         let services: HashMap<MapData, ServiceKey, Service> = typed!(&mut object, map::SERVICES);
         let addresses: HashMap<MapData, Address, u32> = typed!(&mut object, map::ADDRESSES);
         let counters: PerCpuHashMap<MapData, ServiceKey, PortCounters> =
             typed!(&mut object, map::COUNTERS);
-        let active: HashMap<MapData, ServiceKey, PortFlows> = typed!(&mut object, map::ACTIVE);
+        let mut active: HashMap<MapData, ServiceKey, PortFlows> = typed!(&mut object, map::ACTIVE);
+        if unseen {
+            forget_sockets(&mut active)?;
+        }
         let tables = Tables::of(counters.map(), active.map())
             .inspect_err(|err| tracing::debug!(%err, "counters of ports are read one by one"))
             .ok();
-        let socket_counts = typed!(&mut object, map::SOCKET_COUNTS);
         let delivered = typed!(&mut object, map::DELIVERED);
         let delivered_table = CounterTable::open(&pins.directory().join(map::DELIVERED))
             .map_err(KernelPathError::Delivered)?;
@@ -269,8 +289,6 @@ impl KernelPath {
             counters,
             active,
             tables,
-            socket_counts,
-            sockets_counted: false,
             delivered,
             delivered_table: Some(delivered_table),
             orders,
@@ -346,7 +364,7 @@ impl KernelPath {
             self.ask_for_list(now);
         }
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
-            self.sweep_with_sockets(now);
+            self.sweep(now);
             // Those that could not be removed.
             self.settle();
         }

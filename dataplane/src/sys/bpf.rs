@@ -220,7 +220,7 @@ pub fn remove_entries<K: Pod>(map: &MapData, keys: &[K]) -> io::Result<()> {
     Ok(())
 }
 
-/// A hash table that is read as a whole, many entries per call.
+/// A hash table or an array that is read as a whole, many entries per call.
 #[derive(Debug)]
 pub struct Table<K, V> {
     map: OwnedFd,
@@ -236,13 +236,13 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     const ROOM: usize = 256;
 
     /// # Errors
-    /// It is no hash table of such entries.
+    /// It holds no such entries.
     pub fn of(map: &MapData) -> io::Result<Self> {
         let info = map.info().map_err(io::Error::other)?;
         let (values_each, apart) = match info.map_type() {
-            Ok(MapType::Hash) => (1, false),
+            Ok(MapType::Hash | MapType::Array) => (1, false),
             Ok(MapType::PerCpuHash) => (aya::util::nr_cpus().map_err(|(_, err)| err)?, true),
-            _ => return Err(io::Error::other("not a hash table")),
+            _ => return Err(io::Error::other("neither a hash table nor an array")),
         };
         let sizes = [size_of::<K>(), size_of::<V>()].map(u32::try_from);
         if sizes != [Ok(info.key_size()), Ok(info.value_size())]

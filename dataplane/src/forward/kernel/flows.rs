@@ -8,7 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use aya::maps::{IterableMap as _, MapData};
+use aya::maps::MapData;
 use ebpf::map;
 use ebpf::records::{PortCounters, PortFlows, ServiceKey, SweepOrder};
 
@@ -118,31 +118,12 @@ impl KernelPath {
     /// Removes dead flows and counts the living.
     pub fn sweep(&mut self, now: Instant) {
         self.swept_at = now;
-        if let Err(err) = self.try_sweep(false) {
+        if let Err(err) = self.try_sweep() {
             self.complain(&err);
         }
     }
 
-    /// The same, and counts the sockets of this host's clients, if there are any.
-    pub(super) fn sweep_with_sockets(&mut self, now: Instant) {
-        self.swept_at = now;
-        let local = |it: &Served| it.port.local.load(Relaxed) > 0;
-        let any = self.served.values().any(local);
-        if !any && std::mem::take(&mut self.sockets_counted) {
-            // What the last count found too much is no word on the next one, which may be hours away.
-            let noted: Vec<ServiceKey> = self.socket_counts.keys().flatten().collect();
-            if let Err(err) = bpf::remove_entries(self.socket_counts.map(), &noted) {
-                self.sockets_counted = true;
-                self.complain(&KernelPathError::Sweep(err));
-            }
-        }
-        self.sockets_counted |= any;
-        if let Err(err) = self.try_sweep(any) {
-            self.complain(&err);
-        }
-    }
-
-    fn try_sweep(&mut self, sockets: bool) -> Result<(), KernelPathError> {
+    fn try_sweep(&mut self) -> Result<(), KernelPathError> {
         let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
         self.pass = self.pass.wrapping_add(1);
         let order = SweepOrder {
@@ -152,7 +133,7 @@ impl KernelPath {
             datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
             datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
             pass: self.pass,
-            sockets: sockets.into(),
+            zero: 0,
         };
         self.orders
             .set(0, order, 0)

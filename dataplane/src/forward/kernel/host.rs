@@ -10,23 +10,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Array, DevMapHash, HashMap, MapData};
+use aya::maps::{Array, DevMapHash, IterableMap as _, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
 use aya::{Ebpf, EbpfLoader};
-use ebpf::records::{LedSocket, Node, PROTOCOL_TCP, Service, ServiceKey};
+use ebpf::records::{LedSet, Node, PROTOCOL_TCP, Service, ServiceKey};
 use ebpf::{ADDRESS_HOOKS, RELEASE_HOOK, map};
 
 use super::error::KernelPathError;
 use super::object::typed;
 use super::pins::Pins;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Table};
 use crate::sys::netlink::sockets;
 
 /// The hooks.
 pub(super) struct Hooks {
     links: DevMapHash<MapData>,
-    sockets: HashMap<MapData, u64, LedSocket>,
+    sockets: Table<u32, LedSet>,
     // Kept for its maps; the programs are held by their pinned links.
     _object: Ebpf,
 }
@@ -109,7 +109,8 @@ impl Hooks {
             .map_err(KernelPathError::Load)?;
         let mut nodes: Array<MapData, Node> = typed!(&mut object, map::NODES);
         let links: DevMapHash<MapData> = typed!(&mut object, map::LINKS);
-        let sockets = typed!(&mut object, map::LED_SOCKETS);
+        let sockets: Array<MapData, LedSet> = typed!(&mut object, map::LED_SOCKETS);
+        let sockets = Table::of(sockets.map()).map_err(hook("all hooks"))?;
         nodes
             .set(0, Node { namespace }, 0)
             .map_err(|source| KernelPathError::Map {
@@ -156,17 +157,23 @@ impl Hooks {
 
     /// Resets the connections of this host's clients that a service has led to its container. Sockets
     /// of datagrams are led by each datagram, so there is nothing to end.
-    pub(super) fn cut(&self, key: ServiceKey, service: &Service) {
+    pub(super) fn cut(&mut self, key: ServiceKey, service: &Service) {
         if key.protocol != PROTOCOL_TCP {
             return;
         }
-        let led = self.sockets.iter().flatten();
-        let cookies: HashSet<u64> = led
-            .filter(|(_, it)| {
-                (it.host_port, it.protocol, it.life) == (key.port, key.protocol, service.life)
-            })
-            .map(|(cookie, _)| cookie)
-            .collect();
+        let mut cookies = HashSet::new();
+        let read = self.sockets.read(|_, sets| {
+            for set in sets {
+                let led = set.cookie.iter().zip(&set.led);
+                let wanted = led.filter(|(cookie, it)| {
+                    **cookie != 0 && (it.host_port, it.life) == (key.port, service.life)
+                });
+                cookies.extend(wanted.map(|(cookie, _)| *cookie));
+            }
+        });
+        if let Err(err) = read {
+            tracing::warn!(%err, "connections of clients on this host may go on");
+        }
         if cookies.is_empty() {
             return;
         }

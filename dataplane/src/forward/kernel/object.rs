@@ -10,8 +10,8 @@ use aya::maps::{Map, MapData};
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use ebpf::records::{
-    Address, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSocket, Node,
-    PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
+    Address, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSet,
+    LocalFlow, Node, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
 };
 use ebpf::{map, program};
 
@@ -59,9 +59,10 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     const PORT: usize = size_of::<ServiceKey>();
     const ADDRESS: usize = size_of::<Address>();
     const NUMBER: usize = size_of::<u32>();
-    let sizes: [(&str, usize, usize); 12] = [
+    let sizes: [(&str, usize, usize); 13] = [
         (map::SERVICES, PORT, size_of::<Service>()),
         (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
+        (map::LOCAL_FLOWS, NUMBER, size_of::<LocalFlow>()),
         (
             map::FRAGMENTS,
             size_of::<FragmentKey>(),
@@ -74,7 +75,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
         (map::DELIVERED, NUMBER, size_of::<Delivered>()),
         (map::ORDERS, NUMBER, size_of::<SweepOrder>()),
         (map::NODES, NUMBER, size_of::<Node>()),
-        (map::LED_SOCKETS, size_of::<u64>(), size_of::<LedSocket>()),
+        (map::LED_SOCKETS, NUMBER, size_of::<LedSet>()),
         (
             map::LED_PEERS,
             size_of::<LedPeerKey>(),

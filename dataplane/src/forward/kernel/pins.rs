@@ -236,6 +236,14 @@ impl Pins {
         remove_pin(self.link(side, index))
     }
 
+    /// Takes a map's pin away. Nothing there is fine.
+    ///
+    /// # Errors
+    /// It is there and can't be removed.
+    pub fn remove_map(&self, name: &str) -> Result<(), PinsError> {
+        remove_pin(self.directory.join(name))
+    }
+
     /// Removes every pin of this layout: the next load starts afresh.
     ///
     /// # Errors

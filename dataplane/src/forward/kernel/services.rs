@@ -331,10 +331,6 @@ impl KernelPath {
         let made = self.counters.insert(key, zero, how);
         let counts = is_new(made).map_err(fails(map::COUNTERS))?;
         if how == BPF_ANY {
-            match self.socket_counts.remove(&key) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(fails(map::SOCKET_COUNTS)(source).into()),
-            }
             self.leaving.forget(key);
         }
         self.services
@@ -431,7 +427,7 @@ impl KernelPath {
         }
         self.flows_left |= self.count_one(key);
         let target = self.served.remove(&key).map(|served| {
-            if let Ok(hooks) = &self.hooks
+            if let Ok(hooks) = &mut self.hooks
                 && served.port.local.load(Relaxed) > 0
             {
                 hooks.cut(key, &served.service);
@@ -473,15 +469,11 @@ impl KernelPath {
             }
         }
         let (counters, active) = (self.counters.map(), self.active.map());
-        let sockets = self.socket_counts.map();
         let removed = self.leaving.leave(&mut [
             (map::COUNTERS, &mut |gone| {
                 bpf::remove_entries(counters, gone)
             }),
             (map::ACTIVE, &mut |gone| bpf::remove_entries(active, gone)),
-            (map::SOCKET_COUNTS, &mut |gone| {
-                bpf::remove_entries(sockets, gone)
-            }),
         ]);
         if let Err(err) = removed {
             self.complain(&err);
