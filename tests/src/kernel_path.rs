@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::thread;
 
 use aya::programs::{SchedClassifier, TcAttachType};
@@ -180,6 +181,21 @@ impl Default for Node {
 /// Where clients of other hosts find a row, by IPv4 (0) or IPv6 (1).
 pub fn host(row: &PortRow, family: usize) -> SocketAddr {
     SocketAddr::new(HOST[family].parse().expect("an address"), row.host_port)
+}
+
+/// The node's directory of pins in use.
+pub fn pins(node: &Node) -> PathBuf {
+    let run_dir = node.place.run_dir().root().to_owned();
+    let homes = std::fs::read_dir(shared::pins::HOME).expect("pins");
+    let mut homes = homes.flatten().map(|it| it.path());
+    let home = homes
+        .find(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir))
+        .expect("this node's");
+    let entries = std::fs::read_dir(home).expect("its directory").flatten();
+    let mut layouts = entries.filter(|it| it.file_type().is_ok_and(|it| it.is_dir()));
+    let only = layouts.next().expect("a layout").path();
+    assert!(layouts.next().is_none(), "one layout");
+    only
 }
 
 /// Sends a word and takes all that comes back.

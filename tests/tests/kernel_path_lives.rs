@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{Node, ask, attached, echo, host, mirror, told};
+use harness::kernel_path::{Node, ask, attached, echo, host, mirror, pins, told};
 use harness::remote_client::{may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
@@ -251,21 +251,6 @@ fn an_upgrade_with_another_layout_loses_no_flow() {
     let length = sent.join().expect("all was sent");
     let back = received.join().expect("the receiver").expect("whole");
     assert_eq!(back, length);
-}
-
-/// The node's directory of pins in use.
-fn pins(node: &Node) -> std::path::PathBuf {
-    let run_dir = node.place.run_dir().root().to_owned();
-    let homes = std::fs::read_dir(shared::pins::HOME).expect("pins");
-    let mut homes = homes.flatten().map(|it| it.path());
-    let home = homes
-        .find(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir))
-        .expect("this node's");
-    let entries = std::fs::read_dir(home).expect("its directory").flatten();
-    let mut layouts = entries.filter(|it| it.file_type().is_ok_and(|it| it.is_dir()));
-    let only = layouts.next().expect("a layout").path();
-    assert!(layouts.next().is_none(), "one layout");
-    only
 }
 
 #[test]

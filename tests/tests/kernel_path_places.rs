@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use harness::dataplane::until;
 use harness::interface_lock::InterfaceLock;
-use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, told};
+use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, pins, told};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use shared::desired::PortRow;
@@ -386,4 +386,24 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
         (gone && at(&other.link, "to_container")).then_some(())
     })
     .expect("settled");
+
+    // Nor does one that starts with another layout take anything from the programs that it finds.
+    let mut last = other.port(echo(&other));
+    last.container_id = fresh.container_id;
+    node.lift(&last);
+    let mut flow = node.flow(host(&last, 0));
+    goes_on(&mut flow);
+    node.kill();
+    let now = pins(&node);
+    std::fs::rename(&now, now.with_file_name("v0")).expect("another layout's");
+    let Some(mut lock) = hold() else {
+        return;
+    };
+    node.restart();
+    node.counted(&last, waits);
+    goes_on(&mut flow);
+    lock.held().expect("all the time");
+    drop(lock);
+    node.counted(&last, |it| it.path == ForwardPath::KernelPath);
+    goes_on(&mut flow);
 }

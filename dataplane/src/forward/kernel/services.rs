@@ -198,15 +198,17 @@ impl KernelPath {
         }
     }
 
-    /// A row waits for its link's program and is the relay's until that comes.
+    /// A row waits for its link's program and is the relay's until that comes. An earlier version's
+    /// programs keep it until then, and its flows with it.
     pub fn put_off(&mut self, row: &PortRow) {
-        self.withdraw(row.key());
+        self.take_off(key_of(row.key()));
         self.want((Side::Container, row.link_index));
         self.awaited.insert(row.link_index);
     }
 
     /// No list of interfaces has come since the start. What an earlier process has left for the very same
-    /// row goes on; anything else is taken off. Answers why the relay has the rest.
+    /// row goes on, as does what another version's programs have, whose records are not known; anything
+    /// else is taken off. Answers why the relay has the rest.
     fn keep(&mut self, row: &PortRow, terms: &Terms<'_>) -> String {
         let key = key_of(row.key());
         let at = Circumstances {
@@ -227,9 +229,13 @@ impl KernelPath {
         let unknown = "interfaces are not known yet, somebody holds the kernel's interface lock";
         match obstacle {
             None if same => format!("as it was left: {unknown}"),
-            obstacle => {
+            None => {
+                self.take_off(key);
+                unknown.to_owned()
+            }
+            Some(why) => {
                 self.withdraw(row.key());
-                obstacle.unwrap_or_else(|| unknown.to_owned())
+                why
             }
         }
     }
@@ -413,6 +419,11 @@ impl KernelPath {
     pub fn withdraw(&mut self, key: PortKey) {
         let key = key_of(key);
         self.elders.withdraw(key, &mut self.placer);
+        self.take_off(key);
+    }
+
+    /// The same, but what another version's programs have of it goes on.
+    fn take_off(&mut self, key: ServiceKey) {
         let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
             (true, _) => self.served.get(&key).map(|it| it.service.link_index),
             (false, Some(found)) => Some(found.link_index),
