@@ -84,13 +84,19 @@ impl Link {
             return;
         };
         let changed = kernel.turn(now);
-        if kernel.is_listed() && self.unclaimed_at.is_some_and(|at| now >= at) {
-            self.unclaimed_at = None;
-            kernel.forget_unclaimed();
+        if !kernel.is_listed() && self.unclaimed_at.is_some() {
+            // Rows can't claim anything before; they have the whole time from then on.
+            self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
         if changed {
             kernel.guard(self.containers.values());
             self.lift_and_publish();
+        }
+        if self.unclaimed_at.is_some_and(|at| now >= at)
+            && let Some(kernel) = &mut self.kernel
+        {
+            self.unclaimed_at = None;
+            kernel.forget_unclaimed();
         }
     }
 
