@@ -5,12 +5,12 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use harness::dataplane::until;
+use harness::dataplane::{free_port, until};
 use harness::interface_lock::InterfaceLock;
 use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, pins, told};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
-use shared::desired::PortRow;
+use shared::desired::{Drain, PortRow};
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 /// Waits until a client at `address` is served by the kernel path: the container sees its address.
@@ -331,13 +331,29 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
     };
 
     // A process that starts meanwhile leaves alone what another one has left.
+    let mut removed = row.clone();
+    removed.host_port = free_port();
+    removed.drain = Drain::Within { ms: 60_000 };
+    node.lift(&removed);
+    let (key, removed) = (removed.key(), host(&removed, 0));
+    let mut ended = node.flow(removed);
     node.kill();
     let Some(mut lock) = hold() else {
         return;
     };
+    goes_on(&mut ended);
     node.restart();
     node.counted(&row, waits);
     goes_on(&mut flow);
+    // Until its row goes.
+    node.control
+        .write(|batch| batch.remove_port(key))
+        .expect("asked");
+    let state = node.control.in_state(key, PortState::Removed);
+    assert_eq!(state.expect("removed").bytes_in, 10);
+    node.at_client(move || ask(removed, b"x"))
+        .expect_err("nobody there");
+    node.control.release();
     let answer = node.at_client(move || ask(address, b"new"));
     assert_eq!(answer.expect("served"), b"new");
     lock.held().expect("all the time");

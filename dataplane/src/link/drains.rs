@@ -12,7 +12,7 @@ use shared::ids::{Generation, KernelId, RegionId};
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 use super::guard::guard_of;
-use super::{Link, engine_of, sum};
+use super::{Link, engine_of, sum, without};
 use crate::board::{Changes, Entry};
 use crate::forward::kernel::KernelPort;
 use crate::forward::relay::Relay;
@@ -68,7 +68,11 @@ impl Link {
         else {
             return Counters::default();
         };
-        let base = running.base;
+        // What an earlier process has left, and this row could not claim yet, has counted, too.
+        let unclaimed = self.kernel.as_ref().and_then(|it| it.counted(key));
+        let base = unclaimed.map_or(running.base, |since| {
+            sum(without(running.base, running.in_kernel, since), since)
+        });
         let Some(port) = running.port else {
             self.withdraw(key);
             return base;

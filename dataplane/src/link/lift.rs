@@ -259,15 +259,17 @@ impl Link {
         }
     }
 
-    /// Lets the flows of a port that was closed go on for a while. `None` when there are none.
+    /// Lets the flows of a port that was closed go on for a while. `None` when there are none; those that
+    /// an earlier process has left, and no row could claim yet, are cut.
     pub(super) fn drain_flows(
         &mut self,
         key: PortKey,
         port: Option<Arc<KernelPort>>,
     ) -> Option<Arc<KernelPort>> {
         let kernel = self.kernel.as_mut()?;
-        let port = port?;
-        if kernel.drain(key) {
+        if let Some(port) = port
+            && kernel.drain(key)
+        {
             kernel.sweep(Instant::now());
             if port.counters().active > 0 {
                 return Some(port);
