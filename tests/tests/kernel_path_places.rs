@@ -371,7 +371,11 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
         .write(|batch| batch.put_container(container))
         .expect("known");
     let status = node.publish(&fresh);
-    assert!(waits(&status), "{status:?}");
+    assert_eq!(
+        (status.state, status.path),
+        (PortState::Serving, ForwardPath::Relay)
+    );
+    node.counted(&fresh, waits);
     let (seen, own) = node.at_client(move || told(fresh_address)).expect("served");
     assert_ne!(seen, own.to_string(), "by the relay");
     // What was on the kernel path stays there until its row goes.

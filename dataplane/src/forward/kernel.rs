@@ -121,6 +121,8 @@ pub struct KernelPath {
     lists: u32,
     /// One has come.
     listed: bool,
+    /// The placer hung at the last turn.
+    hung: bool,
     interfaces: BTreeMap<u32, Interface>,
     /// Those by which clients of other hosts arrive ...
     ways_in: BTreeSet<u32>,
@@ -296,6 +298,7 @@ impl KernelPath {
             watch,
             lists: 0,
             listed: false,
+            hung: false,
             interfaces: BTreeMap::new(),
             ways_in: BTreeSet::new(),
             uplinks: BTreeSet::new(),
@@ -357,6 +360,11 @@ impl KernelPath {
     pub fn turn(&mut self, now: Instant) -> bool {
         for word in self.placer.words() {
             self.hear(word);
+        }
+        let hangs = self.placer.hangs();
+        if std::mem::replace(&mut self.hung, hangs) != hangs {
+            // Rows that wait say why.
+            self.rows_concerned |= !self.listed || !self.awaited.is_empty();
         }
         self.note_changes(now);
         let since = now.saturating_duration_since(self.scanned_at);

@@ -150,7 +150,8 @@ pub(super) struct Placer {
     number: u64,
     patience: Duration,
     rests_since: Instant,
-    told: bool,
+    /// As of the last look, and told to the log.
+    hangs: bool,
     log: LogLimit,
 }
 
@@ -179,7 +180,7 @@ impl Placer {
             number: 0,
             patience: PATIENCE,
             rests_since: Instant::now(),
-            told: false,
+            hangs: false,
             log: LogLimit::default(),
         })
     }
@@ -187,6 +188,11 @@ impl Placer {
     /// False when the thread has ended by itself.
     pub(super) fn healthy(&self) -> bool {
         !self.thread.is_finished()
+    }
+
+    /// At the last look an order had been under way for so long that somebody must hold the lock.
+    pub(super) fn hangs(&self) -> bool {
+        self.hangs
     }
 
     /// Has interfaces listed. False when that waits to be done already.
@@ -269,7 +275,7 @@ impl Placer {
     }
 
     fn tell(&mut self, hangs: bool) {
-        if hangs && !self.told {
+        if hangs && !self.hangs {
             if let Some(suppressed) = self.log.pass() {
                 tracing::warn!(
                     suppressed,
@@ -277,11 +283,10 @@ impl Placer {
                      holds its interface lock; the relay serves new ports until it does"
                 );
             }
-            self.told = true;
-        } else if !hangs && self.told {
+        } else if !hangs && self.hangs {
             tracing::info!("the kernel lets interfaces be listed and programs be attached again");
-            self.told = false;
         }
+        self.hangs = hangs;
     }
 }
 
@@ -361,6 +366,7 @@ mod tests {
         let (mut placer, done, rung) = placer(&gate);
         let first = placer.attach(FIRST);
         assert_eq!(numbers(&placer.wait()), [first]);
+        assert!(!placer.hangs());
         let held = gate.lock().unwrap();
         assert!(placer.list());
         assert!(numbers(&placer.wait()).is_empty());
@@ -374,6 +380,7 @@ mod tests {
             assert!(numbers(&placer.wait()).is_empty());
         }
         assert!(!placer.list(), "one waits already");
+        assert!(placer.hangs());
         let (second, third) = (placer.attach(FIRST), placer.attach(SECOND));
         drop(held);
         let mut heard = Vec::new();
@@ -383,6 +390,7 @@ mod tests {
             heard.extend(numbers(&placer.words()));
         }
         assert_eq!(heard, [0, 0, second, third]);
+        assert!(!placer.hangs());
         // Patience has been used up, and comes back with time.
         assert!(placer.patience < PATIENCE / 10);
         placer.rests_since -= PATIENCE * REST;

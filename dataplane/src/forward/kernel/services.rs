@@ -179,12 +179,8 @@ impl KernelPath {
             Err(Unserved::Waits) => {
                 let link = self.interfaces.get(&row.link_index);
                 let name = link.map_or("the link", |it| it.name.as_str());
-                Err(Refusal {
-                    why: format!(
-                        "{name} has no program yet, somebody holds the kernel's interface lock"
-                    ),
-                    waits: true,
-                })
+                let why = self.so_far(format!("{name} has no program yet"));
+                Err(Refusal { why, waits: true })
             }
             Err(Unserved::Refused(why)) => {
                 self.withdraw(row.key());
@@ -195,6 +191,14 @@ impl KernelPath {
                 self.withdraw(row.key());
                 Err(refused(words(&err)))
             }
+        }
+    }
+
+    /// Why something is not there yet. Only an order that hangs tells of somebody who holds the lock.
+    fn so_far(&self, what: String) -> String {
+        match self.placer.hangs() {
+            true => what + ", somebody holds the kernel's interface lock",
+            false => what,
         }
     }
 
@@ -226,12 +230,12 @@ impl KernelPath {
             wanted.life = before.life;
             wanted == *before && !(row.local_only && clients & SERVICE_REMOTE != 0)
         });
-        let unknown = "interfaces are not known yet, somebody holds the kernel's interface lock";
+        let unknown = self.so_far("interfaces are not known yet".to_owned());
         match obstacle {
             None if same => format!("as it was left: {unknown}"),
             None => {
                 self.take_off(key);
-                unknown.to_owned()
+                unknown
             }
             Some(why) => {
                 self.withdraw(row.key());
