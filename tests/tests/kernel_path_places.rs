@@ -337,7 +337,16 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
     node.lift(&removed);
     let (key, removed) = (removed.key(), host(&removed, 0));
     let mut ended = node.flow(removed);
+    let mut filtered = row.clone();
+    filtered.host_port = free_port();
+    node.lift(&filtered);
+    let mut let_in = node.flow(host(&filtered, 0));
     node.kill();
+    filtered.honour_firewall = true;
+    let change = filtered.clone();
+    node.control
+        .write(|batch| batch.put_port(change))
+        .expect("the firewall decides");
     let Some(mut lock) = hold() else {
         return;
     };
@@ -345,6 +354,11 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
     node.restart();
     node.counted(&row, waits);
     goes_on(&mut flow);
+    let decides = |it: &PortStatus| {
+        it.path == ForwardPath::Relay && it.reason.contains("the host's firewall")
+    };
+    node.counted(&filtered, decides);
+    goes_on(&mut let_in);
     // Until its row goes.
     node.control
         .write(|batch| batch.remove_port(key))
@@ -362,6 +376,9 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
         it.path == ForwardPath::KernelPath && it.reason.is_empty()
     });
     goes_on(&mut flow);
+    node.counted(&filtered, decides);
+    goes_on(&mut let_in);
+    node.control.withdraw(filtered.key()).expect("withdrawn");
 
     // One that runs takes on a container that it has never seen: the relay's until the kernel has time.
     let Some(mut lock) = hold() else {

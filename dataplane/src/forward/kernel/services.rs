@@ -131,9 +131,6 @@ impl KernelPath {
     /// Words for the port's status.
     pub fn offer(&mut self, row: &PortRow, terms: &Terms<'_>) -> Result<Lift, Refusal> {
         self.look_for(row.link_index);
-        if !self.listed {
-            return Err(refused(self.keep(row, terms)));
-        }
         let at = Circumstances {
             container: terms.container,
             interfaces: &self.interfaces,
@@ -141,20 +138,25 @@ impl KernelPath {
             idle_timeout: terms.idle_timeout,
             networks: terms.allowed.len(),
             // Once it is served here, sessions of the relay are those of others.
-            relayed: if self.served.contains_key(&key_of(row.key())) {
+            relayed: if !self.listed || self.served.contains_key(&key_of(row.key())) {
                 0
             } else {
                 terms.relayed
             },
         };
-        let common = eligibility::common_obstacle(row, &at);
+        let judge: fn(&PortRow, &Circumstances<'_>) -> Option<String> = if self.listed {
+            eligibility::common_obstacle
+        } else {
+            eligibility::obstacle_of_row
+        };
+        let common = judge(row, &at);
         let remote = eligibility::remote_obstacle(row, &at);
         let filtered_alone = row.honour_firewall && {
             let unfiltered = PortRow {
                 honour_firewall: false,
                 ..row.clone()
             };
-            eligibility::common_obstacle(&unfiltered, &at).is_none()
+            judge(&unfiltered, &at).is_none()
         };
         if filtered_alone && let Some(port) = self.let_finish(row, terms) {
             return Ok(Lift {
@@ -162,6 +164,9 @@ impl KernelPath {
                 remote: common.clone(),
                 host: common,
             });
+        }
+        if !self.listed {
+            return Err(refused(self.keep(row, terms, common)));
         }
         let remote = remote.or_else(|| {
             let pid = terms.container.map_or(0, |it| it.init_pid);
@@ -213,17 +218,8 @@ impl KernelPath {
     /// No list of interfaces has come since the start. What an earlier process has left for the very same
     /// row goes on, as does what another version's programs have, whose records are not known; anything
     /// else is taken off. Answers why the relay has the rest.
-    fn keep(&mut self, row: &PortRow, terms: &Terms<'_>) -> String {
+    fn keep(&mut self, row: &PortRow, terms: &Terms<'_>, obstacle: Option<String>) -> String {
         let key = key_of(row.key());
-        let at = Circumstances {
-            container: terms.container,
-            interfaces: &self.interfaces,
-            uplinks: &self.uplinks,
-            idle_timeout: terms.idle_timeout,
-            networks: terms.allowed.len(),
-            relayed: 0,
-        };
-        let obstacle = eligibility::obstacle_of_row(row, &at);
         let same = self.found.get(&key).is_some_and(|before| {
             let clients = before.flags & (SERVICE_REMOTE | SERVICE_HOST);
             let mut wanted = service_of(row, terms, clients);
