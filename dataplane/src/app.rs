@@ -309,6 +309,8 @@ fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir, waker
                 err = kernel::words(err),
                 "no kernel path, the relay serves all"
             );
+            // Nobody would tell what an earlier process has left which rows go.
+            take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
         }
         link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
     } else {
@@ -316,8 +318,8 @@ fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir, waker
     }
 }
 
-/// An earlier process may have been told otherwise, and its programs go on without it. The kernel may
-/// keep who takes them down waiting for as long as somebody holds its interface lock.
+/// An earlier process may have had a kernel path, and its programs go on without it. The kernel may keep
+/// who takes them down waiting for as long as somebody holds its interface lock.
 fn take_kernel_path_down(agent: String, root: PathBuf) {
     let (sender, done) = mpsc::channel::<Infallible>();
     let thread = std::thread::Builder::new().name("detach".into());
@@ -325,15 +327,20 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
         let _sender = sender;
         match kernel::detach(&agent, &root) {
             Ok(removed) if removed.is_empty() => {}
-            Ok(_) => tracing::info!("the kernel path of an earlier process is taken down"),
+            Ok(_) => tracing::info!("nothing is left of the kernel path of an earlier process"),
             Err(err) => tracing::error!(
                 err = kernel::words(&err),
-                "the kernel path of an earlier process goes on"
+                "the kernel path of an earlier process goes on; stop this one and run: \
+                 bai-dataplane detach"
             ),
         }
     });
     if let Err(err) = started {
-        tracing::error!(%err, "the kernel path of an earlier process goes on: no thread");
+        tracing::error!(
+            %err,
+            "no thread, so the kernel path of an earlier process goes on; stop this one and run: \
+             bai-dataplane detach"
+        );
     }
     if done.recv_timeout(DETACHED_WITHIN) == Err(RecvTimeoutError::Timeout) {
         tracing::warn!(

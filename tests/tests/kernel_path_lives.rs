@@ -278,6 +278,10 @@ fn without_permission_the_relay_serves_and_says_so() {
     let status = node.publish(&row);
     let address = host(&row, 0);
     let answer = node.at_client(move || told(address));
+    // Nobody would look after what the one before it has left.
+    let taken_down = until("the programs being gone", || {
+        (!attached(&node).contains("from_uplink")).then_some(())
+    });
     let _ = weak.kill();
     let _ = weak.wait();
     assert_eq!(
@@ -289,6 +293,7 @@ fn without_permission_the_relay_serves_and_says_so() {
         "{}",
         status.reason
     );
+    taken_down.expect("taken down");
     let (seen, _) = answer.expect("told");
     assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
 }
