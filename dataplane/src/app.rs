@@ -327,7 +327,7 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
         let _sender = sender;
         match kernel::detach(&agent, &root) {
             Ok(removed) if removed.is_empty() => {}
-            Ok(_) => tracing::info!("nothing is left of the kernel path of an earlier process"),
+            Ok(_) => tracing::info!("the kernel path of an earlier process leads nobody any more"),
             Err(err) => tracing::error!(
                 err = kernel::words(&err),
                 "the kernel path of an earlier process goes on; stop this one and run: \
@@ -344,8 +344,8 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
     }
     if done.recv_timeout(DETACHED_WITHIN) == Err(RecvTimeoutError::Timeout) {
         tracing::warn!(
-            "what an earlier process has attached can't be taken down yet, somebody holds the kernel's \
-             interface lock; it goes on until then"
+            "what an earlier process has attached can't be taken away yet, somebody holds the kernel's \
+             interface lock; it stays there until then"
         );
     }
 }

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, IterableMap as _, MapData, PerCpuHashMap};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, PerCpuHashMap};
 use aya::programs::ProgramFd;
 use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
@@ -405,17 +405,39 @@ impl KernelPath {
     }
 }
 
-/// Removes all that the kernel path of an agent has left, of every version, and what agents that
-/// are gone have. That may wait for the kernel's interface lock, for as long as anybody holds it. Answers the agent's own directories that were there.
+/// Removes all that the kernel path of an agent has left, of every version, and what agents that are gone
+/// have. That may wait for the kernel's interface lock, for as long as anybody holds it, but nobody is
+/// led any more by then. Answers the agent's own directories that were there.
 ///
 /// # Errors
 /// A directory can't be removed.
 pub fn detach(agent: &str, root: &Path) -> Result<Vec<PathBuf>, PinsError> {
+    let here = pins::here(agent, root);
+    for pins in &here {
+        lead_nobody(pins)?;
+    }
     if let Ok(names) = LinkLookup::open() {
         pins::remove_abandoned(&names);
-        for pins in &pins::here(agent, root) {
+        for pins in &here {
             attach::remove_filters(pins, &names);
         }
     }
     pins::detach(agent, root)
+}
+
+/// Takes all services out, which ends their flows, and the hooks away. What has records of another size
+/// keeps its services until its programs go.
+fn lead_nobody(pins: &Pins) -> Result<(), PinsError> {
+    let path = pins.directory().join(map::SERVICES);
+    if let Ok(pinned) = MapData::from_pin(path)
+        && let Ok(mut services) = HashMap::<_, ServiceKey, Service>::try_from(Map::HashMap(pinned))
+    {
+        let keys: Vec<ServiceKey> = services.keys().flatten().collect();
+        for key in keys {
+            if let Err(err) = services.remove(&key) {
+                tracing::debug!(%err, "a service stays until the programs go");
+            }
+        }
+    }
+    pins.remove_hooks()
 }

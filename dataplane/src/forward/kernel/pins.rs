@@ -18,6 +18,8 @@ use crate::sys::netlink::LinkLookup;
 const FILE_SYSTEM: &str = "/sys/fs/bpf";
 /// What names of filters' programs begin with.
 const FILTER: &str = "filter-";
+/// What names of hooks begin with.
+const HOOK: &str = "hook-";
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -185,7 +187,7 @@ impl Pins {
 
     /// Where a hook at the control groups is pinned.
     pub fn hook(&self, name: &str) -> PathBuf {
-        self.directory.join(format!("hook-{name}"))
+        self.directory.join(format!("{HOOK}{name}"))
     }
 
     /// The number of its layout.
@@ -270,6 +272,21 @@ impl Pins {
     pub fn remove_leading_hooks(&self) -> Result<(), PinsError> {
         for name in ebpf::LEADING_HOOKS {
             remove_pin(self.hook(name))?;
+        }
+        Ok(())
+    }
+
+    /// Removes all hooks.
+    ///
+    /// # Errors
+    /// A pin can't be removed.
+    pub fn remove_hooks(&self) -> Result<(), PinsError> {
+        let is_hook = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default();
+            name.as_encoded_bytes().starts_with(HOOK.as_bytes())
+        };
+        for path in children(&self.directory).into_iter().filter(is_hook) {
+            remove_pin(path)?;
         }
         Ok(())
     }
