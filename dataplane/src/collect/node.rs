@@ -1,9 +1,9 @@
 //! The node's own numbers.
 //!
-//! In: /proc/stat, /proc/meminfo, the pass's link counters, the size of the scratch file system.
-//! Out: the counters of a node sample. Invariant: the network counts each byte that crossed the
-//! node's edge once: only interfaces with hardware behind them, not bridges, veths or bonds over
-//! them.
+//! In: /proc/stat, /proc/meminfo, files of /sys/class/net, the size of the scratch file system; the pass's
+//! link counters only where those files are another network namespace's. Out: the counters of a node
+//! sample. Invariant: the network counts each byte that crossed the node's edge once, or is absent: only
+//! interfaces with hardware behind them, not bridges, veths or bonds over them, and all of those.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -134,14 +134,23 @@ impl Node {
             counters.memory_available_bytes = bytes("MemAvailable:");
         }
         self.find_interfaces();
-        for interface in &mut self.interfaces {
-            if let Some((rx, tx)) = interface.read(links, buffer) {
-                *counters.net_rx_bytes.get_or_insert(0) += rx;
-                *counters.net_tx_bytes.get_or_insert(0) += tx;
-            }
+        if let Some((rx, tx)) = self.carried(links, buffer) {
+            (counters.net_rx_bytes, counters.net_tx_bytes) = (Some(rx), Some(tx));
         }
         counters.descriptors_open = self.descriptors.as_ref().and_then(open_descriptors);
         counters
+    }
+
+    /// Bytes received and sent at the edge. None without one of its interfaces: a sum without it would go back,
+    /// and forth again when it can be read.
+    fn carried(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> Option<(u64, u64)> {
+        let mut sum = None;
+        for interface in &mut self.interfaces {
+            let (rx, tx) = interface.read(links, buffer)?;
+            let (all_rx, all_tx) = sum.unwrap_or((0_u64, 0_u64));
+            sum = Some((all_rx.checked_add(rx)?, all_tx.checked_add(tx)?));
+        }
+        sum
     }
 
     /// Whether counters of links are needed to read all of this.
@@ -473,6 +482,28 @@ mod tests {
         assert_eq!(read(7, None), Some((12, 13)));
         assert_eq!(read(8, None), None);
         assert_eq!(read(8, Some(&links)), Some((80, 81)));
+    }
+
+    #[test]
+    fn the_edge_is_not_counted_without_one_of_its_interfaces() {
+        let class = tempfile::tempdir().unwrap();
+        let budget = Budget::new(10);
+        let mut node = Node::below(class.path(), &budget);
+        let mut buffer = Vec::new();
+        assert_eq!(node.carried(None, &mut buffer), None, "no interface");
+        for (name, number) in [("eth8", 8), ("eth9", 9)] {
+            let directory = class.path().join(name).join("statistics");
+            std::fs::create_dir_all(&directory).unwrap();
+            std::fs::write(class.path().join(name).join("ifindex"), number.to_string()).unwrap();
+            std::fs::write(directory.join("rx_bytes"), "12\n").unwrap();
+            let interface = Interface::below(class.path(), name, number, &budget);
+            node.interfaces.push(interface);
+        }
+        let sent = |name: &str| class.path().join(name).join("statistics/tx_bytes");
+        std::fs::write(sent("eth8"), "13\n").unwrap();
+        assert_eq!(node.carried(None, &mut buffer), None, "a half");
+        std::fs::write(sent("eth9"), "14\n").unwrap();
+        assert_eq!(node.carried(None, &mut buffer), Some((24, 27)));
     }
 
     #[test]
