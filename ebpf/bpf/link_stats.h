@@ -308,26 +308,31 @@ static ALWAYS_INLINE void read_queues(struct link_target *target, struct link_la
 				 0);
 }
 
-/* Whether it is still the device it was. */
+/* Whether it is still the device it was. Another one may have its memory, index and peer. What it counts in
+ * must be where it was then, for that is all that is used of it. Nothing is followed that does not fit. */
 static ALWAYS_INLINE int is_listed(struct net_device *device, struct link_target *target,
 				   struct link_layout *layout, const int plain)
 {
-	__u64 net = 0, listed = 0;
+	struct net_device *peer = (void *)target->peer;
+	__u64 net = 0, counts = 0, peer_counts = 0;
 	__u32 index = 0;
 	char *node;
-	char *previous;
-	struct net_device *peer;
 
 	if (!device)
 		return 0;
-	node = (char *)__builtin_preserve_access_index(&device->index_hlist);
 	READ(index, device->ifindex);
 	READ(net, device->nd_net.net);
-	previous = (char *)read_u64(node + PREVIOUS, plain);
-	listed = read_u64(previous, plain);
-	peer = (void *)read_u64((char *)device + layout->peer, plain);
-	return listed == (__u64)node && index == target->index && net == layout->namespace &&
-	       (__u64)peer == target->peer;
+	if (index != target->index || net != layout->namespace ||
+	    read_u64((char *)device + layout->peer, plain) != target->peer)
+		return 0;
+	READ(counts, device->tstats);
+	READ(peer_counts, peer->tstats);
+	if (counts != target->counts || peer_counts != target->peer_counts ||
+	    read_u64((char *)device + layout->queues, plain) != target->queues ||
+	    read_u64((char *)peer + layout->queues, plain) != target->peer_queues)
+		return 0;
+	node = (char *)__builtin_preserve_access_index(&device->index_hlist);
+	return read_u64((char *)read_u64(node + PREVIOUS, plain), plain) == (__u64)node;
 }
 
 static ALWAYS_INLINE int read_link(__u32 place, const int plain)

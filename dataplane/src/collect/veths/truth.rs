@@ -232,6 +232,22 @@ fn links_are_read_as_the_kernel_tells_them_also_while_it_does_not() {
     assert_eq!(sample.source, Source::Absent, "{sample:?} {old:?}");
     watch.sampler.take_back(reader);
     watch.agrees(&pairs, Source::Bpf);
+    // Nor when no pass was between the two; where it has all of its memory, it is read as itself.
+    for count in [1, 9] {
+        pairs[0].send(count);
+        watch.agrees(&pairs, Source::Bpf);
+        let reader = watch.sampler.links.take().expect("nothing hangs");
+        pairs[0].delete();
+        pairs[0].link(&index);
+        let sample = watch.samples().remove(0).net;
+        let told = inside(&told(pairs[0].index).unwrap());
+        assert!(
+            sample.source == Source::Absent || sample.counters == told,
+            "{sample:?} {told:?}"
+        );
+        watch.sampler.take_back(reader);
+    }
+    watch.agrees(&pairs, Source::Bpf);
     // One that comes and goes is read like the others, each time.
     for _ in 0..5 {
         let pair = Pair::new("lr", 104).expect("as before");
