@@ -106,6 +106,8 @@ struct cgroup_walk {
 	__u64 passes;
 	/* Links to read (`link_records.h`). */
 	__u64 links;
+	/* 1 when what is read of them is compared: all their queues are looked at. */
+	__u64 links_compared;
 };
 
 #endif

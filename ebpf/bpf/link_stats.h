@@ -283,7 +283,8 @@ static long add_queue_plainly(__u32 number, void *sums)
 }
 
 /* Queues count only while they are polled: all of an end are, or none is. As there may be one for each CPU,
- * they are looked at when they may have counted, and now and then. */
+ * they are looked at when they may have counted, now and then, and when what is read is compared: they may have
+ * been polled between two passes. */
 static ALWAYS_INLINE void read_queues(struct link_target *target, struct link_layout *layout,
 				      __u64 needed, const int plain)
 {
@@ -392,7 +393,8 @@ static ALWAYS_INLINE int read_link(__u32 place, const int plain)
 			rx_dropped += read_u64(__builtin_preserve_access_index(&own->rx_dropped), plain);
 			tx_dropped += read_u64(__builtin_preserve_access_index(&own->tx_dropped), plain);
 		}
-	read_queues(target, layout, (order->passes + place) % LOOK_AGAIN == 0, plain);
+	read_queues(target, layout,
+		    order->links_compared || (order->passes + place) % LOOK_AGAIN == 0, plain);
 	if (target->finds & QUEUES_COUNT) {
 		rx_packets += target->queue_sums[0];
 		packets += target->queue_sums[1];

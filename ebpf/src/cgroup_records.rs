@@ -123,6 +123,8 @@ pub mod walk {
     pub const NODE_STAT_LENGTH: usize = STAT_LENGTH + 1;
     /// Links to read, after three words of the program's own.
     pub const LINKS: usize = NODE_STAT_LENGTH + 4;
+    /// 1 when what is read of links is to be compared.
+    pub const LINKS_COMPARED: usize = LINKS + 1;
     /// All of them.
-    pub const WORDS: usize = LINKS + 1;
+    pub const WORDS: usize = LINKS_COMPARED + 1;
 }

@@ -4,8 +4,8 @@
 //! In: indexes of links in this network namespace, and now and then what the kernel itself says of them
 //! ([`crate::sys::netlink`]). Out: after each pass, counters of the links that are believed. Only pairs of
 //! virtual Ethernet devices are read so. Invariants: a link is believed once the kernel's answer lay between
-//! two readings of it, and again every few minutes; where one differs it is never read so again; nothing is
-//! believed before a link agreed that had counted something.
+//! two readings of it, and again every few minutes; where one differs twice in a row it is never read so
+//! again; nothing is believed before a link agreed that had counted something.
 
 #[cfg(test)]
 pub(crate) mod truth;
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use ebpf::link_records::{LinkRecord, link_layout, link_target};
 use shared::heap::trimmed;
+use shared::log_limit::LogLimit;
 
 use crate::sys::btf::Types;
 use crate::sys::iterator::SharedArray;
@@ -35,7 +36,9 @@ enum Belief {
     New,
     /// It agreed, as its device was found that time.
     Agreed(u64),
-    /// It differed.
+    /// It differed once, as its device was found that time.
+    Doubted(u64),
+    /// It differed again.
     Never,
 }
 
@@ -84,6 +87,7 @@ pub struct Veths {
     comparing: bool,
     compared: Option<Instant>,
     believed: Links,
+    log: LogLimit,
 }
 
 impl Veths {
@@ -111,6 +115,7 @@ impl Veths {
             comparing: false,
             compared: None,
             believed: Links::default(),
+            log: LogLimit::default(),
         }
     }
 
@@ -175,6 +180,11 @@ impl Veths {
         self.known == Layout::Known && (self.undecided || (long_ago && !self.believed.is_empty()))
     }
 
+    /// Whether what this pass reads is compared.
+    pub(super) fn comparing(&self) -> bool {
+        self.comparing
+    }
+
     /// Keeps what was read before the kernel was asked.
     pub(super) fn begin_comparing(&mut self) {
         for link in &mut self.links {
@@ -230,8 +240,10 @@ impl Veths {
                         self.undecided |= tells(&counters(&record));
                     }
                 }
-                Belief::Agreed(_) | Belief::New => {
-                    link.belief = Belief::New;
+                Belief::Agreed(_) | Belief::Doubted(_) | Belief::New => {
+                    if link.belief != Belief::Doubted(record.filled) {
+                        link.belief = Belief::New;
+                    }
                     self.lacking = true;
                     self.undecided = true;
                 }
@@ -273,6 +285,10 @@ impl Veths {
                 telling |= tells(told);
                 continue;
             }
+            if link.belief != Belief::Doubted(after.filled) {
+                link.belief = Belief::Doubted(after.filled);
+                continue;
+            }
             if !self.proven && !self.kind_known {
                 // Of the two ways to count, the kernel has the other.
                 self.kind_known = true;
@@ -280,13 +296,16 @@ impl Veths {
                 return false;
             }
             link.belief = Belief::Never;
-            tracing::warn!(
-                link = link.index,
-                ?told,
-                read = ?counters(&after),
-                "what a kernel program reads of a link is not what the kernel says; \
-                 the kernel is asked about it from now on, which takes its interface lock"
-            );
+            if let Some(suppressed) = self.log.pass() {
+                tracing::warn!(
+                    link = link.index,
+                    ?told,
+                    read = ?counters(&after),
+                    suppressed,
+                    "what a kernel program reads of a link is not what the kernel says; \
+                     the kernel is asked about it from now on, which takes its interface lock"
+                );
+            }
         }
         self.proven |= telling;
         telling

@@ -253,7 +253,7 @@ impl Walks {
         for candidate in candidate_layouts(self.orders.words()) {
             self.expect_layout(&candidate);
             let text = std::fs::read_to_string(root.join("memory.stat")).unwrap_or_default();
-            self.read().map_err(WalksError::Trial)?;
+            self.read(false).map_err(WalksError::Trial)?;
             let record = self.record(&slot).unwrap_or_default();
             if record.alive == 0 {
                 return Err(WalksError::Marks);
@@ -401,7 +401,7 @@ impl Walks {
         for file in self.settled.iter_mut().flat_map(|it| &mut it.files) {
             file.read_if_offered(buffer);
         }
-        if let Err(err) = self.read() {
+        if let Err(err) = self.read(self.veths.comparing()) {
             tracing::debug!(%err, "the cgroup program can't be run");
             for at in 0..self.used {
                 set(self.records.words(), at * CgroupRecord::WORDS, 0);
@@ -413,7 +413,7 @@ impl Walks {
 
     /// Reads links once before the kernel is asked about them, to compare.
     pub fn read_before_asking(&mut self) {
-        if self.read().is_ok() {
+        if self.read(true).is_ok() {
             self.veths.begin_comparing();
         }
     }
@@ -428,9 +428,11 @@ impl Walks {
         &mut self.veths
     }
 
-    fn read(&self) -> io::Result<()> {
+    /// Reads all, links so that they can be compared or not.
+    fn read(&self, compared: bool) -> io::Result<()> {
         set(self.orders.words(), walk::COUNT, self.used as u64);
         set(self.orders.words(), walk::LINKS, self.veths.used() as u64);
+        set(self.orders.words(), walk::LINKS_COMPARED, compared.into());
         iterator::run_iterator(&self.reader)
     }
 

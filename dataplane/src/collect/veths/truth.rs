@@ -284,11 +284,17 @@ fn a_link_that_is_read_otherwise_than_the_kernel_tells_is_asked_about() {
     let words = watch.veths().targets.words();
     words[finds].fetch_xor(link_target::SENT_ONLY, super::Relaxed);
     watch.veths().compared = None;
-    let samples = watch.samples();
-    assert_eq!(
-        (samples[0].net.source, samples[1].net.source),
-        (Source::Netlink, Source::Bpf)
-    );
+    let sources = |samples: &[ContainerSample]| [samples[0].net.source, samples[1].net.source];
+    let one_asked = [Source::Netlink, Source::Bpf];
+    assert_eq!(sources(&watch.samples()), one_asked);
+    // Once is no verdict.
+    watch.veths().targets.words()[finds].fetch_xor(link_target::SENT_ONLY, super::Relaxed);
+    watch.agrees(&pairs, Source::Bpf);
+    watch.veths().targets.words()[finds].fetch_xor(link_target::SENT_ONLY, super::Relaxed);
+    watch.veths().compared = None;
+    for _ in 0..2 {
+        assert_eq!(sources(&watch.samples()), one_asked);
+    }
     // For good, also when it would be right again.
     let words = watch.veths().targets.words();
     words[finds].fetch_xor(link_target::SENT_ONLY, super::Relaxed);
