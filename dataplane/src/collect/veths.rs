@@ -351,7 +351,15 @@ impl Veths {
                 }
                 Layout::Known
             }
-            Some((None, _)) if module.is_none() => Layout::Waiting,
+            Some((None, _)) if module.is_none() => {
+                if self.known == Layout::NotTried {
+                    tracing::info!(
+                        "the kernel does not tell yet where its links have their counters, \
+                         as there is no {DRIVER}; it is asked for them until there is"
+                    );
+                }
+                Layout::Waiting
+            }
             _ => {
                 tracing::info!(
                     "the kernel does not tell where its links have their counters; it is asked for them"
