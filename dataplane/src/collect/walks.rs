@@ -134,6 +134,9 @@ pub struct Walks {
     settled: Vec<Settled>,
     budget: Arc<Budget>,
     counts_block_io: bool,
+    /// The program was taken with its part for links.
+    #[cfg(test)]
+    reads_links: bool,
     veths: Veths,
 }
 
@@ -233,6 +236,8 @@ impl Walks {
             settled: Vec::new(),
             budget: Arc::clone(budget),
             counts_block_io,
+            #[cfg(test)]
+            reads_links: links,
             veths,
         };
         walks.learn(root)?;
@@ -416,6 +421,12 @@ impl Walks {
         if self.read(true).is_ok() {
             self.veths.begin_comparing();
         }
+    }
+
+    /// Whether links are read at all.
+    #[cfg(test)]
+    pub fn reads_links(&self) -> bool {
+        self.reads_links
     }
 
     /// Links that are read with the cgroups.

@@ -137,6 +137,20 @@ fn inside(told: &LinkCounters) -> NetCounters {
     }
 }
 
+/// Whether a sampler that follows a link reads it by the program. Says so when it does not.
+pub(crate) fn reads_links(sampler: &Sampler) -> bool {
+    let walks = sampler.walks.as_ref();
+    let why = match walks.filter(|it| it.reads_links()) {
+        None => "this kernel takes no program that reads links",
+        Some(walks) if walks.veths().known != Layout::Known => {
+            "this kernel does not tell where links count"
+        }
+        Some(_) => return true,
+    };
+    crate::skip::here(why, false);
+    false
+}
+
 struct Watch {
     sampler: Sampler,
     until: Instant,
@@ -152,12 +166,7 @@ impl Watch {
             until: Instant::now() + Duration::from_secs(60),
         };
         watch.follow(pairs);
-        let walks = watch.sampler.walks.as_ref();
-        if walks.is_none_or(|it| it.veths().known != Layout::Known) {
-            crate::skip::here("this kernel does not tell where links count", false);
-            return None;
-        }
-        Some(watch)
+        reads_links(&watch.sampler).then_some(watch)
     }
 
     fn follow(&mut self, pairs: &[Pair]) {
