@@ -1,10 +1,10 @@
 //! Gathering statistics: one thread at a time, one pass per interval, one publication per pass.
 //!
-//! In: the containers to sample and the interval (from [`crate::link`]), kernel files and link
-//! counters. Out: samples and the node's numbers on the [`Board`], all of one pass visible at
-//! once, with its tick number. Invariants: missing is absent, never zero; a container that goes
-//! away during a pass harms only its own sample; a pass that takes longer than the interval makes
-//! the next one late, never two at once.
+//! In: the containers to sample and the interval (from [`crate::link`]), kernel files, and the counters of
+//! cgroups and links: by a kernel program what that can read, else by files and by asking. Out: samples and
+//! the node's numbers on the [`Board`], all of one pass visible at once, with its tick number. Invariants:
+//! missing is absent, never zero; a container that goes away during a pass harms only its own sample; a pass
+//! that takes longer than the interval makes the next one late, never two at once.
 
 pub mod cgroup_v1;
 pub mod cgroup_v2;

@@ -1,8 +1,9 @@
 //! Reading one container.
 //!
-//! In: its desired row, this host's facts, the pass's link counters. Out: one sample. Invariant:
-//! what can't be read is absent in this sample and hurts nothing else; a container whose cgroup
-//! was removed and made again (a restart) is found again by path.
+//! In: its desired row, this host's facts, what the kernel program has read of its cgroups and links in the
+//! pass, and link counters the kernel was asked for. Out: one sample. Invariant: what can't be read is absent
+//! in this sample and hurts nothing else; a container whose cgroup was removed and made again (a restart) is
+//! found again by path.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! What links have counted, asked of the kernel under its interface lock.
+//! What links have counted, asked of the kernel under its interface lock: only in passes that need it, for
+//! what the kernel program reads and is believed ([`super::veths`]) needs no question.
 //!
 //! In: containers whose own namespaces may have links that have no end on this host. Out: the counters
 //! of all links of this host, and of those. Invariant: one question may take for as long as somebody
@@ -90,7 +91,8 @@ impl LinkReader {
                 tracing::warn!(
                     err = err as &dyn std::error::Error,
                     suppressed,
-                    "link counters can't be read, network numbers are absent"
+                    "the kernel can't be asked for link counters; \
+                     network numbers that only it tells are absent"
                 );
             }
         }

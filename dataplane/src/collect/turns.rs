@@ -4,7 +4,8 @@
 //! the kernel for as long as anybody holds its interface lock, and such a wait can't be ended. The
 //! thread that collects asks it itself, as handing it to another would cost more than the question;
 //! but it leaves the [`Sampler`] behind meanwhile. If it isn't back in time, the other thread takes
-//! the sampler and goes on without links, and the first one is the one that looks on when it is back.
+//! the sampler and goes on without what only an answer tells, and the first one is the one that looks on
+//! when it is back.
 //! Invariants: one thread collects at any time; one question about links is out at most.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
