@@ -83,34 +83,6 @@ static ALWAYS_INLINE int is_tied(struct bpf_sock_addr *ctx)
 	return is_loopback(&own);
 }
 
-/* Forgets where a socket was led. */
-static ALWAYS_INLINE void forget(__u64 cookie)
-{
-	struct led_set *set = led_set_of(cookie);
-	struct led_socket *led;
-	struct service_key key = {};
-	struct service *service;
-	struct port_flows *count;
-	__u32 way;
-
-	if (!set)
-		return;
-	way = led_way_of(set, cookie);
-	if (way >= LED_WAYS)
-		return;
-	led = &set->led[way];
-	key.port = led->host_port;
-	key.protocol = PROTOCOL_TCP;
-	service = bpf_map_lookup_elem(&services, &key);
-	/* One that another route of the port has led is not among those that are counted now. */
-	if (!service || service->life == led->life) {
-		count = bpf_map_lookup_elem(&active, &key);
-		if (count && count->local > 0)
-			__sync_fetch_and_add(&count->local, -1);
-	}
-	set->cookie[way] = 0;
-}
-
 /* Keeps in mind where a socket wanted; false where there is no place for it. */
 static ALWAYS_INLINE int remember(__u64 cookie, const struct led_socket *led)
 {
@@ -121,12 +93,14 @@ static ALWAYS_INLINE int remember(__u64 cookie, const struct led_socket *led)
 		return 0;
 #pragma unroll
 	for (way = 0; way < LED_WAYS; way++) {
-		if (!set->cookie[way] && !__sync_val_compare_and_swap(&set->cookie[way], 0, cookie))
+		if (!set->cookie[way] && !__sync_val_compare_and_swap(&set->cookie[way], 0, LED_FILLS))
 			break;
 	}
 	if (way >= LED_WAYS)
 		return 0;
 	set->led[way] = *led;
+	/* Not before the rest is there. */
+	__sync_val_compare_and_swap(&set->cookie[way], LED_FILLS, cookie);
 	return 1;
 }
 

@@ -92,4 +92,32 @@ static ALWAYS_INLINE struct led_socket *find_led(__u64 cookie)
 	return way < LED_WAYS ? &set->led[way] : 0;
 }
 
+/* Forgets where a socket was led. Two may do that at once: the one that frees the place counts. */
+static ALWAYS_INLINE void forget(__u64 cookie)
+{
+	struct led_set *set = led_set_of(cookie);
+	struct service_key key = {};
+	struct service *service;
+	struct port_flows *count;
+	__u32 way, life;
+
+	if (!set)
+		return;
+	way = led_way_of(set, cookie);
+	if (way >= LED_WAYS)
+		return;
+	key.port = set->led[way].host_port;
+	key.protocol = PROTOCOL_TCP;
+	life = set->led[way].life;
+	if (__sync_val_compare_and_swap(&set->cookie[way], cookie, 0) != cookie)
+		return;
+	service = bpf_map_lookup_elem(&services, &key);
+	/* One that another route of the port has led is not among those that are counted now. */
+	if (!service || service->life == life) {
+		count = bpf_map_lookup_elem(&active, &key);
+		if (count && count->local > 0)
+			__sync_fetch_and_add(&count->local, -1);
+	}
+}
+
 #endif

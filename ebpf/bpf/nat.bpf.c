@@ -154,9 +154,12 @@ static ALWAYS_INLINE void end_flow(struct flow *flow, const struct service_key *
 	if (flow->flags & FLOW_ENDED)
 		return;
 	flow->flags |= FLOW_ENDED;
-	/* Sockets of this host are counted by the hooks that see them go. */
-	if (flow->flags & FLOW_LOCAL)
+	if (flow->flags & FLOW_LOCAL) {
+		/* No hook sees sockets of the kernel itself go: MPTCP's, for one. */
+		if (key->protocol == PROTOCOL_TCP)
+			forget((__u64)flow->cookie_above << 32 | flow->first_sequence);
 		return;
+	}
 	count = bpf_map_lookup_elem(&active, key);
 	if (count)
 		__sync_fetch_and_add(&count->active, -1);
@@ -248,7 +251,7 @@ static ALWAYS_INLINE struct local_flow *find_local(const struct flow_key *key)
 	for (way = 0; way < LOCAL_WAYS; way++) {
 		struct local_flow *local = local_place(key, way);
 
-		if (local && local->taken && local->key.client_port == key->client_port &&
+		if (local && local->taken == LOCAL_THERE && local->key.client_port == key->client_port &&
 		    local->key.container_port == key->container_port &&
 		    local->key.protocol == key->protocol &&
 		    same(&local->key.container, &key->container) &&
@@ -273,9 +276,12 @@ static ALWAYS_INLINE struct flow *put_local(const struct flow_key *key, const st
 	for (way = 0; way < LOCAL_WAYS; way++) {
 		struct local_flow *local = local_place(key, way);
 
-		if (local && !local->taken && !__sync_val_compare_and_swap(&local->taken, 0, 1)) {
+		if (local && !local->taken &&
+		    !__sync_val_compare_and_swap(&local->taken, 0, LOCAL_FILLS)) {
 			local->key = *key;
 			local->flow = *fresh;
+			/* Not before the rest is there. */
+			__sync_val_compare_and_swap(&local->taken, LOCAL_FILLS, LOCAL_THERE);
 			return &local->flow;
 		}
 	}
@@ -670,6 +676,7 @@ static OWN_FRAME struct flow *note_local(struct __sk_buff *skb, const struct flo
 	else if (fresh.life != service->life)
 		return 0;
 	fresh.first_sequence = cookie;
+	fresh.cookie_above = cookie >> 32;
 	fresh.link_index = skb->ifindex;
 	fresh.host_port = key.port;
 	fresh.flags = FLOW_LOCAL;
@@ -798,7 +805,7 @@ static long sweep_local(void *map, const __u32 *at, struct local_flow *local,
 
 	(void)map;
 	(void)at;
-	if (!local->taken)
+	if (local->taken != LOCAL_THERE)
 		return 0;
 	key.port = local->flow.host_port;
 	key.protocol = local->key.protocol;

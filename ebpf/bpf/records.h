@@ -92,8 +92,12 @@ struct flow {
 	__u32 life;
 	__u16 host_port;
 	__u16 flags;
-	/* Largest packet that the uplink takes. */
-	__u32 mtu;
+	union {
+		/* Largest packet that the uplink takes. */
+		__u32 mtu;
+		/* Of a client on this host the upper half of its socket's cookie. */
+		__u32 cookie_above;
+	};
 };
 
 #define LOCAL_FLOWS 16384
@@ -103,9 +107,14 @@ struct flow {
 struct local_flow {
 	struct flow_key key;
 	struct flow flow;
+	/* 0: free; LOCAL_FILLS; LOCAL_THERE. */
 	__u32 taken;
 	__u32 zero;
 };
+
+#define LOCAL_THERE 1
+/* The rest is being written. */
+#define LOCAL_FILLS 2
 
 /* Per CPU and published port. */
 struct port_counters {
@@ -176,6 +185,9 @@ struct led_socket {
 
 #define LED_SETS 8192
 #define LED_WAYS 8
+
+/* In place of a cookie while the rest is written: no socket has it. */
+#define LED_FILLS (~0ULL)
 
 /* Led sockets whose cookies are neighbours. Those of other times have the same places, and a socket
  * that finds none is not led. */

@@ -14,6 +14,8 @@ use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, Container, HOST, may_use_bpf, within};
 use harness::traffic;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, ipproto};
 use shared::desired::{ClientNetwork, Drain, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
@@ -281,6 +283,18 @@ fn flows(node: &Node) -> usize {
     table.keys().flatten().count() + taken.count()
 }
 
+fn led_sets(node: &Node) -> Array<MapData, LedSet> {
+    let table = Map::Array(pinned(node, "led_sockets"));
+    table.try_into().expect("of this layout")
+}
+
+/// Sockets that a node's programs have led.
+fn led_sockets(node: &Node) -> usize {
+    let table = led_sets(node);
+    let cookies = table.iter().flatten().flat_map(|it| it.cookie);
+    cookies.filter(|it| *it != 0).count()
+}
+
 /// Sockets that find no place in the table of led ones are not led.
 #[test]
 fn clients_for_whom_there_is_no_place_are_the_listeners() {
@@ -297,14 +311,9 @@ fn clients_for_whom_there_is_no_place_are_the_listeners() {
         assert_eq!(peer, address);
         text == own.to_string()
     };
-    let places = |node: &Node| -> Array<MapData, LedSet> {
-        let table = Map::Array(pinned(node, "led_sockets"));
-        table.try_into().expect("of this layout")
-    };
-    let mut table = places(&node);
+    assert_eq!(led_sockets(&node), 1);
+    let mut table = led_sets(&node);
     let before: Vec<LedSet> = table.iter().flatten().collect();
-    let known = before.iter().flat_map(|it| it.cookie);
-    assert_eq!(known.filter(|it| *it != 0).count(), 1);
     for (at, set) in (0..).zip(&before) {
         let cookie = set.cookie.map(|it| if it == 0 { u64::MAX } else { it });
         table.set(at, LedSet { cookie, ..*set }, 0).expect("taken");
@@ -400,6 +409,45 @@ fn flows_of_clients_on_the_host_go_with_their_last_segment() {
 }
 
 /// A port that was used by a led connection, and is used again for a direct one, counts no longer.
+#[test]
+fn sockets_of_the_kernel_itself_are_forgotten_when_they_end() {
+    let Some((mut node, row)) = Node::serving(echo) else {
+        return;
+    };
+    let address = loopback(row.host_port);
+    let connect = move || -> std::io::Result<TcpStream> {
+        let protocol = Some(ipproto::MPTCP);
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, protocol)?;
+        rustix::net::connect(&socket, &address)?;
+        let mut stream = TcpStream::from(socket);
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0])?;
+        Ok(stream)
+    };
+    for resets in [false, true] {
+        let stream = match within(&node.network.host, connect).expect("the host's namespace") {
+            Err(err) if err.raw_os_error() == Some(Errno::PROTONOSUPPORT.raw_os_error()) => {
+                harness::skip::here("this kernel is built without MPTCP", false);
+                return;
+            }
+            stream => stream.expect("echoed"),
+        };
+        // What MPTCP sends by is a socket of the kernel's, and that one is led.
+        assert_eq!(led_sockets(&node), 1);
+        node.counted(&row, |it| it.sessions_active == 1);
+        if resets {
+            traffic::reset(stream);
+        } else {
+            drop(stream);
+        }
+        until("the socket being forgotten", || {
+            (led_sockets(&node) == 0).then_some(())
+        })
+        .expect("forgotten");
+        node.counted(&row, |it| it.sessions_active == 0);
+    }
+}
+
 #[test]
 fn a_direct_connection_by_a_led_ones_port_is_not_counted() {
     let Some((mut node, row)) = Node::serving(echo) else {

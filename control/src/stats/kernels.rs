@@ -283,7 +283,7 @@ struct Tracked {
 pub struct Moment {
     /// Now, ns of the monotonic clock.
     pub now_ns: u64,
-    /// The interval of passes.
+    /// The interval of passes, or of samples where that is longer.
     pub interval: Duration,
 }
 

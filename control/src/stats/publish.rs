@@ -93,7 +93,7 @@ pub struct Pass<'a> {
     pub processes: &'a Processes,
     /// The host.
     pub reading: &'a HostReading,
-    /// The interval of passes.
+    /// The interval of passes, or of samples where that is longer.
     pub interval: Duration,
 }
 
@@ -158,12 +158,10 @@ const SCOPES: [&str; 3] = ["node", "container", "process"];
 
 /// Publishes until the agent stops.
 pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
-    let interval = node
-        .config
-        .node
-        .dataplane
-        .records_interval
-        .max(Duration::from_millis(100));
+    let limits = &node.config.node.dataplane;
+    let interval = limits.records_interval.max(Duration::from_millis(100));
+    // Samples that are further apart than records are no silence.
+    let slower = interval.max(limits.stats_interval);
     let born = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -178,7 +176,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
     };
     loop {
         tokio::select! {
-            _ = clock.tick() => publisher.pass(&node, &*store, born, interval).await,
+            _ = clock.tick() => publisher.pass(&node, &*store, born, slower).await,
             () = node.stopping.cancelled() => return,
         }
     }

@@ -231,6 +231,8 @@ impl KernelPath {
         // Nobody has seen sockets go, so those that were led are as good as unknown.
         let unseen = !pins.hook(RELEASE_HOOK).exists();
         if unseen {
+            // Whom they led from here on, nobody would see go either.
+            pins.remove_leading_hooks().map_err(KernelPathError::Pins)?;
             pins.remove_map(map::LED_SOCKETS)
                 .map_err(KernelPathError::Pins)?;
         }

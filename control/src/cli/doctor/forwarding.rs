@@ -37,12 +37,19 @@ pub(super) fn kernel_path(
         .map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     let release = release.trim();
-    if version < (5, 13) {
+    let (least, named) = if cfg!(target_arch = "aarch64") {
+        ((5, 18), "5.18")
+    } else {
+        ((5, 13), "5.13")
+    };
+    if version < least {
         return Finding::bad(
             CHECK,
             Level::Warning,
             format!("Linux {release} lacks what it needs"),
-            "the relay serves all ports; Linux 5.13 or newer has the kernel path, 6.6 or newer all of it",
+            format!(
+                "the relay serves all ports; Linux {named} or newer has the kernel path, 6.6 or newer all of it"
+            ),
         );
     }
     if version < (5, 14)
