@@ -334,15 +334,18 @@ fn is_end(record: &Record) -> bool {
 #[derive(Debug)]
 struct Probe {
     asked: Instant,
-    /// When it is asked again: the question or its answer may be lost, too.
+    /// After how long it is asked again: the question or its answer may be lost, too.
     again: Duration,
     /// Requests on the current run that were sent after it.
     newer: u32,
 }
 
-/// Connections that end as soon as they are open are not probed each time.
+/// Connections that end as soon as they are open are not probed each time, but once more at last.
 const PROBE_PAUSE: Duration = Duration::from_secs(1);
+/// How long after a new connection's first probe the second comes; doubled with each further one.
 const PROBE_AGAIN: Duration = Duration::from_secs(10);
+/// A lost probe holds up new runs for this long at most.
+const PROBE_AGAIN_LAST: Duration = Duration::from_secs(300);
 
 /// Whose the end of a step is.
 enum Sifted {
@@ -426,13 +429,27 @@ impl RunTable {
 
     /// The messages that ask the runner whether it is at work. They must be the last ones sent so far.
     pub fn probe(&mut self, now: Instant) -> Vec<Outgoing> {
-        let mut again = PROBE_AGAIN;
-        if let Some(probe) = &self.probe {
-            if now.saturating_duration_since(probe.asked) < PROBE_PAUSE {
-                return Vec::new();
-            }
-            again = probe.again * 2;
+        if let Some(probe) = &mut self.probe
+            && now.saturating_duration_since(probe.asked) < PROBE_PAUSE
+        {
+            probe.again = PROBE_PAUSE;
+            return Vec::new();
         }
+        self.ask(now, PROBE_AGAIN)
+    }
+
+    /// The same again, when there was no answer for long. The runner answers all of them.
+    pub fn probe_again(&mut self, now: Instant) -> Vec<Outgoing> {
+        match &self.probe {
+            Some(probe) if now.saturating_duration_since(probe.asked) >= probe.again => {
+                let again = probe.again.saturating_mul(2);
+                self.ask(now, again.clamp(PROBE_AGAIN, PROBE_AGAIN_LAST))
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn ask(&mut self, now: Instant, again: Duration) -> Vec<Outgoing> {
         self.probe = Some(Probe {
             asked: now,
             again,
@@ -440,15 +457,6 @@ impl RunTable {
         });
         self.probed = true;
         vec![Outgoing::text("build", ""), Outgoing::text("clean", "")]
-    }
-
-    /// The same again, when there was no answer for long. The runner answers all of them.
-    pub fn probe_again(&mut self, now: Instant) -> Vec<Outgoing> {
-        let due = self
-            .probe
-            .as_ref()
-            .is_some_and(|probe| now.saturating_duration_since(probe.asked) >= probe.again);
-        if due { self.probe(now) } else { Vec::new() }
     }
 
     /// Everything that was sent before the probe is over.

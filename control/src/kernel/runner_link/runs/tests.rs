@@ -452,4 +452,20 @@ fn what_a_new_connection_has_lost_is_found_out() {
     let again = |table: &mut RunTable, after| table.probe_again(now + seconds(after)).len();
     let asked = [9, 10, 29, 30, 69, 70].map(|after| again(&mut table, after));
     assert_eq!(asked, [0, 2, 0, 2, 0, 2]);
+    // A new connection is asked as soon as ever, however many there were; two at once, a little later.
+    let mut after = 70;
+    for _ in 0..100 {
+        after += 2;
+        assert_eq!(table.probe(now + seconds(after)).len(), 2);
+    }
+    assert!(table.probe(now + seconds(after)).is_empty());
+    let asked = [0, 1, 10, 11, 30, 31].map(|later| again(&mut table, after + later));
+    assert_eq!(asked, [0, 2, 0, 2, 0, 2]);
+    // No one waits for hours.
+    for _ in 0..100 {
+        after += 400;
+        assert_eq!(again(&mut table, after), 2);
+    }
+    assert_eq!(again(&mut table, after + 299), 0);
+    assert_eq!(again(&mut table, after + 300), 2);
 }
