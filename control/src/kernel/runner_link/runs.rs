@@ -346,6 +346,8 @@ const PROBE_PAUSE: Duration = Duration::from_secs(1);
 const PROBE_AGAIN: Duration = Duration::from_secs(10);
 /// A lost probe holds up new runs for this long at most.
 const PROBE_AGAIN_LAST: Duration = Duration::from_secs(300);
+/// The two answers to a probe come one right after the other.
+const HELD_FOR: Duration = Duration::from_secs(1);
 
 /// Whose the end of a step is.
 enum Sifted {
@@ -379,8 +381,8 @@ pub struct RunTable {
     probed: bool,
     /// The first answer to a probe may have come.
     armed: bool,
-    /// What may have been that.
-    held: Option<Record>,
+    /// What may have been that, and when it came.
+    held: Option<(Instant, Record)>,
 }
 
 impl RunTable {
@@ -736,7 +738,9 @@ impl RunTable {
         match self.sift(&record) {
             Sifted::Own => {}
             Sifted::Either => {
-                self.held = Some(record);
+                if let Some((_, earlier)) = self.held.replace((now, record)) {
+                    let _none = self.file(now, earlier);
+                }
                 return Vec::new();
             }
             Sifted::Probe => return Vec::new(),
@@ -745,11 +749,20 @@ impl RunTable {
                 return self.answered(now);
             }
         }
-        if let Some(held) = self.held.take() {
+        if let Some((_, held)) = self.held.take() {
             // It ends no run.
             let _none = self.file(now, held);
         }
         self.file(now, record)
+    }
+
+    /// Files what was held for a second answer that has not come.
+    fn release_held(&mut self, now: Instant) {
+        let late =
+            |(since, _): &mut (Instant, Record)| now.saturating_duration_since(*since) >= HELD_FOR;
+        if let Some((_, held)) = self.held.take_if(late) {
+            let _none = self.file(now, held);
+        }
     }
 
     fn file(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
@@ -833,6 +846,7 @@ impl RunTable {
 
     /// A result of the run, if one is complete, or whatever is there when `flush` (time is up).
     pub fn take(&mut self, now: Instant, run_id: &str, flush: bool) -> Option<Taken> {
+        self.release_held(now);
         let Some(run) = self.runs.get_mut(run_id) else {
             return flush.then(|| Taken {
                 records: Vec::new(),
@@ -865,6 +879,7 @@ impl RunTable {
 
     /// Forgets what nobody wants any more.
     pub fn sweep(&mut self, now: Instant) {
+        self.release_held(now);
         let limits = self.limits.clone();
         let works = self.owed() > 0;
         // Not beside the end itself: who is told of both takes them in any order.

@@ -407,6 +407,29 @@ fn a_silent_run_of_an_earlier_life_is_waited_for() {
 }
 
 #[test]
+fn a_step_that_may_be_an_answer_is_not_held_for_long() {
+    let (mut table, now) = taken_over(1);
+    table.submit(now, "old", go_on()).expect("taken over");
+    table.record(now, step(Step::Build));
+    assert_eq!(table.take(now, "old", false), None);
+    let taken = table.take(now + seconds(1), "old", false).expect("a step");
+    assert_eq!(taken.ending, Ending::Step(Step::Build, Some(0)));
+    // It was the answer after all.
+    table.record(now + seconds(2), step(Step::Clean));
+    assert_lost(&mut table, now + seconds(2), "old");
+
+    // Nobody asks. Of two the first was no answer.
+    let (mut table, now) = taken_over(1);
+    table.submit(now, "old", go_on()).expect("taken over");
+    table.record(now, step(Step::Build));
+    table.record(now, step(Step::Build));
+    assert!(table.take(now, "old", false).is_some());
+    assert_eq!(table.take(now, "old", false), None);
+    table.sweep(now + seconds(1));
+    assert!(table.take(now, "old", false).is_some());
+}
+
+#[test]
 fn what_a_new_connection_has_lost_is_found_out() {
     use Milestone::{Cancelled, Finished, Started};
     let now = Instant::now();
