@@ -19,6 +19,7 @@ use super::node::{Node, blocking};
 use super::record::Record;
 use super::recovery;
 use super::registry::{EndedKernel, Kernel};
+use super::runner_link::runs::OWED_AT_MOST;
 use super::scratch::ScratchError;
 use crate::causes::chain;
 use crate::docker::{ContainerInspectResponse, DockerError, LogOptions};
@@ -122,9 +123,6 @@ pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId) {
     });
 }
 
-/// How many runs of a kernel are told to be cancelled, whatever the journal says.
-const RUNS_TOLD: u32 = 17;
-
 /// Brings a kernel to its end. One task per kernel, started by the lifecycle.
 pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     tracing::debug!(kernel_id = %kernel.id, "ending a kernel");
@@ -203,7 +201,7 @@ pub async fn let_runner_go(node: &Node, kernel: &Kernel) {
     match kernel.set_runner(None) {
         Some(runner) => runner.close().await,
         None => {
-            for _ in 0..kernel.with_record(|record| record.runs_owed.min(RUNS_TOLD)) {
+            for _ in 0..kernel.with_record(|record| record.runs_owed.min(OWED_AT_MOST)) {
                 node.events.emit(Event::ExecutionCancelled {
                     session: kernel.session,
                 });

@@ -1,8 +1,10 @@
 //! The connection to the runner inside one container.
 //!
 //! Owns the two sockets and three tasks: a reader that never waits for anybody, a writer, and a
-//! ticker (status ping every 10 s, sweeping of old runs). In: requests (see `execution`, `services`)
-//! and the runner's messages. Out: answers and the results of runs.
+//! ticker (status ping every 10 s, sweeping of old runs, the probe again while it is not answered).
+//! Where messages may have been lost, the runner is probed before a run is sent (see `runs`).
+//! In: requests (see `execution`, `services`) and the runner's messages. Out: answers and the results
+//! of runs.
 //!
 //! Invariants: the receiving socket is drained whether or not a client polls (otherwise printing
 //! processes in the container stall); one link per container, closed for good before another is opened;

@@ -52,7 +52,7 @@ impl Default for RunLimits {
             bytes: 16 * MIB,
             records: 4096,
             result_bytes: 8 * MIB,
-            waiting: 16,
+            waiting: WAITING as usize,
             ended: 4,
             waiting_idle: Duration::from_secs(60),
             ended_keep: Duration::from_secs(60),
@@ -162,8 +162,10 @@ struct Run {
 
 const MARKER_PREFIX: &str = "[bai-agent: ";
 const REQUESTS_PER_RUN: u32 = 16;
-/// How many runs an earlier life can owe the end of, whatever the disk says.
-const CURRENT_AND_WAITING: u32 = 17;
+/// Runs of one kernel that wait for their turn, unless its limits say otherwise.
+const WAITING: u32 = 16;
+/// How many runs an earlier life can owe the end of, whatever the disk says: those and the current one.
+pub const OWED_AT_MOST: u32 = WAITING + 1;
 /// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
 const MERGE_LIMIT: usize = 64 * 1024;
 
@@ -411,7 +413,7 @@ impl RunTable {
             return;
         };
         orphan.owed = runs > 0;
-        let unsent = runs.saturating_sub(1).min(CURRENT_AND_WAITING) as usize;
+        let unsent = runs.min(OWED_AT_MOST).saturating_sub(1) as usize;
         self.milestones
             .extend(std::iter::repeat_n(Milestone::Cancelled, unsent));
         self.end_told |= unsent > 0;

@@ -309,6 +309,12 @@ fn a_run_whose_end_an_earlier_life_has_lost_is_told_to_have_ended() {
     table.record(now, finished(0));
     assert_eq!((table.milestones(), table.owed()), (vec![Finished], 0));
 
+    // More than there can be.
+    let (mut table, _) = taken_over(u32::MAX);
+    assert_eq!(table.milestones(), [Cancelled; 16]);
+    table.abandon();
+    assert_eq!(table.milestones(), [Cancelled]);
+
     // Nothing was owed: nothing is told, and who goes on with a run of old waits for nothing.
     let (mut table, now) = taken_over(0);
     table.submit(now, "old", go_on()).expect("taken over");
