@@ -208,7 +208,10 @@ pub async fn let_runner_go(node: &Node, kernel: &Kernel) {
             }
         }
     }
-    kernel.update_record(|record| record.runs_owed = 0);
+    if kernel.with_record(|record| record.runs_owed) > 0 {
+        // What was told, the next agent does not tell again.
+        node.note(kernel, |record| record.runs_owed = 0).await;
+    }
 }
 
 /// For a destroy that comes after a restart of the agent.

@@ -751,10 +751,17 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
     let place = rows::locate(node, container).await?;
     node.registry.enter_sources(kernel, &place.sources);
     let runner = open_runner(node, kernel, &place, true);
+    // What the link has told at once, neither the ending nor the next agent tells again.
+    let owed = *runner.runs_owed().borrow();
+    let fell = kernel.with_record(|record| record.runs_owed) > owed;
+    kernel.update_record(|record| record.runs_owed = record.runs_owed.min(owed));
     follow_models(node, kernel, &runner);
     note_runs(node, kernel, &runner);
     let idle = kernel.offer_runner(container, runner);
     drop(turn);
+    if fell {
+        node.note(kernel, |_| {}).await;
+    }
     if let Some(idle) = idle {
         // Of a kernel that ends just now the ending tells.
         idle.leave().await;
