@@ -3,13 +3,16 @@
 //! Invariant: what is taken is in the record (and the journal) before it is used, so that the
 //! ending of the kernel, or the next start of the agent, finds it.
 
+use std::cmp::Ordering;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use shared::desired::PortKey;
 use shared::ids::ContainerId;
+use shared::log_limit::LogLimit;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
@@ -22,6 +25,7 @@ use crate::kernel::container_request::{
     self, ContainerInputs, ContainerRequest, HELD_FOLDERS_LABEL, Limits,
 };
 use crate::kernel::environment::{self, AttachedDevice, Given};
+use crate::kernel::journal::JournalError;
 use crate::kernel::lifecycle::{Reason, Stage};
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
 use crate::kernel::node::{Node, blocking};
@@ -43,7 +47,9 @@ const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
 /// How long a run is under way before the journal says so: shorter ones cost no write.
-const RUN_NOTED: Duration = Duration::from_millis(200);
+const RUN_NOTED: Duration = Duration::from_secs(2);
+/// How long after its end the journal says so.
+const RUN_FORGOTTEN: Duration = Duration::from_millis(200);
 /// Shortest time between two words about the health of a kernel's models.
 const MODEL_PACE: Duration = Duration::from_secs(1);
 /// How much later than its processes the engine may know that a container has ended.
@@ -776,20 +782,48 @@ fn note_runs(node: &Arc<Node>, kernel: &Arc<Kernel>, runner: &RunnerLink) {
     let (node, kernel, runner) = (node.clone(), kernel.clone(), runner.clone());
     node.clone().tasks.spawn(async move {
         let note = async {
-            while owed.changed().await.is_ok() {
-                tokio::time::sleep(RUN_NOTED).await;
-                let owed = *owed.borrow_and_update();
-                if kernel.with_record(|record| record.runs_owed) != owed {
-                    node.note(&kernel, |record| record.runs_owed = owed).await;
+            let noted = || kernel.with_record(|record| record.runs_owed);
+            while is_news(&mut owed, noted()).await {
+                kernel.update_record(|record| record.runs_owed = *owed.borrow());
+                if let Err(err) = node.store(&kernel).await {
+                    say_unwritten(&kernel, &err);
                 }
             }
         };
         tokio::select! {
-            () = note => {}
+            biased;
             () = runner.closed() => {}
             () = node.stopping.cancelled() => {}
+            () = note => {}
         }
     });
+}
+
+/// Waits until the journal, which knows of `noted` runs, is to know better. False when the link is gone.
+async fn is_news(owed: &mut watch::Receiver<u32>, noted: u32) -> bool {
+    loop {
+        let news = owed.borrow_and_update().cmp(&noted);
+        let patience = match news {
+            Ordering::Equal => Duration::MAX,
+            Ordering::Greater => RUN_NOTED,
+            Ordering::Less => RUN_FORGOTTEN,
+        };
+        let other = owed.wait_for(|now| now.cmp(&noted) != news);
+        match tokio::time::timeout(patience, other).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => return false,
+            Err(_) => return true,
+        }
+    }
+}
+
+/// Clients can have the journal written at will.
+fn say_unwritten(kernel: &Kernel, err: &JournalError) {
+    static LIMIT: Mutex<LogLimit> = Mutex::new(LogLimit::new());
+    let passed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
+    if let Some(suppressed) = passed {
+        tracing::warn!(kernel_id = %kernel.id, err = err as &dyn std::error::Error, suppressed, "cannot write the journal");
+    }
 }
 
 /// Tells what the runner finds out about the health of the kernel's models, while it is connected.
@@ -904,4 +938,36 @@ async fn start_model(
         });
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn news_within(owed: &watch::Sender<u32>, noted: u32, limit: Duration) -> Option<bool> {
+        let mut owed = owed.subscribe();
+        let news = is_news(&mut owed, noted);
+        tokio::time::timeout(limit, news).await.ok()
+    }
+
+    #[tokio::test]
+    async fn only_long_runs_reach_the_journal() {
+        let (short, owed) = (watch::channel(0).0, watch::channel(1).0);
+        let come_and_go = async {
+            for _ in 0..24 {
+                tokio::time::sleep(RUN_NOTED / 20).await;
+                short.send_modify(|runs| *runs = 1 - *runs);
+            }
+        };
+        let (none, begun, ended, ()) = tokio::join!(
+            news_within(&short, 0, RUN_NOTED * 6 / 5),
+            news_within(&owed, 0, RUN_NOTED * 2),
+            news_within(&owed, 2, RUN_NOTED / 2),
+            come_and_go
+        );
+        assert_eq!((none, begun, ended), (None, Some(true), Some(true)));
+        let mut left = owed.subscribe();
+        drop(owed);
+        assert!(!is_news(&mut left, 1).await);
+    }
 }
