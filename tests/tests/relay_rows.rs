@@ -500,7 +500,7 @@ fn sigterm_drains_and_sigint_does_not_wait() {
 #[test]
 fn running_out_of_descriptors_sheds_clients_and_serving_goes_on() {
     let (_place, mut process, mut control) = started(Options {
-        descriptors: Some(96),
+        descriptors: Some(112),
         node: "forward = \"auto\"".to_owned(),
         dataplane: "stats-interval = 0.1".to_owned(),
         ..Options::default()
