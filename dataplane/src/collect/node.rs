@@ -2,8 +2,9 @@
 //!
 //! In: /proc/stat, /proc/meminfo, files of /sys/class/net, the size of the scratch file system; the pass's
 //! link counters only where those files are another network namespace's. Out: the counters of a node
-//! sample. Invariant: the network counts each byte that crossed the node's edge once, or is absent: only
-//! interfaces with hardware behind them, not bridges, veths or bonds over them, and all of those.
+//! sample. Invariant: the network counts each byte that crossed the node's edge once, or is absent (a node
+//! that has never had an edge has 0): only interfaces with hardware behind them, not bridges, veths or
+//! bonds over them, and all of those.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Node {
     pressure: [CachedFile; 3],
     interfaces: Vec<Interface>,
     interfaces_at: Option<Instant>,
+    /// There has never been an edge, so nothing has crossed it.
+    secluded: bool,
     /// Of /proc/self/fd, kept so that no path is walked.
     descriptors: Option<File>,
     tick_ns: u64,
@@ -84,6 +87,7 @@ impl Node {
             pressure: ["cpu", "memory", "io"].map(|of| file(proc.join("pressure").join(of))),
             interfaces: Vec::new(),
             interfaces_at: None,
+            secluded: false,
             descriptors: File::open("/proc/self/fd").ok(),
             budget: Arc::clone(budget),
             tick_ns: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
@@ -144,7 +148,7 @@ impl Node {
     /// Bytes received and sent at the edge. None without one of its interfaces: a sum without it would go back,
     /// and forth again when it can be read.
     fn carried(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> Option<(u64, u64)> {
-        let mut sum = None;
+        let mut sum = self.secluded.then_some((0, 0));
         for interface in &mut self.interfaces {
             let (rx, tx) = interface.read(links, buffer)?;
             let (all_rx, all_tx) = sum.unwrap_or((0_u64, 0_u64));
@@ -178,7 +182,7 @@ impl Node {
         {
             return;
         }
-        self.interfaces_at = Some(Instant::now());
+        let first = self.interfaces_at.replace(Instant::now()).is_none();
         let class = Path::new("/sys/class/net");
         let Ok(lookup) = LinkLookup::open() else {
             return;
@@ -200,6 +204,7 @@ impl Node {
         let interface =
             |(index, name): (u32, String)| Interface::below(class, &name, index, &self.budget);
         self.interfaces = found.into_iter().map(interface).collect();
+        self.secluded = self.interfaces.is_empty() && (first || self.secluded);
     }
 }
 
@@ -491,6 +496,9 @@ mod tests {
         let mut node = Node::below(class.path(), &budget);
         let mut buffer = Vec::new();
         assert_eq!(node.carried(None, &mut buffer), None, "no interface");
+        node.secluded = true;
+        assert_eq!(node.carried(None, &mut buffer), Some((0, 0)), "never one");
+        node.secluded = false;
         for (name, number) in [("eth8", 8), ("eth9", 9)] {
             let directory = class.path().join(name).join("statistics");
             std::fs::create_dir_all(&directory).unwrap();
