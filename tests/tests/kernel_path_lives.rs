@@ -258,7 +258,17 @@ fn without_permission_the_relay_serves_and_says_so() {
     if !may_use_bpf() {
         return;
     }
+    // Maps can't be opened; or they can, and programs not be loaded.
+    relays_without("-bpf,-sys_admin,-perfmon");
+    relays_without("-net_admin,-sys_admin");
+}
+
+fn relays_without(capabilities: &str) {
     let mut node = Node::new();
+    until("the programs of one that may", || {
+        attached(&node).contains("from_uplink").then_some(())
+    })
+    .expect("attached");
     node.process.signal(Signal::SIGKILL).expect("killed");
     node.process.ended().expect("gone");
     let program = node.place.command(&[]).expect("the command");
@@ -268,7 +278,8 @@ fn without_permission_the_relay_serves_and_says_so() {
     let (enter, run) = words.split_at(2);
     let mut weak = Command::new(&enter[0])
         .arg(&enter[1])
-        .args(["setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon"])
+        .arg("setpriv")
+        .arg(format!("--bounding-set={capabilities}"))
         .args(run)
         .stdin(Stdio::null())
         .stderr(Stdio::null())
