@@ -54,6 +54,8 @@ pub mod link_target {
     pub const FINDS: usize = 1;
     /// Flag of that word: only what it sends is counted.
     pub const SENT_ONLY: u64 = 1 << 63;
+    /// Where it and its peer count, and their queues: four places that the program found.
+    pub const COUNTS: usize = 4;
     /// All of them, the program's own included.
     pub const WORDS: usize = 16;
 }

@@ -257,6 +257,16 @@ fn links_are_read_as_the_kernel_tells_them_also_while_it_does_not() {
         watch.sampler.take_back(reader);
     }
     watch.agrees(&pairs, Source::Bpf);
+    // As of one in the memory of another that counted elsewhere.
+    let at = |link: usize, of: &super::Veths| of.links[link].place * link_target::WORDS;
+    for counts in link_target::COUNTS..link_target::COUNTS + 4 {
+        let veths = watch.veths();
+        let words = veths.targets.words();
+        let others = words[at(1, veths) + counts].load(super::Relaxed);
+        words[at(0, veths) + counts].store(others, super::Relaxed);
+        assert_eq!(watch.samples()[0].net.source, Source::Absent, "{counts}");
+        watch.agrees(&pairs, Source::Bpf);
+    }
     // One that comes and goes is read like the others, each time.
     for _ in 0..5 {
         let pair = Pair::new("lr", 104).expect("as before");
