@@ -743,23 +743,24 @@ impl Inner {
     /// Emits what the runs have come to. Under the lock, so that no end is told before its start.
     fn tell(&self, state: &mut State) {
         let milestones = state.runs.milestones();
-        if !milestones.is_empty() {
-            let owed = state.runs.owed();
-            self.owed
-                .send_if_modified(|told| std::mem::replace(told, owed) != owed);
-        }
-        let Some((events, session)) = &self.told else {
+        if milestones.is_empty() {
             return;
-        };
-        let session = *session;
-        for milestone in milestones {
-            events.emit(match milestone {
-                Milestone::Started => Event::ExecutionStarted { session },
-                Milestone::Finished => Event::ExecutionFinished { session },
-                Milestone::TimedOut => Event::ExecutionTimeout { session },
-                Milestone::Cancelled => Event::ExecutionCancelled { session },
-            });
         }
+        if let Some((events, session)) = &self.told {
+            let session = *session;
+            for milestone in milestones {
+                events.emit(match milestone {
+                    Milestone::Started => Event::ExecutionStarted { session },
+                    Milestone::Finished => Event::ExecutionFinished { session },
+                    Milestone::TimedOut => Event::ExecutionTimeout { session },
+                    Milestone::Cancelled => Event::ExecutionCancelled { session },
+                });
+            }
+        }
+        // Who hears of this finds the events told.
+        let owed = state.runs.owed();
+        self.owed
+            .send_if_modified(|told| std::mem::replace(told, owed) != owed);
     }
 
     fn file(&self, state: &mut State, now: Instant, record: Record) {
