@@ -506,6 +506,13 @@ impl RunTable {
                 .as_mut()
                 .filter(|orphan| orphan.phase != Phase::Ended),
         };
+        let unseen =
+            self.current.is_none() && run.as_ref().is_some_and(|run| run.phase == Phase::Waiting);
+        if unseen && *step == Step::Clean && !self.armed {
+            // The rest of an answer to a probe of an earlier life, or the first step of a run whose
+            // next ones will show it.
+            return Sifted::Probe;
+        }
         let owns = run.as_ref().map_or(Some(false), |run| run.owns(*step));
         let sifted = match (step, owns) {
             (Step::Build, Some(false)) => Sifted::Probe,

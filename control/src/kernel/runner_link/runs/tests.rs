@@ -315,6 +315,13 @@ fn a_run_whose_end_an_earlier_life_has_lost_is_told_to_have_ended() {
     table.abandon();
     assert_eq!(table.milestones(), [Cancelled]);
 
+    // The rest of an answer to an earlier life's probe tells of no run.
+    let (mut table, now) = taken_over(0);
+    assert!(table.record(now, step(Step::Clean)).is_empty());
+    assert!(!table.tells_of_unknown());
+    assert!(answer(&mut table, now).is_empty());
+    assert_eq!(table.milestones(), []);
+
     // Nothing was owed: nothing is told, and who goes on with a run of old waits for nothing.
     let (mut table, now) = taken_over(0);
     table.submit(now, "old", go_on()).expect("taken over");
