@@ -6,6 +6,7 @@
 //! after a destroy; the number of creations at work is bounded for the node, not per call.
 
 mod error;
+mod follow;
 mod launch;
 mod prepare;
 mod result;
@@ -20,7 +21,8 @@ use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 pub use error::CreateError;
-pub use launch::{connect_runner, start_models};
+pub use follow::start_models;
+pub use launch::connect_runner;
 pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
 
 use self::launch::Launched;
@@ -129,7 +131,7 @@ async fn conclude(
             node.perform(kernel, &actions);
             if entered {
                 node.note(kernel, |_| {}).await;
-                launch::start_models(node, kernel);
+                start_models(node, kernel);
                 return Ok(result);
             }
             aborted(kernel)

@@ -367,6 +367,18 @@ mod tests {
     use crate::collect::disk::Disk;
     use crate::collect::veths::truth::{Pair, reads_links};
 
+    /// A board, and where its region is.
+    fn board_below(base: &std::path::Path, agent: &str) -> (Board, std::path::PathBuf) {
+        let run_dir = RunDir::choose(Some(base), agent).unwrap();
+        let directory = run_dir.create_dataplane().unwrap();
+        let board = Board::new(
+            ObservedWriter::open(&directory, Sizes::default()).unwrap(),
+            Ringer::of(run_dir.control()).unwrap(),
+            Accelerators::none(),
+        );
+        (board, directory)
+    }
+
     /// Links that the kernel program reads need no question.
     #[test]
     fn counters_of_links_are_fresh_while_a_question_about_links_hangs() {
@@ -375,13 +387,7 @@ mod tests {
         };
         pair.send(20);
         let base = tempfile::tempdir_in("/dev/shm").unwrap();
-        let run_dir = RunDir::choose(Some(base.path()), "i-fresh").unwrap();
-        let directory = run_dir.create_dataplane().unwrap();
-        let board = Board::new(
-            ObservedWriter::open(&directory, Sizes::default()).unwrap(),
-            Ringer::of(run_dir.control()).unwrap(),
-            Accelerators::none(),
-        );
+        let (board, directory) = board_below(base.path(), "i-fresh");
         let interval = Duration::from_millis(20);
         let gate = Arc::new(Mutex::new(()));
         let own = Arc::clone(&gate);
@@ -452,13 +458,7 @@ mod tests {
     #[test]
     fn a_question_about_links_that_hangs_holds_nothing_else_up() {
         let base = tempfile::tempdir_in("/dev/shm").unwrap();
-        let run_dir = RunDir::choose(Some(base.path()), "i-turns").unwrap();
-        let directory = run_dir.create_dataplane().unwrap();
-        let board = Board::new(
-            ObservedWriter::open(&directory, Sizes::default()).unwrap(),
-            Ringer::of(run_dir.control()).unwrap(),
-            Accelerators::none(),
-        );
+        let (board, directory) = board_below(base.path(), "i-turns");
         let interval = Duration::from_millis(20);
         let gate = Arc::new(Mutex::new(()));
         let own = Arc::clone(&gate);
