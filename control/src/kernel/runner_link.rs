@@ -1,6 +1,6 @@
 //! The connection to the runner inside one container.
 //!
-//! Owns the two sockets and three tasks: a reader that never waits for anybody, a writer, and a
+//! Owns the two sockets and three tasks (`tasks`): a reader that never waits for anybody, a writer, and a
 //! ticker (status ping every 10 s, sweeping of old runs, the probe again while it is not answered).
 //! Where messages may have been lost, the runner is probed before a run is sent (see `runs`).
 //! In: requests (see `execution`, `services`) and the runner's messages. Out: answers and the results
@@ -15,6 +15,7 @@ pub mod decoder;
 pub mod frame;
 pub mod runs;
 mod socket;
+mod tasks;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -205,9 +206,6 @@ pub struct ModelServiceStatus {
 /// Messages waiting for the socket, beyond which requests are refused.
 const WRITE_QUEUE: usize = 1024;
 const TICK: Duration = Duration::from_secs(1);
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-/// A container takes a second or two to listen; each attempt costs next to nothing.
-const RECONNECT_LAST: Duration = Duration::from_millis(500);
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// How long an unanswered request of a kind that is answered at once may still be answered.
 const PROMPT_OWED: Duration = Duration::from_secs(30);
@@ -283,9 +281,9 @@ impl RunnerLink {
             }
         }
         let tasks = vec![
-            tokio::spawn(read(Arc::clone(&inner))),
-            tokio::spawn(write(Arc::clone(&inner), messages)),
-            tokio::spawn(tick(Arc::clone(&inner), options.ping_interval)),
+            tokio::spawn(tasks::read(Arc::clone(&inner))),
+            tokio::spawn(tasks::write(Arc::clone(&inner), messages)),
+            tokio::spawn(tasks::tick(Arc::clone(&inner), options.ping_interval)),
         ];
         *lock(&inner.tasks) = tasks;
         Self(inner)
@@ -768,169 +766,6 @@ impl Inner {
         self.tell(state);
         // The writer is gone only when the link is closed.
         let _sent = self.send(messages);
-    }
-}
-
-async fn read(inner: Arc<Inner>) {
-    let mut delay = RECONNECT_FIRST;
-    let mut first = true;
-    let mut place = inner.address.subscribe();
-    let work = async {
-        loop {
-            let address = place_of(&mut place).await;
-            let converse = async {
-                match socket::Receiver::connect(address.ip, address.repl_out).await {
-                    Ok(mut receiver) => {
-                        delay = RECONNECT_FIRST;
-                        if !std::mem::take(&mut first) {
-                            inner.reconnected();
-                        }
-                        let err = receive_all(&inner, &mut receiver).await;
-                        report(&inner, &err);
-                    }
-                    Err(err) => report(&inner, &err),
-                }
-                pause(&mut delay).await;
-            };
-            if unless_moved(&mut place, converse).await.is_none() {
-                delay = RECONNECT_FIRST;
-            }
-        }
-    };
-    inner.closed.run_until_cancelled(work).await;
-}
-
-/// Where the runner is, once that is known.
-async fn place_of(place: &mut watch::Receiver<Option<RunnerAddress>>) -> RunnerAddress {
-    loop {
-        if let Some(address) = *place.borrow_and_update() {
-            return address;
-        }
-        if place.changed().await.is_err() {
-            // The link is gone, and with it whoever waits here.
-            std::future::pending().await
-        }
-    }
-}
-
-/// Goes on until the runner is elsewhere: nothing is heard any more from where it was, not even the
-/// end of a connection.
-async fn unless_moved<T>(
-    place: &mut watch::Receiver<Option<RunnerAddress>>,
-    work: impl Future<Output = T>,
-) -> Option<T> {
-    tokio::select! {
-        // What is done is done: a message that was written is not sent a second time.
-        biased;
-        done = work => Some(done),
-        Ok(()) = place.changed() => None,
-    }
-}
-
-async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketError {
-    loop {
-        match receiver.receive().await {
-            Ok(Some((kind, payload))) => inner.receive(&kind, payload),
-            Ok(None) => {
-                tracing::debug!(kernel_id = %inner.kernel_id, "the runner sent a message without exactly two frames");
-            }
-            Err(err) => return err,
-        }
-        // A flood of small messages that are already in the buffer must not hold the thread.
-        tokio::task::consume_budget().await;
-    }
-}
-
-async fn write(inner: Arc<Inner>, mut messages: mpsc::UnboundedReceiver<Outgoing>) {
-    let mut delay = RECONNECT_FIRST;
-    let mut unsent: Option<Outgoing> = None;
-    let mut first = true;
-    let mut place = inner.address.subscribe();
-    let work = async {
-        loop {
-            let address = place_of(&mut place).await;
-            let converse = async {
-                match socket::Sender::connect(address.ip, address.repl_in).await {
-                    Ok(mut sender) => {
-                        delay = RECONNECT_FIRST;
-                        if !std::mem::take(&mut first) {
-                            inner.reconnected();
-                        }
-                        if let Some(err) =
-                            send_all(&inner, &mut sender, &mut messages, &mut unsent).await
-                        {
-                            report(&inner, &err);
-                        }
-                    }
-                    Err(err) => report(&inner, &err),
-                }
-                pause(&mut delay).await;
-            };
-            if unless_moved(&mut place, converse).await.is_none() {
-                delay = RECONNECT_FIRST;
-            }
-        }
-    };
-    inner.closed.run_until_cancelled(work).await;
-}
-
-/// Sends until the connection ends; the message that could not be written stays in `unsent`.
-async fn send_all(
-    inner: &Inner,
-    sender: &mut socket::Sender,
-    messages: &mut mpsc::UnboundedReceiver<Outgoing>,
-    unsent: &mut Option<Outgoing>,
-) -> Option<SocketError> {
-    loop {
-        if unsent.is_none() {
-            *unsent = tokio::select! {
-                biased;
-                () = sender.ended() => return None,
-                message = messages.recv() => Some(message?),
-            };
-        }
-        if let Some(message) = unsent {
-            if let Err(err) = sender.send(message.kind, &message.payload).await {
-                return Some(err);
-            }
-            *unsent = None;
-            inner.queued.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-}
-
-/// A container that is not up yet is the usual reason; whoever waits for an answer tells the user.
-fn report(inner: &Inner, err: &SocketError) {
-    tracing::debug!(kernel_id = %inner.kernel_id, %err, "the connection to the runner ended and is opened again");
-}
-
-async fn pause(delay: &mut Duration) {
-    tokio::time::sleep(*delay).await;
-    *delay = (*delay * 2).min(RECONNECT_LAST);
-}
-
-/// Pings the runner (which also keeps NAT entries alive) and forgets old runs.
-async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
-    // One wake-up for both: a node has hundreds of kernels.
-    let pause = async || tokio::time::sleep(ping_interval).await;
-    while inner.closed.run_until_cancelled(pause()).await.is_some() {
-        {
-            let mut state = lock(&inner.state);
-            state.runs.sweep(Instant::now());
-            inner.tell(&mut state);
-            if inner.check_room().is_ok() {
-                let again = state.runs.probe_again(Instant::now());
-                // The writer is gone only when the link is closed.
-                let _sent = inner.send(again);
-            }
-        }
-        // Nobody waits for this answer; its place keeps it from answering somebody else's ping.
-        // A full queue means the runner does not listen, and another ping would not help.
-        let _answer = inner.join(
-            AnswerKind::Status,
-            Outgoing::text("status", ""),
-            PROMPT_OWED,
-        );
     }
 }
 
