@@ -17,6 +17,8 @@ use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
 use dataplane::collect::facts::{Facts, Hierarchy};
+use dataplane::collect::file::Budget;
+use dataplane::collect::node::Node;
 use dataplane::collect::process::Lister;
 use dataplane::collect::tasks::{self, Tasks};
 use dataplane::collect::{Means, Sampler};
@@ -409,6 +411,12 @@ fn natively(
             way.elapsed_us.map_or(0.0, |it| it.median),
         );
     }
+    let node = node(ticks.min(100), || match options.asleep {
+        true => Ok(()),
+        false => crowd.busy(),
+    })?;
+    println!("{count:>5} the node, apart: {node:>9.3} ms CPU per reading");
+    apart.insert(format!("node_ms_{count}"), json!(node));
     for (walked, name) in [(true, "processes"), (false, "processes_by_files")] {
         let listing = processes(&rows, ticks.min(20), walked)?;
         println!("{count:>5} {name}, apart: {listing:>9.3} ms CPU per listing");
@@ -455,6 +463,24 @@ fn threads_ms(names: &[&str]) -> Result<f64> {
         }
     }
     Ok(ns / 1e6)
+}
+
+/// CPU of reading the node's own numbers after what comes in `between`, which a pass does twice a second at
+/// most, ms.
+fn node(rounds: u32, mut between: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut node = Node::new(&Budget::new(u32::MAX));
+    let mut buffer = Vec::new();
+    // The first reading finds everything.
+    let _ = node.read_now(None, &mut buffer);
+    let mut used = 0.0;
+    for _ in 0..rounds {
+        between()?;
+        let before = thread_us();
+        let reading = node.read_now(None, &mut buffer);
+        used += thread_us() - before;
+        ensure!(reading.counters.cpu_total_ns.is_some(), "there is no CPU");
+    }
+    Ok(used / f64::from(rounds) / 1e3)
 }
 
 /// Files in each container's directory.

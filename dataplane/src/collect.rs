@@ -401,10 +401,8 @@ impl Sampler {
             }
             samples.push(&sample);
         }
-        let mut cores_busy_ns = Vec::new();
-        let mut counters = self
-            .node
-            .read(networks.told, &mut cores_busy_ns, &mut self.buffer);
+        let node = self.node.read(networks.told, &mut self.buffer);
+        let mut counters = node.counters;
         let space = self.scratch_root.as_deref();
         if let Some(space) = space.and_then(|path| self.disk.at(path)) {
             counters.disk_total_bytes = space.total;
@@ -450,10 +448,10 @@ impl Sampler {
             processes,
             node: NodeSample {
                 tick: self.tick,
-                taken_monotonic_ns: monotonic_ns(),
-                taken_wall_ns: wall_ns(),
+                taken_monotonic_ns: node.monotonic_ns,
+                taken_wall_ns: node.wall_ns,
                 counters,
-                cores_busy_ns,
+                cores_busy_ns: node.cores_busy_ns.clone(),
                 disks,
             },
         }

@@ -12,19 +12,43 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::observed::NodeCounters;
+use shared::{monotonic_ns, wall_ns};
 
 use super::file::{Budget, CachedFile, keyed, pressure};
 use crate::sys::netlink::{LinkLookup, Links};
 
+/// The node is not read more often than this: it costs as much as many containers do, on machines of
+/// hundreds of processors milliseconds.
+const INTERVAL: Duration = Duration::from_millis(500);
 /// How often the list of physical interfaces is made anew.
 const INTERFACES: Duration = Duration::from_secs(60);
 /// How often kills for want of memory are counted: for this one number the kernel adds up a hundred
 /// of each processor.
 const OOM_KILLS: Duration = Duration::from_secs(5);
 
+/// What was read, and when.
+#[derive(Debug, Clone, Default)]
+pub struct Reading {
+    /// The numbers.
+    pub counters: NodeCounters,
+    /// Per CPU: time in user and kernel mode, ns.
+    pub cores_busy_ns: Vec<u64>,
+    /// When, CLOCK_MONOTONIC, ns.
+    pub monotonic_ns: u64,
+    /// When, CLOCK_REALTIME, ns since 1970.
+    pub wall_ns: u64,
+}
+
+impl Reading {
+    fn age(&self) -> Duration {
+        Duration::from_nanos(monotonic_ns().saturating_sub(self.monotonic_ns))
+    }
+}
+
 /// Reads the node.
 #[derive(Debug)]
 pub struct Node {
+    last: Option<Reading>,
     stat: CachedFile,
     meminfo: CachedFile,
     vmstat: CachedFile,
@@ -80,6 +104,7 @@ impl Node {
     fn below(proc: &Path, budget: &Arc<Budget>) -> Self {
         let file = |path: PathBuf| CachedFile::new(path, budget);
         Self {
+            last: None,
             stat: file(proc.join("stat")),
             meminfo: file(proc.join("meminfo")),
             vmstat: file(proc.join("vmstat")),
@@ -94,15 +119,21 @@ impl Node {
         }
     }
 
-    /// Reads CPU, memory and network. What can't be read is absent.
-    pub fn read(
-        &mut self,
-        links: Option<&Links>,
-        cores_busy_ns: &mut Vec<u64>,
-        buffer: &mut Vec<u8>,
-    ) -> NodeCounters {
+    /// CPU, memory and network, read now or not long ago. What can't be read is absent.
+    pub fn read(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> &Reading {
+        let last = self.last.take();
+        let reading = match last.filter(|last| last.age() < INTERVAL) {
+            Some(last) => last,
+            None => self.read_now(links, buffer),
+        };
+        self.last.insert(reading)
+    }
+
+    /// The same, read now.
+    pub fn read_now(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> Reading {
         let mut counters = NodeCounters::default();
-        cores_busy_ns.clear();
+        let mut cores_busy_ns = Vec::new();
+        let (monotonic_ns, wall_ns) = (monotonic_ns(), wall_ns());
         if let Ok(text) = self.stat.read(buffer)
             && let Some(all) = text.lines().next().and_then(CpuTicks::parse)
         {
@@ -142,7 +173,12 @@ impl Node {
             (counters.net_rx_bytes, counters.net_tx_bytes) = (Some(rx), Some(tx));
         }
         counters.descriptors_open = self.descriptors.as_ref().and_then(open_descriptors);
-        counters
+        Reading {
+            counters,
+            cores_busy_ns,
+            monotonic_ns,
+            wall_ns,
+        }
     }
 
     /// Bytes received and sent at the edge. None without one of its interfaces: a sum without it would go back,
@@ -431,19 +467,23 @@ mod tests {
         let proc = tempfile::tempdir().unwrap();
         std::fs::write(proc.path().join("stat"), &text).unwrap();
         let mut node = Node::below(proc.path(), &Budget::new(10));
-        let (mut cores, mut buffer) = (Vec::new(), Vec::new());
+        let mut buffer = Vec::new();
         for _ in 0..2 {
-            let counters = node.read(None, &mut cores, &mut buffer);
-            assert_eq!(cores.len() as u64, CPUS);
-            assert_eq!(counters.cpu_user_ns, Some(123_456_789 * node.tick_ns));
+            let reading = node.read_now(None, &mut buffer);
+            assert_eq!(reading.cores_busy_ns.len() as u64, CPUS);
+            let user = Some(123_456_789 * node.tick_ns);
+            assert_eq!(reading.counters.cpu_user_ns, user);
         }
     }
 
     #[test]
     fn this_node_has_cpu_and_memory() {
         let mut node = Node::new(&Budget::new(10));
-        let mut cores = Vec::new();
-        let counters = node.read(None, &mut cores, &mut Vec::new());
+        let Reading {
+            counters,
+            cores_busy_ns: cores,
+            ..
+        } = node.read(None, &mut Vec::new()).clone();
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         assert!(cores.len() >= cpus, "{cores:?}");
         let busy: u64 = cores.iter().sum();
@@ -512,6 +552,17 @@ mod tests {
         assert_eq!(node.carried(None, &mut buffer), None, "a half");
         std::fs::write(sent("eth9"), "14\n").unwrap();
         assert_eq!(node.carried(None, &mut buffer), Some((24, 27)));
+    }
+
+    #[test]
+    fn the_node_is_read_when_it_is_due() {
+        let mut node = Node::new(&Budget::new(10));
+        let mut buffer = Vec::new();
+        let first = node.read(None, &mut buffer).monotonic_ns;
+        assert_eq!(node.read(None, &mut buffer).monotonic_ns, first);
+        let interval = u64::try_from(INTERVAL.as_nanos()).unwrap();
+        node.last.as_mut().unwrap().monotonic_ns = first - interval;
+        assert!(node.read(None, &mut buffer).monotonic_ns > first);
     }
 
     #[test]
