@@ -41,6 +41,8 @@ typedef long long __s64;
 #define ETH_HEADER 14
 #define ETH_IPV4 0x0800
 #define ETH_IPV6 0x86dd
+#define ETH_TAG 0x8100
+#define ETH_SERVICE_TAG 0x88a8
 #define PROTOCOL_ICMP 1
 #define PROTOCOL_TCP 6
 #define PROTOCOL_UDP 17

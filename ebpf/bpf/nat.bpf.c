@@ -610,6 +610,10 @@ static ALWAYS_INLINE int find_tcp(struct __sk_buff *skb)
 			return 0;
 		return ETH_HEADER + (ip->version_length & 15) * 4;
 	}
+	/* A frame's first tag was taken out of its bytes when it came in: this is a second one. The
+	 * container's kernel takes those without a VLAN's number out too, and reads what is behind them. */
+	if (skb->protocol == TO_NET16(ETH_TAG) || skb->protocol == TO_NET16(ETH_SERVICE_TAG))
+		return -1;
 	if (skb->protocol != TO_NET16(ETH_IPV6))
 		return 0;
 	struct ipv6_header *ip = header(skb, ETH_HEADER, sizeof(*ip));

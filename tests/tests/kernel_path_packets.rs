@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use harness::dataplane::until;
 use harness::kernel_path::{KERNEL, Node, attached, host};
 use harness::netns::ip;
-use harness::remote_client::{may_use_bpf, within};
+use harness::remote_client::{Container, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use shared::desired::{PortRow, Protocol};
 use shared::observed::{ForwardPath, PortState};
@@ -364,6 +364,53 @@ fn an_uplink_narrower_than_the_containers_link_will_do_over_ipv6() {
     narrow_uplink(1);
 }
 
+/// Sends a SYN behind tags that name no VLAN, past its own kernel, and says whether it is answered. In:
+/// how many tags, its own address, the other's hardware, address and port, seconds to wait.
+const TAGGED_SYN: &str = "
+import select, socket, struct, sys, time
+tags, hardware, peer, port = int(sys.argv[1]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+own = 40000 + tags
+fold = lambda it: ~((it & 0xffff) + (it >> 16) + (((it & 0xffff) + (it >> 16)) >> 16)) & 0xffff
+total = lambda it: sum(struct.unpack('!%dH' % (len(it) // 2), it))
+ends = socket.inet_aton(sys.argv[2]) + socket.inet_aton(peer)
+tcp = lambda check: struct.pack('!HHIIBBHHH', own, port, 1, 0, 0x50, 2, 65535, check, 0)
+tcp = tcp(fold(total(tcp(0)) + total(ends) + 6 + 20))
+ip = lambda check: struct.pack('!BBHHHBBH', 0x45, 0, 40, 0, 0x4000, 64, 6, check) + ends
+ip = ip(fold(total(ip(0))))
+answers = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+link.bind(('eth0', 0))
+frame = bytes.fromhex(hardware.replace(':', '')) + link.getsockname()[4]
+link.send(frame + bytes.fromhex('81000000') * tags + b'\\x08\\x00' + ip + tcp)
+until = time.monotonic() + float(sys.argv[6])
+while select.select([answers], [], [], max(0, until - time.monotonic()))[0]:
+    packet, (whence, _) = answers.recvfrom(2048)
+    source, destination = struct.unpack('!HH', packet[20:24])
+    if (whence, source, destination, packet[33] & 18) == (peer, port, own, 18):
+        print('answered')
+        break
+else:
+    print('silence')
+";
+
+/// Whether a port of `to` answers `from` when it is asked by a frame with so many tags.
+fn answers_tagged(from: &Container, to: &Container, port: u16, tags: u32, wait: Duration) -> bool {
+    let link = ip(&format!("-n {} -o link show eth0", to.namespace)).expect("its link");
+    let mut words = link.split_whitespace().skip_while(|it| *it != "link/ether");
+    let hardware = words.nth(1).expect("a hardware address");
+    let (own, peer) = (from.address[0].to_string(), to.address[0].to_string());
+    let output = command(&from.namespace, "python3")
+        .args(["-c", TAGGED_SYN, &tags.to_string(), &own, hardware, &peer])
+        .args([port.to_string(), wait.as_secs_f64().to_string()])
+        .output()
+        .expect("python3");
+    match String::from_utf8_lossy(&output.stdout).trim() {
+        "answered" => true,
+        "silence" => false,
+        _ => panic!("{}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
 #[test]
 fn nobody_but_the_host_reaches_the_runner() {
     if !may_use_bpf() {
@@ -371,17 +418,23 @@ fn nobody_but_the_host_reaches_the_runner() {
     }
     let mut node = Node::new();
     let other = node.network.container(3).expect("another container");
-    within(&node.container.namespace, || {
-        for port in [2000, 2001, 2002] {
-            let listener = traffic::listener(&format!("[::]:{port}"));
-            thread::spawn(move || {
-                for stream in listener.incoming() {
-                    let _ = stream.expect("a client").write_all(b"runner");
-                }
-            });
-        }
-    })
-    .expect("the container's namespace");
+    let unguarded = node
+        .network
+        .container(4)
+        .expect("a container without a row");
+    for container in [&node.container, &unguarded] {
+        within(&container.namespace, || {
+            for port in [2000, 2001, 2002] {
+                let listener = traffic::listener(&format!("[::]:{port}"));
+                thread::spawn(move || {
+                    for stream in listener.incoming() {
+                        let _ = stream.expect("a client").write_all(b"runner");
+                    }
+                });
+            }
+        })
+        .expect("the container's namespace");
+    }
     let within_time = |namespace: &str, address: SocketAddr, wait: Duration| {
         let run = move || {
             let mut stream = TcpStream::connect_timeout(&address, wait)?;
@@ -394,8 +447,8 @@ fn nobody_but_the_host_reaches_the_runner() {
     };
     let reach = |namespace: &str, address| within_time(namespace, address, traffic::PATIENCE);
     // Who is let in is within microseconds, on an idle machine.
-    let kept_out =
-        |namespace: &str, address| within_time(namespace, address, Duration::from_millis(300));
+    let moment = Duration::from_millis(300);
+    let kept_out = |namespace: &str, address| within_time(namespace, address, moment);
     // The row of the container is enough; it needs no port.
     until("the guard being up", || {
         attached(&node).contains("to_container").then_some(())
@@ -420,6 +473,13 @@ fn nobody_but_the_host_reaches_the_runner() {
             "runner"
         );
     }
+    // Receivers look behind tags that name no VLAN, however many there are.
+    let asked = |to, port, tags, wait| answers_tagged(&other, to, port, tags, wait);
+    for tags in [1, 2, 3] {
+        assert!(asked(&unguarded, 2000, tags, traffic::PATIENCE), "{tags}");
+        assert!(!asked(&node.container, 2000, tags, moment), "{tags}");
+    }
+    assert!(asked(&node.container, 2002, 1, traffic::PATIENCE));
 }
 
 /// Bytes and packets in, then out, as the container's own interface counts them.
