@@ -498,7 +498,10 @@ int from_uplink(struct __sk_buff *skb)
 		fresh.link_index = service->link_index;
 		fresh.life = service->life;
 		fresh.host_port = it.destination_port;
-		fresh.flags = opening ? 0 : FLOW_REBUILT | FLOW_ANSWERED;
+		if (!opening)
+			fresh.flags = FLOW_REBUILT | FLOW_ANSWERED;
+		else if (tcp)
+			fresh.flags = FLOW_HALF_OPEN;
 		fresh.seen_ns = bpf_ktime_get_coarse_ns();
 		if (bpf_map_update_elem(&flows, &flow_key, &fresh, 0))
 			return NEXT;
@@ -516,8 +519,13 @@ int from_uplink(struct __sk_buff *skb)
 		flow->uplink = skb->ifindex;
 		flow->mtu = mtu_of(skb->ifindex);
 	}
-	if (tcp)
+	if (tcp) {
+		if ((flow->flags & (FLOW_HALF_OPEN | FLOW_ANSWERED)) ==
+			    (FLOW_HALF_OPEN | FLOW_ANSWERED) &&
+		    (it.flags & (TCP_SYN | TCP_ACK)) == TCP_ACK)
+			flow->flags &= ~FLOW_HALF_OPEN;
 		follow(flow, &key, it.flags, FLOW_FIN_IN);
+	}
 	count_in(&key, &it);
 	__u32 link = service->link_index;
 	struct address target = service->target;
@@ -774,10 +782,15 @@ static ALWAYS_INLINE int is_over(const struct service_key *key, struct flow *flo
 	age = context->now > flow->seen_ns ? context->now - flow->seen_ns : 0;
 	if (flow->flags & FLOW_ENDED)
 		limit = context->order.ended_ns;
-	else if (flow->flags & FLOW_ANSWERED)
-		limit = tcp ? context->order.idle_ns : context->order.datagram_idle_ns;
+	else if (!tcp)
+		limit = flow->flags & FLOW_ANSWERED ? context->order.datagram_idle_ns :
+						      context->order.datagram_opening_ns;
+	else if (!(flow->flags & FLOW_ANSWERED) || (flow->flags & FLOW_HALF_OPEN))
+		limit = context->order.opening_ns;
+	else if (flow->flags & (FLOW_FIN_IN | FLOW_FIN_OUT))
+		limit = (__u64)context->order.closing_s * 1000000000ULL;
 	else
-		limit = tcp ? context->order.opening_ns : context->order.datagram_opening_ns;
+		limit = context->order.idle_ns;
 	return !service || service->life != flow->life || age > limit;
 }
 

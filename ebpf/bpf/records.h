@@ -77,6 +77,8 @@ struct flow_key {
 #define FLOW_ENDED 32
 /* Of a client on this host: it is counted, and nothing else happens to it. */
 #define FLOW_LOCAL 64
+/* Of TCP: the client has not said anything to the container's answer. */
+#define FLOW_HALF_OPEN 128
 
 struct flow {
 	/* When the last packet came; 0 for a client on this host's since the last sweep. */
@@ -155,7 +157,8 @@ struct sweep_order {
 	__u64 datagram_idle_ns;
 	__u64 datagram_opening_ns;
 	__u32 pass;
-	__u32 zero;
+	/* Silent when one side has ended it and the other has not. */
+	__u32 closing_s;
 };
 
 /* Fragments after the first have no ports: they follow it. */
@@ -268,6 +271,7 @@ ASSERT_AT(sweep_order, ended_ns, 16);
 ASSERT_AT(sweep_order, datagram_idle_ns, 24);
 ASSERT_AT(sweep_order, datagram_opening_ns, 32);
 ASSERT_AT(sweep_order, pass, 40);
+ASSERT_AT(sweep_order, closing_s, 44);
 ASSERT_SIZE(fragment_key, 40);
 ASSERT_SIZE(fragment, 32);
 ASSERT_SIZE(led_socket, 24);

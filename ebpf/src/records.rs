@@ -231,7 +231,7 @@ pub struct PortFlows {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct SweepOrder {
-    /// How long a client's SYN may go unanswered.
+    /// How long a connection may be silent before its client has answered the container's answer.
     pub opening_ns: u64,
     /// How long a flow may be silent.
     pub idle_ns: u64,
@@ -243,8 +243,8 @@ pub struct SweepOrder {
     pub datagram_opening_ns: u64,
     /// Number of the sweep.
     pub pass: u32,
-    /// Zero.
-    pub zero: u32,
+    /// How long a connection may be silent that one side has ended and the other has not, in seconds.
+    pub closing_s: u32,
 }
 
 /// `struct fragment_key`.
@@ -409,7 +409,8 @@ layout!(
     ended_ns = 16,
     datagram_idle_ns = 24,
     datagram_opening_ns = 32,
-    pass = 40
+    pass = 40,
+    closing_s = 44
 );
 layout!(FragmentKey, 40, destination = 16, id = 32, protocol = 36);
 layout!(Fragment, 32, address = 8, interface = 24, outwards = 28);

@@ -2,13 +2,21 @@
 //! that come too fast.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
+use anyhow::Context;
+use aya::EbpfLoader;
+use aya::maps::{Array, HashMap, MapData};
+use aya::programs::{ProgramFd, SchedClassifier};
+use ebpf::records::{Flow, FlowKey, SweepOrder};
 use harness::dataplane::until;
-use harness::kernel_path::{Node, ask, host};
-use harness::remote_client::{HOST, may_use_bpf, within};
+use harness::kernel_path::{Node, ask, host, pins};
+use harness::remote_client::{Container, HOST, may_use_bpf, within};
+use harness::traffic;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
@@ -30,8 +38,12 @@ fn fold(mut sum: u32) -> [u8; 2] {
     (!u16::try_from(sum).expect("folded")).to_be_bytes()
 }
 
-/// A segment from the middle of a connection: to a table that has lost it, a flow to make again.
-fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16) -> Vec<u8> {
+/// The first segment of a connection.
+const SYN: u8 = 2;
+/// One from its middle: to a table that has lost it, a flow to make again.
+const ACK: u8 = 16;
+
+fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16, flags: u8) -> Vec<u8> {
     // The kernel puts in length and sum of this header.
     let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0];
     packet.extend(from.octets());
@@ -39,7 +51,7 @@ fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16) -> Vec<u8> {
     let mut tcp = Vec::new();
     tcp.extend(from_port.to_be_bytes());
     tcp.extend(port.to_be_bytes());
-    tcp.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    tcp.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0, 0, 0, 0]);
     let check = fold(sum(&tcp) + sum(&packet[12..20]) + 6 + 20);
     tcp[16..18].copy_from_slice(&check);
     packet.extend(tcp);
@@ -47,7 +59,7 @@ fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16) -> Vec<u8> {
 }
 
 /// Sends segments of `count` connections that nobody has.
-fn flood(row: &PortRow, count: u32) {
+fn flood(row: &PortRow, count: u32, flags: u8) {
     let raw = socket(
         AddressFamily::Inet,
         SockType::Raw,
@@ -60,7 +72,7 @@ fn flood(row: &PortRow, count: u32) {
     for number in 0..count {
         let from = Ipv4Addr::from(0xac10_0001 + number / 50_000);
         let from_port = u16::try_from(1_024 + number % 50_000).expect("a port");
-        let packet = segment(from, from_port, to, row.host_port);
+        let packet = segment(from, from_port, to, row.host_port, flags);
         let sent = sendto(raw.as_raw_fd(), &packet, &address, MsgFlags::empty());
         assert_eq!(sent.expect("sent"), packet.len());
     }
@@ -76,7 +88,7 @@ fn a_flow_that_fell_out_of_a_full_table_goes_on() {
     let mut old = node.flow(address);
     // More than twice what the table holds, all younger than the flow that is silent meanwhile.
     let target = row.clone();
-    node.at_client(move || flood(&target, 300_000));
+    node.at_client(move || flood(&target, 300_000, ACK));
     old.write_all(b"after").expect("sent");
     let mut back = [0; 5];
     old.read_exact(&mut back).expect("the flow goes on");
@@ -90,7 +102,7 @@ fn a_flow_that_fell_out_of_a_full_table_goes_on() {
     // The container refuses all the others. A busy machine drops packets, refusals too: once more then.
     until("the others being over", || {
         let target = row.clone();
-        node.at_client(move || flood(&target, 300_000));
+        node.at_client(move || flood(&target, 300_000, ACK));
         let looked = std::time::Instant::now();
         // A sweep, which counts, comes every five seconds.
         while looked.elapsed() < Duration::from_secs(7) {
@@ -102,6 +114,136 @@ fn a_flow_that_fell_out_of_a_full_table_goes_on() {
         None
     })
     .expect("refused");
+}
+
+/// A server of echoes that does not end what its client has ended.
+fn reluctant(container: &Container) -> u16 {
+    within(&container.namespace, || {
+        let listener = traffic::listener("[::]:0");
+        let port = listener.local_addr().expect("bound").port();
+        thread::spawn(move || {
+            let mut kept = Vec::new();
+            for stream in listener.incoming() {
+                let mut stream = stream.expect("a client");
+                kept.push(stream.try_clone().expect("a descriptor"));
+                thread::spawn(move || {
+                    let mut buffer = [0; 64];
+                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                        let _ = stream.write_all(&buffer[..length]);
+                    }
+                });
+            }
+        });
+        port
+    })
+    .expect("the container's namespace")
+}
+
+/// Sweeps in the place of a dataplane, which does not live meanwhile.
+struct Sweeper {
+    program: ProgramFd,
+    orders: Array<MapData, SweepOrder>,
+    flows: HashMap<MapData, FlowKey, Flow>,
+}
+
+impl Sweeper {
+    fn at(pins: &Path) -> anyhow::Result<Self> {
+        let mut object = EbpfLoader::new()
+            .default_map_pin_directory(pins)
+            .load(ebpf::nat())?;
+        let mut map = |name: &str| object.take_map(name).context("a map");
+        let (orders, flows) = (map(ebpf::map::ORDERS)?, map(ebpf::map::FLOWS)?);
+        let program = object.program_mut(ebpf::program::SWEEP);
+        let program: &mut SchedClassifier = program.context("the program")?.try_into()?;
+        program.load()?;
+        Ok(Self {
+            program: program.fd()?.try_clone()?,
+            orders: orders.try_into()?,
+            flows: flows.try_into()?,
+        })
+    }
+
+    /// How many flows are left.
+    fn left(&mut self, order: SweepOrder) -> usize {
+        self.orders.set(0, order, 0).expect("an order");
+        dataplane::sys::bpf::run_once(&self.program).expect("a sweep");
+        self.flows.keys().count()
+    }
+}
+
+#[test]
+fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_days() {
+    const MOST: u32 = 8;
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(reluctant(&node.container));
+    row.max_sessions = MOST;
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut open = node.flow(address);
+    let half_closed = node.flow(address);
+    half_closed.shutdown(Shutdown::Write).expect("ended");
+    let target = row.clone();
+    // The container answers all of them, and nobody hears it.
+    node.at_client(move || flood(&target, MOST - 2, SYN));
+    node.counted(&row, |it| it.sessions_active == u64::from(MOST));
+    let served = move || {
+        let talk = |mut stream: TcpStream| {
+            stream.write_all(b"new")?;
+            stream.read_exact(&mut [0; 3])
+        };
+        traffic::connect(address).and_then(talk).is_ok()
+    };
+    until("the port being full", || {
+        (!node.at_client(served)).then_some(())
+    })
+    .expect("its limit holds");
+    node.kill();
+
+    let mut sweeper = Sweeper::at(&pins(&node)).expect("a sweep");
+    let hour = 3600 * 1_000_000_000;
+    let mut order = SweepOrder {
+        opening_ns: hour,
+        closing_s: 3600,
+        idle_ns: hour,
+        ended_ns: hour,
+        pass: 1 << 31,
+        ..SweepOrder::default()
+    };
+    let mut sweep = |order: &mut SweepOrder| {
+        order.pass += 1;
+        sweeper.left(*order)
+    };
+    assert_eq!(sweep(&mut order), 8, "all are young");
+    // The clock of flows ticks some hundred times a second.
+    let mut left = |what: &str, wanted: usize, order: &mut SweepOrder| {
+        until(what, || (sweep(order) <= wanted).then_some(())).expect(what);
+        assert_eq!(sweep(order), wanted, "{what}");
+    };
+    order.opening_ns = 0;
+    left("those that nobody has confirmed being over", 2, &mut order);
+    order.closing_s = 0;
+    left(
+        "the one that its client has ended being over",
+        1,
+        &mut order,
+    );
+    node.restart();
+    assert_eq!(
+        node.counted(&row, |it| it.sessions_active == 1).path,
+        ForwardPath::KernelPath
+    );
+    assert!(node.at_client(served), "there is room");
+    open.write_all(b"after").expect("sent");
+    open.read_exact(&mut [0; 5]).expect("the flow goes on");
+    node.kill();
+    order.idle_ns = 0;
+    left("the last being silent", 0, &mut order);
+    // What was lost is made again.
+    open.write_all(b"after").expect("sent");
+    open.read_exact(&mut [0; 5]).expect("the flow goes on");
 }
 
 #[test]

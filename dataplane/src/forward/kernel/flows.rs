@@ -16,10 +16,12 @@ use super::{KernelPath, KernelPathError, Served};
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf::{self, Table};
 
-/// A SYN may be repeated for so long before its flow is given up.
+/// A connection that its client has not confirmed may be silent for so long before it is given up.
 const OPENING: Duration = Duration::from_secs(60);
 /// Late segments of an ended flow still find their way for so long.
 const ENDED: Duration = Duration::from_secs(30);
+/// One that a side has ended and the other has not. Who waits for the rest of an answer hears more often.
+const CLOSING: Duration = Duration::from_secs(3600);
 /// A silent flow is forgotten after this, as by the kernel's connection tracking.
 const IDLE: Duration = Duration::from_secs(5 * 24 * 3600);
 /// The same for datagrams, whose flows have no end.
@@ -114,6 +116,19 @@ impl Tables {
     }
 }
 
+fn order(pass: u32) -> SweepOrder {
+    let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
+    SweepOrder {
+        opening_ns: nanoseconds(OPENING),
+        idle_ns: nanoseconds(IDLE),
+        ended_ns: nanoseconds(ENDED),
+        datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
+        datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
+        pass,
+        closing_s: u32::try_from(CLOSING.as_secs()).unwrap_or(u32::MAX),
+    }
+}
+
 impl KernelPath {
     /// Removes dead flows and counts the living.
     pub fn sweep(&mut self, now: Instant) {
@@ -124,19 +139,9 @@ impl KernelPath {
     }
 
     fn try_sweep(&mut self) -> Result<(), KernelPathError> {
-        let nanoseconds = |it: Duration| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX);
         self.pass = self.pass.wrapping_add(1);
-        let order = SweepOrder {
-            opening_ns: nanoseconds(OPENING),
-            idle_ns: nanoseconds(IDLE),
-            ended_ns: nanoseconds(ENDED),
-            datagram_idle_ns: nanoseconds(DATAGRAM_IDLE),
-            datagram_opening_ns: nanoseconds(DATAGRAM_OPENING),
-            pass: self.pass,
-            zero: 0,
-        };
         self.orders
-            .set(0, order, 0)
+            .set(0, order(self.pass), 0)
             .map_err(|source| KernelPathError::Map {
                 name: map::ORDERS,
                 source,
@@ -195,5 +200,24 @@ impl KernelPath {
         };
         port.note_flows(&flows);
         flows.active != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sweeps_are_told_how_old_each_kind_of_flow_may_grow() {
+        let order = order(7);
+        let second = 1_000_000_000;
+        assert_eq!(
+            (order.opening_ns, order.ended_ns),
+            (60 * second, 30 * second)
+        );
+        assert_eq!((order.closing_s, order.idle_ns), (3600, 432_000 * second));
+        let datagrams = (order.datagram_opening_ns, order.datagram_idle_ns);
+        assert_eq!(datagrams, (30 * second, 180 * second));
+        assert_eq!(order.pass, 7);
     }
 }
