@@ -218,9 +218,9 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     .await?;
     let mut slow = Order::of(Image::Runner)?;
     slow.config["bootstrap_script"] = json!("sleep 5\n");
-    let quick = Order::of(Image::Runner)?;
+    let (quick, unwanted) = (Order::of(Image::Runner)?, Order::of(Image::Runner)?);
     let mut calls = Vec::new();
-    for order in [slow.clone(), quick.clone()] {
+    for order in [slow.clone(), quick.clone(), unwanted.clone()] {
         let client = node.client().await?;
         let arguments = order.arguments();
         calls.push(tokio::spawn(async move {
@@ -239,6 +239,18 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
         })
         .await?;
     }
+    // One that only waits is destroyed at once, and the manager is told so.
+    kernels::destroy(&node, &unwanted).await?;
+    assert_eq!(
+        kernels::ends(&node, unwanted.kernel).await?,
+        [("user-requested".to_owned(), -1)]
+    );
+    let refused = calls.pop().context("the third call")?.await?;
+    ensure!(refused.is_err(), "the third kernel: {refused:?}");
+    ensure!(
+        kernels::state(&node, slow.kernel).await?.as_deref() == Some("preparing"),
+        "the third kernel did not wait"
+    );
     for call in calls {
         call.await??;
     }

@@ -286,7 +286,8 @@ pub enum Refusal {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lifecycle {
     state: State,
-    /// The end has to be announced: the kernel got far enough to leave traces.
+    /// The end has to be announced: the kernel got far enough to leave traces, or its end was asked
+    /// for (the manager takes a kernel for terminated only when it is told so).
     visible: bool,
 }
 
@@ -336,7 +337,7 @@ impl Lifecycle {
         &self.state
     }
 
-    /// Whether the kernel got far enough for its end to be announced.
+    /// Whether the kernel got far enough for its end to be announced, or somebody waits for that.
     pub fn is_visible(&self) -> bool {
         self.visible
     }
@@ -369,12 +370,17 @@ impl Lifecycle {
             State::Restarting { abort } => decide_restarting(abort, input),
             State::Ending(ending) => self.decide_ending(ending, input),
             State::Ended(ending) => {
-                let action = match input {
-                    Input::Create | Input::Restart => Action::Refuse(Refusal::Ending),
-                    Input::Destroy { .. } => Action::JoinEnding,
-                    _ => Action::Proceed,
+                let actions = match input {
+                    Input::Create | Input::Restart => vec![Action::Refuse(Refusal::Ending)],
+                    // Ended without a word, and not forgotten yet.
+                    Input::Destroy { suppress, .. } if !suppress && !self.visible => {
+                        self.visible = true;
+                        vec![Action::AnnounceTerminated, Action::JoinEnding]
+                    }
+                    Input::Destroy { .. } => vec![Action::JoinEnding],
+                    _ => vec![Action::Proceed],
                 };
-                (State::Ended(ending), vec![action])
+                (State::Ended(ending), actions)
             }
         }
     }
@@ -434,6 +440,7 @@ impl Lifecycle {
                 (State::Ending(ending), vec![Action::StopAndClean])
             }
             Input::Destroy { reason, suppress } => {
+                self.visible |= !suppress;
                 let fresh = abort.is_none();
                 let abort = abort.unwrap_or_else(|| Ending::new(reason, suppress));
                 let mut actions = Vec::new();
@@ -475,7 +482,10 @@ impl Lifecycle {
             Input::Create | Input::Restart => {
                 (State::Ending(ending), vec![Action::Refuse(Refusal::Ending)])
             }
-            Input::Destroy { .. } => (State::Ending(ending), vec![Action::JoinEnding]),
+            Input::Destroy { suppress, .. } => {
+                self.visible |= !suppress;
+                (State::Ending(ending), vec![Action::JoinEnding])
+            }
             Input::Died { exit_code } => {
                 ending.exit_code = ending.exit_code.or(exit_code);
                 (State::Ending(ending), vec![Action::Proceed])
@@ -662,6 +672,17 @@ mod tests {
         failed cleaned                         | Ended:failed-to-create=9                 | Forget
         reserved failed cleaned                | Ended:failed-to-create=9                 | Forget
         files failed cleaned                   | Ended:failed-to-create=9                 | AnnounceTerminated+Forget
+        destroy                                | Queued/user-requested                    | AbortCreation+JoinEnding
+        destroy failed                         | Ending:user-requested                    | StopAndClean
+        destroy failed cleaned                 | Ended:user-requested=9                   | AnnounceTerminated+Forget
+        reserved destroy failed cleaned        | Ended:user-requested=9                   | AnnounceTerminated+Forget
+        purge failed cleaned                   | Ended:user-purged=9!                     | Forget
+        failed destroy                         | Ending:failed-to-create                  | JoinEnding
+        failed destroy cleaned                 | Ended:failed-to-create=9                 | AnnounceTerminated+Forget
+        failed purge cleaned                   | Ended:failed-to-create=9                 | Forget
+        failed cleaned destroy                 | Ended:failed-to-create=9                 | AnnounceTerminated+JoinEnding
+        failed cleaned destroy destroy         | Ended:failed-to-create=9                 | JoinEnding
+        failed cleaned purge                   | Ended:failed-to-create=9                 | JoinEnding
         started failed                         | Ending:failed-to-start                   | StopAndClean
         started died                           | Started/failed-to-start=7                | AbortCreation
         started died died                      | Started/failed-to-start=7                | -

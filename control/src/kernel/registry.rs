@@ -374,7 +374,8 @@ impl Kernel {
         self.inner().trouble.clone()
     }
 
-    /// Whether the kernel got far enough to leave traces: a journal file, an event at its end.
+    /// Whether the kernel got far enough to leave traces (a journal file, an event at its end), or its
+    /// end was asked for.
     pub fn is_visible(&self) -> bool {
         self.inner().lifecycle.is_visible()
     }
