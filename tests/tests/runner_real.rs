@@ -16,7 +16,7 @@ use control::kernel::agent_socket::{self, AgentSocketOptions};
 use control::kernel::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use control::kernel::container_processes::KernelFiles;
 use control::kernel::execution::{self, BatchSteps, ExecuteReply, ExecuteRequest, Mode, Status};
-use control::kernel::file_access::{self, UploadPlace};
+use control::kernel::file_access::{self, SessionUser, UploadPlace};
 use control::kernel::runner_link::{
     AppRecord, InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink,
 };
@@ -718,8 +718,12 @@ async fn files_go_in_and_come_out() -> Result<()> {
             .context(path)?;
         ensure!(err.python_class() == class, "{path}: {err}");
     }
-    let user = Some(format!("{UID}:{UID}"));
-    let listed = file_access::list_files(&engine, &kernel.name, "in", user.clone()).await?;
+    let user = SessionUser {
+        uid: UID,
+        gid: UID,
+        groups: Vec::new(),
+    };
+    let listed = file_access::list_files(&engine, &kernel.name, "in", &user).await?;
     let items: Value = serde_json::from_str(&listed.files)?;
     ensure!(
         items.as_array().context("items")?.len() == 1
@@ -733,7 +737,7 @@ async fn files_go_in_and_come_out() -> Result<()> {
         "{items}"
     );
     ensure!(items[0]["mtime"].is_f64() && items[0]["ctime"].is_f64() && items[0]["atime"].is_f64());
-    let missing = file_access::list_files(&engine, &kernel.name, "nowhere", user).await?;
+    let missing = file_access::list_files(&engine, &kernel.name, "nowhere", &user).await?;
     ensure!(
         missing.files == "[]" && missing.errors.contains("No such file"),
         "{missing:?}"

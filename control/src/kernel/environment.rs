@@ -47,6 +47,16 @@ pub struct Given<'a> {
     pub model: Option<(&'a str, &'a str)>,
 }
 
+/// The groups beside the main one that a container's variables name; what is no number is left out.
+pub fn additional_gids(environ: &TextMap) -> BTreeSet<u32> {
+    environ
+        .get("ADDITIONAL_GIDS")
+        .unwrap_or_default()
+        .split(',')
+        .filter_map(|gid| gid.trim().parse().ok())
+        .collect()
+}
+
 /// The variables of a container, in the original's order.
 pub fn variables(config: &KernelCreationConfig, identity: Identity, given: &Given<'_>) -> TextMap {
     let mut environ = config.environ.clone();
@@ -56,12 +66,7 @@ pub fn variables(config: &KernelCreationConfig, identity: Identity, given: &Give
     if let Some(gid) = identity.gid {
         environ.insert("LOCAL_GROUP_ID", gid.to_string());
     }
-    let mut gids: BTreeSet<u32> = environ
-        .get("ADDITIONAL_GIDS")
-        .unwrap_or_default()
-        .split(',')
-        .filter_map(|gid| gid.trim().parse().ok())
-        .collect();
+    let mut gids = additional_gids(&environ);
     gids.extend(&config.supplementary_gids);
     gids.extend(identity.kept_gid);
     gids.extend(given.accelerator_gids);

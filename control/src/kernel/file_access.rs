@@ -3,7 +3,8 @@
 //! In: names as clients give them, relative to `/home/work`. Out: file contents and lists. Uploads are
 //! written by this process into the kernel's work directory, which the user controls: paths are resolved
 //! by the kernel beneath that directory, and the files belong to the kernel's user (in the original they
-//! belong to root, and the check is a moment before the use). Downloads and lists go through the engine.
+//! belong to root, and the check is a moment before the use). Downloads and lists go through the engine;
+//! a list shows what the session's own processes may see, neither more nor less.
 
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
@@ -19,6 +20,11 @@ use crate::docker::{Docker, DockerError, ExecRequest};
 const DOWNLOAD_LIMIT: usize = 1024 * 1024;
 /// The runner's own Python, in every kernel's container.
 const PYTHON: &str = "/opt/backend.ai/bin/python";
+/// The runner's program that becomes a user with any groups: an exec of the engine with a user and a
+/// group has no others. It is linked statically, so that nothing of the container is run by root.
+const SU_EXEC: &str = "/opt/kernel/su-exec";
+/// The group `shadow`, which the runner's entrypoint gives to each session.
+const SHADOW_GID: u32 = 42;
 /// Bytes of a listing; the script stops before.
 const LISTING_LIMIT: usize = 2 * 1024 * 1024;
 
@@ -145,6 +151,31 @@ pub struct UploadPlace {
     pub mounts: Vec<String>,
 }
 
+/// Who the processes of a session are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionUser {
+    /// The user.
+    pub uid: u32,
+    /// The main group.
+    pub gid: u32,
+    /// The other groups that the kernel was given.
+    pub groups: Vec<u32>,
+}
+
+impl SessionUser {
+    /// Arguments that run a command as this user, the way the runner's entrypoint does. None for root,
+    /// whose session is the container's user.
+    fn become_user(&self) -> Vec<String> {
+        if self.uid == 0 {
+            return Vec::new();
+        }
+        let groups = self.groups.iter().chain([&SHADOW_GID]);
+        let groups: String = groups.map(|gid| format!(",{gid}")).collect();
+        let user = format!("{}:{}{groups}", self.uid, self.gid);
+        vec![SU_EXEC.to_owned(), user]
+    }
+}
+
 /// The absolute path inside the container, `.` and `..` resolved by name; below `/home/work` or refused.
 fn inside(path: &str) -> Result<PathBuf, FileAccessError> {
     let mut resolved = PathBuf::from("/");
@@ -267,19 +298,27 @@ pub struct ListFilesReply {
     pub abspath: String,
 }
 
-/// Lists a directory as the kernel's user sees it.
+/// Lists a directory as the session's processes see it.
+///
+/// # Errors
+/// The path is outside of the user's directory, or the engine or the runner's Python fails. A directory
+/// that can't be read is no error: the reply says why.
 pub async fn list_files(
     docker: &Docker,
     container: &str,
     path: &str,
-    user: Option<String>,
+    user: &SessionUser,
 ) -> Result<ListFilesReply, FileAccessError> {
     let resolved = inside(path)?;
     let directory = resolved.to_string_lossy().into_owned();
     // -I: nothing from the user's directory or environment takes part.
     let limit = (LISTING_LIMIT - 1024).to_string();
-    let mut request = ExecRequest::new([PYTHON, "-I", "-c", LISTING, &directory, &limit]);
-    request.user = user;
+    let mut argv = user.become_user();
+    let as_root = !argv.is_empty();
+    argv.extend([PYTHON, "-I", "-c", LISTING, &directory, &limit].map(str::to_owned));
+    let mut request = ExecRequest::new(argv);
+    // Whatever user the image names: only root may become another one.
+    request.user = as_root.then(|| "0:0".to_owned());
     request.keep = LISTING_LIMIT;
     let output = docker
         .exec(container, &request)
@@ -388,6 +427,21 @@ mod tests {
             .await
             .expect_err("a directory");
         assert_eq!(err.python_class(), "RuntimeError", "{err}");
+    }
+
+    #[test]
+    fn a_list_is_made_by_the_sessions_user_with_all_groups() {
+        let user = |uid, groups: &[u32]| SessionUser {
+            uid,
+            gid: 1600,
+            groups: groups.to_vec(),
+        };
+        assert_eq!(user(0, &[1700]).become_user(), [""; 0]);
+        assert_eq!(user(1500, &[]).become_user(), [SU_EXEC, "1500:1600,42"]);
+        assert_eq!(
+            user(1500, &[1000, 1700]).become_user(),
+            [SU_EXEC, "1500:1600,1000,1700,42"]
+        );
     }
 
     #[test]

@@ -14,6 +14,14 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
         let open = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(folder.path().join(directory), open)?;
     }
+    // One for a group of the session's, one for root only.
+    for (name, mode, group) in [("group", 0o770, 1700), ("private", 0o700, 0)] {
+        let directory = folder.path().join(name);
+        std::fs::create_dir(&directory)?;
+        std::fs::write(directory.join("inside"), "")?;
+        std::os::unix::fs::chown(&directory, Some(0), Some(group))?;
+        std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(mode))?;
+    }
     let mount = |name: &str, host: &Path, target: &str, permission: &str, sub: &str| {
         json!({"name": name, "vfid": null, "vfsubpath": sub, "host_path": host.display().to_string(),
             "kernel_path": target, "mount_perm": permission, "usage_mode": "general"})
@@ -76,6 +84,19 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
     assert!(
         seen.contains("LOCAL_GROUP_ID=1600\nLOCAL_USER_ID=1500\n"),
         "{seen}"
+    );
+    let listed = async |path: &str| {
+        let args = vec![text(order.kernel), Value::from(path)];
+        kernels::ask(&node, "list_files", args).await
+    };
+    let group = listed("rw/group").await?;
+    let files = group["files"].as_str().unwrap_or_default();
+    assert!(files.contains("inside") && group["errors"] == "", "{group}");
+    let private = listed("rw/private").await?;
+    let errors = private["errors"].as_str().unwrap_or_default();
+    assert!(
+        private["files"] == "[]" && errors.contains("Permission denied"),
+        "{private}"
     );
     assert_eq!(std::fs::read_to_string(folder.path().join("new"))?, "new\n");
     assert_eq!(

@@ -9,8 +9,8 @@ use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{known_kernel, reply};
 use crate::causes::chain;
-use crate::kernel::environment::Identity;
-use crate::kernel::file_access::{self, FileAccessError, UploadPlace};
+use crate::kernel::environment::{self, Identity};
+use crate::kernel::file_access::{self, FileAccessError, SessionUser, UploadPlace};
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 
@@ -64,6 +64,29 @@ fn owner_of(node: &Node, kernel: &Kernel) -> (u32, u32) {
     }
 }
 
+/// Who the kernel's processes are, with the groups that their container was given.
+async fn session_user(node: &Node, kernel: &Kernel) -> SessionUser {
+    let (uid, gid) = owner_of(node, kernel);
+    let (id, environ) = kernel.with_record(|record| (record.kernel_id, record.environ.clone()));
+    let environ = match environ {
+        Some(environ) => environ,
+        // A kernel of an earlier release, or without a journal.
+        None => match node.scratch.read_config(id, "environ.txt").await {
+            Ok(text) => environment::parse(&text.unwrap_or_default()),
+            Err(err) => {
+                tracing::debug!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                    "cannot tell the groups of a kernel; its files are listed without them");
+                environment::parse("")
+            }
+        },
+    };
+    SessionUser {
+        uid,
+        gid,
+        groups: environment::additional_gids(&environ).into_iter().collect(),
+    }
+}
+
 fn upload_place(node: &Node, kernel: &Kernel) -> UploadPlace {
     let (uid, gid) = owner_of(node, kernel);
     kernel.with_record(|record| UploadPlace {
@@ -102,8 +125,7 @@ pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value,
     let kernel = known_kernel(node, &args)?;
     let path: String = args.get("path")?;
     let container = container_of(&kernel)?;
-    let (uid, gid) = owner_of(node, &kernel);
-    let user = format!("{uid}:{gid}");
-    let listing = file_access::list_files(&node.docker, &container, &path, Some(user)).await;
+    let user = session_user(node, &kernel).await;
+    let listing = file_access::list_files(&node.docker, &container, &path, &user).await;
     reply(&listing.map_err(|err| refused(&err))?)
 }
