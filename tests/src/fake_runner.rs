@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio::net::tcp::OwnedWriteHalf;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// How long anything expected may take.
@@ -49,6 +49,8 @@ pub struct FakeRunner {
     pub answers_status: Arc<AtomicBool>,
     /// Whether it is idle: it answers probes by itself, and hears nothing of them otherwise.
     pub is_idle: Arc<AtomicBool>,
+    /// Whether it takes messages; they stay in the connection otherwise.
+    pub takes: watch::Sender<bool>,
     outgoing: mpsc::UnboundedSender<(String, Bytes)>,
     incoming: Mutex<mpsc::UnboundedReceiver<(String, Bytes)>>,
     tasks: Vec<JoinHandle<()>>,
@@ -110,6 +112,7 @@ async fn accept_input(
     listener: TcpListener,
     received: Received,
     answering: (Arc<AtomicBool>, Arc<AtomicBool>, Received),
+    takes: watch::Receiver<bool>,
 ) {
     const LIMITS: ReadLimits = ReadLimits {
         frame: 1 << 26,
@@ -118,6 +121,7 @@ async fn accept_input(
     };
     while let Ok((mut stream, _)) = listener.accept().await {
         let (received, (status, is_idle, answers)) = (received.clone(), answering.clone());
+        let mut takes = takes.clone();
         tokio::spawn(async move {
             if zmtp::handshake(&mut stream, "PULL", &["PUSH"])
                 .await
@@ -126,7 +130,9 @@ async fn accept_input(
                 return;
             }
             let mut last = (String::new(), Bytes::new());
-            while let Ok((frames, _)) = zmtp::read_message(&mut stream, &LIMITS).await {
+            while takes.wait_for(|takes| *takes).await.is_ok()
+                && let Ok((frames, _)) = zmtp::read_message(&mut stream, &LIMITS).await
+            {
                 let [kind, payload] = frames.as_slice() else {
                     continue;
                 };
@@ -164,6 +170,7 @@ impl FakeRunner {
         let (received, incoming) = mpsc::unbounded_channel();
         let answers_status = Arc::new(AtomicBool::new(true));
         let is_idle = Arc::new(AtomicBool::new(true));
+        let takes = watch::channel(true).0;
         let peers = Peers::default();
         let tasks = vec![
             tokio::spawn(accept_output(output, Arc::clone(&peers))),
@@ -176,6 +183,7 @@ impl FakeRunner {
                     Arc::clone(&is_idle),
                     outgoing.clone(),
                 ),
+                takes.subscribe(),
             )),
         ];
         Ok(Self {
@@ -186,6 +194,7 @@ impl FakeRunner {
             },
             answers_status,
             is_idle,
+            takes,
             outgoing,
             incoming: Mutex::new(incoming),
             tasks,

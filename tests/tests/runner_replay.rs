@@ -359,6 +359,64 @@ async fn a_full_queue_blocks_pings_in_the_original() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_takes_nothing_is_not_fed_without_end() -> Result<()> {
+    const MIB: usize = 1024 * 1024;
+    let runner = FakeRunner::start().await?;
+    let link = link_to(&runner);
+    let give = async |run_id: &str, mode: Mode, code: String| {
+        let asked = ExecuteRequest {
+            flush_timeout: Some(0.0),
+            ..request(run_id, mode, &code)
+        };
+        execution::execute(&link, asked).await
+    };
+    let input = |number: usize| number.to_string() + &" ".repeat(MIB);
+    let is_refused = |outcome: Result<ExecuteReply, ExecutionError>| {
+        matches!(
+            outcome,
+            Err(ExecutionError::Link(LinkError::Backlogged { .. }))
+        )
+    };
+    give("reader", Mode::Query, "read()".to_owned()).await?;
+    runner.expect("code", "read()").await?;
+    runner.takes.send_replace(false);
+    // What the connection holds is not the agent's: more than the bound may have been taken.
+    let mut taken = 0;
+    let refused = loop {
+        match give("reader", Mode::Input, input(taken)).await {
+            Ok(_) => taken += 1,
+            Err(err) => break Err(err),
+        }
+        ensure!(taken < 128, "{taken} MiB wait for the runner");
+    };
+    ensure!(is_refused(refused) && taken >= 16, "{taken} MiB were taken");
+    ensure!(is_refused(give("other", Mode::Query, input(taken)).await));
+    // Small ones pass.
+    give("reader", Mode::Continue, String::new()).await?;
+    link.interrupt()?;
+    runner.takes.send_replace(true);
+    for number in 0..taken {
+        runner.expect("input", &input(number)).await?;
+    }
+    runner.expect("interrupt", "").await?;
+    harness_wait(|| link.is_flushed()).await?;
+    give("reader", Mode::Input, input(taken)).await?;
+    runner.expect("input", &input(taken)).await?;
+    harness_wait(|| link.is_flushed()).await?;
+    // A run that waits for its turn may be large, and counts then; said again, it adds nothing.
+    let large = " ".repeat(16 * MIB);
+    give("second", Mode::Query, large.clone()).await?;
+    ensure!(is_refused(give("reader", Mode::Input, input(0)).await));
+    give("second", Mode::Query, large).await?;
+    runner.send("finished", r#"{"exitCode": 0}"#);
+    let (kind, code) = runner.receive().await?;
+    ensure!(kind == "code" && code.len() == 16 * MIB);
+    harness_wait(|| link.is_flushed()).await?;
+    give("second", Mode::Input, input(0)).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_client_closes_the_runner_in_the_original() -> Result<()> {
     let runner = FakeRunner::start().await?;
     let link = link_to(&runner);

@@ -102,11 +102,15 @@ pub enum LinkError {
         /// How long was waited.
         limit: Duration,
     },
-    /// The runner does not take messages and the queue is full.
-    #[error("the kernel's runner does not take messages; {queued} wait already")]
+    /// The runner does not take messages, or not as fast as they come, and the queue is full.
+    #[error(
+        "too much waits for the kernel's runner already ({queued} messages, {} KiB with the runs that wait for their turn); try again when it has taken some, or interrupt what it runs", bytes / 1024
+    )]
     Backlogged {
         /// Messages waiting.
         queued: usize,
+        /// Bytes of payload waiting, those of waiting runs included.
+        bytes: usize,
     },
     /// The runner's answer could not be read.
     #[error("the kernel's runner answered `{request}` with something else than expected")]
@@ -205,6 +209,11 @@ pub struct ModelServiceStatus {
 
 /// Messages waiting for the socket, beyond which requests are refused.
 const WRITE_QUEUE: usize = 1024;
+/// Bytes of payload waiting for the socket and for their run's turn, from which on requests that carry
+/// something are refused. The one before that may be of any size that an RPC can have.
+const WRITE_QUEUE_BYTES: usize = 16 * 1024 * 1024;
+/// Bytes of a request that is refused for the number of messages only: pings and interrupts go on.
+const SMALL_REQUEST: usize = 4 * 1024;
 const TICK: Duration = Duration::from_secs(1);
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// How long an unanswered request of a kind that is answered at once may still be answered.
@@ -237,6 +246,8 @@ struct Inner {
     changed: watch::Sender<u64>,
     outgoing: mpsc::UnboundedSender<Outgoing>,
     queued: AtomicUsize,
+    /// Bytes of payload of the queued messages.
+    queued_bytes: AtomicUsize,
     model_updates: broadcast::Sender<ModelServiceStatus>,
     told: Option<(Events, SessionId)>,
     /// How many runs were told to have started and not to have ended.
@@ -267,6 +278,7 @@ impl RunnerLink {
             changed: watch::channel(0).0,
             outgoing,
             queued: AtomicUsize::new(0),
+            queued_bytes: AtomicUsize::new(0),
             model_updates: broadcast::channel(16).0,
             told: options.told,
             owed: watch::channel(options.owed).0,
@@ -480,7 +492,8 @@ impl RunnerLink {
 
     /// Sends a message that has no answer.
     pub(super) fn post(&self, message: Outgoing) -> Result<(), LinkError> {
-        self.0.check_room()?;
+        let state = lock(&self.0.state);
+        self.0.check_room(&state, message.payload.len())?;
         self.0.send([message])
     }
 
@@ -541,7 +554,12 @@ impl RunnerLink {
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);
         // Under the lock: a run that enters after the end of all would have none.
-        self.0.check_room()?;
+        let bytes = match state.runs.repeats(run_id, &request) {
+            // Nothing of it is sent again.
+            true => 0,
+            false => request.messages.iter().map(|it| it.payload.len()).sum(),
+        };
+        self.0.check_room(&state, bytes)?;
         let messages = state
             .runs
             .submit(Instant::now(), run_id, request)
@@ -614,13 +632,21 @@ impl Drop for Polling<'_> {
 }
 
 impl Inner {
-    fn check_room(&self) -> Result<(), LinkError> {
+    /// Messages and bytes of payload that the runner has yet to take, those of waiting runs included.
+    fn backlog(&self, state: &State) -> (usize, usize) {
+        let sent = self.queued_bytes.load(Ordering::Relaxed);
+        let queued = self.queued.load(Ordering::Relaxed);
+        (queued, sent + state.runs.unsent_bytes())
+    }
+
+    /// Refuses a request with this many bytes of payload when too much waits already.
+    fn check_room(&self, state: &State, payload: usize) -> Result<(), LinkError> {
         if self.closed.is_cancelled() {
             return Err(LinkError::Closed);
         }
-        let queued = self.queued.load(Ordering::Relaxed);
-        if queued >= WRITE_QUEUE {
-            Err(LinkError::Backlogged { queued })
+        let (queued, bytes) = self.backlog(state);
+        if queued >= WRITE_QUEUE || (payload > SMALL_REQUEST && bytes >= WRITE_QUEUE_BYTES) {
+            Err(LinkError::Backlogged { queued, bytes })
         } else {
             Ok(())
         }
@@ -628,10 +654,19 @@ impl Inner {
 
     fn send(&self, messages: impl IntoIterator<Item = Outgoing>) -> Result<(), LinkError> {
         for message in messages {
+            let bytes = message.payload.len();
             self.queued.fetch_add(1, Ordering::Relaxed);
+            self.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
             self.outgoing.send(message).map_err(|_| LinkError::Closed)?;
         }
         Ok(())
+    }
+
+    /// Notes that a message was written.
+    fn written(&self, message: &Outgoing) {
+        self.queued.fetch_sub(1, Ordering::Relaxed);
+        let bytes = message.payload.len();
+        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     fn join(
@@ -651,12 +686,12 @@ impl Inner {
         message: Outgoing,
         owed_for: Duration,
     ) -> Result<tokio::sync::oneshot::Receiver<Bytes>, LinkError> {
-        self.check_room()?;
-        let queued = self.queued.load(Ordering::Relaxed);
+        self.check_room(state, message.payload.len())?;
+        let (queued, bytes) = self.backlog(state);
         let answer = state
             .line(kind)
             .join(Instant::now(), owed_for)
-            .ok_or(LinkError::Backlogged { queued })?;
+            .ok_or(LinkError::Backlogged { queued, bytes })?;
         self.send([message])?;
         Ok(answer)
     }
@@ -724,7 +759,7 @@ impl Inner {
 
     /// Asks the runner whether it is at work, behind all that was sent so far.
     fn probe(&self, state: &mut State) {
-        if self.check_room().is_ok() {
+        if self.check_room(state, 0).is_ok() {
             // The writer is gone only when the link is closed.
             let _sent = self.send(state.runs.probe(Instant::now()));
         }

@@ -432,6 +432,22 @@ impl RunTable {
         self.current.as_deref()
     }
 
+    /// Bytes of payload of the runs that wait for their turn.
+    pub fn unsent_bytes(&self) -> usize {
+        let waiting = self
+            .waiting
+            .iter()
+            .filter_map(|run_id| self.runs.get(run_id));
+        let unsent = waiting.flat_map(|run| &run.unsent);
+        unsent.map(|message| message.payload.len()).sum()
+    }
+
+    /// Whether a request is the last one on this run once more, which sends nothing.
+    pub fn repeats(&self, run_id: &str, request: &Submission) -> bool {
+        let run = self.runs.get(run_id);
+        run.is_some_and(|run| request.starts && run.content == request.messages)
+    }
+
     /// Accepts a client's request and returns the messages to send now.
     pub fn submit(
         &mut self,
@@ -450,9 +466,9 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
+        let repeated = self.repeats(run_id, &request);
         if let Some(run) = self.runs.get_mut(run_id) {
             run.polled = now;
-            let repeated = request.starts && run.content == request.messages;
             if request.messages.is_empty() || repeated {
                 return Ok(Vec::new());
             }

@@ -4,7 +4,6 @@
 //! Invariant: each ends when the link is closed; a connection that ends is opened again, with pauses.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
@@ -135,12 +134,12 @@ async fn send_all(
                 message = messages.recv() => Some(message?),
             };
         }
-        if let Some(message) = unsent {
+        if let Some(message) = unsent.as_ref() {
             if let Err(err) = sender.send(message.kind, &message.payload).await {
                 return Some(err);
             }
+            inner.written(message);
             *unsent = None;
-            inner.queued.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -164,7 +163,7 @@ pub(super) async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
             let mut state = lock(&inner.state);
             state.runs.sweep(Instant::now());
             inner.tell(&mut state);
-            if inner.check_room().is_ok() {
+            if inner.check_room(&state, 0).is_ok() {
                 let again = state.runs.probe_again(Instant::now());
                 // The writer is gone only when the link is closed.
                 let _sent = inner.send(again);
