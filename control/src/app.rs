@@ -685,7 +685,7 @@ async fn known_distros(docker: &Docker, config: &Config) -> Distros {
         serde_json::from_slice(&bytes).ok()
     })
     .await;
-    let distros = Distros::new(docker.clone(), known.unwrap_or_default());
+    let distros = Distros::new(docker.clone(), &config.agent.id, known.unwrap_or_default());
     if let Err(err) = distros.remove_leftovers().await {
         tracing::warn!(
             err = chain(&err),

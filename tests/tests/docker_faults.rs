@@ -606,7 +606,9 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
     .unwrap();
     let id = direct().inspect_image(&own.name).await.unwrap().id;
     assert_ne!(id, direct().inspect_image(&name).await.unwrap().id);
-    let distros = Distros::new(docker, Default::default()).with_deadline(Duration::from_secs(2));
+    let agent = unique("i-probe");
+    let distros =
+        Distros::new(docker, &agent, Default::default()).with_deadline(Duration::from_secs(2));
     proxy.spoil("/wait", Fault::Hang, 1);
     proxy.spoil("/start", Fault::json(204, ""), 1);
     let err = distros
@@ -649,4 +651,17 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
         assert!(tokio::time::Instant::now() < watchdog, "the probe stays");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // At its next start the agent removes its own and leaves those of the other agents at work.
+    let create = |owner: &str| {
+        let label = format!("{PROBE_LABEL}={owner}");
+        harness::kernels::docker(&["create", "--label", &label, &own.name, "true"]).unwrap()
+    };
+    let (ours, theirs) = (create(&agent), create(&unique("i-other")));
+    proxy.behave();
+    let removed = distros.remove_leftovers().await;
+    let stays = direct().inspect(&theirs).await;
+    harness::kernels::docker(&["rm", "-f", &theirs]).unwrap();
+    assert!(removed.unwrap() >= 1);
+    assert!(stays.is_ok(), "{stays:?}");
+    assert!(direct().inspect(&ours).await.unwrap_err().is_not_found());
 }

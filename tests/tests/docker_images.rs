@@ -395,7 +395,7 @@ async fn the_scan_names_every_tag_and_purge_tells_per_image() {
 #[tokio::test]
 async fn the_base_distro_comes_from_the_label_or_from_ldd_once() {
     let docker = engine().await;
-    let distros = Distros::new(docker.clone(), HashMap::new());
+    let distros = Distros::new(docker.clone(), "i-images", HashMap::new());
     // A label wins without a look at the image.
     let labelled = HashMap::from([(
         "ai.backend.base-distro".to_owned(),
@@ -439,7 +439,11 @@ async fn the_base_distro_comes_from_the_label_or_from_ldd_once() {
         let id = docker.inspect_image(&own.name).await.unwrap().id;
         assert_eq!(distros.known()[&id], expected);
         // What was found is believed for this image id without another container.
-        let believing = Distros::new(docker.clone(), HashMap::from([(id, "kept1.0".to_owned())]));
+        let believing = Distros::new(
+            docker.clone(),
+            "i-images",
+            HashMap::from([(id, "kept1.0".to_owned())]),
+        );
         assert_eq!(
             believing.resolve(&own.name, &unlabelled).await.unwrap(),
             "kept1.0"

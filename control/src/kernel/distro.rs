@@ -11,16 +11,20 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::journal::now_unix;
 use crate::docker::{ContainerCreateBody, Docker, DockerError, HostConfig, LogOptions};
 
 /// Label of an image that names its distro.
 pub const BASE_DISTRO_LABEL: &str = "ai.backend.base-distro";
 
-/// Label of the throw-away containers.
+/// Label of the throw-away containers; its value is the agent they belong to.
 pub const PROBE_LABEL: &str = "ai.backend.distro-probe";
 
 /// `ldd --version` takes milliseconds; an image with an odd `ldd` must not hold a creation.
 const PROBE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// After this long a probe is left over, whichever agent made it: many times its deadline.
+const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
 /// Probes at a time on a node.
 const PROBES: usize = 4;
@@ -77,16 +81,19 @@ pub enum DistroError {
 #[derive(Debug, Clone)]
 pub struct Distros {
     docker: Docker,
+    agent_id: Arc<str>,
     found: Arc<Mutex<HashMap<String, String>>>,
     probes: Arc<Semaphore>,
     deadline: Duration,
 }
 
 impl Distros {
-    /// Starts with what earlier lives found, image id to distro.
-    pub fn new(docker: Docker, known: HashMap<String, String>) -> Self {
+    /// Starts with what earlier lives found, image id to distro. `agent_id` is the owner of the
+    /// throw-away containers.
+    pub fn new(docker: Docker, agent_id: &str, known: HashMap<String, String>) -> Self {
         Self {
             docker,
+            agent_id: agent_id.into(),
             found: Arc::new(Mutex::new(known)),
             probes: Arc::new(Semaphore::new(PROBES)),
             deadline: PROBE_DEADLINE,
@@ -170,7 +177,10 @@ impl Distros {
             cmd: Some(vec!["ldd".into(), "--version".into()]),
             tty: Some(true),
             network_disabled: Some(true),
-            labels: Some(HashMap::from([(PROBE_LABEL.to_owned(), "1".to_owned())])),
+            labels: Some(HashMap::from([(
+                PROBE_LABEL.to_owned(),
+                self.agent_id.to_string(),
+            )])),
             host_config: Some(HostConfig {
                 init: Some(true),
                 network_mode: Some("none".into()),
@@ -215,17 +225,20 @@ impl Distros {
         }
     }
 
-    /// Removes throw-away containers that an earlier life left behind; returns how many.
+    /// Removes throw-away containers that an earlier life of this agent left behind, and those that
+    /// are too old to be at work; returns how many. Others of the same engine may be at work.
     ///
     /// # Errors
     /// The engine's refusal to list.
     pub async fn remove_leftovers(&self) -> Result<usize, DockerError> {
-        let left = self
-            .docker
-            .list_labelled(true, &format!("{PROBE_LABEL}=1"))
-            .await?;
+        let found = self.docker.list_labelled(true, PROBE_LABEL).await?;
+        let now = now_unix();
+        let left = found.iter().filter(|probe| {
+            let owner = probe.labels.as_ref().and_then(|it| it.get(PROBE_LABEL));
+            is_left_over(owner, probe.created, &self.agent_id, now)
+        });
         let mut removed = 0;
-        for id in left.iter().filter_map(|container| container.id.as_deref()) {
+        for id in left.filter_map(|container| container.id.as_deref()) {
             match self.docker.remove(id, true).await {
                 Ok(()) => removed += 1,
                 Err(err) => {
@@ -235,6 +248,15 @@ impl Distros {
         }
         Ok(removed)
     }
+}
+
+/// Whether nobody waits for a probe of this owner any more. Times in seconds since 1970; releases that
+/// did not name the owner gave a number, whose probes go by their age.
+fn is_left_over(owner: Option<&String>, created: Option<i64>, agent_id: &str, now: f64) -> bool {
+    #[allow(clippy::cast_precision_loss, reason = "exact for all dates")]
+    let age = created.map(|created| now - created as f64);
+    owner.is_some_and(|owner| owner == agent_id)
+        || age.is_some_and(|age| age > ABANDONED_AFTER.as_secs_f64())
 }
 
 /// Removes the container, also when the future that owns it is dropped.
@@ -374,6 +396,19 @@ mod tests {
             ("ldd (x) two", None),
         ] {
             assert_eq!(from_ldd(printed), distro, "{printed}");
+        }
+    }
+
+    #[test]
+    fn probes_of_other_agents_are_left_unless_they_are_old() {
+        let left = |owner: Option<&str>, created: Option<i64>| {
+            is_left_over(owner.map(str::to_owned).as_ref(), created, "i-own", 1e9)
+        };
+        let young = Some(999_999_990);
+        let old = Some(1_000_000_000 - 3601);
+        assert!(left(Some("i-own"), young) && left(Some("i-own"), None));
+        for owner in [Some("i-other"), Some("1"), None] {
+            assert!(!left(owner, young) && left(owner, old) && !left(owner, None));
         }
     }
 
