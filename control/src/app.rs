@@ -452,7 +452,8 @@ async fn assemble(
         events,
         registry: Registry::default(),
         ports: PortPool::new(range.first, range.last, DEFAULT_REST),
-        scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT),
+        scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT)
+            .of_agent(&config.agent.id),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
         active_containers: watch::Sender::default(),

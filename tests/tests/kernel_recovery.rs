@@ -360,6 +360,8 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     let owner = format!("ai.backend.owner={}", node.agent_id());
     let (unstarted, exited, session) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let (old, young) = (Uuid::new_v4(), Uuid::new_v4());
+    // Of another agent that is in the middle of a restart, and of one that leaves no mark.
+    let (theirs, unmarked) = (Uuid::new_v4(), Uuid::new_v4());
     node.kill_control()?;
     let session = format!("ai.backend.session-id={session}");
     let name = |id: Uuid| format!("kernel.bare.{id}");
@@ -389,8 +391,23 @@ async fn defect_remains_are_never_collected() -> Result<()> {
         "-c",
         "echo bye; exit 4",
     ])?;
-    for id in [old, young] {
-        std::fs::create_dir_all(node.scratch(&id.to_string()).join("config"))?;
+    let root = node.scratch_root();
+    let mark = |id: Uuid| root.join(format!("{id}.owner"));
+    for (id, owner) in [
+        (old, Some(node.agent_id())),
+        (young, Some(node.agent_id())),
+        (theirs, Some("i-another-agent")),
+        (unmarked, None),
+    ] {
+        let scratch = node.scratch(&id.to_string());
+        std::fs::create_dir_all(scratch.join("config"))?;
+        if let Some(owner) = owner {
+            std::fs::write(mark(id), owner)?;
+        }
+        if id != young {
+            let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+            std::fs::File::open(scratch)?.set_modified(hour_ago)?;
+        }
     }
     // A commit that was cut short, and one that is not this agent's.
     let (cut, foreign) = (Uuid::new_v4(), Uuid::new_v4());
@@ -408,8 +425,6 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     std::fs::write(&part, "half")?;
     let note = json!({"version": 1, "record": {"part": part}}).to_string();
     std::fs::write(notes.join(format!("{cut}.json")), note)?;
-    std::fs::File::open(node.scratch(&old.to_string()))?
-        .set_modified(std::time::SystemTime::now() - Duration::from_secs(3600))?;
     node.start_control().await?;
     wait::until("no container is left", SOON, || async {
         node.containers().ok()?.is_empty().then_some(())
@@ -428,12 +443,17 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     let is_there = |image: &str| kernels::docker(&["image", "inspect", image]).is_ok();
     assert!(!is_there(&left) && is_there(&others) && is_there(&derived));
     kernels::docker(&["rmi", &others, &derived])?;
-    assert!(!node.scratch(&old.to_string()).exists());
-    assert!(
-        node.scratch(&young.to_string()).exists(),
-        "it may be another agent's that is just being made"
-    );
-    std::fs::remove_dir_all(node.scratch(&young.to_string()))?;
+    assert!(!node.scratch(&old.to_string()).exists() && !mark(old).exists());
+    for (id, why) in [
+        (young, "it is as young as one that is just being made"),
+        (theirs, "it is another agent's"),
+        (unmarked, "nobody says whose it is"),
+    ] {
+        assert!(node.scratch(&id.to_string()).exists(), "{why}");
+        std::fs::remove_dir_all(node.scratch(&id.to_string()))?;
+    }
+    std::fs::remove_file(mark(young))?;
+    std::fs::remove_file(mark(theirs))?;
     kernels::assert_clean(&node).await
 }
 

@@ -27,8 +27,7 @@ use super::{batch_job, commit, rows};
 use crate::docker::{ContainerSummary, DockerError};
 use crate::resource::Restored;
 
-/// A scratch directory of nobody is deleted only when it is older than this: another agent on the
-/// same scratch root may be about to create its container.
+/// A scratch directory of nobody is deleted only when it is older than this.
 const ORPHAN_AGE: Duration = Duration::from_secs(600);
 /// Pauses between attempts to take up a kernel that runs: doubled up to the second.
 const RESUME_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -415,8 +414,10 @@ async fn remove_container(node: &Node, container: ContainerId) {
     }
 }
 
-/// Deletes scratch directories that belong to no kernel of any agent: no journal, no registry
-/// entry, no container of that name whoever owns it, and old enough.
+/// Deletes scratch directories that this agent has made and that belong to no kernel any more: no
+/// journal, no registry entry, no container of that name whoever owns it, and old enough. Those of other
+/// agents on the same scratch root stay (in the middle of a restart their kernels have no container),
+/// and so do those of which nobody says whose they are.
 async fn sweep_scratch(node: &Arc<Node>) -> usize {
     let of_containers: BTreeSet<KernelId> = match node.docker.list_containers(true, None).await {
         Ok(containers) => containers
@@ -432,7 +433,7 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
             return 0;
         }
     };
-    let mut swept = 0;
+    let (mut swept, mut unknown) = (0, 0);
     let found = match node.scratch.list().await {
         Ok(found) => found,
         Err(err) => {
@@ -458,6 +459,19 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
         if age < ORPHAN_AGE {
             continue;
         }
+        match node.scratch.owner(uuid).await {
+            Ok(Some(owner)) if owner == node.agent_id() => {}
+            Ok(Some(_)) => continue,
+            Ok(None) => {
+                unknown += 1;
+                continue;
+            }
+            Err(err) => {
+                tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error,
+                    "cannot tell whose a scratch directory is; it stays");
+                continue;
+            }
+        }
         match node.scratch.remove(uuid).await {
             Ok(_) => {
                 tracing::info!(kernel_id = %id, "deleted a scratch directory that belongs to no kernel");
@@ -467,6 +481,12 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
                 tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot delete a scratch directory");
             }
         }
+    }
+    if unknown > 0 {
+        tracing::warn!(
+            directories = unknown,
+            "left scratch directories alone that bear no agent's mark; delete them by hand if no agent has their kernels"
+        );
     }
     swept
 }

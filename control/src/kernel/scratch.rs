@@ -2,7 +2,8 @@
 //!
 //! In: a kernel id, the rules for owners, the files the request brings. Out:
 //! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`, and
-//! beside it the parts of folders that are held for the engine. Invariants: a creation that fails
+//! beside it the parts of folders that are held for the engine and the mark of the agent it belongs
+//! to. Invariants: a scratch that bears another agent's mark is never removed; a creation that fails
 //! leaves nothing behind; a removal works from any partial state and never enters a mount; nothing is written through what the kernel's user
 //! put into `work`; no call blocks an async worker, and each has a deadline.
 
@@ -197,6 +198,7 @@ pub struct Scratch {
     root: Arc<Path>,
     kind: ScratchKind,
     limit: Duration,
+    owner: Option<Arc<str>>,
 }
 
 impl Scratch {
@@ -207,7 +209,15 @@ impl Scratch {
             root: Arc::from(root.into()),
             kind,
             limit,
+            owner: None,
         }
+    }
+
+    /// Marks what is made from now on as this agent's, and leaves alone what is another one's.
+    #[must_use]
+    pub fn of_agent(mut self, agent_id: &str) -> Self {
+        self.owner = Some(agent_id.into());
+        self
     }
 
     /// Where a kernel's files are or will be.
@@ -226,9 +236,10 @@ impl Scratch {
         new: NewScratch,
     ) -> Result<ScratchPaths, ScratchError> {
         let (root, kind, limit) = (self.root.clone(), self.kind, self.limit);
+        let owner = self.owner.clone();
         let paths = self.paths(kernel_id);
         self.blocking(kernel_id, move |state| {
-            storage::make(&root, kernel_id, kind, limit)?;
+            storage::make(&root, kernel_id, kind, limit, owner.as_deref())?;
             let filled = contents::fill(&paths, &new).and_then(|()| match state.finish() {
                 true => Ok(paths),
                 false => Err(ScratchError::Abandoned(kernel_id)),
@@ -337,14 +348,34 @@ impl Scratch {
         .await
     }
 
-    /// Removes a kernel's scratch, whatever state and kind it has. Removing nothing is success.
+    /// Removes a kernel's scratch, whatever state and kind it has. Removing nothing is success, and so
+    /// is to leave another agent's alone (whose kernel of this id was asked of this one, too).
     ///
     /// # Errors
     /// Something can't be unmounted or removed, or the deadline has passed; the removal then goes
     /// on in the background, and another call finds what is left.
     pub async fn remove(&self, kernel_id: Uuid) -> Result<(), ScratchError> {
+        let (root, ours) = (self.root.clone(), self.owner.clone());
+        self.blocking(kernel_id, move |_| {
+            if let (Some(ours), Some(owner)) = (ours, storage::owner(&root, kernel_id)?)
+                && *ours != *owner
+            {
+                tracing::warn!(%kernel_id, owner, "the scratch of a kernel is another agent's and stays");
+                return Ok(());
+            }
+            storage::remove(&root, kernel_id)
+        })
+        .await
+    }
+
+    /// The id of the agent that made a kernel's scratch. `None` when nobody says: the Python agent and
+    /// releases before this one left no mark.
+    ///
+    /// # Errors
+    /// The mark can't be read, or the deadline has passed.
+    pub async fn owner(&self, kernel_id: Uuid) -> Result<Option<String>, ScratchError> {
         let root = self.root.clone();
-        self.blocking(kernel_id, move |_| storage::remove(&root, kernel_id))
+        self.blocking(kernel_id, move |_| storage::owner(&root, kernel_id))
             .await
     }
 

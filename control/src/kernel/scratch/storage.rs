@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,12 +18,49 @@ fn image_file(root: &Path, kernel_id: Uuid) -> PathBuf {
     root.join(format!("{kernel_id}.img"))
 }
 
+/// What follows the kernel's id in the name of the mark.
+const OWNER_SUFFIX: &str = ".owner";
+/// Bytes of a mark that are read.
+const OWNER_LIMIT: u64 = 4096;
+
+/// The mark of the agent that a scratch belongs to. Beside the scratch and not in it: there no container
+/// sees it, and it is found also where a file system in a file or in memory is not mounted any more.
+fn owner_file(root: &Path, kernel_id: Uuid) -> PathBuf {
+    root.join(format!("{kernel_id}{OWNER_SUFFIX}"))
+}
+
+fn mark(root: &Path, kernel_id: Uuid, owner: &str) -> Result<(), ScratchError> {
+    let path = owner_file(root, kernel_id);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path);
+    file.and_then(|mut file| file.write_all(owner.as_bytes()))
+        .map_err(|cause| ScratchError::write(&path, cause))
+}
+
+/// The agent that a scratch is marked as belonging to.
+pub(super) fn owner(root: &Path, kernel_id: Uuid) -> Result<Option<String>, ScratchError> {
+    let path = owner_file(root, kernel_id);
+    let mut text = Vec::new();
+    match File::open(&path).and_then(|file| file.take(OWNER_LIMIT).read_to_end(&mut text)) {
+        Ok(_) => {}
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(cause) => return Err(ScratchError::Read { path, cause }),
+    }
+    // Empty: its writer did not come to that.
+    Ok(Some(String::from_utf8_lossy(&text).into_owned()).filter(|owner| !owner.is_empty()))
+}
+
 /// Makes the storage with empty `config` and `work`; on an error nothing of it stays.
 pub(super) fn make(
     root: &Path,
     kernel_id: Uuid,
     kind: ScratchKind,
     limit: Duration,
+    owner: Option<&str>,
 ) -> Result<(), ScratchError> {
     fs::create_dir_all(root).map_err(|cause| ScratchError::make(root, cause))?;
     let paths = ScratchPaths::new(root, kernel_id, kind.in_memory());
@@ -35,7 +72,8 @@ pub(super) fn make(
         }
         Err(cause) => return Err(ScratchError::make(&paths.root, cause)),
     }
-    let made = fill(root, kernel_id, &paths, kind, limit);
+    let marked = owner.map_or(Ok(()), |owner| mark(root, kernel_id, owner));
+    let made = marked.and_then(|()| fill(root, kernel_id, &paths, kind, limit));
     if made.is_err() {
         undo(root, kernel_id);
     }
@@ -168,11 +206,14 @@ pub(super) fn remove(root: &Path, kernel_id: Uuid) -> Result<(), ScratchError> {
         unmount_all(&path)?;
         remove_tree(root, name).map_err(|cause| removal(path, cause))?;
     }
-    let image = image_file(root, kernel_id);
-    match fs::remove_file(&image) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(removal(image, err)),
-        _ => Ok(()),
+    // The mark goes last: until then it is known whose the rest is.
+    for file in [image_file(root, kernel_id), owner_file(root, kernel_id)] {
+        match fs::remove_file(&file) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(removal(file, err)),
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 pub(super) fn removal(path: PathBuf, cause: io::Error) -> ScratchError {
@@ -203,7 +244,7 @@ pub(super) fn unmount_all(path: &Path) -> Result<(), ScratchError> {
     Ok(())
 }
 
-/// Every kernel id that has a directory or image file.
+/// Every kernel id that has a directory, an image file or a mark.
 pub(super) fn list(root: &Path) -> Result<Vec<Uuid>, ScratchError> {
     let failed = |cause| ScratchError::Read {
         path: root.to_owned(),
@@ -221,6 +262,7 @@ pub(super) fn list(root: &Path) -> Result<Vec<Uuid>, ScratchError> {
             .strip_suffix("_tmp")
             .or(name.strip_suffix(held::SUFFIX))
             .or(name.strip_suffix(".img"))
+            .or(name.strip_suffix(OWNER_SUFFIX))
             .unwrap_or(&name);
         // Only the spelling that this module writes.
         found.extend(

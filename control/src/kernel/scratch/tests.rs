@@ -322,6 +322,42 @@ async fn a_second_creation_leaves_the_first_alone() {
     scratch.remove(kernel_id()).await.unwrap();
 }
 
+#[tokio::test]
+async fn a_scratch_bears_its_agents_mark_where_no_container_sees_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("s");
+    let scratch = Scratch::new(&root, ScratchKind::HostDir, LIMIT).of_agent("i-own");
+    let new = NewScratch {
+        skeleton: skeleton(directory.path()),
+        ..NewScratch::default()
+    };
+    let paths = scratch.create(kernel_id(), new.clone()).await.unwrap();
+    assert_eq!(
+        scratch.owner(kernel_id()).await.unwrap().as_deref(),
+        Some("i-own")
+    );
+    let mark = root.join(format!("{}.owner", kernel_id()));
+    let mode = fs::metadata(&mark).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // What another agent has made is neither taken nor removed.
+    let other = Scratch::new(&root, ScratchKind::HostDir, LIMIT).of_agent("i-other");
+    assert!(matches!(
+        other.create(kernel_id(), new).await,
+        Err(ScratchError::Exists(_))
+    ));
+    other.remove(kernel_id()).await.unwrap();
+    assert!(paths.work.join(".bashrc").exists());
+    scratch.remove(kernel_id()).await.unwrap();
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    // A mark that is empty or left alone says nobody, and is a remain like others.
+    assert_eq!(scratch.owner(kernel_id()).await.unwrap(), None);
+    fs::write(&mark, "").unwrap();
+    assert_eq!(scratch.owner(kernel_id()).await.unwrap(), None);
+    assert_eq!(scratch.list().await.unwrap(), [kernel_id()]);
+    scratch.remove(kernel_id()).await.unwrap();
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+}
+
 /// Defect 5 of the original: scratches stayed behind when a later step failed.
 #[tokio::test]
 async fn defect_5_a_missing_skeleton_leaves_nothing_of_any_kind() {
@@ -399,7 +435,8 @@ async fn defect_11_memory_scratches_are_mounted_and_bounded() {
     }
     let directory = tempfile::tempdir().unwrap();
     let root = fs::canonicalize(directory.path()).unwrap().join("s");
-    let scratch = Scratch::new(&root, ScratchKind::Memory { size: 2 << 20 }, LIMIT);
+    let scratch =
+        Scratch::new(&root, ScratchKind::Memory { size: 2 << 20 }, LIMIT).of_agent("i-own");
     let new = NewScratch {
         skeleton: skeleton(directory.path()),
         ..NewScratch::default()
@@ -413,6 +450,8 @@ async fn defect_11_memory_scratches_are_mounted_and_bounded() {
         0o1777
     );
     assert!(fs::write(paths.work.join("big"), vec![0; 3 << 20]).is_err());
+    // The mark outlives the memory.
+    assert!(root.join(format!("{}.owner", kernel_id())).is_file());
     // A file held open does not stop the removal.
     let held = fs::File::open(paths.work.join(".bashrc")).unwrap();
     scratch.remove(kernel_id()).await.unwrap();
