@@ -137,7 +137,7 @@ static ALWAYS_INLINE struct service *published(const struct service_key *key,
 {
 	struct service *service = bpf_map_lookup_elem(&services, key);
 
-	if (!service || !(service->flags & SERVICE_REMOTE))
+	if (!service || !(service->flags & (SERVICE_REMOTE | SERVICE_REMOTE_OLD)))
 		return 0;
 	if (!(service->flags & SERVICE_ANY_ADDRESS) && !same(&service->bind, host))
 		return 0;
@@ -468,7 +468,7 @@ int from_uplink(struct __sk_buff *skb)
 		struct port_counters *counter;
 		struct flow fresh = {};
 
-		if (service->flags & SERVICE_DRAINING)
+		if ((service->flags & SERVICE_DRAINING) || !(service->flags & SERVICE_REMOTE))
 			return NEXT;
 		if (!opening && (it.flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK)
 			return NEXT;
@@ -777,6 +777,10 @@ static ALWAYS_INLINE int is_over(const struct service_key *key, struct flow *flo
 	__u64 limit, age;
 	int tcp = key->protocol == PROTOCOL_TCP;
 
+	/* Clients of other hosts have lost it altogether. */
+	if (service && !(flow->flags & FLOW_LOCAL) &&
+	    !(service->flags & (SERVICE_REMOTE | SERVICE_REMOTE_OLD)))
+		return 1;
 	if (!flow->seen_ns)
 		flow->seen_ns = context->now;
 	age = context->now > flow->seen_ns ? context->now - flow->seen_ns : 0;

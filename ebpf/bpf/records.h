@@ -33,6 +33,8 @@ struct client_network {
 #define SERVICE_REMOTE 4
 /* Clients on this host are let through. */
 #define SERVICE_HOST 8
+/* Clients of other hosts are let through no more; those there are go on. */
+#define SERVICE_REMOTE_OLD 16
 
 /* Where a published port leads. */
 struct service {

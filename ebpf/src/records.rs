@@ -94,6 +94,8 @@ pub const SERVICE_ANY_ADDRESS: u8 = 2;
 pub const SERVICE_REMOTE: u8 = 4;
 /// Clients on this host are let through.
 pub const SERVICE_HOST: u8 = 8;
+/// Clients of other hosts are let through no more; those there are go on.
+pub const SERVICE_REMOTE_OLD: u8 = 16;
 
 /// What an address in `addresses` is: the host's own.
 pub const ADDRESS_HOST: u32 = 1;

@@ -11,7 +11,7 @@ use harness::netns::{ip, offload_nothing};
 use harness::remote_client::{CLIENT, HOST, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
-use shared::desired::{ClientNetwork, Drain, Protocol};
+use shared::desired::{ClientNetwork, ContainerRow, Drain, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
 const LENGTH: u64 = 24 << 20;
@@ -441,6 +441,60 @@ fn an_uplink_that_goes_down_and_comes_back_serves_again() {
     node.counted(&row, |it| it.path == ForwardPath::KernelPath);
     let (seen, own) = node.at_client(move || told(address)).expect("told");
     assert_eq!(seen, own.to_string());
+}
+
+#[test]
+fn flows_go_on_where_new_ones_are_left_to_the_relay() {
+    let Some((mut node, mut row)) = Node::serving(echo) else {
+        return;
+    };
+    let address = host(&row, 0);
+    let mut old = node.flow(address);
+    let mut goes_on = |when: &str| {
+        old.write_all(b"word").expect("sent");
+        let mut back = [0; 4];
+        old.read_exact(&mut back)
+            .unwrap_or_else(|err| panic!("{when}: {err}"));
+        assert_eq!(&back, b"word");
+    };
+    // Somebody connects the container to another network.
+    let container = node.container.row(KERNEL);
+    let mut connected = container.clone();
+    connected.link_indexes.push(u32::from(u16::MAX));
+    let put = |node: &mut Node, container: ContainerRow| {
+        node.control
+            .write(|batch| batch.put_container(container))
+            .expect("written");
+    };
+    put(&mut node, connected);
+    node.counted(&row, |it| {
+        it.path == ForwardPath::Relay && it.reason.contains("several networks")
+    });
+    goes_on("on several networks");
+    let new = node.at_client(move || ask(address, b"new"));
+    assert_eq!(new.expect("by the relay"), b"new");
+    put(&mut node, container);
+    node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+    goes_on("on its own network again");
+    // The only way in goes away, and is back before anybody looks.
+    let name = node.network.host.clone();
+    ip(&format!("-n {name} link set up0 down")).expect("down");
+    node.counted(&row, |it| {
+        it.path == ForwardPath::Relay && it.reason.contains("other hosts")
+    });
+    node.process.signal(Signal::SIGSTOP).expect("stopped");
+    ip(&format!("-n {name} link set up0 up")).expect("up");
+    goes_on("while the uplink is not known to be back");
+    node.process.signal(Signal::SIGCONT).expect("goes on");
+    node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+    goes_on("by the uplink");
+    // Clients of other hosts are shut out: that holds for all of them.
+    row.local_only = true;
+    node.lift(&row);
+    let _ = old.write_all(b"x");
+    let err = old.read(&mut [0]).expect_err("cut");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionReset);
+    node.counted(&row, |it| it.sessions_active == 0);
 }
 
 #[test]

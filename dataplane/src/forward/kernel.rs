@@ -148,7 +148,7 @@ pub struct KernelPath {
     unswept: BTreeSet<ServiceKey>,
     /// Swept, but still in a map.
     leaving: Leaving,
-    /// Some of those had flows.
+    /// Some of those had flows, or there may be flows of clients that were shut out since.
     flows_left: bool,
     /// Services an earlier process has left.
     found: BTreeMap<ServiceKey, Service>,

@@ -15,8 +15,8 @@ use aya::maps::{IterableMap as _, MapError, PerCpuValues};
 use ebpf::map;
 use ebpf::records::{
     ADDRESS_CONTAINER, Address, ClientNetwork, Delivered, PROTOCOL_TCP, PROTOCOL_UDP, PortCounters,
-    PortFlows, SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE, Service,
-    ServiceKey,
+    PortFlows, SERVICE_ANY_ADDRESS, SERVICE_DRAINING, SERVICE_HOST, SERVICE_REMOTE,
+    SERVICE_REMOTE_OLD, Service, ServiceKey,
 };
 use shared::desired::{PortKey, PortRow, Protocol};
 
@@ -32,6 +32,14 @@ const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
 /// Containers whose routes were looked at and found good.
 const ROUTED: usize = 65_536;
+
+/// Clients of other hosts, new ones or those there are.
+const REMOTE: u8 = SERVICE_REMOTE | SERVICE_REMOTE_OLD;
+
+/// No client of another host may use the row's port.
+fn is_of_this_host(row: &PortRow) -> bool {
+    row.local_only || row.bind.is_loopback()
+}
 
 fn key_of(key: PortKey) -> ServiceKey {
     ServiceKey {
@@ -95,6 +103,11 @@ fn same_route(a: &Service, b: &Service) -> bool {
     (a.bind, a.target, a.target_port, a.link_index)
         == (b.bind, b.target, b.target_port, b.link_index)
         && (a.flags ^ b.flags) & SERVICE_ANY_ADDRESS == 0
+}
+
+/// Whether some flows of one service, of the same route, end under the other.
+fn lets_in_less(before: &Service, service: &Service) -> bool {
+    before.flags & REMOTE != 0 && service.flags & REMOTE == 0
 }
 
 /// Why a row's service is not in the map.
@@ -173,12 +186,22 @@ impl KernelPath {
             self.no_route(pid, row.link_index, row.target)
         });
         let host = self.hooks.as_ref().err().cloned();
+        if (common.is_none() && remote.is_some() && host.is_some())
+            && let Some(port) = self.let_finish(row, terms)
+        {
+            return Ok(Lift { port, remote, host });
+        }
         if let Some(why) = common.or_else(|| host.as_ref().and(remote.clone())) {
             self.withdraw(row.key());
             return Err(refused(why));
         }
-        let clients = if remote.is_none() { SERVICE_REMOTE } else { 0 }
-            | if host.is_none() { SERVICE_HOST } else { 0 };
+        // What keeps new ones away may pass, or is of the container's making: no reason to cut the others.
+        let others = match &remote {
+            None => SERVICE_REMOTE,
+            Some(_) if is_of_this_host(row) => 0,
+            Some(_) => SERVICE_REMOTE_OLD,
+        };
+        let clients = others | if host.is_none() { SERVICE_HOST } else { 0 };
         match self.serve(row, service_of(row, terms, clients)) {
             Ok(port) => Ok(Lift { port, remote, host }),
             Err(Unserved::Waits) => {
@@ -221,10 +244,10 @@ impl KernelPath {
     fn keep(&mut self, row: &PortRow, terms: &Terms<'_>, obstacle: Option<String>) -> String {
         let key = key_of(row.key());
         let same = self.found.get(&key).is_some_and(|before| {
-            let clients = before.flags & (SERVICE_REMOTE | SERVICE_HOST);
+            let clients = before.flags & (REMOTE | SERVICE_HOST);
             let mut wanted = service_of(row, terms, clients);
             wanted.life = before.life;
-            wanted == *before && !(row.local_only && clients & SERVICE_REMOTE != 0)
+            wanted == *before && !(is_of_this_host(row) && clients & REMOTE != 0)
         });
         let unknown = self.so_far("interfaces are not known yet".to_owned());
         match obstacle {
@@ -240,14 +263,15 @@ impl KernelPath {
         }
     }
 
-    /// Takes no new flows for a row whose clients the firewall decides about from now on. Those there
-    /// are were let in by what it said then, and go on as by a firewall that knows connections.
-    /// None when there are none.
+    /// Takes no new flows for a row whose clients the firewall decides about from now on, or whose only
+    /// ones are kept away by something that may pass. Those there are were let in by what held then, and
+    /// go on, as by a firewall that knows connections. None when there are none.
     fn let_finish(&mut self, row: &PortRow, terms: &Terms<'_>) -> Option<Arc<KernelPort>> {
         let key = key_of(row.key());
         let served = self.served.get(&key).map(|it| it.service);
         let before = served.or_else(|| self.found.get(&key).copied())?;
-        let mut service = service_of(row, terms, before.flags & (SERVICE_REMOTE | SERVICE_HOST));
+        let others = if is_of_this_host(row) { 0 } else { REMOTE };
+        let mut service = service_of(row, terms, before.flags & (others | SERVICE_HOST));
         service.flags |= SERVICE_DRAINING;
         if !same_route(&before, &service) {
             return None;
@@ -342,6 +366,7 @@ impl KernelPath {
         self.services
             .insert(key, service, 0)
             .map_err(fails(map::SERVICES))?;
+        self.flows_left |= before.is_some_and(|before| lets_in_less(&before, &service));
         self.found.remove(&key);
         self.unused.remove(&row.link_index);
         self.elders.withdraw(key, &mut self.placer);
@@ -463,11 +488,11 @@ impl KernelPath {
         }
     }
 
-    /// Cuts the flows of ports that were taken off; many at once cost no more than one. What of them
-    /// can't be removed is tried again with the next, or the next sweep.
+    /// Cuts the flows of ports that were taken off, and those of clients that were shut out; many at once
+    /// cost no more than one. What of them can't be removed is tried again with the next, or the next sweep.
     pub fn settle(&mut self) {
         self.catch_up();
-        if self.unswept.is_empty() && self.leaving.is_empty() {
+        if self.unswept.is_empty() && self.leaving.is_empty() && !self.flows_left {
             return;
         }
         // What has ended already goes with the next sweep; nothing comes in by it without a service.
