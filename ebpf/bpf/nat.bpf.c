@@ -425,7 +425,7 @@ int from_uplink(struct __sk_buff *skb)
 	struct flow_key flow_key = {};
 	struct service *service;
 	struct flow *flow;
-	int tcp, opening;
+	int tcp, opening, takes_new;
 
 	/* Sent to another machine's hardware address, and seen here by chance. */
 	if (skb->pkt_type != PACKET_HOST)
@@ -460,15 +460,23 @@ int from_uplink(struct __sk_buff *skb)
 	}
 
 	opening = tcp ? (it.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN : !flow;
-	if (tcp && opening && flow && !(flow->flags & FLOW_ENDED) &&
-	    flow->first_sequence == it.sequence) {
-		/* The SYN once more. */
+	if (opening && flow && (flow->flags & FLOW_ENDED)) {
+		/* Whoever takes the new one: nothing of it may meet this entry. */
+		bpf_map_delete_elem(&flows, &flow_key);
+		flow = 0;
+	}
+	takes_new = (service->flags & (SERVICE_DRAINING | SERVICE_REMOTE)) == SERVICE_REMOTE;
+	if (opening && flow && (flow->first_sequence == it.sequence || !takes_new)) {
+		/* The SYN once more. Or the client has forgotten a flow that could not be begun now, or a
+		 * stranger says so. The container knows: if it has the connection, its answer has the client
+		 * end that; if it has not, its answer to another SYN than the flow's ends the flow and leads
+		 * nowhere. The client's next SYN is the listener's. */
 	} else if (opening || !flow) {
 		struct port_flows *count;
 		struct port_counters *counter;
 		struct flow fresh = {};
 
-		if ((service->flags & SERVICE_DRAINING) || !(service->flags & SERVICE_REMOTE))
+		if (!takes_new)
 			return NEXT;
 		if (!opening && (it.flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK)
 			return NEXT;

@@ -674,11 +674,35 @@ fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
         assert_eq!(back, word);
     };
     goes_on(b"before");
+    // Others end, and one is lost with a machine that says no more; their ports are used again later.
+    let client = node.network.client.clone();
+    let past = node.at_client(move || {
+        [false, true].map(|vanishes| {
+            let mut stream = traffic::connect(address).expect("accepted");
+            let own = stream.local_addr().expect("bound");
+            stream.write_all(b"x").expect("sent");
+            stream.read_exact(&mut [0]).expect("echoed");
+            if vanishes {
+                ip(&format!("-n {client} link set eth0 down")).expect("down");
+            }
+            traffic::reset(stream);
+            ip(&format!("-n {client} link set eth0 up")).expect("up");
+            own.to_string().parse().expect("of IPv4")
+        })
+    });
     row.honour_firewall = true;
     let status = node.publish(&row);
     assert_eq!(status.path, ForwardPath::Relay);
     assert!(status.reason.contains("firewall"), "{}", status.reason);
     goes_on(b"after");
+    // What they have left does not take segments of the relay's sessions.
+    node.at_client(move || {
+        for own in past {
+            let mut stream = traffic::connect_from(own, address).expect("accepted");
+            stream.write_all(b"again").expect("sent");
+            stream.read_exact(&mut [0; 5]).expect("echoed");
+        }
+    });
     // New ones meet the firewall, and then the listener.
     let rule = |what: &str| {
         let mut words = vec![what, "INPUT", "-p", "tcp", "--dport"];
@@ -694,7 +718,7 @@ fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
     rule("-D");
     assert_eq!(asked(&node).expect("by the relay"), b"new");
     // Nor does a new process cut them.
-    node.counted(&row, |it| (it.sessions_total, it.bytes_in) == (2, 26));
+    node.counted(&row, |it| (it.sessions_total, it.bytes_in) == (6, 38));
     node.kill();
     node.restart();
     // The listener is there with the answer.
@@ -707,7 +731,7 @@ fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
     node.lift(&row);
     goes_on(b"to the end");
     assert_eq!(asked(&node).expect("by the kernel path"), b"new");
-    let bytes = [6, 5, 12, 22, 10, 3, 3, 3].iter().sum::<u64>();
+    let bytes = [6, 1, 1, 5, 5, 5, 12, 22, 10, 3, 3, 3].iter().sum::<u64>();
     let status = node.counted(&row, |it| it.bytes_in == bytes);
-    assert_eq!((status.bytes_out, status.sessions_total), (bytes, 4));
+    assert_eq!((status.bytes_out, status.sessions_total), (bytes, 8));
 }
