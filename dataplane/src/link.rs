@@ -274,6 +274,9 @@ impl Link {
             self.carry_out(step, desired.region_id, &mut cut, &mut changes, now);
         }
         self.relay.cut(&cut);
+        let ports = self.running.values().filter_map(|it| it.port.as_ref());
+        let narrowed: Vec<_> = ports.filter(|it| it.is_narrowed()).cloned().collect();
+        self.relay.shut_out(&narrowed);
         self.set_total_limit();
         let lifted = self.lift_all();
         changes

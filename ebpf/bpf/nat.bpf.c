@@ -778,16 +778,17 @@ static ALWAYS_INLINE struct port_flows *counted(const struct service_key *key, _
 }
 
 /* Whether a flow has ended, is silent or has lost its row. */
-static ALWAYS_INLINE int is_over(const struct service_key *key, struct flow *flow,
-				 const struct sweep_context *context)
+static ALWAYS_INLINE int is_over(const struct service_key *key, const struct address *client,
+				 struct flow *flow, const struct sweep_context *context)
 {
 	struct service *service = bpf_map_lookup_elem(&services, key);
 	__u64 limit, age;
 	int tcp = key->protocol == PROTOCOL_TCP;
 
-	/* Clients of other hosts have lost it altogether. */
+	/* Clients of other hosts have lost it altogether, or this one has. */
 	if (service && !(flow->flags & FLOW_LOCAL) &&
-	    !(service->flags & (SERVICE_REMOTE | SERVICE_REMOTE_OLD)))
+	    (!(service->flags & (SERVICE_REMOTE | SERVICE_REMOTE_OLD)) ||
+	     !is_allowed(service, client)))
 		return 1;
 	if (!flow->seen_ns)
 		flow->seen_ns = context->now;
@@ -815,7 +816,7 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 
 	key.port = flow->host_port;
 	key.protocol = flow_key.protocol;
-	if (is_over(&key, flow, context)) {
+	if (is_over(&key, &flow_key.client, flow, context)) {
 		bpf_map_delete_elem(map, &flow_key);
 		return 0;
 	}
@@ -838,7 +839,7 @@ static long sweep_local(void *map, const __u32 *at, struct local_flow *local,
 		return 0;
 	key.port = local->flow.host_port;
 	key.protocol = local->key.protocol;
-	if (is_over(&key, &local->flow, context))
+	if (is_over(&key, &local->key.client, &local->flow, context))
 		local->taken = 0;
 	return 0;
 }

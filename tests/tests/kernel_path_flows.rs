@@ -365,6 +365,40 @@ fn clients_outside_the_rows_networks_are_turned_away() {
     assert_eq!(err.unwrap_or_default(), "", "reset or ended without a byte");
     let status = node.counted(&row, |it| it.sessions_refused == 1);
     assert_eq!(status.sessions_total, 1);
+    node.control.withdraw(row.key()).expect("removed");
+
+    // Nor are those kept that were let in before, whatever process hears of it.
+    let mut row = node.container.port(echo(&node.container));
+    node.lift(&row);
+    let address = host(&row, 0);
+    let mut old = node.flow(address);
+    let own = SocketAddr::from(([127, 0, 0, 1], row.host_port));
+    let here = within(&node.network.host, move || traffic::connect(own));
+    let mut here = here.expect("the host").expect("accepted");
+    let goes_on = |stream: &mut TcpStream| {
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0])
+    };
+    goes_on(&mut here).expect("all are let in");
+    let network = |address: &str| ClientNetwork {
+        address: address.parse().expect("an address"),
+        prefix: 32,
+    };
+    row.networks = vec![network(CLIENT[0])];
+    node.lift(&row);
+    goes_on(&mut here).expect_err("the host is not in the list");
+    goes_on(&mut old).expect("the client is");
+    node.kill();
+    row.networks = vec![network("10.78.1.3")];
+    let change = row.clone();
+    node.control
+        .write(|batch| batch.put_port(change))
+        .expect("written");
+    goes_on(&mut old).expect("nobody has heard of it");
+    node.restart();
+    node.lift(&row);
+    let err = goes_on(&mut old).expect_err("cut");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
 #[test]

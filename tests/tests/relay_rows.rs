@@ -173,7 +173,23 @@ fn rules_change_under_running_sessions_and_routes_do_not() {
         turned_away(address_of(&row)),
         "127.0.0.1 is not in 10.0.0.0/8"
     );
+    let cut = session
+        .read(&mut [0])
+        .expect_err("nor is a session of its left");
+    assert_eq!(cut.kind(), ErrorKind::ConnectionReset);
 
+    row.networks.clear();
+    control.publish(row.clone()).expect("an answer");
+    let mut session = traffic::connect(address_of(&row)).expect("accepted");
+    session.write_all(b"c").expect("sent");
+    session.read_exact(&mut [0]).expect("echoed");
+    row.networks.push(ClientNetwork {
+        address: "127.0.0.0".parse().expect("an address"),
+        prefix: 8,
+    });
+    control.publish(row.clone()).expect("an answer");
+    session.write_all(b"d").expect("sent");
+    session.read_exact(&mut [0]).expect("it is let in");
     row.networks.clear();
     let second = TcpListener::bind("127.0.0.1:0").expect("a server");
     row.target_port = second.local_addr().expect("bound").port();

@@ -238,6 +238,25 @@ impl Relay {
         if live.is_empty() {
             return;
         }
+        self.sweep();
+        for port in &live {
+            port.settle_refusing();
+        }
+    }
+
+    /// Resets the sessions of clients that the ports let in no more.
+    pub fn shut_out(&self, ports: &[Arc<Port>]) {
+        if ports.iter().any(|port| port.active() > 0) {
+            // As for [`Self::disable`]: no worker judges by the old rules any more.
+            self.census();
+            self.sweep();
+        }
+        for port in ports {
+            port.settle_narrowed();
+        }
+    }
+
+    fn sweep(&self) {
         let answers: Vec<_> = self
             .inboxes
             .iter()
@@ -249,9 +268,6 @@ impl Relay {
             .collect();
         for answer in &answers {
             wait(answer);
-        }
-        for port in &live {
-            port.settle_refusing();
         }
     }
 

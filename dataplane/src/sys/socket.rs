@@ -128,6 +128,15 @@ pub fn local_address(fd: impl AsFd) -> Result<SocketAddr, Errno> {
     SocketAddr::try_from(any).map_err(|_| Errno::AFNOSUPPORT)
 }
 
+/// The address of the other end of a connection.
+///
+/// # Errors
+/// The kernel's answer (`ENOTCONN` when it has ended).
+pub fn peer_address(fd: impl AsFd) -> Result<SocketAddr, Errno> {
+    let any = net::getpeername(fd)?.ok_or(Errno::NOTCONN)?;
+    SocketAddr::try_from(any).map_err(|_| Errno::AFNOSUPPORT)
+}
+
 /// Accepts one connection with the address of its client.
 ///
 /// # Errors

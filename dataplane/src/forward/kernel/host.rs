@@ -14,7 +14,7 @@ use aya::maps::{Array, DevMapHash, IterableMap as _, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
 use aya::{Ebpf, EbpfLoader};
-use ebpf::records::{LedSet, Node, PROTOCOL_TCP, Service, ServiceKey};
+use ebpf::records::{Address, LedSet, Node, PROTOCOL_TCP, Service, ServiceKey};
 use ebpf::{ADDRESS_HOOKS, RELEASE_HOOK, map};
 
 use super::error::KernelPathError;
@@ -155,9 +155,15 @@ impl Hooks {
             .map_err(KernelPathError::Watch)
     }
 
-    /// Resets the connections of this host's clients that a service has led to its container. Sockets
-    /// of datagrams are led by each datagram, so there is nothing to end.
-    pub(super) fn cut(&mut self, key: ServiceKey, service: &Service) {
+    /// Resets those connections of this host's clients that a service has led to its container and that
+    /// asked for an address `of` which this is said. Sockets of datagrams are led by each datagram, so
+    /// there is nothing to end.
+    pub(super) fn cut(
+        &mut self,
+        key: ServiceKey,
+        service: &Service,
+        of: impl Fn(&Address) -> bool,
+    ) {
         if key.protocol != PROTOCOL_TCP {
             return;
         }
@@ -166,7 +172,9 @@ impl Hooks {
             for set in sets {
                 let led = set.cookie.iter().zip(&set.led);
                 let wanted = led.filter(|(cookie, it)| {
-                    **cookie != 0 && (it.host_port, it.life) == (key.port, service.life)
+                    **cookie != 0
+                        && (it.host_port, it.life) == (key.port, service.life)
+                        && of(&it.host)
                 });
                 cookies.extend(wanted.map(|(cookie, _)| *cookie));
             }

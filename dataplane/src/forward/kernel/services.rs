@@ -107,7 +107,24 @@ fn same_route(a: &Service, b: &Service) -> bool {
 
 /// Whether some flows of one service, of the same route, end under the other.
 fn lets_in_less(before: &Service, service: &Service) -> bool {
-    before.flags & REMOTE != 0 && service.flags & REMOTE == 0
+    has_other_networks(before, service)
+        || (before.flags & REMOTE != 0 && service.flags & REMOTE == 0)
+}
+
+fn has_other_networks(before: &Service, service: &Service) -> bool {
+    let networks = |it: &Service| (it.networks, it.network);
+    service.networks > 0 && networks(before) != networks(service)
+}
+
+/// Whether a service lets a client in.
+fn lets_in(service: &Service, client: &Address) -> bool {
+    let networks = &service.network[..usize::from(service.networks).min(service.network.len())];
+    let is_of = |it: &ClientNetwork| {
+        let bytes = client.0.iter().zip(it.address.0).zip(it.mask.0);
+        let mut other = bytes.filter(|((client, address), mask)| (**client ^ address) & mask != 0);
+        other.next().is_none()
+    };
+    service.networks == 0 || networks.iter().any(is_of)
 }
 
 /// Why a row's service is not in the map.
@@ -385,6 +402,11 @@ impl KernelPath {
         if !counts_flows || !counts {
             self.count_one(key);
         }
+        if before.is_some_and(|before| has_other_networks(&before, &service))
+            && let Ok(hooks) = &mut self.hooks
+        {
+            hooks.cut(key, &service, |host| !lets_in(&service, host));
+        }
         Ok(port)
     }
 
@@ -466,7 +488,7 @@ impl KernelPath {
             if let Ok(hooks) = &mut self.hooks
                 && served.port.local.load(Relaxed) > 0
             {
-                hooks.cut(key, &served.service);
+                hooks.cut(key, &served.service, |_| true);
             }
             served.port.active.store(0, Relaxed);
             served.service.target

@@ -69,6 +69,13 @@ struct Session {
 }
 
 impl Session {
+    /// Its port is cut, or shuts its client out.
+    fn must_end(&self) -> bool {
+        let (port, (_, client, local)) = (self.seat.port(), self.key);
+        let shut_out = || port.lets_in(client.ip(), || Some(local)).is_err();
+        port.is_cut() || (port.is_narrowed() && shut_out())
+    }
+
     fn is_over(&self, now: Instant) -> bool {
         let most = if self.answered { IDLE } else { OPENING };
         let own = match self.seat.port().idle_slots() {
@@ -183,7 +190,7 @@ impl Datagrams {
                     let _ = done.try_send(());
                 }
                 Message::Sweep(done) => {
-                    for index in self.sessions.positions(|it| it.seat.port().is_cut()) {
+                    for index in self.sessions.positions(Session::must_end) {
                         self.end(index);
                     }
                     let _ = done.try_send(());

@@ -188,6 +188,8 @@ pub struct Port {
     state: AtomicU8,
     /// Its listener is closed again: nobody could watch it.
     unwatched: AtomicBool,
+    /// Its rules let fewer clients in than they did: sessions of others may be there.
+    narrowed: AtomicBool,
     active: AtomicU32,
     elsewhere: AtomicU32,
     /// How many had begun elsewhere when that was told last; [`UNTOLD`] before.
@@ -225,6 +227,7 @@ impl Port {
             connect_slots: AtomicU32::new(0),
             state: AtomicU8::new(OPEN),
             unwatched: AtomicBool::new(false),
+            narrowed: AtomicBool::new(false),
             active: AtomicU32::new(0),
             elsewhere: AtomicU32::new(0),
             begun_elsewhere: AtomicU64::new(UNTOLD),
@@ -238,6 +241,7 @@ impl Port {
             totals,
         };
         port.set_rules(rules);
+        port.settle_narrowed();
         port
     }
 
@@ -275,14 +279,32 @@ impl Port {
     }
 
     /// Replaces the rules: admission at once, the idle timeout of sessions under way when their
-    /// timer comes up the next time (within two minutes).
+    /// timer comes up the next time (within two minutes). Sessions of clients that are let in no more
+    /// end with [`Relay::shut_out`](super::Relay::shut_out).
     pub fn set_rules(&self, rules: Rules) {
         self.max_sessions.store(rules.max_sessions, Relaxed);
         self.idle_slots
             .store(rules.idle_timeout.map_or(0, slots), Relaxed);
         self.connect_slots
             .store(slots(rules.connect_timeout), Relaxed);
-        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
+        let mut known = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let fewer = (!rules.allowed.is_empty() && rules.allowed != known.allowed)
+            || (rules.local_only && !known.local_only);
+        *known = Arc::new(rules);
+        drop(known);
+        if fewer {
+            self.narrowed.store(true, Relaxed);
+        }
+    }
+
+    /// Sessions may be there whose clients are let in no more.
+    pub fn is_narrowed(&self) -> bool {
+        self.narrowed.load(Relaxed)
+    }
+
+    /// They have been looked for.
+    pub(super) fn settle_narrowed(&self) {
+        self.narrowed.store(false, Relaxed);
     }
 
     /// Idle timeout in wheel slots; 0 means none.
@@ -350,6 +372,23 @@ impl Port {
         if self.state.load(Relaxed) != OPEN {
             return Err(Refusal::Disabled);
         }
+        let rules = self.lets_in(peer, local)?;
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pace.allows(rules.new_per_second, Instant::now()) {
+            return Err(Refusal::TooFast);
+        }
+        Ok(())
+    }
+
+    /// Judges a client by where it is alone. Answers the rules. A refusal is not counted here.
+    ///
+    /// # Errors
+    /// Why it must be turned away.
+    pub fn lets_in(
+        &self,
+        peer: IpAddr,
+        local: impl Fn() -> Option<IpAddr>,
+    ) -> Result<Arc<Rules>, Refusal> {
         let rules = Arc::clone(&self.rules.lock().unwrap_or_else(PoisonError::into_inner));
         let peer = peer.to_canonical();
         if !rules.allowed.is_empty() && !rules.allowed.iter().any(|net| net.contains(peer)) {
@@ -363,11 +402,7 @@ impl Port {
         {
             return Err(Refusal::NotLocal);
         }
-        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
-        if !pace.allows(rules.new_per_second, Instant::now()) {
-            return Err(Refusal::TooFast);
-        }
-        Ok(())
+        Ok(rules)
     }
 
     /// Gives a client that was judged a seat. A refusal is not counted here.

@@ -128,6 +128,22 @@ pub trait Timed {
 }
 
 impl Session {
+    /// Its port is cut, or shuts its client out.
+    pub fn must_end(&self) -> bool {
+        let port = self.seat.port();
+        let shut_out = || {
+            let local = || {
+                socket::local_address(&self.client.fd)
+                    .ok()
+                    .map(|it| it.ip())
+            };
+            // One whose client is gone ends by itself.
+            socket::peer_address(&self.client.fd)
+                .is_ok_and(|client| port.lets_in(client.ip(), local).is_err())
+        };
+        port.is_cut() || (port.is_narrowed() && shut_out())
+    }
+
     /// A session whose connection to the container is under way.
     pub fn new(client: OwnedFd, container: OwnedFd, seat: Seat, now: u32) -> Self {
         Self {

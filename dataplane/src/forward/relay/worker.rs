@@ -291,10 +291,9 @@ impl Worker {
                 }
                 Message::Client(fd, seat) => self.start_session(fd, seat),
                 Message::Sweep(done) => {
-                    let is_cut = |session: &Session| session.seat.port().is_cut();
-                    self.adaptive.abort_where(is_cut);
+                    self.adaptive.abort_where(Session::must_end);
                     if let Some(ring) = &mut self.ring {
-                        ring.abort_where(is_cut);
+                        ring.abort_where(Session::must_end);
                     }
                     let _ = done.try_send(());
                 }
