@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData};
-use ebpf::records::{Flow, FlowKey, LedSet, LocalFlow};
+use ebpf::records::{Address, Flow, FlowKey, LedSet, LocalFlow};
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
@@ -726,4 +726,29 @@ fn a_removed_row_cuts_its_clients_on_the_host_or_lets_them_finish() {
     node.control
         .in_state(key, PortState::Removed)
         .expect("over");
+
+    // Nor when the row goes while no process lives: the next one cuts them, and forgets the container.
+    let row = node.container.port(port);
+    let mut stream = connected(&mut node, &row);
+    node.kill();
+    let key = row.key();
+    node.control
+        .write(|batch| batch.remove_port(key))
+        .expect("asked");
+    stream.write_all(b"z").expect("sent");
+    stream.read_exact(&mut [0; 1]).expect("nobody has heard");
+    node.restart();
+    node.control
+        .in_state(key, PortState::Removed)
+        .expect("removed");
+    let err = stream.read(&mut [0]).expect_err("cut");
+    assert_eq!(err.kind(), std::io::ErrorKind::ConnectionAborted);
+    let map = MapData::from_pin(pins_of(&node).join("addresses")).expect("addresses");
+    let addresses: HashMap<_, Address, u32> =
+        HashMap::try_from(Map::HashMap(map)).expect("addresses");
+    let containers = addresses.iter().flatten();
+    let left: Vec<_> = containers
+        .filter(|(_, what)| *what == ebpf::records::ADDRESS_CONTAINER)
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }

@@ -471,10 +471,11 @@ impl KernelPath {
 
     /// The same, but what another version's programs have of it goes on.
     fn take_off(&mut self, key: ServiceKey) {
-        let link = match (self.served.contains_key(&key), self.found.remove(&key)) {
-            (true, _) => self.served.get(&key).map(|it| it.service.link_index),
-            (false, Some(found)) => Some(found.link_index),
-            (false, None) => return,
+        let found = self.found.remove(&key);
+        let served = self.served.get(&key).map(|it| it.service);
+        // What an earlier process has served has clients on this host like what this one does.
+        let Some(service) = served.or(found) else {
+            return;
         };
         match self.services.remove(&key) {
             Ok(()) | Err(MapError::KeyNotFound) => {}
@@ -484,25 +485,27 @@ impl KernelPath {
             }),
         }
         self.flows_left |= self.count_one(key);
-        let target = self.served.remove(&key).map(|served| {
-            if let Ok(hooks) = &mut self.hooks
-                && served.port.local.load(Relaxed) > 0
-            {
-                hooks.cut(key, &served.service, |_| true);
-            }
-            served.port.active.store(0, Relaxed);
-            served.service.target
-        });
+        let port = self.served.remove(&key).map(|it| it.port);
+        let has_local = port.as_ref().is_none_or(|it| it.local.load(Relaxed) > 0);
+        if let Ok(hooks) = &mut self.hooks
+            && has_local
+        {
+            hooks.cut(key, &service, |_| true);
+        }
+        if let Some(port) = port {
+            port.active.store(0, Relaxed);
+        }
         self.unswept.insert(key);
-        if let Some(target) = target
-            && !self.served.values().any(|it| it.service.target == target)
+        let target = service.target;
+        let has_target = |it: &Service| it.target == target;
+        if !self.served.values().any(|it| has_target(&it.service))
+            && !self.found.values().any(has_target)
             && !self.known_addresses.contains(&target)
         {
             let _ = self.addresses.remove(&target);
         }
-        if let Some(link) = link
-            && !self.services_at(link)
-        {
+        let link = service.link_index;
+        if !self.services_at(link) {
             if let Ok(hooks) = &mut self.hooks {
                 hooks.forbid(link);
             }
