@@ -12,7 +12,7 @@ use shared::observed::{
 use super::*;
 use crate::stats::fixture::card;
 use crate::stats::kernels::HeldDevices;
-use crate::stats::node::Space as Filled;
+use crate::stats::node::{Space as Filled, Traffic};
 use crate::storage_proxy::{
     Answer, FolderId, FolderUsage, Knowledge, Mounted, Next, Question, Quota, Space, Volume,
     VolumeHealth,
@@ -240,7 +240,11 @@ fn scene(containers: u16) -> Scene {
             cores_ns: vec![1_000_000, 2_000_000],
             memory: Some(Filled { used: 1, total: 2 }),
             disks: vec![("/dev/vda".to_owned(), Filled { used: 1, total: 2 })],
-            network: Some((1, 2)),
+            network: Some(Traffic {
+                taken_ns: 1,
+                received: 1,
+                sent: 2,
+            }),
         },
         engine: EngineState {
             answers: true,

@@ -2,8 +2,8 @@
 //!
 //! In: what the host tells of itself (cores, memory); the network, disks and accelerators of the
 //! observed region. Out: one record. Invariants: each disk and each byte of the
-//! network counts once; what could not be read keeps its last value; a device that is gone leaves
-//! the record.
+//! network counts once; what could not be read, or was not read again, keeps its last value; a
+//! device that is gone leaves the record.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -33,6 +33,17 @@ pub struct Space {
     pub total: u64,
 }
 
+/// Bytes that passed the node's edge until one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// When they were counted, ns of the monotonic clock.
+    pub taken_ns: u64,
+    /// Bytes received.
+    pub received: u64,
+    /// Bytes sent.
+    pub sent: u64,
+}
+
 /// What the host tells of itself at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostReading {
@@ -44,8 +55,8 @@ pub struct HostReading {
     pub memory: Option<Space>,
     /// Disks.
     pub disks: Vec<(String, Space)>,
-    /// Bytes received and sent at the node's edge.
-    pub network: Option<(u64, u64)>,
+    /// The network, which the dataplane reads at a moment of its own.
+    pub network: Option<Traffic>,
 }
 
 impl HostReading {
@@ -74,7 +85,12 @@ impl HostReading {
     pub fn with_observed(mut self, snapshot: Option<&ObservedSnapshot>) -> Self {
         if let Some(node) = snapshot.and_then(|snapshot| snapshot.node.as_ref()) {
             let counters = &node.counters;
-            self.network = counters.net_rx_bytes.zip(counters.net_tx_bytes);
+            let bytes = counters.net_rx_bytes.zip(counters.net_tx_bytes);
+            self.network = bytes.map(|(received, sent)| Traffic {
+                taken_ns: node.taken_monotonic_ns,
+                received,
+                sent,
+            });
             let disks = node.disks.iter().map(|disk| {
                 let space = Space {
                     used: disk.used_bytes,
@@ -158,10 +174,26 @@ impl NodeMetrics {
         let elapsed = milliseconds(elapsed_ns)
             .round_dp_with_strategy(3, RoundingStrategy::MidpointNearestEven);
         for (measurement, devices) in measurements(reading, elapsed, accelerators) {
-            self.observe_devices(&measurement.quantity.key, devices, reading.at_ns);
-            self.node.observe([measurement], reading.at_ns);
+            let Some(taken_ns) = self.news(&measurement.quantity, reading) else {
+                continue;
+            };
+            self.observe_devices(&measurement.quantity.key, devices, taken_ns);
+            self.node.observe([measurement], taken_ns);
         }
         self.record()
+    }
+
+    /// When a quantity was read; `None` if that was taken in already. The traffic of a sample that
+    /// is seen twice is not 0, and goes over the time between samples, not between looks at them.
+    fn news(&self, quantity: &Quantity, reading: &HostReading) -> Option<u64> {
+        match reading.network {
+            Some(traffic) if [NET_RX.key, NET_TX.key].contains(&quantity.key) => {
+                let last = self.node.last_ns(&quantity.key);
+                last.is_none_or(|last| traffic.taken_ns > last)
+                    .then_some(traffic.taken_ns)
+            }
+            _ => Some(reading.at_ns),
+        }
     }
 
     fn observe_devices(&mut self, key: &str, devices: Vec<(String, Measurement)>, at_ns: u64) {
@@ -223,8 +255,8 @@ pub(crate) fn measurements(
         (of(space), vec![("root".to_owned(), of(space))])
     }));
     list.extend(disks(&reading.disks));
-    if let Some((received, sent)) = reading.network {
-        for (quantity, bytes) in [(NET_RX, received), (NET_TX, sent)] {
+    if let Some(traffic) = reading.network {
+        for (quantity, bytes) in [(NET_RX, traffic.received), (NET_TX, traffic.sent)] {
             let measurement = Measurement::of(quantity, bytes.into(), None);
             let device = ("node".to_owned(), measurement.clone());
             list.push((measurement, vec![device]));
@@ -362,7 +394,7 @@ mod tests {
     use super::super::record::pack;
     use super::*;
     use serde_json::Value;
-    use shared::observed::AcceleratorCounters;
+    use shared::observed::{AcceleratorCounters, NodeCounters, NodeSample};
 
     #[test]
     fn bytes_are_those_of_the_original() {
@@ -387,12 +419,17 @@ mod tests {
                 used: whole(key),
                 total: capacity(key),
             };
+            let at_ns = (1000 + 5 * u64::try_from(round).unwrap()) * 1_000_000_000;
             let reading = HostReading {
-                at_ns: (1000 + 5 * u64::try_from(round).unwrap()) * 1_000_000_000,
+                at_ns,
                 cores_ns: vec![half, half],
                 memory: Some(space("mem")),
                 disks: vec![("/dev/vda1".to_owned(), space("disk"))],
-                network: Some((whole("net_rx"), whole("net_tx"))),
+                network: Some(Traffic {
+                    taken_ns: at_ns,
+                    received: whole("net_rx"),
+                    sent: whole("net_tx"),
+                }),
             };
             let record = metrics.observe(&reading, &[]);
             let bytes = pack(&record).unwrap();
@@ -404,6 +441,44 @@ mod tests {
                 serde_json::to_string_pretty(&record).unwrap()
             );
         }
+    }
+
+    /// Samples are 10 s apart and looked at every 5 s, a little after they are taken.
+    #[test]
+    fn traffic_is_that_between_samples_however_often_they_are_looked_at() {
+        let mut metrics = NodeMetrics::default();
+        let mut look = |at_s: u64, taken_s: u64, bytes: u64| {
+            let node = NodeSample {
+                taken_monotonic_ns: taken_s * 1_000_000_000,
+                counters: NodeCounters {
+                    net_rx_bytes: Some(bytes),
+                    net_tx_bytes: Some(2 * bytes),
+                    ..NodeCounters::default()
+                },
+                ..NodeSample::default()
+            };
+            let snapshot = ObservedSnapshot {
+                node: Some(node),
+                ..ObservedSnapshot::default()
+            };
+            let reading = HostReading {
+                at_ns: at_s * 1_000_000_000,
+                ..HostReading::default()
+            };
+            let record = metrics.observe(&reading.with_observed(Some(&snapshot)), &[]);
+            let record = serde_json::to_value(record).unwrap();
+            let text = |of: &Value| of["current"].as_str().unwrap().to_owned();
+            let device = text(&record["devices"]["net_rx"]["node"]);
+            assert_eq!(text(&record["node"]["net_rx"]), device, "{record}");
+            (device, text(&record["node"]["net_tx"]))
+        };
+        let pair = |received: &str, sent: &str| (received.to_owned(), sent.to_owned());
+        assert_eq!(look(101, 100, 1000), pair("1000", "2000"));
+        assert_eq!(look(113, 110, 6000), pair("500", "1000"));
+        assert_eq!(look(118, 110, 6000), pair("500", "1000"));
+        assert_eq!(look(123, 120, 8000), pair("200", "400"));
+        // The dataplane is gone: nobody knows that nothing passes.
+        assert_eq!(look(600, 120, 8000), pair("200", "400"));
     }
 
     fn gpu(index: u32, permille: u64, heat_mc: u64) -> AcceleratorRow {
