@@ -1,7 +1,8 @@
 //! The records of the processes in containers.
 //!
 //! In: the processes of a pass, and by which name their container holds accelerators. Out: one record
-//! per container, host pid by host pid. Invariant: a pid that was given to another process begins anew.
+//! per container, host pid by host pid. Invariants: a pid that was given to another process begins
+//! anew; rates are over the time between two listings, not between two looks at them.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -31,23 +32,24 @@ type Key = (ContainerId, u32, u64);
 /// The state of all processes.
 #[derive(Debug, Default)]
 pub struct ProcessTable {
-    tick: u64,
+    /// When the last listing taken in was made, ns of the monotonic clock.
+    taken_ns: u64,
     tracked: HashMap<Key, Metrics>,
 }
 
 impl ProcessTable {
-    /// Takes in a pass, at `now_ns` of the monotonic clock; answers the record of each container.
-    /// A pass that was taken in already answers nothing.
+    /// Takes in a listing; answers the record of each container. One that was taken in already
+    /// answers nothing.
     pub fn observe(
         &mut self,
         processes: &Processes,
         accelerators: &HashMap<ContainerId, &str>,
-        now_ns: u64,
     ) -> Vec<(ContainerId, ProcessRecord)> {
-        if processes.tick == self.tick {
+        let taken_ns = processes.taken_monotonic_ns;
+        if taken_ns == self.taken_ns {
             return Vec::new();
         }
-        self.tick = processes.tick;
+        self.taken_ns = taken_ns;
         let mut before = std::mem::take(&mut self.tracked);
         let mut containers: BTreeMap<ContainerId, BTreeMap<u32, Key>> = BTreeMap::new();
         for process in &processes.list {
@@ -56,7 +58,7 @@ impl ProcessTable {
                 .remove(&key)
                 .unwrap_or_else(|| Metrics::new(MissingCapacity::FirstValue));
             let accelerator = accelerators.get(&process.container_id).copied();
-            metrics.observe(measurements(process, accelerator), now_ns);
+            metrics.observe(measurements(process, accelerator), taken_ns);
             self.tracked.insert(key, metrics);
             containers
                 .entry(process.container_id)
@@ -111,9 +113,11 @@ mod tests {
     use super::*;
     use shared::observed::ProcessCounters;
 
-    fn pass(tick: u64, pid: u32, start_ticks: u64, cpu_ms: u64) -> Processes {
+    /// A process in the listing of this second.
+    fn pass(taken_s: u64, pid: u32, start_ticks: u64, cpu_ms: u64) -> Processes {
         Processes {
-            tick,
+            tick: taken_s,
+            taken_monotonic_ns: taken_s * 1_000_000_000,
             list: vec![ProcessSample {
                 container_id: ContainerId([0xcc; 32]),
                 pid,
@@ -138,9 +142,8 @@ mod tests {
         .unwrap();
         let mut table = ProcessTable::default();
         for (round, cpu_ms) in [10_u64, 510, 1010].into_iter().enumerate() {
-            let count = u64::try_from(round).unwrap();
-            let at_ns = (1000 + 5 * count) * 1_000_000_000;
-            let records = table.observe(&pass(count + 1, 4242, 9, cpu_ms), &HashMap::new(), at_ns);
+            let taken_s = 1000 + 5 * u64::try_from(round).unwrap();
+            let records = table.observe(&pass(taken_s, 4242, 9, cpu_ms), &HashMap::new());
             let bytes = pack(&records[0].1).unwrap();
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex, golden["rounds"][round]["value_hex"], "round {round}");
@@ -151,16 +154,12 @@ mod tests {
     fn a_pid_used_again_begins_anew() {
         let mut table = ProcessTable::default();
         let none = HashMap::new();
-        table.observe(&pass(1, 5, 1, 1000), &none, 1_000_000_000);
-        let records = table.observe(&pass(2, 5, 2, 20), &none, 2_000_000_000);
+        table.observe(&pass(1, 5, 1, 1000), &none);
+        let records = table.observe(&pass(2, 5, 2, 20), &none);
         let record = &records[0].1.0[0].1;
         assert_eq!(record.get("cpu_used").unwrap().current, "20");
         assert_eq!(table.tracked.len(), 1);
-        assert!(
-            table
-                .observe(&pass(2, 5, 2, 20), &none, 3_000_000_000)
-                .is_empty()
-        );
+        assert!(table.observe(&pass(2, 5, 2, 20), &none).is_empty());
     }
 
     #[test]
@@ -171,7 +170,7 @@ mod tests {
         counters.accelerator_utilisation_permille = Some(250);
         let record_of = |names: &[(ContainerId, &'static str)]| {
             let names = names.iter().copied().collect();
-            let mut records = ProcessTable::default().observe(&pass, &names, 1_000_000_000);
+            let mut records = ProcessTable::default().observe(&pass, &names);
             records.remove(0).1.0.remove(0).1
         };
         let record = record_of(&[(ContainerId([0xcc; 32]), "cuda")]);

@@ -122,9 +122,7 @@ impl Records {
         let kernels = self.kernels.observe(pass.kernels, snapshot, moment);
         let named = pass.kernels.iter();
         let named = named.filter_map(|kernel| Some((kernel.container, kernel.accelerator()?)));
-        let processes =
-            self.processes
-                .observe(pass.processes, &named.collect(), pass.reading.at_ns);
+        let processes = self.processes.observe(pass.processes, &named.collect());
         // A record must not run out between two passes.
         let process_life = PROCESS_LIFE.max(pass.interval.mul_f64(1.6));
         [
@@ -273,7 +271,8 @@ mod tests {
     use super::*;
     use shared::ids::{ContainerId, KernelId};
     use shared::observed::{
-        ContainerSample, CpuCounters, Measured, MemoryCounters, ProcessSample, Source,
+        ContainerSample, CpuCounters, Measured, MemoryCounters, ProcessCounters, ProcessSample,
+        Source,
     };
 
     #[test]
@@ -309,6 +308,7 @@ mod tests {
         };
         let processes = Processes {
             tick: 1,
+            taken_monotonic_ns: 1,
             list: vec![ProcessSample {
                 container_id: container,
                 pid: 10,
@@ -337,5 +337,50 @@ mod tests {
                 ("07".repeat(32), 16),
             ]
         );
+    }
+
+    /// Listings are 4 s apart, passes 5 s.
+    #[test]
+    fn rates_of_processes_are_over_the_time_between_listings() {
+        let mut records = Records::default();
+        let mut look = |at_s: u64, taken_s: u64, used: u64| {
+            let counters = ProcessCounters {
+                user_ns: Some(used * 1_000_000),
+                system_ns: Some(0),
+                read_bytes: Some(used),
+                ..ProcessCounters::default()
+            };
+            let processes = Processes {
+                tick: taken_s,
+                taken_monotonic_ns: taken_s * 1_000_000_000,
+                list: vec![ProcessSample {
+                    container_id: ContainerId([7; 32]),
+                    pid: 10,
+                    counters,
+                    ..ProcessSample::default()
+                }],
+                ..Processes::default()
+            };
+            let reading = HostReading {
+                at_ns: at_s * 1_000_000_000,
+                ..HostReading::default()
+            };
+            let [_, _, mut entries] = records.observe(&Pass {
+                agent_id: "i-node01",
+                kernels: &[],
+                snapshot: None,
+                processes: &processes,
+                reading: &reading,
+                interval: Duration::from_secs(5),
+            });
+            entries.pop().map(|entry| entry.value)
+        };
+        // 2 s of CPU time and 2,000 bytes in 4 s.
+        look(105, 104, 1000);
+        let told = look(110, 108, 3000).unwrap();
+        let told: BTreeMap<u32, serde_json::Value> = rmp_serde::from_slice(&told).unwrap();
+        assert_eq!(told[&10]["cpu_util"]["current"], "500", "{told:?}");
+        assert_eq!(told[&10]["io_read"]["stats.rate"], "500", "{told:?}");
+        assert_eq!(look(115, 108, 3000), None);
     }
 }
