@@ -1,12 +1,14 @@
 //! Hands the records to the manager's store, once per interval.
 //!
 //! In: the observed region, the kernels in service, the host. Out: one batch of entries with the
-//! life of each. Invariants: nothing here asks the engine; a store that does not answer costs one
-//! interval and no more; the last record of a kernel is handed over even when the store comes back
-//! after the kernel's end, because the manager reads it then.
+//! life of each. Invariants: nothing here asks the engine; records are made off the async workers,
+//! because a node may have thousands of processes; a store that does not answer costs one interval
+//! and no more; the last record of a kernel is handed over even when the store comes back after the
+//! kernel's end, because the manager reads it then.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -166,12 +168,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
         .as_secs_f64();
     let mut clock = tokio::time::interval(interval);
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut publisher = Publisher {
-        records: Records::default(),
-        reader: Some(ObservedReader::at(node.link.run_dir().dataplane())),
-        waiting: BTreeMap::new(),
-        trouble: false,
-    };
+    let mut publisher = Publisher::of(node.link.run_dir().dataplane());
     loop {
         tokio::select! {
             _ = clock.tick() => publisher.pass(&node, &*store, born, slower).await,
@@ -180,10 +177,41 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
     }
 }
 
-struct Publisher {
+/// What a pass works on, beside the processes in the region.
+#[derive(Default)]
+struct Look {
+    agent_id: String,
+    kernels: Vec<KernelFacts>,
+    snapshot: Option<Arc<ObservedSnapshot>>,
+    reading: HostReading,
+    interval: Duration,
+}
+
+/// Makes records of what the region and a look at the node tell.
+struct Maker {
+    reader: ObservedReader,
     records: Records,
-    /// Taken while it reads on another thread.
-    reader: Option<ObservedReader>,
+}
+
+impl Maker {
+    /// Reads processes and makes all records, which takes a while. Blocks.
+    fn make(&mut self, look: &Look) -> [Vec<Entry>; 3] {
+        // A region that is not there has no processes.
+        let processes = self.reader.processes().unwrap_or_default();
+        self.records.observe(&Pass {
+            agent_id: &look.agent_id,
+            kernels: &look.kernels,
+            snapshot: look.snapshot.as_deref(),
+            processes: &processes,
+            reading: &look.reading,
+            interval: look.interval,
+        })
+    }
+}
+
+struct Publisher {
+    /// Taken while it works on another thread.
+    maker: Option<Maker>,
     /// Kernels' entries that did not reach the store.
     waiting: BTreeMap<String, Entry>,
     /// So that an outage is reported once.
@@ -191,34 +219,64 @@ struct Publisher {
 }
 
 impl Publisher {
+    /// With the region in the dataplane's directory.
+    fn of(dataplane: &Path) -> Self {
+        Self {
+            maker: Some(Maker {
+                reader: ObservedReader::at(dataplane),
+                records: Records::default(),
+            }),
+            waiting: BTreeMap::new(),
+            trouble: false,
+        }
+    }
+
     async fn pass(&mut self, node: &Node, store: &dyn RecordStore, born: f64, interval: Duration) {
         count_round(node.agent_id(), &SCOPES, Round::Begun);
         let reading = HostReading::now().await;
-        let reader = self.reader.take();
-        let (reader, processes) = blocking(move || {
-            let mut reader = reader;
-            // A region that is not there has no processes.
-            let processes = reader.as_mut().and_then(|reader| reader.processes().ok());
-            (reader, processes.unwrap_or_default())
+        let snapshot = node.link.observed().snapshot;
+        let kernels = node.registry.all();
+        let kernels = kernels.iter().filter_map(|kernel| facts(kernel, born));
+        let entries = self
+            .records(Look {
+                agent_id: node.agent_id().to_owned(),
+                kernels: kernels.collect(),
+                reading: reading.with_observed(snapshot.as_deref()),
+                snapshot,
+                interval,
+            })
+            .await;
+        let patience = PATIENCE.min(interval.max(Duration::from_secs(1)));
+        let round = match self.hand_over(entries, store, patience).await {
+            Ok(()) => Round::Stored,
+            Err(StoreError::Refused(_)) => Round::Failed("Refused"),
+            Err(StoreError::Late(_)) => Round::Failed("Late"),
+        };
+        count_round(node.agent_id(), &SCOPES, round);
+    }
+
+    /// Makes the records of a pass, off the async workers.
+    async fn records(&mut self, look: Look) -> [Vec<Entry>; 3] {
+        let Some(mut maker) = self.maker.take() else {
+            return Default::default();
+        };
+        let (maker, entries) = blocking(move || {
+            let entries = maker.make(&look);
+            (maker, entries)
         })
         .await;
-        self.reader = reader;
-        let snapshot = node.link.observed().snapshot;
-        let reading = reading.with_observed(snapshot.as_deref());
-        let kernels: Vec<KernelFacts> = node
-            .registry
-            .all()
-            .iter()
-            .filter_map(|kernel| facts(kernel, born))
-            .collect();
-        let [of_node, of_kernels, of_processes] = self.records.observe(&Pass {
-            agent_id: node.agent_id(),
-            kernels: &kernels,
-            snapshot: snapshot.as_deref(),
-            processes: &processes,
-            reading: &reading,
-            interval,
-        });
+        self.maker = Some(maker);
+        entries
+    }
+
+    /// Gives the store the entries of node, kernels and processes, and what kernels' it has missed.
+    async fn hand_over(
+        &mut self,
+        entries: [Vec<Entry>; 3],
+        store: &dyn RecordStore,
+        patience: Duration,
+    ) -> Result<(), StoreError> {
+        let [of_node, of_kernels, of_processes] = entries;
         for entry in of_kernels {
             if self.waiting.len() < WAITING || self.waiting.contains_key(&entry.key) {
                 self.waiting.insert(entry.key.clone(), entry);
@@ -229,33 +287,27 @@ impl Publisher {
             .chain(self.waiting.values().cloned())
             .chain(of_processes)
             .collect();
-        let patience = PATIENCE.min(interval.max(Duration::from_secs(1)));
         let stored = match tokio::time::timeout(patience, store.put(batch)).await {
             Ok(stored) => stored,
             Err(_) => Err(StoreError::Late(patience)),
         };
-        match stored {
+        match &stored {
             Ok(()) => {
                 self.waiting.clear();
                 if std::mem::take(&mut self.trouble) {
                     tracing::info!("statistics reach the store again");
                 }
-                count_round(node.agent_id(), &SCOPES, Round::Stored);
             }
             Err(err) => {
                 if !std::mem::replace(&mut self.trouble, true) {
                     tracing::warn!(
-                        err = &err as &dyn std::error::Error,
+                        err = err as &dyn std::error::Error,
                         "the manager gets no statistics; they are kept for it"
                     );
                 }
-                let why = match err {
-                    StoreError::Refused(_) => "Refused",
-                    StoreError::Late(_) => "Late",
-                };
-                count_round(node.agent_id(), &SCOPES, Round::Failed(why));
             }
         }
+        stored
     }
 }
 
@@ -271,8 +323,8 @@ mod tests {
     use super::*;
     use shared::ids::{ContainerId, KernelId};
     use shared::observed::{
-        ContainerSample, CpuCounters, Measured, MemoryCounters, ProcessCounters, ProcessSample,
-        Source,
+        ContainerSample, CpuCounters, Measured, MemoryCounters, ObservedWriter, ProcessCounters,
+        ProcessSample, Source,
     };
 
     #[test]
@@ -382,5 +434,41 @@ mod tests {
         assert_eq!(told[&10]["cpu_util"]["current"], "500", "{told:?}");
         assert_eq!(told[&10]["io_read"]["stats.rate"], "500", "{told:?}");
         assert_eq!(look(115, 108, 3000), None);
+    }
+
+    /// One worker, which others need too.
+    #[tokio::test(flavor = "current_thread")]
+    async fn others_go_on_while_the_records_of_many_processes_are_made() {
+        const PROCESSES: u32 = 16_384;
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut writer = ObservedWriter::open(base.path(), shared::Sizes::default()).unwrap();
+        let processes = Processes {
+            tick: 1,
+            taken_monotonic_ns: 1,
+            list: (1..=PROCESSES)
+                .map(|pid| ProcessSample {
+                    container_id: ContainerId([7; 32]),
+                    pid,
+                    counters: ProcessCounters {
+                        user_ns: Some(1),
+                        system_ns: Some(1),
+                        rss_bytes: Some(1),
+                        ..ProcessCounters::default()
+                    },
+                    ..ProcessSample::default()
+                })
+                .collect(),
+            ..Processes::default()
+        };
+        writer
+            .batch(|batch| batch.set_processes(processes))
+            .unwrap();
+        let mut publisher = Publisher::of(base.path());
+        let other = tokio::spawn(async {});
+        let [_, _, entries] = publisher.records(Look::default()).await;
+        assert!(other.is_finished(), "nothing else was done meanwhile");
+        let told: BTreeMap<u32, serde_json::Value> =
+            rmp_serde::from_slice(&entries[0].value).unwrap();
+        assert_eq!(told.len(), usize::try_from(PROCESSES).unwrap());
     }
 }
