@@ -168,7 +168,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
         .as_secs_f64();
     let mut clock = tokio::time::interval(interval);
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut publisher = Publisher::of(node.link.run_dir().dataplane());
+    let mut publisher = Publisher::of(&node.link.run_dir().dataplane());
     loop {
         tokio::select! {
             _ = clock.tick() => publisher.pass(&node, &*store, born, slower).await,
@@ -320,6 +320,9 @@ fn facts(kernel: &Kernel, born: f64) -> Option<KernelFacts> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
     use shared::ids::{ContainerId, KernelId};
     use shared::observed::{
@@ -470,5 +473,112 @@ mod tests {
         let told: BTreeMap<u32, serde_json::Value> =
             rmp_serde::from_slice(&entries[0].value).unwrap();
         assert_eq!(told.len(), usize::try_from(PROCESSES).unwrap());
+    }
+
+    /// A Redis that is away until it is told to answer.
+    #[derive(Debug, Default)]
+    struct Away {
+        hangs: AtomicBool,
+        answers: AtomicBool,
+        kept: Mutex<BTreeMap<String, Entry>>,
+    }
+
+    impl RecordStore for Away {
+        fn put(&self, entries: Vec<Entry>) -> BoxFuture<'_, Result<(), StoreError>> {
+            Box::pin(async move {
+                if self.hangs.load(Ordering::Relaxed) {
+                    return std::future::pending().await;
+                }
+                if !self.answers.load(Ordering::Relaxed) {
+                    return Err(StoreError::Refused("no route to host".into()));
+                }
+                let entries = entries.into_iter().map(|entry| (entry.key.clone(), entry));
+                self.kept.lock().unwrap().extend(entries);
+                Ok(())
+            })
+        }
+    }
+
+    fn entry(key: &str, value: u8, life: Duration) -> Entry {
+        Entry {
+            key: key.to_owned(),
+            value: vec![value],
+            life,
+        }
+    }
+
+    /// The entries of a pass over these kernels.
+    fn pass(value: u8, kernels: &[&str]) -> [Vec<Entry>; 3] {
+        let of_kernels = kernels.iter().map(|key| entry(key, value, KERNEL_LIFE));
+        [
+            vec![entry("i-node01", value, NODE_LIFE)],
+            of_kernels.collect(),
+            vec![entry("container", value, PROCESS_LIFE)],
+        ]
+    }
+
+    #[tokio::test]
+    async fn the_last_record_of_a_kernel_outlives_an_outage_of_the_store() {
+        let mut publisher = Publisher::of(Path::new("/nonexistent"));
+        let store = Away::default();
+        let patience = Duration::from_secs(5);
+        let refused = publisher.hand_over(pass(1, &["ended", "runs"]), &store, patience);
+        assert!(matches!(refused.await, Err(StoreError::Refused(_))));
+        store.hangs.store(true, Ordering::Relaxed);
+        let soon = Duration::from_millis(1);
+        let late = publisher.hand_over(pass(2, &["ended", "runs"]), &store, soon);
+        assert!(matches!(late.await, Err(StoreError::Late(after)) if after == soon));
+        // One has ended, and there is no news of the other.
+        let late = publisher.hand_over(pass(3, &[]), &store, soon);
+        assert!(matches!(late.await, Err(StoreError::Late(_))));
+
+        store.hangs.store(false, Ordering::Relaxed);
+        store.answers.store(true, Ordering::Relaxed);
+        let pass_4 = pass(4, &["runs"]);
+        publisher.hand_over(pass_4, &store, patience).await.unwrap();
+        let kept = std::mem::take(&mut *store.kept.lock().unwrap());
+        let kept: Vec<Entry> = kept.into_values().collect();
+        let wanted = [
+            entry("container", 4, PROCESS_LIFE),
+            entry("ended", 2, KERNEL_LIFE),
+            entry("i-node01", 4, NODE_LIFE),
+            entry("runs", 4, KERNEL_LIFE),
+        ];
+        assert_eq!(kept, wanted);
+
+        // Nothing is handed over twice: a record that the store has dropped stays away.
+        publisher
+            .hand_over(pass(5, &[]), &store, patience)
+            .await
+            .unwrap();
+        let kept = std::mem::take(&mut *store.kept.lock().unwrap());
+        assert_eq!(
+            kept.into_keys().collect::<Vec<_>>(),
+            ["container", "i-node01"]
+        );
+    }
+
+    #[tokio::test]
+    async fn so_many_records_wait_for_the_store_and_those_that_wait_are_renewed() {
+        let mut publisher = Publisher::of(Path::new("/nonexistent"));
+        let store = Away::default();
+        let patience = Duration::from_secs(5);
+        let names: Vec<String> = (0..=WAITING).map(|number| format!("{number:05}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (last, first) = names.split_last().unwrap();
+        for (value, kernels) in [(1, first), (2, &[*last, first[0]][..])] {
+            let refused = publisher.hand_over(pass(value, kernels), &store, patience);
+            assert!(refused.await.is_err());
+        }
+        store.answers.store(true, Ordering::Relaxed);
+        publisher
+            .hand_over(pass(3, &[]), &store, patience)
+            .await
+            .unwrap();
+        let kept = store.kept.lock().unwrap();
+        assert!(!kept.contains_key(*last));
+        assert_eq!(kept[first[0]].value, [2]);
+        assert_eq!(kept[first[1]].value, [1]);
+        assert_eq!(kept.len(), WAITING + 2);
     }
 }
