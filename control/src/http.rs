@@ -91,8 +91,7 @@ impl Service {
     }
 
     async fn scene(&self) -> Scene {
-        let observed = self.node.link.observed().snapshot;
-        let reading = HostReading::now().await.with_observed(observed.as_deref());
+        let reading = HostReading::now().await;
         Scene::of(&self.node, reading, self.engine.state())
     }
 }

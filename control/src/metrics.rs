@@ -3,7 +3,8 @@
 //! In: one look at the node ([`Scene`]): the observed region, the kernels, the host. Out: the page of
 //! a scrape, made when it is asked for. Invariants: every family is declared once, here or in a
 //! module below, and listed in `docs/metrics.md`; labels come from the node's own objects, so their
-//! number is bounded; the series of a container end with it; what was not measured has no series.
+//! number is bounded; the series of a container end with it; what was not measured has no series,
+//! and what was measured is shown for [`patience`] only: a number that stays as it is looks idle.
 
 mod containers;
 mod folders;
@@ -13,7 +14,7 @@ mod recorder;
 
 use std::time::Duration;
 
-use shared::observed::ObservedSnapshot;
+use shared::observed::{ContainerSample, ObservedSnapshot};
 
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
@@ -26,6 +27,17 @@ use crate::storage_proxy;
 pub use folders::Folders;
 pub use page::{Family, Kind, Page};
 pub use recorder::{Recorder, Round, count_call, count_request, count_round, own_families};
+
+/// Samples may be this many intervals old, and a little more for a busy machine.
+const INTERVALS: u32 = 3;
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How old a sample may be to be told, where one is taken every `interval`.
+pub fn patience(interval: Duration) -> Duration {
+    interval
+        .checked_mul(INTERVALS)
+        .map_or(Duration::MAX, |all| all.saturating_add(GRACE))
+}
 
 /// What is said of a kernel in its labels.
 #[derive(Clone, Debug, Default)]
@@ -95,7 +107,7 @@ pub struct Scene {
     pub observed: Observed,
     /// Between two passes of the dataplane, as configured.
     pub interval: Duration,
-    /// What the host says.
+    /// What the host says, without what the dataplane finds.
     pub reading: HostReading,
     /// The engine.
     pub engine: EngineState,
@@ -159,6 +171,25 @@ impl Scene {
     pub fn sample_age(&self) -> Option<Duration> {
         let taken = self.snapshot()?.node.as_ref()?.taken_monotonic_ns;
         Some(Duration::from_nanos(self.now_ns.saturating_sub(taken)))
+    }
+
+    fn is_old(&self, taken_ns: u64) -> bool {
+        let age = Duration::from_nanos(self.now_ns.saturating_sub(taken_ns));
+        age > patience(self.interval)
+    }
+
+    /// What the dataplane says, unless its last pass is long ago.
+    fn fresh(&self) -> Option<&ObservedSnapshot> {
+        let node = |snapshot: &&ObservedSnapshot| {
+            let node = snapshot.node.as_ref();
+            !node.is_some_and(|node| self.is_old(node.taken_monotonic_ns))
+        };
+        self.snapshot().filter(node)
+    }
+
+    /// Whether the numbers of a container are told.
+    fn is_fresh(&self, sample: &ContainerSample) -> bool {
+        !self.is_old(sample.taken_monotonic_ns)
     }
 
     fn snapshot(&self) -> Option<&ObservedSnapshot> {

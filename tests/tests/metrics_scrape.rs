@@ -470,6 +470,13 @@ async fn a_real_prometheus_has_data_for_the_dashboard_and_takes_the_alerts() -> 
         raised.contains(&"BaiDataplaneDown").then_some(())
     })
     .await?;
+    // The kernel is not told to rest while nobody measures it.
+    wait::until("the numbers of the kernel have ended", PATIENCE, || async {
+        let left = prometheus.query("container_cpu_usage_seconds_total").ok()?;
+        let seen = prometheus.query("container_last_seen").ok()?;
+        (left == 0 && seen == 1).then_some(())
+    })
+    .await?;
     let rules = prometheus.ask("/api/v1/rules")?;
     for rule in rules["groups"][0]["rules"].as_array().context("rules")? {
         if rule["health"] != "ok" {

@@ -10,16 +10,13 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::kernel::node::Node;
-use crate::metrics::{EngineState, Scene};
+use crate::metrics::{EngineState, Scene, patience};
 use crate::runner::RUNNER_VERSION;
 
 /// Between two questions to the engine.
 const ENGINE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long the engine may take.
 const ENGINE_PATIENCE: Duration = Duration::from_secs(5);
-/// Samples may be this many intervals old, and a little more for a busy machine.
-const INTERVALS: u32 = 3;
-const GRACE: Duration = Duration::from_secs(2);
 
 /// What the engine said lately.
 #[derive(Clone, Debug)]
@@ -75,11 +72,10 @@ impl Health {
     /// Judges what is seen; `interval` is that of the samples.
     pub fn of(scene: &Scene, interval: Duration) -> Health {
         let sample_age = scene.sample_age();
-        let limit = interval * INTERVALS + GRACE;
         Health {
             dataplane: scene.observed.is_alive(),
             heartbeat: scene.observed.heartbeat_age,
-            samples: sample_age.is_some_and(|age| age <= limit),
+            samples: sample_age.is_some_and(|age| age <= patience(interval)),
             sample_age,
             engine: scene.engine,
         }

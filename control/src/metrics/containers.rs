@@ -151,13 +151,18 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
             })
         })
         .collect();
-    utilization(scene, snapshot, &shown, page);
-    known_series(&shown, page);
-    accelerators(&snapshot.accelerators, &shown, page);
+    let fresh: Vec<&Shown<'_>> = shown
+        .iter()
+        .filter(|container| scene.is_fresh(container.sample))
+        .collect();
+    utilization(scene, snapshot, &fresh, page);
+    known_series(&shown, &fresh, page);
+    let rows = scene.fresh().map(|snapshot| &snapshot.accelerators[..]);
+    accelerators(rows.unwrap_or_default(), &fresh, page);
 }
 
 /// What each container's own processes use of each device.
-fn accelerators(rows: &[AcceleratorRow], shown: &[Shown<'_>], page: &mut Page) {
+fn accelerators(rows: &[AcceleratorRow], shown: &[&Shown<'_>], page: &mut Page) {
     if rows.iter().all(|row| row.users.is_empty()) {
         return;
     }
@@ -192,7 +197,7 @@ fn accelerators(rows: &[AcceleratorRow], shown: &[Shown<'_>], page: &mut Page) {
 }
 
 /// The original's family: measured values as they are, so that the manager's rates work.
-fn utilization(scene: &Scene, snapshot: &ObservedSnapshot, shown: &[Shown<'_>], page: &mut Page) {
+fn utilization(scene: &Scene, snapshot: &ObservedSnapshot, shown: &[&Shown<'_>], page: &mut Page) {
     for Shown {
         sample, subject, ..
     } in shown
@@ -283,19 +288,20 @@ const SERIES: &[(&Family, Read)] = &[
     (&SEND_ERRORS, read!(net.tx_errors)),
 ];
 
-fn known_series(shown: &[Shown<'_>], page: &mut Page) {
+/// Of a sample that is too old only its moment is told, and what no sample says.
+fn known_series(shown: &[Shown<'_>], fresh: &[&Shown<'_>], page: &mut Page) {
     for container in shown {
         let session = labels(&[("session_id", &container.subject.session)]);
         page.sample(&INFO, &format!("{},{session}", container.labels), 1_u64);
     }
-    for container in shown {
+    for container in fresh {
         // The label that tells the sum from single cores there.
         let with_cpu = format!("{},cpu=\"total\"", container.labels);
         let used = container.sample.cpu.get().and_then(|cpu| cpu.usage_ns);
         page.measured(&CPU_USAGE, &with_cpu, used.map(seconds));
     }
     for (family, read) in SERIES {
-        for container in shown {
+        for container in fresh {
             page.measured(family, &container.labels, read(container.sample));
         }
     }

@@ -5,7 +5,7 @@ use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus
 
 use super::page::{Number, families, labels, seconds};
 use super::{Page, Scene};
-use crate::stats::node::measurements;
+use crate::stats::node::{HostReading, measurements};
 
 families! {
     DEVICE = Gauge "backendai_device_utilization" ["device_metric_name agent_id device_id value_type"]
@@ -92,25 +92,30 @@ families! {
 }
 
 pub(super) fn render(scene: &Scene, page: &mut Page) {
-    devices(scene, page);
+    let fresh = scene.fresh();
+    let reading = scene.reading.clone().with_observed(fresh);
+    devices(scene, fresh, &reading, page);
     agent(scene, page);
     let snapshot = scene.snapshot();
     dataplane(scene, snapshot, page);
     if let Some(snapshot) = snapshot {
         ports(scene, snapshot, page);
     }
-    node(scene, snapshot, page);
-    if let Some(snapshot) = snapshot {
-        accelerators(&snapshot.accelerators, page);
+    node(fresh, &reading, page);
+    if let Some(fresh) = fresh {
+        accelerators(&fresh.accelerators, page);
     }
 }
 
-fn devices(scene: &Scene, page: &mut Page) {
-    let accelerators = scene
-        .snapshot()
-        .map_or(&[][..], |snapshot| snapshot.accelerators.as_slice());
+fn devices(
+    scene: &Scene,
+    fresh: Option<&ObservedSnapshot>,
+    reading: &HostReading,
+    page: &mut Page,
+) {
+    let accelerators = fresh.map_or(&[][..], |snapshot| snapshot.accelerators.as_slice());
     // The time between samples is no capacity of a counter.
-    for (_, list) in measurements(&scene.reading, Decimal::ZERO, accelerators) {
+    for (_, list) in measurements(reading, Decimal::ZERO, accelerators) {
         for (id, measured) in list {
             let common = labels(&[
                 ("device_metric_name", &measured.quantity.key),
@@ -169,6 +174,7 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
     let Some(snapshot) = snapshot else {
         return;
     };
+    // These are of the last pass, however long ago that is.
     if let Some(node) = &snapshot.node {
         page.sample(&TICKS, "", node.tick);
         page.measured(&PASS, "", node.counters.pass_ns.map(seconds));
@@ -176,10 +182,10 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
         page.measured(&LATE, "", node.counters.tick_late_ns.map(seconds));
         page.measured(&MISSED, "", node.counters.ticks_missed);
         page.measured(&SAMPLED, "", node.counters.containers_sampled);
-        page.measured(&DESCRIPTORS, "", node.counters.descriptors_open);
     }
     page.sample(&INVALID, "", u64::from(snapshot.invalid_rows));
-    if let Some(node) = &snapshot.node {
+    if let Some(node) = scene.fresh().and_then(|fresh| fresh.node.as_ref()) {
+        page.measured(&DESCRIPTORS, "", node.counters.descriptors_open);
         page.measured(&RELAY_SESSIONS, "", node.counters.sessions_active);
         page.measured(&RELAY_TOTAL, "", node.counters.sessions_total);
         page.measured(&SHED, "", node.counters.accepts_shed);
@@ -248,8 +254,8 @@ fn ports(scene: &Scene, snapshot: &ObservedSnapshot, page: &mut Page) {
     }
 }
 
-fn node(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page) {
-    let counters = snapshot
+fn node(fresh: Option<&ObservedSnapshot>, reading: &HostReading, page: &mut Page) {
+    let counters = fresh
         .and_then(|snapshot| snapshot.node.as_ref())
         .map(|node| node.counters)
         .unwrap_or_default();
@@ -276,7 +282,7 @@ fn node(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page) {
         let labels = labels(&[("resource", resource), ("kind", kind)]);
         page.measured(&PRESSURE, &labels, value.map(seconds));
     }
-    for (device, space) in &scene.reading.disks {
+    for (device, space) in &reading.disks {
         for (state, value) in [("total", space.total), ("used", space.used)] {
             let labels = labels(&[("device", device), ("state", state)]);
             page.sample(&DISK, &labels, value);

@@ -4,15 +4,15 @@ use std::sync::Arc;
 use shared::desired::{PortKey, Protocol};
 use shared::ids::{ContainerId, KernelId, RegionId};
 use shared::observed::{
-    AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, ForwardPath,
-    IoCounters, Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample, PidsCounters,
-    PortState, PortStatus, Source,
+    AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, DiskSpace,
+    ForwardPath, IoCounters, Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample,
+    PidsCounters, PortState, PortStatus, Source,
 };
 
 use super::*;
 use crate::stats::fixture::card;
 use crate::stats::kernels::HeldDevices;
-use crate::stats::node::{Space as Filled, Traffic};
+use crate::stats::node::Space as Filled;
 use crate::storage_proxy::{
     Answer, FolderId, FolderUsage, Knowledge, Mounted, Next, Question, Quota, Space, Volume,
     VolumeHealth,
@@ -216,6 +216,11 @@ fn scene(containers: u16) -> Scene {
             io_pressure_full_ns: some,
             ..NodeCounters::default()
         },
+        disks: vec![DiskSpace {
+            device: "/dev/vda".to_owned(),
+            total_bytes: 2,
+            used_bytes: 1,
+        }],
         ..NodeSample::default()
     };
     Scene {
@@ -239,12 +244,7 @@ fn scene(containers: u16) -> Scene {
             at_ns: 1,
             cores_ns: vec![1_000_000, 2_000_000],
             memory: Some(Filled { used: 1, total: 2 }),
-            disks: vec![("/dev/vda".to_owned(), Filled { used: 1, total: 2 })],
-            network: Some(Traffic {
-                taken_ns: 1,
-                received: 1,
-                sent: 2,
-            }),
+            ..HostReading::default()
         },
         engine: EngineState {
             answers: true,
@@ -451,6 +451,72 @@ fn nothing_measured_is_nothing_shown() {
     scene.observed.snapshot = Some(Arc::default());
     assert!(!scene.render().contains("container_"));
     assert!(!Scene::default().render().is_empty());
+}
+
+/// With a dataplane that is gone, its last numbers would stay: a rate of 0 whatever happens.
+#[test]
+fn an_old_sample_tells_only_when_it_was_taken() {
+    let mut scene = scene(2);
+    let names = |scene: &Scene| -> BTreeSet<String> {
+        let series = parse(&scene.render());
+        let names = series.keys().filter_map(|key| key.split('{').next());
+        names.map(str::to_owned).collect()
+    };
+    let all = names(&scene);
+    // Three intervals of 5 s and 2 s after the node's sample, which is the last.
+    scene.now_ns = 18_000_000_000;
+    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    for sample in &mut Arc::make_mut(snapshot).containers {
+        sample.taken_monotonic_ns = 1_000_000_000;
+    }
+    assert_eq!(names(&scene), all);
+
+    // One of the containers only.
+    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    Arc::make_mut(snapshot).containers[1].taken_monotonic_ns = 999_999_999;
+    let series = parse(&scene.render());
+    let of = |number| {
+        let kernel = kernel_id(number).to_string();
+        let names = series.keys().filter(|key| key.contains(&kernel));
+        let names = names.filter_map(|key| key.split('{').next());
+        names.map(str::to_owned).collect::<BTreeSet<String>>()
+    };
+    let unmeasured = [
+        "bai_container_info",
+        "container_last_seen",
+        "container_start_time_seconds",
+    ];
+    let unmeasured = BTreeSet::from(unmeasured.map(str::to_owned));
+    assert_eq!(of(1), unmeasured);
+    assert!(of(0).len() > 40, "{:?}", of(0));
+
+    scene.now_ns += 1;
+    let series = parse(&scene.render());
+    let old: BTreeSet<&str> = series
+        .keys()
+        .filter(|key| !key.starts_with("backendai_device_utilization"))
+        .filter_map(|key| key.split('{').next())
+        .filter(|name| {
+            [
+                "container_",
+                "bai_container_",
+                "bai_node_",
+                "bai_accelerator_",
+                "backendai_",
+            ]
+            .iter()
+            .any(|start| name.starts_with(start))
+        })
+        .collect();
+    assert_eq!(old, unmeasured.iter().map(String::as_str).collect());
+    // What the agent reads itself goes on.
+    let devices: BTreeSet<&str> = series
+        .keys()
+        .filter_map(|key| key.strip_prefix("backendai_device_utilization{device_metric_name=\""))
+        .filter_map(|rest| rest.split('"').next())
+        .collect();
+    assert_eq!(devices, BTreeSet::from(["cpu_util", "mem"]));
+    assert!(series.contains_key("bai_sample_age_seconds"));
 }
 
 #[test]
