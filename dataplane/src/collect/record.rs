@@ -109,7 +109,8 @@ pub(super) fn memory_counters(
         let swap_failures = if counts_swap { record.swap_failures } else { 0 };
         MemoryCounters {
             limit_bytes: limit(record.memory_least_limit_pages),
-            swap_bytes: swap,
+            // Not accounted is not compared either.
+            swap_bytes: swap.filter(|_| counts_swap),
             max_events: Some(record.memory_failures.saturating_add(swap_failures)),
             ..both
         }

@@ -62,6 +62,12 @@ impl Tree {
         }
     }
 
+    /// Whether any hierarchy has a file of a group.
+    fn has(&self, group: u8, file: &str) -> bool {
+        let path = format!("{}/{group}/{file}", self.name);
+        self.roots.iter().any(|root| root.join(&path).exists())
+    }
+
     fn run(&mut self, group: &str, script: &str) {
         let enter: String = self
             .roots
@@ -207,6 +213,7 @@ fn the_program_says_what_the_files_say() {
             (500 + number * 11) << 20,
         );
         tree.set(group, "memory.max", (300 + number * 7) << 20);
+        tree.set(group, "memory.swap.max", (200 + number * 17) << 20);
         tree.set(group, "pids.max", 77 + number * 13);
         tree.set(group, "cpu.cfs_quota_us", 60_000 + number * 1_000);
     }
@@ -299,7 +306,18 @@ fn the_program_says_what_the_files_say() {
             .iter()
             .all(|it| it.pids.counters.current == Some(1));
         if quiet && peaks && equal && by_program && alone {
-            for sample in ours.samples.iter() {
+            for (group, sample) in (0..GROUPS).zip(ours.samples.iter()) {
+                let number = u64::from(group);
+                let swap_limit = if tree.has(group, "memory.swap.max") {
+                    Some((200 + number * 17) << 20)
+                } else if tree.has(group, "memory.memsw.limit_in_bytes") {
+                    Some((500 + number * 11) << 20)
+                } else {
+                    None
+                };
+                let memory = &sample.memory.counters;
+                assert_eq!(memory.swap_limit_bytes, swap_limit);
+                assert_eq!(memory.swap_bytes.is_some(), swap_limit.is_some());
                 let cpu = &sample.cpu.counters;
                 assert!(cpu.usage_ns > Some(0));
                 if unified {

@@ -549,7 +549,9 @@ fn candidate_layouts(orders: &[AtomicU64]) -> Vec<[u64; STAT_ITEMS]> {
         .collect()
 }
 
-/// Where memory of the kernel's own is among the items of a layout.
+/// Where what is swapped out is among the items of a layout.
+const SWAP_ITEM: usize = 4;
+/// Where memory of the kernel's own is.
 const KERNEL_ITEM: usize = 5;
 
 /// Whether a record says what the file says, and enough of it that chance can't.
@@ -584,7 +586,15 @@ fn agrees(text: &str, unified: bool, record: &CgroupRecord) -> bool {
         // Nothing is no slack where the file tells of something, however little (Linux 7.2).
         file.abs_diff(ours) <= slack && (ours > 0 || file == 0)
     });
-    telling >= 2 && kernel_agrees
+    // Version 1 where it accounts swap; version 2 counts it elsewhere. Most nodes have none, which is
+    // all there is to compare then.
+    let told = keyed(text, "total_swap").filter(|_| !unified);
+    let swap_agrees = told.is_none_or(|file| {
+        let slack = (file / 10).max(4 << 20);
+        let ours = bytes(record.stat_pages[SWAP_ITEM]);
+        file.abs_diff(ours) <= slack && (ours > 0) == (file > 0)
+    });
+    telling >= 2 && kernel_agrees && swap_agrees
 }
 
 #[cfg(test)]
@@ -628,6 +638,30 @@ mod tests {
             !agrees(empty, true, &CgroupRecord::default()),
             "says nothing"
         );
+    }
+
+    #[test]
+    fn swap_of_version_1_is_believed_only_when_the_file_says_the_same() {
+        let mebi = |count: u64| (count << 20) / rustix::param::page_size() as u64;
+        let text = |swap: &str| {
+            format!(
+                "total_cache 209715200\ntotal_rss 314572800\ntotal_shmem 1048576\n\
+                 total_inactive_file 104857600\n{swap}"
+            )
+        };
+        let agrees = |swap: &str, pages: u64| {
+            let record = CgroupRecord {
+                stat_pages: [mebi(100), mebi(300), mebi(200), mebi(1), pages, 0],
+                ..CgroupRecord::default()
+            };
+            agrees(&text(swap), false, &record)
+        };
+        assert!(agrees("total_swap 0\n", 0));
+        assert!(!agrees("total_swap 0\n", 1), "another item");
+        assert!(agrees("total_swap 33554432\n", mebi(30)));
+        assert!(!agrees("total_swap 33554432\n", mebi(20)));
+        assert!(!agrees("total_swap 4096\n", 0), "swap that is not seen");
+        assert!(agrees("", mebi(20)), "the kernel accounts no swap");
     }
 
     /// The whole of it on this kernel: a cgroup is found with its own numbers, and missed when it goes.
