@@ -372,17 +372,23 @@ fn register(poll: &Poll, fd: RawFd, token: Token) -> Result<(), AppError> {
 /// Room for what the desired region can ask for, or for what the configuration says.
 fn region_sizes(reader: &mut DesiredReader, options: &Options) -> Sizes {
     let told = reader.snapshot().ok().and_then(|_| reader.sizes());
-    let configured = Sizes {
-        ports: options.max_ports,
-        containers: options.max_containers,
-        accelerators: accelerator::room(&options.accelerators.root),
-        ..Sizes::default()
-    };
-    told.map_or(configured, |told| Sizes {
-        ports: told.ports.max(configured.ports),
-        containers: told.containers.max(configured.containers),
-        ..configured
-    })
+    let accelerators = accelerator::room(&options.accelerators.root);
+    sizes_for(
+        told,
+        options.max_ports,
+        options.max_containers,
+        accelerators,
+    )
+}
+
+fn sizes_for(told: Option<Sizes>, ports: u32, containers: u32, accelerators: u32) -> Sizes {
+    let containers = told.map_or(containers, |told| told.containers.max(containers));
+    Sizes {
+        ports: told.map_or(ports, |told| told.ports.max(ports)),
+        containers,
+        accelerators,
+        processes: Sizes::processes_of(containers),
+    }
 }
 
 #[cfg(test)]
@@ -392,5 +398,22 @@ mod tests {
     #[test]
     fn few_threads_whatever_the_machine() {
         assert_eq!([1, 2, 8, 12, 64].map(threads_for), [1, 2, 2, 3, 4]);
+    }
+
+    #[test]
+    fn room_for_processes_grows_with_that_for_containers() {
+        let processes = |told: Option<u32>, containers| {
+            let told = told.map(|containers| Sizes {
+                containers,
+                ..Sizes::default()
+            });
+            sizes_for(told, 10, containers, 1).processes
+        };
+        assert_eq!(processes(None, 16), 16_384);
+        assert_eq!(processes(None, 1_000), 32_000);
+        assert_eq!(processes(Some(2_000), 1_000), 64_000);
+        assert_eq!(processes(Some(500), 1_000), 32_000);
+        let most = sizes_for(None, 10, Sizes::LIMIT.containers, 1);
+        assert!(most.are_possible(), "{most:?}");
     }
 }

@@ -227,7 +227,7 @@ pub struct Sizes {
     pub containers: u32,
     /// Accelerator rows.
     pub accelerators: u32,
-    /// Process rows of one bank (there are two).
+    /// Process rows of one bank (there are two); see [`Sizes::processes_of`].
     pub processes: u32,
 }
 
@@ -237,7 +237,7 @@ impl Default for Sizes {
             ports: 1_001,
             containers: 1_024,
             accelerators: 64,
-            processes: 16_384,
+            processes: Self::processes_of(1_024),
         }
     }
 }
@@ -250,6 +250,17 @@ impl Sizes {
         accelerators: 1_024,
         processes: 262_144,
     };
+
+    /// Process rows that suit so many containers: 32 for each, since most have a few, and a share of
+    /// what others leave for those that have hundreds.
+    #[must_use]
+    pub const fn processes_of(containers: u32) -> u32 {
+        match containers.saturating_mul(32) {
+            few if few < 16_384 => 16_384,
+            many if many > Self::LIMIT.processes => Self::LIMIT.processes,
+            suiting => suiting,
+        }
+    }
 
     /// The larger of both, table by table.
     #[must_use]

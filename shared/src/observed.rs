@@ -15,7 +15,7 @@ pub use counters::{
     AcceleratorCounters, CounterInfo, CpuCounters, DiskCounters, GROUPS, IoCounters, Measured,
     MemoryCounters, NetCounters, NodeCounters, PidsCounters, ProcessCounters, Source, UNLIMITED,
 };
-pub use reader::{ObservedReader, ObservedSnapshot, Processes};
+pub use reader::{ObservedReader, ObservedSnapshot, ProcessCounts, Processes};
 pub use rows::{
     AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     DiskSpace, ForwardPath, InKernel, MigInstance, NEIGHBOURS, Nearness, NodeSample, PortState,

@@ -13,7 +13,7 @@ use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, MigInstance, Nearness,
     NodeCounters, NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus,
-    ProcessCounters, ProcessSample, Processes, RelayEngine, Samples, Source,
+    ProcessCounters, ProcessCounts, ProcessSample, Processes, RelayEngine, Samples, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -835,6 +835,7 @@ fn processes_beyond_the_pool_are_counted() {
     let mut writer = ObservedWriter::open(directory.path(), SIZES).unwrap();
     let mut reader = ObservedReader::open(directory.path()).unwrap();
     assert_eq!(reader.processes().unwrap().list.len(), 0);
+    assert_eq!(reader.snapshot().unwrap().processes, None);
     let processes = |tick, list, left_out| Processes {
         tick,
         taken_monotonic_ns: tick + 100,
@@ -862,6 +863,11 @@ fn processes_beyond_the_pool_are_counted() {
         assert_eq!((got.tick, got.left_out, got.invalid_rows), (tick, 6, 0));
         assert_eq!(got.taken_monotonic_ns, tick + 100);
         assert_eq!(got.list, list[..5]);
+        let counts = ProcessCounts {
+            listed: 5,
+            left_out: 6,
+        };
+        assert_eq!(reader.snapshot().unwrap().processes, Some(counts));
     }
     writer
         .batch(|batch| batch.set_processes(processes(5, vec![process(1)], 0)))

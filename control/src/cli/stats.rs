@@ -40,6 +40,10 @@ fn document(look: &Look) -> Value {
             "epoch": look.observed.epoch,
         },
         "node": node.map_or_else(|| json!({}), stats::node_map),
+        "processes": look.observed.processes.map(|counts| json!({
+            "listed": counts.listed,
+            "left_out": counts.left_out,
+        })),
         "kernels": kernels,
         "devices": look.observed.accelerators.iter().map(device).collect::<Vec<_>>(),
         "ports": look.observed.ports.iter().map(|status| json!({
@@ -100,9 +104,25 @@ fn table(look: &Look) {
     if look.observed.containers.is_empty() {
         say!("no kernel is measured");
     }
+    if let Some(hint) = hint(look) {
+        say!("{hint}");
+    }
     if !look.is_alive() {
         say!("bai-dataplane does not run: these are its last words");
     }
+}
+
+/// What the records of processes lack.
+fn hint(look: &Look) -> Option<String> {
+    let counts = look.observed.processes?;
+    let all = u64::from(counts.listed) + u64::from(counts.left_out);
+    (counts.left_out > 0).then(|| {
+        format!(
+            "{} of {all} processes have no numbers of their own: 256 of a kernel have, and as many in \
+             all as node.max-containers makes room for",
+            counts.left_out
+        )
+    })
 }
 
 fn row(sample: &ContainerSample) -> [String; 9] {
@@ -127,4 +147,29 @@ fn row(sample: &ContainerSample) -> [String; 9] {
             .and_then(|pids| pids.current)
             .map_or_else(|| "-".to_owned(), |tasks| tasks.to_string()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use shared::observed::{ObservedSnapshot, ProcessCounts};
+
+    #[test]
+    fn processes_that_are_left_out_are_told() {
+        let look = |listed, left_out| Look {
+            observed: Arc::new(ObservedSnapshot {
+                processes: Some(ProcessCounts { listed, left_out }),
+                ..ObservedSnapshot::default()
+            }),
+            ..Look::default()
+        };
+        let short = look(256, 44);
+        assert!(hint(&short).unwrap().starts_with("44 of 300 processes"));
+        assert_eq!(document(&short)["processes"]["left_out"], 44);
+        assert_eq!(hint(&look(256, 0)), None);
+        assert_eq!(hint(&Look::default()), None);
+        assert!(document(&Look::default())["processes"].is_null());
+    }
 }

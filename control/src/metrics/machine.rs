@@ -28,6 +28,8 @@ families! {
     LATE = Gauge "bai_dataplane_tick_late_seconds" [] "How long after its beat the last pass began.";
     MISSED = Counter "bai_dataplane_ticks_missed_total" [] "Beats that went by while a pass was under way.";
     SAMPLED = Gauge "bai_dataplane_containers" [] "Containers of the last pass.";
+    PROCESSES = Gauge "bai_processes" ["state"]
+        "Processes of all containers: listed, and left_out (beyond 256 of a container, without room, or of one that hangs).";
     DESCRIPTORS = Gauge "bai_dataplane_open_fds" [] "Descriptors the dataplane has open.";
     INVALID = Gauge "bai_observed_invalid_rows" [] "Rows of the observed region that make no sense.";
     RELAY_SESSIONS = Gauge "bai_relay_sessions" [] "Relay sessions open on all ports.";
@@ -182,6 +184,17 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
         page.measured(&LATE, "", node.counters.tick_late_ns.map(seconds));
         page.measured(&MISSED, "", node.counters.ticks_missed);
         page.measured(&SAMPLED, "", node.counters.containers_sampled);
+    }
+    let processes = scene.fresh().and_then(|fresh| fresh.processes);
+    for (state, count) in [
+        ("listed", processes.map(|counts| counts.listed)),
+        ("left_out", processes.map(|counts| counts.left_out)),
+    ] {
+        page.measured(
+            &PROCESSES,
+            &labels(&[("state", state)]),
+            count.map(u64::from),
+        );
     }
     page.sample(&INVALID, "", u64::from(snapshot.invalid_rows));
     if let Some(node) = scene.fresh().and_then(|fresh| fresh.node.as_ref()) {

@@ -6,7 +6,7 @@ use shared::ids::{ContainerId, KernelId, RegionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorUse, ContainerSample, CpuCounters, DiskCounters, DiskSpace,
     ForwardPath, IoCounters, Measured, MemoryCounters, NetCounters, NodeCounters, NodeSample,
-    PidsCounters, PortState, PortStatus, Source,
+    PidsCounters, PortState, PortStatus, ProcessCounts, Source,
 };
 
 use super::*;
@@ -235,6 +235,10 @@ fn scene(containers: u16) -> Scene {
                 ports: vec![status],
                 accelerators: vec![card],
                 node: Some(node),
+                processes: Some(ProcessCounts {
+                    listed: 900,
+                    left_out: 34,
+                }),
                 ..ObservedSnapshot::default()
             })),
             heartbeat_age: Some(Duration::from_millis(1500)),
@@ -415,6 +419,8 @@ fn known_series_have_their_units() {
     );
     assert_eq!(series["bai_sample_age_seconds"], 2.5);
     assert_eq!(series["bai_dataplane_pass_seconds"], 0.0014);
+    assert_eq!(series["bai_processes{state=\"listed\"}"], 900.0);
+    assert_eq!(series["bai_processes{state=\"left_out\"}"], 34.0);
     assert_eq!(find("bai_vfolder_used_bytes"), 7.0);
     assert_eq!(find("bai_vfolder_answer_age_seconds"), 3.0);
     assert_eq!(find("bai_volume_healthy"), 1.0);

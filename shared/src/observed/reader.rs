@@ -34,6 +34,8 @@ pub struct ObservedSnapshot {
     pub accelerators: Vec<AcceleratorRow>,
     /// The node.
     pub node: Option<NodeSample>,
+    /// How many processes were listed last, if any ever were.
+    pub processes: Option<ProcessCounts>,
     /// Rows that made no sense and were left out. Not 0 means a damaged region.
     pub invalid_rows: u32,
 }
@@ -75,12 +77,23 @@ impl ObservedSnapshot {
             containers: containers.used,
             accelerators: accelerators.used,
             node: node.as_ref().map(NodeSample::from_raw),
+            processes: copy_process_counts(mapped, committed)?,
             invalid_rows: ports
                 .invalid
                 .saturating_add(containers.invalid)
                 .saturating_add(accelerators.invalid),
         })
     }
+}
+
+/// Processes of containers in the last listing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ProcessCounts {
+    /// Those that were listed.
+    pub listed: u32,
+    /// Those that were not: beyond what is listed of one container, without room, or of a container
+    /// that hangs.
+    pub left_out: u32,
 }
 
 /// The processes of one pass.
@@ -225,6 +238,32 @@ impl ObservedReader {
                 Ok(value) => Snapshotted::Whole(value),
                 Err(Moved) => Snapshotted::Moved,
             })
+    }
+}
+
+/// The head of the bank alone.
+fn copy_process_counts(
+    mapped: &Mapped,
+    committed: Generation,
+) -> Result<Option<ProcessCounts>, Moved> {
+    let table = mapped.table(table::PROCESSES);
+    let mut counts = ProcessCounts::default();
+    let look = mapped.cell(&table, 0).look(committed.0, |slot| {
+        let (first, rows) = slot.split_at(RawBank::INFO.size / 8);
+        let mut raw = [0u8; RawBank::INFO.size];
+        copy_words(first, &mut raw);
+        let head = RawBank::load(&raw);
+        // As for the rows themselves: no more than there is room for.
+        let room = u32::try_from(rows.len() * 8 / RawProcess::INFO.size).unwrap_or(u32::MAX);
+        counts = ProcessCounts {
+            listed: head.count.min(room),
+            left_out: head.left_out,
+        };
+    });
+    match look {
+        Look::Moved => Err(Moved),
+        Look::Empty => Ok(None),
+        Look::Whole(_) => Ok(Some(counts)),
     }
 }
 
