@@ -196,21 +196,65 @@ impl Redis {
     pub fn stream(&self) -> Result<Vec<StreamEntry>> {
         let mut client = self.client()?;
         client.ask(&["SELECT", "4"])?;
-        let Answer::Array(entries) = client.ask(&["XRANGE", "events", "-", "+"])? else {
-            bail!("XRANGE answered no array")
-        };
-        entries
-            .iter()
-            .map(|entry| {
-                let fields = entry.item(1)?.items()?;
-                let pairs: Vec<(String, Vec<u8>)> = fields
-                    .chunks_exact(2)
-                    .map(|pair| Ok((pair[0].text()?, pair[1].bytes()?.to_vec())))
-                    .collect::<Result<_>>()?;
-                Ok(StreamEntry { fields: pairs })
-            })
-            .collect()
+        entries(&client.ask(&["XRANGE", "events", "-", "+"])?)
     }
+
+    /// A manager that begins to read events now.
+    pub fn manager(&self) -> Result<ManagerReader> {
+        let mut client = self.client()?;
+        client.ask(&["SELECT", "4"])?;
+        // A group that is there is as good.
+        let made = client.ask(&["XGROUP", "CREATE", "events", "manager", "$", "MKSTREAM"]);
+        if let Err(err) = made {
+            ensure!(err.to_string().contains("BUSYGROUP"), "{err}");
+        }
+        Ok(ManagerReader { client })
+    }
+}
+
+/// Reads the stream as managers do: each entry once, from where their group is.
+#[derive(Debug)]
+pub struct ManagerReader {
+    client: RedisClient,
+}
+
+impl ManagerReader {
+    /// The next entries, at most 64; none when there are none for `wait`.
+    pub fn read(&mut self, wait: Duration) -> Result<Vec<StreamEntry>> {
+        let wait = wait.as_millis().max(1).to_string();
+        let read = self.client.ask(&[
+            "XREADGROUP",
+            "GROUP",
+            "manager",
+            "a-manager",
+            "COUNT",
+            "64",
+            "BLOCK",
+            &wait,
+            "STREAMS",
+            "events",
+            ">",
+        ])?;
+        match read {
+            Answer::Nil => Ok(Vec::new()),
+            streams => entries(streams.item(0)?.item(1)?),
+        }
+    }
+}
+
+fn entries(answer: &Answer) -> Result<Vec<StreamEntry>> {
+    answer
+        .items()?
+        .iter()
+        .map(|entry| {
+            let fields = entry.item(1)?.items()?;
+            let pairs: Vec<(String, Vec<u8>)> = fields
+                .chunks_exact(2)
+                .map(|pair| Ok((pair[0].text()?, pair[1].bytes()?.to_vec())))
+                .collect::<Result<_>>()?;
+            Ok(StreamEntry { fields: pairs })
+        })
+        .collect()
 }
 
 impl Drop for Redis {

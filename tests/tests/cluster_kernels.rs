@@ -467,12 +467,23 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
     cluster.redis_is_at(gate.port).await?;
     let node = Node::start(cluster.options("")).await?;
     let [before, during] = [Order::of(Image::Runner)?, Order::of(Image::Runner)?];
-    kernels::create(&node, &before).await?;
-    wait::until("the first kernel is told", LIMIT, || async {
-        let told = cluster.told_of(&before).ok()?;
-        names(&told).contains(&"kernel_started").then_some(())
-    })
-    .await?;
+    // One that is there all the time.
+    let lasting = Order::of(Image::Runner)?;
+    let starts = |order: &Order| {
+        let told = cluster.told_of(order).unwrap_or_default();
+        let is_start = |name: &&str| *name == "kernel_started";
+        names(&told).into_iter().filter(is_start).count()
+    };
+    for order in [&lasting, &before] {
+        kernels::create(&node, order).await?;
+        wait::until("the kernel is told", LIMIT, || async {
+            (starts(order) == 1).then_some(())
+        })
+        .await?;
+    }
+    // What a manager asks that has not read of the start.
+    let check = || kernels::ask(&node, "check_creating", vec![text(lasting.kernel)]);
+    assert_eq!(check().await?, json!(true));
 
     gate.shut();
     let cut = Instant::now();
@@ -481,6 +492,7 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
     kernels::destroy(&node, &during).await?;
     // The minute is what is looked at.
     tokio::time::sleep(Duration::from_secs(60).saturating_sub(cut.elapsed())).await;
+    assert_eq!(check().await?, json!(true));
     gate.open();
 
     let life = [
@@ -500,6 +512,18 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
         let once = |name: &&str| names(&told).iter().filter(|told| *told == name).count() == 1;
         assert!(life.iter().all(once), "{:?}", names(&told));
     }
+    // Not soon after it was told, and not while the word on it may still wait.
+    assert_eq!(starts(&lasting), 1);
+    for _ in 0..3 {
+        assert_eq!(check().await?, json!(true));
+    }
+    wait::until("its start is told again", LIMIT, || async {
+        (starts(&lasting) > 1).then_some(())
+    })
+    .await?;
+    let told = cluster.told_of(&lasting)?;
+    let mut args = told.iter().filter(|(name, _)| name == "kernel_started");
+    assert_eq!(args.next(), args.next(), "the same is told");
     // A later event comes after all of them, so nothing more of them is on its way.
     let later = Order::of(Image::Runner)?;
     kernels::create(&node, &later).await?;
@@ -519,6 +543,8 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
         let told = cluster.told_of(order)?;
         assert_eq!(told.len(), life.len(), "{:?}", names(&told));
     }
+    assert_eq!(starts(&lasting), 2);
+    kernels::destroy(&node, &lasting).await?;
     kernels::assert_clean(&node).await
 }
 

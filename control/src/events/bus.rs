@@ -7,8 +7,8 @@
 //! within those bounds.
 //!
 //! `connection` is the only file that knows the client library. `message` encodes, `queue` and
-//! `outbox` keep, `sender` sends, `store` writes values, `console_logs` brings consoles there, `volumes` listens, `errors` limits how
-//! many error events go out.
+//! `outbox` keep, `sender` sends, `readers` sees to those who read the stream, `store` writes values, `console_logs`
+//! brings consoles there, `volumes` listens, `errors` limits how many error events go out.
 
 pub mod connection;
 pub mod console_logs;
@@ -16,6 +16,7 @@ mod errors;
 pub mod message;
 mod outbox;
 pub mod queue;
+mod readers;
 mod sender;
 mod settings;
 mod store;
@@ -133,7 +134,7 @@ impl Bus {
                     Connector::to_database(settings, Role::Live, Role::Statistics.database()),
                     limit,
                 ),
-                stream: store(Role::Stream),
+                stream: Store::of_stream(Connector::of(settings, Role::Stream), limit),
                 source: settings.agent_id.clone(),
                 volumes: Mutex::new(Some(volumes)),
                 errors: Mutex::default(),

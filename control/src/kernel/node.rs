@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use config::Config;
 use shared::ids::{ContainerId, KernelId};
@@ -123,13 +123,10 @@ impl Node {
         for action in actions {
             match action {
                 Action::StopAndClean | Action::Clean => self.spawn_ending(kernel),
-                Action::AnnounceStarted => self.events.emit(Event::KernelStarted {
-                    kernel: kernel.id,
-                    session: kernel.session,
-                    creation_info: kernel
-                        .with_record(|record| record.result.clone())
-                        .unwrap_or_default(),
-                }),
+                Action::AnnounceStarted => {
+                    kernel.start_told(Instant::now());
+                    self.tell_start(kernel);
+                }
                 Action::AnnounceTerminated => {
                     if let State::Ended(ending) = kernel.state() {
                         self.events.emit(Event::KernelTerminated {
@@ -149,6 +146,27 @@ impl Node {
                 | Action::JoinEnding
                 | Action::JoinRestart => {}
             }
+        }
+    }
+
+    fn tell_start(&self, kernel: &Kernel) {
+        self.events.emit(Event::KernelStarted {
+            kernel: kernel.id,
+            session: kernel.session,
+            creation_info: kernel
+                .with_record(|record| record.result.clone())
+                .unwrap_or_default(),
+        });
+    }
+
+    /// Tells the manager of a kernel in service that it still believes under creation: the word on
+    /// its start never reached it. One that has read it takes no notice of another. Not soon after
+    /// the last time, and not while the bus is away, where that word may still wait.
+    pub fn tell_start_again(&self, kernel: &Kernel) {
+        let reachable = |cluster: &Cluster| cluster.bus.state().borrow().connected == Some(true);
+        if self.cluster.as_ref().is_some_and(reachable) && kernel.may_tell_start(Instant::now()) {
+            tracing::info!(kernel_id = %kernel.id, "the manager takes a running kernel for one under creation; telling its start again");
+            self.tell_start(kernel);
         }
     }
 

@@ -24,6 +24,9 @@ use super::runner_link::RunnerLink;
 /// How many ended kernels are remembered for those who ask, over restarts of the agent too.
 const ENDED_KEPT: usize = 256;
 
+/// Between two times at which the start of one kernel is told.
+const START_AGAIN: Duration = Duration::from_secs(5);
+
 /// One kernel: shared by everything that works on it.
 #[derive(Debug)]
 pub struct Kernel {
@@ -55,6 +58,8 @@ struct Inner {
     out_of_memory: OutOfMemory,
     /// Counts the copies that were made for the journal.
     entries: u64,
+    /// When this life of the agent told its start.
+    start_told: Option<Instant>,
 }
 
 /// A copy of a record on its way to the journal. Copies are made in one order and written by several
@@ -202,6 +207,7 @@ impl Kernel {
                 batch: None,
                 out_of_memory: OutOfMemory::default(),
                 entries: 0,
+                start_told: None,
             }),
             written: Arc::default(),
             changes: watch::Sender::new(0),
@@ -248,6 +254,24 @@ impl Kernel {
     /// Whether the kernel is in service.
     pub fn is_running(&self) -> bool {
         matches!(self.inner().lifecycle.state(), State::Running)
+    }
+
+    /// Notes that its start is told.
+    pub fn start_told(&self, now: Instant) {
+        self.inner().start_told = Some(now);
+    }
+
+    /// Whether its start may be told again: it is in service, and nobody told it just before. If so,
+    /// that is noted.
+    pub fn may_tell_start(&self, now: Instant) -> bool {
+        let mut inner = self.inner();
+        let just_told = |told: Instant| now.saturating_duration_since(told) < START_AGAIN;
+        let may = matches!(inner.lifecycle.state(), State::Running)
+            && !inner.start_told.is_some_and(just_told);
+        if may {
+            inner.start_told = Some(now);
+        }
+        may
     }
 
     /// Whether its container has been started and nobody has decided its end.
@@ -685,6 +709,23 @@ mod tests {
             journal.load::<Record>().unwrap().0.is_empty(),
             "the file came back"
         );
+    }
+
+    #[test]
+    fn a_start_is_told_again_of_a_kernel_in_service_and_not_at_once() {
+        let kernel = accepted(&Registry::default(), 1);
+        let now = Instant::now();
+        assert!(!kernel.may_tell_start(now), "it is being created");
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        kernel.start_told(now);
+        assert!(!kernel.may_tell_start(now));
+        let later = now + START_AGAIN;
+        assert!(kernel.may_tell_start(later));
+        assert!(!kernel.may_tell_start(later));
+        assert!(kernel.may_tell_start(later + START_AGAIN));
+        kernel.step(Input::Died { exit_code: None });
+        assert!(!kernel.may_tell_start(later + 2 * START_AGAIN), "it ends");
     }
 
     #[test]

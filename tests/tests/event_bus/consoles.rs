@@ -1,5 +1,7 @@
 //! Consoles of ended kernels: whole when they are announced, and announced once.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use bytes::Bytes;
 use control::events::Event;
@@ -121,5 +123,9 @@ async fn nobody_waits_for_a_console_that_the_bus_does_not_take() -> Result<()> {
     })
     .await?;
     stopping.cancel();
+    // A manager that finds the server, which came back empty, later than this is told too.
+    let read = redis.manager()?.read(Duration::from_secs(5))?;
+    let names: Vec<String> = read.iter().map(|entry| entry.text("name")).collect();
+    assert_eq!(names, ["do_sync_kernel_logs"]);
     Ok(())
 }

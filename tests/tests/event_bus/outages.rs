@@ -39,7 +39,49 @@ async fn a_killed_server_that_comes_back_empty_gets_what_was_emitted_meanwhile()
     drained(&bus).await?;
     let expected: Vec<u16> = (1..=80).collect();
     assert_eq!(numbers(&redis.stream()?), expected);
+    // A manager that finds the server later reads them too.
+    let mut manager = redis.manager()?;
+    let mut read = Vec::new();
+    while read.len() < expected.len() {
+        let more = manager.read(Duration::from_secs(5))?;
+        ensure!(!more.is_empty(), "only {} were read", read.len());
+        read.extend(more);
+    }
+    assert_eq!(numbers(&read), expected);
     Ok(())
+}
+
+#[tokio::test]
+async fn a_long_backlog_waits_for_a_manager_that_comes_later() -> Result<()> {
+    let redis = Redis::start()?;
+    let (bus, events) = bus(&settings(redis.port))?;
+    for n in 0..400 {
+        events.emit(ended(n));
+    }
+    // More than half of what the stream keeps is there, and nobody reads.
+    harness::wait::until("much is unread", LIMIT, || {
+        let unread = redis.stream().map_or(0, |stream| stream.len());
+        async move { (unread > 64).then_some(()) }
+    })
+    .await?;
+    // Without a pause all of them pass by in this time.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut manager = redis.manager()?;
+    let reading = tokio::task::spawn_blocking(move || -> Result<Vec<u16>> {
+        let mut read = Vec::new();
+        loop {
+            let more = manager.read(Duration::from_secs(2))?;
+            if more.is_empty() {
+                return Ok(read);
+            }
+            read.extend(numbers(&more));
+            if read.last() == Some(&399) {
+                return Ok(read);
+            }
+        }
+    });
+    assert_eq!(reading.await??, (0..400).collect::<Vec<u16>>());
+    drained(&bus).await
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -25,6 +25,7 @@ use tokio_util::task::TaskTracker;
 use super::Bus;
 use super::connection::{Command, Reply};
 use super::message::{Message, MessageError, STREAM};
+use super::readers::{self, Patience};
 use super::store::{Store, StoreError};
 use crate::causes::chain;
 use crate::events::{Event, Events};
@@ -93,6 +94,7 @@ impl ConsoleLogs {
             logs,
             events,
             chunk: chunk.max(1024),
+            patience: Patience::default(),
         };
         let consoles = Self { line };
         let all = consoles.clone();
@@ -169,6 +171,7 @@ struct Shipper {
     logs: KeptLogs,
     events: Events,
     chunk: usize,
+    patience: Patience,
 }
 
 impl Shipper {
@@ -243,6 +246,7 @@ impl Shipper {
                 self.mark(kernel, container, Shipping::Announcing).await?;
             }
         }
+        self.let_read().await?;
         let commands = message.commands(&self.source);
         if let Err(err) = self.stream.run("announce a console", commands).await {
             if err.is_certain() {
@@ -253,6 +257,23 @@ impl Shipper {
         }
         self.events.emit(event);
         self.mark(kernel, container, Shipping::Sent).await
+    }
+
+    /// Leaves managers time to read: after an outage more may wait than the stream keeps.
+    async fn let_read(&self) -> Result<(), StoreError> {
+        let began = Instant::now();
+        loop {
+            let look = vec![readers::look()];
+            let unread = match self.stream.run("look for readers", look).await {
+                Ok(replies) => replies.first().and_then(readers::unread),
+                Err(StoreError::Refused { .. }) => None,
+                Err(err) => return Err(err),
+            };
+            if self.patience.lets_go(unread, began.elapsed()) {
+                return Ok(());
+            }
+            tokio::time::sleep(readers::LOOK_PAUSE).await;
+        }
     }
 
     async fn mark(

@@ -19,6 +19,8 @@ use crate::rpc::{ConversionError, Value, to_value};
 
 /// The stream that managers read.
 pub const STREAM: &str = "events";
+/// The group by which managers share the stream's entries among them.
+pub const GROUP: &str = "manager";
 /// The channel everybody may listen to.
 pub const CHANNEL: &str = "events_all";
 /// About how many entries the stream keeps.

@@ -3,11 +3,12 @@
 //! In: the queue. Out: entries in the stream and texts on the channel, in the queue's order.
 //! Invariants: a batch is carried out as a whole or not at all; a batch whose fate is not known is
 //! looked up in the stream before it is sent again, so that an outage neither loses nor doubles a
-//! lifecycle event; a message the server itself refuses again and again is given up, with a line in
-//! the log, and does not hold up the others.
+//! lifecycle event; nothing is added before there is a group of managers that will read it; a backlog
+//! leaves them a bounded time to do so; a message the server itself refuses again and again is given
+//! up, with a line in the log, and does not hold up the others.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rand::Rng;
@@ -16,13 +17,14 @@ use tokio_util::sync::CancellationToken;
 use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
 use super::message::{Keeping, STREAM};
 use super::queue::Entry;
+use super::readers::{self, Patience};
 use super::waiting::Waiting;
 
 /// Messages of one batch: the stream keeps about 128 entries, and a manager takes 64 at a time.
 const BATCH: usize = 32;
 /// Their sizes summed up.
 const BATCH_BYTES: usize = 256 << 10;
-/// Pause between batches of a long backlog, so that readers see entries before they are trimmed.
+/// Pause between batches of a long backlog, so that it leaves the server to others too.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(50);
 /// Pauses between attempts: doubled up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -46,6 +48,7 @@ struct Link {
     connection: Connection,
     /// The newest entry before ours.
     newest: Bytes,
+    patience: Patience,
 }
 
 impl Sender {
@@ -99,8 +102,14 @@ impl Sender {
             Some(link) => link,
             None => {
                 let mut connection = self.connector.connect().await?;
+                // Before anything is added: a server that comes back empty has no group.
+                readers::make_group(&mut connection).await?;
                 let newest = newest_entry(&mut connection).await?;
-                link.insert(Link { connection, newest })
+                link.insert(Link {
+                    connection,
+                    newest,
+                    patience: Patience::default(),
+                })
             }
         };
         if let Some((batch, before)) = doubtful {
@@ -110,6 +119,9 @@ impl Sender {
                 self.waiting.done(&seqs, true);
             }
             *doubtful = None;
+        }
+        if self.waiting.len() > BATCH {
+            let_read(link).await?;
         }
         let batch = self.waiting.oldest(BATCH, BATCH_BYTES);
         if batch.is_empty() {
@@ -215,6 +227,19 @@ impl Sender {
             .iter()
             .any(|entry| mark.message.is_entry(&self.source, entry));
         Ok(found)
+    }
+}
+
+/// Leaves managers time to read before a part of a backlog is added.
+async fn let_read(link: &mut Link) -> Result<(), ConnectionError> {
+    let began = Instant::now();
+    loop {
+        let replies = link.connection.run(&[readers::look()]).await?;
+        let unread = replies.first().and_then(readers::unread);
+        if link.patience.lets_go(unread, began.elapsed()) {
+            return Ok(());
+        }
+        tokio::time::sleep(readers::LOOK_PAUSE).await;
     }
 }
 

@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
+use super::readers;
 
 /// Calls that wait or work at a time.
 const CALLS: usize = 64;
@@ -68,6 +69,8 @@ pub struct Store {
 struct Inner {
     connector: Connector,
     limit: Duration,
+    /// Each connection sees to it that what it adds to the stream is read.
+    is_stream: bool,
     calls: Semaphore,
     link: Mutex<Link>,
 }
@@ -93,10 +96,20 @@ impl StoreError {
 impl Store {
     /// A store that connects when it is first used. `limit` bounds each call as a whole.
     pub(super) fn new(connector: Connector, limit: Duration) -> Self {
+        Self::with(connector, limit, false)
+    }
+
+    /// The same, for the database that has the stream of events.
+    pub(super) fn of_stream(connector: Connector, limit: Duration) -> Self {
+        Self::with(connector, limit, true)
+    }
+
+    fn with(connector: Connector, limit: Duration, is_stream: bool) -> Self {
         Self {
             inner: Arc::new(Inner {
                 connector,
                 limit,
+                is_stream,
                 calls: Semaphore::new(CALLS),
                 link: Mutex::default(),
             }),
@@ -254,7 +267,7 @@ impl Inner {
                 }
                 // Before and after: the caller's deadline may cut the attempt off.
                 link.rests_until = Some(Instant::now() + REST);
-                let connected = self.connector.connect().await;
+                let connected = self.connect().await;
                 link.rests_until = Some(Instant::now() + REST);
                 connected?
             }
@@ -263,6 +276,14 @@ impl Inner {
         link.connection = Some(connection);
         link.rests_until = None;
         Ok(replies)
+    }
+
+    async fn connect(&self) -> Result<Connection, ConnectionError> {
+        let mut connection = self.connector.connect().await?;
+        if self.is_stream {
+            readers::make_group(&mut connection).await?;
+        }
+        Ok(connection)
     }
 }
 

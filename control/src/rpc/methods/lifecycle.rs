@@ -65,9 +65,15 @@ pub(super) async fn create_kernels(
     }
 }
 
+/// Whether the kernel is here. A manager asks of kernels that it believes under creation for long,
+/// and does nothing about one that is here: it waits to be told of its start.
 pub(super) fn check_creating(node: &Node, args: &Arguments) -> Result<Value, Failure> {
     let id = kernel_id(args, "kernel_id")?;
-    Ok(Value::Bool(node.registry.get(id).is_some()))
+    let kernel = node.registry.get(id);
+    if let Some(kernel) = &kernel {
+        node.tell_start_again(kernel);
+    }
+    Ok(Value::Bool(kernel.is_some()))
 }
 
 pub(super) fn check_running(node: &Node, args: &Arguments) -> Result<Value, Failure> {
