@@ -7,6 +7,7 @@ use control::events::Event;
 use control::events::bus::Bus;
 use control::events::bus::queue::{Bound, Bounds};
 use harness::redis::{Gate, Redis};
+use shared::ids::SessionId;
 
 use super::{LIMIT, bus, drained, ended, numbers, settings};
 
@@ -151,6 +152,7 @@ async fn an_outage_longer_than_the_bounds_costs_the_oldest_and_no_memory() -> Re
     };
     let bounds = Bounds {
         journalled: bound(50),
+        doing: bound(20),
         queued: bound(10),
         newest: bound(5),
     };
@@ -219,6 +221,45 @@ async fn an_agent_that_ends_during_an_outage_sends_the_rest_after_its_next_start
     events.emit(ended(32));
     drained(&third).await?;
     assert_eq!(numbers(&redis.stream()?), (1..=32).collect::<Vec<u16>>());
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_end_of_a_run_is_not_lost_with_an_agent_that_ends_during_an_outage() -> Result<()> {
+    let mut redis = Redis::start()?;
+    let outbox = tempfile::tempdir()?;
+    let mut settings = settings(redis.port);
+    settings.outbox_dir = Some(outbox.path().join("outbox"));
+    let (first, events) = bus(&settings)?;
+    let session = SessionId([7; 16]);
+    events.emit(Event::ExecutionStarted { session });
+    drained(&first).await?;
+    redis.kill()?;
+    for event in [
+        Event::ExecutionFinished { session },
+        Event::ExecutionStarted { session },
+        Event::ExecutionCancelled { session },
+        Event::ExecutionStarted { session },
+        Event::ExecutionTimeout { session },
+    ] {
+        events.emit(event);
+    }
+    ensure!(first.kept(LIMIT).await, "the outbox is not written");
+    drop((first, events));
+    redis.restart()?;
+    let (second, _) = bus(&settings)?;
+    drained(&second).await?;
+    let told: Vec<String> = redis.stream()?.iter().map(|it| it.text("name")).collect();
+    assert_eq!(
+        told,
+        [
+            "execution_finished",
+            "execution_started",
+            "execution_cancelled",
+            "execution_started",
+            "execution_timeout"
+        ]
+    );
     Ok(())
 }
 

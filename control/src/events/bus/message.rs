@@ -58,10 +58,21 @@ pub enum MessageError {
 pub enum Keeping {
     /// It is on disk until it has been sent.
     Journalled,
+    /// The same, within bounds of its own: what a session is doing. When there is no room, those go
+    /// first that a later one with the same arguments follows.
+    JournalledDoing,
     /// It waits in memory.
     Queued,
     /// Only the newest of its key waits.
     Newest(String),
+}
+
+impl Keeping {
+    /// Whether it is on disk until it has been sent.
+    #[must_use]
+    pub fn is_journalled(&self) -> bool {
+        matches!(self, Self::Journalled | Self::JournalledDoing)
+    }
 }
 
 /// One event, encoded.
@@ -227,6 +238,11 @@ fn keeping(event: &Event) -> Keeping {
         | Event::ImagePullStarted { .. }
         | Event::ImagePullFinished { .. }
         | Event::ImagePullFailed { .. } => Keeping::Journalled,
+        // The manager knows from the last one whether a session idles. They may be many.
+        Event::ExecutionStarted { .. }
+        | Event::ExecutionFinished { .. }
+        | Event::ExecutionTimeout { .. }
+        | Event::ExecutionCancelled { .. } => Keeping::JournalledDoing,
         Event::BgtaskUpdated { task, .. } => Keeping::Newest(format!("bgtask.{task}")),
         Event::AgentStarted { .. }
         | Event::AgentTerminated { .. }
@@ -236,10 +252,6 @@ fn keeping(event: &Event) -> Keeping {
         // Sent by `console_logs`, beside the queue.
         | Event::DoSyncKernelLogs { .. }
         | Event::KernelProgress { .. }
-        | Event::ExecutionStarted { .. }
-        | Event::ExecutionFinished { .. }
-        | Event::ExecutionTimeout { .. }
-        | Event::ExecutionCancelled { .. }
         | Event::BgtaskDone { .. }
         | Event::BgtaskFailed { .. }
         | Event::BgtaskCancelled { .. }

@@ -64,6 +64,9 @@ enum Line {
         broadcast: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cache: Option<String>,
+        /// It tells what a session is doing.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        doing: bool,
     },
     /// Messages that are done.
     Done { seqs: Vec<u64> },
@@ -157,6 +160,7 @@ impl Outbox {
             anycast: message.anycast,
             broadcast: message.broadcast,
             cache: message.cache.clone(),
+            doing: message.keeping == Keeping::JournalledDoing,
         };
         // A struct of texts and numbers always has a JSON form.
         if let Ok(line) = serde_json::to_string(&line) {
@@ -393,6 +397,7 @@ fn message_of(line: &str) -> Option<Message> {
             anycast,
             broadcast,
             cache,
+            doing,
             ..
         } => Some(Message {
             name,
@@ -400,7 +405,10 @@ fn message_of(line: &str) -> Option<Message> {
             anycast,
             broadcast,
             cache,
-            keeping: Keeping::Journalled,
+            keeping: match doing {
+                true => Keeping::JournalledDoing,
+                false => Keeping::Journalled,
+            },
         }),
         Line::Done { .. } => None,
     }
@@ -421,7 +429,10 @@ mod tests {
             anycast: true,
             broadcast: n.is_multiple_of(2),
             cache: None,
-            keeping: Keeping::Journalled,
+            keeping: match n {
+                4 => Keeping::JournalledDoing,
+                _ => Keeping::Journalled,
+            },
         }
     }
 

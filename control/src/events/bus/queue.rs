@@ -4,7 +4,7 @@
 //! Invariants: count and bytes are bounded for each way of keeping; what is left out is counted;
 //! of a `Newest` key one message waits, at the place of the first; other messages keep their order.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::message::{Keeping, Message};
 
@@ -33,6 +33,8 @@ pub struct Bound {
 pub struct Bounds {
     /// Of lifecycle events.
     pub journalled: Bound,
+    /// Of what sessions are doing.
+    pub doing: Bound,
     /// Of other events.
     pub queued: Bound,
     /// Of reports.
@@ -47,6 +49,10 @@ impl Default for Bounds {
                 count: 4096,
                 bytes: 16 << 20,
             },
+            doing: Bound {
+                count: 1024,
+                bytes: 1 << 20,
+            },
             queued: Bound {
                 count: 1024,
                 bytes: 4 << 20,
@@ -59,6 +65,9 @@ impl Default for Bounds {
     }
 }
 
+/// The class of what sessions are doing.
+const DOING: usize = 3;
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Held {
     count: usize,
@@ -70,7 +79,7 @@ struct Held {
 pub struct Queue {
     entries: VecDeque<Entry>,
     bounds: Bounds,
-    held: [Held; 3],
+    held: [Held; 4],
     next: u64,
     left_out: u64,
 }
@@ -82,7 +91,7 @@ impl Queue {
         Self {
             entries: VecDeque::new(),
             bounds,
-            held: [Held::default(); 3],
+            held: [Held::default(); 4],
             next,
             left_out: 0,
         }
@@ -129,33 +138,52 @@ impl Queue {
         self.entries.push_back(entry);
     }
 
-    /// Drops the oldest of each kind that is over its bound; never the newcomer itself.
+    /// Drops the oldest of each kind that is over its bound, of what sessions are doing first what a
+    /// later one replaces; never the newcomer itself.
     fn shrink(&mut self, newcomer: u64) -> Vec<u64> {
         let bounds = [
             self.bounds.journalled,
             self.bounds.queued,
             self.bounds.newest,
+            self.bounds.doing,
         ];
         let mut dropped = Vec::new();
         for (class_of, bound) in bounds.into_iter().enumerate() {
             while self.held[class_of].count > bound.count || self.held[class_of].bytes > bound.bytes
             {
-                let Some(at) = self
-                    .entries
-                    .iter()
-                    .position(|entry| class(&entry.message) == class_of && entry.seq != newcomer)
-                else {
+                let oldest = || {
+                    let goes =
+                        |entry: &Entry| class(&entry.message) == class_of && entry.seq != newcomer;
+                    self.entries.iter().position(goes)
+                };
+                let replaced = match class_of {
+                    DOING => self.oldest_replaced(),
+                    _ => None,
+                };
+                let Some(at) = replaced.or_else(oldest) else {
                     break;
                 };
                 if let Some(entry) = self.take(at) {
                     self.left_out += 1;
-                    if entry.message.keeping == Keeping::Journalled {
+                    if entry.message.keeping.is_journalled() {
                         dropped.push(entry.seq);
                     }
                 }
             }
         }
         dropped
+    }
+
+    /// Where the oldest word on a session lies that a later one follows.
+    fn oldest_replaced(&self) -> Option<usize> {
+        let mut later = HashSet::new();
+        let mut found = None;
+        for (at, entry) in self.entries.iter().enumerate().rev() {
+            if class(&entry.message) == DOING && !later.insert(&entry.message.args) {
+                found = Some(at);
+            }
+        }
+        found
     }
 
     fn take(&mut self, at: usize) -> Option<Entry> {
@@ -226,6 +254,7 @@ fn class(message: &Message) -> usize {
         Keeping::Journalled => 0,
         Keeping::Queued => 1,
         Keeping::Newest(_) => 2,
+        Keeping::JournalledDoing => DOING,
     }
 }
 
@@ -261,6 +290,7 @@ mod tests {
         };
         let bounds = Bounds {
             journalled: bound(2),
+            doing: bound(3),
             queued: bound(2),
             newest: bound(2),
         };
@@ -280,6 +310,35 @@ mod tests {
         assert_eq!((seq, dropped), (12, vec![7]));
         assert_eq!(names(&queue), ["q2", "q3", "j2", "j3"]);
         assert_eq!(queue.left_out(), 2);
+    }
+
+    #[test]
+    fn the_last_word_on_a_session_stays_longest() {
+        let mut queue = small();
+        let doing = |name: &str, session: &'static str| Message {
+            args: Bytes::from_static(session.as_bytes()),
+            ..message(name, Keeping::JournalledDoing)
+        };
+        queue.push(message("j1", Keeping::Journalled));
+        queue.push(doing("a started", "a"));
+        queue.push(doing("a finished", "a"));
+        queue.push(doing("b started", "b"));
+        assert_eq!(queue.left_out(), 0);
+        let (_, dropped) = queue.push(doing("b finished", "b"));
+        assert_eq!(dropped, [8], "the start of a");
+        let (_, dropped) = queue.push(doing("c started", "c"));
+        assert_eq!(
+            dropped,
+            [10],
+            "the start of b, although the end of a is older"
+        );
+        assert_eq!(
+            names(&queue),
+            ["j1", "a finished", "b finished", "c started"]
+        );
+        let (_, dropped) = queue.push(doing("d started", "d"));
+        assert_eq!(dropped, [9], "none is replaced: the oldest");
+        assert_eq!(queue.left_out(), 3);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use rand::Rng;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
-use super::message::{Keeping, STREAM};
+use super::message::STREAM;
 use super::queue::Entry;
 use super::readers::{self, Patience};
 use super::waiting::Waiting;
@@ -199,8 +199,7 @@ impl Sender {
         batch: &[Entry],
         before: &Bytes,
     ) -> Result<bool, ConnectionError> {
-        let ours =
-            |entry: &&Entry| entry.message.anycast && entry.message.keeping == Keeping::Journalled;
+        let ours = |entry: &&Entry| entry.message.anycast && entry.message.keeping.is_journalled();
         let Some(mark) = batch
             .iter()
             .find(ours)

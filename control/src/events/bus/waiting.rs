@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, watch};
 
 use super::connection::ConnectionError;
-use super::message::{Keeping, Message};
+use super::message::Message;
 use super::outbox::{Leftover, Outbox};
 use super::queue::{Bounds, Entry, Queue};
 use super::settings::Endpoint;
@@ -68,7 +68,7 @@ impl Waiting {
 
     /// Takes a message in.
     pub(super) fn push(&self, message: Message) {
-        let kept = (message.keeping == Keeping::Journalled).then(|| message.clone());
+        let kept = message.keeping.is_journalled().then(|| message.clone());
         let left_out = {
             let mut queue = self.queue();
             let before = queue.left_out();
