@@ -225,6 +225,36 @@ async fn an_agent_that_ends_during_an_outage_sends_the_rest_after_its_next_start
 }
 
 #[tokio::test]
+async fn an_agent_that_stops_while_the_server_hangs_leaves_each_event_once() -> Result<()> {
+    let redis = Redis::start()?;
+    let outbox = tempfile::tempdir()?;
+    let mut settings = settings(redis.port);
+    settings.outbox_dir = Some(outbox.path().join("outbox"));
+    let (first, events) = bus(&settings)?;
+    events.emit(ended(0));
+    drained(&first).await?;
+    redis.freeze()?;
+    // In the frozen server's socket, where they will be carried out although their sender is gone.
+    for n in 1..=20 {
+        events.emit(ended(n));
+    }
+    noticed(&first).await?;
+    // The same words again on purpose: nobody may take these for those.
+    for n in 15..=25 {
+        events.emit(ended(n));
+    }
+    first.close(Duration::from_secs(1)).await;
+    drop((first, events));
+    redis.thaw()?;
+    let (second, events) = bus(&settings)?;
+    events.emit(ended(26));
+    drained(&second).await?;
+    let expected: Vec<u16> = (0..=20).chain(15..=26).collect();
+    assert_eq!(numbers(&redis.stream()?), expected);
+    Ok(())
+}
+
+#[tokio::test]
 async fn the_end_of_a_run_is_not_lost_with_an_agent_that_ends_during_an_outage() -> Result<()> {
     let mut redis = Redis::start()?;
     let outbox = tempfile::tempdir()?;

@@ -1,7 +1,8 @@
 //! The journalled outbox: lifecycle events on disk until they have been sent.
 //!
-//! In: messages with their numbers, and later the numbers that were sent. Out: after a restart, the
-//! messages that were not. One file of JSON lines, appended by its own thread and replaced by a
+//! In: messages with their numbers, the numbers of a batch that is about to be sent, and later those
+//! that were sent. Out: after a restart, the messages that were not, and the batch of them that may
+//! have been. One file of JSON lines, appended by its own thread and replaced by a
 //! shorter one when most of it is done. Invariants: the file is private; a line is written before
 //! the line that says it was sent; what a kill cut short is skipped; after a write that failed the
 //! file is written anew before anything is added to it, and until then nobody is told that it holds
@@ -68,14 +69,26 @@ enum Line {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         doing: bool,
     },
+    /// A batch that is sent now; it is in the stream after this entry, or not at all.
+    Trying { seqs: Vec<u64>, after: String },
     /// Messages that are done.
     Done { seqs: Vec<u64> },
 }
 
 enum Order {
     Append(u64, String),
+    Trying(Trying),
     Done(Vec<u64>),
     Settle(SyncSender<bool>),
+}
+
+/// A batch whose fate is not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trying {
+    /// Its messages that are kept here.
+    pub seqs: Vec<u64>,
+    /// The newest entry of the stream before it was sent.
+    pub after: String,
 }
 
 /// The outbox of one agent.
@@ -91,6 +104,9 @@ pub struct Outbox {
 pub struct Leftover {
     /// Messages to send, oldest first.
     pub messages: Vec<(u64, Message)>,
+    /// The batch that was sent last, with what of it was not done. It was carried out as a whole or
+    /// not at all.
+    pub trying: Option<Trying>,
     /// The number after the highest one seen.
     pub next: u64,
     /// Lines that could not be read.
@@ -113,17 +129,24 @@ impl Outbox {
             path: path.clone(),
             source,
         };
-        let (pending, next, damaged) = read(&path).map_err(failed)?;
+        let Found {
+            pending,
+            trying,
+            next,
+            damaged,
+        } = read(&path).map_err(failed)?;
         let messages = pending
             .iter()
             .filter_map(|(seq, line)| Some((*seq, message_of(line)?)))
             .collect();
+        let left = trying.clone();
         let (orders, receiver) = sync_channel(LINES);
         let mut writer = Writer {
             size: 0,
             file: None,
             path: path.clone(),
             pending,
+            trying,
             small,
             failures: 0,
             broken: None,
@@ -145,6 +168,7 @@ impl Outbox {
             },
             Leftover {
                 messages,
+                trying: left,
                 next,
                 damaged,
             },
@@ -165,6 +189,14 @@ impl Outbox {
         // A struct of texts and numbers always has a JSON form.
         if let Ok(line) = serde_json::to_string(&line) {
             self.order(Order::Append(seq, line));
+        }
+    }
+
+    /// Says that a batch is sent now, so that the next life does not send it again unseen. The
+    /// messages of the batch before are done, or certain not to have been carried out. Never waits.
+    pub fn trying(&self, batch: Trying) {
+        if !batch.seqs.is_empty() {
+            self.order(Order::Trying(batch));
         }
     }
 
@@ -228,6 +260,8 @@ struct Writer {
     file: Option<File>,
     size: u64,
     pending: BTreeMap<u64, Arc<str>>,
+    /// With messages that are pending, or nothing.
+    trying: Option<Trying>,
     small: u64,
     failures: u64,
     /// When a write failed last: the file lacks lines, and its last one may be cut short.
@@ -244,6 +278,11 @@ impl Writer {
             match order {
                 Ok(Order::Append(seq, line)) => {
                     self.pending.insert(seq, line.clone().into());
+                    self.add(&line);
+                }
+                Ok(Order::Trying(batch)) => {
+                    let line = line_of(&batch);
+                    self.trying = Some(batch);
                     self.add(&line);
                 }
                 Ok(Order::Done(seqs)) => self.finish(&seqs),
@@ -281,6 +320,7 @@ impl Writer {
         for seq in seqs {
             self.pending.remove(seq);
         }
+        self.trying = unfinished(self.trying.take(), &self.pending);
         let left: usize = self.pending.values().map(|line| line.len() + 1).sum();
         if self.size > self.small && (left as u64) < self.size / 4 {
             return self.rewrite();
@@ -317,7 +357,7 @@ impl Writer {
         if let Some(dir) = self.path.parent() {
             DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
-        let content = joined(&self.pending);
+        let content = joined(&self.pending, self.trying.as_ref());
         replace_file(&self.path, &content)?;
         self.file = Some(append_to(&self.path)?);
         self.size = content.len() as u64;
@@ -350,26 +390,58 @@ fn append_to(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn joined(pending: &BTreeMap<u64, Arc<str>>) -> Vec<u8> {
+type Pending = BTreeMap<u64, Arc<str>>;
+
+fn joined(pending: &Pending, trying: Option<&Trying>) -> Vec<u8> {
     let mut content = Vec::new();
-    for line in pending.values() {
+    let trying = trying.map(line_of);
+    for line in pending.values().map(AsRef::as_ref).chain(trying.as_deref()) {
         content.extend_from_slice(line.as_bytes());
         content.push(b'\n');
     }
     content
 }
 
-type Pending = BTreeMap<u64, Arc<str>>;
-
-fn read(path: &Path) -> io::Result<(Pending, u64, usize)> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok((Pending::new(), 1, 0)),
-        Err(err) => return Err(err),
+fn line_of(batch: &Trying) -> String {
+    let line = Line::Trying {
+        seqs: batch.seqs.clone(),
+        after: batch.after.clone(),
     };
+    // A struct of texts and numbers always has a JSON form.
+    serde_json::to_string(&line).unwrap_or_default()
+}
+
+/// What of a batch is pending.
+fn unfinished(batch: Option<Trying>, pending: &Pending) -> Option<Trying> {
+    let mut batch = batch?;
+    batch.seqs.retain(|seq| pending.contains_key(seq));
+    (!batch.seqs.is_empty()).then_some(batch)
+}
+
+struct Found {
+    pending: Pending,
+    trying: Option<Trying>,
+    next: u64,
+    damaged: usize,
+}
+
+fn read(path: &Path) -> io::Result<Found> {
     let mut pending = Pending::new();
+    let mut trying = None;
     let mut next = 1;
     let mut damaged = 0;
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            return Ok(Found {
+                pending,
+                trying,
+                next,
+                damaged,
+            });
+        }
+        Err(err) => return Err(err),
+    };
     for line in BufReader::new(file).split(b'\n') {
         let line = line?;
         match serde_json::from_slice(&line) {
@@ -377,6 +449,7 @@ fn read(path: &Path) -> io::Result<(Pending, u64, usize)> {
                 next = next.max(seq.saturating_add(1));
                 pending.insert(seq, String::from_utf8_lossy(&line).into());
             }
+            Ok(Line::Trying { seqs, after }) => trying = Some(Trying { seqs, after }),
             Ok(Line::Done { seqs }) => {
                 for seq in seqs {
                     next = next.max(seq.saturating_add(1));
@@ -386,7 +459,12 @@ fn read(path: &Path) -> io::Result<(Pending, u64, usize)> {
             Err(_) => damaged += 1,
         }
     }
-    Ok((pending, next, damaged))
+    Ok(Found {
+        trying: unfinished(trying, &pending),
+        pending,
+        next,
+        damaged,
+    })
 }
 
 fn message_of(line: &str) -> Option<Message> {
@@ -410,7 +488,7 @@ fn message_of(line: &str) -> Option<Message> {
                 false => Keeping::Journalled,
             },
         }),
-        Line::Done { .. } => None,
+        Line::Trying { .. } | Line::Done { .. } => None,
     }
 }
 
@@ -464,6 +542,35 @@ mod tests {
         drop(again);
         let (_, found) = Outbox::open(&place).unwrap();
         assert_eq!((found.messages.len(), found.next), (0, 6));
+    }
+
+    #[test]
+    fn the_batch_that_was_being_sent_is_known_to_the_next_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let trying = |seqs: &[u64], after: &str| Trying {
+            seqs: seqs.to_vec(),
+            after: after.into(),
+        };
+        let (outbox, found) = Outbox::open(dir.path()).unwrap();
+        assert_eq!(found.trying, None);
+        for n in 1..=4 {
+            outbox.append(u64::from(n), &message(n));
+        }
+        outbox.trying(trying(&[1, 2], "5-0"));
+        outbox.done(vec![1, 2]);
+        drop(outbox);
+        let (outbox, found) = Outbox::open(dir.path()).unwrap();
+        assert_eq!(found.trying, None, "all of it is done");
+        outbox.trying(trying(&[3], "7-0"));
+        outbox.trying(trying(&[3, 4], "7-1"));
+        outbox.done(vec![3]);
+        drop(outbox);
+        // The file is written anew at each start.
+        for _ in 0..2 {
+            let (_, found) = Outbox::open(dir.path()).unwrap();
+            assert_eq!(found.trying, Some(trying(&[4], "7-1")));
+            assert_eq!(found.messages, vec![(4, message(4))]);
+        }
     }
 
     #[test]

@@ -209,6 +209,13 @@ impl Queue {
         taken
     }
 
+    /// Copies of those of these messages that wait.
+    #[must_use]
+    pub fn of(&self, seqs: &[u64]) -> Vec<Entry> {
+        let is_one = |entry: &&Entry| seqs.contains(&entry.seq);
+        self.entries.iter().filter(is_one).cloned().collect()
+    }
+
     /// Forgets messages that were sent, or are given up.
     pub fn remove(&mut self, seqs: &[u64]) {
         // They are the oldest ones, in order, but for those replaced or dropped meanwhile.

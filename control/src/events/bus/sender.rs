@@ -2,8 +2,8 @@
 //!
 //! In: the queue. Out: entries in the stream and texts on the channel, in the queue's order.
 //! Invariants: a batch is carried out as a whole or not at all; a batch whose fate is not known is
-//! looked up in the stream before it is sent again, so that an outage neither loses nor doubles a
-//! lifecycle event; nothing is added before there is a group of managers that will read it; a backlog
+//! looked up in the stream before it is sent again, by the next life too, so that an outage neither
+//! loses nor doubles a lifecycle event; nothing is added before there is a group of managers that will read it; a backlog
 //! leaves them a bounded time to do so; a message the server itself refuses again and again is given
 //! up, with a line in the log, and does not hold up the others.
 
@@ -55,7 +55,7 @@ impl Sender {
     pub(super) async fn run(self) {
         let mut link: Option<Link> = None;
         // The batch that may or may not have arrived, and the newest entry before it.
-        let mut doubtful: Option<(Vec<Entry>, Bytes)> = None;
+        let mut doubtful = self.waiting.take_doubtful();
         let mut pause = PAUSES.0;
         loop {
             tokio::select! {
@@ -135,6 +135,7 @@ impl Sender {
                 owners.push(n);
             }
         }
+        self.waiting.trying(&batch, &link.newest);
         match link.connection.run_atomically(&commands).await {
             Ok(replies) => Ok(self.settle(&batch, &owners, replies, link)),
             Err(err) => {

@@ -6,11 +6,12 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 
 use super::connection::ConnectionError;
 use super::message::Message;
-use super::outbox::{Leftover, Outbox};
+use super::outbox::{Leftover, Outbox, Trying};
 use super::queue::{Bounds, Entry, Queue};
 use super::settings::Endpoint;
 use crate::causes::chain;
@@ -34,6 +35,8 @@ pub struct BusState {
 pub(super) struct Waiting {
     queue: Mutex<Queue>,
     outbox: Option<Outbox>,
+    /// What an earlier life was sending when it ended.
+    left_trying: Mutex<Option<Trying>>,
     filled: Notify,
     drained: Notify,
     state: watch::Sender<BusState>,
@@ -56,6 +59,7 @@ impl Waiting {
         Self {
             queue: Mutex::new(queue),
             outbox,
+            left_trying: Mutex::new(left.trying),
             filled: Notify::new(),
             drained: Notify::new(),
             state: watch::Sender::default(),
@@ -133,6 +137,28 @@ impl Waiting {
 
     pub(super) fn oldest(&self, count: usize, bytes: usize) -> Vec<Entry> {
         self.queue().oldest(count, bytes)
+    }
+
+    /// The batch that an earlier life was sending when it ended, and the newest entry before it; once.
+    pub(super) fn take_doubtful(&self) -> Option<(Vec<Entry>, Bytes)> {
+        let mut left = self
+            .left_trying
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let trying = left.take()?;
+        let batch = self.queue().of(&trying.seqs);
+        (!batch.is_empty()).then(|| (batch, trying.after.into()))
+    }
+
+    /// Notes that a batch is sent now, after the stream's entry `after`.
+    pub(super) fn trying(&self, batch: &[Entry], after: &Bytes) {
+        let kept = |entry: &&Entry| entry.message.keeping.is_journalled();
+        if let Some(outbox) = &self.outbox {
+            outbox.trying(Trying {
+                seqs: batch.iter().filter(kept).map(|entry| entry.seq).collect(),
+                after: String::from_utf8_lossy(after).into_owned(),
+            });
+        }
     }
 
     pub(super) fn refuse(&self, seq: u64) -> u32 {
