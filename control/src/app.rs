@@ -261,6 +261,7 @@ fn begin_loops(node: &Arc<Node>, pages: http::Service) -> Vec<JoinHandle<()>> {
     vec![
         tokio::spawn(http::serve(Arc::new(pages))),
         tokio::spawn(monitor::follow_events(node.clone())),
+        tokio::spawn(monitor::follow_samples(node.clone())),
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),

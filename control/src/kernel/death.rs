@@ -1,7 +1,7 @@
 //! What killed a container, as far as it can be known.
 //!
-//! In: the exit code, the engine's word on memory, the last sample of /dev/shm. Out: the cause, its
-//! reason for events, and words for people. Invariant: nothing is claimed of memory without a sign of
+//! In: the exit code, the engine's word on memory, the samples: the kernel's own count of kills, and
+//! /dev/shm. Out: the cause, its reason for events, and words for people. Invariant: nothing is claimed of memory without a sign of
 //! it: SIGKILL and SIGBUS have other senders too.
 //!
 //! Exit codes are the shell's: 128 and the number of the signal. Sources: signal(7); shm_overview(7)
@@ -91,13 +91,17 @@ pub fn full_shm(sample: &ContainerSample) -> Option<(u64, u64)> {
     (size > 0 && size.saturating_sub(used) < SHM_SLACK.min(size / 32 + 1)).then_some((used, size))
 }
 
-/// The kills for memory that the engine told of one container.
+/// The kills for memory in one container: those the engine told of, and those that Linux counted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OutOfMemory {
-    /// How many.
+    /// How many the engine told of.
     pub kills: u64,
-    /// The last one.
+    /// The last of them.
     pub last: Option<Instant>,
+    /// Linux's count in the last sample, and when that was taken, ns of the monotonic clock.
+    counted: Option<(u64, u64)>,
+    /// When that count was last seen to have grown.
+    grew: Option<Instant>,
 }
 
 impl OutOfMemory {
@@ -111,20 +115,41 @@ impl OutOfMemory {
         quiet
     }
 
-    /// Whether a death at `now` is one of these. `flagged` is the engine's own word, which stands for
-    /// any kill in the container's life: it decides only when no kill was told.
-    pub fn explains(&self, now: Instant, flagged: bool) -> bool {
-        match self.last {
-            Some(last) => now.saturating_duration_since(last) < RECENT,
-            None => flagged,
+    /// Takes in what Linux has counted up to a sample. The first one says nothing of when: the kernel
+    /// may be older than this process.
+    pub fn sampled(&mut self, sample: &ContainerSample, now: Instant) {
+        let Some(kills) = sample.memory.get().and_then(|it| it.oom_kill_events) else {
+            return;
+        };
+        let taken_ns = sample.taken_monotonic_ns;
+        let before = self.counted.replace((kills, taken_ns));
+        let grew = before.is_some_and(|(count, then_ns)| {
+            // Between samples that are far apart it may have been long ago.
+            let apart = Duration::from_nanos(taken_ns.saturating_sub(then_ns));
+            kills > count && apart < RECENT
+        });
+        if grew {
+            self.grew = Some(now);
         }
+    }
+
+    /// Whether a death at `now` is one of these. `flagged` is the engine's own word, which stands for
+    /// any kill in the container's life: it decides only when no earlier kill is known, because then
+    /// it may be of that one.
+    pub fn explains(&self, now: Instant, flagged: bool) -> bool {
+        let recent = [self.last, self.grew]
+            .into_iter()
+            .flatten()
+            .any(|at| now.saturating_duration_since(at) < RECENT);
+        let earlier = self.last.is_some() || self.counted.is_some_and(|(kills, _)| kills > 0);
+        recent || (flagged && !earlier)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::observed::{DiskCounters, Measured, Source};
+    use shared::observed::{DiskCounters, Measured, MemoryCounters, Source};
 
     #[test]
     fn codes_are_told_apart_by_their_signs() {
@@ -156,6 +181,53 @@ mod tests {
         assert!(!seen.explains(now + RECENT * 2, true));
         assert!(!seen.count(now + RECENT), "told a moment ago");
         assert_eq!(seen.kills, 2);
+    }
+
+    fn counted(kills: u64, taken_s: u64) -> ContainerSample {
+        let memory = MemoryCounters {
+            oom_kill_events: Some(kills),
+            ..MemoryCounters::default()
+        };
+        ContainerSample {
+            taken_monotonic_ns: taken_s * 1_000_000_000,
+            memory: Measured::now(Source::File, memory),
+            ..ContainerSample::default()
+        }
+    }
+
+    /// The engine's flag stays for the container's life, this process is younger than that.
+    #[test]
+    fn a_kill_before_the_agent_s_start_explains_no_new_death() {
+        let now = Instant::now();
+        let mut seen = OutOfMemory::default();
+        seen.sampled(&counted(2, 100), now);
+        assert!(!seen.explains(now, true));
+        // Nothing was killed before: the flag is of this death.
+        let mut none = OutOfMemory::default();
+        none.sampled(&counted(0, 100), now);
+        assert!(none.explains(now, true) && !none.explains(now, false));
+        // A sample without memory says nothing.
+        let mut unread = OutOfMemory::default();
+        unread.sampled(&ContainerSample::default(), now);
+        assert!(unread.explains(now, true));
+    }
+
+    #[test]
+    fn a_kill_that_only_linux_tells_explains_a_death_right_after_it() {
+        let begin = Instant::now();
+        let mut seen = OutOfMemory::default();
+        // The engine told of one long ago.
+        seen.count(begin);
+        seen.sampled(&counted(1, 100), begin);
+        let now = begin + RECENT * 6;
+        seen.sampled(&counted(1, 160), now);
+        assert!(!seen.explains(now, true));
+        seen.sampled(&counted(2, 161), now);
+        assert!(seen.explains(now + RECENT / 2, false));
+        assert!(!seen.explains(now + RECENT, true));
+        // Nobody knows when, between samples that are far apart.
+        seen.sampled(&counted(3, 300), now + RECENT * 14);
+        assert!(!seen.explains(now + RECENT * 14, true));
     }
 
     #[test]

@@ -137,6 +137,9 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let sample = kernel
         .container()
         .and_then(|container| node.link.sample(container));
+    if let Some(sample) = &sample {
+        kernel.note_sample(sample);
+    }
     // Over all attempts: the container that told it may be gone when a later step fails.
     let mut remains = Remains::default();
     loop {

@@ -1,7 +1,8 @@
 //! Keeping what is and what should be together.
 //!
-//! In: Docker's events, and every few seconds Docker's list of all containers of this agent. Out:
-//! inputs to lifecycles, and rows of a container whose address changed. Invariant: nothing is
+//! In: Docker's events, every few seconds Docker's list of all containers of this agent, and the
+//! dataplane's samples. Out: inputs to lifecycles, rows of a container whose address changed, and what
+//! each kernel knows of kills for memory. Invariant: nothing is
 //! decided from a list alone: a kernel that seems to be gone is looked at by itself first, because
 //! the list and the registry are never of the same instant.
 
@@ -57,6 +58,35 @@ pub async fn reconcile_periodically(node: Arc<Node>) {
         tokio::select! {
             _ = ticks.tick() => reconcile_and_report(&node).await,
             () = node.stopping.cancelled() => return,
+        }
+    }
+}
+
+/// Follows the kills for memory that Linux counts, until the agent stops: the engine's events of them
+/// may be missed.
+pub async fn follow_samples(node: Arc<Node>) {
+    let mut observed = node.link.subscribe();
+    let mut seen = None;
+    loop {
+        let changed = tokio::select! {
+            changed = observed.changed() => changed,
+            () = node.stopping.cancelled() => return,
+        };
+        if changed.is_err() {
+            return;
+        }
+        let Some(snapshot) = observed.borrow_and_update().snapshot.clone() else {
+            continue;
+        };
+        let pass = snapshot.node.as_ref().map(|node| node.taken_monotonic_ns);
+        if std::mem::replace(&mut seen, pass) == pass {
+            continue;
+        }
+        for kernel in node.registry.all() {
+            let container = kernel.container();
+            if let Some(sample) = container.and_then(|id| snapshot.container(id)) {
+                kernel.note_sample(sample);
+            }
         }
     }
 }

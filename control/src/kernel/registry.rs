@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
+use shared::observed::ContainerSample;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -409,7 +410,15 @@ impl Kernel {
         self.inner().out_of_memory.count(Instant::now())
     }
 
-    /// The kills for memory in the present container that the engine has told of.
+    /// Takes in the kills for memory that Linux has counted in the present container.
+    pub fn note_sample(&self, sample: &ContainerSample) {
+        let mut inner = self.inner();
+        if inner.record.container() == Some(sample.container_id) {
+            inner.out_of_memory.sampled(sample, Instant::now());
+        }
+    }
+
+    /// The kills for memory in the present container.
     pub fn out_of_memory(&self) -> OutOfMemory {
         self.inner().out_of_memory
     }
