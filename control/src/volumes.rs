@@ -331,9 +331,7 @@ impl Volumes {
     async fn mount_at(&self, path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
         self.allowed(order)?;
         self.fstab_allowed(order.fstab.as_deref())?;
-        let mounted = mount::at(path).await?;
-        let ours = mounted.is_none();
-        match mounted {
+        match mount::at(path).await? {
             Some(found) if is_another(&found, &order.location) => {
                 return Err(VolumeError::Taken {
                     path: path.to_owned(),
@@ -342,24 +340,28 @@ impl Volumes {
             }
             Some(_) => tracing::info!(path = %path.display(), "a volume is mounted already"),
             None => {
-                make_point(path).await?;
-                mount::mount(path, order, self.settings.timeout).await?;
+                let made = make_point(path).await?;
+                let done = self.mount_and_note(path, order).await;
+                if done.is_err() {
+                    remove_made(made).await;
+                }
+                return done;
+            }
+        }
+        note(path, order).await
+    }
+
+    async fn mount_and_note(&self, path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
+        mount::mount(path, order, self.settings.timeout).await?;
+        let noted = note(path, order).await;
+        match &noted {
+            Ok(()) => {
                 tracing::info!(path = %path.display(), source = order.location, fs_type = order.fs_type, "mounted a volume");
             }
-        }
-        let Some(table) = &order.fstab else {
-            return Ok(());
-        };
-        let (table, entry) = (table.clone(), fstab::Entry::of(path, order));
-        let noted = blocking(move || fstab::add(&table, &entry)).await;
-        if noted.is_err() && ours {
             // All or nothing: the next start of the host would not mount it.
-            if let Err(err) = mount::unmount(path, self.settings.timeout).await {
-                tracing::warn!(path = %path.display(), err = &err as &dyn std::error::Error, "a volume stays mounted that could not be noted");
-            }
-            remove_point(path).await;
+            Err(_) => mount::undo(path, self.settings.timeout).await,
         }
-        Ok(noted?)
+        noted
     }
 
     async fn unmount_at(
@@ -375,11 +377,22 @@ impl Volumes {
                 kernel,
             });
         }
-        if let Some(table) = order.fstab.clone() {
-            // First, so that a failure leaves the volume mounted and may be repeated.
-            let point = path.to_owned();
-            blocking(move || fstab::remove(&table, &point)).await?;
+        let Some(table) = order.fstab.clone() else {
+            return self.let_go(path).await;
+        };
+        // First, as a line can be put back and a mount cannot: not as it was mounted.
+        let (taken, point) = (table.clone(), path.to_owned());
+        let removed = blocking(move || fstab::remove(&taken, &point)).await?;
+        let done = self.let_go(path).await;
+        if done.is_err()
+            && let Some(removed) = removed
+        {
+            put_back(table, removed).await;
         }
+        done
+    }
+
+    async fn let_go(&self, path: &Path) -> Result<(), VolumeError> {
         if mount::at(path).await?.is_some() {
             mount::unmount(path, self.settings.timeout).await?;
             tracing::info!(path = %path.display(), "unmounted a volume");
@@ -427,20 +440,67 @@ impl Volumes {
     }
 }
 
-async fn make_point(path: &Path) -> Result<(), VolumeError> {
+/// Notes a volume in the table of its order, if it names one.
+async fn note(path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
+    let Some(table) = order.fstab.clone() else {
+        return Ok(());
+    };
+    let entry = fstab::Entry::of(path, order);
+    Ok(blocking(move || fstab::add(&table, &entry)).await?)
+}
+
+/// Puts lines back after a failed order; the failure is already on its way.
+async fn put_back(table: PathBuf, removed: fstab::Removed) {
+    let shown = table.display().to_string();
+    let lines = removed.lines.clone();
+    if let Err(err) = blocking(move || fstab::put_back(&table, &removed)).await {
+        tracing::error!(
+            table = shown,
+            lines,
+            err = &err as &dyn std::error::Error,
+            "a volume that stays mounted is not noted any more; write its line back"
+        );
+    }
+}
+
+/// Makes the directory, and those above it: the ones that were not there, the deepest first.
+async fn make_point(path: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     let point = path.to_owned();
-    let made = blocking(move || {
-        std::fs::create_dir_all(&point)?;
-        // mount(8) would follow a link to wherever it leads.
-        if std::fs::symlink_metadata(&point)?.is_symlink() {
-            return Err(io::Error::from(io::ErrorKind::NotADirectory));
-        }
-        Ok(())
-    });
-    made.await.map_err(|source| VolumeError::Point {
-        path: path.to_owned(),
-        source,
+    let (made, outcome) = blocking(move || {
+        let absent = |directory: &&Path| !directory.exists();
+        let absent: Vec<PathBuf> = (point.ancestors().take_while(absent))
+            .map(Path::to_owned)
+            .collect();
+        let make = || {
+            std::fs::create_dir_all(&point)?;
+            // mount(8) would follow a link to wherever it leads.
+            match std::fs::symlink_metadata(&point)?.is_dir() {
+                true => Ok(()),
+                false => Err(io::Error::from(io::ErrorKind::NotADirectory)),
+            }
+        };
+        let outcome = make();
+        (absent, outcome)
     })
+    .await;
+    match outcome {
+        Ok(()) => Ok(made),
+        Err(source) => {
+            remove_made(made).await;
+            Err(VolumeError::Point {
+                path: path.to_owned(),
+                source,
+            })
+        }
+    }
+}
+
+/// Removes directories that a failed order has made, the deepest first; one with something in it
+/// stays, and so does one where something is mounted.
+async fn remove_made(made: Vec<PathBuf>) {
+    for directory in &made {
+        remove_point(directory).await;
+    }
 }
 
 /// Removes the directory if it is empty; files that someone put there stay.

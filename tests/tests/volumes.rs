@@ -1,6 +1,8 @@
 //! Volumes with real mounts: what is mounted, noted, refused, and what is left afterwards.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed step fails the test
 
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,8 +32,12 @@ fn mounted_below(directory: &Path) -> Vec<PathBuf> {
 }
 
 impl Place {
-    /// `None`, with the reason told, where this process may not mount.
     fn new(allow: &[&str]) -> Option<Place> {
+        Place::with_timeout(allow, "60s")
+    }
+
+    /// `None`, with the reason told, where this process may not mount.
+    fn with_timeout(allow: &[&str], timeout: &str) -> Option<Place> {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let capabilities = status
             .lines()
@@ -57,7 +63,7 @@ impl Place {
         .unwrap();
         let text = format!(
             "[agent]\nmount-path = \"{place}/mnt\"\ncohabiting-storage-proxy = false\n\
-             [node.volumes]\nallow = [{}]\nfstab = [\"{place}/fstab\", \"{place}/absent/fstab\"]\n",
+             [node.volumes]\ntimeout = \"{timeout}\"\nallow = [{}]\nfstab = [\"{place}/fstab\", \"{place}/absent/fstab\"]\n",
             rules.join(", ")
         );
         let file = directory.path().join("agent.toml");
@@ -220,6 +226,13 @@ async fn what_fails_leaves_nothing() {
         Some(VolumeError::Refused { words, .. }) => assert!(words.contains("mount"), "{words}"),
         other => panic!("{other:?}"),
     }
+    place.nothing_is_left(&before);
+    // A directory that was there before stays.
+    std::fs::create_dir(place.point("v")).unwrap();
+    let again = place.order("v", "ext4", &noise, "loop");
+    let failed = place.volumes.mount(&again).await;
+    assert!(matches!(failed.error, Some(VolumeError::Refused { .. })));
+    std::fs::remove_dir(place.point("v")).expect("as it was");
     // Mounted, but not to be noted: undone.
     let mut order = place.order("v", "tmpfs", "memory", "");
     order.fstab = Some(place.at("absent/fstab"));
@@ -229,4 +242,108 @@ async fn what_fails_leaves_nothing() {
         "{failed:?}"
     );
     place.nothing_is_left(&before);
+}
+
+#[tokio::test]
+async fn a_volume_in_use_stays_mounted_and_noted() {
+    let Some(place) = Place::new(&["tmpfs memory"]) else {
+        return;
+    };
+    let before = place.fstab();
+    well(
+        &place
+            .volumes
+            .mount(&place.order("v", "tmpfs", "memory", ""))
+            .await,
+    );
+    let noted = place.fstab() + "# by hand\n";
+    std::fs::write(place.at("fstab"), &noted).unwrap();
+    // As a process of the host that works there.
+    let used = std::fs::File::create(place.point("v").join("file")).unwrap();
+    let refused = place.unmount("v").await;
+    assert!(
+        matches!(refused.error, Some(VolumeError::Refused { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(mounted_below(place.directory.path()), [place.point("v")]);
+    assert_eq!(place.fstab(), noted);
+    drop(used);
+    well(&place.unmount("v").await);
+    place.nothing_is_left(&(before + "# by hand\n"));
+}
+
+/// A program that mount(8) leaves a type of file system to; gone with this, or as soon as it runs.
+struct Helper {
+    file: PathBuf,
+    fs_type: String,
+}
+
+impl Helper {
+    /// `None`, with the reason told, where no such program can be added.
+    fn new(script: &str) -> Option<Helper> {
+        let fs_type = format!("bai-test-{}", uuid::Uuid::new_v4().simple());
+        // The only place that mount(8) looks at.
+        let file = Path::new("/sbin").join(format!("mount.{fs_type}"));
+        let helper = Helper { file, fs_type };
+        let written = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(&helper.file)
+            .and_then(|mut file| {
+                file.write_all(format!("#!/bin/sh\nrm -f \"$0\"\n{script}\n").as_bytes())
+            });
+        match written {
+            Ok(()) => Some(helper),
+            Err(err) => {
+                harness::skip::needs(format!(
+                    "volumes: a helper of mount(8) must be written to /sbin: {err}"
+                ));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
+#[tokio::test]
+async fn a_mount_that_comes_after_the_deadline_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let gate = directory.path().join("gate");
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Not for ever, should this test fail; in the helper's own process group.
+    let wait = format!("timeout --foreground 60 cat {}", gate.display());
+    let mount = "mount -t tmpfs slow \"$2\"";
+    // The server answers late; it answers, and the helper does not come back.
+    for script in [format!("{wait}; {mount}"), format!("{mount}; {wait}")] {
+        let Some(helper) = Helper::new(&script) else {
+            return;
+        };
+        let rule = format!("{} slow", helper.fs_type);
+        let Some(place) = Place::with_timeout(&[&rule], "1s") else {
+            return;
+        };
+        let before = place.fstab();
+        let order = place.order("v", &helper.fs_type, "slow", "");
+        let late = place.volumes.mount(&order).await;
+        assert!(
+            matches!(late.error, Some(VolumeError::Timeout { .. })),
+            "{late:?}"
+        );
+        assert!(!helper.file.exists(), "the helper has run");
+        place.nothing_is_left(&before);
+        // Nobody is left who waits for the gate, and so nobody who mounts when it opens.
+        let opened = std::fs::OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&gate);
+        let closed = opened.expect_err("nobody reads").raw_os_error();
+        assert_eq!(closed, Some(libc::ENXIO));
+        place.nothing_is_left(&before);
+    }
 }

@@ -120,9 +120,18 @@ pub(super) fn add(table: &Path, entry: &Entry) -> Result<(), FstabError> {
     replace(table, &format!("{text}{separator}{ours}"))
 }
 
-/// Takes out what is noted for a mount point. Blocks.
-pub(super) fn remove(table: &Path, path: &Path) -> Result<(), FstabError> {
-    let text = read(table)?;
+/// What was taken out of a table.
+#[derive(Debug)]
+pub(super) struct Removed {
+    before: String,
+    after: String,
+    /// As they were written.
+    pub lines: String,
+}
+
+/// Takes out what is noted for a mount point; `None` when nothing is. Blocks.
+pub(super) fn remove(table: &Path, path: &Path) -> Result<Option<Removed>, FstabError> {
+    let before = read(table)?;
     let point = Entry {
         source: "-".to_owned(),
         point: path.to_string_lossy().into_owned(),
@@ -131,14 +140,34 @@ pub(super) fn remove(table: &Path, path: &Path) -> Result<(), FstabError> {
     }
     .line();
     let point = fields(&point).map(|(_, point)| point);
-    let kept: String = text
+    let (lines, after): (Vec<&str>, Vec<&str>) = before
         .split_inclusive('\n')
-        .filter(|line| fields(line).is_none_or(|(_, at)| Some(at) != point))
-        .collect();
-    if kept == text {
-        return Ok(());
+        .partition(|line| fields(line).is_some_and(|(_, at)| Some(at) == point));
+    if lines.is_empty() {
+        return Ok(None);
     }
-    replace(table, &kept)
+    let (lines, after) = (lines.concat(), after.concat());
+    replace(table, &after)?;
+    Ok(Some(Removed {
+        before,
+        after,
+        lines,
+    }))
+}
+
+/// Puts back what was taken out: where it was, or at the end of a table that somebody has changed
+/// since. Blocks.
+pub(super) fn put_back(table: &Path, removed: &Removed) -> Result<(), FstabError> {
+    let text = read(table)?;
+    if text == removed.after {
+        return replace(table, &removed.before);
+    }
+    let separator = if text.is_empty() || text.ends_with('\n') {
+        ""
+    } else {
+        "\n"
+    };
+    replace(table, &format!("{text}{separator}{}", removed.lines))
 }
 
 /// The table; empty when there is none. Blocks.
@@ -237,6 +266,26 @@ mod tests {
         assert_eq!(fs::read_to_string(&table).unwrap(), format!("{before}\n"));
         // Nothing is left beside it.
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_taken_out_is_put_back_where_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let table = directory.path().join("fstab");
+        let text = || fs::read_to_string(&table).unwrap();
+        let before = "# first\na:/b  /mnt/v\tnfs ro 0 0\n# second\na:/c /mnt/v nfs defaults 0 0";
+        fs::write(&table, before).unwrap();
+        let removed = remove(&table, Path::new("/mnt/v")).unwrap().unwrap();
+        assert_eq!(text(), "# first\n# second\n");
+        put_back(&table, &removed).unwrap();
+        assert_eq!(text(), before);
+        assert!(remove(&table, Path::new("/mnt/w")).unwrap().is_none());
+        // Somebody else writes in between.
+        let removed = remove(&table, Path::new("/mnt/v")).unwrap().unwrap();
+        fs::write(&table, "# other").unwrap();
+        put_back(&table, &removed).unwrap();
+        assert_eq!(text(), format!("# other\n{}", removed.lines));
+        assert_eq!(removed.lines.lines().count(), 2);
     }
 
     #[test]

@@ -1,10 +1,16 @@
 //! What is mounted, and the two programs that change it.
+//!
+//! Invariants: a program that misses its deadline is killed with all that it has started, so that
+//! nothing is mounted after the answer; a mount that failed is undone.
 
+use std::future::pending;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::process::Command;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, ChildStderr, Command};
 
 use super::{MountOrder, VolumeError};
 use crate::kernel::node::blocking;
@@ -13,6 +19,11 @@ use crate::kernel::node::blocking;
 const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// How much of what a program said is told.
 const WORDS: usize = 1024;
+/// How long what a failed program has started may keep us from what else there is to read of it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long killed processes may take to be gone. One that waits for a server may not be killed at
+/// all while it does.
+const DEATH: Duration = Duration::from_secs(5);
 
 /// What is mounted at exactly this path, if anything is: the source of the topmost mount.
 pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
@@ -78,7 +89,7 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Mounts, and sees that it is so.
+/// Mounts where nothing is mounted, and sees that it is so; what failed is undone.
 pub(super) async fn mount(
     path: &Path,
     order: &MountOrder,
@@ -90,10 +101,29 @@ pub(super) async fn mount(
         command.args(["-o", options]);
     }
     command.arg("--").arg(&order.location).arg(path);
-    run("mount", command, limit).await?;
-    match at(path).await? {
-        Some(_) => Ok(()),
-        None => Err(VolumeError::NotDone(path.to_owned())),
+    let mounted = async {
+        run("mount", command, limit).await?;
+        match at(path).await? {
+            Some(_) => Ok(()),
+            None => Err(VolumeError::NotDone(path.to_owned())),
+        }
+    };
+    let mounted = mounted.await;
+    if mounted.is_err() {
+        undo(path, limit).await;
+    }
+    mounted
+}
+
+/// Takes away what a failed order has mounted, if it has; the failure is already on its way.
+pub(super) async fn undo(path: &Path, limit: Duration) {
+    let undone = match at(path).await {
+        Ok(None) => return,
+        Ok(Some(_)) => unmount(path, limit).await,
+        Err(err) => Err(err),
+    };
+    if let Err(err) = undone {
+        tracing::warn!(path = %path.display(), err = &err as &dyn std::error::Error, "a volume may stay mounted after a failed order");
     }
 }
 
@@ -101,10 +131,60 @@ pub(super) async fn mount(
 pub(super) async fn unmount(path: &Path, limit: Duration) -> Result<(), VolumeError> {
     let mut command = Command::new("umount");
     command.arg("--").arg(path);
-    run("umount", command, limit).await?;
-    match at(path).await? {
-        None => Ok(()),
-        Some(_) => Err(VolumeError::NotDone(path.to_owned())),
+    let ran = run("umount", command, limit).await;
+    match at(path).await {
+        // What was asked for, however late.
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => ran.and_then(|()| Err(VolumeError::NotDone(path.to_owned()))),
+        Err(err) => ran.and(Err(err)),
+    }
+}
+
+/// A program and what it has started, in a process group of its own.
+struct Group(Child);
+
+impl Group {
+    /// Kills all of them. Does nothing once the program was waited for: its number may be
+    /// somebody else's then.
+    fn kill(&self) {
+        let leader = self.0.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(leader) = leader.and_then(Pid::from_raw) {
+            // Fails only when there is none left.
+            let _ = kill_process_group(leader, Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The beginning of what a program says, and of what it has started: they have the pipe from it.
+struct Said {
+    pipe: Option<ChildStderr>,
+    bytes: Vec<u8>,
+}
+
+impl Said {
+    /// Reads until nobody holds the pipe any more. May be dropped and called again.
+    async fn drain(&mut self) {
+        let mut chunk = [0; 1024];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut chunk).await {
+                Ok(0) | Err(_) => self.pipe = None,
+                Ok(read) => {
+                    let room = (4 * WORDS).saturating_sub(self.bytes.len());
+                    self.bytes.extend_from_slice(&chunk[..read.min(room)]);
+                }
+            }
+        }
+    }
+
+    fn words(&self) -> String {
+        let words = String::from_utf8_lossy(&self.bytes);
+        words.trim().chars().take(WORDS).collect()
     }
 }
 
@@ -118,30 +198,51 @@ async fn run(
         .env("PATH", SEARCH_PATH)
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        // mount(8) leaves NFS and others to helpers, which go on when only it is killed.
+        .process_group(0)
         .kill_on_drop(true);
-    let output: Output = match tokio::time::timeout(limit, command.output()).await {
-        Ok(Ok(output)) => output,
-        Ok(Err(source)) => return Err(VolumeError::Program { program, source }),
+    let failed = |source| VolumeError::Program { program, source };
+    let mut group = Group(command.spawn().map_err(failed)?);
+    let mut said = Said {
+        pipe: group.0.stderr.take(),
+        bytes: Vec::new(),
+    };
+    let ended = async {
+        tokio::select! {
+            status = group.0.wait() => status,
+            status = async { said.drain().await; pending().await } => status,
+        }
+    };
+    let status = match tokio::time::timeout(limit, ended).await {
+        Ok(ended) => ended.map_err(failed)?,
         Err(_) => {
+            group.kill();
+            // At the end of the pipe none of them is left that could mount something yet.
+            let gone = async {
+                said.drain().await;
+                group.0.wait().await
+            };
+            if tokio::time::timeout(DEATH, gone).await.is_err() {
+                tracing::warn!(program, "a program that took too long cannot be killed yet");
+            }
             return Err(VolumeError::Timeout {
                 program,
                 after: limit,
             });
         }
     };
-    if output.status.success() {
+    if status.success() {
         return Ok(());
     }
-    let words = String::from_utf8_lossy(&output.stderr);
-    let words: String = words.trim().chars().take(WORDS).collect();
-    Err(VolumeError::Refused {
-        program,
-        words: if words.is_empty() {
-            output.status.to_string()
-        } else {
-            words
-        },
-    })
+    // What it has started may live on with the pipe.
+    let _ = tokio::time::timeout(LAST_WORDS, said.drain()).await;
+    let words = match said.words() {
+        words if words.is_empty() => status.to_string(),
+        words => words,
+    };
+    Err(VolumeError::Refused { program, words })
 }
 
 #[cfg(test)]
@@ -172,5 +273,57 @@ mod tests {
         assert_eq!(unescape("a\\040b\\134c"), "a b\\c");
         assert_eq!(unescape("a\\04"), "a\\04");
         assert_eq!(unescape("\\999"), "\\999");
+    }
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[tokio::test]
+    async fn what_a_program_has_started_ends_with_it_at_the_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let held = directory.path().join("held");
+        // Holds a lock as long as it lives, as a helper of mount(8) that goes on alone would.
+        let script = format!("flock {} sleep 600; exit 0", held.display());
+        let ran = run("mount", shell(&script), Duration::from_millis(300)).await;
+        assert!(matches!(ran, Err(VolumeError::Timeout { .. })), "{ran:?}");
+        let file = std::fs::File::create(&held).unwrap();
+        let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        rustix::fs::flock(&file, lock).expect("nobody holds it any more");
+    }
+
+    #[tokio::test]
+    async fn what_a_program_leaves_running_keeps_nobody_waiting() {
+        let directory = tempfile::tempdir().unwrap();
+        let limit = Duration::from_secs(60);
+        for (code, well) in [(0, true), (1, false)] {
+            let file = directory.path().join("sleeper");
+            // The pipe is the sleeper's too: it is the program's own end that counts.
+            let script = format!("sleep 600 & echo $! > {}; exit {code}", file.display());
+            let ended = run("mount", shell(&script), limit).await;
+            let number = std::fs::read_to_string(&file).unwrap();
+            let sleeper = Pid::from_raw(number.trim().parse().unwrap()).unwrap();
+            rustix::process::kill_process(sleeper, Signal::KILL).expect("still there");
+            match ended {
+                Ok(()) => assert!(well),
+                Err(VolumeError::Refused { .. }) => assert!(!well),
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn much_that_is_said_neither_blocks_nor_is_all_kept() {
+        let script = "yes | head -c 1000000 >&2; exit 3";
+        let ran = run("mount", shell(script), Duration::from_secs(60)).await;
+        let Err(VolumeError::Refused { words, .. }) = ran else {
+            panic!("{ran:?}");
+        };
+        assert_eq!(words.len(), WORDS);
+        let ran = run("mount", shell("exit 3"), Duration::from_secs(60)).await;
+        let words = ran.unwrap_err().to_string();
+        assert_eq!(words, "mount failed: exit status: 3");
     }
 }
