@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use shared::ids::ContainerId;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -71,18 +72,12 @@ pub fn expect_again(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let container = kernel.container();
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone().tasks.spawn(async move {
-        tokio::select! {
-            () = tokio::time::sleep(STARTED_AGAIN) => {}
-            // The next start waits anew.
-            () = node.stopping.cancelled() => return,
-        }
-        // It was started, or the kernel was restarted once more or has ended.
-        if !is_dropped(&kernel) || kernel.container() != container || !kernel.is_running() {
+        let given_up = is_given_up(&kernel, container, STARTED_AGAIN);
+        // The next start waits anew.
+        let given_up = node.stopping.run_until_cancelled(given_up).await;
+        if given_up != Some(true) {
             return;
         }
-        let Some(_gone) = kernel.begin_batch() else {
-            return;
-        };
         tracing::warn!(kernel_id = %kernel.id,
             "a batch job was not started again after its kernel was restarted; its session is told to have failed");
         node.events.emit(Event::SessionFailure {
@@ -93,6 +88,17 @@ pub fn expect_again(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         kernel.end_batch();
         forget(&node, &kernel).await;
     });
+}
+
+/// Waits for a dropped job to be started again in that container. When it was not, the kernel takes no
+/// other until the end of this one is told.
+async fn is_given_up(kernel: &Kernel, container: Option<ContainerId>, patience: Duration) -> bool {
+    tokio::time::sleep(patience).await;
+    // It was started, or the kernel was restarted once more or has ended.
+    is_dropped(kernel)
+        && kernel.container() == container
+        && kernel.is_running()
+        && kernel.begin_batch().is_some()
 }
 
 fn is_dropped(kernel: &Kernel) -> bool {
@@ -281,7 +287,63 @@ async fn init_pid(node: &Node, kernel: &Kernel) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lifecycle::{Input, Stage};
+    use super::super::registry::{Admission, Registry, tests::record};
     use super::*;
+
+    /// A kernel that was restarted while its job was at work.
+    fn restarted() -> Arc<Kernel> {
+        let mut record = record(1);
+        record.container_id = Some(ContainerId([1; 32]).to_string());
+        record.batch_running = true;
+        record.batch_job = Some(BatchRecord {
+            step: BatchStep::Dropped,
+            command: None,
+            time_up: None,
+        });
+        let Admission::Accepted(kernel) = Registry::default().admit(record) else {
+            panic!("not admitted");
+        };
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        assert!(is_dropped(&kernel) && kernel.is_running());
+        kernel
+    }
+
+    /// What comes of it when this happens while it is waited for.
+    async fn after(happens: impl FnOnce(&Arc<Kernel>)) -> bool {
+        let kernel = restarted();
+        let waits = is_given_up(&kernel, kernel.container(), Duration::from_millis(50));
+        let (given_up, ()) = tokio::join!(waits, async { happens(&kernel) });
+        // It is this wait's alone then.
+        assert!(!given_up || kernel.begin_batch().is_none());
+        given_up
+    }
+
+    #[tokio::test]
+    async fn a_job_that_is_not_started_again_is_given_up() {
+        assert!(after(|_| {}).await);
+        // Started again: it is in the record soon after it has begun.
+        assert!(!after(|kernel| drop(kernel.begin_batch())).await);
+        let noted = after(|kernel| {
+            kernel.update_record(|record| {
+                let job = record.batch_job.as_mut().expect("the job");
+                job.step = BatchStep::Waiting;
+            });
+        });
+        assert!(!noted.await);
+        let again = |kernel: &Arc<Kernel>| {
+            let other = Some(ContainerId([2; 32]).to_string());
+            kernel.update_record(|record| record.container_id = other);
+        };
+        assert!(!after(again).await);
+        let ended = after(|kernel| {
+            kernel.step(Input::Died { exit_code: None });
+        });
+        assert!(!ended.await);
+        let told = after(|kernel| kernel.update_record(|record| record.batch_running = false));
+        assert!(!told.await);
+    }
 
     #[test]
     fn the_time_of_a_job_is_counted_from_the_hosts_start() {

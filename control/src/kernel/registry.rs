@@ -649,14 +649,15 @@ pub fn outcome(state: &State) -> Option<&Ending> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::kernel::record::PublishedBy;
     use crate::kernel::request::SessionType;
     use crate::kernel::runner_link::{LinkOptions, RunnerAddress};
     use std::time::Duration;
 
-    fn record(id: u8) -> Record {
+    /// Of a kernel whose files are being made.
+    pub(in crate::kernel) fn record(id: u8) -> Record {
         Record {
             kernel_id: uuid::Uuid::from_bytes([id; 16]),
             session_id: uuid::Uuid::nil(),
