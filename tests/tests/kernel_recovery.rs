@@ -51,6 +51,25 @@ async fn wait_usable(node: &Node, order: &Order) -> Result<()> {
     .await
 }
 
+/// Begins a run that goes on. Once its steps have begun it says nothing any more.
+async fn begin_silent_run(node: &Node, order: &Order) -> Result<()> {
+    for (mode, status) in [("batch", "clean-finished"), ("continue", "build-finished")] {
+        let silent = vec![
+            text(order.session),
+            text(order.kernel),
+            Value::Int(3),
+            Value::from("silent"),
+            Value::from(mode),
+            Value::from(""),
+            rpc::to_value(&json!({ "exec": "sleep 1000" }))?,
+            Value::Float(20.0),
+        ];
+        let reply = kernels::ask(node, "execute", silent).await?;
+        assert_eq!(reply["status"], status);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
@@ -95,21 +114,7 @@ async fn a_stopped_control_leaves_its_kernels_alone() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(&node, &order).await?;
-    // Once its steps have begun it says nothing any more.
-    for (mode, status) in [("batch", "clean-finished"), ("continue", "build-finished")] {
-        let silent = vec![
-            text(order.session),
-            text(order.kernel),
-            Value::Int(3),
-            Value::from("silent"),
-            Value::from(mode),
-            Value::from(""),
-            rpc::to_value(&json!({ "exec": "sleep 1000" }))?,
-            Value::Float(20.0),
-        ];
-        let reply = kernels::ask(&node, "execute", silent).await?;
-        assert_eq!(reply["status"], status);
-    }
+    begin_silent_run(&node, &order).await?;
     node.stop_control()?;
     assert!(node.log("bai-agent").contains("kernels go on"));
     assert_eq!(
@@ -190,12 +195,24 @@ async fn a_container_that_died_meanwhile_is_finished() -> Result<()> {
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(&node, &order).await?;
     kernels::run(&node, &order, "echo last words").await?;
+    begin_silent_run(&node, &order).await?;
+    // Runs that go on are in the journal soon, and nobody else will know of this one.
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let journal = journal.join(format!("{}.json", order.kernel));
+    wait::until("the journal knows of the run", SOON, || async {
+        let record: Json = serde_json::from_slice(&std::fs::read(&journal).ok()?).ok()?;
+        (record["record"]["runs_owed"] == 1).then_some(())
+    })
+    .await?;
     node.kill_control()?;
     kernels::docker(&["kill", result["container_id"].as_str().unwrap()])?;
     node.start_control().await?;
     let end = kernels::wait_end(&node, order.kernel).await?;
     assert_eq!(end, ("self-terminated".to_owned(), 137));
     wait_state(&node, order.kernel, None).await?;
+    let told = kernels::events(&node, order.session).await?;
+    let told: Vec<_> = told.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(told, ["execution_cancelled", "kernel_terminated"]);
     let logs = kernels::ask(&node, "get_logs", vec![text(order.kernel)]).await?;
     assert!(
         logs["logs"].as_str().unwrap().contains("last words"),
