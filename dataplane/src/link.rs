@@ -686,3 +686,6 @@ impl Link {
         self.relay.cut(&ports);
     }
 }
+
+#[cfg(test)]
+mod tests;

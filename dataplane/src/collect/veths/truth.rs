@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ebpf::link_records::link_target;
+use ebpf::link_records::{link_layout, link_target};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use shared::desired::ContainerRow;
 use shared::ids::{ContainerId, Generation};
@@ -325,4 +325,30 @@ fn a_link_that_is_read_otherwise_than_the_kernel_tells_is_asked_about() {
         (sample.source, sample.counters),
         (Source::Netlink, inside(&before))
     );
+}
+
+#[test]
+fn links_are_read_whichever_of_the_two_ways_an_older_kernel_counts_by() {
+    let Some(pair) = Pair::new("lk", 131) else {
+        return;
+    };
+    pair.send(20);
+    let pairs = [pair];
+    let mut turned = 0;
+    for guess in [0, 1] {
+        let Some(mut watch) = Watch::over(&pairs) else {
+            return;
+        };
+        // As of one that does not say which.
+        let veths = watch.veths();
+        veths.kind_known = false;
+        let words = veths.layout.words();
+        words[link_layout::KIND].store(0, super::Relaxed);
+        words[link_layout::SENT_ONLY].store(guess, super::Relaxed);
+        watch.agrees(&pairs, Source::Bpf);
+        let veths = watch.veths();
+        let found = veths.layout.words()[link_layout::SENT_ONLY].load(super::Relaxed);
+        turned += found ^ guess;
+    }
+    assert_eq!(turned, 1, "one of them was right at once");
 }

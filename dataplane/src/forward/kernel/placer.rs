@@ -400,4 +400,34 @@ mod tests {
         assert_eq!(done.len(), 6, "{done:?}");
         assert!(placer.healthy());
     }
+
+    #[test]
+    fn what_is_only_slow_is_not_waited_for_either_once_patience_is_used_up() {
+        let gate = Arc::new(Mutex::new(()));
+        let (mut placer, _done, rung) = placer(&gate);
+        // On a loaded machine any moment may take long.
+        let at_once = (0..10).any(|_| {
+            let held = gate.lock().unwrap();
+            placer.patience = Duration::ZERO;
+            placer.rests_since = Instant::now();
+            placer.list();
+            let number = placer.attach(FIRST);
+            let began = Instant::now();
+            let early = numbers(&placer.wait());
+            let quick = began.elapsed() < PATIENCE / 2 && !placer.hangs();
+            drop(held);
+            // Told without being asked for, and in their order.
+            let mut heard = early.clone();
+            while heard.len() < 2 {
+                let until = Duration::from_secs(30);
+                rung.recv_timeout(until).expect("the bell, for each word");
+                heard.extend(numbers(&placer.words()));
+            }
+            assert_eq!(heard, [0, number]);
+            assert!(!placer.hangs());
+            while rung.try_recv().is_ok() {}
+            early.is_empty() && quick
+        });
+        assert!(at_once);
+    }
 }
