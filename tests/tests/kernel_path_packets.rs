@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::dataplane::until;
-use harness::kernel_path::{KERNEL, Node, attached, host};
+use harness::kernel_path::{KERNEL, Node, attached, host, mirror, told};
 use harness::netns::ip;
 use harness::remote_client::{Container, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
@@ -89,6 +89,67 @@ fn datagrams_of_all_sizes(family: usize) {
         (ForwardPath::KernelPath, 1, 1)
     );
     assert_eq!(status.bytes_in, status.bytes_out);
+    if family == 0 {
+        // Of IPv4 datagrams may come without a sum, and have none in the container either.
+        assert_eq!(
+            by_hand(&node, ["2", "1", "11", "01000000"], address),
+            "unsummed"
+        );
+    }
+}
+
+/// A client with an option of sockets that Rust has no name for: its type, the option's level, number and
+/// value, and where it connects to. It says what it got.
+const BY_HAND: &str = "
+import socket, sys
+kind, level, option, value, address, port = sys.argv[1:]
+family = socket.AF_INET6 if ':' in address else socket.AF_INET
+client = socket.socket(family, int(kind))
+client.settimeout(30)
+client.setsockopt(int(level), int(option), bytes.fromhex(value))
+client.connect((address, int(port)))
+if client.type == socket.SOCK_DGRAM:
+    client.send(b'unsummed')
+    print(client.recv(64).decode())
+else:
+    print(b''.join(iter(lambda: client.recv(64), b'')).decode())
+";
+
+fn by_hand(node: &Node, words: [&str; 4], to: SocketAddr) -> String {
+    let output = command(&node.network.client, "python3")
+        .args(["-c", BY_HAND])
+        .args(words)
+        .args([to.ip().to_string(), to.port().to_string()])
+        .output()
+        .expect("python3");
+    let why = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{why}");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// linux/in.h, linux/in6.h: the first says nothing four times, the second fills a header of eight bytes.
+#[test]
+fn clients_with_options_of_ip_are_the_relays() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    for (family, option, bridge) in [
+        (0, ["1", "0", "4", "01010101"], "10.78.2.1:"),
+        (1, ["1", "41", "54", "0000010400000000"], "[fd78:2::1]:"),
+    ] {
+        let mut row = node.container.port(mirror(&node.container));
+        row.target = node.container.address[family];
+        if family == 1 {
+            row.bind = "::".parse().expect("an address");
+        }
+        node.lift(&row);
+        let address = host(&row, family);
+        let (seen, own) = node.at_client(move || told(address)).expect("told");
+        assert_eq!(seen, own.to_string(), "without them by the kernel");
+        let seen = by_hand(&node, option, address);
+        assert!(seen.starts_with(bridge), "by the relay: {seen}");
+    }
 }
 
 #[test]
