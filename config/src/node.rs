@@ -41,6 +41,8 @@ pub struct Node {
     pub max_containers: u32,
     /// How long a create waits for the dataplane to serve its ports.
     pub dataplane_wait: Duration,
+    /// How long the folders of a kernel may take to be looked at before its creation is given up.
+    pub folder_wait: Duration,
     /// Limits on the block devices for each container.
     pub device_limits: Vec<DeviceLimit>,
     /// `[node.engine]`.

@@ -42,6 +42,7 @@ use crate::kernel::distro::Distros;
 use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
 use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
+use crate::kernel::looks::Looks;
 use crate::kernel::node::blocking;
 use crate::kernel::recovery::{self, RecoveryError};
 use crate::kernel::registry::Registry;
@@ -455,6 +456,7 @@ async fn assemble(
         ports: PortPool::new(range.first, range.last, DEFAULT_REST),
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT)
             .of_agent(&config.agent.id),
+        looks: Looks::new(config.node.folder_wait),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
         active_containers: watch::Sender::default(),

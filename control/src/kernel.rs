@@ -23,6 +23,7 @@ pub mod host_sockets;
 pub mod journal;
 pub mod kept_logs;
 pub mod lifecycle;
+pub mod looks;
 pub mod model_definition;
 pub mod monitor;
 pub mod mounts;

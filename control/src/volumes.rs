@@ -8,7 +8,7 @@
 //! was; where volumes belong is asked of the cluster at each order, and never guessed.
 
 mod fstab;
-mod mount;
+pub(crate) mod mount;
 mod requests;
 
 use std::io;

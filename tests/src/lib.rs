@@ -32,6 +32,7 @@ pub mod remote_client;
 pub mod rpc_service;
 pub mod runner_packages;
 pub mod scrape;
+pub mod silent_mount;
 pub mod skip;
 pub mod traffic;
 pub mod wait;

@@ -1,5 +1,6 @@
 //! The manager's housekeeping calls, other ways to publish ports, and limits of the node.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
 use harness::registry::Registry;
+use harness::silent_mount::SilentMount;
 use harness::wait;
 use serde_json::json;
 use uuid::Uuid;
@@ -213,6 +215,7 @@ async fn defect_busy_host_port_fails_the_creation() -> Result<()> {
 async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     let node = Node::start(NodeOptions {
         agent: "kernel-creation-concurrency = 1".to_owned(),
+        node: "folder-wait = 1.0".to_owned(),
         ..NodeOptions::default()
     })
     .await?;
@@ -278,7 +281,37 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     ensure!(done.is_some() && done < begun, "{done:?} before {begun:?}");
     kernels::destroy(&node, &slow).await?;
     kernels::destroy(&node, &quick).await?;
+    a_folder_that_hangs_keeps_no_turn(&node).await?;
     kernels::assert_clean(&node).await
+}
+
+async fn a_folder_that_hangs_keeps_no_turn(node: &Node) -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let silent = SilentMount::over(place.path())?;
+    let mut stuck = Order::of(Image::Runner)?;
+    stuck.config["mounts"] = json!([folder("data", place.path())]);
+    let other = Order::of(Image::Runner)?;
+    let (failure, created) = tokio::join!(kernels::fail_to_create(node, &stuck), async {
+        wait::until("it has begun", SOON, || async {
+            let told = kernels::events(node, stuck.kernel).await.ok()?;
+            told.iter().any(|(name, _)| name == "kernel_preparing").then_some(())
+        })
+        .await?;
+        kernels::create(node, &other).await
+    });
+    created.context("a kernel without folders waits for one that hangs")?;
+    let (failure, path) = (failure?, place.path().display().to_string());
+    for words in ["the folder data", &path, "has not answered", "unmount"] {
+        ensure!(failure.repr.contains(words), "{words}: {}", failure.repr);
+    }
+    kernels::destroy(node, &other).await?;
+    drop(silent);
+    Ok(())
+}
+
+fn folder(name: &str, place: &Path) -> serde_json::Value {
+    json!({"name": name, "vfid": null, "vfsubpath": null, "host_path": place.display().to_string(),
+        "kernel_path": format!("/home/work/{name}"), "mount_perm": "rw", "usage_mode": "general"})
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -105,6 +105,11 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         Duration::from_secs(5),
         interval_within(10, 600),
     );
+    let folder_wait = s.or_checked(
+        key("folder-wait"),
+        Duration::from_secs(30),
+        interval_within(10, 600),
+    );
     let device_limits = device_limits(&mut s);
     let engine = engine(&mut s);
     let dataplane = dataplane(&mut s);
@@ -143,6 +148,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         metadata_redirect,
         max_containers,
         dataplane_wait,
+        folder_wait,
         device_limits,
         engine,
         dataplane,

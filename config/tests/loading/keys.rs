@@ -321,6 +321,7 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ("node", &["metadata-redirect"], "true", json!(true)),
         ("node", &["max-containers"], "16", json!(16)),
         ("node", &["dataplane-wait"], "'1s'", json!(1.0)),
+        ("node", &["folder-wait"], "'2s'", json!(2.0)),
         (
             "node",
             &["device-limits"],

@@ -273,7 +273,7 @@ async fn build(
     abortable(
         kernel,
         abort,
-        prepare::check_models(&mut prepared, config, &image),
+        prepare::check_models(node, &mut prepared, config, &image),
     )
     .await??;
     node.progress(kernel.id, "looking at the image");
@@ -409,9 +409,15 @@ async fn rebuild(
     abort: &CancellationToken,
 ) -> Result<Launched, CreateError> {
     let config = &order.config;
-    let mut prepared = prepare::check(node, config, &order.cluster).await?;
+    let checked = abortable(kernel, abort, prepare::check(node, config, &order.cluster)).await?;
+    let mut prepared = checked?;
     let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
-    prepare::check_models(&mut prepared, config, &image).await?;
+    abortable(
+        kernel,
+        abort,
+        prepare::check_models(node, &mut prepared, config, &image),
+    )
+    .await??;
     let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
     kernel.update_record(|record| {
         record.distro = Some(distro.clone());

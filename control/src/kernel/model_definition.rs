@@ -209,6 +209,14 @@ struct Definition {
     models: Vec<Model>,
 }
 
+/// The folder that an inference session has its model in.
+pub fn folder(config: &KernelCreationConfig) -> Option<&VfolderMount> {
+    config
+        .mounts
+        .iter()
+        .find(|mount| mount.usage_mode == VfolderUsage::Model)
+}
+
 /// The models of a request; none unless it is an inference session. Reads the folder: blocks.
 ///
 /// # Errors
@@ -220,11 +228,7 @@ pub fn read(
     if config.session_type != SessionType::Inference {
         return Ok(Vec::new());
     }
-    let folder = config
-        .mounts
-        .iter()
-        .find(|mount| mount.usage_mode == VfolderUsage::Model)
-        .ok_or(ModelDefinitionError::NoFolder)?;
+    let folder = folder(config).ok_or(ModelDefinitionError::NoFolder)?;
     let variant = config.internal_data.runtime_variant.as_deref();
     let variant = variant
         .filter(|variant| !variant.is_empty())

@@ -241,67 +241,84 @@ fn lxcfs(root: &Path) -> Vec<Mount> {
     mounts
 }
 
-/// Checks the request's folders and gives their mounts in the order asked for; with `prevent`
-/// (`internal_data.prevent_vfolder_mounts`) only folders named `.logs`.
+/// The folders of a request that are mounted; with `prevent` (`internal_data.prevent_vfolder_mounts`)
+/// only those named `.logs`.
+pub fn allowed(folders: &[VfolderMount], prevent: bool) -> impl Iterator<Item = &VfolderMount> {
+    folders
+        .iter()
+        .filter(move |folder| !prevent || folder.name == ".logs")
+}
+
+/// Checks one folder of a request and gives its mount.
 ///
-/// Call it before anything is created, and where blocking is allowed: a folder may lie on a
-/// network file system that hangs.
+/// Call it before anything is created, and only by way of [`Looks`](super::looks::Looks): a folder may
+/// lie on a network file system that hangs.
 ///
 /// # Errors
-/// The first folder that is not on this node or whose target is not possible.
-pub fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, MountError> {
-    let mut mounts: Vec<Mount> = Vec::new();
-    for folder in folders
-        .iter()
-        .filter(|folder| !prevent || folder.name == ".logs")
-    {
-        let name = || folder.name.clone();
-        let source = Path::new(&folder.host_path);
-        if !is_plain_absolute(source) {
-            return Err(MountError::HostPath {
-                name: name(),
-                path: folder.host_path.clone(),
-            });
-        }
-        let target = Path::new(&folder.kernel_path);
-        if !is_plain_absolute(target) || target == Path::new("/") {
-            return Err(MountError::KernelPath {
-                name: name(),
-                path: folder.kernel_path.clone(),
-            });
-        }
-        if belongs_to_runner(target) || target == Path::new(WORK) {
-            return Err(MountError::RunnerPath {
-                name: name(),
-                path: folder.kernel_path.clone(),
-            });
-        }
-        let inner = inner(folder)?;
-        // lstat would accept a dangling link, which Docker refuses later.
-        let seen = match part(source, inner) {
-            Some(part) => part.resolve().map(drop),
-            None => std::fs::metadata(source).map(drop),
-        };
-        seen.map_err(|cause| match cause.kind() {
-            std::io::ErrorKind::NotFound => MountError::Missing {
-                name: name(),
-                path: source.to_owned(),
-            },
-            std::io::ErrorKind::PermissionDenied if inner > 0 => outside(folder),
-            _ => MountError::Unreadable {
-                name: name(),
-                path: source.to_owned(),
-                cause,
-            },
-        })?;
-        if mounts
-            .iter()
-            .any(|mount| Path::new(&mount.target) == target)
-        {
-            return Err(MountError::Twice(folder.kernel_path.clone()));
-        }
-        let mount = Mount::bind(&folder.host_path, &folder.kernel_path, folder.mount_perm);
-        mounts.push(Mount { inner, ..mount });
+/// It is not on this node, or its target is not possible.
+pub fn vfolder(folder: &VfolderMount) -> Result<Mount, MountError> {
+    let name = || folder.name.clone();
+    let source = Path::new(&folder.host_path);
+    if !is_plain_absolute(source) {
+        return Err(MountError::HostPath {
+            name: name(),
+            path: folder.host_path.clone(),
+        });
+    }
+    let target = Path::new(&folder.kernel_path);
+    if !is_plain_absolute(target) || target == Path::new("/") {
+        return Err(MountError::KernelPath {
+            name: name(),
+            path: folder.kernel_path.clone(),
+        });
+    }
+    if belongs_to_runner(target) || target == Path::new(WORK) {
+        return Err(MountError::RunnerPath {
+            name: name(),
+            path: folder.kernel_path.clone(),
+        });
+    }
+    let inner = inner(folder)?;
+    // lstat would accept a dangling link, which Docker refuses later.
+    let seen = match part(source, inner) {
+        Some(part) => part.resolve().map(drop),
+        None => std::fs::metadata(source).map(drop),
+    };
+    seen.map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => MountError::Missing {
+            name: name(),
+            path: source.to_owned(),
+        },
+        std::io::ErrorKind::PermissionDenied if inner > 0 => outside(folder),
+        _ => MountError::Unreadable {
+            name: name(),
+            path: source.to_owned(),
+            cause,
+        },
+    })?;
+    let mount = Mount::bind(&folder.host_path, &folder.kernel_path, folder.mount_perm);
+    Ok(Mount { inner, ..mount })
+}
+
+/// Adds the mount of a folder to those before it.
+///
+/// # Errors
+/// There is one at its target.
+pub fn add(mounts: &mut Vec<Mount>, mount: Mount) -> Result<(), MountError> {
+    let target = Path::new(&mount.target);
+    if mounts.iter().any(|other| Path::new(&other.target) == target) {
+        return Err(MountError::Twice(mount.target));
+    }
+    mounts.push(mount);
+    Ok(())
+}
+
+/// The mounts of a request's folders, without a limit of time.
+#[cfg(test)]
+pub(crate) fn vfolders(folders: &[VfolderMount], prevent: bool) -> Result<Vec<Mount>, MountError> {
+    let mut mounts = Vec::new();
+    for folder in allowed(folders, prevent) {
+        add(&mut mounts, vfolder(folder)?)?;
     }
     Ok(mounts)
 }

@@ -20,6 +20,7 @@ use super::host_sockets::HostSockets;
 use super::journal::{Journal, JournalError};
 use super::kept_logs::KeptLogs;
 use super::lifecycle::{Action, State};
+use super::looks::Looks;
 use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
@@ -79,6 +80,8 @@ pub struct Node {
     pub distros: Distros,
     /// The kernels' files.
     pub scratch: Scratch,
+    /// Looks at folders, which may hang.
+    pub looks: Looks,
     /// Whether the host's firewall decides about clients of service ports, as last seen.
     pub honours_firewall: AtomicBool,
     /// Directory of the socket for programs in containers.

@@ -41,6 +41,22 @@ pub(super) async fn below(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     Ok(points_below(&text, base))
 }
 
+/// Where the file system is mounted that a path is on, going by its names: links in it are not followed,
+/// and nothing of it is touched.
+pub(crate) async fn point_of(path: &Path) -> PathBuf {
+    let text = blocking(|| std::fs::read_to_string("/proc/self/mountinfo")).await;
+    point_above(&text.unwrap_or_default(), path)
+}
+
+fn point_above(mountinfo: &str, path: &Path) -> PathBuf {
+    mountinfo
+        .lines()
+        .filter_map(|line| Some(PathBuf::from(unescape(line.split(' ').nth(4)?))))
+        .filter(|point| path.starts_with(point))
+        .max_by_key(|point| point.components().count())
+        .unwrap_or_else(|| PathBuf::from("/"))
+}
+
 fn points_below(mountinfo: &str, base: &Path) -> Vec<PathBuf> {
     let mut points: Vec<PathBuf> = mountinfo
         .lines()
@@ -266,6 +282,14 @@ mod tests {
         let points = points_below(lines, Path::new("/mnt"));
         let expected = ["/mnt/a b", "/mnt/bound", "/mnt/x"].map(PathBuf::from);
         assert_eq!(points, expected);
+        for (path, point) in [
+            ("/mnt/a b/deep/er", "/mnt/a b"),
+            ("/mnt/x", "/mnt/x"),
+            ("/mnt/xy", "/"),
+            ("no path of ours", "/"),
+        ] {
+            assert_eq!(point_above(lines, Path::new(path)), Path::new(point));
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::kernel::container_request::{ContainerRequestError, HostFactsError};
 use crate::kernel::distro::DistroError;
 use crate::kernel::journal::JournalError;
 use crate::kernel::lifecycle::Reason;
+use crate::kernel::looks::Silent;
 use crate::kernel::model_definition::ModelDefinitionError;
 use crate::kernel::mounts::MountError;
 use crate::kernel::resource_text::ResourceTextError;
@@ -91,6 +92,9 @@ pub enum CreateError {
     /// A folder cannot be mounted.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// What has to be looked at does not answer.
+    #[error(transparent)]
+    Silent(#[from] Silent),
     /// The model definition makes no sense.
     #[error(transparent)]
     Model(#[from] ModelDefinitionError),

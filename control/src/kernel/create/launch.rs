@@ -511,7 +511,9 @@ async fn all_mounts(
     let short_name = order.config.image.short_name().to_owned();
     let coredump = node.config.debug.coredump.clone();
     let socket_dir = node.socket_dir.clone();
-    let mut mounts = blocking(move || {
+    let host = HostPaths::default();
+    let lxcfs = host.lxcfs.clone();
+    let look = move || {
         let wanted = Intrinsic {
             samples_volume,
             short_image_name: &short_name,
@@ -520,9 +522,10 @@ async fn all_mounts(
                 .map(|dump| (dump.path.as_path(), dump.core_path.as_path())),
             agent_socket_dir: Some(&socket_dir),
         };
-        mounts::intrinsic(&paths, &wanted, &HostPaths::default())
-    })
-    .await;
+        mounts::intrinsic(&paths, &wanted, &host)
+    };
+    let (until, what) = (node.looks.until(), "what lxcfs serves".to_owned());
+    let mut mounts = node.looks.at(until, what, &lxcfs, look).await?;
     let (opener, order) = (node.clone(), order.config.clone());
     let id = kernel.id;
     let sockets = blocking(move || {

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::error::CreateError;
 use crate::docker::ImageRecord;
@@ -11,9 +12,9 @@ use crate::image;
 use crate::kernel::container_request::seccomp_profile;
 use crate::kernel::environment::Identity;
 use crate::kernel::host_sockets;
-use crate::kernel::model_definition::{self, Model};
+use crate::kernel::model_definition::{self, Model, ModelDefinitionError};
 use crate::kernel::mounts::{self, Mount};
-use crate::kernel::node::{Node, blocking};
+use crate::kernel::node::Node;
 use crate::kernel::record::PublishedBy;
 use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
 use crate::kernel::scratch::validate_dotfiles;
@@ -55,7 +56,7 @@ pub struct Prepared {
     /// The runner it gets.
     pub runner: RunnerFiles,
     /// The runner's seccomp profile.
-    pub seccomp: Option<serde_json::Value>,
+    pub seccomp: Option<Value>,
 }
 
 /// Checks that need no image.
@@ -76,23 +77,14 @@ pub async fn check(
     };
     let published_by = publisher(node, &network);
 
-    let runner_dir = node.config.node.runner_dir.clone();
-    let wanted = config.clone();
-    // Folders may lie on a file system that hangs; the runner's files are looked at, too.
-    let (folders, runner, seccomp) = blocking(move || -> Result<_, CreateError> {
-        let prevent = wanted.internal_data.prevent_vfolder_mounts;
-        let folders = mounts::vfolders(&wanted.mounts, prevent)?;
-        host_sockets::check(&wanted.internal_data.domain_socket_proxies)?;
-        let runner = RunnerFiles::open(&runner_dir, std::env::consts::ARCH).map_err(|source| {
-            CreateError::Runner {
-                dir: runner_dir.clone(),
-                source,
-            }
-        })?;
-        let seccomp = seccomp_profile(&runner.seccomp_profile())?;
-        Ok((folders, runner, seccomp))
-    })
-    .await?;
+    let until = node.looks.until();
+    let folders = look_at_folders(node, config, until).await?;
+    for socket in &config.internal_data.domain_socket_proxies {
+        let (what, wanted) = (format!("the host socket {socket}"), socket.clone());
+        let look = move || host_sockets::check(&[wanted]);
+        node.looks.at(until, what, socket, look).await??;
+    }
+    let (runner, seccomp) = look_at_runner(node, until).await?;
     let services = service_ports::arrange(&exposure(config, &[]))?;
     if published_by == PublishedBy::Rows {
         node.link
@@ -117,6 +109,44 @@ pub async fn check(
     })
 }
 
+/// The mounts of the request's folders, each looked at by itself: the one that hangs is told.
+async fn look_at_folders(
+    node: &Node,
+    config: &KernelCreationConfig,
+    until: Instant,
+) -> Result<Vec<Mount>, CreateError> {
+    let mut found = Vec::new();
+    let prevent = config.internal_data.prevent_vfolder_mounts;
+    for folder in mounts::allowed(&config.mounts, prevent) {
+        let (what, wanted) = (format!("the folder {}", folder.name), folder.clone());
+        let look = move || mounts::vfolder(&wanted);
+        let mount = node.looks.at(until, what, &folder.host_path, look).await??;
+        mounts::add(&mut found, mount)?;
+    }
+    Ok(found)
+}
+
+/// The installed runner and its seccomp profile.
+async fn look_at_runner(
+    node: &Node,
+    until: Instant,
+) -> Result<(RunnerFiles, Option<Value>), CreateError> {
+    let dir = node.config.node.runner_dir.clone();
+    let runner_dir = dir.clone();
+    let look = move || -> Result<_, CreateError> {
+        let runner = RunnerFiles::open(&runner_dir, std::env::consts::ARCH).map_err(|source| {
+            CreateError::Runner {
+                dir: runner_dir.clone(),
+                source,
+            }
+        })?;
+        let seccomp = seccomp_profile(&runner.seccomp_profile())?;
+        Ok((runner, seccomp))
+    };
+    let what = "the directory of the in-container runner".to_owned();
+    node.looks.at(until, what, &dir, look).await?
+}
+
 /// Bytes of labels an image may have. The engine repeats them in every event and every list of
 /// containers, whose lengths are bounded: one image must not make the others' unreadable.
 const LABELS: usize = 128 << 10;
@@ -137,6 +167,7 @@ fn check_labels(canonical: &str, labels: &HashMap<String, String>) -> Result<(),
 
 /// What depends on the image: its labels and models.
 pub async fn check_models(
+    node: &Node,
     prepared: &mut Prepared,
     config: &KernelCreationConfig,
     image: &ImageRecord,
@@ -145,8 +176,12 @@ pub async fn check_models(
     if config.session_type != SessionType::Inference {
         return Ok(());
     }
+    let folder = model_definition::folder(config).ok_or(ModelDefinitionError::NoFolder)?;
+    let what = format!("the model folder {}", folder.name);
     let (wanted, cmd) = (config.clone(), image.cmd.clone());
-    prepared.models = blocking(move || model_definition::read(&wanted, &cmd)).await?;
+    let look = move || model_definition::read(&wanted, &cmd);
+    let until = node.looks.until();
+    prepared.models = node.looks.at(until, what, &folder.host_path, look).await??;
     let ports: Vec<(String, u16)> = prepared
         .models
         .iter()

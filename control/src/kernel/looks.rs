@@ -1,0 +1,262 @@
+//! Looks at what may lie on a file system that hangs: folders of users before all.
+//!
+//! In: a path and work that touches it. Out: what the work found, or that the path does not answer.
+//! Invariants: nobody waits beyond a moment that was set before; a thread that waits for a server that
+//! does not answer can't be called back, so at one mount only a few do, however often it is asked for.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use super::node::blocking;
+use crate::volumes::mount;
+
+/// Looks at work at one mount. The runtime has 512 threads for all work that blocks.
+const AT_ONE_MOUNT: usize = 4;
+
+/// What was looked at has not answered, and may go on hanging: a retry helps once its server is back.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error(
+    "{what} cannot be used: {path} has not answered within {limit:?}, so its file system seems to hang; bring its server back or unmount it on this node, then try again",
+    path = path.display()
+)]
+pub struct Silent {
+    /// What it is for.
+    pub what: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// How long is waited (`node.folder-wait`).
+    pub limit: Duration,
+}
+
+/// The looks of a node; clones share them.
+#[derive(Clone, Debug)]
+pub struct Looks {
+    limit: Duration,
+    places: Arc<Mutex<Places>>,
+}
+
+#[derive(Debug, Default)]
+struct Places {
+    by_mount: HashMap<PathBuf, Place>,
+    begun: u64,
+}
+
+/// The looks at one mount.
+#[derive(Debug)]
+struct Place {
+    turns: Arc<Semaphore>,
+    /// What they look at, and how long somebody waits for it.
+    under_way: HashMap<u64, (PathBuf, Instant)>,
+}
+
+impl Place {
+    /// Whether one more look would only be one more that hangs.
+    fn hangs(&self, path: &Path) -> bool {
+        let now = Instant::now();
+        let overdue = || self.under_way.values().filter(|(_, until)| now >= *until);
+        overdue().any(|(other, _)| other == path) || overdue().count() >= AT_ONE_MOUNT
+    }
+}
+
+/// A look at work, wherever the one is who asked for it.
+struct Look {
+    places: Arc<Mutex<Places>>,
+    mount: PathBuf,
+    number: u64,
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        drop(self.turn.take());
+        let mut places = lock(&self.places);
+        let Some(place) = places.by_mount.get_mut(&self.mount) else {
+            return;
+        };
+        place.under_way.remove(&self.number);
+        // Who waits for a turn, or has got one, has a share of the semaphore.
+        if place.under_way.is_empty() && Arc::strong_count(&place.turns) == 1 {
+            places.by_mount.remove(&self.mount);
+        }
+    }
+}
+
+fn lock(places: &Mutex<Places>) -> MutexGuard<'_, Places> {
+    // The maps are whole after every statement.
+    places.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Looks {
+    /// Looks that may take `limit` each, or several in a row.
+    pub fn new(limit: Duration) -> Looks {
+        Looks {
+            limit,
+            places: Arc::default(),
+        }
+    }
+
+    /// When looks that begin now have to be over.
+    pub fn until(&self) -> Instant {
+        Instant::now() + self.limit
+    }
+
+    /// Does what touches `path` off the async workers. `what` names it in the error.
+    ///
+    /// # Errors
+    /// It has not answered at `until`; at once when an earlier look at the path, or too many at its
+    /// mount, wait for longer than the limit already. The work may go on, and nobody hears of it.
+    pub async fn at<T: Send + 'static>(
+        &self,
+        until: Instant,
+        what: String,
+        path: impl AsRef<Path>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Silent> {
+        let path = path.as_ref();
+        let looked = async {
+            let mount = mount::point_of(path).await;
+            let turns = self.turns(&mount, path)?;
+            let turn = turns.acquire_owned().await.ok()?;
+            let look = self.begin(mount, path, until, turn);
+            let found = blocking(move || {
+                let found = work();
+                drop(look);
+                found
+            });
+            Some(found.await)
+        };
+        let looked = tokio::time::timeout_at(until, looked).await;
+        looked.ok().flatten().ok_or_else(|| Silent {
+            what,
+            path: path.to_owned(),
+            limit: self.limit,
+        })
+    }
+
+    fn turns(&self, mount: &Path, path: &Path) -> Option<Arc<Semaphore>> {
+        let mut places = lock(&self.places);
+        let place = places.of(mount);
+        (!place.hangs(path)).then(|| place.turns.clone())
+    }
+
+    fn begin(
+        &self,
+        mount: PathBuf,
+        path: &Path,
+        until: Instant,
+        turn: OwnedSemaphorePermit,
+    ) -> Look {
+        let mut places = lock(&self.places);
+        places.begun += 1;
+        let number = places.begun;
+        let awaited = (path.to_owned(), until);
+        places.of(&mount).under_way.insert(number, awaited);
+        Look {
+            places: self.places.clone(),
+            mount,
+            number,
+            turn: Some(turn),
+        }
+    }
+}
+
+impl Places {
+    fn of(&mut self, mount: &Path) -> &mut Place {
+        self.by_mount
+            .entry(mount.to_owned())
+            .or_insert_with(|| Place {
+                turns: Arc::new(Semaphore::new(AT_ONE_MOUNT)),
+                under_way: HashMap::new(),
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    /// Something whose server answers when the test says so.
+    struct Server {
+        begun: Arc<AtomicUsize>,
+        answers: Arc<AtomicBool>,
+    }
+
+    impl Server {
+        fn new() -> Server {
+            Server {
+                begun: Arc::default(),
+                answers: Arc::default(),
+            }
+        }
+
+        async fn look(&self, looks: &Looks, path: &str) -> Result<(), Silent> {
+            let (begun, answers) = (self.begun.clone(), self.answers.clone());
+            let work = move || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                while !answers.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            };
+            let what = "the folder data".to_owned();
+            looks.at(looks.until(), what, path, work).await
+        }
+
+        fn answer(&self) {
+            self.answers.store(true, Ordering::SeqCst);
+        }
+
+        fn begun(&self) -> usize {
+            self.begun.load(Ordering::SeqCst)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_hangs_is_named_and_not_looked_at_again() {
+        let (looks, server) = (Looks::new(LIMIT), Server::new());
+        // Another mount than the temporary directory's, at any rate.
+        let (hanging, other) = ("/proc/1/a", std::env::temp_dir());
+        let told = server.look(&looks, hanging).await.unwrap_err().to_string();
+        for words in ["the folder data", hanging, "unmount"] {
+            assert!(told.contains(words), "{told}");
+        }
+        server.look(&looks, hanging).await.unwrap_err();
+        assert_eq!(server.begun(), 1, "one thread hangs, not two");
+        // Others may be alive: a few are tried.
+        for n in 0..2 * AT_ONE_MOUNT {
+            let path = format!("/proc/1/other-{n}");
+            server.look(&looks, &path).await.unwrap_err();
+        }
+        assert_eq!(server.begun(), AT_ONE_MOUNT);
+        let alive = looks.at(looks.until(), String::new(), other, || 7).await;
+        assert_eq!(alive, Ok(7));
+        server.answer();
+        while !lock(&looks.places).by_mount.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(server.look(&looks, hanging).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_leaves_no_more_behind() {
+        let (looks, server) = (Looks::new(Duration::from_secs(600)), Server::new());
+        for n in 0..2 * AT_ONE_MOUNT {
+            // Destroyed meanwhile.
+            let path = format!("/proc/1/{n}");
+            let look = server.look(&looks, &path);
+            let soon = Duration::from_millis(50);
+            assert!(tokio::time::timeout(soon, look).await.is_err());
+        }
+        assert!(server.begun() <= AT_ONE_MOUNT, "{}", server.begun());
+        server.answer();
+        assert_eq!(server.look(&looks, "/proc/1/0").await, Ok(()));
+    }
+}
