@@ -290,23 +290,39 @@ async fn a_folder_that_hangs_keeps_no_turn(node: &Node) -> Result<()> {
     let silent = SilentMount::over(place.path())?;
     let mut stuck = Order::of(Image::Runner)?;
     stuck.config["mounts"] = json!([folder("data", place.path())]);
-    let other = Order::of(Image::Runner)?;
+    let mut other = Order::of(Image::Runner)?;
+    let mine = tempfile::tempdir()?;
+    other.config["mounts"] = json!([folder("mine", mine.path())]);
     let (failure, created) = tokio::join!(kernels::fail_to_create(node, &stuck), async {
         wait::until("it has begun", SOON, || async {
             let told = kernels::events(node, stuck.kernel).await.ok()?;
-            told.iter().any(|(name, _)| name == "kernel_preparing").then_some(())
+            told.iter()
+                .any(|(name, _)| name == "kernel_preparing")
+                .then_some(())
         })
         .await?;
         kernels::create(node, &other).await
     });
-    created.context("a kernel without folders waits for one that hangs")?;
+    created.context("a kernel waits for the folder of another")?;
     let (failure, path) = (failure?, place.path().display().to_string());
     for words in ["the folder data", &path, "has not answered", "unmount"] {
         ensure!(failure.repr.contains(words), "{words}: {}", failure.repr);
     }
-    kernels::destroy(node, &other).await?;
     drop(silent);
-    Ok(())
+    // Nor is a kernel whose folder has begun to hang stopped for a restart, or kept from its end.
+    let silent = SilentMount::over(mine.path())?;
+    let refused = kernels::restart(node, &other).await.expect_err("it hangs");
+    for words in ["goes on and is not restarted", "the folder mine", "unmount"] {
+        ensure!(refused.to_string().contains(words), "{words}: {refused:?}");
+    }
+    assert_eq!(kernels::run(node, &other, "echo on").await?.output, "on\n");
+    let (restarted, destroyed) = tokio::join!(
+        kernels::restart(node, &other),
+        kernels::destroy(node, &other)
+    );
+    ensure!(restarted.is_err());
+    drop(silent);
+    destroyed
 }
 
 fn folder(name: &str, place: &Path) -> serde_json::Value {

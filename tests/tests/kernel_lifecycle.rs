@@ -143,9 +143,39 @@ async fn defect_restart_loses_all_limits() -> Result<()> {
     let node = Node::start(NodeOptions::default()).await?;
     let mut order = Order::of(Image::Runner)?;
     order.config["resource_opts"] = json!({"shmem": "33554432"});
+    let volume = tempfile::tempdir()?;
+    let (folder, away) = (volume.path().join("data"), volume.path().join("away"));
+    std::fs::create_dir(&folder)?;
+    order.config["mounts"] = json!([{
+        "name": "data", "vfid": null, "vfsubpath": null, "host_path": folder.display().to_string(),
+        "kernel_path": "/home/work/data", "mount_perm": "rw", "usage_mode": "general",
+    }]);
     let before = kernels::create(&node, &order).await?;
     let old = host_config(before["container_id"].as_str().unwrap())?;
     kernels::run(&node, &order, "echo kept > /home/work/file").await?;
+
+    // What can't be made again is not stopped, and whoever joins is told the same.
+    std::fs::rename(&folder, &away)?;
+    let (refused, joined) = tokio::join!(
+        kernels::restart(&node, &order),
+        kernels::restart(&node, &order)
+    );
+    for refused in [refused.unwrap_err(), joined.unwrap_err()] {
+        for words in [
+            "goes on and is not restarted",
+            "the folder data",
+            "does not exist",
+        ] {
+            ensure!(refused.to_string().contains(words), "{words}: {refused:?}");
+        }
+    }
+    let ran = kernels::run(&node, &order, "cat /home/work/file").await?;
+    assert_eq!(ran.output, "kept\n");
+    assert_eq!(
+        node.containers()?,
+        [before["container_id"].as_str().unwrap()]
+    );
+    std::fs::rename(&away, &folder)?;
 
     // What can't be written down is not begun. A directory in the way stands for a full disk.
     let journal = node.state().join("kernels").join(node.agent_id());

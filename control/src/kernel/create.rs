@@ -155,9 +155,9 @@ async fn conclude(
 }
 
 /// A panic must not leave a kernel that is created for ever and holds what it has taken.
-async fn guarded(
-    work: impl Future<Output = Result<Launched, CreateError>>,
-) -> Result<Launched, CreateError> {
+async fn guarded<T>(
+    work: impl Future<Output = Result<T, CreateError>>,
+) -> Result<T, CreateError> {
     let outcome = AssertUnwindSafe(work).catch_unwind().await;
     outcome.unwrap_or(Err(CreateError::Defect))
 }
@@ -267,17 +267,8 @@ async fn build(
         session: kernel.session,
     });
     node.progress(kernel.id, "checking the request");
-    let checked = abortable(kernel, abort, prepare::check(node, config, &order.cluster)).await?;
-    let mut prepared = checked?;
-    let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
-    abortable(
-        kernel,
-        abort,
-        prepare::check_models(node, &mut prepared, config, &image),
-    )
-    .await??;
-    node.progress(kernel.id, "looking at the image");
-    let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
+    let found = abortable(kernel, abort, find(node, kernel, order)).await??;
+    let (prepared, distro) = (&found.prepared, &found.distro);
     node.events.emit(Event::KernelCreating {
         kernel: kernel.id,
         session: kernel.session,
@@ -313,7 +304,31 @@ async fn build(
         record.published_by = prepared.published_by;
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, &prepared, &distro, abort).await
+    launch::files_and_container(node, kernel, order, prepared, distro, abort).await
+}
+
+/// What a kernel is made of. Nothing is taken for it yet.
+#[derive(Debug)]
+struct Found {
+    prepared: Prepared,
+    /// The C library of its image.
+    distro: String,
+}
+
+/// Finds out everything that can be wrong with an order, and pulls the image if it has to be. Leaves
+/// nothing behind when it is dropped.
+async fn find(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+) -> Result<Found, CreateError> {
+    let config = &order.config;
+    let mut prepared = prepare::check(node, config, &order.cluster).await?;
+    let image = ready_image(node, kernel, config).await?;
+    prepare::check_models(node, &mut prepared, config, &image).await?;
+    node.progress(kernel.id, "looking at the image");
+    let distro = prepare::base_distro(node, config).await?;
+    Ok(Found { prepared, distro })
 }
 
 /// Checks that the image is there, and pulls it if the request says so.
@@ -385,45 +400,57 @@ pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     }
 }
 
-/// Second half of a restart: a new container with the same devices, ports and files.
+/// A kernel that can be made anew, and the right to be at work on it.
+#[derive(Debug)]
+pub struct Ready<'n> {
+    found: Found,
+    turn: SemaphorePermit<'n>,
+}
+
+/// Looks whether a kernel in service can be made anew, once one more creation may be at work on this
+/// node. Dropped when it is no longer in service.
+///
+/// # Errors
+/// It can't, and goes on.
+pub async fn look_ahead<'n>(
+    node: &'n Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+) -> Result<Ready<'n>, CreateError> {
+    let turn = node.creations.acquire().await;
+    let turn = turn.map_err(|_| CreateError::Stopping)?;
+    node.progress(kernel.id, "checking whether it can be made anew");
+    let found = guarded(Box::pin(find(node, kernel, order))).await?;
+    Ok(Ready { found, turn })
+}
+
+/// Second half of a restart: a new container with the same devices, ports and files, of what was found
+/// before the old one went.
 pub async fn recreate(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
+    ready: Ready<'_>,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let (built, turn) = match take_turn(node, kernel, &abort).await {
-        Ok(turn) => (
-            guarded(Box::pin(rebuild(node, kernel, order, &abort))).await,
-            Some(turn),
-        ),
-        Err(err) => (Err(err), None),
-    };
-    conclude(node, kernel, built, turn).await
+    let Ready { found, turn } = ready;
+    let built = guarded(Box::pin(rebuild(node, kernel, order, &found, &abort))).await;
+    conclude(node, kernel, built, Some(turn)).await
 }
 
 async fn rebuild(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
+    found: &Found,
     abort: &CancellationToken,
 ) -> Result<Launched, CreateError> {
-    let config = &order.config;
-    let checked = abortable(kernel, abort, prepare::check(node, config, &order.cluster)).await?;
-    let mut prepared = checked?;
-    let image = abortable(kernel, abort, ready_image(node, kernel, config)).await??;
-    abortable(
-        kernel,
-        abort,
-        prepare::check_models(node, &mut prepared, config, &image),
-    )
-    .await??;
-    let distro = abortable(kernel, abort, prepare::base_distro(node, config)).await??;
+    let (prepared, distro) = (&found.prepared, &found.distro);
     kernel.update_record(|record| {
         record.distro = Some(distro.clone());
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, &prepared, &distro, abort).await
+    launch::files_and_container(node, kernel, order, prepared, distro, abort).await
 }
 
 /// The end of a container's console, for error messages.
@@ -463,7 +490,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_of_ours_fails_the_creation_and_is_not_passed_on() {
-        let outcome = guarded(async { panic!("a defect") }).await;
+        let outcome = guarded::<()>(async { panic!("a defect") }).await;
         assert!(matches!(outcome, Err(CreateError::Defect)));
     }
 }

@@ -306,7 +306,10 @@ pub fn vfolder(folder: &VfolderMount) -> Result<Mount, MountError> {
 /// There is one at its target.
 pub fn add(mounts: &mut Vec<Mount>, mount: Mount) -> Result<(), MountError> {
     let target = Path::new(&mount.target);
-    if mounts.iter().any(|other| Path::new(&other.target) == target) {
+    if mounts
+        .iter()
+        .any(|other| Path::new(&other.target) == target)
+    {
         return Err(MountError::Twice(mount.target));
     }
     mounts.push(mount);

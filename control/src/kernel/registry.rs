@@ -20,6 +20,7 @@ use super::death::{Death, OutOfMemory};
 use super::journal::{Damaged, Journal, JournalError, Phase, StoredEnding};
 use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
 use super::record::Record;
+use super::restart::UnderWay;
 use super::runner_link::RunnerLink;
 
 /// How many ended kernels are remembered for those who ask, over restarts of the agent too.
@@ -41,6 +42,8 @@ pub struct Kernel {
     changes: watch::Sender<u64>,
     /// Held from finding the container to using what was found, for rows and the link to the runner.
     pub(super) refreshing: tokio::sync::Mutex<()>,
+    /// Its restart, from the first look whether it can be made again.
+    pub(super) restart: UnderWay,
 }
 
 #[derive(Debug)]
@@ -213,6 +216,7 @@ impl Kernel {
             written: Arc::default(),
             changes: watch::Sender::new(0),
             refreshing: tokio::sync::Mutex::default(),
+            restart: UnderWay::default(),
         }
     }
 

@@ -1,16 +1,19 @@
 //! The restart of a kernel: a new container with the same devices, limits, ports and files.
 //!
-//! Invariant: what the kernel holds (devices, host ports, scratch) is never given back in between,
-//! so nobody else can take it (the original's restarted containers had no limits at all).
+//! Invariants: what the kernel holds (devices, host ports, scratch) is never given back in between,
+//! so nobody else can take it (the original's restarted containers had no limits at all); the old
+//! container is not touched before everything is found that the new one is made of; a kernel has one
+//! restart at a time, and who asks for another meanwhile gets its outcome.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use shared::ids::KernelId;
 use thiserror::Error;
+use tokio::sync::watch;
 
-use super::create::{self, CreateError, Order};
+use super::create::{self, CreateError, Order, Ready};
 use super::journal::JournalError;
 use super::lifecycle::{Action, Input, Refusal, State};
 use super::node::Node;
@@ -50,6 +53,18 @@ pub enum RestartError {
         #[source]
         source: serde_json::Error,
     },
+    /// A new container could not be made.
+    #[error("kernel {kernel} goes on and is not restarted")]
+    NotNow {
+        /// Which.
+        kernel: KernelId,
+        /// What is in the way.
+        #[source]
+        source: CreateError,
+    },
+    /// The agent stops before anything was done.
+    #[error("kernel {0} goes on and is not restarted: the agent is stopping; try again")]
+    Stopping(KernelId),
     /// The journal cannot be written: without it the new container would not be made.
     #[error("kernel {kernel} goes on and is not restarted; free space below agent.var-base-path")]
     Journal {
@@ -67,45 +82,100 @@ pub enum RestartError {
     Create(#[from] CreateError),
 }
 
+/// What a restart answers, to all who wait for it.
+pub type Outcome = Result<Value, Arc<RestartError>>;
+
+/// The restart of a kernel that is under way.
+#[derive(Debug, Default)]
+pub struct UnderWay(Mutex<Option<watch::Receiver<Option<Outcome>>>>);
+
+impl UnderWay {
+    /// Where the outcome will be told, and for the one who has to see to it, how.
+    fn join(
+        &self,
+    ) -> (
+        watch::Receiver<Option<Outcome>>,
+        Option<watch::Sender<Option<Outcome>>>,
+    ) {
+        let mut under_way = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(outcome) = &*under_way
+            && outcome.borrow().is_none()
+            // Nobody tells it any more: its task has panicked.
+            && outcome.has_changed().is_ok()
+        {
+            return (outcome.clone(), None);
+        }
+        let (told, outcome) = watch::channel(None);
+        *under_way = Some(outcome.clone());
+        (outcome, Some(told))
+    }
+}
+
 /// Restarts a kernel, or joins the restart under way. Answers its result map.
-pub async fn restart(
+///
+/// # Errors
+/// The kernel goes on where it says so. Else it ends, which is announced.
+pub async fn restart(node: &Arc<Node>, id: KernelId, updated: &Value) -> Outcome {
+    let kernel = node.registry.get(id).ok_or(RestartError::Unknown(id))?;
+    let (mut outcome, told) = kernel.restart.join();
+    if let Some(told) = told {
+        let (node, updated) = (node.clone(), updated.clone());
+        // Its own task: the caller may go away, the restart may not.
+        node.clone().tasks.spawn(async move {
+            let outcome = carry_out(&node, &kernel, &updated).await;
+            told.send_replace(Some(outcome.map_err(Arc::new)));
+        });
+    }
+    let outcome = match outcome.wait_for(Option::is_some).await {
+        Ok(outcome) => outcome.clone(),
+        Err(_) => None,
+    };
+    outcome.unwrap_or_else(|| Err(Arc::new(RestartError::Timeout(id))))
+}
+
+async fn carry_out(
     node: &Arc<Node>,
-    id: KernelId,
+    kernel: &Arc<Kernel>,
     updated: &Value,
 ) -> Result<Value, RestartError> {
-    let kernel = node.registry.get(id).ok_or(RestartError::Unknown(id))?;
-    let order = new_order(&kernel, updated)?;
-    if kernel.is_running() {
-        // Before anything is stopped that could not be made again.
-        let kernel_id = kernel.id;
-        let stored = node.store(&kernel).await;
-        stored.map_err(|source| RestartError::Journal {
-            kernel: kernel_id,
-            source,
-        })?;
-    }
-    match kernel.step(Input::Restart).as_slice() {
-        [Action::StopForRestart] => {
-            let (node, restarting) = (node.clone(), kernel.clone());
-            // Its own task: the caller may go away, the restart may not.
-            let task = node
-                .clone()
-                .tasks
-                .spawn(async move { carry_out(&node, &restarting, order).await });
-            match task.await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(RestartError::Timeout(id)),
-            }
+    let order = new_order(kernel, updated)?;
+    let refused = |why| RestartError::Refused {
+        kernel: kernel.id,
+        why,
+    };
+    match kernel.state() {
+        State::Running => {}
+        // Begun by an earlier life of the agent.
+        State::Restarting { .. } | State::Creating { restart: true, .. } => {
+            return join(kernel).await;
         }
-        [Action::JoinRestart] => join(&kernel).await,
-        [Action::Refuse(why)] => Err(RestartError::Refused {
-            kernel: id,
-            why: *why,
-        }),
-        _ => Err(RestartError::Refused {
-            kernel: id,
-            why: Refusal::NotRunning,
-        }),
+        State::Creating { .. } => return Err(refused(Refusal::NotRunning)),
+        State::Ending(_) | State::Ended(_) => return Err(refused(Refusal::Ending)),
+    }
+    // Nothing is stopped before it is known that it can be made again.
+    let out_of_service = kernel.wait_until(|state| match state {
+        State::Running => None,
+        _ => Some(()),
+    });
+    let ready = tokio::select! {
+        biased;
+        () = out_of_service => return Err(refused(Refusal::Ending)),
+        () = node.stopping.cancelled() => return Err(RestartError::Stopping(kernel.id)),
+        ready = create::look_ahead(node, kernel, &order) => ready,
+    };
+    let ready = ready.map_err(|source| RestartError::NotNow {
+        kernel: kernel.id,
+        source,
+    })?;
+    let stored = node.store(kernel).await;
+    stored.map_err(|source| RestartError::Journal {
+        kernel: kernel.id,
+        source,
+    })?;
+    match kernel.step(Input::Restart).as_slice() {
+        [Action::StopForRestart] => replace(node, kernel, order, ready).await,
+        [Action::Refuse(why)] => Err(refused(*why)),
+        _ => Err(refused(Refusal::NotRunning)),
     }
 }
 
@@ -174,10 +244,12 @@ fn overlay(
     serde_json::from_value(merged)
 }
 
-async fn carry_out(
+/// Puts a new container into the old one's place.
+async fn replace(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: Order,
+    ready: Ready<'_>,
 ) -> Result<Value, RestartError> {
     node.note(kernel, |_| {}).await;
     tracing::info!(kernel_id = %kernel.id, "restarting a kernel");
@@ -212,7 +284,7 @@ async fn carry_out(
             },
         });
     }
-    let result = create::recreate(node, kernel, &order).await?;
+    let result = create::recreate(node, kernel, &order, ready).await?;
     batch_job::expect_again(node, kernel);
     Ok(result)
 }

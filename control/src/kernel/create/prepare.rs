@@ -120,7 +120,10 @@ async fn look_at_folders(
     for folder in mounts::allowed(&config.mounts, prevent) {
         let (what, wanted) = (format!("the folder {}", folder.name), folder.clone());
         let look = move || mounts::vfolder(&wanted);
-        let mount = node.looks.at(until, what, &folder.host_path, look).await??;
+        let mount = node
+            .looks
+            .at(until, what, &folder.host_path, look)
+            .await??;
         mounts::add(&mut found, mount)?;
     }
     Ok(found)
@@ -181,7 +184,10 @@ pub async fn check_models(
     let (wanted, cmd) = (config.clone(), image.cmd.clone());
     let look = move || model_definition::read(&wanted, &cmd);
     let until = node.looks.until();
-    prepared.models = node.looks.at(until, what, &folder.host_path, look).await??;
+    prepared.models = node
+        .looks
+        .at(until, what, &folder.host_path, look)
+        .await??;
     let ports: Vec<(String, u16)> = prepared
         .models
         .iter()

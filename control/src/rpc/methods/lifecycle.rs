@@ -114,20 +114,22 @@ pub(super) async fn restart_kernel(
 ) -> Result<Value, Failure> {
     let id = kernel_id(&args, "kernel_id")?;
     let updated: serde_json::Value = args.get("updated_config")?;
-    match restart::restart(node, id, &updated).await {
-        Ok(result) => reply(&restart_answer(&result)),
+    let err = match restart::restart(node, id, &updated).await {
+        Ok(result) => return reply(&restart_answer(&result)),
+        Err(err) => err,
+    };
+    Err(match &*err {
         // The original answers the old values when the new container did not come. They would name
         // a container that is gone; the caller is told, and the kernel's end is announced.
-        Err(RestartError::Create(err)) => {
-            tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "a restart failed");
-            Err(err.failure())
+        RestartError::Create(err) => {
+            tracing::warn!(kernel_id = %id, err = err as &dyn std::error::Error, "a restart failed");
+            err.failure()
         }
-        Err(RestartError::Unknown(id)) => Err(super::unknown_kernel(id)),
-        Err(err @ RestartError::Timeout(_)) => {
-            Err(Failure::timeout().with_traceback(err.to_string()))
-        }
-        Err(err) => Err(Failure::runtime_error(chain(&err))),
-    }
+        RestartError::NotNow { source, .. } => Failure::new(source.class(), chain(&*err)),
+        RestartError::Unknown(id) => super::unknown_kernel(*id),
+        RestartError::Timeout(_) => Failure::timeout().with_traceback(err.to_string()),
+        other => Failure::runtime_error(chain(other)),
+    })
 }
 
 /// The keys that the manager writes to its database; all are there.
