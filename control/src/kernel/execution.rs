@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::ser::{SerializeMap, SerializeTuple};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::runner_link::frame::{AnswerKind, Outgoing, Record, Step, Stream};
@@ -95,6 +96,9 @@ pub enum ExecutionError {
     /// The run was not accepted.
     #[error("{0}")]
     Refused(RunRefused),
+    /// A restart of the kernel takes longer than the caller waits.
+    #[error("the kernel is being restarted and is not back yet; nothing was run, try again later")]
+    Restarting,
     /// The runner could not be asked.
     #[error("the kernel's runner could not be reached")]
     Link(#[source] LinkError),
@@ -212,15 +216,60 @@ impl Serialize for ExecuteReply {
     }
 }
 
+fn run_id(wanted: Option<String>) -> String {
+    match wanted {
+        Some(run_id) if !run_id.is_empty() => run_id,
+        _ => Uuid::new_v4().simple().to_string(),
+    }
+}
+
+/// Waits until a kernel that is being restarted is `back`, before anything of the call is begun. Its
+/// caller is gone after the manager's 30 s, and what it asked for must not be run after that: a poll is
+/// answered `continued` when its time is over, which is what is returned then; after a wait the call has
+/// less time.
+///
+/// # Errors
+/// The kernel is not back in time for what the call asks for.
+pub async fn when_back(
+    request: &mut ExecuteRequest,
+    back: impl Future<Output = ()>,
+) -> Result<Option<ExecuteReply>, ExecutionError> {
+    back_within(LONGEST_POLL, request, back).await
+}
+
+async fn back_within(
+    longest: Duration,
+    request: &mut ExecuteRequest,
+    back: impl Future<Output = ()>,
+) -> Result<Option<ExecuteReply>, ExecutionError> {
+    let polls = request.mode == Mode::Continue;
+    let limit = match polls {
+        true => flush(request.flush_timeout).min(longest),
+        false => longest,
+    };
+    let began = Instant::now();
+    if tokio::time::timeout(limit, back).await.is_ok() {
+        let left = longest.saturating_sub(began.elapsed()).as_secs_f64();
+        request.flush_timeout = request.flush_timeout.or(Some(left));
+        return Ok(None);
+    }
+    if !polls {
+        return Err(ExecutionError::Restarting);
+    }
+    let nothing = Taken {
+        records: Vec::new(),
+        ending: Ending::Continued,
+    };
+    let run_id = run_id(request.run_id.take());
+    Ok(Some(assemble(run_id, nothing, request.api_version)))
+}
+
 /// Sends what the mode asks for and collects one result.
 pub async fn execute(
     link: &RunnerLink,
     request: ExecuteRequest,
 ) -> Result<ExecuteReply, ExecutionError> {
-    let run_id = match request.run_id {
-        Some(run_id) if !run_id.is_empty() => run_id,
-        _ => Uuid::new_v4().simple().to_string(),
-    };
+    let run_id = run_id(request.run_id);
     link.submit(
         &run_id,
         submission(request.mode, request.code, request.opts),
@@ -416,4 +465,57 @@ pub fn interrupt(link: &RunnerLink) -> Result<(), LinkError> {
 /// The runner's status, or `None` when it does not answer within 5 s.
 pub async fn ping_kernel(link: &RunnerLink) -> Option<RunnerStatus> {
     link.status(PING_LIMIT).await.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(mode: Mode, flush_timeout: Option<f64>) -> ExecuteRequest {
+        ExecuteRequest {
+            run_id: Some("run".to_owned()),
+            mode,
+            code: "work".to_owned(),
+            opts: BatchSteps::default(),
+            api_version: 3,
+            flush_timeout,
+        }
+    }
+
+    /// Far below the real one.
+    const LONGEST: Duration = Duration::from_millis(50);
+
+    async fn never_back(mut request: ExecuteRequest) -> Result<ExecuteReply, ExecutionError> {
+        let waited = back_within(LONGEST, &mut request, std::future::pending()).await;
+        waited.map(|reply| reply.expect("it is not back"))
+    }
+
+    #[tokio::test]
+    async fn a_restart_is_waited_for_as_long_as_the_caller_waits() {
+        for mode in [Mode::Query, Mode::Batch, Mode::Input] {
+            let refused = never_back(request(mode, Some(0.01))).await;
+            assert!(matches!(refused, Err(ExecutionError::Restarting)));
+        }
+        for flush in [None, Some(0.01), Some(3000.0)] {
+            let reply = never_back(request(Mode::Continue, flush)).await.unwrap();
+            assert_eq!(
+                (reply.run_id.as_str(), reply.status),
+                ("run", Status::Continued)
+            );
+            assert_eq!(reply.console, Console::Ordered(Vec::new()));
+        }
+    }
+
+    #[tokio::test]
+    async fn after_a_restart_a_call_has_the_rest_of_its_time() {
+        let rest = async |flush| {
+            let mut query = request(Mode::Query, flush);
+            let waited = when_back(&mut query, tokio::time::sleep(LONGEST)).await;
+            assert!(waited.unwrap().is_none());
+            query.flush_timeout.unwrap()
+        };
+        let longest = LONGEST_POLL.as_secs_f64();
+        assert!(rest(None).await <= longest - LONGEST.as_secs_f64());
+        assert_eq!(rest(Some(2.0)).await.to_bits(), 2.0_f64.to_bits());
+    }
 }

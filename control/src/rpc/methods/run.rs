@@ -27,7 +27,7 @@ fn not_found(id: shared::ids::KernelId) -> Failure {
 pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
     let id = kernel_id(&args, "kernel_id")?;
     let session = SessionId(args.uuid("session_id")?.into_bytes());
-    let request = ExecuteRequest {
+    let mut request = ExecuteRequest {
         run_id: args.get("run_id")?,
         mode: args
             .get::<String>("mode")?
@@ -39,7 +39,11 @@ pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         flush_timeout: args.get("flush_timeout")?,
     };
     let kernel = node.registry.get(id).ok_or_else(|| not_found(id))?;
-    restart::wait_if_restarting(&kernel).await;
+    let back = restart::wait_if_restarting(&kernel);
+    let waited = execution::when_back(&mut request, back).await;
+    if let Some(nothing) = waited.map_err(|err| failed(&err))? {
+        return reply(&nothing);
+    }
     let runner = runner_of(&kernel).await?;
     // The link tells of the run's start and end: it knows them also when this call fails.
     let answer = execution::execute(&runner, request)
