@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use control::rpc::{self, Value};
+use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
@@ -349,6 +350,10 @@ async fn what_was_begun_without_a_container_is_undone() -> Result<()> {
         kernels::destroy(&node, &order).await?;
         let mut record: serde_json::Value = serde_json::from_str(&text)?;
         record["record"]["phase"] = json!(phase);
+        if phase == "restarting" {
+            // Nobody knows what it was made from, so it can't be made again.
+            record["record"]["request"] = json!(null);
+        }
         expected.push((order.kernel, file, record, reason));
     }
     node.kill_control()?;
@@ -367,6 +372,90 @@ async fn what_was_begun_without_a_container_is_undone() -> Result<()> {
         kernels::remains(&node).await.ok()?.is_empty().then_some(())
     })
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_cut_short_goes_on() -> Result<()> {
+    let engine = FaultDocker::start()?;
+    let mut node = Node::start(NodeOptions {
+        engine: Some(engine.host()),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let volume = tempfile::tempdir()?;
+    let (folder, away) = (volume.path().join("data"), volume.path().join("away"));
+    std::fs::create_dir(&folder)?;
+    let mut order = Order::of(Image::Runner)?;
+    order.config["mounts"] = json!([{
+        "name": "data", "vfid": null, "vfsubpath": null, "host_path": folder.display().to_string(),
+        "kernel_path": "/home/work/data", "mount_perm": "rw", "usage_mode": "general",
+    }]);
+    let before = kernels::create(&node, &order).await?;
+    let limits = async |container: &str| -> Result<Json> {
+        let format = "[{{json .HostConfig.Memory}}, {{json .HostConfig.CpusetCpus}}]";
+        let told = kernels::docker(&["inspect", "--format", format, container])?;
+        Ok(serde_json::from_str(&told)?)
+    };
+    let of_before = limits(before["container_id"].as_str().unwrap()).await?;
+    kernels::run(&node, &order, "echo kept > /home/work/file").await?;
+
+    engine.spoil("/containers/create", Fault::Hang, 1);
+    let (client, args) = (
+        node.client().await?,
+        vec![text(order.session), text(order.kernel)],
+    );
+    tokio::spawn(async move {
+        let args = [args, vec![Value::Nil, Value::Map(vec![])]].concat();
+        // The agent is killed under it.
+        let _ = client
+            .call("restart_kernel", args, Vec::new(), Duration::from_secs(100))
+            .await;
+    });
+    wait::until("the old container is gone", SOON, || async {
+        node.containers().ok()?.is_empty().then_some(())
+    })
+    .await?;
+    let poll = vec![
+        text(order.session),
+        text(order.kernel),
+        Value::Int(3),
+        Value::from("poll"),
+        Value::from("continue"),
+        Value::from(""),
+        Value::Map(vec![]),
+        Value::Float(0.1),
+    ];
+    let polled = kernels::ask(&node, "execute", poll).await?;
+    assert_eq!(polled["status"], "continued", "no poll waits for a restart");
+    node.kill_control()?;
+
+    // What is not there at the start may come, whatever becomes of the agent meanwhile.
+    std::fs::rename(&folder, &away)?;
+    for start in ["first", "second"] {
+        node.start_control().await?;
+        wait::until("it is tried", SOON, || async {
+            let words = "cannot be made again yet";
+            let tries = node.log("bai-agent").matches(words).count();
+            (tries >= if start == "first" { 1 } else { 2 }).then_some(())
+        })
+        .await?;
+        wait_state(&node, order.kernel, Some("restarting")).await?;
+        if start == "first" {
+            node.stop_control()?;
+        }
+    }
+    std::fs::rename(&away, &folder)?;
+    wait_state(&node, order.kernel, Some("running")).await?;
+    let ran = kernels::run(&node, &order, "cat /home/work/file").await?;
+    assert_eq!(ran.output, "kept\n");
+    let containers = node.containers()?;
+    assert_eq!(containers.len(), 1);
+    assert_eq!(limits(&containers[0]).await?, of_before);
+    let shown = kernels::ask(&node, "bai.kernels", vec![Value::Bool(false)]).await?;
+    let ports = |shown: &Json| kernels::host_ports(shown, "web");
+    assert_eq!(ports(&shown["kernels"][0]), ports(&before));
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
 }
 
 // Defect 5 of the original: exited and unstarted containers, and scratch directories, stayed.

@@ -13,7 +13,7 @@ mod result;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use shared::ids::KernelId;
@@ -28,7 +28,7 @@ pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, wi
 use self::launch::Launched;
 use super::batch_job;
 use super::journal::{Phase, now_unix};
-use super::lifecycle::{Action, Input, Refusal, Stage};
+use super::lifecycle::{Action, Input, Refusal, Stage, State};
 use super::node::Node;
 use super::record::{PublishedBy, Record};
 use super::registry::{Admission, Kernel};
@@ -44,6 +44,10 @@ use crate::resource::SlotRequest;
 const TAIL_BYTES: usize = 2048;
 /// How long the console of a container that has just died may take to be read.
 const TAIL_LIMIT: Duration = Duration::from_secs(5);
+/// How long it is tried to go on with a restart that was cut short with its agent.
+const RESTART_PATIENCE: Duration = Duration::from_secs(300);
+/// Pauses between the tries: doubled up to the second.
+const RESTART_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// One kernel to be created.
 #[derive(Clone, Debug)]
@@ -136,6 +140,11 @@ async fn conclude(
             }
             aborted(kernel)
         }
+        Err(err) if goes_on_later(node, kernel) => {
+            tracing::info!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "the restart of a kernel is cut short, as the agent stops; its next start goes on with it");
+            return Err(CreateError::Stopping);
+        }
         Err(err) => {
             tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "a creation failed");
             let actions = kernel.step(Input::CreationFailed {
@@ -154,10 +163,22 @@ async fn conclude(
     Err(failed)
 }
 
+/// Whether a kernel that could not be made again is left to the next start: it has files to lose, and
+/// much fails only because the agent stops.
+fn goes_on_later(node: &Node, kernel: &Kernel) -> bool {
+    let again = match kernel.state() {
+        State::Creating {
+            restart,
+            abort: None,
+            ..
+        } => restart || kernel.with_record(|record| record.result.is_some()),
+        _ => false,
+    };
+    again && node.stopping.is_cancelled()
+}
+
 /// A panic must not leave a kernel that is created for ever and holds what it has taken.
-async fn guarded<T>(
-    work: impl Future<Output = Result<T, CreateError>>,
-) -> Result<T, CreateError> {
+async fn guarded<T>(work: impl Future<Output = Result<T, CreateError>>) -> Result<T, CreateError> {
     let outcome = AssertUnwindSafe(work).catch_unwind().await;
     outcome.unwrap_or(Err(CreateError::Defect))
 }
@@ -267,7 +288,7 @@ async fn build(
         session: kernel.session,
     });
     node.progress(kernel.id, "checking the request");
-    let found = abortable(kernel, abort, find(node, kernel, order)).await??;
+    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order))).await??;
     let (prepared, distro) = (&found.prepared, &found.distro);
     node.events.emit(Event::KernelCreating {
         kernel: kernel.id,
@@ -317,11 +338,7 @@ struct Found {
 
 /// Finds out everything that can be wrong with an order, and pulls the image if it has to be. Leaves
 /// nothing behind when it is dropped.
-async fn find(
-    node: &Arc<Node>,
-    kernel: &Arc<Kernel>,
-    order: &Order,
-) -> Result<Found, CreateError> {
+async fn find(node: &Arc<Node>, kernel: &Arc<Kernel>, order: &Order) -> Result<Found, CreateError> {
     let config = &order.config;
     let mut prepared = prepare::check(node, config, &order.cluster).await?;
     let image = ready_image(node, kernel, config).await?;
@@ -451,6 +468,60 @@ async fn rebuild(
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
     launch::files_and_container(node, kernel, order, prepared, distro, abort).await
+}
+
+/// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
+/// come up more slowly than the agent (the dataplane, mounts of folders, device plugins), so nothing that
+/// fails before there is a container is final at first.
+pub async fn resume_restart(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+) -> Result<serde_json::Value, CreateError> {
+    let abort = kernel.abort_token();
+    let (began, mut pause) = (Instant::now(), RESTART_PAUSES.0);
+    let (built, turn) = loop {
+        let (built, turn) = match take_turn(node, kernel, &abort).await {
+            Ok(turn) => (
+                guarded(Box::pin(find_and_rebuild(node, kernel, order, &abort))).await,
+                Some(turn),
+            ),
+            Err(err) => (Err(err), None),
+        };
+        match &built {
+            Err(err) if has_no_container(kernel) && began.elapsed() < RESTART_PATIENCE => {
+                tracing::warn!(kernel_id = %kernel.id, err = err as &dyn std::error::Error,
+                    "a kernel cannot be made again yet; trying again");
+            }
+            _ => break (built, turn),
+        }
+        drop(turn);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = abort.cancelled() => {}
+            () = node.stopping.cancelled() => break (Err(CreateError::Stopping), None),
+        }
+        pause = (pause * 2).min(RESTART_PAUSES.1);
+    };
+    conclude(node, kernel, built, turn).await
+}
+
+/// Whether it is still to be made, and nothing was made of it.
+fn has_no_container(kernel: &Kernel) -> bool {
+    matches!(
+        kernel.state(),
+        State::Creating { stage, abort: None, .. } if stage < Stage::Container
+    )
+}
+
+async fn find_and_rebuild(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    abort: &CancellationToken,
+) -> Result<Launched, CreateError> {
+    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order))).await??;
+    rebuild(node, kernel, order, &found, abort).await
 }
 
 /// The end of a container's console, for error messages.

@@ -316,6 +316,18 @@ impl Lifecycle {
         }
     }
 
+    /// A kernel found at start whose restart had come so far that it has no container.
+    pub fn found_restarting() -> Lifecycle {
+        Lifecycle {
+            state: State::Creating {
+                stage: Stage::Files,
+                restart: true,
+                abort: None,
+            },
+            visible: true,
+        }
+    }
+
     /// A kernel found running at start.
     pub fn found_running() -> Lifecycle {
         Lifecycle {
@@ -751,6 +763,10 @@ mod tests {
     fn found_kernels_start_in_their_state() {
         let mut starting = Lifecycle::found_starting();
         assert_eq!(starting.step(Input::Ready), vec![Action::AnnounceStarted]);
+        let mut restarting = Lifecycle::found_restarting();
+        assert_eq!(restarting.step(Input::Restart), vec![Action::JoinRestart]);
+        assert_eq!(restarting.step(Input::Missing), vec![Action::Proceed]);
+        assert_eq!(restarting.step(Input::Ready), vec![Action::AnnounceStarted]);
         let mut running = Lifecycle::found_running();
         assert_eq!(running.step(Input::Create), vec![Action::AnswerStored]);
         let mut ending = Lifecycle::found_ending(Ending::new(Reason::USER_REQUESTED, false));

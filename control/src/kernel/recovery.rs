@@ -23,7 +23,7 @@ use super::lifecycle::Lifecycle;
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::registry::{EndedKernel, Kernel};
-use super::{batch_job, commit, rows};
+use super::{batch_job, commit, restart, rows};
 use crate::docker::{ContainerSummary, DockerError};
 use crate::resource::Restored;
 
@@ -59,7 +59,7 @@ pub struct Listed {
 pub struct Recovered {
     /// Kernels in service.
     pub adopted: usize,
-    /// Kernels whose start goes on.
+    /// Kernels whose start or restart goes on.
     pub resumed: usize,
     /// Kernels being brought to their end.
     pub finishing: usize,
@@ -185,6 +185,8 @@ fn known(record: &Record) -> Known {
         phase: record.phase,
         ending: record.ending.clone(),
         container: record.container(),
+        request: record.request.is_some(),
+        served: record.result.is_some(),
     }
 }
 
@@ -192,6 +194,7 @@ fn known(record: &Record) -> Known {
 enum Begin {
     Service(Arc<Kernel>),
     Start(Arc<Kernel>),
+    Restart(Arc<Kernel>),
     End(Arc<Kernel>),
 }
 
@@ -208,6 +211,11 @@ impl Begin {
                 node.clone()
                     .tasks
                     .spawn(async move { create::resume_start(&node, &kernel).await });
+            }
+            Begin::Restart(kernel) => {
+                node.clone()
+                    .tasks
+                    .spawn(async move { restart::resume(&node, &kernel).await });
             }
             Begin::End(kernel) => {
                 node.clone()
@@ -233,7 +241,7 @@ async fn enter(
         | Decision::AdoptFromLabels(container)
         | Decision::FinishFromLabels(container, _)
         | Decision::RemoveUnstarted(container) => Some(*container),
-        Decision::Finish(container, _) => *container,
+        Decision::Finish(container, _) | Decision::Recreate(container) => *container,
     };
     if let Decision::RemoveUnstarted(container) = decision {
         remove_container(node, *container).await;
@@ -261,8 +269,11 @@ async fn enter(
         }
         (None, None) => return None,
     };
-    if let Some(container) = container {
-        record.container_id = Some(container.to_string());
+    match container {
+        Some(container) => record.container_id = Some(container.to_string()),
+        // One that the engine is just making is found by its name.
+        None if matches!(decision, Decision::Recreate(_)) => record.container_id = None,
+        None => {}
     }
     let (lifecycle, begin): (_, fn(Arc<Kernel>) -> Begin) = match decision {
         Decision::Adopt(_) | Decision::AdoptFromLabels(_) => {
@@ -272,6 +283,10 @@ async fn enter(
         Decision::ResumeStart(_) => {
             recovered.resumed += 1;
             (Lifecycle::found_starting(), Begin::Start)
+        }
+        Decision::Recreate(_) => {
+            recovered.resumed += 1;
+            (Lifecycle::found_restarting(), Begin::Restart)
         }
         Decision::Finish(_, ending) | Decision::FinishFromLabels(_, ending) => {
             recovered.finishing += 1;

@@ -3,7 +3,8 @@
 //! Invariants: what the kernel holds (devices, host ports, scratch) is never given back in between,
 //! so nobody else can take it (the original's restarted containers had no limits at all); the old
 //! container is not touched before everything is found that the new one is made of; a kernel has one
-//! restart at a time, and who asks for another meanwhile gets its outcome.
+//! restart at a time, and who asks for another meanwhile gets its outcome; an agent that ends under it
+//! leaves what the next one needs to go on.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,10 +18,11 @@ use super::create::{self, CreateError, Order, Ready};
 use super::journal::JournalError;
 use super::lifecycle::{Action, Input, Refusal, State};
 use super::node::Node;
-use super::record::BatchRecord;
+use super::record::{BatchRecord, Record};
 use super::registry::Kernel;
 use super::request::KernelCreationConfig;
 use super::{batch_job, destroy};
+use crate::causes::chain;
 
 /// How long the old container may take to go (the original's number).
 const OLD_CONTAINER: Duration = Duration::from_secs(60);
@@ -60,7 +62,7 @@ pub enum RestartError {
         kernel: KernelId,
         /// What is in the way.
         #[source]
-        source: CreateError,
+        source: Box<CreateError>,
     },
     /// The agent stops before anything was done.
     #[error("kernel {0} goes on and is not restarted: the agent is stopping; try again")]
@@ -165,7 +167,7 @@ async fn carry_out(
     };
     let ready = ready.map_err(|source| RestartError::NotNow {
         kernel: kernel.id,
-        source,
+        source: Box::new(source),
     })?;
     let stored = node.store(kernel).await;
     stored.map_err(|source| RestartError::Journal {
@@ -267,10 +269,8 @@ async fn replace(
     };
     if input == Input::OldContainerGone {
         kernel.update_record(|record| {
-            record.container_id = None;
             record.request = Some((*order.config).clone());
-            // The manager starts the job of a batch session again after a restart.
-            record.batch_job = record.batch_running.then(BatchRecord::dropped);
+            forget_container(record);
         });
     }
     let actions = kernel.step(input);
@@ -284,7 +284,50 @@ async fn replace(
             },
         });
     }
+    // From here on the next start would go on with it.
+    node.note(kernel, |_| {}).await;
     let result = create::recreate(node, kernel, &order, ready).await?;
     batch_job::expect_again(node, kernel);
     Ok(result)
+}
+
+/// What a kernel does not have between two containers.
+fn forget_container(record: &mut Record) {
+    record.container_id = None;
+    // The manager starts the job of a batch session again after a restart.
+    record.batch_job = record.batch_running.then(BatchRecord::dropped);
+}
+
+/// Goes on with a restart that was cut short with its agent, when the old container was gone or had
+/// stopped. The one who had asked for it is not there any more: what becomes of it is announced.
+pub async fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    tracing::info!(kernel_id = %kernel.id, "going on with the restart of a kernel");
+    let order = match new_order(kernel, &Value::Null) {
+        Ok(order) => order,
+        Err(err) => return give_up(node, kernel, &chain(&err)),
+    };
+    destroy::let_runner_go(node, kernel).await;
+    let removal = destroy::stop_and_remove(node, kernel, false);
+    let left = match tokio::time::timeout(OLD_CONTAINER, removal).await {
+        Ok(Ok(_)) => None,
+        Ok(Err(err)) => Some(chain(&err)),
+        Err(_) => Some(chain(&RestartError::Timeout(kernel.id))),
+    };
+    if let Some(err) = left {
+        return give_up(node, kernel, &err);
+    }
+    node.note(kernel, forget_container).await;
+    match create::resume_restart(node, kernel, &order).await {
+        Ok(_) => batch_job::expect_again(node, kernel),
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "the restart of a kernel could not be gone on with");
+        }
+    }
+}
+
+fn give_up(node: &Arc<Node>, kernel: &Arc<Kernel>, err: &str) {
+    tracing::warn!(kernel_id = %kernel.id, err, "the restart of a kernel could not be gone on with");
+    let actions = kernel.step(Input::CreationFailed { exit_code: None });
+    node.perform(kernel, &actions);
 }

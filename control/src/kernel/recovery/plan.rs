@@ -53,6 +53,10 @@ pub struct Known {
     pub ending: Option<StoredEnding>,
     /// Its container.
     pub container: Option<ContainerId>,
+    /// What it is made from is known, so that it can be made again.
+    pub request: bool,
+    /// It was in service before: what is being started is its next container.
+    pub served: bool,
 }
 
 /// What to do with one kernel.
@@ -62,6 +66,9 @@ pub enum Decision {
     Adopt(ContainerId),
     /// Started, but its runner had not been heard: wait for it, then announce it.
     ResumeStart(ContainerId),
+    /// It was being restarted and has no container that has run: make the new one, in place of what is
+    /// left.
+    Recreate(Option<ContainerId>),
     /// Bring it to its end, whatever is left of it.
     Finish(Option<ContainerId>, Ending),
     /// In service and without a journal: rebuild the record from labels and scratch, then go on.
@@ -160,6 +167,15 @@ fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
         (Some((Liveness::Active, container)), Phase::Files | Phase::Container | Phase::Started) => {
             Decision::ResumeStart(container)
         }
+        (None | Some((Liveness::Dead | Liveness::Created, _)), Phase::Restarting)
+            if known.request =>
+        {
+            Decision::Recreate(container)
+        }
+        // Killed between the note that it is started and the start.
+        (None | Some((Liveness::Created, _)), Phase::Started) if known.request && known.served => {
+            Decision::Recreate(container)
+        }
         (Some((Liveness::Dead, _)), Phase::Running | Phase::Ending) => {
             finish(Reason::SELF_TERMINATED)
         }
@@ -201,6 +217,10 @@ mod tests {
         match decision {
             Decision::Adopt(_) => "adopt".into(),
             Decision::ResumeStart(_) => "resume".into(),
+            Decision::Recreate(container) => match container {
+                Some(_) => "replace".into(),
+                None => "recreate".into(),
+            },
             Decision::Finish(_, end) => format!("finish:{}", ending(end)),
             Decision::AdoptFromLabels(_) => "adopt-labels".into(),
             Decision::FinishFromLabels(_, end) => format!("finish-labels:{}", ending(end)),
@@ -208,14 +228,18 @@ mod tests {
         }
     }
 
-    /// Rows: what the journal says; columns: none, created, active, dead.
+    /// Rows: what the journal says, with `*` of a kernel that was in service before and with `!` of one
+    /// whose request is lost; columns: none, created, active, dead.
     const TABLE: &str = "
         -          | -                          | remove                     | adopt-labels           | finish-labels:self-terminated
         files      | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
         container  | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
         started    | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
+        started*   | recreate                   | replace                    | resume                 | finish:failed-to-start
+        started*!  | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
         running    | finish:container-not-found | finish:container-not-found | adopt                  | finish:self-terminated
-        restarting | finish:restart-timeout     | finish:restart-timeout     | adopt                  | finish:restart-timeout
+        restarting | recreate                   | replace                    | adopt                  | replace
+        restarting! | finish:restart-timeout    | finish:restart-timeout     | adopt                  | finish:restart-timeout
         ending     | finish:user-requested!     | finish:user-requested!     | finish:user-requested! | finish:user-requested!
     ";
 
@@ -229,7 +253,8 @@ mod tests {
         ];
         for row in TABLE.lines().map(str::trim).filter(|row| !row.is_empty()) {
             let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-            let phase = match cells[0] {
+            let marks = cells[0].trim_start_matches(|it: char| it.is_ascii_lowercase());
+            let phase = match cells[0].trim_end_matches(['*', '!']) {
                 "-" => None,
                 "files" => Some(Phase::Files),
                 "container" => Some(Phase::Container),
@@ -248,6 +273,8 @@ mod tests {
                         exit_code: None,
                     }),
                     container: Some(container(1)),
+                    request: !marks.contains('!'),
+                    served: marks.contains('*'),
                 })
                 .map(|known| (id(1), known))
                 .into_iter()
@@ -283,6 +310,8 @@ mod tests {
                     phase,
                     ending: None,
                     container: None,
+                    request: true,
+                    served: false,
                 })
                 .map(|known| (id(1), known))
                 .into_iter()
@@ -311,6 +340,8 @@ mod tests {
                 phase: Phase::Restarting,
                 ending: None,
                 container: Some(container(1)),
+                request: true,
+                served: true,
             },
         )]);
         let seen = [
