@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -60,7 +60,18 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Remove what a dataplane that is not running has left on this host.
-    Detach,
+    Detach(DetachArguments),
+}
+
+/// Whose leavings are removed. With both given no configuration is read.
+#[derive(Debug, clap::Args)]
+struct DetachArguments {
+    /// The agent whose dataplane it was [default: agent.id of the configuration].
+    #[arg(long, value_name = "ID", requires = "run_dir")]
+    agent_id: Option<String>,
+    /// Where its regions are [default: node.run-dir of the configuration].
+    #[arg(long, value_name = "DIR", requires = "agent_id")]
+    run_dir: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -77,6 +88,14 @@ fn main() -> ExitCode {
             };
         }
     };
+    // Who names both needs no file, which may be faulty by now.
+    if let Some(Command::Detach(DetachArguments {
+        agent_id: Some(agent_id),
+        run_dir: Some(run_dir),
+    })) = &arguments.command
+    {
+        return detach(run_dir, agent_id);
+    }
     let options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
     let loaded = match config::load(&options) {
         Ok(loaded) => loaded,
@@ -103,20 +122,22 @@ fn main() -> ExitCode {
         .init();
     match arguments.command {
         None => run(&loaded.config, arguments.nvml_library),
-        Some(Command::Detach) => {
-            match detach::detach(Some(&loaded.config.node.run_dir), &loaded.config.agent.id) {
-                Ok(removed) => {
-                    for directory in &removed {
-                        println!("removed {}", directory.display());
-                    }
-                    if removed.is_empty() {
-                        println!("nothing of the dataplane was left");
-                    }
-                    ExitCode::SUCCESS
-                }
-                Err(err) => fail(&err, EX_TEMPFAIL),
+        Some(Command::Detach(_)) => detach(&loaded.config.node.run_dir, &loaded.config.agent.id),
+    }
+}
+
+fn detach(run_dir: &Path, agent_id: &str) -> ExitCode {
+    match detach::detach(Some(run_dir), agent_id) {
+        Ok(removed) => {
+            for directory in &removed {
+                println!("removed {}", directory.display());
             }
+            if removed.is_empty() {
+                println!("nothing of the dataplane was left");
+            }
+            ExitCode::SUCCESS
         }
+        Err(err) => fail(&err, EX_TEMPFAIL),
     }
 }
 

@@ -242,6 +242,48 @@ fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
     Ok(())
 }
 
+/// What an operator types who has put the file where both programs find it, and names it nowhere.
+#[test]
+fn detach_goes_by_the_file_it_finds() -> Result<()> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let place = directory.path();
+    let file = place.join(".config/backend.ai/agent.toml");
+    std::fs::create_dir_all(file.parent().context("a directory")?)?;
+    let run_dir = place.join("run");
+    let regions = run_dir.join("worker-17");
+    let detached = |text: &str| -> Result<Output> {
+        for program in ["control", "dataplane"] {
+            std::fs::create_dir_all(regions.join(program))?;
+        }
+        std::fs::write(&file, text)?;
+        Ok(agent(&["detach"])?
+            .env("HOME", place)
+            .env_remove("BACKEND_CONFIG_FILE")
+            .current_dir(place)
+            .output()?)
+    };
+    let own = format!(
+        "[agent]\nid = 'worker-17'\n[node]\nrun-dir = '{}'\n",
+        run_dir.display()
+    );
+    // Ours would be those of another node.
+    let faulty = detached(&format!("{own}max-containers = 0\n"))?;
+    assert_eq!(faulty.status.code(), Some(78), "{}", said(&faulty));
+    let told = said(&faulty);
+    assert!(told.contains("node.max-containers"), "{told}");
+    assert!(regions.join("dataplane").exists());
+    let of_a_cluster = CLUSTER.replace("i-command-line", "worker-17")
+        + &format!("[node]\nrun-dir = '{}'\n", run_dir.display());
+    for text in [own, of_a_cluster] {
+        let output = detached(&text)?;
+        assert!(output.status.success(), "{}", said(&output));
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(told.contains("worker-17"), "{told}");
+        assert!(!regions.exists());
+    }
+    Ok(())
+}
+
 fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory)? {

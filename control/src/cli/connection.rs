@@ -35,16 +35,24 @@ impl Source {
     }
 
     /// The configuration as far as a command beside the agent needs it: where that of a cluster is not
-    /// whole, that of a node on its own will do.
+    /// whole, that of a node on its own will do. A file that was found is never passed over: its faults
+    /// are told, as values of our own would be those of another node.
     pub fn load(&self) -> Result<config::Loaded, Problem> {
-        config::load(&self.options())
-            .or_else(|_| {
-                config::load(&config::LoadOptions::of_this_process(
-                    self.config.clone(),
-                    true,
-                ))
-            })
-            .map_err(|errors| Problem::Config(errors.into()))
+        load(self.options()).map_err(|errors| Problem::Config(errors.into()))
+    }
+}
+
+fn load(mut options: config::LoadOptions) -> Result<config::Loaded, config::Errors> {
+    match config::load(&options) {
+        // A node on its own looks into no places, so it is told what was found in them.
+        Err(_) if !options.standalone => {
+            let places = config::candidates(&*options.environment, &*options.host);
+            let found = places.into_iter().find(|place| place.is_file());
+            options.explicit = options.explicit.or(found);
+            options.standalone = true;
+            config::load(&options)
+        }
+        loaded => loaded,
     }
 }
 

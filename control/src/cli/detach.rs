@@ -1,9 +1,11 @@
 //! `bai-agent detach`: nothing of ours stays on the host. Refuses while one of the programs runs.
 
 use crate::cli::output::say;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use config::Config;
 use serde_json::json;
 use shared::lock::writer_of;
 use shared::run_dir::RunDir;
@@ -15,12 +17,12 @@ use crate::metadata::redirect;
 const DATAPLANE: &str = "bai-dataplane";
 
 /// Removes this agent's regions and sockets, and has the dataplane remove its kernel hooks.
-pub fn run(config: &config::Config, file: Option<&Path>, form: Form) -> Result<(), Problem> {
+pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
     let place = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
         .map_err(|error| Problem::Other(error.into()))?;
     refuse_if_running(&place.control(), "bai-agent")?;
     refuse_if_running(&place.dataplane(), DATAPLANE)?;
-    let hooks = detach_dataplane(file)?;
+    let hooks = detach_dataplane(config)?;
     let redirected = super::short_lived(async {
         let removed = redirect::remove(&config.agent.id).await;
         removed.map_err(|err| {
@@ -75,19 +77,25 @@ fn refuse_if_running(directory: &Path, program: &str) -> Result<(), Problem> {
     })
 }
 
+/// Id and place themselves: left to find the configuration on its own, the dataplane might find another one.
+fn handed_on(config: &Config) -> [OsString; 5] {
+    [
+        "detach".into(),
+        "--agent-id".into(),
+        config.agent.id.clone().into(),
+        "--run-dir".into(),
+        config.node.run_dir.clone().into(),
+    ]
+}
+
 /// The dataplane alone knows what it hooked into the kernel. False when its program is not on this host.
-fn detach_dataplane(file: Option<&Path>) -> Result<bool, Problem> {
+fn detach_dataplane(config: &Config) -> Result<bool, Problem> {
     let beside: Option<PathBuf> = std::env::current_exe()
         .ok()
         .and_then(|own| Some(own.parent()?.join(DATAPLANE)))
         .filter(|path| path.exists());
-    let mut command = Command::new(beside.unwrap_or_else(|| PathBuf::from(DATAPLANE)));
-    command.arg("--standalone");
-    if let Some(file) = file {
-        command.arg("--config").arg(file);
-    }
-    command.arg("detach");
-    match command.output() {
+    let program = beside.unwrap_or_else(|| PathBuf::from(DATAPLANE));
+    match Command::new(program).args(handed_on(config)).output() {
         Ok(output) if output.status.success() => Ok(true),
         Ok(output) => Err(Problem::Other(anyhow::anyhow!(
             "{DATAPLANE} detach failed: {}",
@@ -95,5 +103,25 @@ fn detach_dataplane(file: Option<&Path>) -> Result<bool, Problem> {
         ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dataplane_is_told_which_node_it_is_about() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = directory.path().display().to_string();
+        let file = directory.path().join("agent.toml");
+        let text = format!("[agent]\nid = 'worker-17'\n[node]\nrun-dir = '{place}'\n");
+        std::fs::write(&file, text).unwrap();
+        let options = config::LoadOptions::of_this_process(Some(file), true);
+        let loaded = config::load(&options).unwrap();
+        assert_eq!(
+            handed_on(&loaded.config),
+            ["detach", "--agent-id", "worker-17", "--run-dir", &place].map(OsString::from)
+        );
     }
 }
