@@ -51,7 +51,7 @@ impl Stage {
     }
 }
 
-/// Runs a bench; cleans up when it ends, fails or is told to stop by SIGINT or SIGTERM.
+/// Runs a bench; cleans up when it ends, fails or is told to stop by SIGINT, SIGTERM or SIGHUP.
 pub fn run(bench: impl FnOnce(&Stage) -> Result<()> + Send + 'static) -> ExitCode {
     const LOOK: Duration = Duration::from_millis(100);
     // Before any thread exists, so that signals come here and nowhere else.

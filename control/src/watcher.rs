@@ -169,11 +169,17 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
     let stopping = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(WatcherError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(WatcherError::Signals)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(WatcherError::Signals)?;
     let signals = stopping.clone();
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => tracing::warn!(
+                    "SIGHUP was received; the configuration is read at start only, restart the watcher to apply changes"
+                ),
+            }
         }
         signals.cancel();
     });

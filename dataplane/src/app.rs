@@ -259,6 +259,9 @@ fn serve(
                     stopping = Some(Instant::now() + drain);
                 }
                 Request::Drain => {}
+                Request::Reload => tracing::warn!(
+                    "SIGHUP was received; the configuration is read at start only, restart bai-dataplane to apply changes"
+                ),
             }
         }
         let now = Instant::now();

@@ -480,6 +480,18 @@ fn sigterm_drains_and_sigint_does_not_wait() {
     let mut session = traffic::connect(address_of(&row)).expect("accepted");
     session.write_all(b"a").expect("sent");
     session.read_exact(&mut [0]).expect("echoed");
+    // As when a terminal is closed: what runs goes on.
+    process.signal(Signal::SIGHUP).expect("signalled");
+    until("the answer to SIGHUP", || {
+        let told = process
+            .log()
+            .contains("the configuration is read at start only");
+        (told || !process.running()).then_some(())
+    })
+    .expect("told");
+    assert!(process.running(), "{}", process.log());
+    session.write_all(b"h").expect("sent");
+    session.read_exact(&mut [0]).expect("the session goes on");
     process.signal(Signal::SIGTERM).expect("signalled");
     control
         .in_state(row.key(), PortState::Pending)

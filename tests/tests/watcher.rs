@@ -231,6 +231,14 @@ async fn each_route_calls_systemctl_as_the_original_s_does() -> Result<()> {
         assert_eq!(watcher.calls(), calls);
         assert_eq!(watcher.get(path).await?.status, 405);
     }
+    // As when a terminal is closed: it goes on.
+    let pid = Pid::from_raw(i32::try_from(watcher.child.id())?);
+    kill(pid, Signal::SIGHUP)?;
+    wait::until("it tells of SIGHUP", PATIENCE, || async {
+        let told = "the configuration is read at start only";
+        watcher.log().contains(told).then_some(())
+    })
+    .await?;
     // Off unless configured.
     for path in ["/soft-reset", "/shutdown", "/nothing"] {
         assert_eq!(watcher.post(path).await?.status, 404, "{path}");

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT as a readable descriptor.
+//! SIGTERM, SIGINT and SIGHUP as a readable descriptor.
 //!
 //! Invariant: [`block`] runs in `main` before any thread exists, so that every thread inherits the
 //! mask and the signals reach the descriptor only.
@@ -16,13 +16,15 @@ pub enum Request {
     Drain,
     /// SIGINT: exit at once.
     Stop,
+    /// SIGHUP: a terminal was closed, or somebody wants the configuration read again. Nothing is done.
+    Reload,
 }
 
 /// The descriptor that becomes readable when a signal has arrived.
 #[derive(Debug)]
 pub struct Signals(SignalFd);
 
-/// Blocks SIGTERM and SIGINT for this thread and those it starts, and returns their descriptor.
+/// Blocks SIGTERM, SIGINT and SIGHUP for this thread and those it starts, and returns their descriptor.
 ///
 /// # Errors
 /// The kernel's answer.
@@ -30,6 +32,7 @@ pub fn block() -> Result<Signals, Errno> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
     set.add(Signal::SIGINT);
+    set.add(Signal::SIGHUP);
     set.thread_block()?;
     SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map(Signals)
 }
@@ -40,6 +43,7 @@ impl Signals {
         let info = self.0.read_signal().ok().flatten()?;
         match i32::try_from(info.ssi_signo) {
             Ok(number) if number == Signal::SIGINT as i32 => Some(Request::Stop),
+            Ok(number) if number == Signal::SIGHUP as i32 => Some(Request::Reload),
             _ => Some(Request::Drain),
         }
     }
