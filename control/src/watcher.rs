@@ -32,6 +32,10 @@ use crate::volumes::Volumes;
 
 /// The token of a cluster that sets none.
 const INSECURE: &str = "insecure";
+/// The name that the original's examples give to the Python agent's unit.
+const PYTHON_UNIT: &str = "backendai-agent.service";
+/// What the command line of this agent's unit has in it.
+const PROGRAM: &str = "bai-agent";
 /// Where volumes are mounted in a cluster that does not say.
 const PREFIX: &str = "/mnt";
 /// Pauses between attempts to reach etcd: doubled up to the second.
@@ -59,6 +63,11 @@ pub enum WatcherError {
         "the watcher would obey everybody who reaches {0}: its token is \"insecure\". Set config/watcher/token in etcd (and watcher.token of the manager), listen on 127.0.0.1, or allow it with node.watcher.insecure-token"
     )]
     Insecure(String),
+    /// It would start and stop the Python agent.
+    #[error(
+        "watcher.target-service is {PYTHON_UNIT}, which does not start bai-agent: it is the Python agent's unit, and that one removes this agent's kernels. Write target-service = \"bai-agent.service\" in [watcher]"
+    )]
+    PythonUnit,
     /// etcd cannot be used.
     #[error("etcd cannot be used")]
     Etcd(#[source] EtcdError),
@@ -84,7 +93,11 @@ impl WatcherError {
     pub fn is_of_configuration(&self) -> bool {
         matches!(
             self,
-            Self::NoToken | Self::TokenFile { .. } | Self::Insecure(_) | Self::Docker(_)
+            Self::NoToken
+                | Self::TokenFile { .. }
+                | Self::Insecure(_)
+                | Self::PythonUnit
+                | Self::Docker(_)
         )
     }
 }
@@ -183,6 +196,7 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
         }
         signals.cancel();
     });
+    not_the_python_agent(&config).await?;
     let found = tokio::select! {
         found = cluster(&config) => found?,
         () = stopping.cancelled() => return Ok(()),
@@ -220,6 +234,26 @@ pub async fn run(config: Arc<Config>) -> Result<(), WatcherError> {
         () = stopping.cancelled() => {}
     }
     Ok(())
+}
+
+/// A file that was the Python agent's names its unit. Whoever has given that name to this agent's unit may
+/// go on.
+async fn not_the_python_agent(config: &Config) -> Result<(), WatcherError> {
+    if config.watcher.target_service != PYTHON_UNIT {
+        return Ok(());
+    }
+    match systemctl::program_of(PYTHON_UNIT, config.node.watcher.timeout).await {
+        Ok(program) if program.contains(PROGRAM) => Ok(()),
+        Ok(_) => Err(WatcherError::PythonUnit),
+        Err(err) => {
+            tracing::warn!(
+                err = chain(&err),
+                unit = PYTHON_UNIT,
+                "cannot see whether watcher.target-service starts bai-agent; if it is the Python agent's unit, write bai-agent.service"
+            );
+            Ok(())
+        }
+    }
 }
 
 /// What the cluster says to watchers.

@@ -250,7 +250,7 @@ async def the_watcher_obeys_the_manager(bench):
         raise Skipped("its watcher needs sudo and systemd")
     programs = bench.system.place.folder("watcher-programs")
     systemctl = programs / "systemctl"
-    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{programs}/calls\n[ "$1" != is-active ] || echo active\n')
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{programs}/calls\ncase $1 in is-active) echo active ;; show) echo /usr/bin/bai-agent ;; esac\n')
     systemctl.chmod(0o755)
 
     async def ask(method, path):
@@ -272,7 +272,8 @@ async def the_watcher_obeys_the_manager(bench):
             assert await ask("POST", f"/resource/watcher/agent/{action}") in (None, {"result": "ok"}), action
         unit = "backendai-agent.service"
         calls = (programs / "calls").read_text().splitlines()
-        equal(calls, [f"is-active -- {unit}", *(f"--no-ask-password {action} -- {unit}" for action in ("start", "stop", "restart"))], "calls")
+        first = [f"show --property=ExecStart --value -- {unit}", f"is-active -- {unit}"]
+        equal(calls, [*first, *(f"--no-ask-password {action} -- {unit}" for action in ("start", "stop", "restart"))], "calls")
     finally:
         bench.system.place.stop(watcher)
 

@@ -523,6 +523,38 @@ async fn mount_list_and_unmount(
     Ok(())
 }
 
+/// The file of a node that ran the Python agent has the name of its unit.
+#[tokio::test]
+async fn it_does_not_drive_the_python_agent() -> Result<()> {
+    let port = free_port()?;
+    let directory = prepare(port, "127.0.0.1", TOKEN, "")?;
+    let place = directory.path();
+    let file = place.join("agent.toml");
+    let text = std::fs::read_to_string(&file)?;
+    std::fs::write(
+        &file,
+        text.replace("bai-test@1.service", "backendai-agent.service"),
+    )?;
+    let starts = |program: &str| {
+        let behaviour = format!("case $1 in show) echo '{program}' ;; esac\n");
+        std::fs::write(place.join("bin/behaviour"), behaviour)
+    };
+    starts("{ path=/opt/venv/bin/python ; argv[]=python -m ai.backend.cli ag start-server ; }")?;
+    let refused = command(place)?.output()?;
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(78), "{told}");
+    assert!(
+        told.contains("target-service = \"bai-agent.service\""),
+        "{told}"
+    );
+    // Whoever calls this agent's unit so.
+    starts("{ path=/usr/bin/bai-agent ; argv[]=/usr/bin/bai-agent run ; }")?;
+    let command = command(place)?;
+    let watcher = Watcher::run(command, directory, port).await?;
+    assert_eq!(watcher.get("/").await?.status, 200);
+    Ok(())
+}
+
 #[test]
 fn it_does_not_obey_everybody() -> Result<()> {
     // The token everybody knows, on an address others reach.

@@ -343,6 +343,9 @@ fn unit_name(name: &str) -> Result<(), Fault> {
     ))
 }
 
+/// The name that the original's examples give to the unit of the Python agent.
+const PYTHON_UNIT: &str = "backendai-agent.service";
+
 pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
     const ADDR: Key = key("service-addr");
     let mut s = Section::open(reader, Some(root), "watcher");
@@ -381,6 +384,14 @@ pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
         ],
         &[],
     );
+    if watcher.target_service == PYTHON_UNIT {
+        let line = match reader.origin("watcher", "target-service") {
+            Some(crate::problem::Origin::File { line }) => Some(line),
+            _ => None,
+        };
+        let text = "is the Python agent's unit, which removes this agent's kernels when it starts; write \"bai-agent.service\"";
+        reader.note(NoteKind::Warning, line, "watcher.target-service", text);
+    }
     watcher
 }
 

@@ -98,6 +98,20 @@ fn a_port_range_over_an_own_port_is_a_warning() {
     assert_eq!(Setup::new(SMALLEST).loaded().notes, []);
 }
 
+#[test]
+fn the_unit_of_the_python_agent_is_a_warning() {
+    let note = |unit: &str| {
+        let line = format!("target-service = '{unit}'");
+        Setup::new(&with_line("watcher", &line)).loaded().notes
+    };
+    let told = note("backendai-agent.service");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0].kind, NoteKind::Warning);
+    assert_eq!(told[0].key, "watcher.target-service");
+    assert!(told[0].line.is_some() && told[0].text.contains("\"bai-agent.service\""));
+    assert_eq!(note("bai-agent.service"), []);
+}
+
 /// The table shows every section once, in the file's order, and the remarks after it.
 #[test]
 fn the_table_is_in_order_and_ends_with_the_remarks() {

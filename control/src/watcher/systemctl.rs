@@ -75,6 +75,19 @@ pub async fn is_active(unit: &str, limit: Duration) -> Result<String, CallError>
     }
 }
 
+/// What systemd starts for a unit, as it shows it; nothing for a unit that it does not know.
+///
+/// # Errors
+/// It did not end with success in time.
+pub async fn program_of(unit: &str, limit: Duration) -> Result<String, CallError> {
+    let arguments = ["show", "--property=ExecStart", "--value", "--", unit];
+    let output = call("systemctl", &arguments, limit).await?;
+    match output.status.success() {
+        true => Ok(words(&output.stdout)),
+        false => Err(failed(format!("systemctl show {unit}"), &output)),
+    }
+}
+
 /// Switches the host off.
 ///
 /// # Errors
