@@ -298,10 +298,19 @@ impl Setting for Secret {
 
 /// A user number: `-1` or empty is the user of this process; names are looked up.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct UserId(pub u32);
+pub(crate) struct UserId(pub u32, pub Chosen);
 /// A group number: like a user number; a *user* name stands for that user's group.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct GroupId(pub u32);
+pub(crate) struct GroupId(pub u32, pub Chosen);
+
+/// Who chose an account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    /// Nobody: it is the account that this process runs as.
+    ByProcess,
+    /// Whoever wrote the configuration.
+    ByName,
+}
 
 enum Account {
     Process,
@@ -336,11 +345,11 @@ fn account(value: &Value, host: &dyn Host) -> Result<Account, Fault> {
 
 impl Setting for UserId {
     fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
-        Ok(Self(match account(value, host)? {
-            Account::Process => host.process_user().uid,
-            Account::Number(id) => id,
-            Account::Named(user) => user.uid,
-        }))
+        Ok(match account(value, host)? {
+            Account::Process => Self(host.process_user().uid, Chosen::ByProcess),
+            Account::Number(id) => Self(id, Chosen::ByName),
+            Account::Named(user) => Self(user.uid, Chosen::ByName),
+        })
     }
 
     fn text(&self) -> String {
@@ -354,11 +363,11 @@ impl Setting for UserId {
 
 impl Setting for GroupId {
     fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
-        Ok(Self(match account(value, host)? {
-            Account::Process => host.process_user().gid,
-            Account::Number(id) => id,
-            Account::Named(user) => user.gid,
-        }))
+        Ok(match account(value, host)? {
+            Account::Process => Self(host.process_user().gid, Chosen::ByProcess),
+            Account::Number(id) => Self(id, Chosen::ByName),
+            Account::Named(user) => Self(user.gid, Chosen::ByName),
+        })
     }
 
     fn text(&self) -> String {

@@ -25,7 +25,12 @@ fn every_sample_loads_without_a_remark() {
     ] {
         let loaded = sample(name, standalone);
         let remarks = render_notes(&loaded);
-        let others = |line: &&str| !line.contains("is not used");
+        // What the original's file has, and a first try may do without, is told of.
+        let known = |line: &str| match name {
+            "agent.toml" => false,
+            _ => line.contains("container.kernel-uid is root's"),
+        };
+        let others = |line: &&str| !line.contains("is not used") && !known(line);
         assert_eq!(remarks.lines().find(others), None, "{name}: {remarks}");
         assert!(!render_text(&loaded).is_empty());
         assert!(

@@ -142,7 +142,10 @@ fn doctor_says_which_configuration_it_goes_by() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("agent.toml");
     let path = file.to_str().context("a plain path")?;
-    std::fs::write(&file, "[agent]\nid = 'i-doctor'\n")?;
+    std::fs::write(
+        &file,
+        "[agent]\nid = 'i-doctor'\n[container]\nkernel-uid = 1000\nkernel-gid = 1000\n",
+    )?;
     let finding = |words: &[&str]| -> Result<serde_json::Value> {
         let output = agent(&["doctor", "--output", "json", "--config", path])?
             .args(words)

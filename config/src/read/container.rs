@@ -6,10 +6,10 @@ use super::agent::{bind_host, place, warn_open_rpc};
 use super::{Places, not_blank};
 use crate::choice::{SandboxType, ScratchType, StatsType};
 use crate::document::Table;
-use crate::problem::Origin;
+use crate::problem::{NoteKind, Origin};
 use crate::section::{Key, Reader, Section, key};
 use crate::sections::{Agent, Container};
-use crate::setting::{GroupId, UserId};
+use crate::setting::{Chosen, GroupId, UserId};
 use crate::units::{ByteSize, Fault, HostPort, PortRange};
 
 const NFS: &str = "it belongs to the Kubernetes backend";
@@ -37,18 +37,14 @@ pub(super) fn read(
     let process = reader.host.process_user();
     let scratch_default = places.directory(reader, "./scratches", "scratches");
     let mut s = Section::open(reader, Some(root), "container");
-    let kernel_uid = s
-        .or(
-            key("kernel-uid").over("config/container"),
-            UserId(process.uid),
-        )
-        .0;
-    let kernel_gid = s
-        .or(
-            key("kernel-gid").over("config/container"),
-            GroupId(process.gid),
-        )
-        .0;
+    let UserId(kernel_uid, uid_chosen) = s.or(
+        key("kernel-uid").over("config/container"),
+        UserId(process.uid, Chosen::ByProcess),
+    );
+    let GroupId(kernel_gid, gid_chosen) = s.or(
+        key("kernel-gid").over("config/container"),
+        GroupId(process.gid, Chosen::ByProcess),
+    );
     let bind_text = s.checked(
         key("bind-host")
             .or(&["kernel-host"])
@@ -97,6 +93,11 @@ pub(super) fn read(
     let alternative_bridge = s.checked(key("alternative-bridge"), not_blank);
     s.show_absent("alternative-bridge");
     s.finish(NOT_USED, &[]);
+    warn_of_root(
+        reader,
+        (kernel_uid, uid_chosen) == (0, Chosen::ByProcess),
+        (kernel_gid, gid_chosen) == (0, Chosen::ByProcess),
+    );
 
     let bind_host = match bind_text.and_then(|text| text.parse().ok()) {
         Some(ip) => ip,
@@ -131,6 +132,25 @@ pub(super) fn read(
         scratch_size,
         alternative_bridge,
     }
+}
+
+/// The original was often run by the user that its kernels are to have, and this agent is run by root.
+fn warn_of_root(reader: &mut Reader<'_>, uid: bool, gid: bool) {
+    let (key, both) = match (uid, gid) {
+        (true, true) => ("kernel-uid", ", and so is kernel-gid"),
+        (true, false) => ("kernel-uid", ""),
+        (false, true) => ("kernel-gid", ""),
+        (false, false) => return,
+    };
+    let line = match reader.origin("container", key) {
+        Some(Origin::File { line }) => Some(line),
+        _ => None,
+    };
+    let text = format!(
+        "is root's{both}, only because this agent is: the code of users runs as root in images that take the kernel's \
+         account; write the account kernels are to have, here or in etcd (in place of a Python agent the one it ran as)"
+    );
+    reader.note(NoteKind::Warning, line, format!("container.{key}"), text);
 }
 
 fn scratch_type(s: &mut Section<'_, '_>) -> ScratchType {

@@ -83,7 +83,8 @@ impl Host for FixedHost {
 
 /// The smallest valid file.
 pub const SMALLEST: &str = "[etcd]\nnamespace = 'local'\naddr = { host = '127.0.0.1', port = 2379 }\n\
-    [agent]\nmode = 'docker'\n[container]\nscratch-type = 'hostdir'\n[resource]\n";
+    [agent]\nmode = 'docker'\n[container]\nscratch-type = 'hostdir'\n\
+    kernel-uid = 1000\nkernel-gid = 1000\n[resource]\n";
 
 /// A directory with an `agent.toml`, and how to load it.
 pub struct Setup {

@@ -112,6 +112,31 @@ fn the_unit_of_the_python_agent_is_a_warning() {
     assert_eq!(note("bai-agent.service"), []);
 }
 
+#[test]
+fn kernels_that_come_out_as_root_s_are_a_warning() {
+    let told = |uid: &str, gid: &str| -> Vec<String> {
+        let text = SMALLEST
+            .replace("kernel-uid = 1000\n", uid)
+            .replace("kernel-gid = 1000\n", gid);
+        let notes = Setup::new(&text).loaded().notes;
+        assert!(notes.iter().all(|note| note.kind == NoteKind::Warning));
+        notes.into_iter().map(|note| note.key).collect()
+    };
+    let uid = ["container.kernel-uid"];
+    assert_eq!(told("kernel-uid = -1\n", "kernel-gid = -1\n"), uid);
+    assert_eq!(told("", ""), uid);
+    assert_eq!(told("", "kernel-gid = 1000\n"), uid);
+    assert_eq!(
+        told("kernel-uid = 1000\n", "kernel-gid = ''\n"),
+        ["container.kernel-gid"]
+    );
+    // Whoever writes it means it.
+    assert!(told("kernel-uid = 0\n", "kernel-gid = 0\n").is_empty());
+    let mut plain = Setup::new(&SMALLEST.replace("kernel-uid = 1000\n", ""));
+    plain.host.user.uid = 1000;
+    assert_eq!(plain.loaded().notes, []);
+}
+
 /// The table shows every section once, in the file's order, and the remarks after it.
 #[test]
 fn the_table_is_in_order_and_ends_with_the_remarks() {
@@ -139,7 +164,7 @@ fn the_table_is_in_order_and_ends_with_the_remarks() {
         line("region").ends_with("environment BACKEND_REGION"),
         "{shown}"
     );
-    assert!(line("reserved-cpu").contains("line 10"), "{shown}");
+    assert!(line("reserved-cpu").contains("line 12"), "{shown}");
     assert!(
         shown.trim_end().ends_with("did you mean \"port-range\"?"),
         "{shown}"
