@@ -4,6 +4,7 @@ mod agent;
 mod container;
 mod later;
 mod node;
+mod relative;
 mod rest;
 
 use std::path::{Path, PathBuf};
@@ -80,6 +81,7 @@ pub(crate) fn config(reader: &mut Reader<'_>, root: &Table, file: Option<&Path>)
     let overcommit = overcommit(reader);
     let node = node::read(reader, root, &places, &agent);
     later::note(reader, root);
+    relative::note(reader, root);
     Config {
         file: file.map(Path::to_owned),
         standalone: reader.standalone,

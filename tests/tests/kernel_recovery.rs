@@ -186,7 +186,24 @@ async fn defect_unregistered_live_containers_are_killed() -> Result<()> {
     for port in kernels::host_ports(&result, "pair") {
         assert!(kernels::fetch(port, "/")?.starts_with("HTTP/1"));
     }
+    // Its files lie elsewhere for an agent that is started in another directory, with a relative scratch-root.
+    node.kill_control()?;
+    std::fs::remove_dir_all(node.state().join("kernels"))?;
+    let text = std::fs::read_to_string(node.config_file())?;
+    std::fs::write(
+        node.config_file(),
+        text.replace("/scratches\"", "/elsewhere\""),
+    )?;
+    node.start_control().await?;
+    let elsewhere = kernels::ask(&node, "bai.status", vec![]).await?;
+    assert_eq!(elsewhere["slots"], before["slots"], "devices stay taken");
+    let told = node.log("bai-agent");
+    assert!(
+        told.contains("lies outside container.scratch-root"),
+        "{told}"
+    );
     kernels::destroy(&node, &order).await?;
+    std::fs::remove_dir_all(node.scratch(&order.kernel.to_string()))?;
     kernels::assert_clean(&node).await
 }
 

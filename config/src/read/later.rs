@@ -62,7 +62,7 @@ pub(super) fn note(reader: &mut Reader<'_>, root: &Table) {
 }
 
 /// The table of a section and the line it begins on.
-fn section_of<'t>(root: &'t Table, section: &str) -> Option<(usize, &'t Table)> {
+pub(super) fn section_of<'t>(root: &'t Table, section: &str) -> Option<(usize, &'t Table)> {
     let mut found = (0, root);
     for name in section.split('.') {
         let entry = found

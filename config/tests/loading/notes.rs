@@ -113,6 +113,27 @@ fn the_unit_of_the_python_agent_is_a_warning() {
 }
 
 #[test]
+fn a_relative_path_is_a_warning_as_units_start_in_the_root() {
+    for (section, line, unit) in [
+        ("container", "scratch-root = './scratches'", "/scratches"),
+        ("container", "scratch_root = 'a/b'", "/a/b"),
+        ("agent", "var-base-path = './var'", "/var"),
+    ] {
+        let setup = Setup::new(&with_line(section, line));
+        let notes = setup.loaded().notes;
+        assert_eq!(notes.len(), 1, "{line}: {notes:?}");
+        assert_eq!(notes[0].kind, NoteKind::Warning);
+        assert!(notes[0].line.is_some());
+        let here = setup.host.working_directory.join(&unit[1..]);
+        let told = format!("{} from here, {unit} for the units", here.display());
+        assert!(notes[0].text.contains(&told), "{}", notes[0].text);
+    }
+    for line in ["scratch-root = '/scratches'", "scratch-type = 'memory'"] {
+        assert_eq!(Setup::new(&with_line("container", line)).loaded().notes, []);
+    }
+}
+
+#[test]
 fn kernels_that_come_out_as_root_s_are_a_warning() {
     let told = |uid: &str, gid: &str| -> Vec<String> {
         let text = SMALLEST

@@ -319,7 +319,21 @@ impl Scratch {
         kernel_id: Uuid,
         name: &'static str,
     ) -> Result<Option<String>, ScratchError> {
-        let path = self.paths(kernel_id).config.join(name);
+        let directory = self.paths(kernel_id).config;
+        self.read_config_of(kernel_id, directory, name).await
+    }
+
+    /// The same of a config directory in another place.
+    ///
+    /// # Errors
+    /// As [`Scratch::read_config`].
+    pub async fn read_config_of(
+        &self,
+        kernel_id: Uuid,
+        directory: PathBuf,
+        name: &'static str,
+    ) -> Result<Option<String>, ScratchError> {
+        let path = directory.join(name);
         self.blocking(kernel_id, move |_| match std::fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -2,6 +2,7 @@
 //! inspection and its scratch.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use serde_json::json;
 use shared::ids::{ContainerId, KernelId};
@@ -30,6 +31,9 @@ pub const LABEL_SESSION: &str = "ai.backend.session-id";
 const LABEL_SERVICES: &str = "ai.backend.service-ports";
 const LABEL_BLOCKED: &str = "ai.backend.internal.block-service-ports";
 
+/// Where a kernel's config directory is mounted.
+const CONFIG: &str = "/home/config";
+
 /// Why a record could not be rebuilt.
 #[derive(Debug, Error)]
 pub enum RebuildError {
@@ -55,7 +59,7 @@ pub async fn record(
         .ok_or(RebuildError::NoSession)?;
     let found = node.docker.inspect(&container.to_string()).await?;
     let kernel_id = Uuid::from_bytes(id.0);
-    let resource = given(node, kernel_id).await;
+    let resource = given(node, kernel_id, &found).await;
     let allocation = resource
         .as_ref()
         .and_then(|spec| allocation_of(kernel_id, spec, &found));
@@ -134,18 +138,54 @@ pub async fn record(
     })
 }
 
-/// What the files of a kernel say that it was given.
-async fn given(node: &Node, kernel_id: Uuid) -> Option<ResourceSpec> {
-    let why = match node.scratch.read_config(kernel_id, "resource.txt").await {
-        Ok(text) => match resource_text::parse(&text?, |slot| node.ledger.is_bytes(slot)) {
+/// What the files of a kernel say that it was given. They may lie elsewhere: a relative `scratch-root` is another
+/// directory for each that an agent is started in. Where, the container tells.
+async fn given(
+    node: &Node,
+    kernel_id: Uuid,
+    found: &ContainerInspectResponse,
+) -> Option<ResourceSpec> {
+    const FILE: &str = "resource.txt";
+    let own = node.scratch.paths(kernel_id).config;
+    let mut read = node.scratch.read_config(kernel_id, FILE).await;
+    if let Ok(None) = read
+        && let Some(place) = config_of(found).filter(|place| *place != own)
+    {
+        read = node
+            .scratch
+            .read_config_of(kernel_id, place.clone(), FILE)
+            .await;
+        if let Ok(Some(_)) = read {
+            tracing::error!(%kernel_id, place = %place.display(), own = %own.display(),
+                "a kernel's scratch lies outside container.scratch-root: the kernel can't be restarted, and its directory stays when it ends; write the whole path of scratch-root before agents take kernels over");
+        }
+    }
+    let why = match read {
+        Ok(Some(text)) => match resource_text::parse(&text, |slot| node.ledger.is_bytes(slot)) {
             Ok(resource) => return Some(resource.spec),
             Err(err) => chain(&err),
         },
+        // What has ended holds no device, and its scratch may be gone already.
+        Ok(None) if !is_running(found) => return None,
+        Ok(None) => format!("there is none in {}", own.display()),
         Err(err) => chain(&err),
     };
     tracing::error!(%kernel_id, err = why,
         "cannot read what a kernel was given (resource.txt of its scratch); its devices count as free: end the kernel before others get them");
     None
+}
+
+/// Where the directory lies that a container has as its `/home/config`.
+fn config_of(found: &ContainerInspectResponse) -> Option<PathBuf> {
+    let mut mounts = found.mounts.iter().flatten();
+    let config = mounts.find(|mount| mount.destination.as_deref() == Some(CONFIG))?;
+    let source = PathBuf::from(config.source.as_deref()?);
+    source.is_absolute().then_some(source)
+}
+
+fn is_running(found: &ContainerInspectResponse) -> bool {
+    let state = found.state.as_ref();
+    state.and_then(|state| state.running).unwrap_or(false)
 }
 
 fn allocation_of(
