@@ -193,8 +193,6 @@ pub struct EtcdTls {
 /// `[debug]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Debug {
-    /// Whether debugging is on; the command line has the last word.
-    pub enabled: bool,
     /// Heartbeat period.
     pub heartbeat_interval: Duration,
     /// Whether dead containers are kept.

@@ -104,19 +104,24 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    let level = if arguments.debug || loaded.config.debug.enabled {
+    let level = if arguments.debug {
         "debug"
     } else {
         loaded.config.logging.level.directive()
     };
+    let given = std::env::var("RUST_LOG").ok().filter(|it| !it.is_empty());
+    let filter = match given.map(EnvFilter::try_new) {
+        None => EnvFilter::new(level),
+        Some(Ok(filter)) => filter,
+        Some(Err(err)) => {
+            eprintln!(
+                "bai-dataplane: RUST_LOG can not be used; write it as dataplane=debug,dataplane::forward=trace: {err}"
+            );
+            return ExitCode::from(EX_USAGE);
+        }
+    };
     tracing_subscriber::fmt()
-        .with_env_filter(
-            std::env::var("RUST_LOG")
-                .ok()
-                .filter(|given| !given.is_empty())
-                .and_then(|given| EnvFilter::try_new(given).ok())
-                .unwrap_or_else(|| EnvFilter::new(level)),
-        )
+        .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();

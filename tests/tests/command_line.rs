@@ -194,6 +194,29 @@ fn both_programs_end_with_64_after_a_wrong_command_line() -> Result<()> {
 }
 
 #[test]
+fn a_log_that_cannot_be_had_is_a_wrong_command_line_for_both() -> Result<()> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let file = directory.path().join("agent.toml");
+    let text = format!(
+        "[agent]\nid = 'i-log'\n[node]\nrun-dir = '{}'\n",
+        directory.path().display()
+    );
+    std::fs::write(&file, text)?;
+    for (name, first) in [("bai-agent", &["run"][..]), ("bai-dataplane", &[])] {
+        let output = Command::new(program(name)?)
+            .args(first)
+            .args(["--standalone", "--config"])
+            .arg(&file)
+            .env("RUST_LOG", "dataplane=loud")
+            .output()?;
+        let told = said(&output);
+        assert_eq!(output.status.code(), Some(64), "{name}: {told}");
+        assert!(told.contains("RUST_LOG can not be used"), "{name}: {told}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
     let root = tempfile::tempdir()?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/install");

@@ -156,7 +156,6 @@ const PYTHON: &str = "it belongs to the Python event loop";
 
 pub(super) fn debug(reader: &mut Reader<'_>, root: &Table) -> Debug {
     let mut s = Section::open(reader, Some(root), "debug");
-    let enabled = s.or(key("enabled"), false);
     let heartbeat_interval = s.or_checked(
         key("heartbeat-interval"),
         Duration::from_secs(20),
@@ -167,6 +166,10 @@ pub(super) fn debug(reader: &mut Reader<'_>, root: &Table) -> Debug {
     let coredump = coredump(&mut s);
     s.finish(
         &[
+            (
+                "enabled",
+                "the original overwrites it by its --debug; say --debug here too, or set logging.level",
+            ),
             ("log-stats", LOGS),
             ("log-kernel-config", LOGS),
             ("log-alloc-map", LOGS),
@@ -179,7 +182,6 @@ pub(super) fn debug(reader: &mut Reader<'_>, root: &Table) -> Debug {
         &["coredump"],
     );
     Debug {
-        enabled,
         heartbeat_interval,
         skip_container_deletion,
         kernel_runner,

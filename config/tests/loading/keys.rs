@@ -215,7 +215,6 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "'prefer_single_node'",
             json!("PREFER_SINGLE_NODE"),
         ),
-        ("debug", &["enabled"], "true", json!(true)),
         ("debug", &["heartbeat-interval"], "7.5", json!(7.5)),
         ("debug", &["skip-container-deletion"], "true", json!(true)),
         ("debug", &["kernel-runner"], "true", json!(true)),

@@ -17,6 +17,7 @@ fn rare_keys_are_accepted_and_reported() {
         ("container", "swarm-enabled = false"),
         ("container", "scratch-nfs-address = 'x'"),
         ("resource", "reserved-disk = '8g'"),
+        ("debug", "enabled = true"),
         ("debug", "log-alloc-map = true"),
         ("debug", "asyncio = true"),
         ("logging", "version = 1"),
