@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{AccessFlags, User, access, getegid, geteuid};
 
@@ -34,6 +35,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     fn home(&self) -> Option<PathBuf>;
     /// Whether the path, or its nearest existing parent, is on tmpfs and writable.
     fn is_writable_tmpfs(&self, path: &Path) -> bool;
+    /// Whether writing there fails because the file system, as this process sees it, is read-only.
+    fn is_read_only(&self, _path: &Path) -> bool {
+        false
+    }
     /// An address of this host that others can reach, and how it was found.
     fn reachable_address(&self) -> (IpAddr, &'static str);
     /// The addresses of this host's interfaces that are up.
@@ -98,6 +103,11 @@ impl Host for ThisHost {
         };
         statfs(existing).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
             && access(existing, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    }
+
+    fn is_read_only(&self, path: &Path) -> bool {
+        let existing = path.ancestors().find(|p| p.exists());
+        existing.is_some_and(|place| access(place, AccessFlags::W_OK) == Err(Errno::EROFS))
     }
 
     fn reachable_address(&self) -> (IpAddr, &'static str) {
@@ -177,5 +187,6 @@ mod tests {
                 .contains(&IpAddr::from([127, 0, 0, 1]))
         );
         assert!(!host.is_writable_tmpfs(Path::new("/proc/x")));
+        assert!(!host.is_read_only(Path::new("/dev/shm/x")));
     }
 }

@@ -169,6 +169,16 @@ fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
         if host.is_writable_tmpfs(&directory.0) {
             return Ok(());
         }
+        if host.is_read_only(&directory.0) {
+            let place = directory.0.display();
+            return Err(Fault::new(
+                "is read-only for this process",
+                format!(
+                    "in a unit with ProtectSystem=, as bai-dataplane's, make the directory and add ReadWritePaths={place} \
+                     (systemctl edit bai-dataplane); else mount it for writing"
+                ),
+            ));
+        }
         Err(Fault::new(
             "is not on a tmpfs this user may write to",
             "name a directory on a tmpfs such as /run or /dev/shm, or leave the key out",

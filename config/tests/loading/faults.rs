@@ -130,7 +130,7 @@ fn what_does_not_fit_is_refused_at_its_key() {
             "agent.cohabiting-storage-proxy",
         ),
         ("agent", "region = ''", "agent.region"),
-        ("agent", "id = ''", "agent.id"),
+        ("agent", "id = ' '", "agent.id"),
         (
             "agent",
             "kernel-creation-concurrency = 0",
@@ -351,6 +351,24 @@ fn core_dumps_need_an_absolute_pattern() {
             "{pattern}"
         );
     }
+}
+
+#[test]
+fn a_run_directory_that_the_unit_may_not_write_to_is_told_as_such() {
+    let mut setup = Setup::new(&with_line("node", "run-dir = '/run/elsewhere'"));
+    assert_eq!(
+        setup.loaded().config.node.run_dir.to_str(),
+        Some("/run/elsewhere")
+    );
+    setup.host.tmpfs = vec![];
+    let told = setup.problems();
+    assert!(told[0].why.contains("not on a tmpfs"), "{told:?}");
+    setup.host.read_only = vec!["/run"];
+    let told = setup.problems();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].why.contains("read-only"), "{told:?}");
+    let remedy = "ReadWritePaths=/run/elsewhere";
+    assert!(told[0].remedy.contains(remedy), "{told:?}");
 }
 
 #[test]

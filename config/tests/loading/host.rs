@@ -15,6 +15,7 @@ pub struct FixedHost {
     pub home: Option<PathBuf>,
     pub hostname: String,
     pub tmpfs: Vec<&'static str>,
+    pub read_only: Vec<&'static str>,
     pub core_pattern: &'static str,
 }
 
@@ -27,6 +28,7 @@ impl FixedHost {
             home: None,
             hostname: "node-1".to_owned(),
             tmpfs: vec!["/run", "/dev/shm"],
+            read_only: Vec::new(),
             core_pattern: "/var/crash/core.%p",
         }
     }
@@ -62,6 +64,10 @@ impl Host for FixedHost {
 
     fn is_writable_tmpfs(&self, path: &Path) -> bool {
         self.tmpfs.iter().any(|place| path.starts_with(place))
+    }
+
+    fn is_read_only(&self, path: &Path) -> bool {
+        self.read_only.iter().any(|place| path.starts_with(place))
     }
 
     fn reachable_address(&self) -> (IpAddr, &'static str) {
