@@ -16,6 +16,8 @@ pub(crate) struct Key {
     pub aliases: &'static [&'static str],
     pub variable: Option<&'static str>,
     pub secret: bool,
+    /// Whether an empty text is the same as none.
+    pub blank: bool,
     /// Where in etcd a value stands that wins over the file's and the environment's.
     pub etcd: Option<&'static str>,
 }
@@ -27,6 +29,7 @@ pub(crate) const fn key(name: &'static str) -> Key {
         aliases: &[],
         variable: None,
         secret: false,
+        blank: false,
         etcd: None,
     }
 }
@@ -44,6 +47,11 @@ impl Key {
 
     pub(crate) const fn over(mut self, place: &'static str) -> Self {
         self.etcd = Some(place);
+        self
+    }
+
+    pub(crate) const fn or_blank(mut self) -> Self {
+        self.blank = true;
         self
     }
 
@@ -263,9 +271,13 @@ impl<'r, 'a> Section<'r, 'a> {
         if let Some(variable) = key.variable
             && let Some(text) = (self.reader.environment)(variable)
         {
-            return Some((Value::text(0, text), Origin::Environment(variable)));
+            // It replaces the file's all the same.
+            let absent = key.blank && text.is_empty();
+            return (!absent).then(|| (Value::text(0, text), Origin::Environment(variable)));
         }
         let place = self.etcd;
+        let is_blank = |value: &Value| matches!(&value.kind, Kind::Text(text) if text.is_empty());
+        let found = found.filter(|value| !(key.blank && is_blank(value)));
         found.map(|value| {
             let origin = match place {
                 Some((under, scope)) => Origin::Etcd { under, scope },

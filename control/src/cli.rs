@@ -72,7 +72,7 @@ enum Command {
     Top(top::TopArgs),
     /// Check the host and say what to do about each finding.
     Doctor,
-    /// Remove what a stopped agent and dataplane have left on this host: regions, sockets, kernel hooks.
+    /// Remove what a stopped agent and dataplane have left on this host: regions, doorbells, kernel hooks.
     Detach,
     /// Print a completion script for a shell.
     Completions { shell: Shell },

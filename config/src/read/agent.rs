@@ -79,7 +79,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     let cohabiting_storage_proxy = s.or(key("cohabiting-storage-proxy"), true);
     let pid_file = s
         .or(
-            key("pid-file").env("BACKEND_PID_FILE"),
+            key("pid-file").env("BACKEND_PID_FILE").or_blank(),
             AnyPath(PathBuf::from("/dev/null")),
         )
         .0;
@@ -270,7 +270,8 @@ fn id(s: &mut Section<'_, '_>, hostname: &str) -> String {
         }
         Ok(())
     };
-    const ID: Key = key("id");
+    // The original's sample says that both are unset like this.
+    const ID: Key = key("id").or_blank();
     let faults = s.reader.gathered.problems.len();
     if let Some(id) = s.checked(ID, rule) {
         return id;

@@ -114,6 +114,20 @@ fn the_unit_of_the_python_agent_is_a_warning() {
 }
 
 #[test]
+fn a_blank_id_or_pid_file_is_none_as_the_original_s_sample_says() {
+    for line in ["id = ''", "pid-file = ''", "pid_file = ''"] {
+        let loaded = Setup::new(&with_line("agent", line)).loaded();
+        assert_eq!(loaded.config.agent.id, "i-node-1", "{line}");
+        let pid_file = loaded.config.agent.pid_file.to_str();
+        assert_eq!(pid_file, Some("/dev/null"), "{line}");
+        assert_eq!(loaded.notes, [], "{line}");
+    }
+    let text = with_line("agent", "pid-file = '/run/x.pid'");
+    let loaded = Setup::new(&text).env("BACKEND_PID_FILE", "").loaded();
+    assert_eq!(loaded.config.agent.pid_file.to_str(), Some("/dev/null"));
+}
+
+#[test]
 fn a_relative_path_is_a_warning_as_units_start_in_the_root() {
     for (section, line, unit) in [
         ("container", "scratch-root = './scratches'", "/scratches"),

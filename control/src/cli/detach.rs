@@ -1,4 +1,5 @@
-//! `bai-agent detach`: nothing of ours stays on the host. Refuses while one of the programs runs.
+//! `bai-agent detach`: nothing that acts on the host without us stays. Refuses while one of the programs runs.
+//! Sockets of containers below `agent.ipc-base-path` stay, with the containers that have them mounted.
 
 use crate::cli::output::say;
 use std::ffi::OsString;
@@ -16,7 +17,7 @@ use crate::metadata::redirect;
 
 const DATAPLANE: &str = "bai-dataplane";
 
-/// Removes this agent's regions and sockets, and has the dataplane remove its kernel hooks.
+/// Removes this agent's regions and doorbells, and has the dataplane remove its kernel hooks.
 pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
     let place = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
         .map_err(|error| Problem::Other(error.into()))?;
