@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use control::kernel::model_definition;
 use control::rpc::KeyPair;
 use harness::images::{self, Image};
-use harness::node::{Node, NodeOptions};
+use harness::node::{Node, NodeOptions, program};
 use harness::python;
 use serde_json::{Value, json};
 
@@ -73,6 +73,13 @@ async fn the_managers_client_lives_a_kernels_life_over_curve_and_nobody_else_is_
         ..NodeOptions::default()
     };
     let node = Node::start(options).await?;
+    // An operator on the node needs no key of the manager.
+    let listed = Command::new(program("bai-agent")?)
+        .args(["kernel", "list", "--standalone", "--config"])
+        .arg(node.config_file())
+        .env_remove("BAI_AGENT_ADDRESS")
+        .output()?;
+    ensure!(listed.status.success(), "{listed:?}");
     let (address, public, secret) = (
         node.address().to_owned(),
         agent.public.to_z85(),

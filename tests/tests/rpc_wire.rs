@@ -222,6 +222,11 @@ async fn our_client_over_curve() {
         .call("ping", vec!["x".into()], vec![], DEADLINE)
         .await;
     assert_eq!(value.expect("a reply"), Value::from("x"));
+    // The commands beside the agent have its own pair.
+    let own = with(&agent, agent.public);
+    Client::connect(&address, Some(&own), DEADLINE)
+        .await
+        .expect("connects from this host");
 
     let wrong_pair = with(&stranger, agent.public);
     let err = Client::connect(&address, Some(&wrong_pair), DEADLINE)
@@ -241,8 +246,8 @@ async fn our_client_over_curve() {
     }
     assert_eq!(
         server.counters().probes,
-        1,
-        "only the right key was answered"
+        2,
+        "only the right keys were answered"
     );
 
     let mixed = KeyPair {

@@ -68,7 +68,8 @@ pub struct Connection {
         env = "BAI_AGENT_ADDRESS"
     )]
     pub address: Option<String>,
-    /// Our key pair (a secret key file), for an agent that authenticates its callers.
+    /// Our key pair (a secret key file), for an agent that authenticates its callers [default: the agent's own of
+    /// the configuration, which it accepts on its own host, unless --address is given].
     #[arg(
         long,
         global = true,
@@ -77,7 +78,7 @@ pub struct Connection {
         env = "BAI_AGENT_KEYPAIR"
     )]
     pub keypair: Option<PathBuf>,
-    /// The agent's public key file.
+    /// The agent's public key file [default: likewise].
     #[arg(
         long,
         global = true,
@@ -107,37 +108,57 @@ pub struct Agent {
 }
 
 impl Connection {
-    /// A configuration that was named must be usable; one that is found only may be absent.
-    fn resolved_address(&self, source: &Source) -> Result<String, Problem> {
-        if let Some(address) = &self.address {
-            return Ok(address.clone());
+    /// The configuration that says where the agent is; nothing where the command line does. One that was named must be
+    /// usable; one that is found only may be absent.
+    fn configured(&self, source: &Source) -> Result<Option<config::Loaded>, Problem> {
+        if self.address.is_some() {
+            return Ok(None);
         }
-        let listen = match source.load() {
-            Ok(loaded) => Some(loaded.config.agent.rpc_listen_addr.clone()),
-            Err(problem) if source.config.is_some() => return Err(problem),
-            Err(_) => None,
+        match source.load() {
+            Ok(loaded) => Ok(Some(loaded)),
+            Err(problem) if source.config.is_some() => Err(problem),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn keys(&self, configured: Option<&config::Config>) -> Result<Option<ClientCurve>, Problem> {
+        if let (Some(pair), Some(agent)) = (&self.keypair, &self.agent_key) {
+            return Ok(Some(ClientCurve {
+                pair: KeyPair::from_file(pair).map_err(|err| Problem::Usage(err.into()))?,
+                node: PublicKey::from_file(agent).map_err(|err| Problem::Usage(err.into()))?,
+            }));
+        }
+        let Some(files) = configured.and_then(|config| config.agent.rpc_auth.as_ref()) else {
+            return Ok(None);
         };
-        Ok(match listen {
-            // A wildcard is where the agent listens, not where one can connect to.
-            Some(listen) if !matches!(listen.host.as_str(), "" | "0.0.0.0" | "::") => {
-                format!("{}:{}", listen.host, listen.port)
-            }
-            Some(listen) => format!("127.0.0.1:{}", listen.port),
-            None => "127.0.0.1:6001".to_owned(),
-        })
+        // On its own host the agent lets its own key in.
+        let pair = KeyPair::from_file(&files.agent_keypair).map_err(|err| {
+            let remedy = "this node's agent asks for a key; run this as root, or name your keys (--keypair, --agent-key)";
+            Problem::Usage(anyhow::Error::new(err).context(remedy))
+        })?;
+        let node = pair.public;
+        Ok(Some(ClientCurve { pair, node }))
     }
 
     /// The way to the agent of the node that `source` configures.
     pub fn way(&self, source: &Source) -> Result<Way, Problem> {
+        let loaded = self.configured(source)?;
+        let configured = loaded.as_ref().map(|loaded| &*loaded.config);
+        let address = match (&self.address, configured) {
+            (Some(address), _) => address.clone(),
+            (None, Some(config)) => {
+                let listen = &config.agent.rpc_listen_addr;
+                match listen.host.as_str() {
+                    // A wildcard is where the agent listens, not where one can connect to.
+                    "" | "0.0.0.0" | "::" => format!("127.0.0.1:{}", listen.port),
+                    host => format!("{host}:{}", listen.port),
+                }
+            }
+            (None, None) => "127.0.0.1:6001".to_owned(),
+        };
         Ok(Way {
-            address: self.resolved_address(source)?,
-            curve: match (&self.keypair, &self.agent_key) {
-                (Some(pair), Some(agent)) => Some(ClientCurve {
-                    pair: KeyPair::from_file(pair).map_err(|err| Problem::Usage(err.into()))?,
-                    node: PublicKey::from_file(agent).map_err(|err| Problem::Usage(err.into()))?,
-                }),
-                _ => None,
-            },
+            address,
+            curve: self.keys(configured)?,
             patience: Duration::from_secs(self.connect_timeout),
         })
     }

@@ -65,7 +65,7 @@ impl Default for Limits {
     }
 }
 
-/// Our key pair, and the one client key that is let in.
+/// Our key pair, and the one client key that is let in from everywhere; our own is from this host.
 #[derive(Clone, Debug)]
 pub struct CurveServer {
     /// The agent's pair.

@@ -7,7 +7,7 @@
 //! Invariant: a connection is one task; what goes wrong on it ends it and nothing else.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -68,10 +68,27 @@ pub(in crate::rpc) struct Router {
 /// What each connection needs.
 struct Shared<R> {
     config: ConnectionConfig,
-    allowed: Option<PublicKey>,
+    allowed: Option<Allowed>,
     handshake_deadline: Duration,
     receiver: R,
     stop: CancellationToken,
+}
+
+/// Whose keys are let in.
+#[derive(Clone, Copy)]
+struct Allowed {
+    manager: PublicKey,
+    own: PublicKey,
+}
+
+impl Allowed {
+    /// Whoever holds the agent's own pair is its operator, but only on this host: where nodes share a pair, one
+    /// of them must not drive the others.
+    fn lets_in(&self, key: Option<PublicKey>, from: IpAddr, to: Option<IpAddr>) -> bool {
+        let from = from.to_canonical();
+        let near = from.is_loopback() || to.is_some_and(|to| to.to_canonical() == from);
+        key == Some(self.manager) || (near && key == Some(self.own))
+    }
 }
 
 /// The runtime of the RPC thread until that thread has it. A runtime that is dropped waits for its
@@ -108,7 +125,10 @@ impl Router {
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             config,
-            allowed: options.curve.map(|(_, manager)| manager),
+            allowed: options.curve.map(|(pair, manager)| Allowed {
+                manager,
+                own: pair.public,
+            }),
             handshake_deadline: options.handshake_deadline,
             receiver,
             stop: stop.clone(),
@@ -248,6 +268,7 @@ async fn serve<R: Receive>(
     number: u64,
     shaking: Arc<Notify>,
 ) {
+    let here = stream.local_addr().ok().map(|here| here.ip());
     let opening = link::open(stream, number, address, shared.config.clone());
     let opened = tokio::select! {
         () = shared.stop.cancelled() => return,
@@ -264,8 +285,12 @@ async fn serve<R: Receive>(
             return;
         }
     };
-    // The handshake has refused other keys already; this is the second lock.
-    if shared.allowed.is_some() && reader.link().peer().key != shared.allowed {
+    // The handshake has refused strangers' keys already; it does not see where they come from.
+    let key = reader.link().peer().key;
+    if let Some(allowed) = &shared.allowed
+        && !allowed.lets_in(key, address.ip(), here)
+    {
+        tracing::debug!(%address, "the agent's own key is let in from this host only");
         return;
     }
     let ended = tokio::select! {
@@ -298,6 +323,29 @@ mod tests {
 
     impl Receive for Nobody {
         fn receive(&self, _: &Arc<Link>, _: &[Bytes]) {}
+    }
+
+    #[test]
+    fn the_own_key_is_let_in_from_this_host_only() {
+        let keys = [1, 2, 3].map(|byte| PublicKey([byte; 32]));
+        let [manager, own, stranger] = keys.map(Some);
+        let allowed = Allowed {
+            manager: keys[0],
+            own: keys[1],
+        };
+        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let lets_in = |key, from: &str, to: &str| allowed.lets_in(key, ip(from), Some(ip(to)));
+        assert!(lets_in(manager, "10.0.0.9", "10.0.0.1"));
+        assert!(!lets_in(own, "10.0.0.9", "10.0.0.1"));
+        assert!(lets_in(own, "10.0.0.1", "10.0.0.1"));
+        assert!(lets_in(own, "::ffff:10.0.0.1", "10.0.0.1"));
+        assert!(lets_in(own, "127.0.0.1", "127.0.0.1"));
+        assert!(lets_in(own, "::1", "::1"));
+        assert!(!allowed.lets_in(own, ip("10.0.0.1"), None));
+        for from in ["127.0.0.1", "10.0.0.1", "10.0.0.9"] {
+            assert!(!lets_in(stranger, from, "10.0.0.1"));
+            assert!(!lets_in(None, from, "10.0.0.1"));
+        }
     }
 
     #[tokio::test]
