@@ -323,7 +323,7 @@ async fn resets_and_shutdowns_are_there_when_they_are_configured() -> Result<()>
     assert_eq!(watcher.post("/soft-reset").await?.status, 200);
     assert_eq!(
         watcher.calls(),
-        ["systemctl --no-ask-password reload -- bai-test@1.service"]
+        ["systemctl --no-ask-password restart -- bai-test@1.service"]
     );
     assert_eq!(
         watcher.post("/shutdown").await?.json()?,

@@ -139,8 +139,9 @@ async fn restart(State(watcher): State<Arc<Watcher>>) -> Response {
     one(&watcher, "restart").await
 }
 
+/// The agent reads its configuration when it starts, and a restart leaves kernels alone.
 async fn soft_reset(State(watcher): State<Arc<Watcher>>) -> Response {
-    one(&watcher, "reload").await
+    one(&watcher, "restart").await
 }
 
 async fn hard_reset(State(watcher): State<Arc<Watcher>>) -> Response {
