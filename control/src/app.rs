@@ -42,6 +42,7 @@ use crate::kernel::distro::Distros;
 use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
 use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
+use crate::kernel::lifecycle::State;
 use crate::kernel::looks::Looks;
 use crate::kernel::node::blocking;
 use crate::kernel::recovery::{self, RecoveryError};
@@ -319,7 +320,20 @@ async fn stop(
             "operations were cut short; the next start goes on with them"
         );
     }
+    leave_runners(node).await;
+    keep_distros(node).await;
+    if let Some(cluster) = &node.cluster {
+        cluster.bus.close(BUS_GRACE).await;
+    }
+}
+
+/// Leaves the runners of kernels in service to the next start. Those that are still being waited for
+/// keep their link until the process ends: without it their starts would be taken for failed, and undone.
+async fn leave_runners(node: &Arc<Node>) {
     for kernel in node.registry.all() {
+        if matches!(kernel.state(), State::Creating { .. }) {
+            continue;
+        }
         if let Some(runner) = kernel.set_runner(None) {
             runner.leave().await;
             let owed = *runner.runs_owed().borrow();
@@ -327,10 +341,6 @@ async fn stop(
                 node.note(&kernel, |record| record.runs_owed = owed).await;
             }
         }
-    }
-    keep_distros(node).await;
-    if let Some(cluster) = &node.cluster {
-        cluster.bus.close(BUS_GRACE).await;
     }
 }
 

@@ -548,6 +548,45 @@ async fn a_minute_without_the_bus_costs_no_lifecycle_event() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
+// What is told takes time to be given up, and until then whatever was begun goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_is_slow_to_start_outlives_a_stop_of_the_agent() -> Result<()> {
+    let cluster = Cluster::start().await?;
+    let gate = Gate::before(cluster.redis.port).await?;
+    cluster.redis_is_at(gate.port).await?;
+    let mut node = Node::start(cluster.options("")).await?;
+    let mut order = Order::of(Image::Runner)?;
+    // Longer than a stop waits for what is under way.
+    order.config["bootstrap_script"] = json!("sleep 18\n");
+    let (client, args) = (node.client().await?, order.arguments());
+    let creation = tokio::spawn(async move {
+        // The agent is stopped under it.
+        let _ = client.call("create_kernels", args, Vec::new(), LIMIT).await;
+    });
+    wait::until("the container runs", LIMIT, || async {
+        let container = node.containers().ok()?.pop()?;
+        let state = ["inspect", "--format", "{{.State.Running}}", &container];
+        (kernels::docker(&state).ok()? == "true").then_some(())
+    })
+    .await?;
+    gate.shut();
+    tokio::task::block_in_place(|| node.stop_control())?;
+    gate.open();
+    node.start_control().await?;
+    let told = wait::until("its start is told", LIMIT, || async {
+        let told = cluster.told_of(&order).ok()?;
+        let is_over = |name: &&str| ["kernel_started", "kernel_terminated"].contains(name);
+        names(&told).iter().any(is_over).then_some(told)
+    })
+    .await?;
+    assert_eq!(names(&told).last(), Some(&"kernel_started"), "{told:?}");
+    creation.await?;
+    let ran = kernels::run(&node, &order, "echo here").await?;
+    assert_eq!(ran.output, "here\n");
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn heartbeats_go_on_while_the_engine_hangs() -> Result<()> {
     let cluster = Cluster::start().await?;
