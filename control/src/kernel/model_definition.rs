@@ -2,9 +2,12 @@
 //!
 //! In: the request's model folder and runtime variant, the image's command. Out: the [`Model`]s, in
 //! the form of the runner's `start-model-service`. Invariants: the definition
-//! is a file of the user's: it is read inside the folder only, up to a size, and refused in words; what
+//! is a file of the user's: it is read inside the folder only, up to a size, also of what its aliases make
+//! of it, and refused in words; what
 //! the original takes is taken (numbers in quotes, keys without a value), and a key nobody knows is
 //! refused as it does: a misspelt health check would be none.
+
+mod extent;
 
 use super::mounts;
 use super::request::{KernelCreationConfig, SessionType, VfolderMount, VfolderUsage};
@@ -295,11 +298,11 @@ fn custom(folder: &VfolderMount, wanted: Option<&str>) -> Result<Vec<Model>, Mod
 }
 
 fn parse(path: &str, text: &[u8]) -> Result<Vec<Model>, ModelDefinitionError> {
-    let definition: Definition =
-        serde_yaml_ng::from_slice(text).map_err(|cause| ModelDefinitionError::Yaml {
-            path: path.to_owned(),
-            cause,
-        })?;
+    let definition = extent::check(text).and_then(|()| serde_yaml_ng::from_slice(text));
+    let definition: Definition = definition.map_err(|cause| ModelDefinitionError::Yaml {
+        path: path.to_owned(),
+        cause,
+    })?;
     let refuse = |wrong: String| ModelDefinitionError::Content {
         path: path.to_owned(),
         wrong,
@@ -441,6 +444,31 @@ mod tests {
             matches!(told, ModelDefinitionError::Read { .. }),
             "{told:?}"
         );
+    }
+
+    #[test]
+    fn aliases_do_not_make_more_of_a_file_than_fits() {
+        let long = "x".repeat(128 << 10);
+        for (name, times) in [
+            (format!("\"{long}\""), 43_000),
+            ("[[]]".to_owned(), 80_000),
+            ("!a [{b: !c d}, 1, true, null, 1.5]".to_owned(), 20_000),
+        ] {
+            let aliases = "*a,".repeat(times);
+            let text = format!("models: [{{model_path: &a {name}, metadata: [{aliases}]}}]");
+            assert!(text.len() < 1 << 19, "{}", text.len());
+            let told = extent::check(text.as_bytes()).map_err(|err| err.to_string());
+            let told = told.expect_err(&name[..20.min(name.len())]);
+            assert!(told.contains("aliases"), "{told}");
+            let err = parse("a.yaml", text.as_bytes()).unwrap_err();
+            assert!(matches!(err, ModelDefinitionError::Yaml { .. }), "{err:?}");
+        }
+        // Numbers are no text, and may be as long to read.
+        let told = extent::within(b"models: [1]", std::time::Duration::ZERO);
+        assert!(told.unwrap_err().to_string().contains("in 2 s"));
+        let text =
+            "models:\n- &m {name: !t m, model_path: &p /m}\n- {name: n, model_path: *p}\n- *m\n";
+        assert_eq!(parse("a.yaml", text.as_bytes()).unwrap().len(), 3);
     }
 
     #[test]
