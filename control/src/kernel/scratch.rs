@@ -5,7 +5,9 @@
 //! beside it the parts of folders that are held for the engine and the mark of the agent it belongs
 //! to. Invariants: a scratch that bears another agent's mark is never removed; a creation that fails
 //! leaves nothing behind; a removal works from any partial state and never enters a mount; nothing is written through what the kernel's user
-//! put into `work`; no call blocks an async worker, and each has a deadline.
+//! put into `work`; no call blocks an async worker, and each has a deadline; the work on one kernel's
+//! scratch is done by one thread at a time, also when nobody waits for it any more: a disk that hangs
+//! keeps no more threads than kernels, and what comes late meets nothing that was made after it.
 
 pub mod beneath;
 mod contents;
@@ -16,10 +18,11 @@ pub use contents::{ClusterFiles, ConfigFiles, NewScratch, validate_dotfiles};
 pub use held::Part;
 
 use crate::kernel::environment::Identity;
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
@@ -199,7 +202,11 @@ pub struct Scratch {
     kind: ScratchKind,
     limit: Duration,
     owner: Option<Arc<str>>,
+    turns: Arc<Mutex<Turns>>,
 }
+
+/// Whose turn it is at each kernel's scratch; nothing of those nobody works on.
+type Turns = HashMap<Uuid, Weak<tokio::sync::Mutex<()>>>;
 
 impl Scratch {
     /// Scratches below `root` (`container.scratch-root`, made when needed); `limit` is the deadline
@@ -210,6 +217,7 @@ impl Scratch {
             kind,
             limit,
             owner: None,
+            turns: Arc::default(),
         }
     }
 
@@ -218,6 +226,17 @@ impl Scratch {
     pub fn of_agent(mut self, agent_id: &str) -> Self {
         self.owner = Some(agent_id.into());
         self
+    }
+
+    fn turn(&self, kernel_id: Uuid) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turn) = turns.get(&kernel_id).and_then(Weak::upgrade) {
+            return turn;
+        }
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::default();
+        turns.insert(kernel_id, Arc::downgrade(&turn));
+        turn
     }
 
     /// Where a kernel's files are or will be.
@@ -367,7 +386,7 @@ impl Scratch {
     ///
     /// # Errors
     /// Something can't be unmounted or removed, or the deadline has passed; the removal then goes
-    /// on in the background, and another call finds what is left.
+    /// on in the background, and another call waits for it and finds what is left.
     pub async fn remove(&self, kernel_id: Uuid) -> Result<(), ScratchError> {
         let (root, ours) = (self.root.clone(), self.owner.clone());
         self.blocking(kernel_id, move |_| {
@@ -411,11 +430,17 @@ impl Scratch {
         let state = Arc::new(WorkState::default());
         // Dropped when the caller gives up, too.
         let waiter = Waiter(state.clone());
-        let task = tokio::task::spawn_blocking(move || {
-            let result = work(&state);
-            state.finish();
-            result
-        });
+        let turn = self.turn(kernel_id);
+        let task = async move {
+            let turn = turn.lock_owned().await;
+            let done = tokio::task::spawn_blocking(move || {
+                let result = work(&state);
+                state.finish();
+                drop(turn);
+                result
+            });
+            done.await
+        };
         match tokio::time::timeout(self.limit, task).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(ScratchError::Abandoned(kernel_id)),

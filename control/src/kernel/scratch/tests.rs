@@ -733,3 +733,50 @@ fn a_link_that_comes_and_goes_is_never_followed_out_of_a_folder() {
     );
     assert_eq!(mounts_below(place.path()), 0);
 }
+
+#[tokio::test]
+async fn work_that_hangs_keeps_one_thread_of_its_kernel() {
+    let directory = tempfile::tempdir().unwrap();
+    let patient = Scratch::new(directory.path(), ScratchKind::HostDir, LIMIT);
+    let hasty = Scratch {
+        limit: Duration::from_millis(10),
+        ..patient.clone()
+    };
+    let inside = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let (release, hung) = std::sync::mpsc::channel::<()>();
+    let entered = inside.clone();
+    let late = patient.paths(kernel_id()).root;
+    let stuck = hasty.blocking(kernel_id(), move |_| {
+        entered.fetch_add(1, Ordering::SeqCst);
+        let _ = hung.recv();
+        // What a creation that was given up does.
+        let _ = fs::remove_dir_all(late);
+        Ok(())
+    });
+    assert!(matches!(stuck.await, Err(ScratchError::Timeout { .. })));
+    for _ in 0..5 {
+        let entered = inside.clone();
+        let another = hasty.blocking(kernel_id(), move |_| {
+            entered.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        });
+        assert!(matches!(another.await, Err(ScratchError::Timeout { .. })));
+        let removed = hasty.remove(kernel_id()).await;
+        assert!(matches!(removed, Err(ScratchError::Timeout { .. })));
+    }
+    assert!(inside.load(Ordering::SeqCst) <= 1);
+    // That of another kernel does not wait.
+    patient.remove(Uuid::new_v4()).await.unwrap();
+    let root = patient.paths(kernel_id()).root;
+    let made_anew = root.clone();
+    let next = patient.blocking(kernel_id(), move |_| {
+        fs::create_dir(&made_anew).map_err(|cause| ScratchError::make(&made_anew, cause))
+    });
+    let let_go = async { release.send(()).unwrap() };
+    let (made, ()) = tokio::join!(next, let_go);
+    made.unwrap();
+    assert!(root.exists(), "the late one came first");
+    assert_eq!(inside.load(Ordering::SeqCst), 1);
+    patient.remove(kernel_id()).await.unwrap();
+    assert!(!root.exists());
+}
