@@ -194,7 +194,6 @@ async fn services_that_cannot_start_say_why() -> Result<()> {
         "svc-running",
         "svc-preopen",
         "svc-restart",
-        "model-no-service",
         "model-bad-dir",
     ] {
         let (sent, answered) = case(&cases, name)?;
@@ -217,6 +216,47 @@ async fn services_that_cannot_start_say_why() -> Result<()> {
         let expected: ServiceReply = serde_json::from_slice(&answered[0].1)?;
         ensure!(reply == expected, "{name}: {reply:?}, not {expected:?}");
     }
+    // Answered for the runner, whose answer would come before those of other models.
+    let (sent, answered) = case(&cases, "model-no-service")?;
+    let model = serde_json::from_slice(&sent[0].1)?;
+    let reply = services::start_model_service(&link, &model).await;
+    ensure!(
+        reply == serde_json::from_slice(&answered[0].1)?,
+        "{reply:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn models_are_sent_while_another_one_is_being_started() -> Result<()> {
+    let runner = FakeRunner::start().await?;
+    let link = link_to(&runner);
+    let models = ["slow", "none", "second"].map(|name| {
+        let service = json!({"port": 8000, "start_command": "serve"});
+        json!({"name": name, "service": (name != "none").then_some(service)})
+    });
+    let starts = models
+        .iter()
+        .map(|model| services::start_model_service(&link, model));
+    let play = async {
+        for name in ["slow", "second"] {
+            let (kind, payload) = runner.receive().await?;
+            let model: Value = serde_json::from_slice(&payload)?;
+            ensure!(
+                kind == "start-model-service" && model["name"] == name,
+                "{model}"
+            );
+        }
+        for status in ["started", "failed"] {
+            let answer = json!({"status": status}).to_string();
+            runner.send("model-service-result", answer.into_bytes());
+        }
+        anyhow::Ok(())
+    };
+    let (replies, played) = tokio::join!(futures_util::future::join_all(starts), play);
+    played?;
+    let told: Vec<&str> = replies.iter().map(|reply| reply.status.as_str()).collect();
+    assert_eq!(told, ["started", "failed", "failed"]);
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //!
 //! In: the RPC's wishes. Out: the runner's answers. Invariant: one service request is with the runner
 //! at a time, because it holds one lock for all of them and its answers carry no name; the caller gets
-//! an answer within 10 s while the runner may take 30 s.
+//! an answer within 10 s while the runner may take 30 s. Models are all sent at once: the runner starts
+//! one after the other, however long each takes, and answers in that order.
 
 use std::time::Duration;
 
@@ -21,7 +22,8 @@ const ANSWER_OWED: Duration = Duration::from_secs(35);
 /// The answer in the place of one that will not come: the kernel is ended or restarted, or the agent
 /// stops.
 const CUT_OFF: &str = "cancelled";
-/// Longest wait for a model service; a definition may ask for hours.
+/// Longest wait for a model service, of which a definition may ask for hours; and how long after it an
+/// answer may come that belongs to no later model: what is done before a start takes its time.
 const MODEL_LIMIT: Duration = Duration::from_secs(3600);
 
 /// A service to start.
@@ -114,13 +116,18 @@ pub fn shutdown_service(link: &RunnerLink, name: &str) {
     }
 }
 
-/// Starts a model service; `model` is one entry of the validated model definition. Health changes come
+/// Starts a model service; `model` is one entry of the validated model definition. One that is not
+/// answered in time is started all the same when its turn comes. Health changes come
 /// through [`RunnerLink::model_updates`].
 pub async fn start_model_service(link: &RunnerLink, model: &Value) -> ServiceReply {
+    if model["service"].is_null() {
+        // The runner's own words, which come out of turn.
+        return ServiceReply::failed("service failed to start");
+    }
     let limit = model_limit(model);
     let message = Outgoing::json("start-model-service", model);
     ServiceReply::from_outcome(
-        link.ask_alone(AnswerKind::ModelService, message, limit, ANSWER_OWED)
+        link.ask(AnswerKind::ModelService, message, limit, MODEL_LIMIT)
             .await,
     )
 }
