@@ -581,28 +581,48 @@ async fn defect_remains_are_never_collected() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_container_found_while_running_is_taken_care_of() -> Result<()> {
+async fn containers_found_while_running_are_taken_care_of() -> Result<()> {
+    let engine = FaultDocker::start()?;
     let node = Node::start(NodeOptions {
         agent: "sync-container-lifecycles = { enabled = true, interval = 0.5 }".to_owned(),
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
         ..NodeOptions::default()
     })
     .await?;
     let image = harness::images::image(Image::Bare)?;
     let owner = format!("ai.backend.owner={}", node.agent_id());
-    let id = Uuid::new_v4();
-    let session = format!("ai.backend.session-id={}", Uuid::new_v4());
-    let name = format!("kernel.bare.{id}");
-    // Somebody's work that this agent was not told of.
-    kernels::docker(&[
-        "run", "-d", "--name", &name, "--label", &owner, "--label", &session, &image, "sleep",
-        "600",
-    ])?;
-    wait_state(&node, id, Some("running")).await?;
-    kernels::docker(&["kill", &name])?;
-    assert_eq!(
-        kernels::wait_end(&node, id).await?,
-        ("self-terminated".to_owned(), 137)
-    );
-    wait_state(&node, id, None).await?;
+    let mut ids = [Uuid::new_v4(), Uuid::new_v4()];
+    ids.sort();
+    let mut containers = Vec::new();
+    // Between its creation and its start one is taken for remains.
+    engine.spoil("/containers/json", Fault::Close, usize::MAX);
+    for id in ids {
+        let session = format!("ai.backend.session-id={}", Uuid::new_v4());
+        let name = format!("kernel.bare.{id}");
+        // Somebody's work that this agent was not told of.
+        containers.push(kernels::docker(&[
+            "run", "-d", "--name", &name, "--label", &owner, "--label", &session, &image, "sleep",
+            "600",
+        ])?);
+    }
+    engine.behave();
+    for id in ids {
+        wait_state(&node, id, Some("running")).await?;
+    }
+    // Nobody tells of their ends, and the engine stumbles over one of them.
+    let broken = r#"{"message": "cannot read the container's state"}"#;
+    let look = format!("{}/json", containers[0].trim());
+    engine.spoil("/events", Fault::Close, usize::MAX);
+    engine.spoil(&look, Fault::json(500, broken), usize::MAX);
+    engine.cut_all();
+    for container in &containers {
+        kernels::docker(&["kill", container])?;
+    }
+    let killed = ("self-terminated".to_owned(), 137);
+    assert_eq!(kernels::wait_end(&node, ids[1]).await?, killed);
+    wait_state(&node, ids[1], None).await?;
+    engine.behave();
+    assert_eq!(kernels::wait_end(&node, ids[0]).await?, killed);
+    wait_state(&node, ids[0], None).await?;
     kernels::assert_clean(&node).await
 }

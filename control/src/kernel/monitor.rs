@@ -9,6 +9,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use shared::ids::{ContainerId, KernelId};
 
 use super::destroy::{exit_code_of, status_of};
@@ -23,6 +26,9 @@ use crate::docker::{ContainerEvent, DockerError, EngineEvent, NetworkEvent};
 
 /// Docker events waiting for us; a full queue makes the stream say `Resynchronise`.
 const EVENT_QUEUE: usize = 1024;
+/// How many containers of one comparison are looked at at a time: one that can't be inspected keeps
+/// the engine's deadline long, and the others are not to wait for it.
+const LOOKS: usize = 8;
 
 /// Follows Docker's events until the agent stops.
 pub async fn follow_events(node: Arc<Node>) {
@@ -168,7 +174,10 @@ fn follow_container(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     });
 }
 
-/// One comparison.
+/// One comparison. A container that can't be looked at hinders no other.
+///
+/// # Errors
+/// The engine can't be asked, or not for a container: the first failure.
 pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
     // Taken before the list: a kernel that is started meanwhile is not looked for in it.
     let running: Vec<Arc<Kernel>> = node
@@ -189,6 +198,7 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
                 .push(listed);
             by_kernel
         });
+    let mut looks: Vec<Look<'_>> = Vec::new();
     for kernel in running {
         let alive = by_kernel.get(&kernel.id).is_some_and(|containers| {
             containers.iter().any(|listed| {
@@ -197,15 +207,35 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
             })
         });
         if !alive {
-            confirm_end(node, &kernel).await?;
+            looks.push(Box::pin(async move { confirm_end(node, &kernel).await }));
         }
     }
-    for listed in listed {
+    for listed in &listed {
         if node.registry.get(listed.seen.kernel).is_none() {
-            recovery::take_stray(node, &listed).await?;
+            looks.push(Box::pin(recovery::take_stray(node, listed)));
         }
     }
-    Ok(())
+    look_at_all(looks).await
+}
+
+/// A look at one container by itself, and what follows from it.
+type Look<'a> = BoxFuture<'a, Result<(), DockerError>>;
+
+/// Does all, each to its end; begins no more when the engine is gone.
+async fn look_at_all(looks: Vec<Look<'_>>) -> Result<(), DockerError> {
+    let mut waiting = looks.into_iter();
+    let mut running: FuturesUnordered<_> = waiting.by_ref().take(LOOKS).collect();
+    let mut failed = None;
+    while let Some(looked) = running.next().await {
+        if let Err(err) = looked {
+            if matches!(err, DockerError::Unreachable { .. }) {
+                waiting = Vec::new().into_iter();
+            }
+            failed.get_or_insert(err);
+        }
+        running.extend(waiting.next());
+    }
+    failed.map_or(Ok(()), Err)
 }
 
 /// Whether the kernel's container ought to be running.
@@ -242,4 +272,47 @@ async fn confirm_end(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), Docke
         node.perform(kernel, &actions);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn looks(count: usize, begun: &AtomicUsize, gone: bool) -> Vec<Look<'_>> {
+        let look = |at: usize| -> Look<'_> {
+            Box::pin(async move {
+                begun.fetch_add(1, Ordering::SeqCst);
+                if at > 0 {
+                    tokio::task::yield_now().await;
+                }
+                let (step, source) = (format!("look {at}"), "no".into());
+                match (at, gone) {
+                    (0, false) => Err(DockerError::Broken { step, source }),
+                    (0, true) => Err(DockerError::Unreachable {
+                        step,
+                        host: String::new(),
+                        source,
+                    }),
+                    _ => Ok(()),
+                }
+            })
+        };
+        (0..count).map(look).collect()
+    }
+
+    #[tokio::test]
+    async fn one_look_that_fails_ends_no_other_unless_the_engine_is_gone() {
+        let begun = AtomicUsize::new(0);
+        let told = look_at_all(looks(LOOKS * 3, &begun, false)).await;
+        assert!(matches!(told, Err(DockerError::Broken { .. })), "{told:?}");
+        assert_eq!(begun.swap(0, Ordering::SeqCst), LOOKS * 3);
+        let told = look_at_all(looks(LOOKS * 3, &begun, true)).await;
+        assert!(
+            matches!(told, Err(DockerError::Unreachable { .. })),
+            "{told:?}"
+        );
+        assert_eq!(begun.load(Ordering::SeqCst), LOOKS);
+    }
 }
