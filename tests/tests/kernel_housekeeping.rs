@@ -663,3 +663,83 @@ async fn images_are_checked_for_the_manager() -> Result<()> {
     }
     Ok(())
 }
+
+async fn commit(node: &Node, order: &Order, file: &str) -> Result<()> {
+    let args = vec![
+        text(order.kernel),
+        Value::from("user_example.com"),
+        Value::from("a/b:c"),
+        Value::Map(vec![]),
+        Value::from(file),
+    ];
+    kernels::ask(node, "commit", args).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_ends_does_not_let_its_kernel_go_on_under_another_one() -> Result<()> {
+    let engine = FaultDocker::start()?;
+    let archives = tempfile::tempdir()?;
+    let node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        agent: format!("image-commit-path = {:?}", archives.path()),
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    let container = node.containers()?.pop().context("its container")?;
+    // The engine takes as long as it is let; under the second one the kernel is paused.
+    let (first, second) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let (first, may_first): (std::sync::mpsc::Sender<()>, _) = first;
+    let (second, may_second): (std::sync::mpsc::Sender<()>, _) = second;
+    engine.before("/commit?", move || {
+        let _ = tokio::task::block_in_place(|| may_first.recv());
+    });
+    let paused = container.clone();
+    engine.before("/commit?", move || {
+        tokio::task::block_in_place(|| {
+            let _ = kernels::docker(&["pause", &paused]);
+            let _ = may_second.recv();
+        });
+    });
+    let asked = |what: &str| {
+        let requests = engine.requests();
+        requests.iter().filter(|line| line.contains(what)).count()
+    };
+    let is_paused = || {
+        let state = ["inspect", "-f", "{{.State.Paused}}", &container];
+        kernels::docker(&state).is_ok_and(|word| word == "true")
+    };
+    commit(&node, &order, "first.tar.gz").await?;
+    wait::until("the first one is with the engine", SOON, || async {
+        (asked("/commit?") == 1).then_some(())
+    })
+    .await?;
+    commit(&node, &order, "second.tar.gz").await?;
+    let notes = node.state().join("commits").join(node.agent_id());
+    wait::until("the second one has begun", SOON, || async {
+        (std::fs::read_dir(&notes).ok()?.count() == 2).then_some(())
+    })
+    .await?;
+    // It has time to be at the engine beside the first, if nothing holds it back.
+    let both = wait::until("both are", Duration::from_secs(3), || async {
+        (asked("/commit?") == 2).then_some(())
+    });
+    let _ = both.await;
+    first.send(())?;
+    wait::until("only the second one is", SOON, || async {
+        let ended = archives.path().join("user_example.com/first.tar.gz");
+        (ended.exists() && asked("/commit?") == 2 && is_paused()).then_some(())
+    })
+    .await?;
+    assert_eq!(asked("/unpause"), 0);
+    second.send(())?;
+    wait::until("the kernel goes on", SOON, || async {
+        let ended = archives.path().join("user_example.com/second.tar.gz");
+        (ended.exists() && !is_paused()).then_some(())
+    })
+    .await?;
+    assert_eq!(asked("/unpause"), 1);
+    kernels::destroy(&node, &order).await?;
+    wait_clean(&node).await
+}

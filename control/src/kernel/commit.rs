@@ -5,7 +5,8 @@
 //! all. Invariants: no name of another image is touched on the way (the manager sends the name of
 //! the *base* image with an archive; the original gives that name to the commit and then deletes it,
 //! and the node has lost its image); the archive appears under its name only when it is whole and on
-//! the disk; what was begun is removed when it can't be finished, and no kernel stays paused by it.
+//! the disk; what was begun is removed when it can't be finished, and no kernel stays paused by it,
+//! nor goes on under another one: the engine commits one kernel once at a time.
 //! What a commit may leave behind is noted before it begins, under an id that its image bears as a
 //! label, by which it is found, and as its comment, which no image that is made from it inherits: so
 //! an engine or an agent that dies over it leaves nothing for good, and nothing is removed that
@@ -202,6 +203,8 @@ async fn commit_paused(
     container: ContainerId,
     request: &CommitRequest,
 ) -> Result<String, DockerError> {
+    // What one commit pauses, no other lets go on.
+    let _turn = kernel.committing.lock().await;
     // By somebody else, who will want it to stay so.
     let paused = is_paused(node, container).await?;
     if !paused {
@@ -227,7 +230,15 @@ pub fn go_on(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone().tasks.spawn(async move {
         let mut pause = GO_ON_PAUSES.0;
-        while let Some(container) = kernel.container().filter(|_| kernel.is_running()) {
+        loop {
+            // A commit may have begun meanwhile.
+            let turn = tokio::select! {
+                turn = kernel.committing.lock() => turn,
+                () = node.stopping.cancelled() => return,
+            };
+            let Some(container) = kernel.container().filter(|_| kernel.is_running()) else {
+                return;
+            };
             match let_go_on(&node, container).await {
                 Ok(()) => {
                     node.note(&kernel, |record| record.pausing = false).await;
@@ -239,6 +250,7 @@ pub fn go_on(node: &Arc<Node>, kernel: &Arc<Kernel>) {
                         "a kernel whose commit has failed may be paused; trying again to let it go on");
                 }
             }
+            drop(turn);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 // The next start does it.

@@ -44,6 +44,8 @@ pub struct Kernel {
     pub(super) refreshing: tokio::sync::Mutex<()>,
     /// Its restart, from the first look whether it can be made again.
     pub(super) restart: UnderWay,
+    /// Held by what the engine may pause the container for, and by what lets it go on.
+    pub(super) committing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -217,6 +219,7 @@ impl Kernel {
             changes: watch::Sender::new(0),
             refreshing: tokio::sync::Mutex::default(),
             restart: UnderWay::default(),
+            committing: tokio::sync::Mutex::default(),
         }
     }
 
