@@ -29,7 +29,8 @@ use uuid::Uuid;
 /// How many records that were put aside in earlier lives are kept.
 pub(super) const DAMAGED_KEPT: usize = 256;
 
-/// Layout of the records. A record of a newer layout is left alone and reported.
+/// Layout of the records. A record of another layout counts as one that cannot be read: it is put aside
+/// and reported, and its kernel, if it runs, is adopted from Docker's labels.
 pub const VERSION: u32 = 1;
 
 /// A step on the journal failed.
