@@ -212,7 +212,6 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         resumed = recovered.resumed,
         finishing = recovered.finishing,
         removed = recovered.removed,
-        orphans = recovered.orphans,
         "took the node over"
     );
     let address = node.config.agent.rpc_listen_addr.to_string();

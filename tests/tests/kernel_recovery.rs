@@ -1,6 +1,7 @@
 //! Control killed at each step: what runs goes on, what was begun is finished, what belongs to
 //! nobody is removed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -478,7 +479,12 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
 // Defect 5 of the original: exited and unstarted containers, and scratch directories, stayed.
 #[tokio::test(flavor = "multi_thread")]
 async fn defect_remains_are_never_collected() -> Result<()> {
-    let mut node = Node::start(NodeOptions::default()).await?;
+    let engine = Arc::new(FaultDocker::start()?);
+    let mut node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        ..NodeOptions::default()
+    })
+    .await?;
     let image = harness::images::image(Image::Bare)?;
     let owner = format!("ai.backend.owner={}", node.agent_id());
     let (unstarted, exited, session) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
@@ -548,7 +554,17 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     std::fs::write(&part, "half")?;
     let note = json!({"version": 1, "record": {"part": part}}).to_string();
     std::fs::write(notes.join(format!("{cut}.json")), note)?;
+    // The second list, which remains of nobody are looked for by, keeps the managers waiting for nothing.
+    let slow = engine.clone();
+    engine.before("ai.backend.owner%3D", move || {
+        slow.spoil("/containers/json?all=true", Fault::Keep, 1);
+    });
     node.start_control().await?;
+    wait::until("the second list is asked for", SOON, || async {
+        (engine.kept() == 1).then_some(())
+    })
+    .await?;
+    engine.let_go();
     wait::until("no container is left", SOON, || async {
         node.containers().ok()?.is_empty().then_some(())
     })
@@ -566,6 +582,11 @@ async fn defect_remains_are_never_collected() -> Result<()> {
     let is_there = |image: &str| kernels::docker(&["image", "inspect", image]).is_ok();
     assert!(!is_there(&left) && is_there(&others) && is_there(&derived));
     kernels::docker(&["rmi", &others, &derived])?;
+    wait::until("all scratch directories are looked at", SOON, || async {
+        let looked = node.log("bai-agent").contains("that bear no agent's mark");
+        looked.then_some(())
+    })
+    .await?;
     assert!(!node.scratch(&old.to_string()).exists() && !mark(old).exists());
     for (id, why) in [
         (young, "it is as young as one that is just being made"),

@@ -65,8 +65,6 @@ pub struct Recovered {
     pub finishing: usize,
     /// Containers removed because they never ran.
     pub removed: usize,
-    /// Scratch directories of nobody.
-    pub orphans: usize,
 }
 
 /// The kernel a container's name tells: `kernel.<image>.<uuid>`, with or without Docker's slash.
@@ -145,11 +143,16 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
         remove_container(node, *container).await;
         recovered.removed += 1;
     }
-    recovered.orphans = sweep_scratch(node).await;
     commit::clear_earlier(node).await;
     for step in begin {
         step.run(node);
     }
+    // Nobody waits for it: a slow disk must not keep the node from the managers.
+    let sweeper = node.clone();
+    node.tasks.spawn(async move {
+        let sweep = sweep_scratch(&sweeper);
+        sweeper.stopping.run_until_cancelled(sweep).await;
+    });
     Ok(recovered)
 }
 
@@ -432,8 +435,8 @@ async fn remove_container(node: &Node, container: ContainerId) {
 /// Deletes scratch directories that this agent has made and that belong to no kernel any more: no
 /// journal, no registry entry, no container of that name whoever owns it, and old enough. Those of other
 /// agents on the same scratch root stay (in the middle of a restart their kernels have no container),
-/// and so do those of which nobody says whose they are.
-async fn sweep_scratch(node: &Arc<Node>) -> usize {
+/// and so do those of which nobody says whose they are. A removal under way goes on when this is dropped.
+async fn sweep_scratch(node: &Node) {
     let of_containers: BTreeSet<KernelId> = match node.docker.list_containers(true, None).await {
         Ok(containers) => containers
             .iter()
@@ -445,10 +448,10 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
                 err = &err as &dyn std::error::Error,
                 "cannot look for scratch directories of nobody"
             );
-            return 0;
+            return;
         }
     };
-    let (mut swept, mut unknown) = (0, 0);
+    let mut unknown = 0;
     let found = match node.scratch.list().await {
         Ok(found) => found,
         Err(err) => {
@@ -456,7 +459,7 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
                 err = &err as &dyn std::error::Error,
                 "cannot look for scratch directories of nobody"
             );
-            return 0;
+            return;
         }
     };
     for uuid in found {
@@ -487,10 +490,13 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
                 continue;
             }
         }
+        // The node serves meanwhile.
+        if node.registry.get(id).is_some() {
+            continue;
+        }
         match node.scratch.remove(uuid).await {
             Ok(_) => {
                 tracing::info!(kernel_id = %id, "deleted a scratch directory that belongs to no kernel");
-                swept += 1;
             }
             Err(err) => {
                 tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot delete a scratch directory");
@@ -503,7 +509,6 @@ async fn sweep_scratch(node: &Arc<Node>) -> usize {
             "left scratch directories alone that bear no agent's mark; delete them by hand if no agent has their kernels"
         );
     }
-    swept
 }
 
 #[cfg(test)]
