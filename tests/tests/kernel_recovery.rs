@@ -204,7 +204,9 @@ async fn defect_unregistered_live_containers_are_killed() -> Result<()> {
         "{told}"
     );
     kernels::destroy(&node, &order).await?;
-    std::fs::remove_dir_all(node.scratch(&order.kernel.to_string()))?;
+    let left = node.scratch(&order.kernel.to_string());
+    std::fs::remove_dir_all(&left)?;
+    std::fs::remove_file(left.with_extension("owner"))?;
     kernels::assert_clean(&node).await
 }
 
