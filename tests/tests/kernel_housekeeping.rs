@@ -215,12 +215,14 @@ async fn defect_busy_host_port_fails_the_creation() -> Result<()> {
 async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     let node = Node::start(NodeOptions {
         agent: "kernel-creation-concurrency = 1".to_owned(),
-        node: "folder-wait = 1.0".to_owned(),
+        node: "folder-wait = 5.0".to_owned(),
         ..NodeOptions::default()
     })
     .await?;
     let mut slow = Order::of(Image::Runner)?;
-    slow.config["bootstrap_script"] = json!("sleep 5\n");
+    // Until the test lets it go on; without the test it ends, too.
+    slow.config["bootstrap_script"] =
+        json!("for i in $(seq 600); do [ -e /home/work/go-on ] && break; sleep 0.1; done\n");
     let (quick, unwanted) = (Order::of(Image::Runner)?, Order::of(Image::Runner)?);
     let mut calls = Vec::new();
     for order in [slow.clone(), quick.clone(), unwanted.clone()] {
@@ -254,6 +256,8 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
         kernels::state(&node, slow.kernel).await?.as_deref() == Some("preparing"),
         "the third kernel did not wait"
     );
+    let work = node.scratch(&format!("{}/work", slow.kernel));
+    std::fs::write(work.join("go-on"), "")?;
     for call in calls {
         call.await??;
     }
