@@ -524,6 +524,27 @@ fn sigterm_drains_and_sigint_does_not_wait() {
     assert!(!place.run_dir().dataplane().exists(), "nothing is left");
 }
 
+/// As when the terminal or the pipe that took it is gone, or its disk is full.
+#[test]
+fn a_log_that_can_not_be_written_ends_nothing() {
+    let (_place, mut process, mut control) = started(Options {
+        by: ["sh", "-c", "exec \"$0\" \"$@\" 2>/dev/full"]
+            .map(str::to_owned)
+            .to_vec(),
+        ..Options::default()
+    });
+    let echo = traffic::echo_server("127.0.0.1:0");
+    for _ in 0..2 {
+        let row = row_to(echo);
+        control.publish(row.clone()).expect("an answer");
+        let mut session = traffic::connect(address_of(&row)).expect("accepted");
+        session.write_all(b"a").expect("sent");
+        session.read_exact(&mut [0]).expect("echoed");
+        process.signal(Signal::SIGHUP).expect("signalled");
+    }
+    assert!(process.running());
+}
+
 /// docker-proxy stops for good when its descriptors are used up; this must not.
 #[test]
 fn running_out_of_descriptors_sheds_clients_and_serving_goes_on() {

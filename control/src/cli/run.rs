@@ -91,6 +91,8 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
         .unwrap_or_else(|| std::io::stderr().is_terminal());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell of a log that can't be written on the same standard error, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(colour);
     let started = match config.logging.console_format {

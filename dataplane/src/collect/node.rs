@@ -559,7 +559,8 @@ mod tests {
         let mut node = Node::new(&Budget::new(10));
         let mut buffer = Vec::new();
         let first = node.read(None, &mut buffer).monotonic_ns;
-        assert_eq!(node.read(None, &mut buffer).monotonic_ns, first);
+        node.last.as_mut().unwrap().monotonic_ns = u64::MAX;
+        assert_eq!(node.read(None, &mut buffer).monotonic_ns, u64::MAX);
         let interval = u64::try_from(INTERVAL.as_nanos()).unwrap();
         node.last.as_mut().unwrap().monotonic_ns = first - interval;
         assert!(node.read(None, &mut buffer).monotonic_ns > first);

@@ -246,9 +246,13 @@ impl Relay {
 
     /// Resets the sessions of clients that the ports let in no more.
     pub fn shut_out(&self, ports: &[Arc<Port>]) {
+        if ports.is_empty() {
+            return;
+        }
+        // As for [`Self::disable`]: no worker judges by the old rules any more, and who was let in by them
+        // is counted.
+        self.census();
         if ports.iter().any(|port| port.active() > 0) {
-            // As for [`Self::disable`]: no worker judges by the old rules any more.
-            self.census();
             self.sweep();
         }
         for port in ports {

@@ -187,6 +187,12 @@ impl KernelPath {
         served.is_none_or(|served| self.read_counters(key, &served.port))
     }
 
+    /// Whether a port has clients on this host. To cut them all that are led anywhere are looked at, which is
+    /// too much for each of a thousand ports that have none.
+    pub(super) fn has_local(&self, key: ServiceKey) -> bool {
+        self.active.get(&key, 0).map_or(true, |it| it.local > 0)
+    }
+
     pub(super) fn read_counters(&self, key: ServiceKey, port: &KernelPort) -> bool {
         if let Ok(values) = self.counters.get(&key, 0) {
             port.note_counters(&values);

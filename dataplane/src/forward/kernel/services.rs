@@ -403,6 +403,7 @@ impl KernelPath {
             self.count_one(key);
         }
         if before.is_some_and(|before| has_other_networks(&before, &service))
+            && self.has_local(key)
             && let Ok(hooks) = &mut self.hooks
         {
             hooks.cut(key, &service, |host| !lets_in(&service, host));
@@ -485,15 +486,13 @@ impl KernelPath {
             }),
         }
         self.flows_left |= self.count_one(key);
-        let port = self.served.remove(&key).map(|it| it.port);
-        let has_local = port.as_ref().is_none_or(|it| it.local.load(Relaxed) > 0);
-        if let Ok(hooks) = &mut self.hooks
-            && has_local
+        if self.has_local(key)
+            && let Ok(hooks) = &mut self.hooks
         {
             hooks.cut(key, &service, |_| true);
         }
-        if let Some(port) = port {
-            port.active.store(0, Relaxed);
+        if let Some(served) = self.served.remove(&key) {
+            served.port.active.store(0, Relaxed);
         }
         self.unswept.insert(key);
         let target = service.target;
