@@ -115,18 +115,28 @@ impl OutOfMemory {
         quiet
     }
 
-    /// Takes in what Linux has counted up to a sample. The first one says nothing of when: the kernel
-    /// may be older than this process.
-    pub fn sampled(&mut self, sample: &ContainerSample, now: Instant) {
+    /// For a container that is being started, at `start_ns` of the monotonic clock: nothing was
+    /// counted before.
+    pub fn of_new_container(start_ns: u64) -> Self {
+        Self {
+            counted: Some((0, start_ns)),
+            ..Self::default()
+        }
+    }
+
+    /// Takes in what Linux has counted up to a sample; one comes every `interval`. The first one of a
+    /// container that may be older than this process says nothing of when.
+    pub fn sampled(&mut self, sample: &ContainerSample, interval: Duration, now: Instant) {
         let Some(kills) = sample.memory.get().and_then(|it| it.oom_kill_events) else {
             return;
         };
         let taken_ns = sample.taken_monotonic_ns;
         let before = self.counted.replace((kills, taken_ns));
         let grew = before.is_some_and(|(count, then_ns)| {
-            // Between samples that are far apart it may have been long ago.
+            // Between samples that are far apart it may have been long ago. A sample that is late is
+            // not missed, whatever the interval.
             let apart = Duration::from_nanos(taken_ns.saturating_sub(then_ns));
-            kills > count && apart < RECENT
+            kills > count && apart < RECENT.max(interval.saturating_mul(2))
         });
         if grew {
             self.grew = Some(now);
@@ -183,6 +193,8 @@ mod tests {
         assert_eq!(seen.kills, 2);
     }
 
+    const SECOND: Duration = Duration::from_secs(1);
+
     fn counted(kills: u64, taken_s: u64) -> ContainerSample {
         let memory = MemoryCounters {
             oom_kill_events: Some(kills),
@@ -200,15 +212,15 @@ mod tests {
     fn a_kill_before_the_agent_s_start_explains_no_new_death() {
         let now = Instant::now();
         let mut seen = OutOfMemory::default();
-        seen.sampled(&counted(2, 100), now);
+        seen.sampled(&counted(2, 100), SECOND, now);
         assert!(!seen.explains(now, true));
         // Nothing was killed before: the flag is of this death.
         let mut none = OutOfMemory::default();
-        none.sampled(&counted(0, 100), now);
+        none.sampled(&counted(0, 100), SECOND, now);
         assert!(none.explains(now, true) && !none.explains(now, false));
         // A sample without memory says nothing.
         let mut unread = OutOfMemory::default();
-        unread.sampled(&ContainerSample::default(), now);
+        unread.sampled(&ContainerSample::default(), SECOND, now);
         assert!(unread.explains(now, true));
     }
 
@@ -218,16 +230,42 @@ mod tests {
         let mut seen = OutOfMemory::default();
         // The engine told of one long ago.
         seen.count(begin);
-        seen.sampled(&counted(1, 100), begin);
+        seen.sampled(&counted(1, 100), SECOND, begin);
         let now = begin + RECENT * 6;
-        seen.sampled(&counted(1, 160), now);
+        seen.sampled(&counted(1, 160), SECOND, now);
         assert!(!seen.explains(now, true));
-        seen.sampled(&counted(2, 161), now);
+        seen.sampled(&counted(2, 161), SECOND, now);
         assert!(seen.explains(now + RECENT / 2, false));
         assert!(!seen.explains(now + RECENT, true));
         // Nobody knows when, between samples that are far apart.
-        seen.sampled(&counted(3, 300), now + RECENT * 14);
+        seen.sampled(&counted(3, 300), SECOND, now + RECENT * 14);
         assert!(!seen.explains(now + RECENT * 14, true));
+    }
+
+    #[test]
+    fn samples_that_are_seldom_taken_tell_of_a_kill_too() {
+        let now = Instant::now();
+        let minute = SECOND * 60;
+        let mut seen = OutOfMemory::default();
+        seen.sampled(&counted(0, 100), minute, now);
+        seen.sampled(&counted(1, 161), minute, now);
+        assert!(seen.explains(now, false) && seen.explains(now, true));
+        // One was left out.
+        seen.sampled(&counted(2, 281), minute, now + minute * 2);
+        assert!(!seen.explains(now + minute * 2, true));
+    }
+
+    /// It may be killed for memory before its first sample is taken.
+    #[test]
+    fn a_kill_in_the_first_sample_of_a_new_container_explains_its_death() {
+        let now = Instant::now();
+        let mut seen = OutOfMemory::of_new_container(99_000_000_000);
+        assert!(seen.explains(now, true) && !seen.explains(now, false));
+        seen.sampled(&counted(1, 100), SECOND, now);
+        assert!(seen.explains(now, false));
+        let mut late = OutOfMemory::of_new_container(99_000_000_000);
+        late.sampled(&counted(1, 200), SECOND, now);
+        assert!(!late.explains(now, true));
     }
 
     #[test]

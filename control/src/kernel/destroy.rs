@@ -138,7 +138,7 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         .container()
         .and_then(|container| node.link.sample(container));
     if let Some(sample) = &sample {
-        kernel.note_sample(sample);
+        kernel.note_sample(sample, node.config.node.dataplane.stats_interval);
     }
     // Over all attempts: the container that told it may be gone when a later step fails.
     let mut remains = Remains::default();

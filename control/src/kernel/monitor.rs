@@ -72,6 +72,7 @@ pub async fn reconcile_periodically(node: Arc<Node>) {
 /// may be missed.
 pub async fn follow_samples(node: Arc<Node>) {
     let mut observed = node.link.subscribe();
+    let interval = node.config.node.dataplane.stats_interval;
     let mut seen = None;
     loop {
         let changed = tokio::select! {
@@ -91,7 +92,7 @@ pub async fn follow_samples(node: Arc<Node>) {
         for kernel in node.registry.all() {
             let container = kernel.container();
             if let Some(sample) = container.and_then(|id| snapshot.container(id)) {
-                kernel.note_sample(sample);
+                kernel.note_sample(sample, interval);
             }
         }
     }

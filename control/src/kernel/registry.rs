@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
+use shared::monotonic_ns;
 use shared::observed::ContainerSample;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -417,11 +418,19 @@ impl Kernel {
         self.inner().out_of_memory.count(Instant::now())
     }
 
-    /// Takes in the kills for memory that Linux has counted in the present container.
-    pub fn note_sample(&self, sample: &ContainerSample) {
+    /// Notes that its container is started now, for the first time.
+    pub fn container_starts(&self) {
+        self.inner().out_of_memory = OutOfMemory::of_new_container(monotonic_ns());
+    }
+
+    /// Takes in the kills for memory that Linux has counted in the present container; a sample comes
+    /// every `interval`.
+    pub fn note_sample(&self, sample: &ContainerSample, interval: Duration) {
         let mut inner = self.inner();
         if inner.record.container() == Some(sample.container_id) {
-            inner.out_of_memory.sampled(sample, Instant::now());
+            inner
+                .out_of_memory
+                .sampled(sample, interval, Instant::now());
         }
     }
 

@@ -218,6 +218,7 @@ async fn launch(
     node.progress(kernel.id, "starting the container");
     enter(kernel, Stage::Started)?;
     node.store(kernel).await?;
+    kernel.container_starts();
     if let Err(source) = node.docker.start(&container.to_string()).await {
         let busy = source.is_port_taken();
         let err = CreateError::DockerStart {
