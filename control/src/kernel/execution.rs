@@ -510,7 +510,9 @@ mod tests {
     async fn after_a_restart_a_call_has_the_rest_of_its_time() {
         let rest = async |flush| {
             let mut query = request(Mode::Query, flush);
-            let waited = when_back(&mut query, tokio::time::sleep(LONGEST)).await;
+            // Its time begins when it is waited for, not before.
+            let back = async { tokio::time::sleep(LONGEST).await };
+            let waited = when_back(&mut query, back).await;
             assert!(waited.unwrap().is_none());
             query.flush_timeout.unwrap()
         };

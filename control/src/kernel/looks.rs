@@ -183,6 +183,8 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     const LIMIT: Duration = Duration::from_millis(100);
+    /// For looks that have to succeed, on a busy machine too.
+    const AMPLE: Duration = Duration::from_secs(30);
 
     /// Something whose server answers when the test says so.
     struct Server {
@@ -199,6 +201,15 @@ mod tests {
         }
 
         async fn look(&self, looks: &Looks, path: &str) -> Result<(), Silent> {
+            self.look_until(looks, looks.until(), path).await
+        }
+
+        async fn look_until(
+            &self,
+            looks: &Looks,
+            until: Instant,
+            path: &str,
+        ) -> Result<(), Silent> {
             let (begun, answers) = (self.begun.clone(), self.answers.clone());
             let work = move || {
                 begun.fetch_add(1, Ordering::SeqCst);
@@ -207,7 +218,7 @@ mod tests {
                 }
             };
             let what = "the folder data".to_owned();
-            looks.at(looks.until(), what, path, work).await
+            looks.at(until, what, path, work).await
         }
 
         fn answer(&self) {
@@ -216,6 +227,13 @@ mod tests {
 
         fn begun(&self) -> usize {
             self.begun.load(Ordering::SeqCst)
+        }
+    }
+
+    // A test that fails must not wait for its threads for ever.
+    impl Drop for Server {
+        fn drop(&mut self) {
+            self.answer();
         }
     }
 
@@ -228,21 +246,31 @@ mod tests {
         for words in ["the folder data", hanging, "unmount"] {
             assert!(told.contains(words), "{told}");
         }
+        // On a busy machine the limit may be over before a thread has begun.
+        while server.begun() == 0 {
+            server.look(&looks, hanging).await.unwrap_err();
+        }
         server.look(&looks, hanging).await.unwrap_err();
         assert_eq!(server.begun(), 1, "one thread hangs, not two");
         // Others may be alive: a few are tried.
-        for n in 0..2 * AT_ONE_MOUNT {
-            let path = format!("/proc/1/other-{n}");
+        let mut others = (0..).map(|n| format!("/proc/1/other-{n}"));
+        while server.begun() < AT_ONE_MOUNT {
+            let path = others.next().unwrap();
+            server.look(&looks, &path).await.unwrap_err();
+        }
+        for path in others.take(AT_ONE_MOUNT) {
             server.look(&looks, &path).await.unwrap_err();
         }
         assert_eq!(server.begun(), AT_ONE_MOUNT);
-        let alive = looks.at(looks.until(), String::new(), other, || 7).await;
+        let ample = || Instant::now() + AMPLE;
+        let alive = looks.at(ample(), String::new(), other, || 7).await;
         assert_eq!(alive, Ok(7));
         server.answer();
         while !lock(&looks.places).by_mount.is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(server.look(&looks, hanging).await, Ok(()));
+        let answered = server.look_until(&looks, ample(), hanging).await;
+        assert_eq!(answered, Ok(()));
     }
 
     #[tokio::test]
