@@ -79,11 +79,18 @@ async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     let result = kernels::create(&node, &order).await?;
     let before = kernels::ask(&node, "bai.status", vec![]).await?;
     node.kill_control()?;
+    // As the agent of an earlier version left its kernels.
+    let mark = node.scratch_root().join(format!("{}.owner", order.kernel));
+    std::fs::remove_file(&mark)?;
     node.start_control().await?;
     assert_eq!(
         kernels::state(&node, order.kernel).await?.as_deref(),
         Some("running")
     );
+    wait::until("its scratch is marked", SOON, || async {
+        (std::fs::read_to_string(&mark).ok()? == node.agent_id()).then_some(())
+    })
+    .await?;
     // The first answer already knows what is held.
     let after = kernels::ask(&node, "bai.status", vec![]).await?;
     assert_eq!(after["slots"], before["slots"]);

@@ -300,10 +300,26 @@ async fn enter(
     // A kernel that entered meanwhile on another way holds its own already.
     let kernel = node.registry.adopt(lifecycle, record)?;
     kernel.with_record(|record| restore_holdings(node, record));
+    if !matches!(
+        decision,
+        Decision::Finish(..) | Decision::FinishFromLabels(..)
+    ) {
+        // Nothing waits for it: only the sweep of a later start reads it.
+        node.tasks.spawn(claim_scratch(node.clone(), id));
+    }
     node.note(&kernel, |_| {}).await;
     tracing::info!(kernel_id = %id, container_id = container.map(tracing::field::display),
         decision = ?decision, "found a kernel");
     Some(begin(kernel))
+}
+
+/// Marks the scratch of a kernel that was found, if nobody has: the agent of an earlier version left no
+/// mark.
+async fn claim_scratch(node: Arc<Node>, id: KernelId) {
+    if let Err(err) = node.scratch.claim(uuid::Uuid::from_bytes(id.0)).await {
+        tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error,
+            "cannot mark a scratch directory as this agent's; if it is ever left over, it stays");
+    }
 }
 
 /// Devices and ports the kernel holds, exactly as recorded. What is taken twice is reported: both

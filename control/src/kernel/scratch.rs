@@ -401,6 +401,19 @@ impl Scratch {
         .await
     }
 
+    /// Marks the scratch of a kernel of this agent, if it has one that nobody has marked.
+    ///
+    /// # Errors
+    /// The mark can't be read or written, or the deadline has passed.
+    pub async fn claim(&self, kernel_id: Uuid) -> Result<(), ScratchError> {
+        let (root, owner) = (self.root.clone(), self.owner.clone());
+        self.blocking(kernel_id, move |_| match owner {
+            Some(owner) => storage::claim(&root, kernel_id, &owner),
+            None => Ok(()),
+        })
+        .await
+    }
+
     /// The id of the agent that made a kernel's scratch. `None` when nobody says: the Python agent and
     /// releases before this one left no mark.
     ///

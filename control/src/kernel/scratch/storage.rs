@@ -29,6 +29,7 @@ fn owner_file(root: &Path, kernel_id: Uuid) -> PathBuf {
     root.join(format!("{kernel_id}{OWNER_SUFFIX}"))
 }
 
+/// Writes the mark, so that a power cut leaves it.
 fn mark(root: &Path, kernel_id: Uuid, owner: &str) -> Result<(), ScratchError> {
     let path = owner_file(root, kernel_id);
     let file = OpenOptions::new()
@@ -37,8 +38,23 @@ fn mark(root: &Path, kernel_id: Uuid, owner: &str) -> Result<(), ScratchError> {
         .truncate(true)
         .mode(0o600)
         .open(&path);
-    file.and_then(|mut file| file.write_all(owner.as_bytes()))
-        .map_err(|cause| ScratchError::write(&path, cause))
+    file.and_then(|mut file| {
+        file.write_all(owner.as_bytes())?;
+        file.sync_data()?;
+        // Its name, too. Not every file system can do that to a directory.
+        let _ = File::open(root).and_then(|root| root.sync_all());
+        Ok(())
+    })
+    .map_err(|cause| ScratchError::write(&path, cause))
+}
+
+/// Marks a scratch that is there and that nobody has marked.
+pub(super) fn claim(root: &Path, kernel_id: Uuid, owner_id: &str) -> Result<(), ScratchError> {
+    let is_there = root.join(kernel_id.to_string()).is_dir();
+    match is_there && owner(root, kernel_id)?.is_none() {
+        true => mark(root, kernel_id, owner_id),
+        false => Ok(()),
+    }
 }
 
 /// The agent that a scratch is marked as belonging to.

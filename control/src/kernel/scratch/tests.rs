@@ -347,7 +347,21 @@ async fn a_scratch_bears_its_agents_mark_where_no_container_sees_it() {
     ));
     other.remove(kernel_id()).await.unwrap();
     assert!(paths.work.join(".bashrc").exists());
+    let owned_by = async || scratch.owner(kernel_id()).await.unwrap();
+    other.claim(kernel_id()).await.unwrap();
+    assert_eq!(owned_by().await.as_deref(), Some("i-own"));
+    // One of before there were marks, or whose mark was not written to its end, gets one.
+    let unmark: [fn(&Path) -> std::io::Result<()>; 2] =
+        [|mark| fs::remove_file(mark), |mark| fs::write(mark, "")];
+    for unmark in unmark {
+        unmark(&mark).unwrap();
+        scratch.claim(kernel_id()).await.unwrap();
+        assert_eq!(owned_by().await.as_deref(), Some("i-own"));
+    }
     scratch.remove(kernel_id()).await.unwrap();
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    // What is not there gets none.
+    scratch.claim(kernel_id()).await.unwrap();
     assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
     // A mark that is empty or left alone says nobody, and is a remain like others.
     assert_eq!(scratch.owner(kernel_id()).await.unwrap(), None);
