@@ -2,7 +2,8 @@
 //!
 //! In: a path and work that touches it. Out: what the work found, or that the path does not answer.
 //! Invariants: nobody waits beyond a moment that was set before; a thread that waits for a server that
-//! does not answer can't be called back, so at one mount only a few do, however often it is asked for.
+//! does not answer can't be called back, so at one mount only a few do, however often it is asked for;
+//! the node's own directories are not refused for what hangs elsewhere.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,7 @@ pub struct Looks {
 
 #[derive(Debug, Default)]
 struct Places {
+    /// By the directory itself where it is the node's own.
     by_mount: HashMap<PathBuf, Place>,
     begun: u64,
 }
@@ -119,8 +121,37 @@ impl Looks {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Silent> {
         let path = path.as_ref();
+        let mount = mount::point_of(path);
+        self.at_place(until, what, path, mount, work).await
+    }
+
+    /// The same for a directory of the node itself, which every kernel needs: what hangs elsewhere at
+    /// its mount, behind links perhaps, is not counted.
+    ///
+    /// # Errors
+    /// It has not answered at `until`; at once when an earlier look at it hangs.
+    pub async fn at_own<T: Send + 'static>(
+        &self,
+        until: Instant,
+        what: String,
+        path: impl AsRef<Path>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Silent> {
+        let path = path.as_ref();
+        let place = std::future::ready(path.to_owned());
+        self.at_place(until, what, path, place, work).await
+    }
+
+    async fn at_place<T: Send + 'static>(
+        &self,
+        until: Instant,
+        what: String,
+        path: &Path,
+        place: impl Future<Output = PathBuf>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Silent> {
         let looked = async {
-            let mount = mount::point_of(path).await;
+            let mount = place.await;
             let turns = self.turns(&mount, path)?;
             let turn = turns.acquire_owned().await.ok()?;
             let look = self.begin(mount, path, until, turn);
@@ -265,6 +296,11 @@ mod tests {
         let ample = || Instant::now() + AMPLE;
         let alive = looks.at(ample(), String::new(), other, || 7).await;
         assert_eq!(alive, Ok(7));
+        // The node's own stand for themselves.
+        let own = looks
+            .at_own(ample(), String::new(), "/proc/1/own", || 8)
+            .await;
+        assert_eq!(own, Ok(8));
         server.answer();
         while !lock(&looks.places).by_mount.is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;

@@ -4,7 +4,7 @@
 //! nothing is mounted after the answer; a mount that failed is undone.
 
 use std::future::pending;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -24,6 +24,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long killed processes may take to be gone. One that waits for a server may not be killed at
 /// all while it does.
 const DEATH: Duration = Duration::from_secs(5);
+/// Links that are followed on the way to a path; the kernel follows no more either.
+const LINKS: usize = 40;
 
 /// What is mounted at exactly this path, if anything is: the source of the topmost mount.
 pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
@@ -41,26 +43,68 @@ pub(super) async fn below(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     Ok(points_below(&text, base))
 }
 
-/// Where the file system is mounted that a path is on, going by its names: links in it are not followed,
-/// and nothing of it is touched.
+/// Where the file system is mounted that a path is on. Links on the root file system are followed.
+/// Nothing is touched at or below any other mount: a server may hang. Links there are taken by name.
 pub(crate) async fn point_of(path: &Path) -> PathBuf {
-    let text = blocking(|| std::fs::read_to_string("/proc/self/mountinfo")).await;
-    point_above(&text.unwrap_or_default(), path)
+    let path = path.to_owned();
+    blocking(move || {
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        point_behind(&text, &path, |link| std::fs::read_link(link).ok())
+    })
+    .await
 }
 
-fn point_above(mountinfo: &str, path: &Path) -> PathBuf {
-    mountinfo
-        .lines()
-        .filter_map(|line| Some(PathBuf::from(unescape(line.split(' ').nth(4)?))))
+/// `link` answers where a link leads, and nothing for what is none.
+fn point_behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<PathBuf>) -> PathBuf {
+    let points: Vec<PathBuf> = points(mountinfo).collect();
+    let root = PathBuf::from("/");
+    let (mut reached, mut rest, mut followed) = (root.clone(), path.to_owned(), 0);
+    loop {
+        let mut parts = rest.components();
+        let Some(part) = parts.next() else {
+            return root;
+        };
+        let mut after = parts.as_path().to_owned();
+        match part {
+            Component::RootDir => reached = root.clone(),
+            Component::ParentDir => {
+                reached.pop();
+            }
+            Component::Normal(name) => {
+                reached.push(name);
+                if points.contains(&reached) {
+                    return point_above(points, &reached.join(after));
+                }
+                if followed < LINKS
+                    && let Some(target) = link(&reached)
+                {
+                    followed += 1;
+                    reached.pop();
+                    after = target.join(after);
+                }
+            }
+            Component::CurDir | Component::Prefix(_) => {}
+        }
+        rest = after;
+    }
+}
+
+fn point_above(points: Vec<PathBuf>, path: &Path) -> PathBuf {
+    points
+        .into_iter()
         .filter(|point| path.starts_with(point))
         .max_by_key(|point| point.components().count())
         .unwrap_or_else(|| PathBuf::from("/"))
 }
 
-fn points_below(mountinfo: &str, base: &Path) -> Vec<PathBuf> {
-    let mut points: Vec<PathBuf> = mountinfo
+fn points(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
+    mountinfo
         .lines()
         .filter_map(|line| Some(PathBuf::from(unescape(line.split(' ').nth(4)?))))
+}
+
+fn points_below(mountinfo: &str, base: &Path) -> Vec<PathBuf> {
+    let mut points: Vec<PathBuf> = points(mountinfo)
         .filter(|point| point.parent() == Some(base))
         .collect();
     points.sort();
@@ -282,13 +326,43 @@ mod tests {
         let points = points_below(lines, Path::new("/mnt"));
         let expected = ["/mnt/a b", "/mnt/bound", "/mnt/x"].map(PathBuf::from);
         assert_eq!(points, expected);
+    }
+
+    #[test]
+    fn links_on_the_root_file_system_lead_to_the_mount_and_nothing_of_it_is_touched() {
+        let lines = "\
+            22 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw\n\
+            40 22 0:35 / /mnt/a\\040b rw - nfs 10.0.0.1:/export rw\n\
+            41 22 0:36 / /mnt/nas rw - nfs 10.0.0.1:/other rw\n\
+            42 41 0:37 / /mnt/nas/inner rw - tmpfs tmpfs rw\n";
+        let link = |path: &Path| {
+            assert!(!path.starts_with("/mnt/nas") && !path.starts_with("/mnt/a b"));
+            let target = match path.to_str()? {
+                "/vfroot" => "/mnt/nas",
+                "/srv/near" => "../mnt/./a b",
+                "/srv/two" => "/vfroot/inner",
+                "/srv/local" => "/data",
+                "/srv/round" => "round/and",
+                _ => return None,
+            };
+            Some(PathBuf::from(target))
+        };
         for (path, point) in [
             ("/mnt/a b/deep/er", "/mnt/a b"),
-            ("/mnt/x", "/mnt/x"),
-            ("/mnt/xy", "/"),
+            ("/mnt/nas", "/mnt/nas"),
+            ("/mnt/nas/inner/deep", "/mnt/nas/inner"),
+            ("/mnt/nasty", "/"),
             ("no path of ours", "/"),
+            ("/vfroot/user/folder", "/mnt/nas"),
+            ("/vfroot", "/mnt/nas"),
+            ("/srv/near/folder", "/mnt/a b"),
+            ("/srv/two/folder", "/mnt/nas/inner"),
+            ("/srv/../vfroot/folder", "/mnt/nas"),
+            ("/srv/local/folder", "/"),
+            ("/srv/round/folder", "/"),
         ] {
-            assert_eq!(point_above(lines, Path::new(path)), Path::new(point));
+            let found = point_behind(lines, Path::new(path), link);
+            assert_eq!(found, Path::new(point), "{path}");
         }
     }
 

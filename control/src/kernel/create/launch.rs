@@ -526,7 +526,7 @@ async fn all_mounts(
         mounts::intrinsic(&paths, &wanted, &host)
     };
     let (until, what) = (node.looks.until(), "what lxcfs serves".to_owned());
-    let mut mounts = node.looks.at(until, what, &lxcfs, look).await?;
+    let mut mounts = node.looks.at_own(until, what, &lxcfs, look).await?;
     let (opener, order) = (node.clone(), order.config.clone());
     let id = kernel.id;
     let sockets = blocking(move || {

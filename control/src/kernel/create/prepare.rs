@@ -147,7 +147,7 @@ async fn look_at_runner(
         Ok((runner, seccomp))
     };
     let what = "the directory of the in-container runner".to_owned();
-    node.looks.at(until, what, &dir, look).await?
+    node.looks.at_own(until, what, &dir, look).await?
 }
 
 /// Bytes of labels an image may have. The engine repeats them in every event and every list of
