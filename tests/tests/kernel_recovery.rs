@@ -79,18 +79,11 @@ async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     let result = kernels::create(&node, &order).await?;
     let before = kernels::ask(&node, "bai.status", vec![]).await?;
     node.kill_control()?;
-    // As the agent of an earlier version left its kernels.
-    let mark = node.scratch_root().join(format!("{}.owner", order.kernel));
-    std::fs::remove_file(&mark)?;
     node.start_control().await?;
     assert_eq!(
         kernels::state(&node, order.kernel).await?.as_deref(),
         Some("running")
     );
-    wait::until("its scratch is marked", SOON, || async {
-        (std::fs::read_to_string(&mark).ok()? == node.agent_id()).then_some(())
-    })
-    .await?;
     // The first answer already knows what is held.
     let after = kernels::ask(&node, "bai.status", vec![]).await?;
     assert_eq!(after["slots"], before["slots"]);
@@ -426,20 +419,23 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     let of_before = limits(before["container_id"].as_str().unwrap()).await?;
     kernels::run(&node, &order, "echo kept > /home/work/file").await?;
 
-    engine.spoil("/containers/create", Fault::Hang, 1);
+    engine.spoil("/stop", Fault::Hang, 1);
+    let mut environ = order.config["environ"].clone();
+    environ["CHANGED"] = json!("by the restart");
+    let changes = rpc::to_value(&json!({ "environ": environ }))?;
     let (client, args) = (
         node.client().await?,
-        vec![text(order.session), text(order.kernel)],
+        vec![text(order.session), text(order.kernel), Value::Nil, changes],
     );
     tokio::spawn(async move {
-        let args = [args, vec![Value::Nil, Value::Map(vec![])]].concat();
         // The agent is killed under it.
         let _ = client
             .call("restart_kernel", args, Vec::new(), Duration::from_secs(100))
             .await;
     });
-    wait::until("the old container is gone", SOON, || async {
-        node.containers().ok()?.is_empty().then_some(())
+    wait::until("the old container is to stop", SOON, || async {
+        let mut asked = engine.requests().into_iter();
+        asked.any(|line| line.contains("/stop")).then_some(())
     })
     .await?;
     let poll = vec![
@@ -454,6 +450,18 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     ];
     let polled = kernels::ask(&node, "execute", poll).await?;
     assert_eq!(polled["status"], "continued", "no poll waits for a restart");
+    node.kill_control()?;
+
+    // The old container still runs, and goes now.
+    engine.spoil("/containers/create", Fault::Hang, 1);
+    node.start_control().await?;
+    wait::until("the new container is asked for", SOON, || async {
+        let asked = engine.requests().into_iter();
+        let creations = asked.filter(|line| line.contains("/containers/create"));
+        (creations.count() == 2).then_some(())
+    })
+    .await?;
+    assert!(node.containers()?.is_empty(), "the old one is gone");
     node.kill_control()?;
 
     // What is not there at the start may come, whatever becomes of the agent meanwhile.
@@ -473,8 +481,8 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     }
     std::fs::rename(&away, &folder)?;
     wait_state(&node, order.kernel, Some("running")).await?;
-    let ran = kernels::run(&node, &order, "cat /home/work/file").await?;
-    assert_eq!(ran.output, "kept\n");
+    let ran = kernels::run(&node, &order, "cat /home/work/file; echo $CHANGED").await?;
+    assert_eq!(ran.output, "kept\nby the restart\n");
     let containers = node.containers()?;
     assert_eq!(containers.len(), 1);
     assert_eq!(limits(&containers[0]).await?, of_before);

@@ -316,7 +316,7 @@ impl Lifecycle {
         }
     }
 
-    /// A kernel found at start whose restart had come so far that it has no container.
+    /// A kernel found at start whose restart has to go on: its new container is to be made.
     pub fn found_restarting() -> Lifecycle {
         Lifecycle {
             state: State::Creating {

@@ -253,7 +253,10 @@ async fn replace(
     order: Order,
     ready: Ready<'_>,
 ) -> Result<Value, RestartError> {
-    node.note(kernel, |_| {}).await;
+    // From here on the next start would go on with it, and with the changes.
+    let config = (*order.config).clone();
+    node.note(kernel, |record| record.request = Some(config))
+        .await;
     tracing::info!(kernel_id = %kernel.id, "restarting a kernel");
     kernel.end_batch();
     destroy::let_runner_go(node, kernel).await;
@@ -268,10 +271,7 @@ async fn replace(
         Err(_) => Input::RestartFailed,
     };
     if input == Input::OldContainerGone {
-        kernel.update_record(|record| {
-            record.request = Some((*order.config).clone());
-            forget_container(record);
-        });
+        kernel.update_record(forget_container);
     }
     let actions = kernel.step(input);
     node.perform(kernel, &actions);
@@ -284,7 +284,6 @@ async fn replace(
             },
         });
     }
-    // From here on the next start would go on with it.
     node.note(kernel, |_| {}).await;
     let result = create::recreate(node, kernel, &order, ready).await?;
     batch_job::expect_again(node, kernel);
@@ -298,8 +297,8 @@ fn forget_container(record: &mut Record) {
     record.batch_job = record.batch_running.then(BatchRecord::dropped);
 }
 
-/// Goes on with a restart that was cut short with its agent, when the old container was gone or had
-/// stopped. The one who had asked for it is not there any more: what becomes of it is announced.
+/// Goes on with a restart that was cut short with its agent, whether the old container is gone, has
+/// stopped or still runs. The one who had asked for it is not there any more: what becomes of it is announced.
 pub async fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     tracing::info!(kernel_id = %kernel.id, "going on with the restart of a kernel");
     let order = match new_order(kernel, &Value::Null) {

@@ -2,7 +2,8 @@
 //! journal holds. Docker says what exists, the journal says what it is.
 //!
 //! Invariant: a container that runs and belongs to this agent is never stopped unless its end had
-//! been decided before (defect 4 of the original: it killed what it did not know).
+//! been decided before (defect 4 of the original: it killed what it did not know). A restart decides the
+//! end of the old container, which may have been told to stop already.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -66,8 +67,8 @@ pub enum Decision {
     Adopt(ContainerId),
     /// Started, but its runner had not been heard: wait for it, then announce it.
     ResumeStart(ContainerId),
-    /// It was being restarted and has no container that has run: make the new one, in place of what is
-    /// left.
+    /// It was being restarted and its new container has not run: make that, in place of what is left,
+    /// which may still run.
     Recreate(Option<ContainerId>),
     /// Bring it to its end, whatever is left of it.
     Finish(Option<ContainerId>, Ending),
@@ -159,6 +160,8 @@ fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
         chosen.map(|seen| (seen.liveness, seen.container)),
         known.phase,
     ) {
+        // The old one: that the new one is started is noted before it is.
+        (_, Phase::Restarting) if known.request => Decision::Recreate(container),
         (Some((Liveness::Active, container)), Phase::Running | Phase::Restarting) => {
             Decision::Adopt(container)
         }
@@ -166,11 +169,6 @@ fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
         (Some((Liveness::Active, container)), Phase::Ending) => Decision::Adopt(container),
         (Some((Liveness::Active, container)), Phase::Files | Phase::Container | Phase::Started) => {
             Decision::ResumeStart(container)
-        }
-        (None | Some((Liveness::Dead | Liveness::Created, _)), Phase::Restarting)
-            if known.request =>
-        {
-            Decision::Recreate(container)
         }
         // Killed between the note that it is started and the start.
         (None | Some((Liveness::Created, _)), Phase::Started) if known.request && known.served => {
@@ -238,7 +236,7 @@ mod tests {
         started*   | recreate                   | replace                    | resume                 | finish:failed-to-start
         started*!  | finish:failed-to-create    | finish:failed-to-create    | resume                 | finish:failed-to-start
         running    | finish:container-not-found | finish:container-not-found | adopt                  | finish:self-terminated
-        restarting | recreate                   | replace                    | adopt                  | replace
+        restarting | recreate                   | replace                    | replace                | replace
         restarting! | finish:restart-timeout    | finish:restart-timeout     | adopt                  | finish:restart-timeout
         ending     | finish:user-requested!     | finish:user-requested!     | finish:user-requested! | finish:user-requested!
     ";
@@ -357,7 +355,8 @@ mod tests {
             },
         ];
         let plan = plan(&seen, &known);
-        assert_eq!(plan.kernels[&id(1)], Decision::Adopt(container(2)));
+        let replaced = Decision::Recreate(Some(container(2)));
+        assert_eq!(plan.kernels[&id(1)], replaced);
         assert_eq!(plan.extra, BTreeSet::from([container(1)]));
     }
 }
