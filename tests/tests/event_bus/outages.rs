@@ -85,6 +85,35 @@ async fn a_long_backlog_waits_for_a_manager_that_comes_later() -> Result<()> {
     drained(&bus).await
 }
 
+/// A stream that lost most of 300 entries before managers read them.
+fn trimmed_stream(redis: &Redis) -> Result<()> {
+    let mut client = redis.client()?;
+    client.ask(&["SELECT", "4"])?;
+    let add = ["XADD", "events", "MAXLEN", "~", "128", "*", "name", "other"];
+    for _ in 0..300 {
+        client.ask(&add)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn managers_that_have_read_all_that_is_left_are_not_waited_for() -> Result<()> {
+    let redis = Redis::start()?;
+    let mut manager = redis.manager()?;
+    trimmed_stream(&redis)?;
+    while !manager.read(Duration::from_millis(1))?.is_empty() {}
+    let (bus, events) = bus(&settings(redis.port))?;
+    for n in 0..40 {
+        events.emit(ended(n));
+    }
+    // Half as long as managers are waited for.
+    ensure!(
+        bus.drained(Duration::from_secs(5)).await,
+        "managers are waited for"
+    );
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_hung_server_that_goes_on_gets_each_event_once() -> Result<()> {
     let redis = Redis::start()?;

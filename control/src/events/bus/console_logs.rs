@@ -25,7 +25,7 @@ use tokio_util::task::TaskTracker;
 use super::Bus;
 use super::connection::{Command, Reply};
 use super::message::{Message, MessageError, STREAM};
-use super::readers::{self, Patience};
+use super::readers::{self, Ask, Patience, Readers};
 use super::store::{Store, StoreError};
 use crate::causes::chain;
 use crate::events::{Event, Events};
@@ -262,17 +262,13 @@ impl Shipper {
     /// Leaves managers time to read: after an outage more may wait than the stream keeps.
     async fn let_read(&self) -> Result<(), StoreError> {
         let began = Instant::now();
+        let mut readers = Readers::default();
         loop {
-            let look = vec![readers::look()];
-            let unread = match self.stream.run("look for readers", look).await {
-                Ok(replies) => replies.first().and_then(readers::unread),
-                Err(StoreError::Refused { .. }) => None,
-                Err(err) => return Err(err),
-            };
+            let unread = readers.unread(&mut &self.stream).await?;
             if self.patience.lets_go(unread, began.elapsed()) {
                 return Ok(());
             }
-            tokio::time::sleep(readers::LOOK_PAUSE).await;
+            tokio::time::sleep(readers::look_pause()).await;
         }
     }
 
@@ -318,6 +314,18 @@ impl Shipper {
         let taken = matches!(replies.first(), Some(Reply::Int(0)));
         // An empty console has no list, and nothing that a second announcement could erase.
         Ok(taken && !is_empty)
+    }
+}
+
+impl Ask for &Store {
+    type Error = StoreError;
+
+    async fn ask_one(&mut self, command: Command) -> Result<Reply, StoreError> {
+        match self.run("look for readers", vec![command]).await {
+            Ok(replies) => Ok(replies.into_iter().next().unwrap_or(Reply::Nil)),
+            Err(StoreError::Refused { message, .. }) => Ok(Reply::Error(message)),
+            Err(err) => Err(err),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
 use super::message::STREAM;
 use super::queue::Entry;
-use super::readers::{self, Patience};
+use super::readers::{self, Patience, Readers};
 use super::waiting::Waiting;
 
 /// Messages of one batch: the stream keeps about 128 entries, and a manager takes 64 at a time.
@@ -48,6 +48,7 @@ struct Link {
     connection: Connection,
     /// The newest entry before ours.
     newest: Bytes,
+    readers: Readers,
     patience: Patience,
 }
 
@@ -108,6 +109,7 @@ impl Sender {
                 link.insert(Link {
                     connection,
                     newest,
+                    readers: Readers::default(),
                     patience: Patience::default(),
                 })
             }
@@ -234,12 +236,11 @@ impl Sender {
 async fn let_read(link: &mut Link) -> Result<(), ConnectionError> {
     let began = Instant::now();
     loop {
-        let replies = link.connection.run(&[readers::look()]).await?;
-        let unread = replies.first().and_then(readers::unread);
+        let unread = link.readers.unread(&mut link.connection).await?;
         if link.patience.lets_go(unread, began.elapsed()) {
             return Ok(());
         }
-        tokio::time::sleep(readers::LOOK_PAUSE).await;
+        tokio::time::sleep(readers::look_pause()).await;
     }
 }
 
