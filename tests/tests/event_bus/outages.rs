@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use control::events::Event;
 use control::events::bus::Bus;
+use control::events::bus::message::Message;
 use control::events::bus::queue::{Bound, Bounds};
 use harness::redis::{Gate, Redis};
 use shared::ids::SessionId;
@@ -111,6 +112,26 @@ async fn managers_that_have_read_all_that_is_left_are_not_waited_for() -> Result
         bus.drained(Duration::from_secs(5)).await,
         "managers are waited for"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_backlog_that_waits_for_managers_does_not_hold_up_a_report() -> Result<()> {
+    let redis = Redis::start()?;
+    let _manager = redis.manager()?;
+    trimmed_stream(&redis)?;
+    let (bus, events) = bus(&settings(redis.port))?;
+    events.emit(ended(0));
+    bus.publish(Message::report("agent_heartbeat", Vec::new())?);
+    let mut state = bus.state();
+    // Half as long as managers are waited for.
+    let soon = Duration::from_secs(5);
+    let connected = state.wait_for(|state| state.connected == Some(true) && state.sent == 1);
+    tokio::time::timeout(soon, connected).await??;
+    let stream = redis.stream()?;
+    assert_eq!(numbers(&stream), [0; 0], "managers are behind");
+    let last = stream.last().map(|entry| entry.text("name"));
+    assert_eq!(last.as_deref(), Some("agent_heartbeat"));
     Ok(())
 }
 

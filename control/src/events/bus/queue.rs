@@ -197,16 +197,14 @@ impl Queue {
     /// Copies of the oldest messages: at most `count`, and few enough to stay within `bytes`.
     #[must_use]
     pub fn oldest(&self, count: usize, bytes: usize) -> Vec<Entry> {
-        let mut sum = 0;
-        let mut taken = Vec::new();
-        for entry in self.entries.iter().take(count) {
-            sum += entry.message.size();
-            if sum > bytes && !taken.is_empty() {
-                break;
-            }
-            taken.push(entry.clone());
-        }
-        taken
+        copies(self.entries.iter().take(count), bytes)
+    }
+
+    /// The same of reports alone: of each the newest waits.
+    #[must_use]
+    pub fn reports(&self, count: usize, bytes: usize) -> Vec<Entry> {
+        let is_report = |entry: &&Entry| matches!(entry.message.keeping, Keeping::Newest(_));
+        copies(self.entries.iter().filter(is_report).take(count), bytes)
     }
 
     /// Copies of those of these messages that wait.
@@ -254,6 +252,20 @@ impl Queue {
     pub fn left_out(&self) -> u64 {
         self.left_out
     }
+}
+
+/// Copies of the first of these, few enough to stay within `bytes`; of one at least.
+fn copies<'a>(entries: impl Iterator<Item = &'a Entry>, bytes: usize) -> Vec<Entry> {
+    let mut sum = 0;
+    let mut taken = Vec::new();
+    for entry in entries {
+        sum += entry.message.size();
+        if sum > bytes && !taken.is_empty() {
+            break;
+        }
+        taken.push(entry.clone());
+    }
+    taken
 }
 
 fn class(message: &Message) -> usize {
@@ -364,6 +376,24 @@ mod tests {
         queue.remove(&[second]);
         assert_eq!(names(&queue), ["q"]);
         assert_eq!(queue.left_out(), 0);
+    }
+
+    #[test]
+    fn reports_are_found_behind_others() {
+        let mut queue = small();
+        queue.push(message("j", Keeping::Journalled));
+        queue.push(message("beat", Keeping::Newest("beat".into())));
+        queue.push(message("q", Keeping::Queued));
+        queue.push(message("task", Keeping::Newest("task".into())));
+        let names = |count| {
+            let reports = queue.reports(count, usize::MAX);
+            reports
+                .into_iter()
+                .map(|it| it.message.name)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(9), ["beat", "task"]);
+        assert_eq!(names(1), ["beat"]);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use super::message::{GROUP, STREAM};
 /// Unread entries beyond which a backlog waits: with a batch more the stream, which keeps about 128,
 /// still has all of them.
 const UNREAD: usize = 64;
+/// Unread entries beyond which a backlog goes in small batches: several agents may look at a time.
+const SEVERAL: usize = 16;
 /// How long a backlog waits for managers at a time.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Pause between looks, on average.
@@ -122,9 +124,14 @@ fn last_taken(groups: &Reply) -> Option<Bytes> {
     })
 }
 
-/// How long to wait before the next look: not in step with other agents.
+/// How long to wait before the next look.
 pub(super) fn look_pause() -> Duration {
-    LOOK_PAUSE.mul_f64(rand::rng().random_range(0.5..1.5))
+    out_of_step(LOOK_PAUSE)
+}
+
+/// About this long, so that agents that began at the same time do not go on in step.
+pub(super) fn out_of_step(pause: Duration) -> Duration {
+    pause.mul_f64(rand::rng().random_range(0.5..1.5))
 }
 
 fn field<'a>(fields: &'a [Reply], name: &[u8]) -> Option<&'a Reply> {
@@ -132,6 +139,11 @@ fn field<'a>(fields: &'a [Reply], name: &[u8]) -> Option<&'a Reply> {
         .chunks_exact(2)
         .find(|pair| pair[0].bytes().is_some_and(|key| key.as_ref() == name))
         .map(|pair| &pair[1])
+}
+
+/// Whether managers, who have not read `unread` entries, may be given small batches only.
+pub(super) fn are_behind(unread: Option<usize>) -> bool {
+    unread.is_some_and(|unread| (SEVERAL + 1..=UNREAD).contains(&unread))
 }
 
 /// The patience that a backlog has with managers.
@@ -248,6 +260,7 @@ mod tests {
         assert!(at_once(Some(200)));
         // They have caught up: they may be waited for again.
         assert!(at_once(Some(1)));
+        assert!(!are_behind(Some(SEVERAL)) && are_behind(Some(SEVERAL + 1)));
         assert!(!at_once(Some(96)));
     }
 }

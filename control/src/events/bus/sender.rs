@@ -1,6 +1,7 @@
 //! The task that brings waiting messages to the bus.
 //!
-//! In: the queue. Out: entries in the stream and texts on the channel, in the queue's order.
+//! In: the queue. Out: entries in the stream and texts on the channel, in the queue's order, but
+//! for reports (the node's heartbeat), which no backlog holds up.
 //! Invariants: a batch is carried out as a whole or not at all; a batch whose fate is not known is
 //! looked up in the stream before it is sent again, by the next life too, so that an outage neither
 //! loses nor doubles a lifecycle event; nothing is added before there is a group of managers that will read it; a backlog
@@ -22,6 +23,10 @@ use super::waiting::Waiting;
 
 /// Messages of one batch: the stream keeps about 128 entries, and a manager takes 64 at a time.
 const BATCH: usize = 32;
+/// The same while managers are behind.
+const SMALL_BATCH: usize = 8;
+/// Reports that go with a batch of a backlog.
+const REPORTS: usize = 16;
 /// Their sizes summed up.
 const BATCH_BYTES: usize = 256 << 10;
 /// Pause between batches of a long backlog, so that it leaves the server to others too.
@@ -50,6 +55,21 @@ struct Link {
     newest: Bytes,
     readers: Readers,
     patience: Patience,
+    /// Nothing but reports was added since it was made.
+    is_new: bool,
+    /// Since when managers are waited for.
+    held: Option<Instant>,
+}
+
+/// What became of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stepped {
+    /// A batch was sent, or there was none.
+    Sent,
+    /// The server refused a message.
+    Refused,
+    /// Managers are waited for.
+    Held,
 }
 
 impl Sender {
@@ -68,13 +88,14 @@ impl Sender {
                 () = self.stopping.cancelled() => return,
             };
             let wait = match worked {
-                Ok(refused) => {
+                Ok(stepped) => {
                     self.waiting.connected();
                     pause = PAUSES.0;
-                    match self.waiting.len() {
-                        _ if refused => REFUSED_PAUSE,
-                        0..=BATCH => continue,
-                        _ => BACKLOG_PAUSE,
+                    match stepped {
+                        Stepped::Refused => REFUSED_PAUSE,
+                        Stepped::Held => readers::look_pause(),
+                        Stepped::Sent if self.waiting.len() <= BATCH => continue,
+                        Stepped::Sent => readers::out_of_step(BACKLOG_PAUSE),
                     }
                 }
                 Err(err) => {
@@ -92,13 +113,13 @@ impl Sender {
         }
     }
 
-    /// Connects if need be, clears up a doubtful batch, sends one batch. Answers whether the server
-    /// refused a message of it.
+    /// Connects if need be, clears up a doubtful batch, sends one batch. Never waits for managers:
+    /// what they hold up is tried again with the next step.
     async fn step(
         &self,
         link: &mut Option<Link>,
         doubtful: &mut Option<(Vec<Entry>, Bytes)>,
-    ) -> Result<bool, ConnectionError> {
+    ) -> Result<Stepped, ConnectionError> {
         let link = match link {
             Some(link) => link,
             None => {
@@ -111,6 +132,8 @@ impl Sender {
                     newest,
                     readers: Readers::default(),
                     patience: Patience::default(),
+                    is_new: true,
+                    held: None,
                 })
             }
         };
@@ -122,12 +145,29 @@ impl Sender {
             }
             *doubtful = None;
         }
-        if self.waiting.len() > BATCH {
-            let_read(link).await?;
+        let mut batch = Vec::new();
+        let mut stepped = Stepped::Sent;
+        let mut room = BATCH;
+        // All agents come back at once after an outage, each with a little.
+        if link.is_new || self.waiting.len() > BATCH {
+            let reports = self.waiting.reports(REPORTS, BATCH_BYTES);
+            if reports.len() < self.waiting.len() {
+                room = room_for(link).await?;
+                link.is_new &= room == 0;
+                if room == 0 {
+                    // A node that is well is not to be taken for lost meanwhile.
+                    batch = reports;
+                    stepped = Stepped::Held;
+                }
+            } else {
+                link.held = None;
+            }
         }
-        let batch = self.waiting.oldest(BATCH, BATCH_BYTES);
+        if room > 0 {
+            batch = self.waiting.oldest(room, BATCH_BYTES);
+        }
         if batch.is_empty() {
-            return Ok(false);
+            return Ok(stepped);
         }
         let mut commands = Vec::new();
         let mut owners = Vec::new();
@@ -139,7 +179,10 @@ impl Sender {
         }
         self.waiting.trying(&batch, &link.newest);
         match link.connection.run_atomically(&commands).await {
-            Ok(replies) => Ok(self.settle(&batch, &owners, replies, link)),
+            Ok(replies) => match self.settle(&batch, &owners, replies, link) {
+                true => Ok(Stepped::Refused),
+                false => Ok(stepped),
+            },
             Err(err) => {
                 if err.is_ambiguous() {
                     *doubtful = Some((batch, link.newest.clone()));
@@ -149,7 +192,8 @@ impl Sender {
         }
     }
 
-    /// Marks what was carried out; notes what the server refused one by one.
+    /// Marks what was carried out; notes what the server refused one by one. Answers whether it
+    /// refused any.
     fn settle(
         &self,
         batch: &[Entry],
@@ -232,16 +276,18 @@ impl Sender {
     }
 }
 
-/// Leaves managers time to read before a part of a backlog is added.
-async fn let_read(link: &mut Link) -> Result<(), ConnectionError> {
-    let began = Instant::now();
-    loop {
-        let unread = link.readers.unread(&mut link.connection).await?;
-        if link.patience.lets_go(unread, began.elapsed()) {
-            return Ok(());
-        }
-        tokio::time::sleep(readers::look_pause()).await;
+/// How many events of a backlog may be added now; none while managers are left time to read.
+async fn room_for(link: &mut Link) -> Result<usize, ConnectionError> {
+    let unread = link.readers.unread(&mut link.connection).await?;
+    let since = *link.held.get_or_insert_with(Instant::now);
+    if !link.patience.lets_go(unread, since.elapsed()) {
+        return Ok(0);
     }
+    link.held = None;
+    Ok(match readers::are_behind(unread) {
+        true => SMALL_BATCH,
+        false => BATCH,
+    })
 }
 
 /// The newest entry of the stream; the start of time when there is none.

@@ -139,6 +139,10 @@ impl Waiting {
         self.queue().oldest(count, bytes)
     }
 
+    pub(super) fn reports(&self, count: usize, bytes: usize) -> Vec<Entry> {
+        self.queue().reports(count, bytes)
+    }
+
     /// The batch that an earlier life was sending when it ended, and the newest entry before it; once.
     pub(super) fn take_doubtful(&self) -> Option<(Vec<Entry>, Bytes)> {
         let mut left = self
