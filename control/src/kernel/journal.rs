@@ -339,10 +339,9 @@ pub fn plain_name(agent_id: &str) -> String {
     }
 }
 
-/// Seconds since the epoch for records, in whole microseconds: with more digits JSON would not give
-/// the same number back.
+/// Seconds since the epoch, for records.
 pub fn now_unix() -> f64 {
-    (crate::events::unix_seconds(SystemTime::now()) * 1e6).round() / 1e6
+    crate::events::unix_seconds(SystemTime::now())
 }
 
 #[cfg(test)]
@@ -351,6 +350,15 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     type Journaled = BTreeMap<String, u32>;
+
+    #[test]
+    fn times_come_back_as_they_were() {
+        for n in 0..1000_u32 {
+            let at = 1_700_000_000.0 + f64::from(n) * 12_345.678_901_7;
+            let text = serde_json::to_string(&at).unwrap();
+            assert_eq!(serde_json::from_str::<f64>(&text).unwrap(), at, "{text}");
+        }
+    }
 
     #[test]
     fn times_come_back_from_json_as_they_were() {
