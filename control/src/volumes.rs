@@ -5,7 +5,7 @@
 //! Invariants: no shell, every word of the order is checked before it is used; only what the
 //! operator allows (`node.volumes.allow`) is ever mounted; nothing is unmounted under a running
 //! kernel; one order at a time, each within its deadline; an order that failed leaves the node as it
-//! was; where volumes belong is asked of the cluster at each order, and never guessed.
+//! was, and one that was cut short leaves no volume mounted without its line; where volumes belong is asked of the cluster at each order, and never guessed.
 
 mod fstab;
 pub(crate) mod mount;
@@ -341,7 +341,9 @@ impl Volumes {
             Some(_) => tracing::info!(path = %path.display(), "a volume is mounted already"),
             None => {
                 let made = make_point(path).await?;
+                let mut unfinished = Unfinished::new(path, made, order);
                 let done = self.mount_and_note(path, order).await;
+                let made = unfinished.end();
                 if done.is_err() {
                     remove_made(made).await;
                 }
@@ -381,13 +383,14 @@ impl Volumes {
             return self.let_go(path).await;
         };
         // First, as a line can be put back and a mount cannot: not as it was mounted.
-        let (taken, point) = (table.clone(), path.to_owned());
-        let removed = blocking(move || fstab::remove(&taken, &point)).await?;
+        let point = path.to_owned();
+        // All in one: whoever waits for it may be gone when the line is out.
+        let owed = blocking(move || Owed::take_out(table, point)).await?;
         let done = self.let_go(path).await;
-        if done.is_err()
-            && let Some(removed) = removed
-        {
-            put_back(table, removed).await;
+        match owed {
+            Some(owed) if done.is_err() => blocking(move || drop(owed)).await,
+            Some(owed) => owed.settle(),
+            None => {}
         }
         done
     }
@@ -449,17 +452,101 @@ async fn note(path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
     Ok(blocking(move || fstab::add(&table, &entry)).await?)
 }
 
-/// Puts lines back after a failed order; the failure is already on its way.
-async fn put_back(table: PathBuf, removed: fstab::Removed) {
-    let shown = table.display().to_string();
-    let lines = removed.lines.clone();
-    if let Err(err) = blocking(move || fstab::put_back(&table, &removed)).await {
-        tracing::error!(
-            table = shown,
-            lines,
-            err = &err as &dyn std::error::Error,
-            "a volume that stays mounted is not noted any more; write its line back"
-        );
+/// Lines that were taken out for an unmount that has not succeeded. Dropped they are put back, so that they
+/// are after an order that was cut short (a stop of the agent), too. That blocks, for a small file's time.
+#[derive(Debug)]
+struct Owed {
+    table: PathBuf,
+    path: PathBuf,
+    removed: Option<fstab::Removed>,
+}
+
+impl Owed {
+    /// Takes out what is noted for a mount point; `None` when nothing is. Blocks.
+    fn take_out(table: PathBuf, path: PathBuf) -> Result<Option<Owed>, FstabError> {
+        let removed = fstab::remove(&table, &path)?;
+        Ok(removed.is_some().then_some(Owed {
+            table,
+            path,
+            removed,
+        }))
+    }
+
+    /// The volume is not mounted any more.
+    fn settle(mut self) {
+        self.removed = None;
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let Some(removed) = self.removed.take() else {
+            return;
+        };
+        // Cut short when it was done already.
+        if matches!(mount::at_now(&self.path), Ok(None)) {
+            return;
+        }
+        if let Err(err) = fstab::put_back(&self.table, &removed) {
+            tracing::error!(
+                table = %self.table.display(),
+                lines = removed.lines,
+                err = &err as &dyn std::error::Error,
+                "a volume that stays mounted is not noted any more; write its line back"
+            );
+        }
+    }
+}
+
+/// A mount that has not come to an end. Dropped it was cut short (a stop of the agent): what it has mounted
+/// already is noted, else the directories it has made go. That blocks, for a small file's time.
+#[derive(Debug)]
+struct Unfinished {
+    path: PathBuf,
+    /// The deepest first.
+    made: Vec<PathBuf>,
+    note: Option<(PathBuf, fstab::Entry)>,
+    ended: bool,
+}
+
+impl Unfinished {
+    fn new(path: &Path, made: Vec<PathBuf>, order: &MountOrder) -> Unfinished {
+        let note = |table| (table, fstab::Entry::of(path, order));
+        Unfinished {
+            path: path.to_owned(),
+            made,
+            note: order.fstab.clone().map(note),
+            ended: false,
+        }
+    }
+
+    /// It has come to an end, good or bad; the directories it has made.
+    fn end(&mut self) -> Vec<PathBuf> {
+        self.ended = true;
+        std::mem::take(&mut self.made)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        if matches!(mount::at_now(&self.path), Ok(None)) {
+            for directory in &self.made {
+                // One with something in it stays.
+                let _ = std::fs::remove_dir(directory);
+            }
+        } else if let Some((table, entry)) = &self.note
+            && let Err(err) = fstab::add(table, entry)
+        {
+            tracing::error!(
+                path = %self.path.display(),
+                table = %table.display(),
+                err = &err as &dyn std::error::Error,
+                "a volume whose mount was cut short is mounted and not noted; ask for it again"
+            );
+        }
     }
 }
 

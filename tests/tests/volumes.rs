@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use control::volumes::{MountOrder, UnmountOrder, VolumeError, VolumeOutcome, Volumes};
+use futures_util::FutureExt;
 
 /// A place for mounts; what is mounted there goes with it.
 struct Place {
@@ -272,6 +273,41 @@ async fn a_volume_in_use_stays_mounted_and_noted() {
     place.nothing_is_left(&(before + "# by hand\n"));
 }
 
+/// Until it is so; nothing else runs on this thread meanwhile.
+fn wait_until(what: &str, so: impl Fn() -> bool) {
+    let began = std::time::Instant::now();
+    while !so() {
+        assert!(began.elapsed().as_secs() < 30, "not so: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[tokio::test]
+async fn an_unmount_that_is_cut_short_leaves_the_line_of_what_stays_mounted() {
+    let Some(place) = Place::new(&["tmpfs memory"]) else {
+        return;
+    };
+    let before = place.fstab();
+    let order = place.order("v", "tmpfs", "memory", "");
+    well(&place.volumes.mount(&order).await);
+    let noted = place.fstab();
+    // A stop of the agent drops it where it is: when the line is just out, and a step later.
+    for steps in [1, 2] {
+        let mut unmount = Box::pin(place.unmount("v"));
+        for _ in 0..steps {
+            assert!((&mut unmount).now_or_never().is_none());
+            wait_until("the line is out", || place.fstab() == before);
+            // What works on the table beside this comes to its end.
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        drop(unmount);
+        wait_until("the line is back", || place.fstab() == noted);
+        assert_eq!(mounted_below(place.directory.path()), [place.point("v")]);
+    }
+    well(&place.unmount("v").await);
+    place.nothing_is_left(&before);
+}
+
 /// A program that mount(8) leaves a type of file system to; gone with this, or as soon as it runs.
 struct Helper {
     file: PathBuf,
@@ -344,6 +380,49 @@ async fn a_mount_that_comes_after_the_deadline_is_none() {
             .open(&gate);
         let closed = opened.expect_err("nobody reads").raw_os_error();
         assert_eq!(closed, Some(libc::ENXIO));
+        place.nothing_is_left(&before);
+    }
+}
+
+#[tokio::test]
+async fn a_mount_that_is_cut_short_is_noted_or_leaves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let begun = directory.path().join("begun");
+    let wait = format!("touch {}; sleep 60", begun.display());
+    let mount = "mount -t tmpfs slow \"$2\"";
+    for (script, mounted) in [
+        (format!("{wait}; {mount}"), false),
+        (format!("{mount}; {wait}"), true),
+    ] {
+        let Some(helper) = Helper::new(&script) else {
+            return;
+        };
+        let rule = format!("{} slow", helper.fs_type);
+        let Some(place) = Place::new(&[&rule]) else {
+            return;
+        };
+        let before = place.fstab();
+        let order = place.order("v", &helper.fs_type, "slow", "");
+        let hangs = async {
+            while !begun.exists() {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            outcome = place.volumes.mount(&order) => panic!("{outcome:?}"),
+            () = hangs => {}
+        }
+        std::fs::remove_file(&begun).unwrap();
+        if mounted {
+            assert_eq!(mounted_below(place.directory.path()), [place.point("v")]);
+            let line = format!(
+                "slow {} {} defaults 0 0\n",
+                place.point("v").display(),
+                helper.fs_type
+            );
+            assert_eq!(place.fstab(), before.clone() + &line);
+            well(&place.unmount("v").await);
+        }
         place.nothing_is_left(&before);
     }
 }

@@ -4,6 +4,7 @@
 //! nothing is mounted after the answer; a mount that failed is undone.
 
 use std::future::pending;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -29,9 +30,14 @@ const LINKS: usize = 40;
 
 /// What is mounted at exactly this path, if anything is: the source of the topmost mount.
 pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
-    let text = blocking(|| std::fs::read_to_string("/proc/self/mountinfo"))
-        .await
-        .map_err(VolumeError::Table)?;
+    let path = path.to_owned();
+    let found = blocking(move || at_now(&path)).await;
+    found.map_err(VolumeError::Table)
+}
+
+/// The same for who cannot wait. Blocks, for the time that the kernel takes to list what is mounted.
+pub(super) fn at_now(path: &Path) -> io::Result<Option<String>> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo")?;
     Ok(source_at(&text, path))
 }
 
