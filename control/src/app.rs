@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use config::{Config, CudaInjection, LoadOptions, Loaded, Publish};
+use config::{Config, CudaInjection, CurveFiles, LoadOptions, Loaded, Publish};
 use shared::Sizes;
 use shared::desired::NodeRow;
 use shared::run_dir::{RunDir, RunDirError};
@@ -179,7 +179,7 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     listen_for_signals(&stopping)?;
     let recorder = Recorder::install().map_err(AppError::Counters)?;
     // A wrong key file is told at once, not after Docker was waited for.
-    let curve = curve(&config)?;
+    let curve = curve(config.agent.rpc_auth.as_ref())?;
     let public_key = curve.as_ref().map(|curve| curve.pair.public);
     let link = take_node(&config, &stopping).await?;
     // After the lock: a second agent of this id leaves the first one's file alone.
@@ -658,16 +658,25 @@ fn limits(config: &Config) -> Limits {
     }
 }
 
-fn curve(config: &Config) -> Result<Option<CurveServer>, AppError> {
-    let Some(files) = &config.agent.rpc_auth else {
+fn curve(files: Option<&CurveFiles>) -> Result<Option<CurveServer>, AppError> {
+    let Some(files) = files else {
         return Ok(None);
     };
     let failed = |path: &PathBuf| {
         let path = path.clone();
         move |source| AppError::Key { path, source }
     };
+    let own = &files.agent_keypair;
+    let own_is_private = KeyPair::is_private(own).map_err(failed(own))?;
+    if !own_is_private {
+        tracing::warn!(
+            path = %own.display(),
+            "others than root and the agent may read the agent's key pair, so that the commands are not let in by it; chmod 600 it, chown it to root and restart the agent"
+        );
+    }
     Ok(Some(CurveServer {
-        pair: KeyPair::from_file(&files.agent_keypair).map_err(failed(&files.agent_keypair))?,
+        own_is_private,
+        pair: KeyPair::from_file(own).map_err(failed(own))?,
         manager: PublicKey::from_file(&files.manager_public_key)
             .map_err(failed(&files.manager_public_key))?,
     }))
@@ -718,5 +727,33 @@ async fn keep_distros(node: &Node) {
     .await;
     if let Err(err) = kept {
         tracing::debug!(%err, "cannot keep what was found out about images");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_agents_own_key_is_let_in_only_where_its_file_is_private() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("agent.key_secret");
+        let pair = KeyPair::generate();
+        std::fs::write(&file, pair.secret_file_text()).unwrap();
+        let files = CurveFiles {
+            agent_keypair: file.clone(),
+            manager_public_key: file.clone(),
+        };
+        for (mode, private) in [(0o600, true), (0o400, true), (0o640, false), (0o604, false)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let curve = curve(Some(&files)).unwrap().unwrap();
+            assert_eq!(curve.own_is_private, private, "{mode:o}");
+            assert_eq!(curve.pair, pair);
+        }
+        assert!(curve(None).unwrap().is_none());
+        std::fs::remove_file(&file).unwrap();
+        assert!(matches!(curve(Some(&files)), Err(AppError::Key { .. })));
     }
 }

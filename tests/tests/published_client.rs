@@ -1,5 +1,6 @@
 //! The manager's own client (published packages, libzmq underneath) drives a whole node.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -63,6 +64,9 @@ async fn the_managers_client_lives_a_kernels_life_over_curve_and_nobody_else_is_
     let file = |name: &str| keys.path().join(name).display().to_string();
     std::fs::write(file("agent.key_secret"), agent.secret_file_text())?;
     std::fs::write(file("manager.key_secret"), manager.secret_file_text())?;
+    // The agent lets its own key in only where nobody else can have it.
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(file("agent.key_secret"), private)?;
     let options = NodeOptions {
         agent: format!(
             "rpc-auth-agent-keypair = \"{}\"\nrpc-auth-manager-public-key = \"{}\"\n",

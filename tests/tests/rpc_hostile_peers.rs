@@ -196,6 +196,7 @@ async fn refused_keys_leave_no_descriptor() {
     let curve = CurveServer {
         pair: agent.clone(),
         manager: manager.public,
+        own_is_private: true,
     };
     let server = rpc_service::start(Some(curve), Limits::default()).await;
     let address = server.local_addr().to_string();
@@ -594,6 +595,7 @@ async fn half_finished_and_wrong_curve_handshakes_delay_nobody() {
     let curve = CurveServer {
         pair: agent.clone(),
         manager: manager.public,
+        own_is_private: true,
     };
     let server = rpc_service::start(Some(curve), patient()).await;
     let address = server.local_addr();

@@ -49,7 +49,15 @@ async fn curve_node(interpreter: &std::path::Path) -> CurveNode {
     let manager =
         PublicKey::from_file(&directory.path().join("manager.key")).expect("the manager's key");
     let agent = pair.public;
-    let server = rpc_service::start(Some(CurveServer { pair, manager }), Limits::default()).await;
+    let server = rpc_service::start(
+        Some(CurveServer {
+            pair,
+            manager,
+            own_is_private: true,
+        }),
+        Limits::default(),
+    )
+    .await;
     CurveNode {
         server,
         agent,
@@ -206,6 +214,7 @@ async fn our_client_over_curve() {
     let curve = CurveServer {
         pair: agent.clone(),
         manager: manager.public,
+        own_is_private: true,
     };
     let server = rpc_service::start(Some(curve), Limits::default()).await;
     let address = server.local_addr().to_string();
@@ -257,6 +266,7 @@ async fn our_client_over_curve() {
     let curve = CurveServer {
         pair: mixed,
         manager: manager.public,
+        own_is_private: true,
     };
     let options = control::rpc::ServerOptions {
         address: "127.0.0.1:0".into(),

@@ -169,7 +169,7 @@ impl Way {
     pub async fn open(&self) -> Result<Agent, Problem> {
         let address = self.address.clone();
         let remedy = if self.curve.is_some() {
-            "are the address and both keys (--keypair, --agent-key) right?"
+            "are the address and both keys (--keypair, --agent-key) right? The agent takes its own pair only where that file was private (chmod 600) when it started"
         } else {
             "is --address right, and does the agent ask for no key (--keypair, --agent-key)?"
         };

@@ -4,6 +4,7 @@
 //! [`KeyPair::secret_file_text`] is asked for it.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -165,6 +166,17 @@ impl KeyPair {
         })
     }
 
+    /// Whether only root and this process's user have any rights in a secret file: whoever can read it is the agent
+    /// to all who ask for its key, and whoever can write it chooses that key.
+    pub fn is_private(path: &Path) -> Result<bool, KeyError> {
+        let found = std::fs::metadata(path).map_err(|source| KeyError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let user = rustix::process::geteuid().as_raw();
+        Ok(only_for(user, found.uid(), found.mode()))
+    }
+
     /// Makes a new pair from the system's randomness.
     #[must_use]
     pub fn generate() -> Self {
@@ -182,6 +194,10 @@ impl KeyPair {
             z85_encode(&self.secret.0)
         )
     }
+}
+
+fn only_for(user: u32, owner: u32, mode: u32) -> bool {
+    mode & 0o077 == 0 && [0, user].contains(&owner)
 }
 
 fn read(path: &Path) -> Result<String, KeyError> {
@@ -238,6 +254,16 @@ mod tests {
             &"€".repeat(40),
         ] {
             assert_eq!(bad.parse::<PublicKey>(), Err(Z85Error), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_secret_file_is_for_root_and_its_user_only() {
+        assert!(only_for(0, 0, 0o100_600) && only_for(1000, 1000, 0o100_600));
+        assert!(only_for(1000, 0, 0o100_400));
+        assert!(!only_for(0, 1000, 0o100_600) && !only_for(1000, 1001, 0o100_600));
+        for bit in 0..6 {
+            assert!(!only_for(0, 0, 0o100_600 | 1 << bit));
         }
     }
 

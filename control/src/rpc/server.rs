@@ -26,7 +26,9 @@ use super::frame::{Kind, Message, PONG};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::DecodeLimits;
 use super::service::Service;
-use super::transport::{Link, Receive, Router, RouterOptions, SendOutcome, TransportError};
+use super::transport::{
+    Allowed, Link, Receive, Router, RouterOptions, SendOutcome, TransportError,
+};
 use admission::Admission;
 use answer::Answerer;
 
@@ -72,6 +74,8 @@ pub struct CurveServer {
     pub pair: KeyPair,
     /// The manager's public key.
     pub manager: PublicKey,
+    /// Whether only root and the agent can have its pair, so that it is let in from this host.
+    pub own_is_private: bool,
 }
 
 /// What a server needs.
@@ -185,10 +189,11 @@ impl Server {
         };
         let transport = RouterOptions {
             address: requested,
-            curve: options
-                .curve
-                .as_ref()
-                .map(|curve| (&curve.pair, curve.manager)),
+            curve: options.curve.as_ref().map(|curve| {
+                let own = curve.own_is_private.then_some(curve.pair.public);
+                let manager = curve.manager;
+                (&curve.pair, Allowed { manager, own })
+            }),
             max_message_bytes: options.limits.message_bytes,
             handshake_deadline: options.limits.handshake_deadline,
         };

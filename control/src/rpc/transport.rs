@@ -18,7 +18,7 @@ use super::keys::{KeyPair, PublicKey, SecretKey};
 
 pub(super) use dealer::{Dealer, DealerSender};
 pub(super) use link::{Link, LinkError, SendOutcome};
-pub(super) use router::{Receive, Router, RouterOptions};
+pub(super) use router::{Allowed, Receive, Router, RouterOptions};
 
 /// Why the transport could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -36,18 +36,15 @@ pub(super) enum TransportError {
 }
 
 /// The listening end's part of a handshake: everybody, or the one key.
-fn server_mechanism(
-    curve: Option<(&KeyPair, PublicKey)>,
-) -> Result<MechanismSetup, TransportError> {
-    let Some((pair, manager)) = curve else {
+fn server_mechanism(curve: Option<(&KeyPair, Allowed)>) -> Result<MechanismSetup, TransportError> {
+    let Some((pair, allowed)) = curve else {
         return Ok(MechanismSetup::Null);
     };
-    let own = pair.public;
     Ok(MechanismSetup::CurveServer {
         our_keypair: checked_pair(pair)?,
         // Where a peer with the own key is, the router looks at.
         options: CurveServerOptions::default()
-            .authenticator(move |peer| [manager.0, own.0].contains(&peer.public_key)),
+            .authenticator(move |peer| allowed.knows(PublicKey(peer.public_key))),
     })
 }
 

@@ -52,7 +52,7 @@ pub(in crate::rpc) trait Receive: Send + Sync + 'static {
 #[derive(Debug)]
 pub(in crate::rpc) struct RouterOptions<'a> {
     pub(in crate::rpc) address: SocketAddr,
-    pub(in crate::rpc) curve: Option<(&'a KeyPair, PublicKey)>,
+    pub(in crate::rpc) curve: Option<(&'a KeyPair, Allowed)>,
     pub(in crate::rpc) max_message_bytes: usize,
     pub(in crate::rpc) handshake_deadline: Duration,
 }
@@ -75,19 +75,25 @@ struct Shared<R> {
 }
 
 /// Whose keys are let in.
-#[derive(Clone, Copy)]
-struct Allowed {
-    manager: PublicKey,
-    own: PublicKey,
+#[derive(Clone, Copy, Debug)]
+pub(in crate::rpc) struct Allowed {
+    pub(in crate::rpc) manager: PublicKey,
+    /// The agent's own, unless others may read its pair.
+    pub(in crate::rpc) own: Option<PublicKey>,
 }
 
 impl Allowed {
+    /// Whether there is a place that it is let in from.
+    pub(super) fn knows(&self, key: PublicKey) -> bool {
+        key == self.manager || Some(key) == self.own
+    }
+
     /// Whoever holds the agent's own pair is its operator, but only on this host: where nodes share a pair, one
     /// of them must not drive the others.
     fn lets_in(&self, key: Option<PublicKey>, from: IpAddr, to: Option<IpAddr>) -> bool {
         let from = from.to_canonical();
         let near = from.is_loopback() || to.is_some_and(|to| to.to_canonical() == from);
-        key == Some(self.manager) || (near && key == Some(self.own))
+        key.is_some_and(|key| key == self.manager || (near && self.knows(key)))
     }
 }
 
@@ -125,10 +131,7 @@ impl Router {
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             config,
-            allowed: options.curve.map(|(pair, manager)| Allowed {
-                manager,
-                own: pair.public,
-            }),
+            allowed: options.curve.map(|(_, allowed)| allowed),
             handshake_deadline: options.handshake_deadline,
             receiver,
             stop: stop.clone(),
@@ -331,7 +334,7 @@ mod tests {
         let [manager, own, stranger] = keys.map(Some);
         let allowed = Allowed {
             manager: keys[0],
-            own: keys[1],
+            own: Some(keys[1]),
         };
         let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
         let lets_in = |key, from: &str, to: &str| allowed.lets_in(key, ip(from), Some(ip(to)));
@@ -346,6 +349,16 @@ mod tests {
             assert!(!lets_in(stranger, from, "10.0.0.1"));
             assert!(!lets_in(None, from, "10.0.0.1"));
         }
+        // Others may read it.
+        let allowed = Allowed {
+            own: None,
+            ..allowed
+        };
+        let here = ip("127.0.0.1");
+        assert!(allowed.lets_in(manager, here, Some(here)));
+        assert!(!allowed.lets_in(own, here, Some(here)));
+        assert!(!allowed.lets_in(None, here, Some(here)));
+        assert!(allowed.knows(keys[0]) && !allowed.knows(keys[1]));
     }
 
     #[tokio::test]
