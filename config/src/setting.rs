@@ -456,13 +456,16 @@ pub(crate) struct ExistingFile(pub PathBuf);
 impl Setting for ExistingFile {
     fn read(value: &Value, host: &dyn Host) -> Result<Self, Fault> {
         let path = absolute(&String::read(value, host)?, host)?;
-        if path.is_file() {
-            Ok(Self(path))
-        } else {
-            Err(Fault::new(
+        match path.metadata() {
+            Ok(found) if found.is_file() => Ok(Self(path)),
+            Err(err) if err.kind() == std::io::ErrorKind::PermissionDenied => Err(Fault::new(
+                "this user may not look at it",
+                "run this as root, or name a file this user may read",
+            )),
+            _ => Err(Fault::new(
                 "there is no such file",
                 "name an existing file this user may read",
-            ))
+            )),
         }
     }
 

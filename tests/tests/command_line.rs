@@ -118,6 +118,34 @@ fn a_configuration_that_was_named_is_never_passed_over() -> Result<()> {
 }
 
 #[test]
+fn a_configuration_that_is_found_is_never_passed_over() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("agent.toml");
+    let asked = |text: &str| -> Result<Output> {
+        std::fs::write(&file, text)?;
+        Ok(agent(&["status", "--connect-timeout", "1"])?
+            .env_remove("BAI_AGENT_ADDRESS")
+            .env_remove("BACKEND_CONFIG_FILE")
+            .current_dir(directory.path())
+            .output()?)
+    };
+    // The usual address without a key would be another node's.
+    let faulty = asked(&CLUSTER.replace("id = ", "id = = "))?;
+    assert_eq!(faulty.status.code(), Some(78), "{}", said(&faulty));
+    assert!(said(&faulty).contains("agent.toml"), "{}", said(&faulty));
+    // Nobody listens there.
+    let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let whole = asked(&CLUSTER.replace("127.0.0.1:6001", &address.to_string()))?;
+    assert_eq!(whole.status.code(), Some(69), "{}", said(&whole));
+    assert!(
+        said(&whole).contains(&address.to_string()),
+        "{}",
+        said(&whole)
+    );
+    Ok(())
+}
+
+#[test]
 fn whoever_finds_no_agent_is_told_once_what_to_look_at() -> Result<()> {
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = taken.local_addr()?.to_string();

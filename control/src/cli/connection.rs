@@ -108,19 +108,6 @@ pub struct Agent {
 }
 
 impl Connection {
-    /// The configuration that says where the agent is; nothing where the command line does. One that was named must be
-    /// usable; one that is found only may be absent.
-    fn configured(&self, source: &Source) -> Result<Option<config::Loaded>, Problem> {
-        if self.address.is_some() {
-            return Ok(None);
-        }
-        match source.load() {
-            Ok(loaded) => Ok(Some(loaded)),
-            Err(problem) if source.config.is_some() => Err(problem),
-            Err(_) => Ok(None),
-        }
-    }
-
     fn keys(&self, configured: Option<&config::Config>) -> Result<Option<ClientCurve>, Problem> {
         if let (Some(pair), Some(agent)) = (&self.keypair, &self.agent_key) {
             return Ok(Some(ClientCurve {
@@ -142,23 +129,22 @@ impl Connection {
 
     /// The way to the agent of the node that `source` configures.
     pub fn way(&self, source: &Source) -> Result<Way, Problem> {
-        let loaded = self.configured(source)?;
-        let configured = loaded.as_ref().map(|loaded| &*loaded.config);
-        let address = match (&self.address, configured) {
-            (Some(address), _) => address.clone(),
-            (None, Some(config)) => {
+        let (address, curve) = match &self.address {
+            Some(address) => (address.clone(), self.keys(None)?),
+            None => {
+                let config = source.load()?.config;
                 let listen = &config.agent.rpc_listen_addr;
-                match listen.host.as_str() {
+                let address = match listen.host.as_str() {
                     // A wildcard is where the agent listens, not where one can connect to.
                     "" | "0.0.0.0" | "::" => format!("127.0.0.1:{}", listen.port),
                     host => format!("{host}:{}", listen.port),
-                }
+                };
+                (address, self.keys(Some(&config))?)
             }
-            (None, None) => "127.0.0.1:6001".to_owned(),
         };
         Ok(Way {
             address,
-            curve: self.keys(configured)?,
+            curve,
             patience: Duration::from_secs(self.connect_timeout),
         })
     }
