@@ -79,11 +79,18 @@ async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     let result = kernels::create(&node, &order).await?;
     let before = kernels::ask(&node, "bai.status", vec![]).await?;
     node.kill_control()?;
+    // As the agent of an earlier version left its kernels.
+    let mark = node.scratch_root().join(format!("{}.owner", order.kernel));
+    std::fs::remove_file(&mark)?;
     node.start_control().await?;
     assert_eq!(
         kernels::state(&node, order.kernel).await?.as_deref(),
         Some("running")
     );
+    wait::until("its scratch is marked", SOON, || async {
+        (std::fs::read_to_string(&mark).ok()? == node.agent_id()).then_some(())
+    })
+    .await?;
     // The first answer already knows what is held.
     let after = kernels::ask(&node, "bai.status", vec![]).await?;
     assert_eq!(after["slots"], before["slots"]);
@@ -419,6 +426,13 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     let of_before = limits(before["container_id"].as_str().unwrap()).await?;
     kernels::run(&node, &order, "echo kept > /home/work/file").await?;
 
+    // An engine that is at it already is asked again.
+    let removing = r#"{"message": "removal of container x is already in progress"}"#;
+    engine.spoil("DELETE ", Fault::json(409, removing), 1);
+    kernels::restart(&node, &order).await?;
+
+    let stops = |line: &String| line.contains("/stop");
+    let stopped = engine.requests().into_iter().filter(stops).count();
     engine.spoil("/stop", Fault::Hang, 1);
     let mut environ = order.config["environ"].clone();
     environ["CHANGED"] = json!("by the restart");
@@ -434,8 +448,8 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
             .await;
     });
     wait::until("the old container is to stop", SOON, || async {
-        let mut asked = engine.requests().into_iter();
-        asked.any(|line| line.contains("/stop")).then_some(())
+        let asked = engine.requests().into_iter().filter(stops).count();
+        (asked > stopped).then_some(())
     })
     .await?;
     let poll = vec![
@@ -452,13 +466,26 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     assert_eq!(polled["status"], "continued", "no poll waits for a restart");
     node.kill_control()?;
 
-    // The old container still runs, and goes now.
+    // The old container still runs. It goes when the engine is well again, perhaps under another agent.
+    engine.spoil(
+        "DELETE ",
+        Fault::json(500, r#"{"message": "not now"}"#),
+        usize::MAX,
+    );
+    node.start_control().await?;
+    wait::until("the removal fails", SOON, || async {
+        let words = "cannot remove the old container";
+        (node.log("bai-agent").matches(words).count() >= 2).then_some(())
+    })
+    .await?;
+    node.stop_control()?;
+    engine.behave();
     engine.spoil("/containers/create", Fault::Hang, 1);
     node.start_control().await?;
     wait::until("the new container is asked for", SOON, || async {
         let asked = engine.requests().into_iter();
         let creations = asked.filter(|line| line.contains("/containers/create"));
-        (creations.count() == 2).then_some(())
+        (creations.count() == 3).then_some(())
     })
     .await?;
     assert!(node.containers()?.is_empty(), "the old one is gone");

@@ -44,8 +44,9 @@ use crate::resource::SlotRequest;
 const TAIL_BYTES: usize = 2048;
 /// How long the console of a container that has just died may take to be read.
 const TAIL_LIMIT: Duration = Duration::from_secs(5);
-/// How long it is tried to go on with a restart that was cut short with its agent.
-const RESTART_PATIENCE: Duration = Duration::from_secs(300);
+/// How long it is tried to go on with a restart that was cut short with its agent: to remove the old
+/// container and to make the new one.
+pub(super) const RESTART_PATIENCE: Duration = Duration::from_secs(300);
 /// Pauses between the tries: doubled up to the second.
 const RESTART_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
@@ -472,14 +473,15 @@ async fn rebuild(
 
 /// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
 /// come up more slowly than the agent (the dataplane, mounts of folders, device plugins), so nothing that
-/// fails before there is a container is final at first.
+/// fails before there is a container is final at first. `began` is when it was begun to go on.
 pub async fn resume_restart(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
+    began: Instant,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let (began, mut pause) = (Instant::now(), RESTART_PAUSES.0);
+    let mut pause = RESTART_PAUSES.0;
     let (built, turn) = loop {
         let (built, turn) = match take_turn(node, kernel, &abort).await {
             Ok(turn) => (

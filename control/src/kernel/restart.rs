@@ -7,7 +7,7 @@
 //! leaves what the next one needs to go on.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use shared::ids::KernelId;
@@ -26,6 +26,8 @@ use crate::causes::chain;
 
 /// How long the old container may take to go (the original's number).
 const OLD_CONTAINER: Duration = Duration::from_secs(60);
+/// Pauses between attempts to remove it: doubled up to the second.
+const REMOVAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
 
 /// A failed restart.
 #[derive(Debug, Error)]
@@ -260,15 +262,11 @@ async fn replace(
     tracing::info!(kernel_id = %kernel.id, "restarting a kernel");
     kernel.end_batch();
     destroy::let_runner_go(node, kernel).await;
-    let removal = destroy::stop_and_remove(node, kernel, false);
-    let gone = tokio::time::timeout(OLD_CONTAINER, removal).await;
-    let input = match &gone {
-        Ok(Ok(_)) => Input::OldContainerGone,
-        Ok(Err(err)) => {
-            tracing::warn!(kernel_id = %kernel.id, err = err as &dyn std::error::Error, "cannot remove the old container");
-            Input::RestartFailed
-        }
-        Err(_) => Input::RestartFailed,
+    let gone = remove_old(node, kernel, Instant::now() + OLD_CONTAINER).await;
+    let input = match gone {
+        Ok(()) => Input::OldContainerGone,
+        Err(Kept::Stopping) => return Err(CreateError::Stopping.into()),
+        Err(Kept::Ending | Kept::Late) => Input::RestartFailed,
     };
     if input == Input::OldContainerGone {
         kernel.update_record(forget_container);
@@ -277,8 +275,8 @@ async fn replace(
     node.perform(kernel, &actions);
     if actions != [Action::Proceed] {
         return Err(match gone {
-            Err(_) => RestartError::Timeout(kernel.id),
-            Ok(_) => RestartError::Refused {
+            Err(Kept::Late) => RestartError::Timeout(kernel.id),
+            _ => RestartError::Refused {
                 kernel: kernel.id,
                 why: Refusal::Ending,
             },
@@ -290,6 +288,51 @@ async fn replace(
     Ok(result)
 }
 
+/// Why the old container may still be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// The kernel is to end.
+    Ending,
+    /// The agent stops, perhaps with the engine. The journal tells the next start to go on.
+    Stopping,
+    /// It did not go in time.
+    Late,
+}
+
+/// Removes the old container, as often as it takes: an engine that is at it already, restarts or comes
+/// up more slowly than the agent fails at first.
+async fn remove_old(node: &Arc<Node>, kernel: &Arc<Kernel>, until: Instant) -> Result<(), Kept> {
+    let mut pause = REMOVAL_PAUSES.0;
+    loop {
+        let removal = destroy::stop_and_remove(node, kernel, false);
+        let limit = until.saturating_duration_since(Instant::now());
+        let trouble = match tokio::time::timeout(limit.min(OLD_CONTAINER), removal).await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(err)) => chain(&err),
+            Err(_) => "the attempt took too long".to_owned(),
+        };
+        let late = Instant::now() >= until;
+        tracing::warn!(kernel_id = %kernel.id, err = trouble, again = !late,
+            "cannot remove the old container of a kernel that is restarted");
+        let ending = kernel.wait_until(|state| match state {
+            State::Restarting { abort: None } | State::Creating { abort: None, .. } => None,
+            _ => Some(()),
+        });
+        tokio::select! {
+            biased;
+            () = ending => return Err(Kept::Ending),
+            () = node.stopping.cancelled() => {
+                tracing::info!(kernel_id = %kernel.id,
+                    "the restart of a kernel is cut short, as the agent stops; its next start goes on with it");
+                return Err(Kept::Stopping);
+            }
+            () = std::future::ready(()), if late => return Err(Kept::Late),
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(REMOVAL_PAUSES.1);
+    }
+}
+
 /// What a kernel does not have between two containers.
 fn forget_container(record: &mut Record) {
     record.container_id = None;
@@ -298,25 +341,25 @@ fn forget_container(record: &mut Record) {
 }
 
 /// Goes on with a restart that was cut short with its agent, whether the old container is gone, has
-/// stopped or still runs. The one who had asked for it is not there any more: what becomes of it is announced.
+/// stopped or still runs. The one who had asked for it is not there any more: what becomes of it is
+/// announced.
 pub async fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     tracing::info!(kernel_id = %kernel.id, "going on with the restart of a kernel");
+    let began = Instant::now();
     let order = match new_order(kernel, &Value::Null) {
         Ok(order) => order,
         Err(err) => return give_up(node, kernel, &chain(&err)),
     };
     destroy::let_runner_go(node, kernel).await;
-    let removal = destroy::stop_and_remove(node, kernel, false);
-    let left = match tokio::time::timeout(OLD_CONTAINER, removal).await {
-        Ok(Ok(_)) => None,
-        Ok(Err(err)) => Some(chain(&err)),
-        Err(_) => Some(chain(&RestartError::Timeout(kernel.id))),
-    };
-    if let Some(err) = left {
-        return give_up(node, kernel, &err);
+    match remove_old(node, kernel, began + create::RESTART_PATIENCE).await {
+        Ok(()) => {}
+        Err(Kept::Stopping) => return,
+        Err(Kept::Ending | Kept::Late) => {
+            return give_up(node, kernel, "its old container is not gone");
+        }
     }
     node.note(kernel, forget_container).await;
-    match create::resume_restart(node, kernel, &order).await {
+    match create::resume_restart(node, kernel, &order, began).await {
         Ok(_) => batch_job::expect_again(node, kernel),
         Err(err) => {
             tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
