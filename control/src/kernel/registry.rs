@@ -5,27 +5,28 @@
 //! and comes from its `Lifecycle`, which is stepped under a lock held for a few instructions and
 //! never over an await; no operation on one kernel waits for another kernel.
 
+mod ended;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
 use shared::monotonic_ns;
 use shared::observed::ContainerSample;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use self::ended::EndedKernel;
+
+use self::ended::{ENDED_KEPT, stored};
 use super::callers::{Callers, Source};
-use super::death::{Death, OutOfMemory};
-use super::journal::{Damaged, Journal, JournalError, Phase, StoredEnding};
-use super::lifecycle::{Action, Ending, Input, Lifecycle, Reason, Refusal, Stage, State};
+use super::death::OutOfMemory;
+use super::journal::{Journal, JournalError, Phase};
+use super::lifecycle::{Action, Ending, Input, Lifecycle, Refusal, Stage, State};
 use super::record::Record;
 use super::restart::UnderWay;
 use super::runner_link::RunnerLink;
-
-/// How many ended kernels are remembered for those who ask, over restarts of the agent too.
-const ENDED_KEPT: usize = 256;
 
 /// Between two times at which the start of one kernel is told.
 const START_AGAIN: Duration = Duration::from_secs(5);
@@ -107,96 +108,6 @@ pub struct KernelView {
     pub state: State,
     /// What the journal holds.
     pub record: Record,
-}
-
-/// A kernel that has ended.
-#[derive(Clone, Debug)]
-pub struct EndedKernel {
-    /// The last view.
-    pub view: KernelView,
-    /// When it ended.
-    pub at: SystemTime,
-}
-
-/// The same on the disk: the record has the ending, but for what the kernel died of.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct StoredEnd {
-    /// Seconds since the epoch.
-    at: f64,
-    death: Option<Death>,
-    record: Record,
-}
-
-impl EndedKernel {
-    /// A kernel that ends now.
-    pub fn now(kernel: &Kernel) -> EndedKernel {
-        let mut view = kernel.view();
-        view.record.forget_secrets();
-        view.record.phase = phase_of(&view.state);
-        view.record.ending = outcome(&view.state).map(stored);
-        EndedKernel {
-            view,
-            at: SystemTime::now(),
-        }
-    }
-
-    /// Writes it beside the journal, in the place of an earlier life's. Blocks.
-    pub fn store(&self, ends: &Journal) -> Result<(), JournalError> {
-        let end = StoredEnd {
-            at: crate::events::unix_seconds(self.at),
-            death: outcome(&self.view.state).and_then(|ending| ending.death),
-            record: self.view.record.clone(),
-        };
-        ends.store(self.view.id, &end)
-    }
-
-    /// The last ones on the disk, oldest first; others are removed. Blocks.
-    pub fn load(ends: &Journal) -> Result<(Vec<EndedKernel>, Vec<Damaged>), JournalError> {
-        let (found, mut damaged) = ends.load::<StoredEnd>()?;
-        let mut kernels = Vec::new();
-        for (id, end) in found {
-            match end.read() {
-                Some(ended) if ended.view.id == id => kernels.push(ended),
-                _ => damaged.push(ends.put_aside(id, "no end, or no end of this kernel")),
-            }
-        }
-        kernels.sort_by_key(|ended| ended.at);
-        let surplus = kernels.len().saturating_sub(ENDED_KEPT);
-        for ended in kernels.drain(..surplus) {
-            // What was read is good all the same, and the next start tries again.
-            let _ = ends.remove(ended.view.id);
-        }
-        Ok((kernels, damaged))
-    }
-}
-
-impl StoredEnd {
-    fn read(self) -> Option<EndedKernel> {
-        let at = Duration::try_from_secs_f64(self.at).ok()?;
-        let ending = self.record.ending.as_ref()?;
-        let ending = Ending {
-            reason: Reason::from_text(&ending.reason),
-            suppress: ending.suppress,
-            exit_code: ending.exit_code,
-            death: self.death,
-        };
-        Some(EndedKernel {
-            view: KernelView {
-                id: self.record.id(),
-                state: State::Ended(ending),
-                record: self.record,
-            },
-            at: SystemTime::UNIX_EPOCH.checked_add(at)?,
-        })
-    }
-}
-
-fn stored(ending: &Ending) -> StoredEnding {
-    StoredEnding {
-        reason: ending.reason.to_string(),
-        suppress: ending.suppress,
-        exit_code: ending.exit_code,
-    }
 }
 
 impl Kernel {
@@ -666,7 +577,11 @@ pub fn outcome(state: &State) -> Option<&Ending> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::time::SystemTime;
+
     use super::*;
+    use crate::kernel::death::Death;
+    use crate::kernel::lifecycle::Reason;
     use crate::kernel::record::PublishedBy;
     use crate::kernel::request::SessionType;
     use crate::kernel::runner_link::{LinkOptions, RunnerAddress};
