@@ -257,7 +257,10 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
         "the third kernel did not wait"
     );
     let work = node.scratch(&format!("{}/work", slow.kernel));
-    std::fs::write(work.join("go-on"), "")?;
+    wait::until("the first kernel's files", SOON, || async {
+        std::fs::write(work.join("go-on"), "").ok()
+    })
+    .await?;
     for call in calls {
         call.await??;
     }

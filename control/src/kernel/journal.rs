@@ -360,16 +360,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn times_come_back_from_json_as_they_were() {
-        for _ in 0..10_000 {
-            let time = now_unix();
-            let text = serde_json::to_string(&time).unwrap();
-            let read: f64 = serde_json::from_str(&text).unwrap();
-            assert_eq!(read.to_bits(), time.to_bits(), "{text}");
-        }
-    }
-
     fn record(n: u32) -> Journaled {
         BTreeMap::from([("n".to_owned(), n)])
     }

@@ -24,7 +24,7 @@ use super::request::KernelCreationConfig;
 use super::{batch_job, destroy};
 use crate::causes::chain;
 
-/// How long the old container may take to go (the original's number).
+/// How long the old container may take to go, beyond its time to stop (the original's number).
 const OLD_CONTAINER: Duration = Duration::from_secs(60);
 /// Pauses between attempts to remove it: doubled up to the second.
 const REMOVAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
@@ -79,7 +79,7 @@ pub enum RestartError {
         source: JournalError,
     },
     /// The old container did not go.
-    #[error("the old container of kernel {0} did not go within 60 s")]
+    #[error("the old container of kernel {0} did not go within 60 s and node.engine.stop-grace")]
     Timeout(KernelId),
     /// The new container did not come.
     #[error(transparent)]
@@ -262,7 +262,7 @@ async fn replace(
     tracing::info!(kernel_id = %kernel.id, "restarting a kernel");
     kernel.end_batch();
     destroy::let_runner_go(node, kernel).await;
-    let gone = remove_old(node, kernel, Instant::now() + OLD_CONTAINER).await;
+    let gone = remove_old(node, kernel, Instant::now() + old_container(node)).await;
     let input = match gone {
         Ok(()) => Input::OldContainerGone,
         Err(Kept::Stopping) => return Err(CreateError::Stopping.into()),
@@ -299,6 +299,10 @@ enum Kept {
     Late,
 }
 
+fn old_container(node: &Node) -> Duration {
+    OLD_CONTAINER.saturating_add(node.config.node.engine.stop_grace)
+}
+
 /// Removes the old container, as often as it takes: an engine that is at it already, restarts or comes
 /// up more slowly than the agent fails at first.
 async fn remove_old(node: &Arc<Node>, kernel: &Arc<Kernel>, until: Instant) -> Result<(), Kept> {
@@ -306,7 +310,7 @@ async fn remove_old(node: &Arc<Node>, kernel: &Arc<Kernel>, until: Instant) -> R
     loop {
         let removal = destroy::stop_and_remove(node, kernel, false);
         let limit = until.saturating_duration_since(Instant::now());
-        let trouble = match tokio::time::timeout(limit.min(OLD_CONTAINER), removal).await {
+        let trouble = match tokio::time::timeout(limit.min(old_container(node)), removal).await {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(err)) => chain(&err),
             Err(_) => "the attempt took too long".to_owned(),
@@ -327,7 +331,7 @@ async fn remove_old(node: &Arc<Node>, kernel: &Arc<Kernel>, until: Instant) -> R
                 return Err(Kept::Stopping);
             }
             () = std::future::ready(()), if late => return Err(Kept::Late),
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep_until(until.min(Instant::now() + pause).into()) => {}
         }
         pause = (pause * 2).min(REMOVAL_PAUSES.1);
     }

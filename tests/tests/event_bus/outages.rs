@@ -136,6 +136,34 @@ async fn a_backlog_that_waits_for_managers_does_not_hold_up_a_report() -> Result
 }
 
 #[tokio::test]
+async fn a_small_backlog_of_a_new_connection_goes_as_far_as_managers_have_room() -> Result<()> {
+    let redis = Redis::start()?;
+    let _manager = redis.manager()?;
+    let mut client = redis.client()?;
+    client.ask(&["SELECT", "4"])?;
+    for _ in 0..60 {
+        client.ask(&["XADD", "events", "*", "name", "other"])?;
+    }
+    let (bus, events) = bus(&settings(redis.port))?;
+    for n in 0..30 {
+        events.emit(ended(n));
+    }
+    let sent = async |count| {
+        let mut state = bus.state();
+        let sent = state.wait_for(|state| state.sent == count);
+        tokio::time::timeout(Duration::from_secs(5), sent)
+            .await
+            .map(drop)
+    };
+    sent(8).await?;
+    // It goes while the rest is held.
+    bus.publish(Message::report("agent_heartbeat", Vec::new())?);
+    sent(9).await?;
+    assert_eq!(numbers(&redis.stream()?), (0..8).collect::<Vec<u16>>());
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_hung_server_that_goes_on_gets_each_event_once() -> Result<()> {
     let redis = Redis::start()?;
     let (bus, events) = bus(&settings(redis.port))?;

@@ -55,8 +55,9 @@ struct Link {
     newest: Bytes,
     readers: Readers,
     patience: Patience,
-    /// Nothing but reports was added since it was made.
-    is_new: bool,
+    /// There may be more than managers have room for: it is new, or more waits than a batch takes. Until
+    /// a batch has taken all that waits.
+    backlog: bool,
     /// Since when managers are waited for.
     held: Option<Instant>,
 }
@@ -94,7 +95,7 @@ impl Sender {
                     match stepped {
                         Stepped::Refused => REFUSED_PAUSE,
                         Stepped::Held => readers::look_pause(),
-                        Stepped::Sent if self.waiting.len() <= BATCH => continue,
+                        Stepped::Sent if !self.has_backlog(link.as_ref()) => continue,
                         Stepped::Sent => readers::out_of_step(BACKLOG_PAUSE),
                     }
                 }
@@ -111,6 +112,11 @@ impl Sender {
                 () = self.stopping.cancelled() => return,
             }
         }
+    }
+
+    fn has_backlog(&self, link: Option<&Link>) -> bool {
+        let waiting = self.waiting.len();
+        waiting > BATCH || waiting > 0 && link.is_some_and(|link| link.backlog)
     }
 
     /// Connects if need be, clears up a doubtful batch, sends one batch. Never waits for managers:
@@ -132,7 +138,7 @@ impl Sender {
                     newest,
                     readers: Readers::default(),
                     patience: Patience::default(),
-                    is_new: true,
+                    backlog: true,
                     held: None,
                 })
             }
@@ -149,11 +155,13 @@ impl Sender {
         let mut stepped = Stepped::Sent;
         let mut room = BATCH;
         // All agents come back at once after an outage, each with a little.
-        if link.is_new || self.waiting.len() > BATCH {
+        let waiting = self.waiting.len();
+        link.backlog |= waiting > BATCH;
+        if link.backlog {
             let reports = self.waiting.reports(REPORTS, BATCH_BYTES);
-            if reports.len() < self.waiting.len() {
+            if reports.len() < waiting {
                 room = room_for(link).await?;
-                link.is_new &= room == 0;
+                link.backlog = room < waiting;
                 if room == 0 {
                     // A node that is well is not to be taken for lost meanwhile.
                     batch = reports;
