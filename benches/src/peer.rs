@@ -14,12 +14,15 @@ use shared::observed::{ForwardPath, RelayEngine};
 use crate::load;
 use crate::node::{Node, program};
 use crate::site::{
-    BULK_PORT, CONTAINER, ECHO_PORT, Group, HOST, HOST_BULK_PORT, HOST_ECHO_PORT, Place, Site,
+    BULK_PORT, CABLE, CONTAINER, ECHO_PORT, Group, HOST, HOST_BULK_PORT, HOST_ECHO_PORT, Place,
+    Site,
 };
 
 /// What stands between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Peer {
+    /// No host between: client and container on one veth pair. The floor of any path.
+    Cable,
     /// Routed to the container's own address.
     Direct,
     /// Destination NAT by iptables, as the engine publishes ports for remote clients.
@@ -58,7 +61,8 @@ pub fn said(program: &Path, flag: &str) -> Result<String> {
 
 impl Peer {
     /// All, in the order of tables.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
+        Self::Cable,
         Self::Direct,
         Self::Dnat,
         Self::DockerProxy,
@@ -74,6 +78,7 @@ impl Peer {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Cable => "cable",
             Self::Direct => "direct",
             Self::Dnat => "dnat",
             Self::DockerProxy => "docker_proxy",
@@ -95,7 +100,7 @@ impl Peer {
     /// A process carries the bytes.
     #[must_use]
     pub fn has_process(self) -> bool {
-        !matches!(self, Self::Direct | Self::Dnat)
+        !matches!(self, Self::Cable | Self::Direct | Self::Dnat)
     }
 
     /// Where clients at a place reach the echo server and iperf3; `None` where this peer does not
@@ -103,6 +108,8 @@ impl Peer {
     #[must_use]
     pub fn addresses(self, from: Place) -> Option<[SocketAddr; 2]> {
         let (ip, ports) = match (self, from) {
+            (Self::Cable, Place::Client) => (CABLE, [ECHO_PORT, BULK_PORT]),
+            (Self::Cable, _) => return None,
             (Self::Direct, _) => (CONTAINER, [ECHO_PORT, BULK_PORT]),
             (_, Place::Client) => (HOST, [HOST_ECHO_PORT, HOST_BULK_PORT]),
             (Self::Dnat, _) => return None,
@@ -128,6 +135,7 @@ impl Peer {
     pub fn description(self, site: &Site) -> Result<(String, String)> {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(match self {
+            Self::Cable => (kernel.trim().to_owned(), "one veth pair".into()),
             Self::Direct => (kernel.trim().to_owned(), "route through the host".into()),
             Self::Dnat => (said(Path::new("iptables"), "--version")?, dnat_rules()),
             Self::DockerProxy => (
@@ -165,6 +173,7 @@ impl Peer {
             node: None,
         };
         match self {
+            Self::Cable => site.plug_cable()?,
             Self::Direct => {}
             Self::Dnat => site.restore(&dnat_rules())?,
             Self::DockerProxy => {
@@ -267,11 +276,16 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.peer == Peer::Dnat {
-            let undo = dnat_rules().replace("-A DOCKER", "-D DOCKER");
-            if let Err(err) = self.site.restore(&undo) {
-                eprintln!("{err:#}");
+        let undone = match self.peer {
+            Peer::Dnat => {
+                let undo = dnat_rules().replace("-A DOCKER", "-D DOCKER");
+                self.site.restore(&undo)
             }
+            Peer::Cable => self.site.unplug_cable(),
+            _ => Ok(()),
+        };
+        if let Err(err) = undone {
+            eprintln!("{err:#}");
         }
         for child in &mut self.children {
             let _ = child.kill();

@@ -22,6 +22,8 @@ use nix::unistd::Pid;
 pub const HOST: &str = "10.78.1.1";
 /// The container.
 pub const CONTAINER: &str = "10.78.2.2";
+/// The container at the end of a cable ([`Site::plug_cable`]).
+pub const CABLE: &str = "10.78.3.2";
 /// Port of the echo server in the container.
 pub const ECHO_PORT: u16 = 7000;
 /// Port of iperf3 in the container.
@@ -246,6 +248,36 @@ impl Site {
         // Docker turns this on; a kernel without br_netfilter has no such key.
         let _ = self.set(Place::Host, "net.bridge.bridge-nf-call-iptables", "1");
         self.restore(RULES)
+    }
+
+    /// Joins client and container by a veth pair with no host between them.
+    ///
+    /// # Errors
+    /// The kernel refuses, or one is there already.
+    pub fn plug_cable(&self) -> Result<()> {
+        let [client, container] = [Place::Client, Place::Container].map(|it| self.namespace(it));
+        for words in [
+            format!("-n {client} link add cable type veth peer name cable netns {container}"),
+            format!("-n {client} addr add 10.78.3.1/24 dev cable"),
+            format!("-n {client} link set cable up"),
+            format!("-n {container} addr add {CABLE}/24 dev cable"),
+            format!("-n {container} link set cable up"),
+        ] {
+            ip(&words)?;
+        }
+        Ok(())
+    }
+
+    /// Takes it away.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn unplug_cable(&self) -> Result<()> {
+        ip(&format!(
+            "-n {} link del cable",
+            self.namespace(Place::Client)
+        ))
+        .map(drop)
     }
 
     /// Adds rules to the host's tables.

@@ -175,12 +175,12 @@ fn ratios(findings: &Findings) -> Vec<(String, Spread)> {
 
 /// Ratios that no target names but that explain those that are.
 fn further(findings: &Findings) -> Vec<(String, Spread)> {
-    use Load::{Bulk, Connections, HostBulk, HostConnections, HostRequests, Requests};
+    use Load::{Bulk, Connections, HostBulk, HostConnections, HostRequests, Latency, Requests};
     let samples = Samples(&findings.samples);
     let (rate, cpu, own): (Figure, Figure, Figure) =
         (Sample::rate, Sample::cpu_per_unit, Sample::own_per_unit);
     let (kernel, relay) = (Peer::Kernel, Peer::Relay);
-    [
+    let mut found: Vec<_> = [
         (
             "relay_own_cpu_per_request_vs_nginx",
             samples.ratio(Requests, own, relay, Peer::Nginx),
@@ -240,7 +240,19 @@ fn further(findings: &Findings) -> Vec<(String, Spread)> {
     ]
     .into_iter()
     .filter_map(|(name, spread)| Some((name.to_owned(), spread?)))
-    .collect()
+    .collect();
+    // How far below the direct route any path can get.
+    for load in [Requests, Latency, Connections, Bulk] {
+        let name = load.name();
+        for (name, figure) in [
+            (format!("cable_{name}_vs_direct"), rate),
+            (format!("cable_cpu_of_{name}_vs_direct"), cpu),
+        ] {
+            let spread = samples.ratio(load, figure, Peer::Cable, Peer::Direct);
+            found.extend(spread.map(|spread| (name, spread)));
+        }
+    }
+    found
 }
 
 /// Figures of peers that can't be: a bench that measures those measures something else.
