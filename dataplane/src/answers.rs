@@ -51,7 +51,7 @@ struct State<K, A> {
     answers: HashMap<K, (Instant, A)>,
     threads: usize,
     idle: usize,
-    /// When a question last had another one waiting behind it.
+    /// When a question last waited for a thread.
     spare_wanted: Instant,
     stop: bool,
 }
@@ -113,9 +113,12 @@ where
         state.waiting.retain(|key| all.contains(key));
         state.waiting.extend(fresh);
         state.answers.retain(|key, _| all.contains(key));
-        if !state.waiting.is_empty() {
-            self.0.state.wake();
+        if state.waiting.is_empty() {
+            return;
         }
+        // Whoever is at work may hang.
+        self.0.make_spare(state);
+        self.0.state.wake();
     }
 
     /// The last answer.
@@ -159,6 +162,15 @@ where
             .map(drop)
     }
 
+    /// Sees to it that a thread is there for what waits, should all others hang.
+    fn make_spare(self: &Arc<Self>, state: &mut State<K, A>) {
+        state.spare_wanted = Instant::now();
+        let spare = state.idle == 0 && state.threads < self.most_threads;
+        if spare && Self::spawn(self).is_ok() {
+            state.threads += 1;
+        }
+    }
+
     fn serve(self: Arc<Self>) {
         while let Some(key) = self.next() {
             let answer = (self.ask)(&key);
@@ -189,11 +201,7 @@ where
             if !at_work && let Some(key) = state.waiting.pop_front() {
                 state.asked.insert(key.clone(), Instant::now());
                 if !state.waiting.is_empty() {
-                    state.spare_wanted = Instant::now();
-                    let spare = state.idle == 0 && state.threads < self.most_threads;
-                    if spare && Self::spawn(self).is_ok() {
-                        state.threads += 1;
-                    }
+                    self.make_spare(&mut state);
                 }
                 return Some(key);
             }
@@ -273,6 +281,23 @@ mod tests {
         until(|| inner.state.lock().threads == 1);
         drop(answers);
         until(|| inner.state.lock().threads == 0);
+    }
+
+    #[test]
+    fn a_question_that_hangs_alone_holds_up_none_that_comes_later() {
+        let answers = Answers::start("test", 4, |key: &u32| {
+            if *key == 0 {
+                loop {
+                    std::thread::park();
+                }
+            }
+            Word::Is(())
+        })
+        .unwrap();
+        answers.ask([0]);
+        until(|| answers.0.state.lock().asked.contains_key(&0));
+        answers.ask([0, 1]);
+        until(|| answers.last(&1).is_some());
     }
 
     #[test]

@@ -95,6 +95,8 @@ struct Inner {
     accelerators: Accelerators,
     /// Devices the region had no room for at the last pass.
     devices_left_out: usize,
+    /// The same for containers.
+    containers_left_out: usize,
     /// Containers of the last pass, sorted; `None` when the region may have rows of others.
     sampled: Option<Vec<ContainerId>>,
     /// The region's file is not in its place, which is told once.
@@ -140,6 +142,7 @@ impl Board {
             entries: BTreeMap::new(),
             accelerators,
             devices_left_out: 0,
+            containers_left_out: 0,
             sampled: None,
             misplaced: false,
             tick: 0,
@@ -217,10 +220,11 @@ impl Board {
     }
 
     /// Publishes one pass, with the counters of all ports and the last answers of the accelerators'
-    /// drivers at this moment, as one, and rings.
+    /// drivers at this moment, as one, and rings. Containers and devices beyond the region's rows are
+    /// left out, and a warning tells so.
     ///
     /// # Errors
-    /// The region has no room for all containers; nothing of the pass was published then.
+    /// The region can't be written; nothing of the pass was published then.
     pub fn publish_pass(&self, mut pass: Pass) -> Result<(), BatchError> {
         let mut inner = self.lock();
         let Inner {
@@ -228,11 +232,25 @@ impl Board {
             entries,
             accelerators,
             devices_left_out,
+            containers_left_out,
             sampled,
             tick,
             ..
         } = &mut *inner;
         *tick = pass.tick;
+        let room = usize::try_from(writer.sizes().containers).unwrap_or(usize::MAX);
+        let found = pass.samples.ids().len();
+        pass.samples.truncate(room);
+        let published = pass.samples.ids().len();
+        pass.node.counters.containers_sampled = Some(published as u64);
+        let left_out = found - published;
+        if std::mem::replace(containers_left_out, left_out) != left_out && left_out > 0 {
+            tracing::warn!(
+                left_out,
+                room,
+                "there are more containers than the region has rows for; those left out have no statistics, restart bai-dataplane, which takes node.max-containers at its start"
+            );
+        }
         let mut devices = accelerators.rows(pass.tick);
         let on_devices = accelerators.processes();
         pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
@@ -264,7 +282,6 @@ impl Board {
             gone.extend(writer.container_ids().filter(lost));
             now
         });
-        let room = usize::try_from(writer.sizes().containers).unwrap_or(usize::MAX);
         writer.batch(|batch| {
             for id in gone {
                 batch.remove_container(id);
@@ -274,7 +291,6 @@ impl Board {
                     batch.put_port(entry.status.clone());
                 }
             }
-            pass.samples.truncate(room);
             batch.put_containers(pass.samples);
             for key in lost {
                 batch.remove_accelerator(key);
@@ -306,5 +322,53 @@ impl Inner {
         if let Err(err) = self.ringer.ring() {
             tracing::debug!(%err, "control's doorbell can't be rung");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shared::Sizes;
+    use shared::observed::{ContainerSample, ObservedReader};
+    use shared::run_dir::RunDir;
+
+    /// As when `node.max-containers` was raised and only bai-agent was started again.
+    #[test]
+    fn containers_beyond_the_regions_rows_are_left_out_and_the_others_are_published() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-board").unwrap();
+        let directory = run_dir.create_dataplane().unwrap();
+        let sizes = Sizes {
+            containers: 2,
+            ..Sizes::default()
+        };
+        let board = Board::new(
+            ObservedWriter::open(&directory, sizes).unwrap(),
+            Ringer::of(run_dir.control()).unwrap(),
+            Accelerators::none(),
+        );
+        let mut reader = ObservedReader::at(&directory);
+        let mut published = |tick, ids: &[u8]| {
+            let sample = |id: &u8| ContainerSample {
+                container_id: ContainerId([*id; 32]),
+                tick,
+                ..ContainerSample::default()
+            };
+            let pass = Pass {
+                tick,
+                samples: ids.iter().map(sample).collect(),
+                ..Pass::default()
+            };
+            board.publish_pass(pass).unwrap();
+            let snapshot = reader.snapshot().unwrap();
+            let counters = &snapshot.node.as_ref().unwrap().counters;
+            let rows = snapshot.containers.iter();
+            let ids: Vec<(u8, u64)> = rows.map(|it| (it.container_id.0[0], it.tick)).collect();
+            (ids, counters.containers_sampled)
+        };
+        assert_eq!(published(1, &[2, 3]), (vec![(2, 1), (3, 1)], Some(2)));
+        // One more, before them: the last one's row goes to it.
+        assert_eq!(published(2, &[1, 2, 3]), (vec![(1, 2), (2, 2)], Some(2)));
+        assert_eq!(published(3, &[3]), (vec![(3, 3)], Some(1)));
     }
 }

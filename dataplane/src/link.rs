@@ -95,6 +95,8 @@ pub struct Link {
     unclaimed_at: Option<Instant>,
     drains_counted: Instant,
     read_log: LogLimit,
+    /// Listeners may be opened: the process is not about to end.
+    accepting: bool,
 }
 
 fn sum(a: Counters, b: Counters) -> Counters {
@@ -200,6 +202,7 @@ impl Link {
             unclaimed_at: None,
             drains_counted: Instant::now(),
             read_log: LogLimit::default(),
+            accepting: true,
         };
         link.set_total_limit();
         link
@@ -549,8 +552,10 @@ impl Link {
     /// guarded link, the end of orphans.
     pub fn tick(&mut self, now: Instant) {
         self.finish_drains(now);
-        self.retry(now);
-        self.close_unwatched(now);
+        if self.accepting {
+            self.retry(now);
+            self.close_unwatched(now);
+        }
         self.kernel_turn(now);
         self.lift_held_back();
         for running in self.running.values() {
@@ -656,6 +661,7 @@ impl Link {
     /// Closes all listeners; sessions go on. What the region says afterwards is that nothing is
     /// served, so that control need not wait for the heartbeat to grow old.
     pub fn stop_accepting(&mut self) {
+        self.accepting = false;
         let keys: Vec<PortKey> = self.running.keys().copied().collect();
         self.close_listeners(keys.iter().copied());
         for running in self.running.values_mut() {

@@ -246,7 +246,8 @@ fn scene(containers: u16) -> Scene {
         },
         reading: HostReading {
             at_ns: 1,
-            cores_ns: vec![1_000_000, 2_000_000],
+            busy_ns: Some(3_000_000),
+            cores_ns: vec![(0, 1_000_000), (1, 2_000_000)],
             memory: Some(Filled { used: 1, total: 2 }),
             ..HostReading::default()
         },

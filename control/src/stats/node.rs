@@ -49,8 +49,11 @@ pub struct Traffic {
 pub struct HostReading {
     /// When, ns of the monotonic clock.
     pub at_ns: u64,
-    /// Busy time of each core since boot, ns.
-    pub cores_ns: Vec<u64>,
+    /// Busy time of all cores since boot, ns, those that have gone off line too; `None` when it can't
+    /// be read.
+    pub busy_ns: Option<u64>,
+    /// Number and busy time since boot, ns, of each core that is on line.
+    pub cores_ns: Vec<(u32, u64)>,
     /// Memory.
     pub memory: Option<Space>,
     /// Disks.
@@ -69,11 +72,14 @@ impl HostReading {
     pub fn of_this_host(at_ns: u64) -> Self {
         let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+        let (all, cores) = busy_ticks(&text("/proc/stat"));
+        let ns = |ticks: u64| ticks.saturating_mul(tick_ns);
         Self {
             at_ns,
-            cores_ns: busy_ticks(&text("/proc/stat"))
+            busy_ns: all.map(ns),
+            cores_ns: cores
                 .into_iter()
-                .map(|ticks| ticks.saturating_mul(tick_ns))
+                .map(|(core, ticks)| (core, ns(ticks)))
                 .collect(),
             memory: memory(&text("/proc/meminfo")),
             ..Self::default()
@@ -104,23 +110,27 @@ impl HostReading {
     }
 }
 
-/// Ticks each core spent on work: user, nice, system, irq and softirq of /proc/stat. Time of guests
-/// is in user time; stolen time is other machines'.
-fn busy_ticks(stat: &str) -> Vec<u64> {
-    stat.lines()
-        .filter(|line| line.starts_with("cpu") && !line.starts_with("cpu "))
-        .filter_map(|line| {
-            let ticks: Vec<u64> = line
-                .split_whitespace()
-                .skip(1)
-                .map_while(|word| word.parse().ok())
-                .collect();
-            let [user, nice, system, _, _, irq, softirq, ..] = ticks.as_slice() else {
-                return None;
-            };
-            Some([user, nice, system, irq, softirq].into_iter().sum())
-        })
-        .collect()
+/// Ticks that all cores together and each one on line spent on work: user, nice, system, irq and
+/// softirq of /proc/stat. Time of guests is in user time; stolen time is other machines'.
+fn busy_ticks(stat: &str) -> (Option<u64>, Vec<(u32, u64)>) {
+    let mut all = None;
+    let mut cores = Vec::new();
+    for line in stat.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some(core) = words.next().and_then(|word| word.strip_prefix("cpu")) else {
+            continue;
+        };
+        let ticks: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
+        let [user, nice, system, _, _, irq, softirq, ..] = ticks[..] else {
+            continue;
+        };
+        let busy = [user, nice, system, irq, softirq].into_iter().sum();
+        match core.parse() {
+            Ok(core) => cores.push((core, busy)),
+            Err(_) => all = Some(busy),
+        }
+    }
+    (all, cores)
 }
 
 fn memory(meminfo: &str) -> Option<Space> {
@@ -271,14 +281,9 @@ fn cores(reading: &HostReading, elapsed: Decimal) -> Option<WithDevices> {
     let devices: Vec<(String, Measurement)> = reading
         .cores_ns
         .iter()
-        .enumerate()
-        .map(|(place, busy_ns)| (place.to_string(), of(*busy_ns)))
+        .map(|(core, busy_ns)| (core.to_string(), of(*busy_ns)))
         .collect();
-    let all = reading
-        .cores_ns
-        .iter()
-        .fold(0_u64, |sum, ns| sum.saturating_add(*ns));
-    (!devices.is_empty()).then(|| (of(all), devices))
+    reading.busy_ns.map(|all| (of(all), devices))
 }
 
 fn disks(disks: &[(String, Space)]) -> Option<WithDevices> {
@@ -422,7 +427,8 @@ mod tests {
             let at_ns = (1000 + 5 * u64::try_from(round).unwrap()) * 1_000_000_000;
             let reading = HostReading {
                 at_ns,
-                cores_ns: vec![half, half],
+                busy_ns: Some(2 * half),
+                cores_ns: vec![(0, half), (1, half)],
                 memory: Some(space("mem")),
                 disks: vec![("/dev/vda1".to_owned(), space("disk"))],
                 network: Some(Traffic {
@@ -533,12 +539,28 @@ mod tests {
     #[test]
     fn this_host_tells_its_cores_and_its_memory() {
         let reading = HostReading::of_this_host(1);
-        assert!(!reading.cores_ns.is_empty());
+        assert!(reading.busy_ns.is_some() && !reading.cores_ns.is_empty());
         let memory = reading.memory.unwrap();
         assert!(memory.used > 0 && memory.used < memory.total);
         assert_eq!(
             busy_ticks("cpu  1 1 1 1 1 1 1 1\ncpu0 10 20 30 400 50 6 7 8 9 9\ncpu1 x\nintr 5\n"),
-            [73]
+            (Some(5), vec![(0, 73)])
         );
+    }
+
+    /// The list of /proc/stat has no line for it then, and its time stays in the first line.
+    #[test]
+    fn a_core_that_goes_off_line_changes_no_other_ones_number() {
+        let stat = |cores: &[(u32, u64)]| {
+            let mut text = "cpu  6000 0 0 0 0 0 0 0\n".to_owned();
+            for (core, user) in cores {
+                text += &format!("cpu{core} {user} 0 0 0 0 0 0 0\n");
+            }
+            text + "intr 1\n"
+        };
+        let all = [(0, 1000), (1, 2000), (2, 3000)];
+        assert_eq!(busy_ticks(&stat(&all)), (Some(6000), all.to_vec()));
+        let fewer = [(0, 1000), (2, 3000)];
+        assert_eq!(busy_ticks(&stat(&fewer)), (Some(6000), fewer.to_vec()));
     }
 }

@@ -49,6 +49,8 @@ impl Reading {
 #[derive(Debug)]
 pub struct Node {
     last: Option<Reading>,
+    /// By their numbers: what those that are off line had when they were last on line.
+    cores_busy_ns: Vec<u64>,
     stat: CachedFile,
     meminfo: CachedFile,
     vmstat: CachedFile,
@@ -105,6 +107,7 @@ impl Node {
         let file = |path: PathBuf| CachedFile::new(path, budget);
         Self {
             last: None,
+            cores_busy_ns: Vec::new(),
             stat: file(proc.join("stat")),
             meminfo: file(proc.join("meminfo")),
             vmstat: file(proc.join("vmstat")),
@@ -142,12 +145,16 @@ impl Node {
             counters.cpu_idle_ns = ns(all.idle);
             counters.cpu_user_ns = ns(all.user);
             counters.cpu_system_ns = ns(all.system);
-            cores_busy_ns.extend(
-                text.lines()
-                    .skip(1)
-                    .map_while(CpuTicks::parse)
-                    .map(|core| (core.user + core.system).saturating_mul(self.tick_ns)),
-            );
+            for line in text.lines().skip(1) {
+                let Some((ticks, core)) = CpuTicks::parse(line).zip(core_of(line)) else {
+                    break;
+                };
+                if self.cores_busy_ns.len() <= core {
+                    self.cores_busy_ns.resize(core + 1, 0);
+                }
+                self.cores_busy_ns[core] = (ticks.user + ticks.system).saturating_mul(self.tick_ns);
+            }
+            cores_busy_ns.clone_from(&self.cores_busy_ns);
         }
         counters.oom_kill_events = self.oom_kill_events(buffer);
         let [cpu, memory, io] = &mut self.pressure;
@@ -278,7 +285,8 @@ fn meminfo_kib(text: &str, key: &str) -> Option<u64> {
     keyed(line.trim_end().strip_suffix("kB")?, key)
 }
 
-/// Interfaces with a device behind them.
+/// Interfaces with a device behind them, but for those whose bytes another one counts, too: the virtual
+/// function below a synthetic interface (netvsc, net_failover). A bond has no device itself.
 fn physical_interfaces(class: &Path) -> Vec<(u32, String)> {
     let Ok(entries) = std::fs::read_dir(class) else {
         return Vec::new();
@@ -287,11 +295,20 @@ fn physical_interfaces(class: &Path) -> Vec<(u32, String)> {
         .filter_map(|entry| {
             let entry = entry.ok()?;
             let path = entry.path();
-            path.join("device").exists().then_some(())?;
+            let physical = path.join("device").exists() && !path.join("master/device").exists();
+            physical.then_some(())?;
             let name = entry.file_name().into_string().ok()?;
             Some((number_of(class, &name, "ifindex")?, name))
         })
         .collect()
+}
+
+/// Which processor a line of /proc/stat is about, `None` when it is none or beyond any that Linux has.
+fn core_of(line: &str) -> Option<usize> {
+    /// `NR_CPUS` of the largest kernels.
+    const MOST: usize = 8192;
+    let core = line.strip_prefix("cpu")?.split(' ').next()?.parse().ok()?;
+    (core < MOST).then_some(core)
 }
 
 /// The interface of the default route in /proc/net/route.
@@ -448,6 +465,49 @@ mod tests {
         // What the only route leads by is the edge; of one that has just gone nothing is known.
         assert_eq!(edge(class.path(), None, Some("sit1")), [None, Some("sit1")]);
         assert_eq!(of("eth0", "gone"), ["eth0", "gone"]);
+    }
+
+    #[test]
+    fn what_a_function_below_another_interface_carries_is_counted_once() {
+        let class = tempfile::tempdir().unwrap();
+        let link = |to: &str, name: &str| {
+            std::os::unix::fs::symlink(to, class.path().join(name)).unwrap();
+        };
+        for (number, name) in ["bond0", "eno1", "enP1", "eth0"].into_iter().enumerate() {
+            std::fs::create_dir(class.path().join(name)).unwrap();
+            std::fs::write(class.path().join(name).join("ifindex"), number.to_string()).unwrap();
+        }
+        for name in ["eno1", "enP1", "eth0"] {
+            std::fs::create_dir(class.path().join(name).join("device")).unwrap();
+        }
+        // A synthetic interface counts what its function carries, too; a bond has no device.
+        link("../eth0", "enP1/master");
+        link("../bond0", "eno1/master");
+        let mut found = physical_interfaces(class.path());
+        found.sort_unstable();
+        assert_eq!(found, [(1, "eno1".to_owned()), (3, "eth0".to_owned())]);
+    }
+
+    #[test]
+    fn a_processor_that_goes_off_line_changes_no_other_ones_place() {
+        let proc = tempfile::tempdir().unwrap();
+        let mut node = Node::below(proc.path(), &Budget::new(10));
+        let mut cores = |text: &str| {
+            std::fs::write(proc.path().join("stat"), text).unwrap();
+            let reading = node.read_now(None, &mut Vec::new());
+            let ticks = |ns: u64| ns / node.tick_ns;
+            reading
+                .cores_busy_ns
+                .into_iter()
+                .map(ticks)
+                .collect::<Vec<u64>>()
+        };
+        let line = |core: &str, ticks: u64| format!("cpu{core} {ticks} 0 0 0 0 0 0 0\n");
+        let (all, rest) = (line(" ", 60), line("2", 30) + "intr 5\n");
+        let both = line("0", 10) + &line("1", 20);
+        assert_eq!(cores(&(all.clone() + &both + &rest)), [10, 20, 30]);
+        assert_eq!(cores(&(all.clone() + &line("0", 11) + &rest)), [11, 20, 30]);
+        assert_eq!(cores(&(all + &both + &rest)), [10, 20, 30]);
     }
 
     /// 2,048 CPUs, and the interrupt lines that such a machine may have.

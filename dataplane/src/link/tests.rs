@@ -106,3 +106,26 @@ fn a_port_whose_listener_cannot_be_watched_is_refused_and_tried_again() {
     let _client = TcpStream::connect(address).expect("a listener");
     server.accept().expect("led to the server");
 }
+
+#[test]
+fn a_refused_port_is_not_opened_while_the_process_stops() {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = taken.local_addr().unwrap();
+    let key = PortKey {
+        protocol: Protocol::Tcp,
+        host_port: address.port(),
+    };
+    let (kernel, container) = (KernelId([7; 16]), ContainerId([9; 32]));
+    let mut row = PortRow::new(key, kernel, container, address.ip(), 1);
+    row.bind = address.ip();
+    let mut place = Place::new();
+    place.desired.batch(|batch| batch.put_port(row)).unwrap();
+    let now = Instant::now();
+    place.link.look(now).expect("news");
+    assert_eq!(place.status(key).state, PortState::Refused);
+    place.link.stop_accepting();
+    drop(taken);
+    place.link.tick(now + RETRY_INTERVAL);
+    TcpStream::connect(address).expect_err("nobody listens");
+    assert_ne!(place.status(key).state, PortState::Serving);
+}
