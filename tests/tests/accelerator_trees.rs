@@ -86,9 +86,9 @@ fn amd_partitions_are_devices_of_their_own_and_none_has_the_numbers_of_all() -> 
         parts
             == [
                 "000000000000abcd",
-                "000000000000abcd-3",
-                "000000000000abcd-4",
-                "000000000000abcd-5"
+                "000000000000abcd-1",
+                "000000000000abcd-2",
+                "000000000000abcd-3"
             ],
         "{ids:?}"
     );

@@ -2,8 +2,9 @@
 //!
 //! In: the KFD topology and the devices' directories in sysfs. Out: readings.
 //! Invariants: a node is a device only when it has compute units; what a file does not tell is
-//! absent; two devices never have one id; what the files tell of a device that is divided into several
-//! nodes (partitions: DPX, QPX, CPX) is no partition's own.
+//! absent; two devices never have one id; a device's id does not depend on which others there are;
+//! what the files tell of a device that is divided into several nodes (partitions: DPX, QPX, CPX) is no
+//! partition's own.
 //!
 //! Sources: the kernel's documentation of amdgpu (`mem_info_vram_*`, `gpu_busy_percent`, hwmon,
 //! RAS) and of KFD's topology (`io_links`) and processes (`vram_<gpu id>`).
@@ -44,14 +45,18 @@ pub fn look(root: &Path) -> Reading {
     nodes.sort_unstable();
     let mut reading = Reading::default();
     let mut of_devices = Vec::new();
+    let mut parts: HashMap<String, u32> = HashMap::new();
     for node in nodes {
         let index = u32::try_from(reading.devices.len()).unwrap_or(u32::MAX);
         let directory = root.join(TOPOLOGY).join(node.to_string());
         if let Some((mut row, processes)) = device(root, &directory, index) {
-            // Parts of one device share its number.
-            if reading.devices.iter().any(|other| other.id == row.id) {
-                row.id = format!("{}-{index}", row.id);
+            // Parts of one device share its number. They are counted within it: kernels hold them by these
+            // ids, which other devices that come and go may not change.
+            let before = parts.entry(row.id.clone()).or_default();
+            if *before > 0 {
+                row.id = format!("{}-{before}", row.id);
             }
+            *before += 1;
             clip(&mut row);
             for (pid, used) in processes {
                 let sum: &mut ProcessUse = reading.processes.entry(pid).or_default();
@@ -207,4 +212,64 @@ fn processes(root: &Path, gpu: u64) -> HashMap<u32, ProcessUse> {
         (bytes > 0).then_some((pid, used))
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: u64 = 0xa1;
+    const DIVIDED: u64 = 0xb2;
+
+    fn node(root: &Path, number: u32, unique_id: u64, minor: u32) {
+        let node = root.join(TOPOLOGY).join(number.to_string());
+        std::fs::create_dir_all(&node).unwrap();
+        // The only thing in a row that differs from part to part of one device here.
+        let units = format!("simd_count {minor}\nsimd_per_cu 1\n");
+        let text = format!(
+            "{units}location_id {}\nunique_id {unique_id}\n",
+            unique_id << 8
+        );
+        std::fs::write(node.join("properties"), text).unwrap();
+    }
+
+    /// A host with a card before a divided one, each in so many parts.
+    fn ids(whole: u32, divided: u32) -> Vec<(String, Option<u32>)> {
+        let tree = tempfile::tempdir().unwrap();
+        for part in 0..whole {
+            node(tree.path(), 1 + part, WHOLE, 200 + part);
+        }
+        for part in 0..divided {
+            node(tree.path(), 1 + whole + part, DIVIDED, 100 + part);
+        }
+        let rows = look(tree.path()).devices.into_iter();
+        rows.map(|row| (row.id, row.units)).collect()
+    }
+
+    #[test]
+    fn a_part_keeps_its_id_whatever_becomes_of_other_devices() {
+        let of_divided = |all: Vec<(String, Option<u32>)>| -> Vec<_> {
+            let ours = format!("{DIVIDED:016x}");
+            all.into_iter()
+                .filter(|(id, _)| id.starts_with(&ours))
+                .collect()
+        };
+        let alone = of_divided(ids(0, 8));
+        let expected = (0..8).map(|part| {
+            let suffix = if part == 0 {
+                String::new()
+            } else {
+                format!("-{part}")
+            };
+            (format!("{DIVIDED:016x}{suffix}"), Some(100 + part))
+        });
+        assert_eq!(alone, expected.collect::<Vec<_>>());
+        assert_eq!(of_divided(ids(1, 8)), alone);
+        let both = ids(8, 8);
+        let mut unlike: Vec<&String> = both.iter().map(|(id, _)| id).collect();
+        unlike.sort();
+        unlike.dedup();
+        assert_eq!(unlike.len(), 16);
+        assert_eq!(of_divided(both), alone);
+    }
 }
