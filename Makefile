@@ -67,10 +67,10 @@ loom: ## model checks of the shared-memory cell
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked -p shared --lib --release loom_
 
 integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
-	$(NEXTEST) nextest run --locked -p tests --tests
+	tests/scripts/with-engine $(NEXTEST) nextest run --locked -p tests --tests
 
 test-accelerators: setup-test build runner $(NEXTEST) ## all about accelerators alone, the manager's view of them too (part of `make test`)
-	$(NEXTEST) nextest run --locked -p tests --test 'accelerator_*'
+	tests/scripts/with-engine $(NEXTEST) nextest run --locked -p tests --test 'accelerator_*'
 	tests/scripts/compat accelerators_are_slots_of_the_manager
 
 test-gpu: build $(NEXTEST) ## on a node with NVIDIA's driver (root): loads against nvidia-smi; writes what it saw into docs/gpu.md

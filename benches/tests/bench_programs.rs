@@ -120,12 +120,17 @@ fn ports_are_measured_against_every_peer() {
         let value = found["ratios"][name].as_f64();
         assert!(value.is_some_and(|it| it >= 0.0), "{name}: {value:?}");
     }
+    for load in ["requests", "latency", "connections", "bulk"] {
+        let name = format!("cable_{load}_vs_direct");
+        let value = found["further"][&name].as_f64();
+        assert!(value.is_some_and(|it| it > 0.0), "{name}: {value:?}");
+    }
     assert_eq!(found["message_bytes"], 4096);
     let iperf3 = found["iperf3"].as_str().unwrap_or_default();
     assert!(iperf3.starts_with("iperf 3"), "{iperf3}");
     assert_eq!(
         found["peers"].as_object().map(serde_json::Map::len),
-        Some(9)
+        Some(benches::peer::Peer::ALL.len())
     );
     let svg = std::fs::read_to_string(output.join("ports.svg")).expect("a plot");
     assert!(svg.contains("docker_proxy"));

@@ -526,7 +526,10 @@ fn download(
         let (package, version) = (package.to_owned(), version.to_owned());
         match run(command, options.download_limit) {
             Ok(Ended::Well) => {}
-            Ok(Ended::Badly(told)) => {
+            Ok(Ended::Badly(mut told)) => {
+                if told.contains("No module named pip") {
+                    told += "; install python3-pip, or give the wheels with --wheels";
+                }
                 return Err(InstallError::Pip {
                     package,
                     version,

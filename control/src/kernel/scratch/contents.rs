@@ -324,7 +324,7 @@ pub(super) fn read_own(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let found = file.metadata()?;
     let own = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
     if !found.is_file() || !own {
-        let why = "it is not a file that only this user may write; before an agent takes over what another user's Python agent ran, give it to this user (chown)";
+        let why = "it is not a file of this user that nobody else may write; before an agent takes over what another user's Python agent ran, give it to this user (chown) and to nobody else (chmod go-w)";
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     }
     let mut bytes = Vec::new();
