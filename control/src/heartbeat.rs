@@ -75,6 +75,7 @@ impl Heartbeat {
     ) {
         let runs = node.link.observed().is_alive();
         let mut devices = node.accelerators.subscribe();
+        let mut shrinks = node.ledger.shrinks();
         // The engine has told what it has, or it is slow: both are reasons to go on.
         let told = async { tokio::join!(images.changed(), status) };
         let told = tokio::time::timeout(FIRST_LOOK, told);
@@ -83,6 +84,7 @@ impl Heartbeat {
             () = node.stopping.cancelled() => return,
         }
         devices.mark_unchanged();
+        shrinks.mark_unchanged();
         images.mark_unchanged();
         self.scaling_group.mark_unchanged();
         let mut ticks = tokio::time::interval(self.period.max(Duration::from_millis(100)));
@@ -93,6 +95,8 @@ impl Heartbeat {
                 Ok(()) = images.changed() => {}
                 // A device that failed must not be given out by the manager for a whole period.
                 Ok(()) = devices.changed() => {}
+                // Nor one that was announced for its last kernel only.
+                Ok(()) = shrinks.changed() => {}
                 Ok(()) = self.scaling_group.changed() => {}
                 () = node.stopping.cancelled() => return,
             }

@@ -53,8 +53,8 @@ pub enum RunDirError {
     },
     /// Somebody else could put regions of his own there.
     #[error(
-        "the run directory {path} {why}; see who has made it and what is in it, then remove it \
-         (rm -r {path}) or set run-dir to another directory",
+        "the directory {path} {why}; see who has made it and what is in it, then remove it (rm -r {path}), give it to \
+         this user, or name another directory in the configuration",
         path = .path.display()
     )]
     Unsafe {
@@ -159,6 +159,36 @@ impl RunDir {
         }
         Ok(path)
     }
+}
+
+/// Refuses, with words, a directory whose way or content somebody else than this user and root could
+/// change: by its owner, its mode, or a link of his on the way to it.
+///
+/// # Errors
+/// The first such part of the way, or what can't be looked at.
+pub fn require_own(path: &Path) -> Result<(), RunDirError> {
+    let failed = |path: &Path, source| RunDirError::Directory {
+        step: "look at",
+        path: path.to_owned(),
+        source,
+    };
+    let real = std::fs::canonicalize(path).map_err(|source| failed(path, source))?;
+    for place in path.ancestors().chain(real.ancestors()) {
+        if place.as_os_str().is_empty() {
+            continue;
+        }
+        let found = std::fs::symlink_metadata(place).map_err(|source| failed(place, source))?;
+        let user = rustix::process::geteuid().as_raw();
+        if found.is_symlink() && [0, user].contains(&found.uid()) {
+            // Where it leads is looked at by itself.
+            continue;
+        }
+        if let Some(why) = distrusted(&found) {
+            let path = place.to_owned();
+            return Err(RunDirError::Unsafe { path, why });
+        }
+    }
+    Ok(())
 }
 
 /// Why what is in a directory may be anybody's.
@@ -297,6 +327,34 @@ mod tests {
         fs::remove_file(run_dir.control()).unwrap();
         fs::set_permissions(top.path().join("real"), Permissions::from_mode(0o1777)).unwrap();
         run_dir.create_control().unwrap();
+    }
+
+    #[test]
+    fn a_way_that_others_could_change_is_not_used() {
+        use std::fs::{self, Permissions};
+        use std::os::unix::fs::{PermissionsExt, lchown, symlink};
+        let top = tempfile::tempdir().unwrap();
+        let place = top.path().join("a/b/c");
+        fs::create_dir_all(&place).unwrap();
+        require_own(&place).unwrap();
+        let link = top.path().join("link");
+        symlink("a/b", &link).unwrap();
+        require_own(&link.join("c")).unwrap();
+        fs::set_permissions(top.path().join("a"), Permissions::from_mode(0o777)).unwrap();
+        for way in [&place, &link.join("c")] {
+            let err = require_own(way).unwrap_err().to_string();
+            assert!(err.contains("/a can be changed by other users"), "{err}");
+        }
+        fs::set_permissions(top.path().join("a"), Permissions::from_mode(0o755)).unwrap();
+        if rustix::process::geteuid().is_root() {
+            lchown(&link, Some(65534), None).unwrap();
+            let err = require_own(&link.join("c")).unwrap_err().to_string();
+            assert!(err.contains("a link"), "{err}");
+            lchown(top.path().join("a/b"), Some(65534), None).unwrap();
+            let err = require_own(&place).unwrap_err().to_string();
+            assert!(err.contains("belongs to the user 65534"), "{err}");
+        }
+        require_own(&top.path().join("none")).unwrap_err();
     }
 
     #[test]

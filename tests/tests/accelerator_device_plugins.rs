@@ -188,9 +188,10 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     plugin.behave(&usual(machine.place.path()))?;
     machine.total(4.0).await?;
 
-    // It dies: nothing is given out, what is held stays held. It comes back and registers.
+    // It dies: nothing is given out, what is held stays held, and is announced for its kernel's sake.
+    // It comes back and registers.
     drop(plugin);
-    machine.total(0.0).await?;
+    machine.total(2.0).await?;
     let failure = kernels::fail_to_create(&machine.node, &order("1")?).await?;
     ensure!(
         failure.repr.contains("InsufficientResource"),
@@ -219,7 +220,7 @@ async fn a_plugins_devices_are_given_to_containers() -> Result<()> {
     machine.node.stop_control()?;
     drop(plugin);
     machine.node.start_control().await?;
-    machine.total(0.0).await?;
+    machine.total(2.0).await?;
     ensure!(held(&machine.node).await? == json!({"d1": "1", "d3": "1"}));
     ensure!(kernels::state(&machine.node, two.kernel).await?.as_deref() == Some("running"));
     let state = kernels::ask(&machine.node, "gather_hwinfo", Vec::new()).await?;

@@ -22,7 +22,10 @@ const ROCM_SYSCALLS: [&str; 5] = [
     "set_mempolicy",
 ];
 
-const NVIDIA_VISIBLE: &str = "NVIDIA_VISIBLE_DEVICES";
+/// What NVIDIA's runtime reads a container's devices from.
+pub(crate) const NVIDIA_VISIBLE: &str = "NVIDIA_VISIBLE_DEVICES";
+/// Its value for none.
+pub(crate) const NO_NVIDIA: &str = "void";
 
 /// How containers get devices of a kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,7 +196,7 @@ fn has_parts(ids: &[&str]) -> bool {
 }
 
 fn no_nvidia() -> (String, String) {
-    (NVIDIA_VISIBLE.to_owned(), "void".to_owned())
+    (NVIDIA_VISIBLE.to_owned(), NO_NVIDIA.to_owned())
 }
 
 /// How few chips lie to each other. libtpu takes a machine's whole grid for that of its process

@@ -243,8 +243,9 @@ mod tests {
         assert!(put(WHOLE, &["GPU-0"]));
         let known = |id: &str| listed.known().into_iter().find(|device| device.id == id);
         assert!(!known("GPU-1").unwrap().healthy);
-        assert_eq!(amount(&ledger, WHOLE).as_deref(), Some("1"));
+        assert_eq!(amount(&ledger, WHOLE).as_deref(), Some("2"), "both held");
         ledger.release(kernel);
+        assert_eq!(amount(&ledger, WHOLE).as_deref(), Some("1"));
         put(WHOLE, &["GPU-0", "GPU-2"]);
         assert_eq!(known("GPU-1"), None);
     }

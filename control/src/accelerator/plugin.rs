@@ -2,7 +2,7 @@
 //!
 //! In: its devices as they are known. Out: slots, an allocation map, and what a kernel's devices mean
 //! for its container. Invariants: a plugin never changes, it is replaced; what does not work is in
-//! no map and in no total, and is still told of kernels that hold it.
+//! no map and in no total, and is still told of kernels that hold it (the ledger announces it for them).
 
 use std::collections::BTreeMap;
 
@@ -78,7 +78,7 @@ impl AcceleratorPlugin {
     pub fn of_slots(key: &str, slots: &[String], devices: Vec<Known>) -> Self {
         let declared = slots.iter().map(|name| SlotDeclaration {
             name: name.clone(),
-            kind: slot_type(profile_of(name).is_some()),
+            kind: SlotType::of_devices(name),
         });
         Self {
             key: key.to_owned(),

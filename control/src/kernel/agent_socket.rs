@@ -121,6 +121,7 @@ pub fn ensure_mount_points<'a>(
         source,
     };
     std::fs::create_dir_all(directory).map_err(failed)?;
+    shared::run_dir::require_own(directory).map_err(|err| failed(io::Error::other(err)))?;
     std::fs::set_permissions(directory, Permissions::from_mode(0o755)).map_err(failed)?;
     for name in names {
         if name.is_empty()
@@ -152,12 +153,16 @@ pub fn serve(options: AgentSocketOptions, stop: CancellationToken) -> Result<(),
         path: path.clone(),
         source,
     })?;
+    // Nothing below a locked directory is cleaned away by its age (tmpfiles.d(5)).
+    let lock = std::fs::File::open(&options.directory)
+        .and_then(|directory| directory.lock_shared().map(|()| directory));
     let server = Arc::new(Server {
         options,
         peers: Mutex::new(HashMap::new()),
     });
     tokio::spawn(async move {
         stop.run_until_cancelled(server.accept(&listener)).await;
+        drop(lock);
         // A newer agent may have put its own socket there already; a stale one only refuses.
     });
     Ok(())
@@ -436,6 +441,24 @@ mod tests {
 
     const ID: &str = "7baa8d979384b2736ae6e9ad41a9ae02912117e0765da6481dd4ed6044a05955";
     const OTHER: &str = "0000000000000000000000000000000000000000000000000000000000000001";
+
+    #[test]
+    fn what_is_missing_of_the_mount_points_is_made_again_and_nothing_behind_a_link_of_others() {
+        let place = tempfile::tempdir().unwrap();
+        let own = place.path().join("own");
+        ensure_mount_points(&own, MOUNT_POINTS).unwrap();
+        std::fs::remove_file(own.join("su-exec")).unwrap();
+        ensure_mount_points(&own, MOUNT_POINTS).unwrap();
+        assert!(own.join("su-exec").exists());
+        if rustix::process::geteuid().is_root() {
+            let (victim, link) = (place.path().join("victim"), place.path().join("link"));
+            std::fs::create_dir(&victim).unwrap();
+            std::os::unix::fs::symlink(&victim, &link).unwrap();
+            std::os::unix::fs::lchown(&link, Some(65534), None).unwrap();
+            ensure_mount_points(&link, MOUNT_POINTS).unwrap_err();
+            assert_eq!(std::fs::read_dir(&victim).unwrap().count(), 0);
+        }
+    }
 
     fn host(directory: &Path) -> KernelFiles {
         let files = KernelFiles {

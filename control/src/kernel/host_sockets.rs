@@ -87,6 +87,7 @@ impl HostSockets {
     /// The directory cannot be made or cleared.
     pub fn new(directory: PathBuf) -> io::Result<HostSockets> {
         fs::create_dir_all(&directory)?;
+        shared::run_dir::require_own(&directory).map_err(io::Error::other)?;
         for entry in fs::read_dir(&directory)? {
             let path = entry?.path();
             if fs::symlink_metadata(&path)?.file_type().is_socket() {

@@ -127,6 +127,8 @@ pub enum MountError {
         #[source]
         cause: std::io::Error,
     },
+    #[error(transparent)]
+    AgentSocket(#[from] super::agent_socket::AgentSocketError),
 }
 
 /// Directories the original keeps on a host beside the agent's own; other values in tests.

@@ -135,6 +135,7 @@ fn subject(number: u16) -> Subject {
                 ids: vec!["0".to_owned()],
                 shared: false,
             }],
+            scaled_by_load: false,
         },
         session: "5a3c1f6e-0000-4000-8000-0000000000a1".to_owned(),
         user: Some("c0ffee00-0000-4000-8000-000000000001".to_owned()),

@@ -11,6 +11,7 @@ use config::{AffinityPolicy, Config};
 use rust_decimal::Decimal;
 use serde::Serialize;
 use shared::ids::KernelId;
+use tokio::sync::watch;
 
 pub use told::{AvailableSlot, Snapshot};
 
@@ -124,6 +125,8 @@ pub struct Ledger {
     policy: Policy,
     node_memory: BTreeMap<i32, u64>,
     state: Mutex<State>,
+    /// Counts the releases that took something off what the node announces.
+    shrunk: watch::Sender<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -251,6 +254,7 @@ impl Ledger {
             policy,
             node_memory,
             state,
+            shrunk: watch::Sender::default(),
         })
     }
 
@@ -277,6 +281,12 @@ impl Ledger {
         state.maps = maps;
         state.inventory = Arc::new(inventory);
         Ok(())
+    }
+
+    /// Changes when a kernel has given back devices that were announced because it held them. What the
+    /// node announces is less then, and the manager has to know before it gives them out.
+    pub fn shrinks(&self) -> watch::Receiver<u64> {
+        self.shrunk.subscribe()
     }
 
     fn inventory(&self) -> Arc<Inventory> {
@@ -446,10 +456,14 @@ impl Ledger {
     /// Takes back what a kernel holds; none when it holds nothing, so twice does no harm.
     pub fn release(&self, kernel_id: KernelId) -> Option<Allocation> {
         let mut state = self.state();
+        let beyond = state.held_beyond();
         let holder = state.holders.remove(&kernel_id)?;
         let inventory = state.inventory.clone();
         for (computer, map) in inventory.computers.iter().zip(&mut state.maps) {
             map.free(holder.allocation.of_device(computer.plugin.key()));
+        }
+        if state.held_beyond() != beyond {
+            self.shrunk.send_modify(|count| *count += 1);
         }
         Some(holder.allocation)
     }

@@ -201,6 +201,11 @@ impl AllocationMap {
             .position(|device| device.slot == slot && device.is_called(id))
     }
 
+    /// The device of a slot that an allocation names so.
+    pub(super) fn row(&self, slot: &str, id: &str) -> Option<&MapDevice> {
+        self.devices.get(self.index(slot, id)?)
+    }
+
     pub(super) fn add(&mut self, slot: &str, id: &str, amount: Amount) {
         if let Some(index) = self.index(slot, id) {
             self.used[index] += amount;

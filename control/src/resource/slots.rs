@@ -33,6 +33,15 @@ impl SlotType {
             Self::Unique => "unique",
         }
     }
+
+    /// What a slot of an accelerator counts, by its name alone: parts of devices are asked for one by
+    /// one.
+    pub fn of_devices(slot: &str) -> Self {
+        match slot.contains(".device:") && slot.ends_with("-mig") {
+            true => Self::Unique,
+            false => Self::Count,
+        }
+    }
 }
 
 /// Slot name to amount, in the order given; each name once.

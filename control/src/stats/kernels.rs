@@ -21,6 +21,7 @@ use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, St
 use super::record::{Figures, Record as StatRecord};
 use crate::accelerator::known::id_of;
 use crate::kernel::record::Record;
+use crate::kernel::request::SessionType;
 
 const AVERAGE_AND_MAXIMUM: &[Statistic] = &[Statistic::Maximum, Statistic::Average];
 const MAXIMUM: &[Statistic] = &[Statistic::Maximum];
@@ -65,6 +66,9 @@ pub struct KernelFacts {
     pub adopted: bool,
     /// The accelerators it holds.
     pub devices: Vec<HeldDevices>,
+    /// Of an inference session: no idle checker looks at it, but rules of the manager that add and
+    /// remove replicas by its loads do, and skip one that is not there.
+    pub scaled_by_load: bool,
 }
 
 impl KernelFacts {
@@ -78,6 +82,7 @@ impl KernelFacts {
             id: record.id(),
             container: record.container()?,
             adopted: record.created_at < born,
+            scaled_by_load: record.session_type == SessionType::Inference,
             devices: devices
                 .map(|(name, ids, shared)| HeldDevices {
                     name: name.to_owned(),
@@ -356,7 +361,10 @@ impl Kernels {
         for quantity in loads(facts) {
             let last = tracked.metrics.last_ns(&quantity.key);
             if last.is_some_and(|last| moment.is_long_after(last)) {
-                record.count_as_busy(&quantity.key);
+                match facts.scaled_by_load {
+                    true => record.0.retain(|(key, _)| *key != quantity.key),
+                    false => record.count_as_busy(&quantity.key),
+                }
             }
         }
         Some(record)
@@ -370,7 +378,7 @@ fn loads(facts: &KernelFacts) -> impl Iterator<Item = Quantity> + '_ {
     [CPU_UTIL, MEM].into_iter().chain(devices)
 }
 
-/// Adds what was never measured, so that every reader finds every key.
+/// Adds what was never measured, so that every reader finds every key that it may take for idle.
 fn complete_record(record: &mut StatRecord, facts: &KernelFacts) {
     for quantity in [CPU_USED, IO_READ, IO_WRITE, NET_RX, NET_TX, SCRATCH] {
         if record.get(&quantity.key).is_none() {
@@ -381,7 +389,7 @@ fn complete_record(record: &mut StatRecord, facts: &KernelFacts) {
         }
     }
     for quantity in loads(facts) {
-        if record.get(&quantity.key).is_none() {
+        if record.get(&quantity.key).is_none() && !facts.scaled_by_load {
             record
                 .0
                 .push((quantity.key, Figures::unread(quantity.unit)));

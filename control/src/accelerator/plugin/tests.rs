@@ -470,14 +470,18 @@ fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
         ledger.reserve(shared::ids::KernelId([kernel; 16]), &request)
     };
     let first = ask(1).unwrap().allocation.ids("cuda", "cuda.device")[0].to_owned();
-    // The held device fails: it is not announced, and the other one is still given out.
+    // The held device fails: it is announced for its kernel only, and the other one is given out.
     let place = devices.iter().position(|d| d.id == first).unwrap();
     devices[place].healthy = false;
     install(&devices);
-    assert_eq!(announced(), 1.into());
+    assert_eq!(announced(), 2.into());
     let second = ask(2).unwrap().allocation.ids("cuda", "cuda.device")[0].to_owned();
     assert_ne!(first, second);
     assert!(ask(3).is_err());
+    // It is nobody's then, and taken back if it works.
+    let held = ledger.release(KernelId([1; 16])).unwrap();
+    assert_eq!(announced(), 1.into());
+    ledger.restore(KernelId([1; 16]), &held).unwrap();
     // It works again: it is still held, and free when its kernel ends.
     devices[place].healthy = true;
     install(&devices);

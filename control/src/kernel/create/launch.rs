@@ -17,7 +17,9 @@ use super::follow::{follow_models, note_runs};
 use super::prepare::{self, Prepared};
 use super::{Order, aborted, console_tail, enter, with_host_ports};
 use crate::accelerator::host::Granted;
+use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
 use crate::docker::ExecRequest;
+use crate::kernel::agent_socket;
 use crate::kernel::container_request::{
     self, ContainerInputs, ContainerRequest, HELD_FOLDERS_LABEL, Limits,
 };
@@ -326,15 +328,22 @@ async fn outfit(
         }
     }
     let granted = node.plugin_host.grant(allocation).await?;
-    for (name, value) in limits.environment.iter().chain(&granted.environment) {
-        environ.insert(name, value);
-    }
+    enforce(&mut environ, &limits.environment, &granted.environment);
     Ok(Outfit {
         limits,
         granted,
         attached,
         environ,
     })
+}
+
+/// Sets what requests and images have no say in. NVIDIA's runtime gives every device to a container
+/// whose image asks for all: who was given none by name sees none, whatever the node knows of them.
+fn enforce(environ: &mut TextMap, limits: &[(String, String)], granted: &[(String, String)]) {
+    environ.insert(NVIDIA_VISIBLE, NO_NVIDIA);
+    for (name, value) in limits.iter().chain(granted) {
+        environ.insert(name, value);
+    }
 }
 
 /// Writes what the runner reads at its start.
@@ -415,10 +424,9 @@ async fn request_of(
         device_arguments: &extra,
         device_syscalls: &limits.syscalls,
     })?;
-    if !held.is_empty() {
-        let labels = request.body.labels.get_or_insert_default();
-        labels.insert(HELD_FOLDERS_LABEL.to_owned(), json!(held).to_string());
-    }
+    // Also when there are none: an image may bring the label along.
+    let labels = request.body.labels.get_or_insert_default();
+    labels.insert(HELD_FOLDERS_LABEL.to_owned(), json!(held).to_string());
     for key in &request.unknown {
         tracing::warn!(kernel_id = %kernel.id, key, "an option of the operator's file is unknown to the engine's API and left out");
     }
@@ -531,6 +539,8 @@ async fn all_mounts(
     let id = kernel.id;
     let sockets = blocking(move || {
         let sockets = &order.internal_data.domain_socket_proxies;
+        // Cleaners of /tmp may have taken some away.
+        agent_socket::ensure_mount_points(&opener.socket_dir, agent_socket::MOUNT_POINTS)?;
         opener.host_sockets.open(id, sockets)
     });
     mounts.extend(sockets.await?);
@@ -811,4 +821,29 @@ async fn discard_container(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(),
     }
     node.link.await_removed(withdrawal, ROWS_GONE).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variables(all: &[(&str, &str)]) -> Vec<(String, String)> {
+        all.iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn without_a_word_of_a_driver_no_device_of_nvidia_is_seen() {
+        let visible = |limits: &[(String, String)], granted: &[(String, String)]| {
+            let mut environ = TextMap::default();
+            environ.insert(NVIDIA_VISIBLE, "all");
+            enforce(&mut environ, limits, granted);
+            environ.get(NVIDIA_VISIBLE).map(str::to_owned)
+        };
+        let given = variables(&[(NVIDIA_VISIBLE, "GPU-1")]);
+        assert_eq!(visible(&[], &[]).as_deref(), Some("void"));
+        assert_eq!(visible(&given, &[]).as_deref(), Some("GPU-1"));
+        assert_eq!(visible(&[], &given).as_deref(), Some("GPU-1"));
+    }
 }

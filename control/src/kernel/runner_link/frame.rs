@@ -10,6 +10,8 @@ use serde_json::{Map, Value};
 
 /// Longest payload of one output message that is kept; the rest is cut off.
 pub const OUTPUT_LIMIT: usize = 10 * 1024 * 1024;
+/// Longer frames are cut by the socket; pictures may be as long, as half of one is none.
+pub const FRAME_LIMIT: usize = 2 * OUTPUT_LIMIT;
 /// Longest answer to a request; what is beyond is cut off, so that the answer cannot be read.
 const ANSWER_LIMIT: usize = 1024 * 1024;
 /// Longest JSON that is kept as such: in memory it takes up to a hundred times its text.
@@ -177,7 +179,7 @@ pub fn sort(kind: &[u8], payload: Bytes) -> Incoming {
             Stream::Log,
             lossy(&cut(payload, OUTPUT_LIMIT)),
         )),
-        b"media" => Incoming::Record(media(&cut(payload, OUTPUT_LIMIT))),
+        b"media" => Incoming::Record(media(&payload)),
         b"clean-finished" => Incoming::Record(Record::StepEnd(Step::Clean, exit_code(&payload))),
         b"build-finished" => Incoming::Record(Record::StepEnd(Step::Build, exit_code(&payload))),
         b"finished" => Incoming::Record(Record::StepEnd(Step::Run, exit_code(&payload))),
@@ -254,6 +256,14 @@ fn media(payload: &[u8]) -> Record {
             mime,
             content: data,
         },
+        // The socket has cut it.
+        Some(Err(_)) if payload.len() >= FRAME_LIMIT => Record::Text(
+            Stream::Stderr,
+            format!(
+                "[output of more than {} MiB at once was left out]\n",
+                FRAME_LIMIT >> 20
+            ),
+        ),
         _ => Record::Media {
             mime: "text/html".to_owned(),
             content: lossy(payload),
@@ -293,6 +303,24 @@ mod tests {
             panic!("stdout is console output");
         };
         assert_eq!(kept.len(), OUTPUT_LIMIT);
+    }
+
+    #[test]
+    fn a_picture_is_whole_or_left_out() {
+        let picture = |length: usize| {
+            let data = "A".repeat(length);
+            Bytes::from(format!(r#"{{"type": "image/png", "data": "{data}"}}"#))
+        };
+        let whole = OUTPUT_LIMIT + 1;
+        let Incoming::Record(Record::Media { mime, content }) = sort(b"media", picture(whole))
+        else {
+            panic!("a picture");
+        };
+        assert_eq!((mime.as_str(), content.len()), ("image/png", whole));
+        let cut = picture(FRAME_LIMIT).slice(..FRAME_LIMIT);
+        let left_out = sort(b"media", cut);
+        let told = matches!(left_out, Incoming::Record(Record::Text(Stream::Stderr, _)));
+        assert!(told, "{left_out:?}");
     }
 
     #[test]

@@ -286,7 +286,9 @@ impl Run {
             && limits
                 .exec_timeout
                 .is_some_and(|limit| now.saturating_duration_since(self.started) > limit);
-        let ready = self.ends > 0 || overdue || flush || self.weight >= limits.result_bytes;
+        // Well before any is dropped for their number.
+        let many = self.records.len() >= limits.records.div_ceil(2);
+        let ready = self.ends > 0 || overdue || flush || many || self.weight >= limits.result_bytes;
         if !ready {
             return None;
         }

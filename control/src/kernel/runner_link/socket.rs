@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use super::frame::OUTPUT_LIMIT;
+use super::frame::FRAME_LIMIT;
 use crate::kernel::zmtp::{self, ReadLimits, ZmtpError};
 
 /// A starting container's port may not exist yet, or a proxy in front of it may accept and say nothing.
@@ -26,7 +26,7 @@ const READ_BUFFER: usize = 64 * 1024;
 /// Messages have exactly two frames; a third one is noticed, not stored. Media is JSON and may not be
 /// cut in the middle, so more than the 10 MiB of console output is let through to be judged later.
 const LIMITS: ReadLimits = ReadLimits {
-    frame: 2 * OUTPUT_LIMIT,
+    frame: FRAME_LIMIT,
     frames: 2,
     cut: true,
 };

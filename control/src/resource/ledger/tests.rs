@@ -9,6 +9,7 @@ use super::*;
 use crate::resource::AttachedDevice;
 use crate::resource::map::{MapDevice, Strategy};
 use crate::resource::plugin::SlotDeclaration;
+use crate::resource::slots::text;
 
 fn policy() -> Policy {
     Policy {
@@ -533,6 +534,74 @@ fn devices_are_exchanged_for_free_ones_only() {
     assert_eq!(ledger.free_devices("fpga.device"), ["f0"]);
     ledger.release(kernel(1));
     assert_eq!(ledger.free_devices("fpga.device"), ["f0", "f2"]);
+}
+
+fn announced(ledger: &Ledger, slot: &str) -> Option<(String, SlotType)> {
+    let mut all = ledger.available().into_iter();
+    let found = all.find(|found| found.name == slot)?;
+    Some((text(found.amount), found.kind))
+}
+
+/// The manager takes what kernels hold off what is announced: less than that, and the node gets no
+/// session any more.
+#[test]
+fn what_kernels_hold_is_announced_when_it_is_given_out_no_more() {
+    const SLOT: &str = "fpga.device";
+    let ledger = |plugins: Vec<Box<dyn DevicePlugin>>| {
+        let mut all = intrinsic(host(8, 1, 16), 1, false);
+        all.extend(plugins);
+        Ledger::with_plugins(all, policy(), BTreeMap::new()).unwrap()
+    };
+    let count = |amount: &str| Some((amount.to_owned(), SlotType::Count));
+    let ask = |amount: &str| SlotRequest {
+        slots: Slots::from_text([("cpu", "1"), ("mem", "64m"), (SLOT, amount)]).unwrap(),
+        allow_fragmentation: true,
+    };
+    let first = ledger(vec![Kind::fpga("fpga", SLOT, 3)]);
+    let shrinks = first.shrinks();
+    let held = first.reserve(kernel(1), &ask("2")).unwrap().allocation;
+    assert_eq!(held.ids("fpga", SLOT), ["f0", "f1"]);
+    assert_eq!(announced(&first, SLOT), count("3"));
+    // Of the three the last two are gone: one is held, and the other nobody's.
+    first.install(Kind::fpga("fpga", SLOT, 1).into()).unwrap();
+    assert_eq!(announced(&first, SLOT), count("2"));
+    assert!(first.reserve(kernel(2), &ask("1")).is_err());
+    assert!(!shrinks.has_changed().unwrap());
+    first.release(kernel(1));
+    assert_eq!(announced(&first, SLOT), count("1"));
+    assert!(shrinks.has_changed().unwrap(), "the manager is not told");
+    // What is given back and works is announced as before: no news.
+    let shrinks = first.shrinks();
+    first.reserve(kernel(2), &ask("1")).unwrap();
+    first.release(kernel(2));
+    assert!(!shrinks.has_changed().unwrap());
+
+    // The plugin has not come yet; when it has, nothing is announced twice.
+    let next = ledger(Vec::new());
+    next.restore(kernel(1), &held).unwrap();
+    assert_eq!(announced(&next, SLOT), count("2"));
+    next.install(Kind::fpga("fpga", SLOT, 3).into()).unwrap();
+    assert_eq!(announced(&next, SLOT), count("3"));
+    next.release(kernel(1));
+    assert_eq!(announced(&next, SLOT), count("3"));
+
+    // Parts are told as such, and shares of a device are no more than was given of it.
+    let part = "cuda.device:1g.10gb-mig";
+    let mut of_cuda = Allocation::default();
+    let one = vec![("MIG-0".to_owned(), Decimal::ONE)];
+    let half = vec![("GPU-0".to_owned(), Decimal::new(5, 1))];
+    of_cuda.insert(
+        "cuda",
+        vec![(part.to_owned(), one), ("cuda.shares".to_owned(), half)],
+    );
+    next.restore(kernel(2), &of_cuda).unwrap();
+    assert_eq!(
+        announced(&next, part),
+        Some(("1".to_owned(), SlotType::Unique))
+    );
+    assert_eq!(announced(&next, "cuda.shares"), count("0.5"));
+    next.release(kernel(2));
+    assert_eq!(announced(&next, part), None);
 }
 
 #[test]

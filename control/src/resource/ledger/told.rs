@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rust_decimal::Decimal;
 use serde::Serialize;
 
-use super::{Computer, Holder, Ledger};
+use super::{Computer, Holder, Ledger, State};
 use crate::resource::slots::text;
 use crate::resource::{
     Allocation, AllocationMap, Amount, AttachedDevice, Hardware, PluginFacts, SlotMetadata,
@@ -28,7 +28,8 @@ pub struct AvailableSlot {
     pub name: String,
     /// What it counts.
     pub kind: SlotType,
-    /// How much, without what is reserved for the host. Not reduced by what kernels hold.
+    /// How much, without what is reserved for the host. Not reduced by what kernels hold; what they
+    /// hold of accelerators that are not given out any more is in it.
     pub amount: Amount,
 }
 
@@ -77,9 +78,14 @@ impl Ledger {
             .collect()
     }
 
-    /// What the node announces: every declared slot, without what is reserved for the host.
+    /// What the node announces: every declared slot, without what is reserved for the host, and every
+    /// accelerator's slot that kernels hold. The manager subtracts what kernels hold, and gives a node
+    /// on which any slot is below zero no session at all.
     pub fn available(&self) -> Vec<AvailableSlot> {
-        let inventory = self.inventory();
+        let (inventory, mut beyond) = {
+            let state = self.state();
+            (state.inventory.clone(), state.held_beyond())
+        };
         let mut totals: Vec<(String, Amount)> = Vec::new();
         for Computer { plugin, devices } in &inventory.computers {
             totals.extend(plugin.totals(devices));
@@ -88,7 +94,7 @@ impl Ledger {
             let found = totals.iter().find(|(name, _)| name == slot);
             found.map_or(Decimal::ZERO, |(_, amount)| *amount)
         };
-        inventory
+        let mut slots: Vec<AvailableSlot> = inventory
             .known
             .iter()
             .map(|(name, kind)| {
@@ -100,7 +106,7 @@ impl Ledger {
                     "cpu" => {
                         (total(name) - Decimal::from(self.policy.reserved_cpu)).max(Decimal::ZERO)
                     }
-                    name => total(name),
+                    name => total(name) + beyond.remove(name).unwrap_or_default(),
                 };
                 AvailableSlot {
                     name: name.clone(),
@@ -108,7 +114,14 @@ impl Ledger {
                     amount,
                 }
             })
-            .collect()
+            .collect();
+        // Of plugins that are gone, or not there yet.
+        slots.extend(beyond.into_iter().map(|(name, amount)| AvailableSlot {
+            kind: SlotType::of_devices(&name),
+            name,
+            amount,
+        }));
+        slots
     }
 
     /// Device name, version and facts of every plugin, for the heartbeat's `compute_plugins`.
@@ -157,6 +170,39 @@ impl Ledger {
             .known
             .iter()
             .any(|(name, kind)| name == slot && *kind == SlotType::Bytes)
+    }
+}
+
+impl State {
+    /// By slot: what kernels hold of accelerators' devices beyond what the maps have of them. Devices
+    /// that do not work, are gone, or have become another slot, are held with all that was given.
+    pub(super) fn held_beyond(&self) -> BTreeMap<String, Amount> {
+        let mut held: BTreeMap<(&str, &str, &str), Amount> = BTreeMap::new();
+        let mut beyond = BTreeMap::new();
+        let rows = |device: &str, slot: &str, id: &str| {
+            let map = &self.maps[self.inventory.position(device)?];
+            let row = map.row(slot, id)?;
+            Some((row.id.as_str(), row.total))
+        };
+        let all = self.holders.values();
+        let accelerators = all
+            .flat_map(|holder| holder.allocation.devices())
+            .filter(|(device, _)| !matches!(*device, "cpu" | "mem"));
+        for (device, slots) in accelerators {
+            for (slot, shares) in slots {
+                for (id, amount) in shares {
+                    let id = rows(device, slot, id).map_or(id.as_str(), |(id, _)| id);
+                    *held.entry((device, slot, id)).or_default() += *amount;
+                }
+            }
+        }
+        for ((device, slot, id), amount) in held {
+            let total = rows(device, slot, id).map_or(Decimal::ZERO, |(_, total)| total);
+            if amount > total {
+                *beyond.entry(slot.to_owned()).or_default() += amount - total;
+            }
+        }
+        beyond
     }
 }
 

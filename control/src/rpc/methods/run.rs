@@ -13,6 +13,7 @@ use crate::events::Event;
 use crate::kernel::execution::{self, BatchSteps, ExecuteRequest, Mode, Status};
 use crate::kernel::lifecycle::Reason;
 use crate::kernel::node::Node;
+use crate::kernel::record::PublishedBy;
 use crate::kernel::registry::Kernel;
 use crate::kernel::services::{self, ServiceReply, ServiceStart};
 use crate::kernel::{batch_job, destroy, restart};
@@ -130,7 +131,11 @@ fn service_start(
             .find(|service| service.name == name && service.is_public())?;
         Some(ServiceStart {
             name: service.name.clone(),
-            ports: service.container_ports.clone(),
+            // On the host's network the runner's own services were told these ports, and others have no different ones.
+            ports: match record.published_by {
+                PublishedBy::Host => service.host_ports.clone(),
+                _ => service.container_ports.clone(),
+            },
             protocol: service.protocol.as_str().to_owned(),
             options,
         })

@@ -22,6 +22,7 @@ fn facts() -> KernelFacts {
             ids: vec!["0".to_owned()],
             shared: false,
         }],
+        scaled_by_load: false,
     }
 }
 
@@ -283,6 +284,28 @@ fn a_kernel_that_is_never_read_counts_as_busy() {
         snapshot(half, Vec::new())
     };
     assert_eq!(none(&facts(), &half)[1..], ["100"; 2]);
+}
+
+/// A rule of the manager would add replicas to it for ever.
+#[test]
+fn a_load_that_is_not_read_is_left_out_where_replicas_are_added_by_it() {
+    let inference = [KernelFacts {
+        scaled_by_load: true,
+        ..facts()
+    }];
+    let mut kernels = Kernels::default();
+    for second in [10, 15] {
+        let seen = snapshot(sample(second), Vec::new());
+        let _ = kernels.observe(&inference, &seen, at(second));
+    }
+    let keys = |record: &StatRecord| {
+        ["cpu_util", "mem", "cuda_util", "io_read"].map(|key| record.get(key).is_some())
+    };
+    let seen = snapshot(sample(16), Vec::new());
+    let record = kernels.observe(&inference, &seen, at(16)).remove(0).1;
+    assert_eq!(keys(&record), [true, true, false, true]);
+    let record = kernels.observe(&inference, &seen, at(60)).remove(0).1;
+    assert_eq!(keys(&record), [false, false, false, true]);
 }
 
 #[test]

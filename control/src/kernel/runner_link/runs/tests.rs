@@ -505,3 +505,27 @@ fn what_a_new_connection_has_lost_is_found_out() {
     assert_eq!(again(&mut table, after + 299), 0);
     assert_eq!(again(&mut table, after + 300), 2);
 }
+
+#[test]
+fn many_small_records_are_handed_over_before_any_is_dropped() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    let mut texts = Vec::new();
+    for number in 0..10_000 {
+        // Streams that take turns make a record each.
+        let stream = [Stream::Stdout, Stream::Stderr][number % 2];
+        table.record(now, Record::Text(stream, number.to_string()));
+        texts.extend(
+            table
+                .take(now, "a", false)
+                .into_iter()
+                .flat_map(|taken| taken.records),
+        );
+    }
+    texts.extend(table.take(now, "a", true).expect("flushed").records);
+    assert_eq!(texts.len(), 10_000);
+    for (number, record) in texts.iter().enumerate() {
+        assert!(matches!(record, Record::Text(_, text) if *text == number.to_string()));
+    }
+}
