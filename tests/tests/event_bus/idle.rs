@@ -31,6 +31,7 @@ fn kernel(n: u8) -> KernelFacts {
             ids: vec![format!("GPU-{n}")],
             shared: false,
         }],
+        scaled_by_load: false,
     }
 }
 
