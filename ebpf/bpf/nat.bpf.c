@@ -117,6 +117,14 @@ static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct packet *
 	return !(state == SOCKET_TIME_WAIT && (it->flags & TCP_SYN));
 }
 
+/* fe80::/10. */
+static ALWAYS_INLINE int is_of_a_link(const struct address *it)
+{
+	const __u8 *byte = (const __u8 *)it;
+
+	return byte[0] == 0xfe && (byte[1] & 0xc0) == 0x80;
+}
+
 static ALWAYS_INLINE __u32 mtu_of(__u32 uplink)
 {
 	__u32 *mtu = bpf_map_lookup_elem(&uplinks, &uplink);
@@ -482,6 +490,9 @@ int from_uplink(struct __sk_buff *skb)
 			return NEXT;
 		if (!is_allowed(service, &it.source))
 			return NEXT;
+		/* An address of a link is nobody's on the container's. */
+		if (is_of_a_link(&it.source))
+			return NEXT;
 		/* Nobody outside has an address of ours, and containers belong to the listener. */
 		if (bpf_map_lookup_elem(&addresses, &it.source))
 			return NEXT;
@@ -822,6 +833,8 @@ static long sweep_flow(void *map, const struct flow_key *at, struct flow *flow,
 	}
 	if (flow->flags & (FLOW_ENDED | FLOW_LOCAL))
 		return 0;
+	/* Somebody may have changed it. */
+	flow->mtu = mtu_of(flow->uplink);
 	count = counted(&key, context->order.pass);
 	if (count)
 		count->counted++;

@@ -152,6 +152,30 @@ fn the_listener_serves_whom_the_kernel_path_does_not() {
     assert_eq!(seen, own.to_string(), "by the kernel");
 }
 
+/// The container's network could not answer it.
+#[test]
+fn a_client_with_a_links_address_alone_is_the_listeners() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let mut row = node.container.port(mirror(&node.container));
+    row.target = node.container.address[1];
+    row.bind = "::".parse().expect("an address");
+    node.lift(&row);
+    let client = node.network.client.clone();
+    for words in [
+        format!("addr del {}/64 dev eth0", CLIENT[1]),
+        format!("-6 route add {}/128 dev eth0", HOST[1]),
+    ] {
+        ip(&format!("-n {client} {words}")).expect("done");
+    }
+    let address = host(&row, 1);
+    let (seen, own) = node.at_client(move || told(address)).expect("told");
+    assert!(own.to_string().starts_with("[fe80:"), "{own}");
+    assert_ne!(seen, own.to_string(), "by the relay");
+}
+
 #[test]
 fn transit_and_other_addresses_are_left_alone() {
     if !may_use_bpf() {
@@ -484,12 +508,14 @@ fn flows_go_on_where_new_ones_are_left_to_the_relay() {
     };
     let address = host(&row, 0);
     let mut old = node.flow(address);
+    // Large enough for segments of the uplink's size.
+    let word = vec![7; 100_000];
     let mut goes_on = |when: &str| {
-        old.write_all(b"word").expect("sent");
-        let mut back = [0; 4];
+        old.write_all(&word).expect("sent");
+        let mut back = vec![0; word.len()];
         old.read_exact(&mut back)
             .unwrap_or_else(|err| panic!("{when}: {err}"));
-        assert_eq!(&back, b"word");
+        assert_eq!(back, word);
     };
     // Somebody connects the container to another network.
     let container = node.container.row(KERNEL);

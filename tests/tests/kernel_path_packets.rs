@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use harness::dataplane::until;
 use harness::kernel_path::{KERNEL, Node, attached, host, mirror, told};
-use harness::netns::ip;
+use harness::netns::{ip, offload_nothing};
 use harness::remote_client::{Container, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use shared::desired::{PortRow, Protocol};
@@ -413,6 +413,38 @@ fn narrow_uplink(family: usize) {
         node.at_client(move || download(address)).ok()
     })
     .expect("whole");
+}
+
+/// What the uplink takes is looked at again with each sweep of the flows.
+#[test]
+fn a_flow_follows_its_uplink_when_that_gets_narrower() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::new();
+    let port = node.container.echo().expect("an echo server");
+    let row = node.container.port(port);
+    node.lift(&row);
+    let network = &node.network;
+    // Segments as they are on a wire: others are not looked at for their size.
+    for (namespace, link) in [
+        (&network.host, &node.container.link),
+        (&node.container.namespace, &"eth0".to_owned()),
+    ] {
+        offload_nothing(namespace, link).expect("an interface without offloads");
+    }
+    let mut flow = node.flow(host(&row, 0));
+    for (namespace, link) in [(&network.client, "eth0"), (&network.host, "up0")] {
+        ip(&format!("-n {namespace} link set {link} mtu 1300")).expect("narrow");
+    }
+    // Longer than a sweep is away, and what was lost is sent again.
+    flow.set_read_timeout(Some(Duration::from_secs(30)))
+        .expect("a limit");
+    let large = vec![7; 100_000];
+    flow.write_all(&large).expect("sent");
+    let mut back = vec![0; large.len()];
+    flow.read_exact(&mut back).expect("whole");
+    assert_eq!(back, large);
 }
 
 #[test]

@@ -119,7 +119,7 @@ pub enum Stage {
 /// How a kernel ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ending {
-    /// The reason stored first; later ones do not replace it.
+    /// The reason stored first. Later ones do not replace it, but for one that is to be told where none was.
     pub reason: Reason,
     /// No `kernel_terminated` is sent.
     pub suppress: bool,
@@ -137,6 +137,14 @@ impl Ending {
             suppress,
             exit_code: None,
             death: None,
+        }
+    }
+
+    /// Joins what is asked for later: managers purge what they have begun to destroy when a heartbeat
+    /// comes in between, and wait for the word on the destroy.
+    fn join(&mut self, reason: Reason, suppress: bool) {
+        if self.suppress && !suppress {
+            (self.reason, self.suppress) = (reason, suppress);
         }
     }
 
@@ -381,12 +389,15 @@ impl Lifecycle {
             State::Running => decide_running(input),
             State::Restarting { abort } => decide_restarting(abort, input),
             State::Ending(ending) => self.decide_ending(ending, input),
-            State::Ended(ending) => {
+            State::Ended(mut ending) => {
                 let actions = match input {
                     Input::Create | Input::Restart => vec![Action::Refuse(Refusal::Ending)],
                     // Ended without a word, and not forgotten yet.
-                    Input::Destroy { suppress, .. } if !suppress && !self.visible => {
+                    Input::Destroy { reason, suppress }
+                        if !suppress && (!self.visible || ending.suppress) =>
+                    {
                         self.visible = true;
+                        ending.join(reason, suppress);
                         vec![Action::AnnounceTerminated, Action::JoinEnding]
                     }
                     Input::Destroy { .. } => vec![Action::JoinEnding],
@@ -454,7 +465,7 @@ impl Lifecycle {
             Input::Destroy { reason, suppress } => {
                 self.visible |= !suppress;
                 let fresh = abort.is_none();
-                let abort = abort.unwrap_or_else(|| Ending::new(reason, suppress));
+                let abort = joined(abort, reason, suppress);
                 let mut actions = Vec::new();
                 if fresh {
                     actions.push(Action::AbortCreation);
@@ -494,8 +505,9 @@ impl Lifecycle {
             Input::Create | Input::Restart => {
                 (State::Ending(ending), vec![Action::Refuse(Refusal::Ending)])
             }
-            Input::Destroy { suppress, .. } => {
+            Input::Destroy { reason, suppress } => {
                 self.visible |= !suppress;
+                ending.join(reason, suppress);
                 (State::Ending(ending), vec![Action::JoinEnding])
             }
             Input::Died { exit_code } => {
@@ -514,6 +526,17 @@ impl Lifecycle {
             }
             _ => (State::Ending(ending), vec![Action::Proceed]),
         }
+    }
+}
+
+/// The end asked for, or the one that was asked for before.
+fn joined(before: Option<Ending>, reason: Reason, suppress: bool) -> Ending {
+    match before {
+        Some(mut ending) => {
+            ending.join(reason, suppress);
+            ending
+        }
+        None => Ending::new(reason, suppress),
     }
 }
 
@@ -554,7 +577,7 @@ fn decide_restarting(abort: Option<Ending>, input: Input) -> (State, Vec<Action>
         Input::Restart => (State::Restarting { abort }, vec![Action::JoinRestart]),
         Input::Destroy { reason, suppress } => (
             State::Restarting {
-                abort: Some(abort.unwrap_or_else(|| Ending::new(reason, suppress))),
+                abort: Some(joined(abort, reason, suppress)),
             },
             vec![Action::JoinEnding],
         ),
@@ -719,6 +742,11 @@ mod tests {
         started ready destroy restart          | Ending:user-requested                    | RefuseEnding
         started ready destroy died cleaned     | Ended:user-requested=7                   | AnnounceTerminated+Forget
         started ready purge cleaned            | Ended:user-purged=9!                     | Forget
+        started ready purge destroy            | Ending:user-requested                    | JoinEnding
+        started ready purge destroy purge      | Ending:user-requested                    | JoinEnding
+        started ready purge destroy cleaned    | Ended:user-requested=9                   | AnnounceTerminated+Forget
+        started ready purge cleaned destroy    | Ended:user-requested=9                   | AnnounceTerminated+JoinEnding
+        started purge destroy ready            | Ending:user-requested                    | StopAndClean
         started ready died                     | Ending:self-terminated=7                 | Clean
         started ready died destroy             | Ending:self-terminated=7                 | JoinEnding
         started ready died cleaned             | Ended:self-terminated=7                  | AnnounceTerminated+Forget
@@ -781,7 +809,7 @@ mod tests {
 
     proptest! {
         /// Whatever is asked for and seen, in whatever order: one ending is started, one end is
-        /// announced, and the reason stored first is the one announced.
+        /// announced, and the reason stored first, or the first that is to be told, is the one announced.
         #[test]
         fn one_end_per_life(words in proptest::collection::vec(
             proptest::sample::select(vec![
@@ -792,7 +820,7 @@ mod tests {
         {
             let mut kernel = Lifecycle::creating();
             let (mut cleans, mut announced, mut forgotten) = (0, 0, 0);
-            let mut first_reason: Option<Reason> = None;
+            let mut first: Option<Ending> = None;
             for word in words {
                 for action in kernel.step(parse_input(word)) {
                     match action {
@@ -802,9 +830,15 @@ mod tests {
                         _ => {}
                     }
                 }
-                match (&first_reason, kernel.ending()) {
-                    (None, Some(ending)) => first_reason = Some(ending.reason.clone()),
-                    (Some(first), Some(ending)) => prop_assert_eq!(first, &ending.reason),
+                match (&first, kernel.ending()) {
+                    (None, Some(ending)) => first = Some(ending.clone()),
+                    (Some(before), Some(ending)) if before.suppress && !ending.suppress => {
+                        first = Some(ending.clone());
+                    }
+                    (Some(before), Some(ending)) => {
+                        prop_assert_eq!(&before.reason, &ending.reason);
+                        prop_assert_eq!(before.suppress, ending.suppress);
+                    }
                     (Some(_), None) => prop_assert!(false, "an ending was forgotten"),
                     (None, None) => {}
                 }

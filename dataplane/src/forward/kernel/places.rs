@@ -263,14 +263,19 @@ impl KernelPath {
         self.uplinks = uplinks;
     }
 
-    /// Tells the programs how large a packet may leave by each uplink.
+    /// Tells the programs how large a packet may leave by each uplink, also by one that is down for a
+    /// moment.
     fn tell_sizes(&mut self, wanted: &BTreeSet<u32>) -> Result<(), KernelPathError> {
         let fails = |source| KernelPathError::Map {
             name: map::UPLINKS,
             source,
         };
         let known: BTreeMap<u32, u32> = self.uplink_mtus.iter().flatten().collect();
-        for index in known.keys().filter(|index| !wanted.contains(index)) {
+        let interfaces = &self.interfaces;
+        let is_down = |index: &u32| interfaces.get(index).is_some_and(|it| !it.up);
+        let kept = |index: &u32| wanted.contains(index) || is_down(index);
+        let lost: Vec<u32> = known.keys().copied().filter(|it| !kept(it)).collect();
+        for index in &lost {
             match self.uplink_mtus.remove(index) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
                 Err(source) => return Err(fails(source)),
