@@ -53,12 +53,24 @@ pub enum RunDirError {
     },
     /// Somebody else could put regions of his own there.
     #[error(
-        "the directory {path} {why}; see who has made it and what is in it, then remove it (rm -r {path}), give it to \
-         this user, or name another directory in the configuration",
+        "the run directory {path} {why}; see who has made it and what is in it, then remove it \
+         (rm -r {path}) or set run-dir to another directory",
         path = .path.display()
     )]
     Unsafe {
         /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Somebody else could change what is made below it.
+    #[error(
+        "{path} {why}: what is made below it could be changed; see who has made it, then let only root or this \
+         user change it (chown, chmod go-w), or have the configuration name another directory",
+        path = .path.display()
+    )]
+    Shared {
+        /// The part of the way.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
@@ -185,7 +197,7 @@ pub fn require_own(path: &Path) -> Result<(), RunDirError> {
         }
         if let Some(why) = distrusted(&found) {
             let path = place.to_owned();
-            return Err(RunDirError::Unsafe { path, why });
+            return Err(RunDirError::Shared { path, why });
         }
     }
     Ok(())
@@ -344,6 +356,7 @@ mod tests {
         for way in [&place, &link.join("c")] {
             let err = require_own(way).unwrap_err().to_string();
             assert!(err.contains("/a can be changed by other users"), "{err}");
+            assert!(!err.contains("rm -r"), "{err}");
         }
         fs::set_permissions(top.path().join("a"), Permissions::from_mode(0o755)).unwrap();
         if rustix::process::geteuid().is_root() {
