@@ -12,7 +12,7 @@ use harness::fake_runner::FakeRunner;
 use shared::ids::{KernelId, SessionId};
 use tokio_util::sync::CancellationToken;
 
-use super::{execute, link_to};
+use super::{execute_to_its_end, link_to};
 
 async fn batch_steps(runner: &FakeRunner, code: &str) -> Result<()> {
     runner.expect("clean", "").await?;
@@ -60,7 +60,7 @@ async fn a_run_whose_end_or_messages_are_lost_ends_all_the_same() -> Result<()> 
     let mut owed = link.runs_owed();
     tokio::time::timeout(Duration::from_secs(10), owed.wait_for(|owed| *owed == 0)).await??;
     ensure!(told() == ["execution_cancelled"], "{:?}", told());
-    let reply = execute(&link, "old", Mode::Continue, "").await?;
+    let reply = execute_to_its_end(&link, "old", Mode::Continue, "").await?;
     ensure!(
         (reply.status, reply.exit_code) == (Status::Finished, None),
         "{reply:?}"
@@ -75,7 +75,8 @@ async fn a_run_whose_end_or_messages_are_lost_ends_all_the_same() -> Result<()> 
         link.follow(elsewhere.address);
         anyhow::Ok(())
     };
-    let (reply, ()) = tokio::try_join!(execute(&link, "r", Mode::Query, "lost()"), moved)?;
+    let lost = execute_to_its_end(&link, "r", Mode::Query, "lost()");
+    let (reply, ()) = tokio::try_join!(lost, moved)?;
     ensure!(
         (reply.status, reply.exit_code) == (Status::Finished, None),
         "{reply:?}"
@@ -86,7 +87,8 @@ async fn a_run_whose_end_or_messages_are_lost_ends_all_the_same() -> Result<()> 
         elsewhere.send("finished", r#"{"exitCode": 0}"#);
         anyhow::Ok(())
     };
-    let (reply, ()) = tokio::try_join!(execute(&link, "n", Mode::Query, "next()"), play)?;
+    let next = execute_to_its_end(&link, "n", Mode::Query, "next()");
+    let (reply, ()) = tokio::try_join!(next, play)?;
     ensure!(reply.exit_code == Some(0), "{reply:?}");
     let (lost, next) = (
         [

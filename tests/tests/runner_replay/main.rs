@@ -41,6 +41,20 @@ async fn execute(link: &RunnerLink, run_id: &str, mode: Mode, code: &str) -> Res
     Ok(execution::execute(link, request(run_id, mode, code)).await?)
 }
 
+/// Like [`execute`], for a run whose end may take long where the machine is busy. One call: each is told.
+async fn execute_to_its_end(
+    link: &RunnerLink,
+    run_id: &str,
+    mode: Mode,
+    code: &str,
+) -> Result<ExecuteReply> {
+    let patient = ExecuteRequest {
+        flush_timeout: Some(20.0),
+        ..request(run_id, mode, code)
+    };
+    Ok(execution::execute(link, patient).await?)
+}
+
 fn text(reply: &ExecuteReply) -> Result<String> {
     let value = serde_json::to_value(reply)?;
     let items = value["console"].as_array().context("console")?;
