@@ -142,10 +142,13 @@ impl Ending {
 
     /// Joins what is asked for later: managers purge what they have begun to destroy when a heartbeat
     /// comes in between, and wait for the word on the destroy.
-    fn join(&mut self, reason: Reason, suppress: bool) {
+    /// Says what to do about it.
+    fn join(&mut self, reason: Reason, suppress: bool) -> Vec<Action> {
         if self.suppress && !suppress {
             (self.reason, self.suppress) = (reason, suppress);
+            return vec![Action::NoteEnding, Action::JoinEnding];
         }
+        vec![Action::JoinEnding]
     }
 
     /// The reason as others are told it: what it died of stands for "by itself".
@@ -271,6 +274,8 @@ pub enum Action {
     StopForRestart,
     /// Wait for the ending that is under way (or will follow the aborted creation).
     JoinEnding,
+    /// The end that was decided is told otherwise from now on: an agent that is killed now must find that.
+    NoteEnding,
     /// Wait for the restart that is under way.
     JoinRestart,
     /// Announce `kernel_terminated`.
@@ -397,8 +402,9 @@ impl Lifecycle {
                         if !suppress && (!self.visible || ending.suppress) =>
                     {
                         self.visible = true;
-                        ending.join(reason, suppress);
-                        vec![Action::AnnounceTerminated, Action::JoinEnding]
+                        let mut actions = vec![Action::AnnounceTerminated];
+                        actions.extend(ending.join(reason, suppress));
+                        actions
                     }
                     Input::Destroy { .. } => vec![Action::JoinEnding],
                     _ => vec![Action::Proceed],
@@ -465,12 +471,10 @@ impl Lifecycle {
             Input::Destroy { reason, suppress } => {
                 self.visible |= !suppress;
                 let fresh = abort.is_none();
-                let abort = joined(abort, reason, suppress);
-                let mut actions = Vec::new();
+                let (abort, mut actions) = joined(abort, reason, suppress);
                 if fresh {
-                    actions.push(Action::AbortCreation);
+                    actions.insert(0, Action::AbortCreation);
                 }
-                actions.push(Action::JoinEnding);
                 (
                     State::Creating {
                         stage,
@@ -507,8 +511,8 @@ impl Lifecycle {
             }
             Input::Destroy { reason, suppress } => {
                 self.visible |= !suppress;
-                ending.join(reason, suppress);
-                (State::Ending(ending), vec![Action::JoinEnding])
+                let actions = ending.join(reason, suppress);
+                (State::Ending(ending), actions)
             }
             Input::Died { exit_code } => {
                 ending.exit_code = ending.exit_code.or(exit_code);
@@ -529,14 +533,14 @@ impl Lifecycle {
     }
 }
 
-/// The end asked for, or the one that was asked for before.
-fn joined(before: Option<Ending>, reason: Reason, suppress: bool) -> Ending {
+/// The end asked for, or the one that was asked for before, and what to do about it.
+fn joined(before: Option<Ending>, reason: Reason, suppress: bool) -> (Ending, Vec<Action>) {
     match before {
         Some(mut ending) => {
-            ending.join(reason, suppress);
-            ending
+            let actions = ending.join(reason, suppress);
+            (ending, actions)
         }
-        None => Ending::new(reason, suppress),
+        None => (Ending::new(reason, suppress), vec![Action::JoinEnding]),
     }
 }
 
@@ -575,12 +579,11 @@ fn decide_restarting(abort: Option<Ending>, input: Input) -> (State, Vec<Action>
             vec![Action::Refuse(Refusal::CreationInProgress)],
         ),
         Input::Restart => (State::Restarting { abort }, vec![Action::JoinRestart]),
-        Input::Destroy { reason, suppress } => (
-            State::Restarting {
-                abort: Some(joined(abort, reason, suppress)),
-            },
-            vec![Action::JoinEnding],
-        ),
+        Input::Destroy { reason, suppress } => {
+            let (abort, actions) = joined(abort, reason, suppress);
+            let abort = Some(abort);
+            (State::Restarting { abort }, actions)
+        }
         Input::OldContainerGone => match abort {
             None => (
                 State::Creating {
@@ -742,10 +745,11 @@ mod tests {
         started ready destroy restart          | Ending:user-requested                    | RefuseEnding
         started ready destroy died cleaned     | Ended:user-requested=7                   | AnnounceTerminated+Forget
         started ready purge cleaned            | Ended:user-purged=9!                     | Forget
-        started ready purge destroy            | Ending:user-requested                    | JoinEnding
+        started ready purge destroy            | Ending:user-requested                    | NoteEnding+JoinEnding
         started ready purge destroy purge      | Ending:user-requested                    | JoinEnding
         started ready purge destroy cleaned    | Ended:user-requested=9                   | AnnounceTerminated+Forget
-        started ready purge cleaned destroy    | Ended:user-requested=9                   | AnnounceTerminated+JoinEnding
+        started ready purge cleaned destroy    | Ended:user-requested=9                   | AnnounceTerminated+NoteEnding+JoinEnding
+        started purge destroy                  | Started/user-requested                   | NoteEnding+JoinEnding
         started purge destroy ready            | Ending:user-requested                    | StopAndClean
         started ready died                     | Ending:self-terminated=7                 | Clean
         started ready died destroy             | Ending:self-terminated=7                 | JoinEnding

@@ -126,6 +126,11 @@ impl Node {
         for action in actions {
             match action {
                 Action::StopAndClean | Action::Clean => self.spawn_ending(kernel),
+                Action::NoteEnding => {
+                    let (node, kernel) = (self.clone(), kernel.clone());
+                    self.tasks
+                        .spawn(async move { node.note(&kernel, |_| {}).await });
+                }
                 Action::AnnounceStarted => {
                     kernel.start_told(Instant::now());
                     self.tell_start(kernel);

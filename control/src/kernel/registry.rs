@@ -653,6 +653,32 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_journal_takes_the_word_of_a_destroy_that_a_purge_has_overtaken() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), "i-node").unwrap();
+        let kernel = accepted(&Registry::default(), 1);
+        kernel.step(Input::Entered(Stage::Started));
+        kernel.step(Input::Ready);
+        let destroy = |reason, suppress| kernel.step(Input::Destroy { reason, suppress });
+        let noted = || {
+            kernel.journal_entry().write(&journal).unwrap();
+            let ending = journal.load::<Record>().unwrap().0[&kernel.id]
+                .ending
+                .clone();
+            ending.map(|ending| (ending.reason, ending.suppress))
+        };
+        destroy(Reason::USER_PURGED, true);
+        assert_eq!(noted(), Some(("user-purged".to_owned(), true)));
+        let actions = destroy(Reason::USER_REQUESTED, false);
+        assert!(actions.contains(&Action::NoteEnding), "{actions:?}");
+        assert_eq!(noted(), Some(("user-requested".to_owned(), false)));
+        // Nothing changes with the next ones, and nothing is written.
+        for suppress in [false, true] {
+            assert_eq!(destroy(Reason::USER_PURGED, suppress), [Action::JoinEnding]);
+        }
+    }
+
+    #[test]
     fn a_start_is_told_again_of_a_kernel_in_service_and_not_at_once() {
         let kernel = accepted(&Registry::default(), 1);
         let now = Instant::now();
