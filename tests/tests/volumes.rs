@@ -147,6 +147,28 @@ async fn a_volume_is_mounted_noted_and_taken_away_again() {
 }
 
 #[tokio::test]
+async fn a_link_on_the_way_to_the_volumes_hides_none_of_them() {
+    let Some(place) = Place::new(&["tmpfs scratch-memory"]) else {
+        return;
+    };
+    let (before, data) = (place.fstab(), place.at("data"));
+    std::fs::rename(place.at("mnt"), &data).unwrap();
+    std::os::unix::fs::symlink("data", place.at("mnt")).unwrap();
+    let order = place.order("vol1", "tmpfs", "scratch-memory", "size=1m");
+    for _ in 0..2 {
+        let mounted = place.volumes.mount(&order).await;
+        well(&mounted);
+        assert_eq!(mounted.path, place.point("vol1"));
+        assert_eq!(mounted_below(place.directory.path()), [data.join("vol1")]);
+    }
+    let listed = place.volumes.mounted().await.unwrap();
+    assert_eq!(listed, [place.point("vol1")]);
+    assert!(place.fstab().contains("/mnt/vol1 tmpfs"));
+    well(&place.unmount("vol1").await);
+    place.nothing_is_left(&before);
+}
+
+#[tokio::test]
 async fn directories_and_images_are_mounted_too() {
     let Some(place) = Place::new(&["none PLACE/data*", "ext4 PLACE/disk.img"]) else {
         return;

@@ -38,15 +38,26 @@ pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
 /// The same for who cannot wait. Blocks, for the time that the kernel takes to list what is mounted.
 pub(super) fn at_now(path: &Path) -> io::Result<Option<String>> {
     let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(source_at(&text, path))
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok(source_at(&text, path));
+    };
+    // The table has paths without links, and a link itself is no mount point.
+    let place = behind(&text, parent, |link| std::fs::read_link(link).ok()).join(name);
+    Ok(source_at(&text, &place))
 }
 
 /// Mount points directly below a directory, sorted. Nothing of them is touched: a server may hang.
 pub(super) async fn below(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
-    let text = blocking(|| std::fs::read_to_string("/proc/self/mountinfo"))
-        .await
-        .map_err(VolumeError::Table)?;
-    Ok(points_below(&text, base))
+    let spelled = base.to_owned();
+    let found = blocking(move || {
+        let text = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let base = behind(&text, &spelled, |link| std::fs::read_link(link).ok());
+        let names = points_below(&text, &base).into_iter();
+        Ok(names
+            .filter_map(|point| Some(spelled.join(point.file_name()?)))
+            .collect())
+    });
+    found.await.map_err(VolumeError::Table)
 }
 
 /// Where the file system is mounted that a path is on. Links on the root file system are followed.
@@ -55,20 +66,22 @@ pub(crate) async fn point_of(path: &Path) -> PathBuf {
     let path = path.to_owned();
     blocking(move || {
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        point_behind(&text, &path, |link| std::fs::read_link(link).ok())
+        let place = behind(&text, &path, |link| std::fs::read_link(link).ok());
+        point_above(points(&text), &place)
     })
     .await
 }
 
-/// `link` answers where a link leads, and nothing for what is none.
-fn point_behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<PathBuf>) -> PathBuf {
+/// The path without the links that are on the root file system. `link` answers where a link leads, and
+/// nothing for what is none.
+fn behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<PathBuf>) -> PathBuf {
     let points: Vec<PathBuf> = points(mountinfo).collect();
     let root = PathBuf::from("/");
     let (mut reached, mut rest, mut followed) = (root.clone(), path.to_owned(), 0);
     loop {
         let mut parts = rest.components();
         let Some(part) = parts.next() else {
-            return root;
+            return reached;
         };
         let mut after = parts.as_path().to_owned();
         match part {
@@ -79,7 +92,7 @@ fn point_behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<Pat
             Component::Normal(name) => {
                 reached.push(name);
                 if points.contains(&reached) {
-                    return point_above(points, &reached.join(after));
+                    return reached.join(after);
                 }
                 if followed < LINKS
                     && let Some(target) = link(&reached)
@@ -95,9 +108,8 @@ fn point_behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<Pat
     }
 }
 
-fn point_above(points: Vec<PathBuf>, path: &Path) -> PathBuf {
+fn point_above(points: impl Iterator<Item = PathBuf>, path: &Path) -> PathBuf {
     points
-        .into_iter()
         .filter(|point| path.starts_with(point))
         .max_by_key(|point| point.components().count())
         .unwrap_or_else(|| PathBuf::from("/"))
@@ -367,7 +379,7 @@ mod tests {
             ("/srv/local/folder", "/"),
             ("/srv/round/folder", "/"),
         ] {
-            let found = point_behind(lines, Path::new(path), link);
+            let found = point_above(points(lines), &behind(lines, Path::new(path), link));
             assert_eq!(found, Path::new(point), "{path}");
         }
     }
