@@ -14,7 +14,7 @@ NEXTEST_VERSION := 0.9.143
 FUZZ_SECONDS ?= 20
 
 .PHONY: help demo test build release install uninstall setup-build setup-demo setup-test check fmt clippy docs deny unit loom \
-        integration test-accelerators test-gpu gpu-kit compat bench-agent bench-ports bench-publish bench-stats soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz build-fuzz runner clean
+        integration test-accelerators test-gpu gpu-kit compat bench-agent bench-ports bench-publish bench-stats soak soak-stats setup-bench setup-vm vm-test vm-node verify-units fuzz build-fuzz runner clean
 
 help: ## list the commands
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -119,6 +119,9 @@ bench-stats: setup-test release runner ## statistics of many containers against 
 	$(or $(CARGO_TARGET_DIR),target)/release/bench-stats $(BENCH)
 
 SOAK_SECONDS ?= 3600
+
+soak: build runner ## kernels come and go for SOAK_SECONDS, nothing may be left and memory may not grow
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test first_light twenty_cycles -- --nocapture
 
 soak-stats: build ## containers come and go for SOAK_SECONDS, nothing may be left in the dataplane; one with 10,000 processes (root)
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test collect_churn -- --nocapture

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use shared::ids::{ContainerId, KernelId, SessionId};
 
+use crate::json_text::JsonText;
 use crate::kernel::lifecycle::Reason;
 
 pub use file::{FileSink, FileSinkError};
@@ -104,7 +105,7 @@ pub enum Event {
         /// Its session.
         session: SessionId,
         /// The same map that `create_kernels` answers.
-        creation_info: Value,
+        creation_info: JsonText,
     },
     /// The kernel has ended and holds nothing any more.
     KernelTerminated {

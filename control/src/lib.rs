@@ -17,6 +17,7 @@ pub mod firewall;
 pub mod heartbeat;
 pub mod http;
 pub mod image;
+pub mod json_text;
 pub mod kernel;
 pub mod link;
 pub mod metadata;

@@ -82,6 +82,21 @@ fn held(pid: u32) -> Result<(usize, usize)> {
     Ok((count("fd")?, count("task")?))
 }
 
+/// Anonymous memory of a process in kB (`RssAnon` of `/proc/PID/status`).
+fn own_memory(pid: u32) -> Result<u64> {
+    std::fs::read_to_string(format!("/proc/{pid}/status"))?
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("RssAnon:")?
+                .trim()
+                .split(' ')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .context("RssAnon in /proc/PID/status")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
     let image = images::image(images::Image::Runner)?;
@@ -126,6 +141,10 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
     };
     // The first ones open what stays open: pooled connections, groups of the parents, worker threads.
     cycles(0..AT_ONCE).await?;
+    let soak = std::env::var("SOAK_SECONDS").ok();
+    let soak = soak
+        .map(|seconds| seconds.parse().map(Duration::from_secs))
+        .transpose()?;
     let volumes = docker_lines(&["volume", "ls", "-q"])?;
     let networks = docker_lines(&["network", "ls", "-q"])?;
     let pids = [
@@ -134,7 +153,36 @@ async fn twenty_cycles_leave_nothing_behind() -> Result<()> {
     ];
     let before = [held(pids[0])?, held(pids[1])?];
 
-    cycles(AT_ONCE..AT_ONCE + 20).await?;
+    match soak {
+        None => cycles(AT_ONCE..AT_ONCE + 20).await?,
+        Some(soak) => {
+            let begun = std::time::Instant::now();
+            let (mut done, mut filled) = (AT_ONCE, None);
+            while begun.elapsed() < soak {
+                cycles(done..done + 20).await?;
+                done += 20;
+                let own = [own_memory(pids[0])?, own_memory(pids[1])?];
+                // What is remembered of kernels that have been is bounded: 256 of them, 1,024 events.
+                if done > 300 {
+                    let filled = filled.get_or_insert(own);
+                    for (now, filled) in own.iter().zip(filled) {
+                        ensure!(
+                            now <= &(*filled + 4096),
+                            "{filled} kB were enough, and now {now} kB"
+                        );
+                    }
+                }
+                println!(
+                    "{:>5} s, {done:>5} lives: control {:?} kB and {:?} of its own, dataplane {:?} kB and {:?}",
+                    begun.elapsed().as_secs(),
+                    own_memory(pids[0])?,
+                    held(pids[0])?,
+                    own_memory(pids[1])?,
+                    held(pids[1])?,
+                );
+            }
+        }
+    }
 
     ensure!(
         node.containers()?.is_empty(),

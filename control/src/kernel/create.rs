@@ -37,6 +37,7 @@ use crate::docker::LogOptions;
 use crate::docker::{ImageRecord, RegistryAuth};
 use crate::events::Event;
 use crate::image::{AutoPull, ImageRequest};
+use crate::json_text::JsonText;
 use crate::kernel::request::{self, ImageConfig};
 use crate::resource::SlotRequest;
 
@@ -127,8 +128,8 @@ async fn conclude(
     let failed = match built {
         Ok(launched) => {
             let result = result::creation_info(node, kernel, &launched);
-            node.note(kernel, |record| record.result = Some(result.clone()))
-                .await;
+            let kept = JsonText::from(&result);
+            node.note(kernel, |record| record.result = Some(kept)).await;
             let actions = kernel.step(Input::Ready);
             let entered = actions.contains(&Action::AnnounceStarted);
             // Announced before the disk is waited for: its end may come meanwhile, and is
@@ -251,7 +252,7 @@ fn stored_result(kernel: &Kernel, order: &Order) -> Result<serde_json::Value, Cr
         });
     }
     tracing::debug!(kernel_id = %kernel.id, "a creation that is done was asked for again");
-    Ok(result.unwrap_or_default())
+    Ok(result.unwrap_or_default().tree())
 }
 
 /// Waits for `work` unless the creation has to give up first. Only for work that leaves nothing
@@ -531,6 +532,7 @@ async fn console_tail(node: &Node, container: &str) -> String {
     let options = LogOptions {
         keep: TAIL_BYTES,
         partial: true,
+        ..LogOptions::default()
     };
     match tokio::time::timeout(TAIL_LIMIT, node.docker.logs(container, options)).await {
         Ok(Ok(log)) => log.text.trim().replace('\r', ""),

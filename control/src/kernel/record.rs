@@ -12,6 +12,7 @@ use super::request::{ClusterInfo, KernelCreationConfig, SessionType, TextMap};
 use super::runner_link::{AppRecord, RunnerAddress};
 use super::service_ports::ServicePort;
 use super::services::ServiceRecord;
+use crate::json_text::JsonText;
 use crate::resource::Allocation;
 
 /// Who holds the host ports of a kernel.
@@ -120,7 +121,7 @@ pub struct Record {
     /// The version of the runner packages it was made with.
     pub runner_version: Option<String>,
     /// What `create_kernels` answered.
-    pub result: Option<serde_json::Value>,
+    pub result: Option<JsonText>,
     /// A batch job was started and its end has not been announced.
     pub batch_running: bool,
     /// That job. Records of agents before this field have none: their job counts as sent.
@@ -180,12 +181,16 @@ impl Record {
         self.runs_owed.max(u32::from(sent))
     }
 
-    /// Keeps what may be shown after the end.
-    pub fn forget_secrets(&mut self) {
+    /// Keeps what is shown after the end: no secrets, and nothing big.
+    pub fn forget_details(&mut self) {
         self.request = None;
         self.environ = None;
         self.cluster = None;
         self.batch_job = None;
+        self.allocation = None;
+        self.mounts = Vec::new();
+        self.models = Vec::new();
+        self.result = None;
     }
 }
 

@@ -433,7 +433,7 @@ pub enum Admission {
 #[derive(Debug, Default)]
 pub struct Registry {
     kernels: Mutex<HashMap<KernelId, Arc<Kernel>>>,
-    ended: Mutex<VecDeque<EndedKernel>>,
+    ended: Mutex<VecDeque<Arc<EndedKernel>>>,
     callers: Callers,
 }
 
@@ -529,7 +529,7 @@ impl Registry {
         removed?;
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         let oldest = (ended.len() == ENDED_KEPT).then(|| ended.pop_front());
-        ended.push_back(end);
+        ended.push_back(Arc::new(end));
         let gone = oldest.flatten()?.view.id;
         // A later life of it may have ended too.
         ended
@@ -544,12 +544,12 @@ impl Registry {
         let room = ENDED_KEPT.saturating_sub(ended.len());
         let surplus = ends.len().saturating_sub(room);
         for end in ends.into_iter().skip(surplus).rev() {
-            ended.push_front(end);
+            ended.push_front(Arc::new(end));
         }
     }
 
     /// The kernels that ended last, oldest first.
-    pub fn ended(&self) -> Vec<EndedKernel> {
+    pub fn ended(&self) -> Vec<Arc<EndedKernel>> {
         self.ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -749,6 +749,7 @@ pub(super) mod tests {
         let mut record = record(1);
         record.kernel_id = uuid::Uuid::from_bytes(id);
         record.environ = serde_json::from_value(serde_json::json!({"SECRET": "word"})).unwrap();
+        record.result = Some((&serde_json::json!({"resource_spec": "big"})).into());
         let Admission::Accepted(kernel) = registry.admit(record) else {
             panic!("not admitted")
         };
@@ -784,6 +785,7 @@ pub(super) mod tests {
         let text =
             std::fs::read_to_string(ends.dir().join(format!("{}.json", KernelId(id(9))))).unwrap();
         assert!(!text.contains("word"), "no secrets: {text}");
+        assert!(!text.contains("big"), "no details: {text}");
 
         let (found, damaged) = EndedKernel::load(&ends).unwrap();
         assert!(damaged.is_empty());
@@ -799,7 +801,7 @@ pub(super) mod tests {
         );
         assert_eq!(next.end_of(KernelId(id(3)), SessionId([1; 16])), None);
         let (before, after) = (registry.ended(), next.ended());
-        let times = |ended: &[EndedKernel]| ended.iter().map(|it| it.at).collect::<Vec<_>>();
+        let times = |ended: &[Arc<EndedKernel>]| ended.iter().map(|it| it.at).collect::<Vec<_>>();
         assert_eq!(after.len(), ENDED_KEPT);
         assert!(times(&after).is_sorted());
         let age =

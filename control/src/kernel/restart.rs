@@ -194,7 +194,8 @@ async fn join(kernel: &Arc<Kernel>) -> Result<Value, RestartError> {
     match running {
         true => Ok(kernel
             .with_record(|record| record.result.clone())
-            .unwrap_or_default()),
+            .unwrap_or_default()
+            .tree()),
         false => Err(RestartError::Refused {
             kernel: kernel.id,
             why: Refusal::Ending,

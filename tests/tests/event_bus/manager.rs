@@ -67,7 +67,7 @@ fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> 
         Event::KernelStarted {
             kernel,
             session,
-            creation_info,
+            creation_info: (&creation_info).into(),
         },
         Event::KernelTerminated {
             kernel,

@@ -134,7 +134,7 @@ fn event(name: &str, args: &Value) -> Result<Option<Event>> {
         "kernel_started" => Event::KernelStarted {
             kernel: text(args, 0)?.parse()?,
             session: text(args, 1)?.parse()?,
-            creation_info: args[3].clone(),
+            creation_info: (&args[3]).into(),
         },
         "kernel_terminated" => Event::KernelTerminated {
             kernel: text(args, 0)?.parse()?,

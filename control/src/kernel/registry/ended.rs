@@ -1,7 +1,7 @@
 //! Kernels that have ended, for those who ask afterwards and over restarts of the agent.
 //!
 //! In: a kernel at its end. Out: its last view, in memory and as a file beside the journal. Invariants: no
-//! secret stays; the newest [`ENDED_KEPT`] are remembered.
+//! secret and nothing big stays; the newest [`ENDED_KEPT`] are remembered.
 
 use std::time::{Duration, SystemTime};
 
@@ -38,7 +38,7 @@ impl EndedKernel {
     /// A kernel that ends now.
     pub fn now(kernel: &Kernel) -> EndedKernel {
         let mut view = kernel.view();
-        view.record.forget_secrets();
+        view.record.forget_details();
         view.record.phase = phase_of(&view.state);
         view.record.ending = outcome(&view.state).map(stored);
         EndedKernel {
@@ -78,7 +78,9 @@ impl EndedKernel {
 }
 
 impl StoredEnd {
-    fn read(self) -> Option<EndedKernel> {
+    fn read(mut self) -> Option<EndedKernel> {
+        // Earlier releases kept more.
+        self.record.forget_details();
         let at = Duration::try_from_secs_f64(self.at).ok()?;
         let ending = self.record.ending.as_ref()?;
         let ending = Ending {
