@@ -66,9 +66,11 @@ pub struct Deadlines {
     pub transfer: Option<Duration>,
     /// a whole push; `None` waits for ever (`api.push-timeout` null).
     pub push: Option<Duration>,
-    /// a commit, and the engine's preparation of an export.
+    /// a commit (without `api.commit-timeout` too: it pauses the kernel), and the engine's preparation
+    /// of an export.
     pub commit: Duration,
-    /// a pull or push whose progress stands still.
+    /// a pull or push whose progress stands still; then the engine is pinged, as one that waits its
+    /// turn in the engine is silent too. Also until its first word, and a piece of an export.
     pub transfer_silence: Duration,
     /// an event stream without an event; then the engine is pinged, as one that hangs closes
     /// nothing.
@@ -429,7 +431,7 @@ impl Docker {
         Ok(ended.status)
     }
 
-    /// What the container has printed so far (never follows), within `deadlines.logs`.
+    /// What the container has printed so far (never follows), within `options.limit` or `deadlines.logs`.
     ///
     /// # Errors
     /// `LogsNotReadable` when the log driver keeps nothing on this node.
@@ -439,6 +441,8 @@ impl Docker {
         options: LogOptions,
     ) -> Result<ContainerLog, DockerError> {
         let step = format!("read log of container {container}");
+        let begun = tokio::time::Instant::now();
+        let limit = options.limit.unwrap_or(self.deadlines.logs);
         let path = format!("/containers/{}/logs", segment(&step, container)?);
         let tty = self
             .inspect(container)
@@ -449,7 +453,7 @@ impl Docker {
         let call = Call::new(
             step.clone(),
             Class::Slow,
-            self.deadlines.logs,
+            limit.saturating_sub(begun.elapsed()),
             Method::GET,
             path,
         )
@@ -468,7 +472,7 @@ impl Docker {
         let mut body = streaming.response.into_body();
         let mut tail = Tail::new(options.keep);
         let mut frames = Demultiplexer::default();
-        let read = transport::within(&step, self.deadlines.logs, async {
+        let read = transport::within(&step, limit.saturating_sub(begun.elapsed()), async {
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|source| DockerError::Broken {
                     step: step.clone(),

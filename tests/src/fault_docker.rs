@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,6 +29,8 @@ pub enum Fault {
     Keep,
     /// Answered with these bytes, nothing is passed on.
     Answer(Vec<u8>),
+    /// The same in two pieces, and this long between them.
+    Slow(Vec<u8>, Duration, Vec<u8>),
 }
 
 impl Fault {
@@ -284,6 +287,13 @@ async fn exchange(mut client: UnixStream, state: &Mutex<State>, upstream: &Path)
         Some(Fault::Close) => return Ok(()),
         Some(Fault::Answer(bytes)) => {
             client.write_all(&bytes).await?;
+            client.shutdown().await?;
+            return Ok(());
+        }
+        Some(Fault::Slow(first, pause, second)) => {
+            client.write_all(&first).await?;
+            tokio::time::sleep(pause).await;
+            client.write_all(&second).await?;
             client.shutdown().await?;
             return Ok(());
         }

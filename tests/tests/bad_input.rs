@@ -4,11 +4,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use control::rpc::{Failure, Value};
+use control::rpc::{self, Failure, Value};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions, program};
+use harness::wait;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -372,9 +373,45 @@ async fn docker_fails_or_hangs_in_the_middle() -> Result<()> {
         assert_eq!(ends.len(), 1, "{request} {fault:?}: {ends:?}");
     }
     let order = Order::of(Image::Runner)?;
+    an_image_nobody_can_look_up_is_not_told_to_have_failed(&node, &order, &engine).await?;
     kernels::create(&node, &order).await?;
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
+}
+
+/// `image_pull_failed` cancels the sessions that wait for an image, while the manager asks again after a
+/// task that failed.
+async fn an_image_nobody_can_look_up_is_not_told_to_have_failed(
+    node: &Node,
+    order: &Order,
+    engine: &FaultDocker,
+) -> Result<()> {
+    let image = &order.config["image"];
+    let name = image["canonical"].as_str().context("a name")?;
+    let configs = json!({ name: image });
+    engine.spoil(&format!("/images/{name}/json"), Fault::json(500, "{}"), 1);
+    for _ in 0..2 {
+        kernels::ask(node, "check_and_pull", vec![rpc::to_value(&configs)?]).await?;
+    }
+    let names = wait::until("the tasks end", Duration::from_secs(30), || async {
+        let args = vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)];
+        let reply = kernels::ask(node, "bai.events", args).await.ok()?;
+        let names = reply["events"].as_array()?.iter();
+        let names: Vec<String> = names
+            .filter_map(|event| Some(event["name"].as_str()?.to_owned()))
+            .filter(|name| name.starts_with("image_pull_") || name.starts_with("bgtask_"))
+            .filter(|name| name != "bgtask_updated")
+            .collect();
+        (names.len() >= 3).then_some(names)
+    })
+    .await?;
+    let of = |name: &str| names.iter().filter(|it| *it == name).count();
+    ensure!(
+        (of("bgtask_failed"), of("bgtask_done")) == (1, 1)
+            && (of("image_pull_finished"), of("image_pull_failed")) == (1, 0),
+        "{names:?}"
+    );
+    Ok(())
 }
 
 /// What the agent says when it cannot start.

@@ -210,7 +210,7 @@ async fn a_long_log_keeps_its_tail_and_tells_the_cut() {
             &id,
             LogOptions {
                 keep: 1000,
-                partial: false,
+                ..LogOptions::default()
             },
         )
         .await

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use control::docker::{
     ContainerCreateBody, Deadlines, Docker, DockerError, DockerOptions, EngineEvent, EventStream,
-    LogOptions,
+    LogOptions, RegistryAuth,
 };
 use control::image::Images;
 use control::kernel::distro::{DistroError, Distros, PROBE_LABEL};
@@ -575,6 +575,26 @@ async fn every_way_a_pull_can_fail_is_noticed() {
             .unwrap_err();
         assert!(err.to_string().contains(words), "{fault:?}: {err}");
     }
+}
+
+#[tokio::test]
+async fn a_pull_that_waits_its_turn_in_the_engine_is_waited_for() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = client(&proxy);
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n";
+    let waits = Fault::Slow(
+        format!("{head}{{\"status\":\"Waiting\",\"id\":\"a\"}}\n").into_bytes(),
+        Duration::from_secs(3),
+        b"{\"status\":\"Pull complete\",\"id\":\"a\"}\n".to_vec(),
+    );
+    proxy.spoil("/images/create", waits, 2);
+    let auth = RegistryAuth::from_parts(Some("user"), Some("word"));
+    let pull = || docker.pull_image("eng.invalid/x:1", auth.as_ref(), |_| {});
+    pull().await.unwrap();
+    // The engine itself is silent.
+    proxy.spoil("/_ping", Fault::Hang, usize::MAX);
+    let err = pull().await.unwrap_err();
+    assert!(matches!(err, DockerError::Timeout { .. }), "{err}");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! setting and never guessed from the bytes. The text keeps the tail that fits the bound.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -15,6 +16,8 @@ pub struct LogOptions {
     pub keep: usize,
     /// When the deadline passes in the middle, give what was read instead of an error.
     pub partial: bool,
+    /// The deadline, where it is not `Deadlines::logs`.
+    pub limit: Option<Duration>,
 }
 
 impl Default for LogOptions {
@@ -22,6 +25,7 @@ impl Default for LogOptions {
         Self {
             keep: 10 << 20,
             partial: false,
+            limit: None,
         }
     }
 }

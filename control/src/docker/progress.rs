@@ -46,10 +46,15 @@ impl RegistryAuth {
         })
     }
 
-    /// The header value. dockerd decodes the URL-safe alphabet and quietly goes on without
-    /// credentials when it finds another one.
-    fn header(&self) -> String {
-        let json = serde_json::json!({ "username": self.username, "password": self.password });
+    /// The header value for an image of that name. dockerd decodes the URL-safe alphabet and quietly
+    /// goes on without credentials when it finds another one. With its containerd image store, before
+    /// version 25, it uses them only for the registry they name (moby/moby#46743).
+    fn header(&self, name: &str) -> String {
+        let json = serde_json::json!({
+            "username": self.username,
+            "password": self.password,
+            "serveraddress": name.split_once('/').map_or("", |(registry, _)| registry),
+        });
         URL_SAFE.encode(json.to_string())
     }
 }
@@ -151,7 +156,7 @@ impl Docker {
         image_path(&step, image)?;
         let (name, tag) = split_reference(image);
         let call = self
-            .transfer(step, "/images/create".into(), auth)
+            .transfer(step, "/images/create".into(), name, auth)
             .query("fromImage", name)
             .query("tag", tag);
         self.follow(call, self.deadlines.transfer, report).await
@@ -179,18 +184,25 @@ impl Docker {
             .transfer(
                 step,
                 format!("/images/{name}/push"),
+                name,
                 Some(auth.unwrap_or(&none)),
             )
             .query("tag", tag);
         self.follow(call, self.deadlines.push, report).await
     }
 
-    fn transfer<'a>(&self, step: String, path: String, auth: Option<&RegistryAuth>) -> Call<'a> {
+    fn transfer<'a>(
+        &self,
+        step: String,
+        path: String,
+        name: &str,
+        auth: Option<&RegistryAuth>,
+    ) -> Call<'a> {
         // The head comes with the first progress line, after the registry was asked.
         let head = self.deadlines.transfer_silence;
         let call = Call::new(step, Class::Slow, head, Method::POST, path);
         match auth {
-            Some(auth) => call.header("X-Registry-Auth", auth.header()),
+            Some(auth) => call.header("X-Registry-Auth", auth.header(name)),
             None => call,
         }
     }
@@ -206,8 +218,7 @@ impl Docker {
             let streaming = self.transport.stream(&call).await?;
             let mut lines = JsonLines::new(streaming.response.into_body());
             let mut ledger = Ledger::default();
-            let silence = self.deadlines.transfer_silence;
-            while let Some(line) = within(&step, silence, lines.next(&step)).await? {
+            while let Some(line) = self.next_line(&step, &mut lines).await? {
                 match ledger.take(&line) {
                     Ok(progress) => report(&progress),
                     Err(message) => {
@@ -231,6 +242,24 @@ impl Docker {
             None => work.await,
         }
     }
+
+    /// The next line of a transfer. One that waits for its turn in the engine's queue of layers
+    /// (three downloads, five uploads) says nothing meanwhile: as long as the engine answers others,
+    /// it is waited for.
+    async fn next_line(
+        &self,
+        step: &str,
+        lines: &mut JsonLines,
+    ) -> Result<Option<serde_json::Value>, DockerError> {
+        let next = lines.next(step);
+        tokio::pin!(next);
+        loop {
+            tokio::select! {
+                line = &mut next => return line,
+                () = tokio::time::sleep(self.deadlines.transfer_silence) => self.ping().await?,
+            }
+        }
+    }
 }
 
 /// Name and tag (or digest) of a reference; without one the tag is `latest`, so that a pull never
@@ -249,6 +278,22 @@ pub(super) fn split_reference(image: &str) -> (&str, &str) {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn credentials_name_their_registry() {
+        let auth = RegistryAuth::from_parts(Some("user"), Some("word")).unwrap();
+        for (name, registry) in [
+            ("host:5000/a/b", "host:5000"),
+            ("index.docker.io/lablup/x", "index.docker.io"),
+            ("busybox", ""),
+        ] {
+            let decoded = URL_SAFE.decode(auth.header(name)).unwrap();
+            let decoded: serde_json::Value = serde_json::from_slice(&decoded).unwrap();
+            let expected =
+                json!({"username": "user", "password": "word", "serveraddress": registry});
+            assert_eq!(decoded, expected);
+        }
+    }
 
     #[test]
     fn a_port_is_not_a_tag() {
@@ -311,6 +356,6 @@ mod tests {
         assert_eq!(RegistryAuth::from_parts(None, Some("p")), None);
         let auth = RegistryAuth::from_parts(Some("u"), Some("s3cret>>>???")).unwrap();
         assert!(!format!("{auth:?}").contains("s3cret"));
-        assert!(!auth.header().contains(['+', '/']));
+        assert!(!auth.header("a").contains(['+', '/']));
     }
 }

@@ -384,6 +384,7 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
     let options = LogOptions {
         keep: limit,
         partial: true,
+        ..LogOptions::default()
     };
     let text = match node.docker.logs(container, options).await {
         Ok(log) => log.text,

@@ -210,7 +210,7 @@ impl Distros {
             self.docker.wait(&name, self.deadline).await?;
             let options = LogOptions {
                 keep: 16 << 10,
-                partial: false,
+                ..LogOptions::default()
             };
             Ok(self.docker.logs(&name, options).await?.text)
         })

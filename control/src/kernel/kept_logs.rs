@@ -2,7 +2,7 @@
 //!
 //! In: the last log of a container before it is removed. Out: the text for `get_logs` and the
 //! command line, and which of them the manager has not been given yet. Invariants: at most `keep`
-//! consoles, the newest; each whole (written aside, renamed) and readable by the agent's user only;
+//! consoles of `room` bytes together, the newest; each whole (written aside, renamed) and readable by the agent's user only;
 //! beside a console of a cluster lies one empty file for each container, whose name says how far it
 //! has come on its way to the manager and which goes with the console.
 
@@ -20,6 +20,9 @@ use super::journal::{plain_name, replace_file};
 
 /// How many consoles are kept.
 pub const KEEP: usize = 256;
+
+/// Bytes they may take together; the newest is kept whatever it takes. They lie beside the journal.
+const ROOM: u64 = 1 << 30;
 
 /// A step on the kept logs failed.
 #[derive(Debug, Error)]
@@ -59,6 +62,7 @@ impl Shipping {
 pub struct KeptLogs {
     dir: PathBuf,
     keep: usize,
+    room: u64,
 }
 
 impl KeptLogs {
@@ -74,7 +78,11 @@ impl KeptLogs {
                 path: dir.clone(),
                 source,
             })?;
-        Ok(KeptLogs { dir, keep: KEEP })
+        Ok(KeptLogs {
+            dir,
+            keep: KEEP,
+            room: ROOM,
+        })
     }
 
     fn path(&self, kernel: KernelId) -> PathBuf {
@@ -181,7 +189,7 @@ impl KeptLogs {
     }
 
     fn drop_oldest(&self) -> io::Result<()> {
-        let mut consoles: Vec<(SystemTime, String)> = Vec::new();
+        let mut consoles: Vec<(SystemTime, u64, String)> = Vec::new();
         let mut others = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -194,20 +202,24 @@ impl KeptLogs {
                 continue;
             }
             // A file that vanishes meanwhile was dropped by another clean-up.
-            if let Ok(modified) = entry.metadata().and_then(|metadata| metadata.modified()) {
-                consoles.push((modified, kernel.to_owned()));
+            if let Ok(metadata) = entry.metadata()
+                && let Ok(modified) = metadata.modified()
+            {
+                consoles.push((modified, metadata.len(), kernel.to_owned()));
             }
         }
-        if consoles.len() <= self.keep {
+        consoles.sort();
+        let mut taken = 0;
+        let kept = |(number, (_, size, _)): &(usize, &(SystemTime, u64, String))| {
+            taken += size;
+            *number == 0 || (*number < self.keep && taken <= self.room)
+        };
+        let kept = consoles.iter().rev().enumerate().take_while(kept).count();
+        consoles.truncate(consoles.len() - kept);
+        if consoles.is_empty() {
             return Ok(());
         }
-        consoles.sort();
-        let surplus = consoles.len() - self.keep;
-        let gone: HashSet<String> = consoles
-            .into_iter()
-            .take(surplus)
-            .map(|(_, kernel)| kernel)
-            .collect();
+        let gone: HashSet<String> = consoles.into_iter().map(|(_, _, kernel)| kernel).collect();
         let others = others
             .into_iter()
             .filter(|(kernel, _)| gone.contains(kernel))
@@ -267,6 +279,30 @@ mod tests {
         assert_eq!(logs.load(KernelId([2; 16])), None);
         assert_eq!(logs.load(KernelId([3; 16])).as_deref(), Some("console 3"));
         assert_eq!(logs.load(KernelId([4; 16])).as_deref(), Some("console 4"));
+    }
+
+    #[test]
+    fn big_consoles_make_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut logs = KeptLogs::open(dir.path(), "i-node").unwrap();
+        logs.room = 25;
+        let store = |n: u8, text: &str| {
+            logs.store(KernelId([n; 16]), text).unwrap();
+            let at = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(u64::from(n));
+            let file = fs::File::options()
+                .append(true)
+                .open(logs.path(KernelId([n; 16])));
+            file.unwrap().set_modified(at).unwrap();
+        };
+        let kept = |n: u8| logs.load(KernelId([n; 16])).is_some();
+        for n in 1..=3 {
+            store(n, "0123456789");
+        }
+        assert_eq!([1, 2, 3].map(kept), [false, true, true]);
+        store(4, "012");
+        assert_eq!([2, 3, 4].map(kept), [true, true, true]);
+        store(5, &"0".repeat(99));
+        assert_eq!([2, 3, 4, 5].map(kept), [false, false, false, true]);
     }
 
     #[test]

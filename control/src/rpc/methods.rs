@@ -29,6 +29,10 @@ use crate::kernel::runner_link::RunnerLink;
 /// How long a call waits for the connection to a runner that is just being taken over.
 const RUNNER_WAIT: Duration = Duration::from_secs(10);
 
+/// How long what is asked of a container may take: the manager waits 30 s for the answer, and hears
+/// nothing of one that comes later.
+const PATIENCE: Duration = Duration::from_secs(25);
+
 /// What [`AgentService::answer_at_once`] answers.
 const AT_ONCE: [&str; 5] = [
     "ping",

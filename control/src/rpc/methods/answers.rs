@@ -8,7 +8,7 @@ use shared::ids::KernelId;
 use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
-use super::{failed, kernel_id, reply, unknown_kernel};
+use super::{PATIENCE, failed, kernel_id, reply, unknown_kernel};
 use crate::causes::chain;
 use crate::docker::LogOptions;
 use crate::kernel::node::{Node, blocking};
@@ -40,6 +40,7 @@ pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Fa
         let options = LogOptions {
             keep: LOG_LIMIT,
             partial: true,
+            limit: Some(PATIENCE),
         };
         match node.docker.logs(&container.to_string(), options).await {
             Ok(log) => return reply(&json!({ "logs": log.text })),

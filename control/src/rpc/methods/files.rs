@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
-use super::{known_kernel, reply};
+use super::{PATIENCE, known_kernel, reply};
 use crate::causes::chain;
 use crate::kernel::environment::{self, Identity};
 use crate::kernel::file_access::{self, FileAccessError, SessionUser, UploadPlace};
@@ -126,6 +126,15 @@ pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value,
     let path: String = args.get("path")?;
     let container = container_of(&kernel)?;
     let user = session_user(node, &kernel).await;
-    let listing = file_access::list_files(&node.docker, &container, &path, &user).await;
+    let listing = file_access::list_files(&node.docker, &container, &path, &user);
+    let listing = tokio::time::timeout(PATIENCE, listing).await.map_err(|_| {
+        Failure::new(
+            "TimeoutError",
+            format!(
+                "{path} could not be listed within {} s; does its file system answer?",
+                PATIENCE.as_secs()
+            ),
+        )
+    })?;
     reply(&listing.map_err(|err| refused(&err))?)
 }

@@ -175,6 +175,12 @@ async fn pull_if_needed(
             return Ok(None);
         }
         Ok(Check::MustPull) => {}
+        // The event cancels every session that waits for the image on this node. An engine that does
+        // not answer now is asked again by the manager, and another node may have what this one
+        // may not fetch.
+        Err(err @ (ImageError::Lookup { .. } | ImageError::NotAvailable { .. })) => {
+            return Err(err);
+        }
         Err(err) => {
             node.events.emit(failed(&err));
             return Err(err);
