@@ -16,6 +16,7 @@ mod links;
 pub mod node;
 pub mod process;
 mod record;
+pub mod stacks;
 pub mod tasks;
 #[cfg(test)]
 mod truth;
@@ -46,9 +47,10 @@ use self::links::{LinkReader, Seek};
 use self::node::Node;
 use self::process::Lister;
 use self::record::CpuSplit;
+use self::stacks::{StackReader, Stacks};
 use self::tasks::Tasks;
 use self::turns::Turns;
-use self::walks::Walks;
+use self::walks::{Kind, Walks};
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::sys::bpf::CounterTable;
@@ -136,6 +138,8 @@ pub struct Sampler {
     facts: Facts,
     budget: Arc<Budget>,
     walks: Option<Walks>,
+    /// Only where the kernel's counters of block devices are read.
+    stacks: Option<StackReader>,
     /// Sorted by id; side by side, because each pass goes through all of them.
     containers: Vec<Watched>,
     /// What an earlier life of this process had counted of block devices.
@@ -232,9 +236,17 @@ impl Sampler {
                 })
                 .ok(),
         };
+        let reads = match &facts.io {
+            Some(Hierarchy::V2(_)) => true,
+            Some(Hierarchy::V1(_)) => walks
+                .as_ref()
+                .is_none_or(|it| !it.knows_block_io(Kind::Other)),
+            None => false,
+        };
         Self {
             facts,
             walks,
+            stacks: reads.then(|| StackReader::new(Path::new("/sys"), &budget)),
             node: Node::new(&budget),
             budget,
             containers: Vec::new(),
@@ -350,6 +362,9 @@ impl Sampler {
             told = question.read;
             self.take_back(question.reader);
         }
+        if let Some(stacks) = &mut self.stacks {
+            stacks.refresh(&mut self.buffer);
+        }
         if let Some(walks) = &mut self.walks {
             for watched in &mut self.containers {
                 watched.walk(walks);
@@ -369,6 +384,8 @@ impl Sampler {
         };
         // What the walks have read is of one moment; files are read one after the other.
         let files = self.walks.is_none();
+        let none = Stacks::default();
+        let stacks = self.stacks.as_ref().map_or(&none, StackReader::stacks);
         let mut now = (monotonic_ns(), wall_ns());
         let mut samples = Samples::with_capacity(self.containers.len());
         for watched in &mut self.containers {
@@ -377,6 +394,7 @@ impl Sampler {
                 &self.budget,
                 self.walks.as_ref(),
                 networks,
+                stacks,
                 &mut self.buffer,
             );
             // Its host-side links are there, so the namespace is still its own.

@@ -419,3 +419,108 @@ fn discarded_blocks_are_not_written_ones() {
     let sample = sample.expect("what was written");
     assert_eq!(written(&sample), Some(before + after), "{:?}", sample.io);
 }
+
+/// A volume made of the first 32 MiB of a device, as LVM makes them.
+struct Volume {
+    name: String,
+    device: String,
+}
+
+impl Volume {
+    fn new(name: &str, below: &str) -> Option<Self> {
+        let name = format!("bai-known-{name}-{}", std::process::id());
+        let made = dmsetup(&[
+            "create",
+            &name,
+            "--table",
+            &format!("0 65536 linear {below} 0"),
+        ]);
+        let number = made.and_then(|_| {
+            let fields = ["info", "-c", "--noheadings", "-o", "minor"];
+            dmsetup(&[&fields[..], &[&name]].concat())
+        });
+        match number {
+            Ok(number) => Some(Self {
+                device: format!("/dev/dm-{}", number.trim()),
+                name,
+            }),
+            Err(err) => {
+                harness::skip::here(format!("no volume: {err}"), false);
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = dmsetup(&["remove", "--retry", &self.name]);
+    }
+}
+
+fn dmsetup(arguments: &[&str]) -> std::io::Result<String> {
+    let output = Command::new("dmsetup")
+        .args(["--noudevsync", "--noudevrules"])
+        .args(arguments)
+        .output()?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(std::io::Error::other(
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )),
+    }
+}
+
+/// In version 2 the kernel counts at each device on the way.
+#[test]
+fn what_passes_volumes_counts_once() {
+    let Some(disk) = Loop::new(64 << 20) else {
+        return;
+    };
+    let Some(lower) = Volume::new("lower", &disk.device) else {
+        return;
+    };
+    let Some(upper) = Volume::new("upper", &lower.device) else {
+        return;
+    };
+    let Some(mut it) = watched("volume", 36) else {
+        return;
+    };
+    it.sample(|sample| sample.io.get().is_some());
+    let mut run = |script: String| {
+        it.group.run(&script).expect("dd");
+        it.group.finish().expect("dd");
+    };
+    let (top, below) = (&upper.device, &disk.device);
+    run(format!(
+        "exec dd if=/dev/zero of={top} bs=1M count=8 oflag=direct status=none"
+    ));
+    run(format!(
+        "exec dd if={top} of=/dev/null bs=1M count=4 iflag=direct status=none"
+    ));
+    // Beside the volumes.
+    run(format!(
+        "exec dd if=/dev/zero of={below} bs=1M count=2 seek=48 oflag=direct status=none"
+    ));
+    let id = it.row.container_id;
+    let written = 10_u64 << 20;
+    let sample = it
+        .control
+        .sample(id, |sample| sample.io.counters.write_bytes >= Some(written));
+    let sample = sample.expect("what was written");
+    let told = charged(&it.group);
+    assert_eq!(
+        sample.io.counters.write_bytes,
+        Some(written),
+        "{:?}\n{told}",
+        sample.io
+    );
+    assert!(
+        near(sample.io.counters.read_bytes, 4 << 20, 64 << 10),
+        "{:?}\n{told}",
+        sample.io
+    );
+    let unified = it.group.directory_with("io.stat").is_some();
+    let source = if unified { Source::File } else { Source::Bpf };
+    assert_eq!(sample.io.source, source);
+}

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use shared::observed::{CpuCounters, IoCounters, MemoryCounters, PidsCounters, UNLIMITED};
 
 use super::file::{Budget, CachedFile, Failure, keyed, number};
+use super::stacks::{self, Stacks};
 
 /// Limits at or above this are "no limit": the page counter's maximum, rounded to a page.
 const NO_LIMIT: u64 = 0x7fff_ffff_ffff_0000;
@@ -205,14 +206,18 @@ impl Io {
     ///
     /// # Errors
     /// None of the files of bytes can be read.
-    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<Option<IoCounters>, Failure> {
+    pub fn read(
+        &mut self,
+        stacks: &Stacks,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<IoCounters>, Failure> {
         let mut failure = Failure::Missing;
         for (bytes, operations) in self.bytes.iter_mut().zip(&mut self.operations) {
             if bytes.is_hopeless() {
                 continue;
             }
             let moved = match bytes.read(buffer) {
-                Ok(text) => by_direction(text),
+                Ok(text) => by_direction(text, stacks),
                 Err(err) => {
                     if err == Failure::Missing {
                         bytes.give_up();
@@ -224,7 +229,8 @@ impl Io {
             let Some((read_bytes, write_bytes)) = moved else {
                 continue;
             };
-            let served = operations.read(buffer).ok().and_then(by_direction);
+            let served = operations.read(buffer).ok();
+            let served = served.and_then(|text| by_direction(text, stacks));
             return Ok(Some(IoCounters {
                 read_bytes: Some(read_bytes),
                 write_bytes: Some(write_bytes),
@@ -241,29 +247,22 @@ impl Io {
     }
 }
 
-/// Sums `8:0 Read 4096` lines over devices; `None` when there is no device.
-fn by_direction(text: &str) -> Option<(u64, u64)> {
-    let (mut read, mut written, mut any) = (0_u64, 0_u64, false);
-    for line in text.lines() {
+/// Sums `8:0 Read 4096` lines over devices, those on others once; `None` when there is no device.
+fn by_direction(text: &str, stacks: &Stacks) -> Option<(u64, u64)> {
+    let mut any = false;
+    let lines = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
-        let (Some(device), Some(direction), Some(count)) =
-            (words.next(), words.next(), words.next())
-        else {
-            continue;
-        };
-        let Ok(count) = count.parse::<u64>() else {
-            continue;
-        };
-        if !device.contains(':') {
-            continue;
-        }
+        let (device, direction, count) = (words.next()?, words.next()?, words.next()?);
+        let count = count.parse().ok().filter(|_| device.contains(':'))?;
         any = true;
-        match direction {
-            "Read" => read = read.saturating_add(count),
-            "Write" => written = written.saturating_add(count),
-            _ => {}
-        }
-    }
+        let counts = match direction {
+            "Read" => [count, 0],
+            "Write" => [0, count],
+            _ => [0, 0],
+        };
+        Some((stacks::device(device), counts))
+    });
+    let [read, written] = stacks.sum(lines);
     any.then_some((read, written))
 }
 
@@ -275,6 +274,7 @@ mod tests {
     fn io_is_summed_over_devices_and_absent_without_one() {
         let text =
             "8:0 Read 10\n8:0 Write 5\n8:0 Total 15\n8:16 Read 1\n8:16 Discard 9\nTotal 16\n";
+        let by_direction = |text: &str| by_direction(text, &Stacks::default());
         assert_eq!(by_direction(text), Some((11, 5)));
         assert_eq!(by_direction("Total 0\n"), None);
         assert_eq!(by_direction(""), None);

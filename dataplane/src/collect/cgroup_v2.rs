@@ -10,6 +10,7 @@ use shared::observed::{CpuCounters, IoCounters, MemoryCounters};
 
 use super::cgroup_v1::number_or_max;
 use super::file::{Budget, CachedFile, Failure, keyed, number, pressure};
+use super::stacks::{self, Stacks};
 
 /// `cpu.stat`.
 #[derive(Debug)]
@@ -147,8 +148,8 @@ impl Io {
     ///
     /// # Errors
     /// The file can't be read.
-    pub fn read(&mut self, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
-        let mut counters = sum(self.stat.read(buffer)?);
+    pub fn read(&mut self, stacks: &Stacks, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
+        let mut counters = sum(self.stat.read(buffer)?, stacks);
         self.add_pressure(&mut counters, buffer);
         Ok(counters)
     }
@@ -161,10 +162,12 @@ impl Io {
     }
 }
 
-/// Sums `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6` lines over devices.
-fn sum(text: &str) -> IoCounters {
-    let mut sums = [0_u64; 4];
-    for word in text.split_whitespace() {
+/// Reads `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
+fn line(text: &str) -> (Option<stacks::Device>, [u64; 4]) {
+    let mut words = text.split_whitespace();
+    let device = words.next().and_then(stacks::device);
+    let mut counts = [0; 4];
+    for word in words {
         let Some((key, value)) = word.split_once('=') else {
             continue;
         };
@@ -175,10 +178,16 @@ fn sum(text: &str) -> IoCounters {
             "wios" => 3,
             _ => continue,
         };
-        if let (Some(sum), Ok(value)) = (sums.get_mut(place), value.parse::<u64>()) {
-            *sum = sum.saturating_add(value);
+        if let (Some(count), Ok(value)) = (counts.get_mut(place), value.parse()) {
+            *count = value;
         }
     }
+    (device, counts)
+}
+
+/// Sums lines over devices, those on others once.
+fn sum(text: &str, stacks: &Stacks) -> IoCounters {
+    let sums = stacks.sum(text.lines().map(line));
     let [read_bytes, write_bytes, read_operations, write_operations] = sums.map(Some);
     IoCounters {
         read_bytes,
@@ -195,14 +204,14 @@ mod tests {
     use shared::observed::UNLIMITED;
 
     #[test]
-    fn io_of_stacked_lines_is_summed() {
+    fn io_is_summed_over_devices() {
         let text =
             "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=5 dios=1\n8:16 rbytes=1 wbytes=x\n";
-        let counters = sum(text);
+        let counters = sum(text, &Stacks::default());
         assert_eq!(counters.read_bytes, Some(11));
         assert_eq!(counters.write_bytes, Some(20));
         assert_eq!(counters.write_operations, Some(2));
-        assert_eq!(sum("").read_bytes, Some(0));
+        assert_eq!(sum("", &Stacks::default()).read_bytes, Some(0));
     }
 
     /// The original raised on the text `max` and lost the memory of all containers.

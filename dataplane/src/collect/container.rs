@@ -21,6 +21,7 @@ use super::file::{Budget, Failure};
 use super::record::{
     CpuSplit, cpu_counters, io_counters, memory_counters, network, network_of, pids_counters,
 };
+use super::stacks::Stacks;
 use super::walks::{Kind, Slot, Walks};
 use crate::sys::netlink::Links;
 
@@ -154,6 +155,8 @@ struct Hot {
     by_files: bool,
     /// Memory is the unified tree's.
     unified_memory: bool,
+    /// Block devices are counted by the unified tree.
+    unified_io: bool,
     /// Swap is counted for this container.
     counts_swap: bool,
     /// Has a scratch directory or a /dev/shm to ask about.
@@ -269,6 +272,7 @@ impl Watched {
                 incomplete: true,
                 by_files: false,
                 unified_memory: false,
+                unified_io: false,
                 counts_swap: false,
                 has_disk: row.init_pid != 0 || !row.scratch_path.is_empty(),
                 io_before: (io_before != IoCounters::default()).then(|| Box::new(io_before)),
@@ -382,6 +386,7 @@ impl Watched {
         if self.cold.io.is_none()
             && let Some(path) = find(row, facts.io.as_ref(), "blkio")
         {
+            self.hot.unified_io = matches!(facts.io, Some(Hierarchy::V2(_)));
             self.cold.groups.io = Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
             self.cold.io = Some(match &facts.io {
                 Some(Hierarchy::V1(_)) => Io::V1(cgroup_v1::Io::new(&path, budget)),
@@ -440,6 +445,7 @@ impl Watched {
         budget: &Arc<Budget>,
         walks: Option<&Walks>,
         links: Networks<'_>,
+        stacks: &Stacks,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
@@ -448,13 +454,13 @@ impl Watched {
             ..ContainerSample::default()
         };
         if let Some(walks) = walks {
-            self.take_record(&mut sample, walks);
+            self.take_record(&mut sample, walks, stacks);
         }
         self.find_missing(facts, budget);
-        if self.read_groups(&mut sample, buffer) {
+        if self.read_groups(&mut sample, stacks, buffer) {
             // A restarted container has new cgroups at the old place.
             self.find_missing(facts, budget);
-            self.read_groups(&mut sample, buffer);
+            self.read_groups(&mut sample, stacks, buffer);
         }
         for (source, links) in [(Source::Bpf, links.read), (Source::Netlink, links.told)] {
             let place = &mut self.hot.link_place;
@@ -471,7 +477,7 @@ impl Watched {
     }
 
     /// Takes what the kernel program has read.
-    fn take_record(&mut self, sample: &mut ContainerSample, walks: &Walks) {
+    fn take_record(&mut self, sample: &mut ContainerSample, walks: &Walks, stacks: &Stacks) {
         let Some(record) = self.hot.slot.as_ref().and_then(|slot| walks.record(slot)) else {
             return;
         };
@@ -503,7 +509,9 @@ impl Watched {
         if known(Controller::Pids) && filled(filled::PIDS) {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
-        if known(Controller::Io) && filled(filled::IO) {
+        // The record has the sum over all devices.
+        let once = stacks.is_empty() || !self.hot.unified_io;
+        if known(Controller::Io) && filled(filled::IO) && once {
             sample.io = Measured::now(
                 Source::Bpf,
                 io_counters(&record, self.hot.io_before.as_deref()),
@@ -517,7 +525,12 @@ impl Watched {
     }
 
     /// Reads the groups that are still absent. True when one was found gone and given up.
-    fn read_groups(&mut self, sample: &mut ContainerSample, buffer: &mut Vec<u8>) -> bool {
+    fn read_groups(
+        &mut self,
+        sample: &mut ContainerSample,
+        stacks: &Stacks,
+        buffer: &mut Vec<u8>,
+    ) -> bool {
         let mut gone = false;
         let all = sample.cpu.get().is_some()
             && sample.memory.get().is_some()
@@ -577,8 +590,8 @@ impl Watched {
         }
         if let Some(io) = self.cold.io.as_mut().filter(|_| sample.io.get().is_none()) {
             let read = match io {
-                Io::V1(io) => io.read(buffer),
-                Io::V2(io) => io.read(buffer).map(Some),
+                Io::V1(io) => io.read(stacks, buffer),
+                Io::V2(io) => io.read(stacks, buffer).map(Some),
             };
             gone |= take(read, &mut sample.io, &mut self.cold.io);
         }
@@ -668,6 +681,7 @@ mod tests {
             &Budget::new(100),
             None,
             Networks::default(),
+            &Stacks::default(),
             &mut Vec::new(),
         );
         assert_eq!(sample.cpu.source, Source::Absent);
