@@ -218,6 +218,9 @@ const TICK: Duration = Duration::from_secs(1);
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// How long an unanswered request of a kind that is answered at once may still be answered.
 const PROMPT_OWED: Duration = Duration::from_secs(30);
+/// How long after a new connection a service's answer may still come: the runner polls its port for up
+/// to 30 s, and does something before.
+const OWED_IN_DOUBT: Duration = Duration::from_secs(45);
 
 #[derive(Debug)]
 struct State {
@@ -768,6 +771,9 @@ impl Inner {
     /// What was written to the connection before may never have arrived, nor what came back.
     fn reconnected(&self) {
         let mut state = lock(&self.state);
+        state
+            .line(AnswerKind::Service)
+            .doubt(Instant::now(), OWED_IN_DOUBT);
         if state.runs.is_in_doubt() {
             self.probe(&mut state);
         }

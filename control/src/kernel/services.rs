@@ -2,7 +2,7 @@
 //!
 //! In: the RPC's wishes. Out: the runner's answers. Invariant: one service request is with the runner
 //! at a time, because it holds one lock for all of them and its answers carry no name; the caller gets
-//! an answer within 10 s while the runner may take 30 s. Models are all sent at once: the runner starts
+//! an answer within 10 s while the runner may take 30 s, or as long as what is before it takes. Models are all sent at once: the runner starts
 //! one after the other, however long each takes, and answers in that order.
 
 use std::time::Duration;
@@ -17,8 +17,9 @@ use super::runner_link::{AppRecord, LinkError, ModelServiceStatus, RunnerLink};
 
 /// The manager gets its answer within this time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// The runner polls a service's port for up to 30 s; 5 s for what comes before.
-const ANSWER_OWED: Duration = Duration::from_secs(35);
+/// The runner answers each request, and in turn. What an image has it do before a start has no limit, nor
+/// has the start of a model, which it does in the same turn.
+const ANSWER_OWED: Duration = Duration::from_secs(3600);
 /// The answer in the place of one that will not come: the kernel is ended or restarted, or the agent
 /// stops.
 const CUT_OFF: &str = "cancelled";

@@ -3,7 +3,8 @@
 //! The runner has no correlation ids: answers of one kind come in the order of the requests of that
 //! kind. In: a request's wish to wait; an answer. Out: the answer at the request it belongs to.
 //! Invariant: a request that gave up keeps its place, so that its late answer reaches nobody else
-//! (in the original it reaches the next request); after `owed_for` an answer counts as lost.
+//! (in the original it reaches the next request); after `owed_for` an answer counts as lost, or sooner
+//! after a new connection.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -78,6 +79,14 @@ impl AnswerLine {
             .is_some_and(|sender| sender.send(payload).is_ok())
     }
 
+    /// Requests or their answers may have been lost: those whose caller is gone are not waited for
+    /// longer than `owed_for` after now.
+    pub fn doubt(&mut self, now: Instant, owed_for: Duration) {
+        for place in &mut self.places {
+            place.lost_after = place.lost_after.min(now + owed_for);
+        }
+    }
+
     /// Drops every place: all waiters end.
     pub fn clear(&mut self) {
         self.places.clear();
@@ -96,7 +105,12 @@ impl AnswerLine {
 
 #[cfg(test)]
 mod tests {
+    use shared::ids::KernelId;
+
     use super::*;
+    use crate::kernel::runner_link::frame::AnswerKind;
+    use crate::kernel::runner_link::{LinkOptions, RunnerAddress, RunnerLink, lock};
+    use crate::kernel::services::{self, ServiceStart};
 
     #[test]
     fn late_service_result_goes_to_the_wrong_request_in_the_original() {
@@ -128,6 +142,53 @@ mod tests {
         drop(line.join(now, owed));
         assert!(!line.is_clear(now + Duration::from_secs(39)));
         assert!(line.is_clear(now + owed));
+    }
+
+    /// It holds the lock of all services while a model of it starts, however long that takes.
+    #[tokio::test]
+    async fn a_service_is_answered_late_unless_its_connection_was_lost() {
+        let nobody = RunnerAddress {
+            ip: std::net::Ipv4Addr::LOCALHOST.into(),
+            repl_in: 1,
+            repl_out: 1,
+        };
+        let link = RunnerLink::open(KernelId([1; 16]), nobody, LinkOptions::default());
+        let service = ServiceStart {
+            name: "web".to_owned(),
+            ports: vec![80],
+            protocol: "http".to_owned(),
+            options: serde_json::Map::new(),
+        };
+        let gone = services::start_service(&link, service);
+        let gave_up = tokio::time::timeout(Duration::from_millis(10), gone).await;
+        assert!(gave_up.is_err());
+        let clear_in = |seconds| {
+            let then = Instant::now() + Duration::from_secs(seconds);
+            lock(&link.0.state).line(AnswerKind::Service).is_clear(then)
+        };
+        assert!(!clear_in(600));
+        link.0.reconnected();
+        assert!(!clear_in(30));
+        assert!(clear_in(60));
+    }
+
+    #[test]
+    fn a_late_answer_is_waited_for_until_it_may_be_lost() {
+        let now = Instant::now();
+        let seconds = Duration::from_secs;
+        let mut line = AnswerLine::new(false);
+        drop(line.join(now, seconds(3600)));
+        let late = now + seconds(3000);
+        assert!(!line.is_clear(late), "the runner still owes it");
+        line.doubt(late, seconds(45));
+        line.doubt(late + seconds(30), seconds(45));
+        assert!(!line.is_clear(late + seconds(44)));
+        assert!(line.is_clear(late + seconds(45)));
+        // Whoever still waits for an answer has it when it comes.
+        let mut waiting = line.join(now, seconds(3600)).expect("place");
+        line.doubt(now, seconds(45));
+        assert!(line.answer(now + seconds(60), Bytes::from_static(b"late")));
+        assert!(waiting.try_recv().is_ok());
     }
 
     #[test]
