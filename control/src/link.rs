@@ -3,7 +3,9 @@
 //! In: the rows each kernel wants. Out: those rows in the `desired` region, one batch for one kernel,
 //! and what the dataplane answers in `observed`. Invariants: one task owns the writer; rows of a
 //! kernel change only by `publish` and `withdraw`; rows found at start stay until `settle` is called
-//! with the kernels that exist, so no port row is withdrawn before Docker has been listed once.
+//! with the kernels that exist, so no port row is withdrawn before Docker has been listed once. For the
+//! same reason a region that begins anew says nothing before: the dataplane gives up what runs some time
+//! after a region that speaks does not name it.
 
 mod bell;
 mod owner;
@@ -202,22 +204,21 @@ impl Link {
         stopping: CancellationToken,
     ) -> Result<Link, LinkOpenError> {
         let directory = run_dir.create_control()?;
-        let mut writer = DesiredWriter::open(&directory, sizes)?;
+        let writer = DesiredWriter::open(&directory, sizes)?;
         let found = writer.snapshot().map_err(LinkOpenError::ReadBack)?;
         let doorbell = Doorbell::bind(&directory)?;
         let ringer = Ringer::of(run_dir.dataplane())?;
-        if let Err(err) = writer.batch(|batch| batch.set_node(node)) {
-            tracing::error!(
-                err = &err as &dyn std::error::Error,
-                "cannot write the node's row"
-            );
-        }
+        // Also one that an earlier life has made and not come to fill.
+        let is_silent = writer.committed() == Generation(0);
         let region = writer.region_id();
         let epoch = writer.epoch();
         let (commands, requests) = mpsc::channel(QUEUE);
         let (seen, observed) = watch::channel(Observed::default());
         let reader = ObservedReader::at(run_dir.dataplane());
-        let mut owner = owner::Owner::new(writer, reader, ringer, seen, &found);
+        let mut owner = owner::Owner::new(writer, reader, ringer, seen, &found, node);
+        if !is_silent {
+            owner.write_node();
+        }
         owner.look();
         owner.ring();
         let rung = bell::listen(doorbell, stopping.clone()).map_err(LinkOpenError::Watch)?;
@@ -380,5 +381,44 @@ impl Link {
         let (reply, answer) = oneshot::channel();
         let _ = self.commands.send(Command::Settle { keep, reply }).await;
         answer.await.unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::desired::DesiredReader;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_new_region_says_nothing_before_docker_has_been_listed() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-link").unwrap();
+        run_dir.create_dataplane().unwrap();
+        let node = NodeRow {
+            sample_interval_ms: 1234,
+            ..NodeRow::default()
+        };
+        // The second life finds what the first has made, and still knows nothing.
+        for life in 0..2 {
+            let stopping = CancellationToken::new();
+            let link = loop {
+                match Link::open(run_dir.clone(), Sizes::default(), node, stopping.clone()) {
+                    Ok(link) => break link,
+                    // The owner of the first life lets go when it notices that nobody has a handle.
+                    Err(LinkOpenError::Open(OpenError::Lock { .. })) => {
+                        tokio::task::yield_now().await;
+                    }
+                    Err(err) => panic!("{err:?}"),
+                }
+            };
+            let mut reader = DesiredReader::at(run_dir.control());
+            assert_eq!(reader.snapshot().unwrap().committed, Generation(0));
+            if life == 1 {
+                assert_eq!(link.settle(HashSet::new()).await, 0);
+                assert_eq!(reader.snapshot().unwrap().node, Some(node));
+            }
+            stopping.cancel();
+        }
     }
 }

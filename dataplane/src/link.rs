@@ -39,8 +39,9 @@ use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{Engine, OpenError, Relay};
 use crate::sys::netlink::{LinkChanges, LinkLookup};
 
-/// How long the ports of an earlier region are kept when a new one does not know them. Control
-/// publishes what it adopts as soon as Docker has listed its containers once.
+/// How long the ports of an earlier region are kept when a new one does not know them. It begins when
+/// that region says anything at all, which control has it do once Docker has listed its containers:
+/// what it adopts is published then.
 const ORPHAN_GRACE: Duration = Duration::from_secs(60);
 /// Distance of the looks at every guarded link, beside the notifications.
 const GUARD_INTERVAL: Duration = Duration::from_secs(10);
@@ -93,6 +94,8 @@ pub struct Link {
     /// What removed ports had counted in the end, until control has taken note.
     ended: BTreeMap<PortKey, (KernelId, Counters)>,
     unclaimed_at: Option<Instant>,
+    /// A region has said something in this life of the process.
+    has_heard: bool,
     drains_counted: Instant,
     read_log: LogLimit,
     /// Listeners may be opened: the process is not about to end.
@@ -200,6 +203,7 @@ impl Link {
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
             unclaimed_at: None,
+            has_heard: false,
             drains_counted: Instant::now(),
             read_log: LogLimit::default(),
             accepting: true,

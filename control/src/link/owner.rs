@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, PortKey};
+use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, NodeRow, PortKey};
 use shared::doorbell::{Ringer, Rung};
 use shared::ids::{ContainerId, Generation, KernelId};
 use shared::observed::ObservedReader;
@@ -30,6 +30,8 @@ pub(super) struct Owner {
     ringer: Ringer,
     seen: watch::Sender<Observed>,
     held: HashMap<KernelId, Held>,
+    /// The node's row until it is written.
+    node: Option<NodeRow>,
     /// So that a broken region is reported once and not every second.
     trouble: Option<String>,
     /// The same of our own region's file.
@@ -43,6 +45,7 @@ impl Owner {
         ringer: Ringer,
         seen: watch::Sender<Observed>,
         found: &DesiredSnapshot,
+        node: NodeRow,
     ) -> Owner {
         let mut held: HashMap<KernelId, Held> = HashMap::new();
         for row in &found.ports {
@@ -63,8 +66,23 @@ impl Owner {
             ringer,
             seen,
             held,
+            node: Some(node),
             trouble: None,
             misplaced: false,
+        }
+    }
+
+    /// Writes the node's row, if that is still to be done. A region that has said nothing speaks from
+    /// then on.
+    pub(super) fn write_node(&mut self) {
+        let Some(node) = self.node.take() else {
+            return;
+        };
+        if let Err(err) = self.writer.batch(|batch| batch.set_node(node)) {
+            tracing::error!(
+                err = &err as &dyn std::error::Error,
+                "cannot write the node's row"
+            );
         }
     }
 
@@ -137,6 +155,7 @@ impl Owner {
             ports: rows.ports.iter().map(|row| row.key()).collect(),
             containers: rows.container.iter().map(|row| row.container_id).collect(),
         };
+        self.write_node();
         let before = self.held.get(&kernel).cloned().unwrap_or_default();
         let generation = self.writer.batch(|batch| {
             for key in before.ports.difference(&wanted.ports) {
@@ -158,6 +177,7 @@ impl Owner {
     }
 
     fn settle(&mut self, keep: &HashSet<KernelId>) -> usize {
+        self.write_node();
         let strangers: BTreeMap<KernelId, Held> = self
             .held
             .iter()

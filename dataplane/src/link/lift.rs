@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::desired::{DesiredSnapshot, PortKey, Protocol};
+use shared::ids::Generation;
 use shared::observed::{ForwardPath, PortState};
 
 use super::{Link, ORPHAN_GRACE, sum, without};
@@ -100,19 +101,22 @@ impl Link {
         }
     }
 
-    /// Notes what lift decisions depend on besides the rows themselves.
+    /// Notes what lift decisions depend on besides the rows themselves. A region that says nothing yet
+    /// tells nothing of containers either: control may wait for the cluster for hours before it does.
     pub(super) fn note_containers(&mut self, desired: &DesiredSnapshot, now: Instant) {
+        if desired.committed == Generation(0) {
+            return;
+        }
         let rows = desired.containers.iter();
         let containers = rows.map(|row| (row.container_id, row.clone())).collect();
         let before = std::mem::replace(&mut self.containers, containers);
         self.strays.note(&before, &self.containers);
-        let Some(kernel) = &mut self.kernel else {
-            return;
-        };
-        kernel.guard(self.containers.values());
-        if self.applied.is_none() {
-            // What an earlier process left has as long to be claimed as ports of a lost region.
+        if !std::mem::replace(&mut self.has_heard, true) {
+            // What an earlier process has left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
+        }
+        if let Some(kernel) = &mut self.kernel {
+            kernel.guard(self.containers.values());
         }
     }
 

@@ -129,3 +129,47 @@ fn a_refused_port_is_not_opened_while_the_process_stops() {
     TcpStream::connect(address).expect_err("nobody listens");
     assert_ne!(place.status(key).state, PortState::Serving);
 }
+
+/// As after an upgrade with another layout of the regions, while control still waits for the cluster.
+#[test]
+fn nothing_is_given_up_before_a_region_says_anything() {
+    let mut place = Place::new();
+    let now = Instant::now();
+    place.link.look(now).expect("a region that is empty");
+    assert_eq!(place.link.unclaimed_at, None, "nobody could claim anything");
+    let row = ContainerRow {
+        container_id: ContainerId([9; 32]),
+        ..ContainerRow::default()
+    };
+    let put = |place: &mut Place| {
+        let row = row.clone();
+        place.desired.batch(|batch| batch.put_container(row))
+    };
+    put(&mut place).unwrap();
+    let later = now + 10 * ORPHAN_GRACE;
+    place.link.look(later).expect("news");
+    let due = place
+        .link
+        .unclaimed_at
+        .expect("there is something to claim");
+    assert_eq!(due, later + ORPHAN_GRACE);
+    // Once in a life.
+    place.link.unclaimed_at = None;
+    put(&mut place).unwrap();
+    place.link.look(later).expect("news");
+    assert_eq!(place.link.unclaimed_at, None);
+
+    // Another region that is empty: what was known of containers is.
+    let Place {
+        mut link,
+        desired,
+        _base,
+        ..
+    } = place;
+    let control = desired.directory().to_owned();
+    std::fs::remove_file(control.join("desired")).unwrap();
+    drop(desired);
+    let _silent = DesiredWriter::open(&control, Sizes::default()).unwrap();
+    link.look(later).expect("news");
+    assert_eq!(link.containers.len(), 1);
+}
