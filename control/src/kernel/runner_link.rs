@@ -1,7 +1,7 @@
 //! The connection to the runner inside one container.
 //!
-//! Owns the two sockets and three tasks (`tasks`): a reader that never waits for anybody, a writer, and a
-//! ticker (status ping every 10 s, sweeping of old runs, the probe again while it is not answered).
+//! Owns the two sockets and three tasks (`tasks`): a reader that waits for a client for a moment at most, a
+//! writer, and a ticker (status ping every 10 s, sweeping of old runs, the probe again while it is not answered).
 //! Where messages may have been lost, the runner is probed before a run is sent (see `runs`).
 //! In: requests (see `execution`, `services`) and the runner's messages. Out: answers and the results
 //! of runs.
@@ -12,6 +12,7 @@
 
 pub mod answers;
 pub mod decoder;
+mod first_contact;
 pub mod frame;
 pub mod runs;
 mod socket;
@@ -27,12 +28,13 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::ids::{KernelId, SessionId};
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use answers::AnswerLine;
 use decoder::StreamDecoder;
+pub use first_contact::{InitError, InitPolling};
 use frame::{AnswerKind, Incoming, Outgoing, Record, Step, Stream};
 use runs::{Milestone, RunLimits, RunRefused, RunTable, Submission, Taken};
 pub use socket::SocketError;
@@ -123,58 +125,6 @@ pub enum LinkError {
     Refused(#[source] RunRefused),
 }
 
-/// How long and how often the first contact is tried.
-#[derive(Clone, Debug)]
-pub struct InitPolling {
-    /// Attempts at most.
-    pub attempts: u32,
-    /// Time in total.
-    pub total: Duration,
-    /// Pause between attempts.
-    pub interval: Duration,
-    /// Limit of one wait for the runner's status.
-    pub status_limit: Duration,
-    /// Limit of one wait for the list of services.
-    pub apps_limit: Duration,
-}
-
-impl Default for InitPolling {
-    fn default() -> Self {
-        Self {
-            attempts: 10,
-            total: Duration::from_secs(60),
-            interval: Duration::from_millis(300),
-            status_limit: Duration::from_secs(60),
-            apps_limit: Duration::from_secs(10),
-        }
-    }
-}
-
-/// Why a kernel's runner never became ready.
-#[derive(Debug, thiserror::Error)]
-pub enum InitError {
-    /// The container ended while we waited.
-    #[error("the container ended before its runner was ready")]
-    Died,
-    /// Nothing was heard in time.
-    #[error("the kernel's runner was not ready within {waited:?} ({attempts} attempts)")]
-    TimedOut {
-        /// How long was waited.
-        waited: Duration,
-        /// How often it was tried.
-        attempts: u32,
-    },
-    /// The runner is there but could not say which services it has.
-    #[error("the kernel's runner could not list its services ({attempts} attempts)")]
-    AppsFailed {
-        /// How often it was tried.
-        attempts: u32,
-    },
-    /// The link was closed meanwhile.
-    #[error("the connection to the kernel's runner was closed while waiting for it")]
-    Closed,
-}
-
 /// What the runner says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunnerStatus {
@@ -247,6 +197,8 @@ struct Inner {
     state: Mutex<State>,
     /// Counts changes of `state` that a waiter may care about.
     changed: watch::Sender<u64>,
+    /// A client has taken a result.
+    taken: Notify,
     outgoing: mpsc::UnboundedSender<Outgoing>,
     queued: AtomicUsize,
     /// Bytes of payload of the queued messages.
@@ -279,6 +231,7 @@ impl RunnerLink {
                 last_heard: None,
             }),
             changed: watch::channel(0).0,
+            taken: Notify::new(),
             outgoing,
             queued: AtomicUsize::new(0),
             queued_bytes: AtomicUsize::new(0),
@@ -439,60 +392,6 @@ impl RunnerLink {
         self.post(Outgoing::json("event", &json!({"type": "oom", "data": {}})))
     }
 
-    /// Waits until the runner serves, then asks for its services. Ends at once when `dead` is cancelled
-    /// (the container died) or the link is closed.
-    pub async fn wait_ready(
-        &self,
-        polling: &InitPolling,
-        dead: &CancellationToken,
-    ) -> Result<Vec<AppRecord>, InitError> {
-        tokio::select! {
-            biased;
-            () = dead.cancelled() => Err(InitError::Died),
-            () = self.0.closed.cancelled() => Err(InitError::Closed),
-            outcome = self.poll_ready(polling) => outcome,
-        }
-    }
-
-    async fn poll_ready(&self, polling: &InitPolling) -> Result<Vec<AppRecord>, InitError> {
-        let begun = Instant::now();
-        // A message may be lost with a connection to a runner that is just starting: ask more than once.
-        let slice = (polling.total / polling.attempts.max(1)).max(TICK);
-        let timed_out = |attempts| InitError::TimedOut {
-            waited: begun.elapsed(),
-            attempts,
-        };
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let left = polling.total.saturating_sub(begun.elapsed());
-            if left.is_zero() {
-                return Err(timed_out(attempts - 1));
-            }
-            let limit = if attempts >= polling.attempts {
-                left
-            } else {
-                slice.min(left)
-            };
-            let apps = match self.status(limit.min(polling.status_limit)).await {
-                Ok(_) => {
-                    let left = polling.total.saturating_sub(begun.elapsed());
-                    self.apps(polling.apps_limit.min(left)).await
-                }
-                Err(err) => Err(err),
-            };
-            match apps {
-                Ok(Some(apps)) => return Ok(apps),
-                Ok(None) if attempts >= polling.attempts => {
-                    return Err(InitError::AppsFailed { attempts });
-                }
-                Err(LinkError::Closed) => return Err(InitError::Closed),
-                Err(_) if attempts >= polling.attempts => return Err(timed_out(attempts)),
-                Ok(None) | Err(_) => tokio::time::sleep(polling.interval).await,
-            }
-        }
-    }
-
     /// Sends a message that has no answer.
     pub(super) fn post(&self, message: Outgoing) -> Result<(), LinkError> {
         let state = lock(&self.0.state);
@@ -596,6 +495,7 @@ impl RunnerLink {
                 let taken = state.runs.take(Instant::now(), run_id, late);
                 self.0.tell(&mut state);
                 if let Some(taken) = taken {
+                    self.0.taken.notify_waiters();
                     return Ok(taken);
                 }
             }
@@ -758,6 +658,20 @@ impl Inner {
         drop(state);
         self.changed
             .send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Waits while a client has much to take before more is read.
+    async fn hold_up(&self) {
+        loop {
+            // Before the look: what is taken in between is not missed.
+            let taken = self.taken.notified();
+            let held_up = lock(&self.state).runs.holds_up(Instant::now());
+            let Some(left) = held_up else { return };
+            tokio::select! {
+                () = taken => {}
+                () = tokio::time::sleep(left) => {}
+            }
+        }
     }
 
     /// Asks the runner whether it is at work, behind all that was sent so far.

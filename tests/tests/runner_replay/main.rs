@@ -333,21 +333,68 @@ async fn characters_split_over_messages_and_huge_messages() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_queue_blocks_pings_in_the_original() -> Result<()> {
-    let runner = FakeRunner::start().await?;
-    let link = link_to(&runner);
+/// A run `loud` with so many pieces of output on their way, of which the link may hold `room`, and waits
+/// for a client for `hold_up`.
+async fn loud_run(
+    runner: &FakeRunner,
+    (room, hold_up): (usize, Duration),
+    pieces: usize,
+) -> Result<RunnerLink> {
+    let runs = RunLimits {
+        records: room,
+        hold_up,
+        ..RunLimits::default()
+    };
+    let options = LinkOptions {
+        runs,
+        ..LinkOptions::default()
+    };
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, options);
     let first = ExecuteRequest {
         flush_timeout: Some(0.0),
         ..request("loud", Mode::Query, "shout()")
     };
     execution::execute(&link, first).await?;
     runner.expect("code", "shout()").await?;
-    const RECORDS: usize = 6000;
-    for number in 0..RECORDS {
+    for number in 0..pieces {
         let stream = if number % 2 == 0 { "stdout" } else { "stderr" };
         runner.send(stream, format!("{number}\n"));
     }
+    Ok(link)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_polls_loses_nothing_of_a_flood() -> Result<()> {
+    const PIECES: usize = 5000;
+    let runner = FakeRunner::start().await?;
+    let link = loud_run(&runner, (512, Duration::from_secs(20)), PIECES).await?;
+    runner.send("finished", r#"{"exitCode": 0}"#);
+    let client = async {
+        let mut output = String::new();
+        loop {
+            // The way of the reply and of the next call.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let reply = execute(&link, "loud", Mode::Continue, "").await?;
+            output.push_str(&text(&reply)?);
+            if reply.status == Status::Finished {
+                return anyhow::Ok(output);
+            }
+        }
+    };
+    // Behind all of it.
+    let status = async { Ok(link.status(Duration::from_secs(20)).await?) };
+    let (output, _) = tokio::try_join!(client, status)?;
+    let expected: String = (0..PIECES).map(|number| format!("{number}\n")).collect();
+    ensure!(output == expected, "{} bytes arrived", output.len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_blocks_pings_in_the_original() -> Result<()> {
+    const RECORDS: usize = 6000;
+    let runner = FakeRunner::start().await?;
+    let hold_up = Duration::from_millis(300);
+    let link = loud_run(&runner, (4096, hold_up), RECORDS).await?;
     // Nobody polls; the status goes through all the same, behind everything above.
     runner.answers_status.store(true, Ordering::Relaxed);
     let status = link.status(Duration::from_secs(10)).await?;

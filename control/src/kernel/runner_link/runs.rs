@@ -10,12 +10,14 @@
 //!   until a client takes them. (The original detaches at each step end and loses what comes next.)
 //! - Records are taken only together with the end of a result, so a client that goes away loses nothing.
 //! - Memory is bounded: a run nobody reads keeps its newest output; what was dropped is told in words.
+//!   Reading waits a moment for a client before that, so that one which polls loses nothing.
 //! - Each run that was told to have started is told to have ended, once, whether or not a client polls.
 //! - Where messages may have been lost (a new agent, a new connection), the runner is *probed*: it takes
 //!   an empty `build` and an empty `clean`, which do nothing, in their turn. Their answers in this order
 //!   come of no run, and say that all that was sent before is over. Until then no run is sent.
 
 mod probe;
+mod run;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -23,7 +25,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use self::probe::{Probe, Sifted};
-use super::frame::{Outgoing, Record, Step, Stream};
+use self::run::{Phase, Run};
+use super::frame::{Outgoing, Record, Step};
 
 /// Bounds of what a kernel's runs may hold.
 #[derive(Clone, Debug)]
@@ -32,6 +35,9 @@ pub struct RunLimits {
     pub bytes: usize,
     /// Unread records of one run.
     pub records: usize,
+    /// How long reading from the runner waits for a client, once half of that or [`Self::result_bytes`] is
+    /// there; after that the oldest output gives way. Each result that is taken begins it anew.
+    pub hold_up: Duration,
     /// A result with this much output is handed over as `continued` before its step ends.
     pub result_bytes: usize,
     /// Runs waiting for their turn.
@@ -53,7 +59,8 @@ impl Default for RunLimits {
         const MIB: usize = 1024 * 1024;
         Self {
             bytes: 16 * MIB,
-            records: 4096,
+            records: 65_536,
+            hold_up: Duration::from_secs(1),
             result_bytes: 8 * MIB,
             waiting: WAITING as usize,
             ended: 4,
@@ -129,213 +136,11 @@ pub struct Submission {
     pub starts: bool,
 }
 
-#[derive(Debug, PartialEq, Eq, Clone, Copy)]
-enum Phase {
-    Waiting,
-    Current,
-    Ended,
-}
-
-#[derive(Debug)]
-struct Run {
-    phase: Phase,
-    /// The messages of the last starting request: its repetition is recognised by content.
-    content: Vec<Outgoing>,
-    /// Messages not sent yet (while waiting).
-    unsent: Vec<Outgoing>,
-    /// `finished` messages still expected from the runner.
-    expected: u32,
-    records: VecDeque<Record>,
-    weight: usize,
-    ends: usize,
-    dropped: u64,
-    started: Instant,
-    polled: Instant,
-    pollers: u32,
-    /// Taken over from before our start, and nothing of it seen yet: it may not exist at all.
-    tentative: bool,
-    /// An earlier life of the agent has told its start and not its end.
-    owed: bool,
-    /// The runner has said something of it to us.
-    seen: bool,
-    /// Steps of its present request that have ended.
-    steps: u8,
-    last: Option<Taken>,
-}
-
-const MARKER_PREFIX: &str = "[bai-agent: ";
 const REQUESTS_PER_RUN: u32 = 16;
 /// Runs of one kernel that wait for their turn, unless its limits say otherwise.
 const WAITING: u32 = 16;
 /// How many runs an earlier life can owe the end of, whatever the disk says: those and the current one.
 pub const OWED_AT_MOST: u32 = WAITING + 1;
-/// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
-const MERGE_LIMIT: usize = 64 * 1024;
-
-impl Run {
-    fn new(now: Instant, phase: Phase) -> Self {
-        Self {
-            phase,
-            content: Vec::new(),
-            unsent: Vec::new(),
-            expected: 0,
-            records: VecDeque::new(),
-            weight: 0,
-            ends: 0,
-            dropped: 0,
-            started: now,
-            polled: now,
-            pollers: 0,
-            tentative: false,
-            owed: false,
-            seen: false,
-            steps: 0,
-            last: None,
-        }
-    }
-
-    /// Of the run of an earlier life: whether there is one.
-    fn is_under_way(&self) -> bool {
-        self.phase == Phase::Current || (self.phase == Phase::Waiting && self.owed)
-    }
-
-    /// Whether it has begun and not ended, as far as anybody knows.
-    fn is_live(&self) -> bool {
-        self.phase != Phase::Ended && (!self.tentative || self.owed)
-    }
-
-    /// Whether the end of this step is this run's and not the answer to a probe; `None` when its
-    /// request is not known.
-    fn owns(&self, step: Step) -> Option<bool> {
-        if self.content.is_empty() || self.expected > 1 {
-            return None;
-        }
-        let has_steps = self.content.iter().any(|message| message.kind == "clean");
-        Some(match step {
-            Step::Clean => has_steps && self.steps == 0,
-            Step::Build => has_steps && self.steps == 1,
-            Step::Run => true,
-        })
-    }
-
-    /// Ends a run whose end was lost. True when that has to be told.
-    fn lose(&mut self, now: Instant, limits: &RunLimits) -> bool {
-        let live = self.is_live();
-        if live {
-            let seen = self.seen;
-            let words = format!(
-                "{MARKER_PREFIX}the run has ended; how, and what it said last, was lost when the agent was restarted or the container's network was changed]\n"
-            );
-            self.push(Record::Text(Stream::Stderr, words), limits);
-            self.push(Record::StepEnd(Step::Run, None), limits);
-            self.seen = seen;
-        }
-        self.phase = Phase::Ended;
-        self.polled = now;
-        live
-    }
-
-    fn push(&mut self, record: Record, limits: &RunLimits) {
-        self.tentative = false;
-        self.seen = true;
-        if let (Some(Record::Text(last_stream, last)), Record::Text(stream, text)) =
-            (self.records.back_mut(), &record)
-            && last_stream == stream
-            && last.len() + text.len() <= MERGE_LIMIT
-        {
-            last.push_str(text);
-            self.weight += text.len();
-        } else {
-            self.weight += record.weight();
-            if is_end(&record) {
-                self.ends += 1;
-            }
-            self.records.push_back(record);
-        }
-        while (self.weight > limits.bytes || self.records.len() > limits.records)
-            && self.drop_oldest()
-        {}
-    }
-
-    /// Drops the oldest piece of output; ends of steps are never dropped.
-    fn drop_oldest(&mut self) -> bool {
-        let Some(position) = self.records.iter().position(|record| !is_end(record)) else {
-            // Only ends are left: a runner that floods us with them loses the oldest.
-            if let Some(end) = self.records.pop_front() {
-                self.weight = self.weight.saturating_sub(end.weight());
-                self.ends = self.ends.saturating_sub(1);
-                return true;
-            }
-            return false;
-        };
-        if let Some(record) = self.records.remove(position) {
-            self.weight = self.weight.saturating_sub(record.weight());
-            self.dropped = self
-                .dropped
-                .saturating_add(u64::try_from(record.weight()).unwrap_or(u64::MAX));
-        }
-        true
-    }
-
-    fn drop_output(&mut self) {
-        while self.records.iter().any(|record| !is_end(record)) && self.drop_oldest() {}
-    }
-
-    fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
-        let overdue = self.phase == Phase::Current
-            && limits
-                .exec_timeout
-                .is_some_and(|limit| now.saturating_duration_since(self.started) > limit);
-        // Well before any is dropped for their number.
-        let many = self.records.len() >= limits.records.div_ceil(2);
-        let ready = self.ends > 0 || overdue || flush || many || self.weight >= limits.result_bytes;
-        if !ready {
-            return None;
-        }
-        let mut records = Vec::new();
-        if self.dropped > 0 {
-            let words = format!(
-                "{MARKER_PREFIX}about {} bytes of earlier output were dropped, nobody read them in time]\n",
-                self.dropped
-            );
-            records.push(Record::Text(Stream::Stderr, words));
-            self.dropped = 0;
-        }
-        let mut taken_bytes = 0;
-        let mut ending = if overdue && self.ends == 0 {
-            Ending::ExecTimeout
-        } else {
-            Ending::Continued
-        };
-        while let Some(record) = self.records.pop_front() {
-            self.weight = self.weight.saturating_sub(record.weight());
-            match record {
-                Record::StepEnd(step, exit_code) => {
-                    self.ends = self.ends.saturating_sub(1);
-                    ending = Ending::Step(step, exit_code);
-                    break;
-                }
-                Record::WaitingInput(options) => {
-                    self.ends = self.ends.saturating_sub(1);
-                    ending = Ending::WaitingInput(options);
-                    break;
-                }
-                output => {
-                    taken_bytes += output.weight();
-                    records.push(output);
-                    if taken_bytes >= limits.result_bytes {
-                        break;
-                    }
-                }
-            }
-        }
-        Some(Taken { records, ending })
-    }
-}
-
-fn is_end(record: &Record) -> bool {
-    matches!(record, Record::StepEnd(..) | Record::WaitingInput(_))
-}
 
 /// All runs of one kernel.
 #[derive(Debug)]
@@ -432,6 +237,13 @@ impl RunTable {
     /// The run the runner works on.
     pub fn current(&self) -> Option<&str> {
         self.current.as_deref()
+    }
+
+    /// For how long nothing more is to be read from the runner, unless a client takes what is there: what
+    /// comes after could only be kept by dropping the oldest output.
+    pub fn holds_up(&self, now: Instant) -> Option<Duration> {
+        let run = self.runs.get(self.current.as_ref()?)?;
+        run.holds_up(now, &self.limits)
     }
 
     /// Bytes of payload of the runs that wait for their turn.
@@ -668,7 +480,7 @@ impl RunTable {
             // A second `finished` of an unknown run: keep what is there.
             return Vec::new();
         }
-        run.push(record, &self.limits);
+        run.push(now, record, &self.limits);
         if self.current.is_none() {
             run.phase = if finished {
                 Phase::Ended

@@ -75,7 +75,10 @@ async fn unless_moved<T>(
 async fn receive_all(inner: &Inner, receiver: &mut socket::Receiver) -> SocketError {
     loop {
         match receiver.receive().await {
-            Ok(Some((kind, payload))) => inner.receive(&kind, payload),
+            Ok(Some((kind, payload))) => {
+                inner.receive(&kind, payload);
+                inner.hold_up().await;
+            }
             Ok(None) => {
                 tracing::debug!(kernel_id = %inner.kernel_id, "the runner sent a message without exactly two frames");
             }

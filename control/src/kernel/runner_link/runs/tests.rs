@@ -1,4 +1,5 @@
 use super::*;
+use crate::kernel::runner_link::frame::Stream;
 
 fn query(code: &str) -> Submission {
     Submission {
@@ -509,7 +510,11 @@ fn what_a_new_connection_has_lost_is_found_out() {
 #[test]
 fn many_small_records_are_handed_over_before_any_is_dropped() {
     let now = Instant::now();
-    let mut table = RunTable::new(RunLimits::default(), false, now);
+    let limits = RunLimits {
+        records: 4096,
+        ..RunLimits::default()
+    };
+    let mut table = RunTable::new(limits, false, now);
     table.submit(now, "a", query("1")).expect("sent");
     let mut texts = Vec::new();
     for number in 0..10_000 {
@@ -528,4 +533,37 @@ fn many_small_records_are_handed_over_before_any_is_dropped() {
     for (number, record) in texts.iter().enumerate() {
         assert!(matches!(record, Record::Text(_, text) if *text == number.to_string()));
     }
+}
+
+#[test]
+fn reading_waits_a_moment_for_a_client_that_has_much_to_take() {
+    let now = Instant::now();
+    let limits = RunLimits {
+        records: 100,
+        ..RunLimits::default()
+    };
+    let hold_up = limits.hold_up;
+    let mut table = RunTable::new(limits, false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    let fill = |table: &mut RunTable, at: Instant| {
+        for number in 0..50 {
+            assert_eq!(table.holds_up(at), None, "{number}");
+            let stream = [Stream::Stdout, Stream::Stderr][number % 2];
+            table.record(at, Record::Text(stream, "x".to_owned()));
+        }
+    };
+    fill(&mut table, now);
+    assert_eq!(table.holds_up(now), Some(hold_up));
+    assert_eq!(table.holds_up(now + hold_up / 2), Some(hold_up / 2));
+    // Nobody has taken it: the runner goes on, and is not stopped again.
+    let late = now + hold_up;
+    fill(&mut table, late);
+    fill(&mut table, late);
+    // Somebody has: there is room, and then another moment.
+    table.take(late, "a", false).expect("much");
+    fill(&mut table, late);
+    assert_eq!(table.holds_up(late), Some(hold_up));
+    // What ends a run lets the next one's output in.
+    table.record(late, finished(0));
+    assert_eq!(table.holds_up(late), None);
 }

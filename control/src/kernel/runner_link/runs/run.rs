@@ -1,0 +1,233 @@
+//! One run: what it waits for, and what it has produced that no client has taken yet.
+//!
+//! In: the runner's records in order. Out: results cut at the ends of steps. Invariant: what is held is
+//! bounded; where a client may be at it, reading is held up for a moment before anything is dropped.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::{Ending, RunLimits, Taken};
+use crate::kernel::runner_link::frame::{Outgoing, Record, Step, Stream};
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub(super) enum Phase {
+    Waiting,
+    Current,
+    Ended,
+}
+
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) phase: Phase,
+    /// The messages of the last starting request: its repetition is recognised by content.
+    pub(super) content: Vec<Outgoing>,
+    /// Messages not sent yet (while waiting).
+    pub(super) unsent: Vec<Outgoing>,
+    /// `finished` messages still expected from the runner.
+    pub(super) expected: u32,
+    pub(super) records: VecDeque<Record>,
+    pub(super) weight: usize,
+    /// Since when there is so much that a client should take it before more is read.
+    pub(super) full_since: Option<Instant>,
+    pub(super) ends: usize,
+    pub(super) dropped: u64,
+    pub(super) started: Instant,
+    pub(super) polled: Instant,
+    pub(super) pollers: u32,
+    /// Taken over from before our start, and nothing of it seen yet: it may not exist at all.
+    pub(super) tentative: bool,
+    /// An earlier life of the agent has told its start and not its end.
+    pub(super) owed: bool,
+    /// The runner has said something of it to us.
+    pub(super) seen: bool,
+    /// Steps of its present request that have ended.
+    pub(super) steps: u8,
+    pub(super) last: Option<Taken>,
+}
+
+const MARKER_PREFIX: &str = "[bai-agent: ";
+/// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
+const MERGE_LIMIT: usize = 64 * 1024;
+
+impl Run {
+    pub(super) fn new(now: Instant, phase: Phase) -> Self {
+        Self {
+            phase,
+            content: Vec::new(),
+            unsent: Vec::new(),
+            expected: 0,
+            records: VecDeque::new(),
+            weight: 0,
+            full_since: None,
+            ends: 0,
+            dropped: 0,
+            started: now,
+            polled: now,
+            pollers: 0,
+            tentative: false,
+            owed: false,
+            seen: false,
+            steps: 0,
+            last: None,
+        }
+    }
+
+    /// Of the run of an earlier life: whether there is one.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.phase == Phase::Current || (self.phase == Phase::Waiting && self.owed)
+    }
+
+    /// Whether it has begun and not ended, as far as anybody knows.
+    pub(super) fn is_live(&self) -> bool {
+        self.phase != Phase::Ended && (!self.tentative || self.owed)
+    }
+
+    /// Whether the end of this step is this run's and not the answer to a probe; `None` when its
+    /// request is not known.
+    pub(super) fn owns(&self, step: Step) -> Option<bool> {
+        if self.content.is_empty() || self.expected > 1 {
+            return None;
+        }
+        let has_steps = self.content.iter().any(|message| message.kind == "clean");
+        Some(match step {
+            Step::Clean => has_steps && self.steps == 0,
+            Step::Build => has_steps && self.steps == 1,
+            Step::Run => true,
+        })
+    }
+
+    /// Ends a run whose end was lost. True when that has to be told.
+    pub(super) fn lose(&mut self, now: Instant, limits: &RunLimits) -> bool {
+        let live = self.is_live();
+        if live {
+            let seen = self.seen;
+            let words = format!(
+                "{MARKER_PREFIX}the run has ended; how, and what it said last, was lost when the agent was restarted or the container's network was changed]\n"
+            );
+            self.push(now, Record::Text(Stream::Stderr, words), limits);
+            self.push(now, Record::StepEnd(Step::Run, None), limits);
+            self.seen = seen;
+        }
+        self.phase = Phase::Ended;
+        self.polled = now;
+        live
+    }
+
+    pub(super) fn push(&mut self, now: Instant, record: Record, limits: &RunLimits) {
+        self.tentative = false;
+        self.seen = true;
+        if let (Some(Record::Text(last_stream, last)), Record::Text(stream, text)) =
+            (self.records.back_mut(), &record)
+            && last_stream == stream
+            && last.len() + text.len() <= MERGE_LIMIT
+        {
+            last.push_str(text);
+            self.weight += text.len();
+        } else {
+            self.weight += record.weight();
+            if is_end(&record) {
+                self.ends += 1;
+            }
+            self.records.push_back(record);
+        }
+        while (self.weight > limits.bytes || self.records.len() > limits.records)
+            && self.drop_oldest()
+        {}
+        if self.is_full(limits) {
+            self.full_since.get_or_insert(now);
+        }
+    }
+
+    /// Whether there is enough for a result, well before any of it is dropped.
+    fn is_full(&self, limits: &RunLimits) -> bool {
+        self.records.len() >= limits.records.div_ceil(2) || self.weight >= limits.result_bytes
+    }
+
+    /// For how long more is not to be read, unless a client takes what is there.
+    pub(super) fn holds_up(&self, now: Instant, limits: &RunLimits) -> Option<Duration> {
+        let waited = now.saturating_duration_since(self.full_since?);
+        limits
+            .hold_up
+            .checked_sub(waited)
+            .filter(|left| !left.is_zero())
+    }
+
+    /// Drops the oldest piece of output; ends of steps are never dropped.
+    fn drop_oldest(&mut self) -> bool {
+        let Some(position) = self.records.iter().position(|record| !is_end(record)) else {
+            // Only ends are left: a runner that floods us with them loses the oldest.
+            if let Some(end) = self.records.pop_front() {
+                self.weight = self.weight.saturating_sub(end.weight());
+                self.ends = self.ends.saturating_sub(1);
+                return true;
+            }
+            return false;
+        };
+        if let Some(record) = self.records.remove(position) {
+            self.weight = self.weight.saturating_sub(record.weight());
+            self.dropped = self
+                .dropped
+                .saturating_add(u64::try_from(record.weight()).unwrap_or(u64::MAX));
+        }
+        true
+    }
+
+    pub(super) fn drop_output(&mut self) {
+        self.full_since = None;
+        while self.records.iter().any(|record| !is_end(record)) && self.drop_oldest() {}
+    }
+
+    pub(super) fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
+        let overdue = self.phase == Phase::Current
+            && limits
+                .exec_timeout
+                .is_some_and(|limit| now.saturating_duration_since(self.started) > limit);
+        if !(self.ends > 0 || overdue || flush || self.is_full(limits)) {
+            return None;
+        }
+        let mut records = Vec::new();
+        if self.dropped > 0 {
+            let words = format!(
+                "{MARKER_PREFIX}about {} bytes of earlier output were dropped, nobody read them in time]\n",
+                self.dropped
+            );
+            records.push(Record::Text(Stream::Stderr, words));
+            self.dropped = 0;
+        }
+        let mut taken_bytes = 0;
+        let mut ending = if overdue && self.ends == 0 {
+            Ending::ExecTimeout
+        } else {
+            Ending::Continued
+        };
+        while let Some(record) = self.records.pop_front() {
+            self.weight = self.weight.saturating_sub(record.weight());
+            match record {
+                Record::StepEnd(step, exit_code) => {
+                    self.ends = self.ends.saturating_sub(1);
+                    ending = Ending::Step(step, exit_code);
+                    break;
+                }
+                Record::WaitingInput(options) => {
+                    self.ends = self.ends.saturating_sub(1);
+                    ending = Ending::WaitingInput(options);
+                    break;
+                }
+                output => {
+                    taken_bytes += output.weight();
+                    records.push(output);
+                    if taken_bytes >= limits.result_bytes {
+                        break;
+                    }
+                }
+            }
+        }
+        // Somebody is at it: what is still too much has its time anew.
+        self.full_since = self.is_full(limits).then_some(now);
+        Some(Taken { records, ending })
+    }
+}
+
+fn is_end(record: &Record) -> bool {
+    matches!(record, Record::StepEnd(..) | Record::WaitingInput(_))
+}
