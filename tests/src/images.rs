@@ -153,6 +153,28 @@ pub fn import(name: &str, files: &[ImageFile], changes: &[&str]) -> Result<OwnIm
     })
 }
 
+/// Derives an image of another one with Dockerfile-like changes (`ENV a=b`, `LABEL a=b`).
+pub fn derive(name: &str, from: &str, changes: &[&str]) -> Result<OwnImage> {
+    let run = |args: &[&str]| -> Result<String> {
+        let output = docker(None).args(args).output()?;
+        let told = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            bail!("docker {args:?}: {told}");
+        }
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let container = run(&["create", from, "true"])?;
+    let mut commit = vec!["commit"];
+    commit.extend(changes.iter().flat_map(|change| ["--change", change]));
+    commit.extend([&*container, name]);
+    let derived = run(&commit);
+    run(&["rm", "-f", &container])?;
+    derived?;
+    Ok(OwnImage {
+        name: name.to_owned(),
+    })
+}
+
 /// The files of a busybox root: `/bin/busybox`, `/bin/sh` and the named applets.
 pub fn busybox_files(applets: &[&str]) -> Result<Vec<ImageFile>> {
     let binary = ["/bin/busybox", "/usr/bin/busybox"]

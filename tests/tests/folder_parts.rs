@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use harness::fault_docker::FaultDocker;
-use harness::images::Image;
+use harness::images::{self, Image};
 use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions};
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use uuid::Uuid;
 
 const INSIDE: &str = "/home/work/part";
@@ -50,16 +50,27 @@ impl Volume {
 
     fn order(&self, below: &str) -> Result<Order> {
         let mut order = Order::of(Image::Runner)?;
-        order.config["mounts"] = json!([{
+        order.config["mounts"] = self.mounts(below);
+        Ok(order)
+    }
+
+    fn mounts(&self, below: &str) -> Json {
+        json!([{
             "name": "part",
             "vfid": self.id.to_string(),
             "vfsubpath": below,
             "host_path": self.folder().join(below),
             "kernel_path": INSIDE,
             "mount_perm": "rw",
-        }]);
-        Ok(order)
+        }])
     }
+}
+
+/// Which folders a container is labelled to hold.
+fn held(container: &str) -> Result<Vec<PathBuf>> {
+    let label = "{{index .Config.Labels \"ai.backend.held-folders\"}}";
+    let held = kernels::docker(&["inspect", "-f", label, container])?;
+    Ok(serde_json::from_str(&held)?)
 }
 
 /// What a user does: `name` becomes a link to somewhere else.
@@ -150,7 +161,17 @@ async fn a_part_that_leads_out_is_refused_and_leaves_nothing() -> Result<()> {
 async fn what_is_held_lasts_as_long_as_its_kernel() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
     let volume = Volume::new()?;
-    let order = volume.order("a/b")?;
+    // Neither what this image says is held nor the devices it asks for count.
+    let image = images::derive(
+        &format!("bai-test/claims:{}", volume.id.simple()),
+        &images::image(Image::Runner)?,
+        &[
+            r#"LABEL ai.backend.held-folders=["/srv/another"]"#,
+            "ENV NVIDIA_VISIBLE_DEVICES=all",
+        ],
+    )?;
+    let mut order = Order::named(&image.name)?;
+    order.config["mounts"] = volume.mounts("a/b");
     kernels::create(&node, &order).await?;
     // An agent that dies knows of it again.
     node.kill_control()?;
@@ -163,10 +184,22 @@ async fn what_is_held_lasts_as_long_as_its_kernel() -> Result<()> {
     assert_eq!(content.as_bin().map(|it| &it[..]), Some(&b"mine"[..]));
     // What watches over volumes knows where the folder really is.
     let containers = node.containers()?;
-    let label = "{{index .Config.Labels \"ai.backend.held-folders\"}}";
-    let held = kernels::docker(&["inspect", "-f", label, &containers[0]])?;
-    let held: Vec<PathBuf> = serde_json::from_str(&held)?;
-    assert_eq!(held, [volume.folder().join("a/b")]);
+    assert_eq!(held(&containers[0])?, [volume.folder().join("a/b")]);
+    kernels::destroy(&node, &order).await?;
+    // A kernel that has no part of a folder holds none.
+    let order = Order::named(&image.name)?;
+    let result = kernels::create(&node, &order).await?;
+    let container = result["container_id"].as_str().unwrap();
+    ensure!(held(container)?.is_empty());
+    let environment = kernels::docker(&["inspect", "-f", "{{json .Config.Env}}", container])?;
+    let environment: Vec<String> = serde_json::from_str(&environment)?;
+    let devices = environment
+        .iter()
+        .filter(|line| line.starts_with("NVIDIA_"));
+    ensure!(
+        devices.eq(["NVIDIA_VISIBLE_DEVICES=void"]),
+        "{environment:?}"
+    );
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await?;
     let mine = volume.folder().join("a.away/b/whose");
