@@ -159,6 +159,12 @@ pub async fn ask(node: &Node, method: &str, args: Vec<Value>) -> Result<Json> {
     }
 }
 
+/// Amount per accelerator that kernels hold, by the device's own id.
+pub async fn devices_held(node: &Node) -> Result<Json> {
+    let mut status = ask(node, "bai.status", Vec::new()).await?;
+    Ok(status["devices_held"].take())
+}
+
 /// Creates a kernel; its part of the answer.
 pub async fn create(node: &Node, order: &Order) -> Result<Json> {
     let results = ask(node, "create_kernels", order.arguments()).await?;

@@ -164,7 +164,7 @@ async fn a_kernel_gets_what_the_specification_says_of_its_device() -> Result<()>
                 "{}",
                 failure.repr
             );
-            let held = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+            let held = kernels::devices_held(&node).await?;
             ensure!(held == json!({"GPU-a": "1"}), "{held}");
         }
         kernels::destroy(&node, &order).await?;
@@ -273,7 +273,7 @@ async fn a_kernel_gets_what_its_device_plugin_names() -> Result<()> {
         for id in ids {
             held[*id] = json!("1");
         }
-        let told = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+        let told = kernels::devices_held(&node).await?;
         ensure!(told == held, "{told} and not {held}");
         orders.push(order);
     }
@@ -283,7 +283,7 @@ async fn a_kernel_gets_what_its_device_plugin_names() -> Result<()> {
     let failure = kernels::fail_to_create(&node, &order).await?;
     let words = format!("unresolvable CDI devices {RESOURCE}=d3");
     ensure!(failure.repr.contains(&words), "{}", failure.repr);
-    let told = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+    let told = kernels::devices_held(&node).await?;
     ensure!(told == held, "{told}");
     for order in &orders {
         kernels::destroy(&node, order).await?;

@@ -131,7 +131,7 @@ fn order_of(slot: &str, amount: &str) -> Result<Order> {
 }
 
 async fn held(node: &Node) -> Result<Json> {
-    kernels::ask(node, "scan_gpu_alloc_map", Vec::new()).await
+    kernels::devices_held(node).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -48,7 +48,7 @@ async fn asked(settings: &str, changes: &Json) -> Result<(Json, String)> {
     let mut order = Order::of(Image::Runner)?;
     order.config["resource_slots"]["cuda.device"] = json!("1");
     let failure = kernels::fail_to_create(&node, &order).await?;
-    let held = kernels::ask(&node, "scan_gpu_alloc_map", Vec::new()).await?;
+    let held = kernels::devices_held(&node).await?;
     ensure!(held == json!({}), "a failed creation holds {held}");
     kernels::assert_clean(&node).await?;
     let bodies = engine.bodies("/containers/create");

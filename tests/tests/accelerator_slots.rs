@@ -17,20 +17,29 @@ use serde_json::{Value as Json, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
+/// What all ids begin with. A device's number follows in four digits; in a part's, that of its device and
+/// its own, in two each.
+const UUID: &str = "8f0f9c8e-0000-4000-8000-00000000";
+
+/// The digits at the end of an id, as in [`eight`].
+fn digits<'a>(id: &'a str, kind: &str) -> Option<&'a str> {
+    id.strip_prefix(kind)?.strip_prefix(UUID)
+}
+
 /// Eight devices; the last two are divided into three parts each.
 fn eight() -> String {
     let mut text = String::new();
     for index in 0..8 {
         let mig = u8::from(index >= 6);
         text += &format!(
-            "device {index} uuid=GPU-{index} name=Stand-in_H100 mem=85899345920 pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
+            "device {index} uuid=GPU-{UUID}{index:04} name=Stand-in_H100 mem=85899345920 pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
             16 + index
         );
     }
     for device in DIVIDED {
         for part in 0..PARTS {
             text += &format!(
-                "part {device} {part} uuid=MIG-{device}-{part} mem=10200547328 sms=16 slices=1 gi={} ci=0\n",
+                "part {device} {part} uuid=MIG-{UUID}{device:02}{part:02} mem=10200547328 sms=16 slices=1 gi={} ci=0\n",
                 7 + part
             );
         }
@@ -145,6 +154,7 @@ fn order(slots: &[(&str, &str)]) -> Result<Order> {
     Ok(order)
 }
 
+/// As the manager is told: under plain UUIDs.
 async fn held(node: &Node) -> Result<Json> {
     kernels::ask(node, "scan_gpu_alloc_map", Vec::new()).await
 }
@@ -169,7 +179,7 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
     let result = kernels::create(&machine.node, &order_of_two).await?;
     let given = ids(&result, "cuda.device");
     ensure!(
-        given.len() == 2 && given.iter().all(|id| id.starts_with("GPU-")),
+        given.len() == 2 && given.iter().all(|id| digits(id, "GPU-").is_some()),
         "{result}"
     );
     let attached = &result["attached_devices"]["cuda"];
@@ -185,7 +195,7 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
         .output;
     let mut nodes: Vec<String> = given
         .iter()
-        .filter_map(|id| id.strip_prefix("GPU-")?.parse::<u32>().ok())
+        .filter_map(|id| digits(id, "GPU-")?.parse::<u32>().ok())
         .map(|index| format!("nvidia{}", machine.first_minor + index))
         .collect();
     nodes.sort();
@@ -226,7 +236,7 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
     let given = ids(&result, "cuda.device:1g.10gb-mig");
     let (device, number) = given
         .first()
-        .and_then(|id| id.strip_prefix("MIG-")?.split_once('-'))
+        .and_then(|id| digits(id, "MIG-")?.split_at_checked(2))
         .context("a part")?;
     let (device, number): (u32, u32) = (device.parse()?, number.parse()?);
     let place = (device - DIVIDED[0]) * PARTS + number;
@@ -310,7 +320,9 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
-    let Some(machine) = Machine::start("device-mask = [\"GPU-0\", \"cuda:1\"]").await? else {
+    let masked = format!("GPU-{UUID}0000");
+    let settings = format!("device-mask = [\"{masked}\", \"cuda:1\"]");
+    let Some(machine) = Machine::start(&settings).await? else {
         return Ok(());
     };
     machine.total("cuda.device", 4.0).await?;
@@ -318,10 +330,10 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
     let result = kernels::create(&machine.node, &order).await?;
     let id = ids(&result, "cuda.device").pop().context("a device")?;
     ensure!(
-        id != "GPU-0" && id != "GPU-1",
+        id != masked && id != format!("GPU-{UUID}0001"),
         "a masked device was given: {id}"
     );
-    let index = id.strip_prefix("GPU-").context("an id")?.to_owned();
+    let index = digits(&id, "GPU-").context("an id")?.parse::<u32>()?;
     // The container's own process uses the device it was given, and one of the host does not count.
     let pid = kernels::docker(&[
         "inspect",
@@ -339,7 +351,7 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
     ensure!(state["cuda"]["metadata"][&id] == "fault 79", "{state}");
     // The manager takes it off what is announced, because its kernel holds it.
     machine.total("cuda.device", 4.0).await?;
-    ensure!(held(&machine.node).await?[&id] == "1");
+    ensure!(held(&machine.node).await?[id.trim_start_matches("GPU-")] == "1");
     let container: shared::ids::ContainerId = result["container_id"]
         .as_str()
         .unwrap_or_default()
@@ -377,7 +389,7 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
     machine.driver.describe(&eight())?;
     hardware(&machine.node, "healthy").await?;
     machine.total("cuda.device", 4.0).await?;
-    ensure!(held(&machine.node).await?[&id] == "1");
+    ensure!(held(&machine.node).await?[id.trim_start_matches("GPU-")] == "1");
     kernels::destroy(&machine.node, &order).await?;
     kernels::wait_end(&machine.node, order.kernel).await?;
     kernels::assert_clean(&machine.node).await
@@ -416,7 +428,10 @@ async fn shares_of_a_device_are_given_to_several_kernels() -> Result<()> {
     );
     let map = held(&machine.node).await?;
     ensure!(
-        map[&shared[0]].as_str().and_then(|text| text.parse().ok()) == Some(0.9),
+        map[shared[0].trim_start_matches("GPU-")]
+            .as_str()
+            .and_then(|text| text.parse().ok())
+            == Some(0.9),
         "{map}"
     );
     let said = kernels::run(&machine.node, &first, "env").await?.output;

@@ -1,9 +1,11 @@
 //! Small methods about the node and about kernels as they are.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::json;
 use shared::ids::KernelId;
+use uuid::Uuid;
 
 use super::super::arguments::Arguments;
 use super::super::failure::Failure;
@@ -13,6 +15,7 @@ use crate::causes::chain;
 use crate::docker::LogOptions;
 use crate::kernel::node::{Node, blocking};
 use crate::network;
+use crate::resource::Amount;
 
 /// The most of a console that is answered; its end is kept.
 const LOG_LIMIT: usize = 16 << 20;
@@ -116,12 +119,25 @@ async fn remember_assigned(node: &Arc<Node>) {
     }
 }
 
-/// Device id to amount, over all kernels.
+/// UUID of a device to its amount, over all kernels.
 pub(super) fn gpu_allocations(node: &Node) -> Result<Value, Failure> {
-    let held = node.ledger.accelerators_held().into_iter();
-    let held: std::collections::BTreeMap<_, _> =
-        held.map(|(id, amount)| (id, amount.to_string())).collect();
-    reply(&held)
+    reply(&by_uuid(node.ledger.accelerators_held()))
+}
+
+/// The manager's API has a type for these that takes plain UUIDs only, and one key that is none keeps it
+/// from showing any: NVIDIA's ids lose what they begin with, ids of other kinds are left out.
+fn by_uuid(held: BTreeMap<String, Amount>) -> BTreeMap<String, String> {
+    let mut sums: BTreeMap<String, Amount> = BTreeMap::new();
+    for (id, amount) in held {
+        let of_nvidia = ["GPU-", "MIG-"];
+        let bare = of_nvidia.iter().find_map(|start| id.strip_prefix(start));
+        if let Ok(uuid) = Uuid::try_parse(bare.unwrap_or(&id)) {
+            let sum = sums.entry(uuid.to_string()).or_default();
+            *sum = sum.saturating_add(amount);
+        }
+    }
+    let told = sums.into_iter();
+    told.map(|(id, amount)| (id, amount.to_string())).collect()
 }
 
 /// Changes the resource group, in the file the node was started with and in the running node.
@@ -155,4 +171,36 @@ pub(super) fn local_config(node: &Node) -> Result<Value, Failure> {
         .map(std::path::Path::to_string_lossy)
         .unwrap_or_default();
     reply(&json!({ "agent": { "abuse-report-path": path }, "watcher": {} }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_told_of_devices_with_a_uuid_only() {
+        let amount = |text: &str| text.parse::<Amount>().expect("an amount");
+        let held = [
+            ("GPU-8F0F9C8E-0000-4000-8000-000000000001", "0.5"),
+            ("MIG-8f0f9c8e-0000-4000-8000-000000000002", "1"),
+            // A made-up device.
+            ("8f0f9c8e-0000-4000-8000-000000000003", "2"),
+            // An old driver's part, a plugin's replica, AMD's, a TPU's, another plugin's.
+            ("MIG-GPU-8f0f9c8e-0000-4000-8000-000000000001/7/0", "1"),
+            ("GPU-8f0f9c8e-0000-4000-8000-000000000001%3A%3A0", "1"),
+            ("0000:c1:00.0", "1"),
+            ("GPU-23a8b5d1c2e4f607", "1"),
+            ("0", "1"),
+            ("GPU-", "1"),
+            ("", "1"),
+        ];
+        let held = held.map(|(id, held)| (id.to_owned(), amount(held)));
+        let told = [
+            ("8f0f9c8e-0000-4000-8000-000000000001", "0.5"),
+            ("8f0f9c8e-0000-4000-8000-000000000002", "1"),
+            ("8f0f9c8e-0000-4000-8000-000000000003", "2"),
+        ];
+        let told = told.map(|(id, amount)| (id.to_owned(), amount.to_owned()));
+        assert_eq!(by_uuid(held.into()), told.into());
+    }
 }

@@ -1,5 +1,6 @@
 //! Our own methods, for the command line. Same wire; the manager never calls them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -102,6 +103,7 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
             "cooling": occupancy.resting,
         },
         "slots": slots(node),
+        "devices_held": devices_held(node),
         "scaling_group": *node.scaling_group.borrow(),
         "cluster": node.cluster.as_ref().map(cluster),
         "storage_proxy": node
@@ -184,8 +186,7 @@ fn cluster(cluster: &Cluster) -> Json {
 /// Total and used amounts per slot, as text: they may be fractions or large.
 fn slots(node: &Node) -> Json {
     let mut slots = Map::new();
-    let mut used: std::collections::BTreeMap<String, crate::resource::Amount> =
-        std::collections::BTreeMap::new();
+    let mut used: BTreeMap<String, crate::resource::Amount> = BTreeMap::new();
     for kernel in node.registry.all() {
         for (name, amount) in kernel.with_record(|record| record.slots.clone()) {
             if let Some(amount) = amount
@@ -204,6 +205,12 @@ fn slots(node: &Node) -> Json {
         );
     }
     Json::Object(slots)
+}
+
+/// Amount per device that kernels hold, by the device's own id, as text.
+fn devices_held(node: &Node) -> BTreeMap<String, String> {
+    let held = node.ledger.accelerators_held().into_iter();
+    held.map(|(id, amount)| (id, amount.to_string())).collect()
 }
 
 fn kernels(node: &Node, all: bool) -> Result<Value, Failure> {
