@@ -1,11 +1,12 @@
 //! The agent's HTTP server: `/metrics` and `/health`, for Prometheus and whoever watches the node.
 //!
 //! In: requests at `agent.service-addr`. Out: one page or one document per request. Invariants: the
-//! node does not depend on it (an address in use is reported and tried again); connections, pages
-//! being made and the time a client may take are bounded; neither the engine nor a disk is asked
+//! node does not depend on it (an address in use is reported and tried again); connections (of each client,
+//! too), pages being made and the time a client may take are bounded; neither the engine nor a disk is asked
 //! while somebody waits.
 
 mod health;
+mod places;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -22,6 +23,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
+use shared::log_limit::LogLimit;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -32,9 +34,8 @@ use crate::metrics::{Recorder, Scene, count_request};
 use crate::stats::node::HostReading;
 
 pub use health::{EngineWatch, Health};
+use places::Places;
 
-/// Connections at once.
-const CONNECTIONS: usize = 128;
 /// Pages made at once; further scrapes wait for them.
 const PAGES: usize = 2;
 /// How long a client may take to send a request, may rest between two, and may take nothing of an
@@ -156,22 +157,38 @@ async fn bind(address: &str) -> Result<TcpListener, ListenError> {
         })
 }
 
-/// Serves connections, as many at once as there is room for.
+/// Serves connections, as many at once as there are places for each client and for all; those beyond are
+/// told so and closed.
 pub(crate) async fn accept(listener: TcpListener, router: Router) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    serve_clients(listener, router, PATIENCE).await;
+}
+
+async fn serve_clients(listener: TcpListener, router: Router, patience: Duration) {
+    let places = Arc::<Places>::default();
     let connections = TaskTracker::new();
+    let mut told = LogLimit::new();
     loop {
-        let Ok(place) = room.clone().acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let router = router.clone();
-                connections.spawn(async move {
-                    connection(stream, router, PATIENCE).await;
-                    drop(place);
-                });
-            }
+            Ok((stream, peer)) => match places.take(peer.ip()) {
+                Ok(place) => {
+                    let router = router.clone();
+                    connections.spawn(async move {
+                        connection(stream, router, patience).await;
+                        drop(place);
+                    });
+                }
+                Err(refusal) => {
+                    if let Some(suppressed) = told.pass() {
+                        tracing::warn!(
+                            %peer,
+                            suppressed,
+                            "a connection too many to the HTTP server was closed, and others are until some end"
+                        );
+                    }
+                    // Nobody is waited for: this fits into the buffer of a new connection.
+                    let _ = stream.try_write(refusal.answer().as_bytes());
+                }
+            },
             Err(err) => {
                 tracing::debug!(%err, "a connection was not accepted");
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -310,5 +327,61 @@ mod tests {
         assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"), "{answer:.40?}");
         let body = answer.iter().filter(|byte| **byte == b'x').count();
         assert_eq!(body, 1 << 20);
+    }
+
+    /// Opens a connection from one of this host's addresses.
+    async fn from(client: &str, server: SocketAddr) -> TcpStream {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        let client = format!("{client}:0").parse().expect("an address");
+        socket.bind(client).expect("bound");
+        socket.connect(server).await.expect("connected")
+    }
+
+    /// What is answered to a request on a connection, until it is closed.
+    async fn answer(mut stream: TcpStream) -> String {
+        // Who is turned away may be gone already.
+        let _ = stream
+            .write_all(b"GET / HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")
+            .await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8(answer).expect("text")
+    }
+
+    #[tokio::test]
+    async fn idle_connections_of_one_client_leave_places_to_others_and_end() {
+        const FLOOD: usize = 160;
+        let patience = Duration::from_secs(2);
+        let router = Router::new().route("/", get(|| async { "well" }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let server = tokio::spawn(serve_clients(listener, router, patience));
+        let mut flood = Vec::new();
+        for _ in 0..FLOOD {
+            flood.push(from("127.0.0.1", address).await);
+        }
+        let served = answer(from("127.0.0.2", address).await).await;
+        assert!(served.starts_with("HTTP/1.1 200 OK"), "{served}");
+        let refused = answer(from("127.0.0.1", address).await).await;
+        assert!(
+            refused.starts_with("HTTP/1.1 503 ") && refused.contains("too many connections"),
+            "{refused}"
+        );
+        // Those that have no place are told at once, the others lose theirs when they say nothing.
+        let limit = Duration::from_secs(60);
+        let ended = tokio::time::timeout(limit, async {
+            let mut told = 0;
+            for mut stream in flood {
+                let mut said = String::new();
+                let _ = stream.read_to_string(&mut said).await;
+                told += usize::from(said.contains("too many connections"));
+            }
+            told
+        });
+        let told = ended.await.expect("idle connections are closed");
+        assert_eq!(told, FLOOD - places::OF_AN_ADDRESS);
+        let served = answer(from("127.0.0.1", address).await).await;
+        assert!(served.starts_with("HTTP/1.1 200 OK"), "{served}");
+        server.abort();
     }
 }

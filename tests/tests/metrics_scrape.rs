@@ -13,6 +13,7 @@ use harness::images;
 use harness::node::{Node, NodeOptions, free_port};
 use harness::wait;
 use serde_json::Value;
+use tokio::io::AsyncReadExt;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -280,6 +281,20 @@ async fn a_scrape_is_what_the_document_says_and_the_numbers_are_the_kernel_s() -
     );
     let limit = of_kernel(&page, "container_spec_memory_limit_bytes").context("the limit")?;
     ensure!((limit - f64::from(128 << 20)).abs() < 1.0, "{limit}");
+
+    // Who floods the server does not keep others from it.
+    let mut flood = Vec::new();
+    for _ in 0..160 {
+        let socket = tokio::net::TcpSocket::new_v4()?;
+        socket.bind("127.0.0.9:0".parse()?)?;
+        flood.push(socket.connect(address.parse()?).await?);
+    }
+    ensure!(get(&address, "/metrics")?.0 == 200);
+    let mut told = String::new();
+    let last = flood.last_mut().context("a connection")?;
+    tokio::time::timeout(PATIENCE, last.read_to_string(&mut told)).await??;
+    ensure!(told.starts_with("HTTP/1.1 503 "), "{told}");
+    drop(flood);
 
     // Other requests.
     ensure!(get(&address, "/nothing")?.0 == 404);
