@@ -178,13 +178,12 @@ impl Scene {
         age > patience(self.interval)
     }
 
-    /// What the dataplane says, unless its last pass is long ago.
+    /// What the dataplane says, unless its last pass is long ago; before its first one, while it lives.
     fn fresh(&self) -> Option<&ObservedSnapshot> {
-        let node = |snapshot: &&ObservedSnapshot| {
-            let node = snapshot.node.as_ref();
-            !node.is_some_and(|node| self.is_old(node.taken_monotonic_ns))
-        };
-        self.snapshot().filter(node)
+        self.snapshot().filter(|snapshot| match &snapshot.node {
+            Some(node) => !self.is_old(node.taken_monotonic_ns),
+            None => self.observed.is_alive(),
+        })
     }
 
     /// Whether the numbers of a container are told.

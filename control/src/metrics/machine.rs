@@ -98,10 +98,9 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
     let reading = scene.reading.clone().with_observed(fresh);
     devices(scene, fresh, &reading, page);
     agent(scene, page);
-    let snapshot = scene.snapshot();
-    dataplane(scene, snapshot, page);
-    if let Some(snapshot) = snapshot {
-        ports(scene, snapshot, page);
+    dataplane(scene, scene.snapshot(), page);
+    if let Some(fresh) = fresh {
+        ports(scene, fresh, page);
     }
     node(fresh, &reading, page);
     if let Some(fresh) = fresh {

@@ -510,6 +510,7 @@ fn an_old_sample_tells_only_when_it_was_taken() {
                 "bai_container_",
                 "bai_node_",
                 "bai_accelerator_",
+                "bai_port_",
                 "backendai_",
             ]
             .iter()
@@ -525,6 +526,14 @@ fn an_old_sample_tells_only_when_it_was_taken() {
         .collect();
     assert_eq!(devices, BTreeSet::from(["cpu_util", "mem"]));
     assert!(series.contains_key("bai_sample_age_seconds"));
+
+    // A dataplane that has passed over nothing yet tells of its ports while it lives.
+    let ports = |scene: &Scene| scene.render().contains("\nbai_port_sessions_total{");
+    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    Arc::make_mut(snapshot).node = None;
+    assert!(ports(&scene));
+    scene.observed.heartbeat_age = Some(Duration::from_secs(60));
+    assert!(!ports(&scene));
 }
 
 #[test]
