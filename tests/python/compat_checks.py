@@ -478,6 +478,22 @@ async def batch_sessions_succeed_and_fail(bench):
 
 
 @check
+async def a_batch_session_whose_kernel_dies_fails(bench):
+    """This manager takes no end of a kernel whose session runs: without a result that would run for ever."""
+    if bench.agent.kind != "ours":
+        raise Skipped("with the original it stays RUNNING for ever")
+    session = await bench.create("batch-killed", engine.APP, mem=256, type_="batch", startup_command="sleep 1000")
+    await bench.session_is("batch-killed", "RUNNING")
+    (container,) = bench.containers(session.id)
+    await asyncio.to_thread(bench.system.engine.docker, "kill", "--signal", "KILL", container)
+    row = await bench.session_is("batch-killed", "TERMINATED")
+    equal(row["result"], "FAILURE", "the result")
+    equal([kernel["status"] for kernel in row["containers"]], ["TERMINATED"], "its kernel")
+    del bench.sessions["batch-killed"]
+    await bench.recorder.enter("between sessions")
+
+
+@check
 async def a_cluster_session_talks_over_ssh(bench):
     if len(os.sched_getaffinity(0)) < 2:
         raise Skipped("a cluster of two kernels needs two cores")

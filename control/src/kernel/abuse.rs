@@ -187,6 +187,8 @@ fn end(node: &Arc<Node>, id: KernelId, reason: Option<String>) {
     tracing::warn!(kernel_id = %id, %reason, "ending a kernel that was reported for abuse");
     let node = node.clone();
     node.clone().tasks.spawn(async move {
+        // Any reason may be a manager's too.
+        kernel.update_record(|record| record.condemned = true);
         if let Err(err) = destroy::destroy(&node, id, kernel.session, reason, false).await {
             tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot destroy a kernel");
         }

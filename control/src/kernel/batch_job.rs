@@ -7,14 +7,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::ids::ContainerId;
+use shared::ids::{ContainerId, KernelId, SessionId};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use super::container_processes::KernelFiles;
 use super::death::{Death, Signs, full_shm};
-use super::lifecycle::Reason;
+use super::lifecycle::{Ending, Reason, State};
 use super::node::Node;
 use super::record::{BatchRecord, BatchStep, Record};
 use super::registry::Kernel;
@@ -29,6 +29,9 @@ const TAKEN_OVER: Duration = Duration::from_secs(3);
 const STARTED_AGAIN: Duration = Duration::from_secs(600);
 /// How long an end that is known already may take to be told when the agent stops.
 const LAST_LOOK: Duration = Duration::from_secs(1);
+/// How long after the call for a job the manager takes its session for a running one: it ends no
+/// other.
+const SESSION_RUNS: Duration = Duration::from_secs(3);
 
 /// Starts the job and answers when it is in the journal; `false` when one runs already (a retry of
 /// the call).
@@ -80,14 +83,62 @@ pub fn expect_again(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         }
         tracing::warn!(kernel_id = %kernel.id,
             "a batch job was not started again after its kernel was restarted; its session is told to have failed");
-        node.events.emit(Event::SessionFailure {
-            session: kernel.session,
-            reason: Reason::from_text("task-failed"),
-            exit_code: -1,
-        });
+        if take_untold(&kernel) {
+            tell_failure(&node, kernel.session, -1);
+        }
         kernel.end_batch();
         forget(&node, &kernel).await;
     });
+}
+
+/// Tells that a job ended with its kernel, unless the managers have asked for that: they end the session
+/// when they hear of the job, and take no end of a kernel before. Once, by whoever comes first.
+pub fn end_with_kernel(node: &Node, kernel: &Kernel, ending: &Ending) {
+    let unasked = ending.is_the_nodes_own() || kernel.with_record(|record| record.condemned);
+    if unasked && take_untold(kernel) {
+        tracing::warn!(kernel_id = %kernel.id, exit_code = ending.exit_code,
+            "a kernel has ended with its batch job; its session is told to have failed");
+        tell_failure(node, kernel.session, ending.exit_code.unwrap_or(-1));
+    }
+}
+
+/// Answers a start of a job in a kernel that is not here (any more): with how it ended, if that is
+/// remembered. In the background.
+pub fn end_without_kernel(node: &Arc<Node>, id: KernelId, session: SessionId) {
+    let node = node.clone();
+    node.clone().tasks.spawn(async move {
+        let wait = tokio::time::sleep(SESSION_RUNS);
+        node.stopping.run_until_cancelled(wait).await;
+        let ending = node.registry.end_of(id, session);
+        if ending.as_ref().is_none_or(Ending::is_the_nodes_own) {
+            let exit_code = ending.as_ref().and_then(|ending| ending.exit_code);
+            tell_failure(&node, session, exit_code.unwrap_or(-1));
+        }
+        node.events.emit(Event::KernelTerminated {
+            kernel: id,
+            session,
+            reason: ending
+                .as_ref()
+                .map_or(Reason::SELF_TERMINATED, Ending::told),
+            exit_code: ending.and_then(|ending| ending.exit_code),
+        });
+    });
+}
+
+/// Tells that the job of a session has failed.
+fn tell_failure(node: &Node, session: SessionId, exit_code: i64) {
+    node.events.emit(Event::SessionFailure {
+        session,
+        reason: Reason::from_text("task-failed"),
+        exit_code,
+    });
+}
+
+/// Whether the end of the job is still to be told. The one who asks tells it.
+fn take_untold(kernel: &Kernel) -> bool {
+    let mut untold = false;
+    kernel.update_record(|record| untold = std::mem::take(&mut record.batch_running));
+    untold
 }
 
 /// Waits for a dropped job to be started again in that container. When it was not, the kernel takes no
@@ -132,6 +183,7 @@ async fn carry_through(
     let Some(runner) = kernel.runner() else {
         tracing::warn!(kernel_id = %kernel.id, "a batch job cannot start without the runner");
         kernel.end_batch();
+        note_gone(node, kernel);
         return;
     };
     let session = kernel.session;
@@ -151,6 +203,13 @@ async fn carry_through(
     };
     let (_, reason, exit_code) = outcome.event();
     let reason = Reason::from_text(reason);
+    if outcome == BatchOutcome::KernelGone {
+        note_gone(node, kernel);
+        return;
+    }
+    if !take_untold(kernel) {
+        return;
+    }
     match outcome {
         BatchOutcome::Succeeded => node.events.emit(Event::SessionSuccess {
             session,
@@ -165,11 +224,17 @@ async fn carry_through(
                 exit_code,
             });
         }
-        // The kernel's own end is announced by the kernel.
-        BatchOutcome::KernelGone => return,
+        BatchOutcome::KernelGone => {}
     }
     kernel.end_batch();
     forget(node, kernel).await;
+}
+
+/// The kernel's end tells of its job, unless it has passed before that was in the record.
+fn note_gone(node: &Node, kernel: &Kernel) {
+    if let State::Ended(ending) = kernel.state() {
+        end_with_kernel(node, kernel, &ending);
+    }
 }
 
 /// The job's end was told.

@@ -231,6 +231,7 @@ fn new_record(order: &Order) -> Record {
         environ: None,
         batch_running: false,
         batch_job: None,
+        condemned: false,
         pausing: false,
         runs_owed: 0,
     }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use shared::ids::{KernelId, SessionId};
 use thiserror::Error;
 
+use super::batch_job;
 use super::death::{Death, Signs, full_shm};
 use super::kept_logs::Shipping;
 use super::lifecycle::{Action, Ending, Input, Reason};
@@ -181,6 +182,9 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         exit_code: remains.exit_code,
         death,
     });
+    if let Some(ending) = kernel.ending() {
+        batch_job::end_with_kernel(node, kernel, &ending);
+    }
     node.perform(kernel, &actions);
     let end = EndedKernel::now(kernel);
     keep_end(node, end.clone()).await;

@@ -164,6 +164,19 @@ impl Ending {
         [Reason::SELF_TERMINATED, Reason::FAILED_TO_START].contains(&self.reason)
     }
 
+    /// Whether the node came to it without being asked: a manager that is told a reason of these has not
+    /// begun to terminate the session.
+    pub fn is_the_nodes_own(&self) -> bool {
+        let own = [
+            Reason::ANOMALY_DETECTED,
+            Reason::CONTAINER_NOT_FOUND,
+            Reason::EXEC_TIMEOUT,
+            Reason::FAILED_TO_CREATE,
+            Reason::RESTART_TIMEOUT,
+        ];
+        !self.suppress && (self.is_by_itself() || own.contains(&self.reason))
+    }
+
     fn with_exit_code(mut self, exit_code: Option<i64>) -> Ending {
         self.exit_code = exit_code;
         self

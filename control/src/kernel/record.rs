@@ -127,6 +127,9 @@ pub struct Record {
     /// That job. Records of agents before this field have none: their job counts as sent.
     #[serde(default)]
     pub batch_job: Option<BatchRecord>,
+    /// The node ends it for a reason that it was told by others than the managers.
+    #[serde(default)]
+    pub condemned: bool,
     /// The engine makes an image of it, and pauses it meanwhile.
     #[serde(default)]
     pub pausing: bool,

@@ -618,6 +618,7 @@ pub(super) mod tests {
             environ: None,
             batch_running: false,
             batch_job: None,
+            condemned: false,
             pausing: false,
             runs_owed: 0,
         }

@@ -14,6 +14,13 @@ async fn event_of(node: &Node, id: uuid::Uuid, name: &str) -> Result<Json> {
     .await
 }
 
+/// What was told of the ends of a session and its kernel, in order.
+async fn ends_of(node: &Node, order: &Order) -> Result<Vec<(String, Json)>> {
+    let mut events = kernels::events(node, order.session).await?;
+    events.retain(|(name, _)| name.starts_with("session_") || name == "kernel_terminated");
+    Ok(events)
+}
+
 fn batch_order() -> Result<Order> {
     let mut order = Order::of(Image::Runner)?;
     order.config["session_type"] = json!("batch");
@@ -23,8 +30,36 @@ fn batch_order() -> Result<Order> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
     let mut node = Node::start(NodeOptions::default()).await?;
-    let order = batch_order()?;
+    let at_work = async |order: &Order| -> Result<String> {
+        let made = kernels::create(&node, order).await?;
+        kernels::start_batch(&node, order, "sleep 1000", Value::Nil).await?;
+        Ok(container_of(&made).to_owned())
+    };
+    let killed = |order: &Order| {
+        let session = order.session.to_string();
+        let failure = json!([session, "task-failed", 137]);
+        let end = json!([order.kernel.to_string(), session, "self-terminated", 137]);
+        [
+            ("session_failure".to_owned(), failure),
+            ("kernel_terminated".to_owned(), end),
+        ]
+    };
+    // A kernel that dies with its job at work, and one that the manager wants to go.
+    let (watched, unwanted) = (batch_order()?, batch_order()?);
+    kernels::docker(&["kill", &at_work(&watched).await?])?;
+    kernels::wait_end(&node, watched.kernel).await?;
+    assert_eq!(ends_of(&node, &watched).await?, killed(&watched));
+    at_work(&unwanted).await?;
+    kernels::destroy(&node, &unwanted).await?;
+    let ended = ends_of(&node, &unwanted).await?;
+    ensure!(
+        ended.len() == 1 && ended[0].0 == "kernel_terminated",
+        "{ended:?}"
+    );
+
+    let (order, unwatched) = (batch_order()?, batch_order()?);
     kernels::create(&node, &order).await?;
+    let container = at_work(&unwatched).await?;
     let command = "echo begun > begun; until [ -e go ]; do sleep 0.1; done; exit 7";
     kernels::start_batch(&node, &order, command, Value::Nil).await?;
     let work = node.scratch(&order.kernel.to_string()).join("work");
@@ -33,10 +68,28 @@ async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
     })
     .await?;
     node.kill_control()?;
+    kernels::docker(&["kill", &container])?;
     node.start_control().await?;
     std::fs::write(work.join("go"), "")?;
     let args = event_of(&node, order.session, "session_failure").await?;
     assert_eq!(args, json!([order.session.to_string(), "task-failed", 7]));
+    kernels::wait_end(&node, unwatched.kernel).await?;
+    assert_eq!(ends_of(&node, &unwatched).await?, killed(&unwatched));
+    // The manager hears a session's failure and ends it: that brings no second one.
+    kernels::destroy(&node, &unwatched).await?;
+    let mut ended = ends_of(&node, &unwatched).await?;
+    ended.retain(|(name, _)| name != "kernel_terminated");
+    assert_eq!(ended, killed(&unwatched)[..1]);
+    // A job that is to start in a kernel that is gone.
+    let absent = batch_order()?;
+    kernels::start_batch(&node, &absent, "exit 0", Value::Nil).await?;
+    kernels::wait_end(&node, absent.kernel).await?;
+    let session = absent.session.to_string();
+    let (name, args) = ends_of(&node, &absent).await?.swap_remove(0);
+    assert_eq!(
+        (name.as_str(), args),
+        ("session_failure", json!([session, "task-failed", -1]))
+    );
     assert_eq!(output_of(&node, &order, "echo usable").await?, "usable\n");
     kernels::destroy(&node, &order).await?;
     let ends: Vec<String> = kernels::events(&node, order.session)

@@ -133,6 +133,7 @@ pub async fn record(
         environ: None,
         batch_running,
         batch_job: None,
+        condemned: false,
         pausing: false,
         runs_owed: 0,
     })

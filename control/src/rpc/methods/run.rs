@@ -9,7 +9,6 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{failed, kernel_id, known_kernel, reply, runner_of};
-use crate::events::Event;
 use crate::kernel::execution::{self, BatchSteps, ExecuteRequest, Mode, Status};
 use crate::kernel::lifecycle::Reason;
 use crate::kernel::node::Node;
@@ -81,13 +80,7 @@ pub(super) async fn trigger_batch(node: &Arc<Node>, mut args: Arguments) -> Resu
         _ => None,
     };
     let Some(kernel) = node.registry.get(id) else {
-        // In the background, as the original: the batch job of an unknown kernel has ended.
-        node.events.emit(Event::KernelTerminated {
-            kernel: id,
-            session,
-            reason: Reason::SELF_TERMINATED,
-            exit_code: None,
-        });
+        batch_job::end_without_kernel(node, id, session);
         return Ok(Value::Nil);
     };
     runner_of(&kernel).await?;
