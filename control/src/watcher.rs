@@ -285,13 +285,20 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
     let etcd = blocking(move || Etcd::new(&settings, &id, &group))
         .await
         .map_err(WatcherError::Etcd)?;
+    if let Some(token) = own {
+        // Nothing else is read at the start.
+        return Ok(Found {
+            token,
+            etcd: Some(etcd),
+        });
+    }
     let mut pause = PAUSES.0;
     loop {
         match etcd.get("config/watcher/token").await {
             Ok(token) => {
                 return Ok(Found {
-                    token: own
-                        .or(token.filter(|token| !token.is_empty()))
+                    token: token
+                        .filter(|token| !token.is_empty())
                         .unwrap_or_else(|| INSECURE.to_owned()),
                     etcd: Some(etcd),
                 });

@@ -457,6 +457,24 @@ async fn a_cluster_that_says_nonsense_of_where_volumes_belong_keeps_mounts_only(
     Ok(())
 }
 
+/// As after an installation while etcd is away: nobody should wait for the unit.
+#[tokio::test]
+async fn with_a_token_of_its_own_it_is_ready_without_etcd() -> Result<()> {
+    let port = free_port()?;
+    let directory = prepare(port, "127.0.0.1", TOKEN, "")?;
+    let file = directory.path().join("agent.toml");
+    let etcd = format!(
+        "[etcd]\nnamespace = \"local\"\naddr = {{ host = \"127.0.0.1\", port = {} }}\n",
+        free_port()?
+    );
+    std::fs::write(&file, etcd + &std::fs::read_to_string(&file)?)?;
+    let command = command_in_a_cluster(directory.path())?;
+    let watcher = Watcher::run(command, directory, port).await?;
+    assert_eq!(watcher.get("/").await?.status, 200);
+    assert_eq!(watcher.post("/agent/restart").await?.status, 200);
+    Ok(())
+}
+
 /// Below `/mnt` of a mount name space of its own, so that nothing of the machine changes.
 async fn mount_list_and_unmount(
     directory: TempDir,
