@@ -164,11 +164,20 @@ impl AppError {
             | AppError::RunDir(_)
             | AppError::Key { .. }
             | AppError::Mock(_) => true,
+            AppError::AgentSocket(AgentSocketError::Directory { source, .. })
+            | AppError::HostSockets { source, .. } => is_distrust(source),
             AppError::Cluster(err) => !matches!(err, ClusterError::Interrupted),
             AppError::Bind(err) => !matches!(err, BindError::Bind { .. }),
             _ => false,
         }
     }
+}
+
+/// Whether a directory was refused for whom it, or one above it, belongs to.
+fn is_distrust(source: &std::io::Error) -> bool {
+    let inner = source.get_ref();
+    let inner = inner.and_then(|err| err.downcast_ref::<RunDirError>());
+    matches!(inner, Some(RunDirError::Shared { .. }))
 }
 
 /// Runs the agent until it is told to stop. The options are those the configuration was loaded with:

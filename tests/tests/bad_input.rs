@@ -1,5 +1,7 @@
 //! Bad requests and broken surroundings: each gives a clear error, soon, and leaves nothing behind.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -458,23 +460,59 @@ async fn a_second_agent_of_the_same_id_names_the_first() -> Result<()> {
     Ok(())
 }
 
+/// The configuration of a node that has all it needs in these two directories.
+fn own_node(place: &Path, run: &Path) -> Result<String> {
+    let path = place.display();
+    Ok(format!(
+        "[agent]\nmode = \"docker\"\nid = \"i-core-down\"\nvar-base-path = \"{path}/state\"\nipc-base-path = \"{path}/ipc\"\n\
+         rpc-listen-addr = {{ host = \"127.0.0.1\", port = {port} }}\n\
+         [container]\nscratch-type = \"hostdir\"\nscratch-root = \"{path}/scratches\"\n[resource]\n\
+         [node]\nrun-dir = \"{run}\"\nrunner-dir = \"{path}/runner\"\n",
+        port = harness::node::free_port()?,
+        run = run.display(),
+    ))
+}
+
+/// Trying again would not help: it is told as wrong configuration, and found before the start.
+#[tokio::test(flavor = "multi_thread")]
+async fn sockets_in_a_directory_that_others_may_change() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let run = tempfile::tempdir_in("/dev/shm")?;
+    let file = place.path().join("agent.toml");
+    std::fs::write(&file, own_node(place.path(), run.path())?)?;
+    let doctor = || -> Result<String> {
+        let output = Command::new(program("bai-agent")?)
+            .args(["doctor", "--standalone", "--config"])
+            .arg(&file)
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = said.lines().find(|line| line.contains("socket directory"));
+        Ok(line.context(said.clone())?.to_owned())
+    };
+    let before = doctor()?;
+    assert!(before.trim_start().starts_with("ok "), "{before}");
+    let ipc = place.path().join("ipc");
+    std::fs::create_dir(&ipc)?;
+    std::fs::set_permissions(&ipc, std::fs::Permissions::from_mode(0o777))?;
+    let found = doctor()?;
+    let ipc = ipc.display().to_string();
+    assert!(
+        found.trim_start().starts_with("FAILURE ") && found.contains(&ipc),
+        "{found}"
+    );
+    let (code, said) = output_of_start(&file)?;
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains(&ipc), "{said}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn docker_is_down_at_the_start() -> Result<()> {
     let place = tempfile::tempdir()?;
     let run = tempfile::tempdir_in("/dev/shm")?;
     let file = place.path().join("agent.toml");
     let path = place.path().display();
-    std::fs::write(
-        &file,
-        format!(
-            "[agent]\nmode = \"docker\"\nid = \"i-core-down\"\nvar-base-path = \"{path}/state\"\nipc-base-path = \"{path}/ipc\"\n\
-             rpc-listen-addr = {{ host = \"127.0.0.1\", port = {port} }}\n\
-             [container]\nscratch-type = \"hostdir\"\nscratch-root = \"{path}/scratches\"\n[resource]\n\
-             [node]\nrun-dir = \"{run}\"\nrunner-dir = \"{path}/runner\"\n",
-            port = harness::node::free_port()?,
-            run = run.path().display(),
-        ),
-    )?;
+    std::fs::write(&file, own_node(place.path(), run.path())?)?;
     let log = place.path().join("log");
     let mut agent = Command::new(program("bai-agent")?)
         .args(["run", "--standalone", "--config"])

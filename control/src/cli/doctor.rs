@@ -121,6 +121,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         vec![
             run_directory(&config),
+            socket_directory(&config.agent.ipc_base_path),
             descriptors(
                 nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
                     .map_or(0, |(_, hard)| hard),
@@ -388,6 +389,28 @@ fn run_directory(config: &Config) -> Finding {
             Level::Failure,
             error.to_string(),
             "set node.run-dir to a directory on tmpfs, such as /run/bai-agent or /dev/shm/bai-agent",
+        ),
+    }
+}
+
+/// The agent shows containers what lies there, so it starts only where nobody else can change that.
+fn socket_directory(base: &Path) -> Finding {
+    const CHECK: &str = "socket directory";
+    let places = ["container", "proxy"].map(|kind| {
+        let wanted = base.join(kind);
+        let there = wanted.ancestors().find(|place| place.exists());
+        there.unwrap_or(Path::new("/")).to_owned()
+    });
+    match places
+        .iter()
+        .try_for_each(|place| shared::run_dir::require_own(place))
+    {
+        Ok(()) => Finding::good(CHECK, format!("{} is root's or ours", base.display())),
+        Err(error) => Finding::bad(
+            CHECK,
+            Level::Failure,
+            error.to_string(),
+            "give agent.ipc-base-path and the directories above it to the agent's user or root, and let nobody else write to them",
         ),
     }
 }
