@@ -24,6 +24,7 @@ typedef long long __s64;
 #define MAP_ARRAY 2
 #define MAP_PERCPU_HASH 5
 #define MAP_LRU_HASH 9
+#define MAP_PREFIXES 11
 #define MAP_DEVICE_HASH 25
 #define MAP_PIN_BY_NAME 1
 #define MAP_NO_PREALLOC 1

@@ -11,7 +11,7 @@
  *
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
  * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
- * row's networks, ports at their limit. A TCP flow starts with a SYN. A later segment without an
+ * row's networks or without a route back, ports at their limit. A TCP flow starts with a SYN. A later segment without an
  * entry belongs to a socket of this host if there is one, else its entry was lost and is made again
  * from the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell
  * of. A container whose veth is gone gets nothing: the redirect drops.
@@ -48,6 +48,17 @@ struct {
 	MAP_TYPE(key, __u32);
 	MAP_TYPE(value, __u32);
 } uplinks SEC(".maps");
+
+/* Networks that routes lead to, by uplink. Answers leave by the uplink that the client came in by:
+ * where no route leads back by it, they would be lost. */
+struct {
+	MAP_UINT(type, MAP_PREFIXES);
+	MAP_UINT(max_entries, 65536);
+	MAP_UINT(map_flags, MAP_NO_PREALLOC);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, struct way_back);
+	MAP_TYPE(value, __u32);
+} ways_back SEC(".maps");
 
 struct {
 	MAP_UINT(type, MAP_ARRAY);
@@ -130,6 +141,18 @@ static ALWAYS_INLINE __u32 mtu_of(__u32 uplink)
 	__u32 *mtu = bpf_map_lookup_elem(&uplinks, &uplink);
 
 	return mtu ? *mtu : 1280;
+}
+
+/* Whether the client's packets may be answered by the interface that they come in by. */
+static ALWAYS_INLINE int leads_back(const struct __sk_buff *skb, const struct packet *it)
+{
+	struct way_back way = {};
+
+	way.bits = WAY_BITS;
+	way.uplink = skb->ifindex;
+	way.family = it->ipv4 ? 4 : 6;
+	way.address = it->source;
+	return bpf_map_lookup_elem(&ways_back, &way) != 0;
 }
 
 static ALWAYS_INLINE int is_hosts(const struct address *address)
@@ -496,6 +519,15 @@ int from_uplink(struct __sk_buff *skb)
 		/* Nobody outside has an address of ours, and containers belong to the listener. */
 		if (bpf_map_lookup_elem(&addresses, &it.source))
 			return NEXT;
+		/* The stack knows by where an answer goes, and the listener's goes there. Nothing of the new
+		 * connection may meet what is left of an old one. */
+		if (!leads_back(skb, &it)) {
+			if (flow) {
+				end_flow(flow, &key);
+				bpf_map_delete_elem(&flows, &flow_key);
+			}
+			return NEXT;
+		}
 		if (tcp && has_socket(skb, &it))
 			return NEXT;
 		count = bpf_map_lookup_elem(&active, &key);
@@ -534,7 +566,7 @@ int from_uplink(struct __sk_buff *skb)
 	}
 
 	flow->seen_ns = bpf_ktime_get_coarse_ns();
-	if (flow->uplink != skb->ifindex) {
+	if (flow->uplink != skb->ifindex && leads_back(skb, &it)) {
 		flow->uplink = skb->ifindex;
 		flow->mtu = mtu_of(skb->ifindex);
 	}

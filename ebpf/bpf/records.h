@@ -1,6 +1,7 @@
 /* The records shared by the kernel programs and the process that feeds them: keys and values of
  * the maps. `src/records.rs` mirrors them; both sides assert every size and offset, so they can't
- * drift apart unnoticed. A change of layout needs a new LAYOUT number there.
+ * drift apart unnoticed. A change of layout needs a new LAYOUT number there; a map more does not, if it is
+ * filled before the programs that read it are attached.
  *
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in network order.
  */
@@ -180,6 +181,19 @@ struct fragment {
 	__u32 outwards;
 };
 
+/* A network that routes of this host lead to by an uplink. The kernel compares as many bits of what
+ * follows the first word as that says. */
+struct way_back {
+	__u32 bits;
+	__u32 uplink;
+	/* 4 or 6: a way to all of IPv6 is none to IPv4. */
+	__u32 family;
+	struct address address;
+};
+
+/* Bits of a whole one. */
+#define WAY_BITS 192
+
 /* A socket of TCP of this host that was led to a container instead of where it wanted. */
 struct led_socket {
 	struct address host;
@@ -276,6 +290,10 @@ ASSERT_AT(sweep_order, pass, 40);
 ASSERT_AT(sweep_order, closing_s, 44);
 ASSERT_SIZE(fragment_key, 40);
 ASSERT_SIZE(fragment, 32);
+ASSERT_SIZE(way_back, 28);
+ASSERT_AT(way_back, uplink, 4);
+ASSERT_AT(way_back, family, 8);
+ASSERT_AT(way_back, address, 12);
 ASSERT_SIZE(led_socket, 24);
 ASSERT_SIZE(led_set, 256);
 ASSERT_AT(led_set, led, 64);

@@ -120,6 +120,8 @@ pub mod map {
     pub const ADDRESSES: &str = "addresses";
     /// Uplinks and their largest packets.
     pub const UPLINKS: &str = "uplinks";
+    /// Networks that routes lead to by each uplink.
+    pub const WAYS_BACK: &str = "ways_back";
     /// Traffic per published port and CPU.
     pub const COUNTERS: &str = "counters";
     /// What each container was given past the host's end of its link, per CPU.

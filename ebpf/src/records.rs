@@ -279,6 +279,32 @@ pub struct Fragment {
     pub outwards: u32,
 }
 
+/// `struct way_back` after its first word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub struct WayBack {
+    /// By which uplink.
+    pub uplink: u32,
+    /// 4 or 6.
+    pub family: u32,
+    /// The network's address.
+    pub address: Address,
+}
+
+impl WayBack {
+    /// The network of `address`, `prefix` bits long (counted in the address's own family), by `uplink`, and
+    /// how many bits of it count.
+    pub fn new(uplink: u32, address: IpAddr, prefix: u8) -> (u32, Self) {
+        let (family, before) = if address.is_ipv4() { (4, 96) } else { (6, 0) };
+        let way = Self {
+            uplink,
+            family,
+            address: Address::from(address),
+        };
+        (64 + before + u32::from(prefix), way)
+    }
+}
+
 /// `struct led_socket`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -416,6 +442,7 @@ layout!(
 );
 layout!(FragmentKey, 40, destination = 16, id = 32, protocol = 36);
 layout!(Fragment, 32, address = 8, interface = 24, outwards = 28);
+layout!(WayBack, 24, family = 4, address = 8);
 layout!(LedSocket, 24, host_port = 16, life = 20);
 layout!(LedSet, 256, led = 64);
 layout!(LocalFlow, 96, flow = 40, taken = 88);

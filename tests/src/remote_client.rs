@@ -143,6 +143,11 @@ impl Network {
             "-n {client} -6 route add fd78:2::/64 via {}",
             HOST[1]
         ))?;
+        for (family, gateway) in [("-4", CLIENT[0]), ("-6", CLIENT[1])] {
+            ip(&format!(
+                "-n {host} {family} route add default via {gateway}"
+            ))?;
+        }
         Ok(network)
     }
 

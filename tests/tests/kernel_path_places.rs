@@ -2,7 +2,8 @@
 //! containers, kernels with filters only; and how it gets over changes of all that.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use harness::dataplane::{free_port, until};
@@ -10,7 +11,9 @@ use harness::interface_lock::InterfaceLock;
 use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, pins, told};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
-use shared::desired::{Drain, PortRow};
+use harness::traffic;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, sockopt};
+use shared::desired::{Drain, PortRow, Protocol};
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 /// Waits until a client at `address` is served by the kernel path: the container sees its address.
@@ -42,9 +45,119 @@ fn every_uplink_is_served_and_answered_by() {
     }
     served(&node, ([10, 78, 8, 1], row.host_port).into());
     served(&node, ([10, 78, 1, 1], row.host_port).into());
+    answered_by_the_way_back(&node, &row);
+    forgers_get_no_answers(&mut node);
     // The other goes; this one stays.
+    let host = &node.network.host;
     ip(&format!("-n {host} link del up1")).expect("gone");
     served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+/// A client that comes in by an uplink that no route leads back to it by is the listener's, as the stack
+/// answers by another one; from when there is a route it is not.
+fn answered_by_the_way_back(node: &Node, row: &PortRow) {
+    let (client, host) = (&node.network.client, &node.network.host);
+    for (namespace, link) in [(host, "up1"), (client, "eth0")] {
+        // Packets of this client come in by another interface than the way back, here as there.
+        let loose = move || {
+            ["all", link]
+                .map(|it| std::fs::write(format!("/proc/sys/net/ipv4/conf/{it}/rp_filter"), "0"))
+        };
+        let done = within(namespace, loose).expect("a namespace");
+        done.into_iter().for_each(|it| it.expect("an option"));
+    }
+    ip(&format!("-n {client} addr add 10.99.0.5/32 dev lo")).expect("an address");
+    let (own, address) = (
+        "10.99.0.5:0",
+        SocketAddr::from(([10, 78, 8, 1], row.host_port)),
+    );
+    let asked = move || {
+        let mut stream = traffic::connect_from(own.parse().expect("an address"), address)?;
+        let own = stream.local_addr()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok::<_, std::io::Error>((text, own))
+    };
+    let (seen, _) = node.at_client(asked).expect("answered");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay: {seen}");
+    ip(&format!(
+        "-n {host} route add 10.99.0.0/24 via 10.78.8.2 dev up1"
+    ))
+    .expect("a route");
+    let by_the_kernel = || {
+        let (seen, own) = node.at_client(asked).ok()?;
+        (seen == own.to_string()).then_some(())
+    };
+    until("the route being known", by_the_kernel).expect("by the kernel path");
+    ip(&format!("-n {host} route del 10.99.0.0/24")).expect("gone");
+    until("the route being forgotten", || {
+        by_the_kernel().is_none().then_some(())
+    })
+    .expect("known");
+    let (seen, _) = node.at_client(asked).expect("answered");
+    assert!(seen.starts_with("10.78.2.1:"), "by the relay again: {seen}");
+}
+
+/// A socket of the client's address and port that speaks and hears by one of its links.
+fn by_link(address: SocketAddr, port: u16, link: &'static str) -> std::io::Result<UdpSocket> {
+    let socket = socket::socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::empty(),
+        None,
+    )?;
+    socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    socket::setsockopt(&socket, sockopt::BindToDevice, &link.into())?;
+    let own = SocketAddrV4::new([10, 78, 1, 2].into(), port);
+    socket::bind(socket.as_raw_fd(), &SockaddrIn::from(own))?;
+    let socket = UdpSocket::from(socket);
+    socket.set_read_timeout(Some(traffic::PATIENCE))?;
+    socket.connect(address)?;
+    Ok(socket)
+}
+
+/// What comes by another uplink in the name of a client has its answers go on by the client's, until a
+/// route says that the client may be there.
+fn forgers_get_no_answers(node: &mut Node) {
+    let port = within(&node.container.namespace, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+        let port = socket.local_addr().expect("bound").port();
+        std::thread::spawn(move || {
+            let mut word = [0; 64];
+            while let Ok((length, peer)) = socket.recv_from(&mut word) {
+                let _ = socket.send_to(&word[..length], peer);
+            }
+        });
+        port
+    });
+    let mut row = node.container.port(port.expect("the container"));
+    row.protocol = Protocol::Udp;
+    node.lift(&row);
+    let address = SocketAddr::from(([10, 78, 1, 1], row.host_port));
+    let sockets = node.at_client(move || {
+        let own = by_link(address, 0, "eth0")?;
+        let port = own.local_addr()?.port();
+        Ok::<_, std::io::Error>((by_link(address, port, "eth1")?, own))
+    });
+    let (forger, own) = sockets.expect("sockets");
+    let mut word = [0; 64];
+    own.send(b"begun").expect("sent");
+    own.recv(&mut word).expect("answered");
+    forger.send(b"forged").expect("sent");
+    let length = own.recv(&mut word).expect("where the client is");
+    assert_eq!(&word[..length], b"forged");
+    ip(&format!(
+        "-n {} route add 10.78.1.2/32 via 10.78.8.2 dev up1",
+        node.network.host
+    ))
+    .expect("a route");
+    let short = Some(Duration::from_millis(50));
+    forger.set_read_timeout(short).expect("an option");
+    until("the client being where it may be", || {
+        forger.send(b"moved").expect("sent");
+        forger.recv(&mut word).ok()
+    })
+    .expect("answered there");
 }
 
 #[test]

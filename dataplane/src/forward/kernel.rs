@@ -1,6 +1,6 @@
 //! The kernel path: service ports whose bytes no process touches.
 //!
-//! In: rows that may take it ([`eligibility`]), interfaces and addresses of this host. Out: the
+//! In: rows that may take it ([`eligibility`]), interfaces, addresses and routes of this host. Out: the
 //! programs of crate `ebpf` attached to uplinks, to containers' links and to the sockets of this
 //! host (`host`), their maps filled, counters. Everything is pinned ([`pins`]): it goes on when
 //! this process is dead, and a later one takes it over in place. Invariants: a service is in the map
@@ -26,10 +26,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, PerCpuHashMap};
 use aya::programs::ProgramFd;
 use ebpf::records::{
     ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
+    WayBack,
 };
 use ebpf::{RELEASE_HOOK, map, program};
 use shared::desired::ContainerRow;
@@ -44,8 +46,7 @@ use self::host::Hooks;
 use self::leaving::Leaving;
 use self::object::{adopt_delivered, classifier, load, pins_fit, typed};
 use self::pins::{Pins, PinsError};
-use self::placer::{Hands, Place, Placer, Word};
-use self::places::{RESCAN_INTERVAL, RESCAN_SLOWLY};
+use self::placer::{Hands, PacedRoutes, Place, Placer, Word};
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::LinkLookup;
 use crate::sys::netlink::interfaces::{Interface, InterfaceWatch, Interfaces};
@@ -116,6 +117,12 @@ pub struct KernelPath {
     delivered_table: Option<CounterTable>,
     orders: Array<MapData, SweepOrder>,
     uplink_mtus: HashMap<MapData, u32, u32>,
+    /// Networks that routes lead to by the uplinks ...
+    ways_back: LpmTrie<MapData, WayBack, u32>,
+    /// ... and what is there, with how many bits count.
+    known_ways: BTreeSet<(u32, WayBack)>,
+    /// Uplinks that lead to more than that.
+    cut: BTreeSet<u32>,
     watch: InterfaceWatch,
     /// Lists that were asked for and have not come.
     lists: u32,
@@ -159,6 +166,10 @@ pub struct KernelPath {
     /// A look between two turns has shown something new.
     rows_concerned: bool,
     scanned_at: Instant,
+    /// Routes are to be looked at then.
+    routes_at: Option<Instant>,
+    /// They were asked for.
+    routed_at: Instant,
     swept_at: Instant,
     counted_at: Instant,
     log: LogLimit,
@@ -253,6 +264,9 @@ impl KernelPath {
             .map_err(KernelPathError::Delivered)?;
         let orders: Array<MapData, SweepOrder> = typed!(&mut object, map::ORDERS);
         let uplink_mtus = typed!(&mut object, map::UPLINKS);
+        let ways_back: LpmTrie<MapData, WayBack, u32> = typed!(&mut object, map::WAYS_BACK);
+        let known_ways = ways_back.keys().flatten();
+        let known_ways = known_ways.map(|it| (it.prefix_len(), it.data())).collect();
         let hooks = Hooks::start(&pins).map_err(|err| {
             tracing::warn!(
                 err = words(&err),
@@ -277,6 +291,7 @@ impl KernelPath {
             elders: elders.pins().to_vec(),
             means,
             interfaces: Interfaces::open().map_err(KernelPathError::Interfaces)?,
+            routes: PacedRoutes::open().map_err(KernelPathError::Interfaces)?,
             names: LinkLookup::open().map_err(KernelPathError::Interfaces)?,
         };
         let placer = Placer::start(hands, wake).map_err(KernelPathError::Thread)?;
@@ -297,6 +312,9 @@ impl KernelPath {
             delivered_table: Some(delivered_table),
             orders,
             uplink_mtus,
+            ways_back,
+            known_ways,
+            cut: BTreeSet::new(),
             watch,
             lists: 0,
             listed: false,
@@ -322,6 +340,8 @@ impl KernelPath {
             changed_at: None,
             rows_concerned: false,
             scanned_at: now,
+            routes_at: None,
+            routed_at: now,
             swept_at: now,
             counted_at: now,
             log: LogLimit::default(),
@@ -368,11 +388,7 @@ impl KernelPath {
             // Rows that wait say why.
             self.rows_concerned |= !self.listed || !self.awaited.is_empty();
         }
-        self.note_changes(now);
-        let since = now.saturating_duration_since(self.scanned_at);
-        if since >= RESCAN_SLOWLY || (self.changed_at.is_some() && since >= RESCAN_INTERVAL) {
-            self.ask_for_list(now);
-        }
+        self.look_around(now);
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
             self.sweep(now);
             // Those that could not be removed.

@@ -11,7 +11,7 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use ebpf::records::{
     Address, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSet,
-    LocalFlow, Node, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
+    LocalFlow, Node, PortCounters, PortFlows, Service, ServiceKey, SweepOrder, WayBack,
 };
 use ebpf::{map, program};
 
@@ -59,7 +59,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     const PORT: usize = size_of::<ServiceKey>();
     const ADDRESS: usize = size_of::<Address>();
     const NUMBER: usize = size_of::<u32>();
-    let sizes: [(&str, usize, usize); 13] = [
+    let sizes: [(&str, usize, usize); 14] = [
         (map::SERVICES, PORT, size_of::<Service>()),
         (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
         (map::LOCAL_FLOWS, NUMBER, size_of::<LocalFlow>()),
@@ -70,6 +70,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
         ),
         (map::ADDRESSES, ADDRESS, NUMBER),
         (map::UPLINKS, NUMBER, NUMBER),
+        (map::WAYS_BACK, NUMBER + size_of::<WayBack>(), NUMBER),
         (map::COUNTERS, PORT, size_of::<PortCounters>()),
         (map::ACTIVE, PORT, size_of::<PortFlows>()),
         (map::DELIVERED, NUMBER, size_of::<Delivered>()),

@@ -1,13 +1,13 @@
-//! The thread that lists interfaces and changes what is attached to them: all that waits for the
+//! The thread that lists interfaces and routes and changes what is attached to them: all that waits for the
 //! kernel's interface lock.
 //!
 //! In: orders. Out: what came of them, told to who owns the kernel path. Somebody may hold that lock for
 //! as long as they like (a driver that resets its card, for one), and no wait for it can be ended: the
 //! kernel takes it inside the calls. Invariants: orders are carried out in their order; of those that
-//! wait there is one list at most and one order per place, the last one; who asks waits for the answer no
+//! wait there is one list of a kind at most and one order per place, the last one; who asks waits for the answer no
 //! longer than [`PATIENCE`], no more than a quarter of the time, and not at all while an order hangs.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,11 +17,13 @@ use ebpf::program;
 use shared::log_limit::LogLimit;
 
 use super::attach::{self, Means};
+use super::eligibility;
 use super::error::{KernelPathError, words};
 use super::object::classifier;
 use super::pins::{self, Pins, Side};
 use crate::mailbox::Mailbox;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
+use crate::sys::netlink::routes::{Networks, Routes};
 use crate::sys::netlink::{LinkLookup, NetlinkError};
 
 /// An order that takes longer is taken to hang. The kernel needs less than a millisecond for most, and
@@ -30,14 +32,21 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// So many times as long as was waited patience takes to come back.
 const REST: u32 = 3;
 
+/// What listing routes may take at most before it is paced ...
+const ROUTES_TAKE: Duration = Duration::from_millis(5);
+/// ... to take no more than one part of so many of the time.
+const ROUTES_REST: u32 = 20;
+
 /// A side of an interface, by its index.
 pub(super) type Place = (Side, u32);
 
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Order {
-    /// List interfaces and addresses.
+    /// List interfaces and addresses, and routes.
     List,
+    /// List routes, by the uplinks of the last list.
+    Routes,
     /// Attach a program, or put it in the place of an earlier one. The number is told with the answer.
     Attach(Place, u64),
     /// Take a program away. Not there is fine.
@@ -57,11 +66,25 @@ impl Order {
     }
 }
 
+/// What routes lead to by each uplink.
+#[derive(Debug)]
+pub(super) enum Ways {
+    /// It, as of now.
+    Told(BTreeMap<u32, Networks>),
+    /// There are so many that they are not listed again before then.
+    Later(Instant),
+}
+
+/// The interfaces, and what routes lead to by the uplinks among them.
+pub(super) type Listed = (BTreeMap<u32, Interface>, Result<Ways, NetlinkError>);
+
 /// What came of an order.
 #[derive(Debug)]
 pub(super) enum Word {
-    /// The interfaces.
-    Listed(Result<BTreeMap<u32, Interface>, NetlinkError>),
+    /// All there is.
+    Listed(Result<Listed, NetlinkError>),
+    /// Routes alone.
+    Routed(Result<Ways, NetlinkError>),
     /// A program is attached, or not.
     Attached(Place, u64, Result<(), KernelPathError>),
 }
@@ -73,13 +96,50 @@ pub(super) struct Hands {
     pub(super) elders: Vec<Pins>,
     pub(super) means: Means,
     pub(super) interfaces: Interfaces,
+    pub(super) routes: PacedRoutes,
     pub(super) names: LinkLookup,
+}
+
+/// Lists routes as often as that is cheap: a host may have a million of them, and each container that
+/// comes or goes changes some.
+pub(super) struct PacedRoutes {
+    routes: Routes,
+    uplinks: BTreeSet<u32>,
+    /// Not before. None when they were never listed.
+    next: Option<Instant>,
+}
+
+impl PacedRoutes {
+    /// # Errors
+    /// No socket.
+    pub(super) fn open() -> Result<Self, NetlinkError> {
+        Ok(Self {
+            routes: Routes::open()?,
+            uplinks: BTreeSet::new(),
+            next: None,
+        })
+    }
+
+    fn list(&mut self) -> Result<Ways, NetlinkError> {
+        let began = Instant::now();
+        if let Some(next) = self.next.filter(|it| began < *it) {
+            return Ok(Ways::Later(next));
+        }
+        let listed = self.routes.list(&self.uplinks);
+        let took = began.elapsed();
+        self.next = Some(began + took + took.saturating_sub(ROUTES_TAKE) * ROUTES_REST);
+        listed.map(Ways::Told)
+    }
 }
 
 impl Hands {
     fn carry_out(&mut self, order: Order) -> Option<Word> {
         match order {
-            Order::List => Some(Word::Listed(self.interfaces.list())),
+            Order::List => Some(Word::Listed(self.interfaces.list().map(|interfaces| {
+                self.routes.uplinks = eligibility::uplinks(&interfaces);
+                (interfaces, self.routes.list())
+            }))),
+            Order::Routes => Some(Word::Routed(self.routes.list())),
             Order::Attach(place, number) => Some(Word::Attached(place, number, self.attach(place))),
             Order::Detach((side, index)) => {
                 let name = self.names.name(index);
@@ -197,10 +257,21 @@ impl Placer {
 
     /// Has interfaces listed. False when that waits to be done already.
     pub(super) fn list(&mut self) -> bool {
+        self.put_once(Order::List, |it| matches!(it, Order::List))
+    }
+
+    /// Has routes listed.
+    pub(super) fn list_routes(&mut self) {
+        let does = |it: &Order| matches!(it, Order::List | Order::Routes);
+        self.put_once(Order::Routes, does);
+    }
+
+    /// Puts an order unless one that waits does the same.
+    fn put_once(&mut self, order: Order, does: impl Fn(&Order) -> bool) -> bool {
         let mut desk = self.desk.lock();
-        let fresh = !desk.waiting.iter().any(|it| matches!(it, Order::List));
+        let fresh = !desk.waiting.iter().any(does);
         if fresh {
-            desk.waiting.push_back(Order::List);
+            desk.waiting.push_back(order);
             drop(desk);
             self.desk.wake();
         }
@@ -342,7 +413,8 @@ mod tests {
             match order {
                 Order::List => {
                     drop(gate.lock());
-                    Some(Word::Listed(Ok(BTreeMap::new())))
+                    let none = (BTreeMap::new(), Ok(Ways::Told(BTreeMap::new())));
+                    Some(Word::Listed(Ok(none)))
                 }
                 Order::Attach(place, number) => Some(Word::Attached(place, number, Ok(()))),
                 _ => None,
@@ -355,7 +427,7 @@ mod tests {
     fn numbers(words: &[Word]) -> Vec<u64> {
         let number = |word: &Word| match word {
             Word::Attached(_, number, _) => *number,
-            Word::Listed(_) => 0,
+            Word::Listed(_) | Word::Routed(_) => 0,
         };
         words.iter().map(number).collect()
     }

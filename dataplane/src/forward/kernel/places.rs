@@ -1,7 +1,7 @@
 //! Where the programs are attached: uplinks, links of containers, and the guards of their runners.
 //!
-//! In: interfaces and addresses of this host, as they change. Out: programs at all of them, by orders to
-//! the [`super::placer`]; the maps that name them. Invariants: what is gone is forgotten at the next
+//! In: interfaces, addresses and routes of this host, as they change. Out: programs at all of them, by orders
+//! to the [`super::placer`]; the maps that name them. Invariants: what is gone is forgotten at the next
 //! look, which comes with the first word of a change; what waits for the kernel's interface lock is
 //! waited for only as long as the placer does.
 
@@ -10,29 +10,35 @@ use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
+use aya::maps::lpm_trie::Key;
 use ebpf::map;
-use ebpf::records::{ADDRESS_HOST, Address};
+use ebpf::records::{ADDRESS_HOST, Address, WayBack};
 use shared::desired::ContainerRow;
 
 use super::pins::Side;
-use super::placer::{Place, Word};
+use super::placer::{Place, Ways, Word};
 use super::{KernelPath, KernelPathError, eligibility, words};
+use crate::sys::netlink::NetlinkError;
 use crate::sys::netlink::interfaces::Interface;
+use crate::sys::netlink::routes::Networks;
 
 /// Distance of two looks at the interfaces, however often they change.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_millis(100);
 /// A look at the interfaces without a notification.
 pub(super) const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
+/// Routes that could not be listed are asked for again after this.
+const ROUTES_AGAIN: Duration = Duration::from_secs(1);
 
 impl KernelPath {
-    /// Readable when interfaces or addresses have changed.
+    /// Readable when interfaces, addresses or routes have changed.
     pub fn watch(&self) -> RawFd {
         self.watch.watch()
     }
 
     /// Changes wait for their turn: come back soon.
     pub fn is_pending(&self) -> bool {
-        self.changed_at.is_some() || self.rows_concerned
+        let routes = self.routes_at.is_some_and(|at| at <= Instant::now());
+        self.changed_at.is_some() || routes || self.rows_concerned
     }
 
     /// Keeps everybody but this host away from the runners of these containers. A link that is not
@@ -58,14 +64,34 @@ impl KernelPath {
     }
 
     pub(super) fn note_changes(&mut self, now: Instant) {
-        if self.watch.changed() {
+        let changes = self.watch.changes();
+        if changes.interfaces {
             self.changed_at.get_or_insert(now);
+        }
+        if changes.routes {
+            self.routes_at.get_or_insert(now);
+        }
+    }
+
+    /// Looks at what has changed, now and then at what has changed without a word.
+    pub(super) fn look_around(&mut self, now: Instant) {
+        self.note_changes(now);
+        let since = now.saturating_duration_since(self.scanned_at);
+        if since >= RESCAN_SLOWLY || (self.changed_at.is_some() && since >= RESCAN_INTERVAL) {
+            self.ask_for_list(now);
+        }
+        let since = now.saturating_duration_since(self.routed_at);
+        if self.routes_at.is_some_and(|at| at <= now) && since >= RESCAN_INTERVAL {
+            self.routes_at = None;
+            self.routed_at = now;
+            self.placer.list_routes();
         }
     }
 
     pub(super) fn ask_for_list(&mut self, now: Instant) {
         self.changed_at = None;
-        self.scanned_at = now;
+        self.routes_at = None;
+        (self.scanned_at, self.routed_at) = (now, now);
         self.lists += u32::from(self.placer.list());
     }
 
@@ -103,11 +129,16 @@ impl KernelPath {
     /// Takes note of what came of an order.
     pub(super) fn hear(&mut self, word: Word) {
         match word {
-            Word::Listed(Ok(interfaces)) => {
+            Word::Listed(Ok((interfaces, ways))) => {
                 self.lists = self.lists.saturating_sub(1);
+                let Some(ways) = self.known(ways) else {
+                    // Nobody would be led back.
+                    self.changed_at.get_or_insert_with(Instant::now);
+                    return;
+                };
                 let before = std::mem::replace(&mut self.interfaces, interfaces);
                 self.rows_concerned |= before != self.interfaces;
-                if let Err(err) = self.take_stock() {
+                if let Err(err) = self.take_stock(ways) {
                     self.complain(&err);
                 }
                 if !std::mem::replace(&mut self.listed, true) {
@@ -120,6 +151,12 @@ impl KernelPath {
                 self.complain(&KernelPathError::Interfaces(err));
                 if !self.listed {
                     self.changed_at.get_or_insert_with(Instant::now);
+                }
+            }
+            Word::Routed(ways) => {
+                if let Some(ways) = self.known(ways) {
+                    let uplinks = self.ways_in.clone();
+                    self.tell_ways(ways, &uplinks);
                 }
             }
             Word::Attached(place, number, result) => {
@@ -186,7 +223,7 @@ impl KernelPath {
 
     /// Does what a new list of interfaces and addresses asks for: attaches to new uplinks, forgets what
     /// is gone.
-    fn take_stock(&mut self) -> Result<(), KernelPathError> {
+    fn take_stock(&mut self, ways: Ways) -> Result<(), KernelPathError> {
         let addresses: BTreeSet<Address> = self
             .interfaces
             .values()
@@ -231,6 +268,7 @@ impl KernelPath {
 
         let wanted = eligibility::uplinks(&self.interfaces);
         self.tell_sizes(&wanted)?;
+        self.tell_ways(ways, &wanted);
         for index in &wanted {
             let place = (Side::Uplink, *index);
             self.refused.remove(&place);
@@ -292,6 +330,83 @@ impl KernelPath {
             }
         }
         Ok(())
+    }
+
+    /// What came of a list of routes. Where they can't be listed what was told holds on, if anything was.
+    fn known(&mut self, ways: Result<Ways, NetlinkError>) -> Option<Ways> {
+        ways.map_or_else(
+            |err| {
+                self.complain(&KernelPathError::Interfaces(err));
+                self.listed
+                    .then(|| Ways::Later(Instant::now() + ROUTES_AGAIN))
+            },
+            Some,
+        )
+    }
+
+    /// Tells the programs to whom routes lead back by each uplink. What is new comes before what is gone
+    /// goes, and what led back by an uplink that is down for a moment stays. Clients that they are not told of
+    /// are the relay's.
+    fn tell_ways(&mut self, ways: Ways, wanted: &BTreeSet<u32>) {
+        match ways {
+            Ways::Told(told) => {
+                if let Err(err) = self.change_ways(&told, wanted) {
+                    self.complain(&err);
+                }
+                self.note_cut(&told);
+            }
+            Ways::Later(at) => self.routes_at = Some(at),
+        }
+    }
+
+    fn change_ways(
+        &mut self,
+        told: &BTreeMap<u32, Networks>,
+        wanted: &BTreeSet<u32>,
+    ) -> Result<(), KernelPathError> {
+        let interfaces = &self.interfaces;
+        let is_down = |way: &WayBack| interfaces.get(&way.uplink).is_some_and(|it| !it.up);
+        let kept = self.known_ways.iter().filter(|(_, way)| is_down(way));
+        let mut ways: BTreeSet<(u32, WayBack)> = kept.copied().collect();
+        for (uplink, networks) in told.iter().filter(|(uplink, _)| wanted.contains(uplink)) {
+            let list = networks.list.iter();
+            ways.extend(list.map(|it| WayBack::new(*uplink, it.address, it.prefix)));
+        }
+        let fails = |source| KernelPathError::Map {
+            name: map::WAYS_BACK,
+            source,
+        };
+        let fresh: Vec<_> = ways.difference(&self.known_ways).copied().collect();
+        // There may be no room before what is gone has made some: the next list comes.
+        let added = fresh.into_iter().try_for_each(|(bits, way)| {
+            self.ways_back.insert(&Key::new(bits, way), 1, 0)?;
+            self.known_ways.insert((bits, way));
+            Ok(())
+        });
+        let gone: Vec<_> = self.known_ways.difference(&ways).copied().collect();
+        for (bits, way) in gone {
+            match self.ways_back.remove(&Key::new(bits, way)) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(source) => return Err(fails(source)),
+            }
+            self.known_ways.remove(&(bits, way));
+        }
+        added.map_err(fails)
+    }
+
+    /// Says by which uplinks routes lead to more networks than the programs are told.
+    fn note_cut(&mut self, told: &BTreeMap<u32, Networks>) {
+        let cut = told.iter().filter(|(_, networks)| networks.cut);
+        let cut: BTreeSet<u32> = cut.map(|(uplink, _)| *uplink).collect();
+        for uplink in cut.difference(&self.cut) {
+            let name = self.interfaces.get(uplink).map(|it| it.name.as_str());
+            tracing::warn!(
+                interface = name.unwrap_or_default(),
+                "routes lead to more networks by this interface than the kernel path takes; clients in \
+                 the narrowest are served by the relay"
+            );
+        }
+        self.cut = cut;
     }
 
     /// A program is at a place, ours or an earlier process's.

@@ -1,4 +1,5 @@
-//! Interfaces of this network namespace and their addresses, and word of changes to either.
+//! Interfaces of this network namespace and their addresses, and word of changes to either
+//! or to routes.
 //!
 //! In: answers of rtnetlink(7). Out: [`Interface`]s. Invariant: a list is whole or not given.
 
@@ -11,15 +12,18 @@ use rustix::net::{self, RecvFlags, SocketFlags};
 use shared::netlink::IFLA_IFNAME;
 
 use super::asker::Asker;
+use super::routes::{RTM_DELROUTE, RTM_NEWROUTE};
 use super::{
     AF_INET, AF_INET6, BUFFER, IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID,
     IFLA_LINKINFO, IFLA_MASTER, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK,
-    RTM_NEWLINK, RTMGRP_LINK, attributes, open, u16_at, u32_at,
+    RTM_NEWLINK, RTMGRP_LINK, attributes, messages, open, u16_at, u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
 const RTMGRP_IPV4_IFADDR: u32 = 0x10;
+const RTMGRP_IPV4_ROUTE: u32 = 0x40;
 const RTMGRP_IPV6_IFADDR: u32 = 0x100;
+const RTMGRP_IPV6_ROUTE: u32 = 0x400;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
 const IFLA_MTU: u16 = 4;
@@ -85,10 +89,9 @@ fn interface(body: &[u8]) -> Option<Interface> {
     Some(found)
 }
 
-/// Reads `ifaddrmsg` and its attributes: whose address, and the address.
-fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
-    let index = u32_at(body, 4)?;
-    let read = |value: &[u8]| match *body.first()? {
+/// An address of a family, as messages have it.
+pub(super) fn ip_of(family: u8, value: &[u8]) -> Option<IpAddr> {
+    match family {
         AF_INET => {
             let octets: [u8; 4] = value.try_into().ok()?;
             Some(IpAddr::V4(Ipv4Addr::from(octets)))
@@ -98,7 +101,13 @@ fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
             Some(IpAddr::V6(Ipv6Addr::from(octets)))
         }
         _ => None,
-    };
+    }
+}
+
+/// Reads `ifaddrmsg` and its attributes: whose address, and the address.
+fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
+    let index = u32_at(body, 4)?;
+    let read = |value: &[u8]| ip_of(*body.first()?, value);
     let (mut own, mut other) = (None, None);
     for (kind, value) in attributes(body.get(IFADDR..)?) {
         match kind {
@@ -111,7 +120,27 @@ fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
     Some((index, own.or(other)?))
 }
 
-/// Notifications about interfaces and addresses. Reading them takes no lock of the kernel's.
+/// What may have changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Interfaces or addresses, and what routes came and went with them.
+    pub interfaces: bool,
+    /// Routes.
+    pub routes: bool,
+}
+
+impl Changes {
+    fn note(&mut self, datagram: &[u8]) {
+        for message in messages(datagram) {
+            match message.kind {
+                RTM_NEWROUTE | RTM_DELROUTE => self.routes = true,
+                _ => self.interfaces = true,
+            }
+        }
+    }
+}
+
+/// Notifications about interfaces, addresses and routes. Reading them takes no lock of the kernel's.
 #[derive(Debug)]
 pub struct InterfaceWatch {
     watch: OwnedFd,
@@ -124,7 +153,11 @@ impl InterfaceWatch {
     /// # Errors
     /// No socket.
     pub fn open() -> Result<Self, NetlinkError> {
-        let groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR;
+        let groups = RTMGRP_LINK
+            | RTMGRP_IPV4_IFADDR
+            | RTMGRP_IPV6_IFADDR
+            | RTMGRP_IPV4_ROUTE
+            | RTMGRP_IPV6_ROUTE;
         let watch = open(groups, SocketFlags::NONBLOCK).map_err(NetlinkError::Open)?;
         Ok(Self {
             watch,
@@ -137,12 +170,13 @@ impl InterfaceWatch {
         self.watch.as_raw_fd()
     }
 
-    /// Takes all waiting notifications. Whether anything may have changed.
-    pub fn changed(&mut self) -> bool {
-        let mut changed = false;
+    /// Takes all waiting notifications.
+    pub fn changes(&mut self) -> Changes {
+        let mut changed = Changes::default();
         loop {
             match net::recv(&self.watch, &mut self.buffer[..], RecvFlags::empty()) {
-                Ok(_) | Err(Errno::NOBUFS) => changed = true,
+                Ok((read, _)) => changed.note(self.buffer.get(..read).unwrap_or_default()),
+                Err(Errno::NOBUFS) => changed.interfaces = true,
                 Err(Errno::INTR) => {}
                 Err(_) => return changed,
             }
