@@ -12,8 +12,8 @@
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
  * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
  * row's networks or without a route back, ports at their limit. A TCP flow starts with a SYN. A later segment without an
- * entry belongs to a socket of this host if there is one, else its entry was lost and is made again
- * from the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell
+ * entry belongs to a socket of this host if there is one, or to a connection that was made from here by
+ * somebody whom the host masquerades, else its entry was lost and is made again from the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell
  * of. A container whose veth is gone gets nothing: the redirect drops.
  */
 #include "kernel.h"
@@ -38,6 +38,17 @@ struct {
 	MAP_TYPE(key, struct fragment_key);
 	MAP_TYPE(value, struct fragment);
 } fragments SEC(".maps");
+
+/* Connections to the outside that somebody behind this host has under the number of a published port:
+ * the host masquerades containers and virtual machines, and no socket of its own has them. By the
+ * host's address and port in the places of the container's. */
+struct {
+	MAP_UINT(type, MAP_LRU_HASH);
+	MAP_UINT(max_entries, 8192);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, struct flow_key);
+	MAP_TYPE(value, __u32);
+} outgoing SEC(".maps");
 
 /* Uplinks and the largest packets they take. */
 struct {
@@ -448,6 +459,27 @@ static OWN_FRAME int forget_datagrams(const struct packet *it)
 	return NEXT;
 }
 
+/* Whether a segment without a flow belongs to a connection that was made from here. The answer to its
+ * SYN tells; another SYN to here, that there is no such connection any more. */
+static OWN_FRAME int was_made_here(const struct packet *it)
+{
+	struct flow_key key = {};
+	__u32 known = 1;
+
+	name_flow(&key, it->protocol, &it->destination, it->destination_port, &it->source,
+		  it->source_port);
+	if ((it->flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK)) {
+		bpf_map_update_elem(&outgoing, &key, &known, 0);
+		return 1;
+	}
+	if (!bpf_map_lookup_elem(&outgoing, &key))
+		return 0;
+	if (!(it->flags & TCP_SYN))
+		return 1;
+	bpf_map_delete_elem(&outgoing, &key);
+	return 0;
+}
+
 SEC("classifier")
 int from_uplink(struct __sk_buff *skb)
 {
@@ -507,6 +539,8 @@ int from_uplink(struct __sk_buff *skb)
 		struct port_counters *counter;
 		struct flow fresh = {};
 
+		if (!opening && (it.flags & TCP_SYN) && was_made_here(&it))
+			return NEXT;
 		if (!takes_new)
 			return NEXT;
 		if (!opening && (it.flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK)
@@ -528,7 +562,7 @@ int from_uplink(struct __sk_buff *skb)
 			}
 			return NEXT;
 		}
-		if (tcp && has_socket(skb, &it))
+		if (tcp && (was_made_here(&it) || has_socket(skb, &it)))
 			return NEXT;
 		count = bpf_map_lookup_elem(&active, &key);
 		/* Every service is given its count before it is put up. */

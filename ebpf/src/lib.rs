@@ -118,6 +118,8 @@ pub mod map {
     pub const FRAGMENTS: &str = "fragments";
     /// Addresses of this host and of containers.
     pub const ADDRESSES: &str = "addresses";
+    /// Connections to the outside under the number of a published port.
+    pub const OUTGOING: &str = "outgoing";
     /// Uplinks and their largest packets.
     pub const UPLINKS: &str = "uplinks";
     /// Networks that routes lead to by each uplink.

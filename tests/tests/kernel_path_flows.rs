@@ -11,7 +11,7 @@ use harness::netns::{ip, offload_nothing};
 use harness::remote_client::{CLIENT, HOST, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
-use shared::desired::{ClientNetwork, ContainerRow, Drain, Protocol};
+use shared::desired::{ClientNetwork, ContainerRow, Drain, PortRow, Protocol};
 use shared::observed::{ForwardPath, PortState};
 
 const LENGTH: u64 = 24 << 20;
@@ -649,6 +649,63 @@ fn behind_forwarding_rules(bridge_filter: Option<&'static str>) {
         TcpStream::connect_timeout(&direct, std::time::Duration::from_millis(500))
     });
     assert!(blocked.is_err(), "the rule holds for the direct way");
+    masqueraded_under_its_number(&node, &row);
+}
+
+/// A connection of another container's to the outside, which the host gives the number of a published port:
+/// it goes on, and the port is still its row's.
+fn masqueraded_under_its_number(node: &Node, row: &PortRow) {
+    let other = node.network.container(3).expect("another container");
+    let number = row.host_port;
+    for words in [
+        "-P FORWARD ACCEPT".to_owned(),
+        format!(
+            "-t nat -I POSTROUTING -p tcp -s 10.78.2.3 ! -o br0 -j MASQUERADE --to-ports {number}"
+        ),
+    ] {
+        let output = command(&node.network.host, "iptables")
+            .args(words.split_whitespace())
+            .output()
+            .expect("iptables");
+        assert!(output.status.success(), "{words}");
+    }
+    let outside = node.at_client(|| {
+        let listener = traffic::listener(&format!("{}:0", CLIENT[0]));
+        let address = listener.local_addr().expect("bound");
+        thread::spawn(move || {
+            let (mut stream, peer) = listener.accept().expect("a client");
+            drop(listener);
+            while stream.read_exact(&mut [0; 4]).is_ok() {
+                stream.write_all(&peer.port().to_be_bytes()).expect("sent");
+            }
+        });
+        address
+    });
+    let exchange = move || {
+        let mut stream = traffic::connect(outside)?;
+        let mut numbers = [0; 2];
+        for _ in 0..3 {
+            stream.write_all(b"word")?;
+            stream.read_exact(&mut numbers)?;
+        }
+        stream.shutdown(Shutdown::Write)?;
+        stream.read_to_end(&mut Vec::new())?;
+        Ok::<_, std::io::Error>(u16::from_be_bytes(numbers))
+    };
+    let seen = within(&other.namespace, exchange).expect("the container");
+    assert_eq!(seen.expect("goes on"), number);
+    // A client of the port with the same two numbers.
+    let SocketAddr::V4(own) = outside else {
+        unreachable!("an address of IPv4");
+    };
+    let address = host(row, 0);
+    let seen = node.at_client(move || {
+        let mut stream = traffic::connect_from(own, address)?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok::<_, std::io::Error>(text)
+    });
+    assert_eq!(seen.expect("told"), own.to_string(), "by the kernel path");
 }
 
 #[test]

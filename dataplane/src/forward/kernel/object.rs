@@ -59,7 +59,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     const PORT: usize = size_of::<ServiceKey>();
     const ADDRESS: usize = size_of::<Address>();
     const NUMBER: usize = size_of::<u32>();
-    let sizes: [(&str, usize, usize); 14] = [
+    let sizes: [(&str, usize, usize); 15] = [
         (map::SERVICES, PORT, size_of::<Service>()),
         (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
         (map::LOCAL_FLOWS, NUMBER, size_of::<LocalFlow>()),
@@ -68,6 +68,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
             size_of::<FragmentKey>(),
             size_of::<Fragment>(),
         ),
+        (map::OUTGOING, size_of::<FlowKey>(), NUMBER),
         (map::ADDRESSES, ADDRESS, NUMBER),
         (map::UPLINKS, NUMBER, NUMBER),
         (map::WAYS_BACK, NUMBER + size_of::<WayBack>(), NUMBER),
