@@ -1,5 +1,6 @@
 //! Facts about the host that a configuration depends on, behind a trait so tests can fix them.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -91,10 +92,7 @@ impl Host for ThisHost {
     }
 
     fn home(&self) -> Option<PathBuf> {
-        let named = std::env::var_os("HOME").filter(|home| !home.is_empty());
-        named
-            .map(PathBuf::from)
-            .or_else(|| Some(User::from_uid(geteuid()).ok()??.dir))
+        home(std::env::var_os("HOME"))
     }
 
     fn is_writable_tmpfs(&self, path: &Path) -> bool {
@@ -161,6 +159,14 @@ impl Host for ThisHost {
     }
 }
 
+/// The directory that `HOME` names or, where it says nothing, as in a service of systemd, the account's.
+fn home(named: Option<OsString>) -> Option<PathBuf> {
+    let named = named.filter(|home| !home.is_empty());
+    named
+        .map(PathBuf::from)
+        .or_else(|| Some(User::from_uid(geteuid()).ok()??.dir))
+}
+
 /// The source address of the default route: connecting a UDP socket sends nothing. The target is
 /// from the range reserved for documentation, so it is never a neighbour.
 fn route_source() -> Option<IpAddr> {
@@ -173,6 +179,14 @@ fn route_source() -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_home_that_is_not_named_is_the_accounts() {
+        let account = User::from_uid(geteuid()).unwrap().unwrap();
+        assert_eq!(home(None).as_ref(), Some(&account.dir));
+        assert_eq!(home(Some("".into())), Some(account.dir));
+        assert_eq!(home(Some("/else".into())), Some("/else".into()));
+    }
 
     #[test]
     fn this_host_answers() {

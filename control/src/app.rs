@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use config::{Config, CudaInjection, CurveFiles, LoadOptions, Loaded, Publish};
+use config::{Config, CudaInjection, CurveFiles, Host, LoadOptions, Loaded, Publish, ThisHost};
 use shared::Sizes;
 use shared::desired::NodeRow;
 use shared::run_dir::{RunDir, RunDirError};
@@ -37,7 +37,7 @@ use crate::image::Images;
 use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
 use crate::kernel::container_processes::KernelFiles;
-use crate::kernel::container_request::{ContainerSettings, HostFacts, HostFactsError};
+use crate::kernel::container_request::{ContainerSettings, override_files, override_part};
 use crate::kernel::distro::Distros;
 use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
@@ -109,9 +109,6 @@ pub enum AppError {
     /// The made-up devices cannot be used.
     #[error(transparent)]
     Mock(#[from] MockError),
-    /// What containers are made with cannot be read.
-    #[error(transparent)]
-    Host(#[from] HostFactsError),
     /// The socket for programs in containers cannot be served.
     #[error(transparent)]
     AgentSocket(#[from] AgentSocketError),
@@ -436,7 +433,7 @@ async fn assemble(
         Ok::<_, AppError>((ledger, accelerators))
     })
     .await?;
-    let host = host_facts(&config).await?;
+    let override_files = files_for_containers(&config).await;
     let distros = known_distros(&docker, &config).await;
     let (socket_dir, host_sockets) = open_sockets(&config, stopping).await?;
     let range = config.container.port_range;
@@ -492,7 +489,7 @@ async fn assemble(
         config,
         docker,
         distros,
-        host,
+        override_files,
         ledger,
         accelerators,
         journal,
@@ -504,19 +501,25 @@ async fn assemble(
     }))
 }
 
-/// What of the host goes into every container. A runner may be installed later.
-async fn host_facts(config: &Arc<Config>) -> Result<HostFacts, AppError> {
+/// Where the operator may add to container requests. What would fail each creation is told at once; a runner,
+/// and such a file, may be put there later.
+async fn files_for_containers(config: &Arc<Config>) -> Vec<PathBuf> {
     let config = config.clone();
-    Ok(blocking(move || {
+    blocking(move || {
         if let Err(err) = RunnerFiles::open(&config.node.runner_dir, std::env::consts::ARCH) {
             tracing::warn!(
                 err = chain(&err),
                 "the in-container runner is not installed; kernels cannot be created before `bai-agent runner install`"
             );
         }
-        HostFacts::read(&override_files())
+        let host = ThisHost;
+        let files = override_files(host.home().as_deref(), &host.working_directory());
+        for err in files.iter().filter_map(|file| override_part(file).err()) {
+            tracing::warn!(err = chain(&err), "a file with container options cannot be used");
+        }
+        files
     })
-    .await?)
+    .await
 }
 
 /// Opens the sockets for programs in containers, and the place of those of the host that kernels are given.
@@ -689,19 +692,6 @@ fn curve(files: Option<&CurveFiles>) -> Result<Option<CurveServer>, AppError> {
         manager: PublicKey::from_file(&files.manager_public_key)
             .map_err(failed(&files.manager_public_key))?,
     }))
-}
-
-/// Where an operator may add to every container request; each file that exists counts.
-fn override_files() -> Vec<PathBuf> {
-    const NAME: &str = "agent-docker-container-opts.json";
-    let system = PathBuf::from("/etc/backend.ai").join(NAME);
-    let home = std::env::var_os("HOME")
-        .map(|home| PathBuf::from(home).join(".config/backend.ai").join(NAME));
-    let here = PathBuf::from(NAME);
-    std::iter::once(system)
-        .chain(home)
-        .chain(std::iter::once(here))
-        .collect()
 }
 
 fn distros_file(config: &Config) -> PathBuf {

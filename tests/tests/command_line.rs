@@ -81,6 +81,27 @@ fn a_node_on_its_own_has_no_etcd_wherever_the_flag_stands() -> Result<()> {
 }
 
 #[test]
+fn container_options_that_would_fail_each_creation_are_told() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let name = "agent-docker-container-opts.json";
+    let own = directory.path().join(".config/backend.ai").join(name);
+    std::fs::create_dir_all(own.parent().context("a directory")?)?;
+    for (options, warned) in [("{", true), (r#"{"Tty": false}"#, false)] {
+        std::fs::write(&own, options)?;
+        let output = agent(&["check-config", "--standalone"])?
+            .env("HOME", directory.path())
+            .env_remove("BACKEND_CONFIG_FILE")
+            .current_dir(directory.path())
+            .output()?;
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+        let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+        let told = shown.contains(&own.display().to_string());
+        assert_eq!(told, warned, "{shown}");
+    }
+    Ok(())
+}
+
+#[test]
 fn output_that_nobody_reads_is_no_crash() -> Result<()> {
     for form in ["text", "json"] {
         let (reader, writer) = std::io::pipe()?;

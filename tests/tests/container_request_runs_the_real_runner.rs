@@ -122,7 +122,7 @@ async fn the_runner_answers_in_a_container_of_ours() {
         alternative_bridge: None,
         device_limits: Vec::new(),
     };
-    let host = HostFacts::read(&[]).unwrap();
+    let host = HostFacts::read();
     let seccomp = seccomp_profile(&runner.seccomp_profile()).unwrap();
     let services = arrange(&Exposure::default()).unwrap();
     let limits = Limits {

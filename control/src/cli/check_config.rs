@@ -4,10 +4,13 @@ use crate::cli::output::say_part;
 use std::sync::Arc;
 
 use clap::Args;
+use config::{Host, Loaded, Note, NoteKind};
 
 use super::connection::Source;
 use super::exit::Problem;
 use super::output::Form;
+use crate::causes::chain;
+use crate::kernel::container_request::{override_files, override_part};
 
 /// Arguments of `check-config`.
 #[derive(Debug, Args)]
@@ -28,15 +31,16 @@ pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Pr
             "--with-etcd asks a cluster's etcd, and --standalone is for a node without a cluster; leave one of them out"
         )));
     }
-    let options = source.options();
+    let options = Arc::new(source.options());
     let mut loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
     if args.with_etcd {
-        let look = crate::cluster::look(Arc::new(options), &loaded.config);
+        let look = crate::cluster::look(options.clone(), &loaded.config);
         loaded = super::short_lived(async {
             let looked = look.await;
             looked.map_err(|why| Problem::Unavailable(anyhow::anyhow!("{why}")))
         })?;
     }
+    note_overrides(&mut loaded, &*options.host);
     if !args.quiet {
         match form {
             Form::Text => say_part!("{}", loaded.render_text()),
@@ -44,4 +48,19 @@ pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Pr
         }
     }
     Ok(())
+}
+
+/// Tells of files with container options that would fail each creation.
+fn note_overrides(loaded: &mut Loaded, host: &dyn Host) {
+    let files = override_files(host.home().as_deref(), &host.working_directory());
+    for file in files {
+        if let Err(err) = override_part(&file) {
+            loaded.notes.push(Note {
+                kind: NoteKind::Warning,
+                line: None,
+                key: "agent-docker-container-opts.json".to_owned(),
+                text: format!("cannot be used: {}", chain(&err)),
+            });
+        }
+    }
 }

@@ -1,8 +1,9 @@
 //! The request that makes a kernel's container.
 //!
 //! In: everything decided before: the request, ports, mounts, environment, limits, and what this
-//! host has ([`HostFacts`], read once). Out: the container's name and the engine's create body. Invariants: the builder is a pure function, and a restarted kernel gets the
-//! same limits as a new one, because both come through here.
+//! host has ([`HostFacts`]). Out: the container's name and the engine's create body. Invariants: the
+//! builder is a pure function, and a restarted kernel gets the same limits as a new one, because both
+//! come through here.
 //!
 //! Differences from the original, all on purpose: no port bindings unless the engine publishes;
 //! host ports, slots and session type are kept in labels; `Cpus` is not sent (the engine does not
@@ -11,7 +12,7 @@
 mod host_facts;
 mod merge;
 
-pub use host_facts::{HostFacts, HostFactsError, seccomp_profile};
+pub use host_facts::{HostFacts, HostFactsError, override_files, override_part, seccomp_profile};
 
 use super::mounts::{Mount, MountKind, WORK};
 use super::request::{ClusterInfo, KernelCreationConfig, TextMap};

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::abuse::AbuseReports;
-use super::container_request::{ContainerSettings, HostFacts};
+use super::container_request::ContainerSettings;
 use super::distro::Distros;
 use super::host_sockets::HostSockets;
 use super::journal::{Journal, JournalError};
@@ -72,8 +72,8 @@ pub struct Node {
     pub link: Link,
     /// What of the configuration containers depend on.
     pub settings: ContainerSettings,
-    /// What of the host containers depend on.
-    pub host: HostFacts,
+    /// Where the operator may add to container requests.
+    pub override_files: Vec<PathBuf>,
     /// The images of this node.
     pub images: Images,
     /// The C libraries of images.

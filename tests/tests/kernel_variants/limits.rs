@@ -112,7 +112,9 @@ async fn defect_restart_loses_the_limits_of_the_node() -> Result<()> {
     } else {
         "/dev/loop0".to_owned()
     };
+    let home = tempfile::tempdir()?;
     let node = Node::start(NodeOptions {
+        environment: vec![("HOME".to_owned(), home.path().display().to_string())],
         node: "cpu-quota = true\n".to_owned(),
         sections: format!(
             "[[node.device-limits]]\ndevice = \"{device}\"\nread-bps = \"8m\"\nwrite-bps = \"1m\"\nread-iops = 2000\nwrite-iops = 1000\n"
@@ -190,10 +192,25 @@ async fn defect_restart_loses_the_limits_of_the_node() -> Result<()> {
         );
     }
 
+    // The operator's options count from the next creation on; with wrong ones nothing is stopped.
+    let options = home
+        .path()
+        .join(".config/backend.ai/agent-docker-container-opts.json");
+    std::fs::create_dir_all(options.parent().context("a directory")?)?;
+    std::fs::write(&options, "{")?;
+    let failure = restart(&node, &order).await.unwrap_err();
+    let told = format!("{failure:#}");
+    assert!(told.contains(&options.display().to_string()), "{told}");
+    assert_eq!(output_of(&node, &order, "echo on").await?, "on\n");
+    std::fs::write(&options, r#"{"HostConfig": {"OomScoreAdj": 7}}"#)?;
     let after = restart(&node, &order).await?;
     let new = inspect(container_of(&after))?;
+    assert_eq!(new["HostConfig"]["OomScoreAdj"], 7);
     let mut compared = 0;
     for (key, value) in host.as_object().context("a map")? {
+        if key == "OomScoreAdj" {
+            continue;
+        }
         assert_eq!(&new["HostConfig"][key], value, "{key}");
         compared += 1;
     }

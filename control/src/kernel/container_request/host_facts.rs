@@ -1,8 +1,10 @@
-//! What of the host goes into every container, read once at the start, and the runner's seccomp profile.
+//! What of the host goes into every container, and the runner's seccomp profile. All of it is read for each
+//! creation: it may change while the agent runs.
 
 use serde_json::{Value, json};
 use std::fs;
 use std::io;
+use std::iter;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -20,7 +22,7 @@ pub struct HostFacts {
     pub rdma: bool,
 }
 
-/// Why the facts can't be read: the operator's files, told by path.
+/// Why a file can't be used.
 #[derive(Debug, Error)]
 pub enum HostFactsError {
     #[error("{path} cannot be read")]
@@ -35,34 +37,53 @@ pub enum HostFactsError {
         #[source]
         cause: serde_json::Error,
     },
-    #[error("{0} is not a JSON map of container options")]
+    #[error("{0} is not a JSON map")]
     NotMap(PathBuf),
+    #[error(
+        "wrong container options keep kernels from being created; correct their file or remove it"
+    )]
+    Options(#[source] Box<HostFactsError>),
 }
 
 impl HostFacts {
-    /// Reads the operator's files that exist. Blocks.
-    ///
-    /// # Errors
-    /// A file is there and can't be used.
-    pub fn read(overrides: &[PathBuf]) -> Result<Self, HostFactsError> {
-        let mut parts = Vec::new();
-        for path in overrides {
-            if let Some(part) = read_json(path)? {
-                if !part.is_object() {
-                    return Err(HostFactsError::NotMap(path.clone()));
-                }
-                parts.push((path.clone(), part));
-            }
-        }
+    /// Those that stand in no file of the operator. Blocks.
+    pub fn read() -> Self {
         let limit = |resource| rustix::process::getrlimit(resource).maximum;
-        Ok(Self {
-            overrides: parts,
+        Self {
+            overrides: Vec::new(),
             open_files: limit(rustix::process::Resource::Nofile),
             locked_memory: limit(rustix::process::Resource::Memlock),
             tasks: tasks(Path::new("/proc/sys/kernel")),
             rdma: Path::new("/dev/infiniband/uverbs0").exists(),
-        })
+        }
     }
+}
+
+/// Where an operator may add to every container request, in the order in which they are merged; each file
+/// that exists counts.
+pub fn override_files(home: Option<&Path>, working_directory: &Path) -> Vec<PathBuf> {
+    let home = home.map(|home| home.join(".config/backend.ai"));
+    iter::once(PathBuf::from("/etc/backend.ai"))
+        .chain(home)
+        .chain(iter::once(working_directory.to_owned()))
+        .map(|place| place.join("agent-docker-container-opts.json"))
+        .collect()
+}
+
+/// The operator's part of the body in one of these files; none when there is no such file. Blocks.
+///
+/// # Errors
+/// The file is there and can't be used.
+pub fn override_part(path: &Path) -> Result<Option<Value>, HostFactsError> {
+    // A pipe would keep its reader waiting.
+    if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return Ok(None);
+    }
+    let part = match read_json(path) {
+        Ok(Some(part)) if !part.is_object() => Err(HostFactsError::NotMap(path.to_owned())),
+        read => read,
+    };
+    part.map_err(|cause| HostFactsError::Options(Box::new(cause)))
 }
 
 /// Half of the tasks this host can have, so that one container that forks without end leaves the engine, this agent and
@@ -106,7 +127,14 @@ pub(super) fn permitting(profile: &Value, syscalls: &[String]) -> String {
 fn read_json(path: &Path) -> Result<Option<Value>, HostFactsError> {
     let text = match fs::read(path) {
         Ok(text) => text,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(err)
+            if matches!(
+                err.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(cause) => {
             return Err(HostFactsError::Read {
                 path: path.to_owned(),
@@ -134,6 +162,40 @@ mod tests {
         fs::write(limits.path().join("threads-max"), "192731\n").unwrap();
         assert_eq!(tasks(limits.path()), Some(96_365));
         // This host tells.
-        assert!(HostFacts::read(&[]).unwrap().tasks >= Some(100));
+        assert!(HostFacts::read().tasks >= Some(100));
+    }
+
+    #[test]
+    fn an_operators_file_counts_in_three_places() {
+        let files = override_files(Some(Path::new("/root")), Path::new("/"));
+        let expected = [
+            "/etc/backend.ai/agent-docker-container-opts.json",
+            "/root/.config/backend.ai/agent-docker-container-opts.json",
+            "/agent-docker-container-opts.json",
+        ];
+        assert_eq!(files, expected.map(PathBuf::from));
+        assert_eq!(override_files(None, Path::new("/")).len(), 2);
+    }
+
+    #[test]
+    fn an_operators_file_is_a_map_or_is_told_by_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("a.json");
+        assert_eq!(override_part(&file).unwrap(), None);
+        assert_eq!(override_part(&file.join("below a file")).unwrap(), None);
+        fs::write(&file, r#"{"Tty": false}"#).unwrap();
+        assert_eq!(override_part(&file).unwrap(), Some(json!({"Tty": false})));
+        assert_eq!(override_part(&file.join("below a file")).unwrap(), None);
+        for broken in ["[]", "{"] {
+            fs::write(&file, broken).unwrap();
+            let told = crate::causes::chain(&override_part(&file).unwrap_err());
+            assert!(told.contains("correct their file"), "{told}");
+            assert_eq!(told.matches("a.json").count(), 1, "{told}");
+        }
+        // The original takes no notice of what is no file.
+        assert_eq!(override_part(directory.path()).unwrap(), None);
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(override_part(&pipe).unwrap(), None);
     }
 }

@@ -506,21 +506,14 @@ fn networks_follow_the_cluster() {
 }
 
 #[test]
-fn facts_are_read_from_files_that_exist() {
+fn the_profile_and_the_label_are_read_back() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("a.json"), r#"{"Tty": false}"#).unwrap();
-    fs::write(path("list.json"), "[]").unwrap();
     fs::write(path("broken.json"), "{").unwrap();
-    let facts = HostFacts::read(&[path("none.json"), path("a.json")]).unwrap();
-    assert_eq!(facts.overrides.len(), 1);
     assert_eq!(seccomp_profile(&path("none.json")).unwrap(), None);
     assert!(seccomp_profile(&path("a.json")).unwrap().is_some());
     assert!(seccomp_profile(&path("broken.json")).is_err());
-    for name in ["list.json", "broken.json"] {
-        let told = HostFacts::read(&[path(name)]).unwrap_err().to_string();
-        assert!(told.contains(name), "{told}");
-    }
     assert_eq!(
         parse_host_ports("2200:30001,x,9000:,8080:30002"),
         [(2200, 30001), (8080, 30002)]

@@ -116,9 +116,9 @@ pub enum CreateError {
         #[source]
         source: LookupError,
     },
-    /// Its seccomp profile is not one.
+    /// Its seccomp profile, or a file with the operator's container options, is not one.
     #[error(transparent)]
-    Profile(#[from] HostFactsError),
+    Host(#[from] HostFactsError),
     /// The network asked for does not exist here.
     #[error("Network plugin {0} not loaded!")]
     NetworkMode(String),

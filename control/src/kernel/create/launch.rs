@@ -410,7 +410,7 @@ async fn request_of(
     let record = kernel.record();
     let mut request = container_request::build(&ContainerInputs {
         settings: &node.settings,
-        host: &node.host,
+        host: &prepared.host,
         seccomp: prepared.seccomp.as_ref(),
         request: &order.config,
         cluster: &order.cluster,

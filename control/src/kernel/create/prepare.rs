@@ -2,6 +2,7 @@
 //! found here, before anything is taken or written.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use serde_json::Value;
 use tokio::time::Instant;
@@ -9,7 +10,7 @@ use tokio::time::Instant;
 use super::error::CreateError;
 use crate::docker::ImageRecord;
 use crate::image;
-use crate::kernel::container_request::seccomp_profile;
+use crate::kernel::container_request::{HostFacts, override_part, seccomp_profile};
 use crate::kernel::environment::Identity;
 use crate::kernel::host_sockets;
 use crate::kernel::model_definition::{self, Model, ModelDefinitionError};
@@ -57,6 +58,8 @@ pub struct Prepared {
     pub runner: RunnerFiles,
     /// The runner's seccomp profile.
     pub seccomp: Option<Value>,
+    /// What of this host it gets.
+    pub host: HostFacts,
 }
 
 /// Checks that need no image.
@@ -84,7 +87,8 @@ pub async fn check(
         let look = move || host_sockets::check(&[wanted]);
         node.looks.at(until, what, socket, look).await??;
     }
-    let (runner, seccomp) = look_at_runner(node, until).await?;
+    let (runner, seccomp, mut host) = look_at_runner(node, until).await?;
+    host.overrides = look_at_overrides(node, until).await?;
     let services = service_ports::arrange(&exposure(config, &[]))?;
     if published_by == PublishedBy::Rows {
         node.link
@@ -106,6 +110,7 @@ pub async fn check(
         published_by,
         runner,
         seccomp,
+        host,
     })
 }
 
@@ -129,11 +134,11 @@ async fn look_at_folders(
     Ok(found)
 }
 
-/// The installed runner and its seccomp profile.
+/// The installed runner, its seccomp profile, and what this host has.
 async fn look_at_runner(
     node: &Node,
     until: Instant,
-) -> Result<(RunnerFiles, Option<Value>), CreateError> {
+) -> Result<(RunnerFiles, Option<Value>, HostFacts), CreateError> {
     let dir = node.config.node.runner_dir.clone();
     let runner_dir = dir.clone();
     let look = move || -> Result<_, CreateError> {
@@ -144,10 +149,26 @@ async fn look_at_runner(
             }
         })?;
         let seccomp = seccomp_profile(&runner.seccomp_profile())?;
-        Ok((runner, seccomp))
+        Ok((runner, seccomp, HostFacts::read()))
     };
     let what = "the directory of the in-container runner".to_owned();
     node.looks.at_own(until, what, &dir, look).await?
+}
+
+/// The operator's parts of the container's request, with the files they stand in.
+async fn look_at_overrides(
+    node: &Node,
+    until: Instant,
+) -> Result<Vec<(PathBuf, Value)>, CreateError> {
+    let mut parts = Vec::new();
+    for path in &node.override_files {
+        let what = "a file with container options".to_owned();
+        let file = path.clone();
+        let look = move || override_part(&file);
+        let part = node.looks.at_own(until, what, path, look).await??;
+        parts.extend(part.map(|part| (path.clone(), part)));
+    }
+    Ok(parts)
 }
 
 /// Bytes of labels an image may have. The engine repeats them in every event and every list of
