@@ -10,6 +10,7 @@ mod follow;
 mod launch;
 mod prepare;
 mod result;
+mod serve;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -22,10 +23,10 @@ use tokio_util::sync::CancellationToken;
 
 pub use error::CreateError;
 pub use follow::start_models;
-pub use launch::connect_runner;
 pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
+pub use serve::connect_runner;
 
-use self::launch::Launched;
+use self::serve::Launched;
 use super::batch_job;
 use super::journal::{Phase, now_unix};
 use super::lifecycle::{Action, Input, Refusal, Stage, State};
@@ -409,7 +410,7 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
 /// A kernel found at start whose runner had not been heard: goes on where the creation was.
 pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let abort = kernel.abort_token();
-    let built = guarded(Box::pin(launch::resume(node, kernel, &abort))).await;
+    let built = guarded(Box::pin(serve::resume(node, kernel, &abort))).await;
     match conclude(node, kernel, built, None).await {
         // It may have been a restart.
         Ok(_) => batch_job::expect_again(node, kernel),

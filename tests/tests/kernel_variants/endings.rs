@@ -123,7 +123,20 @@ async fn defect_an_image_that_cannot_run_is_waited_for() -> Result<()> {
         assert!(ends[0].1 > 0, "{ends:?}");
         kernels::assert_clean(&node).await?;
     }
-    Ok(())
+    // What runs nothing lets nobody become root either: its end is told, not that.
+    let mut no_use = images::busybox_files(&[])?;
+    for file in no_use.iter_mut().filter(|file| file.path.ends_with("sh")) {
+        file.mode = 0o755;
+        file.content = FileContent::Bytes(b"#!/bin/busybox sh\nexit 3\n".to_vec());
+    }
+    let no_use = images::import(&format!("variants-nouse:{id}"), &no_use, &labels)?;
+    let mut order = Order::named(&no_use.name)?;
+    order.config["internal_data"] = json!({"sudo_session_enabled": true});
+    let failure = kernels::fail_to_create(&node, &order).await?;
+    assert!(failure.repr.contains("exit code 3 "), "{}", failure.repr);
+    let ends = kernels::ends(&node, order.kernel).await?;
+    assert_eq!(ends, [("failed-to-start".to_owned(), 3)]);
+    kernels::assert_clean(&node).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

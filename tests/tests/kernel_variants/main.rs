@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::fault_docker::{Fault, FaultDocker};
-use harness::images::{self, Image};
+use harness::images::{self, FileContent, Image};
 use harness::kernels::{self, Order, restart, text};
 use harness::node::{Node, NodeOptions};
 use harness::wait;

@@ -163,6 +163,9 @@ pub enum CreateError {
         #[source]
         source: DockerError,
     },
+    /// The kernel's user could not be allowed to become root.
+    #[error("sudo cannot be allowed in the container; see that its image has a shell: {0}")]
+    Sudo(String),
     /// The container's address or interface could not be found.
     #[error(transparent)]
     Rows(#[from] RowsError),
@@ -238,7 +241,9 @@ impl CreateError {
             | CreateError::SharedMemory(_)
             | CreateError::Request(_)
             | CreateError::NoNetworkName => "ValueError",
-            CreateError::Rows(_) | CreateError::Link(_) => "ContainerCreationError",
+            CreateError::Sudo(_) | CreateError::Rows(_) | CreateError::Link(_) => {
+                "ContainerCreationError"
+            }
             _ => "AgentError",
         }
     }

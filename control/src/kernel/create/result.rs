@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::launch::Launched;
 use super::prepare::public_services;
+use super::serve::Launched;
 use crate::kernel::node::Node;
 use crate::kernel::record::Record;
 use crate::kernel::registry::Kernel;
