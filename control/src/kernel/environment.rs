@@ -152,31 +152,31 @@ pub fn env_list(environ: &TextMap, device_env: &[String]) -> Vec<String> {
     entries.chain(device_env.iter().cloned()).collect()
 }
 
-/// The text of `environ.txt`: `NAME=value` lines without quoting. Line breaks in a value become
-/// blanks (Docker's `Env` keeps them), and names that are no names are left out.
+/// The text of `environ.txt`: `NAME=value` lines without quoting. What fits on no line is left out, as names
+/// that are none: the runner has it from the container's own environment (Docker's `Env`), which the file would
+/// overrule.
 pub fn render(environ: &TextMap, device_env: &[String]) -> String {
     let mut text = String::new();
     for entry in env_list(environ, device_env) {
         let Some((name, value)) = entry.split_once('=') else {
             continue;
         };
-        if name.is_empty() || name.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            continue;
+        let is_name =
+            !name.is_empty() && !name.chars().any(|c| c.is_whitespace() || c.is_control());
+        if is_name && !value.contains(breaks_a_line) {
+            text.push_str(&entry);
+            text.push('\n');
         }
-        text.push_str(name);
-        text.push('=');
-        // Python splits lines at more characters than LF.
-        let breaks = |c: char| {
-            matches!(
-                c,
-                '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'
-                    ..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}' | '\0'
-            )
-        };
-        text.extend(value.chars().map(|c| if breaks(c) { ' ' } else { c }));
-        text.push('\n');
     }
     text
+}
+
+/// Python splits lines at more characters than LF.
+fn breaks_a_line(c: char) -> bool {
+    matches!(
+        c,
+        '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}' | '\0'
+    )
 }
 
 /// The variables of a rendered file, for a journal that was lost.
@@ -312,16 +312,23 @@ mod tests {
     }
 
     #[test]
-    fn a_value_with_line_breaks_stays_on_one_line() {
-        let environ: TextMap = [("A", "x\ny\r\nz\u{2028}w"), ("B C", "1"), ("D", "e=f")]
-            .into_iter()
-            .collect();
+    fn what_fits_on_no_line_is_left_to_the_container() {
+        let environ: TextMap = [
+            ("A", "x\ny"),
+            ("B C", "1"),
+            ("D", "e=f"),
+            ("E", "g\r"),
+            ("F", "h\u{2028}i"),
+        ]
+        .into_iter()
+        .collect();
         let text = render(
             &environ,
             &["NVIDIA_VISIBLE_DEVICES=0".into(), "broken".into()],
         );
-        assert_eq!(text, "A=x y  z w\nD=e=f\nNVIDIA_VISIBLE_DEVICES=0\n");
+        assert_eq!(text, "D=e=f\nNVIDIA_VISIBLE_DEVICES=0\n");
         assert_eq!(parse(&text).get("D"), Some("e=f"));
+        assert_eq!(env_list(&environ, &[])[0], "A=x\ny");
     }
 
     #[test]

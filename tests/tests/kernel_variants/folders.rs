@@ -38,6 +38,7 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
             "deep/er"
         ),
     ]);
+    order.config["environ"] = json!({"KEY_FILE": "-----BEGIN\n  two blanks\n-----END"});
     order.config["uid"] = json!(1500);
     order.config["main_gid"] = json!(1600);
     order.config["supplementary_gids"] = json!([1700, 1701]);
@@ -67,7 +68,7 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
     let result = kernels::create(&node, &order).await?;
     let seen = output_of(&node, &order, "id -u; id -g; id -G; cat booted rw/file ro/file /mnt/sub/file .deep/dot .absolute; \
         echo new > rw/new; { echo no > ro/no; } 2>/dev/null || echo refused; echo deeper > /mnt/sub/new; \
-        cat .ssh/authorized_keys .ssh/id_rsa id_container; env | grep -E '^(LOCAL_USER_ID|LOCAL_GROUP_ID)=' | sort").await?;
+        cat .ssh/authorized_keys .ssh/id_rsa id_container; env | grep -E '^(LOCAL_USER_ID|LOCAL_GROUP_ID)=' | sort; printf '%s\\n' \"$KEY_FILE\"").await?;
     let lines: Vec<&str> = seen.lines().collect();
     assert_eq!(lines[..2], ["1500", "1600"], "{seen}");
     let mut groups: Vec<&str> = lines[2].split(' ').collect();
@@ -83,6 +84,10 @@ async fn folders_users_and_private_files_are_as_asked_for() -> Result<()> {
     assert_eq!(seen.matches("not a real key").count(), 2, "{seen}");
     assert!(
         seen.contains("LOCAL_GROUP_ID=1600\nLOCAL_USER_ID=1500\n"),
+        "{seen}"
+    );
+    assert!(
+        seen.ends_with("-----BEGIN\n  two blanks\n-----END\n"),
         "{seen}"
     );
     let listed = async |path: &str| {
