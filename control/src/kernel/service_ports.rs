@@ -112,8 +112,6 @@ pub enum ServicePortError {
         first: String,
         second: String,
     },
-    #[error("the service name {0} appears twice in the service-ports label")]
-    NameTwice(String),
     #[error("port 2000 and 2001 are reserved for the runner and cannot be preopened")]
     PreopenRepl,
     #[error("the preopen port {0} overlaps with the service {1}")]
@@ -129,7 +127,8 @@ pub enum ServicePortError {
 }
 
 /// Reads the `ai.backend.service-ports` label: `name:protocol:port` or `name:protocol:[p,p]`,
-/// comma-separated. Entries of the protocol `pty` are passed over.
+/// comma-separated. Entries of the protocol `pty` are passed over; of several with one name the last counts,
+/// in the place of the first.
 ///
 /// # Errors
 /// The first entry that breaks the grammar or claims a port it may not have.
@@ -183,10 +182,19 @@ pub fn parse_label(label: &str) -> Result<Vec<ServicePort>, ServicePortError> {
             }
             taken.push((port, name.to_owned()));
         }
-        if services.iter().any(|service| service.name == name) {
-            return Err(ServicePortError::NameTwice(name.to_owned()));
+        let service = ServicePort::new(name, protocol, ports);
+        match services.iter_mut().find(|other| other.name == name) {
+            // As in the original, which keeps them by name. Nobody else gets the port of the earlier one.
+            Some(earlier) => {
+                tracing::warn!(
+                    name,
+                    left_out = ?earlier.container_ports,
+                    "the service-ports label of an image names a service twice; the later one counts"
+                );
+                *earlier = service;
+            }
+            None => services.push(service),
         }
-        services.push(ServicePort::new(name, protocol, ports));
     }
     Ok(services)
 }
@@ -403,10 +411,18 @@ mod tests {
             parse_label("a:tcp:[8000,8000]"),
             Err(E::Twice { port: 8000, .. })
         ));
-        assert_eq!(
-            parse_label("a:tcp:8000,a:tcp:8001"),
-            Err(E::NameTwice("a".into()))
-        );
+    }
+
+    #[test]
+    fn of_a_name_that_appears_twice_the_last_counts_in_its_place() {
+        let services = parse_label("a:tcp:8000,b:tcp:8001,a:http:8002").unwrap();
+        assert_eq!(names(&services), ["a", "b"]);
+        assert_eq!(services[0].container_ports, [8002]);
+        assert_eq!(services[0].protocol, ServiceProtocol::Http);
+        assert!(matches!(
+            parse_label("a:tcp:8000,a:tcp:8001,b:tcp:8000"),
+            Err(E::Twice { port: 8000, .. })
+        ));
     }
 
     #[test]
