@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ai.backend.common.config import model_definition_iv
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from trafaret import DataError
 
 for name in sys.argv[1:]:
     try:
         print(json.dumps(model_definition_iv.check(YAML().load(Path(name).read_text()))["models"]))
-    except DataError:
+    except (DataError, YAMLError):
         print("refused")

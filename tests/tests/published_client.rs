@@ -125,7 +125,17 @@ fn model_definitions_are_read_as_the_published_agent_reads_them() -> Result<()> 
         ),
         format!("{check}      interval: 5\n      max_retries: '3'\n"),
         format!("{check}      interval: 2.5\n      expected_status_code: 204\n"),
+        format!("{check}      max_retries: 1\n      expected_status_code: 100\n"),
+        format!("{service}    port: 1\n"),
+        format!(
+            "{model}  service: &s\n    start_command: serve\n    port: 80\n- &n\n  name: n\n  model_path: /n\n  service: &t\n    <<: *s\n    port: 81\n- <<: *n\n  service:\n    <<: [{{shell: /bin/a, port: 82}}, *t]\n"
+        ),
+        format!("{model}  <<: []\n"),
         // Refused.
+        format!("{check}      max_retries: 0\n"),
+        format!("{check}      expected_status_code: 99\n"),
+        format!("{service}    port: 0\n"),
+        format!("{model}  <<: 3\n"),
         "models: 3\n".to_owned(),
         format!("{model}extra: 1\n"),
         format!("{model}  extra: 1\n"),
@@ -167,12 +177,13 @@ fn model_definitions_are_read_as_the_published_agent_reads_them() -> Result<()> 
                 let mut theirs: Value = serde_json::from_str(theirs)?;
                 for models in [&mut ours, &mut theirs] {
                     // The runner takes nothing for no actions, and the metadata is nobody's here.
-                    let model = &mut models[0];
-                    model["metadata"] = Value::Null;
-                    if model["service"]["pre_start_actions"].is_null()
-                        && model["service"].is_object()
-                    {
-                        model["service"]["pre_start_actions"] = json!([]);
+                    for model in models.as_array_mut().into_iter().flatten() {
+                        model["metadata"] = Value::Null;
+                        if model["service"]["pre_start_actions"].is_null()
+                            && model["service"].is_object()
+                        {
+                            model["service"]["pre_start_actions"] = json!([]);
+                        }
                     }
                 }
                 ensure!(ours == theirs, "{definition}\nours {ours}\ntheirs {theirs}");
@@ -181,6 +192,6 @@ fn model_definitions_are_read_as_the_published_agent_reads_them() -> Result<()> 
             (ours, theirs) => anyhow::bail!("{definition}\nours {ours:?}\ntheirs {theirs}"),
         }
     }
-    ensure!(taken == 8, "{taken} were taken:\n{said}");
+    ensure!(taken == 12, "{taken} were taken:\n{said}");
     Ok(())
 }

@@ -8,6 +8,7 @@
 //! refused as it does: a misspelt health check would be none.
 
 mod extent;
+mod merge;
 
 use super::mounts;
 use super::request::{KernelCreationConfig, SessionType, VfolderMount, VfolderUsage};
@@ -297,9 +298,18 @@ fn custom(folder: &VfolderMount, wanted: Option<&str>) -> Result<Vec<Model>, Mod
     Err(ModelDefinitionError::NoFile(paths.join(" or ")))
 }
 
+fn definition(text: &[u8]) -> Result<Definition, serde_yaml_ng::Error> {
+    extent::check(text)?;
+    let mut value: serde_yaml_ng::Value = serde_yaml_ng::from_slice(text)?;
+    if merge::fold(&mut value)? {
+        return serde_yaml_ng::from_value(value);
+    }
+    // Read again, because errors name the line then.
+    serde_yaml_ng::from_slice(text)
+}
+
 fn parse(path: &str, text: &[u8]) -> Result<Vec<Model>, ModelDefinitionError> {
-    let definition = extent::check(text).and_then(|()| serde_yaml_ng::from_slice(text));
-    let definition: Definition = definition.map_err(|cause| ModelDefinitionError::Yaml {
+    let definition = definition(text).map_err(|cause| ModelDefinitionError::Yaml {
         path: path.to_owned(),
         cause,
     })?;
@@ -317,8 +327,8 @@ fn parse(path: &str, text: &[u8]) -> Result<Vec<Model>, ModelDefinitionError> {
             return Err(refuse("a model has no name".to_owned()));
         }
         if let Some(service) = &model.service {
-            if service.port <= 1 {
-                return Err(refuse(format!("the port of {name} is not above 1")));
+            if service.port == 0 {
+                return Err(refuse(format!("the port of {name} is 0")));
             }
             let health = service.health_check.as_ref();
             let seconds = |value: f64| value.is_finite() && value > 0.0;
@@ -326,6 +336,16 @@ fn parse(path: &str, text: &[u8]) -> Result<Vec<Model>, ModelDefinitionError> {
             {
                 return Err(refuse(format!(
                     "the times of the health check of {name} are not above 0"
+                )));
+            }
+            if health.is_some_and(|check| check.max_retries == 0) {
+                return Err(refuse(format!(
+                    "max_retries of the health check of {name} is 0; it needs 1 at least"
+                )));
+            }
+            if health.is_some_and(|check| check.expected_status_code < 100) {
+                return Err(refuse(format!(
+                    "expected_status_code of the health check of {name} is below 100"
                 )));
             }
         }
@@ -429,7 +449,10 @@ mod tests {
             "models: 3",
             "models:\n- name: m\n",
             "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 99999}}",
-            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 1}}",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 0}}",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 8000, health_check: {path: /, max_retries: 0}}}",
+            "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 8000, health_check: {path: /, expected_status_code: 99}}}",
+            "models:\n- {name: m, model_path: /m, <<: 3}",
             "models:\n- {name: '', model_path: /m}",
             "models:\n- {name: m, model_path: /m, service: {start_command: x, port: 8000, health_check: {path: /, interval: 0}}}",
             "\0\u{1}",
@@ -469,6 +492,22 @@ mod tests {
         let text =
             "models:\n- &m {name: !t m, model_path: &p /m}\n- {name: n, model_path: *p}\n- *m\n";
         assert_eq!(parse("a.yaml", text.as_bytes()).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn maps_may_be_merged() {
+        let text = "models:\n- &m {name: m, model_path: /m, service: &s {start_command: serve, port: 80}}\n- {<<: *m, name: n, service: {<<: *s, port: 81}}\n";
+        let models = parse("a.yaml", text.as_bytes()).unwrap();
+        let told: Vec<_> = models
+            .iter()
+            .map(|model| (model.name.as_str(), model.port()))
+            .collect();
+        assert_eq!(told, [("m", Some(80)), ("n", Some(81))]);
+        assert_eq!(models[1].model_path, "/m");
+        // A key that nobody knows is none in what is merged either.
+        let text = format!("{text}- {{<<: *m, extra: 1}}\n");
+        let told = crate::causes::chain(&parse("a.yaml", text.as_bytes()).unwrap_err());
+        assert!(told.contains("extra"), "{told}");
     }
 
     #[test]
