@@ -110,6 +110,20 @@ async fn creations_go_on_or_fail_whole() -> Result<()> {
     };
     let node = node(&engine).await?;
     creations_under(&node, &mut engine, async |_, engine| engine.restart()).await?;
+    // One that comes while the engine is away has nothing that the engine would have to give back.
+    let early = order(&engine)?;
+    engine.end(Signal::SIGKILL)?;
+    let began = Instant::now();
+    let refused = kernels::call(&node, "create_kernels", early.arguments()).await?;
+    ensure!(refused.is_err(), "created without an engine");
+    ensure!(
+        began.elapsed() < Duration::from_secs(30),
+        "answered after {:?}",
+        began.elapsed()
+    );
+    let creating = kernels::ask(&node, "check_creating", vec![text(early.kernel)]).await?;
+    assert_eq!(creating, json!(false));
+    engine.resume()?;
     creations_under(&node, &mut engine, async |_, engine| {
         engine.end(Signal::SIGKILL)?;
         engine.resume()

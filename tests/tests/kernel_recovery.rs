@@ -177,6 +177,17 @@ async fn defect_unregistered_live_containers_are_killed() -> Result<()> {
     wait_usable(&node, &order).await?;
     let ran = kernels::run(&node, &order, "echo adopted").await?;
     assert_eq!(ran.output, "adopted\n");
+    // What a manager that believes it under creation is told; of the services once the runner has.
+    let again = wait::until("the services are known", SOON, || async {
+        let again = kernels::create(&node, &order).await.ok()?;
+        (again["service_ports"] == result["service_ports"]).then_some(again)
+    })
+    .await?;
+    for part in ["id", "container_id", "kernel_host", "repl_in_port"] {
+        assert_eq!(again[part], result[part], "{part}");
+    }
+    let given = |result: &Json| result["resource_spec"]["allocations"].clone();
+    assert_eq!(given(&again), given(&result));
     let after = kernels::ask(&node, "bai.status", vec![]).await?;
     assert_eq!(
         after["slots"], before["slots"],

@@ -24,9 +24,9 @@ use tokio_util::sync::CancellationToken;
 pub use error::CreateError;
 pub use follow::start_models;
 pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, with_host_ports};
+pub use result::creation_info;
 pub use serve::connect_runner;
 
-use self::serve::Launched;
 use super::batch_job;
 use super::journal::{Phase, now_unix};
 use super::lifecycle::{Action, Input, Refusal, Stage, State};
@@ -123,12 +123,12 @@ async fn take_turn<'n>(
 async fn conclude(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
-    built: Result<Launched, CreateError>,
+    built: Result<(), CreateError>,
     turn: Option<SemaphorePermit<'_>>,
 ) -> Result<serde_json::Value, CreateError> {
     let failed = match built {
-        Ok(launched) => {
-            let result = result::creation_info(node, kernel, &launched);
+        Ok(()) => {
+            let result = kernel.with_record(|record| creation_info(node, record));
             let kept = JsonText::from(&result);
             node.note(kernel, |record| record.result = Some(kept)).await;
             let actions = kernel.step(Input::Ready);
@@ -209,7 +209,8 @@ fn new_record(order: &Order) -> Record {
         image: config.image.canonical.clone(),
         session_type: config.session_type,
         hostname: config.hostname().to_owned(),
-        container_name: format!("kernel.{}.{}", config.image.short_name(), order.id),
+        // Nothing to look for yet.
+        container_name: String::new(),
         container_id: None,
         slots: serde_json::Map::new(),
         allocation: None,
@@ -285,7 +286,7 @@ async fn build(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
-) -> Result<Launched, CreateError> {
+) -> Result<(), CreateError> {
     let config = &order.config;
     node.events.emit(Event::KernelPreparing {
         kernel: kernel.id,
@@ -465,7 +466,7 @@ async fn rebuild(
     order: &Order,
     found: &Found,
     abort: &CancellationToken,
-) -> Result<Launched, CreateError> {
+) -> Result<(), CreateError> {
     let (prepared, distro) = (&found.prepared, &found.distro);
     kernel.update_record(|record| {
         record.distro = Some(distro.clone());
@@ -524,7 +525,7 @@ async fn find_and_rebuild(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
-) -> Result<Launched, CreateError> {
+) -> Result<(), CreateError> {
     let found = abortable(kernel, abort, Box::pin(find(node, kernel, order))).await??;
     rebuild(node, kernel, order, &found, abort).await
 }

@@ -23,14 +23,17 @@ use super::lifecycle::Lifecycle;
 use super::node::{Node, blocking};
 use super::record::Record;
 use super::registry::{EndedKernel, Kernel};
-use super::{batch_job, commit, restart, rows};
+use super::{batch_job, commit, restart, rows, services};
 use crate::docker::{ContainerSummary, DockerError};
+use crate::json_text::JsonText;
 use crate::resource::Restored;
 
 /// A scratch directory of nobody is deleted only when it is older than this.
 const ORPHAN_AGE: Duration = Duration::from_secs(600);
 /// Pauses between attempts to take up a kernel that runs: doubled up to the second.
 const RESUME_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long a runner may take to tell its services.
+const SERVICES_TOLD: Duration = Duration::from_secs(10);
 
 /// Why the node could not be taken over.
 #[derive(Debug, Error)]
@@ -196,6 +199,8 @@ fn known(record: &Record) -> Known {
 /// What is started once all kernels are entered.
 enum Begin {
     Service(Arc<Kernel>),
+    /// Of a kernel found without a journal.
+    Acquaintance(Arc<Kernel>),
     Start(Arc<Kernel>),
     Restart(Arc<Kernel>),
     End(Arc<Kernel>),
@@ -209,6 +214,12 @@ impl Begin {
                 node.clone()
                     .tasks
                     .spawn(async move { resume_service(&node, &kernel).await });
+            }
+            Begin::Acquaintance(kernel) => {
+                node.clone().tasks.spawn(async move {
+                    resume_service(&node, &kernel).await;
+                    learn_services(&node, &kernel).await;
+                });
             }
             Begin::Start(kernel) => {
                 node.clone()
@@ -279,9 +290,13 @@ async fn enter(
         None => {}
     }
     let (lifecycle, begin): (_, fn(Arc<Kernel>) -> Begin) = match decision {
-        Decision::Adopt(_) | Decision::AdoptFromLabels(_) => {
+        Decision::Adopt(_) => {
             recovered.adopted += 1;
             (Lifecycle::found_running(), Begin::Service)
+        }
+        Decision::AdoptFromLabels(_) => {
+            recovered.adopted += 1;
+            (Lifecycle::found_running(), Begin::Acquaintance)
         }
         Decision::ResumeStart(_) => {
             recovered.resumed += 1;
@@ -297,6 +312,10 @@ async fn enter(
         }
         Decision::RemoveUnstarted(_) => return None,
     };
+    if let Decision::AdoptFromLabels(_) = decision {
+        // A manager that believes it under creation is told of its start again, and asks for what it has.
+        record.result = Some(JsonText::from(&create::creation_info(node, &record)));
+    }
     // A kernel that entered meanwhile on another way holds its own already.
     let kernel = node.registry.adopt(lifecycle, record)?;
     kernel.with_record(|record| restore_holdings(node, record));
@@ -394,6 +413,26 @@ async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
             () = node.stopping.cancelled() => return,
         }
         pause = (pause * 2).min(RESUME_PAUSES.1);
+    }
+}
+
+/// Asks the runner for what only it knows of the services, as at the start of a kernel.
+async fn learn_services(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let Some(runner) = kernel.runner() else {
+        return;
+    };
+    match runner.apps(SERVICES_TOLD).await {
+        Ok(apps) => {
+            node.note(kernel, |record| {
+                services::merge_apps(&mut record.services, apps.as_deref().unwrap_or_default());
+                record.result = Some(JsonText::from(&create::creation_info(node, record)));
+            })
+            .await;
+        }
+        Err(err) => {
+            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                "the runner of an adopted kernel does not tell its services; they are known by their ports alone");
+        }
     }
 }
 

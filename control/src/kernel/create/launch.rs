@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
 use super::prepare::{self, Prepared};
-use super::serve::{Attempt, Launched, serve};
+use super::serve::{Attempt, serve};
 use super::{Order, aborted, enter, with_host_ports};
 use crate::accelerator::host::Granted;
 use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
@@ -47,7 +47,7 @@ pub async fn files_and_container(
     prepared: &Prepared,
     distro: &str,
     abort: &CancellationToken,
-) -> Result<Launched, CreateError> {
+) -> Result<(), CreateError> {
     let fresh = kernel.with_record(|record| record.services.is_empty());
     enter(kernel, Stage::Files)?;
     let mut attempt = 1;
@@ -61,7 +61,7 @@ pub async fn files_and_container(
     }
     loop {
         match launch(node, kernel, order, prepared, distro, abort).await {
-            Ok(launched) => return Ok(launched),
+            Ok(()) => return Ok(()),
             Err(Attempt::Busy(err, ports)) if attempt < ATTEMPTS => {
                 attempt += 1;
                 tracing::warn!(kernel_id = %kernel.id, ?ports, err = &err as &dyn std::error::Error,
@@ -184,7 +184,7 @@ async fn launch(
     prepared: &Prepared,
     distro: &str,
     abort: &CancellationToken,
-) -> Result<Launched, Attempt> {
+) -> Result<(), Attempt> {
     let container = make_container(node, kernel, order, prepared, distro).await?;
     if abort.is_cancelled() {
         return Err(aborted(kernel).into());

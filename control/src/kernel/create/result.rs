@@ -1,20 +1,15 @@
 //! What `create_kernels` answers and `kernel_started` carries.
 
-use std::sync::Arc;
-
 use serde_json::{Value, json};
 
 use super::prepare::public_services;
-use super::serve::Launched;
 use crate::kernel::node::Node;
 use crate::kernel::record::Record;
-use crate::kernel::registry::Kernel;
 use crate::kernel::service_ports::{REPL_IN, REPL_OUT};
 
 /// The original's map, with plain values in place of its decimals, sizes, enums and paths (the
 /// manager reads either).
-pub fn creation_info(node: &Arc<Node>, kernel: &Arc<Kernel>, launched: &Launched) -> Value {
-    let record = kernel.record();
+pub fn creation_info(node: &Node, record: &Record) -> Value {
     let attached: serde_json::Map<String, Value> = record
         .allocation
         .as_ref()
@@ -28,11 +23,11 @@ pub fn creation_info(node: &Arc<Node>, kernel: &Arc<Kernel>, launched: &Launched
         .as_ref()
         .map(|request| (request.agent_addr.clone(), request.scaling_group.clone()))
         .unwrap_or_default();
-    let mut info = ports_info(&record);
+    let mut info = ports_info(record);
     let rest = json!({
-        "id": kernel.id.to_string(),
+        "id": record.id().to_string(),
         "kernel_host": node.config.container.advertised_host,
-        "container_id": launched.container.to_string(),
+        "container_id": record.container_id,
         "resource_spec": {
             "slots": record.slots,
             "allocations": record.allocation,

@@ -27,13 +27,6 @@ use crate::link::LinkError;
 /// How much later than its processes the engine may know that a container has ended.
 const NEWS: Duration = Duration::from_secs(2);
 
-/// A kernel whose runner has answered.
-#[derive(Clone, Debug)]
-pub struct Launched {
-    /// Its container.
-    pub container: ContainerId,
-}
-
 /// Why an attempt failed.
 pub(super) enum Attempt {
     /// A host port turned out to be in use; others may do.
@@ -53,7 +46,7 @@ pub(super) async fn serve(
     kernel: &Arc<Kernel>,
     container: ContainerId,
     abort: &CancellationToken,
-) -> Result<Launched, Attempt> {
+) -> Result<(), Attempt> {
     match serve_running(node, kernel, container, abort).await {
         Err(Attempt::Failed(err @ (CreateError::Died { .. } | CreateError::Aborted { .. }))) => {
             Err(err.into())
@@ -118,7 +111,7 @@ async fn serve_running(
     kernel: &Arc<Kernel>,
     container: ContainerId,
     abort: &CancellationToken,
-) -> Result<Launched, Attempt> {
+) -> Result<(), Attempt> {
     if kernel.with_record(wants_sudo) {
         allow_sudo(node, container).await?;
     }
@@ -167,7 +160,7 @@ async fn serve_running(
     match apps {
         Ok(apps) => {
             kernel.update_record(|record| services::merge_apps(&mut record.services, &apps));
-            Ok(Launched { container })
+            Ok(())
         }
         Err(InitError::Died | InitError::Closed) => Err(died(node, kernel, container).await.into()),
         Err(source) => {
@@ -270,14 +263,14 @@ pub async fn resume(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     abort: &CancellationToken,
-) -> Result<Launched, CreateError> {
+) -> Result<(), CreateError> {
     let Some(container) = kernel.container() else {
         return Err(CreateError::Request(
             "the journal names no container".into(),
         ));
     };
     match serve(node, kernel, container, abort).await {
-        Ok(launched) => Ok(launched),
+        Ok(()) => Ok(()),
         Err(Attempt::Busy(err, _) | Attempt::Failed(err)) => Err(err),
     }
 }
