@@ -22,6 +22,7 @@ use crate::causes::chain;
 use crate::docker::RegistryAuth;
 use crate::events::{Event, Events};
 use crate::kernel::commit::CommitOrder;
+use crate::metrics::{TaskEnd, count_task, count_task_end};
 
 /// How often progress is told.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
@@ -33,8 +34,28 @@ pub enum TaskKey {
     Commit(KernelId, CommitOrder),
     /// A push of an image.
     Push(String, Option<RegistryAuth>),
-    /// Work that is never joined.
-    Own(Uuid),
+    /// Work that is never joined, by what it is for and an id of its own.
+    Own(Purpose, Uuid),
+}
+
+/// What work is for that is never joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// A pull of an image.
+    Pull,
+    /// A push of an image that stays here.
+    Push,
+}
+
+impl TaskKey {
+    /// What `/metrics` calls such tasks: the original's names.
+    fn name(&self) -> &'static str {
+        match self {
+            TaskKey::Commit(..) => "_commit",
+            TaskKey::Push(..) | TaskKey::Own(Purpose::Push, _) => "_push_image",
+            TaskKey::Own(Purpose::Pull, _) => "_pull",
+        }
+    }
 }
 
 /// The tasks under way.
@@ -113,7 +134,7 @@ impl BackgroundTasks {
             .keys()
             .filter_map(|key| match key {
                 TaskKey::Commit(kernel, _) => Some(*kernel),
-                TaskKey::Push(..) | TaskKey::Own(_) => None,
+                TaskKey::Push(..) | TaskKey::Own(..) => None,
             })
             .collect()
     }
@@ -131,6 +152,9 @@ impl BackgroundTasks {
                 free.insert(task);
             }
         }
+        let kind = key.name();
+        count_task(kind);
+        let begun = Instant::now();
         let place = Place {
             running: self.running.clone(),
             key,
@@ -154,6 +178,12 @@ impl BackgroundTasks {
                 outcome = work => Some(outcome),
                 () = stopping.cancelled() => None,
             };
+            let end = match &outcome {
+                Some(Ok(Ok(_))) => TaskEnd::Done,
+                Some(_) => TaskEnd::Failed,
+                None => TaskEnd::Cancelled,
+            };
+            count_task_end(kind, end, begun.elapsed());
             // Free again before it is told, so that who hears of the end may start anew.
             drop(place);
             events.emit(match outcome {

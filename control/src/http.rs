@@ -11,7 +11,7 @@ mod places;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -235,8 +235,14 @@ async fn finish(request: Request, next: Next) -> Result<Response, Infallible> {
         Method::OPTIONS => "OPTIONS",
         _ => "other",
     };
+    let begun = Instant::now();
     let mut response = next.run(request).await;
-    count_request(method, endpoint, response.status().as_u16());
+    count_request(
+        method,
+        endpoint,
+        response.status().as_u16(),
+        begun.elapsed(),
+    );
     let headers = response.headers_mut();
     let any = HeaderValue::from_static("*");
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, any.clone());

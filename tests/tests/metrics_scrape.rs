@@ -180,7 +180,7 @@ fn base_name(name: &str) -> &str {
     ["_bucket", "_sum", "_count"]
         .iter()
         .find_map(|end| name.strip_suffix(end))
-        .filter(|base| base.ends_with("_seconds"))
+        .filter(|base| base.ends_with("_seconds") || base.ends_with("_sec"))
         .unwrap_or(name)
 }
 
@@ -234,6 +234,11 @@ async fn a_scrape_is_what_the_document_says_and_the_numbers_are_the_kernel_s() -
         "bai_port_serving",
         "bai_slot_total",
         "process_resident_memory_bytes",
+        "backendai_api_request_duration_sec",
+        "backendai_sync_container_lifecycle_trigger_count_total",
+        "backendai_cpu_usage_percent",
+        "backendai_memory_used_rss",
+        "backendai_memory_used_vms",
     ] {
         ensure!(shown.contains(name), "{name} is not on the page");
     }

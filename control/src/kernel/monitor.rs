@@ -23,6 +23,7 @@ use super::registry::Kernel;
 use super::rows;
 use crate::causes::chain;
 use crate::docker::{ContainerEvent, DockerError, EngineEvent, NetworkEvent};
+use crate::metrics::{count_sync, count_sync_end};
 
 /// Docker events waiting for us; a full queue makes the stream say `Resynchronise`.
 const EVENT_QUEUE: usize = 1024;
@@ -99,7 +100,11 @@ pub async fn follow_samples(node: Arc<Node>) {
 }
 
 async fn reconcile_and_report(node: &Arc<Node>) {
-    if let Err(err) = reconcile(node).await {
+    count_sync(node.agent_id());
+    let reconciled = reconcile(node).await;
+    let ended = reconciled.as_ref().map_err(|_| "DockerError");
+    count_sync_end(node.agent_id(), ended.copied());
+    if let Err(err) = reconciled {
         let message = format!("cannot compare kernels with containers: {}", chain(&err));
         node.report(message, []);
         tracing::warn!(
@@ -175,11 +180,12 @@ fn follow_container(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     });
 }
 
-/// One comparison. A container that can't be looked at hinders no other.
+/// One comparison. A container that can't be looked at hinders no other. Answers how many kernels without
+/// a running container there were, and containers without a kernel.
 ///
 /// # Errors
 /// The engine can't be asked, or not for a container: the first failure.
-pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
+pub async fn reconcile(node: &Arc<Node>) -> Result<usize, DockerError> {
     // Taken before the list: a kernel that is started meanwhile is not looked for in it.
     let running: Vec<Arc<Kernel>> = node
         .registry
@@ -216,7 +222,8 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<(), DockerError> {
             looks.push(Box::pin(recovery::take_stray(node, listed)));
         }
     }
-    look_at_all(looks).await
+    let count = looks.len();
+    look_at_all(looks).await.map(|()| count)
 }
 
 /// A look at one container by itself, and what follows from it.

@@ -1,15 +1,16 @@
-//! What the agent counts of itself: calls, publications, requests.
+//! What the agent counts of itself: calls, publications, comparisons, background tasks, requests.
 //!
 //! In: counters and histograms of the whole process. Out: their part of the page. Invariant: label
 //! values are names the agent knows, never text of a peer.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
-use super::page::{Page, families, seconds};
+use super::page::{Family, Page, families, seconds};
 
 families! {
     RPC_CALLS = Counter "backendai_rpc_requests_total" ["method"] "Calls of the manager's RPC.";
@@ -23,9 +24,25 @@ families! {
         "Rounds whose records were stored.";
     STAT_FAILURES = Counter "backendai_stat_task_failure_count_total" ["agent_id stat_scope exception"]
         "Rounds whose records were not stored.";
-    REQUESTS = Counter "backendai_api_request_count_total" ["method endpoint status_code"]
+    SYNC_TRIGGERS = Counter "backendai_sync_container_lifecycle_trigger_count_total" ["agent_id"]
+        "Comparisons of kernels with the engine's containers begun.";
+    SYNC_SUCCESSES = Counter "backendai_sync_container_lifecycle_success_count_total" ["agent_id"]
+        "Kernels and containers that such comparisons found without the other, and dealt with.";
+    SYNC_FAILURES = Counter "backendai_sync_container_lifecycle_failure_count_total" ["agent_id exception"]
+        "Such comparisons that failed.";
+    BGTASKS = Gauge "backendai_bgtask_count" ["task_name"] "Background tasks under way.";
+    BGTASKS_DONE = Counter "backendai_bgtask_done_count_total" ["task_name status domain operation error_detail"]
+        "Background tasks that have ended.";
+    BGTASK_TIMES = Histogram "backendai_bgtask_processing_time_sec" ["task_name status domain operation error_detail le"]
+        "Time from a background task's start to its end, seconds.";
+    REQUESTS = Counter "backendai_api_request_count_total" ["method endpoint domain operation error_detail status_code"]
         "Requests answered by the agent's HTTP server.";
+    REQUEST_TIMES = Histogram "backendai_api_request_duration_sec" ["method endpoint domain operation error_detail status_code le"]
+        "Time from a request's arrival to its answer, seconds.";
     TASKS = Gauge "backendai_async_task_count" [] "Asynchronous tasks of the agent.";
+    CPU_PERCENT = Gauge "backendai_cpu_usage_percent" [] "CPU the agent has used since the last scrape, in percent of one core.";
+    RSS = Gauge "backendai_memory_used_rss" [] "Memory the agent has resident, bytes.";
+    VMS = Gauge "backendai_memory_used_vms" [] "Address space of the agent, bytes.";
     CPU = Counter "process_cpu_seconds_total" [] "CPU time used by the agent.";
     MEMORY = Gauge "process_resident_memory_bytes" [] "Memory the agent has resident.";
     SPACE = Gauge "process_virtual_memory_bytes" [] "Address space of the agent.";
@@ -39,12 +56,25 @@ pub fn own_families() -> impl Iterator<Item = &'static super::Family> {
     FAMILIES.iter().copied()
 }
 
-/// Upper bounds of its buckets: the original's.
-const RPC_BUCKETS: [f64; 7] = [0.1, 1.0, 10.0, 30.0, 60.0, 300.0, 600.0];
+/// Upper bounds of their buckets, seconds: the original's.
+const BUCKETS: [(&Family, &[f64]); 3] = [
+    (&RPC_TIMES, &[0.1, 1.0, 10.0, 30.0, 60.0, 300.0, 600.0]),
+    (&BGTASK_TIMES, &[0.1, 1.0, 10.0, 30.0, 60.0, 300.0, 600.0]),
+    (
+        &REQUEST_TIMES,
+        &[0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0],
+    ),
+];
+/// CPU time is told over this long at least: Linux counts it in hundredths of a second.
+const CPU_SPAN: Duration = Duration::from_secs(1);
 
 /// The process-wide counters.
 #[derive(Clone, Debug)]
-pub struct Recorder(PrometheusHandle);
+pub struct Recorder {
+    handle: PrometheusHandle,
+    /// When CPU time was last told, and how much it was, ns.
+    cpu: Arc<Mutex<(Instant, u64)>>,
+}
 
 impl Recorder {
     /// Installs the counters for this process; a second installation counts nothing and is harmless.
@@ -52,9 +82,12 @@ impl Recorder {
     /// # Errors
     /// The declared buckets are wrong, which a test excludes.
     pub fn install() -> Result<Recorder, BuildError> {
-        let recorder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Full(RPC_TIMES.name.to_owned()), &RPC_BUCKETS)?
-            .build_recorder();
+        let mut builder = PrometheusBuilder::new();
+        for (family, buckets) in BUCKETS {
+            let name = Matcher::Full(family.name.to_owned());
+            builder = builder.set_buckets_for_metric(name, buckets)?;
+        }
+        let recorder = builder.build_recorder();
         let handle = recorder.handle();
         if ::metrics::set_global_recorder(recorder).is_err() {
             tracing::debug!("counters are installed already");
@@ -66,20 +99,42 @@ impl Recorder {
                 super::Kind::Histogram => ::metrics::describe_histogram!(family.name, family.help),
             }
         }
-        Ok(Recorder(handle))
+        let used = Stat::read().cpu_ns().unwrap_or_default();
+        Ok(Recorder {
+            handle,
+            cpu: Arc::new(Mutex::new((Instant::now(), used))),
+        })
     }
 
     /// Folds what was observed since; without it observations pile up between scrapes.
     pub fn upkeep(&self) {
-        self.0.run_upkeep();
+        self.handle.run_upkeep();
     }
 
     /// This part of the page.
     pub fn render(&self, tasks: usize) -> String {
         let mut page = Page::default();
         page.sample(&TASKS, "", u64::try_from(tasks).unwrap_or(u64::MAX));
-        process(&mut page);
-        self.0.render() + &page.into_text()
+        let stat = Stat::read();
+        let percent = stat.cpu_ns().and_then(|used| self.cpu_percent(used));
+        page.measured(&CPU_PERCENT, "", percent);
+        page.measured(&RSS, "", stat.resident());
+        page.measured(&VMS, "", stat.field(23));
+        process(&mut page, &stat);
+        self.handle.render() + &page.into_text()
+    }
+
+    /// CPU since this was last told, in percent of one core, where `used` is the process's in all, ns.
+    fn cpu_percent(&self, used: u64) -> Option<f64> {
+        // The pair is whole after every statement.
+        let mut last = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let (then, before) = *last;
+        let span = then.elapsed();
+        if span >= CPU_SPAN {
+            *last = (then + span, used);
+        }
+        let spent = Duration::from_nanos(used.saturating_sub(before));
+        (!span.is_zero()).then(|| 100.0 * spent.as_secs_f64() / span.as_secs_f64())
     }
 }
 
@@ -130,35 +185,107 @@ pub enum Round {
     Failed(&'static str),
 }
 
-/// Counts one HTTP request.
-pub fn count_request(method: &'static str, endpoint: &'static str, status: u16) {
-    ::metrics::counter!(REQUESTS.name, "method" => method, "endpoint" => endpoint, "status_code" => status.to_string())
+/// Counts a comparison of kernels with containers that begins.
+pub fn count_sync(agent_id: &str) {
+    ::metrics::counter!(SYNC_TRIGGERS.name, "agent_id" => agent_id.to_owned()).increment(1);
+}
+
+/// Counts one that has ended: how much was dealt with, or the class of its failure.
+pub fn count_sync_end(agent_id: &str, ended: Result<usize, &'static str>) {
+    let agent_id = agent_id.to_owned();
+    match ended {
+        Ok(count) => ::metrics::counter!(SYNC_SUCCESSES.name, "agent_id" => agent_id)
+            .increment(u64::try_from(count).unwrap_or(u64::MAX)),
+        Err(why) => {
+            ::metrics::counter!(SYNC_FAILURES.name, "agent_id" => agent_id, "exception" => why)
+                .increment(1);
+        }
+    }
+}
+
+/// How a background task has ended.
+#[derive(Clone, Copy, Debug)]
+pub enum TaskEnd {
+    /// Its work is done.
+    Done,
+    /// It is not, and will not be.
+    Failed,
+    /// The agent stops.
+    Cancelled,
+}
+
+/// Counts a background task that begins. `name` is a name of ours.
+pub fn count_task(name: &'static str) {
+    ::metrics::gauge!(BGTASKS.name, "task_name" => name).increment(1.0);
+}
+
+/// Counts one that has ended, after `took`.
+pub fn count_task_end(name: &'static str, end: TaskEnd, took: Duration) {
+    let (status, [domain, operation, detail]) = match end {
+        TaskEnd::Done => ("bgtask_done", [""; 3]),
+        TaskEnd::Failed => ("bgtask_failed", ["bgtask", "execute", "internal-error"]),
+        TaskEnd::Cancelled => ("bgtask_cancelled", ["bgtask", "execute", "canceled"]),
+    };
+    ::metrics::gauge!(BGTASKS.name, "task_name" => name).decrement(1.0);
+    ::metrics::counter!(BGTASKS_DONE.name, "task_name" => name, "status" => status, "domain" => domain, "operation" => operation, "error_detail" => detail)
         .increment(1);
+    ::metrics::histogram!(BGTASK_TIMES.name, "task_name" => name, "status" => status, "domain" => domain, "operation" => operation, "error_detail" => detail)
+        .record(took.as_secs_f64());
+}
+
+/// Counts one HTTP request, answered after `took`.
+pub fn count_request(method: &'static str, endpoint: &'static str, status: u16, took: Duration) {
+    let [domain, operation, detail] = match status {
+        400.. => ["backendai", "generic", "internal-error"],
+        _ => [""; 3],
+    };
+    let status = status.to_string();
+    ::metrics::counter!(REQUESTS.name, "method" => method, "endpoint" => endpoint, "domain" => domain, "operation" => operation, "error_detail" => detail, "status_code" => status.clone())
+        .increment(1);
+    ::metrics::histogram!(REQUEST_TIMES.name, "method" => method, "endpoint" => endpoint, "domain" => domain, "operation" => operation, "error_detail" => detail, "status_code" => status)
+        .record(took.as_secs_f64());
+}
+
+/// What Linux says of this process in `/proc/self/stat`.
+struct Stat(Vec<u64>);
+
+impl Stat {
+    fn read() -> Stat {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        // The name, in parentheses, may hold anything.
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let fields = fields.split_whitespace();
+        Stat(fields.map(|word| word.parse().unwrap_or(0)).collect())
+    }
+
+    /// By its number in proc(5), from 3 on: the third is the first after the name.
+    fn field(&self, number: usize) -> Option<u64> {
+        self.0.get(number.checked_sub(3)?).copied()
+    }
+
+    fn cpu_ns(&self) -> Option<u64> {
+        let ticks = self.field(14)?.saturating_add(self.field(15)?);
+        Some(ticks.saturating_mul(tick_ns()))
+    }
+
+    fn resident(&self) -> Option<u64> {
+        let size = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+        Some(self.field(24)?.saturating_mul(size))
+    }
+}
+
+fn tick_ns() -> u64 {
+    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
 }
 
 /// The usual series of a process.
-fn process(page: &mut Page) {
-    let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+fn process(page: &mut Page, stat: &Stat) {
     let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let stat = text("/proc/self/stat");
-    // The name, in parentheses, may hold anything.
-    let fields: Vec<u64> = stat
-        .rsplit(')')
-        .next()
-        .unwrap_or_default()
-        .split_whitespace()
-        .map(|word| word.parse().unwrap_or(0))
-        .collect();
-    // proc(5): the third field is the first after the name.
-    let field = |number: usize| fields.get(number - 3).copied();
-    if let (Some(user), Some(system)) = (field(14), field(15)) {
-        page.sample(&CPU, "", seconds((user + system).saturating_mul(tick_ns)));
+    if let Some(used) = stat.cpu_ns() {
+        page.sample(&CPU, "", seconds(used));
     }
-    if let Some(pages) = field(24) {
-        let size = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
-        page.sample(&MEMORY, "", pages.saturating_mul(size));
-    }
-    page.measured(&SPACE, "", field(23));
+    page.measured(&MEMORY, "", stat.resident());
+    page.measured(&SPACE, "", stat.field(23));
     let open = std::fs::read_dir("/proc/self/fd").map(Iterator::count).ok();
     page.measured(
         &DESCRIPTORS,
@@ -171,8 +298,8 @@ fn process(page: &mut Page) {
         .lines()
         .find_map(|line| line.strip_prefix("btime "))
         .and_then(|word| word.trim().parse::<u64>().ok());
-    if let (Some(boot), Some(ticks)) = (boot, field(22)) {
-        let since_boot = Duration::from_nanos(ticks.saturating_mul(tick_ns));
+    if let (Some(boot), Some(ticks)) = (boot, stat.field(22)) {
+        let since_boot = Duration::from_nanos(ticks.saturating_mul(tick_ns()));
         let start = Duration::from_secs(boot) + since_boot;
         page.sample(&START, "", start.as_secs_f64());
     }

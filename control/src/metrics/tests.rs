@@ -612,3 +612,155 @@ fn the_document_lists_every_family() {
         "docs/metrics.md has what is not there: {stale:#?}"
     );
 }
+
+/// What the page of the Python agent of 25.15.8 has, and its labels; a counter is by its name on the page.
+const ORIGINAL: &[(&str, Kind, &str)] = {
+    const REQUEST: &str = "method endpoint domain operation error_detail status_code";
+    const TASK: &str = "task_name status domain operation error_detail";
+    const GRAPHQL: &str = "operation_type field_name parent_type operation_name domain operation error_detail success";
+    const LAYER: &str = "domain layer operation success";
+    use Kind::{Counter, Gauge, Histogram};
+    &[
+        (
+            "backendai_container_utilization",
+            Gauge,
+            "container_metric_name agent_id kernel_id session_id user_id project_id value_type",
+        ),
+        (
+            "backendai_device_utilization",
+            Gauge,
+            "device_metric_name agent_id device_id value_type",
+        ),
+        ("backendai_rpc_requests_total", Counter, "method"),
+        (
+            "backendai_rpc_failure_requests_total",
+            Counter,
+            "method exception",
+        ),
+        (
+            "backendai_rpc_request_duration_seconds",
+            Histogram,
+            "method",
+        ),
+        (
+            "backendai_sync_container_lifecycle_trigger_count_total",
+            Counter,
+            "agent_id",
+        ),
+        (
+            "backendai_sync_container_lifecycle_success_count_total",
+            Counter,
+            "agent_id",
+        ),
+        (
+            "backendai_sync_container_lifecycle_failure_count_total",
+            Counter,
+            "agent_id exception",
+        ),
+        (
+            "backendai_stat_task_trigger_count_total",
+            Counter,
+            "agent_id stat_scope",
+        ),
+        (
+            "backendai_stat_task_success_count_total",
+            Counter,
+            "agent_id stat_scope",
+        ),
+        (
+            "backendai_stat_task_failure_count_total",
+            Counter,
+            "agent_id stat_scope exception",
+        ),
+        ("backendai_stage_count_total", Counter, "stage upper_layer"),
+        ("backendai_event_count_total", Counter, "event_type"),
+        (
+            "backendai_event_failure_count_total",
+            Counter,
+            "event_type exception domain operation error_detail",
+        ),
+        (
+            "backendai_event_processing_time_sec",
+            Histogram,
+            "event_type status domain operation error_detail",
+        ),
+        ("backendai_bgtask_count", Gauge, "task_name"),
+        ("backendai_bgtask_done_count_total", Counter, TASK),
+        ("backendai_bgtask_processing_time_sec", Histogram, TASK),
+        (
+            "backendai_layer_operation_triggered_count",
+            Gauge,
+            "domain layer operation",
+        ),
+        ("backendai_layer_operation_count_total", Counter, LAYER),
+        (
+            "backendai_layer_retry_count_total",
+            Counter,
+            "domain layer operation",
+        ),
+        ("backendai_layer_operation_duration_sec", Histogram, LAYER),
+        ("backendai_api_request_count_total", Counter, REQUEST),
+        ("backendai_api_request_duration_sec", Histogram, REQUEST),
+        ("backendai_graphql_request_count_total", Counter, GRAPHQL),
+        ("backendai_graphql_request_duration_sec", Histogram, GRAPHQL),
+        (
+            "backendai_sweep_session_count_total",
+            Counter,
+            "status success",
+        ),
+        ("backendai_sweep_kernel_count_total", Counter, "success"),
+        ("backendai_event_propagator_count", Gauge, ""),
+        (
+            "backendai_event_propagator_alias_count",
+            Gauge,
+            "domain alias_id",
+        ),
+        (
+            "backendai_event_propagator_registration_count_total",
+            Counter,
+            "",
+        ),
+        (
+            "backendai_event_propagator_unregistration_count_total",
+            Counter,
+            "",
+        ),
+        ("backendai_async_task_count", Gauge, ""),
+        ("backendai_cpu_usage_percent", Gauge, ""),
+        ("backendai_memory_used_rss", Gauge, ""),
+        ("backendai_memory_used_vms", Gauge, ""),
+    ]
+};
+
+#[test]
+fn what_the_original_has_is_there_or_told_to_be_left_out() {
+    let document = include_str!("../../../docs/metrics.md");
+    let part = document.split_once("\nLeft out are ").expect("the part").1;
+    let part = part.split_once("\n\n").expect("its end").0;
+    let left_out: Vec<&str> = part
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|name| name.starts_with("backendai_"))
+        .collect();
+    let is_left_out = |name: &str| {
+        let by = |out: &&str| match out.strip_suffix('*') {
+            Some(start) => name.starts_with(start),
+            None => name == *out || name.strip_suffix("_total") == Some(*out),
+        };
+        left_out.iter().any(by)
+    };
+    for (name, kind, labels) in ORIGINAL {
+        let ours = families().find(|family| family.name == *name);
+        assert_eq!(ours.is_none(), is_left_out(name), "{name}");
+        if let Some(ours) = ours {
+            let own = ours.labels.strip_suffix(" le").unwrap_or(ours.labels);
+            assert_eq!((ours.kind, own), (*kind, *labels), "{name}");
+        }
+    }
+    for out in left_out {
+        let start = out.trim_end_matches('*');
+        let known = ORIGINAL.iter().any(|(name, ..)| name.starts_with(start));
+        assert!(known, "{out} is not the original's");
+    }
+}

@@ -10,7 +10,7 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{kernel_id, known_kernel, reply};
-use crate::background::{Reporter, TaskKey};
+use crate::background::{Purpose, Reporter, TaskKey};
 use crate::causes::chain;
 use crate::docker::{Progress, RegistryAuth};
 use crate::events::Event;
@@ -37,7 +37,9 @@ pub(super) fn check_and_pull(node: &Arc<Node>, mut args: Arguments) -> Result<Va
         .into_iter()
         .map(|(key, config)| {
             let work = |reporter| pull_if_needed(node.clone(), config, reporter);
-            let task = node.background.start(TaskKey::Own(Uuid::new_v4()), work);
+            let task = node
+                .background
+                .start(TaskKey::Own(Purpose::Pull, Uuid::new_v4()), work);
             (key, Value::Str(task.simple().to_string()))
         })
         .collect();
@@ -117,7 +119,7 @@ pub(super) fn push(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failu
     let task = if image.is_local {
         // It is meant for this node only: done at once, as in the original.
         node.background
-            .start(TaskKey::Own(Uuid::new_v4()), |_| async {
+            .start(TaskKey::Own(Purpose::Push, Uuid::new_v4()), |_| async {
                 Ok::<_, ImageError>(None)
             })
     } else {
