@@ -459,10 +459,15 @@ fn network(inputs: &ContainerInputs<'_>, body: &mut ContainerCreateBody, host: &
         (None, _) => {}
         (Some("host"), _) => {
             host.network_mode = Some("host".to_owned());
-            let mapping = cluster.cluster_ssh_port_mapping.iter().flatten();
+            let mapping = cluster.ssh_places(inputs.request.environ.get("BACKENDAI_CLUSTER_HOSTS"));
             let hosts: Vec<String> = mapping
+                .iter()
+                .flatten()
                 .filter_map(|(name, place)| {
-                    Some(format!("{name}:{}", place.as_array()?.first()?.as_str()?))
+                    // The manager cuts it out of a node's address, and may be left with a name or a
+                    // part: the engine would refuse the container.
+                    let address: IpAddr = place.as_array()?.first()?.as_str()?.parse().ok()?;
+                    Some(format!("{name}:{address}"))
                 })
                 .collect();
             host.extra_hosts = (!hosts.is_empty()).then_some(hosts);

@@ -509,6 +509,11 @@ impl Lifecycle {
                     same(Some(ending), Action::Proceed)
                 }
             },
+            // It ran, and was taken away before its death was heard of.
+            Input::Missing if stage == Stage::Started && abort.is_none() => same(
+                Some(Ending::new(Reason::FAILED_TO_START, false)),
+                Action::AbortCreation,
+            ),
             Input::Died { .. }
             | Input::Missing
             | Input::OldContainerGone
@@ -737,6 +742,11 @@ mod tests {
         started failed                         | Ending:failed-to-start                   | StopAndClean
         started died                           | Started/failed-to-start=7                | AbortCreation
         started died died                      | Started/failed-to-start=7                | -
+        started missing                        | Started/failed-to-start                  | AbortCreation
+        started missing missing                | Started/failed-to-start                  | -
+        started missing failed cleaned         | Ended:failed-to-start=9                  | AnnounceTerminated+Forget
+        started destroy missing                | Started/user-requested                   | -
+        container missing                      | Container                                | -
         started died failed                    | Ending:failed-to-start=7                 | StopAndClean
         started died ready                     | Ending:failed-to-start=7                 | StopAndClean
         started died failed cleaned            | Ended:failed-to-start=7                  | AnnounceTerminated+Forget

@@ -8,6 +8,7 @@ mod text_map;
 mod tolerant;
 
 use serde::{Deserialize, Serialize};
+use shared::ids::KernelId;
 use uuid::Uuid;
 
 pub use text_map::{SecretText, TextMap};
@@ -305,15 +306,45 @@ impl ClusterInfo {
         self.network_config.get("network_name")?.as_str()
     }
 
-    /// The sshd port that another node was told for `hostname`.
-    pub fn mapped_ssh_port(&self, hostname: &str) -> Option<u16> {
-        let entry = self
-            .cluster_ssh_port_mapping
-            .as_ref()?
-            .get(hostname)?
+    /// The sshd port that others were told for a kernel: by its host name, or by its id, as newer
+    /// managers do it.
+    pub fn mapped_ssh_port(&self, hostname: &str, kernel: KernelId) -> Option<u16> {
+        let mapping = self.cluster_ssh_port_mapping.as_ref()?;
+        let entry = mapping
+            .get(hostname)
+            .or_else(|| mapping.get(&by_id(kernel)))?
             .as_array()?;
         u16::try_from(entry.get(1)?.as_u64()?).ok()
     }
+
+    /// Where the sshd of each kernel is, also by the names that kernels know each other by: `hosts`,
+    /// comma-separated, in the order of the kernels, which is the mapping's.
+    pub fn ssh_places(
+        &self,
+        hosts: Option<&str>,
+    ) -> Option<serde_json::Map<String, serde_json::Value>> {
+        let mut places = self.cluster_ssh_port_mapping.clone()?;
+        let hosts: Vec<&str> = hosts.unwrap_or_default().split(',').collect();
+        let by_ids = places.keys().all(|name| {
+            let id = name.strip_prefix("node-");
+            id.is_some_and(|id| id.parse::<KernelId>().is_ok())
+        });
+        if by_ids && hosts.len() == places.len() {
+            let named: Vec<_> = hosts
+                .into_iter()
+                .map(str::to_owned)
+                .zip(places.values().cloned())
+                .filter(|(name, _)| !name.is_empty())
+                .collect();
+            places.extend(named);
+        }
+        Some(places)
+    }
+}
+
+/// The key of a kernel's sshd where a mapping goes by ids.
+fn by_id(kernel: KernelId) -> String {
+    format!("node-{kernel}")
 }
 
 tolerant::text_enum! {

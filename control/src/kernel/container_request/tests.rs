@@ -491,7 +491,10 @@ fn networks_follow_the_cluster() {
     assert!(body.networking_config.is_some());
     let host = cluster(json!({
         "network_config": {"mode": "host"},
-        "cluster_ssh_port_mapping": {"main1": ["10.0.0.1", 30010], "sub1": ["10.0.0.2", 30011]},
+        "cluster_ssh_port_mapping": {
+            "main1": ["10.0.0.1", 30010], "sub1": ["10.0.0.2", 30011], "sub2": ["localhost", 30012],
+            "sub3": ["[fd00", 30013], "sub4": ["", 30014],
+        },
     }));
     let body = built(&request(json!({})), |_, _, c, _| *c = host, &[])
         .unwrap()

@@ -94,7 +94,9 @@ fn take_ports(
     };
     let wanted = repl + prepare::pool_ports(&prepared.services, network);
     // Another node was told a port for this one's sshd before the kernel existed.
-    let mapped = order.cluster.mapped_ssh_port(order.config.hostname());
+    let mapped = order
+        .cluster
+        .mapped_ssh_port(order.config.hostname(), order.id);
     let mut ports = node.ports.acquire(
         kernel.id,
         wanted - usize::from(mapped.is_some()),
@@ -169,7 +171,10 @@ async fn make_scratch(
             .clone()
             .filter(|_| !own_ssh),
         docker_credentials: config.internal_data.docker_credentials.clone(),
-        cluster: ClusterFiles::of(&order.cluster),
+        cluster: ClusterFiles::of(
+            &order.cluster,
+            order.config.environ.get("BACKENDAI_CLUSTER_HOSTS"),
+        ),
     };
     node.scratch
         .create(uuid::Uuid::from_bytes(kernel.id.0), new)

@@ -157,6 +157,37 @@ fn cluster_information_is_read() {
     assert_eq!(cluster.mode, ClusterMode::MultiNode);
     assert_eq!(cluster.network_mode(), Some("bridge"));
     assert_eq!(cluster.network_name(), Some("bai-singlenode-1"));
-    assert_eq!(cluster.mapped_ssh_port("sub1"), Some(30123));
-    assert_eq!(cluster.mapped_ssh_port("main1"), None);
+    let id = KernelId([7; 16]);
+    assert_eq!(cluster.mapped_ssh_port("sub1", id), Some(30123));
+    assert_eq!(cluster.mapped_ssh_port("main1", id), None);
+}
+
+#[test]
+fn the_ports_of_sshd_are_found_by_name_and_by_id() {
+    let [main, sub] = [7, 3].map(|n| KernelId([n; 16]));
+    let (main_key, sub_key) = (by_id(main), by_id(sub));
+    assert_eq!(main_key, "node-07070707-0707-0707-0707-070707070707");
+    let cluster: ClusterInfo = serde_json::from_value(json!({
+        "cluster_ssh_port_mapping": {&main_key: ["10.0.0.5", 30123], &sub_key: ["10.0.0.6", 30124]},
+    }))
+    .unwrap();
+    assert_eq!(cluster.mapped_ssh_port("main1", main), Some(30123));
+    assert_eq!(cluster.mapped_ssh_port("sub1", sub), Some(30124));
+    assert_eq!(cluster.mapped_ssh_port("sub1", KernelId([1; 16])), None);
+    // The kernels' order, whatever that of their ids.
+    let places = |hosts| serde_json::to_string(&cluster.ssh_places(hosts)).unwrap();
+    let given = format!(r#""{main_key}":["10.0.0.5",30123],"{sub_key}":["10.0.0.6",30124]"#);
+    let named = r#""main1":["10.0.0.5",30123],"sub1":["10.0.0.6",30124]"#;
+    assert_eq!(places(Some("main1,sub1")), format!("{{{given},{named}}}"));
+    for others in [None, Some("main1"), Some("main1,sub1,sub2")] {
+        assert_eq!(places(others), format!("{{{given}}}"));
+    }
+    // Names are there already.
+    let cluster: ClusterInfo = serde_json::from_value(json!({
+        "cluster_ssh_port_mapping": {"main1": ["10.0.0.5", 30123]},
+    }))
+    .unwrap();
+    let places = cluster.ssh_places(Some("other")).unwrap();
+    assert_eq!(places.keys().collect::<Vec<_>>(), ["main1"]);
+    assert_eq!(ClusterInfo::default().ssh_places(Some("main1")), None);
 }

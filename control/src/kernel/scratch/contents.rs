@@ -50,9 +50,10 @@ pub struct ClusterFiles {
 }
 
 impl ClusterFiles {
-    /// What of the cluster information is written.
-    pub fn of(cluster: &ClusterInfo) -> Self {
-        let mapping = cluster.cluster_ssh_port_mapping.clone();
+    /// What of the cluster information is written; `hosts` are the names of its kernels, as their
+    /// environment has them.
+    pub fn of(cluster: &ClusterInfo, hosts: Option<&str>) -> Self {
+        let mapping = cluster.ssh_places(hosts);
         Self {
             description: serde_json::to_value(cluster).ok().map(Confidential),
             ssh_keypair: cluster.ssh_keypair.clone(),
