@@ -73,7 +73,7 @@ async fn the_runner_answers_in_a_container_of_ours() {
                 skeleton: runner.runner_file(""),
                 bootstrap_script: config.bootstrap_script.clone(),
                 dotfiles: config.internal_data.dotfiles.clone(),
-                cluster: ClusterFiles::of(&ClusterInfo::default()),
+                cluster: ClusterFiles::of(&ClusterInfo::default(), None),
                 ..NewScratch::default()
             },
         )

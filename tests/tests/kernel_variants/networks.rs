@@ -378,11 +378,18 @@ async fn defect_host_network_mode_is_broken() -> Result<()> {
     }
     one.cluster["cluster_ssh_port_mapping"] =
         json!({"main1": ["127.0.0.1", assigned], "other": ["127.0.0.2", 7]});
+    // As newer managers have it.
+    let by_id = kernels::ask(&node, "assign_port", Vec::new()).await?;
+    let by_id = u16::try_from(by_id.as_u64().context("a port")?)?;
+    let key = format!("node-{}", two.kernel);
+    two.cluster["cluster_ssh_port_mapping"] = json!({key: ["127.0.0.1", by_id]});
+    two.config["environ"]["BACKENDAI_CLUSTER_HOSTS"] = json!("sub1");
     two.config["image"]["labels"]["ai.backend.service-ports"] = json!("");
     let first = kernels::create(&node, &one).await?;
     // Two on the same network do not meet.
     let second = kernels::create(&node, &two).await?;
     assert_eq!(kernels::host_ports(&first, "sshd"), [assigned]);
+    assert_eq!(kernels::host_ports(&second, "sshd"), [by_id]);
     let check = |order: &Order, result: &Json| -> Result<()> {
         let seen = inspect(container_of(result))?;
         assert_eq!(seen["HostConfig"]["NetworkMode"], "host");
@@ -415,6 +422,8 @@ async fn defect_host_network_mode_is_broken() -> Result<()> {
     check(&two, &second)?;
     let hosts = inspect(container_of(&first))?["HostConfig"]["ExtraHosts"].clone();
     assert!(hosts.to_string().contains("other:127.0.0.2"), "{hosts}");
+    let hosts = inspect(container_of(&second))?["HostConfig"]["ExtraHosts"].clone();
+    assert!(hosts.to_string().contains("sub1:127.0.0.1"), "{hosts}");
 
     // Its network is the host's: no number of it is the kernel's.
     let sample = wait::until("a sample", SOON, || async {
