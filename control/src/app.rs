@@ -425,7 +425,7 @@ async fn assemble(
         }
     };
 
-    let engine = engine_devices(&docker, &config).await;
+    let (engine, own_users) = engine_facts(&docker, &config).await;
     let inventory = config.clone();
     let (ledger, accelerators) = blocking(move || {
         let accelerators = Accelerators::open(&inventory, &accelerator_options, engine);
@@ -470,7 +470,8 @@ async fn assemble(
         registry: Registry::default(),
         ports: PortPool::new(range.first, range.last, DEFAULT_REST),
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT)
-            .of_agent(&config.agent.id),
+            .of_agent(&config.agent.id)
+            .open_to_engine(own_users),
         looks: Looks::new(config.node.folder_wait),
         creations: Semaphore::new(creations),
         left_alone: Mutex::default(),
@@ -566,8 +567,9 @@ async fn firewall_decides(config: &Config) -> bool {
     decider.is_some()
 }
 
-/// What the engine can do for devices; nothing when it does not say.
-async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
+/// What the engine can do for devices, nothing when it does not say; and whether it, or its containers' users, are
+/// others than root on its host.
+async fn engine_facts(docker: &Docker, config: &Config) -> (EngineDevices, bool) {
     let info = match docker.info().await {
         Ok(info) => info,
         Err(err) => {
@@ -575,9 +577,14 @@ async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
                 err = chain(&err),
                 "the engine does not say what it can do for devices"
             );
-            return EngineDevices::default();
+            return (EngineDevices::default(), false);
         }
     };
+    let mut options = info.security_options.iter().flatten();
+    let own_users = options.any(|option| {
+        let name = option.split(',').next();
+        matches!(name, Some("name=rootless" | "name=userns"))
+    });
     let local = docker.is_local();
     let engine = blocking(move || EngineDevices::of(&info, local)).await;
     if config.node.accelerators.cuda_injection == CudaInjection::Cdi && !engine.cdi {
@@ -585,7 +592,7 @@ async fn engine_devices(docker: &Docker, config: &Config) -> EngineDevices {
             "node.accelerators.cuda-injection is \"cdi\", and this engine has no CDI or has it switched off; kernels with CUDA devices will not start"
         );
     }
-    engine
+    (engine, own_users)
 }
 
 /// Waits for Docker, saying so, until it answers or the agent is told to stop.

@@ -3,7 +3,8 @@
 //! In: a kernel id, the rules for owners, the files the request brings. Out:
 //! `<root>/<kernel id>/{config,work}`, mounted at `/home/config` (read-only) and `/home/work`, and
 //! beside it the parts of folders that are held for the engine and the mark of the agent it belongs
-//! to. Invariants: a scratch that bears another agent's mark is never removed; a creation that fails
+//! to. Invariants: no other user of the host reaches what is in a scratch, where secrets of requests lie, unless the
+//! engine is such a user itself; a scratch that bears another agent's mark is never removed; a creation that fails
 //! leaves nothing behind; a removal works from any partial state and never enters a mount; nothing is written through what the kernel's user
 //! put into `work`; no call blocks an async worker, and each has a deadline; the work on one kernel's
 //! scratch is done by one thread at a time, also when nobody waits for it any more: a disk that hangs
@@ -202,6 +203,8 @@ pub struct Scratch {
     kind: ScratchKind,
     limit: Duration,
     owner: Option<Arc<str>>,
+    /// Of a kernel's directory; who starts its container walks through it.
+    mode: u32,
     turns: Arc<Mutex<Turns>>,
 }
 
@@ -217,8 +220,17 @@ impl Scratch {
             kind,
             limit,
             owner: None,
+            mode: 0o700,
             turns: Arc::default(),
         }
+    }
+
+    /// Lets what is made from now on be walked through by everybody on the host, for an engine that is not
+    /// root there.
+    #[must_use]
+    pub fn open_to_engine(mut self, open: bool) -> Self {
+        self.mode = if open { 0o711 } else { 0o700 };
+        self
     }
 
     /// Marks what is made from now on as this agent's, and leaves alone what is another one's.
@@ -255,10 +267,10 @@ impl Scratch {
         new: NewScratch,
     ) -> Result<ScratchPaths, ScratchError> {
         let (root, kind, limit) = (self.root.clone(), self.kind, self.limit);
-        let owner = self.owner.clone();
+        let (owner, mode) = (self.owner.clone(), self.mode);
         let paths = self.paths(kernel_id);
         self.blocking(kernel_id, move |state| {
-            storage::make(&root, kernel_id, kind, limit, owner.as_deref())?;
+            storage::make(&root, kernel_id, kind, mode, limit, owner.as_deref())?;
             let filled = contents::fill(&paths, &new).and_then(|()| match state.finish() {
                 true => Ok(paths),
                 false => Err(ScratchError::Abandoned(kernel_id)),
@@ -299,9 +311,9 @@ impl Scratch {
         kernel_id: Uuid,
         parts: Vec<Part>,
     ) -> Result<Vec<PathBuf>, ScratchError> {
-        let root = self.root.clone();
+        let (root, mode) = (self.root.clone(), self.mode);
         self.blocking(kernel_id, move |state| {
-            let paths = held::hold(&root, kernel_id, &parts)?;
+            let paths = held::hold(&root, kernel_id, mode, &parts)?;
             match state.finish() {
                 true => Ok(paths),
                 false => {

@@ -20,6 +20,15 @@ async fn defect_memory_scratch_is_not_mounted() -> Result<()> {
         let found = mounts_below(&node.scratch_root());
         assert_eq!(found.len(), mounts, "{kind}: {found:?}");
         assert!(found.iter().all(|line| line.starts_with(file_system)));
+        assert!(
+            found.iter().all(|line| line.contains("nosuid")),
+            "{found:?}"
+        );
+        let scratch = node.scratch(&order.kernel.to_string());
+        assert_eq!(
+            std::fs::metadata(scratch)?.permissions().mode() & 0o7777,
+            0o700
+        );
         let shown = output_of(
             &node,
             &order,

@@ -51,14 +51,16 @@ fn directory(root: &Path, kernel_id: Uuid) -> PathBuf {
     root.join(format!("{kernel_id}{SUFFIX}"))
 }
 
-/// Mounts each part, in place of what a former container of the kernel had; their paths in order.
+/// Mounts each part, in place of what a former container of the kernel had, in a directory with the mode `mode`;
+/// their paths in order.
 pub(super) fn hold(
     root: &Path,
     kernel_id: Uuid,
+    mode: u32,
     parts: &[Part],
 ) -> Result<Vec<PathBuf>, ScratchError> {
     release(root, kernel_id)?;
-    let held = try_hold(root, kernel_id, parts);
+    let held = try_hold(root, kernel_id, mode, parts);
     if held.is_err()
         && let Err(err) = release(root, kernel_id)
     {
@@ -67,12 +69,16 @@ pub(super) fn hold(
     held
 }
 
-fn try_hold(root: &Path, kernel_id: Uuid, parts: &[Part]) -> Result<Vec<PathBuf>, ScratchError> {
+fn try_hold(
+    root: &Path,
+    kernel_id: Uuid,
+    mode: u32,
+    parts: &[Part],
+) -> Result<Vec<PathBuf>, ScratchError> {
     let place = directory(root, kernel_id);
     fs::create_dir(&place).map_err(|cause| ScratchError::make(&place, cause))?;
-    // The points are in it, so that they are not there where it is not seen. Engines with users of
-    // their own walk through it.
-    storage::mount_tmpfs(&place, SIZE, 0o711)?;
+    // The points are in it, so that they are not there where it is not seen.
+    storage::mount_tmpfs(&place, SIZE, mode)?;
     let mut paths = Vec::with_capacity(parts.len());
     for (number, part) in parts.iter().enumerate() {
         let point = place.join(number.to_string());

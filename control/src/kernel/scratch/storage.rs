@@ -70,11 +70,13 @@ pub(super) fn owner(root: &Path, kernel_id: Uuid) -> Result<Option<String>, Scra
     Ok(Some(String::from_utf8_lossy(&text).into_owned()).filter(|owner| !owner.is_empty()))
 }
 
-/// Makes the storage with empty `config` and `work`; on an error nothing of it stays.
+/// Makes the storage with empty `config` and `work`, its directory with the mode `mode`; on an error nothing of
+/// it stays.
 pub(super) fn make(
     root: &Path,
     kernel_id: Uuid,
     kind: ScratchKind,
+    mode: u32,
     limit: Duration,
     owner: Option<&str>,
 ) -> Result<(), ScratchError> {
@@ -89,7 +91,7 @@ pub(super) fn make(
         Err(cause) => return Err(ScratchError::make(&paths.root, cause)),
     }
     let marked = owner.map_or(Ok(()), |owner| mark(root, kernel_id, owner));
-    let made = marked.and_then(|()| fill(root, kernel_id, &paths, kind, limit));
+    let made = marked.and_then(|()| fill(root, kernel_id, &paths, (kind, mode), limit));
     if made.is_err() {
         undo(root, kernel_id);
     }
@@ -100,7 +102,7 @@ fn fill(
     root: &Path,
     kernel_id: Uuid,
     paths: &ScratchPaths,
-    kind: ScratchKind,
+    (kind, mode): (ScratchKind, u32),
     limit: Duration,
 ) -> Result<(), ScratchError> {
     match kind {
@@ -110,29 +112,27 @@ fn fill(
             make_image(&image, size, limit)?;
             let mut command = Command::new("mount");
             command
-                .args(["-o", "loop,nodev"])
+                .args(["-o", "loop,nosuid,nodev"])
                 .arg(&image)
                 .arg(&paths.root);
             run(command, limit)?;
         }
         ScratchKind::Memory { size } => {
-            mount_tmpfs(&paths.root, size, 0o755)?;
+            mount_tmpfs(&paths.root, size, mode)?;
             if let Some(tmp) = &paths.tmp {
                 fs::create_dir(tmp).map_err(|cause| ScratchError::make(tmp, cause))?;
                 mount_tmpfs(tmp, size, 0o1777)?;
             }
         }
     }
-    for path in [&paths.root, &paths.config, &paths.work] {
-        let made = match path == &paths.root {
-            true => Ok(()),
-            false => fs::create_dir(path),
-        };
-        // Whatever the umask: the kernel's user walks through all three.
-        made.and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o755)))
+    // Whatever the umask: the kernel's user goes into these two, where they are mounted in its container.
+    let set_mode = |path: &PathBuf, mode| fs::set_permissions(path, Permissions::from_mode(mode));
+    for path in [&paths.config, &paths.work] {
+        fs::create_dir(path)
+            .and_then(|()| set_mode(path, 0o755))
             .map_err(|cause| ScratchError::make(path, cause))?;
     }
-    Ok(())
+    set_mode(&paths.root, mode).map_err(|cause| ScratchError::make(&paths.root, cause))
 }
 
 fn make_image(image: &Path, size: u64, limit: Duration) -> Result<(), ScratchError> {

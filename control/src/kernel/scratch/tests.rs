@@ -296,6 +296,26 @@ async fn directories_made_for_dotfiles_can_be_entered() {
 }
 
 #[tokio::test]
+async fn no_other_user_of_the_host_gets_into_a_scratch() {
+    let directory = tempfile::tempdir().unwrap();
+    let scratch = Scratch::new(directory.path().join("s"), ScratchKind::HostDir, LIMIT);
+    let skeleton = skeleton(directory.path());
+    for (open, expected) in [(false, 0o700), (true, 0o711)] {
+        let scratch = scratch.clone().open_to_engine(open);
+        let new = NewScratch {
+            skeleton: skeleton.clone(),
+            ..NewScratch::default()
+        };
+        let paths = scratch.create(kernel_id(), new).await.unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(&paths.root), expected);
+        // These are what containers see.
+        assert_eq!((mode(&paths.config), mode(&paths.work)), (0o755, 0o755));
+        scratch.remove(kernel_id()).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_second_creation_leaves_the_first_alone() {
     let directory = tempfile::tempdir().unwrap();
     let scratch = Scratch::new(directory.path().join("s"), ScratchKind::HostDir, LIMIT);
@@ -726,7 +746,7 @@ fn a_link_that_comes_and_goes_is_never_followed_out_of_a_folder() {
     let (mut held, mut refused) = (0, 0);
     let deadline = std::time::Instant::now() + LIMIT;
     while (held < 50 || refused < 50) && std::time::Instant::now() < deadline {
-        match held::hold(&root, kernel_id(), &[part_of(&folder, "part/data")]) {
+        match held::hold(&root, kernel_id(), 0o700, &[part_of(&folder, "part/data")]) {
             Ok(paths) => {
                 assert!(!paths[0].join("secret").exists());
                 assert!(paths[0].join("mine").exists());
