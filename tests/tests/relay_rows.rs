@@ -549,7 +549,7 @@ fn a_log_that_can_not_be_written_ends_nothing() {
 #[test]
 fn running_out_of_descriptors_sheds_clients_and_serving_goes_on() {
     let (_place, mut process, mut control) = started(Options {
-        descriptors: Some(112),
+        descriptors: Some(115),
         node: "forward = \"auto\"".to_owned(),
         dataplane: "stats-interval = 0.1".to_owned(),
         ..Options::default()
