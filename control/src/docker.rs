@@ -444,23 +444,16 @@ impl Docker {
         let begun = tokio::time::Instant::now();
         let limit = options.limit.unwrap_or(self.deadlines.logs);
         let path = format!("/containers/{}/logs", segment(&step, container)?);
-        let tty = self
-            .inspect(container)
-            .await?
-            .config
-            .and_then(|config| config.tty)
-            .unwrap_or(false);
-        let call = Call::new(
-            step.clone(),
-            Class::Slow,
-            limit.saturating_sub(begun.elapsed()),
-            Method::GET,
-            path,
-        )
-        .query("stdout", "true")
-        .query("stderr", "true")
-        .query("follow", "false");
-        let streaming = match self.transport.stream(&call).await {
+        let opened = Box::pin(transport::within(&step, limit, async {
+            let found = self.inspect(container).await?;
+            let tty = found.config.and_then(|config| config.tty);
+            let call = Call::new(step.clone(), Class::Slow, limit, Method::GET, path)
+                .query("stdout", "true")
+                .query("stderr", "true")
+                .query("follow", "false");
+            Ok((tty.unwrap_or(false), self.transport.stream(&call).await?))
+        }));
+        let (tty, streaming) = match opened.await {
             // 501 is dockerd's own status; older ones answer 500 with the same words.
             Err(DockerError::Engine { message, .. })
                 if message.contains("does not support reading") =>

@@ -529,9 +529,10 @@ int from_uplink(struct __sk_buff *skb)
 		flow = 0;
 	}
 	takes_new = (service->flags & (SERVICE_DRAINING | SERVICE_REMOTE)) == SERVICE_REMOTE;
-	if (opening && flow && (flow->first_sequence == it.sequence || !takes_new)) {
+	if (opening && flow && (flow->first_sequence == it.sequence || !takes_new ||
+				(flow->uplink != skb->ifindex && !leads_back(skb, &it)))) {
 		/* The SYN once more. Or the client has forgotten a flow that could not be begun now, or a
-		 * stranger says so. The container knows: if it has the connection, its answer has the client
+		 * stranger says so, perhaps from where the client can't be. The container knows: if it has the connection, its answer has the client
 		 * end that; if it has not, its answer to another SYN than the flow's ends the flow and leads
 		 * nowhere. The client's next SYN is the listener's. */
 	} else if (opening || !flow) {

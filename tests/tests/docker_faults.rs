@@ -580,7 +580,9 @@ async fn every_way_a_pull_can_fail_is_noticed() {
 #[tokio::test]
 async fn a_pull_that_waits_its_turn_in_the_engine_is_waited_for() {
     let proxy = FaultDocker::start().unwrap();
-    let docker = client(&proxy);
+    let mut patient = options(&proxy);
+    patient.deadlines.query = WATCHDOG;
+    let docker = Docker::new(&patient).unwrap();
     let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n";
     let waits = Fault::Slow(
         format!("{head}{{\"status\":\"Waiting\",\"id\":\"a\"}}\n").into_bytes(),
@@ -589,11 +591,17 @@ async fn a_pull_that_waits_its_turn_in_the_engine_is_waited_for() {
     );
     proxy.spoil("/images/create", waits, 2);
     let auth = RegistryAuth::from_parts(Some("user"), Some("word"));
-    let pull = || docker.pull_image("eng.invalid/x:1", auth.as_ref(), |_| {});
-    pull().await.unwrap();
+    let name = "eng.invalid/x:1";
+    docker
+        .pull_image(name, auth.as_ref(), |_| {})
+        .await
+        .unwrap();
     // The engine itself is silent.
     proxy.spoil("/_ping", Fault::Hang, usize::MAX);
-    let err = pull().await.unwrap_err();
+    let err = client(&proxy)
+        .pull_image(name, auth.as_ref(), |_| {})
+        .await
+        .unwrap_err();
     assert!(matches!(err, DockerError::Timeout { .. }), "{err}");
 }
 

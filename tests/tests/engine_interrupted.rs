@@ -113,14 +113,8 @@ async fn creations_go_on_or_fail_whole() -> Result<()> {
     // One that comes while the engine is away has nothing that the engine would have to give back.
     let early = order(&engine)?;
     engine.end(Signal::SIGKILL)?;
-    let began = Instant::now();
     let refused = kernels::call(&node, "create_kernels", early.arguments()).await?;
     ensure!(refused.is_err(), "created without an engine");
-    ensure!(
-        began.elapsed() < Duration::from_secs(30),
-        "answered after {:?}",
-        began.elapsed()
-    );
     let creating = kernels::ask(&node, "check_creating", vec![text(early.kernel)]).await?;
     assert_eq!(creating, json!(false));
     engine.resume()?;

@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use harness::dataplane::{free_port, until};
@@ -46,6 +46,7 @@ fn every_uplink_is_served_and_answered_by() {
     served(&node, ([10, 78, 8, 1], row.host_port).into());
     served(&node, ([10, 78, 1, 1], row.host_port).into());
     answered_by_the_way_back(&node, &row);
+    forgers_end_no_connection(&mut node);
     forgers_get_no_answers(&mut node);
     // The other goes; this one stays.
     let host = &node.network.host;
@@ -57,7 +58,7 @@ fn every_uplink_is_served_and_answered_by() {
 /// answers by another one; from when there is a route it is not.
 fn answered_by_the_way_back(node: &Node, row: &PortRow) {
     let (client, host) = (&node.network.client, &node.network.host);
-    for (namespace, link) in [(host, "up1"), (client, "eth0")] {
+    for (namespace, link) in [(host, "up1"), (client, "eth0"), (client, "eth1")] {
         // Packets of this client come in by another interface than the way back, here as there.
         let loose = move || {
             ["all", link]
@@ -98,19 +99,19 @@ fn answered_by_the_way_back(node: &Node, row: &PortRow) {
     assert!(seen.starts_with("10.78.2.1:"), "by the relay again: {seen}");
 }
 
-/// A socket of the client's address and port that speaks and hears by one of its links.
-fn by_link(address: SocketAddr, port: u16, link: &'static str) -> std::io::Result<UdpSocket> {
-    let socket = socket::socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::empty(),
-        None,
-    )?;
+/// A socket of the client's address and port on one of its links.
+fn on_link(kind: SockType, port: u16, link: &str) -> std::io::Result<OwnedFd> {
+    let socket = socket::socket(AddressFamily::Inet, kind, SockFlag::empty(), None)?;
     socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     socket::setsockopt(&socket, sockopt::BindToDevice, &link.into())?;
     let own = SocketAddrV4::new([10, 78, 1, 2].into(), port);
     socket::bind(socket.as_raw_fd(), &SockaddrIn::from(own))?;
-    let socket = UdpSocket::from(socket);
+    Ok(socket)
+}
+
+/// One that speaks and hears there.
+fn by_link(address: SocketAddr, port: u16, link: &str) -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::from(on_link(SockType::Datagram, port, link)?);
     socket.set_read_timeout(Some(traffic::PATIENCE))?;
     socket.connect(address)?;
     Ok(socket)
@@ -158,6 +159,36 @@ fn forgers_get_no_answers(node: &mut Node) {
         forger.recv(&mut word).ok()
     })
     .expect("answered there");
+}
+
+/// A SYN that comes by another uplink in the name of a client leaves the client's connection be.
+fn forgers_end_no_connection(node: &mut Node) {
+    let row = node.container.port(echo(&node.container));
+    node.lift(&row);
+    let listener = SockaddrIn::from(SocketAddrV4::new([10, 78, 1, 1].into(), row.host_port));
+    let passed = node.at_client(move || {
+        let own = on_link(SockType::Stream, 0, "eth0")?;
+        socket::connect(own.as_raw_fd(), &listener)?;
+        let mut own = TcpStream::from(own);
+        own.set_read_timeout(Some(traffic::PATIENCE))?;
+        let port = own.local_addr()?.port();
+        let mut say = |word: &[u8; 4]| {
+            own.write_all(word)?;
+            let mut heard = [0; 4];
+            own.read_exact(&mut heard)?;
+            Ok::<_, std::io::Error>(heard == *word)
+        };
+        let before = say(b"said")?;
+        let forger = TcpStream::from(on_link(SockType::Stream, port, "eth1")?);
+        forger.set_nonblocking(true)?;
+        // It asks again after a second.
+        let begun = socket::connect(forger.as_raw_fd(), &listener);
+        std::thread::sleep(Duration::from_millis(1500));
+        Ok::<_, std::io::Error>((before, begun, say(b"more")?))
+    });
+    let (before, begun, after) = passed.expect("still connected");
+    assert_eq!(begun, Err(nix::errno::Errno::EINPROGRESS));
+    assert!(before && after);
 }
 
 #[test]

@@ -17,6 +17,9 @@ use super::error::DockerError;
 use super::lines::JsonLines;
 use super::transport::{Call, Class, image_path, within};
 
+/// How often in turn a transfer may be silent for `Deadlines::transfer_silence`.
+const SILENCES: u32 = 12;
+
 /// Credentials for a registry; never shown.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct RegistryAuth {
@@ -245,7 +248,7 @@ impl Docker {
 
     /// The next line of a transfer. One that waits for its turn in the engine's queue of layers
     /// (three downloads, five uploads) says nothing meanwhile: as long as the engine answers others,
-    /// it is waited for.
+    /// it is waited for, but not for ever: its registry may hang.
     async fn next_line(
         &self,
         step: &str,
@@ -253,12 +256,17 @@ impl Docker {
     ) -> Result<Option<serde_json::Value>, DockerError> {
         let next = lines.next(step);
         tokio::pin!(next);
-        loop {
+        let silence = self.deadlines.transfer_silence;
+        for _ in 0..SILENCES {
             tokio::select! {
                 line = &mut next => return line,
-                () = tokio::time::sleep(self.deadlines.transfer_silence) => self.ping().await?,
+                () = tokio::time::sleep(silence) => self.ping().await?,
             }
         }
+        Err(DockerError::Timeout {
+            step: step.to_owned(),
+            after: silence * SILENCES,
+        })
     }
 }
 

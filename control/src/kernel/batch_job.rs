@@ -32,6 +32,9 @@ const LAST_LOOK: Duration = Duration::from_secs(1);
 /// How long after the call for a job the manager takes its session for a running one: it ends no
 /// other.
 const SESSION_RUNS: Duration = Duration::from_secs(3);
+/// How long after it was told the end of a job is told again, and how often, while the kernel stays in
+/// service: a manager that takes it ends the session, and one that cannot yet throws it away.
+const TOLD_AGAIN: (Duration, u32) = (Duration::from_secs(60), 3);
 
 /// Starts the job and answers when it is in the journal; `false` when one runs already (a retry of
 /// the call).
@@ -49,6 +52,7 @@ pub async fn start(
         command: Some(code),
         time_up: timeout.map(|timeout| uptime() + timeout.as_secs_f64()),
     };
+    let begun = Instant::now();
     let (noted, wait) = oneshot::channel();
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone().tasks.spawn(async move {
@@ -59,7 +63,7 @@ pub async fn start(
         .await;
         // The one who asked may have stopped waiting.
         let _ = noted.send(());
-        carry_through(&node, &kernel, &gone, Duration::ZERO).await;
+        carry_through(&node, &kernel, &gone, Duration::ZERO, Some(begun)).await;
     });
     // Also when the runtime ends under it: the job is as good as started.
     let _ = wait.await;
@@ -170,15 +174,17 @@ pub fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone()
         .tasks
-        .spawn(async move { carry_through(&node, &kernel, &gone, TAKEN_OVER).await });
+        .spawn(async move { carry_through(&node, &kernel, &gone, TAKEN_OVER, None).await });
 }
 
-/// Brings the job in the record to its end and announces that. At least `grace` is left of its time.
+/// Brings the job in the record to its end and announces that. At least `grace` is left of its time; `begun` is
+/// when it was called for, if that was now.
 async fn carry_through(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     gone: &CancellationToken,
     grace: Duration,
+    begun: Option<Instant>,
 ) {
     let Some(runner) = kernel.runner() else {
         tracing::warn!(kernel_id = %kernel.id, "a batch job cannot start without the runner");
@@ -207,27 +213,48 @@ async fn carry_through(
         note_gone(node, kernel);
         return;
     }
+    if let Some(begun) = begun {
+        let early = SESSION_RUNS.saturating_sub(begun.elapsed());
+        let wait = tokio::time::sleep(early);
+        node.stopping.run_until_cancelled(wait).await;
+    }
     if !take_untold(kernel) {
+        kernel.end_batch();
         return;
     }
-    match outcome {
-        BatchOutcome::Succeeded => node.events.emit(Event::SessionSuccess {
+    let event = if outcome == BatchOutcome::Succeeded {
+        Event::SessionSuccess {
             session,
             reason,
             exit_code,
-        }),
-        BatchOutcome::Failed { .. } | BatchOutcome::TimedOut => {
-            report_death(node, kernel, exit_code);
-            node.events.emit(Event::SessionFailure {
-                session,
-                reason,
-                exit_code,
-            });
         }
-        BatchOutcome::KernelGone => {}
-    }
+    } else {
+        report_death(node, kernel, exit_code);
+        Event::SessionFailure {
+            session,
+            reason,
+            exit_code,
+        }
+    };
+    node.events.emit(event.clone());
     kernel.end_batch();
     forget(node, kernel).await;
+    let again = tell_again(kernel, TOLD_AGAIN, || node.events.emit(event.clone()));
+    node.stopping.run_until_cancelled(again).await;
+}
+
+/// Tells the end of a job again while its kernel stays in service and has no other.
+async fn tell_again(kernel: &Kernel, (pause, times): (Duration, u32), tell: impl Fn()) {
+    for _ in 0..times {
+        let left = kernel.wait_until(|state| (*state != State::Running).then_some(()));
+        if tokio::time::timeout(pause, left).await.is_ok()
+            || kernel.with_record(|record| record.batch_running)
+        {
+            return;
+        }
+        tracing::info!(kernel_id = %kernel.id, "no manager has ended the session of a job that was told to have ended; telling it again");
+        tell();
+    }
 }
 
 /// The kernel's end tells of its job, unless it has passed before that was in the record.
@@ -408,6 +435,31 @@ mod tests {
         assert!(!ended.await);
         let told = after(|kernel| kernel.update_record(|record| record.batch_running = false));
         assert!(!told.await);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_job_is_told_again_until_its_kernel_ends() {
+        let pause = Duration::from_millis(30);
+        let told = async |happens: fn(&Arc<Kernel>, u32)| {
+            let kernel = restarted();
+            kernel.update_record(|record| record.batch_running = false);
+            let count = std::cell::Cell::new(0);
+            let tell = || {
+                count.set(count.get() + 1);
+                happens(&kernel, count.get());
+            };
+            tell_again(&kernel, (pause, 3), tell).await;
+            count.get()
+        };
+        assert_eq!(told(|_, _| {}).await, 3);
+        let ended = told(|kernel, count| {
+            if count == 2 {
+                kernel.step(Input::Died { exit_code: None });
+            }
+        });
+        assert_eq!(ended.await, 2);
+        let another = told(|kernel, _| kernel.update_record(|record| record.batch_running = true));
+        assert_eq!(another.await, 1);
     }
 
     #[test]

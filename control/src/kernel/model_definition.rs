@@ -300,11 +300,13 @@ fn custom(folder: &VfolderMount, wanted: Option<&str>) -> Result<Vec<Model>, Mod
 
 fn definition(text: &[u8]) -> Result<Definition, serde_yaml_ng::Error> {
     extent::check(text)?;
-    let mut value: serde_yaml_ng::Value = serde_yaml_ng::from_slice(text)?;
-    if merge::fold(&mut value)? {
-        return serde_yaml_ng::from_value(value);
+    if text.windows(2).any(|two| two == b"<<") {
+        let mut value: serde_yaml_ng::Value = serde_yaml_ng::from_slice(text)?;
+        if merge::fold(&mut value)? {
+            return serde_yaml_ng::from_value(value);
+        }
     }
-    // Read again, because errors name the line then.
+    // As it is: of keys that come twice the last one counts, and errors name the line.
     serde_yaml_ng::from_slice(text)
 }
 

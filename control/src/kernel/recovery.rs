@@ -312,6 +312,10 @@ async fn enter(
         }
         Decision::RemoveUnstarted(_) => return None,
     };
+    if let Decision::FinishFromLabels(..) = decision {
+        // The agent that started its job may have told the end, and a word of ours would count in its place.
+        record.batch_running = false;
+    }
     if let Decision::AdoptFromLabels(_) = decision {
         // A manager that believes it under creation is told of its start again, and asks for what it has.
         record.result = Some(JsonText::from(&create::creation_info(node, &record)));
@@ -418,21 +422,27 @@ async fn resume_service(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 
 /// Asks the runner for what only it knows of the services, as at the start of a kernel.
 async fn learn_services(node: &Arc<Node>, kernel: &Arc<Kernel>) {
-    let Some(runner) = kernel.runner() else {
-        return;
-    };
-    match runner.apps(SERVICES_TOLD).await {
-        Ok(apps) => {
-            node.note(kernel, |record| {
-                services::merge_apps(&mut record.services, apps.as_deref().unwrap_or_default());
-                record.result = Some(JsonText::from(&create::creation_info(node, record)));
-            })
-            .await;
+    let mut pause = RESUME_PAUSES.0;
+    while let Some(runner) = kernel.runner().filter(|_| kernel.is_running()) {
+        let asked = runner.apps(SERVICES_TOLD);
+        match node.stopping.run_until_cancelled(asked).await {
+            Some(Ok(apps)) => {
+                node.note(kernel, |record| {
+                    services::merge_apps(&mut record.services, apps.as_deref().unwrap_or_default());
+                    record.result = Some(JsonText::from(&create::creation_info(node, record)));
+                })
+                .await;
+                return;
+            }
+            Some(Err(err)) => {
+                tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+                    "the runner of an adopted kernel does not tell its services yet, which are known by their ports alone; asking again");
+            }
+            None => return,
         }
-        Err(err) => {
-            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-                "the runner of an adopted kernel does not tell its services; they are known by their ports alone");
-        }
+        let wait = tokio::time::sleep(pause);
+        node.stopping.run_until_cancelled(wait).await;
+        pause = (pause * 2).min(RESUME_PAUSES.1);
     }
 }
 

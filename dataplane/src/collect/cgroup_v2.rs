@@ -165,9 +165,11 @@ impl Io {
 /// Reads `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
 fn line(text: &str) -> (Option<stacks::Device>, [u64; 4]) {
     let mut words = text.split_whitespace();
-    let device = words.next().and_then(stacks::device);
+    let mut device = words.next().and_then(stacks::device);
     let mut counts = [0; 4];
     for word in words {
+        // Of one without counters early releases of Linux 5.15 write nothing more, no line's end either.
+        device = stacks::device(word).or(device);
         let Some((key, value)) = word.split_once('=') else {
             continue;
         };

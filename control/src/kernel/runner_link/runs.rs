@@ -36,7 +36,7 @@ pub struct RunLimits {
     /// Unread records of one run.
     pub records: usize,
     /// How long reading from the runner waits for a client, once half of that or [`Self::result_bytes`] is
-    /// there; after that the oldest output gives way. Each result that is taken begins it anew.
+    /// there; after that the oldest output gives way. Each result that is taken begins it anew, and four times as long.
     pub hold_up: Duration,
     /// A result with this much output is handed over as `continued` before its step ends.
     pub result_bytes: usize,

@@ -125,8 +125,10 @@ pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value,
     let kernel = known_kernel(node, &args)?;
     let path: String = args.get("path")?;
     let container = container_of(&kernel)?;
-    let user = session_user(node, &kernel).await;
-    let listing = file_access::list_files(&node.docker, &container, &path, &user);
+    let listing = async {
+        let user = session_user(node, &kernel).await;
+        file_access::list_files(&node.docker, &container, &path, &user).await
+    };
     let listing = tokio::time::timeout(PATIENCE, listing).await.map_err(|_| {
         Failure::new(
             "TimeoutError",

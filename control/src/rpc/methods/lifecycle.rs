@@ -266,6 +266,8 @@ pub(super) async fn reset(node: &Arc<Node>) -> Result<Value, Failure> {
         .map(|kernel| {
             let node = node.clone();
             node.clone().tasks.spawn(async move {
+                // The manager has not begun to end its session.
+                kernel.update_record(|record| record.condemned = true);
                 destroy::destroy(
                     &node,
                     kernel.id,

@@ -396,7 +396,7 @@ impl KernelPath {
 
     /// Says by which uplinks routes lead to more networks than the programs are told.
     fn note_cut(&mut self, told: &BTreeMap<u32, Networks>) {
-        let cut = told.iter().filter(|(_, networks)| networks.cut);
+        let cut = told.iter().filter(|(_, networks)| networks.is_cut());
         let cut: BTreeSet<u32> = cut.map(|(uplink, _)| *uplink).collect();
         for uplink in cut.difference(&self.cut) {
             let name = self.interfaces.get(uplink).map(|it| it.name.as_str());

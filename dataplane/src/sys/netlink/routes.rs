@@ -2,7 +2,7 @@
 //!
 //! In: answers of rtnetlink(7), of all routing tables. Out: [`Networks`] of each interface that is asked
 //! about. Invariants: none is named that no route leads to; a host with the routes of the whole internet
-//! costs no more memory than [`MOST`] and what comes in meanwhile.
+//! costs no more memory than `MOST` and what comes in meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -61,11 +61,16 @@ impl Network {
 pub struct Networks {
     /// The networks.
     pub list: Vec<Network>,
-    /// There are more, narrower ones.
-    pub cut: bool,
+    /// Of which family there are more, narrower ones: IPv4, IPv6.
+    cut: [bool; 2],
 }
 
 impl Networks {
+    /// Whether there are more, narrower ones.
+    pub fn is_cut(&self) -> bool {
+        self.cut.contains(&true)
+    }
+
     fn add(&mut self, network: Network) {
         self.list.push(network);
         if self.list.len() >= COLLECTED {
@@ -79,7 +84,7 @@ impl Networks {
         self.list.sort_unstable();
         self.list
             .dedup_by(|narrow, wide| wide.holds(narrow) || wide == narrow);
-        for is_ipv4 in [true, false] {
+        for (is_ipv4, cut) in [true, false].into_iter().zip(&mut self.cut) {
             let of_family = |it: &&Network| it.address.is_ipv4() == is_ipv4;
             let mut prefixes: Vec<u8> = self
                 .list
@@ -88,9 +93,11 @@ impl Networks {
                 .map(|it| it.prefix)
                 .collect();
             if prefixes.len() <= MOST {
+                // One that holds all others is not missing any that was left out before it came.
+                *cut &= !prefixes.contains(&0);
                 continue;
             }
-            self.cut = true;
+            *cut = true;
             prefixes.sort_unstable();
             let longest = prefixes[MOST - 1];
             let mut room = MOST - prefixes.partition_point(|it| *it < longest);
@@ -300,7 +307,7 @@ mod tests {
         }
         few.settle();
         let expected = ["10.4.0.0/15", "10.6.0.0/16", "::/0"].map(network);
-        assert_eq!((few.list, few.cut), (expected.to_vec(), false));
+        assert_eq!((&few.list[..], few.is_cut()), (&expected[..], false));
 
         let mut many = Networks::default();
         let wide = network("2001:db8::/32");
@@ -316,11 +323,12 @@ mod tests {
         many.add(network("11.0.0.0/10"));
         many.settle();
         assert_eq!(many.list.len(), MOST + 1);
-        assert!(many.cut && many.list.contains(&wide));
+        assert!(many.is_cut() && many.list.contains(&wide));
         assert!(many.list.contains(&network("11.0.0.0/10")));
         many.add(network("0.0.0.0/0"));
         many.settle();
         assert_eq!(many.list, [network("0.0.0.0/0"), wide]);
+        assert!(!many.is_cut(), "it holds all that were left out");
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub(super) struct Run {
     pub(super) weight: usize,
     /// Since when there is so much that a client should take it before more is read.
     pub(super) full_since: Option<Instant>,
+    /// A client has taken a result of it.
+    pub(super) has_client: bool,
     pub(super) ends: usize,
     pub(super) dropped: u64,
     pub(super) started: Instant,
@@ -46,6 +48,10 @@ pub(super) struct Run {
 }
 
 const MARKER_PREFIX: &str = "[bai-agent: ";
+/// How many times longer a client that has taken a result is waited for.
+const RETURN: u32 = 4;
+/// Ends of steps that are kept: a request has three, and a client takes one with each result.
+const ENDS: usize = 1024;
 /// Consecutive text of one stream is merged up to this size, so that dropping the oldest stays fine-grained.
 const MERGE_LIMIT: usize = 64 * 1024;
 
@@ -59,6 +65,7 @@ impl Run {
             records: VecDeque::new(),
             weight: 0,
             full_since: None,
+            has_client: false,
             ends: 0,
             dropped: 0,
             started: now,
@@ -130,6 +137,9 @@ impl Run {
             }
             self.records.push_back(record);
         }
+        while self.ends > ENDS {
+            self.drop_first();
+        }
         while (self.weight > limits.bytes || self.records.len() > limits.records)
             && self.drop_oldest()
         {}
@@ -146,35 +156,50 @@ impl Run {
     /// For how long more is not to be read, unless a client takes what is there.
     pub(super) fn holds_up(&self, now: Instant, limits: &RunLimits) -> Option<Duration> {
         let waited = now.saturating_duration_since(self.full_since?);
-        limits
-            .hold_up
-            .checked_sub(waited)
-            .filter(|left| !left.is_zero())
+        // One who has taken a result is on the way with it, and comes back for more.
+        let patience = match self.has_client {
+            true => limits.hold_up * RETURN,
+            false => limits.hold_up,
+        };
+        patience.checked_sub(waited).filter(|left| !left.is_zero())
     }
 
-    /// Drops the oldest piece of output; ends of steps are never dropped.
+    /// Drops the oldest piece of output, and an end of a step only where nothing else is.
     fn drop_oldest(&mut self) -> bool {
-        let Some(position) = self.records.iter().position(|record| !is_end(record)) else {
-            // Only ends are left: a runner that floods us with them loses the oldest.
-            if let Some(end) = self.records.pop_front() {
-                self.weight = self.weight.saturating_sub(end.weight());
-                self.ends = self.ends.saturating_sub(1);
-                return true;
-            }
+        let output = self.records.iter().position(|record| !is_end(record));
+        let Some(record) = self.records.remove(output.unwrap_or_default()) else {
             return false;
         };
-        if let Some(record) = self.records.remove(position) {
-            self.weight = self.weight.saturating_sub(record.weight());
-            self.dropped = self
-                .dropped
-                .saturating_add(u64::try_from(record.weight()).unwrap_or(u64::MAX));
-        }
+        self.forget(&record);
         true
+    }
+
+    fn drop_first(&mut self) {
+        if let Some(record) = self.records.pop_front() {
+            self.forget(&record);
+        }
+    }
+
+    /// Of a record that is no longer there.
+    fn forget(&mut self, record: &Record) {
+        self.weight = self.weight.saturating_sub(record.weight());
+        if is_end(record) {
+            self.ends = self.ends.saturating_sub(1);
+        } else {
+            let bytes = u64::try_from(record.weight()).unwrap_or(u64::MAX);
+            self.dropped = self.dropped.saturating_add(bytes);
+        }
     }
 
     pub(super) fn drop_output(&mut self) {
         self.full_since = None;
-        while self.records.iter().any(|record| !is_end(record)) && self.drop_oldest() {}
+        let all = std::mem::take(&mut self.records);
+        for record in all {
+            match is_end(&record) {
+                true => self.records.push_back(record),
+                false => self.forget(&record),
+            }
+        }
     }
 
     pub(super) fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
@@ -224,6 +249,7 @@ impl Run {
         }
         // Somebody is at it: what is still too much has its time anew.
         self.full_since = self.is_full(limits).then_some(now);
+        self.has_client = true;
         Some(Taken { records, ending })
     }
 }

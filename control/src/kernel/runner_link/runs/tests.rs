@@ -536,6 +536,22 @@ fn many_small_records_are_handed_over_before_any_is_dropped() {
 }
 
 #[test]
+fn ends_without_end_make_no_room_for_themselves_slowly() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "a", query("1")).expect("sent");
+    for _ in 0..100_000 {
+        table.record(now, Record::StepEnd(Step::Build, None));
+    }
+    for number in 0..70_000 {
+        let stream = [Stream::Stdout, Stream::Stderr][number % 2];
+        table.record(now, Record::Text(stream, "x".to_owned()));
+    }
+    let first = table.take(now, "a", true).expect("an end");
+    assert!(first.records.len() < 2048, "{}", first.records.len());
+}
+
+#[test]
 fn reading_waits_a_moment_for_a_client_that_has_much_to_take() {
     let now = Instant::now();
     let limits = RunLimits {
@@ -562,7 +578,7 @@ fn reading_waits_a_moment_for_a_client_that_has_much_to_take() {
     // Somebody has: there is room, and then another moment.
     table.take(late, "a", false).expect("much");
     fill(&mut table, late);
-    assert_eq!(table.holds_up(late), Some(hold_up));
+    assert_eq!(table.holds_up(late), Some(hold_up * 4), "it comes back");
     // What ends a run lets the next one's output in.
     table.record(late, finished(0));
     assert_eq!(table.holds_up(late), None);
