@@ -74,6 +74,10 @@ async fn registries_are_compared_and_strangers_removed() -> Result<()> {
         kernels::ends(&node, order.kernel).await?.is_empty(),
         "the manager knows already"
     );
+    // The destroy that it had begun comes after the purge.
+    kernels::destroy(&node, &order).await?;
+    let told = &kernels::ends(&node, order.kernel).await?[0];
+    assert_eq!(told.0, "user-requested");
 
     let order = Order::of(Image::Runner)?;
     kernels::create(&node, &order).await?;

@@ -92,7 +92,7 @@ pub async fn destroy(
     };
     let Some(kernel) = kernel else {
         if !suppress {
-            tell_end_again(node, id, session);
+            tell_end_again(node, id, session, Some(reason));
         }
         return Ok(());
     };
@@ -111,15 +111,17 @@ pub async fn destroy(
 
 /// Answers for a kernel that is not here with how it ended, if that is remembered: the manager takes
 /// no end of a kernel that it has not begun to terminate, so it hears of one that came by itself only
-/// now.
-pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId) {
+/// now. An end that nobody was told of, a purge's, has the reason that is asked for now.
+pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId, asked: Option<Reason>) {
     let ending = node.registry.end_of(id, session);
+    let told = |ending: &Ending| {
+        let asked = asked.clone().filter(|_| ending.suppress);
+        asked.unwrap_or_else(|| ending.told())
+    };
     node.events.emit(Event::KernelTerminated {
         kernel: id,
         session,
-        reason: ending
-            .as_ref()
-            .map_or(Reason::ALREADY_TERMINATED, Ending::told),
+        reason: ending.as_ref().map_or(Reason::ALREADY_TERMINATED, told),
         exit_code: ending.and_then(|ending| ending.exit_code),
     });
 }

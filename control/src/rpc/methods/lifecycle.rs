@@ -168,7 +168,7 @@ pub(super) fn sync_registry(node: &Arc<Node>, mut args: Arguments) -> Result<Val
         );
         listed.insert(kernel);
         if node.registry.get(kernel).is_none() {
-            destroy::tell_end_again(node, kernel, session);
+            destroy::tell_end_again(node, kernel, session, None);
         }
     }
     for kernel in node.registry.all() {
