@@ -386,7 +386,7 @@ impl Link {
 
 #[cfg(test)]
 mod tests {
-    use shared::desired::DesiredReader;
+    use shared::desired::{DesiredReader, PortRow, Protocol};
 
     use super::*;
 
@@ -420,5 +420,62 @@ mod tests {
             }
             stopping.cancel();
         }
+    }
+
+    /// On the host's network a service has the port it is used to, and may so have another's.
+    #[tokio::test]
+    async fn a_port_that_is_only_looked_at_takes_no_row_of_another_kernel() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-link").unwrap();
+        run_dir.create_dataplane().unwrap();
+        let stopping = CancellationToken::new();
+        let link = Link::open(
+            run_dir.clone(),
+            Sizes::default(),
+            NodeRow::default(),
+            stopping,
+        )
+        .unwrap();
+        let rows = |number: u8, observe_only: bool, ports: &[u16]| KernelRows {
+            container: None,
+            ports: ports
+                .iter()
+                .map(|port| PortRow {
+                    observe_only,
+                    ..PortRow::new(
+                        PortKey {
+                            protocol: Protocol::Tcp,
+                            host_port: *port,
+                        },
+                        KernelId([number; 16]),
+                        ContainerId([number; 32]),
+                        std::net::Ipv4Addr::LOCALHOST.into(),
+                        8080,
+                    )
+                })
+                .collect(),
+        };
+        let mut reader = DesiredReader::at(run_dir.control());
+        let mut owners = |expected: &[(u16, u8)]| {
+            let snapshot = reader.snapshot().unwrap();
+            let mut found: Vec<_> = snapshot
+                .ports
+                .iter()
+                .map(|row| (row.host_port, row.kernel_id.0[0]))
+                .collect();
+            found.sort_unstable();
+            assert_eq!(found, expected);
+        };
+        for (number, observe_only, ports) in [
+            (1, false, &[30080][..]),
+            (2, true, &[8081]),
+            (3, true, &[30080, 8081, 8082]),
+        ] {
+            let rows = rows(number, observe_only, ports);
+            link.publish(KernelId([number; 16]), rows).await.unwrap();
+        }
+        owners(&[(8081, 2), (8082, 3), (30080, 1)]);
+        let _ = link.withdraw(KernelId([3; 16])).await.0.await;
+        owners(&[(8081, 2), (30080, 1)]);
     }
 }

@@ -21,11 +21,12 @@ use super::create;
 use super::journal::{Damaged, JournalError};
 use super::lifecycle::Lifecycle;
 use super::node::{Node, blocking};
-use super::record::Record;
+use super::record::{PublishedBy, Record};
 use super::registry::{EndedKernel, Kernel};
 use super::{batch_job, commit, restart, rows, services};
 use crate::docker::{ContainerSummary, DockerError};
 use crate::json_text::JsonText;
+use crate::ports::PortError;
 use crate::resource::Restored;
 
 /// A scratch directory of nobody is deleted only when it is older than this.
@@ -362,9 +363,14 @@ fn restore_holdings(node: &Node, record: &Record) {
         }
     }
     for port in record.host_ports() {
-        if let Err(err) = node.ports.claim(record.id(), port) {
-            tracing::warn!(kernel_id = %record.id(), port, err = &err as &dyn std::error::Error,
+        match node.ports.claim(record.id(), port) {
+            Ok(()) => {}
+            // What an image opens on the host's network it opens where it is used to.
+            Err(PortError::OutsideRange { .. }) if record.published_by == PublishedBy::Host => {}
+            Err(err) => {
+                tracing::warn!(kernel_id = %record.id(), port, err = &err as &dyn std::error::Error,
                 "cannot restore a host port of a kernel");
+            }
         }
     }
 }

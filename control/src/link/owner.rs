@@ -151,8 +151,19 @@ impl Owner {
     }
 
     fn publish(&mut self, kernel: KernelId, rows: &KernelRows) -> Result<Generation, BatchError> {
+        // What is only looked at has the number it has. Where another kernel's row has it too, that one
+        // stays.
+        let of_another = |key: &PortKey| {
+            let mut others = self.held.iter().filter(|(other, _)| **other != kernel);
+            others.any(|(_, held)| held.ports.contains(key))
+        };
+        let ports: Vec<_> = rows
+            .ports
+            .iter()
+            .filter(|row| !(row.observe_only && of_another(&row.key())))
+            .collect();
         let wanted = Held {
-            ports: rows.ports.iter().map(|row| row.key()).collect(),
+            ports: ports.iter().map(|row| row.key()).collect(),
             containers: rows.container.iter().map(|row| row.container_id).collect(),
         };
         self.write_node();
@@ -167,7 +178,7 @@ impl Owner {
             if let Some(row) = &rows.container {
                 batch.put_container(row.clone());
             }
-            for row in &rows.ports {
+            for row in ports {
                 batch.put_port(row.clone());
             }
         })?;

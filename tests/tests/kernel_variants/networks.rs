@@ -384,7 +384,9 @@ async fn defect_host_network_mode_is_broken() -> Result<()> {
     let key = format!("node-{}", two.kernel);
     two.cluster["cluster_ssh_port_mapping"] = json!({key: ["127.0.0.1", by_id]});
     two.config["environ"]["BACKENDAI_CLUSTER_HOSTS"] = json!("sub1");
-    two.config["image"]["labels"]["ai.backend.service-ports"] = json!("");
+    // It names a port that is the other's.
+    two.config["image"]["labels"]["ai.backend.service-ports"] =
+        json!(format!("own:http:{assigned}"));
     let first = kernels::create(&node, &one).await?;
     // Two on the same network do not meet.
     let second = kernels::create(&node, &two).await?;
@@ -420,6 +422,18 @@ async fn defect_host_network_mode_is_broken() -> Result<()> {
     };
     check(&one, &first)?;
     check(&two, &second)?;
+    wait::until("the port is still the first's", SOON, || async {
+        let shown = kernels::ask(&node, "bai.ports", Vec::new()).await.ok()?;
+        let states: std::collections::HashMap<String, bool> = shown["ports"]
+            .as_array()?
+            .iter()
+            .filter(|port| port["host_port"] == assigned)
+            .map(|port| (port["kernel_id"].to_string(), port["state"] == "serving"))
+            .collect();
+        let of = |order: &Order| states.get(&json!(order.kernel).to_string()).copied();
+        ((of(&one)?, of(&two)?) == (true, false)).then_some(())
+    })
+    .await?;
     let hosts = inspect(container_of(&first))?["HostConfig"]["ExtraHosts"].clone();
     assert!(hosts.to_string().contains("other:127.0.0.2"), "{hosts}");
     let hosts = inspect(container_of(&second))?["HostConfig"]["ExtraHosts"].clone();

@@ -32,6 +32,7 @@ use crate::kernel::resource_text::{self, ResourceSpec};
 use crate::kernel::scratch::{ClusterFiles, ConfigFiles, NewScratch};
 use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
 use crate::network;
+use crate::ports::PortError;
 use crate::resource::{Allocation, ContainerLimits, ResourceError};
 
 /// How often a creation is tried with other host ports.
@@ -97,6 +98,16 @@ fn take_ports(
     let mapped = order
         .cluster
         .mapped_ssh_port(order.config.hostname(), order.id);
+    // What an image opens on the host's network is its own choice. In the pool it is nobody else's then.
+    for port in prepare::own_ports(&prepared.services, network) {
+        match node.ports.claim(kernel.id, port) {
+            Ok(()) | Err(PortError::OutsideRange { .. }) => {}
+            Err(err) => {
+                tracing::warn!(kernel_id = %kernel.id, port, err = &err as &dyn std::error::Error,
+                "a service of an image on the host's network will not find its port free")
+            }
+        }
+    }
     let mut ports = node.ports.acquire(
         kernel.id,
         wanted - usize::from(mapped.is_some()),

@@ -274,6 +274,14 @@ pub fn pool_ports(services: &[ServicePort], network: &NetworkChoice) -> usize {
         .sum()
 }
 
+/// The ports a kernel has whatever the pool gives.
+pub fn own_ports(services: &[ServicePort], network: &NetworkChoice) -> impl Iterator<Item = u16> {
+    services
+        .iter()
+        .filter(|service| !takes_pool_ports(service, network))
+        .flat_map(|service| service.container_ports.iter().copied())
+}
+
 /// On the host's network only the runner's own services can be told which port to take; what an
 /// image opens, it opens where it is used to.
 pub fn takes_pool_ports(service: &ServicePort, network: &NetworkChoice) -> bool {
