@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result, ensure};
 use control::kernel::execution::{
-    self, BatchSteps, ExecuteReply, ExecuteRequest, Mode, Status, completions,
+    self, BatchSteps, COMPLETION_LIMIT, ExecuteReply, ExecuteRequest, Mode, Status, completions,
 };
 use control::kernel::runner_link::{LinkOptions, RunnerLink};
 use control::kernel::services::{self, ServiceReply, ServiceStart};
@@ -271,7 +271,9 @@ async fn no_completions_are_an_empty_list() -> Result<()> {
         runner.send(&answered[0].0, answered[0].1.clone());
         Ok(())
     };
-    let client = async { anyhow::Ok(completions(&link, "", serde_json::Map::new()).await) };
+    let client = async {
+        anyhow::Ok(completions(&link, "", serde_json::Map::new(), COMPLETION_LIMIT).await)
+    };
     let (reply, ()) = tokio::try_join!(client, play)?;
     ensure!(
         serde_json::to_value(&reply)?

@@ -25,7 +25,7 @@ const LONGEST_POLL: Duration = Duration::from_secs(25);
 const LONGEST_FLUSH: Duration = Duration::from_secs(3600);
 /// Limit of `ping_kernel`.
 pub const PING_LIMIT: Duration = Duration::from_secs(5);
-/// Limit of `get_completions`: below the manager's 10 s.
+/// Limit of `get_completions`, the wait for a runner's connection counted: below the manager's 10 s.
 pub const COMPLETION_LIMIT: Duration = Duration::from_secs(8);
 
 /// What `execute` does.
@@ -413,11 +413,12 @@ impl Serialize for CompletionReply {
     }
 }
 
-/// Asks the language runtime how `text` could go on.
+/// Asks the language runtime how `text` could go on, for at most `limit`.
 pub async fn completions(
     link: &RunnerLink,
     text: &str,
     opts: Map<String, Value>,
+    limit: Duration,
 ) -> CompletionReply {
     #[derive(Deserialize)]
     struct Answer {
@@ -432,7 +433,7 @@ pub async fn completions(
         .ask(
             AnswerKind::Completion,
             message,
-            COMPLETION_LIMIT,
+            limit,
             Duration::from_secs(30),
         )
         .await

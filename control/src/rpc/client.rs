@@ -120,13 +120,13 @@ impl Client {
     ) -> Result<Self, ClientError> {
         let until = Instant::now() + deadline;
         let address = address.strip_prefix("tcp://").unwrap_or(address).to_owned();
-        let target = resolve(&address, until, deadline).await?;
+        let targets = resolve(&address, until, deadline).await?;
         let keys = curve.map(|curve| (&curve.pair, curve.node));
         let lost = |reason: &dyn std::error::Error| ClientError::Lost {
             address: address.clone(),
             reason: reason.to_string(),
         };
-        let mut dealer = Dealer::connect(target, keys, MAX_REPLY_BYTES, deadline)
+        let mut dealer = Dealer::connect(&targets, keys, MAX_REPLY_BYTES, deadline)
             .await
             .map_err(|err| match err {
                 TransportError::Unreachable(source) => lost(&source),
@@ -254,7 +254,7 @@ async fn resolve(
     address: &str,
     until: Instant,
     deadline: Duration,
-) -> Result<SocketAddr, ClientError> {
+) -> Result<Vec<SocketAddr>, ClientError> {
     let resolved = timeout_at(until, tokio::net::lookup_host(address))
         .await
         .map_err(|_| ClientError::Deadline {
@@ -266,10 +266,11 @@ async fn resolve(
         address: address.to_owned(),
         source,
     };
-    resolved
-        .map_err(failed)?
-        .next()
-        .ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))
+    let addresses: Vec<_> = resolved.map_err(failed)?.collect();
+    match addresses.is_empty() {
+        true => Err(failed(std::io::ErrorKind::AddrNotAvailable.into())),
+        false => Ok(addresses),
+    }
 }
 
 /// Hands replies to their calls until the connection ends.

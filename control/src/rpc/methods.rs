@@ -176,7 +176,11 @@ fn unknown_kernel(id: KernelId) -> Failure {
 
 /// The connection to the kernel's runner.
 async fn runner_of(kernel: &Kernel) -> Result<RunnerLink, Failure> {
-    kernel.wait_runner(RUNNER_WAIT).await.ok_or_else(|| {
+    runner_within(kernel, RUNNER_WAIT).await
+}
+
+async fn runner_within(kernel: &Kernel, limit: Duration) -> Result<RunnerLink, Failure> {
+    kernel.wait_runner(limit).await.ok_or_else(|| {
         Failure::runtime_error(format!(
             "kernel {} is {}; its runner cannot be reached",
             kernel.id,

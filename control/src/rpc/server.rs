@@ -267,14 +267,19 @@ impl Drop for Server {
 }
 
 async fn resolve(address: &str) -> Result<SocketAddr, BindError> {
-    tokio::net::lookup_host(address)
-        .await
-        .map_err(|source| BindError::Resolve {
-            address: address.to_owned(),
-            source,
-        })?
-        .next()
-        .ok_or_else(|| BindError::NoAddress(address.to_owned()))
+    let addresses =
+        tokio::net::lookup_host(address)
+            .await
+            .map_err(|source| BindError::Resolve {
+                address: address.to_owned(),
+                source,
+            })?;
+    preferred(addresses).ok_or_else(|| BindError::NoAddress(address.to_owned()))
+}
+
+/// The manager asks for IPv4 addresses alone.
+fn preferred(addresses: impl Iterator<Item = SocketAddr>) -> Option<SocketAddr> {
+    addresses.min_by_key(SocketAddr::is_ipv6)
 }
 
 impl Receive for Answerer {
@@ -315,4 +320,17 @@ fn probe(from: &Arc<Link>, shared: &Shared, pong: &super::frame::Frames) {
 /// Whether a message kind is a call; everything else is ignored without a reply.
 fn is_call(kind: Kind) -> bool {
     kind == Kind::Function
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_both_families_is_listened_on_by_ipv4() {
+        let [old, new]: [SocketAddr; 2] =
+            ["10.0.0.1:6001", "[fd00::1]:6001"].map(|it| it.parse().unwrap());
+        assert_eq!(preferred([new, old].into_iter()), Some(old));
+        assert_eq!(preferred([new].into_iter()), Some(new));
+    }
 }

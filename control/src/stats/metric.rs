@@ -256,6 +256,11 @@ impl Metrics {
         }
     }
 
+    /// Forgets all but what `stays`, by key.
+    pub fn retain(&mut self, stays: impl Fn(&str) -> bool) {
+        self.list.retain(|metric| stays(&metric.quantity.key));
+    }
+
     /// Whether a quantity was ever measured.
     pub fn has(&self, key: &str) -> bool {
         self.list.iter().any(|metric| metric.quantity.key == key)

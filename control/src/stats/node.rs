@@ -2,8 +2,8 @@
 //!
 //! In: what the host tells of itself (cores, memory); the network, disks and accelerators of the
 //! observed region. Out: one record. Invariants: each disk and each byte of the
-//! network counts once; what could not be read, or was not read again, keeps its last value; a
-//! device that is gone leaves the record.
+//! network counts once; what the host could not read, or was not read again, keeps its last value; a
+//! device that is gone leaves the record, and so does what accelerators no longer tell.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -23,6 +23,9 @@ const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, &[Statistic:
 const DISK: Quantity = Quantity::new("disk", "bytes", Current::Value, &[]);
 const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
 const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
+
+/// What is not of accelerators.
+const OF_HOST: [Quantity; 5] = [CPU_UTIL, MEM, DISK, NET_RX, NET_TX];
 
 /// Some space, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,11 +174,12 @@ impl Default for NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// Takes in what was read; answers the record.
+    /// Takes in what was read, of accelerators nothing where the dataplane does not speak; answers the
+    /// record.
     pub fn observe(
         &mut self,
         reading: &HostReading,
-        accelerators: &[AcceleratorRow],
+        accelerators: Option<&[AcceleratorRow]>,
     ) -> NodeRecord {
         let elapsed_ns = self
             .last_ns
@@ -183,7 +187,19 @@ impl NodeMetrics {
         self.last_ns = Some(reading.at_ns);
         let elapsed = milliseconds(elapsed_ns)
             .round_dp_with_strategy(3, RoundingStrategy::MidpointNearestEven);
-        for (measurement, devices) in measurements(reading, elapsed, accelerators) {
+        let list = measurements(reading, elapsed, accelerators.unwrap_or_default());
+        if accelerators.is_some() {
+            // The dataplane has repeated a driver's last answer for a while before this.
+            let stays = |key: &str| {
+                OF_HOST.iter().any(|host| host.key == key)
+                    || list
+                        .iter()
+                        .any(|(measured, _)| measured.quantity.key == key)
+            };
+            self.node.retain(stays);
+            self.devices.retain(|(key, _)| stays(key));
+        }
+        for (measurement, devices) in list {
             let Some(taken_ns) = self.news(&measurement.quantity, reading) else {
                 continue;
             };
@@ -437,7 +453,7 @@ mod tests {
                     sent: whole("net_tx"),
                 }),
             };
-            let record = metrics.observe(&reading, &[]);
+            let record = metrics.observe(&reading, None);
             let bytes = pack(&record).unwrap();
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(
@@ -471,7 +487,7 @@ mod tests {
                 at_ns: at_s * 1_000_000_000,
                 ..HostReading::default()
             };
-            let record = metrics.observe(&reading.with_observed(Some(&snapshot)), &[]);
+            let record = metrics.observe(&reading.with_observed(Some(&snapshot)), None);
             let record = serde_json::to_value(record).unwrap();
             let text = |of: &Value| of["current"].as_str().unwrap().to_owned();
             let device = text(&record["devices"]["net_rx"]["node"]);
@@ -505,7 +521,7 @@ mod tests {
     #[test]
     fn accelerators_are_summed_and_shown_one_by_one() {
         let rows = [gpu(0, 1000, 40_000), gpu(1, 505, 61_000)];
-        let record = NodeMetrics::default().observe(&HostReading::default(), &rows);
+        let record = NodeMetrics::default().observe(&HostReading::default(), Some(&rows));
         let shown = serde_json::to_value(&record).unwrap();
         let node = &shown["node"];
         assert_eq!(node["cuda_util"]["current"], "150.5");
@@ -528,12 +544,37 @@ mod tests {
                 .collect(),
             ..HostReading::default()
         };
-        metrics.observe(&with(&["a", "b"]), &[]);
-        let record = serde_json::to_value(metrics.observe(&with(&["b"]), &[])).unwrap();
+        metrics.observe(&with(&["a", "b"]), Some(&[]));
+        let record = serde_json::to_value(metrics.observe(&with(&["b"]), Some(&[]))).unwrap();
         assert!(record["devices"]["disk"]["a"].is_null(), "{record}");
         assert_eq!(record["devices"]["disk"]["b"]["pct"], "50");
-        let record = serde_json::to_value(metrics.observe(&with(&[]), &[])).unwrap();
+        let record = serde_json::to_value(metrics.observe(&with(&[]), Some(&[]))).unwrap();
         assert_eq!(record["node"]["disk"]["current"], "1");
+    }
+
+    #[test]
+    fn what_accelerators_no_longer_tell_leaves_the_record() {
+        let mut metrics = NodeMetrics::default();
+        let mut keys = |rows: Option<&[AcceleratorRow]>| {
+            let record = metrics.observe(&HostReading::default(), rows);
+            let record = serde_json::to_value(record).unwrap();
+            ["node", "devices"].map(|part| {
+                let list = record[part].as_object().unwrap().keys();
+                list.map(|key| key.trim_start_matches("cuda_").to_owned())
+                    .collect::<Vec<_>>()
+            })
+        };
+        let all = ["mem", "util", "power", "temperature"];
+        assert_eq!(keys(Some(&[gpu(0, 970, 60_000)])), [all, all]);
+        assert_eq!(keys(None), [all, all], "the dataplane does not speak");
+        // Its memory is all that the driver still tells.
+        let counters = AcceleratorCounters {
+            memory_total_bytes: Some(100),
+            memory_used_bytes: Some(10),
+            ..AcceleratorCounters::default()
+        };
+        assert_eq!(keys(Some(&[card(0, counters)])), [["mem"], ["mem"]]);
+        assert!(keys(Some(&[])).iter().all(Vec::is_empty), "it is gone");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! life of each. Invariants: nothing here asks the engine; records are made off the async workers,
 //! because a node may have thousands of processes; a store that does not answer costs one interval
 //! and no more; the last record of a kernel is handed over even when the store comes back after the
-//! kernel's end, because the manager reads it then.
+//! kernel's end, because the manager's reports read it later.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -112,7 +112,7 @@ impl Records {
     pub fn observe(&mut self, pass: &Pass<'_>) -> [Vec<Entry>; 3] {
         let accelerators = pass
             .snapshot
-            .map_or(&[][..], |snapshot| snapshot.accelerators.as_slice());
+            .map(|snapshot| snapshot.accelerators.as_slice());
         let node = self.node.observe(pass.reading, accelerators);
         // Without a dataplane nothing is known of any kernel, which is told as well.
         let nothing = ObservedSnapshot::default();

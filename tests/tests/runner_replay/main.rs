@@ -558,7 +558,8 @@ async fn completions_and_pings_wait_for_ever_in_the_original() -> Result<()> {
         Ok::<(), anyhow::Error>(())
     };
     let opts: Map<String, Value> = serde_json::from_value(json!({"row": 0}))?;
-    let ask = async { Ok(execution::completions(&link, "pri", opts).await) };
+    let ask =
+        async { Ok(execution::completions(&link, "pri", opts, execution::COMPLETION_LIMIT).await) };
     let (reply, ()) = tokio::try_join!(ask, play)?;
     ensure!(
         serde_json::to_value(&reply)?

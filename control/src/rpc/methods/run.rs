@@ -1,15 +1,15 @@
 //! Running code and services in a kernel.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shared::ids::SessionId;
 
 use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
-use super::{failed, kernel_id, known_kernel, reply, runner_of};
-use crate::kernel::execution::{self, BatchSteps, ExecuteRequest, Mode, Status};
+use super::{failed, kernel_id, known_kernel, reply, runner_of, runner_within};
+use crate::kernel::execution::{self, BatchSteps, COMPLETION_LIMIT, ExecuteRequest, Mode, Status};
 use crate::kernel::lifecycle::Reason;
 use crate::kernel::node::Node;
 use crate::kernel::record::PublishedBy;
@@ -94,9 +94,10 @@ pub(super) async fn completions(node: &Arc<Node>, mut args: Arguments) -> Result
     let kernel = known_kernel(node, &args)?;
     let text: String = args.get("text")?;
     let opts: Option<serde_json::Map<String, serde_json::Value>> = args.get("opts")?;
-    reply(
-        &execution::completions(&runner_of(&kernel).await?, &text, opts.unwrap_or_default()).await,
-    )
+    let began = Instant::now();
+    let runner = runner_within(&kernel, COMPLETION_LIMIT).await?;
+    let left = COMPLETION_LIMIT.saturating_sub(began.elapsed());
+    reply(&execution::completions(&runner, &text, opts.unwrap_or_default(), left).await)
 }
 
 pub(super) async fn start_service(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {

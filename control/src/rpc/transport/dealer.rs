@@ -23,7 +23,7 @@ pub(in crate::rpc) struct Dealer {
 
 impl Dealer {
     pub(in crate::rpc) async fn connect(
-        address: SocketAddr,
+        addresses: &[SocketAddr],
         curve: Option<(&KeyPair, PublicKey)>,
         max_message_bytes: usize,
         deadline: Duration,
@@ -32,10 +32,11 @@ impl Dealer {
         let config = ConnectionConfig::new(Role::Client, SocketType::Dealer)
             .max_message_size(max_message_bytes)
             .mechanism(client_mechanism(curve)?);
-        let stream = match timeout_at(until, TcpStream::connect(address)).await {
+        let stream = match timeout_at(until, TcpStream::connect(addresses)).await {
             Ok(connected) => connected.map_err(TransportError::Unreachable)?,
             Err(elapsed) => return Err(TransportError::Unreachable(elapsed.into())),
         };
+        let address = stream.peer_addr().map_err(TransportError::Unreachable)?;
         stream
             .set_nodelay(true)
             .map_err(TransportError::Unreachable)?;
@@ -76,5 +77,31 @@ impl DealerSender {
             SendOutcome::PeerGone => Err(LinkError::Closed),
             SendOutcome::Full => Err(LinkError::Silent),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_name_is_tried_by_all_its_addresses() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let live = listener.local_addr().unwrap();
+        let dead = SocketAddr::from(([127, 0, 0, 2], live.port()));
+        let answered = async {
+            let (stream, address) = listener.accept().await.unwrap();
+            let config = ConnectionConfig::new(Role::Server, SocketType::Router);
+            link::open(stream, 0, address, config).await
+        };
+        let addresses = [dead, live];
+        let asked = Dealer::connect(&addresses, None, 1024, Duration::from_secs(30));
+        let (asked, answered) = tokio::join!(asked, answered);
+        answered.unwrap();
+        asked.unwrap();
     }
 }

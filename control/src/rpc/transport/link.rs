@@ -115,7 +115,7 @@ pub(in crate::rpc) struct Link {
     outgoing: Mutex<Option<Outgoing>>,
     /// The reader's task.
     reader: AtomicWaker,
-    /// Told when what waited has been written, and at the end.
+    /// Told when there is room again for what waits to be sent, and at the end.
     room: Notify,
 }
 
@@ -320,7 +320,7 @@ impl Reader {
         self.choked = !codec.accepts_input();
         self.silence = codec.peer_heartbeat_ttl();
         // Answers to heartbeats, or the reason of the end.
-        outgoing.flush()?;
+        self.link.flush(outgoing)?;
         outcome.map_err(LinkError::Protocol)
     }
 }
@@ -376,7 +376,7 @@ impl Link {
     /// Writes what waits, as far as the socket takes it.
     fn write(&self) -> SendOutcome {
         let written = match self.lock().as_mut() {
-            Some(outgoing) => outgoing.flush(),
+            Some(outgoing) => self.flush(outgoing),
             None => return SendOutcome::PeerGone,
         };
         match written {
@@ -436,18 +436,22 @@ impl Link {
         if !outgoing.blocked {
             return Ok(true);
         }
-        let clear = loop {
-            if outgoing.flush()? {
-                break true;
+        loop {
+            if self.flush(outgoing)? {
+                return Ok(true);
             }
             match outgoing.socket.as_ref().poll_write_ready(context) {
                 Poll::Ready(ready) => ready.map_err(LinkError::Socket)?,
-                Poll::Pending => break false,
+                Poll::Pending => return Ok(false),
             }
-        };
-        let room = outgoing.waiting() <= SEND_BOUND;
-        drop(guard);
-        if room {
+        }
+    }
+
+    /// [`Outgoing::flush`], and tells those who wait for room when there is some again.
+    fn flush(&self, outgoing: &mut Outgoing) -> Result<bool, LinkError> {
+        let full = outgoing.waiting() > SEND_BOUND;
+        let clear = outgoing.flush()?;
+        if full && outgoing.waiting() <= SEND_BOUND {
             self.room.notify_waiters();
         }
         Ok(clear)
@@ -505,5 +509,60 @@ impl Outgoing {
         }
         self.blocked = false;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use omq_proto::SocketType;
+    use omq_proto::proto::Role;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn pair() -> (Reader, Reader) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let end = async |stream: TcpStream, role, kind| {
+            let config = ConnectionConfig::new(role, kind);
+            open(stream, 0, address, config).await.unwrap()
+        };
+        let accepted = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            end(stream, Role::Server, SocketType::Router).await
+        };
+        let connected = async {
+            let stream = TcpStream::connect(address).await.unwrap();
+            end(stream, Role::Client, SocketType::Dealer).await
+        };
+        tokio::join!(accepted, connected)
+    }
+
+    /// Nobody but who empties the queue knows that there is room in it again.
+    #[tokio::test]
+    async fn who_waits_for_room_is_told_when_a_socket_takes_all_at_once() {
+        let (own, mut peer) = pair().await;
+        let frames = |size: usize| -> Frames { [0, 0, size].map(|size| vec![0; size].into()) };
+        gather();
+        let outcome = own.link().try_send(&frames(SEND_BOUND + 1));
+        assert!(matches!(outcome, SendOutcome::Accepted), "{outcome:?}");
+        let small = frames(1);
+        let mut waits = pin!(own.link().send(&small, Duration::from_secs(30)));
+        assert!(futures_util::poll!(&mut waits).is_pending());
+        // The reader's task, which writes the rest of what a socket does not take at once, sleeps.
+        let written = async {
+            own.link().write();
+            while own.link().lock().as_ref().unwrap().waiting() > 0 {
+                tokio::task::yield_now().await;
+                own.link().write();
+            }
+        };
+        let (read, ()) = tokio::join!(async { peer.receive().await.map(<[Bytes]>::len) }, written);
+        assert_eq!(read.unwrap(), 3);
+        let sent = futures_util::poll!(&mut waits);
+        assert!(
+            matches!(sent, Poll::Ready(SendOutcome::Accepted)),
+            "{sent:?}"
+        );
     }
 }
