@@ -610,7 +610,8 @@ async fn query_mode_with_a_jupyter_kernel() -> Result<()> {
         text(&stopped)? == "KI\n" && stopped.exit_code == Some(0),
         "{stopped:?}"
     );
-    let completion = execution::completions(&link, "pri", Map::new()).await;
+    let completion =
+        execution::completions(&link, "pri", Map::new(), execution::COMPLETION_LIMIT).await;
     ensure!(completion.error.is_none(), "{completion:?}");
     link.close().await;
     Ok(())

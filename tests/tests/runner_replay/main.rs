@@ -572,7 +572,7 @@ async fn completions_and_pings_wait_for_ever_in_the_original() -> Result<()> {
     let begun = Instant::now();
     let (ping, silent) = tokio::join!(
         execution::ping_kernel(&link),
-        execution::completions(&link, "x", Map::new())
+        execution::completions(&link, "x", Map::new(), execution::COMPLETION_LIMIT)
     );
     ensure!(ping.is_none() && begun.elapsed() < Duration::from_secs(10));
     ensure!(serde_json::to_value(&silent)?["result"]["status"] == "failed");
