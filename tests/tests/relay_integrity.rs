@@ -346,6 +346,42 @@ fn urgent_bytes_neither_end_a_stream_nor_get_lost() {
     assert_eq!(reader.join().expect("the reader"), Ok(offset));
 }
 
+/// The kernel answers a splice that stands at an urgent byte as if nothing were there, and tells of the
+/// byte once.
+#[test]
+fn an_urgent_byte_with_little_behind_it_does_not_stall_a_direction_that_splices() {
+    let relay = relay(1, true);
+    let server = traffic::listener("127.0.0.1:0");
+    let port = open(&relay, server.local_addr().expect("bound"));
+    let bulk = vec![7; 1024 * 1024];
+    let mut got = vec![0; bulk.len()];
+    for (upwards, behind) in [(true, 0), (true, 1), (false, 0), (false, 1)] {
+        let (client, accepted) = pair(&port, &server);
+        let (mut from, mut to) = match upwards {
+            true => (client, accepted),
+            false => (accepted, client),
+        };
+        for round in 0..3 {
+            // A direction that dries up for the first time may go back to copying.
+            until("splice", || {
+                thread::scope(|scope| {
+                    scope.spawn(|| from.write_all(&bulk).expect("bulk"));
+                    to.read_exact(&mut got).expect("bulk");
+                });
+                relay.census().splicing == 1
+            });
+            rustix::net::send(from.as_fd(), b"!", rustix::net::SendFlags::OOB).expect("urgent");
+            from.write_all(&vec![b'.'; behind]).expect("behind it");
+            let mut last = vec![0; 1 + behind];
+            to.read_exact(&mut last)
+                .unwrap_or_else(|err| panic!("{upwards}, {behind}, round {round}: {err}"));
+            assert_eq!(last, b"!."[..=behind]);
+        }
+        drop((from, to));
+        until("the end of the session", || relay.census().sessions == 0);
+    }
+}
+
 #[test]
 fn ipv6_clients_and_containers_are_served() {
     if !harness::netns::has_ipv6() {

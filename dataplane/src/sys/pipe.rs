@@ -47,9 +47,11 @@ impl Pipe {
 
     /// Moves bytes from a socket into this pipe, at most [`PIPE_BYTES`].
     ///
-    /// `EAGAIN` is ambiguous (no bytes, or no room) unless the pipe is empty: call it only then.
-    /// 0 need not be the end of the stream: the kernel also answers 0 in front of urgent bytes
-    /// (net/ipv4/tcp.c, `tcp_splice_read`). Only a read may be believed about the end.
+    /// `EAGAIN` may mean that there is no room unless the pipe is empty: call it only then. It does
+    /// not mean that nothing waits, for the kernel stops at an urgent byte, and answers with `EAGAIN`
+    /// when that is the next. 0 is no proof of the end either: that is the answer when the stream
+    /// ends somewhere behind the urgent byte (net/ipv4/tcp.c, `tcp_splice_read`). Only a read may be
+    /// believed about both.
     ///
     /// # Errors
     /// The kernel's answer.

@@ -4,13 +4,16 @@
 //! the end of the stream passed on as a half-close. Invariants, on which integrity rests:
 //!
 //! 1. Nothing is read while something is held. So at most one buffer (64 KiB) or one pipe
-//!    (256 KiB) is held per direction, and `EAGAIN` from filling a pipe is never ambiguous: the
-//!    pipe is empty, so it is the source that has nothing. (A prototype took "pipe full" for "no
-//!    bytes", and hung: with edge-triggered events the bytes are not announced twice.)
-//! 2. Readiness is cleared only by proof: `EAGAIN`, or a short read from a socket for which
-//!    nothing but plain bytes has been announced (epoll(7)).
-//! 3. The end of a stream is believed only from a read. Splice also answers 0 in front of urgent
-//!    bytes.
+//!    (256 KiB) is held per direction, and `EAGAIN` from filling a pipe never means that the pipe is
+//!    full: it is empty, so it is the source that has nothing, or nothing but urgent bytes, to
+//!    splice. (A prototype took "pipe full" for "no bytes", and hung: with edge-triggered events the
+//!    bytes are not announced twice.)
+//! 2. Readiness is cleared only by proof: `EAGAIN` to a read; or, from a socket for which nothing but
+//!    plain bytes has been announced, `EAGAIN` to a splice or a short read (epoll(7)). An urgent byte
+//!    that nobody has read yet is announced with every event, so one that comes after such a proof
+//!    is, too.
+//! 3. The end of a stream is believed only from a read. In front of urgent bytes splice answers
+//!    `EAGAIN`, or 0 when the stream ends behind them.
 //! 4. A pipe returns to the pool only when it is empty.
 //!
 //! A direction can also be fed: while its session is on a [`ring`](super::ring), bytes are read there
@@ -47,7 +50,8 @@ pub struct Side {
     pub readable: bool,
     /// A write may find room.
     pub writable: bool,
-    /// An end, an error or urgent bytes were announced: only `EAGAIN` proves that it is empty.
+    /// An end, an error or urgent bytes were announced: only `EAGAIN` to a read proves that it is
+    /// empty.
     pub thorough: bool,
 }
 
@@ -281,7 +285,10 @@ impl Flow {
             }
             Ok(read) => read,
             Err(Errno::AGAIN) => {
+                // Whatever was announced has been read, and what comes now is announced anew. Were
+                // this kept, each time the source has nothing would end the use of splice.
                 source.readable = false;
+                source.thorough = false;
                 return Ok(0);
             }
             Err(Errno::INTR) => return Ok(0),
@@ -309,7 +316,7 @@ impl Flow {
         };
         match pipe.fill(&source.fd) {
             Ok(0) => {
-                // The end of the stream or urgent bytes: reading tells which.
+                // The end of the stream, or urgent bytes before it: reading tells which.
                 self.splice = false;
                 source.thorough = true;
                 tools.give_pipe(pipe);
@@ -318,6 +325,12 @@ impl Flow {
             Ok(filled) => {
                 self.held = Some(Held::Pipe(pipe));
                 Ok(filled)
+            }
+            Err(Errno::AGAIN) if source.thorough => {
+                // No bytes or urgent ones: reading tells which.
+                self.splice = false;
+                tools.give_pipe(pipe);
+                Ok(0)
             }
             Err(Errno::AGAIN) => {
                 source.readable = false;
