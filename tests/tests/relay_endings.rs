@@ -153,6 +153,24 @@ fn a_dead_client_does_not_hold_a_session_of_a_silent_container() {
 }
 
 #[test]
+fn a_side_that_ends_and_then_dies_does_not_hold_a_session_of_a_silent_other() {
+    let relay = relay();
+    let dies = |port: &Port, one: TcpStream, mut other: TcpStream| {
+        one.shutdown(Shutdown::Write).expect("half-close");
+        assert_eq!(other.read(&mut [0]).expect("the end"), 0);
+        reset(one);
+        until("the seat being given back", || {
+            (port.active() == 0).then_some(())
+        })
+        .expect("told of the reset");
+    };
+    let (port, client, accepted) = pair(&relay);
+    dies(&port, client, accepted);
+    let (port, client, accepted) = pair(&relay);
+    dies(&port, accepted, client);
+}
+
+#[test]
 fn silence_ends_a_session_and_traffic_keeps_it() {
     let relay = relay();
     let echo = traffic::echo_server("127.0.0.1:0");

@@ -333,11 +333,17 @@ impl Ring {
     }
 
     /// Hands over what was asked for and waits for a completion; without a deadline until there is one.
+    /// With more requests than can be handed over at once it does not wait: call it again.
     ///
     /// # Errors
     /// The ring does not work any more.
     pub fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.queue();
+        // What does not fit is handed over next; only then may the thread sleep.
+        let timeout = match self.waiting.is_empty() {
+            true => timeout,
+            false => Some(Duration::ZERO),
+        };
         let timeout = timeout.map(|it| Timespec::new().sec(it.as_secs()).nsec(it.subsec_nanos()));
         let arguments = match &timeout {
             Some(timeout) => SubmitArgs::new().timespec(timeout),
@@ -545,6 +551,29 @@ mod tests {
             ring.enter(Some(Duration::from_millis(100))).unwrap();
             assert_eq!(ring.pop(), None);
         }
+    }
+
+    #[test]
+    fn requests_that_do_not_fit_at_once_are_handed_over_before_anything_is_waited_for() {
+        let Some(mut ring) = ring() else { return };
+        let silent: Vec<_> = (0..SUBMISSIONS as u64 * 3).map(|_| pair()).collect();
+        for (key, (near, _)) in silent.iter().enumerate() {
+            ring.poll(key as u64, near.as_fd(), PollFlags::IN);
+        }
+        let (ready, far) = pair();
+        rustix::io::write(&far, b"x").unwrap();
+        ring.poll(99_999, ready.as_fd(), PollFlags::IN);
+        let wait = Duration::from_secs(10);
+        let start = std::time::Instant::now();
+        let came = loop {
+            if let Some(came) = ring.pop() {
+                break came;
+            }
+            ring.enter(Some(wait)).unwrap();
+        };
+        assert_eq!((came.key, came.outcome), (99_999, Outcome::Ready));
+        // Not even one wait for those that have nothing to tell has come to its end.
+        assert!(start.elapsed() < wait, "{:?}", start.elapsed());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! In: connected pairs of sockets. Out: forwarded bytes, and sessions that are no longer of messages.
 //! Two receives stay armed per session; what arrives is written to the other side at once, from the
 //! ring's buffer, so that a message costs one system call and its share of a wait. Nothing is kept
-//! here: a session whose sink does not take all, that moves bulk, or one side of which is dead, is
-//! taken off the ring and left to the [`adaptive`](super::adaptive) engine, which knows about
+//! here: a session whose sink does not take all, that moves bulk, or one side of which has ended or is
+//! dead, is taken off the ring and left to the [`adaptive`](super::adaptive) engine, which knows about
 //! backpressure and moves bulk for a third of the CPU time. That engine gives back sessions of
 //! messages.
 //!
@@ -283,7 +283,10 @@ impl RingEngine {
                     .any(|full| usize::from(*full) >= BULK_BUFFERS);
                 // Before the container answers a little may wait for it.
                 let room = if session.connected() { 0 } else { SPLICE_FROM };
-                if bulk || session.held_bytes() > room {
+                // A ring that does not receive from a socket hears nothing of its death.
+                let deaf = session.connected()
+                    && !(session.flows_from(End::Client) && session.flows_from(End::Container));
+                if bulk || deaf || session.held_bytes() > room {
                     self.leave(index);
                 }
             }

@@ -297,10 +297,8 @@ impl Session {
 
     /// The ring has received bytes from one side.
     pub fn feed(&mut self, from: End, bytes: &[u8], tools: &mut Tools, now: u32) -> Verdict {
-        if from == End::Container
-            && !self.connected
-            && let Err(errno) = self.reach(now)
-        {
+        let reached = from == End::Container && !self.connected;
+        if reached && let Err(errno) = self.reach(now) {
             return Verdict::Unreachable(errno);
         }
         let (flow, sink) = match from {
@@ -321,10 +319,12 @@ impl Session {
             };
             self.seat.port().count_bytes(inbound, outbound);
         }
-        if put.is_ok() {
-            return Verdict::Wait;
+        match put {
+            // What the client has sent before, and its end, may have waited for the container.
+            Ok(()) if reached => {}
+            Ok(()) => return Verdict::Wait,
+            Err(_) => flow.break_off(),
         }
-        flow.break_off();
         self.turn(tools, now)
     }
 
@@ -509,7 +509,45 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::super::port::{Port, Rules, Totals};
     use super::*;
+
+    /// Our end and the peer's.
+    fn ends() -> (OwnedFd, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
+    }
+
+    fn seat() -> Seat {
+        let address = SocketAddr::from(([127, 0, 0, 1], 30_000));
+        let totals = Arc::new(Totals::default());
+        let port = Arc::new(Port::new(address, address, Rules::default(), totals));
+        port.admit(address.ip(), || None).unwrap()
+    }
+
+    /// A ring tells of the container's greeting before it tells of the connection.
+    #[test]
+    fn a_container_that_greets_at_once_is_told_that_the_client_had_ended() {
+        let ((ours, client), (theirs, container)) = (ends(), ends());
+        let mut session = Session::new(ours, theirs, seat(), 0);
+        let mut tools = Tools::new(true);
+        session.enter_ring();
+        let ended = session.source_ended(End::Client, &mut tools, 1);
+        assert_eq!(ended, Verdict::Wait);
+        let mut buffer = [0; 16];
+        assert_eq!(socket::read(&container, &mut buffer), Err(Errno::AGAIN));
+        let greeted = session.feed(End::Container, b"220 hello", &mut tools, 2);
+        assert_eq!((greeted, session.connected()), (Verdict::Wait, true));
+        assert_eq!(socket::read(&client, &mut buffer), Ok(9));
+        assert_eq!(socket::read(&container, &mut buffer), Ok(0), "the end");
+        let ended = session.source_ended(End::Container, &mut tools, 3);
+        assert_eq!(ended, Verdict::Close);
+    }
 
     /// An idle connection costs this and its two sockets in the kernel, 24 bytes of table and
     /// timer, nothing else. The lower bound asks for this number to be tightened when it can be.
