@@ -284,9 +284,10 @@ pub struct Api {
 pub struct KernelLifecycles {
     /// Attempts to find a kernel ready.
     pub init_polling_attempt: u32,
-    /// Deadline of one attempt.
+    /// After this long no further attempt is begun.
     pub init_polling_timeout: Duration,
-    /// Deadline of the initialisation as a whole.
+    /// Deadline of one attempt: a runner that starts slowly (its bootstrap script runs first) has at least
+    /// this long, whatever `init_polling_timeout` is.
     pub init_timeout: Duration,
 }
 

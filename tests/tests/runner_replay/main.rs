@@ -193,11 +193,12 @@ async fn handshake_waits_for_the_runner_and_reads_its_services() -> Result<()> {
     let runner = FakeRunner::start().await?;
     runner.answers_status.store(false, Ordering::Relaxed);
     let link = link_to(&runner);
-    let polling = InitPolling {
-        total: Duration::from_secs(15),
-        attempts: 10,
-        ..InitPolling::default()
-    };
+    // A runner that starts slowly has the time of one attempt, though no other would begin after it.
+    let polling = InitPolling::of(&config::KernelLifecycles {
+        init_polling_attempt: 10,
+        init_polling_timeout: Duration::from_secs(1),
+        init_timeout: Duration::from_secs(15),
+    });
     let alive = CancellationToken::new();
     let play = async {
         runner.expect("status", "").await?;

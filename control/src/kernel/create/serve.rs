@@ -140,7 +140,7 @@ async fn serve_running(
         }
         Ok::<_, LinkError>(())
     };
-    let polling = polling(node);
+    let polling = InitPolling::of(&node.config.kernel_lifecycles);
     let ready = runner.wait_ready(&polling, abort);
     tokio::pin!(served, ready);
     let apps = tokio::select! {
@@ -198,16 +198,6 @@ async fn died(node: &Node, kernel: &Kernel, container: ContainerId) -> CreateErr
         exit_code = crate::kernel::destroy::exit_code_of(&found);
     }
     CreateError::Died { exit_code, tail }
-}
-
-fn polling(node: &Node) -> InitPolling {
-    let limits = node.config.kernel_lifecycles;
-    InitPolling {
-        attempts: limits.init_polling_attempt,
-        total: limits.init_polling_timeout,
-        status_limit: limits.init_timeout,
-        ..InitPolling::default()
-    }
 }
 
 fn open_runner(

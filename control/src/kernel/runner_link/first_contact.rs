@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use config::KernelLifecycles;
 use tokio_util::sync::CancellationToken;
 
 use super::{AppRecord, LinkError, RunnerLink, TICK};
@@ -32,6 +33,19 @@ impl Default for InitPolling {
             interval: Duration::from_millis(300),
             status_limit: Duration::from_secs(60),
             apps_limit: Duration::from_secs(10),
+        }
+    }
+}
+
+impl InitPolling {
+    /// As the settings say. `init-polling-timeout-sec` cuts no attempt short, as in the original: what is one
+    /// attempt there may be several of ours.
+    pub fn of(limits: &KernelLifecycles) -> Self {
+        Self {
+            attempts: limits.init_polling_attempt,
+            total: limits.init_polling_timeout.max(limits.init_timeout),
+            status_limit: limits.init_timeout,
+            ..Self::default()
         }
     }
 }
