@@ -751,6 +751,30 @@ async fn a_commit_that_ends_does_not_let_its_kernel_go_on_under_another_one() ->
     })
     .await?;
     assert_eq!(asked("/unpause"), 1);
-    kernels::destroy(&node, &order).await?;
+    // While the engine removes the container, which no longer has a console for it, the kept one is given.
+    let text = vec![text(order.kernel)];
+    let before = kernels::ask(&node, "get_logs", text.clone()).await?;
+    let before = before["logs"].as_str().context("a console")?;
+    assert!(!before.is_empty());
+    let (go_on, may_go_on): (std::sync::mpsc::Sender<()>, _) = std::sync::mpsc::channel();
+    let removal = format!("/containers/{container}?");
+    engine.before(&removal, move || {
+        let _ = tokio::task::block_in_place(|| may_go_on.recv());
+    });
+    let meanwhile = async {
+        let _go_on = go_on;
+        wait::until("the container is being removed", SOON, || async {
+            (asked(&removal) == 1).then_some(())
+        })
+        .await?;
+        let dead =
+            r#"{"message": "can not get logs from container which is dead or marked for removal"}"#;
+        engine.spoil("/logs", Fault::json(409, dead), 1);
+        let kept = kernels::ask(&node, "get_logs", text).await?;
+        let kept = kept["logs"].as_str().context("a console")?;
+        ensure!(kept.starts_with(before), "{kept:?}");
+        anyhow::Ok(())
+    };
+    tokio::try_join!(kernels::destroy(&node, &order), meanwhile)?;
     wait_clean(&node).await
 }

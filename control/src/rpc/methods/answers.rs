@@ -34,9 +34,11 @@ pub(super) fn hardware(node: &Node) -> Result<Value, Failure> {
     reply(&all)
 }
 
-/// The console: Docker's while the container is there, the kept one afterwards.
+/// The console: Docker's while the container is there, the kept one afterwards. An engine that is about to
+/// remove the container has none of it either, and says so in another way than that it is gone.
 pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Failure> {
     let id = kernel_id(args, "kernel_id")?;
+    let mut refused = None;
     if let Some(kernel) = node.registry.get(id)
         && let Some(container) = kernel.container()
     {
@@ -48,12 +50,12 @@ pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Fa
         match node.docker.logs(&container.to_string(), options).await {
             Ok(log) => return reply(&json!({ "logs": log.text })),
             Err(err) if err.is_not_found() => {}
-            Err(err) => return Err(Failure::new("DockerError", chain(&err))),
+            Err(err) => refused = Some(Failure::new("DockerError", chain(&err))),
         }
     }
     match kept_log(node, id).await {
         Some(text) => reply(&json!({ "logs": text })),
-        None => Err(unknown_kernel(id)),
+        None => Err(refused.unwrap_or_else(|| unknown_kernel(id))),
     }
 }
 
