@@ -45,6 +45,7 @@ use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
 use crate::kernel::lifecycle::State;
 use crate::kernel::looks::Looks;
 use crate::kernel::node::blocking;
+use crate::kernel::record::Record;
 use crate::kernel::recovery::{self, RecoveryError};
 use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
@@ -341,9 +342,9 @@ async fn leave_runners(node: &Arc<Node>) {
         }
         if let Some(runner) = kernel.set_runner(None) {
             runner.leave().await;
-            let owed = *runner.runs_owed().borrow();
-            if kernel.with_record(|record| record.runs_owed) != owed {
-                node.note(&kernel, |record| record.runs_owed = owed).await;
+            let owed = runner.owed().borrow().clone();
+            if kernel.with_record(Record::owed) != owed {
+                node.note(&kernel, |record| record.set_owed(owed)).await;
             }
         }
     }

@@ -34,6 +34,7 @@ use super::node::Node;
 use super::record::{PublishedBy, Record};
 use super::registry::{Admission, Kernel};
 use super::request::{ClusterInfo, KernelCreationConfig};
+use super::runner_link::runs::RunIds;
 use crate::docker::LogOptions;
 use crate::docker::{ImageRecord, RegistryAuth};
 use crate::events::Event;
@@ -236,6 +237,8 @@ fn new_record(order: &Order) -> Record {
         condemned: false,
         pausing: false,
         runs_owed: 0,
+        run_ids: RunIds::default(),
+        service_owed: false,
     }
 }
 

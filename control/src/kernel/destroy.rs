@@ -20,6 +20,7 @@ use super::node::{Node, blocking};
 use super::record::Record;
 use super::recovery;
 use super::registry::{EndedKernel, Kernel};
+use super::runner_link::Owed;
 use super::runner_link::runs::OWED_AT_MOST;
 use super::scratch::ScratchError;
 use crate::causes::chain;
@@ -217,9 +218,10 @@ pub async fn let_runner_go(node: &Node, kernel: &Kernel) {
             }
         }
     }
-    if kernel.with_record(|record| record.runs_owed) > 0 {
+    if kernel.with_record(Record::owed) != Owed::default() {
         // What was told, the next agent does not tell again.
-        node.note(kernel, |record| record.runs_owed = 0).await;
+        node.note(kernel, |record| record.set_owed(Owed::default()))
+            .await;
     }
 }
 

@@ -6,10 +6,12 @@ use serde::{Deserialize, Serialize};
 use shared::ids::{ContainerId, KernelId, SessionId};
 use uuid::Uuid;
 
+use super::batch;
 use super::journal::{Phase, StoredEnding};
 use super::mounts::Mount;
 use super::request::{ClusterInfo, KernelCreationConfig, SessionType, TextMap};
-use super::runner_link::{AppRecord, RunnerAddress};
+use super::runner_link::runs::RunIds;
+use super::runner_link::{AppRecord, Owed, RunnerAddress};
 use super::service_ports::ServicePort;
 use super::services::ServiceRecord;
 use crate::json_text::JsonText;
@@ -136,6 +138,12 @@ pub struct Record {
     /// Runs that were told to have started and not to have ended.
     #[serde(default)]
     pub runs_owed: u32,
+    /// Whose those are. Records of agents before this field name none.
+    #[serde(default)]
+    pub run_ids: RunIds,
+    /// The runner has yet to answer the start of a service.
+    #[serde(default)]
+    pub service_owed: bool,
 }
 
 impl Record {
@@ -176,12 +184,32 @@ impl Record {
         )
     }
 
-    /// Runs that were told to have started and not to have ended, as far as the journal knows: a batch
-    /// job that was sent is one.
-    pub fn runs_under_way(&self) -> u32 {
+    /// What the link to its runner has left.
+    pub fn owed(&self) -> Owed {
+        Owed {
+            runs: self.runs_owed,
+            ids: self.run_ids.clone(),
+            service: self.service_owed,
+        }
+    }
+
+    /// Takes over what the link to its runner would leave.
+    pub fn set_owed(&mut self, owed: Owed) {
+        self.runs_owed = owed.runs;
+        self.run_ids = owed.ids;
+        self.service_owed = owed.service;
+    }
+
+    /// The same as far as the journal knows: a batch job that was sent is a run that is under way.
+    pub fn under_way(&self) -> Owed {
         let job = self.batch_job.as_ref();
-        let sent = self.batch_running && job.is_none_or(|job| job.step == BatchStep::Sent);
-        self.runs_owed.max(u32::from(sent))
+        let mut owed = self.owed();
+        if self.batch_running && job.is_none_or(|job| job.step == BatchStep::Sent) {
+            owed.runs = owed.runs.max(1);
+            let at_work = || batch::RUN_ID.to_owned();
+            owed.ids.current.get_or_insert_with(at_work);
+        }
+        owed
     }
 
     /// Keeps what is shown after the end: no secrets, and nothing big.
@@ -194,6 +222,7 @@ impl Record {
         self.mounts = Vec::new();
         self.models = Vec::new();
         self.result = None;
+        self.run_ids = RunIds::default();
     }
 }
 

@@ -584,6 +584,7 @@ pub(super) mod tests {
     use crate::kernel::lifecycle::Reason;
     use crate::kernel::record::PublishedBy;
     use crate::kernel::request::SessionType;
+    use crate::kernel::runner_link::runs::RunIds;
     use crate::kernel::runner_link::{LinkOptions, RunnerAddress};
     use std::time::Duration;
 
@@ -621,6 +622,8 @@ pub(super) mod tests {
             condemned: false,
             pausing: false,
             runs_owed: 0,
+            run_ids: RunIds::default(),
+            service_owed: false,
         }
     }
 

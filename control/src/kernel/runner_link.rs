@@ -36,7 +36,7 @@ use answers::AnswerLine;
 use decoder::StreamDecoder;
 pub use first_contact::{InitError, InitPolling};
 use frame::{AnswerKind, Incoming, Outgoing, Record, Step, Stream};
-use runs::{Milestone, RunLimits, RunRefused, RunTable, Submission, Taken};
+use runs::{Milestone, RunIds, RunLimits, RunRefused, RunTable, Submission, Taken};
 pub use socket::SocketError;
 
 use crate::events::{Event, Events};
@@ -63,6 +63,28 @@ impl RunnerAddress {
     }
 }
 
+/// What a link leaves to the next one of its runner.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owed {
+    /// Runs that were told to have started and not to have ended.
+    pub runs: u32,
+    /// Whose they are.
+    pub ids: RunIds,
+    /// The runner has yet to answer the start of a service.
+    pub service: bool,
+}
+
+impl Owed {
+    /// What of this `noted` has, too.
+    pub fn known_to(&self, noted: &Owed) -> Owed {
+        Owed {
+            runs: self.runs.min(noted.runs),
+            ids: self.ids.known_to(&noted.ids),
+            service: self.service && noted.service,
+        }
+    }
+}
+
 /// How a link behaves.
 #[derive(Clone, Debug)]
 pub struct LinkOptions {
@@ -72,8 +94,8 @@ pub struct LinkOptions {
     pub runs: RunLimits,
     /// The container ran before this process did: its runner may be in the middle of a run.
     pub resumed: bool,
-    /// Runs that were told to have started before this process did, and not to have ended.
-    pub owed: u32,
+    /// What the link before this one has left.
+    pub owed: Owed,
     /// Who is told that runs begin and end, and of which session.
     pub told: Option<(Events, SessionId)>,
 }
@@ -84,7 +106,7 @@ impl Default for LinkOptions {
             ping_interval: Duration::from_secs(10),
             runs: RunLimits::default(),
             resumed: false,
-            owed: 0,
+            owed: Owed::default(),
             told: None,
         }
     }
@@ -205,8 +227,7 @@ struct Inner {
     queued_bytes: AtomicUsize,
     model_updates: broadcast::Sender<ModelServiceStatus>,
     told: Option<(Events, SessionId)>,
-    /// How many runs were told to have started and not to have ended.
-    owed: watch::Sender<u32>,
+    owed: watch::Sender<Owed>,
     closed: CancellationToken,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -220,7 +241,7 @@ impl RunnerLink {
     pub fn open(kernel_id: KernelId, address: RunnerAddress, options: LinkOptions) -> Self {
         let (outgoing, messages) = mpsc::unbounded_channel();
         let mut runs = RunTable::new(options.runs, options.resumed, Instant::now());
-        runs.owe(options.owed);
+        runs.owe(Instant::now(), options.owed.runs, options.owed.ids.clone());
         let inner = Arc::new(Inner {
             kernel_id,
             address: watch::channel(Some(address)).0,
@@ -237,13 +258,19 @@ impl RunnerLink {
             queued_bytes: AtomicUsize::new(0),
             model_updates: broadcast::channel(16).0,
             told: options.told,
-            owed: watch::channel(options.owed).0,
+            owed: watch::channel(Owed::default()).0,
             closed: CancellationToken::new(),
             tasks: Mutex::new(Vec::new()),
         });
         {
             let mut state = lock(&inner.state);
+            if options.resumed && options.owed.service {
+                // Nobody waits for it; no start is asked for before it has come or counts as lost.
+                let line = state.line(AnswerKind::Service);
+                let _nobody = line.join(Instant::now(), OWED_IN_DOUBT);
+            }
             inner.tell(&mut state);
+            inner.publish(&mut state);
             if options.resumed {
                 inner.probe(&mut state);
             }
@@ -294,8 +321,8 @@ impl RunnerLink {
         self.0.queued.load(Ordering::Relaxed) == 0
     }
 
-    /// How many runs were told to have started and not to have ended, as that changes.
-    pub fn runs_owed(&self) -> watch::Receiver<u32> {
+    /// What the link would leave to the next one, as that changes.
+    pub fn owed(&self) -> watch::Receiver<Owed> {
         self.0.owed.subscribe()
     }
 
@@ -321,6 +348,7 @@ impl RunnerLink {
         {
             let mut state = lock(&self.0.state);
             state.runs.abandon();
+            state.lines.values_mut().for_each(AnswerLine::clear);
             self.0.tell(&mut state);
         }
         self.leave().await;
@@ -329,16 +357,13 @@ impl RunnerLink {
     /// Closes the link and leaves the runner at work: the next agent tells how its run ends.
     pub async fn leave(&self) {
         self.0.closed.cancel();
-        {
-            let mut state = lock(&self.0.state);
-            state.lines.values_mut().for_each(AnswerLine::clear);
-        }
         let tasks = std::mem::take(&mut *lock(&self.0.tasks));
         for mut task in tasks {
             if tokio::time::timeout(CLOSE_LIMIT, &mut task).await.is_err() {
                 task.abort();
             }
         }
+        self.0.publish(&mut lock(&self.0.state));
         tracing::debug!(kernel_id = %self.0.kernel_id, "the link to the runner is closed");
     }
 
@@ -596,6 +621,9 @@ impl Inner {
             .join(Instant::now(), owed_for)
             .ok_or(LinkError::Backlogged { queued, bytes })?;
         self.send([message])?;
+        if kind == AnswerKind::Service {
+            self.publish(state);
+        }
         Ok(answer)
     }
 
@@ -639,6 +667,9 @@ impl Inner {
             Incoming::Answer(kind, payload) => {
                 if !state.line(kind).answer(now, payload) {
                     tracing::debug!(kernel_id = %self.kernel_id, "an answer of the runner came too late and is discarded");
+                }
+                if kind == AnswerKind::Service {
+                    self.publish(&mut state);
                 }
             }
             Incoming::ModelStatus {
@@ -711,9 +742,22 @@ impl Inner {
             }
         }
         // Who hears of this finds the events told.
-        let owed = state.runs.owed();
-        self.owed
-            .send_if_modified(|told| std::mem::replace(told, owed) != owed);
+        self.publish(state);
+    }
+
+    /// Notes what the next link has to know.
+    fn publish(&self, state: &mut State) {
+        let service = state.line(AnswerKind::Service);
+        let owed = Owed {
+            service: !service.is_clear(Instant::now()),
+            runs: state.runs.owed(),
+            ids: state.runs.ids(),
+        };
+        self.owed.send_if_modified(|told| {
+            let changed = *told != owed;
+            *told = owed;
+            changed
+        });
     }
 
     fn file(&self, state: &mut State, now: Instant, record: Record) {

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use control::events::Events;
 use control::kernel::batch::{self, BatchOutcome};
 use control::kernel::execution::{Mode, Status};
-use control::kernel::runner_link::{LinkOptions, RunnerLink};
+use control::kernel::runner_link::{LinkOptions, Owed, RunnerLink};
 use harness::fake_runner::FakeRunner;
 use shared::ids::{KernelId, SessionId};
 use tokio_util::sync::CancellationToken;
@@ -53,12 +53,19 @@ async fn a_run_whose_end_or_messages_are_lost_ends_all_the_same() -> Result<()> 
     // An earlier agent has told its start, and read its end without telling it.
     let resumed = LinkOptions {
         resumed: true,
-        owed: 1,
+        owed: Owed {
+            runs: 1,
+            ..Owed::default()
+        },
         ..options.clone()
     };
     let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
-    let mut owed = link.runs_owed();
-    tokio::time::timeout(Duration::from_secs(10), owed.wait_for(|owed| *owed == 0)).await??;
+    let mut owed = link.owed();
+    tokio::time::timeout(
+        Duration::from_secs(10),
+        owed.wait_for(|owed| owed.runs == 0),
+    )
+    .await??;
     ensure!(told() == ["execution_cancelled"], "{:?}", told());
     let reply = execute_to_its_end(&link, "old", Mode::Continue, "").await?;
     ensure!(

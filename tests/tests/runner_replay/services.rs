@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use control::kernel::runner_link::{LinkOptions, RunnerLink};
 use control::kernel::services::{self, ServiceStart};
 use harness::fake_runner::{FakeRunner, logged_frames, vector};
 use serde_json::{Map, Value, json};
+use shared::ids::KernelId;
 
 use super::link_to;
 
@@ -67,6 +69,39 @@ async fn late_service_answers_reach_nobody_else() -> Result<()> {
     ensure!(reply.status == "running", "{reply:?}");
     let nowhere = services::start_service(&link, service("none", &[])).await;
     ensure!(nowhere.status == "failed");
+    // The agent is restarted while one is being started.
+    let gone = services::start_service(&link, service("slow", &[1]));
+    let sent = async {
+        ensure!(runner.receive().await?.0 == "start-service");
+        Ok(())
+    };
+    tokio::select! {
+        reply = gone => anyhow::bail!("{reply:?}"),
+        sent = sent => sent?,
+    }
+    link.leave().await;
+    let owed = link.owed().borrow().clone();
+    ensure!(owed.service, "{owed:?}");
+    let resumed = LinkOptions {
+        resumed: true,
+        owed,
+        ..LinkOptions::default()
+    };
+    let link = RunnerLink::open(KernelId([7; 16]), runner.address, resumed);
+    let next = async {
+        Ok::<_, anyhow::Error>(services::start_service(&link, service("next", &[2])).await)
+    };
+    let play = async {
+        link.status(Duration::from_secs(10)).await?;
+        ensure!(runner.nothing_waits().await);
+        runner.send("service-result", r#"{"status": "started"}"#);
+        ensure!(runner.receive().await?.0 == "start-service");
+        runner.send("service-result", r#"{"status": "running"}"#);
+        Ok(())
+    };
+    let (reply, ()) = tokio::try_join!(next, play)?;
+    ensure!(reply.status == "running", "{reply:?}");
+    ensure!(!link.owed().borrow().service);
     Ok(())
 }
 

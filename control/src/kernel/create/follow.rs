@@ -14,9 +14,10 @@ use tokio::sync::watch;
 use crate::events::Event;
 use crate::kernel::journal::JournalError;
 use crate::kernel::node::Node;
+use crate::kernel::record::Record;
 use crate::kernel::registry::Kernel;
 use crate::kernel::request::SessionType;
-use crate::kernel::runner_link::RunnerLink;
+use crate::kernel::runner_link::{Owed, RunnerLink};
 use crate::kernel::services;
 
 /// How long a run is under way before the journal says so: shorter ones cost no write.
@@ -26,16 +27,16 @@ const RUN_FORGOTTEN: Duration = Duration::from_millis(200);
 /// Shortest time between two words about the health of a kernel's models.
 const MODEL_PACE: Duration = Duration::from_secs(1);
 
-/// Keeps in the journal how many runs have to be told to end: the next agent tells it if this one
-/// does not. Short runs are over before they are noted.
+/// Keeps in the journal which runs have to be told to end, and what else the next agent has to know if this
+/// one does not live to see it. Short runs are over before they are noted.
 pub(super) fn note_runs(node: &Arc<Node>, kernel: &Arc<Kernel>, runner: &RunnerLink) {
-    let mut owed = runner.runs_owed();
+    let mut owed = runner.owed();
     let (node, kernel, runner) = (node.clone(), kernel.clone(), runner.clone());
     node.clone().tasks.spawn(async move {
         let note = async {
-            let noted = || kernel.with_record(|record| record.runs_owed);
-            while is_news(&mut owed, noted()).await {
-                kernel.update_record(|record| record.runs_owed = *owed.borrow());
+            let noted = || kernel.with_record(Record::owed);
+            while let Some(news) = news(&mut owed, &noted()).await {
+                kernel.update_record(|record| record.set_owed(news));
                 if let Err(err) = node.store(&kernel).await {
                     say_unwritten(&kernel, &err);
                 }
@@ -50,20 +51,28 @@ pub(super) fn note_runs(node: &Arc<Node>, kernel: &Arc<Kernel>, runner: &RunnerL
     });
 }
 
-/// Waits until the journal, which knows of `noted` runs, is to know better. False when the link is gone.
-async fn is_news(owed: &mut watch::Receiver<u32>, noted: u32) -> bool {
+/// Waits until the journal, which has `noted`, is to have something else, and returns that; `None` when the link is
+/// gone. What is over goes soon, before what has begun is noted: who would be taken for another is not in it.
+async fn news(owed: &mut watch::Receiver<Owed>, noted: &Owed) -> Option<Owed> {
+    let kind = |now: &Owed| match now {
+        now if now == noted => Ordering::Equal,
+        now if now.known_to(noted) == *noted => Ordering::Greater,
+        _ => Ordering::Less,
+    };
     loop {
-        let news = owed.borrow_and_update().cmp(&noted);
+        let news = kind(&owed.borrow_and_update());
         let patience = match news {
             Ordering::Equal => Duration::MAX,
             Ordering::Greater => RUN_NOTED,
             Ordering::Less => RUN_FORGOTTEN,
         };
-        let other = owed.wait_for(|now| now.cmp(&noted) != news);
-        match tokio::time::timeout(patience, other).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) => return false,
-            Err(_) => return true,
+        let other = owed.wait_for(|now| kind(now) != news);
+        let waited = tokio::time::timeout(patience, other).await;
+        match waited.map(|other| other.is_ok()) {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(_) if news == Ordering::Less => return Some(owed.borrow().known_to(noted)),
+            Err(_) => return Some(owed.borrow().clone()),
         }
     }
 }
@@ -150,31 +159,59 @@ async fn start_model(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::runner_link::runs::RunIds;
 
-    async fn news_within(owed: &watch::Sender<u32>, noted: u32, limit: Duration) -> Option<bool> {
+    fn runs(runs: u32) -> Owed {
+        Owed {
+            runs,
+            ..Owed::default()
+        }
+    }
+
+    async fn news_within(
+        owed: &watch::Sender<Owed>,
+        noted: Owed,
+        limit: Duration,
+    ) -> Option<Option<Owed>> {
         let mut owed = owed.subscribe();
-        let news = is_news(&mut owed, noted);
+        let news = news(&mut owed, &noted);
         tokio::time::timeout(limit, news).await.ok()
     }
 
     #[tokio::test]
     async fn only_long_runs_reach_the_journal() {
-        let (short, owed) = (watch::channel(0).0, watch::channel(1).0);
+        let (short, owed) = (watch::channel(runs(0)).0, watch::channel(runs(1)).0);
+        let of = |current: &str, waiting: &[&str]| Owed {
+            ids: RunIds {
+                current: Some(current.to_owned()),
+                waiting: waiting.iter().map(|&id| id.to_owned()).collect(),
+            },
+            ..runs(2)
+        };
+        let others = watch::channel(of("b", &["c"])).0;
         let come_and_go = async {
             for _ in 0..24 {
                 tokio::time::sleep(RUN_NOTED / 20).await;
-                short.send_modify(|runs| *runs = 1 - *runs);
+                short.send_modify(|owed| owed.runs = 1 - owed.runs);
             }
         };
-        let (none, begun, ended, ()) = tokio::join!(
-            news_within(&short, 0, RUN_NOTED * 6 / 5),
-            news_within(&owed, 0, RUN_NOTED * 2),
-            news_within(&owed, 2, RUN_NOTED / 2),
+        let (none, begun, ended, over, joined, ()) = tokio::join!(
+            news_within(&short, runs(0), RUN_NOTED * 6 / 5),
+            news_within(&owed, runs(0), RUN_NOTED * 2),
+            news_within(&owed, runs(2), RUN_NOTED / 2),
+            // The one that is over is not taken for the one at work, however short that may be.
+            news_within(&others, of("a", &["b"]), RUN_NOTED / 2),
+            news_within(&others, of("b", &[]), RUN_NOTED * 2),
             come_and_go
         );
-        assert_eq!((none, begun, ended), (None, Some(true), Some(true)));
+        let one = Some(Some(runs(1)));
+        assert_eq!((none, &begun, &ended), (None, &one, &one));
+        assert_eq!(
+            (over, joined),
+            (Some(Some(of("b", &[]))), Some(Some(of("b", &["c"]))))
+        );
         let mut left = owed.subscribe();
         drop(owed);
-        assert!(!is_news(&mut left, 1).await);
+        assert_eq!(news(&mut left, &runs(1)).await, None);
     }
 }

@@ -20,7 +20,7 @@ use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::registry::Kernel;
 use crate::kernel::rows;
-use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, RunnerLink};
+use crate::kernel::runner_link::{InitError, InitPolling, LinkOptions, Owed, RunnerLink};
 use crate::kernel::services;
 use crate::link::LinkError;
 
@@ -210,9 +210,9 @@ fn open_runner(
     let options = LinkOptions {
         resumed,
         owed: if resumed {
-            kernel.with_record(Record::runs_under_way)
+            kernel.with_record(Record::under_way)
         } else {
-            0
+            Owed::default()
         },
         told: Some((node.events.clone(), kernel.session)),
         ..LinkOptions::default()
@@ -231,9 +231,11 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
     node.registry.enter_sources(kernel, &place.sources);
     let runner = open_runner(node, kernel, &place, true);
     // What the link has told at once, neither the ending nor the next agent tells again.
-    let owed = *runner.runs_owed().borrow();
-    let fell = kernel.with_record(|record| record.runs_owed) > owed;
-    kernel.update_record(|record| record.runs_owed = record.runs_owed.min(owed));
+    let owed = runner.owed().borrow().clone();
+    let noted = kernel.with_record(Record::owed);
+    let left = owed.known_to(&noted);
+    let fell = left != noted;
+    kernel.update_record(|record| record.set_owed(left));
     follow_models(node, kernel, &runner);
     note_runs(node, kernel, &runner);
     let idle = kernel.offer_runner(container, runner);

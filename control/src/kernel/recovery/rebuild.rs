@@ -19,6 +19,7 @@ use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
 use crate::kernel::resource_text::{self, Allocations, ResourceSpec};
 use crate::kernel::rows::parse_host_ports;
+use crate::kernel::runner_link::runs::RunIds;
 use crate::kernel::service_ports::{
     self, Exposure, REPL_IN, REPL_OUT, ServicePort, ServiceProtocol,
 };
@@ -136,6 +137,8 @@ pub async fn record(
         condemned: false,
         pausing: false,
         runs_owed: 0,
+        run_ids: RunIds::default(),
+        service_owed: false,
     })
 }
 

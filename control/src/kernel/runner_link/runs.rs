@@ -16,6 +16,8 @@
 //!   an empty `build` and an empty `clean`, which do nothing, in their turn. Their answers in this order
 //!   come of no run, and say that all that was sent before is over. Until then no run is sent.
 
+mod earlier;
+mod ended;
 mod probe;
 mod run;
 
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+pub use self::earlier::RunIds;
 use self::probe::{Probe, Sifted};
 use self::run::{Phase, Run};
 use super::frame::{Outgoing, Record, Step};
@@ -42,13 +45,18 @@ pub struct RunLimits {
     pub result_bytes: usize,
     /// Runs waiting for their turn.
     pub waiting: usize,
-    /// Finished runs whose last result is kept (for the client that did not get it).
+    /// Finished runs whose last result is kept (for the client that did not get it), and as many of those
+    /// that have not been fetched.
     pub ended: usize,
-    /// A waiting run whose client stopped asking for this long is forgotten.
+    /// Bytes that finished runs may hold together: results, output that was not fetched, requests. Beyond
+    /// that the oldest go, and of those that were not fetched all but the ends of their steps.
+    pub ended_bytes: usize,
+    /// A waiting run whose client stopped asking for this long is ended unsent.
     pub waiting_idle: Duration,
-    /// A finished run is forgotten after this long; until then a repeated request gets the same answer.
+    /// A finished run that was fetched is forgotten after this long; until then a repeated request gets the
+    /// same answer.
     pub ended_keep: Duration,
-    /// The output of a run that nobody polls for this long is dropped.
+    /// The output of a run that nobody polls for this long is dropped; one that is over is forgotten.
     pub unread: Duration,
     /// Wall time a run may take; `None` = no limit (the default of Backend.AI).
     pub exec_timeout: Option<Duration>,
@@ -63,7 +71,8 @@ impl Default for RunLimits {
             hold_up: Duration::from_secs(1),
             result_bytes: 8 * MIB,
             waiting: WAITING as usize,
-            ended: 4,
+            ended: 64,
+            ended_bytes: 64 * MIB,
             waiting_idle: Duration::from_secs(60),
             ended_keep: Duration::from_secs(60),
             unread: Duration::from_secs(600),
@@ -150,8 +159,11 @@ pub struct RunTable {
     current: Option<String>,
     waiting: VecDeque<String>,
     /// After a restart of the agent the runner may be in the middle of a run: what arrives before any
-    /// run is known here is kept for the first client that continues an id we do not know.
+    /// run is known here is kept for the client whose it is, or for the first one that continues an id we do
+    /// not know.
     orphan: Option<Run>,
+    /// The id of that run, where the journal knows it.
+    earlier: Option<String>,
     /// Not taken yet.
     milestones: Vec<Milestone>,
     /// An end was told since the last sweep.
@@ -176,6 +188,7 @@ impl RunTable {
             current: None,
             waiting: VecDeque::new(),
             orphan,
+            earlier: None,
             milestones: Vec::new(),
             end_told: false,
             probe: None,
@@ -183,26 +196,6 @@ impl RunTable {
             armed: false,
             held: None,
         }
-    }
-
-    /// An earlier life has told that so many runs started, and not that they ended. The runner works
-    /// on one of them at most; the others were never sent.
-    pub fn owe(&mut self, runs: u32) {
-        let Some(orphan) = &mut self.orphan else {
-            return;
-        };
-        orphan.owed = runs > 0;
-        let unsent = runs.min(OWED_AT_MOST).saturating_sub(1) as usize;
-        self.milestones
-            .extend(std::iter::repeat_n(Milestone::Cancelled, unsent));
-        self.end_told |= unsent > 0;
-    }
-
-    /// How many runs were told to have started and not to have ended.
-    pub fn owed(&self) -> u32 {
-        let orphan = self.orphan.iter().filter(|orphan| orphan.is_under_way());
-        let live = self.runs.values().filter(|run| run.is_live()).count() + orphan.count();
-        u32::try_from(live).unwrap_or(u32::MAX)
     }
 
     /// Whether the runner may work on something.
@@ -330,11 +323,8 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
-        let current = self.current.is_some();
         if !request.starts
-            && let Some(mut run) = self
-                .orphan
-                .take_if(|orphan| !current || orphan.phase == Phase::Ended)
+            && let Some(mut run) = self.orphan_of(run_id)
         {
             // The client goes on with a run that was started before we were.
             run.polled = now;
@@ -347,6 +337,13 @@ impl RunTable {
             }
             self.runs.insert(run_id.to_owned(), run);
             return Ok(request.messages);
+        }
+        if !request.starts
+            && let Some(run) = self.lost(now)
+        {
+            self.runs.insert(run_id.to_owned(), run);
+            self.forget_surplus();
+            return Ok(Vec::new());
         }
         if request.starts && self.probe.is_none() {
             self.release_tentative();
@@ -383,13 +380,7 @@ impl RunTable {
             Phase::Ended
         };
         if request.starts {
-            if self
-                .orphan
-                .take()
-                .is_some_and(|orphan| orphan.is_under_way())
-            {
-                self.milestones.push(Milestone::Cancelled);
-            }
+            self.settle_orphan();
             self.current = Some(run_id.to_owned());
         }
         self.runs.insert(run_id.to_owned(), run);
@@ -409,39 +400,6 @@ impl RunTable {
             run.phase = Phase::Ended;
             self.current = None;
         }
-    }
-
-    /// Whether records of an unknown, unfinished run were seen after a restart.
-    fn orphan_works(&self) -> bool {
-        self.orphan
-            .as_ref()
-            .is_some_and(|orphan| orphan.phase == Phase::Current)
-    }
-
-    /// Whether records of an unknown run were seen after a restart, finished or not.
-    pub fn tells_of_unknown(&self) -> bool {
-        self.orphan.as_ref().is_some_and(|orphan| orphan.seen)
-    }
-
-    /// Takes over a run that the runner already works on (the batch job after a restart).
-    pub fn adopt(&mut self, now: Instant, run_id: &str) {
-        let idle = self.probed && self.probe.is_none() && self.orphan.is_none();
-        let mut run = self
-            .orphan
-            .take()
-            .unwrap_or_else(|| Run::new(now, Phase::Current));
-        run.polled = now;
-        if idle {
-            // It was over when the runner was probed.
-            run.lose(now, &self.limits);
-        }
-        if run.phase != Phase::Ended {
-            run.phase = Phase::Current;
-            run.expected = 1;
-            self.current = Some(run_id.to_owned());
-        }
-        self.runs.insert(run_id.to_owned(), run);
-        self.tell_started(run_id);
     }
 
     /// Files what the runner produced; returns messages of the next run when this ended the current one.
@@ -569,12 +527,12 @@ impl RunTable {
         if matches!(taken.ending, Ending::ExecTimeout) {
             run.phase = Phase::Ended;
             self.milestones.push(Milestone::TimedOut);
-            run.last = Some(taken.clone());
+            run.keep_last(&taken);
             if self.current.as_deref() == Some(run_id) {
                 self.current = None;
             }
         } else if run.phase == Phase::Ended && run.records.is_empty() {
-            run.last = Some(taken.clone());
+            run.keep_last(&taken);
         }
         Some(taken)
     }
@@ -592,12 +550,13 @@ impl RunTable {
         let idle = |run: &Run| now.saturating_duration_since(run.polled);
         self.runs.retain(|_, run| match run.phase {
             Phase::Waiting => {
-                let kept = run.pollers > 0 || idle(run) < limits.waiting_idle;
-                if !kept {
+                if run.pollers == 0 && idle(run) >= limits.waiting_idle {
+                    let why = "it waited for its turn, and nobody asked for it meanwhile";
+                    run.end_unsent(now, why, &limits);
                     milestones.push(Milestone::Cancelled);
                     *end_told = true;
                 }
-                kept
+                true
             }
             Phase::Ended => {
                 run.pollers > 0
@@ -610,8 +569,11 @@ impl RunTable {
             }
             Phase::Current => true,
         });
+        let waits = |run: &Run| run.phase == Phase::Waiting;
         let runs = &self.runs;
-        self.waiting.retain(|run_id| runs.contains_key(run_id));
+        self.waiting
+            .retain(|run_id| runs.get(run_id).is_some_and(waits));
+        self.forget_surplus();
         if let Some(run) = self
             .current
             .as_ref()
@@ -625,25 +587,6 @@ impl RunTable {
             && idle(orphan) >= limits.unread
         {
             orphan.drop_output();
-        }
-    }
-
-    fn forget_surplus(&mut self) {
-        loop {
-            let ended = self
-                .runs
-                .iter()
-                .filter(|(_, run)| run.phase == Phase::Ended && run.pollers == 0);
-            if ended.clone().count() <= self.limits.ended {
-                return;
-            }
-            let Some(oldest) = ended
-                .min_by_key(|(_, run)| run.polled)
-                .map(|(run_id, _)| run_id.clone())
-            else {
-                return;
-            };
-            self.runs.remove(&oldest);
         }
     }
 }

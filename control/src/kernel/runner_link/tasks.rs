@@ -166,6 +166,8 @@ pub(super) async fn tick(inner: Arc<Inner>, ping_interval: Duration) {
             let mut state = lock(&inner.state);
             state.runs.sweep(Instant::now());
             inner.tell(&mut state);
+            // An answer that counts as lost by now is owed no more.
+            inner.publish(&mut state);
             if inner.check_room(&state, 0).is_ok() {
                 let again = state.runs.probe_again(Instant::now());
                 // The writer is gone only when the link is closed.

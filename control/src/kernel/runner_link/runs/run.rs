@@ -45,6 +45,8 @@ pub(super) struct Run {
     /// Steps of its present request that have ended.
     pub(super) steps: u8,
     pub(super) last: Option<Taken>,
+    /// Bytes of that.
+    pub(super) last_weight: usize,
 }
 
 const MARKER_PREFIX: &str = "[bai-agent: ";
@@ -76,6 +78,7 @@ impl Run {
             seen: false,
             steps: 0,
             last: None,
+            last_weight: 0,
         }
     }
 
@@ -107,17 +110,31 @@ impl Run {
     pub(super) fn lose(&mut self, now: Instant, limits: &RunLimits) -> bool {
         let live = self.is_live();
         if live {
-            let seen = self.seen;
-            let words = format!(
-                "{MARKER_PREFIX}the run has ended; how, and what it said last, was lost when the agent was restarted or the container's network was changed]\n"
-            );
-            self.push(now, Record::Text(Stream::Stderr, words), limits);
-            self.push(now, Record::StepEnd(Step::Run, None), limits);
-            self.seen = seen;
+            let words = "the run has ended; how, and what it said last, was lost when the agent was restarted or the container's network was changed";
+            self.end_in_words(now, words, limits);
         }
         self.phase = Phase::Ended;
         self.polled = now;
         live
+    }
+
+    /// Ends a run of which the runner was sent nothing. The same request is a new one afterwards.
+    pub(super) fn end_unsent(&mut self, now: Instant, why: &str, limits: &RunLimits) {
+        self.unsent = Vec::new();
+        self.content = Vec::new();
+        self.expected = 0;
+        self.end_in_words(now, &format!("the run was not started: {why}"), limits);
+        self.phase = Phase::Ended;
+        self.polled = now;
+    }
+
+    /// Words of ours and an end without an exit code. The runner has said nothing.
+    fn end_in_words(&mut self, now: Instant, words: &str, limits: &RunLimits) {
+        let seen = self.seen;
+        let words = format!("{MARKER_PREFIX}{words}]\n");
+        self.push(now, Record::Text(Stream::Stderr, words), limits);
+        self.push(now, Record::StepEnd(Step::Run, None), limits);
+        self.seen = seen;
     }
 
     pub(super) fn push(&mut self, now: Instant, record: Record, limits: &RunLimits) {
@@ -202,6 +219,39 @@ impl Run {
         }
     }
 
+    /// What it takes once it has ended: its request, what was not fetched, and the last result.
+    pub(super) fn bytes(&self) -> usize {
+        let request = self.content.iter().map(|message| message.payload.len());
+        request.sum::<usize>() + self.weight + self.last_weight
+    }
+
+    /// Whether there is more than the ends of its steps.
+    pub(super) fn holds_output(&self) -> bool {
+        !self.content.is_empty() || self.records.iter().any(|record| !is_step(record))
+    }
+
+    /// Drops all but the ends of its steps.
+    pub(super) fn shed(&mut self) {
+        self.content = Vec::new();
+        self.full_since = None;
+        for record in std::mem::take(&mut self.records) {
+            match is_step(&record) {
+                true => self.records.push_back(record),
+                false => self.forget(&record),
+            }
+        }
+    }
+
+    /// Keeps its last result, for a client that asks again.
+    pub(super) fn keep_last(&mut self, taken: &Taken) {
+        let options = match &taken.ending {
+            Ending::WaitingInput(options) => Record::WaitingInput(options.clone()).weight(),
+            _ => 0,
+        };
+        self.last_weight = options + taken.records.iter().map(Record::weight).sum::<usize>();
+        self.last = Some(taken.clone());
+    }
+
     pub(super) fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
         let overdue = self.phase == Phase::Current
             && limits
@@ -252,6 +302,10 @@ impl Run {
         self.has_client = true;
         Some(Taken { records, ending })
     }
+}
+
+fn is_step(record: &Record) -> bool {
+    matches!(record, Record::StepEnd(..))
 }
 
 fn is_end(record: &Record) -> bool {

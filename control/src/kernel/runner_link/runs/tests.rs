@@ -48,6 +48,8 @@ fn a_waiting_run_whose_client_gave_up_is_never_sent() {
     assert_eq!(next, query("stays").messages);
     assert_eq!(table.current(), Some("stays"));
     assert_eq!(table.milestones(), [Milestone::Finished]);
+    // Its client comes back after all.
+    assert_not_started(&mut table, now + seconds(62), "gone");
     // The kernel is not idle, though an end was told last.
     table.sweep(now + seconds(63));
     table.sweep(now + seconds(64));
@@ -267,7 +269,7 @@ fn step(step: Step) -> Record {
 fn taken_over(owed: u32) -> (RunTable, Instant) {
     let now = Instant::now();
     let mut table = RunTable::new(RunLimits::default(), true, now);
-    table.owe(owed);
+    table.owe(now, owed, RunIds::default());
     let asked = table.probe(now);
     let asked: Vec<_> = asked
         .iter()
@@ -357,6 +359,167 @@ fn a_run_whose_end_an_earlier_life_has_lost_is_told_to_have_ended() {
         }
         assert_eq!(table.current(), None);
     }
+}
+
+/// What a client is told whose run was never sent.
+fn assert_not_started(table: &mut RunTable, now: Instant, run_id: &str) {
+    assert!(
+        table
+            .submit(now, run_id, go_on())
+            .expect("a call")
+            .is_empty()
+    );
+    let end = table.take(now, run_id, false).expect("an end");
+    assert_eq!(end.ending, Ending::Step(Step::Run, None));
+    let [Record::Text(Stream::Stderr, words)] = &end.records[..] else {
+        panic!("it is told: {end:?}");
+    };
+    assert!(words.contains("not started"), "{words}");
+}
+
+#[test]
+fn what_an_earlier_life_has_left_reaches_nobody_but_its_client() {
+    use Milestone::{Cancelled, Finished, Started};
+    let ids = |current: Option<&str>, waiting: &[&str]| RunIds {
+        current: current.map(str::to_owned),
+        waiting: waiting.iter().map(|&id| id.to_owned()).collect(),
+    };
+    // Who waited comes first, or when all is over, or when the next run has begun.
+    for b_comes in 0..3 {
+        let now = Instant::now();
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        table.owe(now, 2, ids(Some("a"), &["b"]));
+        table.probe(now);
+        assert_eq!((table.milestones(), table.owed()), (vec![Cancelled], 1));
+        assert_eq!(table.ids(), ids(Some("a"), &[]));
+        if b_comes == 0 {
+            assert_not_started(&mut table, now, "b");
+        }
+        table.record(now, out("of a"));
+        table.submit(now, "new", query("1")).expect("held");
+        // Nothing is known of this one: it does not wait, and gets nothing of another's.
+        table.submit(now, "c", go_on()).expect("a call");
+        assert_lost(&mut table, now, "c");
+        table.record(now, finished(0));
+        if b_comes == 1 {
+            assert_not_started(&mut table, now, "b");
+        }
+        assert_eq!(answer(&mut table, now), query("1").messages);
+        assert!(table.tells_of_unknown());
+        table.record(now, finished(1));
+        table.submit(now, "newer", query("2")).expect("sent");
+        table.submit(now, "a", go_on()).expect("its client comes");
+        let end = table.take(now, "a", false).expect("the end");
+        assert_eq!(end.records, [out("of a")]);
+        assert_eq!(end.ending, Ending::Step(Step::Run, Some(0)));
+        if b_comes == 2 {
+            assert_not_started(&mut table, now, "b");
+        }
+        let told = table.milestones();
+        assert_eq!(told, [Started, Finished, Finished, Started]);
+        assert_eq!(table.ids(), ids(Some("newer"), &[]));
+        // What has not run is run when it is asked for again.
+        table.submit(now, "b", query("3")).expect("queued");
+        assert_eq!(table.ids(), ids(Some("newer"), &["b"]));
+        assert_eq!(table.record(now, finished(0)), query("3").messages);
+    }
+    // Journals of before name nobody, and one may know of a run that was not sent only.
+    let now = Instant::now();
+    let old: RunIds = serde_json::from_str("{}").expect("a journal");
+    assert_eq!(old, RunIds::default());
+    let mut table = RunTable::new(RunLimits::default(), true, now);
+    table.owe(now, 1, ids(None, &["b"]));
+    assert_eq!((table.milestones(), table.owed()), (vec![Cancelled], 0));
+    table.record(now, out("rest"));
+    assert_not_started(&mut table, now, "b");
+    table.submit(now, "a", go_on()).expect("taken over");
+    assert_eq!(table.current(), Some("a"));
+}
+
+#[test]
+fn a_run_that_ended_before_its_client_came_back_is_kept_for_it() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    let runs = ["a", "b", "c", "d", "e", "f", "g"];
+    for run_id in runs {
+        table.submit(now, run_id, batch()).expect("accepted");
+    }
+    for (number, run_id) in runs.into_iter().enumerate() {
+        table.record(now, step(Step::Clean));
+        let taken = table.take(now, run_id, false).expect("a step");
+        assert_eq!(taken.ending, Ending::Step(Step::Clean, Some(0)));
+        table.record(now, step(Step::Build));
+        table.record(now, out(run_id));
+        table.record(now + seconds(number as u64), finished(0));
+    }
+    let later = now + seconds(60);
+    table.sweep(later);
+    for run_id in runs {
+        let build = table.take(later, run_id, false).expect("a step");
+        assert_eq!(build.ending, Ending::Step(Step::Build, Some(0)));
+        let end = table.take(later, run_id, false).expect("the end");
+        assert_eq!(end.records, [out(run_id)]);
+        assert_eq!(end.ending, Ending::Step(Step::Run, Some(0)));
+    }
+}
+
+#[test]
+fn what_runs_that_ended_hold_is_bounded() {
+    let now = Instant::now();
+    let limits = RunLimits {
+        ended: 8,
+        ended_bytes: 10_000,
+        ..RunLimits::default()
+    };
+    let mut table = RunTable::new(limits, false, now);
+    let run = |table: &mut RunTable, number: u32| {
+        let (at, run_id) = (now + seconds(number.into()), number.to_string());
+        table
+            .submit(at, &run_id, query(&"x".repeat(1000)))
+            .expect("sent");
+        table.record(at, Record::WaitingInput(Map::new()));
+        table.record(at, out(&"y".repeat(1000)));
+        table.record(at, finished(number.into()));
+        let ended = table.runs.values().filter(|run| run.phase == Phase::Ended);
+        let bytes: usize = ended.clone().map(Run::bytes).sum();
+        assert!(bytes <= 10_000 && ended.count() <= 16, "{bytes}");
+    };
+    for number in 0..6 {
+        run(&mut table, number);
+        while table
+            .take(now, &number.to_string(), false)
+            .is_some_and(|taken| taken.ending != Ending::Step(Step::Run, Some(number.into())))
+        {
+        }
+    }
+    // What was fetched goes first, then output, and ends last.
+    for number in 6..30 {
+        run(&mut table, number);
+    }
+    let kept: std::collections::BTreeSet<&str> = table.runs.keys().map(String::as_str).collect();
+    assert_eq!(
+        kept,
+        (22..30)
+            .map(|number| number.to_string())
+            .collect::<Vec<_>>()
+            .iter()
+            .map(String::as_str)
+            .collect()
+    );
+    let (mut told, mut dropped) = (0, 0);
+    for number in 22..30 {
+        let run_id = number.to_string();
+        let mut taken = table.take(now, &run_id, false).expect("an end");
+        if taken.ending == Ending::WaitingInput(Map::new()) {
+            taken = table.take(now, &run_id, false).expect("the end");
+            assert_eq!(taken.records, [out(&"y".repeat(1000))]);
+            told += 1;
+        } else {
+            dropped += 1;
+        }
+        assert_eq!(taken.ending, Ending::Step(Step::Run, Some(number)));
+    }
+    assert_eq!((told, dropped), (3, 5));
 }
 
 #[test]
