@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use config::Config;
+use shared::observed::AcceleratorKind;
 use tokio::sync::watch;
 
 use crate::kernel::journal::{plain_name, replace_file};
@@ -191,15 +192,18 @@ impl Accelerators {
         let Some(snapshot) = observed.snapshot.as_deref().filter(|_| observed.is_alive()) else {
             return Ok(false);
         };
-        let node = snapshot.node.as_ref();
-        if node
-            .and_then(|node| node.counters.accelerators_found)
-            .is_none()
-        {
+        let silent = silent(observed);
+        let counters = snapshot.node.as_ref().map(|node| &node.counters);
+        let waits = counters.is_none_or(|counters| counters.accelerators_found.is_none());
+        if waits && silent.is_empty() {
             return Ok(false);
         }
         let before = self.known();
         let mut fresh = of_rows(&snapshot.accelerators, &self.settings);
+        // Of drivers that have told nothing: they are there, and so are the devices that were.
+        let unheard = before.iter().filter(|old| silent.contains(&old.kind));
+        let unheard = unheard.map(|old| if waits { old.clone() } else { old.as_lost() });
+        fresh.extend(unheard);
         let held = ledger.accelerators_held();
         let lost = before.iter().filter(|old| {
             held.keys().any(|id| old.is_called(id))
@@ -224,11 +228,25 @@ impl Accelerators {
             );
         }
         let first = self.scans.borrow().is_none();
-        if first || fresh != before {
+        if !waits && (first || fresh != before) {
             self.scans
                 .send_modify(|scans| *scans = Some(scans.unwrap_or(0) + 1));
+        } else {
+            self.touch(fresh != before);
         }
         Ok(fresh != before)
+    }
+
+    /// Devices that do not work and that the dataplane has no row of, because their driver has told it
+    /// nothing.
+    pub(crate) fn unheard(&self, observed: &Observed) -> Vec<Known> {
+        let silent = silent(observed);
+        if silent.is_empty() {
+            return Vec::new();
+        }
+        let mut known = self.known();
+        known.retain(|device| !device.healthy && silent.contains(&device.kind));
+        known
     }
 
     fn keep(&self) -> std::io::Result<()> {
@@ -238,6 +256,23 @@ impl Accelerators {
         let bytes = serde_json::to_vec_pretty(&all).map_err(std::io::Error::other)?;
         replace_file(&self.file, &bytes)
     }
+}
+
+/// Kinds whose driver is there and has told a dataplane that runs nothing since it started.
+fn silent(observed: &Observed) -> Vec<String> {
+    let node = observed
+        .snapshot
+        .as_deref()
+        .and_then(|all| all.node.as_ref());
+    let bits = node.and_then(|node| node.counters.accelerators_silent);
+    let bits = bits.filter(|_| observed.is_alive()).unwrap_or(0);
+    let drivers = [
+        AcceleratorKind::Cuda,
+        AcceleratorKind::Rocm,
+        AcceleratorKind::Tpu,
+    ];
+    let silent = drivers.into_iter().filter(|kind| bits & kind.bit() != 0);
+    silent.map(|kind| kind.to_string()).collect()
 }
 
 fn kinds(devices: &[Known]) -> BTreeSet<String> {
@@ -287,7 +322,9 @@ pub async fn follow(node: Arc<Node>) {
 
 #[cfg(test)]
 mod tests {
-    use shared::observed::{AcceleratorCounters, NodeCounters, NodeSample, ObservedSnapshot};
+    use shared::observed::{
+        AcceleratorCounters, AcceleratorRow, NodeCounters, NodeSample, ObservedSnapshot,
+    };
 
     use super::*;
     use crate::stats::fixture::card;
@@ -353,6 +390,71 @@ mod tests {
         // Both are gone, and nobody holds them.
         assert!(next.take_in(&ledger, &observed(Some(0))).unwrap());
         assert_eq!(announced(&ledger).as_deref(), Some("0"));
+    }
+
+    /// A dataplane whose drivers of these kinds have told nothing, and may still do so.
+    fn silent_observed(silent: u64, waits: bool, rows: Vec<AcceleratorRow>) -> Observed {
+        let mut observed = observed(Some(0));
+        let mut snapshot = ObservedSnapshot::clone(observed.snapshot.as_ref().unwrap());
+        let node = snapshot.node.as_mut().unwrap();
+        node.counters.accelerators_silent = Some(silent);
+        node.counters.accelerators_found = (!waits).then_some(rows.len() as u64);
+        snapshot.accelerators = rows;
+        observed.snapshot = Some(Arc::new(snapshot));
+        observed
+    }
+
+    #[test]
+    fn devices_of_a_driver_that_tells_nothing_are_known_and_not_given_out() {
+        let place = tempfile::tempdir().unwrap();
+        let mut options = config::LoadOptions::of_this_process(None, true);
+        options.environment = Box::new(|_| None);
+        let mut config = Config::clone(&config::load(&options).unwrap().config);
+        config.agent.var_base_path = place.path().to_owned();
+        let open = || Accelerators::open(&config, &Options::default(), EngineDevices::default());
+        let accelerators = open();
+        let ledger = Ledger::discover(&config, Vec::new()).unwrap();
+        accelerators.take_in(&ledger, &observed(Some(2))).unwrap();
+        accelerators.keep().unwrap();
+
+        let next = open();
+        let ledger = Ledger::discover(&config, next.plugins().unwrap()).unwrap();
+        let told = |kind: &str| {
+            let all = ledger.available();
+            let found = all.iter().find(|slot| slot.name == kind);
+            found.map(|slot| slot.amount.to_string())
+        };
+        let cuda = AcceleratorKind::Cuda.bit();
+        let amd = || vec![AcceleratorRow::new(AcceleratorKind::Rocm, 0, "amd-0")];
+        // While the driver may answer, the node goes by what it knew, and by what others tell.
+        let waits = silent_observed(cuda, true, amd());
+        assert!(next.take_in(&ledger, &waits).unwrap());
+        assert_eq!(told("cuda.device").as_deref(), Some("2"));
+        assert_eq!(told("rocm.device").as_deref(), Some("1"));
+        assert!(next.subscribe().borrow().is_none(), "not all have answered");
+        assert!(next.unheard(&waits).is_empty());
+        // It hangs, or does not start.
+        let late = silent_observed(cuda, false, amd());
+        assert!(next.take_in(&ledger, &late).unwrap());
+        assert_eq!(told("cuda.device").as_deref(), Some("0"));
+        assert_eq!(told("rocm.device").as_deref(), Some("1"));
+        assert!(next.subscribe().borrow().is_some());
+        let unheard = next.unheard(&late).into_iter();
+        let unheard: Vec<(String, Option<u32>)> = unheard.map(|it| (it.id, it.number)).collect();
+        assert_eq!(
+            unheard,
+            [("GPU-0".to_owned(), Some(0)), ("GPU-1".to_owned(), Some(1))]
+        );
+        let hardware = AcceleratorPlugin::of_kind("cuda", &next.known(), &next.settings);
+        let hardware = crate::resource::DevicePlugin::hardware(&hardware).unwrap();
+        assert_eq!(hardware.status, crate::resource::HardwareStatus::Offline);
+        assert!(!next.take_in(&ledger, &late).unwrap(), "nothing new");
+        // The next life knows them too.
+        next.keep().unwrap();
+        assert_eq!(open().known().len(), 3);
+        // It answers after all.
+        assert!(next.take_in(&ledger, &observed(Some(2))).unwrap());
+        assert_eq!(told("cuda.device").as_deref(), Some("2"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use shared::observed::{ContainerSample, ObservedSnapshot};
 
+use crate::accelerator::known::Known;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::link::Observed;
@@ -116,6 +117,8 @@ pub struct Scene {
     pub engine: EngineState,
     /// Slots: name, total and used amount.
     pub slots: Vec<(String, rust_decimal::Decimal, rust_decimal::Decimal)>,
+    /// Devices that do not work and that the dataplane has no row of.
+    pub unheard: Vec<Known>,
     /// Host ports.
     pub occupancy: Option<Occupancy>,
     /// Folders of kernels; none when no storage proxy is asked.
@@ -143,6 +146,7 @@ impl Scene {
             let used = used.get(&slot.name).copied().unwrap_or_default();
             (slot.name, slot.amount, used)
         });
+        let observed = node.link.observed();
         Scene {
             agent_id: node.agent_id().to_owned(),
             mode: if node.config.standalone {
@@ -155,9 +159,10 @@ impl Scene {
                 .filter_map(|kernel| Subject::of(kernel))
                 .collect(),
             kernels: kernels.len(),
-            observed: node.link.observed(),
             interval: node.config.node.dataplane.stats_interval,
             slots: slots.collect(),
+            unheard: node.accelerators.unheard(&observed),
+            observed,
             occupancy: Some(node.ports.occupancy()),
             folders: node.storage_proxy.as_ref().map(|proxy| Folders {
                 mounted: storage_proxy::mounted(node),

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shared::Sizes;
-use shared::observed::{AcceleratorCounters, AcceleratorRow};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow};
 
 use crate::mailbox::Mailbox;
 
@@ -65,6 +65,17 @@ pub struct Reading {
     pub devices: Vec<AcceleratorRow>,
     /// What each process uses, summed over the devices.
     pub processes: HashMap<u32, ProcessUse>,
+}
+
+/// What all drivers told.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Their devices, sorted by key.
+    pub rows: Vec<AcceleratorRow>,
+    /// Kinds whose driver is there and has told nothing yet ([`AcceleratorKind::bit`]).
+    pub silent: u64,
+    /// One of those may still answer in time.
+    pub waits: bool,
 }
 
 /// What a process uses of accelerators.
@@ -126,14 +137,18 @@ struct State {
     /// `false` until the driver has answered, or has turned out not to be there.
     looked: bool,
     reading: Option<(Instant, Arc<Reading>)>,
-    /// When the driver last answered anything.
+    /// It is there and does not start.
+    failed: bool,
+    /// When the driver last answered anything, at first when it was asked first.
     heard: Option<Instant>,
     stop: bool,
 }
 
 /// Where a driver's thread leaves its answers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Slot {
+    /// What the driver's devices are.
+    kind: AcceleratorKind,
     state: Mailbox<State>,
 }
 
@@ -145,6 +160,17 @@ impl State {
 }
 
 impl Slot {
+    fn new(kind: AcceleratorKind) -> Self {
+        let state = State {
+            heard: Some(Instant::now()),
+            ..State::default()
+        };
+        Self {
+            kind,
+            state: Mailbox::new(state),
+        }
+    }
+
     /// Looks again and again, until told to end.
     fn repeat(&self, look: impl Fn() -> Reading) {
         loop {
@@ -159,6 +185,7 @@ impl Slot {
     pub(crate) fn put(&self, reading: Reading) {
         let mut state = self.state.lock();
         state.looked = true;
+        state.failed = false;
         let now = Instant::now();
         state.heard = Some(now);
         state.reading = Some((now, Arc::new(reading)));
@@ -167,6 +194,14 @@ impl Slot {
     /// The driver has answered something.
     pub(crate) fn heard(&self) {
         self.state.lock().heard = Some(Instant::now());
+    }
+
+    /// The driver does not start; these devices were known. Where none were, nothing is known of them.
+    pub(crate) fn put_failed(&self, known: Reading) {
+        match known.devices.is_empty() {
+            true => self.state.lock().failed = true,
+            false => self.put(known),
+        }
     }
 
     /// There is no such driver, or it has no devices.
@@ -208,8 +243,8 @@ impl Accelerators {
     /// No thread.
     pub fn start(options: &Options) -> std::io::Result<Self> {
         let mut slots = Vec::new();
-        let mut start = |name: &str, run: Box<dyn FnOnce(&Slot) + Send>| {
-            let slot = Arc::new(Slot::default());
+        let mut start = |name: &str, kind, run: Box<dyn FnOnce(&Slot) + Send>| {
+            let slot = Arc::new(Slot::new(kind));
             let own = Arc::clone(&slot);
             slots.push(slot);
             let thread = std::thread::Builder::new().name(name.to_owned());
@@ -218,12 +253,14 @@ impl Accelerators {
         let (library, root) = (options.nvml_library.clone(), options.root.clone());
         start(
             "nvml",
+            AcceleratorKind::Cuda,
             Box::new(move |slot| nvml::run(&library, &root, slot)),
         )?;
         if rocm::is_there(&options.root) {
             let root = options.root.clone();
             start(
                 "rocm",
+                AcceleratorKind::Rocm,
                 Box::new(move |slot| slot.repeat(|| rocm::look(&root))),
             )?;
         }
@@ -231,6 +268,7 @@ impl Accelerators {
             let (root, runtime) = (options.root.clone(), options.tpu_runtime);
             start(
                 "tpu",
+                AcceleratorKind::Tpu,
                 Box::new(move |slot| slot.repeat(|| tpu::look_and_ask(&root, runtime))),
             )?;
         }
@@ -242,14 +280,17 @@ impl Accelerators {
         Self { slots: Vec::new() }
     }
 
-    /// The devices as they are to be published, sorted by key; `None` until every driver has
-    /// answered once.
-    pub fn rows(&self, tick: u64) -> Option<Vec<AcceleratorRow>> {
-        let mut rows = Vec::new();
+    /// The devices as they are to be published, of all drivers that have answered.
+    pub fn told(&self, tick: u64) -> Told {
+        let mut told = Told::default();
+        let rows = &mut told.rows;
         for slot in &self.slots {
             let state = slot.state.lock();
             if !state.looked {
-                return None;
+                told.silent |= slot.kind.bit();
+                let silence = state.heard.map_or(Duration::ZERO, |at| at.elapsed());
+                told.waits |= !state.failed && silence < STALE;
+                continue;
             }
             let Some((at, reading)) = &state.reading else {
                 continue;
@@ -259,7 +300,7 @@ impl Accelerators {
             rows.extend(reading.devices.iter().map(|row| aged(row, ages, tick)));
         }
         rows.sort_unstable_by_key(|row| row.key);
-        Some(rows)
+        told
     }
 
     /// What processes use, by host pid; empty when the numbers are old.
@@ -448,20 +489,40 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_told_before_every_driver_has_answered() {
-        let (first, second) = (Arc::new(Slot::default()), Arc::new(Slot::default()));
+    fn a_driver_that_has_told_nothing_hides_no_other_and_is_waited_for_not_for_ever() {
+        let slot = |kind| Arc::new(Slot::new(kind));
+        let (first, second) = (slot(AcceleratorKind::Cuda), slot(AcceleratorKind::Rocm));
         let all = Accelerators {
             slots: vec![Arc::clone(&first), Arc::clone(&second)],
         };
-        assert!(all.rows(1).is_none());
-        first.put(Reading {
+        let told = || {
+            let told = all.told(1);
+            (told.rows.len(), told.silent, told.waits)
+        };
+        let reading = || Reading {
             devices: vec![row()],
             processes: HashMap::new(),
-        });
-        assert!(all.rows(1).is_none());
+        };
+        assert_eq!(told(), (0, 1 | 2, true));
+        second.put(reading());
+        assert_eq!(told(), (1, 1, true));
+        // It has answered nothing for so long; then it begins to, one device after the other.
+        let long_ago = Instant::now().checked_sub(STALE);
+        first.state.lock().heard = Some(long_ago.expect("the clock runs for longer"));
+        assert_eq!(told(), (1, 1, false));
+        first.heard();
+        assert_eq!(told(), (1, 1, true));
+        // It does not start, which is known at once.
+        first.put_failed(Reading::default());
+        assert_eq!(told(), (1, 1, false));
+        first.put(reading());
+        assert_eq!(told(), (2, 0, false));
+        // What is known of its devices stays, when it does not start again.
+        first.put_failed(Reading::default());
+        assert_eq!(told(), (2, 0, false));
         second.put_none();
-        assert_eq!(all.rows(1).map(|rows| rows.len()), Some(1));
-        assert_eq!(Accelerators::none().rows(1), Some(Vec::new()));
+        assert_eq!(told(), (1, 0, false));
+        assert_eq!(Accelerators::none().told(1), Told::default());
         drop(all);
         assert!(first.stopped() && !second.pause(Duration::from_secs(60)));
     }

@@ -16,7 +16,7 @@ use shared::observed::{
     AcceleratorKey, Applied, InKernel, NodeSample, ObservedWriter, PortStatus, Processes, Samples,
 };
 
-use crate::accelerator::{self, Accelerators};
+use crate::accelerator::{self, Accelerators, Told};
 use crate::forward::kernel::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
 
@@ -251,27 +251,28 @@ impl Board {
                 "there are more containers than the region has rows for; those left out have no statistics, restart bai-dataplane, which takes node.max-containers at its start"
             );
         }
-        let mut devices = accelerators.rows(pass.tick);
+        let Told {
+            rows: mut devices,
+            silent,
+            waits,
+        } = accelerators.told(pass.tick);
         let on_devices = accelerators.processes();
-        pass.node.counters.accelerators_found = devices.as_ref().map(|rows| rows.len() as u64);
+        pass.node.counters.accelerators_found = (!waits).then_some(devices.len() as u64);
+        pass.node.counters.accelerators_silent = Some(silent);
         let device_room = usize::try_from(writer.sizes().accelerators).unwrap_or(usize::MAX);
-        if let Some(rows) = &mut devices {
-            let left_out = accelerator::fit(rows, device_room);
-            if std::mem::replace(devices_left_out, left_out) != left_out && left_out > 0 {
-                tracing::warn!(
-                    left_out,
-                    room = device_room,
-                    "there are more accelerators than the region has rows for; those left out are not given out, restart bai-dataplane if they were plugged in while it ran"
-                );
-            }
+        let left_out = accelerator::fit(&mut devices, device_room);
+        if std::mem::replace(devices_left_out, left_out) != left_out && left_out > 0 {
+            tracing::warn!(
+                left_out,
+                room = device_room,
+                "there are more accelerators than the region has rows for; those left out are not given out, restart bai-dataplane if they were plugged in while it ran"
+            );
         }
-        let lost: Vec<AcceleratorKey> = match &devices {
-            Some(rows) => writer
-                .accelerator_keys()
-                .filter(|key| rows.binary_search_by_key(key, |row| row.key).is_err())
-                .collect(),
-            None => Vec::new(),
+        let is_lost = |key: &AcceleratorKey| {
+            let found = devices.binary_search_by_key(key, |row| row.key);
+            found.is_err()
         };
+        let lost: Vec<AcceleratorKey> = writer.accelerator_keys().filter(is_lost).collect();
         // Most passes are over the containers of the pass before.
         let before = sampled.take();
         let same = before.filter(|before| before.iter().copied().eq(pass.samples.ids()));
@@ -295,7 +296,7 @@ impl Board {
             for key in lost {
                 batch.remove_accelerator(key);
             }
-            for row in devices.into_iter().flatten() {
+            for row in devices {
                 batch.put_accelerator(row);
             }
             batch.set_node(pass.node);

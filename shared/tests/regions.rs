@@ -727,6 +727,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         instance: Some(MigInstance { gpu: 0, compute: 6 }),
         driver: "550.54.15".to_owned(),
         runtime: "12.4".to_owned(),
+        minor: Some(0),
         units: Some(14),
         fault: Some(79),
         users: vec![

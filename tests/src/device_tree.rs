@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 /// A root directory in place of `/`.
@@ -185,12 +185,13 @@ impl DeviceTree {
         )
     }
 
-    /// What NVIDIA's driver tells of a device besides its library.
-    pub fn nvidia(&self, pci: &str, minor: u32) -> Result<()> {
-        self.write(
-            &format!("proc/driver/nvidia/gpus/{pci}/information"),
-            &format!("Model: \t\t Stand-in\nDevice Minor: \t {minor}\n"),
-        )
+    /// A file of NVIDIA's driver about a device, while the driver hangs: who reads it waits for ever.
+    pub fn nvidia_hangs(&self, pci: &str) -> Result<()> {
+        let file = format!("proc/driver/nvidia/gpus/{pci}/information");
+        let file = self.root().join(file);
+        std::fs::create_dir_all(file.parent().context("a file in a directory")?)?;
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o644);
+        Ok(nix::unistd::mkfifo(&file, mode)?)
     }
 
     /// The number of the device nodes of parts of NVIDIA's devices.

@@ -10,7 +10,7 @@
 //   fails CALL N CODE [PART]         the call answers this code for device N (-1: all of them), or for an instance of it only (-1: for itself only)
 //   grows CALL N                     the list has grown whenever it is read, N times of N + 1
 //   samples N                        there is room for so many samples of the performance monitoring (64)
-//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1 nomem=1 gpm=1 noecc=1 drained=1 fabric=STATE fabric_status=CODE]
+//   device N uuid=... [name=... mem=BYTES used=BYTES reserved=BYTES util=PERCENT power=MW temp=C pci=... minor=N sms=N mig=1 lost=1 noutil=1 norows=1 enc=PERCENT dec=PERCENT nolist=1 nomem=1 gpm=1 noecc=1 drained=1 fabric=STATE fabric_status=CODE]
 //                                    fabric: how far it has come in joining its NVSwitches (nvmlGpuFabricState_t; 0, none, if not said)
 //   part N I uuid=... [name= mem= used= sms= slices= cslices= gi= ci= gr=PERCENT smu=PERCENT dram=PERCENT]   instance I of device N; without gi the
 //                                    driver does not tell its ids; gr, smu and dram are what its GPU instance does, told where the device has gpm
@@ -39,7 +39,7 @@ enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
 enum { MAX = 96, MAX_PARTS = 256, MAX_PROCESSES = 256 };
 typedef unsigned long long u64;
 
-struct device { int used, index, part, mig, lost, noutil, nolist, nomem, gpm, noecc, drained, fabric, fabric_status, gi, ci, enc, dec; double gr, smu, dram; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, util, power, temp, sms, slices, cslices; };
+struct device { int used, index, part, mig, lost, noutil, nolist, nomem, gpm, noecc, drained, fabric, fabric_status, gi, ci, enc, dec; double gr, smu, dram; char uuid[80], name[96], pci[32]; u64 mem, taken, reserved; unsigned norows, minor, util, power, temp, sms, slices, cslices; };
 struct process { int device, part; unsigned pid, sm, enc, dec, draws, mps; u64 mem; };
 static struct device devices[MAX], parts[MAX_PARTS];
 static struct process processes[MAX_PROCESSES];
@@ -84,7 +84,7 @@ static void describe(struct device *d, char *line, int index, int part) {
   for (char *c = d->name; *c; c++) if (*c == '_') *c = ' ';
   field(line, "pci", d->pci, sizeof d->pci);
   d->mem = number(line, "mem", 1ull << 30), d->taken = number(line, "used", 0), d->reserved = number(line, "reserved", 0);
-  d->norows = number(line, "norows", 0);
+  d->norows = number(line, "norows", 0), d->minor = number(line, "minor", index);
   d->util = number(line, "util", 0), d->power = number(line, "power", 50000), d->temp = number(line, "temp", 40);
   d->sms = number(line, "sms", 16), d->slices = number(line, "slices", 1);
   d->mig = number(line, "mig", 0), d->lost = number(line, "lost", 0), d->noutil = number(line, "noutil", 0);

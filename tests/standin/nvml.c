@@ -27,7 +27,7 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **d) {
 }
 API int nvmlDeviceGetUUID(struct device *d, char *text, unsigned length) { DEVICE snprintf(text, length, "%s", d->uuid); return OK; }
 API int nvmlDeviceGetName(struct device *d, char *text, unsigned length) { DEVICE snprintf(text, length, "%s", d->name); return OK; }
-API int nvmlDeviceGetMinorNumber(struct device *d, unsigned *minor) { WHOLE *minor = d->index; return OK; }
+API int nvmlDeviceGetMinorNumber(struct device *d, unsigned *minor) { WHOLE *minor = d->minor; return OK; }
 // The older structure has no field for what the driver keeps for itself: it is used there.
 struct memory_v1 { u64 total, free, used; };
 API int nvmlDeviceGetMemoryInfo(struct device *d, struct memory_v1 *m) { DEVICE if (d->nomem) return NOT_SUPPORTED; m->total = d->mem; m->free = d->mem - d->taken - d->reserved; m->used = d->taken + d->reserved; return OK; }

@@ -82,13 +82,32 @@ fn the_load_of_an_instance_is_its_own() -> Result<()> {
         let found = &row_of(&rows, id)?.profile;
         ensure!(found == profile, "{id}: {found}");
     }
-    // Look after look, each with a sample of its own.
-    for share in [55, 66, 77_u64] {
+    // Look after look, each with a sample of its own. That a question about what a device is fails for a
+    // while does not make it another device.
+    let failing: String = [
+        "nvmlDeviceGetName",
+        "nvmlDeviceGetNumGpuCores",
+        "nvmlDeviceGetCudaComputeCapability",
+        "nvmlDeviceGetPciInfo_v3",
+        "nvmlDeviceGetMinorNumber",
+    ]
+    .map(|call| format!("fails {call} -1 999\n"))
+    .concat();
+    for (share, failing) in [(55, ""), (66, failing.as_str()), (77_u64, "")] {
         let changed = DEVICES.replace("gr=41.5", &format!("gr={share}"));
-        driver.describe(&format!("{changed}samples 4\n"))?;
-        control.accelerators("another load", |rows| {
+        driver.describe(&format!("{changed}samples 4\n{failing}"))?;
+        let now = control.accelerators("another load", |rows| {
             load(rows, "MIG-a") == Some((Some(10 * share), Some(123)))
         })?;
+        for row in &rows {
+            let now = row_of(&now, &row.id)?;
+            let of = |row: &AcceleratorRow| {
+                let texts = [&row.model, &row.profile, &row.pci].map(String::clone);
+                (texts, row.units, row.minor, row.instance)
+            };
+            ensure!(of(now) == of(row), "{row:?} has become {now:?}");
+            ensure!(row.units.is_some() && row.minor.is_some() && !row.pci.is_empty());
+        }
     }
     // Made anew under the ids of another one, which is another instance all the same.
     let anew = DEVICES.replace("uuid=MIG-a", "uuid=MIG-x");

@@ -12,7 +12,7 @@ use harness::kernels::{self, Order};
 use harness::node::{Node, NodeOptions};
 use harness::nvidia_nodes::{MAJOR, NvidiaNodes};
 use harness::nvml::StandIn;
-use harness::wait;
+use harness::{scrape, wait};
 use serde_json::{Value as Json, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -26,14 +26,16 @@ fn digits<'a>(id: &'a str, kind: &str) -> Option<&'a str> {
     id.strip_prefix(kind)?.strip_prefix(UUID)
 }
 
-/// Eight devices; the last two are divided into three parts each.
-fn eight() -> String {
+/// Eight devices with numbers of nodes from the first one on; the last two are divided into three parts
+/// each.
+fn eight(first_minor: u32) -> String {
     let mut text = String::new();
     for index in 0..8 {
         let mig = u8::from(index >= 6);
         text += &format!(
-            "device {index} uuid=GPU-{UUID}{index:04} name=Stand-in_H100 mem=85899345920 pci=00000000:{:02X}:00.0 sms=132 mig={mig}\n",
-            16 + index
+            "device {index} uuid=GPU-{UUID}{index:04} name=Stand-in_H100 mem=85899345920 pci=00000000:{:02X}:00.0 minor={} sms=132 mig={mig}\n",
+            16 + index,
+            first_minor + index
         );
     }
     for device in DIVIDED {
@@ -78,10 +80,7 @@ impl Machine {
         std::os::unix::fs::symlink("/dev", tree.root().join("dev"))?;
         for index in 0..8 {
             nodes.device(first_minor + index)?;
-            tree.nvidia(
-                &format!("0000:{:02x}:00.0", 16 + index),
-                first_minor + index,
-            )?;
+            tree.nvidia_hangs(&format!("0000:{:02x}:00.0", 16 + index))?;
         }
         let mut minor = first_capability;
         tree.nvidia_capabilities(MAJOR)?;
@@ -94,7 +93,7 @@ impl Machine {
                 minor += 2;
             }
         }
-        let driver = StandIn::new(&eight())?;
+        let driver = StandIn::new(&eight(first_minor))?;
         let mut environment = driver.environment();
         // More kernels than a small machine has cores.
         environment.push(("BACKEND_CPU_OVERCOMMIT_FACTOR".to_owned(), "4".to_owned()));
@@ -309,13 +308,53 @@ async fn devices_are_announced_given_out_and_held_over_restarts() -> Result<()> 
     machine.node.start_control().await?;
     machine.total("cuda.device", 6.0).await?;
     ensure!(held(&machine.node).await? == before);
-    machine.node.start_dataplane()?;
+    driver_that_does_not_start(&mut machine).await?;
     for order in [&order_of_two, &none] {
         kernels::destroy(&machine.node, order).await?;
         kernels::wait_end(&machine.node, order.kernel).await?;
     }
     ensure!(held(&machine.node).await? == json!({}));
     kernels::assert_clean(&machine.node).await
+}
+
+/// The dataplane starts on a driver that hangs, then fails to start: what was known stays known and is not
+/// given out, but for the two devices that a kernel holds.
+async fn driver_that_does_not_start(machine: &mut Machine) -> Result<()> {
+    let devices = eight(machine.first_minor);
+    machine.driver.describe(&format!("{devices}hang\n"))?;
+    machine.node.start_dataplane()?;
+    machine.total("cuda.device", 2.0).await?;
+    machine.total("cuda.device:1g.10gb-mig", 0.0).await?;
+    hardware(&machine.node, "offline").await?;
+    let series = "bai_accelerator_healthy";
+    let address = machine.node.http_address().to_owned();
+    let healthy = |device: u32| {
+        let page = scrape::page(&address)?;
+        let label = format!("id=\"GPU-{UUID}{device:04}\"");
+        Ok::<_, anyhow::Error>(scrape::value(&page, series, &label))
+    };
+    ensure!(healthy(0)? == Some(0.0) && healthy(5)? == Some(0.0));
+    machine.node.kill_dataplane()?;
+    machine.driver.describe(&format!("{devices}init 18\n"))?;
+    machine.node.start_dataplane()?;
+    let told = || machine.node.log("bai-dataplane");
+    wait::until("a driver that does not start", SOON, || async {
+        let told = told();
+        told.contains("is installed and does not start")
+            .then_some(())
+    })
+    .await?;
+    machine.total("cuda.device", 2.0).await?;
+    hardware(&machine.node, "offline").await?;
+    ensure!(healthy(0)? == Some(0.0));
+    let file = format!("accelerators.{}.json", machine.node.agent_id());
+    let file = std::fs::read(machine.node.state().join(file))?;
+    let kept: Vec<Json> = serde_json::from_slice(&file)?;
+    ensure!(kept.len() == 12 && kept.iter().all(|device| device["healthy"] == false));
+    machine.driver.describe(&devices)?;
+    machine.total("cuda.device", 6.0).await?;
+    ensure!(healthy(0)? == Some(1.0));
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,7 +382,7 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
     ])?;
     machine.driver.describe(&format!(
         "{}process {index} pid={pid} mem=4096 sm=20\nprocess {index} pid={} mem=77 sm=5\nxid {index} 79 1\n",
-        eight(),
+        eight(machine.first_minor),
         std::process::id()
     ))?;
     hardware(&machine.node, "degraded").await?;
@@ -369,7 +408,7 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
     ensure!(users[0].memory_bytes == Some(4096), "{users:?}");
 
     // Reset: it goes away and comes back as good as new, and is still the kernel's.
-    let gone = eight().replace(
+    let gone = eight(machine.first_minor).replace(
         &format!("device {index} uuid={id}"),
         &format!("device {index} uuid={id} lost=1"),
     );
@@ -386,7 +425,7 @@ async fn a_failed_device_is_not_given_out_until_it_works_again() -> Result<()> {
         (snapshot && lost).then_some(())
     })
     .await?;
-    machine.driver.describe(&eight())?;
+    machine.driver.describe(&eight(machine.first_minor))?;
     hardware(&machine.node, "healthy").await?;
     machine.total("cuda.device", 4.0).await?;
     ensure!(held(&machine.node).await?[id.trim_start_matches("GPU-")] == "1");

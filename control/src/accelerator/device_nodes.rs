@@ -33,9 +33,9 @@ pub(super) enum NodeError {
     )]
     Unknown { id: String },
     #[error(
-        "the minor number of {id} cannot be read in /proc/driver/nvidia/gpus/{pci}/information; load NVIDIA's driver (nvidia-modprobe), {OTHERWISE}"
+        "NVIDIA's driver does not tell the minor number of {id}, which names its device node; see what bai-dataplane logs of the driver, {OTHERWISE}"
     )]
-    NoMinor { id: String, pci: String },
+    NoMinor { id: String },
     #[error("{node} is not there; run: {remedy}")]
     Missing { node: String, remedy: String },
     #[error(
@@ -111,7 +111,6 @@ fn own_node(device: &Known) -> Result<(u32, &str), NodeError> {
     });
     found.ok_or_else(|| NodeError::NoMinor {
         id: device.id.clone(),
-        pci: device.pci.clone(),
     })
 }
 
@@ -390,7 +389,7 @@ mod tests {
         };
         assert!(
             host.refusal(&nowhere)
-                .contains("gpus/0000:10:00.0/information")
+                .contains("does not tell the minor number of MIG-a")
         );
         let unnamed = Known {
             instance: None,

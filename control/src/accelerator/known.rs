@@ -142,7 +142,7 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> Known {
         memory: row.counters.memory_total_bytes.unwrap_or(0),
         units: row.units.unwrap_or(0).into(),
         nodes: match row.key.kind {
-            AcceleratorKind::Cuda => cuda_nodes(&settings.root, &row.pci),
+            AcceleratorKind::Cuda => cuda_nodes(row),
             AcceleratorKind::Rocm => rocm_nodes(&settings.root, row),
             AcceleratorKind::Tpu => tpu_nodes(&settings.root, &row.pci),
             AcceleratorKind::Plugin | AcceleratorKind::Mock => Vec::new(),
@@ -180,21 +180,11 @@ fn plain(pci: &str) -> Option<&str> {
     (!pci.is_empty() && !pci.contains('/') && !pci.starts_with('.')).then_some(pci)
 }
 
-/// `/dev/nvidiaN`: the number is the driver's minor, which need not be the device's place.
-fn cuda_nodes(root: &Path, pci: &str) -> Vec<String> {
-    let information = plain(pci).and_then(|pci| {
-        let file = format!("proc/driver/nvidia/gpus/{pci}/information");
-        std::fs::read_to_string(root.join(file)).ok()
-    });
-    let text = information.unwrap_or_default();
-    let minor = text.lines().find_map(|line| {
-        let number = line.strip_prefix("Device Minor:")?.trim();
-        number.parse::<u32>().ok()
-    });
-    minor
-        .map(|minor| format!("/dev/nvidia{minor}"))
-        .into_iter()
-        .collect()
+/// `/dev/nvidiaN`: the number is the driver's minor, which need not be the device's place. It comes with
+/// the row: the driver's file of it can't be read while the driver hangs.
+fn cuda_nodes(row: &AcceleratorRow) -> Vec<String> {
+    let node = row.minor.map(|minor| format!("/dev/nvidia{minor}"));
+    node.into_iter().collect()
 }
 
 /// `/dev/dri/renderDN` of the device: as KFD tells it, because a partition of a divided device has a node

@@ -5,6 +5,7 @@ use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus
 
 use super::page::{Number, families, labels, seconds};
 use super::{Page, Scene};
+use crate::accelerator::known::Known;
 use crate::stats::node::{HostReading, measurements};
 
 families! {
@@ -88,7 +89,7 @@ families! {
     ACCELERATOR_ENERGY = Counter "bai_accelerator_energy_joules_total" ["kind index id model"]
         "Energy used since the driver was loaded.";
     ACCELERATOR_HEALTHY = Gauge "bai_accelerator_healthy" ["kind index id model"]
-        "0: the driver reports a fault.";
+        "0: the driver reports a fault, hangs or does not start.";
     ACCELERATOR_AGE = Gauge "bai_accelerator_sample_age_seconds" ["kind index id model"]
         "How old the device's numbers were at the last pass.";
 }
@@ -104,7 +105,7 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
     }
     node(fresh, &reading, page);
     if let Some(fresh) = fresh {
-        accelerators(&fresh.accelerators, page);
+        accelerators(&fresh.accelerators, &scene.unheard, page);
     }
 }
 
@@ -304,7 +305,7 @@ fn node(fresh: Option<&ObservedSnapshot>, reading: &HostReading, page: &mut Page
     page.measured(&NET_OUT, "", counters.net_tx_bytes);
 }
 
-fn accelerators(rows: &[AcceleratorRow], page: &mut Page) {
+fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
     let thousandths = |value: Option<u64>| {
         value.map(|value| Number::Exact(Decimal::from(value) / Decimal::ONE_THOUSAND))
     };
@@ -378,6 +379,21 @@ fn accelerators(rows: &[AcceleratorRow], page: &mut Page) {
         thousandths(row.counters.energy_mj)
     });
     each(&ACCELERATOR_HEALTHY, &|row| Some(row.healthy.into()));
+    for device in unheard {
+        let index = device.number.map(|number| number.to_string());
+        let labels = labels(&[
+            ("kind", &device.kind),
+            ("index", &index.unwrap_or_default()),
+            ("id", &device.id),
+            ("model", &device.model),
+        ]);
+        page.sample(&ACCELERATOR_HEALTHY, &labels, 0_u64);
+    }
+    let mut each = |family, read: &dyn Fn(&AcceleratorRow) -> Option<Number>| {
+        for (row, labels) in &labelled {
+            page.measured(family, labels, read(row));
+        }
+    };
     each(&ACCELERATOR_AGE, &|row| {
         thousandths(Some(u64::from(row.age_ms)))
     });

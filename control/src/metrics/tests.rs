@@ -257,6 +257,7 @@ fn scene(containers: u16) -> Scene {
             age: Some(Duration::ZERO),
         },
         slots: vec![("cpu".to_owned(), 8.into(), 2.into())],
+        unheard: Vec::new(),
         occupancy: Some(Occupancy::default()),
         folders: Some(folders_known()),
         now_ns: 3_500_000_000,

@@ -92,7 +92,7 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
                     tracing::warn!(%err,
                         "the NVIDIA driver is installed and does not start: no CUDA devices until it does");
                 }
-                slot.put(past.lost());
+                slot.put_failed(past.lost());
             }
         }
         if !slot.pause(pause) {
@@ -129,6 +129,20 @@ fn is_passing(err: &NvmlError) -> bool {
             | NvmlError::InUse
             | NvmlError::NoData
     )
+}
+
+/// What stays as it is as long as a device has its id: what it told before, where this answer has failed.
+/// None where there is no such thing, or it has not been told yet.
+///
+/// # Errors
+/// The library has lost its driver.
+fn constant<T>(answer: Result<T, NvmlError>, known: Option<T>) -> Result<Option<T>, NvmlError> {
+    match answer {
+        Ok(told) => Ok(Some(told)),
+        Err(err) if is_not_offered(&err) => Ok(None),
+        Err(err) if has_lost_its_driver(&err) => Err(err),
+        Err(_) => Ok(known),
+    }
 }
 
 /// What outlives a life of the library: opening it again repairs no device.
@@ -386,18 +400,22 @@ impl<'nvml> Session<'nvml> {
             None => (None, false),
         };
         let ready = divided || self.is_in_its_fabric(index, device, &id);
-        let (pci, drained) = match device.pci_info() {
+        let known = self.past.known.get(&index).map(|(_, row)| row);
+        let known = known.filter(|row| row.id == id);
+        let told = device.pci_info();
+        let before = self.drained.contains(&index);
+        let drained = match &told {
             Ok(pci) => {
-                let address = bus_address(&pci.bus_id);
-                let told = device.is_drain_enabled(pci);
-                let before = self.drained.contains(&index);
-                (
-                    address,
-                    told.unwrap_or_else(|err| before && !is_not_offered(&err)),
-                )
+                let told = device.is_drain_enabled(pci.clone());
+                told.unwrap_or_else(|err| before && !is_not_offered(&err))
             }
-            Err(_) => Default::default(),
+            Err(_) => before,
         };
+        let pci = told.map(|pci| bus_address(&pci.bus_id));
+        let pci = constant(pci, known.map(|row| row.pci.clone()))?.unwrap_or_default();
+        let model = constant(device.name(), known.map(|row| row.model.clone()))?;
+        let minor = constant(device.minor_number(), known.and_then(|row| row.minor))?;
+        let units = constant(multiprocessors(device), known.map(|row| row.units))?;
         let news = match drained {
             true => self.drained.insert(index),
             false => self.drained.remove(&index),
@@ -411,14 +429,15 @@ impl<'nvml> Session<'nvml> {
             );
         }
         let mut row = AcceleratorRow {
-            model: device.name().unwrap_or_default(),
+            model: model.unwrap_or_default(),
             numa_node: numa_node(self.root, &pci),
             pci: pci.clone(),
             healthy: !own_fault && !drained && ready,
             divided,
             driver: self.versions.0.clone(),
             runtime: self.versions.1.clone(),
-            units: multiprocessors(device),
+            minor,
+            units: units.flatten(),
             fault,
             counters: counters(device, memory),
             ..AcceleratorRow::new(AcceleratorKind::Cuda, index, id.clone())
@@ -498,7 +517,16 @@ impl<'nvml> Session<'nvml> {
         };
         let id = instance.uuid()?;
         let total = memory.map(|memory| memory.total);
-        let profile = profile::of_name(&instance.name().unwrap_or_default());
+        let known = self.past.known.get(&number).map(|(_, row)| row);
+        let known = known.filter(|row| row.id == id);
+        let profile = match instance.name() {
+            Ok(name) => profile::of_name(&name),
+            Err(err) if is_not_offered(&err) => None,
+            Err(err) if has_lost_its_driver(&err) => return Err(err),
+            // Its sizes do not tell all that its name does.
+            Err(_) => known.map(|row| row.profile.clone()),
+        };
+        let known_ids = known.and_then(|row| row.instance);
         let profile = profile.or_else(|| {
             let of_whole = of_whole.map(|memory| memory.total);
             Some(profile::of_sizes(attributes.as_ref()?, total?, of_whole?))
@@ -512,7 +540,7 @@ impl<'nvml> Session<'nvml> {
         let load = load.unwrap_or_default();
         let mut row = AcceleratorRow {
             key: key(number),
-            instance: ids.or_else(|| instance_of_name(&id)),
+            instance: ids.or_else(|| instance_of_name(&id)).or(known_ids),
             id,
             part_of: Some(whole.key.index),
             divided: false,
@@ -839,14 +867,14 @@ fn numa_node(root: &Path, pci: &str) -> Option<u16> {
 
 /// Multiprocessors of a whole device: the driver tells cores, and how many of them make one is known
 /// by the generation (CUDA's programming guide, "Compute Capabilities").
-fn multiprocessors(device: &Device<'_>) -> Option<u32> {
-    let of_generation = device.cuda_compute_capability().ok()?;
+fn multiprocessors(device: &Device<'_>) -> Result<Option<u32>, NvmlError> {
+    let of_generation = device.cuda_compute_capability()?;
     let cores = match (of_generation.major, of_generation.minor) {
         (6, 0) | (7, _) | (8, 0) => 64,
         (5 | 6 | 8.., _) => 128,
-        _ => return None,
+        _ => return Ok(None),
     };
-    Some(device.num_cores().ok()? / cores)
+    Ok(Some(device.num_cores()? / cores))
 }
 
 #[cfg(test)]

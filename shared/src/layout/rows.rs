@@ -198,7 +198,9 @@ declare! {
         1328 runtime: [u8; 16] = "latest version of the runtime that the driver serves, UTF-8",
         1344 driver_length: u8 = "bytes of driver, 0 unknown",
         1345 runtime_length: u8 = "bytes of runtime, 0 unknown",
-        1346 reserved: [u8; 14] = "zero",
+        1346 unused: [u8; 2] = "zero",
+        1348 minor: u32 = "minor number of its device node (/dev/nvidiaN) plus one, 0 none or unknown",
+        1352 reserved: [u8; 8] = "zero",
     }
 
     /// The node at one tick (observed region, table node).

@@ -246,7 +246,8 @@ groups! {
         memory_pressure_full_ns = "time in which all tasks of the node waited for memory, ns",
         io_pressure_some_ns = "time in which some task of the node waited for a block device, ns",
         io_pressure_full_ns = "time in which all tasks of the node waited for a block device, ns",
-        accelerators_found = "accelerators; not there until every driver has answered once",
+        accelerators_found = "accelerators; not there while a driver that has told nothing yet may do so",
+        accelerators_silent = "kinds of accelerators whose driver is there and has told nothing since the dataplane started: 1 CUDA, 2 ROCm, 4 TPU, added up",
     }
     /// A process.
     ProcessCounters, "process", 7 {

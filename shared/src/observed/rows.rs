@@ -103,6 +103,18 @@ codes! {
     }
 }
 
+impl AcceleratorKind {
+    /// Its bit in the node's counter of drivers that have told nothing; none for kinds without a driver.
+    pub fn bit(self) -> u64 {
+        match self {
+            Self::Cuda => 1,
+            Self::Rocm => 2,
+            Self::Tpu => 4,
+            Self::Plugin | Self::Mock => 0,
+        }
+    }
+}
+
 /// How far the dataplane has come in a desired region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Applied {

@@ -119,6 +119,8 @@ pub struct AcceleratorRow {
     pub driver: String,
     /// Latest version of the runtime (CUDA) that the driver serves, at most 16 bytes; empty unknown.
     pub runtime: String,
+    /// Minor number of its device node, or of the device it is a part of, if the driver tells.
+    pub minor: Option<u32>,
     /// Processing units, if known.
     pub units: Option<u32>,
     /// Last fault code of the driver (NVIDIA: XID).
@@ -157,6 +159,7 @@ impl AcceleratorRow {
             instance: None,
             driver: String::new(),
             runtime: String::new(),
+            minor: None,
             units: None,
             fault: None,
             users: Vec::new(),
@@ -203,6 +206,7 @@ impl KeyedRow for AcceleratorRow {
             counters,
             near: self.near.map(|near| near.0),
             gpu_instance: self.instance.map_or(0, |ids| ids.gpu.saturating_add(1)),
+            minor: self.minor.map_or(0, |minor| minor.saturating_add(1)),
             compute_instance: (self.instance).map_or(0, |ids| ids.compute.saturating_add(1)),
             ..RawAccelerator::default()
         };
@@ -278,6 +282,7 @@ impl KeyedRow for AcceleratorRow {
                 .map(|(gpu, compute)| MigInstance { gpu, compute }),
             driver: load_text(raw.driver_length, &raw.driver)?,
             runtime: load_text(raw.runtime_length, &raw.runtime)?,
+            minor: raw.minor.checked_sub(1),
             units: (raw.units != 0).then_some(raw.units),
             fault: (raw.fault != 0).then_some(raw.fault),
             users,
