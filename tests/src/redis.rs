@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -403,6 +403,7 @@ impl RedisClient {
 #[derive(Debug)]
 pub struct Gate {
     shut: Arc<AtomicBool>,
+    server: Arc<AtomicU16>,
     ended: CancellationToken,
     /// Its port on 127.0.0.1.
     pub port: u16,
@@ -414,6 +415,8 @@ impl Gate {
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
         let port = listener.local_addr()?.port();
         let shut = Arc::new(AtomicBool::new(false));
+        let target = Arc::new(AtomicU16::new(server));
+        let server = target.clone();
         let ended = CancellationToken::new();
         let (held, end) = (shut.clone(), ended.clone());
         tokio::spawn(async move {
@@ -426,15 +429,27 @@ impl Gate {
                     () = end.cancelled() => return,
                 };
                 let (held, end) = (held.clone(), end.clone());
+                let target = target.load(Ordering::SeqCst);
                 tokio::spawn(async move {
                     tokio::select! {
-                        () = carry(client, server, held) => {}
+                        () = carry(client, target, held) => {}
                         () = end.cancelled() => {}
                     }
                 });
             }
         });
-        Ok(Self { shut, ended, port })
+        Ok(Self {
+            shut,
+            server,
+            ended,
+            port,
+        })
+    }
+
+    /// Leads new connections to another port, as a name or a virtual address that moves does;
+    /// those that are there stay.
+    pub fn lead_to(&self, server: u16) {
+        self.server.store(server, Ordering::SeqCst);
     }
 
     /// Holds everything back from now on.

@@ -221,6 +221,45 @@ async fn a_server_cut_off_for_a_while_gets_each_event_once() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_server_that_was_made_a_replica_is_left_for_the_one_that_took_over() -> Result<()> {
+    let (old, new) = (Redis::start()?, Redis::start()?);
+    let gate = Gate::before(old.port).await?;
+    let (bus, _events) = bus(&settings(gate.port))?;
+    bus.statistics().put("k", "before", LIMIT).await?;
+    let port = new.port.to_string();
+    old.client()?.ask(&["REPLICAOF", "127.0.0.1", &port])?;
+    gate.lead_to(new.port);
+    let refused = bus.statistics().put("k", "between", LIMIT).await;
+    let words = refused.map_err(|err| err.to_string()).unwrap_err();
+    ensure!(words.contains("READONLY"), "{words}");
+    harness::wait::until("values are taken by the new server", LIMIT, || async {
+        bus.statistics().put("k", "after", LIMIT).await.ok()
+    })
+    .await?;
+    assert_eq!(new.client()?.ask(&["GET", "k"])?.bytes()?, b"after");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_without_memory_refuses_no_value_for_good() -> Result<()> {
+    let redis = Redis::start()?;
+    let (bus, _events) = bus(&settings(redis.port))?;
+    let mut client = redis.client()?;
+    client.ask(&["CONFIG", "SET", "maxmemory", "1"])?;
+    let elements = || vec!["x".into()];
+    let lists = bus.container_logs();
+    let refused = lists.append("l", elements(), LIMIT).await.unwrap_err();
+    ensure!(refused.is_certain() && !refused.is_final(), "{refused}");
+    client.ask(&["CONFIG", "SET", "maxmemory", "0"])?;
+    lists.append("l", elements(), LIMIT).await?;
+    client.ask(&["SELECT", "6"])?;
+    client.ask(&["SET", "other", "no list"])?;
+    let refused = lists.append("other", elements(), LIMIT).await.unwrap_err();
+    ensure!(refused.is_certain() && refused.is_final(), "{refused}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_outage_longer_than_the_bounds_costs_the_oldest_and_no_memory() -> Result<()> {
     let mut redis = Redis::start()?;
     redis.kill()?;

@@ -234,6 +234,21 @@ async fn sentinels_are_asked_for_the_master() -> Result<()> {
     drained(&bus).await?;
     bus.statistics().put("k", "v", LIMIT).await?;
     assert_eq!(numbers(&master.stream()?), [5]);
+
+    // One that takes connections and says nothing costs less than a call's deadline.
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+    wanted.server.endpoint = Endpoint::Sentinels {
+        addresses: vec![
+            silent.local_addr()?.to_string().parse()?,
+            format!("127.0.0.1:{}", sentinel.port).parse()?,
+        ],
+        service_name: "mymaster".into(),
+    };
+    wanted.connect_timeout = Duration::from_secs(60);
+    let (bus, _events) = super::bus(&wanted)?;
+    let put = bus.statistics().put("k", "w", LIMIT);
+    // The publisher waits no longer.
+    tokio::time::timeout(Duration::from_secs(5), put).await??;
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use redis::aio::{MultiplexedConnection, PubSubSink, PubSubStream};
 use redis::io::tcp::TcpSettings;
 use redis::{
@@ -104,6 +105,35 @@ impl ConnectionError {
     }
 }
 
+/// How long a sentinel may think before the next one is asked too: whoever calls has seconds.
+const NEXT_SENTINEL: Duration = Duration::from_millis(300);
+
+/// Codes of refusals by a server that does not serve this connection any more.
+const OF_CONNECTION: [&str; 4] = ["READONLY", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"];
+/// Codes of further refusals that say nothing of the command and its keys: the server takes no
+/// writes, or nothing, for a while.
+const OF_SERVER: [&str; 6] = [
+    "OOM",
+    "MISCONF",
+    "NOREPLICAS",
+    "LOADING",
+    "BUSY",
+    "TRYAGAIN",
+];
+
+/// The first word of a refusal.
+fn code(message: &str) -> &str {
+    message.split_whitespace().next().unwrap_or_default()
+}
+
+/// Whether a refusal in these words is about the server as a whole (out of memory, a replica, still
+/// loading) and will end with that state, not about the command and its keys.
+#[must_use]
+pub(super) fn is_of_server(message: &str) -> bool {
+    let code = code(message);
+    OF_CONNECTION.contains(&code) || OF_SERVER.contains(&code)
+}
+
 /// One command: its name and arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command(Vec<Bytes>);
@@ -176,6 +206,13 @@ impl Reply {
             Self::Array(items) => Some(items),
             _ => None,
         }
+    }
+
+    /// Whether the server says by this that it does not serve this connection, as one that was made
+    /// a replica: another connection may lead to a server that does.
+    #[must_use]
+    pub fn is_of_connection(&self) -> bool {
+        matches!(self, Self::Error(message) if OF_CONNECTION.contains(&code(message)))
     }
 
     fn from_library(value: Value) -> Self {
@@ -381,10 +418,23 @@ impl Connector {
             } => (addresses, service_name),
         };
         let mut last = "none is configured".to_owned();
-        for sentinel in addresses {
-            match self.ask_sentinel(sentinel, service_name).await {
-                Ok(master) => return Ok(master),
-                Err(said) => last = said,
+        let mut to_ask = addresses.iter();
+        let mut asked = FuturesUnordered::new();
+        loop {
+            let ask = |sentinel| Box::pin(self.ask_sentinel(sentinel, service_name));
+            asked.extend(to_ask.next().map(ask));
+            let answer = if to_ask.len() == 0 {
+                asked.next().await
+            } else {
+                match timeout(NEXT_SENTINEL, asked.next()).await {
+                    Ok(answer) => answer,
+                    Err(_) => continue,
+                }
+            };
+            match answer {
+                Some(Ok(master)) => return Ok(master),
+                Some(Err(said)) => last = said,
+                None => break,
             }
         }
         Err(ConnectionError::NoMaster {

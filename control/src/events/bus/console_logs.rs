@@ -38,7 +38,7 @@ const EXPIRES: Duration = Duration::from_secs(3600);
 const CALL: usize = 1 << 20;
 /// Pauses between attempts: doubled up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// Refusals by the server itself after which a console is given up.
+/// Refusals of this console, not of all writes, after which it is given up.
 const REFUSALS: u32 = 5;
 /// Entries looked through for an announcement whose fate is not known.
 const LOOK_BACK: u32 = 1000;
@@ -164,6 +164,23 @@ impl ConsoleLogs {
     }
 }
 
+/// Counts what ends the attempts to bring one console.
+#[derive(Debug, Default)]
+struct Refusals(u32);
+
+impl Refusals {
+    /// Whether this failure is the last one. A bus that is away, or takes no writes at all (out of
+    /// memory, a replica, still loading), takes the console later.
+    fn is_last(&mut self, err: &ConsoleLogError) -> bool {
+        let counts = match err {
+            ConsoleLogError::Store(err) => err.is_final(),
+            _ => true,
+        };
+        self.0 += u32::from(counts);
+        self.0 >= REFUSALS
+    }
+}
+
 struct Shipper {
     lists: Store,
     stream: Store,
@@ -189,25 +206,14 @@ impl Shipper {
 
     async fn ship_one(&self, kernel: KernelId, container: ContainerId, consoles: &ConsoleLogs) {
         let mut pause = PAUSES.0;
-        let mut refusals = 0;
+        let mut refusals = Refusals::default();
         loop {
             let err = match self.attempt(kernel, container).await {
                 Ok(()) => return consoles.attempted(false),
                 Err(err) => err,
             };
             consoles.attempted(true);
-            if !matches!(
-                err,
-                ConsoleLogError::Store(
-                    StoreError::Connection(_)
-                        | StoreError::Resting
-                        | StoreError::Busy
-                        | StoreError::Deadline { .. }
-                )
-            ) {
-                refusals += 1;
-            }
-            if refusals >= REFUSALS {
+            if refusals.is_last(&err) {
                 tracing::warn!(kernel_id = %kernel, err = chain(&err), "a console is not sent to the manager; it stays on the node");
                 return;
             }
@@ -372,6 +378,40 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+
+    #[test]
+    fn only_refusals_of_the_console_itself_end_the_attempts() {
+        let refused = |words: &str| {
+            ConsoleLogError::Store(StoreError::Refused {
+                step: "append to a list",
+                message: words.to_owned(),
+            })
+        };
+        let mut refusals = Refusals::default();
+        let passing = [
+            refused("OOM command not allowed when used memory > 'maxmemory'."),
+            refused("MISCONF Redis is configured to save RDB snapshots"),
+            refused("NOREPLICAS Not enough good replicas to write."),
+            refused("READONLY You can't write against a read only replica."),
+            refused("LOADING Redis is loading the dataset in memory"),
+            refused("BUSY Redis is busy running a script."),
+            ConsoleLogError::Store(StoreError::Resting),
+            ConsoleLogError::Store(StoreError::Busy),
+        ];
+        for err in passing.iter().cycle().take(100) {
+            assert!(!refusals.is_last(err), "{err:?}");
+        }
+        let lasting = [
+            "WRONGTYPE Operation against a key holding the wrong kind of value",
+            "NOPERM this user has no permissions to run the 'rpush' command",
+            "ERR unknown command",
+        ];
+        for words in lasting {
+            let mut refusals = Refusals::default();
+            let given_up = (1..=10).find(|_| refusals.is_last(&refused(words)));
+            assert_eq!(given_up, Some(REFUSALS), "{words}");
+        }
+    }
 
     #[test]
     fn pieces_are_exact_and_join_to_the_text() {

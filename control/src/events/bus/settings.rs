@@ -85,7 +85,7 @@ pub enum Endpoint {
     Direct(HostPort),
     /// By asking sentinels who the master is.
     Sentinels {
-        /// Asked one after the other.
+        /// Asked one after the other, the next one when the last has not answered for a moment.
         addresses: Vec<HostPort>,
         /// Name of the master's group.
         service_name: String,

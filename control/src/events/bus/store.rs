@@ -12,7 +12,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout};
 
-use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
+use super::connection::{Command, Connection, ConnectionError, Connector, Reply, is_of_server};
 use super::readers;
 
 /// Calls that wait or work at a time.
@@ -90,6 +90,13 @@ impl StoreError {
             Self::Deadline { .. } => false,
             Self::Connection(err) => !err.is_ambiguous(),
         }
+    }
+
+    /// Whether the server refused for a reason that lies in the command or its keys, so that it will
+    /// refuse the same again; it may take other commands.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Refused { message, .. } if !is_of_server(message))
     }
 }
 
@@ -273,8 +280,13 @@ impl Inner {
             }
         };
         let replies = connection.run(commands).await?;
-        link.connection = Some(connection);
-        link.rests_until = None;
+        if replies.iter().any(Reply::is_of_connection) {
+            // The next one is led to the server that has taken over, if there is one.
+            link.rests_until = Some(Instant::now() + REST);
+        } else {
+            link.connection = Some(connection);
+            link.rests_until = None;
+        }
         Ok(replies)
     }
 
