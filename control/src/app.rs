@@ -637,7 +637,7 @@ fn docker_options(config: &Config) -> DockerOptions {
         deadlines: Deadlines {
             query: engine.request_timeout,
             create: engine.create_timeout,
-            change: engine.start_timeout,
+            start: engine.start_timeout,
             remove: engine.remove_timeout,
             transfer: config.api.pull_timeout,
             push: config.api.push_timeout,

@@ -48,8 +48,10 @@ use self::transport::{Call, Class, Transport, image_path, segment};
 pub struct Deadlines {
     /// ping, inspect, list, version.
     pub query: Duration,
-    /// create and start of a container.
+    /// create of a container.
     pub create: Duration,
+    /// start of a container.
+    pub start: Duration,
     /// kill, unpause, changes of networks.
     pub change: Duration,
     /// What a stop may take beyond its grace period.
@@ -82,6 +84,7 @@ impl Default for Deadlines {
         Self {
             query: Duration::from_secs(10),
             create: Duration::from_secs(60),
+            start: Duration::from_secs(60),
             change: Duration::from_secs(60),
             stop_margin: Duration::from_secs(20),
             remove: Duration::from_secs(90),
@@ -374,7 +377,7 @@ impl Docker {
     pub async fn start(&self, container: &str) -> Result<(), DockerError> {
         let step = format!("start container {container}");
         let path = format!("/containers/{}/start", segment(&step, container)?);
-        let call = self.change(step, self.deadlines.create, path);
+        let call = self.change(step, self.deadlines.start, path);
         self.transport.unit(call).await
     }
 

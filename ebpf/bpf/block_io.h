@@ -5,7 +5,7 @@
  * to the cgroup it was made for and to those above it. Not when the request completes: that comes in an
  * interrupt of whatever runs, there are kernels that run no programs while certain tasks do (up to 9 % of
  * the bytes were missed), and a request may have been made for several cgroups. Devices made of others (device mapper, md,
- * paths of NVMe) have no such queue, so nothing counts twice. Only a write counts as one: discards and flushes have bits
+ * paths of NVMe) have no such queue, so nothing counts twice but what a loop device hands on. Only a write counts as one: discards and flushes have bits
  * of the operation in common with it.
  *
  * What is written through the cache counts for whom writes it back: threads of the root, or the task itself by fsync(2).

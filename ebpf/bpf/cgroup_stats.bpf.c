@@ -245,12 +245,16 @@ struct devices {
 	read_u64((char *)__builtin_preserve_access_index(&device->iostat.cur.array) +           \
 		 8 * __builtin_preserve_enum_value(*(enum blkg_iostat_type *)name, ENUM_VALUE), plain)
 
+#define KNOWS_NAMES                                                                 \
+	(__builtin_preserve_field_info(((struct gendisk *)0)->bdi, FIELD_EXISTS) && \
+	 __builtin_preserve_field_info(((struct backing_dev_info *)0)->dev, FIELD_EXISTS))
+
 static ALWAYS_INLINE long add_device(struct devices *devices, const int plain)
 {
 	struct hlist_node *node = (void *)devices->next;
 	struct blkcg_gq *device;
 	struct request_queue *queue = 0;
-	void *disk = 0;
+	struct gendisk *disk = 0;
 
 	if (!node)
 		return 1;
@@ -262,6 +266,17 @@ static ALWAYS_INLINE long add_device(struct devices *devices, const int plain)
 	READ(disk, queue->disk);
 	if (!disk)
 		return 0;
+	/* It has no name for a path of NVMe, whose operations the disk has that is reached by it. */
+	if (KNOWS_NAMES) {
+		struct backing_dev_info *info = 0;
+		void *named = 0;
+
+		READ(info, disk->bdi);
+		if (info)
+			READ(named, info->dev);
+		if (!named)
+			return 0;
+	}
 	devices->sums.read_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_READ);
 	devices->sums.write_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_WRITE);
 	devices->sums.reads += DEVICE_COUNTER(ios, BLKG_IOSTAT_READ);

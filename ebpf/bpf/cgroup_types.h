@@ -149,8 +149,16 @@ struct blkcg {
 	struct hlist_head blkg_list;
 };
 
+struct backing_dev_info {
+	void *dev;
+};
+
+struct gendisk {
+	struct backing_dev_info *bdi;
+};
+
 struct request_queue {
-	void *disk;
+	struct gendisk *disk;
 };
 
 struct blkg_iostat {

@@ -23,6 +23,9 @@ pub const PROBE_LABEL: &str = "ai.backend.distro-probe";
 /// `ldd --version` takes milliseconds; an image with an odd `ldd` must not hold a creation.
 const PROBE_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How often, and how many times, a container that was given up while the engine made it is looked for.
+const GIVEN_UP: (Duration, u32) = (Duration::from_millis(500), 20);
+
 /// After this long a probe is left over, whichever agent made it: many times its deadline.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
@@ -280,16 +283,27 @@ impl Drop for Removal {
         if let (Some(name), Ok(runtime)) = (self.name.take(), tokio::runtime::Handle::try_current())
         {
             let docker = self.docker.clone();
-            runtime.spawn(async move { remove(&docker, &name).await });
+            runtime.spawn(async move {
+                // The engine may still be making it.
+                for _ in 0..GIVEN_UP.1 {
+                    if remove(&docker, &name).await {
+                        return;
+                    }
+                    tokio::time::sleep(GIVEN_UP.0).await;
+                }
+            });
         }
     }
 }
 
-async fn remove(docker: &Docker, name: &str) {
+/// Whether it was there.
+async fn remove(docker: &Docker, name: &str) -> bool {
     match docker.remove(name, true).await {
-        Ok(()) | Err(DockerError::NotFound { .. } | DockerError::AlreadyInProgress { .. }) => {}
+        Ok(()) | Err(DockerError::AlreadyInProgress { .. }) => {}
+        Err(DockerError::NotFound { .. }) => return false,
         Err(err) => tracing::warn!(container = name, err = %err, "a probe could not be removed"),
     }
+    true
 }
 
 /// The distro told by the output of `ldd --version`.

@@ -187,9 +187,11 @@ fn line(text: &str) -> (Option<stacks::Device>, [u64; 4]) {
     (device, counts)
 }
 
-/// Sums lines over devices, those on others once.
+/// Sums lines over devices, those on others once. A path of NVMe has no number there, and what was done by
+/// it is the disk's as well.
 fn sum(text: &str, stacks: &Stacks) -> IoCounters {
-    let sums = stacks.sum(text.lines().map(line));
+    let lines = text.lines().map(line);
+    let sums = stacks.sum(lines.filter(|(device, _)| device.is_some()));
     let [read_bytes, write_bytes, read_operations, write_operations] = sums.map(Some);
     IoCounters {
         read_bytes,
@@ -214,6 +216,10 @@ mod tests {
         assert_eq!(counters.write_bytes, Some(20));
         assert_eq!(counters.write_operations, Some(2));
         assert_eq!(sum("", &Stacks::default()).read_bytes, Some(0));
+        // A disk that is reached by a path of NVMe, which has no number, and counts operations alone.
+        let text = "259:1 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n\
+                    (unknown) rbytes=0 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n";
+        assert_eq!(sum(text, &Stacks::default()).read_operations, Some(1));
     }
 
     /// The original raised on the text `max` and lost the memory of all containers.

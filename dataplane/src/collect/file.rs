@@ -89,7 +89,9 @@ impl CachedFile {
         match self.read(buffer) {
             Ok(text) => Some(text),
             Err(failure) => {
-                self.hopeless = failure == Failure::Missing;
+                // A pressure file of a kernel that was told to keep none answers so.
+                self.hopeless =
+                    matches!(failure, Failure::Missing | Failure::Other(Errno::OPNOTSUPP));
                 None
             }
         }
