@@ -2,7 +2,7 @@
 //! that shares no code with the one under test.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,6 +16,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::sync::CancellationToken;
+
+use crate::host_ports;
 
 /// How a server is started.
 #[derive(Clone, Debug, Default)]
@@ -91,7 +93,7 @@ impl Redis {
         let mut last = None;
         // Between the look for a free port and the server's bind it could be taken.
         for _ in 0..5 {
-            let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+            let port = host_ports::one()?;
             let mut redis = Self {
                 child: None,
                 directory: tempfile::tempdir().context("directory of a Redis")?,

@@ -169,18 +169,17 @@ fn performance_monitoring_that_hangs_makes_nothing_else_late() -> Result<()> {
     })?;
     driver.describe(&format!("{DEVICES}hangs nvmlGpmMigSampleGet\n"))?;
     let hung = Instant::now();
-    let (mut last, mut at, mut slowest) = (0, Instant::now(), Duration::ZERO);
+    let (mut ticks, mut last) = (0u32, 0u64);
     let rows = until("faulty devices", || {
         let rows = control.observed.snapshot().ok()?.accelerators.clone();
         if rows.first().is_some_and(|row| row.tick != last) {
             last = rows[0].tick;
-            slowest = slowest.max(at.elapsed());
-            at = Instant::now();
+            ticks += 1;
         }
         (rows.len() == faulty(&rows).len()).then_some(rows)
     })?;
     ensure!(hung.elapsed() > Duration::from_secs(5));
-    ensure!(slowest < Duration::from_secs(2), "{slowest:?}");
+    ensure!(ticks > 20, "{ticks} passes in {:?}", hung.elapsed());
     ensure!(ids(&rows) == ALL, "{rows:?}");
     ensure!(
         rows.iter()

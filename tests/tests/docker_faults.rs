@@ -629,7 +629,6 @@ async fn a_pull_ends_with_its_last_waiter_and_can_be_cancelled() {
 #[tokio::test]
 async fn a_distro_probe_is_removed_also_when_it_fails() {
     let proxy = FaultDocker::start().unwrap();
-    let docker = client(&proxy);
     let name = image(Image::Bare).unwrap();
     let probes = |of: Vec<control::docker::ContainerSummary>, id: &str| {
         of.iter()
@@ -646,11 +645,11 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
     let id = direct().inspect_image(&own.name).await.unwrap().id;
     assert_ne!(id, direct().inspect_image(&name).await.unwrap().id);
     let agent = unique("i-probe");
-    let distros =
-        Distros::new(docker, &agent, Default::default()).with_deadline(Duration::from_secs(2));
+    let hasty = Distros::new(client(&proxy), &agent, Default::default())
+        .with_deadline(Duration::from_secs(2));
     proxy.spoil("/wait", Fault::Hang, 1);
     proxy.spoil("/start", Fault::json(204, ""), 1);
-    let err = distros
+    let err = hasty
         .resolve(&own.name, &Default::default())
         .await
         .unwrap_err();
@@ -659,6 +658,12 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
     assert_eq!(probes(left, &id), 0);
     // No `ldd` in it: the words say what to do, nothing is left.
     proxy.behave();
+    let patient = DockerOptions {
+        host: options(&proxy).host,
+        ..DockerOptions::default()
+    };
+    let patient = Docker::new(&patient).unwrap();
+    let distros = Distros::new(patient, &agent, Default::default());
     let err = distros
         .resolve(&own.name, &Default::default())
         .await
@@ -675,11 +680,19 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
     proxy.spoil("/start", Fault::json(204, ""), 1);
     {
         let labels = Default::default();
-        let given_up = tokio::time::timeout(
-            Duration::from_millis(500),
-            distros.resolve(&own.name, &labels),
-        );
-        assert!(given_up.await.is_err());
+        let before = proxy.requests().len();
+        let at_work = async {
+            while !proxy.requests()[before..]
+                .iter()
+                .any(|it| it.contains("/wait"))
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            resolved = distros.resolve(&own.name, &labels) => panic!("{resolved:?}"),
+            () = at_work => {}
+        }
     }
     let watchdog = tokio::time::Instant::now() + WATCHDOG;
     while probes(

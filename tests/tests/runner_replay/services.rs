@@ -44,7 +44,7 @@ async fn late_service_answers_reach_nobody_else() -> Result<()> {
         let begun = Instant::now();
         let slow = services::start_service(&link, service("slow", &[1])).await;
         ensure!(
-            slow.error.as_deref() == Some("timeout") && begun.elapsed() < Duration::from_secs(11),
+            slow.error.as_deref() == Some("timeout") && begun.elapsed() < Duration::from_secs(60),
             "{slow:?}"
         );
         Ok(())
@@ -101,7 +101,10 @@ async fn late_service_answers_reach_nobody_else() -> Result<()> {
     };
     let (reply, ()) = tokio::try_join!(next, play)?;
     ensure!(reply.status == "running", "{reply:?}");
-    ensure!(!link.owed().borrow().service);
+    // It is noted a moment after the answer was given.
+    let mut owed = link.owed();
+    let settled = owed.wait_for(|owed| !owed.service);
+    tokio::time::timeout(Duration::from_secs(30), settled).await??;
     Ok(())
 }
 
