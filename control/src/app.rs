@@ -1,7 +1,7 @@
 //! Construction and wiring of the control process: the only module that knows all the others.
 //!
 //! In: the configuration. Out: a node that answers, until it is told to stop. Invariant: the order.
-//! The directory's lock before anything is touched; Docker and the found kernels before the first
+//! The directory's lock and a free RPC address before anything is touched; Docker and the found kernels before the first
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
 use std::path::PathBuf;
@@ -59,6 +59,7 @@ use crate::resource::{InventoryError, Ledger};
 use crate::rpc::methods::AgentService;
 use crate::rpc::{
     BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
+    await_address,
 };
 use crate::runner::RunnerFiles;
 use crate::stats::publish;
@@ -69,6 +70,9 @@ use crate::volumes::{self, Volumes};
 const EVENT_RING: usize = 4096;
 /// Pauses between attempts to reach Docker at start: doubled up to the second.
 const DOCKER_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+/// How long the RPC address may still be held by the last process of this agent, whose lock is free: the
+/// kernel closes what a process had open one after the other.
+const ADDRESS_GRACE: Duration = Duration::from_millis(500);
 /// How long the heartbeat may take to end.
 const HEARTBEAT_END: Duration = Duration::from_secs(2);
 /// How long the last events may take to the bus when the agent is told to stop.
@@ -210,6 +214,9 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         (joined.loaded.config.clone(), Some(joined))
     };
     let node = assemble(config, link, joined, &starting, &stopping).await?;
+    let address = node.config.agent.rpc_listen_addr.to_string();
+    // Another agent may have come while etcd or Docker was waited for, and etcd may name another address.
+    await_address(&address, ADDRESS_GRACE).await?;
     let recovered = tokio::select! {
         recovered = recovery::recover(&node) => recovered?,
         () = stopping.cancelled() => return Err(AppError::Interrupted),
@@ -221,7 +228,6 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
         removed = recovered.removed,
         "took the node over"
     );
-    let address = node.config.agent.rpc_listen_addr.to_string();
     let options = ServerOptions {
         address,
         curve,
@@ -350,20 +356,21 @@ async fn leave_runners(node: &Arc<Node>) {
     }
 }
 
-/// Takes the node's lock and its region: a second agent of this id ends here, before it has told the
-/// cluster anything.
+/// Takes the node's lock and its region: a second agent of this id, also the Python agent's successor while
+/// that still serves the RPC address, ends here, before it has told the cluster anything or touched a container.
 async fn take_node(config: &Arc<Config>, stopping: &CancellationToken) -> Result<Link, AppError> {
     let prepared = config.clone();
     blocking(move || prepared.prepare_directories().map(drop))
         .await
         .map_err(AppError::Directories)?;
     let run_dir = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)?;
-    Ok(Link::open(
-        run_dir,
-        sizes(config),
-        node_row(config),
-        stopping.clone(),
-    )?)
+    let link = Link::open(run_dir, sizes(config), node_row(config), stopping.clone())?;
+    let address = config.agent.rpc_listen_addr.to_string();
+    match await_address(&address, ADDRESS_GRACE).await {
+        // Names may have no meaning yet while a host starts.
+        Ok(()) | Err(BindError::Resolve { .. } | BindError::NoAddress(_)) => Ok(link),
+        Err(taken) => Err(taken.into()),
+    }
 }
 
 fn listen_for_signals(stopping: &CancellationToken) -> Result<(), AppError> {

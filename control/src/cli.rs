@@ -119,8 +119,8 @@ impl Cli {
                 return short_lived(kernel::run(command, &way, form)).map(|status| status.0);
             }
             Command::Runner(command) => {
-                let configured = source.load()?.config.node.runner_dir.clone();
-                short_lived(runner::run(command, configured, form))?;
+                let config = source.load()?.config;
+                short_lived(runner::run(command, &config.node, form))?;
             }
             Command::Status(connection) => {
                 let way = connection.way(&source)?;

@@ -31,6 +31,6 @@ pub use deserialize::{ConversionError, from_value};
 pub use failure::Failure;
 pub use keys::{KeyError, KeyPair, PublicKey, SecretKey};
 pub use serialize::to_value;
-pub use server::{BindError, CurveServer, Limits, Server, ServerOptions};
+pub use server::{BindError, CurveServer, Limits, Server, ServerOptions, await_address};
 pub use service::{BoxFuture, Call, Peer, Service};
 pub use value::{ImageRef, Value};

@@ -1,4 +1,4 @@
-//! The least ZeroMQ client that can misbehave: raw ZMTP 3.0 with NULL over a blocking socket.
+//! The least ZeroMQ peer that can misbehave: raw ZMTP 3.0 with NULL over a blocking socket.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -27,14 +27,22 @@ pub fn greeting() -> [u8; 64] {
 impl Connection {
     /// Connects, greets and exchanges READY as a DEALER.
     pub fn open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        let ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00";
+        Self::greet(TcpStream::connect(address)?, ready)
+    }
+
+    /// The same as a ROUTER, on a connection that was accepted.
+    pub fn accepted(stream: TcpStream) -> io::Result<Self> {
+        Self::greet(stream, b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER")
+    }
+
+    fn greet(stream: TcpStream, ready: &[u8]) -> io::Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         let mut connection = Self { stream };
         connection.stream.write_all(&greeting())?;
         connection.stream.read_exact(&mut [0; 64])?;
-        let ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00";
         connection.write_frame(0x04, ready)?;
         let (flags, _) = connection.read_frame()?;
         if flags & 0x04 == 0 {

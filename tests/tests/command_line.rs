@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use harness::fault_docker::{Fault, FaultDocker};
 use harness::node::program;
+use harness::zmtp::Connection;
 
 /// A whole configuration of a cluster, as the original's agent needs it.
 const CLUSTER: &str = r#"
@@ -183,6 +185,140 @@ fn whoever_finds_no_agent_is_told_once_what_to_look_at() -> Result<()> {
         "{}",
         said(&output)
     );
+    Ok(())
+}
+
+/// The Python agent's port: it echoes probes, and the first method that it lacks would end its receive loop.
+#[test]
+fn the_python_agent_is_told_apart_before_anything_is_asked() -> Result<()> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?.to_string();
+    let commands = [
+        &["status"][..],
+        &["ports"],
+        &["kernel", "list"],
+        &["kernel", "create", "an-image"],
+        &["kernel", "exec", "abc", "--", "ls"],
+        &["kernel", "logs", "abc"],
+        &["kernel", "service", "abc", "sshd"],
+        &["kernel", "stats"],
+        &["kernel", "folders"],
+        &["kernel", "destroy", "abc"],
+    ];
+    let echoing = std::thread::spawn(move || -> Result<usize> {
+        let mut probes = 0;
+        for command in commands {
+            let mut peer = Connection::accepted(listener.accept()?.0)?;
+            // Until the command hangs up.
+            while let Ok(mut frames) = peer.receive() {
+                let tag = frames.first().context("a tag")?;
+                ensure!(tag == b"PING", "{command:?} sent {frames:?}");
+                frames[0] = b"PONG".to_vec();
+                peer.send(&frames.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+                probes += 1;
+            }
+        }
+        Ok(probes)
+    });
+    for command in commands {
+        let output = agent(command)?
+            .env("BAI_AGENT_ADDRESS", &address)
+            .output()?;
+        let told = said(&output);
+        assert_eq!(output.status.code(), Some(69), "{command:?}: {told}");
+        assert!(
+            told.contains("this is not bai-agent"),
+            "{command:?}: {told}"
+        );
+    }
+    let probes = echoing.join().ok().context("a peer that echoes")??;
+    assert_eq!(probes, commands.len());
+    Ok(())
+}
+
+/// The Python agent still runs: its kernels' containers, also those in state created, are not ours to remove.
+#[test]
+fn nothing_is_touched_while_another_agent_has_the_rpc_address() -> Result<()> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let place = directory.path();
+    let rpc = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let etcd = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let engine = std::os::unix::net::UnixListener::bind(place.join("engine.sock"))?;
+    etcd.set_nonblocking(true)?;
+    engine.set_nonblocking(true)?;
+    let taken = rpc.local_addr()?.to_string();
+    let shown = place.display();
+    let text = CLUSTER
+        .replace("127.0.0.1:6001", &taken)
+        .replace("2379", &etcd.local_addr()?.port().to_string())
+        .replace(
+            "[container]",
+            &format!("var-base-path = '{shown}/state'\nipc-base-path = '{shown}/ipc'\n[container]\nscratch-root = '{shown}/scratches'"),
+        )
+        + &format!("[node]\nrun-dir = '{shown}/run'\nengine.host = 'unix://{shown}/engine.sock'\n");
+    let file = place.join("agent.toml");
+    std::fs::write(&file, text)?;
+    for words in [&["run"][..], &["run", "--standalone"]] {
+        // One that did not look would wait for etcd and the engine.
+        let output = Command::new("timeout")
+            .arg("60")
+            .arg(program("bai-agent")?)
+            .args(words)
+            .arg("--config")
+            .arg(&file)
+            .env_remove("DOCKER_HOST")
+            .stdin(Stdio::null())
+            .output()?;
+        let told = said(&output);
+        assert_eq!(output.status.code(), Some(69), "{told}");
+        assert!(
+            told.contains(&format!("cannot listen for RPC on {taken}")),
+            "{told}"
+        );
+        let asked = [etcd.accept().map(drop), engine.accept().map(drop)];
+        for nobody in asked {
+            let err = nobody.err().context("etcd or the engine was asked")?;
+            assert_eq!(err.kind(), std::io::ErrorKind::WouldBlock);
+        }
+        let state = files_below(&place.join("state"))?;
+        assert!(state.is_empty(), "{state:?}");
+    }
+    Ok(())
+}
+
+/// The machine's own has nothing of theirs mounted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_node_s_own_engine_says_which_runners_are_in_use() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let runners = directory.path().join("runner");
+    let (used, unused) = (runners.join("0.0.1-used"), runners.join("0.0.2-unused"));
+    for version in [&used, &unused] {
+        std::fs::create_dir_all(version)?;
+        std::fs::write(version.join("manifest.json"), "{}")?;
+    }
+    let engine = FaultDocker::start()?;
+    let containers = serde_json::json!([{ "Mounts": [{ "Source": used.join("krunner") }] }]);
+    let version = r#"{"Version":"1","ApiVersion":"1.41"}"#;
+    for (needle, answer) in [
+        ("/version", version.to_owned()),
+        ("/containers/json", containers.to_string()),
+    ] {
+        engine.spoil(needle, Fault::json(200, &answer), 1);
+    }
+    let file = directory.path().join("agent.toml");
+    let text = format!(
+        "[agent]\nid = 'i-prune'\n[node]\nrunner-dir = '{}'\nengine.host = '{}'\n",
+        runners.display(),
+        engine.host()
+    );
+    std::fs::write(&file, text)?;
+    let output = agent(&["runner", "prune", "--config"])?
+        .arg(&file)
+        .env_remove("DOCKER_HOST")
+        .output()?;
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(used.exists());
+    assert!(!unused.exists());
     Ok(())
 }
 

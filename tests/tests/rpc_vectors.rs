@@ -132,7 +132,7 @@ fn every_captured_message_decodes_to_its_stated_meaning_and_is_written_the_same(
                     assert_eq!(stated["tag"], "PING", "{name}");
                     continue;
                 }
-                Message::Pong => {
+                Message::Pong(_) => {
                     assert_eq!(stated["tag"], "PONG", "{name}");
                     continue;
                 }

@@ -162,7 +162,7 @@ impl Way {
         let client = Client::connect(&address, self.curve.as_ref(), self.patience)
             .await
             .map_err(|source| match source {
-                ClientError::Resolve { .. } => Problem::Unavailable(source.into()),
+                ClientError::Resolve { .. } | ClientError::Stranger { .. } => Problem::Unavailable(source.into()),
                 other => Problem::Unavailable(anyhow::Error::new(other).context(format!(
                     "no agent answers at {address}; does it run (systemctl status bai-agent), {remedy}"
                 ))),

@@ -56,12 +56,13 @@ pub struct InstallArgs {
     force: bool,
 }
 
-/// Runs one command. `configured` is the directory that the configuration names.
-pub async fn run(command: RunnerCommand, configured: PathBuf, form: Form) -> Result<(), Problem> {
+/// Runs one command on the node's directory and, where it asks who uses a version, the node's engine.
+pub async fn run(command: RunnerCommand, node: &config::Node, form: Form) -> Result<(), Problem> {
     let in_use = match &command {
-        RunnerCommand::Prune(_) => Some(mounted_directories().await?),
+        RunnerCommand::Prune(_) => Some(mounted_directories(node).await?),
         _ => None,
     };
+    let configured = node.runner_dir.clone();
     tokio::task::spawn_blocking(move || work(command, configured, in_use, form))
         .await
         .map_err(|error| Problem::Other(error.into()))?
@@ -166,7 +167,7 @@ fn work(
 }
 
 /// Host directories that some container mounts, running or not: a stopped kernel may be restarted.
-async fn mounted_directories() -> Result<Vec<PathBuf>, Problem> {
+async fn mounted_directories(node: &config::Node) -> Result<Vec<PathBuf>, Problem> {
     use crate::docker::{Docker, DockerOptions};
     let unavailable = |error: crate::docker::DockerError| {
         Problem::Unavailable(
@@ -174,9 +175,11 @@ async fn mounted_directories() -> Result<Vec<PathBuf>, Problem> {
                 .context("without the engine it is unknown which versions running kernels use"),
         )
     };
-    let docker = Docker::connect(&DockerOptions::default())
-        .await
-        .map_err(unavailable)?;
+    let options = DockerOptions {
+        host: node.engine.host.clone(),
+        ..DockerOptions::default()
+    };
+    let docker = Docker::connect(&options).await.map_err(unavailable)?;
     let containers = docker
         .list_containers(true, None)
         .await

@@ -1,8 +1,8 @@
 //! The connecting end of the RPC, for our command line and the tests.
 //!
 //! In: an address, keys, calls with deadlines; out: values or failures. One connection carries
-//! any number of calls at once. Invariant: every call ends, by a reply, by its deadline or by the
-//! end of the connection.
+//! any number of calls at once. Invariants: every call ends, by a reply, by its deadline or by the
+//! end of the connection; nothing but a probe is sent to what is not bai-agent.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use super::failure::Failure;
-use super::frame::{BodyError, Envelope, Header, Kind, Message, PING};
+use super::frame::{BAI_AGENT, BodyError, Envelope, Header, Kind, Message, PING, WHO_ANSWERS};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::{DecodeLimits, EncodeError};
 use super::transport::{Dealer, DealerSender, LinkError, TransportError};
@@ -59,6 +59,15 @@ pub enum ClientError {
         address: String,
         /// Words of the transport.
         reason: String,
+    },
+    /// Something else than bai-agent serves the address. A call of a method that it lacks would make the Python
+    /// agent deaf.
+    #[error(
+        "this is not bai-agent: what answers at {address} seems to be the Python agent (or a bai-agent older than this program); nothing more was sent to it"
+    )]
+    Stranger {
+        /// The address.
+        address: String,
     },
     /// Nothing came back in time.
     #[error("{address} did not answer {what} within {}", humantime(*.deadline))]
@@ -112,7 +121,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `host:port` (or `tcp://host:port`) and waits for the answer to a probe.
+    /// Connects to `host:port` (or `tcp://host:port`), probes it and waits for the answer that only bai-agent gives.
     pub async fn connect(
         address: &str,
         curve: Option<&ClientCurve>,
@@ -138,13 +147,17 @@ impl Client {
             })?;
         let sender = dealer.sender();
         let handshake = async {
-            let probe = [Bytes::from_static(PING), Bytes::new(), Bytes::new()];
+            let probe = [PING, b"", WHO_ANSWERS].map(Bytes::from_static);
             sender.send(&probe, deadline).await?;
-            while Message::read(dealer.next().await?) != Message::Pong {}
-            Ok::<_, LinkError>(())
+            loop {
+                if let Message::Pong(who) = Message::read(dealer.next().await?) {
+                    return Ok::<_, LinkError>(who);
+                }
+            }
         };
         match timeout_at(until, handshake).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(who)) if who == BAI_AGENT => {}
+            Ok(Ok(_)) => return Err(ClientError::Stranger { address }),
             Ok(Err(reason)) => return Err(lost(&reason)),
             Err(_) => {
                 return Err(ClientError::Deadline {

@@ -14,6 +14,10 @@ use super::value::Value;
 pub const PING: &[u8] = b"PING";
 /// Tag of the answer to a probe.
 pub const PONG: &[u8] = b"PONG";
+/// Last frame of a probe that asks whether bai-agent answers. The Python agent echoes it, like any other.
+pub const WHO_ANSWERS: &[u8] = b"bai-agent?";
+/// Last frame of the answer to that probe alone.
+pub const BAI_AGENT: &[u8] = b"bai-agent!";
 /// Tag of an RPC message.
 pub const UPPER: &[u8] = b"UPPER";
 
@@ -41,8 +45,8 @@ pub type Frames = [Bytes; 3];
 pub enum Message {
     /// A probe with two frames to be echoed.
     Ping(Bytes, Bytes),
-    /// The answer to a probe.
-    Pong,
+    /// The answer to a probe, with its last frame.
+    Pong(Bytes),
     /// An RPC message: header and envelope, undecoded.
     Upper(Bytes, Bytes),
     /// Anything else, and messages of fewer than three frames.
@@ -56,14 +60,14 @@ impl Message {
     pub fn read(frames: &[Bytes]) -> Self {
         let [.., tag, second, third] = frames else {
             return match frames {
-                [.., tag] if tag.as_ref() == PONG => Self::Pong,
+                [.., tag] if tag.as_ref() == PONG => Self::Pong(Bytes::new()),
                 _ => Self::Other,
             };
         };
         let (second, third) = (second.clone(), third.clone());
         match tag.as_ref() {
             PING => Self::Ping(second, third),
-            PONG => Self::Pong,
+            PONG => Self::Pong(third),
             UPPER => Self::Upper(second, third),
             _ => Self::Other,
         }
@@ -352,6 +356,17 @@ impl Envelope {
     }
 }
 
+/// The answer to a probe: its two frames as they came, so that callers of the original find what they
+/// expect, or who answers where that was asked.
+#[must_use]
+pub fn pong(second: Bytes, third: Bytes) -> Frames {
+    let third = match third.as_ref() {
+        WHO_ANSWERS => Bytes::from_static(BAI_AGENT),
+        _ => third,
+    };
+    [Bytes::from_static(PONG), second, third]
+}
+
 /// A body that is nothing but nil.
 const PACKED_NIL: [u8; 1] = [0xc0];
 
@@ -416,6 +431,29 @@ mod tests {
             let header = header_with("seq", Some(sequence.clone())).unwrap();
             assert_eq!(header.sequence, sequence);
         }
+    }
+
+    #[test]
+    fn probes_are_echoed_but_the_one_that_asks_who_answers() {
+        for [second, third] in [
+            [&b""[..], b""],
+            [b"after", b""],
+            [b"a", b"b"],
+            [WHO_ANSWERS, b""],
+        ] {
+            let frames = [PING, second, third].map(Bytes::from_static);
+            let Message::Ping(second, third) = Message::read(&frames) else {
+                panic!("{frames:?}")
+            };
+            let answer = pong(second, third);
+            assert_eq!(answer[0], PONG);
+            assert_eq!(answer[1..], frames[1..]);
+        }
+        let answer = pong(Bytes::new(), Bytes::from_static(WHO_ANSWERS));
+        assert_eq!(
+            Message::read(&answer),
+            Message::Pong(Bytes::from_static(BAI_AGENT))
+        );
     }
 
     #[test]

@@ -22,15 +22,18 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::frame::{Kind, Message, PONG};
+use super::frame::{Kind, Message, pong};
 use super::keys::{KeyPair, PublicKey};
 use super::msgpack::DecodeLimits;
 use super::service::Service;
 use super::transport::{
-    Allowed, Link, Receive, Router, RouterOptions, SendOutcome, TransportError,
+    Allowed, Link, Receive, Router, RouterOptions, SendOutcome, TransportError, try_address,
 };
 use admission::Admission;
 use answer::Answerer;
+
+/// Pause between two looks whether an address is free.
+const ADDRESS_PAUSE: Duration = Duration::from_millis(50);
 
 /// Bounds on what peers may cost.
 #[derive(Clone, Copy, Debug)]
@@ -266,6 +269,30 @@ impl Drop for Server {
     }
 }
 
+/// Waits up to `grace` until `host:port` could be bound, and leaves it free. Who serves it now, another agent
+/// for one, is told before anything of the node is touched.
+///
+/// # Errors
+/// As those of [`Server::bind`].
+pub async fn await_address(address: &str, grace: Duration) -> Result<(), BindError> {
+    let requested = resolve(address).await?;
+    let until = tokio::time::Instant::now() + grace;
+    loop {
+        match try_address(requested) {
+            Ok(()) => return Ok(()),
+            Err(_) if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(ADDRESS_PAUSE).await;
+            }
+            Err(err) => {
+                return Err(BindError::Bind {
+                    address: requested,
+                    source: err.into(),
+                });
+            }
+        }
+    }
+}
+
 async fn resolve(address: &str) -> Result<SocketAddr, BindError> {
     let addresses =
         tokio::net::lookup_host(address)
@@ -290,14 +317,10 @@ impl Receive for Answerer {
         }
         match Message::read(frames) {
             Message::Ping(first, second) => {
-                probe(
-                    from,
-                    &self.shared,
-                    &[Bytes::from_static(PONG), first, second],
-                );
+                probe(from, &self.shared, &pong(first, second));
             }
             Message::Upper(header, envelope) => self.accept(from, &header, envelope),
-            Message::Pong | Message::Other => {
+            Message::Pong(_) | Message::Other => {
                 self.shared.totals.ignored.fetch_add(1, Ordering::Relaxed);
             }
         }

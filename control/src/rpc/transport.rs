@@ -18,7 +18,7 @@ use super::keys::{KeyPair, PublicKey, SecretKey};
 
 pub(super) use dealer::{Dealer, DealerSender};
 pub(super) use link::{Link, LinkError, SendOutcome};
-pub(super) use router::{Allowed, Receive, Router, RouterOptions};
+pub(super) use router::{Allowed, Receive, Router, RouterOptions, try_address};
 
 /// Why the transport could not be set up.
 #[derive(Debug, thiserror::Error)]

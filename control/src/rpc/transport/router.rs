@@ -178,13 +178,26 @@ impl Drop for Router {
     }
 }
 
-fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+/// A socket as the listener's, before it is bound: connections of a predecessor that have not ended keep
+/// nobody from the address.
+fn socket_for(address: SocketAddr) -> std::io::Result<TcpSocket> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
         TcpSocket::new_v6()?
     };
     socket.set_reuseaddr(true)?;
+    Ok(socket)
+}
+
+/// Whether the address can be bound now. Nobody can connect meanwhile.
+pub(in crate::rpc) fn try_address(address: SocketAddr) -> Result<(), TransportError> {
+    let bound = socket_for(address).and_then(|socket| socket.bind(address));
+    bound.map_err(TransportError::Bind)
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = socket_for(address)?;
     // A connection begins with its listener's options, so these are set once.
     // A reply is written whole; waiting for more to send would only delay it.
     socket.set_nodelay(true)?;
@@ -375,6 +388,22 @@ mod tests {
             matches!(&refused, TransportError::Bind(err) if err.kind() == std::io::ErrorKind::AddrInUse),
             "{refused:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn an_address_is_free_once_nobody_listens_there_whatever_has_not_ended() {
+        let listener = listen("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let (connected, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let _ends = (connected.expect("connected"), accepted.expect("accepted"));
+        let taken = try_address(address).expect_err("the address is taken");
+        assert!(
+            matches!(&taken, TransportError::Bind(err) if err.kind() == std::io::ErrorKind::AddrInUse),
+            "{taken:?}"
+        );
+        drop(listener);
+        try_address(address).expect("nobody listens");
+        listen(address).expect("the try has left nothing");
     }
 
     #[tokio::test]
