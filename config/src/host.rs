@@ -36,6 +36,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     fn home(&self) -> Option<PathBuf>;
     /// Whether the path, or its nearest existing parent, is on tmpfs and writable.
     fn is_writable_tmpfs(&self, path: &Path) -> bool;
+    /// Whether the path is there, on tmpfs, for whomever to write.
+    fn is_on_tmpfs(&self, path: &Path) -> bool {
+        self.is_writable_tmpfs(path)
+    }
     /// Whether writing there fails because the file system, as this process sees it, is read-only.
     fn is_read_only(&self, _path: &Path) -> bool {
         false
@@ -101,6 +105,10 @@ impl Host for ThisHost {
         };
         statfs(existing).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
             && access(existing, AccessFlags::W_OK | AccessFlags::X_OK).is_ok()
+    }
+
+    fn is_on_tmpfs(&self, path: &Path) -> bool {
+        statfs(path).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
     }
 
     fn is_read_only(&self, path: &Path) -> bool {

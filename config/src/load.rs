@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::document::{self, Table};
 use crate::host::{Host, ThisHost};
 use crate::overlay::Overlay;
-use crate::problem::{Effective, Errors, Note, NoteKind};
+use crate::problem::{Effective, Errors, Note, NoteKind, Origin};
 use crate::search::candidates;
 use crate::section::{Gathered, Reader};
 use crate::sections::Config;
@@ -23,6 +23,8 @@ pub struct LoadOptions {
     /// Whether to run without etcd, bus and manager. No places are searched then: only a named
     /// file (here or in `BACKEND_CONFIG_FILE`) is read.
     pub standalone: bool,
+    /// Whether it is for who only looks at a node that others may run: its run directory need not be writable.
+    pub only_looks: bool,
     /// Environment variables by name.
     pub environment: Environment,
     /// Facts about the host.
@@ -35,6 +37,7 @@ impl LoadOptions {
         Self {
             explicit,
             standalone,
+            only_looks: false,
             environment: Box::new(|name| std::env::var(name).ok()),
             host: Box::new(ThisHost),
         }
@@ -52,6 +55,7 @@ impl fmt::Debug for LoadOptions {
         f.debug_struct("LoadOptions")
             .field("explicit", &self.explicit)
             .field("standalone", &self.standalone)
+            .field("only_looks", &self.only_looks)
             .field("host", &self.host)
             .finish_non_exhaustive()
     }
@@ -66,6 +70,21 @@ pub struct Loaded {
     pub origins: Vec<Effective>,
     /// What was not used, not known, or is worth a warning.
     pub notes: Vec<Note>,
+}
+
+impl Loaded {
+    /// Whether a setting is written somewhere, be it the file, the environment or etcd.
+    #[must_use]
+    pub fn is_written(&self, section: &str, key: &str) -> bool {
+        let mut values = self.origins.iter();
+        let value = values.find(|value| value.section == section && value.key == key);
+        value.is_some_and(|value| {
+            matches!(
+                value.origin,
+                Origin::File { .. } | Origin::Environment(_) | Origin::Etcd { .. }
+            )
+        })
+    }
 }
 
 /// Finds, reads and checks the configuration. Reads files only: nothing is created.
@@ -94,7 +113,7 @@ pub fn load_over(options: &LoadOptions, overlay: &Overlay) -> Result<Loaded, Err
         load_text(
             &text,
             file.as_deref(),
-            options.standalone,
+            (options.standalone, options.only_looks),
             &*options.environment,
             &*options.host,
             overlay,
@@ -139,7 +158,7 @@ fn find(options: &LoadOptions) -> Result<Option<PathBuf>, Errors> {
 pub(crate) fn load_text(
     text: &str,
     file: Option<&Path>,
-    standalone: bool,
+    (standalone, only_looks): (bool, bool),
     environment: &dyn Fn(&str) -> Option<String>,
     host: &dyn Host,
     overlay: &Overlay,
@@ -154,6 +173,7 @@ pub(crate) fn load_text(
         environment,
         host,
         standalone,
+        only_looks,
         overlay,
         gathered: Gathered::default(),
     };
@@ -237,6 +257,6 @@ pub(crate) fn load_text_for_fuzzing(text: &str) -> Result<Loaded, Errors> {
     }
 
     let overlay = Overlay::default();
-    let cluster = load_text(text, None, false, &|_| None, &Still, &overlay);
-    cluster.or_else(|_| load_text(text, None, true, &|_| None, &Still, &overlay))
+    let cluster = load_text(text, None, (false, false), &|_| None, &Still, &overlay);
+    cluster.or_else(|_| load_text(text, None, (true, false), &|_| None, &Still, &overlay))
 }

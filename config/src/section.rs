@@ -76,6 +76,8 @@ pub(crate) struct Reader<'a> {
     pub environment: &'a dyn Fn(&str) -> Option<String>,
     pub host: &'a dyn Host,
     pub standalone: bool,
+    /// See [`crate::LoadOptions::only_looks`].
+    pub only_looks: bool,
     pub overlay: &'a Overlay,
     pub gathered: Gathered,
 }

@@ -137,7 +137,7 @@ impl Cli {
                 short_lived(doctor::run(&source.load()?, source.standalone, form))?;
             }
             Command::Detach => {
-                detach::run(&source.load()?.config, form)?;
+                detach::run(&source.load()?, form)?;
             }
             Command::Completions { shell } => manuals::completions(shell, &mut Cli::command()),
             Command::Man { directory } => manuals::man(&Cli::command(), directory.as_deref())?,

@@ -15,6 +15,7 @@ use dataplane::forward::kernel::Means;
 use dataplane::forward::relay::Engine;
 use dataplane::link::Defaults;
 use dataplane::sys::signal;
+use nix::unistd::Uid;
 use shared::desired::ClientNetwork;
 use tracing_subscriber::EnvFilter;
 
@@ -96,7 +97,9 @@ fn main() -> ExitCode {
     {
         return detach(run_dir, agent_id);
     }
-    let options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
+    let mut options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
+    // What it would run with need not be so for this user.
+    options.only_looks = arguments.command.is_some();
     let loaded = match config::load(&options) {
         Ok(loaded) => loaded,
         Err(errors) => {
@@ -129,6 +132,16 @@ fn main() -> ExitCode {
         .init();
     match arguments.command {
         None => run(&loaded.config, arguments.nvml_library),
+        // Of root's it would see nothing, and say that nothing is left.
+        Some(Command::Detach(_))
+            if !Uid::effective().is_root() && !loaded.is_written("node", "run-dir") =>
+        {
+            eprintln!(
+                "bai-dataplane: what root's has left can't be seen; run this again as root, or write the node.run-dir of \
+                 this user's own programs into the configuration"
+            );
+            ExitCode::from(EX_TEMPFAIL)
+        }
         Some(Command::Detach(_)) => detach(&loaded.config.node.run_dir, &loaded.config.agent.id),
     }
 }

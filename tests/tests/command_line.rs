@@ -1,5 +1,8 @@
 //! The command line itself, without a node: exit codes, output that nobody reads, and how it is installed.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -7,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::node::program;
 use harness::zmtp::Connection;
+use shared::run_dir::RunDir;
 
 /// A whole configuration of a cluster, as the original's agent needs it.
 const CLUSTER: &str = r#"
@@ -493,6 +497,63 @@ fn detach_goes_by_the_file_it_finds() -> Result<()> {
         assert!(!regions.exists());
     }
     Ok(())
+}
+
+/// Without root the regions of the units' node can't be seen, which must not look as if there were none.
+#[test]
+fn whoever_may_not_look_is_told_to_be_root() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        harness::skip::needs("commands as another user need root");
+        return Ok(());
+    }
+    let id = format!("i-look-{}", std::process::id());
+    let run_dir = RunDir::choose(None, &id)?;
+    let own = run_dir.root();
+    let base = own.parent().context("a directory")?;
+    // As the units make it.
+    let made = DirBuilder::new().mode(0o750).create(base).is_ok();
+    let place = tempfile::tempdir()?;
+    std::fs::set_permissions(place.path(), PermissionsExt::from_mode(0o755))?;
+    // The directory of the programs built may be closed to others.
+    let programs = ["bai-agent", "bai-dataplane"].map(|name| (name, place.path().join(name)));
+    for (name, copy) in &programs {
+        std::fs::copy(program(name)?, copy)?;
+    }
+    let file = place.path().join("agent.toml");
+    std::fs::write(&file, format!("[agent]\nid = '{id}'\n"))?;
+    let outcome = (|| -> Result<()> {
+        DirBuilder::new().mode(0o750).create(own)?;
+        DirBuilder::new().mode(0o750).create(run_dir.dataplane())?;
+        let [(_, agent), (_, dataplane)] = &programs;
+        for (program, words) in [
+            (agent, &["detach"][..]),
+            (agent, &["stats"]),
+            (dataplane, &["--standalone", "detach"]),
+        ] {
+            let output = Command::new(program)
+                .args(words)
+                .arg("--config")
+                .arg(&file)
+                .stdin(Stdio::null())
+                .uid(65534)
+                .gid(65534)
+                .output()?;
+            let told = said(&output);
+            ensure!(
+                output.status.code().is_some_and(|code| code != 0),
+                "{words:?}: {told}"
+            );
+            ensure!(told.contains("as root"), "{words:?}: {told}");
+        }
+        ensure!(run_dir.dataplane().exists());
+        Ok(())
+    })();
+    let _ = std::fs::remove_dir_all(own);
+    if made {
+        // Another test, or a node, may use it by now.
+        let _ = std::fs::remove_dir(base);
+    }
+    outcome
 }
 
 fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {

@@ -164,9 +164,10 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
 fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
     const RUN_DIR: Key = key("run-dir");
     let host = s.reader.host;
+    let looks = s.reader.only_looks;
     let faults = s.reader.gathered.problems.len();
     let given = s.checked(RUN_DIR, |directory: &Directory| {
-        if host.is_writable_tmpfs(&directory.0) {
+        if looks || host.is_writable_tmpfs(&directory.0) {
             return Ok(());
         }
         if host.is_read_only(&directory.0) {
@@ -187,30 +188,29 @@ fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
     if let Some(directory) = given {
         return directory.0;
     }
-    const PLACES: [&str; 2] = ["/run/bai-agent", "/dev/shm/bai-agent"];
-    for place in PLACES.map(PathBuf::from) {
-        if host.is_writable_tmpfs(&place) {
-            if s.reader.gathered.problems.len() == faults {
-                s.reader.record(
-                    "node",
-                    RUN_DIR.name,
-                    &Directory(place.clone()),
-                    Origin::Default,
-                );
-            }
-            return place;
+    let places = ["/run/bai-agent", "/dev/shm/bai-agent"].map(PathBuf::from);
+    let there = places.iter().find(|place| looks && host.is_on_tmpfs(place));
+    let place = there.or_else(|| places.iter().find(|place| host.is_writable_tmpfs(place)));
+    // Who only looks needs none.
+    let place = place.or(looks.then_some(&places[0])).cloned();
+    if s.reader.gathered.problems.len() == faults {
+        match &place {
+            Some(place) => s.reader.record(
+                "node",
+                RUN_DIR.name,
+                &Directory(place.clone()),
+                Origin::Default,
+            ),
+            None => s.reader.fault(
+                "node",
+                RUN_DIR.name,
+                "is not set, and neither /run nor /dev/shm is a tmpfs this user may write to",
+                "name a directory on a tmpfs, or mount one at /run",
+            ),
         }
     }
-    if s.reader.gathered.problems.len() == faults {
-        let why = "is not set, and neither /run nor /dev/shm is a tmpfs this user may write to";
-        s.reader.fault(
-            "node",
-            RUN_DIR.name,
-            why,
-            "name a directory on a tmpfs, or mount one at /run",
-        );
-    }
-    PathBuf::from(PLACES[0])
+    let [first, _] = places;
+    place.unwrap_or(first)
 }
 
 fn device_limits(s: &mut Section<'_, '_>) -> Vec<DeviceLimit> {

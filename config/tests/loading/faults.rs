@@ -387,6 +387,29 @@ fn without_a_tmpfs_the_run_directory_must_be_named() {
     assert_eq!(setup.problems()[0].key, "node.run-dir");
 }
 
+/// Whoever looks at the node of the units is often not root.
+#[test]
+fn who_only_looks_goes_by_what_is_there() {
+    let mut setup = Setup::new(SMALLEST);
+    setup.host.tmpfs = vec!["/dev/shm"];
+    let run_dir = |setup: &Setup| setup.loaded().config.node.run_dir.display().to_string();
+    setup.host.there = vec!["/run/bai-agent"];
+    assert_eq!(run_dir(&setup), "/dev/shm/bai-agent");
+    setup.only_looks = true;
+    assert_eq!(run_dir(&setup), "/run/bai-agent");
+    setup.host.there = vec![];
+    assert_eq!(run_dir(&setup), "/dev/shm/bai-agent");
+    setup.host.tmpfs = vec![];
+    assert_eq!(run_dir(&setup), "/run/bai-agent");
+    assert!(!setup.loaded().is_written("node", "run-dir"));
+    let mut named = Setup::new(&with_line("node", "run-dir = '/run/elsewhere'"));
+    named.host.tmpfs = vec![];
+    assert_eq!(named.problems()[0].key, "node.run-dir");
+    named.only_looks = true;
+    assert_eq!(run_dir(&named), "/run/elsewhere");
+    assert!(named.loaded().is_written("node", "run-dir"));
+}
+
 #[test]
 fn a_host_name_that_can_not_be_an_id_is_told() {
     let mut setup = Setup::new(SMALLEST);

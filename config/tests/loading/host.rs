@@ -16,6 +16,8 @@ pub struct FixedHost {
     pub hostname: String,
     pub tmpfs: Vec<&'static str>,
     pub read_only: Vec<&'static str>,
+    /// What is there on a tmpfs, writable or not.
+    pub there: Vec<&'static str>,
     pub core_pattern: &'static str,
 }
 
@@ -29,6 +31,7 @@ impl FixedHost {
             hostname: "node-1".to_owned(),
             tmpfs: vec!["/run", "/dev/shm"],
             read_only: Vec::new(),
+            there: Vec::new(),
             core_pattern: "/var/crash/core.%p",
         }
     }
@@ -66,6 +69,10 @@ impl Host for FixedHost {
         self.tmpfs.iter().any(|place| path.starts_with(place))
     }
 
+    fn is_on_tmpfs(&self, path: &Path) -> bool {
+        self.there.iter().any(|place| path == Path::new(place))
+    }
+
     fn is_read_only(&self, path: &Path) -> bool {
         self.read_only.iter().any(|place| path.starts_with(place))
     }
@@ -98,6 +105,7 @@ pub struct Setup {
     pub host: FixedHost,
     pub environment: BTreeMap<&'static str, String>,
     pub standalone: bool,
+    pub only_looks: bool,
 }
 
 impl Setup {
@@ -110,6 +118,7 @@ impl Setup {
             host,
             environment: BTreeMap::new(),
             standalone: false,
+            only_looks: false,
         }
     }
 
@@ -123,6 +132,7 @@ impl Setup {
         load(&LoadOptions {
             explicit: Some("agent.toml".into()),
             standalone: self.standalone,
+            only_looks: self.only_looks,
             environment: Box::new(move |name| environment.get(name).cloned()),
             host: Box::new(self.host.clone()),
         })

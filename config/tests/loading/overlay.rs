@@ -17,6 +17,7 @@ fn loaded(overlay: &Overlay, file: &str) -> Result<config::Loaded, config::Error
     let options = LoadOptions {
         explicit: Some(path),
         standalone: false,
+        only_looks: false,
         environment: Box::new(|_| None),
         host: Box::new(FixedHost::at(directory.path())),
     };

@@ -12,6 +12,7 @@ fn search(host: &FixedHost, variable: Option<&str>) -> Result<Loaded, Errors> {
     load(&LoadOptions {
         explicit: None,
         standalone: false,
+        only_looks: false,
         environment: Box::new(move |name| {
             variable.clone().filter(|_| name == "BACKEND_CONFIG_FILE")
         }),

@@ -36,9 +36,11 @@ impl Source {
 
     /// The configuration as far as a command beside the agent needs it: where that of a cluster is not
     /// whole, that of a node on its own will do. A file that was found is never passed over: its faults
-    /// are told, as values of our own would be those of another node.
+    /// are told, as values of our own would be those of another node. The node is another user's, perhaps.
     pub fn load(&self) -> Result<config::Loaded, Problem> {
-        load(self.options()).map_err(|errors| Problem::Config(errors.into()))
+        let mut options = self.options();
+        options.only_looks = true;
+        load(options).map_err(|errors| Problem::Config(errors.into()))
     }
 }
 

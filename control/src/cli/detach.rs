@@ -6,7 +6,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use config::Config;
+use config::{Config, Loaded};
+use nix::unistd::Uid;
 use serde_json::json;
 use shared::lock::writer_of;
 use shared::run_dir::RunDir;
@@ -17,8 +18,25 @@ use crate::metadata::redirect;
 
 const DATAPLANE: &str = "bai-dataplane";
 
+/// Without root nothing is seen of what root's programs have left, which would pass for nothing. Who names his own
+/// run directory has his own programs.
+fn refuse_without_root(loaded: &Loaded) -> Result<(), Problem> {
+    if Uid::effective().is_root() || loaded.is_written("node", "run-dir") {
+        return Ok(());
+    }
+    Err(Problem::Refused {
+        method: "detach".to_owned(),
+        class: "not root".to_owned(),
+        repr: "what root's programs have left can't be seen; run this again as root, or write the node.run-dir of \
+               this user's own programs into the configuration"
+            .to_owned(),
+    })
+}
+
 /// Removes this agent's regions and doorbells, and has the dataplane remove its kernel hooks.
-pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
+pub fn run(loaded: &Loaded, form: Form) -> Result<(), Problem> {
+    refuse_without_root(loaded)?;
+    let config = &*loaded.config;
     let place = RunDir::choose(Some(&config.node.run_dir), &config.agent.id)
         .map_err(|error| Problem::Other(error.into()))?;
     refuse_if_running(&place.control(), "bai-agent")?;

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use shared::desired::{DesiredReader, DesiredSnapshot};
 use shared::monotonic_ns;
 use shared::observed::{ObservedReader, ObservedSnapshot};
@@ -55,6 +54,14 @@ impl Look {
     }
 }
 
+/// Whether something was refused for want of rights.
+fn is_denied(err: &anyhow::Error) -> bool {
+    err.chain().any(|cause| {
+        let cause = cause.downcast_ref::<std::io::Error>();
+        cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::PermissionDenied)
+    })
+}
+
 /// The reading end of both regions.
 #[derive(Debug)]
 pub struct Regions {
@@ -82,17 +89,20 @@ impl Regions {
 
     /// Looks now.
     pub fn look(&mut self) -> Result<Look, Problem> {
-        let observed = self
-            .observed
-            .snapshot()
-            .with_context(|| {
+        let observed = self.observed.snapshot();
+        let observed = observed.map_err(|err| {
+            let err = anyhow::Error::new(err);
+            let place = self.directory.display();
+            let words = if is_denied(&err) {
+                format!("this user may not look into {place}; run this as root")
+            } else {
                 format!(
-                    "there are no samples in {}; does bai-dataplane run with the same configuration \
-                     (node.run-dir, agent.id)?",
-                    self.directory.display()
+                    "there are no samples in {place}; does bai-dataplane run with the same configuration \
+                     (node.run-dir, agent.id)?"
                 )
-            })
-            .map_err(Problem::Unavailable)?;
+            };
+            Problem::Unavailable(err.context(words))
+        })?;
         let now_ns = monotonic_ns();
         let life = self.observed.writer().ok();
         Ok(Look {
