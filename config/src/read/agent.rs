@@ -44,7 +44,6 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     let standalone = reader.standalone;
     let ipc_default = places.directory(reader, "/tmp/backend.ai/ipc", "ipc");
     let var_default = places.directory(reader, "./var/lib/backend.ai", "var");
-    let commit_default = places.directory(reader, "./tmp/backend.ai/commit", "commit");
     let mut s = Section::open(reader, Some(root), "agent");
 
     let mode = mode(&mut s);
@@ -86,6 +85,13 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     let skip_manager_detection = s.or(key("skip-manager-detection"), false);
     let allow_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("allow-compute-plugins"));
     let block_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("block-compute-plugins"));
+    let beside = match standalone {
+        true => &places.state_dir,
+        false => &var_base_path,
+    };
+    // Not in a `tmp` of the directory one starts in, as the original's: from `/`, where units start, that is emptied
+    // at boot.
+    let commit_default = Directory(beside.join("commit"));
     let image_commit_path = place(&mut s, key("image-commit-path"), commit_default);
     let abuse_report_path = s
         .maybe::<Directory>(key("abuse-report-path"))

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::later::section_of;
 use crate::document::{Kind, Table};
-use crate::problem::NoteKind;
+use crate::problem::{NoteKind, Origin};
 use crate::section::{Reader, kebab};
 
 /// Settings that are paths, and may be of something that is not there yet.
@@ -26,9 +26,23 @@ const PATHS: &[(&str, &[&str])] = &[
     ("node", &["run-dir", "state-dir", "runner-dir"]),
 ];
 
-/// Warns of each that the file has.
+/// Warns of each that the file has, and of scratch directories that lie where the original has them by default.
 pub(super) fn note(reader: &mut Reader<'_>, root: &Table) {
     let working = reader.host.working_directory();
+    let from_both = |plain: &str| {
+        format!(
+            "{} from here, {} for the units, which start in /; write the whole path",
+            working.join(plain).display(),
+            Path::new("/").join(plain).display()
+        )
+    };
+    if !reader.standalone && reader.origin("container", "scratch-root") == Some(Origin::Default) {
+        let text = format!(
+            "is not set, and relative then, as the original's: {}",
+            from_both("scratches")
+        );
+        reader.note(NoteKind::Warning, None, "container.scratch-root", text);
+    }
     for (section, keys) in PATHS {
         let Some((_, table)) = section_of(root, section) else {
             continue;
@@ -42,11 +56,7 @@ pub(super) fn note(reader: &mut Reader<'_>, root: &Table) {
                 continue;
             }
             let plain = path.trim_start_matches("./");
-            let text = format!(
-                "is relative: {} from here, {} for the units, which start in /; write the whole path",
-                working.join(plain).display(),
-                Path::new("/").join(plain).display()
-            );
+            let text = format!("is relative: {}", from_both(plain));
             let key = format!("{section}.{}", entry.key);
             reader.note(NoteKind::Warning, Some(entry.line), key, text);
         }

@@ -94,9 +94,9 @@ impl Host for FixedHost {
     }
 }
 
-/// The smallest valid file.
+/// The smallest valid file without a remark, below the directory `HERE`.
 pub const SMALLEST: &str = "[etcd]\nnamespace = 'local'\naddr = { host = '127.0.0.1', port = 2379 }\n\
-    [agent]\nmode = 'docker'\n[container]\nscratch-type = 'hostdir'\n\
+    [agent]\nmode = 'docker'\n[container]\nscratch-type = 'hostdir'\nscratch-root = 'HERE/scratches'\n\
     kernel-uid = 1000\nkernel-gid = 1000\n[resource]\n";
 
 /// A directory with an `agent.toml`, and how to load it.
@@ -111,6 +111,7 @@ pub struct Setup {
 impl Setup {
     pub fn new(text: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let text = text.replace("HERE", &directory.path().display().to_string());
         std::fs::write(directory.path().join("agent.toml"), text).unwrap();
         let host = FixedHost::at(directory.path());
         Self {

@@ -148,6 +148,45 @@ fn a_relative_path_is_a_warning_as_units_start_in_the_root() {
     }
 }
 
+/// The original's defaults are relative, too.
+#[test]
+fn a_path_that_is_not_set_is_told_where_sessions_live_and_safe_where_archives_do() {
+    let text = SMALLEST.replace("scratch-root = 'HERE/scratches'\n", "");
+    let mut setup = Setup::new(&text);
+    let loaded = setup.loaded();
+    assert_eq!(loaded.notes.len(), 1, "{:?}", loaded.notes);
+    let note = &loaded.notes[0];
+    assert_eq!(
+        (note.kind, note.key.as_str(), note.line),
+        (NoteKind::Warning, "container.scratch-root", None)
+    );
+    let here = setup.host.working_directory.join("scratches");
+    let told = format!("{} from here, /scratches for the units", here.display());
+    assert!(note.text.contains(&told), "{}", note.text);
+    let agent = &loaded.config.agent;
+    assert_eq!(agent.image_commit_path, agent.var_base_path.join("commit"));
+    let written = Setup::new(&text).env("BACKEND_SCRATCH_ROOT", "/srv/scratches");
+    assert_eq!(written.loaded().notes, []);
+    setup.standalone = true;
+    let loaded = setup.loaded();
+    assert!(
+        !loaded
+            .notes
+            .iter()
+            .any(|note| note.key == "container.scratch-root")
+    );
+    let state = loaded.config.node.state_dir.join("commit");
+    assert_eq!(loaded.config.agent.image_commit_path, state);
+    let placed = with_line("agent", "var-base-path = '/srv/bai'");
+    let commits = Setup::new(&placed)
+        .loaded()
+        .config
+        .agent
+        .image_commit_path
+        .clone();
+    assert_eq!(commits.to_str(), Some("/srv/bai/commit"));
+}
+
 #[test]
 fn kernels_that_come_out_as_root_s_are_a_warning() {
     let told = |uid: &str, gid: &str| -> Vec<String> {
@@ -200,7 +239,7 @@ fn the_table_is_in_order_and_ends_with_the_remarks() {
         line("region").ends_with("environment BACKEND_REGION"),
         "{shown}"
     );
-    assert!(line("reserved-cpu").contains("line 12"), "{shown}");
+    assert!(line("reserved-cpu").contains("line 13"), "{shown}");
     assert!(
         shown.trim_end().ends_with("did you mean \"port-range\"?"),
         "{shown}"

@@ -131,7 +131,7 @@ fn a_file_in_the_place_of_a_directory_is_told() {
 #[test]
 fn paths_are_expanded_and_links_resolved() {
     let text = SMALLEST
-        .replace("[container]\n", "[container]\nscratch-root = 'link/x'\n")
+        .replace("HERE/scratches", "link/x")
         .replace("[agent]\n", "[agent]\nvar-base-path = '~/var'\n");
     let mut setup = Setup::new(&text);
     let root = setup.directory.path().canonicalize().unwrap();
