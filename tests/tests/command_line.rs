@@ -438,6 +438,15 @@ fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
             assert!(root.path().join(path).is_file(), "{name}: {line}");
         }
     }
+    // Where the documents say that these are.
+    for file in [
+        "prometheus/alerts.yml",
+        "prometheus/prometheus.yml",
+        "grafana/node.json",
+    ] {
+        let file = place.join("share/doc/bai-agent/deploy").join(file);
+        assert!(file.is_file(), "{}", file.display());
+    }
     for file in [
         "share/man/man1/bai-agent.1",
         "share/man/man1/bai-agent-kernel-create.1",

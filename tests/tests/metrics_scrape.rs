@@ -455,10 +455,15 @@ async fn a_real_prometheus_has_data_for_the_dashboard_and_takes_the_alerts() -> 
             String::from_utf8_lossy(&checked.stderr)
         );
     }
-    let mut node = Node::start(options()).await?;
+    let mut node = Node::start(NodeOptions {
+        bind_host: "127.0.0.2".to_owned(),
+        ..options()
+    })
+    .await?;
     let kernel = kernel(&node).await?;
     // Calls to count and a service to show.
-    cli(&node, &["kernel", "service", &kernel, "web"])?;
+    let shown = cli(&node, &["kernel", "service", &kernel, "web"])?;
+    ensure!(shown.starts_with("web: 127.0.0.2:"), "{shown}");
     let prometheus = Prometheus::start(node.http_address())?;
     let expressions = expressions()?;
     ensure!(expressions.len() > 30, "{} expressions", expressions.len());

@@ -174,6 +174,12 @@ impl Way {
 }
 
 impl Agent {
+    /// The host it was asked at, as it stands in an address.
+    pub fn host(&self) -> &str {
+        let address = self.address.strip_prefix("tcp://").unwrap_or(&self.address);
+        address.rsplit_once(':').map_or(address, |(host, _)| host)
+    }
+
     /// Calls a method and decodes its reply.
     pub async fn call<T: DeserializeOwned>(
         &self,

@@ -6,6 +6,7 @@ mod records;
 
 use crate::cli::output::{say, say_part};
 use std::io::Write;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -261,15 +262,26 @@ async fn service(agent: &Agent, args: ServiceArgs, form: Form) -> Result<(), Pro
         .filter(|port| port.name == name)
         .flat_map(|port| port.host_ports.iter().copied())
         .collect();
+    let host = serving_host(kernel.bind_host, agent.host());
     if form == Form::Json {
         return Ok(output::json(
-            &json!({ "kernel_id": kernel.kernel_id, "service": name, "status": reply.status, "host_ports": ports }),
+            &json!({ "kernel_id": kernel.kernel_id, "service": name, "status": reply.status, "host": host, "host_ports": ports }),
         )?);
     }
     for port in ports {
-        say!("{name}: 127.0.0.1:{port}");
+        say!("{name}: {host}:{port}");
     }
     Ok(())
+}
+
+/// Where ports of a kernel are reached from here: at the address they are bound to or, where that is every one of
+/// the node, at the one its agent was asked at.
+fn serving_host(bound: Option<IpAddr>, asked: &str) -> String {
+    match bound {
+        Some(IpAddr::V6(host)) if !host.is_unspecified() => format!("[{host}]"),
+        Some(IpAddr::V4(host)) if !host.is_unspecified() => host.to_string(),
+        _ => asked.to_owned(),
+    }
 }
 
 async fn stats(agent: &Agent, kernels: &[String], form: Form) -> Result<(), Problem> {
@@ -331,4 +343,22 @@ async fn destroy(
         output::json(&json!({ "destroyed": destroyed }))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_shown_where_it_is_served() {
+        let shown = |bound: &str, asked| serving_host(bound.parse().ok(), asked);
+        assert_eq!(shown("127.0.0.2", "127.0.0.1"), "127.0.0.2");
+        assert_eq!(shown("127.0.0.2", "node-7"), "127.0.0.2");
+        assert_eq!(shown("2001:db8::7", "node-7"), "[2001:db8::7]");
+        assert_eq!(shown("0.0.0.0", "127.0.0.1"), "127.0.0.1");
+        assert_eq!(shown("0.0.0.0", "node-7"), "node-7");
+        assert_eq!(shown("::", "[::1]"), "[::1]");
+        // An agent that does not say.
+        assert_eq!(shown("", "node-7"), "node-7");
+    }
 }

@@ -1,5 +1,6 @@
 //! What the agent's own extension methods answer, and how it is shown.
 
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,9 @@ pub(super) struct KernelRecord {
     pub exit_code: Option<i64>,
     /// Seconds since 1970.
     pub created_at: Option<f64>,
+    /// Where its ports are served; unspecified is every address of the node.
+    #[serde(default)]
+    pub bind_host: Option<IpAddr>,
     #[serde(default)]
     pub service_ports: Vec<ServicePortRecord>,
     #[serde(flatten)]

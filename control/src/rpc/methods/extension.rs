@@ -224,8 +224,8 @@ fn kernels(node: &Node, all: bool) -> Result<Value, Failure> {
         );
     }
     for kernel in node.registry.all() {
-        let address = Some(node.config.container.advertised_host.clone());
-        shown.push(lifecycle::shown(&kernel.view(), address));
+        let serving = Some(&node.config.container);
+        shown.push(lifecycle::shown(&kernel.view(), serving));
     }
     reply(&json!({ "kernels": shown }))
 }

@@ -294,10 +294,10 @@ pub(super) async fn reset(node: &Arc<Node>) -> Result<Value, Failure> {
     }
 }
 
-/// What `bai.kernels` shows of one kernel.
+/// What `bai.kernels` shows of one kernel; with the node's settings where its ports are served.
 pub(super) fn shown(
     view: &crate::kernel::registry::KernelView,
-    address: Option<String>,
+    serving: Option<&config::Container>,
 ) -> serde_json::Value {
     let record = &view.record;
     let ending = crate::kernel::registry::outcome(&view.state);
@@ -320,6 +320,7 @@ pub(super) fn shown(
         "cluster_hostname": record.hostname,
         "slots": record.slots,
         "service_ports": public_services(&record.services),
-        "address": address,
+        "address": serving.map(|container| &container.advertised_host),
+        "bind_host": serving.map(|container| container.bind_host),
     })
 }
