@@ -227,69 +227,32 @@ async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     // Until the test lets it go on; without the test it ends, too.
     slow.config["bootstrap_script"] =
         json!("for i in $(seq 600); do [ -e /home/work/go-on ] && break; sleep 0.1; done\n");
-    let (quick, unwanted) = (Order::of(Image::Runner)?, Order::of(Image::Runner)?);
-    let mut calls = Vec::new();
-    for order in [slow.clone(), quick.clone(), unwanted.clone()] {
-        let client = node.client().await?;
-        let arguments = order.arguments();
-        calls.push(tokio::spawn(async move {
-            client
-                .call(
-                    "create_kernels",
-                    arguments,
-                    Vec::new(),
-                    Duration::from_secs(120),
-                )
-                .await
-        }));
-        wait::until("the call is accepted", SOON, || async {
-            kernels::state(&node, order.kernel).await.ok()??;
-            Some(())
-        })
-        .await?;
-    }
-    // One that only waits is destroyed at once, and the manager is told so.
-    kernels::destroy(&node, &unwanted).await?;
-    assert_eq!(
-        kernels::ends(&node, unwanted.kernel).await?,
-        [("user-requested".to_owned(), -1)]
-    );
-    let refused = calls.pop().context("the third call")?.await?;
-    ensure!(refused.is_err(), "the third kernel: {refused:?}");
-    ensure!(
-        kernels::state(&node, slow.kernel).await?.as_deref() == Some("preparing"),
-        "the third kernel did not wait"
-    );
-    let work = node.scratch(&format!("{}/work", slow.kernel));
-    wait::until("the first kernel's files", SOON, || async {
-        std::fs::write(work.join("go-on"), "").ok()
+    let quick = Order::of(Image::Runner)?;
+    let client = node.client().await?;
+    let (arguments, limit) = (slow.arguments(), Duration::from_secs(120));
+    let first = tokio::spawn(async move {
+        let call = client.call("create_kernels", arguments, Vec::new(), limit);
+        call.await
+    });
+    wait::until("the first kernel has begun", SOON, || async {
+        has_begun(&node, &slow).await.then_some(())
     })
     .await?;
-    for call in calls {
-        call.await??;
-    }
-    // The second one, of another call, had not begun before the first one was done.
-    let all = kernels::ask(
-        &node,
-        "bai.events",
-        vec![Value::Int(0), Value::Float(0.0), Value::Int(1000)],
-    )
-    .await?;
-    let seq = |name: &str, kernel: Uuid| {
-        all["events"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|event| {
-                event["name"] == name && event["args"][0] == kernel.to_string().as_str()
-            })?["seq"]
-            .as_u64()
-    };
-    let (done, begun) = (
-        seq("kernel_started", slow.kernel),
-        seq("kernel_preparing", quick.kernel),
+    // Of another call, and not kept by what the first one's user has it do first.
+    kernels::create(&node, &quick).await?;
+    ensure!(
+        kernels::state(&node, slow.kernel).await?.as_deref() == Some("preparing"),
+        "the first kernel is no longer in its bootstrap script"
     );
-    ensure!(done.is_some() && done < begun, "{done:?} before {begun:?}");
+    // One at a time they were made, though.
+    let (started, created) = (
+        container_time(&slow, "State.StartedAt")?,
+        container_time(&quick, "Created")?,
+    );
+    ensure!(started < created, "{started} before {created}");
+    let work = node.scratch(&format!("{}/work", slow.kernel));
+    std::fs::write(work.join("go-on"), "")?;
+    first.await??;
     kernels::destroy(&node, &slow).await?;
     kernels::destroy(&node, &quick).await?;
     a_folder_that_hangs_keeps_no_turn(&node).await?;
@@ -306,12 +269,10 @@ async fn a_folder_that_hangs_keeps_no_turn(node: &Node) -> Result<()> {
     other.config["mounts"] = json!([folder("mine", mine.path())]);
     let (failure, created) = tokio::join!(kernels::fail_to_create(node, &stuck), async {
         wait::until("it has begun", SOON, || async {
-            let told = kernels::events(node, stuck.kernel).await.ok()?;
-            told.iter()
-                .any(|(name, _)| name == "kernel_preparing")
-                .then_some(())
+            has_begun(node, &stuck).await.then_some(())
         })
         .await?;
+        one_that_waits_for_its_turn_is_destroyed(node).await?;
         kernels::create(node, &other).await
     });
     created.context("a kernel waits for the folder of another")?;
@@ -334,6 +295,43 @@ async fn a_folder_that_hangs_keeps_no_turn(node: &Node) -> Result<()> {
     ensure!(restarted.is_err());
     drop(silent);
     destroyed
+}
+
+/// It is destroyed at once, and the manager is told so.
+async fn one_that_waits_for_its_turn_is_destroyed(node: &Node) -> Result<()> {
+    let unwanted = Order::of(Image::Runner)?;
+    let (refused, destroyed) = tokio::join!(kernels::fail_to_create(node, &unwanted), async {
+        wait::until("the call is accepted", SOON, || async {
+            kernels::state(node, unwanted.kernel).await.ok()??;
+            Some(())
+        })
+        .await?;
+        kernels::destroy(node, &unwanted).await
+    });
+    destroyed?;
+    refused?;
+    ensure!(!has_begun(node, &unwanted).await, "it did not wait");
+    assert_eq!(
+        kernels::ends(node, unwanted.kernel).await?,
+        [("user-requested".to_owned(), -1)]
+    );
+    Ok(())
+}
+
+async fn has_begun(node: &Node, order: &Order) -> bool {
+    let told = kernels::events(node, order.kernel).await;
+    told.is_ok_and(|told| told.iter().any(|(name, _)| name == "kernel_preparing"))
+}
+
+/// A time of a kernel's container by the engine's clock; all have one form and one zone.
+fn container_time(order: &Order, field: &str) -> Result<String> {
+    let ids = kernels::docker(&["ps", "-aq", "--filter", &format!("name={}", order.kernel)])?;
+    kernels::docker(&[
+        "inspect",
+        "--format",
+        &format!("{{{{.{field}}}}}"),
+        ids.trim(),
+    ])
 }
 
 fn folder(name: &str, place: &Path) -> serde_json::Value {

@@ -3,7 +3,8 @@
 //! In: a request of the manager (or a restart). Out: a running kernel and its result, or an error
 //! and nothing left behind. Invariants: what is checked before anything is taken is in `prepare`;
 //! whatever a failed creation had taken is given back by the ending of the kernel, the same way as
-//! after a destroy; the number of creations at work is bounded for the node, not per call.
+//! after a destroy; the number of creations at work is bounded for the node, not per call. Who waits
+//! for others (an image's registry, what a user has the runner do first) is not at work.
 
 mod error;
 mod follow;
@@ -100,24 +101,44 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
     };
     tracing::info!(kernel_id = %id, image = order.config.image.canonical, "creating a kernel");
     let abort = kernel.abort_token();
-    let (built, turn) = match take_turn(node, &kernel, &abort).await {
-        Ok(turn) => (
-            guarded(Box::pin(build(node, &kernel, &order, &abort))).await,
-            Some(turn),
-        ),
-        Err(err) => (Err(err), None),
+    let built = match Turn::take(node, &kernel, &abort).await {
+        Ok(mut turn) => guarded(Box::pin(build(node, &kernel, &order, &abort, &mut turn))).await,
+        Err(err) => Err(err),
     };
-    conclude(node, &kernel, built, turn).await
+    conclude(node, &kernel, built).await
 }
 
-/// Waits until one more creation may be at work on this node.
-async fn take_turn<'n>(
+/// The right to be at work on a creation: to use the node's disks and its engine.
+struct Turn<'n> {
     node: &'n Node,
-    kernel: &Kernel,
-    abort: &CancellationToken,
-) -> Result<SemaphorePermit<'n>, CreateError> {
-    let turn = abortable(kernel, abort, node.creations.acquire()).await?;
-    turn.map_err(|_| CreateError::Stopping)
+    held: Option<SemaphorePermit<'n>>,
+}
+
+impl<'n> Turn<'n> {
+    /// Waits until one more creation may be at work on this node.
+    async fn take(
+        node: &'n Node,
+        kernel: &Kernel,
+        abort: &CancellationToken,
+    ) -> Result<Turn<'n>, CreateError> {
+        let mut turn = Turn { node, held: None };
+        abortable(kernel, abort, turn.resume()).await??;
+        Ok(turn)
+    }
+
+    /// Lets another creation be at work while this one waits.
+    fn rest(&mut self) {
+        self.held = None;
+    }
+
+    /// Waits for a turn again after a rest. Keeps none when it is dropped.
+    async fn resume(&mut self) -> Result<(), CreateError> {
+        if self.held.is_none() {
+            let held = self.node.creations.acquire().await;
+            self.held = Some(held.map_err(|_| CreateError::Stopping)?);
+        }
+        Ok(())
+    }
 }
 
 /// Enters service, or undoes everything and waits until that is done.
@@ -125,7 +146,6 @@ async fn conclude(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     built: Result<(), CreateError>,
-    turn: Option<SemaphorePermit<'_>>,
 ) -> Result<serde_json::Value, CreateError> {
     let failed = match built {
         Ok(()) => {
@@ -158,8 +178,6 @@ async fn conclude(
             err
         }
     };
-    // Clearing up is not creating.
-    drop(turn);
     // The answer comes when nothing is left, so that a retry finds a clean node. A broken engine
     // keeps the ending busy; the caller is not kept for ever.
     let limit = node.config.node.engine.stop_grace + Duration::from_secs(60);
@@ -289,6 +307,7 @@ async fn build(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
+    turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
     let config = &order.config;
     node.events.emit(Event::KernelPreparing {
@@ -296,7 +315,7 @@ async fn build(
         session: kernel.session,
     });
     node.progress(kernel.id, "checking the request");
-    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order))).await??;
+    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
     let (prepared, distro) = (&found.prepared, &found.distro);
     node.events.emit(Event::KernelCreating {
         kernel: kernel.id,
@@ -333,7 +352,7 @@ async fn build(
         record.published_by = prepared.published_by;
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, prepared, distro, abort).await
+    launch::files_and_container(node, kernel, order, prepared, distro, abort, turn).await
 }
 
 /// What a kernel is made of. Nothing is taken for it yet.
@@ -346,10 +365,15 @@ struct Found {
 
 /// Finds out everything that can be wrong with an order, and pulls the image if it has to be. Leaves
 /// nothing behind when it is dropped.
-async fn find(node: &Arc<Node>, kernel: &Arc<Kernel>, order: &Order) -> Result<Found, CreateError> {
+async fn find(
+    node: &Arc<Node>,
+    kernel: &Arc<Kernel>,
+    order: &Order,
+    turn: &mut Turn<'_>,
+) -> Result<Found, CreateError> {
     let config = &order.config;
     let mut prepared = prepare::check(node, config, &order.cluster).await?;
-    let image = ready_image(node, kernel, config).await?;
+    let image = ready_image(node, kernel, config, turn).await?;
     prepare::check_models(node, &mut prepared, config, &image).await?;
     node.progress(kernel.id, "looking at the image");
     let distro = prepare::base_distro(node, config).await?;
@@ -361,9 +385,12 @@ async fn ready_image(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     config: &KernelCreationConfig,
+    turn: &mut Turn<'_>,
 ) -> Result<ImageRecord, CreateError> {
     let canonical = &config.image.canonical;
     let pulling = async || {
+        // A pull takes as long as the registry does, and the engine bounds what it fetches at a time.
+        turn.rest();
         node.progress(kernel.id, format!("pulling {canonical}"));
         node.events.emit(Event::KernelPulling {
             kernel: kernel.id,
@@ -371,10 +398,12 @@ async fn ready_image(
             image: canonical.clone(),
         });
     };
-    Ok(node
+    let image = node
         .images
         .ensure(&wanted_image(config), pulling, |_| ())
-        .await?)
+        .await?;
+    turn.resume().await?;
+    Ok(image)
 }
 
 /// What has to be there of a kernel's image. When it is pulled is said beside the image, whatever the
@@ -415,7 +444,7 @@ pub fn image_request(image: &ImageConfig) -> ImageRequest {
 pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let abort = kernel.abort_token();
     let built = guarded(Box::pin(serve::resume(node, kernel, &abort))).await;
-    match conclude(node, kernel, built, None).await {
+    match conclude(node, kernel, built).await {
         // It may have been a restart.
         Ok(_) => batch_job::expect_again(node, kernel),
         Err(err) => {
@@ -425,11 +454,10 @@ pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     }
 }
 
-/// A kernel that can be made anew, and the right to be at work on it.
+/// A kernel that can be made anew.
 #[derive(Debug)]
-pub struct Ready<'n> {
+pub struct Ready {
     found: Found,
-    turn: SemaphorePermit<'n>,
 }
 
 /// Looks whether a kernel in service can be made anew, once one more creation may be at work on this
@@ -437,16 +465,16 @@ pub struct Ready<'n> {
 ///
 /// # Errors
 /// It can't, and goes on.
-pub async fn look_ahead<'n>(
-    node: &'n Arc<Node>,
+pub async fn look_ahead(
+    node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-) -> Result<Ready<'n>, CreateError> {
-    let turn = node.creations.acquire().await;
-    let turn = turn.map_err(|_| CreateError::Stopping)?;
+) -> Result<Ready, CreateError> {
+    let mut turn = Turn { node, held: None };
+    turn.resume().await?;
     node.progress(kernel.id, "checking whether it can be made anew");
-    let found = guarded(Box::pin(find(node, kernel, order))).await?;
-    Ok(Ready { found, turn })
+    let found = guarded(Box::pin(find(node, kernel, order, &mut turn))).await?;
+    Ok(Ready { found })
 }
 
 /// Second half of a restart: a new container with the same devices, ports and files, of what was found
@@ -455,12 +483,17 @@ pub async fn recreate(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    ready: Ready<'_>,
+    ready: Ready,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let Ready { found, turn } = ready;
-    let built = guarded(Box::pin(rebuild(node, kernel, order, &found, &abort))).await;
-    conclude(node, kernel, built, Some(turn)).await
+    let built = match Turn::take(node, kernel, &abort).await {
+        Ok(mut turn) => {
+            let rebuilt = rebuild(node, kernel, order, &ready.found, &abort, &mut turn);
+            guarded(Box::pin(rebuilt)).await
+        }
+        Err(err) => Err(err),
+    };
+    conclude(node, kernel, built).await
 }
 
 async fn rebuild(
@@ -469,13 +502,14 @@ async fn rebuild(
     order: &Order,
     found: &Found,
     abort: &CancellationToken,
+    turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
     let (prepared, distro) = (&found.prepared, &found.distro);
     kernel.update_record(|record| {
         record.distro = Some(distro.clone());
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, prepared, distro, abort).await
+    launch::files_and_container(node, kernel, order, prepared, distro, abort, turn).await
 }
 
 /// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
@@ -489,30 +523,29 @@ pub async fn resume_restart(
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
     let mut pause = RESTART_PAUSES.0;
-    let (built, turn) = loop {
-        let (built, turn) = match take_turn(node, kernel, &abort).await {
-            Ok(turn) => (
-                guarded(Box::pin(find_and_rebuild(node, kernel, order, &abort))).await,
-                Some(turn),
-            ),
-            Err(err) => (Err(err), None),
+    let built = loop {
+        let built = match Turn::take(node, kernel, &abort).await {
+            Ok(mut turn) => {
+                let rebuilt = find_and_rebuild(node, kernel, order, &abort, &mut turn);
+                guarded(Box::pin(rebuilt)).await
+            }
+            Err(err) => Err(err),
         };
         match &built {
             Err(err) if has_no_container(kernel) && began.elapsed() < RESTART_PATIENCE => {
                 tracing::warn!(kernel_id = %kernel.id, err = err as &dyn std::error::Error,
                     "a kernel cannot be made again yet; trying again");
             }
-            _ => break (built, turn),
+            _ => break built,
         }
-        drop(turn);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = abort.cancelled() => {}
-            () = node.stopping.cancelled() => break (Err(CreateError::Stopping), None),
+            () = node.stopping.cancelled() => break Err(CreateError::Stopping),
         }
         pause = (pause * 2).min(RESTART_PAUSES.1);
     };
-    conclude(node, kernel, built, turn).await
+    conclude(node, kernel, built).await
 }
 
 /// Whether it is still to be made, and nothing was made of it.
@@ -528,9 +561,10 @@ async fn find_and_rebuild(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
+    turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
-    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order))).await??;
-    rebuild(node, kernel, order, &found, abort).await
+    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
+    rebuild(node, kernel, order, &found, abort, turn).await
 }
 
 /// The end of a container's console, for error messages.

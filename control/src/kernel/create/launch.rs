@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::CreateError;
 use super::prepare::{self, Prepared};
 use super::serve::{Attempt, serve};
-use super::{Order, aborted, enter, with_host_ports};
+use super::{Order, Turn, abortable, aborted, enter, with_host_ports};
 use crate::accelerator::host::Granted;
 use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
 use crate::kernel::agent_socket;
@@ -48,6 +48,7 @@ pub async fn files_and_container(
     prepared: &Prepared,
     distro: &str,
     abort: &CancellationToken,
+    turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
     let fresh = kernel.with_record(|record| record.services.is_empty());
     enter(kernel, Stage::Files)?;
@@ -61,13 +62,14 @@ pub async fn files_and_container(
         keep_ports(node, kernel, prepared);
     }
     loop {
-        match launch(node, kernel, order, prepared, distro, abort).await {
+        match launch(node, kernel, order, prepared, distro, abort, turn).await {
             Ok(()) => return Ok(()),
             Err(Attempt::Busy(err, ports)) if attempt < ATTEMPTS => {
                 attempt += 1;
                 tracing::warn!(kernel_id = %kernel.id, ?ports, err = &err as &dyn std::error::Error,
                     "a host port is in use; trying others");
                 discard_container(node, kernel).await?;
+                abortable(kernel, abort, turn.resume()).await??;
                 for port in ports {
                     node.ports.give_up(kernel.id, port);
                 }
@@ -200,6 +202,7 @@ async fn launch(
     prepared: &Prepared,
     distro: &str,
     abort: &CancellationToken,
+    turn: &mut Turn<'_>,
 ) -> Result<(), Attempt> {
     let container = make_container(node, kernel, order, prepared, distro).await?;
     if abort.is_cancelled() {
@@ -220,6 +223,8 @@ async fn launch(
             false => Attempt::Failed(err),
         });
     }
+    // The runner answers when the user's own script has ended.
+    turn.rest();
     serve(node, kernel, container, abort).await
 }
 
