@@ -38,6 +38,7 @@ use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
 use crate::kernel::container_processes::KernelFiles;
 use crate::kernel::container_request::{ContainerSettings, override_files, override_part};
+use crate::kernel::destroy::CONSOLES_AT_ONCE;
 use crate::kernel::distro::Distros;
 use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
@@ -482,6 +483,7 @@ async fn assemble(
             .open_to_engine(own_users),
         looks: Looks::new(config.node.folder_wait),
         creations: Semaphore::new(creations),
+        console_turns: Semaphore::new(CONSOLES_AT_ONCE),
         left_alone: Mutex::default(),
         active_containers: watch::Sender::default(),
         scaling_group,

@@ -35,6 +35,11 @@ const ROWS_GONE: Duration = Duration::from_secs(3);
 const ANNOUNCED: Duration = Duration::from_secs(10);
 /// How long the end waits for the word on the console, which the original sends first.
 const CONSOLE_TOLD: Duration = Duration::from_secs(3);
+/// Consoles that are read and written at a time: each is in memory as a whole, and many kernels end at once
+/// when a large session does.
+pub const CONSOLES_AT_ONCE: usize = 8;
+/// How long an end waits for the consoles of others to be brought to the bus, so that none has to be dropped.
+const CONSOLE_ROOM: Duration = Duration::from_secs(30);
 /// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
 const DESTROY_MARGIN: Duration = Duration::from_secs(200);
 
@@ -394,6 +399,17 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
         partial: true,
         ..LogOptions::default()
     };
+    let Ok(turn) = node.console_turns.acquire().await else {
+        return;
+    };
+    if let Some(consoles) = &node.consoles {
+        // Those that are at it come to it.
+        let most = node
+            .logs
+            .waiting_room(node.config.container_logs.max_length.0);
+        let most = most.saturating_sub(CONSOLES_AT_ONCE);
+        consoles.room(most, CONSOLE_ROOM).await;
+    }
     let text = match node.docker.logs(container, options).await {
         Ok(log) => log.text,
         Err(err) => {
@@ -411,6 +427,7 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
             .transpose()
     })
     .await;
+    drop(turn);
     match (kept, kernel.container(), &node.consoles) {
         (Ok(Some(Shipping::Sent)), ..) | (Ok(_), None, _) => {}
         (Ok(_), Some(container), Some(consoles)) => consoles.ship(id, container),

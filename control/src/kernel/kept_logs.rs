@@ -2,7 +2,8 @@
 //!
 //! In: the last log of a container before it is removed. Out: the text for `get_logs` and the
 //! command line, and which of them the manager has not been given yet. Invariants: at most `keep`
-//! consoles of `room` bytes together, the newest; each whole (written aside, renamed) and readable by the agent's user only;
+//! consoles of `room` bytes together, the newest, and before others those the manager has not been given; each
+//! whole (written aside, renamed) and readable by the agent's user only;
 //! beside a console of a cluster lies one empty file for each container, whose name says how far it
 //! has come on its way to the manager and which goes with the console.
 
@@ -89,7 +90,7 @@ impl KeptLogs {
         self.dir.join(format!("{kernel}.log"))
     }
 
-    /// Keeps the console of a kernel and drops the oldest ones. Blocks.
+    /// Keeps the console of a kernel and drops the oldest ones, those that were shipped first. Blocks.
     pub fn store(&self, kernel: KernelId, text: &str) -> Result<(), KeptLogsError> {
         let path = self.path(kernel);
         replace_file(&path, text.as_bytes()).map_err(|source| KeptLogsError {
@@ -97,11 +98,19 @@ impl KeptLogs {
             path,
             source,
         })?;
-        self.drop_oldest().map_err(|source| KeptLogsError {
+        self.drop_oldest(kernel).map_err(|source| KeptLogsError {
             step: "clear out",
             path: self.dir.clone(),
             source,
         })
+    }
+
+    /// How many consoles of `size` bytes each may wait to be shipped with none of them dropped.
+    #[must_use]
+    pub fn waiting_room(&self, size: u64) -> usize {
+        let by_size = self.room.checked_div(size).unwrap_or(u64::MAX);
+        self.keep
+            .min(usize::try_from(by_size).unwrap_or(usize::MAX))
     }
 
     /// The console of a kernel, when it is still kept. Blocks.
@@ -188,9 +197,11 @@ impl KeptLogs {
             .join(format!("{kernel}.{container}.{}", shipping.word()))
     }
 
-    fn drop_oldest(&self) -> io::Result<()> {
+    /// `newest` has no mark yet.
+    fn drop_oldest(&self, newest: KernelId) -> io::Result<()> {
         let mut consoles: Vec<(SystemTime, u64, String)> = Vec::new();
         let mut others = Vec::new();
+        let mut waiting = HashSet::from([newest.to_string()]);
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -198,6 +209,13 @@ impl KeptLogs {
                 continue;
             };
             if rest != "log" {
+                if name
+                    .to_str()
+                    .and_then(mark_of)
+                    .is_some_and(|(_, shipping)| shipping != Shipping::Sent)
+                {
+                    waiting.insert(kernel.to_owned());
+                }
                 others.push((kernel.to_owned(), entry.path()));
                 continue;
             }
@@ -208,7 +226,10 @@ impl KeptLogs {
                 consoles.push((modified, metadata.len(), kernel.to_owned()));
             }
         }
-        consoles.sort();
+        let newest = newest.to_string();
+        consoles.sort_by_cached_key(|(modified, _, kernel)| {
+            (*kernel == newest, waiting.contains(kernel), *modified)
+        });
         let mut taken = 0;
         let kept = |(number, (_, size, _)): &(usize, &(SystemTime, u64, String))| {
             taken += size;
@@ -303,6 +324,33 @@ mod tests {
         assert_eq!([2, 3, 4].map(kept), [true, true, true]);
         store(5, &"0".repeat(99));
         assert_eq!([2, 3, 4, 5].map(kept), [false, false, false, true]);
+    }
+
+    #[test]
+    fn a_console_that_was_shipped_goes_before_one_that_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut logs = KeptLogs::open(dir.path(), "i-node").unwrap();
+        logs.keep = 2;
+        let store = |n: u8, shipping: Shipping| {
+            let (kernel, container) = (KernelId([n; 16]), ContainerId([n; 32]));
+            logs.store(kernel, "0123456789").unwrap();
+            logs.to_ship(kernel, container).unwrap();
+            logs.set_shipping(kernel, container, shipping).unwrap();
+            let at = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(u64::from(n));
+            let file = fs::File::options().append(true).open(logs.path(kernel));
+            file.unwrap().set_modified(at).unwrap();
+        };
+        let kept = |n: u8| logs.load(KernelId([n; 16])).is_some();
+        store(1, Shipping::Unsent);
+        store(2, Shipping::Sent);
+        store(3, Shipping::Announcing);
+        assert_eq!([1, 2, 3].map(kept), [true, false, true]);
+        // What has to be dropped is the oldest, and never the one that is being kept.
+        store(4, Shipping::Sent);
+        assert_eq!([1, 3, 4].map(kept), [false, true, true]);
+        assert_eq!(logs.waiting_room(1 << 29), 2);
+        assert_eq!(logs.waiting_room(1 << 30), 1);
+        assert_eq!(logs.waiting_room(0), 2);
     }
 
     #[test]

@@ -72,6 +72,8 @@ struct Line {
     waiting: VecDeque<(KernelId, ContainerId)>,
     /// The last attempt failed.
     failing: bool,
+    /// Somebody has waited for room in vain, and nothing has gone since.
+    stands: bool,
 }
 
 impl ConsoleLogs {
@@ -126,6 +128,17 @@ impl ConsoleLogs {
         }
     }
 
+    /// Waits until fewer than `most` consoles are on their way, at most `limit`, and not at all while the
+    /// bus does not take them, or once another has waited in vain.
+    pub async fn room(&self, most: usize, limit: Duration) {
+        let mut line = self.line.subscribe();
+        let most = most.max(1);
+        let room = line.wait_for(|line| line.failing || line.stands || line.waiting.len() < most);
+        if tokio::time::timeout(limit, room).await.is_err() {
+            self.line.send_modify(|line| line.stands = true);
+        }
+    }
+
     /// Waits until no console of a kernel is on its way, at most `limit`, and not at all while the
     /// bus does not take them.
     pub async fn settled(&self, kernel: KernelId, limit: Duration) {
@@ -159,8 +172,10 @@ impl ConsoleLogs {
     }
 
     fn finish(&self, done: (KernelId, ContainerId)) {
-        self.line
-            .send_modify(|line| line.waiting.retain(|waits| *waits != done));
+        self.line.send_modify(|line| {
+            line.waiting.retain(|waits| *waits != done);
+            line.stands = false;
+        });
     }
 }
 
@@ -378,6 +393,50 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_crowd_of_ends_finds_room_in_the_line() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let consoles = ConsoleLogs {
+            line: watch::Sender::default(),
+        };
+        let slow = consoles.clone();
+        let shipper = tokio::spawn(async move {
+            let mut shipped = Vec::new();
+            while shipped.len() < 300 {
+                let first = slow.first().await;
+                // Whoever can goes on first.
+                for _ in 0..100 {
+                    tokio::task::yield_now().await;
+                }
+                slow.finish(first);
+                shipped.push(first.0);
+            }
+            shipped
+        });
+        let all: Vec<_> = (0..300u128).map(|n| KernelId(n.to_be_bytes())).collect();
+        for kernel in &all {
+            consoles.room(KEEP, HOUR).await;
+            consoles.ship(*kernel, ContainerId([0; 32]));
+        }
+        let shipped = tokio::time::timeout(HOUR, shipper).await.unwrap();
+        assert_eq!(shipped.unwrap(), all);
+        // Nobody waits for ever, one for all, and for a bus that takes nothing nobody.
+        let at_once = async || {
+            let room = consoles.room(1, HOUR);
+            tokio::time::timeout(Duration::from_millis(100), room).await
+        };
+        let first = (all[0], ContainerId([0; 32]));
+        consoles.ship(first.0, first.1);
+        assert!(at_once().await.is_err());
+        consoles.room(1, Duration::from_millis(1)).await;
+        at_once().await.unwrap();
+        consoles.finish(first);
+        consoles.ship(first.0, first.1);
+        assert!(at_once().await.is_err());
+        consoles.attempted(true);
+        at_once().await.unwrap();
+    }
 
     #[test]
     fn only_refusals_of_the_console_itself_end_the_attempts() {
