@@ -111,6 +111,8 @@ pub struct DockerOptions {
     pub query_limit: usize,
     /// Changes in flight: dockerd starts containers little faster with more.
     pub change_limit: usize,
+    /// Removals in flight, beside the changes.
+    pub removal_limit: usize,
     /// Stops, waits, log reads, transfers and event streams in flight.
     pub slow_limit: usize,
 }
@@ -122,6 +124,7 @@ impl Default for DockerOptions {
             deadlines: Deadlines::default(),
             query_limit: 32,
             change_limit: 16,
+            removal_limit: 8,
             slow_limit: 128,
         }
     }
@@ -226,6 +229,7 @@ impl Docker {
                 &host,
                 options.query_limit,
                 options.change_limit,
+                options.removal_limit,
                 options.slow_limit,
                 options.deadlines.query,
             )?),
@@ -416,6 +420,7 @@ impl Docker {
             .query("force", force.to_string())
             .query("v", "true");
         call.method = Method::DELETE;
+        call.class = Class::Removal;
         self.transport.unit(call).await
     }
 
@@ -572,6 +577,7 @@ impl Docker {
             .query("force", force.to_string())
             .query("noprune", noprune.to_string());
         call.method = Method::DELETE;
+        call.class = Class::Removal;
         self.transport.unit(call).await
     }
 

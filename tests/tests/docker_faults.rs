@@ -12,6 +12,7 @@ use control::image::Images;
 use control::kernel::distro::{DistroError, Distros, PROBE_LABEL};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::{Image, image};
+use harness::wait;
 
 /// Longest a step of these tests may take before the test fails.
 const WATCHDOG: Duration = Duration::from_secs(30);
@@ -271,6 +272,49 @@ async fn a_burst_does_not_pile_up_at_the_engine() {
     // The proxy may see the end of one exchange after the start of the next.
     assert!(proxy.most_open() <= 8, "{}", proxy.most_open());
     assert_eq!(proxy.requests().len(), 102);
+}
+
+#[tokio::test]
+async fn a_creation_does_not_stand_in_line_behind_removals() {
+    let proxy = FaultDocker::start().unwrap();
+    let docker = Docker::new(&DockerOptions {
+        change_limit: 2,
+        deadlines: Deadlines {
+            create: Duration::from_secs(5),
+            remove: WATCHDOG,
+            ..Deadlines::default()
+        },
+        ..options(&proxy)
+    })
+    .unwrap();
+    docker.ping().await.unwrap();
+    let gone = unique("gone");
+    proxy.spoil(&gone, Fault::Hang, 100);
+    let mut removals = tokio::task::JoinSet::new();
+    for n in 0..10 {
+        let (docker, name) = (docker.clone(), format!("{gone}-{n}"));
+        removals.spawn(async move { docker.remove(&name, true).await });
+    }
+    // Past the limit of changes, and no more than are to be asked at a time.
+    let asked = || {
+        let lines = proxy.requests();
+        let asked = lines.iter().filter(|line| line.contains(&gone));
+        asked.count()
+    };
+    wait::until("eight are asked for", WATCHDOG, || async {
+        (asked() >= DockerOptions::default().removal_limit).then_some(())
+    })
+    .await
+    .unwrap();
+    let name = unique("new");
+    let body = ContainerCreateBody {
+        image: Some(image(Image::Bare).unwrap()),
+        ..Default::default()
+    };
+    let _owned = Owned(name.clone());
+    docker.create(&name, &body).await.unwrap();
+    assert_eq!(asked(), DockerOptions::default().removal_limit);
+    assert_eq!(removals.len(), 10, "a removal has ended");
 }
 
 async fn next(events: &mut EventStream) -> EngineEvent {

@@ -61,8 +61,11 @@ enum Pool {
 pub(super) enum Class {
     /// Answers from memory: inspect, list, ping.
     Query,
-    /// Changes something: create, start, remove, exec, network.
+    /// Changes something: create, start, kill, exec, network.
     Change,
+    /// Gives something back. It takes long, and comes in crowds when a session of many kernels ends:
+    /// who waits for a new one must not stand in line behind it.
+    Removal,
     /// Waits by design: stop with grace, wait, logs, streams.
     Slow,
 }
@@ -130,6 +133,7 @@ pub(super) struct Transport {
     version: AtomicU32,
     query: Bound,
     change: Bound,
+    removal: Bound,
     slow: Bound,
     negotiate_within: Duration,
 }
@@ -163,6 +167,7 @@ impl Transport {
         host: &str,
         query_limit: usize,
         change_limit: usize,
+        removal_limit: usize,
         slow_limit: usize,
         negotiate_within: Duration,
     ) -> Result<Self, DockerError> {
@@ -172,6 +177,7 @@ impl Transport {
             version: AtomicU32::new(0),
             query: Bound::new(query_limit),
             change: Bound::new(change_limit),
+            removal: Bound::new(removal_limit),
             slow: Bound::new(slow_limit),
             negotiate_within,
         })
@@ -323,6 +329,7 @@ impl Transport {
         let bound = match call.class {
             Class::Query => &self.query,
             Class::Change => &self.change,
+            Class::Removal => &self.removal,
             Class::Slow => &self.slow,
         };
         match tokio::time::timeout(call.deadline, bound.permits.clone().acquire_owned()).await {
