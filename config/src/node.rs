@@ -209,6 +209,7 @@ pub struct StorageProxy {
 pub struct RpcLimits {
     /// Largest message accepted.
     pub max_message: ByteSize,
-    /// Requests in flight; more are refused with words.
+    /// Requests in flight, 4 for each of `max_containers` by default; more are refused with words, but for a
+    /// few of the command line.
     pub max_in_flight: u32,
 }

@@ -681,9 +681,12 @@ fn node_row(config: &Config) -> NodeRow {
 
 fn limits(config: &Config) -> Limits {
     let wanted = config.node.rpc;
+    let calls = usize::try_from(wanted.max_in_flight).unwrap_or(usize::MAX);
     Limits {
         message_bytes: usize::try_from(wanted.max_message.0).unwrap_or(usize::MAX),
-        calls: usize::try_from(wanted.max_in_flight).unwrap_or(usize::MAX),
+        calls,
+        // A manager has one connection.
+        calls_per_connection: calls,
         ..Limits::default()
     }
 }

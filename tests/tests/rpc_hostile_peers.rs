@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use control::metrics::Recorder;
 use control::rpc::frame::{Header, Kind};
 use control::rpc::{Client, ClientCurve, ClientError, CurveServer, KeyPair, Limits, Server, Value};
 use harness::rpc_service;
@@ -319,13 +320,21 @@ async fn refused(server: &Server, sleepers: usize, words: &str) {
     let sleeping = futures_util::future::join_all((0..sleepers).map(|_| wait()));
     let probing = async {
         until("the sleepers", || server.in_flight() == sleepers).await;
-        let refusal = client
-            .call("echo", vec!["x".into()], vec![], DEADLINE)
-            .await;
+        let refusal = client.call("get_logs", vec![], vec![], DEADLINE).await;
         let Err(ClientError::Failure(failure)) = refusal else {
             panic!("not refused: {refusal:?}")
         };
         assert!(failure.repr.contains(words), "{}", failure.repr);
+        // Who asks what they wait for is let in all the same.
+        let let_in = client.call("bai.status", vec![], vec![], DEADLINE).await;
+        let Err(ClientError::Failure(unknown)) = let_in else {
+            panic!("not answered: {let_in:?}")
+        };
+        assert!(
+            unknown.repr.contains("has no RPC method"),
+            "{}",
+            unknown.repr
+        );
         // A probe is not a call, and what is answered at once is never in flight.
         prompt_ping(server.local_addr()).await;
         for _ in 0..sleepers {
@@ -343,6 +352,7 @@ async fn refused(server: &Server, sleepers: usize, words: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_beyond_the_cap_are_told_so() {
+    let recorder = Recorder::install().expect("counters");
     let server = rpc_service::start(
         None,
         Limits {
@@ -362,6 +372,14 @@ async fn calls_beyond_the_cap_are_told_so() {
     let server = rpc_service::start(None, limits).await;
     refused(&server, 2, "2 calls of this connection are in flight").await;
     server.shutdown(Duration::from_secs(5)).await;
+    // Both of them are counted, each as any failure is.
+    let page = recorder.render(0);
+    let failures = page.lines().find(|line| {
+        line.starts_with("backendai_rpc_failure_requests_total{")
+            && line.contains("get_logs")
+            && line.contains("RuntimeError")
+    });
+    assert!(failures.is_some_and(|line| line.ends_with(" 2")), "{page}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -113,7 +113,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let device_limits = device_limits(&mut s);
     let engine = engine(&mut s);
     let dataplane = dataplane(&mut s);
-    let rpc = rpc(&mut s);
+    let rpc = rpc(&mut s, max_containers);
     let volumes = volumes(&mut s);
     let accelerators = accelerators(&mut s);
     let watcher = watcher(&mut s);
@@ -410,7 +410,10 @@ fn dataplane(node: &mut Section<'_, '_>) -> DataplaneLimits {
     limits
 }
 
-fn rpc(node: &mut Section<'_, '_>) -> RpcLimits {
+/// Most calls wait for a kernel to start or to end: there may be a few for each.
+const CALLS_PER_CONTAINER: u32 = 4;
+
+fn rpc(node: &mut Section<'_, '_>, max_containers: u32) -> RpcLimits {
     let table = node.table();
     let mut s = Section::open(&mut *node.reader, table, "node.rpc");
     let limits = RpcLimits {
@@ -420,7 +423,11 @@ fn rpc(node: &mut Section<'_, '_>) -> RpcLimits {
             }
             Err(Fault::new("the size is out of range", "write 64k to 2g"))
         }),
-        max_in_flight: s.or_checked(key("max-in-flight"), 512, within(1, 100_000)),
+        max_in_flight: s.or_checked(
+            key("max-in-flight"),
+            CALLS_PER_CONTAINER * max_containers,
+            within(1, 100_000),
+        ),
     };
     s.finish(&[], &[]);
     limits

@@ -42,7 +42,7 @@ pub struct Limits {
     /// connection. Files travel in pieces of about 1 MiB.
     pub message_bytes: usize,
     /// Calls in flight over all connections; one more is answered with a failure. Those that are
-    /// answered at once are never in flight.
+    /// answered at once are never in flight; a few of the command line are let in beyond.
     pub calls: usize,
     /// Calls in flight on one connection.
     pub calls_per_connection: usize,

@@ -1,5 +1,8 @@
 //! How much may be in flight: calls and request bytes, over all and per connection.
 //!
+//! Most calls in flight only wait (for a kernel to start or to end), so that there may be many; a few places
+//! beside theirs are for the command line, which has to tell what they wait for.
+//!
 //! In: a connection and a size; out: a [`Ticket`] that gives everything back when dropped, or the
 //! failure that is sent instead. Invariant: counts return to zero when all tickets are gone.
 
@@ -8,6 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Limits;
 use crate::rpc::failure::Failure;
+
+/// Calls of the command line that are let in beyond the limits of calls.
+const RESERVE: usize = 16;
 
 #[derive(Debug)]
 pub(super) struct Admission {
@@ -42,7 +48,13 @@ impl Admission {
         }
     }
 
-    pub(super) fn admit(&self, connection: u64, bytes: usize) -> Result<Ticket, Failure> {
+    /// `ours` is a call of the command line.
+    pub(super) fn admit(
+        &self,
+        connection: u64,
+        bytes: usize,
+        ours: bool,
+    ) -> Result<Ticket, Failure> {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let here = counts.by_connection.get(&connection).copied().unwrap_or(0);
         let refuse = |what: &str, limit: usize| {
@@ -50,10 +62,11 @@ impl Admission {
                 "the agent is busy: {limit} {what} in flight; try again later"
             ))
         };
-        if counts.calls >= self.calls {
+        let reserve = if ours { RESERVE } else { 0 };
+        if counts.calls >= self.calls.saturating_add(reserve) {
             return Err(refuse("calls are", self.calls));
         }
-        if here >= self.calls_per_connection {
+        if here >= self.calls_per_connection.saturating_add(reserve) {
             return Err(refuse(
                 "calls of this connection are",
                 self.calls_per_connection,
@@ -101,21 +114,39 @@ mod tests {
             ..Limits::default()
         };
         let admission = Admission::new(&limits);
-        let first = admission.admit(1, 10).unwrap();
-        let second = admission.admit(1, 10).unwrap();
+        let first = admission.admit(1, 10, false).unwrap();
+        let second = admission.admit(1, 10, false).unwrap();
         assert!(
             admission
-                .admit(1, 1)
+                .admit(1, 1, false)
                 .unwrap_err()
                 .repr
                 .contains("this connection")
         );
-        assert!(admission.admit(2, 81).unwrap_err().repr.contains("bytes"));
-        let third = admission.admit(2, 80).unwrap();
-        assert!(admission.admit(3, 1).unwrap_err().repr.contains("3 calls"));
+        assert!(
+            admission
+                .admit(2, 81, false)
+                .unwrap_err()
+                .repr
+                .contains("bytes")
+        );
+        let third = admission.admit(2, 80, false).unwrap();
+        assert!(
+            admission
+                .admit(3, 1, false)
+                .unwrap_err()
+                .repr
+                .contains("3 calls")
+        );
+        // What tells of them is not kept from it by them, within bounds.
+        let told: Vec<_> = (0..RESERVE)
+            .map(|_| admission.admit(3, 0, true).unwrap())
+            .collect();
+        assert!(admission.admit(4, 0, true).is_err());
+        drop(told);
         drop((first, second, third));
         // Alone, even an oversized one is let in.
-        drop(admission.admit(9, 1000).unwrap());
+        drop(admission.admit(9, 1000, false).unwrap());
         let counts = admission.counts.lock().unwrap();
         assert_eq!(
             (counts.calls, counts.bytes, counts.by_connection.len()),

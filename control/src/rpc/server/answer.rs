@@ -7,7 +7,7 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -73,7 +73,9 @@ impl Answerer {
 
     /// Leave for one more in flight, or the refusal is sent.
     fn admit(&self, from: &Arc<Link>, header: &Header, bytes: usize) -> Option<Ticket> {
-        match self.shared.admission.admit(from.peer().connection, bytes) {
+        let ours = header.method.starts_with("bai.");
+        let admission = &self.shared.admission;
+        match admission.admit(from.peer().connection, bytes, ours) {
             Ok(ticket) => Some(ticket),
             Err(failure) => {
                 self.shared.totals.refused.fetch_add(1, Ordering::Relaxed);
@@ -90,7 +92,12 @@ impl Answerer {
 
     /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
     fn refuse(&self, from: &Arc<Link>, header: &Header, failure: &Failure) {
-        tracing::debug!(peer = %from.peer(), method = header.method, "an RPC call was refused");
+        count_call(
+            counted_name(&header.method),
+            Some(&failure.class),
+            Duration::ZERO,
+        );
+        log_refused(from.peer(), &header.method, failure);
         let sent = match header.failure(failure) {
             Ok(frames) => from.try_send(&frames),
             Err(_) => SendOutcome::PeerGone,
@@ -239,6 +246,17 @@ fn panicked(method: &str, panic: &(dyn Any + Send)) -> Failure {
         .unwrap_or("no message");
     tracing::error!(method, text, "an RPC handler panicked");
     Failure::runtime_error(format!("the agent's handler of {method} failed: {text}"))
+}
+
+/// One that is refused is followed by many, so most of them log at debug.
+fn log_refused(peer: &Peer, method: &str, failure: &Failure) {
+    static LIMIT: Mutex<LogLimit> = Mutex::new(LogLimit::new());
+    let passed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
+    if let Some(suppressed) = passed {
+        tracing::warn!(%peer, method, err = %failure, suppressed, "an RPC call was refused");
+    } else {
+        tracing::debug!(%peer, method, err = %failure, "an RPC call was refused");
+    }
 }
 
 /// Anybody can send these at will, so most of them log at debug.
