@@ -517,7 +517,9 @@ async fn docker_is_down_at_the_start() -> Result<()> {
     let path = place.path().display();
     std::fs::write(&file, own_node(place.path(), run.path())?)?;
     let log = place.path().join("log");
-    let mut agent = Command::new(program("bai-agent")?)
+    let mut agent = Command::new("prlimit")
+        .arg("--nofile=256:4096")
+        .arg(program("bai-agent")?)
         .args(["run", "--standalone", "--config"])
         .arg(&file)
         .env("DOCKER_HOST", format!("unix://{path}/no-docker.sock"))
@@ -532,12 +534,22 @@ async fn docker_is_down_at_the_start() -> Result<()> {
         },
     );
     let running = agent.try_wait()?.is_none();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.id()))?;
     let pid = nix::unistd::Pid::from_raw(i32::try_from(agent.id())?);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
     let ended = agent.wait()?;
     let said = said?;
     assert!(said.contains("no-docker.sock"), "{said}");
     assert!(running, "it goes on trying");
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let files: Vec<_> = files
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(3)
+        .collect();
+    assert_eq!(files[..2], ["4096", "4096"], "it takes what it may have");
     assert_eq!(ended.code(), Some(0), "told to stop, it stops");
     Ok(())
 }

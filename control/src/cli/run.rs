@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use config::{Config, LogFormat};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 use super::connection::Source;
@@ -44,9 +45,26 @@ pub(super) fn begin(
     Ok((options, loaded))
 }
 
+/// Raises the soft limit of descriptors to the hard one: each kernel takes two and each call of a peer one. What
+/// containers are given goes by the hard one, which stays.
+fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if raised != limit
+        && let Err(err) = setrlimit(Resource::Nofile, raised)
+    {
+        tracing::warn!(%err, soft = limit.current, hard = limit.maximum,
+            "cannot raise the limit of open files; many kernels may not find room in it: raise LimitNOFILE");
+    }
+}
+
 /// Loads the configuration and runs until told to stop.
 pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
     let (options, loaded) = begin(args, source)?;
+    raise_descriptors();
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");
     }
