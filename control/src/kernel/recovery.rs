@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::{StreamExt as _, stream};
 use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 
@@ -31,6 +32,13 @@ use crate::resource::Restored;
 
 /// A scratch directory of nobody is deleted only when it is older than this.
 const ORPHAN_AGE: Duration = Duration::from_secs(600);
+/// How long the managers wait for the removal of containers that belong to no kernel, whose names new
+/// ones may bear.
+const UNWANTED_GONE: Duration = Duration::from_secs(3);
+/// Removals asked for at a time.
+const REMOVALS_AT_ONCE: usize = 8;
+/// Journal files of found kernels written at a time.
+const NOTES_AT_ONCE: usize = 32;
 /// Pauses between attempts to take up a kernel that runs: doubled up to the second.
 const RESUME_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long a runner may take to tell its services.
@@ -129,13 +137,21 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
 
     let mut recovered = Recovered::default();
     let mut begin = Vec::new();
+    let mut unwanted = Vec::new();
     for (id, decision) in &plan.kernels {
+        if let Decision::RemoveUnstarted(container) = decision {
+            unwanted.push(*container);
+            continue;
+        }
         let record = records.get(id).cloned();
         let listed = listed.iter().find(|listed| listed.seen.kernel == *id);
         if let Some(step) = enter(node, *id, record, listed, decision, &mut recovered).await {
             begin.push(step);
         }
     }
+    // Their files one after the other would keep the managers waiting where there are many.
+    let noting = stream::iter(&begin).for_each_concurrent(NOTES_AT_ONCE, |step| step.note(node));
+    Box::pin(noting).await;
     restore_assigned_ports(node).await;
     // From here on every kernel that exists is registered: rows of others may go.
     let keep: HashSet<KernelId> = node.registry.all().iter().map(|kernel| kernel.id).collect();
@@ -143,10 +159,9 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
     if stale > 0 {
         tracing::info!(kernels = stale, "removed the rows of kernels that are gone");
     }
-    for container in &plan.extra {
-        remove_container(node, *container).await;
-        recovered.removed += 1;
-    }
+    unwanted.extend(plan.extra);
+    recovered.removed += unwanted.len();
+    remove_containers(node, unwanted).await;
     commit::clear_earlier(node).await;
     for step in begin {
         step.run(node);
@@ -208,6 +223,16 @@ enum Begin {
 }
 
 impl Begin {
+    /// Writes down what is known of the kernel now.
+    async fn note(&self, node: &Node) {
+        let (Begin::Service(kernel)
+        | Begin::Acquaintance(kernel)
+        | Begin::Start(kernel)
+        | Begin::Restart(kernel)
+        | Begin::End(kernel)) = self;
+        node.note(kernel, |_| {}).await;
+    }
+
     fn run(self, node: &Arc<Node>) {
         let node = node.clone();
         match self {
@@ -241,7 +266,7 @@ impl Begin {
     }
 }
 
-/// Enters one kernel in the registry with what it holds.
+/// Enters one kernel in the registry with what it holds. It is still to be written down.
 async fn enter(
     node: &Arc<Node>,
     id: KernelId,
@@ -331,7 +356,6 @@ async fn enter(
         // Nothing waits for it: only the sweep of a later start reads it.
         node.tasks.spawn(claim_scratch(node.clone(), id));
     }
-    node.note(&kernel, |_| {}).await;
     tracing::info!(kernel_id = %id, container_id = container.map(tracing::field::display),
         decision = ?decision, "found a kernel");
     Some(begin(kernel))
@@ -485,10 +509,31 @@ pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerE
     let mut recovered = Recovered::default();
     for (id, decision) in &plan.kernels {
         if let Some(begin) = enter(node, *id, None, Some(listed), decision, &mut recovered).await {
+            begin.note(node).await;
             begin.run(node);
         }
     }
     Ok(())
+}
+
+/// Removes containers, a few at a time. An engine that takes long goes on while the node serves.
+async fn remove_containers(node: &Arc<Node>, containers: Vec<ContainerId>) {
+    if containers.is_empty() {
+        return;
+    }
+    let remover = node.clone();
+    let removing = node.tasks.spawn(async move {
+        let all = stream::iter(containers).for_each_concurrent(REMOVALS_AT_ONCE, |container| {
+            let node = remover.clone();
+            async move { remove_container(&node, container).await }
+        });
+        remover.stopping.run_until_cancelled(all).await;
+    });
+    if tokio::time::timeout(UNWANTED_GONE, removing).await.is_err() {
+        tracing::info!(
+            "the engine takes long to remove containers that belong to no kernel; going on meanwhile"
+        );
+    }
 }
 
 async fn remove_container(node: &Node, container: ContainerId) {
