@@ -31,6 +31,9 @@ pub struct Node {
     pub allowed_clients: Vec<Subnet>,
     /// The same for services by their names; both lists must let a client in.
     pub service_clients: BTreeMap<String, Vec<Subnet>>,
+    /// PEM file of the authorities that the event bus's certificate is checked against, where
+    /// `config/redis` of etcd asks for encryption; none means those of the system.
+    pub redis_ca_file: Option<PathBuf>,
     /// Whether containers get a CPU quota of their slots besides the cpuset.
     pub cpu_quota: bool,
     /// Whether memory is pinned to the NUMA nodes of the allocated cores.

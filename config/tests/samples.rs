@@ -81,6 +81,7 @@ fn every_commented_example_is_valid() {
         ("/etc/backend.ai/etcd-ca.pem", format!("{place}/public")),
         ("/etc/backend.ai/etcd-client.pem", format!("{place}/public")),
         ("/etc/backend.ai/etcd-client.key", format!("{place}/secret")),
+        ("/etc/backend.ai/redis-ca.pem", format!("{place}/public")),
         (
             "/etc/backend.ai/storage-proxy.secret",
             format!("{place}/private"),
@@ -147,6 +148,7 @@ fn every_commented_example_is_valid() {
         "logging.pkg-ns",
         "node.device-limits",
         "node.honour-firewall",
+        "node.redis-ca-file",
         "node.engine.host",
         "api.commit-timeout",
         "api.push-timeout",

@@ -225,8 +225,9 @@ async fn read(
 ) -> Result<(Loaded, BusSettings, Settings), Unfit> {
     let settings = Settings::read(etcd).await.map_err(Unfit::Etcd)?;
     let state = base.agent.var_base_path.clone();
-    let bus =
-        bus_settings(&settings.redis.tree, &base.agent.id, Some(&state)).map_err(Unfit::Redis)?;
+    let ca_file = base.node.redis_ca_file.as_deref();
+    let redis = &settings.redis.tree;
+    let bus = bus_settings(redis, &base.agent.id, Some(&state), ca_file).map_err(Unfit::Redis)?;
     let (options, overlay) = (options.clone(), overlay::overlay(&settings));
     let loaded = blocking(move || config::load_over(&options, &overlay))
         .await

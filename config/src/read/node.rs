@@ -96,6 +96,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
             false => Ok(()),
         },
     );
+    let redis_ca_file: Option<ExistingFile> = s.maybe(key("redis-ca-file"));
     let cpu_quota = s.or(key("cpu-quota"), false);
     let memory_nodes = s.or(key("memory-nodes"), true);
     let metadata_redirect = s.or(key("metadata-redirect"), false);
@@ -143,6 +144,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         honour_firewall,
         allowed_clients,
         service_clients,
+        redis_ca_file: redis_ca_file.map(|file| file.0),
         cpu_quota,
         memory_nodes,
         metadata_redirect,

@@ -315,6 +315,12 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "50",
             json!(50),
         ),
+        (
+            "node",
+            &["redis-ca-file"],
+            "'/etc/hostname'",
+            json!("/etc/hostname"),
+        ),
         ("node", &["cpu-quota"], "true", json!(true)),
         ("node", &["memory-nodes"], "false", json!(false)),
         ("node", &["metadata-redirect"], "true", json!(true)),

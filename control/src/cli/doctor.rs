@@ -312,7 +312,7 @@ async fn cluster(config: &Config) -> Vec<Finding> {
             "start a manager in this namespace, or set agent.skip-manager-detection; until then the agent waits",
         )
     });
-    findings.push(match crate::cluster::bus_settings(&redis.tree, &agent.id, None) {
+    findings.push(match crate::cluster::bus_settings(&redis.tree, &agent.id, None, None) {
         Ok(bus) => Finding::good(BUS, format!("at {}", bus.server.endpoint)),
         Err(err) => Finding::bad(
             BUS,

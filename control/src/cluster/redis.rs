@@ -33,7 +33,8 @@ pub enum RedisError {
     Switch(String),
 }
 
-/// Reads the settings. Keys of the original that only its experimental queue uses are left alone.
+/// Reads the settings. With encryption the authorities of `ca_file` are trusted, without one the
+/// system's. Keys of the original that only its experimental queue uses are left alone.
 ///
 /// # Errors
 /// What is missing or wrong.
@@ -41,8 +42,9 @@ pub fn bus_settings(
     redis: &Tree,
     agent_id: &str,
     state_dir: Option<&Path>,
+    ca_file: Option<&Path>,
 ) -> Result<BusSettings, RedisError> {
-    let mut settings = BusSettings::new(agent_id, server("config/redis", redis)?);
+    let mut settings = BusSettings::new(agent_id, server("config/redis", redis, ca_file)?);
     let overrides = redis.at(&["override_configs"]);
     for (name, tree) in overrides.into_iter().flat_map(|tree| &tree.members) {
         let Some(role) = Role::from_name(name) else {
@@ -53,7 +55,9 @@ pub fn bus_settings(
             continue;
         };
         let place = format!("config/redis/override_configs/{name}");
-        settings.overrides.insert(role, server(&place, tree)?);
+        settings
+            .overrides
+            .insert(role, server(&place, tree, ca_file)?);
     }
     if let Some(text) = redis.text(&["request_timeout"]) {
         settings.command_timeout = text
@@ -67,13 +71,13 @@ pub fn bus_settings(
     Ok(settings)
 }
 
-fn server(place: &str, tree: &Tree) -> Result<BusServer, RedisError> {
+fn server(place: &str, tree: &Tree, ca_file: Option<&Path>) -> Result<BusServer, RedisError> {
     let text = |key: &str| tree.text(&[key]).filter(|text| !text.trim().is_empty());
     let address = |key: &str, text: &str| {
         text.parse::<HostPort>()
             .map_err(|err| RedisError::Address(format!("{place}/{key}"), err))
     };
-    let endpoint = match (text("sentinel"), text("addr")) {
+    let endpoint = match (text("sentinel"), one_address(tree)) {
         (Some(list), _) => Endpoint::Sentinels {
             addresses: list
                 .split(',')
@@ -83,7 +87,7 @@ fn server(place: &str, tree: &Tree) -> Result<BusServer, RedisError> {
                 .ok_or_else(|| RedisError::NoServiceName(place.to_owned()))?
                 .to_owned(),
         },
-        (None, Some(one)) => Endpoint::Direct(address("addr", one)?),
+        (None, Some(one)) => Endpoint::Direct(address("addr", &one)?),
         (None, None) => return Err(RedisError::NoAddress(place.to_owned())),
     };
     let switch = |key: &str| match text(key).map(str::to_ascii_lowercase).as_deref() {
@@ -99,9 +103,31 @@ fn server(place: &str, tree: &Tree) -> Result<BusServer, RedisError> {
         password: text("password").map(Secret::new),
         tls: tls.then_some(BusTls {
             skip_verify,
-            ca_file: None,
+            ca_file: ca_file.map(Path::to_owned),
         }),
     })
+}
+
+/// The address as `host:port`: of one value or, as the original takes it too, of two below it.
+fn one_address(tree: &Tree) -> Option<String> {
+    let text = |path: &[&str]| {
+        let text = tree.text(path)?.trim();
+        (!text.is_empty()).then_some(text)
+    };
+    if let Some(one) = text(&["addr"]) {
+        return Some(one.to_owned());
+    }
+    match (text(&["addr", "host"]), text(&["addr", "port"])) {
+        (None, None) => None,
+        (host, port) => {
+            let (host, port) = (host.unwrap_or_default(), port.unwrap_or_default());
+            let bare = host.contains(':') && !host.starts_with('[');
+            Some(match bare {
+                true => format!("[{host}]:{port}"),
+                false => format!("{host}:{port}"),
+            })
+        }
+    }
 }
 
 #[cfg(test)]
@@ -114,7 +140,12 @@ mod tests {
             .map(|(key, value)| (format!("/r/{key}"), *value))
             .collect();
         let tree = Tree::below("/r", keys.iter().map(|(key, value)| (key.as_str(), *value)));
-        bus_settings(&tree, "i-x", Some(Path::new("/state")))
+        bus_settings(
+            &tree,
+            "i-x",
+            Some(Path::new("/state")),
+            Some(Path::new("/ca.pem")),
+        )
     }
 
     #[test]
@@ -127,6 +158,23 @@ mod tests {
         // An empty password is none, as an operator clears it.
         let settings = read(&[("addr", "h:1"), ("password", "")]).unwrap();
         assert!(settings.server.password.is_none());
+    }
+
+    #[test]
+    fn an_address_may_be_a_mapping() {
+        let settings = read(&[
+            ("addr/host", "10.0.0.2"),
+            ("addr/port", "6379"),
+            ("override_configs/stream/addr/host", "fd00::2"),
+            ("override_configs/stream/addr/port", "6380"),
+        ])
+        .unwrap();
+        assert_eq!(settings.server.endpoint.to_string(), "10.0.0.2:6379");
+        let stream = settings.server_of(Role::Stream);
+        assert_eq!(stream.endpoint.to_string(), "[fd00::2]:6380");
+        // The value itself says it all.
+        let both = read(&[("addr", "h:1"), ("addr/host", "other"), ("addr/port", "2")]);
+        assert_eq!(both.unwrap().server.endpoint.to_string(), "h:1");
     }
 
     #[test]
@@ -145,7 +193,9 @@ mod tests {
             settings.server.endpoint.to_string(),
             "mymaster of a:26379,b:26379"
         );
-        assert!(settings.server.tls.unwrap().skip_verify);
+        let tls = settings.server.tls.unwrap();
+        assert!(tls.skip_verify);
+        assert_eq!(tls.ca_file.unwrap(), Path::new("/ca.pem"));
     }
 
     #[test]
@@ -167,13 +217,18 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let cases: [(&[(&str, &str)], &str); 6] = [
+        let cases: [(&[(&str, &str)], &str); 8] = [
             (
                 &[("addr", "h:1"), ("request_timeout", "1s")],
                 "milliseconds",
             ),
             (&[], "config/redis/addr"),
             (&[("addr", "nothing")], "config/redis/addr"),
+            (&[("addr/host", "h")], "config/redis/addr"),
+            (
+                &[("addr/host", "h"), ("addr/port", "x")],
+                "config/redis/addr",
+            ),
             (&[("sentinel", "a:1")], "service_name"),
             (&[("addr", "h:1"), ("use_tls", "perhaps")], "use_tls"),
             (
