@@ -37,6 +37,8 @@ const CALL: Duration = Duration::from_secs(6);
 /// Pings on connections with something under way, and how long an answer may take. etcd closes
 /// connections that ping more often than every 5 s.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+/// Between two lines in the log that say that etcd refuses.
+const DENIAL_PAUSE: Duration = Duration::from_secs(600);
 /// Puts in one transaction; etcd takes 128 by default.
 const TRANSACTION: usize = 100;
 
@@ -49,6 +51,13 @@ pub enum Health {
     Reachable {
         /// The member that does.
         endpoint: String,
+    },
+    /// It answers, and lets this node in no more: users, passwords or rights were changed.
+    Refused {
+        /// Since when.
+        since: Instant,
+        /// Its words, and what to do.
+        error: String,
     },
     /// It does not.
     Lost {
@@ -74,6 +83,8 @@ struct Inner {
     /// The id of the etcd cluster that answered a follower last; 0 before.
     cluster: AtomicU64,
     health: watch::Sender<Health>,
+    /// When the log said last that etcd refuses.
+    denial_told: Mutex<Option<Instant>>,
 }
 
 /// The member that is asked, and the connection to it.
@@ -135,6 +146,7 @@ impl Etcd {
                 current: Mutex::default(),
                 cluster: AtomicU64::new(0),
                 health: watch::Sender::new(Health::Untried),
+                denial_told: Mutex::default(),
             }),
         })
     }
@@ -331,7 +343,14 @@ impl Etcd {
                         last = Some(source);
                     }
                     Verdict::LogIn => {
-                        return Err(refused(step, "check etcd.user and etcd.password", source));
+                        let error = refused(step, "check etcd.user and etcd.password", source);
+                        self.lost(&error);
+                        return Err(error);
+                    }
+                    Verdict::Denied(remedy) => {
+                        let error = refused(step, remedy, source);
+                        self.lost(&error);
+                        return Err(error);
                     }
                     Verdict::Final(remedy) => return Err(refused(step, remedy, source)),
                 },
@@ -425,22 +444,36 @@ impl Etcd {
         self.inner.health.send_if_modified(|health| {
             let now = Health::Reachable { endpoint };
             let changed = *health != now;
-            if let Health::Lost { since, .. } = health {
-                tracing::info!(away_s = since.elapsed().as_secs(), "etcd answers again");
+            match health {
+                Health::Lost { since, .. } => {
+                    tracing::info!(away_s = since.elapsed().as_secs(), "etcd answers again");
+                }
+                Health::Refused { since, .. } => {
+                    tracing::info!(
+                        refused_s = since.elapsed().as_secs(),
+                        "etcd does again what it is asked"
+                    );
+                }
+                Health::Untried | Health::Reachable { .. } => {}
             }
             *health = now;
             changed
         });
     }
 
+    /// Takes note of a failure: no answer, or one that shuts this node out.
     fn lost(&self, error: &EtcdError) {
+        let is_denial = error.is_denial();
         let error = crate::causes::chain(error);
+        if is_denial {
+            return self.denied(error);
+        }
         self.inner.health.send_if_modified(|health| {
             if let Health::Lost { error: known, .. } = health {
                 *known = error;
                 return false;
             }
-            if matches!(health, Health::Reachable { .. }) {
+            if matches!(health, Health::Reachable { .. } | Health::Refused { .. }) {
                 tracing::warn!(
                     err = error,
                     "etcd does not answer; the node goes on with what it knows"
@@ -452,6 +485,39 @@ impl Etcd {
             };
             true
         });
+    }
+
+    fn denied(&self, error: String) {
+        self.inner.health.send_if_modified(|health| {
+            if let Health::Refused { error: known, .. } = health {
+                *known = error;
+                return false;
+            }
+            // At the start whoever asked says it. A user that may do some things and not others
+            // would be told of again and again.
+            if !matches!(health, Health::Untried) && self.tells_denial() {
+                tracing::warn!(
+                    err = error,
+                    "etcd refuses what this node asks for; it goes on with what it knows"
+                );
+            }
+            *health = Health::Refused {
+                since: Instant::now(),
+                error,
+            };
+            true
+        });
+    }
+
+    /// Whether the log has not said for a while that etcd refuses.
+    fn tells_denial(&self) -> bool {
+        let told = self.inner.denial_told.lock();
+        let mut told = told.unwrap_or_else(PoisonError::into_inner);
+        let due = told.is_none_or(|told| told.elapsed() >= DENIAL_PAUSE);
+        if due {
+            *told = Some(Instant::now());
+        }
+        due
     }
 }
 

@@ -164,7 +164,29 @@ async fn users_are_logged_in_and_what_is_wrong_is_said() -> Result<()> {
     seen(&mut followed, "the watch goes on", |seen| {
         values(seen) == ["w"]
     })
-    .await
+    .await?;
+
+    // Rights that are taken away and given back while it runs.
+    let health = etcd.health();
+    assert!(matches!(*health.borrow(), Health::Reachable { .. }));
+    let mut admin = server.client_as("root", "secret").await?;
+    admin.user_revoke_role("agent", "agent").await?;
+    wait::until("it is refused", LIMIT, || async {
+        etcd.get("k").await.is_err().then_some(())
+    })
+    .await?;
+    let state = health.borrow().clone();
+    let Health::Refused { error, .. } = state else {
+        anyhow::bail!("{state:?}");
+    };
+    assert!(error.contains("rights"), "{error}");
+    admin.user_grant_role("agent", "agent").await?;
+    wait::until("it is let in again", LIMIT, || async {
+        etcd.get("k").await.ok()
+    })
+    .await?;
+    assert!(matches!(*health.borrow(), Health::Reachable { .. }));
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

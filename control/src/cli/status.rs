@@ -105,6 +105,7 @@ pub async fn status(way: &Way, config: Option<&config::Config>, form: Form) -> R
     }
     let lost = |part: &str| at(&status, &["cluster", part]).as_bool() == Some(false);
     let away = at(&status, &["cluster", "etcd", "reachable"]).as_bool() == Some(false)
+        || at(&status, &["cluster", "etcd", "refuses"]).is_string()
         || at(&status, &["cluster", "bus", "connected"]).as_bool() == Some(false)
         || lost("registered");
     if engine && dataplane && !away {
@@ -175,6 +176,11 @@ fn cluster(status: &Value) {
     say!(
         "etcd       {}",
         match at(etcd, &["reachable"]).as_bool() {
+            Some(true) if at(etcd, &["refuses"]).is_string() => format!(
+                "refuses for {}, the node goes on with what it knows: {}",
+                since(at(etcd, &["refused_s"])),
+                word(at(etcd, &["refuses"]))
+            ),
             Some(true) => format!("answers at {}", word(at(etcd, &["endpoint"]))),
             Some(false) => format!(
                 "away for {}, the node goes on with what it knows: {}",

@@ -60,6 +60,16 @@ impl EtcdError {
             EtcdError::Unreachable { .. } | EtcdError::Deadline { .. } | EtcdError::NotText { .. }
         )
     }
+
+    /// Whether etcd answers and does not let this node do what it must, whatever it asks for.
+    pub(super) fn is_denial(&self) -> bool {
+        match self {
+            EtcdError::Refused { source, .. } => {
+                matches!(verdict(source), Verdict::Denied(_) | Verdict::LogIn)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Why an attempt failed, in a few words: the deepest cause, where the transport names one, for the
@@ -80,6 +90,8 @@ pub(super) enum Verdict {
     Elsewhere,
     /// Our log-in is no longer known: log in again.
     LogIn,
+    /// This node is not let in, or may not do this; the text says what to do.
+    Denied(&'static str),
     /// The answer is final; the text says what to do.
     Final(&'static str),
 }
@@ -107,16 +119,16 @@ pub(super) fn verdict(error: &etcd_client::Error) -> Verdict {
         // Users or roles were changed since the log-in.
         code::INVALID_ARGUMENT if status.message().contains("auth store is old") => Verdict::LogIn,
         code::INVALID_ARGUMENT if status.message().contains("user name is empty") => {
-            Verdict::Final("it has users: set etcd.user and etcd.password")
+            Verdict::Denied("it has users: set etcd.user and etcd.password")
         }
         code::INVALID_ARGUMENT if status.message().contains("authentication failed") => {
-            Verdict::Final(CREDENTIALS)
+            Verdict::Denied(CREDENTIALS)
         }
         code::FAILED_PRECONDITION if status.message().contains("not enabled") => {
-            Verdict::Final("it has no users: remove etcd.user and etcd.password")
+            Verdict::Denied("it has no users: remove etcd.user and etcd.password")
         }
         code::PERMISSION_DENIED => {
-            Verdict::Final("give the user of [etcd] read and write rights below the namespace")
+            Verdict::Denied("give the user of [etcd] read and write rights below the namespace")
         }
         // The client's own limit, in its own words.
         code::OUT_OF_RANGE if status.message().contains("message length too large") => {

@@ -204,7 +204,9 @@ impl Follower {
         let lost = |source: etcd_client::Error| {
             let endpoints = endpoints.clone();
             match verdict(&source) {
-                Verdict::Final(remedy) => super::refused("watch a prefix", remedy, source),
+                Verdict::Final(remedy) | Verdict::Denied(remedy) => {
+                    super::refused("watch a prefix", remedy, source)
+                }
                 _ => EtcdError::Unreachable {
                     endpoints,
                     reason: reason(&source),

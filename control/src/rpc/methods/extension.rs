@@ -162,6 +162,9 @@ fn cluster(cluster: &Cluster) -> Json {
     let etcd = match health {
         Health::Untried => json!({"reachable": null}),
         Health::Reachable { endpoint } => json!({"reachable": true, "endpoint": endpoint}),
+        Health::Refused { since, error } => json!({
+            "reachable": true, "refuses": error, "refused_s": since.elapsed().as_secs_f64(),
+        }),
         Health::Lost { since, error } => json!({
             "reachable": false, "error": error, "away_s": since.elapsed().as_secs_f64(),
         }),
