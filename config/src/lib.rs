@@ -34,7 +34,7 @@ pub use choice::{
 };
 pub use directories::{DirectoryError, PreparedDirectory};
 pub use host::{Host, ThisHost, UserEntry};
-pub use load::{Environment, LoadOptions, Loaded, load, load_over};
+pub use load::{Environment, LoadOptions, Loaded, load, load_but_for_names, load_over};
 pub use node::{
     Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
     WatcherLimits,

@@ -90,9 +90,21 @@ impl Loaded {
 /// Finds, reads and checks the configuration. Reads files only: nothing is created.
 ///
 /// # Errors
-/// No file, an unreadable file, or all faults of the configuration together.
+/// No file, an unreadable file, all faults of the configuration together, or a name that does not
+/// resolve now.
 pub fn load(options: &LoadOptions) -> Result<Loaded, Errors> {
     load_over(options, &Overlay::default())
+}
+
+/// The same for who opens no listener at `container.bind-host`: names need not resolve.
+///
+/// # Errors
+/// As [`load`], without names.
+pub fn load_but_for_names(options: &LoadOptions) -> Result<Loaded, Errors> {
+    match load(options) {
+        Err(Errors::Unresolved { loaded, .. }) => Ok(*loaded),
+        other => other,
+    }
 }
 
 /// The same with what the cluster's etcd sets. Sections of `config/agent` that can not be read are
@@ -184,12 +196,14 @@ pub(crate) fn load_text(
     }
     check::all(&mut reader, &config);
     let Gathered {
-        problems,
+        mut problems,
+        unresolved,
         mut notes,
         mut values,
         order,
     } = reader.gathered;
     if !problems.is_empty() {
+        problems.extend(unresolved);
         notes.retain(|note| note.kind == NoteKind::Unknown);
         return Err(invalid(problems, notes));
     }
@@ -208,10 +222,18 @@ pub(crate) fn load_text(
         (section(&value.section), value.section.clone(), found)
     };
     values.sort_by_cached_key(place);
-    Ok(Loaded {
+    let loaded = Loaded {
         config: Arc::new(config),
         origins: values,
         notes,
+    };
+    if unresolved.is_empty() {
+        return Ok(loaded);
+    }
+    Err(Errors::Unresolved {
+        file: file.map(Path::to_owned),
+        problems: unresolved,
+        loaded: Box::new(loaded),
     })
 }
 

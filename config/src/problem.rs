@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::load::Loaded;
+
 /// Where an effective value came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
@@ -141,7 +143,7 @@ pub enum Errors {
         source: std::io::Error,
     },
     /// The configuration has faults; all of them are listed.
-    #[error("{}", Listed { file: file.as_deref(), problems, unknown })]
+    #[error("{}", Listed { file: file.as_deref(), problems, unknown, passing: false })]
     Invalid {
         /// The file, if one was read.
         file: Option<PathBuf>,
@@ -150,6 +152,24 @@ pub enum Errors {
         /// What nobody knows: a slip there is the likeliest cause of something that is missing.
         unknown: Vec<Note>,
     },
+    /// Nothing is wrong but names that do not resolve, which may pass: another try may succeed.
+    #[error("{}", Listed { file: file.as_deref(), problems, unknown: &[], passing: true })]
+    Unresolved {
+        /// The file, if one was read.
+        file: Option<PathBuf>,
+        /// The names, as faults of what they are needed for.
+        problems: Vec<Problem>,
+        /// The configuration with the loopback address in their place, for who does not need them.
+        loaded: Box<Loaded>,
+    },
+}
+
+impl Errors {
+    /// Whether another try may succeed without anybody changing the configuration.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Errors::Unresolved { .. })
+    }
 }
 
 /// What to do about a file that can't be read.
@@ -173,11 +193,15 @@ struct Listed<'a> {
     file: Option<&'a Path>,
     problems: &'a [Problem],
     unknown: &'a [Note],
+    passing: bool,
 }
 
 impl fmt::Display for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.problems.len() {
+            _ if self.passing => {
+                f.write_str("a name of the configuration does not resolve now:")?
+            }
             1 => f.write_str("the configuration has 1 error:")?,
             n => write!(f, "the configuration has {n} errors:")?,
         }

@@ -65,6 +65,8 @@ impl Key {
 #[derive(Debug, Default)]
 pub(crate) struct Gathered {
     pub problems: Vec<Problem>,
+    /// Names that do not resolve now: faults that may pass by themselves.
+    pub unresolved: Vec<Problem>,
     pub notes: Vec<Note>,
     pub values: Vec<Effective>,
     /// Section and key in the order they were first asked for: the order they are shown in.
@@ -199,6 +201,19 @@ impl<'a> Reader<'a> {
             why: why.into(),
             remedy: remedy.into(),
         });
+    }
+
+    /// A name that does not resolve, told as a fault is, for as long as it lasts.
+    pub(crate) fn unresolved(
+        &mut self,
+        section: &str,
+        key: &str,
+        why: impl Into<String>,
+        remedy: impl Into<String>,
+    ) {
+        self.fault(section, key, why, remedy);
+        let told = self.gathered.problems.pop();
+        self.gathered.unresolved.extend(told);
     }
 }
 

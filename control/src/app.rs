@@ -170,7 +170,7 @@ impl AppError {
             AppError::AgentSocket(AgentSocketError::Directory { source, .. })
             | AppError::HostSockets { source, .. } => is_distrust(source),
             AppError::Cluster(err) => !matches!(err, ClusterError::Interrupted),
-            AppError::Bind(err) => !matches!(err, BindError::Bind { .. }),
+            AppError::Bind(err) => matches!(err, BindError::KeyMismatch),
             _ => false,
         }
     }
@@ -755,6 +755,20 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn only_a_change_of_the_configuration_is_one() {
+        let address = "nowhere.invalid:6001".to_owned();
+        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let passing = [
+            BindError::NoAddress(address.clone()),
+            BindError::Resolve { address, source },
+        ];
+        for err in passing.map(AppError::Bind) {
+            assert!(!err.is_of_configuration(), "{err}");
+        }
+        assert!(AppError::Bind(BindError::KeyMismatch).is_of_configuration());
+    }
 
     #[test]
     fn the_agents_own_key_is_let_in_only_where_its_file_is_private() {

@@ -100,7 +100,8 @@ fn main() -> ExitCode {
     let mut options = LoadOptions::of_this_process(arguments.config.clone(), arguments.standalone);
     // What it would run with need not be so for this user.
     options.only_looks = arguments.command.is_some();
-    let loaded = match config::load(&options) {
+    // The agent alone listens at addresses that may be names.
+    let loaded = match config::load_but_for_names(&options) {
         Ok(loaded) => loaded,
         Err(errors) => {
             eprintln!("bai-dataplane: {errors}");

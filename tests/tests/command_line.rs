@@ -565,6 +565,30 @@ fn whoever_may_not_look_is_told_to_be_root() -> Result<()> {
     outcome
 }
 
+/// A name server that is away for a moment must not stop a unit for good, as 78 does.
+#[test]
+fn a_name_that_does_not_resolve_ends_neither_program_for_good() -> Result<()> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let file = directory.path().join("agent.toml");
+    let run_dir = directory.path().join("run");
+    let text = format!(
+        "[agent]\nid = 'nowhere'\nrpc-listen-addr = 'nowhere.invalid:6001'\n[node]\nrun-dir = '{}'\n",
+        run_dir.display()
+    );
+    std::fs::write(&file, text)?;
+    let path = file.to_str().context("a plain path")?;
+    let output = agent(&["run", "--standalone", "--config", path])?.output()?;
+    assert_eq!(output.status.code(), Some(69), "{}", said(&output));
+    let told = said(&output);
+    assert!(told.contains("nowhere.invalid"), "{told}");
+    // The dataplane has no use for it.
+    let output = Command::new(program("bai-dataplane")?)
+        .args(["--standalone", "--config", path, "detach"])
+        .output()?;
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    Ok(())
+}
+
 fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory)? {

@@ -390,11 +390,11 @@ pub(super) fn bind_host(reader: &mut Reader<'_>, agent: &Agent) -> IpAddr {
                 let why = format!(
                     "is blank and the host {host:?} of agent.rpc-listen-addr does not resolve"
                 );
-                reader.fault(
+                reader.unresolved(
                     SECTION,
                     "bind-host",
                     why,
-                    "write an IP address of this host",
+                    "write an IP address of this host, or see that the name resolves (getent hosts)",
                 );
                 return IpAddr::from([127, 0, 0, 1]);
             }

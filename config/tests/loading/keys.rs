@@ -1,6 +1,6 @@
 //! Every key by every one of its names, and every environment variable.
 
-use config::{NoteKind, Origin};
+use config::{Errors, NoteKind, Origin};
 use serde_json::{Value, json};
 
 use crate::host::{Setup, with_line};
@@ -700,8 +700,30 @@ fn the_bind_host_follows_the_rpc_host() {
         loaded.config.agent.advertised_rpc_addr.to_string(),
         "node-1.example:6001"
     );
-    let problems = Setup::new(&with_line("agent", "rpc-listen-addr = 'nowhere:6001'")).problems();
-    assert_eq!(problems[0].key, "container.bind-host");
+}
+
+#[test]
+fn a_name_that_does_not_resolve_now_is_no_fault_of_the_configuration() {
+    let text = with_line("agent", "rpc-listen-addr = 'nowhere:6001'");
+    let errors = Setup::new(&text).load().unwrap_err();
+    assert!(errors.is_passing(), "{errors}");
+    let told = errors.to_string();
+    assert!(
+        told.contains("container.bind-host") && told.contains("\"nowhere\""),
+        "{told}"
+    );
+    // Who binds nothing there has the rest.
+    let Errors::Unresolved { loaded, .. } = errors else {
+        panic!("{errors}");
+    };
+    let listen = &loaded.config.agent.rpc_listen_addr;
+    assert_eq!(listen.to_string(), "nowhere:6001");
+    // With a fault beside it, both are told, and another try is of no use.
+    let setup = Setup::new(&text.replace("[agent]\n", "[agent]\nagent-sock-port = 1\n"));
+    let errors = setup.load().unwrap_err();
+    assert!(!errors.is_passing(), "{errors}");
+    let keys: Vec<String> = setup.problems().into_iter().map(|it| it.key).collect();
+    assert_eq!(keys, ["agent.agent-sock-port", "container.bind-host"]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Pr
         )));
     }
     let options = Arc::new(source.options());
-    let mut loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
+    let mut loaded = config::load(&options)?;
     if args.with_etcd {
         let look = crate::cluster::look(options.clone(), &loaded.config);
         loaded = super::short_lived(async {

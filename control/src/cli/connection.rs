@@ -40,7 +40,7 @@ impl Source {
     pub fn load(&self) -> Result<config::Loaded, Problem> {
         let mut options = self.options();
         options.only_looks = true;
-        load(options).map_err(|errors| Problem::Config(errors.into()))
+        load(options).map_err(Problem::from)
     }
 }
 

@@ -57,6 +57,15 @@ impl Problem {
     }
 }
 
+impl From<config::Errors> for Problem {
+    fn from(errors: config::Errors) -> Problem {
+        match errors.is_passing() {
+            true => Problem::Unavailable(errors.into()),
+            false => Problem::Config(errors.into()),
+        }
+    }
+}
+
 impl From<anyhow::Error> for Problem {
     fn from(error: anyhow::Error) -> Self {
         Problem::Other(error)

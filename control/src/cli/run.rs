@@ -39,7 +39,7 @@ pub(super) fn begin(
     source: &Source,
 ) -> Result<(config::LoadOptions, config::Loaded), Problem> {
     let options = source.options();
-    let loaded = config::load(&options).map_err(|errors| Problem::Config(errors.into()))?;
+    let loaded = config::load(&options)?;
     shared::heap::one_arena();
     start_log(args, &loaded.config)?;
     Ok((options, loaded))

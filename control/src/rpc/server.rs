@@ -95,8 +95,10 @@ pub struct ServerOptions {
 /// Why the server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The listen address has no meaning on this machine.
-    #[error("cannot resolve RPC listen address {address:?}; give host:port")]
+    /// The listen address has no meaning on this machine, or not now.
+    #[error(
+        "cannot resolve RPC listen address {address:?}; see that the name resolves on this host, or give its IP address"
+    )]
     Resolve {
         /// The address.
         address: String,
