@@ -46,6 +46,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     }
     /// An address of this host that others can reach, and how it was found.
     fn reachable_address(&self) -> (IpAddr, &'static str);
+    /// The address from which this host reaches another one; none without a route. Nothing is sent.
+    fn address_towards(&self, _target: IpAddr) -> Option<IpAddr> {
+        None
+    }
     /// The addresses of this host's interfaces that are up.
     fn local_addresses(&self) -> Vec<IpAddr> {
         Vec::new()
@@ -122,10 +126,15 @@ impl Host for ThisHost {
         if let Some(ip) = by_name.iter().find(|ip| ip.is_ipv4() && !ip.is_loopback()) {
             return (*ip, "host name");
         }
-        match route_source() {
-            Some(ip) => (ip, "default route"),
-            None => (IpAddr::from([127, 0, 0, 1]), "loopback"),
+        // From the range reserved for documentation, so it is never a neighbour.
+        match route_source(IpAddr::from([192, 0, 2, 1])) {
+            Some(ip) if !ip.is_loopback() => (ip, "default route"),
+            _ => (IpAddr::from([127, 0, 0, 1]), "loopback"),
         }
+    }
+
+    fn address_towards(&self, target: IpAddr) -> Option<IpAddr> {
+        route_source(target)
     }
 
     fn local_addresses(&self) -> Vec<IpAddr> {
@@ -175,13 +184,16 @@ fn home(named: Option<OsString>) -> Option<PathBuf> {
         .or_else(|| Some(User::from_uid(geteuid()).ok()??.dir))
 }
 
-/// The source address of the default route: connecting a UDP socket sends nothing. The target is
-/// from the range reserved for documentation, so it is never a neighbour.
-fn route_source() -> Option<IpAddr> {
-    let socket = UdpSocket::bind(SocketAddr::from(([0, 0, 0, 0], 0))).ok()?;
-    socket.connect(SocketAddr::from(([192, 0, 2, 1], 9))).ok()?;
+/// The source address of the route to a target: connecting a UDP socket sends nothing.
+fn route_source(target: IpAddr) -> Option<IpAddr> {
+    let any = match target {
+        IpAddr::V4(_) => IpAddr::from([0; 4]),
+        IpAddr::V6(_) => IpAddr::from([0; 16]),
+    };
+    let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
+    socket.connect(SocketAddr::new(target, 9)).ok()?;
     let ip = socket.local_addr().ok()?.ip();
-    (!ip.is_unspecified() && !ip.is_loopback()).then_some(ip)
+    (!ip.is_unspecified()).then_some(ip)
 }
 
 #[cfg(test)]
@@ -202,6 +214,8 @@ mod tests {
         assert!(!host.hostname().is_empty());
         assert!(host.working_directory().is_absolute());
         assert!(!host.reachable_address().0.is_unspecified());
+        let loopback = IpAddr::from([127, 0, 0, 1]);
+        assert_eq!(host.address_towards(loopback), Some(loopback));
         assert_eq!(host.resolve("127.0.0.1"), [IpAddr::from([127, 0, 0, 1])]);
         assert!(host.resolve("no such host").is_empty());
         assert!(

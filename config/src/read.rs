@@ -66,11 +66,16 @@ pub(crate) fn config(reader: &mut Reader<'_>, root: &Table, file: Option<&Path>)
     let places = Places {
         state_dir: node::state_dir(reader, root),
     };
-    let mut agent = agent::read(reader, root, &places);
+    // Read first, as the agent's own address may be the one that etcd is reached from; told in its place.
+    let before = reader.gathered.problems.len();
+    let etcd = rest::etcd(reader, root);
+    let of_etcd = reader.gathered.problems.split_off(before);
+    let addresses = etcd.as_ref().map_or(&[][..], |etcd| &etcd.addr);
+    let mut agent = agent::read(reader, root, &places, addresses);
     let container = container::read(reader, root, &places, &agent);
     agent.public_host = agent::public_host(reader, &container);
     let resource = rest::resource(reader, root);
-    let etcd = rest::etcd(reader, root);
+    reader.gathered.problems.extend(of_etcd);
     let debug = rest::debug(reader, root);
     let logging = rest::logging(reader, root);
     let service_discovery = rest::service_discovery(reader, root);

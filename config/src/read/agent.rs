@@ -39,7 +39,13 @@ const NOT_USED: &[(&str, &str)] = &[
     ("docker-mode", "it is found out at start"),
 ];
 
-pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Agent {
+/// `etcd` are the addresses of the cluster's etcd; none on a node on its own.
+pub(super) fn read(
+    reader: &mut Reader<'_>,
+    root: &Table,
+    places: &Places,
+    etcd: &[HostPort],
+) -> Agent {
     let host = reader.host;
     let standalone = reader.standalone;
     let ipc_default = places.directory(reader, "/tmp/backend.ai/ipc", "ipc");
@@ -47,8 +53,8 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places) -> Ag
     let mut s = Section::open(reader, Some(root), "agent");
 
     let mode = mode(&mut s);
-    let (rpc_listen_addr, how) = rpc_listen_addr(&mut s);
-    let advertised_rpc_addr = advertised(&mut s, &rpc_listen_addr, how);
+    let (rpc_listen_addr, how) = rpc_listen_addr(&mut s, etcd);
+    let advertised_rpc_addr = advertised(&mut s, &rpc_listen_addr, how, etcd);
     let loopback = if standalone { "127.0.0.1" } else { "0.0.0.0" };
     let service_addr = s.or(
         key("service-addr").or(&["internal-addr"]),
@@ -160,7 +166,7 @@ fn mode(s: &mut Section<'_, '_>) -> Backend {
 }
 
 /// The bind address; how its host was detected, when it was.
-fn rpc_listen_addr(s: &mut Section<'_, '_>) -> (HostPort, Option<&'static str>) {
+fn rpc_listen_addr(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (HostPort, Option<&'static str>) {
     let standalone = s.reader.standalone;
     let default = HostPort::new(if standalone { "127.0.0.1" } else { "0.0.0.0" }, 6001);
     let mut addr = s.or_standalone(RPC, default.clone(), default);
@@ -175,7 +181,7 @@ fn rpc_listen_addr(s: &mut Section<'_, '_>) -> (HostPort, Option<&'static str>) 
     if !addr.host.is_empty() {
         return (addr, None);
     }
-    let (ip, how) = reachable_address(s);
+    let (ip, how) = reachable_address(s, etcd);
     addr.host = ip.to_string();
     s.reader
         .record("agent", RPC.name, &addr, Origin::Detected(how));
@@ -202,7 +208,12 @@ fn override_part(
 }
 
 /// What the manager is told. The original announces `0.0.0.0` literally, which nobody can reach.
-fn advertised(s: &mut Section<'_, '_>, listen: &HostPort, how: Option<&'static str>) -> HostPort {
+fn advertised(
+    s: &mut Section<'_, '_>,
+    listen: &HostPort,
+    how: Option<&'static str>,
+    etcd: &[HostPort],
+) -> HostPort {
     const ADVERTISED: Key = key("advertised-rpc-addr");
     let given = s.checked(ADVERTISED, |addr: &HostPort| {
         if addr.is_unspecified() {
@@ -224,7 +235,7 @@ fn advertised(s: &mut Section<'_, '_>, listen: &HostPort, how: Option<&'static s
             (listen.host.clone(), origin)
         }
         _ => {
-            let (ip, how) = reachable_address(s);
+            let (ip, how) = reachable_address(s, etcd);
             (ip.to_string(), Origin::Detected(how))
         }
     };
@@ -234,10 +245,10 @@ fn advertised(s: &mut Section<'_, '_>, listen: &HostPort, how: Option<&'static s
 }
 
 /// An address of this host that others can reach: in the cluster's subnet when it names one.
-fn reachable_address(s: &mut Section<'_, '_>) -> (IpAddr, &'static str) {
+fn reachable_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'static str) {
     const SUBNET: &str = "config/network/subnet/agent";
     let fault = match s.reader.overlay.agent_subnet() {
-        Ok(None) => return s.reader.host.reachable_address(),
+        Ok(None) => return detected_address(s, etcd),
         Ok(Some(subnet)) => {
             let local = s.reader.host.local_addresses();
             match local.into_iter().find(|ip| subnet.holds(*ip)) {
@@ -252,6 +263,37 @@ fn reachable_address(s: &mut Section<'_, '_>) -> (IpAddr, &'static str) {
     };
     s.reader.fault("agent", RPC.name, fault.why, fault.remedy);
     s.reader.host.reachable_address()
+}
+
+/// By the host's name or its default route; without them by the route to etcd, as managers are there
+/// too.
+fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'static str) {
+    let host = s.reader.host;
+    let (loopback, how) = host.reachable_address();
+    if !loopback.is_loopback() || etcd.is_empty() {
+        return (loopback, how);
+    }
+    let targets = etcd.iter().flat_map(|addr| match addr.ip() {
+        Some(ip) => vec![ip],
+        None => host.resolve(&addr.host),
+    });
+    for target in targets {
+        match host.address_towards(target) {
+            Some(ip) if !ip.is_loopback() => return (ip, "route to etcd.addr"),
+            // All of the cluster is on this host.
+            Some(_) => return (loopback, how),
+            None => {}
+        }
+    }
+    let key = "agent.advertised-rpc-addr";
+    if !s.reader.gathered.notes.iter().any(|note| note.key == key) {
+        let text = format!(
+            "is {loopback}, which no manager on another host reaches: this host's name leads to no other address, and \
+             there is no route to etcd.addr; write the address that others use"
+        );
+        s.reader.note(NoteKind::Warning, None, key, text);
+    }
+    (loopback, how)
 }
 
 fn rpc_auth(s: &mut Section<'_, '_>) -> Option<CurveFiles> {

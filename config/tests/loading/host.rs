@@ -19,6 +19,9 @@ pub struct FixedHost {
     /// What is there on a tmpfs, writable or not.
     pub there: Vec<&'static str>,
     pub core_pattern: &'static str,
+    pub reachable: IpAddr,
+    /// Targets and the addresses they are reached from.
+    pub routes: Vec<(IpAddr, IpAddr)>,
 }
 
 impl FixedHost {
@@ -33,6 +36,8 @@ impl FixedHost {
             read_only: Vec::new(),
             there: Vec::new(),
             core_pattern: "/var/crash/core.%p",
+            reachable: IpAddr::from([192, 0, 2, 7]),
+            routes: Vec::new(),
         }
     }
 }
@@ -78,7 +83,12 @@ impl Host for FixedHost {
     }
 
     fn reachable_address(&self) -> (IpAddr, &'static str) {
-        (IpAddr::from([192, 0, 2, 7]), "host name")
+        (self.reachable, "host name")
+    }
+
+    fn address_towards(&self, target: IpAddr) -> Option<IpAddr> {
+        let mut routes = self.routes.iter();
+        routes.find(|(to, _)| *to == target).map(|(_, from)| *from)
     }
 
     fn resolve(&self, name: &str) -> Vec<IpAddr> {

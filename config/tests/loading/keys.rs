@@ -703,6 +703,42 @@ fn the_bind_host_follows_the_rpc_host() {
 }
 
 #[test]
+fn without_a_default_route_the_route_to_etcd_gives_the_address() {
+    let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    let etcd =
+        "addr = [{ host = '10.9.0.1', port = 2379 }, { host = 'node-1.example', port = 2379 }]";
+    for listen in [
+        "rpc-listen-addr = '0.0.0.0:6001'",
+        "rpc-listen-addr = ':6001'",
+    ] {
+        let text = with_line("etcd", etcd).replace("[agent]\n", &format!("[agent]\n{listen}\n"));
+        let mut setup = Setup::new(&text);
+        setup.host.reachable = ip("127.0.0.1");
+        let address = |setup: &Setup| {
+            let loaded = setup.loaded();
+            let warned = loaded.render_notes().contains("advertised-rpc-addr");
+            (loaded.config.agent.advertised_rpc_addr.host.clone(), warned)
+        };
+        // No way to etcd at all: said, once.
+        assert_eq!(address(&setup), ("127.0.0.1".to_owned(), true), "{listen}");
+        let notes = setup.loaded().notes;
+        let told = notes.iter().filter(|note| note.key.contains("rpc-addr"));
+        assert_eq!(told.count(), 1, "{notes:?}");
+        // The second address is a name.
+        setup.host.routes = vec![(ip("192.0.2.8"), ip("10.9.0.7"))];
+        assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false), "{listen}");
+        setup.host.routes.push((ip("10.9.0.1"), ip("10.9.0.8")));
+        assert_eq!(address(&setup), ("10.9.0.8".to_owned(), false), "{listen}");
+        // A cluster on one host.
+        setup.host.routes = vec![(ip("10.9.0.1"), ip("127.0.0.1"))];
+        assert_eq!(address(&setup), ("127.0.0.1".to_owned(), false), "{listen}");
+        // The host's name comes first.
+        setup.host.reachable = ip("192.0.2.7");
+        assert_eq!(address(&setup), ("192.0.2.7".to_owned(), false), "{listen}");
+    }
+}
+
+#[test]
 fn a_name_that_does_not_resolve_now_is_no_fault_of_the_configuration() {
     let text = with_line("agent", "rpc-listen-addr = 'nowhere:6001'");
     let errors = Setup::new(&text).load().unwrap_err();
