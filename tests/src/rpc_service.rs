@@ -11,7 +11,7 @@ use control::rpc::{
 };
 
 /// Answers `ping` and `get_logs` like an agent without kernels, and test-only methods: `echo`,
-/// `sleep`, `wait` (until `release_at_once`), `block`, `boom`, `fail`, `unser`, `big` and others the suites name.
+/// `sleep`, `wait` (until `release_at_once`), `attend` (until its caller is gone), `block`, `boom`, `fail`, `unser`, `big` and others the suites name.
 #[derive(Debug)]
 pub struct TestService {
     gate: Arc<Semaphore>,
@@ -49,6 +49,7 @@ impl Service for TestService {
                     let passed = gate.acquire().await;
                     Ok(passed.is_ok().into())
                 }
+                "attend" => std::future::pending().await,
                 "block" => {
                     // What a handler must not do: keeps a worker of the runtime.
                     std::thread::sleep(time);
@@ -82,6 +83,10 @@ impl Service for TestService {
                 _ => catalogued(call, &attempts),
             }
         })
+    }
+
+    fn ends_with_its_caller(&self, method: &str) -> bool {
+        method == "attend"
     }
 
     fn answers_at_once(&self, method: &str) -> bool {

@@ -10,10 +10,48 @@ use harness::node::{Node, NodeOptions};
 use harness::wait;
 use serde_json::json;
 
+/// For what comes at once.
+const SOON: Duration = Duration::from_secs(20);
+
 /// What the container was made with.
 fn host_config(container: &str) -> Result<serde_json::Value> {
     let text = kernels::docker(&["inspect", "--format", "{{json .HostConfig}}", container])?;
     Ok(serde_json::from_str(&text)?)
+}
+
+/// What the clients of a run have got of it that came after one that went away before it was answered.
+async fn leaving_in_between(node: &Node, order: &Order) -> Result<String> {
+    let call = |mode: &str, flush: f64| -> Result<Vec<Value>> {
+        Ok(vec![
+            text(order.session),
+            text(order.kernel),
+            Value::Int(3),
+            Value::from("left"),
+            Value::from(mode),
+            Value::from(""),
+            rpc::to_value(&json!({ "exec": "echo one; sleep 1.5; echo two" }))?,
+            Value::Float(flush),
+        ])
+    };
+    for (mode, status) in [("batch", "clean-finished"), ("continue", "build-finished")] {
+        let reply = kernels::ask(node, "execute", call(mode, 20.0)?).await?;
+        assert_eq!(reply["status"], status);
+    }
+    let client = node.client().await?;
+    let polls = client.call("execute", call("continue", 0.7)?, vec![], SOON);
+    let answered = tokio::time::timeout(Duration::from_millis(300), polls).await;
+    ensure!(answered.is_err(), "{answered:?}");
+    drop(client);
+    let mut output = String::new();
+    loop {
+        let reply = kernels::ask(node, "execute", call("continue", 20.0)?).await?;
+        for item in reply["console"].as_array().into_iter().flatten() {
+            output.push_str(item[1].as_str().unwrap_or_default());
+        }
+        if reply["status"] == "finished" {
+            return Ok(output);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -64,6 +102,7 @@ async fn create_execute_serve_destroy_and_nothing_is_left() -> Result<()> {
 
     let ran = kernels::run(&node, &order, "echo hello; exit 3").await?;
     assert_eq!((ran.output.as_str(), ran.exit_code), ("hello\n", Some(3)));
+    assert_eq!(leaving_in_between(&node, &order).await?, "one\ntwo\n");
 
     let started = kernels::ask(
         &node,

@@ -383,6 +383,32 @@ async fn calls_beyond_the_cap_are_told_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_only_fetches_something_ends_with_its_caller() {
+    let server = rpc_service::start(None, patient()).await;
+    let address = server.local_addr();
+    let caller = move || {
+        let mut connection = Connection::open(address).expect("connects");
+        send(&mut connection, &call_frames("attend", 1, vec![])).expect("sent");
+        send(&mut connection, &call_frames("wait", 2, vec![])).expect("sent");
+        connection
+    };
+    let caller = blocking(caller).await;
+    until("both calls", || server.in_flight() == 2).await;
+    drop(caller);
+    until("the end of one", || server.in_flight() == 1).await;
+    // The other runs to its end.
+    let client = Client::connect(&address.to_string(), None, DEADLINE)
+        .await
+        .expect("connects");
+    let released = client.call("release_at_once", vec![], vec![], DEADLINE);
+    released.await.expect("answered at once");
+    until("the end of both", || server.in_flight() == 0).await;
+    let told = server.counters();
+    assert_eq!((told.calls, told.undeliverable), (3, 2), "{told:?}");
+    server.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_that_are_bombs_become_failures() {
     let server = rpc_service::start(None, Limits::default()).await;
     let address = server.local_addr();

@@ -79,6 +79,11 @@ impl Service for AgentService {
         })
     }
 
+    fn ends_with_its_caller(&self, method: &str) -> bool {
+        // The run goes on, and what it says is the next poll's.
+        method == "execute"
+    }
+
     fn answers_at_once(&self, method: &str) -> bool {
         AT_ONCE.contains(&method)
     }

@@ -3,7 +3,8 @@
 //! In: a [`Service`] and limits; out: one reply per accepted call. Messages are taken on the
 //! transport's own thread, which never waits for a handler; every call is a task on the caller's
 //! runtime. Calls run to their end whatever becomes of the caller (CANCEL and disconnects don't
-//! stop them), and replies go out in the order of completion.
+//! stop them), but for those that only fetch something (a disconnect leaves it to the next call), and
+//! replies go out in the order of completion.
 //!
 //! Invariants: a call that was accepted gets exactly one
 //! reply, also when its handler panics or its result can't be packed; a connection that doesn't

@@ -67,9 +67,16 @@ pub fn unknown_method(method: &str) -> Failure {
 
 /// Whoever answers calls.
 pub trait Service: Send + Sync + 'static {
-    /// Answers one call. The future is run to its end whatever becomes of the caller; a panic
-    /// becomes a failure reply. Calls run concurrently: exclusion is the service's affair.
+    /// Answers one call. The future is run to its end whatever becomes of the caller, unless the method
+    /// [`Service::ends_with_its_caller`]; a panic becomes a failure reply. Calls run concurrently: exclusion
+    /// is the service's affair.
     fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>>;
+
+    /// Whether a call of this method is dropped when its caller's connection has ended: what it would take
+    /// for one who is gone stays for the next.
+    fn ends_with_its_caller(&self, _method: &str) -> bool {
+        false
+    }
 
     /// Whether calls of this method are answered from memory, with neither a wait nor long work, by
     /// [`Service::answer_at_once`].

@@ -130,7 +130,7 @@ impl Answerer {
 
     async fn answer(self, from: Arc<Link>, header: Header, envelope: Bytes, ticket: Ticket) {
         let begun = Instant::now();
-        let outcome = AssertUnwindSafe(self.outcome(from.peer(), &header, envelope))
+        let outcome = AssertUnwindSafe(self.outcome(&from, &header, envelope))
             .catch_unwind()
             .await;
         if let Some((frames, failed)) = finish(&header, outcome, begun) {
@@ -150,13 +150,21 @@ impl Answerer {
 
     async fn outcome(
         &self,
-        peer: &Peer,
+        from: &Link,
         header: &Header,
         envelope: Bytes,
     ) -> Result<Value, Failure> {
-        let call = self.read(peer, header, &envelope)?;
+        let call = self.read(from.peer(), header, &envelope)?;
         drop(envelope);
-        self.service.call(call).await
+        let answer = self.service.call(call);
+        if !self.service.ends_with_its_caller(&header.method) {
+            return answer.await;
+        }
+        tokio::select! {
+            biased;
+            outcome = answer => outcome,
+            () = from.ended() => Err(Failure::bare("CancelledError")),
+        }
     }
 
     fn read(&self, peer: &Peer, header: &Header, envelope: &Bytes) -> Result<Call, Failure> {

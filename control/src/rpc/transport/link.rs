@@ -337,6 +337,18 @@ impl Link {
         &self.peer
     }
 
+    /// Waits for the connection's end.
+    pub(in crate::rpc) async fn ended(&self) {
+        loop {
+            // Before the look: an end in between is not missed.
+            let told = self.room.notified();
+            if self.lock().is_none() {
+                return;
+            }
+            told.await;
+        }
+    }
+
     /// Sends a message without waiting.
     pub(in crate::rpc) fn try_send(self: &Arc<Self>, frames: &Frames) -> SendOutcome {
         let first = {
