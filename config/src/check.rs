@@ -1,6 +1,7 @@
 //! Rules over several values: what the original finds out at start, and what it finds out too late.
 
 use crate::choice::{SandboxType, ScratchType, StatsType};
+use crate::plugins::means_plugin;
 use crate::problem::{NoteKind, Origin};
 use crate::section::Reader;
 use crate::sections::Config;
@@ -130,6 +131,35 @@ fn plugins(reader: &mut Reader<'_>, config: &Config) {
             why,
             "name each plugin in one of the two lists",
         );
+    }
+    let drivers = ["cuda", "rocm", "tpu", "mock"].map(str::to_owned);
+    let slots = config.node.accelerators.device_plugins.values();
+    let listed = slots.filter_map(|slot| slot.split('.').next().map(str::to_owned));
+    let known: Vec<String> = drivers.into_iter().chain(listed).collect();
+    for (key, list) in [
+        ("allow-compute-plugins", &agent.allow_compute_plugins),
+        ("block-compute-plugins", &agent.block_compute_plugins),
+    ] {
+        let all = list.iter().flatten();
+        let odd: Vec<&str> = all
+            .filter(|entry| known.iter().all(|plugin| !means_plugin(entry, plugin)))
+            .map(String::as_str)
+            .collect();
+        if !odd.is_empty() {
+            let line = match reader.origin("agent", key) {
+                Some(Origin::File { line }) => Some(line),
+                _ => None,
+            };
+            let text = format!(
+                "{} no plugin of this agent, which has {}",
+                match odd.as_slice() {
+                    [one] => format!("{one:?} means"),
+                    _ => format!("{} mean", odd.join(", ")),
+                },
+                known.join(", ")
+            );
+            reader.note(NoteKind::Warning, line, format!("agent.{key}"), text);
+        }
     }
 }
 

@@ -16,6 +16,7 @@ mod host;
 mod load;
 mod node;
 mod overlay;
+mod plugins;
 mod problem;
 mod read;
 mod render;
@@ -40,6 +41,7 @@ pub use node::{
     WatcherLimits,
 };
 pub use overlay::{AGENT_SECTIONS, Overlay};
+pub use plugins::means_plugin;
 pub use problem::{Effective, Errors, Note, NoteKind, Origin, Problem};
 pub use render::{render_json, render_notes, render_text};
 pub use scaling_group::{RewriteError, update_scaling_group};

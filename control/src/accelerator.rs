@@ -29,7 +29,7 @@ use crate::kernel::journal::{plain_name, replace_file};
 use crate::kernel::node::{Node, blocking};
 use crate::link::Observed;
 use crate::resource::{DevicePlugin, InventoryError, Ledger};
-use engine::EngineDevices;
+use engine::EngineFacts;
 use known::{Known, of_rows};
 use listed::Listed;
 use plugin::AcceleratorPlugin;
@@ -40,6 +40,9 @@ use settings::{Options, Settings};
 const FIRST_SCAN: Duration = Duration::from_secs(10);
 /// And of any other node, whose dataplane may be on its way.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
+
+/// Before the next try to keep the list of devices, where nothing else happens.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
 
 /// What the node knows of its accelerators.
 #[derive(Debug)]
@@ -58,7 +61,7 @@ pub struct Accelerators {
 
 impl Accelerators {
     /// Goes by what an earlier life knew. Blocking.
-    pub fn open(config: &Config, options: &Options, engine: EngineDevices) -> Self {
+    pub fn open(config: &Config, options: &Options, engine: EngineFacts) -> Self {
         let name = format!("accelerators.{}.json", plain_name(&config.agent.id));
         let file = config.agent.var_base_path.join(name);
         let kept: Vec<Known> = match std::fs::read(&file) {
@@ -147,9 +150,14 @@ impl Accelerators {
         &self,
         ledger: &Ledger,
         slot: &str,
-        devices: Vec<Known>,
+        mut devices: Vec<Known>,
         counts: impl FnOnce() -> bool,
     ) -> Result<(), InventoryError> {
+        // By the plugin's own ids too; it gives no numbers.
+        devices.retain(|device| {
+            self.settings
+                .gives_listed(slot, &[&device.id, &host::own_id(&device.id)])
+        });
         let changed = self.listed.put(ledger, slot, devices, counts)?;
         self.touch(changed);
         Ok(())
@@ -279,27 +287,57 @@ fn kinds(devices: &[Known]) -> BTreeSet<String> {
     devices.iter().map(|device| device.kind.clone()).collect()
 }
 
+/// How the list of devices is kept on disk: again as long as that fails.
+#[derive(Debug, Default)]
+struct Keeping {
+    /// Something has changed that is not on disk yet.
+    unsaved: bool,
+    /// The log says that it cannot be written.
+    failing: bool,
+}
+
+impl Keeping {
+    /// Writes what is not on disk yet. Blocking.
+    fn go_on(&mut self, accelerators: &Accelerators) {
+        if !self.unsaved {
+            return;
+        }
+        match accelerators.keep() {
+            Ok(()) => {
+                self.unsaved = false;
+                if std::mem::take(&mut self.failing) {
+                    tracing::info!("the list of accelerators is kept again");
+                }
+            }
+            Err(err) if !std::mem::replace(&mut self.failing, true) => {
+                tracing::warn!(%err, path = %accelerators.file.display(),
+                    "the list of accelerators cannot be kept, and this is tried again");
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 /// Keeps the ledger's accelerators up to date until the agent stops.
 pub async fn follow(node: Arc<Node>) {
     let accelerators = &node.accelerators;
     let mut observed = node.link.subscribe();
     let mut trouble = false;
-    let mut unsaved = false;
+    let mut keeping = Keeping::default();
     loop {
         let now = observed.borrow_and_update().clone();
-        if unsaved || !accelerators.has_nothing_to_do(&now) {
+        if keeping.unsaved || !accelerators.has_nothing_to_do(&now) {
             let of_node = node.clone();
             // Settings may look into sysfs and the inventory is kept on disk.
-            let taken = blocking(move || {
+            let done = blocking(move || {
                 let accelerators = &of_node.accelerators;
                 let changed = accelerators.take_in(&of_node.ledger, &now);
-                let save = unsaved || matches!(changed, Ok(true));
-                (changed, save.then(|| accelerators.keep()))
+                keeping.unsaved |= matches!(changed, Ok(true));
+                keeping.go_on(accelerators);
+                (changed, keeping)
             });
-            let (taken, kept) = taken.await;
-            if let Some(Err(err)) = kept {
-                tracing::warn!(%err, "the list of accelerators cannot be kept");
-            }
+            let taken;
+            (taken, keeping) = done.await;
             match taken {
                 Ok(_) => trouble = false,
                 Err(err) if !std::mem::replace(&mut trouble, true) => tracing::error!(
@@ -309,14 +347,14 @@ pub async fn follow(node: Arc<Node>) {
                 Err(_) => {}
             }
         }
-        unsaved = tokio::select! {
-            changed = observed.changed() => match changed {
-                Ok(()) => false,
-                Err(_) => return,
+        tokio::select! {
+            changed = observed.changed() => if changed.is_err() {
+                return;
             },
-            () = accelerators.listed.unsaved.notified() => true,
+            () = accelerators.listed.unsaved.notified() => keeping.unsaved = true,
+            () = tokio::time::sleep(SAVE_AGAIN), if keeping.unsaved => {}
             () = node.stopping.cancelled() => return,
-        };
+        }
     }
 }
 
@@ -365,7 +403,7 @@ mod tests {
         options.environment = Box::new(|_| None);
         let mut config = Config::clone(&config::load(&options).unwrap().config);
         config.agent.var_base_path = place.path().to_owned();
-        let open = || Accelerators::open(&config, &Options::default(), EngineDevices::default());
+        let open = || Accelerators::open(&config, &Options::default(), EngineFacts::default());
 
         let accelerators = open();
         let ledger = Ledger::discover(&config, Vec::new()).unwrap();
@@ -411,7 +449,7 @@ mod tests {
         options.environment = Box::new(|_| None);
         let mut config = Config::clone(&config::load(&options).unwrap().config);
         config.agent.var_base_path = place.path().to_owned();
-        let open = || Accelerators::open(&config, &Options::default(), EngineDevices::default());
+        let open = || Accelerators::open(&config, &Options::default(), EngineFacts::default());
         let accelerators = open();
         let ledger = Ledger::discover(&config, Vec::new()).unwrap();
         accelerators.take_in(&ledger, &observed(Some(2))).unwrap();
@@ -449,8 +487,21 @@ mod tests {
         let hardware = crate::resource::DevicePlugin::hardware(&hardware).unwrap();
         assert_eq!(hardware.status, crate::resource::HardwareStatus::Offline);
         assert!(!next.take_in(&ledger, &late).unwrap(), "nothing new");
-        // The next life knows them too.
-        next.keep().unwrap();
+        // The next life knows them too, also where they could not be kept for a while.
+        let file = next.file.clone();
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir_all(file.join("in the way")).unwrap();
+        let mut keeping = Keeping {
+            unsaved: true,
+            ..Keeping::default()
+        };
+        for _ in 0..2 {
+            keeping.go_on(&next);
+            assert!(keeping.unsaved && keeping.failing);
+        }
+        std::fs::remove_dir_all(&file).unwrap();
+        keeping.go_on(&next);
+        assert!(!keeping.unsaved && !keeping.failing);
         assert_eq!(open().known().len(), 3);
         // It answers after all.
         assert!(next.take_in(&ledger, &observed(Some(2))).unwrap());
@@ -464,8 +515,7 @@ mod tests {
         options.environment = Box::new(|_| None);
         let mut config = Config::clone(&config::load(&options).unwrap().config);
         config.agent.var_base_path = place.path().to_owned();
-        let accelerators =
-            Accelerators::open(&config, &Options::default(), EngineDevices::default());
+        let accelerators = Accelerators::open(&config, &Options::default(), EngineFacts::default());
         let ledger = Ledger::discover(&config, accelerators.plugins().unwrap()).unwrap();
         // The first answer is news, whatever it is.
         assert!(!accelerators.has_nothing_to_do(&observed(Some(0))));

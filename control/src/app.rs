@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::accelerator::engine::EngineDevices;
+use crate::accelerator::engine::{EngineDevices, EngineFacts};
 use crate::accelerator::host::{self, PluginHost};
 use crate::accelerator::{self, Accelerators, mock::MockError, settings};
 use crate::background::BackgroundTasks;
@@ -434,10 +434,27 @@ async fn assemble(
         }
     };
 
-    let (engine, own_users) = engine_facts(&docker, &config).await;
+    let engine = EngineFacts::default();
+    let asked = engine_facts(&docker, &config).await;
+    let is_told = asked.is_ok();
+    let own_users = match asked {
+        Ok((devices, own_users)) => {
+            engine.tell(devices);
+            own_users
+        }
+        // Kernels start all the same.
+        Err(err) => {
+            tracing::warn!(
+                err = chain(&err),
+                "the engine does not say what it can do for devices; it is asked again, and until then containers get CUDA devices by device requests"
+            );
+            true
+        }
+    };
     let inventory = config.clone();
+    let facts = engine.clone();
     let (ledger, accelerators) = blocking(move || {
-        let accelerators = Accelerators::open(&inventory, &accelerator_options, engine);
+        let accelerators = Accelerators::open(&inventory, &accelerator_options, facts);
         let ledger = Ledger::discover(&inventory, accelerators.plugins()?)?;
         Ok::<_, AppError>((ledger, accelerators))
     })
@@ -460,6 +477,16 @@ async fn assemble(
     let honours_firewall = AtomicBool::new(firewall_decides(&config).await);
     let events = Events::new(EVENT_RING, sinks);
     let tasks = TaskTracker::new();
+    if !is_told {
+        let (docker, config) = (docker.clone(), config.clone());
+        let (engine, stopping) = (engine.clone(), stopping.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = ask_again(&docker, &config, &engine) => {}
+                () = stopping.cancelled() => {}
+            }
+        });
+    }
     let consoles = cluster.as_ref().map(|cluster| {
         ConsoleLogs::start(
             &cluster.bus,
@@ -577,20 +604,27 @@ async fn firewall_decides(config: &Config) -> bool {
     decider.is_some()
 }
 
-/// What the engine can do for devices, nothing when it does not say; and whether it, or its containers' users, are
-/// others than root on its host.
-async fn engine_facts(docker: &Docker, config: &Config) -> (EngineDevices, bool) {
-    let info = match docker.info().await {
-        Ok(info) => info,
-        Err(err) => {
-            tracing::warn!(
-                err = chain(&err),
-                "the engine does not say what it can do for devices"
-            );
-            // Kernels start all the same.
-            return (EngineDevices::default(), true);
+/// Asks the engine what it can do until it says so: it was asked when the agent started, and did not.
+async fn ask_again(docker: &Docker, config: &Config, engine: &EngineFacts) {
+    let mut pause = DOCKER_PAUSES.0;
+    loop {
+        tokio::time::sleep(pause).await;
+        if let Ok((devices, _)) = engine_facts(docker, config).await {
+            engine.tell(devices);
+            tracing::info!(?devices, "the engine has said what it can do for devices");
+            return;
         }
-    };
+        pause = (pause * 2).min(DOCKER_PAUSES.1);
+    }
+}
+
+/// What the engine can do for devices, and whether it, or its containers' users, are others than root on its host;
+/// as it says.
+async fn engine_facts(
+    docker: &Docker,
+    config: &Config,
+) -> Result<(EngineDevices, bool), DockerError> {
+    let info = docker.info().await?;
     let mut options = info.security_options.iter().flatten();
     let own_users = options.any(|option| {
         let name = option.split(',').next();
@@ -603,7 +637,7 @@ async fn engine_facts(docker: &Docker, config: &Config) -> (EngineDevices, bool)
             "node.accelerators.cuda-injection is \"cdi\", and this engine has no CDI or has it switched off; kernels with CUDA devices will not start"
         );
     }
-    (engine, own_users)
+    Ok((engine, own_users))
 }
 
 /// Waits for Docker, saying so, until it answers or the agent is told to stop.

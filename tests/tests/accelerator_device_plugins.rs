@@ -17,6 +17,8 @@ use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
 const SOON: Duration = Duration::from_secs(120);
+/// A device that is not given out, by its plugin's own id.
+const MASKED: &str = "0000:c9:00.0";
 const SLOT: &str = "gaudi2.device";
 const RESOURCE: &str = "habana.test/gaudi";
 
@@ -67,7 +69,7 @@ impl Machine {
         environment.extend(engine.map(|engine| ("DOCKER_HOST".to_owned(), engine.host())));
         let node = Node::start(NodeOptions {
             sections: format!(
-                "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ {mapped} }}\n",
+                "[node.accelerators]\nplugin-dir = \"{}\"\ndevice-plugins = {{ {mapped} }}\ndevice-mask = [\"{MASKED}\"]\n",
                 place.path().join("plugins").display()
             ),
             environment,
@@ -425,7 +427,7 @@ async fn parts_of_divided_devices_are_slots_of_their_own() -> Result<()> {
     };
     let lists = |ids: [&str; 2], variable: &str| {
         json!({
-            "devices": {ids[0]: "Healthy", ids[1]: "Healthy"},
+            "devices": {ids[0]: "Healthy", MASKED: "Healthy", ids[1]: "Healthy"},
             "allocate": {"envs": {"NVIDIA_VISIBLE_DEVICES": variable}},
         })
     };

@@ -17,6 +17,9 @@ const UUID: &str = "GPU-8f0f9c8e-0000-4000-8000-000000000001";
 /// A node whose engine says of itself what is in `changes`.
 async fn start(settings: &str, changes: &Json) -> Result<(Node, FaultDocker, StandIn)> {
     let engine = FaultDocker::start()?;
+    // It does not say it when it is asked first.
+    let not_yet = Fault::json(500, r#"{"message": "not yet"}"#);
+    engine.spoil("/info", not_yet, 1);
     let told = tokio::task::spawn_blocking(|| kernels::docker(&["info", "--format", "{{json .}}"]));
     let mut info: Json = serde_json::from_str(&told.await??)?;
     for (name, value) in changes.as_object().context("changes")? {
@@ -37,6 +40,12 @@ async fn start(settings: &str, changes: &Json) -> Result<(Node, FaultDocker, Sta
     wait::until("a device", Duration::from_secs(60), || async {
         let status = kernels::ask(&node, "bai.status", Vec::new()).await.ok()?;
         (status["slots"]["cuda.device"]["total"] == "1").then_some(())
+    })
+    .await?;
+    wait::until("the engine's word", Duration::from_secs(60), || async {
+        let told = node.log("bai-agent");
+        told.contains("has said what it can do for devices")
+            .then_some(())
     })
     .await?;
     Ok((node, engine, driver))

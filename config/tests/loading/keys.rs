@@ -121,10 +121,15 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         (
             "agent",
             &["allow-compute-plugins"],
-            "['b','a','b']",
-            json!(["a", "b"]),
+            "['rocm','cuda','rocm']",
+            json!(["cuda", "rocm"]),
         ),
-        ("agent", &["block-compute-plugins"], "['c']", json!(["c"])),
+        (
+            "agent",
+            &["block-compute-plugins"],
+            "['tpu']",
+            json!(["tpu"]),
+        ),
         (
             "agent",
             &["image-commit-path"],

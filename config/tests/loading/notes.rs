@@ -84,6 +84,25 @@ fn unknown_keys_are_never_an_error_and_get_a_suggestion() {
 }
 
 #[test]
+fn entries_that_mean_no_plugin_are_told() {
+    let notes = |line: &str| Setup::new(&with_line("agent", line)).loaded().notes;
+    let told = notes(
+        "allow-compute-plugins = ['ai.backend.accelerator.cuda_open', 'ai.backend.accelerator.ipu', 'x']",
+    );
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(told[0].kind, NoteKind::Warning);
+    let text = &told[0].text;
+    assert!(
+        text.contains("accelerator.ipu, x mean no") && !text.contains("cuda_open"),
+        "{text}"
+    );
+    assert_eq!(
+        notes("block-compute-plugins = ['ai.backend', 'rocm', 'mock']"),
+        []
+    );
+}
+
+#[test]
 fn a_setting_given_twice_is_told_and_the_canonical_form_wins() {
     let text = with_line("agent", "scaling_group = 'b'\nscaling-group = 'a'");
     let loaded = Setup::new(&text).loaded();

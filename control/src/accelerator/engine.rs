@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use config::CudaInjection;
 
@@ -65,6 +66,36 @@ impl EngineDevices {
         }
     }
 }
+
+/// What the engine has said that it can do; nothing until it has.
+#[derive(Debug, Clone, Default)]
+pub struct EngineFacts(Arc<OnceLock<EngineDevices>>);
+
+impl EngineFacts {
+    /// What is known now.
+    pub fn get(&self) -> EngineDevices {
+        self.0.get().copied().unwrap_or_default()
+    }
+
+    /// The engine has said it; the first word counts.
+    pub fn tell(&self, devices: EngineDevices) {
+        let _ = self.0.set(devices);
+    }
+}
+
+impl From<EngineDevices> for EngineFacts {
+    fn from(devices: EngineDevices) -> Self {
+        Self(Arc::new(OnceLock::from(devices)))
+    }
+}
+
+impl PartialEq for EngineFacts {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl Eq for EngineFacts {}
 
 /// Whether a specification here is NVIDIA's and names devices by UUID.
 fn names_nvidia_devices(directory: &Path) -> bool {
@@ -125,6 +156,12 @@ mod tests {
         for explicit in [CudaInjection::Cdi, CudaInjection::DeviceNodes] {
             assert_eq!(engine(off.clone()).injection(explicit), explicit);
         }
+        // One that answers later.
+        let facts = EngineFacts::default();
+        let copy = facts.clone();
+        assert_eq!(facts.get(), EngineDevices::default());
+        copy.tell(engine(found("nvidia.com/gpu=GPU-0")));
+        assert!(facts.get().nvidia_by_cdi);
     }
 
     #[test]

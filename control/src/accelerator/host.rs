@@ -26,12 +26,13 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-use super::engine::EngineDevices;
+use super::engine::EngineFacts;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::resource::Allocation;
 pub use answer::Granted;
 use session::Session;
+pub(super) use session::own_id;
 use wire::{RegisterRequest, VERSION};
 
 /// The socket plugins look for.
@@ -78,8 +79,8 @@ pub enum GrantError {
 #[derive(Debug, Default)]
 pub struct PluginHost {
     directory: PathBuf,
-    /// Whether the engine knows CDI names.
-    cdi: bool,
+    /// Whether the engine knows CDI names, if it has said so.
+    engine: EngineFacts,
     /// Resource name to slot name.
     slots: BTreeMap<String, String>,
     /// By slot.
@@ -88,10 +89,10 @@ pub struct PluginHost {
 
 impl PluginHost {
     /// The host of the configuration; without mapped resources it does nothing.
-    pub fn new(config: &Config, engine: EngineDevices) -> Self {
+    pub fn new(config: &Config, engine: EngineFacts) -> Self {
         let settings = &config.node.accelerators;
         Self {
-            cdi: engine.cdi,
+            engine,
             directory: settings.plugin_dir.clone(),
             slots: settings.device_plugins.clone(),
             sessions: Mutex::default(),
@@ -161,7 +162,7 @@ impl PluginHost {
                 resource: resource.clone(),
             })?;
             let answer = session.grant(ids).await?;
-            if answer.by_cdi && !self.cdi {
+            if answer.by_cdi && !self.engine.get().cdi {
                 return Err(GrantError::Answer {
                     resource: resource.clone(),
                     why: "CDI names, which this engine does not know (Docker 25 or newer with CDI switched on does; the agent looks when it starts)".to_owned(),
@@ -347,7 +348,7 @@ mod tests {
     fn registrations_are_checked() {
         let host = PluginHost {
             directory: PathBuf::new(),
-            cdi: false,
+            engine: EngineFacts::default(),
             slots: BTreeMap::from([("a.b/c".to_owned(), "c.device".to_owned())]),
             sessions: Mutex::default(),
         };

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use config::CudaInjection;
 use serde_json::{Value, json};
 
+use super::engine::EngineFacts;
 use super::known::Known;
 use super::settings::{Settings, group_of};
 use crate::resource::ContainerLimits;
@@ -32,8 +33,10 @@ pub(crate) const NO_NVIDIA: &str = "void";
 pub enum Injection {
     /// NVIDIA's.
     Cuda {
-        /// By which means.
+        /// By which means, as the configuration says.
         how: CudaInjection,
+        /// What the engine can do, which may not have said so yet.
+        engine: EngineFacts,
         /// Where device nodes are looked up.
         root: PathBuf,
     },
@@ -59,6 +62,7 @@ impl Injection {
         match kind {
             "cuda" => Self::Cuda {
                 how: settings.injection,
+                engine: settings.engine.clone(),
                 root,
             },
             "rocm" => Self::Rocm { root },
@@ -75,12 +79,12 @@ impl Injection {
     ) {
         let nodes = || devices.iter().flatten().flat_map(|device| &device.nodes);
         match self {
-            Self::Cuda { how, root } => {
+            Self::Cuda { how, engine, root } => {
                 cuda_variables(ids, limits);
                 if ids.is_empty() {
                     return;
                 }
-                match how {
+                match engine.get().injection(*how) {
                     CudaInjection::Auto | CudaInjection::DeviceRequests => limits.arguments.push(json!({
                         "HostConfig": {"DeviceRequests": [{
                             "Driver": "nvidia",

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use config::{AllocationMode, Config, CudaInjection};
+use config::{AllocationMode, Config, CudaInjection, means_plugin};
 use rust_decimal::Decimal;
 
-use super::engine::EngineDevices;
+use super::engine::EngineFacts;
 use crate::kernel::resource_text::parse_binary_size;
 use crate::resource::device_of;
 
@@ -55,8 +55,10 @@ struct Sharing {
 pub struct Settings {
     mask: Vec<String>,
     switches: Switches,
-    /// How containers get CUDA devices.
+    /// How containers get CUDA devices, if the configuration says so.
     pub injection: CudaInjection,
+    /// What the engine can do.
+    pub engine: EngineFacts,
     /// None gives CUDA devices out as a whole.
     pub shares: Option<ShareUnits>,
     /// The same of made-up devices.
@@ -75,7 +77,7 @@ pub struct Settings {
 
 impl Settings {
     /// Of the file, with the cluster's over it; what of those makes no sense is told and left out.
-    pub fn of(config: &Config, options: &Options, engine: EngineDevices) -> Self {
+    pub fn of(config: &Config, options: &Options, engine: EngineFacts) -> Self {
         let file = &config.node.accelerators;
         let switches = Switches::of(config);
         let mock_file = file.mock.clone().filter(|path| {
@@ -111,7 +113,8 @@ impl Settings {
         Self {
             mask: file.device_mask.iter().cloned().chain(masks).collect(),
             switches,
-            injection: engine.injection(file.cuda_injection),
+            injection: file.cuda_injection,
+            engine,
             shares: cuda.fractional.then_some(cuda.units),
             mock_shares: mock.fractional.then_some(mock.units),
             units: cuda.units,
@@ -125,6 +128,12 @@ impl Settings {
     /// Whether a device is given out.
     pub fn gives_out(&self, kind: &str, id: &str, index: u32) -> bool {
         self.allows(kind) && !self.masks(kind, id, index)
+    }
+
+    /// Whether a device that a device plugin lists is given out, by any of its ids.
+    pub fn gives_listed(&self, slot: &str, ids: &[&str]) -> bool {
+        let masked = |mask: &String| ids.iter().any(|id| mask.eq_ignore_ascii_case(id));
+        self.allows(device_of(slot)) && !self.mask.iter().any(masked)
     }
 
     /// Whether made-up devices or a device plugin have the name of a kind of the drivers.
@@ -150,7 +159,7 @@ impl Settings {
     }
 }
 
-/// Which plugins are switched on, by the names that the original's have.
+/// Which plugins are switched on ([`means_plugin`]).
 #[derive(Debug, Clone, PartialEq)]
 struct Switches {
     allowed: Option<Vec<String>>,
@@ -160,19 +169,17 @@ struct Switches {
 impl Switches {
     fn of(config: &Config) -> Self {
         let agent = &config.agent;
-        let name = |entry: &String| plugin_name(entry).to_owned();
         let allowed = agent.allow_compute_plugins.as_ref();
         let blocked = agent.block_compute_plugins.iter().flatten();
         Self {
-            allowed: allowed.map(|all| all.iter().map(name).collect()),
-            blocked: blocked.map(name).collect(),
+            allowed: allowed.map(|all| all.iter().cloned().collect()),
+            blocked: blocked.cloned().collect(),
         }
     }
 
     fn allow(&self, plugin: &str) -> bool {
-        let allowed = self.allowed.as_ref();
-        allowed.is_none_or(|all| all.iter().any(|name| name == plugin))
-            && !self.blocked.iter().any(|name| name == plugin)
+        let named = |list: &[String]| list.iter().any(|entry| means_plugin(entry, plugin));
+        self.allowed.as_deref().is_none_or(named) && !named(&self.blocked)
     }
 }
 
@@ -217,12 +224,6 @@ impl Sharing {
     }
 }
 
-/// `ai.backend.accelerator.cuda_open` is the plugin of `cuda`.
-fn plugin_name(entry: &str) -> &str {
-    let module = entry.rsplit('.').next().unwrap_or(entry);
-    module.split('_').next().unwrap_or(module)
-}
-
 /// The original masks by number or, in newer releases, by UUID.
 fn masked<'t>(plugin: &'t str, text: &'t str) -> impl Iterator<Item = String> + 't {
     let entries = text.split(',').map(str::trim);
@@ -246,9 +247,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plugins_of_the_original_are_named_by_their_modules() {
-        assert_eq!(plugin_name("ai.backend.accelerator.cuda_open"), "cuda");
-        assert_eq!(plugin_name("rocm"), "rocm");
+    fn packages_switch_all_plugins_and_modules_their_own() {
+        let of = |allowed: Option<&[&str]>, blocked: &[&str]| {
+            let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let switches = Switches {
+                allowed: allowed.map(list),
+                blocked: list(blocked),
+            };
+            let all = ["cuda", "rocm", "gaudi"].into_iter();
+            all.filter(|name| switches.allow(name))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(of(None, &[]), "cuda rocm gaudi");
+        assert_eq!(of(Some(&[]), &[]), "");
+        assert_eq!(
+            of(
+                Some(&["ai.backend.accelerator"]),
+                &["ai.backend.accelerator.rocm"]
+            ),
+            "cuda gaudi"
+        );
+        assert_eq!(of(Some(&["cuda_open"]), &[]), "cuda");
+        assert_eq!(of(None, &["ai.backend"]), "");
+    }
+
+    #[test]
+    fn masks_of_the_original_are_numbers_or_ids() {
         let all: Vec<String> = masked("cuda", "0, GPU-5 ,,2").collect();
         assert_eq!(all, ["cuda:0", "GPU-5", "cuda:2"]);
     }

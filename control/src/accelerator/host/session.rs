@@ -413,7 +413,7 @@ fn kept_id(own: &str) -> String {
 }
 
 /// The id as the plugin knows it.
-fn own_id(kept: &str) -> String {
+pub(in crate::accelerator) fn own_id(kept: &str) -> String {
     DIVIDERS.chars().rev().fold(kept.to_owned(), |id, c| {
         id.replace(
             &format!("%{:02X}", u32::from(c)),

@@ -7,7 +7,7 @@ use shared::ids::KernelId;
 use shared::observed::{AcceleratorCounters, AcceleratorKind, Nearness};
 
 use super::*;
-use crate::accelerator::engine::EngineDevices;
+use crate::accelerator::engine::EngineFacts;
 use crate::accelerator::known::of_rows;
 use crate::accelerator::mock;
 use crate::accelerator::settings::Options;
@@ -27,7 +27,7 @@ fn settings(options: &[(&str, &str)]) -> Settings {
         .map(|(key, text)| ((*key).to_owned(), (*text).to_owned()))
         .collect();
     let options = Options::from([("cuda".to_owned(), cuda)]);
-    Settings::of(&config, &options, EngineDevices::default())
+    Settings::of(&config, &options, EngineFacts::default())
 }
 
 /// Devices 0 to 2 whole with 80 GiB, 3 divided into two parts, 1 faulty.
@@ -293,6 +293,7 @@ fn containers_see_their_devices_and_no_others() {
     let by_nodes = AcceleratorPlugin {
         injection: Injection::Cuda {
             how: CudaInjection::DeviceNodes,
+            engine: EngineFacts::default(),
             root: "/nowhere".into(),
         },
         ..plugin
@@ -304,6 +305,7 @@ fn containers_see_their_devices_and_no_others() {
     let cdi = AcceleratorPlugin {
         injection: Injection::Cuda {
             how: CudaInjection::Cdi,
+            engine: EngineFacts::default(),
             root: "/".into(),
         },
         ..by_nodes
@@ -390,12 +392,12 @@ number_format = { binary = false, round_length = 0 }
         let names = |name: &str| [format!("ai.backend.accelerator.{name}")].into();
         config.agent.allow_compute_plugins = allowed.map(names);
         config.agent.block_compute_plugins = blocked.map(names);
-        let off = Settings::of(&config, &options, EngineDevices::default());
+        let off = Settings::of(&config, &options, EngineFacts::default());
         assert_eq!((off.mock, off.mock_key), (None, None));
     }
     config.agent.allow_compute_plugins = None;
     config.agent.block_compute_plugins = None;
-    let settings_of_mock = Settings::of(&config, &options, EngineDevices::default());
+    let settings_of_mock = Settings::of(&config, &options, EngineFacts::default());
     assert_eq!(settings_of_mock.shares, None);
     let mock = read(&settings_of_mock).unwrap();
     let expected = BTreeMap::from([
