@@ -1,6 +1,6 @@
 //! The command line itself, without a node: exit codes, output that nobody reads, and how it is installed.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -411,9 +411,22 @@ fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/install");
     let programs = program("bai-agent")?;
     let programs = programs.parent().context("a directory")?;
+    // What systemd is told; asked whether it has read the units, it answers what is in a file.
+    let stub = tempfile::tempdir()?;
+    let systemctl = stub.path().join("systemctl");
+    let text = "#!/bin/sh\necho \"$@\" >>\"$0.log\"\n[ \"$1\" != show ] || cat \"$0.stale\"\n";
+    std::fs::write(&systemctl, text)?;
+    std::fs::set_permissions(&systemctl, Permissions::from_mode(0o755))?;
+    let stale = |answer: &str| std::fs::write(stub.path().join("systemctl.stale"), answer);
+    let reloads = || -> Result<usize> {
+        let told = std::fs::read_to_string(stub.path().join("systemctl.log"))?;
+        Ok(told.lines().filter(|it| *it == "daemon-reload").count())
+    };
+    stale("no\n\nno\n")?;
     let run = |arguments: &[&str]| -> Result<()> {
         let output = Command::new(&script)
             .args(arguments)
+            .env("BAI_SYSTEMCTL", &systemctl)
             .env("DESTDIR", root.path())
             .env("BAI_BIN", programs)
             .stdin(Stdio::null())
@@ -423,8 +436,16 @@ fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
     };
     // An upgrade installs over what is there.
     run(&[])?;
+    ensure!(reloads()? == 1, "new units are read");
     run(&[])?;
+    ensure!(reloads()? == 1, "the same units are not read again");
     let place = root.path().join("usr");
+    std::fs::write(place.join("lib/systemd/system/bai-agent.service"), "")?;
+    run(&[])?;
+    ensure!(reloads()? == 2, "a unit that has changed is read");
+    stale("no\n\nyes\n")?;
+    run(&[])?;
+    ensure!(reloads()? == 3, "what was installed and not read is read");
     for name in ["bai-agent", "bai-dataplane", "bai-agent-watcher"] {
         let unit = place.join(format!("lib/systemd/system/{name}.service"));
         let unit = std::fs::read_to_string(&unit).with_context(|| unit.display().to_string())?;

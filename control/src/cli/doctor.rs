@@ -1,5 +1,6 @@
 //! `bai-agent doctor`: what the host lacks, and what to do about it. Looks only; changes nothing.
 
+mod devices;
 mod forwarding;
 
 use crate::cli::output::{say, say_part};
@@ -158,6 +159,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
     .await
     .map_err(|error| Problem::Other(error.into()))?;
     findings.extend(host);
+    findings.extend(devices::nvidia_links(&config_for_rules).await);
     let range = config_for_rules.container.port_range;
     findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
     let input = firewall::rules("iptables", &["-S", "INPUT"]).await;
