@@ -477,5 +477,10 @@ mod tests {
         owners(&[(8081, 2), (8082, 3), (30080, 1)]);
         let _ = link.withdraw(KernelId([3; 16])).await.0.await;
         owners(&[(8081, 2), (30080, 1)]);
+        // The other way round the row changes hands, and the end of the one before leaves it.
+        let served = rows(4, false, &[8081]);
+        link.publish(KernelId([4; 16]), served).await.unwrap();
+        let _ = link.withdraw(KernelId([2; 16])).await.0.await;
+        owners(&[(8081, 4), (30080, 1)]);
     }
 }

@@ -28,8 +28,8 @@ use crate::storage_proxy;
 pub use folders::Folders;
 pub use page::{Family, Kind, Page};
 pub use recorder::{
-    Recorder, Round, TaskEnd, count_call, count_request, count_round, count_sync, count_sync_end,
-    count_task, count_task_end, own_families,
+    Recorder, Round, TaskEnd, count_call, count_failure, count_request, count_round, count_sync,
+    count_sync_end, count_task, count_task_end, own_families,
 };
 
 /// Samples may be this many intervals old, and a little more for a busy machine.

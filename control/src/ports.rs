@@ -294,6 +294,16 @@ impl PortPool {
             .claim(PortOwner::Kernel(kernel), port, Instant::now())
     }
 
+    /// Takes a given port that nobody was promised.
+    pub fn claim_unpromised(&self, kernel: KernelId, port: u16) -> Result<(), PortError> {
+        let mut pool = self.pool();
+        let promised = pool.held.get(&port);
+        if promised.is_some_and(|held| held.owner == PortOwner::Assigned) {
+            return Err(PortError::Taken { port });
+        }
+        pool.claim(PortOwner::Kernel(kernel), port, Instant::now())
+    }
+
     /// Restores a port that `assign` gave out before a restart.
     pub fn claim_assigned(&self, port: u16) -> Result<(), PortError> {
         self.pool().claim(PortOwner::Assigned, port, Instant::now())

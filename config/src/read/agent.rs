@@ -277,13 +277,17 @@ fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'st
         Some(ip) => vec![ip],
         None => host.resolve(&addr.host),
     });
-    for target in targets {
-        match host.address_towards(target) {
-            Some(ip) if !ip.is_loopback() => return (ip, "route to etcd.addr"),
-            // All of the cluster is on this host.
-            Some(_) => return (loopback, how),
-            None => {}
-        }
+    let mut ways: Vec<IpAddr> = targets
+        .filter_map(|target| host.address_towards(target))
+        .collect();
+    // Managers ask for IPv4 addresses alone.
+    ways.sort_by_key(IpAddr::is_ipv6);
+    if let Some(ip) = ways.iter().find(|ip| !ip.is_loopback()) {
+        return (*ip, "route to etcd.addr");
+    }
+    if !ways.is_empty() {
+        // All of the cluster is on this host.
+        return (loopback, how);
     }
     let key = "agent.advertised-rpc-addr";
     if !s.reader.gathered.notes.iter().any(|note| note.key == key) {

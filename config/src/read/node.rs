@@ -191,8 +191,13 @@ fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
         return directory.0;
     }
     let places = ["/run/bai-agent", "/dev/shm/bai-agent"].map(PathBuf::from);
+    let writable = |place: &&PathBuf| host.is_writable_tmpfs(place);
+    // Who looks may be who runs the programs, and else looks at those of the units.
+    let own = places
+        .iter()
+        .find(|it| writable(it) && (!looks || host.is_on_tmpfs(it)));
     let there = places.iter().find(|place| looks && host.is_on_tmpfs(place));
-    let place = there.or_else(|| places.iter().find(|place| host.is_writable_tmpfs(place)));
+    let place = own.or(there).or_else(|| places.iter().find(writable));
     // Who only looks needs none.
     let place = place.or(looks.then_some(&places[0])).cloned();
     if s.reader.gathered.problems.len() == faults {

@@ -397,6 +397,9 @@ fn who_only_looks_goes_by_what_is_there() {
     assert_eq!(run_dir(&setup), "/dev/shm/bai-agent");
     setup.only_looks = true;
     assert_eq!(run_dir(&setup), "/run/bai-agent");
+    // Who runs the programs looks at those.
+    setup.host.there = vec!["/run/bai-agent", "/dev/shm/bai-agent"];
+    assert_eq!(run_dir(&setup), "/dev/shm/bai-agent");
     setup.host.there = vec![];
     assert_eq!(run_dir(&setup), "/dev/shm/bai-agent");
     setup.host.tmpfs = vec![];

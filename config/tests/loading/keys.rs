@@ -737,6 +737,12 @@ fn without_a_default_route_the_route_to_etcd_gives_the_address() {
         // A cluster on one host.
         setup.host.routes = vec![(ip("10.9.0.1"), ip("127.0.0.1"))];
         assert_eq!(address(&setup), ("127.0.0.1".to_owned(), false), "{listen}");
+        // One of several members on this host, or reached by IPv6.
+        for first in ["127.0.0.1", "fd00::7"] {
+            let second = (ip("192.0.2.8"), ip("10.9.0.7"));
+            setup.host.routes = vec![(ip("10.9.0.1"), ip(first)), second];
+            assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false), "{listen}");
+        }
         // The host's name comes first.
         setup.host.reachable = ip("192.0.2.7");
         assert_eq!(address(&setup), ("192.0.2.7".to_owned(), false), "{listen}");

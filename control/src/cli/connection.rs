@@ -46,6 +46,8 @@ impl Source {
 
 fn load(mut options: config::LoadOptions) -> Result<config::Loaded, config::Errors> {
     match config::load(&options) {
+        // Commands open no listener.
+        Err(config::Errors::Unresolved { loaded, .. }) => Ok(*loaded),
         // A node on its own looks into no places, so it is told what was found in them.
         Err(_) if !options.standalone => {
             let places = config::candidates(&*options.environment, &*options.host);

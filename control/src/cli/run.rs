@@ -37,9 +37,10 @@ pub struct RunArgs {
 pub(super) fn begin(
     args: &RunArgs,
     source: &Source,
+    load: impl FnOnce(&config::LoadOptions) -> Result<config::Loaded, config::Errors>,
 ) -> Result<(config::LoadOptions, config::Loaded), Problem> {
     let options = source.options();
-    let loaded = config::load(&options)?;
+    let loaded = load(&options)?;
     shared::heap::one_arena();
     start_log(args, &loaded.config)?;
     Ok((options, loaded))
@@ -63,7 +64,7 @@ fn raise_descriptors() {
 
 /// Loads the configuration and runs until told to stop.
 pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
-    let (options, loaded) = begin(args, source)?;
+    let (options, loaded) = begin(args, source, config::load)?;
     raise_descriptors();
     for note in loaded.render_notes().lines() {
         tracing::warn!("{note}");

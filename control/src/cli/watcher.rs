@@ -6,7 +6,7 @@ use super::run::{RunArgs, begin};
 
 /// Loads the configuration and runs until told to stop.
 pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
-    let (_, loaded) = begin(args, source)?;
+    let (_, loaded) = begin(args, source, config::load_but_for_names)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -107,10 +107,15 @@ mod code {
 
 pub(super) fn verdict(error: &etcd_client::Error) -> Verdict {
     const CREDENTIALS: &str = "check etcd.user and etcd.password";
+    const RIGHTS: &str = "give the user of [etcd] read and write rights below the namespace";
     let status = match error {
         etcd_client::Error::GRpcStatus(status) => status,
         etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => {
             return Verdict::Final("check etcd.addr");
+        }
+        // A watch is ended with words alone.
+        etcd_client::Error::WatchError(reason) if reason.contains("permission denied") => {
+            return Verdict::Denied(RIGHTS);
         }
         _ => return Verdict::Elsewhere,
     };
@@ -127,9 +132,7 @@ pub(super) fn verdict(error: &etcd_client::Error) -> Verdict {
         code::FAILED_PRECONDITION if status.message().contains("not enabled") => {
             Verdict::Denied("it has no users: remove etcd.user and etcd.password")
         }
-        code::PERMISSION_DENIED => {
-            Verdict::Denied("give the user of [etcd] read and write rights below the namespace")
-        }
+        code::PERMISSION_DENIED => Verdict::Denied(RIGHTS),
         // The client's own limit, in its own words.
         code::OUT_OF_RANGE if status.message().contains("message length too large") => {
             Verdict::Final("more lies there than 4 MiB: remove the keys that are no settings")

@@ -763,6 +763,10 @@ impl Inner {
     fn file(&self, state: &mut State, now: Instant, record: Record) {
         let messages = state.runs.record(now, record);
         self.tell(state);
+        // One that waited is at work now.
+        if !messages.is_empty() {
+            self.publish(state);
+        }
         // The writer is gone only when the link is closed.
         let _sent = self.send(messages);
     }

@@ -182,6 +182,10 @@ impl Owner {
                 batch.put_port(row.clone());
             }
         })?;
+        // The row of one that is only looked at is this kernel's now.
+        for (_, held) in self.held.iter_mut().filter(|(other, _)| **other != kernel) {
+            held.ports.retain(|key| !wanted.ports.contains(key));
+        }
         self.held.insert(kernel, wanted);
         self.ring();
         Ok(generation)

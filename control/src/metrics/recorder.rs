@@ -141,8 +141,7 @@ impl Recorder {
 /// Counts one call. `method` is a name of ours; `failure` the class of its failure.
 pub fn count_call(method: &'static str, failure: Option<&str>, took: Duration) {
     if let Some(class) = failure {
-        ::metrics::counter!(RPC_FAILURES.name, "method" => method, "exception" => class.to_owned())
-            .increment(1);
+        count_failure(method, class);
     }
     // To look its counters up in the recorder each time costs as much as to answer a call.
     thread_local! {
@@ -159,6 +158,12 @@ pub fn count_call(method: &'static str, failure: Option<&str>, took: Duration) {
         calls.increment(1);
         times.record(took.as_secs_f64());
     });
+}
+
+/// Counts a call that failed, or was refused before it began.
+pub fn count_failure(method: &'static str, class: &str) {
+    ::metrics::counter!(RPC_FAILURES.name, "method" => method, "exception" => class.to_owned())
+        .increment(1);
 }
 
 /// Counts one round of statistics in each of the scopes.

@@ -33,6 +33,8 @@ use super::transport::{
 use admission::Admission;
 use answer::Answerer;
 
+/// How long the name of the address may take.
+const LOOKUP: Duration = Duration::from_secs(5);
 /// Pause between two looks whether an address is free.
 const ADDRESS_PAUSE: Duration = Duration::from_millis(50);
 
@@ -297,13 +299,13 @@ pub async fn await_address(address: &str, grace: Duration) -> Result<(), BindErr
 }
 
 async fn resolve(address: &str) -> Result<SocketAddr, BindError> {
-    let addresses =
-        tokio::net::lookup_host(address)
-            .await
-            .map_err(|source| BindError::Resolve {
-                address: address.to_owned(),
-                source,
-            })?;
+    let addresses = tokio::time::timeout(LOOKUP, tokio::net::lookup_host(address))
+        .await
+        .unwrap_or_else(|late| Err(late.into()))
+        .map_err(|source| BindError::Resolve {
+            address: address.to_owned(),
+            source,
+        })?;
     preferred(addresses).ok_or_else(|| BindError::NoAddress(address.to_owned()))
 }
 

@@ -110,8 +110,14 @@ pub struct Records {
 impl Records {
     /// Takes in a pass; answers what is to be stored: node, kernels, processes.
     pub fn observe(&mut self, pass: &Pass<'_>) -> [Vec<Entry>; 3] {
+        // A dataplane that has just begun has not heard of any driver.
+        let heard = |snapshot: &&ObservedSnapshot| {
+            let node = snapshot.node.as_ref();
+            node.is_some_and(|node| node.counters.accelerators_found.is_some())
+        };
         let accelerators = pass
             .snapshot
+            .filter(heard)
             .map(|snapshot| snapshot.accelerators.as_slice());
         let node = self.node.observe(pass.reading, accelerators);
         // Without a dataplane nothing is known of any kernel, which is told as well.

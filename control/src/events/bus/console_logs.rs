@@ -263,7 +263,11 @@ impl Shipper {
                 }
             }
             Shipping::Unsent => {
-                put(&self.lists, container, &Bytes::from(text), self.chunk).await?;
+                let text = Bytes::from(text);
+                if let Err(err) = put(&self.lists, container, &text, self.chunk).await {
+                    self.clear(container, &err).await;
+                    return Err(err);
+                }
                 self.mark(kernel, container, Shipping::Announcing).await?;
             }
         }
@@ -273,11 +277,23 @@ impl Shipper {
             if err.is_certain() {
                 // Nobody was told, and the list may be gone before anybody is.
                 self.mark(kernel, container, Shipping::Unsent).await?;
+                let err = err.into();
+                self.clear(container, &err).await;
+                return Err(err);
             }
             return Err(err.into());
         }
         self.events.emit(event);
         self.mark(kernel, container, Shipping::Sent).await
+    }
+
+    /// Leaves nothing of a console in a server that refuses the rest: it may be short of memory for that.
+    async fn clear(&self, container: ContainerId, err: &ConsoleLogError) {
+        if let ConsoleLogError::Store(StoreError::Refused { .. }) = err
+            && let Err(err) = self.lists.delete(key(container)).await
+        {
+            tracing::debug!(container_id = %container, err = chain(&err), "a part of a console stays on the bus until it lapses");
+        }
     }
 
     /// Leaves managers time to read: after an outage more may wait than the stream keeps.

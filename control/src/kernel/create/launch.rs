@@ -102,7 +102,7 @@ fn take_ports(
         .mapped_ssh_port(order.config.hostname(), order.id);
     // What an image opens on the host's network is its own choice. In the pool it is nobody else's then.
     for port in prepare::own_ports(&prepared.services, network) {
-        match node.ports.claim(kernel.id, port) {
+        match node.ports.claim_unpromised(kernel.id, port) {
             Ok(()) | Err(PortError::OutsideRange { .. }) => {}
             Err(err) => {
                 tracing::warn!(kernel_id = %kernel.id, port, err = &err as &dyn std::error::Error,

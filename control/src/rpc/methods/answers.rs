@@ -50,7 +50,14 @@ pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Fa
         match node.docker.logs(&container.to_string(), options).await {
             Ok(log) => return reply(&json!({ "logs": log.text })),
             Err(err) if err.is_not_found() => {}
-            Err(err) => refused = Some(Failure::new("DockerError", chain(&err))),
+            Err(err) => {
+                let failure = Failure::new("DockerError", chain(&err));
+                // What is kept of a kernel at work is of the container before its restart.
+                if kernel.is_up() {
+                    return Err(failure);
+                }
+                refused = Some(failure);
+            }
         }
     }
     match kept_log(node, id).await {

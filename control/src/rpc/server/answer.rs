@@ -7,7 +7,7 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 use super::admission::Ticket;
 use super::{Limits, Shared, is_call};
-use crate::metrics::count_call;
+use crate::metrics::{count_call, count_failure};
 use crate::rpc::catalogue;
 use crate::rpc::failure::Failure;
 use crate::rpc::frame::{self, Frames, Header, HeaderError};
@@ -92,11 +92,7 @@ impl Answerer {
 
     /// A refusal is never worth waiting for: the queue of a connection that doesn't read is full.
     fn refuse(&self, from: &Arc<Link>, header: &Header, failure: &Failure) {
-        count_call(
-            counted_name(&header.method),
-            Some(&failure.class),
-            Duration::ZERO,
-        );
+        count_failure(counted_name(&header.method), &failure.class);
         log_refused(from.peer(), &header.method, failure);
         let sent = match header.failure(failure) {
             Ok(frames) => from.try_send(&frames),

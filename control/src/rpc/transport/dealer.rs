@@ -1,5 +1,6 @@
 //! The connecting end. Dropping it closes the connection.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,11 +33,7 @@ impl Dealer {
         let config = ConnectionConfig::new(Role::Client, SocketType::Dealer)
             .max_message_size(max_message_bytes)
             .mechanism(client_mechanism(curve)?);
-        let stream = match timeout_at(until, TcpStream::connect(addresses)).await {
-            Ok(connected) => connected.map_err(TransportError::Unreachable)?,
-            Err(elapsed) => return Err(TransportError::Unreachable(elapsed.into())),
-        };
-        let address = stream.peer_addr().map_err(TransportError::Unreachable)?;
+        let (stream, address) = connect(addresses, until).await?;
         stream
             .set_nodelay(true)
             .map_err(TransportError::Unreachable)?;
@@ -57,6 +54,24 @@ impl Dealer {
     pub(in crate::rpc) async fn next(&mut self) -> Result<&[Bytes], LinkError> {
         self.reader.receive().await
     }
+}
+
+/// By the first address that answers. One that does not leaves time for those after it.
+async fn connect(
+    addresses: &[SocketAddr],
+    until: Instant,
+) -> Result<(TcpStream, SocketAddr), TransportError> {
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for (place, address) in (1..=addresses.len()).rev().zip(addresses) {
+        let left = until.saturating_duration_since(Instant::now());
+        let share = left / u32::try_from(place).unwrap_or(u32::MAX);
+        match tokio::time::timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok((stream, *address)),
+            Ok(Err(err)) => last = err,
+            Err(elapsed) => last = elapsed.into(),
+        }
+    }
+    Err(TransportError::Unreachable(last))
 }
 
 /// Sends on a connecting end.
