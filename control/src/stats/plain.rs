@@ -124,8 +124,9 @@ mod tests {
     #[test]
     fn every_counter_is_there_and_says_its_unit() {
         // Numbers of things, and of happenings.
-        const COUNTS: [&str; 9] = [
-            "current", "limit", "periods", "found", "sampled", "open", "active", "total", "out",
+        const COUNTS: [&str; 10] = [
+            "current", "limit", "periods", "found", "silent", "sampled", "open", "active", "total",
+            "out",
         ];
         const HAPPENED: [&str; 8] = [
             "events",
