@@ -245,6 +245,7 @@ async fn sentinels_are_asked_for_the_master() -> Result<()> {
         service_name: "mymaster".into(),
     };
     wanted.connect_timeout = Duration::from_secs(60);
+    wanted.command_timeout = Duration::from_secs(60);
     let (bus, _events) = super::bus(&wanted)?;
     let put = bus.statistics().put("k", "w", LIMIT);
     // The publisher waits no longer.
