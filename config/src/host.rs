@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -39,6 +40,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// Whether the path is there, on tmpfs, for whomever to write.
     fn is_on_tmpfs(&self, path: &Path) -> bool {
         self.is_writable_tmpfs(path)
+    }
+    /// Whether the path is this user's.
+    fn is_own(&self, _path: &Path) -> bool {
+        true
     }
     /// Whether writing there fails because the file system, as this process sees it, is read-only.
     fn is_read_only(&self, _path: &Path) -> bool {
@@ -113,6 +118,11 @@ impl Host for ThisHost {
 
     fn is_on_tmpfs(&self, path: &Path) -> bool {
         statfs(path).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC)
+    }
+
+    fn is_own(&self, path: &Path) -> bool {
+        let uid = geteuid().as_raw();
+        std::fs::metadata(path).is_ok_and(|it| it.uid() == uid)
     }
 
     fn is_read_only(&self, path: &Path) -> bool {

@@ -21,7 +21,9 @@ pub fn means_plugin(entry: &str, plugin: &str) -> bool {
         Some(path) => path.strip_suffix(".plugin").unwrap_or(path),
         None => entry.rsplit('.').next().unwrap_or(entry),
     };
-    !module.contains('.') && module.split('_').next() == Some(plugin)
+    // Names of slots, which device plugins go by, may have either.
+    let is_same = module == plugin || module.replace('_', "-") == plugin;
+    !module.contains('.') && (is_same || module.split('_').next() == Some(plugin))
 }
 
 #[cfg(test)]
@@ -31,7 +33,7 @@ mod tests {
     #[test]
     fn an_entry_means_a_plugin_or_all_below_a_package() {
         let means = |entry: &str| {
-            ["cuda", "rocm", "mock"]
+            ["cuda", "rocm", "mock", "my_npu", "atom-plus"]
                 .into_iter()
                 .filter(|plugin| means_plugin(entry, plugin))
                 .collect::<Vec<_>>()
@@ -43,9 +45,11 @@ mod tests {
             ("ai.backend.accelerator.rocm", "rocm"),
             ("mock", "mock"),
             ("cuda_open", "cuda"),
-            ("ai.backend.accelerator", "cuda rocm mock"),
-            ("ai.backend", "cuda rocm mock"),
-            ("ai", "cuda rocm mock"),
+            ("my_npu", "my_npu"),
+            ("ai.backend.accelerator.atom_plus", "atom-plus"),
+            ("ai.backend.accelerator", "cuda rocm mock my_npu atom-plus"),
+            ("ai.backend", "cuda rocm mock my_npu atom-plus"),
+            ("ai", "cuda rocm mock my_npu atom-plus"),
             // A part of a name is no package.
             ("ai.back", ""),
             ("a", ""),

@@ -297,6 +297,7 @@ impl PortPool {
     /// Takes a given port that nobody was promised.
     pub fn claim_unpromised(&self, kernel: KernelId, port: u16) -> Result<(), PortError> {
         let mut pool = self.pool();
+        pool.expire_assignments(Instant::now());
         let promised = pool.held.get(&port);
         if promised.is_some_and(|held| held.owner == PortOwner::Assigned) {
             return Err(PortError::Taken { port });

@@ -280,8 +280,8 @@ async fn a_creation_does_not_stand_in_line_behind_removals() {
     let docker = Docker::new(&DockerOptions {
         change_limit: 2,
         deadlines: Deadlines {
-            create: Duration::from_secs(5),
-            remove: WATCHDOG,
+            create: WATCHDOG,
+            remove: 10 * WATCHDOG,
             ..Deadlines::default()
         },
         ..options(&proxy)
@@ -314,7 +314,8 @@ async fn a_creation_does_not_stand_in_line_behind_removals() {
     let _owned = Owned(name.clone());
     docker.create(&name, &body).await.unwrap();
     assert_eq!(asked(), DockerOptions::default().removal_limit);
-    assert_eq!(removals.len(), 10, "a removal has ended");
+    let ended = removals.try_join_next();
+    assert!(ended.is_none(), "a removal has ended: {ended:?}");
 }
 
 async fn next(events: &mut EventStream) -> EngineEvent {
@@ -674,10 +675,17 @@ async fn a_pull_ends_with_its_last_waiter_and_can_be_cancelled() {
 async fn a_distro_probe_is_removed_also_when_it_fails() {
     let proxy = FaultDocker::start().unwrap();
     let name = image(Image::Bare).unwrap();
-    let probes = |of: Vec<control::docker::ContainerSummary>, id: &str| {
-        of.iter()
-            .filter(|probe| probe.image_id.as_deref() == Some(id))
-            .count()
+    let removed = async |id: &str| {
+        let gone = async || {
+            let probes = direct().list_labelled(true, PROBE_LABEL).await.unwrap();
+            let mut probes = probes.iter();
+            probes
+                .all(|probe| probe.image_id.as_deref() != Some(id))
+                .then_some(())
+        };
+        wait::until("no probe is left", WATCHDOG, gone)
+            .await
+            .unwrap();
     };
     // An image of its own, so that other tests' probes are not counted.
     let own = harness::images::import(
@@ -698,8 +706,7 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
         .await
         .unwrap_err();
     assert!(matches!(err, DistroError::Timeout { .. }), "{err:?}");
-    let left = direct().list_labelled(true, PROBE_LABEL).await.unwrap();
-    assert_eq!(probes(left, &id), 0);
+    removed(&id).await;
     // No `ldd` in it: the words say what to do, nothing is left.
     proxy.behave();
     let patient = DockerOptions {
@@ -717,8 +724,7 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
             .contains("label it with ai.backend.base-distro"),
         "{err}"
     );
-    let left = direct().list_labelled(true, PROBE_LABEL).await.unwrap();
-    assert_eq!(probes(left, &id), 0);
+    removed(&id).await;
     // Given up midway: the removal goes on by itself.
     proxy.spoil("/wait", Fault::Hang, 1);
     proxy.spoil("/start", Fault::json(204, ""), 1);
@@ -738,15 +744,7 @@ async fn a_distro_probe_is_removed_also_when_it_fails() {
             () = at_work => {}
         }
     }
-    let watchdog = tokio::time::Instant::now() + WATCHDOG;
-    while probes(
-        direct().list_labelled(true, PROBE_LABEL).await.unwrap(),
-        &id,
-    ) > 0
-    {
-        assert!(tokio::time::Instant::now() < watchdog, "the probe stays");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    removed(&id).await;
     // At its next start the agent removes its own and leaves those of the other agents at work.
     let create = |owner: &str| {
         let label = format!("{PROBE_LABEL}={owner}");

@@ -219,7 +219,7 @@ async fn defect_busy_host_port_fails_the_creation() -> Result<()> {
 async fn creations_at_work_are_bounded_for_the_node() -> Result<()> {
     let node = Node::start(NodeOptions {
         agent: "kernel-creation-concurrency = 1".to_owned(),
-        node: "folder-wait = 5.0".to_owned(),
+        node: "folder-wait = 10.0".to_owned(),
         ..NodeOptions::default()
     })
     .await?;

@@ -29,7 +29,7 @@ async fn leaving_in_between(node: &Node, order: &Order) -> Result<String> {
             Value::from("left"),
             Value::from(mode),
             Value::from(""),
-            rpc::to_value(&json!({ "exec": "echo one; sleep 1.5; echo two" }))?,
+            rpc::to_value(&json!({ "exec": "echo one; sleep 8; echo two" }))?,
             Value::Float(flush),
         ])
     };
@@ -38,7 +38,7 @@ async fn leaving_in_between(node: &Node, order: &Order) -> Result<String> {
         assert_eq!(reply["status"], status);
     }
     let client = node.client().await?;
-    let polls = client.call("execute", call("continue", 0.7)?, vec![], SOON);
+    let polls = client.call("execute", call("continue", 5.0)?, vec![], SOON);
     let answered = tokio::time::timeout(Duration::from_millis(300), polls).await;
     ensure!(answered.is_err(), "{answered:?}");
     drop(client);

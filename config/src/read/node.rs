@@ -195,7 +195,7 @@ fn run_dir(s: &mut Section<'_, '_>) -> PathBuf {
     // Who looks may be who runs the programs, and else looks at those of the units.
     let own = places
         .iter()
-        .find(|it| writable(it) && (!looks || host.is_on_tmpfs(it)));
+        .find(|it| writable(it) && (!looks || host.is_on_tmpfs(it) && host.is_own(it)));
     let there = places.iter().find(|place| looks && host.is_on_tmpfs(place));
     let place = own.or(there).or_else(|| places.iter().find(writable));
     // Who only looks needs none.
@@ -419,6 +419,8 @@ fn dataplane(node: &mut Section<'_, '_>) -> DataplaneLimits {
 
 /// Most calls wait for a kernel to start or to end: there may be a few for each.
 const CALLS_PER_CONTAINER: u32 = 4;
+/// What a node of few containers lets in all the same: pulls, uploads and logs are calls, too.
+const FEWEST_CALLS: u32 = 512;
 
 fn rpc(node: &mut Section<'_, '_>, max_containers: u32) -> RpcLimits {
     let table = node.table();
@@ -432,7 +434,7 @@ fn rpc(node: &mut Section<'_, '_>, max_containers: u32) -> RpcLimits {
         }),
         max_in_flight: s.or_checked(
             key("max-in-flight"),
-            CALLS_PER_CONTAINER * max_containers,
+            (CALLS_PER_CONTAINER * max_containers).max(FEWEST_CALLS),
             within(1, 100_000),
         ),
     };

@@ -165,7 +165,7 @@ impl PluginHost {
             if answer.by_cdi && !self.engine.get().cdi {
                 return Err(GrantError::Answer {
                     resource: resource.clone(),
-                    why: "CDI names, which this engine does not know (Docker 25 or newer with CDI switched on does; the agent looks when it starts)".to_owned(),
+                    why: "CDI names, which this engine does not know (Docker 25 or newer with CDI switched on does; the agent asks until it is told)".to_owned(),
                 });
             }
             granted.merge(answer);

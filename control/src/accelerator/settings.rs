@@ -88,6 +88,14 @@ impl Settings {
             }
             on
         });
+        for slot in file.device_plugins.values() {
+            if !switches.allow(device_of(slot)) {
+                tracing::warn!(
+                    slot,
+                    "devices of a device plugin are switched off by agent.allow-compute-plugins or agent.block-compute-plugins"
+                );
+            }
+        }
         let mut cuda = Sharing {
             fractional: file.allocation_mode == AllocationMode::Fractional,
             units: ShareUnits {

@@ -109,6 +109,7 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
 }
 
 /// The right to be at work on a creation: to use the node's disks and its engine.
+#[derive(Debug)]
 struct Turn<'n> {
     node: &'n Node,
     held: Option<SemaphorePermit<'n>>,
@@ -456,8 +457,9 @@ pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 
 /// A kernel that can be made anew.
 #[derive(Debug)]
-pub struct Ready {
+pub struct Ready<'n> {
     found: Found,
+    turn: Turn<'n>,
 }
 
 /// Looks whether a kernel in service can be made anew, once one more creation may be at work on this
@@ -465,16 +467,16 @@ pub struct Ready {
 ///
 /// # Errors
 /// It can't, and goes on.
-pub async fn look_ahead(
-    node: &Arc<Node>,
+pub async fn look_ahead<'n>(
+    node: &'n Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-) -> Result<Ready, CreateError> {
+) -> Result<Ready<'n>, CreateError> {
     let mut turn = Turn { node, held: None };
     turn.resume().await?;
     node.progress(kernel.id, "checking whether it can be made anew");
     let found = guarded(Box::pin(find(node, kernel, order, &mut turn))).await?;
-    Ok(Ready { found })
+    Ok(Ready { found, turn })
 }
 
 /// Second half of a restart: a new container with the same devices, ports and files, of what was found
@@ -483,16 +485,13 @@ pub async fn recreate(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    ready: Ready,
+    ready: Ready<'_>,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let built = match Turn::take(node, kernel, &abort).await {
-        Ok(mut turn) => {
-            let rebuilt = rebuild(node, kernel, order, &ready.found, &abort, &mut turn);
-            guarded(Box::pin(rebuilt)).await
-        }
-        Err(err) => Err(err),
-    };
+    let Ready { found, mut turn } = ready;
+    let rebuilt = rebuild(node, kernel, order, &found, &abort, &mut turn);
+    let built = guarded(Box::pin(rebuilt)).await;
+    drop(turn);
     conclude(node, kernel, built).await
 }
 

@@ -2,7 +2,8 @@
 //!
 //! In: a kernel whose lifecycle has decided its end. Out: no container, no rows, no scratch, no
 //! reservation, no port, no journal file, and one `kernel_terminated` with the real exit code.
-//! Invariants: ending one kernel waits for no other kernel; nothing is given back while the
+//! Invariants: ending one kernel waits for no other kernel, but for its turn to have its console
+//! kept; nothing is given back while the
 //! container may still use it, so with a broken engine the ending goes on trying; the journal file
 //! goes after the end and its announcement are on the disk; every single wait has a deadline.
 
@@ -40,6 +41,8 @@ const CONSOLE_TOLD: Duration = Duration::from_secs(3);
 pub const CONSOLES_AT_ONCE: usize = 8;
 /// How long an end waits for the consoles of others to be brought to the bus, so that none has to be dropped.
 const CONSOLE_ROOM: Duration = Duration::from_secs(30);
+/// How long a restart waits for its turn among them.
+const CONSOLE_TURN: Duration = Duration::from_secs(10);
 /// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
 const DESTROY_MARGIN: Duration = Duration::from_secs(200);
 
@@ -399,16 +402,25 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
         partial: true,
         ..LogOptions::default()
     };
-    let Ok(turn) = node.console_turns.acquire().await else {
-        return;
+    // A kernel that is restarted does not end for others' sake: it waits no longer than it has time for.
+    let ends = kernel.ending().is_some();
+    let turn = node.console_turns.acquire();
+    let turn = match ends {
+        true => turn.await.ok(),
+        false => tokio::time::timeout(CONSOLE_TURN, turn)
+            .await
+            .ok()
+            .and_then(Result::ok),
     };
-    if let Some(consoles) = &node.consoles {
+    if let Some(consoles) = node.consoles.as_ref().filter(|_| ends) {
         // Those that are at it come to it.
         let most = node
             .logs
             .waiting_room(node.config.container_logs.max_length.0);
-        let most = most.saturating_sub(CONSOLES_AT_ONCE);
-        consoles.room(most, CONSOLE_ROOM).await;
+        let most = most.saturating_sub(CONSOLES_AT_ONCE).max(CONSOLES_AT_ONCE);
+        let room = consoles.room(most, CONSOLE_ROOM);
+        // Nothing is brought any more then.
+        node.stopping.run_until_cancelled(room).await;
     }
     let text = match node.docker.logs(container, options).await {
         Ok(log) => log.text,
@@ -421,10 +433,10 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
     // In a cluster the event follows when the console is where managers look for it.
     let parcel = kernel.container().filter(|_| node.consoles.is_some());
     let kept = blocking(move || {
+        // Before it is there: others are stored meanwhile, and drop what has no mark first.
+        let shipping = parcel.map(|container| logs.to_ship(id, container));
         logs.store(id, &text)?;
-        parcel
-            .map(|container| logs.to_ship(id, container))
-            .transpose()
+        shipping.transpose()
     })
     .await;
     drop(turn);

@@ -24,7 +24,7 @@ pub const PROBE_LABEL: &str = "ai.backend.distro-probe";
 const PROBE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How often, and how many times, a container that was given up while the engine made it is looked for.
-const GIVEN_UP: (Duration, u32) = (Duration::from_millis(500), 20);
+const GIVEN_UP: (Duration, u32) = (Duration::from_secs(1), 60);
 
 /// After this long a probe is left over, whichever agent made it: many times its deadline.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
@@ -198,7 +198,7 @@ impl Distros {
         // From here on the container may exist, whatever the engine answers or whoever gives up.
         let removal = Removal {
             docker: self.docker.clone(),
-            name: Some(name.clone()),
+            name: name.clone(),
         };
         let ran = tokio::time::timeout(self.deadline, async {
             self.docker.create(&name, &body).await?;
@@ -218,7 +218,8 @@ impl Distros {
             Ok(self.docker.logs(&name, options).await?.text)
         })
         .await;
-        removal.finish().await;
+        // In the background: its answer waits in line with the removals of kernels.
+        drop(removal);
         match ran {
             Ok(Err(DockerError::Timeout { .. })) | Err(_) => Err(DistroError::Timeout {
                 image: image.to_owned(),
@@ -266,23 +267,13 @@ fn is_left_over(owner: Option<&String>, created: Option<i64>, agent_id: &str, no
 #[derive(Debug)]
 struct Removal {
     docker: Docker,
-    name: Option<String>,
-}
-
-impl Removal {
-    async fn finish(mut self) {
-        if let Some(name) = &self.name {
-            remove(&self.docker, name).await;
-        }
-        self.name = None;
-    }
+    name: String,
 }
 
 impl Drop for Removal {
     fn drop(&mut self) {
-        if let (Some(name), Ok(runtime)) = (self.name.take(), tokio::runtime::Handle::try_current())
-        {
-            let docker = self.docker.clone();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (docker, name) = (self.docker.clone(), std::mem::take(&mut self.name));
             runtime.spawn(async move {
                 // The engine may still be making it.
                 for _ in 0..GIVEN_UP.1 {

@@ -42,17 +42,25 @@ pub enum Shipping {
     Unsent,
     /// The manager is being told: when this is found at a start, it may have been.
     Announcing,
+    /// The bus refuses it. The next life of the agent tries again.
+    Refused,
     /// The manager was told.
     Sent,
 }
 
 impl Shipping {
-    const ALL: [Shipping; 3] = [Shipping::Unsent, Shipping::Announcing, Shipping::Sent];
+    const ALL: [Shipping; 4] = [
+        Shipping::Unsent,
+        Shipping::Announcing,
+        Shipping::Refused,
+        Shipping::Sent,
+    ];
 
     fn word(self) -> &'static str {
         match self {
             Shipping::Unsent => "unsent",
             Shipping::Announcing => "announcing",
+            Shipping::Refused => "refused",
             Shipping::Sent => "sent",
         }
     }
@@ -182,7 +190,7 @@ impl KeptLogs {
                 continue;
             };
             let modified = entry.metadata().and_then(|metadata| metadata.modified());
-            if let (mark, Shipping::Unsent | Shipping::Announcing) = mark
+            if let (mark, Shipping::Unsent | Shipping::Announcing | Shipping::Refused) = mark
                 && let Ok(modified) = modified
             {
                 found.push((modified, mark));
@@ -197,7 +205,7 @@ impl KeptLogs {
             .join(format!("{kernel}.{container}.{}", shipping.word()))
     }
 
-    /// `newest` has no mark yet.
+    /// `newest` stays, whether it has a mark or not.
     fn drop_oldest(&self, newest: KernelId) -> io::Result<()> {
         let mut consoles: Vec<(SystemTime, u64, String)> = Vec::new();
         let mut others = Vec::new();
@@ -212,7 +220,7 @@ impl KeptLogs {
                 if name
                     .to_str()
                     .and_then(mark_of)
-                    .is_some_and(|(_, shipping)| shipping != Shipping::Sent)
+                    .is_some_and(|(_, it)| matches!(it, Shipping::Unsent | Shipping::Announcing))
                 {
                     waiting.insert(kernel.to_owned());
                 }

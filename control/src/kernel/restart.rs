@@ -254,7 +254,7 @@ async fn replace(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: Order,
-    ready: Ready,
+    ready: Ready<'_>,
 ) -> Result<Value, RestartError> {
     // From here on the next start would go on with it, and with the changes.
     let config = (*order.config).clone();

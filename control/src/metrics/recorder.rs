@@ -15,7 +15,8 @@ use super::page::{Family, Page, families, seconds};
 families! {
     RPC_CALLS = Counter "backendai_rpc_requests_total" ["method"] "Calls of the manager's RPC.";
     RPC_FAILURES = Counter "backendai_rpc_failure_requests_total" ["method exception"]
-        "Calls that were answered with a failure.";
+        "Calls that were answered with a failure; also those refused before they began, which are not \
+         counted as calls, and those whose caller left (CancelledError).";
     RPC_TIMES = Histogram "backendai_rpc_request_duration_seconds" ["method le"]
         "Time from a call's arrival to its reply.";
     STAT_TRIGGERS = Counter "backendai_stat_task_trigger_count_total" ["agent_id stat_scope"]

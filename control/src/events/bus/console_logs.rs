@@ -230,6 +230,10 @@ impl Shipper {
             consoles.attempted(true);
             if refusals.is_last(&err) {
                 tracing::warn!(kernel_id = %kernel, err = chain(&err), "a console is not sent to the manager; it stays on the node");
+                // It gives way to those that are taken.
+                if let Err(err) = self.mark(kernel, container, Shipping::Refused).await {
+                    tracing::debug!(kernel_id = %kernel, err = chain(&err), "cannot note that a console is refused");
+                }
                 return;
             }
             tracing::debug!(kernel_id = %kernel, err = chain(&err), "a console waits for the bus");
@@ -262,7 +266,7 @@ impl Shipper {
                     return self.mark(kernel, container, Shipping::Sent).await;
                 }
             }
-            Shipping::Unsent => {
+            Shipping::Unsent | Shipping::Refused => {
                 let text = Bytes::from(text);
                 if let Err(err) = put(&self.lists, container, &text, self.chunk).await {
                     self.clear(container, &err).await;

@@ -7,6 +7,7 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -152,14 +153,18 @@ impl Answerer {
     ) -> Result<Value, Failure> {
         let call = self.read(from.peer(), header, &envelope)?;
         drop(envelope);
-        let answer = self.service.call(call);
+        let mut answer = self.service.call(call);
         if !self.service.ends_with_its_caller(&header.method) {
             return answer.await;
         }
+        // It is begun also for a caller that leaves at once, and then takes nothing for one that has left.
+        if let Poll::Ready(outcome) = futures_util::poll!(&mut answer) {
+            return outcome;
+        }
         tokio::select! {
             biased;
-            outcome = answer => outcome,
             () = from.ended() => Err(Failure::bare("CancelledError")),
+            outcome = answer => outcome,
         }
     }
 
