@@ -39,7 +39,7 @@ const CONSOLE_TOLD: Duration = Duration::from_secs(3);
 /// Consoles that are read and written at a time: each is in memory as a whole, and many kernels end at once
 /// when a large session does.
 pub const CONSOLES_AT_ONCE: usize = 8;
-/// How long an end waits for the consoles of others to be brought to the bus, so that none has to be dropped.
+/// How long an end waits for the consoles of others to be brought to the bus, so that few have to be dropped.
 const CONSOLE_ROOM: Duration = Duration::from_secs(30);
 /// How long a restart waits for its turn among them.
 const CONSOLE_TURN: Duration = Duration::from_secs(10);
@@ -432,11 +432,9 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
     let (logs, id) = (node.logs.clone(), kernel.id);
     // In a cluster the event follows when the console is where managers look for it.
     let parcel = kernel.container().filter(|_| node.consoles.is_some());
-    let kept = blocking(move || {
-        // Before it is there: others are stored meanwhile, and drop what has no mark first.
-        let shipping = parcel.map(|container| logs.to_ship(id, container));
-        logs.store(id, &text)?;
-        shipping.transpose()
+    let kept = blocking(move || match parcel {
+        Some(container) => logs.store_to_ship(id, container, &text).map(Some),
+        None => logs.store(id, &text).map(|()| None),
     })
     .await;
     drop(turn);

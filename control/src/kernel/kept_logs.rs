@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use shared::ids::{ContainerId, KernelId};
@@ -72,6 +73,8 @@ pub struct KeptLogs {
     dir: PathBuf,
     keep: usize,
     room: u64,
+    /// Shared by those that store, alone for who drops: a console is not seen without its mark.
+    clearing: Arc<RwLock<()>>,
 }
 
 impl KeptLogs {
@@ -91,6 +94,7 @@ impl KeptLogs {
             dir,
             keep: KEEP,
             room: ROOM,
+            clearing: Arc::default(),
         })
     }
 
@@ -100,17 +104,49 @@ impl KeptLogs {
 
     /// Keeps the console of a kernel and drops the oldest ones, those that were shipped first. Blocks.
     pub fn store(&self, kernel: KernelId, text: &str) -> Result<(), KeptLogsError> {
+        self.store_marked(kernel, None, text).map(|_| ())
+    }
+
+    /// The same, marked to be shipped as the console of a container; answers as [`KeptLogs::to_ship`].
+    /// Blocks.
+    pub fn store_to_ship(
+        &self,
+        kernel: KernelId,
+        container: ContainerId,
+        text: &str,
+    ) -> Result<Shipping, KeptLogsError> {
+        let shipping = self.store_marked(kernel, Some(container), text)?;
+        Ok(shipping.unwrap_or(Shipping::Unsent))
+    }
+
+    fn store_marked(
+        &self,
+        kernel: KernelId,
+        container: Option<ContainerId>,
+        text: &str,
+    ) -> Result<Option<Shipping>, KeptLogsError> {
         let path = self.path(kernel);
+        let storing = self.clearing.read().unwrap_or_else(PoisonError::into_inner);
         replace_file(&path, text.as_bytes()).map_err(|source| KeptLogsError {
             step: "write",
             path,
             source,
         })?;
+        // Not before: a mark found at the next start is of what is there.
+        let shipping = container
+            .map(|container| self.to_ship(kernel, container))
+            .transpose()?;
+        drop(storing);
+        let _clearing = self
+            .clearing
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         self.drop_oldest(kernel).map_err(|source| KeptLogsError {
             step: "clear out",
             path: self.dir.clone(),
             source,
-        })
+        })?;
+        Ok(shipping)
     }
 
     /// How many consoles of `size` bytes each may wait to be shipped with none of them dropped.
@@ -400,5 +436,21 @@ mod tests {
             .unwrap();
         assert_eq!(logs.shipping(kernel(1), container(1)), None, "came back");
         assert_eq!(logs.load(kernel(1)), None);
+    }
+
+    /// A mark without its console would be of another one, found at the next start.
+    #[test]
+    fn what_could_not_be_stored_is_not_marked() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = KeptLogs::open(dir.path(), "i-node").unwrap();
+        let (kernel, container) = (KernelId([1; 16]), ContainerId([1; 32]));
+        std::fs::create_dir_all(logs.path(kernel).join("in the way")).unwrap();
+        assert!(logs.store_to_ship(kernel, container, "console").is_err());
+        assert!(logs.unshipped().is_empty());
+        std::fs::remove_dir_all(logs.path(kernel)).unwrap();
+        let shipping = logs.store_to_ship(kernel, container, "console").unwrap();
+        assert_eq!(shipping, Shipping::Unsent);
+        assert_eq!(logs.unshipped(), [(kernel, container)]);
+        assert_eq!(logs.load(kernel).as_deref(), Some("console"));
     }
 }
