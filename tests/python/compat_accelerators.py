@@ -35,9 +35,8 @@ def driver():
     nodes = {name: (1, 3) for name in ("/dev/nvidiactl", "/dev/nvidia-uvm")}
     for index in range(DEVICES):
         pci, minor = f"{16 + index:02x}:00.0", FIRST_MINOR + index
-        files[f"proc/driver/nvidia/gpus/0000:{pci}/information"] = f"Device Minor: {minor}\n"
         nodes[f"/dev/nvidia{minor}"] = (1, 3)
-        lines.append(f"device {index} uuid=GPU-{UUID}{index:04} name=Stand-in mem={80 << 30} pci=00000000:{pci.upper()} sms=132 mig={int(index in DIVIDED)}\n")
+        lines.append(f"device {index} uuid=GPU-{UUID}{index:04} name=Stand-in mem={80 << 30} pci=00000000:{pci.upper()} minor={minor} sms=132 mig={int(index in DIVIDED)}\n")
         for part in range(PARTS if index in DIVIDED else 0):
             lines.append(f"part {index} {part} uuid=MIG-{UUID}{index:02}{part:02} mem=10200547328 sms=16 slices=1 gi={part} ci=0\n")
             for level, name in enumerate(("access", "ci0/access")):
