@@ -227,6 +227,7 @@ static long (*bpf_l4_csum_replace)(struct __sk_buff *skb, __u32 offset, __u64 fr
 				   __u64 flags) = (void *)11;
 static __s64 (*bpf_csum_diff)(__u32 *from, __u32 from_size, __u32 *to, __u32 to_size,
 			      __u32 seed) = (void *)28;
+static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static __u64 (*bpf_get_socket_cookie)(void *ctx) = (void *)46;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to,
 				  __u32 length) = (void *)26;
@@ -243,6 +244,8 @@ static __u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
 static long (*bpf_for_each_map_elem)(void *map, void *callback, void *context,
 				     __u64 flags) = (void *)164;
 
+/* bpf_redirect: as if the interface had received it. */
+#define INTO_INTERFACE 1
 /* bpf_l4_csum_replace: the sum covers the addresses too ... */
 #define SUM_PSEUDO_HEADER (1 << 4)
 /* ... and they are IPv6's (6.16 and later; older kernels refuse the flag). */

@@ -11,10 +11,12 @@
  *
  * Whatever is not clearly ours goes on to the next program and then the stack, where the listener
  * of the relay waits: IP options, VLAN tags, other protocols, other addresses, clients outside the
- * row's networks or without a route back, ports at their limit. A TCP flow starts with a SYN. A later segment without an
- * entry belongs to a socket of this host if there is one, or to a connection that was made from here by
- * somebody whom the host masquerades, else its entry was lost and is made again from the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell
- * of. A container whose veth is gone gets nothing: the redirect drops.
+ * row's networks or without a route back, ports at their limit. A TCP flow starts with a SYN. A later
+ * segment without an entry belongs to a socket of this host if there is one, or to a connection that was
+ * made from here by somebody whom the host masquerades, else its entry was lost and is made again from
+ * the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell of. A
+ * container whose veth is gone gets nothing: the redirect drops. Answers to this host's own clients
+ * pass by the bridge's code.
  */
 #include "kernel.h"
 #include "maps.h"
@@ -98,6 +100,16 @@ struct {
 	MAP_TYPE(key, __u32);
 	MAP_TYPE(value, struct local_flow);
 } local_flows SEC(".maps");
+
+/* The bridges of containers' links, by the number of the host's end. */
+struct {
+	MAP_UINT(type, MAP_HASH);
+	MAP_UINT(max_entries, 16384);
+	MAP_UINT(map_flags, MAP_NO_PREALLOC);
+	MAP_UINT(pinning, MAP_PIN_BY_NAME);
+	MAP_TYPE(key, __u32);
+	MAP_TYPE(value, struct bridge);
+} bridges SEC(".maps");
 
 /* So long receivers wait for the rest of a datagram. */
 #define FRAGMENT_LIFE_NS 30000000000ULL
@@ -622,6 +634,30 @@ int from_uplink(struct __sk_buff *skb)
 	return deliver(skb, link);
 }
 
+/* Puts what a container sends to this host into the bridge's interface, past the code that looks for the
+ * member to pass it on to. One packet every 17 s goes the long way: the bridge would forget where
+ * the container is and pass what is for it to all members. */
+static ALWAYS_INLINE int hand_to_host(struct __sk_buff *skb)
+{
+	__u32 link = skb->ifindex;
+	struct bridge *bridge = bpf_map_lookup_elem(&bridges, &link);
+	__u32 now = bpf_ktime_get_coarse_ns() >> 34;
+	__u16 *to;
+
+	if (!bridge)
+		return NEXT;
+	if (bridge->learnt != now) {
+		bridge->learnt = now;
+		return NEXT;
+	}
+	/* To another one's hardware address: a router's, maybe. */
+	to = header(skb, 0, ETH_HEADER);
+	if (!to || to[0] != bridge->address[0] || to[1] != bridge->address[1] ||
+	    to[2] != bridge->address[2])
+		return NEXT;
+	return bpf_redirect(bridge->index, INTO_INTERFACE);
+}
+
 SEC("classifier")
 int from_container(struct __sk_buff *skb)
 {
@@ -656,7 +692,8 @@ int from_container(struct __sk_buff *skb)
 		/* Nothing is to be translated any more: its place is soon another's, and still warm. */
 		if (is_last(&it, before))
 			forget_local(&flow_key);
-		return NEXT;
+		/* Fragments stay together. */
+		return it.kind == PACKET_WHOLE ? hand_to_host(skb) : NEXT;
 	}
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
 	 * goes to the container directly. */

@@ -139,6 +139,16 @@ struct delivered {
 	__u64 bytes;
 };
 
+/* The bridge that a container's link belongs to. */
+struct bridge {
+	__u32 index;
+	/* When it last saw a packet of the container's, in a unit of its own. */
+	__u32 learnt;
+	/* Its hardware address. */
+	__u16 address[3];
+	__u16 zero;
+};
+
 /* Flows of a published port: kept up to date by the programs, put right by each sweep. */
 struct port_flows {
 	__s64 active;
@@ -276,6 +286,9 @@ ASSERT_AT(port_counters, packets_out, 24);
 ASSERT_AT(port_counters, bytes_out, 32);
 ASSERT_SIZE(delivered, 16);
 ASSERT_AT(delivered, bytes, 8);
+ASSERT_SIZE(bridge, 16);
+ASSERT_AT(bridge, learnt, 4);
+ASSERT_AT(bridge, address, 8);
 ASSERT_SIZE(port_flows, 32);
 ASSERT_AT(port_flows, local, 8);
 ASSERT_AT(port_flows, next_ns, 16);

@@ -128,6 +128,8 @@ pub mod map {
     pub const COUNTERS: &str = "counters";
     /// What each container was given past the host's end of its link, per CPU.
     pub const DELIVERED: &str = "delivered";
+    /// Bridges of containers' links.
+    pub const BRIDGES: &str = "bridges";
     /// Living flows per published port.
     pub const ACTIVE: &str = "active";
     /// What the next sweep is to do.

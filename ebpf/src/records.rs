@@ -213,6 +213,20 @@ pub struct Delivered {
     pub bytes: u64,
 }
 
+/// `struct bridge`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Bridge {
+    /// Its interface's index.
+    pub index: u32,
+    /// When it last saw a packet of the container's, the program's own.
+    pub learnt: u32,
+    /// Its hardware address.
+    pub address: [u8; 6],
+    /// Zero.
+    pub zero: u16,
+}
+
 /// `struct port_flows`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -422,6 +436,7 @@ layout!(
     refused = 40
 );
 layout!(Delivered, 16, bytes = 8);
+layout!(Bridge, 16, learnt = 4, address = 8);
 layout!(
     PortFlows,
     32,

@@ -30,8 +30,8 @@ use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, PerCpuHashMap};
 use aya::programs::ProgramFd;
 use ebpf::records::{
-    ADDRESS_HOST, Address, Delivered, PortCounters, PortFlows, Service, ServiceKey, SweepOrder,
-    WayBack,
+    ADDRESS_HOST, Address, Bridge, Delivered, PortCounters, PortFlows, Service, ServiceKey,
+    SweepOrder, WayBack,
 };
 use ebpf::{RELEASE_HOOK, map, program};
 use shared::desired::ContainerRow;
@@ -115,6 +115,10 @@ pub struct KernelPath {
     delivered: PerCpuHashMap<MapData, u32, Delivered>,
     /// The same for another thread.
     delivered_table: Option<CounterTable>,
+    /// Bridges of containers' links ...
+    bridges: HashMap<MapData, u32, Bridge>,
+    /// ... and what is there.
+    known_bridges: BTreeMap<u32, Bridge>,
     orders: Array<MapData, SweepOrder>,
     uplink_mtus: HashMap<MapData, u32, u32>,
     /// Networks that routes lead to by the uplinks ...
@@ -262,6 +266,11 @@ impl KernelPath {
         let delivered = typed!(&mut object, map::DELIVERED);
         let delivered_table = CounterTable::open(&pins.directory().join(map::DELIVERED))
             .map_err(KernelPathError::Delivered)?;
+        let bridges: HashMap<MapData, u32, Bridge> = typed!(&mut object, map::BRIDGES);
+        let known = bridges.iter().flatten();
+        let known_bridges = known
+            .map(|(link, it)| (link, Bridge { learnt: 0, ..it }))
+            .collect();
         let orders: Array<MapData, SweepOrder> = typed!(&mut object, map::ORDERS);
         let uplink_mtus = typed!(&mut object, map::UPLINKS);
         let ways_back: LpmTrie<MapData, WayBack, u32> = typed!(&mut object, map::WAYS_BACK);
@@ -310,6 +319,8 @@ impl KernelPath {
             tables,
             delivered,
             delivered_table: Some(delivered_table),
+            bridges,
+            known_bridges,
             orders,
             uplink_mtus,
             ways_back,

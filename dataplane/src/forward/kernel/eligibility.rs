@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 
+use ebpf::records::Bridge;
 use shared::desired::{ContainerRow, PortRow, Protocol};
 
 use crate::sys::netlink::interfaces::Interface;
@@ -27,6 +28,18 @@ pub fn uplinks(interfaces: &BTreeMap<u32, Interface>) -> BTreeSet<u32> {
         .filter(|it| it.addresses.iter().any(|address| is_reachable(*address)))
         .map(|it| it.index)
         .collect()
+}
+
+/// The bridge that a container's link belongs to, if what the container sends to this host may be put into
+/// the bridge's interface: one that tells VLANs apart may have the host in another.
+pub fn bridge_of(link: u32, interfaces: &BTreeMap<u32, Interface>) -> Option<Bridge> {
+    let bridge = interfaces.get(&interfaces.get(&link)?.master?)?;
+    let is_plain = bridge.kind == "bridge" && !bridge.filters_vlans;
+    Some(Bridge {
+        index: bridge.index,
+        address: bridge.hardware.filter(|_| is_plain)?,
+        ..Bridge::default()
+    })
 }
 
 /// Whether clients of other hosts can use this address without naming an interface.

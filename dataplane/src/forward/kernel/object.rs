@@ -10,7 +10,7 @@ use aya::maps::{Map, MapData};
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use ebpf::records::{
-    Address, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSet,
+    Address, Bridge, Delivered, Flow, FlowKey, Fragment, FragmentKey, LedPeer, LedPeerKey, LedSet,
     LocalFlow, Node, PortCounters, PortFlows, Service, ServiceKey, SweepOrder, WayBack,
 };
 use ebpf::{map, program};
@@ -59,7 +59,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
     const PORT: usize = size_of::<ServiceKey>();
     const ADDRESS: usize = size_of::<Address>();
     const NUMBER: usize = size_of::<u32>();
-    let sizes: [(&str, usize, usize); 15] = [
+    let sizes: [(&str, usize, usize); 16] = [
         (map::SERVICES, PORT, size_of::<Service>()),
         (map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
         (map::LOCAL_FLOWS, NUMBER, size_of::<LocalFlow>()),
@@ -75,6 +75,7 @@ pub(super) fn pins_fit(pins: &Pins) -> bool {
         (map::COUNTERS, PORT, size_of::<PortCounters>()),
         (map::ACTIVE, PORT, size_of::<PortFlows>()),
         (map::DELIVERED, NUMBER, size_of::<Delivered>()),
+        (map::BRIDGES, NUMBER, size_of::<Bridge>()),
         (map::ORDERS, NUMBER, size_of::<SweepOrder>()),
         (map::NODES, NUMBER, size_of::<Node>()),
         (map::LED_SOCKETS, NUMBER, size_of::<LedSet>()),

@@ -29,6 +29,14 @@ pub(super) const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
 /// Routes that could not be listed are asked for again after this.
 const ROUTES_AGAIN: Duration = Duration::from_secs(1);
 
+/// What came of a removal: what is not there is removed.
+fn forgotten(name: &'static str, removed: Result<(), MapError>) -> Result<(), KernelPathError> {
+    match removed {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(source) => Err(KernelPathError::Map { name, source }),
+    }
+}
+
 impl KernelPath {
     /// Readable when interfaces, addresses or routes have changed.
     pub fn watch(&self) -> RawFd {
@@ -236,10 +244,7 @@ impl KernelPath {
             source,
         };
         for address in self.known_addresses.difference(&addresses) {
-            match self.addresses.remove(address) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(fails(source)),
-            }
+            forgotten(map::ADDRESSES, self.addresses.remove(address))?;
         }
         for address in addresses.difference(&self.known_addresses) {
             self.addresses
@@ -248,22 +253,13 @@ impl KernelPath {
         }
         self.known_addresses = addresses;
 
-        let gone: Vec<u32> = self
-            .delivered
-            .keys()
-            .flatten()
-            .filter(|link| !self.interfaces.contains_key(link))
-            .collect();
-        for link in gone {
-            match self.delivered.remove(&link) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => {
-                    return Err(KernelPathError::Map {
-                        name: map::DELIVERED,
-                        source,
-                    });
-                }
-            }
+        let links: BTreeSet<u32> = self.delivered.keys().flatten().collect();
+        for link in links.iter().filter(|it| !self.interfaces.contains_key(it)) {
+            forgotten(map::DELIVERED, self.delivered.remove(link))?;
+        }
+        let known = self.known_bridges.keys().copied();
+        for link in known.chain(links).collect::<BTreeSet<u32>>() {
+            self.tell_bridge(link)?;
         }
 
         let wanted = eligibility::uplinks(&self.interfaces);
@@ -291,6 +287,27 @@ impl KernelPath {
         Ok(())
     }
 
+    /// Tells the programs the bridge of a container's link, as far as there is one.
+    pub(super) fn tell_bridge(&mut self, link: u32) -> Result<(), KernelPathError> {
+        let bridge = eligibility::bridge_of(link, &self.interfaces);
+        if self.known_bridges.get(&link) == bridge.as_ref() {
+            return Ok(());
+        }
+        if let Some(bridge) = bridge {
+            self.bridges
+                .insert(link, bridge, 0)
+                .map_err(|source| KernelPathError::Map {
+                    name: map::BRIDGES,
+                    source,
+                })?;
+            self.known_bridges.insert(link, bridge);
+        } else {
+            forgotten(map::BRIDGES, self.bridges.remove(&link))?;
+            self.known_bridges.remove(&link);
+        }
+        Ok(())
+    }
+
     /// By which interfaces clients of other hosts are served now.
     fn note_uplinks(&mut self) {
         let all = self.ways_in.iter().copied();
@@ -314,10 +331,7 @@ impl KernelPath {
         let kept = |index: &u32| wanted.contains(index) || is_down(index);
         let lost: Vec<u32> = known.keys().copied().filter(|it| !kept(it)).collect();
         for index in &lost {
-            match self.uplink_mtus.remove(index) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(fails(source)),
-            }
+            forgotten(map::UPLINKS, self.uplink_mtus.remove(index))?;
         }
         for index in wanted {
             let Some(interface) = self.interfaces.get(index) else {
@@ -385,10 +399,7 @@ impl KernelPath {
         });
         let gone: Vec<_> = self.known_ways.difference(&ways).copied().collect();
         for (bits, way) in gone {
-            match self.ways_back.remove(&Key::new(bits, way)) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(source) => return Err(fails(source)),
-            }
+            forgotten(map::WAYS_BACK, self.ways_back.remove(&Key::new(bits, way)))?;
             self.known_ways.remove(&(bits, way));
         }
         added.map_err(fails)

@@ -360,6 +360,7 @@ impl KernelPath {
         };
         if !self.served.values().any(same_place) {
             self.count_delivered(row.link_index)?;
+            self.tell_bridge(row.link_index)?;
             if let Ok(hooks) = &mut self.hooks {
                 hooks.allow(row.link_index)?;
             }

@@ -26,7 +26,10 @@ const RTMGRP_IPV6_IFADDR: u32 = 0x100;
 const RTMGRP_IPV6_ROUTE: u32 = 0x400;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_MTU: u16 = 4;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// `struct ifaddrmsg`.
@@ -47,6 +50,10 @@ pub struct Interface {
     pub ethernet: bool,
     /// It is up.
     pub up: bool,
+    /// Its hardware address, if that is Ethernet's.
+    pub hardware: Option<[u8; 6]>,
+    /// It is a bridge that tells VLANs apart.
+    pub filters_vlans: bool,
     /// Largest packet, bytes.
     pub mtu: u32,
     /// The bridge or bond it belongs to.
@@ -73,20 +80,29 @@ fn interface(body: &[u8]) -> Option<Interface> {
     for (kind, value) in attributes(body.get(IFINFO..)?) {
         match kind {
             IFLA_IFNAME => found.name = text(value),
+            IFLA_ADDRESS => found.hardware = value.try_into().ok(),
             IFLA_MTU => found.mtu = u32_at(value, 0)?,
             IFLA_MASTER => found.master = u32_at(value, 0),
             IFLA_LINK_NETNSID => found.peer_elsewhere = true,
-            IFLA_LINKINFO => {
-                for (kind, value) in attributes(value) {
-                    if kind == IFLA_INFO_KIND {
-                        found.kind = text(value);
-                    }
-                }
-            }
+            IFLA_LINKINFO => info(value, &mut found),
             _ => {}
         }
     }
     Some(found)
+}
+
+/// Reads what a virtual one says of itself: what kind it is comes first.
+fn info(value: &[u8], found: &mut Interface) {
+    for (kind, value) in attributes(value) {
+        match kind {
+            IFLA_INFO_KIND => found.kind = text(value),
+            IFLA_INFO_DATA if found.kind == "bridge" => {
+                found.filters_vlans = attributes(value)
+                    .any(|(kind, value)| kind == IFLA_BR_VLAN_FILTERING && value != [0]);
+            }
+            _ => {}
+        }
+    }
 }
 
 /// An address of a family, as messages have it.
