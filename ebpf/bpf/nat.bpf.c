@@ -151,12 +151,18 @@ static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct packet *
 	return !(state == SOCKET_TIME_WAIT && (it->flags & TCP_SYN));
 }
 
-/* fe80::/10. */
-static ALWAYS_INLINE int is_of_a_link(const struct address *it)
+/* What comes from there gets no answer: an address of a link is nobody's on the container's, the others
+ * are nobody's at all, and the stack throws such packets away. 0/8, 127/8, 224/3; ::, ::1, fe80::/10,
+ * ff00::/8. */
+static ALWAYS_INLINE int is_unanswerable(const struct address *it)
 {
 	const __u8 *byte = (const __u8 *)it;
 
-	return byte[0] == 0xfe && (byte[1] & 0xc0) == 0x80;
+	if (is_ipv4(it))
+		return byte[12] == 0 || byte[12] == 127 || byte[12] >= 224;
+	if (!it->word[0] && !it->word[1] && !it->word[2] && (it->word[3] & TO_NET32(~1U)) == 0)
+		return 1;
+	return byte[0] == 0xff || (byte[0] == 0xfe && (byte[1] & 0xc0) == 0x80);
 }
 
 static ALWAYS_INLINE __u32 mtu_of(__u32 uplink)
@@ -230,6 +236,26 @@ static ALWAYS_INLINE void follow(struct flow *flow, const struct service_key *ke
 	if ((flow->flags & FLOW_RESET) ||
 	    (flow->flags & (FLOW_FIN_IN | FLOW_FIN_OUT)) == (FLOW_FIN_IN | FLOW_FIN_OUT))
 		end_flow(flow, key);
+}
+
+/* So long after a client's reset the container may still send what it has sent before. */
+#define RESET_TAKES_NS 1000000000ULL
+
+/* The container goes on with a connection: what was said to it in the client's name, a SYN or a reset,
+ * was nothing to it. */
+static ALWAYS_INLINE void believe_container(struct flow *flow, const struct service_key *key)
+{
+	struct port_flows *count;
+
+	if (flow->flags & FLOW_IN_PLACE)
+		flow->flags &= ~(FLOW_HALF_OPEN | FLOW_IN_PLACE);
+	if (!(flow->flags & FLOW_RESET) ||
+	    bpf_ktime_get_coarse_ns() - flow->seen_ns < RESET_TAKES_NS)
+		return;
+	flow->flags &= ~(FLOW_RESET | FLOW_ENDED);
+	count = bpf_map_lookup_elem(&active, key);
+	if (count)
+		__sync_fetch_and_add(&count->active, 1);
 }
 
 /* Whether a packet is the last of a flow of a client on this host: a reset, or the answer to the
@@ -544,13 +570,15 @@ int from_uplink(struct __sk_buff *skb)
 	if (opening && flow && (flow->first_sequence == it.sequence || !takes_new ||
 				(flow->uplink != skb->ifindex && !leads_back(skb, &it)))) {
 		/* The SYN once more. Or the client has forgotten a flow that could not be begun now, or a
-		 * stranger says so, perhaps from where the client can't be. The container knows: if it has the connection, its answer has the client
-		 * end that; if it has not, its answer to another SYN than the flow's ends the flow and leads
-		 * nowhere. The client's next SYN is the listener's. */
+		 * stranger says so, perhaps from where the client can't be. The container knows: if it has
+		 * the connection, its answer has the client end that; if it has not, its answer to another
+		 * SYN than the flow's ends the flow and leads nowhere. The client's next SYN is the
+		 * listener's. */
 	} else if (opening || !flow) {
 		struct port_flows *count;
 		struct port_counters *counter;
 		struct flow fresh = {};
+		__u16 in_place = 0;
 
 		if (!opening && (it.flags & TCP_SYN) && was_made_here(&it))
 			return NEXT;
@@ -560,8 +588,7 @@ int from_uplink(struct __sk_buff *skb)
 			return NEXT;
 		if (!is_allowed(service, &it.source))
 			return NEXT;
-		/* An address of a link is nobody's on the container's. */
-		if (is_of_a_link(&it.source))
+		if (is_unanswerable(&it.source))
 			return NEXT;
 		/* Nobody outside has an address of ours, and containers belong to the listener. */
 		if (bpf_map_lookup_elem(&addresses, &it.source))
@@ -587,8 +614,12 @@ int from_uplink(struct __sk_buff *skb)
 			count_refused(&key);
 			return DROP;
 		}
-		if (flow)
+		if (flow) {
+			if ((flow->flags & (FLOW_ANSWERED | FLOW_HALF_OPEN)) == FLOW_ANSWERED ||
+			    (flow->flags & FLOW_IN_PLACE))
+				in_place = FLOW_IN_PLACE;
 			end_flow(flow, &key);
+		}
 		fresh.host = it.destination;
 		fresh.first_sequence = it.sequence;
 		fresh.uplink = skb->ifindex;
@@ -599,7 +630,7 @@ int from_uplink(struct __sk_buff *skb)
 		if (!opening)
 			fresh.flags = FLOW_REBUILT | FLOW_ANSWERED;
 		else if (tcp)
-			fresh.flags = FLOW_HALF_OPEN;
+			fresh.flags = FLOW_HALF_OPEN | in_place;
 		fresh.seen_ns = bpf_ktime_get_coarse_ns();
 		if (bpf_map_update_elem(&flows, &flow_key, &fresh, 0))
 			return NEXT;
@@ -612,7 +643,9 @@ int from_uplink(struct __sk_buff *skb)
 			counter->flows++;
 	}
 
-	flow->seen_ns = bpf_ktime_get_coarse_ns();
+	/* Of a flow that the client has reset: when that was. */
+	if (!(flow->flags & FLOW_RESET))
+		flow->seen_ns = bpf_ktime_get_coarse_ns();
 	if (flow->uplink != skb->ifindex && leads_back(skb, &it)) {
 		flow->uplink = skb->ifindex;
 		flow->mtu = mtu_of(skb->ifindex);
@@ -710,7 +743,10 @@ int from_container(struct __sk_buff *skb)
 	if (length > flow->mtu)
 		return NEXT;
 
-	flow->seen_ns = bpf_ktime_get_coarse_ns();
+	if (it.protocol != PROTOCOL_TCP || !(it.flags & (TCP_SYN | TCP_RST)))
+		believe_container(flow, &key);
+	if (!(flow->flags & FLOW_RESET))
+		flow->seen_ns = bpf_ktime_get_coarse_ns();
 	if (!(flow->flags & FLOW_ANSWERED))
 		flow->flags |= FLOW_ANSWERED;
 	if (it.protocol == PROTOCOL_TCP)

@@ -82,6 +82,8 @@ struct flow_key {
 #define FLOW_LOCAL 64
 /* Of TCP: the client has not said anything to the container's answer. */
 #define FLOW_HALF_OPEN 128
+/* Of TCP: begun by a SYN in place of a flow that was under way. */
+#define FLOW_IN_PLACE 256
 
 struct flow {
 	/* When the last packet came; 0 for a client on this host's since the last sweep. */

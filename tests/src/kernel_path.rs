@@ -239,7 +239,7 @@ pub fn told(address: SocketAddr) -> std::io::Result<(String, SocketAddr)> {
 }
 
 /// Whether this kernel has links of programs to interfaces: tcx, since Linux 6.6.
-fn knows_links() -> bool {
+pub fn knows_links() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split('.').map(|it| it.parse().unwrap_or(0_u32));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 6)

@@ -2,13 +2,13 @@
 //! they asked for, nobody else's sockets are touched, and it needs no process of ours.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData};
-use ebpf::records::{Address, Flow, FlowKey, LedSet, LocalFlow};
+use ebpf::records::{Address, Bridge, Flow, FlowKey, LedSet, LocalFlow};
 use harness::dataplane::until;
 use harness::kernel_path::{Node, ask, echo, mirror, told};
 use harness::netns::ip;
@@ -244,6 +244,63 @@ fn bytes_of_clients_on_the_host_are_counted() {
 #[test]
 fn bytes_of_clients_on_the_host_are_counted_over_ipv6() {
     bytes_are_counted(1);
+}
+
+/// Packets that the bridge has passed up to the host.
+fn passed_up(node: &Node) -> u64 {
+    let read = || std::fs::read_to_string("/proc/thread-self/net/dev").expect("interfaces");
+    let text = within(&node.network.host, read).expect("the host's namespace");
+    let line = text.lines().find_map(|it| it.trim().strip_prefix("br0:"));
+    let packets = line.and_then(|it| it.split_whitespace().nth(1));
+    packets.and_then(|it| it.parse().ok()).expect("a count")
+}
+
+/// What the container answers does not go through the bridge's code, but where that would be wrong.
+#[test]
+fn answers_to_clients_on_the_host_pass_by_the_bridge() {
+    const WORDS: u64 = 100;
+    let Some((mut node, mut row)) = Node::with_echo() else {
+        return;
+    };
+    for (family, local) in [IpAddr::from([127, 0, 0, 1]), Ipv6Addr::LOCALHOST.into()]
+        .into_iter()
+        .enumerate()
+    {
+        row.target = node.container.address[family];
+        row.bind = [
+            IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ][family];
+        node.lift(&row);
+        let address = SocketAddr::new(local, row.host_port);
+        let mut stream = within(&node.network.host, move || traffic::connect(address))
+            .expect("the host's namespace")
+            .expect("served");
+        let mut passed = |node: &Node| {
+            let before = passed_up(node);
+            for _ in 0..WORDS {
+                stream.write_all(b"word").expect("sent");
+                stream.read_exact(&mut [0; 4]).expect("echoed");
+            }
+            passed_up(node) - before
+        };
+        // The bridge is to learn where the container is, and neighbours look for each other.
+        let few = passed(&node);
+        assert!(few < WORDS / 2, "{few}");
+
+        let table = Map::HashMap(pinned(&node, "bridges"));
+        let mut table: HashMap<MapData, u32, Bridge> = table.try_into().expect("of this layout");
+        let link = node.container.link_index;
+        let known = table.get(&link, 0).expect("the container's bridge");
+        let other = Bridge {
+            address: [2; 6],
+            ..known
+        };
+        table.insert(link, other, 0).expect("changed");
+        let all = passed(&node);
+        assert!(all >= WORDS, "not for the bridge's own address: {all}");
+        table.insert(link, known, 0).expect("changed back");
+    }
 }
 
 /// Where the dataplane of a node pins its maps.

@@ -6,9 +6,13 @@ use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use aya::EbpfLoader;
+use aya::programs::{SchedClassifier, TcAttachType};
 use harness::dataplane::{free_port, until};
 use harness::interface_lock::InterfaceLock;
-use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, pins, told};
+use harness::kernel_path::{
+    KERNEL, Node, ask, attached, echo, host, knows_links, mirror, pins, told,
+};
 use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use harness::traffic;
@@ -23,6 +27,53 @@ fn served(node: &Node, address: SocketAddr) {
         (seen == own.to_string()).then_some(())
     })
     .expect("served");
+}
+
+/// A program that ends the search for another one at a container's link, where answers have to be
+/// translated.
+#[test]
+fn a_program_at_the_containers_link_does_not_keep_answers_from_clients() {
+    let Some((mut node, row)) = Node::with_echo() else {
+        return;
+    };
+    if !knows_links() {
+        harness::skip::here("no tcx before Linux 6.6", false);
+        return;
+    }
+    until("the programs of the node", || {
+        attached(&node).contains("from_uplink").then_some(())
+    })
+    .expect("attached");
+    let link = node.container.link.clone();
+    let mut object = EbpfLoader::new()
+        .default_map_pin_directory(pins(&node))
+        .load(ebpf::nat())
+        .expect("programs");
+    let other = within(&node.network.host, move || {
+        // It says "pass" of every packet.
+        let program = object.program_mut(ebpf::program::SWEEP).expect("one");
+        let program: &mut SchedClassifier = program.try_into().expect("of this kind");
+        program.load().expect("loaded");
+        let attached = program.attach(&link, TcAttachType::Ingress);
+        attached.expect("attached");
+        object
+    });
+    let other = other.expect("the host's namespace");
+    node.lift(&row);
+    let address = host(&row, 0);
+    let answer = node.at_client(move || ask(address, b"word"));
+    assert_eq!(answer.expect("served"), b"word");
+    let there = attached(&node);
+    let ingress = format!("{} tcx Ingress", node.container.link);
+    let order: Vec<_> = there
+        .lines()
+        .filter(|it| it.starts_with(&ingress))
+        .collect();
+    assert!(
+        matches!(order[..], [first, second] if first.ends_with("from_container") && second.ends_with("sweep")),
+        "{there}"
+    );
+    drop(other);
 }
 
 #[test]

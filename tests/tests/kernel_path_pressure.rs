@@ -2,7 +2,7 @@
 //! that come too fast.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::thread;
@@ -40,6 +40,10 @@ fn fold(mut sum: u32) -> [u8; 2] {
 
 /// The first segment of a connection.
 const SYN: u8 = 2;
+/// The end of one.
+const RST: u8 = 4;
+/// `FLOW_HALF_OPEN` of the kernel path's records.
+const HALF_OPEN: u16 = 128;
 /// One from its middle: to a table that has lost it, a flow to make again.
 const ACK: u8 = 16;
 
@@ -60,6 +64,16 @@ fn segment(from: Ipv4Addr, from_port: u16, to: Ipv4Addr, port: u16, flags: u8) -
 
 /// Sends segments of `count` connections that nobody has.
 fn flood(row: &PortRow, count: u32, flags: u8) {
+    let clients = (0..count).map(|number| {
+        let from = Ipv4Addr::from(0xac10_0001 + number / 50_000);
+        let from_port = u16::try_from(1_024 + number % 50_000).expect("a port");
+        (from, from_port)
+    });
+    forge(row, clients, flags);
+}
+
+/// Sends one segment in the name of each of these.
+fn forge(row: &PortRow, clients: impl IntoIterator<Item = (Ipv4Addr, u16)>, flags: u8) {
     let raw = socket(
         AddressFamily::Inet,
         SockType::Raw,
@@ -69,9 +83,7 @@ fn flood(row: &PortRow, count: u32, flags: u8) {
     .expect("a raw socket");
     let to: Ipv4Addr = HOST[0].parse().expect("an address");
     let address = SockaddrIn::from(std::net::SocketAddrV4::new(to, 0));
-    for number in 0..count {
-        let from = Ipv4Addr::from(0xac10_0001 + number / 50_000);
-        let from_port = u16::try_from(1_024 + number % 50_000).expect("a port");
+    for (from, from_port) in clients {
         let packet = segment(from, from_port, to, row.host_port, flags);
         let sent = sendto(raw.as_raw_fd(), &packet, &address, MsgFlags::empty());
         assert_eq!(sent.expect("sent"), packet.len());
@@ -183,11 +195,46 @@ fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_
     node.lift(&row);
     let address = host(&row, 0);
     let mut open = node.flow(address);
+    // A stranger says in the client's name that it begins anew, and that it has ended: the container knows
+    // better.
+    let own = open.local_addr().expect("an address");
+    let IpAddr::V4(client) = own.ip() else {
+        panic!("{own}");
+    };
+    let mut sweeper = Sweeper::at(&pins(&node)).expect("a sweep");
+    let half_open = |sweeper: &Sweeper| {
+        let flows = sweeper.flows.iter().flatten();
+        flows
+            .filter(|(_, flow)| flow.flags & HALF_OPEN != 0)
+            .count()
+    };
+    let target = row.clone();
+    let began = node.counted(&row, |it| it.sessions_total == 1);
+    node.at_client(move || forge(&target, [(client, own.port())], SYN));
+    node.counted(&row, |it| it.sessions_total > began.sessions_total);
+    until("the container's word that it has the connection", || {
+        (half_open(&sweeper) == 0).then_some(())
+    })
+    .expect("confirmed");
+    let target = row.clone();
+    node.at_client(move || forge(&target, [(client, own.port())], RST));
+    node.counted(&row, |it| it.sessions_active == 0);
+    until("the container going on with it", || {
+        open.write_all(b"on").expect("sent");
+        open.read_exact(&mut [0; 2]).expect("the flow goes on");
+        (node.control.status(row.key())?.sessions_active == 1).then_some(())
+    })
+    .expect("counted again");
     let half_closed = node.flow(address);
     half_closed.shutdown(Shutdown::Write).expect("ended");
     let target = row.clone();
-    // The container answers all of them, and nobody hears it.
-    node.at_client(move || flood(&target, MOST - 2, SYN));
+    node.at_client(move || {
+        // The container answers all of them, and nobody hears it.
+        flood(&target, MOST - 2, SYN);
+        // Nobody could tell them that there is no such connection.
+        let nobodys = [[127, 0, 0, 9], [0, 0, 0, 9], [224, 0, 0, 9], [255; 4]];
+        forge(&target, nobodys.map(|it| (it.into(), 2_000)), ACK);
+    });
     node.counted(&row, |it| it.sessions_active == u64::from(MOST));
     let served = move || {
         let talk = |mut stream: TcpStream| {
@@ -202,7 +249,6 @@ fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_
     .expect("its limit holds");
     node.kill();
 
-    let mut sweeper = Sweeper::at(&pins(&node)).expect("a sweep");
     let hour = 3600 * 1_000_000_000;
     let mut order = SweepOrder {
         opening_ns: hour,

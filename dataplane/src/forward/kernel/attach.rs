@@ -19,7 +19,7 @@ use super::error::{KernelPathError, words};
 use super::pins::{Pins, PinsError, Side};
 use crate::sys::netlink::LinkLookup;
 
-/// Filters of others, with smaller numbers, speak first.
+/// Filters of others, with smaller numbers, speak first; beside links all filters come after.
 const FILTER_PRIORITY: u16 = 49_500;
 /// The last layout whose filters have that; those of a later one speak before an earlier one's.
 const FILTER_LAYOUT: u16 = 2;
@@ -83,8 +83,13 @@ pub(super) fn attach(
     if put.is_some() {
         return Ok(());
     }
-    // Last: a filter somebody else has put there speaks first.
-    match put_link(program, side, interface, &link, LinkOrder::last()) {
+    let order = match side {
+        // A program somebody else has put there speaks first.
+        Side::Uplink | Side::Guard => LinkOrder::last(),
+        // If it has the last word, the answers to those that ours at the uplink has led here are lost.
+        Side::Container => LinkOrder::first(),
+    };
+    match put_link(program, side, interface, &link, order) {
         Err(KernelPathError::Attach { source, .. }) if lacks_links(&source) => {
             put_filter(program, pins, side, interface, &filter)
         }

@@ -203,6 +203,8 @@ mod tests {
             mtu: 1500,
             master: (kind == "veth").then_some(3),
             peer_elsewhere: kind == "veth",
+            hardware: Some([2, 0, 0, 0, 0, u8::try_from(index).unwrap()]),
+            filters_vlans: false,
             addresses: address.map(|it| it.parse().unwrap()).into_iter().collect(),
         };
         [
@@ -253,6 +255,25 @@ mod tests {
         // A bridge with hardware in it is one.
         all.get_mut(&5).unwrap().master = Some(3);
         assert_eq!(uplinks(&all), BTreeSet::from([2, 3, 6]));
+    }
+
+    #[test]
+    fn answers_pass_by_the_code_of_plain_bridges() {
+        let mut all = interfaces();
+        let bridge = bridge_of(4, &all).unwrap();
+        assert_eq!((bridge.index, bridge.address), (3, [2, 0, 0, 0, 0, 3]));
+        assert_eq!((bridge_of(5, &all), bridge_of(9, &all)), (None, None));
+        for change in [
+            |it: &mut Interface| it.kind = "bond".to_owned(),
+            |it: &mut Interface| it.filters_vlans = true,
+            |it: &mut Interface| it.hardware = None,
+        ] {
+            let mut all = all.clone();
+            change(all.get_mut(&3).unwrap());
+            assert_eq!(bridge_of(4, &all), None);
+        }
+        all.remove(&3);
+        assert_eq!(bridge_of(4, &all), None);
     }
 
     #[test]

@@ -281,6 +281,37 @@ mod tests {
         );
     }
 
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(value.len() + 4).unwrap();
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    #[test]
+    fn bridges_that_tell_vlans_apart_are_known() {
+        let read = |kind: &[u8], filters: u8| {
+            let data = attribute(IFLA_BR_VLAN_FILTERING, &[filters]);
+            let info = [
+                attribute(IFLA_INFO_KIND, kind),
+                attribute(IFLA_INFO_DATA, &data),
+            ];
+            let body = [
+                vec![0; IFINFO],
+                attribute(IFLA_ADDRESS, &[2, 4, 6, 8, 10, 12]),
+                attribute(IFLA_LINKINFO, &info.concat()),
+            ];
+            let found = interface(&body.concat()).unwrap();
+            assert_eq!(found.hardware, Some([2, 4, 6, 8, 10, 12]));
+            found.filters_vlans
+        };
+        assert!(read(b"bridge\0", 1));
+        assert!(!read(b"bridge\0", 0));
+        // The same number is another attribute there.
+        assert!(!read(b"vlan\0", 1));
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
