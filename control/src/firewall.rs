@@ -1,11 +1,13 @@
 //! What the host's firewall says about clients of service ports.
 //!
-//! In: chains in the words of `iptables -S`, and those of nftables as the kernel lists them; their
-//! changes. Out: which of them may turn such clients away, which the kernel path would pass by, and
+//! In: chains in the words of `iptables -S`, and those of nftables and policies of IPsec as the kernel lists
+//! them; their changes. Out: which of them may turn such clients away, which the kernel path would pass by, and
 //! rows that leave their ports to the relay as long as one may. Invariants: what is not understood
 //! counts as a refusal; no answer is never taken for an open firewall.
 
 mod follow;
+mod ipsec;
+mod netlink;
 mod nftables;
 
 use std::io;
@@ -125,14 +127,20 @@ pub async fn decider(config: &Config) -> Result<Option<String>, NoAnswer> {
     if let Some(said) = config.node.honour_firewall {
         return Ok(said.then(|| "node.honour-firewall".to_owned()));
     }
-    let first = refusals(config).await?.into_iter().next();
-    Ok(first.map(|first| {
+    if let Some(first) = refusals(config).await?.into_iter().next() {
         let chain = if first.is_nftables {
             "the chain"
         } else {
             "the"
         };
-        format!("{chain} {} may turn clients away", first.chain)
+        return Ok(Some(format!(
+            "{chain} {} may turn clients away",
+            first.chain
+        )));
+    }
+    let encrypted = listed("IPsec", ipsec::answers_clients).await?;
+    Ok((encrypted == Some(true)).then(|| {
+        "a policy of IPsec (`ip xfrm policy`) may encrypt what clients are answered".to_owned()
     }))
 }
 
@@ -191,16 +199,19 @@ fn told<T>(answer: Result<Option<T>, NoAnswer>, silent: &mut Option<NoAnswer>) -
     })
 }
 
-/// Chains of nftables; none where the kernel has none, or does not let us look.
-async fn nftables_chains() -> Result<Option<Vec<nftables::Chain>>, NoAnswer> {
-    match tokio::task::spawn_blocking(nftables::chains).await {
-        Ok(Ok(chains)) => Ok(Some(chains)),
+/// What the kernel lists of that; none where it has none, or does not let us look.
+async fn listed<T: Send + 'static>(
+    what: &'static str,
+    list: impl FnOnce() -> Result<T, Errno> + Send + 'static,
+) -> Result<Option<T>, NoAnswer> {
+    match tokio::task::spawn_blocking(list).await {
+        Ok(Ok(found)) => Ok(Some(found)),
         Ok(Err(
             Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::BUSY,
         ))
-        | Err(_) => Err(NoAnswer("the kernel's nftables")),
+        | Err(_) => Err(NoAnswer(what)),
         Ok(Err(errno)) => {
-            tracing::debug!(%errno, "the kernel lists no chains of nftables");
+            tracing::debug!(%errno, what, "the kernel lists none");
             Ok(None)
         }
     }
@@ -263,7 +274,11 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
             }
         }
     }
-    let chains = told(nftables_chains().await, &mut silent).unwrap_or_default();
+    let chains = told(
+        listed("the kernel's nftables", nftables::chains).await,
+        &mut silent,
+    )
+    .unwrap_or_default();
     let clients = Clients {
         ports: (first, last),
         with_ipv6: config.container.bind_host.is_ipv6(),

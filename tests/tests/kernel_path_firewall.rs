@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use harness::images::Image;
 use harness::kernels::{self, Order, docker};
-use harness::netns::VethPair;
+use harness::netns::{VethPair, ip};
 use harness::node::{self, Node, NodeOptions};
 use harness::remote_client::{command, may_use_bpf};
 use harness::wait;
@@ -46,6 +46,9 @@ struct Firewall {
     nft: &'static str,
     decides: Option<&'static str>,
 }
+
+/// What a policy of IPsec encrypts.
+const TUNNEL: &str = "tmpl src 198.51.100.1 dst 192.0.2.1 proto esp mode tunnel";
 
 /// Chains that are asked before those of incoming packets.
 const EARLY: &str = "firewall at prerouting";
@@ -231,6 +234,25 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
             let said = found["found"].as_str().context("a finding")?;
             ensure!(!said.contains("unused"), "{number}: {said}");
         }
+    }
+    let mut rules = command(&network.host, "nft");
+    rules.args(["flush", "ruleset"]);
+    feed(rules, "")?;
+    // A tunnel that is no interface; one that is; what goes around the first.
+    for (policy, decides) in [
+        (format!("dir out {TUNNEL}"), true),
+        (format!("dir in {TUNNEL}"), false),
+        (format!("dir out {TUNNEL} if_id 7"), false),
+        ("dir out action allow".to_owned(), false),
+    ] {
+        let host = &network.host;
+        ip(&format!("-n {host} xfrm policy flush"))?;
+        ip(&format!(
+            "-n {host} xfrm policy add src 198.51.100.0/24 dst 192.0.2.0/24 {policy}"
+        ))?;
+        let found = finding(doctor(), "kernel path")?;
+        let said = found["found"].as_str().context("a finding")?;
+        ensure!(said.contains("IPsec") == decides, "{policy}: {said}");
     }
     Ok(())
 }

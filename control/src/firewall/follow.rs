@@ -1,6 +1,6 @@
 //! Looking at the firewall again whenever it changes.
 //!
-//! In: the kernel's word that tables of nftables have changed; for those of the older kind, which
+//! In: the kernel's word that tables of nftables or policies of IPsec have changed; for tables of the older kind, which
 //! change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
 //! another one. Invariants: a row that was made by an earlier decision does not stay; a firewall that
 //! does not answer is asked again, and changes nothing meanwhile.
@@ -10,11 +10,12 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use rustix::event::Timespec;
+use rustix::net::netlink::{NETFILTER, XFRM};
 use shared::log_limit::LogLimit;
 use tokio::sync::Notify;
 
-use super::nftables::Watch;
-use super::{decider, legacy_tables, nftables};
+use super::netlink::Watch;
+use super::{decider, ipsec, legacy_tables, nftables};
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::kernel::rows;
@@ -55,7 +56,8 @@ fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
     std::thread::Builder::new()
         .name("firewall".into())
         .spawn(move || {
-            let mut watch = Watch::open().ok();
+            let groups = [(NETFILTER, nftables::CHANGES), (XFRM, ipsec::CHANGES)];
+            let mut watch = Watch::open(&groups).ok();
             let mut seen = Seen::now();
             // It may have changed since the look at the agent's start.
             notify.notify_one();

@@ -7,24 +7,20 @@
 //! process.
 
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::netlink::{self, SocketAddrNetlink};
-use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
-use shared::netlink::{NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR};
+use rustix::net::netlink::NETFILTER;
+use shared::netlink::NLM_F_DUMP;
+
+use super::netlink::{ask, attributes};
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
-const HEADER: usize = 16;
 const NFTABLES: u16 = 10 << 8;
 const GET_CHAIN: u16 = NFTABLES | 4;
 const GET_RULE: u16 = NFTABLES | 7;
 const GET_GENERATION: u16 = NFTABLES | 16;
 /// The seventh group: changes of tables, chains, rules and sets.
-const CHANGES: u32 = 1 << 6;
+pub const CHANGES: u32 = 1 << 6;
 /// `struct nfgenmsg`.
 const FAMILY_HEADER: usize = 4;
 const VERDICT_REGISTER: u32 = 0;
@@ -44,16 +40,6 @@ const GOES_ON: [&str; 12] = [
 const MOST_RULES: u32 = 20_000;
 /// Chains that jump to one another: the kernel takes no more either.
 const DEEPEST: u32 = 16;
-
-/// The kernel answers at once; a lost answer is no reason to wait for long.
-const ANSWER: Duration = Duration::from_secs(2);
-const BUFFER: usize = 1 << 17;
-
-/// A change rarely comes alone: what follows within this time belongs to it.
-const QUIET: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 200_000_000,
-};
 
 /// Families of tables, as the kernel numbers them.
 pub const INET: u8 = 1;
@@ -259,17 +245,6 @@ impl std::fmt::Display for Chain {
     }
 }
 
-/// Attributes one after the other: kind and content.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
-        let content = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & NLA_TYPE_MASK, content))
-    })
-}
-
 fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|it| it.0 == kind).map(|it| it.1)
 }
@@ -291,18 +266,6 @@ fn value(bytes: &[u8], kind: u16) -> Option<u64> {
     let content = attribute(attribute(bytes, kind)?, 1)?;
     let fold = |sum: u64, byte: &u8| sum << 8 | u64::from(*byte);
     (content.len() <= 8).then(|| content.iter().fold(0, fold))
-}
-
-/// Answers to a request: kind and body.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?);
-        let length = usize::try_from(length).ok()?;
-        let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
-        let body = bytes.get(HEADER..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, body))
-    })
 }
 
 fn chain_of(body: &[u8]) -> Option<Chain> {
@@ -487,64 +450,19 @@ fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
     Some((family, text(rest, 1)?, text(rest, 2)?, rule))
 }
 
-fn socket(groups: u32) -> Result<OwnedFd, Errno> {
-    let socket = net::socket_with(
-        AddressFamily::NETLINK,
-        SocketType::RAW,
-        SocketFlags::CLOEXEC,
-        Some(netlink::NETFILTER),
-    )?;
-    if groups != 0 {
-        net::bind(&socket, &SocketAddrNetlink::new(0, groups))?;
-    }
-    Ok(socket)
-}
-
-fn ask(kind: u16, flags: u16, mut note: impl FnMut(&[u8])) -> Result<(), Errno> {
-    let socket = socket(0)?;
-    sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER))?;
-    let length = u32::try_from(HEADER + FAMILY_HEADER).unwrap_or(u32::MAX);
-    let mut request = length.to_ne_bytes().to_vec();
-    request.extend_from_slice(&kind.to_ne_bytes());
-    request.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
-    request.extend_from_slice(&[0; 8 + FAMILY_HEADER]);
-    net::send(&socket, &request, SendFlags::empty())?;
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        // The kernel alone sends to a socket that is bound to nothing but its own number.
-        let read = match net::recv(&socket, &mut buffer[..], RecvFlags::empty()) {
-            Ok((read, _)) => read,
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno),
-        };
-        for (kind, body) in messages(buffer.get(..read).unwrap_or_default()) {
-            match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = body.get(..4).and_then(|it| it.try_into().ok());
-                    let code = i32::from_ne_bytes(code.unwrap_or_default());
-                    return Err(Errno::from_raw_os_error(code.saturating_neg()));
-                }
-                _ => note(body),
-            }
-        }
-        if flags & NLM_F_DUMP == 0 {
-            return Ok(());
-        }
-    }
-}
-
 /// All chains with their rules.
 ///
 /// # Errors
 /// The kernel has no nftables, or does not let us look.
 pub fn chains() -> Result<Vec<Chain>, Errno> {
     let mut chains = Vec::new();
-    ask(GET_CHAIN, NLM_F_DUMP, |body| chains.extend(chain_of(body)))?;
+    ask(NETFILTER, GET_CHAIN, NLM_F_DUMP, |body| {
+        chains.extend(chain_of(body))
+    })?;
     if chains.iter().all(|it| it.hook.is_none()) {
         return Ok(Vec::new());
     }
-    ask(GET_RULE, NLM_F_DUMP, |body| {
+    ask(NETFILTER, GET_RULE, NLM_F_DUMP, |body| {
         let Some((family, table, name, rule)) = rule_of(body) else {
             return;
         };
@@ -562,55 +480,15 @@ pub fn chains() -> Result<Vec<Chain>, Errno> {
 /// The kernel has no nftables, or does not let us look.
 pub fn generation() -> Result<u32, Errno> {
     let mut generation = None;
-    ask(GET_GENERATION, 0, |body| {
+    ask(NETFILTER, GET_GENERATION, 0, |body| {
         generation = body.get(FAMILY_HEADER..).and_then(|it| number(it, 1));
     })?;
     generation.ok_or(Errno::NODATA)
 }
 
-/// Hears of changes.
-#[derive(Debug)]
-pub struct Watch(OwnedFd);
-
-impl Watch {
-    /// Hears of every change from now on.
-    ///
-    /// # Errors
-    /// The kernel has no nftables, or does not tell us.
-    pub fn open() -> Result<Self, Errno> {
-        socket(CHANGES).map(Self)
-    }
-
-    /// Waits for the end of a change, not longer than `most` for its beginning; false when there is
-    /// none.
-    ///
-    /// # Errors
-    /// The socket is of no use any more.
-    pub fn wait(&self, most: &Timespec) -> Result<bool, Errno> {
-        let mut changed = false;
-        // What never stops changing is looked at all the same.
-        for _ in 0..MOST_RULES {
-            let patience = if changed { &QUIET } else { most };
-            let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
-            match poll(&mut fds, Some(patience)) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(errno),
-            }
-            changed = true;
-            // Only that something was said counts. Too much of it at once is lost, and told once.
-            match net::recv(&self.0, &mut [0_u8; 64][..], RecvFlags::DONTWAIT) {
-                Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
-        Ok(changed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::netlink::messages;
     use super::*;
     use proptest::prelude::*;
 

@@ -1,0 +1,97 @@
+//! Policies of IPsec, as the kernel lists them (xfrm).
+//!
+//! In: the kernel's answers, or nothing where it has no IPsec. Out: whether a policy says how clients
+//! are answered: what the kernel path answers leaves past all of them. Those of tunnels that are interfaces
+//! concern nobody else. Invariant: answers that are cut or make no sense are no policy.
+
+use rustix::io::Errno;
+use rustix::net::netlink::XFRM;
+use shared::netlink::NLM_F_DUMP;
+
+use super::netlink::{ask, attributes};
+
+// linux/xfrm.h
+const GET_POLICY: u16 = 0x15;
+/// The fourth group: changes of policies.
+pub const CHANGES: u32 = 1 << 3;
+/// `struct xfrm_userpolicy_info`, and where its direction and action are.
+const POLICY: usize = 168;
+const DIRECTION: usize = 160;
+const ACTION: usize = 161;
+const OUT: u8 = 1;
+const BLOCK: u8 = 1;
+const XFRMA_TMPL: u16 = 5;
+const XFRMA_IF_ID: u16 = 31;
+
+/// Whether a policy encrypts or stops what leaves by any interface.
+fn decides(body: &[u8]) -> bool {
+    let byte = |at: usize| body.get(at).copied();
+    let (mut encrypts, mut is_of_interface) = (false, false);
+    for (kind, value) in attributes(body.get(POLICY..).unwrap_or_default()) {
+        match kind {
+            XFRMA_TMPL => encrypts |= !value.is_empty(),
+            XFRMA_IF_ID => is_of_interface |= value != [0; 4],
+            _ => {}
+        }
+    }
+    byte(DIRECTION) == Some(OUT) && (encrypts || byte(ACTION) == Some(BLOCK)) && !is_of_interface
+}
+
+/// Whether there is such a policy.
+///
+/// # Errors
+/// The kernel has no IPsec, or does not let us look.
+pub fn answers_clients() -> Result<bool, Errno> {
+    let mut found = false;
+    ask(XFRM, GET_POLICY, NLM_F_DUMP, |body| found |= decides(body))?;
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn policy(direction: u8, action: u8, rest: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut body = vec![0; POLICY];
+        (body[DIRECTION], body[ACTION]) = (direction, action);
+        for (kind, value) in rest {
+            let length = u16::try_from(value.len() + 4).unwrap();
+            body.extend(length.to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(*value);
+        }
+        body
+    }
+
+    #[test]
+    fn policies_that_encrypt_or_stop_answers_decide() {
+        let template: (u16, &[u8]) = (XFRMA_TMPL, &[0; 64]);
+        assert!(decides(&policy(OUT, 0, &[template])));
+        assert!(decides(&policy(OUT, BLOCK, &[])));
+        assert!(decides(&policy(
+            OUT,
+            0,
+            &[(XFRMA_IF_ID, &[0; 4]), template]
+        )));
+        for (direction, rest) in [
+            (OUT, vec![]),
+            (OUT, vec![(XFRMA_TMPL, &[][..])]),
+            (OUT, vec![template, (XFRMA_IF_ID, &[0, 0, 0, 1])]),
+            (0, vec![template]),
+            (2, vec![template]),
+        ] {
+            assert!(
+                !decides(&policy(direction, 0, &rest)),
+                "{direction} {rest:?}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_ends_the_process(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decides(&bytes);
+        }
+    }
+}
