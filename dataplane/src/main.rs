@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use config::{Config, Forward, KernelAttach, LoadOptions, RelayEngine};
+use config::{Config, Forward, KernelAttach, LoadOptions, LogFormat, Logging, RelayEngine};
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
 use dataplane::detach;
@@ -124,13 +124,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_USAGE);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        // It would tell of a log that can't be written on the same standard error, and panic.
-        .log_internal_errors(false)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    start_log(&loaded.config.logging, filter);
     match arguments.command {
         None => run(&loaded.config, arguments.nvml_library),
         // Of root's it would see nothing, and say that nothing is left.
@@ -144,6 +138,22 @@ fn main() -> ExitCode {
             ExitCode::from(EX_TEMPFAIL)
         }
         Some(Command::Detach(_)) => detach(&loaded.config.node.run_dir, &loaded.config.agent.id),
+    }
+}
+
+fn start_log(logging: &Logging, filter: EnvFilter) {
+    let colour = logging
+        .console_colored
+        .unwrap_or_else(|| std::io::stderr().is_terminal());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        // It would tell of a log that can't be written on the same standard error, and panic.
+        .log_internal_errors(false)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour);
+    match logging.console_format {
+        LogFormat::Simple => builder.compact().init(),
+        LogFormat::Verbose => builder.init(),
     }
 }
 

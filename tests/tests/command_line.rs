@@ -406,6 +406,32 @@ fn a_log_that_cannot_be_had_is_a_wrong_command_line_for_both() -> Result<()> {
 }
 
 #[test]
+fn the_dataplane_s_log_has_colours_where_the_configuration_says_so() -> Result<()> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let file = directory.path().join("agent.toml");
+    let run_dir = RunDir::choose(Some(directory.path()), "i-log")?;
+    // It can't be bound, so that the program ends, and has logged a line before.
+    std::fs::create_dir(run_dir.create_dataplane()?.join("doorbell"))?;
+    for (coloured, console) in [(false, ""), (true, "[logging.console]\ncolored = true\n")] {
+        let text = format!(
+            "[agent]\nid = 'i-log'\n[node]\nrun-dir = '{}'\n{console}",
+            directory.path().display()
+        );
+        std::fs::write(&file, text)?;
+        let output = Command::new(program("bai-dataplane")?)
+            .args(["--standalone", "--config"])
+            .arg(&file)
+            .env("RUST_LOG", "info")
+            .output()?;
+        let told = said(&output);
+        assert_eq!(output.status.code(), Some(70), "{told}");
+        assert!(told.contains("observed region opened"), "{told}");
+        assert_eq!(told.contains('\x1b'), coloured, "{told}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_installation_is_whole_and_goes_without_a_trace() -> Result<()> {
     let root = tempfile::tempdir()?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/install");
