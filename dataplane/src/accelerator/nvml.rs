@@ -8,6 +8,7 @@
 //! Sources: NVIDIA's NVML API reference; which XIDs are an application's fault and not the
 //! device's: NVIDIA's XID catalogue.
 
+mod constants;
 mod instance_load;
 mod processes;
 mod profile;
@@ -25,7 +26,7 @@ use nvml_wrapper::enum_wrappers::device::{
 use nvml_wrapper::enums::device::SampleValue;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::struct_wrappers::device::DeviceAttributes;
+use nvml_wrapper::struct_wrappers::device::{DeviceAttributes, PciInfo};
 use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
 use nvml_wrapper::{Device, EventSet, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
@@ -35,8 +36,9 @@ use shared::observed::{
 };
 
 use super::attribution::{by_container, owner_of};
-use super::{INTERVAL, ProcessUse, Reading, SLOW, Slot, clip, files};
+use super::{INTERVAL, ProcessUse, Reading, SLOW, Slot, clip};
 use crate::sys::nvml::{Fabric, fabric, memory_v1, mig_instance};
+use constants::Constants;
 use instance_load::InstanceLoads;
 use processes::{Listed, listed};
 use topology::{Node, Topology};
@@ -129,20 +131,6 @@ fn is_passing(err: &NvmlError) -> bool {
             | NvmlError::InUse
             | NvmlError::NoData
     )
-}
-
-/// What stays as it is as long as a device has its id: what it told before, where this answer has failed.
-/// None where there is no such thing, or it has not been told yet.
-///
-/// # Errors
-/// The library has lost its driver.
-fn constant<T>(answer: Result<T, NvmlError>, known: Option<T>) -> Result<Option<T>, NvmlError> {
-    match answer {
-        Ok(told) => Ok(Some(told)),
-        Err(err) if is_not_offered(&err) => Ok(None),
-        Err(err) if has_lost_its_driver(&err) => Err(err),
-        Err(_) => Ok(known),
-    }
 }
 
 /// What outlives a life of the library: opening it again repairs no device.
@@ -385,14 +373,7 @@ impl<'nvml> Session<'nvml> {
             true => self.parts(index, device)?,
             false => Vec::new(),
         };
-        let answers_again = self.failing.remove(&index);
-        if self.past.lost.remove(&index) {
-            // It was away: whatever it reported before, this is its new life.
-            self.past.faults.remove(&id);
-            tracing::info!(device = index, id, "an NVIDIA device is back");
-        } else if answers_again {
-            tracing::info!(device = index, id, "an NVIDIA device answers again");
-        }
+        self.notice_return(index, &id);
         self.watch(device, &id);
         let (fault, own_fault) = match self.past.faults.get(&id) {
             _ if cannot_replace_rows(device) => (Some(ROWS_NOT_REPLACED), true),
@@ -400,56 +381,29 @@ impl<'nvml> Session<'nvml> {
             None => (None, false),
         };
         let ready = divided || self.is_in_its_fabric(index, device, &id);
+        let place = device.pci_info();
+        let place_told = place.as_ref().ok().cloned();
         let known = self.past.known.get(&index).map(|(_, row)| row);
         let known = known.filter(|row| row.id == id);
-        let told = device.pci_info();
-        let before = self.drained.contains(&index);
-        let drained = match &told {
-            Ok(pci) => {
-                let told = device.is_drain_enabled(pci.clone());
-                told.unwrap_or_else(|err| before && !is_not_offered(&err))
-            }
-            Err(_) => before,
-        };
-        let pci = told.map(|pci| bus_address(&pci.bus_id));
-        let pci = constant(pci, known.map(|row| row.pci.clone()))?.unwrap_or_default();
-        let model = constant(device.name(), known.map(|row| row.model.clone()))?;
-        let minor = constant(device.minor_number(), known.and_then(|row| row.minor))?;
-        let units = constant(multiprocessors(device), known.map(|row| row.units))?;
-        let news = match drained {
-            true => self.drained.insert(index),
-            false => self.drained.remove(&index),
-        };
-        if news {
-            tracing::warn!(
-                device = index,
-                id,
-                drained,
-                "an NVIDIA device is drained (nvidia-smi drain), and not given out, or is no longer"
-            );
-        }
+        let constants = Constants::read(device, place, known)?;
+        let drained = self.is_drained(index, device, place_told, &id);
+        let pci = constants.pci;
         let mut row = AcceleratorRow {
-            model: model.unwrap_or_default(),
-            numa_node: numa_node(self.root, &pci),
+            model: constants.model,
+            numa_node: constants::numa_node(self.root, &pci),
             pci: pci.clone(),
             healthy: !own_fault && !drained && ready,
             divided,
             driver: self.versions.0.clone(),
             runtime: self.versions.1.clone(),
-            minor,
-            units: units.flatten(),
+            minor: constants.minor,
+            units: constants.units,
             fault,
             counters: counters(device, memory),
             ..AcceleratorRow::new(AcceleratorKind::Cuda, index, id.clone())
         };
         clip(&mut row);
-        // Numbers may have moved, and parts may have been made anew.
-        let still: HashSet<u32> = parts.iter().map(Part::number).collect();
-        (self.past.known).retain(|number, (_, known)| {
-            let moved = known.id == row.id;
-            let ended = whole_of(*number) == index && !still.contains(number);
-            *number == index || !(moved || ended)
-        });
+        self.forget_others(index, &row.id, &parts);
         for part in parts {
             let number = part.number();
             match self.read_part(&row, (device, memory), part, reading) {
@@ -464,6 +418,57 @@ impl<'nvml> Session<'nvml> {
         }
         self.put(row, reading);
         Ok((id, pci))
+    }
+
+    /// A device that was away or has failed to answer answers.
+    fn notice_return(&mut self, index: u32, id: &str) {
+        let answers_again = self.failing.remove(&index);
+        if self.past.lost.remove(&index) {
+            // It was away: whatever it reported before, this is its new life.
+            self.past.faults.remove(id);
+            tracing::info!(device = index, id, "an NVIDIA device is back");
+        } else if answers_again {
+            tracing::info!(device = index, id, "an NVIDIA device answers again");
+        }
+    }
+
+    /// Whether a device takes in no new programs. A question that fails changes nothing.
+    fn is_drained(
+        &mut self,
+        index: u32,
+        device: &Device<'nvml>,
+        place: Option<PciInfo>,
+        id: &str,
+    ) -> bool {
+        let before = self.drained.contains(&index);
+        let drained = place.map_or(before, |place| {
+            let told = device.is_drain_enabled(place);
+            told.unwrap_or_else(|err| before && !is_not_offered(&err))
+        });
+        let news = match drained {
+            true => self.drained.insert(index),
+            false => self.drained.remove(&index),
+        };
+        if news {
+            tracing::warn!(
+                device = index,
+                id,
+                drained,
+                "an NVIDIA device is drained (nvidia-smi drain), and not given out, or is no longer"
+            );
+        }
+        drained
+    }
+
+    /// Forgets under which other numbers a device was known, and its parts that there are no more: numbers
+    /// may have moved, and parts may have been made anew.
+    fn forget_others(&mut self, index: u32, id: &str, parts: &[Part<'nvml>]) {
+        let still: HashSet<u32> = parts.iter().map(Part::number).collect();
+        (self.past.known).retain(|number, (_, known)| {
+            let moved = known.id == id;
+            let ended = whole_of(*number) == index && !still.contains(number);
+            *number == index || !(moved || ended)
+        });
     }
 
     fn put(&mut self, row: AcceleratorRow, reading: &mut Reading) {
@@ -847,45 +852,12 @@ fn add_unknown(all: &mut HashMap<u32, ProcessUse>, pids: &[u32]) {
     }
 }
 
-/// `00000000:3B:00.0` as sysfs writes it, `0000:3b:00.0`.
-fn bus_address(bus_id: &str) -> String {
-    let lower = bus_id.to_ascii_lowercase();
-    match lower.split_once(':') {
-        Some((domain, rest)) if domain.len() > 4 && domain.is_ascii() => {
-            format!("{}:{rest}", &domain[domain.len() - 4..])
-        }
-        _ => lower,
-    }
-}
-
-fn numa_node(root: &Path, pci: &str) -> Option<u16> {
-    if pci.is_empty() || pci.contains('/') {
-        return None;
-    }
-    files::numa_node(&root.join("sys/bus/pci/devices").join(pci))
-}
-
-/// Multiprocessors of a whole device: the driver tells cores, and how many of them make one is known
-/// by the generation (CUDA's programming guide, "Compute Capabilities").
-fn multiprocessors(device: &Device<'_>) -> Result<Option<u32>, NvmlError> {
-    let of_generation = device.cuda_compute_capability()?;
-    let cores = match (of_generation.major, of_generation.minor) {
-        (6, 0) | (7, _) | (8, 0) => 64,
-        (5 | 6 | 8.., _) => 128,
-        _ => return Ok(None),
-    };
-    Ok(Some(device.num_cores()? / cores))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_those_of_sysfs() {
-        assert_eq!(bus_address("00000000:3B:00.0"), "0000:3b:00.0");
-        assert_eq!(bus_address("0000:AF:00.0"), "0000:af:00.0");
-        assert_eq!(numa_node(Path::new("/"), "../../etc"), None);
+    fn numbers_tell_the_device_that_they_are_a_part_of() {
         assert_eq!([0, 999, 1000, 1999, 8004].map(whole_of), [0, 999, 0, 0, 7]);
     }
 

@@ -13,7 +13,7 @@ use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 use shared::observed::{NEIGHBOURS, Nearness};
 
-use super::bus_address;
+use super::constants::bus_address;
 
 /// Links that are asked about; devices have 18 today.
 const LINKS: u32 = 64;
