@@ -2,7 +2,8 @@
 //! of a device as drivers before 510 tell it, and whether it has joined its fabric of NVSwitches.
 //!
 //! In: the library and a device of it. Out: the ids below which the kernel driver lists the instance
-//! in `/proc/driver/nvidia/capabilities`; memory; how far it has come in joining. Invariant: a library without these calls tells nothing.
+//! in `/proc/driver/nvidia/capabilities`; memory; how far it has come in joining. Invariant: a library
+//! without these calls tells nothing.
 //!
 //! Source: NVIDIA's NVML API reference, "Multi Instance GPU Management" and "Device Queries".
 
@@ -29,13 +30,11 @@ pub fn mig_instance<'nvml>(nvml: &'nvml Nvml, device: &Device<'nvml>) -> Option<
     // SAFETY: the handle is the library's own and stays valid as long as `nvml` is borrowed; it is
     // passed to the same library below, and kept nowhere.
     let handle = unsafe { device.handle() };
-    let (mut gpu, mut compute) = (0, 0);
     // SAFETY: a function of the library that `nvml` holds open, with a handle of that library. It
-    // writes one unsigned int, into a variable of this frame that nothing else refers to, and keeps
-    // no pointer.
-    let gpu_told = unsafe { of_gpu(handle, &raw mut gpu) };
+    // writes one unsigned int, and keeps no pointer.
+    let (gpu_told, gpu) = unsafe { ask(*of_gpu, handle, |_| ()) };
     // SAFETY: as above.
-    let compute_told = unsafe { of_compute(handle, &raw mut compute) };
+    let (compute_told, compute) = unsafe { ask(*of_compute, handle, |_| ()) };
     ((gpu_told, compute_told) == (0, 0)).then_some(MigInstance { gpu, compute })
 }
 
@@ -49,16 +48,13 @@ pub fn memory_v1<'nvml>(
 ) -> Result<(u64, u64), NvmlError> {
     let call = nvml.lib().nvmlDeviceGetMemoryInfo.as_ref();
     let call = call.map_err(|err| NvmlError::FailedToLoadSymbol(err.to_string()))?;
-    let mut memory = MaybeUninit::zeroed();
     // SAFETY: the handle is the library's own and stays valid as long as `nvml` is borrowed; it is
     // passed to the same library below, and kept nowhere.
     let handle = unsafe { device.handle() };
     // SAFETY: a function of the library that `nvml` holds open, with a handle of that library. It fills
-    // the structure, which has the layout of the binding's headers and is of this frame, and keeps no
-    // pointer.
-    nvml_try(unsafe { call(handle, memory.as_mut_ptr()) })?;
-    // SAFETY: three numbers, for which all bits mean something; they were zero before the call.
-    let memory = unsafe { memory.assume_init() };
+    // three numbers, in the layout of the binding's headers, and keeps no pointer.
+    let (code, memory) = unsafe { ask(*call, handle, |_| ()) };
+    nvml_try(code)?;
     Ok((memory.total, memory.free))
 }
 
