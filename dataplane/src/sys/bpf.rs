@@ -65,7 +65,9 @@ pub fn run_once(program: impl AsFd) -> io::Result<u32> {
         repeat: 1,
         ..TestRun::default()
     };
-    call(BPF_PROG_TEST_RUN, &mut attributes)?;
+    // SAFETY: the `test` member; the kernel reads `frame`, which lives through the call, for as long as
+    // stated, and has nowhere to write to.
+    unsafe { call(BPF_PROG_TEST_RUN, &mut attributes) }?;
     Ok(attributes.retval)
 }
 
@@ -87,9 +89,20 @@ struct UpdateLink {
     old_prog_fd: u32,
 }
 
-fn call<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the caller's `attributes` have the layout that the kernel expects for `command` and
-    // are as long as stated; pointers in them outlive the call.
+/// The system call, with a member of `union bpf_attr`.
+///
+/// # Safety
+/// `T` is the `repr(C)` form of the member that `command` reads, without padding. What addresses in it
+/// point to lives through the call, is as long as the kernel takes it to be, and nothing else refers to
+/// what the kernel writes.
+///
+/// # Errors
+/// The kernel's refusal.
+pub(super) unsafe fn call<T>(
+    command: libc::c_long,
+    attributes: &mut T,
+) -> io::Result<libc::c_long> {
+    // SAFETY: by the contract; `attributes` is borrowed through the call, and as long as stated.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -104,31 +117,41 @@ fn call<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long
     Ok(answer)
 }
 
+/// The same, by a command that answers with a descriptor.
+///
+/// # Safety
+/// As for [`call`]; and `command` is one of those.
+///
+/// # Errors
+/// The kernel's refusal.
+pub(super) unsafe fn open<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: by the contract.
+    let answer = unsafe { call(command, attributes) }?;
+    let fd = i32::try_from(answer).map_err(io::Error::other)?;
+    // SAFETY: by the contract the kernel has just made this descriptor for us, and for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Puts a program in the place of the one that a pinned link holds, in one step.
 ///
 /// # Errors
 /// The pin is no link, or it takes no other program.
 pub fn replace_program(pin: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
     let path = CString::new(pin.as_os_str().as_encoded_bytes())?;
-    let fd = call(
-        BPF_OBJ_GET,
-        &mut OpenPin {
-            pathname: path.as_ptr().addr() as u64,
-            ..OpenPin::default()
-        },
-    )?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just given this descriptor to us, and to nobody else.
-    let link = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut pin = OpenPin {
+        pathname: path.as_ptr().addr() as u64,
+        ..OpenPin::default()
+    };
+    // SAFETY: the kernel reads `path`, which lives through the call, up to its final zero.
+    let link = unsafe { open(BPF_OBJ_GET, &mut pin) }?;
     let number = |fd: i32| u32::try_from(fd).map_err(io::Error::other);
-    call(
-        BPF_LINK_UPDATE,
-        &mut UpdateLink {
-            link_fd: number(link.as_raw_fd())?,
-            new_prog_fd: number(program.as_raw_fd())?,
-            ..UpdateLink::default()
-        },
-    )?;
+    let mut update = UpdateLink {
+        link_fd: number(link.as_raw_fd())?,
+        new_prog_fd: number(program.as_raw_fd())?,
+        ..UpdateLink::default()
+    };
+    // SAFETY: the `link_update` member, which has no addresses.
+    unsafe { call(BPF_LINK_UPDATE, &mut update) }?;
     Ok(())
 }
 
@@ -164,11 +187,11 @@ pub fn remove_entry(pin: &Path, key: &[u8]) -> Result<(), MapError> {
     let map_fd = u32::try_from(map.fd().as_fd().as_raw_fd());
     let mut attributes = Element {
         map_fd: map_fd.map_err(|err| MapError::IoError(io::Error::other(err)))?,
-        // As long as the map's keys, by the check above.
         key: key.as_ptr().addr() as u64,
         ..Element::default()
     };
-    match call(BPF_MAP_DELETE_ELEM, &mut attributes) {
+    // SAFETY: the kernel reads `key`, which lives through the call and is as long as the map's keys.
+    match unsafe { call(BPF_MAP_DELETE_ELEM, &mut attributes) } {
         Err(err) if err.kind() != io::ErrorKind::NotFound => Err(MapError::IoError(err)),
         _ => Ok(()),
     }
@@ -207,7 +230,9 @@ pub fn remove_entries<K: Pod>(map: &MapData, keys: &[K]) -> io::Result<()> {
             map_fd,
             ..Batch::default()
         };
-        match call(BPF_MAP_DELETE_BATCH, &mut batch) {
+        // SAFETY: the kernel reads `count` keys of `left`, which lives through the call; they are of the
+        // map's size by the check above. It writes to `batch` alone.
+        match unsafe { call(BPF_MAP_DELETE_BATCH, &mut batch) } {
             Ok(_) => return Ok(()),
             // It stops before one that is not there.
             Err(err) if Errno::from_io_error(&err) == Some(Errno::NOENT) => {
@@ -278,14 +303,16 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
                     0
                 },
                 out_batch: (&raw mut next).addr() as u64,
-                // Room for `count` entries each, of the map's sizes by the check at the beginning.
                 keys: self.keys.as_mut_ptr().addr() as u64,
                 values: self.values.as_mut_ptr().addr() as u64,
                 count: u32::try_from(room).map_err(io::Error::other)?,
                 map_fd: u32::try_from(self.map.as_raw_fd()).map_err(io::Error::other)?,
                 ..Batch::default()
             };
-            let last = match call(BPF_MAP_LOOKUP_BATCH, &mut batch) {
+            // SAFETY: the kernel reads `place` and writes to `next`, `keys` and `values`, which live
+            // through the call and have room: four bytes of a place, and `count` entries of the map's
+            // sizes by the check at the beginning. Of entries (`Pod`) all bits mean something.
+            let last = match unsafe { call(BPF_MAP_LOOKUP_BATCH, &mut batch) } {
                 Ok(_) => false,
                 Err(err) => match Errno::from_io_error(&err) {
                     Some(Errno::NOENT) => true,

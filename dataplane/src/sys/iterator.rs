@@ -5,11 +5,13 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
 use rustix::mm::{MapFlags, ProtFlags};
+
+use super::bpf;
 
 /// linux/bpf.h.
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -39,6 +41,9 @@ struct CgroupIterator {
     id: u64,
 }
 
+const _: () = assert!(size_of::<CgroupIterator>() == 16);
+
+/// The `iter_create` member of `union bpf_attr`.
 #[repr(C)]
 struct IteratorCreate {
     link: u32,
@@ -49,26 +54,17 @@ fn raw(fd: impl AsFd) -> io::Result<u32> {
     u32::try_from(fd.as_fd().as_raw_fd()).map_err(io::Error::other)
 }
 
-fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
-    if answer < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = i32::try_from(answer).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// Ties a loaded iterator program to the cgroup of an open directory, and no other.
 ///
 /// # Errors
 /// The kernel's refusal.
 pub fn cgroup_iterator(program: impl AsFd, directory: impl AsFd) -> io::Result<OwnedFd> {
-    let mut iterator = CgroupIterator {
+    let iterator = CgroupIterator {
         order: BPF_CGROUP_ITER_SELF_ONLY,
         directory: raw(&directory)?,
         id: 0,
     };
-    attach(program, Some(&mut iterator))
+    attach(program, Some(&iterator))
 }
 
 /// Ties a loaded iterator program to all tasks of the pid namespace of whoever runs it.
@@ -79,31 +75,20 @@ pub fn task_iterator(program: impl AsFd) -> io::Result<OwnedFd> {
     attach(program, None)
 }
 
-fn attach(program: impl AsFd, over: Option<&mut CgroupIterator>) -> io::Result<OwnedFd> {
-    let (iterator, iterator_length) = match over {
-        Some(over) => ((&raw mut *over).addr() as u64, 16),
-        None => (0, 0),
-    };
+fn attach(program: impl AsFd, over: Option<&CgroupIterator>) -> io::Result<OwnedFd> {
+    let length = over.as_ref().map_or(0, |_| size_of::<CgroupIterator>());
     let mut attributes = LinkCreate {
         program: raw(&program)?,
         target: 0,
         attach_type: BPF_TRACE_ITER,
         flags: 0,
-        iterator,
-        iterator_length,
+        iterator: over.map_or(0, |over| (&raw const *over).addr() as u64),
+        iterator_length: u32::try_from(length).map_err(io::Error::other)?,
         zero: [0; 9],
     };
-    // SAFETY: `attributes` and the structure it points to, if any, have the kernel's layout and live
-    // through the call (`over` is borrowed until then); the kernel copies from them only.
-    let answer = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_LINK_CREATE,
-            &raw mut attributes,
-            size_of::<LinkCreate>(),
-        )
-    };
-    owned(answer)
+    // SAFETY: the kernel only reads the structure pointed to, if any, which is as long as stated and
+    // lives through the call: `over` is borrowed by the caller.
+    unsafe { bpf::open(BPF_LINK_CREATE, &mut attributes) }
 }
 
 /// Runs an iterator to its end. What it prints is dropped: these programs write to maps.
@@ -115,16 +100,8 @@ pub fn run_iterator(link: impl AsFd) -> io::Result<()> {
         link: raw(&link)?,
         flags: 0,
     };
-    // SAFETY: `attributes` has the kernel's layout and lives through the call.
-    let answer = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_ITER_CREATE,
-            &raw mut attributes,
-            size_of::<IteratorCreate>(),
-        )
-    };
-    let iterator = owned(answer)?;
+    // SAFETY: the `iter_create` member, which has no addresses.
+    let iterator = unsafe { bpf::open(BPF_ITER_CREATE, &mut attributes) }?;
     let mut nothing = [0_u8; 64];
     loop {
         match rustix::io::read(&iterator, &mut nothing) {
