@@ -25,6 +25,7 @@ use shared::{OpenError, Sizes};
 
 use crate::accelerator::{self, Accelerators};
 use crate::board::Board;
+use crate::causes::words;
 use crate::collect::{self, Collector, Means};
 use crate::forward::kernel::{self, KernelPath};
 use crate::forward::relay::{self, Relay, StartError};
@@ -308,14 +309,11 @@ fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir, waker
             KernelPath::start(&options.agent_id, run_dir.root(), means, wake)
         });
         if let Err(err) = &started {
-            tracing::warn!(
-                err = kernel::words(err),
-                "no kernel path, the relay serves all"
-            );
+            tracing::warn!(err = words(err), "no kernel path, the relay serves all");
             // Nobody would tell what an earlier process has left which rows go.
             take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
         }
-        link.use_kernel_path(started.map_err(|err| kernel::words(&err)));
+        link.use_kernel_path(started.map_err(|err| words(&err)));
     } else {
         take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
     }
@@ -332,7 +330,7 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
             Ok(removed) if removed.is_empty() => {}
             Ok(_) => tracing::info!("the kernel path of an earlier process leads nobody any more"),
             Err(err) => tracing::error!(
-                err = kernel::words(&err),
+                err = words(&err),
                 "the kernel path of an earlier process goes on; stop this one and run: \
                  bai-dataplane detach"
             ),

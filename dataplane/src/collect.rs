@@ -29,7 +29,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
 use shared::desired::{ContainerRow, DesiredSnapshot};
 use shared::heap::trimmed;
 use shared::ids::ContainerId;
@@ -54,6 +53,7 @@ use self::walks::{Kind, Walks};
 use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::sys::bpf::CounterTable;
+use crate::sys::clock::thread_cpu;
 use crate::sys::netlink::LinkStatistics;
 
 /// File systems and directories are not asked for more often than this; samples tell how old the
@@ -167,15 +167,6 @@ pub struct Sampler {
     last_cpu: Duration,
     late: Duration,
     missed: u64,
-}
-
-/// CPU time of the calling thread.
-pub(crate) fn thread_cpu() -> Duration {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(
-        u64::try_from(now.tv_sec).unwrap_or(0),
-        u32::try_from(now.tv_nsec).unwrap_or(0),
-    )
 }
 
 /// When a pass began.

@@ -9,6 +9,7 @@ pub mod accelerator;
 pub mod answers;
 pub mod app;
 pub mod board;
+pub mod causes;
 pub mod collect;
 pub mod detach;
 pub mod forward;

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use config::{Config, Forward, KernelAttach, LoadOptions, LogFormat, Logging, RelayEngine};
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
+use dataplane::causes::words;
 use dataplane::detach;
 use dataplane::forward::kernel::Means;
 use dataplane::forward::relay::Engine;
@@ -235,13 +236,6 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
 
 /// Says what went wrong and why, cause by cause.
 fn fail(err: &dyn std::error::Error, code: u8) -> ExitCode {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(source) = cause {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        cause = source.source();
-    }
-    eprintln!("bai-dataplane: {text}");
+    eprintln!("bai-dataplane: {}", words(err));
     ExitCode::from(code)
 }

@@ -1,5 +1,5 @@
-//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, descriptor limits, project quotas, signals;
-//! and what NVML's binding leaves out.
+//! Thin kernel interfaces: sockets, pipes and splice, io_uring, netlink, BPF, clocks, descriptor limits, project quotas,
+//! signals; and what NVML's binding leaves out.
 //!
 //! Owns nothing by itself; each file wraps one interface so that the rest of the crate neither sees
 //! raw numbers nor needs `unsafe`. Invariant: what unsafe code this crate has lives here ([`bpf`] and
@@ -7,6 +7,7 @@
 
 pub mod bpf;
 pub mod btf;
+pub mod clock;
 pub mod datagram;
 pub mod iterator;
 pub mod netlink;

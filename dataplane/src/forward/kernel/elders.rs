@@ -11,9 +11,9 @@ use aya::programs::tc::SchedClassifierLink;
 use ebpf::map;
 use ebpf::records::ServiceKey;
 
-use super::error::words;
 use super::pins::{Pins, Side};
 use super::placer::Placer;
+use crate::causes::words;
 use crate::sys::bpf;
 
 /// What is left of other layouts.

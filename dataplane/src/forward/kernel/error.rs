@@ -1,6 +1,6 @@
 //! What can go wrong on the kernel path.
 //!
-//! In: refusals of the kernel. Out: one variant per failed step, and all causes in one line.
+//! In: refusals of the kernel. Out: one variant per failed step.
 
 use std::io;
 
@@ -9,6 +9,7 @@ use aya::maps::MapError;
 use aya::programs::ProgramError;
 
 use super::pins::PinsError;
+pub use crate::causes::words;
 use crate::sys::netlink::NetlinkError;
 
 /// A failed step of the kernel path.
@@ -118,20 +119,4 @@ pub enum KernelPathError {
     /// What containers are given can't be read.
     #[error("what containers are given can't be counted")]
     Delivered(#[source] io::Error),
-}
-
-/// The error and its causes in one line.
-pub fn words(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(source) = cause {
-        let more = source.to_string();
-        // Some libraries repeat their cause in their own words.
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = source.source();
-    }
-    text
 }

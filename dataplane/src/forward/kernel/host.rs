@@ -20,6 +20,7 @@ use ebpf::{ADDRESS_HOOKS, RELEASE_HOOK, map};
 use super::error::KernelPathError;
 use super::object::typed;
 use super::pins::Pins;
+use crate::causes::words;
 use crate::sys::bpf::{self, Table};
 use crate::sys::netlink::sockets;
 
@@ -193,7 +194,7 @@ impl Hooks {
             Ok(cut) => tracing::debug!(port = u16::from_be(key.port), cut, "connections are cut"),
             Err(err) => tracing::warn!(
                 port = u16::from_be(key.port),
-                err = super::words(&err),
+                err = words(&err),
                 "connections of clients on this host go on"
             ),
         }

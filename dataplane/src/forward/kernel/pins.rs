@@ -11,6 +11,7 @@ use std::sync::Arc;
 use shared::pins::{Claim, HOME};
 
 use super::attach;
+use crate::causes::words;
 use crate::sys::bpf;
 use crate::sys::netlink::LinkLookup;
 
@@ -321,7 +322,7 @@ pub fn remove_abandoned(names: &LinkLookup) {
         }
         match remove_tree(&home) {
             Ok(()) => tracing::info!(pins = %home.display(), "pins of an agent that is gone"),
-            Err(err) => tracing::warn!(err = super::words(&err), "pins stay"),
+            Err(err) => tracing::warn!(err = words(&err), "pins stay"),
         }
     }
 }

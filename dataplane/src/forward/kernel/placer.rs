@@ -18,11 +18,12 @@ use shared::log_limit::LogLimit;
 
 use super::attach::{self, Means};
 use super::eligibility;
-use super::error::{KernelPathError, words};
+use super::error::KernelPathError;
 use super::object::classifier;
 use super::pins::{self, Pins, Side};
-use crate::collect::thread_cpu;
+use crate::causes::words;
 use crate::mailbox::Mailbox;
+use crate::sys::clock::thread_cpu;
 use crate::sys::netlink::interfaces::{Interface, Interfaces};
 use crate::sys::netlink::routes::{Networks, Routes};
 use crate::sys::netlink::{LinkLookup, NetlinkError};
