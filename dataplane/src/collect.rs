@@ -54,7 +54,7 @@ use crate::board::{Board, Pass};
 use crate::forward::relay::port::Totals;
 use crate::sys::bpf::CounterTable;
 use crate::sys::clock::thread_cpu;
-use crate::sys::netlink::LinkStatistics;
+use crate::sys::netlink::Links;
 
 /// File systems and directories are not asked for more often than this; samples tell how old the
 /// answers are.
@@ -362,17 +362,54 @@ impl Sampler {
                 watched.walk(walks);
             }
             walks.pass(&mut self.buffer);
-            let reader = self.links.as_ref().filter(|_| told);
-            let links = reader.and_then(LinkReader::statistics);
-            walks.veths_mut().take(links.map(LinkStatistics::last));
+            walks.veths_mut().take(told_by(self.links.as_ref(), told));
         }
         let steady = self.add_delivered(told);
-        let reader = self.links.as_ref().filter(|_| told && steady);
-        let links = reader.and_then(LinkReader::statistics);
+        let told = told && steady;
+        let samples = self.take_samples(told, steady);
+        let links = told_by(self.links.as_ref(), told);
+        let read = self.node.read(links, &mut self.buffer);
+        let mut node = NodeSample {
+            tick: self.tick,
+            taken_monotonic_ns: read.monotonic_ns,
+            taken_wall_ns: read.wall_ns,
+            counters: read.counters,
+            cores_busy_ns: read.cores_busy_ns.clone(),
+            disks: Vec::new(),
+        };
+        self.add_own(&mut node, samples.len());
+        self.ask_disk();
+        let processes = self.lister.as_mut().and_then(|lister| {
+            let wanted = self.containers.iter().filter_map(|watched| {
+                Some((watched.row().container_id, watched.directory()?.to_owned()))
+            });
+            lister.turn(wanted).map(|listing| Processes {
+                tick: self.tick,
+                ..listing
+            })
+        });
+        self.last_pass = begun.at.elapsed();
+        self.last_cpu = thread_cpu().saturating_sub(begun.cpu);
+        node.counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
+        node.counters.pass_cpu_ns = u64::try_from(self.last_cpu.as_nanos()).ok();
+        node.counters.tick_late_ns = u64::try_from(self.late.as_nanos()).ok();
+        node.counters.ticks_missed = Some(self.missed);
+        Pass {
+            tick: self.tick,
+            samples,
+            processes,
+            node,
+        }
+    }
+
+    /// A sample of each container: by what was told about links if it was, by what was read of them if
+    /// that is `steady`.
+    fn take_samples(&mut self, told: bool, steady: bool) -> Samples {
+        let reader = self.links.as_ref().filter(|_| told);
         let read = self.walks.as_ref().filter(|_| steady);
         let networks = Networks {
             read: read.map(|walks| walks.veths().believed()),
-            told: links.map(LinkStatistics::last),
+            told: told_by(self.links.as_ref(), told),
         };
         // What the walks have read is of one moment; files are read one after the other.
         let files = self.walks.is_none();
@@ -411,60 +448,41 @@ impl Sampler {
             }
             samples.push(&sample);
         }
-        let node = self.node.read(networks.told, &mut self.buffer);
-        let mut counters = node.counters;
+        samples
+    }
+
+    /// Adds what is known without asking the kernel now.
+    fn add_own(&self, node: &mut NodeSample, sampled: usize) {
+        let counters = &mut node.counters;
         let space = self.scratch_root.as_deref();
         if let Some(space) = space.and_then(|path| self.disk.at(path)) {
             counters.disk_total_bytes = space.total;
             counters.disk_available_bytes = Some(space.available);
         }
-        let disks = self.disk.node(&mut counters);
+        node.disks = self.disk.node(counters);
         counters.sessions_active = Some(u64::from(self.totals.active()));
         counters.sessions_total = Some(self.totals.admitted());
         counters.accepts_shed = Some(self.totals.shed());
-        counters.containers_sampled = Some(samples.len() as u64);
-        if self.disk_asked.is_none_or(|at| at.elapsed() >= DISK) {
-            self.disk_asked = Some(Instant::now());
-            self.disk.refresh(
-                self.scratch_root.as_deref(),
-                self.containers
-                    .iter()
-                    .map(|watched| watched.row().scratch_path.as_str())
-                    .filter(|path| !path.is_empty()),
-                self.containers
-                    .iter()
-                    .map(|watched| (watched.row().init_pid, watched.row().container_id))
-                    .filter(|(pid, _)| *pid != 0),
-            );
+        counters.containers_sampled = Some(sampled as u64);
+    }
+
+    /// Has file systems and directories asked, not more often than once per [`DISK`].
+    fn ask_disk(&mut self) {
+        if self.disk_asked.is_some_and(|at| at.elapsed() < DISK) {
+            return;
         }
-        let processes = self.lister.as_mut().and_then(|lister| {
-            let wanted = self.containers.iter().filter_map(|watched| {
-                Some((watched.row().container_id, watched.directory()?.to_owned()))
-            });
-            lister.turn(wanted).map(|listing| Processes {
-                tick: self.tick,
-                ..listing
-            })
-        });
-        self.last_pass = begun.at.elapsed();
-        self.last_cpu = thread_cpu().saturating_sub(begun.cpu);
-        counters.pass_ns = u64::try_from(self.last_pass.as_nanos()).ok();
-        counters.pass_cpu_ns = u64::try_from(self.last_cpu.as_nanos()).ok();
-        counters.tick_late_ns = u64::try_from(self.late.as_nanos()).ok();
-        counters.ticks_missed = Some(self.missed);
-        Pass {
-            tick: self.tick,
-            samples,
-            processes,
-            node: NodeSample {
-                tick: self.tick,
-                taken_monotonic_ns: node.monotonic_ns,
-                taken_wall_ns: node.wall_ns,
-                counters,
-                cores_busy_ns: node.cores_busy_ns.clone(),
-                disks,
-            },
-        }
+        self.disk_asked = Some(Instant::now());
+        self.disk.refresh(
+            self.scratch_root.as_deref(),
+            self.containers
+                .iter()
+                .map(|watched| watched.row().scratch_path.as_str())
+                .filter(|path| !path.is_empty()),
+            self.containers
+                .iter()
+                .map(|watched| (watched.row().init_pid, watched.row().container_id))
+                .filter(|(pid, _)| *pid != 0),
+        );
     }
 
     /// Takes up new containers and changed rows, and lets go of those no longer wanted. When the list
@@ -538,6 +556,12 @@ impl Sampler {
         }
         read.is_ok()
     }
+}
+
+/// The links that were told of, where that counts.
+fn told_by(reader: Option<&LinkReader>, counts: bool) -> Option<&Links> {
+    let links = reader.filter(|_| counts)?.statistics()?;
+    Some(links.last())
 }
 
 fn place_of(containers: &[Watched], id: &ContainerId) -> Result<usize, usize> {
