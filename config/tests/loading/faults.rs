@@ -75,230 +75,145 @@ fn a_section_that_is_a_value_is_refused() {
     assert!(problems[0].remedy.contains("[node]"), "{problems:?}");
 }
 
-/// Each line is one fault, told at its key.
-#[test]
-fn what_does_not_fit_is_refused_at_its_key() {
-    for (section, line, key) in [
-        ("agent", "mode = 'kubernetes'", "agent.mode"),
-        ("agent", "scaling-group = ' '", "agent.scaling-group"),
-        ("agent", "scaling-group = 3", "agent.scaling-group"),
-        ("agent", "agent-sock-port = 80", "agent.agent-sock-port"),
-        (
-            "agent",
-            "metadata-server-port = 70000",
-            "agent.metadata-server-port",
-        ),
-        (
-            "agent",
-            "metadata-server-bind-host = 'a b'",
-            "agent.metadata-server-bind-host",
-        ),
-        (
-            "agent",
-            "ipc-base-path = '/proc/version/x'",
-            "agent.ipc-base-path",
-        ),
-        ("agent", "var-base-path = ''", "agent.var-base-path"),
-        (
-            "agent",
-            "rpc-auth-agent-keypair = '/nowhere'",
-            "agent.rpc-auth-agent-keypair",
-        ),
-        (
-            "agent",
-            "rpc-auth-manager-public-key = '/proc/version'",
-            "agent.rpc-auth-manager-public-key",
-        ),
-        (
-            "agent",
-            "allow-compute-plugins = 'cuda'",
-            "agent.allow-compute-plugins",
-        ),
-        (
-            "agent",
-            "allow-compute-plugins = ['a']\nblock-compute-plugins = ['a']",
-            "agent.allow-compute-plugins",
-        ),
-        (
-            "agent",
-            "service-addr = '0.0.0.0:6001'",
-            "agent.service-addr",
-        ),
-        (
-            "agent",
-            "cohabiting-storage-proxy = 'maybe'",
-            "agent.cohabiting-storage-proxy",
-        ),
-        ("agent", "region = ''", "agent.region"),
-        ("agent", "id = ' '", "agent.id"),
-        (
-            "agent",
-            "kernel-creation-concurrency = 0",
-            "agent.kernel-creation-concurrency",
-        ),
-        (
-            "agent.sync-container-lifecycles",
-            "interval = 0",
-            "agent.sync-container-lifecycles.interval",
-        ),
-        ("container", "kernel-gid = -2", "container.kernel-gid"),
-        (
-            "container",
-            "kernel-uid = 4294967295",
-            "container.kernel-uid",
-        ),
-        ("container", "port-range = 30000", "container.port-range"),
-        (
-            "container",
-            "port-range = [1, 2, 3]",
-            "container.port-range",
-        ),
-        ("container", "port-range = [1.5, 2]", "container.port-range"),
-        (
-            "container",
-            "advertised-host = '0.0.0.0'",
-            "container.advertised-host",
-        ),
-        (
-            "container",
-            "scratch-type = 'hostfile'",
-            "container.scratch-size",
-        ),
-        (
-            "resource",
-            "memory-align-size = 0",
-            "resource.memory-align-size",
-        ),
-        (
-            "resource",
-            "allocation-order = ['cpu', 'cpu']",
-            "resource.allocation-order",
-        ),
-        ("resource", "reserved-cpu = -1", "resource.reserved-cpu"),
-        (
-            "resource",
-            "reserved-mem = 1979-05-27",
-            "resource.reserved-mem",
-        ),
-        ("etcd", "addr = []", "etcd.addr"),
-        ("etcd", "addr = ['127.0.0.1', 2379]", "etcd.addr"),
-        ("etcd", "addr = ':2379'", "etcd.addr"),
-        (
-            "debug",
-            "heartbeat-interval = 0",
-            "debug.heartbeat-interval",
-        ),
-        ("logging", "level = 'LOUD'", "logging.level"),
-        ("logging", "drivers = ['graylog']", "logging.drivers"),
-        (
-            "container-logs",
-            "chunk-size = 0",
-            "container-logs.chunk-size",
-        ),
-        (
-            "kernel-lifecycles",
-            "init-polling-attempt = 0",
-            "kernel-lifecycles.init-polling-attempt",
-        ),
-        ("node", "run-dir = '/var/lib/x'", "node.run-dir"),
-        ("node", "publish = 'both'", "node.publish"),
-        ("node", "forward = 'kernel'", "node.forward"),
-        ("node", "kernel-attach = 'tcx'", "node.kernel-attach"),
-        ("node", "relay-engine = 'copy'", "node.relay-engine"),
-        (
-            "node",
-            "allowed-clients = ['10.0.0.1/8']",
-            "node.allowed-clients",
-        ),
-        (
-            "node",
-            "service-clients = { sshd = ['10.0.0.1/8'] }",
-            "node.service-clients",
-        ),
-        ("node", "service-clients = ['sshd']", "node.service-clients"),
-        (
-            "node",
-            "service-clients = { a = ['10.0.0.1','10.0.0.2','10.0.0.3','10.0.0.4','10.0.0.5','10.0.0.6','10.0.0.7','10.0.0.8','10.0.0.9'] }",
-            "node.service-clients",
-        ),
-        (
-            "node",
-            "device-limits = [{ read-bps = 1 }]",
-            "node.device-limits",
-        ),
-        (
-            "node",
-            "device-limits = [{ device = '/dev/null', read-bps = 0 }]",
-            "node.device-limits",
-        ),
-        (
-            "node",
-            "device-limits = [{ device = '/etc', read-bps = 1 }]",
-            "node.device-limits",
-        ),
-        (
-            "node",
-            "device-limits = { device = '/dev/null' }",
-            "node.device-limits",
-        ),
-        ("node.engine", "host = 'ssh://h'", "node.engine.host"),
-        (
-            "node.engine",
-            "request-timeout = 0",
-            "node.engine.request-timeout",
-        ),
-        (
-            "node.dataplane",
-            "max-sessions = 10",
-            "node.dataplane.max-sessions-per-port",
-        ),
-        (
-            "node.dataplane",
-            "stats-interval = '1ms'",
-            "node.dataplane.stats-interval",
-        ),
-        (
-            "node.accelerators",
-            "unit-mem = '1m'",
-            "node.accelerators.unit-mem",
-        ),
-        (
-            "node.accelerators",
-            "unit-mem = '8e'",
-            "node.accelerators.unit-mem",
-        ),
-        (
-            "container-logs",
-            "max-length = '15e'",
-            "container-logs.max-length",
-        ),
-        (
-            "kernel-lifecycles",
-            "init-polling-timeout-sec = 0",
-            "kernel-lifecycles.init-polling-timeout-sec",
-        ),
-        (
-            "kernel-lifecycles",
-            "init-timeout-sec = '1ms'",
-            "kernel-lifecycles.init-timeout-sec",
-        ),
-        (
-            "node.accelerators",
-            "device-plugins = {'a/b'='mem.x'}",
-            "node.accelerators.device-plugins",
-        ),
-        (
-            "node.accelerators",
-            "device-plugins = {'a/b'='x.device', 'c/d'='x.device'}",
-            "node.accelerators.device-plugins",
-        ),
-        ("node.rpc", "max-message = '1k'", "node.rpc.max-message"),
-    ] {
-        let problems = Setup::new(&with_line(section, line)).problems();
-        assert_eq!(problems.len(), 1, "[{section}] {line}: {problems:?}");
-        assert_eq!(problems[0].key, key, "[{section}] {line}");
-        assert!(!problems[0].remedy.is_empty());
+/// Each of these lines is a fault, told at its (first) key.
+fn refuses(section: &str, lines: &[&str]) {
+    for line in lines {
+        let (name, _) = line.split_once(" = ").expect("a key");
+        refuses_at(&format!("{section}.{name}"), section, line);
     }
+}
+
+fn refuses_at(key: &str, section: &str, line: &str) {
+    let problems = Setup::new(&with_line(section, line)).problems();
+    assert_eq!(problems.len(), 1, "[{section}] {line}: {problems:?}");
+    assert_eq!(problems[0].key, key, "[{section}] {line}");
+    assert!(!problems[0].remedy.is_empty(), "[{section}] {line}");
+}
+
+#[test]
+fn what_does_not_fit_the_cluster_is_refused_at_its_key() {
+    refuses(
+        "etcd",
+        &["addr = []", "addr = ['127.0.0.1', 2379]", "addr = ':2379'"],
+    );
+}
+
+#[test]
+fn what_does_not_fit_the_agent_is_refused_at_its_key() {
+    refuses(
+        "agent",
+        &[
+            "mode = 'kubernetes'",
+            "scaling-group = ' '",
+            "scaling-group = 3",
+            "agent-sock-port = 80",
+            "metadata-server-port = 70000",
+            "metadata-server-bind-host = 'a b'",
+            "ipc-base-path = '/proc/version/x'",
+            "var-base-path = ''",
+            "rpc-auth-agent-keypair = '/nowhere'",
+            "rpc-auth-manager-public-key = '/proc/version'",
+            "allow-compute-plugins = 'cuda'",
+            "allow-compute-plugins = ['a']\nblock-compute-plugins = ['a']",
+            "service-addr = '0.0.0.0:6001'",
+            "cohabiting-storage-proxy = 'maybe'",
+            "region = ''",
+            "id = ' '",
+            "kernel-creation-concurrency = 0",
+        ],
+    );
+    refuses("agent.sync-container-lifecycles", &["interval = 0"]);
+}
+
+#[test]
+fn what_does_not_fit_containers_is_refused_at_its_key() {
+    refuses(
+        "container",
+        &[
+            "kernel-gid = -2",
+            "kernel-uid = 4294967295",
+            "port-range = 30000",
+            "port-range = [1, 2, 3]",
+            "port-range = [1.5, 2]",
+            "advertised-host = '0.0.0.0'",
+        ],
+    );
+    refuses(
+        "resource",
+        &[
+            "memory-align-size = 0",
+            "allocation-order = ['cpu', 'cpu']",
+            "reserved-cpu = -1",
+            "reserved-mem = 1979-05-27",
+        ],
+    );
+    refuses("container-logs", &["chunk-size = 0", "max-length = '15e'"]);
+    refuses_at(
+        "container.scratch-size",
+        "container",
+        "scratch-type = 'hostfile'",
+    );
+}
+
+#[test]
+fn what_does_not_fit_debugging_and_logs_is_refused_at_its_key() {
+    refuses("debug", &["heartbeat-interval = 0"]);
+    refuses("logging", &["level = 'LOUD'", "drivers = ['graylog']"]);
+}
+
+#[test]
+fn what_does_not_fit_deadlines_and_the_watcher_is_refused_at_its_key() {
+    refuses(
+        "kernel-lifecycles",
+        &[
+            "init-polling-attempt = 0",
+            "init-polling-timeout-sec = 0",
+            "init-timeout-sec = '1ms'",
+        ],
+    );
+}
+
+#[test]
+fn what_does_not_fit_the_node_is_refused_at_its_key() {
+    refuses(
+        "node",
+        &[
+            "run-dir = '/var/lib/x'",
+            "publish = 'both'",
+            "forward = 'kernel'",
+            "kernel-attach = 'tcx'",
+            "relay-engine = 'copy'",
+            "allowed-clients = ['10.0.0.1/8']",
+            "service-clients = { sshd = ['10.0.0.1/8'] }",
+            "service-clients = ['sshd']",
+            "service-clients = { a = ['10.0.0.1','10.0.0.2','10.0.0.3','10.0.0.4','10.0.0.5','10.0.0.6','10.0.0.7','10.0.0.8','10.0.0.9'] }",
+            "device-limits = [{ read-bps = 1 }]",
+            "device-limits = [{ device = '/dev/null', read-bps = 0 }]",
+            "device-limits = [{ device = '/etc', read-bps = 1 }]",
+            "device-limits = { device = '/dev/null' }",
+        ],
+    );
+}
+
+#[test]
+fn what_does_not_fit_the_node_s_parts_is_refused_at_its_key() {
+    refuses("node.engine", &["host = 'ssh://h'", "request-timeout = 0"]);
+    refuses("node.dataplane", &["stats-interval = '1ms'"]);
+    refuses(
+        "node.accelerators",
+        &[
+            "unit-mem = '1m'",
+            "unit-mem = '8e'",
+            "device-plugins = {'a/b'='mem.x'}",
+            "device-plugins = {'a/b'='x.device', 'c/d'='x.device'}",
+        ],
+    );
+    refuses("node.rpc", &["max-message = '1k'"]);
+    refuses_at(
+        "node.dataplane.max-sessions-per-port",
+        "node.dataplane",
+        "max-sessions = 10",
+    );
 }
 
 #[test]

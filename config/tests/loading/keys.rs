@@ -6,8 +6,13 @@ use serde_json::{Value, json};
 use crate::host::{Setup, with_line};
 
 /// Section, names (the first is the canonical one), a value in TOML, the value as JSON.
-fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> {
-    let addr = |host: &str, port: u16| json!({"host": host, "port": port});
+type Row = (&'static str, &'static [&'static str], &'static str, Value);
+
+fn addr(host: &str, port: u16) -> Value {
+    json!({"host": host, "port": port})
+}
+
+fn cluster() -> Vec<Row> {
     vec![
         ("etcd", &["namespace"], "'prod'", json!("prod")),
         (
@@ -25,6 +30,12 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ("etcd", &["user"], "'me'", json!("me")),
         ("etcd", &["password"], "'pw'", json!("***")),
         ("etcd", &["tls"], "true", json!(true)),
+        ("service-discovery", &["type"], "'etcd'", json!("etcd")),
+    ]
+}
+
+fn agent() -> Vec<Row> {
+    vec![
         ("agent", &["mode", "backend"], "'docker'", json!("docker")),
         (
             "agent",
@@ -149,6 +160,11 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "2.5",
             json!(2.5),
         ),
+    ]
+}
+
+fn container() -> Vec<Row> {
+    vec![
         ("container", &["kernel-uid"], "1000", json!(1000)),
         ("container", &["kernel-uid"], "'work'", json!(1100)),
         ("container", &["kernel-uid"], "''", json!(0)),
@@ -220,6 +236,13 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "'prefer_single_node'",
             json!("PREFER_SINGLE_NODE"),
         ),
+        ("container-logs", &["max-length"], "'1m'", json!(1_048_576)),
+        ("container-logs", &["chunk-size"], "4096", json!(4096)),
+    ]
+}
+
+fn debug() -> Vec<Row> {
+    vec![
         ("debug", &["heartbeat-interval"], "7.5", json!(7.5)),
         ("debug", &["skip-container-deletion"], "true", json!(true)),
         ("debug", &["kernel-runner"], "true", json!(true)),
@@ -242,7 +265,11 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
         ),
         ("logging.console", &["colored"], "false", json!(false)),
         ("logging.console", &["format"], "'simple'", json!("simple")),
-        ("service-discovery", &["type"], "'etcd'", json!("etcd")),
+    ]
+}
+
+fn deadlines() -> Vec<Row> {
+    vec![
         (
             "watcher",
             &["service-addr"],
@@ -256,8 +283,6 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!("x.service"),
         ),
         ("watcher", &["soft-reset-available"], "true", json!(true)),
-        ("container-logs", &["max-length"], "'1m'", json!(1_048_576)),
-        ("container-logs", &["chunk-size"], "4096", json!(4096)),
         ("api", &["pull-timeout"], "60", json!(60.0)),
         ("api", &["commit-timeout"], "'2m'", json!(120.0)),
         ("api", &["push-timeout"], "0.5", json!(0.5)),
@@ -279,6 +304,11 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             "30",
             json!(30.0),
         ),
+    ]
+}
+
+fn node() -> Vec<Row> {
+    vec![
         (
             "node",
             &["run-dir"],
@@ -315,12 +345,6 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             json!({"sshd": ["10.0.0.0/8", "::1/128"], "web": []}),
         ),
         (
-            "node.dataplane",
-            &["max-new-sessions-per-second"],
-            "50",
-            json!(50),
-        ),
-        (
             "node",
             &["redis-ca-file"],
             "'/etc/hostname'",
@@ -337,6 +361,17 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
             &["device-limits"],
             "[{device='/dev/null', read-bps='1m', write_iops=5}]",
             json!([{"device": "/dev/null", "read-bps": 1_048_576, "write-bps": null, "read-iops": null, "write-iops": 5}]),
+        ),
+    ]
+}
+
+fn node_parts() -> Vec<Row> {
+    vec![
+        (
+            "node.dataplane",
+            &["max-new-sessions-per-second"],
+            "50",
+            json!(50),
         ),
         (
             "node.engine",
@@ -441,9 +476,8 @@ fn table() -> Vec<(&'static str, &'static [&'static str], &'static str, Value)> 
     ]
 }
 
-#[test]
-fn every_key_is_read_by_every_name() {
-    for (section, names, value, expected) in table() {
+fn is_read_by_every_name(rows: Vec<Row>) {
+    for (section, names, value, expected) in rows {
         for name in names {
             for spelling in [(*name).to_owned(), name.replace('-', "_")] {
                 let line = format!("{spelling} = {value}");
@@ -476,10 +510,54 @@ fn every_key_is_read_by_every_name() {
     }
 }
 
+#[test]
+fn keys_of_the_cluster_are_read_by_every_name() {
+    is_read_by_every_name(cluster());
+}
+
+#[test]
+fn keys_of_the_agent_are_read_by_every_name() {
+    is_read_by_every_name(agent());
+}
+
+#[test]
+fn keys_of_containers_are_read_by_every_name() {
+    is_read_by_every_name(container());
+}
+
+#[test]
+fn keys_of_debugging_and_logs_are_read_by_every_name() {
+    is_read_by_every_name(debug());
+}
+
+#[test]
+fn keys_of_deadlines_and_the_watcher_are_read_by_every_name() {
+    is_read_by_every_name(deadlines());
+}
+
+#[test]
+fn keys_of_the_node_are_read_by_every_name() {
+    is_read_by_every_name(node());
+}
+
+#[test]
+fn keys_of_the_node_s_parts_are_read_by_every_name() {
+    is_read_by_every_name(node_parts());
+}
+
 /// A key that can be shown and has no row above would be untested.
 #[test]
 fn the_table_of_keys_is_complete() {
-    let table = table();
+    let table = [
+        cluster(),
+        agent(),
+        container(),
+        debug(),
+        deadlines(),
+        node(),
+        node_parts(),
+    ]
+    .concat();
     for value in Setup::new(crate::host::SMALLEST).loaded().origins {
         let covered = table
             .iter()
