@@ -134,7 +134,7 @@ choice! {
     LogDriver, any_case: false, {
         /// Standard error.
         Console = "console",
-        /// A rotated file.
+        /// A rotated file; not used here.
         File = "file",
         /// Not used here.
         Logstash = "logstash",

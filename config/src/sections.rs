@@ -72,7 +72,7 @@ pub struct Agent {
     pub scaling_group_type: ScalingGroupType,
     /// Heartbeat `public_host`.
     pub public_host: String,
-    /// Port of the socket for in-container helpers.
+    /// Port of the original's relay for in-container helpers; not used, they have a socket file.
     pub agent_sock_port: u16,
     /// Metadata server for containers.
     pub metadata_server: HostPort,
@@ -210,9 +210,9 @@ pub struct Coredump {
     pub path: PathBuf,
     /// Directory of the host's core pattern, the mount target in the container.
     pub core_path: PathBuf,
-    /// Dumps kept.
+    /// Dumps kept; not used.
     pub backup_count: u32,
-    /// Largest dump.
+    /// Largest dump; not used.
     pub size_limit: ByteSize,
 }
 
@@ -221,15 +221,15 @@ pub struct Coredump {
 pub struct Logging {
     /// Lowest level that is logged.
     pub level: LogLevel,
-    /// Where log lines go; only console and file are used.
+    /// Where the original's log lines go; not used, ours go to standard error.
     pub drivers: Vec<LogDriver>,
-    /// Levels per logger name of the original.
+    /// Levels per logger name of the original; not used.
     pub pkg_ns: BTreeMap<String, LogLevel>,
     /// Colours on the console; none means when it is a terminal.
     pub console_colored: Option<bool>,
     /// Format on the console.
     pub console_format: LogFormat,
-    /// Log file, when the `file` driver is on.
+    /// Log file, when the `file` driver is on; its directory is made, and nothing is written.
     pub file: Option<LogFile>,
 }
 

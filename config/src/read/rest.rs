@@ -227,7 +227,7 @@ fn coredump(debug: &mut Section<'_, '_>) -> Option<Coredump> {
     }
 }
 
-const LOG_SERVER: &str = "logs go to the console or a file; let the journal forward them";
+const LOG_SERVER: &str = "logs go to standard error only; let the journal forward them";
 
 pub(super) fn logging(reader: &mut Reader<'_>, root: &Table) -> Logging {
     let levels = [
