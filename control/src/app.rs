@@ -463,11 +463,10 @@ async fn assemble(
     let distros = known_distros(&docker, &config).await;
     let (socket_dir, host_sockets) = open_sockets(&config, stopping).await?;
     let range = config.container.port_range;
-    let kind = ScratchKind::from_config(
-        &config.container.scratch_type.to_string(),
+    let kind = ScratchKind::of(
+        config.container.scratch_type,
         config.container.scratch_size.0,
-    )
-    .unwrap_or(ScratchKind::HostDir);
+    );
     let creations = usize::try_from(config.agent.kernel_creation_concurrency)
         .unwrap_or(1)
         .max(1);

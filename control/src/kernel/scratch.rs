@@ -19,6 +19,7 @@ pub use contents::{ClusterFiles, ConfigFiles, NewScratch, validate_dotfiles};
 pub use held::Part;
 
 use crate::kernel::environment::Identity;
+use config::ScratchType;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -69,15 +70,15 @@ impl ScratchKind {
     /// Size of each tmpfs in the original.
     pub const MEMORY_SIZE: u64 = 64 << 20;
 
-    /// Reads `container.scratch-type`; `size` is `container.scratch-size`, for `hostfile`.
-    pub fn from_config(kind: &str, size: u64) -> Option<Self> {
-        match kind.to_ascii_lowercase().as_str() {
-            "hostdir" => Some(Self::HostDir),
-            "hostfile" => Some(Self::HostFile { size }),
-            "memory" => Some(Self::Memory {
+    /// From `container.scratch-type`; `size` is `container.scratch-size` in bytes, for `hostfile`.
+    pub fn of(kind: ScratchType, size: u64) -> Self {
+        match kind {
+            // No configuration with `k8s-nfs` is accepted.
+            ScratchType::Hostdir | ScratchType::K8sNfs => Self::HostDir,
+            ScratchType::Hostfile => Self::HostFile { size },
+            ScratchType::Memory => Self::Memory {
                 size: Self::MEMORY_SIZE,
-            }),
-            _ => None,
+            },
         }
     }
 
