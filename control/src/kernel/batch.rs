@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::container_processes::{ContainerCgroup, KernelFiles};
 use super::execution::{self, BatchSteps, Mode};
+use super::lifecycle::Reason;
 use super::runner_link::frame::Step;
 use super::runner_link::runs::Ending;
 use super::runner_link::{LinkError, RunnerLink};
@@ -61,13 +62,13 @@ pub enum BatchOutcome {
 }
 
 impl BatchOutcome {
-    /// Event name, reason and exit code of the session event to publish.
-    pub fn event(self) -> (&'static str, &'static str, i64) {
+    /// Reason and exit code for the event to publish.
+    pub fn told(self) -> (Reason, i64) {
         match self {
-            BatchOutcome::Succeeded => ("session_success", "task-finished", 0),
-            BatchOutcome::Failed { exit_code } => ("session_failure", "task-failed", exit_code),
-            BatchOutcome::TimedOut => ("session_failure", "task-timeout", -2),
-            BatchOutcome::KernelGone => ("kernel_terminated", "self-terminated", -1),
+            BatchOutcome::Succeeded => (Reason::TASK_FINISHED, 0),
+            BatchOutcome::Failed { exit_code } => (Reason::TASK_FAILED, exit_code),
+            BatchOutcome::TimedOut => (Reason::TASK_TIMEOUT, -2),
+            BatchOutcome::KernelGone => (Reason::SELF_TERMINATED, -1),
         }
     }
 }

@@ -207,8 +207,6 @@ async fn carry_through(
             }
         }
     };
-    let (_, reason, exit_code) = outcome.event();
-    let reason = Reason::from_text(reason);
     if outcome == BatchOutcome::KernelGone {
         note_gone(node, kernel);
         return;
@@ -222,6 +220,7 @@ async fn carry_through(
         kernel.end_batch();
         return;
     }
+    let (reason, exit_code) = outcome.told();
     let event = if outcome == BatchOutcome::Succeeded {
         Event::SessionSuccess {
             session,

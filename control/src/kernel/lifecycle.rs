@@ -40,6 +40,9 @@ reasons! {
     RESTART_TIMEOUT = "restart-timeout";
     SELF_TERMINATED = "self-terminated";
     SHARED_MEMORY_FULL = "shared-memory-full";
+    TASK_FAILED = "task-failed";
+    TASK_FINISHED = "task-finished";
+    TASK_TIMEOUT = "task-timeout";
     USER_REQUESTED = "user-requested";
     USER_PURGED = "user-purged";
 }

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use control::events::Events;
 use control::kernel::batch::{self, BatchOutcome};
 use control::kernel::execution::{Mode, Status};
+use control::kernel::lifecycle::Reason;
 use control::kernel::runner_link::{LinkOptions, Owed, RunnerLink};
 use harness::fake_runner::FakeRunner;
 use shared::ids::{KernelId, SessionId};
@@ -184,6 +185,6 @@ async fn a_batch_timeout_leaves_the_command_running_in_the_original() -> Result<
     let work = async { Ok(batch_job(&link, "sleep 1000", limit, &alive).await) };
     let (outcome, ()) = tokio::try_join!(work, play)?;
     ensure!(outcome == BatchOutcome::TimedOut);
-    ensure!(outcome.event() == ("session_failure", "task-timeout", -2));
+    ensure!(outcome.told() == (Reason::TASK_TIMEOUT, -2));
     Ok(())
 }
