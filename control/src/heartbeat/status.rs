@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::causes::chain;
-use crate::docker::ContainerSummary;
+use crate::docker::{ContainerSummary, Liveness};
 use crate::events::bus::Bus;
 use crate::events::bus::message::Message;
 use crate::kernel::Node;
@@ -87,8 +87,7 @@ pub struct Active {
 }
 
 fn active(listed: &ContainerSummary) -> Option<Active> {
-    let status = listed.state.as_ref()?.to_string();
-    if !matches!(status.as_str(), "running" | "restarting" | "paused") {
+    if Liveness::of_listed(listed) != Liveness::Active {
         return None;
     }
     let kernel_id = listed.labels.as_ref()?.get("ai.backend.kernel-id")?;
@@ -96,7 +95,7 @@ fn active(listed: &ContainerSummary) -> Option<Active> {
         container_id: listed.id.clone()?,
         // A label that is no id would make the manager refuse the whole report.
         kernel_id: kernel_id.parse::<KernelId>().ok()?.to_string(),
-        status,
+        status: listed.state?.to_string(),
     })
 }
 

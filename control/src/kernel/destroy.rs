@@ -25,7 +25,7 @@ use super::runner_link::Owed;
 use super::runner_link::runs::OWED_AT_MOST;
 use super::scratch::ScratchError;
 use crate::causes::chain;
-use crate::docker::{ContainerInspectResponse, DockerError, LogOptions};
+use crate::docker::{ContainerInspectResponse, DockerError, Liveness, LogOptions};
 use crate::events::Event;
 
 /// Pauses between attempts to give things back: doubled up to the second.
@@ -322,10 +322,10 @@ pub async fn stop_and_remove(
         .id
         .clone()
         .unwrap_or_else(|| record.container_name.clone());
-    let status = status_of(&found);
-    let remains = match status.as_str() {
-        "created" => Remains::default(),
-        "running" | "paused" | "restarting" => {
+    let liveness = Liveness::of(&found);
+    let remains = match liveness {
+        Liveness::Created => Remains::default(),
+        Liveness::Active => {
             stop(node, kernel, &container).await;
             match node.docker.inspect(&container).await {
                 Ok(stopped) => Remains::of(&stopped),
@@ -333,7 +333,7 @@ pub async fn stop_and_remove(
                 Err(err) => return Err(err),
             }
         }
-        _ => Remains::of(&found),
+        Liveness::Dead => Remains::of(&found),
     };
     if remains.exit_code.is_some() && kernel.ending().is_some() {
         // Nobody tells it once the container is gone.
@@ -342,11 +342,11 @@ pub async fn stop_and_remove(
         });
         node.note(kernel, |_| {}).await;
     }
-    if status != "created" {
+    if liveness != Liveness::Created {
         keep_console(node, kernel, &container).await;
     }
     node.link.await_removed(rows_gone, ROWS_GONE).await;
-    if keep && status != "created" {
+    if keep && liveness != Liveness::Created {
         tracing::info!(kernel_id = %kernel.id, container_id = container, "the container is kept (debug.skip-container-deletion)");
         return Ok(remains);
     }
@@ -462,16 +462,6 @@ async fn await_gone(node: &Node, container: &str) -> Result<(), DockerError> {
             message: "removal is already in progress".into(),
         }),
     }
-}
-
-/// The state word of an inspected container.
-pub fn status_of(found: &ContainerInspectResponse) -> String {
-    found
-        .state
-        .as_ref()
-        .and_then(|state| state.status)
-        .map(|status| status.to_string())
-        .unwrap_or_default()
 }
 
 /// The exit code of a container that has stopped.

@@ -14,15 +14,14 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use shared::ids::{ContainerId, KernelId};
 
-use super::destroy::{exit_code_of, status_of};
+use super::destroy::exit_code_of;
 use super::lifecycle::{Input, Stage, State};
 use super::node::Node;
-use super::recovery::plan::Liveness;
 use super::recovery::{self, Listed};
 use super::registry::Kernel;
 use super::rows;
 use crate::causes::chain;
-use crate::docker::{ContainerEvent, DockerError, EngineEvent, NetworkEvent};
+use crate::docker::{ContainerEvent, DockerError, EngineEvent, Liveness, NetworkEvent};
 use crate::metrics::{count_sync, count_sync_end};
 
 /// Docker events waiting for us; a full queue makes the stream say `Resynchronise`.
@@ -264,7 +263,7 @@ async fn confirm_end(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), Docke
         return Ok(());
     };
     let input = match node.docker.inspect(&container.to_string()).await {
-        Ok(found) => match Liveness::from_docker(&status_of(&found)) {
+        Ok(found) => match Liveness::of(&found) {
             // Created: its start is still on the way.
             Liveness::Active | Liveness::Created => return Ok(()),
             Liveness::Dead => Input::Died {

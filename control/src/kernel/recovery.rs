@@ -17,7 +17,7 @@ use futures_util::{StreamExt as _, stream};
 use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 
-use self::plan::{Decision, Known, Liveness, Seen};
+use self::plan::{Decision, Known, Seen};
 use super::create;
 use super::journal::{Damaged, JournalError};
 use super::lifecycle::Lifecycle;
@@ -25,7 +25,7 @@ use super::node::{Node, blocking};
 use super::record::{PublishedBy, Record};
 use super::registry::{EndedKernel, Kernel};
 use super::{batch_job, commit, restart, rows, services};
-use crate::docker::{ContainerSummary, DockerError};
+use crate::docker::{ContainerSummary, DockerError, Liveness};
 use crate::json_text::JsonText;
 use crate::ports::PortError;
 use crate::resource::Restored;
@@ -95,16 +95,11 @@ fn listed(summary: &ContainerSummary) -> Option<Listed> {
         .iter()
         .find_map(|name| kernel_of_name(name))?;
     let container: ContainerId = summary.id.as_ref()?.parse().ok()?;
-    let state = summary
-        .state
-        .as_ref()
-        .map(ToString::to_string)
-        .unwrap_or_default();
     Some(Listed {
         seen: Seen {
             kernel,
             container,
-            liveness: Liveness::from_docker(&state),
+            liveness: Liveness::of_listed(summary),
         },
         labels: summary.labels.clone().unwrap_or_default(),
         #[allow(clippy::cast_precision_loss, reason = "exact for all dates")]
@@ -494,7 +489,7 @@ pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerE
     // The list is a moment old, and the kernel may have ended since.
     let container = listed.seen.container.to_string();
     let liveness = match Box::pin(node.docker.inspect(&container)).await {
-        Ok(found) => Liveness::from_docker(&super::destroy::status_of(&found)),
+        Ok(found) => Liveness::of(&found),
         Err(err) if err.is_not_found() => return Ok(()),
         Err(err) => return Err(err),
     };

@@ -9,30 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use shared::ids::{ContainerId, KernelId};
 
+use crate::docker::Liveness;
 use crate::kernel::journal::{Phase, StoredEnding};
 use crate::kernel::lifecycle::{Ending, Reason};
-
-/// A container's state, as far as it matters here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Liveness {
-    /// Created and never started.
-    Created,
-    /// Running, restarting or paused.
-    Active,
-    /// Exited, dead or being removed.
-    Dead,
-}
-
-impl Liveness {
-    /// From Docker's state word.
-    pub fn from_docker(state: &str) -> Liveness {
-        match state {
-            "created" => Liveness::Created,
-            "running" | "restarting" | "paused" => Liveness::Active,
-            _ => Liveness::Dead,
-        }
-    }
-}
 
 /// One container of this agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
