@@ -114,12 +114,18 @@ pub enum ClusterError {
 
 /// Why the settings in etcd cannot be used yet.
 #[derive(Debug, Error)]
-enum Unfit {
+pub enum Unfit {
+    /// There is no etcd to be asked.
+    #[error(transparent)]
+    Alone(ClusterError),
+    /// etcd does not answer, or refuses.
     #[error(transparent)]
     Etcd(EtcdError),
+    /// What it says of the bus.
     #[error("config/redis of etcd cannot be used")]
     Redis(#[source] RedisError),
-    #[error("{0}")]
+    /// What it sets over the file.
+    #[error(transparent)]
     Config(config::Errors),
 }
 
@@ -170,19 +176,14 @@ pub async fn join(
 /// Reads what the cluster sets, without registering or waiting; for checks.
 ///
 /// # Errors
-/// What is wrong, in words.
-pub async fn look(options: Arc<LoadOptions>, base: &Config) -> Result<Loaded, String> {
-    let settings = base.etcd.as_ref().ok_or(ClusterError::NoEtcd);
-    let etcd = settings
-        .map_err(|err| err.to_string())
-        .and_then(|settings| {
-            Etcd::new(settings, &base.agent.id, &base.agent.scaling_group)
-                .map_err(|err| chain(&err))
-        })?;
-    read(&etcd, &options, base)
-        .await
-        .map(|(loaded, ..)| loaded)
-        .map_err(|err| chain(&err))
+/// etcd cannot be asked, or what it says cannot be used.
+pub async fn look(options: Arc<LoadOptions>, base: &Config) -> Result<Loaded, Unfit> {
+    let settings = base.etcd.as_ref();
+    let settings = settings.ok_or(Unfit::Alone(ClusterError::NoEtcd))?;
+    let etcd =
+        Etcd::new(settings, &base.agent.id, &base.agent.scaling_group).map_err(Unfit::Etcd)?;
+    let (loaded, ..) = read(&etcd, &options, base).await?;
+    Ok(loaded)
 }
 
 async fn wait_for_manager(etcd: &Etcd, wait: &Wait<'_>) -> Result<(), ClusterError> {

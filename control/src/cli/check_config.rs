@@ -37,7 +37,7 @@ pub fn run(args: &CheckConfigArgs, source: &Source, form: Form) -> Result<(), Pr
         let look = crate::cluster::look(options.clone(), &loaded.config);
         loaded = super::short_lived(async {
             let looked = look.await;
-            looked.map_err(|why| Problem::Unavailable(anyhow::anyhow!("{why}")))
+            looked.map_err(|err| Problem::Unavailable(err.into()))
         })?;
     }
     note_overrides(&mut loaded, &*options.host);

@@ -45,10 +45,10 @@ pub fn run(loaded: &Loaded, form: Form) -> Result<(), Problem> {
     let redirected = super::short_lived(async {
         let removed = redirect::remove(&config.agent.id).await;
         removed.map_err(|err| {
-            Problem::Other(anyhow::anyhow!(
-                "the rules of node.metadata-redirect stay ({err}); run this again as root, or remove chain {} of table nat",
+            Problem::Other(anyhow::Error::new(err).context(format!(
+                "the rules of node.metadata-redirect stay; run this again as root, or remove chain {} of table nat",
                 redirect::chain_of(&config.agent.id)
-            ))
+            )))
         })
     })?;
     let root = place.root();

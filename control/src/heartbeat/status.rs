@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shared::ids::KernelId;
+use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::causes::chain;
-use crate::docker::{ContainerSummary, Liveness};
+use crate::docker::{ContainerSummary, DockerError, Liveness};
 use crate::events::bus::Bus;
-use crate::events::bus::message::Message;
+use crate::events::bus::message::{Message, MessageError};
 use crate::kernel::Node;
 use crate::rpc::Value;
 
@@ -43,8 +44,8 @@ pub(super) async fn report_periodically(
         };
         match collected {
             Ok(message) => bus.publish(message),
-            Err(trouble) => tracing::warn!(
-                err = trouble,
+            Err(err) => tracing::warn!(
+                err = chain(&err),
                 "cannot report this node's containers; the next report does"
             ),
         }
@@ -55,14 +56,22 @@ pub(super) async fn report_periodically(
     }
 }
 
-async fn collect(node: &Node) -> Result<Message, String> {
-    let listed = timeout(
-        LIMIT,
-        node.docker.list_containers(false, Some(node.agent_id())),
-    )
-    .await
-    .map_err(|_| format!("the engine took longer than {} s", LIMIT.as_secs()))?
-    .map_err(|err| chain(&err))?;
+/// Why there is no report.
+#[derive(Debug, Error)]
+enum StatusError {
+    #[error("the engine took longer than {} s", LIMIT.as_secs())]
+    Late,
+    #[error(transparent)]
+    Engine(#[from] DockerError),
+    #[error(transparent)]
+    Message(#[from] MessageError),
+}
+
+async fn collect(node: &Node) -> Result<Message, StatusError> {
+    let listed = node.docker.list_containers(false, Some(node.agent_id()));
+    let listed = timeout(LIMIT, listed)
+        .await
+        .map_err(|_| StatusError::Late)??;
     // After the list: a kernel that came in between is in the registry, with its container.
     let kernels: Vec<(KernelId, Option<String>)> = node
         .registry
@@ -72,7 +81,7 @@ async fn collect(node: &Node) -> Result<Message, String> {
         .collect();
     let containers: Vec<Active> = listed.iter().filter_map(active).collect();
     let args = args(node.agent_id(), &containers, &kernels);
-    Message::report("agent_status_heartbeat", args).map_err(|err| chain(&err))
+    Ok(Message::report("agent_status_heartbeat", args)?)
 }
 
 /// A container that counts as active.

@@ -374,7 +374,7 @@ pub async fn clear_earlier(node: &Arc<Node>) {
         }
     };
     for damaged in damaged {
-        tracing::warn!(path = %damaged.path.display(), err = damaged.reason,
+        tracing::warn!(path = %damaged.path.display(), err = &damaged.reason as &dyn std::error::Error,
             "cannot read the note of a commit; what it has left behind stays");
     }
     for (id, note) in notes {

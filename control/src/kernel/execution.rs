@@ -443,9 +443,7 @@ pub async fn completions(
                 error: None,
                 suggestions: answer.suggestions,
             },
-            Err(_) => failed_completion(&LinkError::BadAnswer {
-                request: "complete",
-            }),
+            Err(err) => failed_completion(&LinkError::bad_answer("complete", err)),
         },
         Err(err) => failed_completion(&err),
     }

@@ -80,7 +80,27 @@ pub struct Damaged {
     /// Where it lies now.
     pub path: PathBuf,
     /// What is wrong with it.
-    pub reason: String,
+    pub reason: Unusable,
+}
+
+/// What is wrong with a record.
+#[derive(Debug, Error)]
+pub enum Unusable {
+    /// The disk does not give it.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// It is no JSON, or not of a record.
+    #[error(transparent)]
+    Decode(#[from] serde_json::Error),
+    /// Another layout than [`VERSION`].
+    #[error("layout version {0} is not {VERSION}")]
+    Version(u64),
+    /// It names no layout.
+    #[error("no layout version")]
+    NoVersion,
+    /// It can be read, and not be of this place.
+    #[error("{0}")]
+    Senseless(&'static str),
 }
 
 /// How far the kernel had come when the record was written.
@@ -229,8 +249,8 @@ impl Journal {
     }
 
     /// Puts a record aside that can be read and makes no sense.
-    pub(super) fn put_aside(&self, kernel_id: KernelId, reason: &str) -> Damaged {
-        put_aside(self.path(kernel_id), reason.to_owned())
+    pub(super) fn put_aside(&self, kernel_id: KernelId, reason: &'static str) -> Damaged {
+        put_aside(self.path(kernel_id), Unusable::Senseless(reason))
     }
 
     /// Remembers the ports that `assign_port` gave out, as they are at this writer's turn. Blocks.
@@ -261,20 +281,18 @@ struct Versioned<R> {
     record: R,
 }
 
-fn read_record<R: DeserializeOwned>(path: &Path) -> Result<R, String> {
-    let bytes = fs::read(path).map_err(|err| err.to_string())?;
-    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|err| err.to_string())?;
+fn read_record<R: DeserializeOwned>(path: &Path) -> Result<R, Unusable> {
+    let value: serde_json::Value = serde_json::from_slice(&fs::read(path)?)?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
         Some(version) if version == u64::from(VERSION) => {}
-        Some(version) => return Err(format!("layout version {version} is not {VERSION}")),
-        None => return Err("no layout version".to_owned()),
+        Some(version) => return Err(Unusable::Version(version)),
+        None => return Err(Unusable::NoVersion),
     }
-    serde_json::from_value::<Versioned<R>>(value)
-        .map(|versioned| versioned.record)
-        .map_err(|err| err.to_string())
+    let Versioned { record, .. } = serde_json::from_value(value)?;
+    Ok(record)
 }
 
-fn put_aside(path: PathBuf, reason: String) -> Damaged {
+fn put_aside(path: PathBuf, reason: Unusable) -> Damaged {
     let aside = path.with_extension("damaged");
     let path = match fs::rename(&path, &aside) {
         Ok(()) => aside,
@@ -406,8 +424,8 @@ mod tests {
         assert_eq!(damaged.len(), 3);
         assert!(damaged.iter().all(|damaged| damaged.path.exists()));
         assert!(
-            damaged[1].reason.contains("version 2"),
-            "{}",
+            matches!(damaged[1].reason, Unusable::Version(2)),
+            "{:?}",
             damaged[1].reason
         );
         // The second load is silent: they were put aside.

@@ -172,7 +172,7 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
 
 fn report_damage(damaged: &[Damaged]) {
     for damaged in damaged {
-        tracing::error!(path = %damaged.path.display(), err = damaged.reason,
+        tracing::error!(path = %damaged.path.display(), err = &damaged.reason as &dyn std::error::Error,
             "a journal file cannot be read; its kernel is adopted from Docker's labels");
     }
 }
@@ -183,7 +183,7 @@ async fn recall_ends(node: &Node) {
     match blocking(move || EndedKernel::load(&ends)).await {
         Ok((found, damaged)) => {
             for damaged in damaged {
-                tracing::warn!(path = %damaged.path.display(), err = damaged.reason,
+                tracing::warn!(path = %damaged.path.display(), err = &damaged.reason as &dyn std::error::Error,
                     "cannot read how a kernel ended; a destroy of it is told already-terminated");
             }
             node.registry.remember(found);

@@ -141,10 +141,32 @@ pub enum LinkError {
     BadAnswer {
         /// Type of the request.
         request: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: BadAnswer,
     },
     /// A run was refused.
     #[error("the run was refused")]
     Refused(#[source] RunRefused),
+}
+
+/// Why an answer could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum BadAnswer {
+    /// It should be msgpack.
+    #[error(transparent)]
+    Msgpack(#[from] rmp_serde::decode::Error),
+    /// It should be JSON.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
+impl LinkError {
+    /// An answer to this request that could not be read.
+    pub(super) fn bad_answer(request: &'static str, source: impl Into<BadAnswer>) -> Self {
+        let source = source.into();
+        LinkError::BadAnswer { request, source }
+    }
 }
 
 /// What the runner says about itself.
@@ -382,7 +404,7 @@ impl RunnerLink {
                 PROMPT_OWED,
             )
             .await?;
-        rmp_serde::from_slice(&payload).map_err(|_| LinkError::BadAnswer { request: "status" })
+        rmp_serde::from_slice(&payload).map_err(|err| LinkError::bad_answer("status", err))
     }
 
     /// Asks the runner for the services the image defines; `None` when it says it failed.
@@ -401,9 +423,8 @@ impl RunnerLink {
                 PROMPT_OWED,
             )
             .await?;
-        let apps: Apps = serde_json::from_slice(&payload).map_err(|_| LinkError::BadAnswer {
-            request: "get-apps",
-        })?;
+        let apps: Apps = serde_json::from_slice(&payload)
+            .map_err(|err| LinkError::bad_answer("get-apps", err))?;
         Ok((apps.status == "done").then_some(apps.data))
     }
 

@@ -7,6 +7,7 @@
 //! the agent is down, so that no kernel reaches somebody else's service there.
 
 use std::fmt::Write as _;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use crate::firewall;
+use crate::causes;
+use crate::firewall::{self, NoAnswer};
 use crate::kernel::Node;
 
 /// Programs that Docker itself needs.
@@ -71,16 +73,39 @@ const ABSENT: i32 = 1;
 
 /// A program of the family has not done what it should.
 #[derive(Debug, thiserror::Error)]
-#[error("{words}")]
-struct Failed {
-    /// How it has ended, if it has.
-    code: Option<i32>,
-    /// Which it is and why.
-    words: String,
+pub enum RedirectError {
+    /// It has not said what is there.
+    #[error(transparent)]
+    NoAnswer(#[from] NoAnswer),
+    /// It cannot be run.
+    #[error("cannot run {program}")]
+    Run {
+        /// Which.
+        program: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It has ended without doing it.
+    #[error("{program}: {words}")]
+    Refused {
+        /// Which.
+        program: &'static str,
+        /// How it has ended; none by a signal.
+        code: Option<i32>,
+        /// What it said.
+        words: String,
+    },
+    /// It has not ended in time.
+    #[error("{program}: no answer in {} s", PATIENCE.as_secs())]
+    Late {
+        /// Which.
+        program: &'static str,
+    },
 }
 
 /// Runs a program of the family.
-async fn run(program: &str, words: &[&str], input: &str) -> Result<(), Failed> {
+async fn run(program: &'static str, words: &[&str], input: &str) -> Result<(), RedirectError> {
     let mut command = Command::new(program);
     command
         .args(["-w", "2"])
@@ -89,10 +114,7 @@ async fn run(program: &str, words: &[&str], input: &str) -> Result<(), Failed> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let failed = |err: std::io::Error| Failed {
-        code: None,
-        words: format!("{program}: {err}"),
-    };
+    let failed = |source| RedirectError::Run { program, source };
     let running = async {
         let mut child = command.spawn().map_err(failed)?;
         if let Some(mut pipe) = child.stdin.take() {
@@ -102,27 +124,20 @@ async fn run(program: &str, words: &[&str], input: &str) -> Result<(), Failed> {
         let output = child.wait_with_output().await.map_err(failed)?;
         match output.status.success() {
             true => Ok(()),
-            false => Err(Failed {
+            false => Err(RedirectError::Refused {
+                program,
                 code: output.status.code(),
-                words: format!(
-                    "{program}: {}",
-                    String::from_utf8_lossy(&output.stderr).trim()
-                ),
+                words: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             }),
         }
     };
     tokio::time::timeout(PATIENCE, running)
         .await
-        .unwrap_or_else(|_| {
-            Err(Failed {
-                code: None,
-                words: format!("{program}: no answer in {} s", PATIENCE.as_secs()),
-            })
-        })
+        .unwrap_or(Err(RedirectError::Late { program }))
 }
 
 /// Runs one command on the rule that leads to the chain.
-async fn jump(how: &str, chain: &str) -> Result<(), Failed> {
+async fn jump(how: &str, chain: &str) -> Result<(), RedirectError> {
     let words: Vec<&str> = ["-t", "nat", how]
         .into_iter()
         .chain(MATCH)
@@ -139,11 +154,13 @@ async fn stands(chain: &str, count: usize) -> bool {
 }
 
 /// Makes the chain what it should be, in one step, and leads to it.
-async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), Failed> {
+async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), RedirectError> {
     run(RESTORE, &["--noflush"], &table(chain, addresses, port)).await?;
     match jump("-C", chain).await {
         // Not when it is not known: there would be one more each time.
-        Err(err) if err.code == Some(ABSENT) => jump("-I", chain).await,
+        Err(RedirectError::Refused {
+            code: Some(ABSENT), ..
+        }) => jump("-I", chain).await,
         known => known,
     }
 }
@@ -151,11 +168,11 @@ async fn apply(chain: &str, addresses: &[Ipv4Addr], port: u16) -> Result<(), Fai
 /// Takes the chain of an agent away; whether there was one.
 ///
 /// # Errors
-/// There is one and it stays; the text says why.
-pub async fn remove(agent_id: &str) -> Result<bool, String> {
+/// There is one and it stays, or it is not known whether there is one.
+pub async fn remove(agent_id: &str) -> Result<bool, RedirectError> {
     let chain = chain_of(agent_id);
-    let listed = firewall::ask(IPTABLES, &["-t", "nat", "-S", &chain]).await;
-    if listed.map_err(|err| err.to_string())?.is_none() {
+    let listed = firewall::ask(IPTABLES, &["-t", "nat", "-S", &chain]).await?;
+    if listed.is_none() {
         return Ok(false);
     }
     // Others may have led there, too.
@@ -165,8 +182,7 @@ pub async fn remove(agent_id: &str) -> Result<bool, String> {
         }
     }
     for how in ["-F", "-X"] {
-        let done = run(IPTABLES, &["-t", "nat", how, &chain], "").await;
-        done.map_err(|err| err.to_string())?;
+        run(IPTABLES, &["-t", "nat", how, &chain], "").await?;
     }
     Ok(true)
 }
@@ -187,7 +203,7 @@ pub async fn follow(node: Arc<Node>) {
             Ok(false) => {}
             Ok(true) => tracing::info!("took the rules of node.metadata-redirect away"),
             Err(err) => tracing::warn!(
-                err,
+                err = causes::chain(&err),
                 chain = chain_of(node.agent_id()),
                 "rules of node.metadata-redirect, which is off, are still there; `bai-agent detach` removes them, or iptables -t nat"
             ),
@@ -213,7 +229,7 @@ pub async fn follow(node: Arc<Node>) {
                     written = None;
                     if !std::mem::replace(&mut reported, true) {
                         tracing::error!(
-                            %err,
+                            err = causes::chain(&err),
                             "kernels' connections to 169.254.169.254 are not led to the metadata service; see that iptables works on this host, or set node.metadata-redirect = false; it is tried again"
                         );
                     }
