@@ -9,6 +9,7 @@ use bytes::Bytes;
 use super::failure::Failure;
 use super::msgpack::{self, DecodeError, DecodeLimits, EncodeError, Writer};
 use super::value::Value;
+use crate::causes::chain;
 
 /// Tag of a connection probe.
 pub const PING: &[u8] = b"PING";
@@ -295,12 +296,7 @@ pub enum BodyError {
 
 impl From<&BodyError> for Failure {
     fn from(err: &BodyError) -> Self {
-        let mut text = err.to_string();
-        let mut cause = std::error::Error::source(err);
-        while let Some(inner) = cause {
-            text = format!("{text}: {inner}");
-            cause = inner.source();
-        }
+        let text = chain(err);
         match err {
             BodyError::Missing(key) => Self::new("KeyError", key),
             BodyError::NotAMap | BodyError::Kind(_) => Self::type_error(text),
