@@ -360,12 +360,27 @@ pub async fn follow(node: Arc<Node>) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use shared::observed::{
         AcceleratorCounters, AcceleratorRow, NodeCounters, NodeSample, ObservedSnapshot,
     };
 
     use super::*;
     use crate::stats::fixture::card;
+
+    /// The configuration of a node that keeps its state there.
+    fn node_below(place: &Path) -> Config {
+        let mut options = config::LoadOptions::of_this_process(None, true);
+        options.environment = Box::new(|_| None);
+        let mut config = Config::clone(&config::load(&options).unwrap().config);
+        config.agent.var_base_path = place.to_owned();
+        config
+    }
+
+    fn open(config: &Config) -> Accelerators {
+        Accelerators::open(config, &Options::default(), EngineFacts::default())
+    }
 
     /// A dataplane that runs, whose drivers have found so many devices, or not looked yet.
     fn observed(found: Option<u32>) -> Observed {
@@ -399,11 +414,8 @@ mod tests {
     #[tokio::test]
     async fn the_first_heartbeat_waits_for_the_first_scan_and_the_next_life_goes_by_the_last() {
         let place = tempfile::tempdir().unwrap();
-        let mut options = config::LoadOptions::of_this_process(None, true);
-        options.environment = Box::new(|_| None);
-        let mut config = Config::clone(&config::load(&options).unwrap().config);
-        config.agent.var_base_path = place.path().to_owned();
-        let open = || Accelerators::open(&config, &Options::default(), EngineFacts::default());
+        let config = node_below(place.path());
+        let open = || open(&config);
 
         let accelerators = open();
         let ledger = Ledger::discover(&config, Vec::new()).unwrap();
@@ -445,11 +457,8 @@ mod tests {
     #[test]
     fn devices_of_a_driver_that_tells_nothing_are_known_and_not_given_out() {
         let place = tempfile::tempdir().unwrap();
-        let mut options = config::LoadOptions::of_this_process(None, true);
-        options.environment = Box::new(|_| None);
-        let mut config = Config::clone(&config::load(&options).unwrap().config);
-        config.agent.var_base_path = place.path().to_owned();
-        let open = || Accelerators::open(&config, &Options::default(), EngineFacts::default());
+        let config = node_below(place.path());
+        let open = || open(&config);
         let accelerators = open();
         let ledger = Ledger::discover(&config, Vec::new()).unwrap();
         accelerators.take_in(&ledger, &observed(Some(2))).unwrap();
@@ -511,11 +520,8 @@ mod tests {
     #[test]
     fn a_pass_on_a_node_without_accelerators_does_nothing() {
         let place = tempfile::tempdir().unwrap();
-        let mut options = config::LoadOptions::of_this_process(None, true);
-        options.environment = Box::new(|_| None);
-        let mut config = Config::clone(&config::load(&options).unwrap().config);
-        config.agent.var_base_path = place.path().to_owned();
-        let accelerators = Accelerators::open(&config, &Options::default(), EngineFacts::default());
+        let config = node_below(place.path());
+        let accelerators = open(&config);
         let ledger = Ledger::discover(&config, accelerators.plugins().unwrap()).unwrap();
         // The first answer is news, whatever it is.
         assert!(!accelerators.has_nothing_to_do(&observed(Some(0))));
