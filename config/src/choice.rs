@@ -116,6 +116,11 @@ choice! {
 }
 
 impl LogLevel {
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = LogLevel> {
+        Self::WORDS.iter().map(|(_, level)| *level)
+    }
+
     /// The level as directives of `RUST_LOG` call it.
     #[must_use]
     pub fn directive(self) -> &'static str {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use clap::builder::PossibleValuesParser;
-use config::{Config, LogFormat};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use config::{Config, LogFormat, LogLevel};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
@@ -17,11 +17,6 @@ use super::exit::Problem;
 /// kernels: a thread for each of 256 of them would cost memory and wake-ups only.
 const MOST_WORKERS: usize = 4;
 
-/// The words of `logging.level`.
-const LEVELS: [&str; 7] = [
-    "TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "NOTSET",
-];
-
 /// Arguments of `run` and `watcher`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -29,8 +24,17 @@ pub struct RunArgs {
     #[arg(long)]
     debug: bool,
     /// Lowest level that is logged, instead of the configured one (logging.level).
-    #[arg(long, value_name = "LEVEL", ignore_case = true, value_parser = PossibleValuesParser::new(LEVELS))]
-    log_level: Option<String>,
+    #[arg(long, value_name = "LEVEL", ignore_case = true, value_parser = levels())]
+    log_level: Option<LogLevel>,
+}
+
+/// Takes the words of `logging.level`.
+fn levels() -> impl TypedValueParser<Value = LogLevel> {
+    PossibleValuesParser::new(LogLevel::all().map(LogLevel::word)).try_map(|word| {
+        let mut all = LogLevel::all();
+        all.find(|level| level.word().eq_ignore_ascii_case(&word))
+            .ok_or("no level is called so")
+    })
 }
 
 /// Loads the configuration and begins the log, as every service of this program does.
@@ -86,17 +90,12 @@ pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
 }
 
 fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
-    let level = match (&args.log_level, args.debug) {
-        (Some(level), _) => level.to_ascii_lowercase(),
-        (None, true) => "debug".to_owned(),
-        (None, false) => config.logging.level.directive().to_owned(),
-    };
-    let level = match level.as_str() {
-        "warning" => "warn",
-        "critical" => "error",
-        "notset" => "trace",
-        other => other,
-    };
+    let level = match (args.log_level, args.debug) {
+        (Some(level), _) => level,
+        (None, true) => LogLevel::Debug,
+        (None, false) => config.logging.level,
+    }
+    .directive();
     let directives = format!("warn,control={level},bai_agent={level}");
     let filter = match std::env::var("RUST_LOG") {
         Ok(given) if !given.is_empty() => EnvFilter::try_new(given),
