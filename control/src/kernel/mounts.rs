@@ -5,6 +5,7 @@
 //! host before anything of the kernel was created, so a missing folder is told in words instead
 //! of failing `containers/create`.
 
+use super::agent_socket::CONTAINER_DIRECTORY;
 use super::request::{MountPermission, VfolderMount};
 use super::scratch::{Part, ScratchPaths};
 use crate::storage_proxy::FolderId;
@@ -204,7 +205,11 @@ pub fn intrinsic(scratch: &ScratchPaths, wanted: &Intrinsic<'_>, host: &HostPath
         mounts.push(Mount::bind(display(source), display(target), ReadWrite));
     }
     if let Some(directory) = wanted.agent_socket_dir {
-        mounts.push(Mount::bind(display(directory), "/opt/kernel", ReadOnly));
+        mounts.push(Mount::bind(
+            display(directory),
+            CONTAINER_DIRECTORY,
+            ReadOnly,
+        ));
     }
     mounts
 }
@@ -396,7 +401,7 @@ fn is_plain(path: &Path) -> bool {
 
 /// Whether a path of the container is the runner's own.
 pub(super) fn belongs_to_runner(target: &Path) -> bool {
-    let owned = ["/opt/kernel", "/opt/backend.ai", "/home/config"];
+    let owned = [CONTAINER_DIRECTORY, "/opt/backend.ai", "/home/config"];
     owned.iter().any(|path| target.starts_with(path))
 }
 
