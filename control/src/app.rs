@@ -421,36 +421,14 @@ async fn assemble(
     let cluster = match joined {
         None => None,
         Some(joined) => {
-            let settings = joined.bus;
-            let bus = blocking(move || Bus::start(&settings)).await?;
-            sinks.push(Box::new(bus.sink()));
-            let changes = Changes::follow(
-                joined.etcd.clone(),
-                joined.settings,
-                scaling_group.subscribe(),
-                stopping.clone(),
-            );
-            Some(Cluster::new(joined.etcd, bus, changes))
+            let cluster = take_part(joined, scaling_group.subscribe(), stopping).await?;
+            sinks.push(Box::new(cluster.bus.sink()));
+            Some(cluster)
         }
     };
 
-    let engine = EngineFacts::default();
-    let asked = engine_facts(&docker, &config).await;
-    let is_told = asked.is_ok();
-    let own_users = match asked {
-        Ok((devices, own_users)) => {
-            engine.tell(devices);
-            own_users
-        }
-        // Kernels start all the same.
-        Err(err) => {
-            tracing::warn!(
-                err = chain(&err),
-                "the engine does not say what it can do for devices; it is asked again, and until then containers get CUDA devices by device requests"
-            );
-            true
-        }
-    };
+    let tasks = TaskTracker::new();
+    let (engine, own_users) = ask_engine(&docker, &config, &tasks, stopping).await;
     let inventory = config.clone();
     let facts = engine.clone();
     let (ledger, accelerators) = blocking(move || {
@@ -475,17 +453,6 @@ async fn assemble(
     }
     let honours_firewall = AtomicBool::new(firewall_decides(&config).await);
     let events = Events::new(EVENT_RING, sinks);
-    let tasks = TaskTracker::new();
-    if !is_told {
-        let (docker, config) = (docker.clone(), config.clone());
-        let (engine, stopping) = (engine.clone(), stopping.clone());
-        tasks.spawn(async move {
-            tokio::select! {
-                () = ask_again(&docker, &config, &engine) => {}
-                () = stopping.cancelled() => {}
-            }
-        });
-    }
     let consoles = cluster.as_ref().map(|cluster| {
         ConsoleLogs::start(
             &cluster.bus,
@@ -601,6 +568,46 @@ async fn firewall_decides(config: &Config) -> bool {
         );
     }
     decider.is_some()
+}
+
+/// Starts the bus of a node that has joined its cluster, and follows what the cluster sets.
+async fn take_part(
+    joined: Joined,
+    scaling_group: watch::Receiver<String>,
+    stopping: &CancellationToken,
+) -> Result<Cluster, AppError> {
+    let settings = joined.bus;
+    let bus = blocking(move || Bus::start(&settings)).await?;
+    let etcd = joined.etcd.clone();
+    let changes = Changes::follow(etcd, joined.settings, scaling_group, stopping.clone());
+    Ok(Cluster::new(joined.etcd, bus, changes))
+}
+
+/// What the engine can do for devices, and whether it or its containers' users may be others than root. Where it
+/// does not say so it is asked again in the background: kernels start all the same.
+async fn ask_engine(
+    docker: &Docker,
+    config: &Arc<Config>,
+    tasks: &TaskTracker,
+    stopping: &CancellationToken,
+) -> (EngineFacts, bool) {
+    match engine_facts(docker, config).await {
+        Ok((devices, own_users)) => (devices.into(), own_users),
+        Err(err) => {
+            tracing::warn!(
+                err = chain(&err),
+                "the engine does not say what it can do for devices; it is asked again, and until then containers get CUDA devices by device requests"
+            );
+            let engine = EngineFacts::default();
+            let (docker, config) = (docker.clone(), config.clone());
+            let (told, stopping) = (engine.clone(), stopping.clone());
+            tasks.spawn(async move {
+                let again = ask_again(&docker, &config, &told);
+                stopping.run_until_cancelled(again).await;
+            });
+            (engine, true)
+        }
+    }
 }
 
 /// Asks the engine what it can do until it says so: it was asked when the agent started, and did not.

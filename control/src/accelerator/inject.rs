@@ -3,7 +3,7 @@
 //! Sources: NVIDIA's container toolkit (device requests, CDI names, the meaning of
 //! `NVIDIA_VISIBLE_DEVICES=void`), AMD's and Google's guides to containers, the engine's API.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use config::CudaInjection;
 use serde_json::{Value, json};
@@ -77,87 +77,12 @@ impl Injection {
         devices: &[Option<&Known>],
         limits: &mut ContainerLimits,
     ) {
-        let nodes = || devices.iter().flatten().flat_map(|device| &device.nodes);
         match self {
             Self::Cuda { how, engine, root } => {
                 cuda_variables(ids, limits);
-                if ids.is_empty() {
-                    return;
-                }
-                match engine.get().injection(*how) {
-                    CudaInjection::Auto | CudaInjection::DeviceRequests => limits.arguments.push(json!({
-                        "HostConfig": {"DeviceRequests": [{
-                            "Driver": "nvidia",
-                            "DeviceIDs": ids,
-                            "Capabilities": [["utility", "compute", "video", "graphics", "display"]],
-                        }]}
-                    })),
-                    CudaInjection::Cdi => limits.arguments.push(cdi(
-                        ids.iter().map(|id| format!("nvidia.com/gpu={id}")).collect(),
-                    )),
-                    CudaInjection::DeviceNodes => {
-                        match super::device_nodes::of_devices(root, ids, devices) {
-                            Ok(all) => {
-                                let all = all.iter().map(String::as_str);
-                                limits.arguments.push(device_nodes(all));
-                            }
-                            Err(err) => limits.refused = Some(err.to_string()),
-                        }
-                    }
-                }
-            }
-            Self::Rocm { root } => {
-                if ids.is_empty() {
-                    return;
-                }
-                let all: Vec<&str> = std::iter::once("/dev/kfd")
-                    .chain(nodes().map(String::as_str))
-                    .collect();
-                let groups = all.iter().filter_map(|node| group_of(root, node));
-                // Group 0 is everybody's who starts as root.
-                limits.gids.extend(groups.filter(|gid| *gid != 0));
-                limits.gids.sort_unstable();
-                limits.gids.dedup();
-                limits.arguments.push(device_nodes(all.into_iter()));
-                limits.syscalls.extend(ROCM_SYSCALLS.map(str::to_owned));
-                for name in ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"] {
-                    limits.defaults.push((name.to_owned(), local(ids.len())));
-                }
-            }
-            Self::Tpu => {
-                if ids.is_empty() {
-                    return;
-                }
-                limits
-                    .arguments
-                    .push(device_nodes(nodes().map(String::as_str)));
-                let chips = local(ids.len());
-                for name in ["TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"] {
-                    limits.defaults.push((name.to_owned(), chips.clone()));
-                }
-                if let Some(bounds) = bounds(ids.len()) {
-                    for (name, value) in [
-                        ("TPU_CHIPS_PER_PROCESS_BOUNDS", bounds),
-                        ("TPU_PROCESS_BOUNDS", "1,1,1"),
-                        ("TPU_CHIPS_PER_HOST_BOUNDS", bounds),
-                        ("TPU_HOST_BOUNDS", "1,1,1"),
-                    ] {
-                        limits.defaults.push((name.to_owned(), value.to_owned()));
-                    }
-                }
-            }
-            Self::MadeUp => {
-                // The original's variables are about CUDA.
-                let cuda = devices.iter().flatten().any(|device| device.kind == "cuda");
-                if ids.is_empty() || !cuda {
-                    return;
-                }
-                for (name, value) in [
-                    ("TF_MIN_GPU_MULTIPROCESSOR_COUNT", "4".to_owned()),
-                    ("BACKENDAI_MOCK_CUDA_DEVICES", ids.join(",")),
-                    ("BACKENDAI_MOCK_CUDA_DEVICE_COUNT", ids.len().to_string()),
-                ] {
-                    limits.environment.push((name.to_owned(), value));
+                if !ids.is_empty() {
+                    let how = engine.get().injection(*how);
+                    cuda(how, root, ids, devices, limits);
                 }
             }
             Self::Answered { nvidia } => {
@@ -165,7 +90,97 @@ impl Injection {
                     limits.environment.push(no_nvidia());
                 }
             }
+            _ if ids.is_empty() => {}
+            Self::Rocm { root } => rocm(root, ids, devices, limits),
+            Self::Tpu => tpu(ids, devices, limits),
+            Self::MadeUp => made_up(ids, devices, limits),
         }
+    }
+}
+
+fn nodes_of<'k>(devices: &[Option<&'k Known>]) -> impl Iterator<Item = &'k str> {
+    let known = devices.iter().flatten();
+    known.flat_map(|device| device.nodes.iter().map(String::as_str))
+}
+
+fn set(list: &mut Vec<(String, String)>, name: &str, value: impl Into<String>) {
+    list.push((name.to_owned(), value.into()));
+}
+
+fn cuda(
+    how: CudaInjection,
+    root: &Path,
+    ids: &[&str],
+    devices: &[Option<&Known>],
+    limits: &mut ContainerLimits,
+) {
+    let arguments = match how {
+        CudaInjection::Auto | CudaInjection::DeviceRequests => json!({
+            "HostConfig": {"DeviceRequests": [{
+                "Driver": "nvidia",
+                "DeviceIDs": ids,
+                "Capabilities": [["utility", "compute", "video", "graphics", "display"]],
+            }]}
+        }),
+        CudaInjection::Cdi => cdi(ids
+            .iter()
+            .map(|id| format!("nvidia.com/gpu={id}"))
+            .collect()),
+        CudaInjection::DeviceNodes => match super::device_nodes::of_devices(root, ids, devices) {
+            Ok(all) => device_nodes(all.iter().map(String::as_str)),
+            Err(err) => {
+                limits.refused = Some(err.to_string());
+                return;
+            }
+        },
+    };
+    limits.arguments.push(arguments);
+}
+
+fn rocm(root: &Path, ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+    let all: Vec<&str> = std::iter::once("/dev/kfd")
+        .chain(nodes_of(devices))
+        .collect();
+    let groups = all.iter().filter_map(|node| group_of(root, node));
+    // Group 0 is everybody's who starts as root.
+    limits.gids.extend(groups.filter(|gid| *gid != 0));
+    limits.gids.sort_unstable();
+    limits.gids.dedup();
+    limits.arguments.push(device_nodes(all.into_iter()));
+    limits.syscalls.extend(ROCM_SYSCALLS.map(str::to_owned));
+    for name in ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"] {
+        set(&mut limits.defaults, name, local(ids.len()));
+    }
+}
+
+fn tpu(ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+    limits.arguments.push(device_nodes(nodes_of(devices)));
+    for name in ["TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"] {
+        set(&mut limits.defaults, name, local(ids.len()));
+    }
+    if let Some(bounds) = bounds(ids.len()) {
+        for (name, value) in [
+            ("TPU_CHIPS_PER_PROCESS_BOUNDS", bounds),
+            ("TPU_PROCESS_BOUNDS", "1,1,1"),
+            ("TPU_CHIPS_PER_HOST_BOUNDS", bounds),
+            ("TPU_HOST_BOUNDS", "1,1,1"),
+        ] {
+            set(&mut limits.defaults, name, value);
+        }
+    }
+}
+
+/// The original's variables are about CUDA.
+fn made_up(ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+    if !devices.iter().flatten().any(|device| device.kind == "cuda") {
+        return;
+    }
+    for (name, value) in [
+        ("TF_MIN_GPU_MULTIPROCESSOR_COUNT", "4".to_owned()),
+        ("BACKENDAI_MOCK_CUDA_DEVICES", ids.join(",")),
+        ("BACKENDAI_MOCK_CUDA_DEVICE_COUNT", ids.len().to_string()),
+    ] {
+        set(&mut limits.environment, name, value);
     }
 }
 
@@ -177,21 +192,15 @@ fn cuda_variables(ids: &[&str], limits: &mut ContainerLimits) {
         limits.environment.push(no_nvidia());
         return;
     }
-    limits
-        .environment
-        .push((NVIDIA_VISIBLE.to_owned(), ids.join(",")));
+    set(&mut limits.environment, NVIDIA_VISIBLE, ids.join(","));
     // CUDA numbers the devices it sees; instances of a divided device go by their ids only.
     let visible = if has_parts(ids) {
         ids.join(",")
     } else {
         local(ids.len())
     };
-    for (name, value) in [
-        ("CUDA_VISIBLE_DEVICES", visible),
-        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
-    ] {
-        limits.defaults.push((name.to_owned(), value));
-    }
+    set(&mut limits.defaults, "CUDA_VISIBLE_DEVICES", visible);
+    set(&mut limits.defaults, "CUDA_DEVICE_ORDER", "PCI_BUS_ID");
 }
 
 /// Whether one of them is an instance of a divided device.

@@ -1,8 +1,9 @@
 //! `bai-agent runner …`: the published in-container runner packages of this node.
 
 use crate::cli::output::{say, say_part};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Error;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
@@ -74,94 +75,106 @@ fn work(
     in_use: Option<Vec<PathBuf>>,
     form: Form,
 ) -> Result<(), Problem> {
-    let other = |error: anyhow::Error| Problem::Other(error);
+    let place = |given: PlaceArgs| given.runner_dir.unwrap_or(configured);
     match command {
-        RunnerCommand::Install(args) => {
-            let mut options = InstallOptions::new(args.place.runner_dir.unwrap_or(configured));
-            options.arch = args.arch;
-            options.force = args.force;
-            options.source = match args.wheels {
-                Some(directory) => WheelSource::Directory(directory),
-                None => WheelSource::Pip {
-                    python: args.python,
-                    arguments: Vec::new(),
-                },
-            };
-            let done = runner::install(&options, |line| eprintln!("{line}"))
-                .map_err(|error| other(error.into()))?;
-            match form {
-                Form::Json => output::json(
-                    &json!({ "version": done.version, "path": done.path, "fresh": done.fresh }),
-                )?,
-                Form::Text if done.fresh => {
-                    say!("installed {} in {}", done.version, done.path.display())
-                }
-                Form::Text => say!(
-                    "{} is installed already in {}",
-                    done.version,
-                    done.path.display()
-                ),
+        RunnerCommand::Install(args) => install(args, place, form),
+        RunnerCommand::List(given) => list(&place(given), form),
+        RunnerCommand::Verify {
+            place: given,
+            version,
+        } => verify(&place(given), version, form),
+        RunnerCommand::Prune(given) => prune(&place(given), &in_use.unwrap_or_default(), form),
+    }
+}
+
+fn install(
+    args: InstallArgs,
+    place: impl FnOnce(PlaceArgs) -> PathBuf,
+    form: Form,
+) -> Result<(), Problem> {
+    let mut options = InstallOptions::new(place(args.place));
+    options.arch = args.arch;
+    options.force = args.force;
+    options.source = match args.wheels {
+        Some(directory) => WheelSource::Directory(directory),
+        None => WheelSource::Pip {
+            python: args.python,
+            arguments: Vec::new(),
+        },
+    };
+    let done = runner::install(&options, |line| eprintln!("{line}")).map_err(Error::from)?;
+    match form {
+        Form::Json => output::json(
+            &json!({ "version": done.version, "path": done.path, "fresh": done.fresh }),
+        )?,
+        Form::Text if done.fresh => {
+            say!("installed {} in {}", done.version, done.path.display())
+        }
+        Form::Text => say!(
+            "{} is installed already in {}",
+            done.version,
+            done.path.display()
+        ),
+    }
+    Ok(())
+}
+
+fn list(directory: &Path, form: Form) -> Result<(), Problem> {
+    let found = runner::list(directory).map_err(Error::from)?;
+    if form == Form::Json {
+        let found: Vec<_> = found.iter().map(|i| json!({ "version": i.version, "arch": i.arch, "path": i.path, "files": i.files, "bytes": i.bytes })).collect();
+        return Ok(output::json(&json!({ "installations": found }))?);
+    }
+    let mut table = Table::new(&["VERSION", "ARCH", ">FILES", ">SIZE", "PATH"]);
+    for installation in found {
+        table.row([
+            installation.version,
+            installation.arch,
+            installation.files.to_string(),
+            output::bytes(installation.bytes),
+            installation.path.display().to_string(),
+        ]);
+    }
+    say_part!("{}", table.render());
+    Ok(())
+}
+
+fn verify(directory: &Path, version: Option<String>, form: Form) -> Result<(), Problem> {
+    let version = version.unwrap_or_else(|| runner::pinned_version(std::env::consts::ARCH));
+    let report = runner::verify(directory, &version).map_err(Error::from)?;
+    let problems = &report.problems;
+    match form {
+        Form::Json => output::json(
+            &json!({ "version": version, "checked": report.checked, "problems": problems }),
+        )?,
+        Form::Text => {
+            say!(
+                "{version}: {} files checked, {} problems",
+                report.checked,
+                problems.len()
+            );
+            problems.iter().for_each(|problem| say!("  {problem}"));
+            if !problems.is_empty() {
+                say!("Install it again: bai-agent runner install --force");
             }
         }
-        RunnerCommand::List(place) => {
-            let found = runner::list(&place.runner_dir.unwrap_or(configured))
-                .map_err(|error| other(error.into()))?;
-            if form == Form::Json {
-                let found: Vec<_> = found.iter().map(|i| json!({ "version": i.version, "arch": i.arch, "path": i.path, "files": i.files, "bytes": i.bytes })).collect();
-                return Ok(output::json(&json!({ "installations": found }))?);
-            }
-            let mut table = Table::new(&["VERSION", "ARCH", ">FILES", ">SIZE", "PATH"]);
-            for installation in found {
-                table.row([
-                    installation.version,
-                    installation.arch,
-                    installation.files.to_string(),
-                    output::bytes(installation.bytes),
-                    installation.path.display().to_string(),
-                ]);
-            }
-            say_part!("{}", table.render());
-        }
-        RunnerCommand::Verify { place, version } => {
-            let version = version.unwrap_or_else(|| runner::pinned_version(std::env::consts::ARCH));
-            let report = runner::verify(&place.runner_dir.unwrap_or(configured), &version)
-                .map_err(|error| other(error.into()))?;
-            match form {
-                Form::Json => output::json(
-                    &json!({ "version": version, "checked": report.checked, "problems": report.problems }),
-                )?,
-                Form::Text => {
-                    say!(
-                        "{version}: {} files checked, {} problems",
-                        report.checked,
-                        report.problems.len()
-                    );
-                    report
-                        .problems
-                        .iter()
-                        .for_each(|problem| say!("  {problem}"));
-                    if !report.problems.is_empty() {
-                        say!("Install it again: bai-agent runner install --force");
-                    }
-                }
-            }
-            if !report.problems.is_empty() {
-                return Err(Problem::Findings);
-            }
-        }
-        RunnerCommand::Prune(place) => {
-            let directory = place.runner_dir.unwrap_or(configured);
-            let keep = runner::pinned_version(std::env::consts::ARCH);
-            let in_use = in_use.unwrap_or_default();
-            let removed = runner::prune(&directory, &[&keep], |path| {
-                in_use.iter().any(|used| used.starts_with(path))
-            })
-            .map_err(|error| other(error.into()))?;
-            match form {
-                Form::Json => output::json(&json!({ "removed": removed }))?,
-                Form::Text => removed.iter().for_each(|version| say!("removed {version}")),
-            }
-        }
+    }
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Problem::Findings),
+    }
+}
+
+/// A version of which somebody uses a directory stays.
+fn prune(directory: &Path, in_use: &[PathBuf], form: Form) -> Result<(), Problem> {
+    let keep = runner::pinned_version(std::env::consts::ARCH);
+    let removed = runner::prune(directory, &[&keep], |path| {
+        in_use.iter().any(|used| used.starts_with(path))
+    })
+    .map_err(Error::from)?;
+    match form {
+        Form::Json => output::json(&json!({ "removed": removed }))?,
+        Form::Text => removed.iter().for_each(|version| say!("removed {version}")),
     }
     Ok(())
 }
@@ -171,7 +184,7 @@ async fn mounted_directories(node: &config::Node) -> Result<Vec<PathBuf>, Proble
     use crate::docker::{Docker, DockerOptions};
     let unavailable = |error: crate::docker::DockerError| {
         Problem::Unavailable(
-            anyhow::Error::new(error)
+            Error::new(error)
                 .context("without the engine it is unknown which versions running kernels use"),
         )
     };

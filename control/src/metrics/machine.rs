@@ -4,7 +4,7 @@ use rust_decimal::Decimal;
 use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus};
 
 use super::page::{Number, families, labels, seconds};
-use super::{Page, Scene};
+use super::{Family, Page, Scene};
 use crate::accelerator::known::Known;
 use crate::stats::node::{HostReading, measurements};
 
@@ -305,10 +305,72 @@ fn node(fresh: Option<&ObservedSnapshot>, reading: &HostReading, page: &mut Page
     page.measured(&NET_OUT, "", counters.net_tx_bytes);
 }
 
+fn thousandths(value: Option<u64>) -> Option<Number> {
+    value.map(|value| Number::Exact(Decimal::from(value) / Decimal::ONE_THOUSAND))
+}
+
+fn whole(value: Option<u64>) -> Option<Number> {
+    value.map(Number::Whole)
+}
+
+fn hertz(megahertz: Option<u64>) -> Option<Number> {
+    whole(megahertz.map(|value| value.saturating_mul(1_000_000)))
+}
+
+/// What is told of an accelerator as its driver measures it.
+type Measured = (&'static Family, fn(&AcceleratorRow) -> Option<Number>);
+
+const MEASURED: [Measured; 17] = [
+    (&ACCELERATOR_LOAD, |row| {
+        thousandths(row.counters.utilisation_permille)
+    }),
+    (&ACCELERATOR_BANDWIDTH, |row| {
+        thousandths(row.counters.memory_utilisation_permille)
+    }),
+    (&ACCELERATOR_ENCODER, |row| {
+        thousandths(row.counters.encoder_permille)
+    }),
+    (&ACCELERATOR_DECODER, |row| {
+        thousandths(row.counters.decoder_permille)
+    }),
+    (&ACCELERATOR_MEMORY, |row| {
+        whole(row.counters.memory_total_bytes)
+    }),
+    (&ACCELERATOR_MEMORY_USED, |row| {
+        whole(row.counters.memory_used_bytes)
+    }),
+    (&ACCELERATOR_POWER, |row| thousandths(row.counters.power_mw)),
+    (&ACCELERATOR_POWER_LIMIT, |row| {
+        thousandths(row.counters.power_limit_mw)
+    }),
+    (&ACCELERATOR_CLOCK, |row| hertz(row.counters.clock_mhz)),
+    (&ACCELERATOR_MEMORY_CLOCK, |row| {
+        hertz(row.counters.memory_clock_mhz)
+    }),
+    (&ACCELERATOR_PCIE_IN, |row| {
+        whole(row.counters.pcie_rx_bytes_per_s)
+    }),
+    (&ACCELERATOR_PCIE_OUT, |row| {
+        whole(row.counters.pcie_tx_bytes_per_s)
+    }),
+    (&ACCELERATOR_CORRECTED, |row| {
+        whole(row.counters.ecc_corrected)
+    }),
+    (&ACCELERATOR_UNCORRECTED, |row| {
+        whole(row.counters.ecc_uncorrected)
+    }),
+    (&ACCELERATOR_FAULT, |row| {
+        row.fault.map(|code| Number::Whole(code.into()))
+    }),
+    (&ACCELERATOR_HEAT, |row| {
+        thousandths(row.counters.temperature_mc)
+    }),
+    (&ACCELERATOR_ENERGY, |row| {
+        thousandths(row.counters.energy_mj)
+    }),
+];
+
 fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
-    let thousandths = |value: Option<u64>| {
-        value.map(|value| Number::Exact(Decimal::from(value) / Decimal::ONE_THOUSAND))
-    };
     let labelled: Vec<(&AcceleratorRow, String)> = rows
         .iter()
         .map(|row| {
@@ -321,64 +383,14 @@ fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
             (row, labels)
         })
         .collect();
-    let mut each = |family, read: &dyn Fn(&AcceleratorRow) -> Option<Number>| {
+    for (family, read) in MEASURED {
         for (row, labels) in &labelled {
             page.measured(family, labels, read(row));
         }
-    };
-    each(&ACCELERATOR_LOAD, &|row| {
-        thousandths(row.counters.utilisation_permille)
-    });
-    each(&ACCELERATOR_BANDWIDTH, &|row| {
-        thousandths(row.counters.memory_utilisation_permille)
-    });
-    each(&ACCELERATOR_ENCODER, &|row| {
-        thousandths(row.counters.encoder_permille)
-    });
-    each(&ACCELERATOR_DECODER, &|row| {
-        thousandths(row.counters.decoder_permille)
-    });
-    each(&ACCELERATOR_MEMORY, &|row| {
-        row.counters.memory_total_bytes.map(Number::Whole)
-    });
-    each(&ACCELERATOR_MEMORY_USED, &|row| {
-        row.counters.memory_used_bytes.map(Number::Whole)
-    });
-    each(&ACCELERATOR_POWER, &|row| {
-        thousandths(row.counters.power_mw)
-    });
-    each(&ACCELERATOR_POWER_LIMIT, &|row| {
-        thousandths(row.counters.power_limit_mw)
-    });
-    let hertz = |megahertz: Option<u64>| {
-        megahertz.map(|value| Number::Whole(value.saturating_mul(1_000_000)))
-    };
-    each(&ACCELERATOR_CLOCK, &|row| hertz(row.counters.clock_mhz));
-    each(&ACCELERATOR_MEMORY_CLOCK, &|row| {
-        hertz(row.counters.memory_clock_mhz)
-    });
-    each(&ACCELERATOR_PCIE_IN, &|row| {
-        row.counters.pcie_rx_bytes_per_s.map(Number::Whole)
-    });
-    each(&ACCELERATOR_PCIE_OUT, &|row| {
-        row.counters.pcie_tx_bytes_per_s.map(Number::Whole)
-    });
-    each(&ACCELERATOR_CORRECTED, &|row| {
-        row.counters.ecc_corrected.map(Number::Whole)
-    });
-    each(&ACCELERATOR_UNCORRECTED, &|row| {
-        row.counters.ecc_uncorrected.map(Number::Whole)
-    });
-    each(&ACCELERATOR_FAULT, &|row| {
-        row.fault.map(|code| Number::Whole(code.into()))
-    });
-    each(&ACCELERATOR_HEAT, &|row| {
-        thousandths(row.counters.temperature_mc)
-    });
-    each(&ACCELERATOR_ENERGY, &|row| {
-        thousandths(row.counters.energy_mj)
-    });
-    each(&ACCELERATOR_HEALTHY, &|row| Some(row.healthy.into()));
+    }
+    for (row, labels) in &labelled {
+        page.sample(&ACCELERATOR_HEALTHY, labels, row.healthy);
+    }
     for device in unheard {
         let index = device.number.map(|number| number.to_string());
         let labels = labels(&[
@@ -389,12 +401,11 @@ fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
         ]);
         page.sample(&ACCELERATOR_HEALTHY, &labels, 0_u64);
     }
-    let mut each = |family, read: &dyn Fn(&AcceleratorRow) -> Option<Number>| {
-        for (row, labels) in &labelled {
-            page.measured(family, labels, read(row));
-        }
-    };
-    each(&ACCELERATOR_AGE, &|row| {
-        thousandths(Some(u64::from(row.age_ms)))
-    });
+    for (row, labels) in &labelled {
+        page.measured(
+            &ACCELERATOR_AGE,
+            labels,
+            thousandths(Some(row.age_ms.into())),
+        );
+    }
 }
