@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Kernel, KernelView, outcome, phase_of};
+use super::kernel::phase_of;
+use super::{Kernel, KernelView, outcome};
 use crate::kernel::death::Death;
 use crate::kernel::journal::{Damaged, Journal, JournalError, StoredEnding};
 use crate::kernel::lifecycle::{Ending, Reason, State};
