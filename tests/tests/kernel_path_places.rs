@@ -619,7 +619,11 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
     })
     .expect("settled");
 
-    // Nor does one that starts with another layout take anything from the programs that it finds.
+    // Nor does one that starts with another layout take anything from the programs that it finds. Filters are
+    // told apart by its number, which theirs would still have.
+    if !knows_links() {
+        return;
+    }
     let mut last = other.port(echo(&other));
     last.container_id = fresh.container_id;
     node.lift(&last);
