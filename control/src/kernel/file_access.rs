@@ -2,7 +2,7 @@
 //!
 //! In: names as clients give them, relative to `/home/work`. Out: file contents and lists. Uploads are
 //! written by this process into the kernel's work directory, which the user controls: paths are resolved
-//! by the kernel beneath that directory, and the files belong to the kernel's user (in the original they
+//! by the kernel beneath that directory, and new files belong to the kernel's user (in the original they
 //! belong to root, and the check is a moment before the use). Downloads and lists go through the engine;
 //! a list shows what the session's own processes may see, neither more nor less.
 
@@ -197,7 +197,8 @@ fn inside(path: &str) -> Result<PathBuf, FileAccessError> {
     }
 }
 
-/// Writes an uploaded file, making the directories above it. It belongs to the kernel's user.
+/// Writes an uploaded file, making the directories above it. What is made belongs to the kernel's user; a
+/// file that was there keeps its mode and its owner.
 pub async fn upload_file(
     place: UploadPlace,
     name: String,
@@ -235,7 +236,7 @@ pub async fn upload_file(
         {
             work.make_directories(parent, DIRECTORY_MODE, owner)?;
         }
-        work.write(&relative, &content, FILE_MODE, owner)
+        work.write_users(&relative, &content, FILE_MODE, owner)
     };
     let outcome = tokio::task::spawn_blocking(write)
         .await
@@ -343,7 +344,8 @@ pub async fn list_files(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::fs::Permissions;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     #[test]
     fn paths_stay_in_the_users_directory() {
@@ -396,6 +398,35 @@ mod tests {
         ] {
             assert_eq!(path.metadata().expect("metadata").uid(), place.uid);
         }
+    }
+
+    #[tokio::test]
+    async fn an_upload_over_a_file_changes_neither_its_mode_nor_its_owner() {
+        let directory = tempfile::tempdir().expect("directory");
+        let is_root = rustix::process::geteuid().is_root();
+        for (name, mode) in [("run.sh", 0o755), ("secret", 0o600)] {
+            let file = directory.path().join(name);
+            std::fs::write(&file, "longer than before").expect("written");
+            std::fs::set_permissions(&file, Permissions::from_mode(mode)).expect("changed");
+            if is_root {
+                std::os::unix::fs::chown(&file, Some(2345), Some(2346)).expect("changed");
+            }
+            let before = file.metadata().expect("metadata");
+            let place = place(directory.path());
+            upload_file(place, name.into(), Bytes::from_static(b"new"))
+                .await
+                .expect(name);
+            let after = file.metadata().expect("metadata");
+            assert_eq!(std::fs::read(&file).expect("file"), b"new");
+            assert_eq!(after.mode() & 0o7777, mode, "{name}");
+            assert_eq!((after.uid(), after.gid()), (before.uid(), before.gid()));
+        }
+        let place = place(directory.path());
+        upload_file(place.clone(), "new".into(), Bytes::new())
+            .await
+            .expect("written");
+        let made = directory.path().join("new").metadata().expect("metadata");
+        assert_eq!((made.mode() & 0o7777, made.uid()), (0o644, place.uid));
     }
 
     #[tokio::test]

@@ -88,7 +88,8 @@ impl Beneath {
 
     /// Opens a regular file, and nothing else: already the opening of a device does things (it starts
     /// a watchdog, rewinds a tape), and a container's root can make nodes of devices it cannot open.
-    fn regular(&self, path: &Path, access: OFlags, create: bool) -> io::Result<File> {
+    /// Says whether it was made for it.
+    fn regular(&self, path: &Path, access: OFlags, create: bool) -> io::Result<(File, bool)> {
         // A file that comes or goes meanwhile is looked for again, but not for ever.
         for _ in 0..16 {
             match self.resolve(path, OFlags::PATH, Mode::empty()) {
@@ -102,7 +103,8 @@ impl Beneath {
                     // The very file that was looked at, whatever has its name by now.
                     let place = format!("/proc/self/fd/{}", found.as_raw_fd());
                     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-                    return Ok(rustix::fs::open(place, flags, Mode::empty())?.into());
+                    let file = rustix::fs::open(place, flags, Mode::empty())?;
+                    return Ok((file.into(), false));
                 }
                 Err(err) if err.kind() == io::ErrorKind::NotFound && create => {}
                 Err(err) => return Err(err),
@@ -110,22 +112,40 @@ impl Beneath {
             let flags = access | OFlags::CREATE | OFlags::EXCL;
             match self.resolve(path, flags, Mode::from_raw_mode(0o600)) {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
-                made => return Ok(made?.into()),
+                made => return Ok((made?.into(), true)),
             }
         }
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
-    /// Writes a whole regular file, over one that is there.
+    /// Writes a whole regular file, over one that is there; either gets `mode` and `owner`.
     ///
     /// # Errors
     /// The path leaves the directory (`PermissionDenied`), its parent is missing, or it names
     /// something else than a regular file (`InvalidInput`).
     pub fn write(&self, path: &Path, content: &[u8], mode: u32, owner: Owner) -> io::Result<()> {
-        let mut file = self.regular(&plain(path)?, OFlags::WRONLY, true)?;
-        file.set_len(0)?;
-        file.write_all(content)?;
+        let (mut file, _) = self.regular(&plain(path)?, OFlags::WRONLY, true)?;
+        fill(&mut file, content)?;
         change(&file, mode, owner)
+    }
+
+    /// The same for a file of the user's: one that is there keeps its mode and owner.
+    ///
+    /// # Errors
+    /// As for [`write`](Self::write).
+    pub fn write_users(
+        &self,
+        path: &Path,
+        content: &[u8],
+        mode: u32,
+        owner: Owner,
+    ) -> io::Result<()> {
+        let (mut file, made) = self.regular(&plain(path)?, OFlags::WRONLY, true)?;
+        // First: one that could not be filled (a full disk) is the user's at the next try.
+        if made {
+            change(&file, mode, owner)?;
+        }
+        fill(&mut file, content)
     }
 
     /// Reads a whole regular file of at most `limit` bytes.
@@ -135,7 +155,7 @@ impl Beneath {
     /// (`FileTooLarge`).
     pub fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         use std::io::Read;
-        let file = self.regular(&plain(path)?, OFlags::RDONLY, false)?;
+        let (file, _) = self.regular(&plain(path)?, OFlags::RDONLY, false)?;
         let mut content = Vec::new();
         file.take(limit + 1).read_to_end(&mut content)?;
         if content.len() as u64 > limit {
@@ -186,6 +206,12 @@ impl Beneath {
         }
         Ok(())
     }
+}
+
+/// Puts this content, and nothing else, into a file.
+fn fill(file: &mut File, content: &[u8]) -> io::Result<()> {
+    file.set_len(0)?;
+    file.write_all(content)
 }
 
 /// Owner, then mode (a change of owner clears mode bits). As in the original, an owner that can't
