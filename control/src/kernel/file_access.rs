@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::mounts::WORK;
-use super::scratch::beneath::{Beneath, Owner};
+use super::scratch::beneath::{Beneath, Owner, Shut};
 use crate::docker::{Docker, DockerError, ExecRequest};
 
 /// Largest archive a download may have.
@@ -214,22 +214,24 @@ pub async fn upload_file(
     if Path::new(&name).is_absolute() || relative.as_os_str().is_empty() {
         return Err(FileAccessError::Outside { path: name });
     }
-    if let Some(mount) = place
-        .mounts
-        .iter()
-        .find(|mount| Path::new(mount) != Path::new(WORK) && resolved.starts_with(mount))
-    {
-        return Err(FileAccessError::InMount {
-            path: name,
-            mount: mount.clone(),
-        });
+    let in_mount = |path: String, mount: &Path| FileAccessError::InMount {
+        path,
+        mount: Path::new(WORK).join(mount).display().to_string(),
+    };
+    // Where their files would be in the work directory, on which they are mounted.
+    let mounts: Vec<PathBuf> = (place.mounts.iter())
+        .filter_map(|mount| Some(Path::new(mount).strip_prefix(WORK).ok()?.to_owned()))
+        .filter(|mount| !mount.as_os_str().is_empty())
+        .collect();
+    if let Some(mount) = mounts.iter().find(|mount| relative.starts_with(mount)) {
+        return Err(in_mount(name, mount));
     }
     let owner = Owner {
         uid: Some(place.uid),
         gid: Some(place.gid),
     };
     let write = move || -> io::Result<()> {
-        let work = Beneath::open(&place.work_dir)?;
+        let work = Beneath::open(&place.work_dir)?.without(mounts);
         if let Some(parent) = relative
             .parent()
             .filter(|parent| !parent.as_os_str().is_empty())
@@ -241,13 +243,17 @@ pub async fn upload_file(
     let outcome = tokio::task::spawn_blocking(write)
         .await
         .unwrap_or_else(|err| Err(io::Error::other(err)));
-    outcome.map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => FileAccessError::Outside { path: name },
-        _ => FileAccessError::Write {
-            path: name,
-            reason: source.to_string(),
-            source,
-        },
+    outcome.map_err(|source| {
+        let shut = source.get_ref().and_then(|inner| inner.downcast_ref());
+        match (shut, source.kind()) {
+            (Some(Shut(mount)), _) => in_mount(name, mount),
+            (None, io::ErrorKind::PermissionDenied) => FileAccessError::Outside { path: name },
+            (None, _) => FileAccessError::Write {
+                path: name,
+                reason: source.to_string(),
+                source,
+            },
+        }
     })
 }
 
@@ -427,6 +433,47 @@ mod tests {
             .expect("written");
         let made = directory.path().join("new").metadata().expect("metadata");
         assert_eq!((made.mode() & 0o7777, made.uid()), (0o644, place.uid));
+    }
+
+    #[tokio::test]
+    async fn no_link_leads_an_upload_below_a_mounted_folder() {
+        let directory = tempfile::tempdir().expect("directory");
+        let at = |name: &str| directory.path().join(name);
+        std::fs::create_dir(at("data")).expect("directory");
+        std::fs::create_dir(at("mine")).expect("directory");
+        for (target, link) in [
+            ("data", "d"),
+            ("../data", "mine/back"),
+            ("data/new", "dangling"),
+            ("mine", "ours"),
+        ] {
+            symlink(target, at(link)).expect("link");
+        }
+        let upload = async |name: &str| {
+            let place = place(directory.path());
+            upload_file(place, name.to_owned(), Bytes::from_static(b"x")).await
+        };
+        for name in ["d/x", "d/deep/er/x", "mine/back/x", "ours/back/deep/x"] {
+            let err = upload(name).await.expect_err(name);
+            let FileAccessError::InMount { path, mount } = &err else {
+                panic!("{name}: {err}");
+            };
+            assert_eq!((&**path, &**mount), (name, "/home/work/data"));
+        }
+        upload("dangling")
+            .await
+            .expect_err("nothing is made by a link");
+        assert_eq!(at("data").read_dir().expect("directory").count(), 0);
+        // What the mounted folder hides may be left from before it was mounted.
+        std::fs::write(at("data/old"), "old").expect("written");
+        symlink("data/old", at("f")).expect("link");
+        let err = upload("f").await.expect_err("f");
+        assert!(matches!(err, FileAccessError::InMount { .. }), "{err}");
+        assert_eq!(std::fs::read(at("data/old")).expect("file"), b"old");
+        // Other links of the user lead where they did.
+        upload("ours/y").await.expect("written");
+        upload("mine/../data-like/z").await.expect("written");
+        assert!(at("mine/y").exists() && at("data-like/z").exists());
     }
 
     #[tokio::test]

@@ -23,7 +23,14 @@ pub struct Owner {
 #[derive(Debug)]
 pub struct Beneath {
     directory: OwnedFd,
+    /// Parts of it where nothing is read, written or made.
+    shut: Vec<PathBuf>,
 }
+
+/// Why a path is not followed into a part that is shut: inside of the [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("the path leads into {}, which is not to be used", .0.display())]
+pub struct Shut(pub PathBuf);
 
 impl Beneath {
     /// Opens a directory by a trusted path.
@@ -33,7 +40,19 @@ impl Beneath {
     pub fn open(directory: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(directory, flags, Mode::empty())?;
-        Ok(Self { directory })
+        Ok(Self::of(directory))
+    }
+
+    fn of(directory: OwnedFd) -> Self {
+        let shut = Vec::new();
+        Self { directory, shut }
+    }
+
+    /// The same directory without these parts (relative paths), by whatever links a path leads there.
+    #[must_use]
+    pub fn without(mut self, parts: Vec<PathBuf>) -> Self {
+        self.shut = parts;
+        self
     }
 
     /// The directory that a path below this one leads to.
@@ -43,7 +62,7 @@ impl Beneath {
     pub fn below(&self, path: &Path) -> io::Result<Self> {
         let directory = self.find(path)?;
         match FileType::from_raw_mode(fstat(&directory)?.st_mode) {
-            FileType::Directory => Ok(Self { directory }),
+            FileType::Directory => Ok(Self::of(directory)),
             _ => Err(io::ErrorKind::NotADirectory.into()),
         }
     }
@@ -54,36 +73,42 @@ impl Beneath {
     /// The path leaves the directory (`PermissionDenied`), or leads to nothing.
     pub fn find(&self, path: &Path) -> io::Result<OwnedFd> {
         let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        self.resolve_as(path, OFlags::PATH, Mode::empty(), how)
+        open_beneath(&self.directory, path, OFlags::PATH, Mode::empty(), how)
     }
 
-    fn resolve(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
-        // A mount below could be a stranger's file system: not crossed either.
-        let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-        self.resolve_as(path, flags, mode, how)
+    /// What is there of this name, if it is in no part that is shut.
+    fn resolve(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+        let found = open_beneath(&self.directory, path, flags, Mode::empty(), INSIDE)?;
+        self.see_not_shut(&found)?;
+        Ok(found)
     }
 
-    fn resolve_as(
-        &self,
-        path: &Path,
-        flags: OFlags,
-        mode: Mode,
-        how: ResolveFlags,
-    ) -> io::Result<OwnedFd> {
-        // EAGAIN: a rename elsewhere made the check inconclusive (openat2(2)).
-        for _ in 0..16 {
-            match openat2(&self.directory, path, flags | OFlags::CLOEXEC, mode, how) {
-                Err(Errno::AGAIN) => {}
-                Err(Errno::XDEV) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::PermissionDenied,
-                        "the path leads out of its directory",
-                    ));
-                }
-                other => return Ok(other?),
-            }
+    fn see_not_shut(&self, found: &OwnedFd) -> io::Result<()> {
+        if self.shut.is_empty() {
+            return Ok(());
         }
-        Err(Errno::AGAIN.into())
+        let (whole, place) = (place_of(&self.directory)?, place_of(found)?);
+        let Ok(relative) = place.strip_prefix(&whole) else {
+            return Err(leads_out());
+        };
+        let mut shut = self.shut.iter();
+        match shut.find(|part| relative.starts_with(part)) {
+            Some(part) => Err(io::Error::other(Shut(part.clone()))),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a regular file where nothing is, in a directory that was looked at.
+    fn make(&self, path: &Path, access: OFlags) -> io::Result<File> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let above = match path.parent() {
+            Some(above) if !above.as_os_str().is_empty() => above,
+            _ => Path::new("."),
+        };
+        let above = self.resolve(above, OFlags::PATH | OFlags::DIRECTORY)?;
+        let flags = access | OFlags::CREATE | OFlags::EXCL;
+        let mode = Mode::from_raw_mode(0o600);
+        Ok(open_beneath(&above, Path::new(name), flags, mode, INSIDE)?.into())
     }
 
     /// Opens a regular file, and nothing else: already the opening of a device does things (it starts
@@ -92,7 +117,7 @@ impl Beneath {
     fn regular(&self, path: &Path, access: OFlags, create: bool) -> io::Result<(File, bool)> {
         // A file that comes or goes meanwhile is looked for again, but not for ever.
         for _ in 0..16 {
-            match self.resolve(path, OFlags::PATH, Mode::empty()) {
+            match self.resolve(path, OFlags::PATH) {
                 Ok(found) => {
                     if FileType::from_raw_mode(fstat(&found)?.st_mode) != FileType::RegularFile {
                         return Err(io::Error::new(
@@ -101,7 +126,7 @@ impl Beneath {
                         ));
                     }
                     // The very file that was looked at, whatever has its name by now.
-                    let place = format!("/proc/self/fd/{}", found.as_raw_fd());
+                    let place = link_to(&found);
                     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
                     let file = rustix::fs::open(place, flags, Mode::empty())?;
                     return Ok((file.into(), false));
@@ -109,10 +134,9 @@ impl Beneath {
                 Err(err) if err.kind() == io::ErrorKind::NotFound && create => {}
                 Err(err) => return Err(err),
             }
-            let flags = access | OFlags::CREATE | OFlags::EXCL;
-            match self.resolve(path, flags, Mode::from_raw_mode(0o600)) {
+            match self.make(path, access) {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
-                made => return Ok((made?.into(), true)),
+                made => return Ok((made?, true)),
             }
         }
         Err(io::ErrorKind::AlreadyExists.into())
@@ -172,7 +196,7 @@ impl Beneath {
     /// # Errors
     /// Other failures than that nothing is there.
     pub fn exists(&self, path: &Path) -> io::Result<bool> {
-        match self.resolve(&plain(path)?, OFlags::PATH, Mode::empty()) {
+        match self.resolve(&plain(path)?, OFlags::PATH) {
             Ok(_) => Ok(true),
             Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(err) => Err(err),
@@ -185,7 +209,7 @@ impl Beneath {
     /// The path leaves the directory, or a part of it is not a directory.
     pub fn make_directories(&self, path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
         let path = plain(path)?;
-        let mut parent = self.resolve(Path::new("."), OFlags::PATH, Mode::empty())?;
+        let mut parent = self.resolve(Path::new("."), OFlags::PATH)?;
         let mut reached = PathBuf::new();
         for part in path.components() {
             let Component::Normal(name) = part else {
@@ -198,7 +222,7 @@ impl Beneath {
                 Err(err) => return Err(err.into()),
             };
             let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-            let directory = self.resolve(&reached, flags, Mode::empty())?;
+            let directory = self.resolve(&reached, flags)?;
             if made {
                 change(&directory, mode, owner)?;
             }
@@ -206,6 +230,44 @@ impl Beneath {
         }
         Ok(())
     }
+}
+
+/// Inside of a directory: a mount below could be a stranger's file system, so it is not crossed either.
+const INSIDE: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_XDEV);
+
+fn open_beneath(
+    directory: &OwnedFd,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+    how: ResolveFlags,
+) -> io::Result<OwnedFd> {
+    // EAGAIN: a rename elsewhere made the check inconclusive (openat2(2)).
+    for _ in 0..16 {
+        match openat2(directory, path, flags | OFlags::CLOEXEC, mode, how) {
+            Err(Errno::AGAIN) => {}
+            Err(Errno::XDEV) => return Err(leads_out()),
+            other => return Ok(other?),
+        }
+    }
+    Err(Errno::AGAIN.into())
+}
+
+fn leads_out() -> io::Error {
+    let text = "the path leads out of its directory";
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
+}
+
+/// A path to an open file, whatever has its name.
+fn link_to(open: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", open.as_raw_fd())
+}
+
+/// Where an open file is by now, without links.
+fn place_of(open: &OwnedFd) -> io::Result<PathBuf> {
+    std::fs::read_link(link_to(open))
 }
 
 /// Puts this content, and nothing else, into a file.
