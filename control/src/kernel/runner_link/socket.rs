@@ -22,7 +22,9 @@ const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// A message that the runner's host does not acknowledge for this long ends the connection.
 const UNACKNOWLEDGED_MS: u32 = 30_000;
 const KEEPALIVE: Duration = Duration::from_secs(10);
-const READ_BUFFER: usize = 64 * 1024;
+/// Every kernel has one for as long as it lives. It is for heads and short frames: what is longer goes past
+/// it, once it is empty.
+const READ_BUFFER: usize = 8 * 1024;
 /// Messages have exactly two frames; a third one is noticed, not stored. Media is JSON and may not be
 /// cut in the middle, so more than the 10 MiB of console output is let through to be judged later.
 const LIMITS: ReadLimits = ReadLimits {
