@@ -38,7 +38,7 @@ use crate::kernel::abuse::{self, AbuseReports};
 use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
 use crate::kernel::container_processes::KernelFiles;
 use crate::kernel::container_request::{ContainerSettings, override_files, override_part};
-use crate::kernel::destroy::CONSOLES_AT_ONCE;
+use crate::kernel::destroy::{CONSOLES_AT_ONCE, stops_at_once};
 use crate::kernel::distro::Distros;
 use crate::kernel::host_sockets::HostSockets;
 use crate::kernel::journal::{Journal, JournalError, plain_name, replace_file};
@@ -448,6 +448,7 @@ async fn assemble(
     let creations = usize::try_from(config.agent.kernel_creation_concurrency)
         .unwrap_or(1)
         .max(1);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
@@ -476,6 +477,7 @@ async fn assemble(
             .open_to_engine(own_users),
         looks: Looks::new(config.node.folder_wait),
         creations: Semaphore::new(creations),
+        stop_turns: Semaphore::new(stops_at_once(processors)),
         console_turns: Semaphore::new(CONSOLES_AT_ONCE),
         left_alone: Mutex::default(),
         active_containers: watch::Sender::default(),

@@ -2,8 +2,8 @@
 //!
 //! In: a kernel whose lifecycle has decided its end. Out: no container, no rows, no scratch, no
 //! reservation, no port, no journal file, and one `kernel_terminated` with the real exit code.
-//! Invariants: ending one kernel waits for no other kernel, but for its turn to have its console
-//! kept; nothing is given back while the
+//! Invariants: ending one kernel waits for no other kernel, but for its turns to be stopped and to have
+//! its console kept; nothing is given back while the
 //! container may still use it, so with a broken engine the ending goes on trying; the journal file
 //! goes after the end and its announcement are on the disk; every single wait has a deadline.
 
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use shared::ids::{KernelId, SessionId};
 use thiserror::Error;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::batch_job;
 use super::death::{Death, Signs, full_shm};
@@ -41,8 +42,15 @@ const CONSOLE_TOLD: Duration = Duration::from_secs(3);
 pub const CONSOLES_AT_ONCE: usize = 8;
 /// How long an end waits for the consoles of others to be brought to the bus, so that few have to be dropped.
 const CONSOLE_ROOM: Duration = Duration::from_secs(30);
-/// How long a restart waits for its turn among them.
-const CONSOLE_TURN: Duration = Duration::from_secs(10);
+/// How long a restart waits for its turn among kernels that are stopped, or whose consoles are kept.
+const TURN_OF_RESTART: Duration = Duration::from_secs(10);
+/// Containers that are stopped at a time: so many for each processor, within these bounds. Beyond what the
+/// host can bear none of them gets through with its shutdown within its grace, and all are killed.
+const STOPS_PER_PROCESSOR: usize = 4;
+const STOPS_AT_ONCE: (usize, usize) = (16, 96);
+/// How long an end waits for its turn among them: kernels that do not heed the signal take their whole
+/// grace, and many of them would take it one after the other.
+const STOP_TURN: Duration = Duration::from_secs(60);
 /// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
 const DESTROY_MARGIN: Duration = Duration::from_secs(200);
 
@@ -380,10 +388,37 @@ async fn find_container(
     }
 }
 
+/// How many containers of a node with so many processors are stopped at a time.
+#[must_use]
+pub fn stops_at_once(processors: usize) -> usize {
+    let wanted = processors.saturating_mul(STOPS_PER_PROCESSOR);
+    wanted.clamp(STOPS_AT_ONCE.0, STOPS_AT_ONCE.1)
+}
+
+/// How long a kernel waits for its turn; for ever when it ends. One that is restarted does not end for
+/// others' sake: it waits no longer than it has time for.
+fn patience(kernel: &Kernel) -> Option<Duration> {
+    kernel.ending().is_none().then_some(TURN_OF_RESTART)
+}
+
+/// A turn at what only so many kernels do at a time. None when it did not come in time.
+async fn turn(turns: &Semaphore, patience: Option<Duration>) -> Option<SemaphorePermit<'_>> {
+    let turn = turns.acquire();
+    match patience {
+        None => turn.await.ok(),
+        Some(limit) => tokio::time::timeout(limit, turn).await.ok()?.ok(),
+    }
+}
+
 /// Asks the container to stop, then makes it. What fails here fails again at the removal, which
 /// kills by force and is retried.
 async fn stop(node: &Node, kernel: &Kernel, container: &str) {
     let grace = node.config.node.engine.stop_grace;
+    // The engine's time for it, which the grace is a part of, begins with the turn. An agent that stops
+    // leaves it no time for one.
+    let limit = patience(kernel).unwrap_or(STOP_TURN);
+    let turn = turn(&node.stop_turns, Some(limit));
+    let _turn = node.stopping.run_until_cancelled(turn).await.flatten();
     if let Err(err) = node.docker.stop(container, grace).await
         && !err.is_not_found()
     {
@@ -402,16 +437,8 @@ async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {
         partial: true,
         ..LogOptions::default()
     };
-    // A kernel that is restarted does not end for others' sake: it waits no longer than it has time for.
     let ends = kernel.ending().is_some();
-    let turn = node.console_turns.acquire();
-    let turn = match ends {
-        true => turn.await.ok(),
-        false => tokio::time::timeout(CONSOLE_TURN, turn)
-            .await
-            .ok()
-            .and_then(Result::ok),
-    };
+    let turn = turn(&node.console_turns, patience(kernel)).await;
     if let Some(consoles) = node.consoles.as_ref().filter(|_| ends) {
         // Those that are at it come to it.
         let most = node
@@ -470,5 +497,30 @@ pub fn exit_code_of(found: &ContainerInspectResponse) -> Option<i64> {
     match state.running {
         Some(true) => None,
         _ => state.exit_code,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_stops_as_many_containers_at_a_time_as_it_can_bear() {
+        assert_eq!(stops_at_once(2), 16);
+        assert_eq!(stops_at_once(8), 32);
+        assert_eq!(stops_at_once(256), 96);
+    }
+
+    #[tokio::test]
+    async fn an_end_waits_for_its_turn_and_a_restart_goes_on_without_one() {
+        let turns = Semaphore::new(1);
+        let first = turn(&turns, None).await;
+        assert!(first.is_some());
+        let mut end = std::pin::pin!(turn(&turns, None));
+        assert!(futures_util::poll!(end.as_mut()).is_pending());
+        assert!(turn(&turns, Some(Duration::ZERO)).await.is_none());
+        assert!(futures_util::poll!(end.as_mut()).is_pending());
+        drop(first);
+        assert!(end.await.is_some());
     }
 }

@@ -88,6 +88,8 @@ pub struct Node {
     pub socket_dir: PathBuf,
     /// Bounds the creations at work on this node, whichever calls they belong to.
     pub creations: Semaphore,
+    /// Bounds the containers that are being stopped.
+    pub stop_turns: Semaphore,
     /// Bounds the consoles of ending kernels that are in memory.
     pub console_turns: Semaphore,
     /// Containers that cannot be adopted, so that each is reported once.
