@@ -205,15 +205,18 @@ pub struct Volumes {
     turn: Mutex<()>,
 }
 
-/// Which kernel of this node uses a directory.
-pub trait UsedBy: Send + Sync {
-    /// The kernel whose folders lie below the path, in words.
-    fn used_by(&self, path: &Path) -> Option<String>;
+/// A directory of this host, as it was named, and the kernel that uses it, in words.
+pub type UsedFolder = (PathBuf, String);
+
+/// What of this host the kernels of this node use.
+pub trait UsedFolders: Send + Sync {
+    /// All of it, by now.
+    fn used_folders(&self) -> Vec<UsedFolder>;
 }
 
-impl<F: Fn(&Path) -> Option<String> + Send + Sync> UsedBy for F {
-    fn used_by(&self, path: &Path) -> Option<String> {
-        self(path)
+impl<F: Fn() -> Vec<UsedFolder> + Send + Sync> UsedFolders for F {
+    fn used_folders(&self) -> Vec<UsedFolder> {
+        self()
     }
 }
 
@@ -304,7 +307,7 @@ impl Volumes {
     }
 
     /// Unmounts a volume; one that is not mounted is a success.
-    pub async fn unmount(&self, order: &UnmountOrder, users: &dyn UsedBy) -> VolumeOutcome {
+    pub async fn unmount(&self, order: &UnmountOrder, used: &dyn UsedFolders) -> VolumeOutcome {
         if let Some(outcome) = self.nothing_to_do(&order.dir_name) {
             return outcome;
         }
@@ -313,8 +316,8 @@ impl Volumes {
             Ok(base) => base.join(&order.dir_name),
             Err(err) => return VolumeOutcome::nowhere(Some(err)),
         };
-        let user = users.used_by(&path);
-        let error = self.unmount_at(&path, order, user).await.err();
+        let used = used.used_folders();
+        let error = self.unmount_at(&path, order, used).await.err();
         VolumeOutcome { path, error }
     }
 
@@ -370,10 +373,10 @@ impl Volumes {
         &self,
         path: &Path,
         order: &UnmountOrder,
-        user: Option<String>,
+        used: Vec<UsedFolder>,
     ) -> Result<(), VolumeError> {
         self.fstab_allowed(order.fstab.as_deref())?;
-        if let Some(kernel) = user {
+        if let Some(kernel) = mount::user_of(path, used).await? {
             return Err(VolumeError::InUse {
                 path: path.to_owned(),
                 kernel,

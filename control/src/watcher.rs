@@ -28,7 +28,7 @@ use crate::etcd::{Etcd, EtcdError};
 use crate::http;
 use crate::kernel::container_request::HELD_FOLDERS_LABEL;
 use crate::kernel::node::blocking;
-use crate::volumes::Volumes;
+use crate::volumes::{UsedFolder, Volumes};
 
 /// The token of a cluster that sets none.
 const INSECURE: &str = "insecure";
@@ -153,7 +153,7 @@ impl Watcher {
     }
 
     /// What kernels have mounted, by the engine's word: the agent may be down.
-    async fn sources(&self) -> Result<Vec<(PathBuf, String)>, DockerError> {
+    async fn sources(&self) -> Result<Vec<UsedFolder>, DockerError> {
         const KERNEL: &str = "ai.backend.kernel-id";
         let containers = self.docker.list_labelled(true, KERNEL).await?;
         let sources = containers.into_iter().flat_map(|container| {

@@ -104,7 +104,7 @@ impl Place {
             dir_name: name.to_owned(),
             fstab: Some(self.at("fstab")),
         };
-        self.volumes.unmount(&order, &|_: &Path| None).await
+        self.volumes.unmount(&order, &by_nobody).await
     }
 
     fn nothing_is_left(&self, fstab: &str) {
@@ -112,6 +112,14 @@ impl Place {
         assert_eq!(std::fs::read_dir(self.at("mnt")).unwrap().count(), 0);
         assert_eq!(self.fstab(), fstab);
     }
+}
+
+fn by_nobody() -> Vec<(PathBuf, String)> {
+    Vec::new()
+}
+
+fn by_a_kernel(folder: PathBuf) -> (PathBuf, String) {
+    (folder, "k-1".to_owned())
 }
 
 fn well(outcome: &VolumeOutcome) {
@@ -169,6 +177,41 @@ async fn a_link_on_the_way_to_the_volumes_hides_none_of_them() {
 }
 
 #[tokio::test]
+async fn a_volume_that_a_kernel_has_by_a_link_stays_mounted() {
+    let Some(place) = Place::new(&["tmpfs scratch-memory"]) else {
+        return;
+    };
+    let before = place.fstab();
+    // A link on the way to the volumes, one to the volume itself, and one to that.
+    std::fs::rename(place.at("mnt"), place.at("data")).unwrap();
+    for (link, target) in [("mnt", "data"), ("vfroot", "mnt/v"), ("again", "vfroot/.")] {
+        std::os::unix::fs::symlink(target, place.at(link)).unwrap();
+    }
+    let order = place.order("v", "tmpfs", "scratch-memory", "size=1m");
+    well(&place.volumes.mount(&order).await);
+    let noted = place.fstab();
+    let order = UnmountOrder {
+        dir_name: "v".to_owned(),
+        fstab: Some(place.at("fstab")),
+    };
+    for folder in ["mnt/v/f", "data/v/f", "data/v", "vfroot/f", "again/f"] {
+        let used = || vec![by_a_kernel(place.at(folder))];
+        let refused = place.volumes.unmount(&order, &used).await;
+        match refused.error {
+            Some(VolumeError::InUse { kernel, .. }) => assert_eq!(kernel, "k-1"),
+            other => panic!("{folder}: {other:?}"),
+        }
+        assert_eq!(mounted_below(place.directory.path()), [place.at("data/v")]);
+        assert_eq!(place.fstab(), noted);
+    }
+    // What other volumes have is in nobody's way.
+    let folders = ["mnt/vv/f", "vfroot2", "data", "mnt"];
+    let used = || Vec::from(folders.map(|folder| by_a_kernel(place.at(folder))));
+    well(&place.volumes.unmount(&order, &used).await);
+    place.nothing_is_left(&before);
+}
+
+#[tokio::test]
 async fn directories_and_images_are_mounted_too() {
     let Some(place) = Place::new(&["none PLACE/data*", "ext4 PLACE/disk.img"]) else {
         return;
@@ -199,10 +242,7 @@ async fn directories_and_images_are_mounted_too() {
     };
     let used = place
         .volumes
-        .unmount(&order, &|path: &Path| {
-            assert_eq!(path, place.point("bound"));
-            Some("k-1".to_owned())
-        })
+        .unmount(&order, &|| vec![by_a_kernel(place.point("bound/user"))])
         .await;
     assert!(matches!(used.error, Some(VolumeError::InUse { .. })));
     assert_eq!(mounted_below(place.directory.path()).len(), 1);

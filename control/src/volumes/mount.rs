@@ -3,6 +3,7 @@
 //! Invariants: a program that misses its deadline is killed with all that it has started, so that
 //! nothing is mounted after the answer; a mount that failed is undone.
 
+use std::collections::HashSet;
 use std::future::pending;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -13,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, Command};
 
-use super::{MountOrder, VolumeError};
+use super::{MountOrder, UsedFolder, VolumeError};
 use crate::kernel::node::blocking;
 
 /// Where the programs are looked for; nothing of our environment is handed on.
@@ -38,12 +39,32 @@ pub(super) async fn at(path: &Path) -> Result<Option<String>, VolumeError> {
 /// The same for who cannot wait. Blocks, for the time that the kernel takes to list what is mounted.
 pub(super) fn at_now(path: &Path) -> io::Result<Option<String>> {
     let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok(source_at(&text, path));
-    };
-    // The table has paths without links, and a link itself is no mount point.
-    let place = behind(&text, parent, |link| std::fs::read_link(link).ok()).join(name);
+    let place = place_of(&points(&text).collect(), path, led_to);
     Ok(source_at(&text, &place))
+}
+
+/// Who uses what is mounted at a path, if somebody does: whose folder is it, or lies below it, by its own
+/// name or by links on the root file system. Nothing of any mount is touched.
+pub(super) async fn user_of(
+    path: &Path,
+    used: Vec<UsedFolder>,
+) -> Result<Option<String>, VolumeError> {
+    if used.is_empty() {
+        return Ok(None);
+    }
+    let path = path.to_owned();
+    let found = blocking(move || {
+        let text = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let points = points(&text).collect();
+        let place = place_of(&points, &path, led_to);
+        let is_below = |folder: &Path| {
+            folder.starts_with(&path) || behind(&points, folder, led_to).starts_with(&place)
+        };
+        let mut used = used.into_iter();
+        let user = used.find(|(folder, _)| is_below(folder));
+        Ok(user.map(|(_, user)| user))
+    });
+    found.await.map_err(VolumeError::Table)
 }
 
 /// Mount points directly below a directory, sorted. Nothing of them is touched: a server may hang.
@@ -51,7 +72,7 @@ pub(super) async fn below(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     let spelled = base.to_owned();
     let found = blocking(move || {
         let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-        let base = behind(&text, &spelled, |link| std::fs::read_link(link).ok());
+        let base = behind(&points(&text).collect(), &spelled, led_to);
         let names = points_below(&text, &base).into_iter();
         Ok(names
             .filter_map(|point| Some(spelled.join(point.file_name()?)))
@@ -66,16 +87,37 @@ pub(crate) async fn point_of(path: &Path) -> PathBuf {
     let path = path.to_owned();
     blocking(move || {
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let place = behind(&text, &path, |link| std::fs::read_link(link).ok());
-        point_above(points(&text), &place)
+        let points: HashSet<PathBuf> = points(&text).collect();
+        let place = behind(&points, &path, led_to);
+        point_above(points.into_iter(), &place)
     })
     .await
 }
 
-/// The path without the links that are on the root file system. `link` answers where a link leads, and
-/// nothing for what is none.
-fn behind(mountinfo: &str, path: &Path, link: impl Fn(&Path) -> Option<PathBuf>) -> PathBuf {
-    let points: Vec<PathBuf> = points(mountinfo).collect();
+/// Where a link leads; nothing for what is none.
+fn led_to(link: &Path) -> Option<PathBuf> {
+    std::fs::read_link(link).ok()
+}
+
+/// Where a mount point is in the table, which has paths without links. A link itself is no mount point.
+fn place_of(
+    points: &HashSet<PathBuf>,
+    path: &Path,
+    link: impl Fn(&Path) -> Option<PathBuf>,
+) -> PathBuf {
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => behind(points, parent, link).join(name),
+        _ => path.to_owned(),
+    }
+}
+
+/// The path without the links that are on the root file system, with these mount points. `link` answers
+/// where a link leads, and nothing for what is none.
+fn behind(
+    points: &HashSet<PathBuf>,
+    path: &Path,
+    link: impl Fn(&Path) -> Option<PathBuf>,
+) -> PathBuf {
     let root = PathBuf::from("/");
     let (mut reached, mut rest, mut followed) = (root.clone(), path.to_owned(), 0);
     loop {
@@ -379,7 +421,9 @@ mod tests {
             ("/srv/local/folder", "/"),
             ("/srv/round/folder", "/"),
         ] {
-            let found = point_above(points(lines), &behind(lines, Path::new(path), link));
+            let points: HashSet<PathBuf> = points(lines).collect();
+            let place = behind(&points, Path::new(path), link);
+            let found = point_above(points.into_iter(), &place);
             assert_eq!(found, Path::new(point), "{path}");
         }
     }

@@ -3,12 +3,12 @@
 //! In: what managers ask of all agents. Out: one answer each, as an event. Invariant: an answer is
 //! sent whatever becomes of the request, so that nobody waits for this node.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::{MountOrder, UnmountOrder, VolumeOutcome};
+use super::{MountOrder, UnmountOrder, UsedFolder, VolumeOutcome};
 use crate::causes::chain;
 use crate::events::bus::VolumeRequest;
 use crate::events::{Event, VolumeAnswer};
@@ -65,8 +65,8 @@ pub async fn carry_out(node: &Arc<Node>, request: VolumeRequest) -> Event {
                 dir_name,
                 fstab: edit_fstab.then(|| PathBuf::from(table)),
             };
-            let users = |path: &Path| used_by(node, path);
-            let outcome = node.volumes.unmount(&order, &users).await;
+            let used = || used_folders(node);
+            let outcome = node.volumes.unmount(&order, &used).await;
             Event::VolumeUnmounted(answer(node, quota_scope, &outcome))
         }
     }
@@ -87,16 +87,16 @@ fn answer(node: &Node, quota_scope: String, outcome: &VolumeOutcome) -> VolumeAn
     }
 }
 
-/// A kernel with a folder below the path.
-fn used_by(node: &Node, path: &Path) -> Option<String> {
-    let uses = |kernel: &Arc<crate::kernel::registry::Kernel>| {
+/// The folders of all kernels.
+fn used_folders(node: &Node) -> Vec<UsedFolder> {
+    let kernels = node.registry.all().into_iter();
+    let folders = kernels.flat_map(|kernel| {
+        let user = kernel.id.to_string();
         kernel.with_record(|record| {
-            record
-                .mounts
-                .iter()
-                .any(|mount| Path::new(&mount.source).starts_with(path))
+            let mounts = record.mounts.iter();
+            let used = mounts.map(|mount| (PathBuf::from(&mount.source), user.clone()));
+            used.collect::<Vec<_>>()
         })
-    };
-    let kernel = node.registry.all().into_iter().find(uses)?;
-    Some(kernel.id.to_string())
+    });
+    folders.collect()
 }

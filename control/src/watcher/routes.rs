@@ -4,7 +4,7 @@
 //! that the manager shows to its administrator. Invariants: nothing is looked at before the token is
 //! right, unknown paths included; one action on the units at a time; bodies are bounded.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -262,11 +262,5 @@ async fn unmount(State(watcher): State<Arc<Watcher>>, body: Bytes) -> Response {
         dir_name: request.name,
         fstab: table(request.edit_fstab, request.fstab_path),
     };
-    let users = |path: &Path| {
-        let mut uses = sources
-            .iter()
-            .filter(|(source, _)| source.starts_with(path));
-        uses.next().map(|(_, kernel)| kernel.clone())
-    };
-    outcome(&watcher.volumes.unmount(&order, &users).await)
+    outcome(&watcher.volumes.unmount(&order, &|| sources.clone()).await)
 }
