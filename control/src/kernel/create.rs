@@ -8,6 +8,7 @@
 
 mod error;
 mod follow;
+mod host_ports;
 mod launch;
 mod prepare;
 mod result;
@@ -28,6 +29,7 @@ pub use prepare::{NetworkChoice, Prepared, public_services, takes_pool_ports, wi
 pub use result::creation_info;
 pub use serve::connect_runner;
 
+use self::host_ports::KeptPorts;
 use super::batch_job;
 use super::journal::{Phase, now_unix};
 use super::lifecycle::{Action, Input, Refusal, Stage, State};
@@ -317,7 +319,7 @@ async fn build(
     });
     node.progress(kernel.id, "checking the request");
     let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
-    let (prepared, distro) = (&found.prepared, &found.distro);
+    let prepared = &found.prepared;
     node.events.emit(Event::KernelCreating {
         kernel: kernel.id,
         session: kernel.session,
@@ -349,11 +351,11 @@ async fn build(
             .iter()
             .map(|(name, amount)| (name.to_owned(), amount.into()))
             .collect();
-        record.distro = Some(distro.clone());
+        record.distro = Some(found.distro.clone());
         record.published_by = prepared.published_by;
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, prepared, distro, abort, turn).await
+    launch::files_and_container(node, kernel, order, &found, None, abort, turn).await
 }
 
 /// What a kernel is made of. Nothing is taken for it yet.
@@ -459,6 +461,7 @@ pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 #[derive(Debug)]
 pub struct Ready<'n> {
     found: Found,
+    ports: KeptPorts<'n>,
     turn: Turn<'n>,
 }
 
@@ -476,11 +479,12 @@ pub async fn look_ahead<'n>(
     turn.resume().await?;
     node.progress(kernel.id, "checking whether it can be made anew");
     let found = guarded(Box::pin(find(node, kernel, order, &mut turn))).await?;
-    Ok(Ready { found, turn })
+    let ports = KeptPorts::take(node, kernel, &found.prepared)?;
+    Ok(Ready { found, ports, turn })
 }
 
 /// Second half of a restart: a new container with the same devices, ports and files, of what was found
-/// before the old one went.
+/// and taken before the old one went.
 pub async fn recreate(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
@@ -488,8 +492,12 @@ pub async fn recreate(
     ready: Ready<'_>,
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
-    let Ready { found, mut turn } = ready;
-    let rebuilt = rebuild(node, kernel, order, &found, &abort, &mut turn);
+    let Ready {
+        found,
+        ports,
+        mut turn,
+    } = ready;
+    let rebuilt = rebuild(node, kernel, order, &found, ports, &abort, &mut turn);
     let built = guarded(Box::pin(rebuilt)).await;
     drop(turn);
     conclude(node, kernel, built).await
@@ -500,15 +508,15 @@ async fn rebuild(
     kernel: &Arc<Kernel>,
     order: &Order,
     found: &Found,
+    ports: KeptPorts<'_>,
     abort: &CancellationToken,
     turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
-    let (prepared, distro) = (&found.prepared, &found.distro);
     kernel.update_record(|record| {
-        record.distro = Some(distro.clone());
-        record.runner_version = Some(prepared.runner.version().to_owned());
+        record.distro = Some(found.distro.clone());
+        record.runner_version = Some(found.prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, prepared, distro, abort, turn).await
+    launch::files_and_container(node, kernel, order, found, Some(ports), abort, turn).await
 }
 
 /// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
@@ -563,7 +571,8 @@ async fn find_and_rebuild(
     turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
     let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
-    rebuild(node, kernel, order, &found, abort, turn).await
+    let ports = KeptPorts::take(node, kernel, &found.prepared)?;
+    rebuild(node, kernel, order, &found, ports, abort, turn).await
 }
 
 /// The end of a container's console, for error messages.

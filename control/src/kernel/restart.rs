@@ -1,7 +1,8 @@
 //! The restart of a kernel: a new container with the same devices, limits, ports and files.
 //!
 //! Invariants: what the kernel holds (devices, host ports, scratch) is never given back in between,
-//! so nobody else can take it (the original's restarted containers had no limits at all); the old
+//! so nobody else can take it (the original's restarted containers had no limits at all), but for the
+//! host ports of services that the new container does not have; the old
 //! container is not touched before everything is found that the new one is made of; a kernel has one
 //! restart at a time, and who asks for another meanwhile gets its outcome; an agent that ends under it
 //! leaves what the next one needs to go on.

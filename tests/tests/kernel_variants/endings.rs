@@ -323,22 +323,37 @@ async fn a_kept_container_is_no_hindrance() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_inference_kernel_serves_its_model() -> Result<()> {
-    let node = Node::start(NodeOptions::default()).await?;
+    let node = Node::start(NodeOptions {
+        // Four of the kernel, and one.
+        ports: 5,
+        ..NodeOptions::default()
+    })
+    .await?;
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("index.html"), "the model\n")?;
-    let definition = "models:\n- name: echo\n  model_path: /models\n  service:\n    \
-        start_command: [busybox, httpd, -f, -p, '8600', -h, /models]\n    shell: /bin/sh\n    port: 8600\n    \
-        health_check:\n      path: /index.html\n      interval: 0.5\n      max_retries: 20\n";
-    let order = model_order(folder.path(), "model-definition.yaml", definition)?;
+    let serving = |name: &str, port: u16| {
+        format!(
+            "- name: {name}\n  model_path: /models\n  service:\n    \
+            start_command: [busybox, httpd, -f, -p, '{port}', -h, /models]\n    shell: /bin/sh\n    \
+            port: {port}\n    health_check:\n      path: /index.html\n      interval: 0.5\n      \
+            max_retries: 20\n"
+        )
+    };
+    let file = folder.path().join("model-definition.yaml");
+    let definition = format!("models:\n{}", serving("echo", 8600));
+    let order = model_order(folder.path(), "model-definition.yaml", &definition)?;
     let result = kernels::create(&node, &order).await?;
     let ports = kernels::host_ports(&result, "echo-8600");
     assert_eq!(ports.len(), 1, "{result}");
-    let page = wait::until("the model answers", SOON, || async {
-        kernels::fetch(ports[0], "/index.html")
-            .ok()
-            .filter(|page| page.contains("the model"))
-    })
-    .await?;
+    let answers = async |port: u16| {
+        wait::until("the model answers", SOON, || async {
+            kernels::fetch(port, "/index.html")
+                .ok()
+                .filter(|page| page.contains("the model"))
+        })
+        .await
+    };
+    let page = answers(ports[0]).await?;
     assert!(page.starts_with("HTTP/1"), "{page}");
     wait::until("the model is told to be healthy", SOON, || async {
         let events = kernels::events(&node, order.session).await.ok()?;
@@ -355,6 +370,33 @@ async fn an_inference_kernel_serves_its_model() -> Result<()> {
     )
     .await?;
     assert_eq!(model.output, "echo /models\n");
+
+    // The definition names another port by the time of a restart.
+    let held = async || -> Result<_> {
+        let ports = kernels::ask(&node, "bai.status", Vec::new()).await?["ports"].clone();
+        let number = |name: &str| ports[name].as_u64().context("a number");
+        Ok(number("total")? - number("free")? - number("cooling")?)
+    };
+    let before = held().await?;
+    std::fs::write(&file, format!("models:\n{}", serving("echo", 8601)))?;
+    let result = restart(&node, &order).await?;
+    let moved = kernels::host_ports(&result, "echo-8601");
+    assert_eq!(moved.len(), 1, "{result}");
+    assert_ne!(moved, ports);
+    assert_eq!(held().await?, before, "the old port is back");
+    answers(moved[0]).await?;
+    // More of them than there are ports for: it goes on as it is.
+    let two = serving("echo", 8602) + &serving("other", 8603);
+    std::fs::write(&file, format!("models:\n{two}"))?;
+    let refused = restart(&node, &order).await.expect_err("too few ports");
+    let refused = format!("{refused:#}");
+    assert!(
+        refused.contains("goes on and is not restarted"),
+        "{refused}"
+    );
+    assert!(refused.contains("container.port-range"), "{refused}");
+    assert_eq!(held().await?, before, "nothing stays taken");
+    answers(moved[0]).await?;
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await?;
 

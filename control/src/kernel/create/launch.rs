@@ -1,4 +1,4 @@
-//! From a checked request to a container that has been started: ports, files, container.
+//! From a checked request to a container that has been started: files, container.
 //!
 //! Invariant: what is taken is in the record (and the journal) before it is used, so that the
 //! ending of the kernel, or the next start of the agent, finds it.
@@ -12,9 +12,10 @@ use shared::ids::ContainerId;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
+use super::host_ports::{KeptPorts, take_ports};
 use super::prepare::{self, Prepared};
 use super::serve::{Attempt, serve};
-use super::{Order, Turn, abortable, aborted, enter, with_host_ports};
+use super::{Found, Order, Turn, abortable, aborted, enter};
 use crate::accelerator::host::Granted;
 use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
 use crate::kernel::agent_socket;
@@ -30,9 +31,8 @@ use crate::kernel::registry::Kernel;
 use crate::kernel::request::TextMap;
 use crate::kernel::resource_text::{self, ResourceSpec};
 use crate::kernel::scratch::{ClusterFiles, ConfigFiles, NewScratch};
-use crate::kernel::service_ports::{SSHD, ServicePort, TTYD};
+use crate::kernel::service_ports::{SSHD, TTYD};
 use crate::network;
-use crate::ports::PortError;
 use crate::resource::{Allocation, ContainerLimits, ResourceError};
 
 /// How often a creation is tried with other host ports.
@@ -40,26 +40,26 @@ const ATTEMPTS: u32 = 4;
 /// How long the dataplane may take to let go of the ports of an attempt that failed.
 const ROWS_GONE: Duration = Duration::from_secs(3);
 
-/// Everything after the reservation of devices.
+/// Everything after the reservation of devices. One that is made anew has ports and files.
 pub async fn files_and_container(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    prepared: &Prepared,
-    distro: &str,
+    found: &Found,
+    kept: Option<KeptPorts<'_>>,
     abort: &CancellationToken,
     turn: &mut Turn<'_>,
 ) -> Result<(), CreateError> {
-    let fresh = kernel.with_record(|record| record.services.is_empty());
+    let Found { prepared, distro } = found;
     enter(kernel, Stage::Files)?;
     let mut attempt = 1;
-    if fresh {
+    if let Some(kept) = kept {
+        kept.settle(kernel, prepared.published_by);
+    } else {
         take_ports(node, kernel, order, prepared)?;
         node.store(kernel).await?;
         node.progress(kernel.id, "writing the scratch");
         make_scratch(node, kernel, order, prepared).await?;
-    } else {
-        keep_ports(node, kernel, prepared);
     }
     loop {
         match launch(node, kernel, order, prepared, distro, abort, turn).await {
@@ -79,86 +79,6 @@ pub async fn files_and_container(
             }
             Err(Attempt::Busy(err, _) | Attempt::Failed(err)) => return Err(err),
         }
-    }
-}
-
-/// Takes host ports and notes which service has which.
-fn take_ports(
-    node: &Node,
-    kernel: &Kernel,
-    order: &Order,
-    prepared: &Prepared,
-) -> Result<(), CreateError> {
-    let network = &prepared.network;
-    // Where the container's own address does not lead to the runner, it takes host ports.
-    let repl = match prepared.published_by {
-        PublishedBy::Rows => 0,
-        PublishedBy::Engine | PublishedBy::Host => 2,
-    };
-    let wanted = repl + prepare::pool_ports(&prepared.services, network);
-    // Another node was told a port for this one's sshd before the kernel existed.
-    let mapped = order
-        .cluster
-        .mapped_ssh_port(order.config.hostname(), order.id);
-    // What an image opens on the host's network is its own choice. In the pool it is nobody else's then.
-    for port in prepare::own_ports(&prepared.services, network) {
-        match node.ports.claim_unpromised(kernel.id, port) {
-            Ok(()) | Err(PortError::OutsideRange { .. }) => {}
-            Err(err) => {
-                tracing::warn!(kernel_id = %kernel.id, port, err = &err as &dyn std::error::Error,
-                "a service of an image on the host's network will not find its port free")
-            }
-        }
-    }
-    let mut ports = node.ports.acquire(
-        kernel.id,
-        wanted - usize::from(mapped.is_some()),
-        node.bind_host(),
-    )?;
-    if let Some(mapped) = mapped {
-        node.ports.claim(kernel.id, mapped)?;
-        // sshd is the first service.
-        ports.insert(repl, mapped);
-    }
-    let repl_ports = (repl == 2).then(|| (ports[0], ports[1]));
-    let services = with_host_ports(&prepared.services, &ports[repl..], network);
-    kernel.update_record(|record| {
-        record.repl_ports = repl_ports;
-        record.services = services;
-    });
-    Ok(())
-}
-
-/// A restarted kernel keeps its host ports; what the runner had told of its services is told anew.
-/// What the engine had published is by rows from now on, where a new kernel's is: the runner's ports
-/// go back then.
-fn keep_ports(node: &Node, kernel: &Kernel, prepared: &Prepared) {
-    let mut of_runner = None;
-    kernel.update_record(|record| {
-        let before = std::mem::take(&mut record.services);
-        let host_ports = |service: &ServicePort| {
-            before
-                .iter()
-                .find(|old| old.container_ports == service.container_ports)
-                .map(|old| old.host_ports.clone())
-        };
-        record.services = prepared
-            .services
-            .iter()
-            .cloned()
-            .map(|mut service| {
-                service.host_ports = host_ports(&service).unwrap_or_default();
-                service
-            })
-            .collect();
-        if record.published_by == PublishedBy::Engine && prepared.published_by == PublishedBy::Rows
-        {
-            record.published_by = PublishedBy::Rows;
-            of_runner = record.repl_ports.take();
-        }
-    });
-    for port in of_runner.into_iter().flat_map(|(i, o)| [i, o]) {
-        node.ports.give_up(kernel.id, port);
     }
 }
 
