@@ -6,7 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value as Json;
 
 /// The images `make-image` knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,17 @@ pub fn image_in(which: Image, host: Option<&str>) -> Result<String> {
         bail!("{} {kind} printed no name", script.display());
     }
     Ok(name.to_owned())
+}
+
+/// A local image of such an engine, as `docker inspect` tells it.
+pub fn inspect(name: &str, host: Option<&str>) -> Result<Json> {
+    let output = docker(host)
+        .args(["image", "inspect", name])
+        .output()
+        .context("docker can't be started")?;
+    ensure!(output.status.success(), "the image {name} is not there");
+    let mut list: Json = serde_json::from_slice(&output.stdout)?;
+    Ok(list[0].take())
 }
 
 /// A file of a one-off image.

@@ -4,7 +4,7 @@
 //! when the handle goes.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::thread;
 
@@ -19,6 +19,7 @@ use crate::dataplane::{Control, Options, Place, Process, until};
 use crate::netns::ip;
 use crate::remote_client::{Container, HOST, Network, command, may_use_bpf, within};
 use crate::traffic;
+pub use crate::traffic::ask;
 
 /// The container's id.
 pub const KERNEL: ContainerId = ContainerId([9; 32]);
@@ -196,16 +197,6 @@ pub fn pins(node: &Node) -> PathBuf {
     let only = layouts.next().expect("a layout").path();
     assert!(layouts.next().is_none(), "one layout");
     only
-}
-
-/// Sends a word and takes all that comes back.
-pub fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut stream = traffic::connect(address)?;
-    stream.write_all(word)?;
-    stream.shutdown(Shutdown::Write)?;
-    let mut back = Vec::new();
-    stream.read_to_end(&mut back)?;
-    Ok(back)
 }
 
 /// A server that sends back what it gets.

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use control::kernel::execution::{BatchSteps, ExecuteRequest, Mode};
 use control::rpc::{self, ClientError, Failure, Value};
 use serde_json::{Value as Json, json};
 use uuid::Uuid;
@@ -30,17 +31,6 @@ pub struct Order {
     pub cluster: Json,
 }
 
-/// A local image, as `docker inspect` tells it.
-fn inspect_image(name: &str, host: Option<&str>) -> Result<Json> {
-    let output = images::docker(host)
-        .args(["image", "inspect", name])
-        .output()
-        .context("docker can't be started")?;
-    ensure!(output.status.success(), "the image {name} is not there");
-    let list: Json = serde_json::from_slice(&output.stdout)?;
-    Ok(list[0].clone())
-}
-
 impl Order {
     /// A small kernel of one of the test images.
     pub fn of(image: Image) -> Result<Order> {
@@ -58,7 +48,7 @@ impl Order {
     }
 
     fn local(image: &str, host: Option<&str>) -> Result<Order> {
-        let found = inspect_image(image, host)?;
+        let found = images::inspect(image, host)?;
         let (kernel, session) = (Uuid::new_v4(), Uuid::new_v4());
         Ok(Order {
             kernel,
@@ -183,6 +173,18 @@ pub async fn fail_to_create(node: &Node, order: &Order) -> Result<Failure> {
     }
 }
 
+/// Has a kernel committed to a file, as the manager asks for it. The answer comes before that is done.
+pub async fn commit(node: &Node, order: &Order, file: &str) -> Result<()> {
+    let args = vec![
+        text(order.kernel),
+        Value::from("user_example.com"),
+        Value::from("a/b:c"),
+        Value::Map(vec![]),
+        Value::from(file),
+    ];
+    ask(node, "commit", args).await.map(drop)
+}
+
 /// Destroys a kernel.
 pub async fn destroy(node: &Node, order: &Order) -> Result<()> {
     let args = vec![
@@ -196,6 +198,18 @@ pub async fn destroy(node: &Node, order: &Order) -> Result<()> {
 /// An id as the manager sends it.
 pub fn text(id: Uuid) -> Value {
     Value::Str(id.to_string())
+}
+
+/// A request to run code, as the execution module takes it.
+pub fn request(run_id: &str, mode: Mode, code: &str) -> ExecuteRequest {
+    ExecuteRequest {
+        run_id: Some(run_id.to_owned()),
+        mode,
+        code: code.to_owned(),
+        opts: BatchSteps::default(),
+        api_version: 3,
+        flush_timeout: Some(2.0),
+    }
 }
 
 /// Output and exit code of a batch command.
@@ -396,6 +410,12 @@ pub fn docker(args: &[&str]) -> Result<String> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// A container, as `docker inspect` tells it.
+pub fn inspect(container: &str) -> Result<Json> {
+    let mut list: Json = serde_json::from_str(&docker(&["inspect", container])?)?;
+    Ok(list[0].take())
 }
 
 /// One page from a local port.

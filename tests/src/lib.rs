@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod dataplane;
 pub mod device_plugin;
 pub mod device_tree;
+pub mod engine;
 pub mod etcd;
 pub mod fake_runner;
 pub mod fault_docker;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 use control::rpc::{
-    BoxFuture, Call, CurveServer, Failure, Limits, Server, ServerOptions, Service, Value,
+    BoxFuture, Call, CurveServer, Failure, KeyPair, Limits, Server, ServerOptions, Service, Value,
 };
 
 /// Answers `ping` and `get_logs` like an agent without kernels, and test-only methods: `echo`,
@@ -150,6 +150,32 @@ fn hardware() -> Value {
             ]),
         ),
     ])
+}
+
+/// Who has keys.
+#[derive(Debug)]
+pub struct Keys {
+    /// The server.
+    pub agent: KeyPair,
+    /// Whom it lets in.
+    pub manager: KeyPair,
+    /// Somebody else.
+    pub stranger: KeyPair,
+}
+
+/// As [`start`], with fresh keys, on a machine where only the agent can read its own.
+pub async fn start_with_keys(limits: Limits) -> (Server, Keys) {
+    let keys = Keys {
+        agent: KeyPair::generate(),
+        manager: KeyPair::generate(),
+        stranger: KeyPair::generate(),
+    };
+    let curve = CurveServer {
+        pair: keys.agent.clone(),
+        manager: keys.manager.public,
+        own_is_private: true,
+    };
+    (start(Some(curve), limits).await, keys)
 }
 
 /// Starts a server for a [`TestService`] on a loopback port of the system's choice.

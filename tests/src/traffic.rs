@@ -5,7 +5,7 @@
 //! piece is found wherever it is.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -208,6 +208,26 @@ pub fn echo_server(address: &str) -> SocketAddr {
         }
     });
     at
+}
+
+/// Sends a word and takes all that comes back.
+pub fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut stream = connect(address)?;
+    stream.write_all(word)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    Ok(back)
+}
+
+/// True when the connection was refused or reset without a byte.
+pub fn turned_away(address: SocketAddr) -> bool {
+    match connect(address) {
+        Err(_) => true,
+        Ok(mut stream) => {
+            matches!(stream.read(&mut [0]), Err(err) if err.kind() == ErrorKind::ConnectionReset)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,37 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed step fails the test
 
 use std::collections::HashMap;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use control::docker::{
-    ContainerCreateBody, Docker, DockerError, DockerOptions, ExecRequest, HostConfig, LogOptions,
-    models,
+    ContainerCreateBody, Docker, DockerError, ExecRequest, HostConfig, LogOptions, models,
 };
+use harness::engine::{Owned, engine, unique};
 use harness::images::{Image, image};
 
 const WATCHDOG: Duration = Duration::from_secs(30);
-
-async fn engine() -> Docker {
-    Docker::connect(&DockerOptions::default())
-        .await
-        .expect("the tests need a Docker engine; start one or set DOCKER_HOST")
-}
-
-fn unique(what: &str) -> String {
-    format!("eng-{what}-{}", uuid::Uuid::new_v4().simple())
-}
-
-/// Removes a container when the test ends, however it ends.
-struct Owned(String);
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        let _ = Command::new("docker")
-            .args(["rm", "-f", "-v", &self.0])
-            .output();
-    }
-}
 
 fn shell(script: &str) -> ContainerCreateBody {
     ContainerCreateBody {

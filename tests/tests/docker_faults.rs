@@ -1,7 +1,6 @@
 //! The engine module against an engine that hangs, breaks off, refuses, dies and comes back.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed step fails the test
 
-use std::process::Command;
 use std::time::Duration;
 
 use control::docker::{
@@ -10,6 +9,7 @@ use control::docker::{
 };
 use control::image::Images;
 use control::kernel::distro::{DistroError, Distros, PROBE_LABEL};
+use harness::engine::{Owned, unique};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::{Image, image};
 use harness::wait;
@@ -39,21 +39,6 @@ fn client(proxy: &FaultDocker) -> Docker {
 /// A client that does not go through the proxy.
 fn direct() -> Docker {
     Docker::new(&DockerOptions::default()).unwrap()
-}
-
-fn unique(what: &str) -> String {
-    format!("eng-{what}-{}", uuid::Uuid::new_v4().simple())
-}
-
-/// Removes a container when the test ends, however it ends.
-struct Owned(String);
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        let _ = Command::new("docker")
-            .args(["rm", "-f", "-v", &self.0])
-            .output();
-    }
 }
 
 async fn created(script: &str) -> (Owned, String) {

@@ -7,21 +7,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use control::docker::{Docker, DockerOptions, RegistryAuth};
+use control::docker::RegistryAuth;
 use control::image::{AutoPull, Check, ImageError, ImageRequest, Images, PullState};
 use control::kernel::distro::Distros;
+use harness::engine::{engine, unique};
 use harness::images::{FileContent, Image, ImageFile, OwnImage, busybox_files, image, import};
 use harness::registry::{PASSWORD, Registry, USER};
-
-async fn engine() -> Docker {
-    Docker::connect(&DockerOptions::default())
-        .await
-        .expect("the tests need a Docker engine; start one or set DOCKER_HOST")
-}
-
-fn unique(what: &str) -> String {
-    format!("eng-{what}-{}", uuid::Uuid::new_v4().simple())
-}
 
 fn request(canonical: &str, digest: &str, auto_pull: AutoPull) -> ImageRequest {
     ImageRequest {

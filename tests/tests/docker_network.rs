@@ -5,19 +5,10 @@ use std::collections::HashMap;
 use std::process::Command;
 use std::time::Duration;
 
-use control::docker::{ContainerCreateBody, Docker, DockerOptions, HostConfig};
+use control::docker::{ContainerCreateBody, Docker, HostConfig};
 use control::network::{self, CLUSTER_NETWORK_LABEL};
+use harness::engine::{engine, unique};
 use harness::images::{Image, image};
-
-async fn engine() -> Docker {
-    Docker::connect(&DockerOptions::default())
-        .await
-        .expect("the tests need a Docker engine; start one or set DOCKER_HOST")
-}
-
-fn unique(what: &str) -> String {
-    format!("eng-{what}-{}", uuid::Uuid::new_v4().simple())
-}
 
 /// Removes a container and networks when the test ends, however it ends.
 struct Leftovers {

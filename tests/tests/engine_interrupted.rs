@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::images::Image;
-use harness::kernels::{self, Order, text};
+use harness::kernels::{self, Order, commit, text};
 use harness::node::{Node, NodeOptions};
 use harness::own_engine::OwnEngine;
 use harness::wait;
@@ -190,17 +190,6 @@ fn files(directory: &Path) -> Vec<PathBuf> {
         }
     }
     found
-}
-
-async fn commit(node: &Node, order: &Order, file: &str) -> Result<()> {
-    let args = vec![
-        text(order.kernel),
-        Value::from("user_example.com"),
-        Value::from("a/b:c"),
-        Value::Map(vec![]),
-        Value::from(file),
-    ];
-    kernels::ask(node, "commit", args).await.map(drop)
 }
 
 async fn commit_ended(node: &Node, order: &Order) -> Result<()> {

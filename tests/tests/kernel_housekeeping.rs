@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
-use harness::kernels::{self, Order, text};
+use harness::kernels::{self, Order, commit, text};
 use harness::node::{Node, NodeOptions};
 use harness::registry::Registry;
 use harness::silent_mount::SilentMount;
@@ -671,17 +671,6 @@ async fn images_are_checked_for_the_manager() -> Result<()> {
         );
     }
     Ok(())
-}
-
-async fn commit(node: &Node, order: &Order, file: &str) -> Result<()> {
-    let args = vec![
-        text(order.kernel),
-        Value::from("user_example.com"),
-        Value::from("a/b:c"),
-        Value::Map(vec![]),
-        Value::from(file),
-    ];
-    kernels::ask(node, "commit", args).await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,14 +3,13 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use ebpf::records::{Address, Bridge, Flow, FlowKey, LedSet, LocalFlow};
 use harness::dataplane::until;
-use harness::kernel_path::{Node, ask, echo, mirror, told};
+use harness::kernel_path::{Node, ask, echo, mirror, pins, told};
 use harness::netns::ip;
 use harness::remote_client::{CLIENT, Container, HOST, may_use_bpf, within};
 use harness::traffic;
@@ -303,26 +302,8 @@ fn answers_to_clients_on_the_host_pass_by_the_bridge() {
     }
 }
 
-/// Where the dataplane of a node pins its maps.
-fn pins_of(node: &Node) -> PathBuf {
-    let root = node.place.run_dir().root();
-    let homes = std::fs::read_dir(shared::pins::HOME)
-        .expect("pins")
-        .flatten();
-    let is_own =
-        |home: &PathBuf| std::fs::read_link(home.join("owner")).ok().as_deref() == Some(root);
-    let own = homes
-        .map(|it| it.path())
-        .find(is_own)
-        .expect("the node's pins");
-    let layouts = std::fs::read_dir(own).expect("its pins").flatten();
-    let mut layouts = layouts.map(|layout| layout.path());
-    let own = layouts.find(|path| path.join("flows").exists());
-    own.expect("its maps")
-}
-
 fn pinned(node: &Node, name: &str) -> MapData {
-    MapData::from_pin(pins_of(node).join(name)).expect("pinned")
+    MapData::from_pin(pins(node).join(name)).expect("pinned")
 }
 
 fn local_flows(node: &Node) -> Array<MapData, LocalFlow> {
@@ -384,8 +365,8 @@ fn clients_for_whom_there_is_no_place_are_the_listeners() {
 
     // Somebody has taken the hooks away. Whoever was led then is not known any more, and not missed.
     node.kill();
-    let pins = std::fs::read_dir(pins_of(&node)).expect("pins").flatten();
-    for pin in pins.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"hook-")) {
+    let entries = std::fs::read_dir(pins(&node)).expect("pins").flatten();
+    for pin in entries.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"hook-")) {
         std::fs::remove_file(pin.path()).expect("detached");
     }
     node.restart();
@@ -800,7 +781,7 @@ fn a_removed_row_cuts_its_clients_on_the_host_or_lets_them_finish() {
         .expect("removed");
     let err = stream.read(&mut [0]).expect_err("cut");
     assert_eq!(err.kind(), std::io::ErrorKind::ConnectionAborted);
-    let map = MapData::from_pin(pins_of(&node).join("addresses")).expect("addresses");
+    let map = MapData::from_pin(pins(&node).join("addresses")).expect("addresses");
     let addresses: HashMap<_, Address, u32> =
         HashMap::try_from(Map::HashMap(map)).expect("addresses");
     let containers = addresses.iter().flatten();

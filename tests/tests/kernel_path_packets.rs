@@ -3,14 +3,13 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use harness::dataplane::until;
-use harness::kernel_path::{KERNEL, Node, attached, host, mirror, told};
+use harness::kernel_path::{KERNEL, Node, attached, host, mirror, pins, told};
 use harness::netns::{ip, offload_nothing};
 use harness::remote_client::{Container, command, may_use_bpf, within};
 use harness::traffic::{self, Manner};
@@ -661,7 +660,7 @@ fn a_container_is_charged_what_the_kernel_path_gives_it() {
 
     // ... even with one of another layout of the other tables.
     node.kill();
-    let pins = pins_of(&node);
+    let pins = pins(&node);
     let other = pins.with_file_name("v0");
     std::fs::create_dir(&other).expect("a directory of pins");
     std::fs::rename(pins.join("delivered"), other.join("delivered")).expect("another layout's");
@@ -679,16 +678,4 @@ fn a_container_is_charged_what_the_kernel_path_gives_it() {
         map.keys().count()
     };
     until("its entry being gone", || (entries() == 0).then_some(())).expect("forgotten");
-}
-
-/// Where the dataplane of a node pins its maps.
-fn pins_of(node: &Node) -> PathBuf {
-    let run_dir = node.place.run_dir().root().to_owned();
-    let homes = std::fs::read_dir(shared::pins::HOME).expect("pins");
-    let mut homes = homes.map(|it| it.expect("a directory").path());
-    let own = homes.find(|it| std::fs::read_link(it.join("owner")).is_ok_and(|to| to == run_dir));
-    let entries = std::fs::read_dir(own.expect("its own")).expect("its own");
-    let mut entries = entries.map(|it| it.expect("an entry").path());
-    let layout = entries.find(|it| it.join("services").exists());
-    layout.expect("its maps")
 }

@@ -25,11 +25,6 @@ impl Drop for Untag {
     }
 }
 
-fn inspect(image: &str) -> Result<Json> {
-    let list: Json = serde_json::from_str(&kernels::docker(&["image", "inspect", image])?)?;
-    Ok(list[0].clone())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_method_answers_the_managers_client() -> Result<()> {
     let Some(python) = python::interpreter("manager_methods")? else {
@@ -45,7 +40,7 @@ async fn every_method_answers_the_managers_client() -> Result<()> {
     let canonical = format!("{repository}:1");
     let _untag = Untag(vec![canonical.clone(), format!("{repository}:customized")]);
     kernels::docker(&["tag", &local, &canonical])?;
-    let found = inspect(&canonical)?;
+    let found = images::inspect(&canonical, None)?;
     let docker = Docker::connect(&DockerOptions::default()).await?;
     let auth = RegistryAuth::from_parts(Some(USER), Some(PASSWORD)).context("credentials")?;
     Images::new(docker)
@@ -91,7 +86,7 @@ async fn every_method_answers_the_managers_client() -> Result<()> {
     kernels::assert_clean(&node).await?;
 
     // The original gives the archive the base image's name, and takes the name away with it.
-    assert_eq!(inspect(&canonical)?["Id"], found["Id"]);
+    assert_eq!(images::inspect(&canonical, None)?["Id"], found["Id"]);
     only_the_archive_is_left(commits.path(), &mark)?;
     let notes = node.state().join("commits").join(node.agent_id());
     assert_eq!(
@@ -133,7 +128,7 @@ fn only_the_archive_is_left(commits: &Path, mark: &str) -> Result<()> {
 
 /// It carries the labels asked for, and none that would make its containers this agent's.
 fn of_the_customized_image(name: &str, base: &Json, mark: &str) -> Result<()> {
-    let image = inspect(name)?;
+    let image = images::inspect(name, None)?;
     let labels = &image["Config"]["Labels"];
     assert_eq!(labels["ai.backend.customized-image.owner"], "user:1111");
     assert_eq!(

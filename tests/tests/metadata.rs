@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use control::metadata::redirect::chain_of;
 use harness::images::{self, Image};
-use harness::kernels::{self, Order};
+use harness::kernels::{self, Order, inspect};
 use harness::node::{Node, NodeOptions, program};
 use harness::wait;
 use serde_json::{Value as Json, json};
@@ -70,11 +70,6 @@ fn address(container: &Json) -> String {
         .unwrap();
     let endpoint = networks.values().next().unwrap();
     endpoint["IPAddress"].as_str().unwrap().to_owned()
-}
-
-fn inspect(id: &str) -> Result<Json> {
-    let list: Json = serde_json::from_str(&kernels::docker(&["inspect", id])?)?;
-    Ok(list[0].clone())
 }
 
 /// A bridge of its own, removed with the value.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use dataplane::forward::relay::port::{Port, Rules};
 use dataplane::forward::relay::{Options, Relay};
 use harness::dataplane::until;
-use harness::traffic::{self, Manner};
+use harness::traffic::{self, Manner, turned_away};
 use rustix::net::sockopt;
 use shared::desired::ClientNetwork;
 
@@ -47,13 +47,6 @@ fn kind_of_end(stream: &mut TcpStream) -> Result<(), ErrorKind> {
             Ok(_) => {}
             Err(err) => return Err(err.kind()),
         }
-    }
-}
-
-fn turned_away(address: SocketAddr) -> bool {
-    match traffic::connect(address) {
-        Err(_) => true,
-        Ok(mut stream) => kind_of_end(&mut stream) == Err(ErrorKind::ConnectionReset),
     }
 }
 

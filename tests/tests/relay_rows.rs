@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use harness::dataplane::{Control, Options, Place, Process, address_of, row_to, until};
-use harness::traffic::{self, Manner};
+use harness::traffic::{self, Manner, ask, turned_away};
 use nix::sys::signal::Signal;
 use shared::desired::{ClientNetwork, Drain, NodeRow, Protocol};
 use shared::observed::{ForwardPath, PortState, RelayEngine};
@@ -24,25 +24,6 @@ fn started(options: Options) -> (Place, Process, Control) {
     let control = place.control().expect("the desired region");
     let process = place.start().expect("bai-dataplane");
     (place, process, control)
-}
-
-fn ask(address: SocketAddr, word: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut stream = traffic::connect(address)?;
-    stream.write_all(word)?;
-    stream.shutdown(Shutdown::Write)?;
-    let mut back = Vec::new();
-    stream.read_to_end(&mut back)?;
-    Ok(back)
-}
-
-/// True when the connection was refused or reset without a byte.
-fn turned_away(address: SocketAddr) -> bool {
-    match traffic::connect(address) {
-        Err(_) => true,
-        Ok(mut stream) => {
-            matches!(stream.read(&mut [0]), Err(err) if err.kind() == ErrorKind::ConnectionReset)
-        }
-    }
 }
 
 #[test]

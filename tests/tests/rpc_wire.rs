@@ -7,7 +7,8 @@ use std::time::Duration;
 use control::rpc::{
     Client, ClientCurve, ClientError, CurveServer, KeyPair, Limits, PublicKey, Server, Value,
 };
-use harness::{python, rpc_service};
+use harness::python;
+use harness::rpc_service::{self, Keys};
 
 const PROGRAM: &str = "rpc_peer.py";
 
@@ -206,17 +207,12 @@ async fn our_client_over_null() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn our_client_over_curve() {
-    let (agent, manager, stranger) = (
-        KeyPair::generate(),
-        KeyPair::generate(),
-        KeyPair::generate(),
-    );
-    let curve = CurveServer {
-        pair: agent.clone(),
-        manager: manager.public,
-        own_is_private: true,
-    };
-    let server = rpc_service::start(Some(curve), Limits::default()).await;
+    let (server, keys) = rpc_service::start_with_keys(Limits::default()).await;
+    let Keys {
+        agent,
+        manager,
+        stranger,
+    } = keys;
     let address = server.local_addr().to_string();
     let with = |pair: &KeyPair, node| ClientCurve {
         pair: pair.clone(),

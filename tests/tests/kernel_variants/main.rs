@@ -15,18 +15,13 @@ use anyhow::{Context, Result, ensure};
 use control::rpc::{self, Value};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::{self, FileContent, Image};
-use harness::kernels::{self, Order, restart, text};
+use harness::kernels::{self, Order, inspect, restart, text};
 use harness::node::{Node, NodeOptions};
 use harness::wait;
 use serde_json::{Value as Json, json};
 
 /// How long a thing that follows by itself may take.
 const SOON: Duration = Duration::from_secs(30);
-
-fn inspect(container: &str) -> Result<Json> {
-    let list: Json = serde_json::from_str(&kernels::docker(&["inspect", container])?)?;
-    Ok(list[0].clone())
-}
 
 fn container_of(result: &Json) -> &str {
     result["container_id"].as_str().expect("a container id")

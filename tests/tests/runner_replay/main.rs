@@ -18,23 +18,13 @@ use control::kernel::runner_link::{
     InitError, InitPolling, LinkError, LinkOptions, RunnerAddress, RunnerLink,
 };
 use harness::fake_runner::{FakeRunner, logged_frames, vector};
+use harness::kernels::request;
 use serde_json::{Map, Value, json};
 use shared::ids::KernelId;
 use tokio_util::sync::CancellationToken;
 
 fn link_to(runner: &FakeRunner) -> RunnerLink {
     RunnerLink::open(KernelId([7; 16]), runner.address, LinkOptions::default())
-}
-
-fn request(run_id: &str, mode: Mode, code: &str) -> ExecuteRequest {
-    ExecuteRequest {
-        run_id: Some(run_id.to_owned()),
-        mode,
-        code: code.to_owned(),
-        opts: BatchSteps::default(),
-        api_version: 3,
-        flush_timeout: Some(2.0),
-    }
 }
 
 async fn execute(link: &RunnerLink, run_id: &str, mode: Mode, code: &str) -> Result<ExecuteReply> {
