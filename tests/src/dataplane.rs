@@ -7,9 +7,9 @@ use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shared::Sizes;
@@ -26,18 +26,8 @@ use crate::{host_ports, wait};
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Looks until there is an answer; fails after a deadline.
-pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
-    let limit = wait::here(LIMIT);
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(value) = look() {
-            return Ok(value);
-        }
-        if Instant::now() >= deadline {
-            bail!("{what}: not so after {limit:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+pub fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> Result<T> {
+    wait::until_blocking(what, LIMIT, look)
 }
 
 /// How the process is started.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 /// How often a condition is looked at.
-const STEP: Duration = Duration::from_millis(20);
+const STEP: Duration = Duration::from_millis(10);
 
 /// A limit for a machine of usual speed, on this one: `BAI_SLOWNESS` says how much slower it is, as under emulation.
 pub fn here(limit: Duration) -> Duration {

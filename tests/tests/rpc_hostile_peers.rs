@@ -10,7 +10,8 @@ use bytes::Bytes;
 use control::metrics::Recorder;
 use control::rpc::frame::{Header, Kind};
 use control::rpc::{Client, ClientCurve, ClientError, CurveServer, KeyPair, Limits, Server, Value};
-use harness::rpc_service;
+use harness::rpc_service::{self, Keys};
+use harness::wait;
 use harness::zmtp::{self, Connection};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -97,11 +98,9 @@ async fn prompt_ping(address: SocketAddr) {
 }
 
 async fn until(what: &str, mut reached: impl FnMut() -> bool) {
-    let deadline = Instant::now() + DEADLINE;
-    while !reached() {
-        assert!(Instant::now() < deadline, "{what} was not reached in time");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let condition = || std::future::ready(reached().then_some(()));
+    let outcome = wait::until(what, DEADLINE, condition).await;
+    outcome.unwrap_or_else(|err| panic!("{err}"));
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
@@ -189,17 +188,12 @@ async fn silent_and_junk_clients_delay_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refused_keys_leave_no_descriptor() {
-    let (agent, manager, stranger) = (
-        KeyPair::generate(),
-        KeyPair::generate(),
-        KeyPair::generate(),
-    );
-    let curve = CurveServer {
-        pair: agent.clone(),
-        manager: manager.public,
-        own_is_private: true,
-    };
-    let server = rpc_service::start(Some(curve), Limits::default()).await;
+    let (server, keys) = rpc_service::start_with_keys(Limits::default()).await;
+    let Keys {
+        agent,
+        manager,
+        stranger,
+    } = keys;
     let address = server.local_addr().to_string();
     let keys = |pair| ClientCurve {
         pair,

@@ -6,7 +6,6 @@
 use std::net::IpAddr;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +21,7 @@ use control::kernel::runner_link::{
 };
 use control::kernel::services::{self, ServiceStart};
 use harness::images::{Image, image};
+use harness::kernels::{docker, request};
 use harness::node::runner_directory;
 use serde_json::{Map, Value, json};
 use shared::ids::KernelId;
@@ -30,19 +30,6 @@ use tokio_util::sync::CancellationToken;
 
 const UID: u32 = 1000;
 const ID: KernelId = KernelId([0x42; 16]);
-
-fn docker(arguments: &[&str]) -> Result<String> {
-    let output = Command::new("docker")
-        .args(arguments)
-        .output()
-        .context("docker cannot be started")?;
-    ensure!(
-        output.status.success(),
-        "docker {arguments:?} failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
 
 /// The one installed version of the runner packages.
 fn installed_runner() -> Result<PathBuf> {
@@ -194,17 +181,6 @@ impl RealKernel {
     }
 }
 
-fn request(run_id: &str, mode: Mode, code: &str) -> ExecuteRequest {
-    ExecuteRequest {
-        run_id: Some(run_id.to_owned()),
-        mode,
-        code: code.to_owned(),
-        opts: BatchSteps::default(),
-        api_version: 3,
-        flush_timeout: Some(2.0),
-    }
-}
-
 /// One run to its end: its console joined, its exit code, and the statuses on the way.
 async fn finish(
     link: &RunnerLink,
@@ -249,6 +225,35 @@ async fn batch_run(
         },
     )
     .await
+}
+
+/// The end of a run whose program says `ready` when it can be interrupted, and is interrupted then.
+async fn interrupted(
+    link: &RunnerLink,
+    first: ExecuteRequest,
+) -> Result<(String, Option<i64>, Vec<Status>)> {
+    let run_id = first.run_id.clone().context("run id")?;
+    let soon = async |request| {
+        let flush_timeout = Some(0.1);
+        let request = ExecuteRequest {
+            flush_timeout,
+            ..request
+        };
+        execution::execute(link, request).await
+    };
+    let begun = Instant::now();
+    let mut reply = soon(first).await?;
+    let mut console = text(&reply)?;
+    while console != "ready\n" {
+        ensure!(
+            reply.status != Status::Finished && begun.elapsed() < Duration::from_secs(60),
+            "run {run_id} is not ready: {reply:?} {console}"
+        );
+        reply = soon(request(&run_id, Mode::Continue, "")).await?;
+        console.push_str(&text(&reply)?);
+    }
+    execution::interrupt(link)?;
+    finish(link, request(&run_id, Mode::Continue, "")).await
 }
 
 /// A command as the job of a batch session.
@@ -349,13 +354,16 @@ async fn batch_runs_streams_exit_codes_and_interrupts() -> Result<()> {
         console.len()
     );
     // Interrupt.
-    let interrupt = async {
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        execution::interrupt(&link)?;
-        Ok(())
+    let trap = "trap 'echo got int; exit 9' INT; echo ready; while :; do sleep 0.1; done";
+    let opts = BatchSteps {
+        exec: Some(trap.to_owned()),
+        ..BatchSteps::default()
     };
-    let trap = "trap 'echo got int; exit 9' INT; while :; do sleep 0.1; done";
-    let (outcome, ()) = tokio::try_join!(batch_run(&link, "b6", None, trap), interrupt)?;
+    let first = ExecuteRequest {
+        opts,
+        ..request("b6", Mode::Batch, "")
+    };
+    let outcome = interrupted(&link, first).await?;
     ensure!(
         (outcome.0.as_str(), outcome.1) == ("got int\n", Some(9)),
         "{outcome:?}"
@@ -599,15 +607,11 @@ async fn query_mode_with_a_jupyter_kernel() -> Result<()> {
         split["stdout"] == "v1\n" && split["media"] == json!([]),
         "{split}"
     );
-    let interrupt = async {
-        tokio::time::sleep(Duration::from_millis(1000)).await;
-        execution::interrupt(&link)?;
-        Ok(())
-    };
-    let code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('KI')";
-    let (stopped, ()) = tokio::try_join!(run("q6", code), interrupt)?;
+    let code = "import time\ntry:\n  print('ready', flush=True)\n  time.sleep(60)\n\
+        except KeyboardInterrupt:\n  print('KI')";
+    let stopped = interrupted(&link, request("q6", Mode::Query, code)).await?;
     ensure!(
-        text(&stopped)? == "KI\n" && stopped.exit_code == Some(0),
+        (stopped.0.as_str(), stopped.1) == ("KI\n", Some(0)),
         "{stopped:?}"
     );
     let completion =
