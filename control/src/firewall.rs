@@ -138,9 +138,9 @@ pub async fn decider(config: &Config) -> Result<Option<String>, NoAnswer> {
             first.chain
         )));
     }
-    let encrypted = listed("IPsec", ipsec::answers_clients).await?;
-    Ok((encrypted == Some(true)).then(|| {
-        "a policy of IPsec (`ip xfrm policy`) may encrypt what clients are answered".to_owned()
+    let decides = listed("IPsec", ipsec::decides_about_clients).await?;
+    Ok((decides == Some(true)).then(|| {
+        "a policy of IPsec (`ip xfrm policy`) says how clients come in or are answered".to_owned()
     }))
 }
 

@@ -151,16 +151,15 @@ static ALWAYS_INLINE int has_socket(struct __sk_buff *skb, const struct packet *
 	return !(state == SOCKET_TIME_WAIT && (it->flags & TCP_SYN));
 }
 
-/* What comes from there gets no answer: an address of a link is nobody's on the container's, the others
- * are nobody's at all, and the stack throws such packets away. 0/8, 127/8, 224/3; ::, ::1, fe80::/10,
- * ff00::/8. */
+/* What comes from there gets no answer: an address of a link is nobody's on the container's, those of
+ * the loopback and of groups are no sender's. 127/8, 224/4; ::1, fe80::/10, ff00::/8. */
 static ALWAYS_INLINE int is_unanswerable(const struct address *it)
 {
 	const __u8 *byte = (const __u8 *)it;
 
 	if (is_ipv4(it))
-		return byte[12] == 0 || byte[12] == 127 || byte[12] >= 224;
-	if (!it->word[0] && !it->word[1] && !it->word[2] && (it->word[3] & TO_NET32(~1U)) == 0)
+		return byte[12] == 127 || (byte[12] & 0xf0) == 0xe0;
+	if (!it->word[0] && !it->word[1] && !it->word[2] && it->word[3] == TO_NET32(1))
 		return 1;
 	return byte[0] == 0xff || (byte[0] == 0xfe && (byte[1] & 0xc0) == 0x80);
 }
@@ -628,7 +627,7 @@ int from_uplink(struct __sk_buff *skb)
 		fresh.life = service->life;
 		fresh.host_port = it.destination_port;
 		if (!opening)
-			fresh.flags = FLOW_REBUILT | FLOW_ANSWERED;
+			fresh.flags = FLOW_REBUILT;
 		else if (tcp)
 			fresh.flags = FLOW_HALF_OPEN | in_place;
 		fresh.seen_ns = bpf_ktime_get_coarse_ns();
@@ -667,10 +666,14 @@ int from_uplink(struct __sk_buff *skb)
 	return deliver(skb, link);
 }
 
+/* In units of 17 s: well before a bridge forgets (300 s by default). */
+#define LEARNS_AFTER 7
+
 /* Puts what a container sends to this host into the bridge's interface, past the code that looks for the
- * member to pass it on to. One packet every 17 s goes the long way: the bridge would forget where
- * the container is and pass what is for it to all members. */
-static ALWAYS_INLINE int hand_to_host(struct __sk_buff *skb)
+ * member to pass it on to. Now and then a packet goes the long way: the bridge would forget where the
+ * container is and pass what is for it to all members. That packet overtakes those before it, so it is
+ * the first of a connection where one begins in time. */
+static ALWAYS_INLINE int hand_to_host(struct __sk_buff *skb, const struct packet *it)
 {
 	__u32 link = skb->ifindex;
 	struct bridge *bridge = bpf_map_lookup_elem(&bridges, &link);
@@ -679,7 +682,7 @@ static ALWAYS_INLINE int hand_to_host(struct __sk_buff *skb)
 
 	if (!bridge)
 		return NEXT;
-	if (bridge->learnt != now) {
+	if (it->flags & TCP_SYN ? bridge->learnt != now : now - bridge->learnt > LEARNS_AFTER) {
 		bridge->learnt = now;
 		return NEXT;
 	}
@@ -726,7 +729,7 @@ int from_container(struct __sk_buff *skb)
 		if (is_last(&it, before))
 			forget_local(&flow_key);
 		/* Fragments stay together. */
-		return it.kind == PACKET_WHOLE ? hand_to_host(skb) : NEXT;
+		return it.kind == PACKET_WHOLE ? hand_to_host(skb, &it) : NEXT;
 	}
 	/* The answer to another SYN than ours: the client's port was used again for a connection that
 	 * goes to the container directly. */
@@ -949,9 +952,10 @@ static ALWAYS_INLINE int is_over(const struct service_key *key, const struct add
 	else if (!tcp)
 		limit = flow->flags & FLOW_ANSWERED ? context->order.datagram_idle_ns :
 						      context->order.datagram_opening_ns;
-	else if (!(flow->flags & FLOW_ANSWERED) || (flow->flags & FLOW_HALF_OPEN))
+	else if (!(flow->flags & (FLOW_ANSWERED | FLOW_REBUILT)) || (flow->flags & FLOW_HALF_OPEN))
 		limit = context->order.opening_ns;
-	else if (flow->flags & (FLOW_FIN_IN | FLOW_FIN_OUT))
+	/* The client may only listen, or be nobody. */
+	else if (!(flow->flags & FLOW_ANSWERED) || (flow->flags & (FLOW_FIN_IN | FLOW_FIN_OUT)))
 		limit = (__u64)context->order.closing_s * 1000000000ULL;
 	else
 		limit = context->order.idle_ns;

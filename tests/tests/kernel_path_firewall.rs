@@ -241,8 +241,9 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
     // A tunnel that is no interface; one that is; what goes around the first.
     for (policy, decides) in [
         (format!("dir out {TUNNEL}"), true),
-        (format!("dir in {TUNNEL}"), false),
+        ("dir in action block".to_owned(), true),
         (format!("dir out {TUNNEL} if_id 7"), false),
+        (format!("dir out mark 42 {TUNNEL}"), false),
         ("dir out action allow".to_owned(), false),
     ] {
         let host = &network.host;

@@ -230,9 +230,12 @@ fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_
     let target = row.clone();
     node.at_client(move || {
         // The container answers all of them, and nobody hears it.
-        flood(&target, MOST - 2, SYN);
-        // Nobody could tell them that there is no such connection.
-        let nobodys = [[127, 0, 0, 9], [0, 0, 0, 9], [224, 0, 0, 9], [255; 4]];
+        flood(&target, MOST - 3, SYN);
+        // Nobody has this address: the container can't say that it knows of no such connection.
+        let neighbour = Ipv4Addr::new(10, 78, 2, 200);
+        forge(&target, [(neighbour, 2_000)], ACK);
+        // Nobody can have these.
+        let nobodys = [[127, 0, 0, 9], [224, 0, 0, 9]];
         forge(&target, nobodys.map(|it| (it.into(), 2_000)), ACK);
     });
     node.counted(&row, |it| it.sessions_active == u64::from(MOST));
@@ -269,10 +272,10 @@ fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_
         assert_eq!(sweep(order), wanted, "{what}");
     };
     order.opening_ns = 0;
-    left("those that nobody has confirmed being over", 2, &mut order);
+    left("those that nobody has confirmed being over", 3, &mut order);
     order.closing_s = 0;
     left(
-        "the one that its client has ended being over",
+        "the one that its client has ended, and the one that was never answered, being over",
         1,
         &mut order,
     );

@@ -92,6 +92,12 @@ pub enum DockerError {
         /// The deadline that passed.
         after: Duration,
     },
+    /// The agent stops, and did not ask any more.
+    #[error("{step}: not asked for, the agent is stopping; its next start goes on")]
+    Stopping {
+        /// What was to be done.
+        step: String,
+    },
     /// Any other refusal.
     #[error("{step}: the Docker engine answered {status}: {message}")]
     Engine {
@@ -184,6 +190,7 @@ impl DockerError {
             | Self::Broken { .. }
             | Self::Timeout { .. }
             | Self::Busy { .. }
+            | Self::Stopping { .. }
             | Self::Engine { .. }
             | Self::Progress { .. }
             | Self::Undecodable { .. } => Fault::Engine,

@@ -1,7 +1,7 @@
 //! Looking at the firewall again whenever it changes.
 //!
-//! In: the kernel's word that tables of nftables or policies of IPsec have changed; for tables of the older kind, which
-//! change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
+//! In: the kernel's word that tables of nftables or policies of IPsec have changed; for tables of the older
+//! kind, which change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
 //! another one. Invariants: a row that was made by an earlier decision does not stay; a firewall that
 //! does not answer is asked again, and changes nothing meanwhile.
 
@@ -37,6 +37,7 @@ const CREATION: Duration = Duration::from_millis(500);
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     generation: Option<u32>,
+    ipsec: Option<bool>,
 }
 
 impl Seen {
@@ -45,6 +46,7 @@ impl Seen {
         let silent = [false, true].map(legacy_tables);
         silent.iter().all(String::is_empty).then(|| Self {
             generation: nftables::generation().ok(),
+            ipsec: ipsec::decides_about_clients().ok(),
         })
     }
 }

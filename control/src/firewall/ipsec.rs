@@ -1,8 +1,8 @@
 //! Policies of IPsec, as the kernel lists them (xfrm).
 //!
-//! In: the kernel's answers, or nothing where it has no IPsec. Out: whether a policy says how clients
-//! are answered: what the kernel path answers leaves past all of them. Those of tunnels that are interfaces
-//! concern nobody else. Invariant: answers that are cut or make no sense are no policy.
+//! In: the kernel's answers, or nothing where it has no IPsec. Out: whether a policy says how clients come
+//! in or are answered: the kernel path passes all of them by. Those of tunnels that are interfaces, or for
+//! packets with a mark, concern nobody else. Invariant: answers that are cut or make no sense are no policy.
 
 use rustix::io::Errno;
 use rustix::net::netlink::XFRM;
@@ -18,30 +18,35 @@ pub const CHANGES: u32 = 1 << 3;
 const POLICY: usize = 168;
 const DIRECTION: usize = 160;
 const ACTION: usize = 161;
+const IN: u8 = 0;
 const OUT: u8 = 1;
 const BLOCK: u8 = 1;
 const XFRMA_TMPL: u16 = 5;
+const XFRMA_MARK: u16 = 21;
 const XFRMA_IF_ID: u16 = 31;
 
-/// Whether a policy encrypts or stops what leaves by any interface.
+/// Whether a policy wants anybody's packets to or from this host encrypted, or stops them.
 fn decides(body: &[u8]) -> bool {
     let byte = |at: usize| body.get(at).copied();
-    let (mut encrypts, mut is_of_interface) = (false, false);
+    let (mut encrypts, mut is_special) = (false, false);
     for (kind, value) in attributes(body.get(POLICY..).unwrap_or_default()) {
         match kind {
             XFRMA_TMPL => encrypts |= !value.is_empty(),
-            XFRMA_IF_ID => is_of_interface |= value != [0; 4],
+            // Of a mark the value comes first, then the bits that count.
+            XFRMA_MARK => is_special |= value.get(..4).is_some_and(|it| it != [0; 4]),
+            XFRMA_IF_ID => is_special |= value != [0; 4],
             _ => {}
         }
     }
-    byte(DIRECTION) == Some(OUT) && (encrypts || byte(ACTION) == Some(BLOCK)) && !is_of_interface
+    let stops = byte(ACTION) == Some(BLOCK);
+    matches!(byte(DIRECTION), Some(IN | OUT)) && (encrypts || stops) && !is_special
 }
 
 /// Whether there is such a policy.
 ///
 /// # Errors
 /// The kernel has no IPsec, or does not let us look.
-pub fn answers_clients() -> Result<bool, Errno> {
+pub fn decides_about_clients() -> Result<bool, Errno> {
     let mut found = false;
     ask(XFRM, GET_POLICY, NLM_F_DUMP, |body| found |= decides(body))?;
     Ok(found)
@@ -65,10 +70,11 @@ mod tests {
     }
 
     #[test]
-    fn policies_that_encrypt_or_stop_answers_decide() {
+    fn policies_that_encrypt_or_stop_what_comes_and_goes_decide() {
         let template: (u16, &[u8]) = (XFRMA_TMPL, &[0; 64]);
         assert!(decides(&policy(OUT, 0, &[template])));
         assert!(decides(&policy(OUT, BLOCK, &[])));
+        assert!(decides(&policy(IN, 0, &[template])) && decides(&policy(IN, BLOCK, &[])));
         assert!(decides(&policy(
             OUT,
             0,
@@ -78,7 +84,11 @@ mod tests {
             (OUT, vec![]),
             (OUT, vec![(XFRMA_TMPL, &[][..])]),
             (OUT, vec![template, (XFRMA_IF_ID, &[0, 0, 0, 1])]),
-            (0, vec![template]),
+            (
+                OUT,
+                vec![template, (XFRMA_MARK, &[42, 0, 0, 0, 255, 255, 255, 255])],
+            ),
+            (IN, vec![]),
             (2, vec![template]),
         ] {
             assert!(

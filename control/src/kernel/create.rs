@@ -31,6 +31,7 @@ pub use serve::connect_runner;
 
 use self::host_ports::KeptPorts;
 use super::batch_job;
+use super::destroy::STOP_TURN;
 use super::journal::{Phase, now_unix};
 use super::lifecycle::{Action, Input, Refusal, Stage, State};
 use super::node::Node;
@@ -183,7 +184,7 @@ async fn conclude(
     };
     // The answer comes when nothing is left, so that a retry finds a clean node. A broken engine
     // keeps the ending busy; the caller is not kept for ever.
-    let limit = node.config.node.engine.stop_grace + Duration::from_secs(60);
+    let limit = node.config.node.engine.stop_grace + STOP_TURN + Duration::from_secs(60);
     let _ = tokio::time::timeout(limit, kernel.wait_ended()).await;
     Err(failed)
 }

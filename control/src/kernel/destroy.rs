@@ -43,16 +43,17 @@ pub const CONSOLES_AT_ONCE: usize = 8;
 /// How long an end waits for the consoles of others to be brought to the bus, so that few have to be dropped.
 const CONSOLE_ROOM: Duration = Duration::from_secs(30);
 /// How long a restart waits for its turn among kernels that are stopped, or whose consoles are kept.
-const TURN_OF_RESTART: Duration = Duration::from_secs(10);
+pub const TURN_OF_RESTART: Duration = Duration::from_secs(10);
 /// Containers that are stopped at a time: so many for each processor, within these bounds. Beyond what the
 /// host can bear none of them gets through with its shutdown within its grace, and all are killed.
 const STOPS_PER_PROCESSOR: usize = 4;
 const STOPS_AT_ONCE: (usize, usize) = (16, 96);
 /// How long an end waits for its turn among them: kernels that do not heed the signal take their whole
 /// grace, and many of them would take it one after the other.
-const STOP_TURN: Duration = Duration::from_secs(60);
-/// What a destroy may take beyond stopping, reading the console (60 s) and removing (90 s).
-const DESTROY_MARGIN: Duration = Duration::from_secs(200);
+pub const STOP_TURN: Duration = Duration::from_secs(60);
+/// What a destroy may take beyond the container's time to stop: the turn for that, the console's room and
+/// reading (60 s), and removing (90 s).
+const DESTROY_MARGIN: Duration = Duration::from_secs(280);
 
 /// A destroy that could not be answered with success.
 #[derive(Debug, Error)]
@@ -165,6 +166,8 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     loop {
         match give_back(node, kernel, &mut remains).await {
             Ok(()) => break,
+            // The journal holds the ending; the next start goes on with it.
+            Err(_) if node.stopping.is_cancelled() => return,
             Err(err) => {
                 let trouble = chain(&err);
                 if kernel.trouble().as_ref() != Some(&trouble) {
@@ -178,7 +181,6 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            // The journal holds the ending; the next start goes on with it.
             () = node.stopping.cancelled() => return,
         }
         pause = (pause * 2).min(RETRY_PAUSES.1);
@@ -334,7 +336,11 @@ pub async fn stop_and_remove(
     let remains = match liveness {
         Liveness::Created => Remains::default(),
         Liveness::Active => {
-            stop(node, kernel, &container).await;
+            if !stop(node, kernel, &container).await {
+                return Err(DockerError::Stopping {
+                    step: format!("stopping container {container}"),
+                });
+            }
             match node.docker.inspect(&container).await {
                 Ok(stopped) => Remains::of(&stopped),
                 Err(err) if err.is_not_found() => Remains::default(),
@@ -411,14 +417,15 @@ async fn turn(turns: &Semaphore, patience: Option<Duration>) -> Option<Semaphore
 }
 
 /// Asks the container to stop, then makes it. What fails here fails again at the removal, which
-/// kills by force and is retried.
-async fn stop(node: &Node, kernel: &Kernel, container: &str) {
+/// kills by force and is retried. False when the agent stops before its turn: the next start goes on.
+async fn stop(node: &Node, kernel: &Kernel, container: &str) -> bool {
     let grace = node.config.node.engine.stop_grace;
-    // The engine's time for it, which the grace is a part of, begins with the turn. An agent that stops
-    // leaves it no time for one.
+    // The engine's time for it, which the grace is a part of, begins with the turn.
     let limit = patience(kernel).unwrap_or(STOP_TURN);
     let turn = turn(&node.stop_turns, Some(limit));
-    let _turn = node.stopping.run_until_cancelled(turn).await.flatten();
+    let Some(_turn) = node.stopping.run_until_cancelled(turn).await else {
+        return false;
+    };
     if let Err(err) = node.docker.stop(container, grace).await
         && !err.is_not_found()
     {
@@ -428,6 +435,7 @@ async fn stop(node: &Node, kernel: &Kernel, container: &str) {
             tracing::debug!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error, "cannot kill a container");
         }
     }
+    true
 }
 
 async fn keep_console(node: &Arc<Node>, kernel: &Kernel, container: &str) {

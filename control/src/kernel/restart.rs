@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 use super::create::{self, CreateError, Order, Ready};
+use super::destroy::TURN_OF_RESTART;
 use super::journal::JournalError;
 use super::lifecycle::{Action, Input, Refusal, State};
 use super::node::Node;
@@ -25,7 +26,7 @@ use super::request::KernelCreationConfig;
 use super::{batch_job, destroy};
 use crate::causes::chain;
 
-/// How long the old container may take to go, beyond its time to stop (the original's number).
+/// How long the old container may take to go, beyond its turn and time to stop (the original's number).
 const OLD_CONTAINER: Duration = Duration::from_secs(60);
 /// Pauses between attempts to remove it: doubled up to the second.
 const REMOVAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
@@ -80,7 +81,7 @@ pub enum RestartError {
         source: JournalError,
     },
     /// The old container did not go.
-    #[error("the old container of kernel {0} did not go within 60 s and node.engine.stop-grace")]
+    #[error("the old container of kernel {0} did not go within 70 s and node.engine.stop-grace")]
     Timeout(KernelId),
     /// The new container did not come.
     #[error(transparent)]
@@ -302,7 +303,8 @@ enum Kept {
 }
 
 fn old_container(node: &Node) -> Duration {
-    OLD_CONTAINER.saturating_add(node.config.node.engine.stop_grace)
+    let turn_and_grace = TURN_OF_RESTART.saturating_add(node.config.node.engine.stop_grace);
+    OLD_CONTAINER.saturating_add(turn_and_grace)
 }
 
 /// Removes the old container, as often as it takes: an engine that is at it already, restarts or comes

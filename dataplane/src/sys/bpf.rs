@@ -61,7 +61,7 @@ pub fn run_once(program: impl AsFd) -> io::Result<u32> {
     let mut attributes = TestRun {
         prog_fd: u32::try_from(program.as_fd().as_raw_fd()).map_err(io::Error::other)?,
         data_size_in: 64,
-        data_in: frame.as_ptr().addr() as u64,
+        data_in: frame.as_ptr().expose_provenance() as u64,
         repeat: 1,
         ..TestRun::default()
     };
@@ -139,7 +139,7 @@ pub(super) unsafe fn open<T>(command: libc::c_long, attributes: &mut T) -> io::R
 pub fn replace_program(pin: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
     let path = CString::new(pin.as_os_str().as_encoded_bytes())?;
     let mut pin = OpenPin {
-        pathname: path.as_ptr().addr() as u64,
+        pathname: path.as_ptr().expose_provenance() as u64,
         ..OpenPin::default()
     };
     // SAFETY: the kernel reads `path`, which lives through the call, up to its final zero.
@@ -187,7 +187,7 @@ pub fn remove_entry(pin: &Path, key: &[u8]) -> Result<(), MapError> {
     let map_fd = u32::try_from(map.fd().as_fd().as_raw_fd());
     let mut attributes = Element {
         map_fd: map_fd.map_err(|err| MapError::IoError(io::Error::other(err)))?,
-        key: key.as_ptr().addr() as u64,
+        key: key.as_ptr().expose_provenance() as u64,
         ..Element::default()
     };
     // SAFETY: the kernel reads `key`, which lives through the call and is as long as the map's keys.
@@ -225,7 +225,7 @@ pub fn remove_entries<K: Pod>(map: &MapData, keys: &[K]) -> io::Result<()> {
     let mut left = keys;
     while !left.is_empty() {
         let mut batch = Batch {
-            keys: left.as_ptr().addr() as u64,
+            keys: left.as_ptr().expose_provenance() as u64,
             count: u32::try_from(left.len()).map_err(io::Error::other)?,
             map_fd,
             ..Batch::default()
@@ -298,13 +298,13 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
             let mut next = 0_u64;
             let mut batch = Batch {
                 in_batch: if begun {
-                    (&raw const place).addr() as u64
+                    (&raw const place).expose_provenance() as u64
                 } else {
                     0
                 },
-                out_batch: (&raw mut next).addr() as u64,
-                keys: self.keys.as_mut_ptr().addr() as u64,
-                values: self.values.as_mut_ptr().addr() as u64,
+                out_batch: (&raw mut next).expose_provenance() as u64,
+                keys: self.keys.as_mut_ptr().expose_provenance() as u64,
+                values: self.values.as_mut_ptr().expose_provenance() as u64,
                 count: u32::try_from(room).map_err(io::Error::other)?,
                 map_fd: u32::try_from(self.map.as_raw_fd()).map_err(io::Error::other)?,
                 ..Batch::default()

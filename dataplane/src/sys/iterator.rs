@@ -82,7 +82,7 @@ fn attach(program: impl AsFd, over: Option<&CgroupIterator>) -> io::Result<Owned
         target: 0,
         attach_type: BPF_TRACE_ITER,
         flags: 0,
-        iterator: over.map_or(0, |over| (&raw const *over).addr() as u64),
+        iterator: over.map_or(0, |over| (&raw const *over).expose_provenance() as u64),
         iterator_length: u32::try_from(length).map_err(io::Error::other)?,
         zero: [0; 9],
     };

@@ -119,7 +119,7 @@ impl<'n> KeptPorts<'n> {
 
     /// Notes them; the old container is gone. What the runner had told of the services is told anew. What the
     /// engine had published is by rows from now on, where a new kernel's is: the runner's ports go back then.
-    pub fn settle(mut self, kernel: &Kernel, published_by: PublishedBy) {
+    pub async fn settle(mut self, kernel: &Kernel, published_by: PublishedBy) {
         self.taken.clear();
         let services = std::mem::take(&mut self.services);
         let mut unused = Vec::new();
@@ -144,6 +144,11 @@ impl<'n> KeptPorts<'n> {
                 );
             }
         });
+        if unused.is_empty() {
+            return;
+        }
+        // Another kernel's, as soon as they are given up: the journal must not say anything else then.
+        self.node.note(kernel, |_| {}).await;
         for port in unused {
             self.node.ports.give_up(self.kernel, port);
         }

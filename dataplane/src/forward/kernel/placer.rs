@@ -217,6 +217,8 @@ pub(super) struct Placer {
     /// As of the last look, and told to the log.
     hangs: bool,
     log: LogLimit,
+    /// It was said that the kernel hangs.
+    said: bool,
 }
 
 impl Placer {
@@ -246,6 +248,7 @@ impl Placer {
             rests_since: Instant::now(),
             hangs: false,
             log: LogLimit::default(),
+            said: false,
         })
     }
 
@@ -357,8 +360,9 @@ impl Placer {
                     "the kernel does not let interfaces be listed or programs be attached, somebody \
                      holds its interface lock; the relay serves new ports until it does"
                 );
+                self.said = true;
             }
-        } else if !hangs && self.hangs {
+        } else if !hangs && std::mem::take(&mut self.said) {
             tracing::info!("the kernel lets interfaces be listed and programs be attached again");
         }
         self.hangs = hangs;
