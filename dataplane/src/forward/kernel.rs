@@ -39,7 +39,7 @@ use shared::log_limit::LogLimit;
 
 pub use self::attach::Means;
 use self::elders::Elders;
-pub use self::error::{KernelPathError, words};
+pub use self::error::KernelPathError;
 pub use self::flows::KernelPort;
 use self::flows::Tables;
 use self::host::Hooks;
@@ -47,6 +47,7 @@ use self::leaving::Leaving;
 use self::object::{adopt_delivered, classifier, load, pins_fit, typed};
 use self::pins::{Pins, PinsError};
 use self::placer::{Hands, PacedRoutes, Place, Placer, Word};
+use crate::causes::words;
 use crate::sys::bpf::CounterTable;
 use crate::sys::netlink::LinkLookup;
 use crate::sys::netlink::interfaces::{Interface, InterfaceWatch, Interfaces};

@@ -29,7 +29,7 @@ use self::datagrams::Datagrams;
 use self::port::{Port, Rules, Totals};
 use self::ring::RingEngine;
 use self::worker::{Census, Inbox, Message, Worker};
-use super::kernel::words;
+use crate::causes::words;
 use crate::sys::datagram;
 use crate::sys::socket::{self, ListenError};
 

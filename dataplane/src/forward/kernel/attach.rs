@@ -15,8 +15,9 @@ use aya::programs::tc::{
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 
 use super::elders;
-use super::error::{KernelPathError, words};
+use super::error::KernelPathError;
 use super::pins::{Pins, PinsError, Side};
+use crate::causes::words;
 use crate::sys::netlink::LinkLookup;
 
 /// Filters of others, with smaller numbers, speak first; beside links all filters come after.

@@ -9,7 +9,6 @@ use aya::maps::MapError;
 use aya::programs::ProgramError;
 
 use super::pins::PinsError;
-pub use crate::causes::words;
 use crate::sys::netlink::NetlinkError;
 
 /// A failed step of the kernel path.

@@ -17,7 +17,8 @@ use shared::desired::ContainerRow;
 
 use super::pins::Side;
 use super::placer::{Place, Ways, Word};
-use super::{KernelPath, KernelPathError, eligibility, words};
+use super::{KernelPath, KernelPathError, eligibility};
+use crate::causes::words;
 use crate::sys::netlink::NetlinkError;
 use crate::sys::netlink::interfaces::Interface;
 use crate::sys::netlink::routes::Networks;

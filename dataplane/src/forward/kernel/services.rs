@@ -22,7 +22,8 @@ use shared::desired::{PortKey, PortRow, Protocol};
 
 use super::eligibility::{self, Circumstances};
 use super::pins::Side;
-use super::{KernelPath, KernelPathError, KernelPort, Lift, Refusal, Served, Terms, words};
+use super::{KernelPath, KernelPathError, KernelPort, Lift, Refusal, Served, Terms};
+use crate::causes::words;
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf;
 
