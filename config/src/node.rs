@@ -25,7 +25,7 @@ pub struct Node {
     /// How the relay moves the bytes of connections.
     pub relay_engine: RelayEngine,
     /// Whether the host's firewall decides about clients of service ports, which the kernel path
-    /// would pass by; left out, the agent looks at it.
+    /// would bypass; left out, the agent looks at it.
     pub honour_firewall: Option<bool>,
     /// Client networks that may use service ports; none means all.
     pub allowed_clients: Vec<Subnet>,

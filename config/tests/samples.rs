@@ -25,12 +25,9 @@ fn every_sample_loads_without_a_remark() {
     ] {
         let loaded = sample(name, standalone);
         let remarks = render_notes(&loaded);
-        // What the original's file has, and a first try may do without, is told of.
-        let known = |line: &str| match name {
-            "agent.toml" => false,
-            "halfstack.toml" if line.contains(" is relative: ") => true,
-            _ => line.contains("container.kernel-uid is root's"),
-        };
+        // What a first try may do without is told of.
+        let known =
+            |line: &str| name != "agent.toml" && line.contains("container.kernel-uid is root's");
         let others = |line: &&str| !line.contains("is not used") && !known(line);
         assert_eq!(remarks.lines().find(others), None, "{name}: {remarks}");
         assert!(!render_text(&loaded).is_empty());

@@ -1,7 +1,7 @@
 //! What the host's firewall says about clients of service ports.
 //!
 //! In: chains in the words of `iptables -S`, and those of nftables and policies of IPsec as the kernel lists
-//! them; their changes. Out: which of them may turn such clients away, which the kernel path would pass by, and
+//! them; their changes. Out: which of them may turn such clients away, which the kernel path would bypass, and
 //! rows that leave their ports to the relay as long as one may. Invariants: what is not understood
 //! counts as a refusal; no answer is never taken for an open firewall.
 

@@ -16,7 +16,7 @@
  * made from here by somebody whom the host masquerades, else its entry was lost and is made again from
  * the row. Fragments follow the first of their datagram, ICMP errors the flow that they tell of. A
  * container whose veth is gone gets nothing: the redirect drops. Answers to this host's own clients
- * pass by the bridge's code.
+ * bypass the bridge's code.
  */
 #include "kernel.h"
 #include "maps.h"

@@ -378,11 +378,11 @@ async fn a_hanging_or_dead_member_is_left_for_another() -> Result<()> {
     // The leader hangs: a new one is elected, and whoever asked the old one asks another.
     let leader = server.leader().await?;
     server.pause(leader)?;
-    let written = wait::until("the write passes by the hanging leader", LIMIT, || async {
+    let written = wait::until("the write bypasses the hanging leader", LIMIT, || async {
         etcd.put(Scope::Global, "w/c", "3").await.ok()
     })
     .await;
-    let told = seen(&mut followed, "the watch passes by it", |seen| {
+    let told = seen(&mut followed, "the watch bypasses it", |seen| {
         values(seen) == ["1", "2", "3"]
     })
     .await;

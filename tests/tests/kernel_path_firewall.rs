@@ -1,5 +1,5 @@
 //! Where the host's firewall may turn clients of service ports away, it decides: the kernel path, which
-//! passes it by, is left to nobody. With real rules, of iptables and of nftables alone.
+//! bypasses it, is left to nobody. With real rules, of iptables and of nftables alone.
 
 use std::io::Write;
 use std::process::{Command, Stdio};

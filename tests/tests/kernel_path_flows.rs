@@ -768,7 +768,7 @@ fn where_the_hosts_firewall_decides_the_relay_serves() {
         .expect("iptables");
     assert!(output.status.success());
     let refused = node.at_client(move || TcpStream::connect(address));
-    assert!(refused.is_err(), "the firewall is passed by");
+    assert!(refused.is_err(), "the firewall is bypassed");
     // Without the row's word it would be.
     row.honour_firewall = false;
     node.lift(&row);
@@ -830,7 +830,7 @@ fn flows_that_the_firewall_let_in_before_it_decided_go_on() {
     };
     let asked = |node: &Node| node.at_client(move || ask(address, b"new"));
     rule("-A");
-    assert!(asked(&node).is_err(), "the firewall is passed by");
+    assert!(asked(&node).is_err(), "the firewall is bypassed");
     goes_on(b"all the same");
     rule("-D");
     assert_eq!(asked(&node).expect("by the relay"), b"new");

@@ -256,7 +256,7 @@ fn passed_up(node: &Node) -> u64 {
 
 /// What the container answers does not go through the bridge's code, but where that would be wrong.
 #[test]
-fn answers_to_clients_on_the_host_pass_by_the_bridge() {
+fn answers_to_clients_on_the_host_bypass_the_bridge() {
     const WORDS: u64 = 100;
     let Some((mut node, mut row)) = Node::with_echo() else {
         return;

@@ -138,7 +138,7 @@ pub struct PortRow {
     pub connect_timeout_ms: u32,
     /// New sessions in a second, in the long run; 0 no limit.
     pub new_per_second: u32,
-    /// The host's firewall decides about clients: nothing may pass it by.
+    /// The host's firewall decides about clients: nothing may bypass it.
     pub honour_firewall: bool,
     /// What happens to sessions on removal.
     pub drain: Drain,

@@ -214,7 +214,7 @@ pub(super) fn refusal(refusal: &Refusal) -> Option<Finding> {
     ))
 }
 
-/// Rules that people put up for published ports do not see what passes them by.
+/// Rules that people put up for published ports do not see what bypasses them.
 pub(super) fn user_rules(config: &Config, honour_firewall: bool, rules: &str) -> Option<Finding> {
     let some = rules
         .lines()

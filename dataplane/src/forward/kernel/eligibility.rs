@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_pass_by_the_code_of_plain_bridges() {
+    fn answers_bypass_the_code_of_plain_bridges() {
         let mut all = interfaces();
         let bridge = bridge_of(4, &all).unwrap();
         assert_eq!((bridge.index, bridge.address), (3, [2, 0, 0, 0, 0, 3]));
