@@ -197,6 +197,16 @@ pub(crate) fn interval_within(
     }
 }
 
+/// A blank host to listen on is every address, as the original has it; `lookup_host` knows no blank name. True where
+/// the host was blank.
+pub(crate) fn on_every_address(host: &mut String) -> bool {
+    let blank = host.is_empty();
+    if blank {
+        "0.0.0.0".clone_into(host);
+    }
+    blank
+}
+
 /// A rule: the text is not blank.
 pub(crate) fn not_blank<T: AsRef<str>>(text: &T) -> Result<(), Fault> {
     if text.as_ref().trim().is_empty() {

@@ -376,6 +376,17 @@ impl<'r, 'a> Section<'r, 'a> {
         });
     }
 
+    /// Shows a setting as it was completed; it is still from where it was read.
+    pub(crate) fn amend<T: Setting>(&mut self, key: Key, value: &T) {
+        let origin = self.reader.origin(self.name, key.name);
+        self.reader.record(
+            self.name,
+            key.name,
+            value,
+            origin.unwrap_or(Origin::Default),
+        );
+    }
+
     /// A setting with a default.
     pub(crate) fn or<T: Setting>(&mut self, key: Key, default: T) -> T {
         self.or_checked(key, default, |_| Ok(()))

@@ -56,7 +56,7 @@ pub struct Agent {
     pub rpc_listen_addr: HostPort,
     /// The RPC address announced to the manager: never blank, never `0.0.0.0` or `::`.
     pub advertised_rpc_addr: HostPort,
-    /// HTTP server of `/metrics` and `/health`.
+    /// HTTP server of `/metrics` and `/health`; the host is never blank.
     pub service_addr: HostPort,
     /// HTTP address published in service discovery.
     pub announce_addr: HostPort,

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Places, not_blank, within};
+use super::{Places, not_blank, on_every_address, within};
 use crate::choice::{Backend, ScalingGroupType};
 use crate::document::Table;
 use crate::problem::{NoteKind, Origin};
@@ -56,10 +56,11 @@ pub(super) fn read(
     let (rpc_listen_addr, how) = rpc_listen_addr(&mut s, etcd);
     let advertised_rpc_addr = advertised(&mut s, &rpc_listen_addr, how, etcd);
     let loopback = if standalone { "127.0.0.1" } else { "0.0.0.0" };
-    let service_addr = s.or(
-        key("service-addr").or(&["internal-addr"]),
-        HostPort::new(loopback, 6003),
-    );
+    const SERVICE: Key = key("service-addr").or(&["internal-addr"]);
+    let mut service_addr = s.or(SERVICE, HostPort::new(loopback, 6003));
+    if on_every_address(&mut service_addr.host) {
+        s.amend(SERVICE, &service_addr);
+    }
     let announce_addr = s.or(
         key("announce-addr").or(&["announce-internal-addr"]),
         HostPort::new(&advertised_rpc_addr.host, service_addr.port),
@@ -72,11 +73,11 @@ pub(super) fn read(
     // Completed by `public_host` once the container section is known.
     let _ = s.optional::<String>(key("public-host"));
     let agent_sock_port = s.or_checked(key("agent-sock-port"), 6007, within(1024, 65535));
-    let metadata_host = s.or_checked(
-        key("metadata-server-bind-host"),
-        "0.0.0.0".to_owned(),
-        host_name,
-    );
+    const METADATA: Key = key("metadata-server-bind-host");
+    let mut metadata_host = s.or_checked(METADATA, "0.0.0.0".to_owned(), host_name);
+    if on_every_address(&mut metadata_host) {
+        s.amend(METADATA, &metadata_host);
+    }
     let metadata_port = s.or_checked(key("metadata-server-port"), 40128, within(1, 65535));
     let ipc_base_path = place(&mut s, key("ipc-base-path"), ipc_default);
     let var_base_path = place(&mut s, key("var-base-path"), var_default);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{interval_within, within};
+use super::{interval_within, on_every_address, within};
 use crate::choice::{AffinityPolicy, DiscoveryType, LogDriver, LogFormat, LogLevel};
 use crate::document::Table;
 use crate::problem::NoteKind;
@@ -366,6 +366,9 @@ pub(super) fn watcher(reader: &mut Reader<'_>, root: &Table) -> Watcher {
             Ok(()) => s.reader.record("watcher", ADDR.name, &service_addr, origin),
             Err(fault) => s.refuse(ADDR, &crate::document::Value::text(0, text), origin, fault),
         }
+    }
+    if on_every_address(&mut service_addr.host) {
+        s.amend(ADDR, &service_addr);
     }
     let watcher = Watcher {
         service_addr,

@@ -123,6 +123,15 @@ fn what_does_not_fit_the_agent_is_refused_at_its_key() {
         ],
     );
     refuses("agent.sync-container-lifecycles", &["interval = 0"]);
+    // A blank host is every address.
+    let port = "agent.metadata-server-port";
+    refuses_at(
+        port,
+        "agent",
+        "service-addr = '127.0.0.1:40128'\nmetadata-server-bind-host = ''",
+    );
+    let both = "service-addr = ':40128'\nmetadata-server-bind-host = '127.0.0.1'";
+    refuses_at(port, "agent", both);
 }
 
 #[test]

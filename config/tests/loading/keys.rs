@@ -867,3 +867,56 @@ fn the_log_file_needs_its_driver() {
         "logging.drivers"
     );
 }
+
+#[test]
+fn a_blank_host_to_listen_on_is_every_address() {
+    for (section, line, key, shown) in [
+        (
+            "agent",
+            "service-addr = ':6103'",
+            "service-addr",
+            addr("0.0.0.0", 6103),
+        ),
+        (
+            "agent",
+            "service-addr = { host = '', port = 6103 }",
+            "service-addr",
+            addr("0.0.0.0", 6103),
+        ),
+        (
+            "agent",
+            "metadata-server-bind-host = ''",
+            "metadata-server-bind-host",
+            json!("0.0.0.0"),
+        ),
+        (
+            "watcher",
+            "service-addr = ':6109'",
+            "service-addr",
+            addr("0.0.0.0", 6109),
+        ),
+    ] {
+        let loaded = Setup::new(&with_line(section, line)).loaded();
+        let mut origins = loaded.origins.iter();
+        let found = origins
+            .find(|v| v.section == section && v.key == key)
+            .unwrap();
+        assert_eq!(found.json, shown, "{line}");
+        assert!(matches!(found.origin, Origin::File { .. }), "{line}");
+        let config = &loaded.config;
+        let listened = [
+            &config.agent.service_addr,
+            &config.agent.metadata_server,
+            &config.watcher.service_addr,
+        ];
+        assert!(listened.iter().all(|it| it.host == "0.0.0.0"), "{line}");
+    }
+    let text = with_line("watcher", "service-addr = '127.0.0.1:6009'");
+    let loaded = Setup::new(&text)
+        .env("BACKEND_WATCHER_SERVICE_IP", "")
+        .loaded();
+    assert_eq!(
+        loaded.config.watcher.service_addr.to_string(),
+        "0.0.0.0:6009"
+    );
+}
