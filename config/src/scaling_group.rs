@@ -1,6 +1,7 @@
 //! Rewriting `agent.scaling-group` in the file, keeping comments and layout.
 
 use std::io;
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
 use toml_edit::{DocumentMut, Item, Value, value};
@@ -26,7 +27,7 @@ pub enum RewriteError {
 }
 
 /// Sets `agent.scaling-group` in the file, after copying the file to `<path>.bak`. The new content
-/// replaces the old atomically and keeps its permissions; comments and layout stay.
+/// replaces the old atomically and keeps its permissions and its owner; comments and layout stay.
 ///
 /// # Errors
 /// The failed step; the file is untouched then.
@@ -62,7 +63,7 @@ pub fn update_scaling_group(path: &Path, new: &str) -> Result<(), RewriteError> 
         }
     }
     let backup = with_suffix(path, ".bak");
-    std::fs::copy(path, &backup).map_err(|e| RewriteError::Backup(backup, e))?;
+    copy(path, &backup).map_err(|e| RewriteError::Backup(backup, e))?;
     replace(path, &document.to_string()).map_err(|e| RewriteError::Write(path.clone(), e))
 }
 
@@ -72,18 +73,33 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// A copy with the permissions and, as far as this process may give it away, the owner of the file.
+fn copy(path: &Path, to: &Path) -> io::Result<()> {
+    std::fs::copy(path, to)?;
+    let of = std::fs::metadata(path)?;
+    match fchown(std::fs::File::open(to)?, Some(of.uid()), Some(of.gid())) {
+        Err(err) if err.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        done => done,
+    }
+}
+
 fn replace(path: &Path, content: &str) -> io::Result<()> {
     let beside = with_suffix(path, ".new");
     let write = || {
         // Permissions first: a copy of a private file is never open to others.
-        std::fs::copy(path, &beside)?;
+        copy(path, &beside)?;
         std::fs::write(&beside, content)?;
         std::fs::File::open(&beside)?.sync_all()?;
         std::fs::rename(&beside, path)
     };
     write().inspect_err(|_| {
         let _ = std::fs::remove_file(&beside);
-    })
+    })?;
+    // The new file is in effect whether or not its name survives a loss of power from here on.
+    if let Some(directory) = path.parent() {
+        let _ = std::fs::File::open(directory).and_then(|directory| directory.sync_all());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -104,6 +120,27 @@ mod tests {
             before
         );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    /// Only root can give a file away.
+    #[test]
+    fn owner_and_permissions_stay() {
+        use std::os::unix::fs::{PermissionsExt, chown};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "[agent]\n").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+        let root = nix::unistd::geteuid().is_root();
+        if root {
+            chown(&path, Some(1000), Some(1001)).unwrap();
+        }
+        update_scaling_group(&path, "a").unwrap();
+        for file in [path, dir.path().join("agent.toml.bak")] {
+            let of = std::fs::metadata(&file).unwrap();
+            assert_eq!(of.mode() & 0o777, 0o640, "{}", file.display());
+            let owned = (of.uid(), of.gid()) == (1000, 1001);
+            assert!(owned || !root, "{}", file.display());
+        }
     }
 
     #[test]
