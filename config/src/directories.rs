@@ -75,6 +75,9 @@ impl Config {
         if let Some(path) = &self.agent.mount_path {
             add("agent.mount-path", path, 0o755);
         }
+        if let Some(path) = &self.agent.abuse_report_path {
+            add("agent.abuse-report-path", path, 0o755);
+        }
         if let Some(coredump) = &self.debug.coredump {
             add("debug.coredump.path", &coredump.path, 0o755);
         }

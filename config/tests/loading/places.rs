@@ -98,7 +98,10 @@ fn loading_creates_nothing_and_preparing_creates_everything_once() {
     );
     fs::write(
         root.join("agent.toml"),
-        SMALLEST.replace("[agent]\n", "[agent]\nipc-base-path = './ipc'\n") + &lines,
+        SMALLEST.replace(
+            "[agent]\n",
+            "[agent]\nipc-base-path = './ipc'\nabuse-report-path = './abuse/reports'\n",
+        ) + &lines,
     )
     .unwrap();
     let config = setup.loaded().config;
@@ -112,6 +115,8 @@ fn loading_creates_nothing_and_preparing_creates_everything_once() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&config.agent.var_base_path), 0o700);
     assert_eq!(mode(&config.container.scratch_root) & 0o700, 0o700);
+    // With its parents, as the original does.
+    assert_eq!(mode(&root.join("abuse/reports")) & 0o700, 0o700);
 }
 
 #[test]

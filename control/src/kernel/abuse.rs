@@ -58,14 +58,25 @@ impl AbuseStatus {
 /// Why the reports could not be read.
 #[derive(Debug, Error)]
 pub enum AbuseError {
-    /// The lock file cannot be used.
-    #[error("cannot lock {path}; another program holds it or the directory is not writable")]
+    /// The lock file cannot be opened, made or locked.
+    #[error(
+        "cannot use the lock file {path}; the agent must be able to make files in its directory"
+    )]
     Lock {
         /// Which.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A writer does not give the lock back.
+    #[error(
+        "another program has held the lock {path} for {} s; see with `lslocks` which one, and end it",
+        LOCK_WAIT.as_secs()
+    )]
+    Held {
+        /// Which.
+        path: PathBuf,
     },
     /// The directory cannot be read.
     #[error("cannot read the abuse reports in {path}")]
@@ -214,6 +225,7 @@ fn lock(directory: &Path, wait: Duration) -> Result<fs::File, AbuseError> {
             Err(Errno::WOULDBLOCK) if std::time::Instant::now() < until => {
                 std::thread::sleep(LOCK_PAUSE);
             }
+            Err(Errno::WOULDBLOCK) => return Err(AbuseError::Held { path: path.clone() }),
             Err(errno) => return Err(failed(errno.into())),
         }
     }
@@ -317,10 +329,24 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let held = lock(directory.path(), Duration::ZERO).unwrap();
         let busy = lock(directory.path(), Duration::ZERO).unwrap_err();
-        assert!(matches!(busy, AbuseError::Lock { .. }), "{busy}");
+        assert!(matches!(busy, AbuseError::Held { .. }), "{busy}");
+        assert!(busy.to_string().contains("held the lock"), "{busy}");
         let place = directory.path().to_owned();
         let waiting = std::thread::spawn(move || lock(&place, Duration::from_secs(60)).is_ok());
         drop(held);
         assert!(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn a_directory_that_is_gone_is_not_told_as_a_lock_that_is_held() {
+        let directory = tempfile::tempdir().unwrap();
+        let gone = directory.path().join("gone");
+        let told = lock(&gone, Duration::from_secs(60)).unwrap_err();
+        assert!(matches!(told, AbuseError::Lock { .. }), "{told}");
+        let told = crate::causes::chain(&told);
+        assert!(
+            told.contains("No such file") && !told.contains("held"),
+            "{told}"
+        );
     }
 }
