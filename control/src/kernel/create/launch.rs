@@ -314,7 +314,7 @@ async fn request_of(
     mounts: &[Mount],
 ) -> Result<ContainerRequest, CreateError> {
     let (limits, granted) = (&outfit.limits, &outfit.granted);
-    let mut extra = overlay_arguments(node, kernel, order).await?;
+    let mut extra = gateway_arguments(node, kernel, order).await?;
     extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
     let (held, engine_mounts) = hold_parts(node, kernel, mounts).await?;
     let record = kernel.record();
@@ -373,14 +373,13 @@ async fn hold_parts(
     Ok((sources, mounts))
 }
 
-/// On an overlay network a container has two interfaces, and the one through which all nodes reach
-/// the outside has the same addresses everywhere: MPI must not try to meet others there.
-async fn overlay_arguments(
+/// What keeps MPI off the interface through which a swarm's nodes reach the outside.
+async fn gateway_arguments(
     node: &Node,
     kernel: &Kernel,
     order: &Order,
 ) -> Result<Vec<serde_json::Value>, CreateError> {
-    if order.cluster.network_mode() != Some("overlay") {
+    if !sees_gateway(order.cluster.network_mode()) {
         return Ok(Vec::new());
     }
     let subnet = network::subnet(&node.docker, network::GATEWAY_BRIDGE)
@@ -390,9 +389,18 @@ async fn overlay_arguments(
             kernel: kernel.id,
             source,
         })?;
-    let excluded =
-        |subnet| json!({ "Env": [format!("OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,{subnet}")] });
-    Ok(subnet.map(excluded).into_iter().collect())
+    Ok(subnet.as_deref().map(exclude_gateway).into_iter().collect())
+}
+
+/// Whether a container of a session's network has an interface on the swarm's gateway network: its
+/// second one on an overlay, the host's own on the host's network. The addresses there are the same on
+/// every node: MPI must not try to meet others by them.
+fn sees_gateway(mode: Option<&str>) -> bool {
+    mode.is_some_and(|mode| mode != "bridge")
+}
+
+fn exclude_gateway(subnet: &str) -> serde_json::Value {
+    json!({ "Env": [format!("OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,{subnet}")] })
 }
 
 /// The ledger's devices in the form of the container's environment.
@@ -517,5 +525,17 @@ mod tests {
         assert_eq!(visible(&[], &[]).as_deref(), Some("void"));
         assert_eq!(visible(&given, &[]).as_deref(), Some("GPU-1"));
         assert_eq!(visible(&[], &given).as_deref(), Some("GPU-1"));
+    }
+
+    #[test]
+    fn mpi_is_kept_off_the_gateway_on_the_hosts_network_too() {
+        assert_eq!(
+            [None, Some("bridge"), Some("overlay"), Some("host")].map(sees_gateway),
+            [false, false, true, true]
+        );
+        assert_eq!(
+            exclude_gateway("172.18.0.0/16"),
+            json!({ "Env": ["OMPI_MCA_btl_tcp_if_exclude=127.0.0.1/32,172.18.0.0/16"] })
+        );
     }
 }
