@@ -129,7 +129,7 @@ pub enum AppError {
     },
     /// The cluster cannot be joined.
     #[error(transparent)]
-    Cluster(#[from] ClusterError),
+    Cluster(ClusterError),
     /// The bus cannot be set up.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -166,12 +166,21 @@ impl AppError {
             AppError::Directories(_)
             | AppError::RunDir(_)
             | AppError::Key { .. }
+            | AppError::Cluster(_)
             | AppError::Mock(_) => true,
             AppError::AgentSocket(AgentSocketError::Directory { source, .. })
             | AppError::HostSockets { source, .. } => is_distrust(source),
-            AppError::Cluster(err) => !matches!(err, ClusterError::Interrupted),
             AppError::Bind(err) => matches!(err, BindError::KeyMismatch),
             _ => false,
+        }
+    }
+}
+
+impl From<ClusterError> for AppError {
+    fn from(err: ClusterError) -> AppError {
+        match err {
+            ClusterError::Interrupted => AppError::Interrupted,
+            err => AppError::Cluster(err),
         }
     }
 }

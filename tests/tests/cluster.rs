@@ -223,8 +223,14 @@ async fn a_node_waits_joins_goes_on_and_leaves() -> Result<()> {
     agent.start()?;
 
     // Nothing is there, and it says so; then one thing after the other comes.
+    // Whoever stops it meanwhile has a stop, not a failure.
     agent.says(&["is starting", "waits for  etcd"]).await?;
+    assert_eq!(agent.stop()?, 0, "{}", agent.log());
+    agent.start()?;
     etcd.restart(0).await?;
+    agent.says(&["waits for  a manager"]).await?;
+    assert_eq!(agent.stop()?, 0, "{}", agent.log());
+    agent.start()?;
     agent.says(&["waits for  a manager"]).await?;
     assert_eq!(
         own_keys(&etcd).await,
