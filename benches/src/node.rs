@@ -13,15 +13,14 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use shared::Sizes;
 use shared::desired::{ContainerRow, DesiredBatch, DesiredWriter, PortKey, PortRow, Protocol};
 use shared::doorbell::{Doorbell, Ringer};
-use shared::ids::{ContainerId, Generation, KernelId};
+use shared::ids::{Generation, KernelId};
 use shared::observed::{ForwardPath, ObservedReader, PortState, RelayEngine};
 use shared::run_dir::RunDir;
 
-use crate::site::{Group, Place, Site, done, ip, until};
+use crate::site::{CONTAINER_ID, Group, Place, Site, done, ip, until};
 
 const AGENT: &str = "i-bench";
 const KERNEL: KernelId = KernelId([7; 16]);
-const CONTAINER_ID: ContainerId = ContainerId([9; 32]);
 
 /// A program built beside this one.
 ///

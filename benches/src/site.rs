@@ -17,11 +17,14 @@ use dataplane::collect::facts::{Facts, Hierarchy};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use shared::ids::ContainerId;
 
 /// The host as the client sees it.
 pub const HOST: &str = "10.78.1.1";
 /// The container.
 pub const CONTAINER: &str = "10.78.2.2";
+/// The id it would have from an engine.
+pub const CONTAINER_ID: ContainerId = ContainerId([9; 32]);
 /// The container at the end of a cable ([`Site::plug_cable`]).
 pub const CABLE: &str = "10.78.3.2";
 /// Port of the echo server in the container.
@@ -328,7 +331,12 @@ impl Site {
     }
 
     fn group(&self, group: Group) -> PathBuf {
-        self.top().join(group.name())
+        let name = match group {
+            // As an engine's container is known by its control group.
+            Group::Server => format!("{}-{CONTAINER_ID}", group.name()),
+            Group::Client | Group::Proxy => group.name().to_owned(),
+        };
+        self.top().join(name)
     }
 
     /// Runs code on a thread in a namespace.

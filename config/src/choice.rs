@@ -195,6 +195,15 @@ choice! {
     }
 }
 choice! {
+    /// `node.relay-from`: where the relay's connections to containers begin.
+    RelayFrom, any_case: false, {
+        /// In the container's network namespace, past the bridge and the container's link.
+        Container = "container",
+        /// On the host, through the bridge.
+        Host = "host",
+    }
+}
+choice! {
     /// `node.accelerators.allocation-mode`: what a CUDA device is given out as.
     AllocationMode, any_case: false, {
         /// Whole devices, `cuda.device`.

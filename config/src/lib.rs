@@ -30,7 +30,7 @@ mod units;
 
 pub use choice::{
     AffinityPolicy, AllocationMode, Backend, CudaInjection, DiscoveryType, Forward, KernelAttach,
-    LogDriver, LogFormat, LogLevel, Publish, RelayEngine, SandboxType, ScalingGroupType,
+    LogDriver, LogFormat, LogLevel, Publish, RelayEngine, RelayFrom, SandboxType, ScalingGroupType,
     ScratchType, StatsType,
 };
 pub use directories::{DirectoryError, PreparedDirectory};

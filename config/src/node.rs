@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
+use crate::choice::{
+    AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine, RelayFrom,
+};
 use crate::units::{ByteSize, ProxyUrl, Subnet, mask_password};
 
 /// `[node]`.
@@ -24,6 +26,8 @@ pub struct Node {
     pub kernel_attach: KernelAttach,
     /// How the relay moves the bytes of connections.
     pub relay_engine: RelayEngine,
+    /// Where the relay's connections to containers begin.
+    pub relay_from: RelayFrom,
     /// Whether the host's firewall decides about clients of service ports, which the kernel path
     /// would bypass; left out, the agent looks at it.
     pub honour_firewall: Option<bool>,

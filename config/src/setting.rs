@@ -740,6 +740,7 @@ choice_settings!(
     Forward,
     KernelAttach,
     RelayEngine,
+    RelayFrom,
     Publish,
     AllocationMode,
     CudaInjection

@@ -67,6 +67,8 @@ pub struct Options {
     pub relay_threads: usize,
     /// How the relay moves the bytes of connections.
     pub relay_engine: relay::Engine,
+    /// The relay's connections begin in the namespaces of their containers.
+    pub relay_inside: bool,
     /// Serve clients in the kernel where that is possible, by programs attached like this.
     pub kernel_path: Option<kernel::Means>,
     /// Drivers of accelerators to look for.
@@ -157,6 +159,7 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
             threads => threads,
         },
         engine: options.relay_engine,
+        inside: options.relay_inside,
         ..relay::Options::default()
     })
     .map_err(AppError::Relay)?;
@@ -198,6 +201,7 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
             },
             before,
             delivered: link.take_delivered(),
+            carried: Arc::clone(link.relay().insides()),
         },
     )
     .map_err(AppError::Collector)?;

@@ -51,6 +51,7 @@ use self::tasks::Tasks;
 use self::turns::Turns;
 use self::walks::{Kind, Walks};
 use crate::board::{Board, Pass};
+use crate::forward::relay::inside::Insides;
 use crate::forward::relay::port::Totals;
 use crate::sys::bpf::CounterTable;
 use crate::sys::clock::thread_cpu;
@@ -75,6 +76,8 @@ pub struct Options {
     pub before: Vec<ContainerSample>,
     /// What programs put into containers past the host's ends of their links.
     pub delivered: Option<CounterTable>,
+    /// What the relay sends them and receives past their links.
+    pub carried: Arc<Insides>,
 }
 
 /// The collector's handle; dropping it ends its threads.
@@ -94,6 +97,7 @@ impl Collector {
             means,
             before,
             delivered,
+            carried,
         } = options;
         let disk = Disk::start()?;
         let lister = Lister::start()?;
@@ -103,6 +107,7 @@ impl Collector {
             sampler.list_processes(lister, means, processes);
             sampler.go_on_from(&before);
             sampler.delivered = delivered;
+            sampler.carried = carried;
             sampler
         })
         .map(Self)
@@ -154,6 +159,11 @@ pub struct Sampler {
     /// whether they have: what others have read is not all then.
     partly_told: HashSet<ContainerId>,
     delivered: Option<CounterTable>,
+    carried: Arc<Insides>,
+    /// What an earlier life of this process had told of networks, until their links are read.
+    net_before: HashMap<ContainerId, [u64; 2]>,
+    /// How much of it their links had not counted.
+    carried_before: HashMap<ContainerId, [u64; 2]>,
     delivered_log: LogLimit,
     node: Node,
     disk: Disk,
@@ -248,6 +258,9 @@ impl Sampler {
             sought: HashMap::new(),
             partly_told: HashSet::new(),
             delivered: None,
+            carried: Arc::default(),
+            net_before: HashMap::new(),
+            carried_before: HashMap::new(),
             delivered_log: LogLimit::default(),
             disk,
             disk_asked: None,
@@ -297,6 +310,11 @@ impl Sampler {
             .iter()
             .map(|sample| (sample.container_id, split(sample)))
             .collect();
+        let told = |sample: &ContainerSample| {
+            let net = sample.net.get()?;
+            Some((sample.container_id, [net.rx_bytes?, net.tx_bytes?]))
+        };
+        self.net_before = samples.iter().filter_map(told).collect();
     }
 
     /// One pass over the containers followed.
@@ -416,6 +434,7 @@ impl Sampler {
         let none = Stacks::default();
         let stacks = self.stacks.as_ref().map_or(&none, StackReader::stacks);
         let mut now = (monotonic_ns(), wall_ns());
+        let carried = self.carried.carried();
         let mut samples = Samples::with_capacity(self.containers.len());
         for watched in &mut self.containers {
             let mut sample = watched.sample(
@@ -436,6 +455,18 @@ impl Sampler {
                     Some(counted) => record::add_inner(&mut sample.net.counters, counted),
                     // Its network has no counters without them, as they would go back.
                     None => sample.net = Measured::default(),
+                }
+            }
+            if sample.net.get().is_some() {
+                let (id, net) = (sample.container_id, &mut sample.net.counters);
+                if let Some(told) = self.net_before.remove(&id) {
+                    let lacking = record::lacking(net, told);
+                    if lacking != [0, 0] {
+                        self.carried_before.insert(id, lacking);
+                    }
+                }
+                for bytes in [carried.get(&id), self.carried_before.get(&id)] {
+                    record::add_carried(net, bytes.copied().unwrap_or_default());
                 }
             }
             if files {
@@ -497,6 +528,8 @@ impl Sampler {
             self.io_before.retain(|id, _| wanted(id));
             self.sought.retain(|id, _| wanted(id));
             self.split_before.retain(|id, _| wanted(id));
+            self.net_before.retain(|id, _| wanted(id));
+            self.carried_before.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;

@@ -36,7 +36,7 @@ use self::strays::Strays;
 use crate::board::{Board, Changes, Entry};
 use crate::forward::kernel::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
-use crate::forward::relay::{Engine, OpenError, Relay};
+use crate::forward::relay::{Engine, OpenError, Relay, Target};
 use crate::sys::netlink::{LinkChanges, LinkLookup};
 
 /// How long the ports of an earlier region are kept when a new one does not know them. It begins when
@@ -453,7 +453,10 @@ impl Link {
             running.path = ForwardPath::Engine;
         } else {
             let bind = SocketAddr::new(row.bind, row.host_port);
-            let target = SocketAddr::new(row.target, row.target_port);
+            let target = Target {
+                address: SocketAddr::new(row.target, row.target_port),
+                container: row.container_id,
+            };
             let rules = self.settings.rules(&row);
             let opened = match row.protocol {
                 Protocol::Tcp => self.relay.open(bind, target, rules),

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use config::{Config, Forward, KernelAttach, LoadOptions, LogFormat, Logging, RelayEngine};
+use config::{
+    Config, Forward, KernelAttach, LoadOptions, LogFormat, Logging, RelayEngine, RelayFrom,
+};
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
 use dataplane::causes::words;
@@ -218,6 +220,7 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
             RelayEngine::Auto | RelayEngine::Splice => Engine::Splice,
             RelayEngine::Uring => Engine::Uring,
         },
+        relay_inside: config.node.relay_from == RelayFrom::Container,
         kernel_path: match (config.node.forward, config.node.kernel_attach) {
             (Forward::Relay, _) => None,
             (Forward::Auto, KernelAttach::Auto) => Some(Means::Auto),

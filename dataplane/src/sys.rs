@@ -11,6 +11,7 @@ pub mod clock;
 pub mod datagram;
 pub mod iterator;
 pub mod netlink;
+pub mod netns;
 pub mod nvml;
 pub mod pipe;
 pub mod quota;

@@ -131,7 +131,11 @@ fn serve(words: &[String]) -> Result<()> {
     if let Some(why) = relay.refused() {
         bail!("{way} can't be measured: {why}");
     }
-    let port = relay.open("127.0.0.1:0".parse()?, target.parse()?, Rules::default())?;
+    let port = relay.open(
+        "127.0.0.1:0".parse()?,
+        target.parse::<std::net::SocketAddr>()?,
+        Rules::default(),
+    )?;
     println!("{}", port.bind());
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())

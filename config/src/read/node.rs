@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Places, interval_within, within};
-use crate::choice::{AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine};
+use crate::choice::{
+    AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine, RelayFrom,
+};
 use crate::document::{Kind, Table, Value};
 use crate::node::{
     Accelerators, DataplaneLimits, DeviceLimit, Engine, Node, RpcLimits, StorageProxy, Volumes,
@@ -83,6 +85,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
     let forward = s.or(key("forward"), Forward::Auto);
     let kernel_attach = s.or(key("kernel-attach"), KernelAttach::Auto);
     let relay_engine = s.or(key("relay-engine"), RelayEngine::Auto);
+    let relay_from = s.or(key("relay-from"), RelayFrom::Container);
     let honour_firewall = s.maybe(key("honour-firewall"));
     let allowed_clients = s.or(key("allowed-clients"), Vec::<Subnet>::new());
     let service_clients = s.or_checked(
@@ -141,6 +144,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
         forward,
         kernel_attach,
         relay_engine,
+        relay_from,
         honour_firewall,
         allowed_clients,
         service_clients,

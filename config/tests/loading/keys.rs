@@ -331,6 +331,7 @@ fn node() -> Vec<Row> {
         ("node", &["forward"], "'relay'", json!("relay")),
         ("node", &["kernel-attach"], "'filters'", json!("filters")),
         ("node", &["relay-engine"], "'uring'", json!("uring")),
+        ("node", &["relay-from"], "'host'", json!("host")),
         ("node", &["honour-firewall"], "true", json!(true)),
         (
             "node",

@@ -195,6 +195,20 @@ pub(super) fn add_inner(net: &mut NetCounters, inner: &LinkCounters) {
     }
 }
 
+/// Adds bytes received and sent past all links.
+pub(super) fn add_carried(net: &mut NetCounters, [received, sent]: [u64; 2]) {
+    for (sum, bytes) in [(&mut net.rx_bytes, received), (&mut net.tx_bytes, sent)] {
+        *sum = sum.map(|sum| sum.saturating_add(bytes));
+    }
+}
+
+/// How much less than `told` links have counted, received and sent: what had passed them then. What they
+/// have counted since is missing from it, so that the sum does not go back, nor ahead.
+pub(super) fn lacking(net: &NetCounters, told: [u64; 2]) -> [u64; 2] {
+    let counted = [net.rx_bytes, net.tx_bytes].map(Option::unwrap_or_default);
+    [0, 1].map(|way| told[way].saturating_sub(counted[way]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 //!
 //! In: ports to open, change and close. Out: their counters. One or a few threads, each with its
 //! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
-//! dealt out to all. A session ([`session`]) is two sockets and two directions; a direction
+//! dealt out to all. Their connections begin inside the container where that is possible ([`inside`]). A session ([`session`]) is two sockets and two directions; a direction
 //! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice, driven
 //! by epoll ([`adaptive`]). With [`Engine::Uring`] sessions of messages are on io_uring ([`ring`]).
 //! Ports of UDP have a thread of their own ([`datagrams`]).
@@ -11,6 +11,7 @@
 pub mod adaptive;
 pub mod datagrams;
 pub mod flow;
+pub mod inside;
 pub mod port;
 pub mod ring;
 pub mod session;
@@ -25,7 +26,10 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use shared::ids::ContainerId;
+
 use self::datagrams::Datagrams;
+use self::inside::Insides;
 use self::port::{Port, Rules, Totals};
 use self::ring::RingEngine;
 use self::worker::{Census, Inbox, Message, Worker};
@@ -59,6 +63,8 @@ pub struct Options {
     pub engine: Engine,
     /// Sessions of all ports at once; 0 means no limit.
     pub total_sessions: u32,
+    /// Connections begin in the namespaces of their containers, where these are known.
+    pub inside: bool,
 }
 
 impl Default for Options {
@@ -67,6 +73,25 @@ impl Default for Options {
             threads: 1,
             engine: Engine::Splice,
             total_sessions: 0,
+            inside: true,
+        }
+    }
+}
+
+/// Where sessions are led.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// The container's address.
+    pub address: SocketAddr,
+    /// Whose it is; all zeros when that is not known.
+    pub container: ContainerId,
+}
+
+impl From<SocketAddr> for Target {
+    fn from(address: SocketAddr) -> Self {
+        Self {
+            address,
+            container: ContainerId::default(),
         }
     }
 }
@@ -100,6 +125,7 @@ pub struct Relay {
     inboxes: Vec<Arc<Inbox>>,
     threads: Vec<JoinHandle<io::Result<()>>>,
     totals: Arc<Totals>,
+    insides: Arc<Insides>,
     engine: Engine,
     /// Why it is not the engine that was asked for.
     refused: Option<String>,
@@ -127,6 +153,11 @@ impl Relay {
             inboxes,
             threads: Vec::new(),
             totals,
+            insides: Arc::new(if options.inside {
+                Insides::new()
+            } else {
+                Insides::default()
+            }),
             engine: options.engine,
             refused: None,
         };
@@ -174,12 +205,14 @@ impl Relay {
     pub fn open(
         &self,
         bind: SocketAddr,
-        target: SocketAddr,
+        target: impl Into<Target>,
         rules: Rules,
     ) -> Result<Arc<Port>, OpenError> {
+        let target = target.into();
         let fd = socket::listen(bind, BACKLOG).map_err(OpenError::Listen)?;
         let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
-        let port = Arc::new(Port::new(bound, target, rules, Arc::clone(&self.totals)));
+        let port = Port::new(bound, target.address, rules, Arc::clone(&self.totals));
+        let port = Arc::new(port.at_home(target.container, &self.insides));
         self.inbox_of(&port)
             .send(Message::Listen(fd, Arc::clone(&port)));
         Ok(port)
@@ -192,13 +225,15 @@ impl Relay {
     pub fn open_datagrams(
         &self,
         bind: SocketAddr,
-        target: SocketAddr,
+        target: impl Into<Target>,
         rules: Rules,
     ) -> Result<Arc<Port>, OpenError> {
+        let target = target.into();
         let fd = datagram::bind(bind).map_err(OpenError::Listen)?;
         let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
         let totals = Arc::clone(&self.totals);
-        let port = Arc::new(Port::of_datagrams(bound, target, rules, totals));
+        let port = Port::of_datagrams(bound, target.address, rules, totals);
+        let port = Arc::new(port.at_home(target.container, &self.insides));
         self.inbox_of(&port)
             .send(Message::Listen(fd, Arc::clone(&port)));
         Ok(port)
@@ -310,6 +345,11 @@ impl Relay {
     /// Why it is not the one that was asked for.
     pub fn refused(&self) -> Option<&str> {
         self.refused.as_deref()
+    }
+
+    /// The namespaces of containers.
+    pub fn insides(&self) -> &Arc<Insides> {
+        &self.insides
     }
 
     /// Session counts of the process.

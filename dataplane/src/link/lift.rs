@@ -111,6 +111,7 @@ impl Link {
         let containers = rows.map(|row| (row.container_id, row.clone())).collect();
         let before = std::mem::replace(&mut self.containers, containers);
         self.strays.note(&before, &self.containers);
+        self.relay.insides().note(&self.containers);
         if !std::mem::replace(&mut self.has_heard, true) {
             // What an earlier process has left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);

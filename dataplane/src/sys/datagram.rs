@@ -62,10 +62,16 @@ pub fn bind(address: SocketAddr) -> Result<OwnedFd, ListenError> {
 ///
 /// # Errors
 /// The kernel's answer: no descriptor, no route.
-pub fn connect(peer: SocketAddr) -> Result<OwnedFd, Errno> {
-    let fd = open(&peer)?;
-    net::connect(&fd, &peer)?;
+pub fn connect(peer: &SocketAddr) -> Result<OwnedFd, Errno> {
+    let fd = open(peer)?;
+    net::connect(&fd, peer)?;
     Ok(fd)
+}
+
+/// Whether an address is one of this network namespace's.
+pub fn is_own(address: IpAddr) -> bool {
+    let address = SocketAddr::new(address, 0);
+    open(&address).is_ok_and(|fd| net::bind(&fd, &address).is_ok())
 }
 
 /// A datagram's length and addresses.

@@ -309,7 +309,7 @@ impl Datagrams {
             other => other,
         };
         if written.is_ok() {
-            port.count_bytes(bytes.len() as u64, 0);
+            session.seat.count_bytes(bytes.len() as u64, 0);
         }
     }
 
@@ -325,11 +325,11 @@ impl Datagrams {
         let (position, client, local) = key;
         let port = Arc::clone(&self.listeners.get(position)?.as_ref()?.port);
         let judged = port.judge(client.ip(), || Some(local));
-        let Some(seat) = judged.ok().and_then(|()| self.seat(position, &port)) else {
+        let Some(mut seat) = judged.ok().and_then(|()| self.seat(position, &port)) else {
             port.count_refused();
             return None;
         };
-        let fd = match datagram::connect(port.target()) {
+        let fd = match port.begin(&mut seat, datagram::connect) {
             Ok(fd) => fd,
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 port.count_shed();
@@ -409,7 +409,7 @@ impl Datagrams {
                     };
                     let bytes = self.buffer.get(..length).unwrap_or_default();
                     if datagram::send(&listener.fd, bytes, client, local).is_ok() {
-                        listener.port.count_bytes(0, length as u64);
+                        session.seat.count_bytes(0, length as u64);
                     }
                 }
                 Err(Errno::AGAIN) => return false,

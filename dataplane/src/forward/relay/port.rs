@@ -5,12 +5,16 @@
 //! [`Seat`]; the active counts of port and process fall exactly when seats are dropped.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use shared::desired::ClientNetwork;
+use shared::ids::ContainerId;
 
+use super::inside::{Inside, Insides};
 use super::wheel::SLOT;
 
 /// What applies to sessions of a port.
@@ -181,6 +185,8 @@ pub struct Port {
     bind: SocketAddr,
     datagrams: bool,
     target: SocketAddr,
+    /// Whose namespace its sessions may begin in.
+    home: Option<(ContainerId, Arc<Insides>)>,
     rules: Mutex<Arc<Rules>>,
     max_sessions: AtomicU32,
     idle_slots: AtomicU32,
@@ -221,6 +227,7 @@ impl Port {
             bind,
             datagrams: false,
             target,
+            home: None,
             rules: Mutex::new(Arc::new(Rules::default())),
             max_sessions: AtomicU32::new(0),
             idle_slots: AtomicU32::new(0),
@@ -258,6 +265,14 @@ impl Port {
         }
     }
 
+    /// The same for a container whose namespace may be among those.
+    pub fn at_home(self, container: ContainerId, insides: &Arc<Insides>) -> Self {
+        Self {
+            home: Some((container, Arc::clone(insides))),
+            ..self
+        }
+    }
+
     /// Its clients send datagrams.
     pub fn takes_datagrams(&self) -> bool {
         self.datagrams
@@ -276,6 +291,26 @@ impl Port {
     /// Where sessions are led.
     pub fn target(&self) -> SocketAddr {
         self.target
+    }
+
+    /// A socket that `begin` makes towards the target: inside its container where that is possible, else on
+    /// the host. The bytes of its session are counted by `seat`.
+    ///
+    /// # Errors
+    /// What `begin` answers.
+    pub fn begin(
+        &self,
+        seat: &mut Seat,
+        begin: impl Fn(&SocketAddr) -> Result<OwnedFd, Errno>,
+    ) -> Result<OwnedFd, Errno> {
+        let inside = self.home.as_ref().and_then(|(id, all)| all.of(*id));
+        if let Some(inside) = inside
+            && let Some(begun) = inside.begin(&self.target, || begin(&self.target))
+        {
+            seat.inside = Some(inside);
+            return begun;
+        }
+        begin(&self.target)
     }
 
     /// Replaces the rules: admission at once, the idle timeout of sessions under way when their
@@ -436,7 +471,10 @@ impl Port {
         }
         self.total.fetch_add(1, Relaxed);
         self.totals.admitted.fetch_add(1, Relaxed);
-        Ok(Seat(Arc::clone(self)))
+        Ok(Seat {
+            port: Arc::clone(self),
+            inside: None,
+        })
     }
 
     /// Counts a client that was turned away.
@@ -460,8 +498,7 @@ impl Port {
         self.idle_timeouts.fetch_add(1, Relaxed);
     }
 
-    /// Counts delivered bytes.
-    pub fn count_bytes(&self, inbound: u64, outbound: u64) {
+    fn count_bytes(&self, inbound: u64, outbound: u64) {
         if inbound != 0 {
             self.bytes_in.fetch_add(inbound, Relaxed);
         }
@@ -521,19 +558,31 @@ fn take(count: &AtomicU32, limit: u32) -> Option<u32> {
 
 /// The place of one session in the counts of its port and of the process.
 #[derive(Debug)]
-pub struct Seat(Arc<Port>);
+pub struct Seat {
+    port: Arc<Port>,
+    /// Where it goes past its container's links.
+    inside: Option<Arc<Inside>>,
+}
 
 impl Seat {
     /// The port it belongs to.
     pub fn port(&self) -> &Arc<Port> {
-        &self.0
+        &self.port
+    }
+
+    /// Counts delivered bytes.
+    pub fn count_bytes(&self, inbound: u64, outbound: u64) {
+        self.port.count_bytes(inbound, outbound);
+        if let Some(inside) = &self.inside {
+            inside.carried().count(inbound, outbound);
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Relaxed);
-        self.0.totals.active.fetch_sub(1, Relaxed);
+        self.port.active.fetch_sub(1, Relaxed);
+        self.port.totals.active.fetch_sub(1, Relaxed);
     }
 }
 

@@ -317,7 +317,7 @@ impl Session {
                 End::Client => (moved, 0),
                 End::Container => (0, moved),
             };
-            self.seat.port().count_bytes(inbound, outbound);
+            self.seat.count_bytes(inbound, outbound);
         }
         match put {
             // What the client has sent before, and its end, may have waited for the container.
@@ -408,7 +408,7 @@ impl Session {
         let outcome = self.pump_both(tools, &mut moved_in, &mut moved_out);
         if moved_in | moved_out != 0 {
             self.last_active = now;
-            self.seat.port().count_bytes(moved_in, moved_out);
+            self.seat.count_bytes(moved_in, moved_out);
             self.small_turns = if moved_in.max(moved_out) < SMALL_TURN as u64 {
                 self.small_turns.saturating_add(1)
             } else {

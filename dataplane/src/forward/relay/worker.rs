@@ -506,9 +506,9 @@ impl Worker {
         }
     }
 
-    fn start_session(&mut self, client: OwnedFd, seat: Seat) {
+    fn start_session(&mut self, client: OwnedFd, mut seat: Seat) {
         let port = Arc::clone(seat.port());
-        let container = match socket::start_connect(&port.target()) {
+        let container = match port.begin(&mut seat, socket::start_connect) {
             Ok(fd) => fd,
             Err(errno) => {
                 if matches!(
