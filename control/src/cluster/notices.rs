@@ -55,23 +55,27 @@ pub async fn run(node: Arc<Node>) {
         entry: Entry::of(&node.config),
         // Whatever an earlier life has told of kernels that are still here.
         reported: node.registry.all().iter().map(|kernel| kernel.id).collect(),
-        trouble: false,
+        troubles: Troubles::default(),
     };
     let mut counts = node.active_containers.subscribe();
     counts.mark_changed();
     let [mut standing, mut commits, mut abuse] = [DISCOVERY.0, COMMITS.0, ABUSE].map(every);
     loop {
-        let written = tokio::select! {
-            _ = standing.tick() => notices.standing().await,
+        let (notice, written) = tokio::select! {
+            _ = standing.tick() => {
+                let written = notices.slots().await;
+                notices.told(Notice::Slots, written);
+                (Notice::Discovery, notices.discovery().await)
+            }
             Ok(()) = counts.changed() => {
                 let count = *counts.borrow_and_update();
-                notices.count(count).await
+                (Notice::Count, notices.count(count).await)
             }
-            _ = commits.tick() => notices.commits().await,
-            _ = abuse.tick() => notices.abuse().await,
+            _ = commits.tick() => (Notice::Commits, notices.commits().await),
+            _ = abuse.tick() => (Notice::Abuse, notices.abuse().await),
             () = node.stopping.cancelled() => return,
         };
-        notices.told(written);
+        notices.told(notice, written);
     }
 }
 
@@ -81,40 +85,105 @@ fn every(period: Duration) -> Interval {
     ticks
 }
 
+/// Whether anything was there to be written, and was.
+type Written = Result<bool, NoticeError>;
+
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Notice {
+    Slots,
+    Discovery,
+    Count,
+    Commits,
+    Abuse,
+}
+
+/// Where it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Statistics,
+    Discovery,
+    Etcd,
+}
+
+/// What keeps a notice from being written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Trouble {
+    /// A place does not answer: it concerns all that is written there.
+    Silent(Place),
+    /// Of this notice alone.
+    Refused(Notice),
+}
+
+/// The troubles that have been reported and last, so that each is reported once. One is over when something
+/// was written in spite of it.
+#[derive(Debug, Default)]
+struct Troubles(BTreeSet<Trouble>);
+
+impl Troubles {
+    /// Takes what has become of a notice; whether it is a trouble that is to be reported.
+    fn takes(&mut self, notice: Notice, place: Place, written: &Written) -> bool {
+        let (silent, refused) = (Trouble::Silent(place), Trouble::Refused(notice));
+        match written {
+            Ok(true) => {
+                self.0.remove(&silent);
+                self.0.remove(&refused);
+                false
+            }
+            Ok(false) => false,
+            Err(NoticeError::Store(err)) if err.is_final() => {
+                self.0.remove(&silent);
+                self.0.insert(refused)
+            }
+            Err(_) => self.0.insert(silent),
+        }
+    }
+}
+
 struct Notices<'a> {
     node: &'a Node,
     cluster: &'a Cluster,
     entry: Entry,
     /// Kernels that may have a field in the hash of reports.
     reported: BTreeSet<KernelId>,
-    /// So that an outage is reported once.
-    trouble: bool,
+    troubles: Troubles,
 }
 
 impl Notices<'_> {
-    fn told(&mut self, written: Result<(), NoticeError>) {
+    fn told(&mut self, notice: Notice, written: Written) {
+        let place = match (notice, self.node.config.service_discovery) {
+            (Notice::Discovery, DiscoveryType::Redis) => Place::Discovery,
+            (Notice::Discovery, DiscoveryType::Etcd) => Place::Etcd,
+            _ => Place::Statistics,
+        };
+        let report = self.troubles.takes(notice, place, &written);
         match written {
-            Ok(()) => self.trouble = false,
-            Err(err) if std::mem::replace(&mut self.trouble, true) => {
-                tracing::debug!(err = chain(&err), "a notice is not written either");
-            }
-            Err(err) => tracing::warn!(
+            Ok(_) => {}
+            Err(err) if report => tracing::warn!(
                 err = chain(&err),
                 "what the cluster shows of this node is old; it is written again"
             ),
+            Err(err) => tracing::debug!(err = chain(&err), "a notice is not written either"),
         }
     }
 
-    /// How slots are shown, and where metrics are.
-    async fn standing(&self) -> Result<(), NoticeError> {
+    /// How slots are shown.
+    async fn slots(&self) -> Written {
         let shown = self.node.ledger.metadata().into_iter().filter_map(|slot| {
             let text = serde_json::to_string(&slot).ok()?;
             Some((slot.slot_name, Bytes::from(text)))
         });
+        let shown: Vec<_> = shown.collect();
+        let some = !shown.is_empty();
         let statistics = self.cluster.bus.statistics();
         statistics
-            .set_fields("computer.metadata", shown.collect(), None)
+            .set_fields("computer.metadata", shown, None)
             .await?;
+        Ok(some)
+    }
+
+    /// Where metrics are.
+    async fn discovery(&self) -> Written {
         let id = self.entry.id;
         let fields = self.entry.fields(unix_seconds(SystemTime::now()));
         match self.node.config.service_discovery {
@@ -137,45 +206,50 @@ impl Notices<'_> {
                 self.cluster.etcd.put_all(Scope::Global, &pairs).await?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    async fn count(&self, count: Option<usize>) -> Result<(), NoticeError> {
-        let Some(count) = count else { return Ok(()) };
+    async fn count(&self, count: Option<usize>) -> Written {
+        let Some(count) = count else {
+            return Ok(false);
+        };
         let key = format!("container_count.{}", self.node.agent_id());
         let statistics = self.cluster.bus.statistics();
-        Ok(statistics.put(key, count.to_string(), COUNT_LIFE).await?)
+        statistics.put(key, count.to_string(), COUNT_LIFE).await?;
+        Ok(true)
     }
 
-    async fn commits(&self) -> Result<(), NoticeError> {
+    async fn commits(&self) -> Written {
         let committing: BTreeSet<KernelId> =
             self.node.background.committing().into_iter().collect();
+        let some = !committing.is_empty();
         for kernel in committing {
             let key = format!("kernel.{kernel}.commit");
             let statistics = self.cluster.bus.statistics();
             statistics.put(key, "ongoing", COMMITS.1).await?;
         }
-        Ok(())
+        Ok(some)
     }
 
-    async fn abuse(&mut self) -> Result<(), NoticeError> {
+    async fn abuse(&mut self) -> Written {
         if self.node.config.agent.abuse_report_path.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         let statuses = self.node.abuse.statuses();
         let reported: BTreeSet<KernelId> = statuses.keys().copied().collect();
         let over = self.reported.difference(&reported);
-        let over = over.map(KernelId::to_string).collect();
-        let fields = statuses
+        let over: Vec<_> = over.map(KernelId::to_string).collect();
+        let fields: Vec<_> = statuses
             .iter()
             .map(|(kernel, status)| (kernel.to_string(), Bytes::from(status.as_str())))
             .collect();
+        let some = !fields.is_empty() || !over.is_empty();
         let statistics = self.cluster.bus.statistics();
         statistics
             .change_fields("abuse_report", fields, over)
             .await?;
         self.reported = reported;
-        Ok(())
+        Ok(some)
     }
 }
 
@@ -233,5 +307,54 @@ fn flatten(key: String, value: &Value, pairs: &mut Vec<(String, String)>) {
         }
         Value::String(text) => pairs.push((key, text.clone())),
         other => pairs.push((key, other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn silent() -> Written {
+        Err(StoreError::Resting.into())
+    }
+
+    fn refused() -> Written {
+        let message = "WRONGTYPE Operation against a key".to_owned();
+        let step = "change fields";
+        Err(StoreError::Refused { step, message }.into())
+    }
+
+    #[test]
+    fn an_outage_is_reported_once_whatever_has_nothing_to_write_meanwhile() {
+        let mut troubles = Troubles::default();
+        let mut reports = |notice, place, written: Written| troubles.takes(notice, place, &written);
+        for round in 0..3 {
+            let first = round == 0;
+            assert_eq!(reports(Notice::Slots, Place::Statistics, silent()), first);
+            assert!(!reports(Notice::Commits, Place::Statistics, Ok(false)));
+            assert!(!reports(Notice::Abuse, Place::Statistics, Ok(false)));
+            assert!(!reports(Notice::Discovery, Place::Etcd, Ok(true)));
+            assert!(!reports(Notice::Count, Place::Statistics, silent()));
+        }
+        assert!(!reports(Notice::Count, Place::Statistics, Ok(true)));
+        assert!(reports(Notice::Slots, Place::Statistics, silent()));
+        assert!(reports(Notice::Discovery, Place::Discovery, silent()));
+    }
+
+    #[test]
+    fn what_a_server_refuses_is_reported_once_though_it_takes_the_rest() {
+        let mut troubles = Troubles::default();
+        let mut reports =
+            |notice, written: Written| troubles.takes(notice, Place::Statistics, &written);
+        for round in 0..3 {
+            assert_eq!(reports(Notice::Abuse, refused()), round == 0);
+            assert!(!reports(Notice::Slots, Ok(true)));
+        }
+        assert!(!reports(Notice::Abuse, Ok(true)));
+        assert!(reports(Notice::Abuse, refused()));
+        // It has answered, so what comes is another outage.
+        assert!(reports(Notice::Slots, silent()));
+        assert!(!reports(Notice::Abuse, refused()));
+        assert!(reports(Notice::Slots, silent()));
     }
 }
