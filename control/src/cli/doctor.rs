@@ -133,6 +133,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
             }),
             ephemeral_ports(
                 &read("/proc/sys/net/ipv4/ip_local_port_range"),
+                &read("/proc/sys/net/ipv4/ip_local_reserved_ports"),
                 config.container.port_range.first,
                 config.container.port_range.last,
             ),
@@ -500,7 +501,8 @@ fn control_groups(mounts: &str, own: bool, controllers: impl Fn(&str) -> String)
     )
 }
 
-fn ephemeral_ports(range: &str, first: u16, last: u16) -> Finding {
+/// `reserved` are the ports that the kernel gives to nobody who names none, as it lists them: `8080,30000-31000`.
+fn ephemeral_ports(range: &str, reserved: &str, first: u16, last: u16) -> Finding {
     let mut numbers = range
         .split_whitespace()
         .filter_map(|number| number.parse::<u16>().ok());
@@ -514,17 +516,48 @@ fn ephemeral_ports(range: &str, first: u16, last: u16) -> Finding {
     };
     let found = format!("{low}-{high}; service ports {first}-{last}");
     if low > last || high < first {
-        Finding::good("ephemeral ports", found)
-    } else {
-        Finding::bad(
-            "ephemeral ports",
-            Level::Warning,
-            found,
-            format!(
-                "outgoing connections may take service ports away; run: sysctl -w net.ipv4.ip_local_reserved_ports={first}-{last}"
-            ),
-        )
+        return Finding::good("ephemeral ports", found);
     }
+    let given: Vec<&str> = reserved
+        .trim()
+        .split(',')
+        .filter(|it| !it.is_empty())
+        .collect();
+    if is_reserved(&given, first.max(low), last.min(high)) {
+        return Finding::good("ephemeral ports", format!("{found}, which are reserved"));
+    }
+    // The setting is one list: what others have reserved stays in it.
+    let own = format!("{first}-{last}");
+    let all = [given, vec![&own]].concat().join(",");
+    Finding::bad(
+        "ephemeral ports",
+        Level::Warning,
+        found,
+        format!(
+            "outgoing connections may take service ports away; run: \
+             echo net.ipv4.ip_local_reserved_ports = {all} > /etc/sysctl.d/90-bai-agent.conf && \
+             sysctl -p /etc/sysctl.d/90-bai-agent.conf"
+        ),
+    )
+}
+
+/// Whether a list of ports and ranges has every port from `first` to `last`.
+fn is_reserved(list: &[&str], first: u16, last: u16) -> bool {
+    let mut ranges: Vec<(u16, u16)> = list
+        .iter()
+        .filter_map(|range| {
+            let (low, high) = range.split_once('-').unwrap_or((range, range));
+            Some((low.trim().parse().ok()?, high.trim().parse().ok()?))
+        })
+        .collect();
+    ranges.sort_unstable();
+    let mut next = u32::from(first);
+    for (low, high) in ranges {
+        if u32::from(low) <= next {
+            next = next.max(u32::from(high) + 1);
+        }
+    }
+    next > u32::from(last)
 }
 
 /// Listening ports of the pool in the text of `/proc/net/tcp` and `tcp6`.
@@ -668,14 +701,50 @@ mod tests {
 
     #[test]
     fn an_ephemeral_range_over_the_pool_is_a_warning() {
-        assert_eq!(
-            ephemeral_ports("32768\t60999\n", 30000, 31000).level,
-            Level::Good
-        );
-        assert_eq!(
-            ephemeral_ports("10000\t60999\n", 30000, 31000).level,
-            Level::Warning
-        );
-        assert_eq!(ephemeral_ports("", 30000, 31000).level, Level::Warning);
+        let finding = |range, reserved| ephemeral_ports(range, reserved, 30000, 31000);
+        assert_eq!(finding("32768\t60999\n", "\n").level, Level::Good);
+        assert_eq!(finding("10000\t60999\n", "\n").level, Level::Warning);
+        assert_eq!(finding("", "\n").level, Level::Warning);
+    }
+
+    #[test]
+    fn ports_of_the_pool_that_are_reserved_are_not_taken_and_others_stay_reserved() {
+        for (range, reserved, wanted) in [
+            ("10000\t60999\n", "", Some("30000-31000")),
+            ("10000\t60999\n", "\n", Some("30000-31000")),
+            ("10000\t60999\n", "30000-31000\n", None),
+            ("10000\t60999\n", "20000-40000\n", None),
+            ("10000\t60999\n", "8080,30000-30500,30501-31000\n", None),
+            ("10000\t60999\n", "8080\n", Some("8080,30000-31000")),
+            (
+                "10000\t60999\n",
+                "30000-30499,30501-31000\n",
+                Some("30000-30499,30501-31000,30000-31000"),
+            ),
+            (
+                "10000\t60999\n",
+                "30001-31000\n",
+                Some("30001-31000,30000-31000"),
+            ),
+            (
+                "10000\t60999\n",
+                "30000-30999\n",
+                Some("30000-30999,30000-31000"),
+            ),
+            // Only where the two meet.
+            ("30500\t60999\n", "30500-31000\n", None),
+            ("10000\t30200\n", "30000-30200\n", None),
+        ] {
+            let finding = ephemeral_ports(range, reserved, 30000, 31000);
+            let level = wanted.map_or(Level::Good, |_| Level::Warning);
+            assert_eq!(finding.level, level, "{range:?} {reserved:?}");
+            let named = wanted.is_none_or(|list| {
+                let setting = format!("ip_local_reserved_ports = {list} > /etc/sysctl.d/");
+                finding.remedy.contains(&setting)
+            });
+            assert!(named, "{reserved:?}: {}", finding.remedy);
+        }
+        let whole = ephemeral_ports("1\t65535\n", "1-65535\n", 1, 65535);
+        assert_eq!(whole.level, Level::Good);
     }
 }
