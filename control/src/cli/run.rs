@@ -20,12 +20,23 @@ const MOST_WORKERS: usize = 4;
 /// Arguments of `run` and `watcher`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Log what is done in detail; the same as --log-level DEBUG.
+    /// Log what is done in detail; the same as --log-level DEBUG, and stronger than it.
     #[arg(long)]
     debug: bool,
-    /// Lowest level that is logged, instead of the configured one (logging.level).
+    /// Lowest level that is logged, instead of the configured one (logging.level); NOTSET is the configured one.
     #[arg(long, value_name = "LEVEL", ignore_case = true, value_parser = levels())]
     log_level: Option<LogLevel>,
+}
+
+impl RunArgs {
+    /// The level that is logged where `configured` is the configuration's.
+    fn level(&self, configured: LogLevel) -> LogLevel {
+        match (self.debug, self.log_level) {
+            (true, _) => LogLevel::Debug,
+            (false, None | Some(LogLevel::NotSet)) => configured,
+            (false, Some(level)) => level,
+        }
+    }
 }
 
 /// Takes the words of `logging.level`.
@@ -90,12 +101,7 @@ pub fn run(args: &RunArgs, source: &Source) -> Result<(), Problem> {
 }
 
 fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
-    let level = match (args.log_level, args.debug) {
-        (Some(level), _) => level,
-        (None, true) => LogLevel::Debug,
-        (None, false) => config.logging.level,
-    }
-    .directive();
+    let level = args.level(config.logging.level).directive();
     let directives = format!("warn,control={level},bai_agent={level}");
     let filter = match std::env::var("RUST_LOG") {
         Ok(given) if !given.is_empty() => EnvFilter::try_new(given),
@@ -118,4 +124,30 @@ fn start_log(args: &RunArgs, config: &Config) -> Result<(), Problem> {
         LogFormat::Verbose => builder.try_init(),
     };
     started.map_err(|err| Problem::Other(anyhow::anyhow!("the log cannot be started: {err}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_wins_over_the_configured_level() {
+        for (debug, log_level, level) in [
+            (false, None, LogLevel::Warning),
+            (false, Some(LogLevel::NotSet), LogLevel::Warning),
+            (false, Some(LogLevel::Error), LogLevel::Error),
+            (false, Some(LogLevel::Trace), LogLevel::Trace),
+            (true, None, LogLevel::Debug),
+            (true, Some(LogLevel::NotSet), LogLevel::Debug),
+            (true, Some(LogLevel::Error), LogLevel::Debug),
+        ] {
+            let args = RunArgs { debug, log_level };
+            assert_eq!(args.level(LogLevel::Warning), level, "{args:?}");
+        }
+        let everything = RunArgs {
+            debug: false,
+            log_level: None,
+        };
+        assert_eq!(everything.level(LogLevel::NotSet).directive(), "trace");
+    }
 }
