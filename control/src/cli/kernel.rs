@@ -5,6 +5,7 @@ mod exec;
 mod records;
 
 use crate::cli::output::{say, say_part};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -126,13 +127,19 @@ async fn kernels(agent: &Agent, all: bool) -> Result<Vec<KernelRecord>, Problem>
 
 /// Finds a kernel by its id or the unambiguous beginning of it.
 async fn find(agent: &Agent, text: &str) -> Result<KernelRecord, Problem> {
-    let all = kernels(agent, true).await?;
-    let mut found: Vec<KernelRecord> = all
+    pick(kernels(agent, true).await?, text)
+}
+
+/// `all` are the ends that are remembered, oldest first, then the kernels that are there: of a kernel with several
+/// lives the last one counts.
+fn pick(all: Vec<KernelRecord>, text: &str) -> Result<KernelRecord, Problem> {
+    let mut found: BTreeMap<String, KernelRecord> = all
         .into_iter()
         .filter(|kernel| !text.is_empty() && kernel.kernel_id.starts_with(text))
+        .map(|kernel| (kernel.kernel_id.clone(), kernel))
         .collect();
-    match (found.len(), found.pop()) {
-        (1, Some(kernel)) => Ok(kernel),
+    match (found.len(), found.pop_last()) {
+        (1, Some((_, kernel))) => Ok(kernel),
         (0, _) => Err(Problem::Refused {
             method: "the look-up".to_owned(),
             class: "KeyError".to_owned(),
@@ -348,6 +355,32 @@ async fn destroy(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_kernel_with_several_lives_the_last_is_found() {
+        let life = |id: &str, state: &str, image: &str| -> KernelRecord {
+            let record =
+                json!({"kernel_id": id, "session_id": "s", "image": image, "state": state});
+            serde_json::from_value(record).unwrap()
+        };
+        let all = vec![
+            life("aa-1", "terminated", "first"),
+            life("ab-2", "terminated", "first"),
+            life("aa-1", "terminated", "second"),
+            life("ab-2", "running", "second"),
+        ];
+        let found = |text: &str| pick(all.clone(), text).map(|kernel| kernel.image);
+        for text in ["aa-1", "aa", "ab-2", "ab"] {
+            assert_eq!(found(text).unwrap(), "second", "{text}");
+        }
+        let problem = found("a").unwrap_err();
+        assert!(
+            matches!(&problem, Problem::Usage(err) if err.to_string().starts_with("2 kernels"))
+        );
+        for text in ["", "b"] {
+            assert_eq!(found(text).unwrap_err().code(), 1, "{text}");
+        }
+    }
 
     #[test]
     fn a_port_is_shown_where_it_is_served() {
