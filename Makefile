@@ -6,7 +6,8 @@ SHELL := /bin/bash
 
 CARGO ?= cargo
 # Tools that cargo builds are kept over checkouts.
-TOOLS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent/tools
+CACHE := $(or $(BAI_AGENT_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent)
+TOOLS ?= $(CACHE)/tools
 DENY := $(TOOLS)/bin/cargo-deny
 DENY_VERSION := 0.20.2
 NEXTEST := $(shell command -v cargo-nextest || echo $(TOOLS)/bin/cargo-nextest)
@@ -66,7 +67,7 @@ unit: $(NEXTEST) ## tests that need no peer: library and binary tests of every c
 loom: ## model checks of the shared-memory cell
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked -p shared --lib --release loom_
 
-integration: build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
+integration: setup-test build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
 	tests/scripts/with-engine $(NEXTEST) nextest run --locked -p tests --tests
 
 test-accelerators: setup-test build runner $(NEXTEST) ## all about accelerators alone, the manager's view of them too (part of `make test`)
@@ -86,9 +87,9 @@ bench-agent: setup-test release runner ## our agent against the Python agent, in
 	$(CARGO) build --locked --release -p benches --bin rpc-load
 	"$$(tests/scripts/manager-env)" tests/python/bench_agent.py
 
-RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bai-agent/runner)
+RUNNER_DIR := $(or $(BAI_RUNNER_DIR),$(CACHE)/runner)
 
-runner: build ## install the published runner packages where the suites look for them
+runner: setup-demo build ## install the published runner packages where the suites look for them
 	$(or $(CARGO_TARGET_DIR),target)/debug/bai-agent runner install --wheels "$$(tests/scripts/runner-wheels)" --runner-dir $(RUNNER_DIR)
 
 vm-test: setup-vm ## collection and the kernel path on Debian's kernel (6.1) with pure cgroup v2, in an emulated machine
@@ -100,10 +101,10 @@ vm-node: setup-test setup-vm ## a whole node under systemd, installed from here,
 verify-units: ## check the systemd units
 	tests/scripts/verify-units
 
-fuzz: ## run every fuzz target for FUZZ_SECONDS each
+fuzz: setup-test ## run every fuzz target for FUZZ_SECONDS each
 	fuzz/run $(FUZZ_SECONDS)
 
-build-fuzz: ## build the fuzz targets only
+build-fuzz: setup-test ## build the fuzz targets only
 	fuzz/run 0
 
 bench-ports: setup-bench ## service ports against peers (root); BENCH='--rounds 3 --peers direct,kernel' narrows it
@@ -120,12 +121,13 @@ bench-stats: setup-test release runner ## statistics of many containers against 
 
 SOAK_SECONDS ?= 3600
 
-soak: build runner ## kernels come and go for SOAK_SECONDS, nothing may be left and memory may not grow
-	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test first_light twenty_cycles -- --nocapture
+soak: setup-test build runner ## kernels come and go for SOAK_SECONDS, nothing may be left and memory may not grow
+	SOAK_SECONDS=$(SOAK_SECONDS) tests/scripts/with-engine $(CARGO) test --locked -p tests --test first_light twenty_cycles -- --nocapture
 
-soak-stats: build ## containers come and go for SOAK_SECONDS, nothing may be left in the dataplane; one with 10,000 processes (root)
+soak-stats: setup-test build ## containers come and go for SOAK_SECONDS, nothing may be left in the dataplane; one with 10,000 processes (root)
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --locked -p tests --test collect_churn -- --nocapture
 	BAI_CROWD=10000 $(CARGO) test --locked -p tests --test collect_isolation a_crowd_of_processes -- --nocapture
 
 clean: ## remove build results
 	$(CARGO) clean
+	rm -rf fuzz/target

@@ -100,17 +100,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
 
 /// The installed runner packages, shared by all tests of a machine.
 pub fn runner_directory() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    std::env::var_os("BAI_RUNNER_DIR").map_or_else(
-        || {
-            cache
-                .unwrap_or_else(std::env::temp_dir)
-                .join("bai-agent/runner")
-        },
-        PathBuf::from,
-    )
+    let named = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let caches = || named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    let own = || named("BAI_AGENT_CACHE").or_else(|| Some(caches()?.join("bai-agent")));
+    named("BAI_RUNNER_DIR")
+        .unwrap_or_else(|| own().unwrap_or_else(std::env::temp_dir).join("runner"))
 }
 
 /// A range of host ports that no other test process has.
