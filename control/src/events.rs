@@ -160,11 +160,6 @@ pub enum Event {
         /// The session.
         session: SessionId,
     },
-    /// An execution ran out of time.
-    ExecutionTimeout {
-        /// The session.
-        session: SessionId,
-    },
     /// An execution will not come to its end.
     ExecutionCancelled {
         /// The session.
@@ -232,15 +227,6 @@ pub enum Event {
         /// Task id, with hyphens.
         task: String,
     },
-    /// A background task did some of its work.
-    BgtaskPartialSuccess {
-        /// Task id, with hyphens.
-        task: String,
-        /// A result in words.
-        message: String,
-        /// What failed.
-        errors: Vec<String>,
-    },
     /// A volume was mounted, or could not be.
     VolumeMounted(VolumeAnswer),
     /// A volume was unmounted, or could not be.
@@ -302,7 +288,6 @@ impl Event {
             Event::SessionFailure { .. } => "session_failure",
             Event::ExecutionStarted { .. } => "execution_started",
             Event::ExecutionFinished { .. } => "execution_finished",
-            Event::ExecutionTimeout { .. } => "execution_timeout",
             Event::ExecutionCancelled { .. } => "execution_cancelled",
             Event::ModelServiceStatusUpdated { .. } => "model_service_status_updated",
             Event::ImagePullStarted { .. } => "image_pull_started",
@@ -312,7 +297,6 @@ impl Event {
             Event::BgtaskDone { .. } => "bgtask_done",
             Event::BgtaskFailed { .. } => "bgtask_failed",
             Event::BgtaskCancelled { .. } => "bgtask_cancelled",
-            Event::BgtaskPartialSuccess { .. } => "bgtask_partial_success",
             Event::VolumeMounted(_) => "volume_mounted",
             Event::VolumeUnmounted(_) => "volume_unmounted",
         }
@@ -326,7 +310,6 @@ impl Event {
             | Event::BgtaskDone { .. }
             | Event::BgtaskFailed { .. }
             | Event::BgtaskCancelled { .. }
-            | Event::BgtaskPartialSuccess { .. }
             | Event::VolumeMounted(_)
             | Event::VolumeUnmounted(_) => Delivery::Broadcast,
             Event::KernelPreparing { .. }
@@ -345,7 +328,6 @@ impl Event {
             | Event::DoSyncKernelLogs { .. }
             | Event::ExecutionStarted { .. }
             | Event::ExecutionFinished { .. }
-            | Event::ExecutionTimeout { .. }
             | Event::ExecutionCancelled { .. }
             | Event::ImagePullStarted { .. }
             | Event::ImagePullFinished { .. }
@@ -420,7 +402,6 @@ impl Event {
             } => json!([session.to_string(), reason.as_str(), exit_code]),
             Event::ExecutionStarted { session }
             | Event::ExecutionFinished { session }
-            | Event::ExecutionTimeout { session }
             | Event::ExecutionCancelled { session } => json!([session.to_string()]),
             Event::ModelServiceStatusUpdated { session, status } => {
                 json!([session.to_string(), status])
@@ -445,11 +426,6 @@ impl Event {
             Event::BgtaskDone { task, message } => json!([task, message]),
             Event::BgtaskFailed { task, message } => json!([task, message]),
             Event::BgtaskCancelled { task } => json!([task, "Task cancelled"]),
-            Event::BgtaskPartialSuccess {
-                task,
-                message,
-                errors,
-            } => json!([task, message, errors]),
             Event::VolumeMounted(answer) | Event::VolumeUnmounted(answer) => json!([
                 answer.agent,
                 "agent",

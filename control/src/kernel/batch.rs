@@ -188,7 +188,6 @@ async fn watch(
                     exit_code: exit_code.unwrap_or(-1),
                 });
             }
-            Ok(Ending::ExecTimeout) => return None,
             Ok(Ending::Continued | Ending::Step(..) | Ending::WaitingInput(_)) => {}
             Err(_) => return Some(BatchOutcome::KernelGone),
         }

@@ -127,8 +127,6 @@ pub enum Status {
     Finished,
     /// The run waits for input.
     WaitingInput,
-    /// The run took too long and was ended.
-    ExecTimeout,
 }
 
 /// Console output in the form of an API version.
@@ -322,7 +320,6 @@ fn assemble(run_id: String, taken: Taken, api_version: u32) -> ExecuteReply {
         Ending::Step(Step::Build, exit_code) => (Status::BuildFinished, exit_code, None),
         Ending::Step(Step::Run, exit_code) => (Status::Finished, exit_code, None),
         Ending::WaitingInput(options) => (Status::WaitingInput, None, Some(options)),
-        Ending::ExecTimeout => (Status::ExecTimeout, None, None),
     };
     let console = if api_version <= 1 {
         split(taken.records)

@@ -32,7 +32,6 @@ reasons! {
     ALREADY_TERMINATED = "already-terminated";
     ANOMALY_DETECTED = "anomaly-detected";
     CONTAINER_NOT_FOUND = "container-not-found";
-    EXEC_TIMEOUT = "exec-timeout";
     FAILED_TO_CREATE = "failed-to-create";
     FAILED_TO_START = "failed-to-start";
     NOT_FOUND_IN_MANAGER = "not-found-in-manager";
@@ -173,7 +172,6 @@ impl Ending {
         let own = [
             Reason::ANOMALY_DETECTED,
             Reason::CONTAINER_NOT_FOUND,
-            Reason::EXEC_TIMEOUT,
             Reason::FAILED_TO_CREATE,
             Reason::RESTART_TIMEOUT,
         ];

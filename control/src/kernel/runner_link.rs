@@ -757,7 +757,6 @@ impl Inner {
                 events.emit(match milestone {
                     Milestone::Started => Event::ExecutionStarted { session },
                     Milestone::Finished => Event::ExecutionFinished { session },
-                    Milestone::TimedOut => Event::ExecutionTimeout { session },
                     Milestone::Cancelled => Event::ExecutionCancelled { session },
                 });
             }

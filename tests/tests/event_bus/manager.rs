@@ -22,7 +22,7 @@ use super::{LIMIT, bus, drained, settings};
 const KERNEL: &str = "7b4d2a9f-0000-4000-8000-0000000000b2";
 const SESSION: &str = "5a3c1f6e-0000-4000-8000-0000000000a1";
 /// Names of the events that leave the node, without the two reports of its state.
-const NAMES: usize = 28;
+const NAMES: usize = 26;
 
 /// One event of each kind that leaves the node, two of those that come in two forms.
 fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> Vec<Event> {
@@ -93,7 +93,6 @@ fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> 
         },
         Event::ExecutionStarted { session },
         Event::ExecutionFinished { session },
-        Event::ExecutionTimeout { session },
         Event::ExecutionCancelled { session },
         Event::ModelServiceStatusUpdated {
             session,
@@ -137,11 +136,6 @@ fn every_event(kernel: KernelId, session: SessionId, container: ContainerId) -> 
             message: "it failed".into(),
         },
         Event::BgtaskCancelled { task: task(4) },
-        Event::BgtaskPartialSuccess {
-            task: task(5),
-            message: "half of it".into(),
-            errors: vec!["one".into()],
-        },
         Event::VolumeMounted(answer(None)),
         Event::VolumeUnmounted(answer(Some("busy"))),
     ]
@@ -207,7 +201,6 @@ fn as_read(event: &Event) -> Value {
         }
         Event::ExecutionStarted { session }
         | Event::ExecutionFinished { session }
-        | Event::ExecutionTimeout { session }
         | Event::ExecutionCancelled { session } => json!({"session_id": id(session)}),
         Event::ModelServiceStatusUpdated { session, status } => {
             json!({"session_id": id(session), "new_status": status})
@@ -238,11 +231,6 @@ fn as_read(event: &Event) -> Value {
         Event::BgtaskCancelled { task } => {
             json!({"task_id": id(task), "message": "Task cancelled"})
         }
-        Event::BgtaskPartialSuccess {
-            task,
-            message,
-            errors,
-        } => json!({"task_id": id(task), "message": message, "errors": errors}),
         Event::VolumeMounted(answer) | Event::VolumeUnmounted(answer) => json!({
             "node_id": answer.agent, "node_type": "agent", "mount_path": answer.path,
             "quota_scope_id": answer.quota_scope, "err_msg": answer.error,

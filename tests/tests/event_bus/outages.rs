@@ -387,7 +387,7 @@ async fn the_end_of_a_run_is_not_lost_with_an_agent_that_ends_during_an_outage()
         Event::ExecutionStarted { session },
         Event::ExecutionCancelled { session },
         Event::ExecutionStarted { session },
-        Event::ExecutionTimeout { session },
+        Event::ExecutionFinished { session },
     ] {
         events.emit(event);
     }
@@ -404,7 +404,7 @@ async fn the_end_of_a_run_is_not_lost_with_an_agent_that_ends_during_an_outage()
             "execution_started",
             "execution_cancelled",
             "execution_started",
-            "execution_timeout"
+            "execution_finished"
         ]
     );
     Ok(())

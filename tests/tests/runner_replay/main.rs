@@ -584,30 +584,3 @@ async fn the_runner_is_pinged_while_idle() -> Result<()> {
     link.close().await;
     Ok(())
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_takes_too_long_is_ended() -> Result<()> {
-    let runner = FakeRunner::start().await?;
-    let runs = RunLimits {
-        exec_timeout: Some(Duration::from_millis(400)),
-        ..RunLimits::default()
-    };
-    let link = RunnerLink::open(
-        KernelId([9; 16]),
-        runner.address,
-        LinkOptions {
-            runs,
-            ..LinkOptions::default()
-        },
-    );
-    let reply = execution::execute(
-        &link,
-        ExecuteRequest {
-            flush_timeout: Some(10.0),
-            ..request("t", Mode::Query, "for ever")
-        },
-    )
-    .await?;
-    ensure!(reply.status == Status::ExecTimeout, "{reply:?}");
-    Ok(())
-}

@@ -91,13 +91,6 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         mode = "continue";
         match reply.status.as_str() {
             "finished" => break reply.exit_code,
-            "exec-timeout" => {
-                return Err(Problem::Refused {
-                    method: "the run".to_owned(),
-                    class: "exec-timeout".to_owned(),
-                    repr: "the time limit was reached".to_owned(),
-                });
-            }
             "waiting-input" => {
                 mode = "input";
                 code = read_input(reply.options.as_ref()).await?;

@@ -111,8 +111,7 @@ impl Message {
             Event::BgtaskUpdated { task, .. }
             | Event::BgtaskDone { task, .. }
             | Event::BgtaskFailed { task, .. }
-            | Event::BgtaskCancelled { task }
-            | Event::BgtaskPartialSuccess { task, .. } => Some(task),
+            | Event::BgtaskCancelled { task } => Some(task),
             _ => None,
         };
         Ok(Some(Self {
@@ -241,7 +240,6 @@ fn keeping(event: &Event) -> Keeping {
         // The manager knows from the last one whether a session idles. They may be many.
         Event::ExecutionStarted { .. }
         | Event::ExecutionFinished { .. }
-        | Event::ExecutionTimeout { .. }
         | Event::ExecutionCancelled { .. } => Keeping::JournalledDoing,
         Event::BgtaskUpdated { task, .. } => Keeping::Newest(format!("bgtask.{task}")),
         Event::AgentStarted { .. }
@@ -255,7 +253,6 @@ fn keeping(event: &Event) -> Keeping {
         | Event::BgtaskDone { .. }
         | Event::BgtaskFailed { .. }
         | Event::BgtaskCancelled { .. }
-        | Event::BgtaskPartialSuccess { .. }
         | Event::VolumeMounted(_)
         | Event::VolumeUnmounted(_) => Keeping::Queued,
     }

@@ -58,8 +58,6 @@ pub struct RunLimits {
     pub ended_keep: Duration,
     /// The output of a run that nobody polls for this long is dropped; one that is over is forgotten.
     pub unread: Duration,
-    /// Wall time a run may take; `None` = no limit (the default of Backend.AI).
-    pub exec_timeout: Option<Duration>,
 }
 
 impl Default for RunLimits {
@@ -76,7 +74,6 @@ impl Default for RunLimits {
             waiting_idle: Duration::from_secs(60),
             ended_keep: Duration::from_secs(60),
             unread: Duration::from_secs(600),
-            exec_timeout: None,
         }
     }
 }
@@ -109,8 +106,6 @@ pub enum Ending {
     Step(Step, Option<i64>),
     /// The run waits for input.
     WaitingInput(Map<String, Value>),
-    /// The run took longer than it may.
-    ExecTimeout,
 }
 
 /// What others than the client are told of a run: whether the kernel works.
@@ -121,8 +116,6 @@ pub enum Milestone {
     Started,
     /// The runner has finished it.
     Finished,
-    /// It took longer than it may.
-    TimedOut,
     /// It will not be finished: nobody wants it any more, or its runner is gone.
     Cancelled,
 }
@@ -524,14 +517,7 @@ impl RunTable {
             };
         }
         let taken = run.take(now, flush, &self.limits)?;
-        if matches!(taken.ending, Ending::ExecTimeout) {
-            run.phase = Phase::Ended;
-            self.milestones.push(Milestone::TimedOut);
-            run.keep_last(&taken);
-            if self.current.as_deref() == Some(run_id) {
-                self.current = None;
-            }
-        } else if run.phase == Phase::Ended && run.records.is_empty() {
+        if run.phase == Phase::Ended && run.records.is_empty() {
             run.keep_last(&taken);
         }
         Some(taken)

@@ -9,13 +9,12 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{failed, kernel_id, known_kernel, reply, runner_of, runner_within};
-use crate::kernel::execution::{self, BatchSteps, COMPLETION_LIMIT, ExecuteRequest, Mode, Status};
-use crate::kernel::lifecycle::Reason;
+use crate::kernel::execution::{self, BatchSteps, COMPLETION_LIMIT, ExecuteRequest, Mode};
 use crate::kernel::node::Node;
 use crate::kernel::record::PublishedBy;
 use crate::kernel::registry::Kernel;
 use crate::kernel::services::{self, ServiceReply, ServiceStart};
-use crate::kernel::{batch_job, destroy, restart};
+use crate::kernel::{batch_job, restart};
 
 /// The original's words for a kernel that `execute` does not find.
 fn not_found(id: shared::ids::KernelId) -> Failure {
@@ -26,7 +25,6 @@ fn not_found(id: shared::ids::KernelId) -> Failure {
 
 pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
     let id = kernel_id(&args, "kernel_id")?;
-    let session = SessionId(args.uuid("session_id")?.into_bytes());
     let mut request = ExecuteRequest {
         run_id: args.get("run_id")?,
         mode: args
@@ -49,14 +47,6 @@ pub(super) async fn execute(node: &Arc<Node>, mut args: Arguments) -> Result<Val
     let answer = execution::execute(&runner, request)
         .await
         .map_err(|err| failed(&err))?;
-    if answer.status == Status::ExecTimeout {
-        let node = node.clone();
-        node.clone().tasks.spawn(async move {
-            if let Err(err) = destroy::destroy(&node, id, session, Reason::EXEC_TIMEOUT, false).await {
-                tracing::warn!(kernel_id = %id, err = &err as &dyn std::error::Error, "cannot destroy a kernel");
-            }
-        });
-    }
     reply(&answer)
 }
 

@@ -253,11 +253,7 @@ impl Run {
     }
 
     pub(super) fn take(&mut self, now: Instant, flush: bool, limits: &RunLimits) -> Option<Taken> {
-        let overdue = self.phase == Phase::Current
-            && limits
-                .exec_timeout
-                .is_some_and(|limit| now.saturating_duration_since(self.started) > limit);
-        if !(self.ends > 0 || overdue || flush || self.is_full(limits)) {
+        if !(self.ends > 0 || flush || self.is_full(limits)) {
             return None;
         }
         let mut records = Vec::new();
@@ -270,11 +266,7 @@ impl Run {
             self.dropped = 0;
         }
         let mut taken_bytes = 0;
-        let mut ending = if overdue && self.ends == 0 {
-            Ending::ExecTimeout
-        } else {
-            Ending::Continued
-        };
+        let mut ending = Ending::Continued;
         while let Some(record) = self.records.pop_front() {
             self.weight = self.weight.saturating_sub(record.weight());
             match record {
