@@ -13,7 +13,8 @@ mod rows;
 
 pub(crate) use rows::*;
 
-/// The layout of this build. Raised with every change of [`LAYOUT_HASH`].
+/// The layout of this build. To be raised with a change of [`LAYOUT_HASH`] once a release has the
+/// version before; until then the hash alone tells layouts apart, and readers compare both.
 pub const LAYOUT_VERSION: u32 = 1;
 
 /// First word of every region file ("bai-regn").

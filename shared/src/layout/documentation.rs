@@ -121,12 +121,13 @@ fn the_document_has_every_table_row_and_counter() {
     assert_eq!(HEADER_BYTES, 4096, "the document says so in its prose");
 }
 
-/// The hash of each version that was ever released, and of the one that will be next.
+/// The hash of each version that was ever released, and of the one that will be next, whose hash is
+/// replaced here with each change.
 #[test]
 fn a_changed_layout_has_a_new_version() {
     let recorded = [(1u32, 0x6d09_663e_73ef_8974)];
     assert!(
         recorded.contains(&(LAYOUT_VERSION, LAYOUT_HASH)),
-        "layout {LAYOUT_VERSION} now has the hash {LAYOUT_HASH:#018x}; raise LAYOUT_VERSION and record it"
+        "layout {LAYOUT_VERSION} now has the hash {LAYOUT_HASH:#018x}; record it here, and raise LAYOUT_VERSION if a release has this version"
     );
 }

@@ -1,4 +1,4 @@
-//! The rows themselves. Change one, and `LAYOUT_VERSION` and `docs/shared-memory.md` change with it.
+//! The rows themselves. Change one, and the layout hash and `docs/shared-memory.md` change with it.
 
 use super::declare;
 
