@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use config::{Config, CudaInjection, CurveFiles, Host, LoadOptions, Loaded, Publish, ThisHost};
 use shared::Sizes;
 use shared::desired::NodeRow;
+use shared::lock::Ousted;
 use shared::run_dir::{RunDir, RunDirError};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
@@ -154,6 +155,9 @@ pub enum AppError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[source] std::io::Error),
+    /// Another agent has come to hold the node.
+    #[error(transparent)]
+    Ousted(#[from] Ousted),
     /// The agent was told to stop before it was ready.
     #[error("stopped before the node was ready")]
     Interrupted,
@@ -195,14 +199,32 @@ fn is_distrust(source: &std::io::Error) -> bool {
 /// Runs the agent until it is told to stop. The options are those the configuration was loaded with:
 /// what the cluster sets is laid over the same file.
 pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppError> {
-    let config = loaded.config.clone();
     let stopping = CancellationToken::new();
     listen_for_signals(&stopping)?;
     let recorder = Recorder::install().map_err(AppError::Counters)?;
     // A wrong key file is told at once, not after Docker was waited for.
-    let curve = curve(config.agent.rpc_auth.as_ref())?;
+    let curve = curve(loaded.config.agent.rpc_auth.as_ref())?;
+    let link = take_node(&loaded.config, &stopping).await?;
+    let ousted = link.ousted();
+    let served = serve(loaded, options, link, recorder, curve, stopping);
+    tokio::select! {
+        served = Box::pin(served) => served,
+        // No farewell: the node and its kernels are the other's, who is not to be taken for stopped.
+        ousted = ousted => Err(ousted.into()),
+    }
+}
+
+/// All that is done with the node's lock held.
+async fn serve(
+    loaded: Loaded,
+    options: Arc<LoadOptions>,
+    link: Link,
+    recorder: Recorder,
+    curve: Option<CurveServer>,
+    stopping: CancellationToken,
+) -> Result<(), AppError> {
+    let config = loaded.config.clone();
     let public_key = curve.as_ref().map(|curve| curve.pair.public);
-    let link = take_node(&config, &stopping).await?;
     // After the lock: a second agent of this id leaves the first one's file alone.
     let path = config.agent.pid_file.clone();
     let _pid_file = blocking(move || PidFile::write(&path)).await;

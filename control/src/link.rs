@@ -18,6 +18,7 @@ use std::time::Duration;
 use shared::desired::{ContainerRow, DesiredWriter, NodeRow, PortKey, PortRow};
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
+use shared::lock::Ousted;
 use shared::observed::{ContainerSample, ObservedReader, ObservedSnapshot, PortState};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{BatchError, OpenError, ReadError, Sizes};
@@ -190,6 +191,7 @@ pub struct Withdrawal(oneshot::Receiver<Withdrawn>);
 pub struct Link {
     commands: mpsc::Sender<Command>,
     observed: watch::Receiver<Observed>,
+    ousted: watch::Receiver<Option<Ousted>>,
     region: RegionId,
     epoch: u64,
     run_dir: RunDir,
@@ -221,11 +223,13 @@ impl Link {
         }
         owner.look();
         owner.ring();
+        let ousted = owner.ousted();
         let rung = bell::listen(doorbell, stopping.clone()).map_err(LinkOpenError::Watch)?;
         tokio::spawn(owner.run(rung, requests, stopping));
         Ok(Link {
             commands,
             observed,
+            ousted,
             region,
             epoch,
             run_dir,
@@ -240,6 +244,22 @@ impl Link {
     /// Where the regions are.
     pub fn run_dir(&self) -> &RunDir {
         &self.run_dir
+    }
+
+    /// Waits until another process has become the writer of the region, which this one then leaves
+    /// alone: it is to end. Else for ever.
+    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
+        let mut ousted = self.ousted.clone();
+        async move {
+            loop {
+                if let Some(ousted) = ousted.borrow_and_update().clone() {
+                    return ousted;
+                }
+                if ousted.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        }
     }
 
     /// What the dataplane says now.
@@ -420,6 +440,25 @@ mod tests {
             }
             stopping.cancel();
         }
+    }
+
+    #[tokio::test]
+    async fn a_region_that_another_process_writes_is_left_to_it() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-link").unwrap();
+        run_dir.create_dataplane().unwrap();
+        let stopping = CancellationToken::new();
+        let node = NodeRow::default();
+        let link = Link::open(run_dir.clone(), Sizes::default(), node, stopping).unwrap();
+        std::fs::remove_file(run_dir.control().join("lock")).unwrap();
+        let other = DesiredWriter::open(run_dir.control(), Sizes::default()).unwrap();
+        let ousted = tokio::time::timeout(Duration::from_secs(60), link.ousted());
+        assert_eq!(ousted.await.unwrap().pid, Some(std::process::id()));
+        let refused = link.publish(KernelId([1; 16]), KernelRows::default()).await;
+        assert_eq!(refused, Err(LinkError::Stopping));
+        let mut reader = DesiredReader::at(run_dir.control());
+        assert_eq!(reader.snapshot().unwrap().committed, other.committed());
+        assert_eq!(reader.writer().unwrap().epoch, other.epoch());
     }
 
     /// On the host's network a service has the port it is used to, and may so have another's.

@@ -18,7 +18,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use shared::desired::DesiredReader;
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
-use shared::lock::{LockError, WriterLock};
+use shared::lock::{LockError, Ousted, WriterLock};
 use shared::observed::{ObservedReader, ObservedWriter};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{OpenError, Sizes};
@@ -84,6 +84,9 @@ pub enum AppError {
     /// Another dataplane serves this agent, or the lock file is out of reach.
     #[error("this agent's dataplane can't be taken over")]
     Lock(#[source] LockError),
+    /// Another dataplane has come to serve this agent.
+    #[error(transparent)]
+    Ousted(#[from] Ousted),
     /// The observed region can't be made.
     #[error("the observed region can't be opened")]
     Region(#[source] OpenError),
@@ -206,7 +209,7 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
     )
     .map_err(AppError::Collector)?;
 
-    board.heartbeat();
+    board.heartbeat()?;
     look(&mut link, &collector, Instant::now());
     // Not under systemd this does nothing.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -284,7 +287,7 @@ fn serve(
         }
         if now >= tick_at {
             tick_at = now + SLOW_TICK;
-            board.heartbeat();
+            board.heartbeat()?;
             if !link.relay().healthy() {
                 return Err(AppError::Died { thread: "relay" });
             }
@@ -364,7 +367,9 @@ fn look(link: &mut Link, collector: &Collector, now: Instant) {
 fn stop(link: &mut Link, board: &Board) {
     link.stop_accepting();
     link.cut_all();
-    board.heartbeat();
+    if let Err(err) = board.heartbeat() {
+        tracing::error!(%err, "the region is another's");
+    }
     tracing::info!("dataplane stopped");
 }
 

@@ -8,13 +8,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use shared::BatchError;
 use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
+use shared::lock::Ousted;
 use shared::observed::{
     AcceleratorKey, Applied, InKernel, NodeSample, ObservedWriter, PortStatus, Processes, Samples,
 };
+use shared::{BatchError, OpenError};
 
 use crate::accelerator::{self, Accelerators, Told};
 use crate::forward::kernel::KernelPort;
@@ -154,22 +155,27 @@ impl Board {
     }
 
     /// A sign of life in the region's header.
-    pub fn heartbeat(&self) {
+    ///
+    /// # Errors
+    /// Another process writes the region now: this one is to end.
+    pub fn heartbeat(&self) -> Result<(), Ousted> {
         let mut inner = self.lock();
         match inner.writer.heartbeat() {
             Ok(false) => inner.misplaced = false,
             Ok(true) => {
                 tracing::warn!("somebody had taken the region's file away; it has been made again");
             }
+            Err(OpenError::Ousted(ousted)) => return Err(ousted),
             Err(err) => {
                 if !std::mem::replace(&mut inner.misplaced, true) {
                     tracing::error!(
                         err = &err as &dyn std::error::Error,
-                        "somebody has taken the region's file away, and it cannot be made again yet; put its directory right, or restart bai-dataplane"
+                        "somebody has taken the region's file or lock away, and it cannot be made again yet; put its directory right, or restart bai-dataplane"
                     );
                 }
             }
         }
+        Ok(())
     }
 
     /// Sizes of the region.

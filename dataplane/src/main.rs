@@ -183,7 +183,7 @@ fn run(config: &Config, nvml_library: OsString) -> ExitCode {
     };
     match app::run(&options(config, nvml_library), signals) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(err @ AppError::Lock(_)) => fail(&err, EX_TEMPFAIL),
+        Err(err @ (AppError::Lock(_) | AppError::Ousted(_))) => fail(&err, EX_TEMPFAIL),
         Err(err @ AppError::RunDir(_)) => fail(&err, EX_CONFIG),
         Err(err) => fail(&err, EX_SOFTWARE),
     }

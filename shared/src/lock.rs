@@ -55,6 +55,23 @@ pub enum LockError {
     },
 }
 
+/// The lock file's name was taken away, and another process has become the writer since. Final: what
+/// this one knows of the region is no longer what the region says.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "somebody has taken the lock file of {directory} away, and {by} writes there since; this process \
+     writes nothing more and ends. See that only one of the two is started, and leave that directory's \
+     files alone",
+    directory = .directory.display(),
+    by = .pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
+)]
+pub struct Ousted {
+    /// Process id of the new writer, where it is known.
+    pub pid: Option<u32>,
+    /// The directory.
+    pub directory: PathBuf,
+}
+
 /// Being the writer of a directory, for as long as this value (and every copy of its descriptor,
 /// such as a forked child's) lives.
 #[derive(Debug)]

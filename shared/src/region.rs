@@ -21,10 +21,10 @@ use std::path::PathBuf;
 use crate::cell::Cell;
 use crate::ids::RegionId;
 use crate::layout::{Header, RawRow, RegionKind, Sizes, Table};
-use crate::lock::LockError;
+use crate::lock::{LockError, Ousted};
 use crate::sync::{AtomicU64, Ordering};
 
-/// A writer could not open its region. Nothing was changed for readers.
+/// A writer could not open its region, or not keep it. Nothing was changed for readers.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The directory is already written to by another process, or its lock cannot be taken.
@@ -36,6 +36,9 @@ pub enum OpenError {
         #[source]
         source: LockError,
     },
+    /// Another process has become the writer.
+    #[error(transparent)]
+    Ousted(#[from] Ousted),
     /// A region must lie on tmpfs.
     #[error(transparent)]
     NotTmpfs(#[from] crate::run_dir::RunDirError),

@@ -10,6 +10,7 @@ use std::hash::Hash;
 use crate::cell::Look;
 use crate::ids::Generation;
 use crate::layout::{RawRow, Table};
+use crate::lock::Ousted;
 use crate::region::{Mapped, RegionWriter, copy_words, words_of};
 use crate::sync::Ordering;
 
@@ -57,6 +58,9 @@ pub enum BatchError {
         /// The field.
         field: &'static str,
     },
+    /// Another process has become the writer.
+    #[error(transparent)]
+    Ousted(#[from] Ousted),
     /// The key was removed a moment ago and the other side has not acknowledged that yet.
     #[error(
         "{key} was removed and the dataplane has not acknowledged that yet; wait or use another"

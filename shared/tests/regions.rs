@@ -572,9 +572,63 @@ fn a_writer_whose_lock_was_taken_away_takes_it_again_or_leaves_all_to_the_next()
     let inode = || std::fs::metadata(&path).unwrap().ino();
     let made = inode();
     let refused = first.heartbeat().unwrap_err();
-    assert!(matches!(refused, OpenError::Lock { .. }), "{refused}");
+    assert!(matches!(refused, OpenError::Ousted(_)), "{refused}");
     assert!(!second.heartbeat().unwrap());
     assert_eq!(inode(), made);
+}
+
+/// With the lock's name alone gone, the next writer takes the very region over that the first one has mapped.
+#[test]
+fn a_writer_whose_lock_is_anothers_writes_nothing_more() {
+    let directory = directory();
+    let lock = directory.path().join("lock");
+    let mut first = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    first.batch(|batch| batch.put_port(port(1))).unwrap();
+    std::fs::remove_file(&lock).unwrap();
+    let mut second = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(second.region_id(), first.region_id());
+    second.batch(|batch| batch.put_port(port(2))).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    // Before any sign of life too.
+    let refused = first.batch(|batch| batch.remove_port(port(1).key()));
+    assert!(matches!(refused, Err(BatchError::Ousted(_))), "{refused:?}");
+    let refused = first.heartbeat().unwrap_err();
+    let words = refused.to_string();
+    assert!(matches!(refused, OpenError::Ousted(_)), "{words}");
+    assert!(
+        words.contains(&format!("process {}", std::process::id())),
+        "{words}"
+    );
+    let found = reader.snapshot().unwrap();
+    assert_eq!(found.committed, second.committed());
+    assert_eq!(found.ports.len(), 2);
+    assert_eq!(reader.writer().unwrap().epoch, second.epoch());
+    // Nor when the other is gone: what it has written the first one does not know.
+    drop(second);
+    assert!(matches!(first.heartbeat(), Err(OpenError::Ousted(_))));
+    assert!(first.batch(|batch| batch.put_port(port(3))).is_err());
+}
+
+#[test]
+fn a_writer_does_not_go_on_after_another_that_has_come_and_gone() {
+    let directory = directory();
+    let lock = directory.path().join("lock");
+    let mut first = ObservedWriter::open(directory.path(), SIZES).unwrap();
+    std::fs::remove_file(&lock).unwrap();
+    let second = ObservedWriter::open(directory.path(), SIZES).unwrap();
+    let epoch = second.epoch();
+    drop(second);
+    let refused = first.heartbeat().unwrap_err();
+    assert!(matches!(refused, OpenError::Ousted(_)), "{refused}");
+    assert!(
+        first
+            .batch(|batch| batch.put_container(sample(1, 1)))
+            .is_err()
+    );
+    let mut reader = ObservedReader::open(directory.path()).unwrap();
+    assert_eq!(reader.writer().unwrap().epoch, epoch);
+    // The next one may have it.
+    assert!(ObservedWriter::open(directory.path(), SIZES).is_ok());
 }
 
 #[test]

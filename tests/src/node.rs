@@ -365,6 +365,20 @@ runner-dir = "{runner}"
         Self::end(&mut self.dataplane, Signal::SIGKILL)
     }
 
+    /// Exit codes of control and of the dataplane, which end by themselves.
+    pub fn ended(&mut self) -> Result<[Option<i32>; 2]> {
+        let code = |child: &mut Option<Child>| -> Result<Option<i32>> {
+            let running = child.as_mut().context("the program was started")?;
+            let what = "the program ends by itself";
+            let status = wait::until_blocking(what, Duration::from_secs(60), || {
+                running.try_wait().ok().flatten()
+            })?;
+            *child = None;
+            Ok(status.code())
+        };
+        Ok([code(&mut self.control)?, code(&mut self.dataplane)?])
+    }
+
     /// Ids of this node's containers, running or not.
     pub fn containers(&self) -> Result<Vec<String>> {
         let output = images::docker(self.engine.as_deref())

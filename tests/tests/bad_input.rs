@@ -13,6 +13,7 @@ use harness::kernels::{self, Order, text};
 use harness::node::{Node, NodeOptions, program};
 use harness::wait;
 use serde_json::json;
+use shared::lock::WriterLock;
 use uuid::Uuid;
 
 /// Creates, expects the failure, and that nothing is left of it.
@@ -450,7 +451,7 @@ async fn a_typing_error_in_the_configuration() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_agent_of_the_same_id_names_the_first() -> Result<()> {
-    let node = Node::start(NodeOptions::default()).await?;
+    let mut node = Node::start(NodeOptions::default()).await?;
     let (code, said) = output_of_start(&node.config_file())?;
     assert_eq!(code, Some(69), "{said}");
     let first = node.control_pid().context("control runs")?;
@@ -460,6 +461,20 @@ async fn a_second_agent_of_the_same_id_names_the_first() -> Result<()> {
     );
     // The first one is not disturbed.
     kernels::ask(&node, "ping", vec![Value::from("x")]).await?;
+    // But it leaves the node to one that comes after somebody has taken its lock away; so its dataplane.
+    let mut others = Vec::new();
+    for name in ["control", "dataplane"] {
+        let directory = node.regions().join(name);
+        std::fs::remove_file(directory.join("lock"))?;
+        others.push(WriterLock::acquire(&directory)?);
+    }
+    assert_eq!(node.ended()?, [Some(69), Some(75)]);
+    for name in ["bai-agent", "bai-dataplane"] {
+        let log = node.log(name);
+        let own = format!("process {} writes there since", std::process::id());
+        assert!(log.contains(&own), "{own} in {log}");
+        assert!(!log.contains("agent_terminated"), "{log}");
+    }
     Ok(())
 }
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, NodeRow, PortKey};
 use shared::doorbell::{Ringer, Rung};
 use shared::ids::{ContainerId, Generation, KernelId};
+use shared::lock::Ousted;
 use shared::observed::ObservedReader;
-use shared::{BatchError, ReadError, monotonic_ns};
+use shared::{BatchError, OpenError, ReadError, monotonic_ns};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +30,7 @@ pub(super) struct Owner {
     reader: ObservedReader,
     ringer: Ringer,
     seen: watch::Sender<Observed>,
+    ousted: watch::Sender<Option<Ousted>>,
     held: HashMap<KernelId, Held>,
     /// The node's row until it is written.
     node: Option<NodeRow>,
@@ -65,6 +67,7 @@ impl Owner {
             reader,
             ringer,
             seen,
+            ousted: watch::Sender::default(),
             held,
             node: Some(node),
             trouble: None,
@@ -86,6 +89,11 @@ impl Owner {
         }
     }
 
+    /// Tells who has become the writer, once somebody has.
+    pub(super) fn ousted(&self) -> watch::Receiver<Option<Ousted>> {
+        self.ousted.subscribe()
+    }
+
     pub(super) async fn run(
         mut self,
         rung: Arc<Notify>,
@@ -102,7 +110,10 @@ impl Owner {
                 },
                 () = rung.notified() => self.look(),
                 _ = tick.tick() => {
-                    self.beat();
+                    if let Err(ousted) = self.beat() {
+                        self.ousted.send_replace(Some(ousted));
+                        return;
+                    }
                     self.look();
                 }
                 // Requests of operations that are still under way are served until they are done.
@@ -111,22 +122,24 @@ impl Owner {
         }
     }
 
-    fn beat(&mut self) {
+    fn beat(&mut self) -> Result<(), Ousted> {
         match self.writer.heartbeat() {
             Ok(false) => self.misplaced = false,
             Ok(true) => tracing::warn!(
                 path = %self.writer.directory().display(),
                 "somebody had taken the region's file away; it has been made again"
             ),
+            Err(OpenError::Ousted(ousted)) => return Err(ousted),
             Err(err) => {
                 if !std::mem::replace(&mut self.misplaced, true) {
                     tracing::error!(
                         err = &err as &dyn std::error::Error,
-                        "somebody has taken the region's file away, and it cannot be made again yet; put its directory right, or restart the agent"
+                        "somebody has taken the region's file or lock away, and it cannot be made again yet; put its directory right, or restart the agent"
                     );
                 }
             }
         }
+        Ok(())
     }
 
     fn serve(&mut self, command: Command) {

@@ -142,10 +142,10 @@ impl DesiredWriter {
     /// again, because somebody had taken its name away.
     ///
     /// # Errors
-    /// The name is taken and the file cannot be made again.
+    /// [`OpenError::Ousted`]: the lock's name was taken away and another process has become the writer;
+    /// nothing was or will be written, end. Others: a name is taken and the file cannot be made again.
     pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
-        self.region.beat();
-        self.region.keep_in_place()
+        self.region.heartbeat()
     }
 
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
@@ -160,6 +160,7 @@ impl DesiredWriter {
         if batch.is_empty() {
             return Ok(self.committed());
         }
+        self.region.may_write()?;
         let generation = self.region.allocate();
         // The indexes change only together with the rows.
         let mut ports = self.ports.clone();
@@ -217,7 +218,7 @@ impl DesiredWriter {
             .filter(|(id, _)| observed.container(*id).is_none())
             .map(|(id, _)| id)
             .collect();
-        if ports.is_empty() && containers.is_empty() {
+        if ports.is_empty() && containers.is_empty() || self.region.may_write().is_err() {
             return 0;
         }
         let generation = self.region.allocate();

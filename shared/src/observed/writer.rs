@@ -197,10 +197,10 @@ impl ObservedWriter {
     /// again, because somebody had taken its name away.
     ///
     /// # Errors
-    /// The name is taken and the file cannot be made again.
+    /// [`OpenError::Ousted`]: the lock's name was taken away and another process has become the writer;
+    /// nothing was or will be written, end. Others: a name is taken and the file cannot be made again.
     pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
-        self.region.beat();
-        self.region.keep_in_place()
+        self.region.heartbeat()
     }
 
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
@@ -215,6 +215,7 @@ impl ObservedWriter {
         if batch.is_empty() {
             return Ok(self.committed());
         }
+        self.region.may_write()?;
         self.staged.clear();
         if let Err(err) = self.stage(&batch.changes) {
             // The indexes change only together with the rows.

@@ -15,7 +15,7 @@ use super::{
 use crate::cell::{Cell, Look};
 use crate::ids::{Generation, RegionId};
 use crate::layout::{Header, LAYOUT_HASH, LAYOUT_VERSION, MAGIC, RawRow, RegionKind, Sizes, Table};
-use crate::lock::WriterLock;
+use crate::lock::{LockError, Ousted, WriterLock};
 use crate::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -54,6 +54,8 @@ pub(crate) struct RegionWriter {
     used: Vec<AtomicU64>,
     place: Place,
     mapping: Mapping,
+    /// Whose the directory is now, if it is no longer ours: nothing is stored then.
+    ousted: Option<Ousted>,
     /// Last, so that the mapping is gone before another writer may start.
     lock: WriterLock,
 }
@@ -90,6 +92,7 @@ impl RegionWriter {
                     place: old.place,
                     mapping: old.mapping,
                     path,
+                    ousted: None,
                     lock,
                 };
                 let repaired = writer.take_over();
@@ -135,6 +138,7 @@ impl RegionWriter {
             place,
             mapping,
             path,
+            ousted: None,
             lock,
         };
         if let Some(old) = old {
@@ -154,15 +158,53 @@ impl RegionWriter {
         })
     }
 
-    /// Makes the file again when its name is gone or somebody else's: readers would look there in
-    /// vain for ever. So with the lock; who has that meanwhile is the writer now, and nothing is touched.
-    /// Answers whether the file was made again. Costs three `stat`s.
-    pub(crate) fn keep_in_place(&mut self) -> Result<bool, OpenError> {
-        if !self.lock.is_in_place() {
-            let directory = self.lock.directory().to_owned();
-            self.lock = WriterLock::acquire(&directory)
-                .map_err(|source| OpenError::Lock { directory, source })?;
+    /// Leaves a sign of life, and keeps lock and file in their places. Answers whether the file was
+    /// made again. Costs four `stat`s.
+    pub(crate) fn heartbeat(&mut self) -> Result<bool, OpenError> {
+        let locked = self.hold();
+        // Without a lock file nobody else can write either.
+        if !matches!(locked, Err(OpenError::Ousted(_))) {
+            self.beat();
         }
+        locked?;
+        self.keep_in_place()
+    }
+
+    /// Whether this may still write; to be asked before each batch. Costs two `stat`s.
+    pub(crate) fn may_write(&mut self) -> Result<(), Ousted> {
+        match self.hold() {
+            Err(OpenError::Ousted(ousted)) => Err(ousted),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the lock again when its name is gone or somebody else's. Who has it meanwhile, or has had
+    /// it and written, is the writer: the indexes here are of no use any more.
+    fn hold(&mut self) -> Result<(), OpenError> {
+        if let Some(ousted) = &self.ousted {
+            return Err(ousted.clone().into());
+        }
+        if self.lock.is_in_place() {
+            return Ok(());
+        }
+        let directory = self.lock.directory().to_owned();
+        let pid = match WriterLock::acquire(&directory) {
+            Ok(lock) if self.words()[word::EPOCH].load(Ordering::Acquire) == self.epoch => {
+                self.lock = lock;
+                return Ok(());
+            }
+            Ok(_) => None,
+            Err(LockError::Held(holder)) => holder.pid,
+            Err(source) => return Err(OpenError::Lock { directory, source }),
+        };
+        let ousted = Ousted { pid, directory };
+        self.ousted = Some(ousted.clone());
+        Err(ousted.into())
+    }
+
+    /// Makes the file again when its name is gone or somebody else's: readers would look there in
+    /// vain for ever.
+    fn keep_in_place(&mut self) -> Result<bool, OpenError> {
         if std::fs::symlink_metadata(&self.path)
             .is_ok_and(|status| Place::of(&status) == self.place)
         {
@@ -309,7 +351,7 @@ impl RegionWriter {
     }
 
     /// Leaves a sign of life in the header, and puts right what else it says.
-    pub(crate) fn beat(&mut self) {
+    fn beat(&mut self) {
         let mut header = Header {
             magic: MAGIC,
             layout_version: LAYOUT_VERSION,
