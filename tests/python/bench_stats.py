@@ -2,8 +2,9 @@
 
 Usage: bench_stats.py [--kernels N] [--seconds S] --out FILE
 
-CPU of the agent's processes, dockerd and containerd is taken over S seconds without kernels and with N idle ones; the difference,
-per kernel and round of statistics (every 5 seconds), is the figure. All that the agent does periodically for a kernel is in it.
+CPU of the agent with all its processes, and of the engine with all that it starts but for the containers, is taken over S seconds
+without kernels and with N idle ones; the difference, per kernel and round of statistics (every 5 seconds), is the figure. All that the
+agent does periodically for a kernel is in it, not only its statistics.
 """
 
 import argparse
@@ -19,9 +20,10 @@ sys.dont_write_bytecode = True
 from ai.backend.common.types import AgentId
 from ai.backend.manager.clients.agent.client import AgentClient
 
-from bench_agent import Bench, cpu, engine_processes, of_agent
-from compat import enter
+from bench_agent import Bench
+from name_spaces import INSIDE, enter
 from node_peer import cache_for
+from stack import engine
 from stack.agents import Agent
 from stack.manager import System
 from stack.place import Place
@@ -35,9 +37,11 @@ def main():
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    enter(__file__, sys.argv[1:])
-    place = Place(os.environ["BAI_COMPAT_INSIDE"])
+    enter(__file__, sys.argv[1:], prepare=lambda: engine.have_images(Place))
+    place = Place(os.environ[INSIDE])
     try:
+        engine_group, agent_group = (place.group(name) for name in ("engine", "python"))
+        place.groups.update(dockerd=engine_group, agent=agent_group)
         system = System(place, manager=False)
         agent = Agent(system, "python", port_count=300)
         bench = Bench.__new__(Bench)
@@ -46,7 +50,7 @@ def main():
 
         def used():
             """Cores used while nothing is asked."""
-            look = lambda: (time.monotonic(), cpu(of_agent(agent)), cpu(engine_processes()))
+            look = lambda: (time.monotonic(), agent_group.cpu(), engine_group.cpu())
             time.sleep(10)
             before = look()
             time.sleep(options.seconds)

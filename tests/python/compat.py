@@ -12,9 +12,6 @@ import argparse
 import asyncio
 import os
 import pathlib
-import secrets
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -25,43 +22,14 @@ sys.dont_write_bytecode = True
 import compat_exchange  # noqa: F401, I001
 import compat_accelerators  # noqa: F401
 from compat_checks import CHECKS, Bench, Skipped
+from name_spaces import enter
 from stack import engine
 from stack.agents import Agent
 from stack.manager import System
-from stack.place import Failed, Place, command
+from stack.place import Failed, Place
 
 # No check waits for longer.
 LIMIT = 900
-
-
-def enter(program, argv):
-    """Prepares what needs the network, then goes on in name spaces of its own: returns only inside of them."""
-    if "BAI_COMPAT_INSIDE" in os.environ:
-        command(["ip", "link", "set", "lo", "up"])
-        return
-    if os.getuid() != 0:
-        sys.exit("compat: needs root (name spaces, a Docker engine)")
-    engine.have_images(Place)
-    token = secrets.token_hex(4)
-    inner = subprocess.Popen(
-        ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--", sys.executable, program, *argv],
-        env={**os.environ, "BAI_COMPAT_INSIDE": token},
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-    def ask_to_end(_number, _frame):
-        # The inner program ends when this pipe does; its first process takes all others of its name space along.
-        inner.stdin.close()
-        signal.alarm(120)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, ask_to_end)
-    signal.signal(signal.SIGALRM, lambda _number, _frame: inner.kill())
-    result = inner.wait()
-    if "--keep" not in argv:
-        Place.remove(token)
-    sys.exit(result)
 
 
 async def run(options):
@@ -127,7 +95,8 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the directory with logs and configuration")
     parser.add_argument("checks", nargs="*", metavar="CHECK")
     options = parser.parse_args()
-    enter(__file__, sys.argv[1:])
+    # The loop below looks at standard input itself.
+    enter(__file__, sys.argv[1:], prepare=lambda: engine.have_images(Place), interrupt=False)
     sys.exit(asyncio.run(run(options)))
 
 
