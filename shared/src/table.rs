@@ -313,39 +313,6 @@ fn copy_row<R: KeyedRow>(
     }
 }
 
-/// Finds one used row by key: where it was last time, else by looking at all.
-pub(crate) fn find<R: KeyedRow>(
-    mapped: &Mapped,
-    committed: Generation,
-    key: R::Key,
-    hints: &mut HashMap<R::Key, u32>,
-) -> Result<Option<R>, Moved> {
-    let table = mapped.table(R::TABLE);
-    let mut bytes = vec![0u8; R::Raw::INFO.size];
-    let mut fits = |row: u32| -> Result<Option<R>, Moved> {
-        match copy_row::<R>(mapped, &table, row, committed, &mut bytes)? {
-            Some((state::USED, Some(typed))) if typed.key() == key => Ok(Some(typed)),
-            _ => Ok(None),
-        }
-    };
-    if let Some(row) = hints.get(&key).copied().filter(|row| *row < table.rows)
-        && let Some(typed) = fits(row)?
-    {
-        return Ok(Some(typed));
-    }
-    for row in 0..mapped.used_rows(&table) {
-        if let Some(typed) = fits(row)? {
-            if hints.len() >= table.rows as usize {
-                hints.clear();
-            }
-            hints.insert(key, row);
-            return Ok(Some(typed));
-        }
-    }
-    hints.remove(&key);
-    Ok(None)
-}
-
 /// The one row of a table with a single row; `None` when it is not set.
 pub(crate) fn single<R: RawRow>(
     mapped: &Mapped,

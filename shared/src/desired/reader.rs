@@ -105,20 +105,6 @@ impl DesiredReader {
         self.region.current().map(Mapped::committed)
     }
 
-    /// Whether a look is worth it: something was committed since the last snapshot, or the region
-    /// is being replaced. Two loads, no system call.
-    #[must_use]
-    pub fn is_behind(&self) -> bool {
-        match (self.region.current(), &self.last) {
-            (Some(mapped), Some(last)) => {
-                mapped.retired()
-                    || mapped.committed() != last.committed
-                    || mapped.epoch() != last.epoch
-            }
-            _ => true,
-        }
-    }
-
     /// The region's sizes as last found.
     #[must_use]
     pub fn sizes(&self) -> Option<Sizes> {

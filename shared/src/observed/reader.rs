@@ -1,19 +1,17 @@
 //! Reading the observed region.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::{
-    AcceleratorKey, AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus,
-    ProcessSample, table,
+    AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus, ProcessSample, table,
 };
 use crate::cell::Look;
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawApplied, RawBank, RawNodeSample, RawProcess, RawRow, RegionKind, Sizes};
 use crate::region::{Mapped, ReadError, RegionReader, Snapshotted, WriterLife, copy_words};
-use crate::table::{Moved, copy_table, find, single};
+use crate::table::{Moved, copy_table, single};
 
 /// Everything the observed region says at one committed generation, except processes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -116,9 +114,6 @@ pub struct Processes {
 pub struct ObservedReader {
     region: RegionReader,
     last: Option<Arc<ObservedSnapshot>>,
-    port_hints: HashMap<PortKey, u32>,
-    container_hints: HashMap<ContainerId, u32>,
-    accelerator_hints: HashMap<AcceleratorKey, u32>,
 }
 
 impl ObservedReader {
@@ -128,9 +123,6 @@ impl ObservedReader {
         Self {
             region: RegionReader::at(directory.as_ref(), RegionKind::Observed),
             last: None,
-            port_hints: HashMap::new(),
-            container_hints: HashMap::new(),
-            accelerator_hints: HashMap::new(),
         }
     }
 
@@ -185,36 +177,6 @@ impl ObservedReader {
     #[must_use]
     pub fn last(&self) -> Option<&Arc<ObservedSnapshot>> {
         self.last.as_ref()
-    }
-
-    /// What became of one port.
-    pub fn port_status(&mut self, key: PortKey) -> Result<Option<PortStatus>, ReadError> {
-        let mut hints = std::mem::take(&mut self.port_hints);
-        let found = self.read(|mapped, committed| find(mapped, committed, key, &mut hints));
-        self.port_hints = hints;
-        found
-    }
-
-    /// One container's sample.
-    pub fn container_sample(
-        &mut self,
-        id: ContainerId,
-    ) -> Result<Option<ContainerSample>, ReadError> {
-        let mut hints = std::mem::take(&mut self.container_hints);
-        let found = self.read(|mapped, committed| find(mapped, committed, id, &mut hints));
-        self.container_hints = hints;
-        found
-    }
-
-    /// One accelerator.
-    pub fn accelerator(
-        &mut self,
-        key: AcceleratorKey,
-    ) -> Result<Option<AcceleratorRow>, ReadError> {
-        let mut hints = std::mem::take(&mut self.accelerator_hints);
-        let found = self.read(|mapped, committed| find(mapped, committed, key, &mut hints));
-        self.accelerator_hints = hints;
-        found
     }
 
     /// How far the desired region has been looked at.

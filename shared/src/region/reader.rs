@@ -206,10 +206,6 @@ impl Mapped {
         self.sizes
     }
 
-    pub(crate) fn retired(&self) -> bool {
-        self.word(word::RETIRED) != 0
-    }
-
     /// The generation readers may see; orders every cell up to it before the caller.
     pub(crate) fn committed(&self) -> Generation {
         Generation(self.words()[word::COMMITTED].load(Ordering::Acquire))
