@@ -324,6 +324,8 @@ pub async fn stop_and_remove(
 ) -> Result<Remains, DockerError> {
     let rows_gone = node.link.withdraw(kernel.id).await;
     let record = kernel.record();
+    // Before the look: a death that comes after it must not be missed.
+    let deaths = kernel.deaths();
     let Some(found) = find_container(node, &record).await? else {
         node.link.await_removed(rows_gone, ROWS_GONE).await;
         return Ok(Remains::default());
@@ -336,7 +338,7 @@ pub async fn stop_and_remove(
     let remains = match liveness {
         Liveness::Created => Remains::default(),
         Liveness::Active => {
-            if !stop(node, kernel, &container).await {
+            if !stop(node, kernel, &container, deaths).await {
                 return Err(DockerError::Stopping {
                     step: format!("stopping container {container}"),
                 });
@@ -416,15 +418,32 @@ async fn turn(turns: &Semaphore, patience: Option<Duration>) -> Option<Semaphore
     }
 }
 
+/// The same for one that is to be stopped. Nothing once its container has died by itself, beyond the deaths
+/// that were counted: it needs none.
+async fn turn_unless_dead<'t>(
+    turns: &'t Semaphore,
+    limit: Duration,
+    kernel: &Kernel,
+    deaths: u64,
+) -> Option<Option<SemaphorePermit<'t>>> {
+    tokio::select! {
+        biased;
+        turn = turn(turns, Some(limit)) => Some(turn),
+        () = kernel.wait_death(deaths) => None,
+    }
+}
+
 /// Asks the container to stop, then makes it. What fails here fails again at the removal, which
 /// kills by force and is retried. False when the agent stops before its turn: the next start goes on.
-async fn stop(node: &Node, kernel: &Kernel, container: &str) -> bool {
+async fn stop(node: &Node, kernel: &Kernel, container: &str, deaths: u64) -> bool {
     let grace = node.config.node.engine.stop_grace;
     // The engine's time for it, which the grace is a part of, begins with the turn.
     let limit = patience(kernel).unwrap_or(STOP_TURN);
-    let turn = turn(&node.stop_turns, Some(limit));
-    let Some(_turn) = node.stopping.run_until_cancelled(turn).await else {
-        return false;
+    let turn = turn_unless_dead(&node.stop_turns, limit, kernel, deaths);
+    let _turn = match node.stopping.run_until_cancelled(turn).await {
+        Some(Some(turn)) => turn,
+        Some(None) => return true,
+        None => return false,
     };
     if let Err(err) = node.docker.stop(container, grace).await
         && !err.is_not_found()
@@ -511,6 +530,8 @@ pub fn exit_code_of(found: &ContainerInspectResponse) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::registry::tests::record;
+    use crate::kernel::registry::{Admission, Registry};
 
     #[test]
     fn a_node_stops_as_many_containers_at_a_time_as_it_can_bear() {
@@ -530,5 +551,25 @@ mod tests {
         assert!(futures_util::poll!(end.as_mut()).is_pending());
         drop(first);
         assert!(end.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_container_that_dies_by_itself_waits_for_no_turn() {
+        let registry = Registry::default();
+        let Admission::Accepted(kernel) = registry.admit(record(1)) else {
+            panic!("an empty registry admits");
+        };
+        let (turns, long) = (Semaphore::new(0), Duration::from_secs(3600));
+        // One that was told before its container was looked at is another's.
+        kernel.count_death();
+        let mut end = std::pin::pin!(turn_unless_dead(&turns, long, &kernel, kernel.deaths()));
+        assert!(futures_util::poll!(end.as_mut()).is_pending());
+        kernel.count_death();
+        assert!(end.await.is_none());
+        // Between the look and the wait.
+        assert!(turn_unless_dead(&turns, long, &kernel, 1).await.is_none());
+        turns.add_permits(1);
+        let given = turn_unless_dead(&turns, long, &kernel, 2).await;
+        assert!(given.flatten().is_some());
     }
 }

@@ -128,6 +128,7 @@ fn container_event(node: &Arc<Node>, event: &ContainerEvent) {
     match event.action.as_str() {
         "die" => {
             tracing::debug!(kernel_id = %kernel.id, exit_code = event.exit_code(), "container died");
+            kernel.count_death();
             let actions = kernel.step(Input::Died {
                 exit_code: event.exit_code(),
             });

@@ -57,6 +57,8 @@ struct Inner {
     batch: Option<CancellationToken>,
     /// Kills for memory in the present container.
     out_of_memory: OutOfMemory,
+    /// How often the engine has told that its container died.
+    deaths: u64,
     /// Counts the copies that were made for the journal.
     entries: u64,
     /// When this life of the agent told its start.
@@ -117,6 +119,7 @@ impl Kernel {
                 runner: None,
                 batch: None,
                 out_of_memory: OutOfMemory::default(),
+                deaths: 0,
                 entries: 0,
                 start_told: None,
             }),
@@ -348,6 +351,23 @@ impl Kernel {
     pub fn leave(&self) {
         self.inner().gone = true;
         self.changed();
+    }
+
+    /// Notes that the engine has told of its container's death.
+    pub fn count_death(&self) {
+        self.inner().deaths += 1;
+        self.changed();
+    }
+
+    /// How often the engine has told so.
+    pub fn deaths(&self) -> u64 {
+        self.inner().deaths
+    }
+
+    /// Waits until the engine tells of a death that is not among those counted.
+    pub async fn wait_death(&self, counted: u64) {
+        self.wait_inner(|inner| (inner.deaths > counted).then_some(()))
+            .await;
     }
 
     /// Waits until `reached` gives a value for the state.
