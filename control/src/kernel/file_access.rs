@@ -68,6 +68,18 @@ pub enum FileAccessError {
         /// As the client gave it.
         path: String,
     },
+    /// A link of the user's leads an upload elsewhere than into the kernel's own directory. One that is
+    /// absolute is taken from the root of the host, where uploads are written.
+    #[error(
+        "{path:?} goes by the link {link:?}, which is absolute or leads out of {WORK}; make it a relative link, \
+         or upload to the path that it leads to"
+    )]
+    Link {
+        /// As the client gave it.
+        path: String,
+        /// The link, relative to the user's directory.
+        link: String,
+    },
     /// The path is in a mounted folder, whose files are not in the kernel's own directory.
     #[error("{path:?} is in the mounted folder {mount}; upload to the folder itself")]
     InMount {
@@ -121,7 +133,9 @@ impl FileAccessError {
     /// The Python exception class the manager expects.
     pub fn python_class(&self) -> &'static str {
         match self {
-            FileAccessError::Outside { .. } | FileAccessError::InMount { .. } => "PermissionError",
+            FileAccessError::Outside { .. }
+            | FileAccessError::Link { .. }
+            | FileAccessError::InMount { .. } => "PermissionError",
             FileAccessError::TooLarge { .. } | FileAccessError::NotSingle { .. } => "ValueError",
             FileAccessError::Write { .. }
             | FileAccessError::Listing { .. }
@@ -230,25 +244,33 @@ pub async fn upload_file(
         uid: Some(place.uid),
         gid: Some(place.gid),
     };
-    let write = move || -> io::Result<()> {
-        let work = Beneath::open(&place.work_dir)?.without(mounts);
-        if let Some(parent) = relative
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-        {
-            work.make_directories(parent, DIRECTORY_MODE, owner)?;
-        }
-        work.write_users(&relative, &content, FILE_MODE, owner)
+    let write = move || -> Result<(), (io::Error, Option<PathBuf>)> {
+        let work = Beneath::open(&place.work_dir)
+            .map_err(|err| (err, None))?
+            .without(mounts);
+        let parent = relative.parent();
+        let made = match parent.filter(|parent| !parent.as_os_str().is_empty()) {
+            Some(parent) => work.make_directories(parent, DIRECTORY_MODE, owner),
+            None => Ok(()),
+        };
+        made.and_then(|()| work.write_users(&relative, &content, FILE_MODE, owner))
+            .map_err(|err| (err, work.link_out(&relative)))
     };
     let outcome = tokio::task::spawn_blocking(write)
         .await
-        .unwrap_or_else(|err| Err(io::Error::other(err)));
-    outcome.map_err(|source| {
+        .unwrap_or_else(|err| Err((io::Error::other(err), None)));
+    outcome.map_err(|(source, link)| {
         let shut = source.get_ref().and_then(|inner| inner.downcast_ref());
-        match (shut, source.kind()) {
-            (Some(Shut(mount)), _) => in_mount(name, mount),
-            (None, io::ErrorKind::PermissionDenied) => FileAccessError::Outside { path: name },
-            (None, _) => FileAccessError::Write {
+        match (shut, source.kind(), link) {
+            (Some(Shut(mount)), ..) => in_mount(name, mount),
+            (None, io::ErrorKind::PermissionDenied, Some(link)) => FileAccessError::Link {
+                path: name,
+                link: link.display().to_string(),
+            },
+            (None, io::ErrorKind::PermissionDenied, None) => {
+                FileAccessError::Outside { path: name }
+            }
+            (None, ..) => FileAccessError::Write {
                 path: name,
                 reason: source.to_string(),
                 source,
@@ -500,6 +522,31 @@ mod tests {
             assert_eq!(err.python_class(), "PermissionError", "{name}: {err}");
         }
         assert_eq!(outside.path().read_dir().expect("directory").count(), 0);
+        // What is in the way is told: a link that is absolute, wherever it leads, also behind others.
+        std::fs::create_dir(directory.path().join("sub")).expect("directory");
+        for (target, link) in [
+            ("/home/work/sub", "sub/absolute"),
+            ("sub/absolute", "by-another"),
+            ("../elsewhere", "up"),
+        ] {
+            symlink(target, directory.path().join(link)).expect("link");
+        }
+        for (name, by) in [
+            ("way-out/x/y", "way-out"),
+            ("file-out", "file-out"),
+            ("sub/absolute/x", "sub/absolute"),
+            ("by-another/x", "by-another"),
+            ("up/x", "up"),
+        ] {
+            let err = upload_file(place(directory.path()), name.into(), Bytes::new())
+                .await
+                .expect_err(name);
+            let FileAccessError::Link { path, link } = &err else {
+                panic!("{name}: {err}");
+            };
+            assert_eq!((&**path, &**link), (name, by));
+            assert_eq!(err.python_class(), "PermissionError");
+        }
         std::fs::create_dir(directory.path().join("dir")).expect("directory");
         let err = upload_file(place(directory.path()), "dir".into(), Bytes::new())
             .await

@@ -76,6 +76,26 @@ impl Beneath {
         open_beneath(&self.directory, path, OFlags::PATH, Mode::empty(), how)
     }
 
+    /// The link by which a path leaves the directory, as a part of that path; none when it stays inside, or
+    /// leaves it otherwise. For words alone: it may be another one by now.
+    pub fn link_out(&self, path: &Path) -> Option<PathBuf> {
+        let mut above = PathBuf::from(".");
+        for part in path.components() {
+            let here = above.join(part);
+            let leads_out = |err: &io::Error| err.kind() == io::ErrorKind::PermissionDenied;
+            if open_beneath(&self.directory, &here, OFlags::PATH, Mode::empty(), INSIDE)
+                .is_err_and(|err| leads_out(&err))
+            {
+                let above = self.find(&above).ok()?;
+                let name = Path::new(&part);
+                rustix::fs::readlinkat(above, name, Vec::new()).ok()?;
+                return Some(here.strip_prefix(".").map_or(here.clone(), Path::to_owned));
+            }
+            above = here;
+        }
+        None
+    }
+
     /// What is there of this name, if it is in no part that is shut.
     fn resolve(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         let found = open_beneath(&self.directory, path, flags, Mode::empty(), INSIDE)?;
