@@ -165,11 +165,9 @@ fn plugins(reader: &mut Reader<'_>, config: &Config) {
 
 fn ports(reader: &mut Reader<'_>, config: &Config) {
     let agent = &config.agent;
-    let loopback = HostPort::new("127.0.0.1", agent.agent_sock_port);
     let listeners = [
         ("rpc-listen-addr", &agent.rpc_listen_addr),
         ("service-addr", &agent.service_addr),
-        ("agent-sock-port", &loopback),
         ("metadata-server-port", &agent.metadata_server),
     ];
     for (index, (key, addr)) in listeners.iter().enumerate() {

@@ -81,9 +81,6 @@ impl Config {
         if let Some(coredump) = &self.debug.coredump {
             add("debug.coredump.path", &coredump.path, 0o755);
         }
-        if let Some(file) = &self.logging.file {
-            add("logging.file.path", &file.path, 0o755);
-        }
         found
     }
 

@@ -229,7 +229,7 @@ pub struct Logging {
     pub console_colored: Option<bool>,
     /// Format on the console.
     pub console_format: LogFormat,
-    /// Log file, when the `file` driver is on; its directory is made, and nothing is written.
+    /// Log file, when the `file` driver is on; not used.
     pub file: Option<LogFile>,
 }
 

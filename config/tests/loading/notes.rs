@@ -63,6 +63,21 @@ fn what_this_release_reads_and_does_not_use_is_told() {
 }
 
 #[test]
+fn what_is_not_used_is_in_nobodys_way() {
+    // The port of the RPC, and a directory that is nowhere.
+    let text = with_line("agent", "agent-sock-port = 6001")
+        + "\n[logging]\ndrivers = ['console', 'file']\n\
+        [logging.file]\npath = '/nowhere/log'\nfilename = 'x.log'\n";
+    let config = Setup::new(&text).loaded().config;
+    assert_eq!(
+        config.agent.agent_sock_port,
+        config.agent.rpc_listen_addr.port
+    );
+    let made = config.directories();
+    assert!(made.iter().all(|it| !it.path.starts_with("/nowhere")));
+}
+
+#[test]
 fn unknown_keys_are_never_an_error_and_get_a_suggestion() {
     for (section, line, suggestion) in [
         ("container", "port-rnage = [1, 2]", Some("port-range")),
