@@ -502,7 +502,8 @@ impl RunnerLink {
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);
         // Under the lock: a run that enters after the end of all would have none.
-        let bytes = match state.runs.repeats(run_id, &request) {
+        let now = Instant::now();
+        let bytes = match state.runs.repeats(now, run_id, &request) {
             // Nothing of it is sent again.
             true => 0,
             false => request.messages.iter().map(|it| it.payload.len()).sum(),
@@ -510,7 +511,7 @@ impl RunnerLink {
         self.0.check_room(&state, bytes)?;
         let messages = state
             .runs
-            .submit(Instant::now(), run_id, request)
+            .submit(now, run_id, request)
             .map_err(LinkError::Refused)?;
         self.0.tell(&mut state);
         self.0.send(messages)

@@ -184,6 +184,7 @@ mod tests {
         let of = |current: &str, waiting: &[&str]| Owed {
             ids: RunIds {
                 current: Some(current.to_owned()),
+                request: None,
                 waiting: waiting.iter().map(|&id| id.to_owned()).collect(),
             },
             ..runs(2)

@@ -243,9 +243,12 @@ impl RunTable {
     }
 
     /// Whether a request is the last one on this run once more, which sends nothing.
-    pub fn repeats(&self, run_id: &str, request: &Submission) -> bool {
-        let run = self.runs.get(run_id);
-        run.is_some_and(|run| request.starts && run.content == request.messages)
+    pub fn repeats(&self, now: Instant, run_id: &str, request: &Submission) -> bool {
+        request.starts
+            && match self.runs.get(run_id) {
+                Some(run) => run.was_asked(&request.messages),
+                None => self.repeats_old(now, run_id, request),
+            }
     }
 
     /// Accepts a client's request and returns the messages to send now.
@@ -266,7 +269,7 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
-        let repeated = self.repeats(run_id, &request);
+        let repeated = self.repeats(now, run_id, &request);
         if let Some(run) = self.runs.get_mut(run_id) {
             run.polled = now;
             if request.messages.is_empty() || repeated {
@@ -289,7 +292,7 @@ impl RunTable {
                     }
                     if request.starts {
                         run.expected += 1;
-                        run.content.clone_from(&request.messages);
+                        run.ask(&request.messages);
                     }
                     if run.phase == Phase::Current {
                         if let Some(probe) = self.probe.as_mut().filter(|_| request.starts) {
@@ -316,7 +319,8 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
-        if !request.starts
+        let repeated = request.starts && self.repeats_old(now, run_id, &request);
+        if (!request.starts || repeated)
             && let Some(mut run) = self.orphan_of(run_id)
         {
             // The client goes on with a run that was started before we were.
@@ -329,7 +333,10 @@ impl RunTable {
                 self.current = Some(run_id.to_owned());
             }
             self.runs.insert(run_id.to_owned(), run);
-            return Ok(request.messages);
+            return Ok(match repeated {
+                true => Vec::new(),
+                false => request.messages,
+            });
         }
         if !request.starts
             && let Some(run) = self.lost(now)
@@ -348,7 +355,7 @@ impl RunTable {
         let mut run = Run::new(now, Phase::Waiting);
         if request.starts {
             run.expected = 1;
-            run.content.clone_from(&request.messages);
+            run.ask(&request.messages);
         } else if busy {
             // `continue` or `input` of an unknown id: there is nothing it could wait for.
             run.phase = Phase::Ended;

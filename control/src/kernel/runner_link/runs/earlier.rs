@@ -7,9 +7,11 @@
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::run::{Phase, Run};
-use super::{Milestone, OWED_AT_MOST, RunTable, WAITING};
+use super::{Milestone, OWED_AT_MOST, RunTable, Submission, WAITING};
+use crate::kernel::runner_link::frame::Outgoing;
 
 /// Longest run id that is noted.
 const ID_LENGTH: usize = 256;
@@ -20,6 +22,8 @@ const ID_LENGTH: usize = 256;
 pub struct RunIds {
     /// The run the runner works on.
     pub current: Option<String>,
+    /// What that was asked for, as [`digest`] has it; none where that is not known.
+    pub request: Option<String>,
     /// Those that wait for their turn: the runner has nothing of them.
     pub waiting: Vec<String>,
 }
@@ -29,11 +33,27 @@ impl RunIds {
     pub fn known_to(&self, other: &RunIds) -> RunIds {
         let known =
             |id: &&String| other.current.as_ref() == Some(*id) || other.waiting.contains(id);
+        let same = self.current.is_some() && self.current == other.current;
+        let request = self.request.as_ref();
+        let request = request.filter(|_| same && self.request == other.request);
         RunIds {
             current: self.current.iter().find(known).cloned(),
+            request: request.cloned(),
             waiting: self.waiting.iter().filter(known).cloned().collect(),
         }
     }
+}
+
+/// What a run is asked for, in few bytes that stay the same: hexadecimal.
+pub(super) fn digest(messages: &[Outgoing]) -> String {
+    let mut digest = Sha256::new();
+    for message in messages {
+        digest.update(message.kind);
+        // Where a payload ends is told by its length.
+        digest.update((message.payload.len() as u64).to_be_bytes());
+        digest.update(&message.payload);
+    }
+    format!("{:x}", digest.finalize())
 }
 
 impl RunTable {
@@ -58,6 +78,9 @@ impl RunTable {
         if let Some(run_id) = &ids.current {
             self.runs.remove(run_id);
         }
+        if let Some(orphan) = &mut self.orphan {
+            orphan.request = ids.current.as_ref().and(ids.request);
+        }
         self.earlier = ids.current;
     }
 
@@ -71,10 +94,14 @@ impl RunTable {
     /// Whose those are.
     pub fn ids(&self) -> RunIds {
         let orphan = self.orphan.iter().filter(|orphan| orphan.is_under_way());
-        let of_old = orphan.filter_map(|_| self.earlier.as_ref());
+        let of_old = self.earlier.iter().zip(orphan);
+        let at_work = self.current.iter();
+        let at_work = at_work.filter_map(|id| Some((id, self.runs.get(id)?)));
         let short = |id: &&String| id.len() <= ID_LENGTH;
+        let found = at_work.chain(of_old).find(|(id, _)| short(id));
         RunIds {
-            current: self.current.iter().chain(of_old).find(short).cloned(),
+            current: found.map(|(id, _)| id.clone()),
+            request: found.and_then(|(_, run)| run.request.clone()),
             waiting: self.waiting.iter().filter(short).cloned().collect(),
         }
     }
@@ -86,6 +113,19 @@ impl RunTable {
         let its_own = self.earlier.as_ref().is_none_or(|id| id == run_id);
         self.orphan
             .take_if(|orphan| its_own && (free || orphan.phase == Phase::Ended))
+    }
+
+    /// Whether a request is the one once more that the run of old was begun with: whoever sends it has not
+    /// heard of that. One that has ended counts as long as those whose output nobody has fetched.
+    pub(super) fn repeats_old(&self, now: Instant, run_id: &str, request: &Submission) -> bool {
+        let is_kept = |run: &Run| {
+            run.phase != Phase::Ended
+                || now.saturating_duration_since(run.polled) < self.limits.unread
+        };
+        self.earlier.as_deref() == Some(run_id)
+            && self.orphan.as_ref().is_some_and(|orphan| {
+                is_kept(orphan) && orphan.request.is_some() && orphan.was_asked(&request.messages)
+            })
     }
 
     /// What a client is told that goes on with a run of which nothing is known, while it is known whose

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::earlier::digest;
 use super::{Ending, RunLimits, Taken};
 use crate::kernel::runner_link::frame::{Outgoing, Record, Step, Stream};
 
@@ -21,6 +22,8 @@ pub(super) struct Run {
     pub(super) phase: Phase,
     /// The messages of the last starting request: its repetition is recognised by content.
     pub(super) content: Vec<Outgoing>,
+    /// The same in few bytes, for the next life of the agent, which has only that.
+    pub(super) request: Option<String>,
     /// Messages not sent yet (while waiting).
     pub(super) unsent: Vec<Outgoing>,
     /// `finished` messages still expected from the runner.
@@ -62,6 +65,7 @@ impl Run {
         Self {
             phase,
             content: Vec::new(),
+            request: None,
             unsent: Vec::new(),
             expected: 0,
             records: VecDeque::new(),
@@ -90,6 +94,20 @@ impl Run {
     /// Whether it has begun and not ended, as far as anybody knows.
     pub(super) fn is_live(&self) -> bool {
         self.phase != Phase::Ended && (!self.tentative || self.owed)
+    }
+
+    /// Notes what it is asked for now.
+    pub(super) fn ask(&mut self, messages: &[Outgoing]) {
+        self.content = messages.to_vec();
+        self.request = Some(digest(messages));
+    }
+
+    /// Whether that is what it was asked for last.
+    pub(super) fn was_asked(&self, messages: &[Outgoing]) -> bool {
+        match &self.request {
+            Some(request) if self.content.is_empty() => *request == digest(messages),
+            _ => self.content == messages,
+        }
     }
 
     /// Whether the end of this step is this run's and not the answer to a probe; `None` when its
@@ -122,6 +140,7 @@ impl Run {
     pub(super) fn end_unsent(&mut self, now: Instant, why: &str, limits: &RunLimits) {
         self.unsent = Vec::new();
         self.content = Vec::new();
+        self.request = None;
         self.expected = 0;
         self.end_in_words(now, &format!("the run was not started: {why}"), limits);
         self.phase = Phase::Ended;
@@ -233,6 +252,7 @@ impl Run {
     /// Drops all but the ends of its steps.
     pub(super) fn shed(&mut self) {
         self.content = Vec::new();
+        self.request = None;
         self.full_since = None;
         for record in std::mem::take(&mut self.records) {
             match is_step(&record) {

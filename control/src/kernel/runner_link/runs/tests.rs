@@ -1,3 +1,4 @@
+use super::earlier::digest;
 use super::*;
 use crate::kernel::runner_link::frame::Stream;
 
@@ -377,6 +378,7 @@ fn what_an_earlier_life_has_left_reaches_nobody_but_its_client() {
     use Milestone::{Cancelled, Finished, Started};
     let ids = |current: Option<&str>, waiting: &[&str]| RunIds {
         current: current.map(str::to_owned),
+        request: None,
         waiting: waiting.iter().map(|&id| id.to_owned()).collect(),
     };
     // Who waited comes first, or when all is over, or when the next run has begun.
@@ -412,10 +414,14 @@ fn what_an_earlier_life_has_left_reaches_nobody_but_its_client() {
         }
         let told = table.milestones();
         assert_eq!(told, [Started, Finished, Finished, Started]);
-        assert_eq!(table.ids(), ids(Some("newer"), &[]));
+        let newer = |waiting| RunIds {
+            request: Some(digest(&query("2").messages)),
+            ..ids(Some("newer"), waiting)
+        };
+        assert_eq!(table.ids(), newer(&[]));
         // What has not run is run when it is asked for again.
         table.submit(now, "b", query("3")).expect("queued");
-        assert_eq!(table.ids(), ids(Some("newer"), &["b"]));
+        assert_eq!(table.ids(), newer(&["b"]));
         assert_eq!(table.record(now, finished(0)), query("3").messages);
     }
     // Journals of before name nobody, and one may know of a run that was not sent only.
@@ -429,6 +435,76 @@ fn what_an_earlier_life_has_left_reaches_nobody_but_its_client() {
     assert_not_started(&mut table, now, "b");
     table.submit(now, "a", go_on()).expect("taken over");
     assert_eq!(table.current(), Some("a"));
+}
+
+#[test]
+fn a_request_that_an_earlier_life_has_sent_is_not_sent_again() {
+    // While the run of old is silent, once it has said something, and when it is over.
+    for at in 0..3 {
+        let now = Instant::now();
+        let mut before = RunTable::new(RunLimits::default(), false, now);
+        before.submit(now, "a", query("1")).expect("sent");
+        let noted = serde_json::to_string(&before.ids()).expect("a journal");
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        table.owe(now, 1, serde_json::from_str(&noted).expect("a journal"));
+        table.probe(now);
+        assert_eq!(table.ids(), before.ids());
+        if at > 0 {
+            table.record(now, out("x"));
+        }
+        if at > 1 {
+            table.record(now, finished(3));
+        }
+        for call in 0..2 {
+            assert!(table.repeats(now, "a", &query("1")));
+            let sent = table.submit(now, "a", query("1")).expect("a repetition");
+            assert!(sent.is_empty(), "{at} {call}");
+        }
+        assert_eq!(table.ids().request, before.ids().request.filter(|_| at < 2));
+        if at == 0 {
+            table.record(now, out("x"));
+        }
+        if at < 2 {
+            table.record(now, finished(3));
+        }
+        let end = table.take(now, "a", false).expect("the end");
+        assert_eq!(end.records, [out("x")]);
+        assert_eq!(end.ending, Ending::Step(Step::Run, Some(3)));
+        answer(&mut table, now);
+        assert_eq!(table.milestones().len(), if at < 2 { 3 } else { 1 });
+        // Anything else is run.
+        let other = table.submit(now, "a", query("2")).expect("sent");
+        assert_eq!(other, query("2").messages);
+    }
+    let taken_over = |request: Option<String>| {
+        let now = Instant::now();
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        let current = Some("a".to_owned());
+        table.owe(
+            now,
+            1,
+            RunIds {
+                current,
+                request,
+                ..RunIds::default()
+            },
+        );
+        table.record(now, finished(0));
+        (table, now)
+    };
+    let request = || Some(digest(&query("1").messages));
+    // What was asked for is not known, or it is something else, or long ago.
+    for (request, code, later) in [(None, "1", 0), (request(), "2", 0), (request(), "1", 601)] {
+        let (mut table, now) = taken_over(request);
+        let now = now + seconds(later);
+        assert!(!table.repeats(now, "a", &query(code)));
+        let sent = table.submit(now, "a", query(code)).expect("sent");
+        assert_eq!(sent, query(code).messages);
+    }
+    // Its end is kept for it while another is at work.
+    let (mut table, now) = taken_over(request());
+    table.submit(now, "other", query("1")).expect("sent");
+    assert!(table.repeats(now, "a", &query("1")));
 }
 
 #[test]
