@@ -25,8 +25,9 @@ use config::Config;
 use shared::observed::AcceleratorKind;
 use tokio::sync::watch;
 
-use crate::kernel::journal::{plain_name, replace_file};
-use crate::kernel::node::{Node, blocking};
+use crate::blocking::blocking;
+use crate::files::{plain_name, replace_file};
+use crate::kernel::node::Node;
 use crate::link::Observed;
 use crate::resource::{DevicePlugin, InventoryError, Ledger};
 use engine::EngineFacts;

@@ -22,10 +22,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::etcd::{Etcd, EtcdError, Scope, Scoped};
 use crate::events::bus::{Bus, BusSettings};
-use crate::kernel::node::blocking;
 
 pub use changes::Changes;
 pub use redis::{RedisError, bus_settings};

@@ -29,7 +29,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
-use crate::kernel::node::{Node, blocking};
+use crate::blocking::blocking;
+use crate::kernel::node::Node;
 use crate::metrics::{Recorder, Scene, count_request};
 use crate::stats::node::HostReading;
 

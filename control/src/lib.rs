@@ -7,12 +7,14 @@
 pub mod accelerator;
 pub mod app;
 pub mod background;
+pub mod blocking;
 pub mod causes;
 pub mod cli;
 pub mod cluster;
 pub mod docker;
 pub mod etcd;
 pub mod events;
+pub mod files;
 pub mod firewall;
 pub mod heartbeat;
 pub mod http;

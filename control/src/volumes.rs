@@ -19,8 +19,8 @@ use config::{Config, Volumes as Settings};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
+use crate::blocking::blocking;
 use crate::etcd::{Etcd, EtcdError};
-use crate::kernel::node::blocking;
 
 pub use self::fstab::FstabError;
 pub use self::requests::serve;

@@ -22,12 +22,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::docker::{Docker, DockerError, DockerOptions};
 use crate::etcd::{Etcd, EtcdError};
 use crate::http;
 use crate::kernel::container_request::HELD_FOLDERS_LABEL;
-use crate::kernel::node::blocking;
 use crate::volumes::{UsedFolder, Volumes};
 
 /// The token of a cluster that sets none.

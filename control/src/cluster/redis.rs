@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::etcd::Tree;
 use crate::events::bus::{BusServer, BusSettings, BusTls, Endpoint, HostPort, HostPortError, Role};
-use crate::kernel::journal::plain_name;
+use crate::files::plain_name;
 
 /// What a request may be given: no less than the original's own default, and not for ever.
 const REQUEST_TIMEOUT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::journal::{plain_name, replace_file};
+use crate::files::{plain_name, replace_file};
 
 /// What is waited for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

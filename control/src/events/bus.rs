@@ -211,7 +211,7 @@ impl Bus {
     /// Waits until the lifecycle events emitted so far are on disk or sent, at most `limit`.
     pub async fn kept(&self, limit: Duration) -> bool {
         let waiting = self.inner.waiting.clone();
-        crate::kernel::node::blocking(move || match waiting.outbox() {
+        crate::blocking::blocking(move || match waiting.outbox() {
             Some(outbox) => outbox.settle(limit),
             None => true,
         })

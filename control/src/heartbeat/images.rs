@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::events::{Event, Events};
 use crate::image::{Images, InstalledImage};
-use crate::kernel::node::blocking;
 use crate::rpc::Value;
 
 /// Time between looks.

@@ -20,7 +20,8 @@ use thiserror::Error;
 
 use super::destroy;
 use super::lifecycle::Reason;
-use super::node::{Node, blocking};
+use super::node::Node;
+use crate::blocking::blocking;
 use crate::rpc::arguments::parse_uuid;
 
 /// How often the directory is looked at.

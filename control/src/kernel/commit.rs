@@ -30,10 +30,11 @@ use uuid::Uuid;
 use super::container_request::{
     HELD_FOLDERS_LABEL, HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL,
 };
-use super::node::{Node, blocking};
+use super::node::Node;
 use super::record::Record;
 use super::registry::Kernel;
 use crate::background::Reporter;
+use crate::blocking::blocking;
 use crate::docker::{CommitRequest, DockerError};
 
 /// Pieces between the engine and the compressor; each is 64 KiB or less.

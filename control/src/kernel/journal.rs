@@ -14,9 +14,9 @@
 //! this process loses nothing: the rename is in the kernel's hands.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -24,7 +24,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use shared::ids::KernelId;
 use thiserror::Error;
-use uuid::Uuid;
+
+use crate::files::{plain_name, replace_file};
 
 /// How many records that were put aside in earlier lives are kept.
 pub(super) const DAMAGED_KEPT: usize = 256;
@@ -319,44 +320,6 @@ fn remove_oldest(files: Vec<PathBuf>, kept: usize) {
     }
 }
 
-/// Writes `bytes` beside `path`, flushes them, and renames.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut new = path.to_owned().into_os_string();
-    // Two writers never share a name: a record has one writer, but a crashed one may have left its.
-    new.push(format!(".{}.new", Uuid::new_v4().simple()));
-    let new = PathBuf::from(new);
-    let written = OpenOptions::new()
-        .create_new(true)
-        .write(true)
-        .mode(0o600)
-        .open(&new)
-        .and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_data()
-        })
-        .and_then(|()| fs::rename(&new, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    written
-}
-
-/// An agent id as one path component: the id is from the configuration, so only its separators
-/// are in the way.
-pub fn plain_name(agent_id: &str) -> String {
-    let name: String = agent_id
-        .chars()
-        .map(|c| match c {
-            '/' | '\0' => '_',
-            c => c,
-        })
-        .collect();
-    match name.as_str() {
-        "" | "." | ".." => format!("_{name}"),
-        _ => name,
-    }
-}
-
 /// Seconds since the epoch, for records.
 pub fn now_unix() -> f64 {
     crate::events::unix_seconds(SystemTime::now())
@@ -467,14 +430,6 @@ mod tests {
         fs::create_dir(journal.path(id(1))).unwrap();
         assert!(journal.store(id(1), &record(1)).is_err());
         assert_eq!(fs::read_dir(journal.dir()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn agent_ids_become_one_path_component() {
-        assert_eq!(plain_name("i-node"), "i-node");
-        assert_eq!(plain_name("../x"), ".._x");
-        assert_eq!(plain_name(".."), "_..");
-        assert_eq!(plain_name(""), "_");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 
-use super::journal::{plain_name, replace_file};
+use crate::files::{plain_name, replace_file};
 
 /// How many consoles are kept.
 pub const KEEP: usize = 256;

@@ -14,7 +14,7 @@ use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::node::blocking;
+use crate::blocking::blocking;
 use crate::volumes::mount;
 
 /// Looks at work at one mount. The runtime has 512 threads for all work that blocks.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use config::Config;
 use shared::ids::{ContainerId, KernelId};
@@ -27,6 +27,7 @@ use super::scratch::Scratch;
 use crate::accelerator::Accelerators;
 use crate::accelerator::host::PluginHost;
 use crate::background::BackgroundTasks;
+use crate::blocking::blocking;
 use crate::cluster::Cluster;
 use crate::docker::Docker;
 use crate::events::bus::console_logs::ConsoleLogs;
@@ -37,9 +38,6 @@ use crate::ports::PortPool;
 use crate::resource::Ledger;
 use crate::storage_proxy::StorageProxy;
 use crate::volumes::Volumes;
-
-/// How long a step that only writes a small file may take before it is reported.
-const SLOW_DISK: Duration = Duration::from_secs(5);
 
 /// One worker node.
 #[derive(Debug)]
@@ -228,21 +226,4 @@ impl Node {
     pub fn bind_host(&self) -> std::net::IpAddr {
         self.config.container.bind_host
     }
-}
-
-/// Runs something that may wait for a disk off the async workers, and says so when it took long.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let began = std::time::Instant::now();
-    let result = match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(err) => match err.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Blocking tasks are not cancelled once they run; the runtime is going down.
-            Err(_) => std::future::pending().await,
-        },
-    };
-    if began.elapsed() > SLOW_DISK {
-        tracing::warn!(seconds = began.elapsed().as_secs(), "the disk is slow");
-    }
-    result
 }

@@ -19,10 +19,11 @@ use shared::ids::{ContainerId, Generation};
 use thiserror::Error;
 
 use super::callers::Source;
-use super::node::{Node, blocking};
+use super::node::Node;
 use super::record::{PublishedBy, Record};
 use super::registry::Kernel;
 use super::service_ports::TTYD;
+use crate::blocking::blocking;
 use crate::docker::{ContainerInspectResponse, DockerError};
 use crate::link::{KernelRows, LinkError};
 use crate::network::{self, Endpoint, NetworkError};

@@ -16,7 +16,7 @@ use super::decimal::milliseconds;
 use super::kernels::device_measurements;
 use super::metric::{Current, Measurement, Metric, Metrics, MissingCapacity, Quantity, Statistic};
 use super::record::{DeviceFigures, NodeRecord};
-use crate::kernel::node::blocking;
+use crate::blocking::blocking;
 
 const CPU_UTIL: Quantity = Quantity::new("cpu_util", "msec", Current::Difference, &[]);
 const MEM: Quantity = Quantity::new("mem", "bytes", Current::Value, &[Statistic::Maximum]);

@@ -20,8 +20,9 @@ use super::kernels::{KernelFacts, Kernels, Moment};
 use super::node::{HostReading, NodeMetrics};
 use super::processes::ProcessTable;
 use super::record::pack;
+use crate::blocking::blocking;
 use crate::events::bus;
-use crate::kernel::node::{Node, blocking};
+use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::metrics::{Round, count_round};
 

@@ -31,7 +31,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::answers::{FolderUsage, Quota, Refusal, Space, Status, Volume, VolumeHealth, Volumes};
 use super::folder::FolderId;
-use crate::kernel::node::blocking;
+use crate::blocking::blocking;
 use config::{ProxyUrl, SecretFileError, read_secret_file};
 
 /// The header that carries the secret.

@@ -15,7 +15,7 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, Command};
 
 use super::{MountOrder, UsedFolder, VolumeError};
-use crate::kernel::node::blocking;
+use crate::blocking::blocking;
 
 /// Where the programs are looked for; nothing of our environment is handed on.
 const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";

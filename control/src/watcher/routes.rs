@@ -20,8 +20,8 @@ use serde_json::{Value as Json, json};
 
 use super::Watcher;
 use super::systemctl::{self, CallError};
+use crate::blocking::blocking;
 use crate::causes::chain;
-use crate::kernel::node::blocking;
 use crate::volumes::{MountOrder, UnmountOrder, VolumeOutcome};
 
 /// The header that carries the token.

@@ -27,10 +27,10 @@ use super::connection::{Command, Reply};
 use super::message::{Message, MessageError, STREAM};
 use super::readers::{self, Ask, Patience, Readers};
 use super::store::{Store, StoreError};
+use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::events::{Event, Events};
 use crate::kernel::kept_logs::{KEEP, KeptLogs, KeptLogsError, Shipping};
-use crate::kernel::node::blocking;
 
 /// How long a list waits for the manager.
 const EXPIRES: Duration = Duration::from_secs(3600);

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::message::{Keeping, Message};
-use crate::kernel::journal::replace_file;
+use crate::files::replace_file;
 
 /// Lines waiting for the disk; more than the queue can hold.
 const LINES: usize = 8192;

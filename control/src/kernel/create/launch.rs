@@ -18,6 +18,7 @@ use super::serve::{Attempt, serve};
 use super::{Found, Order, Turn, abortable, aborted, enter};
 use crate::accelerator::host::Granted;
 use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
+use crate::blocking::blocking;
 use crate::kernel::agent_socket;
 use crate::kernel::container_request::{
     self, ContainerInputs, ContainerRequest, HELD_FOLDERS_LABEL, Limits,
@@ -25,7 +26,7 @@ use crate::kernel::container_request::{
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::Stage;
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
-use crate::kernel::node::{Node, blocking};
+use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::registry::Kernel;
 use crate::kernel::request::TextMap;

@@ -11,9 +11,10 @@ use super::super::arguments::Arguments;
 use super::super::failure::Failure;
 use super::super::value::Value;
 use super::{PATIENCE, failed, kernel_id, reply, unknown_kernel};
+use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::docker::LogOptions;
-use crate::kernel::node::{Node, blocking};
+use crate::kernel::node::Node;
 use crate::network;
 use crate::resource::Amount;
 
