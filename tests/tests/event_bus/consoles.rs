@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use bytes::Bytes;
 use control::events::Event;
+use control::events::bus::Role;
 use control::events::bus::console_logs::ConsoleLogs;
 use control::events::bus::message::Message;
 use control::kernel::kept_logs::{KeptLogs, Shipping};
@@ -101,7 +102,11 @@ async fn a_console_is_announced_once_wherever_an_earlier_life_was_killed() -> Re
 #[tokio::test]
 async fn nobody_waits_for_a_console_that_the_bus_does_not_take() -> Result<()> {
     let mut redis = Redis::start()?;
-    let (bus, events) = bus(&settings(redis.port))?;
+    let lists = Redis::start()?;
+    let mut wanted = settings(redis.port);
+    let own = settings(lists.port).server;
+    wanted.overrides.insert(Role::ContainerLog, own);
+    let (bus, events) = bus(&wanted)?;
     redis.kill()?;
     let state = tempfile::tempdir()?;
     let logs = KeptLogs::open(state.path(), "i-evh")?;
@@ -113,6 +118,11 @@ async fn nobody_waits_for_a_console_that_the_bus_does_not_take() -> Result<()> {
     consoles.ship(kernel, container);
     tokio::time::timeout(LIMIT, consoles.settled(kernel, LIMIT * 100)).await?;
     assert_eq!(logs.unshipped(), [(kernel, container)]);
+    // The list lapses: nobody has taken it, for nobody was told.
+    let mut client = lists.client()?;
+    client.ask(&["SELECT", "6"])?;
+    let key = format!("containerlog.{container}");
+    assert_eq!(client.ask(&["DEL", &key])?.int()?, 1);
     redis.restart()?;
     harness::wait::until("it is announced", LIMIT, || {
         let stream = redis.stream().unwrap_or_default();
@@ -123,6 +133,7 @@ async fn nobody_waits_for_a_console_that_the_bus_does_not_take() -> Result<()> {
     })
     .await?;
     stopping.cancel();
+    assert_eq!(client.ask(&["LLEN", &key])?.int()?, 1);
     // A manager that finds the server, which came back empty, later than this is told too.
     let read = redis.manager()?.read(Duration::from_secs(5))?;
     let names: Vec<String> = read.iter().map(|entry| entry.text("name")).collect();

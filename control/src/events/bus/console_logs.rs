@@ -265,6 +265,8 @@ impl Shipper {
                 if self.is_told(container, text.is_empty(), &message).await? {
                     return self.mark(kernel, container, Shipping::Sent).await;
                 }
+                // Nothing is on its way: should managers be waited for in vain, the list may lapse.
+                self.mark(kernel, container, Shipping::Unsent).await?;
             }
             Shipping::Unsent | Shipping::Refused => {
                 let text = Bytes::from(text);
@@ -272,10 +274,11 @@ impl Shipper {
                     self.clear(container, &err).await;
                     return Err(err);
                 }
-                self.mark(kernel, container, Shipping::Announcing).await?;
             }
         }
         self.let_read().await?;
+        // Not before: a list that is gone would be taken for one that a manager has taken.
+        self.mark(kernel, container, Shipping::Announcing).await?;
         let commands = message.commands(&self.source);
         if let Err(err) = self.stream.run("announce a console", commands).await {
             if err.is_certain() {
