@@ -254,6 +254,60 @@ async fn sentinels_are_asked_for_the_master() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_fail_over_leads_to_the_new_master_also_where_nobody_may_ask_for_roles() -> Result<()> {
+    let start = |line: String| {
+        Redis::start_with(RedisOptions {
+            lines: vec![line, "user default on nopass ~* &* +@all -role".into()],
+            ..RedisOptions::default()
+        })
+    };
+    let master = start("repl-diskless-sync-delay 0".into())?;
+    let replica = start(format!("replicaof 127.0.0.1 {}", master.port))?;
+    let sentinel = Redis::start_with(RedisOptions {
+        lines: vec![
+            format!("sentinel monitor mymaster 127.0.0.1 {} 1", master.port),
+            format!("sentinel known-replica mymaster 127.0.0.1 {}", replica.port),
+        ],
+        password: None,
+        sentinel: true,
+    })?;
+    let mut wanted = settings(master.port);
+    wanted.server.endpoint = Endpoint::Sentinels {
+        addresses: vec![format!("127.0.0.1:{}", sentinel.port).parse()?],
+        service_name: "mymaster".into(),
+    };
+    let (bus, events) = bus(&wanted)?;
+    events.emit(ended(1));
+    drained(&bus).await?;
+    assert_eq!(numbers(&master.stream()?), [1]);
+    wait::until("the replica has it", LIMIT, || {
+        let there = replica.stream().is_ok_and(|stream| numbers(&stream) == [1]);
+        async move { there.then_some(()) }
+    })
+    .await?;
+    let ask_sentinel = |question: &str| sentinel.client()?.ask(&["SENTINEL", question, "mymaster"]);
+    wait::until("the sentinel takes the order", LIMIT, || {
+        let ordered = ask_sentinel("FAILOVER");
+        async move { ordered.ok() }
+    })
+    .await?;
+    let port = replica.port.to_string();
+    wait::until("the sentinel names the new master", LIMIT, || {
+        let named = ask_sentinel("GET-MASTER-ADDR-BY-NAME");
+        let named = named.and_then(|address| address.item(1)?.text());
+        let moved = named.is_ok_and(|named| named == port);
+        async move { moved.then_some(()) }
+    })
+    .await?;
+    // As the sentinel does some seconds later. The bus is still connected to it.
+    master.client()?.ask(&["REPLICAOF", "127.0.0.1", &port])?;
+    events.emit(ended(2));
+    drained(&bus).await?;
+    assert_eq!(numbers(&replica.stream()?), [1, 2]);
+    Ok(())
+}
+
+#[tokio::test]
 async fn volume_requests_are_heard_also_after_an_outage() -> Result<()> {
     let mut redis = Redis::start()?;
     let (bus, _events) = bus(&settings(redis.port))?;
