@@ -198,11 +198,12 @@ async fn wait_for_manager(etcd: &Etcd, wait: &Wait<'_>) -> Result<(), ClusterErr
     }
     let mut followed = etcd.follow(etcd.physical(Scope::Global, MANAGERS));
     let began = Instant::now();
-    let mut told = wait.tell(
-        "a manager",
-        "none has registered below nodes/manager in etcd",
-        began,
-    );
+    let tell = || {
+        let (key, endpoint) = (etcd.physical(Scope::Global, MANAGERS), etcd.asked());
+        let why = format!("none has registered below {key} in etcd at {endpoint}");
+        wait.tell("a manager", &why, began)
+    };
+    let mut told = tell();
     loop {
         if followed.now().entries.values().any(|value| value == "up") {
             tracing::info!(waited_s = began.elapsed().as_secs(), "a manager is up");
@@ -211,7 +212,7 @@ async fn wait_for_manager(etcd: &Etcd, wait: &Wait<'_>) -> Result<(), ClusterErr
         tokio::select! {
             _ = followed.changed() => {}
             () = tokio::time::sleep_until(told + PAUSES.1 * 3) => {
-                told = wait.tell("a manager", "none has registered below nodes/manager in etcd", began);
+                told = tell();
             }
             () = wait.stopping.cancelled() => return Err(ClusterError::Interrupted),
         }

@@ -1,15 +1,16 @@
 //! etcd, in which a cluster keeps its configuration and its nodes register.
 //!
 //! In: logical keys with a scope. Out: values, nested maps, and followed prefixes. Invariants: every
-//! call ends by its deadline; the members are asked one after the other and the one that answers is
-//! kept; whether etcd can be reached is always known ([`Etcd::health`]) and each change is told once.
+//! call ends by its deadline; the members are asked one after the other, also when one refuses, and the
+//! one that does what it is asked is kept; whether etcd can be reached is always known
+//! ([`Etcd::health`]) and each change is told once.
 
 mod error;
 mod follow;
 mod keys;
 mod tree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +38,9 @@ const CALL: Duration = Duration::from_secs(6);
 /// Pings on connections with something under way, and how long an answer may take. etcd closes
 /// connections that ping more often than every 5 s.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+/// Between two calls that go to all members although one has refused, after all of them had: each
+/// would log in again.
+const ROUND_PAUSE: Duration = Duration::from_secs(60);
 /// Between two lines in the log that say that etcd refuses.
 const DENIAL_PAUSE: Duration = Duration::from_secs(600);
 /// Puts in one transaction; etcd takes 128 by default.
@@ -85,6 +89,8 @@ struct Inner {
     health: watch::Sender<Health>,
     /// When the log said last that etcd refuses.
     denial_told: Mutex<Option<Instant>>,
+    /// When all members had refused the same call last.
+    all_refused: Mutex<Option<Instant>>,
 }
 
 /// The member that is asked, and the connection to it.
@@ -147,6 +153,7 @@ impl Etcd {
                 cluster: AtomicU64::new(0),
                 health: watch::Sender::new(Health::Untried),
                 denial_told: Mutex::default(),
+                all_refused: Mutex::default(),
             }),
         })
     }
@@ -159,6 +166,14 @@ impl Etcd {
     /// The addresses, for people.
     pub fn endpoints(&self) -> String {
         self.inner.endpoints.join(", ")
+    }
+
+    /// The address that answers, or all when none does, for people.
+    pub fn asked(&self) -> String {
+        match &*self.inner.health.borrow() {
+            Health::Reachable { endpoint } => endpoint.clone(),
+            _ => self.endpoints(),
+        }
     }
 
     /// The scaling group whose keys are read.
@@ -302,7 +317,8 @@ impl Etcd {
     }
 
     /// Carries out a call, on other members and after another log-in where that may help. All calls
-    /// made here may be repeated: they read, or write the same again.
+    /// made here may be repeated: they read, or write the same again. A refusal is final when every
+    /// member refuses: one alone may belong to another cluster, or be behind.
     async fn call<T, F: Future<Output = Result<T, etcd_client::Error>>>(
         &self,
         step: &'static str,
@@ -310,15 +326,19 @@ impl Etcd {
     ) -> Result<T, EtcdError> {
         let deadline = Instant::now() + CALL;
         let members = self.inner.endpoints.len().max(1);
-        let tries = members + 1;
+        let mut tries = members + 1;
         // A member that hangs leaves time for the others.
         let share = CALL / u32::try_from(members.min(3)).unwrap_or(1);
-        let mut last = None;
-        for _ in 0..tries {
+        let (mut last, mut refusal) = (None, None);
+        let mut refused_by = BTreeSet::new();
+        // The member that was logged in to again.
+        let mut renewed = None;
+        while tries > 0 {
             let now = Instant::now();
             if now >= deadline {
                 break;
             }
+            tries -= 1;
             let (member, generation, client) = self.current();
             let attempt = async {
                 let client = match client {
@@ -328,48 +348,82 @@ impl Etcd {
                 // A client is some kilobytes, and so is what is made of it.
                 Box::pin(work(Client::clone(&client))).await
             };
-            match tokio::time::timeout(share.min(deadline - now), attempt).await {
+            let source = match tokio::time::timeout(share.min(deadline - now), attempt).await {
                 Ok(Ok(answer)) => {
                     self.reached(member);
                     return Ok(answer);
                 }
-                Ok(Err(source)) => match verdict(&source) {
-                    Verdict::Elsewhere => {
-                        self.leave(generation, true);
-                        last = Some(source);
-                    }
-                    Verdict::LogIn if last.is_none() => {
-                        self.leave(generation, false);
-                        last = Some(source);
-                    }
-                    Verdict::LogIn => {
-                        let error = refused(step, "check etcd.user and etcd.password", source);
-                        self.lost(&error);
-                        return Err(error);
-                    }
-                    Verdict::Denied(remedy) => {
-                        let error = refused(step, remedy, source);
-                        self.lost(&error);
-                        return Err(error);
-                    }
-                    Verdict::Final(remedy) => return Err(refused(step, remedy, source)),
-                },
-                Err(_) => self.leave(generation, true),
+                Ok(Err(source)) => source,
+                Err(_) => {
+                    self.leave(generation, true);
+                    continue;
+                }
+            };
+            let remedy = match verdict(&source) {
+                Verdict::Elsewhere => {
+                    self.leave(generation, true);
+                    last = Some(source);
+                    continue;
+                }
+                Verdict::LogIn if renewed != Some(member) => {
+                    self.leave(generation, false);
+                    renewed = Some(member);
+                    last = Some(source);
+                    tries += 1;
+                    continue;
+                }
+                Verdict::LogIn => "check etcd.user and etcd.password",
+                Verdict::Denied(remedy) | Verdict::Final(remedy) => remedy,
+            };
+            refused_by.insert(member);
+            let endpoint = self.endpoint(member);
+            let refused = refused(endpoint, step, remedy, source);
+            let first = refusal.take().unwrap_or(refused);
+            if self.is_refused_by_all(refused_by.len()) {
+                if first.is_denial() {
+                    self.lost(&first);
+                }
+                return Err(first);
             }
+            refusal = Some(first);
+            self.leave(generation, true);
         }
         let endpoints = self.endpoints();
-        let error = match last {
-            Some(source) => EtcdError::Unreachable {
-                endpoints,
-                reason: error::reason(&source),
-            },
-            None => EtcdError::Deadline {
+        let refused = refusal.as_ref().map(|err| crate::causes::chain(err));
+        let failed = last.as_ref().map(error::reason);
+        let reasons: Vec<String> = refused.into_iter().chain(failed).collect();
+        let error = if reasons.is_empty() {
+            EtcdError::Deadline {
                 endpoints,
                 seconds: CALL.as_secs(),
-            },
+            }
+        } else {
+            EtcdError::Unreachable {
+                endpoints,
+                reason: reasons.join("; "),
+            }
         };
         self.lost(&error);
         Err(error)
+    }
+
+    /// Whether as many refusals of a call are those of all members; or would be, as they were lately.
+    fn is_refused_by_all(&self, refusals: usize) -> bool {
+        let last = self.inner.all_refused.lock();
+        let mut last = last.unwrap_or_else(PoisonError::into_inner);
+        if refusals >= self.inner.endpoints.len() {
+            *last = Some(Instant::now());
+            return true;
+        }
+        last.is_some_and(|last| last.elapsed() < ROUND_PAUSE)
+    }
+
+    fn endpoint(&self, member: usize) -> String {
+        self.inner
+            .endpoints
+            .get(member)
+            .cloned()
+            .unwrap_or_default()
     }
 
     fn current(&self) -> (usize, u64, Option<Arc<Client>>) {
@@ -391,9 +445,8 @@ impl Etcd {
         member: usize,
         generation: u64,
     ) -> Result<Arc<Client>, etcd_client::Error> {
-        let endpoint = self.inner.endpoints.get(member).cloned();
-        let endpoint = [endpoint.unwrap_or_default()];
-        let connecting = Client::connect(endpoint, Some(self.inner.options.clone()));
+        let endpoint = self.endpoint(member);
+        let connecting = Client::connect([endpoint], Some(self.inner.options.clone()));
         let client = Arc::new(Box::pin(connecting).await?);
         let mut current = self.lock();
         if current.generation == generation && current.client.is_none() {
@@ -435,12 +488,7 @@ impl Etcd {
     }
 
     fn reached(&self, member: usize) {
-        let endpoint = self
-            .inner
-            .endpoints
-            .get(member)
-            .cloned()
-            .unwrap_or_default();
+        let endpoint = self.endpoint(member);
         self.inner.health.send_if_modified(|health| {
             let now = Health::Reachable { endpoint };
             let changed = *health != now;
@@ -544,8 +592,14 @@ impl Scoped {
     }
 }
 
-fn refused(step: &'static str, remedy: &'static str, source: etcd_client::Error) -> EtcdError {
+fn refused(
+    endpoint: String,
+    step: &'static str,
+    remedy: &'static str,
+    source: etcd_client::Error,
+) -> EtcdError {
     EtcdError::Refused {
+        endpoint,
         step,
         remedy,
         source,

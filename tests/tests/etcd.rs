@@ -154,6 +154,40 @@ async fn users_are_logged_in_and_what_is_wrong_is_said() -> Result<()> {
     })
     .await?;
 
+    // A member that lets nobody in like this is left for the next; alone, it is named.
+    let plain = EtcdServer::start().await?;
+    let [refusing, serving] = [&plain, &server].map(|server| server.addresses().concat());
+    let of_addresses = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|address| {
+            let (host, port) = address.rsplit_once(':').unwrap();
+            format!("{{ host = \"{host}\", port = {port} }}")
+        });
+        let section = format!(
+            "[etcd]\nnamespace = \"local\"\naddr = [{}]\nuser = \"agent\"\npassword = \"secret\"\n",
+            addresses.collect::<Vec<_>>().join(", ")
+        );
+        Etcd::new(&settings(&section), "i-node", "gpu").unwrap()
+    };
+    let both = of_addresses(&[&refusing, &serving]);
+    both.put(Scope::Global, "by", "the second").await?;
+    assert_eq!(etcd.get("by").await?.as_deref(), Some("the second"));
+    assert!(both.asked().ends_with(&serving), "{}", both.asked());
+    for addresses in [&[refusing.as_str()][..], &[&refusing, &refusing]] {
+        let alone = of_addresses(addresses);
+        told(alone.get("k").await, &refusing);
+        told(alone.get("k").await, "remove etcd.user");
+        let state = alone.health().borrow().clone();
+        assert!(matches!(state, Health::Refused { .. }), "{state:?}");
+    }
+    // As long as another may serve, the node waits, and says what the one that answers has said.
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let waits = of_addresses(&[&refusing, &nobody.to_string()]);
+    let err = waits.get("k").await.unwrap_err();
+    assert!(err.is_transient(), "{err}");
+    for word in [refusing.as_str(), "remove etcd.user", "os error"] {
+        assert!(err.to_string().contains(word), "{err}");
+    }
+
     // A restarted server knows no token any more.
     server.stop(0);
     server.restart(0).await?;

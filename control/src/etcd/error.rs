@@ -17,12 +17,12 @@ pub enum EtcdError {
         #[source]
         source: std::io::Error,
     },
-    /// No address answered.
+    /// No address answered, or those that did refused and the others may not.
     #[error("etcd does not answer at {endpoints} ({reason})")]
     Unreachable {
         /// All that were tried.
         endpoints: String,
-        /// What was wrong with the last one.
+        /// What was wrong with the last one, after what the first said that refused.
         reason: String,
     },
     /// No address answered in time.
@@ -40,8 +40,10 @@ pub enum EtcdError {
         key: String,
     },
     /// etcd answered that it will not; another try would end the same.
-    #[error("etcd refused to {step}; {remedy}")]
+    #[error("etcd at {endpoint} refused to {step}; {remedy}")]
     Refused {
+        /// The address that did.
+        endpoint: String,
         /// What was asked for.
         step: &'static str,
         /// What to do.

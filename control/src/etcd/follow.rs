@@ -205,7 +205,7 @@ impl Follower {
             let endpoints = endpoints.clone();
             match verdict(&source) {
                 Verdict::Final(remedy) | Verdict::Denied(remedy) => {
-                    super::refused("watch a prefix", remedy, source)
+                    super::refused(etcd.endpoint(member), "watch a prefix", remedy, source)
                 }
                 _ => EtcdError::Unreachable {
                     endpoints,
