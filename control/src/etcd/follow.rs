@@ -100,8 +100,8 @@ enum End {
     Lost(u64, EtcdError),
     /// What was not seen yet is no longer there to be told.
     Compacted,
-    /// etcd's revisions have gone back: it was restored or made anew.
-    OtherHistory,
+    /// The member knows less than was seen: it is behind the others, or etcd was restored or made anew.
+    Behind,
     /// Another cluster answers, whose revisions say nothing of what was seen.
     OtherCluster(u64),
 }
@@ -148,12 +148,8 @@ impl Follower {
                     );
                     must_read = true;
                 }
-                End::OtherHistory => {
-                    tracing::warn!(
-                        prefix = self.prefix,
-                        revision = self.seen.revision,
-                        "etcd has gone back in its history (restored or new?); reading the keys again"
-                    );
+                End::Behind => {
+                    // The reading tells which: before it answers, a member asks the others.
                     must_read = true;
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSES.1);
@@ -182,9 +178,18 @@ impl Follower {
                 async move { client.get(prefix, Some(options)).await }
             })
             .await?;
+        let known = (self.cluster, self.seen.revision);
         self.seen.revision = answer.header().map_or(0, |header| header.revision());
         self.cluster = answer.header().map_or(0, |header| header.cluster_id());
         self.etcd.answered_by(self.cluster);
+        if has_gone_back(known, (self.cluster, self.seen.revision)) {
+            tracing::warn!(
+                prefix = self.prefix,
+                known = known.1,
+                now = self.seen.revision,
+                "etcd has gone back in its history (restored or new?); what is there now counts"
+            );
+        }
         self.seen.entries = answer.take_kvs().into_iter().map(text_pair).collect();
         self.seen.readings += 1;
         self.tell();
@@ -273,7 +278,7 @@ impl Follower {
             ));
         }
         if response.created() && revision > 0 && revision < self.seen.revision {
-            return Some(End::OtherHistory);
+            return Some(End::Behind);
         }
         for event in response.events() {
             let Some(pair) = event.kv() else { continue };
@@ -295,5 +300,26 @@ impl Follower {
             self.seen.revision = self.seen.revision.max(revision);
         }
         None
+    }
+}
+
+/// Whether etcd, of which a cluster's id and revision were known, has a shorter history now than it had.
+/// Another cluster's revisions say nothing of that.
+fn has_gone_back(known: (u64, i64), read: (u64, i64)) -> bool {
+    known.0 == read.0 && read.1 < known.1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_reading_of_the_same_cluster_shows_that_etcd_has_gone_back() {
+        assert!(has_gone_back((7, 120), (7, 119)));
+        // A member that was behind has caught up before it answered.
+        assert!(!has_gone_back((7, 120), (7, 120)));
+        assert!(!has_gone_back((7, 120), (7, 130)));
+        assert!(!has_gone_back((7, 120), (8, 4)));
+        assert!(!has_gone_back((0, 0), (7, 1)), "the first reading");
     }
 }
