@@ -45,7 +45,7 @@ pub fn bus_settings(
     ca_file: Option<&Path>,
 ) -> Result<BusSettings, RedisError> {
     let mut settings = BusSettings::new(agent_id, server("config/redis", redis, ca_file)?);
-    let overrides = redis.at(&["override_configs"]);
+    let overrides = spelt("override_configs", |key| redis.at(&[key]));
     for (name, tree) in overrides.into_iter().flat_map(|tree| &tree.members) {
         let Some(role) = Role::from_name(name) else {
             tracing::warn!(
@@ -59,7 +59,7 @@ pub fn bus_settings(
             .overrides
             .insert(role, server(&place, tree, ca_file)?);
     }
-    if let Some(text) = redis.text(&["request_timeout"]) {
+    if let Some(text) = spelt("request_timeout", |key| redis.text(&[key])) {
         settings.command_timeout = text
             .trim()
             .parse()
@@ -71,8 +71,17 @@ pub fn bus_settings(
     Ok(settings)
 }
 
+/// What is there under a key of several words, which the original joins by `_` or else by `-`.
+fn spelt<T>(key: &str, find: impl Fn(&str) -> Option<T>) -> Option<T> {
+    find(key).or_else(|| find(&key.replace('_', "-")))
+}
+
 fn server(place: &str, tree: &Tree, ca_file: Option<&Path>) -> Result<BusServer, RedisError> {
-    let text = |key: &str| tree.text(&[key]).filter(|text| !text.trim().is_empty());
+    let text = |key: &str| {
+        spelt(key, |key| {
+            tree.text(&[key]).filter(|text| !text.trim().is_empty())
+        })
+    };
     let address = |key: &str, text: &str| {
         text.parse::<HostPort>()
             .map_err(|err| RedisError::Address(format!("{place}/{key}"), err))
@@ -196,6 +205,26 @@ mod tests {
         let tls = settings.server.tls.unwrap();
         assert!(tls.skip_verify);
         assert_eq!(tls.ca_file.unwrap(), Path::new("/ca.pem"));
+    }
+
+    #[test]
+    fn keys_of_several_words_are_spelt_in_two_ways() {
+        let pairs = [
+            ("sentinel", "a:1"),
+            ("service-name", "m"),
+            ("use-tls", "true"),
+            ("tls-skip-verify", "true"),
+            ("request-timeout", "2500"),
+            ("override-configs/stream/addr", "s:2"),
+        ];
+        let settings = read(&pairs).unwrap();
+        assert_eq!(settings.server.endpoint.to_string(), "m of a:1");
+        assert!(settings.server.tls.as_ref().unwrap().skip_verify);
+        assert_eq!(settings.command_timeout, Duration::from_millis(2500));
+        assert_eq!(settings.server_of(Role::Stream).endpoint.to_string(), "s:2");
+        // As in the original, the first spelling counts.
+        let both = read(&[&pairs[..], &[("request_timeout", "3000")]].concat()).unwrap();
+        assert_eq!(both.command_timeout, Duration::from_millis(3000));
     }
 
     #[test]
