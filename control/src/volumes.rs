@@ -62,7 +62,9 @@ pub enum VolumeError {
     #[error(transparent)]
     PrefixPath(#[from] PrefixError),
     /// The options hold something that is not an option.
-    #[error("the mount options {0:?} are not usable")]
+    #[error(
+        "the mount options {0:?} cannot be used: up to 4096 letters, digits and =,._:/@%+-[] are, without - at the start"
+    )]
     Options(String),
     /// The operator did not allow it.
     #[error(
@@ -131,8 +133,13 @@ pub enum VolumeError {
         after: Duration,
     },
     /// It said it was done, and it is not.
-    #[error("{0} is not as it should be after the command had succeeded")]
-    NotDone(PathBuf),
+    #[error("{command} has said that it was done at {path}, and it is not; see: findmnt {path}", path = path.display())]
+    NotDone {
+        /// Which.
+        command: &'static str,
+        /// Where.
+        path: PathBuf,
+    },
     /// The table of file systems could not be changed.
     #[error(transparent)]
     Fstab(#[from] FstabError),

@@ -109,7 +109,9 @@ pub enum AppError {
     #[error("the accelerators' drivers can't be looked at")]
     Drivers(#[source] io::Error),
     /// A thread has ended by itself.
-    #[error("the {thread} has died; the process must be restarted")]
+    #[error(
+        "the {thread} has ended by itself, so bai-dataplane ends; systemd starts it again, without systemd start it by hand"
+    )]
     Died {
         /// Which one.
         thread: &'static str,

@@ -19,7 +19,7 @@ pub enum DetachError {
     #[error("the run directory can't be used")]
     RunDir(#[source] RunDirError),
     /// A dataplane is running: stop it first.
-    #[error("the dataplane is running")]
+    #[error("bai-dataplane is running for this agent; stop it first: systemctl stop bai-dataplane")]
     Running(#[source] LockError),
     /// The kernel path's pins could not be removed.
     #[error("the kernel path stays attached")]

@@ -23,7 +23,7 @@ pub enum RedisError {
     #[error("{0}/sentinel is set and {0}/service_name is not; set both")]
     NoServiceName(String),
     /// An address is none.
-    #[error("{0} is wrong")]
+    #[error("{0} is not host:port, such as 10.0.0.2:6379")]
     Address(String, #[source] HostPortError),
     /// A time is no number.
     #[error("config/redis/request_timeout is {0:?}; it is a whole number of milliseconds")]

@@ -152,7 +152,7 @@ pub enum ContainerRequestError {
         #[source]
         cause: serde_json::Error,
     },
-    #[error("the size {0} of the shared memory is out of range")]
+    #[error("resource_opts.shmem is {0} bytes, more than the engine takes; ask for less")]
     SharedMemory(u64),
     #[error("a tmpfs at {0} is not supported")]
     MountKind(String),

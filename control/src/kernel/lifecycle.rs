@@ -299,13 +299,16 @@ pub enum Action {
 }
 
 /// Why a request is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The same kernel is being created or restarted.
+    #[error("it is being created or restarted; wait until it runs")]
     CreationInProgress,
     /// The same kernel is being destroyed.
+    #[error("it is being destroyed; start a new session")]
     Ending,
     /// A restart needs a running kernel.
+    #[error("it does not run; try again when it does")]
     NotRunning,
 }
 

@@ -112,7 +112,7 @@ pub enum MountError {
         "the folder {name} cannot be mounted: its subdirectory {subpath:?} leads out of it; replace the link there"
     )]
     Outside { name: String, subpath: String },
-    #[error("two folders are to be mounted at {0}")]
+    #[error("two folders are to be mounted at {0}; give one of them another path")]
     Twice(String),
     #[error("the folder {name} cannot be mounted at {path}, which belongs to the runner")]
     RunnerPath { name: String, path: String },

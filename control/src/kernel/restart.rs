@@ -38,7 +38,7 @@ pub enum RestartError {
     #[error("kernel {0} is not known to this agent")]
     Unknown(KernelId),
     /// It is not in a state to be restarted.
-    #[error("kernel {kernel} cannot be restarted now: {why:?}")]
+    #[error("kernel {kernel} cannot be restarted: {why}")]
     Refused {
         /// Which.
         kernel: KernelId,

@@ -48,7 +48,9 @@ pub enum RowsError {
         container: ContainerId,
     },
     /// The container has no address.
-    #[error("container {container} has no address on its network {network:?}")]
+    #[error(
+        "container {container} has no address on its network {network:?}; it has ended or was taken off (docker inspect shows it)"
+    )]
     NoAddress {
         /// Which.
         container: ContainerId,

@@ -90,7 +90,9 @@ impl ScratchKind {
 /// Why a scratch can't be made, written or removed.
 #[derive(Debug, Error)]
 pub enum ScratchError {
-    #[error("a scratch directory of the kernel exists already: {0}")]
+    #[error(
+        "{0} exists already and may hold what a user has made; remove it when no container has this kernel, then create the kernel again"
+    )]
     Exists(PathBuf),
     #[error(
         "the scratch disk is full: {path} cannot be written; free space below the scratch root or enlarge it"

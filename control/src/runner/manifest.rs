@@ -102,7 +102,9 @@ pub enum RunnerDirError {
         #[source]
         cause: serde_json::Error,
     },
-    #[error("{path} was written by another version of this agent (format {format})")]
+    #[error(
+        "{path} has format {format}, which another version of this agent has written; run `bai-agent runner install --force` while no kernel runs"
+    )]
     Format { path: PathBuf, format: u32 },
     #[error("the runner directory {path} has no version {version}")]
     Unknown { path: PathBuf, version: String },

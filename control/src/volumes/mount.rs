@@ -225,7 +225,10 @@ pub(super) async fn mount(
         run("mount", command, limit).await?;
         match at(path).await? {
             Some(_) => Ok(()),
-            None => Err(VolumeError::NotDone(path.to_owned())),
+            None => Err(VolumeError::NotDone {
+                command: "mount",
+                path: path.to_owned(),
+            }),
         }
     };
     let mounted = mounted.await;
@@ -255,7 +258,12 @@ pub(super) async fn unmount(path: &Path, limit: Duration) -> Result<(), VolumeEr
     match at(path).await {
         // What was asked for, however late.
         Ok(None) => Ok(()),
-        Ok(Some(_)) => ran.and_then(|()| Err(VolumeError::NotDone(path.to_owned()))),
+        Ok(Some(_)) => ran.and_then(|()| {
+            Err(VolumeError::NotDone {
+                command: "umount",
+                path: path.to_owned(),
+            })
+        }),
         Err(err) => ran.and(Err(err)),
     }
 }

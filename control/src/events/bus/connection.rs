@@ -88,7 +88,9 @@ pub enum ConnectionError {
         message: String,
     },
     /// A reply of an unexpected kind.
-    #[error("the bus at {address} answered {command} with something else than expected")]
+    #[error(
+        "the bus at {address} answered {command} as neither Redis 6.2 and later nor Valkey does; see what listens there"
+    )]
     Unexpected {
         /// Where.
         address: HostPort,

@@ -123,7 +123,9 @@ pub enum CreateError {
     #[error("Network plugin {0} not loaded!")]
     NetworkMode(String),
     /// The network has no name.
-    #[error("the cluster's network configuration names no network")]
+    #[error(
+        "the manager asked for a network and named none (network_config has no network_id); its log says whether the session's network was made"
+    )]
     NoNetworkName,
     /// The container request could not be built.
     #[error(transparent)]

@@ -57,7 +57,9 @@ pub enum InitError {
     #[error("the container ended before its runner was ready")]
     Died,
     /// Nothing was heard in time.
-    #[error("the kernel's runner was not ready within {waited:?} ({attempts} attempts)")]
+    #[error(
+        "the kernel's runner was not ready within {waited:?} ({attempts} attempts); its console may say why, and kernel-lifecycles.init-timeout-sec gives it longer"
+    )]
     TimedOut {
         /// How long was waited.
         waited: Duration,
