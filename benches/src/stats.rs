@@ -13,6 +13,7 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::builder::PossibleValuesParser;
 use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
@@ -59,8 +60,13 @@ pub struct Options {
     /// two ticks, which leaves nothing in the processor's caches.
     #[arg(long)]
     pub asleep: bool,
-    /// Native ways: ours, cached_pread, open_read_close.
-    #[arg(long, value_delimiter = ',', default_values = WAYS.map(|(name, ..)| name))]
+    /// Native ways.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values = WAYS.map(|(name, ..)| name),
+        value_parser = PossibleValuesParser::new(WAYS.map(|(name, ..)| name))
+    )]
     pub ways: Vec<String>,
     /// Leave the loop in Python out.
     #[arg(long)]
@@ -201,6 +207,7 @@ pub fn run(options: &Options, stage: &Stage) -> Result<()> {
     let agent = match options.agent_seconds {
         0 => None,
         seconds => Some(peers::agent(
+            stage,
             options.engine_containers,
             seconds,
             &options.output,
@@ -561,6 +568,28 @@ fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
     Ok((cpu_ms()? - before) / f64::from(rounds))
 }
 
+/// What those of the ratios compare whose names do not tell, or not all.
+fn meaning(ratios: &Map<String, Value>) -> Map<String, Value> {
+    let texts = [
+        (
+            "vs_engine_api_per_container",
+            "CPU of the engine and its helpers for one answer (two samples) about one real container, divided by ours for \
+             one container in one sample; no client's CPU is in it",
+        ),
+        (
+            "vs_python_agent_per_container",
+            "different work: all that the Python agent with its engine does periodically for one idle kernel in 5 s \
+             (statistics, their records in Redis, its looks at the container), divided by ours for one container in one \
+             sample of the collector, written to the region and not sent to anybody",
+        ),
+    ];
+    texts
+        .into_iter()
+        .filter(|(name, _)| ratios.contains_key(*name))
+        .map(|(name, text)| (name.to_owned(), json!(text)))
+        .collect()
+}
+
 fn report(
     options: &Options,
     machine: &Machine,
@@ -618,10 +647,12 @@ fn report(
             );
         }
     }
+    let meaning = meaning(&ratios);
     println!("{}", serde_json::to_string_pretty(&ratios)?);
     let path = options.output.join("stats.json");
     let all = json!({
         "ratios": ratios,
+        "meaning": meaning,
         "further": further,
         "machine": machine,
         "options": {

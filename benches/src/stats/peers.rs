@@ -12,6 +12,7 @@ use serde_json::Value;
 use shared::desired::ContainerRow;
 
 use super::Tick;
+use crate::Stage;
 use crate::engine::Engine;
 use crate::site::{Place, Site, done, ip};
 
@@ -159,20 +160,21 @@ pub fn engine(site: &Site, containers: u16, rounds: u32) -> Result<EngineCost> {
 ///
 /// # Errors
 /// It can't be installed or started.
-pub fn agent(kernels: u16, seconds: u32, output: &Path) -> Result<Value> {
+pub fn agent(stage: &Stage, kernels: u16, seconds: u32, output: &Path) -> Result<Value> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("the bench has no repository")?;
     let python = done(&mut Command::new(root.join("tests/scripts/manager-env")))?;
     let result = std::path::absolute(output.join("python-agent.json"))?;
-    let status = Command::new(python.trim())
-        .arg(root.join("tests/python/bench_stats.py"))
-        .args(["--kernels", &kernels.to_string()])
-        .args(["--seconds", &seconds.to_string()])
-        .arg("--out")
-        .arg(&result)
-        .stdin(Stdio::null())
-        .status()?;
+    let status = stage.run(
+        Command::new(python.trim())
+            .arg(root.join("tests/python/bench_stats.py"))
+            .args(["--kernels", &kernels.to_string()])
+            .args(["--seconds", &seconds.to_string()])
+            .arg("--out")
+            .arg(&result)
+            .stdin(Stdio::null()),
+    )?;
     ensure!(
         status.success(),
         "the Python agent can't be measured: {status}"
