@@ -3,13 +3,16 @@
 #[path = "../../tests/src/skip.rs"]
 mod skip;
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use control::rpc::{BoxFuture, Call, Failure, Limits, Server, ServerOptions, Service, Value};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::Value as Json;
 
 fn output(name: &str) -> PathBuf {
     let path =
@@ -61,7 +64,7 @@ fn left_behind(pid: u32) -> Vec<String> {
     found
 }
 
-fn finished(bench: Child, output: &Path, file: &str) -> Value {
+fn finished(bench: Child, output: &Path, file: &str) -> Json {
     let pid = bench.id();
     let ended = bench.wait_with_output().expect("the bench ends");
     let words = String::from_utf8_lossy(&ended.stderr);
@@ -215,6 +218,11 @@ fn statistics_are_measured_against_other_ways() {
         };
         assert_eq!(reader, wanted, "{way}");
     }
+    let meaning = found["meaning"]["vs_engine_api_per_container"].as_str();
+    assert!(
+        meaning.is_some_and(|it| it.contains("helpers")),
+        "{meaning:?}"
+    );
     for name in ["processes_ms_5", "disk_ms_5", "disk_count_ms_5"] {
         let value = found["further"][name].as_f64();
         assert!(value.is_some_and(|it| it > 0.0), "{name}: {value:?}");
@@ -223,6 +231,163 @@ fn statistics_are_measured_against_other_ways() {
     assert!(command.iter().any(|it| it == "3,5"), "{command:?}");
     assert_eq!(found["options"]["ways"].as_array().map(Vec::len), Some(3));
     std::fs::remove_dir_all(output).expect("removed");
+}
+
+/// Ends when the test does.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn said(command: &mut Command) -> String {
+    let output = command.output().expect("the program starts");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn calls_are_generated_and_the_floor_answers_them() {
+    let program = env!("CARGO_BIN_EXE_rpc-load");
+    let bare = Command::new(program)
+        .args(["127.0.0.1:0", "bare"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the floor starts");
+    let mut bare = Running(bare);
+    let mut port = String::new();
+    BufReader::new(bare.0.stdout.take().expect("piped"))
+        .read_line(&mut port)
+        .expect("a port");
+    let floor = format!("127.0.0.1:{}", port.trim());
+    generated(program, &floor);
+    drop(bare);
+    // Nobody there: that is said.
+    let output = Command::new(program)
+        .args([floor.as_str(), "ready", "0.05"])
+        .output()
+        .expect("the generator starts");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("never answered"));
+    // The agent's own server understands it.
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let options = ServerOptions {
+        address: "127.0.0.1:0".to_owned(),
+        curve: None,
+        limits: Limits::default(),
+    };
+    let server = runtime.block_on(Server::bind(options, Arc::new(Pings)));
+    let server = server.expect("the server starts");
+    generated(program, &server.local_addr().to_string());
+}
+
+/// Answers as the agent does, and nothing else.
+#[derive(Debug)]
+struct Pings;
+
+impl Service for Pings {
+    fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>> {
+        Box::pin(async move {
+            let (method, mut arguments) = call.bind()?;
+            match method.name {
+                "ping" => Ok(arguments.take("msg")),
+                other => Err(Failure::new("NotImplementedError", other)),
+            }
+        })
+    }
+}
+
+/// Every kind of load on a server, and what the generator says of it.
+fn generated(program: &str, address: &str) {
+    for (words, wanted) in [
+        (&["ready", "5"][..], Some(1)),
+        (&["connects", "3"], Some(3)),
+        (&["calls", "1", "0.3"], None),
+        (&["calls", "16", "0.3"], None),
+    ] {
+        let text = said(Command::new(program).arg(address).args(words));
+        let found: Json = serde_json::from_str(&text).expect("JSON");
+        let count = found["count"].as_u64().expect("a count");
+        let samples = found["samples_us"].as_array().expect("samples");
+        assert_eq!(samples.len() as u64, count, "{words:?}");
+        match wanted {
+            Some(wanted) => assert_eq!(count, wanted, "{words:?}"),
+            None => assert!(count > 0, "{words:?}"),
+        }
+        let mut all = samples.iter();
+        assert!(all.all(|it| it.as_u64().is_some()), "{words:?}: {text}");
+        let seconds = found["seconds"].as_f64().expect("seconds");
+        assert!(seconds > 0.0, "{words:?}: {seconds}");
+    }
+}
+
+#[test]
+fn the_relay_alone_is_measured_by_each_engine() {
+    let found =
+        said(Command::new(env!("CARGO_BIN_EXE_relay-micro")).args(["20", "10", "1", "0.02"]));
+    let mut wanted = vec!["direct", "relay", "relay, copy only"];
+    if !found.contains("relay, io_uring is left out") {
+        wanted.push("relay, io_uring");
+    }
+    for unit in ["GB/s", "messages/s", "connections/s"] {
+        for name in &wanted {
+            if unit != "GB/s" && *name == "relay, copy only" {
+                continue;
+            }
+            let mut lines = found.lines().filter(|line| line.contains(unit));
+            let named = |line: &str| {
+                line.trim_start()
+                    .strip_prefix(name)
+                    .is_some_and(|rest| rest.starts_with("  "))
+            };
+            let line = lines
+                .find(|line| named(line))
+                .unwrap_or_else(|| panic!("{name} {unit}: {found}"));
+            let number = line
+                .trim_start()
+                .strip_prefix(name)
+                .and_then(|rest| rest.split_whitespace().next());
+            let rate: f64 = number.and_then(|it| it.parse().ok()).expect("a number");
+            assert!(rate > 0.0, "{line}");
+            assert_eq!(line.contains("relay CPU"), *name != "direct", "{line}");
+        }
+    }
+    assert!(found.contains("per connection"), "{found}");
+}
+
+#[test]
+fn a_way_that_is_none_is_a_usage_error() {
+    let output = Command::new(env!("CARGO_BIN_EXE_bench-stats"))
+        .args(["--ways", "ours,nobodys"])
+        .output()
+        .expect("the bench starts");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{words}");
+    assert!(
+        words.contains("nobodys") && words.contains("cached_pread"),
+        "{words}"
+    );
+}
+
+/// What the benches in Python make of their numbers, how they measure, and that they clean up.
+#[test]
+fn the_benches_in_python_count_right_and_clean_up() {
+    if !possible() {
+        return;
+    }
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/python/bench_test.py");
+    let output = Command::new("python3")
+        .arg(program)
+        .stdin(Stdio::null())
+        .output()
+        .expect("python3 (run deploy/setup test)");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words}");
+    assert!(words.contains("Ran 8 tests"), "{words}");
 }
 
 #[test]

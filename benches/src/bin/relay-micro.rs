@@ -1,7 +1,7 @@
 //! The relay alone: memory per idle connection, CPU per byte and per message, against no relay at
 //! all, and each engine against the others.
 //!
-//! `cargo run --release -p benches --bin relay-micro [connections] [gigabytes] [rounds]`
+//! `cargo run --release -p benches --bin relay-micro [connections] [megabytes] [rounds] [seconds]`
 //!
 //! The relay runs in a process of its own, so that its memory and CPU time are its own; client and
 //! server share this one. Everything is on loopback: no network card, 64 KiB segments. On a machine
@@ -27,29 +27,42 @@ fn main() -> Result<()> {
         return serve(&words);
     }
     let connections: usize = words.first().map_or(Ok(4000), |word| word.parse())?;
-    let gigabytes: u64 = words.get(1).map_or(Ok(8), |word| word.parse())?;
+    let megabytes: u64 = words.get(1).map_or(Ok(8000), |word| word.parse())?;
     let rounds: usize = words.get(2).map_or(Ok(1), |word| word.parse())?;
+    let seconds: f64 = words.get(3).map_or(Ok(3.0), |word| word.parse())?;
+    let span = Duration::try_from_secs_f64(seconds)?;
     // This process holds two sockets of each connection.
     let connections = connections.min(usize::try_from(limit / 2)?.saturating_sub(200));
     println!("descriptors {limit}, kernel {}", kernel());
 
-    for way in [Way::Splice, Way::Uring] {
+    let refused = Way::Uring.refused()?;
+    if let Some(why) = &refused {
+        println!("{} is left out: {why}", Way::Uring.name());
+    }
+    let possible = |ways: &[Way]| {
+        let ways = ways.iter().copied();
+        ways.filter(|way| *way != Way::Uring || refused.is_none())
+            .collect::<Vec<Way>>()
+    };
+    for way in possible(&[Way::Splice, Way::Uring]) {
         memory(way, connections)?;
     }
     for round in 1..=rounds {
-        println!("\nround {round}: bulk, one stream of {gigabytes} GB");
-        for way in [Way::Direct, Way::Splice, Way::Copy, Way::Uring] {
-            bulk(way, gigabytes)?;
+        println!("\nround {round}: bulk, one stream of {megabytes} MB");
+        for way in possible(&[Way::Direct, Way::Splice, Way::Copy, Way::Uring]) {
+            bulk(way, megabytes)?;
         }
         for clients in [1, 32, 256] {
-            println!("\nmessages of 64 bytes, {clients} connections, 3 s");
-            for way in [Way::Direct, Way::Splice, Way::Uring] {
-                messages(way, clients)?;
+            println!("\nmessages of 64 bytes, {clients} connections, {seconds} s");
+            for way in possible(&[Way::Direct, Way::Splice, Way::Uring]) {
+                messages(way, clients, span)?;
             }
         }
-        println!("\nconnections, one after the other: connect, 64 bytes each way, close, 3 s");
-        for way in [Way::Direct, Way::Splice, Way::Uring] {
-            connections_per_second(way)?;
+        println!(
+            "\nconnections, one after the other: connect, 64 bytes each way, close, {seconds} s"
+        );
+        for way in possible(&[Way::Direct, Way::Splice, Way::Uring]) {
+            connections_per_second(way, span)?;
         }
     }
     Ok(())
@@ -104,6 +117,24 @@ impl Way {
         }
     }
 
+    /// Why the kernel has no such relay, if so.
+    fn refused(self) -> Result<Option<String>> {
+        let relay = Relay::start(Options {
+            engine: self.engine(),
+            ..Options::default()
+        })?;
+        Ok(relay.refused().map(str::to_owned))
+    }
+
+    /// That of a relay.
+    fn engine(self) -> Engine {
+        match self {
+            Self::Direct | Self::Splice => Engine::Splice,
+            Self::Copy => Engine::Copy,
+            Self::Uring => Engine::Uring,
+        }
+    }
+
     fn open(self, target: SocketAddr) -> Result<(SocketAddr, Option<Process>)> {
         if self == Self::Direct {
             return Ok((target, None));
@@ -118,14 +149,12 @@ fn serve(words: &[String]) -> Result<()> {
     let [_, target, way] = words else {
         bail!("relay TARGET WAY");
     };
-    let engine = match way.as_str() {
-        way if way == Way::Splice.name() => Engine::Splice,
-        way if way == Way::Copy.name() => Engine::Copy,
-        way if way == Way::Uring.name() => Engine::Uring,
-        _ => bail!("{way:?} is no engine"),
+    let ways = [Way::Splice, Way::Copy, Way::Uring];
+    let Some(engine) = ways.into_iter().find(|it| it.name() == way) else {
+        bail!("{way:?} is no engine");
     };
     let relay = Relay::start(Options {
-        engine,
+        engine: engine.engine(),
         ..Options::default()
     })?;
     if let Some(why) = relay.refused() {
@@ -244,12 +273,12 @@ fn cpu_of(relay: Option<&Process>) -> Result<Duration> {
     relay.map_or(Ok(Duration::ZERO), Process::cpu)
 }
 
-fn bulk(way: Way, gigabytes: u64) -> Result<()> {
+fn bulk(way: Way, megabytes: u64) -> Result<()> {
     let server = TcpListener::bind("127.0.0.1:0")?;
     let (address, relay) = way.open(server.local_addr()?)?;
     let mut client = TcpStream::connect(address)?;
     let (mut accepted, _) = server.accept()?;
-    let total = gigabytes * 1_000_000_000;
+    let total = megabytes * 1_000_000;
     let before = cpu_of(relay.as_ref())?;
     let begin = Instant::now();
     let writer = std::thread::spawn(move || {
@@ -296,9 +325,7 @@ fn echo_server() -> Result<SocketAddr> {
     Ok(address)
 }
 
-const SPAN: Duration = Duration::from_secs(3);
-
-fn messages(way: Way, clients: usize) -> Result<()> {
+fn messages(way: Way, clients: usize, span: Duration) -> Result<()> {
     let (address, relay) = way.open(echo_server()?)?;
     let before = cpu_of(relay.as_ref())?;
     let begin = Instant::now();
@@ -309,7 +336,7 @@ fn messages(way: Way, clients: usize) -> Result<()> {
                 stream.set_nodelay(true)?;
                 let mut done = 0;
                 let mut buffer = [3; 64];
-                while begin.elapsed() < SPAN {
+                while begin.elapsed() < span {
                     stream.write_all(&buffer)?;
                     stream.read_exact(&mut buffer)?;
                     done += 1;
@@ -328,12 +355,12 @@ fn messages(way: Way, clients: usize) -> Result<()> {
     report(way, relay.as_ref(), before, "messages", done as f64, took)
 }
 
-fn connections_per_second(way: Way) -> Result<()> {
+fn connections_per_second(way: Way, span: Duration) -> Result<()> {
     let (address, relay) = way.open(echo_server()?)?;
     let before = cpu_of(relay.as_ref())?;
     let begin = Instant::now();
     let mut done = 0_u64;
-    while begin.elapsed() < SPAN {
+    while begin.elapsed() < span {
         let mut stream = TcpStream::connect(address)?;
         let mut buffer = [3; 64];
         stream.write_all(&buffer)?;
