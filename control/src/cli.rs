@@ -124,9 +124,10 @@ impl Cli {
             }
             Command::Status(connection) => {
                 let way = connection.way(&source)?;
-                let loaded = source.load().ok();
-                let config = loaded.as_ref().map(|loaded| &*loaded.config);
-                short_lived(status::status(&way, config, form))?;
+                // A node that was named is not the one of the configuration.
+                let own = connection.address.is_none().then(|| source.load().ok());
+                let config = own.flatten().map(|loaded| loaded.config);
+                short_lived(status::status(&way, config.as_deref(), form))?;
             }
             Command::Ports(connection) => {
                 short_lived(status::ports(&connection.way(&source)?, form))?;

@@ -192,6 +192,45 @@ fn whoever_finds_no_agent_is_told_once_what_to_look_at() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn what_the_node_of_the_configuration_waits_for_is_not_told_of_another() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    drop(taken);
+    let file = directory.path().join("agent.toml");
+    let text = format!(
+        "[agent]\nid = 'i-waiting'\nrpc-listen-addr = '{address}'\n[node]\nrun-dir = '{}'\n",
+        directory.path().display()
+    );
+    std::fs::write(&file, text)?;
+    let waiting = serde_json::json!({
+        "pid": std::process::id(), "since": 0.0, "waiting_for": "etcd", "why": "no answer",
+    });
+    let told = directory.path().join("i-waiting.starting.json");
+    std::fs::write(told, waiting.to_string())?;
+    let asked = |words: &[&str]| -> Result<Output> {
+        Ok(agent(&["status", "--standalone", "--config"])?
+            .arg(&file)
+            .args(words)
+            .env_remove("BAI_AGENT_ADDRESS")
+            .output()?)
+    };
+    let own = asked(&[])?;
+    assert_eq!(own.status.code(), Some(1), "{}", said(&own));
+    let shown = String::from_utf8_lossy(&own.stdout);
+    assert!(shown.contains("waits for  etcd"), "{shown}");
+    let other = asked(&["--address", &address])?;
+    assert_eq!(other.status.code(), Some(69), "{}", said(&other));
+    assert!(other.stdout.is_empty(), "{other:?}");
+    assert!(
+        said(&other).contains("no agent answers"),
+        "{}",
+        said(&other)
+    );
+    Ok(())
+}
+
 /// The Python agent's port: it echoes probes, and the first method that it lacks would end its receive loop.
 #[test]
 fn the_python_agent_is_told_apart_before_anything_is_asked() -> Result<()> {

@@ -157,21 +157,32 @@ impl Connection {
 impl Way {
     /// Opens a connection and makes sure that an agent answers on it.
     pub async fn open(&self) -> Result<Agent, Problem> {
+        self.reach().await.map_err(|source| self.told(source))
+    }
+
+    /// The same, for those who know more of an agent that does not answer.
+    pub async fn reach(&self) -> Result<Agent, ClientError> {
         let address = self.address.clone();
+        let client = Client::connect(&address, self.curve.as_ref(), self.patience).await?;
+        Ok(Agent { client, address })
+    }
+
+    /// Why there is no connection, and what to look at.
+    pub fn told(&self, source: ClientError) -> Problem {
         let remedy = if self.curve.is_some() {
             "are the address and both keys (--keypair, --agent-key) right? The agent takes its own pair only where that file was private (chmod 600) when it started"
         } else {
             "is --address right, and does the agent ask for no key (--keypair, --agent-key)?"
         };
-        let client = Client::connect(&address, self.curve.as_ref(), self.patience)
-            .await
-            .map_err(|source| match source {
-                ClientError::Resolve { .. } | ClientError::Stranger { .. } => Problem::Unavailable(source.into()),
-                other => Problem::Unavailable(anyhow::Error::new(other).context(format!(
-                    "no agent answers at {address}; does it run (systemctl status bai-agent), {remedy}"
-                ))),
-            })?;
-        Ok(Agent { client, address })
+        let address = &self.address;
+        match source {
+            ClientError::Resolve { .. } | ClientError::Stranger { .. } => {
+                Problem::Unavailable(source.into())
+            }
+            other => Problem::Unavailable(anyhow::Error::new(other).context(format!(
+                "no agent answers at {address}; does it run (systemctl status bai-agent), {remedy}"
+            ))),
+        }
     }
 }
 

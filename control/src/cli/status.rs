@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::connection::Way;
 use super::exit::Problem;
 use super::output::{self, Form, Table};
+use crate::rpc::ClientError;
 
 const DEADLINE: Duration = Duration::from_secs(15);
 
@@ -33,14 +34,16 @@ fn amount(slot: &str, value: &Value) -> String {
     }
 }
 
-/// Shows the node's state. Ends with code 1 when a part of it is not working.
+/// Shows the node's state. Ends with code 1 when a part of it is not working. `config` is the configuration of the
+/// node that is asked, where that is known.
 pub async fn status(way: &Way, config: Option<&config::Config>, form: Form) -> Result<(), Problem> {
-    let agent = match way.open().await {
+    let agent = match way.reach().await {
         Ok(agent) => agent,
-        Err(problem) => {
+        Err(err) => {
+            let silent = matches!(err, ClientError::Lost { .. } | ClientError::Deadline { .. });
             return match config {
-                Some(config) if tell_waiting(config, form)? => Err(Problem::Findings),
-                _ => Err(problem),
+                Some(config) if silent && tell_waiting(config, form)? => Err(Problem::Findings),
+                _ => Err(way.told(err)),
             };
         }
     };
