@@ -28,7 +28,8 @@ use output::Form;
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 refused by the agent, or a check found something; 64 wrong usage; 69 the agent or the engine \
-does not answer; 70 an internal error; 78 a wrong configuration. `kernel exec` ends with the command's own code.";
+does not answer; 70 an internal error; 74 done, but the output could not be written; 78 a wrong configuration. \
+`kernel exec` ends with the command's own code.";
 
 /// The worker-node agent of a Backend.AI cluster.
 #[derive(Debug, Parser)]
@@ -85,13 +86,14 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let _ = error.print();
+            output::written(error.print());
             // Help and version are no errors.
-            return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
+            let code = if error.use_stderr() { 64 } else { 0 };
+            return exit::told(code);
         }
     };
     match cli.carry_out() {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => exit::told(code),
         Err(problem) => problem.report(),
     }
 }
@@ -140,7 +142,9 @@ impl Cli {
             Command::Detach => {
                 detach::run(&source.load()?, form)?;
             }
-            Command::Completions { shell } => manuals::completions(shell, &mut Cli::command()),
+            Command::Completions { shell } => {
+                manuals::completions(shell, &mut Cli::command())?;
+            }
             Command::Man { directory } => manuals::man(&Cli::command(), directory.as_deref())?,
         }
         Ok(0)

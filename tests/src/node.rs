@@ -318,10 +318,16 @@ runner-dir = "{runner}"
 
     /// Runs the command line against this node.
     pub fn command(&self, args: &[&str]) -> Result<Output> {
+        self.command_to(args, Stdio::piped())
+    }
+
+    /// The same, with a standard output of one's own.
+    pub fn command_to(&self, args: &[&str], stdout: impl Into<Stdio>) -> Result<Output> {
         Command::new(program("bai-agent")?)
             .args(args)
             .env("BAI_AGENT_ADDRESS", &self.address)
             .stdin(Stdio::null())
+            .stdout(stdout)
             .output()
             .context("bai-agent can't be started")
     }

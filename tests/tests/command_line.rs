@@ -107,19 +107,56 @@ fn container_options_that_would_fail_each_creation_are_told() -> Result<()> {
     Ok(())
 }
 
+/// Commands with much to say.
+const TALKATIVE: [&[&str]; 5] = [
+    &["check-config", "--standalone"],
+    &["check-config", "--standalone", "--output", "json"],
+    &["completions", "bash"],
+    &["man"],
+    &["--help"],
+];
+
 #[test]
 fn output_that_nobody_reads_is_no_crash() -> Result<()> {
-    for form in ["text", "json"] {
+    for words in TALKATIVE {
         let (reader, writer) = std::io::pipe()?;
         drop(reader);
-        let output = agent(&["check-config", "--standalone", "--output", form])?
+        let output = agent(words)?
             .env_remove("BACKEND_CONFIG_FILE")
             .stdout(writer)
             .stderr(Stdio::piped())
             .output()?;
-        assert_eq!(output.status.code(), Some(0), "{form}: {}", said(&output));
-        assert_eq!(said(&output), "", "{form}");
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{words:?}: {}",
+            said(&output)
+        );
+        assert_eq!(said(&output), "", "{words:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn output_that_is_lost_is_no_success() -> Result<()> {
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full");
+    for words in TALKATIVE {
+        let output = agent(words)?
+            .env_remove("BACKEND_CONFIG_FILE")
+            .stdout(full()?)
+            .stderr(Stdio::piped())
+            .output()?;
+        let told = said(&output);
+        assert_eq!(output.status.code(), Some(74), "{words:?}: {told}");
+        assert_eq!(told.matches("cannot be written").count(), 1, "{told}");
+    }
+    // Nor does it change why something was refused.
+    let output = agent(&["--nonsense"])?.stderr(full()?).output()?;
+    assert_eq!(output.status.code(), Some(64));
+    let output = agent(&["status", "--address", "nonsense"])?
+        .stderr(full()?)
+        .output()?;
+    assert_eq!(output.status.code(), Some(69));
     Ok(())
 }
 

@@ -336,6 +336,18 @@ async fn killing_control_during_a_transfer_loses_no_byte() -> Result<()> {
         "not adopted: {kernels}"
     );
     ensure!(cli(&node, &["kernel", "exec", &kernel, "--", "ls big"])? == "big");
+    // Whoever closes the output (`| head`) stops neither the run nor its being fetched.
+    let unseen = "seq 30000; echo done > unseen; exit 3";
+    for (words, code) in [
+        (&["kernel", "exec", &kernel, "--", unseen][..], 3),
+        (&["kernel", "logs", &kernel], 0),
+    ] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let output = node.command_to(words, writer)?;
+        ensure!(output.status.code() == Some(code), "{words:?}: {output:?}");
+    }
+    ensure!(cli(&node, &["kernel", "exec", &kernel, "--", "cat unseen"])? == "done");
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     stream.write_all(b"GET /work/big HTTP/1.0\r\n\r\n")?;

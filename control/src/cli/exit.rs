@@ -2,6 +2,17 @@
 
 use std::process::ExitCode;
 
+use super::output::{self, aside};
+
+/// The exit code of a command that has done its work, and wanted to end with `code`: 74 (EX_IOERR) where it was a
+/// success that nobody has seen.
+pub fn told(code: u8) -> ExitCode {
+    ExitCode::from(match code {
+        0 if output::is_lost() => 74,
+        code => code,
+    })
+}
+
 /// Why a command could not do its work. The text is for a person; the code is for a script.
 #[derive(Debug)]
 pub enum Problem {
@@ -42,12 +53,12 @@ impl Problem {
             Problem::Usage(error)
             | Problem::Unavailable(error)
             | Problem::Config(error)
-            | Problem::Other(error) => eprintln!("bai-agent: {error:#}"),
+            | Problem::Other(error) => aside!("bai-agent: {error:#}"),
             Problem::Refused {
                 method,
                 class,
                 repr,
-            } => eprintln!(
+            } => aside!(
                 "bai-agent: {method} was refused ({class}): {}",
                 message_of(&repr)
             ),

@@ -6,7 +6,6 @@ mod records;
 
 use crate::cli::output::{say, say_part};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -197,7 +196,7 @@ async fn logs(agent: &Agent, kernel: &str, form: Form) -> Result<(), Problem> {
             &json!({ "kernel_id": kernel.kernel_id, "logs": reply.logs }),
         )?);
     }
-    std::io::stdout().lock().write_all(reply.logs.as_bytes())?;
+    say_part!("{}", reply.logs);
     Ok(())
 }
 

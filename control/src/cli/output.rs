@@ -1,6 +1,10 @@
 //! What a command prints: text for a person or JSON for a program, chosen by `--output`.
+//!
+//! Work is not given up for want of somebody to show it to. Whoever closed the output (`| head`) has seen enough, and
+//! is no error; any other fault of it is told once, and in the exit code of the program.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
 use serde_json::Value;
@@ -22,14 +26,43 @@ pub fn json(value: &Value) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Writes to standard output. Whoever closed it (`| head`) has seen enough, and is no error.
-pub fn text(text: std::fmt::Arguments<'_>) {
-    if let Err(err) = std::io::stdout().lock().write_fmt(text)
-        && err.kind() != std::io::ErrorKind::BrokenPipe
+/// Whether something could not be written that somebody waits for.
+static LOST: AtomicBool = AtomicBool::new(false);
+
+/// Whether output of this process was lost.
+pub fn is_lost() -> bool {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// Takes the outcome of writing output.
+pub fn written(outcome: std::io::Result<()>) {
+    if let Err(err) = outcome
+        && err.kind() != ErrorKind::BrokenPipe
+        && !LOST.swap(true, Ordering::Relaxed)
     {
-        eprintln!("bai-agent: standard output cannot be written: {err}");
+        aside!("bai-agent: the output cannot be written: {err}");
     }
 }
+
+/// Writes to standard output.
+pub fn text(text: std::fmt::Arguments<'_>) {
+    let mut output = std::io::stdout().lock();
+    // What is left in the buffer would be lost without a word at the end.
+    written(output.write_fmt(text).and_then(|()| output.flush()));
+}
+
+/// Writes to standard error, where it can be: the macros of the library panic where it cannot.
+pub fn to_stderr(text: std::fmt::Arguments<'_>) {
+    let _ = std::io::stderr().lock().write_fmt(text);
+}
+
+/// One line of text on standard error.
+macro_rules! aside {
+    ($($part:tt)*) => {
+        $crate::cli::output::to_stderr(format_args!("{}\n", format_args!($($part)*)))
+    };
+}
+pub(crate) use aside;
 
 /// One line of text on standard output.
 macro_rules! say {

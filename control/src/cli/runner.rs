@@ -1,6 +1,6 @@
 //! `bai-agent runner …`: the published in-container runner packages of this node.
 
-use crate::cli::output::{say, say_part};
+use crate::cli::output::{aside, say, say_part};
 use std::path::{Path, PathBuf};
 
 use anyhow::Error;
@@ -102,7 +102,7 @@ fn install(
             arguments: Vec::new(),
         },
     };
-    let done = runner::install(&options, |line| eprintln!("{line}")).map_err(Error::from)?;
+    let done = runner::install(&options, |line| aside!("{line}")).map_err(Error::from)?;
     match form {
         Form::Json => output::json(
             &json!({ "version": done.version, "path": done.path, "fresh": done.fresh }),

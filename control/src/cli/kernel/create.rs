@@ -11,7 +11,7 @@ use super::records::{EventsReply, ImageReply};
 use super::{CALL_DEADLINE, pair};
 use crate::cli::connection::{Agent, Way};
 use crate::cli::exit::Problem;
-use crate::cli::output::{self, Form, say};
+use crate::cli::output::{self, Form, aside, say};
 use crate::rpc::{ConversionError, ImageRef, Value, to_value};
 
 /// What kind of session the kernel belongs to.
@@ -317,8 +317,8 @@ async fn follow(agent: Agent, mut after: u64, kernel: Uuid) -> Result<(), Proble
             .filter(|event| event.args.first().and_then(Json::as_str) == Some(&id))
         {
             match event.args.get(1).and_then(Json::as_str) {
-                Some(step) if event.name == "kernel_progress" => eprintln!("  {step}"),
-                _ => eprintln!("{}", event.name.replace('_', " ")),
+                Some(step) if event.name == "kernel_progress" => aside!("  {step}"),
+                _ => aside!("{}", event.name.replace('_', " ")),
             }
         }
     }

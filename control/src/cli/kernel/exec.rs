@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{ExitStatus, find};
 use crate::cli::connection::Agent;
 use crate::cli::exit::Problem;
-use crate::cli::output::{self, Form};
+use crate::cli::output::{self, Form, say_part};
 use crate::rpc::Value;
 
 /// How long the agent collects output before it answers with what there is.
@@ -85,7 +85,7 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         ];
         let reply: Reply = agent.call("execute", arguments, POLL_DEADLINE).await?;
         match form {
-            Form::Text => show(&reply.console)?,
+            Form::Text => show(&reply.console),
             Form::Json => collected.extend(reply.console),
         }
         mode = "continue";
@@ -119,17 +119,17 @@ fn shell_status(code: Option<i64>) -> u8 {
     }
 }
 
-fn show(console: &[(String, serde_json::Value)]) -> std::io::Result<()> {
+/// The run goes on where nobody sees it any more: it is fetched to its end, whose code is told.
+fn show(console: &[(String, serde_json::Value)]) {
     for (kind, data) in console {
         let text = data
             .as_str()
             .map_or_else(|| data.to_string(), str::to_owned);
         match kind.as_str() {
-            "stderr" => std::io::stderr().lock().write_all(text.as_bytes())?,
-            _ => std::io::stdout().lock().write_all(text.as_bytes())?,
+            "stderr" => output::written(std::io::stderr().lock().write_all(text.as_bytes())),
+            _ => say_part!("{text}"),
         }
     }
-    std::io::stdout().lock().flush()
 }
 
 /// One line from standard input; end of file is an empty answer.
@@ -139,7 +139,7 @@ async fn read_input(options: Option<&serde_json::Value>) -> Result<String, Probl
         .and_then(serde_json::Value::as_bool)
         .unwrap_or(false);
     if hidden {
-        eprint!("(password, shown as typed) ");
+        let _ = write!(std::io::stderr(), "(password, shown as typed) ");
     }
     let line = tokio::task::spawn_blocking(|| {
         let mut line = String::new();
