@@ -82,6 +82,12 @@ async fn a_killed_control_adopts_its_kernels() -> Result<()> {
     // As the agent of an earlier version left its kernels.
     let mark = node.scratch_root().join(format!("{}.owner", order.kernel));
     std::fs::remove_file(&mark)?;
+    // As a restart that was not begun leaves its journal: its ports are nobody's.
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let journal = journal.join(format!("{}.json", order.kernel));
+    let mut record: Json = serde_json::from_slice(&std::fs::read(&journal)?)?;
+    record["record"]["ports_ahead"] = json!([node.ports().1]);
+    std::fs::write(&journal, record.to_string())?;
     node.start_control().await?;
     assert_eq!(
         kernels::state(&node, order.kernel).await?.as_deref(),
@@ -417,16 +423,29 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     let engine = FaultDocker::start()?;
     let mut node = Node::start(NodeOptions {
         engine: Some(engine.host()),
+        // Four of the kernel, and one.
+        ports: 5,
         ..NodeOptions::default()
     })
     .await?;
     let volume = tempfile::tempdir()?;
     let (folder, away) = (volume.path().join("data"), volume.path().join("away"));
     std::fs::create_dir(&folder)?;
+    let serve_on = |port: u16| {
+        let definition = format!(
+            "models:\n- name: idle\n  model_path: /home/work/data\n  service:\n    \
+            start_command: [sleep, '1000']\n    port: {port}\n"
+        );
+        std::fs::write(folder.join("model-definition.yaml"), definition)
+    };
+    serve_on(8600)?;
     let mut order = Order::of(Image::Runner)?;
+    order.config["session_type"] = json!("inference");
+    order.config["internal_data"] =
+        json!({"runtime_variant": "custom", "model_definition_path": null});
     order.config["mounts"] = json!([{
         "name": "data", "vfid": null, "vfsubpath": null, "host_path": folder.display().to_string(),
-        "kernel_path": "/home/work/data", "mount_perm": "rw", "usage_mode": "general",
+        "kernel_path": "/home/work/data", "mount_perm": "rw", "usage_mode": "model",
     }]);
     let before = kernels::create(&node, &order).await?;
     let limits = async |container: &str| -> Result<Json> {
@@ -442,6 +461,8 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     engine.spoil("DELETE ", Fault::json(409, removing), 1);
     kernels::restart(&node, &order).await?;
 
+    // From here on with another port for its model.
+    serve_on(8601)?;
     let stops = |line: &String| line.contains("/stop");
     let stopped = engine.requests().into_iter().filter(stops).count();
     engine.spoil("/stop", Fault::Hang, 1);
@@ -489,6 +510,10 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
         (node.log("bai-agent").matches(words).count() >= 2).then_some(())
     })
     .await?;
+    // Nobody else gets the port that was taken for the new one.
+    let none = kernels::call(&node, "assign_port", Vec::new()).await?;
+    let none = none.expect_err("no port is left").repr;
+    assert!(none.contains("container.port-range"), "{none}");
     node.stop_control()?;
     engine.behave();
     engine.spoil("/containers/create", Fault::Hang, 1);
@@ -527,6 +552,8 @@ async fn a_restart_cut_short_goes_on() -> Result<()> {
     let shown = kernels::ask(&node, "bai.kernels", vec![Value::Bool(false)]).await?;
     let ports = |shown: &Json| kernels::host_ports(shown, "web");
     assert_eq!(ports(&shown["kernels"][0]), ports(&before));
+    let moved = kernels::host_ports(&shown["kernels"][0], "idle-8601");
+    assert_eq!(moved.len(), 1, "{shown}");
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await
 }

@@ -238,6 +238,7 @@ fn new_record(order: &Order) -> Record {
         slots: serde_json::Map::new(),
         allocation: None,
         services: Vec::new(),
+        ports_ahead: Vec::new(),
         published_by: PublishedBy::Rows,
         repl_ports: None,
         block_service_ports: config.internal_data.block_service_ports,

@@ -102,6 +102,10 @@ pub struct Record {
     pub allocation: Option<Allocation>,
     /// Its services with their host ports.
     pub services: Vec<ServicePort>,
+    /// Host ports that are taken for services of its next container, while it is restarted. Records of
+    /// agents before this field have none.
+    #[serde(default)]
+    pub ports_ahead: Vec<u16>,
     /// Who holds the host ports.
     pub published_by: PublishedBy,
     /// Host ports of the runner's two sockets, when they are not the container's own.
@@ -174,14 +178,12 @@ impl Record {
         }
     }
 
-    /// All host ports it holds, in the order of its services.
+    /// All host ports it holds, in the order of its services; then those of its next container.
     pub fn host_ports(&self) -> impl Iterator<Item = u16> + '_ {
         let repl = self.repl_ports.into_iter().flat_map(|(i, o)| [i, o]);
-        repl.chain(
-            self.services
-                .iter()
-                .flat_map(|service| service.host_ports.iter().copied()),
-        )
+        let services = self.services.iter();
+        repl.chain(services.flat_map(|service| service.host_ports.iter().copied()))
+            .chain(self.ports_ahead.iter().copied())
     }
 
     /// What the link to its runner has left.

@@ -338,6 +338,10 @@ async fn enter(
         // The agent that started its job may have told the end, and a word of ours would count in its place.
         record.batch_running = false;
     }
+    if !matches!(decision, Decision::Recreate(_)) {
+        // It was not to be made anew yet, or has been.
+        record.ports_ahead.clear();
+    }
     if let Decision::AdoptFromLabels(_) = decision {
         // A manager that believes it under creation is told of its start again, and asks for what it has.
         record.result = Some(JsonText::from(&create::creation_info(node, &record)));

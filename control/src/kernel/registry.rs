@@ -212,6 +212,7 @@ pub(super) mod tests {
             slots: serde_json::Map::new(),
             allocation: None,
             services: Vec::new(),
+            ports_ahead: Vec::new(),
             published_by: PublishedBy::Rows,
             repl_ports: None,
             block_service_ports: false,

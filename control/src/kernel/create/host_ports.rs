@@ -2,13 +2,15 @@
 //!
 //! In: the services it is to have, and those it has. Out: a host port for each of their container ports.
 //! Invariants: a service that stays keeps its host ports; what is taken for a kernel that is then not made
-//! anew goes back, and so do, when it is, those of services that it no longer has.
+//! anew goes back, and so do, when it is, those of services that it no longer has; what is taken is in the
+//! journal before the old container is touched.
 
-use shared::ids::KernelId;
+use std::sync::Arc;
 
 use super::Order;
 use super::error::CreateError;
 use super::prepare::{self, NetworkChoice, Prepared, with_host_ports};
+use crate::kernel::lifecycle::State;
 use crate::kernel::node::Node;
 use crate::kernel::record::PublishedBy;
 use crate::kernel::registry::Kernel;
@@ -76,39 +78,51 @@ fn claim_own(
     taken
 }
 
-/// The host ports of a kernel that is to be made anew. Those it does not have yet are taken for it, and go
-/// back when this is dropped.
+/// The host ports of a kernel that is to be made anew. Those it did not have are in its record from now on
+/// (`ports_ahead`): an agent that is killed before the new container is made finds them taken. They go back
+/// when this is dropped while the kernel goes on as it was.
 #[derive(Debug)]
 pub struct KeptPorts<'n> {
     node: &'n Node,
-    kernel: KernelId,
+    kernel: Arc<Kernel>,
     services: Vec<ServicePort>,
-    taken: Vec<u16>,
 }
 
 impl<'n> KeptPorts<'n> {
-    /// Takes what it lacks: its services may be others by now (those of models are read anew).
+    /// Takes what it lacks: its services may be others by now (those of models are read anew). What a restart
+    /// that was cut short had taken comes first.
     ///
     /// # Errors
     /// The pool has too few. The kernel has what it had.
     pub fn take(
         node: &'n Node,
-        kernel: &Kernel,
+        kernel: &Arc<Kernel>,
         prepared: &Prepared,
     ) -> Result<KeptPorts<'n>, PortError> {
         let network = &prepared.network;
-        let services =
-            kernel.with_record(|record| with_old_ports(&prepared.services, &record.services));
+        let (services, mut ports) = kernel.with_record(|record| {
+            let services = with_old_ports(&prepared.services, &record.services);
+            (services, record.ports_ahead.clone())
+        });
         let lacking: Vec<ServicePort> = services.iter().filter(|it| lacks(it)).cloned().collect();
         let mut kept = KeptPorts {
             node,
-            kernel: kernel.id,
+            kernel: kernel.clone(),
             services,
-            taken: claim_own(node, kernel, &lacking, network),
         };
-        let wanted = prepare::pool_ports(&lacking, network);
-        let ports = node.ports.acquire(kernel.id, wanted, node.bind_host())?;
-        kept.taken.extend(&ports);
+        kept.note_ahead(claim_own(node, kernel, &lacking, network));
+        let (wanted, held) = (
+            prepare::pool_ports(&lacking, network),
+            node.ports.of_kernel(kernel.id),
+        );
+        let own: Vec<u16> = prepare::own_ports(&lacking, network).collect();
+        ports.retain(|port| held.contains(port) && !own.contains(port));
+        ports.truncate(wanted);
+        let taken = node
+            .ports
+            .acquire(kernel.id, wanted - ports.len(), node.bind_host())?;
+        ports.extend(&taken);
+        kept.note_ahead(taken);
         let given = with_host_ports(&lacking, &ports, network);
         let lacking = kept.services.iter_mut().filter(|it| lacks(it));
         for (service, given) in lacking.zip(given) {
@@ -117,13 +131,18 @@ impl<'n> KeptPorts<'n> {
         Ok(kept)
     }
 
-    /// Notes them; the old container is gone. What the runner had told of the services is told anew. What the
-    /// engine had published is by rows from now on, where a new kernel's is: the runner's ports go back then.
-    pub async fn settle(mut self, kernel: &Kernel, published_by: PublishedBy) {
-        self.taken.clear();
+    fn note_ahead(&self, ports: Vec<u16>) {
+        self.kernel
+            .update_record(|record| record.ports_ahead.extend(ports));
+    }
+
+    /// Notes them as its own; the old container is gone. What the runner had told of the services is told
+    /// anew. What the engine had published is by rows from now on, where a new kernel's is: the runner's
+    /// ports go back then.
+    pub async fn settle(mut self, published_by: PublishedBy) {
         let services = std::mem::take(&mut self.services);
         let mut unused = Vec::new();
-        kernel.update_record(|record| {
+        self.kernel.update_record(|record| {
             let before = std::mem::replace(&mut record.services, services);
             let has = |port: &u16| {
                 record
@@ -132,6 +151,7 @@ impl<'n> KeptPorts<'n> {
                     .any(|it| it.host_ports.contains(port))
             };
             unused = before.into_iter().flat_map(|it| it.host_ports).collect();
+            unused.append(&mut record.ports_ahead);
             unused.retain(|port| !has(port));
             if record.published_by == PublishedBy::Engine && published_by == PublishedBy::Rows {
                 record.published_by = PublishedBy::Rows;
@@ -148,17 +168,25 @@ impl<'n> KeptPorts<'n> {
             return;
         }
         // Another kernel's, as soon as they are given up: the journal must not say anything else then.
-        self.node.note(kernel, |_| {}).await;
+        self.node.note(&self.kernel, |_| {}).await;
         for port in unused {
-            self.node.ports.give_up(self.kernel, port);
+            self.node.ports.give_up(self.kernel.id, port);
         }
     }
 }
 
 impl Drop for KeptPorts<'_> {
     fn drop(&mut self) {
-        for port in &self.taken {
-            self.node.ports.give_up(self.kernel, *port);
+        // One that is under way is gone on with, perhaps by the next start, or ends and gives all back.
+        if let State::Creating { .. } | State::Restarting { .. } = self.kernel.state() {
+            return;
+        }
+        // The journal may name them a while longer: of a kernel in service that counts for nothing.
+        let mut ahead = Vec::new();
+        self.kernel
+            .update_record(|record| ahead = std::mem::take(&mut record.ports_ahead));
+        for port in ahead {
+            self.node.ports.give_up(self.kernel.id, port);
         }
     }
 }

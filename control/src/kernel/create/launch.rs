@@ -55,7 +55,7 @@ pub async fn files_and_container(
     enter(kernel, Stage::Files)?;
     let mut attempt = 1;
     if let Some(kept) = kept {
-        kept.settle(kernel, prepared.published_by).await;
+        kept.settle(prepared.published_by).await;
     } else {
         take_ports(node, kernel, order, prepared)?;
         node.store(kernel).await?;

@@ -121,6 +121,7 @@ pub async fn record(
         slots,
         allocation,
         services,
+        ports_ahead: Vec::new(),
         published_by,
         repl_ports,
         block_service_ports: labels.get(LABEL_BLOCKED).is_some_and(|value| value == "1"),
