@@ -5,7 +5,7 @@
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -624,33 +624,36 @@ async fn ask_engine(
     config: &Arc<Config>,
     tasks: &TaskTracker,
     stopping: &CancellationToken,
-) -> (EngineFacts, bool) {
+) -> (EngineFacts, Arc<AtomicBool>) {
     match engine_facts(docker, config).await {
-        Ok((devices, own_users)) => (devices.into(), own_users),
+        Ok((devices, own_users)) => (devices.into(), Arc::new(own_users.into())),
         Err(err) => {
             tracing::warn!(
                 err = chain(&err),
                 "the engine does not say what it can do for devices; it is asked again, and until then containers get CUDA devices by device requests"
             );
             let engine = EngineFacts::default();
+            // Else containers might not start.
+            let own_users = Arc::new(AtomicBool::new(true));
             let (docker, config) = (docker.clone(), config.clone());
-            let (told, stopping) = (engine.clone(), stopping.clone());
+            let (told, stopping) = ((engine.clone(), own_users.clone()), stopping.clone());
             tasks.spawn(async move {
-                let again = ask_again(&docker, &config, &told);
+                let again = ask_again(&docker, &config, &told.0, &told.1);
                 stopping.run_until_cancelled(again).await;
             });
-            (engine, true)
+            (engine, own_users)
         }
     }
 }
 
-/// Asks the engine what it can do until it says so: it was asked when the agent started, and did not.
-async fn ask_again(docker: &Docker, config: &Config, engine: &EngineFacts) {
+/// Asks the engine the same until it says so: it was asked when the agent started, and did not.
+async fn ask_again(docker: &Docker, config: &Config, engine: &EngineFacts, own_users: &AtomicBool) {
     let mut pause = DOCKER_PAUSES.0;
     loop {
         tokio::time::sleep(pause).await;
-        if let Ok((devices, _)) = engine_facts(docker, config).await {
+        if let Ok((devices, users)) = engine_facts(docker, config).await {
             engine.tell(devices);
+            own_users.store(users, Ordering::Relaxed);
             tracing::info!(?devices, "the engine has said what it can do for devices");
             return;
         }

@@ -23,7 +23,7 @@ use config::ScratchType;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use thiserror::Error;
@@ -206,8 +206,8 @@ pub struct Scratch {
     kind: ScratchKind,
     limit: Duration,
     owner: Option<Arc<str>>,
-    /// Of a kernel's directory; who starts its container walks through it.
-    mode: u32,
+    /// Whether everybody on the host may walk through a kernel's directory, as who starts its container does.
+    open: Arc<AtomicBool>,
     turns: Arc<Mutex<Turns>>,
 }
 
@@ -223,17 +223,25 @@ impl Scratch {
             kind,
             limit,
             owner: None,
-            mode: 0o700,
+            open: Arc::default(),
             turns: Arc::default(),
         }
     }
 
-    /// Lets what is made from now on be walked through by everybody on the host, for an engine that is not
-    /// root there.
+    /// Lets what is made be walked through by everybody on the host while that is so, for an engine that is
+    /// not root there.
     #[must_use]
-    pub fn open_to_engine(mut self, open: bool) -> Self {
-        self.mode = if open { 0o711 } else { 0o700 };
+    pub fn open_to_engine(mut self, open: Arc<AtomicBool>) -> Self {
+        self.open = open;
         self
+    }
+
+    /// Of a kernel's directory that is made now.
+    fn mode(&self) -> u32 {
+        match self.open.load(Ordering::Relaxed) {
+            true => 0o711,
+            false => 0o700,
+        }
     }
 
     /// Marks what is made from now on as this agent's, and leaves alone what is another one's.
@@ -270,7 +278,7 @@ impl Scratch {
         new: NewScratch,
     ) -> Result<ScratchPaths, ScratchError> {
         let (root, kind, limit) = (self.root.clone(), self.kind, self.limit);
-        let (owner, mode) = (self.owner.clone(), self.mode);
+        let (owner, mode) = (self.owner.clone(), self.mode());
         let paths = self.paths(kernel_id);
         self.blocking(kernel_id, move |state| {
             storage::make(&root, kernel_id, kind, mode, limit, owner.as_deref())?;
@@ -314,7 +322,7 @@ impl Scratch {
         kernel_id: Uuid,
         parts: Vec<Part>,
     ) -> Result<Vec<PathBuf>, ScratchError> {
-        let (root, mode) = (self.root.clone(), self.mode);
+        let (root, mode) = (self.root.clone(), self.mode());
         self.blocking(kernel_id, move |state| {
             let paths = held::hold(&root, kernel_id, mode, &parts)?;
             match state.finish() {

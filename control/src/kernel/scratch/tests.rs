@@ -300,8 +300,11 @@ async fn no_other_user_of_the_host_gets_into_a_scratch() {
     let directory = tempfile::tempdir().unwrap();
     let scratch = Scratch::new(directory.path().join("s"), ScratchKind::HostDir, LIMIT);
     let skeleton = skeleton(directory.path());
-    for (open, expected) in [(false, 0o700), (true, 0o711)] {
-        let scratch = scratch.clone().open_to_engine(open);
+    // The engine may tell late what it needs.
+    let open = Arc::new(AtomicBool::new(true));
+    let scratch = scratch.open_to_engine(open.clone());
+    for (needed, expected) in [(true, 0o711), (false, 0o700)] {
+        open.store(needed, Ordering::Relaxed);
         let new = NewScratch {
             skeleton: skeleton.clone(),
             ..NewScratch::default()
