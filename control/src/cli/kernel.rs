@@ -335,10 +335,9 @@ async fn destroy(
             Value::Str(kernel.kernel_id.clone()),
             Value::Str(kernel.session_id.clone()),
             Value::Str(reason.to_owned()),
-            Value::Bool(false),
         ];
         let _: Option<bool> = agent
-            .call("destroy_kernel", arguments, DESTROY_DEADLINE)
+            .call("bai.destroy", arguments, DESTROY_DEADLINE)
             .await?;
         if form == Form::Text {
             say!("{}", kernel.kernel_id);

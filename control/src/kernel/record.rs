@@ -133,7 +133,7 @@ pub struct Record {
     /// That job. Records of agents before this field have none: their job counts as sent.
     #[serde(default)]
     pub batch_job: Option<BatchRecord>,
-    /// The node ends it for a reason that it was told by others than the managers.
+    /// Others than the managers want its end: an operator, or who reports abuse.
     #[serde(default)]
     pub condemned: bool,
     /// The engine makes an image of it, and pauses it meanwhile.

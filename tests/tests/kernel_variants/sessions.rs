@@ -56,6 +56,22 @@ async fn a_batch_job_outlives_the_agent_and_is_announced_once() -> Result<()> {
         ended.len() == 1 && ended[0].0 == "kernel_terminated",
         "{ended:?}"
     );
+    // An operator takes it away without the manager.
+    let taken = batch_order()?;
+    at_work(&taken).await?;
+    let output = node.command(&["kernel", "destroy", &taken.kernel.to_string()])?;
+    ensure!(output.status.success(), "{output:?}");
+    let ended = ends_of(&node, &taken).await?;
+    let [failure, end] = &ended[..] else {
+        anyhow::bail!("{ended:?}");
+    };
+    assert_eq!(
+        (&*failure.0, &*end.0),
+        ("session_failure", "kernel_terminated")
+    );
+    let session = taken.session.to_string();
+    assert_eq!(failure.1, json!([session, "task-failed", end.1[3]]));
+    assert_eq!(end.1[2], "user-requested");
 
     let (order, unwatched) = (batch_order()?, batch_order()?);
     kernels::create(&node, &order).await?;

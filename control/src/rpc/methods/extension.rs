@@ -63,6 +63,10 @@ pub(super) async fn answer(
             Instant::now(),
         )),
         "bai.events" => events(node, &arg(0, "after"), &arg(1, "wait_s"), &arg(2, "limit")).await,
+        "bai.destroy" => {
+            let (kernel, session) = (arg(0, "kernel_id"), arg(1, "session_id"));
+            lifecycle::destroy_for_operator(node, &kernel, &session, &arg(2, "reason")).await
+        }
         "bai.image" => local_image(node, &arg(0, "name")).await,
         other => Err(unknown_method(other)),
     }

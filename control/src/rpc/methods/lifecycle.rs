@@ -99,13 +99,38 @@ pub(super) async fn destroy_kernel(
         },
     };
     let suppress: bool = args.get("suppress_events")?;
-    destroy::destroy(node, id, session, reason, suppress)
-        .await
-        .map(|()| Value::Nil)
-        .map_err(|err| match &err {
-            DestroyError::StillEnding { .. } => Failure::runtime_error(err.to_string()),
-            DestroyError::Look { .. } => Failure::new("DockerError", chain(&err)),
-        })
+    destroyed(destroy::destroy(node, id, session, reason, suppress).await)
+}
+
+fn destroyed(outcome: Result<(), DestroyError>) -> Result<Value, Failure> {
+    outcome.map(|()| Value::Nil).map_err(|err| match &err {
+        DestroyError::StillEnding { .. } => Failure::runtime_error(err.to_string()),
+        DestroyError::Look { .. } => Failure::new("DockerError", chain(&err)),
+    })
+}
+
+/// The same for an operator. The manager has not begun to end the session: it is told how a batch session's job
+/// has ended.
+pub(super) async fn destroy_for_operator(
+    node: &Arc<Node>,
+    kernel: &Value,
+    session: &Value,
+    reason: &Value,
+) -> Result<Value, Failure> {
+    let uuid = |value: &Value| value.as_str().and_then(parse_uuid);
+    let (id, session) = uuid(kernel)
+        .zip(uuid(session))
+        .ok_or_else(Failure::bad_uuid)?;
+    let id = KernelId(id.into_bytes());
+    let reason = reason
+        .as_str()
+        .map_or(Reason::USER_REQUESTED, Reason::from_text);
+    // One that ends already ends for who wanted it first.
+    if let Some(kernel) = node.registry.get(id).filter(|it| it.ending().is_none()) {
+        kernel.update_record(|record| record.condemned = true);
+    }
+    let session = SessionId(session.into_bytes());
+    destroyed(destroy::destroy(node, id, session, reason, false).await)
 }
 
 pub(super) async fn restart_kernel(
