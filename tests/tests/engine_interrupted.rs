@@ -55,10 +55,20 @@ async fn answers(node: &Node, span: Duration) -> Result<()> {
     Ok(())
 }
 
+/// What an engine does that is in trouble.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// It dies, and comes back. It may kill a container that it was just starting.
+    Death,
+    /// It does nothing for a while.
+    Silence,
+}
+
 /// Creates kernels while `trouble` is made, then again what has failed; all end well.
 async fn creations_under(
     node: &Node,
     engine: &mut OwnEngine,
+    kind: Trouble,
     trouble: impl AsyncFnOnce(&Node, &mut OwnEngine) -> Result<()>,
 ) -> Result<()> {
     let orders = (0..4).map(|_| order(engine)).collect::<Result<Vec<_>>>()?;
@@ -79,28 +89,56 @@ async fn creations_under(
     let failed = outcomes.iter().filter(|outcome| outcome.is_err()).count();
     eprintln!("{failed} of {} creations failed", outcomes.len());
     for (order, outcome) in orders.iter().zip(&outcomes) {
-        let ends = kernels::ends(node, order.kernel).await?;
         match outcome {
-            Ok(_) => ensure!(ends.is_empty(), "{ends:?} of one that was created"),
+            Ok(_) => match runs(node, order).await {
+                Ok(()) => {
+                    let ends = kernels::ends(node, order.kernel).await?;
+                    ensure!(ends.is_empty(), "{ends:?} of one that runs");
+                    continue;
+                }
+                // Only where the engine has killed it, and the node says so.
+                Err(err) if kind == Trouble::Death => {
+                    let told = ends_of(node, order).await.context(err)?;
+                    assert_eq!(told, [("self-terminated".to_owned(), 137)]);
+                    wait::until("it is over", SOON, || async {
+                        let state = kernels::state(node, order.kernel).await.ok()?;
+                        state.is_none().then_some(())
+                    })
+                    .await?;
+                    eprintln!("the engine has killed one that was created");
+                }
+                Err(err) => return Err(err),
+            },
             Err(failure) => {
-                let told = wait::until("the end is told", SOON, || async {
-                    let ends = kernels::ends(node, order.kernel).await.ok()?;
-                    (!ends.is_empty()).then_some(ends)
-                })
-                .await
-                .with_context(|| failure.repr.clone())?;
+                let told = ends_of(node, order)
+                    .await
+                    .with_context(|| failure.repr.clone())?;
                 assert_eq!(told.len(), 1, "{told:?}: {}", failure.repr);
-                // A manager tries again at once, with the same kernel.
-                kernels::create(node, order).await?;
             }
         }
-        let ran = kernels::run(node, order, "echo well").await?;
-        assert_eq!(ran.output, "well\n");
+        // A manager tries again at once, with the same kernel.
+        kernels::create(node, order).await?;
+        runs(node, order).await?;
     }
     for order in &orders {
         kernels::destroy(node, order).await?;
     }
     wait_clean(node).await
+}
+
+/// What was told of a kernel's end, once it was.
+async fn ends_of(node: &Node, order: &Order) -> Result<Vec<(String, i64)>> {
+    wait::until("the end is told", SOON, || async {
+        let ends = kernels::ends(node, order.kernel).await.ok()?;
+        (!ends.is_empty()).then_some(ends)
+    })
+    .await
+}
+
+async fn runs(node: &Node, order: &Order) -> Result<()> {
+    let ran = kernels::run(node, order, "echo well").await?;
+    ensure!(ran.output == "well\n", "{ran:?}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +147,11 @@ async fn creations_go_on_or_fail_whole() -> Result<()> {
         return Ok(());
     };
     let node = node(&engine).await?;
-    creations_under(&node, &mut engine, async |_, engine| engine.restart()).await?;
+    let (death, silence) = (Trouble::Death, Trouble::Silence);
+    creations_under(&node, &mut engine, death, async |_, engine| {
+        engine.restart()
+    })
+    .await?;
     // One that comes while the engine is away has nothing that the engine would have to give back.
     let early = order(&engine)?;
     engine.end(Signal::SIGKILL)?;
@@ -118,12 +160,12 @@ async fn creations_go_on_or_fail_whole() -> Result<()> {
     let creating = kernels::ask(&node, "check_creating", vec![text(early.kernel)]).await?;
     assert_eq!(creating, json!(false));
     engine.resume()?;
-    creations_under(&node, &mut engine, async |_, engine| {
+    creations_under(&node, &mut engine, death, async |_, engine| {
         engine.end(Signal::SIGKILL)?;
         engine.resume()
     })
     .await?;
-    creations_under(&node, &mut engine, async |node, engine| {
+    creations_under(&node, &mut engine, silence, async |node, engine| {
         engine.signal(Signal::SIGSTOP)?;
         let answered = answers(node, HANGS).await;
         engine.signal(Signal::SIGCONT)?;
