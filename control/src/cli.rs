@@ -78,7 +78,10 @@ enum Command {
     /// Print a completion script for a shell.
     Completions { shell: Shell },
     /// Print the manual page, or write one per command into a directory.
-    Man { directory: Option<PathBuf> },
+    Man {
+        /// Where the pages are written; it is made where it is missing.
+        directory: Option<PathBuf>,
+    },
 }
 
 /// Parses the command line and carries it out.

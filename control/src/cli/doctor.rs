@@ -230,8 +230,11 @@ fn configuration(loaded: &Loaded, standalone: bool) -> Finding {
         _ => Finding::bad(
             CHECK,
             Level::Warning,
-            format!("{found}, {remarks} remarks"),
-            "`bai-agent check-config` ends with them",
+            format!(
+                "{found}, {remarks} {}",
+                if remarks == 1 { "remark" } else { "remarks" }
+            ),
+            "`bai-agent check-config`, with the same options, lists them at its end",
         ),
     }
 }

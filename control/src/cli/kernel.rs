@@ -38,7 +38,7 @@ pub enum KernelCommand {
     Exec(exec::ExecArgs),
     /// Show what a kernel's container has written to its console.
     Logs {
-        /// Its id, or the beginning of it.
+        /// The kernel's id, or the beginning of it.
         #[arg(value_name = "KERNEL")]
         kernel: String,
     },
@@ -46,19 +46,19 @@ pub enum KernelCommand {
     Service(ServiceArgs),
     /// Show statistics of all or some kernels.
     Stats {
-        /// Their ids, or the beginnings of them.
+        /// The kernels' ids, or the beginnings of them.
         #[arg(value_name = "KERNEL")]
         kernels: Vec<String>,
     },
     /// Show the folders of all or some kernels, with what the storage proxy tells of them.
     Folders {
-        /// Their ids, or the beginnings of them.
+        /// The kernels' ids, or the beginnings of them.
         #[arg(value_name = "KERNEL")]
         kernels: Vec<String>,
     },
     /// Destroy kernels.
     Destroy {
-        /// Their ids, or the beginnings of them.
+        /// The kernels' ids, or the beginnings of them.
         #[arg(value_name = "KERNEL", required = true)]
         kernels: Vec<String>,
         /// The reason that is recorded.
@@ -70,7 +70,7 @@ pub enum KernelCommand {
 /// Arguments of `kernel service`.
 #[derive(Debug, Args)]
 pub struct ServiceArgs {
-    /// Its id, or the beginning of it.
+    /// The kernel's id, or the beginning of it.
     #[arg(value_name = "KERNEL")]
     kernel: String,
     /// The service's name; without it, the services are listed.

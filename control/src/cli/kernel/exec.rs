@@ -31,10 +31,10 @@ enum Mode {
 /// Arguments of `kernel exec`.
 #[derive(Debug, Args)]
 pub struct ExecArgs {
-    /// Its id, or the beginning of it.
+    /// The kernel's id, or the beginning of it.
     #[arg(value_name = "KERNEL")]
     kernel: String,
-    /// How the words after it are taken.
+    /// How the words after the kernel are taken.
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
     /// The command (its words are joined by blanks and read by /bin/sh) or the code.
