@@ -11,7 +11,6 @@ use harness::nvml::StandIn;
 use harness::wait;
 use serde_json::{Value as Json, json};
 use std::os::unix::fs::PermissionsExt as _;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const UUID: &str = "GPU-8f0f9c8e-0000-4000-8000-000000000001";
@@ -59,14 +58,14 @@ async fn asked(settings: &str, changes: &Json) -> Result<(Json, String)> {
     let mut order = Order::of(Image::Runner)?;
     order.config["resource_slots"]["cuda.device"] = json!("1");
     // Its users are the host's own, as it has said by now: nobody else gets into the scratch.
-    let (scratch, mode) = (node.scratch(&order.kernel.to_string()), Arc::default());
-    let seen: Arc<Mutex<Option<u32>>> = Arc::clone(&mode);
+    let scratch = node.scratch(&order.kernel.to_string());
+    let (seen, mode) = std::sync::mpsc::channel();
     engine.before("/containers/create", move || {
         let found = std::fs::metadata(&scratch).map(|it| it.permissions().mode() & 0o777);
-        *seen.lock().unwrap() = found.ok();
+        let _ = seen.send(found.ok());
     });
     let failure = kernels::fail_to_create(&node, &order).await?;
-    assert_eq!(*mode.lock().unwrap(), Some(0o700));
+    assert_eq!(mode.try_recv()?, Some(0o700));
     let held = kernels::devices_held(&node).await?;
     ensure!(held == json!({}), "a failed creation holds {held}");
     kernels::assert_clean(&node).await?;
