@@ -52,7 +52,7 @@ use crate::kernel::record::Record;
 use crate::kernel::recovery::{self, RecoveryError};
 use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
-use crate::kernel::{Node, monitor};
+use crate::kernel::{Node, memory_nodes, monitor};
 use crate::link::{Link, LinkOpenError};
 use crate::metadata::{self, redirect};
 use crate::metrics::Recorder;
@@ -311,6 +311,7 @@ fn begin_loops(node: &Arc<Node>, pages: http::Service) -> Vec<JoinHandle<()>> {
         tokio::spawn(monitor::follow_samples(node.clone())),
         tokio::spawn(monitor::reconcile_periodically(node.clone())),
         tokio::spawn(abuse::watch(node.clone())),
+        tokio::spawn(memory_nodes::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),
         tokio::spawn(notices::run(node.clone())),
         tokio::spawn(firewall::follow(node.clone())),

@@ -410,6 +410,18 @@ impl Docker {
         self.transport.unit(call).await
     }
 
+    /// Lets a container's memory lie on these NUMA nodes (`0,1`); what it has stays where it is.
+    ///
+    /// # Errors
+    /// Why the engine refused, as where the host has no such node.
+    pub async fn set_memory_nodes(&self, container: &str, nodes: &str) -> Result<(), DockerError> {
+        let step = format!("update container {container}");
+        let path = format!("/containers/{}/update", segment(&step, container)?);
+        let body = serde_json::json!({ "CpusetMems": nodes });
+        let call = self.change(step, self.deadlines.change, path).json(&body)?;
+        self.transport.unit(call).await
+    }
+
     /// Removes a container with its anonymous volumes.
     ///
     /// # Errors

@@ -24,6 +24,7 @@ pub mod journal;
 pub mod kept_logs;
 pub mod lifecycle;
 pub mod looks;
+pub mod memory_nodes;
 pub mod model_definition;
 pub mod monitor;
 pub mod mounts;

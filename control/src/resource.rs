@@ -26,8 +26,8 @@ pub(crate) use allocation::Shares;
 pub use allocation::{Allocation, BadAllocation};
 pub use error::ResourceError;
 pub use ledger::{
-    AvailableSlot, HeldState, Holder, InventoryError, Ledger, Reserved, RestoreError, Restored,
-    SlotRequest, Snapshot,
+    AvailableSlot, HeldState, Holder, InventoryError, Ledger, Pinned, Reserved, RestoreError,
+    Restored, SlotRequest, Snapshot,
 };
 pub use limits::ContainerLimits;
 pub use map::{AllocationMap, MapDevice, Strategy};

@@ -151,6 +151,10 @@ async fn a_container_lives_from_create_to_remove() {
         .await
         .unwrap_err();
     assert!(matches!(err, DockerError::Timeout { .. }), "{err:?}");
+    docker.set_memory_nodes(&id, "0").await.unwrap();
+    let host = docker.inspect(&id).await.unwrap().host_config.unwrap();
+    assert_eq!(host.cpuset_mems.as_deref(), Some("0"));
+    assert!(docker.set_memory_nodes(&id, "4095").await.is_err());
     let err = docker.remove(&id, false).await.unwrap_err();
     assert!(matches!(err, DockerError::Conflict { .. }), "{err:?}");
 

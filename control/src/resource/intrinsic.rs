@@ -1,5 +1,7 @@
 //! The two plugins every node has: `cpu` and `mem`.
 
+use std::collections::BTreeSet;
+
 use rust_decimal::Decimal;
 use rust_decimal::prelude::ToPrimitive;
 use serde_json::{Map, json};
@@ -55,6 +57,13 @@ fn shown(slot: &str, description: &str, name: &str, unit: &str, binary: bool) ->
 impl CpuPlugin {
     fn node_of(&self, id: &str) -> Option<i32> {
         self.host.node_of_core.get(&id.parse().ok()?).copied()
+    }
+
+    /// Nodes that have both memory and usable cores.
+    fn nodes_with_cores(&self) -> usize {
+        let nodes: BTreeSet<&i32> = self.host.node_of_core.values().collect();
+        let with_memory = |node: &&&i32| self.host.node_memory.contains_key(node);
+        nodes.iter().filter(with_memory).count()
     }
 }
 
@@ -121,8 +130,9 @@ impl DevicePlugin for CpuPlugin {
             let nano = slots * Decimal::from(1_000_000_000) / Decimal::from(self.overcommit.max(1));
             limits.nano_cpus = nano.to_i64();
         }
-        // One node says nothing on a host that has only one.
-        if self.memory_nodes && self.host.node_memory.len() > 1 {
+        // One node says nothing on a host that has only one with cores: memory without cores (CXL)
+        // is for all.
+        if self.memory_nodes && self.nodes_with_cores() > 1 {
             let mut nodes = cores.iter().map(|core| self.node_of(&core.to_string()));
             if let Some(Some(first)) = nodes.next()
                 && nodes.all(|node| node == Some(first))

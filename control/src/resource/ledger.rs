@@ -2,6 +2,7 @@
 //! and nothing is ever recounted from containers: the original clears its maps and scans Docker
 //! after every failure, and forgets kernels that have no container yet (double allocation).
 
+mod memory_nodes;
 mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +14,7 @@ use serde::Serialize;
 use shared::ids::KernelId;
 use tokio::sync::watch;
 
+pub use memory_nodes::Pinned;
 pub use told::{AvailableSlot, Snapshot};
 
 use super::affinity::{AffinityGraph, Hint};
@@ -20,8 +22,8 @@ use super::host::{HostError, HostInventory};
 use super::intrinsic::{CpuPlugin, MemPlugin};
 use super::map::MapRequest;
 use super::{
-    Allocation, AllocationMap, Amount, ContainerLimits, Device, DevicePlugin, PluginError,
-    ResourceError, SlotType, Slots, belongs, device_of,
+    Allocation, AllocationMap, Amount, Device, DevicePlugin, PluginError, ResourceError, SlotType,
+    Slots, belongs, device_of,
 };
 
 /// Why the ledger can not be set up.
@@ -152,6 +154,7 @@ struct State {
     /// One map per computer, in the same order.
     maps: Vec<AllocationMap>,
     holders: BTreeMap<KernelId, Holder>,
+    pins: memory_nodes::Pins,
 }
 
 impl Inventory {
@@ -249,6 +252,7 @@ impl Ledger {
             maps: inventory.maps(),
             inventory: Arc::new(inventory),
             holders: BTreeMap::new(),
+            pins: memory_nodes::Pins::default(),
         });
         Ok(Self {
             policy,
@@ -458,6 +462,7 @@ impl Ledger {
         let mut state = self.state();
         let beyond = state.held_beyond();
         let holder = state.holders.remove(&kernel_id)?;
+        state.pins.remove(kernel_id);
         let inventory = state.inventory.clone();
         for (computer, map) in inventory.computers.iter().zip(&mut state.maps) {
             map.free(holder.allocation.of_device(computer.plugin.key()));
@@ -510,6 +515,7 @@ impl Ledger {
             allocation: allocation.clone(),
         };
         state.holders.insert(kernel_id, holder);
+        Self::suppose_pinned(&mut state, kernel_id, allocation);
         Ok(restored)
     }
 
@@ -519,57 +525,6 @@ impl Ledger {
             .holders
             .get(&kernel_id)
             .map(|holder| holder.allocation.clone())
-    }
-
-    /// What the container of an allocation may use.
-    pub fn container_limits(&self, allocation: &Allocation) -> ContainerLimits {
-        let mut limits = ContainerLimits::default();
-        for Computer { plugin, devices } in &self.inventory().computers {
-            plugin.limit(devices, allocation.of_device(plugin.key()), &mut limits);
-        }
-        if let Some(node) = limits
-            .cpuset_mems
-            .as_deref()
-            .and_then(|node| node.parse().ok())
-            && !self.node_has_room(node, allocation)
-        {
-            limits.cpuset_mems = None;
-        }
-        limits
-    }
-
-    /// Whether the memory of all kernels whose cores are on the node, this one included, fits it:
-    /// pinning more than a node has would kill one of them while others have memory free.
-    fn node_has_room(&self, node: i32, allocation: &Allocation) -> bool {
-        let Some(memory) = self.node_memory.get(&node) else {
-            return false;
-        };
-        let inventory = self.inventory();
-        let Some(cpu) = inventory.computers.iter().find(|c| c.plugin.key() == "cpu") else {
-            return false;
-        };
-        let on_node = |allocation: &Allocation| {
-            let ids = allocation.ids("cpu", "cpu");
-            !ids.is_empty()
-                && ids.iter().all(|id| {
-                    cpu.devices
-                        .iter()
-                        .any(|d| d.id == *id && d.numa_node == Some(node))
-                })
-        };
-        let state = self.state();
-        let mut there: Vec<&Allocation> = state
-            .holders
-            .values()
-            .map(|holder| &holder.allocation)
-            .collect();
-        // Its own reservation is among the holders, except when someone only asks.
-        if !there.contains(&allocation) {
-            there.push(allocation);
-        }
-        let pinned = there.into_iter().filter(|held| on_node(held));
-        let bytes: Amount = pinned.map(|held| held.total("mem", "mem")).sum();
-        bytes <= Decimal::from(*memory)
     }
 }
 

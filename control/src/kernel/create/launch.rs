@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
-use shared::ids::ContainerId;
+use shared::ids::{ContainerId, KernelId};
 use tokio_util::sync::CancellationToken;
 
 use super::error::CreateError;
@@ -25,6 +25,7 @@ use crate::kernel::container_request::{
 };
 use crate::kernel::environment::{self, AttachedDevice, Given};
 use crate::kernel::lifecycle::Stage;
+use crate::kernel::memory_nodes;
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
 use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
@@ -126,6 +127,8 @@ async fn launch(
     turn: &mut Turn<'_>,
 ) -> Result<(), Attempt> {
     let container = make_container(node, kernel, order, prepared, distro).await?;
+    // Its own, too: others may have come while it was made.
+    memory_nodes::make_room(node).await;
     if abort.is_cancelled() {
         return Err(aborted(kernel).into());
     }
@@ -168,7 +171,7 @@ async fn make_container(
 ) -> Result<ContainerId, CreateError> {
     let allocation = kernel.with_record(|record| record.allocation.clone());
     let allocation = allocation.unwrap_or_default();
-    let outfit = outfit(node, order, prepared, &allocation).await?;
+    let outfit = outfit(node, kernel.id, order, prepared, &allocation).await?;
     let mounts = all_mounts(node, kernel, order, prepared, distro).await?;
     write_config(node, kernel, prepared, &allocation, &outfit, &mounts).await?;
     let request = request_of(node, kernel, order, prepared, &outfit, &mounts).await?;
@@ -208,11 +211,12 @@ async fn make_container(
 /// What follows from the devices, and the variables.
 async fn outfit(
     node: &Node,
+    kernel: KernelId,
     order: &Order,
     prepared: &Prepared,
     allocation: &Allocation,
 ) -> Result<Outfit, CreateError> {
-    let mut limits = node.ledger.container_limits(allocation);
+    let mut limits = node.ledger.container_limits(kernel, allocation);
     if let Some(why) = limits.refused.take() {
         return Err(ResourceError::General(why).into());
     }

@@ -6,10 +6,10 @@ mod captured;
 
 use super::told::align_memory;
 use super::*;
-use crate::resource::AttachedDevice;
 use crate::resource::map::{MapDevice, Strategy};
 use crate::resource::plugin::SlotDeclaration;
 use crate::resource::slots::text;
+use crate::resource::{AttachedDevice, ContainerLimits};
 
 fn policy() -> Policy {
     Policy {
@@ -170,7 +170,7 @@ fn a_reservation_gives_devices_and_a_release_gives_them_back() {
         Some(reserved.allocation.clone())
     );
     assert!(ledger.commit(kernel(1)));
-    let limits = ledger.container_limits(&reserved.allocation);
+    let limits = ledger.container_limits(kernel(1), &reserved.allocation);
     assert_eq!(limits.cpuset_cpus.as_deref(), Some("0,1,2"));
     assert_eq!(
         (limits.memory, limits.memory_swap),
@@ -297,7 +297,7 @@ fn a_device_missing_from_the_order_is_placed_before_cpu() {
     assert_eq!(reserved.allocation.ids("fpga", "fpga.device"), ["f0", "f1"]);
     assert_eq!(
         ledger
-            .container_limits(&reserved.allocation)
+            .container_limits(kernel(1), &reserved.allocation)
             .environment
             .len(),
         2
@@ -381,11 +381,13 @@ fn a_quota_is_the_part_of_the_cores_that_was_given() {
     let ledger = Ledger::with_plugins(intrinsic(all, 2, true), policy(), memory).unwrap();
     let first = ledger.reserve(kernel(1), &ask("3", "1g")).unwrap();
     assert_eq!(
-        ledger.container_limits(&first.allocation).nano_cpus,
+        ledger
+            .container_limits(kernel(1), &first.allocation)
+            .nano_cpus,
         Some(1_500_000_000)
     );
     let second = ledger.reserve(kernel(2), &ask("5", "1g")).unwrap();
-    let limits = ledger.container_limits(&second.allocation);
+    let limits = ledger.container_limits(kernel(2), &second.allocation);
     assert_eq!(
         (limits.cpu_count, limits.nano_cpus),
         (4, Some(2_500_000_000))
@@ -407,7 +409,8 @@ fn memory_is_pinned_to_a_node_only_when_cores_and_room_are_there() {
     let ledger = Ledger::with_plugins(intrinsic(two_nodes, 1, false), single, memory).unwrap();
     let mems = |n: u8, cpu: &str, mem: &str| {
         let reserved = ledger.reserve(kernel(n), &ask(cpu, mem)).unwrap();
-        ledger.container_limits(&reserved.allocation).cpuset_mems
+        let limits = ledger.container_limits(kernel(n), &reserved.allocation);
+        limits.cpuset_mems
     };
     assert_eq!(mems(1, "2", "5g").as_deref(), Some("0"));
     // The next core is on the other, emptier node; five cores span both; then node 0 is too full.
@@ -416,6 +419,103 @@ fn memory_is_pinned_to_a_node_only_when_cores_and_room_are_there() {
     assert_eq!(mems(2, "5", "1g"), None);
     ledger.release(kernel(2));
     assert_eq!(mems(3, "4", "9g"), None, "more than a node has");
+}
+
+/// Eight cores on two nodes of 8 GiB each, 1 GiB of it all the host's.
+fn two_nodes() -> Ledger {
+    let host = host(8, 2, 16);
+    let memory = host.node_memory.clone();
+    let single = Policy {
+        affinity: AffinityPolicy::PreferSingleNode,
+        ..policy()
+    };
+    Ledger::with_plugins(intrinsic(host, 1, false), single, memory).unwrap()
+}
+
+/// Reserves, and the node that the kernel is pinned to.
+fn pin(ledger: &Ledger, n: u8, cpu: &str, mem: &str) -> Option<String> {
+    let reserved = ledger.reserve(kernel(n), &ask(cpu, mem)).unwrap();
+    let limits = ledger.container_limits(kernel(n), &reserved.allocation);
+    limits.cpuset_mems
+}
+
+#[test]
+fn nothing_is_pinned_where_others_may_take_the_memory() {
+    // One of both nodes may have all of its memory on either.
+    let ledger = two_nodes();
+    assert_eq!(pin(&ledger, 1, "5", "6g"), None);
+    assert_eq!(pin(&ledger, 2, "1", "4g"), None);
+    // What the host has reserved may be there too.
+    assert_eq!(pin(&two_nodes(), 1, "2", "8g"), None);
+    assert_eq!(pin(&two_nodes(), 1, "2", "7g"), None);
+    assert_eq!(pin(&two_nodes(), 1, "2", "6g").as_deref(), Some("0"));
+    // One on the other node that finds too little there.
+    let ledger = two_nodes();
+    assert_eq!(pin(&ledger, 1, "4", "10g"), None);
+    assert_eq!(pin(&ledger, 2, "4", "5g"), None);
+    ledger.release(kernel(2));
+    assert_eq!(pin(&ledger, 2, "4", "4g").as_deref(), Some("1"));
+    // Asking alone pins nothing, and counts what is asked for.
+    let ledger = two_nodes();
+    let reserved = ledger.reserve(kernel(1), &ask("2", "5g")).unwrap();
+    let limits = |n| ledger.container_limits(kernel(n), &reserved.allocation);
+    assert_eq!(limits(2).cpuset_mems, None);
+    assert_eq!(limits(1).cpuset_mems.as_deref(), Some("0"));
+}
+
+#[test]
+fn memory_without_cores_is_no_second_node() {
+    let mut host = host(8, 1, 16);
+    host.node_memory.insert(1, 64 << 30);
+    let memory = host.node_memory.clone();
+    let ledger = Ledger::with_plugins(intrinsic(host, 1, false), policy(), memory).unwrap();
+    assert_eq!(pin(&ledger, 1, "2", "4g"), None);
+}
+
+#[test]
+fn who_is_pinned_is_widened_when_others_may_take_the_memory() {
+    let ledger = two_nodes();
+    let due = |ledger: &Ledger| -> Vec<(KernelId, String, String)> {
+        let due = ledger.to_widen().into_iter();
+        due.map(|pinned| (pinned.kernel_id, pinned.node, pinned.all))
+            .collect()
+    };
+    let first = [(kernel(1), "0".to_owned(), "0,1".to_owned())];
+    assert_eq!(pin(&ledger, 1, "2", "5g").as_deref(), Some("0"));
+    assert_eq!(due(&ledger), []);
+    // Of both nodes, and its 4 GiB may all be on the first.
+    assert_eq!(pin(&ledger, 2, "5", "4g"), None);
+    assert_eq!(due(&ledger), first);
+    // Until it is done, or the other is gone.
+    assert_eq!(due(&ledger), first);
+    ledger.release(kernel(2));
+    assert_eq!(due(&ledger), []);
+    assert_eq!(pin(&ledger, 2, "5", "4g"), None);
+    let told = ledger.to_widen();
+    // A new container of the same kernel meanwhile: what was done was done to the old one.
+    ledger.release(kernel(2));
+    let held = ledger.allocation(kernel(1)).unwrap();
+    assert!(
+        ledger
+            .container_limits(kernel(1), &held)
+            .cpuset_mems
+            .is_some()
+    );
+    assert_eq!(pin(&ledger, 2, "5", "4g"), None);
+    ledger.widened(&told[0]);
+    assert_eq!(due(&ledger), first);
+    ledger.widened(&ledger.to_widen()[0]);
+    assert_eq!(due(&ledger), []);
+
+    // After a restart of the agent nobody says who was pinned.
+    let next = two_nodes();
+    next.restore(kernel(1), &held).unwrap();
+    assert_eq!(due(&next), []);
+    let other = ledger.allocation(kernel(2)).unwrap();
+    next.restore(kernel(2), &other).unwrap();
+    assert_eq!(due(&next), first);
+    next.release(kernel(1));
+    assert_eq!(due(&next), []);
 }
 
 #[test]
@@ -613,7 +713,7 @@ fn this_host_can_be_discovered() {
     let reserved = ledger.reserve(kernel(1), &ask("1", "64m")).unwrap();
     assert!(
         ledger
-            .container_limits(&reserved.allocation)
+            .container_limits(kernel(1), &reserved.allocation)
             .cpuset_cpus
             .is_some()
     );
