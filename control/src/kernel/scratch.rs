@@ -294,6 +294,22 @@ impl Scratch {
         .await
     }
 
+    /// Puts the user's keys and dotfiles, the registry's credentials and the cluster's files back as the
+    /// request has them, where they were changed or are gone; a key `.ssh/id_rsa` that is there stays. What
+    /// can't be written (the user may have put anything there) is told in the log only.
+    ///
+    /// # Errors
+    /// The scratch is not there, or the deadline has passed.
+    pub async fn renew(&self, kernel_id: Uuid, new: NewScratch) -> Result<(), ScratchError> {
+        let paths = self.paths(kernel_id);
+        let failed = self.blocking(kernel_id, move |_| contents::renew(&paths, &new));
+        for err in failed.await? {
+            tracing::warn!(%kernel_id, err = &err as &dyn std::error::Error,
+                "a file that the request brings is not put back at the restart of a kernel");
+        }
+        Ok(())
+    }
+
     /// Writes what depends on the allocation: `environ.txt`, `resource.txt`, their `_base` copies,
     /// the directories of device plugins, the ports of a host-network kernel.
     ///

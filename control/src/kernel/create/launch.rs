@@ -57,6 +57,8 @@ pub async fn files_and_container(
     let mut attempt = 1;
     if let Some(kept) = kept {
         kept.settle(prepared.published_by).await;
+        let id = uuid::Uuid::from_bytes(kernel.id.0);
+        node.scratch.renew(id, scratch_of(order, prepared)).await?;
     } else {
         take_ports(node, kernel, order, prepared)?;
         node.store(kernel).await?;
@@ -90,12 +92,19 @@ async fn make_scratch(
     order: &Order,
     prepared: &Prepared,
 ) -> Result<(), CreateError> {
+    let id = uuid::Uuid::from_bytes(kernel.id.0);
+    node.scratch.create(id, scratch_of(order, prepared)).await?;
+    Ok(())
+}
+
+/// What the request brings into the scratch.
+fn scratch_of(order: &Order, prepared: &Prepared) -> NewScratch {
     let config = &order.config;
     let own_ssh = prepared
         .folders
         .iter()
         .any(|mount| Path::new(&mount.target) == Path::new(WORK).join(".ssh"));
-    let new = NewScratch {
+    NewScratch {
         owner: prepared.identity.into(),
         skeleton: prepared.runner.runner_file(""),
         bootstrap_script: config.bootstrap_script.clone(),
@@ -110,11 +119,7 @@ async fn make_scratch(
             &order.cluster,
             order.config.environ.get("BACKENDAI_CLUSTER_HOSTS"),
         ),
-    };
-    node.scratch
-        .create(uuid::Uuid::from_bytes(kernel.id.0), new)
-        .await?;
-    Ok(())
+    }
 }
 
 async fn launch(

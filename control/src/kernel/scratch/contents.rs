@@ -78,57 +78,157 @@ pub struct ConfigFiles {
 /// Fills a new scratch.
 pub(super) fn fill(paths: &ScratchPaths, new: &NewScratch) -> Result<(), ScratchError> {
     place_skeleton(&paths.work, new)?;
-    let work = Beneath::open(&paths.work).map_err(|cause| ScratchError::Read {
-        path: paths.work.clone(),
-        cause,
-    })?;
-    let write = |path: &str, content: &str, mode: u32| {
-        work.write(Path::new(path), content.as_bytes(), mode, new.owner)
-            .map_err(|cause| ScratchError::write(&paths.work.join(path), cause))
-    };
+    let home = Home::open(paths, new, Over::Write)?;
     if let Some(script) = new
         .bootstrap_script
         .as_deref()
         .filter(|script| !script.is_empty())
     {
-        write("bootstrap.sh", script, 0o644)?;
+        home.put(Path::new("bootstrap.sh"), script, 0o644)?;
     }
-    if let Some(keypair) = &new.ssh_keypair {
-        work.make_directories(Path::new(".ssh"), 0o700, new.owner)
-            .map_err(|cause| ScratchError::make(&paths.work.join(".ssh"), cause))?;
-        write(".ssh/authorized_keys", &keypair.public_key, 0o600)?;
-        write(".ssh/id_rsa", keypair.private_key.reveal(), 0o600)?;
-        write("id_container", keypair.private_key.reveal(), 0o600)?;
-    }
-    for dotfile in &new.dotfiles {
-        let (path, mode) = dotfile_place(dotfile)?;
-        let mut content = dotfile.data.reveal().to_owned();
-        if !content.ends_with('\n') {
-            content.push('\n');
-        }
-        if let Some(parent) = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-        {
-            // The original gives the file's own mode to every directory on the way, so that 0644
-            // makes them impassable: here those it makes can be entered by who may read.
-            let directory_mode = mode | 0o700 | ((mode & 0o044) >> 2);
-            work.make_directories(parent, directory_mode, new.owner)
-                .map_err(|cause| ScratchError::make(&paths.work.join(parent), cause))?;
-        }
-        work.write(&path, content.as_bytes(), mode, new.owner)
-            .map_err(|cause| ScratchError::write(&paths.work.join(&path), cause))?;
-    }
+    home.parts().try_for_each(|part| home.place(part))?;
     write_cluster(&paths.config, &new.cluster, new.owner)?;
-    let credentials = &new.docker_credentials.0;
+    write_credentials(&paths.config, &new.docker_credentials)
+}
+
+/// Puts back what a restart finds changed or gone of what the request brings: all but the bootstrap
+/// script, as in the original. What fails does so alone, as mostly the kernel's user is why.
+pub(super) fn renew(
+    paths: &ScratchPaths,
+    new: &NewScratch,
+) -> Result<Vec<ScratchError>, ScratchError> {
+    let home = Home::open(paths, new, Over::Renew)?;
+    let placed = home.parts().map(|part| home.place(part));
+    let of_config = [
+        write_cluster(&paths.config, &new.cluster, new.owner),
+        write_credentials(&paths.config, &new.docker_credentials),
+    ];
+    Ok(placed.chain(of_config).filter_map(Result::err).collect())
+}
+
+/// What is done about a file of the request that is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Write,
+    /// One that is as it was stays so, as a full disk could leave nothing of it.
+    Renew,
+}
+
+/// What a request brings into `work`.
+enum Brought<'a> {
+    /// A key: the name, its text, and whether one that is there may be the user's own.
+    Key(&'static str, &'a str, bool),
+    Dotfile(&'a Dotfile),
+}
+
+/// The kernel's `work`, whose user may have put anything there.
+struct Home<'a> {
+    work: Beneath,
+    path: &'a Path,
+    new: &'a NewScratch,
+    over: Over,
+}
+
+impl<'a> Home<'a> {
+    fn open(
+        paths: &'a ScratchPaths,
+        new: &'a NewScratch,
+        over: Over,
+    ) -> Result<Self, ScratchError> {
+        let path = paths.work.as_path();
+        let work = Beneath::open(path).map_err(|cause| ScratchError::Read {
+            path: path.to_owned(),
+            cause,
+        })?;
+        Ok(Self {
+            work,
+            path,
+            new,
+            over,
+        })
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Brought<'a>> + use<'a> {
+        let keys = self.new.ssh_keypair.iter().flat_map(|keypair| {
+            let private = keypair.private_key.reveal();
+            [
+                Brought::Key(".ssh/authorized_keys", &keypair.public_key, false),
+                Brought::Key(".ssh/id_rsa", private, true),
+                Brought::Key("id_container", private, false),
+            ]
+        });
+        keys.chain(self.new.dotfiles.iter().map(Brought::Dotfile))
+    }
+
+    fn place(&self, part: Brought<'_>) -> Result<(), ScratchError> {
+        match part {
+            Brought::Key(name, text, perhaps_own) => {
+                let path = Path::new(name);
+                if let Some(parent) = path.parent().filter(|parent| !is_here(parent)) {
+                    self.make(parent, 0o700)?;
+                }
+                let keep = perhaps_own && self.over == Over::Renew;
+                let there = || self.work.exists(path);
+                if keep
+                    && there().map_err(|cause| ScratchError::write(&self.path.join(path), cause))?
+                {
+                    return Ok(());
+                }
+                self.put(path, text, 0o600)
+            }
+            Brought::Dotfile(dotfile) => {
+                let (path, mode) = dotfile_place(dotfile)?;
+                let mut content = dotfile.data.reveal().to_owned();
+                if !content.ends_with('\n') {
+                    content.push('\n');
+                }
+                if let Some(parent) = path.parent().filter(|parent| !is_here(parent)) {
+                    // The original gives the file's own mode to every directory on the way, so that
+                    // 0644 makes them impassable: here those it makes can be entered by who may read.
+                    self.make(parent, mode | 0o700 | ((mode & 0o044) >> 2))?;
+                }
+                self.put(&path, &content, mode)
+            }
+        }
+    }
+
+    fn make(&self, path: &Path, mode: u32) -> Result<(), ScratchError> {
+        self.work
+            .make_directories(path, mode, self.new.owner)
+            .map_err(|cause| ScratchError::make(&self.path.join(path), cause))
+    }
+
+    fn put(&self, path: &Path, content: &str, mode: u32) -> Result<(), ScratchError> {
+        let content = content.as_bytes();
+        let same = || {
+            self.work
+                .read(path, content.len() as u64)
+                .is_ok_and(|there| there == content)
+        };
+        if self.over == Over::Renew && same() {
+            return Ok(());
+        }
+        self.work
+            .write(path, content, mode, self.new.owner)
+            .map_err(|cause| ScratchError::write(&self.path.join(path), cause))
+    }
+}
+
+/// Whether a relative path names the directory itself.
+fn is_here(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+fn write_credentials(config: &Path, credentials: &Confidential) -> Result<(), ScratchError> {
+    let credentials = &credentials.0;
     let empty = credentials
         .as_object()
         .is_some_and(serde_json::Map::is_empty);
-    if !credentials.is_null() && !empty {
-        let text = serde_json::to_string(credentials).expect("a JSON value is JSON");
-        replace(&paths.config, "docker-creds.json", text.as_bytes(), 0o644)?;
+    if credentials.is_null() || empty {
+        return Ok(());
     }
-    Ok(())
+    let text = serde_json::to_string(credentials).expect("a JSON value is JSON");
+    replace(config, "docker-creds.json", text.as_bytes(), 0o644)
 }
 
 /// The runner's files in a `work` that no user has seen yet.

@@ -295,6 +295,93 @@ async fn directories_made_for_dotfiles_can_be_entered() {
     );
 }
 
+/// A scratch with all that a request brings, and that request.
+async fn with_everything(directory: &Path) -> (Scratch, ScratchPaths, NewScratch) {
+    let scratch = Scratch::new(directory.join("s"), ScratchKind::HostDir, LIMIT);
+    let new = NewScratch {
+        skeleton: skeleton(directory),
+        bootstrap_script: Some("true".to_owned()),
+        dotfiles: vec![
+            dotfile(".bashrc", "export A=1\n", "644"),
+            dotfile(".config/app/a.toml", "a", "640"),
+        ],
+        ssh_keypair: Some(SshKeypair {
+            public_key: "PUBLIC".to_owned(),
+            private_key: SecretText::new("PRIVATE"),
+        }),
+        docker_credentials: Confidential(json!({"user": "a"})),
+        cluster: cluster(),
+        ..NewScratch::default()
+    };
+    let paths = scratch.create(kernel_id(), new.clone()).await.unwrap();
+    (scratch, paths, new)
+}
+
+#[tokio::test]
+async fn a_restart_puts_back_what_the_request_brings() {
+    let directory = tempfile::tempdir().unwrap();
+    let (scratch, paths, mut new) = with_everything(directory.path()).await;
+    let (work, config) = (paths.work.clone(), paths.config.clone());
+    let before = listing(&paths);
+    for file in [
+        work.join(".bashrc"),
+        work.join(".ssh/authorized_keys"),
+        config.join("ssh/id_cluster"),
+    ] {
+        fs::write(file, "").unwrap();
+    }
+    fs::remove_dir_all(work.join(".config")).unwrap();
+    fs::remove_file(work.join("id_container")).unwrap();
+    fs::remove_file(config.join("docker-creds.json")).unwrap();
+    scratch.renew(kernel_id(), new.clone()).await.unwrap();
+    assert_eq!(listing(&paths), before);
+    let read = |path: &str| fs::read_to_string(paths.root.join(path)).unwrap();
+    assert_eq!(read("work/.bashrc"), "export A=1\n");
+    assert_eq!(read("work/.ssh/authorized_keys"), "PUBLIC");
+    assert_eq!(read("work/id_container"), "PRIVATE");
+
+    // A key of the user's own stays, and so do his other files; the bootstrap script has run.
+    fs::write(work.join(".ssh/id_rsa"), "OWN").unwrap();
+    fs::write(work.join(".vimrc"), "own").unwrap();
+    fs::remove_file(work.join("bootstrap.sh")).unwrap();
+    // What is as it was is not written.
+    let modified = |path: &str| fs::metadata(work.join(path)).unwrap().modified().unwrap();
+    let unchanged = modified(".config/app/a.toml");
+    new.dotfiles[0] = dotfile(".bashrc", "export A=2\n", "600");
+    new.docker_credentials = Confidential(json!({"user": "b"}));
+    scratch.renew(kernel_id(), new).await.unwrap();
+    assert_eq!(read("work/.ssh/id_rsa"), "OWN");
+    assert_eq!(read("work/.vimrc"), "own");
+    assert!(!work.join("bootstrap.sh").exists());
+    assert_eq!(modified(".config/app/a.toml"), unchanged);
+    assert_eq!(read("work/.bashrc"), "export A=2\n");
+    assert_eq!(read("config/docker-creds.json"), r#"{"user":"b"}"#);
+}
+
+#[tokio::test]
+async fn what_a_user_put_in_the_place_of_a_file_keeps_no_restart_from_the_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let (scratch, paths, new) = with_everything(directory.path()).await;
+    let victim = directory.path().join("victim");
+    fs::write(&victim, "the host's").unwrap();
+    let at = |path: &str| paths.work.join(path);
+    fs::remove_file(at(".bashrc")).unwrap();
+    std::os::unix::fs::symlink(&victim, at(".bashrc")).unwrap();
+    fs::remove_file(at("id_container")).unwrap();
+    std::os::unix::fs::symlink("../../../victim", at("id_container")).unwrap();
+    fs::remove_dir_all(at(".ssh")).unwrap();
+    std::os::unix::fs::symlink(directory.path(), at(".ssh")).unwrap();
+    fs::write(at(".config/app/a.toml"), "").unwrap();
+    fs::write(paths.config.join("ssh/id_cluster"), "").unwrap();
+    scratch.renew(kernel_id(), new).await.unwrap();
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "the host's");
+    assert!(!directory.path().join("authorized_keys").exists());
+    assert!(!directory.path().join("id_rsa").exists());
+    assert_eq!(fs::read_to_string(at(".config/app/a.toml")).unwrap(), "a\n");
+    let key = fs::read_to_string(paths.config.join("ssh/id_cluster"));
+    assert_eq!(key.unwrap(), "k".repeat(67));
+}
+
 #[tokio::test]
 async fn no_other_user_of_the_host_gets_into_a_scratch() {
     let directory = tempfile::tempdir().unwrap();
