@@ -3,6 +3,8 @@
 //! In: [`Options`]. Out: tables, `publish.json`. Invariant: a time ends with the last
 //! acknowledgement, and afterwards every port has answered a connection, or refused one.
 
+mod standing;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use shared::desired::{PortKey, PortRow};
 use shared::ids::Generation;
 use shared::observed::{ForwardPath, PortState};
 
+use self::standing::Figures;
 use crate::Stage;
 use crate::chart::short;
 use crate::engine::Engine;
@@ -43,6 +46,9 @@ pub struct Options {
     /// Ports whose memory is taken.
     #[arg(long, default_value_t = 1000)]
     pub many: u16,
+    /// Ports that stand while rows and links come and go, at most 2,000; not measured when there are none.
+    #[arg(long, value_delimiter = ',')]
+    pub standing: Vec<u16>,
     /// Ports of a container.
     #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 10, 32])]
     pub container_ports: Vec<u16>,
@@ -85,6 +91,8 @@ struct Many {
 /// A port is not served, or a program is missing.
 pub fn run(options: &Options, stage: &Stage) -> Result<()> {
     ensure!(options.rounds > 0, "--rounds 0 measures nothing");
+    let most = options.standing.iter().all(|it| *it <= 2000);
+    ensure!(most, "--standing takes at most 2000 ports");
     std::fs::create_dir_all(&options.output)
         .with_context(|| options.output.display().to_string())?;
     let machine = Machine::now();
@@ -125,13 +133,18 @@ pub fn run(options: &Options, stage: &Stage) -> Result<()> {
         }
         node.stop(&site);
     }
+    let standing: Vec<Figures> = options
+        .standing
+        .iter()
+        .map(|count| standing::measure(&site, init_pid, *count))
+        .collect::<Result<_>>()?;
     let mut version = None;
     if !options.no_engine {
         site.end(Group::Server);
         version = Some(containers(options, &site, &mut samples)?);
     }
     site.clean();
-    report(options, &machine, &samples, many, version)
+    report(options, &machine, &samples, many, &standing, version)
 }
 
 fn wanted(
@@ -337,6 +350,7 @@ fn report(
     machine: &Machine,
     samples: &[Sample],
     many: Option<Many>,
+    standing: &[Figures],
     engine: Option<String>,
 ) -> Result<()> {
     let mut groups: BTreeMap<Key, Vec<f64>> = BTreeMap::new();
@@ -406,6 +420,10 @@ fn report(
             json!(many.private_with),
         );
     }
+    for it in standing {
+        ratios.insert(format!("row_us_beside_{}", it.ports), json!(it.row_us));
+        ratios.insert(format!("link_us_beside_{}", it.ports), json!(it.link_us));
+    }
     println!();
     for (name, value) in ratios.iter().chain(&further) {
         println!("  {name:<46} {}", short(value.as_f64().unwrap_or_default()));
@@ -421,6 +439,7 @@ fn report(
         "further": further,
         "summary": summary,
         "memory": many,
+        "standing": standing,
         "samples": samples,
     });
     let path = options.output.join("publish.json");
