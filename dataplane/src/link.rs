@@ -15,7 +15,7 @@ pub mod plan;
 mod settings;
 mod strays;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, Re
 
 use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
-use self::lift::cut;
+use self::lift::{Due, cut};
 use self::plan::{Known, Step, plan};
 use self::settings::session_room;
 pub use self::settings::{Defaults, kept_descriptors};
@@ -45,6 +45,8 @@ use crate::sys::netlink::{LinkChanges, LinkLookup};
 const ORPHAN_GRACE: Duration = Duration::from_secs(60);
 /// Distance of the looks at every guarded link, beside the notifications.
 const GUARD_INTERVAL: Duration = Duration::from_secs(10);
+/// Distance of the looks at every port's path, beside those at what has changed.
+const LIFT_ALL_INTERVAL: Duration = Duration::from_secs(30);
 /// Distance of the attempts to serve a row that was refused.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -88,6 +90,12 @@ pub struct Link {
     /// Why there is none though it is wanted.
     kernel_missing: Option<String>,
     containers: BTreeMap<ContainerId, ContainerRow>,
+    /// What to lift the next time ...
+    due: Due,
+    /// ... and each time: nobody tells when what keeps these from their best path is gone.
+    untold: BTreeSet<PortKey>,
+    /// When all are looked at, whatever was told.
+    lift_all_at: Instant,
     strays: Strays,
     /// What ports had counted in an earlier life of this process.
     earlier: BTreeMap<PortKey, PortStatus>,
@@ -199,6 +207,9 @@ impl Link {
             kernel: None,
             kernel_missing: None,
             containers: BTreeMap::new(),
+            due: Due::default(),
+            untold: BTreeSet::new(),
+            lift_all_at: Instant::now() + LIFT_ALL_INTERVAL,
             strays: Strays::start(),
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
@@ -285,7 +296,7 @@ impl Link {
         let narrowed: Vec<_> = ports.filter(|it| it.is_narrowed()).cloned().collect();
         self.relay.shut_out(&narrowed);
         self.set_total_limit();
-        let lifted = self.lift_all();
+        let lifted = self.lift();
         changes
             .put
             .retain(|entry| !lifted.contains(&entry.status.key));
@@ -307,6 +318,7 @@ impl Link {
             return;
         }
         self.settings = settings;
+        self.due.all = true;
         self.set_total_limit();
         for (key, running) in &self.running {
             if let (Some(port), Some(known)) = (&running.port, self.known.get(key)) {
@@ -350,6 +362,7 @@ impl Link {
                         port.set_rules(self.settings.rules(&row));
                     }
                 }
+                self.due.ports.insert(key);
                 self.note(row, region);
                 changes.put.extend(self.entry(key));
             }
@@ -389,7 +402,7 @@ impl Link {
         keys.retain(|key| {
             !self.running.contains_key(key)
                 && self.draining_status(*key).is_none()
-                && !desired.removed_ports.iter().any(|row| row.key == *key)
+                && !desired.is_removed(*key)
                 && !put.iter().any(|entry| entry.status.key == *key)
         });
         keys
@@ -492,6 +505,7 @@ impl Link {
             "port row applied"
         );
         self.running.insert(key, running);
+        self.due.ports.insert(key);
         self.note(row, region);
     }
 
@@ -571,6 +585,11 @@ impl Link {
             }
         }
         self.retire_orphans(now);
+        if now >= self.lift_all_at {
+            self.lift_all_at = now + LIFT_ALL_INTERVAL;
+            self.due.all = true;
+            self.lift_and_publish();
+        }
         if now >= self.guard_at {
             self.guard_at = now + GUARD_INTERVAL;
             self.links_changed(&LinkChanges {
@@ -629,6 +648,7 @@ impl Link {
             }
         }
         if !closed.is_empty() {
+            self.due.ports.extend(&closed);
             let put = closed.iter().filter_map(|key| self.entry(*key)).collect();
             self.publish(Changes {
                 put,

@@ -18,6 +18,7 @@ use harness::remote_client::{may_use_bpf, within};
 use harness::traffic;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, sockopt};
 use shared::desired::{Drain, PortRow, Protocol};
+use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState, PortStatus};
 
 /// Waits until a client at `address` is served by the kernel path: the container sees its address.
@@ -389,6 +390,66 @@ fn a_container_that_comes_back_elsewhere_is_served_there() {
     moved.host_port = row.host_port;
     node.lift(&moved);
     served(&node, ([10, 78, 1, 1], row.host_port).into());
+}
+
+#[test]
+fn a_row_follows_its_link_and_its_container_though_no_row_of_a_port_changes() {
+    if !may_use_bpf() {
+        return;
+    }
+    const LINK: u32 = 4_000;
+    let mut node = Node::new();
+    let standing = node.container.port(mirror(&node.container));
+    node.lift(&standing);
+    let mut container = node.container.row(ContainerId([8; 32]));
+    container.link_indexes = vec![LINK];
+    let known = container.clone();
+    node.control
+        .write(|batch| batch.put_container(known))
+        .expect("known");
+    let mut row = node.container.port(standing.target_port);
+    row.container_id = container.container_id;
+    (row.link_index, row.link_guard) = (LINK, false);
+    for sessions in [0, 5] {
+        row.max_sessions = sessions;
+        let reason = node.publish(&row).reason;
+        assert!(reason.contains("interface 4000 is not here"), "{reason}");
+    }
+    let (host, other) = (node.network.host.clone(), node.container.namespace.clone());
+    let is_by = |node: &mut Node, path, word: &str| {
+        node.counted(&row, |it| it.path == path && it.reason.contains(word));
+    };
+    let lifted = |node: &mut Node| {
+        node.counted(&row, |it| {
+            it.path == ForwardPath::KernelPath && it.reason.is_empty()
+        });
+    };
+    for words in [
+        format!("-n {host} link add late index {LINK} type veth peer name late netns {other}"),
+        format!("-n {host} link set late up"),
+    ] {
+        ip(&words).expect("the link");
+    }
+    lifted(&mut node);
+    ip(&format!("-n {host} link set late down")).expect("down");
+    is_by(&mut node, ForwardPath::Relay, "late is down");
+    ip(&format!("-n {host} link set late up")).expect("up");
+    lifted(&mut node);
+    let mut wider = container.clone();
+    wider.link_indexes.push(node.container.link_index);
+    node.control
+        .write(|batch| batch.put_container(wider))
+        .expect("on two networks");
+    is_by(&mut node, ForwardPath::Relay, "several networks");
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("on one");
+    lifted(&mut node);
+    ip(&format!("-n {host} link del late")).expect("gone");
+    is_by(&mut node, ForwardPath::Relay, "is not here");
+    let status = node.control.status(standing.key()).expect("a status");
+    let is = (status.path, status.reason.as_str());
+    assert_eq!(is, (ForwardPath::KernelPath, ""), "the other as ever");
 }
 
 #[test]

@@ -61,6 +61,25 @@ struct Served {
     port: Arc<KernelPort>,
 }
 
+/// Rows that something has changed for beside themselves and their containers.
+#[derive(Debug, Default)]
+pub struct Concerned {
+    /// All of them.
+    pub all: bool,
+    /// Those of containers with these links.
+    pub links: BTreeSet<u32>,
+}
+
+impl Concerned {
+    fn is_empty(&self) -> bool {
+        !self.all && self.links.is_empty()
+    }
+
+    fn holds(&self, link: u32) -> bool {
+        self.all || self.links.contains(&link)
+    }
+}
+
 /// What the kernel path does for a row.
 #[derive(Debug, Clone)]
 pub struct Lift {
@@ -70,6 +89,8 @@ pub struct Lift {
     pub remote: Option<String>,
     /// Why those on this host are not.
     pub host: Option<String>,
+    /// Nobody tells when that changes.
+    pub untold: bool,
 }
 
 /// Why the relay serves a row.
@@ -79,6 +100,8 @@ pub struct Refusal {
     pub why: String,
     /// Only because a program is on its way to the container's link.
     pub waits: bool,
+    /// Nobody tells when that changes.
+    pub untold: bool,
 }
 
 /// What holds for a row beside the row itself.
@@ -129,8 +152,10 @@ pub struct KernelPath {
     /// Uplinks that lead to more than that.
     cut: BTreeSet<u32>,
     watch: InterfaceWatch,
-    /// Lists that were asked for and have not come.
+    /// Lists that were asked for and have not come ...
     lists: u32,
+    /// ... and looks at some interfaces.
+    looks: u32,
     /// One has come.
     listed: bool,
     /// The placer hung at the last turn.
@@ -167,9 +192,15 @@ pub struct KernelPath {
     routed: HashSet<(u32, u32, bool)>,
     next_life: u32,
     pass: u32,
+    /// Something has changed: all, or these interfaces.
     changed_at: Option<Instant>,
-    /// A look between two turns has shown something new.
-    rows_concerned: bool,
+    changed_all: bool,
+    changed_links: BTreeSet<u32>,
+    /// What has changed since the last turn.
+    concerned: Concerned,
+    /// Some interfaces, or all, were asked for.
+    looked_at: Instant,
+    /// All were.
     scanned_at: Instant,
     /// Routes are to be looked at then.
     routes_at: Option<Instant>,
@@ -329,6 +360,7 @@ impl KernelPath {
             cut: BTreeSet::new(),
             watch,
             lists: 0,
+            looks: 0,
             listed: false,
             hung: false,
             interfaces: BTreeMap::new(),
@@ -350,7 +382,10 @@ impl KernelPath {
             next_life,
             pass,
             changed_at: None,
-            rows_concerned: false,
+            changed_all: false,
+            changed_links: BTreeSet::new(),
+            concerned: Concerned::default(),
+            looked_at: now,
             scanned_at: now,
             routes_at: None,
             routed_at: now,
@@ -385,12 +420,12 @@ impl KernelPath {
         }
         self.catch_up();
         // Rows are looked at now in any case.
-        self.rows_concerned = false;
+        self.concerned = Concerned::default();
         Ok(())
     }
 
-    /// What is due: a look at the interfaces, a sweep, the counters. True when rows should be
-    /// looked at anew.
+    /// What is due: a look at the interfaces, a sweep, the counters. True when there are rows for
+    /// [`Self::concerned`].
     pub fn turn(&mut self, now: Instant) -> bool {
         for word in self.placer.words() {
             self.hear(word);
@@ -398,7 +433,8 @@ impl KernelPath {
         let hangs = self.placer.hangs();
         if std::mem::replace(&mut self.hung, hangs) != hangs {
             // Rows that wait say why.
-            self.rows_concerned |= !self.listed || !self.awaited.is_empty();
+            self.concerned.all |= !self.listed;
+            self.concerned.links.extend(&self.awaited);
         }
         self.look_around(now);
         if now.saturating_duration_since(self.swept_at) >= SWEEP_INTERVAL {
@@ -410,7 +446,12 @@ impl KernelPath {
             self.counted_at = now;
             self.count();
         }
-        std::mem::take(&mut self.rows_concerned)
+        !self.concerned.is_empty()
+    }
+
+    /// Which rows are to be offered anew, since it was asked last.
+    pub fn concerned(&mut self) -> Concerned {
+        std::mem::take(&mut self.concerned)
     }
 
     /// False when its thread has ended by itself.

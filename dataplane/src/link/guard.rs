@@ -34,12 +34,11 @@ impl Link {
             .filter(|(_, running)| running.state != PortState::Disabled)
             .filter_map(|(key, _)| guard_of(&self.known.get(key)?.row))
             .chain(self.draining.iter().filter_map(|it| it.link_index))
+            .filter(|index| found.overflow || found.gone.contains(index))
             .collect();
         guarded.sort_unstable();
         guarded.dedup();
-        guarded.retain(|index| {
-            found.gone.contains(index) || (found.overflow && !self.lookup.exists(*index))
-        });
+        guarded.retain(|index| found.gone.contains(index) || !self.lookup.exists(*index));
         if !guarded.is_empty() {
             self.disable(&guarded);
         }

@@ -9,10 +9,11 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{DesiredSnapshot, PortKey, Protocol};
-use shared::ids::Generation;
+use shared::desired::{ContainerRow, DesiredSnapshot, PortKey, Protocol};
+use shared::ids::{ContainerId, Generation};
 use shared::observed::{ForwardPath, PortState};
 
+use super::plan::Known;
 use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
 use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
@@ -47,6 +48,29 @@ fn path_of(lift: &Lift, local_only: bool) -> (ForwardPath, String) {
         ),
         // Flows that there were go on.
         (Some(why), Some(_)) => (ForwardPath::Relay, format!("by the relay: {why}")),
+    }
+}
+
+/// Ports to be lifted the next time.
+#[derive(Debug, Default)]
+pub(super) struct Due {
+    /// All of them.
+    pub(super) all: bool,
+    /// These ...
+    pub(super) ports: BTreeSet<PortKey>,
+    /// ... and those of these containers.
+    pub(super) containers: BTreeSet<ContainerId>,
+}
+
+/// Whether nothing of a container has changed that its ports' paths depend on.
+fn is_same(before: Option<&ContainerRow>, now: Option<&ContainerRow>) -> bool {
+    let terms = |it: &ContainerRow| (it.init_pid, it.host_network);
+    match (before, now) {
+        (Some(before), Some(now)) => {
+            terms(before) == terms(now) && before.link_indexes == now.link_indexes
+        }
+        (None, None) => true,
+        _ => false,
     }
 }
 
@@ -110,6 +134,9 @@ impl Link {
         let rows = desired.containers.iter();
         let containers = rows.map(|row| (row.container_id, row.clone())).collect();
         let before = std::mem::replace(&mut self.containers, containers);
+        let ids = before.keys().chain(self.containers.keys()).copied();
+        let changed = ids.filter(|id| !is_same(before.get(id), self.containers.get(id)));
+        self.due.containers.extend(changed);
         self.strays.note(&before, &self.containers);
         self.relay.insides().note(&self.containers);
         if !std::mem::replace(&mut self.has_heard, true) {
@@ -121,19 +148,21 @@ impl Link {
         }
     }
 
-    /// Gives every running port the best path there is. Answers those whose status has changed.
-    pub(super) fn lift_all(&mut self) -> Vec<PortKey> {
-        let mut changed = Vec::new();
+    /// Gives every running port that something has changed for the best path there is. Answers those whose
+    /// status has changed.
+    pub(super) fn lift(&mut self) -> BTreeSet<PortKey> {
+        let due = self.due();
+        let mut changed = BTreeSet::new();
         if let Some(kernel) = &mut self.kernel {
             kernel.begin_offers();
         }
         // Programs of all links are asked for before the first is waited for.
-        let waiting = self.lift(|_| true, false, &mut changed);
+        let waiting = self.offer(&due, false, &mut changed);
         if !waiting.is_empty() {
             if let Some(kernel) = &mut self.kernel {
                 kernel.catch_up();
             }
-            self.lift(|key| waiting.contains(key), true, &mut changed);
+            self.offer(&waiting, true, &mut changed);
         }
         if let Some(kernel) = &mut self.kernel {
             kernel.end_offers();
@@ -145,17 +174,44 @@ impl Link {
         changed
     }
 
-    /// Gives some of the running ports the best path there is, and adds those whose status has changed to
+    /// The ports to be lifted now. What their paths depend on tells of its changes, but for a few things: ports
+    /// that wait for such are among them every time.
+    fn due(&mut self) -> BTreeSet<PortKey> {
+        let Due {
+            all,
+            ports: mut due,
+            containers,
+        } = std::mem::take(&mut self.due);
+        let concerned = self.kernel.as_mut().map(KernelPath::concerned);
+        let concerned = concerned.unwrap_or_default();
+        if all || concerned.all {
+            return self.known.keys().copied().collect();
+        }
+        due.extend(&self.untold);
+        if !containers.is_empty() || !concerned.links.is_empty() {
+            let rows = self.known.iter().filter(|(_, Known { row, .. })| {
+                concerned.links.contains(&row.link_index) || containers.contains(&row.container_id)
+            });
+            due.extend(rows.map(|(key, _)| *key));
+        }
+        due
+    }
+
+    /// Offers some of the running ports to the kernel path, and adds those whose status has changed to
     /// `changed`. Answers those that wait for their link's program; with `at_last`, the relay has them
     /// until it comes.
-    fn lift(
+    fn offer(
         &mut self,
-        of: impl Fn(&PortKey) -> bool,
+        due: &BTreeSet<PortKey>,
         at_last: bool,
-        changed: &mut Vec<PortKey>,
+        changed: &mut BTreeSet<PortKey>,
     ) -> BTreeSet<PortKey> {
         let mut waiting = BTreeSet::new();
-        for (key, running) in self.running.iter_mut().filter(|(key, _)| of(key)) {
+        for key in due {
+            self.untold.remove(key);
+            let Some(running) = self.running.get_mut(key) else {
+                continue;
+            };
             let Some(known) = self.known.get(key) else {
                 continue;
             };
@@ -167,7 +223,7 @@ impl Link {
                     && running.reason.is_empty()
                 {
                     running.reason = cut(format!("by the relay: {why}"));
-                    changed.push(*key);
+                    changed.insert(*key);
                 }
                 continue;
             };
@@ -186,7 +242,15 @@ impl Link {
                 allowed: &rules.allowed,
                 relayed,
             };
-            let (path, reason) = match kernel.offer(&known.row, &terms) {
+            let offered = kernel.offer(&known.row, &terms);
+            let untold = match &offered {
+                Ok(lift) => lift.untold,
+                Err(refusal) => refusal.untold,
+            };
+            if untold {
+                self.untold.insert(*key);
+            }
+            let (path, reason) = match offered {
                 Ok(lift) => {
                     let same = running
                         .kernel
@@ -220,9 +284,9 @@ impl Link {
             if running.path != path || running.reason != reason {
                 running.path = path;
                 running.reason = reason;
-                changed.push(*key);
+                changed.insert(*key);
             } else if running.kernel_told != running.kernel.is_some() {
-                changed.push(*key);
+                changed.insert(*key);
             }
             running.kernel_told = running.kernel.is_some();
         }
@@ -231,18 +295,19 @@ impl Link {
 
     /// Looks again at rows of datagrams whose last session of the relay has ended.
     pub(super) fn lift_held_back(&mut self) {
-        let free = self
-            .running
-            .values()
-            .any(|it| it.held_back && it.port.as_ref().is_some_and(|port| port.active() == 0));
-        if free {
+        let free = self.running.iter().filter(|(_, it)| {
+            it.held_back && it.port.as_ref().is_some_and(|port| port.active() == 0)
+        });
+        let free: Vec<PortKey> = free.map(|(key, _)| *key).collect();
+        if !free.is_empty() {
+            self.due.ports.extend(free);
             self.lift_and_publish();
         }
     }
 
-    /// [`Self::lift_all`], and says so.
+    /// [`Self::lift`], and says so.
     pub(super) fn lift_and_publish(&mut self) {
-        let changed = self.lift_all();
+        let changed = self.lift();
         if changed.is_empty() {
             return;
         }

@@ -101,7 +101,7 @@ pub fn plan(known: &BTreeMap<PortKey, Known>, desired: &DesiredSnapshot) -> Vec<
             .ports
             .binary_search_by_key(key, PortRow::key)
             .is_ok()
-            || desired.removed_ports.iter().any(|row| row.key == *key);
+            || desired.is_removed(*key);
         if mentioned || desired.invalid_rows > 0 {
             continue;
         }

@@ -33,6 +33,13 @@ pub struct DesiredSnapshot {
 }
 
 impl DesiredSnapshot {
+    /// Whether a port was removed and that is not acknowledged yet.
+    #[must_use]
+    pub fn is_removed(&self, port: PortKey) -> bool {
+        let found = self.removed_ports.binary_search_by_key(&port, |it| it.key);
+        found.is_ok()
+    }
+
     pub(super) fn copy(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
         let epoch = mapped.epoch();
         let ports = copy_table::<PortRow>(mapped, committed)?;

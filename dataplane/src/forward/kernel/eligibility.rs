@@ -42,6 +42,11 @@ pub fn bridge_of(link: u32, interfaces: &BTreeMap<u32, Interface>) -> Option<Bri
     })
 }
 
+/// Whether nothing but the rows of its own container depends on an interface.
+pub fn is_alone(interface: &Interface) -> bool {
+    interface.kind == "veth" && !interface.addresses.iter().any(|it| is_reachable(*it))
+}
+
 /// Whether clients of other hosts can use this address without naming an interface.
 pub fn is_reachable(address: IpAddr) -> bool {
     match address {

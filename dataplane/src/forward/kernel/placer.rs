@@ -47,6 +47,8 @@ pub(super) type Place = (Side, u32);
 pub(super) enum Order {
     /// List interfaces and addresses, and routes.
     List,
+    /// Look at these interfaces.
+    Look(BTreeSet<u32>),
     /// List routes, by the uplinks of the last list.
     Routes,
     /// Attach a program, or put it in the place of an earlier one. The number is told with the answer.
@@ -85,6 +87,8 @@ pub(super) type Listed = (BTreeMap<u32, Interface>, Result<Ways, NetlinkError>);
 pub(super) enum Word {
     /// All there is.
     Listed(Result<Listed, NetlinkError>),
+    /// Some interfaces without their addresses; none where there is none any more.
+    Looked(Result<BTreeMap<u32, Option<Interface>>, NetlinkError>),
     /// Routes alone.
     Routed(Result<Ways, NetlinkError>),
     /// A program is attached, or not.
@@ -143,6 +147,10 @@ impl Hands {
                 self.routes.uplinks = eligibility::uplinks(&interfaces);
                 (interfaces, self.routes.list())
             }))),
+            Order::Look(links) => {
+                let one = |index| Ok((index, self.interfaces.one(index)?));
+                Some(Word::Looked(links.into_iter().map(one).collect()))
+            }
             Order::Routes => Some(Word::Routed(self.routes.list())),
             Order::Attach(place, number) => Some(Word::Attached(place, number, self.attach(place))),
             Order::Detach((side, index)) => {
@@ -265,6 +273,21 @@ impl Placer {
     /// Has interfaces listed. False when that waits to be done already.
     pub(super) fn list(&mut self) -> bool {
         self.put_once(Order::List, |it| matches!(it, Order::List))
+    }
+
+    /// Has some interfaces looked at. False when that comes with what waits to be done already.
+    pub(super) fn look(&mut self, links: BTreeSet<u32>) -> bool {
+        let mut desk = self.desk.lock();
+        for order in &mut desk.waiting {
+            if let Order::Look(waiting) = order {
+                waiting.extend(links);
+                return false;
+            }
+        }
+        desk.waiting.push_back(Order::Look(links));
+        drop(desk);
+        self.desk.wake();
+        true
     }
 
     /// Has routes listed.
@@ -435,7 +458,7 @@ mod tests {
     fn numbers(words: &[Word]) -> Vec<u64> {
         let number = |word: &Word| match word {
             Word::Attached(_, number, _) => *number,
-            Word::Listed(_) | Word::Routed(_) => 0,
+            Word::Listed(_) | Word::Looked(_) | Word::Routed(_) => 0,
         };
         words.iter().map(number).collect()
     }

@@ -27,6 +27,8 @@ use crate::sys::netlink::routes::Networks;
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_millis(100);
 /// A look at the interfaces without a notification.
 pub(super) const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
+/// Of more interfaces that have changed all are listed.
+const MOST_LOOKS: usize = 64;
 /// Routes that could not be listed are asked for again after this.
 const ROUTES_AGAIN: Duration = Duration::from_secs(1);
 
@@ -38,6 +40,12 @@ fn forgotten(name: &'static str, removed: Result<(), MapError>) -> Result<(), Ke
     }
 }
 
+/// Interfaces that came, went or are not as they were.
+fn changed(before: &BTreeMap<u32, Interface>, now: &BTreeMap<u32, Interface>) -> BTreeSet<u32> {
+    let all = before.keys().chain(now.keys()).copied();
+    all.filter(|it| before.get(it) != now.get(it)).collect()
+}
+
 impl KernelPath {
     /// Readable when interfaces, addresses or routes have changed.
     pub fn watch(&self) -> RawFd {
@@ -47,7 +55,7 @@ impl KernelPath {
     /// Changes wait for their turn: come back soon.
     pub fn is_pending(&self) -> bool {
         let routes = self.routes_at.is_some_and(|at| at <= Instant::now());
-        self.changed_at.is_some() || routes || self.rows_concerned
+        self.changed_at.is_some() || routes || !self.concerned.is_empty()
     }
 
     /// Keeps everybody but this host away from the runners of these containers. A link that is not
@@ -73,9 +81,14 @@ impl KernelPath {
     }
 
     pub(super) fn note_changes(&mut self, now: Instant) {
-        let changes = self.watch.changes();
-        if changes.interfaces {
+        // A list that is on its way may have new uplinks.
+        let (ways_in, lists) = (&self.ways_in, self.lists);
+        let of_interest = |index| lists > 0 || ways_in.contains(&index);
+        let changes = self.watch.changes(of_interest);
+        if changes.all || !changes.links.is_empty() {
             self.changed_at.get_or_insert(now);
+            self.changed_all |= changes.all;
+            self.changed_links.extend(changes.links);
         }
         if changes.routes {
             self.routes_at.get_or_insert(now);
@@ -85,9 +98,11 @@ impl KernelPath {
     /// Looks at what has changed, now and then at what has changed without a word.
     pub(super) fn look_around(&mut self, now: Instant) {
         self.note_changes(now);
-        let since = now.saturating_duration_since(self.scanned_at);
-        if since >= RESCAN_SLOWLY || (self.changed_at.is_some() && since >= RESCAN_INTERVAL) {
+        let since = |then| now.saturating_duration_since(then);
+        if since(self.scanned_at) >= RESCAN_SLOWLY {
             self.ask_for_list(now);
+        } else if self.changed_at.is_some() && since(self.looked_at) >= RESCAN_INTERVAL {
+            self.ask(now);
         }
         let since = now.saturating_duration_since(self.routed_at);
         if self.routes_at.is_some_and(|at| at <= now) && since >= RESCAN_INTERVAL {
@@ -99,9 +114,31 @@ impl KernelPath {
 
     pub(super) fn ask_for_list(&mut self, now: Instant) {
         self.changed_at = None;
+        self.changed_all = false;
+        self.changed_links.clear();
         self.routes_at = None;
-        (self.scanned_at, self.routed_at) = (now, now);
+        (self.looked_at, self.scanned_at, self.routed_at) = (now, now, now);
         self.lists += u32::from(self.placer.list());
+    }
+
+    /// Asks for what has changed: for all where routes or other interfaces may go with it.
+    fn ask(&mut self, now: Instant) {
+        let links = &self.changed_links;
+        let all = !self.listed || self.changed_all || links.len() > MOST_LOOKS;
+        if all || !links.is_disjoint(&self.ways_in) {
+            self.ask_for_list(now);
+            return;
+        }
+        self.changed_at = None;
+        self.looked_at = now;
+        let links = std::mem::take(&mut self.changed_links);
+        self.looks += u32::from(self.placer.look(links));
+    }
+
+    /// All interfaces are to be listed as soon as may be.
+    fn note_all(&mut self) {
+        self.changed_all = true;
+        self.changed_at.get_or_insert_with(Instant::now);
     }
 
     /// A container's link may be younger than the last look at the interfaces, or have been
@@ -114,9 +151,9 @@ impl KernelPath {
         let now = Instant::now();
         self.note_changes(now);
         if self.changed_at.is_some() {
-            self.ask_for_list(now);
+            self.ask(now);
         }
-        if self.lists > 0 {
+        if self.lists > 0 || self.looks > 0 {
             self.catch_up();
         }
     }
@@ -142,11 +179,14 @@ impl KernelPath {
                 self.lists = self.lists.saturating_sub(1);
                 let Some(ways) = self.known(ways) else {
                     // Nobody would be led back.
-                    self.changed_at.get_or_insert_with(Instant::now);
+                    self.note_all();
                     return;
                 };
                 let before = std::mem::replace(&mut self.interfaces, interfaces);
-                self.rows_concerned |= before != self.interfaces;
+                let changed = changed(&before, &self.interfaces);
+                // Of these the other rows' terms are made, too.
+                self.concerned.all |= !self.listed || !changed.is_disjoint(&self.uplinks);
+                self.concerned.links.extend(changed);
                 if let Err(err) = self.take_stock(ways) {
                     self.complain(&err);
                 }
@@ -159,7 +199,17 @@ impl KernelPath {
                 self.lists = self.lists.saturating_sub(1);
                 self.complain(&KernelPathError::Interfaces(err));
                 if !self.listed {
-                    self.changed_at.get_or_insert_with(Instant::now);
+                    self.note_all();
+                }
+            }
+            Word::Looked(looked) => {
+                self.looks = self.looks.saturating_sub(1);
+                let noted = looked
+                    .map_err(KernelPathError::Interfaces)
+                    .and_then(|looked| self.note_looked(looked));
+                if let Err(err) = noted {
+                    self.complain(&err);
+                    self.note_all();
                 }
             }
             Word::Routed(ways) => {
@@ -176,6 +226,44 @@ impl KernelPath {
                 }
             }
         }
+    }
+
+    /// Takes note of what has become of some interfaces. Links of containers concern their own rows alone; what
+    /// others change is found in a list.
+    fn note_looked(
+        &mut self,
+        looked: BTreeMap<u32, Option<Interface>>,
+    ) -> Result<(), KernelPathError> {
+        for (index, mut now) in looked {
+            let before = self.interfaces.get(&index);
+            if let (Some(before), Some(now)) = (before, &mut now) {
+                now.addresses.clone_from(&before.addresses);
+            }
+            if before == now.as_ref() {
+                continue;
+            }
+            if !before.into_iter().chain(&now).all(eligibility::is_alone) {
+                self.note_all();
+                continue;
+            }
+            self.concerned.links.insert(index);
+            if let Some(now) = now {
+                self.interfaces.insert(index, now);
+            } else {
+                self.interfaces.remove(&index);
+                forgotten(map::DELIVERED, self.delivered.remove(&index))?;
+                for side in [Side::Container, Side::Guard] {
+                    let place = (side, index);
+                    if self.is_there(place) || self.placing.contains_key(&place) {
+                        self.detach(side, index);
+                    }
+                }
+            }
+            if self.known_bridges.contains_key(&index) || self.delivered.get(&index, 0).is_ok() {
+                self.tell_bridge(index)?;
+            }
+        }
+        Ok(())
     }
 
     fn note_attached(&mut self, place: Place, result: Result<(), KernelPathError>) {
@@ -207,12 +295,15 @@ impl KernelPath {
             Side::Uplink => self.note_uplinks(),
             Side::Container => {
                 // Services that count on a program of an earlier process can't go on without one.
-                self.rows_concerned |= self.awaited.remove(&index)
+                if self.awaited.remove(&index)
                     || (fails
                         && self
                             .served
                             .values()
-                            .any(|it| it.service.link_index == index));
+                            .any(|it| it.service.link_index == index))
+                {
+                    self.concerned.links.insert(index);
+                }
             }
             Side::Guard => {}
         }
@@ -315,7 +406,7 @@ impl KernelPath {
         let uplinks: BTreeSet<u32> = all
             .filter(|it| self.is_there((Side::Uplink, *it)))
             .collect();
-        self.rows_concerned |= uplinks != self.uplinks;
+        self.concerned.all |= uplinks != self.uplinks;
         self.uplinks = uplinks;
     }
 

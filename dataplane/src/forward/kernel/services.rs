@@ -145,11 +145,24 @@ impl From<KernelPathError> for Unserved {
 }
 
 fn refused(why: String) -> Refusal {
-    Refusal { why, waits: false }
+    Refusal {
+        why,
+        waits: false,
+        untold: false,
+    }
+}
+
+/// The same, where something may have passed by the next time.
+fn refused_so_far(why: String) -> Refusal {
+    Refusal {
+        untold: true,
+        ..refused(why)
+    }
 }
 
 impl KernelPath {
-    /// All rows are about to be offered: what was refused is tried again.
+    /// Rows are about to be offered, those among them that were refused for now: what was refused is tried
+    /// again.
     pub fn begin_offers(&mut self) {
         self.refused.clear();
     }
@@ -194,24 +207,36 @@ impl KernelPath {
                 port,
                 remote: common.clone(),
                 host: common,
+                untold: true,
             });
         }
         if !self.listed {
             return Err(refused(self.keep(row, terms, common)));
         }
+        let mut untold = false;
         let remote = remote.or_else(|| {
             let pid = terms.container.map_or(0, |it| it.init_pid);
-            self.no_route(pid, row.link_index, row.target)
+            let none = self.no_route(pid, row.link_index, row.target);
+            untold = none.is_some();
+            none
         });
         let host = self.hooks.as_ref().err().cloned();
         if (common.is_none() && remote.is_some() && host.is_some())
             && let Some(port) = self.let_finish(row, terms)
         {
-            return Ok(Lift { port, remote, host });
+            return Ok(Lift {
+                port,
+                remote,
+                host,
+                untold: true,
+            });
         }
         if let Some(why) = common.or_else(|| host.as_ref().and(remote.clone())) {
             self.withdraw(row.key());
-            return Err(refused(why));
+            return Err(Refusal {
+                untold,
+                ..refused(why)
+            });
         }
         // What keeps new ones away may pass, or is of the container's making: no reason to cut the others.
         let others = match &remote {
@@ -221,21 +246,29 @@ impl KernelPath {
         };
         let clients = others | if host.is_none() { SERVICE_HOST } else { 0 };
         match self.serve(row, service_of(row, terms, clients)) {
-            Ok(port) => Ok(Lift { port, remote, host }),
+            Ok(port) => Ok(Lift {
+                port,
+                remote,
+                host,
+                untold,
+            }),
             Err(Unserved::Waits) => {
                 let link = self.interfaces.get(&row.link_index);
                 let name = link.map_or("the link", |it| it.name.as_str());
                 let why = self.so_far(format!("{name} has no program yet"));
-                Err(Refusal { why, waits: true })
+                Err(Refusal {
+                    waits: true,
+                    ..refused(why)
+                })
             }
             Err(Unserved::Refused(why)) => {
                 self.withdraw(row.key());
-                Err(refused(why))
+                Err(refused_so_far(why))
             }
             Err(Unserved::Failed(err)) => {
                 self.complain(&err);
                 self.withdraw(row.key());
-                Err(refused(words(&err)))
+                Err(refused_so_far(words(&err)))
             }
         }
     }
@@ -547,10 +580,14 @@ impl KernelPath {
             || self.found.values().any(|it| it.link_index == link)
     }
 
-    /// All rows were offered: links whose rows have gone before the program came lose it again.
+    /// All rows were offered that something had changed for: links whose rows have gone before the program
+    /// came lose it again.
     pub fn end_offers(&mut self) {
         for link in std::mem::take(&mut self.unused) {
-            if !self.services_at(link) {
+            if self.concerned.holds(link) {
+                // Its rows have not been offered since it came.
+                self.unused.insert(link);
+            } else if !self.services_at(link) {
                 self.detach(Side::Container, link);
             }
         }

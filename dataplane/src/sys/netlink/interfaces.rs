@@ -3,7 +3,7 @@
 //!
 //! In: answers of rtnetlink(7). Out: [`Interface`]s. Invariant: a list is whole or not given.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -12,11 +12,11 @@ use rustix::net::{self, RecvFlags, SocketFlags};
 use shared::netlink::IFLA_IFNAME;
 
 use super::asker::Asker;
-use super::routes::{RTM_DELROUTE, RTM_NEWROUTE};
+use super::routes::{RTM_DELROUTE, RTM_NEWROUTE, only_way};
 use super::{
     AF_INET, AF_INET6, BUFFER, IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID,
-    IFLA_LINKINFO, IFLA_MASTER, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK,
-    RTM_NEWLINK, RTMGRP_LINK, attributes, messages, open, u16_at, u32_at,
+    IFLA_LINKINFO, IFLA_MASTER, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_DELLINK,
+    RTM_GETLINK, RTM_NEWLINK, RTMGRP_LINK, attributes, messages, open, u16_at, u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
@@ -36,6 +36,8 @@ const IFA_LOCAL: u16 = 2;
 const IFADDR: usize = 8;
 const ARPHRD_ETHER: u16 = 1;
 const IFF_UP: u32 = 1;
+// linux/netlink.h
+const NLM_F_REPLACE: u16 = 0x100;
 
 /// One interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -137,20 +139,35 @@ fn address(body: &[u8]) -> Option<(u32, IpAddr)> {
 }
 
 /// What may have changed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Interfaces or addresses, and what routes came and went with them.
-    pub interfaces: bool,
+    /// Addresses, or words of changes were lost: interfaces, and what routes came and went with them.
+    pub all: bool,
+    /// These interfaces.
+    pub links: BTreeSet<u32>,
     /// Routes.
     pub routes: bool,
 }
 
 impl Changes {
-    fn note(&mut self, datagram: &[u8]) {
+    fn note(&mut self, datagram: &[u8], is_of_interest: &impl Fn(u32) -> bool) {
         for message in messages(datagram) {
             match message.kind {
-                RTM_NEWROUTE | RTM_DELROUTE => self.routes = true,
-                _ => self.interfaces = true,
+                RTM_NEWROUTE | RTM_DELROUTE => {
+                    // One that takes the place of another says nothing of that.
+                    let replaces = message.flags & NLM_F_REPLACE != 0;
+                    let way = only_way(message.body).filter(|_| !replaces);
+                    self.routes |= way.is_none_or(is_of_interest);
+                }
+                RTM_NEWLINK | RTM_DELLINK => match u32_at(message.body, 4) {
+                    Some(index) => _ = self.links.insert(index),
+                    None => self.all = true,
+                },
+                _ => {
+                    let address = address(message.body).map(|(_, address)| address);
+                    self.all |=
+                        !matches!(address, Some(IpAddr::V6(it)) if it.is_unicast_link_local());
+                }
             }
         }
     }
@@ -186,13 +203,14 @@ impl InterfaceWatch {
         self.watch.as_raw_fd()
     }
 
-    /// Takes all waiting notifications.
-    pub fn changes(&mut self) -> Changes {
+    /// Takes all waiting notifications. Of routes those count that lead by an interface `of` interest, or by
+    /// several. Links' own addresses, which each link of a container gets, do not.
+    pub fn changes(&mut self, of: impl Fn(u32) -> bool) -> Changes {
         let mut changed = Changes::default();
         loop {
             match net::recv(&self.watch, &mut self.buffer[..], RecvFlags::empty()) {
-                Ok((read, _)) => changed.note(self.buffer.get(..read).unwrap_or_default()),
-                Err(Errno::NOBUFS) => changed.interfaces = true,
+                Ok((read, _)) => changed.note(self.buffer.get(..read).unwrap_or_default(), &of),
+                Err(Errno::NOBUFS) => changed.all = true,
                 Err(Errno::INTR) => {}
                 Err(_) => return changed,
             }
@@ -248,6 +266,23 @@ impl Interfaces {
         Err(NetlinkError::Unsteady)
     }
 
+    /// One interface without its addresses, if it is there. Waits for the same lock.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn one(&mut self, index: u32) -> Result<Option<Interface>, NetlinkError> {
+        let mut found = None;
+        let asked = self.asker.ask(RTM_GETLINK, 0, &links(index), |kind, body| {
+            if kind == RTM_NEWLINK {
+                found = interface(body);
+            }
+        });
+        match asked {
+            Err(NetlinkError::Refused(Errno::NODEV)) => Ok(None),
+            asked => asked.map(|_| found),
+        }
+    }
+
     /// One dump; false when the list changed meanwhile.
     fn dump(
         &mut self,
@@ -255,14 +290,22 @@ impl Interfaces {
         header: usize,
         each: impl FnMut(u16, &[u8]),
     ) -> Result<bool, NetlinkError> {
-        let mut body = vec![0; header];
-        if kind == RTM_GETLINK {
-            body.extend_from_slice(&8_u16.to_ne_bytes());
-            body.extend_from_slice(&IFLA_EXT_MASK.to_ne_bytes());
-            body.extend_from_slice(&RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
-        }
+        let body = match kind {
+            RTM_GETLINK => links(0),
+            _ => vec![0; header],
+        };
         self.asker.ask(kind, NLM_F_DUMP, &body, each)
     }
+}
+
+/// Asks for a link, or with 0 for all, without counters.
+fn links(index: u32) -> Vec<u8> {
+    let mut body = vec![0; IFINFO];
+    body[4..8].copy_from_slice(&index.to_ne_bytes());
+    body.extend_from_slice(&8_u16.to_ne_bytes());
+    body.extend_from_slice(&IFLA_EXT_MASK.to_ne_bytes());
+    body.extend_from_slice(&RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
+    body
 }
 
 #[cfg(test)]
@@ -279,6 +322,11 @@ mod tests {
             lo.addresses.contains(&IpAddr::V4(Ipv4Addr::LOCALHOST)),
             "{lo:?}"
         );
+        let mut interfaces = Interfaces::open().unwrap();
+        let alone = interfaces.one(1).unwrap().unwrap();
+        let addresses = lo.addresses.clone();
+        assert_eq!(&Interface { addresses, ..alone }, lo);
+        assert_eq!(interfaces.one(u32::MAX >> 1).unwrap(), None);
     }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {

@@ -161,6 +161,19 @@ fn route(body: &[u8], mut each: impl FnMut(u32, Network)) -> Option<()> {
     Some(())
 }
 
+/// The interface that a route leads by, if it says so and no other.
+pub(super) fn only_way(body: &[u8]) -> Option<u32> {
+    let mut way = None;
+    for (kind, value) in attributes(body.get(ROUTE..)?) {
+        match kind {
+            RTA_OIF => way = u32_at(value, 0),
+            RTA_MULTIPATH => return None,
+            _ => {}
+        }
+    }
+    way
+}
+
 /// The means to list routes.
 #[derive(Debug)]
 pub struct Routes {
