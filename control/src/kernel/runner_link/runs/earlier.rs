@@ -22,7 +22,7 @@ const ID_LENGTH: usize = 256;
 pub struct RunIds {
     /// The run the runner works on.
     pub current: Option<String>,
-    /// What that was asked for, as [`digest`] has it; none where that is not known.
+    /// What that was asked for, as `digest` has it; none where that is not known.
     pub request: Option<String>,
     /// Those that wait for their turn: the runner has nothing of them.
     pub waiting: Vec<String>,
