@@ -197,8 +197,8 @@ pub(crate) fn interval_within(
     }
 }
 
-/// A blank host to listen on is every address, as the original has it; `lookup_host` knows no blank name. True where
-/// the host was blank.
+/// A blank host to listen on is every IPv4 address (the original takes IPv6, too); `lookup_host` knows no blank name.
+/// True where the host was blank.
 pub(crate) fn on_every_address(host: &mut String) -> bool {
     let blank = host.is_empty();
     if blank {
