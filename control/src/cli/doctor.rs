@@ -529,7 +529,8 @@ fn ephemeral_ports(range: &str, reserved: &str, first: u16, last: u16) -> Findin
     if is_reserved(&given, first.max(low), last.min(high)) {
         return Finding::good("ephemeral ports", format!("{found}, which are reserved"));
     }
-    // The setting is one list: what others have reserved stays in it.
+    // The setting is one list: what others have reserved stays in it. The file is read last, also where
+    // /etc/sysctl.conf is among them as 99-sysctl.conf.
     let own = format!("{first}-{last}");
     let all = [given, vec![&own]].concat().join(",");
     Finding::bad(
@@ -538,8 +539,8 @@ fn ephemeral_ports(range: &str, reserved: &str, first: u16, last: u16) -> Findin
         found,
         format!(
             "outgoing connections may take service ports away; run: \
-             echo net.ipv4.ip_local_reserved_ports = {all} > /etc/sysctl.d/90-bai-agent.conf && \
-             sysctl -p /etc/sysctl.d/90-bai-agent.conf"
+             echo net.ipv4.ip_local_reserved_ports = {all} > /etc/sysctl.d/99-zz-bai-agent.conf && \
+             sysctl -p /etc/sysctl.d/99-zz-bai-agent.conf"
         ),
     )
 }
@@ -742,7 +743,7 @@ mod tests {
             let level = wanted.map_or(Level::Good, |_| Level::Warning);
             assert_eq!(finding.level, level, "{range:?} {reserved:?}");
             let named = wanted.is_none_or(|list| {
-                let setting = format!("ip_local_reserved_ports = {list} > /etc/sysctl.d/");
+                let setting = format!("ip_local_reserved_ports = {list} > /etc/sysctl.d/99-zz-");
                 finding.remedy.contains(&setting)
             });
             assert!(named, "{reserved:?}: {}", finding.remedy);
