@@ -248,7 +248,9 @@ fn report(
     units: f64,
     took: f64,
 ) -> Result<()> {
-    print!("  {:<18} {:>12.1} {unit}/s", way.name(), units / took);
+    let digits = if unit == "GB" { 4 } else { 1 };
+    let rate = units / took;
+    print!("  {:<18} {rate:>12.digits$} {unit}/s", way.name());
     if let Some(relay) = relay {
         let cpu = (relay.cpu()? - before).as_secs_f64();
         print!(
@@ -336,12 +338,15 @@ fn messages(way: Way, clients: usize, span: Duration) -> Result<()> {
                 stream.set_nodelay(true)?;
                 let mut done = 0;
                 let mut buffer = [3; 64];
-                while begin.elapsed() < span {
+                // One at least, also where the span is over before a thread has begun.
+                loop {
                     stream.write_all(&buffer)?;
                     stream.read_exact(&mut buffer)?;
                     done += 1;
+                    if begin.elapsed() >= span {
+                        return Ok(done);
+                    }
                 }
-                Ok(done)
             })
         })
         .collect();
@@ -360,7 +365,7 @@ fn connections_per_second(way: Way, span: Duration) -> Result<()> {
     let before = cpu_of(relay.as_ref())?;
     let begin = Instant::now();
     let mut done = 0_u64;
-    while begin.elapsed() < span {
+    while done == 0 || begin.elapsed() < span {
         let mut stream = TcpStream::connect(address)?;
         let mut buffer = [3; 64];
         stream.write_all(&buffer)?;
