@@ -23,8 +23,8 @@ help: ## list the commands
 demo: setup-demo ## start a node, run the main job end to end, show it, clean up
 	deploy/demo
 
-test: setup-test ## install, build and run everything; the counts are the closing line
-	tests/scripts/test-all
+test: setup-test $(NEXTEST) ## install, build and run everything; the counts are the closing line
+	PATH="$$PATH:$(TOOLS)/bin" tests/scripts/test-all
 
 build: setup-build ## build both programs (debug)
 	$(CARGO) build --locked -p control -p dataplane --bins
@@ -46,10 +46,10 @@ check: fmt clippy docs deny ## static checks
 fmt: ## formatting
 	$(CARGO) fmt --all --check
 
-clippy: ## lints, warnings denied
+clippy: setup-build ## lints, warnings denied
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
-docs: ## documentation, warnings denied
+docs: setup-build ## documentation, warnings denied
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items -q
 
 deny: $(DENY) ## dependency policy: bans, licenses, sources
@@ -61,10 +61,10 @@ $(DENY):
 $(TOOLS)/bin/cargo-nextest:
 	$(CARGO) install cargo-nextest --version $(NEXTEST_VERSION) --locked --root $(TOOLS) -q
 
-unit: $(NEXTEST) ## tests that need no peer: library and binary tests of every crate
+unit: setup-build $(NEXTEST) ## tests that need no peer: library and binary tests of every crate
 	$(NEXTEST) nextest run --locked --workspace --lib --bins
 
-loom: ## model checks of the shared-memory cell
+loom: setup-build ## model checks of the shared-memory cell
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked -p shared --lib --release loom_
 
 integration: setup-test build runner $(NEXTEST) ## suites against real Docker, the real runner, the published client
