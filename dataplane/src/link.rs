@@ -20,11 +20,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::ReadError;
 use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::log_limit::LogLimit;
 use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, RelayEngine};
+use shared::{BatchError, ReadError};
 
 use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
@@ -191,6 +191,7 @@ impl Link {
         descriptors: u64,
         earlier: Vec<PortStatus>,
     ) -> Self {
+        let strays = Strays::start(Arc::clone(relay.insides()));
         let mut link = Self {
             reader,
             relay,
@@ -210,7 +211,7 @@ impl Link {
             due: Due::default(),
             untold: BTreeSet::new(),
             lift_all_at: Instant::now() + LIFT_ALL_INTERVAL,
-            strays: Strays::start(),
+            strays,
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
             unclaimed_at: None,
@@ -234,7 +235,8 @@ impl Link {
     }
 
     fn set_total_limit(&mut self) {
-        let room = session_room(self.descriptors, self.running.len(), self.kernel.is_some());
+        let kept = self.running.len() + self.containers.len();
+        let room = session_room(self.descriptors, kept, self.kernel.is_some());
         let wanted = self.settings.total_sessions;
         let limit = if wanted == 0 { room } else { wanted.min(room) };
         self.relay.totals().set_limit(limit);
@@ -542,6 +544,10 @@ impl Link {
         let Err(err) = self.board.publish_changes(changes) else {
             return;
         };
+        if matches!(err, BatchError::Ousted(_)) {
+            // The next sign of life says so, and ends the process.
+            return;
+        }
         tracing::error!(
             %err,
             "not all statuses of ports fit the observed region: restart the dataplane, it takes \

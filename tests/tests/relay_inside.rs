@@ -131,6 +131,10 @@ fn sessions_begin_inside_their_container_and_count_as_its_traffic() -> Result<()
     let rows = rows(&container, port);
     for row in &rows {
         control.publish(row.clone())?;
+        // A thread of its own looks for the namespace.
+        until("sessions that begin inside", || {
+            (seen(&network.host, row, 1).ok()? == own).then_some(())
+        })?;
         assert_eq!(seen(&network.host, row, BYTES)?, own, "{}", row.key());
     }
     let counted = |past: Option<u64>, now: Option<u64>| now >= past.map(|past| past + BYTES);
@@ -148,8 +152,11 @@ fn sessions_begin_inside_their_container_and_count_as_its_traffic() -> Result<()
     // The next process goes on from there, though the link knows nothing of it.
     process.signal(Signal::SIGKILL)?;
     drop(process);
+    let last = control.sample(ID, |_| true)?.taken_monotonic_ns;
     let process = place.start()?;
-    let later = control.sample(ID, |it| it.tick != after.tick && it.net.get().is_some())?;
+    let later = control.sample(ID, |it| {
+        it.taken_monotonic_ns > last && it.net.get().is_some()
+    })?;
     assert!(
         later.net.counters.rx_bytes >= after.net.counters.rx_bytes,
         "{later:?}"
@@ -159,10 +166,14 @@ fn sessions_begin_inside_their_container_and_count_as_its_traffic() -> Result<()
         "{later:?}"
     );
     control.in_state(rows[0].key(), PortState::Serving)?;
-    assert_eq!(seen(&network.host, &rows[0], 1)?, own);
+    until("sessions that begin inside again", || {
+        (seen(&network.host, &rows[0], 1).ok()? == own).then_some(())
+    })?;
 
     // Nothing keeps the namespace of a container that is gone.
-    assert_eq!(namespaces_of(&process), 2);
+    until("one namespace beside the own", || {
+        (namespaces_of(&process) == 2).then_some(())
+    })?;
     for row in &rows {
         control.withdraw(row.key())?;
     }

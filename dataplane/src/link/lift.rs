@@ -137,8 +137,9 @@ impl Link {
         let ids = before.keys().chain(self.containers.keys()).copied();
         let changed = ids.filter(|id| !is_same(before.get(id), self.containers.get(id)));
         self.due.containers.extend(changed);
+        let whole = desired.invalid_rows == 0;
+        self.relay.insides().note(&self.containers, whole);
         self.strays.note(&before, &self.containers);
-        self.relay.insides().note(&self.containers);
         if !std::mem::replace(&mut self.has_heard, true) {
             // What an earlier process has left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
@@ -307,6 +308,10 @@ impl Link {
 
     /// [`Self::lift`], and says so.
     pub(super) fn lift_and_publish(&mut self) {
+        if !self.accepting {
+            // Who stops leaves the kernel path as it is.
+            return;
+        }
         let changed = self.lift();
         if changed.is_empty() {
             return;

@@ -81,11 +81,11 @@ pub fn kept_descriptors(descriptors: u64) -> u64 {
 const KERNEL_PATH: u64 = 49;
 
 /// Sessions that the limit of descriptors has room for, each with two. What is kept must do for
-/// `listeners` and, where the limit is low, for the kernel path too.
-pub(super) fn session_room(descriptors: u64, listeners: usize, kernel_path: bool) -> u32 {
-    let listeners = u64::try_from(listeners).unwrap_or(u64::MAX);
+/// `own`, which are listeners and namespaces of containers, and, where the limit is low, for the kernel path too.
+pub(super) fn session_room(descriptors: u64, own: usize, kernel_path: bool) -> u32 {
+    let own = u64::try_from(own).unwrap_or(u64::MAX);
     let kernel = if kernel_path { KERNEL_PATH } else { 0 };
-    let own = listeners.saturating_add(32 + kernel);
+    let own = own.saturating_add(32 + kernel);
     let kept = kept_descriptors(descriptors).max(own);
     u32::try_from(descriptors.saturating_sub(kept) / 2)
         .unwrap_or(u32::MAX)

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use shared::desired::ContainerRow;
 use shared::ids::ContainerId;
 
+use crate::forward::relay::inside::Insides;
 use crate::mailbox::Mailbox;
 use crate::sys::netlink::strays::{self, Looked, StraysError};
 
@@ -51,12 +52,16 @@ pub(super) struct Strays {
 type Known = HashMap<ContainerId, (u32, HashSet<IpAddr>)>;
 
 impl Strays {
-    /// Starts the thread.
-    pub(super) fn start() -> Self {
+    /// Starts the thread. It tells `insides` where the containers are, too.
+    pub(super) fn start(insides: Arc<Insides>) -> Self {
         let desk = Arc::new(Mailbox::<Orders>::default());
         let own = Arc::clone(&desk);
         let thread = std::thread::Builder::new().name("strays".into());
-        if let Err(err) = thread.spawn(move || serve(&own, strays::look)) {
+        let look = move |pid, id, before: &HashSet<IpAddr>| {
+            insides.find(id, pid);
+            strays::look(pid, id, before)
+        };
+        if let Err(err) = thread.spawn(move || serve(&own, look)) {
             desk.lock().stop = true;
             tracing::warn!(
                 %err,

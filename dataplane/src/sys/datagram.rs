@@ -14,7 +14,7 @@ use nix::sys::socket::{
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, ipproto};
 
-use super::socket::ListenError;
+use super::socket::{ListenError, Source, begin_at, leads_to_itself};
 
 fn own(errno: nix::errno::Errno) -> Errno {
     Errno::from_raw_os_error(errno as i32)
@@ -61,17 +61,18 @@ pub fn bind(address: SocketAddr) -> Result<OwnedFd, ListenError> {
 /// A socket that speaks to one peer only.
 ///
 /// # Errors
-/// The kernel's answer: no descriptor, no route.
-pub fn connect(peer: &SocketAddr) -> Result<OwnedFd, Errno> {
+/// The kernel's answer: no descriptor, no route. From the peer's own address also those of
+/// [`socket::start_connect`](super::socket::start_connect).
+pub fn connect(peer: &SocketAddr, source: Source) -> Result<OwnedFd, Errno> {
     let fd = open(peer)?;
+    if source == Source::Target {
+        begin_at(&fd, peer.ip())?;
+    }
     net::connect(&fd, peer)?;
+    if source == Source::Target && leads_to_itself(&fd, peer) {
+        return Err(Errno::CONNREFUSED);
+    }
     Ok(fd)
-}
-
-/// Whether an address is one of this network namespace's.
-pub fn is_own(address: IpAddr) -> bool {
-    let address = SocketAddr::new(address, 0);
-    open(&address).is_ok_and(|fd| net::bind(&fd, &address).is_ok())
 }
 
 /// A datagram's length and addresses.

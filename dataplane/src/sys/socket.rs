@@ -7,6 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
@@ -149,15 +151,53 @@ pub fn accept(listener: impl AsFd) -> Result<(OwnedFd, SocketAddr), Errno> {
     Ok((fd, peer))
 }
 
+/// The address a connection begins at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The one that routes choose.
+    Any,
+    /// The target's own.
+    Target,
+}
+
+/// Has a socket begin at an address of this network namespace, and at a port that is chosen once it is
+/// known whom it leads to (ip(7), `IP_BIND_ADDRESS_NO_PORT`).
+///
+/// # Errors
+/// `EADDRNOTAVAIL` when the address is not of this namespace.
+pub(super) fn begin_at(fd: &OwnedFd, address: IpAddr) -> Result<(), Errno> {
+    setsockopt(fd, IpBindAddressNoPort, &true)
+        .map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
+    net::bind(fd, &SocketAddr::new(address, 0))
+}
+
+/// Whether a socket that begins at the address it leads to has got the target's port too. Then nobody
+/// listens there, and what it would reach is itself.
+pub(super) fn leads_to_itself(fd: &OwnedFd, target: &SocketAddr) -> bool {
+    local_address(fd).is_ok_and(|own| own.port() == target.port())
+}
+
 /// Starts a connection; it is complete when the socket becomes writable without an error.
 ///
 /// # Errors
-/// The kernel's answer when the attempt failed at once.
-pub fn start_connect(target: &SocketAddr) -> Result<OwnedFd, Errno> {
+/// The kernel's answer when the attempt failed at once. From the target's own address `EADDRNOTAVAIL` when
+/// that is not of this namespace, `ECONNREFUSED` when the socket would reach itself.
+pub fn start_connect(target: &SocketAddr, source: Source) -> Result<OwnedFd, Errno> {
     let fd = stream(target)?;
     sockopt::set_tcp_nodelay(&fd, true)?;
     sockopt::set_socket_oobinline(&fd, true)?;
+    if source == Source::Target {
+        // A service may take the port that this socket happens to have, as it sets the same.
+        sockopt::set_socket_reuseaddr(&fd, true)?;
+        begin_at(&fd, target.ip())?;
+    }
     match net::connect(&fd, target) {
+        Ok(()) | Err(Errno::INPROGRESS)
+            if source == Source::Target && leads_to_itself(&fd, target) =>
+        {
+            abort(fd);
+            Err(Errno::CONNREFUSED)
+        }
         Ok(()) | Err(Errno::INPROGRESS) => Ok(fd),
         Err(errno) => Err(errno),
     }

@@ -1,14 +1,15 @@
 //! Connections that begin inside their container: from a socket in its network namespace, so that they
 //! pass its loopback device and neither the bridge nor the link between.
 //!
-//! In: rows of containers. Out: sockets in their namespaces, and the bytes that went that way, which the
-//! links of the containers have not counted. Invariants: an address is led to inside only if it is the
-//! container's own, so nothing sent there leaves it; namespaces are entered by threads of the relay alone;
-//! one is kept for no longer than its container's row. Who can't be reached so is reached from the host.
+//! In: rows of containers, and their namespaces as a thread that may wait has found them. Out: sockets
+//! there, and the bytes that went that way, which the links of the containers have not counted. Invariants:
+//! a connection begins at the address it leads to, so it stays in the container; namespaces are entered by
+//! threads of the relay alone; one is kept for no longer than its container's row. Who can't be reached so
+//! is reached from the host.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -16,13 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use shared::desired::ContainerRow;
-use shared::ids::{ContainerId, Generation};
+use shared::ids::ContainerId;
 
 use crate::causes::words;
-use crate::sys::{datagram, netns};
-
-/// So many addresses of a container are remembered as its own; it is asked about others each time.
-const ADDRESSES: usize = 16;
+use crate::sys::netns;
 
 /// Bytes that were sent to and received from a container past its links.
 #[derive(Debug, Default)]
@@ -46,33 +44,19 @@ impl Carried {
 /// A container's network namespace.
 #[derive(Debug)]
 pub struct Inside {
-    gate: Arc<Gate>,
+    here: Arc<File>,
     there: File,
-    pid: u32,
-    own: Mutex<Own>,
-    carried: Arc<Carried>,
-}
-
-/// Addresses that were found to be the container's, as its row is.
-#[derive(Debug, Default)]
-struct Own {
-    generation: Generation,
-    addresses: Vec<IpAddr>,
-}
-
-/// What all share.
-#[derive(Debug)]
-struct Gate {
-    here: File,
     /// The kernel does not let us.
     shut: AtomicBool,
+    carried: Arc<Carried>,
 }
 
 impl Inside {
     /// A socket that `begin` makes towards `target` in the namespace; `None` where that is not the way.
+    /// `begin` must refuse (`EADDRNOTAVAIL`) a target that is not of this namespace.
     ///
     /// # Errors
-    /// What `begin` answers.
+    /// What else `begin` answers.
     pub fn begin(
         &self,
         target: &SocketAddr,
@@ -80,46 +64,20 @@ impl Inside {
     ) -> Option<Result<OwnedFd, Errno>> {
         let ip = target.ip();
         // Every namespace has a loopback of its own: that of the container is nobody's business.
-        if self.gate.shut.load(Relaxed) || ip.is_loopback() || ip.is_unspecified() {
+        if self.shut.load(Relaxed) || ip.is_loopback() || ip.is_unspecified() {
             return None;
         }
-        let begun = netns::within(&self.there, &self.gate.here, || self.is_own(ip).then(begin));
-        begun.unwrap_or_else(|errno| {
-            if !self.gate.shut.swap(true, Relaxed) {
-                tracing::warn!(
-                    %errno,
-                    "network namespaces of containers can't be entered, the relay connects from the host: it needs CAP_SYS_ADMIN"
-                );
+        match netns::within(&self.there, &self.here, begin) {
+            Ok(Err(Errno::ADDRNOTAVAIL)) => None,
+            Ok(begun) => Some(begun),
+            Err(errno) => {
+                if errno == Errno::PERM && !self.shut.swap(true, Relaxed) {
+                    tracing::warn!(
+                        "the network namespace of a container can't be entered, the relay reaches it from the host: CAP_SYS_ADMIN is needed"
+                    );
+                }
+                None
             }
-            None
-        })
-    }
-
-    fn own(&self) -> MutexGuard<'_, Own> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether an address is the container's, asked in its namespace.
-    fn is_own(&self, address: IpAddr) -> bool {
-        let mut own = self.own();
-        if own.addresses.contains(&address) {
-            return true;
-        }
-        let is_own = datagram::is_own(address);
-        if is_own && own.addresses.len() < ADDRESSES {
-            own.addresses.push(address);
-        }
-        is_own
-    }
-
-    /// The container may have left a network when its row changes.
-    fn ask_again(&self, generation: Generation) {
-        let mut own = self.own();
-        if own.generation != generation {
-            *own = Own {
-                generation,
-                addresses: Vec::new(),
-            };
         }
     }
 
@@ -129,90 +87,98 @@ impl Inside {
     }
 }
 
+/// A container there is a row of.
+#[derive(Debug, Default)]
+struct Known {
+    /// Its first process; 0 where it has no namespace that could be entered.
+    pid: u32,
+    carried: Arc<Carried>,
+    inside: Option<Arc<Inside>>,
+}
+
 /// The namespaces of all containers.
 #[derive(Debug, Default)]
 pub struct Insides {
-    gate: Option<Arc<Gate>>,
-    known: Mutex<HashMap<ContainerId, Arc<Inside>>>,
+    /// Our own; none where the relay reaches all from the host.
+    here: Option<Arc<File>>,
+    known: Mutex<HashMap<ContainerId, Known>>,
 }
 
 impl Insides {
     /// None are known yet.
     pub fn new() -> Self {
-        let gate = match netns::own() {
-            Ok(here) => Some(Arc::new(Gate {
-                here,
-                shut: AtomicBool::new(false),
-            })),
-            Err(err) => {
-                tracing::warn!(%err, "the own network namespace is not known, the relay connects from the host");
-                None
-            }
-        };
+        let here = netns::own().inspect_err(|err| {
+            tracing::warn!(%err, "the own network namespace is not known, the relay reaches containers from the host");
+        });
         Self {
-            gate,
+            here: here.ok().map(Arc::new),
             known: Mutex::default(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ContainerId, Arc<Inside>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ContainerId, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes which containers there are now, instead of those before. A container that was started again
-    /// has another namespace.
-    pub fn note(&self, rows: &BTreeMap<ContainerId, ContainerRow>) {
-        let Some(gate) = &self.gate else {
+    /// Notes which containers there are now, instead of those before, or beside them when this is not the
+    /// `whole` list. One that was started again has another namespace, which has to be found.
+    pub fn note(&self, rows: &BTreeMap<ContainerId, ContainerRow>, whole: bool) {
+        if self.here.is_none() {
             return;
-        };
-        let mut missing = Vec::new();
-        {
-            let mut known = self.lock();
+        }
+        let mut known = self.lock();
+        if whole {
             known.retain(|id, _| rows.contains_key(id));
-            for (id, row) in rows {
-                let same = known.get(id).filter(|it| it.pid == row.init_pid);
-                if let Some(inside) = same {
-                    inside.ask_again(row.generation);
-                    continue;
-                }
-                let carried = known.remove(id).map(|it| Arc::clone(&it.carried));
-                if row.init_pid != 0 && !row.host_network {
-                    missing.push((*id, row.init_pid, carried.unwrap_or_default()));
-                }
+        }
+        for (id, row) in rows {
+            let pid = if row.host_network { 0 } else { row.init_pid };
+            let known = known.entry(*id).or_default();
+            if known.pid != pid {
+                known.pid = pid;
+                known.inside = None;
             }
         }
-        for (id, pid, carried) in missing {
-            match netns::of_process(pid, id) {
-                Ok(there) => {
-                    let inside = Inside {
-                        gate: Arc::clone(gate),
+    }
+
+    /// Looks for the namespace of a container, unless it is known. The kernel may take its time.
+    pub fn find(&self, container: ContainerId, pid: u32) {
+        let Some(here) = &self.here else {
+            return;
+        };
+        let is_missing = |known: &Known| known.pid == pid && known.inside.is_none();
+        if !self.lock().get(&container).is_some_and(is_missing) {
+            return;
+        }
+        match netns::of_process(pid, container) {
+            Ok(there) => {
+                if let Some(known) = self.lock().get_mut(&container)
+                    && is_missing(known)
+                {
+                    known.inside = Some(Arc::new(Inside {
+                        here: Arc::clone(here),
                         there,
-                        pid,
-                        own: Mutex::default(),
-                        carried,
-                    };
-                    self.lock().insert(id, Arc::new(inside));
+                        shut: AtomicBool::new(false),
+                        carried: Arc::clone(&known.carried),
+                    }));
                 }
-                Err(err) => tracing::debug!(
-                    container_id = %id,
-                    err = words(&err),
-                    "the relay reaches this container from the host"
-                ),
             }
+            Err(err) => tracing::debug!(
+                container_id = %container,
+                err = words(&err),
+                "the relay reaches this container from the host"
+            ),
         }
     }
 
     /// That of a container, if it is known.
     pub fn of(&self, container: ContainerId) -> Option<Arc<Inside>> {
-        self.lock().get(&container).cloned()
+        self.lock().get(&container)?.inside.clone()
     }
 
     /// Bytes that containers have received and sent past their links, of those that have.
     pub fn carried(&self) -> HashMap<ContainerId, [u64; 2]> {
         let known = self.lock();
-        let told = known
-            .iter()
-            .map(|(id, inside)| (*id, inside.carried.told()));
+        let told = known.iter().map(|(id, known)| (*id, known.carried.told()));
         told.filter(|(_, bytes)| *bytes != [0, 0]).collect()
     }
 }

@@ -16,6 +16,7 @@ use shared::ids::ContainerId;
 
 use super::inside::{Inside, Insides};
 use super::wheel::SLOT;
+use crate::sys::socket::Source;
 
 /// What applies to sessions of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -301,16 +302,16 @@ impl Port {
     pub fn begin(
         &self,
         seat: &mut Seat,
-        begin: impl Fn(&SocketAddr) -> Result<OwnedFd, Errno>,
+        begin: impl Fn(&SocketAddr, Source) -> Result<OwnedFd, Errno>,
     ) -> Result<OwnedFd, Errno> {
         let inside = self.home.as_ref().and_then(|(id, all)| all.of(*id));
         if let Some(inside) = inside
-            && let Some(begun) = inside.begin(&self.target, || begin(&self.target))
+            && let Some(begun) = inside.begin(&self.target, || begin(&self.target, Source::Target))
         {
             seat.inside = Some(inside);
             return begun;
         }
-        begin(&self.target)
+        begin(&self.target, Source::Any)
     }
 
     /// Replaces the rules: admission at once, the idle timeout of sessions under way when their
