@@ -170,11 +170,27 @@ fn sessions_begin_inside_their_container_and_count_as_its_traffic() -> Result<()
         (seen(&network.host, &rows[0], 1).ok()? == own).then_some(())
     })?;
 
+    // Where nobody listens nobody answers: not the connection itself, which may have but this one port.
+    let path = "/proc/sys/net/ipv4/ip_local_port_range";
+    within(&container.namespace, move || {
+        std::fs::write(path, "40000 40001")
+    })??;
+    let nobody = PortRow {
+        container_id: ID,
+        ..container.port(40_000)
+    };
+    control.publish(nobody.clone())?;
+    let address = SocketAddr::from(([127, 0, 0, 1], nobody.host_port));
+    assert!(within(&network.host, move || traffic::turned_away(
+        address
+    ))?);
+    within(&container.namespace, || TcpListener::bind("0.0.0.0:40000"))??;
+
     // Nothing keeps the namespace of a container that is gone.
     until("one namespace beside the own", || {
         (namespaces_of(&process) == 2).then_some(())
     })?;
-    for row in &rows {
+    for row in rows.iter().chain([&nobody]) {
         control.withdraw(row.key())?;
     }
     control.write(|batch| batch.remove_container(ID))?;
