@@ -4,10 +4,12 @@
 //! before the one starts that came later, as far as the engine does it soon, else as soon as it does.
 //! Invariants: no creation waits long for it; only what the agent itself has pinned is changed.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
+use shared::ids::KernelId;
+use shared::log_limit::LogLimit;
 
 use super::node::Node;
 use crate::causes::chain;
@@ -72,10 +74,17 @@ async fn widen(node: &Node, pinned: &Pinned) {
         }
         // It is forgotten with the kernel, or there is another one soon.
         Err(err) if err.is_not_found() => {}
-        Err(err) => {
-            tracing::warn!(kernel_id = %id, err = chain(&err),
-                "cannot give a kernel the memory of all nodes; its own may be too small, and the kernel then loses processes");
-        }
+        Err(err) => say_pinned(id, &err),
+    }
+}
+
+/// It is tried again at each creation, for each kernel.
+fn say_pinned(id: KernelId, err: &DockerError) {
+    static LIMIT: Mutex<LogLimit> = Mutex::new(LogLimit::new());
+    let passed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
+    if let Some(suppressed) = passed {
+        tracing::warn!(kernel_id = %id, err = chain(err), suppressed,
+            "cannot give a kernel the memory of all nodes; its own may be too small, and the kernel then loses processes");
     }
 }
 

@@ -11,7 +11,7 @@ pub struct HostInventory {
     pub cores: Vec<u32>,
     /// NUMA node of each core; 0 when the host tells none.
     pub node_of_core: BTreeMap<u32, i32>,
-    /// Memory of each NUMA node in bytes; empty when the host tells none.
+    /// Memory of each NUMA node that has some, in bytes; empty when the host tells none.
     pub node_memory: BTreeMap<i32, u64>,
     /// Memory in bytes.
     pub memory: u64,
@@ -59,7 +59,7 @@ impl HostInventory {
             node_of_core: cores.iter().map(|core| (*core, node_of(*core))).collect(),
             node_memory: nodes
                 .iter()
-                .filter_map(|(id, node)| Some((*id, node.memory?)))
+                .filter_map(|(id, node)| Some((*id, node.memory.filter(|bytes| *bytes > 0)?)))
                 .collect(),
             memory: memory(root)?,
             cores,
@@ -276,6 +276,11 @@ mod tests {
                 "Node 0 MemTotal:  32768 kB\n",
             ),
             ("sys/devices/system/node/node1/cpulist", "2-3,8\n"),
+            // Its slots are empty: an engine takes no memory of it.
+            (
+                "sys/devices/system/node/node1/meminfo",
+                "Node 1 MemTotal:      0 kB\n",
+            ),
             ("sys/devices/system/node/node2/cpulist", "\n"),
             ("sys/devices/system/node/possible", "0-2\n"),
         ]);
