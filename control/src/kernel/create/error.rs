@@ -124,7 +124,7 @@ pub enum CreateError {
     NetworkMode(String),
     /// The network has no name.
     #[error(
-        "the manager asked for a network and named none (network_config has no network_id); its log says whether the session's network was made"
+        "the manager asked for a network and named none (network_config has no network_name); its log says whether the session's network was made"
     )]
     NoNetworkName,
     /// The container request could not be built.
