@@ -98,12 +98,28 @@ pub fn expect_again(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 /// Tells that a job ended with its kernel, unless the managers have asked for that: they end the session
 /// when they hear of the job, and take no end of a kernel before. Once, by whoever comes first.
 pub fn end_with_kernel(node: &Node, kernel: &Kernel, ending: &Ending) {
-    let unasked = ending.is_the_nodes_own() || kernel.with_record(|record| record.condemned);
-    if unasked && take_untold(kernel) {
+    let condemned = kernel.with_record(|record| record.condemned);
+    if let Some(exit_code) = failure_of(ending, condemned)
+        && take_untold(kernel)
+    {
         tracing::warn!(kernel_id = %kernel.id, exit_code = ending.exit_code,
             "a kernel has ended with its batch job; its session is told to have failed");
-        tell_failure(node, kernel.session, ending.exit_code.unwrap_or(-1));
+        tell_failure(node, kernel.session, exit_code);
     }
+}
+
+/// The exit code that the session of a job is told of its kernel's end; none where the managers have
+/// asked for that.
+fn failure_of(ending: &Ending, condemned: bool) -> Option<i64> {
+    let unasked = ending.is_the_nodes_own() || condemned;
+    unasked.then(|| ending.exit_code.unwrap_or(-1))
+}
+
+/// The same of a kernel that is not here; one that is not remembered has failed.
+fn failure_of_past(end: Option<&(Ending, bool)>) -> Option<i64> {
+    end.map_or(Some(-1), |(ending, condemned)| {
+        failure_of(ending, *condemned)
+    })
 }
 
 /// Answers a start of a job in a kernel that is not here (any more): with how it ended, if that is
@@ -113,11 +129,11 @@ pub fn end_without_kernel(node: &Arc<Node>, id: KernelId, session: SessionId) {
     node.clone().tasks.spawn(async move {
         let wait = tokio::time::sleep(SESSION_RUNS);
         node.stopping.run_until_cancelled(wait).await;
-        let ending = node.registry.end_of(id, session);
-        if ending.as_ref().is_none_or(Ending::is_the_nodes_own) {
-            let exit_code = ending.as_ref().and_then(|ending| ending.exit_code);
-            tell_failure(&node, session, exit_code.unwrap_or(-1));
+        let end = node.registry.end_of(id, session);
+        if let Some(exit_code) = failure_of_past(end.as_ref()) {
+            tell_failure(&node, session, exit_code);
         }
+        let ending = end.map(|(ending, _)| ending);
         node.events.emit(Event::KernelTerminated {
             kernel: id,
             session,
@@ -379,7 +395,7 @@ async fn init_pid(node: &Node, kernel: &Kernel) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::super::lifecycle::{Input, Stage};
-    use super::super::registry::{Admission, Registry, tests::record};
+    use super::super::registry::{Admission, EndedKernel, Registry, tests::record};
     use super::*;
 
     /// A kernel that was restarted while its job was at work.
@@ -459,6 +475,32 @@ mod tests {
         assert_eq!(ended.await, 2);
         let another = told(|kernel, _| kernel.update_record(|record| record.batch_running = true));
         assert_eq!(another.await, 1);
+    }
+
+    #[test]
+    fn a_job_that_is_called_for_after_its_kernels_end_has_failed_unless_a_manager_ended_that() {
+        let told = |condemned: bool, reason: Reason, suppress: bool| {
+            let mut record = record(1);
+            record.condemned = condemned;
+            let (registry, session) = (Registry::default(), record.session());
+            let Admission::Accepted(kernel) = registry.admit(record) else {
+                panic!("not admitted");
+            };
+            kernel.step(Input::Entered(Stage::Started));
+            kernel.step(Input::Ready);
+            kernel.step(Input::Destroy { reason, suppress });
+            kernel.step(Input::Cleaned {
+                exit_code: Some(137),
+                death: None,
+            });
+            assert_eq!(registry.forget(&kernel, EndedKernel::now(&kernel)), None);
+            failure_of_past(registry.end_of(kernel.id, session).as_ref())
+        };
+        assert_eq!(told(true, Reason::USER_REQUESTED, false), Some(137));
+        assert_eq!(told(false, Reason::ANOMALY_DETECTED, false), Some(137));
+        assert_eq!(told(false, Reason::USER_REQUESTED, false), None);
+        assert_eq!(told(false, Reason::ANOMALY_DETECTED, true), None);
+        assert_eq!(failure_of_past(None), Some(-1));
     }
 
     #[test]

@@ -132,7 +132,7 @@ pub async fn destroy(
 /// no end of a kernel that it has not begun to terminate, so it hears of one that came by itself only
 /// now. An end that nobody was told of, a purge's, has the reason that is asked for now.
 pub fn tell_end_again(node: &Node, id: KernelId, session: SessionId, asked: Option<Reason>) {
-    let ending = node.registry.end_of(id, session);
+    let ending = node.registry.end_of(id, session).map(|(ending, _)| ending);
     let told = |ending: &Ending| {
         let asked = asked.clone().filter(|_| ending.suppress);
         asked.unwrap_or_else(|| ending.told())

@@ -161,12 +161,12 @@ impl Registry {
             .collect()
     }
 
-    /// How the last life of a kernel ended, while that is remembered.
-    pub fn end_of(&self, id: KernelId, session: SessionId) -> Option<Ending> {
+    /// How the last life of a kernel ended, and whether it was condemned, while that is remembered.
+    pub fn end_of(&self, id: KernelId, session: SessionId) -> Option<(Ending, bool)> {
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         let mut newest = ended.iter().rev().map(|ended| &ended.view);
         let view = newest.find(|view| view.id == id && view.record.session() == session)?;
-        outcome(&view.state).cloned()
+        Some((outcome(&view.state)?.clone(), view.record.condemned))
     }
 }
 
@@ -405,7 +405,7 @@ pub(super) mod tests {
         next.remember(found);
         let session = SessionId([0; 16]);
         assert_eq!(next.end_of(KernelId(id(2)), session), None, "no room");
-        let ending = next.end_of(KernelId(id(3)), session).unwrap();
+        let (ending, _) = next.end_of(KernelId(id(3)), session).unwrap();
         assert_eq!(
             (ending.told(), ending.exit_code),
             (Reason::OUT_OF_MEMORY, Some(137))
