@@ -73,9 +73,11 @@ impl BatchOutcome {
     }
 }
 
-/// Gives the command to the link; `false` when the kernel has gone away. It may wait there for the
-/// end of another run.
+/// Gives a command that was not sent to the link; `false` when the kernel has gone away. It may wait
+/// there for the end of another run.
 pub async fn submit(link: &RunnerLink, code: String, gone: &CancellationToken) -> bool {
+    // The journal has a run from the moment on that it is to be sent.
+    link.forget_request(RUN_ID);
     let opts = BatchSteps {
         exec: Some(code),
         ..BatchSteps::default()
@@ -103,6 +105,11 @@ pub async fn sent(link: &RunnerLink) {
     while link.current_run().as_deref() != Some(RUN_ID) || !link.is_flushed() {
         tokio::time::sleep(SENT_POLL).await;
     }
+}
+
+/// Whether an earlier life had the job's turn come, though it may not have noted that it sends it.
+pub fn had_its_turn(link: &RunnerLink) -> bool {
+    link.is_of_old(RUN_ID)
 }
 
 /// Whether a job that may have been sent by an earlier life was: its processes live, or the runner
@@ -240,5 +247,48 @@ impl CommandKiller for ContainerCommands {
                 files.kill_with_environment(container, BATCH_MARK)
             }),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::ids::KernelId;
+
+    use super::super::runner_link::runs::RunIds;
+    use super::super::runner_link::{LinkOptions, Owed, RunnerAddress};
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_that_was_noted_and_not_sent_is_sent() {
+        // Nobody listens there.
+        let address = RunnerAddress {
+            ip: std::net::Ipv4Addr::LOCALHOST.into(),
+            repl_in: 1,
+            repl_out: 1,
+        };
+        let open = |resumed, owed| {
+            let options = LinkOptions {
+                resumed,
+                owed,
+                ..LinkOptions::default()
+            };
+            RunnerLink::open(KernelId([1; 16]), address, options)
+        };
+        let gone = CancellationToken::new();
+        let before = open(false, Owed::default());
+        assert!(!had_its_turn(&before));
+        assert!(submit(&before, "true".to_owned(), &gone).await);
+        let noted = before.owed().borrow().clone();
+        assert_eq!(noted.ids.current.as_deref(), Some(RUN_ID));
+        assert!(noted.ids.request.is_some() && !before.is_flushed());
+        before.leave().await;
+
+        let link = open(true, noted);
+        assert!(had_its_turn(&link));
+        assert!(submit(&link, "true".to_owned(), &gone).await);
+        // Its turn comes when the runner has answered whether it is at work.
+        let RunIds { waiting, .. } = link.owed().borrow().ids.clone();
+        assert_eq!(waiting, [RUN_ID]);
+        link.leave().await;
     }
 }

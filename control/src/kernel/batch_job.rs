@@ -63,7 +63,7 @@ pub async fn start(
         .await;
         // The one who asked may have stopped waiting.
         let _ = noted.send(());
-        carry_through(&node, &kernel, &gone, Duration::ZERO, Some(begun)).await;
+        carry_through(&node, &kernel, &gone, Some(begun)).await;
     });
     // Also when the runtime ends under it: the job is as good as started.
     let _ = wait.await;
@@ -190,16 +190,15 @@ pub fn resume(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     let (node, kernel) = (node.clone(), kernel.clone());
     node.clone()
         .tasks
-        .spawn(async move { carry_through(&node, &kernel, &gone, TAKEN_OVER, None).await });
+        .spawn(async move { carry_through(&node, &kernel, &gone, None).await });
 }
 
-/// Brings the job in the record to its end and announces that. At least `grace` is left of its time; `begun` is
-/// when it was called for, if that was now.
+/// Brings the job in the record to its end and announces that. `begun` is when it was called for, if that
+/// was now.
 async fn carry_through(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     gone: &CancellationToken,
-    grace: Duration,
     begun: Option<Instant>,
 ) {
     let Some(runner) = kernel.runner() else {
@@ -209,7 +208,7 @@ async fn carry_through(
         return;
     };
     let session = kernel.session;
-    let mut work = std::pin::pin!(work(node, kernel, &runner, gone, grace));
+    let mut work = std::pin::pin!(work(node, kernel, &runner, gone, begun.is_some()));
     let outcome = tokio::select! {
         biased;
         outcome = &mut work => outcome,
@@ -297,8 +296,12 @@ async fn work(
     kernel: &Arc<Kernel>,
     runner: &RunnerLink,
     gone: &CancellationToken,
-    grace: Duration,
+    begun: bool,
 ) -> BatchOutcome {
+    let grace = match begun {
+        true => Duration::ZERO,
+        false => TAKEN_OVER,
+    };
     let killer = init_pid(node, kernel)
         .await
         .map(|init_pid| ContainerCommands {
@@ -309,11 +312,14 @@ async fn work(
     let job = kernel.with_record(|record| record.batch_job.clone());
     let step = job.as_ref().map_or(BatchStep::Sent, |job| job.step);
     let command = job.as_ref().and_then(|job| job.command.clone());
-    match command {
-        Some(command)
-            if step == BatchStep::Waiting
-                || (step == BatchStep::Sending && !batch::shows(runner, killer).await) =>
-        {
+    let unsent = match step {
+        // One that is called for now is another than that of old.
+        BatchStep::Waiting if begun || !batch::had_its_turn(runner) => true,
+        BatchStep::Waiting | BatchStep::Sending => !batch::shows(runner, killer).await,
+        BatchStep::Sent | BatchStep::Dropped => false,
+    };
+    match command.filter(|_| unsent) {
+        Some(command) => {
             // Behind somebody else's run it is not sent yet.
             if runner.current_run().is_none() {
                 note_step(node, kernel, BatchStep::Sending).await;
@@ -322,7 +328,7 @@ async fn work(
                 return BatchOutcome::KernelGone;
             }
         }
-        _ => batch::adopt(runner),
+        None => batch::adopt(runner),
     }
     let timeout = job
         .and_then(|job| job.time_up)

@@ -498,6 +498,16 @@ impl RunnerLink {
         }
     }
 
+    /// Whether an earlier life of the agent had this run at work, or about to be sent.
+    pub(super) fn is_of_old(&self, run_id: &str) -> bool {
+        lock(&self.0.state).runs.is_of_old(run_id)
+    }
+
+    /// What an earlier life has noted of this run was never sent: the same request is sent now.
+    pub(super) fn forget_request(&self, run_id: &str) {
+        lock(&self.0.state).runs.forget_request(run_id);
+    }
+
     /// Hands a client's request to the run table.
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);

@@ -128,6 +128,20 @@ impl RunTable {
             })
     }
 
+    /// Whether the run of old, of which no client has come yet, is this one.
+    pub fn is_of_old(&self, run_id: &str) -> bool {
+        self.orphan.is_some() && self.earlier.as_deref() == Some(run_id)
+    }
+
+    /// The run of old was never sent, if it is this one: its request is a new one when it comes again.
+    pub fn forget_request(&mut self, run_id: &str) {
+        if self.is_of_old(run_id)
+            && let Some(orphan) = &mut self.orphan
+        {
+            orphan.request = None;
+        }
+    }
+
     /// What a client is told that goes on with a run of which nothing is known, while it is known whose
     /// the run of old was: this one was lost, or is over for long.
     pub(super) fn lost(&self, now: Instant) -> Option<Run> {

@@ -501,6 +501,31 @@ fn a_request_that_an_earlier_life_has_sent_is_not_sent_again() {
         let sent = table.submit(now, "a", query(code)).expect("sent");
         assert_eq!(sent, query(code).messages);
     }
+    // Whoever knows that it was not sent has it sent: while nothing is heard, and when it counts as lost.
+    for (lost, forgotten) in [(false, "a"), (true, "a"), (false, "b")] {
+        let now = Instant::now();
+        let mut table = RunTable::new(RunLimits::default(), true, now);
+        let noted = RunIds {
+            current: Some("a".to_owned()),
+            request: request(),
+            ..RunIds::default()
+        };
+        table.owe(now, 1, noted);
+        table.probe(now);
+        if lost {
+            answer(&mut table, now);
+        }
+        table.forget_request(forgotten);
+        assert!(table.is_of_old("a") && !table.is_of_old("b"));
+        assert_eq!(table.repeats(now, "a", &query("1")), forgotten != "a");
+        let mut sent = table.submit(now, "a", query("1")).expect("accepted");
+        sent.extend(answer(&mut table, now));
+        let asked = match forgotten {
+            "a" => query("1").messages,
+            _ => Vec::new(),
+        };
+        assert_eq!(sent, asked, "{lost} {forgotten}");
+    }
     // Its end is kept for it while another is at work.
     let (mut table, now) = taken_over(request());
     table.submit(now, "other", query("1")).expect("sent");
