@@ -43,6 +43,9 @@ const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::fro
 const ROUND_PAUSE: Duration = Duration::from_secs(60);
 /// Between two lines in the log that say that etcd refuses.
 const DENIAL_PAUSE: Duration = Duration::from_secs(600);
+/// How long a refusal counts for more than that nobody answers: where some members refuse and others are
+/// away, each is found in its turn.
+const DENIAL_LASTS: Duration = Duration::from_secs(60);
 /// Puts in one transaction; etcd takes 128 by default.
 const TRANSACTION: usize = 100;
 
@@ -56,7 +59,8 @@ pub enum Health {
         /// The member that does.
         endpoint: String,
     },
-    /// It answers, and lets this node in no more: users, passwords or rights were changed.
+    /// It answers, and lets this node in no more: users, passwords or rights were changed. Other members
+    /// may be away.
     Refused {
         /// Since when.
         since: Instant,
@@ -87,6 +91,8 @@ struct Inner {
     /// The id of the etcd cluster that answered a follower last; 0 before.
     cluster: AtomicU64,
     health: watch::Sender<Health>,
+    /// When etcd let this node in no more last.
+    denied: Mutex<Option<Instant>>,
     /// When the log said last that etcd refuses.
     denial_told: Mutex<Option<Instant>>,
     /// When all members had refused the same call last.
@@ -152,6 +158,7 @@ impl Etcd {
                 current: Mutex::default(),
                 cluster: AtomicU64::new(0),
                 health: watch::Sender::new(Health::Untried),
+                denied: Mutex::default(),
                 denial_told: Mutex::default(),
                 all_refused: Mutex::default(),
             }),
@@ -403,14 +410,19 @@ impl Etcd {
                 reason: reasons.join("; "),
             }
         };
-        self.lost(&error);
+        // Of members that refuse and others that are away, the former are what there is to mend.
+        self.lost(
+            refusal
+                .as_ref()
+                .filter(|err| err.is_denial())
+                .unwrap_or(&error),
+        );
         Err(error)
     }
 
     /// Whether as many refusals of a call are those of all members; or would be, as they were lately.
     fn is_refused_by_all(&self, refusals: usize) -> bool {
-        let last = self.inner.all_refused.lock();
-        let mut last = last.unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.inner.all_refused);
         if refusals >= self.inner.endpoints.len() {
             *last = Some(Instant::now());
             return true;
@@ -469,10 +481,7 @@ impl Etcd {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Current> {
-        self.inner
-            .current
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner.current)
     }
 
     /// Takes note of the cluster that a follower was answered by; a change is told once.
@@ -521,6 +530,9 @@ impl Etcd {
                 *known = error;
                 return false;
             }
+            if matches!(health, Health::Refused { .. }) && self.was_denied_lately() {
+                return false;
+            }
             if matches!(health, Health::Reachable { .. } | Health::Refused { .. }) {
                 tracing::warn!(
                     err = error,
@@ -535,7 +547,12 @@ impl Etcd {
         });
     }
 
+    fn was_denied_lately(&self) -> bool {
+        lock(&self.inner.denied).is_some_and(|denied| denied.elapsed() < DENIAL_LASTS)
+    }
+
     fn denied(&self, error: String) {
+        *lock(&self.inner.denied) = Some(Instant::now());
         self.inner.health.send_if_modified(|health| {
             if let Health::Refused { error: known, .. } = health {
                 *known = error;
@@ -559,8 +576,7 @@ impl Etcd {
 
     /// Whether the log has not said for a while that etcd refuses.
     fn tells_denial(&self) -> bool {
-        let told = self.inner.denial_told.lock();
-        let mut told = told.unwrap_or_else(PoisonError::into_inner);
+        let mut told = lock(&self.inner.denial_told);
         let due = told.is_none_or(|told| told.elapsed() >= DENIAL_PAUSE);
         if due {
             *told = Some(Instant::now());
@@ -590,6 +606,10 @@ impl Scoped {
         }
         merged
     }
+}
+
+fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn refused(
@@ -656,6 +676,42 @@ fn tls_options(settings: &config::EtcdTls) -> Result<TlsOptions, EtcdError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn two_members() -> Etcd {
+        let settings = config::Etcd {
+            namespace: "local".to_owned(),
+            addr: ["etcd-1", "etcd-2"]
+                .map(|host| config::HostPort::new(host, 2379))
+                .to_vec(),
+            credentials: None,
+            tls: None,
+        };
+        Etcd::new(&settings, "i-node", "gpu").unwrap()
+    }
+
+    #[test]
+    fn a_member_that_is_away_does_not_hide_that_another_refuses() {
+        let etcd = two_members();
+        let source = etcd_client::Error::WatchError("permission denied".to_owned());
+        let denial = refused(etcd.endpoint(0), "watch a prefix", "set rights", source);
+        let away = EtcdError::Deadline {
+            endpoints: etcd.endpoint(1),
+            seconds: 5,
+        };
+        let mut health = etcd.health();
+        for error in [&away, &denial, &away, &denial] {
+            etcd.lost(error);
+        }
+        let state = health.borrow_and_update().clone();
+        assert!(matches!(state, Health::Refused { .. }), "{state:?}");
+        etcd.lost(&away);
+        assert!(!health.has_changed().unwrap());
+        // Nobody refuses any more: the lot is away.
+        *lock(&etcd.inner.denied) = None;
+        etcd.lost(&away);
+        let state = health.borrow_and_update().clone();
+        assert!(matches!(state, Health::Lost { .. }), "{state:?}");
+    }
 
     #[test]
     fn a_member_of_a_narrower_scope_hides_all_of_its_namesake() {

@@ -187,6 +187,8 @@ async fn users_are_logged_in_and_what_is_wrong_is_said() -> Result<()> {
     for word in [refusing.as_str(), "remove etcd.user", "os error"] {
         assert!(err.to_string().contains(word), "{err}");
     }
+    let state = waits.health().borrow().clone();
+    assert!(matches!(state, Health::Refused { .. }), "{state:?}");
 
     // A restarted server knows no token any more.
     server.stop(0);
