@@ -38,8 +38,8 @@ const CALL: Duration = Duration::from_secs(6);
 /// Pings on connections with something under way, and how long an answer may take. etcd closes
 /// connections that ping more often than every 5 s.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
-/// Between two calls that go to all members although one has refused, after all of them had: each
-/// would log in again.
+/// Between two calls that go to all members although one has refused, after all of them had refused the
+/// same: each would log in again.
 const ROUND_PAUSE: Duration = Duration::from_secs(60);
 /// Between two lines in the log that say that etcd refuses.
 const DENIAL_PAUSE: Duration = Duration::from_secs(600);
@@ -95,8 +95,8 @@ struct Inner {
     denied: Mutex<Option<Instant>>,
     /// When the log said last that etcd refuses.
     denial_told: Mutex<Option<Instant>>,
-    /// When all members had refused the same call last.
-    all_refused: Mutex<Option<Instant>>,
+    /// When all members had refused a call last, by its step and what the last of them said to do.
+    all_refused: Mutex<BTreeMap<(&'static str, &'static str), Instant>>,
 }
 
 /// The member that is asked, and the connection to it.
@@ -386,7 +386,7 @@ impl Etcd {
             let endpoint = self.endpoint(member);
             let refused = refused(endpoint, step, remedy, source);
             let first = refusal.take().unwrap_or(refused);
-            if self.is_refused_by_all(refused_by.len()) {
+            if self.is_refused_by_all((step, remedy), refused_by.len()) {
                 if first.is_denial() {
                     self.lost(&first);
                 }
@@ -420,14 +420,16 @@ impl Etcd {
         Err(error)
     }
 
-    /// Whether as many refusals of a call are those of all members; or would be, as they were lately.
-    fn is_refused_by_all(&self, refusals: usize) -> bool {
+    /// Whether as many refusals of a call are those of all members; or would be, as those of such a step with
+    /// this remedy were lately. Another call, or other words, may be one member's own.
+    fn is_refused_by_all(&self, refusal: (&'static str, &'static str), refusals: usize) -> bool {
         let mut last = lock(&self.inner.all_refused);
         if refusals >= self.inner.endpoints.len() {
-            *last = Some(Instant::now());
+            last.insert(refusal, Instant::now());
             return true;
         }
-        last.is_some_and(|last| last.elapsed() < ROUND_PAUSE)
+        last.get(&refusal)
+            .is_some_and(|last| last.elapsed() < ROUND_PAUSE)
     }
 
     fn endpoint(&self, member: usize) -> String {
@@ -711,6 +713,21 @@ mod tests {
         etcd.lost(&away);
         let state = health.borrow_and_update().clone();
         assert!(matches!(state, Health::Lost { .. }), "{state:?}");
+    }
+
+    #[test]
+    fn what_all_members_refused_says_nothing_of_other_refusals() {
+        let etcd = two_members();
+        let (rights, user) = ("give it rights", "set etcd.user");
+        let read = "read a key";
+        assert!(!etcd.is_refused_by_all((read, rights), 1));
+        assert!(etcd.is_refused_by_all((read, rights), 2));
+        assert!(etcd.is_refused_by_all((read, rights), 1));
+        assert!(!etcd.is_refused_by_all((read, user), 1));
+        assert!(!etcd.is_refused_by_all(("write a key", rights), 1));
+        // Another remembered one takes nothing away.
+        assert!(etcd.is_refused_by_all((read, user), 2));
+        assert!(etcd.is_refused_by_all((read, rights), 1));
     }
 
     #[test]
