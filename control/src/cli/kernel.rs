@@ -35,6 +35,9 @@ pub enum KernelCommand {
         all: bool,
     },
     /// Run a shell command (or code) in a kernel and show its output.
+    ///
+    /// Ends with the command's exit code. A run whose output is closed before its end (`| head`) is interrupted as
+    /// `interrupt_kernel` does (SIGINT), and the exit code is 0.
     Exec(exec::ExecArgs),
     /// Show what a kernel's container has written to its console.
     Logs {

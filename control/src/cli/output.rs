@@ -1,7 +1,7 @@
 //! What a command prints: text for a person or JSON for a program, chosen by `--output`.
 //!
-//! Work is not given up for want of somebody to show it to. Whoever closed the output (`| head`) has seen enough, and
-//! is no error; any other fault of it is told once, and in the exit code of the program.
+//! Work is not given up for want of somebody to show it to, but for a run that might never end (`kernel exec`).
+//! Whoever closed the output (`| head`) has seen enough, and is no error; any other fault of it is told once, and in the exit code of the program.
 
 use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +34,14 @@ pub fn is_lost() -> bool {
     LOST.load(Ordering::Relaxed)
 }
 
+/// Whether whoever read standard output has closed it.
+static CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Whether nobody reads standard output any more.
+pub fn is_closed() -> bool {
+    CLOSED.load(Ordering::Relaxed)
+}
+
 /// Takes the outcome of writing output.
 pub fn written(outcome: std::io::Result<()>) {
     if let Err(err) = outcome
@@ -48,7 +56,11 @@ pub fn written(outcome: std::io::Result<()>) {
 pub fn text(text: std::fmt::Arguments<'_>) {
     let mut output = std::io::stdout().lock();
     // What is left in the buffer would be lost without a word at the end.
-    written(output.write_fmt(text).and_then(|()| output.flush()));
+    let outcome = output.write_fmt(text).and_then(|()| output.flush());
+    if matches!(&outcome, Err(err) if err.kind() == ErrorKind::BrokenPipe) {
+        CLOSED.store(true, Ordering::Relaxed);
+    }
+    written(outcome);
 }
 
 /// Writes to standard error, where it can be: the macros of the library panic where it cannot.

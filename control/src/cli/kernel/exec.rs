@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{ExitStatus, find};
+use super::{CALL_DEADLINE, ExitStatus, find};
 use crate::cli::connection::Agent;
 use crate::cli::exit::Problem;
 use crate::cli::output::{self, Form, say_part};
@@ -91,9 +91,17 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         mode = "continue";
         match reply.status.as_str() {
             "finished" => break reply.exit_code,
-            "waiting-input" => {
+            "waiting-input" if !output::is_closed() => {
                 mode = "input";
                 code = read_input(reply.options.as_ref()).await?;
+            }
+            // It might never end, as `yes` does not.
+            _ if output::is_closed() => {
+                let kernel_id = vec![text(&kernel.kernel_id)];
+                let () = agent
+                    .call("interrupt_kernel", kernel_id, CALL_DEADLINE)
+                    .await?;
+                return Ok(ExitStatus(0));
             }
             _ => {}
         }
@@ -119,7 +127,7 @@ fn shell_status(code: Option<i64>) -> u8 {
     }
 }
 
-/// The run goes on where nobody sees it any more: it is fetched to its end, whose code is told.
+/// Shows what has come, on the stream it was written to.
 fn show(console: &[(String, serde_json::Value)]) {
     for (kind, data) in console {
         let text = data
