@@ -279,7 +279,9 @@ async fn defect_multi_port_services_cannot_start() -> Result<()> {
         "started"
     );
     for port in ports {
-        let page = kernels::fetch(port, "/")?;
+        // It may listen a moment after the answer.
+        let fetched = || kernels::fetch(port, "/").ok();
+        let page = wait::until_blocking("a page of the service", Duration::from_secs(30), fetched)?;
         assert!(page.starts_with("HTTP/1"), "{page}");
     }
     kernels::destroy(&node, &order).await?;
