@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, docker};
 use harness::netns::{VethPair, ip};
@@ -53,7 +54,25 @@ const TUNNEL: &str = "tmpl src 198.51.100.1 dst 192.0.2.1 proto esp mode tunnel"
 /// Chains that are asked before those of incoming packets.
 const EARLY: &str = "firewall at prerouting";
 
-const FIREWALLS: [Firewall; 16] = [
+/// Ports that Docker publishes, and senders that fail2ban shuts out of some.
+const PUBLISHED: &str = "*nat\n:PREROUTING ACCEPT\n:DOCKER -\n\
+    -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n-A DOCKER -i docker0 -j RETURN\n\
+    -A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80\nCOMMIT\n\
+    *filter\n:INPUT ACCEPT\n:FORWARD DROP\n:f2b-sshd -\n\
+    -A INPUT -p tcp -m multiport --dports 22,80:90 -j f2b-sshd\n\
+    -A f2b-sshd -s 192.0.2.7/32 -j REJECT --reject-with icmp-port-unreachable\n\
+    -A f2b-sshd -j RETURN\nCOMMIT\n";
+
+/// The same, of the older kind.
+const PUBLISHED_LEGACY: &str = "legacy\n*nat\n:PREROUTING ACCEPT\n:DOCKER -\n\
+    -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n-A DOCKER -i docker0 -j RETURN\n\
+    -A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80\nCOMMIT\n\
+    *filter\n:INPUT ACCEPT\n:FORWARD DROP\n:f2b-sshd -\n\
+    -A INPUT -p tcp -m multiport --dports 22,80:90 -j f2b-sshd\n\
+    -A f2b-sshd -s 192.0.2.7/32 -j REJECT --reject-with icmp-port-unreachable\n\
+    -A f2b-sshd -j RETURN\nCOMMIT\n";
+
+const FIREWALLS: [Firewall; 35] = [
     Firewall {
         iptables: "",
         nft: "",
@@ -62,13 +81,13 @@ const FIREWALLS: [Firewall; 16] = [
     Firewall {
         iptables: "*filter\n:INPUT DROP\n-A INPUT -i lo -j ACCEPT\nCOMMIT\n",
         nft: "",
-        decides: Some("INPUT chain of iptables"),
+        decides: Some("INPUT of nftables' ip filter"),
     },
     Firewall {
         iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -p tcp --dport 22 -j ACCEPT\n\
                    -A INPUT -j REJECT\nCOMMIT\n",
         nft: "",
-        decides: Some("INPUT chain of iptables"),
+        decides: Some("INPUT of nftables' ip filter"),
     },
     Firewall {
         iptables: "*filter\n:INPUT DROP\n-A INPUT -p tcp --dport 30000:31000 -j ACCEPT\nCOMMIT\n",
@@ -117,12 +136,134 @@ const FIREWALLS: [Firewall; 16] = [
     Firewall {
         iptables: "legacy\n*mangle\n:PREROUTING ACCEPT\n-A PREROUTING -s 10.0.0.0/8 -j DROP\nCOMMIT\n",
         nft: "",
-        decides: Some("PREROUTING chain of iptables-legacy -t mangle"),
+        decides: Some("PREROUTING of iptables-legacy -t mangle"),
     },
     Firewall {
         iptables: "legacy\n*filter\n:INPUT DROP\n-A INPUT -p tcp --dport 22 -j ACCEPT\nCOMMIT\n",
         nft: "",
-        decides: Some("INPUT chain of iptables-legacy"),
+        decides: Some("INPUT of iptables-legacy -t filter"),
+    },
+    // Made by nft under the names of iptables, whose programs show these rules without their sets and maps.
+    Firewall {
+        iptables: "",
+        nft: "table ip filter { chain INPUT { type filter hook input priority 0; policy drop; \
+              ip saddr { 10.0.0.1, 10.0.0.2 } tcp dport 30000-31000 accept; }\n}",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip filter { chain INPUT { type filter hook input priority 0; policy drop; \
+              iifname { lo, docker0 } accept; }\n}",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip filter { chain INPUT { type filter hook input priority 0; policy drop; \
+              tcp dport { 22, 80, 443 } accept; }\n}",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip filter { chain INPUT { type filter hook input priority 0; policy accept; \
+              tcp dport vmap { 30005 : drop }; }\n}",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip filter { chain INPUT { type filter hook prerouting priority 0; policy drop; }\n}",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    // Matches of iptables that the kernel lists as they are.
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -p tcp -m multiport --dports 22,30000:30010 -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -p tcp -m multiport --sports 1:65535 -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -m conntrack --ctstate NEW -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -m conntrack ! --ctstate INVALID -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n-A INPUT -m addrtype ! --dst-type LOCAL -j RETURN\n\
+                   -A INPUT -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "*mangle\n:PREROUTING ACCEPT\n-A PREROUTING -m rpfilter -j DROP\nCOMMIT\n",
+        nft: "",
+        decides: Some("PREROUTING of nftables' ip mangle"),
+    },
+    // Clients of service ports are led elsewhere.
+    Firewall {
+        iptables: "",
+        nft: "table ip lead { chain pre { type nat hook prerouting priority dstnat; policy accept; \
+              tcp dport 30005 redirect to :22; }\n}",
+        decides: Some("pre of nftables' ip lead"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip lead { chain pre { type nat hook prerouting priority dstnat; policy accept; \
+              tcp dport 30005 drop; }\n}",
+        decides: Some("pre of nftables' ip lead"),
+    },
+    Firewall {
+        iptables: "*nat\n:PREROUTING ACCEPT\n:DOCKER -\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+                   -A DOCKER ! -i docker0 -p tcp -m tcp --dport 30005 -j DNAT --to-destination 172.17.0.2:80\nCOMMIT\n",
+        nft: "",
+        decides: Some("PREROUTING of nftables' ip nat"),
+    },
+    Firewall {
+        iptables: "legacy\n*nat\n:PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 30005 -j REDIRECT --to-ports 22\nCOMMIT\n",
+        nft: "",
+        decides: Some("PREROUTING of iptables-legacy -t nat"),
+    },
+    // As Docker does, with nftables of its own.
+    Firewall {
+        iptables: "",
+        nft: "table ip docker-bridges { chain nat-pre { type nat hook prerouting priority dstnat; policy accept; \
+              fib daddr type local counter jump nat-prerouting-and-output; }\n\
+              chain nat-prerouting-and-output { iifname != \"docker0\" tcp dport 8080 counter dnat to 172.17.0.2:80; }\n\
+              chain raw-PREROUTING { type filter hook prerouting priority raw; policy accept; \
+              ip daddr 172.17.0.2 iifname != \"docker0\" counter drop; }\n\
+              chain forward { type filter hook forward priority 0; policy drop; }\n}",
+        decides: None,
+    },
+    // As Docker and fail2ban do, with iptables of both kinds.
+    Firewall {
+        iptables: PUBLISHED,
+        nft: "",
+        decides: None,
+    },
+    Firewall {
+        iptables: PUBLISHED_LEGACY,
+        nft: "",
+        decides: None,
+    },
+    // As ufw does where it lets in by default.
+    Firewall {
+        iptables: "*filter\n:INPUT ACCEPT\n:before -\n:not-local -\n:user -\n-A INPUT -j before\n-A INPUT -j user\n\
+                   -A before -i lo -j ACCEPT\n-A before -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
+                   -A before -m conntrack --ctstate INVALID -j DROP\n\
+                   -A before -p udp --sport 67 --dport 68 -j ACCEPT\n-A before -j not-local\n\
+                   -A not-local -m addrtype --dst-type LOCAL -j RETURN\n\
+                   -A not-local -m addrtype --dst-type MULTICAST -j RETURN\n\
+                   -A not-local -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix \"[UFW BLOCK] \"\n\
+                   -A not-local -j DROP\n\
+                   -A user -p tcp -m multiport --dports 25,137:139 -m comment --comment \"no mail\" -j REJECT\nCOMMIT\n",
+        nft: "",
+        decides: None,
     },
     // What engines and firewalls do at prerouting for reasons of their own: containers' addresses,
     // senders that no answer would reach, connections that are not followed.
@@ -191,7 +332,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
             Some(text) => ("iptables-legacy-restore", text),
             None => ("iptables-restore", firewall.iptables),
         };
-        for table in ["filter", "mangle"] {
+        for table in ["filter", "mangle", "nat"] {
             let mut open = command(&network.host, "iptables-legacy");
             open.args(["-t", table, "-F"]);
             feed(open, "")?;
@@ -213,31 +354,36 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
             "{number}: {said}"
         );
         let early = ["pre of", "netdev", "PREROUTING"];
-        let is_early = early.iter().any(|it| chain.contains(it));
-        if is_early {
-            let found = finding(doctor(), EARLY)?;
-            let named = found["found"].as_str().context("a finding")?;
-            ensure!(named.contains(chain), "{number}: {named}");
-        }
-        if firewall.iptables.is_empty() {
-            let input = ["firewall of nftables", EARLY][usize::from(is_early)];
-            let found = finding(doctor(), input)?;
-            let named = found["found"].as_str().context("a finding")?;
-            ensure!(named.contains(chain), "{number}: {named}");
-            let remedy = found["remedy"].as_str().context("a finding")?;
-            let rule = remedy.split_once("run: nft ").context("a command")?.1;
-            // What it says helps.
-            let mut rules = command(&network.host, "nft");
-            rules.args(rule.split_whitespace());
-            feed(rules, "")?;
-            let found = finding(doctor(), "kernel path")?;
-            let said = found["found"].as_str().context("a finding")?;
-            ensure!(!said.contains("unused"), "{number}: {said}");
-        }
+        let is_early =
+            early.iter().any(|it| chain.contains(it)) || firewall.nft.contains("hook prerouting");
+        let found = finding(doctor(), ["firewall", EARLY][usize::from(is_early)])?;
+        let named = found["found"].as_str().context("a finding")?;
+        ensure!(named.contains(chain), "{number}: {named}");
+        let remedy = found["remedy"].as_str().context("a finding")?;
+        let rule = remedy.split_once("run: ").context("a command")?.1;
+        let (program, rule) = rule.split_once(' ').context("a command")?;
+        // What it says helps.
+        let mut rules = command(&network.host, program);
+        rules.args(rule.split_whitespace());
+        feed(rules, "")?;
+        let found = finding(doctor(), "kernel path")?;
+        let said = found["found"].as_str().context("a finding")?;
+        ensure!(!said.contains("unused"), "{number}: {said}");
     }
     let mut rules = command(&network.host, "nft");
     rules.args(["flush", "ruleset"]);
     feed(rules, "")?;
+    // Tables of the older kind are loaded, and nothing here shows them.
+    let mut blind = command(&network.host, "env");
+    blind.arg("PATH=/nowhere").arg(&program);
+    blind.arg("--config").arg(&file);
+    blind.args(["doctor", "--output", "json"]);
+    let found = finding(blind, "kernel path")?;
+    let said = found["found"].as_str().context("a finding")?;
+    ensure!(
+        said.contains("which iptables-legacy would show") && said.contains("unused"),
+        "{said}"
+    );
     // A tunnel that is no interface; one that is; what goes around the first.
     for (policy, decides) in [
         (format!("dir out {TUNNEL}"), true),
@@ -255,6 +401,26 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         let said = found["found"].as_str().context("a finding")?;
         ensure!(said.contains("IPsec") == decides, "{policy}: {said}");
     }
+    ip(&format!("-n {} xfrm policy flush", network.host))?;
+    // What no policy is about.
+    for (direction, action, decides) in [
+        ("in", "block", true),
+        ("in", "accept", false),
+        ("out", "block", true),
+        ("out", "accept", false),
+        ("fwd", "block", false),
+    ] {
+        let host = &network.host;
+        ip(&format!(
+            "-n {host} xfrm policy setdefault {direction} {action}"
+        ))?;
+        let found = finding(doctor(), "kernel path")?;
+        let said = found["found"].as_str().context("a finding")?;
+        ensure!(
+            said.contains("IPsec") == decides,
+            "{direction} {action}: {said}"
+        );
+    }
     Ok(())
 }
 
@@ -269,17 +435,34 @@ impl Drop for Table {
 }
 
 impl Table {
-    fn refusing(ports: (u16, u16)) -> Result<Self> {
+    fn refusing(whom: &str, ports: (u16, u16)) -> Result<Self> {
         let table = Self(format!("bai_test_{}", std::process::id()));
         let (name, (first, last)) = (&table.0, ports);
         let mut nft = Command::new("nft");
         nft.args(["-f", "-"]);
         let text = format!(
             "table ip {name} {{ chain input {{ type filter hook input priority 0; policy accept; \
-             tcp dport {first}-{last} reject with tcp reset; }}\n}}"
+             {whom} tcp dport {first}-{last} reject with tcp reset; }}\n}}"
         );
         feed(nft, &text)?;
         Ok(table)
+    }
+}
+
+/// An address of the loopback interface; gone with its handle.
+struct Address(&'static str);
+
+impl Drop for Address {
+    fn drop(&mut self) {
+        let _ = ip(&format!("address delete {} dev lo", self.0));
+    }
+}
+
+impl Address {
+    fn add(address: &'static str) -> Result<Self> {
+        let handle = Self(address);
+        ip(&format!("address add {address} dev lo"))?;
+        Ok(handle)
     }
 }
 
@@ -294,9 +477,15 @@ async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> 
         return Ok(());
     }
     docker(&["version"])?;
-    let node = Node::start(NodeOptions::default()).await?;
+    let engine = FaultDocker::start()?;
+    let node = Node::start(NodeOptions {
+        engine: Some(engine.host()),
+        ..NodeOptions::default()
+    })
+    .await?;
     let order = Order::of(Image::Runner)?;
     let result = kernels::create(&node, &order).await?;
+    let container = result["container_id"].as_str().context("an id")?;
     let port = kernels::host_ports(&result, "web")[0];
     let served_by = |port: u16, path: &'static str| {
         let node = &node;
@@ -312,8 +501,10 @@ async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> 
         )
     };
     served_by(port, "kernel").await?;
-    // Its administrator changes the firewall while all runs.
-    let table = Table::refusing(node.ports())?;
+    // Its administrator changes the firewall while all runs, and the engine is not well just then.
+    let sick = Fault::json(500, r#"{"message": "not now"}"#);
+    engine.spoil(&format!("/containers/{container}/json"), sick, 2);
+    let table = Table::refusing("", node.ports())?;
     let status = served_by(port, "relay").await?;
     let reason = status["reason"].as_str().context("a reason")?;
     ensure!(
@@ -346,6 +537,16 @@ async fn a_node_behind_nftables_leaves_its_ports_to_the_relay_and_says_why() -> 
         log.matches("the firewall has changed").count() == 2,
         "{log}"
     );
+    ensure!(
+        log.contains("cannot renew the ports of a kernel yet"),
+        "{log}"
+    );
+    // Rules about an address decide from when the host has it.
+    let _table = Table::refusing("ip daddr 192.0.2.77", node.ports())?;
+    let address = Address::add("192.0.2.77/32")?;
+    served_by(port, "relay").await?;
+    drop(address);
+    served_by(port, "kernel").await?;
     kernels::destroy(&node, &other).await?;
     kernels::destroy(&node, &order).await
 }

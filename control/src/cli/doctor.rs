@@ -161,20 +161,14 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
     .map_err(|error| Problem::Other(error.into()))?;
     findings.extend(host);
     findings.extend(devices::nvidia_links(&config_for_rules).await);
-    let range = config_for_rules.container.port_range;
     findings.extend(forwarding::leftovers(Path::new(shared::pins::HOME)));
-    let input = firewall::rules("iptables", &["-S", "INPUT"]).await;
-    if let Some(rules) = &input {
-        findings.push(forwarding::input_chain(rules, range.first, range.last));
-    }
     if config_for_rules.node.metadata_redirect {
+        let input = firewall::rules("iptables", &["-S", "INPUT"]).await;
         let server = &config_for_rules.agent.metadata_server;
         findings.push(forwarding::metadata(server, input.as_deref()));
     }
-    // One that does not answer is told above.
     let refusals = firewall::refusals(&config_for_rules).await;
-    let refusals = refusals.unwrap_or_default();
-    findings.extend(refusals.iter().filter_map(forwarding::refusal));
+    findings.extend(forwarding::firewall(&refusals));
     if let Some(rules) = firewall::rules("iptables", &["-S", "DOCKER-USER"]).await {
         findings.extend(forwarding::user_rules(
             &config_for_rules,

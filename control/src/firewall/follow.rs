@@ -1,10 +1,11 @@
 //! Looking at the firewall again whenever it changes.
 //!
-//! In: the kernel's word that tables of nftables or policies of IPsec have changed; for tables of the older
-//! kind, which change without a word, a look now and then. Out: the node's decision, and rows renewed where it is
-//! another one. Invariants: a row that was made by an earlier decision does not stay; a firewall that
-//! does not answer is asked again, and changes nothing meanwhile.
+//! In: the kernel's word that tables of nftables, policies of IPsec or addresses of this host have changed; for
+//! tables of the older kind, which change without a word, a look now and then. Out: the node's decision, and rows
+//! renewed where it is another one. Invariants: a row that was made by an earlier decision does not stay; a
+//! firewall that does not answer is asked again, and changes nothing meanwhile.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -15,11 +16,13 @@ use shared::log_limit::LogLimit;
 use tokio::sync::Notify;
 
 use super::netlink::Watch;
-use super::{decider, ipsec, legacy_tables, nftables};
+use super::{decider, ipsec, iptables, nftables, own_addresses};
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::kernel::rows;
 
+/// linux/rtnetlink.h: RTNLGRP_IPV4_IFADDR and RTNLGRP_IPV6_IFADDR, which rules may be about.
+const ADDRESSES: u32 = 1 << 4 | 1 << 8;
 /// Distance of looks without a word.
 const SLOWLY: Timespec = Timespec {
     tv_sec: 30,
@@ -38,15 +41,17 @@ const CREATION: Duration = Duration::from_millis(500);
 struct Seen {
     generation: Option<u32>,
     ipsec: Option<bool>,
+    addresses: Vec<IpAddr>,
 }
 
 impl Seen {
     /// Nothing when only a look itself can tell.
     fn now() -> Option<Self> {
-        let silent = [false, true].map(legacy_tables);
-        silent.iter().all(String::is_empty).then(|| Self {
+        let silent = [false, true].map(iptables::loaded);
+        silent.iter().all(Vec::is_empty).then(|| Self {
             generation: nftables::generation().ok(),
             ipsec: ipsec::decides_about_clients().ok(),
+            addresses: own_addresses(),
         })
     }
 }
@@ -58,22 +63,31 @@ fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
     std::thread::Builder::new()
         .name("firewall".into())
         .spawn(move || {
-            let groups = [(NETFILTER, nftables::CHANGES), (XFRM, ipsec::CHANGES)];
-            let mut watch = Watch::open(&groups).ok();
+            let groups = [
+                (Some(NETFILTER), nftables::CHANGES),
+                (Some(XFRM), ipsec::CHANGES),
+                (None, ADDRESSES),
+            ];
+            let mut watch = None;
             let mut seen = Seen::now();
             // It may have changed since the look at the agent's start.
             notify.notify_one();
             while !stopping.is_cancelled() {
+                // One that has failed is opened again; what changed meanwhile shows in what is seen.
+                if watch.is_none() {
+                    watch = Watch::open(&groups).ok();
+                }
                 let told = match &watch {
                     Some(open) => open.wait(&SLOWLY),
                     None => {
-                        std::thread::sleep(Duration::from_secs(30));
+                        std::thread::sleep(AGAIN);
                         Ok(false)
                     }
                 };
                 if let Err(errno) = told {
-                    tracing::debug!(%errno, "no word of changes of the firewall any more");
+                    tracing::debug!(%errno, "no word of changes of the firewall; asking for it again");
                     watch = None;
+                    std::thread::sleep(PAUSE);
                 }
                 let now = Seen::now();
                 if now.is_none() || now != seen || told == Ok(true) {
@@ -144,8 +158,5 @@ async fn renew(node: Arc<Node>, kernel: Arc<Kernel>) {
         }
         tokio::time::sleep(CREATION).await;
     }
-    if let Err(err) = rows::refresh(&node, &kernel).await {
-        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-            "cannot renew the ports of a kernel after a change of the firewall");
-    }
+    rows::renew(&node, &kernel).await;
 }

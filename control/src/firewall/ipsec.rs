@@ -1,17 +1,18 @@
 //! Policies of IPsec, as the kernel lists them (xfrm).
 //!
-//! In: the kernel's answers, or nothing where it has no IPsec. Out: whether a policy says how clients come
-//! in or are answered: the kernel path passes all of them by. Those of tunnels that are interfaces, or for
+//! In: the kernel's answers, or nothing where it has no IPsec. Out: whether a policy, or what holds without one,
+//! says how clients come in or are answered: the kernel path passes all of that by. Those of tunnels that are interfaces, or for
 //! packets with a mark, concern nobody else. Invariant: answers that are cut or make no sense are no policy.
 
 use rustix::io::Errno;
 use rustix::net::netlink::XFRM;
 use shared::netlink::NLM_F_DUMP;
 
-use super::netlink::{ask, attributes};
+use super::netlink::{ask, attributes, whole};
 
 // linux/xfrm.h
 const GET_POLICY: u16 = 0x15;
+const GET_DEFAULT: u16 = 0x28;
 /// The fourth group: changes of policies.
 pub const CHANGES: u32 = 1 << 3;
 /// `struct xfrm_userpolicy_info`, and where its direction and action are.
@@ -21,6 +22,9 @@ const ACTION: usize = 161;
 const IN: u8 = 0;
 const OUT: u8 = 1;
 const BLOCK: u8 = 1;
+/// `struct xfrm_userpolicy_default`, where those for what comes in and what leaves are: XFRM_USERPOLICY_BLOCK
+/// has the number of a policy's own action.
+const DEFAULTS: [usize; 2] = [0, 2];
 const XFRMA_TMPL: u16 = 5;
 const XFRMA_MARK: u16 = 21;
 const XFRMA_IF_ID: u16 = 31;
@@ -42,14 +46,28 @@ fn decides(body: &[u8]) -> bool {
     matches!(byte(DIRECTION), Some(IN | OUT)) && (encrypts || stops) && !is_special
 }
 
+/// Whether what no policy is about is stopped.
+fn stops_the_rest(body: &[u8]) -> bool {
+    DEFAULTS.iter().any(|at| body.get(*at) == Some(&BLOCK))
+}
+
 /// Whether there is such a policy.
 ///
 /// # Errors
-/// The kernel has no IPsec, or does not let us look.
+/// The kernel has no IPsec, or does not let us look, or policies change all the time.
 pub fn decides_about_clients() -> Result<bool, Errno> {
-    let mut found = false;
-    ask(XFRM, GET_POLICY, NLM_F_DUMP, |body| found |= decides(body))?;
-    Ok(found)
+    let found = whole(|| {
+        let mut found = false;
+        ask(XFRM, GET_POLICY, NLM_F_DUMP, |body| found |= decides(body))?;
+        Ok(found)
+    })?;
+    let mut stops = false;
+    match ask(XFRM, GET_DEFAULT, 0, |body| stops |= stops_the_rest(body)) {
+        // Before Linux 5.15 nothing says so.
+        Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(found || stops),
+        Err(_) if found => Ok(true),
+        Err(errno) => Err(errno),
+    }
 }
 
 #[cfg(test)]
@@ -98,10 +116,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_holds_without_a_policy_decides_where_it_stops_clients() {
+        const ACCEPT: u8 = 2;
+        assert!(stops_the_rest(&[BLOCK, 0, 0]) && stops_the_rest(&[ACCEPT, 0, BLOCK]));
+        for others in [&[0, 0, 0][..], &[ACCEPT, BLOCK, ACCEPT], &[]] {
+            assert!(!stops_the_rest(others), "{others:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_answer_ends_the_process(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = decides(&bytes);
+            let _ = (decides(&bytes), stops_the_rest(&bytes));
         }
     }
 }

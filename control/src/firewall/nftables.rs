@@ -1,10 +1,9 @@
 //! Chains of nftables that see what comes in for this host, as the kernel lists them (nfnetlink).
 //!
-//! In: the kernel's answers, or nothing where it has no such tables; its word when they change. Out:
-//! base chains of type filter on the way in (ingress, prerouting, input), and the first rule of each
-//! that may turn new clients away, in the chains it jumps to as well. Invariant: what is not
-//! understood counts as a refusal; answers that are cut or make no sense end the list, never the
-//! process.
+//! In: the kernel's answers, or nothing where it has no such tables; its word when they change. Out: chains,
+//! whoever made them (iptables' rules among them, with its own matches), and which of them are on the way in.
+//! Invariant: what is not understood is for some clients only, and may refuse them; answers that are cut or
+//! make no sense end the list, never the process.
 
 use std::net::IpAddr;
 
@@ -12,7 +11,8 @@ use rustix::io::Errno;
 use rustix::net::netlink::NETFILTER;
 use shared::netlink::NLM_F_DUMP;
 
-use super::netlink::{ask, attributes};
+use super::chains::{Chain, GOES_ON, Hook, INET, IPV4, IPV6, NETDEV, Rule, Verdict};
+use super::netlink::{ask, attributes, whole};
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 const NFTABLES: u16 = 10 << 8;
@@ -31,220 +31,10 @@ const META_NFPROTO: u32 = 15;
 const CT_STATE: u32 = 0;
 const CT_INVALID: u32 = 1;
 const TCP: u64 = 6;
-/// Targets of iptables (as nftables names them in its rules) after which the next rule is asked.
-const GOES_ON: [&str; 12] = [
-    "LOG", "NFLOG", "MARK", "CONNMARK", "TRACE", "CT", "NOTRACK", "TCPMSS", "SET", "DSCP", "TOS",
-    "CLASSIFY",
-];
-/// Rules that are read before a set of chains counts as not understood.
-const MOST_RULES: u32 = 20_000;
-/// Chains that jump to one another: the kernel takes no more either.
-const DEEPEST: u32 = 16;
-
-/// Families of tables, as the kernel numbers them.
-pub const INET: u8 = 1;
-/// Tables for IPv4.
-pub const IPV4: u8 = 2;
-/// Tables for IPv6.
-pub const IPV6: u8 = 10;
-/// Tables of single devices.
-const NETDEV: u8 = 5;
-
-/// Where a base chain meets packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hook {
-    /// As they come in by a device.
-    Ingress,
-    /// Before it is known where they go.
-    Prerouting,
-    /// On their way to a program of this host.
-    Input,
-}
-
-/// A chain.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chain {
-    /// Of its table.
-    pub family: u8,
-    /// Its table.
-    pub table: String,
-    /// Its name.
-    pub name: String,
-    /// Where it meets packets; those that are only jumped to meet none of themselves.
-    pub hook: Option<Hook>,
-    drops: bool,
-    rules: Vec<Rule>,
-}
-
-/// What a rule does to a client that its tests let through.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Verdict {
-    /// The next rule is asked.
-    GoesOn,
-    Accepts,
-    /// Or leads to where it may be refused.
-    MayRefuse,
-    /// Back to the rule after the jump, or to the policy.
-    Returns,
-    /// Another chain of the table is asked, and then the next rule.
-    Jumps(String),
-    /// Another chain of the table is asked, in the place of this one.
-    Continues(String),
-}
-
-/// A rule, as far as it says something about new clients of TCP ports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Rule {
-    /// The kernel's number for it.
-    handle: u64,
-    /// Ports it is about.
-    ports: (u16, u16),
-    /// New TCP connections never meet it.
-    elsewhere: bool,
-    /// The one destination that it is about.
-    destination: Option<IpAddr>,
-    /// It is about IPv6 (or IPv4) alone.
-    of_ipv6: Option<bool>,
-    /// It has no other tests than those above.
-    for_all: bool,
-    verdict: Verdict,
-}
-
-/// Clients that are asked about.
-#[derive(Debug, Clone)]
-pub struct Clients {
-    /// The first and the last port that they may want.
-    pub ports: (u16, u16),
-    /// Some may speak IPv6.
-    pub with_ipv6: bool,
-    /// Where they come to: the addresses of this host.
-    pub addresses: Vec<IpAddr>,
-}
-
-/// Where clients may be turned away.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    /// By a rule: its chain and the kernel's number for it.
-    Rule(String, u64),
-    /// By the policy of the base chain.
-    Policy,
-}
-
-/// What becomes of all clients in a chain.
-enum Outcome {
-    GoesOn,
-    Admits,
-    Refuses(Refusal),
-}
-
-/// The first chain of `chains` with these names.
-fn named<'a>(chains: &'a [Chain], of: &Chain, name: &str) -> Option<&'a Chain> {
-    let same = |it: &&Chain| (it.family, &it.table) == (of.family, &of.table) && it.name == name;
-    chains.iter().find(same)
-}
-
-impl Rule {
-    /// Whether clients meet it, and whether all of them do.
-    fn meets(&self, clients: &Clients) -> Option<bool> {
-        let ((low, high), (first, last)) = (self.ports, clients.ports);
-        let elsewhere = self.elsewhere
-            || high < first
-            || last < low
-            || self
-                .destination
-                .is_some_and(|it| !clients.addresses.contains(&it))
-            || (self.of_ipv6 == Some(true) && !clients.with_ipv6);
-        let whole = self.for_all
-            && self.destination.is_none()
-            && low <= first
-            && last <= high
-            && (self.of_ipv6.is_none() || (self.of_ipv6 == Some(false) && !clients.with_ipv6));
-        (!elsewhere).then_some(whole)
-    }
-}
-
-/// Follows clients through a chain and those that it jumps to; `left` bounds the work.
-fn follow(
-    chains: &[Chain],
-    chain: &Chain,
-    clients: &Clients,
-    depth: u32,
-    left: &mut u32,
-) -> Outcome {
-    // Some have gone back already: what is said of the rest does not hold for all.
-    let mut parted = false;
-    for rule in &chain.rules {
-        let refuses = || Outcome::Refuses(Refusal::Rule(chain.name.clone(), rule.handle));
-        *left = left.saturating_sub(1);
-        if *left == 0 || depth > DEEPEST {
-            return refuses();
-        }
-        let Some(whole) = rule.meets(clients) else {
-            continue;
-        };
-        match &rule.verdict {
-            Verdict::GoesOn => {}
-            Verdict::MayRefuse => return refuses(),
-            Verdict::Accepts if whole && !parted => return Outcome::Admits,
-            Verdict::Accepts => {}
-            Verdict::Returns if whole => return Outcome::GoesOn,
-            Verdict::Returns => parted = true,
-            Verdict::Jumps(name) | Verdict::Continues(name) => {
-                let Some(next) = named(chains, chain, name) else {
-                    return refuses();
-                };
-                match follow(chains, next, clients, depth + 1, left) {
-                    Outcome::Refuses(refusal) => return Outcome::Refuses(refusal),
-                    Outcome::Admits if whole && !parted => return Outcome::Admits,
-                    Outcome::Admits => {}
-                    Outcome::GoesOn if matches!(rule.verdict, Verdict::Continues(_)) => {
-                        if whole {
-                            return Outcome::GoesOn;
-                        }
-                        parted = true;
-                    }
-                    Outcome::GoesOn => {}
-                }
-            }
-        }
-    }
-    Outcome::GoesOn
-}
-
-impl Chain {
-    /// Where it may turn away new clients, if it does. `chains` are all there are.
-    pub fn refusal(&self, chains: &[Chain], clients: &Clients) -> Option<Refusal> {
-        let mut left = MOST_RULES;
-        match follow(chains, self, clients, 0, &mut left) {
-            Outcome::Refuses(refusal) => Some(refusal),
-            Outcome::GoesOn if self.drops => Some(Refusal::Policy),
-            Outcome::GoesOn | Outcome::Admits => None,
-        }
-    }
-
-    /// The command that lets them in.
-    pub fn admitting(&self, first: u16, last: u16) -> String {
-        let (family, table, name) = (self.family_name(), &self.table, &self.name);
-        format!("nft insert rule {family} {table} {name} tcp dport {first}-{last} accept")
-    }
-
-    fn family_name(&self) -> &'static str {
-        match self.family {
-            INET => "inet",
-            IPV4 => "ip",
-            NETDEV => "netdev",
-            _ => "ip6",
-        }
-    }
-}
-
-impl std::fmt::Display for Chain {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (family, table) = (self.family_name(), &self.table);
-        write!(f, "{} of nftables' {family} {table}", self.name)
-    }
-}
-
+/// linux/netfilter/xt_addrtype.h: addresses of this host.
+const RTN_LOCAL: u16 = 1 << 2;
+/// linux/netfilter/xt_rpfilter.h
+const RPFILTER_INVERT: u8 = 1 << 3;
 fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|it| it.0 == kind).map(|it| it.1)
 }
@@ -281,13 +71,14 @@ fn chain_of(body: &[u8]) -> Option<Chain> {
         (INET | IPV4 | IPV6, Some(1)) => Some(Hook::Input),
         _ => None,
     };
-    // Those that translate addresses refuse nothing.
-    let filters = text(rest, 7).as_deref() == Some("filter");
+    // Those of type route see only what leaves.
+    let decides = matches!(text(rest, 7).as_deref(), Some("filter" | "nat"));
     Some(Chain {
         family,
         table: text(rest, 1)?,
         name: text(rest, 3)?,
-        hook: hook.filter(|_| filters),
+        hook: hook.filter(|_| decides),
+        shown_by: None,
         // The policy of a chain without a hook is nothing.
         drops: number(rest, 5).is_some_and(|policy| policy != 1),
         rules: Vec::new(),
@@ -381,19 +172,62 @@ fn compared_address(expression: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Adds what a match of iptables asks for, as the kernel keeps it; none when it asks for more than that.
+fn match_of(rule: &mut Rule, name: &str, revision: u32, content: &[u8]) -> Option<()> {
+    let byte = |at: usize| content.get(at).copied();
+    let short = |at: usize| {
+        let bytes = content.get(at..at + 2)?.try_into().ok()?;
+        Some(u16::from_ne_bytes(bytes))
+    };
+    match (name, revision) {
+        ("comment", _) => {}
+        // `struct xt_tcp`: ports of the source and of the destination, an option, flags, what is negated.
+        ("tcp", 0) => {
+            let negated = byte(11)?;
+            if negated & 2 == 0 {
+                rule.narrow(&[(short(4)?, short(6)?)]);
+            }
+            let of_source = (short(0)?, short(2)?) != (0, u16::MAX);
+            (!of_source && byte(8)? == 0 && byte(9)? == 0 && negated == 0).then_some(())?;
+        }
+        // `struct xt_multiport_v1`: which ports, how many, ports, which begin a range, what is negated.
+        ("multiport", 1) => {
+            let (count, negated) = (usize::from(byte(1)?), byte(47)?);
+            (byte(0)? == 1 && negated == 0).then_some(())?;
+            let (mut ranges, mut at) = (Vec::new(), 0);
+            while at < count.min(15) {
+                let low = short(2 + 2 * at)?;
+                let is_range = byte(32 + at)? != 0;
+                at += usize::from(is_range);
+                ranges.push((low, short(2 + 2 * at)?));
+                at += 1;
+            }
+            rule.narrow(&ranges);
+        }
+        // `struct xt_conntrack_mtinfo2` and 3: nothing but the state is asked for, and only whether it is invalid.
+        ("conntrack", 2 | 3) => {
+            let asked = [short(146)?, short(148)?, short(150)?];
+            rule.elsewhere |= asked == [1, 0, 1];
+            return None;
+        }
+        // `struct xt_addrtype_info_v1`: kinds of the source and of the destination, what is negated.
+        ("addrtype", 1) => {
+            let flags = u32::from_ne_bytes(content.get(4..8)?.try_into().ok()?);
+            let is_own = short(2)? & RTN_LOCAL != 0;
+            (short(0)? == 0 && flags == 0 && is_own).then_some(())?;
+        }
+        // There is no way back: nobody can make a connection from there.
+        ("rpfilter", 0) if byte(0)? & RPFILTER_INVERT != 0 => rule.elsewhere = true,
+        _ => return None,
+    }
+    Some(())
+}
+
 fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
     let family = *body.first()?;
     let rest = body.get(FAMILY_HEADER..)?;
     let handle = attribute(rest, 3).and_then(|it| it.try_into().ok());
-    let mut rule = Rule {
-        handle: u64::from_be_bytes(handle.unwrap_or_default()),
-        ports: (0, u16::MAX),
-        elsewhere: false,
-        destination: None,
-        of_ipv6: None,
-        for_all: true,
-        verdict: Verdict::GoesOn,
-    };
+    let mut rule = Rule::new(u64::from_be_bytes(handle.unwrap_or_default()));
     let mut held = Loaded::Other;
     for (_, element) in attributes(attribute(rest, 4).unwrap_or_default()) {
         let name = text(element, 1)?;
@@ -420,9 +254,7 @@ fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
                     rule.elsewhere |= value(expression, 3).is_some_and(|it| it != TCP);
                 }
                 Loaded::Port => match tested_ports(&name, expression) {
-                    Some((low, high)) => {
-                        rule.ports = (rule.ports.0.max(low), rule.ports.1.min(high));
-                    }
+                    Some(range) => rule.narrow(&[range]),
                     None => rule.for_all = false,
                 },
                 Loaded::Invalid if number(expression, 2) == Some(1) => rule.elsewhere = true,
@@ -433,11 +265,17 @@ fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
                 rule.verdict = verdict_of(expression);
             }
             "target" if text(expression, 1).is_some_and(|it| GOES_ON.contains(&it.as_str())) => {}
-            "reject" | "queue" | "synproxy" | "tproxy" | "fwd" | "target" => {
+            "reject" | "queue" | "synproxy" | "tproxy" | "fwd" | "target" | "nat" | "redir" => {
                 rule.verdict = Verdict::MayRefuse;
             }
-            // iptables' own name for the way back, which is only asked for what has none.
-            "match" if text(expression, 1).as_deref() == Some("rpfilter") => rule.elsewhere = true,
+            "match" => {
+                let match_name = text(expression, 1).unwrap_or_default();
+                let revision = number(expression, 2).unwrap_or_default();
+                let content = attribute(expression, 3).unwrap_or_default();
+                if match_of(&mut rule, &match_name, revision, content).is_none() {
+                    rule.for_all = false;
+                }
+            }
             // A map of verdicts.
             "lookup" if number(expression, 3) == Some(VERDICT_REGISTER) => {
                 rule.verdict = Verdict::MayRefuse;
@@ -445,16 +283,25 @@ fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
             _ => rule.for_all = false,
         }
     }
-    // No port is in all of the rule's tests.
-    rule.elsewhere |= rule.ports.0 > rule.ports.1;
     Some((family, text(rest, 1)?, text(rest, 2)?, rule))
 }
 
 /// All chains with their rules.
 ///
 /// # Errors
-/// The kernel has no nftables, or does not let us look.
+/// The kernel has no nftables, or does not let us look, or they change all the time.
 pub fn chains() -> Result<Vec<Chain>, Errno> {
+    whole(|| {
+        let before = generation()?;
+        let chains = list()?;
+        // Chains and rules are two lists.
+        (generation()? == before)
+            .then_some(chains)
+            .ok_or(Errno::INTR)
+    })
+}
+
+fn list() -> Result<Vec<Chain>, Errno> {
     let mut chains = Vec::new();
     ask(NETFILTER, GET_CHAIN, NLM_F_DUMP, |body| {
         chains.extend(chain_of(body))
@@ -492,144 +339,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn chain(name: &str, drops: bool, rules: Vec<Rule>) -> Chain {
-        Chain {
-            family: INET,
-            table: "firewalld".to_owned(),
-            name: name.to_owned(),
-            hook: Some(Hook::Input),
-            drops,
-            rules,
-        }
-    }
-
-    fn rule(ports: (u16, u16), for_all: bool, verdict: Verdict) -> Rule {
-        Rule {
-            handle: 7,
-            ports,
-            elsewhere: false,
-            destination: None,
-            of_ipv6: None,
-            for_all,
-            verdict,
-        }
-    }
-
-    const ALL: (u16, u16) = (0, u16::MAX);
-    const POOL: (u16, u16) = (30_000, 31_000);
-
-    fn refusal(chains: &[Chain]) -> Option<Refusal> {
-        let clients = Clients {
-            ports: POOL,
-            with_ipv6: false,
-            addresses: vec![IpAddr::from([192, 0, 2, 1])],
-        };
-        chains[0].refusal(chains, &clients)
-    }
-
-    #[test]
-    fn the_first_rule_that_decides_for_all_ports_decides() {
-        let refuses = |drops, rules| refusal(&[chain("in", drops, rules)]).is_some();
-        assert!(!refuses(false, vec![]));
-        assert!(refuses(true, vec![]));
-        assert!(refuses(false, vec![rule(ALL, true, Verdict::MayRefuse)]));
-        assert!(!refuses(
-            false,
-            vec![rule((22, 22), true, Verdict::MayRefuse)]
-        ));
-        let admits = || rule(POOL, true, Verdict::Accepts);
-        assert!(!refuses(true, vec![admits()]));
-        assert!(!refuses(
-            true,
-            vec![admits(), rule(ALL, true, Verdict::MayRefuse)]
-        ));
-        assert!(refuses(true, vec![rule(POOL, false, Verdict::Accepts)]));
-        assert!(refuses(
-            true,
-            vec![rule((30_000, 30_500), true, Verdict::Accepts)]
-        ));
-        let only = |change: fn(&mut Rule)| {
-            let mut it = rule(ALL, true, Verdict::MayRefuse);
-            change(&mut it);
-            refuses(false, vec![it])
-        };
-        assert!(!only(|it| it.elsewhere = true));
-        assert!(!only(|it| it.of_ipv6 = Some(true)));
-        assert!(only(|it| it.of_ipv6 = Some(false)));
-        // Of a container, whose own address clients of the host's ports never name.
-        assert!(!only(
-            |it| it.destination = Some(IpAddr::from([172, 17, 0, 2]))
-        ));
-        assert!(only(
-            |it| it.destination = Some(IpAddr::from([192, 0, 2, 1]))
-        ));
-    }
-
-    #[test]
-    fn clients_are_followed_where_rules_send_them() {
-        let to = |name: &str| Verdict::Jumps(name.to_owned());
-        let base = |verdict| chain("in", true, vec![rule(ALL, true, verdict)]);
-        let found = |next: Vec<Rule>| refusal(&[base(to("next")), chain("next", false, next)]);
-        assert_eq!(found(vec![rule(POOL, true, Verdict::Accepts)]), None);
-        assert_eq!(found(vec![]), Some(Refusal::Policy));
-        assert_eq!(
-            found(vec![rule(ALL, false, Verdict::MayRefuse)]),
-            Some(Refusal::Rule("next".to_owned(), 7))
-        );
-        // Some of them go back to where they are refused, before the others are let in.
-        assert_eq!(
-            found(vec![
-                rule(ALL, false, Verdict::Returns),
-                rule(ALL, true, Verdict::Accepts)
-            ]),
-            Some(Refusal::Policy)
-        );
-        assert_eq!(
-            found(vec![
-                rule((22, 22), true, Verdict::Returns),
-                rule(ALL, true, Verdict::Accepts)
-            ]),
-            None
-        );
-        // What is sent on for good does not come back to the rule that would let it in.
-        let away = Verdict::Continues("next".to_owned());
-        let parts = |for_all| {
-            let rules = vec![
-                rule(ALL, for_all, away.clone()),
-                rule(ALL, true, Verdict::Accepts),
-            ];
-            refusal(&[chain("in", true, rules), chain("next", false, vec![])])
-        };
-        assert_eq!(
-            (parts(true), parts(false)),
-            (Some(Refusal::Policy), Some(Refusal::Policy))
-        );
-        // Nowhere, and round and round.
-        assert!(refusal(&[base(to("nowhere"))]).is_some());
-        assert!(found(vec![rule(ALL, true, to("next"))]).is_some());
-    }
-
-    #[test]
-    fn work_is_bounded() {
-        // Each chain asks the next one a hundred times.
-        let chains: Vec<Chain> = (0..10)
-            .map(|number| {
-                let next = Verdict::Jumps((number + 1).to_string());
-                chain(
-                    &number.to_string(),
-                    false,
-                    vec![rule(ALL, false, next); 100],
-                )
-            })
-            .chain([chain("10", false, vec![])])
-            .collect();
-        assert!(refusal(&chains).is_some());
-    }
-
     proptest! {
         #[test]
         fn no_answer_ends_the_process(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            for (_, body) in messages(&bytes) {
+            for (_, _, body) in messages(&bytes) {
                 let _ = (chain_of(body), rule_of(body));
             }
             let _ = (chain_of(&bytes), rule_of(&bytes));

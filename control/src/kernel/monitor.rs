@@ -172,12 +172,9 @@ fn follow_container(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         return;
     }
     let (node, kernel) = (node.clone(), kernel.clone());
-    node.clone().tasks.spawn(async move {
-        if let Err(err) = rows::refresh(&node, &kernel).await {
-            tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
-                "cannot renew the ports of a kernel");
-        }
-    });
+    node.clone()
+        .tasks
+        .spawn(async move { rows::renew(&node, &kernel).await });
 }
 
 /// One comparison. A container that can't be looked at hinders no other. Answers how many kernels without

@@ -28,6 +28,8 @@ use crate::docker::{ContainerInspectResponse, DockerError};
 use crate::link::{KernelRows, LinkError};
 use crate::network::{self, Endpoint, NetworkError};
 
+/// Pauses between attempts to renew a kernel's rows: doubled up to the second.
+const RENEWAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// A row holds at most so many interfaces.
 const LINKS: usize = 8;
 /// Bytes of a path that fit in a row.
@@ -414,6 +416,24 @@ pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsE
         node.link.withdraw(kernel.id).await;
     }
     Ok(())
+}
+
+/// Does the same until it succeeds, another call does so, or the kernel's container ends.
+pub async fn renew(node: &Arc<Node>, kernel: &Arc<Kernel>) {
+    let own = kernel.renewals.fetch_add(1, SeqCst) + 1;
+    let mut pause = RENEWAL_PAUSES.0;
+    while kernel.is_up() && kernel.renewals.load(SeqCst) == own {
+        let Err(err) = refresh(node, kernel).await else {
+            return;
+        };
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "cannot renew the ports of a kernel yet; trying again");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = node.stopping.cancelled() => return,
+        }
+        pause = (pause * 2).min(RENEWAL_PAUSES.1);
+    }
 }
 
 /// Labels of a container that tell its host ports: `<container port>:<host port>`, comma-joined.

@@ -9,7 +9,7 @@ use config::{Config, Forward, HostPort, RelayEngine};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 
 use super::{Finding, Level};
-use crate::firewall::{self, Refusal};
+use crate::firewall::{self, NoAnswer, Refusal};
 
 /// What the kernel path needs.
 pub(super) fn kernel_path(
@@ -133,25 +133,6 @@ fn admits(rules: &str, (first, last): (u16, u16), by: impl Fn(&str) -> bool) -> 
     })
 }
 
-/// Whether the INPUT chain lets clients reach the listeners.
-pub(super) fn input_chain(rules: &str, first: u16, last: u16) -> Finding {
-    const CHECK: &str = "firewall";
-    if !refuses_others(rules) {
-        return Finding::good(CHECK, "the INPUT chain lets clients in");
-    }
-    if admits(rules, (first, last), |_| false) {
-        return Finding::good(CHECK, format!("the INPUT chain admits {first}-{last}"));
-    }
-    Finding::bad(
-        CHECK,
-        Level::Warning,
-        format!("the INPUT chain refuses what no rule admits, and none names {first}-{last}"),
-        format!(
-            "clients that the kernel path leaves to the relay are shut out; run: iptables -I INPUT -p tcp --dport {first}:{last} -j ACCEPT"
-        ),
-    )
-}
-
 /// Whether kernels that `node.metadata-redirect` leads to the metadata service get there.
 pub(super) fn metadata(server: &HostPort, rules: Option<&str>) -> Finding {
     const CHECK: &str = "metadata";
@@ -189,14 +170,27 @@ fn is_bridge(link: &str) -> bool {
     link.starts_with("docker") || link.starts_with("br-") || link == "br+"
 }
 
-/// A chain, other than iptables' INPUT, that may refuse clients of the listeners.
-pub(super) fn refusal(refusal: &Refusal) -> Option<Finding> {
-    if !refusal.is_early && !refusal.is_nftables {
-        return None;
+/// What the firewall says about clients of the listeners.
+pub(super) fn firewall(refusals: &Result<Vec<Refusal>, NoAnswer>) -> Vec<Finding> {
+    const CHECK: &str = "firewall";
+    match refusals {
+        Ok(found) if found.is_empty() => {
+            vec![Finding::good(CHECK, "lets clients of service ports in")]
+        }
+        Ok(found) => found.iter().map(refusal).collect(),
+        Err(err) => vec![Finding::bad(
+            CHECK,
+            Level::Warning,
+            err.to_string(),
+            "run this again",
+        )],
     }
-    let Refusal { chain, opening, .. } = refusal;
-    let by = match &refusal.rule {
-        Some(rule) => format!(" (rule with handle {rule})"),
+}
+
+fn refusal(refusal: &Refusal) -> Finding {
+    let Refusal { by, remedy, .. } = refusal;
+    let rule = match &refusal.rule {
+        Some(rule) => format!(" ({rule})"),
         None => String::new(),
     };
     let (check, when) = match refusal.is_early {
@@ -204,14 +198,14 @@ pub(super) fn refusal(refusal: &Refusal) -> Option<Finding> {
             "firewall at prerouting",
             " before chains of incoming packets are asked",
         ),
-        false => ("firewall of nftables", ""),
+        false => ("firewall", ""),
     };
-    Some(Finding::bad(
+    Finding::bad(
         check,
         Level::Warning,
-        format!("the chain {chain}{by} may turn clients of service ports away{when}"),
-        format!("if it should not, let them in where its rules come from, or run: {opening}"),
-    ))
+        format!("{by}{rule} may turn clients of service ports away, or lead them elsewhere{when}"),
+        format!("if it should not, {remedy}"),
+    )
 }
 
 /// Rules that people put up for published ports do not see what bypasses them.
@@ -279,23 +273,6 @@ mod tests {
     use super::*;
     use shared::desired::{PortKey, Protocol};
     use shared::ids::{KernelId, RegionId};
-
-    #[test]
-    fn a_closed_input_chain_must_admit_the_range() {
-        let ask = |rules: &str| input_chain(rules, 30_000, 31_000).level;
-        assert_eq!(ask(""), Level::Good);
-        assert_eq!(ask("-P INPUT ACCEPT\n"), Level::Good);
-        let closed = "-P INPUT DROP\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n";
-        assert_eq!(ask(closed), Level::Warning);
-        let refusing = "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-host-prohibited\n";
-        assert_eq!(ask(refusing), Level::Warning);
-        for ports in ["30000:31000", "1024:65535", "22,29000:32000"] {
-            let rule = format!("{closed}-A INPUT -p tcp -m multiport --dports {ports} -j ACCEPT\n");
-            assert_eq!(ask(&rule), Level::Good, "{ports}");
-        }
-        let part = format!("{closed}-A INPUT -p tcp --dport 30000:30500 -j ACCEPT\n");
-        assert_eq!(ask(&part), Level::Warning);
-    }
 
     #[test]
     fn kernels_that_are_led_to_the_metadata_service_must_get_there() {

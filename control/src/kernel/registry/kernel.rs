@@ -4,6 +4,7 @@
 //! those who show kernels, and waiting until a state is reached. Invariant: the lifecycle is stepped under a
 //! lock held for a few instructions and never over an await.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ pub struct Kernel {
     changes: watch::Sender<u64>,
     /// Held from finding the container to using what was found, for rows and the link to the runner.
     pub(in crate::kernel) refreshing: tokio::sync::Mutex<()>,
+    /// How often something has asked for that until it succeeds: only the last goes on trying.
+    pub(in crate::kernel) renewals: AtomicU64,
     /// Its restart, from the first look whether it can be made again.
     pub(in crate::kernel) restart: UnderWay,
     /// Held by what the engine may pause the container for, and by what lets it go on.
@@ -126,6 +129,7 @@ impl Kernel {
             written: Arc::default(),
             changes: watch::Sender::new(0),
             refreshing: tokio::sync::Mutex::default(),
+            renewals: AtomicU64::new(0),
             restart: UnderWay::default(),
             committing: tokio::sync::Mutex::default(),
         }
