@@ -101,7 +101,8 @@ pub struct Clients {
     pub ports: (u16, u16),
     /// Some may speak IPv6.
     pub with_ipv6: bool,
-    /// Where they come to: the addresses of this host.
+    /// Where they come to: the addresses of this host. They come from other hosts, and to no loopback
+    /// address therefore.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -165,7 +166,7 @@ impl Rule {
                 .any(|(low, high)| *low <= last && first <= *high)
             || self
                 .destination
-                .is_some_and(|it| !clients.addresses.contains(&it))
+                .is_some_and(|it| it.is_loopback() || !clients.addresses.contains(&it))
             || (self.of_ipv6 == Some(true) && !clients.with_ipv6);
         let whole = self.for_all
             && self.destination.is_none()
@@ -309,7 +310,7 @@ mod tests {
         let clients = Clients {
             ports: POOL,
             with_ipv6: false,
-            addresses: vec![IpAddr::from([192, 0, 2, 1])],
+            addresses: [[127, 0, 0, 1], [192, 0, 2, 1]].map(IpAddr::from).into(),
         };
         chains[0].refusal(chains, &clients)
     }
@@ -346,6 +347,10 @@ mod tests {
         // Of a container, whose own address clients of the host's ports never name.
         assert!(!only(
             |it| it.destination = Some(IpAddr::from([172, 17, 0, 2]))
+        ));
+        // Of what is published on the loopback address, where no other host's clients come to.
+        assert!(!only(
+            |it| it.destination = Some(IpAddr::from([127, 0, 0, 1]))
         ));
         assert!(only(
             |it| it.destination = Some(IpAddr::from([192, 0, 2, 1]))

@@ -79,12 +79,13 @@ pub fn ranges(ports: &str) -> Option<Vec<(u16, u16)>> {
     ports.split(',').map(range).collect()
 }
 
-/// The one address that a rule is about.
+/// The one address that a rule is about; for all loopback addresses one of them.
 fn host(destination: &str) -> Option<IpAddr> {
     let (address, length) = destination.split_once('/').unwrap_or((destination, ""));
     let address: IpAddr = address.parse().ok()?;
     let whole = if address.is_ipv4() { "32" } else { "128" };
-    ["", whole].contains(&length).then_some(address)
+    let is_one = ["", whole].contains(&length);
+    (is_one || (address.is_loopback() && length == "8")).then_some(address)
 }
 
 /// What the rule does with `target`, which may be one of its table's chains.
@@ -208,7 +209,7 @@ mod tests {
         let clients = Clients {
             ports: (30_000, 31_000),
             with_ipv6: false,
-            addresses: vec![IpAddr::from([192, 0, 2, 1])],
+            addresses: [[127, 0, 0, 1], [192, 0, 2, 1]].map(IpAddr::from).into(),
         };
         let chains = parse(text, "iptables-legacy", "filter", false);
         let mut hooked = chains.iter().filter(|it| it.hook.is_some());
@@ -229,6 +230,9 @@ mod tests {
             "-P INPUT DROP\n-A INPUT -p tcp -m multiport --dports 22,30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -m comment --comment \"all of \\\"us\\\" -j\" -j ACCEPT\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP\n",
+            // Docker 28 and later, for what is published on the loopback address.
+            "-P PREROUTING ACCEPT\n-A PREROUTING -d 127.0.0.1/32 ! -i lo -p tcp -m tcp --dport 30500 -j DROP\n",
+            "-P INPUT ACCEPT\n-A INPUT -d 127.0.0.0/8 ! -i lo -j DROP\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -m rpfilter --validmark --invert -j DROP\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -p tcp -m tcp --dport 30000:31000 -j CT --notrack\n",
             // As Docker does for a published port.
@@ -265,6 +269,8 @@ mod tests {
             "-P INPUT ACCEPT\n-A INPUT -m addrtype --dst-type BROADCAST -j RETURN\n-A INPUT -j DROP\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -d 192.0.2.1/32 -j DROP\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING ! -d 172.17.0.2/32 -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING ! -d 127.0.0.1/32 -j DROP\n",
+            "-P PREROUTING ACCEPT\n-A PREROUTING -d 127.0.0.0/1 -j DROP\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -d 192.0.2.0/24 -j DROP\n",
             "-P PREROUTING ACCEPT\n-N DOCKER\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
              -A DOCKER ! -i docker0 -p tcp -m tcp --dport 30005 -j DNAT --to-destination 172.17.0.2:80\n",
