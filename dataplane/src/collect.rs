@@ -49,7 +49,7 @@ use self::record::CpuSplit;
 use self::stacks::{StackReader, Stacks};
 use self::tasks::Tasks;
 use self::turns::Turns;
-use self::walks::{Kind, Walks};
+use self::walks::Walks;
 use crate::board::{Board, Pass};
 use crate::forward::relay::inside::Insides;
 use crate::forward::relay::port::Totals;
@@ -60,6 +60,8 @@ use crate::sys::netlink::Links;
 /// File systems and directories are not asked for more often than this; samples tell how old the
 /// answers are.
 const DISK: Duration = Duration::from_secs(1);
+/// proc(5)
+const MOUNTS: &str = "/proc/self/mountinfo";
 
 /// What the thread is told at its start.
 #[derive(Debug)]
@@ -238,17 +240,13 @@ impl Sampler {
                 })
                 .ok(),
         };
-        let reads = match &facts.io {
-            Some(Hierarchy::V2(_)) => true,
-            Some(Hierarchy::V1(_)) => walks
-                .as_ref()
-                .is_none_or(|it| !it.knows_block_io(Kind::Other)),
-            None => false,
-        };
+        let stacks = facts.io.is_some();
+        let stacks =
+            stacks.then(|| StackReader::new(Path::new("/sys"), Path::new(MOUNTS), &budget));
         Self {
             facts,
             walks,
-            stacks: reads.then(|| StackReader::new(Path::new("/sys"), &budget)),
+            stacks,
             node: Node::new(&budget),
             budget,
             containers: Vec::new(),
@@ -376,6 +374,8 @@ impl Sampler {
             stacks.refresh(&mut self.buffer);
         }
         if let Some(walks) = &mut self.walks {
+            let stacks = self.stacks.as_ref().map(StackReader::stacks);
+            walks.note_loops(stacks.is_some_and(Stacks::have_loops));
             for watched in &mut self.containers {
                 watched.walk(walks);
             }

@@ -26,6 +26,8 @@
 #define FILLED_PIDS 32
 #define FILLED_PIDS_EVENTS 64
 #define FILLED_IO 128
+/* Loop devices are among those that the kernel has counted for. */
+#define FILLED_LOOPS 256
 
 struct block_counters {
 	__u64 read_bytes;
@@ -108,6 +110,9 @@ struct cgroup_walk {
 	__u64 links;
 	/* 1 when what is read of them is compared: all their queues are looked at. */
 	__u64 links_compared;
+	/* 1 when files that loop devices are made of lie on disks, which may count what is done on the loop devices
+	 * as well. */
+	__u64 loops_on_disks;
 };
 
 #endif

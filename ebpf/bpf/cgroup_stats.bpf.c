@@ -214,13 +214,21 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 	record->filled |= FILLED_PIDS;
 }
 
+/* Together; the greater where the others have counted what the loop devices have handed on. */
+static ALWAYS_INLINE __u64 with_loops(__u64 loops, __u64 others, __u64 handed_on)
+{
+	if (!handed_on)
+		return loops + others;
+	return loops > others ? loops : others;
+}
+
 /* A cgroup without an entry has done nothing since this was loaded. Entries are looked up when something was
  * done, and now and then, which tells the map that they are needed. */
 static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_record *record,
-				  __u64 needed)
+				  __u64 needed, __u64 loops_on_disks)
 {
 	__u64 *mark = &block_marks[target->serials[OF_IO] % BLOCK_MARKS];
-	struct block_counters *counters;
+	struct block_use *use;
 	struct block_counters none = {};
 
 	record->filled |= FILLED_IO;
@@ -228,13 +236,23 @@ static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_re
 		return;
 	/* Before the counters. */
 	target->io_mark = __sync_fetch_and_add(mark, 0) + 1;
-	counters = map_lookup(&block_io, &target->serials[OF_IO]);
-	record->io = counters ? *counters : none;
+	use = map_lookup(&block_io, &target->serials[OF_IO]);
+	record->io = none;
+	if (!use)
+		return;
+#define SUM(name) record->io.name = with_loops(use->loops.name, use->others.name, loops_on_disks)
+	SUM(read_bytes);
+	SUM(write_bytes);
+	SUM(reads);
+	SUM(writes);
+#undef SUM
 }
 
 /* One device after the other of those a cgroup has used. */
 struct devices {
 	__u64 next;
+	/* A loop device is among them. */
+	__u64 loops;
 	struct block_counters sums;
 };
 
@@ -255,6 +273,7 @@ static ALWAYS_INLINE long add_device(struct devices *devices, const int plain)
 	struct blkcg_gq *device;
 	struct request_queue *queue = 0;
 	struct gendisk *disk = 0;
+	__s32 major = 0;
 
 	if (!node)
 		return 1;
@@ -277,6 +296,9 @@ static ALWAYS_INLINE long add_device(struct devices *devices, const int plain)
 		if (!named)
 			return 0;
 	}
+	READ(major, disk->major);
+	if (major == LOOP_MAJOR)
+		devices->loops = 1;
 	devices->sums.read_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_READ);
 	devices->sums.write_bytes += DEVICE_COUNTER(bytes, BLKG_IOSTAT_WRITE);
 	devices->sums.reads += DEVICE_COUNTER(ios, BLKG_IOSTAT_READ);
@@ -311,7 +333,7 @@ static ALWAYS_INLINE void read_devices(struct blkcg *group, struct cgroup_record
 	if (devices.next)
 		return;
 	record->io = devices.sums;
-	record->filled |= FILLED_IO;
+	record->filled |= devices.loops ? FILLED_IO | FILLED_LOOPS : FILLED_IO;
 }
 
 #define KNOWS_DEVICES                                                                            \
@@ -320,6 +342,7 @@ static ALWAYS_INLINE void read_devices(struct blkcg *group, struct cgroup_record
 	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->blkcg_node, FIELD_EXISTS) &&      \
 	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->q, FIELD_EXISTS) &&               \
 	 __builtin_preserve_field_info(((struct request_queue *)0)->disk, FIELD_EXISTS) &&       \
+	 __builtin_preserve_field_info(((struct gendisk *)0)->major, FIELD_EXISTS) &&            \
 	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->iostat.cur.bytes, FIELD_EXISTS) && \
 	 __builtin_preserve_field_info(((struct blkcg_gq *)0)->iostat.cur.ios, FIELD_EXISTS) &&  \
 	 __builtin_preserve_enum_value(*(enum blkg_iostat_type *)BLKG_IOSTAT_READ, ENUM_EXISTS) && \
@@ -435,7 +458,8 @@ static ALWAYS_INLINE int read_target(__u32 place, const int plain)
 		read_memory(state, target, record, order, plain);
 	state = alive(target, record, OF_IO, plain);
 	if (state && !target->io_unified)
-		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0);
+		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0,
+			order->loops_on_disks);
 	else if (state && KNOWS_DEVICES)
 		read_devices(state, record, plain);
 	state = alive(target, record, OF_PIDS, plain);

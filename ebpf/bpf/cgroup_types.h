@@ -14,6 +14,9 @@
 #define MAP_MMAPABLE 1024
 #define MAP_NEW_ONLY 1
 
+/* include/uapi/linux/major.h: loop devices. */
+#define LOOP_MAJOR 7
+
 /* Deepest nesting of cgroups looked at. */
 #define MOST_LEVELS 16
 
@@ -154,7 +157,12 @@ struct backing_dev_info {
 };
 
 struct gendisk {
+	__s32 major;
 	struct backing_dev_info *bdi;
+};
+
+struct block_device {
+	struct gendisk *bd_disk;
 };
 
 struct request_queue {
@@ -182,9 +190,15 @@ struct bvec_iter {
 };
 
 struct bio {
+	struct block_device *bi_bdev;
 	__u32 bi_opf;
 	struct bvec_iter bi_iter;
 	struct blkcg_gq *bi_blkg;
+};
+
+/* The same, as kernels before 5.12 have it. */
+struct bio___before {
+	struct gendisk *bi_disk;
 };
 
 #pragma clang attribute pop

@@ -35,6 +35,8 @@ pub mod filled {
     pub const PIDS_EVENTS: u64 = 64;
     /// Block devices.
     pub const IO: u64 = 128;
+    /// Loop devices are among those that the kernel has counted for.
+    pub const LOOPS: u64 = 256;
 }
 
 macro_rules! record {
@@ -125,6 +127,8 @@ pub mod walk {
     pub const LINKS: usize = NODE_STAT_LENGTH + 4;
     /// 1 when what is read of links is to be compared.
     pub const LINKS_COMPARED: usize = LINKS + 1;
+    /// 1 when files that loop devices are made of lie on disks.
+    pub const LOOPS_ON_DISKS: usize = LINKS_COMPARED + 1;
     /// All of them.
-    pub const WORDS: usize = LINKS_COMPARED + 1;
+    pub const WORDS: usize = LOOPS_ON_DISKS + 1;
 }

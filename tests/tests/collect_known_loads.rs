@@ -336,19 +336,43 @@ fn block_devices_are_charged_what_was_moved() {
     removed.expect("removed");
 }
 
-/// A block device whose bytes are memory: nothing else is written when it is.
+/// A block device whose bytes are those of a file.
 struct Loop {
     device: String,
     file: PathBuf,
 }
 
 impl Loop {
+    /// In memory: nothing else is written when the device is.
     fn new(bytes: u64) -> Option<Self> {
-        let file = PathBuf::from(format!("/dev/shm/bai-known-loop-{}", std::process::id()));
+        let file = Path::new("/dev/shm").join(format!("bai-known-loop-{}", std::process::id()));
         let made = std::fs::File::create(&file).and_then(|it| it.set_len(bytes));
         made.expect("a file");
+        Self::of(file, "off")
+    }
+
+    /// In a directory on a disk, which does at once what the device is to do.
+    fn on_disk(directory: &Path, bytes: usize) -> Option<Self> {
+        let file = directory.join(format!("bai-known-loop-{}", std::process::id()));
+        let made = std::fs::File::create(&file).and_then(|mut it| {
+            std::io::Write::write_all(&mut it, &vec![1; bytes])?;
+            it.sync_all()
+        });
+        made.expect("a file");
+        let device = Self::of(file, "on")?;
+        let name = device.device.trim_start_matches("/dev/");
+        let past = std::fs::read_to_string(format!("/sys/block/{name}/loop/dio"));
+        if !past.as_ref().is_ok_and(|it| it.trim() == "1") {
+            harness::skip::here("the file of a loop device is cached", false);
+            return None;
+        }
+        Some(device)
+    }
+
+    fn of(file: PathBuf, past_the_cache: &str) -> Option<Self> {
         let found = Command::new("losetup")
-            .args(["--find", "--show", "--direct-io=off"])
+            .args(["--find", "--show"])
+            .arg(format!("--direct-io={past_the_cache}"))
             .arg(&file)
             .output();
         let device = found.as_ref().ok().filter(|it| it.status.success());
@@ -519,6 +543,64 @@ fn what_passes_volumes_counts_once() {
         near(sample.io.counters.read_bytes, 4 << 20, 64 << 10),
         "{:?}\n{told}",
         sample.io
+    );
+    let unified = it.group.directory_with("io.stat").is_some();
+    let source = if unified { Source::File } else { Source::Bpf };
+    assert_eq!(sample.io.source, source);
+}
+
+/// From Linux 5.14 on the kernel counts at the device and at the disk that holds its file.
+#[test]
+fn what_is_done_on_a_loop_device_counts_once() {
+    let Some(directory) = on_a_disk() else {
+        return;
+    };
+    let Some(device) = Loop::on_disk(&directory, 16 << 20) else {
+        return;
+    };
+    let Some(mut it) = watched("loop", 37) else {
+        return;
+    };
+    it.sample(|sample| sample.io.get().is_some());
+    let file = directory.join(format!("bai-beside-the-loop-{}", std::process::id()));
+    let (name, beside) = (&device.device, file.display());
+    let mut run = |script: String| {
+        it.group.run(&script).expect("dd");
+        let ended = it.group.finish();
+        if ended.is_err() {
+            let _ = std::fs::remove_file(&file);
+        }
+        ended.expect("dd");
+    };
+    run(format!(
+        "exec dd if=/dev/zero of={beside} bs=1M count=2 oflag=direct status=none"
+    ));
+    let id = it.row.container_id;
+    let wrote =
+        |bytes: u64| move |sample: &ContainerSample| sample.io.counters.write_bytes >= Some(bytes);
+    let before = it.control.sample(id, wrote(2 << 20));
+    let _ = std::fs::remove_file(&file);
+    let before = before.expect("what was written on the disk");
+    assert_eq!(before.io.source, Source::Bpf, "it has used no loop device");
+    let mut run = |script: String| {
+        it.group.run(&script).expect("dd");
+        it.group.finish().expect("dd");
+    };
+    run(format!(
+        "exec dd if=/dev/zero of={name} bs=1M count=8 oflag=direct status=none"
+    ));
+    run(format!(
+        "exec dd if={name} of=/dev/null bs=1M count=4 iflag=direct status=none"
+    ));
+    let sample = it
+        .sample(|sample| wrote(8 << 20)(sample) && sample.io.counters.read_bytes >= Some(4 << 20));
+    let told = charged(&it.group);
+    let counters = sample.io.counters;
+    // Before, the disk has counted what was done on it alone.
+    assert!(
+        (Some(8 << 20)..=Some(11 << 20)).contains(&counters.write_bytes)
+            && near(counters.read_bytes, 4 << 20, 1 << 20),
+        "{counters:?}\n{told}"
     );
     let unified = it.group.directory_with("io.stat").is_some();
     let source = if unified { Source::File } else { Source::Bpf };

@@ -509,8 +509,9 @@ impl Watched {
         if known(Controller::Pids) && filled(filled::PIDS) {
             sample.pids = Measured::now(Source::Bpf, pids_counters(&record));
         }
-        // The record has the sum over all devices.
-        let once = stacks.is_empty() || !self.hot.unified_io;
+        // What the kernel has counted is there as the sum over all devices.
+        let loops = || stacks.have_loops() && filled(filled::LOOPS);
+        let once = !self.hot.unified_io || !(stacks.have_others() || loops());
         if known(Controller::Io) && filled(filled::IO) && once {
             sample.io = Measured::now(
                 Source::Bpf,

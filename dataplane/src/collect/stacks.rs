@@ -1,17 +1,21 @@
-//! Block devices that lie on others: device mapper (LVM, LUKS), md and the like.
+//! Block devices that lie on others: device mapper (LVM, LUKS), md and the like, and loop devices of files on disks.
 //!
-//! In: /sys. Out: sums of what a cgroup has done at devices in which no I/O is twice. The kernel counts for a cgroup at
+//! In: /sys and the table of mounts. Out: sums of what a cgroup has done at devices in which no I/O is twice. The kernel counts for a cgroup at
 //! each device that its I/O comes to. Whether that below is charged to it as well depends on kind, direction and
 //! kernel: Linux 6.1 charges what LVM hands on; that of dm-crypt, and of LVM through the cache, not before a fix of
-//! 2026; what md writes for RAID 5 never, nor what a multipath of requests does. So the devices that lie on each other
+//! 2026; what md writes for RAID 5 never, nor what a multipath of requests does; of loop devices what their files' cache does not
+//! hold, from 5.14 on. So the devices that lie on each other
 //! are looked at as layers, and the layer with most counts. Invariants: no layer has a device above another of it, so
 //! it has no I/O twice, but for copies that a mirror makes; a sum goes back only when devices come or go.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::ops::Range;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::facts::unescape;
 use super::file::{Budget, CachedFile, number};
 
 /// More devices than this are not looked at.
@@ -19,7 +23,9 @@ const MOST_DEVICES: usize = 4096;
 /// Deepest pile of devices told apart.
 const MOST_LAYERS: usize = 16;
 /// Kinds of virtual devices that lie on no other, of which a host may have many.
-const LIE_ON_NONE: [&str; 4] = ["loop", "ram", "zram", "nbd"];
+const LIE_ON_NONE: [&str; 3] = ["ram", "zram", "nbd"];
+/// include/uapi/linux/major.h: loop devices.
+const LOOP_MAJOR: u32 = 7;
 
 /// Major and minor number.
 pub type Device = (u32, u32);
@@ -37,6 +43,10 @@ pub struct Stacks {
     layers_of: HashMap<Device, (usize, Option<usize>)>,
     /// Layers of each stack.
     stacks: Vec<Range<usize>>,
+    /// Loop devices lie on others.
+    loops: bool,
+    /// Other devices do.
+    others: bool,
 }
 
 fn add<const N: usize>(sums: &mut [u64; N], counts: [u64; N]) {
@@ -94,12 +104,19 @@ impl Stacks {
                 .iter()
                 .map(|name| first(*name)..first(*name) + MOST_LAYERS + 1)
                 .collect(),
+            loops: holders().any(|((major, _), _)| *major == LOOP_MAJOR),
+            others: holders().any(|((major, _), _)| *major != LOOP_MAJOR),
         }
     }
 
-    /// No device lies on another.
-    pub fn is_empty(&self) -> bool {
-        self.stacks.is_empty()
+    /// Loop devices lie on others: what is done on them may count there, too.
+    pub fn have_loops(&self) -> bool {
+        self.loops
+    }
+
+    /// Devices that are no loop devices lie on others.
+    pub fn have_others(&self) -> bool {
+        self.others
     }
 
     /// Adds up what was counted at devices. What is known of no device counts.
@@ -138,6 +155,10 @@ impl Stacks {
 pub struct StackReader {
     /// Where /sys is mounted.
     root: PathBuf,
+    /// The table of mounts.
+    mounts: PathBuf,
+    /// Where the files that loop devices are made of lie.
+    files: HashMap<PathBuf, Option<Device>>,
     /// How often the kernel has told of a device.
     events: CachedFile,
     seen: Option<u64>,
@@ -145,10 +166,12 @@ pub struct StackReader {
 }
 
 impl StackReader {
-    /// By the /sys at `root`. Nothing is known before the first [`StackReader::refresh`].
-    pub fn new(root: &Path, budget: &Arc<Budget>) -> Self {
+    /// By the /sys at `root` and this table of mounts. Nothing is known before the first [`StackReader::refresh`].
+    pub fn new(root: &Path, mounts: &Path, budget: &Arc<Budget>) -> Self {
         Self {
             root: root.to_owned(),
+            mounts: mounts.to_owned(),
+            files: HashMap::new(),
             events: CachedFile::new(root.join("kernel/uevent_seqnum"), budget),
             seen: None,
             stacks: Stacks::default(),
@@ -163,14 +186,41 @@ impl StackReader {
             return;
         }
         self.seen = events;
-        let stacks = Stacks::of(&holders(&self.root));
+        let (mut holders, loops) = holders(&self.root);
+        holders.extend(self.below_files(loops));
+        let stacks = Stacks::of(&holders);
         if stacks != self.stacks {
             tracing::debug!(
                 devices = stacks.layers_of.len(),
+                loops = stacks.loops,
+                others = stacks.others,
                 "block devices lie on others, so `io.stat` is read where cgroups are of version 2"
             );
             self.stacks = stacks;
         }
+    }
+
+    /// Loop devices whose files lie on disks, with these. The table of mounts tells, for a path of a file system that
+    /// hangs is not to be looked up; it is read when a file is new.
+    fn below_files(&mut self, loops: Vec<(Device, PathBuf)>) -> Vec<(Device, Vec<Device>)> {
+        let kept: HashSet<&PathBuf> = loops.iter().map(|(_, file)| file).collect();
+        self.files.retain(|file, _| kept.contains(file));
+        let is_new = |(_, file): &(Device, PathBuf)| !self.files.contains_key(file);
+        if loops.iter().any(is_new)
+            && let Ok(mounts) = std::fs::read(&self.mounts)
+        {
+            let mounts = mounts_of(&String::from_utf8_lossy(&mounts));
+            for (_, file) in &loops {
+                if !self.files.contains_key(file) {
+                    let below = disk_of(file, &mounts, &self.root);
+                    self.files.insert(file.clone(), below);
+                }
+            }
+        }
+        let below = |(device, file): (Device, PathBuf)| {
+            Some((device, vec![self.files.get(&file).copied()??]))
+        };
+        loops.into_iter().filter_map(below).collect()
     }
 
     /// As of the last look.
@@ -183,34 +233,81 @@ fn number_of(directory: &Path) -> Option<Device> {
     device(&std::fs::read_to_string(directory.join("dev")).ok()?)
 }
 
-/// Devices, and those that each of them lies on. What can't be read lies on nothing.
-fn holders(root: &Path) -> Vec<(Device, Vec<Device>)> {
-    let Ok(devices) = std::fs::read_dir(root.join("devices/virtual/block")) else {
-        return Vec::new();
-    };
-    let devices = devices.take(MOST_DEVICES).flatten().filter(|it| {
-        let name = it.file_name();
+/// The whole disk of a device's directory: cgroups count by these.
+fn whole(directory: &Path) -> Option<Device> {
+    match directory.join("partition").exists() {
+        true => number_of(&directory.join("..")),
+        false => number_of(directory),
+    }
+}
+
+type Holders = Vec<(Device, Vec<Device>)>;
+
+/// Devices, and those that each of them lies on; and loop devices with their files. What can't be read lies on
+/// nothing.
+fn holders(root: &Path) -> (Holders, Vec<(Device, PathBuf)>) {
+    let (mut holders, mut loops) = (Vec::new(), Vec::new());
+    let devices = std::fs::read_dir(root.join("devices/virtual/block"));
+    for entry in devices.into_iter().flatten().take(MOST_DEVICES).flatten() {
+        let (name, path) = (entry.file_name(), entry.path());
         let name = name.to_string_lossy();
-        !LIE_ON_NONE.iter().any(|kind| name.starts_with(kind))
-    });
-    devices
-        .filter_map(|entry| {
-            let slaves = std::fs::read_dir(entry.path().join("slaves")).ok()?;
-            let below = slaves.take(MOST_DEVICES).flatten().filter_map(|slave| {
-                let path = slave.path();
-                // Cgroups count by whole disks.
-                match path.join("partition").exists() {
-                    true => number_of(&path.join("..")),
-                    false => number_of(&path),
-                }
-            });
-            let below: Vec<Device> = below.collect();
-            Some((
-                number_of(&entry.path()).filter(|_| !below.is_empty())?,
-                below,
-            ))
+        if LIE_ON_NONE.iter().any(|kind| name.starts_with(kind)) {
+            continue;
+        }
+        if name.starts_with("loop") {
+            // There while the device has a file.
+            let file = std::fs::read(path.join("loop/backing_file"));
+            loops.extend(file.ok().and_then(|mut file| {
+                file.pop_if(|last| *last == b'\n');
+                Some((number_of(&path)?, OsString::from_vec(file).into()))
+            }));
+            continue;
+        }
+        let slaves = std::fs::read_dir(path.join("slaves"));
+        let slaves = slaves.into_iter().flatten().take(MOST_DEVICES).flatten();
+        let below: Vec<Device> = slaves.filter_map(|it| whole(&it.path())).collect();
+        if !below.is_empty() {
+            holders.extend(number_of(&path).map(|device| (device, below)));
+        }
+    }
+    (holders, loops)
+}
+
+/// A file system where it is mounted.
+#[derive(Debug)]
+struct Mount {
+    place: PathBuf,
+    device: Option<Device>,
+    source: PathBuf,
+}
+
+/// The lines of proc(5)'s `mountinfo`.
+fn mounts_of(text: &str) -> Vec<Mount> {
+    let mount = |line: &str| {
+        let (own, kind) = line.split_once(" - ")?;
+        let mut own = own.split(' ').skip(2);
+        let (device, _, place) = (own.next()?, own.next()?, own.next()?);
+        Some(Mount {
+            place: unescape(place),
+            device: self::device(device),
+            source: unescape(kind.split(' ').nth(1)?),
         })
-        .collect()
+    };
+    text.lines().filter_map(mount).collect()
+}
+
+/// The disk that a file lies on. A file system of several volumes (btrfs) has a number of its own: the device it was
+/// mounted by stands for it.
+fn disk_of(file: &Path, mounts: &[Mount], root: &Path) -> Option<Device> {
+    // Of those at one place the last is seen.
+    let around = mounts.iter().filter(|it| file.starts_with(&it.place));
+    let mount = around.max_by_key(|it| it.place.as_os_str().len())?;
+    let disk = |(major, minor): Device| whole(&root.join(format!("dev/block/{major}:{minor}")));
+    mount.device.and_then(disk).or_else(|| {
+        let source = Some(&mount.source).filter(|it| it.starts_with("/dev"))?;
+        let number = rustix::fs::stat(source).ok()?.st_rdev;
+        disk((rustix::fs::major(number), rustix::fs::minor(number)))
+    })
 }
 
 #[cfg(test)]
@@ -307,24 +404,71 @@ mod tests {
         };
         std::fs::create_dir_all(sys("kernel")).unwrap();
         std::fs::write(sys("kernel/uevent_seqnum"), "7\n").unwrap();
-        let mut reader = StackReader::new(root.path(), &Budget::new(10));
+        let mounts = sys("mountinfo");
+        let mut reader = StackReader::new(root.path(), &mounts, &Budget::new(10));
         let mut refreshed = |told: &str| {
             std::fs::write(sys("kernel/uevent_seqnum"), told).unwrap();
             reader.refresh(&mut Vec::new());
             reader.stacks().clone()
         };
-        assert!(refreshed("7\n").is_empty(), "no block device at all");
+        let none = Stacks::default();
+        assert_eq!(refreshed("7\n"), none, "no block device at all");
         make("devices/virtual/block/dm-0", "254:0\n");
         make("devices/virtual/block/loop0", "7:0\n");
         make("devices/pci/block/sda", "8:0\n");
         make("devices/pci/block/sda/sda2", "8:2\n");
         std::fs::write(sys("devices/pci/block/sda/sda2/partition"), "2\n").unwrap();
-        assert!(refreshed("8\n").is_empty(), "it lies on nothing yet");
+        assert_eq!(refreshed("8\n"), none, "it lies on nothing yet");
         let link = sys("devices/virtual/block/dm-0/slaves/sda2");
         symlink("../../../../pci/block/sda/sda2", &link).unwrap();
-        assert!(refreshed("8\n").is_empty(), "not told of");
-        assert_eq!(refreshed("9\n"), Stacks::of(&[(CRYPT, vec![SDA])]));
+        assert_eq!(refreshed("8\n"), none, "not told of");
+        let stacks = refreshed("9\n");
+        assert_eq!(stacks, Stacks::of(&[(CRYPT, vec![SDA])]));
+        assert!(stacks.have_others() && !stacks.have_loops());
         std::fs::remove_file(link).unwrap();
-        assert!(refreshed("10\n").is_empty());
+        assert_eq!(refreshed("10\n"), none);
+        // A loop device of a file on a partition, others of files in memory and of a server.
+        let mounted = "22 1 254:9 / / rw - ext4 /dev/root rw\n\
+                       30 22 0:25 / /dev/shm rw shared:1 - tmpfs tmpfs rw\n\
+                       31 22 8:2 / /var/a\\040b rw shared:2 master:1 - xfs /dev/sda2 rw\n\
+                       32 22 0:40 / /var/nas rw - nfs4 nas:/it rw\n\
+                       33 22 0:41 / /var/btrfs rw - btrfs /dev/null rw\n\
+                       broken\n";
+        std::fs::write(&mounts, mounted).unwrap();
+        std::fs::create_dir_all(sys("dev/block")).unwrap();
+        symlink("../../devices/pci/block/sda/sda2", sys("dev/block/8:2")).unwrap();
+        symlink("../../devices/pci/block/sda", sys("dev/block/1:3")).unwrap();
+        let file = |name: &str, file: &str| {
+            let path = sys("devices/virtual/block").join(name).join("loop");
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::write(path.join("backing_file"), format!("{file}\n")).unwrap();
+        };
+        for (number, path) in ["/dev/shm/x", "/var/nas/x", "/root/x", "/var/a bc"]
+            .iter()
+            .enumerate()
+        {
+            make(
+                &format!("devices/virtual/block/loop{number}"),
+                &format!("7:{number}\n"),
+            );
+            file(&format!("loop{number}"), path);
+        }
+        assert_eq!(refreshed("11\n"), none, "on no disk that is known");
+        file("loop0", "/var/a b/images/x (deleted)");
+        let stacks = refreshed("12\n");
+        assert_eq!(stacks, Stacks::of(&[((7, 0), vec![SDA])]));
+        assert!(stacks.have_loops() && !stacks.have_others());
+        // By the device that it was mounted by, which here is one that every host has.
+        file("loop2", "/var/btrfs/x");
+        let both = [((7, 0), vec![SDA]), ((7, 2), vec![SDA])];
+        assert_eq!(refreshed("13\n"), Stacks::of(&both));
+        let counted = [((7, 0), [4, 8]), ((7, 2), [1, 0]), (SDA, [3, 9])];
+        assert_eq!(sum(&stacks, &counted[..1]), [4, 8]);
+        assert_eq!(sum(&Stacks::of(&both), &counted), [5, 9]);
+        for name in ["loop0", "loop2"] {
+            let directory = sys("devices/virtual/block").join(name).join("loop");
+            std::fs::remove_dir_all(directory).unwrap();
+        }
+        assert_eq!(refreshed("14\n"), none);
     }
 }
