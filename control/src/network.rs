@@ -271,9 +271,18 @@ pub struct HostLink {
     pub bridge_ifindex: Option<u32>,
 }
 
-/// The links of a running container whose other end is in this host's network namespace, in the
-/// order of [`endpoints`]. Containers on the host's network, on none, or on networks without a
-/// veth (macvlan, ipvlan) have no such link and give an empty list.
+/// The links of a running container.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Links {
+    /// Those whose other end is in this host's network namespace, in the order of [`endpoints`].
+    pub here: Vec<HostLink>,
+    /// Names, inside the container, of those that lead past this host: macvlan, ipvlan, a device of its own. Not known
+    /// of a container that has no other links.
+    pub past_host: Vec<String>,
+}
+
+/// The links of a running container. Containers on the host's network, on none, or on networks without a
+/// veth (macvlan, ipvlan) alone have none with an end here.
 ///
 /// No namespace is entered: the kernel is asked over netlink for the links of the container's
 /// namespace by id (rtnetlink(7), `IFLA_TARGET_NETNSID`), which also tells each link's peer; the
@@ -283,9 +292,7 @@ pub struct HostLink {
 /// # Errors
 /// [`NetworkError::NotRunning`], [`NetworkError::Links`] without the privilege (`CAP_NET_ADMIN`),
 /// [`NetworkError::LinksTimeout`].
-pub async fn host_links(
-    container: &ContainerInspectResponse,
-) -> Result<Vec<HostLink>, NetworkError> {
+pub async fn links(container: &ContainerInspectResponse) -> Result<Links, NetworkError> {
     let pid = container
         .state
         .as_ref()
@@ -296,18 +303,18 @@ pub async fn host_links(
             container: container.id.clone().unwrap_or_default(),
         })?;
     if is_host_network(container) {
-        return Ok(Vec::new());
+        return Ok(Links::default());
     }
     let reading = async {
         let turn = ASKING.acquire().await.ok();
         let ask = move || {
             let _turn = turn;
-            netlink::peers(pid, LINK_DEADLINE)
+            netlink::links(pid, LINK_DEADLINE)
         };
         tokio::task::spawn_blocking(ask).await
     };
-    let peers = match tokio::time::timeout(LINK_DEADLINE, reading).await {
-        Ok(Ok(peers)) => peers.map_err(|source| NetworkError::Links { pid, source })?,
+    let found = match tokio::time::timeout(LINK_DEADLINE, reading).await {
+        Ok(Ok(found)) => found.map_err(|source| NetworkError::Links { pid, source })?,
         Ok(Err(panicked)) => {
             return Err(NetworkError::Links {
                 pid,
@@ -317,7 +324,8 @@ pub async fn host_links(
         Err(_) => return Err(NetworkError::LinksTimeout { pid }),
     };
     let endpoints = endpoints(container);
-    let mut links: Vec<(usize, HostLink)> = peers
+    let mut links: Vec<(usize, HostLink)> = found
+        .peers
         .into_iter()
         .map(|peer| {
             let place = endpoints
@@ -338,7 +346,10 @@ pub async fn host_links(
         })
         .collect();
     links.sort_by_key(|(place, link)| (*place, link.ifindex));
-    Ok(links.into_iter().map(|(_, link)| link).collect())
+    Ok(Links {
+        here: links.into_iter().map(|(_, link)| link).collect(),
+        past_host: found.past_host,
+    })
 }
 
 #[cfg(test)]

@@ -32,6 +32,10 @@ pub const IFLA_IFNAME: u16 = 3;
 pub const IFLA_LINK: u16 = 5;
 /// Index of its bridge.
 pub const IFLA_MASTER: u16 = 10;
+/// What kind of virtual link it is, and more of that kind.
+pub const IFLA_LINKINFO: u16 = 18;
+/// Within that, the kind's name.
+pub const IFLA_INFO_KIND: u16 = 1;
 /// What the answer is to leave out.
 pub const IFLA_EXT_MASK: u16 = 29;
 /// The namespace of its other end, when that is another one.
@@ -43,3 +47,37 @@ pub const IFLA_TARGET_NETNSID: u16 = 46;
 pub const NETNSA_NSID: u16 = 1;
 /// A process in it.
 pub const NETNSA_PID: u16 = 2;
+
+/// linux/if_arp.h: hardware that others are reached by.
+const REACHES_OTHERS: [u16; 2] = [1, 32]; // ARPHRD_ETHER, ARPHRD_INFINIBAND
+
+/// Whether a container is by this link of its namespace on a network that this host has no other end of: macvlan,
+/// ipvlan or a VLAN of a link elsewhere, or a device that was given to it. `kind` is empty for a device, `hardware` its
+/// type as `struct ifinfomsg` has it; `elsewhere` tells that the link below is in another namespace.
+#[must_use]
+pub fn is_past_host(kind: &[u8], hardware: u16, elsewhere: bool) -> bool {
+    let name = kind.strip_suffix(&[0]).unwrap_or(kind);
+    match name {
+        b"" => REACHES_OTHERS.contains(&hardware),
+        b"macvlan" | b"macvtap" | b"ipvlan" | b"ipvtap" | b"vlan" | b"ipoib" => elsewhere,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_past_the_host_are_known_by_their_kind() {
+        let past =
+            |kind: &str, hardware, elsewhere| is_past_host(kind.as_bytes(), hardware, elsewhere);
+        assert!(past("macvlan\0", 1, true) && past("ipvlan", 1, true) && past("vlan\0", 1, true));
+        assert!(!past("macvlan\0", 1, false), "upon one of its own");
+        assert!(
+            !past("veth\0", 1, true) && !past("bridge\0", 1, false) && !past("tun\0", 1, false)
+        );
+        assert!(past("", 1, false) && past("", 32, false), "a device");
+        assert!(!past("", 772, false), "the loopback");
+    }
+}

@@ -102,7 +102,7 @@ async fn links_are_found_on_the_default_and_on_own_bridges() {
     sleeper(&docker, &container, "bridge").await;
     harness::kernels::docker(&["network", "connect", &own, &container]).unwrap();
     let inspected = docker.inspect(&container).await.unwrap();
-    let links = network::host_links(&inspected).await.unwrap();
+    let links = network::links(&inspected).await.unwrap().here;
     assert_eq!(links.len(), 2, "{links:?}");
     let mut names: Vec<&str> = links.iter().map(|link| link.network.as_str()).collect();
     names.sort_unstable();
@@ -171,7 +171,7 @@ async fn links_are_found_on_the_default_and_on_own_bridges() {
         .unwrap();
     let stopped = docker.inspect(&container).await.unwrap();
     assert!(matches!(
-        network::host_links(&stopped).await.unwrap_err(),
+        network::links(&stopped).await.unwrap_err(),
         network::NetworkError::NotRunning { .. }
     ));
 }
@@ -187,7 +187,42 @@ async fn containers_without_a_link_of_their_own_have_none() {
         };
         sleeper(&docker, &container, mode).await;
         let inspected = docker.inspect(&container).await.unwrap();
-        assert_eq!(network::host_links(&inspected).await.unwrap(), Vec::new());
+        assert_eq!(
+            network::links(&inspected).await.unwrap(),
+            network::Links::default()
+        );
         assert_eq!(network::endpoints(&inspected), Vec::new());
     }
+}
+
+#[tokio::test]
+async fn a_macvlan_leads_past_the_host_and_has_no_end_here() {
+    let docker = engine().await;
+    let (outer, own, container) = (unique("macvlan"), unique("net"), unique("linked"));
+    let _leftovers = Leftovers {
+        container: container.clone(),
+        networks: vec![outer.clone(), own.clone()],
+    };
+    // Upon a bridge of its own.
+    network::create_local_network(&docker, &own).await.unwrap();
+    let id = docker.inspect_network(&own).await.unwrap().id.unwrap();
+    let parent = format!("parent=br-{}", &id[..12]);
+    let create = ["network", "create", "-d", "macvlan", "-o", &parent, &outer];
+    if let Err(err) = harness::kernels::docker(&create) {
+        harness::skip::here(format!("no macvlan: {err}"), false);
+        return;
+    }
+    sleeper(&docker, &container, "bridge").await;
+    let inspected = docker.inspect(&container).await.unwrap();
+    let before = network::links(&inspected).await.unwrap();
+    assert_eq!(
+        (before.here.len(), before.past_host.len()),
+        (1, 0),
+        "{before:?}"
+    );
+    harness::kernels::docker(&["network", "connect", &outer, &container]).unwrap();
+    let inspected = docker.inspect(&container).await.unwrap();
+    let links = network::links(&inspected).await.unwrap();
+    assert_eq!(links.here, before.here);
+    assert_eq!(links.past_host, ["eth1"]);
 }

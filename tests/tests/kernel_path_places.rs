@@ -14,7 +14,7 @@ use harness::kernel_path::{
     KERNEL, Node, ask, attached, echo, host, knows_links, mirror, pins, told,
 };
 use harness::netns::ip;
-use harness::remote_client::{may_use_bpf, within};
+use harness::remote_client::{command, may_use_bpf, within};
 use harness::traffic;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, sockopt};
 use shared::desired::{Drain, PortRow, Protocol};
@@ -703,4 +703,47 @@ fn a_held_interface_lock_stops_neither_life_nor_rows() {
     drop(lock);
     node.counted(&last, |it| it.path == ForwardPath::KernelPath);
     goes_on(&mut flow);
+}
+
+/// Its answers to clients there don't pass this host.
+#[test]
+fn a_container_that_is_on_the_clients_network_too_is_the_relays_and_counted_on_both() {
+    let Some((mut node, row)) = Node::with_echo() else {
+        return;
+    };
+    let (outer, inner) = (&node.network.host, &node.container.namespace);
+    for words in [
+        format!("-n {outer} link add mv0 link up0 type macvlan mode bridge"),
+        format!("-n {outer} link set mv0 netns {inner} name eth1"),
+        format!("-n {inner} addr add 10.78.1.9/24 dev eth1"),
+        format!("-n {inner} link set eth1 up"),
+        format!("-n {inner} neigh add 10.78.1.77 lladdr 02:00:00:00:00:77 dev eth1"),
+    ] {
+        ip(&words).expect("a macvlan");
+    }
+    let mut container = node.container.row(KERNEL);
+    container.past_host = true;
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("written");
+    node.publish(&row);
+    node.counted(&row, |it| {
+        it.path == ForwardPath::Relay && it.reason.contains("several networks")
+    });
+    let address = host(&row, 0);
+    let answer = node.at_client(move || ask(address, b"word"));
+    assert_eq!(answer.expect("by the relay"), b"word");
+
+    let send = "exec dd if=/dev/zero bs=1400 count=2000 status=none >/dev/udp/10.78.1.77/9";
+    let sent = command(&node.container.namespace, "bash")
+        .args(["-c", send])
+        .status();
+    assert!(sent.expect("bash").success());
+    // With their headers, and once.
+    let bytes = Some(2000 * 1442)..Some(3000 * 1442);
+    let sample = node
+        .control
+        .sample(KERNEL, |it| it.net.counters.tx_packets >= Some(2000));
+    let counters = sample.expect("what it has sent").net.counters;
+    assert!(bytes.contains(&counters.tx_bytes), "{counters:?}");
 }

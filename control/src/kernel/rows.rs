@@ -93,8 +93,10 @@ pub struct Whereabouts {
     pub link_index: u32,
     /// Hardware address of the container's end of it.
     pub link_mac: [u8; 6],
-    /// All its host-side interfaces.
+    /// Its host-side interfaces, that of the address first; no more than a row holds.
     pub links: Vec<u32>,
+    /// It has links that lead past this host.
+    pub past_host: bool,
     /// Where its programs call this host from.
     pub sources: Vec<Source>,
     /// Memory limit, bytes; 0 none.
@@ -134,10 +136,14 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
     let (cgroup_path, links) = if local {
         let cgroup = blocking(move || cgroup_path(Path::new("/proc"), pid, container)).await;
         let cgroup = cgroup.map_err(|source| RowsError::Cgroup { container, source })?;
-        (cgroup, network::host_links(&found).await?)
+        (cgroup, network::links(&found).await?)
     } else {
-        (String::new(), Vec::new())
+        (String::new(), network::Links::default())
     };
+    let network::Links {
+        here: links,
+        past_host,
+    } = links;
     let mut sources: Vec<Source> = links
         .iter()
         .flat_map(|link| sources_by(link, link.ipv4, link.ipv6))
@@ -163,11 +169,25 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
             endpoint.mac,
         )
     };
-    let link_index = links
-        .iter()
-        .find(|link| Some(link.container_mac) == mac)
-        .or(links.first())
-        .map_or(0, |link| link.ifindex);
+    let main = links.iter().find(|link| Some(link.container_mac) == mac);
+    let link_index = main.or(links.first()).map_or(0, |link| link.ifindex);
+    let indexes = links.iter().map(|link| link.ifindex).collect();
+    let (indexes, left_out) = that_fit(indexes, link_index);
+    if left_out > 0 {
+        tracing::warn!(
+            container_id = %container,
+            links = left_out,
+            limit = LINKS,
+            "a container is on more networks than are looked at: its traffic on the others is not counted, and other containers there reach the kernel's runner"
+        );
+    }
+    if !past_host.is_empty() {
+        tracing::warn!(
+            container_id = %container,
+            links = past_host.join(", "),
+            "a container is on networks that lead past this host (macvlan, a device of its own): who is there reaches the kernel's runner"
+        );
+    }
     Ok(Whereabouts {
         container,
         init_pid: if local { pid } else { 0 },
@@ -176,11 +196,20 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
         address,
         link_index,
         link_mac: mac.map_or([0; 6], |mac| mac.0),
-        links: links.iter().map(|link| link.ifindex).take(LINKS).collect(),
+        links: indexes,
+        past_host: !past_host.is_empty(),
         sources,
         memory: memory.unwrap_or(0),
         cpu_milli: cores.saturating_mul(1000),
     })
+}
+
+/// As many links as a row holds, that of the ports first: what leads to the container is guarded and watched. And how
+/// many are left out.
+fn that_fit(mut indexes: Vec<u32>, of_ports: u32) -> (Vec<u32>, usize) {
+    indexes.sort_by_key(|index| *index != of_ports);
+    let left_out = indexes.split_off(indexes.len().min(LINKS));
+    (indexes, left_out.len())
 }
 
 /// The addresses that a container has on one of its links.
@@ -296,6 +325,7 @@ pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows 
         cgroup_path: fits(place.cgroup_path.clone()),
         host_network: place.host_network,
         link_indexes: place.links.clone(),
+        past_host: place.past_host,
         memory_limit_bytes: place.memory,
         cpu_milli: place.cpu_milli,
         scratch_path: fits(scratch.to_string_lossy().into_owned()),
@@ -450,6 +480,15 @@ pub fn parse_host_ports(label: &str) -> HashMap<u16, u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_link_of_the_ports_is_among_those_that_fit() {
+        assert_eq!(that_fit(vec![], 0), (vec![], 0));
+        assert_eq!(that_fit(vec![7, 8], 8), (vec![8, 7], 0));
+        let (kept, left_out) = that_fit((1..=10).collect(), 10);
+        assert_eq!(kept, [10, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(left_out, 2);
+    }
 
     #[test]
     fn the_cgroup_is_the_containers_own_by_the_memory_controller() {

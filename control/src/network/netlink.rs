@@ -15,10 +15,10 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
 };
 use shared::netlink::{
-    IFLA_EXT_MASK, IFLA_IFNAME, IFLA_LINK, IFLA_LINK_NETNSID, IFLA_MASTER, IFLA_TARGET_NETNSID,
-    NETNSA_NSID, NETNSA_PID, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTI,
-    NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_GETNSID,
-    RTM_NEWLINK, RTM_NEWNSID,
+    IFLA_EXT_MASK, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINK, IFLA_LINK_NETNSID, IFLA_LINKINFO,
+    IFLA_MASTER, IFLA_TARGET_NETNSID, NETNSA_NSID, NETNSA_PID, NLA_TYPE_MASK, NLM_F_DUMP,
+    NLM_F_DUMP_INTR, NLM_F_MULTI, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, RTEXT_FILTER_SKIP_STATS,
+    RTM_GETLINK, RTM_GETNSID, RTM_NEWLINK, RTM_NEWNSID, is_past_host,
 };
 
 // linux/if_link.h
@@ -76,14 +76,30 @@ pub(super) struct Peer {
     pub bridge_ifindex: Option<u32>,
 }
 
-/// The links of the network namespace of `pid` whose other end is in our namespace. Blocking.
-pub(super) fn peers(pid: u32, deadline: Duration) -> io::Result<Vec<Peer>> {
+/// The links of a network namespace that lead out of it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Found {
+    /// Those whose other end is in our namespace.
+    pub peers: Vec<Peer>,
+    /// Names of those that lead past this host.
+    pub past_host: Vec<String>,
+}
+
+/// The links of the network namespace of `pid`. None are told of one that no link of ours leads to. Blocking.
+pub(super) fn links(pid: u32, deadline: Duration) -> io::Result<Found> {
     let mut socket = Socket::open(Instant::now() + deadline)?;
-    let Some(namespace) = socket.namespace_id(pid)? else {
-        return Ok(Vec::new());
+    let mut found = Found::default();
+    let namespace = socket.namespace_id(pid)?;
+    // Our own may have an id, too, and its links lead to no container.
+    let own = socket.namespace_id(std::process::id())?;
+    let Some(namespace) = namespace.filter(|it| Some(*it) != own) else {
+        return Ok(found);
     };
-    let mut found = Vec::new();
     for inside in socket.links_of(namespace)? {
+        if inside.is_past_host {
+            found.past_host.push(inside.name);
+            continue;
+        }
         let (Some(peer), Some(container_mac)) = (inside.link, inside.mac) else {
             continue;
         };
@@ -94,7 +110,7 @@ pub(super) fn peers(pid: u32, deadline: Duration) -> io::Result<Vec<Peer>> {
         let points_back =
             outside.link == Some(inside.index) && outside.link_namespace == Some(namespace);
         if let (true, Some(host_mac)) = (points_back, outside.mac) {
-            found.push(Peer {
+            found.peers.push(Peer {
                 interface: inside.name,
                 container_mac,
                 host_ifindex: peer,
@@ -306,6 +322,7 @@ struct Link {
     /// Namespace of the peer when it is not this one.
     link_namespace: Option<i32>,
     master: Option<u32>,
+    is_past_host: bool,
 }
 
 impl Link {
@@ -318,6 +335,8 @@ impl Link {
             index: u32::from_ne_bytes(index),
             ..Self::default()
         };
+        let hardware = u16::from_ne_bytes([payload[2], payload[3]]);
+        let mut name: &[u8] = &[];
         for (kind, value) in attributes(payload, 16)? {
             match kind {
                 IFLA_ADDRESS => link.mac = value.try_into().ok().map(MacAddress),
@@ -328,9 +347,15 @@ impl Link {
                 IFLA_LINK => link.link = Some(u32::from_ne_bytes(word(value)?)),
                 IFLA_LINK_NETNSID => link.link_namespace = Some(i32::from_ne_bytes(word(value)?)),
                 IFLA_MASTER => link.master = Some(u32::from_ne_bytes(word(value)?)),
+                IFLA_LINKINFO => {
+                    let kinds = attributes(value, 0)?.into_iter();
+                    let mut kinds = kinds.filter(|(kind, _)| *kind == IFLA_INFO_KIND);
+                    name = kinds.next().map_or(name, |(_, kind)| kind);
+                }
                 _ => {}
             }
         }
+        link.is_past_host = is_past_host(name, hardware, link.link_namespace.is_some());
         Ok(link)
     }
 }
@@ -397,15 +422,15 @@ mod tests {
     #[test]
     fn our_own_namespace_has_no_peers() {
         assert_eq!(
-            peers(std::process::id(), Duration::from_secs(5)).unwrap(),
-            Vec::new()
+            links(std::process::id(), Duration::from_secs(5)).unwrap(),
+            Found::default()
         );
     }
 
     #[test]
     fn a_process_that_is_gone_is_an_error() {
         // Above the largest pid_max of the kernel.
-        assert!(peers(0x7fff_fffe, Duration::from_secs(5)).is_err());
+        assert!(links(0x7fff_fffe, Duration::from_secs(5)).is_err());
     }
 
     #[test]

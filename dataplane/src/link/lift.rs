@@ -64,7 +64,7 @@ pub(super) struct Due {
 
 /// Whether nothing of a container has changed that its ports' paths depend on.
 fn is_same(before: Option<&ContainerRow>, now: Option<&ContainerRow>) -> bool {
-    let terms = |it: &ContainerRow| (it.init_pid, it.host_network);
+    let terms = |it: &ContainerRow| (it.init_pid, it.host_network, it.past_host);
     match (before, now) {
         (Some(before), Some(now)) => {
             terms(before) == terms(now) && before.link_indexes == now.link_indexes

@@ -35,8 +35,6 @@ const RTM_GETSTATS: u16 = 94;
 const IFLA_STATS_LINK_64: u16 = 1;
 const FILTER_LINK_64: u32 = 1;
 
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
 /// linux/socket.h
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;

@@ -358,6 +358,10 @@ impl KeyedRow for PortRow {
     }
 }
 
+/// Flags of a container's row.
+const HOST_NETWORK: u32 = 1;
+const PAST_HOST: u32 = 2;
+
 /// A container to be sampled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ContainerRow {
@@ -374,6 +378,9 @@ pub struct ContainerRow {
     pub cgroup_path: String,
     /// It uses the host's network: its links are the host's and not counted as its own.
     pub host_network: bool,
+    /// It has links that have no end on this host and lead past it (macvlan, a device of its own): what it answers
+    /// may leave by them.
+    pub past_host: bool,
     /// Host-side veth interface indexes, at most 8.
     pub link_indexes: Vec<u32>,
     /// Memory limit, bytes; 0 none.
@@ -402,7 +409,8 @@ impl KeyedRow for ContainerRow {
     fn to_raw(&self) -> Result<RawContainer, BatchError> {
         let mut raw = RawContainer {
             state: state::USED,
-            flags: u32::from(self.host_network),
+            flags: u32::from(self.host_network) * HOST_NETWORK
+                + u32::from(self.past_host) * PAST_HOST,
             container_id: self.container_id.0,
             kernel_id: self.kernel_id.0,
             session_id: self.session_id.0,
@@ -431,7 +439,7 @@ impl KeyedRow for ContainerRow {
     }
 
     fn from_raw(raw: &RawContainer, generation: Generation) -> Option<Self> {
-        if raw.flags > 1 {
+        if raw.flags > HOST_NETWORK | PAST_HOST {
             return None;
         }
         Some(Self {
@@ -441,7 +449,8 @@ impl KeyedRow for ContainerRow {
             init_pid: raw.init_pid,
             cgroup_path: load_text(raw.cgroup_length, &raw.cgroup_path)
                 .filter(|path| is_plain_path(path))?,
-            host_network: raw.flags == 1,
+            host_network: raw.flags & HOST_NETWORK != 0,
+            past_host: raw.flags & PAST_HOST != 0,
             link_indexes: raw
                 .link_indexes
                 .get(..usize::from(raw.link_count))?

@@ -72,7 +72,7 @@ declare! {
     /// A container to be sampled (desired region, table containers).
     RawContainer, 640 {
         0 state: u32 = "0 free, 1 wanted, 2 removed and not yet acknowledged",
-        4 flags: u32 = "bit 0 host network",
+        4 flags: u32 = "bit 0 host network, bit 1 on networks past the host, too",
         8 container_id: [u8; 32] = "the row's key",
         40 kernel_id: [u8; 16] = "kernel it runs",
         56 session_id: [u8; 16] = "session of the kernel",

@@ -73,6 +73,7 @@ fn container(byte: u8) -> ContainerRow {
         session_id: SessionId([8; 16]),
         init_pid: 4711,
         cgroup_path: format!("docker/{}", ContainerId([byte; 32])),
+        past_host: true,
         link_indexes: vec![17, 19],
         memory_limit_bytes: 1 << 30,
         cpu_milli: 1500,

@@ -129,10 +129,10 @@ pub fn remote_obstacle(row: &PortRow, at: &Circumstances<'_>) -> Option<String> 
     if row.local_only || row.bind.is_loopback() {
         return no("only clients on this host may use the port");
     }
-    // Replies leave by the container's default route, which may be another network's.
+    // Replies leave by the container's routes, which may be another network's.
     if at
         .container
-        .is_some_and(|it| it.link_indexes != [row.link_index])
+        .is_some_and(|it| it.past_host || it.link_indexes != [row.link_index])
     {
         return no("the container is on several networks");
     }
@@ -316,6 +316,9 @@ mod tests {
         let mut two = container();
         two.link_indexes.push(9);
         assert!(ask(&row(), Some(&two), &all).unwrap().contains("several"));
+        let mut past = container();
+        past.past_host = true;
+        assert!(ask(&row(), Some(&past), &all).unwrap().contains("several"));
         let mut host = container();
         host.host_network = true;
         assert!(ask(&row(), Some(&host), &all).unwrap().contains("host's"));

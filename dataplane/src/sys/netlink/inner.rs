@@ -1,5 +1,5 @@
-//! Links of a container that have no end on this host, such as those of a swarm's overlay: their
-//! peers are in a namespace of the engine's own.
+//! Links of a container that have no end on this host: those of a swarm's overlay, whose peers are in a
+//! namespace of the engine's own, and those that lead past this host (macvlan, a device of its own).
 //!
 //! In: a process of the container and the host's ends of its other links. Out: which links these are,
 //! and what they have counted. Invariants: no namespace is entered, the kernel is asked from here
@@ -8,20 +8,20 @@
 
 use rustix::io::Errno;
 use shared::netlink::{
-    IFLA_LINK, IFLA_TARGET_NETNSID, NETNSA_NSID, NETNSA_PID, RTM_GETNSID, RTM_NEWNSID,
+    IFLA_INFO_KIND, IFLA_LINK, IFLA_LINKINFO, IFLA_TARGET_NETNSID, NETNSA_NSID, NETNSA_PID,
+    RTM_GETNSID, RTM_NEWNSID, is_past_host,
 };
 
 use super::asker::Asker;
 use super::{
-    IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER,
-    LinkCounters, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_NEWLINK,
-    attributes, stats64, u32_at,
+    IFINFO, IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_MASTER, LinkCounters, NLM_F_DUMP, NetlinkError,
+    RTEXT_FILTER_SKIP_STATS, RTM_GETLINK, RTM_NEWLINK, attributes, stats64, u16_at, u32_at,
 };
 
 /// linux/if_link.h
 const IFLA_STATS64: u16 = 23;
 
-/// The links of one container whose other ends are neither here nor in it.
+/// The links of one container that have no end here nor both in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InnerLinks {
     /// The number this host's namespace has for the container's. It is the container's for as long as
@@ -36,6 +36,8 @@ pub struct InnerLinks {
 struct Listed {
     index: u32,
     veth: bool,
+    /// It leads past this host.
+    past: bool,
     peer: Option<u32>,
     peer_namespace: Option<i32>,
     enslaved: bool,
@@ -46,22 +48,26 @@ fn listed(body: &[u8]) -> Option<Listed> {
         index: u32_at(body, 4)?,
         ..Listed::default()
     };
+    let mut name: &[u8] = &[];
     for (kind, value) in attributes(body.get(IFINFO..)?) {
         match kind {
             IFLA_LINK => found.peer = u32_at(value, 0),
             IFLA_MASTER => found.enslaved = true,
             IFLA_LINK_NETNSID => found.peer_namespace = u32_at(value, 0).map(u32::cast_signed),
             IFLA_LINKINFO => {
-                found.veth = attributes(value)
-                    .any(|(kind, value)| kind == IFLA_INFO_KIND && value.starts_with(b"veth"));
+                let mut values = attributes(value);
+                let kind = values.find(|(kind, _)| *kind == IFLA_INFO_KIND);
+                name = kind.map_or(name, |(_, value)| value);
             }
             _ => {}
         }
     }
+    found.veth = name.starts_with(b"veth");
+    found.past = is_past_host(name, u16_at(body, 2)?, found.peer_namespace.is_some());
     Some(found)
 }
 
-/// The links among these that end elsewhere, if it is the namespace of one that ends at `outside`.
+/// The links among these that end elsewhere or lead past this host, if it is the namespace of one that ends at `outside`.
 /// `here` is the number of this host's own namespace.
 fn inner(links: &[Listed], here: i32, outside: &[u32]) -> Vec<u32> {
     let ends_at = |link: &&Listed| {
@@ -72,7 +78,8 @@ fn inner(links: &[Listed], here: i32, outside: &[u32]) -> Vec<u32> {
     }
     let elsewhere = |link: &&Listed| {
         // A port of a bridge inside is the near end of a container's in this container.
-        link.veth && !link.enslaved && link.peer_namespace.is_some_and(|it| it != here)
+        let inner = link.veth && !link.enslaved;
+        link.past || inner && link.peer_namespace.is_some_and(|it| it != here)
     };
     let found = links.iter().filter(elsewhere);
     found.map(|link| link.index).collect()
@@ -94,7 +101,7 @@ impl InnerStatistics {
         Ok(Self { asker })
     }
 
-    /// The links of the container of process `pid` that end neither here nor in it; none when it has
+    /// The links of the container of process `pid` that have no end here nor both in it; none when it has
     /// none, or when the process is not that of the container whose host-side links are `outside`.
     ///
     /// # Errors
@@ -194,7 +201,7 @@ mod tests {
             veth: true,
             peer: Some(peer),
             peer_namespace: Some(peer_namespace),
-            enslaved: false,
+            ..Listed::default()
         };
         let loopback = Listed {
             index: 1,
@@ -204,9 +211,19 @@ mod tests {
         port.enslaved = true;
         let mut vlan = veth(50, 2, 8);
         vlan.veth = false;
+        // A port of a bridge or not, it is the way to others.
+        let mut past = vlan.clone();
+        (past.index, past.past, past.enslaved) = (60, true, true);
         // The same number may be a link's on this host and one's elsewhere.
-        let all = [loopback, veth(20, 7, HERE), veth(30, 7, 5), port, vlan];
-        assert_eq!(inner(&all, HERE, &[7]), [30]);
+        let all = [
+            loopback,
+            veth(20, 7, HERE),
+            veth(30, 7, 5),
+            port,
+            vlan,
+            past,
+        ];
+        assert_eq!(inner(&all, HERE, &[7]), [30, 60]);
         assert!(inner(&all, HERE, &[8]).is_empty(), "another container's");
         assert!(inner(&all[..2], HERE, &[7]).is_empty());
     }

@@ -9,14 +9,14 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::net::{self, RecvFlags, SocketFlags};
-use shared::netlink::IFLA_IFNAME;
+use shared::netlink::{IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINKINFO};
 
 use super::asker::Asker;
 use super::routes::{RTM_DELROUTE, RTM_NEWROUTE, only_way};
 use super::{
-    AF_INET, AF_INET6, BUFFER, IFINFO, IFLA_EXT_MASK, IFLA_INFO_KIND, IFLA_LINK_NETNSID,
-    IFLA_LINKINFO, IFLA_MASTER, NLM_F_DUMP, NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_DELLINK,
-    RTM_GETLINK, RTM_NEWLINK, RTMGRP_LINK, attributes, messages, open, u16_at, u32_at,
+    AF_INET, AF_INET6, BUFFER, IFINFO, IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_MASTER, NLM_F_DUMP,
+    NetlinkError, RTEXT_FILTER_SKIP_STATS, RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK, RTMGRP_LINK,
+    attributes, messages, open, u16_at, u32_at,
 };
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/if_arp.h, linux/if.h
