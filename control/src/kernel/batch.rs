@@ -26,8 +26,8 @@ const BATCH_MARK: &str = "_BACKEND_BATCH_MODE=1";
 
 const POLL: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(500);
-/// How often to look whether a command has been sent.
-const SENT_POLL: Duration = Duration::from_millis(50);
+/// How often to look for signs of a job.
+const SIGNS_POLL: Duration = Duration::from_millis(50);
 /// How long a job that may have been sent has to show itself: the runner sends what it holds as
 /// soon as somebody connects.
 const SIGNS: Duration = Duration::from_secs(2);
@@ -74,16 +74,14 @@ impl BatchOutcome {
 }
 
 /// Gives a command that was not sent to the link; `false` when the kernel has gone away. It may wait
-/// there for the end of another run.
+/// there for the end of another run, and is kept back until [`send`].
 pub async fn submit(link: &RunnerLink, code: String, gone: &CancellationToken) -> bool {
-    // The journal has a run from the moment on that it is to be sent.
-    link.forget_request(RUN_ID);
     let opts = BatchSteps {
         exec: Some(code),
         ..BatchSteps::default()
     };
     // The queue to the runner can be full for a moment; the job must not be lost for that.
-    while let Err(err) = link.submit(
+    while let Err(err) = link.submit_kept_back(
         RUN_ID,
         execution::submission(Mode::Batch, String::new(), opts.clone()),
     ) {
@@ -100,16 +98,26 @@ pub fn adopt(link: &RunnerLink) {
     link.adopt(RUN_ID);
 }
 
-/// Waits until the command has left for the runner.
-pub async fn sent(link: &RunnerLink) {
-    while link.current_run().as_deref() != Some(RUN_ID) || !link.is_flushed() {
-        tokio::time::sleep(SENT_POLL).await;
-    }
+/// Waits for the turn of a command that was submitted: no other run is at work.
+pub async fn turn(link: &RunnerLink) {
+    link.turn_of(RUN_ID).await;
 }
 
-/// Whether an earlier life had the job's turn come, though it may not have noted that it sends it.
-pub fn had_its_turn(link: &RunnerLink) -> bool {
-    link.is_of_old(RUN_ID)
+/// Sends the command in its turn.
+pub fn send(link: &RunnerLink) {
+    // A link that is closed has no runner any more, which the watch finds out.
+    let _closed = link.send_kept_back();
+}
+
+/// Gives up a command that was submitted and not sent, if there is one.
+pub fn withdraw(link: &RunnerLink) {
+    link.withdraw_kept_back();
+}
+
+/// Waits until the command has left for the runner.
+pub async fn sent(link: &RunnerLink) {
+    link.turn_of(RUN_ID).await;
+    link.flushed().await;
 }
 
 /// Whether a job that may have been sent by an earlier life was: its processes live, or the runner
@@ -128,7 +136,7 @@ pub async fn shows(link: &RunnerLink, killer: Option<&dyn CommandKiller>) -> boo
         if Instant::now() >= until {
             return false;
         }
-        tokio::time::sleep(SENT_POLL).await;
+        tokio::time::sleep(SIGNS_POLL).await;
     }
 }
 
@@ -276,15 +284,22 @@ mod tests {
         };
         let gone = CancellationToken::new();
         let before = open(false, Owed::default());
-        assert!(!had_its_turn(&before));
         assert!(submit(&before, "true".to_owned(), &gone).await);
+        // Its turn has come, and nothing is sent before that is noted.
+        turn(&before).await;
+        let noted = before.owed().borrow().clone();
+        assert_eq!(
+            (noted.ids.current, noted.ids.waiting),
+            (None, vec![RUN_ID.to_owned()])
+        );
+        assert!(before.is_flushed());
+        send(&before);
         let noted = before.owed().borrow().clone();
         assert_eq!(noted.ids.current.as_deref(), Some(RUN_ID));
         assert!(noted.ids.request.is_some() && !before.is_flushed());
         before.leave().await;
 
         let link = open(true, noted);
-        assert!(had_its_turn(&link));
         assert!(submit(&link, "true".to_owned(), &gone).await);
         // Its turn comes when the runner has answered whether it is at work.
         let RunIds { waiting, .. } = link.owed().borrow().ids.clone();

@@ -313,17 +313,14 @@ async fn work(
     let step = job.as_ref().map_or(BatchStep::Sent, |job| job.step);
     let command = job.as_ref().and_then(|job| job.command.clone());
     let unsent = match step {
-        // One that is called for now is another than that of old.
-        BatchStep::Waiting if begun || !batch::had_its_turn(runner) => true,
-        BatchStep::Waiting | BatchStep::Sending => !batch::shows(runner, killer).await,
+        BatchStep::Waiting => true,
+        BatchStep::Sending => !batch::shows(runner, killer).await,
         BatchStep::Sent | BatchStep::Dropped => false,
     };
-    match command.filter(|_| unsent) {
+    let command = command.filter(|_| unsent);
+    let sends = command.is_some();
+    match command {
         Some(command) => {
-            // Behind somebody else's run it is not sent yet.
-            if runner.current_run().is_none() {
-                note_step(node, kernel, BatchStep::Sending).await;
-            }
             if !batch::submit(runner, command, gone).await {
                 return BatchOutcome::KernelGone;
             }
@@ -334,17 +331,26 @@ async fn work(
         .and_then(|job| job.time_up)
         .and_then(|time_up| left(time_up, uptime(), grace));
     let noted = async {
+        if sends {
+            // First noted, then sent: whatever is noted as waiting the runner never had.
+            batch::turn(runner).await;
+            note_step(node, kernel, BatchStep::Sending).await;
+            batch::send(runner);
+        }
         if step != BatchStep::Sent {
             batch::sent(runner).await;
             note_step(node, kernel, BatchStep::Sent).await;
         }
         std::future::pending().await
     };
-    tokio::select! {
+    let outcome = tokio::select! {
         biased;
         never = noted => never,
         outcome = batch::attend(runner, timeout, killer, gone) => outcome,
-    }
+    };
+    // Its time was up while it waited for its turn.
+    batch::withdraw(runner);
+    outcome
 }
 
 /// Seconds since the host's start, its sleep included.

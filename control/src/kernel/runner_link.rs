@@ -340,7 +340,7 @@ impl RunnerLink {
 
     /// Whether every message so far was written to the runner.
     pub fn is_flushed(&self) -> bool {
-        self.0.queued.load(Ordering::Relaxed) == 0
+        self.0.is_flushed()
     }
 
     /// What the link would leave to the next one, as that changes.
@@ -498,19 +498,68 @@ impl RunnerLink {
         }
     }
 
-    /// Whether an earlier life of the agent had this run at work, or about to be sent.
-    pub(super) fn is_of_old(&self, run_id: &str) -> bool {
-        lock(&self.0.state).runs.is_of_old(run_id)
-    }
-
-    /// What an earlier life has noted of this run was never sent: the same request is sent now.
-    pub(super) fn forget_request(&self, run_id: &str) {
-        lock(&self.0.state).runs.forget_request(run_id);
-    }
-
     /// Hands a client's request to the run table.
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
+        self.enter(&mut lock(&self.0.state), run_id, request)
+    }
+
+    /// The same for a run of which nothing is sent before [`Self::send_kept_back`], also in its turn. What an
+    /// earlier life has noted of it was never sent.
+    pub(super) fn submit_kept_back(
+        &self,
+        run_id: &str,
+        request: Submission,
+    ) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);
+        state.runs.forget_request(run_id);
+        state.runs.keep_back(run_id);
+        self.enter(&mut state, run_id, request)
+    }
+
+    /// Waits until it is this run's turn.
+    pub(super) async fn turn_of(&self, run_id: &str) {
+        self.until(|inner| lock(&inner.state).runs.current() == Some(run_id))
+            .await;
+    }
+
+    /// Sends what was kept back.
+    pub(super) fn send_kept_back(&self) -> Result<(), LinkError> {
+        let mut state = lock(&self.0.state);
+        let messages = state.runs.send_kept_back();
+        self.0.publish(&mut state);
+        self.0.send(messages)
+    }
+
+    /// Gives up what is kept back, if it still is: others have their turn. A link that is left keeps it for the
+    /// next one.
+    pub(super) fn withdraw_kept_back(&self) {
+        let mut state = lock(&self.0.state);
+        if self.is_closed() {
+            return;
+        }
+        let messages = state.runs.withdraw_kept_back(Instant::now());
+        self.0.tell(&mut state);
+        // The writer is gone only when the link is closed.
+        let _sent = self.0.send(messages);
+    }
+
+    /// Waits until every message so far was written to the runner.
+    pub(super) async fn flushed(&self) {
+        self.until(|inner| inner.is_flushed()).await;
+    }
+
+    async fn until(&self, is_so: impl Fn(&Inner) -> bool) {
+        let mut changed = self.0.changed.subscribe();
+        while !is_so(&self.0) {
+            tokio::select! {
+                _ = changed.changed() => {}
+                // Time passes without a message.
+                () = tokio::time::sleep(TICK) => {}
+            }
+        }
+    }
+
+    fn enter(&self, state: &mut State, run_id: &str, request: Submission) -> Result<(), LinkError> {
         // Under the lock: a run that enters after the end of all would have none.
         let now = Instant::now();
         let bytes = match state.runs.repeats(now, run_id, &request) {
@@ -518,12 +567,12 @@ impl RunnerLink {
             true => 0,
             false => request.messages.iter().map(|it| it.payload.len()).sum(),
         };
-        self.0.check_room(&state, bytes)?;
+        self.0.check_room(state, bytes)?;
         let messages = state
             .runs
             .submit(now, run_id, request)
             .map_err(LinkError::Refused)?;
-        self.0.tell(&mut state);
+        self.0.tell(state);
         self.0.send(messages)
     }
 
@@ -627,6 +676,18 @@ impl Inner {
         self.queued.fetch_sub(1, Ordering::Relaxed);
         let bytes = message.payload.len();
         self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        if self.is_flushed() {
+            self.note_change();
+        }
+    }
+
+    fn is_flushed(&self) -> bool {
+        self.queued.load(Ordering::Relaxed) == 0
+    }
+
+    fn note_change(&self) {
+        self.changed
+            .send_modify(|count| *count = count.wrapping_add(1));
     }
 
     fn join(
@@ -719,8 +780,7 @@ impl Inner {
             }
         }
         drop(state);
-        self.changed
-            .send_modify(|count| *count = count.wrapping_add(1));
+        self.note_change();
     }
 
     /// Waits while a client has much to take before more is read.

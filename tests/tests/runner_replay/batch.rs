@@ -34,7 +34,85 @@ async fn batch_job(
     if !batch::submit(link, code.to_owned(), gone).await {
         return BatchOutcome::KernelGone;
     }
-    batch::attend(link, timeout, None, gone).await
+    let sent = async {
+        batch::turn(link).await;
+        batch::send(link);
+        std::future::pending().await
+    };
+    let outcome = tokio::select! {
+        never = sent => never,
+        outcome = batch::attend(link, timeout, None, gone) => outcome,
+    };
+    batch::withdraw(link);
+    outcome
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_job_whose_time_is_up_before_its_turn_is_never_sent() -> Result<()> {
+    let runner = FakeRunner::start().await?;
+    let link = link_to(&runner);
+    let alive = CancellationToken::new();
+    let play = async {
+        runner.expect("code", "first()").await?;
+        let limit = Some(Duration::from_millis(100));
+        let outcome = batch_job(&link, "late", limit, &alive).await;
+        ensure!(outcome == BatchOutcome::TimedOut, "{outcome:?}");
+        runner.send("finished", r#"{"exitCode": 0}"#);
+        runner.expect("code", "next()").await?;
+        runner.send("finished", r#"{"exitCode": 1}"#);
+        Ok::<(), anyhow::Error>(())
+    };
+    let work = async {
+        execute_to_its_end(&link, "first", Mode::Query, "first()").await?;
+        execute_to_its_end(&link, "next", Mode::Query, "next()").await
+    };
+    let ((), next) = tokio::try_join!(play, work)?;
+    ensure!(next.exit_code == Some(1), "{next:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_job_is_sent_after_its_turn_was_noted() -> Result<()> {
+    let runner = FakeRunner::start().await?;
+    let link = link_to(&runner);
+    let alive = CancellationToken::new();
+    let (ended, noted) = (CancellationToken::new(), CancellationToken::new());
+    let play = async {
+        runner.expect("code", "first()").await?;
+        ensure!(batch::submit(&link, "job".to_owned(), &alive).await);
+        runner.send("finished", r#"{"exitCode": 0}"#);
+        batch::turn(&link).await;
+        ended.cancelled().await;
+        // A kill in this moment leaves a job that was never sent, and says so.
+        let owed = link.owed().borrow().ids.clone();
+        ensure!(
+            owed.current.is_none() && owed.waiting == [batch::RUN_ID],
+            "{owed:?}"
+        );
+        link.notify_oom()?;
+        runner
+            .expect("event", r#"{"data":{},"type":"oom"}"#)
+            .await?;
+        batch::send(&link);
+        noted.cancel();
+        batch_steps(&runner, "job").await?;
+        runner.send("finished", r#"{"exitCode": 3}"#);
+        Ok::<(), anyhow::Error>(())
+    };
+    let work = async {
+        let first = execute_to_its_end(&link, "first", Mode::Query, "first()").await?;
+        ensure!(first.exit_code == Some(0), "{first:?}");
+        ended.cancel();
+        noted.cancelled().await;
+        batch::sent(&link).await;
+        Ok(batch::attend(&link, None, None, &alive).await)
+    };
+    let (outcome, ()) = tokio::try_join!(work, play)?;
+    ensure!(
+        outcome == BatchOutcome::Failed { exit_code: 3 },
+        "{outcome:?}"
+    );
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -169,6 +169,8 @@ pub struct RunTable {
     armed: bool,
     /// What may have been that, and when it came.
     held: Option<(Instant, Record)>,
+    /// The run of which nothing is sent in its turn, but when that is asked for.
+    kept_back: Option<String>,
 }
 
 impl RunTable {
@@ -188,6 +190,7 @@ impl RunTable {
             probed: false,
             armed: false,
             held: None,
+            kept_back: None,
         }
     }
 
@@ -294,7 +297,7 @@ impl RunTable {
                         run.expected += 1;
                         run.ask(&request.messages);
                     }
-                    if run.phase == Phase::Current {
+                    if run.phase == Phase::Current && self.kept_back.as_deref() != Some(run_id) {
                         if let Some(probe) = self.probe.as_mut().filter(|_| request.starts) {
                             probe.newer += 1;
                         }
@@ -379,13 +382,65 @@ impl RunTable {
         } else {
             Phase::Ended
         };
+        let mut messages = request.messages;
         if request.starts {
             self.settle_orphan();
             self.current = Some(run_id.to_owned());
+            if self.keeps_current_back() {
+                run.unsent = std::mem::take(&mut messages);
+            }
         }
         self.runs.insert(run_id.to_owned(), run);
         self.forget_surplus();
-        Ok(request.messages)
+        Ok(messages)
+    }
+
+    /// Nothing of this run, which is submitted next, is to be sent before [`RunTable::send_kept_back`], also when
+    /// its turn has come: who submits it has something to note between.
+    pub fn keep_back(&mut self, run_id: &str) {
+        self.kept_back = Some(run_id.to_owned());
+    }
+
+    /// The messages of the run that was kept back, to be sent now; none while its turn has not come, when they
+    /// are sent.
+    pub fn send_kept_back(&mut self) -> Vec<Outgoing> {
+        let its_turn = self.keeps_current_back();
+        let run_id = self.kept_back.take();
+        match run_id.and_then(|run_id| self.runs.get_mut(&run_id)) {
+            Some(run) if its_turn => {
+                if let Some(probe) = &mut self.probe {
+                    probe.newer += 1;
+                }
+                std::mem::take(&mut run.unsent)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Ends the run that is kept back, if one is, without sending it; the messages of the next one.
+    pub fn withdraw_kept_back(&mut self, now: Instant) -> Vec<Outgoing> {
+        let its_turn = self.keeps_current_back();
+        let Some(run_id) = self.kept_back.take() else {
+            return Vec::new();
+        };
+        if let Some(run) = self.runs.get_mut(&run_id)
+            && run.phase != Phase::Ended
+        {
+            run.end_unsent(now, "it is not wanted any more", &self.limits);
+            self.milestones.push(Milestone::Cancelled);
+            self.end_told = true;
+        }
+        self.waiting.retain(|waiting| *waiting != run_id);
+        if !its_turn {
+            return Vec::new();
+        }
+        self.current = None;
+        self.next(now)
+    }
+
+    /// Whether the runner has nothing of the current run.
+    fn keeps_current_back(&self) -> bool {
+        self.current.is_some() && self.current == self.kept_back
     }
 
     /// A run taken over by name alone must not block a new one for ever.
@@ -427,7 +482,9 @@ impl RunTable {
 
     fn file(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
         let finished = matches!(record, Record::StepEnd(Step::Run, _));
+        let unsent = self.keeps_current_back();
         let run = match &self.current {
+            Some(_) if unsent => None,
             Some(run_id) => self.runs.get_mut(run_id),
             None => self.orphan.as_mut(),
         };
@@ -482,7 +539,10 @@ impl RunTable {
                 run.phase = Phase::Current;
                 run.started = now;
                 self.current = Some(run_id);
-                return std::mem::take(&mut run.unsent);
+                return match self.current == self.kept_back {
+                    true => Vec::new(),
+                    false => std::mem::take(&mut run.unsent),
+                };
             }
         }
         Vec::new()

@@ -95,14 +95,20 @@ impl RunTable {
     pub fn ids(&self) -> RunIds {
         let orphan = self.orphan.iter().filter(|orphan| orphan.is_under_way());
         let of_old = self.earlier.iter().zip(orphan);
-        let at_work = self.current.iter();
+        let kept_back = self.keeps_current_back();
+        let (unsent, at_work) = match &self.current {
+            Some(id) if kept_back => (Some(id), None),
+            current => (None, current.as_ref()),
+        };
+        let at_work = at_work.into_iter();
         let at_work = at_work.filter_map(|id| Some((id, self.runs.get(id)?)));
         let short = |id: &&String| id.len() <= ID_LENGTH;
         let found = at_work.chain(of_old).find(|(id, _)| short(id));
+        let waiting = unsent.into_iter().chain(&self.waiting);
         RunIds {
             current: found.map(|(id, _)| id.clone()),
             request: found.and_then(|(_, run)| run.request.clone()),
-            waiting: self.waiting.iter().filter(short).cloned().collect(),
+            waiting: waiting.filter(short).cloned().collect(),
         }
     }
 
@@ -128,14 +134,9 @@ impl RunTable {
             })
     }
 
-    /// Whether the run of old, of which no client has come yet, is this one.
-    pub fn is_of_old(&self, run_id: &str) -> bool {
-        self.orphan.is_some() && self.earlier.as_deref() == Some(run_id)
-    }
-
     /// The run of old was never sent, if it is this one: its request is a new one when it comes again.
     pub fn forget_request(&mut self, run_id: &str) {
-        if self.is_of_old(run_id)
+        if self.earlier.as_deref() == Some(run_id)
             && let Some(orphan) = &mut self.orphan
         {
             orphan.request = None;

@@ -78,6 +78,9 @@ impl RunTable {
         let Some(probe) = self.probe.take() else {
             return Vec::new();
         };
+        if self.keeps_current_back() {
+            return Vec::new();
+        }
         let mut lost = false;
         if let Some(run) = self
             .current
@@ -110,7 +113,9 @@ impl RunTable {
         let (Record::StepEnd(step, _), true) = (record, self.probed) else {
             return Sifted::Own;
         };
+        let unsent = self.keeps_current_back();
         let run = match &self.current {
+            Some(_) if unsent => None,
             Some(run_id) => self.runs.get_mut(run_id),
             None => self
                 .orphan

@@ -516,7 +516,6 @@ fn a_request_that_an_earlier_life_has_sent_is_not_sent_again() {
             answer(&mut table, now);
         }
         table.forget_request(forgotten);
-        assert!(table.is_of_old("a") && !table.is_of_old("b"));
         assert_eq!(table.repeats(now, "a", &query("1")), forgotten != "a");
         let mut sent = table.submit(now, "a", query("1")).expect("accepted");
         sent.extend(answer(&mut table, now));
@@ -530,6 +529,83 @@ fn a_request_that_an_earlier_life_has_sent_is_not_sent_again() {
     let (mut table, now) = taken_over(request());
     table.submit(now, "other", query("1")).expect("sent");
     assert!(table.repeats(now, "a", &query("1")));
+}
+
+#[test]
+fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
+    use Milestone::{Finished, Started};
+    // Its turn comes at once, or after another run.
+    for behind in [false, true] {
+        let now = Instant::now();
+        let mut table = RunTable::new(RunLimits::default(), false, now);
+        if behind {
+            table.submit(now, "first", query("1")).expect("sent");
+        }
+        table.keep_back("job");
+        let sent = table.submit(now, "job", batch()).expect("accepted");
+        assert!(sent.is_empty(), "{sent:?}");
+        if behind {
+            assert!(table.record(now, finished(0)).is_empty());
+        }
+        assert_eq!(table.current(), Some("job"));
+        let noted = RunIds {
+            waiting: vec!["job".to_owned()],
+            ..RunIds::default()
+        };
+        assert_eq!(table.ids(), noted);
+        assert!(
+            table
+                .submit(now, "next", query("2"))
+                .expect("waits")
+                .is_empty()
+        );
+        // Nothing that the runner says meanwhile is of it, nor does a new connection end it.
+        table.probe(now);
+        table.record(now, out("stray"));
+        table.record(now, finished(1));
+        assert!(answer(&mut table, now).is_empty());
+        table.probe(now + seconds(2));
+        assert_eq!(table.send_kept_back(), batch().messages);
+        assert!(table.send_kept_back().is_empty());
+        assert!(answer(&mut table, now).is_empty());
+        assert_eq!(table.ids().current.as_deref(), Some("job"));
+        for kind in [Step::Clean, Step::Build] {
+            table.record(now, step(kind));
+        }
+        assert_eq!(table.record(now, finished(0)), query("2").messages);
+        let told = table.milestones();
+        match behind {
+            true => assert_eq!(told, [Started, Started, Finished, Started, Finished]),
+            false => assert_eq!(told, [Started, Started, Finished]),
+        }
+    }
+    // It is not wanted any more: never sent, in its turn or before, and nobody's hindrance.
+    for its_turn in [true, false] {
+        let now = Instant::now();
+        let mut table = RunTable::new(RunLimits::default(), false, now);
+        if !its_turn {
+            table.submit(now, "first", query("1")).expect("sent");
+        }
+        table.keep_back("job");
+        table.submit(now, "job", batch()).expect("accepted");
+        table.submit(now, "next", query("2")).expect("waits");
+        let mut sent = table.withdraw_kept_back(now);
+        assert!(table.withdraw_kept_back(now).is_empty());
+        if !its_turn {
+            sent.extend(table.record(now, finished(0)));
+        }
+        assert_eq!((sent, table.current()), (query("2").messages, Some("next")));
+        assert_not_started(&mut table, now, "job");
+        assert!(table.milestones().contains(&Milestone::Cancelled));
+    }
+    // Before its turn it is released: then its turn alone sends it.
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "first", query("1")).expect("sent");
+    table.keep_back("job");
+    table.submit(now, "job", batch()).expect("waits");
+    assert!(table.send_kept_back().is_empty());
+    assert_eq!(table.record(now, finished(0)), batch().messages);
 }
 
 #[test]
