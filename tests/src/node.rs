@@ -332,6 +332,17 @@ runner-dir = "{runner}"
             .context("bai-agent can't be started")
     }
 
+    /// Starts a command of the program that is to be ended from outside; nobody sees what it says.
+    pub fn begin_command(&self, args: &[&str]) -> Result<Child> {
+        Command::new(program("bai-agent")?)
+            .args(args)
+            .env("BAI_AGENT_ADDRESS", &self.address)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("bai-agent can't be started")
+    }
+
     /// What a program has logged so far.
     pub fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.directory.path().join(format!("{name}.log")))

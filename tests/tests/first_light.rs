@@ -11,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use harness::images;
 use harness::node::{Node, NodeOptions};
 use harness::wait;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -275,6 +277,35 @@ fn read_body(
     Ok((total, format!("{:x}", hash.finalize())))
 }
 
+/// Ctrl-C at `kernel exec` interrupts the run in the kernel, once more leaves it there.
+async fn interrupt_runs(node: &Node, kernel: &str) -> Result<()> {
+    let home = node.scratch(kernel).join("work");
+    let soon = Duration::from_secs(60);
+    let obeys = "trap 'echo told; exit 7' INT; echo begun > FILE; while :; do sleep 0.1; done";
+    let ignores = "trap '' INT; echo begun > FILE; until [ -e go ]; do sleep 0.1; done";
+    for (command, file, times, code) in [(obeys, "obeys", 1, 7), (ignores, "ignores", 2, 130)] {
+        let words = command.replace("FILE", file);
+        let mut run = node.begin_command(&["kernel", "exec", kernel, "--", &words])?;
+        let begun = || async { home.join(file).exists().then_some(()) };
+        wait::until("the run has begun", soon, begun).await?;
+        let pid = Pid::from_raw(i32::try_from(run.id())?);
+        let mut sent = 0;
+        let status = wait::until_blocking("the command ends", soon, || {
+            let ended = run.try_wait().ok().flatten();
+            // Two that come together count as one.
+            if ended.is_none() && (times > 1 || sent < times) {
+                kill(pid, Signal::SIGINT).ok()?;
+                sent += 1;
+            }
+            ended
+        })?;
+        ensure!(status.code() == Some(code), "{command}: {status:?}");
+    }
+    std::fs::write(home.join("go"), "")?;
+    ensure!(cli(node, &["kernel", "exec", kernel, "--", "echo next"])? == "next");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn killing_control_during_a_transfer_loses_no_byte() -> Result<()> {
     const SIZE: usize = 64 << 20;
@@ -348,6 +379,7 @@ async fn killing_control_during_a_transfer_loses_no_byte() -> Result<()> {
         ensure!(output.status.code() == Some(0), "{words:?}: {output:?}");
     }
     ensure!(cli(&node, &["kernel", "exec", &kernel, "--", "cat unseen"])? == "begun");
+    interrupt_runs(&node, &kernel).await?;
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     stream.write_all(b"GET /work/big HTTP/1.0\r\n\r\n")?;

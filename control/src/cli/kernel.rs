@@ -36,8 +36,10 @@ pub enum KernelCommand {
     },
     /// Run a shell command (or code) in a kernel and show its output.
     ///
-    /// Ends with the command's exit code. A run whose output is closed before its end (`| head`) is interrupted as
-    /// `interrupt_kernel` does (SIGINT), and the exit code is 0.
+    /// Ends with the command's exit code. Ctrl-C interrupts what the kernel runs (SIGINT), once more leaves the run as
+    /// it is, with the exit code 130. A run whose output is closed before its end (`| head`) is interrupted, too, and
+    /// the exit code is 0. With `--output json` the newest 16 MiB of output are kept; `truncated` says that there
+    /// was more.
     Exec(exec::ExecArgs),
     /// Show what a kernel's container has written to its console.
     Logs {

@@ -1,16 +1,20 @@
 //! `bai-agent kernel exec`: run a command or code, show its output as it comes, end with its exit code.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, Write};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::{CALL_DEADLINE, ExitStatus, find};
 use crate::cli::connection::Agent;
 use crate::cli::exit::Problem;
-use crate::cli::output::{self, Form, say_part};
+use crate::cli::output::{self, Form, aside, say_part};
 use crate::rpc::Value;
 
 /// How long the agent collects output before it answers with what there is.
@@ -57,12 +61,14 @@ struct Reply {
     console: Vec<(String, serde_json::Value)>,
 }
 
-/// Runs it; the status is the command's own.
+/// Runs it; the status is the command's own, or 130 where the user has left the run.
 pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<ExitStatus, Problem> {
     let kernel = find(agent, &args.kernel).await?;
+    let signals = signal(SignalKind::interrupt())?;
+    let interrupted = CancellationToken::new();
+    let mut left = std::pin::pin!(left(agent, &kernel.kernel_id, signals, &interrupted));
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     let code = args.command.join(" ");
-    let text = |text: &str| Value::Str(text.to_owned());
     let (mut mode, mut code, mut options) = match args.mode {
         Mode::Batch => (
             "batch",
@@ -71,7 +77,8 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         ),
         Mode::Query => ("query", code, Value::Map(Vec::new())),
     };
-    let mut collected: Vec<(String, serde_json::Value)> = Vec::new();
+    let mut collected = Collected::default();
+    let mut typed = None;
     let exit_code = loop {
         let arguments = vec![
             text(&kernel.session_id),
@@ -83,39 +90,117 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
             std::mem::replace(&mut options, Value::Map(Vec::new())),
             Value::Float(FLUSH_SECONDS),
         ];
-        let reply: Reply = agent.call("execute", arguments, POLL_DEADLINE).await?;
+        let reply: Reply = tokio::select! {
+            biased;
+            reply = agent.call("execute", arguments, POLL_DEADLINE) => reply?,
+            left = &mut left => return left,
+        };
         match form {
             Form::Text => show(&reply.console),
-            Form::Json => collected.extend(reply.console),
+            Form::Json => collected.add(reply.console),
         }
         mode = "continue";
         match reply.status.as_str() {
             "finished" => break reply.exit_code,
-            "waiting-input" if !output::is_closed() => {
-                mode = "input";
-                code = read_input(reply.options.as_ref()).await?;
-            }
             // It might never end, as `yes` does not.
             _ if output::is_closed() => {
-                let kernel_id = vec![text(&kernel.kernel_id)];
-                let () = agent
-                    .call("interrupt_kernel", kernel_id, CALL_DEADLINE)
-                    .await?;
+                interrupt(agent, &kernel.kernel_id).await?;
                 return Ok(ExitStatus(0));
+            }
+            "waiting-input" => {
+                let had_been = interrupted.is_cancelled();
+                let line = typed.get_or_insert_with(|| read_input(reply.options.as_ref()));
+                tokio::select! {
+                    biased;
+                    line = line => {
+                        typed = None;
+                        mode = "input";
+                        // Without the reader there is no input.
+                        code = line.unwrap_or(Ok(String::new()))?;
+                    }
+                    left = &mut left => return left,
+                    () = interrupted.cancelled(), if !had_been => {}
+                }
             }
             _ => {}
         }
     };
     if form == Form::Json {
-        let console: Vec<_> = collected
-            .into_iter()
-            .map(|(kind, data)| json!([kind, data]))
-            .collect();
+        let (console, truncated) = collected.into_parts();
         output::json(
-            &json!({ "kernel_id": kernel.kernel_id, "run_id": run_id, "exit_code": exit_code, "console": console }),
+            &json!({ "kernel_id": kernel.kernel_id, "run_id": run_id, "exit_code": exit_code, "console": console, "truncated": truncated }),
         )?;
     }
     Ok(ExitStatus(shell_status(exit_code)))
+}
+
+fn text(text: &str) -> Value {
+    Value::Str(text.to_owned())
+}
+
+async fn interrupt(agent: &Agent, kernel_id: &str) -> Result<(), Problem> {
+    let arguments = vec![text(kernel_id)];
+    agent
+        .call("interrupt_kernel", arguments, CALL_DEADLINE)
+        .await
+}
+
+/// Ends when the run is to be left to itself: the first Ctrl-C interrupts it in the kernel, the second leaves it.
+async fn left(
+    agent: &Agent,
+    kernel_id: &str,
+    mut signals: Signal,
+    interrupted: &CancellationToken,
+) -> Result<ExitStatus, Problem> {
+    let left = Ok(ExitStatus(128 + 2));
+    signals.recv().await;
+    aside!("bai-agent: interrupting; once more leaves the run as it is");
+    interrupted.cancel();
+    tokio::select! {
+        outcome = interrupt(agent, kernel_id) => outcome?,
+        _ = signals.recv() => return left,
+    }
+    signals.recv().await;
+    left
+}
+
+/// Output for one JSON document: the newest of it.
+#[derive(Default)]
+struct Collected {
+    pieces: VecDeque<(String, serde_json::Value)>,
+    bytes: usize,
+    truncated: bool,
+}
+
+impl Collected {
+    /// Bytes that are kept, about.
+    const LIMIT: usize = 16 << 20;
+
+    fn add(&mut self, console: Vec<(String, serde_json::Value)>) {
+        for piece in console {
+            self.bytes += weight(&piece);
+            self.pieces.push_back(piece);
+        }
+        while self.bytes > Self::LIMIT
+            && let Some(piece) = self.pieces.pop_front()
+        {
+            self.bytes -= weight(&piece);
+            self.truncated = true;
+        }
+    }
+
+    /// The pieces, and whether there were earlier ones.
+    fn into_parts(self) -> (VecDeque<(String, serde_json::Value)>, bool) {
+        (self.pieces, self.truncated)
+    }
+}
+
+/// Bytes that a piece takes: what names it, too, as there may be many small ones.
+fn weight((kind, data): &(String, serde_json::Value)) -> usize {
+    let text = data
+        .as_str()
+        .map_or_else(|| data.to_string().len(), str::len);
+    64 + kind.len() + text
 }
 
 /// As a shell tells it: killed by signal N is 128 + N, no code at all is 255.
@@ -140,8 +225,10 @@ fn show(console: &[(String, serde_json::Value)]) {
     }
 }
 
-/// One line from standard input; end of file is an empty answer.
-async fn read_input(options: Option<&serde_json::Value>) -> Result<String, Problem> {
+/// One line from standard input; end of file is an empty answer. Whoever leaves meanwhile does not wait for it.
+fn read_input(
+    options: Option<&serde_json::Value>,
+) -> oneshot::Receiver<Result<String, std::io::Error>> {
     let hidden = options
         .and_then(|options| options.get("is_password"))
         .and_then(serde_json::Value::as_bool)
@@ -149,18 +236,42 @@ async fn read_input(options: Option<&serde_json::Value>) -> Result<String, Probl
     if hidden {
         let _ = write!(std::io::stderr(), "(password, shown as typed) ");
     }
-    let line = tokio::task::spawn_blocking(|| {
+    let (sender, line) = oneshot::channel();
+    std::thread::spawn(move || {
         let mut line = String::new();
-        std::io::stdin().lock().read_line(&mut line).map(|_| line)
-    })
-    .await
-    .map_err(|error| Problem::Other(error.into()))??;
-    Ok(line.trim_end_matches('\n').to_owned())
+        let read = std::io::stdin().lock().read_line(&mut line);
+        let line = read.map(|_| line.trim_end_matches('\n').to_owned());
+        // Nobody may wait for it any more.
+        let _ = sender.send(line);
+    });
+    line
 }
 
 #[cfg(test)]
 mod tests {
-    use super::shell_status;
+    use super::*;
+
+    #[test]
+    fn the_newest_output_is_kept_for_one_document() {
+        let mut collected = Collected::default();
+        let piece = |number: usize| {
+            let text = format!("{number}{}", " ".repeat(1 << 20));
+            ("stdout".to_owned(), json!(text))
+        };
+        collected.add(vec![piece(0), piece(1)]);
+        assert!(!collected.truncated);
+        for number in 2..40 {
+            collected.add(vec![piece(number)]);
+        }
+        let (pieces, truncated) = collected.into_parts();
+        assert!(truncated && pieces.len() == 15, "{}", pieces.len());
+        assert_eq!(pieces.back(), Some(&piece(39)));
+        // Nor do many that say nothing take more.
+        let mut collected = Collected::default();
+        collected.add(vec![(String::new(), json!("")); 300_000]);
+        let (pieces, truncated) = collected.into_parts();
+        assert!(truncated && pieces.len() * 64 <= Collected::LIMIT);
+    }
 
     #[test]
     fn exit_codes_follow_the_shell() {
