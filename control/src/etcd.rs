@@ -432,6 +432,30 @@ impl Etcd {
             .is_some_and(|last| last.elapsed() < ROUND_PAUSE)
     }
 
+    /// Gives up the connection on which a watch was denied, and the member: where only the log-in is old, etcd
+    /// says the same, and a new one helps. But when all members have denied it, only once in a while. Answers
+    /// whether it was given up.
+    fn leave_denied(
+        &self,
+        generation: u64,
+        refusal: (&'static str, &'static str),
+        refusals: usize,
+    ) -> bool {
+        let mut last = lock(&self.inner.all_refused);
+        if last
+            .get(&refusal)
+            .is_some_and(|last| last.elapsed() < ROUND_PAUSE)
+        {
+            return false;
+        }
+        if refusals >= self.inner.endpoints.len() {
+            last.insert(refusal, Instant::now());
+        }
+        drop(last);
+        self.leave(generation, true);
+        true
+    }
+
     fn endpoint(&self, member: usize) -> String {
         self.inner
             .endpoints
@@ -679,7 +703,7 @@ fn tls_options(settings: &config::EtcdTls) -> Result<TlsOptions, EtcdError> {
 mod tests {
     use super::*;
 
-    fn two_members() -> Etcd {
+    pub(super) fn two_members() -> Etcd {
         let settings = config::Etcd {
             namespace: "local".to_owned(),
             addr: ["etcd-1", "etcd-2"]

@@ -6,7 +6,7 @@
 //! changed, or its revisions have gone back), the prefix is read again; while etcd is away the last
 //! state stays.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +58,7 @@ impl Followed {
                 sender,
                 seen: Seen::default(),
                 cluster: 0,
+                denied_by: BTreeSet::new(),
             }
             .run()
             .await;
@@ -92,12 +93,18 @@ struct Follower {
     seen: Seen,
     /// The id of the etcd cluster it was read from; 0 before.
     cluster: u64,
+    /// The members that have denied the watch since it stood, or since all had.
+    denied_by: BTreeSet<usize>,
 }
 
 /// How a watch ended.
 enum End {
-    /// The connection or the member.
-    Lost(u64, EtcdError),
+    /// The connection or the member, which is the one of this generation.
+    Lost {
+        member: usize,
+        generation: u64,
+        err: EtcdError,
+    },
     /// What was not seen yet is no longer there to be told.
     Compacted,
     /// The member knows less than was seen: it is behind the others, or etcd was restored or made anew.
@@ -134,8 +141,12 @@ impl Follower {
             self.seen.live = false;
             self.tell();
             match end {
-                End::Lost(generation, err) => {
-                    self.etcd.leave(generation, true);
+                End::Lost {
+                    member,
+                    generation,
+                    err,
+                } => {
+                    self.leave(member, generation, &err);
                     self.etcd.lost(&err);
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSES.1);
@@ -162,6 +173,18 @@ impl Follower {
                     pause = (pause * 2).min(PAUSES.1);
                 }
             }
+        }
+    }
+
+    /// Gives up the connection that a watch was lost with, if another may help.
+    fn leave(&mut self, member: usize, generation: u64, err: &EtcdError) {
+        let EtcdError::Refused { step, remedy, .. } = err else {
+            return self.etcd.leave(generation, true);
+        };
+        self.denied_by.insert(member);
+        let denials = self.denied_by.len();
+        if !self.etcd.leave_denied(generation, (step, remedy), denials) {
+            self.denied_by.clear();
         }
     }
 
@@ -199,6 +222,11 @@ impl Follower {
     /// Watches from the revision after the known one until the watch ends.
     async fn watch(&mut self) -> End {
         let (member, generation, _) = self.etcd.current();
+        let lost_with = |generation, err| End::Lost {
+            member,
+            generation,
+            err,
+        };
         let options = WatchOptions::new()
             .with_prefix()
             .with_progress_notify()
@@ -231,54 +259,50 @@ impl Follower {
         };
         let (generation, mut stream, first) = match tokio::time::timeout(OPEN, opened).await {
             Ok(Ok(opened)) => opened,
-            Ok(Err(err)) => return End::Lost(generation, lost(err)),
-            Err(_) => return End::Lost(generation, late()),
+            Ok(Err(err)) => return lost_with(generation, lost(err)),
+            Err(_) => return lost_with(generation, late()),
         };
         let mut next = first;
         loop {
             let Some(response) = next else {
                 let closed = etcd_client::Error::WatchError("the stream was closed".to_owned());
-                return End::Lost(generation, lost(closed));
+                return lost_with(generation, lost(closed));
             };
-            if let Some(end) = self.take(&response, generation, &lost) {
-                return end;
+            match self.take(&response) {
+                Ok(None) => {}
+                Ok(Some(end)) => return end,
+                Err(err) => return lost_with(generation, lost(err)),
             }
             if !self.seen.live {
                 self.seen.live = true;
+                self.denied_by.clear();
                 self.etcd.reached(member);
             }
             self.tell();
             // Pings find out when nobody is there any more.
             next = match stream.message().await {
                 Ok(next) => next,
-                Err(err) => return End::Lost(generation, lost(err)),
+                Err(err) => return lost_with(generation, lost(err)),
             };
         }
     }
 
-    fn take(
-        &mut self,
-        response: &WatchResponse,
-        generation: u64,
-        lost: &impl Fn(etcd_client::Error) -> EtcdError,
-    ) -> Option<End> {
+    /// Takes what a watch has told; the error is how etcd has ended it.
+    fn take(&mut self, response: &WatchResponse) -> Result<Option<End>, etcd_client::Error> {
         let revision = response.header().map_or(0, |header| header.revision());
         let cluster = response.header().map_or(0, |header| header.cluster_id());
         if cluster != 0 && cluster != self.cluster {
-            return Some(End::OtherCluster(cluster));
+            return Ok(Some(End::OtherCluster(cluster)));
         }
         if response.compact_revision() > 0 {
-            return Some(End::Compacted);
+            return Ok(Some(End::Compacted));
         }
         if response.canceled() {
             let reason = response.cancel_reason().to_owned();
-            return Some(End::Lost(
-                generation,
-                lost(etcd_client::Error::WatchError(reason)),
-            ));
+            return Err(etcd_client::Error::WatchError(reason));
         }
         if response.created() && revision > 0 && revision < self.seen.revision {
-            return Some(End::Behind);
+            return Ok(Some(End::Behind));
         }
         for event in response.events() {
             let Some(pair) = event.kv() else { continue };
@@ -299,7 +323,7 @@ impl Follower {
         if !response.created() && response.events().is_empty() {
             self.seen.revision = self.seen.revision.max(revision);
         }
-        None
+        Ok(None)
     }
 }
 
@@ -312,6 +336,42 @@ fn has_gone_back(known: (u64, i64), read: (u64, i64)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_denies_a_watch_is_left_once_in_a_while() {
+        let etcd = crate::etcd::tests::two_members();
+        let mut follower = Follower {
+            etcd: etcd.clone(),
+            prefix: "/p".to_owned(),
+            sender: watch::channel(Arc::default()).0,
+            seen: Seen::default(),
+            cluster: 0,
+            denied_by: BTreeSet::new(),
+        };
+        let denied = || {
+            let source = etcd_client::Error::WatchError("permission denied".to_owned());
+            super::super::refused(String::new(), "watch a prefix", "set rights", source)
+        };
+        let away = EtcdError::Deadline {
+            endpoints: String::new(),
+            seconds: 5,
+        };
+        let mut member_after = |err: &EtcdError| {
+            let (member, generation, _) = etcd.current();
+            follower.leave(member, generation, err);
+            etcd.current().0
+        };
+        // A new log-in at each may help.
+        assert_eq!([0; 2].map(|_| member_after(&denied())), [1, 0]);
+        // Not so soon after all have denied it; others use this connection.
+        let (_, generation, _) = etcd.current();
+        assert_eq!([0; 3].map(|_| member_after(&denied())), [0, 0, 0]);
+        assert_eq!(etcd.current().1, generation);
+        assert_eq!(member_after(&away), 1);
+        // A while later.
+        super::super::lock(&etcd.inner.all_refused).clear();
+        assert_eq!([0; 3].map(|_| member_after(&denied())), [0, 1, 1]);
+    }
 
     #[test]
     fn only_a_reading_of_the_same_cluster_shows_that_etcd_has_gone_back() {
