@@ -295,7 +295,8 @@ impl Scratch {
     }
 
     /// Puts the user's keys and dotfiles, the registry's credentials and the cluster's files back as the
-    /// request has them, where they were changed or are gone; a key `.ssh/id_rsa` that is there stays. What
+    /// request has them, where they were changed or are gone, with the modes of the keys and of `.ssh`, which
+    /// sshd looks at; a key `.ssh/id_rsa` that is there stays. What
     /// can't be written (the user may have put anything there) is told in the log only.
     ///
     /// # Errors

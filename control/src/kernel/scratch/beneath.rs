@@ -223,6 +223,24 @@ impl Beneath {
         }
     }
 
+    /// Gives a regular file that is there this mode and owner.
+    ///
+    /// # Errors
+    /// The path leaves the directory, or names no regular file (`InvalidInput`).
+    pub fn set_file(&self, path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
+        let (file, _) = self.regular(&plain(path)?, OFlags::RDONLY, false)?;
+        change(&file, mode, owner)
+    }
+
+    /// Gives a directory that is there this mode and owner.
+    ///
+    /// # Errors
+    /// The path leaves the directory, or names no directory.
+    pub fn set_directory(&self, path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        change(&self.resolve(&plain(path)?, flags)?, mode, owner)
+    }
+
     /// Makes the directories of a path that are not there; those made get `mode` and `owner`.
     ///
     /// # Errors

@@ -166,6 +166,10 @@ impl<'a> Home<'a> {
                 let path = Path::new(name);
                 if let Some(parent) = path.parent().filter(|parent| !is_here(parent)) {
                     self.make(parent, 0o700)?;
+                    // sshd takes no keys out of a directory that others may write to.
+                    self.work
+                        .set_directory(parent, 0o700, self.new.owner)
+                        .map_err(|cause| ScratchError::write(&self.path.join(parent), cause))?;
                 }
                 let keep = perhaps_own && self.over == Over::Renew;
                 let there = || self.work.exists(path);
@@ -174,7 +178,14 @@ impl<'a> Home<'a> {
                 {
                     return Ok(());
                 }
-                self.put(path, text, 0o600)
+                match self.has(path, text) {
+                    // Nor out of such a file.
+                    true => self
+                        .work
+                        .set_file(path, 0o600, self.new.owner)
+                        .map_err(|cause| ScratchError::write(&self.path.join(path), cause)),
+                    false => self.put(path, text, 0o600),
+                }
             }
             Brought::Dotfile(dotfile) => {
                 let (path, mode) = dotfile_place(dotfile)?;
@@ -187,7 +198,10 @@ impl<'a> Home<'a> {
                     // 0644 makes them impassable: here those it makes can be entered by who may read.
                     self.make(parent, mode | 0o700 | ((mode & 0o044) >> 2))?;
                 }
-                self.put(&path, &content, mode)
+                match self.has(&path, &content) {
+                    true => Ok(()),
+                    false => self.put(&path, &content, mode),
+                }
             }
         }
     }
@@ -198,18 +212,16 @@ impl<'a> Home<'a> {
             .map_err(|cause| ScratchError::make(&self.path.join(path), cause))
     }
 
-    fn put(&self, path: &Path, content: &str, mode: u32) -> Result<(), ScratchError> {
+    /// Whether nothing is to be written at a restart: it is there.
+    fn has(&self, path: &Path, content: &str) -> bool {
         let content = content.as_bytes();
-        let same = || {
-            self.work
-                .read(path, content.len() as u64)
-                .is_ok_and(|there| there == content)
-        };
-        if self.over == Over::Renew && same() {
-            return Ok(());
-        }
+        let there = || self.work.read(path, content.len() as u64);
+        self.over == Over::Renew && there().is_ok_and(|there| there == content)
+    }
+
+    fn put(&self, path: &Path, content: &str, mode: u32) -> Result<(), ScratchError> {
         self.work
-            .write(path, content, mode, self.new.owner)
+            .write(path, content.as_bytes(), mode, self.new.owner)
             .map_err(|cause| ScratchError::write(&self.path.join(path), cause))
     }
 }

@@ -331,6 +331,10 @@ async fn a_restart_puts_back_what_the_request_brings() {
     ] {
         fs::write(file, "").unwrap();
     }
+    // sshd would take no key out of these.
+    for (path, mode) in [(".ssh", 0o777), (".ssh/authorized_keys", 0o666)] {
+        fs::set_permissions(work.join(path), fs::Permissions::from_mode(mode)).unwrap();
+    }
     fs::remove_dir_all(work.join(".config")).unwrap();
     fs::remove_file(work.join("id_container")).unwrap();
     fs::remove_file(config.join("docker-creds.json")).unwrap();
@@ -340,6 +344,12 @@ async fn a_restart_puts_back_what_the_request_brings() {
     assert_eq!(read("work/.bashrc"), "export A=1\n");
     assert_eq!(read("work/.ssh/authorized_keys"), "PUBLIC");
     assert_eq!(read("work/id_container"), "PRIVATE");
+    // Also where nothing else was changed.
+    for (path, mode) in [(".ssh", 0o755), (".ssh/authorized_keys", 0o664)] {
+        fs::set_permissions(work.join(path), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    scratch.renew(kernel_id(), new.clone()).await.unwrap();
+    assert_eq!(listing(&paths), before);
 
     // A key of the user's own stays, and so do his other files; the bootstrap script has run.
     fs::write(work.join(".ssh/id_rsa"), "OWN").unwrap();
