@@ -58,7 +58,7 @@ pub struct Agent {
     pub advertised_rpc_addr: HostPort,
     /// HTTP server of `/metrics` and `/health`; the host is never blank.
     pub service_addr: HostPort,
-    /// HTTP address published in service discovery.
+    /// HTTP address published in service discovery; the host is never blank.
     pub announce_addr: HostPort,
     /// CURVE key files; none means NULL authentication.
     pub rpc_auth: Option<CurveFiles>,

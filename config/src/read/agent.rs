@@ -61,10 +61,13 @@ pub(super) fn read(
     if on_every_address(&mut service_addr.host) {
         s.amend(SERVICE, &service_addr);
     }
-    let announce_addr = s.or(
-        key("announce-addr").or(&["announce-internal-addr"]),
-        HostPort::new(&advertised_rpc_addr.host, service_addr.port),
-    );
+    const ANNOUNCED: Key = key("announce-addr").or(&["announce-internal-addr"]);
+    let reached = &advertised_rpc_addr.host;
+    let mut announce_addr = s.or(ANNOUNCED, HostPort::new(reached, service_addr.port));
+    if announce_addr.host.is_empty() {
+        announce_addr.host.clone_from(reached);
+        s.amend(ANNOUNCED, &announce_addr);
+    }
     let rpc_auth = rpc_auth(&mut s);
     let id = id(&mut s, &host.hostname());
     let region = region(&mut s);

@@ -921,3 +921,21 @@ fn a_blank_host_to_listen_on_is_every_address() {
         "0.0.0.0:6009"
     );
 }
+
+#[test]
+fn a_blank_host_to_announce_is_the_one_that_others_use() {
+    for address in ["':6103'", "{ host = '', port = 6103 }"] {
+        let text = with_line("agent", &format!("announce-addr = {address}"));
+        let loaded = Setup::new(&text).loaded();
+        let agent = &loaded.config.agent;
+        assert!(!agent.advertised_rpc_addr.host.is_empty());
+        let expected = addr(&agent.advertised_rpc_addr.host, 6103);
+        let mut origins = loaded.origins.iter();
+        let found = origins.find(|v| v.section == "agent" && v.key == "announce-addr");
+        assert_eq!(found.unwrap().json, expected, "{address}");
+        assert_eq!(
+            agent.announce_addr.host, agent.advertised_rpc_addr.host,
+            "{address}"
+        );
+    }
+}
