@@ -21,8 +21,6 @@ pub(super) struct CpuPlugin {
     pub overcommit: u32,
     /// Whether containers get a CPU quota.
     pub quota: bool,
-    /// Whether memory is pinned to the cores' NUMA node.
-    pub memory_nodes: bool,
 }
 
 /// Memory: one device for all of it.
@@ -132,7 +130,7 @@ impl DevicePlugin for CpuPlugin {
         }
         // One node says nothing on a host that has only one with cores: memory without cores (CXL)
         // is for all.
-        if self.memory_nodes && self.nodes_with_cores() > 1 {
+        if self.nodes_with_cores() > 1 {
             let mut nodes = cores.iter().map(|core| self.node_of(&core.to_string()));
             if let Some(Some(first)) = nodes.next()
                 && nodes.all(|node| node == Some(first))

@@ -114,11 +114,17 @@ pub struct Holder {
 /// Settings of a ledger.
 #[derive(Debug, Clone)]
 pub(super) struct Policy {
+    /// Kinds of devices, in the order in which a kernel is given them.
     pub order: Vec<String>,
     pub affinity: AffinityPolicy,
+    /// Cores that are the host's.
     pub reserved_cpu: u32,
+    /// Bytes that are the host's.
     pub reserved_mem: u64,
+    /// Bytes that announced memory is a multiple of.
     pub align_mem: u64,
+    /// Whether memory is pinned to the cores' NUMA node.
+    pub memory_nodes: bool,
 }
 
 /// The reservation ledger of a node.
@@ -224,7 +230,6 @@ impl Ledger {
                 host,
                 overcommit: config.overcommit.cpu,
                 quota: config.node.cpu_quota,
-                memory_nodes: config.node.memory_nodes,
             }),
             Box::new(MemPlugin { total }),
         ];
@@ -235,6 +240,7 @@ impl Ledger {
             reserved_cpu: config.resource.reserved_cpu,
             reserved_mem: config.resource.reserved_mem.0,
             align_mem: config.resource.memory_align_size.0,
+            memory_nodes: config.node.memory_nodes,
         };
         Self::with_plugins(all, policy, node_memory)
     }

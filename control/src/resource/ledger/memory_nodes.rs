@@ -71,7 +71,7 @@ impl Ledger {
     }
 
     /// The kernels whose containers are pinned to a node that may have too little for all by now. After
-    /// a restart of the agent those are taken for pinned that may be.
+    /// a restart of the agent those are taken for pinned that may be, also by a life that pinned where this one does not.
     pub fn to_widen(&self) -> Vec<Pinned> {
         let state = self.state();
         let nodes: BTreeSet<i32> = state.pins.by_kernel.values().map(|pin| pin.0).collect();
@@ -115,9 +115,11 @@ impl Ledger {
         }
     }
 
-    /// Whether a node has memory for all that may come to lie there; `asking` holds nothing yet.
+    /// Whether a node has memory for all that may come to lie there; `asking` holds nothing yet. No node has
+    /// where nothing is to be pinned.
     fn has_room(&self, state: &State, node: i32, asking: Option<&Allocation>) -> bool {
-        let Some(memory) = self.node_memory.get(&node) else {
+        let memory = self.node_memory.get(&node);
+        let Some(memory) = memory.filter(|_| self.policy.memory_nodes) else {
             return false;
         };
         let computers = state.inventory.computers.iter();

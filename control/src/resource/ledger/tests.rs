@@ -20,6 +20,7 @@ fn policy() -> Policy {
         reserved_cpu: 1,
         reserved_mem: 1 << 30,
         align_mem: 16 << 20,
+        memory_nodes: true,
     }
 }
 
@@ -43,7 +44,6 @@ fn intrinsic(host: HostInventory, overcommit: u32, quota: bool) -> Vec<Box<dyn D
             host,
             overcommit,
             quota,
-            memory_nodes: true,
         }),
         Box::new(MemPlugin { total }),
     ]
@@ -515,6 +515,17 @@ fn who_is_pinned_is_widened_when_others_may_take_the_memory() {
     next.restore(kernel(2), &other).unwrap();
     assert_eq!(due(&next), first);
     next.release(kernel(1));
+    assert_eq!(due(&next), []);
+
+    // Nothing is to be pinned any more: who may be is widened, and nobody is pinned anew.
+    let mut next = two_nodes();
+    next.policy.memory_nodes = false;
+    next.restore(kernel(1), &held).unwrap();
+    assert_eq!(due(&next), first);
+    next.widened(&next.to_widen()[0]);
+    assert_eq!(due(&next), []);
+    next.release(kernel(1));
+    assert_eq!(pin(&next, 1, "2", "5g"), None);
     assert_eq!(due(&next), []);
 }
 
