@@ -247,6 +247,8 @@ fn serve(
             Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
             Err(err) => return Err(AppError::Poll(err)),
         }
+        // Another process may have this node by now: what this one would do is its to do.
+        board.is_writer()?;
         while doorbell.drain() {}
         // Links first: a row that just arrived must not be served over a link that is gone.
         link.links_changed(&watch.changes());

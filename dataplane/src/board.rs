@@ -178,6 +178,14 @@ impl Board {
         Ok(())
     }
 
+    /// Whether this process still writes the region. Cheap.
+    ///
+    /// # Errors
+    /// Another one does: this one is to do nothing more, and to end.
+    pub fn is_writer(&self) -> Result<(), Ousted> {
+        self.lock().writer.is_writer()
+    }
+
     /// Sizes of the region.
     pub fn sizes(&self) -> shared::Sizes {
         self.lock().writer.sizes()

@@ -267,7 +267,7 @@ impl Link {
             epoch: desired.epoch,
             generation: desired.committed,
         };
-        if self.applied == Some(mark) {
+        if self.applied == Some(mark) || self.board.is_writer().is_err() {
             return None;
         }
         if desired.invalid_rows > 0
@@ -545,7 +545,7 @@ impl Link {
             return;
         };
         if matches!(err, BatchError::Ousted(_)) {
-            // The next sign of life says so, and ends the process.
+            // The next turn says so, and ends the process.
             return;
         }
         tracing::error!(

@@ -64,6 +64,38 @@ impl Place {
     }
 }
 
+/// What comes up after another process has taken the place is that one's.
+#[test]
+fn a_link_whose_place_another_has_does_nothing_more() {
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let target = server.local_addr().unwrap();
+    let (kernel, container) = (KernelId([7; 16]), ContainerId([9; 32]));
+    let mut place = Place::new();
+    let put = |place: &mut Place| {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = free.local_addr().unwrap();
+        drop(free);
+        let key = PortKey {
+            protocol: Protocol::Tcp,
+            host_port: address.port(),
+        };
+        let mut row = PortRow::new(key, kernel, container, target.ip(), target.port());
+        row.bind = address.ip();
+        place.desired.batch(|batch| batch.put_port(row)).unwrap();
+        address
+    };
+    let now = Instant::now();
+    let address = put(&mut place);
+    place.link.look(now).expect("news");
+    std::fs::remove_file(place.observed.join("lock")).unwrap();
+    let _other = shared::lock::WriterLock::acquire(&place.observed).unwrap();
+    let late = put(&mut place);
+    assert!(place.link.look(now).is_none());
+    TcpStream::connect(late).expect_err("nobody listens");
+    let _client = TcpStream::connect(address).expect("what was served is served");
+    place.link.board.is_writer().expect_err("it is another's");
+}
+
 #[test]
 fn a_port_whose_listener_cannot_be_watched_is_refused_and_tried_again() {
     let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();

@@ -9,7 +9,7 @@ use super::{
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawBank, RawProcess, RawRow, RegionKind, Sizes};
-use crate::lock::WriterLock;
+use crate::lock::{Ousted, WriterLock};
 use crate::region::{OpenError, RegionWriter, Start, words_of};
 use crate::table::{BatchError, Index, KeyedRow, Staged};
 
@@ -201,6 +201,15 @@ impl ObservedWriter {
     /// nothing was or will be written, end. Others: a name is taken and the file cannot be made again.
     pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
         self.region.heartbeat()
+    }
+
+    /// Whether this is still the writer; to be asked before anything is done that another would do. Costs
+    /// two `stat`s.
+    ///
+    /// # Errors
+    /// The lock's name was taken away and another process has become the writer: end.
+    pub fn is_writer(&mut self) -> Result<(), Ousted> {
+        self.region.may_write()
     }
 
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
