@@ -132,9 +132,7 @@ pub mod walk {
 pub mod tally {
     /// Processes of the container.
     pub const SEEN: usize = 0;
-    /// Those that have a record.
-    pub const LISTED: usize = 1;
-    /// All of them.
+    /// All of them, one of the program's own included.
     pub const WORDS: usize = 2;
 }
 

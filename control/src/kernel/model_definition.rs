@@ -51,18 +51,23 @@ impl Model {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelService {
+    /// What the runner does before, in order.
     #[serde(
         default,
         alias = "pre-start-actions",
         deserialize_with = "null_is_default"
     )]
     pub pre_start_actions: Vec<PreStartAction>,
+    /// What serves the model.
     #[serde(alias = "start-command")]
     pub start_command: StartCommand,
+    /// The shell of a command that is a text; a path in the container.
     #[serde(default = "default_shell")]
     pub shell: String,
+    /// The container port it serves on, 1 to 65535.
     #[serde(deserialize_with = "number")]
     pub port: u16,
+    /// How its health is found out; not at all without it.
     #[serde(default, alias = "health-check")]
     pub health_check: Option<HealthCheck>,
 }
@@ -75,7 +80,9 @@ fn default_shell() -> String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PreStartAction {
+    /// Its name, as the runner knows it (`run_command`).
     pub action: String,
+    /// Its arguments by name.
     #[serde(default)]
     pub args: serde_json::Map<String, Value>,
 }
@@ -84,7 +91,9 @@ pub struct PreStartAction {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a text or a list of texts is expected")]
 pub enum StartCommand {
+    /// For the shell.
     Shell(String),
+    /// A program and its arguments.
     Arguments(Vec<String>),
 }
 
@@ -92,23 +101,26 @@ pub enum StartCommand {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HealthCheck {
-    /// Seconds between two tries.
+    /// Seconds between two tries; 10 unless set.
     #[serde(default = "ten", deserialize_with = "number_or_ten")]
     pub interval: f64,
+    /// Path of the URL that is asked for.
     pub path: String,
+    /// How many tries in a row may fail: with one more it is unhealthy. 10 unless set.
     #[serde(
         default = "ten_tries",
         alias = "max-retries",
         deserialize_with = "number_or_ten_tries"
     )]
     pub max_retries: u32,
-    /// Seconds for one try.
+    /// Seconds for one try; 15 unless set.
     #[serde(
         default = "fifteen",
         alias = "max-wait-time",
         deserialize_with = "number_or_fifteen"
     )]
     pub max_wait_time: f64,
+    /// HTTP status of a healthy answer; 200 unless set.
     #[serde(
         default = "http_ok",
         alias = "expected-status-code",

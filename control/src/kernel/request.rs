@@ -33,14 +33,18 @@ pub struct KernelCreationConfig {
     /// `main` (older managers: `master`) or any other role of the cluster.
     #[serde(default = "main_role", deserialize_with = "text")]
     pub cluster_role: String,
+    /// Number among the kernels of its role, from 1.
     #[serde(default, deserialize_with = "whole::or_zero")]
     pub cluster_idx: i64,
+    /// Number among the kernels of its session, from 0.
     #[serde(default, deserialize_with = "whole::or_zero")]
     pub local_rank: i64,
     #[serde(default, deserialize_with = "optional_text")]
     pub cluster_hostname: Option<String>,
+    /// User id in the container; the node's own without it.
     #[serde(default, deserialize_with = "whole::optional")]
     pub uid: Option<u32>,
+    /// Group id in the container; the node's own without it.
     #[serde(default, deserialize_with = "whole::optional")]
     pub main_gid: Option<u32>,
     #[serde(default, deserialize_with = "whole::list")]
@@ -55,6 +59,7 @@ pub struct KernelCreationConfig {
     pub environ: TextMap,
     #[serde(default, deserialize_with = "list")]
     pub mounts: Vec<VfolderMount>,
+    /// Seconds; the manager's matter.
     #[serde(default, deserialize_with = "whole::optional")]
     pub idle_timeout: Option<i64>,
     #[serde(default, deserialize_with = "optional_text")]
@@ -277,6 +282,7 @@ pub struct SshKeypair {
 pub struct ClusterInfo {
     #[serde(default, deserialize_with = "null_default")]
     pub mode: ClusterMode,
+    /// Kernels in the session.
     #[serde(default, deserialize_with = "whole::or_zero")]
     pub size: i64,
     /// Role to number of kernels.

@@ -1,7 +1,7 @@
 //! What is answered to which path.
 //!
 //! In: method and path of a request, and who asks. Out: the original's answer
-//! (`tests/vectors/metadata` has them as it gave them). Invariant: nothing but what `Asker` holds.
+//! (`tests/vectors/metadata` has them as `tests/python/record_metadata.py` was given them). Invariant: nothing but what `Asker` holds.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;

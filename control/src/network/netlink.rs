@@ -71,8 +71,10 @@ pub struct BadMac;
 pub(super) struct Peer {
     pub interface: String,
     pub container_mac: MacAddress,
+    /// Index of the end in our namespace.
     pub host_ifindex: u32,
     pub host_mac: MacAddress,
+    /// Index of the bridge that end is a port of.
     pub bridge_ifindex: Option<u32>,
 }
 

@@ -16,7 +16,9 @@ const FORMAT: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct FileEntry {
     pub path: String,
+    /// Bytes.
     pub size: u64,
+    /// Permission bits.
     pub mode: u32,
     /// Lower-case hexadecimal.
     pub sha256: String,
@@ -119,10 +121,15 @@ pub enum RunnerDirError {
 /// A version that is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Installation {
+    /// Of the published packages.
     pub version: String,
+    /// Processor architecture, as the packages name it.
     pub arch: String,
+    /// Where it is.
     pub path: PathBuf,
+    /// Regular files in it.
     pub files: usize,
+    /// Their sizes summed up.
     pub bytes: u64,
 }
 
@@ -175,6 +182,7 @@ fn version_directories(runner_dir: &Path) -> Result<Vec<PathBuf>, RunnerDirError
 /// What `verify` found; empty means unchanged.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct VerifyReport {
+    /// Files and links that were looked at.
     pub checked: usize,
     /// One sentence per file that is not as installed.
     pub problems: Vec<String>,

@@ -45,10 +45,10 @@ pub struct VolumeHealth {
 /// `GET /folder/fs-usage`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct Space {
-    /// All of it.
+    /// All of it, bytes.
     #[serde(rename = "capacity_bytes", deserialize_with = "amount")]
     pub capacity: Option<u64>,
-    /// What is used.
+    /// What is used, bytes.
     #[serde(rename = "used_bytes", deserialize_with = "amount")]
     pub used: Option<u64>,
 }
