@@ -199,6 +199,9 @@ fn is_distrust(source: &std::io::Error) -> bool {
 
 /// Runs the agent until it is told to stop. The options are those the configuration was loaded with:
 /// what the cluster sets is laid over the same file.
+///
+/// # Errors
+/// It could not start, or one of its parts has ended.
 pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppError> {
     let stopping = CancellationToken::new();
     listen_for_signals(&stopping)?;

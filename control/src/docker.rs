@@ -260,6 +260,9 @@ impl Docker {
     }
 
     /// API version in use, `(major, minor)`.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn api_version(&self) -> Result<(u16, u16), DockerError> {
         self.transport.version("negotiate").await
     }
@@ -292,11 +295,17 @@ impl Docker {
     // ---- engine ----
 
     /// Asks whether the engine answers.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn ping(&self) -> Result<(), DockerError> {
         self.transport.unit(self.query("ping", "/_ping")).await
     }
 
     /// The engine's own description of itself.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn info(&self) -> Result<SystemInfo, DockerError> {
         self.transport
             .json(self.query("engine info", "/info"))
@@ -304,6 +313,9 @@ impl Docker {
     }
 
     /// The engine's release.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn version(&self) -> Result<EngineVersion, DockerError> {
         self.transport
             .json(self.query("engine version", "/version"))
@@ -319,6 +331,9 @@ impl Docker {
 
     /// Containers, running ones only unless `all`; with `owner` only those whose label
     /// `ai.backend.owner` is that agent id.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn list_containers(
         &self,
         all: bool,
@@ -334,6 +349,9 @@ impl Docker {
     }
 
     /// Containers with a label, given as `key` or `key=value`.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn list_labelled(
         &self,
         all: bool,
@@ -350,6 +368,9 @@ impl Docker {
     }
 
     /// A container, by id or name.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such container.
     pub async fn inspect(&self, container: &str) -> Result<ContainerInspectResponse, DockerError> {
         let step = format!("inspect container {container}");
         let name = segment(&step, container)?;
@@ -380,6 +401,9 @@ impl Docker {
     }
 
     /// Starts a container; one that runs already is a success.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such container.
     pub async fn start(&self, container: &str) -> Result<(), DockerError> {
         let step = format!("start container {container}");
         let path = format!("/containers/{}/start", segment(&step, container)?);
@@ -388,6 +412,9 @@ impl Docker {
     }
 
     /// Sends the stop signal, waits `grace`, kills. One that is stopped already is a success.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such container.
     pub async fn stop(&self, container: &str, grace: Duration) -> Result<(), DockerError> {
         let step = format!("stop container {container}");
         let path = format!("/containers/{}/stop", segment(&step, container)?);
@@ -439,6 +466,9 @@ impl Docker {
     }
 
     /// Waits until the container does not run and returns its exit code.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such container, or it still runs after `deadline`.
     pub async fn wait(&self, container: &str, deadline: Duration) -> Result<i64, DockerError> {
         #[derive(Deserialize)]
         struct Ended {
@@ -521,6 +551,9 @@ impl Docker {
     // ---- images ----
 
     /// An image, by id or reference.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such image.
     pub async fn inspect_image(&self, image: &str) -> Result<ImageRecord, DockerError> {
         #[derive(Deserialize)]
         struct Inspected {
@@ -557,6 +590,9 @@ impl Docker {
     }
 
     /// All tagged and untagged top-level images.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn list_images(&self) -> Result<Vec<ListedImage>, DockerError> {
         self.transport
             .json(
@@ -567,6 +603,9 @@ impl Docker {
     }
 
     /// Images without a name that have a label, given as `key=value`.
+    ///
+    /// # Errors
+    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn list_unnamed(&self, label: &str) -> Result<Vec<ListedImage>, DockerError> {
         let filters = serde_json::json!({ "dangling": ["true"], "label": [label] });
         let call = self.query("list images without a name", "/images/json");
@@ -624,6 +663,9 @@ impl Docker {
     }
 
     /// Removes a network.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such network, or it is in use.
     pub async fn remove_network(&self, network: &str) -> Result<(), DockerError> {
         let step = format!("remove network {network}");
         let path = format!("/networks/{}", segment(&step, network)?);
@@ -633,6 +675,9 @@ impl Docker {
     }
 
     /// A network with the containers on it.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such network.
     pub async fn inspect_network(&self, network: &str) -> Result<NetworkInspect, DockerError> {
         let step = format!("inspect network {network}");
         let path = format!("/networks/{}", segment(&step, network)?);
@@ -642,6 +687,9 @@ impl Docker {
     // ---- volumes ----
 
     /// A volume with its mount point.
+    ///
+    /// # Errors
+    /// As for [`ping`](Self::ping); there is no such volume.
     pub async fn inspect_volume(&self, name: &str) -> Result<Volume, DockerError> {
         let step = format!("inspect volume {name}");
         let path = format!("/volumes/{}", segment(&step, name)?);

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 /// Writes `bytes` beside `path`, flushes them, and renames.
+///
+/// # Errors
+/// A step fails; the file at `path` is as it was then.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut new = path.to_owned().into_os_string();
     // Two writers never share a name: a record has one writer, but a crashed one may have left its.

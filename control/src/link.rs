@@ -199,6 +199,9 @@ pub struct Link {
 
 impl Link {
     /// Becomes the writer of the desired region and starts the task that owns it.
+    ///
+    /// # Errors
+    /// Another process is the writer, the region cannot be made, or its doorbell not be watched.
     pub fn open(
         run_dir: RunDir,
         sizes: Sizes,
@@ -278,6 +281,9 @@ impl Link {
     }
 
     /// Waits until a dataplane runs, at most `limit`.
+    ///
+    /// # Errors
+    /// None shows signs of life by then, or the agent is stopping.
     pub async fn require_dataplane(&self, limit: Duration) -> Result<(), LinkError> {
         let mut observed = self.observed.clone();
         match tokio::time::timeout(limit, observed.wait_for(Observed::is_alive)).await {
@@ -291,6 +297,9 @@ impl Link {
     }
 
     /// Replaces all rows of a kernel, as one generation.
+    ///
+    /// # Errors
+    /// The rows cannot be written, or the agent is stopping.
     pub async fn publish(
         &self,
         kernel: KernelId,
@@ -319,6 +328,9 @@ impl Link {
     }
 
     /// Waits until the dataplane serves all `keys` of the generation, at most `limit`.
+    ///
+    /// # Errors
+    /// The dataplane refused one of them or did not serve all by then, none runs, or the agent is stopping.
     pub async fn await_serving(
         &self,
         keys: &[PortKey],

@@ -267,6 +267,9 @@ impl PortPool {
     }
 
     /// Takes `wanted` ports on which a listener can be bound at `bind`.
+    ///
+    /// # Errors
+    /// Fewer are free.
     pub fn acquire(
         &self,
         kernel: KernelId,
@@ -280,6 +283,9 @@ impl PortPool {
     }
 
     /// Takes one port for a kernel that is yet to come (`assign_port`).
+    ///
+    /// # Errors
+    /// None is free.
     pub fn assign(&self, bind: IpAddr) -> Result<u16, PortError> {
         self.pool()
             .acquire(PortOwner::Assigned, 1, Instant::now(), |port| {
@@ -289,12 +295,18 @@ impl PortPool {
     }
 
     /// Takes a given port: one that `assign` gave out, or one found in use at start.
+    ///
+    /// # Errors
+    /// Another kernel holds it, or it is outside of the range.
     pub fn claim(&self, kernel: KernelId, port: u16) -> Result<(), PortError> {
         self.pool()
             .claim(PortOwner::Kernel(kernel), port, Instant::now())
     }
 
     /// Takes a given port that nobody was promised.
+    ///
+    /// # Errors
+    /// Another kernel holds it, it is promised, or outside of the range.
     pub fn claim_unpromised(&self, kernel: KernelId, port: u16) -> Result<(), PortError> {
         let mut pool = self.pool();
         pool.expire_assignments(Instant::now());
@@ -306,6 +318,9 @@ impl PortPool {
     }
 
     /// Restores a port that `assign` gave out before a restart.
+    ///
+    /// # Errors
+    /// It is held, or outside of the range.
     pub fn claim_assigned(&self, port: u16) -> Result<(), PortError> {
         self.pool().claim(PortOwner::Assigned, port, Instant::now())
     }

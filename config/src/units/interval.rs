@@ -10,6 +10,9 @@ const REMEDY: &str =
 const LONGEST_SECONDS: f64 = 100.0 * 365.0 * 86_400.0;
 
 /// Parses an interval; a bare number counts seconds.
+///
+/// # Errors
+/// It is no interval.
 pub fn parse_interval(text: &str) -> Result<Duration, Fault> {
     let text = text.trim();
     let end = text

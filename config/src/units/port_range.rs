@@ -18,6 +18,9 @@ pub(crate) const REMEDY: &str = "write [30000, 31000] or \"30000-31000\"";
 
 impl PortRange {
     /// A range from its two ends.
+    ///
+    /// # Errors
+    /// An end is 0, or the first is above the last.
     pub fn new(first: u16, last: u16) -> Result<Self, Fault> {
         if first == 0 {
             return Err(Fault::new("port 0 can not be published", REMEDY));

@@ -21,6 +21,9 @@ impl ByteSize {
 
     /// Parses a size whose plain `kb`, `mb`, ... are powers of 1000 (`kib`, `mib`, ... stay
     /// powers of 1024): the rule of the `[logging]` section of the original.
+    ///
+    /// # Errors
+    /// It is no size, or more than 64 bits hold.
     pub fn parse_decimal(text: &str) -> Result<Self, Fault> {
         parse(text, true)
     }

@@ -36,6 +36,9 @@ impl JsonLines {
     }
 
     /// The next object, `None` at the orderly end of the answer.
+    ///
+    /// # Errors
+    /// The connection fails, or the object is no JSON or too large.
     pub async fn next(&mut self, step: &str) -> Result<Option<serde_json::Value>, DockerError> {
         loop {
             if let Some(at) = self.buffer[self.searched..]

@@ -43,6 +43,9 @@ pub struct FileSink {
 
 impl FileSink {
     /// Appends to `path`, which is created with mode 0600.
+    ///
+    /// # Errors
+    /// The file cannot be made or opened.
     pub fn open(path: &Path) -> Result<FileSink, FileSinkError> {
         FileSink::with_limit(path, FILE_LIMIT)
     }

@@ -112,6 +112,9 @@ pub enum AgentSocketError {
 }
 
 /// Makes empty files that the engine can mount others over. Names with a slash are left out.
+///
+/// # Errors
+/// The directory or a file in it cannot be made, or is another user's.
 pub fn ensure_mount_points<'a>(
     directory: &Path,
     names: impl IntoIterator<Item = &'a str>,
@@ -146,6 +149,9 @@ pub fn ensure_mount_points<'a>(
 }
 
 /// Binds the socket and serves it in the background until `stop`. Must be called inside a runtime.
+///
+/// # Errors
+/// As for [`ensure_mount_points`]; the socket cannot be bound.
 pub fn serve(options: AgentSocketOptions, stop: CancellationToken) -> Result<(), AgentSocketError> {
     ensure_mount_points(&options.directory, MOUNT_POINTS)?;
     let path = options.directory.join(SOCKET_NAME);

@@ -112,6 +112,9 @@ pub enum CommitError {
 
 impl CommitOrder {
     /// Checks the names and gives `SUBDIR/FILENAME`, which the caller is told.
+    ///
+    /// # Errors
+    /// A name leads away from the commit directory.
     pub fn path(&self) -> Result<Option<String>, CommitError> {
         plain(&self.subdir)?;
         let Some(filename) = &self.filename else {
@@ -136,6 +139,9 @@ fn plain(path: &str) -> Result<(), CommitError> {
 }
 
 /// Carries an order out.
+///
+/// # Errors
+/// The same; there is no container, or the engine or the disk fails.
 pub async fn commit(
     node: Arc<Node>,
     kernel: Arc<Kernel>,

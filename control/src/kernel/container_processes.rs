@@ -174,6 +174,9 @@ impl KernelFiles {
     }
 
     /// Kills the processes of a container whose environment has this entry; says how many.
+    ///
+    /// # Errors
+    /// A process could not be killed.
     pub fn kill_with_environment(
         &self,
         container: &ContainerCgroup,

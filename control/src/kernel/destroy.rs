@@ -95,6 +95,9 @@ pub enum EndError {
 }
 
 /// Destroys a kernel, or joins the ending that is under way. Answers when nothing is left.
+///
+/// # Errors
+/// What is there of it could not be looked for, or not be removed.
 pub async fn destroy(
     node: &Arc<Node>,
     id: KernelId,

@@ -263,6 +263,9 @@ async fn back_within(
 }
 
 /// Sends what the mode asks for and collects one result.
+///
+/// # Errors
+/// The run is refused, or the link to the runner is closed or full.
 pub async fn execute(
     link: &RunnerLink,
     request: ExecuteRequest,
@@ -454,6 +457,9 @@ fn failed_completion(err: &dyn fmt::Display) -> CompletionReply {
 }
 
 /// Interrupts what the kernel runs.
+///
+/// # Errors
+/// The link to the runner is closed or full.
 pub fn interrupt(link: &RunnerLink) -> Result<(), LinkError> {
     link.interrupt()
 }

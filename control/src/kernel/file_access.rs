@@ -213,6 +213,9 @@ fn inside(path: &str) -> Result<PathBuf, FileAccessError> {
 
 /// Writes an uploaded file, making the directories above it. What is made belongs to the kernel's user; a
 /// file that was there keeps its mode and its owner.
+///
+/// # Errors
+/// The name leads out of the home or into a mounted folder, or the file cannot be written.
 pub async fn upload_file(
     place: UploadPlace,
     name: String,
@@ -280,6 +283,9 @@ pub async fn upload_file(
 }
 
 /// A file or directory as a tar archive.
+///
+/// # Errors
+/// The path leads out of the home, cannot be read, or holds too much.
 pub async fn download_file(
     docker: &Docker,
     container: &str,
@@ -293,6 +299,9 @@ pub async fn download_file(
 }
 
 /// The content of one file.
+///
+/// # Errors
+/// As for [`download_file`]; it is not a single file.
 pub async fn download_single(
     docker: &Docker,
     container: &str,

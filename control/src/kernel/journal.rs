@@ -143,16 +143,25 @@ pub struct Journal {
 
 impl Journal {
     /// Prepares the directory for one agent. `agent_id` must be a plain name.
+    ///
+    /// # Errors
+    /// The directory cannot be prepared.
     pub fn open(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
         Self::open_dir(var_base.join("kernels").join(plain_name(agent_id)))
     }
 
     /// The same for the ends of kernels.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
     pub fn open_ends(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
         Self::open_dir(var_base.join("ended").join(plain_name(agent_id)))
     }
 
     /// The same for what commits under way may leave behind.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
     pub fn open_commits(var_base: &Path, agent_id: &str) -> Result<Journal, JournalError> {
         Self::open_dir(var_base.join("commits").join(plain_name(agent_id)))
     }
@@ -182,6 +191,9 @@ impl Journal {
     }
 
     /// Replaces the record of a kernel. Blocks for one flush of a small file.
+    ///
+    /// # Errors
+    /// The file cannot be written; the one before stays.
     pub fn store<R: Serialize>(&self, kernel_id: KernelId, record: &R) -> Result<(), JournalError> {
         let bytes = serde_json::to_vec_pretty(&Versioned {
             version: VERSION,
@@ -193,6 +205,9 @@ impl Journal {
     }
 
     /// Removes the record of a kernel that holds nothing any more.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
     pub fn remove(&self, kernel_id: KernelId) -> Result<(), JournalError> {
         let path = self.path(kernel_id);
         match fs::remove_file(&path) {
@@ -206,6 +221,9 @@ impl Journal {
     /// Reads all records. What cannot be read is renamed to `*.damaged` and returned by name:
     /// one bad file must not keep the node from starting, and its kernel is still adopted from
     /// Docker's labels. Of those of earlier starts only the youngest stay.
+    ///
+    /// # Errors
+    /// The directory cannot be read. Single files that cannot are told of.
     pub fn load<R: DeserializeOwned>(
         &self,
     ) -> Result<(BTreeMap<KernelId, R>, Vec<Damaged>), JournalError> {
@@ -255,6 +273,9 @@ impl Journal {
     }
 
     /// Remembers the ports that `assign_port` gave out, as they are at this writer's turn. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written; the one before stays.
     pub fn store_assigned_ports(
         &self,
         ports: impl FnOnce() -> Vec<u16>,

@@ -79,6 +79,9 @@ pub struct KeptLogs {
 
 impl KeptLogs {
     /// Prepares `<var-base-path>/logs/<agent id>`.
+    ///
+    /// # Errors
+    /// The directory cannot be made or read.
     pub fn open(var_base: &Path, agent_id: &str) -> Result<KeptLogs, KeptLogsError> {
         let dir = var_base.join("logs").join(plain_name(agent_id));
         fs::DirBuilder::new()
@@ -103,12 +106,18 @@ impl KeptLogs {
     }
 
     /// Keeps the console of a kernel and drops the oldest ones, those that were shipped first. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn store(&self, kernel: KernelId, text: &str) -> Result<(), KeptLogsError> {
         self.store_marked(kernel, None, text).map(|_| ())
     }
 
     /// The same, marked to be shipped as the console of a container; answers as [`KeptLogs::to_ship`].
     /// Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn store_to_ship(
         &self,
         kernel: KernelId,
@@ -165,6 +174,9 @@ impl KeptLogs {
 
     /// Notes that the console of a container has to be shipped; how far it has come already is
     /// kept, for an ending may be tried several times. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
     pub fn to_ship(
         &self,
         kernel: KernelId,
@@ -196,6 +208,9 @@ impl KeptLogs {
     }
 
     /// Notes a step on the way. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn set_shipping(
         &self,
         kernel: KernelId,

@@ -208,6 +208,9 @@ impl Node {
     }
 
     /// Stores the record of a kernel off the async workers.
+    ///
+    /// # Errors
+    /// The file cannot be written; the one before stays.
     pub async fn store(&self, kernel: &Kernel) -> Result<(), JournalError> {
         let (journal, entry) = (self.journal.clone(), kernel.journal_entry());
         blocking(move || entry.write(&journal)).await

@@ -109,6 +109,9 @@ fn listed(summary: &ContainerSummary) -> Option<Listed> {
 }
 
 /// All containers of this agent, running or not.
+///
+/// # Errors
+/// The engine cannot be asked.
 pub async fn list(node: &Node) -> Result<Vec<Listed>, DockerError> {
     let containers = node
         .docker
@@ -118,6 +121,9 @@ pub async fn list(node: &Node) -> Result<Vec<Listed>, DockerError> {
 }
 
 /// Takes the node over. Endings and pending starts go on in the background.
+///
+/// # Errors
+/// The engine cannot be asked, or the journal not be read.
 pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
     let journal = node.journal.clone();
     let (records, damaged) = blocking(move || journal.load::<Record>()).await?;

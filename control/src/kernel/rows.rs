@@ -106,6 +106,9 @@ pub struct Whereabouts {
 }
 
 /// Finds a running container.
+///
+/// # Errors
+/// The container does not run, or where it is cannot be found out.
 pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, RowsError> {
     let found = node.docker.inspect(&container.to_string()).await?;
     let pid = found
@@ -399,6 +402,9 @@ fn clients_of(config: &Config, service: &str) -> Vec<ClientNetwork> {
 }
 
 /// Finds the container again: replaces the kernel's rows and has the connection to the runner follow.
+///
+/// # Errors
+/// As for [`locate`]; the rows cannot be written.
 pub async fn refresh(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), RowsError> {
     // What was found later must not be overtaken by what was found before.
     let _turn = kernel.refreshing.lock().await;

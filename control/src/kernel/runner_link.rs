@@ -395,6 +395,9 @@ impl RunnerLink {
     }
 
     /// Asks the runner whether it lives.
+    ///
+    /// # Errors
+    /// The link is closed or full, or there is no answer within `limit`, or none that can be read.
     pub async fn status(&self, limit: Duration) -> Result<RunnerStatus, LinkError> {
         let payload = self
             .ask(
@@ -408,6 +411,9 @@ impl RunnerLink {
     }
 
     /// Asks the runner for the services the image defines; `None` when it says it failed.
+    ///
+    /// # Errors
+    /// As for [`status`](Self::status).
     pub async fn apps(&self, limit: Duration) -> Result<Option<Vec<AppRecord>>, LinkError> {
         #[derive(Deserialize)]
         struct Apps {
@@ -429,11 +435,17 @@ impl RunnerLink {
     }
 
     /// Interrupts what the runner works on.
+    ///
+    /// # Errors
+    /// The link is closed or full.
     pub fn interrupt(&self) -> Result<(), LinkError> {
         self.post(Outgoing::text("interrupt", ""))
     }
 
     /// Tells the runner that the kernel killed a process for lack of memory; it logs which.
+    ///
+    /// # Errors
+    /// The link is closed or full.
     pub fn notify_oom(&self) -> Result<(), LinkError> {
         self.post(Outgoing::json("event", &json!({"type": "oom", "data": {}})))
     }

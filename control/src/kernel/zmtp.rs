@@ -67,6 +67,9 @@ pub struct ReadLimits {
 }
 
 /// Greets the peer and exchanges socket types; `ours` is a name like `PUSH`, `theirs` what it must say.
+///
+/// # Errors
+/// The connection ends, or the peer speaks something else.
 pub async fn handshake<S>(stream: &mut S, ours: &str, theirs: &[&str]) -> Result<(), ZmtpError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -152,6 +155,9 @@ async fn frame_size<R: AsyncRead + Unpin>(reader: &mut R, flags: u8) -> Result<u
 }
 
 /// Reads one message: its frames, and how many it had. Not cancel safe: a dropped read loses its place.
+///
+/// # Errors
+/// The connection ends, or the peer breaks the protocol or a bound.
 pub async fn read_message<R>(
     reader: &mut R,
     limits: &ReadLimits,
@@ -220,6 +226,9 @@ async fn skip<R: AsyncRead + Unpin>(reader: &mut R, length: u64) -> Result<(), Z
 }
 
 /// Writes one message.
+///
+/// # Errors
+/// The connection ends.
 pub async fn write_message<W>(writer: &mut W, frames: &[&[u8]]) -> Result<(), ZmtpError>
 where
     W: AsyncWrite + Unpin,

@@ -20,6 +20,9 @@ pub struct Arguments {
 
 impl Arguments {
     /// Binds like Python: positions first, then names, then defaults.
+    ///
+    /// # Errors
+    /// As Python's `TypeError`: too many, unknown or missing ones.
     pub fn bind(
         method: &'static Method,
         args: Vec<Value>,
@@ -85,6 +88,9 @@ impl Arguments {
     }
 
     /// Takes a parameter as a typed value; a misfit is a `TypeError` that names the parameter.
+    ///
+    /// # Errors
+    /// A `TypeError`.
     pub fn get<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Failure> {
         let value = self.take(name);
         from_value(value).map_err(|err| {
@@ -97,6 +103,9 @@ impl Arguments {
 
     /// A parameter that names a kernel or session: UUID text in any of Python's spellings, or
     /// ext 1. Anything else is the `ValueError` of Python's `UUID`.
+    ///
+    /// # Errors
+    /// A `ValueError`.
     pub fn uuid(&self, name: &str) -> Result<Uuid, Failure> {
         match self.value(name) {
             Value::Uuid(uuid) => Ok(*uuid),

@@ -122,6 +122,9 @@ pub struct Client {
 
 impl Client {
     /// Connects to `host:port` (or `tcp://host:port`), probes it and waits for the answer that only bai-agent gives.
+    ///
+    /// # Errors
+    /// Nobody answers by `deadline`, the keys do not fit, or it is not bai-agent.
     pub async fn connect(
         address: &str,
         curve: Option<&ClientCurve>,
@@ -179,6 +182,9 @@ impl Client {
     }
 
     /// Calls a method and waits for its value.
+    ///
+    /// # Errors
+    /// The method failed, there is no reply by `deadline` or none that can be read, or the connection ended.
     pub async fn call(
         &self,
         method: &str,

@@ -29,6 +29,9 @@ impl serde::ser::Error for ConversionError {
 }
 
 /// Converts a value into any deserialisable type.
+///
+/// # Errors
+/// The value has another shape.
 pub fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, ConversionError> {
     T::deserialize(value)
 }

@@ -155,6 +155,9 @@ pub enum HeaderError {
 
 impl Header {
     /// Reads a header frame. Extra keys are ignored; a missing `zip` counts as false.
+    ///
+    /// # Errors
+    /// It cannot be understood.
     pub fn decode(frame: &Bytes) -> Result<Self, HeaderError> {
         if frame.len() > MAX_HEADER_BYTES {
             return Err(HeaderError::TooLong);
@@ -193,6 +196,9 @@ impl Header {
     }
 
     /// Writes a header frame in the original's key order, never compressed.
+    ///
+    /// # Errors
+    /// A part of it is too long to be sent.
     pub fn encode(&self) -> Result<Bytes, EncodeError> {
         let mut out = Vec::new();
         self.write(&mut out, self.kind)?;
@@ -235,6 +241,9 @@ impl Header {
     }
 
     /// The reply that carries a value.
+    ///
+    /// # Errors
+    /// The value cannot be packed.
     pub fn result(&self, value: &Value) -> Result<Frames, EncodeError> {
         // meta is a packed empty array, like the original's.
         self.frames(Kind::Result, &[0x90], Some(&value.encode()?))
@@ -251,6 +260,9 @@ impl Header {
     }
 
     /// The frames of a call with this header's method and sequence.
+    ///
+    /// # Errors
+    /// An argument cannot be packed.
     pub fn function(
         &self,
         args: Vec<Value>,
@@ -316,6 +328,9 @@ pub struct Envelope {
 
 impl Envelope {
     /// Reads an envelope frame; the parts stay undecoded.
+    ///
+    /// # Errors
+    /// It cannot be understood.
     pub fn decode(frame: &Bytes) -> Result<Self, BodyError> {
         let [meta, body] = msgpack::decode_fields(frame, &ENVELOPE_LIMITS, ["meta", "body"])
             .map_err(BodyError::Envelope)?
@@ -327,6 +342,9 @@ impl Envelope {
     }
 
     /// The value in the body.
+    ///
+    /// # Errors
+    /// It is no msgpack, or beyond the limits.
     pub fn body_value(&self, limits: &DecodeLimits) -> Result<Value, BodyError> {
         let body = self.body.as_bin().ok_or(BodyError::NotBin)?;
         msgpack::decode(body, limits).map_err(BodyError::Decode)
@@ -370,6 +388,9 @@ const PACKED_NIL: [u8; 1] = [0xc0];
 pub type RequestBody = (Vec<Value>, Vec<(String, Value)>);
 
 /// Reads the arguments out of an envelope frame. A packed nil body means no arguments.
+///
+/// # Errors
+/// It is no msgpack, beyond the limits, or no arguments.
 pub fn read_request(envelope: &Bytes, limits: &DecodeLimits) -> Result<RequestBody, BodyError> {
     let envelope = Envelope::decode(envelope)?;
     let body = envelope.body.as_bin().ok_or(BodyError::NotBin)?;

@@ -99,6 +99,9 @@ fn z85_encode(key: &[u8; 32]) -> String {
 
 impl PublicKey {
     /// Reads the `public-key` line of a certificate file; a secret file has one as well.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds no such line or no key in it.
     pub fn from_file(path: &Path) -> Result<Self, KeyError> {
         public_key(&read(path)?, path)
     }
@@ -146,6 +149,9 @@ impl fmt::Debug for SecretKey {
 
 impl KeyPair {
     /// Reads both lines of a secret certificate file (`NAME.key_secret`).
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds no such line or no key in it.
     pub fn from_file(path: &Path) -> Result<Self, KeyError> {
         let text = read(path)?;
         let line = "secret-key";
@@ -168,6 +174,9 @@ impl KeyPair {
 
     /// Whether only root and this process's user have any rights in a secret file: whoever can read it is the agent
     /// to all who ask for its key, and whoever can write it chooses that key.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
     pub fn is_private(path: &Path) -> Result<bool, KeyError> {
         let found = std::fs::metadata(path).map_err(|source| KeyError::Read {
             path: path.to_owned(),

@@ -105,6 +105,9 @@ pub enum EncodeError {
 const MAX_ENCODE_DEPTH: usize = 512;
 
 /// Decodes one document that fills `bytes` completely.
+///
+/// # Errors
+/// It is not msgpack of the known dialect, beyond the limits, or something follows.
 pub fn decode(bytes: &Bytes, limits: &DecodeLimits) -> Result<Value, DecodeError> {
     let mut reader = Reader {
         bytes,
@@ -345,6 +348,9 @@ fn path(payload: &[u8]) -> Result<String, DecodeError> {
 }
 
 /// Encodes one document, every item in its shortest form, as msgpack-python does.
+///
+/// # Errors
+/// It is nested too deeply, a part of it is too long, or a date or an enum in it has no form.
 pub fn encode(value: &Value) -> Result<Vec<u8>, EncodeError> {
     let mut out = Vec::new();
     write(&mut out, value, MAX_ENCODE_DEPTH)?;

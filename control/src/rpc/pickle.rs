@@ -44,6 +44,9 @@ pub enum EnumValue {
 }
 
 /// Reads an enum member: its class as `module:ClassName`, and its value.
+///
+/// # Errors
+/// It is no pickle of that, or beyond the limits.
 pub fn read_enum(pickle: &[u8]) -> Result<(String, EnumValue), PickleError> {
     let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let member = arena.object(arena.root())?;
@@ -133,12 +136,18 @@ fn rich(arena: &Arena, id: Id) -> Result<Value, PickleError> {
 }
 
 /// Reads a `decimal.Decimal` as the text Python prints.
+///
+/// # Errors
+/// It is no pickle of that, or beyond the limits.
 pub fn read_decimal(pickle: &[u8]) -> Result<String, PickleError> {
     let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     decimal(&arena, arena.root())
 }
 
 /// Reads a `BinarySize`, in bytes.
+///
+/// # Errors
+/// It is no pickle of that, or beyond the limits.
 pub fn read_binary_size(pickle: &[u8]) -> Result<i128, PickleError> {
     let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let args = arena.instance(arena.root(), COMMON_TYPES, "BinarySize")?.0;
@@ -152,6 +161,9 @@ pub fn read_binary_size(pickle: &[u8]) -> Result<i128, PickleError> {
 }
 
 /// Reads a `ResourceSlot`: slot names with amounts as text, in the sender's order.
+///
+/// # Errors
+/// It is no pickle of that, or beyond the limits.
 pub fn read_resource_slot(pickle: &[u8]) -> Result<Vec<(String, String)>, PickleError> {
     let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let (args, state) = arena.instance(arena.root(), COMMON_TYPES, "ResourceSlot")?;
@@ -189,6 +201,9 @@ pub fn read_resource_slot(pickle: &[u8]) -> Result<Vec<(String, String)>, Pickle
 }
 
 /// Reads an `ImageRef`. Attributes beyond the six of the reference are derived and skipped.
+///
+/// # Errors
+/// It is no pickle of that, or beyond the limits.
 pub fn read_image_ref(pickle: &[u8]) -> Result<ImageRef, PickleError> {
     let arena = Arena::load(pickle, MAX_PICKLE_BYTES)?;
     let (args, state) = arena.instance(arena.root(), COMMON_DOCKER, "ImageRef")?;

@@ -9,6 +9,9 @@ use super::deserialize::ConversionError;
 use super::value::Value;
 
 /// Converts any serialisable value. Bytes need `serde_bytes` to become a bin.
+///
+/// # Errors
+/// The value has no form in msgpack.
 pub fn to_value<T: Serialize + ?Sized>(value: &T) -> Result<Value, ConversionError> {
     value.serialize(ToValue)
 }

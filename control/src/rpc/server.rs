@@ -178,6 +178,9 @@ struct Shared {
 
 impl Server {
     /// Binds and starts answering on the current tokio runtime.
+    ///
+    /// # Errors
+    /// The address cannot be listened on, or the halves of the key pair do not belong together.
     pub async fn bind(
         options: ServerOptions,
         service: Arc<dyn Service>,

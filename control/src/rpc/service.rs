@@ -49,6 +49,9 @@ pub struct Call {
 
 impl Call {
     /// Finds the method in the catalogue and binds the arguments to its parameters.
+    ///
+    /// # Errors
+    /// An unknown method, or arguments that do not fit.
     pub fn bind(self) -> Result<(&'static Method, Arguments), Failure> {
         let method = catalogue::find(&self.method).ok_or_else(|| unknown_method(&self.method))?;
         let arguments = Arguments::bind(method, self.args, self.kwargs)?;

@@ -74,6 +74,9 @@ impl Bits {
 
 impl DateTime {
     /// Reads an ext 2 payload.
+    ///
+    /// # Errors
+    /// It is no date with time, of wrong length, or a field is out of range.
     pub fn decode(payload: &[u8]) -> Result<Self, TemporencError> {
         let first = *payload.first().ok_or(TemporencError::Length)?;
         let (tag_bits, aware) = match first {
@@ -125,6 +128,9 @@ impl DateTime {
     }
 
     /// Writes an ext 2 payload with microseconds, as the original does.
+    ///
+    /// # Errors
+    /// A field is out of range.
     pub fn encode(self) -> Result<Vec<u8>, TemporencError> {
         let fields = self.fields().ok_or(TemporencError::Field)?;
         let mut word = 0_u128;

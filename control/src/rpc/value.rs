@@ -94,11 +94,17 @@ impl ImageRef {
 
 impl Value {
     /// Decodes one msgpack document that fills `bytes` completely, with default limits.
+    ///
+    /// # Errors
+    /// It is not msgpack of the known dialect, beyond the limits, or something follows.
     pub fn decode(bytes: &Bytes) -> Result<Self, DecodeError> {
         msgpack::decode(bytes, &msgpack::DecodeLimits::default())
     }
 
     /// Encodes as one msgpack document, each item in its shortest form.
+    ///
+    /// # Errors
+    /// It is nested too deeply, a part of it is too long, or a date or an enum in it has no form.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         msgpack::encode(self)
     }

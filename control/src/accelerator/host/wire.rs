@@ -193,6 +193,9 @@ pub struct Plugin(Channel);
 
 impl Plugin {
     /// Connects to a plugin's socket.
+    ///
+    /// # Errors
+    /// The socket cannot be connected to.
     pub async fn connect(socket: &Path) -> Result<Self, Status> {
         let unreachable = |err: tonic::transport::Error| Status::unavailable(err.to_string());
         let address = format!("unix://{}", socket.display());

@@ -221,6 +221,9 @@ fn open_runner(
 }
 
 /// Connects to the runner of a kernel found in service.
+///
+/// # Errors
+/// Where the container is cannot be found out.
 pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<(), rows::RowsError> {
     let Some(container) = kernel.container() else {
         return Ok(());
@@ -251,6 +254,9 @@ pub async fn connect_runner(node: &Arc<Node>, kernel: &Arc<Kernel>) -> Result<()
 }
 
 /// Goes on with a kernel found started: rows, runner, readiness.
+///
+/// # Errors
+/// It does not come into service, or the journal names no container.
 pub async fn resume(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,

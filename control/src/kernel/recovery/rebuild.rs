@@ -47,6 +47,9 @@ pub enum RebuildError {
 }
 
 /// Rebuilds the record of one kernel.
+///
+/// # Errors
+/// It has no valid label of a session, or the engine cannot be asked.
 pub async fn record(
     node: &Node,
     id: KernelId,

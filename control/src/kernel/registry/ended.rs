@@ -49,6 +49,9 @@ impl EndedKernel {
     }
 
     /// Writes it beside the journal, in the place of an earlier life's. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn store(&self, ends: &Journal) -> Result<(), JournalError> {
         let end = StoredEnd {
             at: crate::events::unix_seconds(self.at),
@@ -59,6 +62,9 @@ impl EndedKernel {
     }
 
     /// The last ones on the disk, oldest first; others are removed. Blocks.
+    ///
+    /// # Errors
+    /// The directory cannot be read. Single files that cannot are told of.
     pub fn load(ends: &Journal) -> Result<(Vec<EndedKernel>, Vec<Damaged>), JournalError> {
         let (found, mut damaged) = ends.load::<StoredEnd>()?;
         let mut kernels = Vec::new();

@@ -79,6 +79,9 @@ pub struct JournalEntry {
 
 impl JournalEntry {
     /// Writes it, unless a later one has been written or the file was removed for good. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be written; the one before stays.
     pub fn write(self, journal: &Journal) -> Result<(), JournalError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if self.number <= *written {
@@ -90,6 +93,9 @@ impl JournalEntry {
     }
 
     /// Removes the kernel's file; no entry is written after that. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
     pub fn remove(self, journal: &Journal) -> Result<(), JournalError> {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         *written = u64::MAX;

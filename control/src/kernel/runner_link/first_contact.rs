@@ -80,6 +80,10 @@ pub enum InitError {
 impl RunnerLink {
     /// Waits until the runner serves, then asks for its services. Ends at once when `dead` is cancelled
     /// (the container died) or the link is closed.
+    ///
+    /// # Errors
+    /// The runner was not ready in time or could not list its services, the container died, or the link was
+    /// closed.
     pub async fn wait_ready(
         &self,
         polling: &InitPolling,

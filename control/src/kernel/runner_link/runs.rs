@@ -255,6 +255,9 @@ impl RunTable {
     }
 
     /// Accepts a client's request and returns the messages to send now.
+    ///
+    /// # Errors
+    /// Too many runs wait, or too many requests of this one.
     pub fn submit(
         &mut self,
         now: Instant,
