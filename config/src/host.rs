@@ -49,8 +49,6 @@ pub trait Host: fmt::Debug + Send + Sync {
     fn is_read_only(&self, _path: &Path) -> bool {
         false
     }
-    /// An address of this host that others can reach, and how it was found.
-    fn reachable_address(&self) -> (IpAddr, &'static str);
     /// The address from which this host reaches another one; none without a route. Nothing is sent.
     fn address_towards(&self, _target: IpAddr) -> Option<IpAddr> {
         None
@@ -58,6 +56,10 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// The addresses of this host's interfaces that are up.
     fn local_addresses(&self) -> Vec<IpAddr> {
         Vec::new()
+    }
+    /// Those of them that are not of containers' bridges, which no other host reaches.
+    fn outer_addresses(&self) -> Vec<IpAddr> {
+        self.local_addresses()
     }
     /// Addresses of a host name; empty when it does not resolve in time.
     fn resolve(&self, name: &str) -> Vec<IpAddr>;
@@ -130,34 +132,16 @@ impl Host for ThisHost {
         existing.is_some_and(|place| access(place, AccessFlags::W_OK) == Err(Errno::EROFS))
     }
 
-    fn reachable_address(&self) -> (IpAddr, &'static str) {
-        let by_name = self.resolve(&self.hostname());
-        // Debian names the host 127.0.1.1 in /etc/hosts: nobody else can reach that.
-        if let Some(ip) = by_name.iter().find(|ip| ip.is_ipv4() && !ip.is_loopback()) {
-            return (*ip, "host name");
-        }
-        // From the range reserved for documentation, so it is never a neighbour.
-        match route_source(IpAddr::from([192, 0, 2, 1])) {
-            Some(ip) if !ip.is_loopback() => (ip, "default route"),
-            _ => (IpAddr::from([127, 0, 0, 1]), "loopback"),
-        }
-    }
-
     fn address_towards(&self, target: IpAddr) -> Option<IpAddr> {
         route_source(target)
     }
 
     fn local_addresses(&self) -> Vec<IpAddr> {
-        let up = nix::net::if_::InterfaceFlags::IFF_UP;
-        let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-        let ip = |address: nix::sys::socket::SockaddrStorage| {
-            let v4 = address.as_sockaddr_in().map(|found| found.ip().into());
-            v4.or_else(|| address.as_sockaddr_in6().map(|found| found.ip().into()))
-        };
-        interfaces
-            .filter(|interface| interface.flags.contains(up))
-            .filter_map(|interface| interface.address.and_then(ip))
-            .collect()
+        addresses(|_| true)
+    }
+
+    fn outer_addresses(&self) -> Vec<IpAddr> {
+        addresses(|interface| !is_containers_bridge(Path::new(INTERFACES), interface))
     }
 
     fn resolve(&self, name: &str) -> Vec<IpAddr> {
@@ -194,6 +178,39 @@ fn home(named: Option<OsString>) -> Option<PathBuf> {
         .or_else(|| Some(User::from_uid(geteuid()).ok()??.dir))
 }
 
+/// Where Linux shows interfaces as directories.
+const INTERFACES: &str = "/sys/class/net";
+
+/// The addresses of those interfaces that are up and wanted by name.
+fn addresses(wanted: impl Fn(&str) -> bool) -> Vec<IpAddr> {
+    let up = nix::net::if_::InterfaceFlags::IFF_UP;
+    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    let ip = |address: nix::sys::socket::SockaddrStorage| {
+        let v4 = address.as_sockaddr_in().map(|found| found.ip().into());
+        v4.or_else(|| address.as_sockaddr_in6().map(|found| found.ip().into()))
+    };
+    interfaces
+        .filter(|interface| interface.flags.contains(up) && wanted(&interface.interface_name))
+        .filter_map(|interface| interface.address.and_then(ip))
+        .collect()
+}
+
+/// Whether it is a bridge that no port leads out of this host from: of an engine's containers, or of virtual
+/// machines. A port leads out that is a device, or that lies on another interface (a bond, a VLAN).
+fn is_containers_bridge(interfaces: &Path, name: &str) -> bool {
+    let Ok(ports) = std::fs::read_dir(interfaces.join(name).join("brif")) else {
+        return false;
+    };
+    let leads_out = |port: std::fs::DirEntry| {
+        let parts = std::fs::read_dir(interfaces.join(port.file_name()));
+        parts.into_iter().flatten().flatten().any(|part| {
+            let part = part.file_name();
+            part == "device" || part.to_string_lossy().starts_with("lower_")
+        })
+    };
+    !ports.flatten().any(leads_out)
+}
+
 /// The source address of the route to a target: connecting a UDP socket sends nothing.
 fn route_source(target: IpAddr) -> Option<IpAddr> {
     let any = match target {
@@ -223,7 +240,6 @@ mod tests {
         let host = ThisHost;
         assert!(!host.hostname().is_empty());
         assert!(host.working_directory().is_absolute());
-        assert!(!host.reachable_address().0.is_unspecified());
         let loopback = IpAddr::from([127, 0, 0, 1]);
         assert_eq!(host.address_towards(loopback), Some(loopback));
         assert_eq!(host.resolve("127.0.0.1"), [IpAddr::from([127, 0, 0, 1])]);
@@ -232,7 +248,31 @@ mod tests {
             host.local_addresses()
                 .contains(&IpAddr::from([127, 0, 0, 1]))
         );
+        let all = host.local_addresses();
+        assert!(host.outer_addresses().iter().all(|ip| all.contains(ip)));
         assert!(!host.is_writable_tmpfs(Path::new("/proc/x")));
         assert!(!host.is_read_only(Path::new("/dev/shm/x")));
+    }
+
+    #[test]
+    fn bridges_without_a_way_out_are_containers() {
+        let place = tempfile::tempdir().unwrap();
+        for path in [
+            "docker0/brif",
+            "br-0123456789ab/brif/veth1",
+            "veth1/queues",
+            "br0/brif/eth0",
+            "br0/brif/veth2",
+            "eth0/device",
+            "br1/brif/bond0",
+            "bond0/lower_eth1",
+        ] {
+            std::fs::create_dir_all(place.path().join(path)).unwrap();
+        }
+        let is_one = |name| is_containers_bridge(place.path(), name);
+        assert!(is_one("docker0") && is_one("br-0123456789ab"));
+        for other in ["br0", "br1", "eth0", "veth1", "absent"] {
+            assert!(!is_one(other), "{other}");
+        }
     }
 }

@@ -267,9 +267,6 @@ pub(crate) fn load_text_for_fuzzing(text: &str) -> Result<Loaded, Errors> {
         fn is_writable_tmpfs(&self, _: &Path) -> bool {
             true
         }
-        fn reachable_address(&self) -> (std::net::IpAddr, &'static str) {
-            (std::net::IpAddr::from([192, 0, 2, 7]), "fuzzing")
-        }
         fn resolve(&self, _: &str) -> Vec<std::net::IpAddr> {
             Vec::new()
         }

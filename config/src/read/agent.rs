@@ -1,7 +1,7 @@
 //! `[agent]`.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -266,16 +266,26 @@ fn reachable_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'s
         Err(fault) => fault,
     };
     s.reader.fault("agent", RPC.name, fault.why, fault.remedy);
-    s.reader.host.reachable_address()
+    detected_address(s, etcd)
 }
 
-/// By the host's name or its default route; without them by the route to etcd, as managers are there
-/// too.
+/// A destination from the range reserved for documentation, so it is never a neighbour.
+const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+
+/// By the host's name, of several addresses the one that leads to etcd, as managers are there too; else
+/// by its default route, else by the route to etcd.
 fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'static str) {
+    const TO_ETCD: &str = "route to etcd.addr";
+    const DEFAULT_ROUTE: &str = "default route";
     let host = s.reader.host;
-    let (loopback, how) = host.reachable_address();
-    if !loopback.is_loopback() || etcd.is_empty() {
-        return (loopback, how);
+    let own = host.outer_addresses();
+    let mut named = host.resolve(&host.hostname());
+    // Debian names the host 127.0.1.1 in /etc/hosts, and a wildcard of the DNS may name a stranger.
+    named.retain(|ip| ip.is_ipv4() && !ip.is_loopback() && own.contains(ip));
+    named.sort();
+    named.dedup();
+    if let [ip] = named[..] {
+        return (ip, "host name");
     }
     let targets = etcd.iter().flat_map(|addr| match addr.ip() {
         Some(ip) => vec![ip],
@@ -286,22 +296,45 @@ fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'st
         .collect();
     // Managers ask for IPv4 addresses alone.
     ways.sort_by_key(IpAddr::is_ipv6);
+    let by_default = host.address_towards(ELSEWHERE);
+    if let Some(first) = named.first().copied() {
+        let to_etcd = ways.iter().map(|ip| (*ip, TO_ETCD));
+        let mut found = to_etcd.chain(by_default.map(|ip| (ip, DEFAULT_ROUTE)));
+        return found.find(|(ip, _)| named.contains(ip)).unwrap_or_else(|| {
+            let named: Vec<String> = named.iter().map(IpAddr::to_string).collect();
+            let text = format!(
+                "is {first}, as this host's name leads to {}, and neither the route to etcd.addr nor the default route \
+                 tells which of them others use; write it",
+                named.join(" and ")
+            );
+            warn_of_address(s, text);
+            (first, "host name")
+        });
+    }
+    if let Some(ip) = by_default.filter(|ip| !ip.is_loopback()) {
+        return (ip, DEFAULT_ROUTE);
+    }
     if let Some(ip) = ways.iter().find(|ip| !ip.is_loopback()) {
-        return (*ip, "route to etcd.addr");
+        return (*ip, TO_ETCD);
     }
-    if !ways.is_empty() {
-        // All of the cluster is on this host.
-        return (loopback, how);
-    }
-    let key = "agent.advertised-rpc-addr";
-    if !s.reader.gathered.notes.iter().any(|note| note.key == key) {
+    let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    // With a way all of the cluster is on this host.
+    if ways.is_empty() && !etcd.is_empty() {
         let text = format!(
             "is {loopback}, which no manager on another host reaches: this host's name leads to no other address, and \
              there is no route to etcd.addr; write the address that others use"
         );
+        warn_of_address(s, text);
+    }
+    (loopback, "loopback")
+}
+
+/// Says it once, though both addresses of the RPC may be detected.
+fn warn_of_address(s: &mut Section<'_, '_>, text: String) {
+    let key = "agent.advertised-rpc-addr";
+    if !s.reader.gathered.notes.iter().any(|note| note.key == key) {
         s.reader.note(NoteKind::Warning, None, key, text);
     }
-    (loopback, how)
 }
 
 fn rpc_auth(s: &mut Section<'_, '_>) -> Option<CurveFiles> {

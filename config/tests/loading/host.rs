@@ -19,7 +19,10 @@ pub struct FixedHost {
     /// What is there on a tmpfs, writable or not.
     pub there: Vec<&'static str>,
     pub core_pattern: &'static str,
-    pub reachable: IpAddr,
+    /// What the host's name leads to.
+    pub named: Vec<IpAddr>,
+    /// Its own addresses.
+    pub own: Vec<IpAddr>,
     /// Targets and the addresses they are reached from.
     pub routes: Vec<(IpAddr, IpAddr)>,
 }
@@ -36,7 +39,8 @@ impl FixedHost {
             read_only: Vec::new(),
             there: Vec::new(),
             core_pattern: "/var/crash/core.%p",
-            reachable: IpAddr::from([192, 0, 2, 7]),
+            named: vec![IpAddr::from([192, 0, 2, 7])],
+            own: vec![IpAddr::from([192, 0, 2, 7])],
             routes: Vec::new(),
         }
     }
@@ -82,8 +86,8 @@ impl Host for FixedHost {
         self.read_only.iter().any(|place| path.starts_with(place))
     }
 
-    fn reachable_address(&self) -> (IpAddr, &'static str) {
-        (self.reachable, "host name")
+    fn outer_addresses(&self) -> Vec<IpAddr> {
+        self.own.clone()
     }
 
     fn address_towards(&self, target: IpAddr) -> Option<IpAddr> {
@@ -92,10 +96,10 @@ impl Host for FixedHost {
     }
 
     fn resolve(&self, name: &str) -> Vec<IpAddr> {
-        if name == "node-1.example" {
-            vec![IpAddr::from([192, 0, 2, 8])]
-        } else {
-            Vec::new()
+        match name {
+            "node-1.example" => vec![IpAddr::from([192, 0, 2, 8])],
+            name if name == self.hostname => self.named.clone(),
+            _ => Vec::new(),
         }
     }
 

@@ -797,7 +797,8 @@ fn without_a_default_route_the_route_to_etcd_gives_the_address() {
     ] {
         let text = with_line("etcd", etcd).replace("[agent]\n", &format!("[agent]\n{listen}\n"));
         let mut setup = Setup::new(&text);
-        setup.host.reachable = ip("127.0.0.1");
+        // A stranger's, by a wildcard of the DNS, or a container bridge's.
+        setup.host.named = vec![ip("127.0.1.1"), ip("198.51.100.1"), ip("172.17.0.1")];
         let address = |setup: &Setup| {
             let loaded = setup.loaded();
             let warned = loaded.render_notes().contains("advertised-rpc-addr");
@@ -822,10 +823,36 @@ fn without_a_default_route_the_route_to_etcd_gives_the_address() {
             setup.host.routes = vec![(ip("10.9.0.1"), ip(first)), second];
             assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false), "{listen}");
         }
-        // The host's name comes first.
-        setup.host.reachable = ip("192.0.2.7");
+        // The default route comes before, and the host's name before that.
+        let by_default = (ip("192.0.2.1"), ip("10.9.0.9"));
+        setup.host.routes.push(by_default);
+        assert_eq!(address(&setup), ("10.9.0.9".to_owned(), false), "{listen}");
+        setup.host.named.push(ip("192.0.2.7"));
         assert_eq!(address(&setup), ("192.0.2.7".to_owned(), false), "{listen}");
     }
+}
+
+#[test]
+fn of_several_addresses_of_the_host_that_towards_etcd_is_taken() {
+    let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    let etcd = "addr = { host = '10.9.0.1', port = 2379 }";
+    let mut setup = Setup::new(&with_line("etcd", etcd));
+    // Storage is first.
+    let own = ["10.1.0.7", "10.9.0.7", "192.0.2.7"].map(ip);
+    (setup.host.named, setup.host.own) = (own.to_vec(), own.to_vec());
+    let address = |setup: &Setup| {
+        let loaded = setup.loaded();
+        let warned = loaded.render_notes().contains("10.1.0.7 and 10.9.0.7 and");
+        (loaded.config.agent.advertised_rpc_addr.host.clone(), warned)
+    };
+    assert_eq!(address(&setup), ("10.1.0.7".to_owned(), true));
+    // An address that the name does not lead to tells nothing.
+    setup.host.routes = vec![(ip("10.9.0.1"), ip("10.2.0.7"))];
+    assert_eq!(address(&setup), ("10.1.0.7".to_owned(), true));
+    setup.host.routes.push((ip("192.0.2.1"), ip("192.0.2.7")));
+    assert_eq!(address(&setup), ("192.0.2.7".to_owned(), false));
+    setup.host.routes[0].1 = ip("10.9.0.7");
+    assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false));
 }
 
 #[test]
