@@ -259,7 +259,7 @@ impl Docker {
         self.host().starts_with("unix://")
     }
 
-    /// API version in use, `(major, minor)`.
+    /// API version in use, `(major, minor)`; what newer engines alone tell is asked in theirs.
     ///
     /// # Errors
     /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
@@ -307,9 +307,10 @@ impl Docker {
     /// # Errors
     /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
     pub async fn info(&self) -> Result<SystemInfo, DockerError> {
-        self.transport
-            .json(self.query("engine info", "/info"))
-            .await
+        let mut call = self.query("engine info", "/info");
+        // Engines tell the devices that they know by CDI from this version on.
+        call.newest = (1, 50);
+        self.transport.json(call).await
     }
 
     /// The engine's release.

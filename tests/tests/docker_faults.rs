@@ -238,6 +238,32 @@ async fn every_request_carries_the_negotiated_version() {
 }
 
 #[tokio::test]
+async fn an_engine_is_asked_in_versions_that_it_takes() {
+    let versions = [
+        // What the engine takes, and in which versions it is asked for a ping and for its description.
+        (("1.52", "1.44"), ["1.47", "1.50"]),
+        (("1.60", "1.51"), ["1.51", "1.51"]),
+        (("1.41", "1.12"), ["1.41", "1.41"]),
+    ];
+    for ((newest, oldest), [ping, info]) in versions {
+        let proxy = FaultDocker::start().unwrap();
+        let docker = client(&proxy);
+        let version = format!(r#"{{"ApiVersion":"{newest}","MinAPIVersion":"{oldest}"}}"#);
+        proxy.spoil("/version", Fault::json(200, &version), 1);
+        proxy.spoil("/_ping", Fault::json(200, "{}"), 1);
+        proxy.spoil("/info", Fault::json(200, "{}"), 1);
+        docker.ping().await.unwrap();
+        docker.info().await.unwrap();
+        let wanted = [
+            "/version",
+            &format!("/v{ping}/_ping"),
+            &format!("/v{info}/info"),
+        ];
+        assert_eq!(proxy.requests(), wanted.map(|path| format!("GET {path}")));
+    }
+}
+
+#[tokio::test]
 async fn a_burst_does_not_pile_up_at_the_engine() {
     let proxy = FaultDocker::start().unwrap();
     let docker = Docker::new(&DockerOptions {

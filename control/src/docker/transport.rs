@@ -10,8 +10,7 @@
 //! lets `..` in an image name escape its path.
 
 use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,8 +31,11 @@ use super::error::DockerError;
 /// Address used when neither the options nor `DOCKER_HOST` name one.
 pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
 
+/// A version of the engine's API, major and minor number.
+pub(super) type ApiVersion = (u16, u16);
+
 /// Newest engine API this code was written against; an older engine's own version is used.
-const NEWEST_API: (u16, u16) = (1, 47);
+const NEWEST_API: ApiVersion = (1, 47);
 
 /// Largest JSON answer read into memory: a list of thousands of containers is a few MiB.
 const ANSWER_LIMIT: usize = 64 << 20;
@@ -82,6 +84,8 @@ pub(super) struct Call<'a> {
     pub query: Vec<(&'a str, String)>,
     pub body: Option<Bytes>,
     pub headers: Vec<(&'static str, String)>,
+    /// Newest API version that the call may be made with.
+    pub newest: ApiVersion,
 }
 
 impl<'a> Call<'a> {
@@ -101,6 +105,7 @@ impl<'a> Call<'a> {
             query: Vec::new(),
             body: None,
             headers: Vec::new(),
+            newest: NEWEST_API,
         }
     }
 
@@ -129,13 +134,28 @@ impl<'a> Call<'a> {
 pub(super) struct Transport {
     host: String,
     pool: Pool,
-    /// `major << 16 | minor`, 0 until negotiated.
-    version: AtomicU32,
+    /// What the engine offers, once it has said so.
+    offered: Mutex<Option<Offered>>,
     query: Bound,
     change: Bound,
     removal: Bound,
     slow: Bound,
     negotiate_within: Duration,
+}
+
+/// Versions of the API that an engine takes.
+#[derive(Debug, Clone, Copy)]
+struct Offered {
+    newest: ApiVersion,
+    oldest: ApiVersion,
+}
+
+impl Offered {
+    /// The version for a call that knows them up to `known`. An engine that takes only newer ones is
+    /// asked in its oldest: most of what we ask stays the same.
+    fn used(self, known: ApiVersion) -> ApiVersion {
+        known.min(self.newest).max(self.oldest)
+    }
 }
 
 /// Calls of one class that may be in flight.
@@ -174,7 +194,7 @@ impl Transport {
         Ok(Self {
             host: host.to_owned(),
             pool: pool(host)?,
-            version: AtomicU32::new(0),
+            offered: Mutex::new(None),
             query: Bound::new(query_limit),
             change: Bound::new(change_limit),
             removal: Bound::new(removal_limit),
@@ -187,21 +207,30 @@ impl Transport {
         &self.host
     }
 
-    /// Forgets the negotiated version: after a reconnect the engine may be another release.
-    pub fn forget_version(&self) {
-        self.version.store(0, Ordering::Relaxed);
+    fn offered(&self) -> MutexGuard<'_, Option<Offered>> {
+        self.offered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The API version in use, `(major, minor)`; asks the engine on first use.
-    pub async fn version(&self, step: &str) -> Result<(u16, u16), DockerError> {
-        let packed = self.version.load(Ordering::Relaxed);
-        if packed != 0 {
-            return Ok(unpack(packed));
+    /// Forgets the negotiated version: after a reconnect the engine may be another release.
+    pub fn forget_version(&self) {
+        *self.offered() = None;
+    }
+
+    /// The API version in use for calls that say nothing else; asks the engine on first use.
+    pub async fn version(&self, step: &str) -> Result<ApiVersion, DockerError> {
+        Ok(self.offer(step).await?.used(NEWEST_API))
+    }
+
+    async fn offer(&self, step: &str) -> Result<Offered, DockerError> {
+        if let Some(offered) = *self.offered() {
+            return Ok(offered);
         }
         #[derive(serde::Deserialize)]
         struct Version {
             #[serde(rename = "ApiVersion")]
             api: String,
+            #[serde(rename = "MinAPIVersion", default)]
+            oldest: String,
         }
         let call = Call::new(
             step.to_owned(),
@@ -217,22 +246,21 @@ impl Transport {
         })
         .await?;
         let theirs: Version = decode(&call.step, &bytes)?;
-        let parsed = theirs
-            .api
-            .split_once('.')
-            .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-        let Some(parsed) = parsed else {
+        let Some(newest) = api_version(&theirs.api) else {
             return Err(DockerError::Undecodable {
                 step: step.to_owned(),
                 source: format!("API version `{}`", theirs.api).into(),
             });
         };
-        let used = std::cmp::min(parsed, NEWEST_API);
-        self.version.store(
-            u32::from(used.0) << 16 | u32::from(used.1),
-            Ordering::Relaxed,
-        );
-        Ok(used)
+        // Before Docker 1.13 engines did not say it.
+        let oldest = api_version(&theirs.oldest).unwrap_or_default();
+        if oldest > NEWEST_API {
+            let oldest = &theirs.oldest;
+            tracing::warn!(oldest, "this agent is older than the engine's API");
+        }
+        let offered = Offered { newest, oldest };
+        *self.offered() = Some(offered);
+        Ok(offered)
     }
 
     /// Makes the call and decodes its JSON answer.
@@ -286,7 +314,7 @@ impl Transport {
     }
 
     async fn head(&self, call: &Call<'_>) -> Result<Response<Incoming>, DockerError> {
-        let version = self.version(&call.step).await?;
+        let version = self.offer(&call.step).await?.used(call.newest);
         let response = self.send(call, Some(version)).await?;
         self.accepted(&call.step, response).await
     }
@@ -415,10 +443,9 @@ impl Transport {
     }
 }
 
-fn unpack(packed: u32) -> (u16, u16) {
-    // Both halves fit by construction.
-    #[allow(clippy::cast_possible_truncation)]
-    ((packed >> 16) as u16, packed as u16)
+fn api_version(text: &str) -> Option<ApiVersion> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// Runs `work` under a deadline.
@@ -618,6 +645,25 @@ mod tests {
         ] {
             let error = pool(bad).unwrap_err().to_string();
             assert!(error.contains("can't be used"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_engine_is_asked_in_a_version_that_it_takes() {
+        for (newest, oldest, used) in [
+            ("1.41", "1.12", (1, 41)),
+            ("1.52", "1.44", (1, 47)),
+            ("1.60", "1.48", (1, 48)),
+            ("1.47", "", (1, 47)),
+        ] {
+            let offered = Offered {
+                newest: api_version(newest).unwrap(),
+                oldest: api_version(oldest).unwrap_or_default(),
+            };
+            assert_eq!(offered.used(NEWEST_API), used, "{newest} {oldest}");
+        }
+        for odd in ["", "1", "1.", "1.x", "x.1", "1.47.1", "1.65536"] {
+            assert_eq!(api_version(odd), None, "{odd}");
         }
     }
 
