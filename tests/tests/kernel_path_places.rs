@@ -1,6 +1,7 @@
 //! Where the kernel path serves: several uplinks, VLANs, bridges towards other machines and towards
 //! containers, kernels with filters only; and how it gets over changes of all that.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,7 +16,7 @@ use harness::kernel_path::{
 };
 use harness::netns::ip;
 use harness::remote_client::{command, may_use_bpf, within};
-use harness::traffic;
+use harness::{traffic, wait};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, sockopt};
 use shared::desired::{Drain, PortRow, Protocol};
 use shared::ids::ContainerId;
@@ -340,6 +341,25 @@ fn survives_filters(node: &mut Node, row: &PortRow) {
     served(node, ([10, 78, 1, 1], row.host_port).into());
 }
 
+/// Filters that somebody has taken away come back, and clients with them.
+fn are_put_up_again(node: &Node, row: &PortRow) {
+    let filters = || attached(node).matches("clsact/").count();
+    let before = attached(node);
+    let wanted = filters();
+    let links = before.lines().filter(|line| line.contains("clsact/"));
+    let links = links.filter_map(|line| Some(line.split_once('(')?.0));
+    for link in links.collect::<BTreeSet<&str>>() {
+        let mut tc = command(&node.network.host, "tc");
+        let gone = tc.args(["qdisc", "del", "dev", link, "clsact"]).status();
+        assert!(gone.expect("tc").success(), "{link}");
+    }
+    assert_eq!(filters(), 0, "of {wanted}");
+    // They are looked after every 30 s.
+    let again = || (filters() == wanted).then_some(());
+    wait::until_blocking("the filters", Duration::from_secs(90), again).expect("put up again");
+    served(node, ([10, 78, 1, 1], row.host_port).into());
+}
+
 #[test]
 fn where_links_are_missing_filters_do_and_leave_no_trace() {
     if !may_use_bpf() {
@@ -351,6 +371,7 @@ fn where_links_are_missing_filters_do_and_leave_no_trace() {
     let there = attached(&node);
     assert!(there.contains("clsact/ingress from_uplink"), "{there}");
     assert!(!there.contains(" tcx "), "{there}");
+    are_put_up_again(&node, &row);
     survives_filters(&mut node, &row);
     let there = attached(&node);
     assert_eq!(there.matches("from_uplink").count(), 1, "once: {there}");

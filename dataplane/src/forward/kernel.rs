@@ -202,6 +202,8 @@ pub struct KernelPath {
     looked_at: Instant,
     /// All were.
     scanned_at: Instant,
+    /// Filters were put up anew.
+    renewed_at: Instant,
     /// Routes are to be looked at then.
     routes_at: Option<Instant>,
     /// They were asked for.
@@ -387,6 +389,7 @@ impl KernelPath {
             concerned: Concerned::default(),
             looked_at: now,
             scanned_at: now,
+            renewed_at: now,
             routes_at: None,
             routed_at: now,
             swept_at: now,

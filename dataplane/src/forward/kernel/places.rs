@@ -104,11 +104,26 @@ impl KernelPath {
         } else if self.changed_at.is_some() && since(self.looked_at) >= RESCAN_INTERVAL {
             self.ask(now);
         }
+        if since(self.renewed_at) >= RESCAN_SLOWLY {
+            self.renewed_at = now;
+            self.renew_filters();
+        }
         let since = now.saturating_duration_since(self.routed_at);
         if self.routes_at.is_some_and(|at| at <= now) && since >= RESCAN_INTERVAL {
             self.routes_at = None;
             self.routed_at = now;
             self.placer.list_routes();
+        }
+    }
+
+    /// Puts filters in the place of themselves: nobody tells of those that somebody has taken away. Links
+    /// can't be.
+    fn renew_filters(&mut self) {
+        let places = self.attached.iter().copied();
+        let by_filter = |(side, index): &Place| self.pins.filter(*side, *index).exists();
+        for place in places.filter(by_filter).collect::<Vec<_>>() {
+            let number = self.placer.attach(place);
+            self.placing.insert(place, number);
         }
     }
 
@@ -272,12 +287,13 @@ impl KernelPath {
         let fails = result.is_err();
         match result {
             Ok(()) => {
-                self.attached.insert(place);
-                if side == Side::Container {
+                let fresh = self.attached.insert(place);
+                if fresh && side == Side::Container {
                     self.unused.insert(index);
                 }
             }
             Err(err) => {
+                self.attached.remove(&place);
                 self.refused.insert(place, words(&err));
                 if side != Side::Uplink {
                     self.complain(&err);
