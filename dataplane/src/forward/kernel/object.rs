@@ -35,9 +35,35 @@ pub(super) fn classifier<'a>(
         .map_err(|source| KernelPathError::Program { name, source })
 }
 
+/// Entries of maps that give up the oldest one for a new one, as the object has them.
+const OLDEST_GO: [(&str, u32); 3] = [
+    (map::FLOWS, 131_072),
+    (map::FRAGMENTS, 16_384),
+    (map::OUTGOING, 8_192),
+];
+/// A CPU takes free entries of such a map 128 at a time (kernel/bpf/bpf_lru_list.c, `LOCAL_FREE_TARGET`).
+/// Where others have all of them it gives up the youngest of its own: each has room for twice as many.
+const ENTRIES_PER_CPU: u32 = 256;
+
+/// Entries of such a map on a machine with so many possible CPUs.
+fn entries(least: u32, cpus: usize) -> u32 {
+    let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+    let wanted = cpus.saturating_mul(ENTRIES_PER_CPU);
+    // What Linux sets aside for them, as many as there may be, stays below 100 MiB.
+    least.max(wanted.min(OLDEST_GO[0].1))
+}
+
 pub(super) fn load(pins: &Pins) -> Result<Ebpf, KernelPathError> {
-    let mut object = EbpfLoader::new()
-        .default_map_pin_directory(pins.directory())
+    load_for(pins.directory(), aya::util::nr_cpus().unwrap_or(1))
+}
+
+fn load_for(pins: &Path, cpus: usize) -> Result<Ebpf, KernelPathError> {
+    let mut loader = EbpfLoader::new();
+    for (name, least) in OLDEST_GO {
+        loader.map_max_entries(name, entries(least, cpus));
+    }
+    let mut object = loader
+        .default_map_pin_directory(pins)
         .load(ebpf::nat())
         .map_err(KernelPathError::Load)?;
     for name in [
@@ -130,3 +156,40 @@ macro_rules! typed {
     };
 }
 pub(super) use typed;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cpu_has_room_in_maps_whose_oldest_entries_go() {
+        for (least, cpus, wanted) in [
+            (8_192, 2, 8_192),
+            (8_192, 192, 49_152),
+            (16_384, 192, 49_152),
+            (8_192, 8_192, 131_072),
+            (131_072, 8_192, 131_072),
+        ] {
+            assert_eq!(entries(least, cpus), wanted, "{least} {cpus}");
+        }
+        let pins = Path::new("/sys/fs/bpf").join(format!("bai-entries-{}", std::process::id()));
+        if let Err(err) = std::fs::create_dir(&pins) {
+            crate::skip::needs(format!("no pins can be made: {err}"));
+            return;
+        }
+        let found = [2, 192].map(|cpus| {
+            let mut object = load_for(&pins, cpus).expect("loaded");
+            OLDEST_GO.map(|(name, _)| {
+                let map = take(&mut object, name).expect("a map");
+                let (Map::LruHashMap(map) | Map::HashMap(map)) = map else {
+                    panic!("{name}");
+                };
+                std::fs::remove_file(pins.join(name)).expect("a pin");
+                map.info().expect("its size").max_entries()
+            })
+        });
+        std::fs::remove_dir_all(&pins).expect("removed");
+        let few = OLDEST_GO.map(|(_, least)| least);
+        assert_eq!(found, [few, [131_072, 49_152, 49_152]]);
+    }
+}
