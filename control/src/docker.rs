@@ -159,7 +159,8 @@ pub struct EngineVersion {
 /// An image as inspected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRecord {
-    /// `sha256:` and 64 hex digits: the config digest.
+    /// `sha256:` and 64 hex digits: the config digest; where the engine keeps images in containerd's
+    /// store, the digest of the image's index or manifest.
     pub id: String,
     /// Go's words: `amd64`, `arm64`.
     pub architecture: String,
@@ -177,10 +178,20 @@ pub struct ImageRecord {
     pub comment: String,
 }
 
+impl ImageRecord {
+    /// Whether the id is the digest by which registries know the image: so it is in containerd's store
+    /// alone, where it has that of its index or manifest.
+    pub fn has_manifest_id(&self) -> bool {
+        let digests = self.repo_digests.iter();
+        let mut digests = digests.filter_map(|name| Some(name.rsplit_once('@')?.1));
+        digests.any(|digest| digest == self.id)
+    }
+}
+
 /// An image as listed.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ListedImage {
-    /// Config digest.
+    /// As that of an [`ImageRecord`].
     #[serde(rename = "Id")]
     pub id: String,
     /// `name:tag` of this image; null and absent are empty.

@@ -5,16 +5,24 @@
 //! last caller has gone, or when it is cancelled. Invariant: at most one transfer per image and
 //! credentials, and a finished one is never joined.
 
+pub mod containerd_store;
 mod pulls;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::OnceCell;
+
+use crate::blocking::blocking;
 use crate::docker::{Docker, DockerError, ImageRecord, ListedImage, Progress, RegistryAuth};
 
 pub use self::pulls::{PullState, PullTicket};
 
 use self::pulls::Pulls;
+
+/// Images that a pull has brought are remembered up to this many; then all are forgotten.
+const MOST_PULLED: usize = 1024;
 
 /// Label with the version of the image contract; only `1` is supported.
 pub const KERNELSPEC_LABEL: &str = "ai.backend.kernelspec";
@@ -54,7 +62,7 @@ pub struct UnknownAutoPull(String);
 pub struct ImageRequest {
     /// Full reference with registry, project and tag; for a local image its short name.
     pub canonical: String,
-    /// Config digest (`sha256:...`), compared with the engine's image id.
+    /// Config digest (`sha256:...`): the image's id, where the engine keeps images in its own store.
     pub digest: String,
     /// Wanted architecture in the manager's words; empty accepts any.
     pub architecture: String,
@@ -168,7 +176,7 @@ impl ImageError {
 pub struct InstalledImage {
     /// One of its `name:tag`.
     pub name: String,
-    /// The engine's image id.
+    /// The engine's image id; the manager takes note of the name alone.
     pub id: String,
 }
 
@@ -186,6 +194,11 @@ pub struct Purged {
 pub struct Images {
     docker: Docker,
     pulls: Arc<Pulls>,
+    /// Where containerd's store may lie, once the engine has said so.
+    roots: Arc<OnceCell<Vec<PathBuf>>>,
+    /// What pulls have brought whose config digest nobody tells: by reference the digest that was
+    /// wanted and the id that was found.
+    pulled: Arc<Mutex<HashMap<String, (String, String)>>>,
 }
 
 impl Images {
@@ -193,7 +206,9 @@ impl Images {
     pub fn new(docker: Docker) -> Self {
         Self {
             docker,
-            pulls: Arc::new(Pulls::default()),
+            pulls: Arc::default(),
+            roots: Arc::default(),
+            pulled: Arc::default(),
         }
     }
 
@@ -212,9 +227,14 @@ impl Images {
                 });
             }
         };
-        let usable = found.as_ref().is_some_and(|found| {
-            request.is_local || request.auto_pull != AutoPull::Digest || found.id == request.digest
-        });
+        let usable = match &found {
+            None => false,
+            Some(_) if request.is_local || request.auto_pull != AutoPull::Digest => true,
+            Some(found) => match self.is_wanted(request, found).await {
+                Some(is_wanted) => is_wanted,
+                None => self.is_pulled(request, found),
+            },
+        };
         match found {
             Some(found) if usable => {
                 accept_architecture(request, &found)?;
@@ -228,6 +248,73 @@ impl Images {
             }),
             _ => Ok(Check::MustPull),
         }
+    }
+
+    /// Whether an image has the wanted configuration; `None` where its id tells another digest and
+    /// containerd's store can't be read.
+    async fn is_wanted(&self, request: &ImageRequest, found: &ImageRecord) -> Option<bool> {
+        if found.id == request.digest {
+            return Some(true);
+        }
+        if !found.has_manifest_id() {
+            return Some(false);
+        }
+        let roots = self.roots.get_or_try_init(|| self.find_roots()).await;
+        let (roots, id) = (roots.ok()?.clone(), found.id.clone());
+        let digests = blocking(move || containerd_store::config_digests(&roots, &id)).await?;
+        Some(digests.contains(&request.digest))
+    }
+
+    async fn find_roots(&self) -> Result<Vec<PathBuf>, DockerError> {
+        if !self.docker.is_local() {
+            return Ok(Vec::new());
+        }
+        let info = self.docker.info().await?;
+        Ok(blocking(move || containerd_store::roots(&info)).await)
+    }
+
+    fn pulled(&self) -> MutexGuard<'_, HashMap<String, (String, String)>> {
+        self.pulled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is what the registry gave when the same was wanted before.
+    fn is_pulled(&self, request: &ImageRequest, found: &ImageRecord) -> bool {
+        let pulled = self.pulled();
+        let pair = pulled.get(&request.canonical);
+        pair.is_some_and(|(wanted, id)| (wanted, id) == (&request.digest, &found.id))
+    }
+
+    /// Takes note of what a pull has brought, and returns it.
+    ///
+    /// # Errors
+    /// `WrongArchitecture`, `Lookup`.
+    pub async fn settle(&self, request: &ImageRequest) -> Result<ImageRecord, ImageError> {
+        let found = self.docker.inspect_image(&request.canonical).await;
+        let found = found.map_err(|source| ImageError::Lookup {
+            image: request.canonical.clone(),
+            source,
+        })?;
+        accept_architecture(request, &found)?;
+        if request.digest.is_empty() {
+            return Ok(found);
+        }
+        match self.is_wanted(request, &found).await {
+            Some(true) => {}
+            // The tag moved since the manager scanned the registry; the original uses it as well.
+            Some(false) => {
+                tracing::warn!(image = %request.canonical, wanted = %request.digest, found = %found.id,
+                    "the registry holds another image under this name than the manager knows");
+            }
+            None => {
+                let mut pulled = self.pulled();
+                if pulled.len() >= MOST_PULLED {
+                    pulled.clear();
+                }
+                let pair = (request.digest.clone(), found.id.clone());
+                pulled.insert(request.canonical.clone(), pair);
+            }
+        }
+        Ok(found)
     }
 
     /// Begins a pull, or joins the one of the same image and credentials that is under way.
@@ -264,21 +351,7 @@ impl Images {
         self.pull(&request.canonical, request.auth.as_ref())
             .wait(report)
             .await?;
-        let found = self
-            .docker
-            .inspect_image(&request.canonical)
-            .await
-            .map_err(|source| ImageError::Lookup {
-                image: request.canonical.clone(),
-                source,
-            })?;
-        accept_architecture(request, &found)?;
-        if !request.digest.is_empty() && found.id != request.digest {
-            // The tag moved since the manager scanned the registry; the original uses it as well.
-            tracing::warn!(image = %request.canonical, wanted = %request.digest, found = %found.id,
-                "the registry holds another image under this name than the manager knows");
-        }
-        Ok(found)
+        self.settle(request).await
     }
 
     /// Pushes an image to the registry in its name.
@@ -401,7 +474,14 @@ fn is_reference(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::Json;
+    use axum::routing::{get, post};
+    use serde_json::json;
+
     use super::*;
+    use crate::docker::DockerOptions;
 
     #[test]
     fn the_scan_lists_tagged_images_of_the_supported_contract() {
@@ -425,6 +505,65 @@ mod tests {
         ]
         .map(|(name, id)| (name.to_owned(), id.to_owned()));
         assert_eq!(names, expected);
+    }
+
+    /// An engine on another host that knows its image by the manifest's digest, and counts pulls.
+    async fn engine_elsewhere(pulls: Arc<AtomicUsize>) -> Docker {
+        let id = "sha256:manifest";
+        let image =
+            json!({"Id": id, "RepoDigests": [format!("cr.example/a@{id}")], "Architecture": ""});
+        let version = json!({"Version": "29", "ApiVersion": "1.52", "MinAPIVersion": "1.44"});
+        let router = axum::Router::new()
+            .route("/version", get(move || async move { Json(version) }))
+            .route(
+                "/{version}/images/create",
+                post(move || {
+                    pulls.fetch_add(1, Ordering::Relaxed);
+                    async { Json(json!({"status": "Status: Image is up to date"})) }
+                }),
+            )
+            .route(
+                "/{version}/images/{*name}",
+                get(move || async move { Json(image) }),
+            );
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host = format!("tcp://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Docker::new(&DockerOptions {
+            host: Some(host),
+            ..DockerOptions::default()
+        })
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_a_pull_has_brought_is_not_asked_of_the_registry_again() {
+        let pulls = Arc::new(AtomicUsize::new(0));
+        let images = Images::new(engine_elsewhere(pulls.clone()).await);
+        let mut request = ImageRequest {
+            canonical: "cr.example/a:1".into(),
+            digest: "sha256:config".into(),
+            architecture: String::new(),
+            is_local: false,
+            auth: None,
+            auto_pull: AutoPull::Digest,
+        };
+        for (digest, asked) in [("config", 1), ("config", 1), ("newer", 2), ("newer", 2)] {
+            request.digest = format!("sha256:{digest}");
+            let found = images.ensure(&request, async || (), |_| ()).await.unwrap();
+            assert_eq!(found.id, "sha256:manifest");
+            assert_eq!(pulls.load(Ordering::Relaxed), asked, "{digest}");
+        }
+        // As `check_and_pull` does, before the kernel is created.
+        request.digest = "sha256:newest".into();
+        assert_eq!(images.check(&request).await.unwrap(), Check::MustPull);
+        let ticket = images.pull(&request.canonical, None);
+        ticket.wait(|_| ()).await.unwrap();
+        images.settle(&request).await.unwrap();
+        assert!(matches!(
+            images.check(&request).await.unwrap(),
+            Check::Present(_)
+        ));
     }
 
     #[test]

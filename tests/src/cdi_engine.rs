@@ -29,10 +29,20 @@ pub struct CdiEngine {
 impl CdiEngine {
     /// Starts it; `None` (with the reason printed as a skip) where that is not possible.
     pub fn start() -> Result<Option<Self>> {
+        Self::with(&[])
+    }
+
+    /// As [`CdiEngine::start`], with images in containerd's store.
+    pub fn with_containerd_images() -> Result<Option<Self>> {
+        Self::with(&["containerd-images"])
+    }
+
+    fn with(arguments: &[&str]) -> Result<Option<Self>> {
         let directory = tempfile::Builder::new().prefix("bai-cdi-").tempdir()?;
         let complaints = directory.path().join("complaints");
         let script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/cdi-engine"))
             .arg(directory.path())
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(&complaints)?)

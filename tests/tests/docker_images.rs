@@ -7,9 +7,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use control::docker::RegistryAuth;
-use control::image::{AutoPull, Check, ImageError, ImageRequest, Images, PullState};
+use control::docker::{Docker, DockerOptions, RegistryAuth};
+use control::image::{
+    AutoPull, Check, ImageError, ImageRequest, Images, PullState, containerd_store,
+};
 use control::kernel::distro::Distros;
+use harness::cdi_engine::CdiEngine;
 use harness::engine::{engine, unique};
 use harness::images::{FileContent, Image, ImageFile, OwnImage, busybox_files, image, import};
 use harness::registry::{PASSWORD, Registry, USER};
@@ -173,6 +176,63 @@ async fn concurrent_pulls_of_one_image_are_one_transfer() {
     // It is here now: nothing is asked of the registry any more.
     drop(registry);
     assert_eq!(one().await.unwrap().id, id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_in_containerds_store_are_known_by_their_configuration() {
+    let Some(second) = CdiEngine::with_containerd_images().unwrap() else {
+        return;
+    };
+    let (own_engine, docker) = (
+        engine().await,
+        Docker::connect(&DockerOptions {
+            host: Some(second.host()),
+            ..DockerOptions::default()
+        })
+        .await
+        .unwrap(),
+    );
+    assert!(containerd_store::is_used(&docker.info().await.unwrap()));
+    let registry = Registry::start(false).unwrap();
+    let canonical = format!("{}/stable/{}:1.0", registry.address, unique("store"));
+    let own = distinct(&canonical, 4096, &["LABEL ai.backend.kernelspec=1"]);
+    let images = Images::new(own_engine.clone());
+    images.push(&canonical, None, |_| {}).await.unwrap();
+    let digest = own_engine.inspect_image(&canonical).await.unwrap().id;
+
+    let wanted = request(&canonical, &digest, AutoPull::Digest);
+    let images = Images::new(docker.clone());
+    let found = images.ensure(&wanted, async || {}, |_| {}).await.unwrap();
+    assert_ne!(found.id, digest);
+    // Nothing is asked of the registry any more, by a later life of the agent neither.
+    drop(registry);
+    let present = async |digest: &str| {
+        let wanted = request(&canonical, digest, AutoPull::Digest);
+        let found = Images::new(docker.clone()).check(&wanted).await.unwrap();
+        matches!(found, Check::Present(_))
+    };
+    assert!(present(&digest).await);
+    assert!(!present(&format!("sha256:{}", "0".repeat(64))).await);
+    let listed = images.installed().await.unwrap();
+    assert!(
+        listed.iter().any(|image| image.name == canonical),
+        "{listed:?}"
+    );
+
+    // One that came as a file.
+    docker.remove_image(&canonical, true, false).await.unwrap();
+    let archive = second.place().join("image.tar");
+    for (host, way) in [
+        (None, ["save", "-o"]),
+        (Some(second.host()), ["load", "-i"]),
+    ] {
+        let mut carry = harness::images::docker(host.as_deref());
+        carry.args(way).arg(&archive);
+        carry.args(host.is_none().then_some(&canonical));
+        assert!(carry.status().unwrap().success());
+    }
+    assert!(present(&digest).await);
+    drop(own);
 }
 
 /// A way to a registry that lets only so many bytes of answers through until it is opened.

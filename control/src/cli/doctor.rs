@@ -12,10 +12,12 @@ use serde_json::json;
 
 use super::exit::Problem;
 use super::output::{self, Form, Table};
+use crate::blocking::blocking;
 use crate::causes::chain;
-use crate::docker::{Docker, DockerOptions};
+use crate::docker::{Docker, DockerError, DockerOptions, SystemInfo};
 use crate::etcd::Etcd;
 use crate::firewall;
+use crate::image::containerd_store;
 use crate::storage_proxy::{ProxyClient, ProxyError};
 use config::{Config, Loaded, NoteKind};
 
@@ -114,8 +116,8 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
     let mut findings = vec![
         configuration(loaded, standalone),
         privileges(nix::unistd::geteuid().is_root()),
-        engine,
     ];
+    findings.extend(engine);
     findings.extend(Box::pin(cluster(&config)).await);
     findings.extend(Box::pin(storage_proxy(&config)).await);
     let host = tokio::task::spawn_blocking(move || {
@@ -245,24 +247,65 @@ fn privileges(root: bool) -> Finding {
     }
 }
 
-async fn engine(config: &Config) -> Finding {
+async fn engine(config: &Config) -> Vec<Finding> {
     const CHECK: &str = "engine";
     let options = DockerOptions {
         host: config.node.engine.host.clone(),
         ..DockerOptions::default()
     };
-    let found = async { Docker::connect(&options).await?.version().await };
-    match tokio::time::timeout(Duration::from_secs(10), found).await {
-        Ok(Ok(version)) => engine_version(&version.version),
+    let found = async {
+        let docker = Docker::connect(&options).await?;
+        Ok((
+            docker.version().await?,
+            docker.info().await?,
+            docker.is_local(),
+        ))
+    };
+    let found: Result<(_, _, _), DockerError> =
+        match tokio::time::timeout(Duration::from_secs(10), found).await {
+            Ok(found) => found,
+            Err(_) => {
+                return vec![Finding::bad(
+                    CHECK,
+                    Level::Failure,
+                    "no answer within 10 s",
+                    "see whether `docker ps` answers, else restart the engine",
+                )];
+            }
+        };
+    match found {
+        Ok((version, info, is_local)) => {
+            let store = blocking(move || image_store(&info, is_local)).await;
+            let version = engine_version(&version.version);
+            std::iter::once(version).chain(store).collect()
+        }
         // Its text says what to do.
-        Ok(Err(error)) => Finding::bad(CHECK, Level::Failure, "not usable", chain(&error)),
-        Err(_) => Finding::bad(
+        Err(error) => vec![Finding::bad(
             CHECK,
             Level::Failure,
-            "no answer within 10 s",
-            "see whether `docker ps` answers, else restart the engine",
-        ),
+            "not usable",
+            chain(&error),
+        )],
     }
+}
+
+/// Whether images in containerd's store can be told from others of the same name. Blocking.
+fn image_store(info: &SystemInfo, is_local: bool) -> Option<Finding> {
+    const CHECK: &str = "image store";
+    if !containerd_store::is_used(info) {
+        return None;
+    }
+    let roots = is_local.then(|| containerd_store::roots(info));
+    let mut roots = roots.iter().flatten();
+    Some(match roots.find(|root| containerd_store::is_root(root)) {
+        Some(place) => Finding::good(CHECK, format!("containerd's, in {}", place.display())),
+        None => Finding::bad(
+            CHECK,
+            Level::Warning,
+            "containerd's, in a place that is not known",
+            "with auto-pull `digest` each image is asked of its registry once after a start of the agent; let root in /etc/containerd/config.toml name containerd's directory, and this host see it",
+        ),
+    })
 }
 
 /// What a node that joins a cluster needs of it; nothing for a node on its own.
@@ -684,6 +727,30 @@ mod tests {
             all,
         );
         assert_eq!(few.found, "version 1 without io");
+    }
+
+    #[test]
+    fn an_image_store_of_containerds_must_be_where_it_can_be_read() {
+        let engine = tempfile::tempdir().unwrap();
+        let look = |status: serde_json::Value, is_local| {
+            let info = json!({ "DriverStatus": status, "DockerRootDir": engine.path() });
+            image_store(&serde_json::from_value(info).unwrap(), is_local)
+        };
+        let containerd = json!([["driver-type", "io.containerd.snapshotter.v1"]]);
+        assert!(look(json!([["Backing Filesystem", "extfs"]]), true).is_none());
+        let remote = look(containerd.clone(), false).unwrap();
+        assert_eq!(remote.level, Level::Warning);
+        let root = "containerd/daemon";
+        let part = engine
+            .path()
+            .join(root)
+            .join("io.containerd.metadata.v1.bolt");
+        std::fs::create_dir_all(part).unwrap();
+        let found = look(containerd, true).unwrap();
+        assert!(
+            found.level == Level::Good && found.found.contains(root),
+            "{found:?}"
+        );
     }
 
     #[test]

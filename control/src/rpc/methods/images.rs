@@ -201,11 +201,17 @@ async fn pull_if_needed(
         .wait(|progress| report(&mut reporter, &image, progress))
         .await;
     match &outcome {
-        Ok(()) => node.events.emit(Event::ImagePullFinished {
-            image,
-            agent,
-            message: None,
-        }),
+        Ok(()) => {
+            // What is not right about it is told to the creation, which asks again.
+            if let Err(err) = node.images.settle(&request).await {
+                tracing::debug!(image, err = chain(&err), "cannot look at what was pulled");
+            }
+            node.events.emit(Event::ImagePullFinished {
+                image,
+                agent,
+                message: None,
+            });
+        }
         Err(err) => node.events.emit(failed(err)),
     }
     outcome.map(|()| None)
