@@ -109,6 +109,12 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
     let decider = firewall::decider(&config).await;
     let decider = decider.unwrap_or_else(|err| Some(err.to_string()));
     let honour_firewall = decider.is_some();
+    let place = shared::run_dir::RunDir::choose(Some(&config.node.run_dir), &config.agent.id);
+    let statuses = match place.ok().filter(|_| dataplane_alive(&config)) {
+        Some(place) => Some(blocking(move || forwarding::statuses(&place.dataplane())).await),
+        None => None,
+    };
+    let ports = statuses.clone().unwrap_or_default();
     let runner = {
         let config = config.clone();
         move || runner(&config)
@@ -147,10 +153,11 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
             ),
             runner(),
             forwarding::kernel_path(
-                &config,
+                (config.node.forward, config.node.honour_firewall),
                 decider.as_deref(),
                 &read("/proc/sys/kernel/osrelease"),
                 &read("/proc/self/mounts"),
+                &ports,
             ),
             forwarding::relay_engine(
                 config.node.relay_engine,
@@ -178,14 +185,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
             &rules,
         ));
     }
-    if dataplane_alive(&config_for_rules)
-        && let Ok(place) = shared::run_dir::RunDir::choose(
-            Some(&config_for_rules.node.run_dir),
-            &config_for_rules.agent.id,
-        )
-    {
-        findings.push(forwarding::paths(&forwarding::statuses(&place.dataplane())));
-    }
+    findings.extend(statuses.as_deref().map(forwarding::paths));
     Ok(findings)
 }
 

@@ -11,19 +11,23 @@ use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
 use super::{Finding, Level};
 use crate::firewall::{self, NoAnswer, Refusal};
 
-/// What the kernel path needs.
+/// The oldest kernel that the kernel path was tried on.
+const TRIED: (u32, u32) = (6, 1);
+
+/// What the kernel path needs, as far as ports that it serves do not tell.
 pub(super) fn kernel_path(
-    config: &Config,
+    (forward, honour_firewall): (Forward, Option<bool>),
     decider: Option<&str>,
     release: &str,
     mounts: &str,
+    statuses: &[PortStatus],
 ) -> Finding {
     const CHECK: &str = "kernel path";
-    if config.node.forward == Forward::Relay {
+    if forward == Forward::Relay {
         return Finding::good(CHECK, "off (node.forward): the relay serves all ports");
     }
     if let Some(why) = decider {
-        let way = match config.node.honour_firewall {
+        let way = match honour_firewall {
             Some(_) => "",
             None => "; node.honour-firewall = false uses it",
         };
@@ -37,35 +41,38 @@ pub(super) fn kernel_path(
         .map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     let release = release.trim();
-    let (least, named) = if cfg!(target_arch = "aarch64") {
-        ((5, 18), "5.18")
-    } else {
-        ((5, 13), "5.13")
-    };
-    if version < least {
+    let served = serving(statuses, ForwardPath::KernelPath);
+    if served == 0 && version < TRIED {
         return Finding::bad(
             CHECK,
             Level::Warning,
-            format!("Linux {release} lacks what it needs"),
-            format!(
-                "the relay serves all ports; Linux {named} or newer has the kernel path, 6.6 or newer all of it"
-            ),
+            format!("Linux {release} is older than all it was tried on"),
+            "it is used if the kernel takes it, else the relay serves all ports (bai-agent ports says so); Linux 6.1 or newer has it, 6.6 or newer all of it",
         );
     }
-    if version < (5, 14)
-        || !mounts
-            .lines()
-            .any(|line| line.split(' ').nth(2) == Some("cgroup2"))
+    if !mounts
+        .lines()
+        .any(|line| line.split(' ').nth(2) == Some("cgroup2"))
     {
         return Finding::bad(
             CHECK,
             Level::Warning,
             "clients on this host are served by the relay",
-            "the hooks for them need Linux 5.14 and a mounted version 2 control group tree: mount -t cgroup2 none /sys/fs/cgroup/unified",
+            "the hooks for them need a mounted version 2 control group tree: mount -t cgroup2 none /sys/fs/cgroup/unified",
         );
     }
     let means = if version < (6, 6) { "filters" } else { "links" };
-    Finding::good(CHECK, format!("Linux {release}, attached by {means}"))
+    let found = match served {
+        0 => format!("Linux {release}, attached by {means}"),
+        count => format!("Linux {release}, serves {count} ports"),
+    };
+    Finding::good(CHECK, found)
+}
+
+/// How many ports are served that way.
+fn serving(statuses: &[PortStatus], path: ForwardPath) -> usize {
+    let serving = |it: &&PortStatus| it.state == PortState::Serving && it.path == path;
+    statuses.iter().filter(serving).count()
 }
 
 /// What the relay's engine needs: `disabled` is what `kernel.io_uring_disabled` says. Whether a service
@@ -227,10 +234,7 @@ pub(super) fn user_rules(config: &Config, honour_firewall: bool, rules: &str) ->
 /// What serves the ports, and why not something better.
 pub(super) fn paths(statuses: &[PortStatus]) -> Finding {
     const CHECK: &str = "paths of ports";
-    let count = |wanted: ForwardPath| {
-        let serving = |it: &&PortStatus| it.state == PortState::Serving && it.path == wanted;
-        statuses.iter().filter(serving).count()
-    };
+    let count = |path| serving(statuses, path);
     let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
     for status in statuses.iter().filter(|it| !it.reason.is_empty()) {
         *reasons.entry(&status.reason).or_default() += 1;
@@ -312,19 +316,38 @@ mod tests {
         assert_eq!(found.level, Level::Warning);
     }
 
+    fn status(host_port: u16, path: ForwardPath, reason: &str) -> PortStatus {
+        let key = PortKey {
+            protocol: Protocol::Tcp,
+            host_port,
+        };
+        let state = PortState::Serving;
+        let mut it = PortStatus::new(key, KernelId::default(), RegionId::default(), state);
+        it.path = path;
+        it.reason = reason.to_owned();
+        it
+    }
+
+    #[test]
+    fn an_old_kernel_is_told_of_unless_it_serves() {
+        let unified = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+        let look = |release, mounts, statuses: &[PortStatus]| {
+            kernel_path((Forward::Auto, None), None, release, mounts, statuses)
+        };
+        assert_eq!(look("6.1.0-9-amd64\n", unified, &[]).level, Level::Good);
+        assert_eq!(look("6.1.0-9-amd64\n", "", &[]).level, Level::Warning);
+        let relayed = [status(1, ForwardPath::Relay, "by the relay: x")];
+        assert_eq!(look("5.15.0", unified, &relayed).level, Level::Warning);
+        let served = [status(1, ForwardPath::KernelPath, "")];
+        let found = look("5.15.0", unified, &served);
+        assert_eq!(
+            (found.level, &*found.found),
+            (Level::Good, "Linux 5.15.0, serves 1 ports")
+        );
+    }
+
     #[test]
     fn paths_are_counted_and_their_reasons_told() {
-        let status = |host_port, path, reason: &str| {
-            let key = PortKey {
-                protocol: Protocol::Tcp,
-                host_port,
-            };
-            let state = PortState::Serving;
-            let mut it = PortStatus::new(key, KernelId::default(), RegionId::default(), state);
-            it.path = path;
-            it.reason = reason.to_owned();
-            it
-        };
         let mut all = vec![
             status(1, ForwardPath::KernelPath, ""),
             status(2, ForwardPath::Relay, "by the relay: x"),
