@@ -2,10 +2,11 @@
 //!
 //! In: requests at `agent.service-addr`. Out: one page or one document per request. Invariants: the
 //! node does not depend on it (an address in use is reported and tried again); connections (of each client,
-//! too), pages being made and the time a client may take are bounded; neither the engine nor a disk is asked
+//! too), pages being made or read and the time a client may take are bounded; neither the engine nor a disk is asked
 //! while somebody waits.
 
 mod health;
+mod pages;
 mod places;
 
 use std::convert::Infallible;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -35,10 +37,11 @@ use crate::metrics::{Recorder, Scene, count_request};
 use crate::stats::node::HostReading;
 
 pub use health::{EngineWatch, Health};
+use pages::{Answer, Pages};
 use places::Places;
 
 /// Pages made at once; further scrapes wait for them.
-const PAGES: usize = 2;
+const MADE: usize = 2;
 /// How long a client may take to send a request, may rest between two, and may take nothing of an
 /// answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -78,7 +81,8 @@ pub struct Service {
     node: Arc<Node>,
     recorder: Recorder,
     engine: EngineWatch,
-    pages: Semaphore,
+    making: Semaphore,
+    pages: Pages,
 }
 
 impl Service {
@@ -88,7 +92,8 @@ impl Service {
             node,
             recorder,
             engine,
-            pages: Semaphore::new(PAGES),
+            making: Semaphore::new(MADE),
+            pages: Pages::default(),
         }
     }
 
@@ -260,9 +265,14 @@ async fn preflight() -> impl IntoResponse {
 }
 
 async fn page(State(service): State<Arc<Service>>) -> Response {
-    let Ok(_place) = service.pages.acquire().await else {
+    let Ok(_place) = service.making.acquire().await else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
+    // Perhaps by one whom this one waited for.
+    if let Some(answer) = service.pages.newest() {
+        return answer_with(answer);
+    }
+    let made = Instant::now();
     let scene = service.scene().await;
     let tasks = tokio::runtime::Handle::current()
         .metrics()
@@ -270,7 +280,12 @@ async fn page(State(service): State<Arc<Service>>) -> Response {
     let recorder = service.recorder.clone();
     // A page of a thousand containers is 14 MB: not on a thread that answers the manager.
     let text = blocking(move || scene.render() + &recorder.render(tasks)).await;
-    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response()
+    answer_with(service.pages.add(text, made))
+}
+
+fn answer_with(page: Answer) -> Response {
+    let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+    (kind, Body::new(page)).into_response()
 }
 
 async fn health_document(State(service): State<Arc<Service>>) -> Response {
