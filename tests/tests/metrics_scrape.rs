@@ -421,14 +421,24 @@ fn expressions() -> Result<Vec<String>> {
     let text = std::fs::read_to_string(root().join("deploy/grafana/node.json"))?;
     let dashboard: Value = serde_json::from_str(&text)?;
     let panels = dashboard["panels"].as_array().context("panels")?;
+    let variables = dashboard["templating"]["list"].as_array();
+    let all = |variable: &str| -> Result<String> {
+        let found = variables.into_iter().flatten();
+        let mut found = found.filter(|known| known["name"] == variable);
+        let all = found.next().and_then(|known| known["allValue"].as_str());
+        // Other exporters' series, such as cAdvisor's, lack these labels or have them empty.
+        ensure!(all == Some(".+"), "{variable}: {all:?}");
+        Ok(all.unwrap_or_default().to_owned())
+    };
+    let (instances, kernels) = (all("instance")?, all("kernel")?);
     Ok(panels
         .iter()
         .flat_map(|panel| panel["targets"].as_array().into_iter().flatten())
         .filter_map(|target| target["expr"].as_str())
         .map(|text| {
             text.replace("$__rate_interval", "10s")
-                .replace("$instance", ".*")
-                .replace("$kernel", ".*")
+                .replace("$instance", &instances)
+                .replace("$kernel", &kernels)
         })
         .collect())
 }
