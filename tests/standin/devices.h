@@ -15,8 +15,8 @@
 //   part N I uuid=... [name= mem= used= sms= slices= cslices= gi= ci= gr=PERCENT smu=PERCENT dram=PERCENT]   instance I of device N; without gi the
 //                                    driver does not tell its ids; gr, smu and dram are what its GPU instance does, told where the device has gpm
 //                                    nolist: instances do not tell their processes, only the whole device does
-//   process N pid=P mem=BYTES [sm=PERCENT enc=PERCENT dec=PERCENT part=I draws=1|2 mps=1]    a process on device N; draws 1: it draws, 2: and
-//                                    computes too; mps: it computes by way of the Multi-Process Service
+//   process N pid=P mem=BYTES [sm=PERCENT enc=PERCENT dec=PERCENT part=I draws=1|2 mps=1|2]    a process on device N; draws 1: it draws, 2: and
+//                                    computes too; mps: it computes by way of the Multi-Process Service, 2: and nobody samples its load
 //   xid N CODE SERIAL                a fault of device N, told once per serial number
 //   ecc N SERIAL                     its memory has an error of two bits, told in the same way
 //   path A B LEVEL                   what lies between two devices (nvmlGpuTopologyLevel_t; 50, the whole system, if not said)

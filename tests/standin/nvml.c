@@ -131,7 +131,7 @@ API int nvmlDeviceGetProcessUtilization(struct device *d, struct sample *out, un
   u64 now = (u64)t.tv_sec * 1000000 + t.tv_nsec / 1000;
   for (int i = 0; i < n_processes; i++) {
     struct process *p = &processes[i];
-    if (!on(p, d) || now <= since) continue;
+    if (!on(p, d) || now <= since || p->mps == 2) continue;
     // A sample per process and moment; its memory is the share of time in which memory was read or written.
     if (out && n < room) out[n] = (struct sample){p->pid, now, p->sm, p->sm / 4, p->enc, p->dec};
     n++;

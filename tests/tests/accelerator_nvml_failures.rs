@@ -141,6 +141,16 @@ fn processes_that_cannot_be_listed_are_unknown_users_and_no_container_gets_their
             users(rows, "GPU-0") == Some((known.clone(), true))
         })?;
     }
+    // A client of the service is not idle because the driver has no sample of it.
+    at_rest(&mut control)?;
+    driver.describe(&text.replace("sm=3 mps=1", "mps=2"))?;
+    control.accelerators("an unknown share", |rows| {
+        let shares = row_of(rows, "GPU-0").map(|row| {
+            let users = row.users.iter();
+            users.map(|user| user.utilisation_permille).collect()
+        });
+        users(rows, "GPU-0") == all() && shares.ok() == Some(vec![Some(100), None])
+    })?;
     // Samples of who is busy fail: memory is told, shares are not.
     at_rest(&mut control)?;
     driver.describe(&format!(

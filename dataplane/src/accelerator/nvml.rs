@@ -563,12 +563,12 @@ impl<'nvml> Session<'nvml> {
         let own = match (listed(&instance), row.instance) {
             // Then the whole device may list those of all instances, with the ids of these.
             (Listed::NotOffered | Listed::Failed(_), Some(ids)) => match listed(device) {
-                Listed::These(mut all, complete) => {
-                    all.retain(|process| {
+                Listed::These(mut list) => {
+                    list.all.retain(|process| {
                         let of = (process.gpu_instance_id, process.compute_instance_id);
                         of == (Some(ids.gpu), Some(ids.compute))
                     });
-                    Listed::These(all, complete)
+                    Listed::These(list)
                 }
                 other => other,
             },
@@ -588,8 +588,8 @@ impl<'nvml> Session<'nvml> {
         reading: &mut Reading,
     ) -> (Vec<AcceleratorUse>, bool) {
         let kept = self.processes.entry(number).or_default();
-        let (all, complete) = match listed {
-            Listed::These(all, complete) => (all, complete),
+        let list = match listed {
+            Listed::These(list) => list,
             Listed::NotOffered => return (Vec::new(), true),
             Listed::Failed(err) => {
                 if !std::mem::replace(&mut kept.failing, true) {
@@ -601,7 +601,8 @@ impl<'nvml> Session<'nvml> {
             }
         };
         kept.failing = false;
-        let used = processes::used(device, all, &mut kept.seen);
+        let complete = list.complete;
+        let used = processes::used(device, list, &mut kept.seen);
         kept.pids = used.keys().copied().collect();
         let (users, all_found) = by_container(used.iter().map(|(k, v)| (*k, *v)), owner_of);
         for (pid, used) in used {

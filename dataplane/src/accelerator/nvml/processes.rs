@@ -2,12 +2,13 @@
 //!
 //! In: the driver's lists and samples. Out: what each process uses. Invariants: a list that could not
 //! be read is told as such, because a part of the processes would be taken for all of them; a process
-//! of no list that the driver offers is not made up.
+//! of no list that the driver offers is not made up; a client of the Multi-Process Service of whom the
+//! driver has no sample is not called idle, because its work may be told as the server's.
 //!
 //! Source: NVIDIA's NVML API reference, "Device Queries"; clients of the Multi-Process Service are in
 //! a list of their own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use nvml_wrapper::Device;
 use nvml_wrapper::enums::device::UsedGpuMemory;
@@ -22,12 +23,22 @@ const ATTEMPTS: u32 = 4;
 
 /// The processes of a device.
 pub(super) enum Listed {
-    /// These; with `false`, there may be others.
-    These(Vec<ProcessInfo>, bool),
+    /// These.
+    These(List),
     /// The driver offers no such list here.
     NotOffered,
     /// It has one, which could not be read.
     Failed(NvmlError),
+}
+
+/// Processes of a device.
+pub(super) struct List {
+    /// What the driver tells of each; one that computes and draws is there twice.
+    pub(super) all: Vec<ProcessInfo>,
+    /// Those that are clients of the Multi-Process Service.
+    clients: HashSet<u32>,
+    /// There are no others.
+    pub(super) complete: bool,
 }
 
 /// Reads the lists of a device or an instance.
@@ -48,8 +59,14 @@ pub(super) fn listed(device: &Device<'_>) -> Listed {
     all.extend(graphics.unwrap_or_default());
     let clients = read(|| device.mps_running_compute_processes());
     let complete = clients.is_ok();
-    all.extend(clients.ok().flatten().unwrap_or_default());
-    Listed::These(all, complete)
+    let clients = clients.ok().flatten().unwrap_or_default();
+    let pids = clients.iter().map(|client| client.pid).collect();
+    all.extend(clients);
+    Listed::These(List {
+        all,
+        clients: pids,
+        complete,
+    })
 }
 
 /// `None` where the driver has no such list.
@@ -68,11 +85,11 @@ fn read<T>(list: impl Fn() -> Result<Vec<T>, NvmlError>) -> Result<Option<Vec<T>
 /// the driver's clock.
 pub(super) fn used(
     device: &Device<'_>,
-    listed: Vec<ProcessInfo>,
+    listed: List,
     seen: &mut Option<u64>,
 ) -> HashMap<u32, ProcessUse> {
     let mut all: HashMap<u32, ProcessUse> = HashMap::new();
-    for process in listed {
+    for process in listed.all {
         let memory = match process.used_gpu_memory {
             UsedGpuMemory::Used(bytes) => Some(bytes),
             UsedGpuMemory::Unavailable => None,
@@ -87,7 +104,7 @@ pub(super) fn used(
     let samples: Vec<ProcessUtilizationSample> =
         match read(|| device.process_utilization_stats(*seen)) {
             Ok(Some(samples)) => samples,
-            // The driver has a sample of nobody: all are idle.
+            // The driver has a sample of nobody: of what it samples, all are idle.
             Err(NvmlError::NotFound) => Vec::new(),
             Ok(None) | Err(_) => return all,
         };
@@ -99,7 +116,11 @@ pub(super) fn used(
         *entry = (*entry).max((sample.timestamp, told));
     }
     for (pid, used) in &mut all {
-        used.busy(latest.get(pid).map_or([0; 3], |(_, told)| *told));
+        match latest.get(pid) {
+            Some((_, told)) => used.busy(*told),
+            None if listed.clients.contains(pid) => {}
+            None => used.busy([0; 3]),
+        }
     }
     all
 }
