@@ -2,13 +2,12 @@
 
 use std::collections::HashMap;
 
-use rust_decimal::Decimal;
 use shared::ids::ContainerId;
 use shared::observed::{
     AcceleratorRow, AcceleratorUse, ContainerSample, ObservedSnapshot, UNLIMITED,
 };
 
-use super::page::{Family, Number, families, labels, seconds};
+use super::page::{Family, Number, families, labels, seconds, thousandths};
 use super::{Page, Scene, Subject};
 use crate::stats::kernels::{self, memory_used};
 
@@ -84,8 +83,12 @@ families! {
         "Send errors.";
     SCRATCH_LIMIT = Gauge "container_fs_limit_bytes" ["id name image kernel_id"]
         "Most the scratch directory may take.";
+    SCRATCH_AGE = Gauge "bai_container_fs_age_seconds" ["id name image kernel_id"]
+        "How old the numbers of the scratch directory were when the sample was taken.";
     SHM = Gauge "bai_container_shm_bytes" ["id name image kernel_id"] "Bytes in /dev/shm.";
     SHM_LIMIT = Gauge "bai_container_shm_limit_bytes" ["id name image kernel_id"] "Size of /dev/shm.";
+    SHM_AGE = Gauge "bai_container_shm_age_seconds" ["id name image kernel_id"]
+        "How old the numbers of /dev/shm were when the sample was taken.";
     CPU_PRESSURE = Counter "container_pressure_cpu_waiting_seconds_total" ["id name image kernel_id"]
         "Time in which some task waited for a CPU.";
     MEMORY_PRESSURE = Counter "container_pressure_memory_waiting_seconds_total" ["id name image kernel_id"]
@@ -184,7 +187,7 @@ fn accelerators(rows: &[AcceleratorRow], shown: &[&Shown<'_>], page: &mut Page) 
     each(&ACCELERATOR_MEMORY, &|user| {
         user.memory_bytes.map(Number::Whole)
     });
-    let share = |permille: u32| Number::Exact(Decimal::from(permille) / Decimal::ONE_THOUSAND);
+    let share = |permille: u32| thousandths(permille.into());
     each(&ACCELERATOR_LOAD, &|user| {
         user.utilisation_permille.map(share)
     });
@@ -270,8 +273,15 @@ const SERIES: &[(&Family, Read)] = &[
     (&SCRATCH, read!(disk.scratch_bytes)),
     (&SCRATCH_FILES, read!(disk.scratch_files)),
     (&SCRATCH_LIMIT, read!(disk.scratch_limit_bytes)),
+    (&SCRATCH_AGE, |sample| {
+        sample.disk.get()?.scratch_bytes?;
+        Some(thousandths(sample.disk.age_ms.into()))
+    }),
     (&SHM, read!(disk.shm_bytes)),
     (&SHM_LIMIT, read!(disk.shm_limit_bytes)),
+    (&SHM_AGE, |sample| {
+        sample.disk.get()?.shm_age_ms.map(thousandths)
+    }),
     (&CPU_PRESSURE, read!(cpu.pressure_some_ns seconds)),
     (&MEMORY_PRESSURE, read!(memory.pressure_some_ns seconds)),
     (&MEMORY_STALLED, read!(memory.pressure_full_ns seconds)),

@@ -3,7 +3,7 @@
 use rust_decimal::Decimal;
 use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus};
 
-use super::page::{Number, families, labels, seconds};
+use super::page::{Number, families, labels, seconds, thousandths};
 use super::{Family, Page, Scene};
 use crate::accelerator::known::Known;
 use crate::stats::node::{HostReading, measurements};
@@ -58,7 +58,10 @@ families! {
     OOM = Counter "bai_node_oom_kills_total" [] "Processes killed for want of memory since boot; read every 5 s.";
     PRESSURE = Counter "bai_node_pressure_seconds_total" ["resource kind"]
         "Time in which some or all (kind full) tasks waited for a resource.";
-    DISK = Gauge "bai_node_disk_bytes" ["device state"] "Space of each disk: total and used.";
+    DISK = Gauge "bai_node_disk_bytes" ["device state"]
+        "Space of each disk: total and used; without loop devices, whose files lie on another.";
+    DISK_AGE = Gauge "bai_node_disk_age_seconds" []
+        "How old the oldest numbers of disks were when the node's sample was taken.";
     NET_IN = Counter "bai_node_network_receive_bytes_total" [] "Bytes received on physical interfaces.";
     NET_OUT = Counter "bai_node_network_transmit_bytes_total" [] "Bytes sent on physical interfaces.";
     ACCELERATOR_LOAD = Gauge "bai_accelerator_utilization_ratio" ["kind index id model"]
@@ -295,18 +298,21 @@ fn node(fresh: Option<&ObservedSnapshot>, reading: &HostReading, page: &mut Page
         let labels = labels(&[("resource", resource), ("kind", kind)]);
         page.measured(&PRESSURE, &labels, value.map(seconds));
     }
-    for (device, space) in &reading.disks {
+    let disks = reading.disks.iter();
+    for (device, space) in disks.filter(|(device, _)| !is_loop(device)) {
         for (state, value) in [("total", space.total), ("used", space.used)] {
             let labels = labels(&[("device", device), ("state", state)]);
             page.sample(&DISK, &labels, value);
         }
     }
+    page.measured(&DISK_AGE, "", counters.disks_age_ms.map(thousandths));
     page.measured(&NET_IN, "", counters.net_rx_bytes);
     page.measured(&NET_OUT, "", counters.net_tx_bytes);
 }
 
-fn thousandths(value: Option<u64>) -> Option<Number> {
-    value.map(|value| Number::Exact(Decimal::from(value) / Decimal::ONE_THOUSAND))
+/// Whether a disk is a file's: a scratch directory of type `hostfile`, a mounted image.
+fn is_loop(device: &str) -> bool {
+    device.starts_with("/dev/loop")
 }
 
 fn whole(value: Option<u64>) -> Option<Number> {
@@ -322,16 +328,16 @@ type Measured = (&'static Family, fn(&AcceleratorRow) -> Option<Number>);
 
 const MEASURED: [Measured; 17] = [
     (&ACCELERATOR_LOAD, |row| {
-        thousandths(row.counters.utilisation_permille)
+        row.counters.utilisation_permille.map(thousandths)
     }),
     (&ACCELERATOR_BANDWIDTH, |row| {
-        thousandths(row.counters.memory_utilisation_permille)
+        row.counters.memory_utilisation_permille.map(thousandths)
     }),
     (&ACCELERATOR_ENCODER, |row| {
-        thousandths(row.counters.encoder_permille)
+        row.counters.encoder_permille.map(thousandths)
     }),
     (&ACCELERATOR_DECODER, |row| {
-        thousandths(row.counters.decoder_permille)
+        row.counters.decoder_permille.map(thousandths)
     }),
     (&ACCELERATOR_MEMORY, |row| {
         whole(row.counters.memory_total_bytes)
@@ -339,9 +345,11 @@ const MEASURED: [Measured; 17] = [
     (&ACCELERATOR_MEMORY_USED, |row| {
         whole(row.counters.memory_used_bytes)
     }),
-    (&ACCELERATOR_POWER, |row| thousandths(row.counters.power_mw)),
+    (&ACCELERATOR_POWER, |row| {
+        row.counters.power_mw.map(thousandths)
+    }),
     (&ACCELERATOR_POWER_LIMIT, |row| {
-        thousandths(row.counters.power_limit_mw)
+        row.counters.power_limit_mw.map(thousandths)
     }),
     (&ACCELERATOR_CLOCK, |row| hertz(row.counters.clock_mhz)),
     (&ACCELERATOR_MEMORY_CLOCK, |row| {
@@ -363,10 +371,10 @@ const MEASURED: [Measured; 17] = [
         row.fault.map(|code| Number::Whole(code.into()))
     }),
     (&ACCELERATOR_HEAT, |row| {
-        thousandths(row.counters.temperature_mc)
+        row.counters.temperature_mc.map(thousandths)
     }),
     (&ACCELERATOR_ENERGY, |row| {
-        thousandths(row.counters.energy_mj)
+        row.counters.energy_mj.map(thousandths)
     }),
 ];
 
@@ -405,7 +413,7 @@ fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
         page.measured(
             &ACCELERATOR_AGE,
             labels,
-            thousandths(Some(row.age_ms.into())),
+            Some(thousandths(row.age_ms.into())),
         );
     }
 }

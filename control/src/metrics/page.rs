@@ -94,6 +94,11 @@ pub(super) fn seconds(nanoseconds: u64) -> Number {
     Number::Real(std::time::Duration::from_nanos(nanoseconds).as_secs_f64())
 }
 
+/// Thousandths of a unit, in units.
+pub(super) fn thousandths(value: u64) -> Number {
+    Number::Exact(Decimal::from(value) / Decimal::ONE_THOUSAND)
+}
+
 /// A page that is being written.
 #[derive(Debug, Default)]
 pub struct Page {

@@ -215,13 +215,16 @@ fn scene(containers: u16) -> Scene {
             memory_pressure_full_ns: some,
             io_pressure_some_ns: some,
             io_pressure_full_ns: some,
+            disks_age_ms: Some(1500),
             ..NodeCounters::default()
         },
-        disks: vec![DiskSpace {
-            device: "/dev/vda".to_owned(),
-            total_bytes: 2,
-            used_bytes: 1,
-        }],
+        disks: ["/dev/vda", "/dev/loop3"]
+            .map(|device| DiskSpace {
+                device: device.to_owned(),
+                total_bytes: 2,
+                used_bytes: 1,
+            })
+            .into(),
         ..NodeSample::default()
     };
     Scene {
@@ -403,6 +406,16 @@ fn known_series_have_their_units() {
     assert_eq!(find("container_memory_working_set_bytes"), 1e9);
     assert_eq!(find("container_threads_max"), 0.0);
     assert_eq!(find("container_last_seen"), 1_700_000_000.5);
+    assert_eq!(find("bai_container_fs_age_seconds"), 0.0);
+    assert_eq!(find("bai_container_shm_age_seconds"), 1.5e6);
+    assert_eq!(series.get("bai_node_disk_age_seconds"), Some(&1.5));
+    let disk = |device| format!("bai_node_disk_bytes{{device=\"{device}\",state=\"used\"}}");
+    assert_eq!(series.get(&disk("/dev/vda")), Some(&1.0));
+    assert_eq!(
+        series.get(&disk("/dev/loop3")),
+        None,
+        "it lies on the other"
+    );
     assert_eq!(find("bai_accelerator_utilization_ratio"), 0.505);
     assert_eq!(find("bai_container_accelerator_utilization_ratio"), 0.25);
     assert_eq!(find("bai_container_accelerator_memory_used_bytes"), 2e9);

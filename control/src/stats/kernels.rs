@@ -222,7 +222,9 @@ pub(crate) fn measurements(
 
 /// A device as one container uses it. What the driver does not tell per container is the whole
 /// device's where nobody else uses it, because all users are known or others can't hold it, and
-/// unknown otherwise, which counts as busy: an idle checker must not take a busy session for idle.
+/// unknown otherwise, which counts as busy: an idle checker must not take a busy session for idle. For
+/// the same reason the load of one who uses a device alone is the whole device's where that is greater:
+/// drivers tell the work of some programs as another's, or nobody's.
 /// Of a device that is `shared` nothing is a container's that is not among the users.
 fn used_by(row: &AcceleratorRow, container: ContainerId, shared: bool) -> AcceleratorRow {
     let mut row = row.clone();
@@ -244,7 +246,7 @@ fn used_by(row: &AcceleratorRow, container: ContainerId, shared: bool) -> Accele
     if let Some(user) = own {
         counters.memory_used_bytes = user.memory_bytes.or(counters.memory_used_bytes);
         let load = user.utilisation_permille.map(u64::from);
-        counters.utilisation_permille = load.or(counters.utilisation_permille);
+        counters.utilisation_permille = load.max(counters.utilisation_permille);
     }
     row
 }
@@ -275,12 +277,10 @@ pub(super) fn device_measurements(name: &str, rows: &[&AcceleratorRow]) -> Vec<M
 #[derive(Debug)]
 struct Tracked {
     metrics: Metrics,
-    /// When the kernel was first asked for.
+    /// When the kernel was first asked for, or was last seen to start again.
     since_ns: u64,
     /// The moment of the last sample taken in.
     at_ns: Option<u64>,
-    /// Only its beginning was seen, and that is of an earlier life of this process.
-    unripe: bool,
 }
 
 /// When a pass happens, and how often they do.
@@ -293,9 +293,14 @@ pub struct Moment {
 }
 
 impl Moment {
+    /// How old what was read last may be to be told.
+    pub(super) fn patience(self) -> Duration {
+        let intervals = self.interval.saturating_mul(SILENT_INTERVALS);
+        intervals.max(LEAST_PATIENCE)
+    }
+
     fn is_long_after(self, then_ns: u64) -> bool {
-        let patience = (self.interval * SILENT_INTERVALS).max(LEAST_PATIENCE);
-        u128::from(self.now_ns.saturating_sub(then_ns)) > patience.as_nanos()
+        Duration::from_nanos(self.now_ns.saturating_sub(then_ns)) > self.patience()
     }
 }
 
@@ -307,15 +312,23 @@ pub struct Kernels {
 
 impl Kernels {
     /// Takes in a pass; answers the record of each running kernel about which there is news, be it
-    /// that nothing is known any more.
+    /// that nothing is known any more. Of those that are `away` (they start again) what was measured is
+    /// kept and nothing is told.
     pub fn observe(
         &mut self,
         kernels: &[KernelFacts],
+        away: &HashSet<KernelId>,
         snapshot: &ObservedSnapshot,
         moment: Moment,
     ) -> Vec<(KernelId, StatRecord)> {
         let running: HashSet<KernelId> = kernels.iter().map(|facts| facts.id).collect();
-        self.tracked.retain(|kernel, _| running.contains(kernel));
+        self.tracked.retain(|kernel, tracked| {
+            let runs = running.contains(kernel);
+            if !runs {
+                tracked.since_ns = moment.now_ns;
+            }
+            runs || away.contains(kernel)
+        });
         kernels
             .iter()
             .filter_map(|facts| Some((facts.id, self.observe_kernel(facts, snapshot, moment)?)))
@@ -332,7 +345,6 @@ impl Kernels {
             metrics: Metrics::new(MissingCapacity::FirstValue),
             since_ns: moment.now_ns,
             at_ns: None,
-            unripe: facts.adopted,
         });
         let sample = snapshot
             .container(facts.container)
@@ -341,25 +353,27 @@ impl Kernels {
             let taken = sample.taken_monotonic_ns;
             let measured = measurements(sample, facts, snapshot);
             tracked.metrics.observe(measured, taken);
-            if tracked.at_ns.replace(taken).is_some() {
-                tracked.unripe = false;
-            }
-        } else if !moment.is_long_after(tracked.at_ns.unwrap_or(tracked.since_ns)) {
+            tracked.at_ns = Some(taken);
+        } else if !moment.is_long_after(tracked.at_ns.unwrap_or(0).max(tracked.since_ns)) {
             // Nothing new: the manager keeps what it was told last.
             return None;
         }
-        let read = tracked.metrics.has("cpu_util") && tracked.metrics.has("mem");
-        if (tracked.unripe || !read) && !moment.is_long_after(tracked.since_ns) {
+        let metrics = &tracked.metrics;
+        let read = metrics.has(&CPU_UTIL.key) && metrics.has(&MEM.key);
+        // Of an earlier life of this process only the beginning was seen.
+        let unripe = facts.adopted && !metrics.has_rate(&CPU_UTIL.key);
+        if (unripe || !read) && !moment.is_long_after(tracked.since_ns) {
             return None;
         }
-        let mut record = tracked.metrics.record();
-        if tracked.unripe {
+        let mut record = metrics.record();
+        if unripe {
             // All CPU time of the kernel's past, and no rate.
             record.0.retain(|(key, _)| *key != CPU_UTIL.key);
         }
         complete_record(&mut record, facts);
         for quantity in loads(facts) {
-            let last = tracked.metrics.last_ns(&quantity.key);
+            let last = metrics.last_ns(&quantity.key);
+            let last = last.map(|last| last.max(tracked.since_ns));
             if last.is_some_and(|last| moment.is_long_after(last)) {
                 match facts.scaled_by_load {
                     true => record.0.retain(|(key, _)| *key != quantity.key),

@@ -166,6 +166,16 @@ impl Metric {
         self.maximum = self.maximum.max(value);
     }
 
+    /// Its key in records.
+    pub fn key(&self) -> &str {
+        &self.quantity.key
+    }
+
+    /// When it was last measured, ns of the monotonic clock.
+    pub fn last_ns(&self) -> u64 {
+        self.last.1
+    }
+
     fn difference(&self) -> Decimal {
         let Some(before) = self.before else {
             return Decimal::ZERO;
@@ -256,20 +266,28 @@ impl Metrics {
         }
     }
 
-    /// Forgets all but what `stays`, by key.
-    pub fn retain(&mut self, stays: impl Fn(&str) -> bool) {
-        self.list.retain(|metric| stays(&metric.quantity.key));
+    /// Forgets all but what `stays`.
+    pub fn retain(&mut self, stays: impl Fn(&Metric) -> bool) {
+        self.list.retain(stays);
+    }
+
+    fn find(&self, key: &str) -> Option<&Metric> {
+        self.list.iter().find(|metric| metric.quantity.key == key)
     }
 
     /// Whether a quantity was ever measured.
     pub fn has(&self, key: &str) -> bool {
-        self.list.iter().any(|metric| metric.quantity.key == key)
+        self.find(key).is_some()
+    }
+
+    /// Whether a quantity was measured twice, so that it has a rate.
+    pub fn has_rate(&self, key: &str) -> bool {
+        self.find(key).is_some_and(|metric| metric.before.is_some())
     }
 
     /// When a quantity was last measured.
     pub fn last_ns(&self, key: &str) -> Option<u64> {
-        let found = self.list.iter().find(|metric| metric.quantity.key == key)?;
-        Some(found.last.1)
+        Some(self.find(key)?.last_ns())
     }
 
     /// What a record says of them.

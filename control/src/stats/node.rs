@@ -1,12 +1,14 @@
 //! The record of the node and its devices.
 //!
 //! In: what the host tells of itself (cores, memory); the network, disks and accelerators of the
-//! observed region. Out: one record. Invariants: each disk and each byte of the
-//! network counts once; what the host could not read, or was not read again, keeps its last value; a
-//! device that is gone leaves the record, and so does what accelerators no longer tell.
+//! observed region. Out: one record. Invariants: each disk and each byte of the network counts once;
+//! a sample of the dataplane is taken in once; what could not be read keeps its last value, what the
+//! dataplane tells for so long only as its numbers are told at all; a device that is gone leaves the
+//! record, and so does what accelerators no longer tell.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use rust_decimal::{Decimal, RoundingStrategy};
 use shared::monotonic_ns;
@@ -25,7 +27,12 @@ const NET_RX: Quantity = Quantity::new("net_rx", "bps", Current::Rate, &[]);
 const NET_TX: Quantity = Quantity::new("net_tx", "bps", Current::Rate, &[]);
 
 /// What is not of accelerators.
-const OF_HOST: [Quantity; 5] = [CPU_UTIL, MEM, DISK, NET_RX, NET_TX];
+const NOT_OF_ACCELERATORS: [Quantity; 5] = [CPU_UTIL, MEM, DISK, NET_RX, NET_TX];
+
+/// Whether this process reads it itself; the dataplane reads the rest.
+fn is_own(key: &str) -> bool {
+    [CPU_UTIL.key, MEM.key].iter().any(|own| own == key)
+}
 
 /// Some space, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,11 +43,9 @@ pub struct Space {
     pub total: u64,
 }
 
-/// Bytes that passed the node's edge until one moment.
+/// Bytes that passed the node's edge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// When they were counted, ns of the monotonic clock.
-    pub taken_ns: u64,
     /// Bytes received.
     pub received: u64,
     /// Bytes sent.
@@ -59,9 +64,11 @@ pub struct HostReading {
     pub cores_ns: Vec<(u32, u64)>,
     /// Memory.
     pub memory: Option<Space>,
-    /// Disks.
+    /// When the dataplane took its last sample of the node, ns of the monotonic clock.
+    pub sampled_ns: Option<u64>,
+    /// Disks, by that sample.
     pub disks: Vec<(String, Space)>,
-    /// The network, which the dataplane reads at a moment of its own.
+    /// The network, by that sample.
     pub network: Option<Traffic>,
 }
 
@@ -95,11 +102,8 @@ impl HostReading {
         if let Some(node) = snapshot.and_then(|snapshot| snapshot.node.as_ref()) {
             let counters = &node.counters;
             let bytes = counters.net_rx_bytes.zip(counters.net_tx_bytes);
-            self.network = bytes.map(|(received, sent)| Traffic {
-                taken_ns: node.taken_monotonic_ns,
-                received,
-                sent,
-            });
+            self.network = bytes.map(|(received, sent)| Traffic { received, sent });
+            self.sampled_ns = Some(node.taken_monotonic_ns);
             let disks = node.disks.iter().map(|disk| {
                 let space = Space {
                     used: disk.used_bytes,
@@ -174,12 +178,13 @@ impl Default for NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// Takes in what was read, of accelerators nothing where the dataplane does not speak; answers the
-    /// record.
+    /// Takes in what was read, of accelerators nothing where the dataplane has not heard of their
+    /// drivers; answers the record. What the dataplane tells leaves it after `patience`.
     pub fn observe(
         &mut self,
         reading: &HostReading,
         accelerators: Option<&[AcceleratorRow]>,
+        patience: Duration,
     ) -> NodeRecord {
         let elapsed_ns = self
             .last_ns
@@ -191,35 +196,36 @@ impl NodeMetrics {
         if accelerators.is_some() {
             // The dataplane has repeated a driver's last answer for a while before this.
             let stays = |key: &str| {
-                OF_HOST.iter().any(|host| host.key == key)
+                NOT_OF_ACCELERATORS.iter().any(|host| host.key == key)
                     || list
                         .iter()
                         .any(|(measured, _)| measured.quantity.key == key)
             };
-            self.node.retain(stays);
+            self.node.retain(|metric| stays(metric.key()));
             self.devices.retain(|(key, _)| stays(key));
         }
+        let is_told = |taken_ns: u64| {
+            Duration::from_nanos(reading.at_ns.saturating_sub(taken_ns)) <= patience
+        };
         for (measurement, devices) in list {
-            let Some(taken_ns) = self.news(&measurement.quantity, reading) else {
-                continue;
+            let key = &measurement.quantity.key;
+            let taken_ns = match is_own(key) {
+                true => reading.at_ns,
+                false => reading.sampled_ns.unwrap_or(reading.at_ns),
             };
-            self.observe_devices(&measurement.quantity.key, devices, taken_ns);
-            self.node.observe([measurement], taken_ns);
-        }
-        self.record()
-    }
-
-    /// When a quantity was read; `None` if that was taken in already. The traffic of a sample that
-    /// is seen twice is not 0, and goes over the time between samples, not between looks at them.
-    fn news(&self, quantity: &Quantity, reading: &HostReading) -> Option<u64> {
-        match reading.network {
-            Some(traffic) if [NET_RX.key, NET_TX.key].contains(&quantity.key) => {
-                let last = self.node.last_ns(&quantity.key);
-                last.is_none_or(|last| traffic.taken_ns > last)
-                    .then_some(traffic.taken_ns)
+            // The traffic of a sample that is seen twice is not 0, and goes over the time between
+            // samples, not between looks at them.
+            let is_new = self.node.last_ns(key).is_none_or(|last| taken_ns > last);
+            if is_new && is_told(taken_ns) {
+                self.observe_devices(key, devices, taken_ns);
+                self.node.observe([measurement], taken_ns);
             }
-            _ => Some(reading.at_ns),
         }
+        let node = &mut self.node;
+        self.devices
+            .retain(|(key, _)| is_own(key) || node.last_ns(key).is_some_and(is_told));
+        node.retain(|metric| is_own(metric.key()) || is_told(metric.last_ns()));
+        self.record()
     }
 
     fn observe_devices(&mut self, key: &str, devices: Vec<(String, Measurement)>, at_ns: u64) {
@@ -350,17 +356,17 @@ fn power_and_heat(name: &str, row: &AcceleratorRow) -> Vec<Measurement> {
 /// Sums over the devices of each kind; the temperature is their mean.
 fn of_accelerators(rows: &[AcceleratorRow]) -> Vec<WithDevices> {
     let mut kinds: BTreeMap<AcceleratorKind, Vec<&AcceleratorRow>> = BTreeMap::new();
-    // Of a divided device its parts are used, and counted.
-    for row in rows.iter().filter(|row| !row.divided) {
+    for row in rows {
         kinds.entry(row.key.kind).or_default().push(row);
     }
     let mut list = Vec::new();
     for (kind, rows) in kinds {
         let name = kind.to_string();
         let telling = |read: fn(&AcceleratorRow) -> Option<u64>| -> Vec<&AcceleratorRow> {
+            // Of a divided device its parts are used, and counted; power and heat are the whole one's.
             rows.iter()
                 .copied()
-                .filter(|row| read(row).is_some())
+                .filter(|row| !row.divided && read(row).is_some())
                 .collect()
         };
         let (memory, load) = (
@@ -372,6 +378,7 @@ fn of_accelerators(rows: &[AcceleratorRow]) -> Vec<WithDevices> {
         for whole in memory.chain(load) {
             let devices = rows
                 .iter()
+                .filter(|row| !row.divided)
                 .filter_map(|row| {
                     let of_device = device_measurements(&name, &[row])
                         .into_iter()
@@ -415,7 +422,7 @@ mod tests {
     use super::super::record::pack;
     use super::*;
     use serde_json::Value;
-    use shared::observed::{AcceleratorCounters, NodeCounters, NodeSample};
+    use shared::observed::{AcceleratorCounters, DiskSpace, NodeCounters, NodeSample};
 
     #[test]
     fn bytes_are_those_of_the_original() {
@@ -446,14 +453,14 @@ mod tests {
                 busy_ns: Some(2 * half),
                 cores_ns: vec![(0, half), (1, half)],
                 memory: Some(space("mem")),
+                sampled_ns: Some(at_ns),
                 disks: vec![("/dev/vda1".to_owned(), space("disk"))],
                 network: Some(Traffic {
-                    taken_ns: at_ns,
                     received: whole("net_rx"),
                     sent: whole("net_tx"),
                 }),
             };
-            let record = metrics.observe(&reading, None);
+            let record = metrics.observe(&reading, None, PATIENCE);
             let bytes = pack(&record).unwrap();
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(
@@ -465,42 +472,90 @@ mod tests {
         }
     }
 
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// What the dataplane has found at some second: bytes received, half of them sent, and a disk.
+    fn found(taken_s: u64, bytes: u64, accelerators: Vec<AcceleratorRow>) -> ObservedSnapshot {
+        let node = NodeSample {
+            taken_monotonic_ns: taken_s * 1_000_000_000,
+            counters: NodeCounters {
+                net_rx_bytes: Some(bytes),
+                net_tx_bytes: Some(bytes / 2),
+                ..NodeCounters::default()
+            },
+            disks: vec![DiskSpace {
+                device: "/dev/vda1".to_owned(),
+                total_bytes: 100,
+                used_bytes: 40,
+            }],
+            ..NodeSample::default()
+        };
+        ObservedSnapshot {
+            node: Some(node),
+            accelerators,
+            ..ObservedSnapshot::default()
+        }
+    }
+
+    /// The record of a look at some second.
+    fn look(metrics: &mut NodeMetrics, at_s: u64, snapshot: &ObservedSnapshot) -> Value {
+        let reading = HostReading {
+            at_ns: at_s * 1_000_000_000,
+            memory: Some(Space { used: 1, total: 2 }),
+            ..HostReading::default()
+        };
+        let reading = reading.with_observed(Some(snapshot));
+        let record = metrics.observe(&reading, Some(&snapshot.accelerators), PATIENCE);
+        serde_json::to_value(record).unwrap()
+    }
+
     /// Samples are 10 s apart and looked at every 5 s, a little after they are taken.
     #[test]
     fn traffic_is_that_between_samples_however_often_they_are_looked_at() {
         let mut metrics = NodeMetrics::default();
         let mut look = |at_s: u64, taken_s: u64, bytes: u64| {
-            let node = NodeSample {
-                taken_monotonic_ns: taken_s * 1_000_000_000,
-                counters: NodeCounters {
-                    net_rx_bytes: Some(bytes),
-                    net_tx_bytes: Some(2 * bytes),
-                    ..NodeCounters::default()
-                },
-                ..NodeSample::default()
-            };
-            let snapshot = ObservedSnapshot {
-                node: Some(node),
-                ..ObservedSnapshot::default()
-            };
-            let reading = HostReading {
-                at_ns: at_s * 1_000_000_000,
-                ..HostReading::default()
-            };
-            let record = metrics.observe(&reading.with_observed(Some(&snapshot)), None);
-            let record = serde_json::to_value(record).unwrap();
+            let record = look(&mut metrics, at_s, &found(taken_s, bytes, Vec::new()));
             let text = |of: &Value| of["current"].as_str().unwrap().to_owned();
             let device = text(&record["devices"]["net_rx"]["node"]);
             assert_eq!(text(&record["node"]["net_rx"]), device, "{record}");
             (device, text(&record["node"]["net_tx"]))
         };
         let pair = |received: &str, sent: &str| (received.to_owned(), sent.to_owned());
-        assert_eq!(look(101, 100, 1000), pair("1000", "2000"));
-        assert_eq!(look(113, 110, 6000), pair("500", "1000"));
-        assert_eq!(look(118, 110, 6000), pair("500", "1000"));
-        assert_eq!(look(123, 120, 8000), pair("200", "400"));
-        // The dataplane is gone: nobody knows that nothing passes.
-        assert_eq!(look(600, 120, 8000), pair("200", "400"));
+        assert_eq!(look(101, 100, 2000), pair("2000", "1000"));
+        assert_eq!(look(113, 110, 12_000), pair("1000", "500"));
+        assert_eq!(look(118, 110, 12_000), pair("1000", "500"));
+        assert_eq!(look(123, 120, 16_000), pair("400", "200"));
+    }
+
+    #[test]
+    fn what_a_dead_dataplane_told_leaves_the_record() {
+        let mut metrics = NodeMetrics::default();
+        let mut last = found(100, 2000, vec![gpu(0, 970, 60_000)]);
+        let keys = |record: &Value| {
+            let all = [
+                "mem",
+                "disk",
+                "net_rx",
+                "net_tx",
+                "cuda_mem",
+                "cuda_util",
+                "cuda_power",
+            ];
+            all.map(|key| record["node"][key].is_object() && record["devices"][key].is_object())
+        };
+        let average = |record: &Value| record["node"]["cuda_util"]["stats.avg"].clone();
+        assert_eq!(keys(&look(&mut metrics, 100, &last)), [true; 7]);
+        // Its region stays as it is. Control goes on looking at it.
+        last.accelerators = vec![gpu(0, 10, 60_000)];
+        let record = look(&mut metrics, 130, &last);
+        assert_eq!((keys(&record), average(&record)), ([true; 7], "97".into()));
+        let ended = [true, false, false, false, false, false, false];
+        for at_s in [131, 136] {
+            assert_eq!(keys(&look(&mut metrics, at_s, &last)), ended, "{at_s}");
+        }
+        let back = found(200, 2000, vec![gpu(0, 10, 60_000)]);
+        let record = look(&mut metrics, 200, &back);
+        assert_eq!((keys(&record), average(&record)), ([true; 7], "1".into()));
     }
 
     fn gpu(index: u32, permille: u64, heat_mc: u64) -> AcceleratorRow {
@@ -521,7 +576,7 @@ mod tests {
     #[test]
     fn accelerators_are_summed_and_shown_one_by_one() {
         let rows = [gpu(0, 1000, 40_000), gpu(1, 505, 61_000)];
-        let record = NodeMetrics::default().observe(&HostReading::default(), Some(&rows));
+        let record = NodeMetrics::default().observe(&HostReading::default(), Some(&rows), PATIENCE);
         let shown = serde_json::to_value(&record).unwrap();
         let node = &shown["node"];
         assert_eq!(node["cuda_util"]["current"], "150.5");
@@ -533,30 +588,59 @@ mod tests {
         assert_eq!(shown["devices"]["cuda_temperature"]["0"]["current"], "40");
     }
 
+    /// As NVML tells a GPU under MIG: no load, no memory of its own to give out, but power and heat.
+    #[test]
+    fn a_divided_device_tells_its_power_and_heat_and_its_parts_the_rest() {
+        let mut whole = gpu(0, 900, 40_000);
+        whole.divided = true;
+        let mut part = gpu(1000, 500, 0);
+        part.part_of = Some(0);
+        (part.counters.power_mw, part.counters.temperature_mc) = (None, None);
+        let rows = [whole, part];
+        let record = NodeMetrics::default().observe(&HostReading::default(), Some(&rows), PATIENCE);
+        let shown = serde_json::to_value(&record).unwrap();
+        assert_eq!(shown["node"]["cuda_util"]["current"], "50");
+        assert!(shown["devices"]["cuda_util"]["0"].is_null(), "{shown}");
+        assert!(shown["devices"]["cuda_mem"]["0"].is_null(), "{shown}");
+        for (key, value) in [("cuda_power", "50.5"), ("cuda_temperature", "40")] {
+            assert_eq!(shown["node"][key]["current"], value, "{key}");
+            assert_eq!(shown["devices"][key]["0"]["current"], value, "{key}");
+        }
+    }
+
     #[test]
     fn a_device_that_is_gone_leaves_and_an_unread_host_stays() {
         let mut metrics = NodeMetrics::default();
         let space = Space { used: 1, total: 2 };
-        let with = |disks: &[&str]| HostReading {
-            disks: disks
-                .iter()
-                .map(|name| ((*name).to_owned(), space))
-                .collect(),
-            ..HostReading::default()
+        let mut see = |at_ns: u64, disks: &[&str]| {
+            let reading = HostReading {
+                at_ns,
+                disks: disks
+                    .iter()
+                    .map(|name| ((*name).to_owned(), space))
+                    .collect(),
+                ..HostReading::default()
+            };
+            serde_json::to_value(metrics.observe(&reading, Some(&[]), PATIENCE)).unwrap()
         };
-        metrics.observe(&with(&["a", "b"]), Some(&[]));
-        let record = serde_json::to_value(metrics.observe(&with(&["b"]), Some(&[]))).unwrap();
+        see(1, &["a", "b"]);
+        let record = see(2, &["b"]);
         assert!(record["devices"]["disk"]["a"].is_null(), "{record}");
         assert_eq!(record["devices"]["disk"]["b"]["pct"], "50");
-        let record = serde_json::to_value(metrics.observe(&with(&[]), Some(&[]))).unwrap();
-        assert_eq!(record["node"]["disk"]["current"], "1");
+        assert_eq!(see(3, &[])["node"]["disk"]["current"], "1");
     }
 
     #[test]
     fn what_accelerators_no_longer_tell_leaves_the_record() {
         let mut metrics = NodeMetrics::default();
+        let mut at_ns = 0;
         let mut keys = |rows: Option<&[AcceleratorRow]>| {
-            let record = metrics.observe(&HostReading::default(), rows);
+            at_ns += 1;
+            let reading = HostReading {
+                at_ns,
+                ..HostReading::default()
+            };
+            let record = metrics.observe(&reading, rows, PATIENCE);
             let record = serde_json::to_value(record).unwrap();
             ["node", "devices"].map(|part| {
                 let list = record[part].as_object().unwrap().keys();

@@ -39,14 +39,14 @@ pub struct ProcessTable {
 
 impl ProcessTable {
     /// Takes in a listing; answers the record of each container. One that was taken in already
-    /// answers nothing.
+    /// answers nothing, nor does a region in which nothing was listed yet.
     pub fn observe(
         &mut self,
         processes: &Processes,
         accelerators: &HashMap<ContainerId, &str>,
     ) -> Vec<(ContainerId, ProcessRecord)> {
         let taken_ns = processes.taken_monotonic_ns;
-        if taken_ns == self.taken_ns {
+        if taken_ns == self.taken_ns || taken_ns == 0 {
             return Vec::new();
         }
         self.taken_ns = taken_ns;

@@ -6,13 +6,14 @@
 //! and no more; the last record of a kernel is handed over even when the store comes back after the
 //! kernel's end, because the manager's reports read it later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
+use shared::ids::KernelId;
 use shared::observed::{ObservedReader, ObservedSnapshot, Processes};
 use thiserror::Error;
 
@@ -90,10 +91,12 @@ pub struct Pass<'a> {
     pub agent_id: &'a str,
     /// Kernels in service.
     pub kernels: &'a [KernelFacts],
+    /// Those that are there for now without being in service: they start, or start again.
+    pub away: &'a HashSet<KernelId>,
     /// The dataplane's last words, if it ever spoke.
     pub snapshot: Option<&'a ObservedSnapshot>,
-    /// Its processes.
-    pub processes: &'a Processes,
+    /// Its processes; `None` when they could not be read.
+    pub processes: Option<&'a Processes>,
     /// The host.
     pub reading: &'a HostReading,
     /// The interval of passes, or of samples where that is longer.
@@ -120,23 +123,27 @@ impl Records {
             .snapshot
             .filter(heard)
             .map(|snapshot| snapshot.accelerators.as_slice());
-        let node = self.node.observe(pass.reading, accelerators);
-        // Without a dataplane nothing is known of any kernel, which is told as well.
-        let nothing = ObservedSnapshot::default();
         let moment = Moment {
             now_ns: pass.reading.at_ns,
             interval: pass.interval,
         };
+        let patience = moment.patience();
+        let node = self.node.observe(pass.reading, accelerators, patience);
+        // Without a dataplane nothing is known of any kernel, which is told as well.
+        let nothing = ObservedSnapshot::default();
         let snapshot = pass.snapshot.unwrap_or(&nothing);
-        let kernels = self.kernels.observe(pass.kernels, snapshot, moment);
-        let named = pass.kernels.iter();
+        let kernels = pass.kernels;
+        let of_kernels = self.kernels.observe(kernels, pass.away, snapshot, moment);
+        let named = kernels.iter();
         let named = named.filter_map(|kernel| Some((kernel.container, kernel.accelerator()?)));
-        let processes = self.processes.observe(pass.processes, &named.collect());
+        let processes = pass.processes.map_or_else(Vec::new, |processes| {
+            self.processes.observe(processes, &named.collect())
+        });
         // A record must not run out between two passes.
         let process_life = PROCESS_LIFE.max(pass.interval.mul_f64(1.6));
         [
             entries([(pass.agent_id.to_owned(), node)], NODE_LIFE),
-            entries(kernels, KERNEL_LIFE),
+            entries(of_kernels, KERNEL_LIFE),
             entries(processes, process_life),
         ]
     }
@@ -189,6 +196,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
 struct Look {
     agent_id: String,
     kernels: Vec<KernelFacts>,
+    away: HashSet<KernelId>,
     snapshot: Option<Arc<ObservedSnapshot>>,
     reading: HostReading,
     interval: Duration,
@@ -203,13 +211,13 @@ struct Maker {
 impl Maker {
     /// Reads processes and makes all records, which takes a while. Blocks.
     fn make(&mut self, look: &Look) -> [Vec<Entry>; 3] {
-        // A region that is not there has no processes.
-        let processes = self.reader.processes().unwrap_or_default();
+        let processes = self.reader.processes();
         self.records.observe(&Pass {
             agent_id: &look.agent_id,
             kernels: &look.kernels,
+            away: &look.away,
             snapshot: look.snapshot.as_deref(),
-            processes: &processes,
+            processes: processes.as_ref().ok(),
             reading: &look.reading,
             interval: look.interval,
         })
@@ -242,11 +250,13 @@ impl Publisher {
         count_round(node.agent_id(), &SCOPES, Round::Begun);
         let reading = HostReading::now().await;
         let snapshot = node.link.observed().snapshot;
-        let kernels = node.registry.all();
-        let kernels = kernels.iter().filter_map(|kernel| facts(kernel, born));
+        let registered = node.registry.all();
+        let away = registered.iter().filter(|kernel| !kernel.is_running());
+        let kernels = registered.iter().filter_map(|kernel| facts(kernel, born));
         let entries = self
             .records(Look {
                 agent_id: node.agent_id().to_owned(),
+                away: away.map(|kernel| kernel.id).collect(),
                 kernels: kernels.collect(),
                 reading: reading.with_observed(snapshot.as_deref()),
                 snapshot,
@@ -381,8 +391,9 @@ mod tests {
         let batch = Records::default().observe(&Pass {
             agent_id: "i-node01",
             kernels: &[kernel],
+            away: &HashSet::new(),
             snapshot: Some(&snapshot),
-            processes: &processes,
+            processes: Some(&processes),
             reading: &HostReading::default(),
             interval: Duration::from_secs(10),
         });
@@ -405,7 +416,7 @@ mod tests {
     #[test]
     fn rates_of_processes_are_over_the_time_between_listings() {
         let mut records = Records::default();
-        let mut look = |at_s: u64, taken_s: u64, used: u64| {
+        let mut look = |at_s: u64, taken_s: u64, used: u64, readable: bool| {
             let counters = ProcessCounters {
                 user_ns: Some(used * 1_000_000),
                 system_ns: Some(0),
@@ -430,20 +441,24 @@ mod tests {
             let [_, _, mut entries] = records.observe(&Pass {
                 agent_id: "i-node01",
                 kernels: &[],
+                away: &HashSet::new(),
                 snapshot: None,
-                processes: &processes,
+                processes: readable.then_some(&processes),
                 reading: &reading,
                 interval: Duration::from_secs(5),
             });
             entries.pop().map(|entry| entry.value)
         };
         // 2 s of CPU time and 2,000 bytes in 4 s.
-        look(105, 104, 1000);
-        let told = look(110, 108, 3000).unwrap();
+        look(105, 104, 1000, true);
+        // Somebody wrote while it was read, or the region is a new one without a listing.
+        assert_eq!(look(106, 104, 1000, false), None);
+        assert_eq!(look(107, 0, 1000, true), None);
+        let told = look(110, 108, 3000, true).unwrap();
         let told: BTreeMap<u32, serde_json::Value> = rmp_serde::from_slice(&told).unwrap();
         assert_eq!(told[&10]["cpu_util"]["current"], "500", "{told:?}");
         assert_eq!(told[&10]["io_read"]["stats.rate"], "500", "{told:?}");
-        assert_eq!(look(115, 108, 3000), None);
+        assert_eq!(look(115, 108, 3000, true), None);
     }
 
     /// One worker, which others need too.

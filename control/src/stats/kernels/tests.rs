@@ -93,7 +93,17 @@ fn see(
 ) -> Vec<(KernelId, StatRecord)> {
     let taken = snapshot.containers.iter();
     let now_ns = taken.map(|sample| sample.taken_monotonic_ns).max();
-    kernels.observe(facts, snapshot, at(now_ns.unwrap_or(0) / 1_000_000_000))
+    kernels.observe(
+        facts,
+        &none(),
+        snapshot,
+        at(now_ns.unwrap_or(0) / 1_000_000_000),
+    )
+}
+
+/// No kernel starts again.
+fn none() -> HashSet<KernelId> {
+    HashSet::new()
 }
 
 fn at(second: u64) -> Moment {
@@ -231,7 +241,7 @@ fn a_kernel_that_is_not_read_any_more_counts_as_busy() {
     let kept = snapshot(sample(10), vec![gpu(0, 2, Some(0))]);
     let all = ["cpu_util", "mem", "cuda_mem", "cuda_util"];
     let mut pass = |second, snapshot: &ObservedSnapshot| {
-        let records = kernels.observe(&[facts()], snapshot, at(second));
+        let records = kernels.observe(&[facts()], &none(), snapshot, at(second));
         records.into_iter().next().map(|(_, record)| {
             let percentages = all.map(|key| record.get(key).unwrap().percentage.clone());
             (record, percentages)
@@ -262,28 +272,31 @@ fn a_kernel_that_is_never_read_counts_as_busy() {
         adopted: true,
         ..facts()
     };
-    let none = |facts: &KernelFacts, seen: &dyn Fn(u64) -> ObservedSnapshot| {
+    let never = |facts: &KernelFacts, seen: &dyn Fn(u64) -> ObservedSnapshot| {
         let mut kernels = Kernels::default();
         let facts = [facts.clone()];
         for second in [10, 25] {
-            let records = kernels.observe(&facts, &seen(second), at(second));
+            let records = kernels.observe(&facts, &none(), &seen(second), at(second));
             assert!(records.is_empty(), "second {second}: {records:?}");
         }
-        let record = kernels.observe(&facts, &seen(26), at(26)).remove(0).1;
+        let record = kernels
+            .observe(&facts, &none(), &seen(26), at(26))
+            .remove(0)
+            .1;
         ["cpu_util", "mem", "cuda_util"].map(|key| record.get(key).unwrap().percentage.clone())
     };
     let nothing = |_| ObservedSnapshot::default();
-    assert_eq!(none(&facts(), &nothing), ["100"; 3]);
+    assert_eq!(never(&facts(), &nothing), ["100"; 3]);
     // Its only sample is that of its past.
     let once = |_| snapshot(sample(10), Vec::new());
-    assert_eq!(none(&adopted, &once), ["100"; 3]);
+    assert_eq!(never(&adopted, &once), ["100"; 3]);
     // Its memory can't be read.
     let half = |second| {
         let mut half = sample(second);
         half.memory = Measured::default();
         snapshot(half, Vec::new())
     };
-    assert_eq!(none(&facts(), &half)[1..], ["100"; 2]);
+    assert_eq!(never(&facts(), &half)[1..], ["100"; 2]);
 }
 
 /// A rule of the manager would add replicas to it for ever.
@@ -296,15 +309,21 @@ fn a_load_that_is_not_read_is_left_out_where_replicas_are_added_by_it() {
     let mut kernels = Kernels::default();
     for second in [10, 15] {
         let seen = snapshot(sample(second), Vec::new());
-        let _ = kernels.observe(&inference, &seen, at(second));
+        let _ = kernels.observe(&inference, &none(), &seen, at(second));
     }
     let keys = |record: &StatRecord| {
         ["cpu_util", "mem", "cuda_util", "io_read"].map(|key| record.get(key).is_some())
     };
     let seen = snapshot(sample(16), Vec::new());
-    let record = kernels.observe(&inference, &seen, at(16)).remove(0).1;
+    let record = kernels
+        .observe(&inference, &none(), &seen, at(16))
+        .remove(0)
+        .1;
     assert_eq!(keys(&record), [true, true, false, true]);
-    let record = kernels.observe(&inference, &seen, at(60)).remove(0).1;
+    let record = kernels
+        .observe(&inference, &none(), &seen, at(60))
+        .remove(0)
+        .1;
     assert_eq!(keys(&record), [false, false, false, true]);
 }
 
@@ -323,6 +342,67 @@ fn an_adopted_kernel_begins_with_a_rate_not_with_its_whole_past() {
     second.cpu.counters.usage_ns = Some(1_500_000_000);
     let records = see(&mut kernels, &kernel, &snapshot(second, Vec::new()));
     assert_eq!(records[0].1.get("cpu_util").unwrap().percentage, "50");
+}
+
+#[test]
+fn an_adopted_kernel_whose_cpu_time_was_not_read_at_first_begins_with_a_rate_too() {
+    let mut kernels = Kernels::default();
+    let kernel = [KernelFacts {
+        adopted: true,
+        ..facts()
+    }];
+    let used = |second, milliseconds: Option<u64>| {
+        let mut sample = sample(second);
+        sample.cpu.counters.usage_ns = milliseconds.map(|ms| ms * 1_000_000);
+        snapshot(sample, Vec::new())
+    };
+    assert!(see(&mut kernels, &kernel, &used(1, None)).is_empty());
+    assert!(see(&mut kernels, &kernel, &used(2, Some(60_000))).is_empty());
+    let records = see(&mut kernels, &kernel, &used(3, Some(60_500)));
+    assert_eq!(records[0].1.get("cpu_util").unwrap().percentage, "50");
+}
+
+#[test]
+fn a_kernel_that_starts_again_keeps_its_statistics_and_shows_no_load_of_the_past() {
+    let mut kernels = Kernels::default();
+    let used = |second, milliseconds: u64| {
+        let mut sample = sample(second);
+        sample.cpu.counters.usage_ns = Some(milliseconds * 1_000_000);
+        snapshot(sample, vec![gpu(0, 100, Some(0))])
+    };
+    let kernel = [facts()];
+    see(&mut kernels, &kernel, &used(10, 3_600_000));
+    let records = see(&mut kernels, &kernel, &used(15, 3_601_000));
+    let value = |record: &StatRecord, key: &str, figure: &str| {
+        let figures = record.get(key).unwrap();
+        let found = figures.statistics.iter().find(|(name, _)| *name == figure);
+        found.unwrap().1.clone()
+    };
+    let most = value(&records[0].1, "cpu_util", "stats.max");
+    assert_eq!(most, "3601000");
+    // Its container is stopped and started, which takes longer than samples are believed.
+    let away = HashSet::from([facts().id]);
+    for second in [20, 40, 60] {
+        let told = kernels.observe(&[], &away, &used(15, 3_601_000), at(second));
+        assert!(told.is_empty(), "{told:?}");
+    }
+    let told = kernels.observe(&kernel, &none(), &ObservedSnapshot::default(), at(65));
+    assert!(told.is_empty(), "{told:?}");
+    // What the new cgroup has counted since is less than before.
+    let records = see(&mut kernels, &kernel, &used(66, 1500));
+    let record = &records[0].1;
+    let load = record.get("cpu_util").unwrap();
+    assert_eq!(
+        (load.current.as_str(), load.percentage.as_str()),
+        ("0", "0")
+    );
+    assert_eq!(value(record, "cpu_util", "stats.max"), most);
+    assert_eq!(record.get("cuda_util").unwrap().percentage, "0");
+    let records = see(&mut kernels, &kernel, &used(70, 3500));
+    assert_eq!(records[0].1.get("cpu_util").unwrap().percentage, "50");
+    // It ends while it starts.
+    kernels.observe(&[], &none(), &ObservedSnapshot::default(), at(75));
+    assert!(kernels.tracked.is_empty());
 }
 
 #[test]
@@ -392,6 +472,9 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
     // What is not known is the whole device's when nobody else uses it.
     assert_eq!(figures(vec![user(own, None, None)], 0), pair("40", "70"));
     assert_eq!(figures(Vec::new(), 0), pair("40", "70"));
+    // The driver tells no work of a program's (a client of MPS), but of the device.
+    let idle = || vec![user(own, Some(30), Some(0))];
+    assert_eq!(figures(idle(), 0), pair("30", "70"));
     // And never a copy of what several use together.
     assert_eq!(figures(other_only(), 1), (None, None));
     let shared = || vec![user(own, Some(30), None), user(other, Some(10), None)];
@@ -420,6 +503,8 @@ fn a_kernel_is_told_what_it_uses_of_a_device_and_not_what_others_do() {
         figures_of(&in_shares, unsure(own_only())),
         (Some("30".to_owned()), None)
     );
+    // The rest of the load may be somebody else's.
+    assert_eq!(figures_of(&in_shares, unsure(idle())), pair("30", "0"));
     // Others are known, and the container is not among them: it may be all the same.
     assert_eq!(figures_of(&facts, unsure(other_only())), (None, None));
 }
