@@ -134,8 +134,9 @@ pub struct Changes {
 }
 
 impl Board {
-    /// Takes over the writer. Port rows of an earlier life stay until the link has spoken,
-    /// accelerators until every driver has.
+    /// Takes over the writer. Port rows of an earlier life stay until the link has spoken; those of
+    /// containers and accelerators go with the first pass, where it has none of their own: what an
+    /// earlier life measured is no measurement of now.
     pub fn new(writer: ObservedWriter, ringer: Ringer, accelerators: Accelerators) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             writer,

@@ -564,7 +564,14 @@ impl Watched {
         {
             let read = match cpu {
                 Cpu::V1(cpu) => cpu.read(buffer),
-                Cpu::V2(cpu) => cpu.read(buffer),
+                Cpu::V2(cpu) => cpu.read(buffer).map(|mut counters| {
+                    let whole = [counters.usage_ns, counters.user_ns, counters.system_ns];
+                    if let [Some(usage), Some(user), Some(system)] = whole {
+                        let (user, system) = self.hot.split.adjust(usage, user, system);
+                        (counters.user_ns, counters.system_ns) = (Some(user), Some(system));
+                    }
+                    counters
+                }),
             };
             gone |= take(read.map(Some), &mut sample.cpu, &mut self.cold.cpu);
         }

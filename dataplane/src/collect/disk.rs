@@ -135,7 +135,7 @@ impl Disk {
         self.space(&Question::Memory(pid, container))
     }
 
-    /// The node's devices, and their sums in its counters.
+    /// The node's devices, and in its counters the sums of those that lie on no other's file.
     pub fn node(&self, counters: &mut NodeCounters) -> Vec<DiskSpace> {
         let (mut disks, mut oldest) = (Vec::new(), None::<Instant>);
         let (mut total, mut used, mut left_out) = (0_u64, 0_u64, 0_u64);
@@ -147,7 +147,9 @@ impl Disk {
                 continue;
             };
             let taken = size.saturating_sub(space.available);
-            (total, used) = (total.saturating_add(size), used.saturating_add(taken));
+            if !device.is_loop() {
+                (total, used) = (total.saturating_add(size), used.saturating_add(taken));
+            }
             oldest = Some(oldest.map_or(space.at, |oldest| oldest.min(space.at)));
             if disks.len() == NodeSample::MOST_DISKS {
                 left_out += 1;

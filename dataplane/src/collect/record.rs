@@ -29,7 +29,7 @@ impl CpuSplit {
         }
     }
 
-    fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
+    pub(super) fn adjust(&mut self, usage: u64, user: u64, system: u64) -> (u64, u64) {
         // One cgroup's time never runs backwards: this is another one, of a container that was
         // started again.
         if usage < self.user.saturating_add(self.system) {
@@ -56,11 +56,14 @@ impl CpuSplit {
 }
 
 pub(super) fn cpu_counters(record: &CgroupRecord, split: &mut CpuSplit) -> Option<CpuCounters> {
-    let usage = record.cpu_usage_ns;
-    let (user, system) = if record.filled & filled::CPUACCT != 0 {
-        (record.cpu_user_ns, record.cpu_system_ns)
+    let (usage, (user, system)) = if record.filled & filled::CPUACCT != 0 {
+        let split = (record.cpu_user_ns, record.cpu_system_ns);
+        (record.cpu_usage_ns, split)
     } else if record.filled & filled::CPU_BASE != 0 {
-        split.adjust(usage, record.cpu_user_ns, record.cpu_system_ns)
+        // As `cpu.stat` tells it, so that it does not go back when that is read instead.
+        let usage = record.cpu_usage_ns / 1000 * 1000;
+        let split = split.adjust(usage, record.cpu_user_ns, record.cpu_system_ns);
+        (usage, split)
     } else {
         return None;
     };
@@ -277,11 +280,14 @@ mod tests {
             filled: filled::CPU_BASE,
             ..CgroupRecord::default()
         };
-        let told = cpu_counters(&record(100, 30, 10), &mut CpuSplit::default()).unwrap();
-        assert_eq!((told.user_ns, told.system_ns), (Some(75), Some(25)));
+        let told = cpu_counters(&record(100_000, 30, 10), &mut CpuSplit::default()).unwrap();
+        assert_eq!((told.user_ns, told.system_ns), (Some(75_000), Some(25_000)));
         // What was sampled since says that more of it had been the system's.
         let mut split = CpuSplit::after(&told);
-        let next = cpu_counters(&record(104, 40, 30), &mut split).unwrap();
-        assert_eq!((next.user_ns, next.system_ns), (Some(75), Some(29)));
+        let next = cpu_counters(&record(104_999, 40, 30), &mut split).unwrap();
+        assert_eq!((next.user_ns, next.system_ns), (Some(75_000), Some(29_000)));
+        // The file tells no less, and its parts go on from there.
+        assert_eq!(next.usage_ns, Some(104_000));
+        assert_eq!(split.adjust(104_000, 61_000, 43_000), (75_000, 29_000));
     }
 }

@@ -3,6 +3,7 @@
 mod accelerators;
 mod containers;
 
+use std::borrow::Cow;
 use std::fmt;
 
 use super::counters::{NodeCounters, ProcessCounters, Source};
@@ -246,6 +247,19 @@ fn cut(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
+/// A text that fits, and stays apart from others that begin like it.
+fn shortened(text: &str, limit: usize) -> Cow<'_, str> {
+    if text.len() <= limit {
+        return Cow::Borrowed(text);
+    }
+    let hash = text.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+        // FNV-1a.
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    let kept = cut(text, limit.saturating_sub(9));
+    Cow::Owned(format!("{kept}~{hash:08x}"))
+}
+
 impl KeyedRow for PortStatus {
     type Key = PortKey;
     type Raw = RawPortStatus;
@@ -329,7 +343,8 @@ impl KeyedRow for PortStatus {
 /// One disk of the node.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DiskSpace {
-    /// Path of the device; cut to 63 bytes when written.
+    /// Path of the device; when written, one of more than 63 bytes ends with a hash of the whole in the
+    /// place of what is left out.
     pub device: String,
     /// Its size, bytes.
     pub total_bytes: u64,
@@ -381,7 +396,7 @@ impl NodeSample {
         }
         let names = raw.disk_names.chunks_exact_mut(DEVICE);
         for (place, (disk, name)) in self.disks.iter().zip(names).enumerate() {
-            let device = cut(&disk.device, DEVICE);
+            let device = shortened(&disk.device, DEVICE);
             name[..device.len()].copy_from_slice(device.as_bytes());
             raw.disk_name_lengths[place] = u8::try_from(device.len()).unwrap_or(0);
             raw.disk_total_bytes[place] = disk.total_bytes;
@@ -480,5 +495,30 @@ impl ProcessSample {
             source: Source::from_code(raw.source)?,
             counters: ProcessCounters::unpack(&raw.counters, u32::from(raw.present)),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_whose_long_names_begin_alike_stay_apart() {
+        let disk = |tail: &str| DiskSpace {
+            device: format!("/dev/mapper/{}-{tail}", "v".repeat(60)),
+            total_bytes: 2,
+            used_bytes: 1,
+        };
+        let node = NodeSample {
+            disks: vec![disk("a"), disk("b")],
+            ..NodeSample::default()
+        };
+        let names = NodeSample::from_raw(&node.to_raw()).disks;
+        let names: Vec<String> = names.into_iter().map(|disk| disk.device).collect();
+        assert!(names[0] != names[1], "{names:?}");
+        for name in names {
+            assert!(name.starts_with("/dev/mapper/vvv"), "{name}");
+            assert_eq!(name.len(), DEVICE);
+        }
     }
 }

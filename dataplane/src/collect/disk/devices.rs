@@ -1,6 +1,6 @@
 //! The devices that are mounted on this node.
 //!
-//! In: the mount table and the kinds of file systems. Out: each device once. Invariant: nothing here
+//! In: the mount table and the kinds of file systems. Out: each device once, loop devices last. Invariant: nothing here
 //! touches a file system that may hang.
 
 use std::collections::HashSet;
@@ -22,6 +22,13 @@ pub(super) struct Device {
     pub place: PathBuf,
 }
 
+impl Device {
+    /// Whether a file stands for it: that of a scratch directory, or an image.
+    pub(super) fn is_loop(&self) -> bool {
+        self.name.starts_with("/dev/loop")
+    }
+}
+
 /// Reads the tables; `None` when they can't be read.
 pub(super) fn list() -> Option<Vec<Device>> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
@@ -38,7 +45,7 @@ fn devices(mounts: &str, kinds: &str) -> Vec<Device> {
         .filter(|kind| !SKIPPED.contains(kind))
         .collect();
     let mut seen = HashSet::new();
-    mounts
+    let mut found: Vec<Device> = mounts
         .lines()
         .filter_map(|line| {
             let mut words = line.split(' ');
@@ -53,8 +60,11 @@ fn devices(mounts: &str, kinds: &str) -> Vec<Device> {
                 place: unescape(place),
             })
         })
-        .take(LIMIT)
-        .collect()
+        .collect();
+    // Where there are too many these are left out: what is on them lies on others.
+    found.sort_by_key(Device::is_loop);
+    found.truncate(LIMIT);
+    found
 }
 
 #[cfg(test)]
@@ -65,6 +75,7 @@ mod tests {
     fn a_device_counts_once_and_only_if_it_is_one() {
         let kinds = "nodev\tsysfs\nnodev\ttmpfs\n\text4\n\tvfat\n\tsquashfs\n\txfs\n";
         let mounts = "proc /proc proc rw 0 0\n\
+                      /dev/loop3 /scratches/a ext4 rw 0 0\n\
                       /dev/vda1 / ext4 rw 0 0\n\
                       /dev/vda1 /var/lib/docker/x ext4 rw 0 0\n\
                       /dev/vda2 /boot/efi vfat rw 0 0\n\
@@ -77,6 +88,7 @@ mod tests {
             ("/dev/vda1", "/"),
             ("tank/data", "/tank"),
             ("/dev/vdb", "/with blank"),
+            ("/dev/loop3", "/scratches/a"),
         ];
         let wanted = wanted.map(|(name, place)| Device {
             name: name.to_owned(),
