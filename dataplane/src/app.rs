@@ -138,9 +138,12 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
     let mut reader = DesiredReader::at(run_dir.control());
     let sizes = region_sizes(&mut reader, options);
     let writer = ObservedWriter::open_locked(lock, sizes).map_err(AppError::Region)?;
-    let (before, ports_before) = ObservedReader::at(&directory)
+    let (before, node_before, ports_before) = ObservedReader::at(&directory)
         .snapshot()
-        .map(|found| (found.containers.clone(), found.ports.clone()))
+        .map(|found| {
+            let (containers, node) = (found.containers.clone(), found.node.clone());
+            (containers, node, found.ports.clone())
+        })
         .unwrap_or_default();
     tracing::info!(
         directory = %directory.display(),
@@ -205,6 +208,7 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
                 containers: board.sizes().containers,
             },
             before,
+            node_before,
             delivered: link.take_delivered(),
             carried: Arc::clone(link.relay().insides()),
         },

@@ -45,7 +45,7 @@ use self::file::Budget;
 use self::links::{LinkReader, Seek};
 use self::node::Node;
 use self::process::Lister;
-use self::record::CpuSplit;
+use self::record::Before;
 use self::stacks::{StackReader, Stacks};
 use self::tasks::Tasks;
 use self::turns::Turns;
@@ -76,6 +76,8 @@ pub struct Options {
     pub means: Means,
     /// The samples of an earlier life of this process.
     pub before: Vec<ContainerSample>,
+    /// Its sample of the node.
+    pub node_before: Option<NodeSample>,
     /// What programs put into containers past the host's ends of their links.
     pub delivered: Option<CounterTable>,
     /// What the relay sends them and receives past their links.
@@ -98,6 +100,7 @@ impl Collector {
             descriptors,
             means,
             before,
+            node_before,
             delivered,
             carried,
         } = options;
@@ -107,7 +110,7 @@ impl Collector {
         Turns::start(interval, board, move || {
             let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
             sampler.list_processes(lister, means, processes);
-            sampler.go_on_from(&before);
+            sampler.go_on_from(&before, node_before.as_ref());
             sampler.delivered = delivered;
             sampler.carried = carried;
             sampler
@@ -151,8 +154,8 @@ pub struct Sampler {
     containers: Vec<Watched>,
     /// What an earlier life of this process had counted of block devices.
     io_before: HashMap<ContainerId, IoCounters>,
-    /// How it had split their CPU time.
-    split_before: HashMap<ContainerId, CpuSplit>,
+    /// What it had told of them.
+    told_before: HashMap<ContainerId, Before>,
     /// Not here while a thread that asks with it hangs.
     links: Option<LinkReader>,
     /// What to look for with it.
@@ -162,10 +165,6 @@ pub struct Sampler {
     partly_told: HashSet<ContainerId>,
     delivered: Option<CounterTable>,
     carried: Arc<Insides>,
-    /// What an earlier life of this process had told of networks, until their links are read.
-    net_before: HashMap<ContainerId, [u64; 2]>,
-    /// How much of it their links had not counted.
-    carried_before: HashMap<ContainerId, [u64; 2]>,
     delivered_log: LogLimit,
     node: Node,
     disk: Disk,
@@ -251,14 +250,12 @@ impl Sampler {
             budget,
             containers: Vec::new(),
             io_before: HashMap::new(),
-            split_before: HashMap::new(),
+            told_before: HashMap::new(),
             links: Some(LinkReader::new()),
             sought: HashMap::new(),
             partly_told: HashSet::new(),
             delivered: None,
             carried: Arc::default(),
-            net_before: HashMap::new(),
-            carried_before: HashMap::new(),
             delivered_log: LogLimit::default(),
             disk,
             disk_asked: None,
@@ -294,7 +291,7 @@ impl Sampler {
     }
 
     /// Has counters that begin with this process go on from samples of an earlier one.
-    pub fn go_on_from(&mut self, samples: &[ContainerSample]) {
+    pub fn go_on_from(&mut self, samples: &[ContainerSample], node: Option<&NodeSample>) {
         // In version 2 the kernel counts, whoever reads it.
         let counts = matches!(self.facts.io, Some(Hierarchy::V1(_)));
         let counted = samples
@@ -303,16 +300,13 @@ impl Sampler {
         self.io_before = counted
             .map(|sample| (sample.container_id, sample.io.counters))
             .collect();
-        let split = |sample: &ContainerSample| CpuSplit::after(&sample.cpu.counters);
-        self.split_before = samples
+        self.told_before = samples
             .iter()
-            .map(|sample| (sample.container_id, split(sample)))
+            .map(|sample| (sample.container_id, Before::of(sample)))
             .collect();
-        let told = |sample: &ContainerSample| {
-            let net = sample.net.get()?;
-            Some((sample.container_id, [net.rx_bytes?, net.tx_bytes?]))
-        };
-        self.net_before = samples.iter().filter_map(told).collect();
+        if let Some(node) = node {
+            self.node.go_on_from(&node.counters);
+        }
     }
 
     /// One pass over the containers followed.
@@ -459,15 +453,8 @@ impl Sampler {
             }
             if sample.net.get().is_some() {
                 let (id, net) = (sample.container_id, &mut sample.net.counters);
-                if let Some(told) = self.net_before.remove(&id) {
-                    let lacking = record::lacking(net, told);
-                    if lacking != [0, 0] {
-                        self.carried_before.insert(id, lacking);
-                    }
-                }
-                for bytes in [carried.get(&id), self.carried_before.get(&id)] {
-                    record::add_carried(net, bytes.copied().unwrap_or_default());
-                }
+                record::add_carried(net, carried.get(&id).copied().unwrap_or_default());
+                watched.tell_net(net);
             }
             if files {
                 now = (monotonic_ns(), wall_ns());
@@ -527,9 +514,7 @@ impl Sampler {
             self.containers.retain(|watched| wanted(&watched.id()));
             self.io_before.retain(|id, _| wanted(id));
             self.sought.retain(|id, _| wanted(id));
-            self.split_before.retain(|id, _| wanted(id));
-            self.net_before.retain(|id, _| wanted(id));
-            self.carried_before.retain(|id, _| wanted(id));
+            self.told_before.retain(|id, _| wanted(id));
         }
         for row in rows {
             let id = row.container_id;
@@ -541,12 +526,12 @@ impl Sampler {
             }
             self.sought.insert(id, links::seek(row));
             let before = self.io_before.get(&id).copied().unwrap_or_default();
-            let split = match place {
-                Ok(place) => self.containers[place].split(),
-                Err(_) => self.split_before.remove(&id).unwrap_or_default(),
+            let told = match place {
+                Ok(place) => self.containers[place].before(),
+                Err(_) => self.told_before.remove(&id).unwrap_or_default(),
             };
             let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
-            let watched = watched.splitting_on(split);
+            let watched = watched.going_on(told);
             match place {
                 Ok(place) => self.containers[place] = watched,
                 Err(place) => self.containers.insert(place, watched),
@@ -631,19 +616,21 @@ fn add_disk(sample: &mut ContainerSample, row: &ContainerRow, disk: &Disk) {
 mod tests {
     use super::*;
     use shared::ids::Generation;
+    use shared::observed::NetCounters;
 
     #[test]
-    fn cpu_time_is_split_on_over_lives_of_the_process_and_changes_of_a_row() {
+    fn counters_go_on_over_lives_of_the_process_and_changes_of_a_row() {
         let mut told = ContainerSample::default();
         told.cpu.counters.user_ns = Some(75);
         told.cpu.counters.system_ns = Some(25);
-        let split = CpuSplit::after(&told.cpu.counters);
-        assert_ne!(split, CpuSplit::default());
+        let split = Before::of(&told).split;
+        assert_ne!(split, Before::default().split);
+        told.net.counters.rx_bytes = Some(1000);
         told.io = Measured::now(Source::Bpf, IoCounters::default());
         let totals = Arc::new(Totals::default());
         let disk = Disk::start().expect("a thread");
         let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
-        sampler.go_on_from(&[told]);
+        sampler.go_on_from(&[told], None);
         for generation in 1..3 {
             let row = ContainerRow {
                 generation: Generation(generation),
@@ -651,7 +638,14 @@ mod tests {
             };
             sampler.follow(&[row], true);
             assert_eq!(sampler.containers[0].row().generation.0, generation);
-            assert_eq!(sampler.containers[0].split(), split);
+            assert_eq!(sampler.containers[0].before().split, split);
+            // What is left of its links has counted less.
+            let mut net = NetCounters {
+                rx_bytes: Some(7),
+                ..NetCounters::default()
+            };
+            sampler.containers[0].tell_net(&mut net);
+            assert_eq!(net.rx_bytes, Some(1000));
         }
     }
 
@@ -675,7 +669,7 @@ mod tests {
             let disk = Disk::start().expect("a thread");
             let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
             sampler.facts.io.clone_from(&hierarchy);
-            sampler.go_on_from(&[told]);
+            sampler.go_on_from(&[told], None);
             sampler.follow(&[ContainerRow::default()], true);
             let before = sampler.containers[0].counted_before();
             let wanted = goes_on.then_some(4096);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use shared::desired::ContainerRow;
 use shared::ids::{ContainerId, KernelId};
-use shared::observed::{ContainerSample, IoCounters, Measured, Source};
+use shared::observed::{ContainerSample, IoCounters, Measured, NetCounters, Source};
 
 use ebpf::cgroup_records::filled;
 
@@ -19,7 +19,8 @@ use super::cgroup_v2;
 use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
 use super::record::{
-    CpuSplit, cpu_counters, io_counters, memory_counters, network, network_of, pids_counters,
+    Before, CpuSplit, Steady, cpu_counters, io_counters, memory_counters, network, network_of,
+    of_io, of_net, pids_counters,
 };
 use super::stacks::Stacks;
 use super::walks::{Kind, Slot, Walks};
@@ -145,6 +146,8 @@ struct Hot {
     /// Bit per controller that the kernel program knows.
     known: u64,
     split: CpuSplit,
+    net: Steady<8>,
+    io: Steady<4>,
     /// Its link, when it has just one and is not on the host's network.
     link: Option<u32>,
     /// Where its link was in the last pass's list.
@@ -264,6 +267,8 @@ impl Watched {
                 search: Search::default(),
                 known: 0,
                 split: CpuSplit::default(),
+                net: Steady::default(),
+                io: Steady::default(),
                 link: one
                     .first()
                     .copied()
@@ -290,9 +295,18 @@ impl Watched {
         watched
     }
 
-    /// How its CPU time was split until now.
-    pub(super) fn split(&self) -> CpuSplit {
-        self.hot.split
+    /// What its counters have come to until now.
+    pub(super) fn before(&self) -> Before {
+        Before {
+            split: self.hot.split,
+            net: self.hot.net.clone(),
+            io: self.hot.io.clone(),
+        }
+    }
+
+    /// Makes of what its links and others have counted what is told.
+    pub(super) fn tell_net(&mut self, net: &mut NetCounters) {
+        self.hot.net.tell(of_net(net));
     }
 
     /// What an earlier life of this process had counted of block devices.
@@ -301,9 +315,15 @@ impl Watched {
         self.hot.io_before.as_deref().copied()
     }
 
-    /// The same with its CPU time split on from there.
-    pub(super) fn splitting_on(mut self, split: CpuSplit) -> Self {
-        self.hot.split = split;
+    /// Lets its network's counters begin anew.
+    #[cfg(test)]
+    pub(super) fn forget_net(&mut self) {
+        self.hot.net = Steady::default();
+    }
+
+    /// The same with its counters going on from there.
+    pub(super) fn going_on(mut self, before: Before) -> Self {
+        (self.hot.split, self.hot.net, self.hot.io) = (before.split, before.net, before.io);
         self
     }
 
@@ -461,6 +481,9 @@ impl Watched {
             // A restarted container has new cgroups at the old place.
             self.find_missing(facts, budget);
             self.read_groups(&mut sample, stacks, buffer);
+        }
+        if sample.io.get().is_some() {
+            self.hot.io.tell(of_io(&mut sample.io.counters));
         }
         for (source, links) in [(Source::Bpf, links.read), (Source::Netlink, links.told)] {
             let place = &mut self.hot.link_place;

@@ -4,7 +4,8 @@
 //! link counters only where those files are another network namespace's. Out: the counters of a node
 //! sample. Invariant: the network counts each byte that crossed the node's edge once, or is absent (a node
 //! that has never had an edge has 0): only interfaces with hardware behind them, not bridges, veths or
-//! bonds over them, and all of those.
+//! bonds over them, and all of those; it does not go back when one of them leaves, nor does one that comes
+//! later bring along what it has carried before.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -60,10 +61,47 @@ pub struct Node {
     interfaces_at: Option<Instant>,
     /// There has never been an edge, so nothing has crossed it.
     secluded: bool,
+    edge: Edge,
     /// Of /proc/self/fd, kept so that no path is walked.
     descriptors: Option<File>,
     tick_ns: u64,
     budget: Arc<Budget>,
+}
+
+/// What has crossed the node's edge, bytes received and sent.
+#[derive(Debug, Default)]
+struct Edge {
+    /// In all, once it was read.
+    sum: Option<[u64; 2]>,
+    /// What an earlier life of this process had told.
+    before: [u64; 2],
+    /// By the numbers of interfaces, what they had counted when they were read last.
+    last: Vec<(u32, [u64; 2])>,
+}
+
+impl Edge {
+    /// Adds what interfaces have counted since the last time. Of one that is new only what comes is known to
+    /// have crossed the edge; a counter that is less than before began anew.
+    fn crossed(&mut self, now: Vec<(u32, [u64; 2])>) -> [u64; 2] {
+        let mut sum = self.sum.unwrap_or_default();
+        for (index, counted) in &now {
+            let known = self.last.iter().find(|(known, _)| known == index);
+            let last = match known {
+                Some((_, last)) => *last,
+                None if self.sum.is_none() => [0; 2],
+                None => *counted,
+            };
+            for (way, sum) in sum.iter_mut().enumerate() {
+                let more = counted[way].checked_sub(last[way]);
+                *sum = sum.saturating_add(more.unwrap_or(counted[way]));
+            }
+        }
+        if self.sum.is_none() {
+            sum = [0, 1].map(|way| sum[way].max(self.before[way]));
+        }
+        self.last = now;
+        *self.sum.insert(sum)
+    }
 }
 
 /// An interface at the node's edge.
@@ -116,6 +154,7 @@ impl Node {
             interfaces: Vec::new(),
             interfaces_at: None,
             secluded: false,
+            edge: Edge::default(),
             descriptors: File::open("/proc/self/fd").ok(),
             budget: Arc::clone(budget),
             tick_ns: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
@@ -191,13 +230,20 @@ impl Node {
     /// Bytes received and sent at the edge. None without one of its interfaces: a sum without it would go back,
     /// and forth again when it can be read.
     fn carried(&mut self, links: Option<&Links>, buffer: &mut Vec<u8>) -> Option<(u64, u64)> {
-        let mut sum = self.secluded.then_some((0, 0));
+        let mut now = Vec::with_capacity(self.interfaces.len());
         for interface in &mut self.interfaces {
             let (rx, tx) = interface.read(links, buffer)?;
-            let (all_rx, all_tx) = sum.unwrap_or((0_u64, 0_u64));
-            sum = Some((all_rx.checked_add(rx)?, all_tx.checked_add(tx)?));
+            now.push((interface.index, [rx, tx]));
         }
-        sum
+        (self.secluded || !now.is_empty()).then(|| {
+            let [rx, tx] = self.edge.crossed(now);
+            (rx, tx)
+        })
+    }
+
+    /// Has the network's counters go on from what an earlier life of this process had told.
+    pub fn go_on_from(&mut self, told: &NodeCounters) {
+        self.edge.before = [told.net_rx_bytes, told.net_tx_bytes].map(Option::unwrap_or_default);
     }
 
     /// Whether counters of links are needed to read all of this.
@@ -598,7 +644,7 @@ mod tests {
         assert_eq!(node.carried(None, &mut buffer), None, "no interface");
         node.secluded = true;
         assert_eq!(node.carried(None, &mut buffer), Some((0, 0)), "never one");
-        node.secluded = false;
+        (node.secluded, node.edge) = (false, Edge::default());
         for (name, number) in [("eth8", 8), ("eth9", 9)] {
             let directory = class.path().join(name).join("statistics");
             std::fs::create_dir_all(&directory).unwrap();
@@ -612,6 +658,30 @@ mod tests {
         assert_eq!(node.carried(None, &mut buffer), None, "a half");
         std::fs::write(sent("eth9"), "14\n").unwrap();
         assert_eq!(node.carried(None, &mut buffer), Some((24, 27)));
+    }
+
+    #[test]
+    fn the_edge_does_not_go_back_when_interfaces_leave_nor_ahead_when_they_come() {
+        let mut edge = Edge::default();
+        assert_eq!(edge.crossed(vec![(1, [10, 1]), (2, [500, 50])]), [510, 51]);
+        assert_eq!(edge.crossed(vec![(1, [12, 2])]), [512, 52]);
+        // It is back with all it has ever counted, and then goes on.
+        assert_eq!(edge.crossed(vec![(1, [13, 2]), (2, [900, 90])]), [513, 52]);
+        assert_eq!(edge.crossed(vec![(1, [13, 2]), (2, [907, 90])]), [520, 52]);
+        // Its driver was loaded again.
+        assert_eq!(edge.crossed(vec![(1, [13, 2]), (2, [3, 0])]), [523, 52]);
+        // The next life of this process: one of them is gone, or none.
+        let next = |now| {
+            let mut node = Node::new(&Budget::new(10));
+            node.go_on_from(&NodeCounters {
+                net_rx_bytes: Some(523),
+                net_tx_bytes: Some(52),
+                ..NodeCounters::default()
+            });
+            node.edge.crossed(now)
+        };
+        assert_eq!(next(vec![(1, [14, 2])]), [523, 52]);
+        assert_eq!(next(vec![(1, [600, 60])]), [600, 60]);
     }
 
     #[test]

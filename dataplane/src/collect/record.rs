@@ -5,7 +5,7 @@
 use ebpf::cgroup_records::{CgroupRecord, filled};
 use shared::desired::ContainerRow;
 use shared::observed::{
-    CpuCounters, IoCounters, MemoryCounters, NetCounters, PidsCounters, UNLIMITED,
+    ContainerSample, CpuCounters, IoCounters, MemoryCounters, NetCounters, PidsCounters, UNLIMITED,
 };
 
 use super::cgroup_v1;
@@ -205,11 +205,88 @@ pub(super) fn add_carried(net: &mut NetCounters, [received, sent]: [u64; 2]) {
     }
 }
 
-/// How much less than `told` links have counted, received and sent: what had passed them then. What they
-/// have counted since is missing from it, so that the sum does not go back, nor ahead.
-pub(super) fn lacking(net: &NetCounters, told: [u64; 2]) -> [u64; 2] {
-    let counted = [net.rx_bytes, net.tx_bytes].map(Option::unwrap_or_default);
-    [0, 1].map(|way| told[way].saturating_sub(counted[way]))
+/// Sums over what comes and goes (links, devices), which don't go back: what has gone stays in them. What the
+/// others have counted between the last time and then is missing, so that no sum goes ahead either.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Steady<const N: usize> {
+    told: [u64; N],
+    /// Of most containers nothing ever goes.
+    gone: Option<Box<[u64; N]>>,
+}
+
+impl<const N: usize> Default for Steady<N> {
+    fn default() -> Self {
+        Self::after([None; N])
+    }
+}
+
+impl<const N: usize> Steady<N> {
+    /// Goes on from what was told before.
+    pub(super) fn after(told: [Option<u64>; N]) -> Self {
+        let told = told.map(Option::unwrap_or_default);
+        Self { told, gone: None }
+    }
+
+    /// Makes of what is counted now what is told. What is absent stays so.
+    pub(super) fn tell(&mut self, counted: [&mut Option<u64>; N]) {
+        for (place, (told, counted)) in self.told.iter_mut().zip(counted).enumerate() {
+            let Some(counted) = counted else {
+                continue;
+            };
+            let gone = self.gone.as_ref().map_or(0, |gone| gone[place]);
+            let sum = counted.saturating_add(gone);
+            if sum < *told {
+                let lost = gone.saturating_add(*told - sum);
+                self.gone.get_or_insert_with(|| Box::new([0; N]))[place] = lost;
+            }
+            *told = sum.max(*told);
+            *counted = *told;
+        }
+    }
+}
+
+/// What does not go back of a network.
+pub(super) fn of_net(net: &mut NetCounters) -> [&mut Option<u64>; 8] {
+    [
+        &mut net.rx_bytes,
+        &mut net.rx_packets,
+        &mut net.rx_errors,
+        &mut net.rx_drops,
+        &mut net.tx_bytes,
+        &mut net.tx_packets,
+        &mut net.tx_errors,
+        &mut net.tx_drops,
+    ]
+}
+
+/// The same of block devices.
+pub(super) fn of_io(io: &mut IoCounters) -> [&mut Option<u64>; 4] {
+    [
+        &mut io.read_bytes,
+        &mut io.write_bytes,
+        &mut io.read_operations,
+        &mut io.write_operations,
+    ]
+}
+
+/// What a container's counters go on from.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Before {
+    pub(super) split: CpuSplit,
+    pub(super) net: Steady<8>,
+    pub(super) io: Steady<4>,
+}
+
+impl Before {
+    /// Of a container that was told of like this.
+    pub(super) fn of(sample: &ContainerSample) -> Self {
+        let (mut net, mut io) = (sample.net.counters, sample.io.counters);
+        Self {
+            split: CpuSplit::after(&sample.cpu.counters),
+            net: Steady::after(of_net(&mut net).map(|count| *count)),
+            io: Steady::after(of_io(&mut io).map(|count| *count)),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -240,6 +317,23 @@ mod tests {
         let links = links([(3, link(10, 20)), (4, link(1, 2)), (5, link(99, 99))]);
         let net = network_of(&row(&[3, 4]), &links).unwrap();
         assert_eq!((net.rx_bytes, net.tx_bytes), (Some(22), Some(11)));
+    }
+
+    #[test]
+    fn what_has_gone_from_a_sum_stays_in_it() {
+        let mut steady = Steady::<2>::default();
+        let mut told = |first, second| {
+            let mut counted = (first, second);
+            steady.tell([&mut counted.0, &mut counted.1]);
+            counted
+        };
+        assert_eq!(told(Some(100), None), (Some(100), None));
+        // A link or a device is gone; what is left goes on from there.
+        assert_eq!(told(Some(30), Some(5)), (Some(100), Some(5)));
+        assert_eq!(told(Some(37), Some(6)), (Some(107), Some(6)));
+        assert_eq!(told(None, Some(6)), (None, Some(6)));
+        assert_eq!(told(Some(1), Some(6)), (Some(107), Some(6)));
+        assert_eq!(told(Some(2), Some(9)), (Some(108), Some(9)));
     }
 
     #[test]

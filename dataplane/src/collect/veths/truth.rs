@@ -178,7 +178,11 @@ impl Watch {
         self.sampler.walks.as_mut().expect("walks").veths_mut()
     }
 
+    /// What links have counted now: what others had counted before them stays out of it.
     fn samples(&mut self) -> Vec<ContainerSample> {
+        for watched in &mut self.sampler.containers {
+            watched.forget_net();
+        }
         self.sampler.pass().samples.iter().collect()
     }
 
