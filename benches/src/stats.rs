@@ -291,7 +291,7 @@ fn read(
     let snapshot = ObservedReader::at(&directory).snapshot()?;
     let facts = Facts::gather();
     let mut all = None;
-    for sample in &snapshot.containers {
+    for sample in snapshot.containers.iter() {
         let readers = Readers::of(sample);
         ensure!(
             readers.fit(by_program, &facts) && *all.get_or_insert(readers) == readers,

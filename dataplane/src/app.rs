@@ -141,8 +141,8 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
     let (before, node_before, ports_before) = ObservedReader::at(&directory)
         .snapshot()
         .map(|found| {
-            let (containers, node) = (found.containers.clone(), found.node.clone());
-            (containers, node, found.ports.clone())
+            let (containers, node) = (found.containers.to_vec(), found.node.clone());
+            (containers, node, found.ports.to_vec())
         })
         .unwrap_or_default();
     tracing::info!(
@@ -290,10 +290,9 @@ fn serve(
         } else {
             look(link, collector, now);
         }
-        if now >= tick_at || link.is_draining() {
-            link.tick(now);
-        }
+        link.finish_drains(now);
         if now >= tick_at {
+            link.tick(now);
             tick_at = now + SLOW_TICK;
             board.heartbeat()?;
             if !link.relay().healthy() {
@@ -367,8 +366,8 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
 }
 
 fn look(link: &mut Link, collector: &Collector, now: Instant) {
-    if let Some(desired) = link.look(now) {
-        collector.want(Some(desired), link.settings().sample_interval);
+    if let Some(news) = link.look(now) {
+        collector.want(news, link.settings().sample_interval);
     }
 }
 
@@ -389,7 +388,7 @@ fn register(poll: &Poll, fd: RawFd, token: Token) -> Result<(), AppError> {
 
 /// Room for what the desired region can ask for, or for what the configuration says.
 fn region_sizes(reader: &mut DesiredReader, options: &Options) -> Sizes {
-    let told = reader.snapshot().ok().and_then(|_| reader.sizes());
+    let told = reader.writer().ok().and_then(|_| reader.sizes());
     let accelerators = accelerator::room(&options.accelerators.root);
     sizes_for(
         told,

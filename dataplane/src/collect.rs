@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{ContainerRow, DesiredSnapshot};
+use shared::desired::{ContainerRow, DesiredChanges};
 use shared::heap::trimmed;
 use shared::ids::ContainerId;
 use shared::log_limit::LogLimit;
@@ -118,9 +118,9 @@ impl Collector {
         .map(Self)
     }
 
-    /// Tells what to sample from now on and how often.
-    pub fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
-        self.0.want(desired, interval);
+    /// Tells what has changed of what to sample, and how often from now on.
+    pub fn want(&self, changes: DesiredChanges, interval: Duration) {
+        self.0.want(changes, interval);
     }
 
     /// False when a thread has ended by itself.
@@ -503,8 +503,18 @@ impl Sampler {
         );
     }
 
+    /// Lets go of a container before [`Self::follow`].
+    fn let_go(&mut self, id: ContainerId) {
+        if let Ok(place) = place_of(&self.containers, &id) {
+            self.containers.remove(place);
+        }
+        self.io_before.remove(&id);
+        self.sought.remove(&id);
+        self.told_before.remove(&id);
+    }
+
     /// Takes up new containers and changed rows, and lets go of those no longer wanted. When the list
-    /// is not `whole` (a damaged region), those it leaves out are sampled on.
+    /// is not `whole`, those it leaves out are sampled on.
     pub fn follow(&mut self, rows: &[ContainerRow], whole: bool) {
         if whole {
             let wanted = |id: &ContainerId| {

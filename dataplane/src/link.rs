@@ -12,6 +12,7 @@ mod guard;
 mod lift;
 mod networks;
 pub mod plan;
+mod rows;
 mod settings;
 mod strays;
 
@@ -20,7 +21,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{ContainerRow, DesiredReader, DesiredSnapshot, PortKey, PortRow, Protocol};
+use shared::desired::{
+    ContainerRow, DesiredChanges, DesiredReader, NodeRow, PortKey, PortRow, Protocol,
+};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::log_limit::LogLimit;
 use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, RelayEngine};
@@ -30,6 +33,7 @@ use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
 use self::lift::{Due, cut};
 use self::plan::{Known, Step, plan};
+use self::rows::Rows;
 use self::settings::session_room;
 pub use self::settings::{Defaults, kept_descriptors};
 use self::strays::Strays;
@@ -45,7 +49,7 @@ use crate::sys::netlink::{LinkChanges, LinkLookup};
 const ORPHAN_GRACE: Duration = Duration::from_secs(60);
 /// Distance of the looks at every guarded link, beside the notifications.
 const GUARD_INTERVAL: Duration = Duration::from_secs(10);
-/// Distance of the looks at every port's path, beside those at what has changed.
+/// Distance of the looks at every row and every port's path, beside those at what has changed.
 const LIFT_ALL_INTERVAL: Duration = Duration::from_secs(30);
 /// Distance of the attempts to serve a row that was refused.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -71,6 +75,29 @@ struct Running {
     orphan_since: Option<Instant>,
 }
 
+/// When the heap has room to give back: rows have gone, as with many kernels that end at once.
+#[derive(Debug, Default)]
+struct Ebb {
+    /// Most rows there were since.
+    most: usize,
+}
+
+impl Ebb {
+    /// What fewer rows leave is not worth it, bytes that a row takes being about a thousand.
+    const LEAST: usize = 100;
+
+    /// Whether it has come since the last time, now that there are so many.
+    fn has_come(&mut self, rows: usize) -> bool {
+        self.most = self.most.max(rows);
+        let gone = self.most - rows;
+        let come = gone >= Self::LEAST && gone >= self.most / 2;
+        if come {
+            self.most = rows;
+        }
+        come
+    }
+}
+
 /// The link. One thread owns it.
 #[derive(Debug)]
 pub struct Link {
@@ -81,10 +108,13 @@ pub struct Link {
     defaults: Defaults,
     settings: Defaults,
     descriptors: u64,
-    known: BTreeMap<PortKey, Known>,
+    known: Rows,
     running: BTreeMap<PortKey, Running>,
     draining: Vec<Draining>,
-    applied: Option<Applied>,
+    /// Ports that may still have a status though no region names them.
+    settling: BTreeSet<PortKey>,
+    /// Rules of these have become narrower in this look.
+    narrowed: Vec<Arc<Port>>,
     guard_at: Instant,
     kernel: Option<KernelPath>,
     /// Why there is none though it is wanted.
@@ -97,6 +127,7 @@ pub struct Link {
     /// When all are looked at, whatever was told.
     lift_all_at: Instant,
     strays: Strays,
+    ebb: Ebb,
     /// What ports had counted in an earlier life of this process.
     earlier: BTreeMap<PortKey, PortStatus>,
     /// What removed ports had counted in the end, until control has taken note.
@@ -200,10 +231,11 @@ impl Link {
             settings: defaults.clone(),
             defaults,
             descriptors,
-            known: BTreeMap::new(),
+            known: Rows::default(),
             running: BTreeMap::new(),
             draining: Vec::new(),
-            applied: None,
+            settling: BTreeSet::new(),
+            narrowed: Vec::new(),
             guard_at: Instant::now() + GUARD_INTERVAL,
             kernel: None,
             kernel_missing: None,
@@ -212,6 +244,7 @@ impl Link {
             untold: BTreeSet::new(),
             lift_all_at: Instant::now() + LIFT_ALL_INTERVAL,
             strays,
+            ebb: Ebb::default(),
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
             unclaimed_at: None,
@@ -242,11 +275,10 @@ impl Link {
         self.relay.totals().set_limit(limit);
     }
 
-    /// Looks at the desired region and does what has changed. Answers the snapshot when it is a
-    /// new one.
-    pub fn look(&mut self, now: Instant) -> Option<Arc<DesiredSnapshot>> {
-        let desired = match self.reader.snapshot() {
-            Ok(desired) => desired,
+    /// Looks at the desired region and does what has changed. Answers that when there is anything.
+    pub fn look(&mut self, now: Instant) -> Option<DesiredChanges> {
+        let news = match self.reader.changes() {
+            Ok(news) => news?,
             Err(err @ ReadError::Missing { .. }) => {
                 tracing::trace!(%err, "no desired region yet");
                 return None;
@@ -262,41 +294,44 @@ impl Link {
                 return None;
             }
         };
-        let mark = Applied {
-            region_id: desired.region_id,
-            epoch: desired.epoch,
-            generation: desired.committed,
-        };
-        if self.applied == Some(mark) || self.board.is_writer().is_err() {
+        if self.board.is_writer().is_err() {
+            // What there is to do is another process's.
+            self.reader.forget_changes();
             return None;
         }
-        if desired.invalid_rows > 0
+        if news.rows.invalid_rows > 0
             && let Some(suppressed) = self.read_log.pass()
         {
             tracing::warn!(
-                rows = desired.invalid_rows,
+                rows = news.rows.invalid_rows,
                 suppressed,
                 "the desired region holds rows that make no sense; they are left out"
             );
         }
-        self.apply(&desired, mark, now);
-        Some(desired)
+        self.apply(&news, now);
+        Some(news)
     }
 
-    fn apply(&mut self, desired: &DesiredSnapshot, mark: Applied, now: Instant) {
-        self.take_settings(desired);
-        self.note_containers(desired, now);
+    fn apply(&mut self, news: &DesiredChanges, now: Instant) {
+        let desired = &news.rows;
+        self.take_settings(desired.node.as_ref());
+        self.note_containers(news, now);
         let mut changes = Changes::default();
         let mut cut = Vec::new();
-        let steps = plan(&self.known, desired);
+        let steps = plan(&self.known, news);
+        tracing::debug!(
+            ports = desired.ports.len() + desired.removed_ports.len(),
+            containers = desired.containers.len() + desired.removed_containers.len(),
+            steps = steps.len(),
+            whole = news.whole,
+            "rows of the desired region are read"
+        );
         self.close_listeners(steps.iter().filter_map(Step::ends));
         for step in steps {
             self.carry_out(step, desired.region_id, &mut cut, &mut changes, now);
         }
         self.relay.cut(&cut);
-        let ports = self.running.values().filter_map(|it| it.port.as_ref());
-        let narrowed: Vec<_> = ports.filter(|it| it.is_narrowed()).cloned().collect();
-        self.relay.shut_out(&narrowed);
+        self.relay.shut_out(&std::mem::take(&mut self.narrowed));
         self.set_total_limit();
         let lifted = self.lift();
         changes
@@ -305,17 +340,20 @@ impl Link {
         changes
             .put
             .extend(lifted.iter().filter_map(|key| self.entry(*key)));
-        changes.forget = self.settled(desired, &changes.put);
+        changes.forget = self.settled(news, &changes.put);
         for key in &changes.forget {
             self.ended.remove(key);
         }
-        changes.applied = Some(mark);
+        changes.applied = Some(Applied {
+            region_id: desired.region_id,
+            epoch: desired.epoch,
+            generation: desired.committed,
+        });
         self.publish(changes);
-        self.applied = Some(mark);
     }
 
-    fn take_settings(&mut self, desired: &DesiredSnapshot) {
-        let settings = self.defaults.with(desired.node.as_ref());
+    fn take_settings(&mut self, node: Option<&NodeRow>) {
+        let settings = self.defaults.with(node);
         if settings == self.settings {
             return;
         }
@@ -325,6 +363,8 @@ impl Link {
         for (key, running) in &self.running {
             if let (Some(port), Some(known)) = (&running.port, self.known.get(key)) {
                 port.set_rules(self.settings.rules(&known.row));
+                self.narrowed
+                    .extend(port.is_narrowed().then(|| Arc::clone(port)));
             }
         }
     }
@@ -362,6 +402,8 @@ impl Link {
                     running.orphan_since = None;
                     if let Some(port) = &running.port {
                         port.set_rules(self.settings.rules(&row));
+                        self.narrowed
+                            .extend(port.is_narrowed().then(|| Arc::clone(port)));
                     }
                 }
                 self.due.ports.insert(key);
@@ -396,22 +438,30 @@ impl Link {
 
     /// Ports that need no status any more: control has taken note of their removal, or they are of
     /// an earlier life. `put` is what is about to be told.
-    fn settled(&self, desired: &DesiredSnapshot, put: &[Entry]) -> Vec<PortKey> {
+    fn settled(&mut self, news: &DesiredChanges, put: &[Entry]) -> Vec<PortKey> {
+        let desired = &news.rows;
         if desired.committed == Generation(0) {
             return Vec::new();
         }
-        let mut keys = self.board.port_keys();
-        keys.retain(|key| {
-            !self.running.contains_key(key)
-                && self.draining_status(*key).is_none()
-                && !desired.is_removed(*key)
-                && !put.iter().any(|entry| entry.status.key == *key)
-        });
-        keys
+        if news.whole {
+            self.settling = self.board.port_keys().into_iter().collect();
+        }
+        for row in &desired.removed_ports {
+            self.settling.remove(&row.key);
+        }
+        self.settling.extend(&news.freed_ports);
+        let mut settled = std::mem::take(&mut self.settling);
+        settled.retain(|key| !self.running.contains_key(key));
+        let told: BTreeSet<PortKey> = put.iter().map(|entry| entry.status.key).collect();
+        let waits = |key: &PortKey| told.contains(key) || self.draining_status(*key).is_some();
+        let waiting = settled.iter().copied().filter(|key| waits(key)).collect();
+        settled.retain(|key| !waits(key));
+        self.settling = waiting;
+        settled.into_iter().collect()
     }
 
     fn note(&mut self, row: PortRow, region: RegionId) {
-        self.known.insert(row.key(), Known { row, region });
+        self.known.insert(Known { row, region });
     }
 
     /// What the same kernel's port had counted in an earlier life. One that was removed then begins
@@ -593,8 +643,12 @@ impl Link {
         self.retire_orphans(now);
         if now >= self.lift_all_at {
             self.lift_all_at = now + LIFT_ALL_INTERVAL;
+            self.reader.forget_changes();
             self.due.all = true;
             self.lift_and_publish();
+        }
+        if self.ebb.has_come(self.known.len() + self.containers.len()) {
+            shared::heap::trim();
         }
         if now >= self.guard_at {
             self.guard_at = now + GUARD_INTERVAL;

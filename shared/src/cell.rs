@@ -67,6 +67,34 @@ impl<'a> Cell<'a> {
     /// acquire ordering. `copy` gets the payload words of the right slot and must only load from
     /// them; what it made of them counts only when the answer is [`Look::Whole`].
     pub(crate) fn look(&self, committed: u64, copy: impl FnOnce(&[AtomicU64])) -> Look {
+        let Some((slot, stamp)) = self.at(committed) else {
+            return Look::Moved;
+        };
+        if stamp != 0 {
+            copy(self.payload(slot));
+        }
+        // Pairs with the release fence in `store`: if the copy saw a word of a newer payload, the
+        // load below sees the newer stamp.
+        fence(Ordering::Acquire);
+        if self.stamp(slot).load(Ordering::Relaxed) != stamp {
+            return Look::Moved;
+        }
+        if stamp == 0 {
+            Look::Empty
+        } else {
+            Look::Whole(stamp)
+        }
+    }
+
+    /// The generation of the cell's value at `committed`, loaded as for [`Cell::look`]; 0 where that is
+    /// [`Look::Empty`]. Who has copied a payload of this generation needs no other copy. `None` is
+    /// [`Look::Moved`].
+    pub(crate) fn generation(&self, committed: u64) -> Option<u64> {
+        self.at(committed).map(|(_, stamp)| stamp)
+    }
+
+    /// The slot that has the value at `committed`, and its stamp.
+    fn at(&self, committed: u64) -> Option<(usize, u64)> {
         // Relaxed: the acquire load of `committed` already orders every stamp up to it before us.
         let stamps = [
             self.stamp(0).load(Ordering::Relaxed),
@@ -76,22 +104,9 @@ impl<'a> Cell<'a> {
             (true, true) => usize::from(stamps[1] > stamps[0]),
             (true, false) => 0,
             (false, true) => 1,
-            (false, false) => return Look::Moved,
+            (false, false) => return None,
         };
-        if stamps[slot] != 0 {
-            copy(self.payload(slot));
-        }
-        // Pairs with the release fence in `store`: if the copy saw a word of a newer payload, the
-        // load below sees the newer stamp.
-        fence(Ordering::Acquire);
-        if self.stamp(slot).load(Ordering::Relaxed) != stamps[slot] {
-            return Look::Moved;
-        }
-        if stamps[slot] == 0 {
-            Look::Empty
-        } else {
-            Look::Whole(stamps[slot])
-        }
+        Some((slot, stamps[slot]))
     }
 
     /// Writes `payload` under `generation`, which must be above `committed` and not yet committed.
@@ -180,6 +195,8 @@ mod tests {
         cell.write(4, 9, [9, 9].into_iter());
         assert_eq!(look(&cell, 3), (Look::Moved, vec![]));
         assert_eq!(look(&cell, 9), (Look::Whole(9), vec![9, 9]));
+        let generations = [3, 4, 9].map(|committed| cell.generation(committed));
+        assert_eq!(generations, [None, Some(4), Some(9)]);
     }
 
     #[test]

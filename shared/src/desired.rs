@@ -12,7 +12,7 @@ mod reader;
 mod rows;
 mod writer;
 
-pub use reader::{DesiredReader, DesiredSnapshot};
+pub use reader::{DesiredChanges, DesiredReader, DesiredSnapshot};
 pub use rows::{ClientNetwork, ContainerRow, Drain, NodeRow, PortKey, PortRow, Protocol, Removed};
 pub use writer::{DesiredBatch, DesiredWriter};
 

@@ -6,8 +6,9 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::sync::Arc;
 
-use crate::cell::Look;
+use crate::cell::{Cell, Look};
 use crate::ids::Generation;
 use crate::layout::{RawRow, Table};
 use crate::lock::Ousted;
@@ -86,20 +87,23 @@ pub(crate) trait KeyedRow: Sized {
     fn from_raw(raw: &Self::Raw, generation: Generation) -> Option<Self>;
 }
 
-/// Where a key's row is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Entry {
-    pub(crate) row: u32,
-    /// Set when the row is removed but not yet acknowledged.
-    pub(crate) removed: Option<Generation>,
-}
-
-/// The writer's index of one table.
-#[derive(Debug, Clone)]
+/// The writer's index of one table, and what the batch under way has done to it.
+#[derive(Debug)]
 pub(crate) struct Index<K> {
     pub(crate) table: Table,
-    pub(crate) entries: HashMap<K, Entry>,
+    /// Where each key's row is.
+    pub(crate) entries: HashMap<K, u32>,
+    /// Rows among them that are removed but not yet acknowledged.
+    pub(crate) removed: HashMap<K, Generation>,
     free: Vec<u32>,
+    steps: Vec<Step<K>>,
+}
+
+#[derive(Debug)]
+enum Step<K> {
+    Placed(K),
+    Released(K, u32, Option<Generation>),
+    Buried(K),
 }
 
 impl<K: Copy + Eq + Hash> Index<K> {
@@ -111,7 +115,8 @@ impl<K: Copy + Eq + Hash> Index<K> {
     ) -> Self {
         let table = region.table(R::TABLE);
         let committed = region.committed();
-        let mut entries: HashMap<K, Entry> = HashMap::new();
+        let mut entries: HashMap<K, u32> = HashMap::new();
+        let mut removed = HashMap::new();
         let mut free = Vec::new();
         let mut bytes = vec![0u8; R::Raw::INFO.size];
         let written = region.used_rows(&table);
@@ -136,8 +141,10 @@ impl<K: Copy + Eq + Hash> Index<K> {
                     if matches!(used, state::USED | state::REMOVED)
                         && !entries.contains_key(&typed.key()) =>
                 {
-                    let removed = (used == state::REMOVED).then_some(generation);
-                    entries.insert(typed.key(), Entry { row, removed });
+                    if used == state::REMOVED {
+                        removed.insert(typed.key(), generation);
+                    }
+                    entries.insert(typed.key(), row);
                 }
                 _ => {
                     junk.push((table, row));
@@ -148,35 +155,75 @@ impl<K: Copy + Eq + Hash> Index<K> {
         Self {
             table,
             entries,
+            removed,
             free,
+            steps: Vec::new(),
         }
     }
 
-    /// The row for a key that is to be written: its own, or a free one (then `true`).
-    pub(crate) fn place(&mut self, key: K) -> Result<(u32, bool), BatchError> {
-        if let Some(entry) = self.entries.get(&key) {
-            return Ok((entry.row, false));
+    /// The row for a key that is to be written: its own, or a free one.
+    pub(crate) fn place(&mut self, key: K) -> Result<u32, BatchError> {
+        if let Some(row) = self.entries.get(&key) {
+            return Ok(*row);
         }
         let row = self.free.pop().ok_or(BatchError::TableFull {
             table: self.table.name,
             rows: self.table.rows,
         })?;
-        self.entries.insert(key, Entry { row, removed: None });
-        Ok((row, true))
+        self.entries.insert(key, row);
+        self.steps.push(Step::Placed(key));
+        Ok(row)
     }
 
-    /// Forgets a key; answers the row to be freed.
-    pub(crate) fn release(&mut self, key: &K) -> Option<u32> {
-        let entry = self.entries.remove(key)?;
-        self.free.push(entry.row);
-        Some(entry.row)
+    /// Stages a row.
+    pub(crate) fn put<R: KeyedRow<Key = K>>(
+        &mut self,
+        row: &R,
+        staged: &mut Staged,
+    ) -> Result<(), BatchError> {
+        let raw = row.to_raw()?;
+        let place = self.place(row.key())?;
+        staged.raw(self.table, place, &raw);
+        Ok(())
     }
 
-    /// Takes back the last [`Index::release`] that was not taken back yet.
-    pub(crate) fn restore(&mut self, key: K, row: u32) {
-        let freed = self.free.pop();
-        debug_assert_eq!(freed, Some(row));
-        self.entries.insert(key, Entry { row, removed: None });
+    /// Notes that a row is removed, to be freed when that is acknowledged.
+    pub(crate) fn bury(&mut self, key: K, generation: Generation) {
+        self.removed.insert(key, generation);
+        self.steps.push(Step::Buried(key));
+    }
+
+    /// Forgets a key and frees its row.
+    pub(crate) fn remove(&mut self, key: &K, staged: &mut Staged) {
+        if let Some(row) = self.entries.remove(key) {
+            self.free.push(row);
+            let removed = self.removed.remove(key);
+            self.steps.push(Step::Released(*key, row, removed));
+            staged.free(self.table, row);
+        }
+    }
+
+    /// The batch is visible.
+    pub(crate) fn settle(&mut self) {
+        self.steps.clear();
+    }
+
+    /// The batch was refused: the index changes only together with the rows.
+    pub(crate) fn roll_back(&mut self) {
+        while let Some(step) = self.steps.pop() {
+            match step {
+                Step::Placed(key) => self.free.extend(self.entries.remove(&key)),
+                Step::Released(key, row, removed) => {
+                    let freed = self.free.pop();
+                    debug_assert_eq!(freed, Some(row));
+                    self.entries.insert(key, row);
+                    self.removed.extend(removed.map(|removed| (key, removed)));
+                }
+                Step::Buried(key) => {
+                    self.removed.remove(&key);
+                }
+            }
+        }
     }
 }
 
@@ -259,44 +306,177 @@ pub(crate) fn copy_table<R: KeyedRow>(
     mapped: &Mapped,
     committed: Generation,
 ) -> Result<Rows<R>, Moved> {
-    let table = mapped.table(R::TABLE);
-    let mut rows = Rows {
-        used: Vec::new(),
-        removed: Vec::new(),
-        invalid: 0,
-    };
-    let mut bytes = vec![0u8; R::Raw::INFO.size];
-    for row in 0..mapped.used_rows(&table) {
-        match copy_row::<R>(mapped, &table, row, committed, &mut bytes)? {
-            None => {}
-            Some((found, typed)) => match (found, typed) {
+    let written = copy_written(mapped, committed, &Seen::default())?;
+    Ok(Rows::of(written))
+}
+
+impl<R: KeyedRow> Rows<R> {
+    fn of(written: Vec<Written<R>>) -> Self {
+        let mut rows = Self {
+            used: Vec::new(),
+            removed: Vec::new(),
+            invalid: 0,
+        };
+        for (found, typed) in written.into_iter().filter_map(|it| it.found) {
+            match (found, typed) {
                 (state::USED, Some(typed)) => rows.used.push(typed),
                 (state::REMOVED, Some(typed)) => rows.removed.push(typed),
                 _ => rows.invalid += 1,
-            },
+            }
+        }
+        for list in [&mut rows.used, &mut rows.removed] {
+            list.sort_by_key(|row| (row.key(), std::cmp::Reverse(row.generation())));
+            let before = list.len();
+            list.dedup_by_key(|row| row.key());
+            rows.invalid += u32::try_from(before - list.len()).unwrap_or(u32::MAX);
+        }
+        rows
+    }
+}
+
+/// What a reader has seen of a table: the generation of each row, and whose row it was.
+#[derive(Debug)]
+pub(crate) struct Seen<K> {
+    rows: Vec<(u64, Option<K>)>,
+    keys: HashMap<K, usize>,
+}
+
+impl<K> Default for Seen<K> {
+    fn default() -> Self {
+        Self {
+            rows: Vec::new(),
+            keys: HashMap::new(),
         }
     }
-    for list in [&mut rows.used, &mut rows.removed] {
-        list.sort_by_key(|row| (row.key(), std::cmp::Reverse(row.generation())));
-        let before = list.len();
-        list.dedup_by_key(|row| row.key());
-        rows.invalid += u32::try_from(before - list.len()).unwrap_or(u32::MAX);
+}
+
+/// A row that is not what was seen.
+#[derive(Debug)]
+pub(crate) struct Written<R> {
+    row: usize,
+    generation: u64,
+    found: Found<R>,
+}
+
+/// Rows that were written since a table was seen.
+#[derive(Debug)]
+pub(crate) struct News<R: KeyedRow> {
+    pub(crate) rows: Rows<R>,
+    /// Keys that have no row any more.
+    pub(crate) freed: Vec<R::Key>,
+}
+
+/// Copies the rows of a table that are not as they were seen.
+pub(crate) fn copy_written<R: KeyedRow>(
+    mapped: &Mapped,
+    committed: Generation,
+    seen: &Seen<R::Key>,
+) -> Result<Vec<Written<R>>, Moved> {
+    let table = mapped.table(R::TABLE);
+    let mut written = Vec::new();
+    let mut bytes = vec![0u8; R::Raw::INFO.size];
+    for row in 0..mapped.used_rows(&table) {
+        let cell = mapped.cell(&table, row);
+        let generation = cell.generation(committed.0).ok_or(Moved)?;
+        let place = row as usize;
+        let known = seen.rows.get(place).map_or(0, |(known, _)| *known);
+        if generation != known {
+            written.push(Written {
+                row: place,
+                generation,
+                found: copy_row::<R>(&cell, committed, &mut bytes)?,
+            });
+        }
     }
-    Ok(rows)
+    Ok(written)
+}
+
+impl<K: Copy + Eq + Hash> Seen<K> {
+    /// Takes note of all that was written since. A key that two rows have counts as an invalid row; the
+    /// table has to be read anew where there is any.
+    pub(crate) fn take<R: KeyedRow<Key = K>>(&mut self, written: Vec<Written<R>>) -> News<R> {
+        let mut freed = Vec::new();
+        for it in &written {
+            if self.rows.len() <= it.row {
+                self.rows.resize(it.row + 1, (0, None));
+            }
+            let known = std::mem::replace(&mut self.rows[it.row], (it.generation, None));
+            if let (_, Some(key)) = known {
+                self.keys.remove(&key);
+                freed.push(key);
+            }
+        }
+        let mut doubled = 0;
+        for it in &written {
+            if let Some((_, Some(row))) = &it.found {
+                let key = row.key();
+                self.rows[it.row].1 = Some(key);
+                let other = self.keys.insert(key, it.row);
+                doubled += u32::from(other.is_some());
+            }
+        }
+        freed.retain(|key| !self.keys.contains_key(key));
+        let mut rows = Rows::of(written);
+        rows.invalid = rows.invalid.max(doubled);
+        News { rows, freed }
+    }
+}
+
+/// A table as it was read last, and what of it was seen.
+#[derive(Debug)]
+pub(crate) struct Kept<R: KeyedRow> {
+    pub(crate) seen: Seen<R::Key>,
+    /// Sorted by key. Shared with who was given them, and made anew when any was written.
+    pub(crate) rows: Arc<Vec<R>>,
+}
+
+impl<R: KeyedRow> Default for Kept<R> {
+    fn default() -> Self {
+        Self {
+            seen: Seen::default(),
+            rows: Arc::default(),
+        }
+    }
+}
+
+impl<R: KeyedRow + Clone> Kept<R> {
+    /// Takes in all that was written since. Answers how many rows make no sense; the table has to be read
+    /// anew where there are any.
+    pub(crate) fn take(&mut self, written: Vec<Written<R>>) -> u32 {
+        let News { rows, mut freed } = self.seen.take(written);
+        if rows.used.is_empty() && freed.is_empty() {
+            return rows.invalid;
+        }
+        freed.sort_unstable();
+        let mut all = Vec::with_capacity(self.rows.len() + rows.used.len());
+        let mut fresh = rows.used.into_iter().peekable();
+        for row in self.rows.iter() {
+            let key = row.key();
+            while let Some(earlier) = fresh.next_if(|it| it.key() < key) {
+                all.push(earlier);
+            }
+            match fresh.next_if(|it| it.key() == key) {
+                Some(now) => all.push(now),
+                None if freed.binary_search(&key).is_ok() => {}
+                None => all.push(row.clone()),
+            }
+        }
+        all.extend(fresh);
+        self.rows = Arc::new(all);
+        rows.invalid
+    }
 }
 
 type Found<R> = Option<(u32, Option<R>)>;
 
 /// One row: `None` when free, else its state and what it decodes to.
 fn copy_row<R: KeyedRow>(
-    mapped: &Mapped,
-    table: &Table,
-    row: u32,
+    cell: &Cell<'_>,
     committed: Generation,
     bytes: &mut [u8],
 ) -> Result<Found<R>, Moved> {
     let mut found = state::FREE;
-    let look = mapped.cell(table, row).look(committed.0, |slot| {
+    let look = cell.look(committed.0, |slot| {
         found = first_state(slot);
         if found != state::FREE {
             copy_words(slot, bytes);

@@ -131,6 +131,8 @@ proptest! {
         let mut observed = ObservedWriter::open(dataplane.path(), SIZES).unwrap();
         let mut answers = ObservedReader::open(dataplane.path()).unwrap();
         let mut reader = DesiredReader::open(control.path()).unwrap();
+        let mut follower = DesiredReader::open(control.path()).unwrap();
+        let mut followed = BTreeMap::new();
         let (mut live, mut buried) = (BTreeMap::new(), BTreeMap::new());
         let mut newest = Generation(0);
         for step in steps {
@@ -194,6 +196,22 @@ proptest! {
             let removed: BTreeMap<PortKey, Generation> =
                 snapshot.removed_ports.iter().map(|row| (row.key, row.generation)).collect();
             prop_assert_eq!(&removed, &buried);
+            // Who follows the changes alone knows the same rows, and is told none twice.
+            if let Some(changes) = follower.changes().unwrap() {
+                if changes.whole {
+                    followed.clear();
+                }
+                for key in &changes.freed_ports {
+                    prop_assert!(followed.remove(key).is_some());
+                }
+                let used = changes.rows.ports.iter().map(|row| (row.key(), row.generation));
+                let removed = changes.rows.removed_ports.iter().map(|row| (row.key, row.generation));
+                for (key, generation) in used.chain(removed) {
+                    prop_assert_ne!(followed.insert(key, generation), Some(generation));
+                }
+            }
+            let expected = expected.iter().map(|row| (row.key(), row.generation));
+            prop_assert_eq!(&followed, &expected.chain(removed).collect());
         }
     }
 }

@@ -300,14 +300,14 @@ fn look_observed(reader: &mut ObservedReader) -> Looked {
         return Err(Seen("no node row".to_owned()));
     };
     let number = node.tick;
-    for status in &snapshot.ports {
+    for status in snapshot.ports.iter() {
         let same = status.tick == number
             && status.bytes_in == number
             && status.connect_failures == number
             && status.reason == text(number);
         must!(same, "at number {number}: {status:?}");
     }
-    for sample in &snapshot.containers {
+    for sample in snapshot.containers.iter() {
         let same = sample.tick == number
             && sample.cpu.get().and_then(|cpu| cpu.usage_ns) == Some(number)
             && sample.net.get().and_then(|net| net.tx_drops) == Some(number);

@@ -22,6 +22,7 @@ use nix::sys::socket::{
 };
 use shared::Sizes;
 use shared::desired::PortRow;
+use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState};
 
 fn sum(bytes: &[u8]) -> u32 {
@@ -293,6 +294,88 @@ fn flows_that_nobody_confirms_or_that_one_side_has_ended_do_not_hold_a_port_for_
     // What was lost is made again.
     open.write_all(b"after").expect("sent");
     open.read_exact(&mut [0; 5]).expect("the flow goes on");
+}
+
+#[test]
+fn rows_that_nothing_has_changed_for_are_not_worked_on() {
+    if !may_use_bpf() {
+        return;
+    }
+    const STANDING: u16 = 60;
+    const ROUNDS: usize = 5;
+    let mut node = Node::new();
+    let port = node.container.echo().expect("a server");
+    let rows: Vec<PortRow> = (0..STANDING)
+        .map(|number| PortRow {
+            host_port: 20_000 + number,
+            ..node.container.port(port)
+        })
+        .collect();
+    let wanted = rows.clone();
+    node.control
+        .write(|batch| wanted.into_iter().for_each(|row| batch.put_port(row)))
+        .expect("written");
+    for row in &rows {
+        node.counted(row, |it| it.path == ForwardPath::KernelPath);
+    }
+    let other = node.network.container(3).expect("another container");
+    let port = other.echo().expect("a server");
+    let begun = node.process.log().len();
+    for round in 0..ROUNDS {
+        let id = ContainerId([100 + u8::try_from(round).expect("few"); 32]);
+        let (container, row) = (
+            other.row(id),
+            PortRow {
+                host_port: 21_000,
+                container_id: id,
+                ..other.port(port)
+            },
+        );
+        let key = row.key();
+        let wanted = row.clone();
+        node.control
+            .write(|batch| {
+                batch.put_container(container);
+                batch.put_port(wanted);
+            })
+            .expect("written");
+        node.counted(&row, |it| it.path == ForwardPath::KernelPath);
+        node.control
+            .write(|batch| {
+                batch.remove_port(key);
+                batch.remove_container(id);
+            })
+            .expect("written");
+        node.counted(&row, |it| it.state == PortState::Removed);
+        until("control being told", || {
+            let observed = node.control.observed.snapshot().ok()?;
+            (node.control.desired.release_acknowledged(&observed) > 0).then_some(())
+        })
+        .expect("released");
+    }
+    let log = node.process.log();
+    let told = |words: &str, field: &str| -> Vec<(usize, bool)> {
+        let lines = log[begun..].lines().filter(|line| line.contains(words));
+        let number = |line: &str| -> Option<usize> {
+            let (_, rest) = line.split_once(" ports=")?;
+            rest.split(' ').next()?.parse().ok()
+        };
+        let all = format!(" {field}=true");
+        lines
+            .map(|line| (number(line).expect("ports"), line.contains(&all)))
+            .collect()
+    };
+    let read = told("rows of the desired region are read", "whole");
+    let looked = told("paths of ports are looked at", "all");
+    // Twice a minute it is all of them.
+    let walks = read.iter().filter(|(_, whole)| *whole).count();
+    let whole = looked.iter().filter(|(_, all)| *all).count();
+    assert!(whole <= walks + 1, "{looked:?}");
+    for told in [read, looked] {
+        let ports = told.iter().filter(|(_, all)| !*all);
+        let ports: usize = ports.map(|(ports, _)| *ports).sum();
+        assert!((ROUNDS..usize::from(STANDING)).contains(&ports), "{told:?}");
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
 
 fn document(look: &Look) -> Value {
     let mut kernels = Map::new();
-    for sample in &look.observed.containers {
+    for sample in look.observed.containers.iter() {
         let mut map = stats::container(sample);
         if let Some(map) = map.as_object_mut() {
             map.insert(
@@ -97,7 +97,7 @@ fn table(look: &Look) {
         ">SENT",
         ">TASKS",
     ]);
-    for sample in &look.observed.containers {
+    for sample in look.observed.containers.iter() {
         table.row(row(sample));
     }
     say_part!("{}", table.render());

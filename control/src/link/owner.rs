@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, NodeRow, PortKey};
+use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, NodeRow, PortKey, PortRow};
 use shared::doorbell::{Ringer, Rung};
 use shared::ids::{ContainerId, Generation, KernelId};
 use shared::lock::Ousted;
@@ -32,6 +32,8 @@ pub(super) struct Owner {
     seen: watch::Sender<Observed>,
     ousted: watch::Sender<Option<Ousted>>,
     held: HashMap<KernelId, Held>,
+    /// Whose each port is: it is among those that its kernel holds.
+    owners: HashMap<PortKey, KernelId>,
     /// The node's row until it is written.
     node: Option<NodeRow>,
     /// So that a broken region is reported once and not every second.
@@ -50,6 +52,7 @@ impl Owner {
         node: NodeRow,
     ) -> Owner {
         let mut held: HashMap<KernelId, Held> = HashMap::new();
+        let owned = |row: &PortRow| (row.key(), row.kernel_id);
         for row in &found.ports {
             held.entry(row.kernel_id)
                 .or_default()
@@ -69,6 +72,7 @@ impl Owner {
             seen,
             ousted: watch::Sender::default(),
             held,
+            owners: found.ports.iter().map(owned).collect(),
             node: Some(node),
             trouble: None,
             misplaced: false,
@@ -153,7 +157,7 @@ impl Owner {
                 let _ = reply.send(result);
             }
             Command::Withdraw { kernel, reply } => {
-                let held = self.held.remove(&kernel).unwrap_or_default();
+                let held = self.let_go(kernel);
                 let withdrawn = self.remove(BTreeMap::from([(kernel, held)]));
                 let _ = reply.send(withdrawn);
             }
@@ -166,10 +170,7 @@ impl Owner {
     fn publish(&mut self, kernel: KernelId, rows: &KernelRows) -> Result<Generation, BatchError> {
         // What is only looked at has the number it has. Where another kernel's row has it too, that one
         // stays.
-        let of_another = |key: &PortKey| {
-            let mut others = self.held.iter().filter(|(other, _)| **other != kernel);
-            others.any(|(_, held)| held.ports.contains(key))
-        };
+        let of_another = |key: &PortKey| self.owners.get(key).is_some_and(|it| *it != kernel);
         let ports: Vec<_> = rows
             .ports
             .iter()
@@ -195,26 +196,41 @@ impl Owner {
                 batch.put_port(row.clone());
             }
         })?;
-        // The row of one that is only looked at is this kernel's now.
-        for (_, held) in self.held.iter_mut().filter(|(other, _)| **other != kernel) {
-            held.ports.retain(|key| !wanted.ports.contains(key));
-        }
-        self.held.insert(kernel, wanted);
+        self.let_go(kernel);
+        self.hold(kernel, wanted);
         self.ring();
         Ok(generation)
     }
 
+    /// Notes what a kernel holds. The row of one that is only looked at is this kernel's then.
+    fn hold(&mut self, kernel: KernelId, held: Held) {
+        for key in &held.ports {
+            if let Some(other) = self.owners.insert(*key, kernel)
+                && let Some(held) = self.held.get_mut(&other)
+            {
+                held.ports.remove(key);
+            }
+        }
+        self.held.insert(kernel, held);
+    }
+
+    /// A kernel holds nothing any more. Answers what it had.
+    fn let_go(&mut self, kernel: KernelId) -> Held {
+        let held = self.held.remove(&kernel).unwrap_or_default();
+        for key in &held.ports {
+            self.owners.remove(key);
+        }
+        held
+    }
+
     fn settle(&mut self, keep: &HashSet<KernelId>) -> usize {
         self.write_node();
-        let strangers: BTreeMap<KernelId, Held> = self
-            .held
-            .iter()
-            .filter(|(kernel, _)| !keep.contains(kernel))
-            .map(|(kernel, held)| (*kernel, held.clone()))
+        let strangers = self.held.keys().filter(|kernel| !keep.contains(kernel));
+        let strangers: Vec<KernelId> = strangers.copied().collect();
+        let strangers: BTreeMap<KernelId, Held> = strangers
+            .into_iter()
+            .map(|kernel| (kernel, self.let_go(kernel)))
             .collect();
-        for kernel in strangers.keys() {
-            self.held.remove(kernel);
-        }
         let count = strangers.len();
         self.remove(strangers);
         count
@@ -244,7 +260,7 @@ impl Owner {
                 // A removal names rows that are there: nothing can be too long or too many.
                 tracing::error!(err = &err as &dyn std::error::Error, "cannot remove rows");
                 for (kernel, held) in kernels {
-                    self.held.insert(kernel, held);
+                    self.hold(kernel, held);
                 }
                 Withdrawn {
                     keys: Vec::new(),

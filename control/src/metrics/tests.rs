@@ -235,8 +235,8 @@ fn scene(containers: u16) -> Scene {
         kernels: usize::from(containers),
         observed: Observed {
             snapshot: Some(Arc::new(ObservedSnapshot {
-                containers: (0..containers).map(sample).collect(),
-                ports: vec![status],
+                containers: Arc::new((0..containers).map(sample).collect()),
+                ports: vec![status].into(),
                 accelerators: vec![card],
                 node: Some(node),
                 processes: Some(ProcessCounts {
@@ -376,7 +376,7 @@ fn packets_of_ports_are_told_where_somebody_sees_them() {
     assert!(!scene.render().contains("bai_port_receive_packets_total"));
     let mut told = |path, packets_in| {
         let snapshot = scene.observed.snapshot.as_mut().unwrap();
-        let port = &mut Arc::make_mut(snapshot).ports[0];
+        let port = &mut Arc::make_mut(&mut Arc::make_mut(snapshot).ports)[0];
         (port.path, port.packets_in) = (path, packets_in);
         let series = parse(&scene.render());
         let of = |name: &str| {
@@ -456,7 +456,7 @@ fn nothing_measured_is_nothing_shown() {
     };
     empty.taken_wall_ns = 1;
     scene.observed.snapshot = Some(Arc::new(ObservedSnapshot {
-        containers: vec![empty],
+        containers: vec![empty].into(),
         ..ObservedSnapshot::default()
     }));
     let series = parse(&scene.render());
@@ -488,14 +488,14 @@ fn an_old_sample_tells_only_when_it_was_taken() {
     // Three intervals of 5 s and 2 s after the node's sample, which is the last.
     scene.now_ns = 18_000_000_000;
     let snapshot = scene.observed.snapshot.as_mut().unwrap();
-    for sample in &mut Arc::make_mut(snapshot).containers {
+    for sample in Arc::make_mut(&mut Arc::make_mut(snapshot).containers) {
         sample.taken_monotonic_ns = 1_000_000_000;
     }
     assert_eq!(names(&scene), all);
 
     // One of the containers only.
     let snapshot = scene.observed.snapshot.as_mut().unwrap();
-    Arc::make_mut(snapshot).containers[1].taken_monotonic_ns = 999_999_999;
+    Arc::make_mut(&mut Arc::make_mut(snapshot).containers)[1].taken_monotonic_ns = 999_999_999;
     let series = parse(&scene.render());
     let of = |number| {
         let kernel = kernel_id(number).to_string();

@@ -370,7 +370,7 @@ mod tests {
             ..ContainerSample::default()
         };
         let snapshot = ObservedSnapshot {
-            containers: vec![sample],
+            containers: vec![sample].into(),
             ..ObservedSnapshot::default()
         };
         let kernel = KernelFacts {

@@ -8,11 +8,13 @@
 //! when it is back.
 //! Invariants: one thread collects at any time; one question about links is out at most.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use shared::desired::DesiredSnapshot;
+use shared::desired::{ContainerRow, DesiredChanges};
+use shared::ids::ContainerId;
 use shared::log_limit::LogLimit;
 
 use super::{Begun, Question, Sampler};
@@ -26,9 +28,35 @@ const PATIENCE: Duration = Duration::from_millis(250);
 /// the thread that asks is no lock.
 const TOLD_AFTER: Duration = Duration::from_secs(2);
 
+/// What has changed of the containers to sample since the last pass: one entry per container at most.
+#[derive(Debug, Default)]
+struct Wanted {
+    /// Rows that came or changed; none where one went.
+    rows: BTreeMap<ContainerId, Option<ContainerRow>>,
+    /// Those that are not among them are not wanted any more.
+    whole: bool,
+}
+
+impl Wanted {
+    fn add(&mut self, changes: DesiredChanges) {
+        let whole = changes.whole && changes.rows.invalid_rows == 0;
+        if whole {
+            self.rows.clear();
+        }
+        self.whole |= whole;
+        let removed = changes.rows.removed_containers.iter().map(|it| it.key);
+        for id in removed.chain(changes.freed_containers) {
+            self.rows.insert(id, None);
+        }
+        for row in changes.rows.containers {
+            self.rows.insert(row.container_id, Some(row));
+        }
+    }
+}
+
 #[derive(Debug)]
 struct State {
-    desired: Option<Arc<DesiredSnapshot>>,
+    wanted: Wanted,
     interval: Duration,
     stop: bool,
     /// When the next pass is due, or the one under way was.
@@ -57,7 +85,6 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Work {
     sampler: Option<Sampler>,
-    followed: Option<Arc<DesiredSnapshot>>,
     failed: LogLimit,
 }
 
@@ -92,7 +119,7 @@ impl Turns {
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mailbox::new(State {
-                desired: None,
+                wanted: Wanted::default(),
                 interval,
                 stop: false,
                 due: Instant::now(),
@@ -130,12 +157,10 @@ impl Turns {
         Ok(())
     }
 
-    /// Tells what to sample from now on and how often.
-    pub(super) fn want(&self, desired: Option<Arc<DesiredSnapshot>>, interval: Duration) {
+    /// Tells what has changed of what to sample, and how often from now on.
+    pub(super) fn want(&self, changes: DesiredChanges, interval: Duration) {
         let mut state = self.shared.state.lock();
-        if desired.is_some() {
-            state.desired = desired;
-        }
+        state.wanted.add(changes);
         if state.interval != interval {
             state.interval = interval;
             self.shared.state.wake();
@@ -219,19 +244,15 @@ impl Shared {
 
     /// Takes up what is wanted. The question about links, if it can be asked.
     fn begin(&self) -> Option<Question> {
-        let desired = self.state.lock().desired.clone();
         let mut work = lock(&self.work);
-        let Work {
-            sampler, followed, ..
-        } = &mut *work;
-        let sampler = sampler.as_mut()?;
-        if let Some(desired) = desired
-            && followed
-                .as_ref()
-                .is_none_or(|known| !Arc::ptr_eq(known, &desired))
-        {
-            sampler.follow(&desired.containers, desired.invalid_rows == 0);
-            *followed = Some(desired);
+        let sampler = work.sampler.as_mut()?;
+        let Wanted { rows, whole } = std::mem::take(&mut self.state.lock().wanted);
+        if whole || !rows.is_empty() {
+            for (id, _) in rows.iter().filter(|(_, row)| row.is_none()) {
+                sampler.let_go(*id);
+            }
+            let rows: Vec<ContainerRow> = rows.into_values().flatten().collect();
+            sampler.follow(&rows, whole);
         }
         sampler.ask_links()
     }
@@ -357,8 +378,9 @@ impl Shared {
 mod tests {
     use super::*;
     use shared::Sizes;
-    use shared::desired::ContainerRow;
+    use shared::desired::{DesiredSnapshot, Removed};
     use shared::doorbell::Ringer;
+    use shared::ids::{Generation, KernelId};
     use shared::observed::{ObservedReader, ObservedSnapshot, ObservedWriter, Source};
     use shared::run_dir::RunDir;
 
@@ -377,6 +399,52 @@ mod tests {
             Accelerators::none(),
         );
         (board, directory)
+    }
+
+    fn changes(containers: Vec<ContainerRow>) -> DesiredChanges {
+        DesiredChanges {
+            rows: DesiredSnapshot {
+                containers,
+                ..DesiredSnapshot::default()
+            },
+            ..DesiredChanges::default()
+        }
+    }
+
+    #[test]
+    fn changes_of_several_looks_are_taken_up_as_one() {
+        let row = |byte: u8, init_pid| ContainerRow {
+            container_id: ContainerId([byte; 32]),
+            init_pid,
+            ..ContainerRow::default()
+        };
+        let mut wanted = Wanted::default();
+        let told = |wanted: &Wanted| {
+            let rows = wanted.rows.iter();
+            let rows = rows.map(|(id, row)| (id.0[0], row.as_ref().map(|it| it.init_pid)));
+            (wanted.whole, rows.collect::<Vec<_>>())
+        };
+        wanted.add(changes(vec![row(1, 1), row(2, 2)]));
+        let mut later = changes(vec![row(3, 3)]);
+        later.freed_containers = vec![ContainerId([2; 32])];
+        later.rows.removed_containers = vec![Removed {
+            key: ContainerId([4; 32]),
+            kernel_id: KernelId::default(),
+            generation: Generation(1),
+        }];
+        wanted.add(later);
+        let rows = vec![(1, Some(1)), (2, None), (3, Some(3)), (4, None)];
+        assert_eq!(told(&wanted), (false, rows));
+        // All there are, and one more since; then all of a region with rows that make no sense.
+        let mut all = changes(vec![row(5, 5)]);
+        all.whole = true;
+        wanted.add(all.clone());
+        wanted.add(changes(vec![row(1, 6)]));
+        assert_eq!(told(&wanted), (true, vec![(1, Some(6)), (5, Some(5))]));
+        let mut wanted = Wanted::default();
+        all.rows.invalid_rows = 1;
+        wanted.add(all);
+        assert_eq!(told(&wanted), (false, vec![(5, Some(5))]));
     }
 
     /// Links that the kernel program reads need no question.
@@ -406,11 +474,7 @@ mod tests {
         if !said.recv().unwrap() {
             return;
         }
-        let mut desired = DesiredSnapshot {
-            containers: vec![pair.row()],
-            ..DesiredSnapshot::default()
-        };
-        turns.want(Some(Arc::new(desired.clone())), interval);
+        turns.want(changes(vec![pair.row()]), interval);
         let mut reader = ObservedReader::at(&directory);
         let mut wait_for = |wanted: &dyn Fn(&ObservedSnapshot) -> bool| {
             let until = Instant::now() + Duration::from_secs(30);
@@ -434,8 +498,7 @@ mod tests {
         // Another container, about whose link the kernel must be asked.
         let mut row = pair.row();
         (row.container_id.0[0], row.link_indexes) = (200, vec![1]);
-        desired.containers.push(row);
-        turns.want(Some(Arc::new(desired)), interval);
+        turns.want(changes(vec![row]), interval);
         wait_for(&|_| turns.shared.state.lock().hangs);
         for _ in 0..3 {
             let before = bytes(&wait_for(&by_program));
@@ -474,11 +537,7 @@ mod tests {
             link_indexes: vec![1],
             ..ContainerRow::default()
         };
-        let desired = DesiredSnapshot {
-            containers: vec![row],
-            ..DesiredSnapshot::default()
-        };
-        turns.want(Some(Arc::new(desired)), interval);
+        turns.want(changes(vec![row]), interval);
         let mut reader = ObservedReader::at(&directory);
         let mut wait_for = |wanted: &dyn Fn(&ObservedSnapshot) -> bool| {
             let until = Instant::now() + Duration::from_secs(30);

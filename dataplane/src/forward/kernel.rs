@@ -14,6 +14,7 @@ pub mod eligibility;
 mod error;
 mod flows;
 mod host;
+mod leads;
 mod leaving;
 mod object;
 pub mod pins;
@@ -43,6 +44,7 @@ pub use self::error::KernelPathError;
 pub use self::flows::KernelPort;
 use self::flows::Tables;
 use self::host::Hooks;
+use self::leads::{Leads, Services};
 use self::leaving::Leaving;
 use self::object::{adopt_delivered, classifier, load, pins_fit, typed};
 use self::pins::{Pins, PinsError};
@@ -59,6 +61,12 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 struct Served {
     service: Service,
     port: Arc<KernelPort>,
+}
+
+impl Leads for Served {
+    fn service(&self) -> &Service {
+        &self.service
+    }
 }
 
 /// Rows that something has changed for beside themselves and their containers.
@@ -178,9 +186,12 @@ pub struct KernelPath {
     /// Containers' links that have got one, and no service yet.
     unused: BTreeSet<u32>,
     known_addresses: BTreeSet<Address>,
-    /// Container links that nobody but this host may reach the runner by.
-    guarded: BTreeSet<u32>,
-    served: BTreeMap<ServiceKey, Served>,
+    /// Container links that nobody but this host may reach the runner by, with how many containers
+    /// have each ...
+    guarded: BTreeMap<u32, usize>,
+    /// ... and those of them where no guard is or is on its way.
+    unguarded: BTreeSet<u32>,
+    served: Services<Served>,
     /// Taken off, their flows not swept yet.
     unswept: BTreeSet<ServiceKey>,
     /// Swept, but still in a map.
@@ -188,7 +199,7 @@ pub struct KernelPath {
     /// Some of those had flows, or there may be flows of clients that were shut out since.
     flows_left: bool,
     /// Services an earlier process has left.
-    found: BTreeMap<ServiceKey, Service>,
+    found: Services<Service>,
     routed: HashSet<(u32, u32, bool)>,
     next_life: u32,
     pass: u32,
@@ -225,7 +236,7 @@ impl std::fmt::Debug for KernelPath {
 
 /// Flows of a life that was used before must not come back to life: one above all that are known,
 /// and above those of services that ended earlier, as it goes by the clock.
-fn unused_life(found: &BTreeMap<ServiceKey, Service>) -> u32 {
+fn unused_life(found: &Services<Service>) -> u32 {
     let seconds = shared::wall_ns() / 1_000_000_000;
     let clock = u32::try_from(seconds % u64::from(u32::MAX / 2)).unwrap_or(0);
     let known = found.values().map(|it| it.life);
@@ -317,7 +328,7 @@ impl KernelPath {
             );
             words(&err)
         });
-        let found: BTreeMap<ServiceKey, Service> = services.iter().flatten().collect();
+        let found: Services<Service> = services.iter().flatten().collect();
         let known_addresses = addresses
             .iter()
             .flatten()
@@ -374,8 +385,9 @@ impl KernelPath {
             awaited: BTreeSet::new(),
             unused: BTreeSet::new(),
             known_addresses,
-            guarded: BTreeSet::new(),
-            served: BTreeMap::new(),
+            guarded: BTreeMap::new(),
+            unguarded: BTreeSet::new(),
+            served: Services::default(),
             unswept: BTreeSet::new(),
             leaving: Leaving::default(),
             flows_left: false,

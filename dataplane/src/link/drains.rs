@@ -155,7 +155,8 @@ impl Link {
         }
     }
 
-    pub(super) fn finish_drains(&mut self, now: Instant) {
+    /// Ends what has drained, or has had its time.
+    pub fn finish_drains(&mut self, now: Instant) {
         if self.draining.is_empty() {
             return;
         }

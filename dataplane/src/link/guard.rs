@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use shared::desired::PortRow;
+use shared::desired::{PortKey, PortRow};
 use shared::observed::{ForwardPath, PortState};
 
 use super::Link;
@@ -28,20 +28,39 @@ impl Link {
         if found.gone.is_empty() && !found.overflow {
             return;
         }
-        let mut guarded: Vec<u32> = self
-            .running
-            .iter()
-            .filter(|(_, running)| running.state != PortState::Disabled)
-            .filter_map(|(key, _)| guard_of(&self.known.get(key)?.row))
-            .chain(self.draining.iter().filter_map(|it| it.link_index))
-            .filter(|index| found.overflow || found.gone.contains(index))
-            .collect();
+        let mut guarded: Vec<u32> = if found.overflow {
+            let rows = self.known.values();
+            let rows = rows.filter_map(|it| Some((it.row.key(), guard_of(&it.row)?)));
+            let serving = rows.filter(|(key, _)| self.may_serve(*key));
+            let serving = serving.map(|(_, link)| link);
+            let draining = self.draining.iter().filter_map(|it| it.link_index);
+            serving.chain(draining).collect()
+        } else {
+            let guards = |link: &u32| {
+                self.guarded_by(*link).any(|key| self.may_serve(key))
+                    || self.draining.iter().any(|it| it.link_index == Some(*link))
+            };
+            found.gone.iter().copied().filter(guards).collect()
+        };
         guarded.sort_unstable();
         guarded.dedup();
         guarded.retain(|index| found.gone.contains(index) || !self.lookup.exists(*index));
         if !guarded.is_empty() {
             self.disable(&guarded);
         }
+    }
+
+    /// Ports that are to end with a link.
+    fn guarded_by(&self, link: u32) -> impl Iterator<Item = PortKey> + '_ {
+        self.known.at_link(link).filter(move |key| {
+            let known = self.known.get(key);
+            known.and_then(|it| guard_of(&it.row)) == Some(link)
+        })
+    }
+
+    fn may_serve(&self, key: PortKey) -> bool {
+        let running = self.running.get(&key);
+        running.is_some_and(|it| it.state != PortState::Disabled)
     }
 
     fn disable(&mut self, gone: &[u32]) {
@@ -53,20 +72,22 @@ impl Link {
             .map(|it| Arc::clone(&it.port))
             .collect();
         let mut keys = Vec::new();
-        for (key, running) in &mut self.running {
-            let guard = self.known.get(key).and_then(|known| guard_of(&known.row));
-            let Some(index) = is_gone(guard) else {
-                continue;
-            };
-            if running.state == PortState::Disabled {
-                continue;
+        for link in gone {
+            let ended: Vec<PortKey> = self.guarded_by(*link).collect();
+            for key in ended {
+                let Some(running) = self.running.get_mut(&key) else {
+                    continue;
+                };
+                if running.state == PortState::Disabled {
+                    continue;
+                }
+                running.state = PortState::Disabled;
+                running.path = ForwardPath::None;
+                running.reason = gone_reason(*link);
+                running.retry_at = None;
+                ports.extend(running.port.clone());
+                keys.push(key);
             }
-            running.state = PortState::Disabled;
-            running.path = ForwardPath::None;
-            running.reason = gone_reason(index);
-            running.retry_at = None;
-            ports.extend(running.port.clone());
-            keys.push(*key);
         }
         // First the deed, then the word.
         self.relay.disable(&ports);

@@ -9,11 +9,11 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{ContainerRow, DesiredSnapshot, PortKey, Protocol};
+use shared::desired::{ContainerRow, DesiredChanges, PortKey, Protocol};
 use shared::ids::{ContainerId, Generation};
 use shared::observed::{ForwardPath, PortState};
 
-use super::plan::Known;
+use super::strays::Changed;
 use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
 use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
@@ -114,7 +114,7 @@ impl Link {
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
         if changed {
-            kernel.guard(self.containers.values());
+            kernel.guard_waiting();
             self.lift_and_publish();
         }
         if self.unclaimed_at.is_some_and(|at| now >= at)
@@ -127,25 +127,65 @@ impl Link {
 
     /// Notes what lift decisions depend on besides the rows themselves. A region that says nothing yet
     /// tells nothing of containers either: control may wait for the cluster for hours before it does.
-    pub(super) fn note_containers(&mut self, desired: &DesiredSnapshot, now: Instant) {
+    pub(super) fn note_containers(&mut self, news: &DesiredChanges, now: Instant) {
+        let desired = &news.rows;
         if desired.committed == Generation(0) {
             return;
         }
-        let rows = desired.containers.iter();
-        let containers = rows.map(|row| (row.container_id, row.clone())).collect();
-        let before = std::mem::replace(&mut self.containers, containers);
-        let ids = before.keys().chain(self.containers.keys()).copied();
-        let changed = ids.filter(|id| !is_same(before.get(id), self.containers.get(id)));
-        self.due.containers.extend(changed);
-        let whole = desired.invalid_rows == 0;
-        self.relay.insides().note(&self.containers, whole);
-        self.strays.note(&before, &self.containers);
+        let gone: Vec<ContainerId> = if news.whole {
+            let listed = |id: &ContainerId| {
+                let rows = &desired.containers;
+                rows.binary_search_by_key(id, |row| row.container_id)
+                    .is_ok()
+            };
+            let known = self.containers.keys().copied();
+            known.filter(|id| !listed(id)).collect()
+        } else {
+            let removed = desired.removed_containers.iter().map(|it| it.key);
+            removed
+                .chain(news.freed_containers.iter().copied())
+                .collect()
+        };
+        let mut changed = Vec::new();
+        for id in gone {
+            changed.extend(self.containers.remove(&id).map(|before| (id, Some(before))));
+        }
+        for row in &desired.containers {
+            let before = self.containers.insert(row.container_id, row.clone());
+            changed.push((row.container_id, before));
+        }
+        for (id, before) in &changed {
+            let (before, now) = (before.as_ref(), self.containers.get(id));
+            if !is_same(before, now) {
+                self.due.containers.insert(*id);
+            }
+            match now {
+                Some(row) => self.relay.insides().note(row),
+                // It may be one of the rows that make no sense.
+                None if desired.invalid_rows > 0 => {}
+                None => self.relay.insides().forget(*id),
+            }
+            if let Some(kernel) = &mut self.kernel {
+                kernel.guard(before, now);
+            }
+        }
+        if news.whole && desired.invalid_rows == 0 {
+            self.relay
+                .insides()
+                .keep(|id| self.containers.contains_key(id));
+        }
+        let changed = changed.iter().map(|(id, before)| Changed {
+            id: *id,
+            before: before.as_ref(),
+            now: self.containers.get(id),
+        });
+        self.strays.note(changed);
         if !std::mem::replace(&mut self.has_heard, true) {
             // What an earlier process has left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
         if let Some(kernel) = &mut self.kernel {
-            kernel.guard(self.containers.values());
+            kernel.guard_waiting();
         }
     }
 
@@ -177,25 +217,26 @@ impl Link {
 
     /// The ports to be lifted now. What their paths depend on tells of its changes, but for a few things: ports
     /// that wait for such are among them every time.
-    fn due(&mut self) -> BTreeSet<PortKey> {
-        let Due {
-            all,
-            ports: mut due,
-            containers,
-        } = std::mem::take(&mut self.due);
+    pub(super) fn due(&mut self) -> BTreeSet<PortKey> {
+        let due = std::mem::take(&mut self.due);
         let concerned = self.kernel.as_mut().map(KernelPath::concerned);
         let concerned = concerned.unwrap_or_default();
-        if all || concerned.all {
-            return self.known.keys().copied().collect();
-        }
-        due.extend(&self.untold);
-        if !containers.is_empty() || !concerned.links.is_empty() {
-            let rows = self.known.iter().filter(|(_, Known { row, .. })| {
-                concerned.links.contains(&row.link_index) || containers.contains(&row.container_id)
-            });
-            due.extend(rows.map(|(key, _)| *key));
-        }
-        due
+        let all = due.all || concerned.all;
+        let ports = if all {
+            self.known.keys().copied().collect()
+        } else {
+            let mut ports = due.ports;
+            ports.extend(&self.untold);
+            for id in due.containers {
+                ports.extend(self.known.of_container(id));
+            }
+            for link in concerned.links {
+                ports.extend(self.known.at_link(link));
+            }
+            ports
+        };
+        tracing::debug!(ports = ports.len(), all, "paths of ports are looked at");
+        ports
     }
 
     /// Offers some of the running ports to the kernel path, and adds those whose status has changed to

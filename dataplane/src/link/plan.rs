@@ -1,13 +1,13 @@
 //! What to do so that the running ports become the desired ones. Pure.
 //!
-//! In: the rows that run and a snapshot of the desired region. Out: a list of steps. Invariant: a
+//! In: the rows that run and what has changed in the desired region. Out: a list of steps. Invariant: a
 //! port is closed only because control said so: its removal is on record, or it is missing from a
-//! whole snapshot of the same region that put it there. A region that says nothing yet, is damaged
+//! sound region that is the same that put it there. A region that says nothing yet, is damaged
 //! or is another file than before closes nothing at once.
 
 use std::collections::BTreeMap;
 
-use shared::desired::{DesiredSnapshot, PortKey, PortRow};
+use shared::desired::{DesiredChanges, PortKey, PortRow};
 use shared::ids::{Generation, KernelId, RegionId};
 
 /// A row that runs and the region that asked for it.
@@ -76,8 +76,9 @@ fn same_but_generation(a: &PortRow, b: &PortRow) -> bool {
     *a == b
 }
 
-/// The steps from `known` to `desired`.
-pub fn plan(known: &BTreeMap<PortKey, Known>, desired: &DesiredSnapshot) -> Vec<Step> {
+/// The steps from `known` to what the region says now.
+pub fn plan(known: &BTreeMap<PortKey, Known>, changes: &DesiredChanges) -> Vec<Step> {
+    let desired = &changes.rows;
     let mut steps = Vec::new();
     if desired.committed == Generation(0) {
         return steps;
@@ -96,23 +97,24 @@ pub fn plan(known: &BTreeMap<PortKey, Known>, desired: &DesiredSnapshot) -> Vec<
             }
         });
     }
-    for (key, known) in known {
-        let mentioned = desired
-            .ports
-            .binary_search_by_key(key, PortRow::key)
-            .is_ok()
-            || desired.is_removed(*key);
-        if mentioned || desired.invalid_rows > 0 {
-            continue;
-        }
-        steps.push(if known.region == desired.region_id {
-            Step::Retire {
+    let unmentioned = |key: &PortKey| {
+        let mentioned = desired.ports.binary_search_by_key(key, PortRow::key);
+        mentioned.is_err() && !desired.is_removed(*key)
+    };
+    let ended = |key: &PortKey| {
+        known.get(key).map(|known| match known.region {
+            region if region == desired.region_id => Step::Retire {
                 key: *key,
                 generation: desired.committed,
-            }
-        } else {
-            Step::Orphan(*key)
-        });
+            },
+            _ => Step::Orphan(*key),
+        })
+    };
+    if !changes.whole {
+        steps.extend(changes.freed_ports.iter().filter_map(ended));
+    } else if desired.invalid_rows == 0 {
+        let unmentioned = known.keys().filter(|key| unmentioned(key));
+        steps.extend(unmentioned.filter_map(ended));
     }
     for row in &desired.ports {
         let step = match known.get(&row.key()) {
@@ -134,7 +136,7 @@ pub fn plan(known: &BTreeMap<PortKey, Known>, desired: &DesiredSnapshot) -> Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shared::desired::{Protocol, Removed};
+    use shared::desired::{DesiredSnapshot, Protocol, Removed};
     use shared::ids::ContainerId;
 
     const A: RegionId = RegionId([1; 16]);
@@ -168,13 +170,17 @@ mod tests {
             .collect()
     }
 
-    fn snapshot(region_id: RegionId, committed: u64, ports: &[PortRow]) -> DesiredSnapshot {
-        DesiredSnapshot {
-            region_id,
-            epoch: 1,
-            committed: Generation(committed),
-            ports: ports.to_vec(),
-            ..DesiredSnapshot::default()
+    fn whole(region_id: RegionId, committed: u64, ports: &[PortRow]) -> DesiredChanges {
+        DesiredChanges {
+            rows: DesiredSnapshot {
+                region_id,
+                epoch: 1,
+                committed: Generation(committed),
+                ports: ports.to_vec(),
+                ..DesiredSnapshot::default()
+            },
+            whole: true,
+            ..DesiredChanges::default()
         }
     }
 
@@ -185,7 +191,7 @@ mod tests {
         let mut limited = row(3, 80, 2);
         limited.max_sessions = 5;
         let fresh = row(4, 80, 2);
-        let desired = snapshot(
+        let desired = whole(
             A,
             2,
             &[row(1, 80, 1), moved.clone(), limited.clone(), fresh.clone()],
@@ -201,17 +207,33 @@ mod tests {
     }
 
     #[test]
+    fn of_changes_only_what_they_name_is_planned() {
+        let running = known(&[row(1, 80, 1), row(2, 80, 1), row(3, 80, 1)], A);
+        let mut changes = whole(A, 5, &[row(4, 80, 5)]);
+        changes.whole = false;
+        changes.freed_ports = vec![row(2, 80, 1).key(), row(9, 80, 1).key()];
+        let retire = Step::Retire {
+            key: row(2, 80, 1).key(),
+            generation: Generation(5),
+        };
+        assert_eq!(
+            plan(&running, &changes),
+            [retire, Step::Open(row(4, 80, 5))]
+        );
+    }
+
+    #[test]
     fn a_region_that_says_nothing_yet_changes_nothing() {
         let running = known(&[row(1, 80, 1)], A);
-        assert_eq!(plan(&running, &snapshot(B, 0, &[])), []);
+        assert_eq!(plan(&running, &whole(B, 0, &[])), []);
     }
 
     #[test]
     fn a_damaged_region_closes_only_what_it_names() {
         let running = known(&[row(1, 80, 1), row(2, 80, 1)], A);
-        let mut desired = snapshot(A, 5, &[]);
-        desired.invalid_rows = 1;
-        desired.removed_ports = vec![Removed {
+        let mut desired = whole(A, 5, &[]);
+        desired.rows.invalid_rows = 1;
+        desired.rows.removed_ports = vec![Removed {
             key: row(2, 80, 1).key(),
             kernel_id: KernelId([7; 16]),
             generation: Generation(5),
@@ -228,7 +250,7 @@ mod tests {
     #[test]
     fn a_replaced_region_keeps_what_it_does_not_know() {
         let running = known(&[row(1, 80, 1), row(2, 80, 1)], A);
-        let desired = snapshot(B, 3, &[row(1, 80, 3)]);
+        let desired = whole(B, 3, &[row(1, 80, 3)]);
         assert_eq!(
             plan(&running, &desired),
             [
@@ -242,7 +264,7 @@ mod tests {
     fn a_row_released_by_its_own_region_is_retired() {
         let running = known(&[row(1, 80, 1)], A);
         assert_eq!(
-            plan(&running, &snapshot(A, 9, &[])),
+            plan(&running, &whole(A, 9, &[])),
             [Step::Retire {
                 key: row(1, 80, 1).key(),
                 generation: Generation(9)
@@ -252,8 +274,8 @@ mod tests {
 
     #[test]
     fn the_removal_of_what_does_not_run_is_acknowledged() {
-        let mut desired = snapshot(A, 4, &[]);
-        desired.removed_ports = vec![Removed {
+        let mut desired = whole(A, 4, &[]);
+        desired.rows.removed_ports = vec![Removed {
             key: row(1, 80, 1).key(),
             kernel_id: KernelId([7; 16]),
             generation: Generation(4),

@@ -6,7 +6,7 @@
 //! reset. Invariants: only addresses that were seen at the container are ever taken for lost ones; the
 //! kernel is asked by a thread of its own, for which the link waits no longer than [`PATIENCE`].
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -37,9 +37,17 @@ struct Order {
 #[derive(Debug, Default)]
 struct Orders {
     looks: BTreeMap<ContainerId, Order>,
-    /// Containers there are.
-    present: BTreeSet<ContainerId>,
+    /// Containers there are, with what was seen at them.
+    known: HashMap<ContainerId, Option<Seen>>,
     stop: bool,
+}
+
+/// A container's row that came, went or changed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Changed<'a> {
+    pub(super) id: ContainerId,
+    pub(super) before: Option<&'a ContainerRow>,
+    pub(super) now: Option<&'a ContainerRow>,
 }
 
 /// The thread's handle. Dropping it tells the thread to end, and does not wait.
@@ -48,8 +56,8 @@ pub(super) struct Strays {
     desk: Arc<Mailbox<Orders>>,
 }
 
-/// Of one container, so that another one's process is never taken for it.
-type Known = HashMap<ContainerId, (u32, HashSet<IpAddr>)>;
+/// Addresses of a container, with its process, so that another one is never taken for it.
+type Seen = (u32, HashSet<IpAddr>);
 
 impl Strays {
     /// Starts the thread. It tells `insides` where the containers are, too.
@@ -71,13 +79,8 @@ impl Strays {
         Self { desk }
     }
 
-    /// Notes which rows there are now, instead of those before, and has the connections of containers
-    /// ended that have lost a link.
-    pub(super) fn note(
-        &self,
-        before: &BTreeMap<ContainerId, ContainerRow>,
-        now: &BTreeMap<ContainerId, ContainerRow>,
-    ) {
+    /// Notes changes of rows, and has the connections of containers ended that have lost a link.
+    pub(super) fn note<'a>(&self, changes: impl Iterator<Item = Changed<'a>>) {
         let (sender, ended) = mpsc::channel();
         let mut moved = 0_usize;
         {
@@ -85,27 +88,30 @@ impl Strays {
             if orders.stop {
                 return;
             }
-            orders.present = now.keys().copied().collect();
-            orders.looks.retain(|id, _| now.contains_key(id));
-            for row in now.values() {
+            for Changed { id, before, now } in changes {
+                let Some(row) = now else {
+                    orders.looks.remove(&id);
+                    orders.known.remove(&id);
+                    continue;
+                };
+                orders.known.entry(id).or_default();
                 if row.init_pid == 0 || row.host_network {
                     continue;
                 }
-                let earlier = before.get(&row.container_id);
-                let earlier = earlier.filter(|it| it.init_pid == row.init_pid);
+                let earlier = before.filter(|it| it.init_pid == row.init_pid);
                 if earlier.is_some_and(|it| it.link_indexes == row.link_indexes) {
                     continue;
                 }
                 let here = |link| row.link_indexes.contains(link);
                 let left = earlier.is_some_and(|it| !it.link_indexes.iter().all(here));
                 moved += usize::from(left);
-                let waiting = orders.looks.get(&row.container_id);
+                let waiting = orders.looks.get(&id);
                 let order = Order {
                     pid: row.init_pid,
                     moved: left || waiting.is_some_and(|it| it.moved && it.pid == row.init_pid),
                     _waiter: left.then(|| sender.clone()),
                 };
-                orders.looks.insert(row.container_id, order);
+                orders.looks.insert(id, order);
             }
         }
         drop(sender);
@@ -130,40 +136,41 @@ fn serve(
     desk: &Mailbox<Orders>,
     look: impl Fn(u32, ContainerId, &HashSet<IpAddr>) -> Result<Looked, StraysError>,
 ) {
-    let mut known = Known::new();
     loop {
-        let (id, order) = {
+        let (id, order, known) = {
             let mut orders = desk.lock();
             loop {
                 if orders.stop {
                     return;
                 }
-                known.retain(|id, _| orders.present.contains(id));
                 let urgent = orders.looks.iter().find(|(_, it)| it.moved);
                 let next = urgent.or(orders.looks.first_key_value()).map(|(id, _)| *id);
-                if let Some(next) = next.and_then(|id| orders.looks.remove_entry(&id)) {
-                    break next;
+                if let Some((id, order)) = next.and_then(|id| orders.looks.remove_entry(&id)) {
+                    let known = orders.known.get(&id).cloned().flatten();
+                    break (id, order, known);
                 }
                 orders = desk.wait(orders);
             }
         };
-        carry_out(&mut known, id, &order, &look);
+        if let Some(seen) = carry_out(known, id, &order, &look)
+            && let Some(known) = desk.lock().known.get_mut(&id)
+        {
+            *known = Some(seen);
+        }
     }
 }
 
+/// Answers what was seen.
 fn carry_out(
-    known: &mut Known,
+    known: Option<Seen>,
     id: ContainerId,
     order: &Order,
     look: &impl Fn(u32, ContainerId, &HashSet<IpAddr>) -> Result<Looked, StraysError>,
-) {
-    let none = HashSet::new();
-    let before = match known.get(&id) {
-        Some((pid, addresses)) if order.moved && *pid == order.pid => addresses,
-        _ => &none,
-    };
+) -> Option<Seen> {
+    let before = known.filter(|(pid, _)| order.moved && *pid == order.pid);
+    let before = before.map(|(_, addresses)| addresses).unwrap_or_default();
     let began = Instant::now();
-    match look(order.pid, id, before) {
+    match look(order.pid, id, &before) {
         Ok(Looked { addresses, cut }) => {
             if order.moved {
                 tracing::info!(
@@ -178,7 +185,7 @@ fn carry_out(
                 took_us = began.elapsed().as_micros(),
                 "the addresses of a container are known"
             );
-            known.insert(id, (order.pid, addresses));
+            return Some((order.pid, addresses));
         }
         Err(err) if order.moved => tracing::warn!(
             container_id = %id,
@@ -194,6 +201,7 @@ fn carry_out(
             );
         }
     }
+    None
 }
 
 #[cfg(test)]
@@ -202,14 +210,22 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    fn rows(links: &[u32]) -> BTreeMap<ContainerId, ContainerRow> {
-        let row = ContainerRow {
+    fn row(links: &[u32]) -> Option<ContainerRow> {
+        Some(ContainerRow {
             container_id: ContainerId([1; 32]),
             init_pid: 7,
             link_indexes: links.to_vec(),
             ..ContainerRow::default()
+        })
+    }
+
+    fn note(strays: &Strays, before: &Option<ContainerRow>, now: &Option<ContainerRow>) {
+        let changed = Changed {
+            id: ContainerId([1; 32]),
+            before: before.as_ref(),
+            now: now.as_ref(),
         };
-        BTreeMap::from([(row.container_id, row)])
+        strays.note([changed].into_iter());
     }
 
     #[test]
@@ -228,9 +244,8 @@ mod tests {
             })
         };
         let strays = Strays { desk };
-        let none = BTreeMap::new();
-        strays.note(&none, &rows(&[4]));
-        strays.note(&rows(&[4]), &rows(&[5]));
+        note(&strays, &None, &row(&[4]));
+        note(&strays, &row(&[4]), &row(&[5]));
         assert!(!returned.load(Ordering::SeqCst), "it waits no more");
         drop(gate);
         drop(strays);
@@ -265,26 +280,22 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(2));
             }
         };
-        let none = BTreeMap::new();
         let address = |number: u8| IpAddr::from([10, 0, 0, number]);
-        strays.note(&none, &rows(&[4]));
+        note(&strays, &None, &row(&[4]));
         looked(1);
         // The same again is not looked at; another link is, and nothing is lost by that.
-        strays.note(&rows(&[4]), &rows(&[4]));
-        strays.note(&rows(&[4]), &rows(&[4, 5]));
+        note(&strays, &row(&[4]), &row(&[4]));
+        note(&strays, &row(&[4]), &row(&[4, 5]));
         looked(2);
-        strays.note(&rows(&[4, 5]), &rows(&[5]));
+        note(&strays, &row(&[4, 5]), &row(&[5]));
         // Gone and back: nothing is known of it.
-        strays.note(&rows(&[5]), &none);
-        strays.note(&none, &rows(&[5, 6]));
+        note(&strays, &row(&[5]), &None);
+        note(&strays, &None, &row(&[5, 6]));
         looked(4);
-        strays.note(&rows(&[5, 6]), &rows(&[6]));
+        note(&strays, &row(&[5, 6]), &row(&[6]));
         // Another process with the same name.
-        let mut other = rows(&[]);
-        for row in other.values_mut() {
-            row.init_pid = 8;
-        }
-        strays.note(&rows(&[6]), &other);
+        let other = row(&[]).map(|row| ContainerRow { init_pid: 8, ..row });
+        note(&strays, &row(&[6]), &other);
         looked(6);
         let seen = before.lock().unwrap().clone();
         assert_eq!(

@@ -205,3 +205,137 @@ fn nothing_is_given_up_before_a_region_says_anything() {
     link.look(later).expect("news");
     assert_eq!(link.containers.len(), 1);
 }
+
+/// A port of a container that nobody has to listen at.
+fn seen(host_port: u16, container: u8) -> PortRow {
+    let key = PortKey {
+        protocol: Protocol::Tcp,
+        host_port,
+    };
+    let target = Ipv4Addr::LOCALHOST.into();
+    let id = ContainerId([container; 32]);
+    PortRow {
+        observe_only: true,
+        ..PortRow::new(key, KernelId([container; 16]), id, target, 80)
+    }
+}
+
+fn holder(container: u8, link: u32) -> ContainerRow {
+    ContainerRow {
+        container_id: ContainerId([container; 32]),
+        link_indexes: vec![link],
+        ..ContainerRow::default()
+    }
+}
+
+#[test]
+fn only_what_has_changed_is_worked_on_and_all_of_it_now_and_then() {
+    let mut place = Place::new();
+    let now = Instant::now();
+    place
+        .desired
+        .batch(|batch| {
+            for container in 1..=10 {
+                batch.put_container(holder(container, container.into()));
+                let first = 1000 + u16::from(container) * 10;
+                (first..first + 4).for_each(|port| batch.put_port(seen(port, container)));
+            }
+        })
+        .unwrap();
+    let all = place.link.look(now).expect("all of it");
+    assert!(all.whole && all.rows.ports.len() == 40 && all.rows.containers.len() == 10);
+    assert!(place.link.look(now).is_none(), "nothing has changed");
+
+    place
+        .desired
+        .batch(|batch| {
+            batch.put_port(seen(1014, 1));
+            batch.remove_port(seen(1020, 2).key());
+            batch.put_container(holder(3, 33));
+        })
+        .unwrap();
+    let news = place.link.reader.changes().unwrap().expect("news");
+    let rows = &news.rows;
+    let read = (
+        rows.ports.len(),
+        rows.removed_ports.len(),
+        rows.containers.len(),
+    );
+    assert_eq!((news.whole, read), (false, (1, 1, 1)));
+    assert_eq!(plan(&place.link.known, &news).len(), 2, "steps");
+    place.link.note_containers(&news, now);
+    let due = place.link.due();
+    let due: Vec<u16> = due.iter().map(|it| it.host_port).collect();
+    assert_eq!(due, [1030, 1031, 1032, 1033], "ports of the one container");
+
+    let later = now + LIFT_ALL_INTERVAL;
+    place.link.tick(later);
+    let all = place.link.look(later).expect("all of it");
+    assert!(all.whole && all.rows.ports.len() == 40);
+    let status = place.status(seen(1014, 1).key());
+    assert_eq!(status.state, PortState::Serving);
+}
+
+#[test]
+fn statuses_of_ports_go_once_control_has_let_go_of_them_or_knows_none() {
+    let mut place = Place::new();
+    let now = Instant::now();
+    let keys: Vec<PortKey> = (1..=3).map(|port| seen(port, 1).key()).collect();
+    let told = |place: &Place| -> Vec<(u16, PortState)> {
+        let mut reader = ObservedReader::at(&place.observed);
+        let snapshot = reader.snapshot().unwrap();
+        let ports = snapshot.ports.iter();
+        ports.map(|it| (it.key.host_port, it.state)).collect()
+    };
+    // As an earlier life has left it.
+    let earlier = PortStatus::new(
+        seen(9, 1).key(),
+        KernelId([1; 16]),
+        RegionId([1; 16]),
+        PortState::Serving,
+    );
+    let removed = removed(
+        earlier.key,
+        earlier.kernel_id,
+        earlier.region_id,
+        Generation(1),
+    );
+    place.link.publish(Changes {
+        put: vec![removed],
+        ..Changes::default()
+    });
+    place
+        .desired
+        .batch(|batch| (1..=3).for_each(|port| batch.put_port(seen(port, 1))))
+        .unwrap();
+    place.link.look(now).expect("news");
+    let serving = |port| (port, PortState::Serving);
+    assert_eq!(told(&place), [1, 2, 3].map(serving));
+
+    place
+        .desired
+        .batch(|batch| keys[..2].iter().for_each(|key| batch.remove_port(*key)))
+        .unwrap();
+    place.link.look(now).expect("news");
+    let gone = |port| (port, PortState::Removed);
+    assert_eq!(told(&place), [gone(1), gone(2), serving(3)]);
+    let answered = ObservedReader::at(&place.observed).snapshot().unwrap();
+    assert_eq!(place.desired.release_acknowledged(&answered), 2);
+    // One of them is wanted again at once.
+    place
+        .desired
+        .batch(|batch| batch.put_port(seen(2, 1)))
+        .unwrap();
+    place.link.look(now).expect("news");
+    assert_eq!(told(&place), [2, 3].map(serving));
+    assert!(place.link.settling.is_empty() && place.link.ended.is_empty());
+}
+
+#[test]
+fn room_of_rows_that_have_gone_is_given_back_once() {
+    let mut ebb = Ebb::default();
+    let rows = [0, 90, 0, 2000, 1001, 1000, 1000, 0, 0, 99, 0];
+    let come = rows.map(|rows| ebb.has_come(rows));
+    let at: Vec<usize> = (0..rows.len()).filter(|at| come[*at]).collect();
+    assert_eq!(at, [5, 7]);
+}

@@ -7,7 +7,7 @@ use super::{ContainerRow, NodeRow, PortKey, PortRow, Removed, table};
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawNode, RegionKind, Sizes};
 use crate::region::{Mapped, ReadError, RegionReader, Snapshotted, WriterLife};
-use crate::table::{Moved, copy_table, single};
+use crate::table::{Moved, Rows, Seen, copy_table, copy_written, single};
 
 /// Everything the desired region says at one committed generation.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -41,14 +41,18 @@ impl DesiredSnapshot {
     }
 
     pub(super) fn copy(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
-        let epoch = mapped.epoch();
-        let ports = copy_table::<PortRow>(mapped, committed)?;
-        let containers = copy_table::<ContainerRow>(mapped, committed)?;
-        let node = single::<RawNode>(mapped, table::NODE, committed)?;
-        Ok(Self {
-            region_id: mapped.region_id(),
-            epoch,
-            committed,
+        Ok(Self::of(
+            Head::copy(mapped, committed)?,
+            copy_table::<PortRow>(mapped, committed)?,
+            copy_table::<ContainerRow>(mapped, committed)?,
+        ))
+    }
+
+    fn of(head: Head, ports: Rows<PortRow>, containers: Rows<ContainerRow>) -> Self {
+        Self {
+            region_id: head.region_id,
+            epoch: head.epoch,
+            committed: head.committed,
             ports: ports.used,
             removed_ports: ports
                 .removed
@@ -69,10 +73,55 @@ impl DesiredSnapshot {
                     generation: row.generation,
                 })
                 .collect(),
-            node: node.as_ref().map(NodeRow::from_raw),
+            node: head.node,
             invalid_rows: ports.invalid.saturating_add(containers.invalid),
+        }
+    }
+}
+
+/// What a region says beside its tables.
+struct Head {
+    region_id: RegionId,
+    epoch: u64,
+    committed: Generation,
+    node: Option<NodeRow>,
+}
+
+impl Head {
+    fn copy(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
+        let node = single::<RawNode>(mapped, table::NODE, committed)?;
+        Ok(Self {
+            region_id: mapped.region_id(),
+            epoch: mapped.epoch(),
+            committed,
+            node: node.as_ref().map(NodeRow::from_raw),
         })
     }
+}
+
+/// What was written into the desired region since the changes before.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DesiredChanges {
+    /// The region as now, with no other rows than those that were written.
+    pub rows: DesiredSnapshot,
+    /// All rows there are are among these: what the reader knew before says nothing of this region, or
+    /// some rows make no sense.
+    pub whole: bool,
+    /// Ports that have no row any more, not even a removed one. None when all rows are told.
+    pub freed_ports: Vec<PortKey>,
+    /// The same of containers.
+    pub freed_containers: Vec<ContainerId>,
+}
+
+/// What the changes so far were read from.
+#[derive(Debug, Default)]
+struct Followed {
+    /// Region, life of its writer, generation.
+    mark: Option<(RegionId, u64, Generation)>,
+    /// The tables below say what the region said then.
+    known: bool,
+    ports: Seen<PortKey>,
+    containers: Seen<ContainerId>,
 }
 
 /// The reading end of a desired region. Finds the file again when it is replaced.
@@ -80,6 +129,7 @@ impl DesiredSnapshot {
 pub struct DesiredReader {
     region: RegionReader,
     last: Option<Arc<DesiredSnapshot>>,
+    followed: Followed,
 }
 
 impl DesiredReader {
@@ -89,6 +139,7 @@ impl DesiredReader {
         Self {
             region: RegionReader::at(directory.as_ref(), RegionKind::Desired),
             last: None,
+            followed: Followed::default(),
         }
     }
 
@@ -143,6 +194,62 @@ impl DesiredReader {
         let fresh = Arc::new(fresh);
         self.last = Some(Arc::clone(&fresh));
         Ok(fresh)
+    }
+
+    /// What was written since the last call; `None` when nothing was (one `stat` then). Of a row that was
+    /// not written only its generation is read. On an error the next call tells of all that this one would
+    /// have.
+    pub fn changes(&mut self) -> Result<Option<DesiredChanges>, ReadError> {
+        let mapped = self.region.refresh()?;
+        let now = (mapped.region_id(), mapped.epoch(), mapped.committed());
+        if self.followed.mark == Some(now) {
+            return Ok(None);
+        }
+        // One that says nothing yet tells all when it does.
+        let goes_on = |(region, _, committed)| region == now.0 && committed != Generation(0);
+        if !self.followed.known || !self.followed.mark.is_some_and(goes_on) {
+            self.followed = Followed::default();
+        }
+        let Followed {
+            known,
+            ports,
+            containers,
+            ..
+        } = &self.followed;
+        let whole = !known;
+        let (head, ports, containers) = self.region.consistent(|mapped, committed| {
+            let copied = Head::copy(mapped, committed).and_then(|head| {
+                Ok((
+                    head,
+                    copy_written::<PortRow>(mapped, committed, ports)?,
+                    copy_written::<ContainerRow>(mapped, committed, containers)?,
+                ))
+            });
+            match copied {
+                Ok(copied) => Snapshotted::Whole(copied),
+                Err(Moved) => Snapshotted::Moved,
+            }
+        })?;
+        let ports = self.followed.ports.take(ports);
+        let containers = self.followed.containers.take(containers);
+        let rows = DesiredSnapshot::of(head, ports.rows, containers.rows);
+        self.followed.known = rows.invalid_rows == 0;
+        if !self.followed.known && !whole {
+            self.forget_changes();
+            return self.changes();
+        }
+        self.followed.mark = Some((rows.region_id, rows.epoch, rows.committed));
+        Ok(Some(DesiredChanges {
+            rows,
+            whole,
+            freed_ports: ports.freed,
+            freed_containers: containers.freed,
+        }))
+    }
+
+    /// Has the next [`DesiredReader::changes`] tell all rows.
+    pub fn forget_changes(&mut self) {
+        self.followed = Followed::default();
     }
 
     /// The last good copy, however old.

@@ -162,36 +162,47 @@ impl DesiredWriter {
         }
         self.region.may_write()?;
         let generation = self.region.allocate();
-        // The indexes change only together with the rows.
-        let mut ports = self.ports.clone();
-        let mut containers = self.containers.clone();
         self.staged.clear();
-        for change in batch.changes {
+        if let Err(err) = self.stage(batch.changes, generation) {
+            self.ports.roll_back();
+            self.containers.roll_back();
+            return Err(err);
+        }
+        self.commit(generation);
+        Ok(generation)
+    }
+
+    fn stage(&mut self, changes: Vec<Change>, generation: Generation) -> Result<(), BatchError> {
+        let Self {
+            region,
+            ports,
+            containers,
+            staged,
+            ..
+        } = self;
+        for change in changes {
             match change {
-                Change::PutPort(row) => put(&mut ports, &row, &mut self.staged)?,
+                Change::PutPort(row) => put(ports, &row, staged)?,
                 Change::RemovePort(key) => {
-                    bury::<PortRow>(&self.region, &mut ports, &key, generation, &mut self.staged);
+                    bury::<PortRow>(region, ports, key, generation, staged);
                 }
-                Change::PutContainer(row) => {
-                    put(&mut containers, &row, &mut self.staged)?;
+                Change::PutContainer(row) => put(containers, &row, staged)?,
+                Change::RemoveContainer(id) => {
+                    bury::<ContainerRow>(region, containers, id, generation, staged);
                 }
-                Change::RemoveContainer(id) => bury::<ContainerRow>(
-                    &self.region,
-                    &mut containers,
-                    &id,
-                    generation,
-                    &mut self.staged,
-                ),
                 Change::Node(row) => {
-                    self.staged
-                        .raw(self.region.table(table::NODE), 0, &row.to_raw());
+                    staged.raw(region.table(table::NODE), 0, &row.to_raw());
                 }
             }
         }
-        self.ports = ports;
-        self.containers = containers;
+        Ok(())
+    }
+
+    /// Makes what is staged visible.
+    fn commit(&mut self, generation: Generation) {
         self.staged.commit(&mut self.region, generation);
-        Ok(generation)
+        self.ports.settle();
+        self.containers.settle();
     }
 
     /// Frees the rows of removed ports and containers whose removal `observed` acknowledges.
@@ -224,16 +235,12 @@ impl DesiredWriter {
         let generation = self.region.allocate();
         self.staged.clear();
         for key in &ports {
-            if let Some(row) = self.ports.release(key) {
-                self.staged.free(self.ports.table, row);
-            }
+            self.ports.remove(key, &mut self.staged);
         }
         for id in &containers {
-            if let Some(row) = self.containers.release(id) {
-                self.staged.free(self.containers.table, row);
-            }
+            self.containers.remove(id, &mut self.staged);
         }
-        self.staged.commit(&mut self.region, generation);
+        self.commit(generation);
         ports.len() + containers.len()
     }
 
@@ -255,38 +262,29 @@ fn put<R: KeyedRow>(
     staged: &mut Staged,
 ) -> Result<(), BatchError> {
     let key = row.key();
-    if index
-        .entries
-        .get(&key)
-        .is_some_and(|entry| entry.removed.is_some())
-    {
+    if index.removed.contains_key(&key) {
         return Err(BatchError::RemovalPending {
             key: format!("{key:?}"),
         });
     }
-    let raw = row.to_raw()?;
-    let (place, _) = index.place(key)?;
-    staged.raw(index.table, place, &raw);
-    Ok(())
+    index.put(row, staged)
 }
 
 /// Marks a row removed, keeping what it says, so that readers know what to take down.
 fn bury<R: KeyedRow>(
     region: &RegionWriter,
     index: &mut Index<R::Key>,
-    key: &R::Key,
+    key: R::Key,
     generation: Generation,
     staged: &mut Staged,
 ) {
-    let table = index.table;
-    let Some(entry) = index.entries.get_mut(key) else {
+    let Some(row) = index.entries.get(&key).copied() else {
         return;
     };
-    if entry.removed.is_some() {
+    if index.removed.contains_key(&key) {
         return;
     }
-    entry.removed = Some(generation);
-    let row = entry.row;
+    let table = index.table;
     let mut bytes = vec![0u8; R::Raw::INFO.size];
     region
         .cell(&table, row)
@@ -296,10 +294,10 @@ fn bury<R: KeyedRow>(
         staged
             .space(table, row, bytes.len())
             .copy_from_slice(&bytes);
+        index.bury(key, generation);
     } else {
         // Put earlier in this very batch: nobody ever saw it.
-        index.release(key);
-        staged.free(table, row);
+        index.remove(&key, staged);
     }
 }
 
@@ -307,9 +305,8 @@ fn removed<K: Copy>(
     index: &Index<K>,
     applied: Generation,
 ) -> impl Iterator<Item = (K, Generation)> + '_ {
-    index
-        .entries
-        .iter()
-        .filter_map(|(key, entry)| Some((*key, entry.removed?)))
+    let removed = index.removed.iter();
+    removed
+        .map(|(key, generation)| (*key, *generation))
         .filter(move |(_, generation)| *generation <= applied)
 }

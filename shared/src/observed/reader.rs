@@ -11,7 +11,7 @@ use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawApplied, RawBank, RawNodeSample, RawProcess, RawRow, RegionKind, Sizes};
 use crate::region::{Mapped, ReadError, RegionReader, Snapshotted, WriterLife, copy_words};
-use crate::table::{Moved, copy_table, single};
+use crate::table::{Kept, Moved, copy_table, copy_written, single};
 
 /// Everything the observed region says at one committed generation, except processes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -24,10 +24,10 @@ pub struct ObservedSnapshot {
     pub committed: Generation,
     /// How far the desired region has been looked at.
     pub applied: Option<Applied>,
-    /// What became of ports, sorted by key.
-    pub ports: Vec<PortStatus>,
-    /// Samples of containers, sorted by id.
-    pub containers: Vec<ContainerSample>,
+    /// What became of ports, sorted by key. The same list as in the snapshot before when none was written.
+    pub ports: Arc<Vec<PortStatus>>,
+    /// Samples of containers, sorted by id. The same list as in the snapshot before when none was written.
+    pub containers: Arc<Vec<ContainerSample>>,
     /// Accelerators, sorted by key.
     pub accelerators: Vec<AcceleratorRow>,
     /// The node.
@@ -60,9 +60,23 @@ impl ObservedSnapshot {
     }
 
     fn copy(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
-        let epoch = mapped.epoch();
         let ports = copy_table::<PortStatus>(mapped, committed)?;
         let containers = copy_table::<ContainerSample>(mapped, committed)?;
+        let rest = Self::copy_rest(mapped, committed)?;
+        Ok(Self {
+            ports: Arc::new(ports.used),
+            containers: Arc::new(containers.used),
+            invalid_rows: rest
+                .invalid_rows
+                .saturating_add(ports.invalid)
+                .saturating_add(containers.invalid),
+            ..rest
+        })
+    }
+
+    /// All but ports and containers.
+    fn copy_rest(mapped: &Mapped, committed: Generation) -> Result<Self, Moved> {
+        let epoch = mapped.epoch();
         let accelerators = copy_table::<AcceleratorRow>(mapped, committed)?;
         let applied = single::<RawApplied>(mapped, table::APPLIED, committed)?;
         let node = single::<RawNodeSample>(mapped, table::NODE, committed)?;
@@ -70,18 +84,22 @@ impl ObservedSnapshot {
             region_id: mapped.region_id(),
             epoch,
             committed,
-            applied: applied.as_ref().map(Applied::from_raw),
-            ports: ports.used,
-            containers: containers.used,
+            ports: Arc::default(),
+            containers: Arc::default(),
             accelerators: accelerators.used,
+            applied: applied.as_ref().map(Applied::from_raw),
             node: node.as_ref().map(NodeSample::from_raw),
             processes: copy_process_counts(mapped, committed)?,
-            invalid_rows: ports
-                .invalid
-                .saturating_add(containers.invalid)
-                .saturating_add(accelerators.invalid),
+            invalid_rows: accelerators.invalid,
         })
     }
+}
+
+/// The tables of the last snapshot.
+#[derive(Debug, Default)]
+struct Tables {
+    ports: Kept<PortStatus>,
+    containers: Kept<ContainerSample>,
 }
 
 /// Processes of containers in the last listing.
@@ -114,6 +132,7 @@ pub struct Processes {
 pub struct ObservedReader {
     region: RegionReader,
     last: Option<Arc<ObservedSnapshot>>,
+    tables: Tables,
 }
 
 impl ObservedReader {
@@ -123,6 +142,7 @@ impl ObservedReader {
         Self {
             region: RegionReader::at(directory.as_ref(), RegionKind::Observed),
             last: None,
+            tables: Tables::default(),
         }
     }
 
@@ -158,7 +178,8 @@ impl ObservedReader {
     }
 
     /// A consistent copy of everything but processes; the last one again when nothing was committed
-    /// since (one `stat` then). On an error the last good copy is still [`ObservedReader::last`].
+    /// since (one `stat` then). Of ports and containers only rows that were written since are copied. On an
+    /// error the last good copy is still [`ObservedReader::last`].
     pub fn snapshot(&mut self) -> Result<Arc<ObservedSnapshot>, ReadError> {
         let mapped = self.region.refresh()?;
         if let Some(last) = &self.last
@@ -168,7 +189,32 @@ impl ObservedReader {
         {
             return Ok(Arc::clone(last));
         }
-        let fresh = Arc::new(self.read(ObservedSnapshot::copy)?);
+        let known = self.last.as_ref().filter(|it| it.invalid_rows == 0);
+        if known.is_none_or(|it| it.region_id != mapped.region_id()) {
+            self.tables = Tables::default();
+        }
+        let Tables { ports, containers } = &self.tables;
+        let (ports, containers, mut fresh) = self.region.consistent(|mapped, committed| {
+            let copied = ObservedSnapshot::copy_rest(mapped, committed).and_then(|rest| {
+                let ports = copy_written::<PortStatus>(mapped, committed, &ports.seen)?;
+                let containers =
+                    copy_written::<ContainerSample>(mapped, committed, &containers.seen)?;
+                Ok((ports, containers, rest))
+            });
+            match copied {
+                Ok(copied) => Snapshotted::Whole(copied),
+                Err(Moved) => Snapshotted::Moved,
+            }
+        })?;
+        let invalid = self.tables.ports.take(ports) + self.tables.containers.take(containers);
+        if invalid == 0 {
+            fresh.ports = Arc::clone(&self.tables.ports.rows);
+            fresh.containers = Arc::clone(&self.tables.containers.rows);
+        } else {
+            self.tables = Tables::default();
+            fresh = self.read(ObservedSnapshot::copy)?;
+        }
+        let fresh = Arc::new(fresh);
         self.last = Some(Arc::clone(&fresh));
         Ok(fresh)
     }

@@ -11,16 +11,16 @@ use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawBank, RawProcess, RawRow, RegionKind, Sizes};
 use crate::lock::{Ousted, WriterLock};
 use crate::region::{OpenError, RegionWriter, Start, words_of};
-use crate::table::{BatchError, Index, KeyedRow, Staged};
+use crate::table::{BatchError, Index, Staged};
 
 /// The writing end of the observed region: one per directory.
 #[derive(Debug)]
 pub struct ObservedWriter {
     region: RegionWriter,
     start: Start,
-    ports: Changing<PortKey>,
-    containers: Changing<ContainerId>,
-    accelerators: Changing<AcceleratorKey>,
+    ports: Index<PortKey>,
+    containers: Index<ContainerId>,
+    accelerators: Index<AcceleratorKey>,
     /// Rows of the last list of samples, in its order: the next one is nearly always of the same
     /// containers, so none is looked up. Empty after a removal.
     rows: Vec<(ContainerId, u32)>,
@@ -134,9 +134,9 @@ impl ObservedWriter {
         Ok(Self {
             region,
             start,
-            ports: Changing::new(ports),
-            containers: Changing::new(containers),
-            accelerators: Changing::new(accelerators),
+            ports,
+            containers,
+            accelerators,
             rows: Vec::new(),
             staged,
         })
@@ -180,17 +180,17 @@ impl ObservedWriter {
 
     /// Keys of the port rows there are: an earlier life's too.
     pub fn port_keys(&self) -> impl Iterator<Item = PortKey> + '_ {
-        self.ports.keys()
+        self.ports.entries.keys().copied()
     }
 
     /// Ids of the container rows there are: an earlier life's too.
     pub fn container_ids(&self) -> impl Iterator<Item = ContainerId> + '_ {
-        self.containers.keys()
+        self.containers.entries.keys().copied()
     }
 
     /// Keys of the accelerator rows there are: an earlier life's too.
     pub fn accelerator_keys(&self) -> impl Iterator<Item = AcceleratorKey> + '_ {
-        self.accelerators.keys()
+        self.accelerators.entries.keys().copied()
     }
 
     /// Leaves a sign of life; call it about once a second. Answers whether the file had to be made
@@ -227,7 +227,6 @@ impl ObservedWriter {
         self.region.may_write()?;
         self.staged.clear();
         if let Err(err) = self.stage(&batch.changes) {
-            // The indexes change only together with the rows.
             self.ports.roll_back();
             self.containers.roll_back();
             self.accelerators.roll_back();
@@ -284,87 +283,18 @@ impl ObservedWriter {
 
     /// Samples go into their rows at once: there are many, and nothing of them can be refused.
     fn store_samples(&self, samples: &Samples, generation: Generation) {
-        let Index { table, entries, .. } = &self.containers.index;
+        let Index { table, entries, .. } = &self.containers;
         for (at, (id, bytes)) in samples.raw().enumerate() {
             let known = self.rows.get(at).filter(|(known, _)| *known == id);
             let row = match known {
                 Some((_, row)) => *row,
                 // One that was removed later in the same batch has none.
                 None => match entries.get(&id) {
-                    Some(entry) => entry.row,
+                    Some(row) => *row,
                     None => continue,
                 },
             };
             self.region.write(table, row, generation, words_of(bytes));
-        }
-    }
-}
-
-/// An index and what the batch under way has done to it.
-#[derive(Debug)]
-struct Changing<K> {
-    index: Index<K>,
-    steps: Vec<Step<K>>,
-}
-
-#[derive(Debug)]
-enum Step<K> {
-    Placed(K),
-    Released(K, u32),
-}
-
-impl<K: Copy + Eq + std::hash::Hash> Changing<K> {
-    fn new(index: Index<K>) -> Self {
-        Self {
-            index,
-            steps: Vec::new(),
-        }
-    }
-
-    fn keys(&self) -> impl Iterator<Item = K> + '_ {
-        self.index.entries.keys().copied()
-    }
-
-    fn place(&mut self, key: K) -> Result<u32, BatchError> {
-        let (row, fresh) = self.index.place(key)?;
-        if fresh {
-            self.steps.push(Step::Placed(key));
-        }
-        Ok(row)
-    }
-
-    fn put<R: KeyedRow<Key = K>>(
-        &mut self,
-        row: &R,
-        staged: &mut Staged,
-    ) -> Result<(), BatchError> {
-        let raw = row.to_raw()?;
-        let place = self.place(row.key())?;
-        staged.raw(self.index.table, place, &raw);
-        Ok(())
-    }
-
-    fn remove(&mut self, key: &K, staged: &mut Staged) {
-        if let Some(row) = self.index.release(key) {
-            self.steps.push(Step::Released(*key, row));
-            staged.free(self.index.table, row);
-        }
-    }
-
-    /// The batch is visible.
-    fn settle(&mut self) {
-        self.steps.clear();
-    }
-
-    /// The batch was refused.
-    fn roll_back(&mut self) {
-        while let Some(step) = self.steps.pop() {
-            match step {
-                Step::Placed(key) => {
-                    self.index.release(&key);
-                }
-                Step::Released(key, row) => self.index.restore(key, row),
-            }
         }
     }
 }

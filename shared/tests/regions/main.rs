@@ -14,8 +14,9 @@ use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, MigInstance, Nearness,
-    NodeCounters, NodeSample, ObservedReader, ObservedWriter, PortState, PortStatus,
-    ProcessCounters, ProcessCounts, ProcessSample, Processes, RelayEngine, Samples, Source,
+    NodeCounters, NodeSample, ObservedReader, ObservedSnapshot, ObservedWriter, PortState,
+    PortStatus, ProcessCounters, ProcessCounts, ProcessSample, Processes, RelayEngine, Samples,
+    Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -342,6 +343,91 @@ fn used_rows(directory: &TempDir) -> [u64; 2] {
         file.read_exact_at(&mut word, offset).expect("a header");
         u64::from_le_bytes(word)
     })
+}
+
+#[test]
+fn of_changes_only_rows_that_were_written_are_told() {
+    let directory = directory();
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    let mut reader = DesiredReader::open(directory.path()).unwrap();
+    let silent = reader.changes().unwrap().expect("the first look");
+    assert_eq!((silent.whole, silent.rows.committed), (true, Generation(0)));
+    writer
+        .batch(|batch| {
+            (1..4).for_each(|number| batch.put_port(port(number)));
+            (1..3).for_each(|number| batch.put_container(container(number)));
+        })
+        .unwrap();
+    let told = |reader: &mut DesiredReader| {
+        let changes = reader.changes().unwrap()?;
+        let rows = &changes.rows;
+        assert_eq!(rows.invalid_rows, 0);
+        let ports: Vec<u16> = rows.ports.iter().map(|row| row.host_port).collect();
+        let removed: Vec<u16> = rows
+            .removed_ports
+            .iter()
+            .map(|it| it.key.host_port)
+            .collect();
+        let freed: Vec<u16> = changes.freed_ports.iter().map(|it| it.host_port).collect();
+        let containers = rows.containers.len() + rows.removed_containers.len();
+        let containers = (containers, changes.freed_containers.len());
+        Some((changes.whole, ports, removed, freed, containers))
+    };
+    let all = (true, vec![1, 2, 3], vec![], vec![], (2, 0));
+    assert_eq!(told(&mut reader).expect("it speaks"), all);
+    assert_eq!(told(&mut reader), None, "nothing was written");
+
+    writer.batch(|batch| batch.put_port(port(2))).unwrap();
+    let one = (false, vec![2], vec![], vec![], (0, 0));
+    assert_eq!(told(&mut reader), Some(one));
+    let removed = writer.batch(|batch| {
+        batch.remove_port(key(1));
+        batch.remove_container(ContainerId([1; 32]));
+    });
+    let gone = (false, vec![], vec![1], vec![], (1, 0));
+    assert_eq!(told(&mut reader), Some(gone));
+    let observed = ObservedSnapshot {
+        applied: Some(Applied {
+            region_id: writer.region_id(),
+            epoch: writer.epoch(),
+            generation: removed.unwrap(),
+        }),
+        ..ObservedSnapshot::default()
+    };
+    assert_eq!(writer.release_acknowledged(&observed), 2);
+    let freed = (false, vec![], vec![], vec![1], (0, 1));
+    assert_eq!(told(&mut reader), Some(freed));
+
+    // The next life of the writer says it all by having written nothing; who wants all rows asks.
+    drop(writer);
+    let mut writer = DesiredWriter::open(directory.path(), SIZES).unwrap();
+    assert_eq!(told(&mut reader).expect("another life").1, [0; 0]);
+    reader.forget_changes();
+    assert_eq!(told(&mut reader).expect("asked for").1, [2, 3]);
+
+    // A row that makes no sense may be any port's: all are told while there is one.
+    let file = std::fs::File::options()
+        .write(true)
+        .open(directory.path().join("desired"))
+        .unwrap();
+    writer.batch(|batch| batch.put_port(port(2))).unwrap();
+    // The port's number in both slots of the second row (docs/shared-memory.md).
+    for slot in [0, 8 + 336] {
+        file.write_all_at(&[0; 2], 4096 + 704 + slot + 8 + 4)
+            .unwrap();
+    }
+    let damaged = reader.changes().unwrap().expect("news");
+    assert_eq!((damaged.whole, damaged.rows.invalid_rows), (true, 1));
+    assert_eq!(damaged.rows.ports.len(), 1);
+    assert_eq!(told(&mut reader), None, "nothing was written");
+    writer.batch(|batch| batch.put_port(port(2))).unwrap();
+    assert_eq!(told(&mut reader).expect("put right").1, [2, 3]);
+
+    // Larger tables are another region.
+    drop(writer);
+    let larger = Sizes { ports: 9, ..SIZES };
+    let _writer = DesiredWriter::open(directory.path(), larger).unwrap();
+    assert_eq!(told(&mut reader).expect("another region").1, [2, 3]);
 }
 
 #[test]

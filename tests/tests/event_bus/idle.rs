@@ -1,6 +1,7 @@
 //! The manager's own checker of idle sessions judges by the records that are published here.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -91,7 +92,7 @@ async fn only_a_kernel_that_is_read_can_be_found_idle() -> Result<()> {
         };
         let told = |n: u8| (n != 3 || second <= 10).then_some(0);
         let snapshot = ObservedSnapshot {
-            containers: read.iter().map(|n| resting(*n, second)).collect(),
+            containers: Arc::new(read.iter().map(|n| resting(*n, second)).collect()),
             accelerators: [1, 2, 3, 5].map(|n| card(n, told(n))).to_vec(),
             ..ObservedSnapshot::default()
         };

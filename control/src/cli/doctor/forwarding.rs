@@ -268,7 +268,7 @@ pub(super) fn paths(statuses: &[PortStatus]) -> Finding {
 pub(super) fn statuses(directory: &Path) -> Vec<PortStatus> {
     ObservedReader::at(directory)
         .snapshot()
-        .map(|snapshot| snapshot.ports.clone())
+        .map(|snapshot| snapshot.ports.to_vec())
         .unwrap_or_default()
 }
 

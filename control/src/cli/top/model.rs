@@ -207,7 +207,7 @@ impl Model {
             .filter(|row| !row.service.is_empty())
             .map(|row| (row.key(), row.service.as_str()))
             .collect();
-        for status in &look.observed.ports {
+        for status in look.observed.ports.iter() {
             if status.state == PortState::Removed {
                 continue;
             }
@@ -247,7 +247,7 @@ impl Model {
                 of.push(&port.service);
             }
         }
-        for sample in &look.observed.containers {
+        for sample in look.observed.containers.iter() {
             let mut past = before.remove(&sample.container_id).unwrap_or_default();
             // A new one has no sample before.
             if past.sample.taken_monotonic_ns > 0 {

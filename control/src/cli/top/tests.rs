@@ -127,11 +127,12 @@ fn look(second: u64) -> Look {
     };
     Look {
         observed: Arc::new(ObservedSnapshot {
-            containers: [1, 2, 3].map(|byte| container(byte, second)).to_vec(),
+            containers: Arc::new([1, 2, 3].map(|byte| container(byte, second)).to_vec()),
             ports: vec![
                 port(30_000, 1, PortState::Serving, "", second),
                 port(30_001, 2, PortState::Refused, "address in use", second),
-            ],
+            ]
+            .into(),
             accelerators: vec![card],
             node: Some(node),
             ..ObservedSnapshot::default()
@@ -320,7 +321,7 @@ fn ports_of_one_number_are_two() {
         let mut datagrams = observed.ports[0].clone();
         datagrams.key.protocol = Protocol::Udp;
         (datagrams.bytes_in, datagrams.bytes_out) = (second * 10, 0);
-        observed.ports.insert(1, datagrams);
+        Arc::make_mut(&mut observed.ports).insert(1, datagrams);
         model.observe(&look);
     }
     let rates: Vec<_> = model.ports.iter().map(|line| line.rates).collect();

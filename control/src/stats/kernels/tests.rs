@@ -47,7 +47,7 @@ fn gpu(used: u64, total: u64, permille: Option<u64>) -> AcceleratorRow {
 
 fn snapshot(sample: ContainerSample, accelerators: Vec<AcceleratorRow>) -> ObservedSnapshot {
     ObservedSnapshot {
-        containers: vec![sample],
+        containers: vec![sample].into(),
         accelerators,
         node: Some(NodeSample {
             counters: NodeCounters {

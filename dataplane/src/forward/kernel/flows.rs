@@ -3,7 +3,6 @@
 //! In: the maps of the programs. Out: a [`KernelPort`] per service. Invariant: what no service
 //! stands for is out of the table after a sweep.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use aya::maps::MapData;
 use ebpf::map;
 use ebpf::records::{PortCounters, PortFlows, ServiceKey, SweepOrder};
 
-use super::{KernelPath, KernelPathError, Served};
+use super::{KernelPath, KernelPathError, Served, Services};
 use crate::forward::relay::port::Counters;
 use crate::sys::bpf::{self, Table};
 
@@ -98,7 +97,7 @@ impl Tables {
         })
     }
 
-    fn read(&mut self, served: &BTreeMap<ServiceKey, Served>) -> io::Result<()> {
+    fn read(&mut self, served: &Services<Served>) -> io::Result<()> {
         self.counters.read(|key, values| {
             if let Some(served) = served.get(key) {
                 served.port.note_counters(values);
@@ -107,7 +106,7 @@ impl Tables {
         self.read_flows(served)
     }
 
-    fn read_flows(&mut self, served: &BTreeMap<ServiceKey, Served>) -> io::Result<()> {
+    fn read_flows(&mut self, served: &Services<Served>) -> io::Result<()> {
         self.active.read(|key, flows| {
             if let (Some(served), [flows]) = (served.get(key), flows) {
                 served.port.note_flows(flows);
@@ -162,7 +161,7 @@ impl KernelPath {
     /// Reads something of all ports by `tables`, or by `one` of each.
     fn read_all(
         &mut self,
-        tables: impl Fn(&mut Tables, &BTreeMap<ServiceKey, Served>) -> io::Result<()>,
+        tables: impl Fn(&mut Tables, &Services<Served>) -> io::Result<()>,
         one: impl Fn(&Self, ServiceKey, &KernelPort),
     ) {
         if self.served.len() >= MANY
@@ -176,7 +175,7 @@ impl KernelPath {
                 }
             }
         }
-        for (key, served) in &self.served {
+        for (key, served) in self.served.iter() {
             one(self, *key, &served.port);
         }
     }

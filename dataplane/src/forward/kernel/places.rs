@@ -58,26 +58,49 @@ impl KernelPath {
         self.changed_at.is_some() || routes || !self.concerned.is_empty()
     }
 
-    /// Keeps everybody but this host away from the runners of these containers. A link that is not
-    /// there yet is to be offered again.
-    pub fn guard<'a>(&mut self, containers: impl Iterator<Item = &'a ContainerRow>) {
-        let links: BTreeSet<u32> = containers
-            .filter(|it| !it.host_network)
-            .flat_map(|it| it.link_indexes.iter().copied())
-            .collect();
-        for link in &links {
-            let place = (Side::Guard, *link);
-            if self.attached.contains(&place) || self.placing.contains_key(&place) {
+    /// Keeps everybody but this host away from the runner of a container whose row came, went or changed,
+    /// with [`Self::guard_waiting`].
+    pub fn guard(&mut self, before: Option<&ContainerRow>, now: Option<&ContainerRow>) {
+        let links = |row: Option<&ContainerRow>| -> BTreeSet<u32> {
+            let row = row.filter(|it| !it.host_network).into_iter();
+            row.flat_map(|it| it.link_indexes.iter().copied()).collect()
+        };
+        for link in links(now) {
+            *self.guarded.entry(link).or_default() += 1;
+            self.note_unguarded(link);
+        }
+        for link in links(before) {
+            let Some(containers) = self.guarded.get_mut(&link) else {
                 continue;
+            };
+            *containers -= 1;
+            if *containers == 0 {
+                self.guarded.remove(&link);
+                self.unguarded.remove(&link);
             }
-            self.look_for(*link);
-            let interface = self.interfaces.get(link);
+        }
+    }
+
+    fn note_unguarded(&mut self, link: u32) {
+        let place = (Side::Guard, link);
+        let guarded = self.attached.contains(&place) || self.placing.contains_key(&place);
+        if !guarded && self.guarded.contains_key(&link) {
+            self.unguarded.insert(link);
+        }
+    }
+
+    /// Has guards attached where there are none yet. A link that is not there is tried again the next time.
+    pub fn guard_waiting(&mut self) {
+        for link in std::mem::take(&mut self.unguarded) {
+            self.look_for(link);
+            let interface = self.interfaces.get(&link);
             if interface.is_some_and(|it| it.kind == "veth" && it.peer_elsewhere) {
+                let place = (Side::Guard, link);
                 self.refused.remove(&place);
                 self.want(place);
             }
+            self.note_unguarded(link);
         }
-        self.guarded = links;
     }
 
     pub(super) fn note_changes(&mut self, now: Instant) {
@@ -311,17 +334,11 @@ impl KernelPath {
             Side::Uplink => self.note_uplinks(),
             Side::Container => {
                 // Services that count on a program of an earlier process can't go on without one.
-                if self.awaited.remove(&index)
-                    || (fails
-                        && self
-                            .served
-                            .values()
-                            .any(|it| it.service.link_index == index))
-                {
+                if self.awaited.remove(&index) || (fails && self.served.has_link(index)) {
                     self.concerned.links.insert(index);
                 }
             }
-            Side::Guard => {}
+            Side::Guard => self.note_unguarded(index),
         }
     }
 
@@ -547,9 +564,13 @@ impl KernelPath {
         self.attached.remove(&place);
         self.inherited.remove(&place);
         self.placing.remove(&place);
-        if side == Side::Container {
-            self.awaited.remove(&index);
-            self.unused.remove(&index);
+        match side {
+            Side::Container => {
+                self.awaited.remove(&index);
+                self.unused.remove(&index);
+            }
+            Side::Guard => self.note_unguarded(index),
+            Side::Uplink => {}
         }
         self.placer.detach(place);
     }

@@ -389,10 +389,7 @@ impl KernelPath {
             return Ok(Arc::clone(&served.port));
         }
         let fails = |name| move |source| KernelPathError::Map { name, source };
-        let same_place = |it: &Served| {
-            (it.service.link_index, it.service.target) == (service.link_index, service.target)
-        };
-        if !self.served.values().any(same_place) {
+        if !self.served.leads_to(service.link_index, service.target) {
             self.count_delivered(row.link_index)?;
             self.tell_bridge(row.link_index)?;
             if let Ok(hooks) = &mut self.hooks {
@@ -466,11 +463,12 @@ impl KernelPath {
     /// Takes no new flows for a port; those there are go on. False when it is not served here.
     pub fn drain(&mut self, key: PortKey) -> bool {
         let key = key_of(key);
-        let Some(served) = self.served.get_mut(&key) else {
+        let Some(served) = self.served.get(&key) else {
             return false;
         };
-        served.service.flags |= SERVICE_DRAINING;
-        let service = served.service;
+        let (mut service, port) = (served.service, Arc::clone(&served.port));
+        service.flags |= SERVICE_DRAINING;
+        self.served.insert(key, Served { service, port });
         if let Err(source) = self.services.insert(key, service, 0) {
             self.complain(&KernelPathError::Map {
                 name: map::SERVICES,
@@ -531,9 +529,8 @@ impl KernelPath {
         }
         self.unswept.insert(key);
         let target = service.target;
-        let has_target = |it: &Service| it.target == target;
-        if !self.served.values().any(|it| has_target(&it.service))
-            && !self.found.values().any(has_target)
+        if !self.served.has_target(target)
+            && !self.found.has_target(target)
             && !self.known_addresses.contains(&target)
         {
             let _ = self.addresses.remove(&target);
@@ -576,8 +573,7 @@ impl KernelPath {
     }
 
     fn services_at(&self, link: u32) -> bool {
-        self.served.values().any(|it| it.service.link_index == link)
-            || self.found.values().any(|it| it.link_index == link)
+        self.served.has_link(link) || self.found.has_link(link)
     }
 
     /// All rows were offered that something had changed for: links whose rows have gone before the program
@@ -624,7 +620,7 @@ impl KernelPath {
             let unwanted = match side {
                 Side::Uplink => false,
                 Side::Container => !self.services_at(index),
-                Side::Guard => !self.guarded.contains(&index),
+                Side::Guard => !self.guarded.contains_key(&index),
             };
             // Rows wait for one that is on its way.
             if unwanted && !self.placing.contains_key(&(side, index)) {

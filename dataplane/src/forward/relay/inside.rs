@@ -7,7 +7,7 @@
 //! threads of the relay alone; one is kept for no longer than its container's row. Who can't be reached so
 //! is reached from the host.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -120,24 +120,28 @@ impl Insides {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes which containers there are now, instead of those before, or beside them when this is not the
-    /// `whole` list. One that was started again has another namespace, which has to be found.
-    pub fn note(&self, rows: &BTreeMap<ContainerId, ContainerRow>, whole: bool) {
+    /// Notes a container's row. One that was started again has another namespace, which has to be found.
+    pub fn note(&self, row: &ContainerRow) {
         if self.here.is_none() {
             return;
         }
+        let pid = if row.host_network { 0 } else { row.init_pid };
         let mut known = self.lock();
-        if whole {
-            known.retain(|id, _| rows.contains_key(id));
+        let known = known.entry(row.container_id).or_default();
+        if known.pid != pid {
+            known.pid = pid;
+            known.inside = None;
         }
-        for (id, row) in rows {
-            let pid = if row.host_network { 0 } else { row.init_pid };
-            let known = known.entry(*id).or_default();
-            if known.pid != pid {
-                known.pid = pid;
-                known.inside = None;
-            }
-        }
+    }
+
+    /// A container's row is gone.
+    pub fn forget(&self, container: ContainerId) {
+        self.lock().remove(&container);
+    }
+
+    /// Forgets all others.
+    pub fn keep(&self, is_there: impl Fn(&ContainerId) -> bool) {
+        self.lock().retain(|id, _| is_there(id));
     }
 
     /// Looks for the namespace of a container, unless it is known. The kernel may take its time.
