@@ -162,7 +162,14 @@ impl ImageError {
         match self {
             Self::NotAvailable { .. } | Self::LocalNotHere { .. } => "ImageNotAvailable",
             Self::WrongArchitecture { .. } | Self::Cancelled { .. } => "AgentError",
-            Self::Pull { source, .. } if matches!(**source, DockerError::Timeout { .. }) => {
+            Self::Pull { source, .. }
+                if matches!(
+                    **source,
+                    DockerError::Timeout { .. }
+                        | DockerError::Late { .. }
+                        | DockerError::Standstill { .. }
+                ) =>
+            {
                 "AgentError"
             }
             Self::Pull { .. } | Self::Push { .. } => "RuntimeError",

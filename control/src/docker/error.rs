@@ -82,6 +82,29 @@ pub enum DockerError {
         /// The deadline that passed.
         after: Duration,
     },
+    /// The engine answered, but what it was asked to move was not there in time.
+    #[error(
+        "{step}: not done in {} s; see whether the registry is reachable and how fast it is, and api.pull-timeout or \
+         api.push-timeout",
+        after.as_secs_f32()
+    )]
+    Late {
+        /// What was being done.
+        step: String,
+        /// The deadline that passed.
+        after: Duration,
+    },
+    /// The engine answered, but nothing was moved for long.
+    #[error(
+        "{step}: nothing came from the registry for {} s; see whether it is reachable",
+        after.as_secs_f32()
+    )]
+    Standstill {
+        /// What was being done.
+        step: String,
+        /// How long nothing came.
+        after: Duration,
+    },
     /// Too many calls were already waiting for the engine when the deadline passed.
     #[error("{step}: not sent, {in_flight} other calls kept the Docker engine busy for {} s", after.as_secs_f32())]
     Busy {
@@ -189,6 +212,8 @@ impl DockerError {
             Self::Unreachable { .. }
             | Self::Broken { .. }
             | Self::Timeout { .. }
+            | Self::Late { .. }
+            | Self::Standstill { .. }
             | Self::Busy { .. }
             | Self::Stopping { .. }
             | Self::Engine { .. }

@@ -15,7 +15,7 @@ use hyper::Method;
 use super::Docker;
 use super::error::DockerError;
 use super::lines::JsonLines;
-use super::transport::{Call, Class, image_path, within};
+use super::transport::{Call, Class, image_path};
 
 /// How often in turn a transfer may be silent for `Deadlines::transfer_silence`.
 const SILENCES: u32 = 12;
@@ -148,7 +148,7 @@ impl Docker {
     ///
     /// # Errors
     /// `NotFound` for an unknown image (some registries answer `Engine` or `Progress` instead),
-    /// `Progress` with the engine's words, `Timeout`.
+    /// `Progress` with the engine's words, `Timeout`, `Late`, `Standstill`.
     pub async fn pull_image(
         &self,
         image: &str,
@@ -168,7 +168,7 @@ impl Docker {
     /// Pushes an image to the registry its name points to.
     ///
     /// # Errors
-    /// `Progress` with the engine's words, `Timeout`.
+    /// `Progress` with the engine's words, `Timeout`, `Late`, `Standstill`.
     pub async fn push_image(
         &self,
         image: &str,
@@ -241,7 +241,10 @@ impl Docker {
             Ok(())
         };
         match deadline {
-            Some(deadline) => within(&step, deadline, work).await,
+            Some(after) => match tokio::time::timeout(after, work).await {
+                Ok(result) => result,
+                Err(_) => Err(DockerError::Late { step, after }),
+            },
             None => work.await,
         }
     }
@@ -263,7 +266,7 @@ impl Docker {
                 () = tokio::time::sleep(silence) => self.ping().await?,
             }
         }
-        Err(DockerError::Timeout {
+        Err(DockerError::Standstill {
             step: step.to_owned(),
             after: silence * SILENCES,
         })

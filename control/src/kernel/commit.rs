@@ -99,6 +99,18 @@ pub enum CommitError {
         #[source]
         source: io::Error,
     },
+    /// The archive was not there in time.
+    #[error(
+        "the archive {path} was not written in {} s; see whether the disk of agent.image-commit-path answers, and \
+         api.commit-timeout",
+        after.as_secs()
+    )]
+    Late {
+        /// Which.
+        path: PathBuf,
+        /// The deadline that passed.
+        after: Duration,
+    },
     /// The archive could not be written.
     #[error("cannot write the archive {path}; see that its disk has room")]
     Write {
@@ -180,7 +192,12 @@ pub async fn commit(
     let written = match archive.zip(traces.note.part.clone()) {
         Some((path, part)) => {
             traces.fate = Fate::Settled;
-            export(&node, &image, path, part, &mut reporter).await
+            let after = node.docker.commit_deadline();
+            let archive = export(&node, &image, &path, part, &mut reporter);
+            match tokio::time::timeout(after, archive).await {
+                Ok(written) => written,
+                Err(_) => Err(CommitError::Late { path, after }),
+            }
         }
         None => {
             traces.fate = Fate::Wanted;
@@ -477,7 +494,7 @@ async fn remove_traces(
 async fn export(
     node: &Arc<Node>,
     image: &str,
-    path: PathBuf,
+    path: &Path,
     part: PathBuf,
     reporter: &mut Reporter,
 ) -> Result<(), CommitError> {
@@ -496,23 +513,26 @@ async fn export(
         .await
         .map_or(0, |found| found.size);
     let (sender, pieces) = mpsc::channel::<Bytes>(PIECES);
-    let (finish, finished) = std::sync::mpsc::channel::<()>();
-    let writer = {
-        let path = path.clone();
-        tokio::task::spawn_blocking(move || write_archive(&path, part, pieces, &finished))
-    };
+    let writer = tokio::task::spawn_blocking(move || write_archive(part, pieces));
     let exported = pass_on(node, image, total, &sender, reporter).await;
-    if exported.is_ok() {
-        // Without this word the writer takes the end of the pieces for a failure.
-        let _ = finish.send(());
-    }
     drop(sender);
     let written = match writer.await {
         Ok(written) => written,
         Err(err) => Err(io::Error::other(err)),
     };
+    // What is not named after all goes away.
     exported.map_err(CommitError::Engine)?;
-    written.map_err(|source| CommitError::Write { path, source })
+    let named = match written {
+        Ok(unfinished) => {
+            let path = path.to_owned();
+            blocking(move || std::fs::rename(&unfinished.0, path)).await
+        }
+        Err(err) => Err(err),
+    };
+    named.map_err(|source| CommitError::Write {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Hands the engine's pieces to the writer, until all are there or the writer has given up.
@@ -535,26 +555,18 @@ async fn pass_on(
     Ok(())
 }
 
-/// Writes the pieces to `part`, which lies beside `path`, and gives it that name when all were there.
-fn write_archive(
-    path: &Path,
-    part: PathBuf,
-    mut pieces: mpsc::Receiver<Bytes>,
-    complete: &std::sync::mpsc::Receiver<()>,
-) -> io::Result<()> {
+/// Writes the pieces to `part`, a file that goes away unless it is renamed.
+fn write_archive(part: PathBuf, mut pieces: mpsc::Receiver<Bytes>) -> io::Result<Unfinished> {
     let unfinished = Unfinished(part);
     let file = std::fs::File::create_new(&unfinished.0)?;
     let mut archive = GzEncoder::new(io::BufWriter::new(file), Compression::default());
     while let Some(piece) = pieces.blocking_recv() {
         archive.write_all(&piece)?;
     }
-    if complete.try_recv().is_err() {
-        return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-    }
     let mut buffer = archive.finish()?;
     buffer.flush()?;
     buffer.get_ref().sync_all()?;
-    std::fs::rename(&unfinished.0, path)
+    Ok(unfinished)
 }
 
 /// A file that goes away unless it was renamed.
@@ -605,33 +617,28 @@ mod tests {
         }
     }
 
-    fn write(path: &Path, pieces: &[&'static [u8]], whole: bool) -> io::Result<()> {
-        let (sender, receiver) = mpsc::channel(pieces.len() + 1);
-        for piece in pieces {
-            sender.try_send(Bytes::from_static(piece)).unwrap();
-        }
-        drop(sender);
-        let (finish, finished) = std::sync::mpsc::channel();
-        if whole {
-            finish.send(()).unwrap();
-        }
-        write_archive(path, part_of(path, Uuid::new_v4()), receiver, &finished)
-    }
-
     #[test]
-    fn an_archive_appears_whole_or_not_at_all() {
+    fn an_archive_that_nobody_names_goes_away() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.tar.gz");
-        assert!(write(&path, &[b"one ", b"two"], false).is_err());
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
-        write(&path, &[b"one ", b"two"], true).unwrap();
+        let write = || {
+            let (sender, receiver) = mpsc::channel(2);
+            for piece in [&b"one "[..], b"two"] {
+                sender.try_send(Bytes::from_static(piece)).unwrap();
+            }
+            drop(sender);
+            write_archive(part_of(&path, Uuid::new_v4()), receiver).unwrap()
+        };
+        let files = || std::fs::read_dir(directory.path()).unwrap().count();
+        let written = write();
+        assert_eq!(files(), 1);
+        drop(written);
+        assert_eq!(files(), 0);
+        std::fs::rename(&write().0, &path).unwrap();
         let mut text = String::new();
         flate2::read::GzDecoder::new(std::fs::File::open(&path).unwrap())
             .read_to_string(&mut text)
             .unwrap();
         assert_eq!(text, "one two");
-        // A cut-off second one leaves the first.
-        assert!(write(&path, &[b"three"], false).is_err());
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

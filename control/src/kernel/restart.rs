@@ -344,6 +344,8 @@ async fn remove_old(node: &Arc<Node>, kernel: &Arc<Kernel>, until: Instant) -> R
 /// What a kernel does not have between two containers.
 fn forget_container(record: &mut Record) {
     record.container_id = None;
+    // What a commit had paused has gone with it.
+    record.pausing = false;
     // The manager starts the job of a batch session again after a restart.
     record.batch_job = record.batch_running.then(BatchRecord::dropped);
 }

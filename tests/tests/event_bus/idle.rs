@@ -1,6 +1,6 @@
 //! The manager's own checker of idle sessions judges by the records that are published here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,8 +99,9 @@ async fn only_a_kernel_that_is_read_can_be_found_idle() -> Result<()> {
         let entries = records.observe(&Pass {
             agent_id: "i-evh",
             kernels: &kernels,
+            away: &HashSet::new(),
             snapshot: Some(&snapshot),
-            processes: &Processes::default(),
+            processes: Some(&Processes::default()),
             reading: &HostReading {
                 at_ns: second * SECOND,
                 ..HostReading::default()
