@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dataplane::collect::facts::{Facts, Hierarchy};
+use dataplane::collect::hierarchies::{CgroupHierarchies, Hierarchy};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -184,7 +184,7 @@ impl Site {
             bail!("namespaces and cgroups need root: run this with sudo");
         }
         sweep();
-        let cgroup = Facts::gather()
+        let cgroup = CgroupHierarchies::gather()
             .cpu
             .context("no cgroup hierarchy with CPU accounting is mounted")?;
         Ok(Self {
@@ -500,7 +500,7 @@ impl Drop for Site {
 
 /// Removes what benches that were killed have left.
 fn sweep() {
-    let Some(cgroup) = Facts::gather().cpu else {
+    let Some(cgroup) = CgroupHierarchies::gather().cpu else {
         return;
     };
     let Ok(entries) = std::fs::read_dir(cgroup.mount()) else {

@@ -17,12 +17,12 @@ use clap::builder::PossibleValuesParser;
 use dataplane::accelerator::Accelerators;
 use dataplane::board::Board;
 use dataplane::collect::disk::Disk;
-use dataplane::collect::facts::{Facts, Hierarchy};
 use dataplane::collect::file::Budget;
+use dataplane::collect::hierarchies::{CgroupHierarchies, Hierarchy};
 use dataplane::collect::node::Node;
 use dataplane::collect::process::Lister;
 use dataplane::collect::tasks::{self, Tasks};
-use dataplane::collect::{Means, Sampler};
+use dataplane::collect::{ReadMethod, Sampler};
 use dataplane::forward::relay::port::Totals;
 use dataplane::sys::rlimit;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -136,7 +136,7 @@ impl Readers {
     }
 
     /// Whether they are those that this way is to have.
-    fn fit(&self, by_program: bool, facts: &Facts) -> bool {
+    fn fit(&self, by_program: bool, hierarchies: &CgroupHierarchies) -> bool {
         let cgroups = name(if by_program {
             Source::Bpf
         } else {
@@ -147,7 +147,7 @@ impl Readers {
             // Some kernels keep their counters of block devices where the program does not know them.
             "file" => true,
             // Some count nothing in version 1 unless there is a limit.
-            "absent" => !by_program && matches!(facts.io, Some(Hierarchy::V1(_))),
+            "absent" => !by_program && matches!(hierarchies.io, Some(Hierarchy::V1(_))),
             _ => false,
         };
         io && [self.cpu, self.memory, self.pids] == [cgroups; 3]
@@ -258,13 +258,13 @@ fn read(
         Ringer::of(run_dir.control())?,
         Accelerators::none(),
     );
-    let means = if by_program {
-        Means::Best { containers }
+    let method = if by_program {
+        ReadMethod::Best { containers }
     } else {
-        Means::Files
+        ReadMethod::Files
     };
     let totals = Arc::new(Totals::default());
-    let mut sampler = Sampler::new(totals, Disk::start()?, None, descriptors, means);
+    let mut sampler = Sampler::new(totals, Disk::start()?, None, descriptors, method);
     sampler.follow(rows, true);
     // The first pass finds everything, the second knows where.
     for _ in 0..2 {
@@ -289,12 +289,12 @@ fn read(
     let used = rusage_ms()? - before;
     // All of it must have been there, and by the way it is said to be.
     let snapshot = ObservedReader::at(&directory).snapshot()?;
-    let facts = Facts::gather();
+    let hierarchies = CgroupHierarchies::gather();
     let mut all = None;
     for sample in snapshot.containers.iter() {
         let readers = Readers::of(sample);
         ensure!(
-            readers.fit(by_program, &facts) && *all.get_or_insert(readers) == readers,
+            readers.fit(by_program, &hierarchies) && *all.get_or_insert(readers) == readers,
             "a container was read otherwise: {readers:?} {sample:?}"
         );
     }
@@ -539,15 +539,17 @@ fn disks(site: &Site, count: u16, rounds: u32) -> Result<(f64, f64)> {
 
 /// CPU of listing the processes of all containers once, by the threads that do it, ms.
 fn processes(rows: &[ContainerRow], rounds: u32, walked: bool) -> Result<f64> {
-    let facts = Facts::gather();
+    let hierarchies = CgroupHierarchies::gather();
     let mut lister = Lister::start()?;
     if walked {
         let most = u32::try_from(rows.len())?;
-        let mount = tasks::mount(&facts).context("no hierarchy")?.to_owned();
-        let facts = facts.clone();
-        lister.walk_by(mount, move || Tasks::start(&facts, most, 16_384))?;
+        let mount = tasks::mount(&hierarchies)
+            .context("no hierarchy")?
+            .to_owned();
+        let hierarchies = hierarchies.clone();
+        lister.walk_by(mount, move || Tasks::start(&hierarchies, most, 16_384))?;
     }
-    let pids = facts.pids.context("no pids controller")?;
+    let pids = hierarchies.pids.context("no pids controller")?;
     let wanted = || {
         rows.iter()
             .map(|row| (row.container_id, pids.mount().join(&row.cgroup_path)))

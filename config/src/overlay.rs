@@ -31,7 +31,7 @@ fn unknown<const N: usize>(name: &str, known: [&'static str; N]) -> String {
 #[derive(Debug, Clone, Default)]
 pub struct Overlay {
     agent: Option<Vec<Replaced>>,
-    container: Vec<(String, Found)>,
+    container: Vec<(String, ScopedValue)>,
     agent_subnet: Option<String>,
     container_subnet: Option<String>,
     unread: Vec<Unread>,
@@ -54,7 +54,7 @@ struct Replaced {
 
 /// A value and the name of the scope it was found in.
 #[derive(Debug, Clone)]
-pub(crate) struct Found {
+pub(crate) struct ScopedValue {
     pub value: Value,
     pub scope: &'static str,
 }
@@ -110,7 +110,7 @@ impl Overlay {
             return self.leave_out(&format!("config/container/{key}"), scope, why);
         }
         let value = Value::text(0, text);
-        self.container.push((name, Found { value, scope }));
+        self.container.push((name, ScopedValue { value, scope }));
     }
 
     /// `config/network/subnet/agent`: where the RPC address lies when it is to be detected.
@@ -148,7 +148,7 @@ impl Overlay {
         ))
     }
 
-    pub(crate) fn container(&self, key: &str) -> Option<&Found> {
+    pub(crate) fn container(&self, key: &str) -> Option<&ScopedValue> {
         let mut found = self.container.iter().filter(|(name, _)| name == key);
         found.next().map(|(_, found)| found)
     }

@@ -2,10 +2,10 @@
 
 mod agent;
 mod container;
-mod later;
+mod inactive;
 mod node;
+mod other_sections;
 mod relative;
-mod rest;
 
 use std::path::{Path, PathBuf};
 
@@ -42,11 +42,11 @@ const NOT_USED: &[(&str, &str)] = &[
 
 /// Defaults that depend on the mode: relative to the working directory with a manager, below the
 /// state directory without one.
-pub(crate) struct Places {
+pub(crate) struct DefaultPaths {
     state_dir: PathBuf,
 }
 
-impl Places {
+impl DefaultPaths {
     fn directory(&self, reader: &Reader<'_>, cluster: &str, standalone: &str) -> Directory {
         if reader.standalone {
             return Directory(self.state_dir.join(standalone));
@@ -63,29 +63,29 @@ impl Places {
 /// Reads everything. Faults are in the reader; the result is only valid without any.
 pub(crate) fn config(reader: &mut Reader<'_>, root: &Table, file: Option<&Path>) -> Config {
     top_level(reader, root);
-    let places = Places {
+    let defaults = DefaultPaths {
         state_dir: node::state_dir(reader, root),
     };
     // Read first, as the agent's own address may be the one that etcd is reached from; told in its place.
     let before = reader.gathered.problems.len();
-    let etcd = rest::etcd(reader, root);
+    let etcd = other_sections::etcd(reader, root);
     let of_etcd = reader.gathered.problems.split_off(before);
     let addresses = etcd.as_ref().map_or(&[][..], |etcd| &etcd.addr);
-    let mut agent = agent::read(reader, root, &places, addresses);
-    let container = container::read(reader, root, &places, &agent);
+    let mut agent = agent::read(reader, root, &defaults, addresses);
+    let container = container::read(reader, root, &defaults, &agent);
     agent.public_host = agent::public_host(reader, &container);
-    let resource = rest::resource(reader, root);
+    let resource = other_sections::resource(reader, root);
     reader.gathered.problems.extend(of_etcd);
-    let debug = rest::debug(reader, root);
-    let logging = rest::logging(reader, root);
-    let service_discovery = rest::service_discovery(reader, root);
-    let watcher = rest::watcher(reader, root);
-    let container_logs = rest::container_logs(reader, root);
-    let api = rest::api(reader, root);
-    let kernel_lifecycles = rest::kernel_lifecycles(reader, root);
+    let debug = other_sections::debug(reader, root);
+    let logging = other_sections::logging(reader, root);
+    let service_discovery = other_sections::service_discovery(reader, root);
+    let watcher = other_sections::watcher(reader, root);
+    let container_logs = other_sections::container_logs(reader, root);
+    let api = other_sections::api(reader, root);
+    let kernel_lifecycles = other_sections::kernel_lifecycles(reader, root);
     let overcommit = overcommit(reader);
-    let node = node::read(reader, root, &places, &agent);
-    later::note(reader, root);
+    let node = node::read(reader, root, &defaults, &agent);
+    inactive::note(reader, root);
     relative::note(reader, root);
     Config {
         file: file.map(Path::to_owned),

@@ -6,14 +6,14 @@
 //! earlier life; a device that a kernel holds is known as long as the kernel lives; a device that
 //! does not work is not given out and not announced, and is both again when it works again.
 
+pub mod device;
 mod device_nodes;
 pub mod engine;
 pub mod host;
 pub mod inject;
-pub mod known;
-mod listed;
 pub mod mock;
 pub mod plugin;
+mod plugin_devices;
 pub mod settings;
 
 use std::collections::BTreeSet;
@@ -30,10 +30,10 @@ use crate::files::{plain_name, replace_file};
 use crate::kernel::node::Node;
 use crate::link::Observed;
 use crate::resource::{DevicePlugin, InventoryError, Ledger};
+use device::{AcceleratorDevice, of_rows};
 use engine::EngineFacts;
-use known::{Known, of_rows};
-use listed::Listed;
 use plugin::AcceleratorPlugin;
+use plugin_devices::PluginDevices;
 use settings::{Options, Settings};
 
 /// How long the first heartbeat waits for the first scan of a node that had accelerators, or whose
@@ -53,9 +53,9 @@ pub struct Accelerators {
     file: PathBuf,
     /// One writes at a time, so that the last to write knows most.
     writing: Mutex<()>,
-    devices: Mutex<Vec<Known>>,
+    devices: Mutex<Vec<AcceleratorDevice>>,
     /// Those of device plugins.
-    listed: Listed,
+    listed: PluginDevices,
     /// Number of scans that told something new; none before the first scan.
     scans: watch::Sender<Option<u64>>,
 }
@@ -65,7 +65,7 @@ impl Accelerators {
     pub fn open(config: &Config, options: &Options, engine: EngineFacts) -> Self {
         let name = format!("accelerators.{}.json", plain_name(&config.agent.id));
         let file = config.agent.var_base_path.join(name);
-        let kept: Vec<Known> = match std::fs::read(&file) {
+        let kept: Vec<AcceleratorDevice> = match std::fs::read(&file) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|err| {
                 tracing::warn!(%err, path = %file.display(),
                     "the list of accelerators of an earlier life makes no sense; waiting for the drivers");
@@ -79,7 +79,7 @@ impl Accelerators {
             file,
             writing: Mutex::default(),
             devices: Mutex::new(devices),
-            listed: Listed::new(&settings.plugin_slots, listed),
+            listed: PluginDevices::new(&settings.plugin_slots, listed),
             settings,
             scans: watch::Sender::default(),
         }
@@ -113,7 +113,7 @@ impl Accelerators {
         Ok(all)
     }
 
-    fn known(&self) -> Vec<Known> {
+    fn known(&self) -> Vec<AcceleratorDevice> {
         let devices = self.devices.lock();
         devices.unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -151,7 +151,7 @@ impl Accelerators {
         &self,
         ledger: &Ledger,
         slot: &str,
-        mut devices: Vec<Known>,
+        mut devices: Vec<AcceleratorDevice>,
         counts: impl FnOnce() -> bool,
     ) -> Result<(), InventoryError> {
         // By the plugin's own ids too; it gives no numbers.
@@ -218,7 +218,7 @@ impl Accelerators {
             held.keys().any(|id| old.is_called(id))
                 && fresh.iter().all(|device| device.id != old.id)
         });
-        let lost: Vec<Known> = lost.map(Known::as_lost).collect();
+        let lost: Vec<AcceleratorDevice> = lost.map(AcceleratorDevice::as_lost).collect();
         fresh.extend(lost);
         if fresh != before {
             let kinds: BTreeSet<String> = kinds(&before).union(&kinds(&fresh)).cloned().collect();
@@ -248,7 +248,7 @@ impl Accelerators {
 
     /// Devices that do not work and that the dataplane has no row of, because their driver has told it
     /// nothing.
-    pub(crate) fn unheard(&self, observed: &Observed) -> Vec<Known> {
+    pub(crate) fn unheard(&self, observed: &Observed) -> Vec<AcceleratorDevice> {
         let silent = silent(observed);
         if silent.is_empty() {
             return Vec::new();
@@ -284,20 +284,20 @@ fn silent(observed: &Observed) -> Vec<String> {
     silent.map(|kind| kind.to_string()).collect()
 }
 
-fn kinds(devices: &[Known]) -> BTreeSet<String> {
+fn kinds(devices: &[AcceleratorDevice]) -> BTreeSet<String> {
     devices.iter().map(|device| device.kind.clone()).collect()
 }
 
 /// How the list of devices is kept on disk: again as long as that fails.
 #[derive(Debug, Default)]
-struct Keeping {
+struct Persistence {
     /// Something has changed that is not on disk yet.
     unsaved: bool,
     /// The log says that it cannot be written.
     failing: bool,
 }
 
-impl Keeping {
+impl Persistence {
     /// Writes what is not on disk yet. Blocking.
     fn go_on(&mut self, accelerators: &Accelerators) {
         if !self.unsaved {
@@ -324,7 +324,7 @@ pub async fn follow(node: Arc<Node>) {
     let accelerators = &node.accelerators;
     let mut observed = node.link.subscribe();
     let mut trouble = false;
-    let mut keeping = Keeping::default();
+    let mut keeping = Persistence::default();
     loop {
         let now = observed.borrow_and_update().clone();
         if keeping.unsaved || !accelerators.has_nothing_to_do(&now) {
@@ -501,9 +501,9 @@ mod tests {
         let file = next.file.clone();
         std::fs::remove_file(&file).unwrap();
         std::fs::create_dir_all(file.join("in the way")).unwrap();
-        let mut keeping = Keeping {
+        let mut keeping = Persistence {
             unsaved: true,
-            ..Keeping::default()
+            ..Persistence::default()
         };
         for _ in 0..2 {
             keeping.go_on(&next);

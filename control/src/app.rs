@@ -4,75 +4,73 @@
 //! The directory's lock and a free RPC address before anything is touched; Docker and the found kernels before the first
 //! RPC is answered; READY after that. Stopping leaves containers, rows and journal as they are.
 
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+mod engine;
+mod error;
+mod options;
 
-use config::{Config, CudaInjection, CurveFiles, Host, LoadOptions, Loaded, Publish, ThisHost};
-use shared::Sizes;
-use shared::desired::NodeRow;
-use shared::lock::Ousted;
-use shared::run_dir::{RunDir, RunDirError};
-use thiserror::Error;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use config::{Config, Host, LoadOptions, Loaded, Publish, ThisHost};
+use shared::run_dir::RunDir;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::accelerator::engine::{EngineDevices, EngineFacts};
 use crate::accelerator::host::{self, PluginHost};
-use crate::accelerator::{self, Accelerators, mock::MockError, settings};
+use crate::accelerator::{self, Accelerators, settings};
 use crate::background::BackgroundTasks;
 use crate::blocking::blocking;
 use crate::causes::chain;
-use crate::cluster::{self, Changes, Cluster, ClusterError, Joined, Starting, notices};
-use crate::docker::{Deadlines, Docker, DockerError, DockerOptions};
+use crate::cluster::{self, Changes, Cluster, Joined, Starting, notices};
+use crate::docker::Docker;
+use crate::events::bus::Bus;
 use crate::events::bus::console_logs::ConsoleLogs;
-use crate::events::bus::{Bus, BusError};
-use crate::events::{Event, Events, FileSink, FileSinkError, LogSink, Sink};
+use crate::events::{Event, Events, FileSink, LogSink, Sink};
 use crate::files::{plain_name, replace_file};
 use crate::firewall;
 use crate::heartbeat::{Heartbeat, Identity};
 use crate::http::{self, EngineWatch};
 use crate::image::Images;
 use crate::kernel::abuse::{self, AbuseReports};
-use crate::kernel::agent_socket::{self, AgentSocketError, AgentSocketOptions};
+use crate::kernel::agent_socket::{self, AgentSocketOptions};
 use crate::kernel::container_processes::KernelFiles;
 use crate::kernel::container_request::{ContainerSettings, override_files, override_part};
 use crate::kernel::destroy::{CONSOLES_AT_ONCE, stops_at_once};
 use crate::kernel::distro::Distros;
+use crate::kernel::guarded_io::GuardedIo;
 use crate::kernel::host_sockets::HostSockets;
-use crate::kernel::journal::{Journal, JournalError};
-use crate::kernel::kept_logs::{KeptLogs, KeptLogsError};
+use crate::kernel::journal::Journal;
+use crate::kernel::kept_logs::KeptLogs;
 use crate::kernel::lifecycle::State;
-use crate::kernel::looks::Looks;
 use crate::kernel::record::Record;
-use crate::kernel::recovery::{self, RecoveryError};
+use crate::kernel::recovery;
 use crate::kernel::registry::Registry;
 use crate::kernel::scratch::{Scratch, ScratchKind};
 use crate::kernel::{Node, memory_nodes, monitor};
-use crate::link::{Link, LinkOpenError};
+use crate::link::Link;
 use crate::metadata::{self, redirect};
 use crate::metrics::Recorder;
 use crate::pid_file::PidFile;
 use crate::ports::{DEFAULT_REST, PortPool};
-use crate::resource::{InventoryError, Ledger};
+use crate::resource::Ledger;
 use crate::rpc::methods::AgentService;
-use crate::rpc::{
-    BindError, CurveServer, KeyError, KeyPair, Limits, PublicKey, Server, ServerOptions,
-    await_address,
-};
+use crate::rpc::{BindError, CurveServer, Server, ServerOptions, await_address};
 use crate::runner::RunnerFiles;
 use crate::stats::publish;
 use crate::storage_proxy::{self, StorageProxy};
 use crate::volumes::{self, Volumes};
 
+use self::engine::{ask_engine, reach_docker};
+pub use self::error::AppError;
+use self::options::{curve, docker_options, limits, node_row, sizes};
+
 /// Events kept in the process.
 const EVENT_RING: usize = 4096;
-/// Pauses between attempts to reach Docker at start: doubled up to the second.
-const DOCKER_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// How long the RPC address may still be held by the last process of this agent, whose lock is free: the
 /// kernel closes what a process had open one after the other.
 const ADDRESS_GRACE: Duration = Duration::from_millis(500);
@@ -87,116 +85,6 @@ const TRIM_PAUSE: Duration = Duration::from_secs(600);
 /// Deadline of one step on a scratch directory.
 const SCRATCH_LIMIT: Duration = Duration::from_secs(120);
 
-/// Why the agent could not start.
-#[derive(Debug, Error)]
-pub enum AppError {
-    /// A directory of the configuration cannot be used.
-    #[error("cannot prepare the node's directories")]
-    Directories(#[source] config::DirectoryError),
-    /// The run directory cannot be used.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// The regions cannot be used, for one because another agent of this id runs.
-    #[error(transparent)]
-    Link(#[from] LinkOpenError),
-    /// Docker's address is wrong.
-    #[error(transparent)]
-    Docker(#[from] DockerError),
-    /// The journal cannot be used.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// The kept logs cannot be used.
-    #[error(transparent)]
-    Logs(#[from] KeptLogsError),
-    /// The events file cannot be used.
-    #[error(transparent)]
-    Events(#[from] FileSinkError),
-    /// The node's devices cannot be read.
-    #[error(transparent)]
-    Inventory(#[from] InventoryError),
-    /// The made-up devices cannot be used.
-    #[error(transparent)]
-    Mock(#[from] MockError),
-    /// The socket for programs in containers cannot be served.
-    #[error(transparent)]
-    AgentSocket(#[from] AgentSocketError),
-    /// The directory of the sockets for kernels cannot be used.
-    #[error("cannot use the directory {path}; see that agent.ipc-base-path is writable", path = path.display())]
-    HostSockets {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The cluster cannot be joined.
-    #[error(transparent)]
-    Cluster(ClusterError),
-    /// The bus cannot be set up.
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    /// What was running cannot be taken over.
-    #[error(transparent)]
-    Recovery(#[from] RecoveryError),
-    /// A key file cannot be used.
-    #[error("cannot read the key file {path}", path = path.display())]
-    Key {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: KeyError,
-    },
-    /// The RPC address cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The agent's own counters cannot be set up.
-    #[error("cannot set up the agent's counters")]
-    Counters(#[source] metrics_exporter_prometheus::BuildError),
-    /// Signals cannot be received.
-    #[error("cannot receive signals")]
-    Signals(#[source] std::io::Error),
-    /// Another agent has come to hold the node.
-    #[error(transparent)]
-    Ousted(#[from] Ousted),
-    /// The agent was told to stop before it was ready.
-    #[error("stopped before the node was ready")]
-    Interrupted,
-}
-
-impl AppError {
-    /// Whether only a change of the configuration helps, not another try.
-    pub fn is_of_configuration(&self) -> bool {
-        match self {
-            AppError::Directories(_)
-            | AppError::RunDir(_)
-            | AppError::Key { .. }
-            | AppError::Cluster(_)
-            | AppError::Mock(_) => true,
-            AppError::AgentSocket(AgentSocketError::Directory { source, .. })
-            | AppError::HostSockets { source, .. } => is_distrust(source),
-            AppError::Bind(err) => matches!(err, BindError::KeyMismatch),
-            _ => false,
-        }
-    }
-}
-
-impl From<ClusterError> for AppError {
-    fn from(err: ClusterError) -> AppError {
-        match err {
-            ClusterError::Interrupted => AppError::Interrupted,
-            err => AppError::Cluster(err),
-        }
-    }
-}
-
-/// Whether a directory was refused for whom it, or one above it, belongs to.
-fn is_distrust(source: &std::io::Error) -> bool {
-    let inner = source.get_ref();
-    let inner = inner.and_then(|err| err.downcast_ref::<RunDirError>());
-    matches!(inner, Some(RunDirError::Shared { .. }))
-}
-
 /// Runs the agent until it is told to stop. The options are those the configuration was loaded with:
 /// what the cluster sets is laid over the same file.
 ///
@@ -209,12 +97,12 @@ pub async fn run(loaded: Loaded, options: Arc<LoadOptions>) -> Result<(), AppErr
     // A wrong key file is told at once, not after Docker was waited for.
     let curve = curve(loaded.config.agent.rpc_auth.as_ref())?;
     let link = take_node(&loaded.config, &stopping).await?;
-    let ousted = link.ousted();
+    let lock_lost = link.lock_lost();
     let served = serve(loaded, options, link, recorder, curve, stopping);
     tokio::select! {
         served = Box::pin(served) => served,
         // No farewell: the node and its kernels are the other's, who is not to be taken for stopped.
-        ousted = ousted => Err(ousted.into()),
+        lock_lost = lock_lost => Err(lock_lost.into()),
     }
 }
 
@@ -511,7 +399,7 @@ async fn assemble(
         scratch: Scratch::new(config.container.scratch_root.clone(), kind, SCRATCH_LIMIT)
             .of_agent(&config.agent.id)
             .open_to_engine(own_users),
-        looks: Looks::new(config.node.folder_wait),
+        guarded_io: GuardedIo::new(config.node.folder_wait),
         creations: Semaphore::new(creations),
         stop_turns: Semaphore::new(stops_at_once(processors)),
         console_turns: Semaphore::new(CONSOLES_AT_ONCE),
@@ -621,181 +509,6 @@ async fn take_part(
     Ok(Cluster::new(joined.etcd, bus, changes))
 }
 
-/// What the engine can do for devices, and whether it or its containers' users may be others than root. Where it
-/// does not say so it is asked again in the background: kernels start all the same.
-async fn ask_engine(
-    docker: &Docker,
-    config: &Arc<Config>,
-    tasks: &TaskTracker,
-    stopping: &CancellationToken,
-) -> (EngineFacts, Arc<AtomicBool>) {
-    match engine_facts(docker, config).await {
-        Ok((devices, own_users)) => (devices.into(), Arc::new(own_users.into())),
-        Err(err) => {
-            tracing::warn!(
-                err = chain(&err),
-                "the engine does not say what it can do for devices; it is asked again, and until then containers get CUDA devices by device requests"
-            );
-            let engine = EngineFacts::default();
-            // Else containers might not start.
-            let own_users = Arc::new(AtomicBool::new(true));
-            let (docker, config) = (docker.clone(), config.clone());
-            let (told, stopping) = ((engine.clone(), own_users.clone()), stopping.clone());
-            tasks.spawn(async move {
-                let again = ask_again(&docker, &config, &told.0, &told.1);
-                stopping.run_until_cancelled(again).await;
-            });
-            (engine, own_users)
-        }
-    }
-}
-
-/// Asks the engine the same until it says so: it was asked when the agent started, and did not.
-async fn ask_again(docker: &Docker, config: &Config, engine: &EngineFacts, own_users: &AtomicBool) {
-    let mut pause = DOCKER_PAUSES.0;
-    loop {
-        tokio::time::sleep(pause).await;
-        if let Ok((devices, users)) = engine_facts(docker, config).await {
-            engine.tell(devices);
-            own_users.store(users, Ordering::Relaxed);
-            tracing::info!(?devices, "the engine has said what it can do for devices");
-            return;
-        }
-        pause = (pause * 2).min(DOCKER_PAUSES.1);
-    }
-}
-
-/// What the engine can do for devices, and whether it, or its containers' users, are others than root on its host;
-/// as it says.
-async fn engine_facts(
-    docker: &Docker,
-    config: &Config,
-) -> Result<(EngineDevices, bool), DockerError> {
-    let info = docker.info().await?;
-    let mut options = info.security_options.iter().flatten();
-    let own_users = options.any(|option| {
-        let name = option.split(',').next();
-        matches!(name, Some("name=rootless" | "name=userns"))
-    });
-    let local = docker.is_local();
-    let engine = blocking(move || EngineDevices::of(&info, local)).await;
-    if config.node.accelerators.cuda_injection == CudaInjection::Cdi && !engine.cdi {
-        tracing::warn!(
-            "node.accelerators.cuda-injection is \"cdi\", and this engine has no CDI or has it switched off; kernels with CUDA devices will not start"
-        );
-    }
-    Ok((engine, own_users))
-}
-
-/// Waits for Docker, saying so, until it answers or the agent is told to stop.
-async fn reach_docker(
-    docker: &Docker,
-    starting: &Starting,
-    stopping: &CancellationToken,
-) -> Result<(), AppError> {
-    let began = Instant::now();
-    let mut pause = DOCKER_PAUSES.0;
-    loop {
-        match docker.ping().await {
-            Ok(()) => {
-                starting.step("starting");
-                return Ok(());
-            }
-            Err(err) => {
-                starting.waiting("Docker", &chain(&err));
-                tracing::error!(
-                    err = chain(&err),
-                    waited_s = began.elapsed().as_secs(),
-                    retry_s = pause.as_secs(),
-                    "Docker does not answer; the node is not ready"
-                );
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = stopping.cancelled() => return Err(AppError::Interrupted),
-        }
-        pause = (pause * 2).min(DOCKER_PAUSES.1);
-    }
-}
-
-fn docker_options(config: &Config) -> DockerOptions {
-    let engine = &config.node.engine;
-    let unlimited = Deadlines::default();
-    DockerOptions {
-        host: engine.host.clone(),
-        deadlines: Deadlines {
-            query: engine.request_timeout,
-            create: engine.create_timeout,
-            start: engine.start_timeout,
-            remove: engine.remove_timeout,
-            transfer: config.api.pull_timeout,
-            push: config.api.push_timeout,
-            commit: config.api.commit_timeout.unwrap_or(unlimited.commit),
-            ..unlimited
-        },
-        ..DockerOptions::default()
-    }
-}
-
-fn sizes(config: &Config) -> Sizes {
-    let range = config.container.port_range;
-    Sizes {
-        ports: u32::from(range.last - range.first) + 1,
-        containers: config.node.max_containers,
-        ..Sizes::default()
-    }
-}
-
-fn node_row(config: &Config) -> NodeRow {
-    let limits = config.node.dataplane;
-    let ms = |duration: Duration| u32::try_from(duration.as_millis()).unwrap_or(u32::MAX);
-    NodeRow {
-        sample_interval_ms: ms(limits.stats_interval),
-        drain_ms: ms(limits.drain),
-        default_max_sessions: limits.max_sessions_per_port,
-        total_max_sessions: limits.max_sessions,
-        idle_timeout_ms: ms(limits.idle_timeout),
-        connect_timeout_ms: ms(limits.connect_timeout),
-    }
-}
-
-fn limits(config: &Config) -> Limits {
-    let wanted = config.node.rpc;
-    let calls = usize::try_from(wanted.max_in_flight).unwrap_or(usize::MAX);
-    Limits {
-        message_bytes: usize::try_from(wanted.max_message.0).unwrap_or(usize::MAX),
-        calls,
-        // A manager has one connection.
-        calls_per_connection: calls,
-        ..Limits::default()
-    }
-}
-
-fn curve(files: Option<&CurveFiles>) -> Result<Option<CurveServer>, AppError> {
-    let Some(files) = files else {
-        return Ok(None);
-    };
-    let failed = |path: &PathBuf| {
-        let path = path.clone();
-        move |source| AppError::Key { path, source }
-    };
-    let own = &files.agent_keypair;
-    let own_is_private = KeyPair::is_private(own).map_err(failed(own))?;
-    if !own_is_private {
-        tracing::warn!(
-            path = %own.display(),
-            "others than root and the agent may read the agent's key pair, so that the commands are not let in by it; chmod 600 it, chown it to root and restart the agent"
-        );
-    }
-    Ok(Some(CurveServer {
-        own_is_private,
-        pair: KeyPair::from_file(own).map_err(failed(own))?,
-        manager: PublicKey::from_file(&files.manager_public_key)
-            .map_err(failed(&files.manager_public_key))?,
-    }))
-}
-
 fn distros_file(config: &Config) -> PathBuf {
     config.agent.var_base_path.join("distros.json")
 }
@@ -828,47 +541,5 @@ async fn keep_distros(node: &Node) {
     .await;
     if let Err(err) = kept {
         tracing::debug!(%err, "cannot keep what was found out about images");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    #[test]
-    fn only_a_change_of_the_configuration_is_one() {
-        let address = "nowhere.invalid:6001".to_owned();
-        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-        let passing = [
-            BindError::NoAddress(address.clone()),
-            BindError::Resolve { address, source },
-        ];
-        for err in passing.map(AppError::Bind) {
-            assert!(!err.is_of_configuration(), "{err}");
-        }
-        assert!(AppError::Bind(BindError::KeyMismatch).is_of_configuration());
-    }
-
-    #[test]
-    fn the_agents_own_key_is_let_in_only_where_its_file_is_private() {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("agent.key_secret");
-        let pair = KeyPair::generate();
-        std::fs::write(&file, pair.secret_file_text()).unwrap();
-        let files = CurveFiles {
-            agent_keypair: file.clone(),
-            manager_public_key: file.clone(),
-        };
-        for (mode, private) in [(0o600, true), (0o400, true), (0o640, false), (0o604, false)] {
-            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
-            let curve = curve(Some(&files)).unwrap().unwrap();
-            assert_eq!(curve.own_is_private, private, "{mode:o}");
-            assert_eq!(curve.pair, pair);
-        }
-        assert!(curve(None).unwrap().is_none());
-        std::fs::remove_file(&file).unwrap();
-        assert!(matches!(curve(Some(&files)), Err(AppError::Key { .. })));
     }
 }

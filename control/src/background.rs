@@ -96,12 +96,12 @@ impl Reporter {
 }
 
 /// Gives the key back, also when the work panics.
-struct Place {
+struct RunningKey {
     running: Arc<Mutex<HashMap<TaskKey, Uuid>>>,
     key: TaskKey,
 }
 
-impl Drop for Place {
+impl Drop for RunningKey {
     fn drop(&mut self) {
         lock(&self.running).remove(&self.key);
     }
@@ -155,7 +155,7 @@ impl BackgroundTasks {
         let kind = key.name();
         count_task(kind);
         let begun = Instant::now();
-        let place = Place {
+        let place = RunningKey {
             running: self.running.clone(),
             key,
         };

@@ -11,7 +11,7 @@ pub mod notices;
 mod overlay;
 mod redis;
 mod registration;
-mod starting;
+mod startup_status;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +29,7 @@ use crate::events::bus::{Bus, BusSettings};
 
 pub use changes::Changes;
 pub use redis::{RedisError, bus_settings};
-pub use starting::{Starting, Waiting, read_waiting};
+pub use startup_status::{Starting, Waiting, read_waiting};
 
 /// Where managers say that they are up.
 const MANAGERS: &str = "nodes/manager";

@@ -446,7 +446,7 @@ pub fn unix_seconds(at: SystemTime) -> f64 {
 
 /// An event with its place in the order and its time.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Occurrence {
+pub struct EventRecord {
     /// 1 for the first event of this process.
     pub seq: u64,
     /// When it was emitted.
@@ -455,7 +455,7 @@ pub struct Occurrence {
     pub event: Event,
 }
 
-impl Occurrence {
+impl EventRecord {
     /// The form of `bai.events` and of the events file.
     pub fn to_json(&self) -> Value {
         json!({
@@ -470,7 +470,7 @@ impl Occurrence {
 /// Where events go. `accept` must not wait: queue, or count and drop.
 pub trait Sink: Debug + Send + Sync + 'static {
     /// Takes one event.
-    fn accept(&self, occurrence: &Occurrence);
+    fn accept(&self, occurrence: &EventRecord);
 }
 
 /// The sink that writes events to the log.
@@ -478,7 +478,7 @@ pub trait Sink: Debug + Send + Sync + 'static {
 pub struct LogSink;
 
 impl Sink for LogSink {
-    fn accept(&self, occurrence: &Occurrence) {
+    fn accept(&self, occurrence: &EventRecord) {
         let name = occurrence.event.name();
         match &occurrence.event {
             Event::KernelTerminated {
@@ -608,7 +608,7 @@ mod tests {
     struct Count(std::sync::Mutex<Vec<u64>>);
 
     impl Sink for Arc<Count> {
-        fn accept(&self, occurrence: &Occurrence) {
+        fn accept(&self, occurrence: &EventRecord) {
             self.0.lock().unwrap().push(occurrence.seq);
         }
     }

@@ -5,9 +5,9 @@
 //! too), pages being made or read and the time a client may take are bounded; neither the engine nor a disk is asked
 //! while somebody waits.
 
+mod connection_limit;
 mod health;
 mod pages;
-mod places;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -33,12 +33,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::blocking::blocking;
 use crate::kernel::node::Node;
-use crate::metrics::{Recorder, Scene, count_request};
+use crate::metrics::{NodeSnapshot, Recorder, count_request};
 use crate::stats::node::HostReading;
 
+use connection_limit::ConnectionLimit;
 pub use health::{EngineWatch, Health};
 use pages::{Answer, Pages};
-use places::Places;
 
 /// Pages made at once; further scrapes wait for them.
 const MADE: usize = 2;
@@ -97,9 +97,9 @@ impl Service {
         }
     }
 
-    async fn scene(&self) -> Scene {
+    async fn node_snapshot(&self) -> NodeSnapshot {
         let reading = HostReading::now().await;
-        Scene::of(&self.node, reading, self.engine.state())
+        NodeSnapshot::of(&self.node, reading, self.engine.state())
     }
 }
 
@@ -163,24 +163,24 @@ async fn bind(address: &str) -> Result<TcpListener, ListenError> {
         })
 }
 
-/// Serves connections, as many at once as there are places for each client and for all; those beyond are
+/// Serves connections, as many at once as there are permits for each client and for all; those beyond are
 /// told so and closed.
 pub(crate) async fn accept(listener: TcpListener, router: Router) {
     serve_clients(listener, router, PATIENCE).await;
 }
 
 async fn serve_clients(listener: TcpListener, router: Router, patience: Duration) {
-    let places = Arc::<Places>::default();
+    let limit = Arc::<ConnectionLimit>::default();
     let connections = TaskTracker::new();
     let mut told = LogLimit::new();
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => match places.take(peer.ip()) {
-                Ok(place) => {
+            Ok((stream, peer)) => match limit.take(peer.ip()) {
+                Ok(permit) => {
                     let router = router.clone();
                     connections.spawn(async move {
                         connection(stream, router, patience).await;
-                        drop(place);
+                        drop(permit);
                     });
                 }
                 Err(refusal) => {
@@ -273,13 +273,13 @@ async fn page(State(service): State<Arc<Service>>) -> Response {
         return answer_with(answer);
     }
     let made = Instant::now();
-    let scene = service.scene().await;
+    let node_snapshot = service.node_snapshot().await;
     let tasks = tokio::runtime::Handle::current()
         .metrics()
         .num_alive_tasks();
     let recorder = service.recorder.clone();
     // A page of a thousand containers is 14 MB: not on a thread that answers the manager.
-    let text = blocking(move || scene.render() + &recorder.render(tasks)).await;
+    let text = blocking(move || node_snapshot.render() + &recorder.render(tasks)).await;
     answer_with(service.pages.add(text, made))
 }
 
@@ -289,9 +289,9 @@ fn answer_with(page: Answer) -> Response {
 }
 
 async fn health_document(State(service): State<Arc<Service>>) -> Response {
-    let scene = service.scene().await;
+    let node_snapshot = service.node_snapshot().await;
     let interval = service.node.config.node.dataplane.stats_interval;
-    let health = Health::of(&scene, interval);
+    let health = Health::of(&node_snapshot, interval);
     let status = if health.is_healthy() {
         StatusCode::OK
     } else {
@@ -390,7 +390,7 @@ mod tests {
             refused.starts_with("HTTP/1.1 503 ") && refused.contains("too many connections"),
             "{refused}"
         );
-        // Those that have no place are told at once, the others lose theirs when they say nothing.
+        // Those that have no permit are told at once, the others lose theirs when they say nothing.
         let limit = Duration::from_secs(60);
         let ended = tokio::time::timeout(limit, async {
             let mut told = 0;
@@ -402,7 +402,7 @@ mod tests {
             told
         });
         let told = ended.await.expect("idle connections are closed");
-        assert_eq!(told, FLOOD - places::OF_AN_ADDRESS);
+        assert_eq!(told, FLOOD - connection_limit::OF_AN_ADDRESS);
         let served = answer(from("127.0.0.1", address).await).await;
         assert!(served.starts_with("HTTP/1.1 200 OK"), "{served}");
         server.abort();

@@ -8,7 +8,6 @@ pub mod accelerator;
 pub mod app;
 pub mod background;
 pub mod blocking;
-pub mod causes;
 pub mod cli;
 pub mod cluster;
 pub mod docker;
@@ -34,6 +33,8 @@ pub mod stats;
 pub mod storage_proxy;
 pub mod volumes;
 pub mod watcher;
+
+pub use shared::causes;
 
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]

@@ -18,7 +18,7 @@ use std::time::Duration;
 use shared::desired::{ContainerRow, DesiredWriter, NodeRow, PortKey, PortRow};
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
-use shared::lock::Ousted;
+use shared::lock::LockLost;
 use shared::observed::{ContainerSample, ObservedReader, ObservedSnapshot, PortState};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{BatchError, OpenError, ReadError, Sizes};
@@ -191,7 +191,7 @@ pub struct Withdrawal(oneshot::Receiver<Withdrawn>);
 pub struct Link {
     commands: mpsc::Sender<Command>,
     observed: watch::Receiver<Observed>,
-    ousted: watch::Receiver<Option<Ousted>>,
+    lock_lost: watch::Receiver<Option<LockLost>>,
     region: RegionId,
     epoch: u64,
     run_dir: RunDir,
@@ -226,13 +226,13 @@ impl Link {
         }
         owner.look();
         owner.ring();
-        let ousted = owner.ousted();
+        let lock_lost = owner.lock_lost();
         let rung = bell::listen(doorbell, stopping.clone()).map_err(LinkOpenError::Watch)?;
         tokio::spawn(owner.run(rung, requests, stopping));
         Ok(Link {
             commands,
             observed,
-            ousted,
+            lock_lost,
             region,
             epoch,
             run_dir,
@@ -251,14 +251,14 @@ impl Link {
 
     /// Waits until another process has become the writer of the region, which this one then leaves
     /// alone: it is to end. Else for ever.
-    pub fn ousted(&self) -> impl Future<Output = Ousted> + use<> {
-        let mut ousted = self.ousted.clone();
+    pub fn lock_lost(&self) -> impl Future<Output = LockLost> + use<> {
+        let mut lock_lost = self.lock_lost.clone();
         async move {
             loop {
-                if let Some(ousted) = ousted.borrow_and_update().clone() {
-                    return ousted;
+                if let Some(lock_lost) = lock_lost.borrow_and_update().clone() {
+                    return lock_lost;
                 }
-                if ousted.changed().await.is_err() {
+                if lock_lost.changed().await.is_err() {
                     std::future::pending::<()>().await;
                 }
             }
@@ -464,8 +464,8 @@ mod tests {
         let link = Link::open(run_dir.clone(), Sizes::default(), node, stopping).unwrap();
         std::fs::remove_file(run_dir.control().join("lock")).unwrap();
         let other = DesiredWriter::open(run_dir.control(), Sizes::default()).unwrap();
-        let ousted = tokio::time::timeout(Duration::from_secs(60), link.ousted());
-        assert_eq!(ousted.await.unwrap().pid, Some(std::process::id()));
+        let lock_lost = tokio::time::timeout(Duration::from_secs(60), link.lock_lost());
+        assert_eq!(lock_lost.await.unwrap().pid, Some(std::process::id()));
         let refused = link.publish(KernelId([1; 16]), KernelRows::default()).await;
         assert_eq!(refused, Err(LinkError::Stopping));
         let mut reader = DesiredReader::at(run_dir.control());

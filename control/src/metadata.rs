@@ -43,7 +43,7 @@ const CONNECTION_LIFE: Duration = Duration::from_secs(60);
 /// The first answers on a connection are given at once, later ones at this distance ...
 const AT_ONCE: u32 = 2;
 const DISTANCE: Duration = Duration::from_millis(40);
-/// ... and its place is free so long after its end: a kernel gets less than a thousand a second.
+/// ... and its permit is free so long after its end: a kernel gets less than a thousand a second.
 const REST: Duration = Duration::from_millis(100);
 /// The longest head of a request; the least that hyper takes.
 const HEAD: usize = 8192;
@@ -57,7 +57,7 @@ pub async fn serve(node: Arc<Node>) {
         let listener = listen(&node.config.agent.metadata_server.to_string()).await;
         let service = Arc::new(Service {
             sandbox: node.config.container.sandbox_type.to_string(),
-            places: Arc::default(),
+            connections: Arc::default(),
             node,
         });
         accept(listener, service).await;
@@ -97,15 +97,15 @@ type Owner = Option<KernelId>;
 
 /// Connections at once.
 #[derive(Debug, Default)]
-struct Places(Mutex<HashMap<Owner, usize>>);
+struct ConnectionLimit(Mutex<HashMap<Owner, usize>>);
 
-impl Places {
+impl ConnectionLimit {
     fn taken(&self) -> MutexGuard<'_, HashMap<Owner, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for one more connection, if there is one.
-    fn take(self: &Arc<Self>, owner: Owner) -> Option<Place> {
+    /// A permit for one more connection, if there is one.
+    fn take(self: &Arc<Self>, owner: Owner) -> Option<ConnectionPermit> {
         let most = if owner.is_some() {
             OF_A_KERNEL
         } else {
@@ -115,15 +115,15 @@ impl Places {
         let count = taken.entry(owner).or_default();
         (*count < most).then(|| {
             *count += 1;
-            Place(self.clone(), owner)
+            ConnectionPermit(self.clone(), owner)
         })
     }
 }
 
 #[derive(Debug)]
-struct Place(Arc<Places>, Owner);
+struct ConnectionPermit(Arc<ConnectionLimit>, Owner);
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut taken = self.0.taken();
         if let Some(count) = taken.get_mut(&self.1) {
@@ -139,7 +139,7 @@ impl Drop for Place {
 struct Service {
     node: Arc<Node>,
     sandbox: String,
-    places: Arc<Places>,
+    connections: Arc<ConnectionLimit>,
 }
 
 impl Service {
@@ -206,14 +206,14 @@ async fn accept(listener: TcpListener, service: Arc<Service>) {
             Ok((stream, peer)) => {
                 let peer = peer.ip().to_canonical();
                 // Those beyond the bound are closed: whoever asks in turn never gets there.
-                let Some(place) = service.places.take(service.who(peer)) else {
+                let Some(permit) = service.connections.take(service.who(peer)) else {
                     continue;
                 };
                 let service = service.clone();
                 connections.spawn(async move {
                     connection(&service, stream, peer).await;
                     tokio::time::sleep(REST).await;
-                    drop(place);
+                    drop(permit);
                 });
             }
             Err(err) => {
@@ -252,20 +252,20 @@ mod tests {
 
     #[test]
     fn neither_strangers_nor_a_kernel_take_the_places_of_others() {
-        let places = Arc::<Places>::default();
+        let connections = Arc::<ConnectionLimit>::default();
         let (one, two) = (Some(KernelId([1; 16])), Some(KernelId([2; 16])));
-        let strangers: Vec<Place> = (0..OF_STRANGERS)
-            .map(|_| places.take(None).unwrap())
+        let strangers: Vec<ConnectionPermit> = (0..OF_STRANGERS)
+            .map(|_| connections.take(None).unwrap())
             .collect();
-        assert!(places.take(None).is_none());
-        let mut own: Vec<Place> = (0..OF_A_KERNEL)
-            .map(|_| places.take(one).unwrap())
+        assert!(connections.take(None).is_none());
+        let mut own: Vec<ConnectionPermit> = (0..OF_A_KERNEL)
+            .map(|_| connections.take(one).unwrap())
             .collect();
-        assert!(places.take(one).is_none());
-        assert!(places.take(two).is_some());
+        assert!(connections.take(one).is_none());
+        assert!(connections.take(two).is_some());
         own.pop();
-        assert!(places.take(one).is_some());
+        assert!(connections.take(one).is_some());
         drop((strangers, own));
-        assert!(places.taken().is_empty());
+        assert!(connections.taken().is_empty());
     }
 }

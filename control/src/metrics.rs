@@ -1,6 +1,6 @@
 //! The series of the agent, in Prometheus' text format.
 //!
-//! In: one look at the node ([`Scene`]): the observed region, the kernels, the host. Out: the page of
+//! In: one look at the node ([`NodeSnapshot`]): the observed region, the kernels, the host. Out: the page of
 //! a scrape, made when it is asked for. Invariants: every family is declared once, here or in a
 //! module below, and listed in `docs/metrics.md`; labels come from the node's own objects, so their
 //! number is bounded; the series of a container end with it; what was not measured has no series,
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use shared::observed::{ContainerSample, ObservedSnapshot};
 
-use crate::accelerator::known::Known;
+use crate::accelerator::device::AcceleratorDevice;
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 use crate::link::Observed;
@@ -29,7 +29,7 @@ pub use folders::Folders;
 pub use page::{Family, Kind, Page};
 pub use recorder::{
     Recorder, Round, TaskEnd, count_call, count_failure, count_request, count_round, count_sync,
-    count_sync_end, count_task, count_task_end, own_families,
+    count_sync_end, count_task, count_task_end,
 };
 
 /// Samples may be this many intervals old, and a little more for a busy machine.
@@ -98,7 +98,7 @@ pub struct EngineState {
 
 /// One look at the node.
 #[derive(Debug, Default)]
-pub struct Scene {
+pub struct NodeSnapshot {
     /// The agent's id.
     pub agent_id: String,
     /// `manager` or `standalone`.
@@ -118,7 +118,7 @@ pub struct Scene {
     /// Slots: name, total and used amount.
     pub slots: Vec<(String, rust_decimal::Decimal, rust_decimal::Decimal)>,
     /// Devices that do not work and that the dataplane has no row of.
-    pub unheard: Vec<Known>,
+    pub unheard: Vec<AcceleratorDevice>,
     /// Host ports.
     pub occupancy: Option<Occupancy>,
     /// Folders of kernels; none when no storage proxy is asked.
@@ -127,9 +127,9 @@ pub struct Scene {
     pub now_ns: u64,
 }
 
-impl Scene {
+impl NodeSnapshot {
     /// Looks at the node. Reads memory only: neither the engine nor a disk is asked.
-    pub fn of(node: &Node, reading: HostReading, engine: EngineState) -> Scene {
+    pub fn of(node: &Node, reading: HostReading, engine: EngineState) -> NodeSnapshot {
         let kernels = node.registry.all();
         let mut used: std::collections::BTreeMap<String, rust_decimal::Decimal> =
             std::collections::BTreeMap::new();
@@ -147,7 +147,7 @@ impl Scene {
             (slot.name, slot.amount, used)
         });
         let observed = node.link.observed();
-        Scene {
+        NodeSnapshot {
             agent_id: node.agent_id().to_owned(),
             mode: if node.config.standalone {
                 "standalone"
@@ -219,8 +219,8 @@ pub fn families() -> impl Iterator<Item = &'static Family> {
         .iter()
         .chain(machine::FAMILIES)
         .chain(folders::FAMILIES)
+        .chain(recorder::FAMILIES)
         .copied()
-        .chain(own_families())
 }
 
 #[cfg(test)]

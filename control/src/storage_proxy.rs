@@ -6,10 +6,10 @@
 //! time; what is shown is the last answer with its age.
 
 mod answers;
+mod cache;
 mod client;
+pub mod documents;
 mod folder;
-mod knowledge;
-pub mod shown;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,9 +21,9 @@ use crate::causes::chain;
 use crate::kernel::node::Node;
 
 pub use answers::{FolderUsage, Quota, Space, Volume, VolumeHealth};
+pub use cache::{Answer, Cache, CacheEntry, Failure, Mounted, Next, Query};
 pub use client::{ProxyClient, ProxyError};
 pub use folder::FolderId;
-pub use knowledge::{Answer, Failure, Knowledge, Known, Mounted, Next, Question};
 
 /// How often new mounts are looked for.
 const LOOK: Duration = Duration::from_secs(2);
@@ -36,18 +36,18 @@ pub struct StorageProxy {
     client: ProxyClient,
     /// Where it is, to be shown.
     url: String,
-    known: watch::Sender<Arc<Knowledge>>,
+    known: watch::Sender<Arc<Cache>>,
 }
 
 impl StorageProxy {
     /// The configured one; none when none is.
     pub fn new(config: &Config) -> Option<StorageProxy> {
         let settings = config.node.storage_proxy.as_ref()?;
-        let knowledge = Knowledge::new(settings.interval);
+        let cache = Cache::new(settings.interval);
         Some(StorageProxy {
             client: ProxyClient::new(settings),
             url: settings.url.to_string(),
-            known: watch::Sender::new(Arc::new(knowledge)),
+            known: watch::Sender::new(Arc::new(cache)),
         })
     }
 
@@ -57,24 +57,24 @@ impl StorageProxy {
     }
 
     /// What is known now.
-    pub fn known(&self) -> Arc<Knowledge> {
+    pub fn known(&self) -> Arc<Cache> {
         self.known.borrow().clone()
     }
 
-    async fn ask(&self, question: &Question) -> Result<Answer, Failure> {
+    async fn ask(&self, question: &Query) -> Result<Answer, Failure> {
         let answer = match question {
-            Question::Volumes => self.client.volumes().await.map(Answer::Volumes),
-            Question::Volume(name) => match self.client.health(name).await {
+            Query::Volumes => self.client.volumes().await.map(Answer::Volumes),
+            Query::Volume(name) => match self.client.health(name).await {
                 Ok(health) => {
                     let space = self.client.space(name).await;
                     space.map(|space| Answer::Volume(health, space))
                 }
                 Err(err) => Err(err),
             },
-            Question::Scope(volume, scope) => {
+            Query::Scope(volume, scope) => {
                 self.client.quota(volume, scope).await.map(Answer::Scope)
             }
-            Question::Folder(volume, folder) => {
+            Query::Folder(volume, folder) => {
                 self.client.usage(volume, folder).await.map(Answer::Folder)
             }
         };
@@ -116,12 +116,12 @@ pub async fn run(node: Arc<Node>) {
         return;
     };
     let follow = async {
-        let mut knowledge = Knowledge::clone(&proxy.known());
+        let mut cache = Cache::clone(&proxy.known());
         loop {
-            let next = knowledge.next(Instant::now(), &mounted(&node));
+            let next = cache.next(Instant::now(), &mounted(&node));
             // Forgotten folders are shown no longer, whether or not something is asked.
-            if knowledge.all().count() != proxy.known().all().count() {
-                proxy.known.send_replace(Arc::new(knowledge.clone()));
+            if cache.all().count() != proxy.known().all().count() {
+                proxy.known.send_replace(Arc::new(cache.clone()));
             }
             let question = match next {
                 Next::Ask(question) => question,
@@ -131,9 +131,9 @@ pub async fn run(node: Arc<Node>) {
                 }
             };
             let outcome = proxy.ask(&question).await;
-            tell(&knowledge, &outcome, &proxy.url);
-            knowledge.told(Instant::now(), &question, outcome, rand::random());
-            proxy.known.send_replace(Arc::new(knowledge.clone()));
+            tell(&cache, &outcome, &proxy.url);
+            cache.told(Instant::now(), &question, outcome, rand::random());
+            proxy.known.send_replace(Arc::new(cache.clone()));
             tokio::time::sleep(PACE).await;
         }
     };
@@ -144,8 +144,8 @@ pub async fn run(node: Arc<Node>) {
 }
 
 /// Logs the beginning and the end of trouble; a refused question is its own matter.
-fn tell(knowledge: &Knowledge, outcome: &Result<Answer, Failure>, url: &str) {
-    match (outcome, &knowledge.trouble) {
+fn tell(cache: &Cache, outcome: &Result<Answer, Failure>, url: &str) {
+    match (outcome, &cache.trouble) {
         (Err(failure), None) if failure.of_proxy => tracing::warn!(
             url,
             err = failure.words,

@@ -395,11 +395,11 @@ impl Volumes {
         // First, as a line can be put back and a mount cannot: not as it was mounted.
         let point = path.to_owned();
         // All in one: whoever waits for it may be gone when the line is out.
-        let owed = blocking(move || Owed::take_out(table, point)).await?;
+        let removed_lines = blocking(move || RemovedLines::take_out(table, point)).await?;
         let done = self.let_go(path).await;
-        match owed {
-            Some(owed) if done.is_err() => blocking(move || drop(owed)).await,
-            Some(owed) => owed.settle(),
+        match removed_lines {
+            Some(removed_lines) if done.is_err() => blocking(move || drop(removed_lines)).await,
+            Some(removed_lines) => removed_lines.settle(),
             None => {}
         }
         done
@@ -465,17 +465,17 @@ async fn note(path: &Path, order: &MountOrder) -> Result<(), VolumeError> {
 /// Lines that were taken out for an unmount that has not succeeded. Dropped they are put back, so that they
 /// are after an order that was cut short (a stop of the agent), too. That blocks, for a small file's time.
 #[derive(Debug)]
-struct Owed {
+struct RemovedLines {
     table: PathBuf,
     path: PathBuf,
     removed: Option<fstab::Removed>,
 }
 
-impl Owed {
+impl RemovedLines {
     /// Takes out what is noted for a mount point; `None` when nothing is. Blocks.
-    fn take_out(table: PathBuf, path: PathBuf) -> Result<Option<Owed>, FstabError> {
+    fn take_out(table: PathBuf, path: PathBuf) -> Result<Option<RemovedLines>, FstabError> {
         let removed = fstab::remove(&table, &path)?;
-        Ok(removed.is_some().then_some(Owed {
+        Ok(removed.is_some().then_some(RemovedLines {
             table,
             path,
             removed,
@@ -488,7 +488,7 @@ impl Owed {
     }
 }
 
-impl Drop for Owed {
+impl Drop for RemovedLines {
     fn drop(&mut self) {
         let Some(removed) = self.removed.take() else {
             return;

@@ -257,13 +257,13 @@ async fn not_the_python_agent(config: &Config) -> Result<(), WatcherError> {
 }
 
 /// What the cluster says to watchers.
-struct Found {
+struct ClusterSettings {
     token: String,
     /// Where it says the rest.
     etcd: Option<Etcd>,
 }
 
-async fn cluster(config: &Config) -> Result<Found, WatcherError> {
+async fn cluster(config: &Config) -> Result<ClusterSettings, WatcherError> {
     let file = config.node.watcher.token_file.clone();
     let own = match file {
         None => None,
@@ -276,7 +276,7 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
         }
     };
     let Some(settings) = config.etcd.clone() else {
-        return Ok(Found {
+        return Ok(ClusterSettings {
             token: own.ok_or(WatcherError::NoToken)?,
             etcd: None,
         });
@@ -287,7 +287,7 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
         .map_err(WatcherError::Etcd)?;
     if let Some(token) = own {
         // Nothing else is read at the start.
-        return Ok(Found {
+        return Ok(ClusterSettings {
             token,
             etcd: Some(etcd),
         });
@@ -296,7 +296,7 @@ async fn cluster(config: &Config) -> Result<Found, WatcherError> {
     loop {
         match etcd.get("config/watcher/token").await {
             Ok(token) => {
-                return Ok(Found {
+                return Ok(ClusterSettings {
                     token: token
                         .filter(|token| !token.is_empty())
                         .unwrap_or_else(|| INSECURE.to_owned()),

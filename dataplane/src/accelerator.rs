@@ -69,7 +69,7 @@ pub struct Reading {
 
 /// What all drivers told.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct DriverReports {
     /// Their devices, sorted by key.
     pub rows: Vec<AcceleratorRow>,
     /// Kinds whose driver is there and has told nothing yet ([`AcceleratorKind::bit`]).
@@ -281,8 +281,8 @@ impl Accelerators {
     }
 
     /// The devices as they are to be published, of all drivers that have answered.
-    pub fn told(&self, tick: u64) -> Told {
-        let mut told = Told::default();
+    pub fn told(&self, tick: u64) -> DriverReports {
+        let mut told = DriverReports::default();
         let rows = &mut told.rows;
         for slot in &self.slots {
             let state = slot.state.lock();
@@ -522,7 +522,7 @@ mod tests {
         assert_eq!(told(), (2, 0, false));
         second.put_none();
         assert_eq!(told(), (1, 0, false));
-        assert_eq!(Accelerators::none().told(1), Told::default());
+        assert_eq!(Accelerators::none().told(1), DriverReports::default());
         drop(all);
         assert!(first.stopped() && !second.pause(Duration::from_secs(60)));
     }

@@ -18,16 +18,16 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use shared::desired::DesiredReader;
 use shared::doorbell::{Doorbell, DoorbellError, Ringer};
-use shared::lock::{LockError, Ousted, WriterLock};
+use shared::lock::{LockError, LockLost, WriterLock};
 use shared::observed::{ObservedReader, ObservedWriter};
 use shared::run_dir::{RunDir, RunDirError};
 use shared::{OpenError, Sizes};
 
 use crate::accelerator::{self, Accelerators};
 use crate::board::Board;
-use crate::causes::words;
-use crate::collect::{self, Collector, Means};
-use crate::forward::kernel::{self, KernelPath};
+use crate::causes::chain;
+use crate::collect::{self, Collector, ReadMethod};
+use crate::forward::kernel_path::{self, KernelPath};
 use crate::forward::relay::{self, Relay, StartError};
 use crate::link::{Defaults, Link, kept_descriptors};
 use crate::sys::netlink::{LinkLookup, LinkWatch, NetlinkError};
@@ -70,7 +70,7 @@ pub struct Options {
     /// The relay's connections begin in the namespaces of their containers.
     pub relay_inside: bool,
     /// Serve clients in the kernel where that is possible, by programs attached like this.
-    pub kernel_path: Option<kernel::Means>,
+    pub kernel_path: Option<kernel_path::AttachMethod>,
     /// Drivers of accelerators to look for.
     pub accelerators: accelerator::Options,
 }
@@ -86,7 +86,7 @@ pub enum AppError {
     Lock(#[source] LockError),
     /// Another dataplane has come to serve this agent.
     #[error(transparent)]
-    Ousted(#[from] Ousted),
+    LockLost(#[from] LockLost),
     /// The observed region can't be made.
     #[error("the observed region can't be opened")]
     Region(#[source] OpenError),
@@ -204,13 +204,13 @@ pub fn run(options: &Options, signals: Signals) -> Result<(), AppError> {
             interval: link.settings().sample_interval,
             scratch_root: options.scratch_root.clone(),
             descriptors: files,
-            means: Means::Best {
+            method: ReadMethod::Best {
                 containers: board.sizes().containers,
             },
             before,
             node_before,
             delivered: link.take_delivered(),
-            carried: Arc::clone(link.relay().insides()),
+            carried: Arc::clone(link.relay().namespaces()),
         },
     )
     .map_err(AppError::Collector)?;
@@ -314,20 +314,20 @@ fn serve(
 
 /// Leads clients past the relay where that is wanted and possible; the link says why not with each port.
 fn begin_kernel_path(link: &mut Link, options: &Options, run_dir: &RunDir, waker: Waker) {
-    if let Some(means) = options.kernel_path {
+    if let Some(method) = options.kernel_path {
         let wake = move || {
             // It fails only when the loop is gone, and a turn without a call comes every second.
             let _ = waker.wake();
         };
         let started = shared::heap::trimmed(|| {
-            KernelPath::start(&options.agent_id, run_dir.root(), means, wake)
+            KernelPath::start(&options.agent_id, run_dir.root(), method, wake)
         });
         if let Err(err) = &started {
-            tracing::warn!(err = words(err), "no kernel path, the relay serves all");
+            tracing::warn!(err = chain(err), "no kernel path, the relay serves all");
             // Nobody would tell what an earlier process has left which rows go.
             take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
         }
-        link.use_kernel_path(started.map_err(|err| words(&err)));
+        link.use_kernel_path(started.map_err(|err| chain(&err)));
     } else {
         take_kernel_path_down(options.agent_id.clone(), run_dir.root().to_owned());
     }
@@ -340,11 +340,11 @@ fn take_kernel_path_down(agent: String, root: PathBuf) {
     let thread = std::thread::Builder::new().name("detach".into());
     let started = thread.spawn(move || {
         let _sender = sender;
-        match kernel::detach(&agent, &root) {
+        match kernel_path::detach(&agent, &root) {
             Ok(removed) if removed.is_empty() => {}
             Ok(_) => tracing::info!("the kernel path of an earlier process leads nobody any more"),
             Err(err) => tracing::error!(
-                err = words(&err),
+                err = chain(&err),
                 "the kernel path of an earlier process goes on; stop this one and run: \
                  bai-dataplane detach"
             ),

@@ -11,14 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use shared::desired::PortKey;
 use shared::doorbell::Ringer;
 use shared::ids::ContainerId;
-use shared::lock::Ousted;
+use shared::lock::LockLost;
 use shared::observed::{
-    AcceleratorKey, Applied, InKernel, NodeSample, ObservedWriter, PortStatus, Processes, Samples,
+    AcceleratorKey, Applied, KernelPathCounters, NodeSample, ObservedWriter, PortStatus, Processes,
+    Samples,
 };
 use shared::{BatchError, OpenError};
 
-use crate::accelerator::{self, Accelerators, Told};
-use crate::forward::kernel::KernelPort;
+use crate::accelerator::{self, Accelerators, DriverReports};
+use crate::forward::kernel_path::KernelPort;
 use crate::forward::relay::port::{Counters, Port};
 
 /// A port's status and where its counters live.
@@ -29,7 +30,7 @@ pub struct Entry {
     /// The relay's port, while it has one.
     pub port: Option<Arc<Port>>,
     /// The kernel path's, while that serves it too.
-    pub kernel: Option<Arc<KernelPort>>,
+    pub kernel_port: Option<Arc<KernelPort>>,
     /// What earlier listeners of the same kernel's port had counted.
     pub base: Counters,
 }
@@ -42,13 +43,13 @@ impl Entry {
             .map(|port| port.counters())
             .unwrap_or_default();
         let flows = self
-            .kernel
+            .kernel_port
             .as_ref()
             .map(|port| port.counters())
             .unwrap_or_default();
         let status = &mut self.status;
         // Beside the sums, because the maps count on when this process is dead.
-        status.in_kernel = InKernel {
+        status.in_kernel_path = KernelPathCounters {
             sessions_total: flows.total,
             sessions_refused: flows.refused,
             bytes_in: flows.bytes_in,
@@ -159,14 +160,14 @@ impl Board {
     ///
     /// # Errors
     /// Another process writes the region now: this one is to end.
-    pub fn heartbeat(&self) -> Result<(), Ousted> {
+    pub fn heartbeat(&self) -> Result<(), LockLost> {
         let mut inner = self.lock();
         match inner.writer.heartbeat() {
             Ok(false) => inner.misplaced = false,
             Ok(true) => {
                 tracing::warn!("somebody had taken the region's file away; it has been made again");
             }
-            Err(OpenError::Ousted(ousted)) => return Err(ousted),
+            Err(OpenError::LockLost(lock_lost)) => return Err(lock_lost),
             Err(err) => {
                 if !std::mem::replace(&mut inner.misplaced, true) {
                     tracing::error!(
@@ -183,7 +184,7 @@ impl Board {
     ///
     /// # Errors
     /// Another one does: this one is to do nothing more, and to end.
-    pub fn is_writer(&self) -> Result<(), Ousted> {
+    pub fn is_writer(&self) -> Result<(), LockLost> {
         self.lock().writer.is_writer()
     }
 
@@ -266,7 +267,7 @@ impl Board {
                 "there are more containers than the region has rows for; those left out have no statistics, restart bai-dataplane, which takes node.max-containers at its start"
             );
         }
-        let Told {
+        let DriverReports {
             rows: mut devices,
             silent,
             waits,

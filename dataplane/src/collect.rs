@@ -6,23 +6,23 @@
 //! missing is absent, never zero; a container that goes away during a pass harms only its own sample; a pass
 //! that takes longer than the interval makes the next one late, never two at once.
 
+pub mod cgroup_program;
+#[cfg(test)]
+mod cgroup_program_tests;
 pub mod cgroup_v1;
 pub mod cgroup_v2;
 pub mod container;
 pub mod disk;
-pub mod facts;
 pub mod file;
+pub mod hierarchies;
 mod links;
 pub mod node;
 pub mod process;
 mod record;
-pub mod stacks;
+pub mod stacked_devices;
 pub mod tasks;
-#[cfg(test)]
-mod truth;
-mod turns;
+mod threads;
 pub mod veths;
-pub mod walks;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -38,20 +38,20 @@ use shared::observed::{
 };
 use shared::{monotonic_ns, wall_ns};
 
+use self::cgroup_program::CgroupProgram;
 use self::container::{Networks, Watched};
 use self::disk::Disk;
-use self::facts::{Facts, Hierarchy};
 use self::file::Budget;
+use self::hierarchies::{CgroupHierarchies, Hierarchy};
 use self::links::{LinkReader, Seek};
 use self::node::Node;
 use self::process::Lister;
 use self::record::Before;
-use self::stacks::{StackReader, Stacks};
+use self::stacked_devices::{StackedDeviceReader, StackedDevices};
 use self::tasks::Tasks;
-use self::turns::Turns;
-use self::walks::Walks;
+use self::threads::CollectorThreads;
 use crate::board::{Board, Pass};
-use crate::forward::relay::inside::Insides;
+use crate::forward::relay::namespaces::ContainerNamespaces;
 use crate::forward::relay::port::Totals;
 use crate::sys::bpf::CounterTable;
 use crate::sys::clock::thread_cpu;
@@ -73,7 +73,7 @@ pub struct Options {
     /// So many may be kept open between passes.
     pub descriptors: u32,
     /// How cgroups are read.
-    pub means: Means,
+    pub method: ReadMethod,
     /// The samples of an earlier life of this process.
     pub before: Vec<ContainerSample>,
     /// Its sample of the node.
@@ -81,12 +81,12 @@ pub struct Options {
     /// What programs put into containers past the host's ends of their links.
     pub delivered: Option<CounterTable>,
     /// What the relay sends them and receives past their links.
-    pub carried: Arc<Insides>,
+    pub carried: Arc<ContainerNamespaces>,
 }
 
 /// The collector's handle; dropping it ends its threads.
 #[derive(Debug)]
-pub struct Collector(Turns);
+pub struct Collector(CollectorThreads);
 
 impl Collector {
     /// Starts the threads.
@@ -98,7 +98,7 @@ impl Collector {
             interval,
             scratch_root,
             descriptors,
-            means,
+            method,
             before,
             node_before,
             delivered,
@@ -107,9 +107,9 @@ impl Collector {
         let disk = Disk::start()?;
         let lister = Lister::start()?;
         let processes = board.sizes().processes;
-        Turns::start(interval, board, move || {
-            let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, means);
-            sampler.list_processes(lister, means, processes);
+        CollectorThreads::start(interval, board, move || {
+            let mut sampler = Sampler::new(totals, disk, scratch_root, descriptors, method);
+            sampler.list_processes(lister, method, processes);
             sampler.go_on_from(&before, node_before.as_ref());
             sampler.delivered = delivered;
             sampler.carried = carried;
@@ -131,7 +131,7 @@ impl Collector {
 
 /// How cgroups are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Means {
+pub enum ReadMethod {
     /// Through a program in the kernel where it can be had, with room for so many containers; files
     /// for what it does not tell.
     Best {
@@ -145,11 +145,11 @@ pub enum Means {
 /// Does the passes. Owned by the thread that collects; benches drive it directly.
 #[derive(Debug)]
 pub struct Sampler {
-    facts: Facts,
+    hierarchies: CgroupHierarchies,
     budget: Arc<Budget>,
-    walks: Option<Walks>,
+    cgroup_program: Option<CgroupProgram>,
     /// Only where the kernel's counters of block devices are read.
-    stacks: Option<StackReader>,
+    stacks: Option<StackedDeviceReader>,
     /// Sorted by id; side by side, because each pass goes through all of them.
     containers: Vec<Watched>,
     /// What an earlier life of this process had counted of block devices.
@@ -164,7 +164,7 @@ pub struct Sampler {
     /// whether they have: what others have read is not all then.
     partly_told: HashSet<ContainerId>,
     delivered: Option<CounterTable>,
-    carried: Arc<Insides>,
+    carried: Arc<ContainerNamespaces>,
     delivered_log: LogLimit,
     node: Node,
     disk: Disk,
@@ -182,13 +182,13 @@ pub struct Sampler {
 
 /// When a pass began.
 #[derive(Debug, Clone, Copy)]
-struct Begun {
+struct PassStart {
     at: Instant,
     /// CPU time of its thread then.
     cpu: Duration,
 }
 
-impl Begun {
+impl PassStart {
     fn now() -> Self {
         Self {
             at: Instant::now(),
@@ -199,14 +199,14 @@ impl Begun {
 
 /// A question about links. Its answer may take for ever.
 #[derive(Debug)]
-struct Question {
+struct LinkQuery {
     reader: LinkReader,
     sought: HashMap<ContainerId, Seek>,
     /// The counters of this host's links were read.
     read: bool,
 }
 
-impl Question {
+impl LinkQuery {
     fn ask(&mut self) {
         self.read = self.reader.read(std::mem::take(&mut self.sought));
     }
@@ -223,28 +223,30 @@ impl Sampler {
         disk: Disk,
         scratch_root: Option<PathBuf>,
         descriptors: u32,
-        means: Means,
+        method: ReadMethod,
     ) -> Self {
-        let facts = Facts::gather();
-        tracing::info!(?facts, "cgroup hierarchies found");
+        let hierarchies = CgroupHierarchies::gather();
+        tracing::info!(?hierarchies, "cgroup hierarchies found");
         let budget = Budget::new(descriptors);
-        let walks = match means {
-            Means::Files => None,
-            Means::Best { containers } => trimmed(|| Walks::start(&facts, &budget, containers))
-                .inspect_err(|err| {
-                    tracing::warn!(
-                        err = err as &dyn std::error::Error,
-                        "cgroups are read by files, which costs more"
-                    );
-                })
-                .ok(),
+        let cgroup_program = match method {
+            ReadMethod::Files => None,
+            ReadMethod::Best { containers } => {
+                trimmed(|| CgroupProgram::start(&hierarchies, &budget, containers))
+                    .inspect_err(|err| {
+                        tracing::warn!(
+                            err = err as &dyn std::error::Error,
+                            "cgroups are read by files, which costs more"
+                        );
+                    })
+                    .ok()
+            }
         };
-        let stacks = facts.io.is_some();
+        let stacks = hierarchies.io.is_some();
         let stacks =
-            stacks.then(|| StackReader::new(Path::new("/sys"), Path::new(MOUNTS), &budget));
+            stacks.then(|| StackedDeviceReader::new(Path::new("/sys"), Path::new(MOUNTS), &budget));
         Self {
-            facts,
-            walks,
+            hierarchies,
+            cgroup_program,
             stacks,
             node: Node::new(&budget),
             budget,
@@ -271,13 +273,13 @@ impl Sampler {
         }
     }
 
-    /// Has processes listed too from now on, by these means, so many at most.
-    pub fn list_processes(&mut self, mut lister: Lister, means: Means, most: u32) {
-        if let Means::Best { containers } = means
-            && let Some(mount) = tasks::mount(&self.facts)
+    /// Has processes listed too from now on, by this method, so many at most.
+    pub fn list_processes(&mut self, mut lister: Lister, method: ReadMethod, most: u32) {
+        if let ReadMethod::Best { containers } = method
+            && let Some(mount) = tasks::mount(&self.hierarchies)
         {
-            let facts = self.facts.clone();
-            let load = move || trimmed(|| Tasks::start(&facts, containers, most));
+            let hierarchies = self.hierarchies.clone();
+            let load = move || trimmed(|| Tasks::start(&hierarchies, containers, most));
             if let Err(err) = lister.walk_by(mount.to_owned(), load) {
                 tracing::warn!(%err, "there is no thread to walk over tasks");
             }
@@ -293,7 +295,7 @@ impl Sampler {
     /// Has counters that begin with this process go on from samples of an earlier one.
     pub fn go_on_from(&mut self, samples: &[ContainerSample], node: Option<&NodeSample>) {
         // In version 2 the kernel counts, whoever reads it.
-        let counts = matches!(self.facts.io, Some(Hierarchy::V1(_)));
+        let counts = matches!(self.hierarchies.io, Some(Hierarchy::V1(_)));
         let counted = samples
             .iter()
             .filter(|it| counts && it.io.source == Source::Bpf);
@@ -311,7 +313,7 @@ impl Sampler {
 
     /// One pass over the containers followed.
     pub fn pass(&mut self) -> Pass {
-        let begun = Begun::now();
+        let begun = PassStart::now();
         let Some(mut question) = self.ask_links() else {
             return self.pass_with(begun, None);
         };
@@ -321,14 +323,14 @@ impl Sampler {
 
     /// The question about links, to be asked without this; none while an earlier one is out, or when all is
     /// known without.
-    fn ask_links(&mut self) -> Option<Question> {
-        let compares = match &self.walks {
-            Some(walks) => {
-                let all = !walks.veths().lacking()
+    fn ask_links(&mut self) -> Option<LinkQuery> {
+        let compares = match &self.cgroup_program {
+            Some(cgroup_program) => {
+                let all = !cgroup_program.veths().lacking()
                     && self.sought.is_empty()
                     && self.partly_told.is_empty()
                     && !self.node.needs_links();
-                let compares = walks.veths().compares();
+                let compares = cgroup_program.veths().compares();
                 if all && !compares {
                     return None;
                 }
@@ -337,12 +339,12 @@ impl Sampler {
             None => false,
         };
         let mut reader = self.links.take()?;
-        if compares && let Some(walks) = &mut self.walks {
-            walks.read_before_asking();
+        if compares && let Some(cgroup_program) = &mut self.cgroup_program {
+            cgroup_program.read_before_asking();
         }
         reader.keep(|id| place_of(&self.containers, id).is_ok());
         self.partly_told.extend(self.sought.keys());
-        Some(Question {
+        Some(LinkQuery {
             reader,
             sought: std::mem::take(&mut self.sought),
             read: false,
@@ -357,7 +359,7 @@ impl Sampler {
     }
 
     /// One pass, with what was told about links.
-    fn pass_with(&mut self, begun: Begun, answered: Option<Question>) -> Pass {
+    fn pass_with(&mut self, begun: PassStart, answered: Option<LinkQuery>) -> Pass {
         self.tick += 1;
         let mut told = false;
         if let Some(question) = answered {
@@ -367,14 +369,16 @@ impl Sampler {
         if let Some(stacks) = &mut self.stacks {
             stacks.refresh(&mut self.buffer);
         }
-        if let Some(walks) = &mut self.walks {
-            let stacks = self.stacks.as_ref().map(StackReader::stacks);
-            walks.note_loops(stacks.is_some_and(Stacks::have_loops));
+        if let Some(cgroup_program) = &mut self.cgroup_program {
+            let stacks = self.stacks.as_ref().map(StackedDeviceReader::stacks);
+            cgroup_program.note_loops(stacks.is_some_and(StackedDevices::have_loops));
             for watched in &mut self.containers {
-                watched.walk(walks);
+                watched.walk(cgroup_program);
             }
-            walks.pass(&mut self.buffer);
-            walks.veths_mut().take(told_by(self.links.as_ref(), told));
+            cgroup_program.pass(&mut self.buffer);
+            cgroup_program
+                .veths_mut()
+                .take(told_by(self.links.as_ref(), told));
         }
         let steady = self.add_delivered(told);
         let told = told && steady;
@@ -418,23 +422,26 @@ impl Sampler {
     /// that is `steady`.
     fn take_samples(&mut self, told: bool, steady: bool) -> Samples {
         let reader = self.links.as_ref().filter(|_| told);
-        let read = self.walks.as_ref().filter(|_| steady);
+        let read = self.cgroup_program.as_ref().filter(|_| steady);
         let networks = Networks {
-            read: read.map(|walks| walks.veths().believed()),
+            read: read.map(|cgroup_program| cgroup_program.veths().believed()),
             told: told_by(self.links.as_ref(), told),
         };
-        // What the walks have read is of one moment; files are read one after the other.
-        let files = self.walks.is_none();
-        let none = Stacks::default();
-        let stacks = self.stacks.as_ref().map_or(&none, StackReader::stacks);
+        // What the program has read is of one moment; files are read one after the other.
+        let files = self.cgroup_program.is_none();
+        let none = StackedDevices::default();
+        let stacks = self
+            .stacks
+            .as_ref()
+            .map_or(&none, StackedDeviceReader::stacks);
         let mut now = (monotonic_ns(), wall_ns());
         let carried = self.carried.carried();
         let mut samples = Samples::with_capacity(self.containers.len());
         for watched in &mut self.containers {
             let mut sample = watched.sample(
-                &self.facts,
+                &self.hierarchies,
                 &self.budget,
-                self.walks.as_ref(),
+                self.cgroup_program.as_ref(),
                 networks,
                 stacks,
                 &mut self.buffer,
@@ -540,18 +547,18 @@ impl Sampler {
                 Ok(place) => self.containers[place].before(),
                 Err(_) => self.told_before.remove(&id).unwrap_or_default(),
             };
-            let watched = Watched::new(row.clone(), before, &self.facts, &self.budget);
+            let watched = Watched::new(row.clone(), before, &self.hierarchies, &self.budget);
             let watched = watched.going_on(told);
             match place {
                 Ok(place) => self.containers[place] = watched,
                 Err(place) => self.containers.insert(place, watched),
             }
         }
-        if let Some(walks) = &mut self.walks {
+        if let Some(cgroup_program) = &mut self.cgroup_program {
             let own = self.containers.iter().map(Watched::row);
             let own = own.filter(|row| !row.host_network);
             let links = own.flat_map(|row| &row.link_indexes).copied().collect();
-            walks.veths_mut().follow(links);
+            cgroup_program.veths_mut().follow(links);
         }
     }
 
@@ -563,8 +570,9 @@ impl Sampler {
         };
         let reader = self.links.as_mut().filter(|_| told);
         let mut links = reader.and_then(LinkReader::statistics_mut);
-        let walks = self.walks.as_mut();
-        let mut own = walks.map(|walks| walks.veths_mut().believed_mut());
+        let cgroup_program = self.cgroup_program.as_mut();
+        let mut own =
+            cgroup_program.map(|cgroup_program| cgroup_program.veths_mut().believed_mut());
         let read = delivered.read(|link, [packets, bytes]| {
             if let Some(links) = &mut links {
                 links.last_mut().add_delivered(link, packets, bytes);
@@ -639,7 +647,7 @@ mod tests {
         told.io = Measured::now(Source::Bpf, IoCounters::default());
         let totals = Arc::new(Totals::default());
         let disk = Disk::start().expect("a thread");
-        let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
+        let mut sampler = Sampler::new(totals, disk, None, 10, ReadMethod::Files);
         sampler.go_on_from(&[told], None);
         for generation in 1..3 {
             let row = ContainerRow {
@@ -677,8 +685,8 @@ mod tests {
             told.io = Measured::now(source, counted);
             let totals = Arc::new(Totals::default());
             let disk = Disk::start().expect("a thread");
-            let mut sampler = Sampler::new(totals, disk, None, 10, Means::Files);
-            sampler.facts.io.clone_from(&hierarchy);
+            let mut sampler = Sampler::new(totals, disk, None, 10, ReadMethod::Files);
+            sampler.hierarchies.io.clone_from(&hierarchy);
             sampler.go_on_from(&[told], None);
             sampler.follow(&[ContainerRow::default()], true);
             let before = sampler.containers[0].counted_before();

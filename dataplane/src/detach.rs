@@ -7,8 +7,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::forward::kernel;
-use crate::forward::kernel::pins::PinsError;
+use crate::forward::kernel_path;
+use crate::forward::kernel_path::pins::PinsError;
 use shared::lock::{LockError, WriterLock};
 use shared::run_dir::{RunDir, RunDirError};
 
@@ -44,10 +44,10 @@ pub fn detach(run_dir: Option<&Path>, agent_id: &str) -> Result<Vec<PathBuf>, De
     let run_dir = RunDir::choose(run_dir, agent_id).map_err(DetachError::RunDir)?;
     let directory = run_dir.dataplane();
     if !directory.exists() {
-        return kernel::detach(agent_id, run_dir.root()).map_err(DetachError::Pins);
+        return kernel_path::detach(agent_id, run_dir.root()).map_err(DetachError::Pins);
     }
     let lock = WriterLock::acquire(&directory).map_err(DetachError::Running)?;
-    let mut removed = kernel::detach(agent_id, run_dir.root()).map_err(DetachError::Pins)?;
+    let mut removed = kernel_path::detach(agent_id, run_dir.root()).map_err(DetachError::Pins)?;
     std::fs::remove_dir_all(&directory).map_err(|source| DetachError::Remove {
         path: directory.clone(),
         source,

@@ -6,16 +6,17 @@
 //! that tests and benches can drive its parts.
 
 pub mod accelerator;
-pub mod answers;
 pub mod app;
+pub mod background_queries;
 pub mod board;
-pub mod causes;
 pub mod collect;
 pub mod detach;
 pub mod forward;
 pub mod link;
 mod mailbox;
 pub mod sys;
+
+pub use shared::causes;
 
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]

@@ -14,7 +14,7 @@ mod networks;
 pub mod plan;
 mod rows;
 mod settings;
-mod strays;
+mod stale_connections;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -26,19 +26,21 @@ use shared::desired::{
 };
 use shared::ids::{ContainerId, Generation, KernelId, RegionId};
 use shared::log_limit::LogLimit;
-use shared::observed::{Applied, ForwardPath, InKernel, PortState, PortStatus, RelayEngine};
+use shared::observed::{
+    Applied, ForwardPath, KernelPathCounters, PortState, PortStatus, RelayEngine,
+};
 use shared::{BatchError, ReadError};
 
 use self::drains::{Draining, removed};
 use self::guard::{gone_reason, guard_of};
 use self::lift::{Due, cut};
-use self::plan::{Known, Step, plan};
+use self::plan::{AppliedRow, Step, plan};
 use self::rows::Rows;
 use self::settings::session_room;
 pub use self::settings::{Defaults, kept_descriptors};
-use self::strays::Strays;
+use self::stale_connections::StaleConnections;
 use crate::board::{Board, Changes, Entry};
-use crate::forward::kernel::{KernelPath, KernelPort};
+use crate::forward::kernel_path::{KernelPath, KernelPort};
 use crate::forward::relay::port::{Counters, Port};
 use crate::forward::relay::{Engine, OpenError, Relay, Target};
 use crate::sys::netlink::{LinkChanges, LinkLookup};
@@ -58,7 +60,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 struct Running {
     port: Option<Arc<Port>>,
     /// While the kernel path serves it too.
-    kernel: Option<Arc<KernelPort>>,
+    kernel_port: Option<Arc<KernelPort>>,
     /// What the board knows of the line above.
     kernel_told: bool,
     /// Waits for sessions of the relay to end before it can take the kernel path.
@@ -68,7 +70,7 @@ struct Running {
     reason: String,
     base: Counters,
     /// What of `base` an earlier life had told of the kernel path's maps, until they are found.
-    in_kernel: InKernel,
+    in_kernel_path: KernelPathCounters,
     /// Acknowledged so far; a removal under way counts.
     generation: Generation,
     retry_at: Option<Instant>,
@@ -116,7 +118,7 @@ pub struct Link {
     /// Rules of these have become narrower in this look.
     narrowed: Vec<Arc<Port>>,
     guard_at: Instant,
-    kernel: Option<KernelPath>,
+    kernel_path: Option<KernelPath>,
     /// Why there is none though it is wanted.
     kernel_missing: Option<String>,
     containers: BTreeMap<ContainerId, ContainerRow>,
@@ -126,7 +128,7 @@ pub struct Link {
     untold: BTreeSet<PortKey>,
     /// When all are looked at, whatever was told.
     lift_all_at: Instant,
-    strays: Strays,
+    stale_connections: StaleConnections,
     ebb: Ebb,
     /// What ports had counted in an earlier life of this process.
     earlier: BTreeMap<PortKey, PortStatus>,
@@ -157,25 +159,25 @@ fn sum(a: Counters, b: Counters) -> Counters {
 
 /// What is left of what an earlier life had told without what the kernel path's maps held of it then:
 /// they have counted on, up to `now`. All of it, where they have begun anew since.
-fn without(told: Counters, in_kernel: InKernel, now: Counters) -> Counters {
+fn without(told: Counters, in_kernel_path: KernelPathCounters, now: Counters) -> Counters {
     let pairs = [
-        (in_kernel.sessions_total, now.total),
-        (in_kernel.sessions_refused, now.refused),
-        (in_kernel.bytes_in, now.bytes_in),
-        (in_kernel.bytes_out, now.bytes_out),
-        (in_kernel.packets_in, now.packets_in),
-        (in_kernel.packets_out, now.packets_out),
+        (in_kernel_path.sessions_total, now.total),
+        (in_kernel_path.sessions_refused, now.refused),
+        (in_kernel_path.bytes_in, now.bytes_in),
+        (in_kernel_path.bytes_out, now.bytes_out),
+        (in_kernel_path.packets_in, now.packets_in),
+        (in_kernel_path.packets_out, now.packets_out),
     ];
     if pairs.iter().any(|(then, now)| now < then) {
         return told;
     }
     Counters {
-        total: told.total.saturating_sub(in_kernel.sessions_total),
-        refused: told.refused.saturating_sub(in_kernel.sessions_refused),
-        bytes_in: told.bytes_in.saturating_sub(in_kernel.bytes_in),
-        bytes_out: told.bytes_out.saturating_sub(in_kernel.bytes_out),
-        packets_in: told.packets_in.saturating_sub(in_kernel.packets_in),
-        packets_out: told.packets_out.saturating_sub(in_kernel.packets_out),
+        total: told.total.saturating_sub(in_kernel_path.sessions_total),
+        refused: told.refused.saturating_sub(in_kernel_path.sessions_refused),
+        bytes_in: told.bytes_in.saturating_sub(in_kernel_path.bytes_in),
+        bytes_out: told.bytes_out.saturating_sub(in_kernel_path.bytes_out),
+        packets_in: told.packets_in.saturating_sub(in_kernel_path.packets_in),
+        packets_out: told.packets_out.saturating_sub(in_kernel_path.packets_out),
         ..told
     }
 }
@@ -222,7 +224,7 @@ impl Link {
         descriptors: u64,
         earlier: Vec<PortStatus>,
     ) -> Self {
-        let strays = Strays::start(Arc::clone(relay.insides()));
+        let stale_connections = StaleConnections::start(Arc::clone(relay.namespaces()));
         let mut link = Self {
             reader,
             relay,
@@ -237,13 +239,13 @@ impl Link {
             settling: BTreeSet::new(),
             narrowed: Vec::new(),
             guard_at: Instant::now() + GUARD_INTERVAL,
-            kernel: None,
+            kernel_path: None,
             kernel_missing: None,
             containers: BTreeMap::new(),
             due: Due::default(),
             untold: BTreeSet::new(),
             lift_all_at: Instant::now() + LIFT_ALL_INTERVAL,
-            strays,
+            stale_connections,
             ebb: Ebb::default(),
             earlier: earlier.into_iter().map(|it| (it.key, it)).collect(),
             ended: BTreeMap::new(),
@@ -269,7 +271,7 @@ impl Link {
 
     fn set_total_limit(&mut self) {
         let kept = self.running.len() + self.containers.len();
-        let room = session_room(self.descriptors, kept, self.kernel.is_some());
+        let room = session_room(self.descriptors, kept, self.kernel_path.is_some());
         let wanted = self.settings.total_sessions;
         let limit = if wanted == 0 { room } else { wanted.min(room) };
         self.relay.totals().set_limit(limit);
@@ -382,10 +384,10 @@ impl Link {
         match step {
             Step::Open(row) => {
                 let key = row.key();
-                let (base, in_kernel) = self.counted_before(&row);
+                let (base, in_kernel_path) = self.counted_before(&row);
                 self.serve(row, region, base, now);
                 if let Some(running) = self.running.get_mut(&key) {
-                    running.in_kernel = in_kernel;
+                    running.in_kernel_path = in_kernel_path;
                 }
                 changes.put.extend(self.entry(key));
             }
@@ -461,16 +463,16 @@ impl Link {
     }
 
     fn note(&mut self, row: PortRow, region: RegionId) {
-        self.known.insert(Known { row, region });
+        self.known.insert(AppliedRow { row, region });
     }
 
     /// What the same kernel's port had counted in an earlier life. One that was removed then begins
     /// anew.
-    fn counted_before(&mut self, row: &PortRow) -> (Counters, InKernel) {
+    fn counted_before(&mut self, row: &PortRow) -> (Counters, KernelPathCounters) {
         let found = self.earlier.remove(&row.key());
         found
             .filter(|it| it.kernel_id == row.kernel_id && it.state != PortState::Removed)
-            .map(|it| (told(&it), it.in_kernel))
+            .map(|it| (told(&it), it.in_kernel_path))
             .unwrap_or_default()
     }
 
@@ -481,15 +483,15 @@ impl Link {
         {
             return *counted;
         }
-        let (earlier, in_kernel) = self
+        let (earlier, in_kernel_path) = self
             .earlier
             .remove(&key)
             .filter(|it| it.kernel_id == kernel_id)
-            .map(|it| (told(&it), it.in_kernel))
+            .map(|it| (told(&it), it.in_kernel_path))
             .unwrap_or_default();
-        let since = self.kernel.as_ref().and_then(|it| it.counted(key));
+        let since = self.kernel_path.as_ref().and_then(|it| it.counted(key));
         let counted = since.map_or(earlier, |since| {
-            sum(without(earlier, in_kernel, since), since)
+            sum(without(earlier, in_kernel_path, since), since)
         });
         self.ended.insert(key, (kernel_id, counted));
         counted
@@ -501,14 +503,14 @@ impl Link {
         self.ended.remove(&key);
         let mut running = Running {
             port: None,
-            kernel: None,
+            kernel_port: None,
             kernel_told: false,
             held_back: false,
             state: PortState::Refused,
             path: ForwardPath::None,
             reason: String::new(),
             base,
-            in_kernel: InKernel::default(),
+            in_kernel_path: KernelPathCounters::default(),
             generation: row.generation,
             retry_at: None,
             orphan_since: None,
@@ -529,7 +531,7 @@ impl Link {
             };
             match opened {
                 Ok(port) => {
-                    // Looked up after the watch was opened, so a link that goes away later is told.
+                    // Inspection up after the watch was opened, so a link that goes away later is told.
                     match guard_of(&row) {
                         Some(index) if !self.lookup.exists(index) => {
                             port.refuse();
@@ -580,21 +582,21 @@ impl Link {
         Some(Entry {
             status,
             port: running.port.clone(),
-            kernel: running.kernel.clone(),
+            kernel_port: running.kernel_port.clone(),
             base: running.base,
         })
     }
 
     fn publish(&mut self, changes: Changes) {
         // First the deed, then the word.
-        if let Some(kernel) = &mut self.kernel {
+        if let Some(kernel) = &mut self.kernel_path {
             kernel.settle();
         }
         let (put, forget, applied) = (changes.put.clone(), changes.forget.clone(), changes.applied);
         let Err(err) = self.board.publish_changes(changes) else {
             return;
         };
-        if matches!(err, BatchError::Ousted(_)) {
+        if matches!(err, BatchError::LockLost(_)) {
             // The next turn says so, and ends the process.
             return;
         }
@@ -636,7 +638,7 @@ impl Link {
         self.kernel_turn(now);
         self.lift_held_back();
         for running in self.running.values() {
-            if let (Some(port), kernel) = (&running.port, &running.kernel) {
+            if let (Some(port), kernel) = (&running.port, &running.kernel_port) {
                 port.note_elsewhere(kernel.as_ref().map(|it| it.counters()).as_ref());
             }
         }
@@ -674,11 +676,11 @@ impl Link {
             };
             let (row, region, base) = (known.row.clone(), known.region, running.base);
             let before = (running.state, running.reason.clone());
-            let (orphan_since, in_kernel) = (running.orphan_since, running.in_kernel);
+            let (orphan_since, in_kernel_path) = (running.orphan_since, running.in_kernel_path);
             self.serve(row, region, base, now);
             let after = self.running.get_mut(&key).map(|running| {
                 running.orphan_since = orphan_since;
-                running.in_kernel = in_kernel;
+                running.in_kernel_path = in_kernel_path;
                 (running.state, running.reason.clone())
             });
             if after != Some(before) {

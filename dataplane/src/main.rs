@@ -12,13 +12,14 @@ use config::{
 };
 use dataplane::accelerator;
 use dataplane::app::{self, AppError, Options};
-use dataplane::causes::words;
+
 use dataplane::detach;
-use dataplane::forward::kernel::Means;
+use dataplane::forward::kernel_path::AttachMethod;
 use dataplane::forward::relay::Engine;
 use dataplane::link::Defaults;
 use dataplane::sys::signal;
 use nix::unistd::Uid;
+use shared::causes::chain;
 use shared::desired::ClientNetwork;
 use tracing_subscriber::EnvFilter;
 
@@ -183,7 +184,7 @@ fn run(config: &Config, nvml_library: OsString) -> ExitCode {
     };
     match app::run(&options(config, nvml_library), signals) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(err @ (AppError::Lock(_) | AppError::Ousted(_))) => fail(&err, EX_TEMPFAIL),
+        Err(err @ (AppError::Lock(_) | AppError::LockLost(_))) => fail(&err, EX_TEMPFAIL),
         Err(err @ AppError::RunDir(_)) => fail(&err, EX_CONFIG),
         Err(err) => fail(&err, EX_SOFTWARE),
     }
@@ -223,8 +224,8 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
         relay_inside: config.node.relay_from == RelayFrom::Container,
         kernel_path: match (config.node.forward, config.node.kernel_attach) {
             (Forward::Relay, _) => None,
-            (Forward::Auto, KernelAttach::Auto) => Some(Means::Auto),
-            (Forward::Auto, KernelAttach::Filters) => Some(Means::Filters),
+            (Forward::Auto, KernelAttach::Auto) => Some(AttachMethod::Auto),
+            (Forward::Auto, KernelAttach::Filters) => Some(AttachMethod::Filters),
         },
         accelerators: accelerator::Options {
             nvml_library,
@@ -239,6 +240,6 @@ fn options(config: &Config, nvml_library: OsString) -> Options {
 
 /// Says what went wrong and why, cause by cause.
 fn fail(err: &dyn std::error::Error, code: u8) -> ExitCode {
-    eprintln!("bai-dataplane: {}", words(err));
+    eprintln!("bai-dataplane: {}", chain(err));
     ExitCode::from(code)
 }

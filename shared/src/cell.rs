@@ -27,14 +27,14 @@ pub(crate) const fn words_for(payload_words: usize) -> usize {
     2 * (SLOT_HEADER_WORDS + payload_words)
 }
 
-/// What a single look at a cell found.
+/// What a single read of a cell found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Look {
+pub(crate) enum ReadOutcome {
     /// Never written, or nothing of it is committed yet.
     Empty,
     /// A whole payload, written with this generation, was handed to the closure.
     Whole(u64),
-    /// Overwritten while it was copied: newer generations were committed meanwhile. Look again.
+    /// Overwritten while it was copied: newer generations were committed meanwhile. Read again.
     Moved,
 }
 
@@ -63,12 +63,12 @@ impl<'a> Cell<'a> {
         &self.words[start..start + self.slot_words - SLOT_HEADER_WORDS]
     }
 
-    /// Looks at the cell's value at generation `committed`, which the caller has loaded with
+    /// Reads the cell's value at generation `committed`, which the caller has loaded with
     /// acquire ordering. `copy` gets the payload words of the right slot and must only load from
-    /// them; what it made of them counts only when the answer is [`Look::Whole`].
-    pub(crate) fn look(&self, committed: u64, copy: impl FnOnce(&[AtomicU64])) -> Look {
+    /// them; what it made of them counts only when the answer is [`ReadOutcome::Whole`].
+    pub(crate) fn read(&self, committed: u64, copy: impl FnOnce(&[AtomicU64])) -> ReadOutcome {
         let Some((slot, stamp)) = self.at(committed) else {
-            return Look::Moved;
+            return ReadOutcome::Moved;
         };
         if stamp != 0 {
             copy(self.payload(slot));
@@ -77,18 +77,18 @@ impl<'a> Cell<'a> {
         // load below sees the newer stamp.
         fence(Ordering::Acquire);
         if self.stamp(slot).load(Ordering::Relaxed) != stamp {
-            return Look::Moved;
+            return ReadOutcome::Moved;
         }
         if stamp == 0 {
-            Look::Empty
+            ReadOutcome::Empty
         } else {
-            Look::Whole(stamp)
+            ReadOutcome::Whole(stamp)
         }
     }
 
     /// The generation of the cell's value at `committed`, loaded as for [`Cell::look`]; 0 where that is
-    /// [`Look::Empty`]. Who has copied a payload of this generation needs no other copy. `None` is
-    /// [`Look::Moved`].
+    /// [`ReadOutcome::Empty`]. Who has copied a payload of this generation needs no other copy. `None` is
+    /// [`ReadOutcome::Moved`].
     pub(crate) fn generation(&self, committed: u64) -> Option<u64> {
         self.at(committed).map(|(_, stamp)| stamp)
     }
@@ -157,7 +157,7 @@ impl<'a> Cell<'a> {
 }
 
 #[cfg(all(test, loom))]
-mod models;
+mod loom_tests;
 
 #[cfg(all(test, not(loom)))]
 mod tests {
@@ -167,34 +167,34 @@ mod tests {
         (0..words_for(2)).map(|_| AtomicU64::new(0)).collect()
     }
 
-    fn look(cell: &Cell<'_>, committed: u64) -> (Look, Vec<u64>) {
+    fn read(cell: &Cell<'_>, committed: u64) -> (ReadOutcome, Vec<u64>) {
         let mut copy = Vec::new();
-        let look = cell.look(committed, |slot| {
+        let outcome = cell.read(committed, |slot| {
             copy = slot
                 .iter()
                 .map(|word| word.load(Ordering::Relaxed))
                 .collect();
         });
-        (look, copy)
+        (outcome, copy)
     }
 
     #[test]
     fn the_value_is_the_one_at_the_generation_asked_for() {
         let words = words();
         let cell = Cell::over(&words, 2).unwrap();
-        assert_eq!(look(&cell, 0), (Look::Empty, vec![]));
+        assert_eq!(read(&cell, 0), (ReadOutcome::Empty, vec![]));
         cell.write(0, 1, [1, 1].into_iter());
-        assert_eq!(look(&cell, 0), (Look::Empty, vec![]));
-        assert_eq!(look(&cell, 1), (Look::Whole(1), vec![1, 1]));
+        assert_eq!(read(&cell, 0), (ReadOutcome::Empty, vec![]));
+        assert_eq!(read(&cell, 1), (ReadOutcome::Whole(1), vec![1, 1]));
         cell.write(1, 4, [4, 4].into_iter());
-        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
+        assert_eq!(read(&cell, 3), (ReadOutcome::Whole(1), vec![1, 1]));
         // Written again in the same batch: the committed value stays.
         cell.write(1, 4, [5, 5].into_iter());
-        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
-        assert_eq!(look(&cell, 4), (Look::Whole(4), vec![5, 5]));
+        assert_eq!(read(&cell, 3), (ReadOutcome::Whole(1), vec![1, 1]));
+        assert_eq!(read(&cell, 4), (ReadOutcome::Whole(4), vec![5, 5]));
         cell.write(4, 9, [9, 9].into_iter());
-        assert_eq!(look(&cell, 3), (Look::Moved, vec![]));
-        assert_eq!(look(&cell, 9), (Look::Whole(9), vec![9, 9]));
+        assert_eq!(read(&cell, 3), (ReadOutcome::Moved, vec![]));
+        assert_eq!(read(&cell, 9), (ReadOutcome::Whole(9), vec![9, 9]));
         let generations = [3, 4, 9].map(|committed| cell.generation(committed));
         assert_eq!(generations, [None, Some(4), Some(9)]);
     }
@@ -208,6 +208,6 @@ mod tests {
         assert!(cell.repair(1));
         assert!(!cell.repair(1));
         // Had the stamp stayed, a later commit would have shown half a row.
-        assert_eq!(look(&cell, 3), (Look::Whole(1), vec![1, 1]));
+        assert_eq!(read(&cell, 3), (ReadOutcome::Whole(1), vec![1, 1]));
     }
 }

@@ -104,7 +104,7 @@ impl AsRawFd for Doorbell {
 
 /// What a ring came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rung {
+pub enum RingOutcome {
     /// The other side will be woken.
     Heard,
     /// Rings are already waiting to be heard: the other side will look anyway.
@@ -137,14 +137,16 @@ impl Ringer {
     }
 
     /// Rings. Never blocks.
-    pub fn ring(&self) -> Result<Rung, DoorbellError> {
+    pub fn ring(&self) -> Result<RingOutcome, DoorbellError> {
         loop {
             return match self.socket.send_to(&[], &self.path) {
-                Ok(_) => Ok(Rung::Heard),
+                Ok(_) => Ok(RingOutcome::Heard),
                 Err(err) => match err.kind() {
                     io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock => Ok(Rung::Pending),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(Rung::Nobody),
+                    io::ErrorKind::WouldBlock => Ok(RingOutcome::Pending),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                        Ok(RingOutcome::Nobody)
+                    }
                     _ => Err(DoorbellError::Ring {
                         path: self.path.clone(),
                         source: err,
@@ -163,17 +165,17 @@ mod tests {
     fn a_ring_is_heard_once_and_nobody_is_no_error() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let ringer = Ringer::of(directory.path()).unwrap();
-        assert_eq!(ringer.ring().unwrap(), Rung::Nobody);
+        assert_eq!(ringer.ring().unwrap(), RingOutcome::Nobody);
         let doorbell = Doorbell::bind(directory.path()).unwrap();
         assert!(!doorbell.drain());
-        assert_eq!(ringer.ring().unwrap(), Rung::Heard);
-        assert_eq!(ringer.ring().unwrap(), Rung::Heard);
+        assert_eq!(ringer.ring().unwrap(), RingOutcome::Heard);
+        assert_eq!(ringer.ring().unwrap(), RingOutcome::Heard);
         assert!(doorbell.drain());
         assert!(!doorbell.drain());
         drop(doorbell);
-        assert_eq!(ringer.ring().unwrap(), Rung::Nobody);
+        assert_eq!(ringer.ring().unwrap(), RingOutcome::Nobody);
         let doorbell = Doorbell::bind(directory.path()).unwrap();
-        assert_eq!(ringer.ring().unwrap(), Rung::Heard);
+        assert_eq!(ringer.ring().unwrap(), RingOutcome::Heard);
         assert!(doorbell.drain());
     }
 
@@ -182,7 +184,7 @@ mod tests {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let doorbell = Doorbell::bind(directory.path()).unwrap();
         let ringer = Ringer::of(directory.path()).unwrap();
-        let filled = (0..100_000).any(|_| ringer.ring().unwrap() == Rung::Pending);
+        let filled = (0..100_000).any(|_| ringer.ring().unwrap() == RingOutcome::Pending);
         assert!(filled, "the socket has a bounded queue");
         assert!(doorbell.drain());
     }

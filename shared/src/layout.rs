@@ -8,7 +8,7 @@
 //! [`crate::observed`].
 
 #[cfg(test)]
-mod documentation;
+mod documentation_tests;
 mod rows;
 
 pub(crate) use rows::*;

@@ -22,6 +22,8 @@ mod region;
 mod table;
 
 #[cfg(not(loom))]
+pub mod causes;
+#[cfg(not(loom))]
 pub mod desired;
 #[cfg(not(loom))]
 pub mod doorbell;

@@ -65,7 +65,7 @@ pub enum LockError {
     directory = .directory.display(),
     by = .pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
 )]
-pub struct Ousted {
+pub struct LockLost {
     /// Process id of the new writer, where it is known.
     pub pid: Option<u32>,
     /// The directory.

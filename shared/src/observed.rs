@@ -18,8 +18,8 @@ pub use counters::{
 pub use reader::{ObservedReader, ObservedSnapshot, ProcessCounts, Processes};
 pub use rows::{
     AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
-    DiskSpace, ForwardPath, InKernel, MigInstance, NEIGHBOURS, Nearness, NodeSample, PortState,
-    PortStatus, ProcessSample, RelayEngine, Samples,
+    DiskSpace, ForwardPath, KernelPathCounters, MigInstance, NEIGHBOURS, NodeSample, PortState,
+    PortStatus, ProcessSample, Proximity, RelayEngine, Samples,
 };
 pub use writer::{ObservedBatch, ObservedWriter};
 

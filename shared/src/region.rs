@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use crate::cell::Cell;
 use crate::ids::RegionId;
 use crate::layout::{Header, RawRow, RegionKind, Sizes, Table};
-use crate::lock::{LockError, Ousted};
+use crate::lock::{LockError, LockLost};
 use crate::sync::{AtomicU64, Ordering};
 
 /// A writer could not open its region, or not keep it. Nothing was changed for readers.
@@ -38,7 +38,7 @@ pub enum OpenError {
     },
     /// Another process has become the writer.
     #[error(transparent)]
-    Ousted(#[from] Ousted),
+    LockLost(#[from] LockLost),
     /// A region must lie on tmpfs.
     #[error(transparent)]
     NotTmpfs(#[from] crate::run_dir::RunDirError),

@@ -8,10 +8,10 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::cell::{Cell, Look};
+use crate::cell::{Cell, ReadOutcome};
 use crate::ids::Generation;
 use crate::layout::{RawRow, Table};
-use crate::lock::Ousted;
+use crate::lock::LockLost;
 use crate::region::{Mapped, RegionWriter, copy_words, words_of};
 use crate::sync::Ordering;
 
@@ -61,7 +61,7 @@ pub enum BatchError {
     },
     /// Another process has become the writer.
     #[error(transparent)]
-    Ousted(#[from] Ousted),
+    LockLost(#[from] LockLost),
     /// The key was removed a moment ago and the other side has not acknowledged that yet.
     #[error(
         "{key} was removed and the dataplane has not acknowledged that yet; wait or use another"
@@ -123,11 +123,11 @@ impl<K: Copy + Eq + Hash> Index<K> {
         free.extend((written..table.rows).rev());
         for row in (0..written).rev() {
             let mut used = state::FREE;
-            let look = region.cell(&table, row).look(committed.0, |slot| {
+            let outcome = region.cell(&table, row).read(committed.0, |slot| {
                 used = first_state(slot);
                 copy_words(slot, &mut bytes);
             });
-            let Look::Whole(generation) = look else {
+            let ReadOutcome::Whole(generation) = outcome else {
                 free.push(row);
                 continue;
             };
@@ -476,17 +476,17 @@ fn copy_row<R: KeyedRow>(
     bytes: &mut [u8],
 ) -> Result<Found<R>, Moved> {
     let mut found = state::FREE;
-    let look = cell.look(committed.0, |slot| {
+    let outcome = cell.read(committed.0, |slot| {
         found = first_state(slot);
         if found != state::FREE {
             copy_words(slot, bytes);
         }
     });
-    match look {
-        Look::Moved => Err(Moved),
-        Look::Empty => Ok(None),
-        Look::Whole(_) if found == state::FREE => Ok(None),
-        Look::Whole(generation) => Ok(Some((
+    match outcome {
+        ReadOutcome::Moved => Err(Moved),
+        ReadOutcome::Empty => Ok(None),
+        ReadOutcome::Whole(_) if found == state::FREE => Ok(None),
+        ReadOutcome::Whole(generation) => Ok(Some((
             found,
             R::from_raw(&R::Raw::load(bytes), Generation(generation)),
         ))),
@@ -502,13 +502,13 @@ pub(crate) fn single<R: RawRow>(
     let table = mapped.table(table);
     let mut bytes = vec![0u8; R::INFO.size];
     let mut found = state::FREE;
-    let look = mapped.cell(&table, 0).look(committed.0, |slot| {
+    let outcome = mapped.cell(&table, 0).read(committed.0, |slot| {
         found = first_state(slot);
         copy_words(slot, &mut bytes);
     });
-    match look {
-        Look::Moved => Err(Moved),
-        Look::Whole(_) if found == state::USED => Ok(Some(R::load(&bytes))),
+    match outcome {
+        ReadOutcome::Moved => Err(Moved),
+        ReadOutcome::Whole(_) if found == state::USED => Ok(Some(R::load(&bytes))),
         _ => Ok(None),
     }
 }

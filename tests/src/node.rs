@@ -374,10 +374,6 @@ runner-dir = "{runner}"
         Self::end(&mut self.control, Signal::SIGKILL)
     }
 
-    pub fn stop_dataplane(&mut self) -> Result<()> {
-        Self::end(&mut self.dataplane, Signal::SIGTERM)
-    }
-
     pub fn kill_dataplane(&mut self) -> Result<()> {
         Self::end(&mut self.dataplane, Signal::SIGKILL)
     }

@@ -14,7 +14,7 @@ use shared::observed::AcceleratorRow;
 use tempfile::TempDir;
 
 use crate::dataplane::{Control, Options, Place, Process};
-use crate::gpu_truth::Machine;
+use crate::smi_comparison::Machine;
 use crate::wait;
 
 const LIBRARY: &str = "libnvidia-ml.so.1";

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use harness::gpu_truth::Machine;
 use harness::nvml::StandIn;
+use harness::smi_comparison::Machine;
 
 /// Devices of one model, the last ones cut into two instances each.
 fn devices(count: u64, divided: u64, more: &str) -> String {

@@ -8,7 +8,7 @@ use harness::dataplane::{Options, Place};
 use harness::nvml::StandIn;
 use serde_json::{Value as Json, json};
 use shared::ids::ContainerId;
-use shared::observed::{AcceleratorRow, AcceleratorUse, MigInstance, Nearness};
+use shared::observed::{AcceleratorRow, AcceleratorUse, MigInstance, Proximity};
 
 /// Three devices that tell all there is, one of them with an encoder only; one that is divided. No two
 /// numbers are alike.
@@ -158,13 +158,13 @@ fn compare(told: &Json, all: &Json, rows: &[AcceleratorRow], older: bool) -> Res
         };
         let links = told.list("/links")?.iter().filter(leads).count();
         let near = match (links, told.list("/ways")?[place].as_u64()) {
-            (_, None) => Nearness::default(),
-            (0, Some(10)) => Nearness::SWITCH,
-            (0, Some(20)) => Nearness::SWITCHES,
-            (0, Some(30)) => Nearness::HOST_BRIDGE,
-            (0, Some(40)) => Nearness::NUMA_NODE,
-            (0, _) => Nearness::SYSTEM,
-            (links, _) => Nearness::links(u32::try_from(links)?),
+            (_, None) => Proximity::default(),
+            (0, Some(10)) => Proximity::SWITCH,
+            (0, Some(20)) => Proximity::SWITCHES,
+            (0, Some(30)) => Proximity::HOST_BRIDGE,
+            (0, Some(40)) => Proximity::NUMA_NODE,
+            (0, _) => Proximity::SYSTEM,
+            (links, _) => Proximity::links(u32::try_from(links)?),
         };
         ensure!(
             row.near[place] == near,

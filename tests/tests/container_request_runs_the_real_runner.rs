@@ -11,7 +11,7 @@ use control::kernel::agent_socket::MOUNT_POINTS;
 use control::kernel::container_request::{
     ContainerInputs, ContainerSettings, HostFacts, Limits, build, seccomp_profile,
 };
-use control::kernel::environment::{self, Given, Identity};
+use control::kernel::environment::{self, EnvironmentInputs, Identity};
 use control::kernel::mounts::{HostPaths, Intrinsic, intrinsic};
 use control::kernel::request::{ClusterInfo, KernelCreationConfig};
 use control::kernel::resource_text::{ResourceSpec, parse, render};
@@ -94,9 +94,9 @@ async fn the_runner_answers_in_a_container_of_ours() {
     let environ = environment::variables(
         &config,
         identity,
-        &Given {
+        &EnvironmentInputs {
             cores: 1,
-            ..Given::default()
+            ..EnvironmentInputs::default()
         },
     );
     let spec = ResourceSpec {

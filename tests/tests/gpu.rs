@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use harness::gpu_truth::Machine;
+use harness::smi_comparison::Machine;
 
 #[test]
 fn what_is_told_is_what_nvidia_smi_tells() -> Result<()> {
@@ -18,7 +18,7 @@ fn what_is_told_is_what_nvidia_smi_tells() -> Result<()> {
     let seen = machine.check()?;
     println!("{}", seen.text());
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        let document = harness::gpu_truth::here().join("../docs/gpu.md");
+        let document = harness::smi_comparison::here().join("../docs/gpu.md");
         seen.record(&document)?;
     }
     Ok(())

@@ -161,7 +161,7 @@ fn every_case(order: Order, splice: bool) {
         }
     }
     harness::dataplane::until("the end of all sessions", || {
-        (relay.census().sessions == 0).then_some(())
+        (relay.session_counts().sessions == 0).then_some(())
     })
     .expect("none are left");
     let counters = port.counters();

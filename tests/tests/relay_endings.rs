@@ -126,7 +126,7 @@ fn an_answer_sent_before_a_reset_arrives() {
         assert_eq!(kind_of_end(&mut client), Err(ErrorKind::ConnectionReset));
     }
     until("the end of all sessions", || {
-        (relay.census().sessions == 0).then_some(())
+        (relay.session_counts().sessions == 0).then_some(())
     })
     .expect("ended");
 }
@@ -481,7 +481,7 @@ fn random_abuse_leaves_nothing_behind() {
         }
     });
     until("the end of all sessions", || {
-        (relay.census().sessions == 0 && port.active() == 0).then_some(())
+        (relay.session_counts().sessions == 0 && port.active() == 0).then_some(())
     })
     .expect("nothing is left");
     // Pooled pipes stay: up to 32 of two descriptors.

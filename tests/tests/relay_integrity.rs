@@ -109,7 +109,9 @@ fn random_transfers(threads: usize, splice: bool, rounds: u64, seed: u64) {
         up += plan.up;
         down += plan.down;
     }
-    until("the end of all sessions", || relay.census().sessions == 0);
+    until("the end of all sessions", || {
+        relay.session_counts().sessions == 0
+    });
     let counters = port.counters();
     assert_eq!(counters.bytes_in, up, "bytes counted towards the container");
     assert_eq!(counters.bytes_out, down, "bytes counted towards clients");
@@ -205,7 +207,9 @@ fn half_closed_exchanges_never_hang() {
             assert_eq!(got, Ok(reply), "round {round}: reply");
         });
     }
-    until("the end of all sessions", || relay.census().sessions == 0);
+    until("the end of all sessions", || {
+        relay.session_counts().sessions == 0
+    });
 }
 
 #[test]
@@ -257,7 +261,9 @@ fn thousands_of_short_connections_each_get_their_own_answer() {
         }
     });
     assert_eq!(asked.load(Relaxed), 4000);
-    until("the end of all sessions", || relay.census().sessions == 0);
+    until("the end of all sessions", || {
+        relay.session_counts().sessions == 0
+    });
     assert_eq!(port.counters().total, 4000);
 }
 
@@ -285,7 +291,7 @@ fn a_conversation_of_alternating_sizes_switches_engines_and_stays_whole() {
         traffic::fill(round, 0, &mut want);
         assert!(back == want, "round {round}: {length} bytes differ");
         sender.join().expect("the sender");
-        spliced |= relay.census().splicing > 0;
+        spliced |= relay.session_counts().splicing > 0;
     }
     assert!(spliced, "the bulk of this conversation was to use splice");
 }
@@ -368,7 +374,7 @@ fn an_urgent_byte_with_little_behind_it_does_not_stall_a_direction_that_splices(
                     scope.spawn(|| from.write_all(&bulk).expect("bulk"));
                     to.read_exact(&mut got).expect("bulk");
                 });
-                relay.census().splicing == 1
+                relay.session_counts().splicing == 1
             });
             rustix::net::send(from.as_fd(), b"!", rustix::net::SendFlags::OOB).expect("urgent");
             from.write_all(&vec![b'.'; behind]).expect("behind it");
@@ -378,7 +384,9 @@ fn an_urgent_byte_with_little_behind_it_does_not_stall_a_direction_that_splices(
             assert_eq!(last, b"!."[..=behind]);
         }
         drop((from, to));
-        until("the end of the session", || relay.census().sessions == 0);
+        until("the end of the session", || {
+            relay.session_counts().sessions == 0
+        });
     }
 }
 

@@ -21,7 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use dataplane::forward::relay::port::{Port, Rules};
-use dataplane::forward::relay::worker::Census;
+use dataplane::forward::relay::worker::SessionCounts;
 use dataplane::forward::relay::{Engine, Relay};
 use harness::dataplane::{Options, Place, address_of, row_to, until};
 use harness::traffic::{self, Manner};
@@ -62,10 +62,10 @@ impl Site {
         (client, accepted)
     }
 
-    fn census(&self, what: &str, wanted: impl Fn(&Census) -> bool) {
-        let mut last = Census::default();
+    fn session_counts(&self, what: &str, wanted: impl Fn(&SessionCounts) -> bool) {
+        let mut last = SessionCounts::default();
         until(what, || {
-            last = self.relay.census();
+            last = self.relay.session_counts();
             wanted(&last).then_some(())
         })
         .unwrap_or_else(|err| panic!("{err}: {last:?}"));
@@ -91,7 +91,7 @@ fn messages_stay_on_the_ring_bulk_leaves_it_and_comes_back() {
     for length in [1, 64, 8191, 8192, 8193, 20_000] {
         exchange(&mut client, &mut accepted, &vec![7; length]);
     }
-    site.census("a session on the ring", |it| {
+    site.session_counts("a session on the ring", |it| {
         (it.sessions, it.on_ring) == (1, 1)
     });
     thread::scope(|scope| {
@@ -103,11 +103,11 @@ fn messages_stay_on_the_ring_bulk_leaves_it_and_comes_back() {
         let got = traffic::receive(&mut accepted, 9, Manner::eager(100_000));
         assert_eq!(got, Ok(8 * MIB));
     });
-    site.census("a session off the ring", |it| {
+    site.session_counts("a session off the ring", |it| {
         (it.sessions, it.on_ring) == (1, 0)
     });
     drop((client, accepted));
-    site.census("none", |it| it.sessions == 0);
+    site.session_counts("none", |it| it.sessions == 0);
 
     // The same without an end: it is one of messages again.
     let (mut client, mut accepted) = site.pair();
@@ -119,13 +119,13 @@ fn messages_stay_on_the_ring_bulk_leaves_it_and_comes_back() {
         accepted.read_exact(&mut got).expect("arrives");
         assert!(got.iter().all(|byte| *byte == 5));
     });
-    site.census("a session off the ring", |it| {
+    site.session_counts("a session off the ring", |it| {
         (it.sessions, it.on_ring) == (1, 0)
     });
     for _ in 0..200 {
         exchange(&mut client, &mut accepted, b"a message");
     }
-    site.census("a session on the ring", |it| {
+    site.session_counts("a session on the ring", |it| {
         (it.sessions, it.on_ring) == (1, 1)
     });
     exchange(&mut client, &mut accepted, b"and another");
@@ -143,14 +143,14 @@ fn hundreds_who_do_not_read_leave_buffers_for_the_others() {
         client.set_nonblocking(true).expect("non-blocking");
         while client.write(&[1; 65_536]).is_ok() {}
     }
-    site.census("all of them off the ring", |it| {
+    site.session_counts("all of them off the ring", |it| {
         (it.sessions, it.on_ring) == (400, 0)
     });
     let (mut client, mut accepted) = site.pair();
     for _ in 0..100 {
         exchange(&mut client, &mut accepted, &[3; 5000]);
     }
-    site.census("the other on it", |it| {
+    site.session_counts("the other on it", |it| {
         (it.sessions, it.on_ring) == (401, 1)
     });
     drop(deaf);
@@ -174,7 +174,7 @@ fn what_arrives_before_the_container_answers_is_not_lost() {
         assert_eq!(got, Ok(size));
         writer.join().expect("the writer");
     }
-    site.census("none", |it| it.sessions == 0);
+    site.session_counts("none", |it| it.sessions == 0);
     assert_eq!(site.port.active(), 0);
 }
 
@@ -189,7 +189,7 @@ fn a_silent_session_on_the_ring_is_ended_in_time() {
     };
     let (mut client, mut accepted) = site.pair();
     exchange(&mut client, &mut accepted, b"hello");
-    site.census("a session on the ring", |it| it.on_ring == 1);
+    site.session_counts("a session on the ring", |it| it.on_ring == 1);
     for stream in [&mut client, &mut accepted] {
         let end = stream.read(&mut [0]).expect_err("a reset");
         assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
@@ -203,7 +203,7 @@ fn a_relay_that_ends_takes_its_requests_back() {
         return;
     };
     let pairs: Vec<_> = (0..50).map(|_| first.pair()).collect();
-    first.census("all on the ring", |it| it.on_ring == 50);
+    first.session_counts("all on the ring", |it| it.on_ring == 50);
     let port = Arc::clone(&first.port);
     let Site { relay, .. } = first;
     drop(relay);

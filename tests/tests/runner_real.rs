@@ -15,7 +15,7 @@ use control::kernel::agent_socket::{self, AgentSocketOptions};
 use control::kernel::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use control::kernel::container_processes::KernelFiles;
 use control::kernel::execution::{self, BatchSteps, ExecuteReply, ExecuteRequest, Mode, Status};
-use control::kernel::file_access::{self, SessionUser, UploadPlace};
+use control::kernel::file_access::{self, SessionUser, UploadTarget};
 use control::kernel::runner_link::{
     AppRecord, InitError, InitPolling, LinkOptions, RunnerAddress, RunnerLink,
 };
@@ -687,7 +687,7 @@ async fn files_go_in_and_come_out() -> Result<()> {
     let kernel = RealKernel::start(Image::Runner, &["app"])?;
     let (link, _) = kernel.ready().await?;
     let engine = Docker::connect(&DockerOptions::default()).await?;
-    let place = UploadPlace {
+    let place = UploadTarget {
         work_dir: kernel.path("work"),
         uid: UID,
         gid: UID,

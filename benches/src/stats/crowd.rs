@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
-use dataplane::collect::facts::Facts;
+use dataplane::collect::hierarchies::CgroupHierarchies;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shared::desired::ContainerRow;
@@ -38,7 +38,7 @@ impl Crowd {
     /// # Errors
     /// The kernel refuses.
     pub fn gather(site: &Site, count: u16) -> Result<Self> {
-        let roots = Facts::gather().mounts();
+        let roots = CgroupHierarchies::gather().mounts();
         for root in &roots {
             let top = top(root, site);
             std::fs::create_dir(&top).with_context(|| top.display().to_string())?;
@@ -114,7 +114,7 @@ impl Crowd {
 
 /// Ends the members of a site and removes all that is theirs.
 pub fn end(site: &Site) {
-    for root in Facts::gather().mounts() {
+    for root in CgroupHierarchies::gather().mounts() {
         let top = top(&root, site);
         let Ok(entries) = std::fs::read_dir(&top) else {
             continue;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Places, not_blank, on_every_address, within};
+use super::{DefaultPaths, not_blank, on_every_address, within};
 use crate::choice::{Backend, ScalingGroupType};
 use crate::document::Table;
 use crate::problem::{NoteKind, Origin};
@@ -43,13 +43,13 @@ const NOT_USED: &[(&str, &str)] = &[
 pub(super) fn read(
     reader: &mut Reader<'_>,
     root: &Table,
-    places: &Places,
+    defaults: &DefaultPaths,
     etcd: &[HostPort],
 ) -> Agent {
     let host = reader.host;
     let standalone = reader.standalone;
-    let ipc_default = places.directory(reader, "/tmp/backend.ai/ipc", "ipc");
-    let var_default = places.directory(reader, "./var/lib/backend.ai", "var");
+    let ipc_default = defaults.directory(reader, "/tmp/backend.ai/ipc", "ipc");
+    let var_default = defaults.directory(reader, "./var/lib/backend.ai", "var");
     let mut s = Section::open(reader, Some(root), "agent");
 
     let mode = mode(&mut s);
@@ -96,7 +96,7 @@ pub(super) fn read(
     let allow_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("allow-compute-plugins"));
     let block_compute_plugins: Option<BTreeSet<String>> = s.maybe(key("block-compute-plugins"));
     let beside = match standalone {
-        true => &places.state_dir,
+        true => &defaults.state_dir,
         false => &var_base_path,
     };
     // Not in a `tmp` of the directory one starts in, as the original's: from `/`, where units start, that is emptied

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::agent::{bind_host, place, warn_open_rpc};
-use super::{Places, not_blank};
+use super::{DefaultPaths, not_blank};
 use crate::choice::{SandboxType, ScratchType, StatsType};
 use crate::document::Table;
 use crate::problem::{NoteKind, Origin};
@@ -30,12 +30,12 @@ const ADVERTISED: Key = key("advertised-host");
 pub(super) fn read(
     reader: &mut Reader<'_>,
     root: &Table,
-    places: &Places,
+    defaults: &DefaultPaths,
     agent: &Agent,
 ) -> Container {
     warn_open_rpc(reader, agent);
     let process = reader.host.process_user();
-    let scratch_default = places.directory(reader, "./scratches", "scratches");
+    let scratch_default = defaults.directory(reader, "./scratches", "scratches");
     let mut s = Section::open(reader, Some(root), "container");
     let UserId(kernel_uid, uid_chosen) = s.or(
         key("kernel-uid").over("config/container"),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Places, interval_within, within};
+use super::{DefaultPaths, interval_within, within};
 use crate::choice::{
     AllocationMode, CudaInjection, Forward, KernelAttach, Publish, RelayEngine, RelayFrom,
 };
@@ -49,14 +49,19 @@ pub(super) fn state_dir(reader: &mut Reader<'_>, root: &Table) -> PathBuf {
 /// Client networks that a row of the shared region holds.
 const SERVICE_NETWORKS: usize = 8;
 
-pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent: &Agent) -> Node {
+pub(super) fn read(
+    reader: &mut Reader<'_>,
+    root: &Table,
+    defaults: &DefaultPaths,
+    agent: &Agent,
+) -> Node {
     let standalone = reader.standalone;
     // `open` reported a [node] that is no section when `state_dir` read it.
     let faults = reader.gathered.problems.len();
     let mut s = Section::open(reader, Some(root), "node");
     s.reader.gathered.problems.truncate(faults);
     let state_dir = if standalone {
-        places.state_dir.clone()
+        defaults.state_dir.clone()
     } else {
         let given = s.reader.origin("node", STATE_DIR.name).is_some();
         if !given {
@@ -69,7 +74,7 @@ pub(super) fn read(reader: &mut Reader<'_>, root: &Table, places: &Places, agent
             );
         }
         if given {
-            places.state_dir.clone()
+            defaults.state_dir.clone()
         } else {
             agent.var_base_path.clone()
         }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::later::section_of;
+use super::inactive::section_of;
 use crate::document::{Kind, Table};
 use crate::problem::{NoteKind, Origin};
 use crate::section::{Reader, kebab};

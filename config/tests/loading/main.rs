@@ -6,6 +6,6 @@ mod host;
 mod keys;
 mod notes;
 mod overlay;
-mod places;
+mod search_paths;
 mod secrets;
 mod standalone;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::known::Known;
+use super::device::AcceleratorDevice;
 
 /// Nodes that every process of CUDA opens.
 const NEEDED: [&str; 2] = ["/dev/nvidiactl", "/dev/nvidia-uvm"];
@@ -68,7 +68,7 @@ const OTHERWISE: &str = "or set node.accelerators.cuda-injection to \"cdi\" or \
 pub(super) fn of_devices(
     root: &Path,
     ids: &[&str],
-    devices: &[Option<&Known>],
+    devices: &[Option<&AcceleratorDevice>],
 ) -> Result<Vec<String>, NodeError> {
     let driver = Driver { root };
     let mut all: Vec<String> = Vec::new();
@@ -104,7 +104,7 @@ pub(super) fn of_devices(
 }
 
 /// The node of a device, or of the device that it is a part of, and its minor number.
-fn own_node(device: &Known) -> Result<(u32, &str), NodeError> {
+fn own_node(device: &AcceleratorDevice) -> Result<(u32, &str), NodeError> {
     let found = device.nodes.iter().find_map(|node| {
         let minor = node.strip_prefix("/dev/nvidia")?.parse().ok()?;
         Some((minor, node.as_str()))
@@ -277,17 +277,17 @@ mod tests {
             symlink(to, self.0.path().join("dev/nvidia-caps").join(name)).unwrap();
         }
 
-        fn nodes(&self, device: &Known) -> Result<Vec<String>, NodeError> {
+        fn nodes(&self, device: &AcceleratorDevice) -> Result<Vec<String>, NodeError> {
             of_devices(self.0.path(), &[device.id.as_str()], &[Some(device)])
         }
 
-        fn refusal(&self, device: &Known) -> String {
+        fn refusal(&self, device: &AcceleratorDevice) -> String {
             self.nodes(device).unwrap_err().to_string()
         }
     }
 
-    fn part() -> Known {
-        Known {
+    fn part() -> AcceleratorDevice {
+        AcceleratorDevice {
             kind: "cuda".to_owned(),
             id: "MIG-a".to_owned(),
             model: String::new(),
@@ -321,7 +321,7 @@ mod tests {
                 "/dev/nvidia-modeset",
             ]
         );
-        let whole = Known {
+        let whole = AcceleratorDevice {
             id: "GPU-a".to_owned(),
             profile: None,
             instance: None,
@@ -383,7 +383,7 @@ mod tests {
                 id: "MIG-b".to_owned()
             }
         );
-        let nowhere = Known {
+        let nowhere = AcceleratorDevice {
             nodes: Vec::new(),
             ..part()
         };
@@ -391,7 +391,7 @@ mod tests {
             host.refusal(&nowhere)
                 .contains("does not tell the minor number of MIG-a")
         );
-        let unnamed = Known {
+        let unnamed = AcceleratorDevice {
             instance: None,
             ..part()
         };
@@ -399,7 +399,7 @@ mod tests {
             host.refusal(&unnamed)
                 .contains("the ids of MIG instance MIG-a")
         );
-        let unlisted = Known {
+        let unlisted = AcceleratorDevice {
             instance: Some((11, 0)),
             ..part()
         };

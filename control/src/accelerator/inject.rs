@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use config::CudaInjection;
 use serde_json::{Value, json};
 
+use super::device::AcceleratorDevice;
 use super::engine::EngineFacts;
-use super::known::Known;
 use super::settings::{Settings, group_of};
 use crate::resource::ContainerLimits;
 
@@ -74,7 +74,7 @@ impl Injection {
     pub(super) fn inject(
         &self,
         ids: &[&str],
-        devices: &[Option<&Known>],
+        devices: &[Option<&AcceleratorDevice>],
         limits: &mut ContainerLimits,
     ) {
         match self {
@@ -98,7 +98,7 @@ impl Injection {
     }
 }
 
-fn nodes_of<'k>(devices: &[Option<&'k Known>]) -> impl Iterator<Item = &'k str> {
+fn nodes_of<'k>(devices: &[Option<&'k AcceleratorDevice>]) -> impl Iterator<Item = &'k str> {
     let known = devices.iter().flatten();
     known.flat_map(|device| device.nodes.iter().map(String::as_str))
 }
@@ -111,7 +111,7 @@ fn cuda(
     how: CudaInjection,
     root: &Path,
     ids: &[&str],
-    devices: &[Option<&Known>],
+    devices: &[Option<&AcceleratorDevice>],
     limits: &mut ContainerLimits,
 ) {
     let arguments = match how {
@@ -137,7 +137,12 @@ fn cuda(
     limits.arguments.push(arguments);
 }
 
-fn rocm(root: &Path, ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+fn rocm(
+    root: &Path,
+    ids: &[&str],
+    devices: &[Option<&AcceleratorDevice>],
+    limits: &mut ContainerLimits,
+) {
     let all: Vec<&str> = std::iter::once("/dev/kfd")
         .chain(nodes_of(devices))
         .collect();
@@ -153,7 +158,7 @@ fn rocm(root: &Path, ids: &[&str], devices: &[Option<&Known>], limits: &mut Cont
     }
 }
 
-fn tpu(ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+fn tpu(ids: &[&str], devices: &[Option<&AcceleratorDevice>], limits: &mut ContainerLimits) {
     limits.arguments.push(device_nodes(nodes_of(devices)));
     for name in ["TPU_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"] {
         set(&mut limits.defaults, name, local(ids.len()));
@@ -171,7 +176,7 @@ fn tpu(ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
 }
 
 /// The original's variables are about CUDA.
-fn made_up(ids: &[&str], devices: &[Option<&Known>], limits: &mut ContainerLimits) {
+fn made_up(ids: &[&str], devices: &[Option<&AcceleratorDevice>], limits: &mut ContainerLimits) {
     if !devices.iter().flatten().any(|device| device.kind == "cuda") {
         return;
     }

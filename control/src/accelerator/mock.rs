@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
+use super::device::AcceleratorDevice;
 use super::inject::Injection;
-use super::known::Known;
 use super::plugin::AcceleratorPlugin;
 use super::settings::Settings;
 use crate::kernel::resource_text::parse_binary_size;
@@ -128,7 +128,7 @@ pub fn read(path: &Path, settings: &Settings) -> Result<AcceleratorPlugin, MockE
     if key.is_empty() || !key.chars().all(plain) || matches!(key.as_str(), "cpu" | "mem") {
         return Err(refused(format!("{key:?} is no name of a device")));
     }
-    let mut devices: Vec<Known> = Vec::new();
+    let mut devices: Vec<AcceleratorDevice> = Vec::new();
     for (place, entry) in file.devices.iter().enumerate() {
         let device = known(&key, place, entry).map_err(refused)?;
         if devices.iter().any(|other| other.id == device.id) {
@@ -178,7 +178,7 @@ pub fn read(path: &Path, settings: &Settings) -> Result<AcceleratorPlugin, MockE
     })
 }
 
-fn known(key: &str, place: usize, entry: &Entry) -> Result<Known, String> {
+fn known(key: &str, place: usize, entry: &Entry) -> Result<AcceleratorDevice, String> {
     let memory = match &entry.memory_size {
         Size::Bytes(bytes) => *bytes,
         Size::Written(text) => {
@@ -201,7 +201,7 @@ fn known(key: &str, place: usize, entry: &Entry) -> Result<Known, String> {
     } else {
         (uuid.clone(), None)
     };
-    Ok(Known {
+    Ok(AcceleratorDevice {
         kind: key.to_owned(),
         id,
         model: entry.model_name.clone(),

@@ -10,8 +10,8 @@ use rust_decimal::Decimal;
 use rust_decimal::prelude::ToPrimitive;
 use serde_json::{Map, json};
 
+use super::device::{AcceleratorDevice, Versions};
 use super::inject::Injection;
-use super::known::{Known, Versions};
 use super::settings::{Settings, ShareUnits};
 use crate::resource::{
     AllocationMap, Amount, AttachedDevice, ContainerLimits, Device, DevicePlugin, Hardware,
@@ -28,7 +28,7 @@ pub struct AcceleratorPlugin {
     /// Device name.
     pub key: String,
     /// Its devices.
-    pub devices: Vec<Known>,
+    pub devices: Vec<AcceleratorDevice>,
     /// Slots that are declared whether a device has them or not.
     pub declared: Vec<SlotDeclaration>,
     /// How slots are shown; what is left out is made of the slot's name.
@@ -43,8 +43,9 @@ pub struct AcceleratorPlugin {
 
 impl AcceleratorPlugin {
     /// The plugin of a kind of the drivers' devices.
-    pub fn of_kind(kind: &str, devices: &[Known], settings: &Settings) -> Self {
-        let devices: Vec<Known> = devices.iter().filter(|d| d.kind == kind).cloned().collect();
+    pub fn of_kind(kind: &str, devices: &[AcceleratorDevice], settings: &Settings) -> Self {
+        let devices: Vec<AcceleratorDevice> =
+            devices.iter().filter(|d| d.kind == kind).cloned().collect();
         let shares = settings.shares.filter(|_| kind == "cuda");
         let mut facts = PluginFacts::default();
         if kind == "cuda" {
@@ -75,7 +76,7 @@ impl AcceleratorPlugin {
     }
 
     /// The plugin of what device plugins list as slots of one device name.
-    pub fn of_slots(key: &str, slots: &[String], devices: Vec<Known>) -> Self {
+    pub fn of_slots(key: &str, slots: &[String], devices: Vec<AcceleratorDevice>) -> Self {
         let declared = slots.iter().map(|name| SlotDeclaration {
             name: name.clone(),
             kind: SlotType::of_devices(name),
@@ -103,7 +104,7 @@ impl AcceleratorPlugin {
         format!("{}.{what}", self.key)
     }
 
-    fn slot_of(&self, device: &Known) -> String {
+    fn slot_of(&self, device: &AcceleratorDevice) -> String {
         if let Some(slot) = &device.slot {
             return slot.clone();
         }
@@ -117,7 +118,7 @@ impl AcceleratorPlugin {
     }
 
     /// How much of its slot a device has.
-    fn total_of(&self, device: &Known) -> Amount {
+    fn total_of(&self, device: &AcceleratorDevice) -> Amount {
         let Some(units) = self.shares.filter(|_| device.profile.is_none()) else {
             return Amount::ONE;
         };
@@ -132,12 +133,12 @@ impl AcceleratorPlugin {
         least.trunc_with_scale(2)
     }
 
-    fn working(&self) -> impl Iterator<Item = &Known> {
+    fn working(&self) -> impl Iterator<Item = &AcceleratorDevice> {
         self.devices.iter().filter(|device| device.healthy)
     }
 
     /// Memory and processors of an amount of a device.
-    fn part_of(&self, device: &Known, amount: Amount) -> (u64, u64) {
+    fn part_of(&self, device: &AcceleratorDevice, amount: Amount) -> (u64, u64) {
         let Some(units) = self.shares.filter(|_| device.profile.is_none()) else {
             return (device.memory, device.units);
         };
@@ -146,7 +147,7 @@ impl AcceleratorPlugin {
         (of(units.memory), processors)
     }
 
-    fn known(&self, id: &str) -> Option<&Known> {
+    fn known(&self, id: &str) -> Option<&AcceleratorDevice> {
         self.devices.iter().find(|device| device.is_called(id))
     }
 
@@ -203,7 +204,7 @@ impl DevicePlugin for AcceleratorPlugin {
     }
 
     fn devices(&self) -> Result<Vec<Device>, PluginError> {
-        let device = |known: &Known| Device {
+        let device = |known: &AcceleratorDevice| Device {
             id: known.id.clone(),
             device_name: self.key.clone(),
             hw_location: known.pci.clone(),
@@ -245,7 +246,8 @@ impl DevicePlugin for AcceleratorPlugin {
 
     fn limit(&self, _: &[Device], allocation: &[(String, Shares)], limits: &mut ContainerLimits) {
         let held = self.held(allocation);
-        let devices: Vec<Option<&Known>> = held.iter().map(|(id, _)| self.known(id)).collect();
+        let devices: Vec<Option<&AcceleratorDevice>> =
+            held.iter().map(|(id, _)| self.known(id)).collect();
         let ids: Vec<&str> = held.iter().map(|(id, _)| *id).collect();
         self.injection.inject(&ids, &devices, limits);
         if held.is_empty() {
@@ -315,14 +317,14 @@ impl DevicePlugin for AcceleratorPlugin {
     }
 
     fn hardware(&self) -> Option<Hardware> {
-        let faulty: Vec<&Known> = self.devices.iter().filter(|d| !d.healthy).collect();
+        let faulty: Vec<&AcceleratorDevice> = self.devices.iter().filter(|d| !d.healthy).collect();
         let status = match (self.devices.len(), faulty.len()) {
             (0, _) => HardwareStatus::Unavailable,
             (_, 0) => HardwareStatus::Healthy,
             (all, bad) if all == bad => HardwareStatus::Offline,
             _ => HardwareStatus::Degraded,
         };
-        let words = |device: &Known| match device.fault {
+        let words = |device: &AcceleratorDevice| match device.fault {
             Some(code) => format!("fault {code}"),
             None if device.healthy => "works".to_owned(),
             None if device.slot.is_some() => "not healthy, or its plugin is gone".to_owned(),

@@ -19,7 +19,7 @@ const HEARTBEAT_LIMIT: Duration = Duration::from_secs(4);
 
 /// What both processes have written.
 #[derive(Clone, Debug, Default)]
-pub struct Look {
+pub struct RegionsSnapshot {
     /// The dataplane's side.
     pub observed: Arc<ObservedSnapshot>,
     /// Control's side, if it is there.
@@ -30,7 +30,7 @@ pub struct Look {
     pub now_ns: u64,
 }
 
-impl Look {
+impl RegionsSnapshot {
     /// Whether the dataplane runs.
     pub fn is_alive(&self) -> bool {
         self.heartbeat_age.is_some_and(|age| age < HEARTBEAT_LIMIT)
@@ -88,7 +88,7 @@ impl Regions {
     }
 
     /// Looks now.
-    pub fn look(&mut self) -> Result<Look, Problem> {
+    pub fn look(&mut self) -> Result<RegionsSnapshot, Problem> {
         let observed = self.observed.snapshot();
         let observed = observed.map_err(|err| {
             let err = anyhow::Error::new(err);
@@ -105,7 +105,7 @@ impl Regions {
         })?;
         let now_ns = monotonic_ns();
         let life = self.observed.writer().ok();
-        Ok(Look {
+        Ok(RegionsSnapshot {
             observed,
             desired: self.desired.snapshot().ok(),
             heartbeat_age: life.map(|life| {

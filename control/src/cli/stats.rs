@@ -6,7 +6,7 @@ use shared::observed::{AcceleratorRow, ContainerSample};
 
 use super::exit::Problem;
 use super::output::{self, Form, Table, say, say_part};
-use super::region::{Look, Regions};
+use super::region::{Regions, RegionsSnapshot};
 use crate::stats;
 
 /// Shows the last samples of the node, its kernels and its devices.
@@ -19,7 +19,7 @@ pub fn run(config: &Config, form: Form) -> Result<(), Problem> {
     Ok(())
 }
 
-fn document(look: &Look) -> Value {
+fn document(look: &RegionsSnapshot) -> Value {
     let mut kernels = Map::new();
     for sample in look.observed.containers.iter() {
         let mut map = stats::container(sample);
@@ -85,7 +85,7 @@ fn bytes(value: Option<u64>) -> String {
     value.map_or_else(|| "-".to_owned(), output::bytes)
 }
 
-fn table(look: &Look) {
+fn table(look: &RegionsSnapshot) {
     let mut table = Table::new(&[
         "KERNEL",
         ">CPU TIME",
@@ -113,7 +113,7 @@ fn table(look: &Look) {
 }
 
 /// What the records of processes lack.
-fn hint(look: &Look) -> Option<String> {
+fn hint(look: &RegionsSnapshot) -> Option<String> {
     let counts = look.observed.processes?;
     let all = u64::from(counts.listed) + u64::from(counts.left_out);
     (counts.left_out > 0).then(|| {
@@ -158,18 +158,18 @@ mod tests {
 
     #[test]
     fn processes_that_are_left_out_are_told() {
-        let look = |listed, left_out| Look {
+        let look = |listed, left_out| RegionsSnapshot {
             observed: Arc::new(ObservedSnapshot {
                 processes: Some(ProcessCounts { listed, left_out }),
                 ..ObservedSnapshot::default()
             }),
-            ..Look::default()
+            ..RegionsSnapshot::default()
         };
         let short = look(256, 44);
         assert!(hint(&short).unwrap().starts_with("44 of 300 processes"));
         assert_eq!(document(&short)["processes"]["left_out"], 44);
         assert_eq!(hint(&look(256, 0)), None);
-        assert_eq!(hint(&Look::default()), None);
-        assert!(document(&Look::default())["processes"].is_null());
+        assert_eq!(hint(&RegionsSnapshot::default()), None);
+        assert!(document(&RegionsSnapshot::default())["processes"].is_null());
     }
 }

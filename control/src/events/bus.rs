@@ -10,6 +10,7 @@
 //! `outbox` keep, `sender` sends, `readers` sees to those who read the stream, `store` writes values, `console_logs`
 //! brings consoles there, `volumes` listens, `errors` limits how many error events go out.
 
+mod backlog;
 pub mod connection;
 pub mod console_logs;
 mod errors;
@@ -21,7 +22,6 @@ mod sender;
 mod settings;
 mod store;
 pub mod volumes;
-mod waiting;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -31,20 +31,20 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Event, Occurrence, Sink};
+use super::{Event, EventRecord, Sink};
+use backlog::Backlog;
 use connection::Connector;
 use errors::ErrorRate;
 use message::Message;
 use outbox::Outbox;
 use queue::Bounds;
 use sender::Sender;
-use waiting::Waiting;
 
+pub use backlog::BusState;
 pub use outbox::OutboxError;
 pub use settings::{BusServer, BusSettings, BusTls, Endpoint, HostPort, HostPortError, Role};
 pub use store::{Put, Store, StoreError};
 pub use volumes::VolumeRequest;
-pub use waiting::BusState;
 
 /// The bus could not be set up.
 #[derive(Debug, Error)]
@@ -62,7 +62,7 @@ pub struct Bus {
 
 #[derive(Debug)]
 struct Inner {
-    waiting: Arc<Waiting>,
+    waiting: Arc<Backlog>,
     statistics: Store,
     container_logs: Store,
     bgtask: Store,
@@ -103,7 +103,7 @@ impl Bus {
                 "events of an earlier life wait for the bus"
             );
         }
-        let waiting = Arc::new(Waiting::new(bounds, outbox));
+        let waiting = Arc::new(Backlog::new(bounds, outbox));
         let stopping = CancellationToken::new();
         let tasks = TaskTracker::new();
         let sender = Sender {
@@ -246,7 +246,7 @@ pub struct BusSink {
 }
 
 impl Sink for BusSink {
-    fn accept(&self, occurrence: &Occurrence) {
+    fn accept(&self, occurrence: &EventRecord) {
         let limited;
         let event = match &occurrence.event {
             // Whoever brought the console to the bus has told it already.

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 
 use thiserror::Error;
 
-use super::{Occurrence, Sink};
+use super::{EventRecord, Sink};
 
 /// Lines waiting for the disk. A create makes about five.
 const QUEUE: usize = 1024;
@@ -83,7 +83,7 @@ impl FileSink {
 }
 
 impl Sink for FileSink {
-    fn accept(&self, occurrence: &Occurrence) {
+    fn accept(&self, occurrence: &EventRecord) {
         let line = occurrence.to_json().to_string();
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let full = match &*queue {

@@ -8,12 +8,12 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
-use super::{Event, Occurrence};
+use super::{Event, EventRecord};
 
 /// A bounded ring with a way to wait for the next entry.
 #[derive(Debug)]
 pub struct Ring {
-    entries: Mutex<VecDeque<Occurrence>>,
+    entries: Mutex<VecDeque<EventRecord>>,
     capacity: usize,
     newest: watch::Sender<u64>,
 }
@@ -29,10 +29,10 @@ impl Ring {
     }
 
     /// Adds an event and shows it to `deliver` while the order is held.
-    pub(super) fn push(&self, event: Event, deliver: impl FnOnce(&Occurrence)) {
+    pub(super) fn push(&self, event: Event, deliver: impl FnOnce(&EventRecord)) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = *self.newest.borrow() + 1;
-        let occurrence = Occurrence {
+        let occurrence = EventRecord {
             seq,
             at: SystemTime::now(),
             event,
@@ -46,9 +46,9 @@ impl Ring {
     }
 
     /// Up to `limit` entries after `seq`, oldest first, and the number to ask with next time.
-    pub fn after(&self, seq: u64, limit: usize) -> (Vec<Occurrence>, u64) {
+    pub fn after(&self, seq: u64, limit: usize) -> (Vec<EventRecord>, u64) {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let found: Vec<Occurrence> = entries
+        let found: Vec<EventRecord> = entries
             .iter()
             .filter(|occurrence| occurrence.seq > seq)
             .take(limit)
@@ -64,7 +64,7 @@ impl Ring {
         seq: u64,
         limit: usize,
         wait: Duration,
-    ) -> (Vec<Occurrence>, u64) {
+    ) -> (Vec<EventRecord>, u64) {
         let mut newest = self.newest.subscribe();
         // The sender lives as long as the ring; a timeout simply answers with nothing.
         let _ = tokio::time::timeout(wait, newest.wait_for(|newest| *newest > seq)).await;

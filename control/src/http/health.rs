@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::kernel::node::Node;
-use crate::metrics::{EngineState, Scene, patience};
+use crate::metrics::{EngineState, NodeSnapshot, patience};
 use crate::runner::RUNNER_VERSION;
 
 /// Between two questions to the engine.
@@ -70,14 +70,14 @@ pub struct Health {
 
 impl Health {
     /// Judges what is seen; `interval` is that of the samples.
-    pub fn of(scene: &Scene, interval: Duration) -> Health {
-        let sample_age = scene.sample_age();
+    pub fn of(node_snapshot: &NodeSnapshot, interval: Duration) -> Health {
+        let sample_age = node_snapshot.sample_age();
         Health {
-            dataplane: scene.observed.is_alive(),
-            heartbeat: scene.observed.heartbeat_age,
+            dataplane: node_snapshot.observed.is_alive(),
+            heartbeat: node_snapshot.observed.heartbeat_age,
             samples: sample_age.is_some_and(|age| age <= patience(interval)),
             sample_age,
-            engine: scene.engine,
+            engine: node_snapshot.engine,
         }
     }
 
@@ -108,13 +108,13 @@ mod tests {
     use crate::link::Observed;
     use shared::observed::{NodeSample, ObservedSnapshot};
 
-    fn scene(sample_age: Duration) -> Scene {
+    fn node_snapshot(sample_age: Duration) -> NodeSnapshot {
         let now_ns = 1_000_000_000_000;
         let node = NodeSample {
             taken_monotonic_ns: now_ns - u64::try_from(sample_age.as_nanos()).unwrap(),
             ..NodeSample::default()
         };
-        Scene {
+        NodeSnapshot {
             now_ns,
             observed: Observed {
                 snapshot: Some(Arc::new(ObservedSnapshot {
@@ -128,29 +128,29 @@ mod tests {
                 answers: true,
                 age: Some(Duration::ZERO),
             },
-            ..Scene::default()
+            ..NodeSnapshot::default()
         }
     }
 
     #[test]
     fn each_part_that_fails_shows() {
         let interval = Duration::from_secs(5);
-        assert!(Health::of(&scene(interval), interval).is_healthy());
+        assert!(Health::of(&node_snapshot(interval), interval).is_healthy());
 
-        let stale = Health::of(&scene(Duration::from_secs(18)), interval);
+        let stale = Health::of(&node_snapshot(Duration::from_secs(18)), interval);
         assert!(!stale.is_healthy());
         let document = stale.document();
         assert_eq!(document["status"], "degraded");
         assert_eq!(document["checks"]["samples"]["ok"], false);
         assert_eq!(document["checks"]["dataplane"]["ok"], true);
 
-        let mut dead = scene(interval);
+        let mut dead = node_snapshot(interval);
         dead.observed.heartbeat_age = Some(Duration::from_secs(60));
         assert!(!Health::of(&dead, interval).is_healthy());
 
-        let mut silent = scene(interval);
+        let mut silent = node_snapshot(interval);
         silent.engine.answers = false;
         assert!(!Health::of(&silent, interval).is_healthy());
-        assert!(!Health::of(&Scene::default(), interval).is_healthy());
+        assert!(!Health::of(&NodeSnapshot::default(), interval).is_healthy());
     }
 }

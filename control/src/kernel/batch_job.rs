@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::batch::{self, BatchOutcome, CommandKiller, ContainerCommands};
 use super::container_processes::KernelFiles;
-use super::death::{Death, Signs, full_shm};
+use super::death::{Death, Evidence, full_shm};
 use super::lifecycle::{Ending, Reason, State};
 use super::node::Node;
 use super::record::{BatchRecord, BatchStep, Record};
@@ -381,11 +381,11 @@ fn report_death(node: &Node, kernel: &Kernel, exit_code: i64) {
     let sample = kernel
         .container()
         .and_then(|container| node.link.sample(container));
-    let signs = Signs {
+    let evidence = Evidence {
         out_of_memory: kernel.out_of_memory().explains(Instant::now(), false),
         shm_full: sample.as_ref().and_then(full_shm).is_some(),
     };
-    if let Some(death) = Death::of(Some(exit_code), signs) {
+    if let Some(death) = Death::of(Some(exit_code), evidence) {
         tracing::warn!(kernel_id = %kernel.id, exit_code, cause = death.words(), "a batch job has died");
     }
 }

@@ -23,17 +23,17 @@ pub struct Source {
 /// The addresses of all kernels.
 #[derive(Debug, Default)]
 pub struct Callers {
-    known: Mutex<Known>,
+    known: Mutex<Caller>,
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Caller {
     sources: HashMap<KernelId, Vec<Source>>,
     kernels: HashMap<IpAddr, Vec<(KernelId, u32)>>,
 }
 
-impl Known {
+impl Caller {
     fn remove(&mut self, kernel: KernelId) {
         for source in self.sources.remove(&kernel).unwrap_or_default() {
             if let Some(holders) = self.kernels.get_mut(&source.address) {
@@ -47,8 +47,8 @@ impl Known {
 }
 
 impl Callers {
-    fn known(&self) -> MutexGuard<'_, Known> {
-        // No method leaves `Known` half-changed at a point that can panic.
+    fn known(&self) -> MutexGuard<'_, Caller> {
+        // No method leaves `Caller` half-changed at a point that can panic.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -167,14 +167,14 @@ pub async fn commit(
         let commits = &node.config.agent.image_commit_path;
         commits.join(&order.subdir).join(filename)
     });
-    let mut traces = Traces::note(&node, archive.as_deref()).await;
+    let mut note = CommitNote::note(&node, archive.as_deref()).await;
     let mut request = CommitRequest {
         name: match order.filename {
             Some(_) => None,
             None => order.canonical.clone(),
         },
         labels: kernel.with_record(|record| labels(record, &order)),
-        comment: traces.id.hyphenated().to_string(),
+        comment: note.id.hyphenated().to_string(),
     };
     let id = request.comment.clone();
     request.labels.insert(COMMIT_LABEL.to_owned(), id);
@@ -184,14 +184,14 @@ pub async fn commit(
         Ok(image) => image,
         Err(err) => {
             if is_answer(&err) {
-                traces.fate = Fate::Settled;
+                note.image = ImageState::Settled;
             }
             return Err(CommitError::Engine(err));
         }
     };
-    let written = match archive.zip(traces.note.part.clone()) {
+    let written = match archive.zip(note.note.part.clone()) {
         Some((path, part)) => {
-            traces.fate = Fate::Settled;
+            note.image = ImageState::Settled;
             let after = node.docker.commit_deadline();
             let archive = export(&node, &image, &path, part, &mut reporter);
             match tokio::time::timeout(after, archive).await {
@@ -200,11 +200,11 @@ pub async fn commit(
             }
         }
         None => {
-            traces.fate = Fate::Wanted;
+            note.image = ImageState::Wanted;
             Ok(())
         }
     };
-    traces.end().await;
+    note.end().await;
     written.map(|()| None)
 }
 
@@ -310,7 +310,7 @@ fn labels(record: &Record, order: &CommitOrder) -> BTreeMap<String, String> {
 
 /// What is known of a commit's image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum ImageState {
     /// It may be there, or come yet: the engine may go on with what nobody waits for.
     Unknown,
     /// It is there and not wanted, or it is not there; nothing comes any more.
@@ -327,16 +327,16 @@ struct Note {
 }
 
 /// The note of a commit. What it names is removed when the commit ends, also when it is cut short.
-struct Traces {
+struct CommitNote {
     node: Arc<Node>,
     id: Uuid,
     note: Note,
-    fate: Fate,
+    image: ImageState,
     ended: bool,
 }
 
-impl Traces {
-    async fn note(node: &Arc<Node>, archive: Option<&Path>) -> Traces {
+impl CommitNote {
+    async fn note(node: &Arc<Node>, archive: Option<&Path>) -> CommitNote {
         let id = Uuid::new_v4();
         let note = Note {
             part: archive.map(|path| part_of(path, id)),
@@ -349,32 +349,32 @@ impl Traces {
                 "cannot note a commit; what it leaves behind when the agent is killed stays"
             );
         }
-        Traces {
+        CommitNote {
             node: node.clone(),
             id,
             note,
-            fate: Fate::Unknown,
+            image: ImageState::Unknown,
             ended: false,
         }
     }
 
     /// Clears up, and leaves to the background what takes long.
     async fn end(mut self) {
-        let clearing = clear(&self.node, self.id, &self.note, self.fate);
+        let clearing = clear(&self.node, self.id, &self.note, self.image);
         self.ended = tokio::time::timeout(CLEAN_UP, clearing).await.is_ok();
     }
 }
 
-impl Drop for Traces {
+impl Drop for CommitNote {
     fn drop(&mut self) {
         if self.ended {
             return;
         }
-        let (node, id, fate) = (self.node.clone(), self.id, self.fate);
+        let (node, id, image) = (self.node.clone(), self.id, self.image);
         let note = self.note.clone();
         node.clone()
             .tasks
-            .spawn(async move { clear(&node, id, &note, fate).await });
+            .spawn(async move { clear(&node, id, &note, image).await });
     }
 }
 
@@ -405,13 +405,13 @@ pub async fn clear_earlier(node: &Arc<Node>) {
         let (node, id) = (node.clone(), Uuid::from_bytes(id.0));
         node.clone()
             .tasks
-            .spawn(async move { clear(&node, id, &note, Fate::Unknown).await });
+            .spawn(async move { clear(&node, id, &note, ImageState::Unknown).await });
     }
 }
 
 /// Removes what a commit has left, until that is known to be all, and then its note.
-async fn clear(node: &Arc<Node>, id: Uuid, note: &Note, fate: Fate) {
-    if fate != Fate::Wanted && !remove_all(node, id, note, fate).await {
+async fn clear(node: &Arc<Node>, id: Uuid, note: &Note, image: ImageState) {
+    if image != ImageState::Wanted && !remove_all(node, id, note, image).await {
         return;
     }
     let commits = node.commits.clone();
@@ -425,12 +425,14 @@ async fn clear(node: &Arc<Node>, id: Uuid, note: &Note, fate: Fate) {
 }
 
 /// Removes what is there until that is known to be all; `false` when the agent stops before.
-async fn remove_all(node: &Node, id: Uuid, note: &Note, fate: Fate) -> bool {
+async fn remove_all(node: &Node, id: Uuid, note: &Note, image: ImageState) -> bool {
     let (began, mut pause) = (Instant::now(), LOOKS.0);
     loop {
         match remove_traces(node, id, note).await {
             // A commit makes one image.
-            Ok(removed) if removed || fate == Fate::Settled || began.elapsed() >= LOOKED_FOR => {
+            Ok(removed)
+                if removed || image == ImageState::Settled || began.elapsed() >= LOOKED_FOR =>
+            {
                 return true;
             }
             Ok(_) => {}

@@ -104,8 +104,10 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
     };
     tracing::info!(kernel_id = %id, image = order.config.image.canonical, "creating a kernel");
     let abort = kernel.abort_token();
-    let built = match Turn::take(node, &kernel, &abort).await {
-        Ok(mut turn) => guarded(Box::pin(build(node, &kernel, &order, &abort, &mut turn))).await,
+    let built = match CreatePermit::take(node, &kernel, &abort).await {
+        Ok(mut permit) => {
+            guarded(Box::pin(build(node, &kernel, &order, &abort, &mut permit))).await
+        }
         Err(err) => Err(err),
     };
     conclude(node, &kernel, built).await
@@ -113,21 +115,21 @@ async fn create_one(node: &Arc<Node>, order: Order) -> Result<serde_json::Value,
 
 /// The right to be at work on a creation: to use the node's disks and its engine.
 #[derive(Debug)]
-struct Turn<'n> {
+struct CreatePermit<'n> {
     node: &'n Node,
     held: Option<SemaphorePermit<'n>>,
 }
 
-impl<'n> Turn<'n> {
+impl<'n> CreatePermit<'n> {
     /// Waits until one more creation may be at work on this node.
     async fn take(
         node: &'n Node,
         kernel: &Kernel,
         abort: &CancellationToken,
-    ) -> Result<Turn<'n>, CreateError> {
-        let mut turn = Turn { node, held: None };
-        abortable(kernel, abort, turn.resume()).await??;
-        Ok(turn)
+    ) -> Result<CreatePermit<'n>, CreateError> {
+        let mut permit = CreatePermit { node, held: None };
+        abortable(kernel, abort, permit.resume()).await??;
+        Ok(permit)
     }
 
     /// Lets another creation be at work while this one waits.
@@ -135,7 +137,7 @@ impl<'n> Turn<'n> {
         self.held = None;
     }
 
-    /// Waits for a turn again after a rest. Keeps none when it is dropped.
+    /// Waits for a permit again after a rest. Keeps none when it is dropped.
     async fn resume(&mut self) -> Result<(), CreateError> {
         if self.held.is_none() {
             let held = self.node.creations.acquire().await;
@@ -312,7 +314,7 @@ async fn build(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<(), CreateError> {
     let config = &order.config;
     node.events.emit(Event::KernelPreparing {
@@ -320,8 +322,8 @@ async fn build(
         session: kernel.session,
     });
     node.progress(kernel.id, "checking the request");
-    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
-    let prepared = &found.prepared;
+    let plan = abortable(kernel, abort, Box::pin(find(node, kernel, order, permit))).await??;
+    let prepared = &plan.prepared;
     node.events.emit(Event::KernelCreating {
         kernel: kernel.id,
         session: kernel.session,
@@ -353,16 +355,16 @@ async fn build(
             .iter()
             .map(|(name, amount)| (name.to_owned(), amount.into()))
             .collect();
-        record.distro = Some(found.distro.clone());
+        record.distro = Some(plan.distro.clone());
         record.published_by = prepared.published_by;
         record.runner_version = Some(prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, &found, None, abort, turn).await
+    launch::files_and_container(node, kernel, order, &plan, None, abort, permit).await
 }
 
 /// What a kernel is made of. Nothing is taken for it yet.
 #[derive(Debug)]
-struct Found {
+struct CreatePlan {
     prepared: Prepared,
     /// The C library of its image.
     distro: String,
@@ -374,15 +376,15 @@ async fn find(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    turn: &mut Turn<'_>,
-) -> Result<Found, CreateError> {
+    permit: &mut CreatePermit<'_>,
+) -> Result<CreatePlan, CreateError> {
     let config = &order.config;
     let mut prepared = prepare::check(node, config, &order.cluster).await?;
-    let image = ready_image(node, kernel, config, turn).await?;
+    let image = ready_image(node, kernel, config, permit).await?;
     prepare::check_models(node, &mut prepared, config, &image).await?;
     node.progress(kernel.id, "looking at the image");
     let distro = prepare::base_distro(node, config).await?;
-    Ok(Found { prepared, distro })
+    Ok(CreatePlan { prepared, distro })
 }
 
 /// Checks that the image is there, and pulls it if the request says so.
@@ -390,12 +392,12 @@ async fn ready_image(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     config: &KernelCreationConfig,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<ImageRecord, CreateError> {
     let canonical = &config.image.canonical;
     let pulling = async || {
         // A pull takes as long as the registry does, and the engine bounds what it fetches at a time.
-        turn.rest();
+        permit.rest();
         node.progress(kernel.id, format!("pulling {canonical}"));
         node.events.emit(Event::KernelPulling {
             kernel: kernel.id,
@@ -407,7 +409,7 @@ async fn ready_image(
         .images
         .ensure(&wanted_image(config), pulling, |_| ())
         .await?;
-    turn.resume().await?;
+    permit.resume().await?;
     Ok(image)
 }
 
@@ -462,9 +464,9 @@ pub async fn resume_start(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 /// A kernel that can be made anew.
 #[derive(Debug)]
 pub struct Ready<'n> {
-    found: Found,
+    plan: CreatePlan,
     ports: KeptPorts<'n>,
-    turn: Turn<'n>,
+    permit: CreatePermit<'n>,
 }
 
 /// Looks whether a kernel in service can be made anew, once one more creation may be at work on this
@@ -477,12 +479,16 @@ pub async fn look_ahead<'n>(
     kernel: &Arc<Kernel>,
     order: &Order,
 ) -> Result<Ready<'n>, CreateError> {
-    let mut turn = Turn { node, held: None };
-    turn.resume().await?;
+    let mut permit = CreatePermit { node, held: None };
+    permit.resume().await?;
     node.progress(kernel.id, "checking whether it can be made anew");
-    let found = guarded(Box::pin(find(node, kernel, order, &mut turn))).await?;
-    let ports = KeptPorts::take(node, kernel, &found.prepared)?;
-    Ok(Ready { found, ports, turn })
+    let plan = guarded(Box::pin(find(node, kernel, order, &mut permit))).await?;
+    let ports = KeptPorts::take(node, kernel, &plan.prepared)?;
+    Ok(Ready {
+        plan,
+        ports,
+        permit,
+    })
 }
 
 /// Second half of a restart: a new container with the same devices, ports and files, of what was found
@@ -495,13 +501,13 @@ pub async fn recreate(
 ) -> Result<serde_json::Value, CreateError> {
     let abort = kernel.abort_token();
     let Ready {
-        found,
+        plan,
         ports,
-        mut turn,
+        mut permit,
     } = ready;
-    let rebuilt = rebuild(node, kernel, order, &found, ports, &abort, &mut turn);
+    let rebuilt = rebuild(node, kernel, order, &plan, ports, &abort, &mut permit);
     let built = guarded(Box::pin(rebuilt)).await;
-    drop(turn);
+    drop(permit);
     conclude(node, kernel, built).await
 }
 
@@ -509,16 +515,16 @@ async fn rebuild(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    found: &Found,
+    plan: &CreatePlan,
     ports: KeptPorts<'_>,
     abort: &CancellationToken,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<(), CreateError> {
     kernel.update_record(|record| {
-        record.distro = Some(found.distro.clone());
-        record.runner_version = Some(found.prepared.runner.version().to_owned());
+        record.distro = Some(plan.distro.clone());
+        record.runner_version = Some(plan.prepared.runner.version().to_owned());
     });
-    launch::files_and_container(node, kernel, order, found, Some(ports), abort, turn).await
+    launch::files_and_container(node, kernel, order, plan, Some(ports), abort, permit).await
 }
 
 /// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
@@ -533,9 +539,9 @@ pub async fn resume_restart(
     let abort = kernel.abort_token();
     let mut pause = RESTART_PAUSES.0;
     let built = loop {
-        let built = match Turn::take(node, kernel, &abort).await {
-            Ok(mut turn) => {
-                let rebuilt = find_and_rebuild(node, kernel, order, &abort, &mut turn);
+        let built = match CreatePermit::take(node, kernel, &abort).await {
+            Ok(mut permit) => {
+                let rebuilt = find_and_rebuild(node, kernel, order, &abort, &mut permit);
                 guarded(Box::pin(rebuilt)).await
             }
             Err(err) => Err(err),
@@ -570,11 +576,11 @@ async fn find_and_rebuild(
     kernel: &Arc<Kernel>,
     order: &Order,
     abort: &CancellationToken,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<(), CreateError> {
-    let found = abortable(kernel, abort, Box::pin(find(node, kernel, order, turn))).await??;
-    let ports = KeptPorts::take(node, kernel, &found.prepared)?;
-    rebuild(node, kernel, order, &found, ports, abort, turn).await
+    let plan = abortable(kernel, abort, Box::pin(find(node, kernel, order, permit))).await??;
+    let ports = KeptPorts::take(node, kernel, &plan.prepared)?;
+    rebuild(node, kernel, order, &plan, ports, abort, permit).await
 }
 
 /// The end of a container's console, for error messages.

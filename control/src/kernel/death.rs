@@ -38,9 +38,9 @@ pub enum Death {
     BusError,
 }
 
-/// The signs there are.
+/// The evidence there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Signs {
+pub struct Evidence {
     /// Something of the container was killed for memory a moment ago.
     pub out_of_memory: bool,
     /// Its /dev/shm was full when it was last looked at.
@@ -49,11 +49,11 @@ pub struct Signs {
 
 impl Death {
     /// The cause; `None` when the code says nothing of one.
-    pub fn of(exit_code: Option<i64>, signs: Signs) -> Option<Death> {
+    pub fn of(exit_code: Option<i64>, evidence: Evidence) -> Option<Death> {
         match exit_code? {
-            KILLED if signs.out_of_memory => Some(Death::OutOfMemory),
+            KILLED if evidence.out_of_memory => Some(Death::OutOfMemory),
             KILLED => Some(Death::Killed),
-            BUS_ERROR if signs.shm_full => Some(Death::SharedMemoryFull),
+            BUS_ERROR if evidence.shm_full => Some(Death::SharedMemoryFull),
             BUS_ERROR => Some(Death::BusError),
             _ => None,
         }
@@ -163,20 +163,24 @@ mod tests {
 
     #[test]
     fn codes_are_told_apart_by_their_signs() {
-        let signs = |out_of_memory, shm_full| Signs {
+        let evidence = |out_of_memory, shm_full| Evidence {
             out_of_memory,
             shm_full,
         };
-        for (code, signs, death) in [
-            (Some(137), signs(true, true), Some(Death::OutOfMemory)),
-            (Some(137), signs(false, true), Some(Death::Killed)),
-            (Some(135), signs(true, true), Some(Death::SharedMemoryFull)),
-            (Some(135), signs(true, false), Some(Death::BusError)),
-            (Some(0), signs(true, true), None),
-            (Some(143), signs(true, true), None),
-            (None, signs(true, true), None),
+        for (code, evidence, death) in [
+            (Some(137), evidence(true, true), Some(Death::OutOfMemory)),
+            (Some(137), evidence(false, true), Some(Death::Killed)),
+            (
+                Some(135),
+                evidence(true, true),
+                Some(Death::SharedMemoryFull),
+            ),
+            (Some(135), evidence(true, false), Some(Death::BusError)),
+            (Some(0), evidence(true, true), None),
+            (Some(143), evidence(true, true), None),
+            (None, evidence(true, true), None),
         ] {
-            assert_eq!(Death::of(code, signs), death, "{code:?} {signs:?}");
+            assert_eq!(Death::of(code, evidence), death, "{code:?} {evidence:?}");
         }
         assert_eq!(Death::Killed.reason(), None, "anybody may kill");
     }

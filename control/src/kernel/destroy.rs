@@ -15,7 +15,7 @@ use thiserror::Error;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::batch_job;
-use super::death::{Death, Signs, full_shm};
+use super::death::{Death, Evidence, full_shm};
 use super::kept_logs::Shipping;
 use super::lifecycle::{Action, Ending, Input, Reason};
 use super::node::Node;
@@ -74,7 +74,7 @@ pub enum DestroyError {
     },
     /// It could not be learned whether the kernel exists.
     #[error("cannot look for a container of kernel {kernel}")]
-    Look {
+    Inspect {
         /// Which.
         kernel: KernelId,
         /// Why.
@@ -110,7 +110,7 @@ pub async fn destroy(
         // Not registered, but perhaps there: a container this agent was not told of.
         None => recovery::adopt_stray(node, id)
             .await
-            .map_err(|source| DestroyError::Look { kernel: id, source })?,
+            .map_err(|source| DestroyError::Inspect { kernel: id, source })?,
     };
     let Some(kernel) = kernel else {
         if !suppress {
@@ -166,9 +166,9 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         kernel.note_sample(sample, node.config.node.dataplane.stats_interval);
     }
     // Over all attempts: the container that told it may be gone when a later step fails.
-    let mut remains = Remains::default();
+    let mut stopped = StoppedContainer::default();
     loop {
-        match give_back(node, kernel, &mut remains).await {
+        match give_back(node, kernel, &mut stopped).await {
             Ok(()) => break,
             // The journal holds the ending; the next start goes on with it.
             Err(_) if node.stopping.is_cancelled() => return,
@@ -191,11 +191,11 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     }
     let ending = kernel.ending().filter(Ending::is_by_itself);
     let death = ending.and_then(|ending| {
-        let signs = Signs {
-            out_of_memory: kernel.out_of_memory().explains(ended, remains.oom_killed),
+        let evidence = Evidence {
+            out_of_memory: kernel.out_of_memory().explains(ended, stopped.oom_killed),
             shm_full: sample.as_ref().and_then(full_shm).is_some(),
         };
-        Death::of(ending.exit_code.or(remains.exit_code), signs)
+        Death::of(ending.exit_code.or(stopped.exit_code), evidence)
     });
     if let Some(death) = death {
         tracing::warn!(kernel_id = %kernel.id, cause = death.words(), "a kernel has died");
@@ -204,7 +204,7 @@ pub async fn end(node: &Arc<Node>, kernel: &Arc<Kernel>) {
         consoles.settled(kernel.id, CONSOLE_TOLD).await;
     }
     let actions = kernel.step(Input::Cleaned {
-        exit_code: remains.exit_code,
+        exit_code: stopped.exit_code,
         death,
     });
     if let Some(ending) = kernel.ending() {
@@ -284,12 +284,12 @@ async fn remove_record(node: &Node, kernel: &Kernel) {
 async fn give_back(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
-    remains: &mut Remains,
+    stopped: &mut StoppedContainer,
 ) -> Result<(), EndError> {
     let keep = node.config.debug.skip_container_deletion;
     let found = stop_and_remove(node, kernel, keep).await?;
-    remains.exit_code = found.exit_code.or(remains.exit_code);
-    remains.oom_killed |= found.oom_killed;
+    stopped.exit_code = found.exit_code.or(stopped.exit_code);
+    stopped.oom_killed |= found.oom_killed;
     let (closer, id) = (node.clone(), kernel.id);
     blocking(move || closer.host_sockets.close(id)).await;
     let record = kernel.record();
@@ -301,17 +301,17 @@ async fn give_back(
 
 /// What a container that has stopped tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Remains {
+pub struct StoppedContainer {
     /// Its exit code, if it has run.
     pub exit_code: Option<i64>,
     /// The engine's word: something in it was killed for memory.
     pub oom_killed: bool,
 }
 
-impl Remains {
-    fn of(found: &ContainerInspectResponse) -> Remains {
+impl StoppedContainer {
+    fn of(found: &ContainerInspectResponse) -> StoppedContainer {
         let state = found.state.as_ref();
-        Remains {
+        StoppedContainer {
             exit_code: exit_code_of(found),
             oom_killed: state.and_then(|state| state.oom_killed).unwrap_or(false),
         }
@@ -325,22 +325,22 @@ pub async fn stop_and_remove(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     keep: bool,
-) -> Result<Remains, DockerError> {
+) -> Result<StoppedContainer, DockerError> {
     let rows_gone = node.link.withdraw(kernel.id).await;
     let record = kernel.record();
     // Before the look: a death that comes after it must not be missed.
     let deaths = kernel.deaths();
     let Some(found) = find_container(node, &record).await? else {
         node.link.await_removed(rows_gone, ROWS_GONE).await;
-        return Ok(Remains::default());
+        return Ok(StoppedContainer::default());
     };
     let container = found
         .id
         .clone()
         .unwrap_or_else(|| record.container_name.clone());
     let liveness = Liveness::of(&found);
-    let remains = match liveness {
-        Liveness::Created => Remains::default(),
+    let stopped = match liveness {
+        Liveness::Created => StoppedContainer::default(),
         Liveness::Active => {
             if !stop(node, kernel, &container, deaths).await {
                 return Err(DockerError::Stopping {
@@ -348,17 +348,17 @@ pub async fn stop_and_remove(
                 });
             }
             match node.docker.inspect(&container).await {
-                Ok(stopped) => Remains::of(&stopped),
-                Err(err) if err.is_not_found() => Remains::default(),
+                Ok(stopped) => StoppedContainer::of(&stopped),
+                Err(err) if err.is_not_found() => StoppedContainer::default(),
                 Err(err) => return Err(err),
             }
         }
-        Liveness::Dead => Remains::of(&found),
+        Liveness::Dead => StoppedContainer::of(&found),
     };
-    if remains.exit_code.is_some() && kernel.ending().is_some() {
+    if stopped.exit_code.is_some() && kernel.ending().is_some() {
         // Nobody tells it once the container is gone.
         kernel.step(Input::Died {
-            exit_code: remains.exit_code,
+            exit_code: stopped.exit_code,
         });
         node.note(kernel, |_| {}).await;
     }
@@ -368,14 +368,14 @@ pub async fn stop_and_remove(
     node.link.await_removed(rows_gone, ROWS_GONE).await;
     if keep && liveness != Liveness::Created {
         tracing::info!(kernel_id = %kernel.id, container_id = container, "the container is kept (debug.skip-container-deletion)");
-        return Ok(remains);
+        return Ok(stopped);
     }
     match node.docker.remove(&container, true).await {
-        Ok(()) => Ok(remains),
-        Err(err) if err.is_not_found() => Ok(remains),
+        Ok(()) => Ok(stopped),
+        Err(err) if err.is_not_found() => Ok(stopped),
         Err(DockerError::AlreadyInProgress { .. }) => {
             await_gone(node, &container).await?;
-            Ok(remains)
+            Ok(stopped)
         }
         Err(err) => Err(err),
     }

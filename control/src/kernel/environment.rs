@@ -34,7 +34,7 @@ impl Identity {
 
 /// What the variables depend on besides the request.
 #[derive(Debug, Clone, Default)]
-pub struct Given<'a> {
+pub struct EnvironmentInputs<'a> {
     /// Number of cores allocated.
     pub cores: usize,
     /// Device plugin name to its attached devices, in allocation order.
@@ -58,7 +58,11 @@ pub fn additional_gids(environ: &TextMap) -> BTreeSet<u32> {
 }
 
 /// The variables of a container, in the original's order.
-pub fn variables(config: &KernelCreationConfig, identity: Identity, given: &Given<'_>) -> TextMap {
+pub fn variables(
+    config: &KernelCreationConfig,
+    identity: Identity,
+    given: &EnvironmentInputs<'_>,
+) -> TextMap {
     let mut environ = config.environ.clone();
     if let Some(uid) = identity.uid {
         environ.insert("LOCAL_USER_ID", uid.to_string());
@@ -203,7 +207,7 @@ mod tests {
         serde_json::from_value(config).unwrap()
     }
 
-    fn list(config: &KernelCreationConfig, given: &Given<'_>) -> Vec<String> {
+    fn list(config: &KernelCreationConfig, given: &EnvironmentInputs<'_>) -> Vec<String> {
         env_list(
             &variables(config, Identity::of(config, 1000, 1000), given),
             &[],
@@ -252,10 +256,10 @@ mod tests {
         assert_eq!(
             list(
                 &config,
-                &Given {
+                &EnvironmentInputs {
                     cores: 2,
                     hooks: &["libcudahook.so".into()],
-                    ..Given::default()
+                    ..EnvironmentInputs::default()
                 }
             ),
             [
@@ -297,9 +301,9 @@ mod tests {
                 gid: None,
                 kept_gid: None,
             },
-            &Given {
+            &EnvironmentInputs {
                 attached: &attached,
-                ..Given::default()
+                ..EnvironmentInputs::default()
             },
         );
         assert_eq!(environ.get("GPU_TYPE"), Some("cuda"));
@@ -337,9 +341,9 @@ mod tests {
         let environ = variables(
             &config,
             Identity::of(&config, 1, 1),
-            &Given {
+            &EnvironmentInputs {
                 model: Some(("m", "/models")),
-                ..Given::default()
+                ..EnvironmentInputs::default()
             },
         );
         assert_eq!(environ.get("BACKEND_MODEL_NAME"), Some("mine"));

@@ -154,7 +154,7 @@ impl FileAccessError {
 
 /// Where uploads to a kernel go.
 #[derive(Clone, Debug)]
-pub struct UploadPlace {
+pub struct UploadTarget {
     /// `<scratch>/work` on the host.
     pub work_dir: PathBuf,
     /// The kernel's user.
@@ -217,7 +217,7 @@ fn inside(path: &str) -> Result<PathBuf, FileAccessError> {
 /// # Errors
 /// The name leads out of the home or into a mounted folder, or the file cannot be written.
 pub async fn upload_file(
-    place: UploadPlace,
+    place: UploadTarget,
     name: String,
     content: Bytes,
 ) -> Result<(), FileAccessError> {
@@ -406,8 +406,8 @@ mod tests {
         }
     }
 
-    fn place(directory: &Path) -> UploadPlace {
-        UploadPlace {
+    fn place(directory: &Path) -> UploadTarget {
+        UploadTarget {
             work_dir: directory.to_owned(),
             uid: rustix::process::geteuid().as_raw()
                 + u32::from(rustix::process::geteuid().is_root()) * 1000,

@@ -17,7 +17,7 @@ use shared::ids::{ContainerId, KernelId};
 use super::destroy::exit_code_of;
 use super::lifecycle::{Input, Stage, State};
 use super::node::Node;
-use super::recovery::{self, Listed};
+use super::recovery::{self, ListedContainer};
 use super::registry::Kernel;
 use super::rows;
 use crate::causes::chain;
@@ -191,10 +191,10 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<usize, DockerError> {
         .filter(|kernel| has_started(&kernel.state()))
         .collect();
     let listed = recovery::list(node).await?;
-    let active = |listed: &&Listed| listed.seen.liveness == Liveness::Active;
+    let active = |listed: &&ListedContainer| listed.seen.liveness == Liveness::Active;
     node.active_containers
         .send_replace(Some(listed.iter().filter(active).count()));
-    let by_kernel: HashMap<KernelId, Vec<&Listed>> =
+    let by_kernel: HashMap<KernelId, Vec<&ListedContainer>> =
         listed.iter().fold(HashMap::new(), |mut by_kernel, listed| {
             by_kernel
                 .entry(listed.seen.kernel)
@@ -202,7 +202,7 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<usize, DockerError> {
                 .push(listed);
             by_kernel
         });
-    let mut looks: Vec<Look<'_>> = Vec::new();
+    let mut checks: Vec<Check<'_>> = Vec::new();
     for kernel in running {
         let alive = by_kernel.get(&kernel.id).is_some_and(|containers| {
             containers.iter().any(|listed| {
@@ -211,24 +211,24 @@ pub async fn reconcile(node: &Arc<Node>) -> Result<usize, DockerError> {
             })
         });
         if !alive {
-            looks.push(Box::pin(async move { confirm_end(node, &kernel).await }));
+            checks.push(Box::pin(async move { confirm_end(node, &kernel).await }));
         }
     }
     for listed in &listed {
         if node.registry.get(listed.seen.kernel).is_none() {
-            looks.push(Box::pin(recovery::take_stray(node, listed)));
+            checks.push(Box::pin(recovery::take_stray(node, listed)));
         }
     }
-    let count = looks.len();
-    look_at_all(looks).await.map(|()| count)
+    let count = checks.len();
+    check_all(checks).await.map(|()| count)
 }
 
 /// A look at one container by itself, and what follows from it.
-type Look<'a> = BoxFuture<'a, Result<(), DockerError>>;
+type Check<'a> = BoxFuture<'a, Result<(), DockerError>>;
 
 /// Does all, each to its end; begins no more when the engine is gone.
-async fn look_at_all(looks: Vec<Look<'_>>) -> Result<(), DockerError> {
-    let mut waiting = looks.into_iter();
+async fn check_all(checks: Vec<Check<'_>>) -> Result<(), DockerError> {
+    let mut waiting = checks.into_iter();
     let mut running: FuturesUnordered<_> = waiting.by_ref().take(LOOKS).collect();
     let mut failed = None;
     while let Some(looked) = running.next().await {
@@ -285,8 +285,8 @@ mod tests {
 
     use super::*;
 
-    fn looks(count: usize, begun: &AtomicUsize, gone: bool) -> Vec<Look<'_>> {
-        let look = |at: usize| -> Look<'_> {
+    fn checks(count: usize, begun: &AtomicUsize, gone: bool) -> Vec<Check<'_>> {
+        let look = |at: usize| -> Check<'_> {
             Box::pin(async move {
                 begun.fetch_add(1, Ordering::SeqCst);
                 if at > 0 {
@@ -310,10 +310,10 @@ mod tests {
     #[tokio::test]
     async fn one_look_that_fails_ends_no_other_unless_the_engine_is_gone() {
         let begun = AtomicUsize::new(0);
-        let told = look_at_all(looks(LOOKS * 3, &begun, false)).await;
+        let told = check_all(checks(LOOKS * 3, &begun, false)).await;
         assert!(matches!(told, Err(DockerError::Broken { .. })), "{told:?}");
         assert_eq!(begun.swap(0, Ordering::SeqCst), LOOKS * 3);
-        let told = look_at_all(looks(LOOKS * 3, &begun, true)).await;
+        let told = check_all(checks(LOOKS * 3, &begun, true)).await;
         assert!(
             matches!(told, Err(DockerError::Unreachable { .. })),
             "{told:?}"

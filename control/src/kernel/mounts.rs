@@ -7,7 +7,7 @@
 
 use super::agent_socket::CONTAINER_DIRECTORY;
 use super::request::{MountPermission, VfolderMount};
-use super::scratch::{Part, ScratchPaths};
+use super::scratch::{ScratchPaths, Subpath};
 use crate::storage_proxy::FolderId;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
@@ -75,7 +75,7 @@ impl Mount {
     }
 
     /// The source as a path within its folder, where it is one.
-    pub fn part(&self) -> Option<Part> {
+    pub fn part(&self) -> Option<Subpath> {
         part(Path::new(&self.source), self.inner)
     }
 
@@ -258,7 +258,7 @@ pub fn allowed(folders: &[VfolderMount], prevent: bool) -> impl Iterator<Item = 
 
 /// Checks one folder of a request and gives its mount.
 ///
-/// Call it before anything is created, and only by way of [`Looks`](super::looks::Looks): a folder may
+/// Call it before anything is created, and only by way of [`GuardedIo`](super::guarded_io::GuardedIo): a folder may
 /// lie on a network file system that hangs.
 ///
 /// # Errors
@@ -369,10 +369,10 @@ fn end_of(id: &FolderId, names: &[&OsStr]) -> Option<usize> {
 }
 
 /// A path whose last components lie in a folder.
-pub(super) fn part(source: &Path, inner: usize) -> Option<Part> {
+pub(super) fn part(source: &Path, inner: usize) -> Option<Subpath> {
     let folder = source.ancestors().nth(inner).filter(|_| inner > 0)?;
     let below = source.strip_prefix(folder).ok()?.to_owned();
-    Some(Part {
+    Some(Subpath {
         folder: folder.to_owned(),
         below,
     })

@@ -16,11 +16,11 @@ use tokio_util::task::TaskTracker;
 use super::abuse::AbuseReports;
 use super::container_request::ContainerSettings;
 use super::distro::Distros;
+use super::guarded_io::GuardedIo;
 use super::host_sockets::HostSockets;
 use super::journal::{Journal, JournalError};
 use super::kept_logs::KeptLogs;
 use super::lifecycle::{Action, State};
-use super::looks::Looks;
 use super::record::Record;
 use super::registry::{Kernel, Registry};
 use super::scratch::Scratch;
@@ -78,8 +78,8 @@ pub struct Node {
     pub distros: Distros,
     /// The kernels' files.
     pub scratch: Scratch,
-    /// Looks at folders, which may hang.
-    pub looks: Looks,
+    /// Work on folders, which may hang.
+    pub guarded_io: GuardedIo,
     /// Whether the host's firewall decides about clients of service ports, as last seen.
     pub honours_firewall: AtomicBool,
     /// Directory of the socket for programs in containers.

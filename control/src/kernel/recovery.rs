@@ -17,7 +17,7 @@ use futures_util::{StreamExt as _, stream};
 use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 
-use self::plan::{Decision, Known, Seen};
+use self::plan::{ContainerState, Decision, JournalState};
 use super::create;
 use super::journal::{Damaged, JournalError};
 use super::lifecycle::Lifecycle;
@@ -58,9 +58,9 @@ pub enum RecoveryError {
 
 /// One container of this agent.
 #[derive(Clone, Debug)]
-pub struct Listed {
+pub struct ListedContainer {
     /// What matters for decisions.
-    pub seen: Seen,
+    pub seen: ContainerState,
     /// Its labels.
     pub labels: HashMap<String, String>,
     /// When it was made, seconds since 1970; 0 when the engine does not say.
@@ -89,15 +89,15 @@ pub fn kernel_of_name(name: &str) -> Option<KernelId> {
     (id.len() == 36).then(|| id.parse().ok())?
 }
 
-fn listed(summary: &ContainerSummary) -> Option<Listed> {
+fn listed(summary: &ContainerSummary) -> Option<ListedContainer> {
     let kernel = summary
         .names
         .as_ref()?
         .iter()
         .find_map(|name| kernel_of_name(name))?;
     let container: ContainerId = summary.id.as_ref()?.parse().ok()?;
-    Some(Listed {
-        seen: Seen {
+    Some(ListedContainer {
+        seen: ContainerState {
             kernel,
             container,
             liveness: Liveness::of_listed(summary),
@@ -112,7 +112,7 @@ fn listed(summary: &ContainerSummary) -> Option<Listed> {
 ///
 /// # Errors
 /// The engine cannot be asked.
-pub async fn list(node: &Node) -> Result<Vec<Listed>, DockerError> {
+pub async fn list(node: &Node) -> Result<Vec<ListedContainer>, DockerError> {
     let containers = node
         .docker
         .list_containers(true, Some(node.agent_id()))
@@ -134,7 +134,7 @@ pub async fn recover(node: &Arc<Node>) -> Result<Recovered, RecoveryError> {
         .iter()
         .map(|(id, record)| (*id, known(record)))
         .collect();
-    let seen: Vec<Seen> = listed.iter().map(|listed| listed.seen).collect();
+    let seen: Vec<ContainerState> = listed.iter().map(|listed| listed.seen).collect();
     let plan = plan::plan(&seen, &known);
 
     let mut recovered = Recovered::default();
@@ -204,8 +204,8 @@ async fn recall_ends(node: &Node) {
     }
 }
 
-fn known(record: &Record) -> Known {
-    Known {
+fn known(record: &Record) -> JournalState {
+    JournalState {
         phase: record.phase,
         ending: record.ending.clone(),
         container: record.container(),
@@ -215,7 +215,7 @@ fn known(record: &Record) -> Known {
 }
 
 /// What is started once all kernels are entered.
-enum Begin {
+enum FollowUp {
     Service(Arc<Kernel>),
     /// Of a kernel found without a journal.
     Acquaintance(Arc<Kernel>),
@@ -224,42 +224,42 @@ enum Begin {
     End(Arc<Kernel>),
 }
 
-impl Begin {
+impl FollowUp {
     /// Writes down what is known of the kernel now.
     async fn note(&self, node: &Node) {
-        let (Begin::Service(kernel)
-        | Begin::Acquaintance(kernel)
-        | Begin::Start(kernel)
-        | Begin::Restart(kernel)
-        | Begin::End(kernel)) = self;
+        let (FollowUp::Service(kernel)
+        | FollowUp::Acquaintance(kernel)
+        | FollowUp::Start(kernel)
+        | FollowUp::Restart(kernel)
+        | FollowUp::End(kernel)) = self;
         node.note(kernel, |_| {}).await;
     }
 
     fn run(self, node: &Arc<Node>) {
         let node = node.clone();
         match self {
-            Begin::Service(kernel) => {
+            FollowUp::Service(kernel) => {
                 node.clone()
                     .tasks
                     .spawn(async move { resume_service(&node, &kernel).await });
             }
-            Begin::Acquaintance(kernel) => {
+            FollowUp::Acquaintance(kernel) => {
                 node.clone().tasks.spawn(async move {
                     resume_service(&node, &kernel).await;
                     learn_services(&node, &kernel).await;
                 });
             }
-            Begin::Start(kernel) => {
+            FollowUp::Start(kernel) => {
                 node.clone()
                     .tasks
                     .spawn(async move { create::resume_start(&node, &kernel).await });
             }
-            Begin::Restart(kernel) => {
+            FollowUp::Restart(kernel) => {
                 node.clone()
                     .tasks
                     .spawn(async move { restart::resume(&node, &kernel).await });
             }
-            Begin::End(kernel) => {
+            FollowUp::End(kernel) => {
                 node.clone()
                     .tasks
                     .spawn(async move { super::destroy::end(&node, &kernel).await });
@@ -273,10 +273,10 @@ async fn enter(
     node: &Arc<Node>,
     id: KernelId,
     record: Option<Record>,
-    listed: Option<&Listed>,
+    listed: Option<&ListedContainer>,
     decision: &Decision,
     recovered: &mut Recovered,
-) -> Option<Begin> {
+) -> Option<FollowUp> {
     let container = match decision {
         Decision::Adopt(container)
         | Decision::ResumeStart(container)
@@ -317,26 +317,26 @@ async fn enter(
         None if matches!(decision, Decision::Recreate(_)) => record.container_id = None,
         None => {}
     }
-    let (lifecycle, begin): (_, fn(Arc<Kernel>) -> Begin) = match decision {
+    let (lifecycle, begin): (_, fn(Arc<Kernel>) -> FollowUp) = match decision {
         Decision::Adopt(_) => {
             recovered.adopted += 1;
-            (Lifecycle::found_running(), Begin::Service)
+            (Lifecycle::found_running(), FollowUp::Service)
         }
         Decision::AdoptFromLabels(_) => {
             recovered.adopted += 1;
-            (Lifecycle::found_running(), Begin::Acquaintance)
+            (Lifecycle::found_running(), FollowUp::Acquaintance)
         }
         Decision::ResumeStart(_) => {
             recovered.resumed += 1;
-            (Lifecycle::found_starting(), Begin::Start)
+            (Lifecycle::found_starting(), FollowUp::Start)
         }
         Decision::Recreate(_) => {
             recovered.resumed += 1;
-            (Lifecycle::found_restarting(), Begin::Restart)
+            (Lifecycle::found_restarting(), FollowUp::Restart)
         }
         Decision::Finish(_, ending) | Decision::FinishFromLabels(_, ending) => {
             recovered.finishing += 1;
-            (Lifecycle::found_ending(ending.clone()), Begin::End)
+            (Lifecycle::found_ending(ending.clone()), FollowUp::End)
         }
         Decision::RemoveUnstarted(_) => return None,
     };
@@ -496,7 +496,7 @@ pub async fn adopt_stray(
 }
 
 /// Deals with a container that is not registered: adopts, finishes or removes it.
-pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerError> {
+pub async fn take_stray(node: &Arc<Node>, listed: &ListedContainer) -> Result<(), DockerError> {
     // The list is a moment old, and the kernel may have ended since.
     let container = listed.seen.container.to_string();
     let liveness = match Box::pin(node.docker.inspect(&container)).await {
@@ -507,7 +507,7 @@ pub async fn take_stray(node: &Arc<Node>, listed: &Listed) -> Result<(), DockerE
     if liveness == Liveness::Dead && node.config.debug.skip_container_deletion {
         return Ok(());
     }
-    let seen = Seen {
+    let seen = ContainerState {
         liveness,
         ..listed.seen
     };

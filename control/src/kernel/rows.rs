@@ -78,7 +78,7 @@ pub enum RowsError {
 
 /// Where a running container is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Whereabouts {
+pub struct ContainerLocation {
     /// The container.
     pub container: ContainerId,
     /// Host pid of its first process.
@@ -109,7 +109,7 @@ pub struct Whereabouts {
 ///
 /// # Errors
 /// The container does not run, or where it is cannot be found out.
-pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, RowsError> {
+pub async fn locate(node: &Node, container: ContainerId) -> Result<ContainerLocation, RowsError> {
     let found = node.docker.inspect(&container.to_string()).await?;
     let pid = found
         .state
@@ -191,7 +191,7 @@ pub async fn locate(node: &Node, container: ContainerId) -> Result<Whereabouts, 
             "a container is on networks that lead past this host (macvlan, a device of its own): who is there reaches the kernel's runner"
         );
     }
-    Ok(Whereabouts {
+    Ok(ContainerLocation {
         container,
         init_pid: if local { pid } else { 0 },
         cgroup_path,
@@ -305,7 +305,7 @@ fn cut(text: &str, limit: usize) -> String {
 }
 
 /// The rows of a kernel whose container is there.
-pub fn rows_of(node: &Node, record: &Record, place: &Whereabouts) -> KernelRows {
+pub fn rows_of(node: &Node, record: &Record, place: &ContainerLocation) -> KernelRows {
     let limits = node.config.node.dataplane;
     let storage = node.config.agent.scaling_group_type == config::ScalingGroupType::Storage;
     let scratch = node

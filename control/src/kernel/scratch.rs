@@ -12,11 +12,11 @@
 
 pub mod beneath;
 mod contents;
-mod held;
 mod storage;
+mod subpaths;
 
 pub use contents::{ClusterFiles, ConfigFiles, NewScratch, validate_dotfiles};
-pub use held::Part;
+pub use subpaths::Subpath;
 
 use crate::kernel::environment::Identity;
 use config::ScratchType;
@@ -208,11 +208,11 @@ pub struct Scratch {
     owner: Option<Arc<str>>,
     /// Whether everybody on the host may walk through a kernel's directory, as who starts its container does.
     open: Arc<AtomicBool>,
-    turns: Arc<Mutex<Turns>>,
+    turns: Arc<Mutex<KernelLocks>>,
 }
 
 /// Whose turn it is at each kernel's scratch; nothing of those nobody works on.
-type Turns = HashMap<Uuid, Weak<tokio::sync::Mutex<()>>>;
+type KernelLocks = HashMap<Uuid, Weak<tokio::sync::Mutex<()>>>;
 
 impl Scratch {
     /// Scratches below `root` (`container.scratch-root`, made when needed); `limit` is the deadline
@@ -337,15 +337,15 @@ impl Scratch {
     pub async fn hold(
         &self,
         kernel_id: Uuid,
-        parts: Vec<Part>,
+        parts: Vec<Subpath>,
     ) -> Result<Vec<PathBuf>, ScratchError> {
         let (root, mode) = (self.root.clone(), self.mode());
         self.blocking(kernel_id, move |state| {
-            let paths = held::hold(&root, kernel_id, mode, &parts)?;
+            let paths = subpaths::hold(&root, kernel_id, mode, &parts)?;
             match state.finish() {
                 true => Ok(paths),
                 false => {
-                    held::release(&root, kernel_id)?;
+                    subpaths::release(&root, kernel_id)?;
                     Err(ScratchError::Abandoned(kernel_id))
                 }
             }

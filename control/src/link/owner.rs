@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shared::desired::{DesiredBatch, DesiredSnapshot, DesiredWriter, NodeRow, PortKey, PortRow};
-use shared::doorbell::{Ringer, Rung};
+use shared::doorbell::{RingOutcome, Ringer};
 use shared::ids::{ContainerId, Generation, KernelId};
-use shared::lock::Ousted;
+use shared::lock::LockLost;
 use shared::observed::ObservedReader;
 use shared::{BatchError, OpenError, ReadError, monotonic_ns};
 use tokio::sync::{Notify, mpsc, watch};
@@ -30,7 +30,7 @@ pub(super) struct Owner {
     reader: ObservedReader,
     ringer: Ringer,
     seen: watch::Sender<Observed>,
-    ousted: watch::Sender<Option<Ousted>>,
+    lock_lost: watch::Sender<Option<LockLost>>,
     held: HashMap<KernelId, Held>,
     /// Whose each port is: it is among those that its kernel holds.
     owners: HashMap<PortKey, KernelId>,
@@ -70,7 +70,7 @@ impl Owner {
             reader,
             ringer,
             seen,
-            ousted: watch::Sender::default(),
+            lock_lost: watch::Sender::default(),
             held,
             owners: found.ports.iter().map(owned).collect(),
             node: Some(node),
@@ -94,8 +94,8 @@ impl Owner {
     }
 
     /// Tells who has become the writer, once somebody has.
-    pub(super) fn ousted(&self) -> watch::Receiver<Option<Ousted>> {
-        self.ousted.subscribe()
+    pub(super) fn lock_lost(&self) -> watch::Receiver<Option<LockLost>> {
+        self.lock_lost.subscribe()
     }
 
     pub(super) async fn run(
@@ -114,8 +114,8 @@ impl Owner {
                 },
                 () = rung.notified() => self.look(),
                 _ = tick.tick() => {
-                    if let Err(ousted) = self.beat() {
-                        self.ousted.send_replace(Some(ousted));
+                    if let Err(lock_lost) = self.beat() {
+                        self.lock_lost.send_replace(Some(lock_lost));
                         return;
                     }
                     self.look();
@@ -126,14 +126,14 @@ impl Owner {
         }
     }
 
-    fn beat(&mut self) -> Result<(), Ousted> {
+    fn beat(&mut self) -> Result<(), LockLost> {
         match self.writer.heartbeat() {
             Ok(false) => self.misplaced = false,
             Ok(true) => tracing::warn!(
                 path = %self.writer.directory().display(),
                 "somebody had taken the region's file away; it has been made again"
             ),
-            Err(OpenError::Ousted(ousted)) => return Err(ousted),
+            Err(OpenError::LockLost(lock_lost)) => return Err(lock_lost),
             Err(err) => {
                 if !std::mem::replace(&mut self.misplaced, true) {
                     tracing::error!(
@@ -272,7 +272,7 @@ impl Owner {
 
     pub(super) fn ring(&mut self) {
         match self.ringer.ring() {
-            Ok(Rung::Heard | Rung::Pending | Rung::Nobody) => {}
+            Ok(RingOutcome::Heard | RingOutcome::Pending | RingOutcome::Nobody) => {}
             // A lost ring costs nothing: the dataplane looks by itself.
             Err(err) => {
                 tracing::debug!(

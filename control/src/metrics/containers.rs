@@ -8,7 +8,7 @@ use shared::observed::{
 };
 
 use super::page::{Family, Number, families, labels, seconds, thousandths};
-use super::{Page, Scene, Subject};
+use super::{NodeSnapshot, Page, Subject};
 use crate::stats::kernels::{self, memory_used};
 
 families! {
@@ -130,11 +130,11 @@ struct Shown<'s> {
     labels: String,
 }
 
-pub(super) fn render(scene: &Scene, page: &mut Page) {
-    let Some(snapshot) = scene.snapshot() else {
+pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
+    let Some(snapshot) = node_snapshot.snapshot() else {
         return;
     };
-    let shown: Vec<Shown<'_>> = scene
+    let shown: Vec<Shown<'_>> = node_snapshot
         .subjects
         .iter()
         .filter_map(|subject| {
@@ -156,11 +156,13 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
         .collect();
     let fresh: Vec<&Shown<'_>> = shown
         .iter()
-        .filter(|container| scene.is_fresh(container.sample))
+        .filter(|container| node_snapshot.is_fresh(container.sample))
         .collect();
-    utilization(scene, snapshot, &fresh, page);
+    utilization(node_snapshot, snapshot, &fresh, page);
     known_series(&shown, &fresh, page);
-    let rows = scene.fresh().map(|snapshot| &snapshot.accelerators[..]);
+    let rows = node_snapshot
+        .fresh()
+        .map(|snapshot| &snapshot.accelerators[..]);
     accelerators(rows.unwrap_or_default(), &fresh, page);
 }
 
@@ -200,7 +202,12 @@ fn accelerators(rows: &[AcceleratorRow], shown: &[&Shown<'_>], page: &mut Page) 
 }
 
 /// The original's family: measured values as they are, so that the manager's rates work.
-fn utilization(scene: &Scene, snapshot: &ObservedSnapshot, shown: &[&Shown<'_>], page: &mut Page) {
+fn utilization(
+    node_snapshot: &NodeSnapshot,
+    snapshot: &ObservedSnapshot,
+    shown: &[&Shown<'_>],
+    page: &mut Page,
+) {
     for Shown {
         sample, subject, ..
     } in shown
@@ -210,7 +217,7 @@ fn utilization(scene: &Scene, snapshot: &ObservedSnapshot, shown: &[&Shown<'_>],
         let (user, project) = (undefined(&subject.user), undefined(&subject.project));
         let kernel = subject.facts.id.to_string();
         let common = labels(&[
-            ("agent_id", &scene.agent_id),
+            ("agent_id", &node_snapshot.agent_id),
             ("kernel_id", &kernel),
             ("session_id", &subject.session),
             ("user_id", &user),

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use super::page::{Number, families, labels};
-use super::{Page, Scene};
-use crate::storage_proxy::{Answer, Knowledge, Known, Mounted, Question};
+use super::{NodeSnapshot, Page};
+use crate::storage_proxy::{Answer, Cache, CacheEntry, Mounted, Query};
 
 families! {
     PROXY = Gauge "bai_storage_proxy_up" []
@@ -30,13 +30,13 @@ pub struct Folders {
     /// The mounts of all kernels.
     pub mounted: Vec<Mounted>,
     /// What the storage proxy told of them.
-    pub known: std::sync::Arc<Knowledge>,
+    pub known: std::sync::Arc<Cache>,
     /// Now.
     pub now: Instant,
 }
 
-pub(super) fn render(scene: &Scene, page: &mut Page) {
-    let Some(folders) = &scene.folders else {
+pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
+    let Some(folders) = &node_snapshot.folders else {
         return;
     };
     let known = &folders.known;
@@ -71,7 +71,7 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
         Answer::Folder(usage) => usage.files.map(Number::Whole),
         _ => None,
     });
-    for (question, Known { answer, .. }) in known.all() {
+    for (question, CacheEntry { answer, .. }) in known.all() {
         if let (Some(labels), Some((_, at))) = (folder(question), answer) {
             let age = folders.now.saturating_duration_since(*at);
             page.sample(&AGE, &labels, age.as_secs_f64());
@@ -106,10 +106,10 @@ pub(super) fn render(scene: &Scene, page: &mut Page) {
 }
 
 fn each(
-    known: &Knowledge,
+    known: &Cache,
     page: &mut Page,
     family: &super::Family,
-    of: fn(&Question) -> Option<String>,
+    of: fn(&Query) -> Option<String>,
     read: &dyn Fn(&Answer) -> Option<Number>,
 ) {
     for (question, known) in known.all() {
@@ -119,27 +119,25 @@ fn each(
     }
 }
 
-fn folder(question: &Question) -> Option<String> {
+fn folder(question: &Query) -> Option<String> {
     match question {
-        Question::Folder(volume, folder) => {
+        Query::Folder(volume, folder) => {
             Some(labels(&[("volume", volume), ("vfolder", folder.as_str())]))
         }
         _ => None,
     }
 }
 
-fn scope(question: &Question) -> Option<String> {
+fn scope(question: &Query) -> Option<String> {
     match question {
-        Question::Scope(volume, scope) => {
-            Some(labels(&[("volume", volume), ("quota_scope", scope)]))
-        }
+        Query::Scope(volume, scope) => Some(labels(&[("volume", volume), ("quota_scope", scope)])),
         _ => None,
     }
 }
 
-fn volume(question: &Question) -> Option<String> {
+fn volume(question: &Query) -> Option<String> {
     match question {
-        Question::Volume(name) => Some(labels(&[("volume", name)])),
+        Query::Volume(name) => Some(labels(&[("volume", name)])),
         _ => None,
     }
 }

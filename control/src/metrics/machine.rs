@@ -4,8 +4,8 @@ use rust_decimal::Decimal;
 use shared::observed::{AcceleratorRow, ForwardPath, ObservedSnapshot, PortStatus};
 
 use super::page::{Number, families, labels, seconds, thousandths};
-use super::{Family, Page, Scene};
-use crate::accelerator::known::Known;
+use super::{Family, NodeSnapshot, Page};
+use crate::accelerator::device::AcceleratorDevice;
 use crate::stats::node::{HostReading, measurements};
 
 families! {
@@ -97,23 +97,23 @@ families! {
         "How old the device's numbers were at the last pass.";
 }
 
-pub(super) fn render(scene: &Scene, page: &mut Page) {
-    let fresh = scene.fresh();
-    let reading = scene.reading.clone().with_observed(fresh);
-    devices(scene, fresh, &reading, page);
-    agent(scene, page);
-    dataplane(scene, scene.snapshot(), page);
+pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
+    let fresh = node_snapshot.fresh();
+    let reading = node_snapshot.reading.clone().with_observed(fresh);
+    devices(node_snapshot, fresh, &reading, page);
+    agent(node_snapshot, page);
+    dataplane(node_snapshot, node_snapshot.snapshot(), page);
     if let Some(fresh) = fresh {
-        ports(scene, fresh, page);
+        ports(node_snapshot, fresh, page);
     }
     node(fresh, &reading, page);
     if let Some(fresh) = fresh {
-        accelerators(&fresh.accelerators, &scene.unheard, page);
+        accelerators(&fresh.accelerators, &node_snapshot.unheard, page);
     }
 }
 
 fn devices(
-    scene: &Scene,
+    node_snapshot: &NodeSnapshot,
     fresh: Option<&ObservedSnapshot>,
     reading: &HostReading,
     page: &mut Page,
@@ -124,7 +124,7 @@ fn devices(
         for (id, measured) in list {
             let common = labels(&[
                 ("device_metric_name", &measured.quantity.key),
-                ("agent_id", &scene.agent_id),
+                ("agent_id", &node_snapshot.agent_id),
                 ("device_id", &id),
             ]);
             let capacity = measured.capacity.filter(|capacity| !capacity.is_zero());
@@ -135,22 +135,22 @@ fn devices(
     }
 }
 
-fn agent(scene: &Scene, page: &mut Page) {
+fn agent(node_snapshot: &NodeSnapshot, page: &mut Page) {
     let info = labels(&[
-        ("agent_id", &scene.agent_id),
+        ("agent_id", &node_snapshot.agent_id),
         ("version", env!("CARGO_PKG_VERSION")),
-        ("mode", scene.mode),
+        ("mode", node_snapshot.mode),
     ]);
     page.sample(&INFO, &info, 1_u64);
-    page.sample(&ENGINE, "", scene.engine.answers);
-    page.sample(&KERNELS, "", count(scene.kernels));
-    for (slot, total, _) in &scene.slots {
+    page.sample(&ENGINE, "", node_snapshot.engine.answers);
+    page.sample(&KERNELS, "", count(node_snapshot.kernels));
+    for (slot, total, _) in &node_snapshot.slots {
         page.sample(&SLOTS, &labels(&[("slot", slot)]), *total);
     }
-    for (slot, _, used) in &scene.slots {
+    for (slot, _, used) in &node_snapshot.slots {
         page.sample(&SLOTS_USED, &labels(&[("slot", slot)]), *used);
     }
-    if let Some(ports) = &scene.occupancy {
+    if let Some(ports) = &node_snapshot.occupancy {
         for (state, value) in [
             ("total", ports.total),
             ("free", ports.free),
@@ -165,17 +165,20 @@ fn count(value: impl TryInto<u64>) -> u64 {
     value.try_into().unwrap_or(u64::MAX)
 }
 
-fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page) {
-    page.sample(&UP, "", scene.observed.is_alive());
-    let age = scene.observed.heartbeat_age.map(|age| age.as_secs_f64());
+fn dataplane(node_snapshot: &NodeSnapshot, snapshot: Option<&ObservedSnapshot>, page: &mut Page) {
+    page.sample(&UP, "", node_snapshot.observed.is_alive());
+    let age = node_snapshot
+        .observed
+        .heartbeat_age
+        .map(|age| age.as_secs_f64());
     page.measured(&HEARTBEAT, "", age);
-    page.sample(&EPOCH, "", scene.observed.epoch);
+    page.sample(&EPOCH, "", node_snapshot.observed.epoch);
     page.measured(
         &SAMPLE_AGE,
         "",
-        scene.sample_age().map(|age| age.as_secs_f64()),
+        node_snapshot.sample_age().map(|age| age.as_secs_f64()),
     );
-    page.sample(&INTERVAL, "", scene.interval.as_secs_f64());
+    page.sample(&INTERVAL, "", node_snapshot.interval.as_secs_f64());
     let Some(snapshot) = snapshot else {
         return;
     };
@@ -188,7 +191,7 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
         page.measured(&MISSED, "", node.counters.ticks_missed);
         page.measured(&SAMPLED, "", node.counters.containers_sampled);
     }
-    let processes = scene.fresh().and_then(|fresh| fresh.processes);
+    let processes = node_snapshot.fresh().and_then(|fresh| fresh.processes);
     for (state, count) in [
         ("listed", processes.map(|counts| counts.listed)),
         ("left_out", processes.map(|counts| counts.left_out)),
@@ -200,7 +203,7 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
         );
     }
     page.sample(&INVALID, "", u64::from(snapshot.invalid_rows));
-    if let Some(node) = scene.fresh().and_then(|fresh| fresh.node.as_ref()) {
+    if let Some(node) = node_snapshot.fresh().and_then(|fresh| fresh.node.as_ref()) {
         page.measured(&DESCRIPTORS, "", node.counters.descriptors_open);
         page.measured(&RELAY_SESSIONS, "", node.counters.sessions_active);
         page.measured(&RELAY_TOTAL, "", node.counters.sessions_total);
@@ -208,8 +211,8 @@ fn dataplane(scene: &Scene, snapshot: Option<&ObservedSnapshot>, page: &mut Page
     }
 }
 
-fn ports(scene: &Scene, snapshot: &ObservedSnapshot, page: &mut Page) {
-    let services: std::collections::HashMap<(shared::ids::KernelId, u16), &str> = scene
+fn ports(node_snapshot: &NodeSnapshot, snapshot: &ObservedSnapshot, page: &mut Page) {
+    let services: std::collections::HashMap<(shared::ids::KernelId, u16), &str> = node_snapshot
         .subjects
         .iter()
         .flat_map(|subject| {
@@ -378,7 +381,7 @@ const MEASURED: [Measured; 17] = [
     }),
 ];
 
-fn accelerators(rows: &[AcceleratorRow], unheard: &[Known], page: &mut Page) {
+fn accelerators(rows: &[AcceleratorRow], unheard: &[AcceleratorDevice], page: &mut Page) {
     let labelled: Vec<(&AcceleratorRow, String)> = rows
         .iter()
         .map(|row| {

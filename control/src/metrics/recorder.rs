@@ -52,11 +52,6 @@ families! {
     START = Gauge "process_start_time_seconds" [] "When the agent was started, seconds since 1970.";
 }
 
-/// The families of this module.
-pub fn own_families() -> impl Iterator<Item = &'static super::Family> {
-    FAMILIES.iter().copied()
-}
-
 /// Upper bounds of their buckets, seconds: the original's.
 const BUCKETS: [(&Family, &[f64]); 3] = [
     (&RPC_TIMES, &[0.1, 1.0, 10.0, 30.0, 60.0, 300.0, 600.0]),

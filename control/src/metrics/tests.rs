@@ -14,8 +14,7 @@ use crate::stats::fixture::card;
 use crate::stats::kernels::HeldDevices;
 use crate::stats::node::Space as Filled;
 use crate::storage_proxy::{
-    Answer, FolderId, FolderUsage, Knowledge, Mounted, Next, Question, Quota, Space, Volume,
-    VolumeHealth,
+    Answer, Cache, FolderId, FolderUsage, Mounted, Next, Query, Quota, Space, Volume, VolumeHealth,
 };
 
 fn container_id(number: u16) -> ContainerId {
@@ -148,7 +147,7 @@ fn subject(number: u16) -> Subject {
 }
 
 /// A node with so many containers, of which everything is known.
-fn scene(containers: u16) -> Scene {
+fn node_snapshot(containers: u16) -> NodeSnapshot {
     let some = Some(2_000_000_000);
     let mut card = card(
         0,
@@ -227,7 +226,7 @@ fn scene(containers: u16) -> Scene {
             .into(),
         ..NodeSample::default()
     };
-    Scene {
+    NodeSnapshot {
         interval: std::time::Duration::from_secs(5),
         agent_id: "i-node01".to_owned(),
         mode: "standalone",
@@ -280,16 +279,16 @@ fn folders_known() -> Folders {
     };
     // Twice in one kernel is one series.
     let mounted = vec![mount.clone(), mount];
-    let mut known = Knowledge::new(Duration::from_secs(60));
+    let mut known = Cache::new(Duration::from_secs(60));
     while let Next::Ask(question) = known.next(now, &mounted) {
         let some = Some(7);
         let answer = match question {
-            Question::Volumes => Answer::Volumes(vec![Volume {
+            Query::Volumes => Answer::Volumes(vec![Volume {
                 name: volume.to_owned(),
                 backend: "vfs".to_owned(),
                 path: "/mnt/local".to_owned(),
             }]),
-            Question::Volume(_) => Answer::Volume(
+            Query::Volume(_) => Answer::Volume(
                 VolumeHealth {
                     status: "healthy".to_owned(),
                     words: None,
@@ -299,11 +298,11 @@ fn folders_known() -> Folders {
                     used: some,
                 },
             ),
-            Question::Scope(..) => Answer::Scope(Quota {
+            Query::Scope(..) => Answer::Scope(Quota {
                 used: some,
                 limit: some,
             }),
-            Question::Folder(..) => Answer::Folder(FolderUsage {
+            Query::Folder(..) => Answer::Folder(FolderUsage {
                 files: some,
                 used: some,
             }),
@@ -345,7 +344,7 @@ fn parse(page: &str) -> BTreeMap<String, f64> {
 
 #[test]
 fn the_original_families_are_as_the_manager_asks_for_them() {
-    let series = parse(&scene(1).render());
+    let series = parse(&node_snapshot(1).render());
     let kernel = kernel_id(0);
     let find = |name: &str, kind: &str| {
         let wanted = format!(
@@ -372,13 +371,17 @@ fn the_original_families_are_as_the_manager_asks_for_them() {
 
 #[test]
 fn packets_of_ports_are_told_where_somebody_sees_them() {
-    let mut scene = scene(1);
-    assert!(!scene.render().contains("bai_port_receive_packets_total"));
+    let mut node_snapshot = node_snapshot(1);
+    assert!(
+        !node_snapshot
+            .render()
+            .contains("bai_port_receive_packets_total")
+    );
     let mut told = |path, packets_in| {
-        let snapshot = scene.observed.snapshot.as_mut().unwrap();
+        let snapshot = node_snapshot.observed.snapshot.as_mut().unwrap();
         let port = &mut Arc::make_mut(&mut Arc::make_mut(snapshot).ports)[0];
         (port.path, port.packets_in) = (path, packets_in);
-        let series = parse(&scene.render());
+        let series = parse(&node_snapshot.render());
         let of = |name: &str| {
             let found = series.iter().find(|(key, _)| key.starts_with(name));
             *found.unwrap_or_else(|| panic!("no {name}")).1
@@ -395,7 +398,7 @@ fn packets_of_ports_are_told_where_somebody_sees_them() {
 
 #[test]
 fn known_series_have_their_units() {
-    let series = parse(&scene(1).render());
+    let series = parse(&node_snapshot(1).render());
     let find = |name: &str| {
         let found = series
             .iter()
@@ -449,17 +452,17 @@ fn known_series_have_their_units() {
 
 #[test]
 fn nothing_measured_is_nothing_shown() {
-    let mut scene = scene(1);
+    let mut node_snapshot = node_snapshot(1);
     let mut empty = ContainerSample {
         container_id: container_id(0),
         ..ContainerSample::default()
     };
     empty.taken_wall_ns = 1;
-    scene.observed.snapshot = Some(Arc::new(ObservedSnapshot {
+    node_snapshot.observed.snapshot = Some(Arc::new(ObservedSnapshot {
         containers: vec![empty].into(),
         ..ObservedSnapshot::default()
     }));
-    let series = parse(&scene.render());
+    let series = parse(&node_snapshot.render());
     let containers: BTreeSet<&str> = series
         .keys()
         .filter_map(|key| key.split('{').next())
@@ -470,33 +473,33 @@ fn nothing_measured_is_nothing_shown() {
         BTreeSet::from(["container_last_seen", "container_start_time_seconds"])
     );
     // A container that left the region leaves no series.
-    scene.observed.snapshot = Some(Arc::default());
-    assert!(!scene.render().contains("container_"));
-    assert!(!Scene::default().render().is_empty());
+    node_snapshot.observed.snapshot = Some(Arc::default());
+    assert!(!node_snapshot.render().contains("container_"));
+    assert!(!NodeSnapshot::default().render().is_empty());
 }
 
 /// With a dataplane that is gone, its last numbers would stay: a rate of 0 whatever happens.
 #[test]
 fn an_old_sample_tells_only_when_it_was_taken() {
-    let mut scene = scene(2);
-    let names = |scene: &Scene| -> BTreeSet<String> {
-        let series = parse(&scene.render());
+    let mut node_snapshot = node_snapshot(2);
+    let names = |node_snapshot: &NodeSnapshot| -> BTreeSet<String> {
+        let series = parse(&node_snapshot.render());
         let names = series.keys().filter_map(|key| key.split('{').next());
         names.map(str::to_owned).collect()
     };
-    let all = names(&scene);
+    let all = names(&node_snapshot);
     // Three intervals of 5 s and 2 s after the node's sample, which is the last.
-    scene.now_ns = 18_000_000_000;
-    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    node_snapshot.now_ns = 18_000_000_000;
+    let snapshot = node_snapshot.observed.snapshot.as_mut().unwrap();
     for sample in Arc::make_mut(&mut Arc::make_mut(snapshot).containers) {
         sample.taken_monotonic_ns = 1_000_000_000;
     }
-    assert_eq!(names(&scene), all);
+    assert_eq!(names(&node_snapshot), all);
 
     // One of the containers only.
-    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    let snapshot = node_snapshot.observed.snapshot.as_mut().unwrap();
     Arc::make_mut(&mut Arc::make_mut(snapshot).containers)[1].taken_monotonic_ns = 999_999_999;
-    let series = parse(&scene.render());
+    let series = parse(&node_snapshot.render());
     let of = |number| {
         let kernel = kernel_id(number).to_string();
         let names = series.keys().filter(|key| key.contains(&kernel));
@@ -512,8 +515,8 @@ fn an_old_sample_tells_only_when_it_was_taken() {
     assert_eq!(of(1), unmeasured);
     assert!(of(0).len() > 40, "{:?}", of(0));
 
-    scene.now_ns += 1;
-    let series = parse(&scene.render());
+    node_snapshot.now_ns += 1;
+    let series = parse(&node_snapshot.render());
     let old: BTreeSet<&str> = series
         .keys()
         .filter(|key| !key.starts_with("backendai_device_utilization"))
@@ -542,23 +545,27 @@ fn an_old_sample_tells_only_when_it_was_taken() {
     assert!(series.contains_key("bai_sample_age_seconds"));
 
     // A dataplane that has passed over nothing yet tells of its ports while it lives.
-    let ports = |scene: &Scene| scene.render().contains("\nbai_port_sessions_total{");
-    let snapshot = scene.observed.snapshot.as_mut().unwrap();
+    let ports = |node_snapshot: &NodeSnapshot| {
+        node_snapshot
+            .render()
+            .contains("\nbai_port_sessions_total{")
+    };
+    let snapshot = node_snapshot.observed.snapshot.as_mut().unwrap();
     Arc::make_mut(snapshot).node = None;
-    assert!(ports(&scene));
-    scene.observed.heartbeat_age = Some(Duration::from_secs(60));
-    assert!(!ports(&scene));
+    assert!(ports(&node_snapshot));
+    node_snapshot.observed.heartbeat_age = Some(Duration::from_secs(60));
+    assert!(!ports(&node_snapshot));
 }
 
 #[test]
 fn a_thousand_containers_are_one_well_formed_page() {
-    let scene = scene(1000);
-    let page = scene.render();
+    let node_snapshot = node_snapshot(1000);
+    let page = node_snapshot.render();
     // `cargo test --release` shows what a scrape costs, with --nocapture.
     let mut took: Vec<_> = (0..21)
         .map(|_| {
             let begun = std::time::Instant::now();
-            assert_eq!(scene.render().len(), page.len());
+            assert_eq!(node_snapshot.render().len(), page.len());
             begun.elapsed()
         })
         .collect();
@@ -579,7 +586,7 @@ fn a_thousand_containers_are_one_well_formed_page() {
 fn the_document_lists_every_family() {
     let declared: BTreeMap<&str, &Family> =
         families().map(|family| (family.name, family)).collect();
-    for key in parse(&scene(1).render()).keys() {
+    for key in parse(&node_snapshot(1).render()).keys() {
         let (name, labels) = key.split_once('{').unwrap_or((key, ""));
         let family = declared
             .get(name)

@@ -3,7 +3,7 @@
 //! after every failure, and forgets kernels that have no container yet (double allocation).
 
 mod memory_nodes;
-mod told;
+mod views;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use shared::ids::KernelId;
 use tokio::sync::watch;
 
 pub use memory_nodes::Pinned;
-pub use told::{AvailableSlot, Snapshot};
+pub use views::{AvailableSlot, Snapshot};
 
 use super::affinity::{AffinityGraph, Hint};
 use super::host::{HostError, HostInventory};

@@ -16,9 +16,7 @@ use super::value::{ImageRef, Value};
 pub use machine::PickleError;
 use machine::{Arena, Id, Node, is_path};
 pub(in crate::rpc) use write::write_enum_value;
-pub use write::{
-    write_binary_size, write_decimal, write_enum, write_image_ref, write_resource_slot,
-};
+pub use write::{write_binary_size, write_decimal, write_image_ref, write_resource_slot};
 
 /// Longest pickle that is looked at, in bytes. The largest of the real ones is about 400.
 pub const MAX_PICKLE_BYTES: usize = 64 * 1024;
@@ -279,6 +277,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn write_enum(module: &str, class: &str, value: &str) -> Vec<u8> {
+        write_enum_value(module, class, &EnumValue::Text(value.to_owned()))
+    }
 
     #[test]
     fn decimal_text_is_told_from_other_text() {

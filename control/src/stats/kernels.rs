@@ -19,7 +19,7 @@ use shared::observed::{
 use super::decimal::{milliseconds, percent_of_permille};
 use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
 use super::record::{Figures, Record as StatRecord};
-use crate::accelerator::known::id_of;
+use crate::accelerator::device::id_of;
 use crate::kernel::record::Record;
 use crate::kernel::request::SessionType;
 

@@ -193,7 +193,7 @@ pub async fn run(node: Arc<Node>, store: Arc<dyn RecordStore>) {
 
 /// What a pass works on, beside the processes in the region.
 #[derive(Default)]
-struct Look {
+struct PassInputs {
     agent_id: String,
     kernels: Vec<KernelFacts>,
     away: HashSet<KernelId>,
@@ -210,16 +210,16 @@ struct Maker {
 
 impl Maker {
     /// Reads processes and makes all records, which takes a while. Blocks.
-    fn make(&mut self, look: &Look) -> [Vec<Entry>; 3] {
+    fn make(&mut self, inputs: &PassInputs) -> [Vec<Entry>; 3] {
         let processes = self.reader.processes();
         self.records.observe(&Pass {
-            agent_id: &look.agent_id,
-            kernels: &look.kernels,
-            away: &look.away,
-            snapshot: look.snapshot.as_deref(),
+            agent_id: &inputs.agent_id,
+            kernels: &inputs.kernels,
+            away: &inputs.away,
+            snapshot: inputs.snapshot.as_deref(),
             processes: processes.as_ref().ok(),
-            reading: &look.reading,
-            interval: look.interval,
+            reading: &inputs.reading,
+            interval: inputs.interval,
         })
     }
 }
@@ -254,7 +254,7 @@ impl Publisher {
         let away = registered.iter().filter(|kernel| !kernel.is_running());
         let kernels = registered.iter().filter_map(|kernel| facts(kernel, born));
         let entries = self
-            .records(Look {
+            .records(PassInputs {
                 agent_id: node.agent_id().to_owned(),
                 away: away.map(|kernel| kernel.id).collect(),
                 kernels: kernels.collect(),
@@ -273,12 +273,12 @@ impl Publisher {
     }
 
     /// Makes the records of a pass, off the async workers.
-    async fn records(&mut self, look: Look) -> [Vec<Entry>; 3] {
+    async fn records(&mut self, inputs: PassInputs) -> [Vec<Entry>; 3] {
         let Some(mut maker) = self.maker.take() else {
             return Default::default();
         };
         let (maker, entries) = blocking(move || {
-            let entries = maker.make(&look);
+            let entries = maker.make(&inputs);
             (maker, entries)
         })
         .await;
@@ -490,7 +490,7 @@ mod tests {
             .unwrap();
         let mut publisher = Publisher::of(base.path());
         let other = tokio::spawn(async {});
-        let [_, _, entries] = publisher.records(Look::default()).await;
+        let [_, _, entries] = publisher.records(PassInputs::default()).await;
         assert!(other.is_finished(), "nothing else was done meanwhile");
         let told: BTreeMap<u32, serde_json::Value> =
             rmp_serde::from_slice(&entries[0].value).unwrap();

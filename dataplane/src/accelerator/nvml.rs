@@ -5,11 +5,13 @@
 //! comes back is seen; what a driver does not support is absent; one answer that fails changes nothing
 //! about what a device is (divided or not, there or not), and no part of a list is taken for all of it.
 //!
-//! Sources: NVIDIA's NVML API reference; which XIDs are an application's fault and not the
-//! device's: NVIDIA's XID catalogue.
+//! Source: NVIDIA's NVML API reference.
 
 mod constants;
+mod counters;
+mod faults;
 mod instance_load;
+mod instances;
 mod processes;
 mod profile;
 mod topology;
@@ -19,27 +21,21 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nvml_wrapper::bitmasks::event::EventTypes;
-use nvml_wrapper::enum_wrappers::device::{
-    Clock, EccCounter, MemoryError, PcieUtilCounter, TemperatureSensor,
-};
-use nvml_wrapper::enums::device::SampleValue;
-use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::struct_wrappers::device::{DeviceAttributes, PciInfo};
-use nvml_wrapper::structs::device::FieldId;
-use nvml_wrapper::sys_exports::field_id::NVML_FI_DEV_REMAPPED_FAILURE;
-use nvml_wrapper::{Device, EventSet, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
+use nvml_wrapper::struct_wrappers::device::PciInfo;
+use nvml_wrapper::{Device, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse,
-    MigInstance,
 };
 
 use super::attribution::{by_container, owner_of};
 use super::{INTERVAL, ProcessUse, Reading, SLOW, Slot, clip};
-use crate::sys::nvml::{Fabric, fabric, memory_v1, mig_instance};
+use crate::sys::nvml::{Fabric, fabric};
 use constants::Constants;
+use counters::{Memory, cannot_replace_rows, counters};
+use faults::Watch;
 use instance_load::InstanceLoads;
+use instances::{Instance, PARTS, whole_of};
 use processes::{Listed, listed};
 use topology::{Node, Topology};
 
@@ -49,14 +45,6 @@ pub const LIBRARY: &str = "libnvidia-ml.so.1";
 /// The longest pause before another attempt at a driver that is installed and does not start; the first
 /// is [`INTERVAL`].
 const RETRY: Duration = Duration::from_secs(30);
-/// Parts of device N are numbered from `(N + 1) * PARTS`.
-const PARTS: u32 = 1000;
-/// XIDs that an application causes: they say nothing about the device.
-const OF_APPLICATIONS: [u64; 7] = [13, 31, 43, 45, 68, 94, 109];
-
-/// So often a device is asked to tell faults, with pauses that grow to [`RETRY`], before it is taken to
-/// tell none.
-const REGISTRATIONS: u32 = 16;
 
 /// What XID 64 says, for a device whose defective memory rows cannot be replaced any more.
 const ROWS_NOT_REPLACED: u32 = 64;
@@ -64,7 +52,7 @@ const ROWS_NOT_REPLACED: u32 = 64;
 /// The thread: until it is told to end, or there is no such library.
 pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
     let mut told = false;
-    let mut past = Past::default();
+    let mut history = History::default();
     let mut pause = INTERVAL;
     loop {
         match Nvml::builder().lib_path(library).init() {
@@ -76,7 +64,7 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
                 );
                 told = false;
                 let worked;
-                (past, worked) = Session::new(&nvml, root, past).run(slot);
+                (history, worked) = Session::new(&nvml, root, history).run(slot);
                 if slot.stopped() {
                     return;
                 }
@@ -94,7 +82,7 @@ pub(super) fn run(library: &OsStr, root: &Path, slot: &Slot) {
                     tracing::warn!(%err,
                         "the NVIDIA driver is installed and does not start: no CUDA devices until it does");
                 }
-                slot.put_failed(past.lost());
+                slot.put_failed(history.lost());
             }
         }
         if !slot.pause(pause) {
@@ -135,7 +123,7 @@ fn is_passing(err: &NvmlError) -> bool {
 
 /// What outlives a life of the library: opening it again repairs no device.
 #[derive(Default)]
-struct Past {
+struct History {
     /// Last fault per device, and whether it is the device's own.
     faults: HashMap<String, (u32, bool)>,
     /// Devices that were gone at the last look.
@@ -144,7 +132,7 @@ struct Past {
     known: HashMap<u32, (Instant, AcceleratorRow)>,
 }
 
-impl Past {
+impl History {
     /// All that is known, none of which answers.
     fn lost(&self) -> Reading {
         Reading {
@@ -178,7 +166,7 @@ struct Session<'nvml> {
     /// How each device tells its faults: a set each, because one that can't be had takes its set with it.
     events: HashMap<String, Watch<'nvml>>,
     /// Per device and instance: what is kept of its processes from look to look.
-    processes: HashMap<u32, Kept>,
+    processes: HashMap<u32, ProcessState>,
     loads: InstanceLoads<'nvml>,
     topology: Topology,
     /// Devices that have failed to answer, and did not fall off the bus, since they last did.
@@ -189,24 +177,12 @@ struct Session<'nvml> {
     apart: HashSet<u32>,
     /// The log says that looks take long.
     slow: bool,
-    past: Past,
-}
-
-/// How a device tells its faults.
-enum Watch<'nvml> {
-    By(EventSet<'nvml>),
-    /// It could not be asked to, so often; it is asked again then.
-    Failed {
-        times: u32,
-        again: Instant,
-    },
-    /// It has none to tell, or has failed too often.
-    Silent,
+    history: History,
 }
 
 /// What is kept of the processes of a device.
 #[derive(Debug, Default)]
-struct Kept {
+struct ProcessState {
     /// Up to when samples were read, microseconds of the driver's clock.
     seen: Option<u64>,
     /// Those that were last listed.
@@ -216,7 +192,7 @@ struct Kept {
 }
 
 impl<'nvml> Session<'nvml> {
-    fn new(nvml: &'nvml Nvml, root: &'nvml Path, past: Past) -> Self {
+    fn new(nvml: &'nvml Nvml, root: &'nvml Path, history: History) -> Self {
         let cuda = nvml.sys_cuda_driver_version().map(|version| {
             let (major, minor) = (
                 cuda_driver_version_major(version),
@@ -239,13 +215,13 @@ impl<'nvml> Session<'nvml> {
             drained: HashSet::new(),
             apart: HashSet::new(),
             slow: false,
-            past,
+            history,
         }
     }
 
     /// Looks until told to end; returns earlier when the library has to be started again. And whether a
     /// look has told anything.
-    fn run(mut self, slot: &Slot) -> (Past, bool) {
+    fn run(mut self, slot: &Slot) -> (History, bool) {
         let mut worked = false;
         loop {
             self.take_events();
@@ -257,7 +233,7 @@ impl<'nvml> Session<'nvml> {
                 }
                 Err(err) if has_lost_its_driver(&err) => {
                     tracing::warn!(%err, "the NVIDIA driver has to be opened again");
-                    return (self.past, worked);
+                    return (self.history, worked);
                 }
                 // The last answer grows old meanwhile.
                 Err(err) => tracing::debug!(%err, "the NVIDIA driver does not tell its devices"),
@@ -270,7 +246,7 @@ impl<'nvml> Session<'nvml> {
                 );
             }
             if !slot.pause(INTERVAL) {
-                return (self.past, worked);
+                return (self.history, worked);
             }
         }
     }
@@ -298,7 +274,7 @@ impl<'nvml> Session<'nvml> {
             slot.heard();
         }
         // A device that fell off the bus is not counted any more, and was there.
-        let gone = self.past.known.keys().copied();
+        let gone = self.history.known.keys().copied();
         let gone: Vec<u32> = gone
             .filter(|index| *index < PARTS && *index >= count)
             .collect();
@@ -319,24 +295,24 @@ impl<'nvml> Session<'nvml> {
         let passing = is_passing(err);
         let new = match passing {
             true => self.failing.insert(index),
-            false => self.past.lost.insert(index),
+            false => self.history.lost.insert(index),
         };
         if new {
             tracing::warn!(device = index, %err, "an NVIDIA device does not answer");
         }
-        let numbers = self.past.known.keys().copied();
+        let numbers = self.history.known.keys().copied();
         let own: Vec<u32> = numbers
             .filter(|number| whole_of(*number) == index)
             .collect();
         for number in own {
             if passing {
                 self.keep(number, reading);
-            } else if let Some((_, row)) = self.past.known.get(&number) {
+            } else if let Some((_, row)) = self.history.known.get(&number) {
                 reading.devices.push(lost(row));
             }
         }
         if !passing {
-            let known = self.past.known.get(&index);
+            let known = self.history.known.get(&index);
             self.events
                 .retain(|id, _| known.is_none_or(|(_, row)| row.id != *id));
         }
@@ -344,7 +320,7 @@ impl<'nvml> Session<'nvml> {
 
     /// Tells again what a device told last, as old as that is.
     fn keep(&mut self, number: u32, reading: &mut Reading) {
-        let Some((at, row)) = self.past.known.get(&number) else {
+        let Some((at, row)) = self.history.known.get(&number) else {
             return;
         };
         reading.devices.push(AcceleratorRow {
@@ -375,7 +351,7 @@ impl<'nvml> Session<'nvml> {
         };
         self.notice_return(index, &id);
         self.watch(device, &id);
-        let (fault, own_fault) = match self.past.faults.get(&id) {
+        let (fault, own_fault) = match self.history.faults.get(&id) {
             _ if cannot_replace_rows(device) => (Some(ROWS_NOT_REPLACED), true),
             Some((code, own)) => (Some(*code), *own),
             None => (None, false),
@@ -383,7 +359,7 @@ impl<'nvml> Session<'nvml> {
         let ready = divided || self.is_in_its_fabric(index, device, &id);
         let place = device.pci_info();
         let place_told = place.as_ref().ok().cloned();
-        let known = self.past.known.get(&index).map(|(_, row)| row);
+        let known = self.history.known.get(&index).map(|(_, row)| row);
         let known = known.filter(|row| row.id == id);
         let constants = Constants::read(device, place, known)?;
         let drained = self.is_drained(index, device, place_told, &id);
@@ -423,9 +399,9 @@ impl<'nvml> Session<'nvml> {
     /// A device that was away or has failed to answer answers.
     fn notice_return(&mut self, index: u32, id: &str) {
         let answers_again = self.failing.remove(&index);
-        if self.past.lost.remove(&index) {
+        if self.history.lost.remove(&index) {
             // It was away: whatever it reported before, this is its new life.
-            self.past.faults.remove(id);
+            self.history.faults.remove(id);
             tracing::info!(device = index, id, "an NVIDIA device is back");
         } else if answers_again {
             tracing::info!(device = index, id, "an NVIDIA device answers again");
@@ -462,9 +438,9 @@ impl<'nvml> Session<'nvml> {
 
     /// Forgets under which other numbers a device was known, and its parts that there are no more: numbers
     /// may have moved, and parts may have been made anew.
-    fn forget_others(&mut self, index: u32, id: &str, parts: &[Part<'nvml>]) {
-        let still: HashSet<u32> = parts.iter().map(Part::number).collect();
-        (self.past.known).retain(|number, (_, known)| {
+    fn forget_others(&mut self, index: u32, id: &str, parts: &[Instance<'nvml>]) {
+        let still: HashSet<u32> = parts.iter().map(Instance::number).collect();
+        (self.history.known).retain(|number, (_, known)| {
             let moved = known.id == id;
             let ended = whole_of(*number) == index && !still.contains(number);
             *number == index || !(moved || ended)
@@ -473,110 +449,8 @@ impl<'nvml> Session<'nvml> {
 
     fn put(&mut self, row: AcceleratorRow, reading: &mut Reading) {
         let known = (Instant::now(), row.clone());
-        self.past.known.insert(row.key.index, known);
+        self.history.known.insert(row.key.index, known);
         reading.devices.push(row);
-    }
-
-    /// The instances of a divided device, those too that do not answer now and did at the last look.
-    fn parts(&self, index: u32, device: &Device<'nvml>) -> Result<Vec<Part<'nvml>>, NvmlError> {
-        let mut parts = Vec::new();
-        for place in 0..device.mig_device_count()?.min(PARTS - 1) {
-            let number = (index + 1) * PARTS + place;
-            match device.mig_device_by_index(place) {
-                Ok(instance) => parts.push(Part::There {
-                    number,
-                    ids: mig_instance(self.nvml, &instance),
-                    instance,
-                }),
-                Err(err) if has_lost_its_driver(&err) => return Err(err),
-                Err(err) if is_passing(&err) && self.past.known.contains_key(&number) => {
-                    parts.push(Part::Failed { number, err });
-                }
-                // Numbers without an instance are gaps.
-                Err(_) => {}
-            }
-        }
-        Ok(parts)
-    }
-
-    fn read_part(
-        &mut self,
-        whole: &AcceleratorRow,
-        (device, of_whole): (&Device<'nvml>, Option<Memory>),
-        part: Part<'nvml>,
-        reading: &mut Reading,
-    ) -> Result<AcceleratorRow, NvmlError> {
-        let (number, instance, ids) = match part {
-            Part::There {
-                number,
-                instance,
-                ids,
-            } => (number, instance, ids),
-            Part::Failed { err, .. } => return Err(err),
-        };
-        let memory = Memory::of(self.nvml, &instance)?;
-        let attributes = match instance.attributes() {
-            Ok(attributes) => Some(attributes),
-            Err(err) if is_passing(&err) => return Err(err),
-            Err(_) => None,
-        };
-        let id = instance.uuid()?;
-        let total = memory.map(|memory| memory.total);
-        let known = self.past.known.get(&number).map(|(_, row)| row);
-        let known = known.filter(|row| row.id == id);
-        let profile = match instance.name() {
-            Ok(name) => profile::of_name(&name),
-            Err(err) if is_not_offered(&err) => None,
-            Err(err) if has_lost_its_driver(&err) => return Err(err),
-            // Its sizes do not tell all that its name does.
-            Err(_) => known.map(|row| row.profile.clone()),
-        };
-        let known_ids = known.and_then(|row| row.instance);
-        let profile = profile.or_else(|| {
-            let of_whole = of_whole.map(|memory| memory.total);
-            Some(profile::of_sizes(attributes.as_ref()?, total?, of_whole?))
-        });
-        // Its processors are told of the whole GPU instance, of which others may have a part.
-        let has_all = |found: &DeviceAttributes| {
-            found.compute_instance_slice_count == found.gpu_instance_slice_count
-        };
-        let alone = ids.filter(|_| attributes.as_ref().is_some_and(has_all));
-        let load = alone.map(|ids| self.loads.read((device, &whole.id), (ids.gpu, &id)));
-        let load = load.unwrap_or_default();
-        let mut row = AcceleratorRow {
-            key: key(number),
-            instance: ids.or_else(|| instance_of_name(&id)).or(known_ids),
-            id,
-            part_of: Some(whole.key.index),
-            divided: false,
-            profile: profile.unwrap_or_default(),
-            units: attributes.map(|found| found.multiprocessor_count),
-            counters: AcceleratorCounters {
-                memory_total_bytes: total,
-                memory_used_bytes: memory.map(Memory::used),
-                utilisation_permille: load.busy,
-                memory_utilisation_permille: load.memory,
-                ..AcceleratorCounters::default()
-            },
-            ..whole.clone()
-        };
-        let own = match (listed(&instance), row.instance) {
-            // Then the whole device may list those of all instances, with the ids of these.
-            (Listed::NotOffered | Listed::Failed(_), Some(ids)) => match listed(device) {
-                Listed::These(mut list) => {
-                    list.all.retain(|process| {
-                        let of = (process.gpu_instance_id, process.compute_instance_id);
-                        of == (Some(ids.gpu), Some(ids.compute))
-                    });
-                    Listed::These(list)
-                }
-                other => other,
-            },
-            (own, _) => own,
-        };
-        (row.users, row.users_unknown) = self.users(number, &instance, own, reading);
-        clip(&mut row);
-        Ok(row)
     }
 
     /// The containers whose processes use a device, and whether there may be others.
@@ -641,202 +515,12 @@ impl<'nvml> Session<'nvml> {
             }
         }
     }
-
-    /// Asks to be told of a device's faults, if that is not done; again later where it fails.
-    fn watch(&mut self, device: &Device<'nvml>, id: &str) {
-        let failed = match self.events.get(id) {
-            Some(Watch::By(_) | Watch::Silent) => return,
-            Some(Watch::Failed { again, .. }) if Instant::now() < *again => return,
-            Some(Watch::Failed { times, .. }) => *times,
-            None => 0,
-        };
-        let kinds = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
-        // Asked for one that it does not have, a device tells none.
-        let kinds = device
-            .supported_event_types()
-            .map_or(kinds, |its| kinds & its);
-        let set = self.nvml.create_event_set();
-        let set = set.and_then(|set| device.register_events(kinds, set).map_err(|err| err.error));
-        let watch = match set {
-            Ok(set) => {
-                if failed > 0 {
-                    tracing::info!(device = id, "the device tells faults now");
-                }
-                Watch::By(set)
-            }
-            Err(err) if is_not_offered(&err) => {
-                tracing::debug!(device = id, %err, "the device tells no faults");
-                Watch::Silent
-            }
-            Err(err) => {
-                let times = failed + 1;
-                if times == 1 {
-                    tracing::warn!(device = id, %err,
-                        "a device can't be asked to tell its faults, this is tried again");
-                }
-                if times < REGISTRATIONS {
-                    let pause = INTERVAL * 2_u32.saturating_pow(failed);
-                    let again = Instant::now() + pause.min(RETRY);
-                    Watch::Failed { times, again }
-                } else {
-                    tracing::warn!(device = id, %err,
-                        "a device could not be asked to tell its faults: restart bai-dataplane when the driver works");
-                    Watch::Silent
-                }
-            }
-        };
-        self.events.insert(id.to_owned(), watch);
-    }
-
-    fn take_events(&mut self) {
-        let mut all = Vec::new();
-        for watch in self.events.values() {
-            let Watch::By(set) = watch else {
-                continue;
-            };
-            // As many as there may reasonably be: a storm of them must not keep the thread.
-            all.extend((0..64).map_while(|_| set.wait(0).ok()));
-        }
-        for event in all {
-            let Ok(id) = event.device.uuid() else {
-                continue;
-            };
-            let (code, own) = match event.event_data {
-                Some(XidError::Value(code)) => (code, !OF_APPLICATIONS.contains(&code)),
-                _ => (48, true),
-            };
-            tracing::warn!(
-                device = id,
-                xid = code,
-                of_device = own,
-                "an NVIDIA device reports a fault"
-            );
-            let code = u32::try_from(code).unwrap_or(u32::MAX);
-            let kept = self.past.faults.entry(id).or_insert((code, own));
-            // An application's fault never hides one of the device.
-            *kept = (if own || !kept.1 { code } else { kept.0 }, kept.1 || own);
-        }
-    }
-}
-
-/// An instance of a divided device.
-enum Part<'nvml> {
-    There {
-        number: u32,
-        instance: Device<'nvml>,
-        ids: Option<MigInstance>,
-    },
-    Failed {
-        number: u32,
-        err: NvmlError,
-    },
-}
-
-impl Part<'_> {
-    fn number(&self) -> u32 {
-        match self {
-            Self::There { number, .. } | Self::Failed { number, .. } => *number,
-        }
-    }
 }
 
 fn key(index: u32) -> AcceleratorKey {
     AcceleratorKey {
         kind: AcceleratorKind::Cuda,
         index,
-    }
-}
-
-/// The device that a number is, or is a part of.
-fn whole_of(number: u32) -> u32 {
-    match number / PARTS {
-        0 => number,
-        beyond => beyond - 1,
-    }
-}
-
-/// Memory of a device or an instance, bytes.
-#[derive(Debug, Clone, Copy)]
-struct Memory {
-    total: u64,
-    free: u64,
-}
-
-impl Memory {
-    /// `None` where it is a part of the host's.
-    fn of<'nvml>(nvml: &'nvml Nvml, device: &Device<'nvml>) -> Result<Option<Self>, NvmlError> {
-        let told = match device.memory_info() {
-            Ok(found) => Ok((found.total, found.free)),
-            Err(NvmlError::FailedToLoadSymbol(_)) => memory_v1(nvml, device),
-            Err(err) => Err(err),
-        };
-        match told {
-            Ok((total, free)) => Ok(Some(Self { total, free })),
-            Err(err) if is_not_offered(&err) => Ok(None),
-            Err(err) => Err(err),
-        }
-    }
-
-    /// What is not free, as the original tells it: what the driver keeps for itself is used too.
-    fn used(self) -> u64 {
-        self.total.saturating_sub(self.free)
-    }
-}
-
-/// `MIG-GPU-<UUID>/<GPU instance>/<compute instance>`, as drivers before 470 name instances.
-fn instance_of_name(id: &str) -> Option<MigInstance> {
-    let mut fields = id.strip_prefix("MIG-GPU-")?.split('/').skip(1);
-    let mut next = || fields.next()?.parse().ok();
-    let (gpu, compute) = (next()?, next()?);
-    next().is_none().then_some(MigInstance { gpu, compute })
-}
-
-/// Whether the driver has failed to replace a defective row of its memory.
-fn cannot_replace_rows(device: &Device<'_>) -> bool {
-    let told = device.field_values_for(&[FieldId(NVML_FI_DEV_REMAPPED_FAILURE)]);
-    let told = told.ok().and_then(|values| values.into_iter().next()?.ok());
-    match told.and_then(|sample| sample.value.ok()) {
-        Some(SampleValue::U32(failed)) => failed != 0,
-        Some(SampleValue::U64(failed)) => failed != 0,
-        _ => false,
-    }
-}
-
-fn counters(device: &Device<'_>, memory: Option<Memory>) -> AcceleratorCounters {
-    let permille = |percent: u32| u64::from(percent.min(100)) * 10;
-    let load = device.utilization_rates().ok();
-    // Thousands of bytes per second, measured over 20 ms.
-    let pcie = |counter| {
-        let kilobytes = device.pcie_throughput(counter).ok()?;
-        Some(u64::from(kilobytes) * 1000)
-    };
-    let errors = |kind| device.total_ecc_errors(kind, EccCounter::Volatile).ok();
-    AcceleratorCounters {
-        memory_total_bytes: memory.map(|memory| memory.total),
-        memory_used_bytes: memory.map(Memory::used),
-        utilisation_permille: load.as_ref().map(|load| permille(load.gpu)),
-        memory_utilisation_permille: load.as_ref().map(|load| permille(load.memory)),
-        power_mw: device.power_usage().ok().map(u64::from),
-        power_limit_mw: device.enforced_power_limit().ok().map(u64::from),
-        temperature_mc: device
-            .temperature(TemperatureSensor::Gpu)
-            .ok()
-            .map(|degrees| u64::from(degrees) * 1000),
-        energy_mj: device.total_energy_consumption().ok(),
-        clock_mhz: device.clock_info(Clock::SM).ok().map(u64::from),
-        memory_clock_mhz: device.clock_info(Clock::Memory).ok().map(u64::from),
-        pcie_rx_bytes_per_s: pcie(PcieUtilCounter::Receive),
-        pcie_tx_bytes_per_s: pcie(PcieUtilCounter::Send),
-        encoder_permille: device
-            .encoder_utilization()
-            .ok()
-            .map(|found| permille(found.utilization)),
-        decoder_permille: device
-            .decoder_utilization()
-            .ok()
-            .map(|found| permille(found.utilization)),
-        ecc_corrected: errors(MemoryError::Corrected),
-        ecc_uncorrected: errors(MemoryError::Uncorrected),
     }
 }
 
@@ -850,31 +534,5 @@ fn add_up(all: &mut HashMap<u32, ProcessUse>, pid: u32, used: ProcessUse) {
 fn add_unknown(all: &mut HashMap<u32, ProcessUse>, pids: &[u32]) {
     for pid in pids {
         add_up(all, *pid, ProcessUse::default());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_tell_the_device_that_they_are_a_part_of() {
-        assert_eq!([0, 999, 1000, 1999, 8004].map(whole_of), [0, 999, 0, 0, 7]);
-    }
-
-    #[test]
-    fn old_names_of_instances_tell_their_ids() {
-        let of = |id: &str| instance_of_name(id).map(|ids| (ids.gpu, ids.compute));
-        assert_eq!(of("MIG-GPU-8f0f9c8e-0000-4000/7/0"), Some((7, 0)));
-        for other in [
-            "MIG-8f0f9c8e",
-            "MIG-GPU-8f0f",
-            "MIG-GPU-8f0f/7",
-            "MIG-GPU-8f0f/7/x",
-            "MIG-GPU-8f0f/7/0/1",
-            "GPU-8f0f/7/0",
-        ] {
-            assert_eq!(of(other), None, "{other}");
-        }
     }
 }

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow, Nearness};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, AcceleratorRow, Proximity};
 
 use super::attribution::{by_container, owner_of};
 use super::files::{hex, is_accelerator, names, numa_node, number, text};
@@ -76,7 +76,7 @@ pub fn look(root: &Path) -> Reading {
         for (to, links) in xgmi(&links) {
             let place = of_devices.iter().position(|node| u64::from(*node) == to);
             if let Some(near) = place.and_then(|place| row.near.get_mut(place)) {
-                *near = Nearness::links(links);
+                *near = Proximity::links(links);
             }
         }
     }

@@ -10,7 +10,7 @@
 //! the throttling layer. Buffered writes are charged to whom writes them back: the root's threads, unless a
 //! task does itself by fsync(2). Some kernels count nothing at all unless a limit is set (then the file has
 //! only a `Total 0` line); that is reported as absent, because it can't be told from "no I/O". So kernel
-//! programs count instead where they can be loaded ([`super::walks`]).
+//! programs count instead where they can be loaded ([`super::cgroup_program`]).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use shared::observed::{CpuCounters, IoCounters, MemoryCounters, PidsCounters, UNLIMITED};
 
 use super::file::{Budget, CachedFile, Failure, keyed, number};
-use super::stacks::{self, Stacks};
+use super::stacked_devices::{self, StackedDevices};
 
 /// Limits at or above this are "no limit": the page counter's maximum, rounded to a page.
 const NO_LIMIT: u64 = 0x7fff_ffff_ffff_0000;
@@ -208,7 +208,7 @@ impl Io {
     /// None of the files of bytes can be read.
     pub fn read(
         &mut self,
-        stacks: &Stacks,
+        stacks: &StackedDevices,
         buffer: &mut Vec<u8>,
     ) -> Result<Option<IoCounters>, Failure> {
         let mut failure = Failure::Missing;
@@ -248,7 +248,7 @@ impl Io {
 }
 
 /// Sums `8:0 Read 4096` lines over devices, those on others once; `None` when there is no device.
-fn by_direction(text: &str, stacks: &Stacks) -> Option<(u64, u64)> {
+fn by_direction(text: &str, stacks: &StackedDevices) -> Option<(u64, u64)> {
     let mut any = false;
     let lines = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -260,7 +260,7 @@ fn by_direction(text: &str, stacks: &Stacks) -> Option<(u64, u64)> {
             "Write" => [0, count],
             _ => [0, 0],
         };
-        Some((stacks::device(device), counts))
+        Some((stacked_devices::device(device), counts))
     });
     let [read, written] = stacks.sum(lines);
     any.then_some((read, written))
@@ -274,7 +274,7 @@ mod tests {
     fn io_is_summed_over_devices_and_absent_without_one() {
         let text =
             "8:0 Read 10\n8:0 Write 5\n8:0 Total 15\n8:16 Read 1\n8:16 Discard 9\nTotal 16\n";
-        let by_direction = |text: &str| by_direction(text, &Stacks::default());
+        let by_direction = |text: &str| by_direction(text, &StackedDevices::default());
         assert_eq!(by_direction(text), Some((11, 5)));
         assert_eq!(by_direction("Total 0\n"), None);
         assert_eq!(by_direction(""), None);

@@ -10,7 +10,7 @@ use shared::observed::{CpuCounters, IoCounters, MemoryCounters};
 
 use super::cgroup_v1::number_or_max;
 use super::file::{Budget, CachedFile, Failure, keyed, number, pressure};
-use super::stacks::{self, Stacks};
+use super::stacked_devices::{self, StackedDevices};
 
 /// `cpu.stat`.
 #[derive(Debug)]
@@ -148,7 +148,11 @@ impl Io {
     ///
     /// # Errors
     /// The file can't be read.
-    pub fn read(&mut self, stacks: &Stacks, buffer: &mut Vec<u8>) -> Result<IoCounters, Failure> {
+    pub fn read(
+        &mut self,
+        stacks: &StackedDevices,
+        buffer: &mut Vec<u8>,
+    ) -> Result<IoCounters, Failure> {
         let mut counters = sum(self.stat.read(buffer)?, stacks);
         self.add_pressure(&mut counters, buffer);
         Ok(counters)
@@ -163,13 +167,13 @@ impl Io {
 }
 
 /// Reads `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
-fn line(text: &str) -> (Option<stacks::Device>, [u64; 4]) {
+fn line(text: &str) -> (Option<stacked_devices::Device>, [u64; 4]) {
     let mut words = text.split_whitespace();
-    let mut device = words.next().and_then(stacks::device);
+    let mut device = words.next().and_then(stacked_devices::device);
     let mut counts = [0; 4];
     for word in words {
         // Of one without counters early releases of Linux 5.15 write nothing more, no line's end either.
-        device = stacks::device(word).or(device);
+        device = stacked_devices::device(word).or(device);
         let Some((key, value)) = word.split_once('=') else {
             continue;
         };
@@ -189,7 +193,7 @@ fn line(text: &str) -> (Option<stacks::Device>, [u64; 4]) {
 
 /// Sums lines over devices, those on others once. A path of NVMe has no number there, and what was done by
 /// it is the disk's as well.
-fn sum(text: &str, stacks: &Stacks) -> IoCounters {
+fn sum(text: &str, stacks: &StackedDevices) -> IoCounters {
     let lines = text.lines().map(line);
     let sums = stacks.sum(lines.filter(|(device, _)| device.is_some()));
     let [read_bytes, write_bytes, read_operations, write_operations] = sums.map(Some);
@@ -211,15 +215,18 @@ mod tests {
     fn io_is_summed_over_devices() {
         let text =
             "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=5 dios=1\n8:16 rbytes=1 wbytes=x\n";
-        let counters = sum(text, &Stacks::default());
+        let counters = sum(text, &StackedDevices::default());
         assert_eq!(counters.read_bytes, Some(11));
         assert_eq!(counters.write_bytes, Some(20));
         assert_eq!(counters.write_operations, Some(2));
-        assert_eq!(sum("", &Stacks::default()).read_bytes, Some(0));
+        assert_eq!(sum("", &StackedDevices::default()).read_bytes, Some(0));
         // A disk that is reached by a path of NVMe, which has no number, and counts operations alone.
         let text = "259:1 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n\
                     (unknown) rbytes=0 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n";
-        assert_eq!(sum(text, &Stacks::default()).read_operations, Some(1));
+        assert_eq!(
+            sum(text, &StackedDevices::default()).read_operations,
+            Some(1)
+        );
     }
 
     /// The original raised on the text `max` and lost the memory of all containers.

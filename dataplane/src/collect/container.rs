@@ -1,6 +1,6 @@
 //! Reading one container.
 //!
-//! In: its desired row, this host's facts, what the kernel program has read of its cgroups and links in the
+//! In: its desired row, this host's hierarchies, what the kernel program has read of its cgroups and links in the
 //! pass, and link counters the kernel was asked for. Out: one sample. Invariant: what can't be read is absent
 //! in this sample and hurts nothing else; a container whose cgroup was removed and made again (a restart) is
 //! found again by path.
@@ -14,16 +14,16 @@ use shared::observed::{ContainerSample, IoCounters, Measured, NetCounters, Sourc
 
 use ebpf::cgroup_records::filled;
 
+use super::cgroup_program::{CgroupProgram, Kind, Slot};
 use super::cgroup_v1;
 use super::cgroup_v2;
-use super::facts::{Facts, Hierarchy};
 use super::file::{Budget, Failure};
+use super::hierarchies::{CgroupHierarchies, Hierarchy};
 use super::record::{
     Before, CpuSplit, Steady, cpu_counters, io_counters, memory_counters, network, network_of,
     of_io, of_net, pids_counters,
 };
-use super::stacks::Stacks;
-use super::walks::{Kind, Slot, Walks};
+use super::stacked_devices::StackedDevices;
 use crate::sys::netlink::Links;
 
 #[derive(Debug)]
@@ -255,7 +255,7 @@ impl Watched {
     pub fn new(
         row: ContainerRow,
         io_before: IoCounters,
-        facts: &Facts,
+        hierarchies: &CgroupHierarchies,
         budget: &Arc<Budget>,
     ) -> Self {
         let one = row.link_indexes.as_slice();
@@ -291,7 +291,7 @@ impl Watched {
                 io: None,
             }),
         };
-        watched.find_missing(facts, budget);
+        watched.find_missing(hierarchies, budget);
         watched
     }
 
@@ -352,29 +352,29 @@ impl Watched {
         self.hot.has_disk
     }
 
-    fn find_missing(&mut self, facts: &Facts, budget: &Arc<Budget>) {
+    fn find_missing(&mut self, hierarchies: &CgroupHierarchies, budget: &Arc<Budget>) {
         if !self.hot.incomplete {
             return;
         }
         let row = &self.cold.row;
         if self.cold.cpu.is_none()
-            && let Some(path) = find(row, facts.cpu.as_ref(), "cpuacct")
+            && let Some(path) = find(row, hierarchies.cpu.as_ref(), "cpuacct")
         {
             self.cold.groups.cpu = Some(Group::new(
                 &path,
-                facts.cpu.as_ref(),
+                hierarchies.cpu.as_ref(),
                 Controller::CpuAccounting,
             ));
-            self.cold.cpu = Some(match &facts.cpu {
+            self.cold.cpu = Some(match &hierarchies.cpu {
                 Some(Hierarchy::V1(_)) => {
-                    let quota = find(row, facts.cpu_quota.as_ref(), "cpu");
-                    self.cold.groups.quota = quota
-                        .as_deref()
-                        .map(|path| Group::new(path, facts.cpu_quota.as_ref(), Controller::Cpu));
+                    let quota = find(row, hierarchies.cpu_quota.as_ref(), "cpu");
+                    self.cold.groups.quota = quota.as_deref().map(|path| {
+                        Group::new(path, hierarchies.cpu_quota.as_ref(), Controller::Cpu)
+                    });
                     Cpu::V1(cgroup_v1::Cpu::new(&path, quota.as_deref(), budget))
                 }
                 _ => {
-                    let quota = Group::new(&path, facts.cpu.as_ref(), Controller::Cpu);
+                    let quota = Group::new(&path, hierarchies.cpu.as_ref(), Controller::Cpu);
                     self.cold.groups.quota = Some(quota);
                     Cpu::V2(cgroup_v2::Cpu::new(&path, budget))
                 }
@@ -383,32 +383,39 @@ impl Watched {
                 .look_for(&[Controller::CpuAccounting, Controller::Cpu]);
         }
         if self.cold.memory.is_none()
-            && let Some(path) = find(row, facts.memory.as_ref(), "memory")
+            && let Some(path) = find(row, hierarchies.memory.as_ref(), "memory")
         {
             let swap = ["memory.memsw.usage_in_bytes", "memory.swap.current"];
             self.hot.counts_swap = swap.iter().any(|file| path.join(file).exists());
-            self.hot.unified_memory = matches!(facts.memory, Some(Hierarchy::V2(_)));
-            self.cold.groups.memory =
-                Some(Group::new(&path, facts.memory.as_ref(), Controller::Memory));
-            self.cold.memory = Some(match &facts.memory {
+            self.hot.unified_memory = matches!(hierarchies.memory, Some(Hierarchy::V2(_)));
+            self.cold.groups.memory = Some(Group::new(
+                &path,
+                hierarchies.memory.as_ref(),
+                Controller::Memory,
+            ));
+            self.cold.memory = Some(match &hierarchies.memory {
                 Some(Hierarchy::V1(_)) => Memory::V1(cgroup_v1::Memory::new(&path, budget)),
                 _ => Memory::V2(cgroup_v2::Memory::new(&path, budget)),
             });
             self.hot.look_for(&[Controller::Memory]);
         }
         if self.cold.pids.is_none()
-            && let Some(path) = find(row, facts.pids.as_ref(), "pids")
+            && let Some(path) = find(row, hierarchies.pids.as_ref(), "pids")
         {
-            self.cold.groups.pids = Some(Group::new(&path, facts.pids.as_ref(), Controller::Pids));
+            self.cold.groups.pids = Some(Group::new(
+                &path,
+                hierarchies.pids.as_ref(),
+                Controller::Pids,
+            ));
             self.cold.pids = Some(cgroup_v1::Pids::new(&path, budget));
             self.hot.look_for(&[Controller::Pids]);
         }
         if self.cold.io.is_none()
-            && let Some(path) = find(row, facts.io.as_ref(), "blkio")
+            && let Some(path) = find(row, hierarchies.io.as_ref(), "blkio")
         {
-            self.hot.unified_io = matches!(facts.io, Some(Hierarchy::V2(_)));
-            self.cold.groups.io = Some(Group::new(&path, facts.io.as_ref(), Controller::Io));
-            self.cold.io = Some(match &facts.io {
+            self.hot.unified_io = matches!(hierarchies.io, Some(Hierarchy::V2(_)));
+            self.cold.groups.io = Some(Group::new(&path, hierarchies.io.as_ref(), Controller::Io));
+            self.cold.io = Some(match &hierarchies.io {
                 Some(Hierarchy::V1(_)) => Io::V1(cgroup_v1::Io::new(&path, budget)),
                 _ => Io::V2(cgroup_v2::Io::new(&path, budget)),
             });
@@ -429,12 +436,12 @@ impl Watched {
     }
 
     /// Has this container's cgroups read by the kernel program from now on.
-    pub fn walk(&mut self, walks: &mut Walks) {
+    pub fn walk(&mut self, program: &mut CgroupProgram) {
         if !self.hot.search.is_due() {
             return;
         }
         if self.hot.slot.is_none() {
-            self.hot.slot = walks.slot();
+            self.hot.slot = program.slot();
         }
         let Some(slot) = &self.hot.slot else {
             return;
@@ -444,11 +451,11 @@ impl Watched {
             let Some(group) = group.as_mut().filter(|group| group.found.is_none()) else {
                 continue;
             };
-            if controller == Controller::Io && !walks.knows_block_io(group.kind) {
+            if controller == Controller::Io && !program.knows_block_io(group.kind) {
                 continue;
             }
-            match walks.find(&group.path, group.kind) {
-                Some(found) if walks.know(slot, controller as usize, &found) => {
+            match program.find(&group.path, group.kind) {
+                Some(found) if program.know(slot, controller as usize, &found) => {
                     group.found = Some(found.settled());
                     self.hot.known |= 1 << controller as u64;
                 }
@@ -461,11 +468,11 @@ impl Watched {
     /// Reads everything of this container. Times and tick are the caller's to fill in.
     pub fn sample(
         &mut self,
-        facts: &Facts,
+        hierarchies: &CgroupHierarchies,
         budget: &Arc<Budget>,
-        walks: Option<&Walks>,
+        program: Option<&CgroupProgram>,
         links: Networks<'_>,
-        stacks: &Stacks,
+        stacks: &StackedDevices,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
@@ -473,13 +480,13 @@ impl Watched {
             kernel_id: self.hot.kernel_id,
             ..ContainerSample::default()
         };
-        if let Some(walks) = walks {
-            self.take_record(&mut sample, walks, stacks);
+        if let Some(program) = program {
+            self.take_record(&mut sample, program, stacks);
         }
-        self.find_missing(facts, budget);
+        self.find_missing(hierarchies, budget);
         if self.read_groups(&mut sample, stacks, buffer) {
             // A restarted container has new cgroups at the old place.
-            self.find_missing(facts, budget);
+            self.find_missing(hierarchies, budget);
             self.read_groups(&mut sample, stacks, buffer);
         }
         if sample.io.get().is_some() {
@@ -500,8 +507,13 @@ impl Watched {
     }
 
     /// Takes what the kernel program has read.
-    fn take_record(&mut self, sample: &mut ContainerSample, walks: &Walks, stacks: &Stacks) {
-        let Some(record) = self.hot.slot.as_ref().and_then(|slot| walks.record(slot)) else {
+    fn take_record(
+        &mut self,
+        sample: &mut ContainerSample,
+        program: &CgroupProgram,
+        stacks: &StackedDevices,
+    ) {
+        let Some(record) = self.hot.slot.as_ref().and_then(|slot| program.record(slot)) else {
             return;
         };
         let lost = self.hot.known & !record.alive;
@@ -541,7 +553,7 @@ impl Watched {
                 io_counters(&record, self.hot.io_before.as_deref()),
             );
         }
-        if known(Controller::Memory) && filled(filled::MEMORY_STAT) && walks.knows_statistics() {
+        if known(Controller::Memory) && filled(filled::MEMORY_STAT) && program.knows_statistics() {
             let (unified, swap) = (self.hot.unified_memory, self.hot.counts_swap);
             let counters = memory_counters(&record, unified, swap);
             sample.memory = Measured::now(Source::Bpf, counters);
@@ -552,7 +564,7 @@ impl Watched {
     fn read_groups(
         &mut self,
         sample: &mut ContainerSample,
-        stacks: &Stacks,
+        stacks: &StackedDevices,
         buffer: &mut Vec<u8>,
     ) -> bool {
         let mut gone = false;
@@ -705,14 +717,14 @@ mod tests {
             init_pid: std::process::id(),
             ..ContainerRow::default()
         };
-        let facts = Facts::gather();
-        let mut watched = Watched::new(row, IoCounters::default(), &facts, &Budget::new(100));
+        let hierarchies = CgroupHierarchies::gather();
+        let mut watched = Watched::new(row, IoCounters::default(), &hierarchies, &Budget::new(100));
         let sample = watched.sample(
-            &facts,
+            &hierarchies,
             &Budget::new(100),
             None,
             Networks::default(),
-            &Stacks::default(),
+            &StackedDevices::default(),
             &mut Vec::new(),
         );
         assert_eq!(sample.cpu.source, Source::Absent);

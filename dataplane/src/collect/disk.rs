@@ -19,7 +19,7 @@ use shared::observed::{DiskSpace, NodeCounters, NodeSample, Source};
 
 use self::devices::Device;
 use self::tree::Trees;
-use crate::answers::{Answers, Word};
+use crate::background_queries::{BackgroundQueries, QueryResult};
 use crate::sys::quota;
 
 /// So many questions about file systems may hang before the others grow old.
@@ -65,8 +65,8 @@ enum Answer {
 /// The handle.
 #[derive(Debug)]
 pub struct Disk {
-    questions: Answers<Question, Answer>,
-    trees: Answers<PathBuf, Space>,
+    questions: BackgroundQueries<Question, Answer>,
+    trees: BackgroundQueries<PathBuf, Space>,
     devices: Arc<Vec<Device>>,
 }
 
@@ -78,8 +78,10 @@ impl Disk {
     pub fn start() -> std::io::Result<Self> {
         let trees = Trees::default();
         Ok(Self {
-            questions: Answers::start("disk", THREADS, ask)?,
-            trees: Answers::start("tree", COUNTING, move |path: &PathBuf| trees.ask(path))?,
+            questions: BackgroundQueries::start("disk", THREADS, ask)?,
+            trees: BackgroundQueries::start("tree", COUNTING, move |path: &PathBuf| {
+                trees.ask(path)
+            })?,
             devices: Arc::default(),
         })
     }
@@ -171,17 +173,17 @@ impl Disk {
     }
 }
 
-fn ask(question: &Question) -> Word<Answer> {
+fn ask(question: &Question) -> QueryResult<Answer> {
     match question {
         Question::Devices => match devices::list() {
-            Some(list) => Word::Is(Answer::Devices(Arc::new(list))),
-            None => Word::Unknown,
+            Some(list) => QueryResult::Is(Answer::Devices(Arc::new(list))),
+            None => QueryResult::Unknown,
         },
         Question::At(path) => space(path),
         Question::Own(path) => match is_own(path) {
             Some(true) => space(path),
-            Some(false) => Word::Is(of_project(path).map_or(Answer::Shared, Answer::Space)),
-            None => Word::Gone,
+            Some(false) => QueryResult::Is(of_project(path).map_or(Answer::Shared, Answer::Space)),
+            None => QueryResult::Gone,
         },
         // Process ids are used again; the cgroup's path names the container. The last word about one
         // that has died stays: it tells why it did.
@@ -191,16 +193,16 @@ fn ask(question: &Question) -> Word<Answer> {
                 .is_ok_and(|text| text.contains(&container.to_string()));
             match ours && is_own(&path) == Some(true) {
                 true => space(&path),
-                false => Word::Unknown,
+                false => QueryResult::Unknown,
             }
         }
     }
 }
 
-fn space(path: &Path) -> Word<Answer> {
+fn space(path: &Path) -> QueryResult<Answer> {
     match rustix::fs::statvfs(path) {
-        Ok(found) => Word::Is(Answer::Space(told(&found))),
-        Err(_) => Word::Gone,
+        Ok(found) => QueryResult::Is(Answer::Space(told(&found))),
+        Err(_) => QueryResult::Gone,
     }
 }
 
@@ -330,7 +332,7 @@ mod tests {
         let place = |line: &str| {
             let mut words = line.split(' ').skip(1);
             let (place, _, options) = (words.next()?, words.next()?, words.next()?);
-            has(options).then(|| super::super::facts::unescape(place))
+            has(options).then(|| super::super::hierarchies::unescape(place))
         };
         let places = mounts.lines().filter_map(place);
         places

@@ -5,7 +5,7 @@
 //! of all links of this host, and of those. Invariant: one question may take for as long as somebody
 //! holds that lock (a driver that resets its card, for one), and no signal or time limit ends the wait:
 //! the kernel takes the lock inside send(2). So nothing else is asked for here, and
-//! [`super::turns`] lets go of a thread that waits.
+//! [`super::threads`] lets go of a thread that waits.
 
 use std::collections::HashMap;
 #[cfg(test)]

@@ -17,8 +17,8 @@ use shared::monotonic_ns;
 use shared::observed::{ProcessCounters, ProcessSample, Processes, Source};
 
 use super::file::keyed;
-use super::tasks::{Found, Tasks, TasksError};
-use crate::answers::{Answers, Word};
+use super::tasks::{ProcessList, Tasks, TasksError};
+use crate::background_queries::{BackgroundQueries, QueryResult};
 
 /// Most processes listed per container.
 pub(super) const PER_CONTAINER: usize = 256;
@@ -35,7 +35,7 @@ type Container = (ContainerId, PathBuf);
 #[derive(Debug)]
 pub struct Lister {
     walk: Option<Walker>,
-    files: Answers<Container, Found>,
+    files: BackgroundQueries<Container, ProcessList>,
     /// When the round under way began; none before the first.
     round_ns: Option<u64>,
     /// How many processes each container had.
@@ -43,7 +43,7 @@ pub struct Lister {
 }
 
 /// What a walk found, or nothing when it failed.
-type Walked = Option<Vec<(ContainerId, Found)>>;
+type Walked = Option<Vec<(ContainerId, ProcessList)>>;
 
 /// The thread that walks over all tasks.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ struct Walker {
     /// Below this it finds containers.
     mount: PathBuf,
     wanted: Arc<Mutex<Vec<Container>>>,
-    answers: Answers<(), Walked>,
+    answers: BackgroundQueries<(), Walked>,
     /// The round under way has begun.
     asked: bool,
     /// What it found, until files have been read too.
@@ -67,7 +67,7 @@ impl Walker {
         let tasks = Mutex::new(None);
         let wanted = Arc::new(Mutex::new(Vec::new()));
         let list = Arc::clone(&wanted);
-        let answers = Answers::start("tasks", 1, move |(): &()| {
+        let answers = BackgroundQueries::start("tasks", 1, move |(): &()| {
             let wanted: Vec<Container> =
                 list.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let mut tasks = tasks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,7 +82,7 @@ impl Walker {
                     "processes are listed by files, which costs more"
                 );
             });
-            Word::Is(walked.ok())
+            QueryResult::Is(walked.ok())
         })?;
         Ok(Self {
             mount,
@@ -117,9 +117,10 @@ impl Lister {
     /// # Errors
     /// No thread.
     pub fn start() -> std::io::Result<Self> {
-        let files = Answers::start("processes", THREADS, |(id, directory): &Container| {
-            Word::Is(list(*id, directory))
-        })?;
+        let files =
+            BackgroundQueries::start("processes", THREADS, |(id, directory): &Container| {
+                QueryResult::Is(list(*id, directory))
+            })?;
         Ok(Self {
             walk: None,
             files,
@@ -200,10 +201,10 @@ pub(super) fn tick_ns() -> u64 {
     1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
 }
 
-fn list(container_id: ContainerId, directory: &Path) -> Found {
+fn list(container_id: ContainerId, directory: &Path) -> ProcessList {
     let until = Instant::now() + PATIENCE;
     let tick_ns = tick_ns();
-    let mut listing = Found::default();
+    let mut listing = ProcessList::default();
     for pid in pids_below(directory) {
         if listing.list.len() == PER_CONTAINER || Instant::now() > until {
             listing.left_out += 1;

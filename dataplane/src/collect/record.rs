@@ -8,8 +8,8 @@ use shared::observed::{
     ContainerSample, CpuCounters, IoCounters, MemoryCounters, NetCounters, PidsCounters, UNLIMITED,
 };
 
+use super::cgroup_program::bytes;
 use super::cgroup_v1;
-use super::walks::bytes;
 use crate::sys::netlink::{LinkCounters, Links};
 
 /// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,

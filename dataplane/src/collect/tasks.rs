@@ -21,9 +21,9 @@ use ebpf::task_records::{TaskRecord, filled, hierarchy, tally, walk};
 use shared::ids::ContainerId;
 use shared::observed::{ProcessCounters, ProcessSample, Source};
 
-use super::facts::{Facts, Hierarchy};
+use super::cgroup_program::possible_cpus;
+use super::hierarchies::{CgroupHierarchies, Hierarchy};
 use super::process::{self, PER_CONTAINER};
-use super::walks::possible_cpus;
 use crate::sys::iterator::{self, SharedArray};
 
 /// A step that failed.
@@ -84,7 +84,7 @@ pub struct Tasks {
 
 /// The processes of one container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct ProcessList {
     /// Those that had room.
     pub list: Vec<ProcessSample>,
     /// Those that had none.
@@ -92,16 +92,16 @@ pub struct Found {
 }
 
 /// Where containers are found, if anywhere.
-pub fn mount(facts: &Facts) -> Option<&Path> {
-    chosen(facts).map(|(_, mount)| mount)
+pub fn mount(hierarchies: &CgroupHierarchies) -> Option<&Path> {
+    chosen(hierarchies).map(|(_, mount)| mount)
 }
 
 /// The hierarchy in which containers are found first (as `Watched::directory` has it).
-fn chosen(facts: &Facts) -> Option<(u32, &Path)> {
+fn chosen(hierarchies: &CgroupHierarchies) -> Option<(u32, &Path)> {
     let by = [
-        (&facts.pids, hierarchy::PIDS),
-        (&facts.cpu, hierarchy::CPUACCT),
-        (&facts.memory, hierarchy::MEMORY),
+        (&hierarchies.pids, hierarchy::PIDS),
+        (&hierarchies.cpu, hierarchy::CPUACCT),
+        (&hierarchies.memory, hierarchy::MEMORY),
     ];
     by.into_iter().find_map(|(place, number)| {
         Some(match place.as_ref()? {
@@ -117,8 +117,12 @@ impl Tasks {
     ///
     /// # Errors
     /// The step that failed; files must do then.
-    pub fn start(facts: &Facts, containers: u32, processes: u32) -> Result<Self, TasksError> {
-        let (hierarchy, mount) = chosen(facts).ok_or(TasksError::NoHierarchy)?;
+    pub fn start(
+        hierarchies: &CgroupHierarchies,
+        containers: u32,
+        processes: u32,
+    ) -> Result<Self, TasksError> {
+        let (hierarchy, mount) = chosen(hierarchies).ok_or(TasksError::NoHierarchy)?;
         let btf = Btf::from_sys_fs().map_err(TasksError::Btf)?;
         let containers = containers.max(1);
         let capacity = processes.max(1);
@@ -172,16 +176,16 @@ impl Tasks {
     pub fn list(
         &mut self,
         wanted: &[(ContainerId, PathBuf)],
-    ) -> Result<Vec<(ContainerId, Found)>, TasksError> {
+    ) -> Result<Vec<(ContainerId, ProcessList)>, TasksError> {
         let ids: Vec<Option<u64>> = wanted
             .iter()
             .map(|(_, directory)| Some(std::fs::metadata(directory).ok()?.ino()))
             .collect();
         self.tell(&ids)?;
         let count = self.walk(0)?;
-        let mut found: Vec<(ContainerId, Found)> = wanted
+        let mut found: Vec<(ContainerId, ProcessList)> = wanted
             .iter()
-            .map(|(id, _)| (*id, Found::default()))
+            .map(|(id, _)| (*id, ProcessList::default()))
             .collect();
         let mut places = HashMap::new();
         for (place, id) in ids.iter().enumerate() {
@@ -302,7 +306,7 @@ impl Tasks {
                 user_ns: times.map(|(user, _)| user),
                 system_ns: times.map(|(_, system)| system),
                 rss_bytes: has(filled::RESIDENT)
-                    .then(|| super::walks::bytes(record.resident_pages)),
+                    .then(|| super::cgroup_program::bytes(record.resident_pages)),
                 read_bytes: has(filled::IO).then_some(record.read_bytes),
                 write_bytes: has(filled::IO).then_some(record.write_bytes),
                 ..ProcessCounters::default()
@@ -544,8 +548,9 @@ mod tests {
             crate::skip::needs("loading programs into the kernel needs root");
             return None;
         }
-        let facts = Facts::gather();
-        let tasks = Tasks::start(&facts, containers, processes).expect("this kernel has iterators");
+        let hierarchies = CgroupHierarchies::gather();
+        let tasks =
+            Tasks::start(&hierarchies, containers, processes).expect("this kernel has iterators");
         let root = tasks.mount().to_owned();
         Some((tasks, root))
     }
@@ -676,7 +681,7 @@ mod tests {
             assert_eq!(tasks.walk(std::process::id()).expect("a walk"), 1);
             let after = (own_resident().expect("page tables"), file());
             let record = TaskRecord::read(tasks.records.words(), 0).expect("a record");
-            let ours = super::super::walks::bytes(record.resident_pages);
+            let ours = super::super::cgroup_program::bytes(record.resident_pages);
             seen = vec![before, (ours, None), after];
             let mapped = before.0.abs_diff(after.0) <= slack && ours.abs_diff(after.0) <= slack;
             mapped || [before.1, after.1] == [Some(ours); 2] && ours > 64 << 20
@@ -685,7 +690,11 @@ mod tests {
         let nowhere = (ContainerId([9; 32]), root.join("not-there"));
         let found = tasks.list(&[nowhere, (ContainerId([8; 32]), root)]);
         let found = found.expect("a walk");
-        assert_eq!(found[0].1, Found::default(), "no cgroup, no processes");
+        assert_eq!(
+            found[0].1,
+            ProcessList::default(),
+            "no cgroup, no processes"
+        );
         assert_eq!(found[1].1.list.len(), 1);
         assert!(found[1].1.left_out >= 1);
         // Those no longer wanted leave their numbers to others.

@@ -8,7 +8,7 @@
 //! again; nothing is believed before a link agreed that had counted something.
 
 #[cfg(test)]
-pub(crate) mod truth;
+pub(crate) mod host_tests;
 
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -31,7 +31,7 @@ const DRIVER: &str = "/sys/kernel/btf/veth";
 
 /// How far a link is believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Belief {
+enum Trust {
     /// It has not been compared yet.
     New,
     /// It agreed, as its device was found that time.
@@ -46,7 +46,7 @@ enum Belief {
 struct Veth {
     index: u32,
     place: usize,
-    belief: Belief,
+    belief: Trust,
     /// What was read before the kernel was asked.
     before: Option<LinkRecord>,
 }
@@ -161,7 +161,7 @@ impl Veths {
             let link = Veth {
                 index,
                 place,
-                belief: Belief::New,
+                belief: Trust::New,
                 before: None,
             };
             self.links.insert(at, link);
@@ -224,15 +224,15 @@ impl Veths {
         for link in &mut self.links {
             let record = LinkRecord::read(self.records.words(), link.place).unwrap_or_default();
             if record.filled == 0 {
-                if link.belief != Belief::Never {
-                    link.belief = Belief::New;
+                if link.belief != Trust::Never {
+                    link.belief = Trust::New;
                 }
                 // What is not in the kernel's table is nowhere.
                 self.lacking |= record.absent == 0 || !proven;
                 continue;
             }
             match link.belief {
-                Belief::Agreed(find) if find == record.filled => {
+                Trust::Agreed(find) if find == record.filled => {
                     if proven {
                         self.believed.push(link.index, counters(&record));
                     } else {
@@ -240,14 +240,14 @@ impl Veths {
                         self.undecided |= tells(&counters(&record));
                     }
                 }
-                Belief::Agreed(_) | Belief::Doubted(_) | Belief::New => {
-                    if link.belief != Belief::Doubted(record.filled) {
-                        link.belief = Belief::New;
+                Trust::Agreed(_) | Trust::Doubted(_) | Trust::New => {
+                    if link.belief != Trust::Doubted(record.filled) {
+                        link.belief = Trust::New;
                     }
                     self.lacking = true;
                     self.undecided = true;
                 }
-                Belief::Never => self.lacking = true,
+                Trust::Never => self.lacking = true,
             }
         }
         if telling && !proven {
@@ -274,19 +274,19 @@ impl Veths {
                 continue;
             };
             // Another device, or none: next time.
-            if after.filled == 0 || before.filled != after.filled || link.belief == Belief::Never {
+            if after.filled == 0 || before.filled != after.filled || link.belief == Trust::Never {
                 continue;
             }
             let Some(told) = told.get(link.index) else {
                 continue;
             };
             if lies_between(&counters(&before), told, &counters(&after)) {
-                link.belief = Belief::Agreed(after.filled);
+                link.belief = Trust::Agreed(after.filled);
                 telling |= tells(told);
                 continue;
             }
-            if link.belief != Belief::Doubted(after.filled) {
-                link.belief = Belief::Doubted(after.filled);
+            if link.belief != Trust::Doubted(after.filled) {
+                link.belief = Trust::Doubted(after.filled);
                 continue;
             }
             if !self.proven && !self.kind_known {
@@ -295,7 +295,7 @@ impl Veths {
                 self.retry_with_the_other_kind();
                 return false;
             }
-            link.belief = Belief::Never;
+            link.belief = Trust::Never;
             if let Some(suppressed) = self.log.pass() {
                 tracing::warn!(
                     link = link.index,
@@ -316,7 +316,7 @@ impl Veths {
             word.fetch_xor(1, Relaxed);
         }
         for link in &mut self.links {
-            link.belief = Belief::New;
+            link.belief = Trust::New;
             link.before = None;
             aim(&self.targets, link.place, link.index);
         }

@@ -2,7 +2,7 @@
 //!
 //! In: ports to open, change and close. Out: their counters. One or a few threads, each with its
 //! own event loop on mio ([`worker`]); a port's listener belongs to one of them, its sessions are
-//! dealt out to all. Their connections begin inside the container where that is possible ([`inside`]). A session ([`session`]) is two sockets and two directions; a direction
+//! dealt out to all. Their connections begin inside the container where that is possible ([`namespaces`]). A session ([`session`]) is two sockets and two directions; a direction
 //! ([`flow`]) copies small messages through the worker's one buffer and moves bulk by splice, driven
 //! by epoll ([`adaptive`]). With [`Engine::Uring`] sessions of messages are on io_uring ([`ring`]).
 //! Ports of UDP have a thread of their own ([`datagrams`]).
@@ -11,7 +11,7 @@
 pub mod adaptive;
 pub mod datagrams;
 pub mod flow;
-pub mod inside;
+pub mod namespaces;
 pub mod port;
 pub mod ring;
 pub mod session;
@@ -29,11 +29,11 @@ use std::time::Duration;
 use shared::ids::ContainerId;
 
 use self::datagrams::Datagrams;
-use self::inside::Insides;
+use self::namespaces::ContainerNamespaces;
 use self::port::{Port, Rules, Totals};
 use self::ring::RingEngine;
-use self::worker::{Census, Inbox, Message, Worker};
-use crate::causes::words;
+use self::worker::{Inbox, Message, SessionCounts, Worker};
+use crate::causes::chain;
 use crate::sys::datagram;
 use crate::sys::socket::{self, ListenError};
 
@@ -125,7 +125,7 @@ pub struct Relay {
     inboxes: Vec<Arc<Inbox>>,
     threads: Vec<JoinHandle<io::Result<()>>>,
     totals: Arc<Totals>,
-    insides: Arc<Insides>,
+    namespaces: Arc<ContainerNamespaces>,
     engine: Engine,
     /// Why it is not the engine that was asked for.
     refused: Option<String>,
@@ -153,10 +153,10 @@ impl Relay {
             inboxes,
             threads: Vec::new(),
             totals,
-            insides: Arc::new(if options.inside {
-                Insides::new()
+            namespaces: Arc::new(if options.inside {
+                ContainerNamespaces::new()
             } else {
-                Insides::default()
+                ContainerNamespaces::default()
             }),
             engine: options.engine,
             refused: None,
@@ -166,7 +166,7 @@ impl Relay {
             let (workers, tell) = (workers.clone(), tell.clone());
             relay.spawn(&format!("relay-{own}"), move || {
                 let ring = (options.engine == Engine::Uring).then(RingEngine::new);
-                let ring = ring.transpose().map_err(|err| words(&err));
+                let ring = ring.transpose().map_err(|err| chain(&err));
                 let _ = tell.try_send(ring.as_ref().err().cloned());
                 drop(tell);
                 let splice = options.engine != Engine::Copy;
@@ -212,7 +212,7 @@ impl Relay {
         let fd = socket::listen(bind, BACKLOG).map_err(OpenError::Listen)?;
         let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
         let port = Port::new(bound, target.address, rules, Arc::clone(&self.totals));
-        let port = Arc::new(port.at_home(target.container, &self.insides));
+        let port = Arc::new(port.at_home(target.container, &self.namespaces));
         self.inbox_of(&port)
             .send(Message::Listen(fd, Arc::clone(&port)));
         Ok(port)
@@ -233,7 +233,7 @@ impl Relay {
         let bound = socket::local_address(&fd).map_err(OpenError::Address)?;
         let totals = Arc::clone(&self.totals);
         let port = Port::of_datagrams(bound, target.address, rules, totals);
-        let port = Arc::new(port.at_home(target.container, &self.insides));
+        let port = Arc::new(port.at_home(target.container, &self.namespaces));
         self.inbox_of(&port)
             .send(Message::Listen(fd, Arc::clone(&port)));
         Ok(port)
@@ -286,7 +286,7 @@ impl Relay {
         }
         // As for [`Self::disable`]: no worker judges by the old rules any more, and who was let in by them
         // is counted.
-        self.census();
+        self.session_counts();
         if ports.iter().any(|port| port.active() > 0) {
             self.sweep();
         }
@@ -317,16 +317,16 @@ impl Relay {
         }
         // A worker may be between judging a client and counting it on the thread that accepts;
         // an exchange of messages with every worker puts that behind us.
-        self.census();
+        self.session_counts();
         self.cut(ports);
     }
 
     /// What all sessions are doing.
-    pub fn census(&self) -> Census {
-        let mut sum = Census::default();
+    pub fn session_counts(&self) -> SessionCounts {
+        let mut sum = SessionCounts::default();
         for inbox in &self.inboxes {
             let (tell, answer) = sync_channel(1);
-            inbox.send(Message::Census(tell));
+            inbox.send(Message::SessionCounts(tell));
             if let Some(part) = wait(&answer) {
                 sum.sessions += part.sessions;
                 sum.splicing += part.splicing;
@@ -348,8 +348,8 @@ impl Relay {
     }
 
     /// The namespaces of containers.
-    pub fn insides(&self) -> &Arc<Insides> {
-        &self.insides
+    pub fn namespaces(&self) -> &Arc<ContainerNamespaces> {
+        &self.namespaces
     }
 
     /// Session counts of the process.

@@ -14,7 +14,7 @@ use shared::observed::{ForwardPath, PortState, PortStatus};
 use super::guard::guard_of;
 use super::{Link, engine_of, sum, without};
 use crate::board::{Changes, Entry};
-use crate::forward::kernel::KernelPort;
+use crate::forward::kernel_path::KernelPort;
 use crate::forward::relay::Relay;
 use crate::forward::relay::port::{Counters, Port};
 
@@ -29,14 +29,17 @@ pub(super) struct Draining {
     pub(super) link_index: Option<u32>,
     pub(super) port: Arc<Port>,
     /// Flows of the kernel path that may finish.
-    pub(super) kernel: Option<Arc<KernelPort>>,
+    pub(super) kernel_port: Option<Arc<KernelPort>>,
     base: Counters,
     until: Instant,
 }
 
 impl Draining {
     fn is_over(&self, now: Instant) -> bool {
-        let flows = self.kernel.as_ref().map_or(0, |it| it.counters().active);
+        let flows = self
+            .kernel_port
+            .as_ref()
+            .map_or(0, |it| it.counters().active);
         now >= self.until || (self.port.active() == 0 && flows == 0)
     }
 }
@@ -69,9 +72,9 @@ impl Link {
             return Counters::default();
         };
         // What an earlier process has left, and this row could not claim yet, has counted, too.
-        let unclaimed = self.kernel.as_ref().and_then(|it| it.counted(key));
+        let unclaimed = self.kernel_path.as_ref().and_then(|it| it.counted(key));
         let base = unclaimed.map_or(running.base, |since| {
-            sum(without(running.base, running.in_kernel, since), since)
+            sum(without(running.base, running.in_kernel_path, since), since)
         });
         let Some(port) = running.port else {
             self.withdraw(key);
@@ -79,12 +82,12 @@ impl Link {
         };
         let drains = matches!(known.row.drain, Drain::Within { ms } if ms > 0);
         let kernel = if drains && removal.is_some() {
-            self.drain_flows(key, running.kernel.clone())
+            self.drain_flows(key, running.kernel_port.clone())
         } else {
             self.withdraw(key);
             None
         };
-        let flows = running.kernel.as_ref().map(|it| it.counters());
+        let flows = running.kernel_port.as_ref().map(|it| it.counters());
         let total = sum(sum(base, port.counters()), flows.unwrap_or_default());
         match known.row.drain {
             Drain::Within { ms } if ms > 0 && (port.active() > 0 || kernel.is_some()) => {
@@ -100,7 +103,7 @@ impl Link {
                     removal,
                     link_index: guard_of(&known.row),
                     port: Arc::clone(&port),
-                    kernel,
+                    kernel_port: kernel,
                     base,
                     until: now + Duration::from_millis(u64::from(ms)),
                 });
@@ -148,7 +151,7 @@ impl Link {
     pub(super) fn cut_drained_flows(&mut self, of: impl Fn(&Draining) -> bool) {
         let of_these = self.draining.iter().filter(|it| of(it));
         let flows: Vec<(PortKey, Arc<KernelPort>)> = of_these
-            .filter_map(|it| Some((it.key, it.kernel.clone()?)))
+            .filter_map(|it| Some((it.key, it.kernel_port.clone()?)))
             .collect();
         for (key, port) in flows {
             self.finish_flows(key, &port);
@@ -181,7 +184,7 @@ impl Link {
             {
                 let mut entry = removed(it.key, it.kernel_id, it.region, generation);
                 entry.base = sum(it.base, it.port.counters());
-                if let Some(kernel) = &it.kernel {
+                if let Some(kernel) = &it.kernel_port {
                     entry.base = sum(entry.base, kernel.counters());
                 }
                 changes.put.push(entry);
@@ -211,7 +214,7 @@ pub(super) fn removed(
     Entry {
         status,
         port: None,
-        kernel: None,
+        kernel_port: None,
         base: Counters::default(),
     }
 }
@@ -220,7 +223,7 @@ fn draining_entry(relay: &Relay, it: &Draining) -> Entry {
     let mut status = PortStatus::new(it.key, it.kernel_id, it.region, PortState::Draining);
     status.acknowledged = it.removal.unwrap_or_default();
     // Where the clients are that the removal waits for.
-    status.path = if it.kernel.is_some() && it.port.active() == 0 {
+    status.path = if it.kernel_port.is_some() && it.port.active() == 0 {
         ForwardPath::KernelPath
     } else {
         ForwardPath::Relay
@@ -229,7 +232,7 @@ fn draining_entry(relay: &Relay, it: &Draining) -> Entry {
     Entry {
         status,
         port: Some(Arc::clone(&it.port)),
-        kernel: it.kernel.clone(),
+        kernel_port: it.kernel_port.clone(),
         base: it.base,
     }
 }

@@ -13,10 +13,10 @@ use shared::desired::{ContainerRow, DesiredChanges, PortKey, Protocol};
 use shared::ids::{ContainerId, Generation};
 use shared::observed::{ForwardPath, PortState};
 
-use super::strays::Changed;
+use super::stale_connections::Changed;
 use super::{Link, ORPHAN_GRACE, sum, without};
 use crate::board::Changes;
-use crate::forward::kernel::{KernelPath, KernelPort, Lift, Terms};
+use crate::forward::kernel_path::{KernelPath, KernelPort, Lift, Terms};
 use crate::sys::bpf::CounterTable;
 
 /// Bytes of a reason that fit in a status.
@@ -78,34 +78,38 @@ impl Link {
     /// Uses the kernel path from now on, or says with every port why not.
     pub fn use_kernel_path(&mut self, kernel: Result<KernelPath, String>) {
         match kernel {
-            Ok(path) => self.kernel = Some(path),
+            Ok(path) => self.kernel_path = Some(path),
             Err(why) => self.kernel_missing = Some(why),
         }
     }
 
     /// What the kernel path gives containers past the host's ends of their links, for who reads it.
     pub fn take_delivered(&mut self) -> Option<CounterTable> {
-        self.kernel.as_mut().and_then(KernelPath::take_delivered)
+        self.kernel_path
+            .as_mut()
+            .and_then(KernelPath::take_delivered)
     }
 
     /// Readable when [`Self::kernel_turn`] has something to do.
     pub fn kernel_watch(&self) -> Option<RawFd> {
-        self.kernel.as_ref().map(KernelPath::watch)
+        self.kernel_path.as_ref().map(KernelPath::watch)
     }
 
     /// The kernel path waits to be given its turn.
     pub fn is_kernel_pending(&self) -> bool {
-        self.kernel.as_ref().is_some_and(KernelPath::is_pending)
+        self.kernel_path
+            .as_ref()
+            .is_some_and(KernelPath::is_pending)
     }
 
     /// False when the kernel path's thread has ended by itself.
     pub fn is_kernel_healthy(&self) -> bool {
-        self.kernel.as_ref().is_none_or(KernelPath::healthy)
+        self.kernel_path.as_ref().is_none_or(KernelPath::healthy)
     }
 
     /// What the kernel path has to do now: interfaces that changed, sweeps, leftovers.
     pub fn kernel_turn(&mut self, now: Instant) {
-        let Some(kernel) = &mut self.kernel else {
+        let Some(kernel) = &mut self.kernel_path else {
             return;
         };
         let changed = kernel.turn(now);
@@ -118,7 +122,7 @@ impl Link {
             self.lift_and_publish();
         }
         if self.unclaimed_at.is_some_and(|at| now >= at)
-            && let Some(kernel) = &mut self.kernel
+            && let Some(kernel) = &mut self.kernel_path
         {
             self.unclaimed_at = None;
             kernel.forget_unclaimed();
@@ -160,18 +164,18 @@ impl Link {
                 self.due.containers.insert(*id);
             }
             match now {
-                Some(row) => self.relay.insides().note(row),
+                Some(row) => self.relay.namespaces().note(row),
                 // It may be one of the rows that make no sense.
                 None if desired.invalid_rows > 0 => {}
-                None => self.relay.insides().forget(*id),
+                None => self.relay.namespaces().forget(*id),
             }
-            if let Some(kernel) = &mut self.kernel {
+            if let Some(kernel) = &mut self.kernel_path {
                 kernel.guard(before, now);
             }
         }
         if news.whole && desired.invalid_rows == 0 {
             self.relay
-                .insides()
+                .namespaces()
                 .keep(|id| self.containers.contains_key(id));
         }
         let changed = changed.iter().map(|(id, before)| Changed {
@@ -179,12 +183,12 @@ impl Link {
             before: before.as_ref(),
             now: self.containers.get(id),
         });
-        self.strays.note(changed);
+        self.stale_connections.note(changed);
         if !std::mem::replace(&mut self.has_heard, true) {
             // What an earlier process has left has as long to be claimed as ports of a lost region.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
-        if let Some(kernel) = &mut self.kernel {
+        if let Some(kernel) = &mut self.kernel_path {
             kernel.guard_waiting();
         }
     }
@@ -194,18 +198,18 @@ impl Link {
     pub(super) fn lift(&mut self) -> BTreeSet<PortKey> {
         let due = self.due();
         let mut changed = BTreeSet::new();
-        if let Some(kernel) = &mut self.kernel {
+        if let Some(kernel) = &mut self.kernel_path {
             kernel.begin_offers();
         }
         // Programs of all links are asked for before the first is waited for.
         let waiting = self.offer(&due, false, &mut changed);
         if !waiting.is_empty() {
-            if let Some(kernel) = &mut self.kernel {
+            if let Some(kernel) = &mut self.kernel_path {
                 kernel.catch_up();
             }
             self.offer(&waiting, true, &mut changed);
         }
-        if let Some(kernel) = &mut self.kernel {
+        if let Some(kernel) = &mut self.kernel_path {
             kernel.end_offers();
             kernel.settle();
             if self.unclaimed_at.is_some() {
@@ -219,9 +223,9 @@ impl Link {
     /// that wait for such are among them every time.
     pub(super) fn due(&mut self) -> BTreeSet<PortKey> {
         let due = std::mem::take(&mut self.due);
-        let concerned = self.kernel.as_mut().map(KernelPath::concerned);
-        let concerned = concerned.unwrap_or_default();
-        let all = due.all || concerned.all;
+        let affected = self.kernel_path.as_mut().map(KernelPath::affected);
+        let affected = affected.unwrap_or_default();
+        let all = due.all || affected.all;
         let ports = if all {
             self.known.keys().copied().collect()
         } else {
@@ -230,7 +234,7 @@ impl Link {
             for id in due.containers {
                 ports.extend(self.known.of_container(id));
             }
-            for link in concerned.links {
+            for link in affected.links {
                 ports.extend(self.known.at_link(link));
             }
             ports
@@ -259,7 +263,7 @@ impl Link {
             };
             let forwarded = running.state == PortState::Serving
                 && matches!(running.path, ForwardPath::Relay | ForwardPath::KernelPath);
-            let Some(kernel) = &mut self.kernel else {
+            let Some(kernel) = &mut self.kernel_path else {
                 if let Some(why) = &self.kernel_missing
                     && forwarded
                     && running.reason.is_empty()
@@ -295,16 +299,16 @@ impl Link {
             let (path, reason) = match offered {
                 Ok(lift) => {
                     let same = running
-                        .kernel
+                        .kernel_port
                         .as_ref()
                         .is_some_and(|it| Arc::ptr_eq(it, &lift.port));
                     if !same {
                         running.lower();
                         // Maps that an earlier life of this process has left count on, and are
                         // in what that life had told.
-                        let in_kernel = std::mem::take(&mut running.in_kernel);
-                        running.base = without(running.base, in_kernel, lift.port.counters());
-                        running.kernel = Some(Arc::clone(&lift.port));
+                        let in_kernel_path = std::mem::take(&mut running.in_kernel_path);
+                        running.base = without(running.base, in_kernel_path, lift.port.counters());
+                        running.kernel_port = Some(Arc::clone(&lift.port));
                     }
                     path_of(&lift, known.row.local_only || known.row.bind.is_loopback())
                 }
@@ -322,15 +326,15 @@ impl Link {
             };
             let reason = cut(reason);
             running.held_back =
-                known.row.protocol == Protocol::Udp && relayed > 0 && running.kernel.is_none();
+                known.row.protocol == Protocol::Udp && relayed > 0 && running.kernel_port.is_none();
             if running.path != path || running.reason != reason {
                 running.path = path;
                 running.reason = reason;
                 changed.insert(*key);
-            } else if running.kernel_told != running.kernel.is_some() {
+            } else if running.kernel_told != running.kernel_port.is_some() {
                 changed.insert(*key);
             }
-            running.kernel_told = running.kernel.is_some();
+            running.kernel_told = running.kernel_port.is_some();
         }
         waiting
     }
@@ -366,7 +370,7 @@ impl Link {
 
     /// Takes a port off the kernel path: its flows are cut.
     pub(super) fn withdraw(&mut self, key: PortKey) {
-        if let Some(kernel) = &mut self.kernel {
+        if let Some(kernel) = &mut self.kernel_path {
             // Its flows are cut before anything is said about it.
             kernel.withdraw(key);
         }
@@ -382,7 +386,7 @@ impl Link {
         key: PortKey,
         port: Option<Arc<KernelPort>>,
     ) -> Option<Arc<KernelPort>> {
-        let kernel = self.kernel.as_mut()?;
+        let kernel = self.kernel_path.as_mut()?;
         if let Some(port) = port
             && kernel.drain(key)
         {
@@ -397,10 +401,10 @@ impl Link {
 
     /// Counts draining flows, now and then.
     pub(super) fn count_drains(&mut self, now: Instant) {
-        if self.draining.iter().all(|it| it.kernel.is_none()) {
+        if self.draining.iter().all(|it| it.kernel_port.is_none()) {
             return;
         }
-        if let Some(kernel) = &mut self.kernel
+        if let Some(kernel) = &mut self.kernel_path
             && now.saturating_duration_since(self.drains_counted) >= DRAIN_SWEEP
         {
             self.drains_counted = now;
@@ -410,7 +414,7 @@ impl Link {
 
     /// Cuts what is left of drained flows, unless another row has taken the port.
     pub(super) fn finish_flows(&mut self, key: PortKey, port: &Arc<KernelPort>) {
-        if let Some(kernel) = &mut self.kernel
+        if let Some(kernel) = &mut self.kernel_path
             && !self.running.contains_key(&key)
             && kernel.is_served_by(key, port)
         {
@@ -422,7 +426,7 @@ impl Link {
 impl super::Running {
     /// Keeps what the kernel path had counted when it no longer serves this port.
     fn lower(&mut self) {
-        if let Some(port) = self.kernel.take() {
+        if let Some(port) = self.kernel_port.take() {
             self.base = sum(self.base, port.counters());
         }
     }

@@ -12,7 +12,7 @@ use shared::ids::{Generation, KernelId, RegionId};
 
 /// A row that runs and the region that asked for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Known {
+pub struct AppliedRow {
     /// The row as last applied.
     pub row: PortRow,
     /// The region it came from.
@@ -77,7 +77,7 @@ fn same_but_generation(a: &PortRow, b: &PortRow) -> bool {
 }
 
 /// The steps from `known` to what the region says now.
-pub fn plan(known: &BTreeMap<PortKey, Known>, changes: &DesiredChanges) -> Vec<Step> {
+pub fn plan(known: &BTreeMap<PortKey, AppliedRow>, changes: &DesiredChanges) -> Vec<Step> {
     let desired = &changes.rows;
     let mut steps = Vec::new();
     if desired.committed == Generation(0) {
@@ -158,10 +158,10 @@ mod tests {
         row
     }
 
-    fn known(rows: &[PortRow], region: RegionId) -> BTreeMap<PortKey, Known> {
+    fn known(rows: &[PortRow], region: RegionId) -> BTreeMap<PortKey, AppliedRow> {
         rows.iter()
             .map(|row| {
-                let known = Known {
+                let known = AppliedRow {
                     row: row.clone(),
                     region,
                 };

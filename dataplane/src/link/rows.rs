@@ -11,18 +11,18 @@ use std::ops::Deref;
 use shared::desired::PortKey;
 use shared::ids::ContainerId;
 
-use super::plan::Known;
+use super::plan::AppliedRow;
 
 /// All of them.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
-    known: BTreeMap<PortKey, Known>,
+    known: BTreeMap<PortKey, AppliedRow>,
     containers: HashMap<ContainerId, BTreeSet<PortKey>>,
     links: HashMap<u32, BTreeSet<PortKey>>,
 }
 
 impl Deref for Rows {
-    type Target = BTreeMap<PortKey, Known>;
+    type Target = BTreeMap<PortKey, AppliedRow>;
 
     fn deref(&self) -> &Self::Target {
         &self.known
@@ -40,7 +40,7 @@ fn leave<K: Eq + Hash>(index: &mut HashMap<K, BTreeSet<PortKey>>, of: &K, port: 
 
 impl Rows {
     /// A row is applied, instead of an earlier one of its port.
-    pub(super) fn insert(&mut self, known: Known) {
+    pub(super) fn insert(&mut self, known: AppliedRow) {
         let (port, container, link) = (
             known.row.key(),
             known.row.container_id,
@@ -53,7 +53,7 @@ impl Rows {
     }
 
     /// A row is given up.
-    pub(super) fn remove(&mut self, port: &PortKey) -> Option<Known> {
+    pub(super) fn remove(&mut self, port: &PortKey) -> Option<AppliedRow> {
         let known = self.known.remove(port)?;
         leave(&mut self.containers, &known.row.container_id, *port);
         leave(&mut self.links, &known.row.link_index, *port);
@@ -86,7 +86,7 @@ mod tests {
             };
             let target = std::net::Ipv4Addr::LOCALHOST.into();
             let id = ContainerId([container; 32]);
-            Known {
+            AppliedRow {
                 row: PortRow {
                     link_index,
                     ..PortRow::new(key, KernelId([1; 16]), id, target, 80)

@@ -10,7 +10,7 @@ pub mod inner;
 pub mod interfaces;
 pub mod routes;
 pub mod sockets;
-pub mod strays;
+pub mod stale_connections;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;

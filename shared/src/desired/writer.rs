@@ -142,7 +142,7 @@ impl DesiredWriter {
     /// again, because somebody had taken its name away.
     ///
     /// # Errors
-    /// [`OpenError::Ousted`]: the lock's name was taken away and another process has become the writer;
+    /// [`OpenError::LockLost`]: the lock's name was taken away and another process has become the writer;
     /// nothing was or will be written, end. Others: a name is taken and the file cannot be made again.
     pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
         self.region.heartbeat()
@@ -288,7 +288,7 @@ fn bury<R: KeyedRow>(
     let mut bytes = vec![0u8; R::Raw::INFO.size];
     region
         .cell(&table, row)
-        .look(region.committed().0, |slot| copy_words(slot, &mut bytes));
+        .read(region.committed().0, |slot| copy_words(slot, &mut bytes));
     if bytes[..4] == state::USED.to_le_bytes() {
         bytes[..4].copy_from_slice(&state::REMOVED.to_le_bytes());
         staged

@@ -132,12 +132,12 @@ declare! {
         224 connect_failures: u64 = "connections to the container that failed",
         232 packets_in: u64 = "client to container on the kernel path, packets",
         240 packets_out: u64 = "container to client on the kernel path, packets",
-        248 kernel_sessions_total: u64 = "of the counters above, what the kernel path's maps had counted: sessions",
-        256 kernel_sessions_refused: u64 = "... sessions refused",
-        264 kernel_bytes_in: u64 = "... bytes to the container",
-        272 kernel_bytes_out: u64 = "... bytes to the client",
-        280 kernel_packets_in: u64 = "... packets to the container",
-        288 kernel_packets_out: u64 = "... packets to the client",
+        248 kernel_path_sessions_total: u64 = "of the counters above, what the kernel path's maps had counted: sessions",
+        256 kernel_path_sessions_refused: u64 = "... sessions refused",
+        264 kernel_path_bytes_in: u64 = "... bytes to the container",
+        272 kernel_path_bytes_out: u64 = "... bytes to the client",
+        280 kernel_path_packets_in: u64 = "... packets to the container",
+        288 kernel_path_packets_out: u64 = "... packets to the client",
     }
 
     /// One container at one tick (observed region, table containers). Group order: cpu, memory,

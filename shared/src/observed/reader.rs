@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     AcceleratorRow, Applied, ContainerSample, NodeSample, PortStatus, ProcessSample, table,
 };
-use crate::cell::Look;
+use crate::cell::ReadOutcome;
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawApplied, RawBank, RawNodeSample, RawProcess, RawRow, RegionKind, Sizes};
@@ -256,7 +256,7 @@ fn copy_process_counts(
 ) -> Result<Option<ProcessCounts>, Moved> {
     let table = mapped.table(table::PROCESSES);
     let mut counts = ProcessCounts::default();
-    let look = mapped.cell(&table, 0).look(committed.0, |slot| {
+    let outcome = mapped.cell(&table, 0).read(committed.0, |slot| {
         let (first, rows) = slot.split_at(RawBank::INFO.size / 8);
         let mut raw = [0u8; RawBank::INFO.size];
         copy_words(first, &mut raw);
@@ -268,10 +268,10 @@ fn copy_process_counts(
             left_out: head.left_out,
         };
     });
-    match look {
-        Look::Moved => Err(Moved),
-        Look::Empty => Ok(None),
-        Look::Whole(_) => Ok(Some(counts)),
+    match outcome {
+        ReadOutcome::Moved => Err(Moved),
+        ReadOutcome::Empty => Ok(None),
+        ReadOutcome::Whole(_) => Ok(Some(counts)),
     }
 }
 
@@ -279,7 +279,7 @@ fn copy_processes(mapped: &Mapped, committed: Generation) -> Result<Processes, M
     let table = mapped.table(table::PROCESSES);
     let mut bytes = Vec::new();
     let mut head = RawBank::default();
-    let look = mapped.cell(&table, 0).look(committed.0, |slot| {
+    let outcome = mapped.cell(&table, 0).read(committed.0, |slot| {
         let (first, rows) = slot.split_at(RawBank::INFO.size / 8);
         let mut raw = [0u8; RawBank::INFO.size];
         copy_words(first, &mut raw);
@@ -289,10 +289,10 @@ fn copy_processes(mapped: &Mapped, committed: Generation) -> Result<Processes, M
         bytes.resize(length.min(rows.len() * 8), 0);
         copy_words(rows, &mut bytes);
     });
-    match look {
-        Look::Moved => Err(Moved),
-        Look::Empty => Ok(Processes::default()),
-        Look::Whole(_) => {
+    match outcome {
+        ReadOutcome::Moved => Err(Moved),
+        ReadOutcome::Empty => Ok(Processes::default()),
+        ReadOutcome::Whole(_) => {
             let rows = bytes.chunks_exact(RawProcess::INFO.size);
             let total = rows.len();
             let list: Vec<ProcessSample> = rows

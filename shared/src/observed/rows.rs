@@ -14,7 +14,7 @@ use crate::layout::{CORES, DEVICE, DISKS, RawApplied, RawNodeSample, RawPortStat
 use crate::table::{BatchError, KeyedRow, load_text, state, store_text};
 
 pub use accelerators::{
-    AcceleratorKey, AcceleratorRow, AcceleratorUse, MigInstance, NEIGHBOURS, Nearness,
+    AcceleratorKey, AcceleratorRow, AcceleratorUse, MigInstance, NEIGHBOURS, Proximity,
 };
 pub use containers::{ContainerSample, Samples};
 
@@ -185,12 +185,12 @@ pub struct PortStatus {
     /// Container to client on the kernel path, packets.
     pub packets_out: u64,
     /// What of this is in the kernel path's maps, which count on when nobody reads them.
-    pub in_kernel: InKernel,
+    pub in_kernel_path: KernelPathCounters,
 }
 
 /// The part of a port's counters that the kernel path's maps held when they were told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct InKernel {
+pub struct KernelPathCounters {
     /// Sessions.
     pub sessions_total: u64,
     /// Sessions refused.
@@ -227,7 +227,7 @@ impl PortStatus {
             connect_failures: 0,
             packets_in: 0,
             packets_out: 0,
-            in_kernel: InKernel::default(),
+            in_kernel_path: KernelPathCounters::default(),
         }
     }
 
@@ -293,12 +293,12 @@ impl KeyedRow for PortStatus {
             connect_failures: self.connect_failures,
             packets_in: self.packets_in,
             packets_out: self.packets_out,
-            kernel_sessions_total: self.in_kernel.sessions_total,
-            kernel_sessions_refused: self.in_kernel.sessions_refused,
-            kernel_bytes_in: self.in_kernel.bytes_in,
-            kernel_bytes_out: self.in_kernel.bytes_out,
-            kernel_packets_in: self.in_kernel.packets_in,
-            kernel_packets_out: self.in_kernel.packets_out,
+            kernel_path_sessions_total: self.in_kernel_path.sessions_total,
+            kernel_path_sessions_refused: self.in_kernel_path.sessions_refused,
+            kernel_path_bytes_in: self.in_kernel_path.bytes_in,
+            kernel_path_bytes_out: self.in_kernel_path.bytes_out,
+            kernel_path_packets_in: self.in_kernel_path.packets_in,
+            kernel_path_packets_out: self.in_kernel_path.packets_out,
             ..RawPortStatus::default()
         };
         let reason = cut(&self.reason, raw.reason.len());
@@ -328,13 +328,13 @@ impl KeyedRow for PortStatus {
             connect_failures: raw.connect_failures,
             packets_in: raw.packets_in,
             packets_out: raw.packets_out,
-            in_kernel: InKernel {
-                sessions_total: raw.kernel_sessions_total,
-                sessions_refused: raw.kernel_sessions_refused,
-                bytes_in: raw.kernel_bytes_in,
-                bytes_out: raw.kernel_bytes_out,
-                packets_in: raw.kernel_packets_in,
-                packets_out: raw.kernel_packets_out,
+            in_kernel_path: KernelPathCounters {
+                sessions_total: raw.kernel_path_sessions_total,
+                sessions_refused: raw.kernel_path_sessions_refused,
+                bytes_in: raw.kernel_path_bytes_in,
+                bytes_out: raw.kernel_path_bytes_out,
+                packets_in: raw.kernel_path_packets_in,
+                packets_out: raw.kernel_path_packets_out,
             },
         })
     }

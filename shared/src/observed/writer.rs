@@ -9,7 +9,7 @@ use super::{
 use crate::desired::PortKey;
 use crate::ids::{ContainerId, Generation, RegionId};
 use crate::layout::{RawBank, RawProcess, RawRow, RegionKind, Sizes};
-use crate::lock::{Ousted, WriterLock};
+use crate::lock::{LockLost, WriterLock};
 use crate::region::{OpenError, RegionWriter, Start, words_of};
 use crate::table::{BatchError, Index, Staged};
 
@@ -197,7 +197,7 @@ impl ObservedWriter {
     /// again, because somebody had taken its name away.
     ///
     /// # Errors
-    /// [`OpenError::Ousted`]: the lock's name was taken away and another process has become the writer;
+    /// [`OpenError::LockLost`]: the lock's name was taken away and another process has become the writer;
     /// nothing was or will be written, end. Others: a name is taken and the file cannot be made again.
     pub fn heartbeat(&mut self) -> Result<bool, OpenError> {
         self.region.heartbeat()
@@ -208,7 +208,7 @@ impl ObservedWriter {
     ///
     /// # Errors
     /// The lock's name was taken away and another process has become the writer: end.
-    pub fn is_writer(&mut self) -> Result<(), Ousted> {
+    pub fn is_writer(&mut self) -> Result<(), LockLost> {
         self.region.may_write()
     }
 

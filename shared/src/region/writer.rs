@@ -12,10 +12,10 @@ use super::{
     OpenError, cell_at, claimed_sizes, load_header, monotonic_ns, refuse_header, total_words,
     used_rows, wall_ns, word, words_of,
 };
-use crate::cell::{Cell, Look};
+use crate::cell::{Cell, ReadOutcome};
 use crate::ids::{Generation, RegionId};
 use crate::layout::{Header, LAYOUT_HASH, LAYOUT_VERSION, MAGIC, RawRow, RegionKind, Sizes, Table};
-use crate::lock::{LockError, Ousted, WriterLock};
+use crate::lock::{LockError, LockLost, WriterLock};
 use crate::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -55,7 +55,7 @@ pub(crate) struct RegionWriter {
     place: Place,
     mapping: Mapping,
     /// Whose the directory is now, if it is no longer ours: nothing is stored then.
-    ousted: Option<Ousted>,
+    lock_lost: Option<LockLost>,
     /// Last, so that the mapping is gone before another writer may start.
     lock: WriterLock,
 }
@@ -92,7 +92,7 @@ impl RegionWriter {
                     place: old.place,
                     mapping: old.mapping,
                     path,
-                    ousted: None,
+                    lock_lost: None,
                     lock,
                 };
                 let repaired = writer.take_over();
@@ -138,7 +138,7 @@ impl RegionWriter {
             place,
             mapping,
             path,
-            ousted: None,
+            lock_lost: None,
             lock,
         };
         if let Some(old) = old {
@@ -163,7 +163,7 @@ impl RegionWriter {
     pub(crate) fn heartbeat(&mut self) -> Result<bool, OpenError> {
         let locked = self.hold();
         // Without a lock file nobody else can write either.
-        if !matches!(locked, Err(OpenError::Ousted(_))) {
+        if !matches!(locked, Err(OpenError::LockLost(_))) {
             self.beat();
         }
         locked?;
@@ -171,9 +171,9 @@ impl RegionWriter {
     }
 
     /// Whether this may still write; to be asked before each batch. Costs two `stat`s.
-    pub(crate) fn may_write(&mut self) -> Result<(), Ousted> {
+    pub(crate) fn may_write(&mut self) -> Result<(), LockLost> {
         match self.hold() {
-            Err(OpenError::Ousted(ousted)) => Err(ousted),
+            Err(OpenError::LockLost(lock_lost)) => Err(lock_lost),
             _ => Ok(()),
         }
     }
@@ -181,8 +181,8 @@ impl RegionWriter {
     /// Takes the lock again when its name is gone or somebody else's. Who has it meanwhile, or has had
     /// it and written, is the writer: the indexes here are of no use any more.
     fn hold(&mut self) -> Result<(), OpenError> {
-        if let Some(ousted) = &self.ousted {
-            return Err(ousted.clone().into());
+        if let Some(lock_lost) = &self.lock_lost {
+            return Err(lock_lost.clone().into());
         }
         if self.lock.is_in_place() {
             return Ok(());
@@ -197,9 +197,9 @@ impl RegionWriter {
             Err(LockError::Held(holder)) => holder.pid,
             Err(source) => return Err(OpenError::Lock { directory, source }),
         };
-        let ousted = Ousted { pid, directory };
-        self.ousted = Some(ousted.clone());
-        Err(ousted.into())
+        let lock_lost = LockLost { pid, directory };
+        self.lock_lost = Some(lock_lost.clone());
+        Err(lock_lost.into())
     }
 
     /// Makes the file again when its name is gone or somebody else's: readers would look there in
@@ -241,12 +241,12 @@ impl RegionWriter {
                 ) else {
                     continue;
                 };
-                let look = source.look(old.committed, |slot| {
+                let outcome = source.read(old.committed, |slot| {
                     for (value, word) in payload.iter_mut().zip(slot) {
                         *value = word.load(Ordering::Relaxed);
                     }
                 });
-                if let Look::Whole(generation) = look {
+                if let ReadOutcome::Whole(generation) = outcome {
                     target.write(0, generation, payload.iter().copied());
                 }
             }

@@ -179,7 +179,7 @@ fn a_writer_whose_lock_was_taken_away_takes_it_again_or_leaves_all_to_the_next()
     let inode = || std::fs::metadata(&path).unwrap().ino();
     let made = inode();
     let refused = first.heartbeat().unwrap_err();
-    assert!(matches!(refused, OpenError::Ousted(_)), "{refused}");
+    assert!(matches!(refused, OpenError::LockLost(_)), "{refused}");
     assert!(!second.heartbeat().unwrap());
     assert_eq!(inode(), made);
 }
@@ -198,10 +198,13 @@ fn a_writer_whose_lock_is_anothers_writes_nothing_more() {
     let mut reader = DesiredReader::open(directory.path()).unwrap();
     // Before any sign of life too.
     let refused = first.batch(|batch| batch.remove_port(port(1).key()));
-    assert!(matches!(refused, Err(BatchError::Ousted(_))), "{refused:?}");
+    assert!(
+        matches!(refused, Err(BatchError::LockLost(_))),
+        "{refused:?}"
+    );
     let refused = first.heartbeat().unwrap_err();
     let words = refused.to_string();
-    assert!(matches!(refused, OpenError::Ousted(_)), "{words}");
+    assert!(matches!(refused, OpenError::LockLost(_)), "{words}");
     assert!(
         words.contains(&format!("process {}", std::process::id())),
         "{words}"
@@ -212,7 +215,7 @@ fn a_writer_whose_lock_is_anothers_writes_nothing_more() {
     assert_eq!(reader.writer().unwrap().epoch, second.epoch());
     // Nor when the other is gone: what it has written the first one does not know.
     drop(second);
-    assert!(matches!(first.heartbeat(), Err(OpenError::Ousted(_))));
+    assert!(matches!(first.heartbeat(), Err(OpenError::LockLost(_))));
     assert!(first.batch(|batch| batch.put_port(port(3))).is_err());
 }
 
@@ -226,7 +229,7 @@ fn a_writer_does_not_go_on_after_another_that_has_come_and_gone() {
     let epoch = second.epoch();
     drop(second);
     let refused = first.heartbeat().unwrap_err();
-    assert!(matches!(refused, OpenError::Ousted(_)), "{refused}");
+    assert!(matches!(refused, OpenError::LockLost(_)), "{refused}");
     assert!(
         first
             .batch(|batch| batch.put_container(sample(1, 1)))

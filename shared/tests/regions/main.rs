@@ -13,10 +13,10 @@ use shared::desired::{
 use shared::ids::{ContainerId, Generation, KernelId, SessionId};
 use shared::observed::{
     AcceleratorCounters, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
-    CpuCounters, DiskSpace, ForwardPath, InKernel, Measured, MemoryCounters, MigInstance, Nearness,
+    CpuCounters, DiskSpace, ForwardPath, KernelPathCounters, Measured, MemoryCounters, MigInstance,
     NodeCounters, NodeSample, ObservedReader, ObservedSnapshot, ObservedWriter, PortState,
-    PortStatus, ProcessCounters, ProcessCounts, ProcessSample, Processes, RelayEngine, Samples,
-    Source,
+    PortStatus, ProcessCounters, ProcessCounts, ProcessSample, Processes, Proximity, RelayEngine,
+    Samples, Source,
 };
 use shared::{BatchError, OpenError, ReadError, Sizes, Start};
 use tempfile::TempDir;
@@ -556,7 +556,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         engine: RelayEngine::Splice,
         reason: "é".repeat(100),
         bytes_in: 10,
-        in_kernel: InKernel {
+        in_kernel_path: KernelPathCounters {
             sessions_total: 1,
             sessions_refused: 2,
             bytes_in: 3,
@@ -608,8 +608,8 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
         },
         ..AcceleratorRow::new(AcceleratorKind::Mock, 0, "GPU-0000")
     };
-    accelerator.near[3] = Nearness::SYSTEM;
-    accelerator.near[63] = Nearness::links(18);
+    accelerator.near[3] = Proximity::SYSTEM;
+    accelerator.near[63] = Proximity::links(18);
     let node = NodeSample {
         tick: 4,
         counters: NodeCounters {

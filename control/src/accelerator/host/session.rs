@@ -17,7 +17,7 @@ use super::wire::{
     CALL, ContainerPreferredAllocationRequest, Device, DeviceIds, DevicePluginOptions,
     ListAndWatchResponse, PerContainer, Plugin, PreferredAllocationRequest,
 };
-use crate::accelerator::known::Known;
+use crate::accelerator::device::AcceleratorDevice;
 use crate::accelerator::plugin::profile_of;
 use crate::kernel::node::Node;
 use crate::resource::{InventoryError, device_of};
@@ -258,7 +258,7 @@ impl Session {
     }
 
     /// The devices as far as they make sense.
-    fn known(&self, listed: Vec<Device>) -> Vec<Known> {
+    fn known(&self, listed: Vec<Device>) -> Vec<AcceleratorDevice> {
         let mut seen = BTreeSet::new();
         let mut nonsense = 0_usize;
         let mut known = Vec::new();
@@ -276,7 +276,7 @@ impl Session {
                 let first = topology.nodes.first()?.id;
                 i32::try_from(first).ok().filter(|node| *node >= 0)
             });
-            known.push(Known {
+            known.push(AcceleratorDevice {
                 kind: device_of(&self.0.slot).to_owned(),
                 id,
                 model: self.0.resource.clone(),

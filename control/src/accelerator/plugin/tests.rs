@@ -4,11 +4,11 @@ use std::path::Path;
 
 use config::{Config, CudaInjection};
 use shared::ids::KernelId;
-use shared::observed::{AcceleratorCounters, AcceleratorKind, Nearness};
+use shared::observed::{AcceleratorCounters, AcceleratorKind, Proximity};
 
 use super::*;
+use crate::accelerator::device::of_rows;
 use crate::accelerator::engine::EngineFacts;
-use crate::accelerator::known::of_rows;
 use crate::accelerator::mock;
 use crate::accelerator::settings::Options;
 use crate::resource::{Ledger, SlotRequest, Slots};
@@ -31,7 +31,7 @@ fn settings(options: &[(&str, &str)]) -> Settings {
 }
 
 /// Devices 0 to 2 whole with 80 GiB, 3 divided into two parts, 1 faulty.
-fn devices(settings: &Settings) -> Vec<Known> {
+fn devices(settings: &Settings) -> Vec<AcceleratorDevice> {
     let counters = |gib: u64| AcceleratorCounters {
         memory_total_bytes: Some(gib << 30),
         ..AcceleratorCounters::default()
@@ -109,9 +109,9 @@ fn devices_with_links_are_given_together_and_their_ways_are_told() {
         .map(|index| card(index, AcceleratorCounters::default()))
         .collect();
     for (one, other, near) in [
-        (0, 1, Nearness::SYSTEM),
-        (1, 3, Nearness::links(12)),
-        (2, 3, Nearness::SWITCH),
+        (0, 1, Proximity::SYSTEM),
+        (1, 3, Proximity::links(12)),
+        (2, 3, Proximity::SWITCH),
     ] {
         rows[one].near[other] = near;
         rows[other].near[one] = near;
@@ -449,7 +449,7 @@ fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
     let settings = settings(&[]);
     let config = defaults();
     let ledger = crate::resource::Ledger::discover(&config, Vec::new()).unwrap();
-    let install = |devices: &[Known]| {
+    let install = |devices: &[AcceleratorDevice]| {
         let plugin = AcceleratorPlugin::of_kind("cuda", devices, &settings);
         ledger.install(std::sync::Arc::new(plugin)).unwrap();
     };

@@ -10,7 +10,7 @@ use shared::desired::PortKey;
 use shared::ids::ContainerId;
 use shared::observed::{AcceleratorRow, ContainerSample, NodeCounters, NodeSample, PortState};
 
-use crate::cli::region::Look;
+use crate::cli::region::RegionsSnapshot;
 use crate::stats::kernels::{memory_capacity, memory_used};
 
 /// Points of a history.
@@ -147,7 +147,7 @@ fn push(history: &mut VecDeque<u64>, value: u64) {
 
 impl Model {
     /// Takes in a look.
-    pub fn observe(&mut self, look: &Look) {
+    pub fn observe(&mut self, look: &RegionsSnapshot) {
         self.alive = look.is_alive();
         self.age = look.sample_age();
         self.devices.clone_from(&look.observed.accelerators);
@@ -191,7 +191,7 @@ impl Model {
         self.last_node = Some((now, taken));
     }
 
-    fn observe_ports(&mut self, look: &Look) {
+    fn observe_ports(&mut self, look: &RegionsSnapshot) {
         // Counters of ports are refreshed with each pass.
         let pass = look
             .observed
@@ -236,7 +236,7 @@ impl Model {
         }
     }
 
-    fn observe_kernels(&mut self, look: &Look) {
+    fn observe_kernels(&mut self, look: &RegionsSnapshot) {
         let mut before = std::mem::take(&mut self.samples);
         self.kernels.clear();
         let named = self.ports.iter().filter(|port| port.service != "-");

@@ -16,7 +16,7 @@ use shared::observed::{
 
 use super::screen::Tab;
 use super::*;
-use crate::cli::region::Look;
+use crate::cli::region::RegionsSnapshot;
 use crate::stats::fixture::card;
 
 const SECOND: u64 = 1_000_000_000;
@@ -86,7 +86,7 @@ fn port(number: u16, byte: u8, state: PortState, reason: &str, second: u64) -> P
     status
 }
 
-fn look(second: u64) -> Look {
+fn look(second: u64) -> RegionsSnapshot {
     let node = NodeSample {
         tick: second,
         taken_monotonic_ns: second * SECOND,
@@ -125,7 +125,7 @@ fn look(second: u64) -> Look {
         row.service = name.to_owned();
         row
     };
-    Look {
+    RegionsSnapshot {
         observed: Arc::new(ObservedSnapshot {
             containers: Arc::new([1, 2, 3].map(|byte| container(byte, second)).to_vec()),
             ports: vec![
@@ -229,7 +229,7 @@ fn a_filter_and_an_order_by_name() {
 #[test]
 fn a_dead_dataplane_is_said() {
     let mut model = model();
-    model.observe(&Look {
+    model.observe(&RegionsSnapshot {
         heartbeat_age: Some(Duration::from_secs(70)),
         ..look(20)
     });

@@ -55,7 +55,7 @@ pub enum MessageError {
 
 /// What becomes of a message while it waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Keeping {
+pub enum Retention {
     /// It is on disk until it has been sent.
     Journalled,
     /// The same, within bounds of its own: what a session is doing. When there is no room, those go
@@ -67,7 +67,7 @@ pub enum Keeping {
     Newest(String),
 }
 
-impl Keeping {
+impl Retention {
     /// Whether it is on disk until it has been sent.
     #[must_use]
     pub fn is_journalled(&self) -> bool {
@@ -89,7 +89,7 @@ pub struct Message {
     /// Key under which a broadcast is kept for late readers.
     pub cache: Option<String>,
     /// What becomes of it while it waits.
-    pub keeping: Keeping,
+    pub keeping: Retention,
 }
 
 impl Message {
@@ -135,7 +135,7 @@ impl Message {
             anycast: true,
             broadcast: false,
             cache: None,
-            keeping: Keeping::Newest(name.to_owned()),
+            keeping: Retention::Newest(name.to_owned()),
         })
     }
 
@@ -224,7 +224,7 @@ fn encode(name: &'static str, args: &Value) -> Result<Bytes, MessageError> {
 }
 
 /// What the manager's records depend on is journalled; what the next one replaces waits alone.
-fn keeping(event: &Event) -> Keeping {
+fn keeping(event: &Event) -> Retention {
     match event {
         Event::KernelPreparing { .. }
         | Event::KernelPulling { .. }
@@ -236,12 +236,12 @@ fn keeping(event: &Event) -> Keeping {
         | Event::ModelServiceStatusUpdated { .. }
         | Event::ImagePullStarted { .. }
         | Event::ImagePullFinished { .. }
-        | Event::ImagePullFailed { .. } => Keeping::Journalled,
+        | Event::ImagePullFailed { .. } => Retention::Journalled,
         // The manager knows from the last one whether a session idles. They may be many.
         Event::ExecutionStarted { .. }
         | Event::ExecutionFinished { .. }
-        | Event::ExecutionCancelled { .. } => Keeping::JournalledDoing,
-        Event::BgtaskUpdated { task, .. } => Keeping::Newest(format!("bgtask.{task}")),
+        | Event::ExecutionCancelled { .. } => Retention::JournalledDoing,
+        Event::BgtaskUpdated { task, .. } => Retention::Newest(format!("bgtask.{task}")),
         Event::AgentStarted { .. }
         | Event::AgentTerminated { .. }
         | Event::AgentImagesRemove { .. }
@@ -254,6 +254,6 @@ fn keeping(event: &Event) -> Keeping {
         | Event::BgtaskFailed { .. }
         | Event::BgtaskCancelled { .. }
         | Event::VolumeMounted(_)
-        | Event::VolumeUnmounted(_) => Keeping::Queued,
+        | Event::VolumeUnmounted(_) => Retention::Queued,
     }
 }

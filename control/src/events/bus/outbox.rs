@@ -25,7 +25,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::message::{Keeping, Message};
+use super::message::{Message, Retention};
 use crate::files::replace_file;
 
 /// Lines waiting for the disk; more than the queue can hold.
@@ -77,14 +77,14 @@ enum Line {
 
 enum Order {
     Append(u64, String),
-    Trying(Trying),
+    InDoubtBatch(InDoubtBatch),
     Done(Vec<u64>),
     Settle(SyncSender<bool>),
 }
 
 /// A batch whose fate is not known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trying {
+pub struct InDoubtBatch {
     /// Its messages that are kept here.
     pub seqs: Vec<u64>,
     /// The newest entry of the stream before it was sent.
@@ -101,12 +101,12 @@ pub struct Outbox {
 
 /// What an earlier life left.
 #[derive(Debug, Default)]
-pub struct Leftover {
+pub struct RecoveredOutbox {
     /// Messages to send, oldest first.
     pub messages: Vec<(u64, Message)>,
     /// The batch that was sent last, with what of it was not done. It was carried out as a whole or
     /// not at all.
-    pub trying: Option<Trying>,
+    pub trying: Option<InDoubtBatch>,
     /// The number after the highest one seen.
     pub next: u64,
     /// Lines that could not be read.
@@ -119,17 +119,17 @@ impl Outbox {
     ///
     /// # Errors
     /// A directory or file that cannot be used.
-    pub fn open(dir: &Path) -> Result<(Self, Leftover), OutboxError> {
+    pub fn open(dir: &Path) -> Result<(Self, RecoveredOutbox), OutboxError> {
         Self::open_with(dir, SMALL)
     }
 
-    fn open_with(dir: &Path, small: u64) -> Result<(Self, Leftover), OutboxError> {
+    fn open_with(dir: &Path, small: u64) -> Result<(Self, RecoveredOutbox), OutboxError> {
         let path = dir.join("outbox.jsonl");
         let failed = |source| OutboxError::File {
             path: path.clone(),
             source,
         };
-        let Found {
+        let StoredLines {
             pending,
             trying,
             next,
@@ -166,7 +166,7 @@ impl Outbox {
                 writer: Mutex::new(Some(writer)),
                 left_out: AtomicU64::new(0),
             },
-            Leftover {
+            RecoveredOutbox {
                 messages,
                 trying: left,
                 next,
@@ -184,7 +184,7 @@ impl Outbox {
             anycast: message.anycast,
             broadcast: message.broadcast,
             cache: message.cache.clone(),
-            doing: message.keeping == Keeping::JournalledDoing,
+            doing: message.keeping == Retention::JournalledDoing,
         };
         // A struct of texts and numbers always has a JSON form.
         if let Ok(line) = serde_json::to_string(&line) {
@@ -194,9 +194,9 @@ impl Outbox {
 
     /// Says that a batch is sent now, so that the next life does not send it again unseen. The
     /// messages of the batch before are done, or certain not to have been carried out. Never waits.
-    pub fn trying(&self, batch: Trying) {
+    pub fn trying(&self, batch: InDoubtBatch) {
         if !batch.seqs.is_empty() {
-            self.order(Order::Trying(batch));
+            self.order(Order::InDoubtBatch(batch));
         }
     }
 
@@ -261,7 +261,7 @@ struct Writer {
     size: u64,
     pending: BTreeMap<u64, Arc<str>>,
     /// With messages that are pending, or nothing.
-    trying: Option<Trying>,
+    trying: Option<InDoubtBatch>,
     small: u64,
     failures: u64,
     /// When a write failed last: the file lacks lines, and its last one may be cut short.
@@ -280,7 +280,7 @@ impl Writer {
                     self.pending.insert(seq, line.clone().into());
                     self.add(&line);
                 }
-                Ok(Order::Trying(batch)) => {
+                Ok(Order::InDoubtBatch(batch)) => {
                     let line = line_of(&batch);
                     self.trying = Some(batch);
                     self.add(&line);
@@ -392,7 +392,7 @@ fn append_to(path: &Path) -> io::Result<File> {
 
 type Pending = BTreeMap<u64, Arc<str>>;
 
-fn joined(pending: &Pending, trying: Option<&Trying>) -> Vec<u8> {
+fn joined(pending: &Pending, trying: Option<&InDoubtBatch>) -> Vec<u8> {
     let mut content = Vec::new();
     let trying = trying.map(line_of);
     for line in pending.values().map(AsRef::as_ref).chain(trying.as_deref()) {
@@ -402,7 +402,7 @@ fn joined(pending: &Pending, trying: Option<&Trying>) -> Vec<u8> {
     content
 }
 
-fn line_of(batch: &Trying) -> String {
+fn line_of(batch: &InDoubtBatch) -> String {
     let line = Line::Trying {
         seqs: batch.seqs.clone(),
         after: batch.after.clone(),
@@ -412,20 +412,20 @@ fn line_of(batch: &Trying) -> String {
 }
 
 /// What of a batch is pending.
-fn unfinished(batch: Option<Trying>, pending: &Pending) -> Option<Trying> {
+fn unfinished(batch: Option<InDoubtBatch>, pending: &Pending) -> Option<InDoubtBatch> {
     let mut batch = batch?;
     batch.seqs.retain(|seq| pending.contains_key(seq));
     (!batch.seqs.is_empty()).then_some(batch)
 }
 
-struct Found {
+struct StoredLines {
     pending: Pending,
-    trying: Option<Trying>,
+    trying: Option<InDoubtBatch>,
     next: u64,
     damaged: usize,
 }
 
-fn read(path: &Path) -> io::Result<Found> {
+fn read(path: &Path) -> io::Result<StoredLines> {
     let mut pending = Pending::new();
     let mut trying = None;
     let mut next = 1;
@@ -433,7 +433,7 @@ fn read(path: &Path) -> io::Result<Found> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
-            return Ok(Found {
+            return Ok(StoredLines {
                 pending,
                 trying,
                 next,
@@ -449,7 +449,7 @@ fn read(path: &Path) -> io::Result<Found> {
                 next = next.max(seq.saturating_add(1));
                 pending.insert(seq, String::from_utf8_lossy(&line).into());
             }
-            Ok(Line::Trying { seqs, after }) => trying = Some(Trying { seqs, after }),
+            Ok(Line::Trying { seqs, after }) => trying = Some(InDoubtBatch { seqs, after }),
             Ok(Line::Done { seqs }) => {
                 for seq in seqs {
                     next = next.max(seq.saturating_add(1));
@@ -459,7 +459,7 @@ fn read(path: &Path) -> io::Result<Found> {
             Err(_) => damaged += 1,
         }
     }
-    Ok(Found {
+    Ok(StoredLines {
         trying: unfinished(trying, &pending),
         pending,
         next,
@@ -484,8 +484,8 @@ fn message_of(line: &str) -> Option<Message> {
             broadcast,
             cache,
             keeping: match doing {
-                true => Keeping::JournalledDoing,
-                false => Keeping::Journalled,
+                true => Retention::JournalledDoing,
+                false => Retention::Journalled,
             },
         }),
         Line::Trying { .. } | Line::Done { .. } => None,
@@ -508,8 +508,8 @@ mod tests {
             broadcast: n.is_multiple_of(2),
             cache: None,
             keeping: match n {
-                4 => Keeping::JournalledDoing,
-                _ => Keeping::Journalled,
+                4 => Retention::JournalledDoing,
+                _ => Retention::Journalled,
             },
         }
     }
@@ -547,7 +547,7 @@ mod tests {
     #[test]
     fn the_batch_that_was_being_sent_is_known_to_the_next_life() {
         let dir = tempfile::tempdir().unwrap();
-        let trying = |seqs: &[u64], after: &str| Trying {
+        let trying = |seqs: &[u64], after: &str| InDoubtBatch {
             seqs: seqs.to_vec(),
             after: after.into(),
         };

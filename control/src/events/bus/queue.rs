@@ -6,7 +6,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use super::message::{Keeping, Message};
+use super::message::{Message, Retention};
 
 /// A waiting message.
 #[derive(Clone, Debug)]
@@ -122,7 +122,7 @@ impl Queue {
 
     fn insert(&mut self, entry: Entry) {
         let class = class(&entry.message);
-        if let Keeping::Newest(_) = entry.message.keeping
+        if let Retention::Newest(_) = entry.message.keeping
             && let Some(old) = self
                 .entries
                 .iter_mut()
@@ -203,7 +203,7 @@ impl Queue {
     /// The same of reports alone: of each the newest waits.
     #[must_use]
     pub fn reports(&self, count: usize, bytes: usize) -> Vec<Entry> {
-        let is_report = |entry: &&Entry| matches!(entry.message.keeping, Keeping::Newest(_));
+        let is_report = |entry: &&Entry| matches!(entry.message.keeping, Retention::Newest(_));
         copies(self.entries.iter().filter(is_report).take(count), bytes)
     }
 
@@ -270,10 +270,10 @@ fn copies<'a>(entries: impl Iterator<Item = &'a Entry>, bytes: usize) -> Vec<Ent
 
 fn class(message: &Message) -> usize {
     match message.keeping {
-        Keeping::Journalled => 0,
-        Keeping::Queued => 1,
-        Keeping::Newest(_) => 2,
-        Keeping::JournalledDoing => DOING,
+        Retention::Journalled => 0,
+        Retention::Queued => 1,
+        Retention::Newest(_) => 2,
+        Retention::JournalledDoing => DOING,
     }
 }
 
@@ -283,7 +283,7 @@ mod tests {
 
     use super::*;
 
-    fn message(name: &str, keeping: Keeping) -> Message {
+    fn message(name: &str, keeping: Retention) -> Message {
         Message {
             name: name.into(),
             args: Bytes::from_static(b"\x90"),
@@ -319,13 +319,13 @@ mod tests {
     #[test]
     fn each_kind_overflows_alone_and_the_oldest_goes() {
         let mut queue = small();
-        queue.push(message("j1", Keeping::Journalled));
+        queue.push(message("j1", Retention::Journalled));
         for n in 1..=3 {
-            queue.push(message(&format!("q{n}"), Keeping::Queued));
+            queue.push(message(&format!("q{n}"), Retention::Queued));
         }
         assert_eq!(names(&queue), ["j1", "q2", "q3"]);
-        queue.push(message("j2", Keeping::Journalled));
-        let (seq, dropped) = queue.push(message("j3", Keeping::Journalled));
+        queue.push(message("j2", Retention::Journalled));
+        let (seq, dropped) = queue.push(message("j3", Retention::Journalled));
         assert_eq!((seq, dropped), (12, vec![7]));
         assert_eq!(names(&queue), ["q2", "q3", "j2", "j3"]);
         assert_eq!(queue.left_out(), 2);
@@ -336,9 +336,9 @@ mod tests {
         let mut queue = small();
         let doing = |name: &str, session: &'static str| Message {
             args: Bytes::from_static(session.as_bytes()),
-            ..message(name, Keeping::JournalledDoing)
+            ..message(name, Retention::JournalledDoing)
         };
-        queue.push(message("j1", Keeping::Journalled));
+        queue.push(message("j1", Retention::Journalled));
         queue.push(doing("a started", "a"));
         queue.push(doing("a finished", "a"));
         queue.push(doing("b started", "b"));
@@ -363,9 +363,9 @@ mod tests {
     #[test]
     fn the_newest_report_takes_the_place_of_the_first() {
         let mut queue = small();
-        let beat = || message("beat", Keeping::Newest("beat".into()));
+        let beat = || message("beat", Retention::Newest("beat".into()));
         let (first, _) = queue.push(beat());
-        queue.push(message("q", Keeping::Queued));
+        queue.push(message("q", Retention::Queued));
         let sent = queue.oldest(1, usize::MAX);
         let (second, _) = queue.push(beat());
         assert_eq!(names(&queue), ["beat", "q"]);
@@ -381,10 +381,10 @@ mod tests {
     #[test]
     fn reports_are_found_behind_others() {
         let mut queue = small();
-        queue.push(message("j", Keeping::Journalled));
-        queue.push(message("beat", Keeping::Newest("beat".into())));
-        queue.push(message("q", Keeping::Queued));
-        queue.push(message("task", Keeping::Newest("task".into())));
+        queue.push(message("j", Retention::Journalled));
+        queue.push(message("beat", Retention::Newest("beat".into())));
+        queue.push(message("q", Retention::Queued));
+        queue.push(message("task", Retention::Newest("task".into())));
         let names = |count| {
             let reports = queue.reports(count, usize::MAX);
             reports
@@ -402,7 +402,7 @@ mod tests {
         queue.bounds.queued.bytes = 1000;
         let large = |name: &str| Message {
             args: Bytes::from(vec![0; 600]),
-            ..message(name, Keeping::Queued)
+            ..message(name, Retention::Queued)
         };
         queue.push(large("a"));
         queue.push(large("b"));
@@ -410,7 +410,7 @@ mod tests {
         // One that is over the bound alone is still taken in.
         queue.push(Message {
             args: Bytes::from(vec![0; 5000]),
-            ..message("c", Keeping::Queued)
+            ..message("c", Retention::Queued)
         });
         assert_eq!(names(&queue), ["c"]);
         let seq = queue.oldest(1, 1)[0].seq;
@@ -424,7 +424,7 @@ mod tests {
         let mut queue = small();
         queue.bounds.queued.count = 10;
         for n in 0..5 {
-            queue.push(message(&format!("q{n}"), Keeping::Queued));
+            queue.push(message(&format!("q{n}"), Retention::Queued));
         }
         assert_eq!(queue.oldest(3, usize::MAX).len(), 3);
         assert_eq!(queue.oldest(5, 300).len(), 2);

@@ -15,11 +15,11 @@ use bytes::Bytes;
 use rand::Rng;
 use tokio_util::sync::CancellationToken;
 
+use super::backlog::Backlog;
 use super::connection::{Command, Connection, ConnectionError, Connector, Reply};
 use super::message::STREAM;
 use super::queue::Entry;
 use super::readers::{self, Patience, Readers};
-use super::waiting::Waiting;
 
 /// Messages of one batch: the stream keeps about 128 entries, and a manager takes 64 at a time.
 const BATCH: usize = 32;
@@ -44,7 +44,7 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Sender {
     pub(super) connector: Connector,
     pub(super) source: String,
-    pub(super) waiting: Arc<Waiting>,
+    pub(super) waiting: Arc<Backlog>,
     pub(super) stopping: CancellationToken,
 }
 

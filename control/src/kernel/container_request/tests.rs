@@ -1,6 +1,6 @@
 use super::*;
 use crate::kernel::create::{NetworkChoice, with_host_ports};
-use crate::kernel::environment::{Given, Identity, variables};
+use crate::kernel::environment::{EnvironmentInputs, Identity, variables};
 use crate::kernel::mounts::{HostPaths, Intrinsic, intrinsic, vfolders};
 use crate::kernel::scratch::ScratchPaths;
 use crate::kernel::service_ports::{Exposure, arrange};
@@ -138,9 +138,9 @@ fn captured_body(config: &KernelCreationConfig, engine_ports: bool) -> (String, 
     let environ = variables(
         config,
         identity,
-        &Given {
+        &EnvironmentInputs {
             cores: 1,
-            ..Given::default()
+            ..EnvironmentInputs::default()
         },
     );
     let built = build(&ContainerInputs {

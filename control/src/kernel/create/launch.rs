@@ -15,7 +15,7 @@ use super::error::CreateError;
 use super::host_ports::{KeptPorts, take_ports};
 use super::prepare::{self, Prepared};
 use super::serve::{Attempt, serve};
-use super::{Found, Order, Turn, abortable, aborted, enter};
+use super::{CreatePermit, CreatePlan, Order, abortable, aborted, enter};
 use crate::accelerator::host::Granted;
 use crate::accelerator::inject::{NO_NVIDIA, NVIDIA_VISIBLE};
 use crate::blocking::blocking;
@@ -23,7 +23,7 @@ use crate::kernel::agent_socket;
 use crate::kernel::container_request::{
     self, ContainerInputs, ContainerRequest, HELD_FOLDERS_LABEL, Limits,
 };
-use crate::kernel::environment::{self, AttachedDevice, Given};
+use crate::kernel::environment::{self, AttachedDevice, EnvironmentInputs};
 use crate::kernel::lifecycle::Stage;
 use crate::kernel::memory_nodes;
 use crate::kernel::mounts::{self, HostPaths, Intrinsic, Mount, WORK};
@@ -47,12 +47,12 @@ pub async fn files_and_container(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
     order: &Order,
-    found: &Found,
+    plan: &CreatePlan,
     kept: Option<KeptPorts<'_>>,
     abort: &CancellationToken,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<(), CreateError> {
-    let Found { prepared, distro } = found;
+    let CreatePlan { prepared, distro } = plan;
     enter(kernel, Stage::Files)?;
     let mut attempt = 1;
     if let Some(kept) = kept {
@@ -66,14 +66,14 @@ pub async fn files_and_container(
         make_scratch(node, kernel, order, prepared).await?;
     }
     loop {
-        match launch(node, kernel, order, prepared, distro, abort, turn).await {
+        match launch(node, kernel, order, prepared, distro, abort, permit).await {
             Ok(()) => return Ok(()),
             Err(Attempt::Busy(err, ports)) if attempt < ATTEMPTS => {
                 attempt += 1;
                 tracing::warn!(kernel_id = %kernel.id, ?ports, err = &err as &dyn std::error::Error,
                     "a host port is in use; trying others");
                 discard_container(node, kernel).await?;
-                abortable(kernel, abort, turn.resume()).await??;
+                abortable(kernel, abort, permit.resume()).await??;
                 for port in ports {
                     node.ports.give_up(kernel.id, port);
                 }
@@ -129,7 +129,7 @@ async fn launch(
     prepared: &Prepared,
     distro: &str,
     abort: &CancellationToken,
-    turn: &mut Turn<'_>,
+    permit: &mut CreatePermit<'_>,
 ) -> Result<(), Attempt> {
     let container = make_container(node, kernel, order, prepared, distro).await?;
     // Its own, too: others may have come while it was made.
@@ -153,12 +153,12 @@ async fn launch(
         });
     }
     // The runner answers when the user's own script has ended.
-    turn.rest();
+    permit.rest();
     serve(node, kernel, container, abort).await
 }
 
 /// What a container is given beside its mounts.
-struct Outfit {
+struct ContainerExtras {
     limits: ContainerLimits,
     /// What device plugins give it.
     granted: Granted,
@@ -176,10 +176,10 @@ async fn make_container(
 ) -> Result<ContainerId, CreateError> {
     let allocation = kernel.with_record(|record| record.allocation.clone());
     let allocation = allocation.unwrap_or_default();
-    let outfit = outfit(node, kernel.id, order, prepared, &allocation).await?;
+    let extras = extras(node, kernel.id, order, prepared, &allocation).await?;
     let mounts = all_mounts(node, kernel, order, prepared, distro).await?;
-    write_config(node, kernel, prepared, &allocation, &outfit, &mounts).await?;
-    let request = request_of(node, kernel, order, prepared, &outfit, &mounts).await?;
+    write_config(node, kernel, prepared, &allocation, &extras, &mounts).await?;
+    let request = request_of(node, kernel, order, prepared, &extras, &mounts).await?;
     let (name, body) = (request.name, request.body);
     let models: Vec<_> = prepared.models.iter().map(|model| json!(model)).collect();
     node.progress(kernel.id, "creating the container");
@@ -188,7 +188,7 @@ async fn make_container(
         // Only the main kernel of a session serves.
         record.models_pending = !models.is_empty() && order.config.is_main();
         record.models = models;
-        record.environ = Some(outfit.environ);
+        record.environ = Some(extras.environ);
         record.container_name = name.clone();
         record.container_id = None;
     });
@@ -214,13 +214,13 @@ async fn make_container(
 }
 
 /// What follows from the devices, and the variables.
-async fn outfit(
+async fn extras(
     node: &Node,
     kernel: KernelId,
     order: &Order,
     prepared: &Prepared,
     allocation: &Allocation,
-) -> Result<Outfit, CreateError> {
+) -> Result<ContainerExtras, CreateError> {
     let mut limits = node.ledger.container_limits(kernel, allocation);
     if let Some(why) = limits.refused.take() {
         return Err(ResourceError::General(why).into());
@@ -234,7 +234,7 @@ async fn outfit(
     let mut environ = environment::variables(
         &order.config,
         prepared.identity,
-        &Given {
+        &EnvironmentInputs {
             cores: usize::try_from(limits.cpu_count).unwrap_or_default(),
             attached: &attached,
             accelerator_gids: &limits.gids,
@@ -249,7 +249,7 @@ async fn outfit(
     }
     let granted = node.plugin_host.grant(allocation).await?;
     enforce(&mut environ, &limits.environment, &granted.environment);
-    Ok(Outfit {
+    Ok(ContainerExtras {
         limits,
         granted,
         attached,
@@ -272,7 +272,7 @@ async fn write_config(
     kernel: &Kernel,
     prepared: &Prepared,
     allocation: &Allocation,
-    outfit: &Outfit,
+    extras: &ContainerExtras,
     mounts: &[Mount],
 ) -> Result<(), CreateError> {
     let spec = ResourceSpec {
@@ -281,12 +281,12 @@ async fn write_config(
         scratch_disk_size: 0,
         mounts: mounts.to_vec(),
     };
-    let rendered = resource_text::render(&spec, &outfit.limits.resource_lines, |slot| {
+    let rendered = resource_text::render(&spec, &extras.limits.resource_lines, |slot| {
         node.ledger.is_bytes(slot)
     })?;
-    let devices = outfit.attached.iter();
+    let devices = extras.attached.iter();
     let files = ConfigFiles {
-        environ: environment::render(&outfit.environ, &[]),
+        environ: environment::render(&extras.environ, &[]),
         resource: rendered.text,
         devices: devices.map(|(device, _)| device.clone()).collect(),
         intrinsic_ports: kernel.with_record(intrinsic_ports),
@@ -320,10 +320,10 @@ async fn request_of(
     kernel: &Kernel,
     order: &Order,
     prepared: &Prepared,
-    outfit: &Outfit,
+    extras: &ContainerExtras,
     mounts: &[Mount],
 ) -> Result<ContainerRequest, CreateError> {
-    let (limits, granted) = (&outfit.limits, &outfit.granted);
+    let (limits, granted) = (&extras.limits, &extras.granted);
     let mut extra = gateway_arguments(node, kernel, order).await?;
     extra.extend(limits.arguments.iter().chain(&granted.arguments).cloned());
     let (held, engine_mounts) = hold_parts(node, kernel, mounts).await?;
@@ -337,7 +337,7 @@ async fn request_of(
         services: &record.services,
         repl_ports: record.repl_ports,
         engine_ports: record.published_by == PublishedBy::Engine,
-        environ: &outfit.environ,
+        environ: &extras.environ,
         mounts: &engine_mounts,
         limits: &Limits::from(limits),
         shared_memory: prepared.shared_memory,
@@ -461,8 +461,8 @@ async fn all_mounts(
         };
         mounts::intrinsic(&paths, &wanted, &host)
     };
-    let (until, what) = (node.looks.until(), "what lxcfs serves".to_owned());
-    let mut mounts = node.looks.at_own(until, what, &lxcfs, look).await?;
+    let (until, what) = (node.guarded_io.until(), "what lxcfs serves".to_owned());
+    let mut mounts = node.guarded_io.at_own(until, what, &lxcfs, look).await?;
     let (opener, order) = (node.clone(), order.config.clone());
     let id = kernel.id;
     let sockets = blocking(move || {

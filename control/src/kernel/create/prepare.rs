@@ -80,12 +80,12 @@ pub async fn check(
     };
     let published_by = publisher(node, &network);
 
-    let until = node.looks.until();
+    let until = node.guarded_io.until();
     let folders = look_at_folders(node, config, until).await?;
     for socket in &config.internal_data.domain_socket_proxies {
         let (what, wanted) = (format!("the host socket {socket}"), socket.clone());
         let look = move || host_sockets::check(&[wanted]);
-        node.looks.at(until, what, socket, look).await??;
+        node.guarded_io.at(until, what, socket, look).await??;
     }
     let (runner, seccomp, mut host) = look_at_runner(node, until).await?;
     host.overrides = look_at_overrides(node, until).await?;
@@ -126,7 +126,7 @@ async fn look_at_folders(
         let (what, wanted) = (format!("the folder {}", folder.name), folder.clone());
         let look = move || mounts::vfolder(&wanted);
         let mount = node
-            .looks
+            .guarded_io
             .at(until, what, &folder.host_path, look)
             .await??;
         mounts::add(&mut found, mount)?;
@@ -152,7 +152,7 @@ async fn look_at_runner(
         Ok((runner, seccomp, HostFacts::read()))
     };
     let what = "the directory of the in-container runner".to_owned();
-    node.looks.at_own(until, what, &dir, look).await?
+    node.guarded_io.at_own(until, what, &dir, look).await?
 }
 
 /// The operator's parts of the container's request, with the files they stand in.
@@ -165,7 +165,7 @@ async fn look_at_overrides(
         let what = "a file with container options".to_owned();
         let file = path.clone();
         let look = move || override_part(&file);
-        let part = node.looks.at_own(until, what, path, look).await??;
+        let part = node.guarded_io.at_own(until, what, path, look).await??;
         parts.extend(part.map(|part| (path.clone(), part)));
     }
     Ok(parts)
@@ -204,9 +204,9 @@ pub async fn check_models(
     let what = format!("the model folder {}", folder.name);
     let (wanted, cmd) = (config.clone(), image.cmd.clone());
     let look = move || model_definition::read(&wanted, &cmd);
-    let until = node.looks.until();
+    let until = node.guarded_io.until();
     prepared.models = node
-        .looks
+        .guarded_io
         .at(until, what, &folder.host_path, look)
         .await??;
     let ports: Vec<(String, u16)> = prepared

@@ -203,7 +203,7 @@ async fn died(node: &Node, kernel: &Kernel, container: ContainerId) -> CreateErr
 fn open_runner(
     node: &Node,
     kernel: &Kernel,
-    place: &rows::Whereabouts,
+    place: &rows::ContainerLocation,
     resumed: bool,
 ) -> RunnerLink {
     let address = kernel.with_record(|record| record.runner_address(place.address));

@@ -15,7 +15,7 @@ use crate::kernel::lifecycle::{Ending, Reason};
 
 /// One container of this agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct ContainerState {
     /// The kernel its name tells.
     pub kernel: KernelId,
     /// Its id.
@@ -26,7 +26,7 @@ pub struct Seen {
 
 /// What the journal says of one kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct JournalState {
     /// How far it had come.
     pub phase: Phase,
     /// The end that was decided.
@@ -69,9 +69,9 @@ pub struct Plan {
 }
 
 /// Decides.
-pub fn plan(seen: &[Seen], known: &BTreeMap<KernelId, Known>) -> Plan {
+pub fn plan(seen: &[ContainerState], known: &BTreeMap<KernelId, JournalState>) -> Plan {
     let mut plan = Plan::default();
-    let mut of_kernel: BTreeMap<KernelId, Vec<Seen>> = BTreeMap::new();
+    let mut of_kernel: BTreeMap<KernelId, Vec<ContainerState>> = BTreeMap::new();
     for container in seen {
         of_kernel
             .entry(container.kernel)
@@ -98,7 +98,7 @@ pub fn plan(seen: &[Seen], known: &BTreeMap<KernelId, Known>) -> Plan {
 }
 
 /// The container that is the kernel: a running one before the one the journal names before any.
-fn choose(containers: &[Seen], known: Option<&Known>) -> Option<Seen> {
+fn choose(containers: &[ContainerState], known: Option<&JournalState>) -> Option<ContainerState> {
     let named = known.and_then(|known| known.container);
     containers.iter().copied().max_by_key(|seen| {
         (
@@ -108,7 +108,7 @@ fn choose(containers: &[Seen], known: Option<&Known>) -> Option<Seen> {
     })
 }
 
-fn decide(chosen: Option<Seen>, known: Option<&Known>) -> Decision {
+fn decide(chosen: Option<ContainerState>, known: Option<&JournalState>) -> Decision {
     let container = chosen.map(|seen| seen.container);
     let finish = |reason: Reason| Decision::Finish(container, Ending::new(reason, false));
     let Some(known) = known else {
@@ -241,8 +241,8 @@ mod tests {
                 "ending" => Some(Phase::Ending),
                 other => panic!("{other}"),
             };
-            let known: BTreeMap<KernelId, Known> = phase
-                .map(|phase| Known {
+            let known: BTreeMap<KernelId, JournalState> = phase
+                .map(|phase| JournalState {
                     phase,
                     ending: (phase == Phase::Ending).then(|| StoredEnding {
                         reason: "user-requested".into(),
@@ -257,8 +257,8 @@ mod tests {
                 .into_iter()
                 .collect();
             for (liveness, expected) in columns.iter().zip(&cells[1..]) {
-                let seen: Vec<Seen> = liveness
-                    .map(|liveness| Seen {
+                let seen: Vec<ContainerState> = liveness
+                    .map(|liveness| ContainerState {
                         kernel: id(1),
                         container: container(1),
                         liveness,
@@ -283,7 +283,7 @@ mod tests {
             Some(Phase::Running),
         ] {
             let known = phase
-                .map(|phase| Known {
+                .map(|phase| JournalState {
                     phase,
                     ending: None,
                     container: None,
@@ -293,7 +293,7 @@ mod tests {
                 .map(|known| (id(1), known))
                 .into_iter()
                 .collect();
-            let seen = [Seen {
+            let seen = [ContainerState {
                 kernel: id(1),
                 container: container(1),
                 liveness: Liveness::Active,
@@ -313,7 +313,7 @@ mod tests {
     fn a_second_container_of_a_kernel_is_removed() {
         let known = BTreeMap::from([(
             id(1),
-            Known {
+            JournalState {
                 phase: Phase::Restarting,
                 ending: None,
                 container: Some(container(1)),
@@ -322,12 +322,12 @@ mod tests {
             },
         )]);
         let seen = [
-            Seen {
+            ContainerState {
                 kernel: id(1),
                 container: container(1),
                 liveness: Liveness::Dead,
             },
-            Seen {
+            ContainerState {
                 kernel: id(1),
                 container: container(2),
                 liveness: Liveness::Active,

@@ -9,7 +9,7 @@ use shared::ids::{ContainerId, KernelId};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::Listed;
+use super::ListedContainer;
 use crate::causes::chain;
 use crate::docker::{ContainerInspectResponse, DockerError};
 use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
@@ -54,7 +54,7 @@ pub async fn record(
     node: &Node,
     id: KernelId,
     container: ContainerId,
-    listed: &Listed,
+    listed: &ListedContainer,
 ) -> Result<Record, RebuildError> {
     let labels = &listed.labels;
     let session_id: Uuid = labels

@@ -16,12 +16,12 @@ use tokio::sync::oneshot;
 const IN_FLIGHT: usize = 64;
 
 #[derive(Debug)]
-struct Place {
+struct PendingRequest {
     answer: Option<oneshot::Sender<Bytes>>,
     lost_after: Instant,
 }
 
-impl Place {
+impl PendingRequest {
     fn gave_up(&self) -> bool {
         self.answer.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
@@ -30,7 +30,7 @@ impl Place {
 /// The requests of one kind, oldest first.
 #[derive(Debug)]
 pub struct AnswerLine {
-    places: VecDeque<Place>,
+    pending: VecDeque<PendingRequest>,
     interchangeable: bool,
 }
 
@@ -39,7 +39,7 @@ impl AnswerLine {
     /// one goes to the oldest request that still waits; a lost message then costs nothing.
     pub fn new(interchangeable: bool) -> Self {
         Self {
-            places: VecDeque::new(),
+            pending: VecDeque::new(),
             interchangeable,
         }
     }
@@ -47,18 +47,18 @@ impl AnswerLine {
     /// Whether nothing is in flight and no answer is owed.
     pub fn is_clear(&mut self, now: Instant) -> bool {
         self.forget_lost(now);
-        self.places.is_empty()
+        self.pending.is_empty()
     }
 
-    /// Takes a place; `None` when too many are in flight. An answer that is not there `owed_for`
+    /// Takes a place in the queue; `None` when too many are in flight. An answer that is not there `owed_for`
     /// after now is counted as lost.
     pub fn join(&mut self, now: Instant, owed_for: Duration) -> Option<oneshot::Receiver<Bytes>> {
         self.forget_lost(now);
-        if self.places.len() >= IN_FLIGHT {
+        if self.pending.len() >= IN_FLIGHT {
             return None;
         }
         let (sender, receiver) = oneshot::channel();
-        self.places.push_back(Place {
+        self.pending.push_back(PendingRequest {
             answer: Some(sender),
             lost_after: now + owed_for,
         });
@@ -68,13 +68,13 @@ impl AnswerLine {
     /// Delivers an answer; false when nobody had asked.
     pub fn answer(&mut self, now: Instant, payload: Bytes) -> bool {
         self.forget_lost(now);
-        while self.interchangeable && self.places.front().is_some_and(Place::gave_up) {
-            self.places.pop_front();
+        while self.interchangeable && self.pending.front().is_some_and(PendingRequest::gave_up) {
+            self.pending.pop_front();
         }
-        let Some(place) = self.places.pop_front() else {
+        let Some(pending) = self.pending.pop_front() else {
             return false;
         };
-        place
+        pending
             .answer
             .is_some_and(|sender| sender.send(payload).is_ok())
     }
@@ -82,23 +82,23 @@ impl AnswerLine {
     /// Requests or their answers may have been lost: those whose caller is gone are not waited for
     /// longer than `owed_for` after now.
     pub fn doubt(&mut self, now: Instant, owed_for: Duration) {
-        for place in &mut self.places {
-            place.lost_after = place.lost_after.min(now + owed_for);
+        for pending in &mut self.pending {
+            pending.lost_after = pending.lost_after.min(now + owed_for);
         }
     }
 
-    /// Drops every place: all waiters end.
+    /// Drops all of them: all waiters end.
     pub fn clear(&mut self) {
-        self.places.clear();
+        self.pending.clear();
     }
 
     fn forget_lost(&mut self, now: Instant) {
         while self
-            .places
+            .pending
             .front()
-            .is_some_and(|place| place.gave_up() && now >= place.lost_after)
+            .is_some_and(|pending| pending.gave_up() && now >= pending.lost_after)
         {
-            self.places.pop_front();
+            self.pending.pop_front();
         }
     }
 }
@@ -117,10 +117,10 @@ mod tests {
         let now = Instant::now();
         let owed = Duration::from_secs(40);
         let mut line = AnswerLine::new(false);
-        let first = line.join(now, owed).expect("place");
+        let first = line.join(now, owed).expect("a place");
         drop(first);
         assert!(!line.is_clear(now), "its answer is owed");
-        let mut second = line.join(now, owed).expect("place");
+        let mut second = line.join(now, owed).expect("a place");
         assert!(
             !line.answer(now, Bytes::from_static(b"late")),
             "the late answer belongs to nobody"
@@ -185,7 +185,7 @@ mod tests {
         assert!(!line.is_clear(late + seconds(44)));
         assert!(line.is_clear(late + seconds(45)));
         // Whoever still waits for an answer has it when it comes.
-        let mut waiting = line.join(now, seconds(3600)).expect("place");
+        let mut waiting = line.join(now, seconds(3600)).expect("a place");
         line.doubt(now, seconds(45));
         assert!(line.answer(now + seconds(60), Bytes::from_static(b"late")));
         assert!(waiting.try_recv().is_ok());
@@ -196,12 +196,12 @@ mod tests {
         let now = Instant::now();
         let mut line = AnswerLine::new(true);
         drop(line.join(now, Duration::from_secs(30)));
-        let mut ping = line.join(now, Duration::from_secs(30)).expect("place");
+        let mut ping = line.join(now, Duration::from_secs(30)).expect("a place");
         assert!(line.answer(now, Bytes::from_static(b"alive")));
         assert!(ping.try_recv().is_ok());
         // An answer nobody waits for is gone; it does not answer the ping after it.
         assert!(!line.answer(now, Bytes::from_static(b"stale")));
-        let mut later = line.join(now, Duration::from_secs(30)).expect("place");
+        let mut later = line.join(now, Duration::from_secs(30)).expect("a place");
         assert!(later.try_recv().is_err());
     }
 
@@ -210,7 +210,7 @@ mod tests {
         let now = Instant::now();
         let mut line = AnswerLine::new(false);
         let held: Vec<_> = (0..IN_FLIGHT)
-            .map(|_| line.join(now, Duration::from_secs(1)).expect("place"))
+            .map(|_| line.join(now, Duration::from_secs(1)).expect("a place"))
             .collect();
         assert!(line.join(now, Duration::from_secs(1)).is_none());
         drop(held);

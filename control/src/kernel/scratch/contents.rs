@@ -78,7 +78,7 @@ pub struct ConfigFiles {
 /// Fills a new scratch.
 pub(super) fn fill(paths: &ScratchPaths, new: &NewScratch) -> Result<(), ScratchError> {
     place_skeleton(&paths.work, new)?;
-    let home = Home::open(paths, new, Over::Write)?;
+    let home = WorkDirectory::open(paths, new, IfExists::Write)?;
     if let Some(script) = new
         .bootstrap_script
         .as_deref()
@@ -97,7 +97,7 @@ pub(super) fn renew(
     paths: &ScratchPaths,
     new: &NewScratch,
 ) -> Result<Vec<ScratchError>, ScratchError> {
-    let home = Home::open(paths, new, Over::Renew)?;
+    let home = WorkDirectory::open(paths, new, IfExists::Renew)?;
     let placed = home.parts().map(|part| home.place(part));
     let of_config = [
         write_cluster(&paths.config, &new.cluster, new.owner),
@@ -108,32 +108,32 @@ pub(super) fn renew(
 
 /// What is done about a file of the request that is there.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Over {
+enum IfExists {
     Write,
     /// One that is as it was stays so, as a full disk could leave nothing of it.
     Renew,
 }
 
 /// What a request brings into `work`.
-enum Brought<'a> {
+enum RequestFile<'a> {
     /// A key: the name, its text, and whether one that is there may be the user's own.
     Key(&'static str, &'a str, bool),
     Dotfile(&'a Dotfile),
 }
 
 /// The kernel's `work`, whose user may have put anything there.
-struct Home<'a> {
+struct WorkDirectory<'a> {
     work: Beneath,
     path: &'a Path,
     new: &'a NewScratch,
-    over: Over,
+    over: IfExists,
 }
 
-impl<'a> Home<'a> {
+impl<'a> WorkDirectory<'a> {
     fn open(
         paths: &'a ScratchPaths,
         new: &'a NewScratch,
-        over: Over,
+        over: IfExists,
     ) -> Result<Self, ScratchError> {
         let path = paths.work.as_path();
         let work = Beneath::open(path).map_err(|cause| ScratchError::Read {
@@ -148,21 +148,21 @@ impl<'a> Home<'a> {
         })
     }
 
-    fn parts(&self) -> impl Iterator<Item = Brought<'a>> + use<'a> {
+    fn parts(&self) -> impl Iterator<Item = RequestFile<'a>> + use<'a> {
         let keys = self.new.ssh_keypair.iter().flat_map(|keypair| {
             let private = keypair.private_key.reveal();
             [
-                Brought::Key(".ssh/authorized_keys", &keypair.public_key, false),
-                Brought::Key(".ssh/id_rsa", private, true),
-                Brought::Key("id_container", private, false),
+                RequestFile::Key(".ssh/authorized_keys", &keypair.public_key, false),
+                RequestFile::Key(".ssh/id_rsa", private, true),
+                RequestFile::Key("id_container", private, false),
             ]
         });
-        keys.chain(self.new.dotfiles.iter().map(Brought::Dotfile))
+        keys.chain(self.new.dotfiles.iter().map(RequestFile::Dotfile))
     }
 
-    fn place(&self, part: Brought<'_>) -> Result<(), ScratchError> {
+    fn place(&self, part: RequestFile<'_>) -> Result<(), ScratchError> {
         match part {
-            Brought::Key(name, text, perhaps_own) => {
+            RequestFile::Key(name, text, perhaps_own) => {
                 let path = Path::new(name);
                 if let Some(parent) = path.parent().filter(|parent| !is_here(parent)) {
                     self.make(parent, 0o700)?;
@@ -171,7 +171,7 @@ impl<'a> Home<'a> {
                         .set_directory(parent, 0o700, self.new.owner)
                         .map_err(|cause| ScratchError::write(&self.path.join(parent), cause))?;
                 }
-                let keep = perhaps_own && self.over == Over::Renew;
+                let keep = perhaps_own && self.over == IfExists::Renew;
                 let there = || self.work.exists(path);
                 if keep
                     && there().map_err(|cause| ScratchError::write(&self.path.join(path), cause))?
@@ -187,7 +187,7 @@ impl<'a> Home<'a> {
                     false => self.put(path, text, 0o600),
                 }
             }
-            Brought::Dotfile(dotfile) => {
+            RequestFile::Dotfile(dotfile) => {
                 let (path, mode) = dotfile_place(dotfile)?;
                 let mut content = dotfile.data.reveal().to_owned();
                 if !content.ends_with('\n') {
@@ -216,7 +216,7 @@ impl<'a> Home<'a> {
     fn has(&self, path: &Path, content: &str) -> bool {
         let content = content.as_bytes();
         let there = || self.work.read(path, content.len() as u64);
-        self.over == Over::Renew && there().is_ok_and(|there| there == content)
+        self.over == IfExists::Renew && there().is_ok_and(|there| there == content)
     }
 
     fn put(&self, path: &Path, content: &str, mode: u32) -> Result<(), ScratchError> {

@@ -1,7 +1,7 @@
 //! Where a scratch's bytes are: plain directories, a file system in a file, or memory.
 
 use super::beneath::remove_tree;
-use super::held;
+use super::subpaths;
 use super::{ScratchError, ScratchKind, ScratchPaths};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -214,7 +214,7 @@ pub(super) fn undo(root: &Path, kernel_id: Uuid) {
 
 /// Removes all of a kernel's storage, of every kind: the configured one may have changed since.
 pub(super) fn remove(root: &Path, kernel_id: Uuid) -> Result<(), ScratchError> {
-    held::release(root, kernel_id)?;
+    subpaths::release(root, kernel_id)?;
     let main = kernel_id.to_string();
     let tmp = format!("{kernel_id}_tmp");
     for name in [&main, &tmp] {
@@ -276,7 +276,7 @@ pub(super) fn list(root: &Path) -> Result<Vec<Uuid>, ScratchError> {
         let name = name.to_string_lossy();
         let id = name
             .strip_suffix("_tmp")
-            .or(name.strip_suffix(held::SUFFIX))
+            .or(name.strip_suffix(subpaths::SUFFIX))
             .or(name.strip_suffix(".img"))
             .or(name.strip_suffix(OWNER_SUFFIX))
             .unwrap_or(&name);

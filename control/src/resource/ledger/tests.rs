@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 mod captured;
 
-use super::told::align_memory;
+use super::views::align_memory;
 use super::*;
 use crate::resource::map::{MapDevice, Strategy};
 use crate::resource::plugin::SlotDeclaration;

@@ -57,7 +57,7 @@ pub(super) async fn answer(
         "bai.kernels" => kernels(node, matches!(arg(0, "all"), Value::Bool(true))),
         "bai.stats" => statistics(node, &arg(0, "kernel_ids")),
         "bai.ports" => ports(node),
-        "bai.folders" => reply(&storage_proxy::shown::folders(
+        "bai.folders" => reply(&storage_proxy::documents::folders(
             node.storage_proxy.as_ref(),
             &storage_proxy::mounted(node),
             Instant::now(),
@@ -113,7 +113,7 @@ async fn status(node: &Arc<Node>, started: Instant) -> Result<Value, Failure> {
         "storage_proxy": node
             .storage_proxy
             .as_ref()
-            .map(|proxy| storage_proxy::shown::status(proxy, Instant::now())),
+            .map(|proxy| storage_proxy::documents::status(proxy, Instant::now())),
     }))
 }
 

@@ -10,7 +10,7 @@ use super::super::value::Value;
 use super::{PATIENCE, known_kernel, reply};
 use crate::causes::chain;
 use crate::kernel::environment::{self, Identity};
-use crate::kernel::file_access::{self, FileAccessError, SessionUser, UploadPlace};
+use crate::kernel::file_access::{self, FileAccessError, SessionUser, UploadTarget};
 use crate::kernel::node::Node;
 use crate::kernel::registry::Kernel;
 
@@ -40,7 +40,7 @@ pub(super) async fn upload(node: &Arc<Node>, mut args: Arguments) -> Result<Valu
             )));
         }
     };
-    let place = upload_place(node, &kernel);
+    let place = upload_target(node, &kernel);
     file_access::upload_file(place, name, content)
         .await
         .map_err(|err| refused(&err))?;
@@ -87,9 +87,9 @@ async fn session_user(node: &Node, kernel: &Kernel) -> SessionUser {
     }
 }
 
-fn upload_place(node: &Node, kernel: &Kernel) -> UploadPlace {
+fn upload_target(node: &Node, kernel: &Kernel) -> UploadTarget {
     let (uid, gid) = owner_of(node, kernel);
-    kernel.with_record(|record| UploadPlace {
+    kernel.with_record(|record| UploadTarget {
         work_dir: node.scratch.paths(record.kernel_id).work,
         uid,
         gid,

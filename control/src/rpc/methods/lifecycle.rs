@@ -105,7 +105,7 @@ pub(super) async fn destroy_kernel(
 fn destroyed(outcome: Result<(), DestroyError>) -> Result<Value, Failure> {
     outcome.map(|()| Value::Nil).map_err(|err| match &err {
         DestroyError::StillEnding { .. } => Failure::runtime_error(err.to_string()),
-        DestroyError::Look { .. } => Failure::new("DockerError", chain(&err)),
+        DestroyError::Inspect { .. } => Failure::new("DockerError", chain(&err)),
     })
 }
 

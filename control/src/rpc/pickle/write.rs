@@ -5,12 +5,7 @@ use super::{COMMON_DOCKER, COMMON_TYPES, EnumValue, ImageRef};
 const HEAD: [u8; 2] = [0x80, 5];
 const STOP: u8 = 0x2e;
 
-/// Writes an enum member with a text value.
-#[must_use]
-pub fn write_enum(module: &str, class: &str, value: &str) -> Vec<u8> {
-    write_enum_value(module, class, &EnumValue::Text(value.to_owned()))
-}
-
+/// Writes an enum member.
 pub(in crate::rpc) fn write_enum_value(module: &str, class: &str, value: &EnumValue) -> Vec<u8> {
     let mut out = HEAD.to_vec();
     push_class(&mut out, module, class);

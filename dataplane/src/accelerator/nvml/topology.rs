@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nvml_wrapper::enum_wrappers::device::TopologyLevel;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
-use shared::observed::{NEIGHBOURS, Nearness};
+use shared::observed::{NEIGHBOURS, Proximity};
 
 use super::constants::bus_address;
 
@@ -20,7 +20,7 @@ const LINKS: u32 = 64;
 /// How long an answer is good for.
 const KEPT: Duration = Duration::from_secs(60);
 
-const UNKNOWN: [Nearness; NEIGHBOURS] = [Nearness(0); NEIGHBOURS];
+const UNKNOWN: [Proximity; NEIGHBOURS] = [Proximity(0); NEIGHBOURS];
 
 /// A device that answers.
 pub(super) struct Node<'nvml> {
@@ -35,12 +35,12 @@ pub(super) struct Node<'nvml> {
 #[derive(Debug, Default)]
 pub(super) struct Topology {
     asked: Option<(Instant, Vec<(u32, String)>)>,
-    near: HashMap<u32, [Nearness; NEIGHBOURS]>,
+    near: HashMap<u32, [Proximity; NEIGHBOURS]>,
 }
 
 impl Topology {
     /// How near the others are to a device.
-    pub(super) fn near(&self, index: u32) -> [Nearness; NEIGHBOURS] {
+    pub(super) fn near(&self, index: u32) -> [Proximity; NEIGHBOURS] {
         self.near.get(&index).copied().unwrap_or(UNKNOWN)
     }
 
@@ -66,7 +66,7 @@ impl Topology {
                     );
                     let near = match count {
                         0 => by_bus(nvml.topology_common_ancestor(&one.device, &other.device)),
-                        count => Nearness::links(count),
+                        count => Proximity::links(count),
                     };
                     self.put(one.index, other.index, near);
                     self.put(other.index, one.index, near);
@@ -76,7 +76,7 @@ impl Topology {
         self.asked = Some((Instant::now(), all));
     }
 
-    fn put(&mut self, from: u32, to: u32, near: Nearness) {
+    fn put(&mut self, from: u32, to: u32, near: Proximity) {
         let place = usize::try_from(to).unwrap_or(usize::MAX);
         let row = self.near.entry(from).or_insert(UNKNOWN);
         if let Some(place) = row.get_mut(place) {
@@ -123,15 +123,15 @@ fn links_between(
     shared.sum()
 }
 
-fn by_bus(level: Result<TopologyLevel, NvmlError>) -> Nearness {
+fn by_bus(level: Result<TopologyLevel, NvmlError>) -> Proximity {
     match level {
-        Ok(TopologyLevel::Internal) => Nearness::BOARD,
-        Ok(TopologyLevel::Single) => Nearness::SWITCH,
-        Ok(TopologyLevel::Multiple) => Nearness::SWITCHES,
-        Ok(TopologyLevel::HostBridge) => Nearness::HOST_BRIDGE,
-        Ok(TopologyLevel::Node) => Nearness::NUMA_NODE,
-        Ok(TopologyLevel::System) => Nearness::SYSTEM,
-        Err(_) => Nearness::default(),
+        Ok(TopologyLevel::Internal) => Proximity::BOARD,
+        Ok(TopologyLevel::Single) => Proximity::SWITCH,
+        Ok(TopologyLevel::Multiple) => Proximity::SWITCHES,
+        Ok(TopologyLevel::HostBridge) => Proximity::HOST_BRIDGE,
+        Ok(TopologyLevel::Node) => Proximity::NUMA_NODE,
+        Ok(TopologyLevel::System) => Proximity::SYSTEM,
+        Err(_) => Proximity::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::super::facts::unescape;
+use super::super::hierarchies::unescape;
 
 /// More devices than this are not looked at.
 const LIMIT: usize = 256;

@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::io::Errno;
 
 use super::Space;
-use crate::answers::Word;
+use crate::background_queries::QueryResult;
 
 /// Entries after which a count ends. What is left out makes a size too small, but no size at all would
 /// hide the largest directories, and the last one would be told for good.
@@ -34,13 +34,13 @@ pub(super) struct Trees(Mutex<HashMap<PathBuf, Instant>>);
 
 impl Trees {
     /// Counts a directory, unless it was counted a short time ago.
-    pub(super) fn ask(&self, path: &Path) -> Word<Space> {
+    pub(super) fn ask(&self, path: &Path) -> QueryResult<Space> {
         let begin = Instant::now();
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         {
             let mut due = lock();
             if due.get(path).is_some_and(|due| begin < *due) {
-                return Word::Unknown;
+                return QueryResult::Unknown;
             }
             // Those of containers that are gone.
             due.retain(|_, due| begin < *due + PAUSE * SELDOM);
@@ -49,14 +49,14 @@ impl Trees {
         let next = Instant::now() + PAUSE.max(begin.elapsed() * SELDOM);
         lock().insert(path.to_owned(), next);
         match counted {
-            Ok((used, files)) => Word::Is(Space {
+            Ok((used, files)) => QueryResult::Is(Space {
                 total: None,
                 available: 0,
                 used,
                 files: Some(files),
                 at: Instant::now(),
             }),
-            Err(_) => Word::Gone,
+            Err(_) => QueryResult::Gone,
         }
     }
 }
@@ -184,9 +184,11 @@ mod tests {
         );
         assert_eq!(count(&tree.path().join("link"), 9), Err(Errno::NOTDIR));
         let trees = Trees::default();
-        assert!(matches!(trees.ask(outside.path()), Word::Is(space) if space.files == Some(1)));
         assert!(
-            matches!(trees.ask(outside.path()), Word::Unknown),
+            matches!(trees.ask(outside.path()), QueryResult::Is(space) if space.files == Some(1))
+        );
+        assert!(
+            matches!(trees.ask(outside.path()), QueryResult::Unknown),
             "just counted"
         );
     }

@@ -77,7 +77,7 @@ impl Adaptive {
         let watched = watch(registry, client, token(index, End::Client))
             .and_then(|()| watch(registry, container, token(index, End::Container)));
         if let Err(err) = watched {
-            let port = session.seat.port();
+            let port = session.permit.port();
             tracing::debug!(port = port.bind().port(), %err, "cannot watch a session");
             port.count_shed();
             session.abort();

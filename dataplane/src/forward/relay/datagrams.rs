@@ -19,10 +19,10 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::io::Errno;
 
-use super::port::{Port, Seat};
+use super::port::{Port, SessionPermit};
 use super::slab::Slab;
 use super::wheel::SLOT;
-use super::worker::{Census, Inbox, Message, WAKE};
+use super::worker::{Inbox, Message, SessionCounts, WAKE};
 use crate::sys::datagram;
 use crate::sys::socket;
 
@@ -59,7 +59,7 @@ type Key = (usize, SocketAddr, IpAddr);
 struct Session {
     key: Key,
     fd: OwnedFd,
-    seat: Seat,
+    permit: SessionPermit,
     last_active: Instant,
     answered: bool,
     /// Its place among the young ones.
@@ -71,14 +71,14 @@ struct Session {
 impl Session {
     /// Its port is cut, or shuts its client out.
     fn must_end(&self) -> bool {
-        let (port, (_, client, local)) = (self.seat.port(), self.key);
+        let (port, (_, client, local)) = (self.permit.port(), self.key);
         let shut_out = || port.lets_in(client.ip(), || Some(local)).is_err();
         port.is_cut() || (port.is_narrowed() && shut_out())
     }
 
     fn is_over(&self, now: Instant) -> bool {
         let most = if self.answered { IDLE } else { OPENING };
-        let own = match self.seat.port().idle_slots() {
+        let own = match self.permit.port().idle_slots() {
             0 => most,
             slots => SLOT * slots,
         };
@@ -195,10 +195,10 @@ impl Datagrams {
                     }
                     let _ = done.try_send(());
                 }
-                Message::Census(answer) => {
-                    let _ = answer.try_send(Census {
+                Message::SessionCounts(answer) => {
+                    let _ = answer.try_send(SessionCounts {
                         sessions: self.sessions.live(),
-                        ..Census::default()
+                        ..SessionCounts::default()
                     });
                 }
                 // Nobody sends a connection here.
@@ -298,7 +298,7 @@ impl Datagrams {
         {
             listener.young.remove(&session.birth);
         }
-        let port = session.seat.port();
+        let port = session.permit.port();
         let written = match socket::write(&session.fd, bytes) {
             // The answer to an earlier datagram, and told but once: nobody was there. This one asks
             // again.
@@ -309,13 +309,13 @@ impl Datagrams {
             other => other,
         };
         if written.is_ok() {
-            session.seat.count_bytes(bytes.len() as u64, 0);
+            session.permit.count_bytes(bytes.len() as u64, 0);
         }
     }
 
     fn refused(&mut self, index: u32) {
         if let Some(session) = self.sessions.get_mut(index) {
-            session.seat.port().count_connect_failure();
+            session.permit.port().count_connect_failure();
         }
         self.end(index);
     }
@@ -325,11 +325,11 @@ impl Datagrams {
         let (position, client, local) = key;
         let port = Arc::clone(&self.listeners.get(position)?.as_ref()?.port);
         let judged = port.judge(client.ip(), || Some(local));
-        let Some(mut seat) = judged.ok().and_then(|()| self.seat(position, &port)) else {
+        let Some(mut permit) = judged.ok().and_then(|()| self.permit(position, &port)) else {
             port.count_refused();
             return None;
         };
-        let fd = match port.begin(&mut seat, datagram::connect) {
+        let fd = match port.begin(&mut permit, datagram::connect) {
             Ok(fd) => fd,
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 port.count_shed();
@@ -354,7 +354,7 @@ impl Datagrams {
         Some(self.sessions.insert(Session {
             key,
             fd,
-            seat,
+            permit,
             last_active: Instant::now(),
             answered: false,
             birth: self.births,
@@ -362,28 +362,28 @@ impl Datagrams {
         }))
     }
 
-    /// A seat, at the cost of the oldest young session where there is no other: one of the same port,
+    /// A permit, at the cost of the oldest young session where there is no other: one of the same port,
     /// or, when all ports together have too many, of the port with most of them.
-    fn seat(&mut self, position: usize, port: &Arc<Port>) -> Option<Seat> {
+    fn permit(&mut self, position: usize, port: &Arc<Port>) -> Option<SessionPermit> {
         let most = match port.totals().limit() {
             0 => MOST_SESSIONS,
             limit => (limit / 2).clamp(1, MOST_SESSIONS),
         };
         if port.active() >= (most / 2).max(1) {
             self.displace(position)?;
-            if let Ok(seat) = port.seat_again() {
-                return Some(seat);
+            if let Ok(permit) = port.permit_again() {
+                return Some(permit);
             }
         } else if self.sessions.live() >= most as usize {
             let young = |at: &usize| self.listeners[*at].as_ref().map_or(0, |it| it.young.len());
             let flooded = (0..self.listeners.len()).max_by_key(young)?;
             self.displace(flooded)?;
         }
-        if let Ok(seat) = port.seat() {
-            return Some(seat);
+        if let Ok(permit) = port.permit() {
+            return Some(permit);
         }
         self.displace(position)?;
-        port.seat_again().ok()
+        port.permit_again().ok()
     }
 
     fn displace(&mut self, position: usize) -> Option<()> {
@@ -409,7 +409,7 @@ impl Datagrams {
                     };
                     let bytes = self.buffer.get(..length).unwrap_or_default();
                     if datagram::send(&listener.fd, bytes, client, local).is_ok() {
-                        session.seat.count_bytes(0, length as u64);
+                        session.permit.count_bytes(0, length as u64);
                     }
                 }
                 Err(Errno::AGAIN) => return false,
@@ -430,9 +430,9 @@ impl Datagrams {
         self.looked_at = now;
         for index in self.sessions.positions(|it| it.is_over(now)) {
             if let Some(session) = self.sessions.get_mut(index)
-                && session.seat.port().idle_slots() != 0
+                && session.permit.port().idle_slots() != 0
             {
-                session.seat.port().count_idle_timeout();
+                session.permit.port().count_idle_timeout();
             }
             self.end(index);
         }

@@ -139,7 +139,7 @@ impl Tools {
 
 /// How a turn ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum TurnEnd {
     /// Waiting for an event of either socket.
     Blocked,
     /// Its share is used up; there may be more.
@@ -190,31 +190,31 @@ impl Flow {
         tools: &mut Tools,
         moved: &mut u64,
         clean: bool,
-    ) -> Result<Turn, Fault> {
+    ) -> Result<TurnEnd, Fault> {
         let mut taken = 0;
         loop {
             if self.held.is_some() && !self.flush(sink, tools, moved)? {
-                return Ok(Turn::Blocked);
+                return Ok(TurnEnd::Blocked);
             }
             match self.stage {
                 Stage::Open => {}
                 Stage::Ending if !clean => {
                     self.stage = Stage::Broken;
-                    return Ok(Turn::Over);
+                    return Ok(TurnEnd::Over);
                 }
                 Stage::Ending => {
                     socket::finish_sending(&sink.fd).map_err(Fault::Sink)?;
                     self.stage = Stage::Done;
-                    return Ok(Turn::Over);
+                    return Ok(TurnEnd::Over);
                 }
-                Stage::Done | Stage::Broken => return Ok(Turn::Over),
+                Stage::Done | Stage::Broken => return Ok(TurnEnd::Over),
             }
             if !source.readable || !sink.writable {
-                return Ok(Turn::Blocked);
+                return Ok(TurnEnd::Blocked);
             }
             if taken >= TURN_BYTES {
                 self.small_turns = 0;
-                return Ok(Turn::Again);
+                return Ok(TurnEnd::Again);
             }
             taken += if self.splice {
                 self.fill(source, tools, taken)?

@@ -2,7 +2,7 @@
 //!
 //! In: rules from the desired row. Out: admission of clients, counters. Shared between the thread
 //! that reconciles and the workers that forward. Invariant: every admitted session holds a
-//! [`Seat`]; the active counts of port and process fall exactly when seats are dropped.
+//! [`SessionPermit`]; the active counts of port and process fall exactly when permits are dropped.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use shared::desired::ClientNetwork;
 use shared::ids::ContainerId;
 
-use super::inside::{Inside, Insides};
+use super::namespaces::{ContainerNamespace, ContainerNamespaces};
 use super::wheel::SLOT;
 use crate::sys::socket::Source;
 
@@ -187,7 +187,7 @@ pub struct Port {
     datagrams: bool,
     target: SocketAddr,
     /// Whose namespace its sessions may begin in.
-    home: Option<(ContainerId, Arc<Insides>)>,
+    home: Option<(ContainerId, Arc<ContainerNamespaces>)>,
     rules: Mutex<Arc<Rules>>,
     max_sessions: AtomicU32,
     idle_slots: AtomicU32,
@@ -267,9 +267,9 @@ impl Port {
     }
 
     /// The same for a container whose namespace may be among those.
-    pub fn at_home(self, container: ContainerId, insides: &Arc<Insides>) -> Self {
+    pub fn at_home(self, container: ContainerId, namespaces: &Arc<ContainerNamespaces>) -> Self {
         Self {
-            home: Some((container, Arc::clone(insides))),
+            home: Some((container, Arc::clone(namespaces))),
             ..self
         }
     }
@@ -295,20 +295,21 @@ impl Port {
     }
 
     /// A socket that `begin` makes towards the target: inside its container where that is possible, else on
-    /// the host. The bytes of its session are counted by `seat`.
+    /// the host. The bytes of its session are counted by `permit`.
     ///
     /// # Errors
     /// What `begin` answers.
     pub fn begin(
         &self,
-        seat: &mut Seat,
+        permit: &mut SessionPermit,
         begin: impl Fn(&SocketAddr, Source) -> Result<OwnedFd, Errno>,
     ) -> Result<OwnedFd, Errno> {
-        let inside = self.home.as_ref().and_then(|(id, all)| all.of(*id));
-        if let Some(inside) = inside
-            && let Some(begun) = inside.begin(&self.target, || begin(&self.target, Source::Target))
+        let namespace = self.home.as_ref().and_then(|(id, all)| all.of(*id));
+        if let Some(namespace) = namespace
+            && let Some(begun) =
+                namespace.begin(&self.target, || begin(&self.target, Source::Target))
         {
-            seat.inside = Some(inside);
+            permit.namespace = Some(namespace);
             return begun;
         }
         begin(&self.target, Source::Any)
@@ -383,7 +384,7 @@ impl Port {
         let _ = self.state.compare_exchange(CUT, REFUSING, Relaxed, Relaxed);
     }
 
-    /// Judges a client and gives it a seat.
+    /// Judges a client and gives it a permit.
     ///
     /// # Errors
     /// Why it was turned away; this is counted here.
@@ -391,9 +392,9 @@ impl Port {
         self: &Arc<Self>,
         peer: IpAddr,
         local: impl Fn() -> Option<IpAddr>,
-    ) -> Result<Seat, Refusal> {
+    ) -> Result<SessionPermit, Refusal> {
         self.judge(peer, local)
-            .and_then(|()| self.seat())
+            .and_then(|()| self.permit())
             .inspect_err(|refusal| match refusal {
                 Refusal::TotalLimit => self.count_shed(),
                 _ => self.count_refused(),
@@ -441,12 +442,12 @@ impl Port {
         Ok(rules)
     }
 
-    /// Gives a client that was judged a seat. A refusal is not counted here.
+    /// Gives a client that was judged a permit. A refusal is not counted here.
     ///
     /// # Errors
     /// The limit that is reached.
-    pub fn seat(self: &Arc<Self>) -> Result<Seat, Refusal> {
-        self.seat_within(|own| self.totals.room(own))
+    pub fn permit(self: &Arc<Self>) -> Result<SessionPermit, Refusal> {
+        self.permit_within(|own| self.totals.room(own))
     }
 
     /// The same in the place of a session of this port that has just ended for it, which leaves other
@@ -454,11 +455,14 @@ impl Port {
     ///
     /// # Errors
     /// The limit that is reached.
-    pub fn seat_again(self: &Arc<Self>) -> Result<Seat, Refusal> {
-        self.seat_within(|_| self.totals.limit())
+    pub fn permit_again(self: &Arc<Self>) -> Result<SessionPermit, Refusal> {
+        self.permit_within(|_| self.totals.limit())
     }
 
-    fn seat_within(self: &Arc<Self>, room: impl Fn(u32) -> u32) -> Result<Seat, Refusal> {
+    fn permit_within(
+        self: &Arc<Self>,
+        room: impl Fn(u32) -> u32,
+    ) -> Result<SessionPermit, Refusal> {
         let limit = self.max_sessions.load(Relaxed);
         let elsewhere = self.elsewhere.load(Relaxed);
         if limit != 0 && elsewhere >= limit {
@@ -472,9 +476,9 @@ impl Port {
         }
         self.total.fetch_add(1, Relaxed);
         self.totals.admitted.fetch_add(1, Relaxed);
-        Ok(Seat {
+        Ok(SessionPermit {
             port: Arc::clone(self),
-            inside: None,
+            namespace: None,
         })
     }
 
@@ -559,13 +563,13 @@ fn take(count: &AtomicU32, limit: u32) -> Option<u32> {
 
 /// The place of one session in the counts of its port and of the process.
 #[derive(Debug)]
-pub struct Seat {
+pub struct SessionPermit {
     port: Arc<Port>,
     /// Where it goes past its container's links.
-    inside: Option<Arc<Inside>>,
+    namespace: Option<Arc<ContainerNamespace>>,
 }
 
-impl Seat {
+impl SessionPermit {
     /// The port it belongs to.
     pub fn port(&self) -> &Arc<Port> {
         &self.port
@@ -574,13 +578,13 @@ impl Seat {
     /// Counts delivered bytes.
     pub fn count_bytes(&self, inbound: u64, outbound: u64) {
         self.port.count_bytes(inbound, outbound);
-        if let Some(inside) = &self.inside {
-            inside.carried().count(inbound, outbound);
+        if let Some(namespace) = &self.namespace {
+            namespace.carried().count(inbound, outbound);
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for SessionPermit {
     fn drop(&mut self) {
         self.port.active.fetch_sub(1, Relaxed);
         self.port.totals.active.fetch_sub(1, Relaxed);
@@ -648,12 +652,12 @@ mod tests {
             ..Counters::default()
         };
         port.note_elsewhere(Some(&counted(1)));
-        let seat = port.admit(ip("10.0.0.1"), || None).unwrap();
+        let permit = port.admit(ip("10.0.0.1"), || None).unwrap();
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::PortLimit
         );
-        drop(seat);
+        drop(permit);
         port.note_elsewhere(Some(&counted(2)));
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
@@ -704,13 +708,13 @@ mod tests {
     #[test]
     fn the_total_limit_leaves_the_count_of_the_port_right() {
         let port = port(Rules::default(), 1);
-        let seat = port.admit(ip("10.0.0.1"), || None).unwrap();
+        let permit = port.admit(ip("10.0.0.1"), || None).unwrap();
         assert_eq!(
             port.admit(ip("10.0.0.1"), || None).unwrap_err(),
             Refusal::TotalLimit
         );
         assert_eq!(port.active(), 1);
-        drop(seat);
+        drop(permit);
         assert_eq!(port.active(), 0);
         assert_eq!(port.totals.active(), 0);
     }
@@ -720,10 +724,11 @@ mod tests {
         let flooded = port(Rules::default(), 1024);
         let totals = Arc::clone(&flooded.totals);
         let admit = |port: &Arc<Port>| port.admit(ip("10.0.0.1"), || None);
-        let mut silent: Vec<Seat> = (0..2000).filter_map(|_| admit(&flooded).ok()).collect();
+        let mut silent: Vec<SessionPermit> =
+            (0..2000).filter_map(|_| admit(&flooded).ok()).collect();
         assert_eq!(silent.len(), 768, "three quarters");
         let address = "127.0.0.1:2".parse().unwrap();
-        let mut seats = Vec::new();
+        let mut permits = Vec::new();
         for _ in 0..64 {
             let other = Arc::new(Port::new(
                 address,
@@ -731,18 +736,18 @@ mod tests {
                 Rules::default(),
                 Arc::clone(&totals),
             ));
-            seats.extend((0..5).filter_map(|_| admit(&other).ok()));
+            permits.extend((0..5).filter_map(|_| admit(&other).ok()));
         }
-        assert_eq!(seats.len(), 64 * 4);
+        assert_eq!(permits.len(), 64 * 4);
         assert_eq!(totals.active(), 1024);
         // What one gives up is free for those with few alone.
-        seats.pop();
+        permits.pop();
         assert_eq!(admit(&flooded).unwrap_err(), Refusal::TotalLimit);
         assert_eq!(flooded.active(), 768);
         // A client may take another's place.
         silent.pop();
         assert_eq!(admit(&flooded).unwrap_err(), Refusal::TotalLimit);
-        assert!(flooded.seat_again().is_ok());
+        assert!(flooded.permit_again().is_ok());
     }
 
     #[test]

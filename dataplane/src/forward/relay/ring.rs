@@ -73,7 +73,7 @@ impl Request {
 }
 
 #[derive(Debug)]
-struct Place {
+struct RingSession {
     /// `None` when it is over.
     session: Option<Session>,
     /// The sockets of one that is over, until the kernel has answered all requests.
@@ -89,7 +89,7 @@ struct Place {
 #[derive(Debug)]
 pub struct RingEngine {
     ring: Ring,
-    sessions: Slab<Place>,
+    sessions: Slab<RingSession>,
     ended: usize,
     wheel: Wheel,
     leavers: Vec<Session>,
@@ -160,7 +160,7 @@ impl RingEngine {
         let (index, generation) = self.sessions.vacant();
         let due = session.first_due(now);
         self.wheel.insert(due, Entry { index, generation });
-        self.sessions.insert(Place {
+        self.sessions.insert(RingSession {
             session: Some(session),
             kept: None,
             asked: 0,
@@ -321,7 +321,7 @@ impl RingEngine {
         }
     }
 
-    /// Ends a session, by resets or in good order. Its seat is free at once.
+    /// Ends a session, by resets or in good order. Its permit is free at once.
     fn end(&mut self, index: u32, reset: bool) {
         let Some(place) = self.sessions.get_mut(index) else {
             return;
@@ -435,7 +435,7 @@ mod tests {
     /// nothing else on this side.
     #[test]
     fn the_memory_of_an_idle_session_is_bounded() {
-        let size = size_of::<Place>();
+        let size = size_of::<RingSession>();
         assert!((64..=136).contains(&size), "a session takes {size} bytes");
     }
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 use mio::event::Event;
 use rustix::io::Errno;
 
-use super::flow::{Fault, Flow, SMALL_TURN, Side, Stage, Tools, Turn};
-use super::port::Seat;
+use super::flow::{Fault, Flow, SMALL_TURN, Side, Stage, Tools, TurnEnd};
+use super::port::SessionPermit;
 use super::wheel::{Entry, SLOT, Wheel};
 use crate::sys::socket;
 
@@ -59,7 +59,7 @@ pub struct Session {
     inbound: Flow,
     outbound: Flow,
     /// Its place in the count of its port.
-    pub seat: Seat,
+    pub permit: SessionPermit,
     /// Wheel slot of the last transferred byte (or of the start).
     pub last_active: u32,
     connected: bool,
@@ -74,7 +74,7 @@ pub struct Session {
 
 /// What the time says about a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub enum TimerVerdict {
     /// Ask again at this wheel slot.
     Later(u64),
     /// Another entry of the wheel is to come.
@@ -112,15 +112,15 @@ pub trait Timed {
             let Some(session) = self.timed(entry) else {
                 continue;
             };
-            match session.fate(now) {
-                Fate::Later(due) => self.wheel().insert(due, entry),
-                Fate::Nothing => {}
-                Fate::Idle => {
-                    session.seat.port().count_idle_timeout();
+            match session.timer_verdict(now) {
+                TimerVerdict::Later(due) => self.wheel().insert(due, entry),
+                TimerVerdict::Nothing => {}
+                TimerVerdict::Idle => {
+                    session.permit.port().count_idle_timeout();
                     self.abort(entry.index);
                 }
-                Fate::Unreached => self.unreached(entry.index, now),
-                Fate::Lingered => self.abort(entry.index),
+                TimerVerdict::Unreached => self.unreached(entry.index, now),
+                TimerVerdict::Lingered => self.abort(entry.index),
             }
         }
         self.recycle();
@@ -130,7 +130,7 @@ pub trait Timed {
 impl Session {
     /// Its port is cut, or shuts its client out.
     pub fn must_end(&self) -> bool {
-        let port = self.seat.port();
+        let port = self.permit.port();
         let shut_out = || {
             let local = || {
                 socket::local_address(&self.client.fd)
@@ -145,13 +145,13 @@ impl Session {
     }
 
     /// A session whose connection to the container is under way.
-    pub fn new(client: OwnedFd, container: OwnedFd, seat: Seat, now: u32) -> Self {
+    pub fn new(client: OwnedFd, container: OwnedFd, permit: SessionPermit, now: u32) -> Self {
         Self {
             client: Side::new(client),
             container: Side::new(container),
             inbound: Flow::default(),
             outbound: Flow::default(),
-            seat,
+            permit,
             last_active: now,
             connected: false,
             broken_since: None,
@@ -169,7 +169,7 @@ impl Session {
     /// Wheel slot of its first entry: the earlier of the two timeouts, whatever is left then is put
     /// back; or the end of the time a dead side has.
     pub fn first_due(&self, now: u32) -> u64 {
-        let port = self.seat.port();
+        let port = self.permit.port();
         let slots = match (self.broken_since, port.idle_slots()) {
             (Some(_), _) => LINGER_SLOTS,
             (None, 0) => port.connect_slots(),
@@ -179,16 +179,16 @@ impl Session {
     }
 
     /// What is to be done about it when its entry of the wheel comes up.
-    pub fn fate(&self, now: u32) -> Fate {
+    pub fn timer_verdict(&self, now: u32) -> TimerVerdict {
         if let Some(since) = self.broken_since {
             // Otherwise the entry made when it broke is still to come.
             return if now >= since.saturating_add(LINGER_SLOTS) {
-                Fate::Lingered
+                TimerVerdict::Lingered
             } else {
-                Fate::Nothing
+                TimerVerdict::Nothing
             };
         }
-        let port = self.seat.port();
+        let port = self.permit.port();
         let slots = if self.connected {
             port.idle_slots()
         } else {
@@ -201,17 +201,17 @@ impl Session {
             slots => self.last_active.saturating_add(slots).saturating_add(1),
         };
         if now < due {
-            Fate::Later(u64::from(due))
+            TimerVerdict::Later(u64::from(due))
         } else if self.connected {
-            Fate::Idle
+            TimerVerdict::Idle
         } else {
-            Fate::Unreached
+            TimerVerdict::Unreached
         }
     }
 
     /// Counts and tells that the container was not reached.
     pub fn note_unreached(&self, errno: Errno) {
-        let port = self.seat.port();
+        let port = self.permit.port();
         port.count_connect_failure();
         tracing::debug!(
             port = port.bind().port(),
@@ -317,7 +317,7 @@ impl Session {
                 End::Client => (moved, 0),
                 End::Container => (0, moved),
             };
-            self.seat.count_bytes(inbound, outbound);
+            self.permit.count_bytes(inbound, outbound);
         }
         match put {
             // What the client has sent before, and its end, may have waited for the container.
@@ -408,7 +408,7 @@ impl Session {
         let outcome = self.pump_both(tools, &mut moved_in, &mut moved_out);
         if moved_in | moved_out != 0 {
             self.last_active = now;
-            self.seat.count_bytes(moved_in, moved_out);
+            self.permit.count_bytes(moved_in, moved_out);
             self.small_turns = if moved_in.max(moved_out) < SMALL_TURN as u64 {
                 self.small_turns.saturating_add(1)
             } else {
@@ -452,7 +452,7 @@ impl Session {
                 moved_in,
                 clean,
             ) {
-                Ok(turn) => again |= turn == Turn::Again,
+                Ok(turn) => again |= turn == TurnEnd::Again,
                 Err(Fault::Source(errno)) => return Err(errno),
                 Err(Fault::Sink(_)) => {
                     self.inbound.break_off();
@@ -469,7 +469,7 @@ impl Session {
                 moved_out,
                 clean,
             ) {
-                Ok(turn) => again |= turn == Turn::Again,
+                Ok(turn) => again |= turn == TurnEnd::Again,
                 Err(Fault::Source(errno)) => return Err(errno),
                 Err(Fault::Sink(_)) => {
                     self.outbound.break_off();
@@ -485,20 +485,20 @@ impl Session {
     }
 
     /// Closes both sockets in good order; the kernel sends what it still holds.
-    pub fn close(self) -> Seat {
-        self.seat
+    pub fn close(self) -> SessionPermit {
+        self.permit
     }
 
-    /// Gives its seat back; what is left are the sockets of client and container.
+    /// Gives its permit back; what is left are the sockets of client and container.
     pub fn into_descriptors(self) -> (OwnedFd, OwnedFd) {
         (self.client.fd, self.container.fd)
     }
 
     /// Resets both sockets.
-    pub fn abort(self) -> Seat {
+    pub fn abort(self) -> SessionPermit {
         socket::abort(self.client.fd);
         socket::abort(self.container.fd);
-        self.seat
+        self.permit
     }
 
     /// Whether either direction uses splice now.
@@ -523,7 +523,7 @@ mod tests {
         socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
     }
 
-    fn seat() -> Seat {
+    fn permit() -> SessionPermit {
         let address = SocketAddr::from(([127, 0, 0, 1], 30_000));
         let totals = Arc::new(Totals::default());
         let port = Arc::new(Port::new(address, address, Rules::default(), totals));
@@ -534,7 +534,7 @@ mod tests {
     #[test]
     fn a_container_that_greets_at_once_is_told_that_the_client_had_ended() {
         let ((ours, client), (theirs, container)) = (ends(), ends());
-        let mut session = Session::new(ours, theirs, seat(), 0);
+        let mut session = Session::new(ours, theirs, permit(), 0);
         let mut tools = Tools::new(true);
         session.enter_ring();
         let ended = session.source_ended(End::Client, &mut tools, 1);

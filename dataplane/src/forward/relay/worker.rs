@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use shared::log_limit::LogLimit;
 
 use super::adaptive::Adaptive;
-use super::port::{Port, Seat};
+use super::port::{Port, SessionPermit};
 use super::ring::RingEngine;
 use super::session::{Session, Timed};
 use super::wheel::SLOT;
@@ -52,11 +52,11 @@ pub enum Message {
     /// Accept what waits, close the listeners, say so.
     Unlisten(Vec<Arc<Port>>, SyncSender<()>),
     /// Forward for this admitted client.
-    Client(OwnedFd, Seat),
+    Client(OwnedFd, SessionPermit),
     /// Reset the sessions of ports marked as cut, say so.
     Sweep(SyncSender<()>),
     /// Count sessions by what they do, for tests and reports.
-    Census(SyncSender<Census>),
+    SessionCounts(SyncSender<SessionCounts>),
     /// Reset everything and end the thread.
     Stop,
 }
@@ -74,7 +74,7 @@ enum Shed {
 
 /// What the sessions of one worker are doing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Census {
+pub struct SessionCounts {
     /// Sessions.
     pub sessions: usize,
     /// Of these, those that use splice in at least one direction.
@@ -289,7 +289,7 @@ impl Worker {
                     }
                     let _ = done.try_send(());
                 }
-                Message::Client(fd, seat) => self.start_session(fd, seat),
+                Message::Client(fd, permit) => self.start_session(fd, permit),
                 Message::Sweep(done) => {
                     self.adaptive.abort_where(Session::must_end);
                     if let Some(ring) = &mut self.ring {
@@ -297,10 +297,10 @@ impl Worker {
                     }
                     let _ = done.try_send(());
                 }
-                Message::Census(answer) => {
+                Message::SessionCounts(answer) => {
                     let ring = self.ring.as_ref();
                     let on_ring = ring.map_or(0, RingEngine::sessions);
-                    let _ = answer.try_send(Census {
+                    let _ = answer.try_send(SessionCounts {
                         sessions: self.adaptive.sessions() + on_ring,
                         splicing: self.adaptive.splicing(),
                         on_ring,
@@ -490,13 +490,13 @@ impl Worker {
     fn admit(&mut self, fd: OwnedFd, peer: SocketAddr, port: &Arc<Port>) {
         let local = || socket::local_address(&fd).ok().map(|address| address.ip());
         match port.admit(peer.ip(), local) {
-            Ok(seat) => {
+            Ok(permit) => {
                 let chosen = self.next_peer;
                 self.next_peer = (self.next_peer + 1) % self.peers.len();
                 if chosen == self.own {
-                    self.start_session(fd, seat);
+                    self.start_session(fd, permit);
                 } else {
-                    self.peers[chosen].send(Message::Client(fd, seat));
+                    self.peers[chosen].send(Message::Client(fd, permit));
                 }
             }
             Err(refusal) => {
@@ -506,9 +506,9 @@ impl Worker {
         }
     }
 
-    fn start_session(&mut self, client: OwnedFd, mut seat: Seat) {
-        let port = Arc::clone(seat.port());
-        let container = match port.begin(&mut seat, socket::start_connect) {
+    fn start_session(&mut self, client: OwnedFd, mut permit: SessionPermit) {
+        let port = Arc::clone(permit.port());
+        let container = match port.begin(&mut permit, socket::start_connect) {
             Ok(fd) => fd,
             Err(errno) => {
                 if matches!(
@@ -525,7 +525,7 @@ impl Worker {
                 return;
             }
         };
-        let session = Session::new(client, container, seat, self.now);
+        let session = Session::new(client, container, permit, self.now);
         match &mut self.ring {
             Some(ring) => ring.start(session, self.now),
             None => {

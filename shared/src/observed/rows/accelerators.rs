@@ -23,9 +23,9 @@ pub const NEIGHBOURS: usize = 64;
 
 /// How near one device is to another: the larger, the nearer. None is known by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Nearness(pub u8);
+pub struct Proximity(pub u8);
 
-impl Nearness {
+impl Proximity {
     /// The traffic crosses the connection between processors.
     pub const SYSTEM: Self = Self(1);
     /// It stays on the NUMA node, crossing host bridges.
@@ -53,7 +53,7 @@ impl Nearness {
 }
 
 /// As `nvidia-smi topo -m` writes it.
-impl fmt::Display for Nearness {
+impl fmt::Display for Proximity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::SYSTEM => f.write_str("SYS"),
@@ -134,7 +134,7 @@ pub struct AcceleratorRow {
     /// that are not to be found.
     pub users_unknown: bool,
     /// How near the devices of the same kind are, by their numbers.
-    pub near: [Nearness; NEIGHBOURS],
+    pub near: [Proximity; NEIGHBOURS],
     /// How old the numbers were at the tick, ms.
     pub age_ms: u32,
     /// Pass this row belongs to.
@@ -165,7 +165,7 @@ impl AcceleratorRow {
             users: Vec::new(),
             users_left_out: 0,
             users_unknown: false,
-            near: [Nearness::default(); NEIGHBOURS],
+            near: [Proximity::default(); NEIGHBOURS],
             age_ms: 0,
             tick: 0,
             counters: AcceleratorCounters::default(),
@@ -288,7 +288,7 @@ impl KeyedRow for AcceleratorRow {
             users,
             users_left_out: raw.users_left_out,
             users_unknown: raw.flags & 4 != 0,
-            near: raw.near.map(Nearness),
+            near: raw.near.map(Proximity),
             age_ms: raw.age_ms,
             tick: raw.tick,
             counters: AcceleratorCounters::unpack(&raw.counters, u32::from(raw.present)),
