@@ -267,7 +267,15 @@ async fn job(
     if !batch::submit(link, code.to_owned(), gone).await {
         return BatchOutcome::KernelGone;
     }
-    batch::attend(link, timeout, killer, gone).await
+    let sent = async {
+        batch::turn(link).await;
+        batch::send(link);
+        std::future::pending().await
+    };
+    tokio::select! {
+        never = sent => never,
+        outcome = batch::attend(link, timeout, killer, gone) => outcome,
+    }
 }
 
 fn items(reply: &ExecuteReply) -> Result<Value> {
