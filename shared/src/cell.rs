@@ -86,7 +86,7 @@ impl<'a> Cell<'a> {
         }
     }
 
-    /// The generation of the cell's value at `committed`, loaded as for [`Cell::look`]; 0 where that is
+    /// The generation of the cell's value at `committed`, loaded as for [`Cell::read`]; 0 where that is
     /// [`ReadOutcome::Empty`]. Who has copied a payload of this generation needs no other copy. `None` is
     /// [`ReadOutcome::Moved`].
     pub(crate) fn generation(&self, committed: u64) -> Option<u64> {
