@@ -67,14 +67,24 @@ impl<'a> Cell<'a> {
     /// acquire ordering. `copy` gets the payload words of the right slot and must only load from
     /// them; what it made of them counts only when the answer is [`ReadOutcome::Whole`].
     pub(crate) fn read(&self, committed: u64, copy: impl FnOnce(&[AtomicU64])) -> ReadOutcome {
-        let Some((slot, stamp)) = self.at(committed) else {
-            return ReadOutcome::Moved;
+        // Relaxed: the acquire load of `committed` already orders every stamp up to it before us.
+        let stamps = [
+            self.stamp(0).load(Ordering::Relaxed),
+            self.stamp(1).load(Ordering::Relaxed),
+        ];
+        let slot = match (stamps[0] <= committed, stamps[1] <= committed) {
+            (true, true) => usize::from(stamps[1] > stamps[0]),
+            (true, false) => 0,
+            (false, true) => 1,
+            (false, false) => return ReadOutcome::Moved,
         };
+        let stamp = stamps[slot];
         if stamp != 0 {
             copy(self.payload(slot));
         }
-        // Pairs with the release fence in `store`: if the copy saw a word of a newer payload, the
-        // load below sees the newer stamp.
+        // Pairs with the release fence in `write`: if the copy saw a word of a newer payload, the
+        // load below sees the newer stamp. Also for who copies nothing: the two stamps were not loaded
+        // at once, and may belong to different moments.
         fence(Ordering::Acquire);
         if self.stamp(slot).load(Ordering::Relaxed) != stamp {
             return ReadOutcome::Moved;
@@ -90,23 +100,11 @@ impl<'a> Cell<'a> {
     /// [`ReadOutcome::Empty`]. Who has copied a payload of this generation needs no other copy. `None` is
     /// [`ReadOutcome::Moved`].
     pub(crate) fn generation(&self, committed: u64) -> Option<u64> {
-        self.at(committed).map(|(_, stamp)| stamp)
-    }
-
-    /// The slot that has the value at `committed`, and its stamp.
-    fn at(&self, committed: u64) -> Option<(usize, u64)> {
-        // Relaxed: the acquire load of `committed` already orders every stamp up to it before us.
-        let stamps = [
-            self.stamp(0).load(Ordering::Relaxed),
-            self.stamp(1).load(Ordering::Relaxed),
-        ];
-        let slot = match (stamps[0] <= committed, stamps[1] <= committed) {
-            (true, true) => usize::from(stamps[1] > stamps[0]),
-            (true, false) => 0,
-            (false, true) => 1,
-            (false, false) => return None,
-        };
-        Some((slot, stamps[slot]))
+        match self.read(committed, |_| ()) {
+            ReadOutcome::Whole(generation) => Some(generation),
+            ReadOutcome::Empty => Some(0),
+            ReadOutcome::Moved => None,
+        }
     }
 
     /// Writes `payload` under `generation`, which must be above `committed` and not yet committed.

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use shared::desired::{ContainerRow, DesiredChanges};
-use shared::ids::ContainerId;
+use shared::ids::{ContainerId, Generation};
 use shared::log_limit::LogLimit;
 
 use super::{LinkQuery, PassStart, Sampler};
@@ -39,6 +39,10 @@ struct Wanted {
 
 impl Wanted {
     fn add(&mut self, changes: DesiredChanges) {
+        // A region that says nothing yet doesn't say that there are no containers.
+        if changes.rows.committed == Generation(0) {
+            return;
+        }
         let whole = changes.whole && changes.rows.invalid_rows == 0;
         if whole {
             self.rows.clear();
@@ -380,7 +384,7 @@ mod tests {
     use shared::Sizes;
     use shared::desired::{DesiredSnapshot, Removed};
     use shared::doorbell::Ringer;
-    use shared::ids::{Generation, KernelId};
+    use shared::ids::KernelId;
     use shared::observed::{ObservedReader, ObservedSnapshot, ObservedWriter, Source};
     use shared::run_dir::RunDir;
 
@@ -404,6 +408,7 @@ mod tests {
     fn changes(containers: Vec<ContainerRow>) -> DesiredChanges {
         DesiredChanges {
             rows: DesiredSnapshot {
+                committed: Generation(1),
                 containers,
                 ..DesiredSnapshot::default()
             },
@@ -440,6 +445,12 @@ mod tests {
         all.whole = true;
         wanted.add(all.clone());
         wanted.add(changes(vec![row(1, 6)]));
+        assert_eq!(told(&wanted), (true, vec![(1, Some(6)), (5, Some(5))]));
+        // A region that was begun anew and says nothing yet.
+        wanted.add(DesiredChanges {
+            whole: true,
+            ..DesiredChanges::default()
+        });
         assert_eq!(told(&wanted), (true, vec![(1, Some(6)), (5, Some(5))]));
         let mut wanted = Wanted::default();
         all.rows.invalid_rows = 1;

@@ -58,31 +58,48 @@ impl Region {
     }
 }
 
+/// Writes while a reader reads. The reader is the thread that is spawned: loom runs the writer first and
+/// then moves each load before the stores that it depends on. The other way round it finds nothing to
+/// move, because of each word it keeps the last access alone, and a writer loads before it stores.
+fn beside(
+    region: &Arc<Region>,
+    write: impl FnOnce(&Region),
+    read: impl FnOnce(&Region) + Send + 'static,
+) {
+    let reader = {
+        let region = Arc::clone(region);
+        thread::spawn(move || read(&region))
+    };
+    write(region);
+    reader.join().unwrap();
+}
+
 #[test]
 fn loom_a_whole_copy_is_of_the_committed_generation() {
     loom::model(|| {
         let region = Region::of(1);
         region.write_all(1);
         region.commit(1);
-        let writer = {
-            let region = Arc::clone(&region);
-            thread::spawn(move || {
+        beside(
+            &region,
+            |region| {
                 for generation in 2..=3 {
                     region.write_all(generation);
                     region.commit(generation);
                 }
-            })
-        };
-        let committed = region.committed();
-        match region.read(0, committed) {
-            (ReadOutcome::Empty, _) => panic!("a committed value was lost at {committed}"),
-            (ReadOutcome::Whole(generation), copy) => {
-                assert_eq!(generation, committed);
-                assert_eq!(copy, [generation; PAYLOAD]);
-            }
-            (ReadOutcome::Moved, _) => {}
-        }
-        writer.join().unwrap();
+            },
+            |region| {
+                let committed = region.committed();
+                match region.read(0, committed) {
+                    (ReadOutcome::Empty, _) => panic!("a committed value was lost at {committed}"),
+                    (ReadOutcome::Whole(generation), copy) => {
+                        assert_eq!(generation, committed);
+                        assert_eq!(copy, [generation; PAYLOAD]);
+                    }
+                    (ReadOutcome::Moved, _) => {}
+                }
+            },
+        );
         assert_eq!(
             region.read(0, region.committed()),
             (ReadOutcome::Whole(3), [3; PAYLOAD])
@@ -91,25 +108,52 @@ fn loom_a_whole_copy_is_of_the_committed_generation() {
 }
 
 #[test]
+fn loom_a_cell_that_was_written_is_not_taken_for_an_older_one() {
+    loom::model(|| {
+        let region = Region::of(1);
+        for generation in 1..=2 {
+            region.write_all(generation);
+            region.commit(generation);
+        }
+        beside(
+            &region,
+            |region| {
+                for generation in 3..=4 {
+                    region.write_all(generation);
+                    region.commit(generation);
+                }
+            },
+            |region| {
+                let committed = region.committed();
+                if let Some(generation) = region.cell(0).generation(committed) {
+                    assert_eq!(generation, committed);
+                }
+            },
+        );
+    });
+}
+
+#[test]
 fn loom_the_first_value_is_seen_whole_or_not_at_all() {
     loom::model(|| {
         let region = Region::of(1);
-        let writer = {
-            let region = Arc::clone(&region);
-            thread::spawn(move || {
+        beside(
+            &region,
+            |region| {
                 region.write_all(1);
                 region.commit(1);
-            })
-        };
-        let committed = region.committed();
-        match region.read(0, committed) {
-            (ReadOutcome::Whole(generation), copy) => {
-                assert_eq!((committed, generation, copy), (1, 1, [1; PAYLOAD]));
-            }
-            // Its stamp may be seen before it is committed; that never counts.
-            (ReadOutcome::Empty | ReadOutcome::Moved, _) => assert_eq!(committed, 0),
-        }
-        writer.join().unwrap();
+            },
+            |region| {
+                let committed = region.committed();
+                match region.read(0, committed) {
+                    (ReadOutcome::Whole(generation), copy) => {
+                        assert_eq!((committed, generation, copy), (1, 1, [1; PAYLOAD]));
+                    }
+                    // Its stamp may be seen before it is committed; that never counts.
+                    (ReadOutcome::Empty | ReadOutcome::Moved, _) => assert_eq!(committed, 0),
+                }
+            },
+        );
     });
 }
 
@@ -117,27 +161,28 @@ fn loom_the_first_value_is_seen_whole_or_not_at_all() {
 fn loom_rows_of_a_batch_become_visible_as_one() {
     loom::model(|| {
         let region = Region::of(2);
-        let writer = {
-            let region = Arc::clone(&region);
-            thread::spawn(move || {
+        beside(
+            &region,
+            |region| {
                 for generation in 1..=2 {
                     region.write_all(generation);
                     region.commit(generation);
                 }
-            })
-        };
-        let committed = region.committed();
-        let looks = [region.read(0, committed), region.read(1, committed)];
-        for (outcome, copy) in looks {
-            match outcome {
-                ReadOutcome::Empty => assert_eq!(committed, 0),
-                ReadOutcome::Whole(generation) => {
-                    assert_eq!((generation, copy), (committed, [committed; PAYLOAD]));
+            },
+            |region| {
+                let committed = region.committed();
+                let looks = [region.read(0, committed), region.read(1, committed)];
+                for (outcome, copy) in looks {
+                    match outcome {
+                        ReadOutcome::Empty => assert_eq!(committed, 0),
+                        ReadOutcome::Whole(generation) => {
+                            assert_eq!((generation, copy), (committed, [committed; PAYLOAD]));
+                        }
+                        ReadOutcome::Moved => {}
+                    }
                 }
-                ReadOutcome::Moved => {}
-            }
-        }
-        writer.join().unwrap();
+            },
+        );
     });
 }
 
@@ -147,27 +192,28 @@ fn loom_a_row_left_out_of_a_batch_keeps_its_value() {
         let region = Region::of(2);
         region.write_all(1);
         region.commit(1);
-        let writer = {
-            let region = Arc::clone(&region);
-            thread::spawn(move || {
+        beside(
+            &region,
+            |region| {
                 for generation in 2..=3 {
                     region
                         .cell(0)
                         .write(generation - 1, generation, [generation; 2].into_iter());
                     region.commit(generation);
                 }
-            })
-        };
-        // The row no batch touches can always be read, whatever happens to its neighbours.
-        let committed = region.committed();
-        assert_eq!(
-            region.read(1, committed),
-            (ReadOutcome::Whole(1), [1; PAYLOAD])
+            },
+            |region| {
+                // The row no batch touches can always be read, whatever happens to its neighbours.
+                let committed = region.committed();
+                assert_eq!(
+                    region.read(1, committed),
+                    (ReadOutcome::Whole(1), [1; PAYLOAD])
+                );
+                if let (ReadOutcome::Whole(generation), copy) = region.read(0, committed) {
+                    assert_eq!((generation, copy), (committed, [committed; PAYLOAD]));
+                }
+            },
         );
-        if let (ReadOutcome::Whole(generation), copy) = region.read(0, committed) {
-            assert_eq!((generation, copy), (committed, [committed; PAYLOAD]));
-        }
-        writer.join().unwrap();
     });
 }
 
@@ -177,9 +223,9 @@ fn killed_after(stored: usize) {
         let region = Region::of(1);
         region.write_all(1);
         region.commit(1);
-        let writer = {
-            let region = Arc::clone(&region);
-            thread::spawn(move || {
+        beside(
+            &region,
+            |region| {
                 region
                     .cell(0)
                     .write(1, 2, [2; PAYLOAD].into_iter().take(stored));
@@ -187,18 +233,19 @@ fn killed_after(stored: usize) {
                 assert!(!region.cell(0).repair(1));
                 region.write_all(3);
                 region.commit(3);
-            })
-        };
-        let committed = region.committed();
-        match region.read(0, committed) {
-            (ReadOutcome::Whole(generation), copy) => {
-                assert_eq!(generation, committed);
-                assert_eq!(copy, [generation; PAYLOAD]);
-            }
-            // Nothing overwrites the value of generation 1 before 3 is committed.
-            other => panic!("{other:?} at {committed}"),
-        }
-        writer.join().unwrap();
+            },
+            |region| {
+                let committed = region.committed();
+                match region.read(0, committed) {
+                    (ReadOutcome::Whole(generation), copy) => {
+                        assert_eq!(generation, committed);
+                        assert_eq!(copy, [generation; PAYLOAD]);
+                    }
+                    // Nothing overwrites the value of generation 1 before 3 is committed.
+                    other => panic!("{other:?} at {committed}"),
+                }
+            },
+        );
         assert_eq!(
             region.read(0, region.committed()),
             (ReadOutcome::Whole(3), [3; PAYLOAD])
