@@ -136,7 +136,8 @@ impl Link {
         if desired.committed == Generation(0) {
             return;
         }
-        let gone: Vec<ContainerId> = if news.whole {
+        // One that is not listed may be among the rows that make no sense: it keeps its guard.
+        let gone: Vec<ContainerId> = if news.whole && desired.invalid_rows == 0 {
             let listed = |id: &ContainerId| {
                 let rows = &desired.containers;
                 rows.binary_search_by_key(id, |row| row.container_id)
@@ -165,8 +166,6 @@ impl Link {
             }
             match now {
                 Some(row) => self.relay.namespaces().note(row),
-                // It may be one of the rows that make no sense.
-                None if desired.invalid_rows > 0 => {}
                 None => self.relay.namespaces().forget(*id),
             }
             if let Some(kernel) = &mut self.kernel_path {

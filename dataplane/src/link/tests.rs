@@ -277,6 +277,29 @@ fn only_what_has_changed_is_worked_on_and_all_of_it_now_and_then() {
 }
 
 #[test]
+fn a_container_whose_row_makes_no_sense_stays_what_it_was() {
+    let mut place = Place::new();
+    let now = Instant::now();
+    place
+        .desired
+        .batch(|batch| (1..=2).for_each(|id| batch.put_container(holder(id, id.into()))))
+        .unwrap();
+    place.link.look(now).expect("news");
+    let mut news = DesiredChanges {
+        whole: true,
+        ..DesiredChanges::default()
+    };
+    news.rows.committed = Generation(2);
+    news.rows.containers = vec![holder(1, 1)];
+    news.rows.invalid_rows = 1;
+    place.link.note_containers(&news, now);
+    assert!(place.link.containers.contains_key(&ContainerId([2; 32])));
+    news.rows.invalid_rows = 0;
+    place.link.note_containers(&news, now);
+    assert!(!place.link.containers.contains_key(&ContainerId([2; 32])));
+}
+
+#[test]
 fn statuses_of_ports_go_once_control_has_let_go_of_them_or_knows_none() {
     let mut place = Place::new();
     let now = Instant::now();
