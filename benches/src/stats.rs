@@ -127,21 +127,20 @@ struct Readers {
 impl Readers {
     fn of(sample: &ContainerSample) -> Self {
         Self {
-            cpu: name(sample.cpu.source),
-            memory: name(sample.memory.source),
-            pids: name(sample.pids.source),
-            io: name(sample.io.source),
-            net: name(sample.net.source),
+            cpu: sample.cpu.source.name(),
+            memory: sample.memory.source.name(),
+            pids: sample.pids.source.name(),
+            io: sample.io.source.name(),
+            net: sample.net.source.name(),
         }
     }
 
     /// Whether they are those that this way is to have.
     fn fit(&self, by_program: bool, hierarchies: &CgroupHierarchies) -> bool {
-        let cgroups = name(if by_program {
-            Source::Bpf
-        } else {
-            Source::File
-        });
+        let (cgroups, links) = match by_program {
+            true => (Source::Bpf, Source::Bpf),
+            false => (Source::File, Source::Netlink),
+        };
         let io = match self.io {
             "bpf" => by_program,
             // Some kernels keep their counters of block devices where the program does not know them.
@@ -150,24 +149,7 @@ impl Readers {
             "absent" => !by_program && matches!(hierarchies.io, Some(Hierarchy::V1(_))),
             _ => false,
         };
-        io && [self.cpu, self.memory, self.pids] == [cgroups; 3]
-            && self.net
-                == name(if by_program {
-                    Source::Bpf
-                } else {
-                    Source::Netlink
-                })
-    }
-}
-
-fn name(source: Source) -> &'static str {
-    match source {
-        Source::Absent => "absent",
-        Source::File => "file",
-        Source::Bpf => "bpf",
-        Source::Netlink => "netlink",
-        Source::Engine => "engine",
-        Source::Walk => "walk",
+        io && [self.cpu, self.memory, self.pids] == [cgroups.name(); 3] && self.net == links.name()
     }
 }
 

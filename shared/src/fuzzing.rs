@@ -155,7 +155,7 @@ fn write_good(home: &Path, name: &str) -> Result<(), Box<dyn std::error::Error +
 fn accelerator() -> AcceleratorRow {
     AcceleratorRow {
         model: "mock".to_owned(),
-        ..AcceleratorRow::new(AcceleratorKind::Mock, 0, "mock")
+        ..AcceleratorRow::new(AcceleratorKind::Cuda, 0, "mock")
     }
 }
 

@@ -13,13 +13,13 @@ mod writer;
 
 pub use counters::{
     AcceleratorCounters, CounterInfo, CpuCounters, DiskCounters, GROUPS, IoCounters, Measured,
-    MemoryCounters, NetCounters, NodeCounters, PidsCounters, ProcessCounters, Source, UNLIMITED,
+    MemoryCounters, NetCounters, NodeCounters, PidsCounters, ProcessCounters, UNLIMITED,
 };
 pub use reader::{ObservedReader, ObservedSnapshot, ProcessCounts, Processes};
 pub use rows::{
     AcceleratorKey, AcceleratorKind, AcceleratorRow, AcceleratorUse, Applied, ContainerSample,
     DiskSpace, ForwardPath, KernelPathCounters, MigInstance, NEIGHBOURS, NodeSample, PortState,
-    PortStatus, ProcessSample, Proximity, RelayEngine, Samples,
+    PortStatus, ProcessSample, Proximity, RelayEngine, Samples, Source,
 };
 pub use writer::{ObservedBatch, ObservedWriter};
 

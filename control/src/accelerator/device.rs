@@ -78,10 +78,6 @@ impl AcceleratorDevice {
 /// that is masked or whose plugin is switched off. In the order of the rows.
 pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<AcceleratorDevice> {
     let given = rows.iter().filter(|row| {
-        let real = !matches!(
-            row.key.kind,
-            AcceleratorKind::Plugin | AcceleratorKind::Mock
-        );
         let kind = row.key.kind.to_string();
         // A mask of a divided device is one of its parts.
         let whole = row.part_of.unwrap_or(row.key.index);
@@ -89,7 +85,7 @@ pub(super) fn of_rows(rows: &[AcceleratorRow], settings: &Settings) -> Vec<Accel
             let is_whole = other.key.kind == row.key.kind && other.key.index == whole;
             is_whole || other.key == row.key
         });
-        real && !row.divided && named.all(|named| settings.gives_out(&kind, &named.id, whole))
+        !row.divided && named.all(|named| settings.gives_out(&kind, &named.id, whole))
     });
     let given: Vec<&AcceleratorRow> = given.collect();
     let device = |row: &&AcceleratorRow| AcceleratorDevice {
@@ -145,7 +141,6 @@ fn known(row: &AcceleratorRow, settings: &Settings) -> AcceleratorDevice {
             AcceleratorKind::Cuda => cuda_nodes(row),
             AcceleratorKind::Rocm => rocm_nodes(&settings.root, row),
             AcceleratorKind::Tpu => tpu_nodes(&settings.root, &row.pci),
-            AcceleratorKind::Plugin | AcceleratorKind::Mock => Vec::new(),
         },
         pci: row.pci.clone(),
         slot: None,

@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use rust_decimal::Decimal;
 use shared::ids::{ContainerId, KernelId};
-use shared::observed::{
-    AcceleratorKind, AcceleratorRow, ContainerSample, ObservedSnapshot, UNLIMITED,
-};
+use shared::observed::{AcceleratorRow, ContainerSample, ObservedSnapshot, UNLIMITED};
 
 use super::decimal::{milliseconds, percent_of_permille};
 use super::metric::{Current, Measurement, Metrics, MissingCapacity, Quantity, Statistic};
@@ -119,11 +117,7 @@ pub fn rows_of<'s>(
 }
 
 fn is_named(row: &AcceleratorRow, name: &str) -> bool {
-    match row.key.kind {
-        // Theirs stand in for devices of other names.
-        AcceleratorKind::Mock | AcceleratorKind::Plugin => true,
-        kind => kind.to_string() == name,
-    }
+    row.key.kind.name() == name
 }
 
 fn has_id(row: &AcceleratorRow, id: &str) -> bool {

@@ -1,8 +1,8 @@
 //! One measured quantity over time: the moving statistics of the manager's records.
 //!
 //! In: measurements with the moment they were taken. Out: the figures of a record. Invariants:
-//! minimum, maximum, sum and average are over the measured values, whatever `current` shows; a
-//! counter that went backwards was reset, and its difference and rate are zero for that step.
+//! maximum and average are over the measured values, whatever `current` shows; a counter that went
+//! backwards was reset, and its difference and rate are zero for that step.
 
 use std::borrow::Cow;
 
@@ -25,17 +25,11 @@ pub enum Current {
 /// One of the moving statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Statistic {
-    /// Smallest value.
-    Minimum,
     /// Largest value.
     Maximum,
-    /// Sum of all values.
-    Sum,
     /// Their average.
     Average,
-    /// Difference of the last two.
-    Difference,
-    /// That, per second.
+    /// Difference of the last two, per second.
     Rate,
 }
 
@@ -43,11 +37,8 @@ impl Statistic {
     /// Its key in a record.
     pub fn key(self) -> &'static str {
         match self {
-            Statistic::Minimum => "stats.min",
             Statistic::Maximum => "stats.max",
-            Statistic::Sum => "stats.sum",
             Statistic::Average => "stats.avg",
-            Statistic::Difference => "stats.diff",
             Statistic::Rate => "stats.rate",
         }
     }
@@ -126,7 +117,6 @@ pub struct Metric {
     before: Option<Point>,
     count: u64,
     sum: Decimal,
-    minimum: Decimal,
     maximum: Decimal,
 }
 
@@ -148,7 +138,6 @@ impl Metric {
             before: None,
             count: 1,
             sum: value,
-            minimum: value,
             maximum: value,
         }
     }
@@ -162,7 +151,6 @@ impl Metric {
         self.before = Some(std::mem::replace(&mut self.last, (value, at_ns)));
         self.count = self.count.saturating_add(1);
         self.sum = self.sum.saturating_add(value);
-        self.minimum = self.minimum.min(value);
         self.maximum = self.maximum.max(value);
     }
 
@@ -204,14 +192,11 @@ impl Metric {
 
     fn statistic(&self, which: Statistic) -> Decimal {
         match which {
-            Statistic::Minimum => self.minimum,
             Statistic::Maximum => self.maximum,
-            Statistic::Sum => self.sum,
             Statistic::Average => self
                 .sum
                 .checked_div(Decimal::from(self.count))
                 .unwrap_or(Decimal::ZERO),
-            Statistic::Difference => self.difference(),
             Statistic::Rate => self.rate(),
         }
     }

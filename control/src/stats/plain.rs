@@ -4,18 +4,10 @@
 //! the region (docs/shared-memory.md), with its unit at the end unless it is a plain count.
 
 use serde_json::{Map, Value, json};
-use shared::observed::{ContainerSample, Measured, NodeSample, Source, UNLIMITED};
+use shared::observed::{ContainerSample, Measured, NodeSample, UNLIMITED};
 
 fn describe<T>(group: &mut Map<String, Value>, measured: &Measured<T>) {
-    let source = match measured.source {
-        Source::Absent => "absent",
-        Source::File => "file",
-        Source::Bpf => "bpf",
-        Source::Netlink => "netlink",
-        Source::Engine => "engine",
-        Source::Walk => "walk",
-    };
-    group.insert("source".to_owned(), json!(source));
+    group.insert("source".to_owned(), json!(measured.source.name()));
     group.insert("age_ms".to_owned(), json!(measured.age_ms));
 }
 
@@ -82,7 +74,7 @@ fn seconds(wall_ns: u64) -> f64 {
 mod tests {
     use super::*;
     use shared::ids::{ContainerId, KernelId};
-    use shared::observed::{CpuCounters, MemoryCounters, NodeCounters};
+    use shared::observed::{CpuCounters, MemoryCounters, NodeCounters, Source};
 
     #[test]
     fn what_was_not_measured_is_not_there() {

@@ -150,7 +150,7 @@ declare! {
         56 tick: u64 = "pass this sample belongs to",
         64 taken_monotonic_ns: u64 = "when, CLOCK_MONOTONIC, ns",
         72 taken_wall_ns: u64 = "when, CLOCK_REALTIME, ns since 1970",
-        80 sources: [u8; 8] = "per group: 0 absent, 1 file, 2 bpf, 3 netlink, 4 engine, 5 walk",
+        80 sources: [u8; 8] = "per group: 0 absent, 1 file, 2 bpf, 3 netlink, 5 walk",
         88 ages_ms: [u32; 8] = "per group: how old the numbers were at taken_*, ms",
         120 present: [u32; 8] = "per group: bit i set, counter i was read",
         152 cpu: [u64; 8] = "counters of group cpu",
@@ -165,7 +165,7 @@ declare! {
     RawAccelerator, 1360 {
         0 state: u32 = "0 free, 1 used",
         4 index: u32 = "number the driver gives it; with kind the row's key",
-        8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU, 4 plug-in, 255 mock",
+        8 kind: u8 = "1 CUDA, 2 ROCm, 3 TPU",
         9 healthy: u8 = "1 usable, 0 the driver reports a fault",
         10 present: u16 = "bit i set, counter i was read",
         12 id_length: u8 = "bytes of id",

@@ -1,50 +1,9 @@
 //! Groups of counters and where they came from.
 
+use super::rows::Source;
+
 /// A limit that is "no limit" (`max` in cgroup files).
 pub const UNLIMITED: u64 = u64::MAX;
-
-/// Where the numbers of a group were read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Source {
-    /// They were not read: there are none.
-    #[default]
-    Absent,
-    /// A file of the kernel's (cgroupfs, procfs, sysfs).
-    File,
-    /// A BPF program or map.
-    Bpf,
-    /// A netlink answer.
-    Netlink,
-    /// The container engine.
-    Engine,
-    /// A walk through a directory tree.
-    Walk,
-}
-
-impl Source {
-    pub(crate) const fn code(self) -> u8 {
-        match self {
-            Self::Absent => 0,
-            Self::File => 1,
-            Self::Bpf => 2,
-            Self::Netlink => 3,
-            Self::Engine => 4,
-            Self::Walk => 5,
-        }
-    }
-
-    pub(crate) const fn from_code(code: u8) -> Option<Self> {
-        Some(match code {
-            0 => Self::Absent,
-            1 => Self::File,
-            2 => Self::Bpf,
-            3 => Self::Netlink,
-            4 => Self::Engine,
-            5 => Self::Walk,
-            _ => return None,
-        })
-    }
-}
 
 /// A group of counters with its source and its age when the sample was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -6,7 +6,7 @@ mod containers;
 use std::borrow::Cow;
 use std::fmt;
 
-use super::counters::{NodeCounters, ProcessCounters, Source};
+use super::counters::{NodeCounters, ProcessCounters};
 use super::table;
 use crate::desired::{PortKey, Protocol};
 use crate::ids::{ContainerId, Generation, KernelId, RegionId};
@@ -18,7 +18,7 @@ pub use accelerators::{
 };
 pub use containers::{ContainerSample, Samples};
 
-/// Declares an enum with its codes in the region.
+/// Declares an enum with its codes in the region and its names in words.
 macro_rules! codes {
     ($(#[$doc:meta])* $name:ident { $( $(#[$variant_doc:meta])* $variant:ident = $code:literal $text:literal, )* }) => {
         $(#[$doc])*
@@ -26,6 +26,10 @@ macro_rules! codes {
         pub enum $name { $( $(#[$variant_doc])* $variant, )* }
 
         impl $name {
+            /// Its name in words.
+            pub const fn name(self) -> &'static str {
+                match self { $( Self::$variant => $text, )* }
+            }
             pub(crate) const fn code(self) -> u8 {
                 match self { $( Self::$variant => $code, )* }
             }
@@ -36,7 +40,7 @@ macro_rules! codes {
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $( Self::$variant => $text, )* })
+                f.write_str(self.name())
             }
         }
     };
@@ -89,6 +93,24 @@ codes! {
 }
 
 codes! {
+    /// Where the numbers of a group were read.
+    #[derive(Default)]
+    Source {
+        /// They were not read: there are none.
+        #[default]
+        Absent = 0 "absent",
+        /// A file of the kernel's (cgroupfs, procfs, sysfs).
+        File = 1 "file",
+        /// A BPF program or map.
+        Bpf = 2 "bpf",
+        /// A netlink answer.
+        Netlink = 3 "netlink",
+        /// A walk through a directory tree.
+        Walk = 5 "walk",
+    }
+}
+
+codes! {
     /// Kinds of accelerators.
     AcceleratorKind {
         /// NVIDIA, CUDA.
@@ -97,21 +119,16 @@ codes! {
         Rocm = 2 "rocm",
         /// Google TPU.
         Tpu = 3 "tpu",
-        /// A plug-in's.
-        Plugin = 4 "plugin",
-        /// Made up, for tests.
-        Mock = 255 "mock",
     }
 }
 
 impl AcceleratorKind {
-    /// Its bit in the node's counter of drivers that have told nothing; none for kinds without a driver.
+    /// Its bit in the node's counter of drivers that have told nothing.
     pub fn bit(self) -> u64 {
         match self {
             Self::Cuda => 1,
             Self::Rocm => 2,
             Self::Tpu => 4,
-            Self::Plugin | Self::Mock => 0,
         }
     }
 }

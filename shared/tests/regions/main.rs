@@ -606,7 +606,7 @@ fn samples_arrive_as_they_were_put_and_missing_is_not_zero() {
             ecc_uncorrected: Some(1),
             ..Default::default()
         },
-        ..AcceleratorRow::new(AcceleratorKind::Mock, 0, "GPU-0000")
+        ..AcceleratorRow::new(AcceleratorKind::Cuda, 0, "GPU-0000")
     };
     accelerator.near[3] = Proximity::SYSTEM;
     accelerator.near[63] = Proximity::links(18);

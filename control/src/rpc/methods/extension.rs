@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value as Json, json};
 use shared::ids::KernelId;
-use shared::observed::{ForwardPath, ObservedSnapshot, PortState, RelayEngine};
+use shared::observed::{ForwardPath, ObservedSnapshot};
 use uuid::Uuid;
 
 use super::super::arguments::parse_uuid;
@@ -301,9 +301,9 @@ fn ports(node: &Node) -> Result<Value, Failure> {
                     "kernel_id": kernel.id.to_string(),
                     "service": service.name,
                     "container_port": container_port,
-                    "state": status.map_or("unknown", |status| state_name(status.state)),
+                    "state": status.map_or("unknown", |status| status.state.name()),
                     "path": status.map(|status| path_name(status.path)),
-                    "engine": status.map(|status| engine_name(status.engine)),
+                    "engine": status.map(|status| status.engine.name()),
                     "reason": status.map(|status| status.reason.clone()),
                     "sessions_active": status.map(|status| status.sessions_active),
                     "sessions_total": status.map(|status| status.sessions_total),
@@ -319,32 +319,12 @@ fn ports(node: &Node) -> Result<Value, Failure> {
     reply(&json!({ "ports": shown }))
 }
 
-fn state_name(state: PortState) -> &'static str {
-    match state {
-        PortState::Pending => "pending",
-        PortState::Serving => "serving",
-        PortState::Disabled => "disabled",
-        PortState::Draining => "draining",
-        PortState::Refused => "refused",
-        PortState::Removed => "removed",
-    }
-}
-
 fn path_name(path: ForwardPath) -> &'static str {
     match path {
         ForwardPath::None => "none",
         ForwardPath::Relay => "relay",
         ForwardPath::KernelPath => "kernel",
         ForwardPath::Engine => "engine",
-    }
-}
-
-fn engine_name(engine: RelayEngine) -> &'static str {
-    match engine {
-        RelayEngine::None => "none",
-        RelayEngine::Copy => "copy",
-        RelayEngine::Splice => "splice",
-        RelayEngine::Uring => "uring",
     }
 }
 

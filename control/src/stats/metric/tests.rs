@@ -96,19 +96,19 @@ fn records_are_those_of_the_original() {
 
 #[test]
 fn a_counter_that_went_back_counts_from_there() {
-    let quantity = || Quantity::new("io_read", "bytes", Current::Rate, &[Statistic::Difference]);
+    let quantity = || Quantity::new("io_read", "bytes", Current::Difference, &[Statistic::Rate]);
     let mut metrics = Metrics::new(MissingCapacity::Absent);
     for (second, value) in [(1, 100_u64), (2, 40), (4, 60)] {
         let measurement = Measurement::of(quantity(), value.into(), None);
         metrics.observe([measurement], second * 1_000_000_000);
         let figures = metrics.record().get("io_read").unwrap().clone();
-        let (current, difference) = match second {
+        let (current, rate) = match second {
             1 => ("100", "0"),
             2 => ("0", "0"),
-            _ => ("10", "20"),
+            _ => ("20", "10"),
         };
         assert_eq!(figures.current, current, "{second}");
-        assert_eq!(figures.statistics, [("stats.diff", difference.to_owned())]);
+        assert_eq!(figures.statistics, [("stats.rate", rate.to_owned())]);
     }
 }
 

@@ -4,8 +4,8 @@ use crate::ids::{ContainerId, Generation, KernelId};
 use crate::layout::{RawRow, RawSample};
 use crate::observed::counters::{
     CpuCounters, DiskCounters, IoCounters, Measured, MemoryCounters, NetCounters, PidsCounters,
-    Source,
 };
+use crate::observed::rows::Source;
 use crate::observed::table;
 use crate::table::{BatchError, KeyedRow, state};
 
