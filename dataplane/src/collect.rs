@@ -537,7 +537,8 @@ impl Sampler {
             let id = row.container_id;
             let place = place_of(&self.containers, &id);
             if let Ok(place) = place
-                && self.containers[place].row().generation == row.generation
+                // A region begun anew gives the numbers of its generations again.
+                && self.containers[place].row() == row
             {
                 continue;
             }
@@ -664,6 +665,22 @@ mod tests {
             };
             sampler.containers[0].tell_net(&mut net);
             assert_eq!(net.rx_bytes, Some(1000));
+        }
+    }
+
+    #[test]
+    fn a_row_of_a_region_begun_anew_is_followed_though_its_generation_has_the_same_number() {
+        let totals = Arc::new(Totals::default());
+        let disk = Disk::start().expect("a thread");
+        let mut sampler = Sampler::new(totals, disk, None, 10, ReadMethod::Files);
+        for link in [7, 8] {
+            let row = ContainerRow {
+                generation: Generation(1),
+                link_indexes: vec![link],
+                ..ContainerRow::default()
+            };
+            sampler.follow(std::slice::from_ref(&row), true);
+            assert_eq!(sampler.containers[0].row(), &row);
         }
     }
 
