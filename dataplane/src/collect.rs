@@ -370,8 +370,6 @@ impl Sampler {
             stacks.refresh(&mut self.buffer);
         }
         if let Some(cgroup_program) = &mut self.cgroup_program {
-            let stacks = self.stacks.as_ref().map(StackedDeviceReader::stacks);
-            cgroup_program.note_loops(stacks.is_some_and(StackedDevices::have_loops));
             for watched in &mut self.containers {
                 watched.walk(cgroup_program);
             }

@@ -81,10 +81,12 @@ struct cgroup_record {
 	__u64 pids_limit;
 	__u64 pids_limit_events;
 	struct block_counters io;
+	/* In version 1 those of loop devices, which are not among the others then. */
+	struct block_counters loops_io;
 	__u64 stat_pages[STAT_ITEMS];
 };
 
-_Static_assert(sizeof(struct cgroup_record) == 32 * 8, "the Rust side has as many words");
+_Static_assert(sizeof(struct cgroup_record) == 36 * 8, "the Rust side has as many words");
 
 /* Orders and answers: written by both sides, never at once. */
 struct cgroup_walk {
@@ -110,9 +112,6 @@ struct cgroup_walk {
 	__u64 links;
 	/* 1 when what is read of them is compared: all their queues are looked at. */
 	__u64 links_compared;
-	/* 1 when files that loop devices are made of lie on disks, which may count what is done on the loop devices
-	 * as well. */
-	__u64 loops_on_disks;
 };
 
 #endif

@@ -214,22 +214,14 @@ static ALWAYS_INLINE void read_pids(struct pids_cgroup *pids, struct cgroup_reco
 	record->filled |= FILLED_PIDS;
 }
 
-/* Together; the greater where the others have counted what the loop devices have handed on. */
-static ALWAYS_INLINE __u64 with_loops(__u64 loops, __u64 others, __u64 handed_on)
-{
-	if (!handed_on)
-		return loops + others;
-	return loops > others ? loops : others;
-}
-
 /* A cgroup without an entry has done nothing since this was loaded. Entries are looked up when something was
  * done, and now and then, which tells the map that they are needed. */
 static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_record *record,
-				  __u64 needed, __u64 loops_on_disks)
+				  __u64 needed)
 {
 	__u64 *mark = &block_marks[target->serials[OF_IO] % BLOCK_MARKS];
 	struct block_use *use;
-	struct block_counters none = {};
+	struct block_use none = {};
 
 	record->filled |= FILLED_IO;
 	if (*(volatile __u64 *)mark + 1 == target->io_mark && !needed)
@@ -237,15 +229,10 @@ static ALWAYS_INLINE void read_io(struct cgroup_target *target, struct cgroup_re
 	/* Before the counters. */
 	target->io_mark = __sync_fetch_and_add(mark, 0) + 1;
 	use = map_lookup(&block_io, &target->serials[OF_IO]);
-	record->io = none;
 	if (!use)
-		return;
-#define SUM(name) record->io.name = with_loops(use->loops.name, use->others.name, loops_on_disks)
-	SUM(read_bytes);
-	SUM(write_bytes);
-	SUM(reads);
-	SUM(writes);
-#undef SUM
+		use = &none;
+	record->io = use->others;
+	record->loops_io = use->loops;
 }
 
 /* One device after the other of those a cgroup has used. */
@@ -458,8 +445,7 @@ static ALWAYS_INLINE int read_target(__u32 place, const int plain)
 		read_memory(state, target, record, order, plain);
 	state = alive(target, record, OF_IO, plain);
 	if (state && !target->io_unified)
-		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0,
-			order->loops_on_disks);
+		read_io(target, record, (order->passes + place) % LOOK_AGAIN == 0);
 	else if (state && KNOWS_DEVICES)
 		read_devices(state, record, plain);
 	state = alive(target, record, OF_PIDS, plain);

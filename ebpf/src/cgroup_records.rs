@@ -77,6 +77,7 @@ record! {
     oom_events, oom_kill_events, memory_max_events,
     pids, pids_limit, pids_limit_events,
     io_read_bytes, io_write_bytes, io_reads, io_writes,
+    loops_read_bytes, loops_write_bytes, loops_reads, loops_writes,
 }
 
 const _: () = assert!(size_of::<CgroupRecord>() == 8 * CgroupRecord::WORDS);
@@ -127,8 +128,6 @@ pub mod walk {
     pub const LINKS: usize = NODE_STAT_LENGTH + 4;
     /// 1 when what is read of links is to be compared.
     pub const LINKS_COMPARED: usize = LINKS + 1;
-    /// 1 when files that loop devices are made of lie on disks.
-    pub const LOOPS_ON_DISKS: usize = LINKS_COMPARED + 1;
     /// All of them.
-    pub const WORDS: usize = LOOPS_ON_DISKS + 1;
+    pub const WORDS: usize = LINKS_COMPARED + 1;
 }

@@ -309,11 +309,6 @@ impl CgroupProgram {
         kind == Kind::Unified || self.counts_block_io
     }
 
-    /// Says whether files that loop devices are made of lie on disks.
-    pub fn note_loops(&self, on_disks: bool) {
-        set(self.orders.words(), walk::LOOPS_ON_DISKS, on_disks.into());
-    }
-
     /// A place for a container; `None` when there is no room.
     pub fn slot(&mut self) -> Option<Slot> {
         let given_back = self

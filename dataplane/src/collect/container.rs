@@ -20,8 +20,8 @@ use super::cgroup_v2;
 use super::file::{Budget, Failure};
 use super::hierarchies::{CgroupHierarchies, Hierarchy};
 use super::record::{
-    Before, CpuSplit, Steady, cpu_counters, io_counters, memory_counters, network, network_of,
-    of_io, of_net, pids_counters,
+    Before, CpuSplit, IoSums, Steady, cpu_counters, memory_counters, network, network_of, of_net,
+    pids_counters,
 };
 use super::stacked_devices::StackedDevices;
 use crate::sys::netlink::Links;
@@ -147,7 +147,7 @@ struct Hot {
     known: u64,
     split: CpuSplit,
     net: Steady<8>,
-    io: Steady<4>,
+    io: IoSums,
     /// Its link, when it has just one and is not on the host's network.
     link: Option<u32>,
     /// Where its link was in the last pass's list.
@@ -268,7 +268,7 @@ impl Watched {
                 known: 0,
                 split: CpuSplit::default(),
                 net: Steady::default(),
-                io: Steady::default(),
+                io: IoSums::default(),
                 link: one
                     .first()
                     .copied()
@@ -489,8 +489,8 @@ impl Watched {
             self.find_missing(hierarchies, budget);
             self.read_groups(&mut sample, stacks, buffer);
         }
-        if sample.io.get().is_some() {
-            self.hot.io.tell(of_io(&mut sample.io.counters));
+        if sample.io.source == Source::File {
+            self.hot.io.tell(&mut sample.io.counters);
         }
         for (source, links) in [(Source::Bpf, links.read), (Source::Netlink, links.told)] {
             let place = &mut self.hot.link_place;
@@ -548,10 +548,9 @@ impl Watched {
         let loops = || stacks.have_loops() && filled(filled::LOOPS);
         let once = !self.hot.unified_io || !(stacks.have_others() || loops());
         if known(Controller::Io) && filled(filled::IO) && once {
-            sample.io = Measured::now(
-                Source::Bpf,
-                io_counters(&record, self.hot.io_before.as_deref()),
-            );
+            let before = self.hot.io_before.as_deref();
+            let told = self.hot.io.of_record(&record, before, stacks.have_loops());
+            sample.io = Measured::now(Source::Bpf, told);
         }
         if known(Controller::Memory) && filled(filled::MEMORY_STAT) && program.knows_statistics() {
             let (unified, swap) = (self.hot.unified_memory, self.hot.counts_swap);

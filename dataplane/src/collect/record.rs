@@ -124,16 +124,73 @@ pub(super) fn memory_counters(
 const NO_PIDS_LIMIT: u64 = 4 * 1024 * 1024 + 1;
 
 /// Counted by the kernel, or since the program was loaded, on top of what an earlier life of this process had
-/// counted.
-pub(super) fn io_counters(record: &CgroupRecord, before: Option<&IoCounters>) -> IoCounters {
+/// counted. With `loops_on_disks` the disks may have counted what loop devices have handed on: the greater counts.
+pub(super) fn io_counters(
+    record: &CgroupRecord,
+    before: Option<&IoCounters>,
+    loops_on_disks: bool,
+) -> IoCounters {
     let before = before.copied().unwrap_or_default();
-    let sum = |now: u64, before: Option<u64>| Some(now.saturating_add(before.unwrap_or(0)));
+    let sum = |others: u64, loops: u64, before: Option<u64>| {
+        let now = match loops_on_disks {
+            true => others.max(loops),
+            false => others.saturating_add(loops),
+        };
+        Some(now.saturating_add(before.unwrap_or(0)))
+    };
     IoCounters {
-        read_bytes: sum(record.io_read_bytes, before.read_bytes),
-        write_bytes: sum(record.io_write_bytes, before.write_bytes),
-        read_operations: sum(record.io_reads, before.read_operations),
-        write_operations: sum(record.io_writes, before.write_operations),
+        read_bytes: sum(
+            record.io_read_bytes,
+            record.loops_read_bytes,
+            before.read_bytes,
+        ),
+        write_bytes: sum(
+            record.io_write_bytes,
+            record.loops_write_bytes,
+            before.write_bytes,
+        ),
+        read_operations: sum(record.io_reads, record.loops_reads, before.read_operations),
+        write_operations: sum(
+            record.io_writes,
+            record.loops_writes,
+            before.write_operations,
+        ),
         ..IoCounters::default()
+    }
+}
+
+/// The same as told, on and on: how loop devices count changes for all containers when the first comes that lies on
+/// a disk, and when the last goes.
+#[derive(Debug, Clone, Default)]
+pub(super) struct IoSums {
+    steady: Steady<4>,
+    /// How they counted last.
+    loops_on_disks: Option<bool>,
+}
+
+impl IoSums {
+    /// Makes of what files tell what is told.
+    pub(super) fn tell(&mut self, counted: &mut IoCounters) {
+        self.steady.tell(of_io(counted));
+    }
+
+    /// What is told of a record.
+    pub(super) fn of_record(
+        &mut self,
+        record: &CgroupRecord,
+        before: Option<&IoCounters>,
+        loops_on_disks: bool,
+    ) -> IoCounters {
+        let mut counted = io_counters(record, before, loops_on_disks);
+        if let Some(last) = self.loops_on_disks.replace(loops_on_disks)
+            && last != loops_on_disks
+        {
+            self.steady
+                .tell(of_io(&mut io_counters(record, before, last)));
+            self.steady.go_on(of_io(&mut counted));
+        }
+        self.tell(&mut counted);
+        counted
     }
 }
 
@@ -210,8 +267,8 @@ pub(super) fn add_carried(net: &mut NetCounters, [received, sent]: [u64; 2]) {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Steady<const N: usize> {
     told: [u64; N],
-    /// Of most containers nothing ever goes.
-    gone: Option<Box<[u64; N]>>,
+    /// What is told beyond what is counted. Of most containers nothing ever goes.
+    beyond: Option<Box<[i64; N]>>,
 }
 
 impl<const N: usize> Default for Steady<N> {
@@ -224,23 +281,38 @@ impl<const N: usize> Steady<N> {
     /// Goes on from what was told before.
     pub(super) fn after(told: [Option<u64>; N]) -> Self {
         let told = told.map(Option::unwrap_or_default);
-        Self { told, gone: None }
+        Self { told, beyond: None }
+    }
+
+    /// What is counted another way from now on goes on from what was told.
+    pub(super) fn go_on(&mut self, counted: [&mut Option<u64>; N]) {
+        for (place, counted) in counted.into_iter().enumerate() {
+            if let Some(counted) = *counted {
+                self.go_on_at(place, counted);
+            }
+        }
+    }
+
+    fn go_on_at(&mut self, place: usize, counted: u64) {
+        let beyond = self.told[place].wrapping_sub(counted).cast_signed();
+        if beyond != 0 || self.beyond.is_some() {
+            self.beyond.get_or_insert_with(|| Box::new([0; N]))[place] = beyond;
+        }
     }
 
     /// Makes of what is counted now what is told. What is absent stays so.
     pub(super) fn tell(&mut self, counted: [&mut Option<u64>; N]) {
-        for (place, (told, counted)) in self.told.iter_mut().zip(counted).enumerate() {
+        for (place, counted) in counted.into_iter().enumerate() {
             let Some(counted) = counted else {
                 continue;
             };
-            let gone = self.gone.as_ref().map_or(0, |gone| gone[place]);
-            let sum = counted.saturating_add(gone);
-            if sum < *told {
-                let lost = gone.saturating_add(*told - sum);
-                self.gone.get_or_insert_with(|| Box::new([0; N]))[place] = lost;
+            let beyond = self.beyond.as_ref().map_or(0, |beyond| beyond[place]);
+            let sum = counted.saturating_add_signed(beyond);
+            if sum < self.told[place] {
+                self.go_on_at(place, *counted);
             }
-            *told = sum.max(*told);
-            *counted = *told;
+            self.told[place] = sum.max(self.told[place]);
+            *counted = self.told[place];
         }
     }
 }
@@ -274,7 +346,7 @@ pub(super) fn of_io(io: &mut IoCounters) -> [&mut Option<u64>; 4] {
 pub(super) struct Before {
     pub(super) split: CpuSplit,
     pub(super) net: Steady<8>,
-    pub(super) io: Steady<4>,
+    pub(super) io: IoSums,
 }
 
 impl Before {
@@ -284,7 +356,10 @@ impl Before {
         Self {
             split: CpuSplit::after(&sample.cpu.counters),
             net: Steady::after(of_net(&mut net).map(|count| *count)),
-            io: Steady::after(of_io(&mut io).map(|count| *count)),
+            io: IoSums {
+                steady: Steady::after(of_io(&mut io).map(|count| *count)),
+                loops_on_disks: None,
+            },
         }
     }
 }
@@ -334,6 +409,33 @@ mod tests {
         assert_eq!(told(None, Some(6)), (None, Some(6)));
         assert_eq!(told(Some(1), Some(6)), (Some(107), Some(6)));
         assert_eq!(told(Some(2), Some(9)), (Some(108), Some(9)));
+    }
+
+    #[test]
+    fn loop_devices_that_come_and_go_elsewhere_add_nothing() {
+        let record = |io_read_bytes, loops_read_bytes| CgroupRecord {
+            io_read_bytes,
+            loops_read_bytes,
+            ..CgroupRecord::default()
+        };
+        let mut sums = IoSums::default();
+        let mut told = |others, loops, on_disks| {
+            let counted = sums.of_record(&record(others, loops), None, on_disks);
+            counted.read_bytes
+        };
+        assert_eq!(told(100, 30, false), Some(130));
+        for _ in 0..2 {
+            assert_eq!(told(100, 30, true), Some(130));
+            assert_eq!(told(100, 30, false), Some(130));
+        }
+        // What was done meanwhile counts as it did until then.
+        assert_eq!(told(110, 32, true), Some(142));
+        assert_eq!(told(111, 40, true), Some(143));
+        assert_eq!(told(112, 41, false), Some(144));
+        assert_eq!(told(112, 42, false), Some(145));
+        // One that went is forgotten by the kernel's program.
+        assert_eq!(told(0, 0, false), Some(145));
+        assert_eq!(told(1, 1, false), Some(147));
     }
 
     #[test]

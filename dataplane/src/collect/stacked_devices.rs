@@ -10,6 +10,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
+use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
@@ -178,16 +179,20 @@ impl StackedDeviceReader {
         }
     }
 
-    /// Looks again, if the kernel has told of any device since; each time where it can't be asked.
+    /// Looks again, if the kernel has told of any device since; each time where it can't be asked. What was known
+    /// stays while the devices can't be listed.
     pub fn refresh(&mut self, buffer: &mut Vec<u8>) {
         // Before the devices: what comes after it is seen next time.
         let events = self.events.read_if_offered(buffer).and_then(number);
         if events.is_some() && events == self.seen {
             return;
         }
+        // After one that fails the next looks again.
+        self.seen = None;
+        let Ok(holders) = self.holders() else {
+            return;
+        };
         self.seen = events;
-        let (mut holders, loops) = holders(&self.root);
-        holders.extend(self.below_files(loops));
         let stacks = StackedDevices::of(&holders);
         if stacks != self.stacks {
             tracing::debug!(
@@ -200,19 +205,24 @@ impl StackedDeviceReader {
         }
     }
 
+    fn holders(&mut self) -> io::Result<Holders> {
+        let (mut holders, loops) = holders(&self.root)?;
+        holders.extend(self.below_files(loops)?);
+        Ok(holders)
+    }
+
     /// Loop devices whose files lie on disks, with these. The table of mounts tells, for a path of a file system that
     /// hangs is not to be looked up; it is read when a file is new.
-    fn below_files(&mut self, loops: Vec<(Device, PathBuf)>) -> Vec<(Device, Vec<Device>)> {
+    fn below_files(&mut self, loops: Vec<(Device, PathBuf)>) -> io::Result<Holders> {
         let kept: HashSet<&PathBuf> = loops.iter().map(|(_, file)| file).collect();
         self.files.retain(|file, _| kept.contains(file));
         let is_new = |(_, file): &(Device, PathBuf)| !self.files.contains_key(file);
-        if loops.iter().any(is_new)
-            && let Ok(mounts) = std::fs::read(&self.mounts)
-        {
+        if loops.iter().any(is_new) {
+            let mounts = std::fs::read(&self.mounts)?;
             let mounts = mounts_of(&String::from_utf8_lossy(&mounts));
             for (_, file) in &loops {
                 if !self.files.contains_key(file) {
-                    let below = disk_of(file, &mounts, &self.root);
+                    let below = disk_of(file, &mounts, &self.root)?;
                     self.files.insert(file.clone(), below);
                 }
             }
@@ -220,7 +230,7 @@ impl StackedDeviceReader {
         let below = |(device, file): (Device, PathBuf)| {
             Some((device, vec![self.files.get(&file).copied()??]))
         };
-        loops.into_iter().filter_map(below).collect()
+        Ok(loops.into_iter().filter_map(below).collect())
     }
 
     /// As of the last look.
@@ -229,12 +239,24 @@ impl StackedDeviceReader {
     }
 }
 
-fn number_of(directory: &Path) -> Option<Device> {
-    device(&std::fs::read_to_string(directory.join("dev")).ok()?)
+/// Nothing where something can't be read for itself; an error where nothing can be at the moment.
+fn offered<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    use rustix::io::Errno;
+    const OF_ALL: [Errno; 3] = [Errno::MFILE, Errno::NFILE, Errno::NOMEM];
+    match read {
+        Ok(read) => Ok(Some(read)),
+        Err(err) if Errno::from_io_error(&err).is_some_and(|it| OF_ALL.contains(&it)) => Err(err),
+        Err(_) => Ok(None),
+    }
+}
+
+fn number_of(directory: &Path) -> io::Result<Option<Device>> {
+    let text = offered(std::fs::read_to_string(directory.join("dev")))?;
+    Ok(text.and_then(|text| device(&text)))
 }
 
 /// The whole disk of a device's directory: cgroups count by these.
-fn whole(directory: &Path) -> Option<Device> {
+fn whole(directory: &Path) -> io::Result<Option<Device>> {
     match directory.join("partition").exists() {
         true => number_of(&directory.join("..")),
         false => number_of(directory),
@@ -243,12 +265,17 @@ fn whole(directory: &Path) -> Option<Device> {
 
 type Holders = Vec<(Device, Vec<Device>)>;
 
-/// Devices, and those that each of them lies on; and loop devices with their files. What can't be read lies on
-/// nothing.
-fn holders(root: &Path) -> (Holders, Vec<(Device, PathBuf)>) {
+/// Devices, and those that each of them lies on; and loop devices with their files. What goes meanwhile, or can't be
+/// read for itself, lies on nothing.
+fn holders(root: &Path) -> io::Result<(Holders, Vec<(Device, PathBuf)>)> {
     let (mut holders, mut loops) = (Vec::new(), Vec::new());
-    let devices = std::fs::read_dir(root.join("devices/virtual/block"));
-    for entry in devices.into_iter().flatten().take(MOST_DEVICES).flatten() {
+    let devices = match std::fs::read_dir(root.join("devices/virtual/block")) {
+        // The kernel has no such device, if this is its tree.
+        Err(err) if err.kind() == io::ErrorKind::NotFound && root.join("kernel").exists() => None,
+        devices => Some(devices?),
+    };
+    for entry in devices.into_iter().flatten().take(MOST_DEVICES) {
+        let entry = entry?;
         let (name, path) = (entry.file_name(), entry.path());
         let name = name.to_string_lossy();
         if LIE_ON_NONE.iter().any(|kind| name.starts_with(kind)) {
@@ -256,21 +283,23 @@ fn holders(root: &Path) -> (Holders, Vec<(Device, PathBuf)>) {
         }
         if name.starts_with("loop") {
             // There while the device has a file.
-            let file = std::fs::read(path.join("loop/backing_file"));
-            loops.extend(file.ok().and_then(|mut file| {
+            let file = offered(std::fs::read(path.join("loop/backing_file")))?;
+            if let (Some(mut file), Some(device)) = (file, number_of(&path)?) {
                 file.pop_if(|last| *last == b'\n');
-                Some((number_of(&path)?, OsString::from_vec(file).into()))
-            }));
+                loops.push((device, OsString::from_vec(file).into()));
+            }
             continue;
         }
-        let slaves = std::fs::read_dir(path.join("slaves"));
-        let slaves = slaves.into_iter().flatten().take(MOST_DEVICES).flatten();
-        let below: Vec<Device> = slaves.filter_map(|it| whole(&it.path())).collect();
+        let slaves = offered(std::fs::read_dir(path.join("slaves")))?;
+        let mut below = Vec::new();
+        for slave in slaves.into_iter().flatten().take(MOST_DEVICES) {
+            below.extend(whole(&slave?.path())?);
+        }
         if !below.is_empty() {
-            holders.extend(number_of(&path).map(|device| (device, below)));
+            holders.extend(number_of(&path)?.map(|device| (device, below)));
         }
     }
-    (holders, loops)
+    Ok((holders, loops))
 }
 
 /// A file system where it is mounted.
@@ -298,16 +327,26 @@ fn mounts_of(text: &str) -> Vec<Mount> {
 
 /// The disk that a file lies on. A file system of several volumes (btrfs) has a number of its own: the device it was
 /// mounted by stands for it.
-fn disk_of(file: &Path, mounts: &[Mount], root: &Path) -> Option<Device> {
+fn disk_of(file: &Path, mounts: &[Mount], root: &Path) -> io::Result<Option<Device>> {
     // Of those at one place the last is seen.
     let around = mounts.iter().filter(|it| file.starts_with(&it.place));
-    let mount = around.max_by_key(|it| it.place.as_os_str().len())?;
+    let Some(mount) = around.max_by_key(|it| it.place.as_os_str().len()) else {
+        return Ok(None);
+    };
     let disk = |(major, minor): Device| whole(&root.join(format!("dev/block/{major}:{minor}")));
-    mount.device.and_then(disk).or_else(|| {
-        let source = Some(&mount.source).filter(|it| it.starts_with("/dev"))?;
-        let number = rustix::fs::stat(source).ok()?.st_rdev;
-        disk((rustix::fs::major(number), rustix::fs::minor(number)))
-    })
+    if let Some(device) = mount.device
+        && let Some(found) = disk(device)?
+    {
+        return Ok(Some(found));
+    }
+    if !mount.source.starts_with("/dev") {
+        return Ok(None);
+    }
+    let Ok(status) = rustix::fs::stat(&mount.source) else {
+        return Ok(None);
+    };
+    let number = status.st_rdev;
+    disk((rustix::fs::major(number), rustix::fs::minor(number)))
 }
 
 #[cfg(test)]
@@ -471,5 +510,34 @@ mod tests {
             std::fs::remove_dir_all(directory).unwrap();
         }
         assert_eq!(refreshed("14\n"), none);
+    }
+
+    #[test]
+    fn what_is_known_stays_while_devices_cannot_be_listed() {
+        let root = tempfile::tempdir().unwrap();
+        let sys = |path: &str| root.path().join(path);
+        for (path, number) in [
+            ("devices/virtual/block/dm-0", "254:0"),
+            ("devices/virtual/block/dm-0/slaves/sda", "8:0"),
+        ] {
+            std::fs::create_dir_all(sys(path)).unwrap();
+            std::fs::write(sys(path).join("dev"), number).unwrap();
+        }
+        std::fs::create_dir_all(sys("kernel")).unwrap();
+        let mut reader = StackedDeviceReader::new(root.path(), &sys("mountinfo"), &Budget::new(10));
+        let mut refreshed = |told: &str| {
+            std::fs::write(sys("kernel/uevent_seqnum"), told).unwrap();
+            reader.refresh(&mut Vec::new());
+            reader.stacks().clone()
+        };
+        let stacks = refreshed("1\n");
+        assert_eq!(stacks, StackedDevices::of(&[(CRYPT, vec![SDA])]));
+        let block = sys("devices/virtual/block");
+        std::fs::rename(&block, sys("kept")).unwrap();
+        std::fs::write(&block, "not a directory").unwrap();
+        assert_eq!(refreshed("2\n"), stacks);
+        // It looks again though the kernel tells of nothing new.
+        std::fs::remove_file(&block).unwrap();
+        assert_eq!(refreshed("2\n"), StackedDevices::default());
     }
 }
