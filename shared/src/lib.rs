@@ -44,6 +44,8 @@ pub mod observed;
 #[cfg(not(loom))]
 pub mod pins;
 #[cfg(not(loom))]
+pub mod procfs;
+#[cfg(not(loom))]
 pub mod run_dir;
 
 #[cfg(not(loom))]

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use shared::procfs::tick_ns;
+
 use super::page::{Family, Page, families, seconds};
 
 families! {
@@ -41,7 +43,7 @@ families! {
     REQUEST_TIMES = Histogram "backendai_api_request_duration_sec" ["method endpoint domain operation error_detail status_code le"]
         "Time from a request's arrival to its answer, seconds.";
     TASKS = Gauge "backendai_async_task_count" [] "Asynchronous tasks of the agent.";
-    CPU_PERCENT = Gauge "backendai_cpu_usage_percent" [] "CPU the agent has used since the last scrape, in percent of one core.";
+    CPU_PERCENT = Gauge "backendai_cpu_usage_percent" [] "CPU the agent has used since the last scrape, or since one before that where scrapes come within a second, in percent of one core.";
     RSS = Gauge "backendai_memory_used_rss" [] "Memory the agent has resident, bytes.";
     VMS = Gauge "backendai_memory_used_vms" [] "Address space of the agent, bytes.";
     CPU = Counter "process_cpu_seconds_total" [] "CPU time used by the agent.";
@@ -61,15 +63,17 @@ const BUCKETS: [(&Family, &[f64]); 3] = [
         &[0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0],
     ),
 ];
-/// CPU time is told over this long at least: Linux counts it in hundredths of a second.
+/// CPU time is told over this long at least, but in the process's first second: Linux counts it in hundredths
+/// of a second.
 const CPU_SPAN: Duration = Duration::from_secs(1);
 
 /// The process-wide counters.
 #[derive(Clone, Debug)]
 pub struct Recorder {
     handle: PrometheusHandle,
-    /// When CPU time was last told, and how much it was, ns.
-    cpu: Arc<Mutex<(Instant, u64)>>,
+    /// At two scrapes [`CPU_SPAN`] or more apart (at first, at the start): when, and the CPU time until then,
+    /// ns.
+    cpu: Arc<Mutex<[(Instant, u64); 2]>>,
 }
 
 impl Recorder {
@@ -98,7 +102,7 @@ impl Recorder {
         let used = Stat::read().cpu_ns().unwrap_or_default();
         Ok(Recorder {
             handle,
-            cpu: Arc::new(Mutex::new((Instant::now(), used))),
+            cpu: Arc::new(Mutex::new([(Instant::now(), used); 2])),
         })
     }
 
@@ -112,26 +116,30 @@ impl Recorder {
         let mut page = Page::default();
         page.sample(&TASKS, "", u64::try_from(tasks).unwrap_or(u64::MAX));
         let stat = Stat::read();
-        let percent = stat.cpu_ns().and_then(|used| self.cpu_percent(used));
+        let percent = stat.cpu_ns().and_then(|used| {
+            // Whole after every statement.
+            let mut marks = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+            cpu_percent(&mut marks, (Instant::now(), used))
+        });
         page.measured(&CPU_PERCENT, "", percent);
         page.measured(&RSS, "", stat.resident());
         page.measured(&VMS, "", stat.field(23));
         process(&mut page, &stat);
         self.handle.render() + &page.into_text()
     }
+}
 
-    /// CPU since this was last told, in percent of one core, where `used` is the process's in all, ns.
-    fn cpu_percent(&self, used: u64) -> Option<f64> {
-        // The pair is whole after every statement.
-        let mut last = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let (then, before) = *last;
-        let span = then.elapsed();
-        if span >= CPU_SPAN {
-            *last = (then + span, used);
-        }
-        let spent = Duration::from_nanos(used.saturating_sub(before));
-        (!span.is_zero()).then(|| 100.0 * spent.as_secs_f64() / span.as_secs_f64())
+/// CPU of a process in percent of one core from the last of `marks` that is [`CPU_SPAN`] ago until `now`, by
+/// its CPU time, ns. `now` becomes a mark where that leaves one that is long enough ago.
+fn cpu_percent(marks: &mut [(Instant, u64); 2], now: (Instant, u64)) -> Option<f64> {
+    let [_, later] = *marks;
+    if now.0.saturating_duration_since(later.0) >= CPU_SPAN {
+        *marks = [later, now];
     }
+    let (then, before) = marks[0];
+    let span = now.0.saturating_duration_since(then);
+    let spent = Duration::from_nanos(now.1.saturating_sub(before));
+    (!span.is_zero()).then(|| 100.0 * spent.as_secs_f64() / span.as_secs_f64())
 }
 
 /// Counts one call. `method` is a name of ours; `failure` the class of its failure.
@@ -275,10 +283,6 @@ impl Stat {
     }
 }
 
-fn tick_ns() -> u64 {
-    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
-}
-
 /// The usual series of a process.
 fn process(page: &mut Page, stat: &Stat) {
     let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
@@ -303,5 +307,32 @@ fn process(page: &mut Page, stat: &Stat) {
         let since_boot = Duration::from_nanos(ticks.saturating_mul(tick_ns()));
         let start = Duration::from_secs(boot) + since_boot;
         page.sample(&START, "", start.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_in_percent_is_told_over_a_second_at_least() {
+        let start = Instant::now();
+        let mut marks = [(start, 0); 2];
+        // Milliseconds since the start, CPU time in ms until then, percent.
+        for (at, used, percent) in [
+            (0, 0, None),
+            (500, 250, Some(50.0)),
+            (10_000, 1000, Some(10.0)),
+            // Of a scraper beside: hundredths of a second are much of so short a time.
+            (10_010, 1010, Some(100.0 * 1010.0 / 10_010.0)),
+            (20_000, 6000, Some(50.0)),
+            (20_500, 6000, Some(100.0 * 5000.0 / 10_500.0)),
+            (21_000, 6000, Some(0.0)),
+        ] {
+            let now = (start + Duration::from_millis(at), used * 1_000_000);
+            let told = cpu_percent(&mut marks, now);
+            let near = told.zip(percent).is_some_and(|(a, b)| (a - b).abs() < 1e-9);
+            assert!(near || told == percent, "{told:?} at {at}");
+        }
     }
 }

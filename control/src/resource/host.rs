@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use shared::procfs::meminfo_bytes;
+
 /// What the host has. Cores are those Docker's containers may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostInventory {
@@ -165,7 +167,7 @@ fn numa_nodes(root: &Path) -> BTreeMap<i32, NumaNode> {
         let cores = read("cpulist")
             .and_then(|list| parse_cores(&list))
             .unwrap_or_default();
-        let memory = read("meminfo").and_then(|info| kilobytes(&info, "MemTotal:"));
+        let memory = read("meminfo").and_then(|info| meminfo_bytes(&info, "MemTotal:"));
         nodes.insert(id, NumaNode { cores, memory });
     }
     nodes
@@ -174,17 +176,7 @@ fn numa_nodes(root: &Path) -> BTreeMap<i32, NumaNode> {
 fn memory(root: &Path) -> Result<u64, HostError> {
     let path = root.join("proc/meminfo");
     let info = std::fs::read_to_string(&path).map_err(|err| HostError::Read(path, err))?;
-    kilobytes(&info, "MemTotal:").ok_or(HostError::Memory)
-}
-
-/// The bytes of a `Name:  123 kB` line.
-fn kilobytes(info: &str, name: &str) -> Option<u64> {
-    let rest = info.lines().find_map(|line| line.split_once(name))?.1;
-    rest.split_whitespace()
-        .next()?
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    meminfo_bytes(&info, "MemTotal:").ok_or(HostError::Memory)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use std::time::Duration;
 use rust_decimal::{Decimal, RoundingStrategy};
 use shared::monotonic_ns;
 use shared::observed::{AcceleratorKind, AcceleratorRow, ObservedSnapshot};
+use shared::procfs::{CpuTicks, meminfo_bytes, tick_ns};
 
 use super::decimal::milliseconds;
 use super::kernels::device_measurements;
@@ -57,8 +58,8 @@ pub struct Traffic {
 pub struct HostReading {
     /// When, ns of the monotonic clock.
     pub at_ns: u64,
-    /// Busy time of all cores since boot, ns, those that have gone off line too; `None` when it can't
-    /// be read.
+    /// Busy time of all cores since boot ([`CpuTicks::busy`]), ns, those that have gone off line too;
+    /// `None` when it can't be read.
     pub busy_ns: Option<u64>,
     /// Number and busy time since boot, ns, of each core that is on line.
     pub cores_ns: Vec<(u32, u64)>,
@@ -81,7 +82,7 @@ impl HostReading {
     /// Reads cores and memory.
     pub fn of_this_host(at_ns: u64) -> Self {
         let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+        let tick_ns = tick_ns();
         let (all, cores) = busy_ticks(&text("/proc/stat"));
         let ns = |ticks: u64| ticks.saturating_mul(tick_ns);
         Self {
@@ -117,36 +118,23 @@ impl HostReading {
     }
 }
 
-/// Ticks that all cores together and each one on line spent on work: user, nice, system, irq and
-/// softirq of /proc/stat. Time of guests is in user time; stolen time is other machines'.
+/// Busy ticks of all cores together, those off line included, and of each one on line.
 fn busy_ticks(stat: &str) -> (Option<u64>, Vec<(u32, u64)>) {
     let mut all = None;
     let mut cores = Vec::new();
-    for line in stat.lines() {
-        let mut words = line.split_ascii_whitespace();
-        let Some(core) = words.next().and_then(|word| word.strip_prefix("cpu")) else {
-            continue;
-        };
-        let ticks: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
-        let [user, nice, system, _, _, irq, softirq, ..] = ticks[..] else {
-            continue;
-        };
-        let busy = [user, nice, system, irq, softirq].into_iter().sum();
-        match core.parse() {
-            Ok(core) => cores.push((core, busy)),
-            Err(_) => all = Some(busy),
+    for (core, ticks) in stat.lines().filter_map(CpuTicks::parse) {
+        match core.map(u32::try_from) {
+            None => all = Some(ticks.busy()),
+            Some(Ok(core)) => cores.push((core, ticks.busy())),
+            Some(Err(_)) => {}
         }
     }
     (all, cores)
 }
 
 fn memory(meminfo: &str) -> Option<Space> {
-    let kib = |key: &str| -> Option<u64> {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
-        line.split_whitespace().next()?.parse().ok()
-    };
-    let total = kib("MemTotal:")?.saturating_mul(1024);
-    let available = kib("MemAvailable:")?.saturating_mul(1024);
+    let total = meminfo_bytes(meminfo, "MemTotal:")?;
+    let available = meminfo_bytes(meminfo, "MemAvailable:")?;
     Some(Space {
         used: total.saturating_sub(available),
         total,
@@ -667,10 +655,6 @@ mod tests {
         assert!(reading.busy_ns.is_some() && !reading.cores_ns.is_empty());
         let memory = reading.memory.unwrap();
         assert!(memory.used > 0 && memory.used < memory.total);
-        assert_eq!(
-            busy_ticks("cpu  1 1 1 1 1 1 1 1\ncpu0 10 20 30 400 50 6 7 8 9 9\ncpu1 x\nintr 5\n"),
-            (Some(5), vec![(0, 73)])
-        );
     }
 
     /// The list of /proc/stat has no line for it then, and its time stays in the first line.

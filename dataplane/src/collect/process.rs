@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use shared::ids::ContainerId;
 use shared::monotonic_ns;
 use shared::observed::{ProcessCounters, ProcessSample, Processes, Source};
+use shared::procfs::tick_ns;
 
 use super::file::keyed;
 use super::tasks::{ProcessList, Tasks, TasksError};
@@ -194,11 +195,6 @@ impl Lister {
         walk.ask(walkable);
         self.files.ask(others);
     }
-}
-
-/// How long a tick of `/proc` is, ns.
-pub(super) fn tick_ns() -> u64 {
-    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
 }
 
 fn list(container_id: ContainerId, directory: &Path) -> ProcessList {

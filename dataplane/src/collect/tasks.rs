@@ -20,6 +20,7 @@ use aya::{Btf, BtfError, Ebpf, EbpfError, EbpfLoader};
 use ebpf::task_records::{TaskRecord, filled, hierarchy, tally, walk};
 use shared::ids::ContainerId;
 use shared::observed::{ProcessCounters, ProcessSample, Source};
+use shared::procfs::tick_ns;
 
 use super::cgroup_program::possible_cpus;
 use super::hierarchies::{CgroupHierarchies, Hierarchy};
@@ -158,7 +159,7 @@ impl Tasks {
             numbers: HashMap::new(),
             free: (0..containers).rev().collect(),
             told: HashMap::new(),
-            tick_ns: process::tick_ns(),
+            tick_ns: tick_ns(),
         };
         tasks.try_on_this_process()?;
         Ok(tasks)
@@ -514,7 +515,7 @@ mod tests {
     }
 
     fn own() -> ProcessSample {
-        process::read(std::process::id(), process::tick_ns()).expect("this process")
+        process::read(std::process::id(), tick_ns()).expect("this process")
     }
 
     #[test]

@@ -213,7 +213,7 @@ declare! {
         32 counters: [u64; 32] = "counters of the node",
         288 core_count: u32 = "CPUs listed",
         292 disk_count: u32 = "disks listed",
-        296 cores_busy_ns: [u64; 512] = "per CPU: time in user and kernel mode, neither nice nor interrupts, ns",
+        296 cores_busy_ns: [u64; 512] = "per CPU: busy time since boot, that of niced work and interrupts included, ns",
         4392 disk_total_bytes: [u64; 32] = "per disk: size, bytes",
         4648 disk_used_bytes: [u64; 32] = "per disk: not available to ordinary users, bytes",
         4904 disk_name_lengths: [u8; 32] = "per disk: bytes of its name",
