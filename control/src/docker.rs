@@ -74,7 +74,8 @@ pub struct Deadlines {
     /// of an export.
     pub commit: Duration,
     /// a pull or push whose progress stands still; then the engine is pinged, as one that waits its
-    /// turn in the engine is silent too. Also until its first word, and a piece of an export.
+    /// turn in the engine is silent too. Also until its first word, with the wait for a place; and a piece
+    /// of an export.
     pub transfer_silence: Duration,
     /// an event stream without an event; then the engine is pinged, as one that hangs closes
     /// nothing.
@@ -115,8 +116,13 @@ pub struct DockerOptions {
     pub change_limit: usize,
     /// Removals in flight, beside the changes.
     pub removal_limit: usize,
-    /// Stops, waits, log reads, transfers and event streams in flight.
+    /// Stops, waits, commands, last logs and event streams in flight.
     pub slow_limit: usize,
+    /// What users ask of containers, in flight: logs, archives and lists of files. Beside the others, so
+    /// that a crowd of them keeps no kernel from ending.
+    pub read_limit: usize,
+    /// Pulls, pushes, commits and exports in flight, which may last for hours.
+    pub transfer_limit: usize,
 }
 
 impl Default for DockerOptions {
@@ -128,6 +134,8 @@ impl Default for DockerOptions {
             change_limit: 16,
             removal_limit: 8,
             slow_limit: 128,
+            read_limit: 64,
+            transfer_limit: 128,
         }
     }
 }
@@ -238,14 +246,7 @@ impl Docker {
                 .unwrap_or_else(|| DEFAULT_HOST.to_owned()),
         };
         Ok(Self {
-            transport: Arc::new(Transport::new(
-                &host,
-                options.query_limit,
-                options.change_limit,
-                options.removal_limit,
-                options.slow_limit,
-                options.deadlines.query,
-            )?),
+            transport: Arc::new(Transport::new(&host, options)?),
             deadlines: Arc::new(options.deadlines.clone()),
         })
     }
@@ -507,11 +508,12 @@ impl Docker {
         let step = format!("read log of container {container}");
         let begun = tokio::time::Instant::now();
         let limit = options.limit.unwrap_or(self.deadlines.logs);
+        let class = Class::asked(options.for_user);
         let path = format!("/containers/{}/logs", segment(&step, container)?);
         let opened = Box::pin(transport::within(&step, limit, async {
             let found = self.inspect(container).await?;
             let tty = found.config.and_then(|config| config.tty);
-            let call = Call::new(step.clone(), Class::Slow, limit, Method::GET, path)
+            let call = Call::new(step.clone(), class, limit, Method::GET, path)
                 .query("stdout", "true")
                 .query("stderr", "true")
                 .query("follow", "false");
@@ -529,7 +531,7 @@ impl Docker {
         let mut body = streaming.response.into_body();
         let mut tail = Tail::new(options.keep);
         let mut frames = Demultiplexer::default();
-        let read = transport::within(&step, limit.saturating_sub(begun.elapsed()), async {
+        let read = transport::within_since(&step, begun, limit, async {
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|source| DockerError::Broken {
                     step: step.clone(),

@@ -6,10 +6,11 @@ use hyper::Method;
 
 use super::Docker;
 use super::error::DockerError;
-use super::transport::{Call, Class, collect, segment, within};
+use super::transport::{Call, Class, collect, segment, within_since};
 
 impl Docker {
-    /// The file or directory at `path` inside the container, as tar bytes of at most `limit`.
+    /// The file or directory at `path` inside the container, as tar bytes of at most `limit`, within
+    /// `deadlines.archive`.
     ///
     /// # Errors
     /// `NotFound` when the container or the path is missing, `TooLarge` beyond the limit.
@@ -23,13 +24,9 @@ impl Docker {
         let target = format!("/containers/{}/archive", segment(&step, container)?);
         let deadline: Duration = self.deadlines.archive;
         let call =
-            Call::new(step.clone(), Class::Slow, deadline, Method::GET, target).query("path", path);
+            Call::new(step.clone(), Class::Read, deadline, Method::GET, target).query("path", path);
         let streaming = self.transport.stream(&call).await?;
-        within(
-            &step,
-            deadline,
-            collect(&step, streaming.response.into_body(), limit),
-        )
-        .await
+        let body = collect(&step, streaming.response.into_body(), limit);
+        within_since(&step, streaming.begun, deadline, body).await
     }
 }

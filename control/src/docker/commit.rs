@@ -51,7 +51,7 @@ impl Docker {
         // of a Dockerfile a value with a blank or a line break would become something else.
         let mut call = Call::new(
             step.clone(),
-            Class::Slow,
+            Class::Transfer,
             self.deadlines.commit,
             Method::POST,
             "/commit".into(),
@@ -89,7 +89,7 @@ impl Docker {
         let path = format!("/images/{}/get", image_path(&step, image)?);
         // The engine gathers all layers in a temporary directory before it sends the first byte.
         let deadline = self.deadlines.commit;
-        let call = Call::new(step.clone(), Class::Slow, deadline, Method::GET, path);
+        let call = Call::new(step.clone(), Class::Transfer, deadline, Method::GET, path);
         Ok(ImageExport {
             streaming: self.transport.stream(&call).await?,
             step,

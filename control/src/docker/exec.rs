@@ -25,10 +25,13 @@ pub struct ExecRequest {
     pub working_dir: Option<String>,
     /// Bytes kept of each of the two streams; the rest is read and counted.
     pub keep: usize,
+    /// A user asks: it waits its turn among such calls, not among those that kernels end by.
+    pub for_user: bool,
 }
 
 impl ExecRequest {
-    /// A command with default settings: the container's user, 1 MiB of each stream kept.
+    /// A command with default settings: the container's user, 1 MiB of each stream kept, asked by the
+    /// agent itself.
     pub fn new(argv: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             argv: argv.into_iter().map(Into::into).collect(),
@@ -36,6 +39,7 @@ impl ExecRequest {
             env: Vec::new(),
             working_dir: None,
             keep: 1 << 20,
+            for_user: false,
         }
     }
 }
@@ -89,7 +93,7 @@ impl Docker {
             let id = segment(&step, &created.id)?;
             let start = Call::new(
                 step.clone(),
-                Class::Slow,
+                Class::asked(request.for_user),
                 deadline,
                 Method::POST,
                 format!("/exec/{id}/start"),

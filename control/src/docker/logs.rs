@@ -18,6 +18,8 @@ pub struct LogOptions {
     pub partial: bool,
     /// The deadline, where it is not `Deadlines::logs`.
     pub limit: Option<Duration>,
+    /// A user asks: it waits its turn among such calls, not among those that kernels end by.
+    pub for_user: bool,
 }
 
 impl Default for LogOptions {
@@ -26,6 +28,7 @@ impl Default for LogOptions {
             keep: 10 << 20,
             partial: false,
             limit: None,
+            for_user: false,
         }
     }
 }

@@ -203,7 +203,7 @@ impl Docker {
     ) -> Call<'a> {
         // The head comes with the first progress line, after the registry was asked.
         let head = self.deadlines.transfer_silence;
-        let call = Call::new(step, Class::Slow, head, Method::POST, path);
+        let call = Call::new(step, Class::Transfer, head, Method::POST, path);
         match auth {
             Some(auth) => call.header("X-Registry-Auth", auth.header(name)),
             None => call,

@@ -25,7 +25,9 @@ use hyperlocal::UnixConnector;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
+use super::DockerOptions;
 use super::error::DockerError;
 
 /// Address used when neither the options nor `DOCKER_HOST` name one.
@@ -68,8 +70,22 @@ pub(super) enum Class {
     /// Gives something back. It takes long, and comes in crowds when a session of many kernels ends:
     /// who waits for a new one must not stand in line behind it.
     Removal,
-    /// Waits by design: stop with grace, wait, logs, streams.
+    /// Waits by design, and kernels start and end by it: stop with grace, wait, their last log, events.
     Slow,
+    /// Asked by a user of one container, which may make it last: log, archive, list of files.
+    Read,
+    /// Moves an image, for minutes or hours: pull, push, commit, export.
+    Transfer,
+}
+
+impl Class {
+    /// Of what both users and the agent itself ask of a container.
+    pub fn asked(for_user: bool) -> Self {
+        match for_user {
+            true => Self::Read,
+            false => Self::Slow,
+        }
+    }
 }
 
 /// One request.
@@ -140,6 +156,8 @@ pub(super) struct Transport {
     change: Bound,
     removal: Bound,
     slow: Bound,
+    read: Bound,
+    transfer: Bound,
     negotiate_within: Duration,
 }
 
@@ -180,26 +198,24 @@ impl Bound {
 pub(super) struct Streaming {
     pub response: Response<Incoming>,
     pub permit: OwnedSemaphorePermit,
+    /// When the call began: before it waited for its place.
+    pub begun: Instant,
 }
 
 impl Transport {
-    pub fn new(
-        host: &str,
-        query_limit: usize,
-        change_limit: usize,
-        removal_limit: usize,
-        slow_limit: usize,
-        negotiate_within: Duration,
-    ) -> Result<Self, DockerError> {
+    /// For the engine at `host`, whatever the options say of it.
+    pub fn new(host: &str, options: &DockerOptions) -> Result<Self, DockerError> {
         Ok(Self {
             host: host.to_owned(),
             pool: pool(host)?,
             offered: Mutex::new(None),
-            query: Bound::new(query_limit),
-            change: Bound::new(change_limit),
-            removal: Bound::new(removal_limit),
-            slow: Bound::new(slow_limit),
-            negotiate_within,
+            query: Bound::new(options.query_limit),
+            change: Bound::new(options.change_limit),
+            removal: Bound::new(options.removal_limit),
+            slow: Bound::new(options.slow_limit),
+            read: Bound::new(options.read_limit),
+            transfer: Bound::new(options.transfer_limit),
+            negotiate_within: options.deadlines.query,
         })
     }
 
@@ -276,7 +292,7 @@ impl Transport {
 
     /// Makes the call and reads its whole answer within the deadline.
     pub async fn bytes(&self, call: &Call<'_>) -> Result<Bytes, DockerError> {
-        self.permitted(call, async {
+        let answered = self.permitted(call, Instant::now(), async {
             match self.exchange(call).await {
                 // A pooled connection may have died with an engine restart; asking again is
                 // harmless when the request changes nothing.
@@ -293,24 +309,29 @@ impl Transport {
                 }
                 other => other,
             }
-        })
-        .await
+        });
+        let (bytes, _permit) = answered.await?;
+        Ok(bytes)
     }
 
-    /// Makes the call and returns once the head of the answer is there; the deadline covers only
-    /// that, the reader of the body brings its own.
+    /// Makes the call and returns once the head of the answer is there; the deadline covers the wait
+    /// for a place and that. Who reads the body says how long it may take, from `begun` or from then.
     pub async fn stream(&self, call: &Call<'_>) -> Result<Streaming, DockerError> {
-        let permit = self.permit(call).await?;
-        let response = within(&call.step, call.deadline, async {
+        let begun = Instant::now();
+        let answered = self.permitted(call, begun, async {
             match self.head(call).await {
                 Err(DockerError::Broken { .. }) if call.method == Method::GET => {
                     self.head(call).await
                 }
                 other => other,
             }
+        });
+        let (response, permit) = answered.await?;
+        Ok(Streaming {
+            response,
+            permit,
+            begun,
         })
-        .await?;
-        Ok(Streaming { response, permit })
     }
 
     async fn head(&self, call: &Call<'_>) -> Result<Response<Incoming>, DockerError> {
@@ -359,6 +380,8 @@ impl Transport {
             Class::Change => &self.change,
             Class::Removal => &self.removal,
             Class::Slow => &self.slow,
+            Class::Read => &self.read,
+            Class::Transfer => &self.transfer,
         };
         match tokio::time::timeout(call.deadline, bound.permits.clone().acquire_owned()).await {
             Ok(permit) => Ok(permit.expect("the semaphore is never closed")),
@@ -370,21 +393,16 @@ impl Transport {
         }
     }
 
+    /// Does the work in a place of the call's class; one deadline for the wait and the work.
     async fn permitted<T>(
         &self,
         call: &Call<'_>,
+        begun: Instant,
         work: impl Future<Output = Result<T, DockerError>>,
-    ) -> Result<T, DockerError> {
-        let started = tokio::time::Instant::now();
-        let _permit = self.permit(call).await?;
-        let left = call.deadline.saturating_sub(started.elapsed());
-        match tokio::time::timeout(left, work).await {
-            Ok(result) => result,
-            Err(_) => Err(DockerError::Timeout {
-                step: call.step.clone(),
-                after: call.deadline,
-            }),
-        }
+    ) -> Result<(T, OwnedSemaphorePermit), DockerError> {
+        let permit = self.permit(call).await?;
+        let done = within_since(&call.step, begun, call.deadline, work).await?;
+        Ok((done, permit))
     }
 
     async fn send(
@@ -449,12 +467,24 @@ fn api_version(text: &str) -> Option<ApiVersion> {
 }
 
 /// Runs `work` under a deadline.
-pub(super) async fn within<T>(
+pub(super) fn within<T>(
     step: &str,
     deadline: Duration,
     work: impl Future<Output = Result<T, DockerError>>,
+) -> impl Future<Output = Result<T, DockerError>> {
+    within_since(step, Instant::now(), deadline, work)
+}
+
+/// Runs `work` under what is left of a deadline.
+pub(super) async fn within_since<T>(
+    step: &str,
+    begun: Instant,
+    deadline: Duration,
+    work: impl Future<Output = Result<T, DockerError>>,
 ) -> Result<T, DockerError> {
-    match tokio::time::timeout(deadline, work).await {
+    let left = deadline.saturating_sub(begun.elapsed());
+    // On the heap: it is handed on through several futures, each of which would have room for it.
+    match tokio::time::timeout(left, Box::pin(work)).await {
         Ok(result) => result,
         Err(_) => Err(DockerError::Timeout {
             step: step.to_owned(),

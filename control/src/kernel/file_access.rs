@@ -358,6 +358,7 @@ pub async fn list_files(
     // Whatever user the image names: only root may become another one.
     request.user = as_root.then(|| "0:0".to_owned());
     request.keep = LISTING_LIMIT;
+    request.for_user = true;
     let output = docker
         .exec(container, &request)
         .await

@@ -47,6 +47,7 @@ pub(super) async fn logs(node: &Arc<Node>, args: &Arguments) -> Result<Value, Fa
             keep: LOG_LIMIT,
             partial: true,
             limit: Some(PATIENCE),
+            for_user: true,
         };
         match node.docker.logs(&container.to_string(), options).await {
             Ok(log) => return reply(&json!({ "logs": log.text })),
