@@ -259,8 +259,6 @@ pub struct HostLink {
     pub interface: String,
     /// Index of the host-side end.
     pub ifindex: u32,
-    /// Hardware address of the host-side end.
-    pub host_mac: MacAddress,
     /// Hardware address of the container's end.
     pub container_mac: MacAddress,
     /// The container's address on this link.
@@ -336,7 +334,6 @@ pub async fn links(container: &ContainerInspectResponse) -> Result<Links, Networ
                 network: endpoint.map(|it| it.network.clone()).unwrap_or_default(),
                 interface: peer.interface,
                 ifindex: peer.host_ifindex,
-                host_mac: peer.host_mac,
                 container_mac: peer.container_mac,
                 ipv4: endpoint.and_then(|it| it.ipv4),
                 ipv6: endpoint.and_then(|it| it.ipv6),

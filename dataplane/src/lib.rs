@@ -10,6 +10,7 @@ pub mod app;
 pub mod background_queries;
 pub mod board;
 pub mod collect;
+mod default_route;
 pub mod detach;
 pub mod forward;
 pub mod link;

@@ -1,6 +1,10 @@
-//! Texts of procfs that both processes read: `/proc/stat`, `/proc/meminfo`.
+//! Texts of procfs that both processes read: `/proc/stat`, `/proc/meminfo`, the mount table.
 //!
 //! In: texts. Out: numbers with their units. Invariant: what is not there or makes no sense is `None`.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 /// Highest number of a CPU believed: the `NR_CPUS` of the largest kernels.
 const MOST_CPUS: usize = 8192;
@@ -84,6 +88,63 @@ pub fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
     })
 }
 
+/// A mounted hierarchy of control groups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CgroupMount<'a> {
+    /// Where.
+    pub place: PathBuf,
+    /// Whether it is the one of version 2.
+    pub unified: bool,
+    /// Its options, comma-joined; of version 1 its controllers are among them.
+    options: &'a str,
+}
+
+impl CgroupMount<'_> {
+    /// Whether it is of version 1 and has this controller.
+    pub fn has(&self, controller: &str) -> bool {
+        !self.unified && self.options.split(',').any(|it| it == controller)
+    }
+}
+
+/// The hierarchies of control groups in `/proc/self/mounts`, in its order.
+pub fn cgroup_mounts(mounts: &str) -> impl Iterator<Item = CgroupMount<'_>> {
+    mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let [_, place, kind, options] = [(); 4].map(|()| fields.next());
+        let (place, kind, options) = (place?, kind?, options?);
+        matches!(kind, "cgroup" | "cgroup2").then(|| CgroupMount {
+            place: unescape(place),
+            unified: kind == "cgroup2",
+            options,
+        })
+    })
+}
+
+/// Where the hierarchy of version 2 is mounted, alone or beside version 1, by `/proc/self/mounts`.
+pub fn unified_cgroup_mount(mounts: &str) -> Option<PathBuf> {
+    let mount = cgroup_mounts(mounts).find(|mount| mount.unified)?;
+    Some(mount.place)
+}
+
+/// Undoes the octal escapes of the mount tables (proc(5)): of blanks, backslashes and line ends.
+pub fn unescape(text: &str) -> PathBuf {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let code = (*first == b'\\')
+            .then(|| tail.get(..3))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(code.unwrap_or(*first));
+        rest = match code {
+            Some(_) => &tail[3..],
+            None => tail,
+        };
+    }
+    OsString::from_vec(out).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,6 +183,36 @@ mod tests {
         );
         for name in ["MemAvailable:", "MemFree:", "SwapTotal:"] {
             assert_eq!(meminfo_bytes(text, name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn hierarchies_are_found_alone_and_beside_each_other() {
+        let v1 = "x /mnt/a\\040b cgroup rw,cpu,cpuacct 0 0\n";
+        let v2 = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw,memory 0 0\n";
+        let both = format!("proc /proc proc rw 0 0\nshort /a cgroup\n{v1}{v2}");
+        let found: Vec<_> = cgroup_mounts(&both).collect();
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0].place, PathBuf::from("/mnt/a b"));
+        let has = |controller| [0, 1].map(|place: usize| found[place].has(controller));
+        assert_eq!(has("cpuacct"), [true, false]);
+        // An option of version 2 is no controller.
+        assert_eq!([has("memory"), has("acct")], [[false; 2]; 2]);
+        let unified = Some(PathBuf::from("/sys/fs/cgroup/unified"));
+        assert_eq!(unified_cgroup_mount(&both), unified);
+        assert_eq!(unified_cgroup_mount(v2), unified);
+        assert_eq!(unified_cgroup_mount(v1), None);
+    }
+
+    #[test]
+    fn escapes_are_read_and_odd_ones_stay() {
+        for (text, read) in [
+            ("a\\040b\\134c", "a b\\c"),
+            ("a\\04", "a\\04"),
+            ("\\999", "\\999"),
+            ("\\é1", "\\é1"),
+        ] {
+            assert_eq!(unescape(text), PathBuf::from(read));
         }
     }
 }

@@ -3,15 +3,16 @@
 mod devices;
 mod forwarding;
 
-use crate::cli::output::{say, say_part};
 use std::path::Path;
 use std::time::Duration;
 
+use config::{Config, Loaded, NoteKind};
 use serde::Serialize;
 use serde_json::json;
+use shared::procfs::{cgroup_mounts, unified_cgroup_mount};
 
 use super::exit::Problem;
-use super::output::{self, Form, Table};
+use super::output::{self, Form, Table, say, say_part};
 use crate::blocking::blocking;
 use crate::causes::chain;
 use crate::docker::{Docker, DockerError, DockerOptions, SystemInfo};
@@ -19,7 +20,6 @@ use crate::etcd::Etcd;
 use crate::firewall;
 use crate::image::containerd_store;
 use crate::storage_proxy::{ProxyClient, ProxyError};
-use config::{Config, Loaded, NoteKind};
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -136,8 +136,7 @@ async fn findings(loaded: &Loaded, standalone: bool) -> Result<Vec<Finding>, Pro
                     .map_or(0, |(_, hard)| hard),
             ),
             control_groups(&read("/proc/self/mounts"), own_control_groups(), |root| {
-                std::fs::read_to_string(Path::new(root).join("cgroup.controllers"))
-                    .unwrap_or_default()
+                std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default()
             }),
             ephemeral_ports(
                 &read("/proc/sys/net/ipv4/ip_local_port_range"),
@@ -481,23 +480,10 @@ fn own_control_groups() -> bool {
 }
 
 /// `own` is whether this process has a namespace of its own; `controllers` tells those of a unified root.
-fn control_groups(mounts: &str, own: bool, controllers: impl Fn(&str) -> String) -> Finding {
+fn control_groups(mounts: &str, own: bool, controllers: impl Fn(&Path) -> String) -> Finding {
     const CHECK: &str = "control groups";
-    let fields = || {
-        mounts
-            .lines()
-            .map(|line| line.split(' ').collect::<Vec<_>>())
-    };
-    let unified = fields().find(|mount| mount.get(2) == Some(&"cgroup2"));
-    let root = unified.and_then(|mount| mount.get(1).copied());
-    let first = |controller: &str| {
-        fields().any(|mount| {
-            mount.get(2) == Some(&"cgroup")
-                && mount
-                    .get(3)
-                    .is_some_and(|options| options.split(',').any(|o| o == controller))
-        })
-    };
+    let root = unified_cgroup_mount(mounts);
+    let first = |controller: &str| cgroup_mounts(mounts).any(|mount| mount.has(controller));
     let found = match (root.is_some(), first("memory"), first("cpuacct")) {
         (true, false, false) => "version 2",
         (true, true, true) => "version 1 with a unified tree (hybrid)",
@@ -519,7 +505,7 @@ fn control_groups(mounts: &str, own: bool, controllers: impl Fn(&str) -> String)
             "those of the host's containers are not in it, so none is measured: run both programs on the host, or in a container with --cgroupns=host and the host's /sys/fs/cgroup",
         );
     }
-    let there = root.map(controllers).unwrap_or_default();
+    let there = root.as_deref().map(controllers).unwrap_or_default();
     let lacking: Vec<&str> = [
         ("cpu", "cpu"),
         ("memory", "memory"),
@@ -693,7 +679,7 @@ mod tests {
     fn the_control_group_layout_is_told_from_the_mounts() {
         let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup /sys/fs/cgroup/cpuacct cgroup rw,cpu,cpuacct 0 0\n";
         let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
-        let all = |_: &str| "cpuset cpu io memory hugetlb pids\n".to_owned();
+        let all = |_: &Path| "cpuset cpu io memory hugetlb pids\n".to_owned();
         let look = |mounts: &str| control_groups(mounts, false, all);
         let v1 = v1.to_owned() + "cgroup /a cgroup rw,pids 0 0\ncgroup /b cgroup rw,blkio 0 0\n";
         for (mounts, found) in [
@@ -713,7 +699,7 @@ mod tests {
         assert_eq!(inside.level, Level::Failure);
         assert!(inside.remedy.contains("--cgroupns=host"), "{inside:?}");
         let lacking = control_groups(v2, false, |root| {
-            assert_eq!(root, "/sys/fs/cgroup");
+            assert_eq!(root, Path::new("/sys/fs/cgroup"));
             "cpuset cpu io pids\n".to_owned()
         });
         assert_eq!(lacking.found, "version 2 without memory");

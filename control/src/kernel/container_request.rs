@@ -490,8 +490,9 @@ fn network(inputs: &ContainerInputs<'_>, body: &mut ContainerCreateBody, host: &
     }
 }
 
-/// Reads the host-port label back; entries that are no pair of numbers are passed over.
-pub fn parse_host_ports(label: &str) -> Vec<(u16, u16)> {
+/// Reads the host-port label back: host ports by container ports. Entries that are no pair of numbers are
+/// passed over.
+pub fn parse_host_ports(label: &str) -> HashMap<u16, u16> {
     let pairs = label.split(',').filter_map(|pair| pair.split_once(':'));
     pairs
         .filter_map(|(container, host)| Some((container.parse().ok()?, host.parse().ok()?)))

@@ -4,7 +4,6 @@
 //! Invariant: a port row that leads to a container's own address carries the host-side interface of
 //! that container and the guard flag, so that it fails closed when the container is gone.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -472,17 +471,6 @@ pub async fn renew(node: &Arc<Node>, kernel: &Arc<Kernel>) {
     }
 }
 
-/// Labels of a container that tell its host ports: `<container port>:<host port>`, comma-joined.
-pub fn parse_host_ports(label: &str) -> HashMap<u16, u16> {
-    label
-        .split(',')
-        .filter_map(|pair| {
-            let (container, host) = pair.split_once(':')?;
-            Some((container.trim().parse().ok()?, host.trim().parse().ok()?))
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -541,9 +529,5 @@ mod tests {
         assert_eq!(count_cpus("0-3,8"), 5);
         assert_eq!(count_cpus(""), 0);
         assert_eq!(cut("äbc", 1), "");
-        assert_eq!(
-            parse_host_ports("2200:30000,7681:30001,x"),
-            HashMap::from([(2200, 30000), (7681, 30001)])
-        );
     }
 }

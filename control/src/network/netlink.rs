@@ -73,7 +73,6 @@ pub(super) struct Peer {
     pub container_mac: MacAddress,
     /// Index of the end in our namespace.
     pub host_ifindex: u32,
-    pub host_mac: MacAddress,
     /// Index of the bridge that end is a port of.
     pub bridge_ifindex: Option<u32>,
 }
@@ -111,12 +110,11 @@ pub(super) fn links(pid: u32, deadline: Duration) -> io::Result<Found> {
         // Indexes are per namespace: only a peer that points back is the other end.
         let points_back =
             outside.link == Some(inside.index) && outside.link_namespace == Some(namespace);
-        if let (true, Some(host_mac)) = (points_back, outside.mac) {
+        if points_back {
             found.peers.push(Peer {
                 interface: inside.name,
                 container_mac,
                 host_ifindex: peer,
-                host_mac,
                 bridge_ifindex: outside.master,
             });
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use shared::procfs::meminfo_bytes;
+use shared::procfs::{CgroupMount, cgroup_mounts, meminfo_bytes};
 
 /// What the host has. Cores are those Docker's containers may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,46 +69,34 @@ impl HostInventory {
     }
 }
 
-fn text(root: &Path, path: &str) -> Option<String> {
-    std::fs::read_to_string(root.join(path.trim_start_matches('/'))).ok()
+fn text(root: &Path, path: impl AsRef<Path>) -> Option<String> {
+    let path = path.as_ref();
+    std::fs::read_to_string(root.join(path.strip_prefix("/").unwrap_or(path))).ok()
 }
 
 /// The cpuset of Docker's parent cgroup: `docker` with the cgroupfs driver, `system.slice` with
 /// systemd; version 1 or 2, wherever it is mounted.
 fn docker_cores(root: &Path) -> Option<Vec<u32>> {
-    let mounts = text(root, "proc/self/mountinfo")?;
+    let mounts = text(root, "proc/self/mounts")?;
     for (version_one, file) in [
         (true, "cpuset.effective_cpus"),
         (false, "cpuset.cpus.effective"),
     ] {
-        let Some(mount) = mounts
-            .lines()
-            .find_map(|line| cpuset_mount(line, version_one))
-        else {
+        let may_have = |mount: &CgroupMount<'_>| match version_one {
+            true => mount.has("cpuset"),
+            false => mount.unified,
+        };
+        let Some(mount) = cgroup_mounts(&mounts).find(may_have) else {
             continue;
         };
         for parent in ["docker", "system.slice"] {
-            let path = format!("{mount}/{parent}/{file}");
+            let path = mount.place.join(parent).join(file);
             if let Some(cores) = text(root, &path).and_then(|cores| parse_cores(&cores)) {
                 return Some(cores);
             }
         }
     }
     None
-}
-
-/// The mount point, when the line of mountinfo is a cgroup mount that can have a cpuset.
-fn cpuset_mount(line: &str, version_one: bool) -> Option<String> {
-    let (mount, filesystem) = line.split_once(" - ")?;
-    let point = mount.split(' ').nth(4)?;
-    let mut filesystem = filesystem.split(' ');
-    let kind = filesystem.next()?;
-    let options = filesystem.nth(1).unwrap_or_default();
-    let fits = match version_one {
-        true => kind == "cgroup" && options.split(',').any(|option| option == "cpuset"),
-        false => kind == "cgroup2",
-    };
-    fits.then(|| point.replace("\\040", " "))
 }
 
 /// The cores this process may run on.
@@ -212,34 +200,24 @@ mod tests {
 
     #[test]
     fn the_docker_cpuset_comes_first_then_affinity_then_all() {
-        let v1 = "30 23 0:26 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset\n";
-        let v2 = "31 23 0:27 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n";
+        let v1 = "cgroup /sys/fs/cgroup/cpuset cgroup rw,cpuset 0 0\n";
+        let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
         let of =
             |files: &[(&str, &str)]| HostInventory::read_below(tree(files).path()).unwrap().cores;
         let v1_file = "sys/fs/cgroup/cpuset/docker/cpuset.effective_cpus";
         assert_eq!(
-            of(&[
-                MEMORY,
-                STATUS,
-                ("proc/self/mountinfo", v1),
-                (v1_file, "2-3\n")
-            ]),
+            of(&[MEMORY, STATUS, ("proc/self/mounts", v1), (v1_file, "2-3\n")]),
             [2, 3]
         );
         let v2_file = "sys/fs/cgroup/system.slice/cpuset.cpus.effective";
         assert_eq!(
-            of(&[
-                MEMORY,
-                STATUS,
-                ("proc/self/mountinfo", v2),
-                (v2_file, "5\n")
-            ]),
+            of(&[MEMORY, STATUS, ("proc/self/mounts", v2), (v2_file, "5\n")]),
             [5]
         );
         // Empty or backwards text is passed over.
         for bad in ["\n", "3-2\n", "a\n", "0-99999999\n"] {
             assert_eq!(
-                of(&[MEMORY, STATUS, ("proc/self/mountinfo", v1), (v1_file, bad)]),
+                of(&[MEMORY, STATUS, ("proc/self/mounts", v1), (v1_file, bad)]),
                 [0, 1, 2, 3, 8]
             );
         }

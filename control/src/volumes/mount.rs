@@ -11,6 +11,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
+use shared::procfs::unescape;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, Command};
 
@@ -160,7 +161,7 @@ fn point_above(points: impl Iterator<Item = PathBuf>, path: &Path) -> PathBuf {
 fn points(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
     mountinfo
         .lines()
-        .filter_map(|line| Some(PathBuf::from(unescape(line.split(' ').nth(4)?))))
+        .filter_map(|line| Some(unescape(line.split(' ').nth(4)?)))
 }
 
 fn points_below(mountinfo: &str, base: &Path) -> Vec<PathBuf> {
@@ -180,33 +181,9 @@ fn source_at(mountinfo: &str, path: &Path) -> Option<String> {
             let (place, source) = line.split_once(" - ")?;
             let point = place.split(' ').nth(4)?;
             let source = source.split(' ').nth(1)?;
-            (Path::new(&unescape(point)) == path).then(|| unescape(source))
+            (unescape(point) == path).then(|| unescape(source).to_string_lossy().into_owned())
         })
         .next_back()
-}
-
-/// Blanks and backslashes are written as a backslash and three octal digits.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, tail)) = rest.split_first() {
-        let code = (*first == b'\\')
-            .then(|| tail.get(..3))
-            .flatten()
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Mounts where nothing is mounted, and sees that it is so; what failed is undone.
@@ -434,13 +411,6 @@ mod tests {
             let found = point_above(points.into_iter(), &place);
             assert_eq!(found, Path::new(point), "{path}");
         }
-    }
-
-    #[test]
-    fn escapes_are_read_and_odd_ones_stay() {
-        assert_eq!(unescape("a\\040b\\134c"), "a b\\c");
-        assert_eq!(unescape("a\\04"), "a\\04");
-        assert_eq!(unescape("\\999"), "\\999");
     }
 
     fn shell(script: &str) -> Command {

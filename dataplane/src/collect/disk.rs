@@ -332,7 +332,7 @@ mod tests {
         let place = |line: &str| {
             let mut words = line.split(' ').skip(1);
             let (place, _, options) = (words.next()?, words.next()?, words.next()?);
-            has(options).then(|| super::super::hierarchies::unescape(place))
+            has(options).then(|| shared::procfs::unescape(place))
         };
         let places = mounts.lines().filter_map(place);
         places

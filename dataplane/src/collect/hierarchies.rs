@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use shared::procfs::{cgroup_mounts, unified_cgroup_mount};
+
 /// A cgroup hierarchy that a controller is on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hierarchy {
@@ -66,25 +68,11 @@ impl CgroupHierarchies {
 
     /// Those a mount table tells; `unified` answers the controllers of a v2 tree.
     pub fn from_mounts(mounts: &str, unified: impl Fn(&Path) -> String) -> Self {
-        let mut v1 = Vec::new();
-        let mut v2 = None;
-        for line in mounts.lines() {
-            let mut fields = line.split(' ');
-            let (Some(_), Some(place), Some(kind), Some(options)) =
-                (fields.next(), fields.next(), fields.next(), fields.next())
-            else {
-                continue;
-            };
-            match kind {
-                "cgroup" => v1.push((unescape(place), options)),
-                "cgroup2" => v2 = v2.or_else(|| Some(unescape(place))),
-                _ => {}
-            }
-        }
+        let v2 = unified_cgroup_mount(mounts);
         let on_v1 = |controller: &str| {
-            v1.iter()
-                .find(|(_, options)| options.split(',').any(|option| option == controller))
-                .map(|(place, _)| Hierarchy::V1(place.clone()))
+            cgroup_mounts(mounts)
+                .find(|mount| mount.has(controller))
+                .map(|mount| Hierarchy::V1(mount.place))
         };
         let controllers = v2.as_deref().map(&unified).unwrap_or_default();
         let on_v2 = |controller: &str| {
@@ -102,31 +90,6 @@ impl CgroupHierarchies {
             io: on_v1("blkio").or_else(|| on_v2("io")),
         }
     }
-}
-
-/// Undoes the octal escapes of the mount table (proc(5)).
-pub(super) fn unescape(text: &str) -> PathBuf {
-    let mut out = Vec::with_capacity(text.len());
-    let bytes = text.as_bytes();
-    let mut at = 0;
-    while let Some(byte) = bytes.get(at) {
-        let escaped = (*byte == b'\\')
-            .then(|| text.get(at + 1..at + 4))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match escaped {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(*byte);
-                at += 1;
-            }
-        }
-    }
-    use std::os::unix::ffi::OsStringExt;
-    std::ffi::OsString::from_vec(out).into()
 }
 
 #[cfg(test)]

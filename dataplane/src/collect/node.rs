@@ -17,6 +17,7 @@ use shared::procfs::{CpuTicks, meminfo_bytes, tick_ns};
 use shared::{monotonic_ns, wall_ns};
 
 use super::file::{Budget, CachedFile, keyed, pressure};
+use crate::default_route;
 use crate::sys::netlink::{LinkLookup, Links};
 
 /// The node is not read more often than this: it costs as much as many containers do, on machines of
@@ -284,7 +285,11 @@ impl Node {
             // In a network namespace of its own the node's edge is where the default routes lead.
             let routes = std::fs::read_to_string("/proc/self/net/route").unwrap_or_default();
             let routes6 = std::fs::read_to_string("/proc/self/net/ipv6_route").unwrap_or_default();
-            let edge = edge(class, default_route(&routes), default_route6(&routes6));
+            let edge = edge(
+                class,
+                default_route::ipv4(&routes),
+                default_route::ipv6(&routes6),
+            );
             found = edge
                 .into_iter()
                 .flatten()
@@ -314,34 +319,6 @@ fn physical_interfaces(class: &Path) -> Vec<(u32, String)> {
             Some((number_of(class, &name, "ifindex")?, name))
         })
         .collect()
-}
-
-/// The interface of the default route in /proc/net/route.
-fn default_route(text: &str) -> Option<&str> {
-    text.lines().skip(1).find_map(|line| {
-        let mut words = line.split_whitespace();
-        let (name, destination) = (words.next()?, words.next()?);
-        let mask = words.nth(5)?;
-        (destination == "00000000" && mask == "00000000").then_some(name)
-    })
-}
-
-/// The same in /proc/net/ipv6_route, by the best of its routes.
-fn default_route6(text: &str) -> Option<&str> {
-    /// linux/route.h, linux/ipv6_route.h: what leads nowhere is listed too.
-    const RTF_UP: u32 = 1;
-    const RTF_REJECT: u32 = 0x200;
-    let all = text.lines().filter_map(|line| {
-        let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let [to, "00", _, _, _, metric, _, _, flags, name] = words[..] else {
-            return None;
-        };
-        let number = |word: &str| u32::from_str_radix(word, 16).ok();
-        let leads = number(flags)? & (RTF_UP | RTF_REJECT) == RTF_UP;
-        let all_zero = to.bytes().all(|digit| digit == b'0');
-        (leads && all_zero && name != "lo").then_some((number(metric)?, name))
-    });
-    all.min_by_key(|(metric, _)| *metric).map(|(_, name)| name)
 }
 
 /// The interfaces of the default routes of both families that carry different bytes: what one of them
@@ -398,34 +375,6 @@ fn open_descriptors(directory: &File) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::sys::netlink::LinkCounters;
-
-    #[test]
-    fn the_default_route_has_an_interface() {
-        let text = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\n\
-                    br0\t000011AC\t0\t1\t0\t0\t0\t0000FFFF\t0\n\
-                    eth9\t00000000\t0100A8C0\t3\t0\t0\t0\t00000000\t0\n";
-        assert_eq!(default_route(text), Some("eth9"));
-        assert_eq!(default_route(""), None);
-    }
-
-    #[test]
-    fn the_default_route_of_ipv6_has_an_interface() {
-        let zero = "0".repeat(32);
-        let line = |to: &str, length: &str, metric: &str, flags: &str, name: &str| {
-            format!("{to} {length} {zero} 00 {zero} {metric} 00000001 00000000 {flags} {name:>8}\n")
-        };
-        let net = format!("2001{}", &zero[4..]);
-        let mut text = line(&net, "40", "00000100", "00000001", "eth0")
-            + &line(&zero, "00", "ffffffff", "00200200", "lo")
-            // One that answers "unreachable".
-            + &line(&zero, "00", "00000010", "00000201", "eth8");
-        assert_eq!(default_route6(&text), None);
-        text += &line(&zero, "00", "00000400", "00000003", "eth1");
-        assert_eq!(default_route6(&text), Some("eth1"));
-        text += &line(&zero, "00", "00000064", "00450003", "eth2");
-        assert_eq!(default_route6(&text), Some("eth2"));
-        assert_eq!(default_route6("not a table\n"), None);
-    }
 
     #[test]
     fn what_a_tunnel_carries_is_counted_once() {

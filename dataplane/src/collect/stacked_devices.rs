@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::file::{Budget, CachedFile, number};
-use super::hierarchies::unescape;
+use shared::procfs::unescape;
 
 /// More devices than this are not looked at.
 const MOST_DEVICES: usize = 4096;

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use config::{Config, Forward, HostPort, RelayEngine};
 use shared::observed::{ForwardPath, ObservedReader, PortState, PortStatus};
+use shared::procfs::unified_cgroup_mount;
 
 use super::{Finding, Level};
 use crate::firewall::{self, NoAnswer, Refusal};
@@ -50,10 +51,7 @@ pub(super) fn kernel_path(
             "it is used if the kernel takes it, else the relay serves all ports (bai-agent ports says so); Linux 6.1 or newer has it, 6.6 or newer all of it",
         );
     }
-    if !mounts
-        .lines()
-        .any(|line| line.split(' ').nth(2) == Some("cgroup2"))
-    {
+    if unified_cgroup_mount(mounts).is_none() {
         return Finding::bad(
             CHECK,
             Level::Warning,

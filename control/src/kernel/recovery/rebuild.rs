@@ -12,13 +12,14 @@ use uuid::Uuid;
 use super::ListedContainer;
 use crate::causes::chain;
 use crate::docker::{ContainerInspectResponse, DockerError};
-use crate::kernel::container_request::{HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL};
+use crate::kernel::container_request::{
+    HOST_PORTS_LABEL, SESSION_TYPE_LABEL, SLOTS_LABEL, parse_host_ports,
+};
 use crate::kernel::journal::Phase;
 use crate::kernel::node::Node;
 use crate::kernel::record::{PublishedBy, Record};
 use crate::kernel::request::{ClusterInfo, KernelCreationConfig, SessionType};
 use crate::kernel::resource_text::{self, Allocations, ResourceSpec};
-use crate::kernel::rows::parse_host_ports;
 use crate::kernel::runner_link::runs::RunIds;
 use crate::kernel::service_ports::{
     self, Exposure, REPL_IN, REPL_OUT, ServicePort, ServiceProtocol,

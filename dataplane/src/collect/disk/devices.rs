@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::super::hierarchies::unescape;
+use shared::procfs::unescape;
 
 /// More devices than this are not looked at.
 const LIMIT: usize = 256;

@@ -10,6 +10,7 @@ use std::path::Path;
 use ebpf::records::Bridge;
 use shared::desired::{ContainerRow, PortRow, Protocol};
 
+use crate::default_route;
 use crate::sys::netlink::interfaces::Interface;
 
 /// Interfaces by which clients of other hosts arrive: they speak Ethernet, are up, are nobody's
@@ -160,36 +161,11 @@ pub fn remote_obstacle(row: &PortRow, at: &EligibilityInputs<'_>) -> Option<Stri
 /// without one the container can't answer clients of other networks.
 pub fn has_default_route(proc: &Path, pid: u32, target: IpAddr) -> bool {
     let directory = proc.join(pid.to_string()).join("net");
+    let text = |file| std::fs::read_to_string(directory.join(file)).unwrap_or_default();
     match target {
-        IpAddr::V4(_) => {
-            std::fs::read_to_string(directory.join("route")).is_ok_and(|text| default_ipv4(&text))
-        }
-        IpAddr::V6(_) => std::fs::read_to_string(directory.join("ipv6_route"))
-            .is_ok_and(|text| default_ipv6(&text)),
+        IpAddr::V4(_) => default_route::ipv4(&text("route")).is_some(),
+        IpAddr::V6(_) => default_route::ipv6(&text("ipv6_route")).is_some(),
     }
-}
-
-/// linux/route.h.
-const RTF_UP: u32 = 1;
-const RTF_REJECT: u32 = 0x200;
-
-fn is_usable(flags: &str) -> bool {
-    u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & (RTF_UP | RTF_REJECT) == RTF_UP)
-}
-
-fn default_ipv4(text: &str) -> bool {
-    text.lines().skip(1).any(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        matches!(fields[..], [_, "00000000", _, flags, _, _, _, "00000000", ..] if is_usable(flags))
-    })
-}
-
-fn default_ipv6(text: &str) -> bool {
-    text.lines().any(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        matches!(fields[..], [to, "00", _, _, _, _, _, _, flags, name]
-            if to.bytes().all(|byte| byte == b'0') && name != "lo" && is_usable(flags))
-    })
 }
 
 #[cfg(test)]
@@ -372,26 +348,15 @@ mod tests {
     }
 
     #[test]
-    fn default_routes_are_found() {
-        let head =
-            "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n";
-        let net = "eth0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
-        let default = "eth0\t00000000\t010011AC\t0003\t0\t0\t0\t00000000\t0\t0\t0\n";
-        assert!(!default_ipv4(&format!("{head}{net}")));
-        assert!(default_ipv4(&format!("{head}{default}{net}")));
-        let zero = "0".repeat(32);
-        let v6 = format!(
-            "{zero} 00 {zero} 00 fd00{} 00000400 00000001 00000000 00000003 eth0",
-            "0".repeat(28)
-        );
-        assert!(default_ipv6(&v6));
-        let unreachable =
-            format!("{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200 lo");
-        assert!(!default_ipv6(&unreachable));
-        assert!(!has_default_route(
-            Path::new("/nowhere"),
-            1,
-            "10.0.0.1".parse().unwrap()
-        ));
+    fn default_routes_are_of_one_family() {
+        let proc = tempfile::tempdir().unwrap();
+        let net = proc.path().join("7/net");
+        std::fs::create_dir_all(&net).unwrap();
+        let route = "Iface\neth0\t00000000\t0100A8C0\t3\t0\t0\t0\t00000000\t0\n";
+        std::fs::write(net.join("route"), route).unwrap();
+        let has = |pid, target: &str| has_default_route(proc.path(), pid, target.parse().unwrap());
+        assert!(has(7, "10.0.0.1"));
+        assert!(!has(7, "fd00::1"), "its file is not there");
+        assert!(!has(8, "10.0.0.1"), "the process is not there");
     }
 }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use aya::maps::{Array, DevMapHash, IterableMap as _, MapData};
 use aya::programs::links::FdLink;
@@ -16,6 +16,7 @@ use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
 use aya::{Ebpf, EbpfLoader};
 use ebpf::records::{Address, LedSet, Node, PROTOCOL_TCP, Service, ServiceKey};
 use ebpf::{ADDRESS_HOOKS, RELEASE_HOOK, map};
+use shared::procfs::unified_cgroup_mount;
 
 use super::error::KernelPathError;
 use super::object::typed;
@@ -30,15 +31,6 @@ pub(super) struct Hooks {
     sockets: Table<u32, LedSet>,
     // Kept for its maps; the programs are held by their pinned links.
     _object: Ebpf,
-}
-
-/// Where the tree of version 2 is mounted, alone or beside version 1.
-fn control_groups(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        let place = fields.nth(1)?;
-        (fields.next()? == "cgroup2").then(|| PathBuf::from(place))
-    })
 }
 
 /// A failed step of a hook.
@@ -101,7 +93,7 @@ impl Hooks {
     /// The step that failed.
     pub(super) fn start(pins: &Pins) -> Result<Self, KernelPathError> {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let root = control_groups(&mounts).ok_or(KernelPathError::NoControlGroups)?;
+        let root = unified_cgroup_mount(&mounts).ok_or(KernelPathError::NoControlGroups)?;
         let root = File::open(root).map_err(hook("all hooks"))?;
         let namespace = bpf::namespace_cookie().map_err(KernelPathError::Namespace)?;
         let mut object = EbpfLoader::new()
@@ -203,26 +195,5 @@ impl Hooks {
     /// Leads nobody over a link any more. Not there is fine.
     pub(super) fn forbid(&mut self, link: u32) {
         let _ = self.links.remove(link);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_tree_of_version_two_is_found_alone_and_beside_version_one() {
-        let hybrid = "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n";
-        assert_eq!(
-            control_groups(hybrid),
-            Some(PathBuf::from("/sys/fs/cgroup/unified"))
-        );
-        let pure = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
-        assert_eq!(control_groups(pure), Some(PathBuf::from("/sys/fs/cgroup")));
-        assert_eq!(
-            control_groups("cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n"),
-            None
-        );
     }
 }
