@@ -52,6 +52,9 @@ pub struct Doorbell {
 
 impl Doorbell {
     /// Binds the doorbell of `directory`, taking the place of one left by a dead process.
+    ///
+    /// # Errors
+    /// A leftover cannot be removed, or the socket cannot be bound there.
     pub fn bind(directory: impl AsRef<Path>) -> Result<Self, DoorbellError> {
         let path = directory.as_ref().join(FILE_NAME);
         let fail = |step, source| DoorbellError::Bind {
@@ -122,6 +125,9 @@ pub struct Ringer {
 
 impl Ringer {
     /// A ringer for the doorbell in `directory`, whether or not it is there yet.
+    ///
+    /// # Errors
+    /// The process can have no socket.
     pub fn of(directory: impl AsRef<Path>) -> Result<Self, DoorbellError> {
         let path = directory.as_ref().join(FILE_NAME);
         let fail = |step, source| DoorbellError::Bind {
@@ -137,6 +143,9 @@ impl Ringer {
     }
 
     /// Rings. Never blocks.
+    ///
+    /// # Errors
+    /// The socket refuses to send.
     pub fn ring(&self) -> Result<RingOutcome, DoorbellError> {
         loop {
             return match self.socket.send_to(&[], &self.path) {

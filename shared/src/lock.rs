@@ -83,6 +83,9 @@ pub struct WriterLock {
 
 impl WriterLock {
     /// Takes the lock of `directory` at once, or says who has it.
+    ///
+    /// # Errors
+    /// [`LockError`]: somebody has it, or the lock file cannot be used.
     pub fn acquire(directory: impl AsRef<Path>) -> Result<Self, LockError> {
         let directory = directory.as_ref();
         let path = directory.join(FILE_NAME);
@@ -148,6 +151,9 @@ impl WriterLock {
 }
 
 /// Who is the writer of `directory`, if anybody is. Looks only: nothing is made, locked or written.
+///
+/// # Errors
+/// [`LockError::File`]: the lock file cannot be opened or asked.
 pub fn writer_of(directory: impl AsRef<Path>) -> Result<Option<HeldBy>, LockError> {
     let directory = directory.as_ref();
     let path = directory.join(FILE_NAME);

@@ -95,6 +95,9 @@ pub struct RunDir {
 impl RunDir {
     /// The run directory of `agent`: under `configured`, else under the first of `/run/bai-agent`
     /// and `/dev/shm/bai-agent` that is on tmpfs. Creates nothing.
+    ///
+    /// # Errors
+    /// [`RunDirError`]: the name of the agent is none of a directory, or there is no tmpfs there.
     pub fn choose(configured: Option<&Path>, agent: &str) -> Result<Self, RunDirError> {
         if !names_a_directory(agent) {
             return Err(RunDirError::AgentId {
@@ -136,11 +139,17 @@ impl RunDir {
     }
 
     /// Creates [`RunDir::control`] where it is missing, and answers it.
+    ///
+    /// # Errors
+    /// [`RunDirError`]: it cannot be made or looked at, is not on tmpfs, or could be changed by others.
     pub fn create_control(&self) -> Result<PathBuf, RunDirError> {
         self.create(self.control())
     }
 
     /// Creates [`RunDir::dataplane`] where it is missing, and answers it.
+    ///
+    /// # Errors
+    /// [`RunDirError`]: it cannot be made or looked at, is not on tmpfs, or could be changed by others.
     pub fn create_dataplane(&self) -> Result<PathBuf, RunDirError> {
         self.create(self.dataplane())
     }
@@ -233,6 +242,9 @@ fn names_a_directory(agent: &str) -> bool {
 
 /// Refuses, with words, a path that is not (or would not be) on tmpfs. Of a path that does not
 /// exist yet, its nearest existing parent is looked at.
+///
+/// # Errors
+/// [`RunDirError`]: it is on another file system, or cannot be looked at.
 pub fn require_tmpfs(path: &Path) -> Result<(), RunDirError> {
     let mut place = path;
     loop {

@@ -493,6 +493,9 @@ pub async fn look_ahead<'n>(
 
 /// Second half of a restart: a new container with the same devices, ports and files, of what was found
 /// and taken before the old one went.
+///
+/// # Errors
+/// [`CreateError`]: the step that failed.
 pub async fn recreate(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,
@@ -530,6 +533,9 @@ async fn rebuild(
 /// Second half of a restart that an earlier life of the agent has begun. What is not there yet may only
 /// come up more slowly than the agent (the dataplane, mounts of folders, device plugins), so nothing that
 /// fails before there is a container is final at first. `began` is when it was begun to go on.
+///
+/// # Errors
+/// [`CreateError`]: the step that failed when there was a container or no time left, or that the agent stops.
 pub async fn resume_restart(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,

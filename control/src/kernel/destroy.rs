@@ -321,6 +321,9 @@ impl StoppedContainer {
 /// Withdraws the rows, stops and removes the container, keeps its console. Answers what it tells of
 /// its end. Scratch, devices and host ports stay (a restart needs them), and with
 /// `keep` the stopped container (a restart can't have that: the new one bears its name).
+///
+/// # Errors
+/// The engine does not tell of the container, or does not stop or remove it.
 pub async fn stop_and_remove(
     node: &Arc<Node>,
     kernel: &Arc<Kernel>,

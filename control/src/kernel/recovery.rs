@@ -483,6 +483,9 @@ async fn learn_services(node: &Arc<Node>, kernel: &Arc<Kernel>) {
 }
 
 /// A running container of this kernel that is not registered is adopted. `None` when there is none.
+///
+/// # Errors
+/// The engine does not list or tell of a container, or does not remove it.
 pub async fn adopt_stray(
     node: &Arc<Node>,
     id: KernelId,
@@ -496,6 +499,9 @@ pub async fn adopt_stray(
 }
 
 /// Deals with a container that is not registered: adopts, finishes or removes it.
+///
+/// # Errors
+/// The engine does not tell of the container, or does not remove it.
 pub async fn take_stray(node: &Arc<Node>, listed: &ListedContainer) -> Result<(), DockerError> {
     // The list is a moment old, and the kernel may have ended since.
     let container = listed.seen.container.to_string();

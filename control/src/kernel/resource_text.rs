@@ -160,6 +160,9 @@ pub struct Rendered {
 ///
 /// # Errors
 /// A slot under the wrong device, or a size that is no number.
+///
+/// # Panics
+/// Never: a map of texts is JSON.
 pub fn render(
     spec: &ResourceSpec,
     extras: &[(String, String)],

@@ -250,6 +250,9 @@ impl Header {
     }
 
     /// The reply that carries a failure.
+    ///
+    /// # Errors
+    /// A text is too long to be packed.
     pub fn failure(&self, failure: &Failure) -> Result<Frames, EncodeError> {
         let meta = Value::array([
             failure.class.as_str(),
@@ -351,6 +354,9 @@ impl Envelope {
     }
 
     /// The failure in the meta.
+    ///
+    /// # Errors
+    /// [`BodyError`]: the meta is no binary, cannot be decoded, or is not three texts.
     pub fn failure(&self) -> Result<Failure, BodyError> {
         let meta = self.meta.as_bin().ok_or(BodyError::FailureMeta)?;
         let meta = Value::decode(meta).map_err(BodyError::Decode)?;

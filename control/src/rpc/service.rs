@@ -89,6 +89,9 @@ pub trait Service: Send + Sync + 'static {
 
     /// Answers such a call on the transport's own thread, where anything longer would hold up all
     /// connections. A panic becomes a failure reply.
+    ///
+    /// # Errors
+    /// The failure that is replied.
     fn answer_at_once(&self, call: Call) -> Result<Value, Failure> {
         Err(unknown_method(&call.method))
     }

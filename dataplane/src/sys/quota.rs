@@ -137,6 +137,9 @@ pub mod change {
     const LIMITS: u32 = 1;
 
     /// Has what is made in a directory belong to a project.
+    ///
+    /// # Errors
+    /// The file system refuses, or has no quotas of projects.
     pub fn project(directory: impl AsFd, project: u32) -> io::Result<()> {
         let mut wanted = attributes(&directory)?;
         wanted.flags |= FS_XFLAG_PROJINHERIT;
@@ -156,6 +159,9 @@ pub mod change {
     }
 
     /// Limits what a project takes, in bytes.
+    ///
+    /// # Errors
+    /// The file system refuses, or has no quotas of projects.
     pub fn limit(directory: impl AsFd, project: u32, bytes: u64) -> io::Result<()> {
         let mut wanted = Block {
             hard_limit: bytes / LIMIT_BLOCK,

@@ -144,6 +144,9 @@ impl DesiredReader {
     }
 
     /// A reader for the region in control's directory, which must be there.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self, ReadError> {
         let mut reader = Self::at(directory);
         reader.region.refresh()?;
@@ -170,12 +173,19 @@ impl DesiredReader {
     }
 
     /// Who writes the region and when it last showed a sign of life.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read.
     pub fn writer(&mut self) -> Result<WriterLife, ReadError> {
         Ok(self.region.refresh()?.life())
     }
 
     /// A consistent copy of everything; the last one again when nothing was committed since (one
     /// `stat` then). On an error the last good copy is still [`DesiredReader::last`].
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read, or it changed during every attempt to copy
+    /// it.
     pub fn snapshot(&mut self) -> Result<Arc<DesiredSnapshot>, ReadError> {
         let mapped = self.region.refresh()?;
         if let Some(last) = &self.last
@@ -199,6 +209,10 @@ impl DesiredReader {
     /// What was written since the last call; `None` when nothing was (one `stat` then). Of a row that was
     /// not written only its generation is read. On an error the next call tells of all that this one would
     /// have.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read, or it changed during every attempt to copy
+    /// it.
     pub fn changes(&mut self) -> Result<Option<DesiredChanges>, ReadError> {
         let mapped = self.region.refresh()?;
         let now = (mapped.region_id(), mapped.epoch(), mapped.committed());

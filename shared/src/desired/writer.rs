@@ -71,6 +71,10 @@ impl DesiredBatch {
 impl DesiredWriter {
     /// Becomes the writer of `directory`: takes its lock, then takes over, grows or creates the
     /// region. `sizes.ports` and `sizes.containers` count, the others are the observed region's.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the lock is held or cannot be taken, the directory is not on tmpfs, the sizes are out
+    /// of bounds, or a file operation failed.
     pub fn open(directory: impl AsRef<Path>, sizes: Sizes) -> Result<Self, OpenError> {
         let lock = WriterLock::acquire(&directory).map_err(|source| OpenError::Lock {
             directory: directory.as_ref().to_owned(),
@@ -80,6 +84,10 @@ impl DesiredWriter {
     }
 
     /// As [`DesiredWriter::open`], with a lock taken before.
+    ///
+    /// # Errors
+    /// [`OpenError`]: another process has become the writer, the directory is not on tmpfs, the sizes are out
+    /// of bounds, or a file operation failed.
     pub fn open_locked(lock: WriterLock, sizes: Sizes) -> Result<Self, OpenError> {
         let (mut region, start) = RegionWriter::open(lock, RegionKind::Desired, sizes)?;
         let mut junk = Vec::new();
@@ -151,6 +159,10 @@ impl DesiredWriter {
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
     /// be written refuses the whole batch. Rows put get the answered generation, changed or not. A
     /// batch without changes answers the generation committed last.
+    ///
+    /// # Errors
+    /// [`BatchError`]: a table is full, a row makes no sense or does not fit, a removal is not acknowledged
+    /// yet, or another process has become the writer.
     pub fn batch(
         &mut self,
         fill: impl FnOnce(&mut DesiredBatch),
@@ -245,6 +257,9 @@ impl DesiredWriter {
     }
 
     /// What the region says now: how a restarted control finds what it wanted before.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read.
     pub fn snapshot(&self) -> Result<DesiredSnapshot, ReadError> {
         let mut reader = RegionReader::at(self.directory(), RegionKind::Desired);
         let mapped = reader.refresh()?;

@@ -147,6 +147,9 @@ impl ObservedReader {
     }
 
     /// A reader for the region in the dataplane's directory, which must be there.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self, ReadError> {
         let mut reader = Self::at(directory);
         reader.region.refresh()?;
@@ -173,6 +176,9 @@ impl ObservedReader {
     }
 
     /// Who writes the region and when it last showed a sign of life.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read.
     pub fn writer(&mut self) -> Result<WriterLife, ReadError> {
         Ok(self.region.refresh()?.life())
     }
@@ -180,6 +186,10 @@ impl ObservedReader {
     /// A consistent copy of everything but processes; the last one again when nothing was committed
     /// since (one `stat` then). Of ports and containers only rows that were written since are copied. On an
     /// error the last good copy is still [`ObservedReader::last`].
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read, or it changed during every attempt to copy
+    /// it.
     pub fn snapshot(&mut self) -> Result<Arc<ObservedSnapshot>, ReadError> {
         let mapped = self.region.refresh()?;
         if let Some(last) = &self.last
@@ -226,12 +236,20 @@ impl ObservedReader {
     }
 
     /// How far the desired region has been looked at.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read, or it changed during every attempt to copy
+    /// it.
     pub fn applied(&mut self) -> Result<Option<Applied>, ReadError> {
         self.read(|mapped, committed| single::<RawApplied>(mapped, table::APPLIED, committed))
             .map(|raw| raw.as_ref().map(Applied::from_raw))
     }
 
     /// The processes of the last pass that published any.
+    ///
+    /// # Errors
+    /// [`ReadError`]: there is no region that this build can read, or it changed during every attempt to copy
+    /// it.
     pub fn processes(&mut self) -> Result<Processes, ReadError> {
         self.read(copy_processes)
     }

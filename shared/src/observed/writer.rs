@@ -108,6 +108,10 @@ impl ObservedBatch {
 impl ObservedWriter {
     /// Becomes the writer of `directory`: takes its lock, then takes over, grows or creates the
     /// region. Ports and containers should be the desired region's sizes.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the lock is held or cannot be taken, the directory is not on tmpfs, the sizes are out
+    /// of bounds, or a file operation failed.
     pub fn open(directory: impl AsRef<Path>, sizes: Sizes) -> Result<Self, OpenError> {
         let lock = WriterLock::acquire(&directory).map_err(|source| OpenError::Lock {
             directory: directory.as_ref().to_owned(),
@@ -117,6 +121,10 @@ impl ObservedWriter {
     }
 
     /// As [`ObservedWriter::open`], with a lock taken before.
+    ///
+    /// # Errors
+    /// [`OpenError`]: another process has become the writer, the directory is not on tmpfs, the sizes are out
+    /// of bounds, or a file operation failed.
     pub fn open_locked(lock: WriterLock, sizes: Sizes) -> Result<Self, OpenError> {
         let (mut region, start) = RegionWriter::open(lock, RegionKind::Observed, sizes)?;
         let mut junk = Vec::new();
@@ -215,6 +223,10 @@ impl ObservedWriter {
     /// Makes all changes of `fill` visible at once and answers their generation. A row that cannot
     /// be written refuses the whole batch. A batch without changes answers the generation
     /// committed last.
+    ///
+    /// # Errors
+    /// [`BatchError`]: a table is full, a row makes no sense or does not fit, or another process has become
+    /// the writer.
     pub fn batch(
         &mut self,
         fill: impl FnOnce(&mut ObservedBatch),

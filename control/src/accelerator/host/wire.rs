@@ -245,12 +245,18 @@ impl Plugin {
     }
 
     /// `GetDevicePluginOptions`.
+    ///
+    /// # Errors
+    /// The plugin is gone, refuses, or does not answer in time.
     pub async fn options(&self) -> Result<DevicePluginOptions, Status> {
         self.call("/v1beta1.DevicePlugin/GetDevicePluginOptions", ())
             .await
     }
 
     /// `ListAndWatch`: all devices, again at each change.
+    ///
+    /// # Errors
+    /// The plugin is gone, refuses, or does not answer in time.
     pub async fn watch(&self) -> Result<Streaming<ListAndWatchResponse>, Status> {
         let mut grpc = self.grpc();
         let called = async {
@@ -268,6 +274,9 @@ impl Plugin {
     }
 
     /// `GetPreferredAllocation`.
+    ///
+    /// # Errors
+    /// The plugin is gone, refuses, or does not answer in time.
     pub async fn prefer(
         &self,
         request: PreferredAllocationRequest,
@@ -277,11 +286,17 @@ impl Plugin {
     }
 
     /// `Allocate`.
+    ///
+    /// # Errors
+    /// The plugin is gone, refuses, or does not answer in time.
     pub async fn allocate(&self, request: PerContainer) -> Result<AllocateResponse, Status> {
         self.call("/v1beta1.DevicePlugin/Allocate", request).await
     }
 
     /// `PreStartContainer`.
+    ///
+    /// # Errors
+    /// The plugin is gone, refuses, or does not answer in time.
     pub async fn pre_start(&self, request: DeviceIds) -> Result<(), Status> {
         self.call_within(PREPARE, "/v1beta1.DevicePlugin/PreStartContainer", request)
             .await

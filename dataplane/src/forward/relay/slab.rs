@@ -46,6 +46,9 @@ impl<T> Slab<T> {
     }
 
     /// The position the next insert will use and its generation.
+    ///
+    /// # Panics
+    /// With 2^32 positions in use, which the limit of descriptors excludes.
     pub fn vacant(&mut self) -> (u32, u32) {
         if self.free.is_empty() {
             let base = self.chunks.len() * CHUNK;
