@@ -78,6 +78,53 @@ fn a_program_at_the_containers_link_does_not_keep_answers_from_clients() {
     drop(other);
 }
 
+/// The kernel has room for 63 programs on each side of an interface, and tells nobody when one goes.
+#[test]
+fn a_guard_for_which_there_was_no_room_comes_soon() {
+    if !may_use_bpf() {
+        return;
+    }
+    if !knows_links() {
+        harness::skip::here("no tcx before Linux 6.6", false);
+        return;
+    }
+    let mut node = Node::new();
+    until("the programs of the node", || {
+        attached(&node).contains("to_container").then_some(())
+    })
+    .expect("attached");
+    let late = node.network.container(3).expect("another container");
+    let (link, pins) = (late.link.clone(), pins(&node));
+    let others = within(&node.network.host, move || {
+        let other = |_| {
+            let mut object = EbpfLoader::new()
+                .default_map_pin_directory(&pins)
+                .load(ebpf::nat())
+                .expect("programs");
+            let program = object.program_mut(ebpf::program::SWEEP).expect("one");
+            let program: &mut SchedClassifier = program.try_into().expect("of this kind");
+            program.load().expect("loaded");
+            program.attach(&link, TcAttachType::Egress).ok()?;
+            Some(object)
+        };
+        (0..64).map_while(other).collect::<Vec<_>>()
+    });
+    let others = others.expect("the host's namespace");
+    assert!(others.len() < 64, "there is room for all");
+    let row = late.row(ContainerId([8; 32]));
+    let id = row.container_id;
+    node.control
+        .write(|batch| batch.put_container(row))
+        .expect("known");
+    node.control.sample(id, |_| true).expect("it is known");
+    let guard = format!("{} tcx Egress to_container", late.link);
+    assert!(!attached(&node).contains(&guard), "no room");
+    drop(others);
+    // All is looked at anew when the process has lived for half a minute.
+    let guarded = || attached(&node).contains(&guard).then_some(());
+    wait::until_blocking("the guard", Duration::from_secs(12), guarded).expect("attached");
+}
+
 #[test]
 fn every_uplink_is_served_and_answered_by() {
     if !may_use_bpf() {

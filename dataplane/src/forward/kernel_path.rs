@@ -191,6 +191,7 @@ pub struct KernelPath {
     guarded: BTreeMap<u32, usize>,
     /// ... and those of them where no guard is or is on its way.
     unguarded: BTreeSet<u32>,
+    guards_tried_at: Instant,
     served: Services<Served>,
     /// Taken off, their flows not swept yet.
     unswept: BTreeSet<ServiceKey>,
@@ -387,6 +388,7 @@ impl KernelPath {
             known_addresses,
             guarded: BTreeMap::new(),
             unguarded: BTreeSet::new(),
+            guards_tried_at: now,
             served: Services::default(),
             unswept: BTreeSet::new(),
             pending_removals: PendingRemovals::default(),

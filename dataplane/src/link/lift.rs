@@ -117,8 +117,10 @@ impl Link {
             // Rows can't claim anything before; they have the whole time from then on.
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
+        if changed || kernel.is_guard_due(now) {
+            kernel.guard_waiting(now);
+        }
         if changed {
-            kernel.guard_waiting();
             self.lift_and_publish();
         }
         if self.unclaimed_at.is_some_and(|at| now >= at)
@@ -188,7 +190,7 @@ impl Link {
             self.unclaimed_at = Some(now + ORPHAN_GRACE);
         }
         if let Some(kernel) = &mut self.kernel_path {
-            kernel.guard_waiting();
+            kernel.guard_waiting(now);
         }
     }
 

@@ -29,6 +29,8 @@ pub(super) const RESCAN_INTERVAL: Duration = Duration::from_millis(100);
 pub(super) const RESCAN_SLOWLY: Duration = Duration::from_secs(30);
 /// Of more interfaces that have changed all are listed.
 const MOST_LOOKS: usize = 64;
+/// A guard that could not be attached is tried again after this.
+const GUARDS_AGAIN: Duration = Duration::from_secs(1);
 /// Routes that could not be listed are asked for again after this.
 const ROUTES_AGAIN: Duration = Duration::from_secs(1);
 
@@ -89,8 +91,17 @@ impl KernelPath {
         }
     }
 
+    /// A guard could not be attached, nobody tells when it can be, and it was tried long enough ago. What else
+    /// guards wait for is told of.
+    pub fn is_guard_due(&self, now: Instant) -> bool {
+        let refused = |link: &u32| self.refused.contains_key(&(Side::Guard, *link));
+        now.saturating_duration_since(self.guards_tried_at) >= GUARDS_AGAIN
+            && self.unguarded.iter().any(refused)
+    }
+
     /// Has guards attached where there are none yet. A link that is not there is tried again the next time.
-    pub fn guard_waiting(&mut self) {
+    pub fn guard_waiting(&mut self, now: Instant) {
+        self.guards_tried_at = now;
         for link in std::mem::take(&mut self.unguarded) {
             self.look_for(link);
             let interface = self.interfaces.get(&link);

@@ -53,6 +53,8 @@ fn entries(least: u32, cpus: usize) -> u32 {
     least.max(wanted.min(OLDEST_GO[0].1))
 }
 
+/// Maps that are pinned have room for as many CPUs: Linux says at its start how many there may ever be, and no pin
+/// outlives that.
 pub(super) fn load(pins: &Pins) -> Result<Ebpf, KernelPathError> {
     load_for(pins.directory(), aya::util::nr_cpus().unwrap_or(1))
 }
