@@ -122,6 +122,10 @@ pub struct Link {
     /// Why there is none though it is wanted.
     kernel_missing: Option<String>,
     containers: BTreeMap<ContainerId, ContainerRow>,
+    /// The region whose whole list of them was taken up last.
+    listed_by: Option<RegionId>,
+    /// Those of an earlier region that the one of now has not named so far, since when.
+    unnamed: BTreeMap<ContainerId, Instant>,
     /// What to lift the next time ...
     due: Due,
     /// ... and each time: nobody tells when what keeps these from their best path is gone.
@@ -242,6 +246,8 @@ impl Link {
             kernel_path: None,
             kernel_missing: None,
             containers: BTreeMap::new(),
+            listed_by: None,
+            unnamed: BTreeMap::new(),
             due: Due::default(),
             untold: BTreeSet::new(),
             lift_all_at: Instant::now() + LIFT_ALL_INTERVAL,
@@ -643,6 +649,7 @@ impl Link {
             }
         }
         self.retire_orphans(now);
+        self.forget_unnamed(now);
         if now >= self.lift_all_at {
             self.lift_all_at = now + LIFT_ALL_INTERVAL;
             self.reader.forget_changes();

@@ -10,10 +10,13 @@ use std::thread;
 use std::time::Duration;
 
 use harness::dataplane::until;
-use harness::kernel_path::{Node, ask, attached, echo, host, mirror, pins, told};
+use harness::kernel_path::{KERNEL, Node, ask, attached, echo, host, mirror, pins, told};
+use harness::netns::ip;
 use harness::remote_client::{may_use_bpf, within};
 use harness::traffic::{self, Manner};
 use nix::sys::signal::Signal;
+use shared::desired::PortRow;
+use shared::ids::ContainerId;
 use shared::observed::{ForwardPath, PortState};
 
 #[test]
@@ -384,4 +387,62 @@ fn counters_of_both_paths_go_on_over_lives_of_the_process() {
     node.publish(&row);
     send(&node, 1, 1);
     assert_eq!(counted(&mut node, 14, 5225), before);
+}
+
+/// Control's file was lost, and the next one names its kernels one after the other.
+#[test]
+fn a_region_that_begins_anew_cuts_no_flow_of_a_row_that_it_names_again() {
+    let Some((mut node, row)) = Node::serving(echo) else {
+        return;
+    };
+    let address = host(&row, 0);
+    let mut old = node.flow(address);
+    let goes_on = |old: &mut TcpStream| {
+        old.write_all(b"after").expect("sent");
+        let mut back = [0; 5];
+        old.read_exact(&mut back).expect("the flow goes on");
+        assert_eq!(&back, b"after");
+    };
+    let file = node.place.run_dir().control().join("desired");
+    std::fs::remove_file(file).expect("the region's file");
+    let lost = node.control.desired.region_id();
+    // Its lock goes with it.
+    drop(node.control);
+    node.control = node.place.control().expect("another region");
+    assert_ne!(node.control.desired.region_id(), lost);
+
+    // Another kernel comes first.
+    let stranger = node.network.container(3).expect("another container");
+    let another = stranger.row(ContainerId([77; 32]));
+    let first = PortRow {
+        container_id: another.container_id,
+        ..stranger.port(stranger.echo().expect("a server"))
+    };
+    let write = (another, first.clone());
+    let generation = node.control.write(|batch| {
+        batch.put_container(write.0);
+        batch.put_port(write.1);
+    });
+    let generation = generation.expect("written");
+    node.control
+        .answer(first.key(), generation)
+        .expect("the region has been taken up");
+    goes_on(&mut old);
+    let status = node.control.status(row.key()).expect("its status");
+    assert_eq!(status.path, ForwardPath::KernelPath, "{status:?}");
+
+    let container = node.container.row(KERNEL);
+    node.control
+        .write(|batch| batch.put_container(container))
+        .expect("written");
+    goes_on(&mut old);
+    node.lift(&row);
+    goes_on(&mut old);
+    let status = node.counted(&row, |it| it.sessions_active == 1);
+    assert_eq!(status.sessions_total, 1);
+    // Gone is gone, whatever region names it.
+    let link = node.container.link.clone();
+    ip(&format!("-n {} link del {link}", node.network.host)).expect("gone");
+    let status = node.control.in_state(row.key(), PortState::Disabled);
+    status.expect("noticed");
 }

@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shared::desired::{ContainerRow, DesiredChanges, PortKey, Protocol};
+use shared::desired::{ContainerRow, DesiredChanges, DesiredSnapshot, PortKey, Protocol};
 use shared::ids::{ContainerId, Generation};
 use shared::observed::{ForwardPath, PortState};
 
@@ -132,7 +132,8 @@ impl Link {
     }
 
     /// Notes what lift decisions depend on besides the rows themselves. A region that says nothing yet
-    /// tells nothing of containers either: control may wait for the cluster for hours before it does.
+    /// tells nothing of containers either: control may wait for the cluster for hours before it does. One that
+    /// has begun anew names them one after the other.
     pub(super) fn note_containers(&mut self, news: &DesiredChanges, now: Instant) {
         let desired = &news.rows;
         if desired.committed == Generation(0) {
@@ -146,22 +147,83 @@ impl Link {
                     .is_ok()
             };
             let known = self.containers.keys().copied();
-            known.filter(|id| !listed(id)).collect()
+            let unlisted: Vec<ContainerId> = known.filter(|id| !listed(id)).collect();
+            let region = self.listed_by.replace(desired.region_id);
+            let anew = region.is_some_and(|region| region != desired.region_id);
+            let (kept, gone) = unlisted.into_iter().partition(|id| {
+                (anew || self.unnamed.contains_key(id)) && self.serves_on(*id, desired)
+            });
+            for id in kept {
+                self.unnamed.entry(id).or_insert(now);
+            }
+            gone
         } else {
             let removed = desired.removed_containers.iter().map(|it| it.key);
             removed
                 .chain(news.freed_containers.iter().copied())
                 .collect()
         };
-        let mut changed = Vec::new();
-        for id in gone {
-            changed.extend(self.containers.remove(&id).map(|before| (id, Some(before))));
-        }
+        let mut changed = self.remove_containers(gone);
         for row in &desired.containers {
+            self.unnamed.remove(&row.container_id);
             let before = self.containers.insert(row.container_id, row.clone());
             changed.push((row.container_id, before));
         }
-        for (id, before) in &changed {
+        self.containers_changed(&changed);
+        if news.whole && desired.invalid_rows == 0 {
+            self.relay
+                .namespaces()
+                .keep(|id| self.containers.contains_key(id));
+        }
+        if !std::mem::replace(&mut self.has_heard, true) {
+            // What an earlier process has left has as long to be claimed as ports of a lost region.
+            self.unclaimed_at = Some(now + ORPHAN_GRACE);
+        }
+        if let Some(kernel) = &mut self.kernel_path {
+            kernel.guard_waiting(now);
+        }
+    }
+
+    /// Whether a region that does not name a container leaves it a port.
+    fn serves_on(&self, id: ContainerId, desired: &DesiredSnapshot) -> bool {
+        let removed = &desired.removed_containers;
+        removed.binary_search_by_key(&id, |it| it.key).is_err()
+            && self
+                .known
+                .of_container(id)
+                .any(|port| !desired.is_removed(port))
+    }
+
+    fn remove_containers(
+        &mut self,
+        ids: Vec<ContainerId>,
+    ) -> Vec<(ContainerId, Option<ContainerRow>)> {
+        let removed = ids.into_iter().filter_map(|id| {
+            self.unnamed.remove(&id);
+            let before = self.containers.remove(&id)?;
+            Some((id, Some(before)))
+        });
+        removed.collect()
+    }
+
+    /// Gives up containers that a region begun anew has not named in time, or that no port leads to any more.
+    pub(super) fn forget_unnamed(&mut self, now: Instant) {
+        let unnamed = self.unnamed.iter();
+        let over = unnamed.filter(|(id, since)| {
+            now >= **since + ORPHAN_GRACE || self.known.of_container(**id).next().is_none()
+        });
+        let over: Vec<ContainerId> = over.map(|(id, _)| *id).collect();
+        if over.is_empty() {
+            return;
+        }
+        let changed = self.remove_containers(over);
+        self.containers_changed(&changed);
+        self.lift_and_publish();
+    }
+
+    /// Passes on which rows of containers have come, gone or changed, with what they were before.
+    fn containers_changed(&mut self, changed: &[(ContainerId, Option<ContainerRow>)]) {
+        for (id, before) in changed {
             let (before, now) = (before.as_ref(), self.containers.get(id));
             if !is_same(before, now) {
                 self.due.containers.insert(*id);
@@ -174,24 +236,12 @@ impl Link {
                 kernel.guard(before, now);
             }
         }
-        if news.whole && desired.invalid_rows == 0 {
-            self.relay
-                .namespaces()
-                .keep(|id| self.containers.contains_key(id));
-        }
         let changed = changed.iter().map(|(id, before)| Changed {
             id: *id,
             before: before.as_ref(),
             now: self.containers.get(id),
         });
         self.stale_connections.note(changed);
-        if !std::mem::replace(&mut self.has_heard, true) {
-            // What an earlier process has left has as long to be claimed as ports of a lost region.
-            self.unclaimed_at = Some(now + ORPHAN_GRACE);
-        }
-        if let Some(kernel) = &mut self.kernel_path {
-            kernel.guard_waiting(now);
-        }
     }
 
     /// Gives every running port that something has changed for the best path there is. Answers those whose

@@ -300,6 +300,63 @@ fn a_container_whose_row_makes_no_sense_stays_what_it_was() {
 }
 
 #[test]
+fn a_region_begun_anew_has_time_to_name_containers_whose_ports_go_on() {
+    let mut place = Place::new();
+    let now = Instant::now();
+    place
+        .desired
+        .batch(|batch| {
+            (1..=4).for_each(|id| batch.put_container(holder(id, id.into())));
+            (1..=3).for_each(|id| batch.put_port(seen(1000 + u16::from(id), id)));
+        })
+        .unwrap();
+    place.link.look(now).expect("news");
+    let Place {
+        mut link,
+        desired,
+        _base,
+        ..
+    } = place;
+    let control = desired.directory().to_owned();
+    std::fs::remove_file(control.join("desired")).unwrap();
+    drop(desired);
+    let mut desired = DesiredWriter::open(&control, Sizes::default()).unwrap();
+    let known = |link: &Link| -> Vec<u8> { link.containers.keys().map(|id| id.0[0]).collect() };
+    desired
+        .batch(|batch| batch.put_container(holder(9, 9)))
+        .unwrap();
+    link.look(now).expect("news");
+    assert_eq!(known(&link), [1, 2, 3, 9], "nothing leads to the fourth");
+
+    desired
+        .batch(|batch| {
+            (1..=2).for_each(|id| batch.put_port(seen(1000 + u16::from(id), id)));
+            batch.put_container(holder(1, 1));
+        })
+        .unwrap();
+    link.look(now).expect("news");
+    link.reader.forget_changes();
+    link.look(now).expect("all of it");
+    link.tick(now);
+    assert_eq!(known(&link), [1, 2, 3, 9]);
+    desired
+        .batch(|batch| batch.remove_port(seen(1002, 2).key()))
+        .unwrap();
+    link.look(now).expect("news");
+    link.tick(now);
+    assert_eq!(known(&link), [1, 3, 9], "its port is removed");
+    link.tick(now + ORPHAN_GRACE);
+    assert_eq!(known(&link), [1, 9], "its time is over");
+    assert!(!link.known.contains_key(&seen(1003, 3).key()));
+    // From now on what is not listed is gone.
+    desired
+        .batch(|batch| batch.remove_container(ContainerId([9; 32])))
+        .unwrap();
+    link.look(now).expect("news");
+    assert_eq!(known(&link), [1]);
+}
+
+#[test]
 fn statuses_of_ports_go_once_control_has_let_go_of_them_or_knows_none() {
     let mut place = Place::new();
     let now = Instant::now();
