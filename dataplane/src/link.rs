@@ -283,9 +283,10 @@ impl Link {
         self.relay.totals().set_limit(limit);
     }
 
-    /// Looks at the desired region and does what has changed. Answers that when there is anything.
+    /// Looks at the desired region and does what has changed. Answers that when there is anything, a whole list with
+    /// the containers that are kept though it does not name them.
     pub fn look(&mut self, now: Instant) -> Option<DesiredChanges> {
-        let news = match self.reader.changes() {
+        let mut news = match self.reader.changes() {
             Ok(news) => news?,
             Err(err @ ReadError::Missing { .. }) => {
                 tracing::trace!(%err, "no desired region yet");
@@ -317,6 +318,12 @@ impl Link {
             );
         }
         self.apply(&news, now);
+        if news.whole && !self.unnamed.is_empty() {
+            let containers = &mut news.rows.containers;
+            let kept = self.unnamed.keys().filter_map(|id| self.containers.get(id));
+            containers.extend(kept.cloned());
+            containers.sort_unstable_by_key(|row| row.container_id);
+        }
         Some(news)
     }
 

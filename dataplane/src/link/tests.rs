@@ -325,8 +325,11 @@ fn a_region_begun_anew_has_time_to_name_containers_whose_ports_go_on() {
     desired
         .batch(|batch| batch.put_container(holder(9, 9)))
         .unwrap();
-    link.look(now).expect("news");
+    let news = link.look(now).expect("news");
     assert_eq!(known(&link), [1, 2, 3, 9], "nothing leads to the fourth");
+    let sampled = news.rows.containers.iter();
+    let sampled: Vec<u8> = sampled.map(|row| row.container_id.0[0]).collect();
+    assert_eq!(sampled, [1, 2, 3, 9]);
 
     desired
         .batch(|batch| {
