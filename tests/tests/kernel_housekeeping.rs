@@ -373,6 +373,46 @@ async fn several_failures_come_as_one_group() -> Result<()> {
     kernels::assert_clean(&node).await
 }
 
+/// The manager waits 30 s, and hears nothing of an answer that comes later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_does_not_answer_is_told_before_the_manager_gives_up() -> Result<()> {
+    let engine = FaultDocker::start()?;
+    let node = Node::start(NodeOptions {
+        environment: vec![("DOCKER_HOST".to_owned(), engine.host())],
+        ..NodeOptions::default()
+    })
+    .await?;
+    let order = Order::of(Image::Runner)?;
+    kernels::create(&node, &order).await?;
+    for hangs in ["/archive?", "/exec"] {
+        engine.spoil(hangs, Fault::Hang, usize::MAX);
+    }
+    let work = node.scratch(&format!("{}/work", order.kernel));
+    let silent = SilentMount::over(&work)?;
+    let client = node.client().await?;
+    let asked = async |method: &str, done: &str, with: Option<Value>| -> Result<()> {
+        let mut args = vec![text(order.kernel), Value::from("some/file")];
+        args.extend(with);
+        let call = client.call(method, args, Vec::new(), Duration::from_secs(300));
+        let said = format!("{:?}", call.await.err().context("an answer")?);
+        for words in ["TimeoutError", "some/file", done] {
+            ensure!(said.contains(words), "{method}: {words}: {said}");
+        }
+        Ok(())
+    };
+    let content = Value::Bin(b"x".as_slice().to_vec().into());
+    tokio::try_join!(
+        asked("download_file", "be read", None),
+        asked("download_single", "be read", None),
+        asked("list_files", "be listed", None),
+        asked("upload_file", "be written", Some(content)),
+    )?;
+    drop(silent);
+    engine.behave();
+    kernels::destroy(&node, &order).await?;
+    kernels::assert_clean(&node).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn files_go_in_and_out() -> Result<()> {
     let node = Node::start(NodeOptions::default()).await?;

@@ -21,6 +21,24 @@ fn refused(err: &FileAccessError) -> Failure {
     Failure::new(err.python_class(), chain(err))
 }
 
+/// What is asked of a file, within [`PATIENCE`]. What blocks in a file system goes on, and nobody hears of it.
+async fn in_time<T>(
+    path: &str,
+    done: &str,
+    work: impl Future<Output = Result<T, FileAccessError>>,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(PATIENCE, Box::pin(work)).await {
+        Ok(outcome) => outcome.map_err(|err| refused(&err)),
+        Err(_) => Err(Failure::new(
+            "TimeoutError",
+            format!(
+                "{path} could not be {done} within {} s; do its file system and the Docker engine answer?",
+                PATIENCE.as_secs()
+            ),
+        )),
+    }
+}
+
 fn container_of(kernel: &Kernel) -> Result<String, Failure> {
     kernel
         .container()
@@ -41,9 +59,13 @@ pub(super) async fn upload(node: &Arc<Node>, mut args: Arguments) -> Result<Valu
         }
     };
     let place = upload_target(node, &kernel);
-    file_access::upload_file(place, name, content)
-        .await
-        .map_err(|err| refused(&err))?;
+    let path = name.clone();
+    in_time(
+        &path,
+        "written",
+        file_access::upload_file(place, name, content),
+    )
+    .await?;
     Ok(Value::Nil)
 }
 
@@ -106,8 +128,8 @@ pub(super) async fn download(node: &Arc<Node>, mut args: Arguments) -> Result<Va
     let kernel = known_kernel(node, &args)?;
     let path: String = args.get("filepath")?;
     let container = container_of(&kernel)?;
-    let archive = file_access::download_file(&node.docker, &container, &path).await;
-    archive.map(Value::Bin).map_err(|err| refused(&err))
+    let archive = file_access::download_file(&node.docker, &container, &path);
+    in_time(&path, "read", archive).await.map(Value::Bin)
 }
 
 pub(super) async fn download_single(
@@ -117,8 +139,8 @@ pub(super) async fn download_single(
     let kernel = known_kernel(node, &args)?;
     let path: String = args.get("filepath")?;
     let container = container_of(&kernel)?;
-    let content = file_access::download_single(&node.docker, &container, &path).await;
-    content.map(Value::Bin).map_err(|err| refused(&err))
+    let content = file_access::download_single(&node.docker, &container, &path);
+    in_time(&path, "read", content).await.map(Value::Bin)
 }
 
 pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value, Failure> {
@@ -129,14 +151,5 @@ pub(super) async fn list(node: &Arc<Node>, mut args: Arguments) -> Result<Value,
         let user = session_user(node, &kernel).await;
         file_access::list_files(&node.docker, &container, &path, &user).await
     };
-    let listing = tokio::time::timeout(PATIENCE, listing).await.map_err(|_| {
-        Failure::new(
-            "TimeoutError",
-            format!(
-                "{path} could not be listed within {} s; does its file system answer?",
-                PATIENCE.as_secs()
-            ),
-        )
-    })?;
-    reply(&listing.map_err(|err| refused(&err))?)
+    reply(&in_time(&path, "listed", listing).await?)
 }
