@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::mounts::WORK;
-use super::scratch::beneath::{Beneath, Owner, Shut};
+use super::scratch::beneath::{Beneath, LeadsOut, Owner, Shut};
 use crate::docker::{Docker, DockerError, ExecRequest};
 
 /// Largest archive a download may have.
@@ -88,13 +88,23 @@ pub enum FileAccessError {
         /// Where the folder is mounted.
         mount: String,
     },
+    /// Its place on the node refuses the agent.
+    #[error(
+        "the agent may not write {path:?}; let it be written by the session instead, or see the modes and flags \
+         (chmod, chattr) of the file and of the directories above it"
+    )]
+    Denied {
+        /// As the client gave it.
+        path: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
     /// The file could not be written.
-    #[error("{path:?} cannot be written: {reason}")]
+    #[error("{path:?} cannot be written")]
     Write {
         /// As the client gave it.
         path: String,
-        /// In words, for the user.
-        reason: String,
         /// Cause.
         #[source]
         source: io::Error,
@@ -120,7 +130,7 @@ pub enum FileAccessError {
         reason: String,
     },
     /// The engine could not do it.
-    #[error("{path:?} cannot be read from the container: {source}")]
+    #[error("{path:?} cannot be read from the container")]
     Engine {
         /// As the client gave it.
         path: String,
@@ -135,7 +145,8 @@ impl FileAccessError {
         match self {
             FileAccessError::Outside { .. }
             | FileAccessError::Link { .. }
-            | FileAccessError::InMount { .. } => "PermissionError",
+            | FileAccessError::InMount { .. }
+            | FileAccessError::Denied { .. } => "PermissionError",
             FileAccessError::TooLarge { .. } | FileAccessError::NotSingle { .. } => "ValueError",
             FileAccessError::Write { .. }
             | FileAccessError::Listing { .. }
@@ -264,20 +275,17 @@ pub async fn upload_file(
         .unwrap_or_else(|err| Err((io::Error::other(err), None)));
     outcome.map_err(|(source, link)| {
         let shut = source.get_ref().and_then(|inner| inner.downcast_ref());
-        match (shut, source.kind(), link) {
+        match (shut, LeadsOut::is(&source), link) {
             (Some(Shut(mount)), ..) => in_mount(name, mount),
-            (None, io::ErrorKind::PermissionDenied, Some(link)) => FileAccessError::Link {
+            (None, true, Some(link)) => FileAccessError::Link {
                 path: name,
                 link: link.display().to_string(),
             },
-            (None, io::ErrorKind::PermissionDenied, None) => {
-                FileAccessError::Outside { path: name }
+            (None, true, None) => FileAccessError::Outside { path: name },
+            (None, false, _) if source.kind() == io::ErrorKind::PermissionDenied => {
+                FileAccessError::Denied { path: name, source }
             }
-            (None, ..) => FileAccessError::Write {
-                path: name,
-                reason: source.to_string(),
-                source,
-            },
+            (None, false, _) => FileAccessError::Write { path: name, source },
         }
     })
 }
@@ -382,6 +390,7 @@ pub async fn list_files(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::scratch::beneath::forgo_rights;
     use std::fs::Permissions;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
@@ -562,6 +571,60 @@ mod tests {
             .await
             .expect_err("a directory");
         assert_eq!(err.python_class(), "RuntimeError", "{err}");
+    }
+
+    #[test]
+    fn a_place_that_the_agent_may_not_write_is_no_way_out() {
+        let directory = tempfile::tempdir().expect("directory");
+        let locked = directory.path().join("locked");
+        std::fs::create_dir(&locked).expect("directory");
+        std::fs::write(locked.join("file"), "kept").expect("written");
+        symlink("locked/file", directory.path().join("link")).expect("link");
+        std::fs::set_permissions(&locked, Permissions::from_mode(0o000)).expect("changed");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .on_thread_start(forgo_rights)
+            .build()
+            .expect("runtime");
+        for name in ["locked/file", "locked/deep/er/file", "link"] {
+            let upload = upload_file(place(directory.path()), name.to_owned(), Bytes::new());
+            let err = runtime.block_on(upload).expect_err(name);
+            assert!(
+                matches!(err, FileAccessError::Denied { .. }),
+                "{name}: {err}"
+            );
+            assert_eq!(err.python_class(), "PermissionError");
+            let told = shared::causes::chain(&err);
+            for words in [name, "may not write", "Permission denied"] {
+                assert_eq!(told.matches(words).count(), 1, "{words}: {told}");
+            }
+        }
+        std::fs::set_permissions(&locked, Permissions::from_mode(0o700)).expect("changed");
+    }
+
+    #[test]
+    fn a_cause_is_told_by_the_chain_alone() {
+        let path = || "a.txt".to_owned();
+        let missing = DockerError::NotFound {
+            step: "copy a.txt".to_owned(),
+            message: "no such file".to_owned(),
+        };
+        for err in [
+            FileAccessError::engine("a.txt", missing),
+            FileAccessError::Write {
+                path: path(),
+                source: io::ErrorKind::StorageFull.into(),
+            },
+            FileAccessError::Denied {
+                path: path(),
+                source: io::ErrorKind::PermissionDenied.into(),
+            },
+        ] {
+            let cause = std::error::Error::source(&err)
+                .expect("a cause")
+                .to_string();
+            assert!(!err.to_string().contains(&cause), "{err}");
+            assert!(shared::causes::chain(&err).ends_with(&cause), "{err}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 use super::agent_socket::CONTAINER_DIRECTORY;
 use super::request::{MountPermission, VfolderMount};
+use super::scratch::beneath::LeadsOut;
 use super::scratch::{ScratchPaths, Subpath};
 use crate::storage_proxy::FolderId;
 use serde::{Deserialize, Serialize};
@@ -93,6 +94,15 @@ pub enum MountError {
         "the folder {name} cannot be mounted: {path} does not exist on this node; check that its volume is mounted here"
     )]
     Missing { name: String, path: PathBuf },
+    #[error(
+        "the folder {name} cannot be mounted: the agent may not go to {path}; let its user search the directories there (a file server that trusts no root refuses it, too)"
+    )]
+    Denied {
+        name: String,
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
     #[error("the folder {name} cannot be mounted: {path} cannot be read on this node")]
     Unreadable {
         name: String,
@@ -296,7 +306,12 @@ pub fn vfolder(folder: &VfolderMount) -> Result<Mount, MountError> {
             name: name(),
             path: source.to_owned(),
         },
-        std::io::ErrorKind::PermissionDenied if inner > 0 => outside(folder),
+        _ if LeadsOut::is(&cause) => outside(folder),
+        std::io::ErrorKind::PermissionDenied => MountError::Denied {
+            name: name(),
+            path: source.to_owned(),
+            cause,
+        },
         _ => MountError::Unreadable {
             name: name(),
             path: source.to_owned(),
@@ -420,7 +435,9 @@ pub(crate) fn display(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use crate::kernel::scratch::beneath::without_rights;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
 
     fn folder(name: &str, host: &Path, kernel: &str) -> VfolderMount {
         VfolderMount {
@@ -579,6 +596,28 @@ mod tests {
             ask(&mine, "real/deep", "inside/deep").is_ok(),
             "a link that was followed"
         );
+    }
+
+    #[test]
+    fn a_folder_that_the_agent_may_not_search_is_told_as_such() {
+        let host = tempfile::tempdir().unwrap();
+        let locked = host.path().join("locked");
+        fs::create_dir_all(locked.join("part")).unwrap();
+        fs::set_permissions(&locked, Permissions::from_mode(0o000)).unwrap();
+        for subpath in [None, Some("part"), Some("locked/part")] {
+            let mut asked = folder("data", &locked.join("part"), "/home/work/a");
+            asked.vfsubpath = subpath.map(str::to_owned);
+            let err = without_rights(|| vfolders(&[asked], false)).unwrap_err();
+            assert!(
+                matches!(err, MountError::Denied { .. }),
+                "{subpath:?}: {err}"
+            );
+            let told = shared::causes::chain(&err);
+            for words in ["data", "locked/part", "may not", "Permission denied"] {
+                assert_eq!(told.matches(words).count(), 1, "{words}: {told}");
+            }
+        }
+        fs::set_permissions(&locked, Permissions::from_mode(0o700)).unwrap();
     }
 
     #[test]

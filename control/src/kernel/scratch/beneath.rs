@@ -32,6 +32,23 @@ pub struct Beneath {
 #[error("the path leads into {}, which is not to be used", .0.display())]
 pub struct Shut(pub PathBuf);
 
+/// Why a path is not followed out of its directory: inside of the [`io::Error`], unlike a refusal of
+/// the file system's (`EACCES`), which has the same kind.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct LeadsOut(&'static str);
+
+impl LeadsOut {
+    fn by(words: &'static str) -> io::Error {
+        io::Error::new(io::ErrorKind::PermissionDenied, LeadsOut(words))
+    }
+
+    /// Whether this is why.
+    pub fn is(err: &io::Error) -> bool {
+        err.get_ref().is_some_and(|inner| inner.is::<LeadsOut>())
+    }
+}
+
 impl Beneath {
     /// Opens a directory by a trusted path.
     ///
@@ -58,7 +75,7 @@ impl Beneath {
     /// The directory that a path below this one leads to.
     ///
     /// # Errors
-    /// The path leaves the directory (`PermissionDenied`), or leads to no directory.
+    /// The path leaves the directory ([`LeadsOut`]), or leads to no directory.
     pub fn below(&self, path: &Path) -> io::Result<Self> {
         let directory = self.find(path)?;
         match FileType::from_raw_mode(fstat(&directory)?.st_mode) {
@@ -70,7 +87,7 @@ impl Beneath {
     /// Whatever a path leads to, opened for its place only; mounts of the host are crossed.
     ///
     /// # Errors
-    /// The path leaves the directory (`PermissionDenied`), or leads to nothing.
+    /// The path leaves the directory ([`LeadsOut`]), or leads to nothing.
     pub fn find(&self, path: &Path) -> io::Result<OwnedFd> {
         let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         open_beneath(&self.directory, path, OFlags::PATH, Mode::empty(), how)
@@ -82,9 +99,8 @@ impl Beneath {
         let mut above = PathBuf::from(".");
         for part in path.components() {
             let here = above.join(part);
-            let leads_out = |err: &io::Error| err.kind() == io::ErrorKind::PermissionDenied;
             if open_beneath(&self.directory, &here, OFlags::PATH, Mode::empty(), INSIDE)
-                .is_err_and(|err| leads_out(&err))
+                .is_err_and(|err| LeadsOut::is(&err))
             {
                 let above = self.find(&above).ok()?;
                 let name = Path::new(&part);
@@ -165,7 +181,7 @@ impl Beneath {
     /// Writes a whole regular file, over one that is there; either gets `mode` and `owner`.
     ///
     /// # Errors
-    /// The path leaves the directory (`PermissionDenied`), its parent is missing, or it names
+    /// The path leaves the directory ([`LeadsOut`]), its parent is missing, or it names
     /// something else than a regular file (`InvalidInput`).
     pub fn write(&self, path: &Path, content: &[u8], mode: u32, owner: Owner) -> io::Result<()> {
         let (mut file, _) = self.regular(&plain(path)?, OFlags::WRONLY, true)?;
@@ -294,8 +310,7 @@ fn open_beneath(
 }
 
 fn leads_out() -> io::Error {
-    let text = "the path leads out of its directory";
-    io::Error::new(io::ErrorKind::PermissionDenied, text)
+    LeadsOut::by("the path leads out of its directory")
 }
 
 /// A path to an open file, whatever has its name.
@@ -344,10 +359,7 @@ fn plain(path: &Path) -> io::Result<PathBuf> {
             Component::Normal(name) => result.push(name),
             Component::CurDir => {}
             Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::PermissionDenied,
-                    "a relative path without '..' is needed",
-                ));
+                return Err(LeadsOut::by("a relative path without '..' is needed"));
             }
         }
     }
@@ -479,6 +491,27 @@ fn remove(
         Err(Errno::NOTEMPTY) => Ok(false),
         Err(err) => Err(err.into()),
     }
+}
+
+/// Has this thread refused what a file's mode refuses, also where it is root's.
+#[cfg(test)]
+pub(crate) fn forgo_rights() {
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+    let mut sets = capabilities(None).unwrap();
+    sets.effective = CapabilitySet::empty();
+    set_capabilities(None, sets).unwrap();
+}
+
+/// Does the work in a thread that has [forgone its rights](forgo_rights).
+#[cfg(test)]
+pub(crate) fn without_rights<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            forgo_rights();
+            work()
+        });
+        work.join().unwrap()
+    })
 }
 
 #[cfg(test)]

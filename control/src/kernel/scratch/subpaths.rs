@@ -41,7 +41,7 @@ impl Subpath {
     /// Resolves the path; nothing that happens to its names later changes what was found.
     ///
     /// # Errors
-    /// It leads out of the folder (`PermissionDenied`), or something of it is not there.
+    /// It leads out of the folder ([`LeadsOut`](super::beneath::LeadsOut)), or something of it is not there.
     pub fn resolve(&self) -> io::Result<std::os::fd::OwnedFd> {
         Beneath::open(&self.folder)?.find(&self.below)
     }
