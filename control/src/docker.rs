@@ -34,7 +34,7 @@ pub use bollard::models::{
 };
 
 pub use self::commit::{CommitRequest, ImageExport};
-pub use self::error::{Cause, DockerError, Fault};
+pub use self::error::{Cause, DockerError};
 pub use self::events::{ContainerEvent, EngineEvent, EventStream, NetworkEvent};
 pub use self::exec::{ExecOutput, ExecRequest};
 pub use self::liveness::Liveness;
@@ -257,7 +257,7 @@ impl Docker {
     /// [`DockerError::BadHost`], or why the engine can't be reached.
     pub async fn connect(options: &DockerOptions) -> Result<Self, DockerError> {
         let docker = Self::new(options)?;
-        docker.transport.version("connect").await?;
+        docker.transport.negotiate("connect").await?;
         Ok(docker)
     }
 
@@ -269,14 +269,6 @@ impl Docker {
     /// True when the engine shares our network namespace and files, as far as the address tells.
     pub fn is_local(&self) -> bool {
         self.host().starts_with("unix://")
-    }
-
-    /// API version in use, `(major, minor)`; what newer engines alone tell is asked in theirs.
-    ///
-    /// # Errors
-    /// The engine cannot be reached, refuses, or does not answer by its deadline ([`DockerError`]).
-    pub async fn api_version(&self) -> Result<(u16, u16), DockerError> {
-        self.transport.version("negotiate").await
     }
 
     fn query<'a>(&self, step: impl Into<String>, path: impl Into<String>) -> Call<'a> {

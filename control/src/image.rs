@@ -2,8 +2,9 @@
 //!
 //! In: the image part of a request. Out: the local image, or why it can't be had. Pulls of one
 //! image with the same credentials are one transfer that all callers wait for; it ends when the
-//! last caller has gone, or when it is cancelled. Invariant: at most one transfer per image and
-//! credentials, and a finished one is never joined.
+//! last caller has gone. Layers already fetched stay with the engine, so the next pull goes on where
+//! this one stopped. Invariant: at most one transfer per image and credentials, and a finished one is
+//! never joined.
 
 pub mod containerd_store;
 mod pulls;
@@ -12,17 +13,22 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures_util::StreamExt as _;
 use tokio::sync::OnceCell;
 
 use crate::blocking::blocking;
+use crate::causes::chain;
 use crate::docker::{Docker, DockerError, ImageRecord, ListedImage, Progress, RegistryAuth};
 
-pub use self::pulls::{PullState, PullTicket};
+pub use self::pulls::PullTicket;
 
 use self::pulls::Pulls;
 
 /// Images that a pull has brought are remembered up to this many; then all are forgotten.
 const MOST_PULLED: usize = 1024;
+
+/// Removals of images at a time in one purge, of the eight that the engine gets: the others are for kernels.
+const PURGES: usize = 4;
 
 /// Label with the version of the image contract; only `1` is supported.
 pub const KERNELSPEC_LABEL: &str = "ai.backend.kernelspec";
@@ -38,24 +44,6 @@ pub enum AutoPull {
     /// Never.
     None,
 }
-
-impl std::str::FromStr for AutoPull {
-    type Err = UnknownAutoPull;
-
-    fn from_str(text: &str) -> Result<Self, UnknownAutoPull> {
-        match text {
-            "digest" => Ok(Self::Digest),
-            "tag" => Ok(Self::Tag),
-            "none" => Ok(Self::None),
-            other => Err(UnknownAutoPull(other.to_owned())),
-        }
-    }
-}
-
-/// Not one of the three modes.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("auto-pull `{0}` is unknown; use digest, tag or none")]
-pub struct UnknownAutoPull(String);
 
 /// The image a kernel asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,12 +120,6 @@ pub enum ImageError {
         #[source]
         source: Arc<DockerError>,
     },
-    /// The pull was cancelled.
-    #[error("the pull of image {image} was cancelled")]
-    Cancelled {
-        /// Reference.
-        image: String,
-    },
     /// The push failed.
     #[error("image {image} could not be pushed; check the registry and the credentials")]
     Push {
@@ -161,7 +143,7 @@ impl ImageError {
     pub fn class(&self) -> &'static str {
         match self {
             Self::NotAvailable { .. } | Self::LocalNotHere { .. } => "ImageNotAvailable",
-            Self::WrongArchitecture { .. } | Self::Cancelled { .. } => "AgentError",
+            Self::WrongArchitecture { .. } => "AgentError",
             Self::Pull { source, .. }
                 if matches!(
                     **source,
@@ -335,16 +317,10 @@ impl Images {
         self.pulls.is_pulling(canonical)
     }
 
-    /// Cancels the pulls of the image; true when there was one. Layers already fetched stay with
-    /// the engine, so the next pull goes on where this one stopped.
-    pub fn cancel(&self, canonical: &str) -> bool {
-        self.pulls.cancel(canonical)
-    }
-
     /// Checks, pulls when needed (after calling `before_pull`) and returns the local image.
     ///
     /// # Errors
-    /// As [`Images::check`], and `Pull`, `Cancelled`.
+    /// As [`Images::check`], and `Pull`.
     pub async fn ensure(
         &self,
         request: &ImageRequest,
@@ -393,26 +369,32 @@ impl Images {
         Ok(installed(&listed))
     }
 
-    /// Removes images one by one; what can't be removed is told per image, never as a failure.
-    pub async fn purge(&self, images: &[String], force: bool, noprune: bool) -> Vec<Purged> {
-        let mut results = Vec::with_capacity(images.len());
-        for image in images {
-            let error = match self.docker.remove_image(image, force, noprune).await {
-                Ok(()) => {
-                    tracing::info!(image, "an image was purged");
-                    None
-                }
-                Err(err) => {
-                    tracing::warn!(image, err = %err, "an image could not be purged");
-                    Some(err.to_string())
-                }
-            };
-            results.push(Purged {
-                image: image.clone(),
-                error,
-            });
-        }
-        results
+    /// Removes images, a few at a time, and answers in their order; what can't be removed is told per
+    /// image, never as a failure.
+    pub async fn purge(&self, images: Vec<String>, force: bool, noprune: bool) -> Vec<Purged> {
+        futures_util::stream::iter(images)
+            .map(|image| self.purge_one(image, force, noprune))
+            .buffered(PURGES)
+            .collect()
+            .await
+    }
+
+    async fn purge_one(&self, image: String, force: bool, noprune: bool) -> Purged {
+        let error = match self.docker.remove_image(&image, force, noprune).await {
+            Ok(()) => {
+                tracing::info!(image, "an image was purged");
+                None
+            }
+            Err(err) => {
+                tracing::warn!(
+                    image,
+                    err = &err as &dyn std::error::Error,
+                    "an image could not be purged"
+                );
+                Some(chain(&err))
+            }
+        };
+        Purged { image, error }
     }
 }
 
@@ -577,7 +559,5 @@ mod tests {
     fn architectures_compare_in_the_managers_words() {
         assert_eq!(architecture("amd64"), "x86_64");
         assert_eq!(architecture("aarch64"), "aarch64");
-        assert_eq!("tag".parse(), Ok(AutoPull::Tag));
-        assert!("always".parse::<AutoPull>().is_err());
     }
 }

@@ -40,16 +40,11 @@ async fn ran(docker: &Docker, body: &ContainerCreateBody) -> (Owned, String) {
 }
 
 #[tokio::test]
-async fn the_api_version_is_negotiated_with_the_engine() {
+async fn the_engine_describes_itself() {
     let docker = engine().await;
     docker.ping().await.unwrap();
     let offered = docker.version().await.unwrap().api_version;
-    let (major, minor) = docker.api_version().await.unwrap();
-    let newest: (u16, u16) = {
-        let (a, b) = offered.split_once('.').unwrap();
-        (a.parse().unwrap(), b.parse().unwrap())
-    };
-    assert!((major, minor) <= newest);
+    assert!(offered.split_once('.').is_some(), "{offered}");
     assert!(docker.info().await.unwrap().server_version.is_some());
 }
 

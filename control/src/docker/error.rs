@@ -1,23 +1,12 @@
 //! What can go wrong between us and the engine, in words that tell what to do.
 //!
 //! Each value names the step that failed; the cause is the error's `source`, never part of its
-//! text. [`DockerError::fault`] lets a caller decide without reading sentences.
+//! text.
 
 use std::time::Duration;
 
 /// Cause of a failed exchange, kept opaque so that no client type leaks out of this module.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
-
-/// Whose fault a failure is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// The engine is down, hung, overloaded, or answered nonsense.
-    Engine,
-    /// The request named something that is not there or is in the wrong state.
-    Request,
-    /// Our own configuration.
-    Configuration,
-}
 
 /// A failed exchange with the engine.
 #[derive(Debug, thiserror::Error)]
@@ -199,30 +188,6 @@ impl DockerError {
         message.contains("port is already allocated") || message.contains("address already in use")
     }
 
-    /// Whose fault it is.
-    pub fn fault(&self) -> Fault {
-        match self {
-            Self::NotFound { .. }
-            | Self::Conflict { .. }
-            | Self::AlreadyInProgress { .. }
-            | Self::TooLarge { .. }
-            | Self::LogsNotReadable { .. }
-            | Self::BadName { .. } => Fault::Request,
-            Self::Engine { status, .. } if *status < 500 => Fault::Request,
-            Self::Unreachable { .. }
-            | Self::Broken { .. }
-            | Self::Timeout { .. }
-            | Self::Late { .. }
-            | Self::Standstill { .. }
-            | Self::Busy { .. }
-            | Self::Stopping { .. }
-            | Self::Engine { .. }
-            | Self::Progress { .. }
-            | Self::Undecodable { .. } => Fault::Engine,
-            Self::BadHost { .. } => Fault::Configuration,
-        }
-    }
-
     /// The refusal that belongs to an HTTP status.
     pub(super) fn from_status(step: String, status: u16, message: String) -> Self {
         match status {
@@ -256,8 +221,6 @@ mod tests {
             of(409, "Container abc is not running"),
             DockerError::Conflict { .. }
         ));
-        assert_eq!(of(500, "boom").fault(), Fault::Engine);
-        assert_eq!(of(400, "bad parameter").fault(), Fault::Request);
         assert!(
             of(
                 500,

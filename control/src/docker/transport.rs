@@ -232,11 +232,12 @@ impl Transport {
         *self.offered() = None;
     }
 
-    /// The API version in use for calls that say nothing else; asks the engine on first use.
-    pub async fn version(&self, step: &str) -> Result<ApiVersion, DockerError> {
-        Ok(self.offer(step).await?.used(NEWEST_API))
+    /// Finds out which version of the API to use.
+    pub async fn negotiate(&self, step: &str) -> Result<(), DockerError> {
+        self.offer(step).await.map(drop)
     }
 
+    /// What the engine offers; asks it on first use.
     async fn offer(&self, step: &str) -> Result<Offered, DockerError> {
         if let Some(offered) = *self.offered() {
             return Ok(offered);

@@ -12,7 +12,7 @@ use super::ImageError;
 
 /// Where a pull stands.
 #[derive(Debug, Clone, Default)]
-pub enum PullState {
+enum PullState {
     /// Nothing heard from the engine yet.
     #[default]
     Asked,
@@ -125,17 +125,6 @@ impl Pulls {
             key.0 == canonical && !pull.state.borrow().is_over() && !pull.task.is_finished()
         })
     }
-
-    pub fn cancel(&self, canonical: &str) -> bool {
-        let mut any = false;
-        for (key, pull) in self.lock().iter() {
-            if key.0 == canonical && !pull.state.borrow().is_over() {
-                pull.task.abort();
-                any = true;
-            }
-        }
-        any
-    }
 }
 
 impl PullTicket {
@@ -144,15 +133,10 @@ impl PullTicket {
         self.joined
     }
 
-    /// The state as it changes, for showing progress.
-    pub fn state(&self) -> watch::Receiver<PullState> {
-        self.state.clone()
-    }
-
     /// Waits for the end, reporting progress; several steps may be reported as one.
     ///
     /// # Errors
-    /// `Pull`, `Cancelled`.
+    /// `Pull`.
     pub async fn wait(mut self, mut report: impl FnMut(&Progress)) -> Result<(), ImageError> {
         loop {
             let state = self.state.borrow_and_update().clone();
@@ -168,8 +152,14 @@ impl PullTicket {
                 }
             }
             if self.state.changed().await.is_err() {
-                return Err(ImageError::Cancelled {
-                    image: self.key.0.clone(),
+                let image = self.key.0.clone();
+                let source = DockerError::Progress {
+                    step: format!("pull image {image}"),
+                    message: "it was broken off".to_owned(),
+                };
+                return Err(ImageError::Pull {
+                    image,
+                    source: Arc::new(source),
                 });
             }
         }

@@ -145,7 +145,7 @@ pub(super) async fn purge(node: &Arc<Node>, mut args: Arguments) -> Result<Value
     let (force, noprune): (bool, bool) = (args.get("force")?, args.get("noprune")?);
     let purged: Vec<serde_json::Value> = node
         .images
-        .purge(&images, force, noprune)
+        .purge(images, force, noprune)
         .await
         .into_iter()
         .map(|purged| json!({"image": purged.image, "error": purged.error}))
