@@ -7,10 +7,12 @@
 //! a failure, but where nobody may make cgroups (not root, or none is mounted to be written to), or the driver lists no process by the pids
 //! that are seen there: then it is a skip (`SKIP`), and what was seen says so.
 
+mod comparison;
 mod loads;
+mod numbers;
 mod report;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -19,95 +21,18 @@ use anyhow::{Context, Result, bail, ensure};
 use shared::ids::ContainerId;
 use shared::observed::AcceleratorRow;
 
-use self::loads::{Holder, Loads};
+use self::comparison::Comparison;
+use self::loads::Loads;
+use self::numbers::{NUMBERS, Number};
 pub use self::report::{Line, Report};
 
 use crate::dataplane::{Control, Options, Place};
-use crate::nvidia_smi::{NvidiaSmi, OfProcess, value};
+use crate::nvidia_smi::{NvidiaSmi, value};
 use crate::{cgroup, wait};
 
 const MIB: u64 = 1 << 20;
-/// MiB by which two amounts of memory may differ: both are rounded.
-const ROUNDED: f64 = 2.0;
 /// The first pid namespace (`PROC_PID_INIT_INO` of the kernel).
 const HOST_PIDS: &str = "pid:[4026531836]";
-/// Percent by which busy shares may differ: they are sampled at different times.
-const SAMPLED: f64 = 15.0;
-
-/// A number of a device in the two programs' words, and by how much they may differ: an amount, and
-/// a share of what `nvidia-smi` says.
-type Number = (&'static str, fn(&AcceleratorRow) -> Option<f64>, f64, f64);
-
-const NUMBERS: [Number; 13] = [
-    (
-        "memory.total",
-        |row| mib(row.counters.memory_total_bytes),
-        1.0,
-        0.0,
-    ),
-    ("memory.free", |row| free(row), ROUNDED, 0.0),
-    (
-        "utilization.gpu",
-        |row| percent(row.counters.utilisation_permille),
-        SAMPLED,
-        0.0,
-    ),
-    (
-        "utilization.memory",
-        |row| percent(row.counters.memory_utilisation_permille),
-        SAMPLED,
-        0.0,
-    ),
-    (
-        "utilization.encoder",
-        |row| percent(row.counters.encoder_permille),
-        SAMPLED,
-        0.0,
-    ),
-    (
-        "utilization.decoder",
-        |row| percent(row.counters.decoder_permille),
-        SAMPLED,
-        0.0,
-    ),
-    (
-        "power.draw",
-        |row| thousandths(row.counters.power_mw),
-        5.0,
-        0.1,
-    ),
-    (
-        "enforced.power.limit",
-        |row| thousandths(row.counters.power_limit_mw),
-        0.1,
-        0.0,
-    ),
-    (
-        "temperature.gpu",
-        |row| thousandths(row.counters.temperature_mc),
-        3.0,
-        0.0,
-    ),
-    ("clocks.sm", |row| whole(row.counters.clock_mhz), 15.0, 0.05),
-    (
-        "clocks.mem",
-        |row| whole(row.counters.memory_clock_mhz),
-        0.0,
-        0.05,
-    ),
-    (
-        "ecc.errors.corrected.volatile.total",
-        |row| whole(row.counters.ecc_corrected),
-        0.0,
-        0.0,
-    ),
-    (
-        "ecc.errors.uncorrected.volatile.total",
-        |row| whole(row.counters.ecc_uncorrected),
-        0.0,
-        0.0,
-    ),
-];
 
 /// The machine that is looked at.
 #[derive(Debug)]
@@ -408,120 +333,6 @@ impl Machine {
     }
 }
 
-/// What has been compared so far.
-#[derive(Default)]
-struct Comparison {
-    agreed: BTreeMap<String, Line>,
-    open: BTreeMap<String, Line>,
-}
-
-impl Comparison {
-    fn is(&mut self, what: &str, ours: String, theirs: &str, same: bool) {
-        if self.agreed.contains_key(what) {
-            return;
-        }
-        let line = [what.to_owned(), ours, theirs.to_owned()];
-        let list = if same {
-            self.open.remove(what);
-            &mut self.agreed
-        } else {
-            &mut self.open
-        };
-        list.insert(what.to_owned(), line);
-    }
-
-    /// What neither tells is told the same.
-    fn number(
-        &mut self,
-        what: &str,
-        ours: Option<f64>,
-        theirs: Option<f64>,
-        near: impl Fn(f64, f64) -> bool,
-    ) {
-        let same = match (ours, theirs) {
-            (Some(ours), Some(theirs)) => near(ours, theirs),
-            (ours, theirs) => ours.is_none() && theirs.is_none(),
-        };
-        self.is(what, show(ours), &show(theirs), same);
-    }
-
-    fn memory(&mut self, holder: &Holder, told: &OfProcess<f64>) {
-        let theirs = holder.keys.iter().map(|key| told.get(key).copied());
-        let theirs: Option<f64> = theirs.sum();
-        // Whatever both say: what the programs have asked for is theirs.
-        let least = mib(Some(holder.taken)).unwrap_or(0.0);
-        let enough = holder.memory.is_some_and(|ours| ours >= least);
-        let what = format!("{}, memory", holder.name);
-        match theirs {
-            // Of parts it tells none.
-            None if holder.of_part => self.is(&what, show(holder.memory), "not told", enough),
-            _ => self.number(&what, holder.memory, theirs, |ours, theirs| {
-                (ours - theirs).abs() <= ROUNDED && enough
-            }),
-        }
-    }
-
-    fn share(&mut self, holder: &Holder, told: &OfProcess<Option<f64>>) {
-        let shares = holder.keys.iter().filter_map(|key| *told.get(key)?);
-        let theirs = shares.reduce(|all, one| all + one);
-        // One that it has no sample of is idle; or the driver takes none, which both have to say.
-        let theirs = theirs.or(holder.share.map(|_| 0.0));
-        let what = format!("{}, share", holder.name);
-        self.number(&what, holder.share, theirs, |ours, theirs| {
-            (ours - theirs).abs() <= SAMPLED
-        });
-    }
-
-    /// What computes makes its device busy. Of parts `nvidia-smi` tells no share, and some drivers none.
-    fn busy(
-        &mut self,
-        rows: &[AcceleratorRow],
-        told: &[(String, BTreeMap<String, String>)],
-        loads: &Loads,
-    ) -> Result<()> {
-        for load in loads.all.iter().filter(|load| load.busy) {
-            let row = row_of(rows, &load.device)?;
-            if row.part_of.is_some() {
-                let ours = percent(row.counters.utilisation_permille);
-                let what = format!("{} with a load, at least half busy", row.id);
-                if ours.is_some() {
-                    self.is(&what, show(ours), "not told", ours >= Some(50.0));
-                }
-                continue;
-            }
-            let theirs = told.iter().find(|(id, _)| *id == row.id);
-            let theirs = theirs.context("a device with a load")?;
-            let theirs = value(&theirs.1["utilization.gpu"])?;
-            let ours = percent(row.counters.utilisation_permille);
-            let what = format!("{} with a load, at least half busy", row.id);
-            self.number(&what, ours, theirs, |ours, theirs| {
-                ours >= 50.0 && theirs >= 50.0
-            });
-        }
-        Ok(())
-    }
-
-    /// Each container uses its device and no other; the program in no container is nobody's.
-    fn users(&mut self, rows: &[AcceleratorRow], loads: &Loads) {
-        for row in rows {
-            let expected: BTreeSet<ContainerId> = (loads.all.iter())
-                .filter(|load| load.device == row.id)
-                .filter_map(|load| loads.container_of(load))
-                .collect();
-            // Others of the machine may be at work too.
-            let users: BTreeSet<ContainerId> = (row.users.iter().map(|user| user.container_id))
-                .filter(|id| loads.containers().any(|own| own == *id))
-                .collect();
-            self.is(
-                &format!("{}, containers with loads", row.id),
-                users.len().to_string(),
-                &expected.len().to_string(),
-                users == expected,
-            );
-        }
-    }
-}
-
 /// How many of these users are containers of the loads.
 fn users_of(loads: &Loads, users: &BTreeSet<ContainerId>) -> usize {
     let own = loads.containers().filter(|id| users.contains(id));
@@ -542,41 +353,4 @@ fn accelerators(control: &mut Control) -> Result<Vec<AcceleratorRow>> {
 fn row_of<'a>(rows: &'a [AcceleratorRow], id: &str) -> Result<&'a AcceleratorRow> {
     let row = rows.iter().find(|row| row.id == id);
     row.with_context(|| format!("{id} is not told"))
-}
-
-fn whole(number: Option<u64>) -> Option<f64> {
-    // Exact below 2^53, which none of these reaches.
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
-    number.map(|number| number as f64)
-}
-
-fn thousandths(number: Option<u64>) -> Option<f64> {
-    Some(whole(number)? / 1000.0)
-}
-
-fn mib(bytes: Option<u64>) -> Option<f64> {
-    Some(whole(Some(bytes? >> 10))? / 1024.0)
-}
-
-fn free(row: &AcceleratorRow) -> Option<f64> {
-    let counters = &row.counters;
-    mib(Some(
-        counters
-            .memory_total_bytes?
-            .saturating_sub(counters.memory_used_bytes?),
-    ))
-}
-
-fn percent<N: Into<u64>>(permille: Option<N>) -> Option<f64> {
-    Some(whole(Some(permille?.into()))? / 10.0)
-}
-
-fn show(number: Option<f64>) -> String {
-    number.map_or_else(
-        || "not told".to_owned(),
-        |number| {
-            let text = format!("{number:.1}");
-            text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
-        },
-    )
 }

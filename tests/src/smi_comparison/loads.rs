@@ -13,7 +13,8 @@ use shared::ids::ContainerId;
 use shared::observed::AcceleratorRow;
 use tempfile::TempDir;
 
-use super::{MIB, Machine, Report, here, mib, percent, row_of};
+use super::numbers::{mib, percent};
+use super::{MIB, Machine, Report, here, row_of};
 use crate::cgroup::TestCgroup;
 use crate::dataplane::{Control, container_row};
 
