@@ -132,21 +132,30 @@ async fn listed<T: Send + 'static>(
 ) -> Result<Option<T>, NoAnswer> {
     match tokio::task::spawn_blocking(list).await {
         Ok(Ok(found)) => Ok(Some(found)),
-        Ok(Err(
-            Errno::AGAIN
-            | Errno::INTR
-            | Errno::NOBUFS
-            | Errno::NOMEM
-            | Errno::MFILE
-            | Errno::NFILE
-            | Errno::BUSY,
-        ))
-        | Err(_) => Err(NoAnswer(what)),
-        Ok(Err(errno)) => {
+        Ok(Err(errno)) if has_none(errno) => {
             tracing::debug!(%errno, what, "the kernel lists none");
             Ok(None)
         }
+        Ok(Err(errno)) => {
+            tracing::debug!(%errno, what, "the kernel does not answer");
+            Err(NoAnswer(what))
+        }
+        Err(_) => Err(NoAnswer(what)),
     }
+}
+
+/// Whether the kernel says so that it has no such thing, or does not let us look at it.
+fn has_none(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::INVAL
+            | Errno::OPNOTSUPP
+            | Errno::PROTONOSUPPORT
+            // Nobody listens to the protocol in this network namespace.
+            | Errno::CONNREFUSED
+            | Errno::PERM
+            | Errno::ACCESS
+    )
 }
 
 /// All that may turn clients of service ports away; first what is asked about incoming packets.
@@ -154,12 +163,19 @@ async fn listed<T: Send + 'static>(
 /// # Errors
 /// Nothing that was told refuses, and not all was told.
 pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
+    const ADDRESSES: &str = "the kernel's list of addresses";
     let mut silent = None;
     let range = &config.container.port_range;
+    // It waits for who holds the lock of all interfaces.
+    let addresses = tokio::task::spawn_blocking(own_addresses);
+    let addresses = match tokio::time::timeout(PATIENCE, addresses).await {
+        Ok(Ok(Ok(addresses))) => addresses,
+        Ok(Ok(Err(_)) | Err(_)) | Err(_) => return Err(NoAnswer(ADDRESSES)),
+    };
     let clients = Clients {
         ports: (range.first, range.last),
         with_ipv6: config.container.bind_host.is_ipv6(),
-        addresses: own_addresses(),
+        addresses,
     };
     let mut found = Vec::new();
     let listed = listed("the kernel's nftables", nftables::chains).await;
@@ -223,14 +239,13 @@ fn refused(chains: &[Chain], clients: &Clients) -> Vec<Refusal> {
 }
 
 /// Addresses that clients may come to.
-fn own_addresses() -> Vec<IpAddr> {
-    let all = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    all.filter_map(|it| {
+fn own_addresses() -> nix::Result<Vec<IpAddr>> {
+    let all = nix::ifaddrs::getifaddrs()?.filter_map(|it| {
         let address = it.address?;
         let v4 = address.as_sockaddr_in().map(|it| IpAddr::V4(it.ip()));
         v4.or_else(|| address.as_sockaddr_in6().map(|it| IpAddr::V6(it.ip())))
-    })
-    .collect()
+    });
+    Ok(all.collect())
 }
 
 /// Whether one of the comma-joined ports or ranges of a rule of iptables holds all of `first` to `last`.
@@ -242,6 +257,31 @@ pub fn covers(ports: &str, first: u16, last: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_kernel_that_fails_to_list_is_no_open_firewall() {
+        for none in [
+            Errno::INVAL,
+            Errno::OPNOTSUPP,
+            Errno::PROTONOSUPPORT,
+            Errno::PERM,
+        ] {
+            assert_eq!(
+                listed("it", move || Err::<(), _>(none)).await.unwrap(),
+                None
+            );
+        }
+        for failure in [
+            Errno::PROTO,
+            Errno::NODATA,
+            Errno::IO,
+            Errno::NOBUFS,
+            Errno::INTR,
+        ] {
+            let list = move || Err::<(), _>(failure);
+            assert!(listed("it", list).await.is_err(), "{failure}");
+        }
+    }
 
     #[test]
     fn no_answer_is_no_open_firewall() {

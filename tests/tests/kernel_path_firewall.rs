@@ -2,6 +2,7 @@
 //! bypasses it, is left to nobody. With real rules, of iptables and of nftables alone.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use harness::fault_docker::{Fault, FaultDocker};
 use harness::images::Image;
 use harness::kernels::{self, Order, docker};
-use harness::netns::{VethPair, ip};
+use harness::netns::{HOST_ADDRESS, VethPair, ip};
 use harness::node::{self, Node, NodeOptions};
 use harness::remote_client::{command, may_use_bpf};
 use harness::wait;
@@ -304,26 +305,83 @@ const FIREWALLS: [Firewall; 35] = [
     },
 ];
 
+/// Rules of a chain of nftables at input whose policy is to accept, and whether they may turn clients away.
+const RULES: [(&str, bool); 13] = [
+    // What is compared is not what was loaded for the test before.
+    (
+        "tcp dport 30000-31000 tcp option maxseg size 1-500 drop",
+        true,
+    ),
+    ("tcp dport 30000-31000 numgen random mod 2 == 0 drop", true),
+    ("meta l4proto tcp numgen random mod 2 == 0 drop", true),
+    ("tcp dport 30000-31000 socket transparent 0 drop", true),
+    ("ip daddr HOST numgen random mod 2 == 0 drop", true),
+    (
+        "fib saddr . iif oif != 0 numgen random mod 2 == 0 drop",
+        true,
+    ),
+    ("meta l4proto 1-17 drop", true),
+    ("ct state & invalid != invalid drop", true),
+    // What is written leads clients elsewhere.
+    ("tcp dport 30500 tcp dport set 22", true),
+    ("ip daddr HOST ip daddr set 192.0.2.9", true),
+    ("tcp dport 22 numgen random mod 2 == 0 drop", false),
+    ("ip daddr 192.0.2.77 numgen random mod 2 == 0 drop", false),
+    ("ct state invalid drop", false),
+];
+
+#[test]
+fn rules_of_nftables_are_read_as_the_kernel_does() -> Result<()> {
+    let Some(network) = VethPair::new("fwrules")? else {
+        return Ok(());
+    };
+    let place = tempfile::tempdir_in("/dev/shm")?;
+    let file = configuration(place.path())?;
+    for (rule, decides) in RULES {
+        let rule = rule.replace("HOST", HOST_ADDRESS);
+        let mut rules = command(&network.host, "nft");
+        rules.args(["-f", "-"]);
+        let chain = "type filter hook input priority 0; policy accept";
+        feed(
+            rules,
+            &format!("flush ruleset\ntable inet t {{ chain in {{ {chain}; {rule}; }}\n}}"),
+        )?;
+        let found = finding(doctor(&network, &file)?, "kernel path")?;
+        let said = found["found"].as_str().context("a finding")?;
+        ensure!(said.contains("unused") == decides, "{rule}: {said}");
+    }
+    Ok(())
+}
+
+/// An agent's configuration in a folder.
+fn configuration(place: &Path) -> Result<PathBuf> {
+    let file = place.join("agent.toml");
+    let text = format!(
+        "[agent]\nid = \"i-firewall\"\n[container]\nbind-host = \"127.0.0.1\"\n\
+         port-range = [30000, 31000]\n[node]\nrun-dir = \"{}\"\n",
+        place.display()
+    );
+    std::fs::write(&file, text)?;
+    Ok(file)
+}
+
+/// `bai-agent doctor` on the host's side.
+fn doctor(network: &VethPair, file: &Path) -> Result<Command> {
+    let program = node::program("bai-agent")?;
+    let mut doctor = command(&network.host, &program.to_string_lossy());
+    doctor.arg("--config").arg(file);
+    doctor.args(["doctor", "--output", "json"]);
+    Ok(doctor)
+}
+
 #[test]
 fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
     let Some(network) = VethPair::new("firewall")? else {
         return Ok(());
     };
     let place = tempfile::tempdir_in("/dev/shm")?;
-    let file = place.path().join("agent.toml");
-    let text = format!(
-        "[agent]\nid = \"i-firewall\"\n[container]\nbind-host = \"127.0.0.1\"\n\
-         port-range = [30000, 31000]\n[node]\nrun-dir = \"{}\"\n",
-        place.path().display()
-    );
-    std::fs::write(&file, text)?;
-    let program = node::program("bai-agent")?;
-    let doctor = || {
-        let mut doctor = command(&network.host, &program.to_string_lossy());
-        doctor.arg("--config").arg(&file);
-        doctor.args(["doctor", "--output", "json"]);
-        doctor
-    };
+    let file = configuration(place.path())?;
+    let doctor = || doctor(&network, &file);
     for (number, firewall) in FIREWALLS.iter().enumerate() {
         let mut rules = command(&network.host, "nft");
         rules.args(["-f", "-"]);
@@ -343,7 +401,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         if !text.is_empty() {
             feed(command(&network.host, program), text)?;
         }
-        let found = finding(doctor(), "kernel path")?;
+        let found = finding(doctor()?, "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
         let Some(chain) = firewall.decides else {
             ensure!(!said.contains("unused"), "{number}: {said}");
@@ -356,7 +414,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         let early = ["pre of", "netdev", "PREROUTING"];
         let is_early =
             early.iter().any(|it| chain.contains(it)) || firewall.nft.contains("hook prerouting");
-        let found = finding(doctor(), ["firewall", EARLY][usize::from(is_early)])?;
+        let found = finding(doctor()?, ["firewall", EARLY][usize::from(is_early)])?;
         let named = found["found"].as_str().context("a finding")?;
         ensure!(named.contains(chain), "{number}: {named}");
         let remedy = found["remedy"].as_str().context("a finding")?;
@@ -366,7 +424,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         let mut rules = command(&network.host, program);
         rules.args(rule.split_whitespace());
         feed(rules, "")?;
-        let found = finding(doctor(), "kernel path")?;
+        let found = finding(doctor()?, "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
         ensure!(!said.contains("unused"), "{number}: {said}");
     }
@@ -375,7 +433,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
     feed(rules, "")?;
     // Tables of the older kind are loaded, and nothing here shows them.
     let mut blind = command(&network.host, "env");
-    blind.arg("PATH=/nowhere").arg(&program);
+    blind.arg("PATH=/nowhere").arg(node::program("bai-agent")?);
     blind.arg("--config").arg(&file);
     blind.args(["doctor", "--output", "json"]);
     let found = finding(blind, "kernel path")?;
@@ -397,7 +455,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         ip(&format!(
             "-n {host} xfrm policy add src 198.51.100.0/24 dst 192.0.2.0/24 {policy}"
         ))?;
-        let found = finding(doctor(), "kernel path")?;
+        let found = finding(doctor()?, "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
         ensure!(said.contains("IPsec") == decides, "{policy}: {said}");
     }
@@ -414,7 +472,7 @@ fn a_closed_firewall_of_whatever_kind_is_found() -> Result<()> {
         ip(&format!(
             "-n {host} xfrm policy setdefault {direction} {action}"
         ))?;
-        let found = finding(doctor(), "kernel path")?;
+        let found = finding(doctor()?, "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
         ensure!(
             said.contains("IPsec") == decides,

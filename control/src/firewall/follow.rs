@@ -41,7 +41,7 @@ const CREATION: Duration = Duration::from_millis(500);
 struct Seen {
     generation: Option<u32>,
     ipsec: Option<bool>,
-    addresses: Vec<IpAddr>,
+    addresses: Option<Vec<IpAddr>>,
 }
 
 impl Seen {
@@ -51,7 +51,7 @@ impl Seen {
         silent.iter().all(Vec::is_empty).then(|| Self {
             generation: nftables::generation().ok(),
             ipsec: ipsec::decides_about_clients().ok(),
-            addresses: own_addresses(),
+            addresses: own_addresses().ok(),
         })
     }
 }

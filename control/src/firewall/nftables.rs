@@ -26,15 +26,20 @@ const FAMILY_HEADER: usize = 4;
 const VERDICT_REGISTER: u32 = 0;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
-const META_L4PROTO: u32 = 16;
+const META_PROTOCOL: u32 = 1;
 const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
+const EQUAL: u32 = 0;
+const NOT_EQUAL: u32 = 1;
+const OBJECT_SYNPROXY: u32 = 10;
 const CT_STATE: u32 = 0;
 const CT_INVALID: u32 = 1;
-const TCP: u64 = 6;
+const TCP: u8 = 6;
 /// linux/netfilter/xt_addrtype.h: addresses of this host.
 const RTN_LOCAL: u16 = 1 << 2;
 /// linux/netfilter/xt_rpfilter.h
 const RPFILTER_INVERT: u8 = 1 << 3;
+
 fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|it| it.0 == kind).map(|it| it.1)
 }
@@ -51,11 +56,18 @@ fn number(bytes: &[u8], kind: u16) -> Option<u32> {
     Some(u32::from_be_bytes(content.try_into().ok()?))
 }
 
-/// The value in an attribute of data, as it is compared: byte by byte.
-fn value(bytes: &[u8], kind: u16) -> Option<u64> {
-    let content = attribute(attribute(bytes, kind)?, 1)?;
-    let fold = |sum: u64, byte: &u8| sum << 8 | u64::from(*byte);
-    (content.len() <= 8).then(|| content.iter().fold(0, fold))
+/// The bytes of an attribute of data.
+fn data(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attribute(attribute(bytes, kind)?, 1)
+}
+
+/// Where a register begins, in words of four bytes; none for that of the verdict.
+fn place(register: u32) -> Option<u32> {
+    match register {
+        1..=4 => Some((register - 1) * 4),
+        8..=23 => Some(register - 8),
+        _ => None,
+    }
 }
 
 fn chain_of(body: &[u8]) -> Option<Chain> {
@@ -90,62 +102,92 @@ fn chain_of(body: &[u8]) -> Option<Chain> {
 enum Loaded {
     Protocol,
     Family,
+    EtherType,
     Port,
     Destination,
     ReversePath,
-    State,
-    Invalid,
-    Other,
+    /// These bits of it.
+    State(u32),
 }
 
-fn loaded(name: &str, expression: &[u8], before: Loaded) -> Loaded {
-    let (two, three, four) = (
-        number(expression, 2),
-        number(expression, 3),
-        number(expression, 4),
-    );
+/// What an expression loads, in a rule of a table of this family.
+fn loaded(name: &str, expression: &[u8], family: u8, rule: &Rule) -> Option<Loaded> {
+    let is_of = |wanted: u8| family == wanted || rule.of_ipv6 == Some(wanted == IPV6);
+    let two = number(expression, 2)?;
+    let part = (two, number(expression, 3), number(expression, 4));
     match name {
-        "meta" if two == Some(META_L4PROTO) => Loaded::Protocol,
-        "payload" if (two, three, four) == (Some(NETWORK_HEADER), Some(9), Some(1)) => {
-            Loaded::Protocol
-        }
-        "meta" if two == Some(META_NFPROTO) => Loaded::Family,
-        "payload" if (two, three, four) == (Some(TRANSPORT_HEADER), Some(2), Some(2)) => {
-            Loaded::Port
-        }
-        "payload"
-            if two == Some(NETWORK_HEADER)
-                && [(Some(16), Some(4)), (Some(24), Some(16))].contains(&(three, four)) =>
-        {
-            Loaded::Destination
-        }
+        "meta" if two == META_L4PROTO => Some(Loaded::Protocol),
+        "meta" if two == META_NFPROTO => Some(Loaded::Family),
+        "meta" if two == META_PROTOCOL => Some(Loaded::EtherType),
+        "payload" => match part {
+            (NETWORK_HEADER, Some(9), Some(1)) if is_of(IPV4) => Some(Loaded::Protocol),
+            (NETWORK_HEADER, Some(16), Some(4)) if is_of(IPV4) => Some(Loaded::Destination),
+            (NETWORK_HEADER, Some(24), Some(16)) if is_of(IPV6) => Some(Loaded::Destination),
+            (TRANSPORT_HEADER, Some(2), Some(2)) => Some(Loaded::Port),
+            _ => None,
+        },
         // Which way an answer would take: FIB_RESULT_OIF of the source.
-        "fib" if two == Some(1) && three.is_some_and(|flags| flags & 1 != 0) => Loaded::ReversePath,
-        "ct" if two == Some(CT_STATE) => Loaded::State,
-        "bitwise" if before == Loaded::State => {
-            let mask = attribute(expression, 4).and_then(|it| attribute(it, 1));
-            if mask == Some(&CT_INVALID.to_ne_bytes()) {
-                Loaded::Invalid
-            } else {
-                Loaded::Other
-            }
+        "fib" if two == 1 && part.1.is_some_and(|flags| flags & 1 != 0) => {
+            Some(Loaded::ReversePath)
         }
-        _ => Loaded::Other,
+        "ct" if two == CT_STATE => Some(Loaded::State(u32::MAX)),
+        _ => None,
     }
 }
 
-/// The ports that a test lets through, if it is one of ports.
+/// What is left of a register when a mask is laid over it.
+fn masked(expression: &[u8], held: Loaded) -> Option<Loaded> {
+    let plain = number(expression, 6).is_none_or(|operation| operation == 0)
+        && data(expression, 5)?.iter().all(|it| *it == 0);
+    match held {
+        Loaded::State(bits) if plain => {
+            let mask = data(expression, 4)?.try_into().ok()?;
+            Some(Loaded::State(bits & u32::from_ne_bytes(mask)))
+        }
+        _ => None,
+    }
+}
+
+/// The ports that a test lets through.
 fn tested_ports(name: &str, expression: &[u8]) -> Option<(u16, u16)> {
-    let port = |kind| u16::try_from(value(expression, kind)?).ok();
+    let port = |kind| Some(u16::from_be_bytes(data(expression, kind)?.try_into().ok()?));
     match (name, number(expression, 2)?) {
-        ("cmp", 0) => Some((port(3)?, port(3)?)),
+        ("cmp", EQUAL) => Some((port(3)?, port(3)?)),
         ("cmp", 2) => Some((0, port(3)?.checked_sub(1)?)),
         ("cmp", 3) => Some((0, port(3)?)),
         ("cmp", 4) => Some((port(3)?.checked_add(1)?, u16::MAX)),
         ("cmp", 5) => Some((port(3)?, u16::MAX)),
-        ("range", 0) => Some((port(3)?, port(4)?)),
+        ("range", EQUAL) => Some((port(3)?, port(4)?)),
         _ => None,
     }
+}
+
+/// Adds what a test of what a register holds asks for; none when it asks for more than that.
+fn test(rule: &mut Rule, name: &str, expression: &[u8], held: Loaded) -> Option<()> {
+    if held == Loaded::Port {
+        rule.narrow(&[tested_ports(name, expression)?]);
+        return Some(());
+    }
+    if name != "cmp" {
+        return None;
+    }
+    match (held, number(expression, 2)?, data(expression, 3)?) {
+        (Loaded::Family, EQUAL, [IPV4]) | (Loaded::EtherType, EQUAL, [0x08, 0x00]) => {
+            rule.of_ipv6 = Some(false);
+        }
+        (Loaded::Family, EQUAL, [IPV6]) | (Loaded::EtherType, EQUAL, [0x86, 0xdd]) => {
+            rule.of_ipv6 = Some(true);
+        }
+        (Loaded::Protocol, EQUAL, [protocol]) => rule.elsewhere |= *protocol != TCP,
+        (Loaded::Destination, EQUAL, address) => rule.destination = Some(address_of(address)?),
+        // There is no way back: nobody can make a connection from there.
+        (Loaded::ReversePath, EQUAL, link) if link.iter().all(|it| *it == 0) => {
+            rule.elsewhere = true;
+        }
+        (Loaded::State(CT_INVALID), NOT_EQUAL, [0, 0, 0, 0]) => rule.elsewhere = true,
+        _ => return None,
+    }
+    Some(())
 }
 
 fn verdict_of(expression: &[u8]) -> Verdict {
@@ -162,14 +204,10 @@ fn verdict_of(expression: &[u8]) -> Verdict {
     }
 }
 
-/// The address that is compared with.
-fn compared_address(expression: &[u8]) -> Option<IpAddr> {
-    let content = attribute(attribute(expression, 3)?, 1)?;
-    match content.len() {
-        4 => Some(IpAddr::from(<[u8; 4]>::try_from(content).ok()?)),
-        16 => Some(IpAddr::from(<[u8; 16]>::try_from(content).ok()?)),
-        _ => None,
-    }
+fn address_of(bytes: &[u8]) -> Option<IpAddr> {
+    let of_ipv4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    let of_ipv6 = <[u8; 16]>::try_from(bytes).map(IpAddr::from);
+    of_ipv4.or(of_ipv6).ok()
 }
 
 /// Adds what a match of iptables asks for, as the kernel keeps it; none when it asks for more than that.
@@ -223,64 +261,77 @@ fn match_of(rule: &mut Rule, name: &str, revision: u32, content: &[u8]) -> Optio
     Some(())
 }
 
+/// Adds what an expression asks for or does; none when it asks for more than that. What does something that
+/// is not understood ends the rule, as no test after it undoes that.
+fn add(
+    rule: &mut Rule,
+    name: &str,
+    expression: &[u8],
+    family: u8,
+    held: &mut Option<(u32, Loaded)>,
+) -> Option<()> {
+    let register = |kind| number(expression, kind).and_then(place);
+    let known = |held: Option<(u32, Loaded)>| {
+        let (at, what) = held?;
+        (register(1) == Some(at)).then_some(what)
+    };
+    match name {
+        // What is written to a packet may lead it elsewhere.
+        "payload" if attribute(expression, 5).is_some() => rule.verdict = Verdict::MayRefuse,
+        "meta" | "payload" | "ct" | "fib" => {
+            let at = register(1);
+            *held = at.zip(loaded(name, expression, family, rule));
+            // Without a register to load it sets something.
+            at?;
+        }
+        "bitwise" => {
+            let left = known(*held).and_then(|it| masked(expression, it));
+            *held = register(2).zip(left);
+        }
+        "cmp" | "range" => test(rule, name, expression, known(*held)?)?,
+        "counter" | "log" | "notrack" => {}
+        "immediate" if number(expression, 1) == Some(VERDICT_REGISTER) => {
+            rule.verdict = verdict_of(expression);
+        }
+        "target" if text(expression, 1).is_some_and(|it| GOES_ON.contains(&it.as_str())) => {}
+        "match" => {
+            let match_name = text(expression, 1)?;
+            let revision = number(expression, 2)?;
+            match_of(rule, &match_name, revision, attribute(expression, 3)?)?;
+        }
+        // Without a map of verdicts.
+        "lookup" if number(expression, 3) != Some(VERDICT_REGISTER) => {
+            *held = None;
+            return None;
+        }
+        // All but those that make a proxy answer.
+        "objref" if number(expression, 1).is_some_and(|kind| kind != OBJECT_SYNPROXY) => {
+            return None;
+        }
+        "limit" | "quota" | "connlimit" | "last" | "dynset" | "immediate" | "exthdr" | "numgen"
+        | "hash" | "rt" | "socket" | "osf" | "xfrm" | "tunnel" | "inner" | "byteorder" | "dup" => {
+            *held = None;
+            return None;
+        }
+        _ => rule.verdict = Verdict::MayRefuse,
+    }
+    Some(())
+}
+
 fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
     let family = *body.first()?;
     let rest = body.get(FAMILY_HEADER..)?;
     let handle = attribute(rest, 3).and_then(|it| it.try_into().ok());
     let mut rule = Rule::new(u64::from_be_bytes(handle.unwrap_or_default()));
-    let mut held = Loaded::Other;
+    let mut held = None;
     for (_, element) in attributes(attribute(rest, 4).unwrap_or_default()) {
-        let name = text(element, 1)?;
+        let name = text(element, 1).unwrap_or_default();
         let expression = attribute(element, 2).unwrap_or_default();
-        match name.as_str() {
-            "meta" | "payload" | "ct" | "bitwise" | "fib" => {
-                held = loaded(&name, expression, held);
-            }
-            "cmp" | "range" => match held {
-                Loaded::Family if number(expression, 2) == Some(0) => {
-                    rule.of_ipv6 = value(expression, 3).map(|it| it == u64::from(IPV6));
-                }
-                Loaded::Destination if number(expression, 2) == Some(0) => {
-                    rule.destination = compared_address(expression);
-                    rule.for_all &= rule.destination.is_some();
-                }
-                // There is no way back: nobody can make a connection from there.
-                Loaded::ReversePath
-                    if number(expression, 2) == Some(0) && value(expression, 3) == Some(0) =>
-                {
-                    rule.elsewhere = true;
-                }
-                Loaded::Protocol if number(expression, 2) == Some(0) => {
-                    rule.elsewhere |= value(expression, 3).is_some_and(|it| it != TCP);
-                }
-                Loaded::Port => match tested_ports(&name, expression) {
-                    Some(range) => rule.narrow(&[range]),
-                    None => rule.for_all = false,
-                },
-                Loaded::Invalid if number(expression, 2) == Some(1) => rule.elsewhere = true,
-                _ => rule.for_all = false,
-            },
-            "counter" | "log" | "notrack" => {}
-            "immediate" if number(expression, 1) == Some(VERDICT_REGISTER) => {
-                rule.verdict = verdict_of(expression);
-            }
-            "target" if text(expression, 1).is_some_and(|it| GOES_ON.contains(&it.as_str())) => {}
-            "reject" | "queue" | "synproxy" | "tproxy" | "fwd" | "target" | "nat" | "redir" => {
-                rule.verdict = Verdict::MayRefuse;
-            }
-            "match" => {
-                let match_name = text(expression, 1).unwrap_or_default();
-                let revision = number(expression, 2).unwrap_or_default();
-                let content = attribute(expression, 3).unwrap_or_default();
-                if match_of(&mut rule, &match_name, revision, content).is_none() {
-                    rule.for_all = false;
-                }
-            }
-            // A map of verdicts.
-            "lookup" if number(expression, 3) == Some(VERDICT_REGISTER) => {
-                rule.verdict = Verdict::MayRefuse;
-            }
-            _ => rule.for_all = false,
+        if add(&mut rule, &name, expression, family, &mut held).is_none() {
+            rule.for_all = false;
+        }
+        if rule.verdict == Verdict::MayRefuse {
+            break;
         }
     }
     Some((family, text(rest, 1)?, text(rest, 2)?, rule))
@@ -335,9 +386,239 @@ pub fn generation() -> Result<u32, Errno> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::chains::Clients;
     use super::super::netlink::messages;
     use super::*;
     use proptest::prelude::*;
+
+    fn attribute_of(kind: u16, content: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(content.len() + 4).unwrap();
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(content);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// An expression with these attributes.
+    fn expression(name: &str, content: &[(u16, Vec<u8>)]) -> Vec<u8> {
+        let content: Vec<u8> = content
+            .iter()
+            .flat_map(|(kind, content)| attribute_of(*kind, content))
+            .collect();
+        let all = [
+            attribute_of(1, format!("{name}\0").as_bytes()),
+            attribute_of(2, &content),
+        ];
+        attribute_of(1, &all.concat())
+    }
+
+    /// An expression whose attributes are numbers from the first one on; of none, -1.
+    fn numbers(name: &str, content: &[i64]) -> Vec<u8> {
+        let content: Vec<(u16, Vec<u8>)> = (1..)
+            .zip(content)
+            .filter_map(|(kind, it)| Some((kind, u32::try_from(*it).ok()?.to_be_bytes().into())))
+            .collect();
+        expression(name, &content)
+    }
+
+    fn compare(register: u32, operation: u32, with: &[u8]) -> Vec<u8> {
+        let content = [
+            (1, register.to_be_bytes().into()),
+            (2, operation.to_be_bytes().into()),
+            (3, attribute_of(1, with)),
+        ];
+        expression("cmp", &content)
+    }
+
+    fn mask(register: u32, mask: u32, xor: u32) -> Vec<u8> {
+        let content = [
+            (1, register.to_be_bytes().into()),
+            (2, register.to_be_bytes().into()),
+            (4, attribute_of(1, &mask.to_ne_bytes())),
+            (5, attribute_of(1, &xor.to_ne_bytes())),
+        ];
+        expression("bitwise", &content)
+    }
+
+    fn verdict(code: i32) -> Vec<u8> {
+        let code = attribute_of(1, &code.to_be_bytes());
+        let content = [(1, 0_u32.to_be_bytes().into()), (2, attribute_of(2, &code))];
+        expression("immediate", &content)
+    }
+
+    /// Whether a rule of these expressions, in a chain of a table of that family, may refuse clients of
+    /// 192.0.2.1, where what no rule decides is let in, or is not.
+    fn may_refuse(family: u8, drops: bool, expressions: &[Vec<u8>]) -> bool {
+        let body = [
+            &[family, 0, 0, 0][..],
+            &attribute_of(1, b"guard\0"),
+            &attribute_of(2, b"in\0"),
+            &attribute_of(3, &7_u64.to_be_bytes()),
+            &attribute_of(4, &expressions.concat()),
+        ];
+        let (family, table, name, rule) = rule_of(&body.concat()).unwrap();
+        let chain = Chain {
+            family,
+            table,
+            name,
+            hook: Some(Hook::Input),
+            shown_by: None,
+            drops,
+            rules: vec![rule],
+        };
+        let clients = Clients {
+            ports: (30_000, 31_000),
+            with_ipv6: false,
+            addresses: vec![IpAddr::from([192, 0, 2, 1])],
+        };
+        chain
+            .refusal(std::slice::from_ref(&chain), &clients)
+            .is_some()
+    }
+
+    const DROP: i32 = 0;
+    const ACCEPT: i32 = 1;
+
+    /// `tcp dport` and 22 or 30000.
+    fn to_port(port: u16) -> [Vec<u8>; 4] {
+        [
+            numbers("meta", &[1, 16]),
+            compare(1, EQUAL, &[TCP]),
+            numbers("payload", &[1, 2, 2, 2]),
+            compare(1, EQUAL, &port.to_be_bytes()),
+        ]
+    }
+
+    #[test]
+    fn a_rule_is_about_what_its_tests_load() {
+        let drops = |family, tests: &[&[Vec<u8>]]| {
+            let tests = [&tests.concat()[..], &[verdict(DROP)]].concat();
+            may_refuse(family, false, &tests)
+        };
+        let state = || numbers("ct", &[1, 0]);
+        let address = || numbers("payload", &[1, 1, 16, 4]);
+        assert!(drops(INET, &[&to_port(30_000)]));
+        assert!(!drops(INET, &[&to_port(22)]));
+        // Registers have two names.
+        assert!(!drops(
+            INET,
+            &[&[numbers("meta", &[8, 16]), compare(1, EQUAL, &[17])]]
+        ));
+        assert!(!drops(
+            IPV4,
+            &[&[address(), compare(1, EQUAL, &[192, 0, 2, 9])]]
+        ));
+        assert!(!drops(
+            INET,
+            &[&[
+                state(),
+                mask(1, CT_INVALID, 0),
+                compare(1, NOT_EQUAL, &[0; 4])
+            ]]
+        ));
+        // Others than those that are invalid.
+        for others in [
+            [state(), mask(1, CT_INVALID, 0), compare(1, EQUAL, &[0; 4])],
+            [
+                state(),
+                mask(1, CT_INVALID, 0),
+                compare(1, NOT_EQUAL, &CT_INVALID.to_ne_bytes()),
+            ],
+            [
+                state(),
+                mask(1, CT_INVALID, 1),
+                compare(1, NOT_EQUAL, &[0; 4]),
+            ],
+            [state(), mask(1, 9, 0), compare(1, NOT_EQUAL, &[0; 4])],
+        ] {
+            assert!(drops(INET, &[&others]));
+        }
+        // In a packet of IPv6 there is something else, and an address is not compared by a part of it.
+        assert!(drops(
+            INET,
+            &[&[address(), compare(1, EQUAL, &[192, 0, 2, 9])]]
+        ));
+        assert!(drops(IPV4, &[&[address(), compare(1, EQUAL, &[192, 0])]]));
+    }
+
+    #[test]
+    fn what_is_compared_after_another_expression_is_that_ones() {
+        let zero = compare(1, EQUAL, &[0; 4]);
+        let loads = [
+            numbers("meta", &[1, 16]),
+            numbers("payload", &[1, 2, 2, 2]),
+            numbers("payload", &[1, 1, 16, 4]),
+            numbers("fib", &[1, 1, 9]),
+        ];
+        let writers = [
+            numbers("numgen", &[1, 2, 1, 0]),
+            numbers("exthdr", &[1, 2, 2, 2]),
+            numbers("socket", &[0, 1]),
+            numbers("hash", &[1, 1, 4, 2]),
+            numbers("rt", &[1, 0]),
+            numbers("xfrm", &[1, 0]),
+            numbers("osf", &[1]),
+            numbers("tunnel", &[0, 1]),
+            numbers("byteorder", &[1, 1, 0, 4, 2]),
+            numbers("lookup", &[-1, 1, 1]),
+            numbers("inner", &[0, 1, 0]),
+            numbers("immediate", &[1]),
+            numbers("meta", &[1, 4]),
+            numbers("ct", &[1, 1]),
+            numbers("yet unknown", &[1]),
+        ];
+        for load in &loads {
+            for writer in &writers {
+                let rule = [load.clone(), writer.clone(), zero.clone(), verdict(DROP)];
+                assert!(may_refuse(IPV4, false, &rule), "{load:?} {writer:?}");
+            }
+            let other = compare(2, EQUAL, &[0; 4]);
+            assert!(may_refuse(
+                IPV4,
+                false,
+                &[load.clone(), other, verdict(DROP)]
+            ));
+        }
+        // A range of protocols is not its first one.
+        let range = [
+            (1, 1_u32.to_be_bytes().into()),
+            (2, EQUAL.to_be_bytes().into()),
+            (3, attribute_of(1, &[1])),
+            (4, attribute_of(1, &[17])),
+        ];
+        let range = expression("range", &range);
+        let rule = [numbers("meta", &[1, 16]), range, verdict(DROP)];
+        assert!(may_refuse(IPV4, false, &rule));
+    }
+
+    #[test]
+    fn what_is_done_to_clients_may_lead_them_elsewhere() {
+        let sets = |header, at, length| numbers("payload", &[-1, header, at, length, 1]);
+        for acts in [
+            sets(2, 2, 2),
+            sets(1, 16, 4),
+            numbers("tproxy", &[2, 1, 1]),
+            numbers("synproxy", &[1, 2, 3]),
+            numbers("objref", &[10]),
+            numbers("objref", &[-1, -1, 1]),
+            numbers("nat", &[1]),
+            numbers("yet unknown", &[]),
+            expression("", &[]),
+        ] {
+            let rule = [&to_port(30_000)[..], &[acts], &[verdict(ACCEPT)]].concat();
+            assert!(may_refuse(INET, false, &rule));
+        }
+        // What is done does not depend on what is asked for later.
+        let rule = [&[sets(2, 2, 2)], &to_port(22)[..]].concat();
+        assert!(may_refuse(INET, false, &rule));
+        let counted = [&to_port(30_000)[..], &[numbers("counter", &[])]].concat();
+        assert!(!may_refuse(INET, false, &counted));
+        assert!(!may_refuse(
+            INET,
+            true,
+            &[numbers("counter", &[]), verdict(ACCEPT)]
+        ));
+    }
 
     proptest! {
         #[test]
