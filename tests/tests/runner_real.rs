@@ -264,8 +264,9 @@ async fn job(
     killer: Option<&dyn CommandKiller>,
     gone: &CancellationToken,
 ) -> BatchOutcome {
-    if !batch::submit(link, code.to_owned(), gone).await {
-        return BatchOutcome::KernelGone;
+    let deadline = timeout.map(|timeout| tokio::time::Instant::now() + timeout);
+    if let Err(outcome) = batch::submit(link, code.to_owned(), deadline, gone).await {
+        return outcome;
     }
     let sent = async {
         batch::turn(link).await;
@@ -274,7 +275,7 @@ async fn job(
     };
     tokio::select! {
         never = sent => never,
-        outcome = batch::attend(link, timeout, killer, gone) => outcome,
+        outcome = batch::attend(link, deadline, killer, gone) => outcome,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The job of a batch session: one command, watched until it ends.
 //!
-//! In: the command (or the run of one that was sent before a restart), an optional time limit. Out:
+//! In: the command (or the run of one that was sent before a restart), when its time is up. Out:
 //! one outcome, which the caller turns into the session event. Invariant: at the time limit
 //! the command is ended, first by an interrupt and then, when it ignores that, by force (the original
 //! leaves it running).
@@ -73,24 +73,39 @@ impl BatchOutcome {
     }
 }
 
-/// Gives a command that was not sent to the link; `false` when the kernel has gone away. It may wait
-/// there for the end of another run, and is kept back until [`send`].
-pub async fn submit(link: &RunnerLink, code: String, gone: &CancellationToken) -> bool {
+/// Gives a command that was not sent to the link. It may wait there for the end of another run, and is
+/// held until [`send`].
+///
+/// # Errors
+/// The outcome of a job that is not there to be sent: the kernel has gone away, or the time is up.
+pub async fn submit(
+    link: &RunnerLink,
+    code: String,
+    deadline: Option<Instant>,
+    gone: &CancellationToken,
+) -> Result<(), BatchOutcome> {
     let opts = BatchSteps {
         exec: Some(code),
         ..BatchSteps::default()
     };
-    // The queue to the runner can be full for a moment; the job must not be lost for that.
-    while let Err(err) = link.submit_kept_back(
-        RUN_ID,
-        execution::submission(Mode::Batch, String::new(), opts.clone()),
-    ) {
-        if matches!(err, LinkError::Closed) || gone.is_cancelled() {
-            return false;
+    loop {
+        let now = Instant::now();
+        if deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(BatchOutcome::TimedOut);
         }
-        tokio::time::sleep(RETRY).await;
+        let request = execution::submission(Mode::Batch, String::new(), opts.clone());
+        match link.submit_held(RUN_ID, request) {
+            Ok(()) => return Ok(()),
+            Err(LinkError::Closed) => return Err(BatchOutcome::KernelGone),
+            // The queue to the runner can be full for a moment; the job must not be lost for that.
+            Err(_) => {}
+        }
+        let again = now + RETRY;
+        let wait = tokio::time::sleep_until(deadline.unwrap_or(again).min(again));
+        if gone.run_until_cancelled(wait).await.is_none() {
+            return Err(BatchOutcome::KernelGone);
+        }
     }
-    true
 }
 
 /// Takes over the job that was sent before this process started.
@@ -106,12 +121,12 @@ pub async fn turn(link: &RunnerLink) {
 /// Sends the command in its turn.
 pub fn send(link: &RunnerLink) {
     // A link that is closed has no runner any more, which the watch finds out.
-    let _closed = link.send_kept_back();
+    let _closed = link.release(RUN_ID);
 }
 
 /// Gives up a command that was submitted and not sent, if there is one.
 pub fn withdraw(link: &RunnerLink) {
-    link.withdraw_kept_back();
+    link.withdraw(RUN_ID);
 }
 
 /// Waits until the command has left for the runner.
@@ -140,22 +155,19 @@ pub async fn shows(link: &RunnerLink, killer: Option<&dyn CommandKiller>) -> boo
     }
 }
 
-/// Waits for the end of a job that was submitted or adopted; after `timeout` it is ended. Output is
+/// Waits for the end of a job that was submitted or adopted; at `deadline` it is ended. Output is
 /// discarded: the container's log has it. `gone` is cancelled when the kernel is being destroyed.
 pub async fn attend(
     link: &RunnerLink,
-    timeout: Option<Duration>,
+    deadline: Option<Instant>,
     killer: Option<&dyn CommandKiller>,
     gone: &CancellationToken,
 ) -> BatchOutcome {
-    let deadline = timeout
-        // A limit beyond the clock's end is none.
-        .and_then(|timeout| Instant::now().checked_add(timeout));
     if let Some(outcome) = watch(link, deadline, gone).await {
         return outcome;
     }
     tracing::info!(kernel_id = %link.kernel_id(), "the batch job reached its time limit and is interrupted");
-    // While it waits behind somebody else's run, an interrupt would hit that one.
+    // While it waits behind somebody else's run, an interrupt would hit that one; before it is sent, nothing.
     let works = link.current_run().as_deref() == Some(RUN_ID);
     if works
         && link.interrupt().is_ok()
@@ -262,29 +274,67 @@ impl CommandKiller for ContainerCommands {
 mod tests {
     use shared::ids::KernelId;
 
-    use super::super::runner_link::runs::RunIds;
+    use super::super::runner_link::runs::{OWED_AT_MOST, RunIds};
     use super::super::runner_link::{LinkOptions, Owed, RunnerAddress};
     use super::*;
 
-    #[tokio::test]
-    async fn a_job_that_was_noted_and_not_sent_is_sent() {
-        // Nobody listens there.
+    /// A link to a runner that takes nothing: nobody listens there.
+    fn open(resumed: bool, owed: Owed) -> RunnerLink {
         let address = RunnerAddress {
             ip: std::net::Ipv4Addr::LOCALHOST.into(),
             repl_in: 1,
             repl_out: 1,
         };
-        let open = |resumed, owed| {
-            let options = LinkOptions {
-                resumed,
-                owed,
-                ..LinkOptions::default()
-            };
-            RunnerLink::open(KernelId([1; 16]), address, options)
+        let options = LinkOptions {
+            resumed,
+            owed,
+            ..LinkOptions::default()
         };
+        RunnerLink::open(KernelId([1; 16]), address, options)
+    }
+
+    #[tokio::test]
+    async fn a_job_whose_time_is_up_before_it_is_sent_is_not_interrupted() {
+        let gone = CancellationToken::new();
+        let link = open(false, Owed::default());
+        let now = Some(Instant::now());
+        let submitted = submit(&link, "true".to_owned(), now, &gone).await;
+        assert_eq!(submitted, Err(BatchOutcome::TimedOut));
+        assert_eq!(link.owed().borrow().runs, 0);
+        // Its turn has come, and that is not noted yet.
+        let submitted = submit(&link, "true".to_owned(), None, &gone).await;
+        assert_eq!(submitted, Ok(()));
+        turn(&link).await;
+        let outcome = attend(&link, now, None, &gone).await;
+        assert_eq!(outcome, BatchOutcome::TimedOut);
+        assert!(link.is_flushed());
+        link.leave().await;
+    }
+
+    #[tokio::test]
+    async fn a_job_that_finds_no_room_waits_no_longer_than_its_time() {
+        let gone = CancellationToken::new();
+        let link = open(false, Owed::default());
+        for number in 0..=OWED_AT_MOST {
+            let request = execution::submission(Mode::Query, String::new(), BatchSteps::default());
+            let submitted = link.submit(&number.to_string(), request);
+            assert_eq!(submitted.is_ok(), number < OWED_AT_MOST);
+        }
+        let soon = Instant::now() + Duration::from_millis(20);
+        let submitted = submit(&link, "true".to_owned(), Some(soon), &gone).await;
+        assert_eq!(submitted, Err(BatchOutcome::TimedOut));
+        gone.cancel();
+        let submitted = submit(&link, "true".to_owned(), None, &gone).await;
+        assert_eq!(submitted, Err(BatchOutcome::KernelGone));
+        link.leave().await;
+    }
+
+    #[tokio::test]
+    async fn a_job_that_was_noted_and_not_sent_is_sent() {
         let gone = CancellationToken::new();
         let before = open(false, Owed::default());
-        assert!(submit(&before, "true".to_owned(), &gone).await);
+        let submitted = submit(&before, "true".to_owned(), None, &gone).await;
+        assert_eq!(submitted, Ok(()));
         // Its turn has come, and nothing is sent before that is noted.
         turn(&before).await;
         let noted = before.owed().borrow().clone();
@@ -300,7 +350,8 @@ mod tests {
         before.leave().await;
 
         let link = open(true, noted);
-        assert!(submit(&link, "true".to_owned(), &gone).await);
+        let submitted = submit(&link, "true".to_owned(), None, &gone).await;
+        assert_eq!(submitted, Ok(()));
         // Its turn comes when the runner has answered whether it is at work.
         let RunIds { waiting, .. } = link.owed().borrow().ids.clone();
         assert_eq!(waiting, [RUN_ID]);

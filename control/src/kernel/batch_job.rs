@@ -27,6 +27,8 @@ const TAKEN_OVER: Duration = Duration::from_secs(3);
 /// How long after the restart of its kernel a job may be started again: the manager waits for the
 /// restarts of all kernels of the session first, which may take as long as creations.
 const STARTED_AGAIN: Duration = Duration::from_secs(600);
+/// Pauses before the journal is tried again that has to say that a job is sent: doubled up to the second.
+const JOURNAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How long an end that is known already may take to be told when the agent stops.
 const LAST_LOOK: Duration = Duration::from_secs(1);
 /// How long after the call for a job the manager takes its session for a running one: it ends no
@@ -298,10 +300,6 @@ async fn work(
     gone: &CancellationToken,
     begun: bool,
 ) -> BatchOutcome {
-    let grace = match begun {
-        true => Duration::ZERO,
-        false => TAKEN_OVER,
-    };
     let killer = init_pid(node, kernel)
         .await
         .map(|init_pid| ContainerCommands {
@@ -319,34 +317,42 @@ async fn work(
     };
     let command = command.filter(|_| unsent);
     let sends = command.is_some();
+    let grace = match begun || sends {
+        true => Duration::ZERO,
+        false => TAKEN_OVER,
+    };
+    let deadline = job
+        .and_then(|job| job.time_up)
+        .and_then(|time_up| left(time_up, uptime(), grace))
+        // A limit beyond the clock's end is none.
+        .and_then(|left| tokio::time::Instant::now().checked_add(left));
     match command {
         Some(command) => {
-            if !batch::submit(runner, command, gone).await {
-                return BatchOutcome::KernelGone;
+            if let Err(outcome) = batch::submit(runner, command, deadline, gone).await {
+                return outcome;
             }
         }
         None => batch::adopt(runner),
     }
-    let timeout = job
-        .and_then(|job| job.time_up)
-        .and_then(|time_up| left(time_up, uptime(), grace));
     let noted = async {
         if sends {
             // First noted, then sent: whatever is noted as waiting the runner never had.
             batch::turn(runner).await;
-            note_step(node, kernel, BatchStep::Sending).await;
+            kernel.update_record(|record| set_step(record, BatchStep::Sending));
+            store(node, kernel).await;
             batch::send(runner);
         }
         if step != BatchStep::Sent {
             batch::sent(runner).await;
-            note_step(node, kernel, BatchStep::Sent).await;
+            node.note(kernel, |record| set_step(record, BatchStep::Sent))
+                .await;
         }
         std::future::pending().await
     };
     let outcome = tokio::select! {
         biased;
         never = noted => never,
-        outcome = batch::attend(runner, timeout, killer, gone) => outcome,
+        outcome = batch::attend(runner, deadline, killer, gone) => outcome,
     };
     // Its time was up while it waited for its turn.
     batch::withdraw(runner);
@@ -364,16 +370,24 @@ fn left(time_up: f64, now: f64, grace: Duration) -> Option<Duration> {
     Duration::try_from_secs_f64((time_up - now).max(grace.as_secs_f64())).ok()
 }
 
-async fn note_step(node: &Node, kernel: &Kernel, step: BatchStep) {
-    node.note(kernel, |record| {
-        if let Some(job) = &mut record.batch_job {
-            job.step = step;
-            if step == BatchStep::Sent {
-                job.command = None;
-            }
+fn set_step(record: &mut Record, step: BatchStep) {
+    if let Some(job) = &mut record.batch_job {
+        job.step = step;
+        if step == BatchStep::Sent {
+            job.command = None;
         }
-    })
-    .await;
+    }
+}
+
+/// Stores as often as it takes.
+async fn store(node: &Node, kernel: &Kernel) {
+    let (mut pause, longest) = JOURNAL_PAUSES;
+    while let Err(err) = node.store(kernel).await {
+        tracing::warn!(kernel_id = %kernel.id, err = &err as &dyn std::error::Error,
+            "a batch job is not started before the journal can be written; free space below agent.var-base-path");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
 }
 
 /// Says in the log what memory had to do with the end of a job.

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::runner_link::frame::{AnswerKind, Outgoing, Record, Step, Stream};
 use super::runner_link::runs::{Ending, RunRefused, Submission, Taken};
-use super::runner_link::{LinkError, RunnerLink, RunnerStatus};
+use super::runner_link::{Interrupted, LinkError, RunnerLink, RunnerStatus};
 
 /// How long a call without `flush_timeout` waits before it answers `continued`: below the manager's
 /// RPC limit of 30 s, so that the client can go on instead of losing the reply.
@@ -462,6 +462,14 @@ fn failed_completion(err: &dyn fmt::Display) -> CompletionReply {
 /// The link to the runner is closed or full.
 pub fn interrupt(link: &RunnerLink) -> Result<(), LinkError> {
     link.interrupt()
+}
+
+/// Interrupts one run and no other.
+///
+/// # Errors
+/// The link to the runner is closed or full.
+pub fn interrupt_run(link: &RunnerLink, run_id: &str) -> Result<Interrupted, LinkError> {
+    link.interrupt_run(run_id)
 }
 
 /// The runner's status, or `None` when it does not answer within 5 s.

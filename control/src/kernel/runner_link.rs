@@ -169,6 +169,18 @@ impl LinkError {
     }
 }
 
+/// What an interrupt that is meant for one run has met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interrupted {
+    /// The runner was told: it works on that run.
+    AtWork,
+    /// Nothing of that run was sent, nor will be.
+    Unsent,
+    /// Neither: it is over, or not known yet.
+    Absent,
+}
+
 /// What the runner says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunnerStatus {
@@ -335,7 +347,7 @@ impl RunnerLink {
 
     /// The run the runner works on, as far as we know.
     pub fn current_run(&self) -> Option<String> {
-        lock(&self.0.state).runs.current().map(str::to_owned)
+        lock(&self.0.state).runs.at_work().map(str::to_owned)
     }
 
     /// Whether every message so far was written to the runner.
@@ -442,6 +454,24 @@ impl RunnerLink {
         self.post(Outgoing::text("interrupt", ""))
     }
 
+    /// Interrupts this run if the runner works on it, and ends it unsent if it waits.
+    ///
+    /// # Errors
+    /// The link is closed or full.
+    pub(super) fn interrupt_run(&self, run_id: &str) -> Result<Interrupted, LinkError> {
+        // Under one lock: no other run has its turn in between.
+        let mut state = lock(&self.0.state);
+        self.0.check_room(&state, 0)?;
+        if state.runs.at_work() == Some(run_id) {
+            self.0.send([Outgoing::text("interrupt", "")])?;
+            return Ok(Interrupted::AtWork);
+        }
+        Ok(match self.withdraw_locked(&mut state, run_id)? {
+            true => Interrupted::Unsent,
+            false => Interrupted::Absent,
+        })
+    }
+
     /// Tells the runner that the kernel killed a process for lack of memory; it logs which.
     ///
     /// # Errors
@@ -512,20 +542,25 @@ impl RunnerLink {
 
     /// Hands a client's request to the run table.
     pub(super) fn submit(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
-        self.enter(&mut lock(&self.0.state), run_id, request)
+        // Under the lock: a run that enters after the end of all would have none.
+        let mut state = lock(&self.0.state);
+        let now = self.make_room(&state, run_id, &request)?;
+        let messages = state.runs.submit(now, run_id, request);
+        let messages = messages.map_err(LinkError::Refused)?;
+        self.0.tell(&mut state);
+        self.0.send(messages)
     }
 
-    /// The same for a run of which nothing is sent before [`Self::send_kept_back`], also in its turn. What an
-    /// earlier life has noted of it was never sent.
-    pub(super) fn submit_kept_back(
-        &self,
-        run_id: &str,
-        request: Submission,
-    ) -> Result<(), LinkError> {
+    /// The same for a run of which nothing is sent before [`Self::release`], also in its turn. What an earlier
+    /// life has noted of it was never sent.
+    pub(super) fn submit_held(&self, run_id: &str, request: Submission) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);
         state.runs.forget_request(run_id);
-        state.runs.keep_back(run_id);
-        self.enter(&mut state, run_id, request)
+        let now = self.make_room(&state, run_id, &request)?;
+        let held = state.runs.submit_held(now, run_id, request);
+        held.map_err(LinkError::Refused)?;
+        self.0.tell(&mut state);
+        Ok(())
     }
 
     /// Waits until it is this run's turn.
@@ -534,25 +569,30 @@ impl RunnerLink {
             .await;
     }
 
-    /// Sends what was kept back.
-    pub(super) fn send_kept_back(&self) -> Result<(), LinkError> {
+    /// Sends a run that was held, in its turn.
+    pub(super) fn release(&self, run_id: &str) -> Result<(), LinkError> {
         let mut state = lock(&self.0.state);
-        let messages = state.runs.send_kept_back();
+        let messages = state.runs.release(run_id);
         self.0.publish(&mut state);
         self.0.send(messages)
     }
 
-    /// Gives up what is kept back, if it still is: others have their turn. A link that is left keeps it for the
-    /// next one.
-    pub(super) fn withdraw_kept_back(&self) {
+    /// Ends a run unsent, if nothing of it was sent: others have their turn. Answers whether it was so. A link that
+    /// is closed keeps it for the next one.
+    pub(super) fn withdraw(&self, run_id: &str) -> bool {
         let mut state = lock(&self.0.state);
-        if self.is_closed() {
-            return;
-        }
-        let messages = state.runs.withdraw_kept_back(Instant::now());
-        self.0.tell(&mut state);
         // The writer is gone only when the link is closed.
-        let _sent = self.0.send(messages);
+        !self.is_closed() && self.withdraw_locked(&mut state, run_id).unwrap_or(false)
+    }
+
+    fn withdraw_locked(&self, state: &mut State, run_id: &str) -> Result<bool, LinkError> {
+        let Some(messages) = state.runs.withdraw(Instant::now(), run_id) else {
+            return Ok(false);
+        };
+        self.0.tell(state);
+        self.0.note_change();
+        self.0.send(messages)?;
+        Ok(true)
     }
 
     /// Waits until every message so far was written to the runner.
@@ -571,21 +611,21 @@ impl RunnerLink {
         }
     }
 
-    fn enter(&self, state: &mut State, run_id: &str, request: Submission) -> Result<(), LinkError> {
-        // Under the lock: a run that enters after the end of all would have none.
+    /// The time of a request that there is room for.
+    fn make_room(
+        &self,
+        state: &State,
+        run_id: &str,
+        request: &Submission,
+    ) -> Result<Instant, LinkError> {
         let now = Instant::now();
-        let bytes = match state.runs.repeats(now, run_id, &request) {
+        let bytes = match state.runs.repeats(now, run_id, request) {
             // Nothing of it is sent again.
             true => 0,
             false => request.messages.iter().map(|it| it.payload.len()).sum(),
         };
         self.0.check_room(state, bytes)?;
-        let messages = state
-            .runs
-            .submit(now, run_id, request)
-            .map_err(LinkError::Refused)?;
-        self.0.tell(state);
-        self.0.send(messages)
+        Ok(now)
     }
 
     /// Takes over a run the runner already works on.

@@ -174,18 +174,15 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
         let text = std::fs::read_to_string(work.join("runs")).unwrap_or_default();
         text.lines().count()
     };
-    let record = node
-        .state()
-        .join("kernels")
-        .join(node.agent_id())
-        .join(format!("{}.json", order.kernel));
-    // The journal as a kill in the midst of sending leaves it.
-    let sending = |command: &str| -> Result<()> {
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let record = journal.join(format!("{}.json", order.kernel));
+    // The journal as a kill leaves it.
+    let killed_while = |step: &str, command: &str, time_up: Json| -> Result<()> {
         let mut json: Json = serde_json::from_slice(&std::fs::read(&record)?)?;
         let kept = &mut json["record"];
         ensure!(kept["batch_running"].is_boolean(), "another format: {kept}");
         kept["batch_running"] = json!(true);
-        kept["batch_job"] = json!({"step": "sending", "command": command, "deadline": null});
+        kept["batch_job"] = json!({"step": step, "command": command, "time_up": time_up});
         std::fs::write(&record, json.to_string())?;
         Ok(())
     };
@@ -213,7 +210,7 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
     })
     .await?;
     node.kill_control()?;
-    sending(command)?;
+    killed_while("sending", command, Json::Null)?;
     node.start_control().await?;
     std::fs::write(work.join("go"), "")?;
     event_of(&node, order.session, "session_success").await?;
@@ -221,11 +218,34 @@ async fn a_batch_job_is_run_once_although_the_agent_is_killed_at_its_start() -> 
 
     // Killed while it is sent, and the runner never got it.
     node.kill_control()?;
-    sending("echo run >> runs; exit 4")?;
+    killed_while("sending", "echo run >> runs; exit 4", Json::Null)?;
     node.start_control().await?;
     let args = event_of(&node, order.session, "session_failure").await?;
     assert_eq!(args, json!([order.session.to_string(), "task-failed", 4]));
     assert_eq!(runs(), 3);
+
+    // Killed before it is sent, and its time is up.
+    node.kill_control()?;
+    killed_while("waiting", "echo run >> runs", json!(0.0))?;
+    node.start_control().await?;
+    let args = event_of(&node, order.session, "session_failure").await?;
+    assert_eq!(args, json!([order.session.to_string(), "task-timeout", -2]));
+    assert_eq!(output_of(&node, &order, "cat runs | wc -l").await?, "3\n");
+
+    // The journal cannot say that it is sent: a kill would have it sent again.
+    let aside = journal.with_extension("aside");
+    std::fs::rename(&journal, &aside)?;
+    kernels::start_batch(&node, &order, "echo run >> runs", Value::Nil).await?;
+    wait::until("the job waits for the journal", SOON, || async {
+        let log = node.log("bai-agent");
+        log.contains("not started before the journal can be written")
+            .then_some(())
+    })
+    .await?;
+    assert_eq!(runs(), 3);
+    std::fs::rename(&aside, &journal)?;
+    event_of(&node, order.session, "session_success").await?;
+    assert_eq!(runs(), 4);
     assert_eq!(output_of(&node, &order, "echo usable").await?, "usable\n");
     kernels::destroy(&node, &order).await?;
     kernels::assert_clean(&node).await

@@ -11,6 +11,7 @@ use control::kernel::lifecycle::Reason;
 use control::kernel::runner_link::{LinkOptions, Owed, RunnerLink};
 use harness::fake_runner::FakeRunner;
 use shared::ids::{KernelId, SessionId};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{execute_to_its_end, link_to};
@@ -31,8 +32,9 @@ async fn batch_job(
     timeout: Option<Duration>,
     gone: &CancellationToken,
 ) -> BatchOutcome {
-    if !batch::submit(link, code.to_owned(), gone).await {
-        return BatchOutcome::KernelGone;
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    if let Err(outcome) = batch::submit(link, code.to_owned(), deadline, gone).await {
+        return outcome;
     }
     let sent = async {
         batch::turn(link).await;
@@ -41,7 +43,7 @@ async fn batch_job(
     };
     let outcome = tokio::select! {
         never = sent => never,
-        outcome = batch::attend(link, timeout, None, gone) => outcome,
+        outcome = batch::attend(link, deadline, None, gone) => outcome,
     };
     batch::withdraw(link);
     outcome
@@ -79,7 +81,8 @@ async fn a_batch_job_is_sent_after_its_turn_was_noted() -> Result<()> {
     let (ended, noted) = (CancellationToken::new(), CancellationToken::new());
     let play = async {
         runner.expect("code", "first()").await?;
-        ensure!(batch::submit(&link, "job".to_owned(), &alive).await);
+        let submitted = batch::submit(&link, "job".to_owned(), None, &alive).await;
+        ensure!(submitted == Ok(()), "{submitted:?}");
         runner.send("finished", r#"{"exitCode": 0}"#);
         batch::turn(&link).await;
         ended.cancelled().await;

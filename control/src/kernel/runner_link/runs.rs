@@ -4,8 +4,8 @@
 //! cut at step ends, and the runs' milestones. Pure: no I/O, no clock of its own.
 //!
 //! Invariants:
-//! - At most one run is *current*: it alone has had its messages sent and is not finished. The runner
-//!   has no correlation ids, so order is all there is.
+//! - At most one run is *current*: no other has had messages sent and is not finished, and the current one
+//!   has, unless it is *held* for who submitted it. The runner has no correlation ids, so order is all there is.
 //! - A run stays current until the runner's `finished`, whether or not a client polls; its records stay
 //!   until a client takes them. (The original detaches at each step end and loses what comes next.)
 //! - Records are taken only together with the end of a result, so a client that goes away loses nothing.
@@ -169,8 +169,6 @@ pub struct RunTable {
     armed: bool,
     /// What may have been that, and when it came.
     held: Option<(Instant, Record)>,
-    /// The run of which nothing is sent in its turn, but when that is asked for.
-    kept_back: Option<String>,
 }
 
 impl RunTable {
@@ -190,7 +188,6 @@ impl RunTable {
             probed: false,
             armed: false,
             held: None,
-            kept_back: None,
         }
     }
 
@@ -223,9 +220,14 @@ impl RunTable {
         self.probe = None;
     }
 
-    /// The run the runner works on.
+    /// The run whose turn it is.
     pub fn current(&self) -> Option<&str> {
         self.current.as_deref()
+    }
+
+    /// The run the runner works on.
+    pub fn at_work(&self) -> Option<&str> {
+        self.current().filter(|_| !self.holds_current())
     }
 
     /// For how long nothing more is to be read from the runner, unless a client takes what is there: what
@@ -264,9 +266,25 @@ impl RunTable {
         run_id: &str,
         request: Submission,
     ) -> Result<Vec<Outgoing>, RunRefused> {
-        let messages = self.accept(now, run_id, request)?;
+        let messages = self.accept(now, run_id, request, false)?;
         self.tell_started(run_id);
         Ok(messages)
+    }
+
+    /// Accepts a request of which nothing is sent before [`RunTable::release`], also when its turn has come: who
+    /// submits it has something to note between.
+    ///
+    /// # Errors
+    /// Too many runs wait, or another request on this run is not over.
+    pub fn submit_held(
+        &mut self,
+        now: Instant,
+        run_id: &str,
+        request: Submission,
+    ) -> Result<(), RunRefused> {
+        let _nothing = self.accept(now, run_id, request, true)?;
+        self.tell_started(run_id);
+        Ok(())
     }
 
     fn accept(
@@ -274,6 +292,7 @@ impl RunTable {
         now: Instant,
         run_id: &str,
         request: Submission,
+        held: bool,
     ) -> Result<Vec<Outgoing>, RunRefused> {
         let repeated = self.repeats(now, run_id, &request);
         if let Some(run) = self.runs.get_mut(run_id) {
@@ -289,7 +308,8 @@ impl RunTable {
                         run.expected = 0;
                         run.started = now;
                     }
-                    if run.expected >= REQUESTS_PER_RUN
+                    if held
+                        || run.expected >= REQUESTS_PER_RUN
                         || run.unsent.len() >= 4 * REQUESTS_PER_RUN as usize
                     {
                         return Err(RunRefused::TooManyRequests {
@@ -300,7 +320,7 @@ impl RunTable {
                         run.expected += 1;
                         run.ask(&request.messages);
                     }
-                    if run.phase == Phase::Current && self.kept_back.as_deref() != Some(run_id) {
+                    if run.phase == Phase::Current && !run.held {
                         if let Some(probe) = self.probe.as_mut().filter(|_| request.starts) {
                             probe.newer += 1;
                         }
@@ -316,7 +336,7 @@ impl RunTable {
                 }
             }
         }
-        self.admit(now, run_id, request)
+        self.admit(now, run_id, request, held)
     }
 
     fn admit(
@@ -324,6 +344,7 @@ impl RunTable {
         now: Instant,
         run_id: &str,
         request: Submission,
+        held: bool,
     ) -> Result<Vec<Outgoing>, RunRefused> {
         let repeated = request.starts && self.repeats_old(now, run_id, &request);
         if (!request.starts || repeated)
@@ -359,6 +380,7 @@ impl RunTable {
             || self.orphan_works()
             || self.probe.is_some();
         let mut run = Run::new(now, Phase::Waiting);
+        run.held = held;
         if request.starts {
             run.expected = 1;
             run.ask(&request.messages);
@@ -389,7 +411,7 @@ impl RunTable {
         if request.starts {
             self.settle_orphan();
             self.current = Some(run_id.to_owned());
-            if self.keeps_current_back() {
+            if held {
                 run.unsent = std::mem::take(&mut messages);
             }
         }
@@ -398,52 +420,42 @@ impl RunTable {
         Ok(messages)
     }
 
-    /// Nothing of this run, which is submitted next, is to be sent before [`RunTable::send_kept_back`], also when
-    /// its turn has come: who submits it has something to note between.
-    pub fn keep_back(&mut self, run_id: &str) {
-        self.kept_back = Some(run_id.to_owned());
-    }
-
-    /// The messages of the run that was kept back, to be sent now; none while its turn has not come, when they
-    /// are sent.
-    pub fn send_kept_back(&mut self) -> Vec<Outgoing> {
-        let its_turn = self.keeps_current_back();
-        let run_id = self.kept_back.take();
-        match run_id.and_then(|run_id| self.runs.get_mut(&run_id)) {
-            Some(run) if its_turn => {
-                if let Some(probe) = &mut self.probe {
-                    probe.newer += 1;
-                }
-                std::mem::take(&mut run.unsent)
-            }
-            _ => Vec::new(),
-        }
-    }
-
-    /// Ends the run that is kept back, if one is, without sending it; the messages of the next one.
-    pub fn withdraw_kept_back(&mut self, now: Instant) -> Vec<Outgoing> {
-        let its_turn = self.keeps_current_back();
-        let Some(run_id) = self.kept_back.take() else {
+    /// The messages of a run that was held, to be sent now; none while its turn has not come, when they are sent.
+    pub fn release(&mut self, run_id: &str) -> Vec<Outgoing> {
+        let Some(run) = self.runs.get_mut(run_id) else {
             return Vec::new();
         };
-        if let Some(run) = self.runs.get_mut(&run_id)
-            && run.phase != Phase::Ended
-        {
-            run.end_unsent(now, "it is not wanted any more", &self.limits);
-            self.milestones.push(Milestone::Cancelled);
-            self.end_told = true;
-        }
-        self.waiting.retain(|waiting| *waiting != run_id);
-        if !its_turn {
+        if !std::mem::take(&mut run.held) || run.phase != Phase::Current {
             return Vec::new();
         }
+        if let Some(probe) = &mut self.probe {
+            probe.newer += 1;
+        }
+        std::mem::take(&mut run.unsent)
+    }
+
+    /// Ends a run of which nothing was sent. The messages of the next one; `None` where there is no such run.
+    pub fn withdraw(&mut self, now: Instant, run_id: &str) -> Option<Vec<Outgoing>> {
+        let run = self.runs.get_mut(run_id)?;
+        let its_turn = run.phase == Phase::Current;
+        if run.phase == Phase::Ended || (its_turn && !run.held) {
+            return None;
+        }
+        run.end_unsent(now, "it is not wanted any more", &self.limits);
+        self.milestones.push(Milestone::Cancelled);
+        self.end_told = true;
+        self.waiting.retain(|waiting| waiting != run_id);
+        if !its_turn {
+            return Some(Vec::new());
+        }
         self.current = None;
-        self.next(now)
+        Some(self.next(now))
     }
 
     /// Whether the runner has nothing of the current run.
-    fn keeps_current_back(&self) -> bool {
-        self.current.is_some() && self.current == self.kept_back
+    fn holds_current(&self) -> bool {
+        let run = self.current.as_ref().and_then(|id| self.runs.get(id));
+        run.is_some_and(|run| run.held)
     }
 
     /// A run taken over by name alone must not block a new one for ever.
@@ -485,7 +497,7 @@ impl RunTable {
 
     fn file(&mut self, now: Instant, record: Record) -> Vec<Outgoing> {
         let finished = matches!(record, Record::StepEnd(Step::Run, _));
-        let unsent = self.keeps_current_back();
+        let unsent = self.holds_current();
         let run = match &self.current {
             Some(_) if unsent => None,
             Some(run_id) => self.runs.get_mut(run_id),
@@ -542,7 +554,7 @@ impl RunTable {
                 run.phase = Phase::Current;
                 run.started = now;
                 self.current = Some(run_id);
-                return match self.current == self.kept_back {
+                return match run.held {
                     true => Vec::new(),
                     false => std::mem::take(&mut run.unsent),
                 };

@@ -95,9 +95,9 @@ impl RunTable {
     pub fn ids(&self) -> RunIds {
         let orphan = self.orphan.iter().filter(|orphan| orphan.is_under_way());
         let of_old = self.earlier.iter().zip(orphan);
-        let kept_back = self.keeps_current_back();
+        let held = self.holds_current();
         let (unsent, at_work) = match &self.current {
-            Some(id) if kept_back => (Some(id), None),
+            Some(id) if held => (Some(id), None),
             current => (None, current.as_ref()),
         };
         let at_work = at_work.into_iter();

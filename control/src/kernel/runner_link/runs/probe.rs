@@ -78,7 +78,7 @@ impl RunTable {
         let Some(probe) = self.probe.take() else {
             return Vec::new();
         };
-        if self.keeps_current_back() {
+        if self.holds_current() {
             return Vec::new();
         }
         let mut lost = false;
@@ -113,7 +113,7 @@ impl RunTable {
         let (Record::StepEnd(step, _), true) = (record, self.probed) else {
             return Sifted::Own;
         };
-        let unsent = self.keeps_current_back();
+        let unsent = self.holds_current();
         let run = match &self.current {
             Some(_) if unsent => None,
             Some(run_id) => self.runs.get_mut(run_id),

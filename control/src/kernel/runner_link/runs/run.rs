@@ -24,8 +24,10 @@ pub(super) struct Run {
     pub(super) content: Vec<Outgoing>,
     /// The same in few bytes, for the next life of the agent, which has only that.
     pub(super) request: Option<String>,
-    /// Messages not sent yet (while waiting).
+    /// Messages not sent yet (while waiting or held).
     pub(super) unsent: Vec<Outgoing>,
+    /// Nothing of it is sent, also in its turn.
+    pub(super) held: bool,
     /// `finished` messages still expected from the runner.
     pub(super) expected: u32,
     pub(super) records: VecDeque<Record>,
@@ -67,6 +69,7 @@ impl Run {
             content: Vec::new(),
             request: None,
             unsent: Vec::new(),
+            held: false,
             expected: 0,
             records: VecDeque::new(),
             weight: 0,
@@ -139,6 +142,7 @@ impl Run {
     /// Ends a run of which the runner was sent nothing. The same request is a new one afterwards.
     pub(super) fn end_unsent(&mut self, now: Instant, why: &str, limits: &RunLimits) {
         self.unsent = Vec::new();
+        self.held = false;
         self.content = Vec::new();
         self.request = None;
         self.expected = 0;

@@ -230,7 +230,7 @@ fn a_run_nobody_polls_for_long_loses_its_output_but_not_its_end() {
 }
 
 #[test]
-fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
+fn a_run_that_is_held_is_sent_when_that_is_asked_for() {
     use Milestone::{Finished, Started};
     // Its turn comes at once, or after another run.
     for behind in [false, true] {
@@ -239,13 +239,11 @@ fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
         if behind {
             table.submit(now, "first", query("1")).expect("sent");
         }
-        table.keep_back("job");
-        let sent = table.submit(now, "job", batch()).expect("accepted");
-        assert!(sent.is_empty(), "{sent:?}");
+        table.submit_held(now, "job", batch()).expect("accepted");
         if behind {
             assert!(table.record(now, finished(0)).is_empty());
         }
-        assert_eq!(table.current(), Some("job"));
+        assert_eq!((table.current(), table.at_work()), (Some("job"), None));
         let noted = RunIds {
             waiting: vec!["job".to_owned()],
             ..RunIds::default()
@@ -263,8 +261,8 @@ fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
         table.record(now, finished(1));
         assert!(answer(&mut table, now).is_empty());
         table.probe(now + seconds(2));
-        assert_eq!(table.send_kept_back(), batch().messages);
-        assert!(table.send_kept_back().is_empty());
+        assert_eq!(table.release("job"), batch().messages);
+        assert!(table.release("job").is_empty());
         assert!(answer(&mut table, now).is_empty());
         assert_eq!(table.ids().current.as_deref(), Some("job"));
         for kind in [Step::Clean, Step::Build] {
@@ -284,11 +282,10 @@ fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
         if !its_turn {
             table.submit(now, "first", query("1")).expect("sent");
         }
-        table.keep_back("job");
-        table.submit(now, "job", batch()).expect("accepted");
+        table.submit_held(now, "job", batch()).expect("accepted");
         table.submit(now, "next", query("2")).expect("waits");
-        let mut sent = table.withdraw_kept_back(now);
-        assert!(table.withdraw_kept_back(now).is_empty());
+        let mut sent = table.withdraw(now, "job").expect("not sent");
+        assert_eq!(table.withdraw(now, "job"), None);
         if !its_turn {
             sent.extend(table.record(now, finished(0)));
         }
@@ -300,10 +297,40 @@ fn a_run_that_is_kept_back_is_sent_when_that_is_asked_for() {
     let now = Instant::now();
     let mut table = RunTable::new(RunLimits::default(), false, now);
     table.submit(now, "first", query("1")).expect("sent");
-    table.keep_back("job");
-    table.submit(now, "job", batch()).expect("waits");
-    assert!(table.send_kept_back().is_empty());
+    table.submit_held(now, "job", batch()).expect("waits");
+    assert!(table.release("job").is_empty());
     assert_eq!(table.record(now, finished(0)), batch().messages);
+}
+
+#[test]
+fn a_run_of_a_client_that_has_the_id_of_one_to_be_held_goes_on() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    table.submit(now, "job", query("1")).expect("sent");
+    assert!(table.submit_held(now, "job", batch()).is_err());
+    assert_eq!(table.at_work(), Some("job"));
+    table.record(now, out("its own"));
+    table.record(now, finished(0));
+    let end = table.take(now, "job", false).expect("the end");
+    assert_eq!(end.records, [out("its own")]);
+    // Then it is free.
+    table.submit_held(now, "job", batch()).expect("accepted");
+    assert_eq!(table.release("job"), batch().messages);
+}
+
+#[test]
+fn only_what_was_not_sent_is_withdrawn() {
+    let now = Instant::now();
+    let mut table = RunTable::new(RunLimits::default(), false, now);
+    for run_id in ["first", "waits"] {
+        table.submit(now, run_id, query(run_id)).expect("accepted");
+    }
+    assert_eq!(table.withdraw(now, "first"), None);
+    assert_eq!(table.withdraw(now, "unknown"), None);
+    assert_eq!(table.withdraw(now, "waits"), Some(Vec::new()));
+    assert_eq!(table.at_work(), Some("first"));
+    assert!(table.record(now, finished(0)).is_empty());
+    assert_not_started(&mut table, now, "waits");
 }
 
 #[test]
