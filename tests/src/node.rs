@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,6 +16,37 @@ use crate::{host_ports, images, wait};
 
 /// How many host ports a test node has, unless it asks for another number.
 const PORTS: u16 = 40;
+
+/// A command that was begun. It is killed with this handle.
+#[derive(Debug)]
+pub struct Begun(pub Child);
+
+impl Begun {
+    /// Begins it.
+    pub fn spawn(command: &mut Command) -> Result<Begun> {
+        let child = command.spawn();
+        Ok(Begun(child.context("the command can't be started")?))
+    }
+
+    /// Sends it what Ctrl-C at a terminal does.
+    pub fn interrupt(&self) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.0.id())?);
+        Ok(kill(pid, Signal::SIGINT)?)
+    }
+
+    /// How it has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok().flatten()
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// What a test wants of its node.
 #[derive(Debug, Clone)]
@@ -333,14 +364,14 @@ runner-dir = "{runner}"
     }
 
     /// Starts a command of the program that is to be ended from outside; nobody sees what it says.
-    pub fn begin_command(&self, args: &[&str]) -> Result<Child> {
-        Command::new(program("bai-agent")?)
+    pub fn begin_command(&self, args: &[&str]) -> Result<Begun> {
+        let mut command = Command::new(program("bai-agent")?);
+        command
             .args(args)
             .env("BAI_AGENT_ADDRESS", &self.address)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("bai-agent can't be started")
+            .stdout(Stdio::null());
+        Begun::spawn(&mut command)
     }
 
     /// What a program has logged so far.

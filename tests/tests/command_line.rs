@@ -6,10 +6,18 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use std::io::{Read as _, Write as _};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
+use control::rpc::service::unknown_method;
+use control::rpc::{self, BoxFuture, Call, Failure, Limits, Server, ServerOptions, Service, Value};
 use harness::fault_docker::{Fault, FaultDocker};
-use harness::node::program;
+use harness::node::{Begun, program};
+use harness::wait;
 use harness::zmtp::Connection;
+use serde_json::{Value as Json, json};
 use shared::run_dir::RunDir;
 
 /// A whole configuration of a cluster, as the original's agent needs it.
@@ -723,4 +731,115 @@ fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(files)
+}
+
+/// An agent with one kernel, whose program asks for a name, ignores interrupts and waits for the answer.
+#[derive(Debug, Default)]
+struct Asking(Arc<Mutex<Vec<String>>>);
+
+impl Service for Asking {
+    fn call(&self, call: Call) -> BoxFuture<'static, Result<Value, Failure>> {
+        let calls = self.0.clone();
+        Box::pin(async move {
+            let text = |index: usize| call.args.get(index).and_then(Value::as_str);
+            let mode = text(4).unwrap_or_default();
+            let (status, console) = match (call.method.as_str(), mode) {
+                ("bai.kernels", _) => {
+                    let kernel = json!({"kernel_id": "k", "session_id": "s", "image": "i", "state": "running"});
+                    return rpc::to_value(&json!({ "kernels": [kernel] }))
+                        .map_err(|err| Failure::type_error(err.to_string()));
+                }
+                ("bai.interrupt", _) => ("", json!([])),
+                ("execute", "query") => ("waiting-input", json!([["stdout", "name? "]])),
+                ("execute", "continue") => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    ("continued", json!([]))
+                }
+                ("execute", "input") => {
+                    let said = format!("hi {}", text(5).unwrap_or_default());
+                    ("finished", json!([["stdout", said]]))
+                }
+                _ => return Err(unknown_method(&call.method)),
+            };
+            let reply = match call.method.as_str() {
+                "execute" => {
+                    json!({"status": status, "exitCode": 0, "options": {"is_password": true}, "console": console})
+                }
+                _ => json!({"met": "at-work"}),
+            };
+            let called = format!("{} {mode}", call.method);
+            // Polls without end say nothing new.
+            let mut calls = calls
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            if calls.last() != Some(&called) {
+                calls.push(called);
+            }
+            rpc::to_value(&reply).map_err(|err| Failure::type_error(err.to_string()))
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_ignores_ctrl_c_gets_its_input_and_its_output_is_told() -> Result<()> {
+    let soon = Duration::from_secs(60);
+    for leaves in [false, true] {
+        let calls = Arc::<Mutex<Vec<String>>>::default();
+        let options = ServerOptions {
+            address: "127.0.0.1:0".to_owned(),
+            curve: None,
+            limits: Limits::default(),
+        };
+        let server = Server::bind(options, Arc::new(Asking(calls.clone()))).await?;
+        let words = [
+            "kernel", "exec", "--output", "json", "--mode", "query", "k", "input()",
+        ];
+        let mut command = agent(&words)?;
+        command
+            .env("BAI_AGENT_ADDRESS", server.local_addr().to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut run = Begun::spawn(&mut command)?;
+        let last = |wanted: &'static str| {
+            let calls = calls.clone();
+            wait::until(wanted, soon, move || {
+                let last = calls.lock().ok().and_then(|calls| calls.last().cloned());
+                std::future::ready((last.as_deref() == Some(wanted)).then_some(()))
+            })
+        };
+        let mut errors = run.0.stderr.take().context("an error output")?;
+        let mut prompt = *b"(password, shown as typed) ";
+        tokio::task::block_in_place(|| errors.read_exact(&mut prompt))?;
+        ensure!(prompt.starts_with(b"(password"), "{prompt:?}");
+        run.interrupt()?;
+        last("execute continue").await?;
+        if leaves {
+            run.interrupt()?;
+        } else {
+            let mut input = run.0.stdin.take().context("an input")?;
+            input.write_all(b"bob\n")?;
+        }
+        let status =
+            wait::until("the command ends", soon, || std::future::ready(run.ended())).await?;
+        let mut told = String::new();
+        let output = run.0.stdout.take().context("an output")?;
+        { output }.read_to_string(&mut told)?;
+        let told: Json = serde_json::from_str(&told)?;
+        let (code, exit_code, console) = match leaves {
+            false => (
+                0,
+                json!(0),
+                json!([["stdout", "name? "], ["stdout", "hi bob"]]),
+            ),
+            true => (130, Json::Null, json!([["stdout", "name? "]])),
+        };
+        ensure!(status.code() == Some(code), "{status:?}");
+        ensure!(
+            told["exit_code"] == exit_code && told["console"] == console,
+            "{told}"
+        );
+        server.shutdown(Duration::ZERO).await;
+    }
+    Ok(())
 }

@@ -11,8 +11,6 @@ use anyhow::{Context, Result, ensure};
 use harness::images;
 use harness::node::{Node, NodeOptions};
 use harness::wait;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -288,13 +286,12 @@ async fn interrupt_runs(node: &Node, kernel: &str) -> Result<()> {
         let mut run = node.begin_command(&["kernel", "exec", kernel, "--", &words])?;
         let begun = || async { home.join(file).exists().then_some(()) };
         wait::until("the run has begun", soon, begun).await?;
-        let pid = Pid::from_raw(i32::try_from(run.id())?);
         let mut sent = 0;
         let status = wait::until_blocking("the command ends", soon, || {
-            let ended = run.try_wait().ok().flatten();
+            let ended = run.ended();
             // Two that come together count as one.
             if ended.is_none() && (times > 1 || sent < times) {
-                kill(pid, Signal::SIGINT).ok()?;
+                run.interrupt().ok()?;
                 sent += 1;
             }
             ended
@@ -303,6 +300,35 @@ async fn interrupt_runs(node: &Node, kernel: &str) -> Result<()> {
     }
     std::fs::write(home.join("go"), "")?;
     ensure!(cli(node, &["kernel", "exec", kernel, "--", "echo next"])? == "next");
+
+    // One that waits for another's is not started, and that other one goes on.
+    let works =
+        "trap 'exit 9' INT; echo begun > works; until [ -e over ]; do sleep 0.1; done; exit 3";
+    let mut works = node.begin_command(&["kernel", "exec", kernel, "--", works])?;
+    let begun = || async { home.join("works").exists().then_some(()) };
+    wait::until("the run has begun", soon, begun).await?;
+    let mut waits = node.begin_command(&["kernel", "exec", kernel, "--", "echo begun > waits"])?;
+    let journal = node.state().join("kernels").join(node.agent_id());
+    let journal = journal.join(format!("{kernel}.json"));
+    let waiting = || async {
+        let text = std::fs::read(&journal).ok()?;
+        let kept: Value = serde_json::from_slice(&text).ok()?;
+        let waiting = kept["record"]["run_ids"]["waiting"].as_array()?;
+        (!waiting.is_empty()).then_some(())
+    };
+    wait::until("the other one waits", soon, waiting).await?;
+    waits.interrupt()?;
+    let status = wait::until_blocking("the command ends", soon, || waits.ended())?;
+    ensure!(status.code() == Some(130), "{status:?}");
+    std::fs::write(home.join("over"), "")?;
+    let status = wait::until_blocking("the command ends", soon, || works.ended())?;
+    ensure!(status.code() == Some(3), "{status:?}");
+    ensure!(
+        cli(
+            node,
+            &["kernel", "exec", kernel, "--", "ls waits || echo none"]
+        )? == "none"
+    );
     Ok(())
 }
 

@@ -19,8 +19,13 @@ use crate::rpc::Value;
 
 /// How long the agent collects output before it answers with what there is.
 const FLUSH_SECONDS: f64 = 1.0;
+/// How long after a Ctrl-C that has not met the run it is looked for again: it may be there soon.
+const INTERRUPT_AGAIN: Duration = Duration::from_secs(1);
 /// The agent answers within the flush time; what is above is the runner being busy with another run.
 const POLL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// As a shell tells what SIGINT has ended.
+const INTERRUPTED: ExitStatus = ExitStatus(128 + 2);
 
 /// How code is run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -61,13 +66,14 @@ struct Reply {
     console: Vec<(String, serde_json::Value)>,
 }
 
-/// Runs it; the status is the command's own, or 130 where the user has left the run.
+/// Runs it; the status is the command's own, or 130 where the user has left it or it has none after a Ctrl-C.
 pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<ExitStatus, Problem> {
     let kernel = find(agent, &args.kernel).await?;
     let signals = signal(SignalKind::interrupt())?;
     let interrupted = CancellationToken::new();
-    let mut left = std::pin::pin!(left(agent, &kernel.kernel_id, signals, &interrupted));
     let run_id = uuid::Uuid::new_v4().simple().to_string();
+    let run = (kernel.kernel_id.as_str(), run_id.as_str());
+    let mut left = std::pin::pin!(left(agent, run, signals, &interrupted));
     let code = args.command.join(" ");
     let (mut mode, mut code, mut options) = match args.mode {
         Mode::Batch => (
@@ -78,8 +84,8 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         Mode::Query => ("query", code, Value::Map(Vec::new())),
     };
     let mut collected = Collected::default();
-    let mut typed = None;
-    let exit_code = loop {
+    let mut typed: Option<oneshot::Receiver<_>> = None;
+    let (exit_code, status) = loop {
         let arguments = vec![
             text(&kernel.session_id),
             text(&kernel.kernel_id),
@@ -93,7 +99,7 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         let reply: Reply = tokio::select! {
             biased;
             reply = agent.call("execute", arguments, POLL_DEADLINE) => reply?,
-            left = &mut left => return left,
+            left = &mut left => break (None, left?),
         };
         match form {
             Form::Text => show(&reply.console),
@@ -101,10 +107,16 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
         }
         mode = "continue";
         match reply.status.as_str() {
-            "finished" => break reply.exit_code,
+            "finished" => {
+                let status = match reply.exit_code {
+                    None if interrupted.is_cancelled() => INTERRUPTED,
+                    code => ExitStatus(shell_status(code)),
+                };
+                break (reply.exit_code, status);
+            }
             // It might never end, as `yes` does not.
             _ if output::is_closed() => {
-                interrupt(agent, &kernel.kernel_id).await?;
+                interrupt(agent, run).await?;
                 return Ok(ExitStatus(0));
             }
             "waiting-input" => {
@@ -118,11 +130,18 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
                         // Without the reader there is no input.
                         code = line.unwrap_or(Ok(String::new()))?;
                     }
-                    left = &mut left => return left,
+                    left = &mut left => break (None, left?),
                     () = interrupted.cancelled(), if !had_been => {}
                 }
             }
-            _ => {}
+            // The program may wait for it still, after a Ctrl-C that it ignores.
+            _ => {
+                if let Some(Ok(line)) = typed.as_mut().map(oneshot::Receiver::try_recv) {
+                    typed = None;
+                    mode = "input";
+                    code = line?;
+                }
+            }
         }
     };
     if form == Form::Json {
@@ -131,37 +150,50 @@ pub(super) async fn run(args: ExecArgs, agent: &Agent, form: Form) -> Result<Exi
             &json!({ "kernel_id": kernel.kernel_id, "run_id": run_id, "exit_code": exit_code, "console": console, "truncated": truncated }),
         )?;
     }
-    Ok(ExitStatus(shell_status(exit_code)))
+    Ok(status)
 }
 
 fn text(text: &str) -> Value {
     Value::Str(text.to_owned())
 }
 
-async fn interrupt(agent: &Agent, kernel_id: &str) -> Result<(), Problem> {
-    let arguments = vec![text(kernel_id)];
-    agent
-        .call("interrupt_kernel", arguments, CALL_DEADLINE)
-        .await
+/// What an interrupt has met.
+#[derive(Debug, Deserialize)]
+struct Interrupt {
+    met: String,
 }
 
-/// Ends when the run is to be left to itself: the first Ctrl-C interrupts it in the kernel, the second leaves it.
+/// Interrupts this run of this kernel, and no other.
+async fn interrupt(agent: &Agent, (kernel, run_id): (&str, &str)) -> Result<Interrupt, Problem> {
+    let arguments = vec![text(kernel), text(run_id)];
+    agent.call("bai.interrupt", arguments, CALL_DEADLINE).await
+}
+
+/// Ends when the run is to be left to itself: the first Ctrl-C interrupts it in the kernel, or ends it there
+/// while it waits for its turn, the second leaves it.
 async fn left(
     agent: &Agent,
-    kernel_id: &str,
+    run: (&str, &str),
     mut signals: Signal,
     interrupted: &CancellationToken,
 ) -> Result<ExitStatus, Problem> {
-    let left = Ok(ExitStatus(128 + 2));
     signals.recv().await;
     aside!("bai-agent: interrupting; once more leaves the run as it is");
     interrupted.cancel();
+    let interrupts = async {
+        loop {
+            match interrupt(agent, run).await?.met.as_str() {
+                "absent" => tokio::time::sleep(INTERRUPT_AGAIN).await,
+                _ => return Ok::<_, Problem>(()),
+            }
+        }
+    };
     tokio::select! {
-        outcome = interrupt(agent, kernel_id) => outcome?,
-        _ = signals.recv() => return left,
+        met = interrupts => met?,
+        _ = signals.recv() => return Ok(INTERRUPTED),
     }
     signals.recv().await;
-    left
+    Ok(INTERRUPTED)
 }
 
 /// Output for one JSON document: the newest of it.

@@ -13,12 +13,13 @@ use super::super::arguments::parse_uuid;
 use super::super::failure::Failure;
 use super::super::service::{Call, unknown_method};
 use super::super::value::Value;
-use super::{lifecycle, reply, unknown_kernel};
+use super::{failed, lifecycle, reply, runner_of, unknown_kernel};
 use crate::causes::chain;
 use crate::cluster::Cluster;
 use crate::etcd::Health;
 use crate::image::{self, ImageError};
 use crate::kernel::death::full_shm;
+use crate::kernel::execution;
 use crate::kernel::node::Node;
 use crate::kernel::registry::outcome;
 use crate::stats;
@@ -67,6 +68,7 @@ pub(super) async fn answer(
             let (kernel, session) = (arg(0, "kernel_id"), arg(1, "session_id"));
             lifecycle::destroy_for_operator(node, &kernel, &session, &arg(2, "reason")).await
         }
+        "bai.interrupt" => interrupt(node, &arg(0, "kernel_id"), &arg(1, "run_id")).await,
         "bai.image" => local_image(node, &arg(0, "name")).await,
         other => Err(unknown_method(other)),
     }
@@ -362,6 +364,18 @@ async fn events(
         .map(|occurrence| occurrence.to_json())
         .collect();
     reply(&json!({ "events": found, "next": next }))
+}
+
+/// Interrupts one run, not whatever is at work as the managers' `interrupt_kernel` does.
+async fn interrupt(node: &Node, kernel: &Value, run_id: &Value) -> Result<Value, Failure> {
+    let id = kernel.as_str().and_then(parse_uuid);
+    let id = KernelId(id.ok_or_else(Failure::bad_uuid)?.into_bytes());
+    let Some(run_id) = run_id.as_str() else {
+        return Err(Failure::type_error("the id of a run is a text"));
+    };
+    let kernel = node.registry.get(id).ok_or_else(|| unknown_kernel(id))?;
+    let met = execution::interrupt_run(&runner_of(&kernel).await?, run_id);
+    reply(&json!({ "met": met.map_err(|err| failed(&err))? }))
 }
 
 async fn local_image(node: &Arc<Node>, name: &Value) -> Result<Value, Failure> {
