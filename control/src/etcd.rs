@@ -95,7 +95,7 @@ struct Inner {
     denied: Mutex<Option<Instant>>,
     /// When the log said last that etcd refuses.
     denial_told: Mutex<Option<Instant>>,
-    /// When all members had refused a call last, by its step and what the last of them said to do.
+    /// When all members had refused a call last, or one a watch with a new log-in, by its step and what the last of them said to do.
     all_refused: Mutex<BTreeMap<(&'static str, &'static str), Instant>>,
 }
 
@@ -433,13 +433,13 @@ impl Etcd {
     }
 
     /// Gives up the connection on which a watch was denied, and the member: where only the log-in is old, etcd
-    /// says the same, and a new one helps. But when all members have denied it, only once in a while. Answers
-    /// whether it was given up.
+    /// says the same, and a new one helps. But when a member has denied it `again`, with a new log-in, only once in
+    /// a while. Answers whether it was given up.
     fn leave_denied(
         &self,
         generation: u64,
         refusal: (&'static str, &'static str),
-        refusals: usize,
+        again: bool,
     ) -> bool {
         let mut last = lock(&self.inner.all_refused);
         if last
@@ -448,8 +448,9 @@ impl Etcd {
         {
             return false;
         }
-        if refusals >= self.inner.endpoints.len() {
+        if again {
             last.insert(refusal, Instant::now());
+            return false;
         }
         drop(last);
         self.leave(generation, true);

@@ -93,7 +93,7 @@ struct Follower {
     seen: Seen,
     /// The id of the etcd cluster it was read from; 0 before.
     cluster: u64,
-    /// The members that have denied the watch since it stood, or since all had.
+    /// The members that have denied the watch since it stood, or since new log-ins did not help.
     denied_by: BTreeSet<usize>,
 }
 
@@ -181,15 +181,20 @@ impl Follower {
         let EtcdError::Refused { step, remedy, .. } = err else {
             return self.etcd.leave(generation, true);
         };
-        self.denied_by.insert(member);
-        let denials = self.denied_by.len();
-        if !self.etcd.leave_denied(generation, (step, remedy), denials) {
+        let again = !self.denied_by.insert(member);
+        if !self.etcd.leave_denied(generation, (step, remedy), again) {
             self.denied_by.clear();
         }
     }
 
     fn tell(&self) {
-        self.sender.send_replace(Arc::new(self.seen.clone()));
+        self.sender.send_if_modified(|told| {
+            let changed = **told != self.seen;
+            if changed {
+                *told = Arc::new(self.seen.clone());
+            }
+            changed
+        });
     }
 
     async fn read(&mut self) -> Result<(), EtcdError> {
@@ -371,6 +376,32 @@ mod tests {
         // A while later.
         super::super::lock(&etcd.inner.all_refused).clear();
         assert_eq!([0; 3].map(|_| member_after(&denied())), [0, 1, 1]);
+        // The other one is away: one new log-in has been tried when this one denies it again.
+        super::super::lock(&etcd.inner.all_refused).clear();
+        assert_eq!(member_after(&denied()), 0);
+        assert_eq!(member_after(&away), 1);
+        assert_eq!([0; 3].map(|_| member_after(&denied())), [1; 3]);
+    }
+
+    #[test]
+    fn a_watch_that_ends_again_is_no_change() {
+        let (sender, mut told) = watch::channel(Arc::default());
+        let mut follower = Follower {
+            etcd: crate::etcd::tests::two_members(),
+            prefix: "/p".to_owned(),
+            sender,
+            seen: Seen::default(),
+            cluster: 0,
+            denied_by: BTreeSet::new(),
+        };
+        for live in [true, false] {
+            follower.seen.live = live;
+            follower.tell();
+            assert!(told.has_changed().unwrap());
+            assert_eq!(told.borrow_and_update().live, live);
+            follower.tell();
+            assert!(!told.has_changed().unwrap());
+        }
     }
 
     #[test]
