@@ -19,7 +19,7 @@ use crate::link::LinkOpenError;
 use crate::resource::InventoryError;
 use crate::rpc::{BindError, KeyError};
 
-/// Why the agent could not start.
+/// Why the agent could not start, or could not go on.
 #[derive(Debug, Error)]
 pub enum AppError {
     /// A directory of the configuration cannot be used.

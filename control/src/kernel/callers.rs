@@ -23,17 +23,17 @@ pub struct Source {
 /// The addresses of all kernels.
 #[derive(Debug, Default)]
 pub struct Callers {
-    known: Mutex<Caller>,
+    known: Mutex<CallerTable>,
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Caller {
+struct CallerTable {
     sources: HashMap<KernelId, Vec<Source>>,
     kernels: HashMap<IpAddr, Vec<(KernelId, u32)>>,
 }
 
-impl Caller {
+impl CallerTable {
     fn remove(&mut self, kernel: KernelId) {
         for source in self.sources.remove(&kernel).unwrap_or_default() {
             if let Some(holders) = self.kernels.get_mut(&source.address) {
@@ -47,8 +47,8 @@ impl Caller {
 }
 
 impl Callers {
-    fn known(&self) -> MutexGuard<'_, Caller> {
-        // No method leaves `Caller` half-changed at a point that can panic.
+    fn known(&self) -> MutexGuard<'_, CallerTable> {
+        // No method leaves `CallerTable` half-changed at a point that can panic.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -17,10 +17,10 @@ use tokio::time::Instant;
 use crate::blocking::blocking;
 use crate::volumes::mount;
 
-/// Looks at work at one mount. The runtime has 512 threads for all work that blocks.
+/// Operations at work at one mount. The runtime has 512 threads for all work that blocks.
 const AT_ONE_MOUNT: usize = 4;
 
-/// What was looked at has not answered, and may go on hanging: a retry helps once its server is back.
+/// What was touched has not answered, and may go on hanging: a retry helps once its server is back.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
     "{what} cannot be used: {path} has not answered within {limit:?}, so its file system seems to hang; bring its server back or unmount it on this node, then try again",
@@ -35,7 +35,7 @@ pub struct Silent {
     pub limit: Duration,
 }
 
-/// The looks of a node; clones share them.
+/// The operations of a node; clones share them.
 #[derive(Clone, Debug)]
 pub struct GuardedIo {
     limit: Duration,
@@ -49,16 +49,16 @@ struct Mounts {
     begun: u64,
 }
 
-/// The looks at one mount.
+/// The operations at one mount.
 #[derive(Debug)]
 struct MountIo {
     permits: Arc<Semaphore>,
-    /// What they look at, and how long somebody waits for it.
+    /// What they touch, and how long somebody waits for it.
     under_way: HashMap<u64, (PathBuf, Instant)>,
 }
 
 impl MountIo {
-    /// Whether one more look would only be one more that hangs.
+    /// Whether one more operation would only be one more that hangs.
     fn hangs(&self, path: &Path) -> bool {
         let now = Instant::now();
         let overdue = || self.under_way.values().filter(|(_, until)| now >= *until);
@@ -66,7 +66,7 @@ impl MountIo {
     }
 }
 
-/// A look at work, wherever the one is who asked for it.
+/// An operation at work, wherever the one is who asked for it.
 struct Operation {
     mounts: Arc<Mutex<Mounts>>,
     mount: PathBuf,
@@ -95,7 +95,7 @@ fn lock(mounts: &Mutex<Mounts>) -> MutexGuard<'_, Mounts> {
 }
 
 impl GuardedIo {
-    /// Looks that may take `limit` each, or several in a row.
+    /// Operations that may take `limit` each, or several in a row.
     pub fn new(limit: Duration) -> GuardedIo {
         GuardedIo {
             limit,
@@ -103,7 +103,7 @@ impl GuardedIo {
         }
     }
 
-    /// When looks that begin now have to be over.
+    /// When operations that begin now have to be over.
     pub fn until(&self) -> Instant {
         Instant::now() + self.limit
     }
@@ -111,7 +111,7 @@ impl GuardedIo {
     /// Does what touches `path` off the async workers. `what` names it in the error.
     ///
     /// # Errors
-    /// It has not answered at `until`; at once when an earlier look at the path, or too many at its
+    /// It has not answered at `until`; at once when an earlier operation at the path, or too many at its
     /// mount, wait for longer than the limit already. The work may go on, and nobody hears of it.
     pub async fn at<T: Send + 'static>(
         &self,
@@ -129,7 +129,7 @@ impl GuardedIo {
     /// its mount, behind links perhaps, is not counted.
     ///
     /// # Errors
-    /// It has not answered at `until`; at once when an earlier look at it hangs.
+    /// It has not answered at `until`; at once when an earlier operation at it hangs.
     pub async fn at_own<T: Send + 'static>(
         &self,
         until: Instant,

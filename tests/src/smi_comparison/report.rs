@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::skip;
 
-/// Between the lines of a document that keeps what was report.
+/// Around the lines of a document that keep what was seen.
 const MARKS: [&str; 2] = ["<!-- seen: begin -->\n", "<!-- seen: end -->\n"];
 
 /// What, as the agent tells it, as `nvidia-smi` does.
