@@ -270,7 +270,7 @@ mod tests {
                 .unwrap()
                 .allocation
         };
-        ledger.restore(holder, &held).unwrap();
+        ledger.restore(holder, &held, true).unwrap();
         assert!(ledger.allocation(holder).unwrap().same_as(&held));
         let back = vec![device(WHOLE, "GPU-0"), device(WHOLE, "GPU-1")];
         assert!(listed.put(&ledger, WHOLE, back, || true).unwrap());

@@ -264,6 +264,7 @@ fn new_record(order: &Order) -> Record {
         runs_owed: 0,
         run_ids: RunIds::default(),
         service_owed: false,
+        memory_pinned: None,
     }
 }
 

@@ -100,6 +100,10 @@ pub struct Record {
     pub slots: serde_json::Map<String, serde_json::Value>,
     /// The devices it holds.
     pub allocation: Option<Allocation>,
+    /// The agent has pinned the memory of its container to a NUMA node. Records of agents before this field do
+    /// not tell.
+    #[serde(default)]
+    pub memory_pinned: Option<bool>,
     /// Its services with their host ports.
     pub services: Vec<ServicePort>,
     /// Host ports that are taken for services of its next container, while it is restarted. Records of

@@ -380,7 +380,8 @@ async fn claim_scratch(node: Arc<Node>, id: KernelId) {
 /// kernels exist, and neither is killed for it.
 fn restore_holdings(node: &Node, record: &Record) {
     if let Some(allocation) = &record.allocation {
-        match node.ledger.restore(record.id(), allocation) {
+        let pinned = record.memory_pinned.unwrap_or(true);
+        match node.ledger.restore(record.id(), allocation, pinned) {
             Ok(restored) if restored != Restored::default() => {
                 tracing::warn!(kernel_id = %record.id(), gone = ?restored.missing, overused = ?restored.overused,
                     "a kernel holds devices that are not in service now, or that others hold too");

@@ -231,6 +231,7 @@ pub(super) mod tests {
             runs_owed: 0,
             run_ids: RunIds::default(),
             service_owed: false,
+            memory_pinned: None,
         }
     }
 

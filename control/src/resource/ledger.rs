@@ -480,7 +480,8 @@ impl Ledger {
     }
 
     /// Takes a recorded allocation into the ledger as it was, also when devices are gone or
-    /// overused: a running kernel is the truth. The same again changes nothing.
+    /// overused: a running kernel is the truth. The same again changes nothing. `pinned`: the memory of its
+    /// container may be pinned by this agent.
     ///
     /// # Errors
     /// When the kernel holds something else.
@@ -488,6 +489,7 @@ impl Ledger {
         &self,
         kernel_id: KernelId,
         allocation: &Allocation,
+        pinned: bool,
     ) -> Result<Restored, RestoreError> {
         let mut state = self.state();
         if let Some(holder) = state.holders.get_mut(&kernel_id) {
@@ -521,7 +523,9 @@ impl Ledger {
             allocation: allocation.clone(),
         };
         state.holders.insert(kernel_id, holder);
-        Self::suppose_pinned(&mut state, kernel_id, allocation);
+        if pinned {
+            Self::suppose_pinned(&mut state, kernel_id, allocation);
+        }
         Ok(restored)
     }
 

@@ -483,7 +483,7 @@ fn the_ledger_takes_what_changes_and_keeps_what_is_held() {
     // It is nobody's then, and taken back if it works.
     let held = ledger.release(KernelId([1; 16])).unwrap();
     assert_eq!(announced(), 1.into());
-    ledger.restore(KernelId([1; 16]), &held).unwrap();
+    ledger.restore(KernelId([1; 16]), &held, true).unwrap();
     // It works again: it is still held, and free when its kernel ends.
     devices[place].healthy = true;
     install(&devices);
@@ -509,7 +509,7 @@ fn devices_held_by_number_or_as_another_slot_are_given_to_nobody_else() {
         let ledger = Ledger::discover(&defaults(), vec![Box::new(plugin.clone())]).unwrap();
         let holder = KernelId([1; 16]);
         let held = serde_json::from_value(json!({"cuda": {"cuda.device": {"0": "1"}}})).unwrap();
-        let restored = ledger.restore(holder, &held).unwrap();
+        let restored = ledger.restore(holder, &held, true).unwrap();
         assert_eq!(restored.missing, []);
         // A driver that answers later changes nothing about that.
         ledger.install(std::sync::Arc::new(plugin.clone())).unwrap();

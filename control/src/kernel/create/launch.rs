@@ -189,6 +189,7 @@ async fn make_container(
         record.models_pending = !models.is_empty() && order.config.is_main();
         record.models = models;
         record.environ = Some(extras.environ);
+        record.memory_pinned = Some(extras.limits.cpuset_mems.is_some());
         record.container_name = name.clone();
         record.container_id = None;
     });

@@ -144,6 +144,7 @@ pub async fn record(
         runs_owed: 0,
         run_ids: RunIds::default(),
         service_owed: false,
+        memory_pinned: None,
     })
 }
 

@@ -71,7 +71,7 @@ impl Ledger {
     }
 
     /// The kernels whose containers are pinned to a node that may have too little for all by now. After
-    /// a restart of the agent those are taken for pinned that may be, also by a life that pinned where this one does not.
+    /// a restart of the agent those are taken for pinned that the life before has pinned, also where this one pins none.
     pub fn to_widen(&self) -> Vec<Pinned> {
         let state = self.state();
         let nodes: BTreeSet<i32> = state.pins.by_kernel.values().map(|pin| pin.0).collect();

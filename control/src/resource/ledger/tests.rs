@@ -336,8 +336,14 @@ fn a_restart_gives_the_same_map() {
     for n in [3, 1] {
         let recorded = serde_json::to_string(&before.allocation(kernel(n))).unwrap();
         let recorded = serde_json::from_str(&recorded).unwrap();
-        assert_eq!(after.restore(kernel(n), &recorded), Ok(Restored::default()));
-        assert_eq!(after.restore(kernel(n), &recorded), Ok(Restored::default()));
+        assert_eq!(
+            after.restore(kernel(n), &recorded, true),
+            Ok(Restored::default())
+        );
+        assert_eq!(
+            after.restore(kernel(n), &recorded, true),
+            Ok(Restored::default())
+        );
     }
     assert_eq!(after.snapshot(), before.snapshot());
     let next = ask("4", "1g");
@@ -347,7 +353,7 @@ fn a_restart_gives_the_same_map() {
     );
     let other = before.allocation(kernel(9)).unwrap();
     assert_eq!(
-        after.restore(kernel(1), &other),
+        after.restore(kernel(1), &other, true),
         Err(RestoreError::Held(kernel(1)))
     );
 }
@@ -360,7 +366,7 @@ fn what_runs_is_held_even_when_the_node_has_shrunk() {
         .unwrap()
         .allocation;
     let small = ledger_of(host(4, 1, 8));
-    let restored = small.restore(kernel(1), &given).unwrap();
+    let restored = small.restore(kernel(1), &given, true).unwrap();
     assert_eq!(restored.missing.len(), 4);
     assert_eq!(restored.overused, [("mem".to_owned(), "root".to_owned())]);
     assert_eq!(
@@ -509,10 +515,10 @@ fn who_is_pinned_is_widened_when_others_may_take_the_memory() {
 
     // After a restart of the agent nobody says who was pinned.
     let next = two_nodes();
-    next.restore(kernel(1), &held).unwrap();
+    next.restore(kernel(1), &held, true).unwrap();
     assert_eq!(due(&next), []);
     let other = ledger.allocation(kernel(2)).unwrap();
-    next.restore(kernel(2), &other).unwrap();
+    next.restore(kernel(2), &other, true).unwrap();
     assert_eq!(due(&next), first);
     next.release(kernel(1));
     assert_eq!(due(&next), []);
@@ -520,12 +526,16 @@ fn who_is_pinned_is_widened_when_others_may_take_the_memory() {
     // Nothing is to be pinned any more: who may be is widened, and nobody is pinned anew.
     let mut next = two_nodes();
     next.policy.memory_nodes = false;
-    next.restore(kernel(1), &held).unwrap();
+    next.restore(kernel(1), &held, true).unwrap();
     assert_eq!(due(&next), first);
     next.widened(&next.to_widen()[0]);
     assert_eq!(due(&next), []);
     next.release(kernel(1));
     assert_eq!(pin(&next, 1, "2", "5g"), None);
+    assert_eq!(due(&next), []);
+    // One that was not pinned is the operator's, who may have pinned it to the same node.
+    next.release(kernel(1));
+    next.restore(kernel(1), &held, false).unwrap();
     assert_eq!(due(&next), []);
 }
 
@@ -689,7 +699,7 @@ fn what_kernels_hold_is_announced_when_it_is_given_out_no_more() {
 
     // The plugin has not come yet; when it has, nothing is announced twice.
     let next = ledger(Vec::new());
-    next.restore(kernel(1), &held).unwrap();
+    next.restore(kernel(1), &held, true).unwrap();
     assert_eq!(announced(&next, SLOT), count("2"));
     next.install(Kind::fpga("fpga", SLOT, 3).into()).unwrap();
     assert_eq!(announced(&next, SLOT), count("3"));
@@ -705,7 +715,7 @@ fn what_kernels_hold_is_announced_when_it_is_given_out_no_more() {
         "cuda",
         vec![(part.to_owned(), one), ("cuda.shares".to_owned(), half)],
     );
-    next.restore(kernel(2), &of_cuda).unwrap();
+    next.restore(kernel(2), &of_cuda, true).unwrap();
     assert_eq!(
         announced(&next, part),
         Some(("1".to_owned(), SlotType::Unique))
@@ -744,7 +754,7 @@ proptest! {
                     let fresh = self::ledger();
                     for id in 0..6 {
                         if let Some(held) = ledger.allocation(kernel(id)) {
-                            prop_assert_eq!(fresh.restore(kernel(id), &held), Ok(Restored::default()));
+                            prop_assert_eq!(fresh.restore(kernel(id), &held, true), Ok(Restored::default()));
                         }
                     }
                     prop_assert_eq!(fresh.snapshot().devices, ledger.snapshot().devices);
