@@ -47,7 +47,7 @@ use self::links::{LinkReader, Seek};
 use self::node::Node;
 use self::process::Lister;
 use self::record::Before;
-use self::stacked_devices::{StackedDeviceReader, StackedDevices};
+use self::stacked_devices::StackedDeviceReader;
 use self::tasks::Tasks;
 use self::threads::CollectorThreads;
 use crate::board::{Board, Pass};
@@ -352,7 +352,13 @@ impl Sampler {
     }
 
     /// Takes the reader back after a question.
-    fn take_back(&mut self, reader: LinkReader) {
+    fn take_back(&mut self, mut reader: LinkReader) {
+        for (id, seek) in reader.unanswered() {
+            if place_of(&self.containers, &id).is_ok() {
+                // Of a row that has changed since it is sought already.
+                self.sought.entry(id).or_insert(seek);
+            }
+        }
         self.partly_told.clear();
         self.partly_told.extend(reader.with_inner());
         self.links = Some(reader);
@@ -427,7 +433,7 @@ impl Sampler {
         };
         // What the program has read is of one moment; files are read one after the other.
         let files = self.cgroup_program.is_none();
-        let none = StackedDevices::default();
+        let none = Arc::default();
         let stacks = self
             .stacks
             .as_ref()
@@ -540,7 +546,7 @@ impl Sampler {
             {
                 continue;
             }
-            self.sought.insert(id, links::seek(row));
+            self.sought.insert(id, Seek::of(row));
             let before = self.io_before.get(&id).copied().unwrap_or_default();
             let told = match place {
                 Ok(place) => self.containers[place].before(),

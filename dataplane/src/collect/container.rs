@@ -12,7 +12,7 @@ use shared::desired::ContainerRow;
 use shared::ids::{ContainerId, KernelId};
 use shared::observed::{ContainerSample, IoCounters, Measured, NetCounters, Source};
 
-use ebpf::cgroup_records::filled;
+use ebpf::cgroup_records::{CgroupRecord, filled};
 
 use super::cgroup_program::{CgroupProgram, Kind, Slot};
 use super::cgroup_v1;
@@ -20,8 +20,8 @@ use super::cgroup_v2;
 use super::file::{Budget, Failure};
 use super::hierarchies::{CgroupHierarchies, Hierarchy};
 use super::record::{
-    Before, CpuSplit, IoSums, Steady, cpu_counters, memory_counters, network, network_of, of_net,
-    pids_counters,
+    Before, CpuSplit, IoSums, IoWay, Steady, cpu_counters, io_counters, memory_counters, network,
+    network_of, of_net, pids_counters,
 };
 use super::stacked_devices::StackedDevices;
 use crate::sys::netlink::Links;
@@ -42,6 +42,19 @@ enum Memory {
 enum Io {
     V1(cgroup_v1::Io),
     V2(cgroup_v2::Io),
+}
+
+impl Io {
+    fn read(
+        &mut self,
+        stacks: &StackedDevices,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<IoCounters>, Failure> {
+        match self {
+            Self::V1(io) => io.read(stacks, buffer),
+            Self::V2(io) => io.read(stacks, buffer).map(Some),
+        }
+    }
 }
 
 /// A container's cgroup in one hierarchy.
@@ -472,7 +485,7 @@ impl Watched {
         budget: &Arc<Budget>,
         program: Option<&CgroupProgram>,
         links: Networks<'_>,
-        stacks: &StackedDevices,
+        stacks: &Arc<StackedDevices>,
         buffer: &mut Vec<u8>,
     ) -> ContainerSample {
         let mut sample = ContainerSample {
@@ -481,7 +494,7 @@ impl Watched {
             ..ContainerSample::default()
         };
         if let Some(program) = program {
-            self.take_record(&mut sample, program, stacks);
+            self.take_record(&mut sample, program, stacks, buffer);
         }
         self.find_missing(hierarchies, budget);
         if self.read_groups(&mut sample, stacks, buffer) {
@@ -490,7 +503,10 @@ impl Watched {
             self.read_groups(&mut sample, stacks, buffer);
         }
         if sample.io.source == Source::File {
-            self.hot.io.tell(&mut sample.io.counters);
+            let record = self.hot.slot.as_ref().zip(program);
+            let record = record.and_then(|(slot, program)| program.record(slot));
+            let way = IoWay::Files(Arc::clone(stacks));
+            self.tell_io(&way, &mut sample.io.counters, record.as_ref(), buffer);
         }
         for (source, links) in [(Source::Bpf, links.read), (Source::Netlink, links.told)] {
             let place = &mut self.hot.link_place;
@@ -511,7 +527,8 @@ impl Watched {
         &mut self,
         sample: &mut ContainerSample,
         program: &CgroupProgram,
-        stacks: &StackedDevices,
+        stacks: &Arc<StackedDevices>,
+        buffer: &mut Vec<u8>,
     ) {
         let Some(record) = self.hot.slot.as_ref().and_then(|slot| program.record(slot)) else {
             return;
@@ -548,9 +565,12 @@ impl Watched {
         let loops = || stacks.have_loops() && filled(filled::LOOPS);
         let once = !self.hot.unified_io || !(stacks.have_others() || loops());
         if known(Controller::Io) && filled(filled::IO) && once {
+            let loops_on_disks = stacks.have_loops();
             let before = self.hot.io_before.as_deref();
-            let told = self.hot.io.of_record(&record, before, stacks.have_loops());
-            sample.io = Measured::now(Source::Bpf, told);
+            let mut counted = io_counters(&record, before, loops_on_disks);
+            let way = IoWay::Records { loops_on_disks };
+            self.tell_io(&way, &mut counted, Some(&record), buffer);
+            sample.io = Measured::now(Source::Bpf, counted);
         }
         if known(Controller::Memory) && filled(filled::MEMORY_STAT) && program.knows_statistics() {
             let (unified, swap) = (self.hot.unified_memory, self.hot.counts_swap);
@@ -559,11 +579,29 @@ impl Watched {
         }
     }
 
+    /// Makes of what was counted this way what is told.
+    fn tell_io(
+        &mut self,
+        way: &IoWay,
+        counted: &mut IoCounters,
+        record: Option<&CgroupRecord>,
+        buffer: &mut Vec<u8>,
+    ) {
+        let before = self.hot.io_before.as_deref();
+        let files = &mut self.cold.io;
+        self.hot.io.tell(way, counted, |last| match last {
+            IoWay::Records { loops_on_disks } => record
+                .filter(|record| record.filled & filled::IO != 0)
+                .map(|record| io_counters(record, before, *loops_on_disks)),
+            IoWay::Files(stacks) => files.as_mut()?.read(stacks, buffer).ok()?,
+        });
+    }
+
     /// Reads the groups that are still absent. True when one was found gone and given up.
     fn read_groups(
         &mut self,
         sample: &mut ContainerSample,
-        stacks: &StackedDevices,
+        stacks: &Arc<StackedDevices>,
         buffer: &mut Vec<u8>,
     ) -> bool {
         let mut gone = false;
@@ -631,11 +669,7 @@ impl Watched {
             gone |= take(read.map(Some), &mut sample.pids, &mut self.cold.pids);
         }
         if let Some(io) = self.cold.io.as_mut().filter(|_| sample.io.get().is_none()) {
-            let read = match io {
-                Io::V1(io) => io.read(stacks, buffer),
-                Io::V2(io) => io.read(stacks, buffer).map(Some),
-            };
-            gone |= take(read, &mut sample.io, &mut self.cold.io);
+            gone |= take(io.read(stacks, buffer), &mut sample.io, &mut self.cold.io);
         }
         self.hot.incomplete |= self.lacks_files();
         gone
@@ -723,7 +757,7 @@ mod tests {
             &Budget::new(100),
             None,
             Networks::default(),
-            &StackedDevices::default(),
+            &Arc::default(),
             &mut Vec::new(),
         );
         assert_eq!(sample.cpu.source, Source::Absent);

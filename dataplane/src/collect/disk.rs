@@ -151,8 +151,8 @@ impl Disk {
             let taken = size.saturating_sub(space.available);
             if !device.is_loop() {
                 (total, used) = (total.saturating_add(size), used.saturating_add(taken));
+                oldest = Some(oldest.map_or(space.at, |oldest| oldest.min(space.at)));
             }
-            oldest = Some(oldest.map_or(space.at, |oldest| oldest.min(space.at)));
             if disks.len() == NodeSample::MOST_DISKS {
                 left_out += 1;
                 continue;

@@ -18,14 +18,27 @@ use shared::log_limit::LogLimit;
 use crate::sys::netlink::inner::{InnerLinks, InnerStatistics};
 use crate::sys::netlink::{LinkCounters, LinkStatistics, NetlinkError};
 
-/// A container's process and the host's ends of its links, by which its other links are looked for;
-/// none when it has no others.
-pub(super) type Seek = Option<(u32, Vec<u32>)>;
+/// Links of a container are looked for so often while the kernel gives no answer.
+const TRIES: u8 = 5;
 
-/// How other links of this container are looked for.
-pub(super) fn seek(row: &ContainerRow) -> Seek {
-    let may = !row.host_network && row.init_pid != 0 && !row.link_indexes.is_empty();
-    may.then(|| (row.init_pid, row.link_indexes.clone()))
+/// How other links of a container are looked for.
+#[derive(Debug)]
+pub(super) struct Seek {
+    /// Its process and the host's ends of its links; none when it has no others.
+    by: Option<(u32, Vec<u32>)>,
+    /// So often the kernel gave no answer.
+    failed: u8,
+}
+
+impl Seek {
+    /// How other links of this container are looked for.
+    pub(super) fn of(row: &ContainerRow) -> Self {
+        let may = !row.host_network && row.init_pid != 0 && !row.link_indexes.is_empty();
+        Self {
+            by: may.then(|| (row.init_pid, row.link_indexes.clone())),
+            failed: 0,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -42,6 +55,8 @@ pub(super) struct LinkReader {
     log: LogLimit,
     /// Links that only the container's namespace has, of the few containers with such.
     inner: HashMap<ContainerId, Inner>,
+    /// What is to be looked for again.
+    unanswered: HashMap<ContainerId, Seek>,
     inner_statistics: Option<InnerStatistics>,
     /// Who holds this lets the reader wait, as the kernel would.
     #[cfg(test)]
@@ -134,22 +149,42 @@ impl LinkReader {
     /// Looks for links of a container that have no end on this host.
     fn find_inner(&mut self, id: ContainerId, seek: Seek) {
         self.inner.remove(&id);
-        let Some((pid, outside)) = seek else {
+        let Some((pid, outside)) = &seek.by else {
             return;
         };
-        let found = asked(&mut self.inner_statistics, |it| it.find(pid, &outside));
+        let found = asked(&mut self.inner_statistics, |it| it.find(*pid, outside));
+        self.take_found(id, seek, found);
+    }
+
+    fn take_found(
+        &mut self,
+        id: ContainerId,
+        mut seek: Seek,
+        found: Result<Option<InnerLinks>, NetlinkError>,
+    ) {
         match found {
             Ok(Some(links)) => {
                 let counted = None;
                 self.inner.insert(id, Inner { links, counted });
             }
             Ok(None) => {}
-            Err(err) => tracing::debug!(
-                container_id = %id,
-                err = &err as &dyn std::error::Error,
-                "links of a container's own namespace can't be looked for; they are not counted"
-            ),
+            Err(err) => {
+                tracing::debug!(
+                    container_id = %id,
+                    err = &err as &dyn std::error::Error,
+                    "links of a container's own namespace can't be looked for"
+                );
+                seek.failed += 1;
+                if seek.failed < TRIES {
+                    self.unanswered.insert(id, seek);
+                }
+            }
         }
+    }
+
+    /// Of whom the kernel gave no answer, to be asked for again.
+    pub(super) fn unanswered(&mut self) -> impl Iterator<Item = (ContainerId, Seek)> {
+        self.unanswered.drain()
     }
 }
 
@@ -169,4 +204,29 @@ fn asked<T>(
         Err(_) => InnerStatistics::open().ok(),
     };
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_that_could_not_be_looked_for_are_looked_for_again_and_not_for_ever() {
+        let row = ContainerRow {
+            init_pid: 7,
+            link_indexes: vec![3],
+            ..ContainerRow::default()
+        };
+        let mut reader = LinkReader::default();
+        let mut tries = vec![(row.container_id, Seek::of(&row))];
+        let mut asked = 0;
+        while let Some((id, seek)) = tries.pop() {
+            asked += 1;
+            reader.take_found(id, seek, Err(NetlinkError::Unsteady));
+            tries.extend(reader.unanswered());
+        }
+        assert_eq!(asked, TRIES);
+        reader.take_found(row.container_id, Seek::of(&row), Ok(None));
+        assert_eq!(reader.unanswered().count(), 0);
+    }
 }

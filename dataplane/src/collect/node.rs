@@ -5,7 +5,8 @@
 //! sample. Invariant: the network counts each byte that crossed the node's edge once, or is absent (a node
 //! that has never had an edge has 0): only interfaces with hardware behind them, not bridges, veths or
 //! bonds over them, and all of those; it does not go back when one of them leaves, nor does one that comes
-//! later bring along what it has carried before.
+//! later bring along what it has carried before, unless this process starts again: then the greater counts, of
+//! what was told and what the interfaces of now have carried, as they went on meanwhile.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -2,6 +2,8 @@
 //!
 //! In: a record, links. Out: groups of counters. Invariant: what was not read is absent.
 
+use std::sync::Arc;
+
 use ebpf::cgroup_records::{CgroupRecord, filled};
 use shared::desired::ContainerRow;
 use shared::observed::{
@@ -10,6 +12,7 @@ use shared::observed::{
 
 use super::cgroup_program::bytes;
 use super::cgroup_v1;
+use super::stacked_devices::StackedDevices;
 use crate::sys::netlink::{LinkCounters, Links};
 
 /// How the unified tree's CPU time is split: the kernel scales what it has sampled to the exact sum,
@@ -159,38 +162,62 @@ pub(super) fn io_counters(
     }
 }
 
-/// The same as told, on and on: how loop devices count changes for all containers when the first comes that lies on
-/// a disk, and when the last goes.
+/// By what I/O is added up.
+#[derive(Debug, Clone)]
+pub(super) enum IoWay {
+    /// Records of the kernel's program.
+    Records {
+        /// Loop devices lie on disks, so what is done on them counts there.
+        loops_on_disks: bool,
+    },
+    /// Files, with these stacks of devices.
+    Files(Arc<StackedDevices>),
+}
+
+impl IoWay {
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (
+                Self::Records {
+                    loops_on_disks: one,
+                },
+                Self::Records {
+                    loops_on_disks: two,
+                },
+            ) => one == two,
+            (Self::Files(one), Self::Files(two)) => Arc::ptr_eq(one, two) || one == two,
+            _ => false,
+        }
+    }
+}
+
+/// The same as told, on and on, however it is added up: that changes for all containers as devices that lie on
+/// others come and go, and when the program or the files can't be read.
 #[derive(Debug, Clone, Default)]
 pub(super) struct IoSums {
     steady: Steady<4>,
-    /// How they counted last.
-    loops_on_disks: Option<bool>,
+    /// How they were added up last.
+    way: Option<IoWay>,
 }
 
 impl IoSums {
-    /// Makes of what files tell what is told.
-    pub(super) fn tell(&mut self, counted: &mut IoCounters) {
-        self.steady.tell(of_io(counted));
-    }
-
-    /// What is told of a record.
-    pub(super) fn of_record(
+    /// Makes of what was counted this way what is told. When it was counted another way until now, what was `counted_by`
+    /// that one is told first, as far as it can be known.
+    pub(super) fn tell(
         &mut self,
-        record: &CgroupRecord,
-        before: Option<&IoCounters>,
-        loops_on_disks: bool,
-    ) -> IoCounters {
-        let mut counted = io_counters(record, before, loops_on_disks);
-        if let Some(last) = self.loops_on_disks.replace(loops_on_disks)
-            && last != loops_on_disks
+        way: &IoWay,
+        counted: &mut IoCounters,
+        counted_by: impl FnOnce(&IoWay) -> Option<IoCounters>,
+    ) {
+        if let Some(last) = self.way.replace(way.clone())
+            && !last.is(way)
         {
-            self.steady
-                .tell(of_io(&mut io_counters(record, before, last)));
-            self.steady.go_on(of_io(&mut counted));
+            if let Some(mut counted) = counted_by(&last) {
+                self.steady.tell(of_io(&mut counted));
+            }
+            self.steady.go_on(of_io(counted));
         }
-        self.tell(&mut counted);
-        counted
+        self.steady.tell(of_io(counted));
     }
 }
 
@@ -358,7 +385,7 @@ impl Before {
             net: Steady::after(of_net(&mut net).map(|count| *count)),
             io: IoSums {
                 steady: Steady::after(of_io(&mut io).map(|count| *count)),
-                loops_on_disks: None,
+                way: None,
             },
         }
     }
@@ -419,8 +446,16 @@ mod tests {
             ..CgroupRecord::default()
         };
         let mut sums = IoSums::default();
-        let mut told = |others, loops, on_disks| {
-            let counted = sums.of_record(&record(others, loops), None, on_disks);
+        let mut told = |others, loops, loops_on_disks| {
+            let record = record(others, loops);
+            let mut counted = io_counters(&record, None, loops_on_disks);
+            let way = IoWay::Records { loops_on_disks };
+            sums.tell(&way, &mut counted, |last| match last {
+                IoWay::Records { loops_on_disks } => {
+                    Some(io_counters(&record, None, *loops_on_disks))
+                }
+                IoWay::Files(_) => None,
+            });
             counted.read_bytes
         };
         assert_eq!(told(100, 30, false), Some(130));
@@ -436,6 +471,33 @@ mod tests {
         // One that went is forgotten by the kernel's program.
         assert_eq!(told(0, 0, false), Some(145));
         assert_eq!(told(1, 1, false), Some(147));
+    }
+
+    #[test]
+    fn io_that_is_added_up_another_way_from_now_on_does_not_jump() {
+        let read = |bytes| IoCounters {
+            read_bytes: Some(bytes),
+            ..IoCounters::default()
+        };
+        let mut sums = IoSums::default();
+        let mut told = |way: &IoWay, bytes, as_before: Option<u64>| {
+            let mut counted = read(bytes);
+            sums.tell(way, &mut counted, |_| as_before.map(read));
+            counted.read_bytes
+        };
+        let stacked = IoWay::Files(Arc::new(StackedDevices::default()));
+        let records = IoWay::Records {
+            loops_on_disks: false,
+        };
+        assert_eq!(told(&stacked, 100, None), Some(100));
+        for _ in 0..2 {
+            // The last loop device is gone, and what was done on it counts beside what was on its disk.
+            assert_eq!(told(&records, 200, None), Some(100));
+            assert_eq!(told(&stacked, 100, None), Some(100));
+        }
+        // What was done until then counts as it did.
+        assert_eq!(told(&records, 230, Some(115)), Some(115));
+        assert_eq!(told(&records, 231, None), Some(116));
     }
 
     #[test]

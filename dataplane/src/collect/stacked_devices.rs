@@ -6,7 +6,7 @@
 //! 2026; what md writes for RAID 5 never, nor what a multipath of requests does; of loop devices what their files' cache does not
 //! hold, from 5.14 on. So the devices that lie on each other
 //! are looked at as layers, and the layer with most counts. Invariants: no layer has a device above another of it, so
-//! it has no I/O twice, but for copies that a mirror makes; a sum goes back only when devices come or go.
+//! it has no I/O twice, but for copies that a mirror makes; a sum jumps, back or ahead, only when devices come or go.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -163,7 +163,7 @@ pub struct StackedDeviceReader {
     /// How often the kernel has told of a device.
     events: CachedFile,
     seen: Option<u64>,
-    stacks: StackedDevices,
+    stacks: Arc<StackedDevices>,
 }
 
 impl StackedDeviceReader {
@@ -175,7 +175,7 @@ impl StackedDeviceReader {
             files: HashMap::new(),
             events: CachedFile::new(root.join("kernel/uevent_seqnum"), budget),
             seen: None,
-            stacks: StackedDevices::default(),
+            stacks: Arc::default(),
         }
     }
 
@@ -194,14 +194,14 @@ impl StackedDeviceReader {
         };
         self.seen = events;
         let stacks = StackedDevices::of(&holders);
-        if stacks != self.stacks {
+        if stacks != *self.stacks {
             tracing::debug!(
                 devices = stacks.layers_of.len(),
                 loops = stacks.loops,
                 others = stacks.others,
                 "block devices lie on others, so `io.stat` is read where cgroups are of version 2"
             );
-            self.stacks = stacks;
+            self.stacks = Arc::new(stacks);
         }
     }
 
@@ -233,8 +233,8 @@ impl StackedDeviceReader {
         Ok(loops.into_iter().filter_map(below).collect())
     }
 
-    /// As of the last look.
-    pub fn stacks(&self) -> &StackedDevices {
+    /// As of the last look; the same as long as nothing comes or goes.
+    pub fn stacks(&self) -> &Arc<StackedDevices> {
         &self.stacks
     }
 }
