@@ -432,6 +432,42 @@ fn where_links_are_missing_filters_do_and_leave_no_trace() {
     );
 }
 
+/// It would take the guard for a filter of packets that come in, without a word.
+#[test]
+fn no_guard_is_put_where_it_would_not_see_what_goes_out() {
+    if !may_use_bpf() {
+        return;
+    }
+    let mut node = Node::with("forward = \"auto\"\nkernel-attach = \"filters\"");
+    let container = node.network.container(9).expect("a container");
+    let ingress = |what| {
+        let mut tc = command(&node.network.host, "tc");
+        tc.args(["qdisc", what, "dev", &container.link, "ingress"]);
+        let done = tc.output().expect("tc can be run");
+        assert!(done.status.success(), "{done:?}");
+    };
+    ingress("add");
+    let known = container.row(ContainerId([9; 32]));
+    node.control
+        .write(|batch| batch.put_container(known))
+        .expect("known");
+    let at_link = || {
+        let there = attached(&node);
+        there.matches(&container.link).count()
+    };
+    wait::until_blocking("the refusal", Duration::from_secs(20), || {
+        let log = node.process.log();
+        log.contains("has no place for a filter").then_some(())
+    })
+    .expect("told");
+    assert_eq!(at_link(), 0, "{}", attached(&node));
+    ingress("del");
+    wait::until_blocking("the guard", Duration::from_secs(20), || {
+        (at_link() > 0).then_some(())
+    })
+    .expect("put up once it can be");
+}
+
 #[test]
 fn a_container_that_comes_back_elsewhere_is_served_there() {
     if !may_use_bpf() {

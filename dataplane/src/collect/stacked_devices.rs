@@ -449,7 +449,7 @@ mod tests {
         let mut refreshed = |told: &str| {
             std::fs::write(sys("kernel/uevent_seqnum"), told).unwrap();
             reader.refresh(&mut Vec::new());
-            reader.stacks().clone()
+            StackedDevices::clone(reader.stacks())
         };
         let none = StackedDevices::default();
         assert_eq!(refreshed("7\n"), none, "no block device at all");
@@ -528,7 +528,7 @@ mod tests {
         let mut refreshed = |told: &str| {
             std::fs::write(sys("kernel/uevent_seqnum"), told).unwrap();
             reader.refresh(&mut Vec::new());
-            reader.stacks().clone()
+            StackedDevices::clone(reader.stacks())
         };
         let stacks = refreshed("1\n");
         assert_eq!(stacks, StackedDevices::of(&[(CRYPT, vec![SDA])]));

@@ -8,6 +8,7 @@
 mod asker;
 pub mod inner;
 pub mod interfaces;
+pub mod queueing;
 pub mod routes;
 pub mod sockets;
 pub mod stale_connections;

@@ -19,6 +19,7 @@ use super::pins::{Pins, PinsError, Side};
 use super::predecessors;
 use crate::causes::chain;
 use crate::sys::netlink::LinkLookup;
+use crate::sys::netlink::queueing::kind_at_ingress;
 
 /// Filters of others, with smaller numbers, speak first; beside links all filters come after.
 const FILTER_PRIORITY: u16 = 49_500;
@@ -63,7 +64,7 @@ pub(super) fn attach(
     if filter.exists() || method == AttachMethod::Filters {
         pins.remove_link(side, index)
             .map_err(KernelPathError::Pins)?;
-        return put_filter(program, pins, side, interface, &filter);
+        return put_filter(program, pins, (side, index), interface, &filter);
     }
     match replace(program, &link) {
         Ok(true) => return Ok(()),
@@ -92,7 +93,7 @@ pub(super) fn attach(
     };
     match put_link(program, side, interface, &link, order) {
         Err(KernelPathError::Attach { source, .. }) if lacks_links(&source) => {
-            put_filter(program, pins, side, interface, &filter)
+            put_filter(program, pins, (side, index), interface, &filter)
         }
         other => other,
     }
@@ -169,7 +170,7 @@ fn filter_handle(pins: &Pins) -> TcHandle {
 fn put_filter(
     program: &mut SchedClassifier,
     pins: &Pins,
-    side: Side,
+    (side, index): (Side, u32),
     interface: &str,
     pin: &Path,
 ) -> Result<(), KernelPathError> {
@@ -187,8 +188,17 @@ fn put_filter(
         // It was taken away by somebody else.
         std::fs::remove_file(pin).map_err(failed)?;
     }
-    // Refused when it is there already, which is as good.
+    // Refused when it is there already, which is as good, or when `ingress` is, which takes a filter of packets that
+    // go out and shows it those that come in.
     let there = qdisc_add_clsact(interface);
+    if there.is_err()
+        && side == Side::Guard
+        && kind_at_ingress(index).is_ok_and(|kind| kind.as_deref() == Some("ingress"))
+    {
+        return Err(KernelPathError::NoEgress {
+            interface: interface.to_owned(),
+        });
+    }
     let options = NlOptions {
         priority: filter_priority(pins),
         handle: filter_handle(pins),

@@ -71,6 +71,15 @@ pub enum KernelPathError {
         #[source]
         source: ProgramError,
     },
+    /// What stands at the interface takes a filter of either side for one of packets that come in.
+    #[error(
+        "a queueing discipline `ingress` of somebody else at {interface} has no place for a filter of packets that go \
+         out: take it away (tc qdisc del dev {interface} ingress), or have it be `clsact`"
+    )]
+    NoEgress {
+        /// Where.
+        interface: String,
+    },
     /// A link could not be pinned or taken over.
     #[error("cannot keep the link at {interface}")]
     Link {
