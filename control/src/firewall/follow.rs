@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use rustix::event::Timespec;
+use rustix::io::Errno;
 use rustix::net::netlink::{NETFILTER, XFRM};
 use shared::log_limit::LogLimit;
 use tokio::sync::Notify;
@@ -56,6 +57,24 @@ impl Seen {
     }
 }
 
+/// Waits for the word of a change. A watch that has failed is opened again; what changed meanwhile
+/// shows in what is [`Seen`].
+fn hear(watch: &mut Option<Watch>, open: impl FnOnce() -> Result<Watch, Errno>) -> bool {
+    if watch.is_none() {
+        *watch = open().ok();
+    }
+    let Some(open) = watch else {
+        std::thread::sleep(AGAIN);
+        return false;
+    };
+    open.wait(&SLOWLY).unwrap_or_else(|errno| {
+        tracing::debug!(%errno, "no word of changes of the firewall; asking for it again");
+        *watch = None;
+        std::thread::sleep(PAUSE);
+        false
+    })
+}
+
 /// Tells when the firewall may have changed, from a thread of its own that blocks.
 fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
     let changed = Arc::new(Notify::new());
@@ -73,24 +92,9 @@ fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
             // It may have changed since the look at the agent's start.
             notify.notify_one();
             while !stopping.is_cancelled() {
-                // One that has failed is opened again; what changed meanwhile shows in what is seen.
-                if watch.is_none() {
-                    watch = Watch::open(&groups).ok();
-                }
-                let told = match &watch {
-                    Some(open) => open.wait(&SLOWLY),
-                    None => {
-                        std::thread::sleep(AGAIN);
-                        Ok(false)
-                    }
-                };
-                if let Err(errno) = told {
-                    tracing::debug!(%errno, "no word of changes of the firewall; asking for it again");
-                    watch = None;
-                    std::thread::sleep(PAUSE);
-                }
+                let told = hear(&mut watch, || Watch::open(&groups));
                 let now = Seen::now();
-                if now.is_none() || now != seen || told == Ok(true) {
+                if now.is_none() || now != seen || told {
                     seen = now;
                     notify.notify_one();
                 }
@@ -159,4 +163,29 @@ async fn renew(node: Arc<Node>, kernel: Arc<Kernel>) {
         tokio::time::sleep(CREATION).await;
     }
     rows::renew(&node, &kernel).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+
+    #[test]
+    fn a_watch_whose_socket_has_failed_is_opened_again() {
+        // Always ready, and nothing can be received from it.
+        let failed = std::fs::File::open("/dev/null").unwrap();
+        let (kernel, socket) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        send(&kernel, b"changed", SendFlags::empty()).unwrap();
+        let mut watch = Some(Watch::of(failed.into()));
+        let told = hear(&mut watch, || panic!("it is open"));
+        assert!(!told && watch.is_none());
+        assert!(hear(&mut watch, || Ok(Watch::of(socket))));
+        assert!(watch.is_some());
+    }
 }

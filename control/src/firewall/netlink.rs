@@ -166,6 +166,12 @@ impl Watch {
         }
     }
 
+    /// Hears what is said by one socket.
+    #[cfg(test)]
+    pub fn of(socket: OwnedFd) -> Self {
+        Self(vec![socket])
+    }
+
     /// Waits for the end of a change, not longer than `most` for its beginning; false when there is
     /// none.
     ///
