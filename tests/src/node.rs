@@ -363,14 +363,14 @@ runner-dir = "{runner}"
             .context("bai-agent can't be started")
     }
 
-    /// Starts a command of the program that is to be ended from outside; nobody sees what it says.
+    /// Starts a command of the program that is to be ended from outside.
     pub fn begin_command(&self, args: &[&str]) -> Result<Begun> {
         let mut command = Command::new(program("bai-agent")?);
         command
             .args(args)
             .env("BAI_AGENT_ADDRESS", &self.address)
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::piped());
         Begun::spawn(&mut command)
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use harness::images;
-use harness::node::{Node, NodeOptions};
+use harness::node::{Begun, Node, NodeOptions};
 use harness::wait;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -279,13 +279,19 @@ fn read_body(
 async fn interrupt_runs(node: &Node, kernel: &str) -> Result<()> {
     let home = node.scratch(kernel).join("work");
     let soon = Duration::from_secs(60);
-    let obeys = "trap 'echo told; exit 7' INT; echo begun > FILE; while :; do sleep 0.1; done";
-    let ignores = "trap '' INT; echo begun > FILE; until [ -e go ]; do sleep 0.1; done";
-    for (command, file, times, code) in [(obeys, "obeys", 1, 7), (ignores, "ignores", 2, 130)] {
-        let words = command.replace("FILE", file);
-        let mut run = node.begin_command(&["kernel", "exec", kernel, "--", &words])?;
-        let begun = || async { home.join(file).exists().then_some(()) };
-        wait::until("the run has begun", soon, begun).await?;
+    // The runner passes no interrupt on before it reads what a command says.
+    let begin = |command: &str| -> Result<Begun> {
+        let mut run = node.begin_command(&["kernel", "exec", kernel, "--", command])?;
+        let output = run.0.stdout.as_mut().context("an output")?;
+        let mut said = [0; 6];
+        tokio::task::block_in_place(|| output.read_exact(&mut said))?;
+        ensure!(&said == b"begun\n", "{said:?}");
+        Ok(run)
+    };
+    let obeys = "trap 'echo told; exit 7' INT; echo begun; while :; do sleep 0.1; done";
+    let ignores = "trap '' INT; echo begun; until [ -e go ]; do sleep 0.1; done";
+    for (command, times, code) in [(obeys, 1, 7), (ignores, 2, 130)] {
+        let mut run = begin(command)?;
         let mut sent = 0;
         let status = wait::until_blocking("the command ends", soon, || {
             let ended = run.ended();
@@ -302,11 +308,8 @@ async fn interrupt_runs(node: &Node, kernel: &str) -> Result<()> {
     ensure!(cli(node, &["kernel", "exec", kernel, "--", "echo next"])? == "next");
 
     // One that waits for another's is not started, and that other one goes on.
-    let works =
-        "trap 'exit 9' INT; echo begun > works; until [ -e over ]; do sleep 0.1; done; exit 3";
-    let mut works = node.begin_command(&["kernel", "exec", kernel, "--", works])?;
-    let begun = || async { home.join("works").exists().then_some(()) };
-    wait::until("the run has begun", soon, begun).await?;
+    let mut works =
+        begin("trap 'exit 9' INT; echo begun; until [ -e over ]; do sleep 0.1; done; exit 3")?;
     let mut waits = node.begin_command(&["kernel", "exec", kernel, "--", "echo begun > waits"])?;
     let journal = node.state().join("kernels").join(node.agent_id());
     let journal = journal.join(format!("{kernel}.json"));
