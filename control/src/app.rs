@@ -9,7 +9,6 @@ mod error;
 mod options;
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -137,6 +136,11 @@ async fn serve(
         }
         (joined.loaded.config.clone(), Some(joined))
     };
+    // Before the engine is waited for: the rows of an earlier life are served meanwhile.
+    link.honour_firewall(firewall_decides(&config).await)
+        .await?;
+    let firewall = firewall::follow(config.clone(), link.clone(), stopping.clone());
+    let firewall = tokio::spawn(firewall);
     let node = assemble(config, link, joined, &starting, &stopping).await?;
     let address = node.config.agent.rpc_listen_addr.to_string();
     // Another agent may have come while etcd or Docker was waited for, and etcd may name another address.
@@ -168,7 +172,8 @@ async fn serve(
             node.tasks.spawn(volumes::serve(node.clone(), requests));
         }
     }
-    let loops = begin_loops(&node, pages);
+    let mut loops = begin_loops(&node, pages);
+    loops.push(firewall);
     if let Some(cluster) = &node.cluster {
         cluster.register(&node.config, stopping.clone()).await;
     }
@@ -205,7 +210,6 @@ fn begin_loops(node: &Arc<Node>, pages: http::Service) -> Vec<JoinHandle<()>> {
         tokio::spawn(memory_nodes::watch(node.clone())),
         tokio::spawn(accelerator::follow(node.clone())),
         tokio::spawn(notices::run(node.clone())),
-        tokio::spawn(firewall::follow(node.clone())),
         tokio::spawn(host::serve(node.clone())),
         tokio::spawn(storage_proxy::run(node.clone())),
         tokio::spawn(metadata::serve(node.clone())),
@@ -376,7 +380,6 @@ async fn assemble(
     if config.node.publish == Publish::Auto && !docker.is_local() {
         tracing::info!("the engine is remote: it publishes the ports itself");
     }
-    let honours_firewall = AtomicBool::new(firewall_decides(&config).await);
     let events = Events::new(EVENT_RING, sinks);
     let consoles = cluster.as_ref().map(|cluster| {
         ConsoleLogs::start(
@@ -415,7 +418,6 @@ async fn assemble(
         storage_proxy: StorageProxy::new(&config),
         tasks,
         plugin_host: PluginHost::new(&config, engine),
-        honours_firewall,
         config,
         docker,
         distros,

@@ -2,7 +2,8 @@
 //!
 //! In: the rows each kernel wants. Out: those rows in the `desired` region, one batch for one kernel,
 //! and what the dataplane answers in `observed`. Invariants: one task owns the writer; rows of a
-//! kernel change only by `publish` and `withdraw`; rows found at start stay until `settle` is called
+//! kernel change only by `publish` and `withdraw`; what the firewall decides is the same in all rows, also in those of
+//! an earlier life, and waits for nobody; rows found at start stay until `settle` is called
 //! with the kernels that exist, so no port row is withdrawn before Docker has been listed once. For the
 //! same reason a region that begins anew says nothing before: the dataplane gives up what runs some time
 //! after a region that speaks does not name it.
@@ -169,6 +170,10 @@ enum Command {
         kernel: KernelId,
         reply: oneshot::Sender<Withdrawn>,
     },
+    HonourFirewall {
+        decides: bool,
+        reply: oneshot::Sender<Result<bool, BatchError>>,
+    },
     Settle {
         keep: HashSet<KernelId>,
         reply: oneshot::Sender<usize>,
@@ -327,6 +332,21 @@ impl Link {
         }
     }
 
+    /// Says in all rows, those to come too, whether the host's firewall decides about new clients: it does until
+    /// this says something else. Answers whether that is a change.
+    ///
+    /// # Errors
+    /// The rows there are cannot be written (those to come carry it all the same), or the agent is stopping.
+    pub async fn honour_firewall(&self, decides: bool) -> Result<bool, LinkError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::HonourFirewall { decides, reply })
+            .await
+            .map_err(|_| LinkError::Stopping)?;
+        let said = answer.await.map_err(|_| LinkError::Stopping)?;
+        said.map_err(LinkError::Batch)
+    }
+
     /// Waits until the dataplane serves all `keys` of the generation, at most `limit`.
     ///
     /// # Errors
@@ -471,6 +491,64 @@ mod tests {
         let mut reader = DesiredReader::at(run_dir.control());
         assert_eq!(reader.snapshot().unwrap().committed, other.committed());
         assert_eq!(reader.writer().unwrap().epoch, other.epoch());
+    }
+
+    #[tokio::test]
+    async fn what_the_firewall_decides_is_in_all_rows_at_once() {
+        let base = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::choose(Some(base.path()), "i-link").unwrap();
+        run_dir.create_dataplane().unwrap();
+        let node = NodeRow::default();
+        let key = |host_port| PortKey {
+            protocol: Protocol::Tcp,
+            host_port,
+        };
+        // As they were made before the firewall was looked at last.
+        let row = |number: u8, host_port| {
+            let (kernel, container) = (KernelId([number; 16]), ContainerId([number; 32]));
+            let address = std::net::Ipv4Addr::LOCALHOST.into();
+            PortRow::new(key(host_port), kernel, container, address, 8080)
+        };
+        let rows = |number: u8, ports: &[u16]| KernelRows {
+            container: None,
+            ports: ports.iter().map(|port| row(number, *port)).collect(),
+        };
+        let mut reader = DesiredReader::at(run_dir.control());
+        let mut decides = || -> Vec<(u16, bool)> {
+            let snapshot = reader.snapshot().unwrap();
+            let all = snapshot.ports.iter();
+            let mut all: Vec<_> = all
+                .map(|row| (row.host_port, row.honour_firewall))
+                .collect();
+            all.sort_unstable();
+            all
+        };
+        {
+            // The writer of an earlier life, which let clients pass the firewall by.
+            let directory = run_dir.create_control().unwrap();
+            let mut writer = DesiredWriter::open(directory, Sizes::default()).unwrap();
+            writer.batch(|batch| batch.put_port(row(1, 30001))).unwrap();
+        }
+        assert_eq!(decides(), [(30001, false)]);
+        let stopping = CancellationToken::new();
+        let link = Link::open(run_dir.clone(), Sizes::default(), node, stopping).unwrap();
+        link.publish(KernelId([2; 16]), rows(2, &[30002, 30003]))
+            .await
+            .unwrap();
+        assert_eq!(
+            decides(),
+            [(30001, false), (30002, true), (30003, true)],
+            "it decides until it is looked at"
+        );
+        for (word, is_change) in [(true, false), (false, true), (true, true), (true, false)] {
+            assert_eq!(link.honour_firewall(word).await, Ok(is_change));
+            let all = [30001, 30002, 30003].map(|port| (port, word));
+            assert_eq!(decides(), all);
+        }
+        link.publish(KernelId([2; 16]), rows(2, &[30002]))
+            .await
+            .unwrap();
+        assert_eq!(decides(), [(30001, true), (30002, true)]);
     }
 
     /// On the host's network a service has the port it is used to, and may so have another's.

@@ -15,7 +15,7 @@ use crate::kernel::agent_socket::AgentSocketError;
 use crate::kernel::journal::JournalError;
 use crate::kernel::kept_logs::KeptLogsError;
 use crate::kernel::recovery::RecoveryError;
-use crate::link::LinkOpenError;
+use crate::link::{LinkError, LinkOpenError};
 use crate::resource::InventoryError;
 use crate::rpc::{BindError, KeyError};
 
@@ -31,6 +31,9 @@ pub enum AppError {
     /// The regions cannot be used, for one because another agent of this id runs.
     #[error(transparent)]
     Link(#[from] LinkOpenError),
+    /// The rows of an earlier life cannot be changed.
+    #[error(transparent)]
+    Rows(#[from] LinkError),
     /// Docker's address is wrong.
     #[error(transparent)]
     Docker(#[from] DockerError),

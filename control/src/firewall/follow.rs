@@ -1,26 +1,26 @@
 //! Looking at the firewall again whenever it changes.
 //!
 //! In: the kernel's word that tables of nftables, policies of IPsec or addresses of this host have changed; for
-//! tables of the older kind, which change without a word, a look now and then. Out: the node's decision, and rows
-//! renewed where it is another one. Invariants: a row that was made by an earlier decision does not stay; a
+//! tables of the older kind, which change without a word, a look now and then. Out: what all rows say of it.
+//! Invariants: a row that was made by an earlier decision does not stay, whatever its kernel or the engine does; a
 //! firewall that does not answer is asked again, and changes nothing meanwhile.
 
+use std::error::Error;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+use config::Config;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use rustix::net::netlink::{NETFILTER, XFRM};
 use shared::log_limit::LogLimit;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::netlink::Watch;
 use super::{decider, ipsec, iptables, nftables, own_addresses};
-use crate::kernel::node::Node;
-use crate::kernel::registry::Kernel;
-use crate::kernel::rows;
+use crate::link::Link;
 
 /// linux/rtnetlink.h: RTNLGRP_IPV4_IFADDR and RTNLGRP_IPV6_IFADDR, which rules may be about.
 const ADDRESSES: u32 = 1 << 4 | 1 << 8;
@@ -34,8 +34,6 @@ const SLOWLY: Timespec = Timespec {
 const PAUSE: Duration = Duration::from_secs(1);
 /// Before the firewall is asked again that has not answered.
 const AGAIN: Duration = Duration::from_secs(5);
-/// A kernel that is being created is looked at so often until it has rows.
-const CREATION: Duration = Duration::from_millis(500);
 
 /// What the last look was at.
 #[derive(Debug, PartialEq, Eq)]
@@ -76,9 +74,9 @@ fn hear(watch: &mut Option<Watch>, open: impl FnOnce() -> Result<Watch, Errno>) 
 }
 
 /// Tells when the firewall may have changed, from a thread of its own that blocks.
-fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
+fn listen(stopping: CancellationToken) -> std::io::Result<Arc<Notify>> {
     let changed = Arc::new(Notify::new());
-    let (notify, stopping) = (changed.clone(), node.stopping.clone());
+    let notify = changed.clone();
     std::thread::Builder::new()
         .name("firewall".into())
         .spawn(move || {
@@ -103,12 +101,12 @@ fn listen(node: &Node) -> std::io::Result<Arc<Notify>> {
     Ok(changed)
 }
 
-/// Keeps the node's decision right until the agent stops.
-pub async fn follow(node: Arc<Node>) {
-    if node.config.node.honour_firewall.is_some() {
+/// Keeps what all rows say right until the agent stops.
+pub async fn follow(config: Arc<Config>, link: Link, stopping: CancellationToken) {
+    if config.node.honour_firewall.is_some() {
         return;
     }
-    let changed = match listen(&node) {
+    let changed = match listen(stopping.clone()) {
         Ok(changed) => changed,
         Err(err) => {
             tracing::warn!(%err, "changes of the firewall are not seen before the next start");
@@ -118,51 +116,45 @@ pub async fn follow(node: Arc<Node>) {
     let mut trouble = LogLimit::new();
     loop {
         tokio::select! {
-            () = node.stopping.cancelled() => return,
+            () = stopping.cancelled() => return,
             () = changed.notified() => {}
         }
-        let found = match decider(&node.config).await {
-            Ok(found) => found,
+        let pause = match look(&config, &link).await {
+            Ok(()) => PAUSE,
             Err(err) => {
                 if let Some(suppressed) = trouble.pass() {
-                    tracing::warn!(%err, suppressed, "it is not known what the firewall says; what it said last holds");
+                    tracing::warn!(
+                        err = &*err,
+                        suppressed,
+                        "it is not known what the firewall says, or not told to all ports; what it said last holds"
+                    );
                 }
                 changed.notify_one();
-                tokio::select! {
-                    () = node.stopping.cancelled() => return,
-                    () = tokio::time::sleep(AGAIN) => {}
-                }
-                continue;
+                AGAIN
             }
         };
-        if node.honours_firewall.swap(found.is_some(), SeqCst) != found.is_some() {
-            match found {
-                Some(why) => tracing::info!(
-                    why,
-                    "the firewall has changed: it decides about new clients of service ports, the relay serves them"
-                ),
-                None => tracing::info!(
-                    "the firewall has changed: it lets clients of service ports in, the kernel path serves them"
-                ),
-            }
-            for kernel in node.registry.all() {
-                node.tasks.spawn(renew(node.clone(), kernel));
-            }
+        tokio::select! {
+            () = stopping.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
         }
-        tokio::time::sleep(PAUSE).await;
     }
 }
 
-/// Renews the rows of a kernel, now or when its creation has come so far.
-async fn renew(node: Arc<Node>, kernel: Arc<Kernel>) {
-    while !kernel.is_running() {
-        let gone = kernel.ending().is_some() || node.registry.get(kernel.id).is_none();
-        if gone || node.stopping.is_cancelled() {
-            return;
+/// Looks at the firewall once, and has the rows say what it decides.
+async fn look(config: &Config, link: &Link) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let found = decider(config).await?;
+    if link.honour_firewall(found.is_some()).await? {
+        match found {
+            Some(why) => tracing::info!(
+                why,
+                "the firewall has changed: it decides about new clients of service ports, the relay serves them"
+            ),
+            None => tracing::info!(
+                "the firewall has changed: it lets clients of service ports in, the kernel path serves them"
+            ),
         }
-        tokio::time::sleep(CREATION).await;
     }
-    rows::renew(&node, &kernel).await;
+    Ok(())
 }
 
 #[cfg(test)]

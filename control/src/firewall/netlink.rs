@@ -4,7 +4,7 @@
 //! cut or make no sense end the list, never the process; a list that changed while it was read is none.
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -25,12 +25,9 @@ const READS: u32 = 10;
 const BETWEEN_READS: Duration = Duration::from_millis(20);
 const BUFFER: usize = 1 << 17;
 /// A change rarely comes alone: what follows within this time belongs to it.
-const QUIET: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 200_000_000,
-};
-/// Words of changes that are taken for one.
-const MOST_WORDS: u32 = 20_000;
+const QUIET: Duration = Duration::from_millis(200);
+/// And what follows later than this after its beginning does not, however little quiet there was.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// Attributes one after the other: kind and content.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
@@ -172,25 +169,29 @@ impl Watch {
         Self(vec![socket])
     }
 
-    /// Waits for the end of a change, not longer than `most` for its beginning; false when there is
-    /// none.
+    /// Waits for the end of a change, or until it has gone on for a second, and not longer than `most` for its
+    /// beginning; false when there is none.
     ///
     /// # Errors
     /// A socket is of no use any more.
     pub fn wait(&self, most: &Timespec) -> Result<bool, Errno> {
-        let mut changed = false;
-        // What never stops changing is looked at all the same.
-        for _ in 0..MOST_WORDS {
-            let patience = if changed { &QUIET } else { most };
+        let mut began: Option<Instant> = None;
+        loop {
+            let patience = match began.map(|began| LONGEST.checked_sub(began.elapsed())) {
+                None => *most,
+                Some(Some(left)) => timespec(left.min(QUIET)),
+                // What never stops changing is looked at all the same.
+                Some(None) => break,
+            };
             let fds = self.0.iter().map(|it| PollFd::new(it, PollFlags::IN));
             let mut fds: Vec<_> = fds.collect();
-            match poll(&mut fds, Some(patience)) {
+            match poll(&mut fds, Some(&patience)) {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno),
             }
-            changed = true;
+            began.get_or_insert_with(Instant::now);
             for socket in &self.0 {
                 // Only that something was said counts. Too much of it at once is lost, and told once.
                 match net::recv(socket, &mut [0_u8; 64][..], RecvFlags::DONTWAIT) {
@@ -199,7 +200,15 @@ impl Watch {
                 }
             }
         }
-        Ok(changed)
+        Ok(began.is_some())
+    }
+}
+
+/// A time of less than the longest a change may take.
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: 0,
+        tv_nsec: time.subsec_nanos().into(),
     }
 }
 
@@ -266,5 +275,34 @@ mod tests {
             Err(Errno::PERM)
         });
         assert_eq!((outcome, refused), (Err(Errno::PERM), 1));
+    }
+
+    #[test]
+    fn changes_that_never_pause_do_not_put_the_look_off() {
+        const WORDS: usize = 500;
+        let (kernel, socket) = net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let watch = Watch(vec![socket]);
+        let changes = std::thread::spawn(move || {
+            (0..WORDS)
+                .take_while(|_| {
+                    std::thread::sleep(Duration::from_millis(10));
+                    // Nobody listens any more once the look was not put off.
+                    net::send(&kernel, &[0], SendFlags::NOSIGNAL).is_ok()
+                })
+                .count()
+        });
+        let most = Timespec {
+            tv_sec: 60,
+            tv_nsec: 0,
+        };
+        assert_eq!(watch.wait(&most), Ok(true));
+        drop(watch);
+        assert!(changes.join().unwrap() < WORDS);
     }
 }

@@ -3,7 +3,6 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -80,8 +79,6 @@ pub struct Node {
     pub scratch: Scratch,
     /// Work on folders, which may hang.
     pub guarded_io: GuardedIo,
-    /// Whether the host's firewall decides about clients of service ports, as last seen.
-    pub honours_firewall: AtomicBool,
     /// Directory of the socket for programs in containers.
     pub socket_dir: PathBuf,
     /// Bounds the creations at work on this node, whichever calls they belong to.

@@ -362,7 +362,6 @@ pub fn rows_of(node: &Node, record: &Record, place: &ContainerLocation) -> Kerne
                 idle_timeout_ms: millis(limits.idle_timeout),
                 connect_timeout_ms: millis(limits.connect_timeout),
                 new_per_second: limits.max_new_sessions_per_second,
-                honour_firewall: node.honours_firewall.load(SeqCst),
                 networks: clients_of(&node.config, &service.name),
                 drain: match millis(limits.drain) {
                     0 => Drain::Cut,

@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What the region holds of one kernel.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct Held {
-    ports: BTreeSet<PortKey>,
+    ports: BTreeMap<PortKey, PortRow>,
     containers: BTreeSet<ContainerId>,
 }
 
@@ -36,6 +36,8 @@ pub(super) struct Owner {
     owners: HashMap<PortKey, KernelId>,
     /// The node's row until it is written.
     node: Option<NodeRow>,
+    /// Whether the host's firewall decides about new clients; it does until it is said not to.
+    honours_firewall: bool,
     /// So that a broken region is reported once and not every second.
     trouble: Option<String>,
     /// The same of our own region's file.
@@ -57,7 +59,7 @@ impl Owner {
             held.entry(row.kernel_id)
                 .or_default()
                 .ports
-                .insert(row.key());
+                .insert(row.key(), row.clone());
         }
         for row in &found.containers {
             held.entry(row.kernel_id)
@@ -74,6 +76,7 @@ impl Owner {
             held,
             owners: found.ports.iter().map(owned).collect(),
             node: Some(node),
+            honours_firewall: true,
             trouble: None,
             misplaced: false,
         }
@@ -161,6 +164,9 @@ impl Owner {
                 let withdrawn = self.remove(BTreeMap::from([(kernel, held)]));
                 let _ = reply.send(withdrawn);
             }
+            Command::HonourFirewall { decides, reply } => {
+                let _ = reply.send(self.honour_firewall(decides));
+            }
             Command::Settle { keep, reply } => {
                 let _ = reply.send(self.settle(&keep));
             }
@@ -171,19 +177,25 @@ impl Owner {
         // What is only looked at has the number it has. Where another kernel's row has it too, that one
         // stays.
         let of_another = |key: &PortKey| self.owners.get(key).is_some_and(|it| *it != kernel);
-        let ports: Vec<_> = rows
+        let ports: BTreeMap<_, _> = rows
             .ports
             .iter()
             .filter(|row| !(row.observe_only && of_another(&row.key())))
+            .map(|row| PortRow {
+                honour_firewall: self.honours_firewall,
+                ..row.clone()
+            })
+            .map(|row| (row.key(), row))
             .collect();
         let wanted = Held {
-            ports: ports.iter().map(|row| row.key()).collect(),
+            ports,
             containers: rows.container.iter().map(|row| row.container_id).collect(),
         };
         self.write_node();
         let before = self.held.get(&kernel).cloned().unwrap_or_default();
         let generation = self.writer.batch(|batch| {
-            for key in before.ports.difference(&wanted.ports) {
+            let is_left = |key: &&PortKey| !wanted.ports.contains_key(key);
+            for key in before.ports.keys().filter(is_left) {
                 batch.remove_port(*key);
             }
             for id in before.containers.difference(&wanted.containers) {
@@ -192,7 +204,7 @@ impl Owner {
             if let Some(row) = &rows.container {
                 batch.put_container(row.clone());
             }
-            for row in ports {
+            for row in wanted.ports.values() {
                 batch.put_port(row.clone());
             }
         })?;
@@ -202,9 +214,35 @@ impl Owner {
         Ok(generation)
     }
 
+    /// Writes the rows anew that say something else. Nothing else of them changes: nobody is asked where the
+    /// containers are.
+    fn honour_firewall(&mut self, decides: bool) -> Result<bool, BatchError> {
+        let is_change = std::mem::replace(&mut self.honours_firewall, decides) != decides;
+        let rows = self
+            .held
+            .values_mut()
+            .flat_map(|held| held.ports.values_mut());
+        let others: Vec<_> = rows.filter(|row| row.honour_firewall != decides).collect();
+        if !others.is_empty() {
+            self.writer.batch(|batch| {
+                for row in &others {
+                    batch.put_port(PortRow {
+                        honour_firewall: decides,
+                        ..(*row).clone()
+                    });
+                }
+            })?;
+            for row in others {
+                row.honour_firewall = decides;
+            }
+            self.ring();
+        }
+        Ok(is_change)
+    }
+
     /// Notes what a kernel holds. The row of one that is only looked at is this kernel's then.
     fn hold(&mut self, kernel: KernelId, held: Held) {
-        for key in &held.ports {
+        for key in held.ports.keys() {
             if let Some(other) = self.owners.insert(*key, kernel)
                 && let Some(held) = self.held.get_mut(&other)
             {
@@ -217,7 +255,7 @@ impl Owner {
     /// A kernel holds nothing any more. Answers what it had.
     fn let_go(&mut self, kernel: KernelId) -> Held {
         let held = self.held.remove(&kernel).unwrap_or_default();
-        for key in &held.ports {
+        for key in held.ports.keys() {
             self.owners.remove(key);
         }
         held
@@ -239,11 +277,11 @@ impl Owner {
     fn remove(&mut self, kernels: BTreeMap<KernelId, Held>) -> Withdrawn {
         let keys: Vec<PortKey> = kernels
             .values()
-            .flat_map(|held| held.ports.iter().copied())
+            .flat_map(|held| held.ports.keys().copied())
             .collect();
         let removed = self.writer.batch(|batch: &mut DesiredBatch| {
             for held in kernels.values() {
-                for key in &held.ports {
+                for key in held.ports.keys() {
                     batch.remove_port(*key);
                 }
                 for id in &held.containers {
