@@ -10,8 +10,9 @@ mod health;
 mod pages;
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -26,9 +27,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
 use shared::log_limit::LogLimit;
-use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::blocking::blocking;
@@ -38,10 +37,8 @@ use crate::stats::node::HostReading;
 
 use connection_limit::ConnectionLimit;
 pub use health::{EngineWatch, Health};
-use pages::{Answer, Pages};
+use pages::{Pages, Withdrawn};
 
-/// Pages made at once; further scrapes wait for them.
-const MADE: usize = 2;
 /// How long a client may take to send a request, may rest between two, and may take nothing of an
 /// answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -53,7 +50,7 @@ const AGAIN: Duration = Duration::from_secs(10);
 const UPKEEP: Duration = Duration::from_secs(30);
 
 /// Why the server cannot listen.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The address means nothing here.
     #[error("cannot resolve agent.service-addr {address}")]
@@ -81,7 +78,6 @@ pub struct Service {
     node: Arc<Node>,
     recorder: Recorder,
     engine: EngineWatch,
-    making: Semaphore,
     pages: Pages,
 }
 
@@ -92,7 +88,6 @@ impl Service {
             node,
             recorder,
             engine,
-            making: Semaphore::new(MADE),
             pages: Pages::default(),
         }
     }
@@ -173,13 +168,18 @@ async fn serve_clients(listener: TcpListener, router: Router, patience: Duration
     let limit = Arc::<ConnectionLimit>::default();
     let connections = TaskTracker::new();
     let mut told = LogLimit::new();
+    let withdrawn = Arc::<Mutex<LogLimit>>::default();
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => match limit.take(peer.ip()) {
                 Ok(permit) => {
-                    let router = router.clone();
+                    let (router, withdrawn) = (router.clone(), withdrawn.clone());
                     connections.spawn(async move {
-                        connection(stream, router, patience).await;
+                        if let Err(err) = connection(stream, router, patience).await
+                            && let Some(suppressed) = pass(&withdrawn)
+                        {
+                            tracing::warn!(%peer, suppressed, %err, "a scrape was cut off");
+                        }
                         drop(permit);
                     });
                 }
@@ -203,12 +203,24 @@ async fn serve_clients(listener: TcpListener, router: Router, patience: Duration
     }
 }
 
-async fn connection(stream: TcpStream, router: Router, patience: Duration) {
+fn pass(limit: &Mutex<LogLimit>) -> Option<u64> {
+    limit.lock().unwrap_or_else(PoisonError::into_inner).pass()
+}
+
+/// Serves one connection to its end.
+///
+/// # Errors
+/// It ended because a page was withdrawn.
+async fn connection(
+    stream: TcpStream,
+    router: Router,
+    patience: Duration,
+) -> Result<(), Withdrawn> {
     // The kernel counts also while the client's window stays shut, whatever it acknowledges.
     let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
     if let Err(err) = sockopt::set_tcp_user_timeout(&stream, millis) {
         tracing::debug!(%err, "a connection has no deadline for what it is sent; it is closed");
-        return;
+        return Ok(());
     }
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -216,8 +228,19 @@ async fn connection(stream: TcpStream, router: Router, patience: Duration) {
         // Whoever ends its side with the question, such as `printf ... | nc`, waits for the answer.
         .half_close(true)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let ended = tokio::time::timeout(CONNECTION_LIFE, served).await;
+    let Ok(Err(err)) = ended else {
+        return Ok(());
+    };
+    let mut cause: Option<&dyn Error> = Some(&err);
+    while let Some(err) = cause {
+        if err.is::<Withdrawn>() {
+            return Err(Withdrawn);
+        }
+        cause = err.source();
+    }
     // How a client ends its connection is its own affair.
-    let _ = tokio::time::timeout(CONNECTION_LIFE, served).await;
+    Ok(())
 }
 
 fn router(service: Arc<Service>) -> Router {
@@ -265,25 +288,16 @@ async fn preflight() -> impl IntoResponse {
 }
 
 async fn page(State(service): State<Arc<Service>>) -> Response {
-    let Ok(_place) = service.making.acquire().await else {
-        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    let made = async {
+        let node_snapshot = service.node_snapshot().await;
+        let tasks = tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks();
+        let recorder = service.recorder.clone();
+        // A page of a thousand containers is 14 MB: not on a thread that answers the manager.
+        blocking(move || node_snapshot.render() + &recorder.render(tasks)).await
     };
-    // Perhaps by one whom this one waited for.
-    if let Some(answer) = service.pages.newest() {
-        return answer_with(answer);
-    }
-    let made = Instant::now();
-    let node_snapshot = service.node_snapshot().await;
-    let tasks = tokio::runtime::Handle::current()
-        .metrics()
-        .num_alive_tasks();
-    let recorder = service.recorder.clone();
-    // A page of a thousand containers is 14 MB: not on a thread that answers the manager.
-    let text = blocking(move || node_snapshot.render() + &recorder.render(tasks)).await;
-    answer_with(service.pages.add(text, made))
-}
-
-fn answer_with(page: Answer) -> Response {
+    let page = service.pages.answer(made).await;
     let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
     (kind, Body::new(page)).into_response()
 }
@@ -322,7 +336,30 @@ mod tests {
         let served = connection(stream, router, Duration::from_secs(1));
         let limit = Duration::from_secs(60);
         let ended = tokio::time::timeout(limit, served).await;
-        assert!(ended.is_ok(), "it is still there after {limit:?}");
+        let told = ended.expect("it is still there");
+        assert!(told.is_ok(), "no page was taken from it: {told:?}");
+    }
+
+    #[tokio::test]
+    async fn a_scrape_that_is_cut_off_is_told_from_other_ends() {
+        let pages = Arc::new(Pages::default());
+        let page = {
+            let pages = pages.clone();
+            || async move { Body::new(pages.answer(async { "x".repeat(PAGE) }).await) }
+        };
+        let router = Router::new().route("/", get(page));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let mut client = TcpStream::connect(address).await.expect("connected");
+        let (stream, _) = listener.accept().await.expect("accepted");
+        let asked = client.write_all(b"GET / HTTP/1.1\r\nhost: node\r\n\r\n");
+        asked.await.expect("sent");
+        let served = tokio::spawn(connection(stream, router, PATIENCE));
+        // It has begun to read; then newer pages come, and it goes on.
+        client.read_u8().await.expect("the beginning");
+        let _newer = pages.fill();
+        let _ = tokio::io::copy(&mut client, &mut tokio::io::sink()).await;
+        assert!(matches!(served.await.expect("no panic"), Err(Withdrawn)));
     }
 
     #[tokio::test]
@@ -344,8 +381,9 @@ mod tests {
         let (stream, _) = listener.accept().await.expect("accepted");
         let mut answer = Vec::new();
         let served = connection(stream, router, PATIENCE);
-        let (read, ()) = tokio::join!(client.read_to_end(&mut answer), served);
+        let (read, served) = tokio::join!(client.read_to_end(&mut answer), served);
         read.expect("an answer");
+        assert!(served.is_ok(), "{served:?}");
         assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"), "{answer:.40?}");
         let body = answer.iter().filter(|byte| **byte == b'x').count();
         assert_eq!(body, 1 << 20);

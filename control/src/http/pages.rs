@@ -1,7 +1,7 @@
 //! Pages on their way to those who have asked for them.
 //!
-//! In: the text of a page. Out: answers that read from it. Invariants: who asks within a second of another
-//! who still reads gets the same page; so many are kept at most, and whoever still reads the oldest loses it
+//! In: how a page is made. Out: answers that read from it. Invariants: so many are made at once at most; who asks
+//! while a page is made, or within a second after that, gets the same one if another still reads it; so many are kept at most, and whoever still reads the oldest loses it
 //! to the next one, so that slow readers can't fill the memory; a page that nobody reads is not kept.
 
 use std::collections::VecDeque;
@@ -14,10 +14,13 @@ use std::time::{Duration, Instant};
 use axum::body::{Bytes, HttpBody};
 use hyper::body::{Frame, SizeHint};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
+/// Pages made at once; further scrapes wait for them.
+const MADE: usize = 2;
 /// Pages at once; one of a thousand containers takes 14 MB.
 const KEPT: usize = 8;
-/// How old a page may be for one more to read it.
+/// How long a page may have been ready for one more to read it.
 const FRESH: Duration = Duration::from_secs(1);
 /// What of a page is handed over at once, bytes: it is copied.
 const PIECE: usize = 64 << 10;
@@ -29,6 +32,7 @@ pub(super) struct Withdrawn;
 
 #[derive(Debug)]
 struct Page {
+    /// When it was ready.
     made: Instant,
     /// `None` once it was withdrawn.
     text: Mutex<Option<String>>,
@@ -40,23 +44,54 @@ impl Page {
     }
 }
 
-/// The pages that somebody reads, the oldest first.
-#[derive(Debug, Default)]
-pub(super) struct Pages(Mutex<VecDeque<Weak<Page>>>);
+/// The pages that are made, and those that somebody reads.
+#[derive(Debug)]
+pub(super) struct Pages {
+    making: Semaphore,
+    /// The oldest first.
+    read: Mutex<VecDeque<Weak<Page>>>,
+}
+
+impl Default for Pages {
+    fn default() -> Self {
+        Self {
+            making: Semaphore::new(MADE),
+            read: Mutex::default(),
+        }
+    }
+}
 
 impl Pages {
     fn read(&self) -> MutexGuard<'_, VecDeque<Weak<Page>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An answer from the newest page, if that is new enough.
-    pub(super) fn newest(&self) -> Option<Answer> {
+    /// An answer from a page of another's, or else from one that is made as told.
+    pub(super) async fn answer(&self, make: impl Future<Output = String>) -> Answer {
+        let asked = Instant::now();
+        // Nobody closes it.
+        let _place = self.making.acquire().await;
+        match self.newest(asked) {
+            Some(answer) => answer,
+            None => self.add(make.await, Instant::now()),
+        }
+    }
+
+    /// An answer from the newest page, if that is new enough for who has asked then.
+    fn newest(&self, asked: Instant) -> Option<Answer> {
         let page = self.read().back()?.upgrade()?;
-        (page.made.elapsed() < FRESH).then(|| Answer::of(page))
+        (page.made >= asked || page.made.elapsed() < FRESH).then(|| Answer::of(page))
     }
 
-    /// An answer from a page that shows the node as it was at `made`.
-    pub(super) fn add(&self, text: String, made: Instant) -> Answer {
+    /// As many newer pages as are kept, for whose readers others lose theirs.
+    #[cfg(test)]
+    pub(super) fn fill(&self) -> Vec<Answer> {
+        let newer = (0..KEPT).map(|_| self.add(String::new(), Instant::now()));
+        newer.collect()
+    }
+
+    /// An answer from a page that was ready at `made`.
+    fn add(&self, text: String, made: Instant) -> Answer {
         let page = Arc::new(Page {
             made,
             text: Mutex::new(Some(text)),
@@ -129,6 +164,11 @@ impl HttpBody for Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering::SeqCst;
+
+    use futures_util::future::join_all;
+
     use super::*;
 
     fn text_of(mut answer: Answer) -> Result<String, Withdrawn> {
@@ -142,19 +182,39 @@ mod tests {
     #[test]
     fn who_asks_while_another_reads_gets_the_same_page_for_a_second() {
         let pages = Pages::default();
-        assert!(pages.newest().is_none());
+        assert!(pages.newest(Instant::now()).is_none());
         // More than one piece, and no whole number of them.
         let text = "ä".repeat(PIECE);
         let first = pages.add(text.clone() + "b", Instant::now());
-        let second = pages.newest().expect("the page is new");
+        let second = pages.newest(Instant::now()).expect("the page is new");
         assert!(Arc::ptr_eq(&first.page, &second.page));
         assert_eq!(first.size_hint().exact(), Some(2 * PIECE as u64 + 1));
         assert_eq!(text_of(first).expect("all of it"), text.clone() + "b");
         assert_eq!(text_of(second).expect("all of it"), text + "b");
-        assert!(pages.newest().is_none(), "nobody reads it any more");
+        assert!(
+            pages.newest(Instant::now()).is_none(),
+            "nobody reads it any more"
+        );
         let old = Instant::now().checked_sub(FRESH).expect("after boot");
         let _old = pages.add("c".to_owned(), old);
-        assert!(pages.newest().is_none());
+        assert!(pages.newest(Instant::now()).is_none());
+    }
+
+    #[tokio::test]
+    async fn who_waits_while_a_page_is_made_gets_it_however_long_that_takes() {
+        let (pages, made) = (Pages::default(), AtomicUsize::new(0));
+        let scrape = || {
+            pages.answer(async {
+                tokio::time::sleep(FRESH + Duration::from_millis(100)).await;
+                made.fetch_add(1, SeqCst);
+                "page".to_owned()
+            })
+        };
+        let answers = join_all((0..3 * MADE).map(|_| scrape())).await;
+        assert_eq!(made.load(SeqCst), MADE);
+        for answer in answers {
+            assert_eq!(text_of(answer).expect("all of it"), "page");
+        }
     }
 
     #[test]
