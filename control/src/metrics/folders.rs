@@ -18,10 +18,13 @@ families! {
     QUOTA_USED = Gauge "bai_quota_scope_used_bytes" ["volume quota_scope"]
         "Bytes that count against the quota of mounted folders' owners.";
     QUOTA_LIMIT = Gauge "bai_quota_scope_limit_bytes" ["volume quota_scope"] "The quota; missing when there is none.";
+    QUOTA_AGE = Gauge "bai_quota_scope_answer_age_seconds" ["volume quota_scope"]
+        "Since the storage proxy told of a quota.";
     VOLUME_HEALTHY = Gauge "bai_volume_healthy" ["volume"]
         "0: the storage proxy calls the volume anything but healthy.";
     VOLUME_CAPACITY = Gauge "bai_volume_capacity_bytes" ["volume"] "Size of the file system of mounted folders.";
     VOLUME_USED = Gauge "bai_volume_used_bytes" ["volume"] "Bytes used in it.";
+    VOLUME_AGE = Gauge "bai_volume_answer_age_seconds" ["volume"] "Since the storage proxy told of a volume.";
 }
 
 /// One look at the folders.
@@ -71,12 +74,7 @@ pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
         Answer::Folder(usage) => usage.files.map(Number::Whole),
         _ => None,
     });
-    for (question, CacheEntry { answer, .. }) in known.all() {
-        if let (Some(labels), Some((_, at))) = (folder(question), answer) {
-            let age = folders.now.saturating_duration_since(*at);
-            page.sample(&AGE, &labels, age.as_secs_f64());
-        }
-    }
+    ages(folders, page, &AGE, folder);
     each(known, page, &QUOTA_USED, scope, &|known| match known {
         Answer::Scope(quota) => quota.used.map(Number::Whole),
         _ => None,
@@ -85,6 +83,7 @@ pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
         Answer::Scope(quota) => quota.limit.map(Number::Whole),
         _ => None,
     });
+    ages(folders, page, &QUOTA_AGE, scope);
     each(known, page, &VOLUME_HEALTHY, volume, &|known| match known {
         Answer::Volume(health, _) => Some((health.status == "healthy").into()),
         _ => None,
@@ -103,6 +102,22 @@ pub(super) fn render(node_snapshot: &NodeSnapshot, page: &mut Page) {
         Answer::Volume(_, space) => space.used.map(Number::Whole),
         _ => None,
     });
+    ages(folders, page, &VOLUME_AGE, volume);
+}
+
+/// How long ago the storage proxy told of each.
+fn ages(
+    folders: &Folders,
+    page: &mut Page,
+    family: &super::Family,
+    of: fn(&Query) -> Option<String>,
+) {
+    for (question, CacheEntry { answer, .. }) in folders.known.all() {
+        if let (Some(labels), Some((_, at))) = (of(question), answer) {
+            let age = folders.now.saturating_duration_since(*at);
+            page.sample(family, &labels, age.as_secs_f64());
+        }
+    }
 }
 
 fn each(

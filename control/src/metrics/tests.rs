@@ -441,7 +441,10 @@ fn known_series_have_their_units() {
     assert_eq!(series["bai_processes{state=\"listed\"}"], 900.0);
     assert_eq!(series["bai_processes{state=\"left_out\"}"], 34.0);
     assert_eq!(find("bai_vfolder_used_bytes"), 7.0);
-    assert_eq!(find("bai_vfolder_answer_age_seconds"), 3.0);
+    for told in ["vfolder", "quota_scope", "volume"] {
+        let age = format!("bai_{told}_answer_age_seconds");
+        assert_eq!(find(&age), 3.0, "{age}");
+    }
     assert_eq!(find("bai_volume_healthy"), 1.0);
     let odd = series
         .keys()
