@@ -278,7 +278,10 @@ fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'st
     const TO_ETCD: &str = "route to etcd.addr";
     const DEFAULT_ROUTE: &str = "default route";
     let host = s.reader.host;
-    let own = host.outer_addresses();
+    let by_default = host.address_towards(ELSEWHERE);
+    let mut own = host.outer_addresses();
+    // Of a node that is a container itself, a bridge may lead out by a port that looks like a container's.
+    own.extend(by_default);
     let mut named = host.resolve(&host.hostname());
     // Debian names the host 127.0.1.1 in /etc/hosts, and a wildcard of the DNS may name a stranger.
     named.retain(|ip| ip.is_ipv4() && !ip.is_loopback() && own.contains(ip));
@@ -296,7 +299,6 @@ fn detected_address(s: &mut Section<'_, '_>, etcd: &[HostPort]) -> (IpAddr, &'st
         .collect();
     // Managers ask for IPv4 addresses alone.
     ways.sort_by_key(IpAddr::is_ipv6);
-    let by_default = host.address_towards(ELSEWHERE);
     if let Some(first) = named.first().copied() {
         let to_etcd = ways.iter().map(|ip| (*ip, TO_ETCD));
         let mut found = to_etcd.chain(by_default.map(|ip| (ip, DEFAULT_ROUTE)));

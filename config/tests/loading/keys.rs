@@ -853,6 +853,10 @@ fn of_several_addresses_of_the_host_that_towards_etcd_is_taken() {
     assert_eq!(address(&setup), ("192.0.2.7".to_owned(), false));
     setup.host.routes[0].1 = ip("10.9.0.7");
     assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false));
+    // What the default route leaves by is no bridge of containers, whatever its ports look like.
+    setup.host.routes[1].1 = ip("10.9.0.7");
+    setup.host.own = vec![ip("10.1.0.7")];
+    assert_eq!(address(&setup), ("10.9.0.7".to_owned(), false));
 }
 
 #[test]
