@@ -21,7 +21,7 @@ use config::Config;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use self::chains::{Chain, Clients, Hook, IPV6, Refusal as Refused};
+use self::chains::{Chain, Clients, Hook, IPV6, Index, Refusal as Refused};
 pub use self::follow::follow;
 
 /// Deadline of one question.
@@ -172,16 +172,15 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
         Ok(Ok(Ok(addresses))) => addresses,
         Ok(Ok(Err(_)) | Err(_)) | Err(_) => return Err(NoAnswer(ADDRESSES)),
     };
-    let clients = Clients {
+    let mut clients = Clients {
         ports: (range.first, range.last),
         with_ipv6: config.container.bind_host.is_ipv6(),
         addresses,
+        may_be_untracked: false,
     };
-    let mut found = Vec::new();
+    let (mut found, mut all) = (Vec::new(), Vec::new());
     let listed = listed("the kernel's nftables", nftables::chains).await;
-    if let Some(chains) = told(listed, &mut silent) {
-        found.extend(refused(&chains, &clients));
-    }
+    all.extend(told(listed, &mut silent));
     for ipv6 in [false, true] {
         let tables = iptables::loaded(ipv6);
         if tables.is_empty() || (ipv6 && !clients.with_ipv6) {
@@ -193,7 +192,7 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
         };
         for table in &tables {
             match iptables::chains(program, table, ipv6).await {
-                Ok(Some(chains)) => found.extend(refused(&chains, &clients)),
+                Ok(Some(chains)) => all.push(chains),
                 Ok(None) => found.push(Refusal {
                     by: format!("the table {table}, which {program} would show,"),
                     rule: None,
@@ -203,6 +202,11 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
                 Err(err) => silent = Some(err),
             }
         }
+    }
+    let mut rules = all.iter().flatten().flat_map(|it| &it.rules);
+    clients.may_be_untracked = rules.any(|it| it.untracks(&clients));
+    for chains in &all {
+        found.extend(refused(chains, &clients));
     }
     found.sort_by_key(|it| it.is_early);
     match silent {
@@ -215,9 +219,10 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
 fn refused(chains: &[Chain], clients: &Clients) -> Vec<Refusal> {
     let concerned = |it: &&Chain| it.family != IPV6 || clients.with_ipv6;
     let (first, last) = clients.ports;
+    let index = Index::new(chains);
     let refusal = |chain: &Chain| {
         let hook = chain.hook?;
-        let rule = match chain.refusal(chains, clients)? {
+        let rule = match chain.refusal(&index, clients)? {
             Refused::Policy => None,
             Refused::Rule(at, number) => Some(chain.naming(&at, number)),
         };

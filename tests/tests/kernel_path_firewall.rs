@@ -73,7 +73,7 @@ const PUBLISHED_LEGACY: &str = "legacy\n*nat\n:PREROUTING ACCEPT\n:DOCKER -\n\
     -A f2b-sshd -s 192.0.2.7/32 -j REJECT --reject-with icmp-port-unreachable\n\
     -A f2b-sshd -j RETURN\nCOMMIT\n";
 
-const FIREWALLS: [Firewall; 35] = [
+const FIREWALLS: [Firewall; 38] = [
     Firewall {
         iptables: "",
         nft: "",
@@ -206,6 +206,25 @@ const FIREWALLS: [Firewall; 35] = [
         nft: "",
         decides: Some("PREROUTING of nftables' ip mangle"),
     },
+    // Connections that nobody follows have no state that is let in, nor have they before they are followed.
+    Firewall {
+        iptables: "*raw\n:PREROUTING ACCEPT\n-A PREROUTING -p tcp --dport 30000:31000 -j CT --notrack\nCOMMIT\n\
+                   *filter\n:INPUT DROP\n-A INPUT -m conntrack --ctstate NEW,ESTABLISHED -j ACCEPT\nCOMMIT\n",
+        nft: "",
+        decides: Some("INPUT of nftables' ip filter"),
+    },
+    Firewall {
+        iptables: "",
+        nft: "table ip early { chain pre { type filter hook prerouting priority raw; policy accept; \
+              ct state invalid drop; }\n}",
+        decides: Some("pre of nftables' ip early"),
+    },
+    // A table that is switched off.
+    Firewall {
+        iptables: "",
+        nft: "table inet asleep { flags dormant;\nchain in { type filter hook input priority 0; policy drop; }\n}",
+        decides: None,
+    },
     // Clients of service ports are led elsewhere.
     Firewall {
         iptables: "",
@@ -273,7 +292,7 @@ const FIREWALLS: [Firewall; 35] = [
                    -A PREROUTING -p tcp --dport 30000:31000 -j CT --notrack\nCOMMIT\n\
                    *mangle\n:PREROUTING ACCEPT\n-A PREROUTING -m rpfilter --invert -j DROP\n\
                    -A PREROUTING -j MARK --set-mark 1\nCOMMIT\n",
-        nft: "table inet firewalld { chain filter_PREROUTING { type filter hook prerouting priority -290; \
+        nft: "table inet firewalld { chain filter_PREROUTING { type filter hook prerouting priority 10; \
               meta nfproto ipv6 fib saddr . mark . iif oif missing drop; jump zones; }\n\
               chain zones { ct state invalid drop; return; }\n}",
         decides: None,
@@ -305,8 +324,8 @@ const FIREWALLS: [Firewall; 35] = [
     },
 ];
 
-/// Rules of a chain of nftables at input whose policy is to accept, and whether they may turn clients away.
-const RULES: [(&str, bool); 13] = [
+/// Rules of a chain of nftables at input, and whether they may turn clients away.
+const RULES: [(&str, bool); 21] = [
     // What is compared is not what was loaded for the test before.
     (
         "tcp dport 30000-31000 tcp option maxseg size 1-500 drop",
@@ -328,10 +347,75 @@ const RULES: [(&str, bool); 13] = [
     ("tcp dport 22 numgen random mod 2 == 0 drop", false),
     ("ip daddr 192.0.2.77 numgen random mod 2 == 0 drop", false),
     ("ct state invalid drop", false),
+    ("ip daddr 127.0.0.0/8 iifname != \"lo\" drop", false),
+    ("fib daddr type != local drop", false),
+    ("policy drop; fib daddr type local accept", false),
+    // What comes after a client's first packet is let in, too, or it is not.
+    (
+        "policy drop; ct state established,related accept; ct state new,untracked tcp dport 30000-31000 accept",
+        false,
+    ),
+    (
+        "policy drop; ct state established accept; ct state new tcp dport 30000-31000 accept",
+        false,
+    ),
+    (
+        "policy drop; ct state new tcp dport 30000-31000 accept",
+        true,
+    ),
+    ("policy drop; ct state established,related accept", true),
+    ("ct state established drop", true),
+];
+
+/// Rules of iptables, of either kind, for packets that come in, and whether they may turn clients away.
+const RULES_OF_IPTABLES: [(&str, bool); 11] = [
+    (
+        ":INPUT DROP\n-A INPUT -m state --state RELATED,ESTABLISHED -j ACCEPT\n\
+         -A INPUT -p tcp -m state --state NEW -m tcp --dport 30000:31000 -j ACCEPT",
+        false,
+    ),
+    (
+        ":INPUT DROP\n-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n\
+         -A INPUT -p tcp -m conntrack --ctstate NEW,UNTRACKED -m tcp --dport 30000:31000 -j ACCEPT",
+        false,
+    ),
+    (
+        ":INPUT DROP\n-A INPUT -p tcp -m conntrack --ctstate NEW -m tcp --dport 30000:31000 -j ACCEPT",
+        true,
+    ),
+    (
+        ":INPUT DROP\n-A INPUT -p tcp -m conntrack ! --ctstate INVALID -m tcp --dport 30000:31000 -j ACCEPT",
+        false,
+    ),
+    (
+        ":INPUT DROP\n-A INPUT -p tcp -m addrtype --dst-type LOCAL -m tcp --dport 30000:31000 -j ACCEPT",
+        false,
+    ),
+    (
+        ":INPUT ACCEPT\n-A INPUT -m conntrack --ctstate INVALID -j DROP",
+        false,
+    ),
+    (
+        ":INPUT ACCEPT\n-A INPUT -m conntrack ! --ctstate ESTABLISHED,DNAT -j DROP",
+        true,
+    ),
+    (
+        ":INPUT ACCEPT\n-A INPUT -d 127.0.0.0/8 ! -i lo -j DROP",
+        false,
+    ),
+    // As kubelets do.
+    (
+        ":INPUT ACCEPT\n:KUBE-FIREWALL -\n-A INPUT -j KUBE-FIREWALL\n\
+         -A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet\" \
+         -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+        false,
+    ),
+    (":INPUT ACCEPT\n-A INPUT -d 10.0.0.0/8 -j DROP", true),
+    (":INPUT ACCEPT\n-A INPUT -d HOST/32 -j DROP", true),
 ];
 
 #[test]
-fn rules_of_nftables_are_read_as_the_kernel_does() -> Result<()> {
+fn rules_are_read_as_the_kernel_does() -> Result<()> {
     let Some(network) = VethPair::new("fwrules")? else {
         return Ok(());
     };
@@ -341,7 +425,7 @@ fn rules_of_nftables_are_read_as_the_kernel_does() -> Result<()> {
         let rule = rule.replace("HOST", HOST_ADDRESS);
         let mut rules = command(&network.host, "nft");
         rules.args(["-f", "-"]);
-        let chain = "type filter hook input priority 0; policy accept";
+        let chain = "type filter hook input priority 0";
         feed(
             rules,
             &format!("flush ruleset\ntable inet t {{ chain in {{ {chain}; {rule}; }}\n}}"),
@@ -349,6 +433,24 @@ fn rules_of_nftables_are_read_as_the_kernel_does() -> Result<()> {
         let found = finding(doctor(&network, &file)?, "kernel path")?;
         let said = found["found"].as_str().context("a finding")?;
         ensure!(said.contains("unused") == decides, "{rule}: {said}");
+    }
+    for (rules, decides) in RULES_OF_IPTABLES {
+        let rules = rules.replace("HOST", HOST_ADDRESS);
+        for program in ["iptables-restore", "iptables-legacy-restore"] {
+            let mut flush = command(&network.host, "nft");
+            flush.args(["flush", "ruleset"]);
+            feed(flush, "")?;
+            let legacy = command(&network.host, "iptables-legacy-restore");
+            feed(legacy, "*filter\n:INPUT ACCEPT\nCOMMIT\n")?;
+            let restore = command(&network.host, program);
+            feed(restore, &format!("*filter\n{rules}\nCOMMIT\n"))?;
+            let found = finding(doctor(&network, &file)?, "kernel path")?;
+            let said = found["found"].as_str().context("a finding")?;
+            ensure!(
+                said.contains("unused") == decides,
+                "{program} {rules}: {said}"
+            );
+        }
     }
     Ok(())
 }

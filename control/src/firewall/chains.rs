@@ -4,6 +4,7 @@
 //! way in (ingress, prerouting, input), or of one that it jumps to, that may turn such clients away or lead them
 //! elsewhere. Invariant: what is not understood counts as a refusal.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Rules that are read before a set of chains counts as not understood.
@@ -21,6 +22,22 @@ pub const IPV4: u8 = 2;
 pub const IPV6: u8 = 10;
 /// Tables of single devices.
 pub const NETDEV: u8 = 5;
+
+// linux/netfilter/nf_conntrack_common.h: what conntrack says of the connection of a packet.
+/// Nothing, or nothing yet.
+pub const INVALID: u32 = 1;
+/// It has been answered.
+pub const ESTABLISHED: u32 = 1 << 1;
+/// Another one has announced it.
+pub const RELATED: u32 = 1 << 2;
+/// It begins.
+pub const NEW: u32 = 1 << 3;
+/// It is not followed.
+pub const UNTRACKED: u32 = 1 << 6;
+/// Of states each packet has one of these.
+pub const STATES: u32 = INVALID | ESTABLISHED | RELATED | NEW | UNTRACKED;
+/// What iptables calls a state, too: an address was translated.
+pub const TRANSLATED: u32 = 1 << 7;
 
 /// Targets of iptables after which the next rule is asked.
 pub const GOES_ON: [&str; 12] = [
@@ -50,6 +67,8 @@ pub struct Chain {
     pub name: String,
     /// Where it meets packets; those that are only jumped to meet none of themselves.
     pub hook: Option<Hook>,
+    /// Conntrack has seen the packets that meet it there.
+    pub sees_states: bool,
     /// The program that shows it, of tables of the older kind; none for those of nftables.
     pub shown_by: Option<&'static str>,
     /// Its policy is to refuse.
@@ -88,6 +107,10 @@ pub struct Rule {
     pub destination: Option<IpAddr>,
     /// It is about IPv6 (or IPv4) alone.
     pub of_ipv6: Option<bool>,
+    /// The states of connections that it is about; none when it asks for none.
+    pub states: Option<u32>,
+    /// Conntrack does not follow what meets it.
+    pub untracks: bool,
     /// It has no other tests than those above.
     pub for_all: bool,
     /// What it does.
@@ -104,6 +127,8 @@ pub struct Clients {
     /// Where they come to: the addresses of this host. They come from other hosts, and to no loopback
     /// address therefore.
     pub addresses: Vec<IpAddr>,
+    /// A rule keeps conntrack from following some of them.
+    pub may_be_untracked: bool,
 }
 
 /// Where clients may be turned away.
@@ -122,10 +147,21 @@ enum Outcome {
     Refuses(Refusal),
 }
 
-/// The first chain of `chains` with these names.
-fn named<'a>(chains: &'a [Chain], of: &Chain, name: &str) -> Option<&'a Chain> {
-    let same = |it: &&Chain| (it.family, &it.table) == (of.family, &of.table) && it.name == name;
-    chains.iter().find(same)
+/// Chains by family, table and name.
+#[derive(Debug)]
+pub struct Index<'a>(HashMap<(u8, &'a str, &'a str), &'a Chain>);
+
+impl<'a> Index<'a> {
+    /// Of all chains there are.
+    pub fn new(chains: &'a [Chain]) -> Self {
+        let named = |it: &'a Chain| ((it.family, &*it.table, &*it.name), it);
+        Self(chains.iter().map(named).collect())
+    }
+
+    /// The chain of this name in the table of another one.
+    fn beside(&self, chain: &Chain, name: &str) -> Option<&'a Chain> {
+        self.0.get(&(chain.family, &*chain.table, name)).copied()
+    }
 }
 
 impl Rule {
@@ -137,6 +173,8 @@ impl Rule {
             elsewhere: false,
             destination: None,
             of_ipv6: None,
+            states: None,
+            untracks: false,
             for_all: true,
             verdict: Verdict::GoesOn,
         }
@@ -156,8 +194,32 @@ impl Rule {
         }
     }
 
-    /// Whether clients meet it, and whether all of them do.
-    fn meets(&self, clients: &Clients) -> Option<bool> {
+    /// It is about none but connections in these states.
+    pub fn of_states(&mut self, states: u32) {
+        // Two tests are not understood as one: some have a state and translated addresses.
+        self.for_all &= self.states.is_none();
+        self.states.get_or_insert(states);
+    }
+
+    /// Whether it keeps conntrack from following some of these clients.
+    pub fn untracks(&self, clients: &Clients) -> bool {
+        self.untracks && self.is_about(clients).is_some()
+    }
+
+    /// Whether clients meet it while their connections are in a state, and whether all of them do.
+    fn meets(&self, clients: &Clients, state: u32) -> Option<bool> {
+        let whole = self.is_about(clients)?;
+        match self.states {
+            Some(states) if states & state == 0 => {
+                let for_some = states & !(INVALID | ESTABLISHED | NEW) != 0;
+                for_some.then_some(false)
+            }
+            _ => Some(whole),
+        }
+    }
+
+    /// The same in whatever state.
+    fn is_about(&self, clients: &Clients) -> Option<bool> {
         let (first, last) = clients.ports;
         let elsewhere = self.elsewhere
             || !self
@@ -179,63 +241,81 @@ impl Rule {
     }
 }
 
-/// Follows clients through a chain and those that it jumps to; `left` bounds the work.
-fn follow(
-    chains: &[Chain],
-    chain: &Chain,
-    clients: &Clients,
-    depth: u32,
-    left: &mut u32,
-) -> Outcome {
-    // Some have gone back already: what is said of the rest does not hold for all.
-    let mut parted = false;
-    for rule in &chain.rules {
-        let refuses = || Outcome::Refuses(Refusal::Rule(chain.name.clone(), rule.number));
-        *left = left.saturating_sub(1);
-        if *left == 0 || depth > DEEPEST {
-            return refuses();
-        }
-        let Some(whole) = rule.meets(clients) else {
-            continue;
-        };
-        match &rule.verdict {
-            Verdict::GoesOn => {}
-            Verdict::MayRefuse => return refuses(),
-            Verdict::Accepts if whole && !parted => return Outcome::Admits,
-            Verdict::Accepts => {}
-            Verdict::Returns if whole => return Outcome::GoesOn,
-            Verdict::Returns => parted = true,
-            Verdict::Jumps(name) | Verdict::Continues(name) => {
-                let Some(next) = named(chains, chain, name) else {
-                    return refuses();
-                };
-                match follow(chains, next, clients, depth + 1, left) {
-                    Outcome::Refuses(refusal) => return Outcome::Refuses(refusal),
-                    Outcome::Admits if whole && !parted => return Outcome::Admits,
-                    Outcome::Admits => {}
-                    Outcome::GoesOn if matches!(rule.verdict, Verdict::Continues(_)) => {
-                        if whole {
-                            return Outcome::GoesOn;
+/// A way of clients through chains.
+struct Walk<'a> {
+    chains: &'a Index<'a>,
+    clients: &'a Clients,
+    state: u32,
+    /// Rules that may still be read.
+    left: u32,
+}
+
+impl Walk<'_> {
+    /// Follows them through a chain and those that it jumps to.
+    fn through(&mut self, chain: &Chain, depth: u32) -> Outcome {
+        // Some have gone back already: what is said of the rest does not hold for all.
+        let mut parted = false;
+        for rule in &chain.rules {
+            let refuses = || Outcome::Refuses(Refusal::Rule(chain.name.clone(), rule.number));
+            self.left = self.left.saturating_sub(1);
+            if self.left == 0 || depth > DEEPEST {
+                return refuses();
+            }
+            let Some(whole) = rule.meets(self.clients, self.state) else {
+                continue;
+            };
+            match &rule.verdict {
+                Verdict::GoesOn => {}
+                Verdict::MayRefuse => return refuses(),
+                Verdict::Accepts if whole && !parted => return Outcome::Admits,
+                Verdict::Accepts => {}
+                Verdict::Returns if whole => return Outcome::GoesOn,
+                Verdict::Returns => parted = true,
+                Verdict::Jumps(name) | Verdict::Continues(name) => {
+                    let Some(next) = self.chains.beside(chain, name) else {
+                        return refuses();
+                    };
+                    match self.through(next, depth + 1) {
+                        Outcome::Refuses(refusal) => return Outcome::Refuses(refusal),
+                        Outcome::Admits if whole && !parted => return Outcome::Admits,
+                        Outcome::Admits => {}
+                        Outcome::GoesOn if matches!(rule.verdict, Verdict::Continues(_)) => {
+                            if whole {
+                                return Outcome::GoesOn;
+                            }
+                            parted = true;
                         }
-                        parted = true;
+                        Outcome::GoesOn => {}
                     }
-                    Outcome::GoesOn => {}
                 }
             }
         }
+        Outcome::GoesOn
     }
-    Outcome::GoesOn
 }
 
 impl Chain {
-    /// Where it may turn away new clients, if it does. `chains` are all there are.
-    pub fn refusal(&self, chains: &[Chain], clients: &Clients) -> Option<Refusal> {
-        let mut left = MOST_RULES;
-        match follow(chains, self, clients, 0, &mut left) {
-            Outcome::Refuses(refusal) => Some(refusal),
-            Outcome::GoesOn if self.drops => Some(Refusal::Policy),
-            Outcome::GoesOn | Outcome::Admits => None,
-        }
+    /// Where it may turn away clients, if it does: new ones, or what they send later. `chains` are all
+    /// there are.
+    pub fn refusal(&self, chains: &Index<'_>, clients: &Clients) -> Option<Refusal> {
+        let states: &[u32] = match self.sees_states {
+            true => &[NEW, ESTABLISHED],
+            false => &[INVALID],
+        };
+        let untracked = clients.may_be_untracked.then_some(UNTRACKED);
+        states.iter().copied().chain(untracked).find_map(|state| {
+            let mut walk = Walk {
+                chains,
+                clients,
+                state,
+                left: MOST_RULES,
+            };
+            match walk.through(self, 0) {
+                Outcome::Refuses(refusal) => Some(refusal),
+                Outcome::GoesOn if self.drops => Some(Refusal::Policy),
+                Outcome::GoesOn | Outcome::Admits => None,
+            }
+        })
     }
 
     /// The command that lets them in.
@@ -280,6 +360,8 @@ impl std::fmt::Display for Chain {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     fn chain(name: &str, drops: bool, rules: Vec<Rule>) -> Chain {
@@ -288,6 +370,7 @@ mod tests {
             table: "firewalld".to_owned(),
             name: name.to_owned(),
             hook: Some(Hook::Input),
+            sees_states: true,
             shown_by: None,
             drops,
             rules,
@@ -306,13 +389,17 @@ mod tests {
     const ALL: (u16, u16) = (0, u16::MAX);
     const POOL: (u16, u16) = (30_000, 31_000);
 
-    fn refusal(chains: &[Chain]) -> Option<Refusal> {
-        let clients = Clients {
+    fn clients() -> Clients {
+        Clients {
             ports: POOL,
             with_ipv6: false,
             addresses: [[127, 0, 0, 1], [192, 0, 2, 1]].map(IpAddr::from).into(),
-        };
-        chains[0].refusal(chains, &clients)
+            may_be_untracked: false,
+        }
+    }
+
+    fn refusal(chains: &[Chain]) -> Option<Refusal> {
+        chains[0].refusal(&Index::new(chains), &clients())
     }
 
     #[test]
@@ -399,6 +486,63 @@ mod tests {
         // Nowhere, and round and round.
         assert!(refusal(&[base(to("nowhere"))]).is_some());
         assert!(found(vec![rule(ALL, true, to("next"))]).is_some());
+    }
+
+    #[test]
+    fn clients_are_let_in_from_their_first_packet_to_their_last() {
+        let of = |states, verdict| {
+            let mut it = rule(POOL, true, verdict);
+            it.of_states(states);
+            it
+        };
+        let mut policy = chain("in", true, Vec::new());
+        let mut refuses = |rules: &[Rule], sees_states, may_be_untracked| {
+            policy.rules = rules.to_vec();
+            policy.sees_states = sees_states;
+            let clients = Clients {
+                may_be_untracked,
+                ..clients()
+            };
+            policy
+                .refusal(&Index::new(&[policy.clone()]), &clients)
+                .is_some()
+        };
+        let known = of(ESTABLISHED | RELATED, Verdict::Accepts);
+        let first = of(NEW, Verdict::Accepts);
+        assert!(!refuses(&[known.clone(), first.clone()], true, false));
+        assert!(refuses(from_ref(&known), true, false));
+        assert!(refuses(from_ref(&first), true, false));
+        // Conntrack does not follow some of them, or none yet.
+        assert!(refuses(&[known.clone(), first.clone()], true, true));
+        assert!(refuses(&[known, first], false, false));
+        let all = of(NEW | ESTABLISHED | UNTRACKED, Verdict::Accepts);
+        assert!(!refuses(&[all], true, true));
+        let open = rule(ALL, true, Verdict::Accepts);
+        let mut closes = |states, sees_states| {
+            refuses(
+                &[of(states, Verdict::MayRefuse), open.clone()],
+                sees_states,
+                false,
+            )
+        };
+        assert!(!closes(INVALID, true) && closes(INVALID, false));
+        for states in [
+            NEW,
+            ESTABLISHED,
+            RELATED,
+            UNTRACKED,
+            TRANSLATED,
+            INVALID | NEW,
+        ] {
+            assert!(closes(states, true), "{states}");
+        }
+        // A translated address and a state do not shut each other out.
+        let mut both = of(TRANSLATED, Verdict::MayRefuse);
+        both.of_states(NEW);
+        assert!(refuses(&[both, open.clone()], true, false));
+        let mut both = of(NEW | ESTABLISHED, Verdict::Accepts);
+        both.of_states(INVALID);
+        assert!(refuses(&[both], true, false));
     }
 
     #[test]

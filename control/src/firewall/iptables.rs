@@ -4,9 +4,13 @@
 //! shows them. Tables of the newer kind are nftables'. Invariant: what is not understood is for some clients
 //! only, and may refuse them; a loaded table that is not shown is never taken for an open one.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::chains::{Chain, GOES_ON, Hook, IPV4, IPV6, Rule, Verdict};
+use super::chains::{
+    Chain, ESTABLISHED, GOES_ON, Hook, INVALID, IPV4, IPV6, NEW, RELATED, Rule, STATES, TRANSLATED,
+    UNTRACKED, Verdict,
+};
 use super::{NoAnswer, ask};
 
 /// Tables of the older kind that the kernel has loaded.
@@ -89,18 +93,34 @@ fn host(destination: &str) -> Option<IpAddr> {
 }
 
 /// What the rule does with `target`, which may be one of its table's chains.
-fn verdict(target: &str, chains: &[Chain]) -> Verdict {
+fn verdict(target: &str, chains: &HashMap<&str, usize>) -> Verdict {
     match target {
         "ACCEPT" => Verdict::Accepts,
         "RETURN" => Verdict::Returns,
-        _ if chains.iter().any(|it| it.name == target) => Verdict::Jumps(target.to_owned()),
+        _ if chains.contains_key(target) => Verdict::Jumps(target.to_owned()),
         _ if GOES_ON.contains(&target) => Verdict::GoesOn,
         _ => Verdict::MayRefuse,
     }
 }
 
+/// The comma-joined states of connections; none where one is not known.
+fn states(names: &str) -> Option<u32> {
+    let state = |name| match name {
+        "INVALID" => Some(INVALID),
+        "NEW" => Some(NEW),
+        "ESTABLISHED" => Some(ESTABLISHED),
+        "RELATED" => Some(RELATED),
+        "UNTRACKED" => Some(UNTRACKED),
+        "SNAT" | "DNAT" => Some(TRANSLATED),
+        _ => None,
+    };
+    names
+        .split(',')
+        .try_fold(0, |all, it| Some(all | state(it)?))
+}
+
 /// A rule in the words after its chain's name.
-fn rule(words: &[String], number: u64, chains: &[Chain]) -> Rule {
+fn rule(words: &[String], number: u64, chains: &HashMap<&str, usize>) -> Rule {
     let mut rule = Rule::new(number);
     let mut of_paths = false;
     let mut words = words.iter().map(String::as_str);
@@ -114,19 +134,26 @@ fn rule(words: &[String], number: u64, chains: &[Chain]) -> Rule {
         match word {
             // What follows belongs to the target.
             "-j" => {
-                rule.verdict = verdict(words.next().unwrap_or_default(), chains);
+                let target = words.next().unwrap_or_default();
+                rule.verdict = verdict(target, chains);
+                rule.untracks = target == "NOTRACK" || words.any(|it| it == "--notrack");
                 break;
             }
             "-g" => {
                 rule.verdict = Verdict::Continues(words.next().unwrap_or_default().to_owned());
                 break;
             }
+            "--ctstate" | "--state" => match words.next().and_then(states) {
+                Some(states) if !is_negated => rule.of_states(states),
+                Some(states) if states & TRANSLATED == 0 => rule.of_states(STATES & !states),
+                _ => rule.for_all = false,
+            },
             _ if is_negated => rule.for_all = false,
             "--comment" => {
                 words.next();
             }
             "-m" => match words.next() {
-                Some("tcp" | "multiport" | "comment" | "addrtype") => {}
+                Some("tcp" | "multiport" | "comment" | "addrtype" | "conntrack" | "state") => {}
                 name => {
                     of_paths |= name == Some("rpfilter");
                     rule.for_all = false;
@@ -144,10 +171,6 @@ fn rule(words: &[String], number: u64, chains: &[Chain]) -> Rule {
             "--dst-type" => {
                 let mut kinds = words.next().unwrap_or_default().split(',');
                 rule.for_all &= kinds.any(|it| it == "LOCAL");
-            }
-            "--ctstate" | "--state" => {
-                rule.elsewhere |= words.next() == Some("INVALID");
-                rule.for_all = false;
             }
             // There is no way back: nobody can make a connection from there.
             "--invert" if of_paths => rule.elsewhere = true,
@@ -176,22 +199,22 @@ fn parse(text: &str, program: &'static str, table: &str, ipv6: bool) -> Vec<Chai
             table: table.to_owned(),
             name: name.clone(),
             hook,
+            sees_states: table != "raw",
             shown_by: Some(program),
             drops: kind == "-P" && rest.first().is_none_or(|it| it != "ACCEPT"),
             rules: Vec::new(),
         });
     }
+    let names: Vec<String> = chains.iter().map(|it| it.name.clone()).collect();
+    let places: HashMap<&str, usize> = (0..).zip(&names).map(|it| (&**it.1, it.0)).collect();
     for line in &lines {
         let [kind, name, rest @ ..] = line.as_slice() else {
             continue;
         };
-        let place = chains
-            .iter()
-            .position(|it| kind == "-A" && it.name == *name);
-        let number = place.and_then(|it| chains.get(it)).map(|it| it.rules.len());
-        let number = u64::try_from(number.unwrap_or_default()).unwrap_or(u64::MAX);
-        let rule = rule(rest, number.saturating_add(1), &chains);
-        if let Some(chain) = place.and_then(|it| chains.get_mut(it)) {
+        let place = places.get(&**name).filter(|_| kind == "-A");
+        if let Some(chain) = place.and_then(|it| chains.get_mut(*it)) {
+            let number = u64::try_from(chain.rules.len()).unwrap_or(u64::MAX);
+            let rule = rule(rest, number.saturating_add(1), &places);
             chain.rules.push(rule);
         }
     }
@@ -200,7 +223,7 @@ fn parse(text: &str, program: &'static str, table: &str, ipv6: bool) -> Vec<Chai
 
 #[cfg(test)]
 mod tests {
-    use super::super::chains::Clients;
+    use super::super::chains::{Clients, Index};
     use super::*;
     use proptest::prelude::*;
 
@@ -210,10 +233,12 @@ mod tests {
             ports: (30_000, 31_000),
             with_ipv6: false,
             addresses: [[127, 0, 0, 1], [192, 0, 2, 1]].map(IpAddr::from).into(),
+            may_be_untracked: false,
         };
         let chains = parse(text, "iptables-legacy", "filter", false);
+        let index = Index::new(&chains);
         let mut hooked = chains.iter().filter(|it| it.hook.is_some());
-        hooked.any(|it| it.refusal(&chains, &clients).is_some())
+        hooked.any(|it| it.refusal(&index, &clients).is_some())
     }
 
     #[test]
@@ -228,6 +253,9 @@ mod tests {
             "-P INPUT ACCEPT\n-A INPUT -m conntrack --ctstate INVALID -j DROP\n",
             "-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -p tcp -m multiport --dports 22,30000:31000 -j ACCEPT\n",
+            "-P INPUT DROP\n-A INPUT -m state --state RELATED,ESTABLISHED -j ACCEPT\n\
+             -A INPUT -p tcp -m state --state NEW -m tcp --dport 30000:31000 -j ACCEPT\n",
+            "-P INPUT DROP\n-A INPUT -p tcp -m conntrack ! --ctstate INVALID -m tcp --dport 30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -m comment --comment \"all of \\\"us\\\" -j\" -j ACCEPT\n",
             "-P PREROUTING ACCEPT\n-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP\n",
             // Docker 28 and later, for what is published on the loopback address.
@@ -257,6 +285,9 @@ mod tests {
             "-P INPUT DROP\n-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 30000:31000 -j ACCEPT\n",
             "-P INPUT DROP\n-A INPUT -s 10.0.0.1/32 -m comment --comment \"-j ACCEPT\" -j DROP\n-A INPUT -j ACCEPT\n",
             "-P INPUT DROP\n-N before\n-A INPUT -j before\n-A before -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n",
+            "-P INPUT DROP\n-A INPUT -p tcp -m conntrack --ctstate NEW -m tcp --dport 30000:31000 -j ACCEPT\n",
+            "-P INPUT DROP\n-A INPUT -p tcp -m conntrack --ctstate NEW,ESTABLISHED --ctproto 6 -j ACCEPT\n",
+            "-P INPUT ACCEPT\n-A INPUT -m conntrack ! --ctstate ESTABLISHED,DNAT -j DROP\n",
             "-P INPUT ACCEPT\n-A INPUT -j nowhere\n",
             "-P INPUT ACCEPT\n-N before\n-A INPUT -g before\n-A before -j DROP\n",
             "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-host-prohibited\n",

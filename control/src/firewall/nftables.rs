@@ -5,17 +5,21 @@
 //! Invariant: what is not understood is for some clients only, and may refuse them; answers that are cut or
 //! make no sense end the list, never the process.
 
-use std::net::IpAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
 
 use rustix::io::Errno;
 use rustix::net::netlink::NETFILTER;
 use shared::netlink::NLM_F_DUMP;
 
-use super::chains::{Chain, GOES_ON, Hook, INET, IPV4, IPV6, NETDEV, Rule, Verdict};
+use super::chains::{
+    Chain, GOES_ON, Hook, INET, IPV4, IPV6, NETDEV, Rule, STATES, TRANSLATED, UNTRACKED, Verdict,
+};
 use super::netlink::{ask, attributes, whole};
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 const NFTABLES: u16 = 10 << 8;
+const GET_TABLE: u16 = NFTABLES | 1;
 const GET_CHAIN: u16 = NFTABLES | 4;
 const GET_RULE: u16 = NFTABLES | 7;
 const GET_GENERATION: u16 = NFTABLES | 16;
@@ -33,10 +37,21 @@ const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 const OBJECT_SYNPROXY: u32 = 10;
 const CT_STATE: u32 = 0;
-const CT_INVALID: u32 = 1;
+/// NF_IP_PRI_CONNTRACK: conntrack sees packets at prerouting, after those chains that ask for no more.
+const CONNTRACK: i32 = -200;
+const DORMANT: u32 = 1;
+// linux/netfilter/xt_conntrack.h
+const XT_TRANSLATED: u32 = 3 << 6;
+const XT_UNTRACKED: u32 = 1 << 8;
+/// It was written as a match of the name `state`.
+const XT_STATE_ALIAS: u16 = 1 << 13;
+/// linux/netfilter/xt_CT.h
+const XT_CT_NOTRACK: u16 = 1;
 const TCP: u8 = 6;
-/// linux/netfilter/xt_addrtype.h: addresses of this host.
-const RTN_LOCAL: u16 = 1 << 2;
+// linux/rtnetlink.h: kinds of addresses; the first are those of this host.
+const LOCAL: u32 = 2;
+const BROADCAST: u32 = 3;
+const MULTICAST: u32 = 5;
 /// linux/netfilter/xt_rpfilter.h
 const RPFILTER_INVERT: u8 = 1 << 3;
 
@@ -76,7 +91,9 @@ fn chain_of(body: &[u8]) -> Option<Chain> {
     if ![INET, IPV4, IPV6, NETDEV].contains(&family) {
         return None;
     }
-    let number_of_hook = attribute(rest, 4).and_then(|it| number(it, 1));
+    let hook = attribute(rest, 4);
+    let number_of_hook = hook.and_then(|it| number(it, 1));
+    let priority = hook.and_then(|it| number(it, 2)).map(u32::cast_signed);
     let hook = match (family, number_of_hook) {
         (NETDEV, Some(0)) | (INET, Some(5)) => Some(Hook::Ingress),
         (INET | IPV4 | IPV6, Some(0)) => Some(Hook::Prerouting),
@@ -90,6 +107,11 @@ fn chain_of(body: &[u8]) -> Option<Chain> {
         table: text(rest, 1)?,
         name: text(rest, 3)?,
         hook: hook.filter(|_| decides),
+        sees_states: match hook {
+            Some(Hook::Input) => true,
+            Some(Hook::Prerouting) => priority.is_some_and(|it| it > CONNTRACK),
+            Some(Hook::Ingress) | None => false,
+        },
         shown_by: None,
         // The policy of a chain without a hook is nothing.
         drops: number(rest, 5).is_some_and(|policy| policy != 1),
@@ -105,6 +127,9 @@ enum Loaded {
     EtherType,
     Port,
     Destination,
+    /// The first byte of one of IPv4 or more of it.
+    Network,
+    KindOfDestination,
     ReversePath,
     /// These bits of it.
     State(u32),
@@ -122,6 +147,7 @@ fn loaded(name: &str, expression: &[u8], family: u8, rule: &Rule) -> Option<Load
         "payload" => match part {
             (NETWORK_HEADER, Some(9), Some(1)) if is_of(IPV4) => Some(Loaded::Protocol),
             (NETWORK_HEADER, Some(16), Some(4)) if is_of(IPV4) => Some(Loaded::Destination),
+            (NETWORK_HEADER, Some(16), Some(1..=3)) if is_of(IPV4) => Some(Loaded::Network),
             (NETWORK_HEADER, Some(24), Some(16)) if is_of(IPV6) => Some(Loaded::Destination),
             (TRANSPORT_HEADER, Some(2), Some(2)) => Some(Loaded::Port),
             _ => None,
@@ -130,7 +156,9 @@ fn loaded(name: &str, expression: &[u8], family: u8, rule: &Rule) -> Option<Load
         "fib" if two == 1 && part.1.is_some_and(|flags| flags & 1 != 0) => {
             Some(Loaded::ReversePath)
         }
-        "ct" if two == CT_STATE => Some(Loaded::State(u32::MAX)),
+        // FIB_RESULT_ADDRTYPE of the destination, whatever the device.
+        "fib" if part.0 == 3 && part.1 == Some(2) => Some(Loaded::KindOfDestination),
+        "ct" if two == CT_STATE => Some(Loaded::State(STATES)),
         _ => None,
     }
 }
@@ -144,6 +172,24 @@ fn masked(expression: &[u8], held: Loaded) -> Option<Loaded> {
             let mask = data(expression, 4)?.try_into().ok()?;
             Some(Loaded::State(bits & u32::from_ne_bytes(mask)))
         }
+        Loaded::Destination if plain => {
+            matches!(data(expression, 4)?, [u8::MAX, _, _, _]).then_some(Loaded::Network)
+        }
+        _ => None,
+    }
+}
+
+/// The states that a test of these bits lets through.
+fn tested_states(bits: u32, operation: u32, value: u32) -> Option<u32> {
+    // A packet has one state: of several bits at once, none has any.
+    let states = match value {
+        0 => STATES & !bits,
+        one if one.is_power_of_two() && one & bits != 0 => one,
+        _ => return None,
+    };
+    match operation {
+        EQUAL => Some(states),
+        NOT_EQUAL => Some(STATES & !states),
         _ => None,
     }
 }
@@ -184,7 +230,21 @@ fn test(rule: &mut Rule, name: &str, expression: &[u8], held: Loaded) -> Option<
         (Loaded::ReversePath, EQUAL, link) if link.iter().all(|it| *it == 0) => {
             rule.elsewhere = true;
         }
-        (Loaded::State(CT_INVALID), NOT_EQUAL, [0, 0, 0, 0]) => rule.elsewhere = true,
+        (Loaded::Network, EQUAL, [127, ..]) => {
+            rule.destination = Some(Ipv4Addr::LOCALHOST.into());
+        }
+        (Loaded::KindOfDestination, operation @ (EQUAL | NOT_EQUAL), kind) => {
+            let of_clients = match u32::from_ne_bytes(kind.try_into().ok()?) {
+                LOCAL => true,
+                BROADCAST | MULTICAST => false,
+                _ => return None,
+            };
+            rule.elsewhere |= of_clients != (operation == EQUAL);
+        }
+        (Loaded::State(bits), operation, value) => {
+            let value = u32::from_ne_bytes(value.try_into().ok()?);
+            rule.of_states(tested_states(bits, operation, value)?);
+        }
         _ => return None,
     }
     Some(())
@@ -242,16 +302,27 @@ fn match_of(rule: &mut Rule, name: &str, revision: u32, content: &[u8]) -> Optio
             }
             rule.narrow(&ranges);
         }
-        // `struct xt_conntrack_mtinfo2` and 3: nothing but the state is asked for, and only whether it is invalid.
+        // `struct xt_conntrack_mtinfo2` and 3: what is asked for, what of it is negated, states.
         ("conntrack", 2 | 3) => {
-            let asked = [short(146)?, short(148)?, short(150)?];
-            rule.elsewhere |= asked == [1, 0, 1];
-            return None;
+            let (asked, negated, told) = (short(146)?, short(148)?, u32::from(short(150)?));
+            let translated = told & XT_TRANSLATED != 0;
+            let mut states = told & STATES & !UNTRACKED;
+            if told & XT_UNTRACKED != 0 {
+                states |= UNTRACKED;
+            }
+            if translated {
+                states |= TRANSLATED;
+            }
+            match (asked & !XT_STATE_ALIAS, negated) {
+                (1, 0) => rule.of_states(states),
+                (1, 1) if !translated => rule.of_states(STATES & !states),
+                _ => return None,
+            }
         }
         // `struct xt_addrtype_info_v1`: kinds of the source and of the destination, what is negated.
         ("addrtype", 1) => {
             let flags = u32::from_ne_bytes(content.get(4..8)?.try_into().ok()?);
-            let is_own = short(2)? & RTN_LOCAL != 0;
+            let is_own = short(2)? & (1 << LOCAL) != 0;
             (short(0)? == 0 && flags == 0 && is_own).then_some(())?;
         }
         // There is no way back: nobody can make a connection from there.
@@ -289,11 +360,21 @@ fn add(
             *held = register(2).zip(left);
         }
         "cmp" | "range" => test(rule, name, expression, known(*held)?)?,
-        "counter" | "log" | "notrack" => {}
+        "counter" | "log" => {}
+        "notrack" => rule.untracks = true,
         "immediate" if number(expression, 1) == Some(VERDICT_REGISTER) => {
             rule.verdict = verdict_of(expression);
         }
-        "target" if text(expression, 1).is_some_and(|it| GOES_ON.contains(&it.as_str())) => {}
+        "target" if text(expression, 1).is_some_and(|it| GOES_ON.contains(&it.as_str())) => {
+            rule.untracks |= match text(expression, 1)?.as_str() {
+                "NOTRACK" => true,
+                "CT" => {
+                    let flags = attribute(expression, 3)?.first_chunk()?;
+                    u16::from_ne_bytes(*flags) & XT_CT_NOTRACK != 0
+                }
+                _ => false,
+            };
+        }
         "match" => {
             let match_name = text(expression, 1)?;
             let revision = number(expression, 2)?;
@@ -327,7 +408,11 @@ fn rule_of(body: &[u8]) -> Option<(u8, String, String, Rule)> {
     for (_, element) in attributes(attribute(rest, 4).unwrap_or_default()) {
         let name = text(element, 1).unwrap_or_default();
         let expression = attribute(element, 2).unwrap_or_default();
-        if add(&mut rule, &name, expression, family, &mut held).is_none() {
+        // Nor does a test undo that: the rule is about all that got so far.
+        let tests = ["cmp", "range", "match", "lookup"].contains(&&*name);
+        if rule.untracks && tests {
+            rule.verdict = Verdict::MayRefuse;
+        } else if add(&mut rule, &name, expression, family, &mut held).is_none() {
             rule.for_all = false;
         }
         if rule.verdict == Verdict::MayRefuse {
@@ -352,20 +437,34 @@ pub fn chains() -> Result<Vec<Chain>, Errno> {
     })
 }
 
+/// Family and name of a table that meets no packets.
+fn dormant(body: &[u8]) -> Option<(u8, String)> {
+    let rest = body.get(FAMILY_HEADER..)?;
+    let is_dormant = number(rest, 2)? & DORMANT != 0;
+    Some((*body.first()?, text(rest, 1)?)).filter(|_| is_dormant)
+}
+
 fn list() -> Result<Vec<Chain>, Errno> {
+    let mut asleep = HashSet::new();
+    ask(NETFILTER, GET_TABLE, NLM_F_DUMP, |body| {
+        asleep.extend(dormant(body))
+    })?;
     let mut chains = Vec::new();
     ask(NETFILTER, GET_CHAIN, NLM_F_DUMP, |body| {
-        chains.extend(chain_of(body))
+        let awake = |it: &Chain| !asleep.contains(&(it.family, it.table.clone()));
+        chains.extend(chain_of(body).filter(awake));
     })?;
     if chains.iter().all(|it| it.hook.is_none()) {
         return Ok(Vec::new());
     }
+    let named = |it: &Chain| (it.family, it.table.clone(), it.name.clone());
+    let places: HashMap<_, usize> = chains.iter().map(named).zip(0..).collect();
     ask(NETFILTER, GET_RULE, NLM_F_DUMP, |body| {
         let Some((family, table, name, rule)) = rule_of(body) else {
             return;
         };
-        let same = |it: &&mut Chain| (it.family, &it.table, &it.name) == (family, &table, &name);
-        if let Some(chain) = chains.iter_mut().find(same) {
+        let place = places.get(&(family, table, name));
+        if let Some(chain) = place.and_then(|it| chains.get_mut(*it)) {
             chain.rules.push(rule);
         }
     })?;
@@ -386,7 +485,9 @@ pub fn generation() -> Result<u32, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::chains::Clients;
+    use std::slice::from_ref;
+
+    use super::super::chains::{Clients, ESTABLISHED, INVALID, Index, NEW};
     use super::super::netlink::messages;
     use super::*;
     use proptest::prelude::*;
@@ -462,6 +563,7 @@ mod tests {
             table,
             name,
             hook: Some(Hook::Input),
+            sees_states: true,
             shown_by: None,
             drops,
             rules: vec![rule],
@@ -470,10 +572,10 @@ mod tests {
             ports: (30_000, 31_000),
             with_ipv6: false,
             addresses: vec![IpAddr::from([192, 0, 2, 1])],
+            may_be_untracked: false,
         };
-        chain
-            .refusal(std::slice::from_ref(&chain), &clients)
-            .is_some()
+        let index = Index::new(from_ref(&chain));
+        chain.refusal(&index, &clients).is_some()
     }
 
     const DROP: i32 = 0;
@@ -510,25 +612,17 @@ mod tests {
         ));
         assert!(!drops(
             INET,
-            &[&[
-                state(),
-                mask(1, CT_INVALID, 0),
-                compare(1, NOT_EQUAL, &[0; 4])
-            ]]
+            &[&[state(), mask(1, INVALID, 0), compare(1, NOT_EQUAL, &[0; 4])]]
         ));
         // Others than those that are invalid.
         for others in [
-            [state(), mask(1, CT_INVALID, 0), compare(1, EQUAL, &[0; 4])],
+            [state(), mask(1, INVALID, 0), compare(1, EQUAL, &[0; 4])],
             [
                 state(),
-                mask(1, CT_INVALID, 0),
-                compare(1, NOT_EQUAL, &CT_INVALID.to_ne_bytes()),
+                mask(1, INVALID, 0),
+                compare(1, NOT_EQUAL, &INVALID.to_ne_bytes()),
             ],
-            [
-                state(),
-                mask(1, CT_INVALID, 1),
-                compare(1, NOT_EQUAL, &[0; 4]),
-            ],
+            [state(), mask(1, INVALID, 1), compare(1, NOT_EQUAL, &[0; 4])],
             [state(), mask(1, 9, 0), compare(1, NOT_EQUAL, &[0; 4])],
         ] {
             assert!(drops(INET, &[&others]));
@@ -539,6 +633,92 @@ mod tests {
             &[&[address(), compare(1, EQUAL, &[192, 0, 2, 9])]]
         ));
         assert!(drops(IPV4, &[&[address(), compare(1, EQUAL, &[192, 0])]]));
+    }
+
+    #[test]
+    fn states_let_in_and_turn_away() {
+        let asks = |tests: &[Vec<u8>], code| {
+            let tests = [&[numbers("ct", &[1, 0])], tests, &[verdict(code)]].concat();
+            may_refuse(INET, code == ACCEPT, &tests)
+        };
+        let both = NEW | ESTABLISHED;
+        assert!(!asks(
+            &[mask(1, both, 0), compare(1, NOT_EQUAL, &[0; 4])],
+            ACCEPT
+        ));
+        assert!(asks(
+            &[mask(1, NEW, 0), compare(1, NOT_EQUAL, &[0; 4])],
+            ACCEPT
+        ));
+        let others = compare(1, NOT_EQUAL, &INVALID.to_ne_bytes());
+        assert!(!asks(from_ref(&others), ACCEPT) && asks(&[others], DROP));
+        assert!(!asks(&[compare(1, EQUAL, &INVALID.to_ne_bytes())], DROP));
+        // No packet has two of them; larger and smaller ones are not understood.
+        assert!(asks(&[compare(1, EQUAL, &both.to_ne_bytes())], ACCEPT));
+        assert!(asks(&[compare(1, 4, &INVALID.to_ne_bytes())], DROP));
+    }
+
+    #[test]
+    fn loopback_networks_and_kinds_of_destinations_are_understood() {
+        let drops =
+            |tests: &[Vec<u8>]| may_refuse(IPV4, false, &[tests, &[verdict(DROP)]].concat());
+        let first = |with| {
+            [
+                numbers("payload", &[1, 1, 16, 1]),
+                compare(1, EQUAL, &[with]),
+            ]
+        };
+        assert!(!drops(&first(127)) && drops(&first(192)));
+        let whole = [
+            numbers("payload", &[1, 1, 16, 4]),
+            mask(1, u32::from_ne_bytes([255, 0, 0, 0]), 0),
+            compare(1, EQUAL, &[127, 0, 0, 0]),
+        ];
+        assert!(!drops(&whole));
+        let kind = |operation, kind: u32| {
+            let loads = numbers("fib", &[1, 3, 2]);
+            [loads, compare(1, operation, &kind.to_ne_bytes())]
+        };
+        assert!(drops(&kind(EQUAL, LOCAL)) && !drops(&kind(NOT_EQUAL, LOCAL)));
+        assert!(!drops(&kind(EQUAL, BROADCAST)) && drops(&kind(NOT_EQUAL, MULTICAST)));
+        assert!(drops(&kind(EQUAL, 4)), "anycast");
+        let local = [&kind(EQUAL, LOCAL)[..], &[verdict(ACCEPT)]].concat();
+        assert!(!may_refuse(IPV4, true, &local));
+    }
+
+    #[test]
+    fn what_conntrack_does_not_follow_is_known() {
+        let rule = |expressions: &[Vec<u8>]| {
+            let body = [
+                &[INET, 0, 0, 0][..],
+                &attribute_of(1, b"guard\0"),
+                &attribute_of(2, b"in\0"),
+                &attribute_of(4, &expressions.concat()),
+            ];
+            rule_of(&body.concat()).unwrap().3
+        };
+        let target = |flags: u16| {
+            let mut content = vec![0; 40];
+            content[..2].copy_from_slice(&flags.to_ne_bytes());
+            let content = [(1, b"CT\0".to_vec()), (2, vec![0, 0, 0, 2]), (3, content)];
+            expression("target", &content)
+        };
+        let notrack = || numbers("notrack", &[]);
+        assert!(rule(&[notrack()]).untracks && rule(&[target(1)]).untracks);
+        assert!(!rule(&[target(2)]).untracks);
+        let late = [&[notrack()], &to_port(22)[..]].concat();
+        assert_eq!(rule(&late).verdict, Verdict::MayRefuse);
+    }
+
+    #[test]
+    fn tables_that_sleep_are_told_apart() {
+        let table = |flags: u32| {
+            let name = attribute_of(1, b"guard\0");
+            let flags = attribute_of(2, &flags.to_be_bytes());
+            dormant(&[&[INET, 0, 0, 0][..], &name, &flags].concat())
+        };
+        assert_eq!(table(DORMANT), Some((INET, "guard".to_owned())));
+        assert_eq!((table(0), table(2)), (None, None));
     }
 
     #[test]
