@@ -123,6 +123,10 @@ async fn serve(
     let (config, joined) = if config.standalone {
         (config, None)
     } else {
+        // The cluster may take long to answer. Of ports that only it knows nothing is said to be open.
+        if firewall_decides(&config).await {
+            link.honour_firewall(true).await?;
+        }
         let joined = Box::pin(cluster::join(options, &config, &starting, &stopping)).await?;
         // Those of the file alone were told when it was read.
         let told = &loaded.notes;

@@ -20,6 +20,7 @@ use std::time::Duration;
 use config::Config;
 use rustix::io::Errno;
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use self::chains::{Chain, Clients, Hook, IPV6, Index, Refusal as Refused};
 pub use self::follow::follow;
@@ -166,11 +167,19 @@ pub async fn refusals(config: &Config) -> Result<Vec<Refusal>, NoAnswer> {
     const ADDRESSES: &str = "the kernel's list of addresses";
     let mut silent = None;
     let range = &config.container.port_range;
-    // It waits for who holds the lock of all interfaces.
-    let addresses = tokio::task::spawn_blocking(own_addresses);
-    let addresses = match tokio::time::timeout(PATIENCE, addresses).await {
-        Ok(Ok(Ok(addresses))) => addresses,
-        Ok(Ok(Err(_)) | Err(_)) | Err(_) => return Err(NoAnswer(ADDRESSES)),
+    // It waits for who holds the lock of all interfaces: one thread at most does.
+    static ASKED: Semaphore = Semaphore::const_new(1);
+    let addresses = async {
+        let asked = ASKED.acquire().await.ok()?;
+        let asked = tokio::task::spawn_blocking(move || {
+            let _asked = asked;
+            own_addresses()
+        });
+        asked.await.ok()?.ok()
+    };
+    let addresses = tokio::time::timeout(PATIENCE, addresses).await;
+    let Ok(Some(addresses)) = addresses else {
+        return Err(NoAnswer(ADDRESSES));
     };
     let mut clients = Clients {
         ports: (range.first, range.last),

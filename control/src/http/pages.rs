@@ -1,8 +1,8 @@
 //! Pages on their way to those who have asked for them.
 //!
 //! In: how a page is made. Out: answers that read from it. Invariants: so many are made at once at most; who asks
-//! while a page is made, or within a second after that, gets the same one if another still reads it; so many are kept at most, and whoever still reads the oldest loses it
-//! to the next one, so that slow readers can't fill the memory; a page that nobody reads is not kept.
+//! while those are made, or within a second after that, gets the same one if another still reads it; so many are kept
+//! at most, and whoever still reads the oldest loses it to the next one, so that slow readers can't fill the memory; a page that nobody reads is not kept.
 
 use std::collections::VecDeque;
 use std::ops::Range;
