@@ -86,10 +86,11 @@ impl Docker {
         });
         let deadline = self.deadlines.exec;
         within(&step, deadline, async {
-            let created: Created = self
-                .transport
-                .json(self.change(step.clone(), deadline, path).json(&body)?)
-                .await?;
+            let mut create = self.change(step.clone(), deadline, path);
+            if request.for_user {
+                create.class = Class::Read;
+            }
+            let created: Created = self.transport.json(create.json(&body)?).await?;
             let id = segment(&step, &created.id)?;
             let start = Call::new(
                 step.clone(),

@@ -28,7 +28,7 @@ const TAKEN_OVER: Duration = Duration::from_secs(3);
 /// restarts of all kernels of the session first, which may take as long as creations.
 const STARTED_AGAIN: Duration = Duration::from_secs(600);
 /// Pauses before the journal is tried again that has to say that a job is sent: doubled up to the second.
-const JOURNAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+const JOURNAL_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 /// How long an end that is known already may take to be told when the agent stops.
 const LAST_LOOK: Duration = Duration::from_secs(1);
 /// How long after the call for a job the manager takes its session for a running one: it ends no
