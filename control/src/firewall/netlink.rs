@@ -226,15 +226,20 @@ mod tests {
         bytes
     }
 
-    /// What comes of a list whose messages these are.
-    fn read(packets: &[Vec<u8>]) -> (Result<(), Errno>, usize) {
-        let (kernel, socket) = net::socketpair(
+    /// The kernel's end of a socket, and ours.
+    fn pair() -> (OwnedFd, OwnedFd) {
+        net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::CLOEXEC,
             None,
         )
-        .unwrap();
+        .unwrap()
+    }
+
+    /// What comes of a list whose messages these are.
+    fn read(packets: &[Vec<u8>]) -> (Result<(), Errno>, usize) {
+        let (kernel, socket) = pair();
         for packet in packets {
             net::send(&kernel, packet, SendFlags::empty()).unwrap();
         }
@@ -280,13 +285,7 @@ mod tests {
     #[test]
     fn changes_that_never_pause_do_not_put_the_look_off() {
         const WORDS: usize = 500;
-        let (kernel, socket) = net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
+        let (kernel, socket) = pair();
         let watch = Watch(vec![socket]);
         let changes = std::thread::spawn(move || {
             (0..WORDS)
